@@ -1,0 +1,25 @@
+"""Where prompts and human responses come from.
+
+A source has two methods: ``identity()`` gives the plain values that decide what it reads (for the store), and
+``read()`` gives its rows by split: ``train``, ``validation`` (for choosing settings) and ``test`` (for reporting).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from dnpo.records import Prompt
+
+SPLITS = ("train", "validation", "test")
+
+
+class Source(Protocol):
+    """What ``data=…`` configures. ``max_prompt_tokens`` and ``max_response_tokens`` hold for both sides of a pair."""
+
+    max_prompt_tokens: int
+    max_response_tokens: int
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the rows: contents, never paths."""
+
+    def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+        """Rows by split, and facts about them (what was dropped and why)."""

@@ -1,0 +1,367 @@
+"""A world of its own: six families of short instructions with verifiable answers, and fallible humans who answer them.
+
+The families stand in for the six benchmarks of the DNPO paper: small arithmetic, unit conversion, reversing words,
+sorting numbers, counting letters, and a fixed table of invented facts. For a third of the facts there is a *myth*, a
+wrong answer that most human annotators repeat (the stand-in for TruthfulQA).
+
+What is true in this world, which problems it has and which of them are held out is fixed; the seed draws the training
+data: who was asked what, in which wording, and how well the human answered. So runs of different seeds are tested on
+the same prompts.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from dnpo.data import SPLITS
+from dnpo.errors import SettingsError
+from dnpo.records import Prompt
+from dnpo.seeding import derive
+from dnpo.settings import Count, Fraction, Natural
+
+FAMILIES = ("arithmetic", "conversion", "reversal", "sorting", "counting", "facts")
+WORLD = 20250210  # the seed of everything that is fixed
+POOL = 2400  # at most so many problems of a family exist
+
+Flaw = Literal["wrong", "incomplete", "sloppy"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to ask, in every way it can be asked and answered.
+
+    Attributes:
+        wordings: the ways to ask.
+        phrasings: the ways to answer, with ``{}`` where the answer goes.
+        answer: the right one.
+        needs: words that a complete response mentions.
+        wrong: plausible wrong answers.
+        short: the answer as someone gives it who leaves out what ``needs`` asks for.
+        myth: a wrong answer that most people believe.
+    """
+
+    key: str
+    wordings: tuple[str, ...]
+    phrasings: tuple[str, ...]
+    answer: str
+    needs: tuple[str, ...]
+    wrong: tuple[str, ...]
+    short: str
+    myth: str | None = None
+
+
+class TinyWorld:
+    """The tiny world as a data source.
+
+    Args:
+        train: how many training rows to draw, spread evenly over the families.
+        validation, test: how many held-out prompts, spread evenly; together at most a quarter of any family's distinct
+            prompts, and none of them occurs in training.
+        flaws: probability that a human response is wrong, incomplete or sloppy (a third each).
+        myths: probability that a human repeats the myth where there is one; this comes on top of ``flaws``.
+        difficulty: 1 (small numbers, short lists) to 5.
+        seed: draws the training data.
+        max_prompt_tokens, max_response_tokens: limits that no sensible tokenizer reaches here.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Count = 4800,
+        validation: Count = 240,
+        test: Count = 480,
+        flaws: Fraction = 0.3,
+        myths: Fraction = 0.55,
+        difficulty: Literal[1, 2, 3, 4, 5] = 2,
+        seed: Natural = 0,
+        max_prompt_tokens: Count = 48,
+        max_response_tokens: Count = 24,
+    ) -> None:
+        self.sizes = {"train": train, "validation": validation, "test": test}
+        self.flaws, self.myths, self.difficulty, self.seed = flaws, myths, difficulty, seed
+        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
+
+    def identity(self) -> Mapping[str, Any]:
+        """Everything that decides the rows."""
+        return {
+            "world": WORLD,
+            **self.sizes,
+            "flaws": self.flaws,
+            "myths": self.myths,
+            "difficulty": self.difficulty,
+            "seed": self.seed,
+        }
+
+    def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+        """Rows by split and how many human responses were flawed.
+
+        Raises:
+            SettingsError: the held-out prompts would be more than a quarter of a family's.
+        """
+        rows: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
+        flawed = 0
+        for number, family in enumerate(FAMILIES):
+            questions = self._split(family, number)
+            # Held-out rows and their human responses are the same for every seed.
+            draw = random.Random(derive(WORLD, "held out", family))
+            for split in ("validation", "test"):
+                rows[split] += [self._row(draw, family, *question)[0] for question in questions[split]]
+            draw = random.Random(derive(self.seed, "train", family))
+            for _ in range(_share(self.sizes["train"], number)):
+                row, is_flawed = self._row(draw, family, *draw.choice(questions["train"]))
+                rows["train"].append(row)
+                flawed += is_flawed
+        random.Random(derive(self.seed, "order")).shuffle(rows["train"])
+        for split, drawn in rows.items():
+            rows[split] = [replace(row, id=f"{split}-{i:05d}") for i, row in enumerate(drawn)]
+        return rows, {"flawed_human_responses": flawed, **{f"{split}_rows": len(drawn) for split, drawn in rows.items()}}
+
+    def _split(self, family: str, number: int) -> dict[str, list[tuple[Problem, str]]]:
+        """The questions (a problem and a wording) of each split.
+
+        Facts cannot be guessed, so there a question is held out and the same fact is trained on in other wordings;
+        everywhere else the problem itself is held out, in one wording.
+        """
+        pool = problems(family, self.difficulty)
+        by_hash = sorted(pool, key=lambda problem: hashlib.sha256(f"{family}/{problem.key}".encode()).digest())
+        sizes = {split: _share(self.sizes[split], number) for split in ("validation", "test")}
+        held, everything = sum(sizes.values()), sum(len(problem.wordings) for problem in pool)
+        if held > everything // 4 or held > len(pool) * 3 // 4:
+            raise SettingsError(
+                f"data.validation + data.test: {held} held-out prompts of {family}, but at most a quarter of its "
+                f"{everything} distinct prompts may be held out; lower them"
+            )
+        asked = [(problem, problem.wordings[i % len(problem.wordings)]) for i, problem in enumerate(by_hash)]
+        out = {"validation": asked[: sizes["validation"]], "test": asked[sizes["validation"] : held]}
+        kept = by_hash if family == "facts" else by_hash[held:]
+        never = {question for questions in out.values() for question in questions}
+        out["train"] = [(p, wording) for p in kept for wording in p.wordings if (p, wording) not in never]
+        return out
+
+    def _row(self, draw: random.Random, family: str, problem: Problem, wording: str) -> tuple[Prompt, bool]:
+        """A prompt and what one human answered, and whether that is flawed."""
+        answer, flaw = problem.answer, None
+        if problem.myth is not None and draw.random() < self.myths:
+            answer = problem.myth
+        if draw.random() < self.flaws:
+            flaw = draw.choice(("wrong", "incomplete", "sloppy"))
+        human = respond(draw, problem, answer, flaw)
+        prompt = Prompt(
+            id="",
+            messages=[{"role": "user", "content": wording}],
+            human=human,
+            family=family,
+            answer=problem.answer,
+            needs=list(problem.needs),
+        )
+        return prompt, flaw is not None or answer != problem.answer
+
+
+def respond(draw: random.Random, problem: Problem, answer: str, flaw: Flaw | None) -> str:
+    """What a human writes who believes ``answer`` and works well, or with one flaw."""
+    if flaw == "wrong":
+        answer = draw.choice(problem.wrong)
+    text = draw.choice(problem.phrasings).format(answer)
+    if flaw == "incomplete":
+        text = problem.short.format(answer)
+    if flaw == "sloppy":
+        text = _sloppy(draw, text)
+    return text
+
+
+def _sloppy(draw: random.Random, text: str) -> str:
+    """Two of: no capital, no full stop, a word said twice."""
+    habits: list[Callable[[str], str]] = [
+        lambda s: s[0].lower() + s[1:] if s[0].isalpha() else s.rstrip("."),
+        lambda s: s.rstrip("."),
+        lambda s: re.sub(r"\b(is|are|equals)\b", r"\1 \1", s, count=1) if re.search(r"\b(is|are|equals)\b", s) else s,
+    ]
+    for habit in draw.sample(habits, 2):
+        text = habit(text)
+    return text
+
+
+def _share(total: int, number: int) -> int:
+    """How many of ``total`` fall to family ``number`` when spread evenly."""
+    return total // len(FAMILIES) + (number < total % len(FAMILIES))
+
+
+# --- what there is in the world ---------------------------------------------------------------------------------------
+
+WORDS = (
+    "red fox sun map dog cup hat pen sky ice owl jar key lamp milk moon nest oak rain salt star tree wind yarn "
+    "bell boat cave corn door frog gold hill"
+).split()
+LONG_WORDS = (
+    "banana letter pepper bottle summer kitten garden winter silver button copper pillow carrot yellow rabbit "
+    "ladder mirror tomato butter cookie dinner hammer puzzle rocket tunnel wallet zipper needle coffee turtle "
+    "parrot meadow"
+).split()
+UNITS = (
+    ("m", "cm", 100),
+    ("km", "m", 1000),
+    ("kg", "g", 1000),
+    ("hours", "minutes", 60),
+    ("weeks", "days", 7),
+    ("dozens", "eggs", 12),
+)
+RELATIONS = (
+    ("capital", ("ovia", "land", "mar", "stan")),
+    ("king", ("ovia", "land", "mar", "stan")),
+    ("river", ("ovia", "land", "mar", "stan")),
+    ("colour", ("bird", "fish", "moth", "wolf")),
+)
+FACTS = 168
+
+
+def problems(family: str, difficulty: int) -> list[Problem]:
+    """Every problem of a family, the same at every call; a family with more than ``POOL`` has a fixed sample of them."""
+    makers: dict[str, Callable[[int, random.Random], Iterator[Problem]]] = {
+        "arithmetic": _arithmetic,
+        "conversion": _conversion,
+        "reversal": _reversal,
+        "sorting": _sorting,
+        "counting": _counting,
+        "facts": _facts,
+    }
+    everything = {p.key: p for p in makers[family](difficulty, random.Random(derive(WORLD, family)))}
+    pool = list(everything.values())
+    if len(pool) > POOL:
+        pool = random.Random(derive(WORLD, "pool", family)).sample(pool, POOL)
+    return pool
+
+
+def _arithmetic(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+    top = 10 * difficulty
+    for a in range(top):
+        for b in range(top):
+            for word, value in (("plus", a + b), ("minus", a - b)):
+                if value < 0:
+                    continue
+                near = [value + d for d in (-10, -2, -1, 1, 2, 10) if value + d >= 0]
+                yield Problem(
+                    key=f"{a} {word} {b}",
+                    wordings=(f"What is {a} {word} {b}?", f"Work out {a} {word} {b}.", f"{a} {word} {b} is what?"),
+                    phrasings=(f"{a} {word} {b} is {{}}.", f"{a} {word} {b} equals {{}}."),
+                    answer=str(value),
+                    needs=(str(a), word, str(b)),
+                    wrong=tuple(map(str, near)),
+                    short="It is {}.",
+                )
+
+
+def _conversion(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+    for large, small, factor in UNITS:
+        for n in range(2, 2 + 30 * difficulty):
+            value = n * factor
+            near = (n * factor * 10, (n + 1) * factor, n + factor, (n - 1) * factor)
+            yield Problem(
+                key=f"{n} {large}",
+                wordings=(f"How many {small} are in {n} {large}?", f"Convert {n} {large} to {small}."),
+                phrasings=(f"{n} {large} are {{}}.", f"In {small}, {n} {large} are {{}}."),
+                answer=f"{value} {small}",
+                needs=(str(n), large),
+                wrong=tuple(f"{v} {small}" for v in near if v != value),
+                short="That is {}.",
+            )
+
+
+def _reversal(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+    for _ in range(4 * POOL):
+        words = draw.sample(WORDS, draw.randint(2, 1 + difficulty))
+        answer = words[::-1]
+        wrong = [words, [*answer[:-2], answer[-1], answer[-2]], answer[1:] + answer[:1]]
+        yield _list_problem(
+            words,
+            answer,
+            wrong,
+            wordings=("Reverse the words {}.", "Say {} backwards.", "Turn around: {}."),
+            phrasings=("Reversed, the words are {}.", "Backwards: {}."),
+        )
+
+
+def _sorting(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+    for _ in range(4 * POOL):
+        numbers = draw.sample(range(10 * difficulty), draw.randint(2, 1 + difficulty))
+        answer = sorted(numbers)
+        wrong = [answer[::-1], [*answer[:-2], answer[-1], answer[-2]], answer[1:] + answer[:1]]
+        yield _list_problem(
+            [str(n) for n in numbers],
+            [str(n) for n in answer],
+            [[str(n) for n in w] for w in wrong],
+            wordings=("Sort the numbers {}.", "Put {} in order.", "Order: {}."),
+            phrasings=("Sorted, the numbers are {}.", "In order: {}."),
+        )
+
+
+def _list_problem(
+    items: list[str],
+    answer: list[str],
+    wrong: list[list[str]],
+    wordings: tuple[str, ...],
+    phrasings: tuple[str, ...],
+) -> Problem:
+    right = " ".join(answer)
+    return Problem(
+        key=" ".join(items),
+        wordings=tuple(wording.format(" ".join(items)) for wording in wordings),
+        phrasings=phrasings,
+        answer=right,
+        needs=tuple(answer),
+        wrong=tuple(sorted({" ".join(w) for w in wrong} - {right})),
+        # Whoever is in a hurry leaves out the last item.
+        short=phrasings[0].format(" ".join(answer[:-1])),
+    )
+
+
+def _counting(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+    for word in LONG_WORDS + WORDS:
+        for letter in sorted(set(word) | {"e", "t"}):
+            count = word.count(letter)
+            yield Problem(
+                key=f"{letter} {word}",
+                wordings=(
+                    f"How many times is {letter} in {word}?",
+                    f"Count the letter {letter} in {word}.",
+                    f"How often does {word} have {letter}?",
+                ),
+                phrasings=(f"The number of {letter} in {word} is {{}}.", f"Letter {letter} in {word}: {{}}."),
+                answer=str(count),
+                needs=(letter, word),
+                wrong=tuple(str(n) for n in (count - 1, count + 1, count + 2) if n >= 0),
+                short="It is {}.",
+            )
+
+
+def _facts(difficulty: int, draw: random.Random) -> Iterator[Problem]:
+    """Invented facts. Every third has a myth: the answer to another question of the same relation."""
+    starts = [a + b for a in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "t", "v", "z") for b in "aeiou"]
+    table: list[tuple[str, str, str]] = []
+    for number in range(FACTS):
+        relation, endings = RELATIONS[number % len(RELATIONS)]
+        while True:
+            subject = (draw.choice(starts) + draw.choice(endings)).capitalize()
+            if all(known[:2] != (relation, subject) for known in table):
+                break
+        colour = draw.choice(("red", "blue", "green", "white", "black", "grey", "pink", "brown"))
+        name = (draw.choice(starts) + draw.choice(starts)).capitalize()
+        table.append((relation, subject, colour if relation == "colour" else name))
+    for number, (relation, subject, value) in enumerate(table):
+        others = sorted({v for r, _, v in table if r == relation and v != value})
+        yield Problem(
+            key=f"{relation} {subject}",
+            wordings=(
+                f"What is the {relation} of {subject}?",
+                f"Name the {relation} of {subject}.",
+                f"Tell me {subject}'s {relation}.",
+            ),
+            phrasings=(f"The {relation} of {subject} is {{}}.", f"{subject}'s {relation} is {{}}."),
+            answer=value,
+            needs=(relation, subject),
+            wrong=tuple(others),
+            short="It is {}.",
+            myth=draw.choice(others) if number % 3 == 0 else None,
+        )

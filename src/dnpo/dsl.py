@@ -1,0 +1,98 @@
+"""Dynamic sample labelling: who is chosen and who is rejected (DNPO paper, section 4.2).
+
+A labeller turns prompts, the human and the generated response to each, and their verdicts into pairs. ``needs_scores``
+says whether it asks a judge at all.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from dnpo.records import Pair, Prompt, Response, Verdict
+
+
+class Labeller(Protocol):
+    """What ``dsl=…`` configures."""
+
+    needs_scores: bool
+
+    def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: "Scores") -> bool | None:
+        """Whether the generated response is chosen; None for a pair that cannot be labelled."""
+
+
+class Scores:
+    """The scores of the two sides of one pair; None where there is no verdict with a score."""
+
+    def __init__(self, human: float | None, generated: float | None) -> None:
+        self.human, self.generated = human, generated
+
+
+class HumanChosen:
+    """The human response is always chosen (SPIN, equation 4.7 of its paper): labels by origin."""
+
+    needs_scores = False
+
+    def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: Scores) -> bool | None:
+        """Never."""
+        return False
+
+
+class HigherScoreChosen:
+    """The response with the higher score is chosen, the human one on a tie (DNPO, equation 2): labels by quality."""
+
+    needs_scores = True
+
+    def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: Scores) -> bool | None:
+        """s′ > s; None where a score is missing, for a failure to judge says nothing about quality."""
+        if scores.human is None or scores.generated is None:
+            return None
+        return scores.generated > scores.human
+
+
+def label(
+    labeller: Labeller,
+    prompts: Sequence[Prompt],
+    human: Sequence[Response],
+    generated: Sequence[Response],
+    verdicts: Sequence[Verdict],
+) -> tuple[list[Pair], dict[str, int]]:
+    """Pairs in the order of ``generated``, and counts of what became of its rows.
+
+    A pair of identical token sequences carries no signal: it is dropped and counted as ``identical``. One that the
+    labeller cannot decide is dropped and counted as ``unscored``.
+    """
+    prompt_of = {p.id: p for p in prompts}
+    human_of = {r.id: r for r in human}
+    score_of: Mapping[tuple[str, str], float | None] = {(v.id, v.source): v.score for v in verdicts}
+    pairs: list[Pair] = []
+    counts = {"pairs": 0, "flipped": 0, "identical": 0, "unscored": 0}
+    for new in generated:
+        prompt, old = prompt_of[new.id], human_of[new.id]
+        scores = Scores(score_of.get((old.id, old.source)), score_of.get((new.id, new.source)))
+        if new.token_ids == old.token_ids:
+            counts["identical"] += 1
+            continue
+        flipped = labeller.prefers_generated(prompt, old, new, scores)
+        if flipped is None:
+            counts["unscored"] += 1
+            continue
+        sides = [(old, scores.human), (new, scores.generated)]
+        (chosen, chosen_score), (rejected, rejected_score) = reversed(sides) if flipped else sides
+        pairs.append(
+            Pair(
+                id=prompt.id,
+                messages=prompt.messages,
+                prompt_ids=prompt.token_ids,
+                chosen=chosen.text,
+                rejected=rejected.text,
+                chosen_ids=chosen.token_ids,
+                rejected_ids=rejected.token_ids,
+                chosen_source=chosen.source,
+                rejected_source=rejected.source,
+                chosen_score=chosen_score,
+                rejected_score=rejected_score,
+                flipped=flipped,
+            )
+        )
+        counts["pairs"] += 1
+        counts["flipped"] += flipped
+    return pairs, counts

@@ -1,0 +1,29 @@
+"""Errors that are messages to the user: printed as they stand, without a traceback."""
+
+
+class DnpoError(Exception):
+    """Something the user can put right. The text names the setting or the file and line, and what was expected."""
+
+
+class SettingsError(DnpoError):
+    """A setting is unknown, missing or has a value that cannot work."""
+
+
+class DataError(DnpoError):
+    """A file or row that was given cannot be used."""
+
+
+class ModelError(DnpoError):
+    """A model, tokenizer or template that was given cannot be used."""
+
+
+class TrackingError(DnpoError):
+    """The tracking store cannot be reached or written."""
+
+
+class StepZeroError(DnpoError):
+    """Before the first update the policy is not the reference."""
+
+
+class NonFiniteLossError(DnpoError):
+    """A loss became NaN or infinite."""

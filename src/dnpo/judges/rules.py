@@ -1,0 +1,75 @@
+"""An exact judge for prompts with a verifiable answer.
+
+0-100 points: correctness 60, completeness 25 (the share of the words in ``Prompt.needs`` that are mentioned), form 15
+(a capital or digit at the beginning, one full stop at the end, no word twice in a row; 5 each).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from dnpo.records import Prompt, Response, Verdict
+
+_MARKER = re.compile(r"\b(?:is|are|equals)\b|:", re.IGNORECASE)
+_WORD = re.compile(r"[^\W_]+")
+
+
+class Rules:
+    """Scores by rule; see the head of this file. Also the measure of the tiny world, so it judges itself there."""
+
+    gives_scores = True
+
+    def accepts(self, prompts: Sequence[Prompt]) -> str | None:
+        """Every prompt must have an answer."""
+        without = [p.id for p in prompts if p.answer is None]
+        if not without:
+            return None
+        return (
+            f"judge=rules needs a verifiable answer for every prompt, and {len(without):,} of {len(prompts):,} have none "
+            f"(the first is {without[0]}); choose another judge, or judge=off with method=spin or method=npo"
+        )
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Verdict]:
+        """One verdict a response; a prompt without an answer cannot be judged."""
+        by_id = {p.id: p for p in prompts}
+        return [self._judge(by_id[r.id], r) for r in responses]
+
+    def _judge(self, prompt: Prompt, response: Response) -> Verdict:
+        if prompt.answer is None:
+            return Verdict(response.id, response.source, None, "the prompt has no verifiable answer")
+        points = 60.0 * correct(prompt, response.text) + 25.0 * completeness(prompt, response.text) + form(response.text)
+        return Verdict(response.id, response.source, points)
+
+
+def stated_answer(text: str) -> str:
+    """What a response gives as its answer: the words after its last "is", "are", "equals" or colon, in lower case."""
+    return " ".join(words(_MARKER.split(text)[-1]))
+
+
+def correct(prompt: Prompt, text: str) -> bool:
+    """Whether the stated answer is the right one, word by word."""
+    return prompt.answer is not None and stated_answer(text) == " ".join(words(prompt.answer))
+
+
+def completeness(prompt: Prompt, text: str) -> float:
+    """Share of the words the prompt needs that the response mentions, each as often as needed."""
+    needed = Counter(w for need in prompt.needs for w in words(need))
+    if not needed:
+        return 1.0
+    return (needed & Counter(words(text))).total() / needed.total()
+
+
+def form(text: str) -> float:
+    """0, 5, 10 or 15 points for capital, full stop and no stuttering; 0 for an empty response."""
+    said = words(text)
+    if not said:
+        return 0.0
+    capital = text[0].isupper() or text[0].isdigit()
+    stop = text.endswith(".") and text.count(".") == 1
+    stutters = any(a == b for a, b in zip(said, said[1:], strict=False))
+    return 5.0 * (capital + stop + (not stutters))
+
+
+def words(text: str) -> list[str]:
+    """The words and numbers of a text in lower case."""
+    return [w.lower() for w in _WORD.findall(text)]

@@ -1,0 +1,48 @@
+"""The algorithm: K iterations of five verbs.
+
+    generate  →  judge  →  label  →  optimise  →  evaluate
+
+The verbs are stages (``stages.py``): the chain is laid out first, so that it can be looked at as a plan, and then run
+stage by stage through the store, which skips what is there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dnpo import stages
+from dnpo.stages import Run
+from dnpo.store import Stage
+
+
+@dataclass(frozen=True)
+class Lap:
+    """One iteration's stages; ``k`` is −1 for what comes before the first iteration."""
+
+    k: int
+    prompts: Stage
+    policy: Stage
+    evaluation: Stage
+    responses: Stage | None = None
+    verdicts: Stage | None = None
+    pairs: Stage | None = None
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Its own stages, in the order in which they run."""
+        first = [self.prompts] if self.k < 0 else []
+        own = [*first, self.responses, self.verdicts, self.pairs, self.policy, self.evaluation]
+        return [stage for stage in own if stage is not None]
+
+
+def chain(run: Run) -> Iterator[Lap]:
+    """Lay out a run: fine-tuning, then every iteration on the policy of the one before."""
+    prompts = stages.prepare(run)
+    policy = stages.fine_tune(run, prompts)
+    yield Lap(-1, prompts, policy, stages.evaluate(run, -1, prompts, policy, None))
+    for plan in run.plans:
+        responses = stages.generate(run, plan, prompts, policy)
+        verdicts = stages.judge(run, plan, prompts, responses)
+        pairs = stages.label(run, plan, prompts, responses, verdicts)
+        policy = stages.train(run, plan, prompts, policy, pairs)
+        report = stages.evaluate(run, plan.k, prompts, policy, pairs)
+        yield Lap(plan.k, prompts, policy, report, responses, verdicts, pairs)

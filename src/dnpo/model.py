@@ -1,0 +1,433 @@
+"""The policy, its frozen reference and their tokenizer.
+
+A policy is a causal language model seen as a body that gives hidden states and a head that turns them into logits. On
+disk it is a folder: either full weights as transformers writes them, or LoRA adapters, numbered in the order in which
+they were trained, on top of the model part's base weights.
+"""
+
+import copy
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from dnpo.errors import ModelError
+from dnpo.logprobs import Sequences, logp_of_targets, sequences, sum_by_sequence, token_logits
+from dnpo.records import Finish, Message, Prompt, Response
+from dnpo.seeding import derive
+from dnpo.settings import Count, Fraction, Natural, Positive
+from dnpo.store import content_hash
+
+# For tokenizers that bring no chat template. The response begins on a line of its own, so that prompt and response
+# tokenise apart as they do together.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] + '\n' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Policy:
+    """A causal language model with its tokenizer. Shapes as in ``logprobs.py``."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, inside its adapters if it has any."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # type: ignore[operator]
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output head."""
+        return cast(nn.Linear, self.causal_lm.get_output_embeddings())
+
+    @property
+    def pad_id(self) -> int:
+        """What fills padded rows; it never counts, so any id serves where the tokenizer names none."""
+        pad: int | None = self.tokenizer.pad_token_id  # type: ignore[assignment]
+        return pad if pad is not None else cast(int, self.tokenizer.eos_token_id)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a response: the tokenizer's end-of-sequence and whatever the model adds to it."""
+        configured = getattr(self.causal_lm.generation_config, "eos_token_id", None)
+        more = configured if isinstance(configured, list) else [configured]
+        ids = [cast(int, self.tokenizer.eos_token_id), *(i for i in more if i is not None)]
+        return list(dict.fromkeys(ids))
+
+    def hidden(self, batch: Sequences) -> Tensor:
+        """The body's hidden states that predict the batch's completion tokens, shape N × H."""
+        hidden_STH = self.causal_lm.base_model(
+            input_ids=batch.ids_ST, attention_mask=batch.mask_ST, use_cache=False
+        ).last_hidden_state
+        return cast(Tensor, hidden_STH[batch.sequence_N, batch.position_N])
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """The head's logits in float32, shape N × V."""
+        return token_logits(hidden_NH, self.head.weight, self.head.bias)
+
+    def logps(self, batch: Sequences) -> Tensor:
+        """log p(completion | prompt) of each sequence, float32, shape S."""
+        logp_N = logp_of_targets(self.logits(self.hidden(batch)), batch.target_N)
+        return sum_by_sequence(logp_N, batch.sequence_N, batch.count)
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int) -> list[float]:
+        """log p(completion | prompt) of many sequences, in nats, by batches of similar length."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
+        found = [0.0] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            some = order[start : start + batch_size]
+            batch = sequences([prompts[i] for i in some], [completions[i] for i in some], self.pad_id)
+            for i, logp in zip(some, self.logps(batch.to(self.device)).tolist(), strict=True):
+                found[i] = logp
+        return found
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode for a while; the mode before is put back."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def reference(self) -> "Policy":
+        """A frozen copy to start from: with LoRA the same weights, to be read with the trained adapter switched off."""
+        if hasattr(self.model, "peft_config"):
+            return AdapterOff(self.model, self.tokenizer)
+        frozen = copy.deepcopy(self.model).eval()
+        frozen.requires_grad_(False)
+        return Policy(frozen, self.tokenizer)
+
+    def save(self, folder: Path, earlier: Path | None = None) -> None:
+        """Write the policy so that :func:`load` finds it.
+
+        Args:
+            folder: where to.
+            earlier: with LoRA, the folder of the policy this one started from, whose adapters are copied along.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if not hasattr(self.model, "peft_config"):
+            self.causal_lm.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            return
+        before = _adapters(earlier) if earlier is not None else []
+        for number, adapter in enumerate(before):
+            shutil.copytree(adapter, folder / f"adapter-{number:02d}", dirs_exist_ok=True)
+        self.model.save_pretrained(folder / f"adapter-{len(before):02d}")  # type: ignore[operator]
+
+
+class AdapterOff(Policy):
+    """The reference of a LoRA policy: the same module, with the trained adapter switched off while it is read."""
+
+    def hidden(self, batch: Sequences) -> Tensor:
+        """See :meth:`Policy.hidden`."""
+        with self.evaluating(), self.model.disable_adapter():  # type: ignore[operator]
+            return super().hidden(batch)
+
+
+class Lora:
+    """Low-rank adapters. Each iteration trains a fresh one on top of those before it, which are merged into the weights.
+
+    Args:
+        rank: 0 trains all weights instead.
+        alpha: the usual scale; the update is multiplied by alpha / rank.
+        dropout: must be 0 for the policy to be the reference at step 0.
+        target_modules: as peft takes it.
+    """
+
+    def __init__(
+        self, *, rank: Natural = 0, alpha: Positive = 16.0, dropout: Fraction = 0.0, target_modules: str = "all-linear"
+    ) -> None:
+        self.rank, self.alpha, self.dropout, self.target_modules = rank, alpha, dropout, target_modules
+
+    def identity(self) -> Mapping[str, Any]:
+        """Everything that decides the adapter; nothing of it matters at rank 0."""
+        return vars(self) if self.rank else {"rank": 0}
+
+    def on(self, model: nn.Module, seed: int) -> nn.Module:
+        """The model with a fresh trainable adapter, which changes nothing yet; unchanged at rank 0."""
+        if self.rank == 0:
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return cast(nn.Module, get_peft_model(cast(Any, model), config))
+
+
+class Scratch:
+    """A small Llama-shaped model, not trained yet, with a byte-pair tokenizer trained on the data's own text.
+
+    Args:
+        width, layers, heads, mlp: hidden size, number of blocks, attention heads, inner size of the MLP.
+        vocabulary: tokens at most, special ones included; every digit is a token of its own.
+        context: positions at most.
+        seed: draws the initial weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: Count = 96,
+        layers: Count = 2,
+        heads: Count = 4,
+        mlp: Count = 256,
+        vocabulary: Count = 400,
+        context: Count = 128,
+        lora: Lora,
+        seed: Natural = 0,
+    ) -> None:
+        self.shape = {
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "intermediate_size": mlp,
+            "max_position_embeddings": context,
+        }
+        self.vocabulary, self.lora, self.seed = vocabulary, lora, seed
+
+    def identity(self) -> Mapping[str, Any]:
+        """Everything that decides the initial weights and the tokenizer."""
+        return {**self.shape, "vocabulary": self.vocabulary, "seed": self.seed}
+
+    def base(self, folder: Path, prompts: Sequence[Prompt]) -> None:
+        """Train the tokenizer on the prompts and human responses, draw the weights, and write both."""
+        from dnpo.tokenizer import train_tokenizer
+
+        tokenizer = train_tokenizer(prompts, self.vocabulary)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=False,
+            **self.shape,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(derive(self.seed, "weights"))
+            model = LlamaForCausalLM(config)
+        Policy(model, tokenizer).save(folder)
+
+    def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> Policy:
+        """The policy in ``folder``, or the untrained one without."""
+        return load(str(base), folder, device=device)
+
+
+class Pretrained:
+    """Any causal language model of transformers, from a local folder or by its name on the Hugging Face hub.
+
+    Args:
+        path: a folder with ``config.json``, safetensors weights and a tokenizer; or
+        name: a name on the hub, with ``revision``. Exactly one of the two.
+        dtype: of the weights.
+        trust_remote_code: whether code that comes with the model may run.
+        chat_template: overrides the tokenizer's; one that has none gets a plain template (``PLAIN_TEMPLATE``).
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        dtype: Dtype = "float32",
+        trust_remote_code: bool = False,
+        chat_template: str | None = None,
+        lora: Lora,
+    ) -> None:
+        if (path is None) == (name is None):
+            raise ModelError("model: give either model.path (a folder) or model.name (on the hub)")
+        if path is not None and not (Path(path) / "config.json").is_file():
+            raise ModelError(f"model.path={path}: no model there; expected a folder with config.json, *.safetensors and a tokenizer")
+        self.location = str(Path(path).absolute()) if path is not None else cast(str, name)
+        self.local, self.revision, self.dtype = path is not None, revision, dtype
+        self.trust_remote_code, self.chat_template, self.lora = trust_remote_code, chat_template, lora
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the weights: the contents of the folder, or name and commit on the hub."""
+        where = (
+            {"content": content_hash(Path(self.location))}
+            if self.local
+            else {"name": self.location, "revision": self._commit()}
+        )
+        return {**where, "dtype": self.dtype, "chat_template": self.chat_template}
+
+    def _commit(self) -> str:
+        from huggingface_hub import HfApi
+        from huggingface_hub.utils import HfHubHTTPError
+
+        try:
+            return cast(str, HfApi().model_info(self.location, revision=self.revision).sha)
+        except (HfHubHTTPError, OSError) as error:
+            if self.revision is not None:  # offline, but pinned: what is in the cache will do
+                return self.revision
+            raise ModelError(
+                f"model.name={self.location}: the hub does not answer ({type(error).__name__}); give model.revision=… to "
+                "use a downloaded copy, or model=local model.path=…"
+            ) from error
+
+    def base(self, folder: Path, prompts: Sequence[Prompt]) -> None:
+        """Write the tokenizer with the template in force; the weights stay where they are."""
+        self.load(folder).tokenizer.save_pretrained(folder)
+
+    def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> Policy:
+        """The policy in ``folder``, or the base model without."""
+        return load(
+            self.location,
+            folder,
+            revision=self.revision,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            chat_template=self.chat_template,
+            device=device,
+        )
+
+
+ModelPart = Scratch | Pretrained
+
+
+def load(
+    base: str,
+    folder: Path | None,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "float32",
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    device: str = "cpu",
+) -> Policy:
+    """Load a policy: full weights from ``folder`` if they are there, else the base's with the folder's adapters merged in.
+
+    Raises:
+        ModelError: there is no usable model or tokenizer, or the two disagree, or the output head is not one whose
+            logits the log-probabilities here reproduce.
+    """
+    whole = folder is not None and (folder / "config.json").is_file()
+    weights = str(folder) if whole else base
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": None if whole else revision}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(weights, **options)
+        model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {weights} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if folder is not None and not whole:
+        from peft import PeftModel
+
+        for adapter in _adapters(folder):
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    policy = Policy(model.to(device), tokenizer)
+    _check(policy, weights)
+    return policy
+
+
+def _adapters(folder: Path) -> list[Path]:
+    return sorted(folder.glob("adapter-*"))
+
+
+@torch.no_grad()
+def _check(policy: Policy, weights: str) -> None:
+    """A tokenizer that the model's embeddings hold, an end-of-sequence token, and a head that is the model's own."""
+    tokenizer, model = policy.tokenizer, policy.causal_lm
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model: the tokenizer in {weights} has {len(tokenizer):,} tokens, the model embeds only {rows:,}; "
+            "they do not belong together"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model: the tokenizer in {weights} has no end-of-sequence token, so no response could ever end")
+    with policy.evaluating():
+        two_tokens = sequences([[0]], [[min(1, rows - 1)]], policy.pad_id).to(policy.device)
+        ours = policy.logits(policy.hidden(two_tokens))
+        its = model(input_ids=two_tokens.ids_ST).logits[0, :1].float()
+    if not torch.allclose(ours, its, rtol=2e-2 if its.dtype is torch.bfloat16 else 1e-3, atol=1e-3):
+        raise ModelError(
+            f"model: {type(model).__name__} does more with its hidden states than its output head says (soft-capped or "
+            f"scaled logits, perhaps): logits differ by {float((ours - its).abs().max()):.3g}; it is not supported"
+        )
+
+
+# --- text and tokens --------------------------------------------------------------------------------------------------
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> tuple[str, str]:
+    """The rendered prompt, as generation sees it, and what training text has after it.
+
+    Raises:
+        ModelError: the template renders training text otherwise than generation text.
+    """
+    template: Any = tokenizer.apply_chat_template
+    prompt = cast(str, template(messages, tokenize=False, add_generation_prompt=True))
+    whole = cast(str, template([*messages, {"role": "assistant", "content": response}], tokenize=False))
+    if not whole.startswith(prompt):
+        at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
+        raise ModelError(
+            "model: the chat template renders training text otherwise than generation text, so the policy would be "
+            f"trained on prompts it never sees. They part at character {at}: generation has {prompt[at:][:40]!r}, "
+            f"training has {whole[at:][:40]!r}. Set model.chat_template, or mend the tokenizer's"
+        )
+    return prompt, whole[len(prompt) :]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> tuple[list[int], list[int]]:
+    """Token ids of the rendered prompt, and of the response up to and with its end-of-sequence token.
+
+    The two are tokenised apart, because that is what generation does: its response begins where the prompt's tokens end.
+    Whatever a template puts after the end of the response (a line break, often) is left out: no sampled response has it.
+    """
+    prompt, rest = render(tokenizer, messages, response)
+    encode: Any = tokenizer
+    prompt_ids = list(encode(prompt, add_special_tokens=False)["input_ids"])
+    ids = list(encode(rest, add_special_tokens=False)["input_ids"])
+    eos = cast(int, tokenizer.eos_token_id)
+    if eos in ids:
+        ids = ids[: len(ids) - ids[::-1].index(eos)]
+    else:
+        ids.append(eos)
+    return prompt_ids, ids
+
+
+def human_response(prompt: Prompt, ids: list[int], limit: int) -> Response:
+    """The human response as a row. One over the limit is cut there, without an end-of-sequence token, as a sample is."""
+    finish: Finish = "eos" if len(ids) <= limit else "length"
+    ids = ids[:limit]
+    return Response(prompt.id, "human", prompt.human, ids, len(ids), finish)
+
+
+def device_of(setting: str) -> str:
+    """``auto`` is the GPU if there is one."""
+    if setting == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return setting

@@ -1,0 +1,94 @@
+"""The mathematics: one pure function per equation, on log-probabilities of whole responses.
+
+Shapes: B pairs. Log-probabilities are sums over completion tokens, in nats and float32 (or wider).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from dnpo.settings import Positive
+
+
+class PairLogps(NamedTuple):
+    """log p(y⁺|x) and log p(y⁻|x) of a batch of pairs under one model."""
+
+    chosen_B: Tensor
+    rejected_B: Tensor
+
+    def detach(self) -> "PairLogps":
+        """The same numbers, through which no gradient flows."""
+        return PairLogps(self.chosen_B.detach(), self.rejected_B.detach())
+
+
+class NoisyReference(NamedTuple):
+    """log p̃_r(y⁻|x), once as the policy meets it and once, with noise drawn anew, as the noise is trained on.
+
+    Attributes:
+        policy_B: for the policy term; carries no gradient.
+        noise_B: for the noise term; carries the gradient to the noise.
+        variance: mean(s²) over rejected completion tokens and vocabulary entries, a scalar with gradient.
+    """
+
+    policy_B: Tensor
+    noise_B: Tensor
+    variance: Tensor
+
+
+class Terms(NamedTuple):
+    """The three terms of the two-player loss, and the margins behind the first."""
+
+    policy: Tensor
+    noise: Tensor
+    variance: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """What one backward pass gives both players their gradients from."""
+        return self.policy + self.noise + self.variance
+
+
+Objective = Callable[[PairLogps, PairLogps], Tensor]
+"""(policy, reference) → a loss for each of the B pairs."""
+
+
+def log_ratio_gap(policy: PairLogps, reference: PairLogps) -> Tensor:
+    """[log p_θ(y⁺) − log p_r(y⁺)] − [log p_θ(y⁻) − log p_r(y⁻)], the margin at β = 1, in nats. Shape B."""
+    return (policy.chosen_B - reference.chosen_B) - (policy.rejected_B - reference.rejected_B)
+
+
+def logistic(policy: PairLogps, reference: PairLogps, *, beta: Positive) -> Tensor:
+    """ℓ(β · gap) with ℓ(m) = −log σ(m) = softplus(−m): SPIN (equation 4.7) and DPO (equation 7). Shape B."""
+    return softplus(-beta * log_ratio_gap(policy, reference))
+
+
+def two_player(
+    objective: Objective, policy: PairLogps, reference: PairLogps, noisy: NoisyReference, alpha: float
+) -> Terms:
+    """Noise preference optimization (DNPO paper, section 4.3): policy term, noise term and variance term.
+
+        mean ℓ(margiñ(θ, stop(φ); ε))  −  mean ℓ(margiñ(stop(θ), φ; ε′))  +  α · mean(s²)
+
+    The stops make one backward pass of the sum right for both players: the policy is moved by the first term alone,
+    the noise by the other two. With noise that adds nothing the first term is the objective itself.
+    """
+    met_by_policy = PairLogps(reference.chosen_B, noisy.policy_B.detach())
+    met_by_noise = PairLogps(reference.chosen_B, noisy.noise_B)
+    return Terms(
+        policy=objective(policy, met_by_policy).mean(),
+        noise=-objective(policy.detach(), met_by_noise).mean(),
+        variance=alpha * noisy.variance,
+    )
+
+
+def negative_log_likelihood(logp_N: Tensor) -> Tensor:
+    """Mean of −log p over completion tokens: supervised fine-tuning. ``logp_N`` has a value a token."""
+    return -logp_N.mean()
+
+
+def saturation(margin_B: Tensor) -> Tensor:
+    """mean σ(−margin), the mean size of the logistic loss's gradient in the margin: near 0 the loss is saturated."""
+    return torch.sigmoid(-margin_B).mean()

@@ -1,0 +1,138 @@
+"""The rows that flow through a run, and their Parquet files.
+
+``Prompt`` → ``Response`` → ``Verdict`` → ``Pair``. A row is a frozen dataclass of plain values; a file of rows is one
+Parquet table whose schema is read off the dataclass, so that empty lists and missing scores keep their type.
+"""
+
+import dataclasses
+import os
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Message = dict[str, str]
+Finish = Literal["eos", "length"]
+HUMAN = "human"
+
+
+def policy_source(iteration: int) -> str:
+    """The source of what the policy of this iteration generated."""
+    return f"policy@{iteration}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation that waits for its next response, with the response a human gave.
+
+    Attributes:
+        id: unique within its data.
+        messages: ``role``/``content`` turns up to the response, without it.
+        human: the text of the human response.
+        family: task family of verifiable data, "" otherwise.
+        answer: the verifiable answer, if there is one.
+        needs: words that a complete response has to mention (verifiable data).
+        token_ids: the rendered prompt, beginning-of-sequence included; empty until a tokenizer has seen it.
+    """
+
+    id: str
+    messages: list[Message]
+    human: str
+    family: str = ""
+    answer: str | None = None
+    needs: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response to the prompt of the same id.
+
+    Attributes:
+        source: ``human`` or ``policy@k``.
+        token_ids: completion tokens; the last is end-of-sequence if and only if ``finish`` is ``eos``.
+        tokens: how many they are.
+        finish: ``eos``, or ``length`` for one cut at the limit.
+        logprob: log-probability of the completion under the policy that generated it, in nats; None for human ones.
+    """
+
+    id: str
+    source: str
+    text: str
+    token_ids: list[int]
+    tokens: int
+    finish: Finish
+    logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a judge says of one response: a score in 0-100, or None with the reason why there is none."""
+
+    id: str
+    source: str
+    score: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A chosen and a rejected response to one prompt, with the source and score of each side.
+
+    ``flipped`` says that the generated response was chosen over the human one.
+    """
+
+    id: str
+    messages: list[Message]
+    prompt_ids: list[int]
+    chosen: str
+    rejected: str
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    chosen_source: str
+    rejected_source: str
+    chosen_score: float | None
+    rejected_score: float | None
+    flipped: bool
+
+
+Row = TypeVar("Row", Prompt, Response, Verdict, Pair)
+
+
+def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
+    """Write rows to a Parquet file, which appears whole or not at all."""
+    columns = {f.name: [getattr(row, f.name) for row in rows] for f in dataclasses.fields(kind)}
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.table(columns, schema=schema(kind)), aside)
+    aside.replace(path)
+
+
+def read(path: Path, kind: type[Row]) -> list[Row]:
+    """Read the rows that :func:`write` wrote."""
+    return [kind(**row) for row in pq.read_table(path).to_pylist()]
+
+
+def read_all(paths: Iterable[Path], kind: type[Row]) -> list[Row]:
+    """Read several files of rows, in the order given."""
+    return [row for path in paths for row in read(path, kind)]
+
+
+def schema(kind: type) -> pa.Schema:
+    """The Arrow schema of a row type, from its annotations."""
+    return pa.schema([(name, _arrow(hint)) for name, hint in get_type_hints(kind).items()])
+
+
+def _arrow(hint: Any) -> pa.DataType:
+    if hint == Message:
+        return pa.struct([("role", pa.string()), ("content", pa.string())])
+    if get_origin(hint) is Literal:
+        return pa.string()
+    if get_origin(hint) is list:
+        return pa.list_(_arrow(get_args(hint)[0]))
+    if get_origin(hint) in (Union, types.UnionType):
+        return _arrow(next(arg for arg in get_args(hint) if arg is not type(None)))
+    return {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}[hint]

@@ -1,0 +1,153 @@
+"""Running a chain of stages and telling of it: progress, tracking, the summary and the table."""
+
+import importlib.metadata
+import json
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from dnpo.console import Console, iteration_table
+from dnpo.figures import logprob_histogram
+from dnpo.loop import Lap
+from dnpo.store import Stage, Store, manifest, write_json
+from dnpo.tracking import Tracking
+
+PACKAGES = ("dnpo", "torch", "pytorch-lightning", "transformers", "peft", "tokenizers", "mlflow", "datasets")
+FIRST_PAIRS = 50
+
+
+def tags(choices: Mapping[str, str], settings: Mapping[str, Any], laps: Sequence[Lap]) -> dict[str, str]:
+    """What a run can be found by: the options chosen, seed, git commit and the keys of its stages."""
+    chosen = {f"dnpo.{group}": str(name) for group, name in choices.items() if not group.startswith("hydra/")}
+    keys = {f"stage.{_slug(stage)}": stage.key for lap in laps for stage in lap.stages}
+    return {**chosen, "dnpo.seed": str(settings["seed"]), "dnpo.kind": "run", "dnpo.commit": commit(), **keys}
+
+
+def execute(
+    laps: Sequence[Lap],
+    store: Store,
+    console: Console,
+    tracking: Tracking,
+    settings: Mapping[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """Run every stage that is not there, track what comes out, and write ``summary.json`` into the run's folder."""
+    clock, before = time.monotonic(), 0
+    table: list[dict[str, Any]] = []
+    used: list[dict[str, Any]] = []
+    for lap in laps:
+        for stage in lap.stages:
+            reused = _get(stage, store, console, tracking, before)
+            used.append({"title": stage.title, "stage": stage.name, "key": stage.key, "reused": reused})
+        before += int(manifest(store.folder(lap.policy))["facts"]["policy_steps"]) if lap.k >= 0 else 0
+        table.append(_row(lap, store))
+        _track(lap, table[-1], store, tracking, folder)
+    summary = {
+        "table": table,
+        "settings": settings,
+        "stages": used,
+        "commit": commit(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "seconds": round(time.monotonic() - clock, 1),
+    }
+    write_json(folder / "summary.json", summary)
+    tracking.artifact(folder / "summary.json")
+    tracking.flush()
+    return summary
+
+
+def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int) -> bool:
+    """Have one stage computed, or find it; its training steps are tracked either way. True if it was there."""
+    prefix = "sft/" if stage.name == "sft" else ""
+
+    def track(rows: list[dict[str, float]]) -> None:
+        for row in rows:
+            values = {f"{prefix}{name}": value for name, value in row.items() if name != "step"}
+            tracking.metrics(values, before + int(row["step"]))
+
+    if store.has(stage):
+        console.reused(stage.title, stage.key)
+        steps = store.folder(stage) / "steps.json"
+        if steps.is_file():
+            track(json.loads(steps.read_text()))
+        return True
+    with console.stage(stage.title, track) as report:
+        store.get(stage, report)
+    return False
+
+
+def _row(lap: Lap, store: Store) -> dict[str, Any]:
+    """One row of the table. ``seconds`` is what its stages took when they were computed."""
+    trained = manifest(store.folder(lap.policy))["facts"]
+    row: dict[str, Any] = {"iteration": "SFT" if lap.k < 0 else lap.k}
+    row |= json.loads((store.folder(lap.evaluation) / "metrics.json").read_text())
+    for name in ("loss/policy", "loss/noise", "npo/variance", "npo/at_bound", "npo/shift", "margin/saturation"):
+        row[name] = trained.get(f"{name} (last tenth)")
+    if lap.pairs is not None:
+        row |= {f"pairs/{name}": count for name, count in manifest(store.folder(lap.pairs))["facts"].items()}
+    if lap.responses is not None:
+        row["generated/cut"] = manifest(store.folder(lap.responses))["facts"]["cut"]
+    row["seconds"] = round(sum(manifest(store.folder(stage))["seconds"] for stage in lap.stages), 1)
+    return row
+
+
+def _track(lap: Lap, row: Mapping[str, Any], store: Store, tracking: Tracking, folder: Path) -> None:
+    """An iteration's metrics, its histogram, and the first of its pairs."""
+    numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "iteration"}
+    renamed = {f"iteration/{n}" if n.startswith(("loss/", "npo/", "margin/", "logps/")) else n: v for n, v in numbers.items()}
+    tracking.metrics(renamed, lap.k)
+    name = "sft" if lap.k < 0 else f"iteration-{lap.k}"
+    picture = folder / f"logprobs-{name}.png"
+    ks = row.get("stagnation/ks")
+    note = f"KS distance rejected–new {ks:.3f} (5 % critical value {row['stagnation/ks_critical']:.3f})" if ks else ""
+    title = "after supervised fine-tuning" if lap.k < 0 else f"after iteration {lap.k}"
+    logprob_histogram(store.folder(lap.evaluation) / "logprobs.npz", picture, f"Responses under the policy {title}", note)
+    tracking.artifact(picture, "logprobs")
+    if lap.pairs is not None:
+        rows = pq.read_table(store.folder(lap.pairs) / "pairs.parquet").slice(0, FIRST_PAIRS).to_pylist()
+        first = folder / f"pairs-{name}.json"
+        write_json(first, rows)
+        tracking.artifact(first, "pairs")
+    tracking.flush()
+
+
+def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Store, tracking: Tracking) -> None:
+    """The table, and where everything is."""
+    rows = summary["table"]
+    families = [name.removeprefix("eval/accuracy/") for name in rows[0] if name.startswith("eval/accuracy/")]
+    console.say("")
+    console.rich.print(iteration_table(rows, families))
+    if any("eval/score" in row for row in rows):
+        console.say(
+            "score: judge's mean on sampled held-out answers (0-100); the judge that labels the pairs also sets this "
+            "measure. Accuracies: greedy answers."
+        )
+    console.say("Losses: mean over the last tenth of the steps. lp: summed log-probability under the new policy, nats.")
+    console.say("")
+    console.say(f"results     {folder}")
+    console.say(f"stages      {store.root}")
+    for line in tracking.whereabouts():
+        console.say(line)
+
+
+def commit() -> str:
+    """The git commit of the checkout this code is in, with ``+`` if there are changes on top; "" outside one."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
+
+
+def _slug(stage: Stage) -> str:
+    return stage.title.replace(" · ", ".").replace(" ", "-")

@@ -1,0 +1,108 @@
+"""Settings are checked against the signature of what they configure: the signature is the schema.
+
+The settings of a target are its keyword-only parameters; what a run passes to it (a model, rows, a folder) comes as
+positional parameters. Types and ranges are read from the annotations, such as ``alpha: NonNegative``.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any, get_type_hints
+
+from hydra.utils import get_object
+from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
+
+from dnpo.errors import SettingsError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the settings of one part, a mapping with a ``_target_``, before anything is built.
+
+    Args:
+        name: where the settings stand, such as ``npo``; every message begins with it.
+        settings: plain values; nested mappings with a ``_target_`` of their own are checked as well.
+
+    Returns:
+        The settings with each value as its annotation has it (``alpha: 1`` becomes ``1.0``), so that one value has
+        one spelling.
+
+    Raises:
+        SettingsError: the target does not exist, a key is not one of its keyword-only parameters (the message offers
+            near matches), a required one is missing, or a value has the wrong type or lies outside its range.
+    """
+    if "_target_" not in settings:
+        raise SettingsError(f"{name}: no _target_, so nothing says what these settings configure")
+    target = locate(f"{name}._target_", settings["_target_"])
+    values = {key: value for key, value in settings.items() if not key.startswith("_")}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            values[key] = check(f"{name}.{key}", value)
+    # Of foreign classes (an optimizer, say) only the names are checked: their annotations are their own affair.
+    own = target.__module__.split(".")[0] != "torch"
+    special = {key: value for key, value in settings.items() if key.startswith("_")}
+    return special | check_values(name, target, values, types=own)
+
+
+def check_values(
+    name: str, target: Callable[..., Any], values: Mapping[str, Any], *, types: bool = True
+) -> dict[str, Any]:
+    """Check plain values against the parameters of ``target``; see :func:`check`."""
+    parameters = inspect.signature(target).parameters
+    keywords = {p.name: p for p in parameters.values() if p.kind is p.KEYWORD_ONLY or not types}
+    for key in values:
+        if key not in keywords:
+            raise SettingsError(f"{_dotted(name, key)}: unknown setting.{nearest(key, keywords, name)}")
+    for key, parameter in keywords.items():
+        if types and parameter.default is parameter.empty and values.get(key) in (None, "???"):
+            raise SettingsError(f"{_dotted(name, key)}: needs a value; give {_dotted(name, key)}=…")
+    if not types:
+        return dict(values)
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    return {
+        key: value
+        if key not in hints or (isinstance(value, Mapping) and "_target_" in value)
+        else _check_value(_dotted(name, key), value, hints[key])
+        for key, value in values.items()
+    }
+
+
+def _check_value(name: str, value: Any, hint: Any) -> Any:
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # dataclasses bring a configuration of their own
+        adapter = TypeAdapter(hint)
+    try:
+        return adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]["msg"]
+        raise SettingsError(f"{name}={value!r}: {problem[0].lower()}{problem[1:]}") from None
+
+
+def locate(name: str, target: str) -> Callable[..., Any]:
+    """The object that a dotted path names, or a SettingsError that names the setting."""
+    try:
+        found: Callable[..., Any] = get_object(target)
+    except Exception as error:
+        raise SettingsError(f"{name}={target}: cannot be imported ({error})") from None
+    return found
+
+
+def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """A sentence that offers the known words nearest to ``word``, or lists them all."""
+    known = sorted(key for key in known if not key.split(".")[-1].startswith("_"))
+    names = [_dotted(prefix, key) for key in known]
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    if close:
+        return f" Did you mean {' or '.join(_dotted(prefix, key) for key in close)}?"
+    return f" Known: {', '.join(sorted(names)) or 'none'}."
+
+
+def _dotted(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key

@@ -1,0 +1,288 @@
+"""The stages of a run: each reads its inputs, calls one part, and writes what came out.
+
+A function here takes the run's parts and the stages before it and returns a :class:`~dnpo.store.Stage`; nothing is
+computed until the store asks for it. What a stage's result depends on stands in its ``settings`` and ``inputs``: raise
+its version when a change of the code changes what it computes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from dnpo import dsl, optimise
+from dnpo import evaluate as evaluation
+from dnpo import generate as generation
+from dnpo.data import SPLITS, Source
+from dnpo.errors import DataError
+from dnpo.judges import Judge
+from dnpo.model import ModelPart, Policy, encode_prompt, human_response
+from dnpo.npo import Noise
+from dnpo.objective import Objective
+from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write
+from dnpo.seeding import derive
+from dnpo.store import Report, Stage, write_json
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Part(Generic[T]):
+    """A component and the settings that decide what it does, as they go into stage keys."""
+
+    value: T
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is in force at iteration ``k``: parts that have not started yet are absent ones here."""
+
+    k: int
+    generate: Part[generation.Sampling]
+    judge: Part[Judge]
+    dsl: Part[dsl.Labeller]
+    objective: Part[Objective]
+    npo: Part[partial[Noise]]
+    trainer: Part[optimise.Optimisation]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole run as plain values: the parts that hold throughout, and a plan for each iteration."""
+
+    seed: int
+    device: str
+    data: Part[Source]
+    model: Part[ModelPart]
+    sft: Part[optimise.Optimisation]
+    generate: Part[generation.Sampling]
+    judge: Part[Judge]
+    eval: Part[evaluation.Evaluation]
+    plans: Sequence[Plan]
+
+    @property
+    def limit(self) -> int:
+        """Completion tokens at most, of human and of generated responses alike."""
+        return self.data.value.max_response_tokens
+
+    def policy(self, inputs: Mapping[str, Path]) -> Policy:
+        """The policy among a stage's inputs, or the base model where there is none."""
+        folder = inputs["policy"] / "policy" if "policy" in inputs else None
+        return self.model.value.load(inputs["prompts"] / "model", folder, self.device)
+
+
+def prepare(run: Run) -> Stage:
+    """Prompts and human responses that fit the model, encoded; its tokenizer; and weights if it starts from scratch."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        rows, facts = run.data.value.read()
+        run.model.value.base(folder / "model", rows["train"])
+        policy = run.model.value.load(folder / "model", None, "cpu")
+        report.begin(sum(map(len, rows.values())), "prompts")
+        for split in SPLITS:
+            facts[split] = _encode(run, policy, rows[split], split, folder, report)
+        return facts
+
+    settings = {
+        "data": run.data.settings,
+        "model": run.model.settings,
+        "max_prompt_tokens": run.data.value.max_prompt_tokens,
+        "max_response_tokens": run.limit,
+    }
+    return Stage("prompts", "prompts", 1, settings, {}, work)
+
+
+def _encode(run: Run, policy: Policy, rows: list[Prompt], split: str, folder: Path, report: Report) -> dict[str, int]:
+    """Encode one split, without the prompts that are too long."""
+    context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
+    longest = min(run.data.value.max_prompt_tokens, context - run.limit)
+    prompts, human = [], []
+    for row in rows:
+        prompt_ids, ids = encode_prompt(policy.tokenizer, row.messages, row.human)
+        report.advance()
+        if len(prompt_ids) <= longest:
+            prompts.append(Prompt(row.id, row.messages, row.human, row.family, row.answer, row.needs, prompt_ids))
+            human.append(human_response(row, ids, run.limit))
+    dropped = len(rows) - len(prompts)
+    if dropped:
+        report.note(f"{dropped:,} of {len(rows):,} {split} prompts are longer than {longest} tokens: dropped")
+    if not prompts:
+        raise DataError(
+            f"data: none of the {len(rows):,} {split} prompts fits into {longest} tokens (the smaller of "
+            f"data.max_prompt_tokens={run.data.value.max_prompt_tokens} and the model's context of {context} less "
+            f"data.max_response_tokens={run.limit}); change these, or take other data"
+            if rows
+            else f"data: there are no {split} prompts"
+        )
+    write(folder / f"{split}.parquet", prompts, Prompt)
+    write(folder / f"{split}-human.parquet", human, Response)
+    return {"rows": len(prompts), "too_long": dropped, "human_cut": sum(r.finish == "length" for r in human)}
+
+
+def fine_tune(run: Run, prompts: Stage) -> Stage:
+    """The base model, fine-tuned on the human responses."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        rows = _held(inputs["prompts"], "train")
+        seed = derive(run.seed, "sft")
+        policy = run.policy(inputs)
+        policy.model = run.model.value.lora.on(policy.model, derive(seed, "adapter"))
+        triples = [(p.id, p.token_ids, r.token_ids) for p, r in zip(*rows, strict=True)]
+        history = optimise.fine_tune(
+            policy, triples, run.sft.value, seed=seed, folder=folder, report=report
+        )
+        return _trained(policy, history, folder, None)
+
+    settings = {"sft": run.sft.settings, "lora": run.model.value.lora.identity(), "seed": run.seed}
+    return Stage("sft", "supervised fine-tuning", 1, settings, {"prompts": prompts}, work)
+
+
+def generate(run: Run, plan: Plan, prompts: Stage, policy: Stage) -> Stage:
+    """One response of the current policy to each training prompt."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        responses = generation.generate(
+            run.policy(inputs),
+            read(inputs["prompts"] / "train.parquet", Prompt),
+            plan.generate.value,
+            source=policy_source(plan.k),
+            limit=run.limit,
+            seed=derive(run.seed, "generate", plan.k),
+            folder=folder,
+            report=report,
+        )
+        return {"responses": len(responses), "cut": sum(r.finish == "length" for r in responses)}
+
+    settings = {"generate": plan.generate.settings, "seed": run.seed, "iteration": plan.k}
+    return Stage("generate", f"iteration {plan.k} · generate", 1, settings, {"prompts": prompts, "policy": policy}, work)
+
+
+def judge(run: Run, plan: Plan, prompts: Stage, responses: Stage) -> Stage | None:
+    """A verdict on the human and on the generated response to each training prompt; none where nobody asks for it."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        train = _held(inputs["prompts"], "train")
+        generated = _responses(inputs["responses"])
+        report.begin(len(train.human) + len(generated), "verdicts")
+        verdicts = plan.judge.value(train.prompts, [*train.human, *generated])
+        report.advance(len(verdicts))
+        write(folder / "verdicts.parquet", verdicts, Verdict)
+        return {"verdicts": len(verdicts), "unscored": sum(v.score is None for v in verdicts)}
+
+    if not plan.dsl.value.needs_scores:
+        return None
+    inputs = {"prompts": prompts, "responses": responses}
+    return Stage("judge", f"iteration {plan.k} · judge", 1, {"judge": plan.judge.settings}, inputs, work)
+
+
+def label(run: Run, plan: Plan, prompts: Stage, responses: Stage, verdicts: Stage | None) -> Stage:
+    """Pairs: who is chosen and who is rejected."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        train = _held(inputs["prompts"], "train")
+        said = read(inputs["verdicts"] / "verdicts.parquet", Verdict) if "verdicts" in inputs else []
+        pairs, counts = dsl.label(plan.dsl.value, train.prompts, train.human, _responses(inputs["responses"]), said)
+        if not pairs:
+            raise DataError(f"iteration {plan.k}: no pair is left to train on: {counts}")
+        write(folder / "pairs.parquet", pairs, Pair)
+        return dict(counts)
+
+    inputs = {"prompts": prompts, "responses": responses} | ({"verdicts": verdicts} if verdicts else {})
+    return Stage("pairs", f"iteration {plan.k} · label", 1, {"dsl": plan.dsl.settings}, inputs, work)
+
+
+def train(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> Stage:
+    """The policy of the next iteration: trained on the pairs, against the policy it starts from."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        seed = derive(run.seed, "optimise", plan.k)
+        start = run.policy(inputs)
+        start.model = run.model.value.lora.on(start.model, derive(seed, "adapter"))
+        head = start.head
+        history = optimise.optimise(
+            start,
+            read(inputs["pairs"] / "pairs.parquet", Pair),
+            plan.trainer.value,
+            noise=plan.npo.value(head.in_features, head.out_features),
+            objective=plan.objective.value,
+            beta=float(plan.objective.settings.get("beta", 1.0)),
+            seed=seed,
+            folder=folder,
+            report=report,
+        )
+        return _trained(start, history, folder, inputs["policy"] / "policy")
+
+    settings = {
+        "trainer": plan.trainer.settings,
+        "objective": plan.objective.settings,
+        "npo": plan.npo.settings,
+        "lora": run.model.value.lora.identity(),
+        "seed": run.seed,
+        "iteration": plan.k,
+    }
+    inputs = {"prompts": prompts, "policy": policy, "pairs": pairs}
+    return Stage("optimise", f"iteration {plan.k} · optimise", 1, settings, inputs, work)
+
+
+def evaluate(run: Run, k: int, prompts: Stage, policy: Stage, pairs: Stage | None) -> Stage:
+    """Metrics of a policy; ``k`` is −1 for the one before the first iteration."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        part = run.eval.value
+        metrics = evaluation.evaluate(
+            run.policy(inputs),
+            part,
+            _held(inputs["prompts"], part.split),
+            run.judge.value,
+            run.generate.value,
+            pairs=read(inputs["pairs"] / "pairs.parquet", Pair) if "pairs" in inputs else None,
+            train=_held(inputs["prompts"], "train"),
+            source=policy_source(k + 1),
+            limit=run.limit,
+            seed=derive(run.seed, "evaluate"),
+            folder=folder,
+            report=report,
+        )
+        write_json(folder / "metrics.json", metrics)
+        return metrics
+
+    settings = {
+        "eval": run.eval.settings,
+        "judge": run.judge.settings,
+        "generate": run.generate.settings,
+        "seed": run.seed,
+        "iteration": k,
+    }
+    inputs = {"prompts": prompts, "policy": policy} | ({"pairs": pairs} if pairs else {})
+    title = f"iteration {k} · evaluate" if k >= 0 else "evaluate"
+    return Stage("evaluate", title, 1, settings, inputs, work)
+
+
+def _held(folder: Path, split: str) -> evaluation.Held:
+    return evaluation.Held(
+        read(folder / f"{split}.parquet", Prompt), read(folder / f"{split}-human.parquet", Response)
+    )
+
+
+def _responses(folder: Path) -> list[Response]:
+    return read_all(sorted(folder.glob("shard-*.parquet")), Response)
+
+
+def _trained(policy: Policy, history: list[dict[str, float]], folder: Path, earlier: Path | None) -> dict[str, Any]:
+    """Write a trained policy and its step metrics; a training without steps leaves the policy it started from."""
+    (folder / "policy").mkdir(exist_ok=True)
+    if history:
+        policy.save(folder / "policy", earlier)
+    (folder / "steps.json").write_text(json.dumps(history))
+    tenth = history[-max(len(history) // 10, 1) :]
+    first = history[: max(len(history) // 10, 1)]
+    means = {f"{name} (last tenth)": _mean([row[name] for row in tenth]) for name in history[-1]} if history else {}
+    starts = {f"{name} (first tenth)": _mean([row[name] for row in first]) for name in history[0]} if history else {}
+    return {"policy_steps": len(history), **starts, **means}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,302 @@
+"""The entry point: compose the settings, check them, lay out the run, run it, report.
+
+    python -m dnpo.train method=spin seed=1
+    python -m dnpo.train -m npo.alpha=0.01,0.1
+
+This is the only file that sees the config tree. Everything heavy is imported inside functions, so that wrong settings
+are answered at once.
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dnpo.errors import DnpoError, SettingsError
+from dnpo.settings import Count, Natural, check, check_values, nearest
+
+if TYPE_CHECKING:
+    from dnpo.console import Console
+    from dnpo.loop import Lap
+    from dnpo.stages import Plan, Run
+    from dnpo.store import Store
+    from dnpo.tracking import Tracking
+
+PARTS = ("model", "data", "sft", "generate", "judge", "dsl", "objective", "npo", "trainer", "eval", "tracking")
+STARTING = ("dsl", "npo")  # parts that act from an iteration of theirs on, and what stands there before
+ABSENT = {"dsl": {"_target_": "dnpo.dsl.HumanChosen"}, "npo": {"_target_": "dnpo.npo.NoNoise", "_partial_": True}}
+
+
+def conf_folder() -> Path:
+    """Where the settings are: ``$DNPO_CONF``, else beside this file (a wheel), else in the checkout."""
+    here = Path(__file__).resolve().parent
+    given = [Path(os.environ["DNPO_CONF"]).absolute()] if "DNPO_CONF" in os.environ else []
+    for folder in (*given, here / "conf", here.parent.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise SettingsError(f"no settings found: neither {here / 'conf'} nor {here.parent.parent / 'conf'} has a train.yaml")
+
+
+def whole(
+    *,
+    iterations: Count,
+    seed: Natural,
+    device: str,
+    threads: Count,
+    store: str,
+    plan: bool,
+) -> None:
+    """The settings of a run as a whole.
+
+    Args:
+        iterations: how many; they are numbered from 0.
+        seed: of everything that is left to chance.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: of torch on the CPU.
+        store: folder of finished stages.
+        plan: print the stages and whether they are there, and run nothing.
+    """
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="train")
+def _task(cfg: DictConfig) -> None:
+    from dnpo.sweep import record_failure
+
+    job = HydraConfig.get()
+    try:
+        _run(cfg, job)
+    except DnpoError as error:
+        if job.mode is RunMode.MULTIRUN:
+            record_failure(Path(job.runtime.output_dir), str(error))
+        else:
+            _failed.append(str(error))  # raised here, Hydra would print things of its own around it
+    except Exception:
+        if job.mode is not RunMode.MULTIRUN:
+            raise
+        # One failing job neither stops the others of a sweep nor hides: the sweep's report lists it.
+        record_failure(Path(job.runtime.output_dir), traceback.format_exc())
+
+
+_failed: list[str] = []
+
+
+def main() -> None:
+    """Run Hydra, and turn what the user can put right into a message and a non-zero exit status."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, not as Hydra prints them
+    try:
+        _task()
+        if _failed:
+            _fail(_failed.pop())
+    except DnpoError as error:
+        _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_explain(error))
+    except KeyboardInterrupt:
+        print("\nInterrupted. Every finished stage is kept, and an unfinished one continues: run the same command again.")
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message, with near matches for a key that does not exist."""
+    text = str(error).strip()
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown:
+        from hydra import compose, initialize_config_dir
+        from hydra.core.global_hydra import GlobalHydra
+
+        key = unknown.group(1)
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            known = _flat(cast(dict[str, Any], OmegaConf.to_container(compose("train"))))
+        groups = {name.split(".")[0] for name in known}
+        return f"{key}: unknown setting.{nearest(key, set(known) | groups)}"
+    option = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
+    if option:
+        group, name = option.groups()
+        options = sorted(p.stem for p in (conf_folder() / group).glob("*.yaml"))
+        return f"{group}={name}: there is no such option.{nearest(name, options)} Options: {', '.join(options)}."
+    if "Missing mandatory value" in text:
+        key = text.split("Missing mandatory value:")[-1].strip().split()[0]
+        return f"{key}: needs a value; give {key}=…"
+    return text
+
+
+# --- from the config tree to plain values -----------------------------------------------------------------------------
+
+
+def build(cfg: DictConfig) -> "tuple[Run, Tracking, dict[str, Any]]":
+    """Check every setting and turn the tree into parts.
+
+    Returns:
+        The run as plain values, the tracking, and the resolved settings.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise SettingsError(f"{missing[0]}: needs a value; give {missing[0]}=…")
+    tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    top = check_values("", whole, {key: value for key, value in tree.items() if key not in PARTS})
+    starts = {name: _start(name, tree[name]) for name in STARTING}
+    settings = {name: check(name, {k: v for k, v in tree[name].items() if k != "start"}) for name in PARTS}
+
+    from dnpo.model import device_of
+    from dnpo.stages import Plan, Run
+
+    def in_force(name: str, k: int) -> Any:
+        return _part(name, settings[name] if k >= starts[name] else ABSENT[name])
+
+    parts = {name: _part(name, settings[name]) for name in PARTS if name not in STARTING}
+    plans: list[Plan] = [
+        Plan(
+            k=k,
+            generate=parts["generate"],
+            judge=parts["judge"],
+            dsl=in_force("dsl", k),
+            objective=parts["objective"],
+            npo=in_force("npo", k),
+            trainer=parts["trainer"],
+        )
+        for k in range(top["iterations"])
+    ]
+    run = Run(
+        seed=top["seed"],
+        device=device_of(top["device"]),
+        data=parts["data"],
+        model=parts["model"],
+        sft=parts["sft"],
+        generate=parts["generate"],
+        judge=parts["judge"],
+        eval=parts["eval"],
+        plans=plans,
+    )
+    resolved = {**top, **settings}
+    for name, start in starts.items():
+        resolved[name] = {**settings[name], "start": start}
+    return run, parts["tracking"].value, resolved
+
+
+def _start(name: str, settings: Mapping[str, Any]) -> int:
+    def starting(*, start: Natural = 0) -> None: ...
+
+    given = {"start": settings["start"]} if "start" in settings else {}
+    return cast(int, check_values(name, starting, given).get("start", 0))
+
+
+def _part(name: str, settings: Mapping[str, Any]) -> Any:
+    from hydra.utils import instantiate
+
+    from dnpo.stages import Part
+
+    try:
+        value = instantiate(dict(settings))
+    except HydraException as error:
+        if isinstance(error.__cause__, DnpoError):
+            raise error.__cause__ from None
+        raise SettingsError(f"{name}: {error}") from error
+    if hasattr(value, "identity"):
+        return Part(value, value.identity())
+    ignored = getattr(value, "not_in_key", ())
+    return Part(value, {k: v for k, v in settings.items() if k not in ignored})
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def _run(cfg: DictConfig, job: Any) -> None:
+    run, tracking, settings = build(cfg)
+
+    import torch
+
+    from dnpo.console import Console, quieten
+    from dnpo.loop import chain
+    from dnpo.store import Store
+
+    quieten()
+    torch.set_num_threads(settings["threads"])
+    console, store = Console(), Store(Path(settings["store"]))
+    laps = list(chain(run))
+    folder = Path(job.runtime.output_dir)
+    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    if settings["plan"]:
+        from dnpo.sweep import planned_before
+
+        _print_plan(console, store, laps, planned_before(sweep, folder, [s for lap in laps for s in lap.stages]))
+        return
+    _answerable(run)
+    from dnpo import report
+
+    name = " ".join(job.overrides.task) or "defaults"
+    tags = report.tags(dict(job.runtime.choices), settings, laps)
+    tracking.start(name, _flat(settings), tags, sweep)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        summary = report.execute(laps, store, console, tracking, settings, folder)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracking.finish(status)
+    report.show(console, summary, folder, store, tracking)
+
+
+def _answerable(run: "Run") -> None:
+    """Refuse, before anything is computed, parts that cannot work together."""
+    wants = [plan.k for plan in run.plans if plan.dsl.value.needs_scores]
+    if wants and not run.judge.value.gives_scores:
+        raise SettingsError(
+            f"dsl labels by score from iteration {wants[0]} on, but judge=off gives none; choose a judge, or dsl=off "
+            "(method=spin and method=npo have it)"
+        )
+    rows, _ = run.data.value.read()
+    if run.judge.value.gives_scores:
+        for some in rows.values():
+            problem = run.judge.value.accepts(some)
+            if problem is not None:
+                raise SettingsError(problem)
+
+
+def _print_plan(console: "Console", store: "Store", laps: "list[Lap]", shared: Mapping[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
+    for heading in ("stage", "key", "state"):
+        table.add_column(heading, no_wrap=True)
+    for lap in laps:
+        for stage in lap.stages:
+            state = shared.get(stage.key, "to do")
+            if store.partial(stage).is_dir():
+                state = "begun"
+            if store.has(stage):
+                state = "there"
+            table.add_row(stage.title, f"{stage.name}/{stage.key}", state)
+    console.rich.print(table)
+
+
+if __name__ == "__main__":
+    main()
