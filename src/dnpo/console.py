@@ -19,12 +19,13 @@ def quieten() -> None:
     """Leave the screen to this file: libraries keep their tips, progress bars and warnings about themselves."""
     import warnings
 
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_utilities", "transformers", "httpx2", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    silence: Any = transformers_logging.disable_progress_bar  # ships without annotations
+    silence()
     disable_progress_bars()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
 
@@ -43,6 +44,10 @@ class Console:
 
     def __init__(self, width: int | None = None) -> None:
         self.rich = RichConsole(width=width, highlight=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """A table at its full width, whatever the terminal's: a cut number is no number."""
+        RichConsole(width=max(self.rich.width, 180), highlight=False).print(table)
 
     def say(self, text: str) -> None:
         """One line."""

@@ -111,7 +111,7 @@ class _Known(NamedTuple):
 
 
 def _known(train: Held, pairs: Sequence[Pair] | None, count: int, seed: int) -> _Known:
-    """Prompts whose chosen (and rejected) responses are compared with new ones; drawn once, the same for all policies."""
+    """Prompts whose chosen (and rejected) responses are compared with new ones; drawn from the seed."""
     draw = np.random.default_rng(derive(seed, "sequences"))
     if pairs is None:
         some = sorted(draw.permutation(len(train.prompts))[:count].tolist())
@@ -119,7 +119,9 @@ def _known(train: Held, pairs: Sequence[Pair] | None, count: int, seed: int) -> 
     prompt_of = {p.id: p for p in train.prompts}
     some = sorted(draw.permutation(len(pairs))[:count].tolist())
     return _Known(
-        [prompt_of[pairs[i].id] for i in some], [pairs[i].chosen_ids for i in some], [pairs[i].rejected_ids for i in some]
+        [prompt_of[pairs[i].id] for i in some],
+        [pairs[i].chosen_ids for i in some],
+        [pairs[i].rejected_ids for i in some],
     )
 
 
@@ -175,7 +177,8 @@ def _distributions(
         metrics["stagnation/ks"] = float(ks_2samp(kept["rejected"], kept["new"]).statistic)
         metrics["stagnation/ks_critical"] = ks_critical(len(kept["rejected"]), len(kept["new"]))
     with (folder / "logprobs.npz").open("wb") as stream:
-        np.savez(stream, **{name: np.asarray(values) for name, values in kept.items()})
+        arrays: dict[str, Any] = {name: np.asarray(values) for name, values in kept.items()}
+        np.savez(stream, **arrays)
     return metrics
 
 

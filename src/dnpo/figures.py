@@ -2,11 +2,8 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib.figure import Figure  # noqa: E402  (the backend has to be set before)
+from matplotlib.figure import Figure
 
 COLOURS = {"chosen": "#0072B2", "rejected": "#D55E00", "new": "#009E73"}  # safe for colour-blind readers
 LABELS = {"chosen": "chosen", "rejected": "rejected", "new": "newly generated"}

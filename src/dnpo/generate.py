@@ -113,9 +113,15 @@ def _complete(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, lim
         mask[row, longest - len(prompt.token_ids) :] = 1
     chance: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
-        chance = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        chance = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+        }
     # A configuration of its own, so that defaults a model brings along do not leak in.
-    config = GenerationConfig(
+    configure: Any = GenerationConfig  # ships without annotations
+    config = configure(
         max_new_tokens=limit, pad_token_id=policy.pad_id, eos_token_id=policy.stop_ids, num_beams=1, **chance
     )
     generator: Any = policy.causal_lm

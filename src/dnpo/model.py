@@ -51,7 +51,8 @@ class Policy:
     @property
     def causal_lm(self) -> Any:
         """The transformers model, inside its adapters if it has any."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model  # type: ignore[operator]
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "peft_config") else model
 
     @property
     def head(self) -> nn.Linear:
@@ -61,7 +62,7 @@ class Policy:
     @property
     def pad_id(self) -> int:
         """What fills padded rows; it never counts, so any id serves where the tokenizer names none."""
-        pad: int | None = self.tokenizer.pad_token_id  # type: ignore[assignment]
+        pad = cast(int | None, self.tokenizer.pad_token_id)
         return pad if pad is not None else cast(int, self.tokenizer.eos_token_id)
 
     @property
@@ -146,7 +147,7 @@ class AdapterOff(Policy):
 
 
 class Lora:
-    """Low-rank adapters. Each iteration trains a fresh one on top of those before it, which are merged into the weights.
+    """Low-rank adapters: each training puts a fresh one on the weights, into which those before it are merged.
 
     Args:
         rank: 0 trains all weights instead.
@@ -170,7 +171,8 @@ class Lora:
             return model
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
+        make: Any = LoraConfig  # annotates lora_alpha as an integer and takes any number
+        config = make(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
@@ -204,7 +206,7 @@ class Scratch:
         lora: Lora,
         seed: Natural = 0,
     ) -> None:
-        self.shape = {
+        self.shape: dict[str, Any] = {
             "hidden_size": width,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
@@ -266,7 +268,9 @@ class Pretrained:
         if (path is None) == (name is None):
             raise ModelError("model: give either model.path (a folder) or model.name (on the hub)")
         if path is not None and not (Path(path) / "config.json").is_file():
-            raise ModelError(f"model.path={path}: no model there; expected a folder with config.json, *.safetensors and a tokenizer")
+            raise ModelError(
+                f"model.path={path}: no model there; expected a folder with config.json, *.safetensors and a tokenizer"
+            )
         self.location = str(Path(path).absolute()) if path is not None else cast(str, name)
         self.local, self.revision, self.dtype = path is not None, revision, dtype
         self.trust_remote_code, self.chat_template, self.lora = trust_remote_code, chat_template, lora
@@ -282,7 +286,7 @@ class Pretrained:
 
     def _commit(self) -> str:
         from huggingface_hub import HfApi
-        from huggingface_hub.utils import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError
 
         try:
             return cast(str, HfApi().model_info(self.location, revision=self.revision).sha)
@@ -290,8 +294,8 @@ class Pretrained:
             if self.revision is not None:  # offline, but pinned: what is in the cache will do
                 return self.revision
             raise ModelError(
-                f"model.name={self.location}: the hub does not answer ({type(error).__name__}); give model.revision=… to "
-                "use a downloaded copy, or model=local model.path=…"
+                f"model.name={self.location}: the hub does not answer ({type(error).__name__}); give model.revision=… "
+                "to use a downloaded copy, or model=local model.path=…"
             ) from error
 
     def base(self, folder: Path, prompts: Sequence[Prompt]) -> None:
@@ -324,7 +328,7 @@ def load(
     chat_template: str | None = None,
     device: str = "cpu",
 ) -> Policy:
-    """Load a policy: full weights from ``folder`` if they are there, else the base's with the folder's adapters merged in.
+    """Load a policy: full weights from ``folder`` if there are, else the base's with the folder's adapters merged in.
 
     Raises:
         ModelError: there is no usable model or tokenizer, or the two disagree, or the output head is not one whose
@@ -335,7 +339,7 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": None if whole else revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(weights, **options)
-        model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, use_safetensors=True, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"model: {weights} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if folder is not None and not whole:
@@ -367,7 +371,9 @@ def _check(policy: Policy, weights: str) -> None:
             "they do not belong together"
         )
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"model: the tokenizer in {weights} has no end-of-sequence token, so no response could ever end")
+        raise ModelError(
+            f"model: the tokenizer in {weights} has no end-of-sequence token, so no response could ever end"
+        )
     with policy.evaluating():
         two_tokens = sequences([[0]], [[min(1, rows - 1)]], policy.pad_id).to(policy.device)
         ours = policy.logits(policy.hidden(two_tokens))
@@ -392,7 +398,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response
     prompt = cast(str, template(messages, tokenize=False, add_generation_prompt=True))
     whole = cast(str, template([*messages, {"role": "assistant", "content": response}], tokenize=False))
     if not whole.startswith(prompt):
-        at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
+        at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
         raise ModelError(
             "model: the chat template renders training text otherwise than generation text, so the policy would be "
             f"trained on prompts it never sees. They part at character {at}: generation has {prompt[at:][:40]!r}, "
@@ -401,16 +407,16 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response
     return prompt, whole[len(prompt) :]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> tuple[list[int], list[int]]:
     """Token ids of the rendered prompt, and of the response up to and with its end-of-sequence token.
 
-    The two are tokenised apart, because that is what generation does: its response begins where the prompt's tokens end.
-    Whatever a template puts after the end of the response (a line break, often) is left out: no sampled response has it.
+    The two are tokenised apart, as generation does: its response begins where the prompt's tokens end. What a template
+    puts after the end of the response (a line break, often) is left out: no sampled response has it.
     """
     prompt, rest = render(tokenizer, messages, response)
-    encode: Any = tokenizer
-    prompt_ids = list(encode(prompt, add_special_tokens=False)["input_ids"])
-    ids = list(encode(rest, add_special_tokens=False)["input_ids"])
+    tokenize: Any = tokenizer
+    prompt_ids = list(tokenize(prompt, add_special_tokens=False)["input_ids"])
+    ids = list(tokenize(rest, add_special_tokens=False)["input_ids"])
     eos = cast(int, tokenizer.eos_token_id)
     if eos in ids:
         ids = ids[: len(ids) - ids[::-1].index(eos)]
@@ -420,7 +426,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], r
 
 
 def human_response(prompt: Prompt, ids: list[int], limit: int) -> Response:
-    """The human response as a row. One over the limit is cut there, without an end-of-sequence token, as a sample is."""
+    """The human response as a row. One over the limit is cut as a sample is: without an end-of-sequence token."""
     finish: Finish = "eos" if len(ids) <= limit else "length"
     ids = ids[:limit]
     return Response(prompt.id, "human", prompt.human, ids, len(ids), finish)

@@ -1,4 +1,4 @@
-"""The noise on the reference's confidence in rejected responses (DNPO paper, section 4.3): trainable, fixed, offset, off.
+"""The noise on the reference's confidence in rejected responses (DNPO paper, section 4.3).
 
 Every kind answers the same call: from the reference's hidden states and logits at the rejected completion tokens it
 gives log p̃_r(y⁻|x) twice, as the policy meets it and as the noise is trained on. Kinds without parameters simply have
@@ -46,7 +46,7 @@ class Noise(nn.Module):
         """log p̃_r(y⁻|x) for both terms, and s² of every entry (N × V, detached, or a scalar) for the metrics.
 
         Args:
-            hidden_NH: the reference's last hidden states (after the final norm) at the positions that predict the tokens.
+            hidden_NH: the reference's last hidden states (after the final norm) that predict the tokens.
             logits_NV: its logits there, float32.
             target_N: the tokens.
             sequence_N: which of the B rejected responses each belongs to.
@@ -81,9 +81,9 @@ class NoNoise(Noise):
 class TrainableNoise(Noise):
     """A standard deviation for every token position and vocabulary entry, log s = W h + b, trained against the policy.
 
-    W starts at 0 and b at ``start_log_std``. The variance is bounded smoothly, s² = u·m / (u + m) with u = exp(2(W h + b))
-    and m = ``max_variance``: it follows u while u is small and approaches m without reaching it. A hard clamp would pass
-    no gradient beyond the bound, and without a bound s² runs away.
+    W starts at 0 and b at ``start_log_std``. The variance is bounded smoothly, s² = u·m / (u + m) with
+    u = exp(2(W h + b)) and m = ``max_variance``: it follows u while u is small and approaches m without reaching it. A
+    hard clamp would pass no gradient beyond the bound, and without a bound s² runs away.
 
     Args:
         alpha: weight of mean(s²) in the loss.
@@ -155,8 +155,8 @@ class FixedNoise(Noise):
 class Offset(Noise):
     """The control that the paper lacks: the mean effect of noise as a plain constant.
 
-    The policy never meets ε, so noise acts on it as an offset of the margin. Here that offset is the same for every pair:
-    log p̃_r(y⁻|x) = log p_r(y⁻|x) − ``shift``, and the margin shrinks by β · ``shift``.
+    The policy never meets ε, so noise acts on it as an offset of the margin. Here that offset is the same for every
+    pair: log p̃_r(y⁻|x) = log p_r(y⁻|x) − ``shift``, and the margin shrinks by β · ``shift``.
 
     Args:
         shift: in nats; compare with the metric ``npo/shift`` of a run with noise.
@@ -184,8 +184,6 @@ def _perturbed(
     logits_NV: Tensor, std_NV: Tensor, target_N: Tensor, sequence_N: Tensor, count: int, generator: Generator
 ) -> Tensor:
     """Σ_t log softmax(z_t + s_t ⊙ ε_t)[y_t] by sequence, with ε ~ N(0, 1) drawn anew for every entry. Shape B."""
-    noise_NV = torch.randn(
-        logits_NV.shape, generator=generator, device=logits_NV.device, dtype=logits_NV.dtype
-    )
+    noise_NV = torch.randn(logits_NV.shape, generator=generator, device=logits_NV.device, dtype=logits_NV.dtype)
     logp_N = logp_of_targets(logits_NV + std_NV * noise_NV, target_N)
     return sum_by_sequence(logp_N, sequence_N, count)

@@ -94,7 +94,7 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: a sequence a row for fine-tuning; for B pairs 2B of them, first the chosen, then the rejected ones."""
+    """A micro-batch: a sequence a row for fine-tuning; of B pairs first the chosen, then the rejected responses."""
 
     sequences: Sequences
     ids: tuple[str, ...]
@@ -142,8 +142,9 @@ class Training(pl.LightningModule):
         loss, metrics = self.terms(batch)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"step {self.policy_step}: the loss is {float(loss.detach())} on rows {', '.join(batch.ids)}; lower the "
-                "learning rate (trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last checkpoint is kept"
+                f"step {self.policy_step}: the loss is {float(loss.detach())} on rows {', '.join(batch.ids)}; lower "
+                "the learning rate (trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last "
+                "checkpoint is kept"
             )
         self.manual_backward(loss * batch.slice.share)
         for name, value in metrics.items():

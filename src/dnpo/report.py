@@ -98,14 +98,18 @@ def _row(lap: Lap, store: Store) -> dict[str, Any]:
 def _track(lap: Lap, row: Mapping[str, Any], store: Store, tracking: Tracking, folder: Path) -> None:
     """An iteration's metrics, its histogram, and the first of its pairs."""
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "iteration"}
-    renamed = {f"iteration/{n}" if n.startswith(("loss/", "npo/", "margin/", "logps/")) else n: v for n, v in numbers.items()}
+    renamed = {
+        f"iteration/{n}" if n.startswith(("loss/", "npo/", "margin/", "logps/")) else n: v for n, v in numbers.items()
+    }
     tracking.metrics(renamed, lap.k)
     name = "sft" if lap.k < 0 else f"iteration-{lap.k}"
     picture = folder / f"logprobs-{name}.png"
     ks = row.get("stagnation/ks")
     note = f"KS distance rejected–new {ks:.3f} (5 % critical value {row['stagnation/ks_critical']:.3f})" if ks else ""
     title = "after supervised fine-tuning" if lap.k < 0 else f"after iteration {lap.k}"
-    logprob_histogram(store.folder(lap.evaluation) / "logprobs.npz", picture, f"Responses under the policy {title}", note)
+    logprob_histogram(
+        store.folder(lap.evaluation) / "logprobs.npz", picture, f"Responses under the policy {title}", note
+    )
     tracking.artifact(picture, "logprobs")
     if lap.pairs is not None:
         rows = pq.read_table(store.folder(lap.pairs) / "pairs.parquet").slice(0, FIRST_PAIRS).to_pylist()
@@ -120,7 +124,7 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
     rows = summary["table"]
     families = [name.removeprefix("eval/accuracy/") for name in rows[0] if name.startswith("eval/accuracy/")]
     console.say("")
-    console.rich.print(iteration_table(rows, families))
+    console.table(iteration_table(rows, families))
     if any("eval/score" in row for row in rows):
         console.say(
             "score: judge's mean on sampled held-out answers (0-100); the judge that labels the pairs also sets this "

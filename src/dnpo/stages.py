@@ -18,7 +18,7 @@ from dnpo import generate as generation
 from dnpo.data import SPLITS, Source
 from dnpo.errors import DataError
 from dnpo.judges import Judge
-from dnpo.model import ModelPart, Policy, encode_prompt, human_response
+from dnpo.model import ModelPart, Policy, encode, human_response
 from dnpo.npo import Noise
 from dnpo.objective import Objective
 from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write
@@ -101,7 +101,7 @@ def _encode(run: Run, policy: Policy, rows: list[Prompt], split: str, folder: Pa
     longest = min(run.data.value.max_prompt_tokens, context - run.limit)
     prompts, human = [], []
     for row in rows:
-        prompt_ids, ids = encode_prompt(policy.tokenizer, row.messages, row.human)
+        prompt_ids, ids = encode(policy.tokenizer, row.messages, row.human)
         report.advance()
         if len(prompt_ids) <= longest:
             prompts.append(Prompt(row.id, row.messages, row.human, row.family, row.answer, row.needs, prompt_ids))
@@ -131,9 +131,7 @@ def fine_tune(run: Run, prompts: Stage) -> Stage:
         policy = run.policy(inputs)
         policy.model = run.model.value.lora.on(policy.model, derive(seed, "adapter"))
         triples = [(p.id, p.token_ids, r.token_ids) for p, r in zip(*rows, strict=True)]
-        history = optimise.fine_tune(
-            policy, triples, run.sft.value, seed=seed, folder=folder, report=report
-        )
+        history = optimise.fine_tune(policy, triples, run.sft.value, seed=seed, folder=folder, report=report)
         return _trained(policy, history, folder, None)
 
     settings = {"sft": run.sft.settings, "lora": run.model.value.lora.identity(), "seed": run.seed}
@@ -157,7 +155,9 @@ def generate(run: Run, plan: Plan, prompts: Stage, policy: Stage) -> Stage:
         return {"responses": len(responses), "cut": sum(r.finish == "length" for r in responses)}
 
     settings = {"generate": plan.generate.settings, "seed": run.seed, "iteration": plan.k}
-    return Stage("generate", f"iteration {plan.k} · generate", 1, settings, {"prompts": prompts, "policy": policy}, work)
+    return Stage(
+        "generate", f"iteration {plan.k} · generate", 1, settings, {"prompts": prompts, "policy": policy}, work
+    )
 
 
 def judge(run: Run, plan: Plan, prompts: Stage, responses: Stage) -> Stage | None:
@@ -262,9 +262,7 @@ def evaluate(run: Run, k: int, prompts: Stage, policy: Stage, pairs: Stage | Non
 
 
 def _held(folder: Path, split: str) -> evaluation.Held:
-    return evaluation.Held(
-        read(folder / f"{split}.parquet", Prompt), read(folder / f"{split}-human.parquet", Response)
-    )
+    return evaluation.Held(read(folder / f"{split}.parquet", Prompt), read(folder / f"{split}-human.parquet", Response))
 
 
 def _responses(folder: Path) -> list[Response]:

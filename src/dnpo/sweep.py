@@ -44,7 +44,9 @@ class SweepReport(Callback):
         """Gather what the jobs left in the sweep's folder."""
         sweep = Path(config.hydra.sweep.dir)
         failed = {path.parent.name: path.read_text().strip() for path in sweep.glob(f"*/{ERROR}")}
-        rows = [(_overrides(path.parent), json.loads(path.read_text())) for path in sorted(sweep.glob("*/summary.json"))]
+        rows = [
+            (_overrides(path.parent), json.loads(path.read_text())) for path in sorted(sweep.glob("*/summary.json"))
+        ]
         if rows:
             self._table(sweep, rows)
         for job, message in sorted(failed.items()):
@@ -65,7 +67,7 @@ class SweepReport(Callback):
             groups.setdefault(name, []).append(summary["table"])
         laps = [row["iteration"] for row in max((t for tables in groups.values() for t in tables), key=len)]
         found: list[dict[str, Any]] = []
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(width=180, highlight=False)
         for metric, title, scale in (
             ("eval/score", "Judge score of sampled answers", 1.0),
             ("eval/accuracy", "Accuracy of greedy answers, %", 100.0),
@@ -81,9 +83,16 @@ class SweepReport(Callback):
             for name, tables in groups.items():
                 cells = []
                 for lap in laps:
-                    values = [row[metric] * scale for table in tables for row in table if row["iteration"] == lap and metric in row]
+                    values = [
+                        row[metric] * scale
+                        for table in tables
+                        for row in table
+                        if row["iteration"] == lap and metric in row
+                    ]
                     mean, spread = _mean_and_spread(values)
-                    cells.append("–" if mean is None else f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else ""))
+                    cells.append(
+                        "–" if mean is None else f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+                    )
                     found.append({"settings": name, "iteration": lap, "metric": metric, "values": values})
                 view.add_row(name, str(len(tables)), *cells)
             console.print()

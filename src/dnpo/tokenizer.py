@@ -1,9 +1,10 @@
 """A byte-pair tokenizer trained on the data's own text, for models trained from scratch."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dnpo.records import Prompt
 
@@ -18,7 +19,7 @@ TEMPLATE = (
 )
 
 
-def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTokenizerBase:
     """Byte-pair encoding of prompts and human responses; words carry their leading space and digits stand alone."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -31,7 +32,8 @@ def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTok
     text = [t for p in prompts for t in (*(m["content"] for m in p.messages), p.human)]
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(text, trainer)
-    wrapped = PreTrainedTokenizerFast(
+    wrap: Any = PreTrainedTokenizerFast  # ships without annotations
+    wrapped = wrap(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
@@ -41,4 +43,4 @@ def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTok
         clean_up_tokenization_spaces=False,
     )
     wrapped.chat_template = TEMPLATE
-    return wrapped
+    return cast(PreTrainedTokenizerBase, wrapped)

@@ -132,8 +132,8 @@ class MLflow:
             pass  # someone answers; whether they accept us shows next
         except (URLError, OSError) as error:
             raise TrackingError(
-                f"tracking.uri={self.uri}: no tracking server answers there ({getattr(error, 'reason', error)}); start it, "
-                "set tracking.uri or MLFLOW_TRACKING_URI, or run with tracking=off"
+                f"tracking.uri={self.uri}: no tracking server answers there ({getattr(error, 'reason', error)}); start "
+                "it, set tracking.uri or MLFLOW_TRACKING_URI, or run with tracking=off"
             ) from error
 
     def _lock(self) -> Path:
@@ -199,7 +199,9 @@ class MLflow:
         page = f"#/experiments/{experiment}/runs/{run}"
         if self.uri.startswith(("http://", "https://")):
             return [f"dashboard   {self.uri.rstrip('/')}/{page}"]
-        shown = f"sqlite:///{os.path.relpath(self.uri.removeprefix('sqlite:///'))}" if "sqlite" in self.uri else self.uri
+        shown = (
+            f"sqlite:///{os.path.relpath(self.uri.removeprefix('sqlite:///'))}" if "sqlite" in self.uri else self.uri
+        )
         return [f"dashboard   mlflow ui --backend-store-uri {shown}    then open /{page}"]
 
 

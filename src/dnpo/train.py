@@ -28,13 +28,16 @@ from dnpo.settings import Count, Natural, check, check_values, nearest
 if TYPE_CHECKING:
     from dnpo.console import Console
     from dnpo.loop import Lap
-    from dnpo.stages import Plan, Run
+    from dnpo.stages import Run
     from dnpo.store import Store
     from dnpo.tracking import Tracking
 
 PARTS = ("model", "data", "sft", "generate", "judge", "dsl", "objective", "npo", "trainer", "eval", "tracking")
 STARTING = ("dsl", "npo")  # parts that act from an iteration of theirs on, and what stands there before
-ABSENT = {"dsl": {"_target_": "dnpo.dsl.HumanChosen"}, "npo": {"_target_": "dnpo.npo.NoNoise", "_partial_": True}}
+ABSENT: dict[str, dict[str, Any]] = {
+    "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
+    "npo": {"_target_": "dnpo.npo.NoNoise", "_partial_": True},
+}
 
 
 def conf_folder() -> Path:
@@ -44,7 +47,9 @@ def conf_folder() -> Path:
     for folder in (*given, here / "conf", here.parent.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise SettingsError(f"no settings found: neither {here / 'conf'} nor {here.parent.parent / 'conf'} has a train.yaml")
+    raise SettingsError(
+        f"no settings found: neither {here / 'conf'} nor {here.parent.parent / 'conf'} has a train.yaml"
+    )
 
 
 def whole(
@@ -102,7 +107,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_explain(error))
     except KeyboardInterrupt:
-        print("\nInterrupted. Every finished stage is kept, and an unfinished one continues: run the same command again.")
+        print("\nInterrupted. Finished stages are kept and an unfinished one continues: run the same command again.")
         sys.exit(130)
 
 
@@ -157,9 +162,10 @@ def build(cfg: DictConfig) -> "tuple[Run, Tracking, dict[str, Any]]":
     from dnpo.stages import Plan, Run
 
     def in_force(name: str, k: int) -> Any:
-        return _part(name, settings[name] if k >= starts[name] else ABSENT[name])
+        started: bool = k >= starts[name]
+        return _part(name, settings[name] if started else ABSENT[name])
 
-    parts = {name: _part(name, settings[name]) for name in PARTS if name not in STARTING}
+    parts: dict[str, Any] = {name: _part(name, settings[name]) for name in PARTS if name not in STARTING}
     plans: list[Plan] = [
         Plan(
             k=k,
@@ -295,7 +301,7 @@ def _print_plan(console: "Console", store: "Store", laps: "list[Lap]", shared: M
             if store.has(stage):
                 state = "there"
             table.add_row(stage.title, f"{stage.name}/{stage.key}", state)
-    console.rich.print(table)
+    console.table(table)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ class Slice:
     last: bool
 
 
-def schedule(rows: int, batch_size: int, micro_batch_size: int, epochs: int, seed: int, steps: int | None) -> list[Slice]:
+def schedule(
+    rows: int, batch_size: int, micro_batch_size: int, epochs: int, seed: int, steps: int | None
+) -> list[Slice]:
     """The micro-batches of a whole training, in order.
 
     Args:

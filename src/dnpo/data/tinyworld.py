@@ -27,6 +27,7 @@ WORLD = 20250210  # the seed of everything that is fixed
 POOL = 2400  # at most so many problems of a family exist
 
 Flaw = Literal["wrong", "incomplete", "sloppy"]
+FLAWS: tuple[Flaw, ...] = ("wrong", "incomplete", "sloppy")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,10 @@ class TinyWorld:
         random.Random(derive(self.seed, "order")).shuffle(rows["train"])
         for split, drawn in rows.items():
             rows[split] = [replace(row, id=f"{split}-{i:05d}") for i, row in enumerate(drawn)]
-        return rows, {"flawed_human_responses": flawed, **{f"{split}_rows": len(drawn) for split, drawn in rows.items()}}
+        return rows, {
+            "flawed_human_responses": flawed,
+            **{f"{split}_rows": len(drawn) for split, drawn in rows.items()},
+        }
 
     def _split(self, family: str, number: int) -> dict[str, list[tuple[Problem, str]]]:
         """The questions (a problem and a wording) of each split.
@@ -143,11 +147,12 @@ class TinyWorld:
 
     def _row(self, draw: random.Random, family: str, problem: Problem, wording: str) -> tuple[Prompt, bool]:
         """A prompt and what one human answered, and whether that is flawed."""
-        answer, flaw = problem.answer, None
+        answer = problem.answer
+        flaw: Flaw | None = None
         if problem.myth is not None and draw.random() < self.myths:
             answer = problem.myth
         if draw.random() < self.flaws:
-            flaw = draw.choice(("wrong", "incomplete", "sloppy"))
+            flaw = draw.choice(FLAWS)
         human = respond(draw, problem, answer, flaw)
         prompt = Prompt(
             id="",
@@ -191,15 +196,19 @@ def _share(total: int, number: int) -> int:
 
 # --- what there is in the world ---------------------------------------------------------------------------------------
 
-WORDS = (
-    "red fox sun map dog cup hat pen sky ice owl jar key lamp milk moon nest oak rain salt star tree wind yarn "
-    "bell boat cave corn door frog gold hill"
-).split()
-LONG_WORDS = (
-    "banana letter pepper bottle summer kitten garden winter silver button copper pillow carrot yellow rabbit "
-    "ladder mirror tomato butter cookie dinner hammer puzzle rocket tunnel wallet zipper needle coffee turtle "
-    "parrot meadow"
-).split()
+WORDS = tuple(
+    """
+    red fox sun map dog cup hat pen sky ice owl jar key lamp milk moon nest oak rain salt star tree wind yarn bell
+    boat cave corn door frog gold hill
+    """.split()  # noqa: SIM905 (a list of words reads best as words)
+)
+LONG_WORDS = tuple(
+    """
+    banana letter pepper bottle summer kitten garden winter silver button copper pillow carrot yellow rabbit
+    ladder mirror tomato butter cookie dinner hammer puzzle rocket tunnel wallet zipper needle coffee turtle
+    parrot meadow
+    """.split()  # noqa: SIM905 (a list of words reads best as words)
+)
 UNITS = (
     ("m", "cm", 100),
     ("km", "m", 1000),
@@ -218,7 +227,7 @@ FACTS = 168
 
 
 def problems(family: str, difficulty: int) -> list[Problem]:
-    """Every problem of a family, the same at every call; a family with more than ``POOL`` has a fixed sample of them."""
+    """Every problem of a family, the same at every call; of more than ``POOL`` a fixed sample."""
     makers: dict[str, Callable[[int, random.Random], Iterator[Problem]]] = {
         "arithmetic": _arithmetic,
         "conversion": _conversion,

@@ -7,6 +7,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from dnpo.records import Prompt, Response, Verdict
 
@@ -25,8 +26,8 @@ class Rules:
         if not without:
             return None
         return (
-            f"judge=rules needs a verifiable answer for every prompt, and {len(without):,} of {len(prompts):,} have none "
-            f"(the first is {without[0]}); choose another judge, or judge=off with method=spin or method=npo"
+            f"judge=rules needs a verifiable answer for every prompt; {len(without):,} of {len(prompts):,} have none, "
+            f"the first is {without[0]}; choose another judge, or judge=off with method=spin or method=npo"
         )
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Verdict]:
@@ -37,7 +38,9 @@ class Rules:
     def _judge(self, prompt: Prompt, response: Response) -> Verdict:
         if prompt.answer is None:
             return Verdict(response.id, response.source, None, "the prompt has no verifiable answer")
-        points = 60.0 * correct(prompt, response.text) + 25.0 * completeness(prompt, response.text) + form(response.text)
+        points = (
+            60.0 * correct(prompt, response.text) + 25.0 * completeness(prompt, response.text) + form(response.text)
+        )
         return Verdict(response.id, response.source, points)
 
 
@@ -66,7 +69,7 @@ def form(text: str) -> float:
         return 0.0
     capital = text[0].isupper() or text[0].isdigit()
     stop = text.endswith(".") and text.count(".") == 1
-    stutters = any(a == b for a, b in zip(said, said[1:], strict=False))
+    stutters = any(a == b for a, b in pairwise(said))
     return 5.0 * (capital + stop + (not stutters))
 
 

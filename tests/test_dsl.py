@@ -1,0 +1,185 @@
+"""Dynamic sample labelling: equation 2 of the DNPO paper, and what becomes of pairs that cannot be labelled."""
+
+import itertools
+
+import pytest
+
+from dnpo.dsl import HigherScoreChosen, HumanChosen, Labeller, Scores, label
+from dnpo.records import HUMAN, Pair, Prompt, Response, Verdict
+
+SOURCE = "policy@3"
+
+
+def prompt(name: str) -> Prompt:
+    """A prompt of that id."""
+    return Prompt(name, [{"role": "user", "content": f"ask {name}"}], f"human {name}", token_ids=[1, len(name), 9])
+
+
+def human(name: str, ids: list[int] | None = None) -> Response:
+    """The human response to it."""
+    return Response(name, HUMAN, f"human {name}", ids or [10, 11, 2], 3, "eos")
+
+
+def generated(name: str, ids: list[int] | None = None) -> Response:
+    """What the policy generated."""
+    return Response(name, SOURCE, f"generated {name}", ids or [20, 21], 2, "length", logprob=-3.5)
+
+
+def verdicts(name: str, s: float | None, s_new: float | None) -> list[Verdict]:
+    """The verdicts on both, s and s′."""
+    return [Verdict(name, HUMAN, s, "r"), Verdict(name, SOURCE, s_new, "r")]
+
+
+def one(s: float | None, s_new: float | None, labeller: Labeller | None = None) -> tuple[list[Pair], dict[str, int]]:
+    """The labels of a single pair with these scores."""
+    labeller = labeller or HigherScoreChosen()
+    return label(labeller, [prompt("a")], [human("a")], [generated("a")], verdicts("a", s, s_new))
+
+
+HUMAN_CHOSEN = Pair(
+    id="a",
+    messages=[{"role": "user", "content": "ask a"}],
+    prompt_ids=[1, 1, 9],
+    chosen="human a",
+    rejected="generated a",
+    chosen_ids=[10, 11, 2],
+    rejected_ids=[20, 21],
+    chosen_source=HUMAN,
+    rejected_source=SOURCE,
+    chosen_score=80.0,
+    rejected_score=40.0,
+    flipped=False,
+)
+GENERATED_CHOSEN = Pair(
+    id="a",
+    messages=[{"role": "user", "content": "ask a"}],
+    prompt_ids=[1, 1, 9],
+    chosen="generated a",
+    rejected="human a",
+    chosen_ids=[20, 21],
+    rejected_ids=[10, 11, 2],
+    chosen_source=SOURCE,
+    rejected_source=HUMAN,
+    chosen_score=80.0,
+    rejected_score=40.0,
+    flipped=True,
+)
+
+
+def test_higher_human() -> None:
+    """Every field of the pair comes from the right side when the human response is the better one."""
+    assert one(80.0, 40.0) == ([HUMAN_CHOSEN], {"pairs": 1, "flipped": 0, "identical": 0, "unscored": 0})
+
+
+def test_higher_generated_is_flipped() -> None:
+    """Every field of the pair comes from the right side when the generated response is the better one."""
+    assert one(40.0, 80.0) == ([GENERATED_CHOSEN], {"pairs": 1, "flipped": 1, "identical": 0, "unscored": 0})
+
+
+def test_tie_keeps_the_human_response() -> None:
+    """s = s′ belongs to the human side in equation 2."""
+    pairs, counts = one(55.0, 55.0)
+    assert [p.chosen_source for p in pairs] == [HUMAN]
+    assert counts["flipped"] == 0
+
+
+def test_equation_2_over_a_grid() -> None:
+    """(y⁺, y⁻) = (y, y′) if and only if s ≥ s′; neighbouring floats and scores of zero included."""
+    grid = [0.0, 1e-9, 15.0, 40.0, 40.00000000000001, 75.0, 99.99999999999999, 100.0]
+    for s, s_new in itertools.product(grid, grid):
+        (pair,), counts = one(s, s_new)
+        expected = (HUMAN, SOURCE, s, s_new) if s >= s_new else (SOURCE, HUMAN, s_new, s)
+        assert (pair.chosen_source, pair.rejected_source, pair.chosen_score, pair.rejected_score) == expected
+        assert pair.chosen_score >= pair.rejected_score
+        assert pair.flipped is (s < s_new)
+        assert counts["flipped"] == (s < s_new)
+
+
+@pytest.mark.parametrize(("s", "s_new"), [(None, 0.0), (100.0, None), (None, None), (0.0, None), (None, 100.0)])
+def test_missing_score_is_dropped_and_counted(s: float | None, s_new: float | None) -> None:
+    """A judge that failed says nothing about quality: the pair is not labelled, not even in favour of the human."""
+    assert one(s, s_new) == ([], {"pairs": 0, "flipped": 0, "identical": 0, "unscored": 1})
+
+
+@pytest.mark.parametrize("known", [[], [Verdict("a", HUMAN, 90.0)], [Verdict("a", SOURCE, 90.0)]])
+def test_missing_verdict_is_like_a_missing_score(known: list[Verdict]) -> None:
+    """A verdict that is not there at all is counted the same way and is no error."""
+    pairs, counts = label(HigherScoreChosen(), [prompt("a")], [human("a")], [generated("a")], known)
+    assert pairs == []
+    assert counts == {"pairs": 0, "flipped": 0, "identical": 0, "unscored": 1}
+
+
+def test_verdict_of_another_source_does_not_count() -> None:
+    """An earlier policy's score for the same prompt must not stand in for this one's."""
+    stale = [Verdict("a", HUMAN, 50.0), Verdict("a", "policy@2", 100.0), Verdict("b", SOURCE, 100.0)]
+    _, counts = label(HigherScoreChosen(), [prompt("a")], [human("a")], [generated("a")], stale)
+    assert counts["unscored"] == 1
+
+
+@pytest.mark.parametrize("labeller", [HigherScoreChosen(), HumanChosen()])
+@pytest.mark.parametrize("scores", [(80.0, 40.0), (40.0, 80.0), (None, None)])
+def test_identical_pairs_are_dropped_and_counted(
+    labeller: Labeller, scores: tuple[float | None, float | None]
+) -> None:
+    """Equal token ids have no gradient; they count as identical whatever their scores, not as unscored."""
+    same = [7, 8, 2]
+    pairs, counts = label(
+        labeller, [prompt("a")], [human("a", same)], [generated("a", list(same))], verdicts("a", *scores)
+    )
+    assert pairs == []
+    assert counts == {"pairs": 0, "flipped": 0, "identical": 1, "unscored": 0}
+
+
+def test_responses_that_only_begin_alike_are_kept() -> None:
+    """A response cut at the limit is not the whole response, though its text may look the same."""
+    pairs, counts = label(
+        HigherScoreChosen(), [prompt("a")], [human("a", [7, 8, 2])], [generated("a", [7, 8])], verdicts("a", 1.0, 1.0)
+    )
+    assert counts["identical"] == 0
+    assert len(pairs) == 1
+
+
+@pytest.mark.parametrize("s", [None, 0.0, 50.0, 100.0])
+@pytest.mark.parametrize("s_new", [None, 0.0, 50.0, 100.0])
+def test_human_chosen_ignores_scores(s: float | None, s_new: float | None) -> None:
+    """SPIN labels by origin; scores there are kept for the report but decide nothing."""
+    (pair,), counts = one(s, s_new, HumanChosen())
+    assert (pair.chosen_source, pair.rejected_source, pair.flipped) == (HUMAN, SOURCE, False)
+    assert (pair.chosen_score, pair.rejected_score) == (s, s_new)
+    assert counts == {"pairs": 1, "flipped": 0, "identical": 0, "unscored": 0}
+
+
+def test_needs_scores() -> None:
+    """What the labellers declare decides whether a judge is asked at all."""
+    assert HigherScoreChosen.needs_scores
+    assert not HumanChosen.needs_scores
+
+
+def test_labeller_on_its_own() -> None:
+    """The decision itself: yes, no, no on a tie, and None where it cannot be made."""
+    decide = HigherScoreChosen().prefers_generated
+    answers = [decide(prompt("a"), human("a"), generated("a"), Scores(*s)) for s in ((1, 2), (2, 1), (1, 1), (None, 1))]
+    assert answers == [True, False, False, None]
+
+
+def test_many_rows_keep_the_order_of_generated_and_are_matched_by_id() -> None:
+    """Rows come in any order and not all are generated for; each pair still holds what belongs together."""
+    names = ["d", "bbb", "aa", "cccc", "e"]
+    scores = {"aa": (10.0, 20.0), "bbb": (20.0, 10.0), "cccc": (None, 1.0), "d": (5.0, 5.0), "e": (1.0, 2.0)}
+    said = [v for name in reversed(names) for v in verdicts(name, *scores[name])]
+    new = [generated(name, [10, 11, 2] if name == "e" else None) for name in names]
+    pairs, counts = label(
+        HigherScoreChosen(),
+        [prompt(name) for name in sorted([*names, "unasked"])],
+        [human(name) for name in sorted([*names, "unasked"], reverse=True)],
+        new,
+        said,
+    )
+    assert [p.id for p in pairs] == ["d", "bbb", "aa"]
+    assert counts == {"pairs": 3, "flipped": 1, "identical": 1, "unscored": 1}
+    assert sum(counts.values()) - counts["flipped"] == len(new)
+    for pair in pairs:
+        assert pair.messages == [{"role": "user", "content": f"ask {pair.id}"}]
+        assert pair.prompt_ids == [1, len(pair.id), 9]
+        assert {pair.chosen, pair.rejected} == {f"human {pair.id}", f"generated {pair.id}"}
+        assert {pair.chosen_score, pair.rejected_score} == set(scores[pair.id])

@@ -1,0 +1,152 @@
+"""Rows come back from Parquet as they went in, for every type and every kind of missing value."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dnpo.records import HUMAN, Pair, Prompt, Response, Verdict, policy_source, read, read_all, schema, write
+
+# What people and models write: other scripts, markup, control characters, special tokens, quotes, nothing at all.
+TEXTS = (
+    "",
+    "Ünïcödé – 日本語 🦉 ≥ y′",
+    "<|assistant|> </s> <b>bold</b> & [INST] {{ messages }} {}",
+    'line one\nline "two"\r\n\ttab\\n \u0000 end \u2028',
+    "e\u0301 is not é",
+)
+
+PROMPTS = [
+    Prompt("a", [{"role": "user", "content": "What is 1 plus 1?"}], "It is 2."),
+    Prompt("b", [], "", family="arithmetic", answer="2", needs=["1", "plus"], token_ids=[1, 2, 2**40]),
+    *[
+        Prompt(
+            f"t{i}",
+            [{"role": "system", "content": t}, {"role": "user", "content": t}, {"role": "assistant", "content": t}],
+            human=t,
+            family=t,
+            answer=t,
+            needs=[t, t],
+        )
+        for i, t in enumerate(TEXTS)
+    ],
+]
+RESPONSES = [
+    Response("a", HUMAN, "It is 2.", [5, 6, 2], 3, "eos"),
+    Response("a", policy_source(0), "", [], 0, "length", logprob=0.0),
+    Response("a", policy_source(12), "It is", [5, 6], 2, "length", logprob=-1e-300),
+    *[Response("a", HUMAN, t, [1], 1, "eos", -12.345678901234567) for t in TEXTS],
+]
+VERDICTS = [
+    Verdict("a", HUMAN, None),
+    Verdict("a", "policy@0", None, "no number in the answer"),
+    Verdict("b", "policy@0", 0.0),
+    Verdict("b", HUMAN, 100.0, "ok"),
+    Verdict("b", HUMAN, 200 / 3),
+    *[Verdict("c", HUMAN, None, t) for t in TEXTS],
+]
+PAIRS = [
+    Pair("a", [], [], "", "", [], [], HUMAN, "policy@0", None, None, False),
+    Pair("b", [{"role": "user", "content": "x"}], [1], "c", "r", [2], [3, 4], "policy@1", HUMAN, 75.0, 15.0, True),
+    *[
+        Pair("t", [{"role": "user", "content": t}], [1], t, t[::-1], [2], [3], HUMAN, "policy@0", None, 0.0, False)
+        for t in TEXTS
+    ],
+]
+KINDS = [(Prompt, PROMPTS), (Response, RESPONSES), (Verdict, VERDICTS), (Pair, PAIRS)]
+
+
+@pytest.mark.parametrize(("kind", "rows"), KINDS, ids=lambda value: getattr(value, "__name__", ""))
+def test_round_trip(tmp_path: Path, kind: type[Any], rows: list[Any]) -> None:
+    """Rows are equal after a round trip, of the same types, one at a time and together (schemas must not be guessed)."""
+    write(tmp_path / "all.parquet", rows, kind)
+    back = read(tmp_path / "all.parquet", kind)
+    assert back == rows
+    for was, now in zip(rows, back, strict=True):
+        for f in dataclasses.fields(kind):
+            assert type(getattr(now, f.name)) is type(getattr(was, f.name)), f.name
+    for row in rows:
+        write(tmp_path / "one.parquet", [row], kind)
+        assert read(tmp_path / "one.parquet", kind) == [row]
+
+
+@pytest.mark.parametrize(("kind", "rows"), KINDS, ids=lambda value: getattr(value, "__name__", ""))
+def test_no_rows_keep_the_schema(tmp_path: Path, kind: type[Any], rows: list[Any]) -> None:
+    """A file of no rows has every column with its type, so that files with and without rows can be read together."""
+    write(tmp_path / "none.parquet", [], kind)
+    write(tmp_path / "some.parquet", rows, kind)
+    assert read(tmp_path / "none.parquet", kind) == []
+    none, some = (pq.read_schema(tmp_path / f"{name}.parquet") for name in ("none", "some"))
+    assert none.equals(some)
+    assert none.names == [f.name for f in dataclasses.fields(kind)]
+    assert not any(pa.types.is_null(column.type) for column in none)
+
+
+def test_schema_types() -> None:
+    """Columns that may be empty in a whole file still have the type of the annotation."""
+    assert schema(Prompt).field("needs").type == pa.list_(pa.string())
+    assert schema(Prompt).field("token_ids").type == pa.list_(pa.int64())
+    assert schema(Prompt).field("answer").type == pa.string()
+    assert schema(Response).field("finish").type == pa.string()
+    assert schema(Response).field("logprob").type == pa.float64()
+    assert schema(Verdict).field("score").type == pa.float64()
+    assert schema(Pair).field("flipped").type == pa.bool_()
+    messages = schema(Pair).field("messages").type.value_type
+    assert [(f.name, f.type) for f in messages] == [("role", pa.string()), ("content", pa.string())]
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [
+        ([Verdict("a", HUMAN, "ninety")], Verdict),  # type: ignore[arg-type]
+        ([Verdict("a", HUMAN, 1.0, "half a pair \ud83d")], Verdict),
+        ([Response("a", HUMAN, "x", ["1"], 1, "eos")], Response),  # type: ignore[list-item]
+    ],
+    ids=["word for number", "lone surrogate", "word in list"],
+)
+def test_bad_rows_leave_the_old_file_and_no_other(tmp_path: Path, bad: list[Any], kind: type[Any]) -> None:
+    """A file of rows is whole or not there, for a stage that is continued takes every file it finds for finished."""
+    good: list[Any] = VERDICTS if kind is Verdict else RESPONSES
+    path = tmp_path / "rows.parquet"
+    with pytest.raises((pa.ArrowException, ValueError, TypeError)):
+        write(path, [*good, *bad], kind)
+    assert list(tmp_path.iterdir()) == []
+    write(path, good, kind)
+    with pytest.raises((pa.ArrowException, ValueError, TypeError)):
+        write(path, [*good, *bad], kind)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.parquet"]
+    assert read(path, kind) == good
+
+
+def test_write_replaces(tmp_path: Path) -> None:
+    """Writing again leaves the new rows and nothing else."""
+    path = tmp_path / "rows.parquet"
+    write(path, VERDICTS, Verdict)
+    write(path, VERDICTS[:1], Verdict)
+    assert read(path, Verdict) == VERDICTS[:1]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_read_all_keeps_the_order_given(tmp_path: Path) -> None:
+    """Shards come in the order of the caller, not of the disk; one without rows, or whose scores are all missing, too."""
+    parts = {"b": VERDICTS[:2], "none": [], "a": VERDICTS[2:]}
+    for name, rows in parts.items():
+        write(tmp_path / f"{name}.parquet", rows, Verdict)
+    assert read_all([tmp_path / f"{name}.parquet" for name in parts], Verdict) == VERDICTS
+
+
+def test_folder_names_add_no_columns(tmp_path: Path) -> None:
+    """A folder called ``alpha=1`` (sweeps make such) is not taken for a partition of a data set."""
+    folder = tmp_path / "id=7" / "alpha=1"
+    folder.mkdir(parents=True)
+    write(folder / "rows.parquet", VERDICTS, Verdict)
+    assert read(folder / "rows.parquet", Verdict) == VERDICTS
+
+
+def test_rows_cannot_be_changed() -> None:
+    """Rows are shared between stages and cached; nobody may write into one."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        VERDICTS[0].score = 1.0  # type: ignore[misc]
