@@ -1,7 +1,7 @@
 """What several tests share: a quiet report, a small encoded world, and a random policy for it."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,8 +118,8 @@ def make_policy(world: World) -> Callable[..., Policy]:
 
 
 @pytest.fixture
-def shared() -> Iterator[Path]:
+def shared() -> Path:
     """The folder of real data and models beside the checkout."""
     if not (SHARED / "data").is_dir():
         pytest.skip("the folder shared/ with real data and a real model is not beside the checkout")
-    yield SHARED
+    return SHARED

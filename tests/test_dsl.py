@@ -118,9 +118,7 @@ def test_verdict_of_another_source_does_not_count() -> None:
 
 @pytest.mark.parametrize("labeller", [HigherScoreChosen(), HumanChosen()])
 @pytest.mark.parametrize("scores", [(80.0, 40.0), (40.0, 80.0), (None, None)])
-def test_identical_pairs_are_dropped_and_counted(
-    labeller: Labeller, scores: tuple[float | None, float | None]
-) -> None:
+def test_identical_pairs_are_dropped_and_counted(labeller: Labeller, scores: tuple[float | None, float | None]) -> None:
     """Equal token ids have no gradient; they count as identical whatever their scores, not as unscored."""
     same = [7, 8, 2]
     pairs, counts = label(

@@ -1,4 +1,4 @@
-"""Training: the step-0 gate, one step against brute force, accumulation, continuing after a stop, and what is reported."""
+"""Training: step-0 gate, one step against brute force, accumulation, continuing after a stop, what is reported."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from dnpo.data.batches import Slice
 from dnpo.errors import NonFiniteLossError, SettingsError, StepZeroError
 from dnpo.logprobs import sequences
 from dnpo.model import Lora, Policy, load
-from dnpo.npo import FixedNoise, NoNoise, Noise, Offset, TrainableNoise
+from dnpo.npo import FixedNoise, Noise, NoNoise, Offset, TrainableNoise
 from dnpo.objective import logistic
 from dnpo.optimise import Batch, Optimisation, PreferenceTraining, fine_tune, optimise, split
 from dnpo.records import Pair
@@ -158,7 +158,7 @@ def test_the_gate_names_an_adapter_that_is_not_fresh(make_policy: MakePolicy, wo
 
 
 def test_a_step_agrees_with_brute_force(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """One SGD step on pairs of unequal lengths, against log-probabilities and gradients of single unpadded sequences."""
+    """SGD on pairs of unequal lengths, against log-probabilities and gradients of single unpadded sequences."""
     beta, lr, pairs = 0.7, 0.05, world.pairs(8)
     policy = make_policy()
     slow = make_policy().model.double()
@@ -289,7 +289,7 @@ class Stopping(Report):
 def test_a_stopped_training_ends_as_an_undisturbed_one(
     after: int, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Both optimizers, the schedule, the order of the pairs, the noise's generator and the history continue, bit for bit."""
+    """Both optimizers, schedule, order of the pairs, noise generator and history continue, bit for bit."""
     settings = how(epochs=2, micro_batch_size=3)
 
     def run(folder: Path, report: Report) -> tuple[list[Tensor], list[Tensor], list[dict[str, float]]]:

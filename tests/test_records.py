@@ -61,7 +61,7 @@ KINDS = [(Prompt, PROMPTS), (Response, RESPONSES), (Verdict, VERDICTS), (Pair, P
 
 @pytest.mark.parametrize(("kind", "rows"), KINDS, ids=lambda value: getattr(value, "__name__", ""))
 def test_round_trip(tmp_path: Path, kind: type[Any], rows: list[Any]) -> None:
-    """Rows are equal after a round trip, of the same types, one at a time and together (schemas must not be guessed)."""
+    """Rows are equal after a round trip, of the same types, one by one and together: no type is guessed from values."""
     write(tmp_path / "all.parquet", rows, kind)
     back = read(tmp_path / "all.parquet", kind)
     assert back == rows
@@ -131,7 +131,7 @@ def test_write_replaces(tmp_path: Path) -> None:
 
 
 def test_read_all_keeps_the_order_given(tmp_path: Path) -> None:
-    """Shards come in the order of the caller, not of the disk; one without rows, or whose scores are all missing, too."""
+    """Shards come in the order of the caller, not of the disk; also those without rows or with no score at all."""
     parts = {"b": VERDICTS[:2], "none": [], "a": VERDICTS[2:]}
     for name, rows in parts.items():
         write(tmp_path / f"{name}.parquet", rows, Verdict)

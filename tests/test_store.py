@@ -16,26 +16,7 @@ from typing import Any
 import pytest
 
 from dnpo.store import Report, Stage, Store, Work, content_hash, manifest, write_json
-
-
-class Silent:
-    """A report that nobody reads, but for its notes."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def begin(self, total: int, unit: str, done: int = 0) -> None:
-        """Say nothing."""
-
-    def advance(self, amount: int = 1) -> None:
-        """Say nothing."""
-
-    def note(self, text: str) -> None:
-        """Keep it."""
-        self.notes.append(text)
-
-    def steps(self, rows: list[dict[str, float]]) -> None:
-        """Say nothing."""
+from tests.conftest import Report as Quiet
 
 
 def nothing(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
@@ -132,7 +113,7 @@ def test_finished_stage_is_not_recomputed(tmp_path: Path) -> None:
     def build(work: Callable[[str], Work]) -> Stage:
         return stage(inputs={"data": stage(name="prepare", work=work("prepare"))}, work=work("generate"))
 
-    first = Store(tmp_path).get(build(count), Silent())
+    first = Store(tmp_path).get(build(count), Quiet())
     assert done == ["prepare", "generate"]
 
     def broken(name: str) -> Work:
@@ -141,7 +122,7 @@ def test_finished_stage_is_not_recomputed(tmp_path: Path) -> None:
 
         return work
 
-    again = Store(tmp_path).get(build(broken), Silent())
+    again = Store(tmp_path).get(build(broken), Quiet())
     assert again == first
     assert (again / "rows").read_text() == "generate"
 
@@ -162,7 +143,7 @@ def test_shared_input_is_computed_once_and_handed_over_by_name(tmp_path: Path) -
     data = stage(name="prepare", work=prepare)
     store = Store(tmp_path)
     for name in ("generate", "judge"):
-        folder = store.get(stage(name=name, inputs={"data": data}, work=use), Silent())
+        folder = store.get(stage(name=name, inputs={"data": data}, work=use), Quiet())
         assert (folder / "out").read_text() == "data=human rows"
     assert len(runs) == 1
 
@@ -181,12 +162,12 @@ def test_failed_stage_is_continued_in_its_folder(tmp_path: Path) -> None:
 
     store, unlucky = Store(tmp_path), stage(work=work)
     with pytest.raises(RuntimeError, match="out of memory"):
-        store.get(unlucky, Silent())
+        store.get(unlucky, Quiet())
     assert not store.has(unlucky)
     assert not store.folder(unlucky).exists()
     assert (store.partial(unlucky) / "shard-0").read_text() == "kept"
 
-    folder = store.get(unlucky, Silent())
+    folder = store.get(unlucky, Quiet())
     assert seen == [[], ["shard-0"]]
     assert (folder / "shard-0").read_text() == "kept"
     assert (folder / "shard-1").read_text() == "new"
@@ -205,7 +186,7 @@ def test_result_appears_at_once(tmp_path: Path) -> None:
         return {}
 
     slow = stage(work=work)
-    folder = store.get(slow, Silent())
+    folder = store.get(slow, Quiet())
     assert store.has(slow)
     assert folder == store.folder(slow)
     (folder / "manifest.json").unlink()
@@ -220,7 +201,7 @@ def test_facts_that_cannot_be_written_leave_no_result(tmp_path: Path) -> None:
 
     store, bad = Store(tmp_path), stage(work=work)
     with pytest.raises(ValueError, match="not JSON compliant"):
-        store.get(bad, Silent())
+        store.get(bad, Quiet())
     assert not store.has(bad)
 
 
@@ -234,7 +215,7 @@ def test_manifest_says_what_it_is_and_from_what(tmp_path: Path) -> None:
     data = stage(name="prepare", settings={"seed": 0})
     made = stage(title="Generate @0", version=4, settings={"k": [1, None]}, inputs={"data": data}, work=work)
     before = datetime.now().astimezone()
-    content = manifest(Store(tmp_path).get(made, Silent()))
+    content = manifest(Store(tmp_path).get(made, Quiet()))
     assert set(content) == {"stage", "title", "key", "version", "settings", "inputs", "facts", "started", "seconds"}
     assert content["stage"] == "generate"
     assert content["title"] == "Generate @0"

@@ -285,12 +285,13 @@ class Pretrained:
         return {**where, "dtype": self.dtype, "chat_template": self.chat_template}
 
     def _commit(self) -> str:
+        from httpx2 import HTTPError
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
             return cast(str, HfApi().model_info(self.location, revision=self.revision).sha)
-        except (HfHubHTTPError, OSError) as error:
+        except (HfHubHTTPError, HTTPError, OSError) as error:
             if self.revision is not None:  # offline, but pinned: what is in the cache will do
                 return self.revision
             raise ModelError(

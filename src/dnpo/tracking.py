@@ -205,6 +205,24 @@ class MLflow:
         return [f"dashboard   mlflow ui --backend-store-uri {shown}    then open /{page}"]
 
 
+def mean_of_metric(uri: str, run: str, metric: str) -> float:
+    """The mean of a metric over the steps at which an MLflow run tracked it.
+
+    Raises:
+        TrackingError: the store has no such run, or the run never tracked the metric.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        values = [point.value for point in MlflowClient(tracking_uri=_absolute(uri)).get_metric_history(run, metric)]
+    except MlflowException as error:
+        raise TrackingError(f"run:{run}: not found in tracking.uri={uri}: {error}") from error
+    if not values:
+        raise TrackingError(f"run:{run}: it tracked no {metric}; give a run with npo=trainable or npo=fixed")
+    return float(sum(values) / len(values))
+
+
 def _absolute(uri: str) -> str:
     """MLflow reads relative paths against wherever a process stands, so say where from the beginning."""
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):

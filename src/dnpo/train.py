@@ -144,11 +144,15 @@ def _explain(error: Exception) -> str:
 # --- from the config tree to plain values -----------------------------------------------------------------------------
 
 
-def build(cfg: DictConfig) -> "tuple[Run, Tracking, dict[str, Any]]":
-    """Check every setting and turn the tree into parts.
+def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, dict[str, Any]]]:
+    """Check every setting against the signature of what it configures, without building anything.
 
     Returns:
-        The run as plain values, the tracking, and the resolved settings.
+        The settings of the run as a whole; the iteration at which each part of ``STARTING`` starts; the settings of
+        each part.
+
+    Raises:
+        SettingsError: names the first setting that is unknown, missing or out of range.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -156,7 +160,28 @@ def build(cfg: DictConfig) -> "tuple[Run, Tracking, dict[str, Any]]":
     tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     top = check_values("", whole, {key: value for key, value in tree.items() if key not in PARTS})
     starts = {name: _start(name, tree[name]) for name in STARTING}
+    tree["npo"] = matched(tree["npo"], tree["tracking"])
     settings = {name: check(name, {k: v for k, v in tree[name].items() if k != "start"}) for name in PARTS}
+    return top, starts, settings
+
+
+def matched(npo: dict[str, Any], tracking: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace ``npo.shift=run:ID`` by the mean of npo/shift that this MLflow run tracked over its training steps."""
+    shift = npo.get("shift")
+    if not (isinstance(shift, str) and shift.startswith("run:")):
+        return npo
+    from dnpo.tracking import mean_of_metric
+
+    return {**npo, "shift": mean_of_metric(str(tracking.get("uri", "")), shift.removeprefix("run:"), "npo/shift")}
+
+
+def build(cfg: DictConfig) -> "tuple[Run, Tracking, dict[str, Any]]":
+    """Check every setting and turn the tree into parts.
+
+    Returns:
+        The run as plain values, the tracking, and the resolved settings.
+    """
+    top, starts, settings = checked(cfg)
 
     from dnpo.model import device_of
     from dnpo.stages import Plan, Run

@@ -55,11 +55,11 @@ class _Rows(ABC):
         Raises:
             DataError: there are no rows, a row cannot be used, fewer than ``sample``, or none for one of the splits.
         """
-        rows, facts = self._split
+        rows, facts = self._by_split
         return {split: list(some) for split, some in rows.items()}, dict(facts)
 
     @cached_property
-    def _split(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+    def _by_split(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
         """A row's split depends on its id alone, so that adding rows moves none."""
         prompts = self._prompts()
         rows: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
@@ -206,19 +206,35 @@ class Hub(_Rows):
 
         where, revision = (str(self.folder), None) if self.folder is not None else (self.name, self._commit)
         try:
-            return load_dataset(where, self.config, split=self.split, revision=revision)
+            rows = load_dataset(where, self.config, split=self.split, revision=revision)
         except Exception as error:
-            problem = f"({type(error).__name__}: {error})"  # for a wrong split or config it lists those there are
-            if isinstance(error, ValueError) and "config" in str(error).lower():
-                raise DataError(f"data.config={self.config}: cannot be read from {self.name} {problem}") from error
-            if isinstance(error, ValueError) and "split" in str(error):
-                raise DataError(f"data.split={self.split}: cannot be read from {self.name} {problem}") from error
-            if self.folder is not None:
-                raise DataError(f"{self.setting}: this folder cannot be read {problem}") from error
-            raise DataError(
-                f"{self.setting}: cannot be loaded from the hub {problem}; without the hub, give a local folder in its "
-                "layout (data.name=…), a file (data=jsonl data.path=…), or a cache that has it (HF_HOME)"
-            ) from error
+            raise DataError(self._explain(error)) from error
+        # Without the hub the library takes whatever commit its cache has, also where another one was asked for.
+        cached = {Path(file["filename"]).parent.name for file in rows.cache_files}
+        for commit in cached - {revision}:
+            if revision is not None and len(commit) == 40:
+                raise DataError(
+                    f"data.revision={revision}: cannot be loaded from the hub, and the cache has another commit of "
+                    f"{self.name}; connect, or give data.revision={commit}"
+                )
+        return rows
+
+    def _explain(self, error: Exception) -> str:
+        """What to change; where a split or config is unknown, the library's own text lists those there are."""
+        text = f"({type(error).__name__}: {error})"
+        marks = {
+            f"data.config={self.config}": ("BuilderConfig", "Config name is missing"),
+            f"data.split={self.split}": ("Unknown split", "Split name", "Unrecognized instruction"),
+        }
+        for setting, phrases in marks.items():
+            if any(phrase in text for phrase in phrases):
+                return f"{setting}: cannot be read from {self.name} {text}"
+        if self.folder is not None:
+            return f"{self.setting}: this folder cannot be read {text}"
+        return (
+            f"{self.setting}: cannot be loaded from the hub {text}; without the hub, give a local folder in its layout "
+            "(data.name=…), a file (data=jsonl data.path=…), or a cache that has it (HF_HOME)"
+        )
 
 
 def _checked(rows: Iterable[tuple[str, Any]]) -> list[Prompt]:

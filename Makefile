@@ -1,0 +1,18 @@
+.PHONY: install check test quick run
+
+install:  ## set up, in the virtual environment that is active
+	python -m pip install -c constraints.txt -e ".[dev]"
+
+check:  ## what takes seconds: lint, format, types
+	ruff check .
+	ruff format --check .
+	mypy
+
+quick:  ## the tests without whole runs
+	python -m pytest -m "not long"
+
+test: check  ## everything that CI runs
+	python -m pytest
+
+run:  ## the main job
+	python -m dnpo.train

@@ -1,0 +1,140 @@
+"""Every option composes, with every scale and method, and every key is one that its target reads."""
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from dnpo.errors import SettingsError
+from dnpo.train import PARTS, checked, conf_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = conf_folder()
+METHODS = sorted(p.stem for p in (CONF / "method").glob("*.yaml"))
+SCALES = sorted(p.stem for p in (CONF / "scale").glob("*.yaml"))
+OPTIONS = sorted((group, p.stem) for group in PARTS for p in (CONF / group).glob("*.yaml"))
+# What the options that need a value are given here; nothing of it has to exist to be checked.
+NEEDED = {("model", "local"): ["model.path=x"], ("data", "jsonl"): ["data.path=x"], ("npo", "offset"): ["npo.shift=1"]}
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+@pytest.mark.parametrize(("method", "scale"), itertools.product(METHODS, SCALES))
+def test_every_method_composes_with_every_scale(method: str, scale: str) -> None:
+    checked(composed(f"method={method}", f"scale={scale}"))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_binds_its_target(group: str, option: str) -> None:
+    checked(composed(f"{group}={option}", *NEEDED.get((group, option), [])))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_setting_of_an_option_stands_in_its_file(group: str, option: str) -> None:
+    """What can be set can be seen: no parameter of a target is missing from the composed settings."""
+    import inspect
+
+    from dnpo.settings import locate
+
+    _, _, settings = checked(composed(f"{group}={option}", *NEEDED.get((group, option), [])))
+    part = settings[group]
+    target = locate(group, part["_target_"])
+    known = {p.name for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    # A model is given by path or by name; each option shows the way it stands for.
+    either = {"path", "name", "revision"} if group == "model" else set()
+    assert known - set(part) <= either
+
+
+def test_methods_are_what_they_say() -> None:
+    """SPIN has neither labels by quality nor noise; the others add what their names say, from iteration 1 on."""
+    targets = {}
+    for method in METHODS:
+        cfg = composed(f"method={method}")
+        targets[method] = cfg.dsl._target_.split(".")[-1], cfg.npo._target_.split(".")[-1]
+        assert cfg.npo.start == (0 if targets[method][1] == "NoNoise" else 1)
+    assert targets == {
+        "spin": ("HumanChosen", "NoNoise"),
+        "dsl": ("HigherScoreChosen", "NoNoise"),
+        "npo": ("HumanChosen", "TrainableNoise"),
+        "dnpo": ("HigherScoreChosen", "TrainableNoise"),
+        "fixed_noise": ("HumanChosen", "FixedNoise"),
+    }
+
+
+def test_the_7b_scale_is_the_papers_setting() -> None:
+    cfg = composed("scale=7b")
+    assert cfg.model.name == "alignment-handbook/zephyr-7b-sft-full"
+    assert (cfg.data.name, cfg.data.sample) == ("HuggingFaceH4/ultrachat_200k", 20000)
+    assert (cfg.data.max_prompt_tokens, cfg.data.max_prompt_tokens + cfg.data.max_response_tokens) == (512, 1024)
+    trainer = cfg.trainer
+    assert trainer.optimizer._target_ == "torch.optim.RMSprop"
+    assert (trainer.optimizer.lr, trainer.epochs, trainer.batch_size) == (5e-7, 3, 4)
+    assert (trainer.warmup, trainer.decay) == (0.1, True)
+    assert (cfg.objective.beta, cfg.model.dtype, cfg.sft.epochs) == (0.1, "bfloat16", 0)
+
+
+def test_choosing_a_part_beats_the_scale() -> None:
+    assert composed("scale=7b", "sft=finetune").sft.epochs == 3
+    assert composed("scale=smoke", "data=tinyworld").data.train == 4800
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+npo.alhpa=1"], r"npo\.alhpa: unknown setting\. Did you mean npo\.alpha"),
+        (["npo.alpha=-1"], r"npo\.alpha=-1: .*greater than or equal to 0"),
+        (["npo.alpha=much"], r"npo\.alpha='much': .*number"),
+        (["iterations=0"], r"iterations=0: .*greater than or equal to 1"),
+        (["iterations=1.5"], r"iterations=1\.5: .*integer"),
+        (["npo.start=-1"], r"npo\.start=-1: .*greater than or equal to 0"),
+        (["+npo.shift=1"], r"npo\.shift: unknown setting"),
+        (["model=local"], r"model\.path: needs a value"),
+        (["data.difficulty=9"], r"data\.difficulty=9: .*1, 2, 3, 4 or 5"),
+        (["eval.split=train"], r"eval\.split='train': .*'validation' or 'test'"),
+        (
+            ["+trainer.optimizer.lrr=1"],
+            r"trainer\.optimizer\.lrr: unknown setting\. Did you mean trainer\.optimizer\.lr",
+        ),
+        (["+iteration=3"], r"iteration: unknown setting\. Did you mean iterations"),
+        (["judge._target_=dnpo.judges.nobody"], r"judge\._target_=dnpo\.judges\.nobody: cannot be imported"),
+    ],
+)
+def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        checked(composed(*overrides))
+
+
+def readme_commands() -> list[list[str]]:
+    """The arguments of every `python -m dnpo.train …` in the README and the guide for contributors."""
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    lines = re.findall(r"^\s*(?:\S.*&& )?python -m dnpo\.train\b([^#\n]*)", text, re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize("arguments", readme_commands(), ids=" ".join)
+def test_every_documented_command_composes(arguments: list[str]) -> None:
+    """Each job of each command of the README, sweeps included, has settings that pass every check."""
+    overrides = [a for a in arguments if not a.startswith("-")]
+    jobs: list[Any] = [overrides]
+    if "-m" in arguments:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    for job in jobs:
+        checked(composed(*job))
+
+
+def test_the_readme_documents_the_commands_of_every_method() -> None:
+    documented = {word for arguments in readme_commands() for word in arguments}
+    assert len(readme_commands()) >= 6
+    for method in METHODS:
+        assert any(re.search(rf"method=\S*\b{method}\b", word) for word in documented), method

@@ -1,0 +1,280 @@
+"""Settings are checked before anything is built, and a message says which one is wrong and what was meant."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+
+from dnpo.errors import SettingsError
+from dnpo.settings import Count, Finite, Fraction, Natural, NonNegative, Positive, check, check_values, nearest
+
+TINY_WORLD = "dnpo.data.tinyworld.TinyWorld"
+
+
+class Inner:
+    """A part that another part holds."""
+
+    def __init__(self, *, width: Count, rate: Positive = 1.0) -> None:
+        self.width, self.rate = width, rate
+
+
+class Outer:
+    """A part with settings of every kind. What comes as positional parameter is no setting."""
+
+    def __init__(
+        self,
+        folder: str = "given by the run",
+        *,
+        inner: Inner | None = None,
+        positive: Positive = 1.0,
+        non_negative: NonNegative = 0.0,
+        finite: Finite = 0.0,
+        fraction: Fraction = 0.5,
+        count: Count = 1,
+        natural: Natural = 0,
+        flag: bool = False,
+        word: str = "",
+        choice: Literal["mean", "sum"] = "mean",
+        maybe: int | None = None,
+        words: list[str] | None = None,
+    ) -> None:
+        self.folder = folder
+
+
+INNER, OUTER = f"{__name__}.Inner", f"{__name__}.Outer"
+
+
+def outer(**settings: Any) -> dict[str, Any]:
+    """Check settings of ``Outer``."""
+    return check("part", {"_target_": OUTER, **settings})
+
+
+def message(call: Callable[[], Any]) -> str:
+    """The message of the SettingsError that a call raises."""
+    with pytest.raises(SettingsError) as caught:
+        call()
+    return str(caught.value)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_key_offers_near_matches() -> None:
+    """A typing error names the setting as it has to be written on the command line."""
+    text = message(lambda: outer(fracton=0.5))
+    assert text == "part.fracton: unknown setting. Did you mean part.fraction?"
+    assert "data.flaws" in message(lambda: check("data", {"_target_": TINY_WORLD, "flaw": 0.1}))
+
+
+def test_unknown_key_without_near_match_lists_all() -> None:
+    """Where nothing is near, what there is, and nothing that is no setting."""
+    text = message(lambda: check("part", {"_target_": INNER, "width": 1, "zzz": 1}))
+    assert text == "part.zzz: unknown setting. Known: part.rate, part.width."
+
+
+def test_positional_parameters_are_no_settings() -> None:
+    """What the run hands over (a folder, a model) cannot be set."""
+    assert message(lambda: outer(folder="/")).startswith("part.folder: unknown setting.")
+
+
+@pytest.mark.parametrize("given", [{}, {"width": None}, {"width": "???"}], ids=["absent", "null", "???"])
+def test_missing_required(given: dict[str, Any]) -> None:
+    """A required setting that is not there says how to give it."""
+    text = message(lambda: check("part", {"_target_": INNER, **given}))
+    assert text == "part.width: needs a value; give part.width=…"
+
+
+def test_no_target() -> None:
+    """Settings that configure nothing are an error, not a silent no."""
+    assert message(lambda: check("npo", {"alpha": 1.0})).startswith("npo: no _target_")
+
+
+@pytest.mark.parametrize(
+    "target", ["no_such_package.Thing", "dnpo.no_such_module.Thing", "dnpo.dsl.NoSuchLabeller", "", 3, None]
+)
+def test_target_that_cannot_be_imported(target: Any) -> None:
+    """The message names the setting and the target, and is no traceback."""
+    text = message(lambda: check("dsl", {"_target_": target}))
+    assert text.startswith(f"dsl._target_={target}: cannot be imported")
+
+
+@pytest.mark.xfail(
+    reason="settings.check reads target.__module__, which modules and plain values do not have",
+    raises=AttributeError,
+    strict=True,
+)
+@pytest.mark.parametrize("target", ["dnpo.dsl", "dnpo.records.HUMAN"], ids=["module", "constant"])
+def test_target_that_cannot_be_called(target: str) -> None:
+    """A dotted path that stops short of the class is the user's mistake, and told as such."""
+    assert message(lambda: check("dsl", {"_target_": target})).startswith("dsl._target_=")
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"positive": "1.0"},
+        {"positive": True},
+        {"positive": None},
+        {"count": 1.0},
+        {"count": 2.5},
+        {"count": "3"},
+        {"count": True},
+        {"flag": 1},
+        {"flag": "true"},
+        {"word": 1},
+        {"choice": "median"},
+        {"choice": None},
+        {"maybe": "none"},
+        {"words": "one"},
+        {"words": [1]},
+    ],
+    ids=str,
+)
+def test_wrong_type(wrong: dict[str, Any]) -> None:
+    """Nothing is converted but a whole number to a float: "false" is not false and 2.5 steps are not 2."""
+    ((key, value),) = wrong.items()
+    assert message(lambda: outer(**wrong)).startswith(f"part.{key}={value!r}: input should be ")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"positive": 0.0},
+        {"positive": -1},
+        {"positive": math.inf},
+        {"positive": math.nan},
+        {"non_negative": -1e-9},
+        {"non_negative": math.inf},
+        {"non_negative": math.nan},
+        {"finite": math.nan},
+        {"finite": -math.inf},
+        {"fraction": 1.0000001},
+        {"fraction": -0.1},
+        {"fraction": math.nan},
+        {"fraction": math.inf},
+        {"count": 0},
+        {"natural": -1},
+    ],
+    ids=str,
+)
+def test_out_of_range(wrong: dict[str, Any]) -> None:
+    """A value outside its range is refused before hours are spent on it; NaN lies in no range."""
+    ((key, value),) = wrong.items()
+    assert message(lambda: outer(**wrong)).startswith(f"part.{key}={value!r}: input should be ")
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        {"positive": 1e-300},
+        {"non_negative": 0.0},
+        {"finite": -1e300},
+        {"fraction": 0.0},
+        {"fraction": 1.0},
+        {"count": 1},
+        {"natural": 0},
+        {"flag": True},
+        {"word": "x"},
+        {"choice": "sum"},
+        {"maybe": None},
+        {"maybe": 3},
+        {"words": []},
+        {"words": ["a", "b"]},
+        {"inner": None},
+    ],
+    ids=str,
+)
+def test_ends_of_ranges_are_accepted(right: dict[str, Any]) -> None:
+    """What is documented as possible is possible, and comes back as it was."""
+    assert outer(**right) == {"_target_": OUTER, **right}
+
+
+@pytest.mark.parametrize("name", ["positive", "non_negative", "finite", "fraction"])
+def test_int_for_float_comes_back_as_float(name: str) -> None:
+    """``alpha=1`` and ``alpha=1.0`` are one setting: with two spellings they would have two keys in the store."""
+    value = outer(**{name: 1})[name]
+    assert value == 1.0
+    assert type(value) is float
+
+
+def test_defaults_are_not_filled_in_and_special_keys_are_kept() -> None:
+    """The result holds what was given, so that Hydra can build from it, and leaves what was given as it is."""
+    given = {"_target_": OUTER, "_partial_": True, "fraction": 1}
+    assert check("part", given) == {"_target_": OUTER, "_partial_": True, "fraction": 1.0}
+    assert given == {"_target_": OUTER, "_partial_": True, "fraction": 1}
+
+
+def test_real_part() -> None:
+    """A part of the laboratory itself: its signature is the schema, ranges included."""
+    given = {"_target_": TINY_WORLD, "flaws": 0, "difficulty": 5}
+    checked = check("data", given)
+    assert checked == {"_target_": TINY_WORLD, "flaws": 0.0, "difficulty": 5}
+    assert type(checked["flaws"]) is float
+    for key, value in (("flaws", 1.5), ("difficulty", 6), ("train", 0), ("seed", -1), ("seed", "one")):
+        assert message(lambda: check("data", {"_target_": TINY_WORLD, key: value})).startswith(f"data.{key}={value!r}")  # noqa: B023
+
+
+# --- nested parts and foreign classes ---------------------------------------------------------------------------------
+
+
+def test_nested_target_is_checked() -> None:
+    """A part inside a part is held to its own signature, under its full name, and its values are put right as well."""
+    checked = outer(inner={"_target_": INNER, "width": 2, "rate": 3})
+    assert checked["inner"] == {"_target_": INNER, "width": 2, "rate": 3.0}
+    assert type(checked["inner"]["rate"]) is float
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"_target_": INNER, "widht": 2}, "part.inner.widht: unknown setting. Did you mean part.inner.width?"),
+        ({"_target_": INNER}, "part.inner.width: needs a value"),
+        ({"_target_": INNER, "width": 0}, "part.inner.width=0: input should be greater"),
+        ({"_target_": "no_such.Thing", "width": 1}, "part.inner._target_=no_such.Thing: cannot be imported"),
+    ]
+    for inner, expected in cases:
+        assert message(lambda: outer(inner=inner)).startswith(expected)  # noqa: B023
+
+
+@pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "torch.optim.RMSprop", "torch.optim.SGD"])
+def test_torch_optimizer_names_are_checked(optimizer: str) -> None:
+    """A misspelt learning rate would otherwise train with PyTorch's default without a word."""
+    given = {"_target_": optimizer, "_partial_": True, "lr": 1.0e-4}
+    assert check("trainer.optimizer", given) == given
+    wrong = {"_target_": optimizer, "_partial_": True, "lrr": 1.0e-4}
+    text = message(lambda: check("trainer.optimizer", wrong))
+    assert text.startswith("trainer.optimizer.lrr: unknown setting. Did you mean trainer.optimizer.lr")
+
+
+def test_torch_optimizer_inside_a_part() -> None:
+    """The same where it really stands: under ``trainer``."""
+    target = "dnpo.optimise.Optimisation"
+    optimizer = {"_target_": "torch.optim.RMSprop", "_partial_": True, "lr": 1e-4}
+    assert check("trainer", {"_target_": target, "optimizer": optimizer, "clip": 1})["clip"] == 1.0
+    wrong = {**optimizer, "lrr": 1.0}
+    text = message(lambda: check("trainer", {"_target_": target, "optimizer": wrong}))
+    assert text.startswith("trainer.optimizer.lrr: unknown setting. Did you mean trainer.optimizer.lr?")
+    assert message(lambda: check("trainer", {"_target_": target})).startswith("trainer.optimizer: needs a value")
+
+
+# --- the pieces -------------------------------------------------------------------------------------------------------
+
+
+def test_check_values_of_a_function_without_prefix() -> None:
+    """The settings of the run itself have no part in front of their names."""
+
+    def run(*, seed: Natural, iterations: Count = 3) -> None:
+        """A run."""
+
+    assert check_values("", run, {"seed": 0}) == {"seed": 0}
+    assert message(lambda: check_values("", run, {"seed": 0, "iteration": 2})) == (
+        "iteration: unknown setting. Did you mean iterations?"
+    )
+    assert message(lambda: check_values("", run, {})) == "seed: needs a value; give seed=…"
+
+
+def test_nearest() -> None:
+    """Near words, all words, or none; private ones are never offered."""
+    assert nearest("alhpa", ["alpha", "beta"], "npo") == " Did you mean npo.alpha?"
+    assert nearest("xyz", ["beta", "alpha", "_target_"]) == " Known: alpha, beta."
+    assert nearest("target", ["_target_"]) == " Known: none."

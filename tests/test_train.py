@@ -1,0 +1,425 @@
+"""The main job as users run it: whole runs by the command line, in processes of their own, at the smoke scale."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from dnpo.store import Store
+
+pytestmark = pytest.mark.long
+SMOKE = ("scale=smoke", "tracking=off")
+
+
+def start(cwd: Path, *overrides: str, **env: str) -> subprocess.Popen[str]:
+    """The main job as a process in a group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dnpo.train", *overrides],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(cwd: Path, *overrides: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The main job to its end."""
+    process = start(cwd, *overrides, **env)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def succeed(cwd: Path, *overrides: str, **env: str) -> str:
+    done = run(cwd, *overrides, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def summary(cwd: Path, pattern: str = "outputs/*/*/summary.json") -> dict[str, Any]:
+    """The newest summary."""
+    found: dict[str, Any] = json.loads(max(cwd.glob(pattern), key=lambda p: p.stat().st_mtime).read_text())
+    return found
+
+
+def numbers(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in content["table"]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which DNPO has run once, tracked in MLflow; its store serves the tests that need other methods."""
+    cwd = tmp_path_factory.mktemp("finished")
+    (cwd / "stdout.txt").write_text(succeed(cwd, "scale=smoke"))
+    return cwd
+
+
+# --- what a run leaves behind
+
+
+def test_a_run_says_what_it_does_and_ends_with_its_table(finished: Path) -> None:
+    out = (finished / "stdout.txt").read_text()
+    for said in ("supervised fine-tuning", "iteration 0 · generate", "iteration 1 · judge", "iteration 1 · optimise"):
+        assert said in out
+    header = next(line for line in out.splitlines() if line.startswith("it."))
+    for column in ("score", "acc.", "win", "tie", "lose", "lp chosen", "rejected", "new", "policy loss", "noise loss"):
+        assert column in header
+    assert "the judge that labels the pairs also sets this measure" in " ".join(out.split())
+    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in out
+
+
+def test_the_summary_has_table_settings_keys_versions_and_commit(finished: Path) -> None:
+    content = summary(finished)
+    assert [row["iteration"] for row in content["table"]] == ["SFT", 0, 1]
+    last = content["table"][-1]
+    assert last["loss/policy"] > 0 > last["loss/noise"]
+    assert last["eval/win"] + last["eval/tie"] + last["eval/lose"] == pytest.approx(1.0)
+    families = [name for name in last if name.startswith("eval/accuracy/")]
+    assert len(families) == 6
+    assert last["eval/accuracy"] == pytest.approx(sum(last[f] for f in families) / 6)
+    assert content["settings"]["npo"]["alpha"] == 0.1
+    assert content["versions"]["torch"]
+    assert "commit" in content
+    for stage in content["stages"]:
+        manifest = json.loads((finished / "store" / stage["stage"] / stage["key"] / "manifest.json").read_text())
+        assert manifest["key"] == stage["key"]
+
+
+def test_first_iteration_is_plain_and_the_second_has_labels_by_quality(finished: Path) -> None:
+    rows = summary(finished)["table"]
+    assert rows[1]["loss/noise"] is None
+    assert rows[1]["pairs/flipped"] == 0
+    assert rows[2]["pairs/flipped"] > 0
+    pairs = [stage for stage in summary(finished)["stages"] if stage["stage"] == "pairs"]
+    table = pq.read_table(finished / "store" / "pairs" / pairs[1]["key"] / "pairs.parquet").to_pylist()
+    assert {pair["chosen_source"] for pair in table} == {"human", "policy@1"}
+    for pair in table:
+        assert pair["flipped"] == (pair["chosen_source"] == "policy@1")
+        assert pair["chosen_score"] > pair["rejected_score"] or not pair["flipped"]
+        assert pair["chosen_score"] >= pair["rejected_score"]
+
+
+def test_generated_rows_keep_what_made_them(finished: Path) -> None:
+    stage = next(s for s in summary(finished)["stages"] if s["title"] == "iteration 1 · generate")
+    shards = sorted((finished / "store" / "generate" / stage["key"]).glob("shard-*.parquet"))
+    assert len(shards) == 3
+    for row in (row for shard in shards for row in pq.read_table(shard).to_pylist()):
+        assert row["tokens"] == len(row["token_ids"]) <= 24
+        assert (row["finish"] == "eos") == (row["token_ids"][-1] == 2)
+        assert row["logprob"] < 0
+        assert row["source"] == "policy@1"
+
+
+def test_log_probabilities_of_an_iteration_are_stored_whole(finished: Path) -> None:
+    stage = [s for s in summary(finished)["stages"] if s["stage"] == "evaluate"][-1]
+    kept = np.load(finished / "store" / "evaluate" / stage["key"] / "logprobs.npz")
+    assert {len(kept[name]) for name in kept.files} == {96}
+    row = summary(finished)["table"][-1]
+    assert row["logps/new"] == pytest.approx(kept["new"].mean())
+    assert row["stagnation/ks_critical"] == pytest.approx(1.358 * (2 / 96) ** 0.5, rel=1e-3)
+
+
+def test_mlflow_has_settings_steps_iterations_figures_and_tags(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{finished / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("dnpo")
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["npo.alpha"] == "0.1"
+    assert tracked.data.tags["dnpo.method"] == "dnpo"
+    assert tracked.data.tags["dnpo.scale"] == "smoke"
+    keys = {stage["key"] for stage in summary(finished)["stages"]}
+    assert keys <= set(tracked.data.tags.values())
+    accuracy = client.get_metric_history(tracked.info.run_id, "eval/accuracy")
+    assert [(m.step, m.value) for m in accuracy] == [
+        (row["iteration"] if row["iteration"] != "SFT" else -1, row["eval/accuracy"])
+        for row in summary(finished)["table"]
+    ]
+    steps = client.get_metric_history(tracked.info.run_id, "loss/policy")
+    assert [m.step for m in steps] == list(range(len(steps)))
+    assert len(client.get_metric_history(tracked.info.run_id, "sft/loss/policy")) == 12
+    artefacts = {a.path for a in client.list_artifacts(tracked.info.run_id)}
+    assert artefacts == {"summary.json", "logprobs", "pairs"}
+    pictures = {a.path for a in client.list_artifacts(tracked.info.run_id, "logprobs")}
+    assert pictures == {f"logprobs/logprobs-{name}.png" for name in ("sft", "iteration-0", "iteration-1")}
+
+
+# --- the store
+
+
+def test_the_same_command_again_computes_nothing(finished: Path) -> None:
+    before = summary(finished)
+    out = succeed(finished, *SMOKE)
+    assert out.count("there already") == len(before["stages"])
+    after = summary(finished)
+    assert all(stage["reused"] for stage in after["stages"])
+    assert after["table"] == before["table"]
+
+
+def test_a_plan_shows_every_stage_and_computes_nothing(finished: Path, tmp_path: Path) -> None:
+    fresh = succeed(tmp_path, *SMOKE, "plan=true")
+    assert fresh.count("to do") == 12
+    assert not (tmp_path / "store").exists()
+    there = succeed(finished, *SMOKE, "plan=true")
+    assert there.count(" there") == 12
+    other = succeed(finished, *SMOKE, "plan=true", "npo.alpha=0.7")
+    # A further alpha shares everything up to the labels of iteration 1.
+    assert (other.count(" there"), other.count("to do")) == (10, 2)
+
+
+def test_settings_that_cannot_change_a_result_are_not_in_the_keys(finished: Path) -> None:
+    overrides = ("trainer.checkpoint_every=7", "threads=2", "device=cpu", "npo.start=1")
+    assert succeed(finished, *SMOKE, "plan=true", *overrides).count(" there") == 12
+
+
+def test_methods_share_iteration_0(finished: Path) -> None:
+    out = succeed(finished, *SMOKE, "method=spin", "plan=true")
+    assert "iteration 1 · judge" not in out
+    lines = [line for line in out.splitlines() if "iteration 1" in line]
+    assert [line.split()[-1] for line in lines] == ["there", "do", "do", "do"]
+
+
+def test_a_part_starts_at_its_iteration(finished: Path) -> None:
+    """npo.start=1 iterations=2 branches off the SPIN chain at iteration 1."""
+    spin = succeed(finished, *SMOKE, "method=spin")
+    assert "noise loss" not in spin
+    succeed(finished, *SMOKE, "method=npo", "npo.start=1")
+    rows = summary(finished)["table"]
+    assert [row["loss/noise"] is None for row in rows] == [True, True, False]
+    reused = {stage["title"]: stage["reused"] for stage in summary(finished)["stages"]}
+    assert reused["iteration 1 · label"]
+    assert not reused["iteration 1 · optimise"]
+
+
+@pytest.mark.parametrize("method", ["dsl", "fixed_noise"])
+def test_every_further_method_runs(method: str, finished: Path) -> None:
+    succeed(finished, *SMOKE, f"method={method}")
+    last = summary(finished)["table"][-1]
+    assert (last["pairs/flipped"] > 0) == (method == "dsl")
+    assert (last["npo/variance"] == 0.5) if method == "fixed_noise" else (last["npo/variance"] is None)
+
+
+def test_an_offset_can_be_matched_to_a_tracked_run(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{finished / 'mlflow.db'}")
+    (tracked, *_) = client.search_runs([client.get_experiment_by_name("dnpo").experiment_id])
+    mean = np.mean([m.value for m in client.get_metric_history(tracked.info.run_id, "npo/shift")])
+    uri = f"tracking.uri=sqlite:///{finished / 'mlflow.db'}"
+    succeed(finished, "scale=smoke", "method=dsl", "npo=offset", f"npo.shift=run:{tracked.info.run_id}", uri)
+    assert summary(finished)["settings"]["npo"]["shift"] == pytest.approx(mean)
+    assert summary(finished)["table"][-1]["npo/shift"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_lora_runs_through_chained_iterations(tmp_path: Path) -> None:
+    succeed(tmp_path, *SMOKE, "model.lora.rank=4", "iterations=3")
+    table = summary(tmp_path)["table"]
+    assert len(table) == 4
+    stage = [s for s in summary(tmp_path)["stages"] if s["stage"] == "optimise"][-1]
+    saved = sorted(p.name for p in (tmp_path / "store" / "optimise" / stage["key"] / "policy").iterdir())
+    assert saved == ["adapter-00", "adapter-01", "adapter-02", "adapter-03"]
+
+
+def test_two_runs_at_once_compute_each_stage_once(tmp_path: Path) -> None:
+    both = [start(tmp_path, *SMOKE) for _ in range(2)]
+    outs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    tables = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/*/*/summary.json")]
+    assert len(tables) == 2
+    assert numbers(tables[0]) == numbers(tables[1])
+    for stages in zip(tables[0]["stages"], tables[1]["stages"], strict=True):
+        waited = any(f"another run is computing {stages[0]['title']}" in out for out, _ in outs)
+        assert waited or stages[0]["reused"] or stages[1]["reused"], stages
+
+
+# --- kills and interruptions
+
+
+def test_kill_9_at_any_moment_changes_no_number(finished: Path, tmp_path: Path) -> None:
+    """Killed again and again at random moments, the run ends with the very numbers of the undisturbed one."""
+    moments = random.Random(5)
+    kills = 0
+    for _ in range(40):
+        process = start(tmp_path, *SMOKE)
+        try:
+            process.communicate(timeout=5.0 + 3 * moments.random())
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+        else:
+            assert process.returncode == 0
+            break
+    assert kills >= 1
+    assert numbers(summary(tmp_path)) == numbers(summary(finished))
+
+
+def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(tmp_path: Path) -> None:
+    process = start(tmp_path, *SMOKE, "sft.steps=100000")
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "store").glob("sft/*.partial/checkpoint.ckpt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    asked = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 10
+    assert process.returncode == 130
+    assert "run the same command again" in out
+    assert "Traceback" not in err
+    assert "begun" in succeed(tmp_path, *SMOKE, "sft.steps=100000", "plan=true")
+
+
+# --- sweeps
+
+
+def test_a_sweep_shares_stages_nests_its_runs_and_hides_no_failure(tmp_path: Path) -> None:
+    done = run(
+        tmp_path, "-m", "scale=smoke", "npo.alpha=0.01,-1,0.1", "seed=0,1", MLFLOW_TRACKING_URI="sqlite:///runs.db"
+    )
+    assert done.returncode == 1
+    assert "npo.alpha=-1: input should be greater than or equal to 0" in done.stderr
+    assert done.stderr.count("failed") == 2
+    assert re.search(r"npo.alpha=0.01 +2 +\d", done.stdout)
+    optimised = list((tmp_path / "store" / "optimise").iterdir())
+    counts = {name: len(list((tmp_path / "store" / name).iterdir())) for name in ("sft", "generate", "judge", "pairs")}
+    assert counts == {"sft": 2, "generate": 4, "judge": 2, "pairs": 4}
+    assert len(optimised) == 2 + 4  # iteration 0 by seed, iteration 1 by seed and alpha
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("dnpo").experiment_id])
+    (parent,) = [r for r in runs if r.data.tags["dnpo.kind"] == "sweep"]
+    jobs = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(jobs) == 4
+    assert {r.data.tags["dnpo.seed"] for r in jobs} == {"0", "1"}
+
+
+def test_the_plan_of_a_sweep_shows_what_its_jobs_share(tmp_path: Path) -> None:
+    out = succeed(tmp_path, "-m", *SMOKE, "npo.alpha=0.01,0.1", "plan=true")
+    assert (out.count("to do"), out.count("shared with job 0")) == (12 + 2, 10)
+
+
+# --- a method of one's own
+
+
+def test_a_method_is_one_yaml_and_one_small_file(tmp_path: Path) -> None:
+    """A labeller that prefers longer responses, added from outside, walks the whole loop."""
+    (tmp_path / "longest.py").write_text(
+        "class Longest:\n"
+        "    needs_scores = False\n\n"
+        "    def __init__(self, *, by: int = 1) -> None:\n"
+        "        self.by = by\n\n"
+        "    def prefers_generated(self, prompt, human, generated, scores):\n"
+        "        return generated.tokens >= human.tokens + self.by\n"
+    )
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    (tmp_path / "conf" / "method" / "longest.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /dsl: null\n  - override /npo: 'off'\n"
+        "dsl:\n  _target_: longest.Longest\n  by: 2\n  start: 0\n"
+    )
+    succeed(tmp_path, "--config-dir=conf", *SMOKE, "method=longest", PYTHONPATH=str(tmp_path))
+    rows = summary(tmp_path)["table"]
+    assert all(row["pairs/flipped"] > 0 for row in rows[1:])
+    wrong = run(tmp_path, "--config-dir=conf", *SMOKE, "method=longest", "+dsl.bye=3", PYTHONPATH=str(tmp_path))
+    assert "dsl.bye: unknown setting. Did you mean dsl.by" in wrong.stderr
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["npo.alhpa=1"], "npo.alhpa: unknown setting. Did you mean npo.alpha"),
+        (["method=spni"], "method=spni: there is no such option. Did you mean spin"),
+        (["npo.alpha=-1"], "npo.alpha=-1: input should be greater than or equal to 0"),
+        (["model=local", "model.path=nowhere"], "model.path=nowhere: no model there"),
+        (["data=jsonl", "data.path=nowhere.jsonl", "method=spin"], "data.path=nowhere.jsonl"),
+        (["judge=off"], "judge=off gives none"),
+        (["data.test=2000"], "at most a quarter"),
+        (["data.max_prompt_tokens=2"], "none of the 192 train prompts fits into 2 tokens"),
+        (["tracking=mlflow", "tracking.uri=http://127.0.0.1:9"], "no tracking server answers there"),
+    ],
+)
+def test_bad_input_is_answered_in_one_line_before_anything_is_computed(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    done = run(tmp_path, *SMOKE, *overrides)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    finished = [p for p in tmp_path.glob("store/*/*") if not p.name.endswith(".partial")]
+    assert finished == []
+
+
+def test_bad_rows_are_named_by_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": " "}\n')
+    done = run(tmp_path, *SMOKE, "method=spin", "data=jsonl", "data.path=rows.jsonl")
+    assert done.returncode == 1
+    assert "rows.jsonl:2:" in done.stderr
+    assert "response" in done.stderr
+
+
+def test_verifiable_rows_of_a_file_can_be_judged_by_rules(tmp_path: Path) -> None:
+    """Rows that bring an answer have scores and accuracies like the tiny world's."""
+    rows = [
+        {"id": i, "prompt": f"{i} plus {i}?", "response": f"It is {2 * i}.", "answer": str(2 * i)} for i in range(120)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    succeed(tmp_path, *SMOKE, "data=jsonl", "data.path=rows.jsonl", "data.max_response_tokens=16", "judge=rules")
+    last = summary(tmp_path)["table"][-1]
+    assert 0 <= last["eval/score"] <= 100
+    assert last["eval/score_human"] == 100
+
+
+def test_a_server_that_hangs_is_refused_in_time(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        done = run(tmp_path, "scale=smoke", f"tracking.uri=http://127.0.0.1:{port}")
+    assert done.returncode == 1
+    assert "no tracking server answers there" in done.stderr
+
+
+# --- real data and a real model
+
+
+def test_real_data_and_a_real_model(shared: Path, tmp_path: Path) -> None:
+    """stories260K on a hundred rows of rasbt: fine-tuning, two iterations of NPO, everything finite."""
+    rows = (shared / "data" / "sft_rasbt.jsonl").read_text().splitlines()[:120]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    succeed(
+        tmp_path,
+        *(
+            "scale=smoke",
+            "tracking=off",
+            "method=npo",
+            "model=local",
+            f"model.path={shared / 'models' / 'stories260K'}",
+        ),
+        *("data=jsonl", "data.path=rows.jsonl", "data.max_response_tokens=32", "eval.sequences=24"),
+    )
+    table = summary(tmp_path)["table"]
+    assert all(np.isfinite(v) for row in table for v in row.values() if isinstance(v, float))
+    assert "eval/score" not in table[-1]
+    assert table[-1]["eval/loss"] > 0
+    store = Store(tmp_path / "store")
+    assert sorted(p.name for p in store.root.iterdir() if not p.name.startswith(".")) == [
+        *("evaluate", "generate", "optimise", "pairs", "prompts", "sft")
+    ]
