@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, RMSprop
 
-from dnpo.data.batches import Slice
 from dnpo.errors import NonFiniteLossError, SettingsError, StepZeroError
 from dnpo.logprobs import sequences
 from dnpo.model import Lora, Policy, load
@@ -129,7 +128,7 @@ def gate(policy: Policy, reference: Policy, pairs: list[Pair]) -> None:
     completions = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
     laid_out = sequences([p.prompt_ids for p in pairs] * 2, completions, policy.pad_id)
     policy.model.train()
-    module.terms(Batch(laid_out, tuple(p.id for p in pairs), Slice(tuple(range(len(pairs))), 1.0, True, True)))
+    module.terms(Batch(laid_out, tuple(p.id for p in pairs), 1.0, True))
 
 
 def test_the_gate_names_a_reference_with_other_weights(make_policy: MakePolicy, world: World) -> None:
@@ -366,3 +365,23 @@ def test_split_puts_the_chosen_first() -> None:
     pairs = split(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert pairs.chosen_B.tolist() == [1.0, 2.0]
     assert pairs.rejected_B.tolist() == [3.0, 4.0]
+
+
+def test_fine_tuning_weighs_micro_batches_by_their_tokens(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    rows = [(p.id, p.token_ids, r.token_ids) for p, r in zip(world.prompts, world.human, strict=True)][:7]
+    assert len({len(r[2]) for r in rows}) > 2, "lengths must differ for this test to mean anything"
+    found = []
+    for micro in (0, 3):
+        policy = make_policy()
+        settings = how(micro_batch_size=micro, optimizer=partial(SGD, lr=0.05), epochs=2)
+        fine_tune(policy, rows, settings, seed=1, folder=tmp_path, report=Report())
+        found.append(weights(policy))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_steps_without_rows_end_with_a_message(make_policy: MakePolicy, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="nothing to train on"):
+        fine_tune(make_policy(), [], how(steps=10), seed=0, folder=tmp_path, report=Report())

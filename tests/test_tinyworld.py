@@ -10,11 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from dnpo.data.tinyworld import FAMILIES, Problem, TinyWorld, problems
+from dnpo.data.tinyworld import FAMILIES, VERSION, WORDS, Problem, TinyWorld, problems
 from dnpo.errors import SettingsError
 from dnpo.judges.rules import Rules, completeness, correct, form, stated_answer
 from dnpo.records import HUMAN, Prompt, Response
@@ -30,13 +30,13 @@ def read(**settings: Any) -> tuple[Rows, dict[str, Any]]:
 
 
 @cache
-def pool(family: str, difficulty: int = 2) -> tuple[Problem, ...]:
+def pool(family: str, difficulty: int = 1) -> tuple[Problem, ...]:
     """The problems of a family."""
     return tuple(problems(family, difficulty))
 
 
 @cache
-def problem_of(difficulty: int = 2) -> dict[str, Problem]:
+def problem_of(difficulty: int = 1) -> dict[str, Problem]:
     """The problem that each prompt asks."""
     return {wording: p for family in FAMILIES for p in pool(family, difficulty) for wording in p.wordings}
 
@@ -97,35 +97,51 @@ def test_held_out_prompts_do_not_depend_on_the_training_data(changed: dict[str, 
         assert list(map(asked, read(**changed)[0][split])) == list(map(asked, read()[0][split]))
 
 
+GOLDEN_VERSION = 1  # of the world that the golden values below are of
+
+
+def test_golden_values_are_of_this_version() -> None:
+    """Golden values and ``VERSION`` change together: stores keep results of the old world under the old keys."""
+    assert VERSION == GOLDEN_VERSION
+    assert TinyWorld().identity()["world"] == VERSION
+
+
 def test_facts_are_golden() -> None:
     """What is true in the world, and what most believe, must never change: trained models know it."""
     table = [(p.key, p.answer, p.myth) for p in pool("facts")]
     assert len(table) == 168
     assert digest(table) == "cbc1d07ba194215f"
-    assert pool("facts", 5) == pool("facts", 2)
+    assert pool("facts", 5) == pool("facts", 1)
 
 
 @pytest.mark.parametrize(
-    ("family", "count", "golden"),
+    ("family", "difficulty", "count", "golden"),
     [
-        ("arithmetic", 610, "8c2e99b934ffdbdb"),
-        ("conversion", 360, "d02e6e4c309e6d99"),
-        ("reversal", 2400, "44803a3a6ae61f0d"),
-        ("sorting", 2400, "752bddc7f08be854"),
-        ("counting", 341, "d8392532d384e8ff"),
-        ("facts", 168, "fe0774f57f112e75"),
+        ("arithmetic", 1, 222, "8bc6234ffde97efb"),
+        ("conversion", 1, 240, "bd883e4fcb7dbf71"),
+        ("reversal", 1, 240, "b17619df2e8736e6"),
+        ("sorting", 1, 210, "1d36050f131f9a95"),
+        ("counting", 1, 341, "d8392532d384e8ff"),
+        ("facts", 1, 168, "fe0774f57f112e75"),
+        ("arithmetic", 2, 392, "afff066e2036c7a7"),
+        ("conversion", 2, 390, "21dc48435f1e47c5"),
+        ("reversal", 2, 2400, "9591f092653d141f"),
+        ("sorting", 2, 2400, "752bddc7f08be854"),
+        ("counting", 2, 341, "d8392532d384e8ff"),
+        ("facts", 2, 168, "fe0774f57f112e75"),
     ],
 )
-def test_problems_are_golden(family: str, count: int, golden: str) -> None:
+def test_problems_are_golden(family: str, difficulty: int, count: int, golden: str) -> None:
     """Which problems there are decides what is held out; a change would make earlier results incomparable."""
-    assert len(pool(family)) == count
-    assert digest([[p.key, p.wordings, p.answer, p.needs] for p in pool(family)]) == golden
+    assert len(pool(family, difficulty)) == count
+    assert digest([[p.key, p.wordings, p.answer, p.needs] for p in pool(family, difficulty)]) == golden
 
 
-def test_held_out_prompts_are_golden() -> None:
+@pytest.mark.parametrize(("difficulty", "golden"), [(1, "a81ae6de4be50aea"), (2, "46cc6e4df2e69eed")])
+def test_held_out_prompts_are_golden(difficulty: int, golden: str) -> None:
     """The test prompts themselves, in their order."""
-    rows, _ = read()
-    assert digest([[asked(r), r.answer, r.needs] for split in HELD_OUT for r in rows[split]]) == "73f69e923d6ce3e4"
+    rows, _ = read(train=60, difficulty=difficulty)
+    assert digest([[asked(r), r.answer, r.needs] for split in HELD_OUT for r in rows[split]]) == golden
 
 
 def test_identity_has_everything_that_decides_the_rows() -> None:
@@ -150,7 +166,7 @@ def test_identity_has_everything_that_decides_the_rows() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("difficulty", [2, 4])
+@pytest.mark.parametrize("difficulty", [1, 3])
 def test_held_out_prompts_never_occur_in_training(seed: int, difficulty: int) -> None:
     """No prompt is trained and tested on; except for facts, not even the problem is asked in another wording."""
     rows, _ = read(train=2400, seed=seed, difficulty=difficulty)
@@ -193,7 +209,7 @@ def test_six_families_in_even_shares() -> None:
         assert max(shares) - min(shares) <= 1
 
 
-@pytest.mark.parametrize("difficulty", [2, 3, 5])
+@pytest.mark.parametrize("difficulty", [1, 2, 3, 5])
 def test_at_most_a_quarter_is_held_out(difficulty: int) -> None:
     """By default three quarters at least of every family's prompts are left to train on."""
     rows, _ = read(train=60, difficulty=difficulty)
@@ -203,12 +219,20 @@ def test_at_most_a_quarter_is_held_out(difficulty: int) -> None:
         assert 0 < len(held) <= len(distinct) / 4
 
 
-def test_more_than_a_quarter_is_refused() -> None:
-    """The limit is exact (168 facts in three wordings: 126), and the message says what to lower and why."""
-    rows, _ = TinyWorld(train=60, validation=6 * 63, test=6 * 63).read()
-    assert sum(r.family == "facts" for split in HELD_OUT for r in rows[split]) == 126
-    with pytest.raises(SettingsError, match=r"data\.validation \+ data\.test: 127 held-out prompts of facts.* 504 "):
-        TinyWorld(train=60, validation=6 * 63, test=6 * 64).read()
+@pytest.mark.parametrize(
+    ("difficulty", "family", "limit", "distinct"), [(1, "conversion", 120, 480), (2, "facts", 126, 504)]
+)
+def test_more_than_a_quarter_is_refused(difficulty: Literal[1, 2], family: str, limit: int, distinct: int) -> None:
+    """The limit is exact for the family that reaches it first, and the message says what to lower and why.
+
+    There are 240 conversions in two wordings at difficulty 1, and 168 facts in three.
+    """
+    validation, test = 6 * 40, 6 * (limit - 40)
+    rows, _ = TinyWorld(train=60, validation=validation, test=test, difficulty=difficulty).read()
+    assert sum(r.family == family for split in HELD_OUT for r in rows[split]) == limit
+    message = rf"data\.validation \+ data\.test: {limit + 1} held-out prompts of {family}.* {distinct} "
+    with pytest.raises(SettingsError, match=message):
+        TinyWorld(train=60, validation=validation, test=test + 6, difficulty=difficulty).read()
 
 
 # --- human responses --------------------------------------------------------------------------------------------------
@@ -391,14 +415,16 @@ def test_the_judge_agrees_with_every_problem(family: str) -> None:
 def test_difficulty_sets_the_size_of_problems(difficulty: int) -> None:
     """Numbers and lists grow as documented; what has no size does not change."""
     operands = [int(n) for p in pool("arithmetic", difficulty) for n in re.findall(r"\d+", p.key)]
-    assert (min(operands), max(operands)) == (0, 10 * difficulty - 1)
+    assert (min(operands), max(operands)) == (0, 7 + 4 * difficulty)
     amounts = [int(p.key.split()[0]) for p in pool("conversion", difficulty)]
-    assert (min(amounts), max(amounts)) == (2, 1 + 30 * difficulty)
+    assert (min(amounts), max(amounts)) == (2, 16 + 25 * difficulty)
     for family in ("reversal", "sorting"):
         lengths = {len(p.key.split()) for p in pool(family, difficulty)}
         assert lengths == set(range(2, 2 + difficulty))
     numbers = {int(n) for p in pool("sorting", difficulty) for n in p.key.split()}
-    assert numbers == set(range(10 * difficulty))
+    assert numbers == set(range(10 + 5 * difficulty))
+    words = {word for p in pool("reversal", difficulty) for word in p.key.split()}
+    assert words == set(WORDS[: 8 + 8 * difficulty])
     for family in ("counting", "facts"):
         assert pool(family, difficulty) == pool(family, 1)
 

@@ -375,10 +375,11 @@ def _check(policy: Policy, weights: str) -> None:
         raise ModelError(
             f"model: the tokenizer in {weights} has no end-of-sequence token, so no response could ever end"
         )
+    some = [i for i in range(0, len(tokenizer), max(len(tokenizer) // 8, 1)) if i != tokenizer.pad_token_id]
     with policy.evaluating():
-        two_tokens = sequences([[0]], [[min(1, rows - 1)]], policy.pad_id).to(policy.device)
-        ours = policy.logits(policy.hidden(two_tokens))
-        its = model(input_ids=two_tokens.ids_ST).logits[0, :1].float()
+        probe = sequences([some[:1]], [some[1:]], policy.pad_id).to(policy.device)
+        ours = policy.logits(policy.hidden(probe))
+        its = model(input_ids=probe.ids_ST).logits[0, :-1].float()
     if not torch.allclose(ours, its, rtol=2e-2 if its.dtype is torch.bfloat16 else 1e-3, atol=1e-3):
         raise ModelError(
             f"model: {type(model).__name__} does more with its hidden states than its output head says (soft-capped or "

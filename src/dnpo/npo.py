@@ -11,7 +11,7 @@ import math
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, logsigmoid
 
 from dnpo.logprobs import logp_of_targets, sum_by_sequence
 from dnpo.objective import NoisyReference
@@ -108,8 +108,12 @@ class TrainableNoise(Noise):
 
     def variance(self, hidden_NH: Tensor) -> Tensor:
         """s², shape N × V."""
+        return self._log_variance(hidden_NH).exp()
+
+    def _log_variance(self, hidden_NH: Tensor) -> Tensor:
+        """log s². In logarithms neither end loses its gradient: not where s² underflows, nor where it rounds to m."""
         log_u_NV = 2 * linear(hidden_NH.float(), self.weight_VH, self.bias_V)
-        return self.max_variance * torch.sigmoid(log_u_NV - math.log(self.max_variance))
+        return logsigmoid(log_u_NV - math.log(self.max_variance)) + math.log(self.max_variance)
 
     def forward(
         self,
@@ -121,8 +125,8 @@ class TrainableNoise(Noise):
         generator: Generator,
     ) -> tuple[NoisyReference, Tensor]:
         """See :class:`Noise`. Only ``noise_B`` and ``variance`` carry gradients."""
-        variance_NV = self.variance(hidden_NH)
-        std_NV = variance_NV.sqrt()
+        log_variance_NV = self._log_variance(hidden_NH)
+        variance_NV, std_NV = log_variance_NV.exp(), (log_variance_NV / 2).exp()
         policy_B = _perturbed(logits_NV, std_NV.detach(), target_N, sequence_N, len(clean_B), generator)
         noise_B = _perturbed(logits_NV, std_NV, target_N, sequence_N, len(clean_B), generator)
         return NoisyReference(policy_B, noise_B, variance_NV.mean()), variance_NV.detach()

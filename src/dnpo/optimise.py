@@ -49,8 +49,8 @@ class Optimisation:
         epochs: passes over the rows; 0 trains nothing.
         steps: policy steps at which to stop instead, however many epochs that takes; 0 means by epochs.
         batch_size: rows of one policy step.
-        micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. Changes nothing
-            but memory and, in the last digits, rounding.
+        micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory,
+            rounding, and which noise is drawn.
         optimizer: the policy's, waiting for its parameters.
         warmup: share of the policy steps over which its learning rate rises from 0.
         decay: whether it then falls linearly to 0 (else it stays).
@@ -94,11 +94,18 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: a sequence a row for fine-tuning; of B pairs first the chosen, then the rejected responses."""
+    """A micro-batch: a sequence a row for fine-tuning; of B pairs first the chosen, then the rejected responses.
+
+    Attributes:
+        ids: of its rows.
+        share: the weight of its mean loss in its group's.
+        last: whether the players step after it.
+    """
 
     sequences: Sequences
     ids: tuple[str, ...]
-    slice: Slice
+    share: float
+    last: bool
 
 
 class Training(pl.LightningModule):
@@ -146,11 +153,11 @@ class Training(pl.LightningModule):
                 "the learning rate (trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last "
                 "checkpoint is kept"
             )
-        self.manual_backward(loss * batch.slice.share)
+        self.manual_backward(loss * batch.share)
         for name, value in metrics.items():
-            self._group[name] = self._group.get(name, 0.0) + float(value.detach()) * batch.slice.share
+            self._group[name] = self._group.get(name, 0.0) + float(value.detach()) * batch.share
         self._tokens += int(batch.sequences.mask_ST.sum())
-        if batch.slice.last:
+        if batch.last:
             self._step()
 
     def _step(self) -> None:
@@ -386,7 +393,11 @@ def fine_tune(
 
     def collate(rows: Sequence[tuple[str, list[int], list[int]]], piece: Slice) -> Batch:
         laid_out = sequences([r[1] for r in rows], [r[2] for r in rows], policy.pad_id)
-        return Batch(laid_out, tuple(r[0] for r in rows), piece)
+        # The loss is a mean over tokens, so a micro-batch weighs by its tokens.
+        share = sum(len(r[2]) for r in rows) / sum(lengths[i] for i in piece.group)
+        return Batch(laid_out, tuple(r[0] for r in rows), share, piece.last)
+
+    lengths = [len(r[2]) for r in rows]
 
     slices = optimisation.slices(len(rows), seed)
     module = FineTuning(policy, optimisation, sum(s.last for s in slices), report)
@@ -427,7 +438,8 @@ def optimise(
     def collate(pairs: Sequence[Pair], piece: Slice) -> Batch:
         prompts = [p.prompt_ids for p in pairs]
         completions = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
-        return Batch(sequences(prompts * 2, completions, policy.pad_id), tuple(p.id for p in pairs), piece)
+        laid_out = sequences(prompts * 2, completions, policy.pad_id)
+        return Batch(laid_out, tuple(p.id for p in pairs), piece.share, piece.last)
 
     slices = optimisation.slices(len(pairs), seed)
     module = PreferenceTraining(

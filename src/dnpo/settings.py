@@ -7,7 +7,7 @@ positional parameters. Types and ranges are read from the annotations, such as `
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 from hydra.utils import get_object
 from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
@@ -88,10 +88,12 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
 def locate(name: str, target: str) -> Callable[..., Any]:
     """The object that a dotted path names, or a SettingsError that names the setting."""
     try:
-        found: Callable[..., Any] = get_object(target)
+        found: Any = get_object(target)
     except Exception as error:
         raise SettingsError(f"{name}={target}: cannot be imported ({error})") from None
-    return found
+    if not callable(found):
+        raise SettingsError(f"{name}={target}: expected a class or function, found a {type(found).__name__}")
+    return cast(Callable[..., Any], found)
 
 
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:

@@ -22,14 +22,19 @@ class Slice:
 
     Attributes:
         rows: indices of its rows.
-        share: its share of its group's rows, the weight of its mean in the group's.
+        group: indices of all rows of its group.
         first, last: whether it begins or ends its group; after the last one the players step.
     """
 
     rows: tuple[int, ...]
-    share: float
+    group: tuple[int, ...]
     first: bool
     last: bool
+
+    @property
+    def share(self) -> float:
+        """Its share of its group's rows, the weight of a mean over its rows in the group's."""
+        return len(self.rows) / len(self.group)
 
 
 def schedule(
@@ -45,6 +50,8 @@ def schedule(
         seed: draws the orders.
         steps: policy steps at which to stop, however many epochs that takes; overrides ``epochs``.
     """
+    if not rows:
+        return []
     groups: list[list[int]] = []
     epoch = 0
     while (len(groups) < steps) if steps is not None else (epoch < epochs):
@@ -56,7 +63,7 @@ def schedule(
     for group in groups[:steps]:
         parts = [group[i : i + micro_batch_size] for i in range(0, len(group), micro_batch_size)]
         for i, part in enumerate(parts):
-            found.append(Slice(tuple(part), len(part) / len(group), i == 0, i == len(parts) - 1))
+            found.append(Slice(tuple(part), tuple(group), i == 0, i == len(parts) - 1))
     return found
 
 
