@@ -51,6 +51,7 @@ def test_micro_batches_partition_a_step(rows: int, batch: int, micro: int) -> No
         assert all(1 <= len(piece.rows) <= micro for piece in group)
         assert [piece.first for piece in group] == [True] + [False] * (len(group) - 1)
         assert [piece.last for piece in group] == [False] * (len(group) - 1) + [True]
+        assert {piece.group for piece in group} == {tuple(rows_of(group))}
 
 
 @pytest.mark.parametrize(("rows", "batch", "micro"), SHAPES)
@@ -102,8 +103,9 @@ def test_order_golden() -> None:
 
 
 def test_nothing_to_do() -> None:
-    """No rows or no epochs: no micro-batches."""
+    """No rows or no epochs: no micro-batches, and no endless search for the rows of a number of steps."""
     assert schedule(0, 4, 2, epochs=3, seed=0, steps=None) == []
+    assert schedule(0, 4, 2, epochs=3, seed=0, steps=3) == []
     assert schedule(10, 4, 2, epochs=0, seed=0, steps=None) == []
 
 

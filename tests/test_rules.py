@@ -7,7 +7,7 @@ import pytest
 
 from dnpo.judges import Judge
 from dnpo.judges.off import NoJudge
-from dnpo.judges.rules import Rules, correct, stated_answer
+from dnpo.judges.rules import Rules, correct
 from dnpo.records import HUMAN, Prompt, Response
 
 
@@ -146,19 +146,37 @@ def test_verdicts_match_responses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "stated"),
+    ("answer", "text", "right"),
     [
-        ("It is 7.", "7"),
-        ("7", "7"),
-        ("In order: 1, 2 and 3.", "1 2 and 3"),
-        ("This island is his.", "his"),
-        ("It is", ""),
-        ("A EQUALS Bako!", "bako"),
+        ("7", "It is 7.", True),
+        ("7", "7", True),
+        ("7", "It is 17.", False),
+        ("7", "It is 7 is", False),
+        ("7", "7 it is.", False),
+        ("1 2 and 3", "In order: 1, 2 and 3.", True),
+        ("1 2", "In order: 0 1 2.", False),
+        ("his", "This island is his.", True),
+        ("Bako", "A EQUALS Bako!", True),
+        ("-5", "It is -5.", True),
+        ("-5", "It is −5.", True),
+        ("-5", "It is 5.", False),
+        ("5", "It is -5.", False),
+        ("2.5", "It is 2.5.", True),
+        ("2.5", "It is 2 5.", False),
+        ("10:30", "The time is 10:30.", True),
+        ("10:30", "10:30", True),
+        ("Paris is big", "They say: Paris is big.", True),
+        ("big", "Paris is very big.", False),
+        ("?", "", False),
     ],
 )
-def test_stated_answer(text: str, stated: str) -> None:
-    """The words after the last marker; a marker is a word of its own, not a part of "this" or "island"."""
-    assert stated_answer(text) == stated
+def test_correct(answer: str, text: str, right: bool) -> None:
+    """The answer ends the response, and nothing else follows the last marker before it; numbers keep their sign."""
+    assert correct(ask(answer), text) == right
+
+
+def test_a_decimal_point_is_no_full_stop() -> None:
+    assert Rules()([ask("2.5")], [say("It is 2.5.")])[0].score == 100.0
 
 
 def test_accepts() -> None:
@@ -170,6 +188,7 @@ def test_accepts() -> None:
     assert "2 of 3" in objection
     assert "first is b" in objection
     assert "judge=off" in objection
+    assert Rules().accepts([ask("?")]) is not None
 
 
 def test_judges_declare_whether_they_score() -> None:

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import pytest
 
 from dnpo.data.tinyworld import FAMILIES, VERSION, WORDS, Problem, TinyWorld, problems
 from dnpo.errors import SettingsError
-from dnpo.judges.rules import Rules, completeness, correct, form, stated_answer
+from dnpo.judges.rules import Rules, completeness, correct, form
 from dnpo.records import HUMAN, Prompt, Response
 
 HELD_OUT = ("validation", "test")
@@ -137,7 +138,7 @@ def test_problems_are_golden(family: str, difficulty: int, count: int, golden: s
     assert digest([[p.key, p.wordings, p.answer, p.needs] for p in pool(family, difficulty)]) == golden
 
 
-@pytest.mark.parametrize(("difficulty", "golden"), [(1, "a81ae6de4be50aea"), (2, "46cc6e4df2e69eed")])
+@pytest.mark.parametrize(("difficulty", "golden"), [(1, "9b86e56a876a8f4f"), (2, "226a151d57c36ecf")])
 def test_held_out_prompts_are_golden(difficulty: int, golden: str) -> None:
     """The test prompts themselves, in their order."""
     rows, _ = read(train=60, difficulty=difficulty)
@@ -292,11 +293,10 @@ def test_myths() -> None:
     told, repeated = 0, 0
     for row in rows["train"]:
         p = asks[asked(row)]
-        said = stated_answer(row.human)
-        if p.myth is None or said != p.myth.lower():
-            assert said == p.answer.lower()
+        believes = p.myth is not None and correct(replace(row, answer=p.myth), row.human)
+        assert believes or correct(row, row.human)
         told += p.myth is not None
-        repeated += p.myth is not None and said == p.myth.lower()
+        repeated += believes
         assert row.answer == p.answer  # the truth stays the truth
     assert told > 500
     assert within(repeated, told, 0.55)

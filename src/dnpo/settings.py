@@ -21,6 +21,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
+SPECIAL = ("_target_", "_partial_")
+
 
 def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Check the settings of one part, a mapping with a ``_target_``, before anything is built.
@@ -40,6 +42,9 @@ def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if "_target_" not in settings:
         raise SettingsError(f"{name}: no _target_, so nothing says what these settings configure")
     target = locate(f"{name}._target_", settings["_target_"])
+    for key in settings:
+        if key.startswith("_") and key not in SPECIAL:
+            raise SettingsError(f"{name}.{key}: unknown setting. Known with an underscore: {', '.join(SPECIAL)}.")
     values = {key: value for key, value in settings.items() if not key.startswith("_")}
     for key, value in values.items():
         if isinstance(value, Mapping) and "_target_" in value:

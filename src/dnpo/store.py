@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
+from dnpo.errors import DnpoError
+
 MANIFEST = "manifest.json"
 
 
@@ -108,6 +110,8 @@ class Store:
         return folder
 
     def _compute(self, stage: Stage, inputs: Mapping[str, Path], report: Report) -> None:
+        if self.folder(stage).exists():
+            raise DnpoError(f"store: {self.folder(stage)} has no {MANIFEST}, so it is no finished stage; remove it")
         partial = self.partial(stage)
         partial.mkdir(parents=True, exist_ok=True)
         started, clock = datetime.now(UTC), time.monotonic()
@@ -157,6 +161,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def content_hash(path: Path) -> str:
     """SHA-256 of a file, or of a folder's file names and contents; the same wherever it lies."""
+    if not path.exists():
+        raise FileNotFoundError(path)
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
         digest.update(b"" if file == path else str(file.relative_to(path)).encode())

@@ -27,6 +27,8 @@ WORLD = 20250210  # the seed of everything that is fixed
 VERSION = 1  # raised when anything below changes what the world is: it is in the keys of the store
 POOL = 2400  # at most so many problems of a family exist
 
+VERBS = re.compile(r"\b(is|are|equals)\b")
+
 Flaw = Literal["wrong", "incomplete", "sloppy"]
 FLAWS: tuple[Flaw, ...] = ("wrong", "incomplete", "sloppy")
 
@@ -107,9 +109,8 @@ class TinyWorld:
         flawed = 0
         for number, family in enumerate(FAMILIES):
             questions = self._split(family, number)
-            # Held-out rows and their human responses are the same for every seed.
-            draw = random.Random(derive(WORLD, "held out", family))
-            for split in ("validation", "test"):
+            for split in ("validation", "test"):  # the same for every seed
+                draw = random.Random(derive(WORLD, split, family))
                 rows[split] += [self._row(draw, family, *question)[0] for question in questions[split]]
             draw = random.Random(derive(self.seed, "train", family))
             for _ in range(_share(self.sizes["train"], number)):
@@ -140,7 +141,7 @@ class TinyWorld:
                 f"{everything} distinct prompts may be held out; lower them"
             )
         asked = [(problem, problem.wordings[i % len(problem.wordings)]) for i, problem in enumerate(by_hash)]
-        out = {"validation": asked[: sizes["validation"]], "test": asked[sizes["validation"] : held]}
+        out = {"test": asked[: sizes["test"]], "validation": asked[sizes["test"] : held]}
         kept = by_hash if family == "facts" else by_hash[held:]
         never = {question for questions in out.values() for question in questions}
         out["train"] = [(p, wording) for p in kept for wording in p.wordings if (p, wording) not in never]
@@ -179,13 +180,13 @@ def respond(draw: random.Random, problem: Problem, answer: str, flaw: Flaw | Non
 
 
 def _sloppy(draw: random.Random, text: str) -> str:
-    """Two of: no capital, no full stop, a word said twice."""
-    habits: list[Callable[[str], str]] = [
-        lambda s: s[0].lower() + s[1:] if s[0].isalpha() else s.rstrip("."),
-        lambda s: s.rstrip("."),
-        lambda s: re.sub(r"\b(is|are|equals)\b", r"\1 \1", s, count=1) if re.search(r"\b(is|are|equals)\b", s) else s,
-    ]
-    for habit in draw.sample(habits, 2):
+    """Two of these, or the one that applies: no capital at the beginning, no full stop, a word said twice."""
+    habits: list[Callable[[str], str]] = [lambda s: s.removesuffix(".")]
+    if text[0].isalpha():
+        habits.append(lambda s: s[0].lower() + s[1:])
+    if re.search(VERBS, text):
+        habits.append(lambda s: re.sub(VERBS, r"\1 \1", s, count=1))
+    for habit in draw.sample(habits, min(2, len(habits))):
         text = habit(text)
     return text
 

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from dnpo.records import Prompt, Response, Verdict
 
-_MARKER = re.compile(r"\b(?:is|are|equals)\b|:", re.IGNORECASE)
-_WORD = re.compile(r"[^\W_]+")
+_MARKERS = {"is", "are", "equals", ":"}
+_TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:\.\d+)?|[^\W_]+|:")
 
 
 class Rules:
@@ -21,8 +21,8 @@ class Rules:
     gives_scores = True
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Every prompt must have an answer."""
-        without = [p.id for p in prompts if p.answer is None]
+        """Every prompt must have an answer, with a word or a number in it."""
+        without = [p.id for p in prompts if p.answer is None or not words(p.answer)]
         if not without:
             return None
         return (
@@ -44,14 +44,16 @@ class Rules:
         return Verdict(response.id, response.source, points)
 
 
-def stated_answer(text: str) -> str:
-    """What a response gives as its answer: the words after its last "is", "are", "equals" or colon, in lower case."""
-    return " ".join(words(_MARKER.split(text)[-1]))
-
-
 def correct(prompt: Prompt, text: str) -> bool:
-    """Whether the stated answer is the right one, word by word."""
-    return prompt.answer is not None and stated_answer(text) == " ".join(words(prompt.answer))
+    """Whether the response ends with the right answer, and with nothing but it after "is", "are", "equals" or a colon.
+
+    Words and numbers count, in lower case; a response that is the bare answer is right too.
+    """
+    if prompt.answer is None:
+        return False
+    said, answer = _tokens(text), _tokens(prompt.answer)
+    before = said[: len(said) - len(answer)]
+    return bool(answer) and said[len(before) :] == answer and (not before or before[-1] in _MARKERS)
 
 
 def completeness(prompt: Prompt, text: str) -> float:
@@ -68,11 +70,15 @@ def form(text: str) -> float:
     if not said:
         return 0.0
     capital = text[0].isupper() or text[0].isdigit()
-    stop = text.endswith(".") and text.count(".") == 1
+    stop = text.endswith(".") and len(re.findall(r"\.(?!\d)", text)) == 1
     stutters = any(a == b for a, b in pairwise(said))
     return 5.0 * (capital + stop + (not stutters))
 
 
 def words(text: str) -> list[str]:
-    """The words and numbers of a text in lower case."""
-    return [w.lower() for w in _WORD.findall(text)]
+    """The words and numbers of a text, numbers with their sign and decimals, in lower case."""
+    return [token for token in _tokens(text) if token != ":"]
+
+
+def _tokens(text: str) -> list[str]:
+    return [token.lower().replace("−", "-") for token in _TOKEN.findall(text)]
