@@ -16,9 +16,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dnpo.data.tinyworld import TinyWorld
-from dnpo.model import Policy, encode, human_response
+from dnpo.model import Policy
 from dnpo.records import Pair, Prompt, Response
-from dnpo.tokenizer import train_tokenizer
+from dnpo.tokenizer import encode, human_response, train_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from dnpo.errors import ModelError
-from dnpo.model import PLAIN_TEMPLATE, Lora, Policy, Pretrained, encode, human_response, load, render
+from dnpo.model import Lora, Policy, Pretrained, load
 from dnpo.records import Prompt
+from dnpo.tokenizer import PLAIN_TEMPLATE, encode, human_response, render
 from tests.conftest import World
 
 MakePolicy = Callable[..., Policy]

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
 
 from dnpo.logprobs import logp_of_targets, sum_by_sequence
-from dnpo.npo import FixedNoise, Noise, NoNoise, Offset, TrainableNoise
+from dnpo.npo import FixedNoise, Noise, NoNoise, Offset, Rejected, TrainableNoise
 from dnpo.objective import NoisyReference, PairLogps, Terms, logistic, two_player
 
 Array = npt.NDArray[np.float64]
@@ -45,9 +45,13 @@ class Problem:
 
     def through(self, noise: Noise, seed: int) -> tuple[NoisyReference, Tensor]:
         """What training calls, with a generator seeded for this call."""
-        given = self.hidden_NH, self.logits_NV, self.target_N, self.sequence_N, self.clean_B
-        found: tuple[NoisyReference, Tensor] = noise(*given, seeded(seed))
+        found: tuple[NoisyReference, Tensor] = noise(self.rejected, seeded(seed))
         return found
+
+    @property
+    def rejected(self) -> Rejected:
+        """The reference's side of the problem."""
+        return Rejected(self.hidden_NH, self.logits_NV, self.target_N, self.sequence_N, self.clean_B)
 
     def terms(self, noise: Noise, seed: int, policy: PairLogps | None = None) -> Terms:
         """The three terms of the loss."""
@@ -194,8 +198,7 @@ def test_same_seed_same_noise(problem: Problem, kind: type[Noise]) -> None:
 def test_one_generator_goes_on(problem: Problem) -> None:
     """Every call draws anew: the second call of a run does not repeat the first."""
     noise, generator = FixedNoise(HIDDEN, VOCABULARY), seeded(0)
-    given = problem.hidden_NH, problem.logits_NV, problem.target_N, problem.sequence_N, problem.clean_B
-    one, two = (noise(*given, generator)[0] for _ in range(2))
+    one, two = (noise(problem.rejected, generator)[0] for _ in range(2))
     values = [x[0].item() for x in (one.policy_B, one.noise_B, two.policy_B, two.noise_B)]
     assert len(set(values)) == 4
 
@@ -228,7 +231,7 @@ def test_only_the_noise_gets_gradients(problem: Problem) -> None:
         hidden_NH = body(problem.hidden_NH)
         logits_NV = head(hidden_NH)
     noise = uneven()
-    noisy, _ = noise(hidden_NH, logits_NV, problem.target_N, problem.sequence_N, problem.clean_B, seeded(0))
+    noisy, _ = noise(Rejected(hidden_NH, logits_NV, problem.target_N, problem.sequence_N, problem.clean_B), seeded(0))
     assert not noisy.policy_B.requires_grad
     assert noisy.noise_B.requires_grad
     assert noisy.variance.requires_grad
@@ -313,7 +316,7 @@ def repeated(noise: Noise, logits: list[float], count: int, seed: int) -> Tensor
     each = torch.arange(count)
     clean = logp_of_targets(logits_NV, torch.zeros_like(each))
     noisy: NoisyReference
-    noisy, _ = noise(torch.zeros(count, 1), logits_NV, torch.zeros_like(each), each, clean, seeded(seed))
+    noisy, _ = noise(Rejected(torch.zeros(count, 1), logits_NV, torch.zeros_like(each), each, clean), seeded(seed))
     return noisy.policy_B.double()
 
 
@@ -466,8 +469,7 @@ def test_nothing_to_train(problem: Problem, noise: Noise, active: bool) -> None:
 def test_no_noise_is_clean(problem: Problem) -> None:
     """SPIN walks the same lines as DNPO and must lose no digit on the way; the generator is not touched either."""
     generator = seeded(0)
-    given = problem.hidden_NH, problem.logits_NV, problem.target_N, problem.sequence_N, problem.clean_B
-    noisy, variance = NoNoise(HIDDEN, VOCABULARY)(*given, generator)
+    noisy, variance = NoNoise(HIDDEN, VOCABULARY)(problem.rejected, generator)
     assert torch.equal(noisy.policy_B, problem.clean_B)
     assert torch.equal(noisy.noise_B, problem.clean_B)
     assert float(variance) == float(noisy.variance) == 0

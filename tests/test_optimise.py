@@ -16,8 +16,9 @@ from dnpo.logprobs import sequences
 from dnpo.model import Lora, Policy, load
 from dnpo.npo import FixedNoise, Noise, NoNoise, Offset, TrainableNoise
 from dnpo.objective import logistic
-from dnpo.optimise import Batch, Optimisation, PreferenceTraining, fine_tune, optimise, split
+from dnpo.optimise import PreferenceTraining, fine_tune, optimise, split
 from dnpo.records import Pair
+from dnpo.training import Batch, Optimisation
 from tests.conftest import Report, World
 
 MakePolicy = Callable[..., Policy]

@@ -243,7 +243,7 @@ def test_torch_optimizer_names_are_checked(optimizer: str) -> None:
 
 def test_torch_optimizer_inside_a_part() -> None:
     """The same where it really stands: under ``trainer``."""
-    target = "dnpo.optimise.Optimisation"
+    target = "dnpo.training.Optimisation"
     optimizer = {"_target_": "torch.optim.RMSprop", "_partial_": True, "lr": 1e-4}
     assert check("trainer", {"_target_": target, "optimizer": optimizer, "clip": 1})["clip"] == 1.0
     wrong = {**optimizer, "lrr": 1.0}

@@ -18,21 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from dnpo.errors import ModelError
 from dnpo.logprobs import Sequences, logp_of_targets, sequences, sum_by_sequence, token_logits
-from dnpo.records import Finish, Message, Prompt, Response
+from dnpo.records import Prompt
 from dnpo.seeding import derive
 from dnpo.settings import Count, Fraction, Natural, Positive
 from dnpo.store import content_hash
-
-# For tokenizers that bring no chat template. The response begins on a line of its own, so that prompt and response
-# tokenise apart as they do together.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] + '\n' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
-)
+from dnpo.tokenizer import PLAIN_TEMPLATE, train_tokenizer
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -222,8 +212,6 @@ class Scratch:
 
     def base(self, folder: Path, prompts: Sequence[Prompt]) -> None:
         """Train the tokenizer on the prompts and human responses, draw the weights, and write both."""
-        from dnpo.tokenizer import train_tokenizer
-
         tokenizer = train_tokenizer(prompts, self.vocabulary)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -385,53 +373,6 @@ def _check(policy: Policy, weights: str) -> None:
             f"model: {type(model).__name__} does more with its hidden states than its output head says (soft-capped or "
             f"scaled logits, perhaps): logits differ by {float((ours - its).abs().max()):.3g}; it is not supported"
         )
-
-
-# --- text and tokens --------------------------------------------------------------------------------------------------
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> tuple[str, str]:
-    """The rendered prompt, as generation sees it, and what training text has after it.
-
-    Raises:
-        ModelError: the template renders training text otherwise than generation text.
-    """
-    template: Any = tokenizer.apply_chat_template
-    prompt = cast(str, template(messages, tokenize=False, add_generation_prompt=True))
-    whole = cast(str, template([*messages, {"role": "assistant", "content": response}], tokenize=False))
-    if not whole.startswith(prompt):
-        at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-        raise ModelError(
-            "model: the chat template renders training text otherwise than generation text, so the policy would be "
-            f"trained on prompts it never sees. They part at character {at}: generation has {prompt[at:][:40]!r}, "
-            f"training has {whole[at:][:40]!r}. Set model.chat_template, or mend the tokenizer's"
-        )
-    return prompt, whole[len(prompt) :]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> tuple[list[int], list[int]]:
-    """Token ids of the rendered prompt, and of the response up to and with its end-of-sequence token.
-
-    The two are tokenised apart, as generation does: its response begins where the prompt's tokens end. What a template
-    puts after the end of the response (a line break, often) is left out: no sampled response has it.
-    """
-    prompt, rest = render(tokenizer, messages, response)
-    tokenize: Any = tokenizer
-    prompt_ids = list(tokenize(prompt, add_special_tokens=False)["input_ids"])
-    ids = list(tokenize(rest, add_special_tokens=False)["input_ids"])
-    eos = cast(int, tokenizer.eos_token_id)
-    if eos in ids:
-        ids = ids[: len(ids) - ids[::-1].index(eos)]
-    else:
-        ids.append(eos)
-    return prompt_ids, ids
-
-
-def human_response(prompt: Prompt, ids: list[int], limit: int) -> Response:
-    """The human response as a row. One over the limit is cut as a sample is: without an end-of-sequence token."""
-    finish: Finish = "eos" if len(ids) <= limit else "length"
-    ids = ids[:limit]
-    return Response(prompt.id, "human", prompt.human, ids, len(ids), finish)
 
 
 def device_of(setting: str) -> str:

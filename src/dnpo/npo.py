@@ -8,6 +8,7 @@ Shapes: B pairs, N rejected completion tokens of all pairs, H hidden size, V voc
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,6 +17,24 @@ from torch.nn.functional import linear, logsigmoid
 from dnpo.logprobs import logp_of_targets, sum_by_sequence
 from dnpo.objective import NoisyReference
 from dnpo.settings import Finite, NonNegative, Positive
+
+
+class Rejected(NamedTuple):
+    """The frozen reference on the rejected completion tokens of a batch.
+
+    Attributes:
+        hidden_NH: its last hidden states (after the final norm) that predict the tokens.
+        logits_NV: its logits there, float32.
+        target_N: the tokens.
+        sequence_N: which of the B rejected responses each belongs to.
+        clean_B: log p_r(y⁻|x) without noise.
+    """
+
+    hidden_NH: Tensor
+    logits_NV: Tensor
+    target_N: Tensor
+    sequence_N: Tensor
+    clean_B: Tensor
 
 
 class Noise(nn.Module):
@@ -34,23 +53,11 @@ class Noise(nn.Module):
         super().__init__()
         self.alpha, self.learning_rate, self.max_variance = alpha, learning_rate, max_variance
 
-    def forward(
-        self,
-        hidden_NH: Tensor,
-        logits_NV: Tensor,
-        target_N: Tensor,
-        sequence_N: Tensor,
-        clean_B: Tensor,
-        generator: Generator,
-    ) -> tuple[NoisyReference, Tensor]:
+    def forward(self, rejected: Rejected, generator: Generator) -> tuple[NoisyReference, Tensor]:
         """log p̃_r(y⁻|x) for both terms, and s² of every entry (N × V, detached, or a scalar) for the metrics.
 
         Args:
-            hidden_NH: the reference's last hidden states (after the final norm) that predict the tokens.
-            logits_NV: its logits there, float32.
-            target_N: the tokens.
-            sequence_N: which of the B rejected responses each belongs to.
-            clean_B: log p_r(y⁻|x) without noise.
+            rejected: the reference on the rejected completion tokens.
             generator: where ε and ε′ are drawn from, on the device of the tensors.
         """
         raise NotImplementedError
@@ -64,18 +71,10 @@ class NoNoise(Noise):
     def __init__(self, hidden_size: int, vocabulary: int) -> None:
         super().__init__()
 
-    def forward(
-        self,
-        hidden_NH: Tensor,
-        logits_NV: Tensor,
-        target_N: Tensor,
-        sequence_N: Tensor,
-        clean_B: Tensor,
-        generator: Generator,
-    ) -> tuple[NoisyReference, Tensor]:
+    def forward(self, rejected: Rejected, generator: Generator) -> tuple[NoisyReference, Tensor]:
         """The clean log-probability, twice."""
-        nothing = clean_B.new_zeros(())
-        return NoisyReference(clean_B, clean_B, nothing), nothing
+        nothing = rejected.clean_B.new_zeros(())
+        return NoisyReference(rejected.clean_B, rejected.clean_B, nothing), nothing
 
 
 class TrainableNoise(Noise):
@@ -115,20 +114,12 @@ class TrainableNoise(Noise):
         log_u_NV = 2 * linear(hidden_NH.float(), self.weight_VH, self.bias_V)
         return logsigmoid(log_u_NV - math.log(self.max_variance)) + math.log(self.max_variance)
 
-    def forward(
-        self,
-        hidden_NH: Tensor,
-        logits_NV: Tensor,
-        target_N: Tensor,
-        sequence_N: Tensor,
-        clean_B: Tensor,
-        generator: Generator,
-    ) -> tuple[NoisyReference, Tensor]:
+    def forward(self, rejected: Rejected, generator: Generator) -> tuple[NoisyReference, Tensor]:
         """See :class:`Noise`. Only ``noise_B`` and ``variance`` carry gradients."""
-        log_variance_NV = self._log_variance(hidden_NH)
+        log_variance_NV = self._log_variance(rejected.hidden_NH)
         variance_NV, std_NV = log_variance_NV.exp(), (log_variance_NV / 2).exp()
-        policy_B = _perturbed(logits_NV, std_NV.detach(), target_N, sequence_N, len(clean_B), generator)
-        noise_B = _perturbed(logits_NV, std_NV, target_N, sequence_N, len(clean_B), generator)
+        policy_B = _perturbed(rejected, std_NV.detach(), generator)
+        noise_B = _perturbed(rejected, std_NV, generator)
         return NoisyReference(policy_B, noise_B, variance_NV.mean()), variance_NV.detach()
 
 
@@ -139,20 +130,12 @@ class FixedNoise(Noise):
         super().__init__()
         self.fixed = variance
 
-    def forward(
-        self,
-        hidden_NH: Tensor,
-        logits_NV: Tensor,
-        target_N: Tensor,
-        sequence_N: Tensor,
-        clean_B: Tensor,
-        generator: Generator,
-    ) -> tuple[NoisyReference, Tensor]:
+    def forward(self, rejected: Rejected, generator: Generator) -> tuple[NoisyReference, Tensor]:
         """See :class:`Noise`. Nothing carries a gradient."""
-        variance = logits_NV.new_tensor(self.fixed)
-        std_NV = variance.sqrt().expand_as(logits_NV)
-        policy_B = _perturbed(logits_NV, std_NV, target_N, sequence_N, len(clean_B), generator)
-        noise_B = _perturbed(logits_NV, std_NV, target_N, sequence_N, len(clean_B), generator)
+        variance = rejected.logits_NV.new_tensor(self.fixed)
+        std_NV = variance.sqrt().expand_as(rejected.logits_NV)
+        policy_B = _perturbed(rejected, std_NV, generator)
+        noise_B = _perturbed(rejected, std_NV, generator)
         return NoisyReference(policy_B, noise_B, variance), variance
 
 
@@ -170,24 +153,15 @@ class Offset(Noise):
         super().__init__()
         self.shift = shift
 
-    def forward(
-        self,
-        hidden_NH: Tensor,
-        logits_NV: Tensor,
-        target_N: Tensor,
-        sequence_N: Tensor,
-        clean_B: Tensor,
-        generator: Generator,
-    ) -> tuple[NoisyReference, Tensor]:
+    def forward(self, rejected: Rejected, generator: Generator) -> tuple[NoisyReference, Tensor]:
         """The clean log-probability less the shift, twice."""
-        nothing = clean_B.new_zeros(())
-        return NoisyReference(clean_B - self.shift, clean_B - self.shift, nothing), nothing
+        nothing, shifted_B = rejected.clean_B.new_zeros(()), rejected.clean_B - self.shift
+        return NoisyReference(shifted_B, shifted_B, nothing), nothing
 
 
-def _perturbed(
-    logits_NV: Tensor, std_NV: Tensor, target_N: Tensor, sequence_N: Tensor, count: int, generator: Generator
-) -> Tensor:
+def _perturbed(rejected: Rejected, std_NV: Tensor, generator: Generator) -> Tensor:
     """Σ_t log softmax(z_t + s_t ⊙ ε_t)[y_t] by sequence, with ε ~ N(0, 1) drawn anew for every entry. Shape B."""
+    logits_NV = rejected.logits_NV
     noise_NV = torch.randn(logits_NV.shape, generator=generator, device=logits_NV.device, dtype=logits_NV.dtype)
-    logp_N = logp_of_targets(logits_NV + std_NV * noise_NV, target_N)
-    return sum_by_sequence(logp_N, sequence_N, count)
+    logp_N = logp_of_targets(logits_NV + std_NV * noise_NV, rejected.target_N)
+    return sum_by_sequence(logp_N, rejected.sequence_N, len(rejected.clean_B))

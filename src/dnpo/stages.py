@@ -18,12 +18,14 @@ from dnpo import generate as generation
 from dnpo.data import SPLITS, Source
 from dnpo.errors import DataError
 from dnpo.judges import Judge
-from dnpo.model import ModelPart, Policy, encode, human_response
+from dnpo.model import ModelPart, Policy
 from dnpo.npo import Noise
 from dnpo.objective import Objective
 from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write
 from dnpo.seeding import derive
 from dnpo.store import Report, Stage, write_json
+from dnpo.tokenizer import encode, human_response
+from dnpo.training import Optimisation
 
 T = TypeVar("T")
 
@@ -46,7 +48,7 @@ class Plan:
     dsl: Part[dsl.Labeller]
     objective: Part[Objective]
     npo: Part[partial[Noise]]
-    trainer: Part[optimise.Optimisation]
+    trainer: Part[Optimisation]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Run:
     device: str
     data: Part[Source]
     model: Part[ModelPart]
-    sft: Part[optimise.Optimisation]
+    sft: Part[Optimisation]
     generate: Part[generation.Sampling]
     judge: Part[Judge]
     eval: Part[evaluation.Evaluation]

@@ -9,7 +9,7 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from urllib.error import HTTPError, URLError
 
 from filelock import FileLock
@@ -20,8 +20,8 @@ from dnpo.settings import Count
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
-class Tracking(Protocol):
-    """What ``tracking=…`` configures."""
+class Tracking:
+    """What ``tracking=…`` configures. This one tracks nothing; others override what they do."""
 
     def start(self, name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None) -> None:
         """Begin a run; with ``sweep``, a folder that all jobs of a multirun share, nested in the sweep's run.
@@ -39,43 +39,15 @@ class Tracking(Protocol):
     def artifact(self, path: Path, folder: str = "") -> None:
         """Keep a file with the run."""
 
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
-
     def finish(self, status: Status) -> None:
         """End the run."""
 
     def whereabouts(self) -> list[str]:
         """Lines that say where to look."""
-
-
-class NoTracking:
-    """Tracks nothing."""
-
-    def start(self, name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None) -> None:
-        """Nothing."""
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-    def artifact(self, path: Path, folder: str = "") -> None:
-        """Nothing."""
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """Nothing."""
-
-    def finish(self, status: Status) -> None:
-        """Nothing."""
-
-    def whereabouts(self) -> list[str]:
-        """Nowhere."""
         return []
 
 
-class MLflow:
+class MLflow(Tracking):
     """Tracks in MLflow: an experiment a project, a run a training run.
 
     Args:
@@ -181,11 +153,6 @@ class MLflow:
     def artifact(self, path: Path, folder: str = "") -> None:
         """See :class:`Tracking`."""
         self._client.log_artifact(self._run, str(path), folder or None)
-
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """See :class:`Tracking`."""
-        for name, value in tags.items():
-            self._client.set_tag(self._run, name, value[:5000])
 
     def finish(self, status: Status) -> None:
         """See :class:`Tracking`."""

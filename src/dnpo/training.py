@@ -1,0 +1,259 @@
+"""What every training shares: groups of micro-batches, one backward pass each, one step for all players, checkpoints.
+
+The whole training is one pass over a fixed list of micro-batches, so a checkpoint is a position in it, the state of the
+optimizers and the schedule, and whatever a kind of training adds. A killed training continues bit for bit on a CPU.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from dnpo.data.batches import Batches, Slice, schedule
+from dnpo.errors import NonFiniteLossError, SettingsError
+from dnpo.logprobs import Sequences
+from dnpo.model import Policy
+from dnpo.settings import Count, Fraction, Natural, NonNegative
+from dnpo.store import Report
+
+
+class Optimisation:
+    """How to train: what ``trainer=…`` and ``sft=…`` configure.
+
+    Args:
+        epochs: passes over the rows; 0 trains nothing.
+        steps: policy steps at which to stop instead, however many epochs that takes; 0 means by epochs.
+        batch_size: rows of one policy step.
+        micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory,
+            rounding, and which noise is drawn.
+        optimizer: the policy's, waiting for its parameters.
+        warmup: share of the policy steps over which its learning rate rises from 0.
+        decay: whether it then falls linearly to 0 (else it stays).
+        clip: gradient norm of a player at most; 0 means no clipping.
+        autocast: bf16 matrix products over parameters of higher precision.
+        checkpoint_every: policy steps between checkpoints; after a kill at most so many are repeated.
+    """
+
+    not_in_key = ("checkpoint_every",)
+
+    def __init__(
+        self,
+        *,
+        optimizer: Callable[..., Optimizer],
+        epochs: Natural = 1,
+        steps: Natural = 0,
+        batch_size: Count = 64,
+        micro_batch_size: Natural = 0,
+        warmup: Fraction = 0.1,
+        decay: bool = True,
+        clip: NonNegative = 1.0,
+        autocast: bool = False,
+        checkpoint_every: Count = 50,
+    ) -> None:
+        self.optimizer, self.epochs, self.steps = optimizer, epochs, steps
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
+        self.warmup, self.decay, self.clip, self.autocast = warmup, decay, clip, autocast
+        self.checkpoint_every = checkpoint_every
+
+    def slices(self, rows: int, seed: int) -> list[Slice]:
+        """The micro-batches of a training on so many rows."""
+        return schedule(rows, self.batch_size, self.micro_batch_size, self.epochs, seed, self.steps or None)
+
+    def factor(self, step: int, total: int) -> float:
+        """Multiple of the peak learning rate at a policy step: linear warm-up, then linear decay or none."""
+        warm = math.ceil(self.warmup * total)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return (total - step) / max(total - warm, 1) if self.decay else 1.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: a sequence a row for fine-tuning; of B pairs first the chosen, then the rejected responses.
+
+    Attributes:
+        ids: of its rows.
+        share: the weight of its mean loss in its group's.
+        last: whether the players step after it.
+    """
+
+    sequences: Sequences
+    ids: tuple[str, ...]
+    share: float
+    last: bool
+
+
+class Training(pl.LightningModule):
+    """Manual optimisation of one or more players on micro-batches in a fixed order.
+
+    Args:
+        policy: the model in training; its module is the first player.
+        optimisation: how to train.
+        total: policy steps of the whole training.
+        report: told of every step.
+    """
+
+    def __init__(self, policy: Policy, optimisation: Optimisation, total: int, report: Report) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold what is trained, not frozen base weights
+        self.policy_module = policy.model
+        self.policy, self.optimisation, self.total, self.report = policy, optimisation, total, report
+        self.policy_step = 0
+        self.history: list[dict[str, float]] = []
+        self._group: dict[str, float] = {}
+        self._tokens, self._clock = 0, time.monotonic()
+
+    def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch (its mean) and what to report of it."""
+        raise NotImplementedError
+
+    @property
+    def players(self) -> list[tuple[str, nn.Module]]:
+        """Who is trained: the policy, and whoever else has parameters."""
+        return [("policy", self.policy_module)]
+
+    # --- one step
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """The batch on the device of the model."""
+        return replace(batch, sequences=batch.sequences.to(device))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Backward through one micro-batch; after the last of a group, clip and step every player."""
+        loss, metrics = self.terms(batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"step {self.policy_step}: the loss is {float(loss.detach())} on rows {', '.join(batch.ids)}; lower "
+                "the learning rate (trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last "
+                "checkpoint is kept"
+            )
+        self.manual_backward(loss * batch.share)
+        for name, value in metrics.items():
+            self._group[name] = self._group.get(name, 0.0) + float(value.detach()) * batch.share
+        self._tokens += int(batch.sequences.mask_ST.sum())
+        if batch.last:
+            self._step()
+
+    def _step(self) -> None:
+        optimizers = _listed(self.optimizers())
+        plain = _listed(self.optimizers(use_pl_optimizer=False))
+        for (name, module), optimizer in zip(self.players, plain, strict=True):
+            limit = self.optimisation.clip or math.inf
+            trained = [p for p in module.parameters() if p.requires_grad]
+            self._group[f"grad_norm/{name}"] = float(nn.utils.clip_grad_norm_(trained, limit))
+            self._group[f"lr/{name}"] = optimizer.param_groups[0]["lr"]
+        # Lightning counts every step of its wrapped optimizers; only the policy's shall count.
+        for optimizer in [optimizers[0], *plain[1:]]:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for scheduler in _listed(self.lr_schedulers()):
+            scheduler.step()
+        now = time.monotonic()
+        self._group["tokens_per_second"] = self._tokens / max(now - self._clock, 1e-9)
+        self._tokens, self._clock = 0, now
+        row = {"step": float(self.policy_step), **self._group}
+        self.history.append(row)
+        self._group = {}
+        self.policy_step += 1
+        self.report.advance()
+        self.report.steps([row])
+
+    def configure_optimizers(self) -> Any:
+        """The policy's optimizer with its schedule by policy steps."""
+        trained = [p for p in self.policy_module.parameters() if p.requires_grad]
+        optimizer = self.optimisation.optimizer(trained)
+        schedule_ = LambdaLR(optimizer, lambda step: self.optimisation.factor(step, self.total))
+        return [optimizer], [schedule_]
+
+    # --- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counters and the history; leave out what is not trained."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
+        checkpoint["training"] = {"policy_step": self.policy_step, "history": self.history}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the counters and the history."""
+        self.policy_step = checkpoint["training"]["policy_step"]
+        self.history = checkpoint["training"]["history"]
+
+    def on_train_start(self) -> None:
+        """Say where this training stands, once a checkpoint has been taken up."""
+        self.report.begin(self.total, "steps", self.policy_step)
+        self.report.steps(self.history)
+        self._clock = time.monotonic()
+
+
+class _Checkpoints(pl.Callback):
+    """A checkpoint after every so many policy steps; it replaces the last one whole or not at all."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        training = cast(Training, module)
+        at_group_end = not training._group
+        if at_group_end and training.policy_step % self.every == 0 and training.policy_step < training.total:
+            aside = self.path.with_suffix(".writing")
+            trainer.save_checkpoint(aside)
+            aside.replace(self.path)
+
+
+def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict[str, float]]:
+    """Run the training, from the checkpoint in ``folder`` if one is there, and give its history."""
+    if not batches.rows:
+        raise SettingsError("there is nothing to train on: no rows are left")
+    if not batches.slices:
+        return []
+    checkpoint = folder / "checkpoint.ckpt"
+    optimisation = module.optimisation
+    device = module.policy.device
+    trainer = pl.Trainer(
+        accelerator="cpu" if device.type == "cpu" else "gpu",
+        devices=1 if device.index is None else [device.index],
+        max_epochs=1,
+        precision="bf16-mixed" if optimisation.autocast else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[_Checkpoints(checkpoint, optimisation.checkpoint_every)],
+    )
+    module.policy.model.train()
+    with _interruptible(trainer):
+        trainer.fit(module, batches, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+    module.policy.model.eval()
+    checkpoint.unlink(missing_ok=True)
+    return module.history
+
+
+@contextmanager
+def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
+    """Lightning turns Ctrl-C into a plain exit and ignores further ones: make it a KeyboardInterrupt again."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if handler is not None and signal.getsignal(signal.SIGINT) is not handler:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
