@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -37,25 +36,22 @@ def planned_before(sweep: Path | None, folder: Path, stages: "Sequence[Stage]") 
 class SweepReport(Callback):
     """At the end of a multirun: its table, its failures, and exit status 1 if there are any."""
 
-    def __init__(self) -> None:
-        self._jobs: list[tuple[Path, list[str]]] = []
-
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Gather what the jobs left in the sweep's folder."""
         sweep = Path(config.hydra.sweep.dir)
-        failed = {path.parent.name: path.read_text().strip() for path in sweep.glob(f"*/{ERROR}")}
+        jobs = sorted((p for p in sweep.iterdir() if p.is_dir()), key=lambda p: (len(p.name), p.name))
+        failed = {job.name: (job / ERROR).read_text().strip() for job in jobs if (job / ERROR).is_file()}
         rows = [
-            (_overrides(path.parent), json.loads(path.read_text())) for path in sorted(sweep.glob("*/summary.json"))
+            (_overrides(job), json.loads((job / "summary.json").read_text()))
+            for job in jobs
+            if (job / "summary.json").is_file()
         ]
         if rows:
             self._table(sweep, rows)
-        for job, message in sorted(failed.items()):
+        for job, message in failed.items():
             print(f"job {job} failed ({' '.join(_overrides(sweep / job))}): {message}", file=sys.stderr)
         if failed:
             raise SystemExit(1)
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Nothing: a job that failed has said so."""
 
     def _table(self, sweep: Path, jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> None:
         from rich.console import Console
