@@ -1,0 +1,138 @@
+"""Evaluation: every metric against a count by hand or a brute force, on the rows it was computed from."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstwobign
+
+from dnpo.evaluate import Evaluation, Held, evaluate, ks_critical
+from dnpo.generate import Sampling
+from dnpo.judges.off import NoJudge
+from dnpo.judges.rules import Rules
+from dnpo.model import Policy
+from dnpo.records import Response, Verdict, read
+from tests.conftest import Report, World
+
+MakePolicy = Callable[..., Policy]
+HELD, SAMPLES, SEQUENCES = 12, 2, 20
+
+
+@pytest.fixture
+def measured(make_policy: MakePolicy, world: World, tmp_path: Path) -> tuple[dict[str, float], Path]:
+    """A random policy, measured on twelve held-out prompts and twenty pairs."""
+    policy = make_policy()
+    metrics = evaluate(
+        policy,
+        Evaluation(samples=SAMPLES, sequences=SEQUENCES),
+        Held(world.prompts[:HELD], world.human[:HELD]),
+        Rules(),
+        Sampling(batch_size=16),
+        pairs=world.pairs(30),
+        train=Held(world.prompts, world.human),
+        source="policy@1",
+        limit=12,
+        seed=0,
+        folder=tmp_path,
+        report=Report(),
+    )
+    return metrics, tmp_path
+
+
+def test_scores_and_duels_are_those_of_the_verdicts(measured: tuple[dict[str, float], Path]) -> None:
+    metrics, folder = measured
+    verdicts = read(folder / "verdicts.parquet", Verdict)
+    human, greedy, fresh = verdicts[:HELD], verdicts[HELD : 2 * HELD], verdicts[2 * HELD :]
+    assert [v.source for v in human] == ["human"] * HELD
+    assert len(fresh) == HELD * SAMPLES
+    for name, some in (("eval/score_human", human), ("eval/score_greedy", greedy), ("eval/score", fresh)):
+        assert metrics[name] == pytest.approx(np.mean([v.score for v in some]))
+    old = {v.id: v.score or 0.0 for v in human}
+    counts = {"win": 0, "tie": 0, "lose": 0}
+    for v in fresh:
+        gap = (v.score or 0.0) - old[v.id.split("#")[0]]
+        counts["win" if gap > 0 else "lose" if gap < 0 else "tie"] += 1
+    for name, count in counts.items():
+        assert metrics[f"eval/{name}"] == pytest.approx(count / len(fresh))
+
+
+def test_held_out_loss_is_the_mean_over_tokens(
+    measured: tuple[dict[str, float], Path], make_policy: MakePolicy, world: World
+) -> None:
+    slow, total, tokens = make_policy().model.double(), 0.0, 0
+    for prompt, response in zip(world.prompts[:HELD], world.human[:HELD], strict=True):
+        ids = torch.tensor([prompt.token_ids + response.token_ids])
+        logp = slow(input_ids=ids).logits[0].detach().log_softmax(-1)
+        start = len(prompt.token_ids)
+        total -= sum(float(logp[start + t - 1, token]) for t, token in enumerate(response.token_ids))
+        tokens += response.tokens
+    assert measured[0]["eval/loss"] == pytest.approx(total / tokens, abs=1e-5)
+
+
+def test_accuracy_is_the_mean_over_families_of_right_greedy_answers(make_policy: MakePolicy, world: World) -> None:
+    """Responses written here: two families, one right in 2 of 3, the other in 0 of 1: mean 1/3, not 2/4."""
+    from dnpo.evaluate import _accuracy
+
+    by_family: dict[str, list[int]] = {}
+    for i, prompt in enumerate(world.prompts):
+        by_family.setdefault(prompt.family, []).append(i)
+    rows = [*by_family["arithmetic"][:3], by_family["facts"][0]]
+    prompts = [world.prompts[i] for i in rows]
+    texts = [f"It is {prompts[0].answer}.", f"It is {prompts[1].answer}.", "It is no number.", "It is nothing."]
+    greedy = [Response(p.id, "x", t, [1], 1, "eos") for p, t in zip(prompts, texts, strict=True)]
+    found = _accuracy(prompts, greedy)
+    assert found == {
+        "eval/accuracy/arithmetic": pytest.approx(2 / 3),
+        "eval/accuracy/facts": 0.0,
+        "eval/accuracy": pytest.approx(1 / 3),
+    }
+
+
+def test_distributions_are_kept_whole_and_their_distance_is_kolmogorov_smirnov(
+    measured: tuple[dict[str, float], Path], make_policy: MakePolicy, world: World
+) -> None:
+    metrics, folder = measured
+    kept = np.load(folder / "logprobs.npz")
+    assert {name: len(kept[name]) for name in kept.files} == dict.fromkeys(
+        ("chosen", "chosen_tokens", "rejected", "rejected_tokens", "new", "new_tokens"), SEQUENCES
+    )
+    grid = np.concatenate([kept["rejected"], kept["new"]])
+    brute = max(abs((kept["rejected"] <= x).mean() - (kept["new"] <= x).mean()) for x in grid)
+    assert metrics["stagnation/ks"] == pytest.approx(brute)
+    for name in ("chosen", "rejected", "new"):
+        assert metrics[f"logps/{name}"] == pytest.approx(kept[name].mean())
+    # What is called chosen is chosen: the same rows of the pairs, scored again.
+    policy, pairs = make_policy(), world.pairs(30)
+    again = policy.score([p.prompt_ids for p in pairs], [p.chosen_ids for p in pairs], 8)
+    assert all(np.isclose(again, value, atol=1e-4).any() for value in kept["chosen"])
+
+
+def test_the_critical_value_is_the_five_per_cent_point() -> None:
+    assert ks_critical(1200, 1200) == pytest.approx(kstwobign.ppf(0.95) * (2 / 1200) ** 0.5, rel=1e-3)
+    assert ks_critical(1200, 1200) == pytest.approx(0.0554, abs=1e-4)
+
+
+def test_without_judge_answers_and_pairs_there_is_still_something_to_say(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    prompts = [replace(p, answer=None, family="") for p in world.prompts]
+    metrics = evaluate(
+        make_policy(),
+        Evaluation(samples=1, sequences=8),
+        Held(prompts[:6], world.human[:6]),
+        NoJudge(),
+        Sampling(batch_size=16),
+        pairs=None,
+        train=Held(prompts, world.human),
+        source="policy@0",
+        limit=8,
+        seed=0,
+        folder=tmp_path,
+        report=Report(),
+    )
+    assert set(metrics) == {"eval/loss", "eval/tokens", "eval/human_tokens", "eval/cut", "logps/chosen", "logps/new"}
+    assert not (tmp_path / "verdicts.parquet").exists()
