@@ -88,7 +88,7 @@ def world() -> World:
     for row in rows["train"]:
         prompt_ids, ids = encode(tokenizer, row.messages, row.human)
         prompts.append(replace(row, token_ids=prompt_ids))
-        human.append(human_response(row, ids, 24))
+        human.append(human_response(tokenizer, row, ids, 24))
     return World(tokenizer, prompts, human)
 
 

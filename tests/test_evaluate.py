@@ -96,8 +96,9 @@ def test_distributions_are_kept_whole_and_their_distance_is_kolmogorov_smirnov(
     metrics, folder = measured
     kept = np.load(folder / "logprobs.npz")
     assert {name: len(kept[name]) for name in kept.files} == dict.fromkeys(
-        ("chosen", "chosen_tokens", "rejected", "rejected_tokens", "new", "new_tokens"), SEQUENCES
+        ("chosen", "chosen_tokens", "rejected", "rejected_tokens", "new", "new_tokens", "compared"), SEQUENCES
     )
+    assert kept["compared"].all(), "a random policy never gives the human response"
     grid = np.concatenate([kept["rejected"], kept["new"]])
     brute = max(abs((kept["rejected"] <= x).mean() - (kept["new"] <= x).mean()) for x in grid)
     assert metrics["stagnation/ks"] == pytest.approx(brute)
@@ -136,3 +137,58 @@ def test_without_judge_answers_and_pairs_there_is_still_something_to_say(
     )
     assert set(metrics) == {"eval/loss", "eval/tokens", "eval/human_tokens", "eval/cut", "logps/chosen", "logps/new"}
     assert not (tmp_path / "verdicts.parquet").exists()
+
+
+@pytest.mark.long
+def test_a_policy_that_did_not_move_shows_no_stagnation_distance(world: World, tmp_path: Path) -> None:
+    """Pairs from a policy, and fresh samples of the same policy: under the critical value in most of several draws.
+
+    The policy is one that often gives the human response itself, which is what pairs leave out.
+    """
+    from functools import partial
+
+    from torch.optim import AdamW
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dnpo.dsl import HumanChosen, label
+    from dnpo.generate import sample
+    from dnpo.optimise import fine_tune
+    from dnpo.training import Optimisation
+
+    config = LlamaConfig(
+        vocab_size=len(world.tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=96,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policy = Policy(LlamaForCausalLM(config), world.tokenizer)
+    rows = [(p.id, p.token_ids, r.token_ids) for p, r in zip(world.prompts, world.human, strict=True)]
+    how = Optimisation(optimizer=partial(AdamW, lr=4e-3), steps=60, batch_size=64)
+    fine_tune(policy, rows, how, seed=0, folder=tmp_path, report=Report())
+
+    sampling, above = Sampling(batch_size=120), 0
+    for draw in range(8):
+        generated = sample(policy, world.prompts, sampling, "policy@0", 12, 100 + draw, Report())
+        pairs, counts = label(HumanChosen(), world.prompts, world.human, generated, [])
+        assert counts["identical"] > 20, "the bias this guards against needs identical samples"
+        metrics = evaluate(
+            policy,
+            Evaluation(samples=1, sequences=240),
+            Held(world.prompts[:4], world.human[:4]),
+            NoJudge(),
+            sampling,
+            pairs=pairs,
+            train=Held(world.prompts, world.human),
+            source="policy@1",
+            limit=12,
+            seed=draw,
+            folder=tmp_path,
+            report=Report(),
+        )
+        above += metrics["stagnation/ks"] > metrics["stagnation/ks_critical"]
+    assert above <= 2

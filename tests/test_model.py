@@ -166,12 +166,14 @@ def test_a_template_without_an_end_gets_one(saved: Path) -> None:
     assert encode(tokenizer, ASKED, "4.")[1][-1] == tokenizer.eos_token_id
 
 
-def test_a_response_over_the_limit_is_cut_and_has_no_end() -> None:
+def test_a_response_over_the_limit_is_cut_and_has_no_end(world: World) -> None:
     prompt = Prompt("a", ASKED, "long")
-    cut = human_response(prompt, [5, 6, 7, 2], 3)
-    assert (cut.token_ids, cut.tokens, cut.finish) == ([5, 6, 7], 3, "length")
-    whole = human_response(prompt, [5, 6, 2], 3)
-    assert (whole.token_ids, whole.finish) == ([5, 6, 2], "eos")
+    ids = world.human[0].token_ids
+    cut = human_response(world.tokenizer, prompt, ids, 3)
+    assert (cut.token_ids, cut.tokens, cut.finish) == (ids[:3], 3, "length")
+    assert cut.text == world.tokenizer.decode(ids[:3]), "it is judged by what is left, as a sample is"
+    whole = human_response(world.tokenizer, prompt, ids, len(ids))
+    assert (whole.token_ids, whole.finish, whole.text) == (ids, "eos", "long")
 
 
 def test_the_models_own_stop_tokens_end_a_response_too(make_policy: MakePolicy) -> None:
@@ -210,3 +212,72 @@ def test_the_reference_of_an_adapter_is_read_with_the_adapter_off(make_policy: M
     assert reference.score(prompts, human, 6) == plain.score(prompts, human, 6)
     assert policy.score(prompts, human, 6) != pytest.approx(plain.score(prompts, human, 6), abs=0.1)
     assert any(p.requires_grad for p in policy.model.parameters())
+
+
+# --- tokens as the model meets them
+
+
+def test_a_response_begins_as_the_model_would_begin_it(shared: Path) -> None:
+    """A SentencePiece tokenizer puts a space before every text of its own; after a line break the model never would."""
+    tokenizer: Any = load(str(shared / "models" / "stories260K"), None).tokenizer
+    prompt_ids, ids = encode(tokenizer, ASKED, "Once upon a time.")
+    whole = tokenizer("<s>### user\nWhat is 2 plus 2?\n### assistant\nOnce upon a time.</s>", add_special_tokens=False)[
+        "input_ids"
+    ]
+    assert prompt_ids + ids == whole
+    assert not tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁")
+
+
+def test_a_response_ends_at_whatever_ends_a_sample(saved: Path) -> None:
+    """A template that closes turns with a token of its own, at which the model's generation stops."""
+    policy = load(str(saved), None)
+    tokenizer: Any = policy.tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<pad>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    pad = tokenizer.pad_token_id
+    policy.causal_lm.generation_config.eos_token_id = [tokenizer.eos_token_id, pad]
+    _, ids = encode(tokenizer, ASKED, "2 plus 2 is 4.", policy.stop_ids)
+    assert ids[-1] == pad
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids[:-1]) == "2 plus 2 is 4."
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_texts(shared: Path) -> None:
+    """stories260K's tokenizer puts <s> before every text: with a template that does not write it, without doubling."""
+    silent = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    loud = "{{ bos_token }}" + silent.replace("A: ", "")
+    for template in (silent.replace("A: ", ""), loud):
+        tokenizer: Any = load(str(shared / "models" / "stories260K"), None, chat_template=template).tokenizer
+        adds = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        prompt_ids, _ = encode(tokenizer, ASKED, "4.")
+        assert prompt_ids.count(tokenizer.bos_token_id) == int(adds or template is loud)
+
+
+def test_dropout_is_off_whatever_the_model_says(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """GPT-2 comes with 0.1: with it the policy is not the reference at step 0, and chance is not the run's own."""
+    make_policy(attention_dropout=0.5).save(tmp_path)
+    policy = load(str(tmp_path), None)
+    assert policy.causal_lm.config.attention_dropout == 0.0
+    policy.model.train()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(policy.causal_lm(ids).logits, policy.causal_lm(ids).logits)
+
+
+def test_a_template_that_cannot_render_is_named(saved: Path) -> None:
+    policy = load(str(saved), None, chat_template="{{ raise_exception('no system role') }}")
+    with pytest.raises(ModelError, match=r"model\.chat_template: cannot render \['user'\] \(no system role\)"):
+        encode(policy.tokenizer, ASKED, "4")
+
+
+def test_a_broken_weight_file_is_named(saved: Path) -> None:
+    (saved / "model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(str(saved), None)
+
+
+def test_target_modules_that_the_model_lacks_are_named(make_policy: MakePolicy) -> None:
+    with pytest.raises(ModelError, match=r"model\.lora\.target_modules=nothing"):
+        Lora(rank=2, target_modules="nothing").on(make_policy().model, 0)

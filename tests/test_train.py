@@ -134,9 +134,10 @@ def test_log_probabilities_of_an_iteration_are_stored_whole(finished: Path) -> N
     stage = [s for s in first(finished)["stages"] if s["stage"] == "evaluate"][-1]
     kept = np.load(finished / "store" / "evaluate" / stage["key"] / "logprobs.npz")
     assert {len(kept[name]) for name in kept.files} == {96}
+    count = int(kept["compared"].sum())
     row = first(finished)["table"][-1]
     assert row["logps/new"] == pytest.approx(kept["new"].mean())
-    assert row["stagnation/ks_critical"] == pytest.approx(1.358 * (2 / 96) ** 0.5, rel=1e-3)
+    assert row["stagnation/ks_critical"] == pytest.approx(1.358 * (2 / count) ** 0.5, rel=1e-3)
 
 
 def test_mlflow_has_settings_steps_iterations_figures_and_tags(finished: Path) -> None:
@@ -254,6 +255,13 @@ def test_two_runs_at_once_compute_each_stage_once(tmp_path: Path) -> None:
 
 
 # --- kills and interruptions
+
+
+def test_no_epochs_leave_the_policy_as_it_was(finished: Path) -> None:
+    """Also where nothing is trained there is a next policy: the one before, and not the base model."""
+    succeed(finished, *SMOKE, "method=spin", "iterations=1", "trainer.epochs=0")
+    before, after = summary(finished)["table"]
+    assert after["eval/loss"] == before["eval/loss"]
 
 
 def test_kill_9_at_any_moment_changes_no_number(finished: Path, tmp_path: Path) -> None:
@@ -382,6 +390,11 @@ def test_a_method_is_one_yaml_and_one_small_file(tmp_path: Path) -> None:
         (["data=jsonl", "data.path=nowhere.jsonl", "method=spin"], "data.path=nowhere.jsonl"),
         (["judge=off"], "judge=off gives none"),
         (["data.test=2000"], "at most a quarter"),
+        (["data=jsonl", "data.pth=x"], "data.pth: unknown setting. Did you mean data.path"),
+        (["device=gpu"], "device=gpu: expected auto, cpu, cuda or cuda:N"),
+        (["trainer.optimizer.lr=-1"], "trainer.optimizer: Invalid learning rate"),
+        (["tracking=mlflow", "tracking.uri=postgresql://x"], "tracking.uri=postgresql://x: cannot be used"),
+        (["store=/dev/null/x"], "store=/dev/null/x"),
         (["data.max_prompt_tokens=2"], "none of the 192 train prompts fits into 2 tokens"),
         (["tracking=mlflow", "tracking.uri=http://127.0.0.1:9"], "no tracking server answers there"),
     ],

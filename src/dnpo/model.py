@@ -6,21 +6,31 @@ they were trained, on top of the model part's base weights.
 """
 
 import copy
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
-from dnpo.errors import ModelError
+from dnpo.errors import ModelError, SettingsError
 from dnpo.logprobs import Sequences, logp_of_targets, sequences, sum_by_sequence, token_logits
 from dnpo.records import Prompt
 from dnpo.seeding import derive
-from dnpo.settings import Count, Fraction, Natural, Positive
+from dnpo.settings import Count, Natural, Positive
 from dnpo.store import content_hash
 from dnpo.tokenizer import PLAIN_TEMPLATE, train_tokenizer
 
@@ -142,14 +152,13 @@ class Lora:
     Args:
         rank: 0 trains all weights instead.
         alpha: the usual scale; the update is multiplied by alpha / rank.
-        dropout: must be 0 for the policy to be the reference at step 0.
-        target_modules: as peft takes it.
+        target_modules: as peft takes it: names, or ``all-linear``.
     """
 
     def __init__(
-        self, *, rank: Natural = 0, alpha: Positive = 16.0, dropout: Fraction = 0.0, target_modules: str = "all-linear"
+        self, *, rank: Natural = 0, alpha: Positive = 16.0, target_modules: str | list[str] = "all-linear"
     ) -> None:
-        self.rank, self.alpha, self.dropout, self.target_modules = rank, alpha, dropout, target_modules
+        self.rank, self.alpha, self.target_modules = rank, alpha, target_modules
 
     def identity(self) -> Mapping[str, Any]:
         """Everything that decides the adapter; nothing of it matters at rank 0."""
@@ -165,13 +174,15 @@ class Lora:
         config = make(
             r=self.rank,
             lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
             target_modules=self.target_modules,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return cast(nn.Module, get_peft_model(cast(Any, model), config))
+            try:
+                return cast(nn.Module, get_peft_model(cast(Any, model), config))
+            except ValueError as error:
+                raise ModelError(f"model.lora.target_modules={self.target_modules}: {error}") from error
 
 
 class Scratch:
@@ -196,6 +207,8 @@ class Scratch:
         lora: Lora,
         seed: Natural = 0,
     ) -> None:
+        if width % (2 * heads):
+            raise ModelError(f"model.width={width}: must be a multiple of 2 × model.heads={heads} (rotary positions)")
         self.shape: dict[str, Any] = {
             "hidden_size": width,
             "num_hidden_layers": layers,
@@ -268,11 +281,13 @@ class Pretrained:
         where = (
             {"content": content_hash(Path(self.location))}
             if self.local
-            else {"name": self.location, "revision": self._commit()}
+            else {"name": self.location, "revision": self._commit}
         )
         return {**where, "dtype": self.dtype, "chat_template": self.chat_template}
 
+    @cached_property
     def _commit(self) -> str:
+        """The commit that is read, whatever the revision points to later."""
         from httpx2 import HTTPError
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
@@ -296,7 +311,7 @@ class Pretrained:
         return load(
             self.location,
             folder,
-            revision=self.revision,
+            revision=None if self.local else self._commit,
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
             chat_template=self.chat_template,
@@ -328,8 +343,11 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": None if whole else revision}
     try:
         tokenizer = AutoTokenizer.from_pretrained(weights, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
+        config = without_dropout(AutoConfig.from_pretrained(weights, **options))
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            weights, config=config, dtype=dtype, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model: {weights} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     if folder is not None and not whole:
         from peft import PeftModel
@@ -343,6 +361,17 @@ def load(
     policy = Policy(model.to(device), tokenizer)
     _check(policy, weights)
     return policy
+
+
+def without_dropout(config: Any) -> Any:
+    """The configuration with every dropout at 0.
+
+    With dropout the policy is not the reference before the first update, and its steps depend on global chance.
+    """
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
 
 
 def _adapters(folder: Path) -> list[Path]:
@@ -368,7 +397,7 @@ def _check(policy: Policy, weights: str) -> None:
         probe = sequences([some[:1]], [some[1:]], policy.pad_id).to(policy.device)
         ours = policy.logits(policy.hidden(probe))
         its = model(input_ids=probe.ids_ST).logits[0, :-1].float()
-    if not torch.allclose(ours, its, rtol=2e-2 if its.dtype is torch.bfloat16 else 1e-3, atol=1e-3):
+    if not torch.allclose(ours, its, rtol=2e-2 if policy.head.weight.dtype is torch.bfloat16 else 1e-3, atol=1e-3):
         raise ModelError(
             f"model: {type(model).__name__} does more with its hidden states than its output head says (soft-capped or "
             f"scaled logits, perhaps): logits differ by {float((ours - its).abs().max()):.3g}; it is not supported"
@@ -376,7 +405,15 @@ def _check(policy: Policy, weights: str) -> None:
 
 
 def device_of(setting: str) -> str:
-    """``auto`` is the GPU if there is one."""
+    """``auto`` is the GPU if there is one.
+
+    Raises:
+        SettingsError: there is no such device.
+    """
     if setting == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", setting):
+        raise SettingsError(f"device={setting}: expected auto, cpu, cuda or cuda:N")
+    if setting.startswith("cuda") and int(setting[5:] or 0) >= torch.cuda.device_count():
+        raise SettingsError(f"device={setting}: torch sees {torch.cuda.device_count()} GPUs; expected cpu or auto")
     return setting

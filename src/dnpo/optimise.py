@@ -179,7 +179,7 @@ class PreferenceTraining(Training):
         with self.policy.evaluating():
             calm = split(self.policy.logps(batch.sequences))
         if float(log_ratio_gap(calm, reference).abs().max()) <= STEP_ZERO_TOLERANCE:
-            cause = "dropout is on: set every dropout of the model and model.lora.dropout to 0"
+            cause = "dropout is on: every dropout of the model has to be 0"
         elif hasattr(self.policy.model, "peft_config"):
             cause = "the adapter is not fresh: the reference must be the weights it was put on, in this very iteration"
         elif _differ(self.policy.model, self._frozen[0].model):

@@ -71,13 +71,16 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
 
     if store.has(stage):
         console.reused(stage.title, stage.key)
-        steps = store.folder(stage) / "steps.json"
-        if steps.is_file():
-            track(json.loads(steps.read_text()))
-        return True
-    with console.stage(stage.title, track) as report:
-        store.get(stage, report)
-    return False
+    else:
+        with console.stage(stage.title, track) as report:
+            store.get(stage, report)
+    if stage.key in store.computed:
+        return False
+    # Found, or computed by another run while this one waited.
+    steps = store.folder(stage) / "steps.json"
+    if steps.is_file():
+        track(json.loads(steps.read_text()))
+    return True
 
 
 def _row(lap: Lap, store: Store) -> dict[str, Any]:

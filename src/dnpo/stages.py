@@ -5,7 +5,7 @@ computed until the store asks for it. What a stage's result depends on stands in
 its version when a change of the code changes what it computes.
 """
 
-import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, r
 from dnpo.seeding import derive
 from dnpo.store import Report, Stage, write_json
 from dnpo.tokenizer import encode, human_response
-from dnpo.training import Optimisation
+from dnpo.training import Optimisation, discard_checkpoint
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def prepare(run: Run) -> Stage:
         "max_prompt_tokens": run.data.value.max_prompt_tokens,
         "max_response_tokens": run.limit,
     }
-    return Stage("prompts", "prompts", 1, settings, {}, work)
+    return Stage("prompts", "prompts", 2, settings, {}, work)
 
 
 def _encode(run: Run, policy: Policy, rows: list[Prompt], split: str, folder: Path, report: Report) -> dict[str, int]:
@@ -103,11 +103,11 @@ def _encode(run: Run, policy: Policy, rows: list[Prompt], split: str, folder: Pa
     longest = min(run.data.value.max_prompt_tokens, context - run.limit)
     prompts, human = [], []
     for row in rows:
-        prompt_ids, ids = encode(policy.tokenizer, row.messages, row.human)
+        prompt_ids, ids = encode(policy.tokenizer, row.messages, row.human, policy.stop_ids)
         report.advance()
         if len(prompt_ids) <= longest:
             prompts.append(Prompt(row.id, row.messages, row.human, row.family, row.answer, row.needs, prompt_ids))
-            human.append(human_response(row, ids, run.limit))
+            human.append(human_response(policy.tokenizer, row, ids, run.limit))
     dropped = len(rows) - len(prompts)
     if dropped:
         report.note(f"{dropped:,} of {len(rows):,} {split} prompts are longer than {longest} tokens: dropped")
@@ -226,7 +226,7 @@ def train(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> 
         "iteration": plan.k,
     }
     inputs = {"prompts": prompts, "policy": policy, "pairs": pairs}
-    return Stage("optimise", f"iteration {plan.k} · optimise", 1, settings, inputs, work)
+    return Stage("optimise", f"iteration {plan.k} · optimise", 2, settings, inputs, work)
 
 
 def evaluate(run: Run, k: int, prompts: Stage, policy: Stage, pairs: Stage | None) -> Stage:
@@ -260,7 +260,7 @@ def evaluate(run: Run, k: int, prompts: Stage, policy: Stage, pairs: Stage | Non
     }
     inputs = {"prompts": prompts, "policy": policy} | ({"pairs": pairs} if pairs else {})
     title = f"iteration {k} · evaluate" if k >= 0 else "evaluate"
-    return Stage("evaluate", title, 1, settings, inputs, work)
+    return Stage("evaluate", title, 2, settings, inputs, work)
 
 
 def _held(folder: Path, split: str) -> evaluation.Held:
@@ -272,11 +272,18 @@ def _responses(folder: Path) -> list[Response]:
 
 
 def _trained(policy: Policy, history: list[dict[str, float]], folder: Path, earlier: Path | None) -> dict[str, Any]:
-    """Write a trained policy and its step metrics; a training without steps leaves the policy it started from."""
-    (folder / "policy").mkdir(exist_ok=True)
+    """Write a trained policy and its step metrics; a training without steps leaves the policy it started from.
+
+    The checkpoint goes last: until everything is written, a killed stage continues from it.
+    """
     if history:
         policy.save(folder / "policy", earlier)
-    (folder / "steps.json").write_text(json.dumps(history))
+    elif earlier is not None:
+        shutil.copytree(earlier, folder / "policy", dirs_exist_ok=True)
+    else:
+        (folder / "policy").mkdir(exist_ok=True)  # empty: the base model itself
+    write_json(folder / "steps.json", history)
+    discard_checkpoint(folder)
     tenth = history[-max(len(history) // 10, 1) :]
     first = history[: max(len(history) // 10, 1)]
     means = {f"{name} (last tenth)": _mean([row[name] for row in tenth]) for name in history[-1]} if history else {}

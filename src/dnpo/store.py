@@ -82,6 +82,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self.computed: set[str] = set()  # keys of the stages that this object computed, and did not find
 
     def folder(self, stage: Stage) -> Path:
         """Where the result of a stage is, or will be."""
@@ -129,6 +130,7 @@ class Store:
         }
         write_json(partial / MANIFEST, manifest)
         partial.replace(self.folder(stage))
+        self.computed.add(stage.key)
 
     @contextmanager
     def _lock(self, stage: Stage, report: Report) -> Iterator[None]:

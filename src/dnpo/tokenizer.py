@@ -1,16 +1,17 @@
 """Text and tokens: how a conversation is rendered and encoded, and a tokenizer for models trained from scratch.
 
-Training text and generation text come from one template, and both tokenise a response apart from its prompt.
+Training text and generation text come from one template.
 """
 
 from collections.abc import Sequence
 from typing import Any, cast
 
+from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dnpo.errors import ModelError
-from dnpo.records import Finish, Message, Prompt, Response
+from dnpo.records import HUMAN, Message, Prompt, Response
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -23,8 +24,7 @@ TEMPLATE = (
 )
 
 
-# For tokenizers that bring no chat template. The response begins on a line of its own, so that prompt and response
-# tokenise apart as they do together.
+# For tokenizers that bring no chat template. The response begins on a line of its own.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -69,8 +69,11 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response
         ModelError: the template renders training text otherwise than generation text.
     """
     template: Any = tokenizer.apply_chat_template
-    prompt = cast(str, template(messages, tokenize=False, add_generation_prompt=True))
-    whole = cast(str, template([*messages, {"role": "assistant", "content": response}], tokenize=False))
+    try:
+        prompt = cast(str, template(messages, tokenize=False, add_generation_prompt=True))
+        whole = cast(str, template([*messages, {"role": "assistant", "content": response}], tokenize=False))
+    except TemplateError as error:
+        raise ModelError(f"model.chat_template: cannot render {[m['role'] for m in messages]} ({error})") from error
     if not whole.startswith(prompt):
         at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
         raise ModelError(
@@ -81,26 +84,43 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response
     return prompt, whole[len(prompt) :]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> tuple[list[int], list[int]]:
-    """Token ids of the rendered prompt, and of the response up to and with its end-of-sequence token.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str, stop_ids: Sequence[int] = ()
+) -> tuple[list[int], list[int]]:
+    """Token ids of the rendered prompt, and of the response up to and with the token that ends it.
 
-    The two are tokenised apart, as generation does: its response begins where the prompt's tokens end. What a template
-    puts after the end of the response (a line break, often) is left out: no sampled response has it.
+    Prompt and response are tokenised together, so that the response's first token is one that follows such a prompt (a
+    SentencePiece tokenizer begins every text of its own with a space). Only where the prompt's tokens are no prefix of
+    the whole's is the response tokenised apart. It is cut after its first stop token, as a sample is, whatever the
+    template puts behind it; where it has none it gets the tokenizer's end of sequence. A prompt begins with the
+    beginning-of-sequence token if the tokenizer puts one before every text.
+
+    Args:
+        stop_ids: tokens that end a sample; the tokenizer's end of sequence always does.
     """
     prompt, rest = render(tokenizer, messages, response)
     tokenize: Any = tokenizer
-    prompt_ids = list(tokenize(prompt, add_special_tokens=False)["input_ids"])
-    ids = list(tokenize(rest, add_special_tokens=False)["input_ids"])
     eos = cast(int, tokenizer.eos_token_id)
-    if eos in ids:
-        ids = ids[: len(ids) - ids[::-1].index(eos)]
+    prompt_ids = list(tokenize(prompt, add_special_tokens=False)["input_ids"])
+    ids = list(tokenize(prompt + rest, add_special_tokens=False)["input_ids"])
+    if ids[: len(prompt_ids)] == prompt_ids:
+        ids = ids[len(prompt_ids) :]
     else:
-        ids.append(eos)
+        ids = list(tokenize(rest, add_special_tokens=False)["input_ids"])
+    end = next((i for i, token in enumerate(ids) if token == eos or token in stop_ids), None)
+    ids = [*ids, eos] if end is None else ids[: end + 1]
+    bos = cast(int | None, tokenizer.bos_token_id)
+    if bos is not None and prompt_ids[:1] != [bos] and list(tokenize("")["input_ids"])[:1] == [bos]:
+        prompt_ids = [bos, *prompt_ids]
     return prompt_ids, ids
 
 
-def human_response(prompt: Prompt, ids: list[int], limit: int) -> Response:
-    """The human response as a row. One over the limit is cut as a sample is: without an end-of-sequence token."""
-    finish: Finish = "eos" if len(ids) <= limit else "length"
-    ids = ids[:limit]
-    return Response(prompt.id, "human", prompt.human, ids, len(ids), finish)
+def human_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int], limit: int) -> Response:
+    """The human response as a row.
+
+    One over the limit is cut as a sample is, its text too: no end-of-sequence token, and judged by what is left.
+    """
+    if len(ids) <= limit:
+        return Response(prompt.id, HUMAN, prompt.human, ids, len(ids), "eos")
+    text = str(tokenizer.decode(ids[:limit], skip_special_tokens=True)).strip()
+    return Response(prompt.id, HUMAN, text, ids[:limit], limit, "length")

@@ -76,23 +76,25 @@ class MLflow(Tracking):
         self._reachable()
         from mlflow import MlflowClient
         from mlflow.entities import Param
-        from mlflow.exceptions import MlflowException
 
         for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        params = [Param(key, str(value)[:6000]) for key, value in settings.items()]
         try:
             with FileLock(self._lock()):  # processes that meet on a fresh database break each other's migration
                 self._client = MlflowClient(tracking_uri=self.uri)
                 experiment = self._experiment()
-        except (MlflowException, OSError) as error:
-            raise TrackingError(f"tracking.uri={self.uri}: cannot be used: {error}") from error
-        parent = {"mlflow.parentRunId": self._parent(experiment, sweep)} if sweep is not None else {}
-        run = self._client.create_run(experiment, run_name=name, tags={**tags, **parent})
-        self._run = run.info.run_id
+            parent = {"mlflow.parentRunId": self._parent(experiment, sweep)} if sweep is not None else {}
+            run = self._client.create_run(experiment, run_name=name, tags={**tags, **parent})
+            self._run = run.info.run_id
+            for start in range(0, len(params), 100):
+                self._client.log_batch(self._run, params=params[start : start + 100])
+        except Exception as error:  # databases and their drivers raise errors of their own
+            problem = str(error).splitlines()[0]
+            raise TrackingError(
+                f"tracking.uri={self.uri}: cannot be used ({problem}); mend it, give another, or run with tracking=off"
+            ) from error
         self._url = (experiment, self._run)
-        params = [Param(key, str(value)[:6000]) for key, value in settings.items()]
-        for start in range(0, len(params), 100):
-            self._client.log_batch(self._run, params=params[start : start + 100])
 
     def _reachable(self) -> None:
         """Fail at once, where MLflow's client would try again for minutes."""
@@ -181,6 +183,7 @@ def mean_of_metric(uri: str, run: str, metric: str) -> float:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    MLflow(uri=uri)._reachable()
     try:
         values = [point.value for point in MlflowClient(tracking_uri=_absolute(uri)).get_metric_history(run, metric)]
     except MlflowException as error:

@@ -43,8 +43,12 @@ ABSENT: dict[str, dict[str, Any]] = {
 def conf_folder() -> Path:
     """Where the settings are: ``$DNPO_CONF``, else beside this file (a wheel), else in the checkout."""
     here = Path(__file__).resolve().parent
-    given = [Path(os.environ["DNPO_CONF"]).absolute()] if "DNPO_CONF" in os.environ else []
-    for folder in (*given, here / "conf", here.parent.parent / "conf"):
+    if "DNPO_CONF" in os.environ:
+        given = Path(os.environ["DNPO_CONF"]).absolute()
+        if not (given / "train.yaml").is_file():
+            raise SettingsError(f"DNPO_CONF={given}: expected a folder with a train.yaml")
+        return given
+    for folder in (here / "conf", here.parent.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return folder
     raise SettingsError(
@@ -73,7 +77,6 @@ def whole(
     """
 
 
-@hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="train")
 def _task(cfg: DictConfig) -> None:
     from dnpo.sweep import record_failure
 
@@ -99,7 +102,7 @@ def main() -> None:
     """Run Hydra, and turn what the user can put right into a message and a non-zero exit status."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, not as Hydra prints them
     try:
-        _task()
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="train")(_task)()
         if _failed:
             _fail(_failed.pop())
     except DnpoError as error:
@@ -127,7 +130,7 @@ def _explain(error: Exception) -> str:
         key = unknown.group(1)
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            known = _flat(cast(dict[str, Any], OmegaConf.to_container(compose("train"))))
+            known = _flat(cast(dict[str, Any], OmegaConf.to_container(compose("train", _options(sys.argv[1:])))))
         groups = {name.split(".")[0] for name in known}
         return f"{key}: unknown setting.{nearest(key, set(known) | groups)}"
     option = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
@@ -139,6 +142,16 @@ def _explain(error: Exception) -> str:
         key = text.split("Missing mandatory value:")[-1].strip().split()[0]
         return f"{key}: needs a value; give {key}=…"
     return text
+
+
+def _options(arguments: list[str]) -> list[str]:
+    """Those of the arguments that choose an existing option of a part; of a sweep's list the first."""
+    found = []
+    for argument in arguments:
+        group, _, names = argument.partition("=")
+        if (conf_folder() / group / f"{names.split(',')[0]}.yaml").is_file():
+            found.append(f"{group}={names.split(',')[0]}")
+    return found
 
 
 # --- from the config tree to plain values -----------------------------------------------------------------------------
@@ -235,8 +248,9 @@ def _part(name: str, settings: Mapping[str, Any]) -> Any:
     try:
         value = instantiate(dict(settings))
     except HydraException as error:
-        if isinstance(error.__cause__, DnpoError):
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, DnpoError):
+            raise cause if str(cause).startswith(name) else type(cause)(f"{name}.{cause}") from None
         raise SettingsError(f"{name}: {error}") from error
     if hasattr(value, "identity"):
         return Part(value, value.identity())
@@ -278,6 +292,10 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
         _print_plan(console, store, laps, planned_before(sweep, folder, [s for lap in laps for s in lap.stages]))
         return
+    try:
+        store.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"store={settings['store']}: {error.strerror}; expected a folder to write to") from error
     _answerable(run)
     from dnpo import report
 

@@ -7,7 +7,7 @@ optimizers and the schedule, and whatever a kind of training adds. A killed trai
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,8 @@ from dnpo.model import Policy
 from dnpo.settings import Count, Fraction, Natural, NonNegative
 from dnpo.store import Report
 
+CHECKPOINT = "checkpoint.ckpt"
+
 
 class Optimisation:
     """How to train: what ``trainer=…`` and ``sft=…`` configure.
@@ -35,7 +37,7 @@ class Optimisation:
         steps: policy steps at which to stop instead, however many epochs that takes; 0 means by epochs.
         batch_size: rows of one policy step.
         micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory,
-            rounding, and which noise is drawn.
+            rounding, which noise is drawn, and how mean(s²) weighs long responses.
         optimizer: the policy's, waiting for its parameters.
         warmup: share of the policy steps over which its learning rate rises from 0.
         decay: whether it then falls linearly to 0 (else it stays).
@@ -60,6 +62,10 @@ class Optimisation:
         autocast: bool = False,
         checkpoint_every: Count = 50,
     ) -> None:
+        try:  # now, and not after an hour of generating
+            optimizer([nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"optimizer: {error}") from error
         self.optimizer, self.epochs, self.steps = optimizer, epochs, steps
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
         self.warmup, self.decay, self.clip, self.autocast = warmup, decay, clip, autocast
@@ -112,6 +118,7 @@ class Training(pl.LightningModule):
         self.policy_step = 0
         self.history: list[dict[str, float]] = []
         self._group: dict[str, float] = {}
+        self._group_ids: list[str] = []
         self._tokens, self._clock = 0, time.monotonic()
 
     def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -132,12 +139,8 @@ class Training(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Backward through one micro-batch; after the last of a group, clip and step every player."""
         loss, metrics = self.terms(batch)
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"step {self.policy_step}: the loss is {float(loss.detach())} on rows {', '.join(batch.ids)}; lower "
-                "the learning rate (trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last "
-                "checkpoint is kept"
-            )
+        self._finite("loss", float(loss.detach()), batch.ids)
+        self._group_ids += batch.ids
         self.manual_backward(loss * batch.share)
         for name, value in metrics.items():
             self._group[name] = self._group.get(name, 0.0) + float(value.detach()) * batch.share
@@ -151,7 +154,9 @@ class Training(pl.LightningModule):
         for (name, module), optimizer in zip(self.players, plain, strict=True):
             limit = self.optimisation.clip or math.inf
             trained = [p for p in module.parameters() if p.requires_grad]
-            self._group[f"grad_norm/{name}"] = float(nn.utils.clip_grad_norm_(trained, limit))
+            norm = float(nn.utils.clip_grad_norm_(trained, limit))
+            self._finite(f"gradient norm of the {name}", norm, self._group_ids)
+            self._group[f"grad_norm/{name}"] = norm
             self._group[f"lr/{name}"] = optimizer.param_groups[0]["lr"]
         # Lightning counts every step of its wrapped optimizers; only the policy's shall count.
         for optimizer in [optimizers[0], *plain[1:]]:
@@ -164,10 +169,18 @@ class Training(pl.LightningModule):
         self._tokens, self._clock = 0, now
         row = {"step": float(self.policy_step), **self._group}
         self.history.append(row)
-        self._group = {}
+        self._group, self._group_ids = {}, []
         self.policy_step += 1
         self.report.advance()
         self.report.steps([row])
+
+    def _finite(self, what: str, value: float, ids: Sequence[str]) -> None:
+        """Stop before a step that would write NaN into the weights, and so into the next checkpoint."""
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"step {self.policy_step}: the {what} is {value} on rows {', '.join(ids)}; lower the learning rate "
+                "(trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last checkpoint is kept"
+            )
 
     def configure_optimizers(self) -> Any:
         """The policy's optimizer with its schedule by policy steps."""
@@ -217,7 +230,7 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
         raise SettingsError("there is nothing to train on: no rows are left")
     if not batches.slices:
         return []
-    checkpoint = folder / "checkpoint.ckpt"
+    checkpoint = folder / CHECKPOINT
     optimisation = module.optimisation
     device = module.policy.device
     trainer = pl.Trainer(
@@ -236,8 +249,12 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
     with _interruptible(trainer):
         trainer.fit(module, batches, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
     module.policy.model.eval()
-    checkpoint.unlink(missing_ok=True)
     return module.history
+
+
+def discard_checkpoint(folder: Path) -> None:
+    """Remove the checkpoint that :func:`fit` leaves, once what was trained is written."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 @contextmanager
