@@ -168,7 +168,7 @@ def test_a_policy_that_did_not_move_shows_no_stagnation_distance(world: World, t
         torch.manual_seed(0)
         policy = Policy(LlamaForCausalLM(config), world.tokenizer)
     rows = [(p.id, p.token_ids, r.token_ids) for p, r in zip(world.prompts, world.human, strict=True)]
-    how = Optimisation(optimizer=partial(AdamW, lr=4e-3), steps=60, batch_size=64)
+    how = Optimisation(optimizer=partial(AdamW, lr=4e-3), steps=150, batch_size=64)
     fine_tune(policy, rows, how, seed=0, folder=tmp_path, report=Report())
 
     sampling, above = Sampling(batch_size=120), 0
