@@ -1,23 +1,77 @@
 """Models and tokenizers: what is refused and why, templates, encoding, saving and loading."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
+from dnpo import model as module
 from dnpo.errors import ModelError
-from dnpo.model import Lora, Policy, Pretrained, load
+from dnpo.model import Lora, Policy, Pretrained, by_length, load
+from dnpo.packing import ATTENTION, Packed, pack
 from dnpo.records import Prompt
 from dnpo.tokenizer import PLAIN_TEMPLATE, encode, human_response, render
 from tests.conftest import World
 
 MakePolicy = Callable[..., Policy]
 ASKED = [{"role": "user", "content": "What is 2 plus 2?"}]
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+}
+
+
+def rows(world: World, count: int = 6) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and human responses."""
+    return [p.token_ids for p in world.prompts[:count]], [r.token_ids for r in world.human[:count]]
+
+
+def alone(model: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
+    """log p of each completion by autograd through the model's own forward of that sequence alone, without packing."""
+    found = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        logp = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        found.append(logp[len(prompt) - 1 : -1].gather(1, torch.tensor(completion).unsqueeze(-1)).sum())
+    return torch.stack(found)
+
+
+def gradients(model: nn.Module, logp_S: Tensor) -> dict[str, Tensor]:
+    """Of the mean in every weight that is trained, by name; 0 where it does not come in."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(logp_S.mean(), list(trained.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(trained, found, strict=True))
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-12) -> None:
+    """The same gradients, of the same weights."""
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.fixture
@@ -28,21 +82,26 @@ def saved(make_policy: MakePolicy, tmp_path: Path) -> Path:
 
 
 def test_a_policy_comes_back_as_it_was_saved(saved: Path, make_policy: MakePolicy, world: World) -> None:
-    prompts, human = [p.token_ids for p in world.prompts[:6]], [r.token_ids for r in world.human[:6]]
-    assert load(str(saved), None).score(prompts, human, 6) == make_policy().score(prompts, human, 6)
+    prompts, human = rows(world)
+    assert load(str(saved), None).score(prompts, human) == make_policy().score(prompts, human)
     assert AutoModelForCausalLM.from_pretrained(saved).config.model_type == "llama"
 
 
+def test_what_is_saved_says_nothing_of_our_attention(saved: Path, make_policy: MakePolicy) -> None:
+    """Others load it where nobody knows that name."""
+    assert make_policy().causal_lm.config._attn_implementation == ATTENTION
+    assert ATTENTION not in (saved / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(saved).config._attn_implementation == "sdpa"
+
+
 def test_other_families_of_models_give_their_own_log_probabilities(world: World, tmp_path: Path) -> None:
-    """GPT-2 has learned positions and a tied head; ours must agree with its own forward on padded batches."""
+    """GPT-2 has learned positions and a tied head; ours must agree with its own forward."""
     config = GPT2Config(vocab_size=len(world.tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         policy = Policy(GPT2LMHeadModel(config).eval(), world.tokenizer)
     policy.save(tmp_path)
-    ours = load(str(tmp_path), None).score(
-        [p.token_ids for p in world.prompts[:5]], [r.token_ids for r in world.human[:5]], 5
-    )
+    ours = load(str(tmp_path), None).score(*rows(world, 5))
     for prompt, response, found in zip(world.prompts, world.human, ours, strict=False):
         ids = torch.tensor([prompt.token_ids + response.token_ids])
         logp = policy.causal_lm(ids).logits[0].detach().double().log_softmax(-1)
@@ -54,22 +113,38 @@ def test_other_families_of_models_give_their_own_log_probabilities(world: World,
 # --- what is refused
 
 
-def test_a_head_that_does_more_than_it_says_is_refused_by_name(world: World, tmp_path: Path) -> None:
-    config = Gemma2Config(
-        vocab_size=len(world.tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        final_logit_softcapping=0.1,
-        initializer_range=0.5,
-        pad_token_id=0,
-    )
-    Policy(Gemma2ForCausalLM(config), world.tokenizer).save(tmp_path)
-    with pytest.raises(ModelError, match="Gemma2ForCausalLM does more"):
-        load(str(tmp_path), None)
+class Louder(LlamaForCausalLM):
+    """Does more with its logits than its configuration says."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits * 1.5
+        return found
+
+
+class Reversed(LlamaForCausalLM):
+    """Places tokens by positions of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(
+            *args, **kwargs, position_ids=torch.arange(40, 40 + 3 * kwargs["input_ids"].shape[1], 3)[None]
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Louder, "model: Louder does more with its hidden states than its output head and its configuration say"),
+        (Reversed, "model: Reversed lets sequences without padding see each other, or places them by other positions"),
+    ],
+)
+def test_a_model_that_does_more_than_it_says_is_refused_by_name(
+    kind: type[LlamaForCausalLM], message: str, make_policy: MakePolicy, world: World
+) -> None:
+    model: Any = kind(make_policy().causal_lm.config)
+    with pytest.raises(ModelError, match=message):
+        module._check(Policy(model, world.tokenizer), "here")
+    assert model.config._attn_implementation == ATTENTION
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
@@ -187,13 +262,13 @@ def test_the_models_own_stop_tokens_end_a_response_too(make_policy: MakePolicy) 
 
 
 def test_a_fresh_adapter_changes_nothing_and_its_seed_is_its_own(make_policy: MakePolicy, world: World) -> None:
-    prompts, human = [p.token_ids for p in world.prompts[:6]], [r.token_ids for r in world.human[:6]]
+    prompts, human = rows(world)
     plain, before = make_policy(), torch.get_rng_state()
     found = []
     for seed in (0, 0, 1):
         policy = make_policy()
         policy.model = Lora(rank=4).on(policy.model, seed)
-        assert policy.score(prompts, human, 6) == plain.score(prompts, human, 6)
+        assert policy.score(prompts, human) == plain.score(prompts, human)
         found.append(torch.cat([p.flatten() for n, p in policy.model.named_parameters() if "lora_A" in n]))
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
@@ -201,7 +276,7 @@ def test_a_fresh_adapter_changes_nothing_and_its_seed_is_its_own(make_policy: Ma
 
 
 def test_the_reference_of_an_adapter_is_read_with_the_adapter_off(make_policy: MakePolicy, world: World) -> None:
-    prompts, human = [p.token_ids for p in world.prompts[:6]], [r.token_ids for r in world.human[:6]]
+    prompts, human = rows(world)
     plain, policy = make_policy(), make_policy()
     policy.model = Lora(rank=4).on(policy.model, 0)
     reference = policy.reference()
@@ -209,8 +284,8 @@ def test_the_reference_of_an_adapter_is_read_with_the_adapter_off(make_policy: M
         for name, p in policy.model.named_parameters():
             if "lora_B" in name:
                 p.normal_(generator=torch.Generator().manual_seed(0))
-    assert reference.score(prompts, human, 6) == plain.score(prompts, human, 6)
-    assert policy.score(prompts, human, 6) != pytest.approx(plain.score(prompts, human, 6), abs=0.1)
+    assert reference.score(prompts, human) == plain.score(prompts, human)
+    assert policy.score(prompts, human) != pytest.approx(plain.score(prompts, human), abs=0.1)
     assert any(p.requires_grad for p in policy.model.parameters())
 
 
@@ -278,6 +353,279 @@ def test_a_broken_weight_file_is_named(saved: Path) -> None:
         load(str(saved), None)
 
 
+@pytest.mark.parametrize("modules", [["lm_head"], ["q_proj", "lm_head"], r".*lm_head"], ids=str)
+def test_an_adapter_on_the_output_head_is_refused(modules: Any, make_policy: MakePolicy) -> None:
+    """The log-probabilities are made with the head's plain weight, and would not know of the adapter."""
+    policy = make_policy()
+    policy.model = Lora(rank=2, target_modules=modules).on(policy.model, 0)
+    with pytest.raises(
+        ModelError, match=r"output head of LlamaForCausalLM .*model\.lora\.target_modules must not name"
+    ):
+        _ = policy.head
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_adapter_on_a_tied_embedding_is_refused(make_policy: MakePolicy) -> None:
+    """Merged, it would move the head as well, and what is saved would not be what was trained."""
+    policy = make_policy(tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=r"model\.lora\.target_modules"):
+        _ = Policy(Lora(rank=2, target_modules=["embed_tokens"]).on(policy.model, 0), policy.tokenizer).head
+
+
+def test_all_linear_layers_are_all_but_the_head(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    policy.model = Lora(rank=2).on(policy.model, 0)
+    adapted = {name.split(".lora_")[0].split(".")[-1] for name, _ in policy.model.named_parameters() if "lora_" in name}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert policy.head.weight_VH is policy.causal_lm.lm_head.weight
+
+
 def test_target_modules_that_the_model_lacks_are_named(make_policy: MakePolicy) -> None:
     with pytest.raises(ModelError, match=r"model\.lora\.target_modules=nothing"):
         Lora(rank=2, target_modules="nothing").on(make_policy().model, 0)
+
+
+# --- the head as the configuration has it
+
+
+def test_the_head_of_a_plain_model(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    head = policy.head
+    assert head.weight_VH is policy.causal_lm.lm_head.weight
+    assert (head.bias_V, head.scale, head.cap) == (None, 1.0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("model", "scale", "cap", "bias"),
+    [
+        (
+            Gemma2ForCausalLM(Gemma2Config(vocab_size=300, head_dim=8, final_logit_softcapping=2.5, **SMALL)),
+            1,
+            2.5,
+            False,
+        ),
+        (CohereForCausalLM(CohereConfig(vocab_size=300, logit_scale=0.0625, **SMALL)), 0.0625, math.inf, False),
+        (GraniteForCausalLM(GraniteConfig(vocab_size=300, logits_scaling=8.0, **SMALL)), 0.125, math.inf, False),
+        (PhiForCausalLM(PhiConfig(vocab_size=300, **SMALL)), 1, math.inf, True),
+    ],
+    ids=["Gemma2", "Cohere", "Granite", "Phi"],
+)
+@torch.no_grad()
+def test_the_head_of_other_families(
+    model: Any, scale: float, cap: float, bias: bool, world: World, tmp_path: Path
+) -> None:
+    """Caps, scales and biases are read off the configuration and the layer, and come back after saving."""
+    if bias:
+        model.lm_head.bias.normal_()
+    model.eval()
+    ids = torch.tensor([[1, 5, 9, 30]])
+    expected = model(input_ids=ids).logits[0, 1:3]
+    for policy in (Policy(model, world.tokenizer), None):
+        if policy is None:
+            Policy(model, world.tokenizer).save(tmp_path)
+            policy = load(str(tmp_path), None)
+        head = policy.head
+        assert (head.scale, head.cap, head.bias_V is not None) == (scale, cap, bias)
+        found = head.logits(policy.hidden(pack([[1, 5]], [[9, 30]])))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+# --- gradients, against autograd through the whole model on each sequence alone, in float64
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize("share", [False, True])
+def test_gradients_of_all_weights(tied: bool, share: bool, make_policy: MakePolicy, world: World) -> None:
+    """With a tied head the embedding has both gradients: as what is read, and as what is predicted with."""
+    prompts, human = rows(world, 2)
+    prompts, human = prompts * 2, human + [h[: len(h) // 2] for h in human]
+    policy = make_policy(tie_word_embeddings=tied)
+    policy.model.double()
+    expected = alone(policy.causal_lm, prompts, human)
+    found = policy.logps(pack(prompts, human, share_prompt=share))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    grads = gradients(policy.model, expected)
+    assert ("lm_head.weight" in grads) is not tied
+    # Llama's norms are float32 whatever the weights are, and a shared prompt adds two gradients before them.
+    same(gradients(policy.model, found), grads, 1e-5 if share else 1e-12)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_gradients_with_a_frozen_head(tied: bool, make_policy: MakePolicy, world: World) -> None:
+    """The body alone is trained; the head has no gradient, and its products for one are not made."""
+    prompts, human = rows(world, 3)
+    policy = make_policy(tie_word_embeddings=tied)
+    policy.model.double()
+    policy.head.weight_VH.requires_grad_(False)
+    expected = gradients(policy.model, alone(policy.causal_lm, prompts, human))
+    assert "lm_head.weight" not in expected
+    found = policy.logps(pack(prompts, human))
+    same(gradients(policy.model, found), expected)
+    found = policy.logps(pack(prompts, human))
+    found.sum().backward()
+    assert policy.head.weight_VH.grad is None
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_gradients_through_an_adapter(tied: bool, make_policy: MakePolicy, world: World) -> None:
+    """Of its weights alone; also once it has moved, and what it says then is what the merged weights say."""
+    prompts, human = rows(world, 3)
+    policy = make_policy(tie_word_embeddings=tied)
+    policy.model = Lora(rank=3).on(policy.model.double(), 0)
+    policy.model.double()
+    with torch.no_grad():
+        for name, p in policy.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    expected = alone(policy.causal_lm, prompts, human)
+    found = policy.logps(pack(prompts, human))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    grads = gradients(policy.model, expected)
+    assert all("lora_" in name for name in grads)
+    same(gradients(policy.model, found), grads)
+    merged: Any = policy.model.merge_and_unload()  # type: ignore[operator]
+    torch.testing.assert_close(alone(merged, prompts, human), expected, rtol=0, atol=1e-10)
+
+
+def test_gradients_add_up_over_micro_batches(make_policy: MakePolicy, world: World) -> None:
+    """``backward`` on parts of a batch, weighted by rows, leaves what the whole batch does."""
+    prompts, human = rows(world, 5)
+    policy = make_policy(tie_word_embeddings=True)
+    policy.model.double()
+    expected = gradients(policy.model, alone(policy.causal_lm, prompts, human))
+    for part in (slice(0, 2), slice(2, 5)):
+        (policy.logps(pack(prompts[part], human[part])).sum() / 5).backward()
+    same({n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}, expected)
+
+
+# --- fingerprints
+
+
+def test_a_fingerprint_is_of_the_weights_and_nothing_else(make_policy: MakePolicy, tmp_path: Path) -> None:
+    """The same for the same weights, wherever they lie; another with one weight moved by its last bit."""
+    known = make_policy().fingerprint()
+    assert make_policy().fingerprint() == known
+    assert make_policy(seed=1).fingerprint() != known
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        make_policy().save(folder)
+        assert load(str(folder), None).fingerprint() == known
+    assert make_policy().reference().fingerprint() == known
+    policy = make_policy()
+    policy.model.to(torch.float64).to(torch.float32)
+    assert policy.fingerprint() == known
+    policy.model.train()
+    policy.score([[1, 2]], [[3]])
+    assert policy.fingerprint() == known
+    with torch.no_grad():
+        weight = policy.causal_lm.model.layers[1].mlp.up_proj.weight
+        weight[3, 4] = torch.nextafter(weight[3, 4], torch.tensor(9.0))
+    assert policy.fingerprint() != known
+    assert make_policy().fingerprint() == known
+
+
+def test_a_fingerprint_knows_types_and_what_is_frozen(make_policy: MakePolicy) -> None:
+    known = make_policy().fingerprint()
+    assert Policy(make_policy().model.bfloat16(), make_policy().tokenizer).fingerprint() != known
+    frozen = make_policy()
+    frozen.model.requires_grad_(False)
+    assert frozen.fingerprint() == known, "whether something is trained is no weight"
+    with torch.no_grad():
+        frozen.causal_lm.lm_head.weight[0, 0] += 1
+    assert frozen.fingerprint() != known
+    # The same bytes, in the same order, as something else.
+    for change in (lambda w: w.view(2, -1), lambda w: w.view(torch.int32)):
+        other = make_policy()
+        norm = other.causal_lm.model.norm
+        norm.weight = nn.Parameter(change(norm.weight.detach()), requires_grad=False)
+        assert other.fingerprint() != known
+    renamed = make_policy()
+    norm = renamed.causal_lm.model.norm
+    norm.scale = norm.weight
+    del norm.weight
+    assert renamed.fingerprint() != known
+    swapped = make_policy()
+    layers = swapped.causal_lm.model.layers
+    layers[0].self_attn.q_proj, layers[0].self_attn.k_proj = layers[0].self_attn.k_proj, layers[0].self_attn.q_proj
+    assert swapped.fingerprint() != known
+
+
+def test_a_fingerprint_knows_the_adapter(make_policy: MakePolicy) -> None:
+    """That there is one, how it began, and where it is now."""
+    found = [make_policy().fingerprint()]
+    for seed in (0, 1):
+        policy = make_policy()
+        policy.model = Lora(rank=2).on(policy.model, seed)
+        found.append(policy.fingerprint())
+    with torch.no_grad():
+        next(p for n, p in policy.model.named_parameters() if "lora_B" in n)[0, 0] = 1e-3
+    found.append(policy.fingerprint())
+    assert len(set(found)) == 4
+
+
+# --- batches for scoring
+
+
+def test_batches_by_length() -> None:
+    """The shortest first, so many tokens at most, or one sequence that is longer than that; each once."""
+    assert list(by_length([5, 1, 3, 4, 2], 6)) == [[1, 4, 2], [3], [0]]
+    assert list(by_length([5, 1, 3, 4, 2], 7)) == [[1, 4, 2], [3], [0]]
+    assert list(by_length([5, 1, 3, 4, 2], 10)) == [[1, 4, 2, 3], [0]]
+    assert list(by_length([9, 20, 8], 7)) == [[2], [0], [1]]
+    assert list(by_length([3, 3, 3], 6)) == [[0, 1], [2]]
+    assert list(by_length([], 7)) == []
+    assert list(by_length([7] * 4)) == [[0, 1, 2, 3]]
+    lengths = [(17 * i) % 101 + 1 for i in range(300)]
+    found = list(by_length(lengths, 256))
+    assert sorted(i for some in found for i in some) == list(range(300))
+    assert all(sum(lengths[i] for i in some) <= 256 for some in found)
+
+
+def test_scores_are_made_in_batches_of_so_many_tokens(
+    make_policy: MakePolicy, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts count too; the order of the rows is the caller's, and no gradients are kept."""
+    prompts, human = rows(world, 40)
+    policy = make_policy()
+    expected = policy.score(prompts, human)
+    assert expected == pytest.approx(alone(policy.causal_lm, prompts, human).tolist(), abs=1e-4)
+    seen: list[int] = []
+    real = Policy.hidden
+
+    def hidden(self: Policy, batch: Packed) -> Tensor:
+        assert not torch.is_grad_enabled()
+        seen.append(len(batch.ids_T))
+        return real(self, batch)
+
+    monkeypatch.setattr(Policy, "hidden", hidden)
+    monkeypatch.setattr(module.by_length, "__defaults__", (100,))
+    assert policy.score(prompts, human) == pytest.approx(expected, abs=1e-4)
+    assert sum(seen) == sum(map(len, prompts)) + sum(map(len, human))
+    assert max(seen) <= 100
+    assert len(seen) > 5
+    with pytest.raises(ValueError, match="zip"):
+        policy.score(prompts, human[1:])
+
+
+def test_evaluating_puts_the_mode_back(make_policy: MakePolicy) -> None:
+    policy = make_policy()
+    for mode in (True, False):
+        policy.model.train(mode)
+        with pytest.raises(KeyError), policy.evaluating():
+            raise KeyError(policy.model.training)
+        with policy.evaluating():
+            assert not policy.model.training
+        assert policy.model.training is mode
+
+
+def test_the_reference_is_a_frozen_copy(make_policy: MakePolicy, world: World) -> None:
+    """Training the policy leaves it alone, and nothing of it can be trained."""
+    prompts, human = rows(world)
+    policy = make_policy()
+    reference, before = policy.reference(), make_policy().score(prompts, human)
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.mul_(1.1)
+    assert reference.score(prompts, human) == before
+    assert policy.score(prompts, human) != pytest.approx(before, abs=0.1)
+    assert not any(p.requires_grad for p in reference.model.parameters())
+    assert not reference.model.training

@@ -1,13 +1,16 @@
 """Settings are checked before anything is built, and a message says which one is wrong and what was meant."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from dnpo.errors import SettingsError
-from dnpo.settings import Count, Finite, Fraction, Natural, NonNegative, Positive, check, check_values, nearest
+from dnpo.settings import Count, Finite, Fraction, Natural, NonNegative, Positive, Range, check, check_values, nearest
 
 TINY_WORLD = "dnpo.data.tinyworld.TinyWorld"
 
@@ -38,6 +41,8 @@ class Outer:
         choice: Literal["mean", "sum"] = "mean",
         maybe: int | None = None,
         words: list[str] | None = None,
+        between: Annotated[float, Range(gt=-1, le=2)] = 0.0,
+        maybe_natural: Natural | None = None,
     ) -> None:
         self.folder = folder
 
@@ -153,6 +158,10 @@ def test_wrong_type(wrong: dict[str, Any]) -> None:
         {"fraction": math.inf},
         {"count": 0},
         {"natural": -1},
+        {"between": -1.0},
+        {"between": 2.1},
+        {"between": math.nan},
+        {"maybe_natural": -1},
     ],
     ids=str,
 )
@@ -172,6 +181,11 @@ def test_out_of_range(wrong: dict[str, Any]) -> None:
         {"fraction": 1.0},
         {"count": 1},
         {"natural": 0},
+        {"natural": 2**70},
+        {"between": 2.0},
+        {"between": -0.999},
+        {"maybe_natural": None},
+        {"maybe_natural": 0},
         {"flag": True},
         {"word": "x"},
         {"choice": "sum"},
@@ -252,6 +266,42 @@ def test_torch_optimizer_inside_a_part() -> None:
     assert message(lambda: check("trainer", {"_target_": target})).startswith("trainer.optimizer: needs a value")
 
 
+def test_settings_of_the_engine() -> None:
+    """What only saves memory or time is set like everything else."""
+    trainer = {
+        "_target_": "dnpo.training.Optimisation",
+        "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
+        "share_prompt": False,
+        "checkpointing": True,
+        "compile": True,
+    }
+    assert check("trainer", trainer) == trainer
+    noise = "dnpo.npo.TrainableNoise"
+    for value in ("auto", "on", "off"):
+        assert check("npo", {"_target_": noise, "cache_hidden": value})["cache_hidden"] == value
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        (
+            "npo",
+            {"_target_": noise, "cache_hidden": True},
+            "npo.cache_hidden=True: input should be 'auto', 'on' or 'off'",
+        ),
+        (
+            "npo",
+            {"_target_": "dnpo.npo.Offset", "shift": 1.0, "cache_hidden": "on"},
+            "npo.cache_hidden: unknown setting",
+        ),
+        ("trainer", trainer | {"checkpointing": "yes"}, "trainer.checkpointing='yes': input should be a valid boolean"),
+        ("trainer", trainer | {"share_prompt": 1}, "trainer.share_prompt=1: input should be a valid boolean"),
+        (
+            "trainer",
+            trainer | {"shareprompt": True},
+            "trainer.shareprompt: unknown setting. Did you mean trainer.share_",
+        ),
+    ]
+    for name, settings, expected in wrong:
+        assert message(lambda: check(name, settings)).startswith(expected)  # noqa: B023
+
+
 # --- the pieces -------------------------------------------------------------------------------------------------------
 
 
@@ -273,3 +323,48 @@ def test_nearest() -> None:
     assert nearest("alhpa", ["alpha", "beta"], "npo") == " Did you mean npo.alpha?"
     assert nearest("xyz", ["beta", "alpha", "_target_"]) == " Known: alpha, beta."
     assert nearest("target", ["_target_"]) == " Known: none."
+
+
+BARE = """
+import importlib.metadata as metadata, sys
+
+blocked = {"pydantic", "pydantic_core", "hydra", "omegaconf", "pyarrow", "mlflow", "datasets", "openai", "scipy",
+           "matplotlib", "rich", "pandas", "sklearn"}
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *rest):
+        return None if name.split(".")[0] in blocked else self.finder.find_spec(name, *rest)
+
+sys.meta_path = [Without(finder) for finder in sys.meta_path]
+distribution = metadata.distribution
+def without(name):
+    if name.split("-")[0].lower() in blocked:
+        raise metadata.PackageNotFoundError(name)
+    return distribution(name)
+metadata.distribution = without
+
+import dnpo.optimise, dnpo.npo, dnpo.objective, dnpo.packing, dnpo.model, dnpo.training, dnpo.records
+
+from dnpo.npo import TrainableNoise
+from dnpo.training import Optimisation
+from torch.optim import SGD
+TrainableNoise(4, 5, alpha=0.5)
+Optimisation(optimizer=lambda parameters: SGD(parameters, lr=0.1), steps=3)
+assert not blocked & set(sys.modules), blocked & set(sys.modules)
+try:
+    import pydantic
+except ImportError:
+    print("bare")
+"""
+
+
+def test_training_needs_no_more_than_torch_transformers_peft_and_lightning() -> None:
+    """On a machine that is only lent there is nothing else, nor a way to get it."""
+    found = subprocess.run(
+        [sys.executable, "-c", BARE], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert found.stdout.strip().splitlines()[-1:] == ["bare"], found.stderr[-2000:]

@@ -27,3 +27,15 @@ class StepZeroError(DnpoError):
 
 class NonFiniteLossError(DnpoError):
     """A loss became NaN or infinite."""
+
+
+class OutOfMemoryError(DnpoError):
+    """A step does not fit into memory."""
+
+
+class DiskError(DnpoError):
+    """The disk is too small for what is to be kept on it."""
+
+
+class Declined(Exception):
+    """A stage that only saves work says why it is better not done; what it would have helped goes on without it."""

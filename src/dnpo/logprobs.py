@@ -1,83 +1,270 @@
-"""Hidden states → exact log-probabilities of completion tokens.
+"""Hidden states → exact log-probabilities of completion tokens, in memory that does not grow with the vocabulary.
 
-Only the positions that predict a completion token go through the output head. Sums are float32 whatever the precision
-of the matrix product: in bf16 a sum over a few hundred tokens is off by several times the early training signal.
+The one primitive under every loss. The logits of N completion tokens are N × V numbers, the largest tensor of a
+training by far and read only twice; so they are made a tile of the vocabulary at a time, folded into a log-sum-exp, and
+made again where the backward pass needs them. All tokens of a tile go through one matrix product, which leaves each row
+of the head's gradient to be summed inside one product, in float32.
 
-Shapes: S sequences, T tokens of the longest, N completion tokens of all sequences, H hidden size, V vocabulary.
+Sums are float32 whatever the precision of the matrix products: in bf16 a sum over a few hundred tokens is off by
+several times the early training signal. In float64 everything is float64, for tests.
+
+Shapes: S sequences, N completion tokens of all sequences, H hidden size, V vocabulary, C entries of a tile of it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+ROWS = 8192  # tokens of one product at most: beyond that it gains nothing, and the tile would grow with the batch
+TILE = {"cpu": 1024, "cuda": 8192}  # vocabulary entries of one product
+KEPT = {"cpu": 2**26, "cuda": 2**30}  # bytes of logits that are kept for the backward pass and not made again
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Prompts with their completions, padded on the right, and where the completions are.
+class Head:
+    """An output head: logits = cap · tanh(scale · (h Wᵀ + b) / cap).
 
     Attributes:
-        ids_ST: token ids, prompt then completion then padding.
-        mask_ST: 1 on prompt and completion, 0 on padding.
-        sequence_N: which sequence each completion token belongs to, in ascending order.
-        position_N: the position whose hidden state predicts it: the one before it.
-        target_N: its token id.
+        weight_VH: W.
+        bias_V: b, if there is one.
+        scale: what some model families multiply their logits by.
+        cap: what some squash them to by a tanh; infinite where there is none.
     """
 
-    ids_ST: Tensor
-    mask_ST: Tensor
-    sequence_N: Tensor
-    position_N: Tensor
-    target_N: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    cap: float = float("inf")
 
-    @property
-    def count(self) -> int:
-        """S."""
-        return self.ids_ST.shape[0]
+    def detach(self) -> "Head":
+        """The same weights, through which no gradient flows."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
 
-    def to(self, device: torch.device) -> "Sequences":
-        """The same on another device."""
-        return Sequences(
-            *(t.to(device) for t in (self.ids_ST, self.mask_ST, self.sequence_N, self.position_N, self.target_N))
-        )
+    def frozen(self) -> "Head":
+        """A copy through which no gradient flows, and that stays as it is when this one is trained."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach().clone()
+        return replace(self, weight_VH=self.weight_VH.detach().clone(), bias_V=bias_V)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """All logits at once, N × V, without gradients: to look at, not to train on."""
+        return self.cast(hidden_NH.device).tile(hidden_NH.detach(), 0, len(self.weight_VH))
+
+    def cast(self, device: torch.device) -> "Head":
+        """The head as its products are made: in bf16 under autocast, without gradients of its own."""
+        weight_VH = self.weight_VH.detach()
+        if torch.is_autocast_enabled(device.type):
+            weight_VH = weight_VH.to(torch.get_autocast_dtype(device.type))
+        return replace(self, weight_VH=weight_VH, bias_V=None if self.bias_V is None else self.bias_V.detach())
+
+    def tile(self, hidden_NH: Tensor, first: int, end: int) -> Tensor:
+        """The logits of the entries from ``first`` to ``end``, N × C; only of a head that is :meth:`cast`."""
+        bias_C = None if self.bias_V is None else self.bias_V[first:end]
+        logits_NC = product(hidden_NH.to(self.weight_VH.dtype), self.weight_VH[first:end].t(), plus=bias_C)
+        if self.scale != 1:
+            logits_NC *= self.scale
+        if self.cap != float("inf"):
+            logits_NC.div_(self.cap).tanh_().mul_(self.cap)
+        return logits_NC
+
+    def softmax_(self, logits_NC: Tensor, lse_N: Tensor) -> Tensor:
+        """exp(logits − lse), in place of the logits unless the cap still needs them."""
+        own_NC = logits_NC if self.cap == float("inf") else logits_NC.clone()
+        return own_NC.sub_(lse_N.unsqueeze(-1)).exp_()
+
+    def back_(self, error_NC: Tensor, logits_NC: Tensor) -> Tensor:
+        """Carry a gradient in a tile's logits back through the cap, in place; the scale is the caller's, one number."""
+        return error_NC if self.cap == float("inf") else error_NC.mul_(1 - (logits_NC / self.cap).square())
 
 
-def sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_id: int) -> Sequences:
-    """Lay prompts and completions out as right-padded rows.
+def token_logps(hidden_NH: Tensor, head: Head, target_N: Tensor) -> Tensor:
+    """log softmax(logits)[target] of each token, shape N, float32.
+
+    Gradients flow to the hidden states and, where they require it, to the head's weight and bias.
 
     Args:
-        prompts: S lists of token ids, none of them empty: the first completion token is predicted from the prompt.
-        completions: S lists of token ids; an empty one contributes no token.
-        pad_id: what fills the rows; it never counts.
+        hidden_NH: the last hidden states that predict the tokens, in any floating type.
+        head: the output head.
+        target_N: the tokens.
     """
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    longest = max(map(len, rows))
-    ids_ST = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    mask_ST = torch.zeros_like(ids_ST)
-    for s, row in enumerate(rows):
-        ids_ST[s, : len(row)] = torch.tensor(row, dtype=torch.long)
-        mask_ST[s, : len(row)] = 1
-    lengths_S = torch.tensor([len(completion) for completion in completions])
-    starts_S = torch.tensor([len(prompt) for prompt in prompts])
-    sequence_N = torch.arange(len(rows)).repeat_interleave(lengths_S)
-    first_S = lengths_S.cumsum(0) - lengths_S
-    within_N = torch.arange(len(sequence_N)) - first_S[sequence_N]
-    at_N = starts_S[sequence_N] + within_N
-    return Sequences(ids_ST, mask_ST, sequence_N, at_N - 1, ids_ST[sequence_N, at_N])
+    if not torch.is_grad_enabled():  # or they would be kept for, though nobody comes back for them
+        hidden_NH, head = hidden_NH.detach(), head.detach()
+    apply: Any = _TokenLogps.apply
+    blocks = list(zip(torch.split(hidden_NH, ROWS), torch.split(target_N, ROWS), strict=True))
+    room = KEPT.get(hidden_NH.device.type, KEPT["cuda"]) // len(blocks)
+    parts = [apply(hidden_nH, head.weight_VH, head.bias_V, target_n, head, room) for hidden_nH, target_n in blocks]
+    found: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return found
 
 
-def token_logits(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """The output head's logits in float32, shape N × V."""
-    return linear(hidden_NH.to(weight_VH.dtype), weight_VH, bias_V).float()
+class _TokenLogps(Function):
+    """log softmax(logits)[target], with logits of tiles made again in the backward pass once ``KEPT`` is used up.
+
+    With d = softmax − onehot(target) the gradient in the logits is −g d. Its factor g is one number a token, so it is
+    put on the N × H side of each product and never on an N × C tile. Products an entry and token: with a head in
+    training four, or three for tiles that are kept, the fewest there are; with a frozen head two, because d W does not
+    depend on g and is made in the forward pass, rescaled as the log-sum-exp grows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_N: Tensor, head: Head, room: int
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        trains = needs_weight or needs_bias
+        head = head.cast(hidden_NH.device)
+        tally, mean, kept = Tally(target_N), None, {}
+        for first, end in tiles(head):
+            logits_NC = head.tile(hidden_NH, first, end)
+            tally.add(logits_NC, first)
+            room -= logits_NC.nbytes
+            if trains and room >= 0:
+                kept[first] = logits_NC
+            elif needs_hidden and not trains:
+                mean = mean or _Mean(hidden_NH, tally.lse_N)
+                mean.add(logits_NC, tally, head, first, end)
+            del logits_NC  # before the next is made
+        logp_N, lse_N = tally.logps()
+        unit_NH = None if mean is None else mean.less_target(tally, head)
+        ctx.head, ctx.kept = head, kept
+        ctx.save_for_backward(hidden_NH, target_N, lse_N, unit_NH)
+        return logp_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_NH, target_N, lse_N, unit_NH = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        head, minus_N1 = ctx.head, -ctx.head.scale * grad_N.unsqueeze(-1).to(lse_N.dtype)
+        if unit_NH is not None:
+            return (unit_NH * minus_N1).to(hidden_NH.dtype), None, None, None, None, None
+        weighted_NH = (hidden_NH * minus_N1).to(head.weight_VH.dtype)
+        hidden_grad_NH = torch.zeros_like(hidden_NH, dtype=lse_N.dtype) if needs_hidden else None
+        weight_grad_VH = lse_N.new_empty(head.weight_VH.shape) if needs_weight else None
+        bias_grad_V = lse_N.new_empty(len(head.weight_VH)) if needs_bias else None
+        for first, end in tiles(head):
+            logits_NC = ctx.kept.pop(first) if first in ctx.kept else head.tile(hidden_NH, first, end)
+            error_NC = head.softmax_(logits_NC, lse_N)
+            subtract_one_at_(error_NC, target_N, first)
+            head.back_(error_NC, logits_NC)
+            if hidden_grad_NH is not None:
+                add_product_(hidden_grad_NH, error_NC, head.weight_VH[first:end])
+            if weight_grad_VH is not None:
+                product(error_NC.t().to(weighted_NH.dtype), weighted_NH, out=weight_grad_VH[first:end])
+            if bias_grad_V is not None:
+                torch.mv(error_NC.t(), minus_N1.squeeze(-1), out=bias_grad_V[first:end])
+        if hidden_grad_NH is not None:
+            hidden_grad_NH = hidden_grad_NH.mul_(minus_N1).to(hidden_NH.dtype)
+        return hidden_grad_NH, weight_grad_VH, bias_grad_V, None, None, None
 
 
-def logp_of_targets(logits_NV: Tensor, target_N: Tensor) -> Tensor:
-    """log softmax(logits)[target] of each token, shape N."""
-    return logits_NV.gather(-1, target_N.unsqueeze(-1)).squeeze(-1) - logits_NV.logsumexp(-1)
+class _Mean:
+    """Σ_v softmax_v W_v of every token (with the cap's slope), rescaled as the log-sum-exp grows tile by tile."""
+
+    def __init__(self, hidden_NH: Tensor, lse_N: Tensor) -> None:
+        self.mean_NH = torch.zeros_like(hidden_NH, dtype=lse_N.dtype)
+        self.lse_N = lse_N
+
+    def add(self, logits_NC: Tensor, tally: "Tally", head: Head, first: int, end: int) -> None:
+        """Take in a tile that ``tally`` has just taken in; its logits are used up."""
+        self.mean_NH *= (self.lse_N - tally.lse_N).exp_().unsqueeze(-1)
+        self.lse_N = tally.lse_N
+        part_NC = head.back_(head.softmax_(logits_NC, self.lse_N), logits_NC)
+        add_product_(self.mean_NH, part_NC, head.weight_VH[first:end])
+
+    def less_target(self, tally: "Tally", head: Head) -> Tensor:
+        """d W: the mean less the target's own row."""
+        own_NH = head.weight_VH[tally.target_N].to(self.mean_NH.dtype)
+        logit_N1 = tally.logit_N.unsqueeze(-1)
+        return self.mean_NH.sub_(own_NH * head.back_(torch.ones_like(logit_N1), logit_N1))
 
 
-def sum_by_sequence(value_N: Tensor, sequence_N: Tensor, count: int) -> Tensor:
-    """Sums of token values by sequence, shape S; a sequence without tokens has 0."""
-    return torch.zeros(count, dtype=value_N.dtype, device=value_N.device).index_add(0, sequence_N, value_N)
+class Tally:
+    """log softmax(logits)[target] of every token, from logits that come a tile at a time.
+
+    Attributes:
+        target_N: the tokens.
+        logit_N: their logits, as far as their tiles have come.
+        lse_N: the log-sum-exp of what has come.
+    """
+
+    def __init__(self, target_N: Tensor) -> None:
+        self.target_N = target_N
+        self.logit_N = self.lse_N = torch.full(target_N.shape, float("-inf"), device=target_N.device)
+
+    def add(self, logits_NC: Tensor, first: int) -> None:
+        """Take in the tile that begins at entry ``first``."""
+        inside_N, at_N1 = target_in(logits_NC, self.target_N, first)
+        self.logit_N = torch.where(inside_N, logits_NC.gather(1, at_N1).squeeze(-1), self.logit_N)
+        self.lse_N = torch.logaddexp(self.lse_N, logits_NC.logsumexp(-1))
+
+    def add_(self, logits_NC: Tensor, first: int) -> Tensor:
+        """Take it in and turn it into exp(logits − m), where m, which is returned, is the largest of each token."""
+        inside_N, at_N1 = target_in(logits_NC, self.target_N, first)
+        self.logit_N = torch.where(inside_N, logits_NC.gather(1, at_N1).squeeze(-1), self.logit_N)
+        most_N = logits_NC.amax(-1)
+        logits_NC.sub_(most_N.unsqueeze(-1)).exp_()
+        self.lse_N = torch.logaddexp(self.lse_N, most_N + logits_NC.sum(-1).log())
+        return most_N
+
+    def logps(self) -> tuple[Tensor, Tensor]:
+        """log softmax[target] once all tiles are in, and the log-sum-exp behind it."""
+        return self.logit_N - self.lse_N, self.lse_N
+
+
+def tiles(head: Head) -> Iterator[tuple[int, int]]:
+    """The vocabulary in tiles: (first entry, one past the last)."""
+    entries = len(head.weight_VH)
+    size = TILE.get(head.weight_VH.device.type, TILE["cuda"])
+    yield from ((first, min(first + size, entries)) for first in range(0, entries, size))
+
+
+def target_in(value_NC: Tensor, target_N: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Whose target lies in the tile that begins at entry ``first``, and in which column (N × 1; any, where not)."""
+    within_N = target_N - first
+    inside_N = (within_N >= 0) & (within_N < value_NC.shape[1])
+    return inside_N, within_N.clamp(0, value_NC.shape[1] - 1).unsqueeze(-1)
+
+
+def subtract_one_at_(value_NC: Tensor, target_N: Tensor, first: int) -> None:
+    """Subtract 1 at the target where it lies in the tile that begins at entry ``first``."""
+    inside_N, at_N1 = target_in(value_NC, target_N, first)
+    value_NC.scatter_add_(1, at_N1, -inside_N.unsqueeze(-1).to(value_NC.dtype))
+
+
+def product(one: Tensor, other: Tensor, *, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """A matrix product of two matrices of one type, plus a row if there is one, in float32 (float64 of float64)."""
+    if one.dtype in (torch.float32, torch.float64):
+        return torch.mm(one, other, out=out) if plus is None else torch.addmm(plus.to(one.dtype), one, other, out=out)
+    # Half types: where the device offers it the float32 sums of the product come out unrounded.
+    found = torch.mm(one, other, out_dtype=torch.float32) if one.is_cuda else torch.mm(one, other).float()
+    if plus is not None:
+        found += plus
+    return found if out is None else out.copy_(found)
+
+
+def add_product_(total: Tensor, one: Tensor, other: Tensor) -> None:
+    """``total += one @ other``, with the product made in the second matrix's type."""
+    if other.dtype in (torch.float32, torch.float64):
+        torch.addmm(total, one, other, out=total)
+    else:
+        total += product(one.to(other.dtype), other)
+
+
+def sum_by_sequence(value_N: Tensor, lengths_S: Tensor) -> Tensor:
+    """Sums of token values by sequence, shape S; a sequence without tokens has 0.
+
+    One after the other in float64, so a sum depends on its own values alone, on every device.
+
+    Args:
+        value_N: of the tokens of all sequences, sequence after sequence.
+        lengths_S: how many each sequence has.
+    """
+    reduce: Any = torch.segment_reduce
+    found: Tensor = reduce(value_N.double(), "sum", lengths=lengths_S, initial=0.0, unsafe=True)
+    return found.to(value_N.dtype)

@@ -6,6 +6,7 @@ they were trained, on top of the model part's base weights.
 """
 
 import copy
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,8 @@ from transformers import (
 )
 
 from dnpo.errors import ModelError, SettingsError
-from dnpo.logprobs import Sequences, logp_of_targets, sequences, sum_by_sequence, token_logits
+from dnpo.logprobs import Head, sum_by_sequence, token_logps
+from dnpo.packing import ATTENTION, Packed, pack
 from dnpo.records import Prompt
 from dnpo.seeding import derive
 from dnpo.settings import Count, Natural, Positive
@@ -37,11 +39,20 @@ from dnpo.tokenizer import PLAIN_TEMPLATE, train_tokenizer
 Dtype = Literal["float32", "bfloat16"]
 
 
+SCORED_TOKENS = 8192  # of one batch where no gradients are needed
+
+
 class Policy:
-    """A causal language model with its tokenizer. Shapes as in ``logprobs.py``."""
+    """A causal language model with its tokenizer. Shapes as in ``packing.py`` and ``logprobs.py``.
+
+    Raises:
+        ModelError: the model cannot be read as a body and an output head.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.own_attention = str(self.causal_lm.config._attn_implementation)
+        self.causal_lm.set_attn_implementation(ATTENTION)
 
     @property
     def device(self) -> torch.device:
@@ -55,9 +66,20 @@ class Policy:
         return model.get_base_model() if hasattr(model, "peft_config") else model
 
     @property
-    def head(self) -> nn.Linear:
-        """The output head."""
-        return cast(nn.Linear, self.causal_lm.get_output_embeddings())
+    def head(self) -> Head:
+        """The output head, with what its model family does to the logits after it."""
+        linear = self.causal_lm.get_output_embeddings()
+        if type(linear) is not nn.Linear:
+            raise ModelError(
+                f"model: the output head of {type(self.causal_lm).__name__} is a {type(linear).__name__}, expected a "
+                "plain linear layer (model.lora.target_modules must not name it, nor may it be quantised)"
+            )
+        config = self.causal_lm.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
+        scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+        cap = getattr(config, "final_logit_softcapping", None) or float("inf")  # Gemma
+        return Head(linear.weight, linear.bias, scale, cap)
 
     @property
     def pad_id(self) -> int:
@@ -73,33 +95,40 @@ class Policy:
         ids = [cast(int, self.tokenizer.eos_token_id), *(i for i in more if i is not None)]
         return list(dict.fromkeys(ids))
 
-    def hidden(self, batch: Sequences) -> Tensor:
+    def hidden(self, batch: Packed) -> Tensor:
         """The body's hidden states that predict the batch's completion tokens, shape N × H."""
-        hidden_STH = self.causal_lm.base_model(
-            input_ids=batch.ids_ST, attention_mask=batch.mask_ST, use_cache=False
+        ids_1T = batch.ids_T.unsqueeze(0)
+        hidden_1TH = self.causal_lm.base_model(
+            input_ids=ids_1T,
+            # Four dimensions say that the mask is ready: the attention of ``packing.py`` needs none.
+            attention_mask=ids_1T.new_ones(1, 1, 1, 1),
+            position_ids=batch.position_T.unsqueeze(0),
+            use_cache=False,
+            packing=batch,
         ).last_hidden_state
-        return cast(Tensor, hidden_STH[batch.sequence_N, batch.position_N])
+        return cast(Tensor, hidden_1TH.squeeze(0)[batch.predict_N])
 
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        """The head's logits in float32, shape N × V."""
-        return token_logits(hidden_NH, self.head.weight, self.head.bias)
-
-    def logps(self, batch: Sequences) -> Tensor:
+    def logps(self, batch: Packed) -> Tensor:
         """log p(completion | prompt) of each sequence, float32, shape S."""
-        logp_N = logp_of_targets(self.logits(self.hidden(batch)), batch.target_N)
-        return sum_by_sequence(logp_N, batch.sequence_N, batch.count)
+        return sum_by_sequence(token_logps(self.hidden(batch), self.head, batch.target_N), batch.completions_S)
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[list[int]], completions: Sequence[list[int]], batch_size: int) -> list[float]:
+    def score(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
         """log p(completion | prompt) of many sequences, in nats, by batches of similar length."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(completions[i]))
         found = [0.0] * len(prompts)
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
-            batch = sequences([prompts[i] for i in some], [completions[i] for i in some], self.pad_id)
+        for some in by_length([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]):
+            batch = pack([prompts[i] for i in some], [completions[i] for i in some])
             for i, logp in zip(some, self.logps(batch.to(self.device)).tolist(), strict=True):
                 found[i] = logp
         return found
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights: names, types, shapes and values. Adapters, and what is frozen, count too."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -140,10 +169,24 @@ class Policy:
 class AdapterOff(Policy):
     """The reference of a LoRA policy: the same module, with the trained adapter switched off while it is read."""
 
-    def hidden(self, batch: Sequences) -> Tensor:
+    def hidden(self, batch: Packed) -> Tensor:
         """See :meth:`Policy.hidden`."""
         with self.evaluating(), self.model.disable_adapter():  # type: ignore[operator]
             return super().hidden(batch)
+
+
+def by_length(lengths: Sequence[int], tokens: int = SCORED_TOKENS) -> Iterator[list[int]]:
+    """Indices of sequences in batches of so many tokens at most (or one sequence), the shortest sequences first."""
+    some: list[int] = []
+    total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if some and total + lengths[i] > tokens:
+            yield some
+            some, total = [], 0
+        some.append(i)
+        total += lengths[i]
+    if some:
+        yield some
 
 
 class Lora:
@@ -392,16 +435,47 @@ def _check(policy: Policy, weights: str) -> None:
         raise ModelError(
             f"model: the tokenizer in {weights} has no end-of-sequence token, so no response could ever end"
         )
-    some = [i for i in range(0, len(tokenizer), max(len(tokenizer) // 8, 1)) if i != tokenizer.pad_token_id]
-    with policy.evaluating():
-        probe = sequences([some[:1]], [some[1:]], policy.pad_id).to(policy.device)
-        ours = policy.logits(policy.hidden(probe))
-        its = model(input_ids=probe.ids_ST).logits[0, :-1].float()
-    if not torch.allclose(ours, its, rtol=2e-2 if policy.head.weight.dtype is torch.bfloat16 else 1e-3, atol=1e-3):
+    _reproduced(policy, [i for i in range(len(tokenizer)) if i != tokenizer.pad_token_id])
+
+
+def _reproduced(policy: Policy, ids: list[int]) -> None:
+    """Whether packed hidden states and the head alone give the logits that the model's own forward gives.
+
+    Two sequences, so that attention across their border would show; four tokens each.
+    """
+    model = policy.causal_lm
+    config = model.config.get_text_config()
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others or getattr(config, "attention_chunk_size", None):
         raise ModelError(
-            f"model: {type(model).__name__} does more with its hidden states than its output head says (soft-capped or "
-            f"scaled logits, perhaps): logits differ by {float((ours - its).abs().max()):.3g}; it is not supported"
+            f"model: {type(model).__name__} has layers of {', '.join(sorted(others)) or 'chunked attention'}, which "
+            "cannot run on sequences without padding; expected full or sliding attention"
         )
+    step = max(len(ids) // 8, 1)
+    one, other = ids[:: 2 * step][:4], ids[step :: 2 * step][:4]
+    rows = [torch.tensor([row], device=policy.device) for row in (one, other)]
+    try:
+        with policy.evaluating():
+            hidden_NH = policy.hidden(pack([one[:1], other[:1]], [one[1:], other[1:]]).to(policy.device))
+            ours = policy.head.logits(hidden_NH)
+            model.set_attn_implementation(policy.own_attention)  # what it would do by itself
+            alone = [model(input_ids=row, output_hidden_states=True) for row in rows]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model: {type(model).__name__} cannot run on sequences without padding: {error}") from error
+    finally:
+        model.set_attn_implementation(ATTENTION)
+    its = torch.cat([out.logits[0, :-1] for out in alone]).float()
+    half = policy.head.weight_VH.dtype is not torch.float32
+    if ours.shape == its.shape and torch.allclose(ours, its, rtol=2e-2 if half else 1e-3, atol=5e-2 if half else 1e-3):
+        return
+    # Which of the two is it? Its own last hidden states tell.
+    own = torch.cat([out.hidden_states[-1][0, :-1] for out in alone])
+    if ours.shape == its.shape and torch.allclose(own, hidden_NH, rtol=2e-2, atol=2e-2):
+        what = "does more with its hidden states than its output head and its configuration say"
+    else:
+        what = "lets sequences without padding see each other, or places them by other positions"
+    differ = f"logits differ by up to {float((ours - its).abs().max()):.3g}" if ours.shape == its.shape else "shapes"
+    raise ModelError(f"model: {type(model).__name__} {what}: {differ}; it is not supported")
 
 
 def device_of(setting: str) -> str:

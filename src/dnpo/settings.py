@@ -6,20 +6,36 @@ positional parameters. Types and ranges are read from the annotations, such as `
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, cast, get_type_hints
-
-from hydra.utils import get_object
-from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from dnpo.errors import SettingsError
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+
+@dataclass(frozen=True)
+class Range:
+    """Where a number has to lie, for pydantic to check; imported by parts that run where pydantic is not."""
+
+    gt: float | None = None
+    ge: float | None = None
+    le: float | None = None
+
+    __is_annotated_types_grouped_metadata__: Literal[True] = True  # by this pydantic knows what __iter__ is for
+
+    def __iter__(self) -> Iterator[Any]:
+        from pydantic import Field
+
+        field: Any = Field(gt=self.gt, ge=self.ge, le=self.le, allow_inf_nan=False)
+        yield from field.metadata
+
+
+Positive = Annotated[float, Range(gt=0)]
+NonNegative = Annotated[float, Range(ge=0)]
+Finite = Annotated[float, Range()]
+Fraction = Annotated[float, Range(ge=0, le=1)]
+Count = Annotated[int, Range(ge=1)]
+Natural = Annotated[int, Range(ge=0)]
 
 SPECIAL = ("_target_", "_partial_")
 
@@ -79,6 +95,8 @@ def check_values(
 
 
 def _check_value(name: str, value: Any, hint: Any) -> Any:
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except PydanticUserError:  # dataclasses bring a configuration of their own
@@ -92,6 +110,8 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
 
 def locate(name: str, target: str) -> Callable[..., Any]:
     """The object that a dotted path names, or a SettingsError that names the setting."""
+    from hydra.utils import get_object
+
     try:
         found: Any = get_object(target)
     except Exception as error:
