@@ -8,87 +8,58 @@ import pytest
 
 from dnpo.data.batches import Batches, Slice, schedule
 
-
-def groups(slices: Sequence[Slice]) -> list[list[Slice]]:
-    """The micro-batches of each policy step, told apart by what they say of themselves."""
-    found: list[list[Slice]] = []
-    for piece in slices:
-        if piece.first:
-            found.append([])
-        found[-1].append(piece)
-    return found
-
-
-def rows_of(group: Sequence[Slice]) -> list[int]:
-    """The rows of a policy step, in order."""
-    return [row for piece in group for row in piece.rows]
-
-
+Step = list[tuple[str, Slice]]
 SHAPES = [(10, 4, 2), (10, 4, 3), (10, 4, 4), (12, 4, 1), (7, 16, 3), (1, 1, 1), (5, 1, 1), (9, 4, 100), (100, 32, 5)]
+
+
+def batches(
+    micro: int = 2, *, rows: int = 10, batch: int = 4, epochs: int = 3, seed: int = 1
+) -> Batches[int, tuple[str, Slice]]:
+    """Rows that are ten times their index, and micro-batches that say what they hold."""
+
+    def collate(some: Sequence[int], piece: Slice) -> tuple[str, Slice]:
+        return " ".join(map(str, some)), piece
+
+    numbers = [10 * i for i in range(rows)]
+    return Batches(numbers, schedule(rows, batch, epochs=epochs, seed=seed, steps=None), micro, collate)
+
+
+def rows_of(step: Step) -> list[int]:
+    """The rows of a policy step, in order."""
+    return [row for _, piece in step for row in piece.rows]
+
+
+# --- the order --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rows", "batch", "micro"), SHAPES)
 def test_every_epoch_is_a_permutation(rows: int, batch: int, micro: int) -> None:
     """In every epoch every row is seen once; only the last step of an epoch may be smaller, and none spans two."""
-    steps = groups(schedule(rows, batch, micro, epochs=3, seed=0, steps=None))
+    groups = schedule(rows, batch, epochs=3, seed=0, steps=None)
     per_epoch = -(-rows // batch)
-    assert len(steps) == 3 * per_epoch
+    assert len(groups) == 3 * per_epoch
     for epoch in range(3):
-        own = steps[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert sorted(row for group in own for row in rows_of(group)) == list(range(rows))
-        assert [len(rows_of(group)) for group in own[:-1]] == [batch] * (per_epoch - 1)
-        assert len(rows_of(own[-1])) == rows - batch * (per_epoch - 1)
-
-
-@pytest.mark.parametrize(("rows", "batch", "micro"), SHAPES)
-def test_micro_batches_partition_a_step(rows: int, batch: int, micro: int) -> None:
-    """The micro-batches of a step fit in memory, have its rows in its order, and are marked at both ends."""
-    whole = groups(schedule(rows, batch, batch, epochs=2, seed=3, steps=None))
-    parts = groups(schedule(rows, batch, micro, epochs=2, seed=3, steps=None))
-    # How a step is cut to fit in memory decides nothing about which rows it has, nor their order.
-    assert [rows_of(group) for group in parts] == [rows_of(group) for group in whole]
-    for group in parts:
-        assert all(1 <= len(piece.rows) <= micro for piece in group)
-        assert [piece.first for piece in group] == [True] + [False] * (len(group) - 1)
-        assert [piece.last for piece in group] == [False] * (len(group) - 1) + [True]
-        assert {piece.group for piece in group} == {tuple(rows_of(group))}
-
-
-@pytest.mark.parametrize(("rows", "batch", "micro"), SHAPES)
-def test_shares_weigh_every_row_the_same(rows: int, batch: int, micro: int) -> None:
-    """The sum of micro-batch means, weighted by share, is the mean over the step: shares add up to 1, by rows."""
-    for group in groups(schedule(rows, batch, micro, epochs=2, seed=0, steps=None)):
-        size = len(rows_of(group))
-        assert sum(piece.share for piece in group) == pytest.approx(1, abs=1e-12)
-        for piece in group:
-            assert piece.share == pytest.approx(len(piece.rows) / size, abs=1e-12)
-
-
-def test_worked_example() -> None:
-    """Ten rows in steps of four, in micro-batches of three: 3+1, 3+1, and a smaller last step of 2."""
-    found = schedule(10, 4, 3, epochs=1, seed=0, steps=None)
-    assert [len(piece.rows) for piece in found] == [3, 1, 3, 1, 2]
-    assert [piece.share for piece in found] == [0.75, 0.25, 0.75, 0.25, 1.0]
-    assert [piece.first for piece in found] == [True, False, True, False, True]
-    assert [piece.last for piece in found] == [False, True, False, True, True]
+        own = groups[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert sorted(row for group in own for row in group) == list(range(rows))
+        assert [len(group) for group in own[:-1]] == [batch] * (per_epoch - 1)
+        assert len(own[-1]) == rows - batch * (per_epoch - 1)
+    assert [tuple(rows_of(step)) for step in batches(micro, rows=rows, batch=batch, seed=0)] == groups
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 12])
-@pytest.mark.parametrize("epochs", [1, 2, 50])
+@pytest.mark.parametrize("epochs", [0, 1, 2, 50])
 def test_steps_override_epochs(steps: int, epochs: int) -> None:
     """Exactly so many policy steps, the beginning of what more epochs would do, whatever ``epochs`` says."""
-    found = schedule(10, 4, 3, epochs=epochs, seed=5, steps=steps)
-    assert len(groups(found)) == steps
-    assert found[-1].last
-    assert found == schedule(10, 4, 3, epochs=6, seed=5, steps=None)[: len(found)]
+    found = schedule(10, 4, epochs=epochs, seed=5, steps=steps)
+    assert len(found) == steps
+    assert found == schedule(10, 4, epochs=6, seed=5, steps=None)[:steps]
 
 
 def test_orders_differ_between_epochs_and_seeds_and_are_repeatable() -> None:
     """Every epoch has an order of its own, drawn from the seed alone; none is the order of the file."""
 
     def orders(seed: int) -> list[tuple[int, ...]]:
-        found = schedule(50, 50, 50, epochs=4, seed=seed, steps=None)
-        return [piece.rows for piece in found]
+        return schedule(50, 50, epochs=4, seed=seed, steps=None)
 
     assert orders(0) == orders(0)
     assert len({*orders(0), *orders(1), tuple(range(50))}) == 9
@@ -96,45 +67,79 @@ def test_orders_differ_between_epochs_and_seeds_and_are_repeatable() -> None:
 
 def test_order_golden() -> None:
     """A run that was killed before an update of the code goes on in the order it began with."""
-    assert [piece.rows for piece in schedule(8, 8, 8, epochs=2, seed=0, steps=None)] == [
-        (2, 6, 0, 1, 5, 3, 4, 7),
-        (3, 2, 1, 7, 6, 5, 4, 0),
-    ]
+    assert schedule(8, 8, epochs=2, seed=0, steps=None) == [(2, 6, 0, 1, 5, 3, 4, 7), (3, 2, 1, 7, 6, 5, 4, 0)]
 
 
 def test_nothing_to_do() -> None:
-    """No rows or no epochs: no micro-batches, and no endless search for the rows of a number of steps."""
-    assert schedule(0, 4, 2, epochs=3, seed=0, steps=None) == []
-    assert schedule(0, 4, 2, epochs=3, seed=0, steps=3) == []
-    assert schedule(10, 4, 2, epochs=0, seed=0, steps=None) == []
+    """No rows or no epochs: no steps, and no endless search for the rows of a number of steps."""
+    assert schedule(0, 4, epochs=3, seed=0, steps=None) == []
+    assert schedule(0, 4, epochs=3, seed=0, steps=3) == []
+    assert schedule(10, 4, epochs=0, seed=0, steps=None) == []
+    assert list(batches(epochs=0)) == []
+
+
+# --- micro-batches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "batch", "micro"), SHAPES)
+def test_micro_batches_partition_a_step(rows: int, batch: int, micro: int) -> None:
+    """The micro-batches of a step fit in memory, have its rows in its order, and know their step and all its rows."""
+    groups = schedule(rows, batch, epochs=3, seed=1, steps=None)
+    for number, step in enumerate(batches(micro, rows=rows, batch=batch)):
+        # How a step is cut to fit in memory decides nothing about which rows it has, nor their order.
+        assert tuple(rows_of(step)) == groups[number]
+        assert len(step) == -(-len(groups[number]) // micro)
+        for text, piece in step:
+            assert 1 <= len(piece.rows) <= micro
+            assert (piece.step, piece.group) == (number, groups[number])
+            assert text == " ".join(str(10 * i) for i in piece.rows)
+
+
+@pytest.mark.parametrize(("rows", "batch", "micro"), SHAPES)
+def test_shares_weigh_every_row_the_same(rows: int, batch: int, micro: int) -> None:
+    """The sum of micro-batch means, weighted by share, is the mean over the step: shares add up to 1, by rows."""
+    for step in batches(micro, rows=rows, batch=batch):
+        size = len(rows_of(step))
+        assert sum(piece.share for _, piece in step) == pytest.approx(1, abs=1e-12)
+        for _, piece in step:
+            assert piece.share == pytest.approx(len(piece.rows) / size, abs=1e-12)
+
+
+def test_worked_example() -> None:
+    """Ten rows in steps of four, in micro-batches of three: 3+1, 3+1, and a smaller last step of 2."""
+    found = list(batches(3, epochs=1))
+    assert [[len(piece.rows) for _, piece in step] for step in found] == [[3, 1], [3, 1], [2]]
+    assert [[piece.share for _, piece in step] for step in found] == [[0.75, 0.25], [0.75, 0.25], [1.0]]
+    assert [[piece.step for _, piece in step] for step in found] == [[0, 0], [1, 1], [2]]
+
+
+def test_a_step_can_be_cut_anew() -> None:
+    """As is tried when it does not fit into memory: the same rows, and nothing of the position."""
+    running = batches(4)
+    whole = list(islice(running, 2))
+    for micro in (1, 2, 3, 4):
+        parts = running.step(1, micro)
+        assert [len(piece.rows) for _, piece in parts[:-1]] == [micro] * (len(parts) - 1)
+        assert rows_of(parts) == rows_of(whole[1])
+    assert running.state_dict() == {"next": 2}
 
 
 # --- the iterable -----------------------------------------------------------------------------------------------------
 
-ROWS = "abcdefghij"
+
+def test_the_length_is_that_of_the_training_in_policy_steps() -> None:
+    """Nine steps, however they are cut, and however many are done."""
+    for micro in (1, 3, 4, 100):
+        running = batches(micro)
+        assert len(running) == 9
+        assert len(list(islice(running, 4))) == 4
+        assert len(running) == 9
+        assert len(list(running)) == 5
 
 
-def batches() -> Batches[str, tuple[str, Slice]]:
-    """Ten rows, three times, in 15 micro-batches."""
-
-    def collate(rows: Sequence[str], piece: Slice) -> tuple[str, Slice]:
-        return "".join(rows), piece
-
-    return Batches(ROWS, schedule(len(ROWS), 4, 2, epochs=3, seed=1, steps=None), collate)
-
-
-def test_batches_hold_the_rows_of_their_slices() -> None:
-    """Each batch is made of the rows its slice names, in that order, and comes with that slice."""
-    found = list(batches())
-    assert len(found) == len(batches()) == 15
-    assert [piece for _, piece in found] == batches().slices
-    for text, piece in found:
-        assert text == "".join(ROWS[i] for i in piece.rows)
-
-
-@pytest.mark.parametrize("done", range(16))
+@pytest.mark.parametrize("done", range(10))
 def test_resumed_batches_are_exactly_those_that_remain(done: int) -> None:
-    """From a checkpoint after any micro-batch, through JSON too: nothing is trained on twice and nothing left out."""
+    """From a checkpoint after any step, through JSON too: nothing is trained on twice and nothing left out."""
     whole = list(batches())
     killed = batches()
     before = list(islice(killed, done))
@@ -142,11 +147,21 @@ def test_resumed_batches_are_exactly_those_that_remain(done: int) -> None:
     resumed = batches()
     resumed.load_state_dict(state)
     assert before + list(resumed) == whole
-    assert len(resumed) == len(whole)  # the length is that of the training, not of what remains
+
+
+@pytest.mark.parametrize("micro", [1, 3, 4, 100])
+def test_another_micro_batch_size_goes_on_with_the_same_rows(micro: int) -> None:
+    """A run that ran out of memory is continued with smaller micro-batches: a position counts steps, not those."""
+    whole = list(batches(2))
+    killed = batches(2)
+    list(islice(killed, 4))
+    resumed = batches(micro)
+    resumed.load_state_dict(killed.state_dict())
+    assert [rows_of(step) for step in resumed] == [rows_of(step) for step in whole[4:]]
 
 
 def test_state_counts_what_was_handed_out() -> None:
-    """A checkpoint that is made while a batch is worked on counts that batch as done."""
+    """A checkpoint that is made while a step is worked on counts that step as done."""
     running = batches()
     assert running.state_dict() == {"next": 0}
     for position, _ in enumerate(running, start=1):
@@ -162,9 +177,22 @@ def test_position_belongs_to_the_training_and_not_to_the_iterator() -> None:
 
 
 def test_rewound_batches_begin_again() -> None:
-    """From the state of the beginning the same batches come again."""
+    """From the state of the beginning the same steps come again."""
     running = batches()
     beginning = running.state_dict()
     first = list(running)
     running.load_state_dict(beginning)
     assert list(running) == first
+
+
+def test_micro_batches_are_made_when_their_step_comes() -> None:
+    """Not all at once at the start: collating may read from disk."""
+    made: list[int] = []
+
+    def collate(rows: Sequence[int], piece: Slice) -> int:
+        made.append(piece.step)
+        return piece.step
+
+    running = Batches(range(10), schedule(10, 4, epochs=1, seed=0, steps=None), 2, collate)
+    next(iter(running))
+    assert made == [0, 0]

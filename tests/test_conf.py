@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from dnpo.errors import SettingsError
-from dnpo.train import PARTS, checked, conf_folder
+from dnpo.train import PARTS, build, checked, conf_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = conf_folder()
@@ -50,9 +50,9 @@ def test_every_setting_of_an_option_stands_in_its_file(group: str, option: str) 
     part = settings[group]
     target = locate(group, part["_target_"])
     known = {p.name for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    # A model is given by path or by name; each option shows the way it stands for.
-    either = {"path", "name", "revision"} if group == "model" else set()
-    assert known - set(part) <= either
+    # A model is given by path or by name; each option shows the way it stands for. Fine-tuning knows no pairs.
+    elsewhere = {"model": {"path", "name", "revision"}, "sft": {"share_prompt"}}
+    assert known - set(part) <= elsewhere.get(group, set())
 
 
 def test_methods_are_what_they_say() -> None:
@@ -107,12 +107,57 @@ def test_choosing_a_part_beats_the_scale() -> None:
             r"trainer\.optimizer\.lrr: unknown setting\. Did you mean trainer\.optimizer\.lr",
         ),
         (["+iteration=3"], r"iteration: unknown setting\. Did you mean iterations"),
+        (["npo.cache_hidden=always"], r"npo\.cache_hidden='always': .*'auto', 'on' or 'off'"),
+        (["npo=fixed", "npo.cache_hidden=3"], r"npo\.cache_hidden=3: .*'auto', 'on' or 'off'"),
+        (["trainer.share_prompt=2"], r"trainer\.share_prompt=2: .*boolean"),
+        (["trainer.checkpointing=sometimes"], r"trainer\.checkpointing='sometimes': .*boolean"),
+        (["sft.compile=1"], r"sft\.compile=1: .*boolean"),
         (["judge._target_=dnpo.judges.nobody"], r"judge\._target_=dnpo\.judges\.nobody: cannot be imported"),
     ],
 )
 def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         checked(composed(*overrides))
+
+
+SAME = [
+    "trainer.micro_batch_size=2",
+    "trainer.checkpoint_every=7",
+    "trainer.share_prompt=false",
+    "trainer.checkpointing=true",
+    "trainer.compile=true",
+    "npo.cache_hidden=on",
+    "sft.checkpointing=true",
+]
+OTHER = ["trainer.batch_size=2", "trainer.autocast=true", "trainer.optimizer.lr=1", "npo.alpha=3", "sft.steps=4"]
+
+
+def keys(*overrides: str) -> list[dict[str, Any]]:
+    """What goes into the keys of stages of the training parts."""
+    run, _, _ = build(composed("method=dnpo", "scale=smoke", "tracking=off", *overrides))
+    return [run.sft.key, *[part.key for plan in run.plans for part in (plan.trainer, plan.npo, plan.objective)]]
+
+
+def test_what_cannot_change_a_result_is_in_no_key() -> None:
+    """Another way to the same result finds the stages that are there; another result does not."""
+    known = keys()
+    for override in SAME:
+        assert keys(override) == known, override
+    for override in OTHER:
+        assert keys(override) != known, override
+    assert all("_target_" in key for key in known)
+    assert not {"micro_batch_size", "cache_hidden"} & {name for key in known for name in key}
+
+
+def test_a_part_still_has_the_settings_that_are_in_no_key() -> None:
+    """They are what stages are run with."""
+    run, _, resolved = build(composed("method=dnpo", "scale=smoke", "tracking=off", *SAME))
+    plan = run.plans[-1]
+    assert plan.npo.settings["cache_hidden"] == resolved["npo"]["cache_hidden"] == "on"
+    assert plan.trainer.settings["micro_batch_size"] == plan.trainer.value.micro_batch_size == 2
+    trainer = plan.trainer.value
+    assert (trainer.share_prompt, trainer.checkpointing, trainer.compile) == (False, True, True)
+    assert run.sft.value.checkpointing
 
 
 def readme_commands() -> list[list[str]]:

@@ -61,7 +61,8 @@ def test_scores_and_duels_are_those_of_the_verdicts(measured: tuple[dict[str, fl
 def test_held_out_loss_is_the_mean_over_tokens(
     measured: tuple[dict[str, float], Path], make_policy: MakePolicy, world: World
 ) -> None:
-    slow, total, tokens = make_policy().model.double(), 0.0, 0
+    slow, total, tokens = make_policy().causal_lm.double(), 0.0, 0
+    slow.set_attn_implementation("eager")
     for prompt, response in zip(world.prompts[:HELD], world.human[:HELD], strict=True):
         ids = torch.tensor([prompt.token_ids + response.token_ids])
         logp = slow(input_ids=ids).logits[0].detach().log_softmax(-1)
@@ -106,7 +107,7 @@ def test_distributions_are_kept_whole_and_their_distance_is_kolmogorov_smirnov(
         assert metrics[f"logps/{name}"] == pytest.approx(kept[name].mean())
     # What is called chosen is chosen: the same rows of the pairs, scored again.
     policy, pairs = make_policy(), world.pairs(30)
-    again = policy.score([p.prompt_ids for p in pairs], [p.chosen_ids for p in pairs], 8)
+    again = policy.score([p.prompt_ids for p in pairs], [p.chosen_ids for p in pairs])
     assert all(np.isclose(again, value, atol=1e-4).any() for value in kept["chosen"])
 
 

@@ -1,23 +1,32 @@
-"""The noise: its equations against a brute force, who gets which gradient, and what it does to log p̃ in the mean."""
+"""The noise: its equations against brute forces, who gets which gradient, what it costs, what it does in the mean."""
 
 import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy.stats import kstest
 from torch import Generator, Tensor, nn
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from dnpo.logprobs import logp_of_targets, sum_by_sequence
-from dnpo.npo import FixedNoise, Noise, NoNoise, Offset, Rejected, TrainableNoise
+from dnpo import logprobs, npo
+from dnpo.logprobs import Head
+from dnpo.npo import FixedNoise, Noise, NoNoise, Offset, Rejected, TrainableNoise, _Draw
 from dnpo.objective import NoisyReference, PairLogps, Terms, logistic, two_player
 
 Array = npt.NDArray[np.float64]
 
 HIDDEN, VOCABULARY = 5, 11
 OBJECTIVE = partial(logistic, beta=0.1)
+SOME = torch.tensor([0, 1, 3])  # the responses of a problem that have tokens
 
 
 def seeded(seed: int) -> Generator:
@@ -25,37 +34,89 @@ def seeded(seed: int) -> Generator:
     return Generator().manual_seed(seed)
 
 
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tiles, the last of them smaller, and responses of more than one block of noise."""
+    monkeypatch.setitem(logprobs.TILE, "cpu", 4)
+    monkeypatch.setitem(npo.BLOCK, "cpu", 2)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tile and long blocks, where a test needs many draws."""
+    monkeypatch.setitem(logprobs.TILE, "cpu", 1024)
+    monkeypatch.setitem(npo.BLOCK, "cpu", 32)
+
+
 class Problem:
-    """A reference's hidden states and logits at the completion tokens of B rejected responses, and the rest of a loss.
+    """A reference's hidden states and head at the completion tokens of B rejected responses, and the rest of a loss.
 
     The lengths are unequal and one response has no token.
     """
 
-    def __init__(self, lengths: tuple[int, ...] = (3, 1, 0, 4), seed: int = 0) -> None:
+    def __init__(
+        self,
+        lengths: tuple[int, ...] = (3, 1, 0, 4),
+        seed: int = 0,
+        hidden: int = HIDDEN,
+        vocabulary: int = VOCABULARY,
+        dtype: torch.dtype = torch.float32,
+        head: dict[str, Any] | None = None,
+    ) -> None:
         generator = seeded(seed)
-        count, tokens = len(lengths), sum(lengths)
-        self.hidden_NH = torch.randn(tokens, HIDDEN, generator=generator)
-        self.logits_NV = 2 * torch.randn(tokens, VOCABULARY, generator=generator)
-        self.target_N = torch.randint(VOCABULARY, (tokens,), generator=generator)
-        self.sequence_N = torch.arange(count).repeat_interleave(torch.tensor(lengths))
-        self.clean_B = sum_by_sequence(logp_of_targets(self.logits_NV, self.target_N), self.sequence_N, count)
-        numbers = torch.randn(3, count, generator=generator)
+        self.lengths, count, tokens = lengths, len(lengths), sum(lengths)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.hidden_NH = normal(tokens, hidden)
+        given = {"bias_V": normal(vocabulary)} | (head or {})
+        self.head = Head(2 / math.sqrt(hidden) * normal(vocabulary, hidden), **given)
+        self.target_N = torch.randint(vocabulary, (tokens,), generator=generator)
+        self.clean_B = self.sums(self.logits_NV.log_softmax(-1).gather(1, self.target_N.unsqueeze(1)).squeeze(1))
+        numbers = normal(3, count)
         self.policy = PairLogps(numbers[0] - 10, self.clean_B + numbers[1])
         self.reference = PairLogps(numbers[2] - 10, self.clean_B)
 
-    def through(self, noise: Noise, seed: int) -> tuple[NoisyReference, Tensor]:
-        """What training calls, with a generator seeded for this call."""
-        found: tuple[NoisyReference, Tensor] = noise(self.rejected, seeded(seed))
-        return found
-
     @property
-    def rejected(self) -> Rejected:
-        """The reference's side of the problem."""
-        return Rejected(self.hidden_NH, self.logits_NV, self.target_N, self.sequence_N, self.clean_B)
+    def logits_NV(self) -> Tensor:
+        """cap · tanh(scale · (h Wᵀ + b) / cap), as it is written."""
+        head = self.head
+        logits = head.scale * (self.hidden_NH @ head.weight_VH.T + (0 if head.bias_V is None else head.bias_V))
+        return logits if math.isinf(head.cap) else head.cap * torch.tanh(logits / head.cap)
+
+    def sums(self, value_N: Tensor) -> Tensor:
+        """Sums of token values by response."""
+        return torch.stack([part.sum() for part in torch.split(value_N, self.lengths)])
+
+    def rejected(self, seed: int) -> Rejected:
+        """The reference's side of the problem, with seeds for its responses."""
+        seeds = [1000 * seed + i for i in range(len(self.lengths))]
+        return Rejected(self.hidden_NH, self.head, self.target_N, self.lengths, seeds)
+
+    def through(self, noise: Noise, seed: int) -> tuple[NoisyReference, Tensor]:
+        """What training calls."""
+        found: tuple[NoisyReference, Tensor] = noise(self.clean_B, self.rejected(seed))
+        return found
 
     def terms(self, noise: Noise, seed: int, policy: PairLogps | None = None) -> Terms:
         """The three terms of the loss."""
         return two_player(OBJECTIVE, policy or self.policy, self.reference, self.through(noise, seed)[0], noise.alpha)
+
+    def draws(self, seed: int) -> tuple[Tensor, Tensor]:
+        """ε and ε′ ~ N(0, 1) as the module draws them, in whole."""
+        one, other = (drawn(self.rejected(seed), self.hidden_NH, len(self.head.weight_VH), term) for term in (0, 1))
+        return one, other
+
+
+def drawn(rejected: Rejected, like: Tensor, vocabulary: int, term: int, std: float = 1.0) -> Tensor:
+    """The noise of one term, tile by tile."""
+    draw, size = _Draw(rejected, std), logprobs.TILE["cpu"]
+    found = [
+        draw(like.new_empty(len(like), min(first + size, vocabulary) - first), first, term)
+        for first in range(0, vocabulary, size)
+    ]
+    return torch.cat(found, 1)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +125,9 @@ def problem() -> Problem:
     return Problem()
 
 
-def uneven(**settings: float) -> TrainableNoise:
+def uneven(dtype: torch.dtype = torch.float32, **settings: float) -> TrainableNoise:
     """Trainable noise whose W and b are as after some training: different for every token and entry."""
-    noise = TrainableNoise(HIDDEN, VOCABULARY, **settings)
+    noise = TrainableNoise(HIDDEN, VOCABULARY, **settings).to(dtype)
     generator = seeded(7)
     with torch.no_grad():
         noise.weight_VH.copy_(0.3 * torch.randn(VOCABULARY, HIDDEN, generator=generator))
@@ -84,21 +145,15 @@ def brute_variance(hidden: Array, weight: Array, bias: Array, bound: float) -> A
     return found
 
 
-def brute_logps(problem: Problem, variance: Array, draw: Array) -> Array:
+def brute_logps(problem: Problem, variance: Array, draw: Tensor) -> Array:
     """Σ_t log softmax(z_t + s_t ⊙ ε_t)[y_t] of each response, token by token in float64."""
-    logits = problem.logits_NV.double().numpy()
-    found = np.zeros(len(problem.clean_B))
-    for n, (token, sequence) in enumerate(zip(problem.target_N.tolist(), problem.sequence_N.tolist(), strict=True)):
-        z = [logits[n, v] + math.sqrt(variance[n, v]) * draw[n, v] for v in range(VOCABULARY)]
+    logits, epsilon = problem.logits_NV.double().numpy(), draw.double().numpy()
+    found = np.zeros(len(problem.lengths))
+    sequences = np.repeat(np.arange(len(problem.lengths)), problem.lengths)
+    for n, (token, sequence) in enumerate(zip(problem.target_N.tolist(), sequences, strict=True)):
+        z = [logits[n, v] + math.sqrt(variance[n, v]) * epsilon[n, v] for v in range(logits.shape[1])]
         found[sequence] += z[token] - math.log(sum(math.exp(x) for x in z))
     return found
-
-
-def draws(problem: Problem, seed: int) -> tuple[Array, Array]:
-    """ε and ε′: what a generator with this seed gives first, for the policy term, and second, for the noise term."""
-    generator = seeded(seed)
-    one, two = (torch.randn(problem.logits_NV.shape, generator=generator).double().numpy() for _ in range(2))
-    return one, two
 
 
 def weights_of(noise: TrainableNoise) -> tuple[Array, Array]:
@@ -142,46 +197,274 @@ def test_variance_of_bf16_hidden_states_is_float32(problem: Problem) -> None:
 # --- log p̃ ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bound", [0.25, 1.0])
+@pytest.mark.parametrize("bound", [0.25, 1.0, 4.0])
 def test_trainable_noise_against_brute_force(problem: Problem, bound: float) -> None:
-    """Both log p̃, mean(s²) and s², with the same ε and ε′ redrawn: a fresh one for every position and entry."""
+    """Both log p̃ and mean(s²), entry by entry with the same ε and ε′: a fresh one for every position and entry."""
     noise = uneven(max_variance=bound)
-    noisy, reported = problem.through(noise, seed=3)
+    noisy, _ = problem.through(noise, seed=3)
     variance = brute_variance(problem.hidden_NH.double().numpy(), *weights_of(noise), bound)
-    first, second = draws(problem, seed=3)
+    first, second = problem.draws(seed=3)
     np.testing.assert_allclose(noisy.policy_B.numpy(), brute_logps(problem, variance, first), atol=2e-5)
     np.testing.assert_allclose(noisy.noise_B.detach().numpy(), brute_logps(problem, variance, second), atol=2e-5)
     assert float(noisy.variance.detach()) == pytest.approx(float(variance.mean()), rel=1e-5)
-    np.testing.assert_allclose(reported.numpy(), variance, rtol=1e-5)
-    assert not reported.requires_grad
 
 
 def test_fixed_noise_against_brute_force(problem: Problem) -> None:
     """0.5 is the variance, not the standard deviation, and the same everywhere."""
-    noisy, reported = problem.through(FixedNoise(HIDDEN, VOCABULARY), seed=3)
-    first, second = draws(problem, seed=3)
+    noisy, at_bound = problem.through(FixedNoise(HIDDEN, VOCABULARY), seed=3)
+    first, second = problem.draws(seed=3)
     half = np.full(problem.logits_NV.shape, 0.5)
     np.testing.assert_allclose(noisy.policy_B.numpy(), brute_logps(problem, half, first), atol=2e-5)
     np.testing.assert_allclose(noisy.noise_B.numpy(), brute_logps(problem, half, second), atol=2e-5)
-    assert float(noisy.variance) == float(reported) == 0.5
+    assert float(noisy.variance) == 0.5
+    assert float(at_bound) == 0
 
 
-@pytest.mark.parametrize("kind", [TrainableNoise, FixedNoise])
-def test_the_two_terms_meet_different_noise(problem: Problem, kind: type[Noise]) -> None:
-    """ε and ε′ are independent: with one shared draw the noise would be trained on what the policy just met."""
-    noisy, _ = problem.through(kind(HIDDEN, VOCABULARY), seed=0)
-    some = torch.tensor([0, 1, 3])
-    assert bool((noisy.policy_B != noisy.noise_B)[some].all())
-    many = Problem(lengths=(1,) * 4000, seed=1)
-    noisy, _ = many.through(kind(HIDDEN, VOCABULARY), seed=0)
-    shifts = torch.stack([noisy.policy_B, noisy.noise_B.detach()]) - many.clean_B
-    assert abs(float(torch.corrcoef(shifts)[0, 1])) < 0.07  # 4.4 standard errors
+@pytest.mark.parametrize("log_std", [-1.0, 1.0, 2.0])
+def test_at_bound_counts_what_is_over_nine_tenths_of_the_bound(problem: Problem, log_std: float) -> None:
+    """By the count of entries of the brute force; here it is none, some and most of them."""
+    noise = uneven(max_variance=2.0, start_log_std=log_std)
+    _, at_bound = problem.through(noise, seed=0)
+    variance = brute_variance(problem.hidden_NH.double().numpy(), *weights_of(noise), 2.0)
+    share = float((variance > 0.9 * 2.0).mean())
+    assert float(at_bound) == pytest.approx(share, abs=1e-9)
+    assert not at_bound.requires_grad
+    assert {-1.0: share == 0, 1.0: 0.1 < share < 0.5, 2.0: 0.5 < share < 0.95}[log_std], share
 
 
 def test_a_response_without_tokens_stays_at_zero(problem: Problem) -> None:
     """Response 2 of the problem is empty: there is nothing to perturb."""
-    noisy, _ = problem.through(uneven(), seed=0)
-    assert float(noisy.policy_B[2]) == float(noisy.noise_B[2].detach()) == 0
+    for noise in (uneven(), FixedNoise(HIDDEN, VOCABULARY)):
+        noisy, _ = problem.through(noise, seed=0)
+        assert float(noisy.policy_B[2]) == float(noisy.noise_B[2].detach()) == 0
+
+
+def test_a_batch_without_any_token_is_no_trouble() -> None:
+    """Of a micro-batch whose rejected responses are all empty: nothing, and no NaN in any gradient."""
+    problem, noise = Problem(lengths=(0, 0)), uneven()
+    noisy, at_bound = problem.through(noise, seed=0)
+    assert noisy.policy_B.tolist() == noisy.noise_B.tolist() == [0, 0]
+    assert float(noisy.variance.detach()) == float(at_bound) == 0
+    (noisy.noise_B.sum() + noisy.variance).backward()
+    for p in noise.parameters():
+        assert p.grad is not None
+        assert not p.grad.any()
+
+
+# --- the one function behind it, against naive autograd in float64 ----------------------------------------------------
+
+
+class Naive(NamedTuple):
+    """What trainable noise gives, on whole N × V matrices that autograd knows."""
+
+    policy_B: Tensor
+    noise_B: Tensor
+    variance: Tensor
+
+
+def naive(problem: Problem, weight_VH: Tensor, bias_V: Tensor, bound: float, seed: int) -> Naive:
+    """log s = W h + b; s² = u·m/(u + m); log softmax(z + s ⊙ ε)[y], summed by response; mean(s²)."""
+    u_NV = (2 * (problem.hidden_NH @ weight_VH.T + bias_V)).exp()
+    variance_NV = u_NV * bound / (u_NV + bound)
+    logps = []
+    for epsilon_NV in problem.draws(seed):
+        noisy_NV = problem.logits_NV + variance_NV.sqrt() * epsilon_NV
+        logps.append(problem.sums(noisy_NV.log_softmax(-1).gather(1, problem.target_N.unsqueeze(1)).squeeze(1)))
+    return Naive(*logps, variance_NV.mean())
+
+
+def agree(problem: Problem, noise: TrainableNoise, seed: int, rtol: float = 1e-12, atol: float = 1e-12) -> list[Tensor]:
+    """Values and, with random gradients flowing in, the gradients of W and b; gives the module's own gradients."""
+    noisy, _ = problem.through(noise, seed)
+    slow = naive(problem, noise.weight_VH, noise.bias_V, noise.max_variance, seed)
+    for ours, theirs in zip(noisy, slow, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=rtol, atol=atol)
+    push_B = torch.randn(len(problem.lengths), generator=seeded(5), dtype=torch.float64)
+    found = []
+    for alpha in (0.0, 0.7):
+        for through in (noisy, slow):
+            loss = (through.noise_B * push_B).sum() + alpha * through.variance
+            found.append(torch.autograd.grad(loss, [noise.weight_VH, noise.bias_V], retain_graph=True))
+        for ours, theirs in zip(found[-2], found[-1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+            assert bool(ours.isfinite().all())
+    return [*found[0], *found[2]]
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {"bias_V": None},
+    "bias": {},
+    "scale": {"scale": 0.4},
+    "cap": {"cap": 1.5},
+    "all": {"scale": 1.7, "cap": 2.5},
+}
+# Bytes of KEPT: nothing, the first tile's two tensors of 8 tokens × 4 entries in float64 (a byte short, and not), all.
+ROOM = {"none": 0, "one short": 2 * 8 * 4 * 8 - 1, "one": 2 * 8 * 4 * 8, "all": 2**20}
+
+
+@pytest.mark.parametrize("room", ROOM.values(), ids=ROOM)
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_values_and_gradients_are_those_of_naive_autograd(
+    head: dict[str, Any], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several tiles, some kept and some made again, with every kind of head that a model family has."""
+    monkeypatch.setitem(npo.KEPT, "cpu", room)
+    agree(Problem(dtype=torch.float64, head=head), uneven(torch.float64), seed=1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 11, 64])
+@pytest.mark.parametrize("lengths", [(1,), (0, 7), (2, 2, 2), (5, 0, 0, 1, 9)], ids=str)
+def test_tiles_and_lengths_make_no_difference(
+    lengths: tuple[int, ...], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of one entry, of a size that divides nothing, of the whole vocabulary and beyond it."""
+    monkeypatch.setitem(logprobs.TILE, "cpu", size)
+    monkeypatch.setitem(npo.KEPT, "cpu", 300)
+    agree(Problem(lengths=lengths, seed=4, dtype=torch.float64), uneven(torch.float64), seed=2)
+
+
+@pytest.mark.parametrize("room", [0, 2**20])
+@pytest.mark.parametrize("bound", [0.25, 1.0, 4.0])
+def test_every_bound_agrees_with_naive_autograd(bound: float, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """m enters the exponent, the draw's standard deviation, the mean and its gradient."""
+    monkeypatch.setitem(npo.KEPT, "cpu", room)
+    noise = uneven(torch.float64, max_variance=bound, start_log_std=0.3)
+    agree(Problem(dtype=torch.float64), noise, seed=1)
+
+
+@pytest.mark.parametrize("room", [0, 2**20])
+@pytest.mark.parametrize("log_std", [-40.0, -20.0, 20.0, 40.0])
+def test_extreme_weights_stay_finite_and_can_come_back(
+    log_std: float, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """u between e⁻⁸⁰ and e⁸⁰: no NaN in float64 nor float32, and never a gradient of exactly 0 in b."""
+    monkeypatch.setitem(npo.KEPT, "cpu", room)
+    # Beyond e³⁷ float64 cannot tell s² from m; what autograd then says of u·m/(u + m) is 0, and the module says more.
+    found = agree(Problem(dtype=torch.float64), uneven(torch.float64, start_log_std=log_std), seed=1)
+    assert all(bool((grad != 0).all()) for grad in found)
+    problem, noise = Problem(), uneven(alpha=1.0, start_log_std=log_std)
+    noisy, _ = problem.through(noise, seed=1)
+    assert all(bool(x.isfinite().all()) for x in noisy)
+    (grad_V,) = torch.autograd.grad(noisy.variance, [noise.bias_V], retain_graph=True)
+    assert bool((grad_V > 0).all()), "α pushes s down from wherever it is"
+    (grad_V,) = torch.autograd.grad(noisy.noise_B.sum(), [noise.bias_V])
+    assert bool((grad_V != 0).all())
+    assert bool(grad_V.isfinite().all())
+
+
+def test_rows_of_a_product_have_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy's log-probabilities go through the head so many tokens at once; no noise depends on that."""
+    found = []
+    for rows in (8192, 3):
+        monkeypatch.setattr(logprobs, "ROWS", rows)
+        noise = uneven()
+        noisy, _ = Problem().through(noise, seed=0)
+        noisy.noise_B.sum().backward()
+        found.append([noisy.policy_B, noisy.noise_B.detach(), noise.weight_VH.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None and b is not None)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 3])
+def test_products_of_an_entry_and_token(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three for each tile that is kept and five for each that is made again, 2 H operations each, and no more."""
+    tokens, hidden, size = 16, 24, 8
+    monkeypatch.setitem(logprobs.TILE, "cpu", size)
+    monkeypatch.setitem(npo.KEPT, "cpu", kept * 2 * tokens * size * 4)
+    problem = Problem(lengths=(tokens,), hidden=hidden, vocabulary=3 * size)
+    noise = TrainableNoise(hidden, 3 * size)
+    with FlopCounterMode(display=False) as forward:
+        noisy, _ = problem.through(noise, seed=0)
+    with FlopCounterMode(display=False) as backward:
+        (noisy.noise_B.sum() + noisy.variance).backward()
+    one = 2 * hidden * size * tokens  # one product of a tile
+    assert forward.get_total_flops() == 3 * 2 * one
+    assert backward.get_total_flops() == kept * one + (3 - kept) * 3 * one
+
+
+class Memory(TorchDispatchMode):
+    """The largest tensor that was made, and the most bytes that were held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.held = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_tensor(x)}
+        for x in torch.utils._pytree.tree_leaves(found):
+            if _is_tensor(x) and x.untyped_storage()._cdata not in given:
+                storage = x.untyped_storage()
+                size = storage.nbytes()
+                self.largest, self.held = max(self.largest, size), self.held + size
+                self.most = max(self.most, self.held)
+                weakref.finalize(storage, self.free, size)
+        return found
+
+    def free(self, size: int) -> None:
+        """A tensor is gone."""
+        self.held -= size
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def memory(problem: Problem, noise: TrainableNoise) -> Memory:
+    """Of a forward and a backward pass."""
+    with Memory() as found:
+        noisy, _ = problem.through(noise, seed=0)
+        (noisy.noise_B.sum() + noisy.variance).backward()
+    return found
+
+
+def test_memory_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is kept: tiles and vectors of a token or entry, but nothing of N × V."""
+    tokens, hidden, size = 256, 4, 64
+    monkeypatch.setitem(logprobs.TILE, "cpu", size)
+    monkeypatch.setitem(npo.BLOCK, "cpu", 32)
+    tile, most = tokens * size * 4, []
+    for vocabulary in (16 * size, 64 * size):
+        problem, noise = Problem((tokens,), hidden=hidden, vocabulary=vocabulary), TrainableNoise(hidden, vocabulary)
+        weights = 3 * (hidden + 1) * vocabulary * 4  # the gradients of W and b, and W and b as the products take them
+        monkeypatch.setitem(npo.KEPT, "cpu", 0)
+        found = memory(problem, noise)
+        assert found.largest <= max(tile, weights / 3)
+        assert found.most <= 8 * tile + weights
+        most.append(found.most - weights)
+        monkeypatch.setitem(npo.KEPT, "cpu", 2**30)
+        assert memory(problem, noise).most >= 2 * tokens * vocabulary * 4, "what is counted here is what there is"
+    assert most[1] <= 1.1 * most[0]
+
+
+def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between forward and backward: the tiles that ``KEPT`` has room for, two tensors each, and no others."""
+    tokens, size, tiles = 256, 64, 16
+    monkeypatch.setitem(logprobs.TILE, "cpu", size)
+    problem, noise = Problem((tokens,), vocabulary=tiles * size), TrainableNoise(HIDDEN, tiles * size)
+    tile, held = 2 * tokens * size * 4, []
+    for kept in (0, 3, 100):
+        monkeypatch.setitem(npo.KEPT, "cpu", kept * tile)
+        with Memory() as found:
+            noisy, _ = problem.through(noise, seed=0)
+        held.append(found.held)
+        del noisy
+    assert held[1] - held[0] == pytest.approx(3 * tile, rel=0.05)
+    assert held[2] - held[0] == pytest.approx(tiles * tile, rel=0.05)
+
+
+# --- ε ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [TrainableNoise, FixedNoise])
+@pytest.mark.usefixtures("whole")
+def test_the_two_terms_meet_different_noise(problem: Problem, kind: type[Noise]) -> None:
+    """ε and ε′ are independent: with one shared draw the noise would be trained on what the policy just met."""
+    noisy, _ = problem.through(kind(HIDDEN, VOCABULARY), seed=0)
+    assert bool((noisy.policy_B != noisy.noise_B)[SOME].all())
+    many = Problem(lengths=(1,) * 4000, seed=1)
+    noisy, _ = many.through(kind(HIDDEN, VOCABULARY), seed=0)
+    shifts = torch.stack([noisy.policy_B, noisy.noise_B.detach()]) - many.clean_B
+    assert abs(float(torch.corrcoef(shifts)[0, 1])) < 0.07  # 4.4 standard errors
 
 
 @pytest.mark.parametrize("kind", [TrainableNoise, FixedNoise])
@@ -189,18 +472,98 @@ def test_same_seed_same_noise(problem: Problem, kind: type[Noise]) -> None:
     """A run repeats exactly, and another seed is another run."""
     noise = kind(HIDDEN, VOCABULARY)
     one, again, other = (problem.through(noise, seed)[0] for seed in (0, 0, 1))
-    some = torch.tensor([0, 1, 3])
     for name in ("policy_B", "noise_B"):
         assert torch.equal(getattr(one, name), getattr(again, name))
-        assert bool((getattr(one, name) != getattr(other, name))[some].all())
+        assert bool((getattr(one, name) != getattr(other, name))[SOME].all())
 
 
-def test_one_generator_goes_on(problem: Problem) -> None:
-    """Every call draws anew: the second call of a run does not repeat the first."""
-    noise, generator = FixedNoise(HIDDEN, VOCABULARY), seeded(0)
-    one, two = (noise(problem.rejected, generator)[0] for _ in range(2))
-    values = [x[0].item() for x in (one.policy_B, one.noise_B, two.policy_B, two.noise_B)]
-    assert len(set(values)) == 4
+@pytest.mark.parametrize("room", ROOM.values(), ids=ROOM)
+def test_gradients_repeat_bit_for_bit(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is kept changes them by rounding alone, as the same ε is drawn again where it has not been kept."""
+    found = []
+    for bytes_ in (room, room, 2**20):
+        monkeypatch.setitem(npo.KEPT, "cpu", bytes_)
+        noise = uneven(torch.float64)
+        noisy, _ = Problem(dtype=torch.float64).through(noise, seed=2)
+        noisy.noise_B.sum().backward()
+        assert noise.weight_VH.grad is not None
+        found.append((noisy.policy_B, noisy.noise_B.detach(), noise.weight_VH.grad))
+    for one, again, kept in zip(*found, strict=True):
+        assert torch.equal(one, again)
+        torch.testing.assert_close(one, kept, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found[0][0], found[2][0])
+
+
+LENGTHS = (70, 1, 0, 33, 64)  # of tokens, with blocks of 32
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles and blocks as they are in earnest, on a smaller scale."""
+    monkeypatch.setitem(logprobs.TILE, "cpu", 40)
+    monkeypatch.setitem(npo.BLOCK, "cpu", 32)
+
+
+def epsilon(lengths: Sequence[int], seeds: Sequence[int], term: int, vocabulary: int = 100, std: float = 1.0) -> Tensor:
+    """The noise of responses of such lengths and seeds."""
+    states = torch.zeros(sum(lengths), 1)
+    rejected = Rejected(states, Head(torch.zeros(vocabulary, 1)), torch.zeros(len(states)).long(), lengths, seeds)
+    return drawn(rejected, states, vocabulary, term, std)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_noise_belongs_to_a_response_and_not_to_its_batch() -> None:
+    """Alone, in another order, with others: a response meets the same ε, so micro-batches leave it alone."""
+    seeds = [11, 12, 13, 14, 15]
+    together = torch.split(epsilon(LENGTHS, seeds, 0), LENGTHS)
+    backwards = torch.split(epsilon(LENGTHS[::-1], seeds[::-1], 0), LENGTHS[::-1])[::-1]
+    for i, (length, seed) in enumerate(zip(LENGTHS, seeds, strict=True)):
+        assert torch.equal(together[i], epsilon([length], [seed], 0))
+        assert torch.equal(together[i], backwards[i])
+
+
+@pytest.mark.usefixtures("blocks")
+def test_every_number_of_the_noise_is_drawn_for_itself() -> None:
+    """No number comes twice: not in another token, block, tile, response, step (another seed) or term."""
+    numbers = torch.cat([epsilon(LENGTHS, seeds, term) for seeds in (range(5), range(5, 10)) for term in (0, 1)])
+    # Among so many float32 numbers some are equal by chance: about n²/2 · 2⁻²⁴ · 0.3.
+    assert len(numbers.unique()) > 0.97 * numbers.numel()
+    rows = numbers[:, :40].double()
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    likeness = (rows @ rows.T).fill_diagonal_(0).abs()
+    assert float(likeness.max()) < 0.85, "some row comes again"
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("std", [1.0, 0.5, 2.0])
+def test_noise_is_normal_with_the_standard_deviation_asked_for(std: float) -> None:
+    """Moments, and the whole distribution by Kolmogorov and Smirnov, over a hundred thousand numbers."""
+    numbers = epsilon(LENGTHS * 6, range(30), 1, std=std).double().flatten().numpy() / std
+    root = math.sqrt(len(numbers))
+    assert len(numbers) > 1e5
+    assert abs(numbers.mean()) < 4 / root
+    assert abs(numbers.std() - 1) < 4 / root / math.sqrt(2)
+    assert abs((numbers**3).mean()) < 4 * math.sqrt(15) / root
+    assert abs((numbers**4).mean() - 3) < 4 * math.sqrt(96) / root
+    assert kstest(numbers, "norm").pvalue > 1e-3
+
+
+@pytest.mark.usefixtures("blocks")
+def test_draws_of_other_terms_seeds_blocks_and_tiles_do_not_go_together() -> None:
+    """Correlations of what stands at the same place: within four standard errors of 0."""
+    one, other = (epsilon((64,) * 20, range(20), term).double() for term in (0, 1))
+    seeded_otherwise = epsilon((64,) * 20, range(100, 120), 0).double()
+    pairs = {
+        "terms": (one, other),
+        "seeds": (one, seeded_otherwise),
+        "responses": (one[:640], one[640:]),
+        "tiles": (one[:, :40], one[:, 40:80]),
+        "blocks": (one.view(20, 2, 32, 100)[:, 0], one.view(20, 2, 32, 100)[:, 1]),
+        "tokens": (one[:-1], one[1:]),
+    }
+    for name, (a, b) in pairs.items():
+        correlation = float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+        assert abs(correlation) < 4 / math.sqrt(a.numel()), name
 
 
 @pytest.mark.parametrize(
@@ -216,8 +579,71 @@ def test_one_generator_goes_on(problem: Problem) -> None:
 def test_the_global_generator_is_left_alone(problem: Problem, noise: Noise) -> None:
     """Switching noise on must not change what dropout or anything else draws."""
     before = torch.get_rng_state()
-    problem.through(noise, seed=0)
+    noisy, _ = problem.through(noise, seed=0)
+    if noisy.noise_B.requires_grad:
+        noisy.noise_B.sum().backward()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- half precision ---------------------------------------------------------------------------------------------------
+
+
+def halved(problem: Problem) -> Problem:
+    """The same reference in bf16."""
+    other = Problem()
+    other.hidden_NH = problem.hidden_NH.bfloat16()
+    other.head = replace(
+        problem.head,
+        weight_VH=problem.head.weight_VH.bfloat16(),
+        bias_V=None if problem.head.bias_V is None else problem.head.bias_V.bfloat16(),
+    )
+    return other
+
+
+def gradients(problem: Problem, noise: TrainableNoise) -> tuple[NoisyReference, list[Tensor]]:
+    """What comes out, and the gradients of the noise term and α · mean(s²)."""
+    noisy, _ = problem.through(noise, seed=1)
+    noise.zero_grad()
+    (noisy.noise_B.sum() + 10 * noisy.variance).backward()
+    assert noise.weight_VH.grad is not None
+    assert noise.bias_V.grad is not None
+    return noisy, [noise.weight_VH.grad, noise.bias_V.grad]
+
+
+@pytest.mark.parametrize("room", [0, 2**20])
+@pytest.mark.parametrize("way", ["bf16 weights", "autocast"])
+def test_half_precision_stays_close(problem: Problem, way: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in bf16, sums, softmax and the noise's own weights and gradients in float32; the same ε throughout."""
+    monkeypatch.setitem(npo.KEPT, "cpu", room)
+    noise = uneven()
+    exact, exact_grads = gradients(problem, noise)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        half, half_grads = gradients(halved(problem) if way == "bf16 weights" else problem, noise)
+    for ours, theirs in zip(half, exact, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=0.02, atol=0.1)
+        assert not torch.equal(ours.detach(), theirs.detach()), "nothing was done in bf16"
+    for ours, theirs in zip(half_grads, exact_grads, strict=True):
+        assert ours.dtype == torch.float32
+        assert float((ours - theirs).norm()) < 0.02 * float(theirs.norm())
+
+
+@pytest.mark.parametrize("way", ["bf16 weights", "autocast"])
+def test_sums_are_float32_under_half_precision(way: str) -> None:
+    """mean(s²) is a sum over a great many entries: of the same bf16 products it is as exact as float32 sums are."""
+    problem = Problem((40, 50), seed=3, vocabulary=200)
+    if way == "bf16 weights":
+        problem.hidden_NH = problem.hidden_NH.bfloat16()
+        problem.head = replace(problem.head, weight_VH=problem.head.weight_VH.bfloat16())
+    noise = TrainableNoise(HIDDEN, 200, start_log_std=0.3)
+    with torch.no_grad():
+        noise.weight_VH.copy_(0.3 * torch.randn(200, HIDDEN, generator=seeded(1)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        noisy, _ = problem.through(noise, seed=0)
+    product_NV = (problem.hidden_NH.bfloat16() * 2) @ noise.weight_VH.detach().bfloat16().T  # rounded to bf16
+    u_NV = (product_NV.double() + 2 * noise.bias_V.detach().double()).exp()
+    expected = float((u_NV / (u_NV + 1)).mean())
+    assert float(noisy.variance.detach()) == pytest.approx(expected, rel=2e-5)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -229,9 +655,9 @@ def test_only_the_noise_gets_gradients(problem: Problem) -> None:
     head = nn.Linear(HIDDEN, VOCABULARY)
     with torch.no_grad():
         hidden_NH = body(problem.hidden_NH)
-        logits_NV = head(hidden_NH)
     noise = uneven()
-    noisy, _ = noise(Rejected(hidden_NH, logits_NV, problem.target_N, problem.sequence_N, problem.clean_B), seeded(0))
+    rejected = problem.rejected(0)._replace(hidden_NH=hidden_NH, head=Head(head.weight, head.bias))
+    noisy, _ = noise(problem.clean_B, rejected)
     assert not noisy.policy_B.requires_grad
     assert noisy.noise_B.requires_grad
     assert noisy.variance.requires_grad
@@ -241,18 +667,21 @@ def test_only_the_noise_gets_gradients(problem: Problem) -> None:
     two_player(OBJECTIVE, problem.policy, problem.reference, noisy, noise.alpha).total.backward()
     assert all(p.grad is None for p in (*body.parameters(), *head.parameters()))
     assert hidden_NH.grad is None
-    assert logits_NV.grad is None
 
 
-def test_the_noise_follows_its_terms_by_finite_differences(problem: Problem) -> None:
+@pytest.mark.parametrize("room", [0, 2**20])
+def test_the_noise_follows_its_terms_by_finite_differences(
+    problem: Problem, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """dL/dφ of the total is that of −mean ℓ(margiñ; ε′) + α mean(s²), worked in float64 without autograd."""
+    monkeypatch.setitem(npo.KEPT, "cpu", room)
     noise = uneven(alpha=0.3)
     noise.zero_grad()
     problem.terms(noise, seed=5).total.backward()
     assert noise.weight_VH.grad is not None
     assert noise.bias_V.grad is not None
     weight, bias = weights_of(noise)
-    _, second = draws(problem, seed=5)
+    _, second = problem.draws(seed=5)
     hidden = problem.hidden_NH.double().numpy()
     chosen, rejected = (x.double().numpy() for x in problem.policy)
     reference = problem.reference.chosen_B.double().numpy()
@@ -310,17 +739,26 @@ LOGITS = {
 }
 
 
-def repeated(noise: Noise, logits: list[float], count: int, seed: int) -> Tensor:
-    """log p̃ of the token 0 with so many independent draws."""
-    logits_NV = torch.tensor(logits).repeat(count, 1)
-    each = torch.arange(count)
-    clean = logp_of_targets(logits_NV, torch.zeros_like(each))
-    noisy: NoisyReference
-    noisy, _ = noise(Rejected(torch.zeros(count, 1), logits_NV, torch.zeros_like(each), each, clean), seeded(seed))
-    return noisy.policy_B.double()
+def repeated(noise: Noise, logits: list[float], count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """log p̃ of the token 0 with so many independent draws, and ε, where the noise has a bound of 1."""
+    head = Head(torch.zeros(len(logits), 1), torch.tensor(logits))
+    hidden_NH, target_N = torch.zeros(count, 1), torch.zeros(count, dtype=torch.long)
+    rejected = Rejected(hidden_NH, head, target_N, [100] * (count // 100), range(seed * count, (seed + 1) * count, 100))
+    found: list[Tensor] = []
+
+    class Every(npo.Tally):
+        def logps(self) -> tuple[Tensor, Tensor]:
+            found.append(super().logps()[0])
+            return super().logps()
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(npo, "Tally", Every)
+        noise(torch.zeros(count // 100), rejected)
+    return found[0].double(), drawn(rejected, hidden_NH, len(logits), 0).double()
 
 
 @pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.usefixtures("whole")
 def test_more_noise_less_confidence(name: str) -> None:
     """E log p̃(y) falls as s grows, for any logits and any y (log Σ exp is convex): why the noise narrows the margin.
 
@@ -329,7 +767,7 @@ def test_more_noise_less_confidence(name: str) -> None:
     means, errors = [], []
     for seed, log_std in enumerate([-20.0, -0.6, 0.0, 0.5, 0.9]):
         noise = TrainableNoise(1, len(LOGITS[name]), start_log_std=log_std, max_variance=1e6)
-        logp = repeated(noise, LOGITS[name], 60_000, seed)
+        logp, _ = repeated(noise, LOGITS[name], 60_000, seed)
         means.append(float(logp.mean()))
         errors.append(float(logp.std()) / math.sqrt(len(logp)))
     for i in range(len(means) - 1):
@@ -337,6 +775,7 @@ def test_more_noise_less_confidence(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.usefixtures("whole")
 def test_second_order_shift_at_small_noise(name: str) -> None:
     """E[log p − log p̃] = ½ Σ_v s_v² p_v (1 − p_v) to second order, with another s for every entry.
 
@@ -351,9 +790,9 @@ def test_second_order_shift_at_small_noise(name: str) -> None:
     p_V = logits_V.softmax(0)
     onehot_V = torch.zeros_like(p_V)
     onehot_V[0] = 1
-    draw_MV = torch.randn(count, size, generator=seeded(11)).double()
+    logp_M, draw_MV = repeated(noise, LOGITS[name], count, 11)
     linear_M = (std_V * draw_MV) @ (onehot_V - p_V)
-    shift_M = logits_V.log_softmax(0)[0] - (repeated(noise, LOGITS[name], count, 11) - linear_M)
+    shift_M = logits_V.log_softmax(0)[0] - (logp_M - linear_M)
     expected = float((std_V**2 * p_V * (1 - p_V)).sum() / 2)
     error = float(shift_M.std()) / math.sqrt(count)
     assert error < 0.01 * expected
@@ -379,6 +818,7 @@ def train(noise: Noise, problem: Problem, steps: int, lr: float, *terms: str) ->
         optimizer.step()
 
 
+@pytest.mark.usefixtures("whole")
 def test_the_noise_term_pushes_up_and_alpha_down(larger: Problem) -> None:
     """The two players inside the noise: without α it would grow for ever, without −ℓ it would vanish."""
     up, down = (TrainableNoise(HIDDEN, VOCABULARY) for _ in range(2))
@@ -391,6 +831,7 @@ def test_the_noise_term_pushes_up_and_alpha_down(larger: Problem) -> None:
     assert float(down.variance(larger.hidden_NH).detach().mean()) < 0.7 * start
 
 
+@pytest.mark.usefixtures("whole")
 def test_alpha_weighs_the_variance(larger: Problem) -> None:
     """A large α outweighs the push up: the same training ends below its start instead of above."""
     ends = []
@@ -402,7 +843,7 @@ def test_alpha_weighs_the_variance(larger: Problem) -> None:
     assert ends[1] < 0.7 * 0.1192
 
 
-def test_the_bound_is_smooth() -> None:
+def test_the_bound_is_smooth(problem: Problem) -> None:
     """s² stays below m and the way back stays open: at b = 2, where u = 54.6 m, and far beyond it.
 
     A hard clamp, which the text of the paper suggests, passes exactly no gradient there: the noise would stay for ever.
@@ -416,6 +857,11 @@ def test_the_bound_is_smooth() -> None:
         # d(u m / (u + m))/db = 2 u m² / (u + m)²
         u = math.exp(2 * log_std)
         torch.testing.assert_close(grad_V, torch.full_like(grad_V, 2 * u / (u + 1) ** 2), rtol=2e-2, atol=0)
+        # And so in training, on the mean over the problem's entries.
+        (grad_V,) = torch.autograd.grad(problem.through(noise, seed=0)[0].variance, noise.bias_V)
+        torch.testing.assert_close(
+            grad_V * VOCABULARY, torch.full_like(grad_V, 2 * u / (u + 1) ** 2), rtol=1e-5, atol=0
+        )
 
     noise = TrainableNoise(HIDDEN, VOCABULARY, start_log_std=2.0)
     clamped = (2 * linear(hidden_NH, noise.weight_VH, noise.bias_V)).exp().clamp(max=1.0)
@@ -428,10 +874,13 @@ def test_the_bound_holds_for_any_weights(problem: Problem, bound: float) -> None
     """However large log s has become: no more than m, and finite."""
     noise = TrainableNoise(HIDDEN, VOCABULARY, max_variance=bound, start_log_std=500.0)
     assert bool((noise.variance(problem.hidden_NH) <= bound).all())
-    noisy, _ = problem.through(noise, seed=0)
+    noisy, at_bound = problem.through(noise, seed=0)
     assert all(bool(x.isfinite().all()) for x in noisy)
+    assert float(noisy.variance.detach()) == pytest.approx(bound)
+    assert float(at_bound) == 1
 
 
+@pytest.mark.usefixtures("whole")
 def test_variance_runs_away_without_a_bound(larger: Problem) -> None:
     """Why there is a bound: noise-only training at α = 0 takes mean(s²) over 100 without one, and not to 1 with it."""
     ends = {}
@@ -448,32 +897,32 @@ def test_variance_runs_away_without_a_bound(larger: Problem) -> None:
 
 
 @pytest.mark.parametrize(
-    ("noise", "active"),
+    ("noise", "active", "reads"),
     [
-        (NoNoise(HIDDEN, VOCABULARY), False),
-        (FixedNoise(HIDDEN, VOCABULARY), True),
-        (Offset(HIDDEN, VOCABULARY, shift=1.5), True),
+        (NoNoise(HIDDEN, VOCABULARY), False, False),
+        (FixedNoise(HIDDEN, VOCABULARY), True, True),
+        (Offset(HIDDEN, VOCABULARY, shift=1.5), True, False),
     ],
     ids=["none", "fixed", "offset"],
 )
-def test_nothing_to_train(problem: Problem, noise: Noise, active: bool) -> None:
+def test_nothing_to_train(problem: Problem, noise: Noise, active: bool, reads: bool) -> None:
     """No parameters, no gradient, no weight on the variance: the policy is the only player."""
     assert not list(noise.parameters())
     assert noise.alpha == 0
     assert noise.active is active
-    noisy, variance = problem.through(noise, seed=0)
-    assert not any(x.requires_grad for x in (*noisy, variance))
+    assert noise.reads_states is reads
+    noisy, at_bound = problem.through(noise, seed=0)
+    assert not any(x.requires_grad for x in (*noisy, at_bound))
     assert float(problem.terms(noise, seed=0).variance) == 0
+    assert float(at_bound) == 0
 
 
 def test_no_noise_is_clean(problem: Problem) -> None:
-    """SPIN walks the same lines as DNPO and must lose no digit on the way; the generator is not touched either."""
-    generator = seeded(0)
-    noisy, variance = NoNoise(HIDDEN, VOCABULARY)(problem.rejected, generator)
+    """SPIN walks the same lines as DNPO and must lose no digit on the way; it needs nothing of the reference's body."""
+    noisy, at_bound = NoNoise(HIDDEN, VOCABULARY)(problem.clean_B, None)
     assert torch.equal(noisy.policy_B, problem.clean_B)
     assert torch.equal(noisy.noise_B, problem.clean_B)
-    assert float(variance) == float(noisy.variance) == 0
-    assert torch.equal(generator.get_state(), seeded(0).get_state())
+    assert float(at_bound) == float(noisy.variance) == 0
     spin = OBJECTIVE(problem.policy, problem.reference).mean()
     assert torch.equal(problem.terms(NoNoise(HIDDEN, VOCABULARY), seed=0).policy, spin)
 
@@ -482,15 +931,16 @@ def test_fixed_noise_takes_another_variance(problem: Problem) -> None:
     """Whoever reads N(0, 0.5) as a standard deviation sets 0.25; 0 is no noise at all."""
     noisy, _ = problem.through(FixedNoise(HIDDEN, VOCABULARY, variance=0.25), seed=3)
     quarter = np.full(problem.logits_NV.shape, 0.25)
-    expected = brute_logps(problem, quarter, draws(problem, seed=3)[0])
+    expected = brute_logps(problem, quarter, problem.draws(seed=3)[0])
     np.testing.assert_allclose(noisy.policy_B.numpy(), expected, atol=2e-5)
     noisy, _ = problem.through(FixedNoise(HIDDEN, VOCABULARY, variance=0.0), seed=3)
     torch.testing.assert_close(noisy.policy_B, problem.clean_B)
 
 
+@pytest.mark.usefixtures("whole")
 def test_fixed_noise_has_the_variance_it_says() -> None:
     """Over two words log p̃/(1 − p̃) is z₁ − z₂ + s(ε₁ − ε₂), whose variance is 2 s² = 1 at s² = 0.5."""
-    logp = repeated(FixedNoise(1, 2), [0.4, -0.3], 40_000, seed=0)
+    logp, _ = repeated(FixedNoise(1, 2), [0.4, -0.3], 40_000, seed=0)
     log_odds = logp - torch.log1p(-logp.exp())
     assert float(log_odds.mean()) == pytest.approx(0.7, abs=0.02)  # 4 standard errors
     assert float(log_odds.var()) == pytest.approx(1.0, abs=0.03)
@@ -500,10 +950,10 @@ def test_fixed_noise_has_the_variance_it_says() -> None:
 def test_offset_is_exact(problem: Problem, shift: float) -> None:
     """log p̃ is log p less the shift, and the margin that the policy meets shrinks by β · shift."""
     noise = Offset(HIDDEN, VOCABULARY, shift=shift)
-    noisy, variance = problem.through(noise, seed=0)
+    noisy, at_bound = noise(problem.clean_B, None)
     assert torch.equal(noisy.policy_B, problem.clean_B - shift)
     assert torch.equal(noisy.noise_B, problem.clean_B - shift)
-    assert float(variance) == float(noisy.variance) == 0
+    assert float(at_bound) == float(noisy.variance) == 0
     gap = (problem.policy.chosen_B - problem.reference.chosen_B) - (problem.policy.rejected_B - problem.clean_B)
     expected = torch.nn.functional.softplus(-0.1 * (gap - shift)).mean()
     torch.testing.assert_close(problem.terms(noise, seed=0).policy, expected)

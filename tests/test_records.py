@@ -8,7 +8,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dnpo.records import HUMAN, Pair, Prompt, Response, Verdict, policy_source, read, read_all, schema, write
+from dnpo.records import (
+    HUMAN,
+    Pair,
+    Prompt,
+    ReferenceLogps,
+    Response,
+    Verdict,
+    policy_source,
+    read,
+    read_all,
+    schema,
+    write,
+)
 
 # What people and models write: other scripts, markup, control characters, special tokens, quotes, nothing at all.
 TEXTS = (
@@ -56,7 +68,12 @@ PAIRS = [
         for t in TEXTS
     ],
 ]
-KINDS = [(Prompt, PROMPTS), (Response, RESPONSES), (Verdict, VERDICTS), (Pair, PAIRS)]
+REFERENCE = [
+    ReferenceLogps(0, -1.5, -2.25),
+    ReferenceLogps(7, 0.0, -1234.5678901234567),
+    ReferenceLogps(2**40, -1e-300, -1e300),
+]
+KINDS = [(Prompt, PROMPTS), (Response, RESPONSES), (Verdict, VERDICTS), (Pair, PAIRS), (ReferenceLogps, REFERENCE)]
 
 
 @pytest.mark.parametrize(("kind", "rows"), KINDS, ids=lambda value: getattr(value, "__name__", ""))
@@ -94,6 +111,7 @@ def test_schema_types() -> None:
     assert schema(Response).field("logprob").type == pa.float64()
     assert schema(Verdict).field("score").type == pa.float64()
     assert schema(Pair).field("flipped").type == pa.bool_()
+    assert [str(field.type) for field in schema(ReferenceLogps)] == ["int64", "double", "double"]
     messages = schema(Pair).field("messages").type.value_type
     assert [(f.name, f.type) for f in messages] == [("role", pa.string()), ("content", pa.string())]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dnpo.errors import Declined, DnpoError
 from dnpo.store import Report, Stage, Store, Work, content_hash, manifest, write_json
 from tests.conftest import Report as Quiet
 
@@ -31,9 +32,10 @@ def stage(
     settings: Mapping[str, Any] | None = None,
     inputs: Mapping[str, Stage] | None = None,
     work: Work = nothing,
+    aids: Mapping[str, Stage] | None = None,
 ) -> Stage:
     """A stage, with defaults for what a test does not look at."""
-    return Stage(name, title, version, settings or {}, inputs or {}, work)
+    return Stage(name, title, version, settings or {}, inputs or {}, work, aids or {})
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -234,12 +236,101 @@ def test_manifest_says_what_it_is_and_from_what(tmp_path: Path) -> None:
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == content["key"]
 
 
+# --- aids -------------------------------------------------------------------------------------------------------------
+
+
+def reading(seen: list[dict[str, str]]) -> Work:
+    """Work that notes what it is given."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        seen.append({name: (path / "rows").read_text() for name, path in inputs.items()})
+        return {}
+
+    return work
+
+
+def writing(text: str, done: list[str] | None = None, error: Exception | None = None) -> Work:
+    """Work that leaves a text, or fails."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        if done is not None:
+            done.append(text)
+        if error is not None:
+            raise error
+        (folder / "rows").write_text(text)
+        return {}
+
+    return work
+
+
+def test_key_and_manifest_ignore_aids(tmp_path: Path) -> None:
+    """They only save work: with them, without them and with others the result is the same one."""
+    data = stage(name="prepare", work=writing("data"))
+    plain = stage(inputs={"data": data})
+    helped = stage(inputs={"data": data}, aids={"cache": stage(name="hidden", work=writing("cache"))})
+    assert plain.key == helped.key
+    store = Store(tmp_path)
+    folder = store.get(helped, Quiet())
+    assert manifest(folder)["inputs"] == {"data": f"prepare/{data.key}"}
+    assert store.get(plain, Quiet()) == folder
+    assert helped.key not in Store(tmp_path).computed
+
+
+def test_an_aid_is_computed_first_and_handed_over_with_the_inputs(tmp_path: Path) -> None:
+    """Once, under its name, with inputs of its own; and not at all where the result is there already."""
+    seen: list[dict[str, str]] = []
+    done: list[str] = []
+    data = stage(name="prepare", work=writing("data", done))
+    cache = stage(name="hidden", inputs={"data": data}, work=writing("cache", done))
+    made = stage(inputs={"data": data}, aids={"cache": cache}, work=reading(seen))
+    store = Store(tmp_path)
+    store.get(made, Quiet())
+    assert seen == [{"data": "data", "cache": "cache"}]
+    assert done == ["data", "cache"]
+    assert store.computed == {data.key, cache.key, made.key}
+    store.get(stage(version=2, inputs={"data": data}, aids={"cache": cache}, work=reading(seen)), Quiet())
+    assert done == ["data", "cache"], "the aid was made once for both"
+    unmade = stage(name="hidden", version=2, work=writing("never", done))
+    store.get(stage(inputs={"data": data}, aids={"cache": unmade}, work=reading(seen)), Quiet())
+    assert done == ["data", "cache"], "what is there needs no help"
+
+
+@pytest.mark.parametrize(("why", "notes"), [("no room", ["no room"]), ("", [])])
+def test_an_aid_that_declines_is_gone_without(why: str, notes: list[str], tmp_path: Path) -> None:
+    """With a note if there is something to say. It leaves no result, so a later run asks again."""
+    seen: list[dict[str, str]] = []
+    done: list[str] = []
+    declined = stage(name="hidden", work=writing("cache", done, Declined(why)))
+    other = stage(name="other", work=writing("other"))
+    store, report = Store(tmp_path), Quiet()
+    folder = store.get(stage(aids={"cache": declined, "other": other}, work=reading(seen)), report)
+    assert (folder / "manifest.json").is_file()
+    assert seen == [{"other": "other"}]
+    assert report.notes == notes
+    assert not store.has(declined)
+    store.get(stage(version=2, aids={"cache": stage(name="hidden", work=writing("cache"))}, work=reading(seen)), report)
+    assert seen[1] == {"cache": "cache"}
+    assert done == ["cache"]
+
+
+def test_an_aid_that_fails_is_an_error(tmp_path: Path) -> None:
+    """Only declining is harmless: what the user asked for and cannot be had is said, and the stage does not begin."""
+    seen: list[dict[str, str]] = []
+    failing = stage(name="hidden", work=writing("cache", error=DnpoError("npo.cache_hidden=on: no room")))
+    store, helped = Store(tmp_path), stage(aids={"cache": failing}, work=reading(seen))
+    with pytest.raises(DnpoError, match="no room"):
+        store.get(helped, Quiet())
+    assert seen == []
+    assert not store.partial(helped).exists()
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 # A process of its own that needs one slow stage: argv is the store and a folder for signs.
 RUN = """
 import os, sys, time
 from pathlib import Path
+from dnpo.errors import Declined, DnpoError
 from dnpo.store import Stage, Store
 
 root, signs = map(Path, sys.argv[1:])

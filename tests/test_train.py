@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -81,6 +82,7 @@ def test_a_run_says_what_it_does_and_ends_with_its_table(finished: Path) -> None
     out = (finished / "stdout.txt").read_text()
     for said in ("supervised fine-tuning", "iteration 0 · generate", "iteration 1 · judge", "iteration 1 · optimise"):
         assert said in out
+    assert out.index("iteration 1 · label") < out.index("iteration 1 · reference") < out.index("iteration 1 · optimise")
     header = next(line for line in out.splitlines() if line.startswith("it."))
     for column in ("score", "acc.", "win", "tie", "lose", "lp chosen", "rejected", "new", "policy loss", "noise loss"):
         assert column in header
@@ -180,25 +182,31 @@ def test_the_same_command_again_computes_nothing(finished: Path) -> None:
 
 def test_a_plan_shows_every_stage_and_computes_nothing(finished: Path, tmp_path: Path) -> None:
     fresh = succeed(tmp_path, *SMOKE, "plan=true")
-    assert fresh.count("to do") == 12
+    assert fresh.count("to do") == 14
+    assert re.search(r"iteration 0 · reference +reference/[0-9a-f]{16} +to do", fresh)
     assert not (tmp_path / "store").exists()
     there = succeed(finished, *SMOKE, "plan=true")
-    assert there.count(" there") == 12
+    assert there.count(" there") == 14
     other = succeed(finished, *SMOKE, "plan=true", "npo.alpha=0.7")
-    # A further alpha shares everything up to the labels of iteration 1.
-    assert (other.count(" there"), other.count("to do")) == (10, 2)
+    # A further alpha shares everything up to what the reference says of the pairs of iteration 1.
+    assert (other.count(" there"), other.count("to do")) == (12, 2)
 
 
 def test_settings_that_cannot_change_a_result_are_not_in_the_keys(finished: Path) -> None:
-    overrides = ("trainer.checkpoint_every=7", "threads=2", "device=cpu", "npo.start=1")
-    assert succeed(finished, *SMOKE, "plan=true", *overrides).count(" there") == 12
+    overrides = [
+        *("trainer.checkpoint_every=7", "threads=2", "device=cpu", "npo.start=1", "npo.cache_hidden=on"),
+        *(f"{part}.micro_batch_size=3" for part in ("sft", "trainer")),
+        *(f"{part}.checkpointing=true" for part in ("sft", "trainer")),
+        *("trainer.share_prompt=false", "trainer.compile=true"),
+    ]
+    assert succeed(finished, *SMOKE, "plan=true", *overrides).count(" there") == 14
 
 
 def test_methods_share_iteration_0(finished: Path) -> None:
     out = succeed(finished, *SMOKE, "method=spin", "plan=true")
     assert "iteration 1 · judge" not in out
     lines = [line for line in out.splitlines() if "iteration 1" in line]
-    assert [line.split()[-1] for line in lines] == ["there", "do", "do", "do"]
+    assert [line.split()[-1] for line in lines] == ["there", "do", "do", "do", "do"]
 
 
 def test_a_part_starts_at_its_iteration(finished: Path) -> None:
@@ -252,6 +260,27 @@ def test_two_runs_at_once_compute_each_stage_once(tmp_path: Path) -> None:
     for stages in zip(tables[0]["stages"], tables[1]["stages"], strict=True):
         waited = any(f"another run is computing {stages[0]['title']}" in out for out, _ in outs)
         assert waited or stages[0]["reused"] or stages[1]["reused"], stages
+
+
+def test_hidden_states_kept_on_disk_change_nothing_but_rounding(finished: Path) -> None:
+    """The same command with and without them has the same keys, so the result is taken away before it is made again."""
+    settings = (*SMOKE, "method=npo", "trainer.epochs=2")
+    out = succeed(finished, *settings, "npo.cache_hidden=on")
+    said = " ".join(out.split())
+    assert re.search(r"hidden states of [\d,]+ rejected tokens take [\d.]+ [kM]B on disk", said)
+    (kept,) = finished.glob("store/hidden/*/hidden-00000.safetensors")  # of iteration 1: before it there is no noise
+    assert kept.stat().st_size > 10_000
+    one = summary(finished)
+    for stage in one["stages"][-2:]:
+        shutil.rmtree(finished / "store" / stage["stage"] / stage["key"])
+    assert "hidden states" not in succeed(finished, *settings, "npo.cache_hidden=off")
+    other = summary(finished)
+    assert [stage["key"] for stage in one["stages"]] == [stage["key"] for stage in other["stages"]]
+    assert [stage["reused"] for stage in other["stages"]] == [True] * (len(one["stages"]) - 2) + [False] * 2
+    for name, value in one["table"][-1].items():
+        if name.startswith(("loss/", "margin/", "npo/", "rewards/")) and value is not None:
+            assert other["table"][-1][name] == pytest.approx(value, abs=1e-4), name
+    assert one["table"][-1]["loss/noise"] < 0 < one["table"][-1]["loss/policy"]
 
 
 # --- kills and interruptions
@@ -313,8 +342,9 @@ def test_a_sweep_shares_stages_nests_its_runs_and_hides_no_failure(tmp_path: Pat
     assert done.stderr.count("failed") == 2
     assert re.search(r"npo.alpha=0.01 +2 +\d", done.stdout)
     optimised = list((tmp_path / "store" / "optimise").iterdir())
-    counts = {name: len(list((tmp_path / "store" / name).iterdir())) for name in ("sft", "generate", "judge", "pairs")}
-    assert counts == {"sft": 2, "generate": 4, "judge": 2, "pairs": 4}
+    shared = ("sft", "generate", "judge", "pairs", "reference")
+    counts = {name: len(list((tmp_path / "store" / name).iterdir())) for name in shared}
+    assert counts == {"sft": 2, "generate": 4, "judge": 2, "pairs": 4, "reference": 4}
     assert len(optimised) == 2 + 4  # iteration 0 by seed, iteration 1 by seed and alpha
 
     from mlflow import MlflowClient
@@ -329,7 +359,7 @@ def test_a_sweep_shares_stages_nests_its_runs_and_hides_no_failure(tmp_path: Pat
 
 def test_the_plan_of_a_sweep_shows_what_its_jobs_share(tmp_path: Path) -> None:
     out = succeed(tmp_path, "-m", *SMOKE, "npo.alpha=0.01,0.1", "plan=true")
-    assert (out.count("to do"), out.count("shared with job 0")) == (12 + 2, 10)
+    assert (out.count("to do"), out.count("shared with job 0")) == (14 + 2, 12)
 
 
 # --- does it do what it should
@@ -461,6 +491,6 @@ def test_real_data_and_a_real_model(shared: Path, tmp_path: Path) -> None:
     assert "eval/score" not in table[-1]
     assert table[-1]["eval/loss"] > 0
     store = Store(tmp_path / "store")
-    assert sorted(p.name for p in store.root.iterdir() if not p.name.startswith(".")) == [
-        *("evaluate", "generate", "optimise", "pairs", "prompts", "sft")
+    assert sorted({p.parent.parent.name for p in store.root.glob("*/*/manifest.json")}) == [
+        *("evaluate", "generate", "optimise", "pairs", "prompts", "reference", "sft")
     ]

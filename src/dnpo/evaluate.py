@@ -86,8 +86,7 @@ def evaluate(
     fresh = sample(policy, several, sampling, source, limit, derive(seed, "held out"), report)
     new = sample(policy, known.prompts, sampling, source, limit, derive(seed, "new"), report)
 
-    size = sampling.batch_size
-    human_logps = policy.score([p.token_ids for p in held.prompts], [r.token_ids for r in held.human], size)
+    human_logps = policy.score([p.token_ids for p in held.prompts], [r.token_ids for r in held.human])
     metrics: dict[str, float] = {
         "eval/loss": -sum(human_logps) / sum(r.tokens for r in held.human),
         "eval/tokens": _mean(r.tokens for r in fresh),
@@ -101,7 +100,7 @@ def evaluate(
         write(folder / "verdicts.parquet", [v for some in verdicts for v in some], Verdict)
         metrics |= _quality(*verdicts)
     write(folder / "samples.parquet", [*greedy, *fresh, *new], Response)
-    metrics |= _distributions(policy, known, pairs is not None, new, size, folder)
+    metrics |= _distributions(policy, known, pairs is not None, new, folder)
     return metrics
 
 
@@ -165,19 +164,19 @@ def _quality(human: Sequence[Verdict], greedy: Sequence[Verdict], fresh: Sequenc
 
 
 def _distributions(
-    policy: Policy, known: _Known, has_pairs: bool, new: Sequence[Response], batch_size: int, folder: Path
+    policy: Policy, known: _Known, has_pairs: bool, new: Sequence[Response], folder: Path
 ) -> dict[str, float]:
     """Log-probabilities of chosen, rejected and new responses under this policy, kept whole, and their means."""
     prompt_ids = [p.token_ids for p in known.prompts]
     kept: dict[str, Any] = {
-        "chosen": policy.score(prompt_ids, known.chosen, batch_size),
+        "chosen": policy.score(prompt_ids, known.chosen),
         "chosen_tokens": [len(ids) for ids in known.chosen],
         "new": [r.logprob for r in new],
         "new_tokens": [r.tokens for r in new],
     }
     metrics = {"logps/chosen": _mean(kept["chosen"]), "logps/new": _mean(kept["new"])}
     if has_pairs:
-        kept["rejected"] = policy.score(prompt_ids, known.rejected, batch_size)
+        kept["rejected"] = policy.score(prompt_ids, known.rejected)
         kept["rejected_tokens"] = [len(ids) for ids in known.rejected]
         metrics["logps/rejected"] = _mean(kept["rejected"])
         # There is no pair where the generated response was the human one word for word, so nothing rejected is. The new

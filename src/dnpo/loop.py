@@ -25,12 +25,13 @@ class Lap:
     responses: Stage | None = None
     verdicts: Stage | None = None
     pairs: Stage | None = None
+    reference: Stage | None = None
 
     @property
     def stages(self) -> list[Stage]:
         """Its own stages, in the order in which they run."""
         first = [self.prompts] if self.k < 0 else []
-        own = [*first, self.responses, self.verdicts, self.pairs, self.policy, self.evaluation]
+        own = [*first, self.responses, self.verdicts, self.pairs, self.reference, self.policy, self.evaluation]
         return [stage for stage in own if stage is not None]
 
 
@@ -43,6 +44,7 @@ def chain(run: Run) -> Iterator[Lap]:
         responses = stages.generate(run, plan, prompts, policy)
         verdicts = stages.judge(run, plan, prompts, responses)
         pairs = stages.label(run, plan, prompts, responses, verdicts)
-        policy = stages.train(run, plan, prompts, policy, pairs)
+        reference = stages.reference(run, plan, prompts, policy, pairs)
+        policy = stages.train(run, plan, prompts, policy, pairs, reference)
         report = stages.evaluate(run, plan.k, prompts, policy, pairs)
-        yield Lap(plan.k, prompts, policy, report, responses, verdicts, pairs)
+        yield Lap(plan.k, prompts, policy, report, responses, verdicts, pairs, reference)

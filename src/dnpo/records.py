@@ -10,10 +10,10 @@ import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 Message = dict[str, str]
 Finish = Literal["eos", "length"]
@@ -100,11 +100,27 @@ class Pair:
     flipped: bool
 
 
-Row = TypeVar("Row", Prompt, Response, Verdict, Pair)
+@dataclass(frozen=True, slots=True)
+class ReferenceLogps:
+    """log p_r(y⁺|x) and log p_r(y⁻|x) of a pair, in nats.
+
+    Attributes:
+        pair: its number among the pairs of the iteration.
+    """
+
+    pair: int
+    chosen: float
+    rejected: float
+
+
+Row = TypeVar("Row", Prompt, Response, Verdict, Pair, ReferenceLogps)
 
 
 def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
     """Write rows to a Parquet file, which appears whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     columns = {f.name: [getattr(row, f.name) for row in rows] for f in dataclasses.fields(kind)}
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(pa.table(columns, schema=schema(kind)), aside)
@@ -113,6 +129,8 @@ def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
     """Read the rows that :func:`write` wrote."""
+    import pyarrow.parquet as pq
+
     return [kind(**row) for row in pq.read_table(path).to_pylist()]
 
 
@@ -121,12 +139,16 @@ def read_all(paths: Iterable[Path], kind: type[Row]) -> list[Row]:
     return [row for path in paths for row in read(path, kind)]
 
 
-def schema(kind: type) -> pa.Schema:
+def schema(kind: type) -> "pa.Schema":
     """The Arrow schema of a row type, from its annotations."""
+    import pyarrow as pa
+
     return pa.schema([(name, _arrow(hint)) for name, hint in get_type_hints(kind).items()])
 
 
-def _arrow(hint: Any) -> pa.DataType:
+def _arrow(hint: Any) -> "pa.DataType":
+    import pyarrow as pa
+
     if hint == Message:
         return pa.struct([("role", pa.string()), ("content", pa.string())])
     if get_origin(hint) is Literal:

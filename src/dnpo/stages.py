@@ -15,15 +15,16 @@ from typing import Any, Generic, TypeVar
 from dnpo import dsl, optimise
 from dnpo import evaluate as evaluation
 from dnpo import generate as generation
+from dnpo import reference as references
 from dnpo.data import SPLITS, Source
-from dnpo.errors import DataError
+from dnpo.errors import DataError, Declined, DnpoError
 from dnpo.judges import Judge
 from dnpo.model import ModelPart, Policy
 from dnpo.npo import Noise
 from dnpo.objective import Objective
 from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write
 from dnpo.seeding import derive
-from dnpo.store import Report, Stage, write_json
+from dnpo.store import Report, Stage, manifest, write_json
 from dnpo.tokenizer import encode, human_response
 from dnpo.training import Optimisation, discard_checkpoint
 
@@ -32,10 +33,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part(Generic[T]):
-    """A component and the settings that decide what it does, as they go into stage keys."""
+    """A component and its settings.
+
+    Attributes:
+        not_in_key: those of the settings that cannot change a result.
+    """
 
     value: T
     settings: Mapping[str, Any]
+    not_in_key: Sequence[str] = ()
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The settings that decide what it does, as they go into stage keys."""
+        return {name: value for name, value in self.settings.items() if name not in self.not_in_key}
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,8 @@ def prepare(run: Run) -> Stage:
         return facts
 
     settings = {
-        "data": run.data.settings,
-        "model": run.model.settings,
+        "data": run.data.key,
+        "model": run.model.key,
         "max_prompt_tokens": run.data.value.max_prompt_tokens,
         "max_response_tokens": run.limit,
     }
@@ -136,8 +147,8 @@ def fine_tune(run: Run, prompts: Stage) -> Stage:
         history = optimise.fine_tune(policy, triples, run.sft.value, seed=seed, folder=folder, report=report)
         return _trained(policy, history, folder, None)
 
-    settings = {"sft": run.sft.settings, "lora": run.model.value.lora.identity(), "seed": run.seed}
-    return Stage("sft", "supervised fine-tuning", 1, settings, {"prompts": prompts}, work)
+    settings = {"sft": run.sft.key, "lora": run.model.value.lora.identity(), "seed": run.seed}
+    return Stage("sft", "supervised fine-tuning", 2, settings, {"prompts": prompts}, work)
 
 
 def generate(run: Run, plan: Plan, prompts: Stage, policy: Stage) -> Stage:
@@ -156,9 +167,9 @@ def generate(run: Run, plan: Plan, prompts: Stage, policy: Stage) -> Stage:
         )
         return {"responses": len(responses), "cut": sum(r.finish == "length" for r in responses)}
 
-    settings = {"generate": plan.generate.settings, "seed": run.seed, "iteration": plan.k}
+    settings = {"generate": plan.generate.key, "seed": run.seed, "iteration": plan.k}
     return Stage(
-        "generate", f"iteration {plan.k} · generate", 1, settings, {"prompts": prompts, "policy": policy}, work
+        "generate", f"iteration {plan.k} · generate", 2, settings, {"prompts": prompts, "policy": policy}, work
     )
 
 
@@ -177,7 +188,7 @@ def judge(run: Run, plan: Plan, prompts: Stage, responses: Stage) -> Stage | Non
     if not plan.dsl.value.needs_scores:
         return None
     inputs = {"prompts": prompts, "responses": responses}
-    return Stage("judge", f"iteration {plan.k} · judge", 1, {"judge": plan.judge.settings}, inputs, work)
+    return Stage("judge", f"iteration {plan.k} · judge", 1, {"judge": plan.judge.key}, inputs, work)
 
 
 def label(run: Run, plan: Plan, prompts: Stage, responses: Stage, verdicts: Stage | None) -> Stage:
@@ -193,40 +204,96 @@ def label(run: Run, plan: Plan, prompts: Stage, responses: Stage, verdicts: Stag
         return dict(counts)
 
     inputs = {"prompts": prompts, "responses": responses} | ({"verdicts": verdicts} if verdicts else {})
-    return Stage("pairs", f"iteration {plan.k} · label", 1, {"dsl": plan.dsl.settings}, inputs, work)
+    return Stage("pairs", f"iteration {plan.k} · label", 1, {"dsl": plan.dsl.key}, inputs, work)
 
 
-def train(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> Stage:
+def reference(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> Stage:
+    """What the policy says of the pairs before it is trained on them: their log-probabilities."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        start, rows = run.policy(inputs), read(inputs["pairs"] / "pairs.parquet", Pair)
+        references.score(start, rows, autocast=plan.trainer.value.autocast, folder=folder, report=report)
+        return {"pairs": len(rows), "weights": start.fingerprint()}
+
+    settings = {"autocast": plan.trainer.value.autocast}
+    inputs = {"prompts": prompts, "policy": policy, "pairs": pairs}
+    return Stage("reference", f"iteration {plan.k} · reference", 1, settings, inputs, work)
+
+
+def hidden(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> Stage | None:
+    """The policy's hidden states of rejected tokens before it is trained; none where nobody reads or keeps them."""
+    keep = plan.npo.settings.get("cache_hidden", "off")
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        rows = read(inputs["pairs"] / "pairs.parquet", Pair)
+        if keep == "auto" and plan.trainer.value.passes(len(rows)) <= 1:
+            raise Declined  # nothing is read twice
+        start = run.policy(inputs)
+        facts = references.keep_hidden(
+            start,
+            rows,
+            autocast=plan.trainer.value.autocast,
+            required=keep == "on",
+            folder=folder,
+            report=report,
+        )
+        return {**facts, "weights": start.fingerprint()}
+
+    if keep == "off":
+        return None
+    settings = {"autocast": plan.trainer.value.autocast}
+    inputs = {"prompts": prompts, "policy": policy, "pairs": pairs}
+    return Stage("hidden", f"iteration {plan.k} · hidden states", 1, settings, inputs, work)
+
+
+def train(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage, scores: Stage) -> Stage:
     """The policy of the next iteration: trained on the pairs, against the policy it starts from."""
+    states = hidden(run, plan, prompts, policy, pairs)
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         seed = derive(run.seed, "optimise", plan.k)
         start = run.policy(inputs)
+        for name in {"reference", "hidden"} & set(inputs):
+            _same_weights(start, inputs[name])
         start.model = run.model.value.lora.on(start.model, derive(seed, "adapter"))
-        head = start.head
+        rows = read(inputs["pairs"] / "pairs.parquet", Pair)
+        entries, width = start.head.weight_VH.shape
         history = optimise.optimise(
             start,
-            read(inputs["pairs"] / "pairs.parquet", Pair),
+            rows,
+            references.read_scores(inputs["reference"], len(rows)),
             plan.trainer.value,
-            noise=plan.npo.value(head.in_features, head.out_features),
+            noise=plan.npo.value(width, entries),
             objective=plan.objective.value,
             beta=float(plan.objective.settings.get("beta", 1.0)),
             seed=seed,
             folder=folder,
             report=report,
+            hidden=references.KeptHidden(inputs["hidden"]) if "hidden" in inputs else None,
         )
         return _trained(start, history, folder, inputs["policy"] / "policy")
 
     settings = {
-        "trainer": plan.trainer.settings,
-        "objective": plan.objective.settings,
-        "npo": plan.npo.settings,
+        "trainer": plan.trainer.key,
+        "objective": plan.objective.key,
+        "npo": plan.npo.key,
         "lora": run.model.value.lora.identity(),
         "seed": run.seed,
         "iteration": plan.k,
     }
-    inputs = {"prompts": prompts, "policy": policy, "pairs": pairs}
-    return Stage("optimise", f"iteration {plan.k} · optimise", 2, settings, inputs, work)
+    inputs = {"prompts": prompts, "policy": policy, "pairs": pairs, "reference": scores}
+    aids = {} if states is None else {"hidden": states}
+    return Stage("optimise", f"iteration {plan.k} · optimise", 3, settings, inputs, work, aids)
+
+
+def _same_weights(policy: Policy, folder: Path) -> None:
+    """Refuse what other weights have made, whatever its name says."""
+    made_by = manifest(folder)["facts"]["weights"]
+    if made_by != policy.fingerprint():
+        raise DnpoError(
+            f"store: {folder} was made by other weights than this iteration starts from (theirs have the hash "
+            f"{made_by[:16]}, these {policy.fingerprint()[:16]}); remove that folder, and it is made anew"
+        )
 
 
 def evaluate(run: Run, k: int, prompts: Stage, policy: Stage, pairs: Stage | None) -> Stage:
@@ -252,15 +319,15 @@ def evaluate(run: Run, k: int, prompts: Stage, policy: Stage, pairs: Stage | Non
         return metrics
 
     settings = {
-        "eval": run.eval.settings,
-        "judge": run.judge.settings,
-        "generate": run.generate.settings,
+        "eval": run.eval.key,
+        "judge": run.judge.key,
+        "generate": run.generate.key,
         "seed": run.seed,
         "iteration": k,
     }
     inputs = {"prompts": prompts, "policy": policy} | ({"pairs": pairs} if pairs else {})
     title = f"iteration {k} · evaluate" if k >= 0 else "evaluate"
-    return Stage("evaluate", title, 2, settings, inputs, work)
+    return Stage("evaluate", title, 3, settings, inputs, work)
 
 
 def _held(folder: Path, split: str) -> evaluation.Held:

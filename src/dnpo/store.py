@@ -10,8 +10,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from dnpo.errors import DnpoError
+from dnpo.errors import Declined, DnpoError
 
 MANIFEST = "manifest.json"
 
@@ -53,6 +53,7 @@ class Stage:
         version: raised by hand whenever a change of the code changes results.
         settings: plain values that can change the result, and no others.
         inputs: stages whose results it reads.
+        aids: stages whose results only save work. They are not in the key, and one that declines is gone without.
         work: called with its folder, the folders of its inputs and a report; writes results into its folder and
             returns facts worth keeping in the manifest. Called again after a kill, it finds what it left there.
     """
@@ -63,6 +64,7 @@ class Stage:
     settings: Mapping[str, Any]
     inputs: Mapping[str, "Stage"]
     work: Work
+    aids: Mapping[str, "Stage"] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
@@ -105,6 +107,14 @@ class Store:
         if self.has(stage):
             return folder
         inputs = {name: self.get(needed, report) for name, needed in stage.inputs.items()}
+        for name, aid in stage.aids.items():
+            try:
+                inputs[name] = self.get(aid, report)
+            except Declined as why:
+                with suppress(OSError):  # what is not empty is an earlier run's, who may go on with it
+                    self.partial(aid).rmdir()
+                if str(why):
+                    report.note(str(why))
         with self._lock(stage, report):
             if not self.has(stage):
                 self._compute(stage, inputs, report)

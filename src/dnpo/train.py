@@ -254,8 +254,7 @@ def _part(name: str, settings: Mapping[str, Any]) -> Any:
         raise SettingsError(f"{name}: {error}") from error
     if hasattr(value, "identity"):
         return Part(value, value.identity())
-    ignored = getattr(value, "not_in_key", ())
-    return Part(value, {k: v for k, v in settings.items() if k not in ignored})
+    return Part(value, settings, not_in_key=getattr(getattr(value, "func", value), "not_in_key", ()))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

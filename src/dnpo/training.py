@@ -1,9 +1,10 @@
-"""What every training shares: groups of micro-batches, one backward pass each, one step for all players, checkpoints.
+"""What every training shares: steps of micro-batches, one backward pass each, one update of all players, checkpoints.
 
-The whole training is one pass over a fixed list of micro-batches, so a checkpoint is a position in it, the state of the
+The whole training is one pass over a fixed list of policy steps, so a checkpoint is a position in it, the state of the
 optimizers and the schedule, and whatever a kind of training adds. A killed training continues bit for bit on a CPU.
 """
 
+import inspect
 import math
 import signal
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import pytorch_lightning as pl
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dnpo.data.batches import Batches, Slice, schedule
-from dnpo.errors import NonFiniteLossError, SettingsError
-from dnpo.logprobs import Sequences
+from dnpo.data.batches import Batches, schedule
+from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError
 from dnpo.model import Policy
+from dnpo.packing import Packed
 from dnpo.settings import Count, Fraction, Natural, NonNegative
 from dnpo.store import Report
 
@@ -36,17 +37,22 @@ class Optimisation:
         epochs: passes over the rows; 0 trains nothing.
         steps: policy steps at which to stop instead, however many epochs that takes; 0 means by epochs.
         batch_size: rows of one policy step.
-        micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory,
-            rounding, which noise is drawn, and how mean(s²) weighs long responses.
-        optimizer: the policy's, waiting for its parameters.
+        micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory and
+            rounding, nothing else.
+        optimizer: the policy's, waiting for its parameters; fused where torch has that and nothing else is said.
         warmup: share of the policy steps over which its learning rate rises from 0.
         decay: whether it then falls linearly to 0 (else it stays).
         clip: gradient norm of a player at most; 0 means no clipping.
         autocast: bf16 matrix products over parameters of higher precision.
         checkpoint_every: policy steps between checkpoints; after a kill at most so many are repeated.
+        share_prompt: compute the prompt of a pair once for both responses.
+        checkpointing: keep one hidden state a layer for the backward pass and make the rest again: less memory, a third
+            more time.
+        compile: the model's body by torch.compile.
     """
 
-    not_in_key = ("checkpoint_every",)
+    # What changes rounding, memory or time, and nothing else.
+    not_in_key = ("checkpoint_every", "micro_batch_size", "share_prompt", "checkpointing", "compile")
 
     def __init__(
         self,
@@ -61,6 +67,9 @@ class Optimisation:
         clip: NonNegative = 1.0,
         autocast: bool = False,
         checkpoint_every: Count = 50,
+        share_prompt: bool = True,
+        checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         try:  # now, and not after an hour of generating
             optimizer([nn.Parameter(torch.zeros(1))])
@@ -69,11 +78,16 @@ class Optimisation:
         self.optimizer, self.epochs, self.steps = optimizer, epochs, steps
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
         self.warmup, self.decay, self.clip, self.autocast = warmup, decay, clip, autocast
-        self.checkpoint_every = checkpoint_every
+        self.checkpoint_every, self.share_prompt = checkpoint_every, share_prompt
+        self.checkpointing, self.compile = checkpointing, compile
 
-    def slices(self, rows: int, seed: int) -> list[Slice]:
-        """The micro-batches of a training on so many rows."""
-        return schedule(rows, self.batch_size, self.micro_batch_size, self.epochs, seed, self.steps or None)
+    def groups(self, rows: int, seed: int) -> list[tuple[int, ...]]:
+        """The rows of each policy step of a training on so many rows."""
+        return schedule(rows, self.batch_size, self.epochs, seed, self.steps or None)
+
+    def passes(self, rows: int) -> float:
+        """How often a training on so many rows reads each of them."""
+        return self.steps * self.batch_size / rows if self.steps else float(self.epochs)
 
     def factor(self, step: int, total: int) -> float:
         """Multiple of the peak learning rate at a policy step: linear warm-up, then linear decay or none."""
@@ -88,15 +102,18 @@ class Batch:
     """A micro-batch: a sequence a row for fine-tuning; of B pairs first the chosen, then the rejected responses.
 
     Attributes:
+        packed: prompts and completions.
         ids: of its rows.
-        share: the weight of its mean loss in its group's.
-        last: whether the players step after it.
+        share: the weight of its mean loss in its policy step's.
     """
 
-    sequences: Sequences
+    packed: Packed
     ids: tuple[str, ...]
     share: float
-    last: bool
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(self, packed=self.packed.to(device))
 
 
 class Training(pl.LightningModule):
@@ -117,9 +134,7 @@ class Training(pl.LightningModule):
         self.policy, self.optimisation, self.total, self.report = policy, optimisation, total, report
         self.policy_step = 0
         self.history: list[dict[str, float]] = []
-        self._group: dict[str, float] = {}
-        self._group_ids: list[str] = []
-        self._tokens, self._clock = 0, time.monotonic()
+        self._clock = time.monotonic()
 
     def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch (its mean) and what to report of it."""
@@ -132,32 +147,32 @@ class Training(pl.LightningModule):
 
     # --- one step
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """The batch on the device of the model."""
-        return replace(batch, sequences=batch.sequences.to(device))
+    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
+        """They go one at a time, when their turn comes."""
+        return batch
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Backward through one micro-batch; after the last of a group, clip and step every player."""
-        loss, metrics = self.terms(batch)
-        self._finite("loss", float(loss.detach()), batch.ids)
-        self._group_ids += batch.ids
-        self.manual_backward(loss * batch.share)
-        for name, value in metrics.items():
-            self._group[name] = self._group.get(name, 0.0) + float(value.detach()) * batch.share
-        self._tokens += int(batch.sequences.mask_ST.sum())
-        if batch.last:
-            self._step()
+    def training_step(self, batches: list[Batch], batch_idx: int) -> None:
+        """Backward through the micro-batches of one policy step, then clip and step every player."""
+        row: dict[str, float] = {}
+        ids = [i for batch in batches for i in batch.ids]
+        for batch in batches:
+            loss, metrics = self.terms(batch.to(self.device))
+            self._finite("loss", float(loss.detach()), batch.ids)
+            self.manual_backward(loss * batch.share)
+            for name, value in metrics.items():
+                row[name] = row.get(name, 0.0) + float(value.detach()) * batch.share
+        self._step(row, ids, sum(len(batch.packed.ids_T) for batch in batches))
 
-    def _step(self) -> None:
+    def _step(self, row: dict[str, float], ids: Sequence[str], tokens: int) -> None:
         optimizers = _listed(self.optimizers())
         plain = _listed(self.optimizers(use_pl_optimizer=False))
         for (name, module), optimizer in zip(self.players, plain, strict=True):
             limit = self.optimisation.clip or math.inf
             trained = [p for p in module.parameters() if p.requires_grad]
             norm = float(nn.utils.clip_grad_norm_(trained, limit))
-            self._finite(f"gradient norm of the {name}", norm, self._group_ids)
-            self._group[f"grad_norm/{name}"] = norm
-            self._group[f"lr/{name}"] = optimizer.param_groups[0]["lr"]
+            self._finite(f"gradient norm of the {name}", norm, ids)
+            row[f"grad_norm/{name}"] = norm
+            row[f"lr/{name}"] = optimizer.param_groups[0]["lr"]
         # Lightning counts every step of its wrapped optimizers; only the policy's shall count.
         for optimizer in [optimizers[0], *plain[1:]]:
             optimizer.step()
@@ -165,11 +180,10 @@ class Training(pl.LightningModule):
         for scheduler in _listed(self.lr_schedulers()):
             scheduler.step()
         now = time.monotonic()
-        self._group["tokens_per_second"] = self._tokens / max(now - self._clock, 1e-9)
-        self._tokens, self._clock = 0, now
-        row = {"step": float(self.policy_step), **self._group}
+        row["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
+        self._clock = now
+        row = {"step": float(self.policy_step), **row}
         self.history.append(row)
-        self._group, self._group_ids = {}, []
         self.policy_step += 1
         self.report.advance()
         self.report.steps([row])
@@ -185,7 +199,7 @@ class Training(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The policy's optimizer with its schedule by policy steps."""
         trained = [p for p in self.policy_module.parameters() if p.requires_grad]
-        optimizer = self.optimisation.optimizer(trained)
+        optimizer = fused(self.optimisation.optimizer, trained)
         schedule_ = LambdaLR(optimizer, lambda step: self.optimisation.factor(step, self.total))
         return [optimizer], [schedule_]
 
@@ -217,21 +231,24 @@ class _Checkpoints(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         training = cast(Training, module)
-        at_group_end = not training._group
-        if at_group_end and training.policy_step % self.every == 0 and training.policy_step < training.total:
+        if training.policy_step % self.every == 0 and training.policy_step < training.total:
             aside = self.path.with_suffix(".writing")
             trainer.save_checkpoint(aside)
             aside.replace(self.path)
 
 
 def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict[str, float]]:
-    """Run the training, from the checkpoint in ``folder`` if one is there, and give its history."""
+    """Run the training, from the checkpoint in ``folder`` if one is there, and give its history.
+
+    Raises:
+        OutOfMemoryError: with the micro-batch size that fits, as tried on the very rows.
+    """
     if not batches.rows:
         raise SettingsError("there is nothing to train on: no rows are left")
-    if not batches.slices:
+    if not batches.groups:
         return []
     checkpoint = folder / CHECKPOINT
-    optimisation = module.optimisation
+    optimisation, causal_lm = module.optimisation, module.policy.causal_lm
     device = module.policy.device
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
@@ -246,10 +263,77 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
         callbacks=[_Checkpoints(checkpoint, optimisation.checkpoint_every)],
     )
     module.policy.model.train()
+    if optimisation.checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if optimisation.compile:
+        causal_lm.base_model.compile(dynamic=True)  # lengths differ from batch to batch
+    short = ""
     with _interruptible(trainer):
-        trainer.fit(module, batches, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+        try:
+            trainer.fit(module, batches, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            short = str(error).strip().splitlines()[-1]
+    if short:  # out of the handler, which holds on to what the step had in memory
+        fits = _fitting(module.to(device), batches)  # Lightning has moved it to the CPU
+        raise OutOfMemoryError(_advice(module, short, fits))
+    if optimisation.checkpointing:
+        causal_lm.gradient_checkpointing_disable()
     module.policy.model.eval()
     return module.history
+
+
+def fused(make: Callable[..., Optimizer], parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """The optimizer in torch's fused form where there is one: one kernel over all parameters, the same mathematics."""
+    known = inspect.signature(make).parameters
+    chosen = getattr(make, "keywords", {})
+    if "fused" in known and not {"fused", "foreach", "differentiable"} & set(chosen):
+        return make(parameters, fused=True)
+    return make(parameters)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _fitting(module: Training, batches: Batches[Any, Any]) -> int:
+    """The largest micro-batch, halved again and again, with which the step that failed goes through; 0 if none does."""
+    size = min(module.optimisation.micro_batch_size, len(batches.groups[module.policy_step]))
+    autocast = torch.autocast(module.policy.device.type, torch.bfloat16, enabled=module.optimisation.autocast)
+    while size > 1:
+        size //= 2
+        for _, player in module.players:
+            player.zero_grad(set_to_none=True)
+        if module.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            with autocast:
+                for batch in batches.step(module.policy_step, size):
+                    loss, _ = module.terms(batch.to(module.policy.device))
+                    (loss * batch.share).backward()
+            return size
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+    return 0
+
+
+def _advice(module: Training, short: str, fits: int) -> str:
+    optimisation = module.optimisation
+    now = f"with {optimisation.micro_batch_size} rows at once"
+    if fits:
+        way = (
+            f"trainer.micro_batch_size={fits} fits, as tried on the rows of this step, and gives the same results: "
+            f"{optimisation.batch_size} rows still make one step"
+        )
+    elif not optimisation.checkpointing:
+        way = (
+            "not even one row at once fits; try trainer.checkpointing=true, model.lora.rank=16 or a shorter data limit"
+        )
+    else:
+        way = "not even one row at once fits; try model.lora.rank=16 or a shorter data.max_response_tokens"
+    return f"step {module.policy_step}: out of memory {now} ({short}). {way}. The last checkpoint is kept"
 
 
 def discard_checkpoint(folder: Path) -> None:

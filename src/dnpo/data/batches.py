@@ -1,8 +1,9 @@
-"""Rows → micro-batches in a fixed order that a killed run can continue.
+"""Rows → policy steps of micro-batches in a fixed order that a killed run can continue.
 
-The whole training is one pass over a list of micro-batches that is known beforehand: epochs are permutations drawn from
-the seed, groups of ``batch_size`` rows make one policy step each, and a group is cut into micro-batches that fit in
-memory. The position in that list is all the state there is.
+The whole training is one pass over a list of groups that is known beforehand: epochs are permutations drawn from the
+seed, and groups of ``batch_size`` rows make one policy step each. A group is cut into micro-batches that fit in memory
+only when its turn comes, so how it is cut is no part of the order. The number of the next step is all the state there
+is.
 """
 
 import random
@@ -21,15 +22,14 @@ class Slice:
     """Which rows a micro-batch holds.
 
     Attributes:
+        step: the policy step it belongs to, from 0.
         rows: indices of its rows.
-        group: indices of all rows of its group.
-        first, last: whether it begins or ends its group; after the last one the players step.
+        group: indices of all rows of that step.
     """
 
+    step: int
     rows: tuple[int, ...]
     group: tuple[int, ...]
-    first: bool
-    last: bool
 
     @property
     def share(self) -> float:
@@ -37,57 +37,65 @@ class Slice:
         return len(self.rows) / len(self.group)
 
 
-def schedule(
-    rows: int, batch_size: int, micro_batch_size: int, epochs: int, seed: int, steps: int | None
-) -> list[Slice]:
-    """The micro-batches of a whole training, in order.
+def schedule(rows: int, batch_size: int, epochs: int, seed: int, steps: int | None) -> list[tuple[int, ...]]:
+    """The rows of every policy step of a whole training, in order.
 
     Args:
         rows: how many rows there are.
         batch_size: rows of one policy step; the last group of an epoch may be smaller.
-        micro_batch_size: rows at most that go through the model at once.
         epochs: passes over the rows, each in an order of its own.
         seed: draws the orders.
         steps: policy steps at which to stop, however many epochs that takes; overrides ``epochs``.
     """
     if not rows:
         return []
-    groups: list[list[int]] = []
+    groups: list[tuple[int, ...]] = []
     epoch = 0
     while (len(groups) < steps) if steps is not None else (epoch < epochs):
         order = list(range(rows))
         random.Random(derive(seed, "epoch", epoch)).shuffle(order)
-        groups += [order[i : i + batch_size] for i in range(0, rows, batch_size)]
+        groups += [tuple(order[i : i + batch_size]) for i in range(0, rows, batch_size)]
         epoch += 1
-    found = []
-    for group in groups[:steps]:
-        parts = [group[i : i + micro_batch_size] for i in range(0, len(group), micro_batch_size)]
-        for i, part in enumerate(parts):
-            found.append(Slice(tuple(part), tuple(group), i == 0, i == len(parts) - 1))
-    return found
+    return groups[:steps]
 
 
 class Batches(Generic[Row, Batch]):
-    """The micro-batches as an iterable for Lightning, with its position as state.
+    """The policy steps as an iterable for Lightning, with its position as state. Every step is a list of micro-batches.
 
     Lightning saves ``state_dict`` in a checkpoint and gives it back before it iterates again; iteration then goes on
     where the checkpoint was made.
+
+    Args:
+        rows: what the groups' indices point to.
+        groups: of :func:`schedule`.
+        micro_batch_size: rows at most that go through the model at once.
+        collate: makes a micro-batch.
     """
 
     def __init__(
-        self, rows: Sequence[Row], slices: Sequence[Slice], collate: Callable[[Sequence[Row], Slice], Batch]
+        self,
+        rows: Sequence[Row],
+        groups: Sequence[tuple[int, ...]],
+        micro_batch_size: int,
+        collate: Callable[[Sequence[Row], Slice], Batch],
     ) -> None:
-        self.rows, self.slices, self.collate = rows, slices, collate
+        self.rows, self.groups, self.micro_batch_size, self.collate = rows, groups, micro_batch_size, collate
         self.next = 0
 
     def __len__(self) -> int:
-        return len(self.slices)
+        return len(self.groups)
 
-    def __iter__(self) -> Iterator[Batch]:
-        while self.next < len(self.slices):
-            piece = self.slices[self.next]
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while self.next < len(self.groups):
+            step = self.next
             self.next += 1
-            yield self.collate([self.rows[i] for i in piece.rows], piece)
+            yield self.step(step, self.micro_batch_size)
+
+    def step(self, step: int, micro_batch_size: int) -> list[Batch]:
+        """The micro-batches of one policy step, of so many rows each."""
+        group = self.groups[step]
+        parts = [group[i : i + micro_batch_size] for i in range(0, len(group), micro_batch_size)]
+        return [self.collate([self.rows[i] for i in part], Slice(step, part, group)) for part in parts]
 
     def state_dict(self) -> dict[str, Any]:
         """The position."""
