@@ -1,12 +1,32 @@
-"""Sampling: what decides a sample, shards, truncation, and log-probabilities."""
+"""Sampling: what decides a sample, what is computed for it, shards, truncation, and log-probabilities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DeepseekV3Config,
+    Gemma2Config,
+    GenerationConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from dnpo.generate import Sampling, generate, sample
+import dnpo.generate
+from dnpo.errors import ModelError, SettingsError
+from dnpo.generate import Sampling, complete, generate, sample
 from dnpo.model import Policy
 from dnpo.records import Response
 from tests.conftest import Report, World
@@ -26,8 +46,8 @@ def go(
 
 
 def test_rows_are_whole_and_in_order(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    rows = go(make_policy(), world, tmp_path)
-    assert [r.id for r in rows] == [p.id for p in world.prompts[:50]]
+    rows = go(make_policy(), world, tmp_path, count=200)
+    assert [r.id for r in rows] == [p.id for p in world.prompts[:200]]
     end = world.tokenizer.eos_token_id
     for row in rows:
         assert row.source == "policy@3"
@@ -76,27 +96,242 @@ def test_a_killed_run_goes_on_at_the_first_missing_shard(make_policy: MakePolicy
     assert (tmp_path / "b" / "shard-00000.parquet").stat().st_mtime_ns == kept
 
 
-def test_greedy_answers_do_not_depend_on_padding(make_policy: MakePolicy, world: World) -> None:
-    policy, greedy = make_policy(), LAYOUT.greedy()
-    together = sample(policy, world.prompts[:16], greedy, "x", 12, 0, Report())
-    alone = [sample(policy, [p], greedy, "x", 12, 0, Report())[0] for p in world.prompts[:16]]
-    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+def stopping(policy: Policy) -> Policy:
+    """The policy, with so many stop tokens that completions end early and at different lengths."""
+    policy.causal_lm.generation_config.eos_token_id = list(range(0, len(policy.tokenizer), 10))
+    return policy
 
 
-def test_temperature_one_samples_from_the_policy_itself(make_policy: MakePolicy, world: World) -> None:
-    """First tokens of 4,000 samples of one prompt against the model's own probabilities."""
+@contextmanager
+def forwards(policy: Policy) -> Iterator[list[tuple[int, int]]]:
+    """Rows and columns of every forward."""
+    seen: list[tuple[int, int]] = []
+
+    def note(_: nn.Module, args: tuple[()], kwargs: dict[str, Tensor]) -> None:
+        rows, columns = kwargs["input_ids"].shape
+        seen.append((rows, columns))
+
+    handle = policy.causal_lm.register_forward_pre_hook(note, with_kwargs=True)
+    yield seen
+    handle.remove()
+
+
+def alone(policy: Policy, prompt: list[int], limit: int) -> list[int]:
+    """The greedy completion that transformers gives to a prompt alone."""
+    configure: Any = GenerationConfig
+    config = configure(max_new_tokens=limit, do_sample=False, eos_token_id=policy.stop_ids, pad_token_id=policy.pad_id)
+    ids = torch.tensor([prompt])
+    out = policy.causal_lm.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return list(out[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_greedy_answers_are_those_of_each_prompt_alone(make_policy: MakePolicy, world: World, batch_size: int) -> None:
+    policy = stopping(make_policy())
+    prompts = [p.token_ids for p in world.prompts[:30]]
+    rows = complete(policy, prompts, Sampling(temperature=0.0, batch_size=batch_size), 12, 0, Report())
+    assert rows == [alone(policy, ids, 12) for ids in prompts]
+    assert len({len(row) for row in rows}) > 4, "they must end at different lengths for this test to mean anything"
+
+
+def test_samples_do_not_depend_on_what_else_is_in_the_batch(make_policy: MakePolicy, world: World) -> None:
+    """Neither on how many rows there are at once, nor on rows that come later; prompts that repeat included."""
+    policy = stopping(make_policy())
+    prompts = [p.token_ids for p in world.prompts[:24]]
+    prompts += prompts[:12]
+    args: Any = (12, 3, Report())
+    by_one = complete(policy, prompts, Sampling(batch_size=1), *args)
+    for batch_size in (2, 5, 8, 100):
+        assert complete(policy, prompts, Sampling(batch_size=batch_size), *args) == by_one
+    assert complete(policy, prompts[:20], Sampling(batch_size=8), *args) == by_one[:20]
+    assert by_one[24:] != by_one[:12], "the same prompt, another sample"
+
+
+def test_nothing_is_computed_twice_or_for_rows_that_have_finished(make_policy: MakePolicy, world: World) -> None:
+    policy = stopping(make_policy())
+    prompts = [p.token_ids for p in world.prompts[:40]]
+    distinct = {tuple(ids) for ids in prompts}
+    with forwards(policy) as seen:
+        rows = complete(policy, prompts * 4, LAYOUT, 12, 3, Report())
+    prefills = [(rows, columns) for rows, columns in seen if columns > 1]
+    assert sum(rows for rows, _ in prefills) == len(distinct), "a prompt is read once, whatever is sampled from it"
+    assert sum(rows for rows, columns in seen if columns == 1) == sum(len(row) - 1 for row in rows)
+    lengths = [columns for _, columns in prefills]
+    assert lengths == sorted(lengths, reverse=True), "the longest first"
+
+
+def test_the_next_prompts_take_the_places_of_rows_that_have_finished(make_policy: MakePolicy, world: World) -> None:
+    policy = stopping(make_policy())
+    prompts = [p.token_ids for p in world.prompts[:60]]
+    with forwards(policy) as seen:
+        rows = complete(policy, prompts, LAYOUT, 12, 3, Report())
+    joined = [after[0] > before[0] for before, after in pairwise(seen) if before[1] > 1]
+    assert sum(joined) > 5, "a step after a prefill has more rows than were read"
+    assert max(count for count, _ in seen) <= LAYOUT.batch_size
+    steps = [count for count, columns in seen if columns == 1]
+    assert len(steps) < 1.4 * sum(len(row) - 1 for row in rows) / LAYOUT.batch_size, "the batch is nearly full"
+
+
+def test_more_copies_of_a_prompt_than_the_batch_has_rows(make_policy: MakePolicy, world: World) -> None:
+    policy, report = stopping(make_policy()), Report()
+    prompts = [world.prompts[0].token_ids] * 11
+    rows = complete(policy, prompts, Sampling(batch_size=4), 12, 3, report)
+    assert rows == complete(policy, prompts, Sampling(batch_size=1), 12, 3, Report())
+    assert report.done == 11
+
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+SMALL: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
+FAMILIES: dict[str, Callable[[int], Any]] = {
+    "grouped queries": lambda v: LlamaConfig(**SHAPE, vocab_size=v),
+    "sliding window": lambda v: MistralConfig(**SHAPE, vocab_size=v, sliding_window=6),
+    "hybrid sliding, soft caps": lambda v: Gemma2Config(
+        **SHAPE, vocab_size=v, sliding_window=6, head_dim=16, query_pre_attn_scalar=16
+    ),
+    "tied embeddings": lambda v: Qwen2Config(**SHAPE, vocab_size=v, tie_word_embeddings=True),
+    "normalised queries": lambda v: Qwen3Config(**SHAPE, vocab_size=v, head_dim=16, tie_word_embeddings=True),
+    "learnt positions": lambda v: GPT2Config(**SMALL, vocab_size=v, n_positions=64),
+    "parallel residual": lambda v: GPTNeoXConfig(**SHAPE | {"num_key_value_heads": 2}, vocab_size=v),
+    "no position ids": lambda v: BloomConfig(vocab_size=v, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3),
+    "keys wider than values": lambda v: DeepseekV3Config(
+        **SHAPE | {"num_key_value_heads": 2},
+        vocab_size=v,
+        first_k_dense_replace=2,
+        q_lora_rank=None,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=8,
+    ),
+    "convolutions among attention": lambda v: Lfm2Config(**SHAPE, vocab_size=v, full_attn_idxs=[1]),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(world: World, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy completions are those of transformers for each prompt alone, samples those of a batch of one.
+
+    Buffers with room for three columns, so that they are replaced all the time.
+    """
+    monkeypatch.setattr(dnpo.generate._Window, "_SPARE", 3)
+    make: Any = AutoModelForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policy = Policy(make.from_config(FAMILIES[family](len(world.tokenizer))).eval(), world.tokenizer)
+    stopping(policy)
+    prompts = [world.prompts[i].token_ids[: 3 + i] for i in range(12)]
+    greedy = complete(policy, prompts, Sampling(temperature=0.0, batch_size=5), 10, 0, Report())
+    assert greedy == [alone(policy, ids, 10) for ids in prompts]
+    prompts += prompts[:6]
+    sampled = complete(policy, prompts, Sampling(batch_size=5), 10, 1, Report())
+    assert sampled == complete(policy, prompts, Sampling(batch_size=1), 10, 1, Report())
+    assert len(set(map(tuple, sampled))) > 12, "a model that always says the same shows nothing"
+
+
+def test_a_completion_longer_than_the_buffers_spare_columns(make_policy: MakePolicy, world: World) -> None:
+    policy = make_policy(max_position_embeddings=256)
+    prompts = [p.token_ids for p in world.prompts[:3]]
+    limit = 2 * dnpo.generate._Window._SPARE + 5
+    rows = complete(policy, prompts, Sampling(temperature=0.0, batch_size=2), limit, 0, Report())
+    assert rows == [alone(policy, ids, limit) for ids in prompts]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, None),
+        ({"temperature": 0.5}, None),
+        ({"temperature": 2.0, "top_k": 7}, 7),
+        ({"top_p": 0.6}, None),
+        ({"temperature": 1.5, "top_k": 30, "top_p": 0.5}, None),
+    ],
+)
+def test_samples_follow_the_policys_own_probabilities(
+    make_policy: MakePolicy, world: World, settings: dict[str, Any], kept: int | None
+) -> None:
+    """First tokens of 4,000 samples of one prompt against probabilities by their definition, in float64."""
     policy = make_policy()
     prompt = world.prompts[0]
-    rows = sample(policy, [prompt] * 4000, Sampling(batch_size=1000), "x", 1, 5, Report())
+    rows = sample(policy, [prompt] * 4000, Sampling(batch_size=1000, **settings), "x", 1, 5, Report())
     with torch.no_grad():
-        p = policy.causal_lm(torch.tensor([prompt.token_ids])).logits[0, -1].softmax(-1)
+        logits = policy.causal_lm(torch.tensor([prompt.token_ids])).logits[0, -1].double()
+    p = (logits / settings.get("temperature", 1.0)).softmax(-1)
+    order = p.argsort(descending=True)
+    some = order[: settings.get("top_k") or len(p)]
+    mass = p[some].cumsum(0) / p[some].sum()
+    some = some[: int((mass < settings.get("top_p", 1.0)).sum()) + 1]
+    assert kept is None or len(some) == kept
+    expected = torch.zeros_like(p)
+    expected[some] = p[some] / p[some].sum() * 4000
     counts = torch.bincount(torch.tensor([r.token_ids[0] for r in rows]), minlength=len(p)).double()
-    expected = p.double() * 4000
+    assert counts[expected == 0].sum() == 0, "what is cut off is never sampled"
     common = expected >= 5
     chi = float(((counts - expected) ** 2 / expected)[common].sum())
     degrees = int(common.sum())
-    assert degrees > 10
+    assert degrees > 5
     assert abs(chi - degrees) < 5 * (2 * degrees) ** 0.5, "5 standard deviations of the chi-square"
+
+
+def test_the_ends_of_the_unit_interval_fall_on_possible_tokens() -> None:
+    """Also with a large vocabulary, most of which has no probability."""
+    scores = torch.full((2, 50_000), -torch.inf)
+    scores[:, 17], scores[:, 40_000] = 0.3, -1.2
+    nearly_one = 1 - 2.0**-53
+    warp = dnpo.generate._warp(Sampling())
+    ends = torch.tensor([0.0, nearly_one], dtype=torch.float64)
+    assert dnpo.generate._pick(scores, ends, warp).tolist() == [17, 40_000]
+    border = float(scores[0, [17, 40_000]].double().softmax(-1)[0])
+    around = torch.tensor([border - 1e-6, border + 1e-6], dtype=torch.float64)
+    assert dnpo.generate._pick(scores, around, warp).tolist() == [17, 40_000]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(make_policy: MakePolicy, world: World, temperature: float) -> None:
+    policy = make_policy()
+    with torch.no_grad():
+        policy.causal_lm.get_output_embeddings().weight[3] = torch.nan
+    with pytest.raises(ModelError, match="NaN"):
+        sample(policy, world.prompts[:3], Sampling(temperature=temperature), "x", 12, 0, Report())
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_too_little_memory_names_the_setting(make_policy: MakePolicy, world: World, error: Exception) -> None:
+    policy = make_policy()
+
+    def full(*_: Any) -> None:
+        raise error
+
+    policy.causal_lm.register_forward_pre_hook(full)
+    with pytest.raises(SettingsError, match=r"generate\.batch_size=8: .* memory"):
+        sample(policy, world.prompts[:3], LAYOUT, "x", 12, 0, Report())
+
+
+def test_another_error_is_not_taken_for_too_little_memory(make_policy: MakePolicy, world: World) -> None:
+    policy = make_policy(vocab_size=5)
+    with pytest.raises(IndexError):
+        sample(policy, world.prompts[:3], LAYOUT, "x", 12, 0, Report())
+
+
+def test_a_model_without_a_cache_is_refused(make_policy: MakePolicy, world: World) -> None:
+    class Recurrent(nn.Module):
+        def forward(self, input_ids: Tensor, state: Tensor) -> None: ...
+
+    policy = make_policy()
+    policy.model = Recurrent()
+    policy.model.weight = nn.Parameter(torch.zeros(1))
+    policy.model.generation_config = GenerationConfig()
+    with pytest.raises(ModelError, match="Recurrent takes no past_key_values"):
+        complete(policy, [[1, 2]], LAYOUT, 12, 0, Report())
 
 
 def test_a_models_own_defaults_do_not_leak_in(make_policy: MakePolicy, world: World) -> None:
