@@ -1,0 +1,1 @@
+"""Speed and memory, against the obvious implementation and against TRL. One command each; see README.md."""

@@ -1,0 +1,121 @@
+"""The multiply-adds of a training step: counted by torch, and by formula.
+
+Counted are matrix products, two FLOPs a multiply-add, by ``FlopCounterMode``. By formula, for a model whose weights are
+all trained, with P the entries of the blocks' matrices, H the hidden size and V the vocabulary:
+
+    blocks  2·P a token for a forward pass, twice as much again for the backward pass
+    head    2·H·V a token for each product with the head: logits, their recomputation, two gradients
+
+Attention and rotary positions are counted and not computed by formula: they depend on how a variant lays out its rows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import Facts
+from benchmarks.problem import Pairs, Shape
+from benchmarks.variant import Variant
+
+
+def counted(variant: Variant, index: int) -> Facts:
+    """FLOPs of a whole step and of its blocks alone, with those of linear layers and of attention apart."""
+    return {"step": _count(lambda: variant.step(index)), "body": _count(lambda: variant.body(index))}
+
+
+def _count(work: Callable[[], Any]) -> dict[str, int]:
+    with FlopCounterMode(display=False, custom_mapping=MORE) as counter:
+        work()
+    found = {"linear": 0, "attention": 0}
+    for operation, flops in counter.get_flop_counts()["Global"].items():
+        found["linear" if operation in LINEAR else "attention"] += int(flops)
+    return found
+
+
+def _addmm(self: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return int(2 * a[0] * a[1] * b[1])
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    rows, heads, queries, width = query
+    return int(2 * rows * heads * queries * key[2] * (width + value[3]))
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Scores again, and a gradient for each of the two factors of both products."""
+    rows, heads, queries, width = query
+    return int(2 * rows * heads * queries * key[2] * (3 * width + 2 * value[3]))
+
+
+aten = torch.ops.aten
+LINEAR = (aten.mm, aten.addmm, aten.addmm_)  # what linear layers and the head run as
+# What torch's own table lacks.
+MORE: dict[Any, Any] = {
+    aten.addmm_: _addmm,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def formula(name: str, shape: Shape, pairs: Pairs, device: torch.device, *, trains_head: bool = True) -> dict[str, int]:
+    """FLOPs of the linear layers in one step.
+
+    Returns:
+        ``body``: the blocks, forward and backward (three times a forward pass, if all their weights are trained).
+        ``reference body``: those of the frozen reference, forward only.
+        ``head``: every product with the head's or the noise's matrix.
+    """
+    who, objective, reference = name.split("-")
+    block, product = 2 * shape.body_weights, 2 * shape.hidden * shape.vocabulary
+    online, noisy = reference == "online", objective == "npo"
+    gradients = 1 + trains_head
+    if who == "naive":  # every position of padded rows
+        tokens, frozen_tokens = pairs.padded_tokens, online * pairs.padded_tokens
+        head = (1 + gradients + online) * product * tokens
+        head += noisy * (2 if online else 3) * product * pairs.rejected_tokens  # W h and dW; cached: logits as well
+    elif who == "trl":  # on a CPU as naive, but for each row's last position, and with logits computed once more
+        tokens, frozen_tokens = pairs.padded_tokens, online * pairs.padded_tokens
+        head = (2 + gradients + online) * product * (tokens - 2 * len(pairs.prompts))
+    else:
+        tokens = pairs.shared_tokens
+        rejected_half = sum(map(len, pairs.prompts)) + pairs.rejected_tokens
+        frozen_tokens = online * (rejected_half if noisy else tokens)
+        head = ours_head(shape, pairs.completion_tokens, device, trains_head=trains_head)
+        head += (online and not noisy) * product * pairs.completion_tokens
+        head += noisy * ours_noise(shape, pairs.rejected_tokens, device)
+    return {"body": 3 * block * tokens, "reference body": block * frozen_tokens, "head": head}
+
+
+def ours_head(shape: Shape, tokens: int, device: torch.device, *, trains_head: bool = True) -> int:
+    """2·H·V a token for logits and two gradients, and once more for tiles that are not kept but made again.
+
+    A head that is not trained has no gradient, and the gradient in the hidden states is made with the logits.
+    """
+    from dnpo.logprobs import KEPT, ROWS, TILE
+
+    if not trains_head:
+        return 2 * 2 * shape.hidden * shape.vocabulary * tokens
+    return sum(
+        _tiled(shape, min(ROWS, tokens - first), TILE[device.type], KEPT[device.type], 1, (3, 4))
+        for first in range(0, tokens, ROWS)
+    )
+
+
+def ours_noise(shape: Shape, tokens: int, device: torch.device) -> int:
+    """2·H·V a rejected token for z, W h and the gradient of W; two more for tiles that are made again."""
+    from dnpo.logprobs import TILE
+    from dnpo.npo import KEPT
+
+    return _tiled(shape, tokens, TILE[device.type], KEPT[device.type], 2, (3, 5))
+
+
+def _tiled(shape: Shape, tokens: int, tile: int, room: int, tensors: int, products: tuple[int, int]) -> int:
+    """FLOPs of products tile by tile, fewer of them for tiles whose float32 tensors fit into what may be kept."""
+    found = 0
+    for first in range(0, shape.vocabulary, tile):
+        entries = min(tile, shape.vocabulary - first)
+        room -= tensors * 4 * tokens * entries
+        found += products[room < 0] * 2 * shape.hidden * entries * tokens
+    return found

@@ -1,0 +1,107 @@
+"""Memory added by a training step: ours against the obvious implementation, over batch size and length.
+
+    python -m benchmarks.memory                     # the head-heavy model
+    python -m benchmarks.memory --pairs 4 --lengths 512 --shape 7b --lora 16
+
+Added means: at the peak of forward and backward, beyond weights, optimizer state and gradients, which exist before and
+are zeroed in place. ``harness.added_memory`` says how it is counted. The blocks alone, laid out as ours lays them out,
+show what of it is their activations; the reference is cached throughout. What does not fit into memory is ``nan``.
+"""
+
+import argparse
+import math
+
+from benchmarks import harness
+from benchmarks.harness import Facts, Worker
+from benchmarks.problem import SHAPES
+from benchmarks.worker import add_arguments, passed_on
+
+RATIO = {"head": 0.06}  # ours over naive, at most
+NOISE = {"head": 60.0}  # MB that NPO may add to DPO
+MEASURED = (
+    ("naive", "naive-dpo-cached", "memory"),
+    ("ours", "ours-dpo-cached", "memory"),
+    ("blocks alone", "ours-dpo-cached", "body_memory"),
+    ("ours NPO", "ours-npo-cached", "memory"),
+    ("naive NPO", "naive-npo-cached", "memory"),
+)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = harness.common_arguments("memory", "Memory that a training step adds.")
+    add_arguments(parser, sizes=False)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[2, 4, 8], help="batch sizes (default: 2 4 8)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024],
+                        help="tokens of every sequence (default: 256 512 1024)")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=[m[0] for m in MEASURED], default=[m[0] for m in MEASURED],
+                        metavar="WHAT", help=f"of {', '.join(m[0] for m in MEASURED)}")  # fmt: skip
+    given = parser.parse_args()
+    drawn = (SHAPES[given.shape].pairs, None)
+    found = _measure(given, [drawn, *((pairs, length) for pairs in given.pairs for length in given.lengths)])
+    print(f"{given.shape} model: MB added by forward and backward\n")
+    names = list(found[0]["megabytes"])
+    ratios = {"naive", "ours"} <= set(names)
+    headings = ["pairs × length", *names, *(["ours / naive"] if ratios else [])]
+    rows = [
+        [
+            f"{row['pairs']} × {row['length'] or 'drawn'}",
+            *(f"{row['megabytes'][name]:,.1f}" for name in names),
+            *([f"{row['megabytes']['ours'] / row['megabytes']['naive']:.3f}"] if ratios else []),
+        ]
+        for row in found
+    ]
+    print(harness.table(headings, rows))
+    checks = list(_checks(given, found, names))
+    if checks:
+        print("\n" + "\n".join(f"{'met' if c['met'] else 'MISSED'}: {c['what']}" for c in checks))
+    out = given.out if given.shape == "head" else given.out.with_stem(f"{given.out.stem}-{given.shape}")
+    harness.save(out, {"shape": vars(SHAPES[given.shape]), "lora": given.lora, "added": found, "checks": checks})
+
+
+def _measure(given: argparse.Namespace, sizes: list[tuple[int, int | None]]) -> list[Facts]:
+    """MB of everything asked for, at every size; one process a variant."""
+    found: list[Facts] = [{"pairs": pairs, "length": length, "megabytes": {}} for pairs, length in sizes]
+    names = [f"{pairs}x{length}" if length else str(pairs) for pairs, length in sizes]
+    for variant in dict.fromkeys(variant for name, variant, _ in MEASURED if name in given.only):
+        harness.progress(variant)
+        worker = Worker("benchmarks.worker", [variant, *passed_on(given), "--sizes", *names], given.threads)
+        for i, row in enumerate(found):
+            for name, its, request in MEASURED:
+                if its == variant and name in given.only:
+                    harness.progress(f"{name}: {names[i]}")
+                    row["megabytes"][name] = worker.ask(do=request, batch=i).get("bytes", math.nan) / 1e6
+        worker.stop()
+    harness.progress("")
+    return found
+
+
+def _checks(given: argparse.Namespace, found: list[Facts], names: list[str]) -> "list[Facts]":
+    """What the figures should show."""
+    checks: list[Facts] = []
+
+    def check(what: str, met: bool) -> None:
+        checks.append({"what": what, "met": met})
+
+    megabytes = {(row["pairs"], row["length"]): row["megabytes"] for row in found}
+    if {"naive", "ours"} <= set(names) and given.shape in RATIO:
+        worst = max(m["ours"] / m["naive"] for m in megabytes.values())
+        check(f"ours adds at most {worst:.3f} of what naive adds (≤ {RATIO[given.shape]})", worst <= RATIO[given.shape])
+    if {"ours", "blocks alone"} <= set(names):
+        for (pairs, length), small in megabytes.items():
+            for grown in ((2 * pairs, length), (pairs, 2 * length if length else None)):
+                if length is None or grown not in megabytes:
+                    continue
+                more, blocks = (megabytes[grown][n] - small[n] for n in ("ours", "blocks alone"))
+                what = (
+                    f"{pairs} × {length} → {grown[0]} × {grown[1]}: ours adds {more:,.1f} MB, the blocks {blocks:,.1f}"
+                )
+                check(what, more <= 1.02 * blocks)
+    if {"ours", "ours NPO"} <= set(names) and given.shape in NOISE:
+        most = max(m["ours NPO"] - m["ours"] for m in megabytes.values())
+        check(f"NPO adds at most {most:,.1f} MB to DPO (≤ {NOISE[given.shape]:g})", most <= NOISE[given.shape])
+    return checks
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""dnpo's own training step: its Lightning modules' ``terms`` on its packed batches, and its optimizers."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.optim import RMSprop
+
+from benchmarks.problem import Pairs
+from benchmarks.variant import (
+    ALPHA,
+    BETA,
+    LEARNING_RATE,
+    MAX_VARIANCE,
+    NOISE_LEARNING_RATE,
+    START_LOG_STD,
+    Silent,
+    Variant,
+)
+from dnpo.model import Policy
+from dnpo.npo import NoNoise, TrainableNoise
+from dnpo.objective import PairLogps, logistic
+from dnpo.optimise import Frozen, PairBatch, PreferenceTraining, split
+from dnpo.packing import Packed, pack
+from dnpo.training import Optimisation
+
+
+class Ours(Variant):
+    """See the head of the file.
+
+    With ``cached`` the reference has been computed before, as the ``reference`` stages do. ``online`` means for DPO
+    that the frozen model scores every batch, as others do it; for NPO that its log-probabilities are cached and the
+    hidden states of the rejected responses are made in every step, as dnpo does where they do not fit on the disk.
+    """
+
+    def __init__(self, objective: str, reference: str, **setting: Any) -> None:
+        super().__init__(objective, reference, **setting)
+        tokenizer: Any = None  # only rendering and generation need one
+        self.policy = Policy(self.model, tokenizer)
+        head = self.policy.head
+        vocabulary, hidden_size = head.weight_VH.shape
+        noisy, cached = objective == "npo", reference == "cached"
+        noise = NoNoise(hidden_size, vocabulary)
+        if noisy:
+            noise = TrainableNoise(
+                hidden_size,
+                vocabulary,
+                alpha=ALPHA,
+                max_variance=MAX_VARIANCE,
+                learning_rate=NOISE_LEARNING_RATE,
+                start_log_std=START_LOG_STD,
+            ).to(self.device)
+        self._online = None if cached else self.policy.reference()
+        frozen = Frozen((self._online or self.policy).head.frozen(), self._online) if noisy else None
+        self.training = PreferenceTraining(
+            self.policy,
+            Optimisation(optimizer=partial(RMSprop, lr=LEARNING_RATE), warmup=0.0, decay=False, clip=0.0),
+            len(self.batches),
+            Silent(),
+            frozen=frozen,
+            noise=noise,
+            objective=partial(logistic, beta=BETA),
+            beta=BETA,
+        )
+        self.training.policy_step = 1  # past the check that the policy starts as the reference
+        self.optimizers, _ = self.training.configure_optimizers()
+        with torch.no_grad():
+            logps = [split(self.policy.logps(self._packed(pairs).to(self.device))) for pairs in self.batches]
+            self._logps = [PairLogps(*(t.cpu() for t in both)) for both in logps]
+            self._hidden = [self._states(pairs) for pairs in self.batches] if noisy and cached else None
+
+    def _packed(self, pairs: Pairs) -> Packed:
+        return pack(pairs.prompts * 2, pairs.chosen + pairs.rejected, share_prompt=True)
+
+    def _states(self, pairs: Pairs) -> torch.Tensor:
+        return self.policy.hidden(pack(pairs.prompts, pairs.rejected).to(self.device)).cpu()
+
+    def _batch(self, index: int) -> PairBatch:
+        pairs, noisy = self.batches[index], self.objective == "npo"
+        batch = PairBatch(
+            packed=self._packed(pairs),
+            ids=tuple(map(str, range(len(pairs.prompts)))),
+            share=1.0,
+            reference=self._logps[index],
+            rejected=pack(pairs.prompts, pairs.rejected) if noisy else None,
+            hidden_NH=self._hidden[index] if self._hidden is not None else None,
+            seeds=tuple(range(len(pairs.prompts))),
+            rejected_share=1.0,
+        ).to(self.device)
+        return batch
+
+    def forward_backward(self, index: int) -> float:
+        """See :class:`Variant`."""
+        batch = self._batch(index)
+        if self.objective == "dpo" and self._online is not None:
+            with torch.no_grad():
+                scored = split(self._online.logps(batch.packed))
+            batch = PairBatch(**{**vars(batch), "reference": scored})
+        loss, metrics = self.training.terms(batch)
+        loss.backward()
+        return float(metrics["loss/policy"].detach())
+
+    def body(self, index: int) -> None:
+        """See :class:`Variant`."""
+        self.policy.hidden(self._packed(self.batches[index]).to(self.device)).sum().backward()

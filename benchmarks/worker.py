@@ -1,0 +1,128 @@
+"""One variant of a training step in a process of its own; ``harness.Worker`` starts it and talks to it.
+
+python -m benchmarks.worker ours-dpo-cached --shape tiny     # then lines such as {"do": "run", "batch": 0}
+"""
+
+import argparse
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from benchmarks.flops import counted, formula
+from benchmarks.harness import Facts
+from benchmarks.problem import SHAPES, batches
+from benchmarks.variant import Skip, Variant
+
+NAMES = (
+    *(f"{who}-{objective}-{reference}" for who in ("naive", "ours") for objective in ("dpo", "npo")
+      for reference in ("online", "cached")),
+    *("trl-dpo-online", "trl-dpo-cached"),
+)  # fmt: skip
+
+
+def build(name: str, **setting: Any) -> Variant:
+    """The variant of that name: whose implementation, which objective, where the reference comes from."""
+    who, objective, reference = name.split("-")
+    if who == "naive":
+        from benchmarks.naive import Naive
+
+        return Naive(objective, reference, **setting)
+    if who == "trl":
+        from benchmarks.trl_step import Trl
+
+        return Trl(objective, reference, **setting)
+    from benchmarks.ours import Ours
+
+    return Ours(objective, reference, **setting)
+
+
+def add_arguments(parser: argparse.ArgumentParser, sizes: bool = True) -> None:
+    """The options that say what is trained; the commands pass them on to their workers.
+
+    Args:
+        parser: gets them.
+        sizes: whether batch size and length are among them.
+    """
+    parser.add_argument("--shape", choices=SHAPES, default="head", help="of the model and the pairs (default: head)")
+    parser.add_argument("--lora", type=int, default=0, metavar="R", help="rank of adapters; 0 trains all weights")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 for 7b, else float32")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    if sizes:
+        parser.add_argument("--pairs", type=int, help="a batch (default: 4)")
+        parser.add_argument("--length", type=int, help="of every sequence, a quarter of it the prompt")
+    parser.add_argument("--seed", type=int, default=0, help="draws the pairs")
+
+
+def passed_on(given: argparse.Namespace) -> list[str]:
+    """The options of :func:`add_arguments` as arguments again."""
+    found: list[str] = []
+    for name in ("shape", "lora", "dtype", "device", "pairs", "length", "seed"):
+        value = getattr(given, name, None)
+        if value is not None and not isinstance(value, list):
+            found += [f"--{name}", str(value)]
+    return found
+
+
+def dtype_of(given: argparse.Namespace) -> torch.dtype:
+    """Of weights and products."""
+    found = getattr(torch, given.dtype or ("bfloat16" if given.shape == "7b" else "float32"))
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def main() -> None:
+    """Build the variant and answer requests: ``run``, ``memory``, ``body_memory`` and ``flops`` of a batch."""
+    harness.own_output()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("variant", choices=NAMES)
+    parser.add_argument("--batches", type=int, default=1)
+    parser.add_argument("--sizes", nargs="+", help="a batch of each size instead: PAIRS, or PAIRSxLENGTH")
+    parser.add_argument("--threads", type=int, default=1)
+    add_arguments(parser)
+    given = parser.parse_args()
+    _serve(given)
+
+
+def _serve(given: argparse.Namespace) -> None:
+    torch.set_num_threads(given.threads)
+    device = torch.device(given.device) if given.device else harness.default_device()
+    shape = SHAPES[given.shape]
+    some = batches(shape, given.batches, given.seed, given.pairs, given.length)
+    if given.sizes:
+        numbers = [list(map(int, size.split("x"))) for size in given.sizes]
+        some = [batch for n in numbers for batch in batches(shape, 1, given.seed, *n)]
+    try:
+        variant = build(given.variant, shape=shape, device=device, dtype=dtype_of(given), lora=given.lora, batches=some)
+    except (Skip, torch.OutOfMemoryError) as reason:
+        harness.answer(lambda request: {}, {"skip": str(reason).splitlines()[0]})
+        return
+
+    warm: list[bool] = []
+
+    def expected(index: int) -> Facts | None:
+        """By formula; with adapters there is none."""
+        return None if given.lora else formula(given.variant, shape, some[index], device)
+
+    def handle(request: Facts) -> Facts:
+        index = request["batch"] % len(some)
+        if request["do"] == "run":
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            facts, loss = harness.timed(lambda: variant.step(index), device)
+            peak = {"peak": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+            return {**facts, **peak, "loss": loss, "tokens": some[index].tokens, "flops": expected(index)}
+        if request["do"] == "flops":
+            return {**counted(variant, index), "formula": expected(index)}
+        work = variant.forward_backward if request["do"] == "memory" else variant.body
+        if not warm:
+            work(0)  # what a first run allocates for good is no part of a step
+            warm.append(True)
+        variant.prepare_gradients()
+        return {"bytes": harness.added_memory(lambda: work(index), device)}
+
+    harness.answer(handle, {"variant": given.variant, "device": str(device)})
+
+
+if __name__ == "__main__":
+    main()
