@@ -213,6 +213,16 @@ def test_the_gate_looks_at_every_pair_of_the_first_step(
             train(policy, pairs, tmp_path, optimisation=one_step, reference=wrong)
 
 
+def test_the_gate_does_not_average(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+    """Errors of opposite signs in one batch are two errors."""
+    policy, pairs = make_policy(), world.pairs(4)
+    reference = said_by(policy, pairs)
+    for i, off_by in ((1, 0.01), (2, -0.01)):
+        reference[i] = replace(reference[i], chosen=reference[i].chosen + off_by)
+    with pytest.raises(StepZeroError, match=r"Log-ratios differ by up to 0\.01 nats on rows (train-\d+(, |, exp)){4}"):
+        train(policy, pairs, tmp_path, reference=reference)
+
+
 def test_the_gate_holds_under_autocast(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     """Products in bf16 leave more rounding between batches of other shapes; another policy is still another."""
     pairs = world.pairs(8)
@@ -958,13 +968,14 @@ def test_out_of_memory_says_what_fits(
 def test_what_fits_is_tried_on_the_rows_of_the_step_that_failed(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Steps differ: rows of others would fit in larger micro-batches."""
-    pairs = world.pairs(24)
-    for long in (pairs[0].id, pairs[11].id, pairs[23].id):
+    """On all of them, in whatever micro-batch the long one comes. Rows of other steps would fit in larger ones."""
+    pairs, policy = world.pairs(16), make_policy()
+    reference = said_by(policy, pairs)
+    for i, long in enumerate(p.id for p in pairs):
         with pytest.MonkeyPatch.context() as patch:
             Small(2, of=long).put_over(PreferenceTraining, patch)
             with pytest.raises(OutOfMemoryError, match=r"trainer\.micro_batch_size=2 fits"):
-                train(make_policy(), pairs, tmp_path / long, optimisation=how(batch_size=8))
+                train(make_policy(), pairs, tmp_path / str(i), optimisation=how(batch_size=8), reference=reference)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dnpo.errors import Declined, DiskError, DnpoError
 from dnpo.evaluate import Evaluation
 from dnpo.generate import Sampling
 from dnpo.judges.off import NoJudge
-from dnpo.model import Lora, Policy
+from dnpo.model import Lora, Policy, by_length
 from dnpo.npo import FixedNoise, NoNoise, TrainableNoise
 from dnpo.objective import logistic
 from dnpo.packing import pack
@@ -70,12 +70,13 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 # --- log-probabilities
 
 
-@pytest.mark.parametrize("shard", [1024, 7])
+@pytest.mark.parametrize(("shard", "tokens"), [(1024, 8192), (1024, 150), (7, 8192), (16, 150)])
 def test_scores_are_those_of_each_response_alone(
-    shard: int, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shard: int, tokens: int, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the order of the pairs, though they are computed by length, with shared prompts and in shards."""
     monkeypatch.setattr(references, "SHARD", shard)
+    monkeypatch.setattr(references, "by_length", partial(by_length, tokens=tokens))
     policy, pairs = make_policy(), various(world, 40)
     report = Report()
     score(policy, pairs, autocast=False, folder=tmp_path, report=report)
@@ -175,16 +176,17 @@ def test_scores_that_do_not_belong_to_the_pairs_are_refused(
 # --- hidden states
 
 
-@pytest.mark.parametrize("shard", [1024, 7])
+@pytest.mark.parametrize(("shard", "tokens"), [(1024, 8192), (1024, 150), (7, 8192), (16, 150)])
 def test_hidden_states_come_back_as_they_were(
-    shard: int, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shard: int, tokens: int, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of any pairs in any order, also twice, across shards and without tokens."""
     monkeypatch.setattr(references, "SHARD", shard)
+    monkeypatch.setattr(references, "by_length", partial(by_length, tokens=tokens))
     policy, pairs = make_policy(), various(world, 30)
     facts = keep_hidden(policy, pairs, autocast=False, required=True, folder=tmp_path, report=Report())
-    tokens = sum(len(p.rejected_ids) for p in pairs)
-    assert facts == {"tokens": tokens, "bytes": tokens * 32 * 4}
+    count = sum(len(p.rejected_ids) for p in pairs)
+    assert facts == {"tokens": count, "bytes": count * 32 * 4}
     kept = KeptHidden(tmp_path)
     with torch.no_grad():
         directly = [policy.hidden(pack([p.prompt_ids], [p.rejected_ids])) for p in pairs]
@@ -216,6 +218,10 @@ def test_hidden_states_have_the_type_of_the_products(make_policy: MakePolicy, wo
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             directly = policy.hidden(pack([pairs[3].prompt_ids], [pairs[3].rejected_ids]))
         torch.testing.assert_close(found.float(), directly.float(), atol=0.05, rtol=0.05)
+        with torch.no_grad():
+            otherwise = policy.hidden(pack([pairs[3].prompt_ids], [pairs[3].rejected_ids])).to(dtype)
+        if autocast:  # the body's products are made in bf16 too
+            assert (found - directly).norm() < 0.5 * (found - otherwise).norm()
 
 
 def test_reading_does_not_load_what_is_not_asked_for(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:

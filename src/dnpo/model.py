@@ -223,9 +223,16 @@ class Lora:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
-                return cast(nn.Module, get_peft_model(cast(Any, model), config))
+                adapted: Any = get_peft_model(cast(Any, model), config)
             except ValueError as error:
                 raise ModelError(f"model.lora.target_modules={self.target_modules}: {error}") from error
+        base = adapted.get_base_model()
+        if base.config.tie_word_embeddings and hasattr(base.get_input_embeddings(), "lora_embedding_A"):
+            raise ModelError(
+                f"model.lora.target_modules={self.target_modules}: the embedding of {type(base).__name__} is its "
+                "output head as well, and an adapter on it would move both once it is merged; leave it out"
+            )
+        return cast(nn.Module, adapted)
 
 
 class Scratch:
@@ -451,12 +458,20 @@ def _reproduced(policy: Policy, ids: list[int]) -> None:
             f"model: {type(model).__name__} has layers of {', '.join(sorted(others)) or 'chunked attention'}, which "
             "cannot run on sequences without padding; expected full or sliding attention"
         )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)} & {"dynamic", "longrope"}
+    if kinds:
+        raise ModelError(
+            f"model: {type(model).__name__} has rotary positions of type {', '.join(sorted(kinds))}: a sequence's "
+            "depend on the longest one computed with it; it is not supported"
+        )
     step = max(len(ids) // 8, 1)
     one, other = ids[:: 2 * step][:4], ids[step :: 2 * step][:4]
     rows = [torch.tensor([row], device=policy.device) for row in (one, other)]
     try:
         with policy.evaluating():
-            hidden_NH = policy.hidden(pack([one[:1], other[:1]], [one[1:], other[1:]]).to(policy.device))
+            packed = pack([one[:1], other[:1]], [one[1:], other[1:]]).to(policy.device)
+            hidden_NH = policy.hidden(packed)
             ours = policy.head.logits(hidden_NH)
             model.set_attn_implementation(policy.own_attention)  # what it would do by itself
             alone = [model(input_ids=row, output_hidden_states=True) for row in rows]
@@ -464,6 +479,13 @@ def _reproduced(policy: Policy, ids: list[int]) -> None:
         raise ModelError(f"model: {type(model).__name__} cannot run on sequences without padding: {error}") from error
     finally:
         model.set_attn_implementation(ATTENTION)
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
+    if window and slides and window not in packed.windows:
+        raise ModelError(
+            f"model: {type(model).__name__} does not tell its attention of its window of {window} tokens; it is not "
+            "supported"
+        )
     its = torch.cat([out.logits[0, :-1] for out in alone]).float()
     half = policy.head.weight_VH.dtype is not torch.float32
     if ours.shape == its.shape and torch.allclose(ours, its, rtol=2e-2 if half else 1e-3, atol=5e-2 if half else 1e-3):

@@ -11,7 +11,7 @@ L tokens of the longest sequence of a batch, h heads, d their size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
@@ -44,6 +44,7 @@ class Packed:
         completions_S: how many completion tokens each sequence has.
         lengths: how many tokens each sequence has, prompt included.
         completions: how many completion tokens each sequence has, as plain numbers.
+        windows: the sliding windows that attention has been asked for, so far; None stands for no window.
     """
 
     ids_T: Tensor
@@ -57,6 +58,7 @@ class Packed:
     completions_S: Tensor
     lengths: tuple[int, ...]
     completions: tuple[int, ...]
+    windows: set[int | None] = field(default_factory=set)
 
     @property
     def count(self) -> int:
@@ -144,6 +146,8 @@ def pack(
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     pairs = len(rows) // 2 if share_prompt else 0
+    if share_prompt and list(prompts[:pairs]) != list(prompts[pairs:]):
+        raise ValueError("share_prompt: the second half of the sequences has to have the prompts of the first half")
     ids: list[int] = []
     positions: list[int] = []
     places: list[list[int]] = []  # of each sequence's tokens in the row
@@ -158,8 +162,10 @@ def pack(
     starts = [0, *accumulate(lengths)]
     again = [place for s in range(pairs, 2 * pairs) for place in places[s][: len(prompts[s])]]
     second = [starts[s] + t for s in range(pairs, 2 * pairs) for t in range(len(prompts[s]))]
+    first_M = torch.ones(len(tokens_M), dtype=torch.bool)
+    first_M[second] = False
     place_T = torch.empty(len(ids), dtype=torch.long)
-    place_T[tokens_M.flip(0)] = torch.arange(len(tokens_M) - 1, -1, -1)  # of two places the first is written last
+    place_T[tokens_M[first_M]] = first_M.nonzero().squeeze(-1)
     predict = [place for some, prompt in zip(places, prompts, strict=True) for place in some[len(prompt) - 1 : -1]]
     return Packed(
         ids_T=torch.tensor(ids, dtype=torch.long),
@@ -213,8 +219,9 @@ def attention(
         return found, None
     if dropout:
         raise ValueError("attention dropout is on, and every dropout has to be 0 here")
-    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # rotary positions have made them float32 again
-        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    packing.windows.add(sliding_window)
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions have made float32 of queries and keys
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     query_TD, key_TD, value_TD = (x.squeeze(0).transpose(0, 1).flatten(1) for x in (query, key, value))
     heads, key_heads = query.shape[1], key.shape[1]
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None:
@@ -318,7 +325,7 @@ def _capped(
         mask = _band(query.shape[2], query.shape[2], query.device)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype) @ value
 
 
 # --- copies that know their way back ----------------------------------------------------------------------------------

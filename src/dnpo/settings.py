@@ -8,7 +8,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, cast, get_type_hints
 
 from dnpo.errors import SettingsError
 
@@ -21,7 +21,9 @@ class Range:
     ge: float | None = None
     le: float | None = None
 
-    __is_annotated_types_grouped_metadata__: Literal[True] = True  # by this pydantic knows what __iter__ is for
+    __is_annotated_types_grouped_metadata__: ClassVar[Literal[True]] = (
+        True  # by this pydantic knows what __iter__ is for
+    )
 
     def __iter__(self) -> Iterator[Any]:
         from pydantic import Field
