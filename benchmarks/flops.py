@@ -97,10 +97,9 @@ def ours_head(shape: Shape, tokens: int, device: torch.device, *, trains_head: b
 
     if not trains_head:
         return 2 * 2 * shape.hidden * shape.vocabulary * tokens
-    return sum(
-        _tiled(shape, min(ROWS, tokens - first), TILE[device.type], KEPT[device.type], 1, (3, 4))
-        for first in range(0, tokens, ROWS)
-    )
+    blocks = [min(ROWS, tokens - first) for first in range(0, tokens, ROWS)]
+    room = KEPT[device.type] // len(blocks)
+    return sum(_tiled(shape, some, TILE[device.type], room, 1, (3, 4)) for some in blocks)
 
 
 def ours_noise(shape: Shape, tokens: int, device: torch.device) -> int:

@@ -49,11 +49,17 @@ def main() -> None:
         parser.error("--flops: the formula is for models whose weights are all trained, not for --lora")
     shape = SHAPES[given.shape]
     adapters = f", LoRA {given.lora}" if given.lora else ""
-    title = f"{given.shape} model{adapters}, {given.pairs or shape.pairs} pairs a batch"
+    kept = "" if given.kept is None else f", {given.kept} MB of tiles kept"
+    title = f"{given.shape} model{adapters}, {given.pairs or shape.pairs} pairs a batch{kept}"
     found = _flops(given, title) if given.flops else _seconds(given, title)
-    suffix = f"-{given.shape}" + (f"-lora{given.lora}" if given.lora else "") + ("-flops" if given.flops else "")
+    suffix = (
+        f"-{given.shape}"
+        + (f"-kept{given.kept}" if kept else "")
+        + (f"-lora{given.lora}" if given.lora else "")
+        + ("-flops" if given.flops else "")
+    )
     out = given.out if given.out != harness.RESULTS / "step.json" else harness.RESULTS / f"step{suffix}.json"
-    harness.save(out, {"shape": vars(shape), "lora": given.lora, **found})
+    harness.save(out, {"shape": vars(shape), "lora": given.lora, "kept_mb": given.kept, **found})
 
 
 def _worker(name: str, given: argparse.Namespace) -> Worker:

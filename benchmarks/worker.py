@@ -52,12 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser, sizes: bool = True) -> None:
         parser.add_argument("--pairs", type=int, help="a batch (default: 4)")
         parser.add_argument("--length", type=int, help="of every sequence, a quarter of it the prompt")
     parser.add_argument("--seed", type=int, default=0, help="draws the pairs")
+    parser.add_argument(
+        "--kept",
+        type=int,
+        metavar="MB",
+        help="of tiles that ours keeps for the backward pass, for log-probabilities and for noise each (default: what "
+        "dnpo keeps); with 0 all are made again",
+    )
 
 
 def passed_on(given: argparse.Namespace) -> list[str]:
     """The options of :func:`add_arguments` as arguments again."""
     found: list[str] = []
-    for name in ("shape", "lora", "dtype", "device", "pairs", "length", "seed"):
+    for name in ("shape", "lora", "dtype", "device", "pairs", "length", "seed", "kept"):
         value = getattr(given, name, None)
         if value is not None and not isinstance(value, list):
             found += [f"--{name}", str(value)]
@@ -92,6 +99,11 @@ def _serve(given: argparse.Namespace) -> None:
     if given.sizes:
         numbers = [list(map(int, size.split("x"))) for size in given.sizes]
         some = [batch for n in numbers for batch in batches(shape, 1, given.seed, *n)]
+    if given.kept is not None:
+        from dnpo import logprobs, npo
+
+        for kept in (logprobs.KEPT, npo.KEPT):
+            kept.update(dict.fromkeys(kept, given.kept * 10**6))
     try:
         variant = build(given.variant, shape=shape, device=device, dtype=dtype_of(given), lora=given.lora, batches=some)
     except (Skip, torch.OutOfMemoryError) as reason:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 ROWS = 8192  # tokens of one product at most: beyond that it gains nothing, and the tile would grow with the batch
 TILE = {"cpu": 1024, "cuda": 8192}  # vocabulary entries of one product
-KEPT = {"cpu": 2**26, "cuda": 2**30}  # bytes of logits that are kept for the backward pass and not made again
+KEPT = {"cpu": 3 * 2**24, "cuda": 2**30}  # bytes of logits that are kept for the backward pass and not made again
 
 
 @dataclass(frozen=True)
