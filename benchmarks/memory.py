@@ -94,7 +94,7 @@ def _checks(given: argparse.Namespace, found: list[Facts], names: list[str]) -> 
     megabytes = {(row["pairs"], row["length"]): row["megabytes"] for row in found}
     if {"naive", "ours", "blocks alone", "naive blocks"} <= set(names) and given.shape in RATIO:
         drawn = _ratios(next(iter(megabytes.values())))[1]
-        what = f"beyond the blocks, ours adds {drawn:.3f} of what naive adds (≤ {RATIO[given.shape]}), as lengths are drawn"
+        what = f"beyond the blocks, as lengths are drawn, ours adds {drawn:.3f} of naive (≤ {RATIO[given.shape]})"
         check(what, drawn <= RATIO[given.shape])
     if {"ours", "blocks alone"} <= set(names):
         for (pairs, length), small in megabytes.items():
