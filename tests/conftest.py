@@ -1,7 +1,7 @@
 """What several tests share: a quiet report, a small encoded world, and a random policy for it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dnpo.data.tinyworld import TinyWorld
+from dnpo.judges import Judge
+from dnpo.ledger import Ledger
 from dnpo.model import Policy
-from dnpo.records import Pair, Prompt, Response
+from dnpo.records import Pair, Prompt, Response, Verdict
 from dnpo.tokenizer import encode, human_response, train_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
@@ -39,6 +41,9 @@ class Report:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def status(self, text: str) -> None:
+        self.words = text
 
     def steps(self, rows: list[dict[str, float]]) -> None:
         self.rows += rows
@@ -73,6 +78,11 @@ class World(NamedTuple):
                 )
             )
         return found
+
+
+def verdicts(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Verdict]:
+    """What a judge says that needs no ledger."""
+    return judge(prompts, responses, Ledger(Path("there-is-no-such-folder/ledger.sqlite")), Report())
 
 
 @pytest.fixture

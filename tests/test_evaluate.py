@@ -12,6 +12,7 @@ from dnpo.evaluate import Evaluation, Held, evaluate, ks_critical
 from dnpo.generate import Sampling
 from dnpo.judges.off import NoJudge
 from dnpo.judges.rules import Rules
+from dnpo.ledger import Ledger
 from dnpo.model import Policy
 from dnpo.records import Response, Verdict, read
 from tests.conftest import Report, World
@@ -29,6 +30,7 @@ def measured(make_policy: MakePolicy, world: World, tmp_path: Path) -> tuple[dic
         Evaluation(samples=SAMPLES, sequences=SEQUENCES),
         Held(world.prompts[:HELD], world.human[:HELD]),
         Rules(),
+        Ledger(tmp_path / "ledger.sqlite"),
         Sampling(batch_size=16),
         pairs=world.pairs(30),
         train=Held(world.prompts, world.human),
@@ -127,6 +129,7 @@ def test_without_judge_answers_and_pairs_there_is_still_something_to_say(
         Evaluation(samples=1, sequences=8),
         Held(prompts[:6], world.human[:6]),
         NoJudge(),
+        Ledger(tmp_path / "ledger.sqlite"),
         Sampling(batch_size=16),
         pairs=None,
         train=Held(prompts, world.human),
@@ -182,6 +185,7 @@ def test_a_policy_that_did_not_move_shows_no_stagnation_distance(world: World, t
             Evaluation(samples=1, sequences=240),
             Held(world.prompts[:4], world.human[:4]),
             NoJudge(),
+            Ledger(tmp_path / "ledger.sqlite"),
             sampling,
             pairs=pairs,
             train=Held(world.prompts, world.human),

@@ -19,6 +19,7 @@ from dnpo.errors import Declined, DiskError, DnpoError
 from dnpo.evaluate import Evaluation
 from dnpo.generate import Sampling
 from dnpo.judges.off import NoJudge
+from dnpo.ledger import Ledger
 from dnpo.model import Lora, Policy, by_length
 from dnpo.npo import FixedNoise, NoNoise, TrainableNoise
 from dnpo.objective import logistic
@@ -309,6 +310,7 @@ def run_of(
         trainer=Part(how, {k: v for k, v in settings.items() if k != "optimizer"}, not_in_key=how.not_in_key),
     )
     parts: Any = {"data": nothing, "sft": nothing, "generate": Part(Sampling(), {}), "judge": Part(NoJudge(), {})}
+    parts["ledger"] = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))
     run = Run(seed=seed, device="cpu", model=Part(model, {}), eval=Part(Evaluation(), {}), plans=[plan], **parts)
 
     def write_base(folder: Path, inputs: Any, report: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dnpo.judges import Judge
 from dnpo.judges.off import NoJudge
 from dnpo.judges.rules import Rules, correct
 from dnpo.records import HUMAN, Prompt, Response
+from tests.conftest import verdicts
 
 
 def ask(answer: str | None, *needs: str, name: str = "p") -> Prompt:
@@ -23,7 +24,7 @@ def say(text: str, name: str = "p", source: str = HUMAN) -> Response:
 
 def score(prompt: Prompt, text: str) -> float | None:
     """What the judge gives one response."""
-    (verdict,) = Rules()([prompt], [say(text)])
+    (verdict,) = verdicts(Rules(), [prompt], [say(text)])
     return verdict.score
 
 
@@ -123,7 +124,7 @@ def test_a_response_cannot_ask_for_points(text: str, boast: str) -> None:
 
 def test_no_answer_no_score() -> None:
     """A prompt that cannot be judged gets no score and a reason, not zero points."""
-    (verdict,) = Rules()([ask(None, "3")], [say("It is 7.")])
+    (verdict,) = verdicts(Rules(), [ask(None, "3")], [say("It is 7.")])
     assert verdict.score is None
     assert "no verifiable answer" in verdict.reason
     assert not correct(ask(None), "")
@@ -139,10 +140,10 @@ def test_verdicts_match_responses() -> None:
         say("It is 1.", "b"),
         say("It is 2.", "b", "policy@0"),
     ]
-    said = Rules()(prompts, responses)
+    said = verdicts(Rules(), prompts, responses)
     assert [(v.id, v.source) for v in said] == [(r.id, r.source) for r in responses]
     assert [v.score for v in said] == [100.0, 100.0, None, 40.0, 100.0]
-    assert Rules()(prompts, []) == []
+    assert verdicts(Rules(), prompts, []) == []
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_correct(answer: str, text: str, right: bool) -> None:
 
 
 def test_a_decimal_point_is_no_full_stop() -> None:
-    assert Rules()([ask("2.5")], [say("It is 2.5.")])[0].score == 100.0
+    assert verdicts(Rules(), [ask("2.5")], [say("It is 2.5.")])[0].score == 100.0
 
 
 def test_accepts() -> None:
@@ -196,4 +197,4 @@ def test_judges_declare_whether_they_score() -> None:
     judges: list[Judge] = [Rules(), NoJudge()]
     assert [judge.gives_scores for judge in judges] == [True, False]
     assert NoJudge().accepts([ask(None)]) is None
-    assert [v.score for v in NoJudge()([SUM], [say("It is 7.")])] == [None]
+    assert [v.score for v in verdicts(NoJudge(), [SUM], [say("It is 7.")])] == [None]

@@ -19,6 +19,7 @@ from dnpo.data.tinyworld import FAMILIES, VERSION, WORDS, Problem, TinyWorld, pr
 from dnpo.errors import SettingsError
 from dnpo.judges.rules import Rules, completeness, correct, form
 from dnpo.records import HUMAN, Prompt, Response
+from tests.conftest import verdicts
 
 HELD_OUT = ("validation", "test")
 Rows = dict[str, list[Prompt]]
@@ -51,7 +52,7 @@ def asked(row: Prompt) -> str:
 
 def scores(rows: list[Prompt]) -> list[float]:
     """What the exact judge gives the human responses."""
-    found = [v.score for v in Rules()(rows, [Response(r.id, HUMAN, r.human, [], 0, "eos") for r in rows])]
+    found = [v.score for v in verdicts(Rules(), rows, [Response(r.id, HUMAN, r.human, [], 0, "eos") for r in rows])]
     assert None not in found
     return [s for s in found if s is not None]
 
@@ -406,9 +407,9 @@ def test_the_judge_agrees_with_every_problem(family: str) -> None:
         assert p.wrong
         assert p.answer not in p.wrong
         for row, response in answers(p, (p.answer,)):
-            assert judge([row], [response])[0].score == 100.0, response.text
+            assert verdicts(judge, [row], [response])[0].score == 100.0, response.text
         for row, response in answers(p, (*p.wrong, *([p.myth] if p.myth else []))):
-            assert judge([row], [response])[0].score == 40.0, response.text
+            assert verdicts(judge, [row], [response])[0].score == 40.0, response.text
 
 
 @pytest.mark.parametrize("difficulty", [1, 2, 3, 4, 5])

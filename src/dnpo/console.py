@@ -63,6 +63,7 @@ class Console:
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
             _Rate(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
             console=self.rich,
             transient=True,
             disable=not self.rich.is_terminal,
@@ -81,8 +82,8 @@ class StageReport:
 
     def __init__(self, console: Console, progress: Progress, title: str, steps: StepSink) -> None:
         self.console, self.progress, self.sink = console, progress, steps
-        self.task = progress.add_task(title, total=1, unit="")
-        self.total, self.done, self.before, self.unit = 0, 0, 0, ""
+        self.task = progress.add_task(title, total=1, unit="", status="")
+        self.total, self.done, self.before, self.unit, self.words = 0, 0, 0, "", ""
         self.started = self.spoke = time.monotonic()
         self.title = title
 
@@ -102,11 +103,17 @@ class StageReport:
             self.spoke = now
             rate = (self.done - self.before) / (now - self.started)
             left = (self.total - self.done) / rate if rate else math.nan
-            self.note(f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, about {left:,.0f} s left")
+            words = f", {self.words}" if self.words else ""
+            self.note(f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, about {left:,.0f} s left{words}")
 
     def note(self, text: str) -> None:
         """See :class:`dnpo.store.Report`."""
         self.console.say(f"  {self.title}: {text}")
+
+    def status(self, text: str) -> None:
+        """See :class:`dnpo.store.Report`."""
+        self.words = text
+        self.progress.update(self.task, status=text)
 
     def steps(self, rows: list[dict[str, float]]) -> None:
         """See :class:`dnpo.store.Report`."""
@@ -118,7 +125,7 @@ class StageReport:
         done = self.done - self.before
         rate = f", {done / seconds:,.0f}/s" if done and seconds > 0 else ""
         what = f"{done:,} {self.unit}" if self.unit else "done"
-        return f"{what} in {seconds:,.1f} s{rate}"
+        return f"{what} in {seconds:,.1f} s{rate}" + (f", {self.words}" if self.words else "")
 
 
 def iteration_table(rows: Sequence[dict[str, Any]], families: Sequence[str]) -> Table:

@@ -5,8 +5,9 @@ says whether it asks a judge at all.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
+from dnpo.errors import DataError
 from dnpo.records import Pair, Prompt, Response, Verdict
 
 
@@ -37,14 +38,27 @@ class HumanChosen:
 
 
 class HigherScoreChosen:
-    """The response with the higher score is chosen, the human one on a tie (DNPO, equation 2): labels by quality."""
+    """The response with the higher score is chosen, the human one on a tie (DNPO, equation 2): labels by quality.
+
+    Args:
+        unscored: what becomes of a pair that lacks a score, for a failure to judge says nothing about quality: it is
+            dropped, or the human response is chosen, or the run ends.
+    """
 
     needs_scores = True
 
+    def __init__(self, *, unscored: Literal["drop", "keep_human", "fail"] = "drop") -> None:
+        self.unscored = unscored
+
     def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: Scores) -> bool | None:
-        """s′ > s; None where a score is missing, for a failure to judge says nothing about quality."""
+        """s′ > s; where a score is missing, what ``unscored`` says."""
         if scores.human is None or scores.generated is None:
-            return None
+            if self.unscored == "fail":
+                raise DataError(
+                    f"dsl.unscored=fail: the {'human' if scores.human is None else 'generated'} response to "
+                    f"{prompt.id} has no score; drop such pairs (drop), or choose the human response (keep_human)"
+                )
+            return None if self.unscored == "drop" else False
         return scores.generated > scores.human
 
 
@@ -57,8 +71,8 @@ def label(
 ) -> tuple[list[Pair], dict[str, int]]:
     """Pairs in the order of ``generated``, and counts of what became of its rows.
 
-    A pair of identical token sequences carries no signal: it is dropped and counted as ``identical``. One that the
-    labeller cannot decide is dropped and counted as ``unscored``.
+    A pair of identical token sequences carries no signal: it is dropped and counted as ``identical``. ``unscored``
+    counts pairs without both scores where the labeller asks for them; one that it does not decide is dropped.
     """
     prompt_of = {p.id: p for p in prompts}
     human_of = {r.id: r for r in human}
@@ -72,8 +86,8 @@ def label(
             counts["identical"] += 1
             continue
         flipped = labeller.prefers_generated(prompt, old, new, scores)
+        counts["unscored"] += labeller.needs_scores and None in (scores.human, scores.generated)
         if flipped is None:
-            counts["unscored"] += 1
             continue
         sides = [(old, scores.human), (new, scores.generated)]
         (chosen, chosen_score), (rejected, rejected_score) = reversed(sides) if flipped else sides

@@ -21,6 +21,14 @@ class TrackingError(DnpoError):
     """The tracking store cannot be reached or written."""
 
 
+class JudgeError(DnpoError):
+    """A judge cannot be reached, or too many of its verdicts are missing."""
+
+
+class LedgerError(DnpoError):
+    """The file of judge calls cannot be opened or read."""
+
+
 class StepZeroError(DnpoError):
     """Before the first update the policy is not the reference."""
 

@@ -15,8 +15,9 @@ import numpy as np
 from scipy.stats import ks_2samp
 
 from dnpo.generate import Sampling, sample
-from dnpo.judges import Judge
+from dnpo.judges import Judge, judged, tally
 from dnpo.judges.rules import correct
+from dnpo.ledger import Ledger
 from dnpo.model import Policy
 from dnpo.records import Pair, Prompt, Response, Verdict, write
 from dnpo.seeding import derive
@@ -53,6 +54,7 @@ def evaluate(
     evaluation: Evaluation,
     held: Held,
     judge: Judge,
+    ledger: Ledger,
     sampling: Sampling,
     *,
     pairs: Sequence[Pair] | None,
@@ -69,6 +71,7 @@ def evaluate(
         policy: the one to measure.
         held: the split to report on.
         judge: gives the scores; with an absent one the metrics that need scores are left out.
+        ledger: where the judge looks up what it has been asked before.
         sampling: as the policy samples for training.
         pairs: what the policy was trained on, if it was trained on pairs.
         train: training prompts, for fresh samples where there are no pairs.
@@ -79,7 +82,11 @@ def evaluate(
         report: told of every batch.
     """
     copies = evaluation.samples
-    several = [replace(p, id=f"{p.id}#{n}") for n in range(copies) for p in held.prompts]
+    several = [
+        replace(p, id=f"{p.id}#{n}", human=r.text)
+        for n in range(copies)
+        for p, r in zip(held.prompts, held.human, strict=True)
+    ]
     known = _known(train, pairs, evaluation.sequences, seed)
     report.begin(len(held.prompts) * (1 + copies) + len(known.prompts), "responses")
     greedy = sample(policy, held.prompts, sampling.greedy(), source, limit, 0, report)
@@ -96,9 +103,12 @@ def evaluate(
     if all(p.answer is not None for p in held.prompts):
         metrics |= _accuracy(held.prompts, greedy)
     if judge.gives_scores:
-        verdicts = _judged(judge, held, several, greedy, fresh)
-        write(folder / "verdicts.parquet", [v for some in verdicts for v in some], Verdict)
-        metrics |= _quality(*verdicts)
+        responses = [*held.human, *greedy, *fresh]
+        verdicts = judged(judge, [*held.prompts, *several], responses, ledger, report)
+        write(folder / "verdicts.parquet", verdicts, Verdict)
+        first, second = len(held.human), len(held.human) + len(greedy)
+        metrics |= _quality(verdicts[:first], verdicts[first:second], verdicts[second:])
+        metrics |= {f"judge/{name}": value for name, value in tally(verdicts).items() if name != "verdicts"}
     write(folder / "samples.parquet", [*greedy, *fresh, *new], Response)
     metrics |= _distributions(policy, known, pairs is not None, new, folder)
     return metrics
@@ -137,15 +147,6 @@ def _accuracy(prompts: Sequence[Prompt], greedy: Sequence[Response]) -> dict[str
     by_family = {f: _mean(ok for family, ok in right if family == f) for f in families}
     found = {f"eval/accuracy/{family}": value for family, value in by_family.items() if family}
     return found | {"eval/accuracy": _mean(by_family.values())}
-
-
-def _judged(
-    judge: Judge, held: Held, several: Sequence[Prompt], greedy: Sequence[Response], fresh: Sequence[Response]
-) -> tuple[list[Verdict], list[Verdict], list[Verdict]]:
-    """Verdicts on the human, the greedy and the sampled responses; one judge call, so that it can batch them."""
-    verdicts = judge([*held.prompts, *several], [*held.human, *greedy, *fresh])
-    cut = len(held.human), len(held.human) + len(greedy)
-    return verdicts[: cut[0]], verdicts[cut[0] : cut[1]], verdicts[cut[1] :]
 
 
 def _quality(human: Sequence[Verdict], greedy: Sequence[Verdict], fresh: Sequence[Verdict]) -> dict[str, float]:

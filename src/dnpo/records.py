@@ -71,12 +71,18 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge says of one response: a score in 0-100, or None with the reason why there is none."""
+    """What a judge says of one response: a score in 0-100, or None with the reason why there is none.
+
+    Attributes:
+        disagreement: in points: between the two orders of a comparison, or between the members of an ensemble (their
+            standard deviation); None where there is nothing to compare.
+    """
 
     id: str
     source: str
     score: float | None
     reason: str = ""
+    disagreement: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from dnpo import generate as generation
 from dnpo import reference as references
 from dnpo.data import SPLITS, Source
 from dnpo.errors import DataError, Declined, DnpoError
-from dnpo.judges import Judge
+from dnpo.judges import Judge, judged, tally
+from dnpo.ledger import Ledger
 from dnpo.model import ModelPart, Policy
 from dnpo.npo import Noise
 from dnpo.objective import Objective
@@ -75,6 +76,7 @@ class Run:
     judge: Part[Judge]
     eval: Part[evaluation.Evaluation]
     plans: Sequence[Plan]
+    ledger: Ledger
 
     @property
     def limit(self) -> int:
@@ -179,11 +181,9 @@ def judge(run: Run, plan: Plan, prompts: Stage, responses: Stage) -> Stage | Non
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         train = _held(inputs["prompts"], "train")
         generated = _responses(inputs["responses"])
-        report.begin(len(train.human) + len(generated), "verdicts")
-        verdicts = plan.judge.value(train.prompts, [*train.human, *generated])
-        report.advance(len(verdicts))
+        verdicts = judged(plan.judge.value, train.prompts, [*train.human, *generated], run.ledger, report)
         write(folder / "verdicts.parquet", verdicts, Verdict)
-        return {"verdicts": len(verdicts), "unscored": sum(v.score is None for v in verdicts)}
+        return tally(verdicts)
 
     if not plan.dsl.value.needs_scores:
         return None
@@ -306,6 +306,7 @@ def evaluate(run: Run, k: int, prompts: Stage, policy: Stage, pairs: Stage | Non
             part,
             _held(inputs["prompts"], part.split),
             run.judge.value,
+            run.ledger,
             run.generate.value,
             pairs=read(inputs["pairs"] / "pairs.parquet", Pair) if "pairs" in inputs else None,
             train=_held(inputs["prompts"], "train"),

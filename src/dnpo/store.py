@@ -36,6 +36,9 @@ class Report(Protocol):
     def note(self, text: str) -> None:
         """Say something worth a line."""
 
+    def status(self, text: str) -> None:
+        """Say a few words that stand beside the progress until there are others."""
+
     def steps(self, rows: list[dict[str, float]]) -> None:
         """Hand over metrics of training steps, each row with its ``step``."""
 

@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dnpo.errors import DnpoError, SettingsError
-from dnpo.settings import Count, Natural, check, check_values, nearest
+from dnpo.settings import Count, Natural, check_values, nearest
+from dnpo.settings import check as check_part
 
 if TYPE_CHECKING:
     from dnpo.console import Console
@@ -63,7 +64,9 @@ def whole(
     device: str,
     threads: Count,
     store: str,
+    ledger: str,
     plan: bool,
+    check: bool,
 ) -> None:
     """The settings of a run as a whole.
 
@@ -73,7 +76,9 @@ def whole(
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: of torch on the CPU.
         store: folder of finished stages.
-        plan: print the stages and whether they are there, and run nothing.
+        ledger: file of judge calls, so that none is paid for twice.
+        plan: print the stages and whether they are there, and what the judge would cost, and run nothing.
+        check: make all the checks that come before a run, and run nothing.
     """
 
 
@@ -174,7 +179,7 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, 
     top = check_values("", whole, {key: value for key, value in tree.items() if key not in PARTS})
     starts = {name: _start(name, tree[name]) for name in STARTING}
     tree["npo"] = matched(tree["npo"], tree["tracking"])
-    settings = {name: check(name, {k: v for k, v in tree[name].items() if k != "start"}) for name in PARTS}
+    settings = {name: check_part(name, {k: v for k, v in tree[name].items() if k != "start"}) for name in PARTS}
     return top, starts, settings
 
 
@@ -188,14 +193,18 @@ def matched(npo: dict[str, Any], tracking: Mapping[str, Any]) -> dict[str, Any]:
     return {**npo, "shift": mean_of_metric(str(tracking.get("uri", "")), shift.removeprefix("run:"), "npo/shift")}
 
 
-def build(cfg: DictConfig) -> "tuple[Run, Tracking, dict[str, Any]]":
+def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, Any]]":
     """Check every setting and turn the tree into parts.
+
+    Args:
+        name: what the ledger puts calls down to: the run's folder, or its sweep's.
 
     Returns:
         The run as plain values, the tracking, and the resolved settings.
     """
     top, starts, settings = checked(cfg)
 
+    from dnpo.ledger import Ledger
     from dnpo.model import device_of
     from dnpo.stages import Plan, Run
 
@@ -226,6 +235,7 @@ def build(cfg: DictConfig) -> "tuple[Run, Tracking, dict[str, Any]]":
         judge=parts["judge"],
         eval=parts["eval"],
         plans=plans,
+        ledger=Ledger(Path(top["ledger"]), name),
     )
     resolved = {**top, **settings}
     for name, start in starts.items():
@@ -272,7 +282,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _run(cfg: DictConfig, job: Any) -> None:
-    run, tracking, settings = build(cfg)
+    folder = Path(job.runtime.output_dir)
+    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    run, tracking, settings = build(cfg, os.path.relpath(sweep or folder))
 
     import torch
 
@@ -284,8 +296,6 @@ def _run(cfg: DictConfig, job: Any) -> None:
     torch.set_num_threads(settings["threads"])
     console, store = Console(), Store(Path(settings["store"]))
     laps = list(chain(run))
-    folder = Path(job.runtime.output_dir)
-    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
     if settings["plan"]:
         from dnpo.sweep import planned_before
 

@@ -1,19 +1,21 @@
 """No judge: no response has a score."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
+from dnpo.judges import Judge
+from dnpo.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
+from dnpo.store import Report
 
 
-class NoJudge:
+class NoJudge(Judge):
     """The judge that is not there."""
 
-    gives_scores = False
+    gives_scores: ClassVar[bool] = False
 
-    def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Nothing to object to."""
-        return None
-
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Verdict]:
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+    ) -> list[Verdict]:
         """Verdicts without a score."""
         return [Verdict(r.id, r.source, None, "judge=off") for r in responses]

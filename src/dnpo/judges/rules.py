@@ -9,16 +9,17 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
+from dnpo.judges import Judge
+from dnpo.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
+from dnpo.store import Report
 
 _MARKERS = {"is", "are", "equals", ":"}
 _TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:\.\d+)?|[^\W_]+|:")
 
 
-class Rules:
+class Rules(Judge):
     """Scores by rule; see the head of this file. Also the measure of the tiny world, so it judges itself there."""
-
-    gives_scores = True
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
         """Every prompt must have an answer, with a word or a number in it."""
@@ -30,9 +31,13 @@ class Rules:
             f"the first is {without[0]}; choose another judge, or judge=off with method=spin or method=npo"
         )
 
-    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Verdict]:
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+    ) -> list[Verdict]:
         """One verdict a response; a prompt without an answer cannot be judged."""
         by_id = {p.id: p for p in prompts}
+        report.begin(len(responses), "verdicts")
+        report.advance(len(responses))
         return [self._judge(by_id[r.id], r) for r in responses]
 
     def _judge(self, prompt: Prompt, response: Response) -> Verdict:

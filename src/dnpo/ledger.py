@@ -1,0 +1,415 @@
+"""The ledger: what judges were asked and what they said, so that no question is paid for twice.
+
+A SQLite file beside the store, written ahead (WAL) and shared by all runs that name it. A question has one key: a hash
+of who is asked, with which template, in which order, and what. An answer is written the moment it arrives; a failure is
+written too, for what it cost, but never answers anything. A run that asks a question holds a claim on it, so that runs
+side by side wait for each other's answers; claims of a process that was killed fall back at once.
+
+    python -m dnpo.ledger [FILE]        calls, hits and spend by judge, run and month
+"""
+
+import hashlib
+import json
+import sqlite3
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dnpo.errors import LedgerError
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS calls (
+    key TEXT PRIMARY KEY, judge TEXT NOT NULL, model TEXT NOT NULL, template TEXT NOT NULL, "order" TEXT NOT NULL,
+    content TEXT NOT NULL, value REAL NOT NULL, reply TEXT NOT NULL, tokens_in INTEGER NOT NULL,
+    tokens_out INTEGER NOT NULL, cost REAL, latency REAL NOT NULL, attempts INTEGER NOT NULL, at TEXT NOT NULL,
+    run TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS failures (
+    key TEXT NOT NULL, judge TEXT NOT NULL, model TEXT NOT NULL, reason TEXT NOT NULL, reply TEXT NOT NULL,
+    tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, cost REAL, at TEXT NOT NULL, run TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS failures_by_run ON failures (run);
+CREATE INDEX IF NOT EXISTS calls_by_run ON calls (run);
+CREATE TABLE IF NOT EXISTS hits (
+    run TEXT NOT NULL, judge TEXT NOT NULL, model TEXT NOT NULL, month TEXT NOT NULL, hits INTEGER NOT NULL,
+    PRIMARY KEY (run, judge, model, month)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS batches (
+    digest TEXT PRIMARY KEY, id TEXT NOT NULL, keys TEXT NOT NULL, at TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pace (endpoint TEXT PRIMARY KEY, requests REAL NOT NULL, tokens REAL NOT NULL) WITHOUT ROWID;
+"""
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to ask of a judge.
+
+    Attributes:
+        judge: the kind of judge and what of its settings can change an answer.
+        model: who is asked.
+        template: name and hash of the template the text was made with.
+        order: ``ab`` or ``ba`` where two responses are compared, "" elsewhere.
+        messages: what is sent.
+    """
+
+    judge: str
+    model: str
+    template: str
+    order: str
+    messages: list[dict[str, str]] = field(hash=False)
+
+    @cached_property
+    def content(self) -> str:
+        """SHA-256 of what is sent."""
+        return _digest(self.messages)
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of all of it: the same question has the same key in every run."""
+        return _digest([self.judge, self.model, self.template, self.order, self.content])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one question.
+
+    Attributes:
+        value: a score from 0 to 100, or 100 × the probability that the first of two responses is better; None if the
+            call failed.
+        reply: the raw text.
+        tokens_in, tokens_out: as the server counted them.
+        cost: in US dollars; None where the price is not known.
+        latency: seconds of the attempt that brought the reply.
+        attempts: how often it was sent.
+        reason: why there is no value.
+    """
+
+    value: float | None
+    reply: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float | None = 0.0
+    latency: float = 0.0
+    attempts: int = 1
+    reason: str = ""
+
+
+class Ledger:
+    """The calls of all runs in one file. Opened at first use; used by one thread of one process.
+
+    Args:
+        path: the file; created if it is not there.
+        run: the run, or the sweep, that new calls and hits are put down to.
+    """
+
+    def __init__(self, path: Path, run: str = "") -> None:
+        self.path, self.run = path.absolute(), run
+        self.owner = uuid.uuid4().hex
+        self._alive: FileLock | None = None
+
+    @cached_property
+    def _db(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_name(f"{self.path.name}.lock")):
+                db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+                version = db.execute("PRAGMA user_version").fetchone()[0]
+                if version not in (0, VERSION):
+                    db.close()
+                    raise LedgerError(
+                        f"ledger={self.path}: has format {version}, this version of dnpo reads {VERSION}; give another "
+                        "file, or use the version that wrote it"
+                    )
+                # NORMAL: what was written survives kill -9; only a power cut can take the last answers
+                db.executescript(
+                    f"PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; {SCHEMA} PRAGMA user_version={VERSION};"
+                )
+        except (sqlite3.Error, OSError) as error:
+            raise LedgerError(
+                f"ledger={self.path}: cannot be opened ({error}); expected a SQLite file, or a place to write one on a "
+                "local disk"
+            ) from error
+        return db
+
+    def close(self) -> None:
+        """Give back what this run still claims, and close the file; a later use opens it again."""
+        if "_db" not in self.__dict__:
+            return
+        if self._alive is not None:
+            self._write("DELETE FROM claims WHERE owner = ?", (self.owner,))
+            self._alive.release()
+            self._sign(self.owner).unlink(missing_ok=True)
+            self._alive = None
+        self._db.close()
+        del self._db
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- questions and answers
+
+    def answers(self, keys: Sequence[str]) -> dict[str, float]:
+        """The values of those questions that have been answered."""
+        found: dict[str, float] = {}
+        for some in _chunks(keys):
+            marks = ",".join("?" * len(some))
+            found |= dict(self._db.execute(f"SELECT key, value FROM calls WHERE key IN ({marks})", some).fetchall())
+        return found
+
+    def claim(self, keys: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+        """Which of these questions are this run's to ask, which are answered, and which another run is asking now."""
+        self._show_alive()
+        with self._transaction():
+            answered = self.answers(keys)
+            open_ = [key for key in keys if key not in answered]
+            mine, alive = [], {self.owner: True}
+            for key in open_:
+                row = self._db.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
+                holder = self.owner if row is None else row[0]
+                # looked up while nobody else can write: whoever has claimed by now has shown to be alive before
+                if holder not in alive:
+                    alive[holder] = self._is_alive(holder)
+                if holder == self.owner or not alive[holder]:
+                    self._db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (key, self.owner))
+                    mine.append(key)
+        taken = set(mine)
+        return mine, [key for key in keys if key in answered], [key for key in open_ if key not in taken]
+
+    def record(self, question: Question, answer: Answer) -> None:
+        """Write down an answer, or what a failure cost; the claim on the question ends with it."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._transaction():
+            if answer.value is not None:
+                self._db.execute(
+                    "INSERT OR IGNORE INTO calls VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                    (
+                        *(question.key, question.judge, question.model, question.template, question.order),
+                        *(question.content, answer.value, answer.reply, answer.tokens_in, answer.tokens_out),
+                        *(answer.cost, answer.latency, answer.attempts, now, self.run),
+                    ),
+                )
+            else:
+                self._failure(question, answer, now)
+            self._db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (question.key, self.owner))
+
+    def note_cost(self, question: Question, answer: Answer) -> None:
+        """Write down what an attempt cost that brought nothing of use, while the question is asked again."""
+        with self._transaction():
+            self._failure(question, answer, datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def _failure(self, question: Question, answer: Answer, now: str) -> None:
+        self._db.execute(
+            "INSERT INTO failures VALUES (?,?,?,?,?,?,?,?,?,?)",
+            (
+                *(question.key, question.judge, question.model, answer.reason, answer.reply),
+                *(answer.tokens_in, answer.tokens_out, answer.cost, now, self.run),
+            ),
+        )
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Give claims back without an answer."""
+        with self._transaction():
+            for key in keys:
+                self._db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self.owner))
+
+    def hit(self, question: Question, count: int) -> None:
+        """Count questions that were answered from here; they are of the judge, model and month of ``question``."""
+        month = datetime.now(UTC).strftime("%Y-%m")
+        self._write(
+            "INSERT INTO hits VALUES (?,?,?,?,?) ON CONFLICT DO UPDATE SET hits = hits + excluded.hits",
+            (self.run, question.judge, question.model, month, count),
+        )
+
+    def spent(self) -> float:
+        """US dollars that this run has spent, failures included; calls without a known price count as nothing."""
+        total = 0.0
+        for table in ("calls", "failures"):
+            total += self._db.execute(f"SELECT TOTAL(cost) FROM {table} WHERE run = ?", (self.run,)).fetchone()[0]
+        return total
+
+    def cost_of(self, key: str) -> float:
+        """US dollars that an answer has cost; nothing where it is not there or its price is not known."""
+        row = self._db.execute("SELECT TOTAL(cost) FROM calls WHERE key = ?", (key,)).fetchone()
+        return float(row[0])
+
+    # --- batches at a provider
+
+    def batch(self, digest: str) -> str | None:
+        """The provider's id of the batch with these questions, if it has been submitted."""
+        row = self._db.execute("SELECT id FROM batches WHERE digest = ?", (digest,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def open_batches(self) -> dict[str, list[str]]:
+        """Ids of batches that were submitted and not collected, with the keys of their questions."""
+        return {row[0]: json.loads(row[1]) for row in self._db.execute("SELECT id, keys FROM batches")}
+
+    def submitted(self, digest: str, batch: str, keys: Sequence[str]) -> None:
+        """Remember a batch until it is collected."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write("INSERT OR REPLACE INTO batches VALUES (?,?,?,?)", (digest, batch, json.dumps(list(keys)), now))
+
+    def collected(self, batch: str) -> None:
+        """Forget a batch."""
+        self._write("DELETE FROM batches WHERE id = ?", (batch,))
+
+    # --- ceilings
+
+    def slot(self, endpoint: str, request_seconds: float, token_seconds: float) -> float:
+        """Reserve the next place in an endpoint's row; all runs on this ledger stand in the same row.
+
+        Args:
+            request_seconds: 60 over the requests allowed in a minute.
+            token_seconds: seconds that the tokens of this call take up.
+
+        Returns:
+            Seconds to wait before sending.
+        """
+        now = time.time()
+        with self._transaction():
+            row = self._db.execute("SELECT requests, tokens FROM pace WHERE endpoint = ?", (endpoint,)).fetchone()
+            start = max(now, *(row or (now, now)))
+            self._db.execute(
+                "INSERT OR REPLACE INTO pace VALUES (?,?,?)", (endpoint, start + request_seconds, start + token_seconds)
+            )
+        return start - now
+
+    # --- reading
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Calls, hits, failures, tokens and spend by judge, model, run and month; the latest month last."""
+        parts = [
+            "SELECT judge, model, run, substr(at, 1, 7) AS month, COUNT(*) AS calls, 0 AS failed, 0 AS hits,"
+            " SUM(tokens_in) AS tokens_in, SUM(tokens_out) AS tokens_out, SUM(cost) AS cost, SUM(cost IS NULL) AS free"
+            " FROM calls GROUP BY 1, 2, 3, 4",
+            "SELECT judge, model, run, substr(at, 1, 7), 0, COUNT(*), 0, SUM(tokens_in), SUM(tokens_out), SUM(cost),"
+            " SUM(cost IS NULL) FROM failures GROUP BY 1, 2, 3, 4",
+            "SELECT judge, model, run, month, 0, 0, hits, 0, 0, 0.0, 0 FROM hits",
+        ]
+        query = (
+            "SELECT judge, model, run, month, SUM(calls) AS calls, SUM(failed) AS failed, SUM(hits) AS hits,"
+            " SUM(tokens_in) AS tokens_in, SUM(tokens_out) AS tokens_out, TOTAL(cost) AS cost, SUM(free) AS unpriced"
+            f" FROM ({' UNION ALL '.join(parts)}) GROUP BY 1, 2, 3, 4 ORDER BY month, run, judge, model"
+        )
+        cursor = self._db.execute(query)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+
+    # --- the file
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+        with self._transaction():
+            self._db.execute(statement, values)
+
+    def _sign(self, owner: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.claims") / f"{owner}.lock"
+
+    def _show_alive(self) -> None:
+        """Hold a lock that the system frees when this process ends, however it ends."""
+        if self._alive is not None:
+            return
+        sign = self._sign(self.owner)
+        sign.parent.mkdir(exist_ok=True)
+        # locked under another name first: nobody may see the file and find it free
+        self._alive = FileLock(sign.with_suffix(".new"))
+        self._alive.acquire()
+        sign.with_suffix(".new").replace(sign)
+
+    def _is_alive(self, owner: str) -> bool:
+        sign = self._sign(owner)
+        if not sign.is_file():
+            return False
+        lock = FileLock(sign)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        sign.unlink(missing_ok=True)
+        return False
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def _chunks(keys: Sequence[str], size: int = 500) -> Iterator[list[str]]:
+    for start in range(0, len(keys), size):
+        yield list(keys[start : start + size])
+
+
+def by(rows: Sequence[Mapping[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """Rows of :meth:`Ledger.rows` added up by some of their columns."""
+    sums: dict[tuple[Any, ...], dict[str, Any]] = {}
+    counted = ("calls", "failed", "hits", "tokens_in", "tokens_out", "cost", "unpriced")
+    for row in rows:
+        group = tuple(row[name] for name in names)
+        total = sums.setdefault(group, {**dict(zip(names, group, strict=True)), **dict.fromkeys(counted, 0)})
+        for name in counted:
+            total[name] += row[name]
+    return list(sums.values())
+
+
+def main() -> None:
+    """Print the tables."""
+    import argparse
+
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(prog="python -m dnpo.ledger", description="Calls, hits and spend of the judges.")
+    parser.add_argument("file", nargs="?", default="ledger.sqlite", help="the ledger (default: ledger.sqlite)")
+    path = Path(parser.parse_args().file)
+    if not path.is_file():
+        print(f"error: {path}: there is no such file; give the ledger of your runs (setting ledger=…)", file=sys.stderr)
+        sys.exit(1)
+    try:
+        with Ledger(path) as ledger:
+            rows = ledger.rows()
+    except LedgerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(console.width, 140))
+    for title, names in (("By judge", ("judge", "model")), ("By run", ("run",)), ("By month", ("month",))):
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in names:
+            table.add_column(name, overflow="fold")
+        for name in ("calls", "failed", "hits", "tokens in", "tokens out", "US dollars"):
+            table.add_column(name, justify="right", no_wrap=True)
+        groups = by(rows, *names)
+        for row in [*groups, {**dict.fromkeys(names, "all"), **by(rows)[0]}] if groups else []:
+            money = f"{row['cost']:,.4f}" + (" + unpriced" if row["unpriced"] else "")
+            counts = [f"{row[name]:,}" for name in ("calls", "failed", "hits", "tokens_in", "tokens_out")]
+            table.add_row(*(str(row[name]) for name in names), *counts, money)
+        console.print(table)
+        console.print()
+    console.print("hits: questions answered from here instead of asked again; failed: replies that gave no verdict.")
+
+
+if __name__ == "__main__":
+    main()
