@@ -45,7 +45,7 @@ CREATE TABLE IF NOT EXISTS hits (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS batches (
-    digest TEXT PRIMARY KEY, id TEXT NOT NULL, keys TEXT NOT NULL, at TEXT NOT NULL
+    id TEXT NOT NULL, endpoint TEXT NOT NULL, questions TEXT NOT NULL, at TEXT NOT NULL, PRIMARY KEY (endpoint, id)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS pace (endpoint TEXT PRIMARY KEY, requests REAL NOT NULL, tokens REAL NOT NULL) WITHOUT ROWID;
 """
@@ -61,19 +61,21 @@ class Question:
         model: who is asked.
         template: name and hash of the template the text was made with.
         order: ``ab`` or ``ba`` where two responses are compared, "" elsewhere.
-        messages: what is sent.
+        content: SHA-256 of what is sent.
+        messages: what is sent; empty where only the answer is of interest.
     """
 
     judge: str
     model: str
     template: str
     order: str
-    messages: list[dict[str, str]] = field(hash=False)
+    content: str
+    messages: list[dict[str, str]] = field(default_factory=list, compare=False)
 
-    @cached_property
-    def content(self) -> str:
-        """SHA-256 of what is sent."""
-        return _digest(self.messages)
+    @classmethod
+    def asking(cls, judge: str, model: str, template: str, order: str, messages: list[dict[str, str]]) -> "Question":
+        """The question with these messages."""
+        return cls(judge, model, template, order, _digest(messages), messages)
 
     @cached_property
     def key(self) -> str:
@@ -166,6 +168,8 @@ class Ledger:
     def answers(self, keys: Sequence[str]) -> dict[str, float]:
         """The values of those questions that have been answered."""
         found: dict[str, float] = {}
+        if "_db" not in self.__dict__ and not self.path.exists():
+            return found  # looking up leaves no file behind
         for some in _chunks(keys):
             marks = ",".join("?" * len(some))
             found |= dict(self._db.execute(f"SELECT key, value FROM calls WHERE key IN ({marks})", some).fetchall())
@@ -249,23 +253,20 @@ class Ledger:
 
     # --- batches at a provider
 
-    def batch(self, digest: str) -> str | None:
-        """The provider's id of the batch with these questions, if it has been submitted."""
-        row = self._db.execute("SELECT id FROM batches WHERE digest = ?", (digest,)).fetchone()
-        return None if row is None else str(row[0])
+    def batches(self, endpoint: str) -> dict[str, list[Question]]:
+        """Batches that were submitted there and not collected, by id, with their questions (without messages)."""
+        rows = self._db.execute("SELECT id, questions FROM batches WHERE endpoint = ?", (endpoint,))
+        return {row[0]: [Question(*fields) for fields in json.loads(row[1])] for row in rows}
 
-    def open_batches(self) -> dict[str, list[str]]:
-        """Ids of batches that were submitted and not collected, with the keys of their questions."""
-        return {row[0]: json.loads(row[1]) for row in self._db.execute("SELECT id, keys FROM batches")}
-
-    def submitted(self, digest: str, batch: str, keys: Sequence[str]) -> None:
+    def submitted(self, endpoint: str, batch: str, questions: Sequence[Question]) -> None:
         """Remember a batch until it is collected."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write("INSERT OR REPLACE INTO batches VALUES (?,?,?,?)", (digest, batch, json.dumps(list(keys)), now))
+        fields = [(q.judge, q.model, q.template, q.order, q.content) for q in questions]
+        self._write("INSERT OR REPLACE INTO batches VALUES (?,?,?,?)", (batch, endpoint, json.dumps(fields), now))
 
-    def collected(self, batch: str) -> None:
+    def collected(self, endpoint: str, batch: str) -> None:
         """Forget a batch."""
-        self._write("DELETE FROM batches WHERE id = ?", (batch,))
+        self._write("DELETE FROM batches WHERE endpoint = ? AND id = ?", (endpoint, batch))
 
     # --- ceilings
 

@@ -47,7 +47,7 @@ def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         name: where the settings stand, such as ``npo``; every message begins with it.
-        settings: plain values; nested mappings with a ``_target_`` of their own are checked as well.
+        settings: plain values; nested mappings with a ``_target_`` of their own, and mappings of such, are checked too.
 
     Returns:
         The settings with each value as its annotation has it (``alpha: 1`` becomes ``1.0``), so that one value has
@@ -65,8 +65,10 @@ def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise SettingsError(f"{name}.{key}: unknown setting. Known with an underscore: {', '.join(SPECIAL)}.")
     values = {key: value for key, value in settings.items() if not key.startswith("_")}
     for key, value in values.items():
-        if isinstance(value, Mapping) and "_target_" in value:
+        if _is_part(value):
             values[key] = check(f"{name}.{key}", value)
+        elif _are_parts(value):
+            values[key] = {each: check(f"{name}.{key}.{each}", part) for each, part in value.items()}
     # Of foreign classes (an optimizer, say) only the names are checked: their annotations are their own affair.
     own = target.__module__.split(".")[0] != "torch"
     special = {key: value for key, value in settings.items() if key.startswith("_")}
@@ -90,10 +92,18 @@ def check_values(
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     return {
         key: value
-        if key not in hints or (isinstance(value, Mapping) and "_target_" in value)
+        if key not in hints or _is_part(value) or _are_parts(value)
         else _check_value(_dotted(name, key), value, hints[key])
         for key, value in values.items()
     }
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(_is_part(part) for part in value.values())
 
 
 def _check_value(name: str, value: Any, hint: Any) -> Any:

@@ -300,6 +300,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
         from dnpo.sweep import planned_before
 
         _print_plan(console, store, laps, planned_before(sweep, folder, [s for lap in laps for s in lap.stages]))
+        _print_forecast(console, run, laps, store)
         return
     try:
         store.root.mkdir(parents=True, exist_ok=True)
@@ -354,6 +355,26 @@ def _print_plan(console: "Console", store: "Store", laps: "list[Lap]", shared: M
                 state = "there"
             table.add_row(stage.title, f"{stage.name}/{stage.key}", state)
     console.table(table)
+
+
+def _print_forecast(console: "Console", run: "Run", laps: "list[Lap]", store: "Store") -> None:
+    from rich.table import Table
+
+    from dnpo.forecast import forecast
+    from dnpo.judges import Forecast
+
+    found = {title: some for title, some in forecast(run, laps, store).items() if some.calls}
+    if not found:
+        return
+    table = Table(title="Judge", title_justify="left", box=None, pad_edge=False)
+    for heading in ("stage", "calls", "new", "about US dollars"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "stage" else "right")
+    for title, some in [*found.items(), ("all", sum(found.values(), Forecast()))]:
+        cost = "no price known" if some.cost is None else f"{some.cost:,.2f}"
+        table.add_row(title, f"{some.calls:,}", f"{some.new:,}", cost)
+    console.say("")
+    console.table(table)
+    console.say("Questions that an earlier stage asks too count there. What is not generated yet counts as new.")
 
 
 if __name__ == "__main__":

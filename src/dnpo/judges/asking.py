@@ -1,7 +1,7 @@
 """One round of questions to an endpoint: many at once, each until it is answered or cannot be.
 
 Workers take questions from a row. A slot is held only while a question is on its way, so that those who wait between
-attempts keep nobody else from asking.
+attempts (as long as the server asks for, or twice as long each time) keep nobody else from asking.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dnpo.errors import JudgeError, SettingsError
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
+WORKERS = 16  # for a slot
 AGAIN = {408, 409, 425, 429}  # and 5xx
 
 
 class Asking:
-    """One round of questions: workers take them from a row, and share the slots, the pauses and the purse."""
+    """One round of questions: workers take them from a row, and share the slots and the purse."""
 
     def __init__(
         self, judge: "OpenAI", questions: Sequence[Question], ledger: Ledger, report: Report | None, total: int
@@ -41,7 +42,6 @@ class Asking:
         self.error: str | None = None
         self.stopped = asyncio.Event()
         self.slots = asyncio.Semaphore(judge.concurrency)
-        self.pause_until = 0.0
         self.spent, self.flying, self.sent = ledger.spent(), 0.0, 0
         self.largest = max(tokens_about(q) + judge.max_tokens for q in questions)
         if judge.tokens_per_minute is not None and self.largest >= judge.tokens_per_minute:
@@ -53,8 +53,8 @@ class Asking:
     async def all(self) -> dict[str, str]:
         """Ask until nothing is left, and give the reasons of failures by key."""
         async with self.judge.client() as client:
-            # Some workers wait between attempts; more of them than slots, so that the slots are full all the same.
-            count = min(4 * self.judge.concurrency, len(self.row))
+            # Most of them may be waiting between attempts: there are more than slots, so that these are full.
+            count = min(WORKERS * self.judge.concurrency, len(self.row))
             workers = [asyncio.create_task(self._work(client)) for _ in range(count)]
             try:
                 await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
@@ -130,9 +130,7 @@ class Asking:
             else:
                 reason, wait = outcome.text, _backoff(attempts)
                 if outcome.wait is not None:
-                    wait = max(outcome.wait, min(wait, 1.0)) if outcome.wait else 0.0
-                    if outcome.everyone:
-                        self.pause_until = max(self.pause_until, time.monotonic() + outcome.wait)
+                    wait = outcome.wait + random.uniform(0.0, min(wait, 1.0))
             if time.monotonic() + wait >= began + judge.deadline:
                 late = f"given up after {judge.deadline:g} s (judge.deadline): {reason}"
                 self._give_up(question, Answer(None, attempts=attempts, reason=late))
@@ -140,10 +138,8 @@ class Asking:
             await self._sleep(wait)
 
     async def _turn(self, question: Question) -> None:
-        """Wait until sending is allowed: by the server's pauses, by the ceilings, and by the money left."""
+        """Wait until sending is allowed: by the ceilings, and by the money left."""
         judge = self.judge
-        while (wait := self.pause_until - time.monotonic()) > 0 and not self.stopped.is_set():
-            await self._sleep(wait)
         if judge.requests_per_minute is not None or judge.tokens_per_minute is not None:
             request = 60.0 / judge.requests_per_minute if judge.requests_per_minute else 0.0
             size = tokens_about(question) + judge.max_tokens
@@ -209,7 +205,7 @@ class Asking:
         if status == 400 and judge.give_way(f"{said} {error.param}", body):
             return _Trouble(text, again=True, wait=0.0)
         if status in AGAIN or status >= 500:
-            return _Trouble(text, again=True, wait=retry_after(error.response.headers), everyone=status in (429, 503))
+            return _Trouble(text, again=True, wait=retry_after(error.response.headers))
         return _Trouble(text)
 
     def _advance(self) -> None:
@@ -227,13 +223,20 @@ class Asking:
             self._stop(too_many(len(self.reasons), self.total, limit, list(self.reasons.values()), "questions"))
 
 
+@dataclass(frozen=True)
 class _Trouble:
-    """Why an attempt brought nothing, and what follows."""
+    """Why an attempt brought nothing, and what follows.
 
-    def __init__(
-        self, text: str, *, again: bool = False, stop: bool = False, wait: float | None = None, everyone: bool = False
-    ) -> None:
-        self.text, self.again, self.stop, self.wait, self.everyone = text, again, stop, wait, everyone
+    Attributes:
+        again: it is worth another attempt.
+        stop: nothing is worth another attempt.
+        wait: seconds that the server asks for.
+    """
+
+    text: str
+    again: bool = False
+    stop: bool = False
+    wait: float | None = None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -257,4 +260,4 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def _backoff(attempts: int) -> float:
     """Seconds to wait: doubled after every attempt, and spread, so that many who failed together part."""
-    return min(FIRST_PAUSE * 2 ** (attempts - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+    return min(FIRST_PAUSE * 2.0 ** min(attempts - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.0)

@@ -166,7 +166,7 @@ class Prompted(Judge):
 
     def _question(self, prompt: Prompt, response: str, second: str = "", order: str = "") -> Question:
         messages = self.template.messages(prompt.messages, response, second, prompt.answer)
-        return Question(self.kind, self.model, self.template.name, order, messages)
+        return Question.asking(self.kind, self.model, self.template.name, order, messages)
 
     def _verdict(
         self,

@@ -1,0 +1,108 @@
+"""Several judges as one: their mean, or what most of them prefer, with how far they disagree."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from dnpo.errors import SettingsError
+from dnpo.judges import Canary, Forecast, Judge
+from dnpo.ledger import Ledger
+from dnpo.records import HUMAN, Prompt, Response, Verdict
+from dnpo.settings import Fraction
+from dnpo.store import Report
+
+
+class Ensemble(Judge):
+    """Asks every member about every response.
+
+    ``mean``: the mean of the members' scores. ``majority``: every member votes on whether a response is better than the
+    human one to the same prompt; its score is 100 × the share of votes, ties being half a vote (so more than 50 means
+    that most prefer it), and the human one has 50. A response that some member could not judge has no score: the others
+    do not stand for it. The disagreement is the standard deviation of the members' scores, or of their votes × 100.
+
+    Args:
+        members: judges by a name of your choosing.
+        by: ``mean`` or ``majority``.
+        max_unscored: share of responses that may stay without a score.
+    """
+
+    def __init__(
+        self,
+        *,
+        members: Mapping[str, Judge],
+        by: Literal["mean", "majority"] = "mean",
+        max_unscored: Fraction = 0.02,
+    ) -> None:
+        if len(members) < 2:
+            raise SettingsError(f"members: has {len(members)}; an ensemble needs two judges or more")
+        for name, member in members.items():
+            if not member.gives_scores:
+                raise SettingsError(f"members.{name}: gives no scores; choose another judge for it")
+        self.members, self.by, self.max_unscored = dict(members), by, max_unscored
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the verdicts: the members, whatever they are called, and how they are put together."""
+        kinds = [_identity(member) for member in self.members.values()]
+        return {"ensemble": sorted(kinds, key=str), "by": self.by}
+
+    def accepts(self, prompts: Sequence[Prompt]) -> str | None:
+        """The first objection of a member."""
+        objections = (member.accepts(prompts) for member in self.members.values())
+        return next((objection for objection in objections if objection), None)
+
+    def canary(self, ledger: Ledger) -> Canary | None:
+        """Those of the members."""
+        found = {name: member.canary(ledger) for name, member in self.members.items()}
+        said = {name: canary for name, canary in found.items() if canary is not None}
+        if not said:
+            return None
+        return Canary(all(c.scored for c in said.values()), "; ".join(f"{n}: {c.text}" for n, c in said.items()))
+
+    def forecast(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]
+    ) -> Forecast:
+        """The members' together."""
+        parts = (member.forecast(prompts, responses, ledger, seen) for member in self.members.values())
+        return sum(parts, Forecast())
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+    ) -> list[Verdict]:
+        """See :class:`~dnpo.judges.Judge`."""
+        said = {name: member(prompts, responses, ledger, report) for name, member in self.members.items()}
+        human = {
+            r.id: [v.score for v in verdicts]
+            for r, verdicts in zip(responses, zip(*said.values(), strict=True), strict=True)
+            if r.source == HUMAN
+        }
+        return [
+            self._together(response, dict(zip(said, verdicts, strict=True)), human)
+            for response, verdicts in zip(responses, zip(*said.values(), strict=True), strict=True)
+        ]
+
+    def _together(
+        self, response: Response, verdicts: Mapping[str, Verdict], human: Mapping[str, Sequence[float | None]]
+    ) -> Verdict:
+        for name, verdict in verdicts.items():
+            if verdict.score is None:
+                return Verdict(response.id, response.source, None, f"{name}: {verdict.reason}")
+        scores = [v.score for v in verdicts.values() if v.score is not None]
+        if self.by == "majority":
+            against = human.get(response.id) or human.get(response.id.rsplit("#", 1)[0])
+            if against is None or None in against:
+                return Verdict(response.id, response.source, None, "no score of the human response to compare with")
+            votes = [_vote(new, old) for new, old in zip(scores, against, strict=True) if old is not None]
+            scores = [100.0 * vote for vote in votes]
+        return Verdict(response.id, response.source, statistics.fmean(scores), disagreement=statistics.pstdev(scores))
+
+
+def _identity(judge: Judge) -> dict[str, Any]:
+    """What decides a judge's verdicts; of one that does not say so itself, its class and all its settings."""
+    if hasattr(judge, "identity"):
+        return dict(judge.identity())
+    settings = {name: value for name, value in vars(judge).items() if not name.startswith("_")}
+    return {"judge": f"{type(judge).__module__}.{type(judge).__qualname__}", **settings}
+
+
+def _vote(new: float, old: float) -> float:
+    return 1.0 if new > old else 0.5 if new == old else 0.0
