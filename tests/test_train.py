@@ -163,7 +163,10 @@ def test_mlflow_has_settings_steps_iterations_figures_and_tags(finished: Path) -
     assert [m.step for m in steps] == list(range(len(steps)))
     assert len(client.get_metric_history(tracked.info.run_id, "sft/loss/policy")) == 60
     artefacts = {a.path for a in client.list_artifacts(tracked.info.run_id)}
-    assert artefacts == {"summary.json", "logprobs", "pairs"}
+    assert artefacts == {"summary.json", "logprobs", "pairs", "models"}
+    assert [a.path for a in client.list_artifacts(tracked.info.run_id, "models/iteration-1")] == [
+        "models/iteration-1/README.md"
+    ]
     pictures = {a.path for a in client.list_artifacts(tracked.info.run_id, "logprobs")}
     assert pictures == {f"logprobs/logprobs-{name}.png" for name in ("sft", "iteration-0", "iteration-1")}
 

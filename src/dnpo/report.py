@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from dnpo import export
 from dnpo.console import Console, iteration_table
 from dnpo.figures import logprob_histogram
 from dnpo.loop import Lap
@@ -35,29 +36,44 @@ def execute(
     settings: Mapping[str, Any],
     folder: Path,
 ) -> dict[str, Any]:
-    """Run every stage that is not there, track what comes out, and write ``summary.json`` into the run's folder."""
+    """Run every stage that is not there, track what comes out, and write ``summary.json`` and ``models/`` into the
+    run's folder."""
     clock, before = time.monotonic(), 0
     table: list[dict[str, Any]] = []
     used: list[dict[str, Any]] = []
     for lap in laps:
         for stage in lap.stages:
             reused = _get(stage, store, console, tracking, before)
-            used.append({"title": stage.title, "stage": stage.name, "key": stage.key, "reused": reused})
+            name = {"title": stage.title, "stage": stage.name, "key": stage.key}
+            used.append({**name, "iteration": "SFT" if lap.k < 0 else lap.k, "reused": reused})
         before += int(manifest(store.folder(lap.policy))["facts"]["policy_steps"]) if lap.k >= 0 else 0
         table.append(_row(lap, store))
         _track(lap, table[-1], store, tracking, folder)
     summary = {
         "table": table,
+        "choices": choices(),
         "settings": settings,
+        "cwd": str(Path.cwd()),  # what paths in the settings are relative to
         "stages": used,
+        "policies": [f"{lap.policy.name}/{lap.policy.key}" for lap in laps],
         "commit": commit(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "seconds": round(time.monotonic() - clock, 1),
     }
     write_json(folder / "summary.json", summary)
     tracking.artifact(folder / "summary.json")
+    for card in export.link(summary, folder):
+        tracking.artifact(card, f"models/{card.parent.name}")
     tracking.flush()
     return summary
+
+
+def choices() -> dict[str, str]:
+    """The option that was chosen for each part, as Hydra knows it; empty where nothing was composed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    known = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return {str(k): str(v) for k, v in known.items() if v is not None and not str(k).startswith("hydra/")}
 
 
 def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int) -> bool:
@@ -136,6 +152,7 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
     console.say("Losses: mean over the last tenth of the steps. lp: summed log-probability under the new policy, nats.")
     console.say("")
     console.say(f"results     {folder}")
+    console.say(f"models      {folder / 'models'}")
     console.say(f"stages      {store.root}")
     for line in tracking.whereabouts():
         console.say(line)
