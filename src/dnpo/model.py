@@ -10,7 +10,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -90,10 +91,14 @@ class Policy:
     @property
     def stop_ids(self) -> list[int]:
         """Tokens that end a response: the tokenizer's end-of-sequence and whatever the model adds to it."""
+        return list(dict.fromkeys([cast(int, self.tokenizer.eos_token_id), *self.model_stop_ids]))
+
+    @property
+    def model_stop_ids(self) -> list[int]:
+        """Those of them that the model itself names."""
         configured = getattr(self.causal_lm.generation_config, "eos_token_id", None)
-        more = configured if isinstance(configured, list) else [configured]
-        ids = [cast(int, self.tokenizer.eos_token_id), *(i for i in more if i is not None)]
-        return list(dict.fromkeys(ids))
+        ids = configured if isinstance(configured, list) else [configured]
+        return [i for i in ids if i is not None]
 
     def hidden(self, batch: Packed) -> Tensor:
         """The body's hidden states that predict the batch's completion tokens, shape N × H."""
@@ -293,6 +298,10 @@ class Scratch:
         """The policy in ``folder``, or the untrained one without."""
         return load(str(base), folder, device=device)
 
+    def outline(self, base: Path) -> Policy:
+        """The untrained model without its weights; see :func:`outline`."""
+        return outline(str(base))
+
 
 class Pretrained:
     """Any causal language model of transformers, from a local folder or by its name on the Hugging Face hub.
@@ -354,7 +363,7 @@ class Pretrained:
 
     def base(self, folder: Path, prompts: Sequence[Prompt]) -> None:
         """Write the tokenizer with the template in force; the weights stay where they are."""
-        self.load(folder).tokenizer.save_pretrained(folder)
+        self.outline(folder).tokenizer.save_pretrained(folder)
 
     def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> Policy:
         """The policy in ``folder``, or the base model without."""
@@ -366,6 +375,16 @@ class Pretrained:
             trust_remote_code=self.trust_remote_code,
             chat_template=self.chat_template,
             device=device,
+        )
+
+    def outline(self, base: Path) -> Policy:
+        """The base model without its weights; see :func:`outline`."""
+        return outline(
+            self.location,
+            revision=None if self.local else self._commit,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            chat_template=self.chat_template,
         )
 
 
@@ -392,8 +411,7 @@ def load(
     weights = str(folder) if whole else base
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": None if whole else revision}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(weights, **options)
-        config = without_dropout(AutoConfig.from_pretrained(weights, **options))
+        tokenizer, config = _described(weights, chat_template, options)
         model: Any = AutoModelForCausalLM.from_pretrained(
             weights, config=config, dtype=dtype, use_safetensors=True, **options
         )
@@ -404,13 +422,47 @@ def load(
 
         for adapter in _adapters(folder):
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    policy = Policy(model.to(device), tokenizer)
+    _check(policy, weights)
+    return policy
+
+
+def outline(
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "float32",
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+) -> Policy:
+    """The base model with its tokenizer, its shapes and its settings, but without weights: it takes no memory.
+
+    Raises:
+        ModelError: there is no usable configuration or tokenizer, or the two disagree.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    try:
+        tokenizer, config = _described(base, chat_template, options)
+        make: Any = AutoModelForCausalLM.from_config
+        with torch.device("meta"):
+            model = make(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    with suppress(OSError):  # without a file of its own it follows from the configuration
+        model.generation_config = GenerationConfig.from_pretrained(base, revision=revision or "main")
+    policy = Policy(model, tokenizer)
+    _belong_together(policy, base)
+    return policy
+
+
+def _described(weights: str, chat_template: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The tokenizer, with the template in force, and the configuration."""
+    tokenizer = AutoTokenizer.from_pretrained(weights, **options)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    policy = Policy(model.to(device), tokenizer)
-    _check(policy, weights)
-    return policy
+    return tokenizer, without_dropout(AutoConfig.from_pretrained(weights, **options))
 
 
 def without_dropout(config: Any) -> Any:
@@ -428,9 +480,8 @@ def _adapters(folder: Path) -> list[Path]:
     return sorted(folder.glob("adapter-*"))
 
 
-@torch.no_grad()
-def _check(policy: Policy, weights: str) -> None:
-    """A tokenizer that the model's embeddings hold, an end-of-sequence token, and a head that is the model's own."""
+def _belong_together(policy: Policy, weights: str) -> None:
+    """A tokenizer that the model's embeddings hold, and an end-of-sequence token."""
     tokenizer, model = policy.tokenizer, policy.causal_lm
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -442,6 +493,13 @@ def _check(policy: Policy, weights: str) -> None:
         raise ModelError(
             f"model: the tokenizer in {weights} has no end-of-sequence token, so no response could ever end"
         )
+
+
+@torch.no_grad()
+def _check(policy: Policy, weights: str) -> None:
+    """A tokenizer that belongs to the model, and a head that is the model's own."""
+    _belong_together(policy, weights)
+    tokenizer = policy.tokenizer
     _reproduced(policy, [i for i in range(len(tokenizer)) if i != tokenizer.pad_token_id])
 
 
