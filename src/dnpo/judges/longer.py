@@ -1,0 +1,37 @@
+"""The judge that any judge must beat: the longer response is the better one.
+
+People prefer longer answers more often than not, and judges are known to overdo it, so what a judge is worth shows
+against this one. It needs no answers, no model and no money, and it judges any prompt.
+"""
+
+from collections.abc import Sequence
+
+from dnpo.judges import Judge
+from dnpo.ledger import Ledger
+from dnpo.records import Prompt, Response, Verdict
+from dnpo.settings import Positive
+from dnpo.store import Report
+
+
+class Longer(Judge):
+    """Scores by length alone.
+
+    Args:
+        half: characters of a response that scores 50.
+    """
+
+    def __init__(self, *, half: Positive = 200.0) -> None:
+        self.half = half
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+    ) -> list[Verdict]:
+        """One verdict a response."""
+        report.begin(len(responses), "verdicts")
+        report.advance(len(responses))
+        return [Verdict(r.id, r.source, length_score(r.text, self.half)) for r in responses]
+
+
+def length_score(text: str, half: float) -> float:
+    """100 · n / (n + half) for n characters: 0 for none, 50 for ``half``, and more for every further one, below 100."""
+    return 100.0 * len(text) / (len(text) + half)
