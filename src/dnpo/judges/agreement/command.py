@@ -1,0 +1,201 @@
+"""The command: compose the settings, check them, judge the rows, and tell of it.
+
+The settings are ``conf/agreement.yaml`` and the folders for judges and tracking that ``dnpo.train`` has too.
+"""
+
+import json
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dnpo import train
+from dnpo.errors import DnpoError, SettingsError
+from dnpo.judges.agreement.rows import Labelled
+from dnpo.settings import Count, Natural, check_values, nearest
+from dnpo.settings import check as check_part
+
+PARTS = ("judge", "tracking")
+_failed: list[str] = []
+
+
+def whole(*, resamples: Count, seed: Natural, threads: Count, store: str, ledger: str) -> None:
+    """The settings beside the parts.
+
+    Args:
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        threads: of torch on the CPU.
+        store: folder of finished stages, the one that runs use.
+        ledger: file of judge calls, so that none is paid for twice.
+    """
+
+
+def main() -> None:
+    """Run Hydra, and turn what the user can put right into a message and a non-zero exit status."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, not as Hydra prints them
+    # conf/data holds the data of training: Hydra would look for data=FILE among its options
+    sys.argv[1:] = [re.sub(r"^data=", "data.path=", argument) for argument in sys.argv[1:]]
+    try:
+        folder = train.conf_folder()
+        if not (folder / "agreement.yaml").is_file():
+            raise SettingsError(f"{folder}: expected an agreement.yaml among the settings")
+        hydra.main(version_base="1.3", config_path=str(folder), config_name="agreement")(_task)()
+        if _failed:
+            _fail(_failed.pop())
+    except DnpoError as error:
+        _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_explain(error))
+    except KeyboardInterrupt:
+        print("\nInterrupted. What the judge was asked in words is kept: run the same command again.")
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message, with near matches for a key that does not exist."""
+    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", str(error))
+    if not unknown:
+        return train._explain(error)
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    key = unknown.group(1) or unknown.group(2)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(train.conf_folder()), version_base="1.3"):
+        settings = compose("agreement", train._options(sys.argv[1:]))
+    known = train._flat(cast(dict[str, Any], OmegaConf.to_container(settings)))
+    return f"{key}: unknown setting.{nearest(key, {*known, *(name.split('.')[0] for name in known)})}"
+
+
+def _task(cfg: DictConfig) -> None:
+    from dnpo.sweep import record_failure
+
+    job = HydraConfig.get()
+    try:
+        _run(cfg, job)
+    except DnpoError as error:
+        if job.mode is RunMode.MULTIRUN:
+            record_failure(Path(job.runtime.output_dir), str(error))
+        else:
+            _failed.append(str(error))  # raised here, Hydra would print things of its own around it
+    except Exception:
+        if job.mode is not RunMode.MULTIRUN:
+            raise
+        record_failure(Path(job.runtime.output_dir), traceback.format_exc())
+
+
+def _checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
+    """The settings beside the parts, those of the data, and those of each part.
+
+    Raises:
+        SettingsError: names the first setting that is unknown, missing or out of range.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        name = "data" if missing[0] == "data.path" else missing[0]
+        raise SettingsError(f"{name}: needs a value; give {name}=…")
+    tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    top = check_values("", whole, {key: value for key, value in tree.items() if key not in (*PARTS, "data")})
+    data = check_values("data", Labelled, tree["data"])
+    return top, data, {name: check_part(name, tree[name]) for name in PARTS}
+
+
+def _run(cfg: DictConfig, job: Any) -> None:
+    top, where, settings = _checked(cfg)
+    data = Labelled(**where)
+    rows = data.read()
+
+    from dnpo.ledger import Ledger
+
+    folder = Path(job.runtime.output_dir)
+    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    judge, tracking = (train._part(name, settings[name]) for name in PARTS)
+    if not judge.value.gives_scores:
+        raise SettingsError("judge=off gives no scores, so there is nothing to compare; choose a judge")
+    problem = judge.value.accepts([row.prompt for row in rows])
+    if problem is not None:
+        raise SettingsError(problem)
+
+    import torch
+
+    from dnpo import report
+    from dnpo.console import Console, quieten
+    from dnpo.judges import agreement
+    from dnpo.judges.agreement import table
+    from dnpo.judges.agreement.figure import draw
+    from dnpo.seeding import derive
+    from dnpo.store import Store, manifest, write_json
+
+    quieten()
+    torch.set_num_threads(top["threads"])
+    console, store = Console(), Store(Path(top["store"]))
+    ledger = Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder))
+    said = agreement.verdicts(judge, data, rows, ledger)
+    seed = derive(top["seed"], "agreement")
+    stage = agreement.agreement(judge, data, rows, said, top["resamples"], seed)
+    name = " ".join(o for o in (f"judge={job.runtime.choices['judge']}", *_of_judge(job.overrides.task)))
+    tags = {
+        "dnpo.kind": "agreement",
+        "dnpo.judge": str(job.runtime.choices["judge"]),
+        "dnpo.data": data.path.name,
+        "dnpo.seed": str(top["seed"]),
+        "dnpo.commit": report.commit(),
+        "stage.agreement": stage.key,
+    }
+    tracking.value.start(
+        f"agreement {name} on {data.path.name}", train._flat({**top, "data": where, **settings}), tags, sweep
+    )
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        for part in (said, stage):
+            if store.has(part):
+                console.reused(part.title, part.key)
+            else:
+                with console.stage(part.title, lambda _: None) as progress:
+                    store.get(part, progress)
+        found = {"judge": name, "key": judge.key, "stage": f"{stage.name}/{stage.key}"}
+        # the name as it is given now: the stage may have been made from a copy of the file
+        found |= {**manifest(store.folder(stage))["facts"], "data": data.path.name}
+        points = json.loads((store.folder(stage) / agreement.POINTS).read_text())
+        write_json(folder / "agreement.json", {**found, "settings": {**top, "data": where, **settings}})
+        (folder / "agreement.md").write_text(table.markdown(found), encoding="utf-8")
+        for ending in ("png", "svg"):
+            draw(found, points, folder / f"agreement.{ending}")
+        tracking.value.metrics(table.numbers(found), 0)
+        for ending in ("json", "md", "png", "svg"):
+            tracking.value.artifact(folder / f"agreement.{ending}", "agreement")
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        ledger.close()
+        tracking.value.finish(status)
+    console.say("")
+    console.table(table.table(found))
+    for line in table.notes(found):
+        console.say(line)
+    console.say("")
+    console.say(f"results     {folder}")
+    console.say(f"stages      {store.root}")
+    for line in tracking.value.whereabouts():
+        console.say(line)
+
+
+def _of_judge(overrides: list[str]) -> list[str]:
+    return [o for o in overrides if o.startswith("judge.")]

@@ -1,0 +1,278 @@
+"""How far a judge agrees with people, in numbers. Nothing here knows of judges, files or figures.
+
+Every measure is a function of weights: how often each row counts in each of several samples. All ones give the measure
+itself, and multinomial draws its bootstrap, with one matrix product for all resamples.
+
+Shapes: S samples, R rows, V persons, C categories, N responses.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+CATEGORIES = ("A", "B", "tie")
+A, B, TIE = range(3)
+TOLERANCE = 1e-9  # points; scores are sums of a few floats
+BATCH = 4_000_000  # weights at once: 32 MB
+
+Array = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that rows add up to.
+
+    Attributes:
+        of: weights (S × R) to values (S); NaN where the measure is not defined.
+        rows: how many it is about.
+        undefined: why there is none, where there is none.
+    """
+
+    of: Callable[[Array], Array]
+    rows: int
+    undefined: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measure with its 95 % interval; what there is none of is None, and ``reason`` says why."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    rows: int = 0
+    reason: str = ""
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+def absent(reason: str) -> Measure:
+    """What cannot be measured, and why."""
+    return Measure(lambda w_SR: np.full(len(w_SR), np.nan), 0, reason)
+
+
+def ratio(over_R: Any, under_R: Any, undefined: str) -> Measure:
+    """Σ over / Σ under, each summed over rows."""
+    over, under = np.asarray(over_R, float), np.asarray(under_R, float)
+    return Measure(lambda w_SR: _divide(w_SR @ over, w_SR @ under), int((under > 0).sum()), undefined)
+
+
+def share(hit_R: Any, among_R: Any, undefined: str) -> Measure:
+    """The share of hits (between 0 and 1 a row) among some of the rows."""
+    return ratio(np.where(among_R, hit_R, 0.0), among_R, undefined)
+
+
+def cohen(one_R: Labels, other_R: Labels) -> Measure:
+    """Cohen's κ = (p_o − p_e) / (1 − p_e) of two raters (Cohen 1960, equation 1).
+
+    p_o is the share of rows in which they agree, p_e the share in which they would if each drew from the categories as
+    often as it uses them. Not defined where both use one and the same category only (p_e = 1).
+    """
+    joint = (_one_hot(one_R)[:, :, None] * _one_hot(other_R)[:, None, :]).reshape(len(one_R), -1)
+    count = len(CATEGORIES)
+
+    def of(w_SR: Array) -> Array:
+        joint_SCC = (w_SR @ joint).reshape(-1, count, count)
+        rows_S = joint_SCC.sum((1, 2))
+        agreed_S = np.einsum("scc->s", joint_SCC)
+        expected_S = (joint_SCC.sum(1) * joint_SCC.sum(2)).sum(1)
+        # times rows²: whole numbers, so that 1 − p_e is exactly 0 where it is 0
+        return _divide(rows_S * agreed_S - expected_S, rows_S**2 - expected_S)
+
+    return Measure(of, len(one_R), "both use one and the same category only, so chance explains all of it")
+
+
+def fleiss(votes_RV: Labels) -> Measure:
+    """Fleiss' κ = (P̄ − P̄_e) / (1 − P̄_e) of several raters (Fleiss 1971, equations 1 to 7).
+
+    P̄ is the share of agreeing pairs of raters, averaged over rows; P̄_e the sum of squared shares of the categories.
+    Not defined where all use one category only.
+    """
+    persons = votes_RV.shape[1]
+    counts_RC = _one_hot(votes_RV).sum(1)
+    agreeing_R = (counts_RC**2).sum(1) - persons  # ordered pairs of persons who say the same
+
+    def of(w_SR: Array) -> Array:
+        said_S = w_SR.sum(1) * persons
+        expected_S = ((w_SR @ counts_RC) ** 2).sum(1)  # times (rows · persons)²
+        observed_S = _divide((w_SR @ agreeing_R) * said_S, np.full(len(w_SR), persons - 1.0))
+        return _divide(observed_S - expected_S, said_S**2 - expected_S)
+
+    return Measure(of, len(votes_RV), "everybody uses one category only, so chance explains all of it")
+
+
+def mean(measures: Sequence[Measure]) -> Measure:
+    """The mean of several; defined where all of them are."""
+    first = measures[0]
+    return Measure(lambda w_SR: np.mean([m.of(w_SR) for m in measures], axis=0), first.rows, first.undefined)
+
+
+def difference(one: Measure, other: Measure) -> Measure:
+    """One less the other, in the same samples."""
+    reason = f"{one.undefined}, or {other.undefined}"
+    return Measure(lambda w_SR: one.of(w_SR) - other.of(w_SR), min(one.rows, other.rows), reason)
+
+
+def _one_hot(labels: Labels) -> Array:
+    one_hot: Array = np.eye(len(CATEGORIES))[labels]
+    return one_hot
+
+
+def _divide(over: Array, under: Array) -> Array:
+    found: Array = np.divide(over, under, out=np.full(np.shape(over), np.nan), where=under != 0)
+    return found
+
+
+# --- from verdicts to measures ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rows that people and a judge have judged.
+
+    Attributes:
+        judge_R, label_R: categories.
+        votes_RV: categories by person; no columns where only the label is known.
+        longer_R: the longer response, ``TIE`` where they are equally long.
+        scores_RN: scores of both responses, for a judge that scores one at a time.
+        orders_RN: for a judge that compares, its score of ``b`` in both orders, the lower first; NaN where it was not
+            asked because the responses are the same word for word.
+    """
+
+    judge_R: Labels
+    label_R: Labels
+    votes_RV: Labels
+    longer_R: Labels
+    scores_RN: Array | None = None
+    orders_RN: Array | None = None
+
+
+def preference(score_a: float, score_b: float) -> int:
+    """The category that two scores say."""
+    apart = score_b - score_a
+    return TIE if abs(apart) <= TOLERANCE else B if apart > 0 else A
+
+
+def orders(score: float, disagreement: float | None) -> tuple[float, float]:
+    """A comparison's scores in its two orders, the lower first, from their mean and their distance."""
+    half = np.nan if disagreement is None else disagreement / 2
+    return score - half, score + half
+
+
+def measures(rows: Judged) -> dict[str, Measure]:
+    """Everything that is measured, by name."""
+    judge, label, longer = rows.judge_R, rows.label_R, rows.longer_R
+    everywhere, decided, prefers, unequal = label >= 0, judge != TIE, label != TIE, longer != TIE
+    none_right, none_there = "people have no preference in any row", "there are no rows"
+    found = {
+        "accuracy": share(np.where(judge == TIE, 0.5, judge == label), prefers, none_right),
+        "accuracy_strict": share(judge == label, prefers, none_right),
+        "accuracy_three_way": share(judge == label, everywhere, none_there),
+        "ties_judge": share(~decided, everywhere, none_there),
+        "ties_people": share(~prefers, everywhere, none_there),
+        "kappa": cohen(judge, label),
+        **_with_persons(judge, rows.votes_RV),
+        "longer_judge": share(judge == longer, decided & unequal, "the judge prefers one of unequal length nowhere"),
+        "longer_people": share(label == longer, prefers & unequal, "people prefer one of unequal length nowhere"),
+    }
+    found["length_bias"] = difference(found["longer_judge"], found["longer_people"])
+    for name, they in (("longer", label == longer), ("shorter", label != longer)):
+        among = prefers & unequal & they
+        right = np.where(judge == TIE, 0.5, judge == label)
+        found[f"accuracy_{name}"] = share(right, among, f"people prefer the {name} one nowhere")
+    return found | _of_orders(rows.orders_RN) | _of_scores(rows.scores_RN)
+
+
+def _with_persons(judge_R: Labels, votes_RV: Labels) -> dict[str, Measure]:
+    persons = [votes_RV[:, v] for v in range(votes_RV.shape[1])]
+    couples = [cohen(one, other) for i, one in enumerate(persons) for other in persons[:i]]
+    alone = absent("the rows have no votes of single persons" if not persons else "only one person has voted")
+    both = np.column_stack([votes_RV, judge_R])
+    return {
+        "kappa_persons": mean([cohen(judge_R, one) for one in persons]) if persons else alone,
+        "kappa_between_persons": mean(couples) if couples else alone,
+        "fleiss_persons": fleiss(votes_RV) if couples else alone,
+        "fleiss_with_judge": fleiss(both) if couples else alone,
+    }
+
+
+def _of_orders(orders_RN: Array | None) -> dict[str, Measure]:
+    """How often the order of two responses decides: any change of the verdict, and changes to the other side."""
+    if orders_RN is None:
+        no = absent("not applicable: nothing is compared in two orders")
+        return {"flips": no, "reversals": no}
+    asked = ~np.isnan(orders_RN).any(1)
+    away = np.nan_to_num(orders_RN, nan=50.0) - 50.0
+    side = np.where(np.abs(away) <= TOLERANCE, 0.0, np.sign(away))
+    reason = "no two different responses were compared"
+    return {
+        "flips": share(side[:, 0] != side[:, 1], asked, reason),
+        "reversals": share(side[:, 0] * side[:, 1] < 0, asked, reason),
+    }
+
+
+def _of_scores(scores_RN: Array | None) -> dict[str, Measure]:
+    """Shares of round scores. Among whole numbers from 0 to 100 chance makes 21/101 multiples of 5, 11/101 of 10."""
+    if scores_RN is None:
+        no = absent("not applicable: no scores of single responses")
+        return {"multiples_of_5": no, "multiples_of_10": no}
+    each = np.full(len(scores_RN), scores_RN.shape[1])
+    return {f"multiples_of_{n}": ratio(multiples(scores_RN, n).sum(1), each, "there are no rows") for n in (5, 10)}
+
+
+def multiples(scores: Array, of: int) -> npt.NDArray[np.bool_]:
+    """Which scores are multiples of a whole number."""
+    found: npt.NDArray[np.bool_] = np.abs(scores - of * np.rint(scores / of)) <= TOLERANCE
+    return found
+
+
+def entropy(scores_N: Array) -> float:
+    """Shannon entropy in bits of scores rounded to whole numbers; log2(101) ≈ 6.66 if all 101 are used alike."""
+    from scipy.stats import entropy as shannon
+
+    return float(shannon(np.unique(np.rint(scores_N), return_counts=True)[1], base=2))
+
+
+def distinct(scores_N: Array) -> int:
+    """How many different scores there are."""
+    return len(np.unique(np.round(scores_N, 9)))
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def estimates(
+    measures: Mapping[str, Measure], rows: int, resamples: int, seed: int, level: float = 0.95
+) -> dict[str, Estimate]:
+    """Every measure with the percentile interval of its bootstrap over rows (Efron 1979); all share their resamples.
+
+    Where a measure is not defined in some resamples, the interval is over the others, and there is none if these are
+    fewer than 95 % of all.
+    """
+    rng = np.random.default_rng(seed)
+    size = max(BATCH // rows, 1)
+    drawn: dict[str, list[Array]] = {name: [] for name in measures}
+    for start in range(0, resamples, size):
+        w_SR = rng.multinomial(rows, np.full(rows, 1 / rows), size=min(size, resamples - start)).astype(np.float64)
+        for name, measure in measures.items():
+            drawn[name].append(measure.of(w_SR))
+    whole = np.ones((1, rows))
+    return {
+        name: _estimate(m, float(m.of(whole)[0]), np.concatenate(drawn[name]), level) for name, m in measures.items()
+    }
+
+
+def _estimate(measure: Measure, value: float, drawn_S: Array, level: float) -> Estimate:
+    if np.isnan(value):
+        return Estimate(None, rows=measure.rows, reason=measure.undefined)
+    defined = drawn_S[~np.isnan(drawn_S)]
+    if len(defined) < 0.95 * len(drawn_S):
+        return Estimate(value, rows=measure.rows, reason="no interval: not defined in many of the resamples")
+    tail = 50 * (1 - level)
+    low, high = np.percentile(defined, [tail, 100 - tail])
+    return Estimate(value, float(low), float(high), measure.rows)

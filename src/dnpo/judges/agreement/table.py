@@ -1,0 +1,120 @@
+"""What was found about a judge, as a table on the console, in Markdown and as metrics."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+
+class Line(NamedTuple):
+    """How one measure is shown.
+
+    Attributes:
+        form: ``%``, ``pp`` (percentage points), or a format.
+        beside: what to read it against.
+    """
+
+    name: str
+    text: str
+    form: str
+    beside: str = ""
+
+
+LINES = (
+    Line("accuracy", "accuracy where people prefer one; a tie counts half", "%", "chance 50 %"),
+    Line("accuracy_strict", "the same, a tie counts as wrong", "%"),
+    Line("accuracy_three_way", "accuracy over all rows, ties included", "%"),
+    Line("ties_judge", "ties of the judge", "%"),
+    Line("ties_people", "ties of people", "%"),
+    Line("kappa", "Cohen's κ: judge and people's label", ".2f", "chance 0"),
+    Line("kappa_persons", "Cohen's κ: judge and one person, mean", ".2f", "between two persons, next line"),
+    Line("kappa_between_persons", "Cohen's κ: two persons, mean", ".2f"),
+    Line("fleiss_persons", "Fleiss' κ: all persons", ".2f"),
+    Line("fleiss_with_judge", "Fleiss' κ: all persons and the judge", ".2f", "without the judge, line above"),
+    Line("flips", "flip rate: the verdict changes with the order", "%", "best 0 %"),
+    Line("reversals", "reversal rate: to the other response, no tie in it", "%", "best 0 %"),
+    Line("longer_judge", "the longer one wins, by the judge", "%", "by people, next line"),
+    Line("longer_people", "the longer one wins, by people", "%"),
+    Line("length_bias", "length bias: the difference", "pp", "none 0"),
+    Line("accuracy_longer", "accuracy where people prefer the longer one", "%", "chance 50 %"),
+    Line("accuracy_shorter", "accuracy where people prefer the shorter one", "%", "chance 50 %"),
+    Line("multiples_of_5", "scores that are multiples of 5", "%", f"whole numbers by chance {2100 / 101:.0f} %"),
+    Line("multiples_of_10", "scores that are multiples of 10", "%", f"whole numbers by chance {1100 / 101:.0f} %"),
+    Line("entropy", "entropy of scores in whole points, bits", ".2f", f"at most log2(101) = {math.log2(101):.2f}"),
+    Line("distinct", "different scores", ".0f"),
+)
+
+
+def shown(value: float | None, form: str) -> str:
+    """A number as people read it; – where there is none."""
+    if value is None:
+        return "–"
+    if form == "%":
+        return f"{100 * value:.1f} %"
+    return f"{100 * value:+.1f} pp" if form == "pp" else format(value, form)
+
+
+def cells(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Rows of the table: measure, value, interval, number of rows, what to read it against or why there is none."""
+    rows = []
+    for line in LINES:
+        estimate = found["measures"].get(line.name)
+        if estimate is None:
+            continue
+        between = ""
+        if estimate["low"] is not None:
+            low, high = (shown(estimate[end], line.form) for end in ("low", "high"))
+            unit = low.rpartition(" ")[1] and f" {low.rpartition(' ')[2]}"
+            between = f"{low.removesuffix(unit)} to {high}" if unit else f"{low} to {high}"
+        count = f"{estimate['rows']:,}" if estimate["rows"] else "–"
+        rows.append((line.text, shown(estimate["value"], line.form), between, count, estimate["reason"] or line.beside))
+    return rows
+
+
+def title(found: Mapping[str, Any]) -> str:
+    """Which judge, and which rows."""
+    return f"{found['judge']} against people, {found['data']}"
+
+
+def notes(found: Mapping[str, Any]) -> list[str]:
+    """Lines under the table."""
+    labels, verdicts = (
+        ", ".join(f"{count:,} × {name}" for name, count in found[whose].items()) for whose in ("labels", "verdicts")
+    )
+    lines = [f"People say {labels}; the judge {verdicts}. Intervals: 95 %, bootstrap over rows."]
+    if found["unscored"]:
+        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in found["reasons"].items())
+        lines.append(f"Left out, without a verdict: {found['unscored']:,} of {found['rows']:,} rows ({reasons}).")
+    return lines
+
+
+HEADINGS = ("measure", "value", "95 % interval", "rows", "read it against")
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """For the console."""
+    view = Table(title=title(found), title_justify="left", header_style="bold", pad_edge=False, box=None)
+    for heading in HEADINGS:
+        right = heading in ("value", "95 % interval", "rows")
+        view.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for row in cells(found):
+        view.add_row(*row)
+    return view
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The same for a page."""
+    lines = [f"# {title(found)}", "", f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | ---: | --- |"]
+    lines += [f"| {' | '.join(row)} |" for row in cells(found)]
+    return "\n".join([*lines, "", *notes(found), "", "![The same as a figure](agreement.png)", ""])
+
+
+def numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    """What is tracked: every measure there is, with the ends of its interval."""
+    counts = {"agreement/rows": float(found["rows"]), "agreement/unscored": float(found["unscored"])}
+    for name, estimate in found["measures"].items():
+        for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
+            if estimate[end] is not None:
+                counts[f"agreement/{name}{suffix}"] = estimate[end]
+    return counts
