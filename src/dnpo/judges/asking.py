@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
 WORKERS = 16  # for a slot
+LOOK = 0.3  # seconds between two looks at what other runs are asking
 AGAIN = {408, 409, 425, 429}  # and 5xx
 
 
@@ -36,6 +37,7 @@ class Asking:
         self, judge: "OpenAI", questions: Sequence[Question], ledger: Ledger, report: Report | None, total: int
     ) -> None:
         self.judge, self.ledger, self.report, self.total = judge, ledger, report, total
+        self.keys = [question.key for question in questions]
         self.row = deque(questions)
         self.elsewhere: deque[Question] = deque()  # another run is asking these now
         self.reasons: dict[str, str] = {}
@@ -52,22 +54,47 @@ class Asking:
 
     async def all(self) -> dict[str, str]:
         """Ask until nothing is left, and give the reasons of failures by key."""
-        async with self.judge.client() as client:
-            # Most of them may be waiting between attempts: there are more than slots, so that these are full.
-            count = min(WORKERS * self.judge.concurrency, len(self.row))
-            workers = [asyncio.create_task(self._work(client)) for _ in range(count)]
-            try:
-                await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            finally:
-                # Interrupted, stopped or done: what is on its way is paid for, so give it a moment to arrive.
-                self.stopped.set()
-                _, late = await asyncio.wait(workers, timeout=10)
-                for worker in late:
-                    worker.cancel()
-            await asyncio.gather(*workers)
+        try:
+            async with self.judge.client() as client:
+                while self.row and self.error is None:
+                    await self._round(client)
+                    while self.elsewhere and not self.row and self.error is None:
+                        await self._sleep(LOOK)
+                        self._look_elsewhere()
+        finally:
+            self.ledger.release(self.keys)
         if self.error is not None:
             raise JudgeError(self.error)
         return self.reasons
+
+    async def _round(self, client: Any) -> None:
+        """Ask what is in the row."""
+        # Most of them may be waiting between attempts: there are more than slots, so that these are full.
+        count = min(WORKERS * self.judge.concurrency, len(self.row))
+        workers = [asyncio.create_task(self._work(client)) for _ in range(count)]
+        try:
+            done, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            if any(worker.exception() for worker in done):
+                self.stopped.set()
+        except asyncio.CancelledError:
+            self.stopped.set()
+            raise
+        finally:
+            # Interrupted, stopped or done: what is on its way is paid for, so give it a moment to arrive.
+            _, late = await asyncio.wait(workers, timeout=10)
+            for worker in late:
+                worker.cancel()
+        await asyncio.gather(*workers)
+
+    def _look_elsewhere(self) -> None:
+        """See what other runs have answered, and take over what they have given up."""
+        of = {question.key: question for question in self.elsewhere}
+        mine, answered, others = self.ledger.claim(list(of))
+        self.row.extend(of[key] for key in mine)
+        self.elsewhere = deque(of[key] for key in others)
+        for key in answered:
+            self.ledger.hit(of[key], 1)
+            self._advance()
 
     def _stop(self, error: str) -> None:
         self.error = self.error or error
@@ -79,11 +106,7 @@ class Asking:
             await asyncio.wait_for(self.stopped.wait(), seconds)
 
     async def _work(self, client: Any) -> None:
-        while not self.stopped.is_set() and (self.row or self.elsewhere):
-            if not self.row:
-                await self._sleep(0.2)
-                self.row, self.elsewhere = self.elsewhere, deque()
-                continue
+        while self.row and not self.stopped.is_set():
             question = self.row.popleft()
             mine, answered, _ = self.ledger.claim([question.key])
             if answered:
@@ -92,10 +115,7 @@ class Asking:
             elif not mine:
                 self.elsewhere.append(question)
             else:
-                try:
-                    await self._call(client, question)
-                finally:
-                    self.ledger.release([question.key])
+                await self._call(client, question)
 
     async def _call(self, client: Any, question: Question) -> None:
         """Send one question until there is an answer, or none to be had."""

@@ -172,7 +172,8 @@ class _Round:
         if response.get("status_code") != 200:
             said = line.get("error") or (response.get("body") or {}).get("error") or {}
             text = self.judge.clean(str(said.get("message")))[:300]
-            answer = Answer(None, reason=f"HTTP {response.get('status_code')}: {text}")
+            status = f"HTTP {response['status_code']}" if response.get("status_code") else str(said.get("code"))
+            answer = Answer(None, reason=f"{status}: {text}")
         else:
             answer = self.judge.read(json.dumps(response["body"]).encode(), questions[key])
         self.ledger.record(questions[key], answer)
