@@ -1,0 +1,103 @@
+"""Models that judge on this machine: where they are, and what they are known by."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from dnpo.errors import ModelError
+from dnpo.store import content_hash
+
+
+class Weights:
+    """A folder of transformers, or a name on the Hugging Face hub. Exactly one of the two.
+
+    Args:
+        path: the folder.
+        name: on the hub, with ``revision``: a commit, branch or tag; None takes the newest.
+        setting: where the settings stand, such as ``judge``.
+        marker: a file that the folder must have.
+
+    Raises:
+        ModelError: both or neither is given, or there is no such folder.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        name: str | None,
+        revision: str | None,
+        setting: str = "judge",
+        marker: str = "config.json",
+    ) -> None:
+        if (path is None) == (name is None):
+            raise ModelError(f"{setting}: give either {setting}.path (a folder) or {setting}.name (on the hub)")
+        self.folder = Path(path).absolute() if path is not None else None
+        self.name, self.revision, self.setting = name, revision, setting
+        if self.folder is not None and not (self.folder / marker).is_file():
+            raise ModelError(
+                f"{setting}.path={path}: no model there; expected a folder with {marker}, safetensors and a tokenizer"
+            )
+
+    @property
+    def shown(self) -> str:
+        """As messages name it."""
+        return f"{self.setting}.path={self.folder}" if self.folder is not None else f"{self.setting}.name={self.name}"
+
+    @cached_property
+    def identity(self) -> str:
+        """What decides the weights: a hash of the folder's contents, or name and commit on the hub; never a path."""
+        return content_hash(self.folder) if self.folder is not None else f"{self.name}@{self._commit}"
+
+    @property
+    def label(self) -> str:
+        """A short identity for people: what kind of model, and the beginning of its hash or its commit."""
+        if self.folder is None:
+            return f"{self.name}@{self._commit[:12]}"
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            kind = (config.get("architectures") or [config.get("model_type")])[0]
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{self.shown}: its config.json cannot be read ({error})") from error
+        return f"{kind}@{self.identity[:12]}"
+
+    @cached_property
+    def _commit(self) -> str:
+        """The commit that is read, whatever the revision points to later."""
+        from httpx2 import HTTPError
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return str(HfApi().model_info(str(self.name), revision=self.revision).sha)
+        except (HfHubHTTPError, HTTPError, OSError) as error:
+            if self.revision is not None:  # offline, but pinned: what is in the cache will do
+                return self.revision
+            raise ModelError(
+                f"{self.shown}: the hub does not answer ({type(error).__name__}); give {self.setting}.revision=… to "
+                f"use a downloaded copy, or {self.setting}.path=…"
+            ) from error
+
+    def load(self, kind: Any, **options: Any) -> Any:
+        """What one of transformers' Auto classes reads there.
+
+        Raises:
+            ModelError: it cannot.
+        """
+        where = str(self.folder) if self.folder is not None else str(self.name)
+        revision = None if self.folder is not None else self._commit
+        try:
+            return kind.from_pretrained(where, revision=revision, **options)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ModelError(f"{self.shown}: cannot be loaded: {lines[0]}") from error
+
+
+def context_of(model: Any, tokenizer: Any) -> int | None:
+    """Tokens that a model can read at once; None where nothing says so."""
+    config = model.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    # a tokenizer without a limit has an astronomical one
+    return min((limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 30), default=None)
