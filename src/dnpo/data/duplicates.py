@@ -1,0 +1,96 @@
+"""Which texts are nearly the same: the Jaccard index of their sets of three successive words.
+
+Exact and without chance. Where two sets have a share t of their union in common, the t-th part of the larger is in the
+smaller; so with all shingles in one fixed order, the first few of either set have one in common, and only texts that
+meet there are compared (prefix filtering; Chaudhuri, Ganti and Kaushik 2006). Rare shingles stand first in that order,
+which keeps such meetings few. A sketch (MinHash) would miss pairs now and then, and costs more at such thresholds.
+"""
+
+import math
+import re
+import zlib
+from array import array
+from collections import defaultdict
+from collections.abc import Sequence
+
+WIDTH = 3
+# Words and symbols, without marks: "C++" is not "C" and 2 + 2 is not 2 - 2, but a full stop changes nothing.
+WORD = re.compile(r"""\w+|[^\w\s.,;:!?'"`´‘’“”„«»()\[\]{}…]""")
+BUCKETS = 1 << 20  # of the counts that order the shingles; they may share one, for any order will do
+ROUNDING = 1e-9
+
+
+def shingles(text: str) -> frozenset[str]:
+    """Every three successive words; all words of a shorter text. Case does not matter, nor do marks or spaces."""
+    words = WORD.findall(text.casefold())
+    found = {" ".join(words[i : i + WIDTH]) for i in range(len(words) - WIDTH + 1)}
+    return frozenset(found or {" ".join(words) or text.strip()})
+
+
+def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+    """|A ∩ B| / |A ∪ B|."""
+    common = len(one & other)
+    return common / (len(one) + len(other) - common)
+
+
+def near(ours: Sequence[str], others: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
+    """Every pair of one of ``ours`` and one of ``others`` at the threshold or above, as (ours, others, Jaccard index).
+
+    Args:
+        threshold: above 0, and at most 1.
+    """
+    index = _Index(others, threshold)
+    for j in range(len(others)):
+        index.add(j)
+    return [(i, j, likeness) for i, text in enumerate(ours) for j, likeness in index.like(text)]
+
+
+def repeats(texts: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
+    """The texts that are like an earlier one, each with the first such one that is no repeat itself."""
+    index = _Index(texts, threshold)
+    found = []
+    for i, text in enumerate(texts):
+        like = index.like(text)
+        if like:
+            found.append((i, *like[0]))
+        else:
+            index.add(i)
+    return found
+
+
+class _Index:
+    """The texts added so far, by the shingles that every text like them shares one of."""
+
+    def __init__(self, texts: Sequence[str], threshold: float) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold {threshold}: expected a number above 0, at most 1")
+        self.texts, self.threshold = texts, threshold
+        self.meetings: defaultdict[str, list[int]] = defaultdict(list)
+        self.sizes: list[int] = []
+        self.counts = array("L", bytes(array("L").itemsize * BUCKETS))
+        for text in texts:
+            some = shingles(text)
+            self.sizes.append(len(some))
+            for shingle in some:
+                self.counts[zlib.crc32(shingle.encode()) % BUCKETS] += 1
+
+    def add(self, i: int) -> None:
+        """Have text ``i`` found from now on."""
+        for shingle in self._prefix(shingles(self.texts[i])):
+            self.meetings[shingle].append(i)
+
+    def like(self, text: str) -> list[tuple[int, float]]:
+        """The added texts at the threshold or above, in the order of their numbers, each with its likeness."""
+        mine = shingles(text)
+        least, most = self.threshold * len(mine) - ROUNDING, len(mine) / self.threshold + ROUNDING
+        met = {i for s in self._prefix(mine) for i in self.meetings.get(s, ()) if least <= self.sizes[i] <= most}
+        likeness = [(i, jaccard(mine, shingles(self.texts[i]))) for i in sorted(met)]
+        return [(i, share) for i, share in likeness if share >= self.threshold - ROUNDING]
+
+    def _prefix(self, some: frozenset[str]) -> list[str]:
+        """The first shingles in the common order, as many as two like texts cannot both do without."""
+        length = len(some) - math.ceil(self.threshold * len(some) - ROUNDING) + 1
+        return sorted(some, key=self._place)[:length]
+
+    def _place(self, shingle: str) -> tuple[int, str]:
+        return self.counts[zlib.crc32(shingle.encode()) % BUCKETS], shingle
