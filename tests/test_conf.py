@@ -21,7 +21,14 @@ METHODS = sorted(p.stem for p in (CONF / "method").glob("*.yaml"))
 SCALES = sorted(p.stem for p in (CONF / "scale").glob("*.yaml"))
 OPTIONS = sorted((group, p.stem) for group in PARTS for p in (CONF / group).glob("*.yaml"))
 # What the options that need a value are given here; nothing of it has to exist to be checked.
-NEEDED = {("model", "local"): ["model.path=x"], ("data", "jsonl"): ["data.path=x"], ("npo", "offset"): ["npo.shift=1"]}
+NEEDED = {
+    ("model", "local"): ["model.path=x"],
+    ("npo", "offset"): ["npo.shift=1"],
+    ("judge", "openai"): ["judge.model=x"],
+    ("judge", "hf"): ["judge.path=x"],
+    ("judge", "reward"): ["judge.path=x"],
+    **{("data", kind): ["data.path=x"] for kind in ("jsonl", "parquet", "csv", "arrow")},
+}
 
 
 def composed(*overrides: str) -> DictConfig:

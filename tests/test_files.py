@@ -1,16 +1,20 @@
-"""Rows of JSON lines files and of the hub: every error with its place and field, splits, samples, identity."""
+"""Rows of files of every format and of the hub: every error with its place and field, splits, samples, identity."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dnpo.data import SPLITS
-from dnpo.data.files import Hub, JsonLines
-from dnpo.errors import DataError
+from dnpo.data.files import Arrow, Csv, Files, JsonLines, Parquet
+from dnpo.data.hub import Hub
+from dnpo.errors import DataError, SettingsError
 from dnpo.records import Prompt
 from dnpo.settings import check
 
@@ -24,6 +28,9 @@ def pairs(n: int, start: int = 0) -> list[dict[str, Any]]:
     return [{"id": f"r{i}", "prompt": f"question {i}", "response": f"answer {i}"} for i in range(start, start + n)]
 
 
+REMOVED = ("repeated", "equal_to_earlier", "equal_to_held_out", "near_earlier", "near_held_out")
+
+
 def write(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
@@ -33,11 +40,11 @@ def jsonl(path: Path, **settings: Any) -> JsonLines:
     return JsonLines(path=str(path), **{**LIMITS, **settings})
 
 
-def everything(source: JsonLines | Hub) -> dict[str, Prompt]:
+def everything(source: Files | Hub) -> dict[str, Prompt]:
     return {row.id: row for rows in source.read()[0].values() for row in rows}
 
 
-def places(source: JsonLines | Hub) -> dict[str, str]:
+def places(source: Files | Hub) -> dict[str, str]:
     return {row.id: split for split, rows in source.read()[0].items() for row in rows}
 
 
@@ -94,15 +101,25 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(file: Path) -> None:
 BAD = [
     ('{"prompt": ', "not JSON", "one object a line"),
     ("[" * 100_000, "not JSON", "one object a line"),
-    ('["a", "b"]', "is not an object", "prompt and response, or messages"),
-    ('"text"', "is not an object", "prompt and response, or messages"),
+    ('["a", "b"]', "is not an object", "prompt and response, messages"),
+    ('"text"', "is not an object", "prompt and response, messages"),
     ({"response": "a"}, "no prompt", "the row has response"),
-    ({"prompt": "a", "chosen": "b"}, "no response", "the row has prompt, chosen"),
+    ({"prompt": "a", "rejected": "b"}, "no response", "the row has prompt, rejected"),
+    ({"chosen": "a"}, "no prompt", "the row has chosen"),
+    ({"prompt": "a", "chosen": []}, "chosen has no user turn", "followed by an assistant turn"),
+    ({"prompt": "a", "chosen": [USER]}, "chosen[0].role is 'user'", "expected assistant"),
+    ({"prompt": "a", "chosen": [USER, ASSISTANT]}, "chosen does not begin with the prompt", "one assistant turn"),
+    ({"prompt": "a", "chosen": [ASSISTANT, USER, ASSISTANT]}, "chosen[0].role is 'assistant'", "system or user"),
+    ({"chosen": [USER]}, "chosen has no user turn", "followed by an assistant turn"),
+    ({"prompt": [], "chosen": "b"}, "prompt does not end with a user turn", "the last a user's"),
+    ({"prompt": [USER, ASSISTANT], "chosen": "b"}, "prompt does not end with a user turn", "the last a user's"),
+    ({"prompt": [{**USER, "content": [1]}], "chosen": "b"}, "prompt[0].content is [1]", "expected text"),
+    ({"prompt_id": 1.5, "prompt": "a", "response": "b"}, "prompt_id is 1.5", "expected text"),
     ({}, "no prompt", "the row has nothing"),
-    ({"prompt": None, "response": "a"}, "no prompt", "prompt and response, or messages"),
+    ({"prompt": None, "response": "a"}, "no prompt", "prompt and response, messages"),
     ({"prompt": "", "response": "a"}, "prompt is empty", "expected text"),
     ({"prompt": "a", "response": " \n\t"}, "response is empty", "expected text"),
-    ({"prompt": ["a"], "response": "a"}, "prompt is ['a']", "expected text"),
+    ({"prompt": ["a"], "response": "a"}, "prompt[0] is 'a'", "role and content"),
     ({"prompt": "a", "response": 3}, "response is 3", "expected text"),
     ('{"prompt": "\\ud83d", "response": "a"}', "prompt is not valid Unicode", "expected text"),
     ({"prompt": "a", "response": "b", "id": 1.5}, "id is 1.5", "expected text"),
@@ -134,20 +151,72 @@ def test_a_bad_row_is_named_by_line_and_field(file: Path, row: Any, problem: str
     assert expected in str(caught.value)
 
 
-def test_duplicate_ids_are_refused_with_both_lines(file: Path) -> None:
+def test_an_id_with_another_content_is_refused_with_both_lines(file: Path) -> None:
     rows = [*pairs(5), {"id": "r1", "prompt": "another", "response": "one"}]
     with pytest.raises(DataError, match=f"^{file}:6: id 'r1' .*{file}:2"):
         jsonl(write(file, rows)).read()
     rows = [{"id": 1, "prompt": "a", "response": "b"}, {"id": "1", "prompt": "c", "response": "d"}]
     with pytest.raises(DataError, match=f"^{file}:2: id '1' .*{file}:1"):
+        jsonl(write(file, [*rows, *pairs(5)])).read()
+    rows = [{"prompt": "a", "response": "b"}, *pairs(5), {"prompt": "a", "response": "b", "answer": "b"}]
+    with pytest.raises(DataError, match=f"^{file}:7: prompt and response are those of {file}:1, .*remove one"):
         jsonl(write(file, rows)).read()
-    rows = [{"prompt": "a", "response": "b"}, *pairs(5), {"prompt": "a", "response": "b"}]
-    with pytest.raises(DataError, match=f"^{file}:7: identical to {file}:1 .*remove one"):
-        jsonl(write(file, rows)).read()
+
+
+def test_a_row_that_says_the_same_again_is_left_out(file: Path) -> None:
+    without_id = {"prompt": "a", "response": "b"}
+    rows, facts = jsonl(write(file, [*pairs(100), without_id, *pairs(3), without_id])).read()
+    assert sum(map(len, rows.values())) == 101
+    assert facts["removed"] == dict(zip(REMOVED, (4, 0, 0, 0, 0), strict=True))
+
+
+def test_a_prompt_id_names_a_prompt_and_no_row(file: Path) -> None:
+    """Two conversations may begin with one prompt; both have a name of their own, and the first keeps the prompt's."""
+    more = [USER, {"role": "assistant", "content": "Go on."}, {"role": "user", "content": "More."}, ASSISTANT]
+    rows = [{"prompt_id": "x", "messages": [USER, ASSISTANT]}, {"prompt_id": "x", "messages": more}]
+    names = set(everything(jsonl(write(file, [*pairs(100), *rows, rows[1]]), turns="all")))
+    assert "x" in names
+    assert len([name for name in names if name.startswith("x-")]) == 1
+    assert len(names) == 102
+
+
+def test_trl_preference_rows(file: Path) -> None:
+    """Plain and conversational, with the prompt apart or within: the chosen response is the human one."""
+    system = {"role": "system", "content": "Be brief."}
+    rude = {"role": "assistant", "content": "Who cares?"}
+    earlier = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello, you."}]
+    rows = [
+        {"id": "plain", "prompt": "Why?", "chosen": "Because.", "rejected": "Who cares?"},
+        {"id": "apart", "prompt": [system, USER], "chosen": [ASSISTANT], "rejected": [rude]},
+        {"id": "within", "chosen": [*earlier, USER, ASSISTANT], "rejected": [*earlier, USER, rude]},
+        {"id": "both", "prompt": "Why? ", "chosen": [{**USER, "content": "Why? "}, ASSISTANT], "rejected": []},
+        {"id": "mixed", "prompt": [*earlier, {**USER, "content": "Why now?"}], "response": "Because."},
+    ]
+    read = everything(jsonl(write(file, [*rows, *pairs(100)]), near_duplicates=0.0))
+    assert read["plain"] == Prompt("plain", [USER], "Because.")
+    assert read["apart"] == Prompt("apart", [system, USER], "Because.")
+    assert read["within"] == Prompt("within", [*earlier, USER], "Because.")
+    assert read["both"].human == "Because."
+    assert read["mixed"].messages[-1]["content"] == "Why now?"
+
+
+def test_all_turns_or_the_first(file: Path) -> None:
+    chat = [USER, {"role": "assistant", "content": "Guess."}, {"role": "user", "content": "No."}, ASSISTANT]
+    rows = [{"id": "chat", "messages": [*chat, {"role": "user", "content": "Thanks."}]}, *pairs(100)]
+    write(file, rows)
+    assert everything(jsonl(file))["chat"] == Prompt("chat", [USER], "Guess.")
+    assert everything(jsonl(file, turns="all"))["chat"] == Prompt("chat", chat[:3], "Because.")
+    write(file, [{"id": "chat", "messages": [*chat[:2], {"role": "user", "content": ""}]}, *pairs(100)])
+    assert everything(jsonl(file))["chat"].human == "Guess."
+    with pytest.raises(DataError, match=rf"^{file}:1: messages\[2\]\.content is empty"):
+        jsonl(file, turns="all").read()
 
 
 def test_a_file_that_cannot_be_read_is_named_by_its_setting(tmp_path: Path, file: Path) -> None:
-    for path, problem in ((tmp_path / "none.jsonl", "No such file"), (tmp_path, "Is a directory")):
+    for path, problem in (
+        (tmp_path / "none.jsonl", "No such file"),
+        (tmp_path, r"there is no \*.jsonl in this folder"),
+    ):
         for call in (jsonl(path).identity, jsonl(path).read):
             with pytest.raises(DataError, match=f"^data.path={path}: {problem}"):
                 call()
@@ -156,8 +225,208 @@ def test_a_file_that_cannot_be_read_is_named_by_its_setting(tmp_path: Path, file
         with pytest.raises(DataError, match=f"^data.path={file}: there are no rows"):
             jsonl(file).read()
     file.write_bytes(json.dumps(pairs(1)[0]).encode() + '\n{"prompt": "café"'.encode("latin-1"))
-    with pytest.raises(DataError, match=f"^data.path={file}: line 2 is not UTF-8"):
+    with pytest.raises(DataError, match=f"^{file}:2: not UTF-8"):
         jsonl(file).read()
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def test_columns_under_other_names(file: Path) -> None:
+    """What is mapped is read from there alone, and no other form of row beside it."""
+    chat = [USER, ASSISTANT]
+    rows = [
+        {"key": row["id"], "instruction": row["prompt"], "answer": row["response"], "prompt": "x", "messages": chat}
+        for row in pairs(100)
+    ]
+    columns = {"id": "key", "prompt": "instruction", "response": "answer"}
+    assert everything(jsonl(write(file, rows), columns=columns)) == everything(jsonl(write(file, pairs(100))))
+    write(file, [{"better": row["response"], **row, "response": "worse"} for row in pairs(100)])
+    assert everything(jsonl(file, columns={"chosen": "better"}))["r7"].human == "answer 7"
+    write(file, [{"talk": [{**USER, "content": row["prompt"]}, ASSISTANT], **row} for row in pairs(100)])
+    assert everything(jsonl(file, columns={"messages": "talk"}))["r7"].human == "Because."
+
+
+def test_columns_that_are_not_there(file: Path) -> None:
+    write(file, [{"instruction": row["prompt"], "output": row["response"], "id": row["id"]} for row in pairs(9)])
+    with pytest.raises(DataError, match=r"^data\.columns\.prompt=instrction: .*Did you mean instruction\?"):
+        jsonl(file, columns={"prompt": "instrction"}).read()
+    for columns in (None, {"prompt": "instruction"}):
+        with pytest.raises(
+            DataError, match=rf"^data\.path={file}: it has the columns instruction, output, id; expected"
+        ):
+            jsonl(file, columns=columns).read()
+    with pytest.raises(SettingsError, match=r"^data\.columns=.*'id', 'prompt', 'response'"):
+        check("data", {"_target_": "dnpo.data.files.Csv", "path": "x", "columns": {"promt": "x"}, **LIMITS})
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+def save_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        out = csv.DictWriter(stream, list(rows[0]))
+        out.writeheader()
+        out.writerows(rows)
+
+
+def save_arrow(path: Path, rows: list[dict[str, Any]]) -> None:
+    """As ``datasets`` writes one shard."""
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)
+
+
+FORMATS: list[tuple[type[Files], Callable[[Path, list[dict[str, Any]]], Any]]] = [
+    (JsonLines, write),
+    (Parquet, save_parquet),
+    (Csv, save_csv),
+    (Arrow, save_arrow),
+]
+every_format = pytest.mark.parametrize(("kind", "saved"), FORMATS, ids=lambda value: getattr(value, "__name__", ""))
+
+
+@every_format
+def test_every_format_gives_the_same_rows(kind: Any, saved: Any, tmp_path: Path, file: Path) -> None:
+    """From one file, from a folder of several, and from a pattern; a sample too."""
+    rows = [{**row, "prompt": f'{row["prompt"]},\n"Ünï日本🦉"\u2028', "answer": row["response"]} for row in pairs(300)]
+    expected = jsonl(write(file, rows))
+    one, folder = tmp_path / f"one{kind.suffix}", tmp_path / "folder"
+    folder.mkdir()
+    saved(one, rows)
+    for i in range(3):
+        saved(folder / f"part-{i}{kind.suffix}", rows[100 * i : 100 * (i + 1)])
+    (folder / "README.md").write_text("not rows")
+    for path in (one, folder, f"{folder}/part-*"):
+        for settings in ({}, {"sample": 120, "seed": 4}):
+            source = kind(path=str(path), **LIMITS, **settings)
+            assert source.read() == jsonl(file, **settings).read(), (path, settings)
+    assert len(everything(expected)) == 300
+
+
+@every_format
+def test_adding_rows_moves_none_in_any_format(kind: Any, saved: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{kind.suffix}"
+    saved(path, pairs(200))
+    few = places(kind(path=str(path), holdout=0.2, **LIMITS))
+    saved(path, [*pairs(300, start=200), *pairs(200)])
+    many = places(kind(path=str(path), holdout=0.2, **LIMITS))
+    assert len(few) == 200
+    assert few.items() <= many.items()
+
+
+@every_format
+def test_identity_and_problems_of_every_format(kind: Any, saved: Any, tmp_path: Path) -> None:
+    def source(path: Path | str, **settings: Any) -> Any:
+        return kind(path=str(path), **LIMITS, **settings)
+
+    one, other = (tmp_path / f"{name}{kind.suffix}" for name in "ab")
+    saved(one, pairs(9))
+    saved(other, pairs(9))
+    assert source(one).identity() == source(other).identity()
+    assert str(tmp_path) not in json.dumps(source(one).identity())
+    saved(other, pairs(8))
+    assert source(one).identity() != source(other).identity() != source(tmp_path).identity()
+    for name, value in {"turns": "all", "near_duplicates": 0.5, "columns": {"answer": "x"}, "holdout": 0.3}.items():
+        assert source(one, **{name: value}).identity() != source(one).identity(), name
+    assert source(one, long_responses="drop").identity() == source(one).identity()  # what is long, stages know
+    with pytest.raises(DataError, match=rf"^data\.path={tmp_path}/none\*: No such file; .*\{kind.suffix}"):
+        source(f"{tmp_path}/none*").read()
+    (tmp_path / "above" / "train").mkdir(parents=True)
+    with pytest.raises(
+        DataError, match=rf"^data\.path={tmp_path}/above: there is no \*\{kind.suffix} .*there is train/"
+    ):
+        source(tmp_path / "above").read()
+    with pytest.raises(DataError, match=r"^data\.columns\.prompt=promt: .*Did you mean prompt"):
+        source(one, columns={"prompt": "promt"}).read()
+    saved(other, [{"instruction": "a", "output": "b"}])
+    with pytest.raises(DataError, match=rf"^data\.path={other}: it has the columns instruction, output; expected"):
+        source(other, columns={"prompt": "instruction"}).read()
+    saved(other, [*pairs(4), {"id": "x", "prompt": "a", "response": " "}])
+    with pytest.raises(DataError, match=rf"^{other}(:| row )\d: response is empty"):
+        source(other).read()
+
+
+@pytest.mark.parametrize("kind", [Parquet, Arrow])
+def test_columns_hold_conversations_too(kind: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": [{**USER, "content": f"Is {i}?"}], "chosen": [ASSISTANT], "n": i} for i in range(100)]
+    path = tmp_path / f"rows{kind.suffix}"
+    dict(FORMATS)[kind](path, rows)
+    read = everything(kind(path=str(path), **LIMITS))
+    assert {row.messages[0]["content"] for row in read.values()} == {f"Is {i}?" for i in range(100)}
+    assert {row.human for row in read.values()} == {"Because."}
+
+
+def test_a_folder_that_datasets_saved(tmp_path: Path, file: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list(pairs(300))
+    rows.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    read = Arrow(path=str(tmp_path / "saved"), **LIMITS).read()
+    assert read == jsonl(write(file, pairs(300))).read()
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(DataError, match=r"there is no \*\.arrow in this folder; .*there is train/"):
+        Arrow(path=str(tmp_path / "splits"), **LIMITS).read()
+    assert len(everything(Arrow(path=str(tmp_path / "splits" / "train"), **LIMITS))) == 300
+
+
+@pytest.mark.parametrize("kind", [Parquet, Arrow])
+def test_a_file_of_another_format_is_named(kind: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{kind.suffix}"
+    path.write_text("prompt,response\na,b\n")
+    with pytest.raises(DataError, match=rf"^{path}: cannot be read as {kind.__name__} \("):
+        kind(path=str(path), **LIMITS).read()
+
+
+def test_files_whose_columns_differ_in_type(tmp_path: Path) -> None:
+    save_parquet(tmp_path / "a.parquet", pairs(5))
+    save_parquet(tmp_path / "b.parquet", [{"prompt": [USER], "response": [ASSISTANT]}])
+    with pytest.raises(DataError, match=rf"^data\.path={tmp_path}: its files differ in the types of their columns"):
+        Parquet(path=str(tmp_path), **LIMITS).read()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'id,prompt,response\n\n1,a,b\n2,"a\nb",c\n3,a\n', r"{}:6: 2 cells, but the header has 3"),
+        (b"id,prompt,response\n1,a,b,c\n", r"{}:2: 4 cells, but the header has 3"),
+        (b'id,prompt,response\n1,"a"b,c\n', r"{}:2: not CSV \(.*expected comma-separated values with a header"),
+        (b'id,prompt,response\n1,a,b\n2,"a\n,b\n', r"{}:3: not CSV \("),
+        (b"id,prompt,prompt\n1,a,b\n", r"{}:1: a column name stands twice"),
+        (b"id;prompt;response\n1;a;b\n", r"data\.path={}: it has the columns id;prompt;response; expected"),
+        (b"id,prompt,response\n1,a,\n", r"{}:2: no response"),
+        ("id,prompt,response\n1,café,b\n".encode("latin-1"), r"{}: not UTF-8"),
+        (b"id,prompt,response\n", r"data\.path={}: there are no rows"),
+        (b"", r"data\.path={}: there are no rows"),
+    ],
+    ids=lambda value: str(value)[-20:],
+)
+def test_a_csv_that_cannot_be_used(tmp_path: Path, text: bytes, message: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(text)
+    with pytest.raises(DataError, match="^" + message.format(path)):
+        Csv(path=str(path), **LIMITS).read()
+
+
+def test_a_csv_keeps_text_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    long = "word " * 100_000
+    path.write_bytes(
+        "".join(
+            [
+                "\ufeffid,prompt,response,answer\r\n",
+                *(f"{i},0{i}.0?,{i:03d},\r\n" for i in range(100)),
+                f'x,y,"{long}",1\r\n',
+            ]
+        ).encode()
+    )
+    read = everything(Csv(path=str(path), **LIMITS))
+    assert read["7"] == Prompt("7", [{"role": "user", "content": "07.0?"}], "007")
+    assert (read["x"].human, read["x"].answer) == (long, "1")
 
 
 # --- splits, sample, identity -----------------------------------------------------------------------------------------
@@ -196,15 +465,41 @@ def test_no_split_may_be_empty(file: Path, holdout: float, split: str) -> None:
 
 
 def test_a_held_out_prompt_is_never_trained_on(file: Path) -> None:
+    """And no prompt stands twice: held-out rows stay before others, and of others the first."""
     rows = pairs(200)
     held = {name for name, split in places(jsonl(write(file, rows))).items() if split != "train"}
     again = [{**row, "id": f"again-{row['id']}", "response": "otherwise"} for row in rows]
-    rows, facts = jsonl(write(file, rows + again)).read()
-    prompts = {split: {row.messages[-1]["content"] for row in some} for split, some in rows.items()}
-    assert not prompts["train"] & (prompts["validation"] | prompts["test"])
-    removed = 400 - sum(map(len, rows.values()))
-    assert facts["train_rows_like_held_out"] == removed > len(held) // 2
-    assert [facts[f"{split}_rows"] for split in SPLITS] == [len(rows[split]) for split in SPLITS]
+    kept, facts = jsonl(write(file, rows + again)).read()
+    prompts = [row.messages[-1]["content"] for some in kept.values() for row in some]
+    assert sorted(prompts) == sorted(row["prompt"] for row in rows)
+    assert facts["removed"]["equal_to_held_out"] > len(held) // 2
+    assert facts["removed"]["equal_to_held_out"] + facts["removed"]["equal_to_earlier"] == 200
+    assert held <= {row.id.removeprefix("again-") for split in SPLITS[1:] for row in kept[split]}
+    assert [facts[f"{split}_rows"] for split in SPLITS] == [len(kept[split]) for split in SPLITS]
+
+
+def test_near_duplicates_are_removed_from_the_degree_on(file: Path) -> None:
+    rows = [{**row, "prompt": " ".join(f"w{i}x{n}" for n in range(40))} for i, row in enumerate(pairs(200))]
+    where = places(jsonl(write(file, rows)))
+    held = next(row for row in rows if where[row["id"]] == "test")
+    train = next(row for row in rows if where[row["id"]] == "train")
+    # The last word is in one of 38 shingles, so 37 of the 39 that either has are common; a mark at the end is in none.
+    marked = [{**row, "id": f"!{row['id']}", "prompt": row["prompt"] + "!"} for row in (held, train)]
+    changed = [{**row, "id": f"+{row['id']}", "prompt": row["prompt"] + "9"} for row in (held, train)]
+    write(file, [*rows, *marked, *changed])
+    for threshold, removed in ((0.0, 0), (0.9, 4), (37 / 39, 4), (0.96, 2), (1.0, 2)):
+        facts = jsonl(file, near_duplicates=threshold).read()[1]["removed"]
+        assert facts["near_earlier"] + facts["near_held_out"] == removed, threshold
+        assert facts["equal_to_earlier"] == facts["equal_to_held_out"] == 0
+    system = {"role": "system", "content": "Be brief. " * 50}
+    write(file, [{"messages": [system, {**USER, "content": f"Is {i}?"}, ASSISTANT]} for i in range(100)])
+    assert len(everything(jsonl(file))) == 100, "system turns do not count"
+
+
+def test_a_split_that_duplicates_have_emptied_says_so(file: Path) -> None:
+    write(file, [{**row, "prompt": "always this"} for row in pairs(100)])
+    with pytest.raises(DataError, match=r"data\.near_duplicates=0\.9 removed 99 of these"):
+        jsonl(file).read()
 
 
 def test_reading_again_gives_the_same_rows_whatever_was_done_to_them(file: Path) -> None:
@@ -233,7 +528,7 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
 def test_the_settings_are_the_signature() -> None:
     given = {"_target_": "dnpo.data.files.JsonLines", "path": "x", "holdout": 0, **LIMITS}
     assert check("data", given)["holdout"] == 0.0
-    assert check("data", {"_target_": "dnpo.data.files.Hub", "name": "x", "config": None, "revision": None, **LIMITS})
+    assert check("data", {"_target_": "dnpo.data.hub.Hub", "name": "x", "config": None, "revision": None, **LIMITS})
 
 
 def test_real_rows() -> None:
@@ -241,7 +536,8 @@ def test_real_rows() -> None:
     if not path.is_file():
         pytest.skip(f"{path} is not here: the shared data lie outside the repository")
     rows, facts = jsonl(path).read()
-    assert sum(map(len, rows.values())) + facts["train_rows_like_held_out"] == 1100
+    assert sum(map(len, rows.values())) + sum(facts["removed"].values()) == 1100
+    assert 20 < sum(facts["removed"].values()) < 50
     assert all(row.id.startswith("rasbt-") for some in rows.values() for row in some)
 
 
@@ -346,11 +642,11 @@ def test_hub_bad_rows_are_named_by_split_and_number(save: Save, row: dict[str, A
 def test_hub_rows_without_an_id_column(save: Save) -> None:
     rows = [{"prompt": f"{i}?", "response": "Yes."} for i in range(100)]
     assert len(everything(hub(save(rows)))) == 100
-    folder = save([*rows, rows[4]], folder="twice")
-    with pytest.raises(DataError, match=rf"^{folder}\[train\] row 100: identical to {folder}\[train\] row 4 .*remove"):
-        hub(folder).read()
+    assert len(everything(hub(save([*rows, rows[4]], folder="twice")))) == 100
     folder = save([{"text": "some"}], folder="text")
-    with pytest.raises(DataError, match=rf"^{folder}\[train\] row 0: no prompt; .*the row has text"):
+    with pytest.raises(
+        DataError, match=rf"^data\.name={folder}: it has the columns text; expected prompt and response"
+    ):
         hub(folder).read()
 
 
@@ -421,8 +717,11 @@ def test_hub_identity_is_the_commit_and_this_commit_is_read(monkeypatch: pytest.
         "revision": "c" * 40,
         "config": None,
         "split": "train",
+        "columns": {},
+        "turns": "first",
         "sample": 0,
         "holdout": 0.1,
+        "near_duplicates": 0.9,
     }
     assert len(everything(source)) == 100
 

@@ -5,21 +5,26 @@ A source has two methods: ``identity()`` gives the plain values that decide what
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from dnpo.records import Prompt
 
 SPLITS = ("train", "validation", "test")
+LongResponses = Literal["cut", "drop"]
 
 
 class Source(Protocol):
-    """What ``data=…`` configures. ``max_prompt_tokens`` and ``max_response_tokens`` hold for both sides of a pair."""
+    """What ``data=…`` configures. ``max_prompt_tokens`` and ``max_response_tokens`` hold for both sides of a pair.
+
+    Longer prompts are dropped; ``long_responses`` says what becomes of longer human responses.
+    """
 
     max_prompt_tokens: int
     max_response_tokens: int
+    long_responses: LongResponses
 
     def identity(self) -> Mapping[str, Any]:
         """What decides the rows: contents, never paths."""
 
     def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
-        """Rows by split, and facts about them (what was dropped and why)."""
+        """Rows by split, and facts about them; ``removed`` counts the rows that were left out, by reason."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from dnpo.data import SPLITS
+from dnpo.data import SPLITS, LongResponses
 from dnpo.errors import SettingsError
 from dnpo.records import Prompt
 from dnpo.seeding import derive
@@ -70,6 +70,8 @@ class TinyWorld:
         seed: draws the training data.
         max_prompt_tokens, max_response_tokens: limits that no sensible tokenizer reaches here.
     """
+
+    long_responses: LongResponses = "cut"
 
     def __init__(
         self,

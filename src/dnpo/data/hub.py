@@ -1,0 +1,118 @@
+"""A data set of the Hugging Face hub."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dnpo.data import LongResponses
+from dnpo.data.rows import Field, Turns
+from dnpo.data.source import Rows, Table
+from dnpo.errors import DataError
+from dnpo.settings import Count, Fraction, Natural
+from dnpo.store import content_hash
+
+
+class Hub(Rows):
+    """A data set of the Hugging Face hub, or a local folder in the hub's layout. Its code is never run.
+
+    Args:
+        name: on the hub, such as ``HuggingFaceH4/ultrachat_200k``; or a folder with data files.
+        config: which of its configurations; null takes its default.
+        split: the split of the data set that becomes train, validation and test here.
+        revision: a commit, branch or tag; null takes the newest.
+        columns and all that follow: see :class:`dnpo.data.files.Files`.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        columns: dict[Field, str] | None = None,
+        turns: Turns = "first",
+        sample: Natural = 0,
+        holdout: Fraction = 0.1,
+        near_duplicates: Fraction = 0.9,
+        seed: Natural = 0,
+        max_prompt_tokens: Count,
+        max_response_tokens: Count,
+        long_responses: LongResponses = "cut",
+    ) -> None:
+        super().__init__(
+            f"data.name={name}",
+            columns,
+            turns,
+            sample,
+            holdout,
+            near_duplicates,
+            seed,
+            max_prompt_tokens,
+            max_response_tokens,
+            long_responses,
+        )
+        self.name, self.config, self.split, self.revision = name, config, split, revision
+        self.folder = Path(name).absolute() if os.path.isdir(name) else None
+
+    def _contents(self) -> Mapping[str, Any]:
+        part = {"config": self.config, "split": self.split}
+        if self.folder is not None:
+            return {"content": content_hash(self.folder), **part}
+        return {"name": self.name, "revision": self._commit or "unpinned", **part}
+
+    @cached_property
+    def _commit(self) -> str | None:
+        """The commit that is read; offline the revision as given, or None for whatever the cache has."""
+        from huggingface_hub import HfApi
+
+        try:
+            return HfApi().dataset_info(self.name, revision=self.revision, timeout=10).sha
+        except Exception:  # whatever is wrong here is wrong again when the rows are loaded, and reported there
+            return self.revision
+
+    def _table(self) -> Table:
+        rows = self._load()
+
+        def some(drawn: Sequence[int]) -> Iterable[tuple[str, Any]]:
+            wanted = rows.select_columns(self._wanted(rows.column_names)).select(drawn)
+            return zip((f"{self.name}[{self.split}] row {i}" for i in drawn), wanted, strict=True)
+
+        return Table(rows.column_names, len(rows), some)
+
+    def _load(self) -> Any:
+        from datasets import load_dataset
+
+        where, revision = (str(self.folder), None) if self.folder is not None else (self.name, self._commit)
+        try:
+            rows = load_dataset(where, self.config, split=self.split, revision=revision)
+        except Exception as error:
+            raise DataError(self._explain(error)) from error
+        # Without the hub the library takes whatever commit its cache has, also where another one was asked for.
+        cached = {Path(file["filename"]).parent.name for file in rows.cache_files}
+        for commit in cached - {revision}:
+            if revision is not None and len(commit) == 40:
+                raise DataError(
+                    f"data.revision={revision}: cannot be loaded from the hub, and the cache has another commit of "
+                    f"{self.name}; connect, or give data.revision={commit}"
+                )
+        return rows
+
+    def _explain(self, error: Exception) -> str:
+        """What to change; where a split or config is unknown, the library's own text lists those there are."""
+        text = f"({type(error).__name__}: {error})"
+        marks = {
+            f"data.config={self.config}": ("BuilderConfig", "Config name is missing"),
+            f"data.split={self.split}": ("Unknown split", "Split name", "Unrecognized instruction"),
+        }
+        for setting, phrases in marks.items():
+            if any(phrase in text for phrase in phrases):
+                return f"{setting}: cannot be read from {self.name} {text}"
+        if self.folder is not None:
+            return f"{self.setting}: this folder cannot be read {text}"
+        return (
+            f"{self.setting}: cannot be loaded from the hub {text}; without the hub, give a local folder in its layout "
+            "(data.name=…), files (data=jsonl data.path=…, or parquet, csv, arrow), or a cache that has it (HF_HOME)"
+        )

@@ -1,0 +1,186 @@
+"""What sources of rows that someone else wrote have in common: columns, the draw, the split, and duplicates.
+
+What a row may look like stands in :mod:`dnpo.data.rows`. Only rows that are drawn are checked.
+"""
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from dnpo.data import SPLITS, LongResponses
+from dnpo.data.duplicates import repeats
+from dnpo.data.rows import FIELDS, FORMS, Field, Turns, checked
+from dnpo.errors import DataError
+from dnpo.records import Prompt
+from dnpo.seeding import derive
+from dnpo.settings import nearest
+
+
+class Table(NamedTuple):
+    """Raw rows that lie somewhere: the names of their columns, how many they are, and some of them by number."""
+
+    columns: Collection[str]
+    total: int
+    rows: Callable[[Sequence[int]], Iterable[tuple[str, Any]]]
+
+
+class Rows(ABC):
+    """What the sources here have in common: columns, the draw, the split, and duplicates."""
+
+    def __init__(
+        self,
+        setting: str,
+        columns: Mapping[Field, str] | None,
+        turns: Turns,
+        sample: int,
+        holdout: float,
+        near_duplicates: float,
+        seed: int,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        long_responses: LongResponses,
+    ) -> None:
+        self.setting, self.columns, self.turns = setting, dict(columns or {}), turns
+        self.sample, self.holdout, self.near_duplicates, self.seed = sample, holdout, near_duplicates, seed
+        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
+        self.long_responses = long_responses
+
+    @abstractmethod
+    def _contents(self) -> Mapping[str, Any]:
+        """What decides the rows before any are drawn."""
+
+    @abstractmethod
+    def _table(self) -> Table:
+        """The rows that :meth:`_draw` draws from."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the rows. Where all are taken, the seed changes nothing."""
+        return {
+            **self._contents(),
+            "columns": self.columns,
+            "turns": self.turns,
+            "sample": self.sample,
+            "holdout": self.holdout,
+            "near_duplicates": self.near_duplicates,
+            **({"seed": self.seed} if self.sample else {}),
+        }
+
+    def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+        """Rows by split, how many these are, and how many were removed as duplicates of which kind.
+
+        Raises:
+            DataError: there are no rows, a row cannot be used, fewer than ``sample``, or none for one of the splits.
+        """
+        rows, facts = self._by_split
+        return {split: list(some) for split, some in rows.items()}, dict(facts)
+
+    @cached_property
+    def _by_split(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+        """A row's split depends on its id alone, so that adding rows moves none."""
+        table = self._table()
+        drawn = self._draw(table.total)
+        self._check_columns(table.columns)
+        prompts, repeated = checked(((where, self._mapped(raw)) for where, raw in table.rows(drawn)), self.turns)
+        rows: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
+        for prompt in prompts:
+            place = _fraction(prompt.id)
+            held = "validation" if place < self.holdout / 2 else "test"
+            rows[held if place < self.holdout else "train"].append(prompt)
+        rows, removed = _distinct(rows, self.near_duplicates)
+        lost = sum(removed.values())
+        for split, some in rows.items():
+            if not some:
+                raise DataError(
+                    f"data.holdout={self.holdout}: none of the {len(prompts):,} rows is left for {split} (half of this "
+                    "share goes to validation, half to test, the rest to train); change it, or take more rows"
+                    + (f" (data.near_duplicates={self.near_duplicates} removed {lost:,} of these)" if lost else "")
+                )
+        sizes = {f"{split}_rows": len(some) for split, some in rows.items()}
+        return rows, {"removed": {"repeated": repeated, **removed}, **sizes}
+
+    def _check_columns(self, columns: Collection[str]) -> None:
+        for ours, theirs in self.columns.items():
+            if theirs not in columns:
+                near = nearest(theirs, columns)
+                raise DataError(f"data.columns.{ours}={theirs}: there is no such column in {self.setting}.{near}")
+        names = {*columns, *self.columns} - ({*self.columns.values()} - {*self.columns})
+        if columns and not ({"messages", "chosen"} & names or {"prompt", "response"} <= names):
+            raise DataError(
+                f"{self.setting}: it has the columns {', '.join(columns)}; {FORMS}. Where others stand for these, give "
+                "data.columns='{prompt: …, response: …}'"
+            )
+
+    def _wanted(self, columns: Iterable[str]) -> list[str]:
+        """Those of the columns that are read."""
+        return [name for name in columns if name in FIELDS or name in self.columns.values()]
+
+    def _mapped(self, raw: Any) -> Any:
+        """A raw row under our names. Columns that were chosen for a form of row keep other forms from being read."""
+        if not (self.columns and isinstance(raw, Mapping)):
+            return raw
+        gone = {*self.columns, *self.columns.values()}
+        if {"prompt", "response", "chosen"} & set(self.columns):
+            gone |= {"messages"}
+        if "chosen" in self.columns:
+            gone |= {"response"}
+        kept = {name: value for name, value in raw.items() if name not in gone}
+        return kept | {ours: raw.get(theirs) for ours, theirs in self.columns.items()}
+
+    def _draw(self, total: int) -> list[int]:
+        """Which of ``total`` rows to take, in their order."""
+        if not total:
+            raise DataError(f"{self.setting}: there are no rows in it; {FORMS}")
+        if self.sample > total:
+            raise DataError(f"data.sample={self.sample}: more than the {total:,} rows in {self.setting}; 0 takes all")
+        if not self.sample:
+            return list(range(total))
+        return sorted(random.Random(derive(self.seed, "sample")).sample(range(total), self.sample))
+
+
+def _distinct(rows: Mapping[str, list[Prompt]], threshold: float) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
+    """The rows whose prompt is like none before, and counts of the others.
+
+    Test rows come before validation rows and these before training rows, so that nothing like a held-out prompt is
+    trained on, and settings are not chosen on what is reported.
+    """
+    ordered = [(split, prompt) for split in reversed(SPLITS) for prompt in rows[split]]
+    removed = {"equal_to_earlier": 0, "equal_to_held_out": 0, "near_earlier": 0, "near_held_out": 0}
+
+    def remove(kind: str, i: int, earlier: int) -> None:
+        held_out = ordered[i][0] == "train" != ordered[earlier][0]
+        removed[f"{kind}_held_out" if held_out else f"{kind}_earlier"] += 1
+
+    first: dict[tuple[str, ...], int] = {}
+    for i, (_, prompt) in enumerate(ordered):
+        earlier = first.setdefault(_conversation(prompt), i)
+        if earlier != i:
+            remove("equal_to", i, earlier)
+    left = list(first.values())
+    if threshold:
+        found = repeats([_said(ordered[i][1]) for i in left], threshold)
+        for i, earlier, _ in found:
+            remove("near", left[i], left[earlier])
+        dropped = {left[i] for i, _, _ in found}
+        left = [i for i in left if i not in dropped]
+    kept: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
+    for i in left:
+        split, prompt = ordered[i]
+        kept[split].append(prompt)
+    return kept, removed
+
+
+def _conversation(prompt: Prompt) -> tuple[str, ...]:
+    return tuple(text for turn in prompt.messages for text in (turn["role"], turn["content"]))
+
+
+def _said(prompt: Prompt) -> str:
+    """A prompt's text without system turns, which may be long and the same for all."""
+    return "\n".join(turn["content"] for turn in prompt.messages if turn["role"] != "system")
+
+
+def _fraction(name: str) -> float:
+    """A fixed place in [0, 1) for every id."""
+    return (int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 11) / 2**53
