@@ -5,6 +5,7 @@ Parquet table whose schema is read off the dataclass, so that empty lists and mi
 """
 
 import dataclasses
+import json
 import os
 import types
 from collections.abc import Iterable, Sequence
@@ -138,6 +139,30 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
     import pyarrow.parquet as pq
 
     return [kind(**row) for row in pq.read_table(path).to_pylist()]
+
+
+def write_preferences(path: Path, pairs: Sequence[Pair]) -> None:
+    """Write pairs as JSON lines in TRL's conversational preference format, which its trainers and others read as it is.
+
+    Each line has ``prompt``, ``chosen`` and ``rejected`` as lists of messages, and the id, sources and scores of the
+    pair. The file appears whole or not at all.
+    """
+    rows = [
+        {
+            "id": pair.id,
+            "prompt": pair.messages,
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+            "chosen_source": pair.chosen_source,
+            "rejected_source": pair.rejected_source,
+            "chosen_score": pair.chosen_score,
+            "rejected_score": pair.rejected_score,
+        }
+        for pair in pairs
+    ]
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text("".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows), encoding="ascii")
+    aside.replace(path)
 
 
 def read_all(paths: Iterable[Path], kind: type[Row]) -> list[Row]:

@@ -23,7 +23,7 @@ from dnpo.ledger import Ledger
 from dnpo.model import ModelPart, Policy
 from dnpo.npo import Noise
 from dnpo.objective import Objective
-from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write
+from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write, write_preferences
 from dnpo.seeding import derive
 from dnpo.store import Report, Stage, manifest, write_json
 from dnpo.tokenizer import encode, human_response
@@ -94,6 +94,9 @@ def prepare(run: Run) -> Stage:
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         rows, facts = run.data.value.read()
+        removed = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in facts.get("removed", {}).items() if n]
+        if removed:
+            report.note(f"rows removed as duplicates: {', '.join(removed)}")
         run.model.value.base(folder / "model", rows["train"])
         policy = run.model.value.load(folder / "model", None, "cpu")
         report.begin(sum(map(len, rows.values())), "prompts")
@@ -106,24 +109,41 @@ def prepare(run: Run) -> Stage:
         "model": run.model.key,
         "max_prompt_tokens": run.data.value.max_prompt_tokens,
         "max_response_tokens": run.limit,
+        **({"long_responses": "drop"} if run.data.value.long_responses == "drop" else {}),
     }
     return Stage("prompts", "prompts", 2, settings, {}, work)
 
 
 def _encode(run: Run, policy: Policy, rows: list[Prompt], split: str, folder: Path, report: Report) -> dict[str, int]:
-    """Encode one split, without the prompts that are too long."""
+    """Encode one split, without what is too long."""
     context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
     longest = min(run.data.value.max_prompt_tokens, context - run.limit)
+    drop = run.data.value.long_responses == "drop"
     prompts, human = [], []
+    too_long = over = 0
     for row in rows:
         prompt_ids, ids = encode(policy.tokenizer, row.messages, row.human, policy.stop_ids)
         report.advance()
-        if len(prompt_ids) <= longest:
-            prompts.append(Prompt(row.id, row.messages, row.human, row.family, row.answer, row.needs, prompt_ids))
-            human.append(human_response(policy.tokenizer, row, ids, run.limit))
-    dropped = len(rows) - len(prompts)
-    if dropped:
-        report.note(f"{dropped:,} of {len(rows):,} {split} prompts are longer than {longest} tokens: dropped")
+        if len(prompt_ids) > longest:
+            too_long += 1
+            continue
+        over += len(ids) > run.limit
+        if drop and len(ids) > run.limit:
+            continue
+        prompts.append(Prompt(row.id, row.messages, row.human, row.family, row.answer, row.needs, prompt_ids))
+        human.append(human_response(policy.tokenizer, row, ids, run.limit))
+    if too_long:
+        report.note(f"{too_long:,} of {len(rows):,} {split} prompts are longer than {longest} tokens: dropped")
+    if over:
+        report.note(
+            f"{over:,} of {len(rows):,} human responses of {split} are longer than {run.limit} tokens: "
+            f"{'dropped with their prompts' if drop else 'cut there'}"
+        )
+    if rows and not prompts and too_long < len(rows):
+        raise DataError(
+            f"data.long_responses=drop: all {over:,} human responses of {split} to prompts that fit are longer than "
+            f"data.max_response_tokens={run.limit}; raise it, or give data.long_responses=cut"
+        )
     if not prompts:
         raise DataError(
             f"data: none of the {len(rows):,} {split} prompts fits into {longest} tokens (the smaller of "
@@ -134,7 +154,7 @@ def _encode(run: Run, policy: Policy, rows: list[Prompt], split: str, folder: Pa
         )
     write(folder / f"{split}.parquet", prompts, Prompt)
     write(folder / f"{split}-human.parquet", human, Response)
-    return {"rows": len(prompts), "too_long": dropped, "human_cut": sum(r.finish == "length" for r in human)}
+    return {"rows": len(prompts), "too_long": too_long, f"human_{'dropped' if drop else 'cut'}": over}
 
 
 def fine_tune(run: Run, prompts: Stage) -> Stage:
@@ -201,6 +221,7 @@ def label(run: Run, plan: Plan, prompts: Stage, responses: Stage, verdicts: Stag
         if not pairs:
             raise DataError(f"iteration {plan.k}: no pair is left to train on: {counts}")
         write(folder / "pairs.parquet", pairs, Pair)
+        write_preferences(folder / "pairs.jsonl", pairs)
         return dict(counts)
 
     inputs = {"prompts": prompts, "responses": responses} | ({"verdicts": verdicts} if verdicts else {})
