@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -547,6 +549,25 @@ def test_the_command_with_a_judge_that_compares(here: Path, monkeypatch: pytest.
     assert (here / "out" / "agreement.png").is_file()
 
 
+def test_a_title_holds_no_password() -> None:
+    assert command._of_judge(["judge.base_url=http://me:secret@here/v1", "seed=1"]) == [
+        "judge.base_url=http://…@here/v1"
+    ]
+
+
+@pytest.mark.long
+def test_a_run_shows_what_is_known_of_its_judge(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its screen and in its summary; of a judge that nobody has compared with people it says nothing."""
+    run(monkeypatch, "judge=longer", f"data={file_of(here, ROW)}", *SMALL)
+    for judge, known in (("longer", 1), ("rules", 0)):
+        arguments = [f"judge={judge}", "scale=smoke", "iterations=1", "tracking=off", f"hydra.run.dir={judge}"]
+        done = subprocess.run([sys.executable, "-m", "dnpo.train", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("The judge agrees with people in 100 % of 1 rows of rows.jsonl") == known
+        found = json.loads((here / judge / "summary.json").read_text())["judge_agreement"]
+        assert [entry["accuracy"]["value"] for entry in found] == [1.0] * known
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -574,8 +595,6 @@ def test_what_is_wrong_is_named(
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *arguments, "tracking=off")
     assert stopped.value.code == 1
-    import re
-
     err = capsys.readouterr().err
     assert re.search(message, err), err
     assert "Traceback" not in err

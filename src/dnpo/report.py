@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from dnpo import export
 from dnpo.console import Console, iteration_table
 from dnpo.figures import logprob_histogram
+from dnpo.judges.agreement import known_agreement, sentence
 from dnpo.loop import Lap
 from dnpo.store import Stage, Store, manifest, write_json
 from dnpo.tracking import Tracking
@@ -57,6 +58,7 @@ def execute(
         "stages": used,
         "policies": [f"{lap.policy.name}/{lap.policy.key}" for lap in laps],
         "commit": commit(),
+        "judge_agreement": known_agreement(store, laps[-1].evaluation.settings["judge"]),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "seconds": round(time.monotonic() - clock, 1),
     }
@@ -150,6 +152,8 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
             "measure. Accuracies: greedy answers."
         )
     console.say("Losses: mean over the last tenth of the steps. lp: summed log-probability under the new policy, nats.")
+    for entry in summary["judge_agreement"]:
+        console.say(f"The judge {sentence(entry)}.")
     console.say("")
     console.say(f"results     {folder}")
     console.say(f"models      {folder / 'models'}")

@@ -198,4 +198,5 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
 
 def _of_judge(overrides: list[str]) -> list[str]:
-    return [o for o in overrides if o.startswith("judge.")]
+    """Settings of the judge as they were given, without the password that a URL may hold."""
+    return [re.sub(r"://[^/@\s]+@", "://…@", o) for o in overrides if o.startswith("judge.")]

@@ -104,7 +104,7 @@ def _orders(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) ->
     """How far the two orders of the same comparison are apart."""
     axis.hist(points, bins=np.arange(0.0, 105.0, 5.0).tolist(), color=JUDGE)
     flips = measures["flips"]["value"]
-    axis.set_title(f"Order: the verdict changes with it in {shown(flips, '%')} of the rows\n", fontsize=10)
+    axis.set_title(f"Order: the verdict changes with it\nin {shown(flips, '%')} of the rows", fontsize=10)
     axis.set_xlabel("score of a row's two orders, difference in points")
     axis.set_ylabel("rows")
     _open(axis)
