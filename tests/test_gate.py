@@ -1,0 +1,716 @@
+"""The gate: every line it can say has something here that makes it say it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dnpo.console import Console
+from dnpo.errors import JudgeError, SettingsError
+from dnpo.gate import chain as chain_check
+from dnpo.gate import gate, judge, machine, needs, rows, show, text
+from dnpo.gate.finding import Finding
+from dnpo.generate import Sampling
+from dnpo.judges import Canary, Judge
+from dnpo.judges.off import NoJudge
+from dnpo.judges.rules import Rules
+from dnpo.ledger import Ledger
+from dnpo.loop import Lap, chain
+from dnpo.model import Lora, Policy, Scratch
+from dnpo.npo import NoNoise, TrainableNoise
+from dnpo.packing import pack
+from dnpo.records import HUMAN, Prompt, Response, Verdict
+from dnpo.stages import Run
+from dnpo.store import MANIFEST, Store
+from dnpo.tokenizer import PLAIN_TEMPLATE, TEMPLATE, train_tokenizer
+from dnpo.train import build, conf_folder, pass_gate
+from dnpo.training import Optimisation
+
+from .conftest import World
+
+
+def row(name: str, question: str = "What is 1 plus 2?", human: str = "It is 3.", **more: Any) -> Prompt:
+    return Prompt(name, [{"role": "user", "content": question}], human, **more)
+
+
+QUESTIONS = [
+    *("What is 1 plus 2?", "Sort the numbers 3 1 2.", "Reverse the words red fox sun.", "Name the capital of Bovia."),
+    *(
+        "How many cm are in 4 m?",
+        "How many times is t in butter?",
+        "What is the river of Dastan?",
+        "Backwards: cup dog.",
+    ),
+]
+PLAIN = [row(str(i), question, f"It is {i}.") for i, question in enumerate(QUESTIONS)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(PLAIN * 3, 400)
+
+
+@pytest.fixture
+def with_template(tokenizer: Any) -> Callable[[str], Any]:
+    """The same tokenizer with another template."""
+
+    def make(template: str) -> Any:
+        import copy
+
+        other = copy.deepcopy(tokenizer)
+        other.chat_template = template
+        return other
+
+    return make
+
+
+def encoded(tokenizer: Any, some: Sequence[Prompt] = PLAIN, stop_ids: Sequence[int] = ()) -> list[text.Encoded]:
+    return text.encoded(tokenizer, some, stop_ids)
+
+
+def fires(finding: Finding, level: str, *said: str) -> None:
+    """What is not passed has a figure or an instance, and names what to change."""
+    assert finding.level == level, finding
+    for words in said:
+        assert words in f"{finding.name}: {finding.text} → {finding.setting}", finding
+    assert level == "pass" or finding.setting
+
+
+# --- template and tokens
+
+
+def test_template_of_generation_begins_that_of_training(tokenizer: Any) -> None:
+    fires(text.template(tokenizer, PLAIN), "pass", "8 rows")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (
+            TEMPLATE.replace("'<|assistant|>' }}{% endif", "'<|assistant|>Answer: ' }}{% endif"),
+            "They part at character",
+        ),
+        (TEMPLATE.replace("{{ bos_token }}", "{{ bos_token if add_generation_prompt else '' }}"), "character 1"),
+        ("{{ messages[-1]['content'] }}{{ '' if add_generation_prompt else eos_token }}", "8 of 8 rows"),
+        ("{{ raise_exception('no system turns') }}", "no system turns"),
+    ],
+)
+def test_template_that_differs_stops(with_template: Callable[[str], Any], template: str, said: str) -> None:
+    broken = with_template(template)
+    fires(text.template(broken, PLAIN), "stop", said, "model.chat_template")
+
+
+def test_template_names_the_first_row_it_fails_for(with_template: Callable[[str], Any]) -> None:
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
+    some = [*PLAIN, replace(PLAIN[0], id="with-system", messages=[{"role": "system", "content": "Be brief."}])]
+    fires(text.template(with_template(refuses), some), "stop", "1 of 9 rows", "with-system", "no system turns")
+
+
+def test_seam_without_a_difference(tokenizer: Any) -> None:
+    fires(text.seam(tokenizer, PLAIN), "pass", "together and apart, in 8 rows")
+
+
+def test_seam_of_a_tokenizer_that_begins_every_text_with_a_space() -> None:
+    """As SentencePiece does: the response after its prompt has other tokens than alone, and the first are taken."""
+    spaced = Tokenizer(models.BPE(unk_token="<unk>"))
+    spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    spaced.decoder = decoders.Metaspace()
+    special = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    spaced.train_from_iterator([t for p in PLAIN for t in (p.messages[0]["content"], p.human, "### user")], trainer)
+    make: Any = PreTrainedTokenizerFast
+    wrapped = make(tokenizer_object=spaced, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    wrapped.chat_template = PLAIN_TEMPLATE
+    fires(text.seam(wrapped, PLAIN), "pass", "8 of 8 rows", "after its prompt")
+
+
+def test_seam_that_is_moved_is_said(with_template: Callable[[str], Any]) -> None:
+    """The prompt ends with a space, and words carry their leading space: a token would reach over the end."""
+    broken = with_template(
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
+        "{{ eos_token if m['role'] == 'assistant' else '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    some = [replace(p, human=f"is {p.id}.") for p in PLAIN]
+    fires(text.seam(broken, some), "warn", "8 of 8 rows", "tokenised by itself", "model.chat_template")
+
+
+def test_one_bos(tokenizer: Any) -> None:
+    fires(text.one_bos(tokenizer, encoded(tokenizer)), "pass", "8 of 8 prompts begin with <s>")
+
+
+def test_no_bos_where_the_tokenizer_has_none(with_template: Callable[[str], Any]) -> None:
+    without = with_template(TEMPLATE.replace("{{ bos_token }}", ""))
+    without.bos_token = None
+    fires(text.one_bos(without, encoded(without)), "pass", "has no beginning-of-sequence token")
+
+
+def test_bos_that_the_template_puts_twice_stops(with_template: Callable[[str], Any]) -> None:
+    twice = with_template("{{ bos_token }}" + TEMPLATE)
+    fires(text.one_bos(twice, encoded(twice)), "stop", "8 of 8 prompts begin with <s> twice", "model.chat_template")
+
+
+def test_bos_inside_is_said(tokenizer: Any) -> None:
+    some = [*PLAIN, row("odd", "What does <s> mean?")]
+    fires(text.one_bos(tokenizer, encoded(tokenizer, some)), "warn", "1 of 9 rows", "odd")
+
+
+def test_one_eos(tokenizer: Any) -> None:
+    fires(text.one_eos(tokenizer, [2], encoded(tokenizer)), "pass", "each of 8 responses ends with one </s>")
+
+
+def test_eos_in_the_text_of_a_response_is_said(tokenizer: Any) -> None:
+    some = [*PLAIN, row("html", human="Close it with </s> then.")]
+    fires(text.one_eos(tokenizer, [2], encoded(tokenizer, some)), "warn", "1 of 9 responses", "html", "cut")
+
+
+@pytest.mark.parametrize("change", [lambda ids: ids[:-1], lambda ids: [*ids, 2], lambda ids: [2, *ids], lambda _: []])
+def test_response_without_one_eos_stops(tokenizer: Any, change: Callable[[list[int]], list[int]]) -> None:
+    good = encoded(tokenizer)
+    wrong = [*good[1:], good[0]._replace(ids=change(good[0].ids))]
+    fires(text.one_eos(tokenizer, [2], wrong), "stop", "1 of 8 responses", good[0].prompt.id)
+
+
+@pytest.mark.parametrize("limit", [3, 24])
+def test_no_eos_is_appended_where_a_response_is_cut(tokenizer: Any, limit: int) -> None:
+    fires(text.no_eos_where_cut(tokenizer, [2], encoded(tokenizer), limit), "pass", "8 responses, cut on purpose")
+
+
+@pytest.mark.parametrize("limit", [3, 24])
+def test_eos_that_is_appended_to_a_cut_response_stops(tokenizer: Any, limit: int) -> None:
+    """As SPIN's published code has it."""
+
+    def appended(tokenizer: Any, prompt: Prompt, ids: list[int], limit: int) -> Response:
+        kept = [*ids[: limit - 1], 2]
+        return Response(prompt.id, HUMAN, prompt.human, kept, len(kept), "eos")
+
+    found = text.no_eos_where_cut(tokenizer, [2], encoded(tokenizer), limit, cut=appended)
+    fires(found, "stop", "8 of 8 human responses", "human_response")
+
+
+def test_response_that_is_cut_to_too_many_tokens_stops(tokenizer: Any) -> None:
+    def uncut(tokenizer: Any, prompt: Prompt, ids: list[int], limit: int) -> Response:
+        return Response(prompt.id, HUMAN, prompt.human, ids, len(ids), "eos")
+
+    fires(text.no_eos_where_cut(tokenizer, [2], encoded(tokenizer), 24, cut=uncut), "stop")
+
+
+def test_eos_of_the_tokenizer_is_the_models(tokenizer: Any) -> None:
+    fires(text.ends_of_model(tokenizer, [2], encoded(tokenizer)), "pass", "</s> (2)")
+    fires(text.ends_of_model(tokenizer, [5, 2], encoded(tokenizer)), "pass", "<|assistant|> (5)")
+
+
+def test_model_that_names_no_eos_is_said(tokenizer: Any) -> None:
+    fires(text.ends_of_model(tokenizer, [], encoded(tokenizer)), "warn", "names no end-of-sequence token")
+
+
+def test_template_that_ends_with_the_models_eos_is_said(with_template: Callable[[str], Any]) -> None:
+    other = with_template(TEMPLATE.replace("eos_token if", "'<|user|>' if"))
+    found = text.ends_of_model(other, [4], encoded(other, stop_ids=[2, 4]))
+    fires(found, "warn", "</s> (2)", "<|user|> (4)", "generation_config.json")
+
+
+def test_eos_that_is_not_the_models_stops(tokenizer: Any) -> None:
+    found = text.ends_of_model(tokenizer, [5], encoded(tokenizer))
+    fires(found, "stop", "</s> (2)", "<|assistant|> (5)", "apart for free", "generation_config.json")
+
+
+# --- rows
+
+
+def split(train: Sequence[Prompt], validation: Sequence[Prompt] = (), test: Sequence[Prompt] = ()) -> rows.Rows:
+    return {"train": train, "validation": validation, "test": test}
+
+
+def test_ids() -> None:
+    fires(rows.ids(split(PLAIN)), "pass", "8 rows")
+    fires(rows.ids(split(PLAIN, [], [row("a"), row("b"), row("a", "Other?")])), "stop", "1 ids", "test", "'a'")
+
+
+def test_duplicates() -> None:
+    fires(rows.duplicates(PLAIN, False, {}), "pass", "no two of 8")
+    said = rows.duplicates(PLAIN, False, {"equal_to_earlier": 3, "repeated": 0})
+    fires(said, "pass", "left out before: 3 equal to earlier")
+    twice = [*PLAIN, replace(PLAIN[0], id="again"), replace(PLAIN[1], id="other answer", human="It is 9.")]
+    fires(rows.duplicates(twice, False, {}), "warn", "1 of 10", "10.0%", "data")
+    fires(rows.duplicates(twice, True, {}), "pass", "1 of 10", "draws with replacement")
+
+
+def test_near_duplicates() -> None:
+    long = "Explain in a few plain words why the sky over the sea looks blue in the morning and red in the evening"
+    near = [row("one", long), row("two", f"Please {long}")]
+    fires(rows.near_duplicates(PLAIN, False), "pass", "none of 8")
+    fires(rows.near_duplicates([*PLAIN, *near], False), "warn", "1 of 10", "two and one", "data.near_duplicates")
+    fires(rows.near_duplicates([*PLAIN, *near], True), "pass", "1 of 10")
+    many = [row(str(i), f"Question {i} {i * 7} {i * 13} about {i * 31}?") for i in range(200)]
+    fires(rows.near_duplicates([*many, *near], False), "pass", "1 of 202")
+    fires(rows.near_duplicates([*PLAIN, replace(PLAIN[0], id="again")], False), "pass", "none of 8 distinct")
+
+
+def test_near_duplicates_are_looked_for_in_some_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "COMPARED", 4)
+    fires(rows.near_duplicates(PLAIN, False), "pass", "4 of 8")
+
+
+def test_overlap() -> None:
+    long = "Explain in a few plain words why the sky over the sea looks blue in the morning and red in the evening"
+    system = {"role": "system", "content": "You are an assistant who answers in one short sentence and nothing more."}
+    train = [replace(p, messages=[system, *p.messages]) for p in (*PLAIN[:4], row("sky", long))]
+    held = [replace(p, id=f"held-{p.id}", messages=[system, *p.messages]) for p in PLAIN[4:]]
+    clean = rows.overlap(split(train, held[:2], held[2:]))
+    assert [(f.name, f.level) for f in clean] == [
+        ("overlap with validation", "pass"),
+        ("overlap with test", "pass"),
+        ("validation and test", "pass"),
+    ]
+    same = rows.overlap(split(train, held[:2], [*held[2:], replace(train[0], id="leak", human="Other.")]))
+    fires(same[1], "stop", "1 of 3 test prompts", "data")
+    near = rows.overlap(split(train, held[:2], [*held[2:], row("near", f"Please {long}")]))
+    fires(near[1], "warn", "1 of 3 test prompts", "near and sky", "data.near_duplicates")
+    both = rows.overlap(split(train, held[:2], held[1:]))
+    fires(both[2], "warn", "1 prompts")
+
+
+def test_lengths() -> None:
+    fires(rows.lengths("train", 9, [(5, 7), (8, 8)], 8, 8, False), "pass", "2 of 9 train rows", "8 tokens of 8")
+    said = rows.lengths("train", 4, [(5, 7), (9, 8), (5, 9), (3, 3)], 8, 8, False)
+    fires(
+        said, "warn", "1 have too long a prompt", "25.0%", "1 have too long a response and are cut", "data.max_prompt"
+    )
+    said = rows.lengths("train", 4, [(5, 7), (9, 9), (5, 9), (3, 3)], 8, 8, True)
+    fires(said, "warn", "1 have too long a prompt", "1 have too long a response and are dropped")
+    fires(rows.lengths("test", 2, [(9, 1), (12, 1)], 8, 8, False), "stop", "none of the 2 test prompts fits into 8")
+    said = rows.lengths("test", 2, [(9, 1), (2, 9)], 8, 8, True)
+    fires(said, "stop", "all would be dropped", "data.long_responses=cut")
+    fires(rows.lengths("test", 0, [], 8, 8, False), "stop", "no test prompts")
+
+
+# --- the judge
+
+
+class Asked(Judge):
+    """Answers its canary as it is told to."""
+
+    max_unscored = 0.0
+
+    def __init__(self, answer: Canary | Exception) -> None:
+        self.answer, self.asked = answer, 0
+        self.prompts_seen: set[str] = set()
+
+    def canary(self, ledger: Ledger) -> Canary:
+        self.asked += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Any
+    ) -> list[Verdict]:
+        raise AssertionError("the gate asks for no verdicts")
+
+
+LEDGER = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))
+
+
+def test_labels() -> None:
+    fires(judge.labels(None, NoJudge(), split(PLAIN)), "pass", "no labels need scores")
+    fires(judge.labels(2, NoJudge(), split(PLAIN)), "stop", "from iteration 2 on", "judge=off gives none")
+    fires(judge.labels(None, Rules(), split(PLAIN)), "stop", "8 of 8 have none", "judge=")
+    answered = [replace(p, answer="3") for p in PLAIN]
+    fires(judge.labels(1, Rules(), split(answered, answered, answered)), "pass", "24 rows")
+
+
+def test_canary() -> None:
+    fires(judge.canary(Rules(), LEDGER), "pass", "no call")
+    fires(judge.canary(Asked(Canary(True, "says 100 ($0.00002 a question)")), LEDGER), "pass", "$0.00002")
+    fires(judge.canary(Asked(Canary(False, "answers, but: no number")), LEDGER), "stop", "no number", "judge.model")
+    unreachable = Asked(JudgeError("judge.base_url=http://x: does not answer"))
+    fires(judge.canary(unreachable, LEDGER), "stop", "judge.base_url=http://x: does not answer")
+
+
+def test_prompts_that_the_judge_was_fitted_on() -> None:
+    fires(judge.judge_prompts((), PLAIN, "test"), "pass", "no prompts of its own")
+    other = {rows.seen_as(row("x", "Something else?"))}
+    fires(judge.judge_prompts(other, PLAIN, "test"), "pass", "none of the 1 prompts")
+    seen = {rows.seen_as(row("x", "what is  1 PLUS 2?"))}
+    fires(judge.judge_prompts(seen, PLAIN, "test"), "warn", "1 of the 8 test prompts", "the first is 0", "eval.split")
+
+
+# --- disk and memory
+
+
+def test_disk(tmp_path: Path) -> None:
+    below = tmp_path / "not" / "there" / "yet"
+    fires(machine.disk(1000, 500, 0, below), "pass", "about 2 kB (an estimate)", "free")
+    fires(machine.disk(1000, 500, 0, tmp_path, free=3000), "pass")
+    fires(machine.disk(1000, 500, 0, tmp_path, free=2999), "warn", "3 kB free", "store=", "model.lora.rank")
+    fires(machine.disk(1000, 500, 0, tmp_path, free=1500), "warn")
+    fires(machine.disk(1000, 500, 0, tmp_path, free=1499), "stop", "1 kB free", "store=")
+    roomy = 2**30 + 10**6
+    fires(machine.disk(1000, 500, 10**5, tmp_path, free=roomy), "pass", "100 kB of hidden states")
+    fires(machine.disk(1000, 500, 10**7, tmp_path, free=roomy), "warn", "if there is room", "npo.cache_hidden")
+
+
+def test_memory() -> None:
+    what = partial(machine.memory, "training", 600.0, 300.0, "cpu", "trainer.micro_batch_size")
+    fires(what(), "pass", "an estimate", "free on cpu")
+    fires(what(free=1000.0), "pass", "900 bytes")
+    fires(what(free=999.0), "warn", "300 bytes of a batch", "trainer.micro_batch_size")
+    fires(what(free=600.0), "warn")
+    fires(what(free=599.0), "stop", "600 bytes of weights", "trainer.micro_batch_size")
+
+
+def test_free_memory_is_what_the_device_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < machine.free_memory("cpu") <= physical
+    monkeypatch.setattr(Path, "read_text", lambda *_: "")  # a system without /proc
+    assert machine.free_memory("cpu") == physical
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
+    assert machine.free_memory("cuda:0") == 7
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "copies"),
+    [
+        (partial(torch.optim.RMSprop, lr=0.1), 1),
+        (partial(torch.optim.RMSprop, lr=0.1, momentum=0.9), 2),
+        (partial(torch.optim.AdamW, lr=0.1), 2),
+        (partial(torch.optim.SGD, lr=0.1), 0),
+    ],
+)
+def test_what_an_optimizer_keeps(optimizer: Any, copies: int) -> None:
+    assert machine.state_copies(optimizer) == copies
+
+
+def trained_by(**settings: Any) -> Optimisation:
+    return Optimisation(optimizer=partial(torch.optim.RMSprop, lr=1e-4), **settings)
+
+
+@pytest.fixture
+def sized(world: World) -> Callable[..., tuple[Policy, machine.Shape]]:
+    def make(lora: Lora | None = None, **config: Any) -> tuple[Policy, machine.Shape]:
+        shape = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(world.tokenizer), **(shape | config)))
+        policy = Policy(model, world.tokenizer)
+        return policy, machine.shape(policy, lora or Lora())
+
+    return make
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_activations_are_estimated_as_they_are(sized: Any, autocast: bool) -> None:
+    """Against what autograd really keeps of the body's forward pass: within a tenth."""
+    policy, of = sized()
+    own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch = pack([[7] * 40] * 16, [[8] * 40] * 16, share_prompt=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = policy.hidden(batch)
+    measured = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    assert hidden.requires_grad
+    estimate = machine.activations(of, trained_by(autocast=autocast), len(batch.ids_T))
+    estimate += of.weights / 2 if autocast else 0
+    assert estimate == pytest.approx(measured, rel=0.1)
+    spared = machine.activations(of, trained_by(autocast=autocast, checkpointing=True), len(batch.ids_T))
+    assert spared < 0.5 * estimate
+
+
+COUNTS = machine.Counts(
+    train=100, held=10, all=120, prompt=8, response=6, longest_prompt=16, longest_response=12, limit=24
+)
+
+
+def test_what_training_takes(sized: Any) -> None:
+    policy, of = sized()
+    weights = sum(p.numel() for p in policy.model.parameters()) * 4
+    assert of.weights == of.trained == weights
+    optimisation = trained_by(batch_size=8)
+
+    def fixed(of: machine.Shape, noise: Any = None, copy: bool = False, **more: Any) -> float:
+        return machine.training_bytes(of, trained_by(batch_size=8, **more), COUNTS, noise, copy, "cpu")[0]
+
+    assert fixed(of) == 3 * weights  # with gradients and the mean square of each
+    assert fixed(of, autocast=True) == 3.5 * weights
+    assert fixed(of, NoNoise(128, 300), copy=True) == 4 * weights
+    noise = TrainableNoise(of.width, of.vocabulary)
+    assert fixed(of, noise) == 3 * weights + 16 * (of.width + 1) * of.vocabulary
+    _, adapted = sized(Lora(rank=2))
+    assert adapted.adapted
+    assert adapted.weights == weights
+    assert 0 < adapted.trained < 0.2 * weights
+    assert fixed(adapted, copy=True) == weights + 3 * adapted.trained
+
+    def moving(noise: Any, **more: Any) -> float:
+        return machine.training_bytes(of, trained_by(batch_size=8, **more), COUNTS, noise, False, "cpu")[1]
+
+    assert moving(None) < moving(NoNoise(128, 300)) < moving(noise)
+    assert moving(noise, micro_batch_size=2) < moving(noise) / 3
+    assert moving(noise, share_prompt=False) > moving(noise) > moving(noise, checkpointing=True)
+    small, large = (machine.generating_bytes(of, Sampling(batch_size=n), COUNTS)[1] for n in (8, 16))
+    assert large == 2 * small
+    assert machine.checkpoint_bytes(of, optimisation, 10) == 2 * (2 * weights + 120)
+    assert machine.policy_bytes(of, 3) == weights
+    assert machine.policy_bytes(adapted, 3) == 3 * adapted.trained
+
+
+# --- the chain, and the gate as a whole
+
+
+def composed(*overrides: str) -> Run:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        run, _, _ = build(compose("train", overrides=["scale=smoke", "tracking=off", *overrides]))
+    return run
+
+
+def laid_out(*overrides: str) -> tuple[Run, list[Lap]]:
+    run = composed(*overrides)
+    return run, list(chain(run))
+
+
+def test_reference_is_the_policy_it_starts_from() -> None:
+    _, laps = laid_out("npo.cache_hidden=on")
+    fires(chain_check.reference(laps), "pass", "2 iterations")
+
+
+@pytest.mark.parametrize("which", ["responses", "reference", "hidden", "policy", "unread"])
+def test_chain_that_is_laid_out_wrongly_stops(which: str) -> None:
+    """As with stacked adapters: iteration 1 is compared with the fine-tuned model instead."""
+    _, laps = laid_out("npo.cache_hidden=on")
+    lap, sft = laps[2], laps[0].policy
+    assert lap.responses is not None
+    assert lap.reference is not None
+    hidden = lap.policy.aids["hidden"]
+    wrong = {
+        "responses": lambda: replace(lap, responses=_from(lap.responses, sft)),
+        "reference": lambda: replace(lap, reference=_from(lap.reference, sft)),
+        "hidden": lambda: replace(lap, policy=replace(lap.policy, aids={"hidden": _from(hidden, sft)})),
+        "policy": lambda: replace(lap, policy=_from(lap.policy, sft)),
+        "unread": lambda: replace(lap, policy=replace(lap.policy, inputs={"policy": laps[1].policy})),
+    }[which]()
+    said = "does not read" if which == "unread" else "should start from iteration 0 · optimise"
+    fires(chain_check.reference([*laps[:2], wrong]), "stop", "iteration 1", said)
+
+
+def _from(stage: Any, policy: Any) -> Any:
+    return replace(stage, inputs={**stage.inputs, "policy": policy})
+
+
+NAMES = [
+    *("reference", "labels", "prompts of the judge", "ids", "duplicates", "near duplicates"),
+    *("overlap with validation", "overlap with test", "validation and test", "template", "seam", "one BOS", "one EOS"),
+    *("no EOS where cut", "EOS of the model", "lengths of train", "lengths of validation", "lengths of test", "disk"),
+    *("memory, fine-tuning", "memory, training", "memory, generating", "judge"),
+]
+
+
+def test_gate_of_a_plain_run_passes_with_every_line(tmp_path: Path) -> None:
+    run, laps = laid_out()
+    found = gate(run, laps, Store(tmp_path))
+    assert [f.name for f in found] == NAMES
+    assert not [f for f in found if f.level == "stop"]
+    assert {f.name for f in found if f.level == "warn"} <= {"duplicates", "near duplicates"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
+    """Through the run's own parts: each check is given what the run would use."""
+    run, laps = laid_out()
+    data = run.data.value.read()[0]
+    leak = {**data, "test": [replace(data["train"][0], id="leak"), *data["test"]]}
+    own = Asked(Canary(True, "says 100"))
+    own.prompts_seen = {rows.seen_as(data["test"][1])}
+    source = type("Source", (), {**_limits(run), "read": lambda self: (leak, {})})()
+    run = replace(run, data=replace(run.data, value=source), judge=replace(run.judge, value=own))
+    levels = {f.name: f.level for f in gate(run, laps, Store(tmp_path))}
+    assert levels["overlap with test"] == "stop"
+    assert levels["prompts of the judge"] == "warn"
+    assert "judge" not in levels  # no call is paid for a run that does not begin
+    assert own.asked == 0
+
+
+def _limits(run: Run) -> dict[str, Any]:
+    return {name: getattr(run.data.value, name) for name in ("max_prompt_tokens", "max_response_tokens")} | {
+        "long_responses": "cut"
+    }
+
+
+def test_canary_is_asked_once_and_only_for_what_is_to_do(tmp_path: Path) -> None:
+    run, laps = laid_out()
+    own = Asked(Canary(True, "says 100"))
+    run, store = replace(run, judge=replace(run.judge, value=own)), Store(tmp_path)
+    assert gate(run, laps, store)[-1] == Finding("judge", "pass", "says 100")
+    assert own.asked == 1
+    for lap in laps:
+        for stage in lap.stages:
+            if stage.name in ("judge", "evaluate"):
+                _pretend(store, stage)
+    assert "judge" not in {f.name for f in gate(run, laps, store)}
+    assert own.asked == 1
+
+
+def test_gate_spends_nothing_where_nothing_is_to_do(tmp_path: Path) -> None:
+    run, laps = laid_out()
+    store = Store(tmp_path)
+    for lap in laps:
+        for stage in lap.stages:
+            _pretend(store, stage)
+    run = replace(run, data=None)  # type: ignore[arg-type]  # whoever read it would fail
+    assert [f.name for f in gate(run, laps, store)] == ["reference", "stages"]
+
+
+def _pretend(store: Store, stage: Any) -> None:
+    folder = store.folder(stage)
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text("{}")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    """A small model as transformers keeps it."""
+    folder = tmp_path / "model"
+    model = Scratch(width=32, layers=1, heads=2, mlp=48, context=96, lora=Lora())
+    model.base(folder, composed().data.value.read()[0]["train"])
+    return folder
+
+
+def of_model(folder: Path, tmp_path: Path, *overrides: str) -> dict[str, Finding]:
+    run, laps = laid_out("model=local", f"model.path={folder}", "npo=off", *overrides)
+    return {f.name: f for f in gate(run, laps, Store(tmp_path / "store"))}
+
+
+def test_gate_of_a_pretrained_model(local: Path, tmp_path: Path) -> None:
+    found = of_model(local, tmp_path)
+    assert set(NAMES) == set(found)
+    assert not [f for f in found.values() if f.level == "stop"]
+
+
+def test_gate_finds_what_is_wrong_with_a_model(local: Path, tmp_path: Path) -> None:
+    settings = json.loads((local / "generation_config.json").read_text())
+    (local / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 5}))
+    fires(of_model(local, tmp_path)["EOS of the model"], "stop", "<|assistant|> (5)")
+    twice = AutoTokenizer.from_pretrained(local)
+    twice.chat_template = "{{ bos_token }}" + TEMPLATE
+    twice.save_pretrained(local)
+    fires(of_model(local, tmp_path)["one BOS"], "stop")
+    twice.chat_template = TEMPLATE.replace("'<|assistant|>' }}{% endif", "'<|assistant|>A: ' }}{% endif")
+    twice.save_pretrained(local)
+    found = of_model(local, tmp_path)
+    fires(found["template"], "stop")
+    assert "one BOS" not in found  # what cannot be rendered cannot be encoded
+
+
+def test_model_that_cannot_be_read_stops(local: Path, tmp_path: Path) -> None:
+    fires(
+        of_model(local, tmp_path, "model.lora.rank=2", "model.lora.target_modules=nowhere")["model"], "stop", "nowhere"
+    )
+    for file in local.glob("tokenizer*"):
+        file.unlink()
+    fires(of_model(local, tmp_path)["model"], "stop", "cannot be loaded")
+
+
+def test_needs_shrink_with_what_is_there(tmp_path: Path) -> None:
+    run, laps = laid_out("npo.cache_hidden=on")
+    store = Store(tmp_path)
+    model = run.model.value
+    model.base(tmp_path / "model", run.data.value.read()[0]["train"])
+
+    def wanted() -> dict[str, str]:
+        found = needs.findings(run, laps, store, COUNTS, model.outline(tmp_path / "model"), tmp_path / "model")
+        return {f.name: f.text for f in found}
+
+    assert set(wanted()) == {"disk", "memory, fine-tuning", "memory, training", "memory, generating"}
+    _pretend(store, laps[0].policy)
+    assert set(wanted()) == {"disk", "memory, training", "memory, generating"}
+    for lap in laps[1:]:
+        _pretend(store, lap.policy)
+    assert "0 bytes only while it trains" in wanted()["disk"]
+    for lap in laps:
+        for stage in (lap.responses, lap.evaluation):
+            if stage is not None:
+                _pretend(store, stage)
+    assert set(wanted()) == {"disk"}
+
+
+def test_lines_that_pass_are_shown_where_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        Finding("one", "pass", "good"),
+        Finding("two", "warn", "so [1] so", "a.b"),
+        Finding("three", "pass", "fine"),
+    ]
+    show(Console(), lines, everything=False)
+    out = capsys.readouterr().out
+    assert "good" not in out
+    assert "so [1] so → a.b" in out
+    assert "2 checks passed, 1 to know of" in out
+    show(Console(), [*lines, Finding("four", "stop", "bad", "c.d")], everything=True)
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()[:4]] == [
+        ["pass", "one"],
+        ["warn", "two"],
+        ["pass", "three"],
+        ["stop", "four"],
+    ]
+    assert out.splitlines()[-1] == "2 checks passed, 1 to know of, 1 to put right first"
+
+
+# --- by the command
+
+
+def command(cwd: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "dnpo.train", "scale=smoke", *overrides]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def computed(cwd: Path) -> list[Path]:
+    return list((cwd / "store").glob("[!.]*/*"))
+
+
+@pytest.mark.long
+def test_check_alone_says_every_line_and_runs_nothing(tmp_path: Path) -> None:
+    done = command(tmp_path, "check=true")
+    assert done.returncode == 0, done.stderr
+    for name in NAMES:
+        assert f" {name} " in done.stdout
+    assert "checks passed" in done.stdout
+    assert computed(tmp_path) == []
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.long
+def test_stop_ends_a_run_before_any_stage(tmp_path: Path) -> None:
+    done = command(tmp_path, "judge=off")
+    assert done.returncode == 1
+    assert "error: the run does not begin. labels: dsl labels by score from iteration 1 on" in done.stderr
+    assert "1 to put right first" in done.stdout
+    assert computed(tmp_path) == []
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_stop_is_an_error_that_lists_all_of_them(everything: bool, tmp_path: Path) -> None:
+    """So that the command ends with status 1, also with check=true."""
+    run, laps = laid_out("judge=off", "data.max_prompt_tokens=2")
+    with pytest.raises(SettingsError) as caught:
+        pass_gate(run, laps, Store(tmp_path), Console(), everything)
+    said = str(caught.value)
+    assert "labels: dsl labels by score" in said
+    assert "Change judge=…, or dsl=off" in said
+    for split in ("train", "validation", "test"):
+        assert f"lengths of {split}: none of the" in said
