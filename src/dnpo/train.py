@@ -285,7 +285,13 @@ def _run(cfg: DictConfig, job: Any) -> None:
     folder = Path(job.runtime.output_dir)
     sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
     run, tracking, settings = build(cfg, os.path.relpath(sweep or folder))
+    with run.ledger:  # closed at the end of every job, or those after it would wait for what this one has claimed
+        _go(run, tracking, settings, job, folder, sweep)
 
+
+def _go(
+    run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, folder: Path, sweep: Path | None
+) -> None:
     import torch
 
     from dnpo.console import Console, quieten
@@ -306,7 +312,9 @@ def _run(cfg: DictConfig, job: Any) -> None:
         store.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"store={settings['store']}: {error.strerror}; expected a folder to write to") from error
-    _answerable(run)
+    pass_gate(run, laps, store, console, settings["check"])
+    if settings["check"]:
+        return
     from dnpo import report
 
     name = " ".join(job.overrides.task) or "defaults"
@@ -324,20 +332,17 @@ def _run(cfg: DictConfig, job: Any) -> None:
     report.show(console, summary, folder, store, tracking)
 
 
-def _answerable(run: "Run") -> None:
-    """Refuse, before anything is computed, parts that cannot work together."""
-    wants = [plan.k for plan in run.plans if plan.dsl.value.needs_scores]
-    if wants and not run.judge.value.gives_scores:
-        raise SettingsError(
-            f"dsl labels by score from iteration {wants[0]} on, but judge=off gives none; choose a judge, or dsl=off "
-            "(method=spin and method=npo have it)"
-        )
-    rows, _ = run.data.value.read()
-    if run.judge.value.gives_scores:
-        for some in rows.values():
-            problem = run.judge.value.accepts(some)
-            if problem is not None:
-                raise SettingsError(problem)
+def pass_gate(run: "Run", laps: "list[Lap]", store: "Store", console: "Console", everything: bool) -> None:
+    """Refuse, before anything is computed, a run that cannot work or would mean nothing; say what one should know."""
+    from dnpo.gate import gate, show
+
+    findings = gate(run, laps, store)
+    show(console, findings, everything)
+    stops = [
+        f"{finding.name}: {finding.text}. Change {finding.setting}" for finding in findings if finding.level == "stop"
+    ]
+    if stops:
+        raise SettingsError("the run does not begin. " + "\n       ".join(stops))
 
 
 def _print_plan(console: "Console", store: "Store", laps: "list[Lap]", shared: Mapping[str, str]) -> None:
