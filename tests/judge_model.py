@@ -3,8 +3,8 @@
     python -m tests.judge_model FOLDER [PREFERENCES]
 
 It learns to grade by the shipped template: what is chosen (or right) 80, what is rejected (or wrong) 20, from a file
-with prompt, chosen and rejected, or else from the tiny world. What it is for is the path from a judge's client through a
-real server to a real model and back; its taste is nobody's.
+with prompt, chosen and rejected, or else from the tiny world. What it is for is the path from a judge's client through
+a real server to a real model and back; its taste is nobody's.
 """
 
 import json
@@ -53,8 +53,14 @@ def make(folder: Path, preferences: Path | None = None, steps: int = 80, count: 
     texts = [Prompt(str(i), messages, str(grade)) for i, (messages, grade) in enumerate(chats[:300])]
     tokenizer: Any = train_tokenizer(texts, 1500)
     tokenizer.chat_template = CHAT
-    shape: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-                             "num_key_value_heads": 2, "intermediate_size": 160, "max_position_embeddings": 4096}  # fmt: skip
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 160,
+        "max_position_embeddings": 4096,
+    }
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **special))
     optimizer = AdamW(model.parameters(), lr=3e-3)

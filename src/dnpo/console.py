@@ -84,12 +84,12 @@ class StageReport:
         self.console, self.progress, self.sink = console, progress, steps
         self.task = progress.add_task(title, total=1, unit="", status="")
         self.total, self.done, self.before, self.unit, self.words = 0, 0, 0, "", ""
-        self.started = self.spoke = time.monotonic()
+        self.started = self.began = self.spoke = time.monotonic()
         self.title = title
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
         """See :class:`dnpo.store.Report`."""
-        self.total, self.unit, self.done, self.before = total, unit, done, done
+        self.total, self.unit, self.done, self.before, self.began = total, unit, done, done, time.monotonic()
         self.progress.update(self.task, total=total, completed=done, unit=unit)
         if done:
             self.note(f"continues: {done:,} of {total:,} {unit} are there already")
@@ -101,7 +101,7 @@ class StageReport:
         now = time.monotonic()
         if not self.console.rich.is_terminal and now - self.spoke > 30:
             self.spoke = now
-            rate = (self.done - self.before) / (now - self.started)
+            rate = (self.done - self.before) / (now - self.began)
             left = (self.total - self.done) / rate if rate else math.nan
             words = f", {self.words}" if self.words else ""
             self.note(f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, about {left:,.0f} s left{words}")
@@ -121,9 +121,9 @@ class StageReport:
 
     def summary(self) -> str:
         """What was done, and how fast."""
-        seconds = time.monotonic() - self.started
-        done = self.done - self.before
-        rate = f", {done / seconds:,.0f}/s" if done and seconds > 0 else ""
+        now = time.monotonic()
+        seconds, done = now - self.started, self.done - self.before
+        rate = f", {done / (now - self.began):,.0f}/s" if done and now > self.began else ""
         what = f"{done:,} {self.unit}" if self.unit else "done"
         return f"{what} in {seconds:,.1f} s{rate}" + (f", {self.words}" if self.words else "")
 

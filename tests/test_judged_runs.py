@@ -1,0 +1,131 @@
+"""Whole runs with a judge by API: killed in the middle, side by side, and with a key that must be found nowhere."""
+
+import os
+import random
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from dnpo.ledger import Ledger
+from tests.judge_server import Handle, judge_server
+from tests.test_train import run, start, succeed, summary
+
+pytestmark = pytest.mark.long
+SMALL = ("scale=smoke", "tracking=off", "data.train=96", "data.validation=12", "data.test=12", "eval.samples=1")
+SECRET = "sk-planted-0f9b2c7d41e8a653"
+
+
+def judge(server: Handle, *more: str) -> list[str]:
+    return ["judge=openai", "judge.model=judge", f"judge.base_url={server.base_url}", "judge.concurrency=4", *more]
+
+
+def keys(path: Path) -> set[str]:
+    with sqlite3.connect(path) as db:
+        return {row[0] for row in db.execute("SELECT key FROM calls")}
+
+
+def test_a_run_killed_ten_times_while_it_judges_asks_nothing_twice(tmp_path: Path) -> None:
+    """What the ledger has at a kill stays; of what the server answered at most the calls in flight are missing there."""
+    draw, lost = random.Random(0), 0
+    with judge_server(latency=0.3) as server:
+        succeed(tmp_path, *SMALL, "judge=off", "method=spin", "iterations=1")  # the stages before the judge
+        for _ in range(10):
+            before = server.stats()["attempts"]
+            process = start(tmp_path, *SMALL, *judge(server))
+            while server.stats()["attempts"] < before + 6:  # the canary and then questions in earnest
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.05)
+            time.sleep(draw.uniform(0.1, 0.8))
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            time.sleep(0.5)  # the server is done with what it was about
+            delivered = server.stats()["delivered"]
+            assert 0 <= delivered - len(keys(tmp_path / "ledger.sqlite")) - lost <= 4
+            lost = delivered - len(keys(tmp_path / "ledger.sqlite"))
+        server.change(latency=0.0)
+        succeed(tmp_path, *SMALL, *judge(server))
+        table = summary(tmp_path)["table"]
+        assert table[-1]["pairs/unscored"] == 0
+        stats = server.stats()
+        # every answer that was written down was given once
+        assert stats["delivered"] - len(keys(tmp_path / "ledger.sqlite")) == lost
+        assert stats["paid_twice"] <= lost
+        print(f"answers {stats['answered']}, on the wire at ten kills {lost}")
+
+
+def test_two_sweeps_at_once_ask_each_question_once(tmp_path: Path) -> None:
+    """Two stores, so that nothing but the ledger is shared: the same questions in both, at the same time."""
+    with judge_server(latency=0.05) as server:
+        sweep = ["-m", *SMALL, *judge(server), "iterations=2", "seed=0,1", "data.seed=0"]
+        ledger = tmp_path / "ledger.sqlite"
+        both = [
+            start(tmp_path, *sweep, f"store=store-{n}", f"ledger={ledger}", f"hydra.sweep.dir=sweep-{n}")
+            for n in ("a", "b")
+        ]
+        for process in both:
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, out + err
+        stats = server.stats()
+        assert stats["paid_twice"] == 0
+        assert stats["answered"] == stats["attempts"] == len(keys(ledger))
+        tables = [summary(tmp_path, f"sweep-{n}/1/summary.json")["table"] for n in ("a", "b")]
+        assert [row["eval/score"] for row in tables[0]] == [row["eval/score"] for row in tables[1]]
+        with Ledger(ledger) as book:
+            assert sum(row["hits"] for row in book.rows()) >= stats["answered"] - 8  # less the canaries
+
+
+def test_a_key_is_found_nowhere_after_a_run(tmp_path: Path) -> None:
+    """Neither after one that went well, nor after one with a wrong key; with logs as loud as they get."""
+    with judge_server(key=SECRET) as server:
+        loud = {"OPENAI_LOG": "debug", "HTTPX_LOG_LEVEL": "trace"}
+        command = [a for a in SMALL if a != "tracking=off"] + judge(server, "judge.key_from=MY_KEY")
+        said = succeed(tmp_path, *command, "iterations=2", "hydra.verbose=true", MY_KEY=SECRET, **loud)
+        wrong = run(tmp_path, *command, "seed=3", MY_KEY=f"{SECRET}-wrong", **loud)
+        assert wrong.returncode == 1
+        assert "does not accept the key in MY_KEY" in wrong.stderr
+        assert "Traceback" not in wrong.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert {"ledger.sqlite", "mlflow.db", "summary.json"} <= {path.name for path in files}
+    holding = [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert not holding
+    assert SECRET not in said + wrong.stdout + wrong.stderr
+
+
+def test_a_plan_says_what_is_new_and_sends_nothing(tmp_path: Path) -> None:
+    with judge_server() as server:
+        table = tmp_path / "prices.yaml"
+        table.write_text("judge: {input: 1.0, output: 1.0}\n")
+        command = [*SMALL, *judge(server, f"judge.prices={table}"), "iterations=2"]
+        before = succeed(tmp_path, *command, "plan=true")
+        assert server.stats()["attempts"] == 0
+        assert not (tmp_path / "ledger.sqlite").exists()
+        succeed(tmp_path, *command)
+        asked = server.stats()["answered"]
+        forecast = next(line for line in before.splitlines() if line.startswith("all "))
+        calls, new, cost = forecast.split()[1:]
+        assert calls == new
+        assert 0.8 * int(new) <= asked <= int(new) + 1  # samples that come out equal are asked once; and the canary
+        with Ledger(tmp_path / "ledger.sqlite") as book:
+            (row,) = book.rows()
+            assert row["cost"] <= float(cost) + 0.01
+        again = succeed(tmp_path, *command, "store=elsewhere", "plan=true")
+        planned = next(line for line in again.splitlines() if line.startswith("all ")).split()
+        assert int(planned[2]) < int(new)  # the human responses are known
+        assert server.stats()["answered"] == asked
+
+
+def test_a_judge_that_fails_too_often_ends_the_run_and_a_rerun_mends_it(tmp_path: Path) -> None:
+    with judge_server(hopeless=0.2) as server:
+        command = [*SMALL, *judge(server, "judge.max_replies=1"), "iterations=2"]
+        failed = run(tmp_path, *command)
+        assert failed.returncode == 1
+        assert "more than judge.max_unscored=0.02 allows" in failed.stderr
+        assert "Traceback" not in failed.stderr
+        server.change(hopeless=0.0)
+        known = len(keys(tmp_path / "ledger.sqlite"))
+        assert known > 0
+        succeed(tmp_path, *command)
+        assert server.stats()["paid_twice"] == 0
