@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dnpo.console import Console
+from dnpo.data.seen import seen_as
 from dnpo.errors import JudgeError, SettingsError
 from dnpo.gate import chain as chain_check
 from dnpo.gate import gate, judge, machine, needs, rows, show, text
@@ -341,9 +342,9 @@ def test_canary() -> None:
 
 def test_prompts_that_the_judge_was_fitted_on() -> None:
     fires(judge.judge_prompts((), PLAIN, "test"), "pass", "no prompts of its own")
-    other = {rows.seen_as(row("x", "Something else?"))}
+    other = {seen_as(row("x", "Something else?").messages)}
     fires(judge.judge_prompts(other, PLAIN, "test"), "pass", "none of the 1 prompts")
-    seen = {rows.seen_as(row("x", "what is  1 PLUS 2?"))}
+    seen = {seen_as(row("x", "what is  1 PLUS 2?").messages)}
     fires(judge.judge_prompts(seen, PLAIN, "test"), "warn", "1 of the 8 test prompts", "the first is 0", "eval.split")
 
 
@@ -391,6 +392,10 @@ def test_free_memory_is_what_the_device_says(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_what_an_optimizer_keeps(optimizer: Any, copies: int) -> None:
     assert machine.state_copies(optimizer) == copies
+
+
+def test_optimizer_that_cannot_be_tried_is_taken_for_adam() -> None:
+    assert machine.state_copies(partial(torch.optim.LBFGS)) == 2  # its step needs a closure
 
 
 def trained_by(**settings: Any) -> Optimisation:
@@ -448,6 +453,7 @@ def test_what_training_takes(sized: Any) -> None:
 
     assert fixed(of) == 3 * weights  # with gradients and the mean square of each
     assert fixed(of, autocast=True) == 3.5 * weights
+    assert fixed(replace(of, value=2), autocast=True) == 3 * weights
     assert fixed(of, NoNoise(128, 300), copy=True) == 4 * weights
     noise = TrainableNoise(of.width, of.vocabulary)
     assert fixed(of, noise) == 3 * weights + 16 * (of.width + 1) * of.vocabulary
@@ -535,7 +541,7 @@ def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
     data = run.data.value.read()[0]
     leak = {**data, "test": [replace(data["train"][0], id="leak"), *data["test"]]}
     own = Asked(Canary(True, "says 100"))
-    own.prompts_seen = {rows.seen_as(data["test"][1])}
+    own.prompts_seen = {seen_as(data["test"][1].messages)}
     source = type("Source", (), {**_limits(run), "read": lambda self: (leak, {})})()
     run = replace(run, data=replace(run.data, value=source), judge=replace(run.judge, value=own))
     levels = {f.name: f.level for f in gate(run, laps, Store(tmp_path))}

@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Sequence
 
+from dnpo.data.seen import seen_as
 from dnpo.errors import DnpoError
 from dnpo.gate.finding import Finding
-from dnpo.gate.rows import Rows, seen_as
+from dnpo.gate.rows import Rows
 from dnpo.judges import Judge
 from dnpo.ledger import Ledger
 from dnpo.records import Prompt
@@ -36,7 +37,7 @@ def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> 
     """
     if not seen:
         return Finding("prompts of the judge", "pass", "the judge was fitted on no prompts of its own")
-    both = [row for row in held if seen_as(row) in seen]
+    both = [row for row in held if seen_as(row.messages) in seen]
     if both:
         text = (
             f"the judge was fitted on {len(both):,} of the {len(held):,} {split} prompts, the first is {both[0].id}: "

@@ -22,17 +22,17 @@ from dnpo.training import Optimisation
 SMALL = 2**16  # bytes of a stage's small files
 ID, TEXT = 2.0, 4.0  # bytes of a token's id and of its text in a table
 MIXED = 2.55  # bytes of a kept activation under autocast, as measured: norms and sums stay in float32
+USUAL = 2  # numbers that an optimizer keeps for each parameter, as Adam does
 TIGHT = 0.9  # of the memory: beyond this an estimate is no comfort
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's numbers, in bytes and parameters.
+    """A model's numbers.
 
     Attributes:
         weights: bytes of all weights.
-        parameters: how many are trained; those of the adapter where there is one.
-        trained: their bytes.
+        trained: bytes of those that are trained: the adapter's, where there is one.
         value: bytes of one weight, and so of one activation.
         width, layers, inner, heads: hidden size, blocks, inner size of the MLP, and keys of a token in one block.
         vocabulary: rows of the head.
@@ -40,7 +40,6 @@ class Shape:
     """
 
     weights: int
-    parameters: int
     trained: int
     value: int
     width: int
@@ -85,7 +84,6 @@ def shape(policy: Policy, lora: Lora) -> Shape:
     size = getattr(config, "head_dim", None) or width // config.num_attention_heads
     return Shape(
         weights=weights,
-        parameters=sum(p.numel() for p in trained),
         trained=_bytes(trained),
         value=value,
         width=width,
@@ -100,9 +98,12 @@ def shape(policy: Policy, lora: Lora) -> Shape:
 def state_copies(make: Any) -> int:
     """How many numbers an optimizer keeps for each parameter, as one step of it on four parameters shows."""
     parameter = nn.Parameter(torch.zeros(2, 2))
-    optimizer = make([parameter])
     parameter.grad = torch.zeros(2, 2)
-    optimizer.step()
+    try:
+        optimizer = make([parameter])
+        optimizer.step()
+    except Exception:  # one that only runs on a GPU, say; an estimate must not keep it from there
+        return USUAL
     kept = optimizer.state[parameter].values()
     return sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in kept)
 
@@ -191,7 +192,7 @@ def training_bytes(
         fixed += of.trained
     elif copy:
         fixed += of.weights
-    if optimisation.autocast:  # the backward pass needs the weights as the products had them
+    if optimisation.autocast and of.value > 2:  # the backward pass needs the weights as the products had them
         fixed += of.weights * 2 / of.value
     if noise is not None:  # with its gradients and Adam's two
         fixed += 4 * 4 * sum(p.numel() for p in noise.parameters())

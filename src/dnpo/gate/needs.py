@@ -81,7 +81,7 @@ def tables(name: str, run: Run, counts: Counts) -> int:
         "prompts": (2 * counts.all, both / 2),
         "generate": (counts.train, limit),
         "judge": (2 * counts.train, 0),
-        "pairs": (counts.train, both + limit),
+        "pairs": (2 * counts.train, both + limit),  # once for us, once as text for other trainers
         "reference": (counts.train, 0),
         "evaluate": (samples, limit),
     }

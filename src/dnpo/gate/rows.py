@@ -1,6 +1,5 @@
 """Checks of the rows: ids, repeats, overlaps, lengths."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -21,12 +20,6 @@ def evenly(rows: Sequence[Prompt], most: int) -> list[Prompt]:
     if len(rows) <= most:
         return list(rows)
     return [rows[i * len(rows) // most] for i in range(most)]
-
-
-def seen_as(prompt: Prompt) -> str:
-    """A hash of the conversation, whatever its case and spaces; by it a judge can say what it was fitted on."""
-    said = [[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in prompt.messages]
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
 def ids(rows: Rows) -> Finding:
