@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -50,6 +50,7 @@ CREATE TABLE IF NOT EXISTS batches (
 CREATE TABLE IF NOT EXISTS pace (endpoint TEXT PRIMARY KEY, requests REAL NOT NULL, tokens REAL NOT NULL) WITHOUT ROWID;
 """
 VERSION = 1
+COUNTED = ("calls", "failed", "hits", "tokens_in", "tokens_out", "cost", "unpriced")
 
 
 @dataclass(frozen=True)
@@ -117,40 +118,54 @@ class Ledger:
     """
 
     def __init__(self, path: Path, run: str = "") -> None:
-        self.path, self.run = path.absolute(), run
+        self.path, self.run = path.resolve(), run  # by whatever name: claims and locks lie beside the file itself
         self.owner = uuid.uuid4().hex
         self._alive: FileLock | None = None
 
     @cached_property
     def _db(self) -> sqlite3.Connection:
+        db = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_name(f"{self.path.name}.lock")):
                 db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-                version = db.execute("PRAGMA user_version").fetchone()[0]
-                if version not in (0, VERSION):
-                    db.close()
-                    raise LedgerError(
-                        f"ledger={self.path}: has format {version}, this version of dnpo reads {VERSION}; give another "
-                        "file, or use the version that wrote it"
-                    )
-                # NORMAL: what was written survives kill -9; only a power cut can take the last answers
-                db.executescript(
-                    f"PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; {SCHEMA} PRAGMA user_version={VERSION};"
-                )
+                self._prepare(db)
         except (sqlite3.Error, OSError) as error:
+            if db is not None:
+                db.close()
             raise LedgerError(
                 f"ledger={self.path}: cannot be opened ({error}); expected a SQLite file, or a place to write one on a "
                 "local disk"
             ) from error
+        except LedgerError:
+            if db is not None:
+                db.close()
+            raise
         return db
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, VERSION):
+            raise LedgerError(
+                f"ledger={self.path}: has format {version}, this version of dnpo reads {VERSION}; give another file, "
+                "or use the version that wrote it"
+            )
+        if version == 0:
+            if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
+                raise LedgerError(f"ledger={self.path}: is a database of another program; give another file")
+            db.execute("PRAGMA journal_mode=WAL")
+            # whole or not at all: a file with half of the tables would look like another program's
+            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+        # what was written survives kill -9; only a power cut can take the last answers
+        db.execute("PRAGMA synchronous=NORMAL")
 
     def close(self) -> None:
         """Give back what this run still claims, and close the file; a later use opens it again."""
         if "_db" not in self.__dict__:
             return
         if self._alive is not None:
-            self._write("DELETE FROM claims WHERE owner = ?", (self.owner,))
+            with suppress(LedgerError):  # claims that cannot be taken back fall back, as those of a killed process
+                self._write("DELETE FROM claims WHERE owner = ?", (self.owner,))
             self._alive.release()
             self._sign(self.owner).unlink(missing_ok=True)
             self._alive = None
@@ -172,7 +187,7 @@ class Ledger:
             return found  # looking up leaves no file behind
         for some in _chunks(keys):
             marks = ",".join("?" * len(some))
-            found |= dict(self._db.execute(f"SELECT key, value FROM calls WHERE key IN ({marks})", some).fetchall())
+            found |= dict(self._read(f"SELECT key, value FROM calls WHERE key IN ({marks})", some))
         return found
 
     def claim(self, keys: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -200,10 +215,11 @@ class Ledger:
         with self._transaction():
             if answer.value is not None:
                 self._db.execute(
-                    "INSERT OR IGNORE INTO calls VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                    "INSERT INTO calls VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO NOTHING",
                     (
                         *(question.key, question.judge, question.model, question.template, question.order),
-                        *(question.content, answer.value, answer.reply, answer.tokens_in, answer.tokens_out),
+                        *(question.content, answer.value, _storable(answer.reply)),
+                        *(answer.tokens_in, answer.tokens_out),
                         *(answer.cost, answer.latency, answer.attempts, now, self.run),
                     ),
                 )
@@ -220,7 +236,7 @@ class Ledger:
         self._db.execute(
             "INSERT INTO failures VALUES (?,?,?,?,?,?,?,?,?,?)",
             (
-                *(question.key, question.judge, question.model, answer.reason, answer.reply),
+                *(question.key, question.judge, question.model, _storable(answer.reason), _storable(answer.reply)),
                 *(answer.tokens_in, answer.tokens_out, answer.cost, now, self.run),
             ),
         )
@@ -243,19 +259,18 @@ class Ledger:
         """US dollars that this run has spent, failures included; calls without a known price count as nothing."""
         total = 0.0
         for table in ("calls", "failures"):
-            total += self._db.execute(f"SELECT TOTAL(cost) FROM {table} WHERE run = ?", (self.run,)).fetchone()[0]
+            total += self._read(f"SELECT TOTAL(cost) FROM {table} WHERE run = ?", (self.run,))[0][0]
         return total
 
     def cost_of(self, key: str) -> float:
         """US dollars that an answer has cost; nothing where it is not there or its price is not known."""
-        row = self._db.execute("SELECT TOTAL(cost) FROM calls WHERE key = ?", (key,)).fetchone()
-        return float(row[0])
+        return float(self._read("SELECT TOTAL(cost) FROM calls WHERE key = ?", (key,))[0][0])
 
     # --- batches at a provider
 
     def batches(self, endpoint: str) -> dict[str, list[Question]]:
         """Batches that were submitted there and not collected, by id, with their questions (without messages)."""
-        rows = self._db.execute("SELECT id, questions FROM batches WHERE endpoint = ?", (endpoint,))
+        rows = self._read("SELECT id, questions FROM batches WHERE endpoint = ? AND questions != ''", (endpoint,))
         return {row[0]: [Question(*fields) for fields in json.loads(row[1])] for row in rows}
 
     def submitted(self, endpoint: str, batch: str, questions: Sequence[Question]) -> None:
@@ -265,8 +280,13 @@ class Ledger:
         self._write("INSERT OR REPLACE INTO batches VALUES (?,?,?,?)", (batch, endpoint, json.dumps(fields), now))
 
     def collected(self, endpoint: str, batch: str) -> None:
-        """Forget a batch."""
-        self._write("DELETE FROM batches WHERE endpoint = ? AND id = ?", (endpoint, batch))
+        """Forget a batch, but not that it was collected."""
+        self._write("UPDATE batches SET questions = '' WHERE endpoint = ? AND id = ?", (endpoint, batch))
+
+    def was_collected(self, endpoint: str, batch: str) -> bool:
+        """Whether all that this batch brought has been written down: it has nothing more to give."""
+        query = "SELECT 1 FROM batches WHERE endpoint = ? AND id = ? AND questions = ''"
+        return bool(self._read(query, (endpoint, batch)))
 
     # --- ceilings
 
@@ -306,21 +326,38 @@ class Ledger:
             " SUM(tokens_in) AS tokens_in, SUM(tokens_out) AS tokens_out, TOTAL(cost) AS cost, SUM(free) AS unpriced"
             f" FROM ({' UNION ALL '.join(parts)}) GROUP BY 1, 2, 3, 4 ORDER BY month, run, judge, model"
         )
-        cursor = self._db.execute(query)
-        names = [column[0] for column in cursor.description]
-        return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        names = ("judge", "model", "run", "month", *COUNTED)
+        return [dict(zip(names, row, strict=True)) for row in self._read(query)]
 
     # --- the file
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk ends it by itself
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+            raise  # nothing that users could put right
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(
+                f"ledger={self.path}: {error}; every answer that was written is kept. See that the disk has room and "
+                "is a local one, and that nothing else holds the file, and run the same command again"
+            ) from error
+
+    def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._errors():
+            return self._db.execute(query, values).fetchall()
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
         with self._transaction():
@@ -333,12 +370,17 @@ class Ledger:
         """Hold a lock that the system frees when this process ends, however it ends."""
         if self._alive is not None:
             return
+        _ = self._db  # which makes the folder, and says so where it cannot
         sign = self._sign(self.owner)
-        sign.parent.mkdir(exist_ok=True)
-        # locked under another name first: nobody may see the file and find it free
-        self._alive = FileLock(sign.with_suffix(".new"))
-        self._alive.acquire()
-        sign.with_suffix(".new").replace(sign)
+        try:
+            sign.parent.mkdir(exist_ok=True)
+            # locked under another name first: nobody may see the file and find it free
+            lock = FileLock(sign.with_suffix(".new"))
+            lock.acquire()
+            sign.with_suffix(".new").replace(sign)
+        except OSError as error:
+            raise LedgerError(f"ledger={self.path}: {sign.parent} cannot be written ({error.strerror})") from error
+        self._alive = lock
 
     def _is_alive(self, owner: str) -> bool:
         sign = self._sign(owner)
@@ -358,6 +400,11 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
+def _storable(text: str) -> str:
+    """Without halves of surrogate pairs: JSON can spell them, UTF-8 and so SQLite cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def _chunks(keys: Sequence[str], size: int = 500) -> Iterator[list[str]]:
     for start in range(0, len(keys), size):
         yield list(keys[start : start + size])
@@ -366,11 +413,10 @@ def _chunks(keys: Sequence[str], size: int = 500) -> Iterator[list[str]]:
 def by(rows: Sequence[Mapping[str, Any]], *names: str) -> list[dict[str, Any]]:
     """Rows of :meth:`Ledger.rows` added up by some of their columns."""
     sums: dict[tuple[Any, ...], dict[str, Any]] = {}
-    counted = ("calls", "failed", "hits", "tokens_in", "tokens_out", "cost", "unpriced")
     for row in rows:
         group = tuple(row[name] for name in names)
-        total = sums.setdefault(group, {**dict(zip(names, group, strict=True)), **dict.fromkeys(counted, 0)})
-        for name in counted:
+        total = sums.setdefault(group, {**dict(zip(names, group, strict=True)), **dict.fromkeys(COUNTED, 0)})
+        for name in COUNTED:
             total[name] += row[name]
     return list(sums.values())
 
