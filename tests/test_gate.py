@@ -25,6 +25,7 @@ from dnpo.gate.finding import Finding
 from dnpo.generate import Sampling
 from dnpo.judges import Canary, Judge
 from dnpo.judges.off import NoJudge
+from dnpo.judges.openai import OpenAI
 from dnpo.judges.rules import Rules
 from dnpo.ledger import Ledger
 from dnpo.loop import Lap, chain
@@ -39,6 +40,7 @@ from dnpo.train import build, conf_folder, pass_gate
 from dnpo.training import Optimisation
 
 from .conftest import World
+from .judge_server import judge_server
 
 
 def row(name: str, question: str = "What is 1 plus 2?", human: str = "It is 3.", **more: Any) -> Prompt:
@@ -338,6 +340,17 @@ def test_canary() -> None:
     fires(judge.canary(Asked(Canary(False, "answers, but: no number")), LEDGER), "stop", "no number", "judge.model")
     unreachable = Asked(JudgeError("judge.base_url=http://x: does not answer"))
     fires(judge.canary(unreachable, LEDGER), "stop", "judge.base_url=http://x: does not answer")
+
+
+def test_canary_of_a_judge_by_api(tmp_path: Path) -> None:
+    """One call and its price where the server answers; a stop where none does."""
+    with judge_server() as server, Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
+        by_api = OpenAI(model="gpt-4.1-mini", base_url=server.base_url, timeout=5.0)
+        fires(judge.canary(by_api, ledger), "pass", "gpt-4.1-mini", "$0.000", "a question")
+        assert server.stats()["attempts"] == 1
+    with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
+        gone = OpenAI(model="gpt-4.1-mini", base_url="http://127.0.0.1:9/v1", timeout=1.0, deadline=1.0)
+        fires(judge.canary(gone, ledger), "stop", "127.0.0.1:9")
 
 
 def test_prompts_that_the_judge_was_fitted_on() -> None:
