@@ -38,12 +38,19 @@ class Weights:
         self.name, self.revision, self.setting = name, revision, setting
         if self.folder is not None and not (self.folder / marker).is_file():
             raise ModelError(
-                f"{setting}.path={path}: no model there; expected a folder with {marker}, safetensors and a tokenizer"
+                f"{self.shown}: no model there; expected a folder with {marker}, safetensors and a tokenizer"
             )
+
+    @staticmethod
+    def has(path: str, file: str) -> bool:
+        """Whether a folder has this file."""
+        return (Path(path) / file).is_file()
 
     @property
     def shown(self) -> str:
         """As messages name it."""
+        if self.setting == "base":
+            return f"base={self.folder or self.name}"
         return f"{self.setting}.path={self.folder}" if self.folder is not None else f"{self.setting}.name={self.name}"
 
     @cached_property

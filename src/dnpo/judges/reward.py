@@ -1,0 +1,201 @@
+"""A judge that is a reward model, and the command that fits one to preferences.
+
+    python -m dnpo.judges.reward fit data.path=preferences.jsonl base=FOLDER out=FOLDER
+
+A reward r has no bounds; its score is 100 · σ((r − center) / scale), which rises strictly with r (until floating point
+gives out, beyond 36 scales from the center), so that who is better by reward is better by score.
+"""
+
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from dnpo.errors import DnpoError, OutOfMemoryError, SettingsError
+from dnpo.judges import Judge
+from dnpo.judges.local import Weights
+from dnpo.judges.rewards import Rewards, facts_of, load
+from dnpo.ledger import Ledger
+from dnpo.model import Dtype, device_of
+from dnpo.records import Prompt, Response, Verdict
+from dnpo.settings import Count, Finite, Fraction, Positive, check_values, nearest
+from dnpo.store import Report
+
+
+class Reward(Judge):
+    """A sequence classifier of transformers with one output, or what ``fit`` wrote.
+
+    The model is loaded when it judges and let go afterwards, so that it takes no memory from the training. A response
+    that does not fit into its context with its conversation stays without a score; nothing is cut.
+
+    Args:
+        path: a folder with ``config.json``, safetensors weights and a tokenizer, or one of ``fit``; or
+        name: a name on the hub, with ``revision``. Exactly one of the two.
+        center: the reward that is worth 50 points; null takes what ``fit`` found, else 0.
+        scale: how much more reward makes 73 points of 50; null takes what ``fit`` found, else 1.
+        max_tokens: of a row; null takes what the model can read.
+        dtype: of the weights.
+        device: ``auto`` is the GPU if there is one, as for the policy.
+        batch_size: rows read at once; it changes nothing but speed, memory and rounding.
+        max_unscored: share of responses that may stay without a score.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        center: Finite | None = None,
+        scale: Positive | None = None,
+        max_tokens: Count | None = None,
+        dtype: Dtype = "float32",
+        device: str = "auto",
+        batch_size: Count = 16,
+        max_unscored: Fraction = 0.02,
+    ) -> None:
+        fitted = path is not None and name is None
+        marker = "reward.json" if fitted and Weights.has(cast(str, path), "reward.json") else "config.json"
+        self.weights = Weights(path, name, revision, marker=marker)
+        facts = facts_of(self.weights)
+        self.center = facts.get("center", 0.0) if center is None else center
+        self.scale = facts.get("scale", 1.0) if scale is None else scale
+        self.max_tokens, self.dtype, self.device, self.batch_size = max_tokens, dtype, device_of(device), batch_size
+        self.max_unscored = max_unscored
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the verdicts: never where the model lies or how fast it is read."""
+        return {
+            "judge": "reward",
+            "model": self.weights.identity,
+            "center": self.center,
+            "scale": self.scale,
+            "dtype": self.dtype,
+            "max_tokens": self.max_tokens,
+        }
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+    ) -> list[Verdict]:
+        """See :class:`~dnpo.judges.Judge`.
+
+        Raises:
+            ModelError: the reward model cannot be used.
+            OutOfMemoryError: a batch does not fit into memory.
+        """
+        by_id = {p.id: p for p in prompts}
+        model = load(self.weights, self.dtype, self.device, self.max_tokens)
+        report.begin(len(responses), "verdicts")
+        rows = [model.encode(by_id[r.id].messages, r.text) for r in responses]
+        verdicts: dict[int, Verdict] = {}
+
+        def settle(i: int, score: float | None, reason: str) -> None:
+            verdicts[i] = Verdict(responses[i].id, responses[i].source, score, reason)
+            report.advance()
+
+        for i in (i for i, row in enumerate(rows) if model.too_long(row)):
+            settle(i, None, f"longer than the {model.limit:,} tokens that the reward model reads (judge.max_tokens)")
+        # the longest first: what does not fit into memory shows at once, and batches have little padding
+        row = sorted(set(range(len(rows))) - set(verdicts), key=lambda i: -sum(map(len, rows[i])))
+        size = self.batch_size if model.batches else 1
+        for some in (row[start : start + size] for start in range(0, len(row), size)):
+            for i, reward in zip(some, self._rewards(model, [rows[i] for i in some]), strict=True):
+                score = points(reward, self.center, self.scale) if math.isfinite(reward) else None
+                settle(i, score, "" if score is not None else "the reward is not a finite number")
+        return [verdicts[i] for i in range(len(responses))]
+
+    @torch.no_grad()
+    def _rewards(self, model: Rewards, rows: Sequence[Any]) -> list[float]:
+        try:
+            return cast(list[float], model(rows).tolist())
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"judge.batch_size={self.batch_size}: {len(rows)} rows do not fit into the memory of {self.device}; "
+                "lower it"
+            ) from error
+
+
+def points(reward: float, center: float, scale: float) -> float:
+    """100 · σ((reward − center) / scale)."""
+    x = (reward - center) / scale
+    return 100.0 / (1.0 + math.exp(-x)) if x >= 0 else 100.0 * math.exp(x) / (1.0 + math.exp(x))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+USAGE = (
+    "usage: python -m dnpo.judges.reward fit data.path=FILE base=FOLDER out=FOLDER [key=value …]; conf/reward.yaml has "
+    "all settings"
+)
+
+
+def main() -> None:
+    """Fit a reward model, and turn what the user can put right into a message and a non-zero exit status."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from dnpo.train import conf_folder
+
+    if sys.argv[1:2] != ["fit"]:
+        print(USAGE, file=sys.stderr)
+        sys.exit(2)
+    sys.argv = [sys.argv[0], *sys.argv[2:]]
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, not as Hydra prints them
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="reward")(_task)()
+        if not _failed:
+            return
+        message = _failed.pop()
+    except DnpoError as error:
+        message = str(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        message = _explain(error)
+    except KeyboardInterrupt:
+        message = "interrupted; nothing is written"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+_failed: list[str] = []
+
+
+def _task(cfg: Any) -> None:
+    from omegaconf import OmegaConf
+
+    from dnpo.judges.fitting import fit
+    from dnpo.judges.preferences import Preferences
+
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:
+            raise SettingsError(f"{missing[0]}: needs a value; give {missing[0]}=…")
+        tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        data = Preferences(**check_values("data", Preferences, tree.pop("data")))
+        fit(data, **check_values("", fit, tree))
+    except DnpoError as error:
+        _failed.append(str(error))  # raised here, Hydra would print things of its own around it
+
+
+def _explain(error: Exception) -> str:
+    text = str(error).strip()
+    unknown = re.search(r"Could not override '([^']+)'", text)
+    if unknown is None:
+        return text
+    from omegaconf import OmegaConf
+
+    from dnpo.train import conf_folder
+
+    tree = OmegaConf.load(conf_folder() / "reward.yaml")
+    known = [key for key in map(str, tree) if key not in ("defaults", "hydra", "data")]
+    return (
+        f"{unknown.group(1)}: unknown setting.{nearest(unknown.group(1), [*known, *(f'data.{k}' for k in tree.data)])}"
+    )
+
+
+if __name__ == "__main__":
+    main()
