@@ -385,7 +385,7 @@ def test_rows_without_a_verdict_are_counted_and_left_out() -> None:
     assert facts["reasons"] == {"no number": 1, "refused": 1}
     assert facts["measures"]["accuracy"]["rows"] == 1
     assert points == [3.0, 2.0]
-    with pytest.raises(JudgeError, match=r"none of the 1 rows has a verdict.*no number"):
+    with pytest.raises(JudgeError, match=r"none of the 1 rows has a verdict.*\(1 ×\): no number"):
         compared(rows[1:2], said, False, 100, 0)
 
 

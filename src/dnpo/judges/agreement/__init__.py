@@ -106,7 +106,11 @@ def compared(
         else:
             scored.append((row, a.score, b.score, b.disagreement))
     if not scored:
-        raise JudgeError(f"judge: none of the {len(rows):,} rows has a verdict; most often: {reasons.most_common(1)}")
+        ((reason, count),) = reasons.most_common(1)
+        raise JudgeError(
+            f"judge: none of the {len(rows):,} rows has a verdict, so there is nothing to compare; most often "
+            f"({count:,} ×): {reason}. Put that right, or choose another judge"
+        )
     scores = np.array([[a, b] for _, a, b, _ in scored])
     both = np.array([orders(b, apart) for _, _, b, apart in scored])
     # A judge that compares gives the first response 50, so that always the higher score is the better response.
