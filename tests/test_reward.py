@@ -21,10 +21,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dnpo.data.seen import seen_as
 from dnpo.errors import DataError, ModelError
 from dnpo.judges.fitting import fit, measured, spread
 from dnpo.judges.preferences import Preference, Preferences
 from dnpo.judges.reward import Reward, main, points
+from dnpo.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import World, verdicts
 
@@ -143,6 +145,10 @@ def test_without_a_padding_token_rows_are_read_one_by_one(world: World, tmp_path
 
 def test_what_does_not_fit_is_not_cut(world: World, tmp_path: Path) -> None:
     prompts, responses = rows(["yes", "no " * 200])
+    assert not Reward(path=str(llama(world, tmp_path / "rm")), device="cpu").prompts_seen
+    assert (
+        not Reward(path=str(llama(world, tmp_path / "rm")), device="cpu", max_tokens=2).canary(Ledger(tmp_path)).scored
+    )
     said = verdicts(Reward(path=str(llama(world, tmp_path / "rm")), device="cpu"), prompts, responses)
     assert said[0].score is not None
     assert said[1].score is None
@@ -308,6 +314,9 @@ def test_fit_and_judge(world: World, tmp_path: Path, kind: str, capsys: pytest.C
     assert sum(right) / len(right) == pytest.approx(found[0]["fit"]["accuracy"])
     middle = [s for s in said if s is not None and 24.9 <= s <= 75.1]
     assert len(middle) / len(said) == pytest.approx(0.5, abs=0.1)
+    train = {seen_as(p.messages) for p in data.read()[0]}
+    assert judges[0].prompts_seen == train
+    assert judges[0].canary(Ledger(tmp_path / "none")).scored
     with pytest.raises(ModelError, match=r"out=.*something already"):
         fit(data, base=str(tmp_path), out=str(folders[0]), device="cpu")
 

@@ -16,10 +16,11 @@ import torch
 from torch.nn.functional import softplus
 
 from dnpo.data.batches import schedule
+from dnpo.data.seen import seen_as
 from dnpo.errors import DataError, ModelError, NonFiniteLossError
 from dnpo.judges.local import Weights
 from dnpo.judges.preferences import Preference, Preferences
-from dnpo.judges.rewards import FACTS, Ids, Kind, Rewards, classifier, embedding
+from dnpo.judges.rewards import FACTS, SEEN, Ids, Kind, Rewards, classifier, embedding
 from dnpo.model import device_of
 from dnpo.seeding import derive
 from dnpo.settings import Count, Natural, NonNegative, Positive
@@ -109,7 +110,7 @@ def fit(
             "training_accuracy": float(np.mean(_wins(*_rewards(model, rows)))),
         },
     }
-    _write(model, facts, folder)
+    _write(model, facts, [seen_as(pair.messages) for pair in train], folder)
     print(_shown(facts, folder))
     return facts
 
@@ -212,7 +213,7 @@ def _wins(first: Sequence[float], second: Sequence[float]) -> list[float]:
     return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(first, second, strict=True)]
 
 
-def _write(model: Rewards, facts: dict[str, Any], folder: Path) -> None:
+def _write(model: Rewards, facts: dict[str, Any], seen: Sequence[str], folder: Path) -> None:
     """The whole folder or nothing."""
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -220,6 +221,8 @@ def _write(model: Rewards, facts: dict[str, Any], folder: Path) -> None:
         aside.mkdir(parents=True)
         model.save(aside)
         (aside / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        # by hashes, so that a run can tell whether it is measured on what its judge was fitted on
+        (aside / SEEN).write_text("".join(f"{name}\n" for name in sorted(set(seen))), encoding="utf-8")
         aside.replace(folder)
     except OSError as error:
         raise ModelError(f"out={folder}: cannot be written ({error.strerror or error})") from error

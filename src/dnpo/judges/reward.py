@@ -11,17 +11,18 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 
 from dnpo.errors import DnpoError, OutOfMemoryError, SettingsError
-from dnpo.judges import Judge
+from dnpo.judges import Canary, Judge
 from dnpo.judges.local import Weights
-from dnpo.judges.rewards import Rewards, facts_of, load
+from dnpo.judges.rewards import SEEN, Rewards, facts_of, load
 from dnpo.ledger import Ledger
 from dnpo.model import Dtype, device_of
-from dnpo.records import Prompt, Response, Verdict
+from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.settings import Count, Finite, Fraction, Positive, check_values, nearest
 from dnpo.store import Report
 
@@ -78,6 +79,21 @@ class Reward(Judge):
             "max_tokens": self.max_tokens,
         }
 
+    @cached_property
+    def prompts_seen(self) -> frozenset[str]:
+        """:func:`~dnpo.data.seen.seen_as` of the conversations it was fitted on; empty where ``fit`` has not made it."""
+        if self.weights.folder is None or not (self.weights.folder / SEEN).is_file():
+            return frozenset()
+        return frozenset((self.weights.folder / SEEN).read_text(encoding="utf-8").split())
+
+    def canary(self, ledger: Ledger) -> Canary:
+        """See :class:`~dnpo.judges.Judge`: whether the model can be loaded and gives a score."""
+        prompt = Prompt("canary", [{"role": "user", "content": "Name the capital of France."}], "")
+        (verdict,) = self._verdicts([prompt], [Response("canary", HUMAN, "Paris.", [], 0, "eos")], None)
+        if verdict.score is None:
+            return Canary(False, f"{self.weights.shown}: {verdict.reason}")
+        return Canary(True, f"the reward model gives {verdict.score:.1f} to a right answer on {self.device}")
+
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
@@ -87,15 +103,21 @@ class Reward(Judge):
             ModelError: the reward model cannot be used.
             OutOfMemoryError: a batch does not fit into memory.
         """
+        report.begin(len(responses), "verdicts")
+        return self._verdicts(prompts, responses, report)
+
+    def _verdicts(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], report: Report | None
+    ) -> list[Verdict]:
         by_id = {p.id: p for p in prompts}
         model = load(self.weights, self.dtype, self.device, self.max_tokens)
-        report.begin(len(responses), "verdicts")
         rows = [model.encode(by_id[r.id].messages, r.text) for r in responses]
         verdicts: dict[int, Verdict] = {}
 
         def settle(i: int, score: float | None, reason: str) -> None:
             verdicts[i] = Verdict(responses[i].id, responses[i].source, score, reason)
-            report.advance()
+            if report is not None:
+                report.advance()
 
         for i in (i for i, row in enumerate(rows) if model.too_long(row)):
             settle(i, None, f"longer than the {model.limit:,} tokens that the reward model reads (judge.max_tokens)")

@@ -22,7 +22,7 @@ from dnpo.records import Message
 from dnpo.tokenizer import PLAIN_TEMPLATE
 
 Kind = Literal["model", "embedding"]
-FACTS, HEAD, ENCODER = "reward.json", "head.safetensors", "encoder"
+FACTS, SEEN, HEAD, ENCODER = "reward.json", "prompts_seen.txt", "head.safetensors", "encoder"
 Ids = tuple[int, ...]
 
 
