@@ -528,6 +528,7 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     (entry,) = known_agreement(store, key)
     assert entry["stage"] == found["stage"]
     assert sentence(entry).startswith("agrees with people in 50 % of 2 rows of rows.jsonl")
+    assert sentence({**entry, "unscored": 3}).endswith("), and 3 more have no verdict")
     assert known_agreement(store, {**key, "half": 200.0}) == []
     # Of two on the same rows the newer one counts.
     run(monkeypatch, "judge=longer", "judge.half=5.0", f"data={data}", *SMALL, "seed=1")

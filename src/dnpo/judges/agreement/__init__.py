@@ -183,4 +183,5 @@ def sentence(entry: Mapping[str, Any]) -> str:
         return f"agreement on {entry['data']} is unknown: {accuracy['reason']}"
     between = "" if accuracy["low"] is None else f" ({100 * accuracy['low']:.0f} to {100 * accuracy['high']:.0f})"
     share = f"{100 * accuracy['value']:.0f} %"
-    return f"agrees with people in {share} of {accuracy['rows']:,} rows of {entry['data']}{between}"
+    without = f", and {entry['unscored']:,} more have no verdict" if entry["unscored"] else ""
+    return f"agrees with people in {share} of {accuracy['rows']:,} rows of {entry['data']}{between}{without}"
