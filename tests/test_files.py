@@ -329,6 +329,8 @@ def test_identity_and_problems_of_every_format(kind: Any, saved: Any, tmp_path: 
     saved(other, pairs(9))
     assert source(one).identity() == source(other).identity()
     assert str(tmp_path) not in json.dumps(source(one).identity())
+    with_another_name = (JsonLines if kind is not JsonLines else Csv)(path=str(one), **LIMITS)
+    assert with_another_name.identity() != source(one).identity(), "read as another format it is something else"
     saved(other, pairs(8))
     assert source(one).identity() != source(other).identity() != source(tmp_path).identity()
     for name, value in {"turns": "all", "near_duplicates": 0.5, "columns": {"answer": "x"}, "holdout": 0.3}.items():

@@ -68,7 +68,7 @@ class Files(Rows):
         self.path = Path(path)
 
     def _contents(self) -> Mapping[str, Any]:
-        return {"content": [content_hash(file) for file in self._files()]}
+        return {"format": self.suffix, "content": [content_hash(file) for file in self._files()]}
 
     def _files(self) -> list[Path]:
         """The files in the order of their names."""
