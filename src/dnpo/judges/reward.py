@@ -81,7 +81,7 @@ class Reward(Judge):
 
     @cached_property
     def prompts_seen(self) -> frozenset[str]:
-        """:func:`~dnpo.data.seen.seen_as` of the conversations it was fitted on; empty where ``fit`` has not made it."""
+        """Hashes (``data/seen.py``) of the conversations it was fitted on; none where it comes from elsewhere."""
         if self.weights.folder is None or not (self.weights.folder / SEEN).is_file():
             return frozenset()
         return frozenset((self.weights.folder / SEEN).read_text(encoding="utf-8").split())
