@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 
 from dnpo.errors import SettingsError
@@ -27,6 +27,7 @@ from dnpo.store import Report
 Mode = Literal["score", "pairwise"]
 Reading = Literal["text", "logprobs"]
 SHIPPED = Path(__file__).parent / "templates"
+TRIAL = ("5028841971", "6939937510")  # two responses that no template has words of
 
 
 class Template:
@@ -47,7 +48,7 @@ class Template:
 
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:  # a date that does not exist is a ValueError
             raise broken(error) from error
         if not isinstance(content, dict):
             raise broken("it is no mapping")
@@ -64,11 +65,11 @@ class Template:
             self._parts = {
                 role: environment.from_string(content[role]) for role in ("system", "user") if role in content
             }
-            trial = self.messages([{"role": "user", "content": "?"}], "yes", "no")
-        except TemplateError as error:
-            raise broken(error) from error
-        for text in ("yes", *(["no"] if mode == "pairwise" else [])):
-            if not any(text in turn["content"] for turn in trial):
+            trials = [self.messages([{"role": "user", "content": "?"}], *TRIAL, answer) for answer in (None, "7")]
+        except Exception as error:  # whatever the expressions in a template may raise
+            raise broken(f"{type(error).__name__}: {error}") from error
+        for text in TRIAL[: 2 if mode == "pairwise" else 1]:
+            if not all(any(text in turn["content"] for turn in trial) for trial in trials):
                 raise broken("it does not show what is to be judged ({{ response }}, or {{ first }} and {{ second }})")
         digest = hashlib.sha256("\0".join(content.get(r, "") for r in ("system", "user")).encode()).hexdigest()
         self.name = f"{content['version']}/{digest[:12]}"
@@ -78,7 +79,10 @@ class Template:
     ) -> list[Message]:
         """What to send about one response, or about two."""
         said = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation)
-        mark = hashlib.sha256("\0".join([said, response, second]).encode()).hexdigest()[:8]
+        texts = "\0".join([said, response, second])
+        mark = hashlib.sha256(texts.encode()).hexdigest()[:8]
+        while mark in texts:
+            mark = hashlib.sha256(mark.encode()).hexdigest()[:8]
         known: dict[str, Any] = {"conversation": said, "mark": mark, "answer": answer}
         known |= {"response": response} if self.mode == "score" else {"first": response, "second": second}
         return [{"role": role, "content": part.render(known)} for role, part in self._parts.items()]
@@ -194,30 +198,30 @@ _NAMED = re.compile(
     r"[\s*_`\"')\].]*",
     re.IGNORECASE,
 )
-_JSON = re.compile(r"\{\s*\"(?:score|better)\"\s*:\s*(?:([0-9]+)|\"(A|B|TIE)\")\s*\}")
-_WINNER = re.compile(r"[\s*_`\"'(\[]*(?:(?:answer|response)\s+)?(A|B|TIE)[\s*_`\"')\].]*", re.IGNORECASE)
+_SCORE = re.compile(r"\{\s*\"score\"\s*:\s*([0-9]+)\s*\}")
+_WINNER = re.compile(r"[\s*_`\"'(\[]*(?:(?:answer|response)\s+)?(A|B|TIE)[\s*_`\"')\].]*", re.IGNORECASE | re.ASCII)
+_BETTER = re.compile(r"\{\s*\"better\"\s*:\s*\"(A|B|TIE)\"\s*\}")
 
 
 def read_score(reply: str) -> float:
     """The whole number from 0 to 100 that a reply consists of.
 
-    It may be ``{"score": 83}``, stand alone, or follow the word score, rating or grade ("The score is 83.").
-    Anything else is a failure, and never a guess: two numbers, fractions, signs, numbers out of range, none at all.
+    It may be ``{"score": 83}``, stand alone, or follow the word score, rating or grade ("The score is 83."); a code
+    fence around it does not count. Anything else is a failure, and never a guess: two numbers, fractions, signs,
+    numbers out of range, none at all.
 
     Raises:
         ValueError: says what is wrong.
     """
-    text = reply.strip()
-    json = _JSON.fullmatch(text)
-    found = json if json and json.group(1) else _ALONE.fullmatch(text) or _NAMED.fullmatch(text)
+    text = _unfenced(reply)
+    found = _SCORE.fullmatch(text) or _ALONE.fullmatch(text) or _NAMED.fullmatch(text)
     if found is None:
-        numbers = re.findall(r"[0-9]+", reply)
-        problem = "no number" if not numbers else "not one whole number alone"
+        problem = "not one whole number alone" if re.search("[0-9]", reply) else "no number"
         raise ValueError(f"{problem} in the reply")
-    value = int(found.group(1))
-    if not 0 <= value <= 100 or len(found.group(1)) > 3:
+    digits = found.group(1)
+    if len(digits) > 3 or int(digits) > 100:
         raise ValueError("a number out of 0-100 in the reply")
-    return float(value)
+    return float(digits)
 
 
 def read_winner(reply: str) -> float:
@@ -226,15 +230,18 @@ def read_winner(reply: str) -> float:
     Raises:
         ValueError: it is anything else.
     """
-    text = reply.strip()
-    json = _JSON.fullmatch(text)
-    found = json.group(2) if json and json.group(2) else None
+    text = _unfenced(reply)
+    found = _BETTER.fullmatch(text) or _WINNER.fullmatch(text)
     if found is None:
-        alone = _WINNER.fullmatch(text)
-        if alone is None:
-            raise ValueError("neither A, B nor TIE alone in the reply")
-        found = alone.group(1)
-    return {"A": 100.0, "B": 0.0, "TIE": 50.0}[found.upper()]
+        raise ValueError("neither A, B nor TIE alone in the reply")
+    return {"A": 100.0, "B": 0.0, "TIE": 50.0}[found.group(1).upper()]
+
+
+def _unfenced(reply: str) -> str:
+    text = reply.strip()
+    if len(text) > 6 and text.startswith("```") and text.endswith("```"):
+        text = text[3:-3].removeprefix("json").strip()
+    return text
 
 
 def expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
@@ -245,35 +252,39 @@ def expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
             first.
 
     Raises:
-        ValueError: the reply does not begin with a number that is one token.
+        ValueError: the reply is not what :func:`read_score` reads, or does not begin with a number that is one token.
     """
-    said = [next(iter(top)).strip() for top in tokens]
-    at = next((i for i, token in enumerate(said) if token), None)
-    if at is None or not said[at].isdecimal():
+    said = [next(iter(top)) for top in tokens]
+    number = read_score("".join(said))
+    at = next(i for i, token in enumerate(said) if token.strip())
+    if not re.fullmatch(r"\s*[0-9]+\s*", said[at]):
         raise ValueError("the reply does not begin with a number")
-    if at + 1 < len(said) and said[at + 1][:1].isdecimal():
+    if int(said[at]) != number:
         raise ValueError("the judge writes a number in several tokens; set judge.reading=text")
     mass: dict[int, float] = {}
     for token, logp in tokens[at].items():
         if re.fullmatch(r"\s*[0-9]{1,3}", token) and int(token) <= 100:
-            mass[int(token)] = mass.get(int(token), 0.0) + math.exp(logp)
-    if not mass:
-        raise ValueError("a number out of 0-100 in the reply")
-    return sum(number * p for number, p in mass.items()) / sum(mass.values())
+            mass[int(token)] = mass.get(int(token), 0.0) + _probability(logp)
+    total = sum(mass.values())
+    if not total > 0.0:  # NaN included
+        raise ValueError("no probability on a number from 0 to 100")
+    return min(sum(number * p for number, p in mass.items()) / total, 100.0)
 
 
 def expected_winner(tokens: Sequence[Mapping[str, float]]) -> float:
     """100 × P(A) / (P(A) + P(B)) where the reply's first word stands; see :func:`expected_score`.
 
     Raises:
-        ValueError: neither is among the likeliest.
+        ValueError: the reply is not what :func:`read_winner` reads, or neither is among the likeliest tokens.
     """
-    for top in tokens:
-        if not next(iter(top)).strip():
-            continue
-        a = sum(math.exp(logp) for token, logp in top.items() if token.strip() == "A")
-        b = sum(math.exp(logp) for token, logp in top.items() if token.strip() == "B")
-        if a + b > 0:
-            return 100.0 * a / (a + b)
-        break
-    raise ValueError("neither A nor B among the likeliest tokens of the reply")
+    said = [next(iter(top)) for top in tokens]
+    read_winner("".join(said))
+    at = next(i for i, token in enumerate(said) if token.strip())
+    a, b = (sum(_probability(p) for token, p in tokens[at].items() if token.strip() == name) for name in "AB")
+    if not a + b > 0.0:  # NaN included
+        raise ValueError("neither A nor B among the likeliest tokens of the reply")
+    return 100.0 * a / (a + b)
+
+
+def _probability(logp: float) -> float:
+    return math.exp(min(logp, 0.0)) if logp == logp else math.nan
