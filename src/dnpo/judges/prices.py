@@ -33,7 +33,7 @@ def price_of(model: str, path: str | None) -> Price | None:
     from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
     class Entry(BaseModel):
-        model_config = ConfigDict(extra="forbid")
+        model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
         input: float = Field(ge=0)
         output: float = Field(ge=0)
         batch: float = Field(default=1.0, ge=0, le=1)
@@ -41,10 +41,14 @@ def price_of(model: str, path: str | None) -> Price | None:
     file = Path(path) if path else SHIPPED
     try:
         table = TypeAdapter(dict[str, Entry]).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem: object = error
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         raise SettingsError(
-            f"judge.prices={file}: {error}; expected lines as `model: {{input: 0.4, output: 1.6, batch: 0.5}}`, in US "
-            "dollars for a million tokens"
+            f"judge.prices={file}: {problem}; expected lines as `model: {{input: 0.4, output: 1.6, batch: 0.5}}`, in "
+            "US dollars for a million tokens"
         ) from error
     entry = table.get(model) or table.get(re.sub(r"-20\d\d-?\d\d-?\d\d$", "", model))
     return None if entry is None else Price(entry.input / 1e6, entry.output / 1e6, entry.batch)

@@ -1,0 +1,121 @@
+"""What calls cost, from a table that users edit."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dnpo.errors import SettingsError
+from dnpo.judges.prices import SHIPPED, Price, price_of, tokens_about
+from dnpo.ledger import Question
+
+
+def table(folder: Path, text: str) -> str:
+    path = folder / "prices.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_cost_by_hand(tmp_path: Path) -> None:
+    """1,000 tokens in at $0.40 and 10 out at $1.60 a million: $0.000416, and half of that in a batch."""
+    price = price_of("m", table(tmp_path, "m: {input: 0.4, output: 1.6, batch: 0.5}"))
+    assert price is not None
+    assert price.of(1000, 10, batch=False) == pytest.approx(0.000416, rel=1e-12)
+    assert price.of(1000, 10, batch=True) == pytest.approx(0.000208, rel=1e-12)
+    assert price.of(0, 0, batch=False) == 0.0
+
+
+def test_a_batch_costs_the_same_where_nothing_is_said(tmp_path: Path) -> None:
+    price = price_of("m", table(tmp_path, "m: {input: 1, output: 2}"))
+    assert price == Price(1e-6, 2e-6, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "known"),
+    [
+        ("small", "small"),
+        ("small-2024-07-18", "small"),
+        ("small-20240718", "small"),
+        ("small-mini", "small-mini"),
+        ("small-mini-2025-01-31", "small-mini"),
+        ("small-2023-01-01", "small-2023-01-01"),  # a price of its own
+        ("small-1924-07-18", None),
+        ("small-2024", None),
+        ("small-2024-07-18-x", None),
+        ("small-large", None),
+        ("2024-07-18", None),
+        ("Small", None),
+        ("", None),
+    ],
+)
+def test_dated_versions(model: str, known: str | None, tmp_path: Path) -> None:
+    names = ["small", "small-mini", "small-2023-01-01"]
+    path = table(tmp_path, "\n".join(f"{name}: {{input: {n}, output: {n}}}" for n, name in enumerate(names, 1)))
+    price = price_of(model, path)
+    assert (None if price is None else names[round(price.input * 1e6) - 1]) == known
+
+
+def test_what_is_free_has_a_price(tmp_path: Path) -> None:
+    assert price_of("m", table(tmp_path, "m: {input: 0, output: 0}")) == Price(0.0, 0.0, 1.0)
+
+
+def test_the_shipped_table() -> None:
+    names = yaml.safe_load(SHIPPED.read_text())
+    assert len(names) > 3
+    for name in names:
+        price = price_of(name, None)
+        assert price is not None
+        assert 0 < price.input <= price.output < 1e-3
+        assert 0 < price.batch <= 1
+    assert price_of("gpt-4o-mini-2024-07-18", None) == price_of("gpt-4o-mini", None)
+    assert price_of("no-such-model", None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "the file"),
+        ("- m", "the file"),
+        ("m: 3", "m: "),
+        ("m: {input: 1}", "m.output: "),
+        ("m: {input: 1, output: cheap}", "m.output: "),
+        ("m: {input: -1, output: 1}", "m.input: "),
+        ("m: {input: .inf, output: 1}", "m.input: "),
+        ("m: {input: .nan, output: 1}", "m.input: "),
+        ("m: {input: 1, output: 1, batch: 2}", "m.batch: "),
+        ("m: {input: 1, output: 1, batched: 0.5}", "m.batched: "),
+        ("m: {input: 2024-99-99, output: 1}", "month"),
+        ("3: {input: 1, output: 1}", "3"),
+        ("m: {", "prices.yaml"),
+        ("ok: {input: 1, output: 1}\nm: {output: 1}", "m.input: "),
+    ],
+)
+def test_a_broken_table_is_named_and_what_to_do(text: str, problem: str, tmp_path: Path) -> None:
+    path = table(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        price_of("m", path)
+    said = str(caught.value)
+    assert said.startswith(f"judge.prices={path}: ")
+    assert problem in said
+    assert (
+        "expected lines as `model: {input: 0.4, output: 1.6, batch: 0.5}`, in US dollars for a million tokens" in said
+    )
+
+
+def test_a_table_that_is_not_there(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing.yaml", tmp_path):
+        with pytest.raises(SettingsError, match=r"^judge\.prices=.*expected lines"):
+            price_of("m", str(path))
+
+
+def test_tokens_are_rather_too_many() -> None:
+    """A third of the bytes and eight for every turn: English has four bytes a token or more."""
+
+    def about(*texts: str) -> int:
+        return tokens_about(Question.asking("j", "m", "t", "", [{"role": "user", "content": text} for text in texts]))
+
+    assert about("a" * 300) == 108
+    assert about("a" * 300, "b" * 30) == 108 + 18
+    assert about("数" * 100) == 108
+    assert about() == 0
+    assert about("") == 8
