@@ -100,7 +100,10 @@ def _identity(judge: Judge) -> dict[str, Any]:
     """What decides a judge's verdicts; of one that does not say so itself, its class and all its settings."""
     if hasattr(judge, "identity"):
         return dict(judge.identity())
-    settings = {name: value for name, value in vars(judge).items() if not name.startswith("_")}
+    not_in_key = getattr(judge, "not_in_key", ())
+    settings = {
+        name: value for name, value in vars(judge).items() if not name.startswith("_") and name not in not_in_key
+    }
     return {"judge": f"{type(judge).__module__}.{type(judge).__qualname__}", **settings}
 
 
