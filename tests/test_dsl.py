@@ -5,7 +5,9 @@ import itertools
 import pytest
 
 from dnpo.dsl import HigherScoreChosen, HumanChosen, Labeller, Scores, label
+from dnpo.errors import DataError, SettingsError
 from dnpo.records import HUMAN, Pair, Prompt, Response, Verdict
+from dnpo.settings import check
 
 SOURCE = "policy@3"
 
@@ -181,3 +183,63 @@ def test_many_rows_keep_the_order_of_generated_and_are_matched_by_id() -> None:
         assert pair.prompt_ids == [1, len(pair.id), 9]
         assert {pair.chosen, pair.rejected} == {f"human {pair.id}", f"generated {pair.id}"}
         assert {pair.chosen_score, pair.rejected_score} == set(scores[pair.id])
+
+
+MISSING = [(None, 0.0), (100.0, None), (None, None)]
+
+
+@pytest.mark.parametrize(("s", "s_new"), MISSING)
+def test_unscored_pairs_can_keep_the_human_response(s: float | None, s_new: float | None) -> None:
+    """Chosen by origin, as SPIN would, with the score that is known; it is a pair and still counts as unscored."""
+    (pair,), counts = one(s, s_new, HigherScoreChosen(unscored="keep_human"))
+    assert (pair.chosen_source, pair.rejected_source, pair.flipped) == (HUMAN, SOURCE, False)
+    assert (pair.chosen_score, pair.rejected_score) == (s, s_new)
+    assert counts == {"pairs": 1, "flipped": 0, "identical": 0, "unscored": 1}
+
+
+@pytest.mark.parametrize(("s", "s_new"), MISSING)
+def test_unscored_pairs_can_end_the_run(s: float | None, s_new: float | None) -> None:
+    """The message names the setting, the row and which side it is."""
+    side = "human" if s is None else "generated"
+    with pytest.raises(
+        DataError, match=rf"^dsl\.unscored=fail: the {side} response to a has no score; drop .*keep_human"
+    ):
+        one(s, s_new, HigherScoreChosen(unscored="fail"))
+
+
+@pytest.mark.parametrize("unscored", ["drop", "keep_human", "fail"])
+def test_pairs_with_both_scores_do_not_depend_on_it(unscored: str) -> None:
+    """Nor do identical ones, which are looked at first: they need no score."""
+    labeller = HigherScoreChosen(unscored=unscored)  # type: ignore[arg-type]
+    assert one(80.0, 40.0, labeller)[0] == [HUMAN_CHOSEN]
+    assert one(40.0, 80.0, labeller)[0] == [GENERATED_CHOSEN]
+    same = [7, 8, 2]
+    found = label(labeller, [prompt("a")], [human("a", same)], [generated("a", same)], [])
+    assert found == ([], {"pairs": 0, "flipped": 0, "identical": 1, "unscored": 0})
+
+
+@pytest.mark.parametrize(("unscored", "pairs"), [("drop", 2), ("keep_human", 4)])
+def test_counts_of_many(unscored: str, pairs: int) -> None:
+    """Five rows: one each way, two without a score, one identical; dropped ones are gone and counted once."""
+    names = ["aa", "b", "ccc", "dddd", "e"]
+    scores = {"aa": (1.0, 2.0), "b": (2.0, 1.0), "ccc": (None, 1.0), "dddd": (1.0, None), "e": (None, None)}
+    said = [v for name in names for v in verdicts(name, *scores[name])]
+    new = [generated(name, [10, 11, 2] if name == "e" else None) for name in names]
+    labeller = HigherScoreChosen(unscored=unscored)  # type: ignore[arg-type]
+    found, counts = label(labeller, [prompt(n) for n in names], [human(n) for n in names], new, said)
+    assert counts == {"pairs": pairs, "flipped": 1, "identical": 1, "unscored": 2}
+    assert [p.id for p in found] == names[:pairs]
+    assert [p.flipped for p in found] == [True, False, False, False][:pairs]
+
+
+def test_labels_by_origin_have_no_unscored_pairs() -> None:
+    """Nobody was asked, so nobody failed."""
+    assert one(None, None, HumanChosen())[1]["unscored"] == 0
+
+
+def test_what_becomes_of_unscored_pairs_is_one_of_three() -> None:
+    """Checked before anything is computed."""
+    target = {"_target_": "dnpo.dsl.HigherScoreChosen"}
+    assert check("dsl", target) == target
+    with pytest.raises(SettingsError, match=r"^dsl\.unscored='keep': .*'drop', 'keep_human' or 'fail'"):
+        check("dsl", {**target, "unscored": "keep"})
