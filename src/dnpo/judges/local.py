@@ -35,7 +35,7 @@ class Weights:
         if (path is None) == (name is None):
             raise ModelError(f"{setting}: give either {setting}.path (a folder) or {setting}.name (on the hub)")
         self.folder = Path(path).absolute() if path is not None else None
-        self.name, self.revision, self.setting = name, revision, setting
+        self.path, self.name, self.revision, self.setting = path, name, revision, setting
         if self.folder is not None and not (self.folder / marker).is_file():
             raise ModelError(
                 f"{self.shown}: no model there; expected a folder with {marker}, safetensors and a tokenizer"
@@ -50,8 +50,8 @@ class Weights:
     def shown(self) -> str:
         """As messages name it."""
         if self.setting == "base":
-            return f"base={self.folder or self.name}"
-        return f"{self.setting}.path={self.folder}" if self.folder is not None else f"{self.setting}.name={self.name}"
+            return f"base={self.path or self.name}"
+        return f"{self.setting}.path={self.path}" if self.path is not None else f"{self.setting}.name={self.name}"
 
     @cached_property
     def identity(self) -> str:
