@@ -419,6 +419,12 @@ def test_rows_are_read(tmp_path: Path) -> None:
     assert second == Comparison(Prompt("line 3", turns, "", answer="7"), "No.", T, (A, A, B))
 
 
+def test_a_bare_true_is_the_text_it_was(tmp_path: Path) -> None:
+    """PandaLM's test set has two rows whose response lost its quotes on the way through JSON."""
+    (row,) = Labelled(path=str(file_of(tmp_path, {**ROW, "a": True, "b": 7}))).read()
+    assert (row.prompt.human, row.b) == ("True", "7")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -432,7 +438,8 @@ def test_rows_are_read(tmp_path: Path) -> None:
         ([{**ROW, "votes": "A"}], r"votes is 'A'; expected a list"),
         ([ROW, {**ROW, "id": "s", "votes": ["A"]}], r"rows\.jsonl:2: 1 votes, but 3 in the rows before"),
         ([ROW, ROW], r"rows\.jsonl:2: id 'r' is that of .*rows\.jsonl:1 already"),
-        ([{**ROW, "a": True}], r"a is True; expected text in quotes"),
+        ([{**ROW, "a": None}], r"rows\.jsonl:1: no a; expected"),
+        ([{**ROW, "a": ["x"]}], r"a is \['x'\]; expected text"),
         ([{**ROW, "prompt": " "}], r"prompt is ' '; expected text"),
         ([{**ROW, "prompt": []}], r"prompt is \[\]; expected text, or turns"),
         ([{**ROW, "prompt": [{"role": "me", "content": "x"}]}], r"prompt\[0\] is .*expected a turn with role"),

@@ -144,10 +144,14 @@ def _label(where: str, field: str, value: Any) -> int:
 
 
 def _text(where: str, field: str, value: Any) -> str:
-    """A text; responses may be empty, since judges meet such ones too."""
+    """A text; responses may be empty, since judges meet such ones too.
+
+    A bare true, false or number is the text that a conversion to JSON took the quotes from: PandaLM's test set has some.
+    """
+    if isinstance(value, bool | int | float):
+        value = str(value)
     if not isinstance(value, str) or (field == "prompt" and not value.strip()):
-        quote = " in quotes" if isinstance(value, bool | int | float) else ""
-        raise DataError(f"{where}: {field} is {reprlib.repr(value)}; expected text{quote}")
+        raise DataError(f"{where}: {field} is {reprlib.repr(value)}; expected text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud83d"
