@@ -346,6 +346,7 @@ def test_the_command(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("fit", "learning_rate=1"): "learning_rate: unknown setting",
         ("fit", *given[1:4], "lr=-1"): "lr=-1",
         ("fit", *given[1:4], "kind=tree"): "kind='tree'",
+        ("fit", given[1], "base=no/such/folder", "out=y"): "base=no/such/folder: there is no such folder",
         ("fit", *given[1:4]): "out=out: there is something already",
         ("fit", *given[1:3], "out=y", "data.path=no.jsonl"): "data.path=no.jsonl: No such file",
     }

@@ -79,12 +79,13 @@ class Weights:
 
         try:
             return str(HfApi().model_info(str(self.name), revision=self.revision).sha)
-        except (HfHubHTTPError, HTTPError, OSError) as error:
+        except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # ValueError: this can be no name on the hub
             if self.revision is not None:  # offline, but pinned: what is in the cache will do
                 return self.revision
+            prefix = "" if self.setting == "base" else f"{self.setting}."
             raise ModelError(
-                f"{self.shown}: the hub does not answer ({type(error).__name__}); give {self.setting}.revision=… to "
-                f"use a downloaded copy, or {self.setting}.path=…"
+                f"{self.shown}: there is no such folder, and the hub does not answer for it ({type(error).__name__}); "
+                f"give a folder, or {prefix}revision=… to use a downloaded copy"
             ) from error
 
     def load(self, kind: Any, **options: Any) -> Any:
