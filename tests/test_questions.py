@@ -283,7 +283,7 @@ def test_a_long_reply_takes_no_time(piece: str) -> None:
         for read in (read_score, read_winner):
             with pytest.raises(ValueError, match="reply"):
                 read(reply)
-    assert time.perf_counter() - began < 2.0
+    assert time.perf_counter() - began < 20.0  # a second as a rule; what backtracks takes hours
 
 
 # --- expected values
