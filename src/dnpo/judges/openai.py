@@ -6,6 +6,7 @@ happens next. The key comes from the environment and goes nowhere but into the r
 """
 
 import asyncio
+import copy
 import json
 import os
 import time
@@ -32,6 +33,7 @@ from dnpo.settings import Count, Finite, Fraction, Positive
 from dnpo.store import Report
 
 OPENAI = "https://api.openai.com/v1"
+CANARY_SECONDS = 30.0  # a run need not wait longer to learn that nobody answers
 SCHEMAS: dict[Mode, dict[str, Any]] = {
     "score": {"score": {"type": "integer", "description": "a whole number from 0 to 100"}},
     "pairwise": {"better": {"type": "string", "enum": ["A", "B", "TIE"]}},
@@ -204,11 +206,14 @@ class OpenAI(Prompted):
             if self.mode == "score"
             else self._question(prompt, "Paris.", "Oslo.", "ab")
         )
-        asking = Asking(self, [question], ledger, None, 1)
+        patience = copy.copy(self)
+        patience.deadline, patience.batch = min(self.deadline, CANARY_SECONDS), False
+        asking = Asking(patience, [question], ledger, None, 1)
         reasons = asyncio.run(asking.all())
+        self.structured, self.limit_name = patience.structured, patience.limit_name  # what it has learnt of the server
         price = "no price known" if self.prices is None else f"${ledger.cost_of(question.key):.5f}"
         if question.key in reasons:
-            return Canary(False, f"{self.model} at {self.base_url} answers, but: {reasons[question.key]}")
+            return Canary(False, f"{self.model} at {self.base_url} gave a right answer no score: {reasons[question.key]}")
         value = ledger.answers([question.key])[question.key]
         return Canary(True, f"{self.model} at {self.base_url} says {value:g} to a right answer ({price} a question)")
 

@@ -146,7 +146,7 @@ def _label(where: str, field: str, value: Any) -> int:
 def _text(where: str, field: str, value: Any) -> str:
     """A text; responses may be empty, since judges meet such ones too.
 
-    A bare true, false or number is the text that a conversion to JSON took the quotes from: PandaLM's test set has some.
+    A bare true, false or number is a text that lost its quotes on the way through JSON: PandaLM's test set has some.
     """
     if isinstance(value, bool | int | float):
         value = str(value)
