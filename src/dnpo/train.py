@@ -289,9 +289,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
         _go(run, tracking, settings, job, folder, sweep)
 
 
-def _go(
-    run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, folder: Path, sweep: Path | None
-) -> None:
+def _go(run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, folder: Path, sweep: Path | None) -> None:
     import torch
 
     from dnpo.console import Console, quieten
