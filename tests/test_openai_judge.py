@@ -186,9 +186,7 @@ def test_retry_after_is_read_in_all_its_forms() -> None:
     later = retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)})
     assert later is not None
     assert 28 <= later <= 31
-    assert retry_after({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0.0
-    assert retry_after({"retry-after": "-3"}) == 0.0
-    for nonsense in ("soon", "nan", "inf", ""):
+    for nonsense in ("soon", "nan", "inf", "", "0", "-3", formatdate(time.time() - 30, usegmt=True)):
         assert retry_after({"retry-after": nonsense}) is None
     assert retry_after({}) is None
 
@@ -244,7 +242,7 @@ def test_a_question_has_a_deadline(tmp_path: Path) -> None:
         verdicts = ask(judge_of(server, timeout=0.4, deadline=1.5), tmp_path, prompts, responses)
         assert time.monotonic() - started < 5
         assert [v.score for v in verdicts] == [None] * 3
-        assert all("given up after 1.5 s" in v.reason for v in verdicts)
+        assert all("given up for judge.deadline=1.5 s" in v.reason for v in verdicts)
 
 
 def test_a_server_that_is_not_there_fails_the_rows_and_not_the_run(tmp_path: Path) -> None:
@@ -352,6 +350,11 @@ def test_openai_itself_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OPENAI_API_KEY is not set" in str(OpenAI(model="gpt-4o-mini").accepts([]))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert OpenAI(model="gpt-4o-mini").accepts([]) is None
+    for broken in (f"{KEY}\n", f"Bearer {KEY}", f"{KEY}é"):
+        monkeypatch.setenv("OPENAI_API_KEY", broken)
+        said = str(OpenAI(model="gpt-4o-mini").accepts([]))
+        assert "is no key" in said
+        assert KEY not in said
 
 
 def test_the_canary_is_a_real_call(tmp_path: Path) -> None:
@@ -524,6 +527,48 @@ def test_a_batch_is_found_again_after_a_sudden_end(tmp_path: Path) -> None:
             verdicts = ask(judge, folder, prompts, responses)
             assert [v.score for v in verdicts] == right(judge, prompts, responses)
             assert server.stats()["batches"] == 1
+
+
+def test_what_failed_in_a_batch_is_asked_again_by_a_rerun(tmp_path: Path) -> None:
+    prompts, responses = rows(10)
+    with judge_server(hopeless=1.0) as server:
+        judge = judge_of(server, batch=True, batch_poll=0.1)
+        assert all(v.score is None for v in ask(judge, tmp_path, prompts, responses))
+        server.change(hopeless=0.0)
+        assert [v.score for v in ask(judge, tmp_path, prompts, responses)] == right(judge, prompts, responses)
+        assert server.stats()["batches"] == 2
+
+
+def test_a_batch_the_server_has_forgotten_is_submitted_again(tmp_path: Path) -> None:
+    prompts, responses = rows(10)
+    with judge_server() as server, Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
+        judge = judge_of(server, batch=True, batch_poll=0.1)
+        questions = [q for some in judge._asked(prompts, responses) for q in some]
+        ledger.submitted(server.base_url, "batch_gone", questions)
+        report = Report()
+        assert [v.score for v in judge(prompts, responses, ledger, report)] == right(judge, prompts, responses)
+        assert any("batch_gone is not known there any more" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"choices": [{"message": {"content": "7"}}], "usage": {"prompt_tokens": 1' + b"0" * 30 + b"}}",
+        b'{"choices": [{"message": "7"}]}',
+        b'{"choices": [{"message": {"content": ["7"]}}]}',
+        b"null",
+        b"",
+    ],
+)
+def test_odd_bodies_are_read_without_harm(body: bytes, tmp_path: Path) -> None:
+    judge = OpenAI(model="judge")
+    prompts, responses = rows(1)
+    question = judge._asked(prompts, responses)[0][0]
+    answer = judge.read(body, question)
+    assert answer.value == (7.0 if b"usage" in body else None)
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.record(question, answer)
 
 
 def test_lines_that_failed_in_a_batch_have_no_score(tmp_path: Path) -> None:

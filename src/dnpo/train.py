@@ -259,6 +259,9 @@ def _part(name: str, settings: Mapping[str, Any]) -> Any:
         value = instantiate(dict(settings))
     except HydraException as error:
         cause = error.__cause__
+        inner = re.search(r"full_key: (\S+)", str(error))
+        if isinstance(cause, DnpoError) and inner:
+            raise type(cause)(f"{name}.{inner.group(1)}.{cause}") from None
         if isinstance(cause, DnpoError):
             raise cause if str(cause).startswith(name) else type(cause)(f"{name}.{cause}") from None
         raise SettingsError(f"{name}: {error}") from error

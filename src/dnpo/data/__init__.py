@@ -16,12 +16,14 @@ LongResponses = Literal["cut", "drop"]
 class Source(Protocol):
     """What ``data=…`` configures. ``max_prompt_tokens`` and ``max_response_tokens`` hold for both sides of a pair.
 
-    Longer prompts are dropped; ``long_responses`` says what becomes of longer human responses.
+    Longer prompts are dropped; ``long_responses`` says what becomes of longer human responses. A source whose rows are
+    drawn with replacement says so, and nobody wonders at repeated ones.
     """
 
     max_prompt_tokens: int
     max_response_tokens: int
     long_responses: LongResponses
+    drawn_with_replacement: bool
 
     def identity(self) -> Mapping[str, Any]:
         """What decides the rows: contents, never paths."""

@@ -30,6 +30,8 @@ class Table(NamedTuple):
 class Rows(ABC):
     """What the sources here have in common: columns, the draw, the split, and duplicates."""
 
+    drawn_with_replacement = False
+
     def __init__(
         self,
         setting: str,

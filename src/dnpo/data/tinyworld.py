@@ -72,6 +72,7 @@ class TinyWorld:
     """
 
     long_responses: LongResponses = "cut"
+    drawn_with_replacement = True
 
     def __init__(
         self,

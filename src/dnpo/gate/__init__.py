@@ -84,10 +84,10 @@ def _base(run: Run, prompts: Stage, data: rows.Rows, store: Store) -> Iterator[P
 def _rows(run: Run, data: rows.Rows, removed: Mapping[str, int]) -> list[Finding]:
     scored = [plan.k for plan in run.plans if plan.dsl.value.needs_scores]
     measured = run.eval.value.split
-    redrawn = bool(getattr(run.data.value, "drawn_with_replacement", False))
+    redrawn = run.data.value.drawn_with_replacement
     return [
         judge.labels(scored[0] if scored else None, run.judge.value, data),
-        judge.judge_prompts(getattr(run.judge.value, "prompts_seen", ()), data[measured], measured),
+        judge.judge_prompts(run.judge.value.prompts_seen, data[measured], measured),
         rows.ids(data),
         rows.duplicates(data["train"], redrawn, removed),
         rows.near_duplicates(data["train"], redrawn),

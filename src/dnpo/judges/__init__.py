@@ -5,7 +5,8 @@ response, in the same order. A response it cannot judge gets no score, with the 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,6 +53,11 @@ class Judge(ABC):
 
     gives_scores: ClassVar[bool] = True
     max_unscored: float = 0.02
+
+    @property
+    def prompts_seen(self) -> Collection[str]:
+        """:func:`~dnpo.data.seen.seen_as` of the conversations that it was fitted on."""
+        return frozenset()
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
         """Why this judge cannot judge these prompts, or None if it can; asked before anything is computed."""
@@ -108,8 +114,7 @@ def tally(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 def too_many(missing: int, total: int, limit: float, reasons: Sequence[str], what: str = "responses") -> str:
     """What to say when more verdicts are missing than ``max_unscored`` allows."""
-    kinds = sorted(set(reasons), key=lambda reason: -reasons.count(reason))[:3]
-    shown = "; ".join(f"{reasons.count(kind):,} × {kind}" for kind in kinds)
+    shown = "; ".join(f"{count:,} × {reason}" for reason, count in Counter(reasons).most_common(3))
     return (
         f"judge: {missing:,} of {total:,} {what} have no score, more than judge.max_unscored={limit:g} allows. Most "
         f"often: {shown}. What was answered is kept: run the same command again and only the rest is asked; or raise "

@@ -149,10 +149,14 @@ class Asking:
                 return
             else:
                 reason, wait = outcome.text, _backoff(attempts)
+                if outcome.billed:
+                    lost = Answer(None, cost=judge.price(question), reason=f"{outcome.text}; it may have been billed")
+                    self.spent += lost.cost or 0.0
+                    self.ledger.note_cost(question, lost)
                 if outcome.wait is not None:
                     wait = outcome.wait + random.uniform(0.0, min(wait, 1.0))
             if time.monotonic() + wait >= began + judge.deadline:
-                late = f"given up after {judge.deadline:g} s (judge.deadline): {reason}"
+                late = f"given up for judge.deadline={judge.deadline:g} s, at attempt {attempts}: {reason}"
                 self._give_up(question, Answer(None, attempts=attempts, reason=late))
                 return
             await self._sleep(wait)
@@ -192,10 +196,10 @@ class Asking:
                     async for piece in response.iter_bytes():
                         raw += piece
                         if len(raw) > LARGEST_REPLY:
-                            return _Trouble("a reply that does not end", again=True)
+                            return _Trouble("a reply that does not end", again=True, billed=True)
             return replace(self.judge.read(bytes(raw), question), latency=time.monotonic() - started)
         except (TimeoutError, openai.APITimeoutError):
-            return _Trouble("no reply in time", again=True)
+            return _Trouble("no reply in time", again=True, billed=True)
         except openai.APIStatusError as error:
             return self._refused(error, body)
         except (openai.APIConnectionError, httpx2.TransportError, httpx2.DecodingError, OSError) as error:
@@ -251,12 +255,14 @@ class _Trouble:
         again: it is worth another attempt.
         stop: nothing is worth another attempt.
         wait: seconds that the server asks for.
+        billed: the question was sent whole and something may have been answered, which a provider may bill.
     """
 
     text: str
     again: bool = False
     stop: bool = False
     wait: float | None = None
+    billed: bool = False
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -273,8 +279,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
                 seconds = email.utils.parsedate_to_datetime(given).timestamp() - time.time()
             except ValueError:
                 continue
-        if seconds == seconds and seconds < float("inf"):
-            return max(seconds, 0.0)
+        if 0 < seconds < float("inf"):  # a time that is over says nothing about how long to wait
+            return seconds
     return None
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dnpo.judges.openai import OpenAI
 
 QUESTIONS, BYTES = 20_000, 100 << 20  # in one batch; OpenAI takes 50,000 and 200 MB
+TROUBLES = 20  # looks in a row at an endpoint that does not answer
 OVER = ("completed", "failed", "expired", "cancelled")
 
 
@@ -47,11 +48,14 @@ class _Round:
     async def all(self, client: Any) -> dict[str, str]:
         import openai
 
+        troubles = 0
         while True:
             try:
                 await self._look(client)
+                troubles = 0
             except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
-                if "insufficient_quota" in str(error):
+                troubles += 1
+                if "insufficient_quota" in str(error) or troubles > TROUBLES:
                     raise JudgeError(self._said(error)) from None
                 self.report.note(f"{type(error).__name__}; looking again in {self.judge.batch_poll:g} s")
             except openai.APIError as error:
@@ -113,11 +117,11 @@ class _Round:
         found = await self._submitted_before(client, digest)
         if found is None:
             cost = sum(judge.price(self.questions[key]) or 0.0 for key in keys)
-            spent = self.ledger.spent()
+            spent = self.ledger.spent() + self._committed()
             if judge.max_cost is not None and spent + cost > judge.max_cost:
                 raise JudgeError(
-                    f"judge.max_cost={judge.max_cost:g}: ${spent:.4f} is spent, and a batch of {len(keys):,} questions "
-                    f"would cost about ${cost:.4f}; nothing of it is sent. Raise the limit"
+                    f"judge.max_cost={judge.max_cost:g}: ${spent:.4f} is spent or on its way, and a batch of "
+                    f"{len(keys):,} questions would cost about ${cost:.4f}; nothing of it is sent. Raise the limit"
                 )
             upload = ("questions.jsonl", b"".join(map(self._line, keys)))
             file = await client.files.create(file=upload, purpose="batch")
@@ -135,16 +139,31 @@ class _Round:
             )
         self.ledger.submitted(judge.base_url, found, [self.questions[key] for key in keys])
 
+    def _committed(self) -> float:
+        """US dollars that batches on their way will cost, about: those that have questions of this round."""
+        waiting = [q.key for some in self.ledger.batches(self.judge.base_url).values() for q in some]
+        return sum(self.judge.price(self.questions[key]) or 0.0 for key in waiting if key in self.questions)
+
     async def _submitted_before(self, client: Any, digest: str) -> str | None:
         """The batch with these very questions that a run submitted and was killed before it could say so."""
         async for batch in client.batches.list(limit=100):
+            if self.ledger.was_collected(self.judge.base_url, str(batch.id)):
+                continue  # what failed in it is asked again, in another
             if (batch.metadata or {}).get("dnpo") == digest[:64]:
                 return None if batch.status in OVER[1:] else str(batch.id)
         return None
 
     async def _collect(self, client: Any, name: str, questions: dict[str, Question]) -> None:
         """Write down what a finished batch brought."""
-        batch = await client.batches.retrieve(name)
+        import openai
+
+        try:
+            batch = await client.batches.retrieve(name)
+        except openai.NotFoundError:
+            self.report.note(f"batch {name} is not known there any more; what it asked is asked again")
+            self.ledger.collected(self.judge.base_url, name)
+            self.seen -= set(questions)
+            return
         if batch.status not in OVER:
             counts = batch.request_counts
             if counts is not None:
@@ -156,7 +175,10 @@ class _Round:
                 continue
             content = (await client.files.content(file)).content
             for line in content.splitlines():
-                self._read(json.loads(line), questions, reasons)
+                try:
+                    self._read(json.loads(line), questions, reasons)
+                except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
+                    self.report.note(f"batch {name}: a broken line in {file}")
         self.ledger.collected(self.judge.base_url, name)
         if batch.status == "failed":
             errors = "; ".join(str(e.message) for e in (batch.errors.data or [])) if batch.errors else ""
@@ -175,6 +197,7 @@ class _Round:
             status = f"HTTP {response['status_code']}" if response.get("status_code") else str(said.get("code"))
             answer = Answer(None, reason=f"{status}: {text}")
         else:
-            answer = self.judge.read(json.dumps(response["body"]).encode(), questions[key])
+            question = self.questions.get(key, questions[key])  # with messages, should the server count no tokens
+            answer = self.judge.read(json.dumps(response["body"]).encode(), question)
         self.ledger.record(questions[key], answer)
         reasons[key] = answer.reason

@@ -40,6 +40,11 @@ class Ensemble(Judge):
                 raise SettingsError(f"members.{name}: gives no scores; choose another judge for it")
         self.members, self.by, self.max_unscored = dict(members), by, max_unscored
 
+    @property
+    def prompts_seen(self) -> frozenset[str]:
+        """Those of all members."""
+        return frozenset(seen for member in self.members.values() for seen in member.prompts_seen)
+
     def identity(self) -> Mapping[str, Any]:
         """What decides the verdicts: the members, whatever they are called, and how they are put together."""
         kinds = [_identity(member) for member in self.members.values()]

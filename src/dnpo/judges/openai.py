@@ -144,7 +144,7 @@ class OpenAI(Prompted):
             reply = json.loads(raw)
             choice = reply["choices"][0]
             text = choice["message"].get("content")
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return Answer(None, reply=self.clean(raw[:500].decode("utf-8", "replace")), reason="a broken reply")
         counted = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
         tokens_in = _whole(counted.get("prompt_tokens"), tokens_about(question))
@@ -153,7 +153,7 @@ class OpenAI(Prompted):
         value, reason = None, ""
         shown = text if isinstance(text, str) else str(choice["message"].get("refusal") or "")
         if choice.get("finish_reason") not in ("stop", None):
-            reason = f"the reply ended by {choice['finish_reason']}"
+            reason = f"the reply ended by {self.clean(str(choice['finish_reason']))[:100]}"
         elif not isinstance(text, str):
             reason = "a refusal, or no text"
         else:
@@ -168,10 +168,10 @@ class OpenAI(Prompted):
             return read_score(text) if self.mode == "score" else read_winner(text)
         try:
             tokens = [
-                {t["token"]: float(t["logprob"]) for t in [token, *token["top_logprobs"]]}
+                {str(t["token"]): float(t["logprob"]) for t in [token, *token["top_logprobs"]]}
                 for token in choice["logprobs"]["content"]
             ]
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError, OverflowError):
             raise ValueError("the server tells no log-probabilities; set judge.reading=text") from None
         return expected_score(tokens) if self.mode == "score" else expected_winner(tokens)
 
@@ -189,7 +189,13 @@ class OpenAI(Prompted):
     # --- before anything is asked
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """There is a key, where one is needed."""
+        """There is a key, where one is needed, and it can be sent."""
+        key = os.environ.get(self.key_from, "")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            return (
+                f"judge=openai: what environment variable {self.key_from} holds is no key (it has blanks, line ends "
+                "or letters beyond ASCII); export the key alone"
+            )
         if self.base_url.rstrip("/") == OPENAI and not os.environ.get(self.key_from):
             return (
                 f"judge=openai: the environment variable {self.key_from} is not set; export the key there "
@@ -210,10 +216,12 @@ class OpenAI(Prompted):
         patience.deadline, patience.batch = min(self.deadline, CANARY_SECONDS), False
         asking = Asking(patience, [question], ledger, None, 1)
         reasons = asyncio.run(asking.all())
-        self.structured, self.limit_name = patience.structured, patience.limit_name  # what it has learnt of the server
+        self.structured, self.limit_name = patience.structured, patience.limit_name
         price = "no price known" if self.prices is None else f"${ledger.cost_of(question.key):.5f}"
         if question.key in reasons:
-            return Canary(False, f"{self.model} at {self.base_url} gave a right answer no score: {reasons[question.key]}")
+            return Canary(
+                False, f"{self.model} at {self.base_url} gave a right answer no score: {reasons[question.key]}"
+            )
         value = ledger.answers([question.key])[question.key]
         return Canary(True, f"{self.model} at {self.base_url} says {value:g} to a right answer ({price} a question)")
 
@@ -251,4 +259,4 @@ class OpenAI(Prompted):
 
 
 def _whole(value: Any, otherwise: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else otherwise
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else otherwise
