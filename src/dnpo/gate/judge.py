@@ -57,5 +57,5 @@ def canary(judge: Judge, ledger: Ledger) -> Finding:
     if asked is None:
         return Finding("judge", "pass", "this judge needs no call to be known to answer")
     if not asked.scored:
-        return Finding("judge", "stop", asked.text, "judge.model, judge.template or judge.max_tokens")
+        return Finding("judge", "stop", asked.text, "the judge's settings: where it is, which model, what it is asked")
     return Finding("judge", "pass", asked.text)
