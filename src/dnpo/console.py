@@ -138,6 +138,7 @@ def iteration_table(rows: Sequence[dict[str, Any]], families: Sequence[str]) -> 
         ("win", "eval/win", ".0%"),
         ("tie", "eval/tie", ".0%"),
         ("lose", "eval/lose", ".0%"),
+        ("flips", "pairs/flips", ".0%"),
         ("lp chosen", "logps/chosen", ".2f"),
         ("rejected", "logps/rejected", ".2f"),
         ("new", "logps/new", ".2f"),

@@ -108,7 +108,7 @@ def evaluate(
         write(folder / "verdicts.parquet", verdicts, Verdict)
         first, second = len(held.human), len(held.human) + len(greedy)
         metrics |= _quality(verdicts[:first], verdicts[first:second], verdicts[second:])
-        metrics |= {f"judge/{name}": value for name, value in tally(verdicts).items() if name != "verdicts"}
+        metrics |= {f"eval/{name}": value for name, value in tally(verdicts).items()}
     write(folder / "samples.parquet", [*greedy, *fresh, *new], Response)
     metrics |= _distributions(policy, known, pairs is not None, new, folder)
     return metrics

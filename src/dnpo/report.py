@@ -110,6 +110,9 @@ def _row(lap: Lap, store: Store) -> dict[str, Any]:
         row[name] = trained.get(f"{name} (last tenth)")
     if lap.pairs is not None:
         row |= {f"pairs/{name}": count for name, count in manifest(store.folder(lap.pairs))["facts"].items()}
+        row["pairs/flips"] = row["pairs/flipped"] / row["pairs/pairs"]
+    if lap.verdicts is not None:
+        row |= {f"judge/{name}": value for name, value in manifest(store.folder(lap.verdicts))["facts"].items()}
     if lap.responses is not None:
         row["generated/cut"] = manifest(store.folder(lap.responses))["facts"]["cut"]
     row["seconds"] = round(sum(manifest(store.folder(stage))["seconds"] for stage in lap.stages), 1)
