@@ -309,7 +309,11 @@ class Asked(Judge):
 
     def __init__(self, answer: Canary | Exception) -> None:
         self.answer, self.asked = answer, 0
-        self.prompts_seen: set[str] = set()
+        self.seen: set[str] = set()
+
+    @property
+    def prompts_seen(self) -> set[str]:
+        return self.seen
 
     def canary(self, ledger: Ledger) -> Canary:
         self.asked += 1
@@ -554,7 +558,7 @@ def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
     data = run.data.value.read()[0]
     leak = {**data, "test": [replace(data["train"][0], id="leak"), *data["test"]]}
     own = Asked(Canary(True, "says 100"))
-    own.prompts_seen = {seen_as(data["test"][1].messages)}
+    own.seen = {seen_as(data["test"][1].messages)}
     source = type("Source", (), {**_limits(run), "read": lambda self: (leak, {})})()
     run = replace(run, data=replace(run.data, value=source), judge=replace(run.judge, value=own))
     levels = {f.name: f.level for f in gate(run, laps, Store(tmp_path))}

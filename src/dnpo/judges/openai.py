@@ -9,6 +9,7 @@ import asyncio
 import copy
 import json
 import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -205,7 +206,7 @@ class OpenAI(Prompted):
 
     def canary(self, ledger: Ledger) -> Canary:
         """See :class:`~dnpo.judges.Judge`."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
+        stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {secrets.token_hex(4)}"  # never asked before
         prompt = Prompt("canary", [{"role": "user", "content": f"(check of {stamp}) Name the capital of France."}], "")
         question = (
             self._question(prompt, "Paris.")
