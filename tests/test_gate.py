@@ -341,7 +341,7 @@ def test_labels() -> None:
 def test_canary() -> None:
     fires(judge.canary(Rules(), LEDGER), "pass", "no call")
     fires(judge.canary(Asked(Canary(True, "says 100 ($0.00002 a question)")), LEDGER), "pass", "$0.00002")
-    fires(judge.canary(Asked(Canary(False, "answers, but: no number")), LEDGER), "stop", "no number", "judge.model")
+    fires(judge.canary(Asked(Canary(False, "answers, but: no number")), LEDGER), "stop", "no number", "which model")
     unreachable = Asked(JudgeError("judge.base_url=http://x: does not answer"))
     fires(judge.canary(unreachable, LEDGER), "stop", "judge.base_url=http://x: does not answer")
 
@@ -570,7 +570,8 @@ def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
 
 def _limits(run: Run) -> dict[str, Any]:
     return {name: getattr(run.data.value, name) for name in ("max_prompt_tokens", "max_response_tokens")} | {
-        "long_responses": "cut"
+        "long_responses": "cut",
+        "drawn_with_replacement": False,
     }
 
 
