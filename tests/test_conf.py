@@ -12,8 +12,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from dnpo.command import conf_folder
 from dnpo.errors import SettingsError
-from dnpo.train import PARTS, build, checked, conf_folder
+from dnpo.train import PARTS, build, checked
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = conf_folder()

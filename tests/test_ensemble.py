@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from dnpo.command import conf_folder
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.judges import Canary, Forecast, Judge, judged
 from dnpo.judges.ensemble import Ensemble
@@ -20,7 +21,7 @@ from dnpo.judges.rules import Rules
 from dnpo.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.settings import check
-from dnpo.train import build, conf_folder
+from dnpo.train import build
 from tests.conftest import Report, verdicts
 
 Scores = Mapping[tuple[str, str], float | None]

@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dnpo.command import conf_folder
 from dnpo.console import Console
 from dnpo.data.seen import seen_as
 from dnpo.errors import JudgeError, SettingsError
@@ -36,7 +37,7 @@ from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.stages import Run
 from dnpo.store import MANIFEST, Store
 from dnpo.tokenizer import PLAIN_TEMPLATE, TEMPLATE, train_tokenizer
-from dnpo.train import build, conf_folder, pass_gate
+from dnpo.train import build, pass_gate
 from dnpo.training import Optimisation
 
 from .conftest import World

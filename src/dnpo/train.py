@@ -3,27 +3,22 @@
     python -m dnpo.train method=spin seed=1
     python -m dnpo.train -m npo.alpha=0.01,0.1
 
-This is the only file that sees the config tree. Everything heavy is imported inside functions, so that wrong settings
-are answered at once.
+Settings become parts here (and in the other commands), and nothing further in sees the config tree. Everything heavy is
+imported inside functions, so that wrong settings are answered at once.
 """
 
 import os
-import re
-import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from dnpo.errors import DnpoError, SettingsError
-from dnpo.settings import Count, Natural, check_values, nearest
+from dnpo import command
+from dnpo.command import flat, part
+from dnpo.errors import SettingsError
+from dnpo.settings import Count, Natural, check_values
 from dnpo.settings import check as check_part
 
 if TYPE_CHECKING:
@@ -39,22 +34,6 @@ ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
     "npo": {"_target_": "dnpo.npo.NoNoise", "_partial_": True},
 }
-
-
-def conf_folder() -> Path:
-    """Where the settings are: ``$DNPO_CONF``, else beside this file (a wheel), else in the checkout."""
-    here = Path(__file__).resolve().parent
-    if "DNPO_CONF" in os.environ:
-        given = Path(os.environ["DNPO_CONF"]).absolute()
-        if not (given / "train.yaml").is_file():
-            raise SettingsError(f"DNPO_CONF={given}: expected a folder with a train.yaml")
-        return given
-    for folder in (here / "conf", here.parent.parent / "conf"):
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise SettingsError(
-        f"no settings found: neither {here / 'conf'} nor {here.parent.parent / 'conf'} has a train.yaml"
-    )
 
 
 def whole(
@@ -82,81 +61,9 @@ def whole(
     """
 
 
-def _task(cfg: DictConfig) -> None:
-    from dnpo.sweep import record_failure
-
-    job = HydraConfig.get()
-    try:
-        _run(cfg, job)
-    except DnpoError as error:
-        if job.mode is RunMode.MULTIRUN:
-            record_failure(Path(job.runtime.output_dir), str(error))
-        else:
-            _failed.append(str(error))  # raised here, Hydra would print things of its own around it
-    except Exception:
-        if job.mode is not RunMode.MULTIRUN:
-            raise
-        # One failing job neither stops the others of a sweep nor hides: the sweep's report lists it.
-        record_failure(Path(job.runtime.output_dir), traceback.format_exc())
-
-
-_failed: list[str] = []
-
-
 def main() -> None:
-    """Run Hydra, and turn what the user can put right into a message and a non-zero exit status."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, not as Hydra prints them
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="train")(_task)()
-        if _failed:
-            _fail(_failed.pop())
-    except DnpoError as error:
-        _fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        _fail(_explain(error))
-    except KeyboardInterrupt:
-        print("\nInterrupted. Finished stages are kept and an unfinished one continues: run the same command again.")
-        sys.exit(130)
-
-
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
-def _explain(error: Exception) -> str:
-    """Hydra's message, with near matches for a key that does not exist."""
-    text = str(error).strip()
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if unknown:
-        from hydra import compose, initialize_config_dir
-        from hydra.core.global_hydra import GlobalHydra
-
-        key = unknown.group(1)
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            known = _flat(cast(dict[str, Any], OmegaConf.to_container(compose("train", _options(sys.argv[1:])))))
-        groups = {name.split(".")[0] for name in known}
-        return f"{key}: unknown setting.{nearest(key, set(known) | groups)}"
-    option = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
-    if option:
-        group, name = option.groups()
-        options = sorted(p.stem for p in (conf_folder() / group).glob("*.yaml"))
-        return f"{group}={name}: there is no such option.{nearest(name, options)} Options: {', '.join(options)}."
-    if "Missing mandatory value" in text:
-        key = text.split("Missing mandatory value:")[-1].strip().split()[0]
-        return f"{key}: needs a value; give {key}=…"
-    return text
-
-
-def _options(arguments: list[str]) -> list[str]:
-    """Those of the arguments that choose an existing option of a part; of a sweep's list the first."""
-    found = []
-    for argument in arguments:
-        group, _, names = argument.partition("=")
-        if (conf_folder() / group / f"{names.split(',')[0]}.yaml").is_file():
-            found.append(f"{group}={names.split(',')[0]}")
-    return found
+    """``python -m dnpo.train``."""
+    command.run("train", _run)
 
 
 # --- from the config tree to plain values -----------------------------------------------------------------------------
@@ -210,9 +117,9 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
 
     def in_force(name: str, k: int) -> Any:
         started: bool = k >= starts[name]
-        return _part(name, settings[name] if started else ABSENT[name])
+        return part(name, settings[name] if started else ABSENT[name])
 
-    parts: dict[str, Any] = {name: _part(name, settings[name]) for name in PARTS if name not in STARTING}
+    parts: dict[str, Any] = {name: part(name, settings[name]) for name in PARTS if name not in STARTING}
     plans: list[Plan] = [
         Plan(
             k=k,
@@ -248,37 +155,6 @@ def _start(name: str, settings: Mapping[str, Any]) -> int:
 
     given = {"start": settings["start"]} if "start" in settings else {}
     return cast(int, check_values(name, starting, given).get("start", 0))
-
-
-def _part(name: str, settings: Mapping[str, Any]) -> Any:
-    from hydra.utils import instantiate
-
-    from dnpo.stages import Part
-
-    try:
-        value = instantiate(dict(settings))
-    except HydraException as error:
-        cause = error.__cause__
-        inner = re.search(r"full_key: (\S+)", str(error))
-        if isinstance(cause, DnpoError) and inner:
-            raise type(cause)(f"{name}.{inner.group(1)}.{cause}") from None
-        if isinstance(cause, DnpoError):
-            raise cause if str(cause).startswith(name) else type(cause)(f"{name}.{cause}") from None
-        raise SettingsError(f"{name}: {error}") from error
-    if hasattr(value, "identity"):
-        return Part(value, value.identity())
-    return Part(value, settings, not_in_key=getattr(getattr(value, "func", value), "not_in_key", ()))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -320,7 +196,7 @@ def _go(run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, fo
 
     name = " ".join(job.overrides.task) or "defaults"
     tags = report.tags(dict(job.runtime.choices), settings, laps)
-    tracking.start(name, _flat(settings), tags, sweep)
+    tracking.start(name, flat(settings), tags, sweep)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         summary = report.execute(laps, store, console, tracking, settings, folder)

@@ -7,8 +7,6 @@ gives out, beyond 36 scales from the center), so that who is better by reward is
 """
 
 import math
-import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -16,14 +14,14 @@ from typing import Any, cast
 
 import torch
 
-from dnpo.errors import DnpoError, OutOfMemoryError, SettingsError
+from dnpo.errors import OutOfMemoryError, SettingsError
 from dnpo.judges import Canary, Judge
 from dnpo.judges.local import Weights
 from dnpo.judges.rewards import SEEN, Rewards, facts_of, load
 from dnpo.ledger import Ledger
 from dnpo.model import Dtype, device_of
 from dnpo.records import HUMAN, Prompt, Response, Verdict
-from dnpo.settings import Count, Finite, Fraction, Positive, check_values, nearest
+from dnpo.settings import Count, Finite, Fraction, Positive, check_values
 from dnpo.store import Report
 
 
@@ -156,67 +154,28 @@ USAGE = (
 
 
 def main() -> None:
-    """Fit a reward model, and turn what the user can put right into a message and a non-zero exit status."""
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from dnpo.train import conf_folder
+    """``python -m dnpo.judges.reward fit``."""
+    from dnpo import command
 
     if sys.argv[1:2] != ["fit"]:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
     sys.argv = [sys.argv[0], *sys.argv[2:]]
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, not as Hydra prints them
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="reward")(_task)()
-        if not _failed:
-            return
-        message = _failed.pop()
-    except DnpoError as error:
-        message = str(error)
-    except (HydraException, OmegaConfBaseException) as error:
-        message = _explain(error)
-    except KeyboardInterrupt:
-        message = "interrupted; nothing is written"
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+    command.run("reward", _fit, "Nothing is written.")
 
 
-_failed: list[str] = []
-
-
-def _task(cfg: Any) -> None:
+def _fit(cfg: Any, job: Any) -> None:
     from omegaconf import OmegaConf
 
     from dnpo.judges.fitting import fit
     from dnpo.judges.preferences import Preferences
 
-    try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
-        if missing:
-            raise SettingsError(f"{missing[0]}: needs a value; give {missing[0]}=…")
-        tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-        data = Preferences(**check_values("data", Preferences, tree.pop("data")))
-        fit(data, **check_values("", fit, tree))
-    except DnpoError as error:
-        _failed.append(str(error))  # raised here, Hydra would print things of its own around it
-
-
-def _explain(error: Exception) -> str:
-    text = str(error).strip()
-    unknown = re.search(r"Could not override '([^']+)'", text)
-    if unknown is None:
-        return text
-    from omegaconf import OmegaConf
-
-    from dnpo.train import conf_folder
-
-    tree = OmegaConf.load(conf_folder() / "reward.yaml")
-    known = [key for key in map(str, tree) if key not in ("defaults", "hydra", "data")]
-    return (
-        f"{unknown.group(1)}: unknown setting.{nearest(unknown.group(1), [*known, *(f'data.{k}' for k in tree.data)])}"
-    )
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise SettingsError(f"{missing[0]}: needs a value; give {missing[0]}=…")
+    tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    data = Preferences(**check_values("data", Preferences, tree.pop("data")))
+    fit(data, **check_values("", fit, tree))
 
 
 if __name__ == "__main__":

@@ -7,25 +7,20 @@ import json
 import os
 import re
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from dnpo import train
-from dnpo.errors import DnpoError, SettingsError
+from dnpo import command
+from dnpo.command import flat, part
+from dnpo.errors import SettingsError
 from dnpo.judges.agreement.rows import Labelled
-from dnpo.settings import Count, Natural, check_values, nearest
+from dnpo.settings import Count, Natural, check_values
 from dnpo.settings import check as check_part
 
 PARTS = ("judge", "tracking")
-_failed: list[str] = []
 
 
 def whole(*, resamples: Count, seed: Natural, threads: Count, store: str, ledger: str) -> None:
@@ -41,62 +36,10 @@ def whole(*, resamples: Count, seed: Natural, threads: Count, store: str, ledger
 
 
 def main() -> None:
-    """Run Hydra, and turn what the user can put right into a message and a non-zero exit status."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, not as Hydra prints them
+    """``python -m dnpo.judges.agreement``."""
     # conf/data holds the data of training: Hydra would look for data=FILE among its options
     sys.argv[1:] = [re.sub(r"^data=", "data.path=", argument) for argument in sys.argv[1:]]
-    try:
-        folder = train.conf_folder()
-        if not (folder / "agreement.yaml").is_file():
-            raise SettingsError(f"{folder}: expected an agreement.yaml among the settings")
-        hydra.main(version_base="1.3", config_path=str(folder), config_name="agreement")(_task)()
-        if _failed:
-            _fail(_failed.pop())
-    except DnpoError as error:
-        _fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        _fail(_explain(error))
-    except KeyboardInterrupt:
-        print("\nInterrupted. What the judge was asked in words is kept: run the same command again.")
-        sys.exit(130)
-
-
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
-
-
-def _explain(error: Exception) -> str:
-    """Hydra's message, with near matches for a key that does not exist."""
-    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", str(error))
-    if not unknown:
-        return train._explain(error)
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    key = unknown.group(1) or unknown.group(2)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(train.conf_folder()), version_base="1.3"):
-        settings = compose("agreement", train._options(sys.argv[1:]))
-    known = train._flat(cast(dict[str, Any], OmegaConf.to_container(settings)))
-    return f"{key}: unknown setting.{nearest(key, {*known, *(name.split('.')[0] for name in known)})}"
-
-
-def _task(cfg: DictConfig) -> None:
-    from dnpo.sweep import record_failure
-
-    job = HydraConfig.get()
-    try:
-        _run(cfg, job)
-    except DnpoError as error:
-        if job.mode is RunMode.MULTIRUN:
-            record_failure(Path(job.runtime.output_dir), str(error))
-        else:
-            _failed.append(str(error))  # raised here, Hydra would print things of its own around it
-    except Exception:
-        if job.mode is not RunMode.MULTIRUN:
-            raise
-        record_failure(Path(job.runtime.output_dir), traceback.format_exc())
+    command.run("agreement", _run, "What the judge was asked in words is kept: run the same command again.")
 
 
 def _checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
@@ -124,7 +67,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
     folder = Path(job.runtime.output_dir)
     sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
-    judge, tracking = (train._part(name, settings[name]) for name in PARTS)
+    judge, tracking = (part(name, settings[name]) for name in PARTS)
     if not judge.value.gives_scores:
         raise SettingsError("judge=off gives no scores, so there is nothing to compare; choose a judge")
     problem = judge.value.accepts([row.prompt for row in rows])
@@ -157,17 +100,15 @@ def _run(cfg: DictConfig, job: Any) -> None:
         "dnpo.commit": report.commit(),
         "stage.agreement": stage.key,
     }
-    tracking.value.start(
-        f"agreement {name} on {data.path.name}", train._flat({**top, "data": where, **settings}), tags, sweep
-    )
+    tracking.value.start(f"agreement {name} on {data.path.name}", flat({**top, "data": where, **settings}), tags, sweep)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        for part in (said, stage):
-            if store.has(part):
-                console.reused(part.title, part.key)
+        for made in (said, stage):
+            if store.has(made):
+                console.reused(made.title, made.key)
             else:
-                with console.stage(part.title, lambda _: None) as progress:
-                    store.get(part, progress)
+                with console.stage(made.title, lambda _: None) as progress:
+                    store.get(made, progress)
         found = {"judge": name, "key": judge.key, "stage": f"{stage.name}/{stage.key}"}
         # the name as it is given now: the stage may have been made from a copy of the file
         found |= {**manifest(store.folder(stage))["facts"], "data": data.path.name}
