@@ -180,6 +180,7 @@ class _Round:
                 except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
                     self.report.note(f"batch {name}: a broken line in {file}")
         self.ledger.collected(self.judge.base_url, name)
+        self.report.status("" if self.judge.prices is None else f"${self.ledger.spent():,.2f}")
         if batch.status == "failed":
             errors = "; ".join(str(e.message) for e in (batch.errors.data or [])) if batch.errors else ""
             raise JudgeError(f"judge.batch=true: batch {name} failed: {self.judge.clean(errors)[:300]}")
