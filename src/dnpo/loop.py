@@ -26,12 +26,14 @@ class Lap:
     verdicts: Stage | None = None
     pairs: Stage | None = None
     reference: Stage | None = None
+    like: Stage | None = None
 
     @property
     def stages(self) -> list[Stage]:
         """Its own stages, in the order in which they run."""
         first = [self.prompts] if self.k < 0 else []
-        own = [*first, self.responses, self.verdicts, self.pairs, self.reference, self.policy, self.evaluation]
+        data = [*first, self.responses, self.verdicts, self.pairs]
+        own = [*data, self.reference, self.like, self.policy, self.evaluation]
         return [stage for stage in own if stage is not None]
 
 
@@ -45,6 +47,7 @@ def chain(run: Run) -> Iterator[Lap]:
         verdicts = stages.judge(run, plan, prompts, responses)
         pairs = stages.label(run, plan, prompts, responses, verdicts)
         reference = stages.reference(run, plan, prompts, policy, pairs)
-        policy = stages.train(run, plan, prompts, policy, pairs, reference)
+        like = stages.match(run, plan, prompts, policy, pairs, reference)
+        policy = stages.train(run, plan, prompts, policy, pairs, reference, like)
         report = stages.evaluate(run, plan.k, prompts, policy, pairs)
-        yield Lap(plan.k, prompts, policy, report, responses, verdicts, pairs, reference)
+        yield Lap(plan.k, prompts, policy, report, responses, verdicts, pairs, reference, like)

@@ -12,7 +12,7 @@ Shapes: B pairs, N rejected completion tokens of all pairs, H hidden size, V voc
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -186,6 +186,20 @@ class Offset(Noise):
         """The clean log-probability less the shift, twice."""
         nothing, shifted_B = clean_B.new_zeros(()), clean_B - self.shift
         return NoisyReference(shifted_B, shifted_B, nothing), nothing
+
+
+class MatchedOffset(Offset):
+    """An :class:`Offset` by the mean shift that noise had in the same iteration, off the same policy and pairs.
+
+    Args:
+        shift: what that training came to; ``stages.py`` runs it, or finds it, first.
+        like: the noise of that training.
+    """
+
+    not_in_key = ("like",)  # the key of that training stands for it
+
+    def __init__(self, hidden_size: int, vocabulary: int, shift: float = 0.0, *, like: Callable[..., Noise]) -> None:
+        super().__init__(hidden_size, vocabulary, shift=shift)
 
 
 class _TrainedNoise(Function):

@@ -20,11 +20,14 @@ from dnpo.tracking import Tracking
 
 PACKAGES = ("dnpo", "torch", "pytorch-lightning", "transformers", "peft", "tokenizers", "mlflow", "datasets")
 FIRST_PAIRS = 50
+SATURATED = 0.15  # mean σ(−margin) of a step below which the loss hardly pulls any more
 
 
 def tags(choices: Mapping[str, str], settings: Mapping[str, Any], laps: Sequence[Lap]) -> dict[str, str]:
-    """What a run can be found by: the options chosen, seed, git commit and the keys of its stages."""
+    """What a run can be found by: the options chosen, its sweep, seed, git commit and the keys of its stages."""
     chosen = {f"dnpo.{group}": str(name) for group, name in choices.items() if not group.startswith("hydra/")}
+    if "dnpo.sweep" in chosen:  # on the run of a whole sweep that is its folder
+        chosen["dnpo.sweep_name"] = chosen.pop("dnpo.sweep")
     keys = {f"stage.{_slug(stage)}": stage.key for lap in laps for stage in lap.stages}
     return {**chosen, "dnpo.seed": str(settings["seed"]), "dnpo.kind": "run", "dnpo.commit": commit(), **keys}
 
@@ -44,7 +47,8 @@ def execute(
     used: list[dict[str, Any]] = []
     for lap in laps:
         for stage in lap.stages:
-            reused = _get(stage, store, console, tracking, before)
+            prefix = "sft/" if stage.name == "sft" else "like/" if stage is lap.like else ""
+            reused = _get(stage, store, console, tracking, before, prefix)
             name = {"title": stage.title, "stage": stage.name, "key": stage.key}
             used.append({**name, "iteration": "SFT" if lap.k < 0 else lap.k, "reused": reused})
         before += int(manifest(store.folder(lap.policy))["facts"]["policy_steps"]) if lap.k >= 0 else 0
@@ -78,9 +82,13 @@ def choices() -> dict[str, str]:
     return {str(k): str(v) for k, v in known.items() if v is not None and not str(k).startswith("hydra/")}
 
 
-def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int) -> bool:
-    """Have one stage computed, or find it; its training steps are tracked either way. True if it was there."""
-    prefix = "sft/" if stage.name == "sft" else ""
+def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int, prefix: str) -> bool:
+    """Have one stage computed, or find it; its training steps are tracked either way. True if it was there.
+
+    Args:
+        before: training steps of the iterations before.
+        prefix: of the names of its metrics.
+    """
 
     def track(rows: list[dict[str, float]]) -> None:
         for row in rows:
@@ -95,10 +103,15 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     if stage.key in store.computed:
         return False
     # Found, or computed by another run while this one waited.
-    steps = store.folder(stage) / "steps.json"
-    if steps.is_file():
-        track(json.loads(steps.read_text()))
+    track(_steps(stage, store))
     return True
+
+
+def _steps(stage: Stage, store: Store) -> list[dict[str, float]]:
+    """The metrics of a training's steps; none where nothing was trained."""
+    path = store.folder(stage) / "steps.json"
+    steps: list[dict[str, float]] = json.loads(path.read_text()) if path.is_file() else []
+    return steps
 
 
 def _row(lap: Lap, store: Store) -> dict[str, Any]:
@@ -108,6 +121,9 @@ def _row(lap: Lap, store: Store) -> dict[str, Any]:
     row |= json.loads((store.folder(lap.evaluation) / "metrics.json").read_text())
     for name in ("loss/policy", "loss/noise", "npo/variance", "npo/at_bound", "npo/shift", "margin/saturation"):
         row[name] = trained.get(f"{name} (last tenth)")
+    weights = [step["margin/saturation"] for step in _steps(lap.policy, store) if "margin/saturation" in step]
+    if weights:
+        row["margin/saturated"] = sum(weight < SATURATED for weight in weights) / len(weights)
     if lap.pairs is not None:
         row |= {f"pairs/{name}": count for name, count in manifest(store.folder(lap.pairs))["facts"].items()}
         row["pairs/flips"] = row["pairs/flipped"] / row["pairs/pairs"]

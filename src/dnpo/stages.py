@@ -5,9 +5,10 @@ computed until the store asks for it. What a stage's result depends on stands in
 its version when a change of the code changes what it computes.
 """
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -267,8 +268,31 @@ def hidden(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) ->
     return Stage("hidden", f"iteration {plan.k} · hidden states", 1, settings, inputs, work)
 
 
-def train(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage, scores: Stage) -> Stage:
-    """The policy of the next iteration: trained on the pairs, against the policy it starts from."""
+def as_matched(plan: Plan) -> Plan | None:
+    """The same plan with the noise that its ``npo`` is to match; none where it matches nothing."""
+    if "like" not in plan.npo.settings:
+        return None
+    noise: partial[Noise] = plan.npo.value.keywords["like"]
+    return replace(plan, npo=Part(noise, plan.npo.settings["like"], not_in_key=getattr(noise.func, "not_in_key", ())))
+
+
+def match(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage, scores: Stage) -> Stage | None:
+    """The training whose mean shift ``plan.npo`` is to match; the very stage of a run that has its noise."""
+    noisy = as_matched(plan)
+    if noisy is None:
+        return None
+    stage = train(run, noisy, prompts, policy, pairs, scores)
+    return replace(stage, title=f"iteration {plan.k} · match")
+
+
+def train(
+    run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage, scores: Stage, like: Stage | None = None
+) -> Stage:
+    """The policy of the next iteration: trained on the pairs, against the policy it starts from.
+
+    Args:
+        like: the training whose mean shift its ``npo`` is to match.
+    """
     states = hidden(run, plan, prompts, policy, pairs)
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
@@ -279,12 +303,13 @@ def train(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage, sco
         start.model = run.model.value.lora.on(start.model, derive(seed, "adapter"))
         rows = read(inputs["pairs"] / "pairs.parquet", Pair)
         entries, width = start.head.weight_VH.shape
+        shift = [_mean_shift(inputs["like"])] if "like" in inputs else []
         history = optimise.optimise(
             start,
             rows,
             references.read_scores(inputs["reference"], len(rows)),
             plan.trainer.value,
-            noise=plan.npo.value(width, entries),
+            noise=plan.npo.value(width, entries, *shift),
             objective=plan.objective.value,
             beta=float(plan.objective.settings.get("beta", 1.0)),
             seed=seed,
@@ -303,6 +328,7 @@ def train(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage, sco
         "iteration": plan.k,
     }
     inputs = {"prompts": prompts, "policy": policy, "pairs": pairs, "reference": scores}
+    inputs |= {} if like is None else {"like": like}
     aids = {} if states is None else {"hidden": states}
     return Stage("optimise", f"iteration {plan.k} · optimise", 3, settings, inputs, work, aids)
 
@@ -378,6 +404,12 @@ def _trained(policy: Policy, history: list[dict[str, float]], folder: Path, earl
     means = {f"{name} (last tenth)": _mean([row[name] for row in tenth]) for name in history[-1]} if history else {}
     starts = {f"{name} (first tenth)": _mean([row[name] for row in first]) for name in history[0]} if history else {}
     return {"policy_steps": len(history), **starts, **means}
+
+
+def _mean_shift(folder: Path) -> float:
+    """What noise took off the reference's log-probability of rejected responses, mean over a training's steps."""
+    steps = json.loads((folder / "steps.json").read_text())
+    return _mean([row["npo/shift"] for row in steps]) if steps else 0.0
 
 
 def _mean(values: list[float]) -> float:

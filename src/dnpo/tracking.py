@@ -84,7 +84,8 @@ class MLflow(Tracking):
             with FileLock(self._lock()):  # processes that meet on a fresh database break each other's migration
                 self._client = MlflowClient(tracking_uri=self.uri)
                 experiment = self._experiment()
-            parent = {"mlflow.parentRunId": self._parent(experiment, sweep)} if sweep is not None else {}
+            known = {name: tags[name] for name in ("dnpo.sweep_name",) if name in tags}
+            parent = {"mlflow.parentRunId": self._parent(experiment, sweep, known)} if sweep is not None else {}
             run = self._client.create_run(experiment, run_name=name, tags={**tags, **parent})
             self._run = run.info.run_id
             for start in range(0, len(params), 100):
@@ -125,14 +126,14 @@ class MLflow(Tracking):
         where = Path(str(self.artifacts)).absolute().as_uri() if local else None
         return str(self._client.create_experiment(self.experiment, artifact_location=where))
 
-    def _parent(self, experiment: str, sweep: Path) -> str:
+    def _parent(self, experiment: str, sweep: Path, tags: Mapping[str, str]) -> str:
         """The run of the whole multirun, which the first of its jobs creates."""
         note = sweep / "mlflow-parent.txt"
         with FileLock(sweep / "mlflow-parent.lock"):
             if not note.is_file():
-                run = self._client.create_run(
-                    experiment, run_name=f"sweep {sweep.name}", tags={"dnpo.sweep": str(sweep), "dnpo.kind": "sweep"}
-                )
+                own = {"dnpo.sweep": str(sweep), "dnpo.kind": "sweep", **tags}
+                name = tags.get("dnpo.sweep_name", sweep.name)
+                run = self._client.create_run(experiment, run_name=f"sweep {name}", tags=own)
                 self._client.set_terminated(run.info.run_id)
                 note.write_text(run.info.run_id)
         return note.read_text()

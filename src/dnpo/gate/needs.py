@@ -12,7 +12,7 @@ from dnpo.gate.machine import Counts, Shape
 from dnpo.loop import Lap
 from dnpo.model import Policy
 from dnpo.npo import Noise
-from dnpo.stages import Plan, Run
+from dnpo.stages import Plan, Run, as_matched
 from dnpo.store import Store
 from dnpo.training import Optimisation
 
@@ -123,12 +123,14 @@ def _trainings(run: Run, of: Shape, counts: Counts) -> list[_Training]:
     found = []
     if run.sft.value.groups(counts.train, 0):
         found.append(_Training(-1, 1, run.sft.value, None, 0, False))
-    for plan in run.plans:
+    first = len(found) + 1
+    plans = [plan for each in run.plans for plan in (as_matched(each), each) if plan is not None]
+    for plan in plans:
         states = _states(plan, of, counts)
         declines = plan.npo.settings.get("cache_hidden") != "on"
         with torch.device("meta"):
             noise = plan.npo.value(of.width, of.vocabulary)
-        found.append(_Training(plan.k, len(found) + 1, plan.trainer.value, noise, states, declines))
+        found.append(_Training(plan.k, first + plan.k, plan.trainer.value, noise, states, declines))
     return found
 
 
