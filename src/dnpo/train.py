@@ -84,7 +84,7 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, 
         raise SettingsError(f"{missing[0]}: needs a value; give {missing[0]}=…")
     tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     top = check_values("", whole, {key: value for key, value in tree.items() if key not in PARTS})
-    starts = {name: _start(name, tree[name]) for name in STARTING}
+    starts = {name: _start(name, tree[name], top["iterations"]) for name in STARTING}
     tree["npo"] = matched(tree["npo"], tree["tracking"])
     settings = {name: check_part(name, {k: v for k, v in tree[name].items() if k != "start"}) for name in PARTS}
     return top, starts, settings
@@ -150,11 +150,14 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
     return run, parts["tracking"].value, resolved
 
 
-def _start(name: str, settings: Mapping[str, Any]) -> int:
-    def starting(*, start: Natural = 0) -> None: ...
+def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:
+    """The iteration at which a part starts; ``last`` is the run's last, whatever its number."""
+
+    def starting(*, start: Natural | Literal["last"] = 0) -> None: ...
 
     given = {"start": settings["start"]} if "start" in settings else {}
-    return cast(int, check_values(name, starting, given).get("start", 0))
+    start = check_values(name, starting, given).get("start", 0)
+    return iterations - 1 if start == "last" else cast(int, start)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
