@@ -1,0 +1,152 @@
+"""Means of scores over items and seeds, with intervals. Two ways, and what each is good for:
+
+**Bootstrap** (``bootstrap``): resamples items and, where there are several, seeds, and assumes no distribution. It
+cannot see beyond the seeds there are: three can be drawn in ten different ways only, and where seeds differ more than
+items do the interval is too narrow, whatever the number of resamples (``tests/test_comparisons.py`` measures it).
+
+**t** (``crossed``, ``t_interval``): assumes means that are about normal, and is honest about few seeds.
+
+Shapes: S seeds, I items, K different columns of items, B resamples, X sides.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import t as student
+
+from dnpo.errors import DataError
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+TOLERANCE = 1e-12  # of the largest number
+BATCH = 4_000_000  # weights at once: 32 MB
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95 % interval; no ends where there is nothing to tell them from."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def half(self) -> float | None:
+        """Half of the interval's width, what stands behind ±. A percentile interval need not be symmetric."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its standard error and the degrees of freedom of that."""
+
+    value: float
+    error: float
+    df: float
+
+    def estimate(self) -> Estimate:
+        """The t interval."""
+        wide = float(student.ppf((1 + LEVEL) / 2, self.df)) * self.error
+        return Estimate(self.value, self.value - wide, self.value + wide)
+
+    def p(self) -> float:
+        """Of a two-sided t test against 0; 1 for a plain 0."""
+        if self.error == 0:
+            return float(self.value == 0)
+        return float(2 * student.sf(abs(self.value) / self.error, self.df))
+
+    def detectable(self, alpha: float = 0.05, power: float = 0.8) -> float:
+        """The smallest true mean that a two-sided test at ``alpha`` finds with this power, with this error.
+
+        (t_{1−α/2} + t_{power}) · standard error (Bloom 1995, "Minimum detectable effects", Evaluation Review 19(5)),
+        which with many degrees of freedom is the normal approximation 2.80 · standard error.
+        """
+        return float(student.ppf(1 - alpha / 2, self.df) + student.ppf(power, self.df)) * self.error
+
+
+def crossed(x_SI: Array) -> Mean | None:
+    """The mean where both items and seeds are samples: would it be the same with other items, trained again?
+
+    Clark (1973), "The language-as-fixed-effect fallacy": with V₁ the variance of the mean told from the items' means
+    and V₂ that from the seeds' means, the error is √(V₁ + V₂) and the degrees of freedom are Satterthwaite's,
+    (V₁ + V₂)² / (V₁²/(I−1) + V₂²/(S−1)); the square of mean/error is min F′ = F₁F₂/(F₁ + F₂). Whatever differs by both
+    at once is counted twice, so the error is rather too large than too small. With one seed it is V₁ alone, the
+    one-sample t test; with one item there is nothing to tell V₁ from, and None.
+    """
+    if x_SI.shape[1] < 2:
+        return None
+    parts = [_variance_of_mean(x_SI.mean(axis)) for axis in (0, 1) if x_SI.shape[1 - axis] > 1]
+    whole = sum(v for v, _ in parts)
+    below = sum(v**2 / df for v, df in parts)
+    # Without any variance every number of degrees of freedom gives the same; the fewest say least.
+    df = whole**2 / below if below else float(min(df for _, df in parts))
+    return Mean(float(x_SI.mean()), math.sqrt(whole), df)
+
+
+def still(x: Array) -> bool:
+    """Whether all are the same but for the last digits, in which means of the same numbers differ."""
+    return bool(np.ptp(x) <= TOLERANCE * np.abs(x).max())
+
+
+def _variance_of_mean(x: Array) -> tuple[float, int]:
+    if still(x):
+        return 0.0, len(x) - 1
+    return float(x.var(ddof=1)) / len(x), len(x) - 1
+
+
+def t_interval(values_S: Sequence[float]) -> Estimate:
+    """The mean of one number a seed with its t interval over seeds; the items count as fixed.
+
+    Raises:
+        DataError: there are none, or one is no finite number.
+    """
+    values = np.asarray(values_S, float)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise DataError(f"an interval over seeds is told from a list of numbers, one a seed; this is {values_S!r}")
+    found = crossed(values[None])
+    return Estimate(float(values[0])) if found is None else found.estimate()
+
+
+def bootstrap(x_XSI: Array, seed: int, resamples: int = RESAMPLES) -> Array:
+    """Means of resamples (B × X), the same for all sides: items and, independently of them, seeds with replacement.
+
+    The items are the same under every seed, so the two are drawn crosswise and not one within the other (Owen 2007,
+    "The pigeonhole bootstrap", Annals of Applied Statistics 1(2)). With one seed it is Efron's bootstrap over items.
+
+    Items that are alike on every side and under every seed are drawn together, as a multinomial over the different
+    ones: the same distribution, and a million right and wrong answers cost no more than four.
+    """
+    sides, seeds, items = x_XSI.shape
+    alike, counts = np.unique(x_XSI.reshape(-1, items), axis=1, return_counts=True)
+    x_XSK = alike.reshape(sides, seeds, -1)
+    rng = np.random.default_rng(seed)
+    found = []
+    size = max(BATCH // len(counts), 1)
+    for start in range(0, resamples, size):
+        count = min(size, resamples - start)
+        items_BK = _multinomial(rng, counts, count) / items
+        seeds_BS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=count) / seeds
+        found.append(np.stack([((seeds_BS @ x_SK) * items_BK).sum(1) for x_SK in x_XSK], axis=1))
+    drawn: Array = np.concatenate(found)
+    return drawn
+
+
+def _multinomial(rng: np.random.Generator, counts_K: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """How often every kind is drawn when as many items are drawn with replacement as there are (size × K)."""
+    items, kinds = int(counts_K.sum()), len(counts_K)
+    if kinds < items:
+        return rng.multinomial(items, counts_K / items, size=size)
+    # all different: counting single draws is several times faster
+    drawn = rng.integers(0, kinds, (size, items)) + np.arange(size)[:, None] * kinds
+    return np.bincount(drawn.ravel(), minlength=size * kinds).reshape(size, kinds)
+
+
+def percentiles(value: float, drawn_B: Array) -> Estimate:
+    """The percentile interval of a bootstrap (Efron 1979)."""
+    low, high = np.percentile(drawn_B, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return Estimate(value, float(low), float(high))

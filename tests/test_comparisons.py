@@ -1,0 +1,499 @@
+"""Comparisons: published examples, brute force, and how often intervals and tests are right where truth is known."""
+
+import csv
+import io
+import math
+from collections import Counter
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dnpo.comparisons import paired
+from dnpo.comparisons.intervals import Array, Estimate, Mean, bootstrap, crossed, percentiles, t_interval
+from dnpo.comparisons.sampling import majority, pass_at_k
+from dnpo.comparisons.significance import (
+    cohens_dz,
+    cohens_g,
+    holm,
+    mcnemar,
+    mcnemar_clustered,
+    odds_ratio,
+    wilcoxon,
+)
+from dnpo.comparisons.table import Cell, comma_separated, latex, markdown, table
+from dnpo.errors import DataError
+
+RNG = np.random.default_rng
+
+
+# --- McNemar ----------------------------------------------------------------------------------------------------------
+
+
+def test_mcnemar_by_published_numbers() -> None:
+    """Approval of a prime minister in two surveys, 150 and 86 changed their minds: z = −4.17 (Agresti, Categorical Data
+    Analysis, table 10.1). And 6 against 16: exact 0.052, mid-p 0.035, chi-square 0.033 (10² / 22 = 4.545)."""
+    assert stats.norm.isf(mcnemar(150, 86, "chi-square") / 2) == pytest.approx(4.17, abs=0.005)
+    assert mcnemar(6, 16) == pytest.approx(0.0525, abs=5e-5)
+    assert mcnemar(6, 16, "mid-p") == pytest.approx(0.0347, abs=5e-5)
+    assert mcnemar(6, 16, "chi-square") == pytest.approx(0.0330, abs=5e-5)
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 1), (1, 0), (2, 5), (4, 4), (0, 9), (7, 3)])
+def test_exact_mcnemar_turns_every_sign(only_a: int, only_b: int) -> None:
+    """Either side is as likely to have been the right one: all 2^(b + c) ways in which it can have been, one by one."""
+    count = only_a + only_b
+    apart = [abs(2 * sum(signs) - count) for signs in product((0, 1), repeat=count)]
+    seen = abs(only_a - only_b)
+    assert mcnemar(only_a, only_b) == pytest.approx(np.mean([one >= seen for one in apart]))
+    middle = np.mean([one > seen for one in apart]) + np.mean([one == seen for one in apart]) / 2
+    if seen:  # where both tails are one, half of the middle is left out of each
+        assert mcnemar(only_a, only_b, "mid-p") == pytest.approx(middle)
+    assert mcnemar(only_a, only_b) == pytest.approx(stats.binomtest(only_a, count).pvalue)
+
+
+def test_mcnemar_at_its_ends() -> None:
+    for variant in ("exact", "mid-p", "chi-square"):
+        assert mcnemar(0, 0, variant) == 1.0  # type: ignore[arg-type]
+        assert mcnemar(5, 5, variant) == pytest.approx(1.0)  # type: ignore[arg-type]
+    assert mcnemar(10**9, 10**9 + 10**6) < 1e-100
+    with pytest.raises(DataError, match="-1"):
+        mcnemar(3, -1)
+
+
+def test_statsmodels_says_the_same_of_mcnemar() -> None:
+    tables = pytest.importorskip("statsmodels.stats.contingency_tables")
+    for only_a, only_b in ((6, 16), (1, 9), (150, 86)):
+        assert mcnemar(only_a, only_b) == pytest.approx(tables.mcnemar([[0, only_a], [only_b, 0]]).pvalue)
+
+
+def test_clustered_mcnemar_by_hand() -> None:
+    """Items with sums 2, 1, 0, −1, 1: (2 + 1 + 0 − 1 + 1)² / (4 + 1 + 0 + 1 + 1) = 9/7. As if they were ten independent
+    answers, 4 against 1 would give 9/5. With one seed it is the plain test."""
+    apart = np.array([[1, 1, 0, -1, 1], [1, 0, 0, 0, 0.0]])
+    assert mcnemar_clustered(apart) == pytest.approx(stats.chi2.sf(9 / 7, 1))
+    one = RNG(0).integers(-1, 2, (1, 50)).astype(float)
+    assert mcnemar_clustered(one) == pytest.approx(mcnemar(int((one > 0).sum()), int((one < 0).sum()), "chi-square"))
+    assert mcnemar_clustered(np.zeros((3, 4))) == 1.0
+
+
+def test_clustered_mcnemar_is_near_the_exact_one() -> None:
+    """All signs of all items turned, an item's seeds together."""
+    apart = RNG(3).integers(-1, 2, (3, 14)).astype(float)
+    sums = apart.sum(0)
+    turned = np.abs(np.array(list(product((-1, 1), repeat=14))) @ sums)
+    exact = (turned > abs(sums.sum())).mean() + (turned == abs(sums.sum())).mean() / 2
+    assert mcnemar_clustered(apart) == pytest.approx(exact, abs=0.03)
+
+
+# --- Wilcoxon ---------------------------------------------------------------------------------------------------------
+
+MAIZE = [6.0, 8, 14, 16, 23, 24, 28, 29, 41, -48, 49, 56, 60, -67, 75]
+
+
+def test_wilcoxon_by_published_numbers() -> None:
+    """Darwin's maize, crossed less self-fertilised, in eighths of an inch: its negative ranks are 10 and 14."""
+    assert wilcoxon(np.array(MAIZE)) == pytest.approx(0.041259765625)
+
+
+@pytest.mark.parametrize("apart", [[3.0, 1, -2, 4, 5, -6, 7], [0.0, 0, 1, 1, -1, 2, 2, 3, 0, 4], [0.0, 0, 5], [1.0]])
+def test_wilcoxon_turns_every_sign(apart: list[float]) -> None:
+    """Pratt: ranks are given to all, zeros included, and the signs of those that are not zero are turned one by one."""
+    d = np.array(apart)
+    ranks = stats.rankdata(np.abs(d))[d != 0]
+    seen = abs(ranks @ np.sign(d[d != 0]))
+    turned = [abs(ranks @ np.array(signs)) for signs in product((-1, 1), repeat=len(ranks))]
+    assert wilcoxon(d) == pytest.approx(np.mean([one >= seen - 1e-9 for one in turned]))
+
+
+def test_among_many_zeros_it_is_the_sign_test() -> None:
+    d = np.array([*range(1, 21), *(-10.0, -18, -19, -20, -21, -22, -23, -24, -25, -26)])
+    assert wilcoxon(np.concatenate([d, np.zeros(100_000)])) == pytest.approx(mcnemar(20, 10, "chi-square"), rel=1e-3)
+    assert wilcoxon(d) > 0.5
+    assert wilcoxon(np.zeros(9)) == 1.0
+
+
+def test_rounding_breaks_no_tie() -> None:
+    """0.3 − 0.2 and 0.2 − 0.1 differ in their last digit, and 0.1 + 0.2 − 0.3 is no difference."""
+    rough = np.array([0.3 - 0.2, 0.1 - 0.2, 0.4 - 0.2, 0.7 - 0.6, 0.1])
+    assert wilcoxon(rough) == wilcoxon(np.array([1.0, -1, 2, 1, 1]))
+    found = paired([0.1 + 0.2] * 8, [0.3] * 8)
+    assert (found.p, found.effect) == (1.0, 0.0)
+
+
+# --- Holm -------------------------------------------------------------------------------------------------------------
+
+
+def test_holm_by_hand() -> None:
+    """0.005·4, 0.01·3, 0.03·2, and 0.04·1 raised to what stands before it; in the order given, not sorted."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.50, 0.003, 0.32, 0.054, 0.0003]) == pytest.approx([0.64, 0.012, 0.64, 0.162, 0.0015])
+    assert holm([0.319, 0.201, 0.4, 0.374, 0.113]) == pytest.approx([0.957, 0.804, 0.957, 0.957, 0.565])
+    assert holm([]) == []
+    assert holm([0.02, 0.02]) == [0.04, 0.04]
+
+
+def test_holm_closes_over_bonferroni() -> None:
+    """Closed testing: an adjusted p is the largest Bonferroni p of any set of hypotheses that this one belongs to."""
+    ps = list(RNG(1).uniform(0, 0.4, 6))
+    for i, adjusted in enumerate(holm(ps)):
+        sets = [s for size in range(1, 7) for s in combinations(range(6), size) if i in s]
+        assert adjusted == pytest.approx(max(min(len(s) * min(ps[j] for j in s), 1.0) for s in sets))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1])
+def test_holm_takes_probabilities(wrong: float) -> None:
+    with pytest.raises(DataError, match="between 0 and 1"):
+        holm([0.1, wrong])
+
+
+# --- effects ----------------------------------------------------------------------------------------------------------
+
+
+def test_effects_by_hand() -> None:
+    """1, 2, 3, 6: mean 3, variance (4 + 1 + 0 + 9)/3. 15 against 5: a quarter above half, three to one."""
+    assert cohens_dz(np.array([1.0, 2, 3, 6])) == pytest.approx(3 / math.sqrt(14 / 3))
+    assert (cohens_g(15, 5), cohens_g(5, 15), cohens_g(0, 0), cohens_g(3, 0)) == (0.25, -0.25, 0.0, 0.5)
+    assert (odds_ratio(15, 5), odds_ratio(3, 0), odds_ratio(0, 3), odds_ratio(0, 0)) == (3.0, math.inf, 0.0, None)
+    assert (cohens_dz(np.zeros(4)), cohens_dz(np.full(4, 0.1)), cohens_dz(np.ones(1))) == (0.0, None, None)
+
+
+# --- means and intervals ----------------------------------------------------------------------------------------------
+
+
+def test_one_seed_is_the_t_test() -> None:
+    x = RNG(0).normal(0.4, 1, 30)
+    found, known = crossed(x[None]), stats.ttest_1samp(x, 0)
+    assert found is not None
+    assert found.p() == pytest.approx(known.pvalue)
+    assert (found.estimate().low, found.estimate().high) == pytest.approx(tuple(known.confidence_interval()))
+
+
+def test_min_f_by_its_two_tests() -> None:
+    """F₁ over items' means and F₂ over seeds' means are squared t; min F′ = F₁F₂/(F₁ + F₂) and its second degrees of
+    freedom (F₁ + F₂)² / (F₁²/n₂ + F₂²/n₁), as Clark (1973) writes them."""
+    x = RNG(2).normal(0.3, 1, (4, 25)) + RNG(3).normal(0, 0.2, (4, 1))
+    f1, f2 = (stats.ttest_1samp(x.mean(axis), 0).statistic ** 2 for axis in (0, 1))
+    least, df = f1 * f2 / (f1 + f2), (f1 + f2) ** 2 / (f1**2 / 3 + f2**2 / 24)
+    found = crossed(x)
+    assert found is not None
+    assert (found.value / found.error) ** 2 == pytest.approx(least)
+    assert found.df == pytest.approx(df)
+    assert found.p() == pytest.approx(stats.f.sf(least, 1, df))
+
+
+def test_t_over_seeds_by_hand() -> None:
+    """1, 2, 3: mean 2, standard error 1/√3, and 4.3027 of them on two degrees of freedom."""
+    found = t_interval([1.0, 2.0, 3.0])
+    assert found.half == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4)
+    assert (found.value, found.low) == (2.0, pytest.approx(2 - 4.3027 / math.sqrt(3), abs=1e-4))
+    assert t_interval([5.0]) == Estimate(5.0)
+    assert t_interval([5.0, 5.0]) == Estimate(5.0, 5.0, 5.0)
+    for wrong in ([], [1.0, math.nan], [[1.0], [2.0]]):
+        with pytest.raises(DataError, match="one a seed"):
+            t_interval(wrong)  # type: ignore[arg-type]
+
+
+def test_detectable_by_hand_and_by_trial() -> None:
+    """(1.95996 + 0.84162) · 0.1 with many degrees of freedom; and of true means so large about 80 % are found."""
+    assert Mean(0.0, 0.1, 1e9).detectable() == pytest.approx(0.280158, abs=1e-6)
+    x = RNG(5).normal(0, 1, (2000, 40))
+    found = np.array(
+        [m.p() <= 0.05 for row in x if (m := crossed(row[None] + Mean(0, 1 / math.sqrt(40), 39).detectable()))]
+    )
+    assert 0.77 < found.mean() < 0.83
+
+
+def test_the_bootstrap_draws_items_and_seeds() -> None:
+    """Against single draws by index: the same spread and the same ends, within what chance does to 4,000 resamples."""
+    rng = RNG(7)
+    x = rng.normal(0, 1, (3, 40)) + rng.normal(0, 0.5, (3, 1))
+    slow = np.array([x[rng.integers(0, 3, 3)][:, rng.integers(0, 40, 40)].mean() for _ in range(4000)])
+    fast = bootstrap(x[None], 0, 4000)[:, 0]
+    assert fast.std() == pytest.approx(slow.std(), rel=0.06)
+    assert np.percentile(fast, [2.5, 50, 97.5]) == pytest.approx(np.percentile(slow, [2.5, 50, 97.5]), abs=0.06)
+
+
+def test_one_seed_is_the_bootstrap_of_scipy() -> None:
+    x = RNG(8).exponential(1, 60)
+    known = stats.bootstrap((x,), np.mean, n_resamples=8000, method="percentile", rng=1).confidence_interval
+    found = percentiles(x.mean(), bootstrap(x[None, None], 0, 8000)[:, 0])
+    assert (found.low, found.high) == pytest.approx((known.low, known.high), abs=0.02)
+
+
+def test_items_that_are_alike_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right and wrong answers, of which there are few kinds, spread as those do that differ by next to nothing; and the
+    size of batches changes no resample's law."""
+    x = (RNG(9).random((2, 1, 300)) < 0.4).astype(float)
+    alike = bootstrap(x, 0, 4000)
+    single = bootstrap(x + RNG(10).uniform(0, 1e-9, x.shape), 0, 4000)
+    assert alike.mean(0) == pytest.approx(x.mean((1, 2)), abs=0.003)
+    assert np.cov(alike.T) == pytest.approx(np.cov(single.T), abs=6e-5)
+    monkeypatch.setattr("dnpo.comparisons.intervals.BATCH", 1000)
+    assert bootstrap(x + RNG(10).uniform(0, 1e-9, x.shape), 0, 500).mean(0) == pytest.approx(x.mean((1, 2)), abs=0.01)
+
+
+def coverage(seeds: int, between: float, sets: int = 200) -> dict[str, float]:
+    """How often intervals hold the truth, 0, and how often tests deny it, over simulated differences of 80 items."""
+    rng, found = RNG(11), Counter[str]()
+    for one in range(sets):
+        x = rng.normal(0, between, (seeds, 1)) + rng.normal(0, 1, (1, 80)) + rng.normal(0, 1, (seeds, 80))
+        mean = crossed(x)
+        assert mean is not None
+        within = {"bootstrap": percentiles(x.mean(), bootstrap(x[None], one, 500)[:, 0]), "t": mean.estimate()}
+        for name, e in within.items():
+            assert e.low is not None
+            assert e.high is not None
+            found[name] += e.low <= 0 <= e.high
+        found["items alone"] += wilcoxon(x.mean(0)) <= 0.05
+        found["min F′"] += mean.p() <= 0.05
+    return {name: found[name] / sets for name in ("bootstrap", "t", "items alone", "min F′")}
+
+
+def test_intervals_hold_the_truth_over_items() -> None:
+    found = coverage(1, 0.0)
+    assert 0.90 < found["bootstrap"] < 0.99
+    assert 0.90 < found["t"] < 0.99
+    assert found["items alone"] < 0.10
+
+
+def test_with_three_seeds_only_t_holds() -> None:
+    """Where training moves the mean more than items do, a bootstrap over three seeds claims too much, and a test over
+    items that never heard of seeds denies the truth far too often. Hence the note, and hence the larger p of two."""
+    found = coverage(3, 0.4)
+    assert found["t"] > 0.91
+    assert found["min F′"] < 0.09
+    assert found["bootstrap"] < 0.93
+    assert found["items alone"] > 0.25
+
+
+# --- paired -----------------------------------------------------------------------------------------------------------
+
+
+def test_right_and_wrong_from_end_to_end() -> None:
+    """16 items that only a has right, 6 that only b has, 40 both and 38 neither."""
+    a = np.repeat([1, 0, 1, 0], [16, 6, 40, 38])
+    b = np.repeat([0, 1, 1, 0], [16, 6, 40, 38])
+    found = paired(a, b)
+    assert (found.kind, found.items, found.seeds) == ("right", 100, 1)
+    assert (found.a.value, found.b.value, found.difference.value) == pytest.approx((0.56, 0.46, 0.10))
+    assert found.tests == {"McNemar's exact test": pytest.approx(0.0525, abs=5e-5)}
+    assert (found.effect_name, found.effect) == ("Cohen's g", pytest.approx(16 / 22 - 0.5))
+    error = math.sqrt((22 - 10**2 / 100) / 99 / 100)
+    assert found.detectable == pytest.approx((1.98422 + 0.84528) * error, abs=1e-4)
+    assert found.difference.half == pytest.approx(1.96 * error, rel=0.05)
+    assert found.notes == ("one seed: the interval is over items only and says nothing about training again",)
+    assert paired(b, a).difference.value == pytest.approx(-0.10)
+    assert paired(a.astype(bool), b.astype(bool)) == found
+    assert paired(a[None], b[None]) == found
+
+
+def test_scores_from_end_to_end() -> None:
+    b = RNG(0).uniform(0, 100, 15)
+    found = paired(b + np.array(MAIZE), b)
+    assert found.kind == "scores"
+    assert found.p == pytest.approx(0.041259765625)
+    assert (found.effect_name, found.effect) == ("Cohen's d_z", pytest.approx(cohens_dz(np.array(MAIZE))))
+    known = stats.ttest_1samp(MAIZE, 0).confidence_interval()
+    exact = paired(b + np.array(MAIZE), b, interval="t").difference
+    assert (exact.low, exact.high) == pytest.approx((known.low, known.high))
+
+
+def test_several_seeds_need_both_tests() -> None:
+    """One seed is much better and two are not: sure about the items, unsure about training again."""
+    rng = RNG(1)
+    b = rng.normal(50, 10, (3, 200))
+    a = b + np.array([[8.0], [0.5], [-0.2]]) + rng.normal(0, 3, (3, 200))
+    found = paired(a, b)
+    items, both = found.tests["Wilcoxon's signed-rank test over items"], found.tests["min F′ over items and seeds"]
+    assert items < 1e-10
+    assert both > 0.2
+    assert found.p == both
+    assert found.seeds == 3
+    assert "3 seeds" in found.notes[0]
+    wide = paired(a, b, interval="t")
+    assert wide.notes == ()
+    assert wide.difference.half is not None
+    assert found.difference.half is not None
+    assert wide.difference.half > found.difference.half
+    assert set(paired(a > 50, b > 50).tests) == {"McNemar's test, clustered by item", "min F′ over items and seeds"}
+
+
+def test_pairing_is_what_makes_it_sure() -> None:
+    """Sides that vary much and together have a difference that varies little."""
+    b = RNG(4).normal(50, 20, 100)
+    found = paired(b + RNG(5).normal(1, 1, 100), b)
+    assert found.difference.half is not None
+    assert found.a.half is not None
+    assert found.difference.half < found.a.half / 10
+
+
+def test_comparisons_are_repeatable() -> None:
+    a, b = RNG(0).normal(size=(2, 2, 30))
+    assert paired(a, b, seed=3) == paired(a, b, seed=3)
+    assert paired(a, b, seed=3).difference != paired(a, b, seed=4).difference
+
+
+def test_what_does_not_vary() -> None:
+    """Equal sides: p is 1 and nothing is divided by zero. A constant difference is certain only as far as items go."""
+    for x in (np.ones(20), np.arange(20.0), np.arange(40.0).reshape(2, 20)):
+        found = paired(x, x)
+        assert (found.p, found.effect, found.detectable) == (1.0, 0.0, None)
+        assert found.difference == Estimate(0.0, 0.0, 0.0)
+        assert "all differences are the same" in found.notes[-1]
+    x = RNG(0).uniform(0, 1, (3, 8))
+    found = paired(x + 0.1, x)
+    assert found.p == pytest.approx(2 / 2**8)
+    assert (found.effect, found.detectable) == (None, None)
+
+
+def test_one_item() -> None:
+    for a, b in (([1], [0]), ([70.0], [20.0]), ([[70.0], [71.0]], [[20.0], [22.0]])):
+        found = paired(a, b)
+        assert found.p == 1.0
+        assert found.difference.low is None
+        assert found.detectable is None
+        assert found.notes == ("one item: no interval, and no test can find anything",)
+
+
+def test_many_items() -> None:
+    a, b = RNG(0).random((2, 3, 300_000)) < np.array([0.505, 0.5])[:, None, None]
+    found = paired(a, b)
+    assert found.p < 0.01
+    assert found.difference.low is not None
+    assert found.difference.low > 0
+
+
+def test_missing_results() -> None:
+    a, b = [1.5, None, 3, 4], [1, 2, math.nan, 3]
+    with pytest.raises(DataError, match=r"2 of 4 items lack a result .*item 1 under seed 0.*missing='drop'"):
+        paired(a, b)
+    found = paired(a, b, missing="drop")
+    assert (found.items, found.a.value, found.b.value) == (2, 2.75, 2.0)
+    assert found.notes[-1] == "2 of 4 items lack a result and were dropped on both sides"
+    with pytest.raises(DataError, match="nothing is left"):
+        paired([None], [1.0], missing="drop")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([1, 2], [1, 2, 3], "1 × 2 and 1 × 3"),
+        ([[1, 2], [3, 4]], [1, 2], "2 × 2 and 1 × 2"),
+        ([[1, 2], [3]], [[1, 2], [3]], "a: results are numbers"),
+        (["good"], ["bad"], "a: results are numbers"),
+        ([], [], "not empty"),
+        (1.0, 2.0, "not empty"),
+        ([[[1.0]]], [[[1.0]]], "seeds × items"),
+        ([math.inf, 1], [1, 2], "infinite"),
+    ],
+)
+def test_what_cannot_be_compared(a: object, b: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        paired(a, b)
+
+
+def test_kinds_can_be_said() -> None:
+    assert paired([0, 1, 1], [1, 1, 0], kind="scores").kind == "scores"
+    with pytest.raises(DataError, match="compare them as scores"):
+        paired([0, 2], [1, 0], kind="right")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def cell(value: float, p: float | None = None, half: float = 0.25, signed: bool = False) -> Cell:
+    return Cell(Estimate(value, value - half, value + half), p, signed)
+
+
+def test_stars_are_corrected() -> None:
+    """0.03 alone has a star; beside 0.04 it becomes 0.06 and has none."""
+    assert markdown(table({"dnpo": {"k=1": cell(59.9, 0.03)}})).splitlines()[2] == r"| dnpo | 59.9 ± 0.2\* |"
+    both = table({"spin": {"k=1": cell(52.3)}, "dnpo": {"k=1": cell(59.9, 0.03), "k=2": cell(58.0, 0.04)}})
+    assert [s and (s.adjusted, s.star) for row in both.rows for s in row.shown] == [
+        (None, False),
+        None,
+        (0.06, False),
+        (0.06, False),
+    ]
+    assert both.caption == "Mean ± half of the 95 % interval. *: p ≤ 0.05 after Holm's correction over 2 tests."
+    assert table({"spin": {"k=1": cell(52.3)}}).caption == "Mean ± half of the 95 % interval."
+
+
+def test_numbers_are_written_alike() -> None:
+    cells = {
+        "a": {"x": cell(0.12345, 0.001, 0.0211), "d": cell(-0.0312, signed=True)},
+        "b": {"d": Cell(Estimate(-1e-9))},
+    }
+    found = table(cells, digits=1, scale=100)
+    assert [s and s.text for row in found.rows for s in row.shown] == ["12.3 ± 2.1*", "−3.1 ± 25.0", None, "0.0"]
+    assert r"a & $12.3 \pm 2.1^{*}$ & $-3.1 \pm 25.0$ \\" in latex(found)
+    assert r"b &  & $0.0$ \\" in latex(found)
+    assert r"| a | 12.3 ± 2.1\* | −3.1 ± 25.0 |" in markdown(found)
+    rows = list(csv.DictReader(io.StringIO(comma_separated(found))))
+    assert [(row["row"], row["column"]) for row in rows] == [("a", "x"), ("a", "d"), ("b", "d")]
+    assert (float(rows[0]["value"]), float(rows[0]["p"]), rows[0]["star"]) == (0.12345, 0.001, "1")
+    assert rows[0]["text"] == "12.3 ± 2.1*"
+    assert (rows[2]["low"], rows[2]["p_holm"]) == ("", "")
+
+
+def test_labels_stay_labels() -> None:
+    name = 'a|b_c & 5 % <b>\n"x", $1 #{~^\\}'
+    found = table({name: {name: cell(1.0)}})
+    line = markdown(found, "of *all*").splitlines()
+    assert line[0].startswith(r"| of \*all\* | a\|b\_c &amp; 5 % &lt;b> ")
+    assert line[2].replace(r"\|", "").count("|") == 3
+    assert r"a\textbar{}b\_c \& 5 \% \textless{}b\textgreater{}" in latex(found)
+    assert r"\$1 \#\{\textasciitilde{}\textasciicircum{}\textbackslash{}\}" in latex(found)
+    (row,) = csv.DictReader(io.StringIO(comma_separated(found), newline=""))
+    assert row["row"] == row["column"] == name
+
+
+def test_a_comparison_fills_a_table() -> None:
+    b = RNG(0).normal(50, 10, 100)
+    found = paired(b + RNG(1).normal(5, 5, 100), b)
+    shown = table({"ours": {"score": Cell(found.a, found.p)}, "theirs": {"score": Cell(found.b)}})
+    assert [row.shown[0] and row.shown[0].text[-1] == "*" for row in shown.rows] == [True, False]
+
+
+# --- several samples --------------------------------------------------------------------------------------------------
+
+
+def test_pass_at_k_counts_subsets() -> None:
+    """2 of 5 right, 2 drawn: 3 of the 10 pairs have none, 0.7. And every case up to 7 samples, subset by subset."""
+    assert pass_at_k(5, 2, 2) == pytest.approx(0.7)
+    for n in range(1, 8):
+        for c, k in product(range(n + 1), range(1, n + 1)):
+            passed = np.mean([min(drawn) < c for drawn in combinations(range(n), k)])
+            assert pass_at_k(n, c, k) == pytest.approx(passed)
+
+
+def test_pass_at_k_of_many() -> None:
+    """pass@1 is the share; and 1 − C(n−c, k)/C(n, k) in whole numbers at the paper's n = 200, and far above."""
+    assert pass_at_k(200, 58, 1) == pytest.approx(0.29)
+    for n, c, k in ((200, 13, 100), (200, 1, 10), (100_000, 7, 5_000)):
+        exact = 1 - math.comb(n - c, k) * 10**30 // math.comb(n, k) / 10**30
+        assert pass_at_k(n, c, k) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize(("samples", "right", "k"), [(5, 6, 1), (5, -1, 1), (5, 1, 6), (5, 1, 0), (0, 0, 1)])
+def test_pass_at_k_says_what_it_needs(samples: int, right: int, k: int) -> None:
+    with pytest.raises(DataError, match="pass@k"):
+        pass_at_k(samples, right, k)
+
+
+def test_votes() -> None:
+    assert majority(["4", "5", "4"]) == "4"
+    assert majority(["5", "4", "4", "5"]) == "5"
+    assert majority([None, None, "7"]) == "7"
+    assert majority([None]) is None
+    assert majority([]) is None
+    assert majority([0, None, None]) == 0
+
+
+def test_arrays_are_left_as_they_were() -> None:
+    a: Array = RNG(0).normal(size=(2, 9))
+    before = a.copy()
+    paired(a, a[::-1])
+    assert (a == before).all()
