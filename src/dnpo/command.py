@@ -40,7 +40,7 @@ def conf_folder() -> Path:
     )
 
 
-def run(config: str, body: Callable[[DictConfig, Any], None], interrupted: str = KEPT) -> None:
+def run(config: str, body: Callable[[DictConfig, Any], Any], interrupted: str = KEPT) -> None:
     """Compose ``conf/CONFIG.yaml`` with the arguments and hand it to ``body``, once for every job of a multirun.
 
     What the user can put right becomes a message and a non-zero exit status. One failing job neither stops the others
@@ -48,17 +48,18 @@ def run(config: str, body: Callable[[DictConfig, Any], None], interrupted: str =
 
     Args:
         config: name of the composed file, without its ending.
-        body: called with the composed tree and Hydra's own settings of the job.
+        body: called with the composed tree and Hydra's own settings of the job; what it returns is what a sweeper that
+            searches goes by.
         interrupted: what to say after Ctrl-C.
     """
     failed: list[str] = []
 
-    def task(cfg: DictConfig) -> None:
+    def task(cfg: DictConfig) -> Any:
         from dnpo.sweep import record_failure
 
         job = HydraConfig.get()
         try:
-            body(cfg, job)
+            return body(cfg, job)
         except DnpoError as error:
             if job.mode is RunMode.MULTIRUN:
                 record_failure(Path(job.runtime.output_dir), str(error))
@@ -68,6 +69,7 @@ def run(config: str, body: Callable[[DictConfig, Any], None], interrupted: str =
             if job.mode is not RunMode.MULTIRUN:
                 raise
             record_failure(Path(job.runtime.output_dir), traceback.format_exc())
+        return None
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, not as Hydra prints them
     try:

@@ -5,6 +5,7 @@ computed until the store asks for it. What a stage's result depends on stands in
 its version when a change of the code changes what it computes.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,8 @@ from dnpo import dsl, optimise
 from dnpo import evaluate as evaluation
 from dnpo import generate as generation
 from dnpo import reference as references
-from dnpo.data import SPLITS, Source
-from dnpo.errors import DataError, Declined, DnpoError
+from dnpo.data import Source
+from dnpo.errors import DataError, Declined, DnpoError, SettingsError
 from dnpo.judges import Judge, judged, tally
 from dnpo.ledger import Ledger
 from dnpo.model import ModelPart, Policy
@@ -78,6 +79,7 @@ class Run:
     eval: Part[evaluation.Evaluation]
     plans: Sequence[Plan]
     ledger: Ledger
+    sft_rows: int = 0
 
     @property
     def limit(self) -> int:
@@ -101,8 +103,10 @@ def prepare(run: Run) -> Stage:
         run.model.value.base(folder / "model", rows["train"])
         policy = run.model.value.load(folder / "model", None, "cpu")
         report.begin(sum(map(len, rows.values())), "prompts")
-        for split in SPLITS:
-            facts[split] = _encode(run, policy, rows[split], split, folder, report)
+        if run.sft_rows:
+            rows = {**rows, **_set_apart(rows["train"], run.sft_rows)}
+        for split, these in rows.items():
+            facts[split] = _encode(run, policy, these, split, folder, report)
         return facts
 
     settings = {
@@ -111,8 +115,18 @@ def prepare(run: Run) -> Stage:
         "max_prompt_tokens": run.data.value.max_prompt_tokens,
         "max_response_tokens": run.limit,
         **({"long_responses": "drop"} if run.data.value.long_responses == "drop" else {}),
+        **({"sft_rows": run.sft_rows} if run.sft_rows else {}),
     }
     return Stage("prompts", "prompts", 2, settings, {}, work)
+
+
+def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, list[Prompt]]:
+    """So many rows for fine-tuning alone, drawn by a hash of their ids, and the others for the iterations."""
+    if count >= len(rows):
+        raise SettingsError(f"sft_rows={count}: expected fewer than the {len(rows):,} training rows")
+    by_hash = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
+    apart = {row.id for row in by_hash[:count]}
+    return {"sft": [row for row in rows if row.id in apart], "train": [row for row in rows if row.id not in apart]}
 
 
 def _encode(run: Run, policy: Policy, rows: list[Prompt], split: str, folder: Path, report: Report) -> dict[str, int]:
@@ -162,7 +176,7 @@ def fine_tune(run: Run, prompts: Stage) -> Stage:
     """The base model, fine-tuned on the human responses."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        rows = _held(inputs["prompts"], "train")
+        rows = _held(inputs["prompts"], "sft" if run.sft_rows else "train")
         seed = derive(run.seed, "sft")
         policy = run.policy(inputs)
         policy.model = run.model.value.lora.on(policy.model, derive(seed, "adapter"))

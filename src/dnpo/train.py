@@ -42,6 +42,7 @@ def whole(
     seed: Natural,
     device: str,
     threads: Count,
+    sft_rows: Natural,
     store: str,
     ledger: str,
     plan: bool,
@@ -54,6 +55,7 @@ def whole(
         seed: of everything that is left to chance.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: of torch on the CPU.
+        sft_rows: training rows that fine-tuning alone reads; the iterations have the others. 0: both read all.
         store: folder of finished stages.
         ledger: file of judge calls, so that none is paid for twice.
         plan: print the stages and whether they are there, and what the judge would cost, and run nothing.
@@ -143,6 +145,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         eval=parts["eval"],
         plans=plans,
         ledger=Ledger(Path(top["ledger"]), name),
+        sft_rows=top["sft_rows"],
     )
     resolved = {**top, **settings}
     for name, start in starts.items():
@@ -163,15 +166,18 @@ def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def _run(cfg: DictConfig, job: Any) -> None:
+def _run(cfg: DictConfig, job: Any) -> float | None:
     folder = Path(job.runtime.output_dir)
     sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
     run, tracking, settings = build(cfg, os.path.relpath(sweep or folder))
     with run.ledger:  # closed at the end of every job, or those after it would wait for what this one has claimed
-        _go(run, tracking, settings, job, folder, sweep)
+        return _go(run, tracking, settings, job, folder, sweep)
 
 
-def _go(run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, folder: Path, sweep: Path | None) -> None:
+def _go(
+    run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, folder: Path, sweep: Path | None
+) -> float | None:
+    """Do what was asked for; of a run, how good its last policy is, the more the better."""
     import torch
 
     from dnpo.console import Console, quieten
@@ -187,14 +193,14 @@ def _go(run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, fo
 
         _print_plan(console, store, laps, planned_before(sweep, folder, [s for lap in laps for s in lap.stages]))
         _print_forecast(console, run, laps, store)
-        return
+        return None
     try:
         store.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"store={settings['store']}: {error.strerror}; expected a folder to write to") from error
     pass_gate(run, laps, store, console, settings["check"])
     if settings["check"]:
-        return
+        return None
     from dnpo import report
 
     name = " ".join(job.overrides.task) or "defaults"
@@ -210,6 +216,8 @@ def _go(run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, fo
     finally:
         tracking.finish(status)
     report.show(console, summary, folder, store, tracking)
+    last = summary["table"][-1]
+    return float(last["eval/score"] if "eval/score" in last else -last["eval/loss"])
 
 
 def pass_gate(run: "Run", laps: "list[Lap]", store: "Store", console: "Console", everything: bool) -> None:
