@@ -1,0 +1,423 @@
+"""The leaderboard: rows become lm-eval's tasks, and lm-eval's numbers are those of the policy itself."""
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dnpo.errors import DataError, ModelError, SettingsError
+from dnpo.leaderboard import Item, Leaderboard, Result, _item, harness, measure
+from dnpo.leaderboard.rows import offline
+from dnpo.model import Policy, load
+from dnpo.packing import ATTENTION
+
+from .conftest import SHARED, Report
+
+SAMPLES, STORIES = SHARED / "data" / "bench_mini", SHARED / "models" / "stories260K"
+shared = pytest.mark.skipif(not SAMPLES.is_dir(), reason="the shared samples are not there")
+
+
+def lines(path: Path, *rows: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def questions(count: int, start: int = 0, **more: Any) -> list[dict[str, Any]]:
+    """Sums with four choices; the right one stands anywhere."""
+    return [
+        {
+            "id": f"q{n}",
+            "question": f"what is {n} + 1?",
+            "choices": [str(n + 1 + (k - n) % 4) for k in range(4)],
+            **more,
+        }
+        | {"answer": n % 4}
+        for n in range(start, start + count)
+    ]
+
+
+# Rows
+
+
+def test_the_place_of_the_truth_tells_nothing(tmp_path: Path) -> None:
+    """In the rows the true answer comes first; in the items it is anywhere, and the labels have moved with it."""
+    rows = [
+        {
+            "id": f"t{n}",
+            "question": f"why {n}?",
+            "mc1": {"choices": [f"true {n}", "b", "c", "d"], "labels": [1, 0, 0, 0]},
+            "mc2": {"choices": [f"true {n}", "true too", "c", "d"], "labels": [1, 1, 0, 0]},
+        }
+        for n in range(200)
+    ]
+    lines(tmp_path / "truthfulqa.jsonl", *rows)
+    (one,), (two,) = (offline(tmp_path, f"truthfulqa_mc{k}") for k in (1, 2))
+    places = [row["gold"] for row in one.rows]
+    assert all(30 < places.count(k) < 70 for k in range(4))
+    assert all(row["choices"][row["gold"]].startswith("true") for row in one.rows)
+    for row in two.rows:
+        assert [choice.startswith("true") for choice in row["choices"]] == [label == 1 for label in row["labels"]]
+    assert one.rows == offline(tmp_path, "truthfulqa_mc1")[0].rows
+
+
+def test_examples(tmp_path: Path) -> None:
+    """Easy borrows from challenge and says so; what is asked is no example; MMLU's are of the same subject."""
+    lines(tmp_path / "arc_easy_test.jsonl", *questions(3))
+    lines(tmp_path / "arc_challenge_fewshot.jsonl", *questions(4))
+    (task,) = offline(tmp_path, "arc_easy")
+    assert [row["id"] for row in task.examples] == ["q3"]
+    assert task.note == "arc_easy has arc_challenge_fewshot.jsonl for its examples"
+    lines(tmp_path / "arc_easy_fewshot.jsonl", *questions(2, 10))
+    (task,) = offline(tmp_path, "arc_easy")
+    assert len(task.examples) == 2
+    assert not task.note
+    lines(tmp_path / "mmlu_test.jsonl", *questions(2, subject="a"), *questions(1, 5, subject="b_c"))
+    lines(tmp_path / "mmlu_fewshot.jsonl", *questions(5, 20, subject="a"))
+    a, b = offline(tmp_path, "mmlu")
+    assert [(t.definition["task"], len(t.rows), len(t.examples)) for t in (a, b)] == [
+        ("mmlu_a", 2, 5),
+        ("mmlu_b_c", 1, 0),
+    ]
+
+
+WRONG = [
+    ("arc_easy", {"question": "?", "choices": ["a", "b"], "answer": 2}, "answer is 2, expected a number from 0 to 1"),
+    ("arc_easy", {"question": "?", "choices": ["a", ""], "answer": 0}, "expected a list of texts"),
+    ("arc_easy", {"question": "?", "choices": ["a", "b"]}, "has no answer, which arc_easy needs"),
+    ("mmlu", {"subject": "s", "question": "?", "choices": ["a", "b"], "answer": 0}, "2 choices, expected 4"),
+    ("gsm8k", {"question": "?", "answer": "5"}, "expected one that ends in #### NUMBER"),
+    ("winogrande", {"context_options": ["a"], "continuation": "c", "answer": 0}, "1 beginnings, expected 2"),
+    ("truthfulqa_mc1", {"question": "?", "mc1": {"choices": ["a", "b"], "labels": [1, 1]}}, "and a single 1"),
+    ("truthfulqa_mc2", {"question": "?", "mc2": {"choices": ["a", "b"], "labels": [0, 0]}}, "at least one 1"),
+    ("truthfulqa_mc1", {"question": "?", "mc1": None}, "cannot be used for truthfulqa_mc1"),
+]
+
+
+@pytest.mark.parametrize(("task", "row", "message"), WRONG)
+def test_a_row_that_cannot_be_used(tmp_path: Path, task: str, row: dict[str, Any], message: str) -> None:
+    stem = task.partition("_mc")[0]
+    lines(tmp_path / f"{stem}_test.jsonl", row)
+    with pytest.raises(DataError, match=rf"{stem}_test.jsonl:1: .*{message}"):
+        offline(tmp_path, task)
+
+
+def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no arc_easy_test.jsonl, .* benchmarks="):
+        offline(tmp_path, "arc_easy")
+    (tmp_path / "arc_easy_test.jsonl").write_text("")
+    with pytest.raises(DataError, match="has no rows"):
+        offline(tmp_path, "arc_easy")
+    lines(tmp_path / "arc_easy_test.jsonl", *questions(1), *questions(1))
+    with pytest.raises(DataError, match=r"test.jsonl:2: the id q0 is there twice"):
+        offline(tmp_path, "arc_easy")
+    (tmp_path / "arc_easy_test.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"test.jsonl:1: is no JSON"):
+        offline(tmp_path, "arc_easy")
+
+
+# Settings
+
+
+def test_settings() -> None:
+    assert Leaderboard().shots == {"arc": 25, "truthfulqa": 0, "winogrande": 5, "gsm8k": 5, "hellaswag": 10, "mmlu": 5}
+    assert Leaderboard(benchmarks=["arc", "arc"], shots={"arc": 3, "mmlu": 1}).shots == {"arc": 3}
+    with pytest.raises(SettingsError, match=r"there is no hellaswog\. Did you mean hellaswag"):
+        Leaderboard(benchmarks=["hellaswog"])
+    with pytest.raises(SettingsError, match=r"shots.truthfulqa=2: expected 0"):
+        Leaderboard(shots={"truthfulqa": 2})
+    with pytest.raises(SettingsError, match="none are named"):
+        Leaderboard(benchmarks=[])
+
+
+def test_without_lm_eval(make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dnpo.leaderboard.harness.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r'pip install "dnpo\[eval\]"'):
+        measure(make_policy(), Leaderboard(), Report())
+
+
+def test_sources(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(SettingsError, match="there is no such folder; expected hub"):
+        measure(make_policy(), Leaderboard(source=str(tmp_path / "none")), Report())
+    with pytest.raises(SettingsError, match="ifeval is not to be had from files"):
+        measure(make_policy(), Leaderboard(source=str(tmp_path), benchmarks=["ifeval"]), Report())
+
+
+def test_numbers_that_are_none() -> None:
+    """The greatest of several NaN is the first, so a broken model would be right wherever the first choice is."""
+    sample = {"task": "arc_easy", "doc": {"id": "q"}, "doc_id": 0, "filtered_resps": [(float("nan"), False)] * 2}
+    with pytest.raises(ModelError, match="arc_easy, item q: the log-likelihoods"):
+        _item("arc", sample, set())
+
+
+def test_mass_of_the_true() -> None:
+    """By hand: e⁰ + e⁻¹ of e⁰ + e⁻¹ + e⁻²; the same a thousand nats further down, where floats end."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks.truthfulqa.utils import process_results_mc2
+
+    doc = {"mc2_targets": {"labels": [1, 0, 1]}}
+    results = [(-1.0, False), (-2.0, False), (0.0, False)]
+    by_hand = (1 + np.exp(-1)) / (1 + np.exp(-1) + np.exp(-2))
+    assert harness.mass_of_the_true(doc, results)["acc"] == pytest.approx(by_hand)
+    assert harness.mass_of_the_true(doc, results)["acc"] == pytest.approx(process_results_mc2(doc, results)["acc"])
+    deeper = [(logp - 1000, greedy) for logp, greedy in results]
+    assert harness.mass_of_the_true(doc, deeper)["acc"] == pytest.approx(by_hand)
+
+
+# Through lm-eval
+
+
+def small(folder: Path) -> Path:
+    """Files for three benchmarks that the tests' small policies can read: their context is short."""
+    lines(folder / "arc_easy_test.jsonl", *questions(6))
+    lines(folder / "arc_challenge_test.jsonl", *questions(5, 100))
+    lines(folder / "arc_challenge_fewshot.jsonl", *questions(2, 50))
+    lines(folder / "mmlu_test.jsonl", *questions(3, subject="sums"), *questions(1, 9, subject="more_sums"))
+    lines(folder / "gsm8k_test.jsonl", {"question": "1 + 1?", "answer": "#### 2"})
+    return folder
+
+
+def test_a_small_run(make_policy: Callable[..., Policy], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lm_eval")
+    policy = make_policy()
+    policy.model.train()
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), len(policy.tokenizer))
+    report = Report()
+    result = measure(policy, Leaderboard(source=str(small(tmp_path)), benchmarks=["arc", "gsm8k", "mmlu"]), report)
+    assert capfd.readouterr() == ("", "")
+    assert policy.model.training
+    assert policy.causal_lm.config._attn_implementation == ATTENTION
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), len(policy.tokenizer))
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+    assert before[3] == after[3]
+    assert report.done == report.total == 3
+
+    assert result.average is None  # of three there is none
+    assert result.scores["arc"].items == 11
+    assert result.scores["arc"].shots == (2, 2)
+    means = [np.mean([i.score for i in result.items if i.task == f"arc_{t}"]) for t in ("easy", "challenge")]
+    assert result.scores["arc"].score == pytest.approx(np.mean(means))
+    mmlu = [i.score for i in result.items if i.benchmark == "mmlu"]
+    assert result.scores["mmlu"].score == pytest.approx(np.mean(mmlu))
+    notes = result.notes()
+    assert "arc: arc_easy has arc_challenge_fewshot.jsonl for its examples" in notes
+    assert "arc: 2 of 25 examples in front of each question, for want of rows" in notes
+    assert "mmlu: 0 of 5 examples in front of each question, for want of rows" in notes
+    assert result.metrics()["leaderboard/arc"] == result.scores["arc"].score
+    assert "leaderboard/average" not in result.metrics()
+
+    result.write(tmp_path, {"model": "m"})
+    written = json.loads((tmp_path / "leaderboard.json").read_text())
+    assert written["scores"]["arc"]["score"] == result.scores["arc"].score
+    kept = [Item(**row) for row in pq.read_table(tmp_path / "leaderboard-items.parquet").to_pylist()]
+    assert kept == result.items
+    assert {i.id for i in kept if i.task == "arc_easy"} == {f"q{n}" for n in range(6)}
+
+    again = measure(policy, Leaderboard(source=str(tmp_path), benchmarks=["mmlu"], limit=1), Report())
+    assert [i.id for i in again.items] == ["q0", "q9"]
+    assert [i.prompt_hash for i in again.items] == [i.prompt_hash for i in kept if i.id in ("q0", "q9")][-2:]
+
+
+def test_an_answer_that_does_not_fit(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    row = {"question": "?", "choices": ["no", "word " * 500], "answer": 0}
+    lines(tmp_path / "arc_easy_test.jsonl", row)
+    lines(tmp_path / "arc_challenge_test.jsonl", row)
+    with pytest.raises(ModelError, match=r"arc_easy: an answer has \d+ tokens, the model's context \d+"):
+        measure(make_policy(), Leaderboard(source=str(tmp_path), benchmarks=["arc"]), Report())
+
+
+def test_the_hub_does_not_answer(make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+
+    def silent(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("Couldn't reach 'allenai/winogrande' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr("datasets.load_dataset", silent)
+    with pytest.raises(DataError, match=r"source=hub: winogrande cannot be had \(Couldn't reach .*give source=FOLDER"):
+        measure(make_policy(), Leaderboard(benchmarks=["winogrande"]), Report())
+
+
+# On the samples of the six, with a real model
+
+
+def measured(
+    policy: Policy, leaderboard: Leaderboard, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Result, list[dict[str, Any]]]:
+    """The result, and lm-eval's own words on every item."""
+    said: list[dict[str, Any]] = []
+    ask = harness.run
+
+    def run(*args: Any) -> list[dict[str, Any]]:
+        said.extend(found := ask(*args))
+        return found
+
+    monkeypatch.setattr(harness, "run", run)
+    return measure(policy, leaderboard, Report()), said
+
+
+def ids_of(policy: Policy, sample: Mapping[str, Any], context: int) -> list[tuple[list[int], list[int]]]:
+    """Tokens of the prompt and of every choice of an item, without what the context has no room for."""
+    found = []
+    for prompt, choice in sample["arguments"]:
+        whole = policy.tokenizer.encode(prompt + choice)
+        answer = whole[len(policy.tokenizer.encode(prompt)) :]
+        found.append((whole[-(context + 1) :][: -len(answer)], answer))
+    return found
+
+
+def own_numbers(policy: Policy, said: list[dict[str, Any]], context: int) -> list[tuple[list[float], float, bool]]:
+    """Log-likelihoods and score of every multiple-choice item by the policy itself, and whether it is a close call."""
+    ids = [ids_of(policy, sample, context) for sample in said]
+    flat = [pair for item in ids for pair in item]
+    with policy.evaluating():
+        logps = iter(policy.score([p for p, _ in flat], [a for _, a in flat]))
+    found = []
+    for sample, item in zip(said, ids, strict=True):
+        own = np.array([next(logps) for _ in item])
+        doc, task = sample["doc"], sample["task"]
+        if task == "truthfulqa_mc2":
+            chances = np.exp(own - own.max())
+            found.append((own.tolist(), float(chances[np.array(doc["labels"]) == 1].sum() / chances.sum()), False))
+            continue
+        right = doc["gold"] if "gold" in doc else doc["answer"]
+        by_length = task.startswith("arc") or task == "hellaswag"
+        value = own / [len(text) for text in doc["choices"]] if by_length else own
+        best, second = np.sort(value)[::-1][:2]
+        found.append((own.tolist(), float(value.argmax() == right), bool(best - second < 1e-5)))
+    return found
+
+
+@shared
+@pytest.mark.long
+def test_the_policy_itself_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every choice's log-likelihood to 1e-3, and every multiple-choice item's score, prompts that are cut included."""
+    pytest.importorskip("lm_eval")
+    policy = load(str(STORIES), None)
+    benchmarks = ["arc", "truthfulqa", "winogrande", "hellaswag", "mmlu"]
+    result, said = measured(policy, Leaderboard(source=str(SAMPLES), benchmarks=benchmarks, limit=15), monkeypatch)
+    assert len(result.items) == len(said) == 6 * 15 + 114
+    assert sum(item.cut for item in result.items) > 30
+    own = own_numbers(policy, said, 512)
+    assert not any(close for *_, close in own)
+    for item, (logps, score, _) in zip(result.items, own, strict=True):
+        assert item.logps == pytest.approx(logps, abs=1e-3)
+        assert item.score == pytest.approx(score, abs=0 if item.task != "truthfulqa_mc2" else 1e-4)
+
+
+def of_the_hub(path: str, name: str | None = None, **_: Any) -> Any:
+    """The shared samples as the hub has these data sets."""
+    from datasets import Dataset
+
+    def rows(stem: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (SAMPLES / f"{stem}.jsonl").read_text().splitlines()]
+
+    def arc(stem: str) -> list[dict[str, Any]]:
+        return [
+            row | {"choices": {"text": row["choices"], "label": list("ABCD")}, "answerKey": "ABCD"[row["answer"]]}
+            for row in rows(stem)
+        ]
+
+    def winogrande(row: dict[str, Any]) -> dict[str, Any]:
+        first, second = row["context_options"]
+        same = next(n for n in range(len(first)) if first[: n + 1] != second[: n + 1])
+        return {
+            "sentence": f"{first[:same]}_ {row['continuation']}",
+            "option1": first[same:],
+            "option2": second[same:],
+            "answer": str(row["answer"] + 1),
+        }
+
+    if path == "allenai/ai2_arc":
+        kind = str(name).lower().replace("-", "_")
+        splits = {"train": arc("arc_challenge_fewshot"), "test": arc(f"{kind}_test")}
+        splits["validation"] = splits["train"]
+    elif path == "truthfulqa/truthful_qa":
+        asked = rows("truthfulqa")
+        mixed = [{"question": r["question"], "mc1_targets": r["mc1"], "mc2_targets": r["mc2"]} for r in asked]
+        splits = {"validation": mixed}
+    elif path == "allenai/winogrande":
+        found = [winogrande(row) for row in rows("winogrande_val")]
+        splits = {"train": found, "validation": found}
+    elif path == "openai/gsm8k":
+        splits = {"train": rows("gsm8k_train_fewshot"), "test": rows("gsm8k_test")}
+    elif path == "Rowan/hellaswag":
+        found = [r | {"ctx_a": r["ctx"], "ctx_b": "", "label": str(r["label"])} for r in rows("hellaswag_val")]
+        splits = {"train": found, "validation": found}
+    else:
+        assert path == "cais/mmlu"
+        found = [row for row in rows("mmlu_test") if row["subject"] == name]
+        splits = {"test": found, "dev": found}
+    return {split: Dataset.from_list(found) for split, found in splits.items()}
+
+
+@shared
+@pytest.mark.long
+def test_the_hub_and_the_files_ask_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own definitions over data as the hub has them: the same prompts, numbers and scores, item by item."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("datasets.load_dataset", of_the_hub)
+    policy = load(str(STORIES), None)
+    shots = {"arc": 2, "gsm8k": 2, "winogrande": 0, "hellaswag": 0, "mmlu": 0}
+    files = measure(policy, Leaderboard(source=str(SAMPLES), shots=shots, limit=8), Report())
+    hub = measure(policy, Leaderboard(shots=shots, limit=8), Report())
+    for name in files.scores:
+        ours, theirs = ([item for item in r.items if item.benchmark == name] for r in (files, hub))
+        ours.sort(key=lambda item: (item.task, item.prompt_hash, item.response))
+        theirs.sort(key=lambda item: (item.task, item.prompt_hash, item.response))
+        assert [i.prompt_hash for i in ours] == [i.prompt_hash for i in theirs], name
+        assert [i.score for i in ours] == pytest.approx([i.score for i in theirs], abs=1e-6), name
+        assert [i.response for i in ours] == [i.response for i in theirs], name
+        for one, other in zip(ours, theirs, strict=True):
+            assert sorted(one.logps) == pytest.approx(sorted(other.logps), abs=1e-3)
+        assert files.scores[name].score == pytest.approx(hub.scores[name].score, abs=1e-6)
+    assert files.average == pytest.approx(hub.average, abs=1e-6)
+
+
+# The command
+
+
+def command(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "-m", "dnpo.leaderboard", "model.path=model", "source=rows", *arguments]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.long
+def test_the_command(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    make_policy().save(tmp_path / "model")
+    (tmp_path / "rows").mkdir()
+    small(tmp_path / "rows")
+    done = command(tmp_path, "benchmarks=[mmlu,arc]", "shots.arc=1", "hydra.run.dir=out", "tracking.uri=sqlite:///t.db")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "Leaderboard of model" in done.stdout
+    assert "note: mmlu: 0 of 5 examples in front of each question, for want of rows" in done.stdout
+    written = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
+    assert written["settings"]["shots"]["arc"] == 1
+    assert len(written["model"]["content"]) == 64
+    assert written["average"] is None
+    assert pq.read_table(tmp_path / "out" / "leaderboard-items.parquet").num_rows == 15
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 't.db'}")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("dnpo").experiment_id])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["leaderboard/mmlu"] == pytest.approx(written["scores"]["mmlu"]["score"])
+    assert tracked.data.tags["dnpo.kind"] == "leaderboard"
+
+    wrong = command(tmp_path, "benchmark=[arc]", "tracking=off")
+    assert wrong.returncode == 1
+    assert wrong.stderr == "error: benchmark: unknown setting. Did you mean benchmarks?\n"
+    missing = command(tmp_path, "benchmarks=[hellaswag]", "tracking=off")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: source=rows: has no hellaswag_test.jsonl")
