@@ -96,6 +96,9 @@ def _fail(message: str) -> None:
 def _explain(error: Exception, config: str) -> str:
     """Hydra's message, with near matches for a key that does not exist."""
     text = str(error).strip()
+    absent = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
+    if absent:
+        return f"{absent.group(1)}: nothing of it is chosen by default, so give +{absent.group(1)}=…"
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         from hydra import compose, initialize_config_dir
@@ -107,6 +110,10 @@ def _explain(error: Exception, config: str) -> str:
             known = flat(cast(dict[str, Any], OmegaConf.to_container(compose(config, _options(sys.argv[1:])))))
         groups = {name.split(".")[0] for name in known}
         return f"{key}: unknown setting.{nearest(key, set(known) | groups)}"
+    plugin = re.search(r"Could not find '(hydra/(\w+))/(\w+)'", text)
+    if plugin:
+        group, kind, name = plugin.groups()
+        return f"{group}={name}: there is no such option here. It may come with pip install hydra-{name}-{kind}"
     option = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
     if option:
         group, name = option.groups()

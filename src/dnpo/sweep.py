@@ -61,9 +61,12 @@ class SweepReport(Callback):
         for overrides, summary in jobs:
             name = " ".join(o for o in overrides if not o.startswith("seed=")) or "defaults"
             groups.setdefault(name, []).append(summary["table"])
+        alike = set.intersection(*(set(name.split(" ")) for name in groups)) if len(groups) > 1 else set()
         laps = [row["iteration"] for row in max((t for tables in groups.values() for t in tables), key=len)]
         found: list[dict[str, Any]] = []
         console = Console(width=180, highlight=False)
+        if alike:
+            console.print(f"\nall jobs: {' '.join(o for o in next(iter(groups)).split(' ') if o in alike)}")
         for metric, title, scale in (
             ("eval/score", "Judge score of sampled answers", 1.0),
             ("eval/accuracy", "Accuracy of greedy answers, %", 100.0),
@@ -72,7 +75,7 @@ class SweepReport(Callback):
             if not any(metric in row for tables in groups.values() for table in tables for row in table):
                 continue
             view = Table(title=f"{title}: mean ± standard deviation over seeds", title_justify="left", box=None)
-            view.add_column("settings")
+            view.add_column("settings", max_width=100, overflow="fold")
             view.add_column("runs", justify="right")
             for lap in laps:
                 view.add_column(str(lap), justify="right", no_wrap=True)
@@ -90,7 +93,8 @@ class SweepReport(Callback):
                         "–" if mean is None else f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
                     )
                     found.append({"settings": name, "iteration": lap, "metric": metric, "values": values})
-                view.add_row(name, str(len(tables)), *cells)
+                different = " ".join(o for o in name.split(" ") if o not in alike)
+                view.add_row(different, str(len(tables)), *cells)
             console.print()
             console.print(view)
         (sweep / "sweep.json").write_text(json.dumps(found, indent=1))

@@ -1,0 +1,340 @@
+"""Sweeps by name: each composes, each of its jobs passes every check, and together they are what their table needs."""
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from dnpo import report
+from dnpo.command import conf_folder
+from dnpo.dsl import HumanChosen
+from dnpo.loop import Lap, chain
+from dnpo.train import build, checked
+
+CONF = conf_folder()
+SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
+GRIDS = [name for name in SWEEPS if name != "optuna"]
+OPTUNA = importlib.util.find_spec("optuna") is not None
+SPIN = ("HumanChosen", "NoNoise")
+
+
+def composed(*overrides: str, **options: Any) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=list(overrides), **options)
+
+
+def jobs(name: str, *arguments: str) -> list[list[str]]:
+    """The overrides of each job of ``python -m dnpo.train -m +sweep=NAME ARGUMENTS``."""
+    params = composed(f"+sweep={name}", return_hydra_config=True).hydra.sweeper.params
+    given = [*(f"{key}={value}" for key, value in params.items()), f"+sweep={name}", *arguments]
+    parsed = OverridesParser.create().parse_overrides(given)
+    found: list[list[str]] = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    return found
+
+
+def laps(job: list[str]) -> list[Lap]:
+    run, _, _ = build(composed(*job, "tracking=off"))
+    return list(chain(run))
+
+
+def in_force(job: list[str]) -> list[tuple[str, str]]:
+    """Labels and noise of each iteration of a job."""
+    run, _, _ = build(composed(*job, "tracking=off"))
+    return [(type(plan.dsl.value).__name__, plan.npo.value.func.__name__) for plan in run.plans]
+
+
+def trainings(found: list[list[str]]) -> Counter[str]:
+    """How many different trainings some jobs need in each iteration."""
+    keys = {stage.key: stage.title for job in found for lap in laps(job) for stage in lap.stages if lap.k >= 0}
+    return Counter(title for title in keys.values() if title.endswith(("optimise", "match")))
+
+
+def test_there_are_the_sweeps_that_are_asked_for() -> None:
+    assert SWEEPS == ["ablation", "alpha", "fixed_vs_trainable", "main", "noise_grid", "optuna", "saturation", "seeds"]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("ablation", 3 * 4 * 5),
+        ("alpha", 5),
+        ("fixed_vs_trainable", 3 * 4 * 5),
+        ("main", 2 * 5),
+        ("noise_grid", 3 * 3 * 3),
+        ("saturation", 3 * 4 * 5),
+        ("seeds", 10),
+    ],
+)
+def test_a_sweep_has_as_many_jobs_as_it_says(name: str, count: int) -> None:
+    found = jobs(name)
+    assert len(found) == len({tuple(job) for job in found}) == count
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_job_of_a_sweep_passes_every_check(name: str) -> None:
+    for job in jobs(name, "seed=3"):
+        top, _, _ = checked(composed(*job))
+        assert top["seed"] == 3
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_a_sweep_says_first_what_it_asks_and_how_it_is_run(name: str) -> None:
+    head = (CONF / "sweep" / f"{name}.yaml").read_text().split("\ndefaults:")[0]
+    assert head.startswith("# @package _global_\n# ")
+    assert f"python -m dnpo.train -m +sweep={name}" in head
+    assert "# Jobs: " in head
+
+
+def test_what_is_said_by_command_beats_the_sweep() -> None:
+    (job,) = jobs("main", "seed=7", "method=dsl", "iterations=2")
+    top, _, _ = checked(composed(*job))
+    assert (top["seed"], top["iterations"]) == (7, 2)
+
+
+def test_settings_are_chosen_on_validation_and_reported_on_test() -> None:
+    splits = {name: composed(f"+sweep={name}").eval.split for name in GRIDS}
+    assert {name for name, split in splits.items() if split == "validation"} == {"alpha", "noise_grid"}
+
+
+# --- the tables
+
+
+def test_the_ablation_branches_every_method_off_the_spin_chain_once_an_iteration() -> None:
+    found = jobs("ablation", "seed=0", "scale=smoke")
+    cells = [in_force(job) for job in found]
+    assert all(iteration == SPIN for cell in cells for iteration in cell[:-1])
+    methods = [(dsl, npo) for npo in ("NoNoise", "TrainableNoise") for dsl in ("HumanChosen", "HigherScoreChosen")]
+    assert Counter((len(cell) - 1, cell[-1]) for cell in cells) == Counter(itertools.product((1, 2, 3), methods))
+    # SPIN's chain once, and a branch of each other method off it at each iteration.
+    assert trainings(found) == {f"iteration {k} · optimise": 1 if k == 0 else 4 for k in range(4)}
+
+
+def test_fixed_against_trainable_noise_has_the_matched_constant_beside_it() -> None:
+    found = jobs("fixed_vs_trainable", "seed=0", "scale=smoke")
+    cells = [in_force(job) for job in found]
+    assert all(iteration == SPIN for cell in cells for iteration in cell[:-1])
+    kinds = [("HumanChosen", kind) for kind in ("NoNoise", "FixedNoise", "TrainableNoise", "MatchedOffset")]
+    assert Counter((len(cell) - 1, cell[-1]) for cell in cells) == Counter(itertools.product((1, 2, 3), kinds))
+    # What the constant is matched to is the trainable noise's own training: it counts for nothing.
+    needed = trainings(found)
+    assert sum(needed.values()) == 1 + 3 * 4
+    assert trainings([*found, *jobs("ablation", "seed=0", "scale=smoke", "method=spin,npo")]).total() == needed.total()
+
+
+def test_the_main_sweep_shares_iteration_0() -> None:
+    found = jobs("main", "seed=0", "scale=smoke", "iterations=4")
+    assert [in_force(job)[0] for job in found] == [SPIN, SPIN]
+    assert trainings(found) == {f"iteration {k} · optimise": 1 if k == 0 else 2 for k in range(4)}
+
+
+def test_the_noise_grid_shares_all_but_the_last_training() -> None:
+    assert trainings(jobs("noise_grid", "scale=smoke")) == {"iteration 0 · optimise": 1, "iteration 1 · optimise": 27}
+
+
+def test_saturation_has_its_regimes() -> None:
+    found = jobs("saturation", "seed=0")
+    seen: Counter[tuple[float, bool]] = Counter()
+    for job in found:
+        run, _, settings = build(composed(*job, "tracking=off"))
+        (plan,) = run.plans
+        seen[settings["objective"]["beta"], isinstance(plan.dsl.value, HumanChosen)] += 1
+        assert (settings["sft"]["steps"], settings["sft_rows"], settings["data"]["train"]) == (200, 800, 2400)
+        trainer = settings["trainer"]
+        assert (trainer["epochs"], trainer["batch_size"], trainer["optimizer"]["lr"]) == (6, 64, 1e-4)
+        assert trainer["optimizer"]["_target_"] == "torch.optim.RMSprop"
+        assert settings["eval"]["samples"] == 8
+    assert seen == {(10.0, True): 4, (1.0, True): 4, (20.0, False): 4}
+    generated = {lap.responses.key for job in found for lap in laps(job) if lap.responses is not None}
+    assert len(generated) == 1, "all regimes have the same fresh pairs"
+
+
+def test_the_noise_that_an_offset_is_matched_to_is_the_default_one() -> None:
+    noise = {key: value for key, value in composed("npo=trainable").npo.items() if key != "start"}
+    assert composed("npo=matched").npo.like == noise
+
+
+def test_the_search_has_bounds_that_pass_every_check() -> None:
+    """Read without Optuna, which need not be there."""
+    given = yaml.safe_load((CONF / "sweep" / "optuna.yaml").read_text())["hydra"]["sweeper"]
+    assert given["sampler"]["seed"] is not None, "the seed is what makes a search resumable"
+    assert (given["n_jobs"], given["direction"], given["max_failure_rate"]) == (1, "maximize", 1.0)
+    parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in given["params"].items()])
+    for bound in ("start", "end"):
+        checked(composed(*(f"{one.key_or_group}={getattr(one.value(), bound)}" for one in parsed)))
+
+
+# --- start=last and tags
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_last_is_the_last_iteration(iterations: int) -> None:
+    _, starts, _ = checked(composed(f"iterations={iterations}", "npo.start=last", "dsl.start=last"))
+    assert starts == {"npo": iterations - 1, "dsl": iterations - 1}
+    number = laps([f"iterations={iterations}", f"npo.start={iterations - 1}", f"dsl.start={iterations - 1}"])
+    word = laps([f"iterations={iterations}", "npo.start=last", "dsl.start=last"])
+    assert [lap.policy.key for lap in number] == [lap.policy.key for lap in word]
+
+
+def test_a_run_is_tagged_with_the_name_of_its_sweep() -> None:
+    tags = report.tags({"sweep": "ablation", "method": "npo", "hydra/launcher": "basic"}, {"seed": 4}, [])
+    assert {name: tags[name] for name in ("dnpo.sweep_name", "dnpo.method", "dnpo.seed")} == {
+        "dnpo.sweep_name": "ablation",
+        "dnpo.method": "npo",
+        "dnpo.seed": "4",
+    }
+    assert "dnpo.sweep" not in tags
+    assert "dnpo.sweep_name" not in report.tags({"method": "npo"}, {"seed": 4}, [])
+
+
+# --- whole sweeps
+
+
+def sweep(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dnpo.train", "-m", "scale=smoke", *arguments],
+        cwd=cwd,
+        env={**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def summaries(cwd: Path) -> dict[str, Any]:
+    """The summaries of the newest sweep's jobs, by number."""
+    newest = max(cwd.glob("multirun/*/*"))
+    return {path.parent.name: json.loads(path.read_text()) for path in newest.glob("*/summary.json")}
+
+
+def computed(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The stages that the jobs say they computed."""
+    return [(s["stage"], s["key"]) for job in found.values() for s in job["stages"] if not s["reused"]]
+
+
+def tracked(cwd: Path) -> dict[str, dict[str, Any]]:
+    """What MLflow has of each job: its status, tags and every point of every metric but the seconds."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlflow.db'}")
+    found = client.search_runs([client.get_experiment_by_name("dnpo").experiment_id])
+    (parent,) = [run for run in found if run.data.tags["dnpo.kind"] == "sweep"]
+    assert parent.data.tags["dnpo.sweep_name"] == "ablation"
+    return {
+        run.info.run_name: {
+            "status": run.info.status,
+            "sweep": (run.data.tags["dnpo.sweep_name"], run.data.tags["mlflow.parentRunId"] == parent.info.run_id),
+            "metrics": {
+                name: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
+                for name in run.data.metrics
+                if "seconds" not in name
+            },
+        }
+        for run in found
+        if run is not parent
+    }
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which an ablation has run, one job after the other."""
+    cwd = tmp_path_factory.mktemp("serial")
+    done = sweep(cwd, "+sweep=ablation", "seed=0", "iterations=2,3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cwd
+
+
+@pytest.mark.long
+def test_a_sweep_side_by_side_equals_the_same_in_turn(serial: Path, tmp_path: Path) -> None:
+    """Every number of every job; no stage computed twice; and nothing lost on the way to MLflow."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = sweep(
+        tmp_path, "+sweep=ablation", "seed=0", "iterations=2,3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, other = summaries(serial), summaries(tmp_path)
+    assert len(one) == len(other) == 8
+    for number, job in one.items():
+        rows = zip(job["table"], other[number]["table"], strict=True)
+        for row, same in rows:
+            assert {**row, "seconds": 0} == {**same, "seconds": 0}, number
+    for found in (one, other):
+        assert len(computed(found)) == len(set(computed(found)))
+        assert set(computed(found)) == {(s["stage"], s["key"]) for job in found.values() for s in job["stages"]}
+    assert sorted(computed(one)) == sorted(computed(other))
+    in_turn, side_by_side = tracked(serial), tracked(tmp_path)
+    assert len(in_turn) == 8
+    assert in_turn == side_by_side
+    for run in in_turn.values():
+        assert (run["status"], run["sweep"]) == ("FINISHED", ("ablation", True))
+        assert len(run["metrics"]["sft/loss/policy"]) == 60
+
+
+@pytest.mark.long
+def test_a_constant_is_matched_to_the_noise_of_the_same_iteration(serial: Path) -> None:
+    """From the store of the ablation: its trainable noise is found, and only the constant's training is new."""
+    done = sweep(serial, "+sweep=fixed_vs_trainable", "seed=0", "iterations=2", "npo=trainable,matched", "tracking=off")
+    assert done.returncode == 0, done.stdout + done.stderr
+    noisy, constant = (summaries(serial)[number] for number in ("0", "1"))
+    assert computed({"0": noisy}) == []
+    assert [stage for stage, _ in computed({"1": constant})] == ["optimise", "evaluate"]
+    (match,) = [stage for stage in constant["stages"] if stage["title"].endswith("match")]
+    assert match["key"] == next(s["key"] for s in reversed(noisy["stages"]) if s["stage"] == "optimise")
+    steps = json.loads((serial / "store" / "optimise" / match["key"] / "steps.json").read_text())
+    mean = np.mean([step["npo/shift"] for step in steps])
+    assert mean > 0
+    assert constant["table"][-1]["npo/shift"] == pytest.approx(mean, rel=1e-5)
+    assert constant["settings"]["npo"]["start"] == 1
+
+
+@pytest.mark.long
+def test_a_failing_job_side_by_side_neither_stops_the_others_nor_hides(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = sweep(
+        tmp_path, "+sweep=alpha", "npo.alpha=0.1,-1,1", "plan=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
+    )
+    assert done.returncode == 1
+    assert "job 1 failed" in done.stderr
+    assert "npo.alpha=-1: input should be greater than or equal to 0" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list(tmp_path.glob("multirun/*/*/*/plan.json"))) == 2
+
+
+@pytest.mark.long
+def test_rows_set_apart_are_fine_tuned_on_and_nothing_else(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    done = sweep(tmp_path, "sft_rows=64", "method=spin", "iterations=1", "tracking=off", "seed=0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (prompts,) = (tmp_path / "store" / "prompts").iterdir()
+    apart, rest = (pq.read_table(prompts / f"{split}.parquet")["id"].to_pylist() for split in ("sft", "train"))
+    assert (len(apart), len(rest)) == (64, 192 - 64)
+    assert not set(apart) & set(rest)
+    (pairs,) = (tmp_path / "store" / "pairs").iterdir()
+    assert pq.read_table(pairs / "pairs.parquet")["id"].to_pylist() == rest
+    refused = sweep(tmp_path, "sft_rows=192", "tracking=off", "seed=0")
+    assert "sft_rows=192: expected fewer than the 192 training rows" in refused.stderr
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not OPTUNA, reason="hydra-optuna-sweeper is not installed")
+def test_a_search_goes_on_where_it_ended(tmp_path: Path) -> None:
+    settings = ("+sweep=optuna", "iterations=1", "tracking=off")
+    for trials in (2, 3):
+        done = sweep(tmp_path, *settings, f"hydra.sweeper.n_trials={trials}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Best value" in done.stdout
+    again = summaries(tmp_path)
+    assert [computed({"": again[number]}) == [] for number in ("0", "1", "2")] == [True, True, False]
