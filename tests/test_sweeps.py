@@ -225,7 +225,7 @@ def computed(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def tracked(cwd: Path) -> dict[str, dict[str, Any]]:
-    """What MLflow has of each job: its status, tags and every point of every metric but the seconds."""
+    """What MLflow has of each job: its status, tags and every point of every metric but those of the clock."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlflow.db'}")
@@ -239,7 +239,7 @@ def tracked(cwd: Path) -> dict[str, dict[str, Any]]:
             "metrics": {
                 name: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
                 for name in run.data.metrics
-                if "seconds" not in name
+                if "second" not in name
             },
         }
         for run in found
