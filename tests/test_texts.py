@@ -221,7 +221,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, module: str
     found = texts.find_spec
     monkeypatch.setattr(texts, "find_spec", lambda name: None if name == module else found(name))
     for measure in (lambda: similarity(["a"], ["a"]), lambda: diversity(["a"])):
-        with pytest.raises(SettingsError, match=rf'{package}.* not installed: pip install "dnpo\[eval\]"'):
+        with pytest.raises(SettingsError, match=rf'{package}.* not installed here: pip install "dnpo\[eval\]"'):
             measure()
 
 

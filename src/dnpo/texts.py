@@ -60,9 +60,7 @@ def available() -> None:
     """
     missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
     if missing:
-        raise SettingsError(
-            f'text metrics need {" and ".join(missing)}, which is not installed: pip install "dnpo[eval]"'
-        )
+        raise SettingsError(f'text metrics need {" and ".join(missing)}, not installed here: pip install "dnpo[eval]"')
 
 
 class Encoder:
