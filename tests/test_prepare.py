@@ -34,7 +34,7 @@ class Model:
 
 def stage(world: World, data: Any) -> Stage:
     run: Any = SimpleNamespace(
-        data=Part(data, data.identity()), model=Part(Model(world), {}), limit=data.max_response_tokens
+        data=Part(data, data.identity()), model=Part(Model(world), {}), limit=data.max_response_tokens, sft_rows=0
     )
     return prepare(run)
 

@@ -323,7 +323,10 @@ def test_rows_set_apart_are_fine_tuned_on_and_nothing_else(tmp_path: Path) -> No
     assert (len(apart), len(rest)) == (64, 192 - 64)
     assert not set(apart) & set(rest)
     (pairs,) = (tmp_path / "store" / "pairs").iterdir()
-    assert pq.read_table(pairs / "pairs.parquet")["id"].to_pylist() == rest
+    paired = pq.read_table(pairs / "pairs.parquet")["id"].to_pylist()
+    identical = json.loads((pairs / "manifest.json").read_text())["facts"]["identical"]  # which make no pair
+    assert paired == [row for row in rest if row in set(paired)]
+    assert len(paired) + identical == len(rest)
     refused = sweep(tmp_path, "sft_rows=192", "tracking=off", "seed=0")
     assert "sft_rows=192: expected fewer than the 192 training rows" in refused.stderr
 
