@@ -65,7 +65,7 @@ class MLflow(Tracking):
         artifacts: str | None = "mlartifacts",
         batch: Count = 1000,
     ) -> None:
-        self.uri = _absolute(uri)
+        self.uri = absolute(uri)
         self.experiment, self.artifacts, self.batch = experiment, artifacts, batch
         self._buffer: list[Any] = []
         self._run = ""
@@ -73,7 +73,7 @@ class MLflow(Tracking):
     def start(self, name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None) -> None:
         """See :class:`Tracking`."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        self._reachable()
+        reachable(self.uri)
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
@@ -96,20 +96,6 @@ class MLflow(Tracking):
                 f"tracking.uri={self.uri}: cannot be used ({problem}); mend it, give another, or run with tracking=off"
             ) from error
         self._url = (experiment, self._run)
-
-    def _reachable(self) -> None:
-        """Fail at once, where MLflow's client would try again for minutes."""
-        if not self.uri.startswith(("http://", "https://")):
-            return
-        try:
-            urllib.request.urlopen(f"{self.uri.rstrip('/')}/health", timeout=10).close()
-        except HTTPError:
-            pass  # someone answers; whether they accept us shows next
-        except (URLError, OSError) as error:
-            raise TrackingError(
-                f"tracking.uri={self.uri}: no tracking server answers there ({getattr(error, 'reason', error)}); start "
-                "it, set tracking.uri or MLFLOW_TRACKING_URI, or run with tracking=off"
-            ) from error
 
     def _lock(self) -> Path:
         if self.uri.startswith("sqlite:///"):
@@ -184,9 +170,9 @@ def mean_of_metric(uri: str, run: str, metric: str) -> float:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    MLflow(uri=uri)._reachable()
+    reachable(absolute(uri))
     try:
-        values = [point.value for point in MlflowClient(tracking_uri=_absolute(uri)).get_metric_history(run, metric)]
+        values = [point.value for point in MlflowClient(tracking_uri=absolute(uri)).get_metric_history(run, metric)]
     except MlflowException as error:
         raise TrackingError(f"run:{run}: not found in tracking.uri={uri}: {error}") from error
     if not values:
@@ -194,7 +180,26 @@ def mean_of_metric(uri: str, run: str, metric: str) -> float:
     return float(sum(values) / len(values))
 
 
-def _absolute(uri: str) -> str:
+def reachable(uri: str) -> None:
+    """Fail at once, where MLflow's client would try again for minutes.
+
+    Raises:
+        TrackingError: no tracking server answers there.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+    except HTTPError:
+        pass  # someone answers; whether they accept us shows next
+    except (URLError, OSError) as error:
+        raise TrackingError(
+            f"tracking.uri={uri}: no tracking server answers there ({getattr(error, 'reason', error)}); start "
+            "it, set tracking.uri or MLFLOW_TRACKING_URI, or run with tracking=off"
+        ) from error
+
+
+def absolute(uri: str) -> str:
     """MLflow reads relative paths against wherever a process stands, so say where from the beginning."""
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"

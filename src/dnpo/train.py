@@ -201,21 +201,21 @@ def _go(
     pass_gate(run, laps, store, console, settings["check"])
     if settings["check"]:
         return None
-    from dnpo import report
+    from dnpo import running
 
     name = " ".join(job.overrides.task) or "defaults"
-    tags = report.tags(dict(job.runtime.choices), settings, laps)
+    tags = running.tags(dict(job.runtime.choices), settings, laps)
     tracking.start(name, flat(settings), tags, sweep)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        summary = report.execute(laps, store, console, tracking, settings, folder)
+        summary = running.execute(laps, store, console, tracking, settings, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         tracking.finish(status)
-    report.show(console, summary, folder, store, tracking)
+    running.show(console, summary, folder, store, tracking)
     last = summary["table"][-1]
     return float(last["eval/score"] if "eval/score" in last else -last["eval/loss"])
 

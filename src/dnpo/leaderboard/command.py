@@ -44,7 +44,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
     import torch
 
-    from dnpo import report
+    from dnpo import running
     from dnpo.console import Console, quieten
     from dnpo.model import device_of
 
@@ -57,7 +57,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     policy = model.value.load(folder, device=device_of(top["device"]))
     everything = {**top, **own, **settings}
     sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
-    tags = {"dnpo.kind": "leaderboard", "dnpo.model": str(name), "dnpo.commit": report.commit()}
+    tags = {"dnpo.kind": "leaderboard", "dnpo.model": str(name), "dnpo.commit": running.commit()}
     tracking.value.start(f"leaderboard of {name}", flat(everything), tags, sweep)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:

@@ -76,7 +76,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
     import torch
 
-    from dnpo import report
+    from dnpo import running
     from dnpo.console import Console, quieten
     from dnpo.judges import agreement
     from dnpo.judges.agreement import table
@@ -97,7 +97,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
         "dnpo.judge": str(job.runtime.choices["judge"]),
         "dnpo.data": data.path.name,
         "dnpo.seed": str(top["seed"]),
-        "dnpo.commit": report.commit(),
+        "dnpo.commit": running.commit(),
         "stage.agreement": stage.key,
     }
     tracking.value.start(f"agreement {name} on {data.path.name}", flat({**top, "data": where, **settings}), tags, sweep)
