@@ -14,7 +14,7 @@ from dnpo.judges.off import NoJudge
 from dnpo.judges.rules import Rules
 from dnpo.ledger import Ledger
 from dnpo.model import Policy
-from dnpo.records import Response, Verdict, read
+from dnpo.records import Item, Response, Verdict, read
 from tests.conftest import Report, World
 
 MakePolicy = Callable[..., Policy]
@@ -93,6 +93,62 @@ def test_accuracy_is_the_mean_over_families_of_right_greedy_answers(make_policy:
     }
 
 
+def test_several_samples_of_a_prompt_count_together(world: World) -> None:
+    """Two prompts with three samples each. The first has answers right, wrong, right: pass@1 is 2/3, pass@3 is 1 and
+    the majority is right. The second has one right and the same wrong one twice: 1/3, 1, and the majority is wrong."""
+    from dnpo.evaluate import _several
+
+    first, second = [p for p in world.prompts if p.family == "arithmetic"][:2]
+    texts = [
+        (f"It is {first.answer}.", f"The answer is {second.answer}"),
+        ("It is 1000000.", "It is 1000000."),
+        (f"{first.answer}", "That equals 1000000"),
+    ]
+    prompts = [p for _ in texts for p in (first, second)]
+    said = [text for both in texts for text in both]
+    fresh = [Response(p.id, "x", text, [1], 1, "eos") for p, text in zip(prompts, said, strict=True)]
+    assert _several(prompts, fresh, 3) == {
+        "eval/pass_at_1": pytest.approx((2 / 3 + 1 / 3) / 2),
+        "eval/pass_at_3": 1.0,
+        "eval/majority": 0.5,
+    }
+
+
+def test_label_noise_is_the_share_of_pairs_with_the_right_answer_rejected(world: World) -> None:
+    """Four pairs: right over wrong, wrong over right, both right, both wrong: one of four is noise, two are decided."""
+    from dataclasses import replace
+
+    from dnpo.evaluate import _labels
+
+    prompts = [p for p in world.prompts if p.family == "arithmetic"][:4]
+    texts = [(True, False), (False, True), (True, True), (False, False)]
+    pairs = [
+        replace(
+            world.pairs(1)[0],
+            id=p.id,
+            chosen=f"It is {p.answer}." if chosen else "No idea.",
+            rejected=f"It is {p.answer}." if rejected else "No idea.",
+        )
+        for p, (chosen, rejected) in zip(prompts, texts, strict=True)
+    ]
+    assert _labels(pairs, prompts) == {"labels/decided": 0.5, "labels/noise": 0.25}
+
+
+def test_items_are_what_the_metrics_are_means_of(measured: tuple[dict[str, float], Path], world: World) -> None:
+    metrics, folder = measured
+    items = read(folder / "items.parquet", Item)
+    kinds = [(item.kind, item.sample) for item in items]
+    assert kinds == [
+        (k, n) for k, n in (("human", 0), ("greedy", 0), ("sample", 0), ("sample", 1)) for _ in range(HELD)
+    ]
+    assert [item.id for item in items] == 4 * [p.id for p in world.prompts[:HELD]]
+    samples = [item for item in items if item.kind == "sample"]
+    assert metrics["eval/score"] == pytest.approx(np.mean([item.score for item in samples]))
+    assert metrics["eval/pass_at_1"] == pytest.approx(np.mean([bool(item.right) for item in samples]))
+    assert metrics["eval/tokens"] == pytest.approx(np.mean([item.tokens for item in samples]))
+    assert all((item.logprob is None) == (item.kind == "human") and item.second is None for item in items)
+
+
 def test_distributions_are_kept_whole_and_their_distance_is_kolmogorov_smirnov(
     measured: tuple[dict[str, float], Path], make_policy: MakePolicy, world: World
 ) -> None:
@@ -105,6 +161,10 @@ def test_distributions_are_kept_whole_and_their_distance_is_kolmogorov_smirnov(
     grid = np.concatenate([kept["rejected"], kept["new"]])
     brute = max(abs((kept["rejected"] <= x).mean() - (kept["new"] <= x).mean()) for x in grid)
     assert metrics["stagnation/ks"] == pytest.approx(brute)
+    # as many on both sides: Wasserstein-1 is the mean difference after sorting
+    per_token = [np.sort(kept[name] / kept[f"{name}_tokens"]) for name in ("rejected", "new")]
+    assert metrics["stagnation/wasserstein_per_token"] == pytest.approx(abs(per_token[0] - per_token[1]).mean())
+    assert 0 <= metrics["stagnation/overlap"] <= 1
     for name in ("chosen", "rejected", "new"):
         assert metrics[f"logps/{name}"] == pytest.approx(kept[name].mean())
     # What is called chosen is chosen: the same rows of the pairs, scored again.

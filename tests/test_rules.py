@@ -7,7 +7,7 @@ import pytest
 
 from dnpo.judges import Judge
 from dnpo.judges.off import NoJudge
-from dnpo.judges.rules import Rules, correct
+from dnpo.judges.rules import Rules, correct, stated
 from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import verdicts
 
@@ -198,3 +198,11 @@ def test_judges_declare_whether_they_score() -> None:
     assert [judge.gives_scores for judge in judges] == [True, False]
     assert NoJudge().accepts([ask(None)]) is None
     assert [v.score for v in verdicts(NoJudge(), [SUM], [say("It is 7.")])] == [None]
+
+
+def test_what_a_response_states_is_what_follows_its_last_marker() -> None:
+    assert stated("The sum is 12, so it equals 14.") == "14"
+    assert stated("Answer: -3") == "-3"
+    assert stated("Paris") == "paris"
+    assert stated("It is") == ""
+    assert stated("") == ""

@@ -163,12 +163,14 @@ def test_mlflow_has_settings_steps_iterations_figures_and_tags(finished: Path) -
     assert [m.step for m in steps] == list(range(len(steps)))
     assert len(client.get_metric_history(tracked.info.run_id, "sft/loss/policy")) == 60
     artefacts = {a.path for a in client.list_artifacts(tracked.info.run_id)}
-    assert artefacts == {"summary.json", "logprobs", "pairs", "models"}
+    assert artefacts == {"summary.json", "logprobs", "items", "steps", "pairs", "models"}
     assert [a.path for a in client.list_artifacts(tracked.info.run_id, "models/iteration-1")] == [
         "models/iteration-1/README.md"
     ]
     pictures = {a.path for a in client.list_artifacts(tracked.info.run_id, "logprobs")}
-    assert pictures == {f"logprobs/logprobs-{name}.png" for name in ("sft", "iteration-0", "iteration-1")}
+    assert pictures == {
+        f"logprobs/{name}.{kind}" for name in ("sft", "iteration-0", "iteration-1") for kind in ("png", "npz")
+    }
 
 
 # --- the store
@@ -185,14 +187,14 @@ def test_the_same_command_again_computes_nothing(finished: Path) -> None:
 
 def test_a_plan_shows_every_stage_and_computes_nothing(finished: Path, tmp_path: Path) -> None:
     fresh = succeed(tmp_path, *SMOKE, "plan=true")
-    assert fresh.count("to do") == 14
+    assert fresh.count("to do") == 16
     assert re.search(r"iteration 0 · reference +reference/[0-9a-f]{16} +to do", fresh)
     assert not (tmp_path / "store").exists()
     there = succeed(finished, *SMOKE, "plan=true")
-    assert there.count(" there") == 14
+    assert there.count(" there") == 16
     other = succeed(finished, *SMOKE, "plan=true", "npo.alpha=0.7")
     # A further alpha shares everything up to what the reference says of the pairs of iteration 1.
-    assert (other.count(" there"), other.count("to do")) == (12, 2)
+    assert (other.count(" there"), other.count("to do")) == (13, 3)
 
 
 def test_settings_that_cannot_change_a_result_are_not_in_the_keys(finished: Path) -> None:
@@ -202,7 +204,7 @@ def test_settings_that_cannot_change_a_result_are_not_in_the_keys(finished: Path
         *(f"{part}.checkpointing=true" for part in ("sft", "trainer")),
         *("trainer.share_prompt=false", "trainer.compile=true"),
     ]
-    assert succeed(finished, *SMOKE, "plan=true", *overrides).count(" there") == 14
+    assert succeed(finished, *SMOKE, "plan=true", *overrides).count(" there") == 16
 
 
 def test_methods_share_iteration_0(finished: Path) -> None:

@@ -3,10 +3,10 @@
 What is not generated yet cannot be known: it counts as new, and as long as the human response to the same prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from dnpo.judges import Forecast
+from dnpo.judges import Forecast, Judge
 from dnpo.loop import Lap
 from dnpo.records import HUMAN, Prompt, Response, policy_source, read, read_all
 from dnpo.stages import Run
@@ -24,7 +24,7 @@ def forecast(run: Run, laps: Sequence[Lap], store: Store) -> dict[str, Forecast]
             generated = _generated(store, lap.responses) or _unknown(prompts, human, policy_source(lap.k))
             judge = run.plans[lap.k].judge.value
             found[lap.verdicts.title] = judge.forecast(prompts, [*human, *generated], run.ledger, seen)
-        if run.judge.value.gives_scores and not store.has(lap.evaluation):
+        for stage, judge in _measured(run, lap, store):
             prompts, human = rows.split(run.eval.value.split)
             source = policy_source(lap.k + 1)
             greedy = _unknown(prompts, human, f"{source} greedy")
@@ -35,8 +35,16 @@ def forecast(run: Run, laps: Sequence[Lap], store: Store) -> dict[str, Forecast]
             ]
             fresh = _unknown([p for p, _ in several], [r for _, r in several], source)
             asked = [*prompts, *(p for p, _ in several)]
-            found[lap.evaluation.title] = run.judge.value.forecast(asked, [*human, *greedy, *fresh], run.ledger, seen)
+            found[stage.title] = judge.forecast(asked, [*human, *greedy, *fresh], run.ledger, seen)
     return found
+
+
+def _measured(run: Run, lap: Lap, store: Store) -> Iterator[tuple[Stage, Judge]]:
+    """The stages still to do that judge held-out responses, and who does it."""
+    second = [stage for stage in lap.measures if stage.name == "second"]
+    for stage, judge in ((lap.evaluation, run.judge.value), *((stage, run.second_judge.value) for stage in second)):
+        if judge.gives_scores and not store.has(stage):
+            yield stage, judge
 
 
 class _Rows:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dnpo import stages
+from dnpo.measures import measures
 from dnpo.stages import Run
 from dnpo.store import Stage
 
@@ -27,13 +28,14 @@ class Lap:
     pairs: Stage | None = None
     reference: Stage | None = None
     like: Stage | None = None
+    measures: tuple[Stage, ...] = ()
 
     @property
     def stages(self) -> list[Stage]:
         """Its own stages, in the order in which they run."""
         first = [self.prompts] if self.k < 0 else []
         data = [*first, self.responses, self.verdicts, self.pairs]
-        own = [*data, self.reference, self.like, self.policy, self.evaluation]
+        own = [*data, self.reference, self.like, self.policy, self.evaluation, *self.measures]
         return [stage for stage in own if stage is not None]
 
 
@@ -41,13 +43,15 @@ def chain(run: Run) -> Iterator[Lap]:
     """Lay out a run: fine-tuning, then every iteration on the policy of the one before."""
     prompts = stages.prepare(run)
     policy = stages.fine_tune(run, prompts)
-    yield Lap(-1, prompts, policy, stages.evaluate(run, -1, prompts, policy, None))
+    report = stages.evaluate(run, -1, prompts, policy, None)
+    yield Lap(-1, prompts, policy, report, measures=measures(run, -1, prompts, policy, report, None, None))
     for plan in run.plans:
         responses = stages.generate(run, plan, prompts, policy)
         verdicts = stages.judge(run, plan, prompts, responses)
         pairs = stages.label(run, plan, prompts, responses, verdicts)
         reference = stages.reference(run, plan, prompts, policy, pairs)
         like = stages.match(run, plan, prompts, policy, pairs, reference)
-        policy = stages.train(run, plan, prompts, policy, pairs, reference, like)
+        start, policy = policy, stages.train(run, plan, prompts, policy, pairs, reference, like)
         report = stages.evaluate(run, plan.k, prompts, policy, pairs)
-        yield Lap(plan.k, prompts, policy, report, responses, verdicts, pairs, reference, like)
+        beside = measures(run, plan.k, prompts, policy, report, start, pairs)
+        yield Lap(plan.k, prompts, policy, report, responses, verdicts, pairs, reference, like, beside)

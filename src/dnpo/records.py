@@ -120,7 +120,32 @@ class ReferenceLogps:
     rejected: float
 
 
-Row = TypeVar("Row", Prompt, Response, Verdict, Pair, ReferenceLogps)
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What became of one held-out response, for comparisons that are paired over prompts.
+
+    Attributes:
+        id: of the prompt.
+        kind: ``human``, ``greedy``, or ``sample``, of which there are several.
+        sample: its number among the samples, 0 otherwise.
+        score: None where the judge gave none.
+        second: the second judge's score; None where there is none.
+        right: whether it gives the prompt's answer; None where prompts have none.
+        logprob: in nats, under the policy that generated it; None for human ones.
+    """
+
+    id: str
+    family: str
+    kind: Literal["human", "greedy", "sample"]
+    sample: int
+    score: float | None
+    second: float | None
+    right: bool | None
+    tokens: int
+    logprob: float | None
+
+
+Row = TypeVar("Row", Prompt, Response, Verdict, Pair, ReferenceLogps, Item)
 
 
 def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:

@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import json
+import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,21 @@ from dnpo import export
 from dnpo.console import Console, iteration_table
 from dnpo.figures import logprob_histogram
 from dnpo.judges.agreement import known_agreement, sentence
+from dnpo.leaderboard import ITEMS
 from dnpo.loop import Lap
+from dnpo.records import Pair
 from dnpo.store import Stage, Store, manifest, write_json
 from dnpo.tracking import Tracking
 
 PACKAGES = ("dnpo", "torch", "pytorch-lightning", "transformers", "peft", "tokenizers", "mlflow", "datasets")
-FIRST_PAIRS = 50
+SHOWN_PAIRS = 50
 SATURATED = 0.15  # mean σ(−margin) of a step below which the loss hardly pulls any more
 
 
 def tags(choices: Mapping[str, str], settings: Mapping[str, Any], laps: Sequence[Lap]) -> dict[str, str]:
     """What a run can be found by: the options chosen, its sweep, seed, git commit and the keys of its stages."""
-    chosen = {f"dnpo.{group}": str(name) for group, name in choices.items() if not group.startswith("hydra/")}
+    groups = {group.split("@")[-1]: str(name) for group, name in choices.items() if not group.startswith("hydra/")}
+    chosen = {f"dnpo.{group}": name for group, name in groups.items()}
     if "dnpo.sweep" in chosen:  # on the run of a whole sweep that is its folder
         chosen["dnpo.sweep_name"] = chosen.pop("dnpo.sweep")
     keys = {f"stage.{_slug(stage)}": stage.key for lap in laps for stage in lap.stages}
@@ -118,12 +123,16 @@ def _row(lap: Lap, store: Store) -> dict[str, Any]:
     """One row of the table. ``seconds`` is what its stages took when they were computed."""
     trained = manifest(store.folder(lap.policy))["facts"]
     row: dict[str, Any] = {"iteration": "SFT" if lap.k < 0 else lap.k}
-    row |= json.loads((store.folder(lap.evaluation) / "metrics.json").read_text())
+    for stage in (lap.evaluation, *lap.measures):
+        row |= json.loads((store.folder(stage) / "metrics.json").read_text())
     for name in ("loss/policy", "loss/noise", "npo/variance", "npo/at_bound", "npo/shift", "margin/saturation"):
         row[name] = trained.get(f"{name} (last tenth)")
     weights = [step["margin/saturation"] for step in _steps(lap.policy, store) if "margin/saturation" in step]
     if weights:
         row["margin/saturated"] = sum(weight < SATURATED for weight in weights) / len(weights)
+    if lap.k >= 0:
+        for name in ("first", "last"):
+            row[f"grad_norm/{name}"] = trained.get(f"grad_norm/policy ({name} tenth)")
     if lap.pairs is not None:
         row |= {f"pairs/{name}": count for name, count in manifest(store.folder(lap.pairs))["facts"].items()}
         row["pairs/flips"] = row["pairs/flipped"] / row["pairs/pairs"]
@@ -136,14 +145,15 @@ def _row(lap: Lap, store: Store) -> dict[str, Any]:
 
 
 def _track(lap: Lap, row: Mapping[str, Any], store: Store, tracking: Tracking, folder: Path) -> None:
-    """An iteration's metrics, its histogram, and the first of its pairs."""
+    """An iteration's metrics; its histogram, the rows behind the metrics, its steps, and some of its pairs."""
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "iteration"}
     renamed = {
         f"iteration/{n}" if n.startswith(("loss/", "npo/", "margin/", "logps/")) else n: v for n, v in numbers.items()
     }
     tracking.metrics(renamed, lap.k)
     name = "sft" if lap.k < 0 else f"iteration-{lap.k}"
-    picture = folder / f"logprobs-{name}.png"
+    picture = folder / "logprobs" / f"{name}.png"
+    picture.parent.mkdir(exist_ok=True)
     ks = row.get("stagnation/ks")
     note = f"KS distance rejected–new {ks:.3f} (5 % critical value {row['stagnation/ks_critical']:.3f})" if ks else ""
     title = "after supervised fine-tuning" if lap.k < 0 else f"after iteration {lap.k}"
@@ -151,12 +161,36 @@ def _track(lap: Lap, row: Mapping[str, Any], store: Store, tracking: Tracking, f
         store.folder(lap.evaluation) / "logprobs.npz", picture, f"Responses under the policy {title}", note
     )
     tracking.artifact(picture, "logprobs")
+    for kind, path in _rows(lap, store):
+        named = folder / kind / f"{name}{path.suffix}"
+        named.parent.mkdir(exist_ok=True)
+        shutil.copy2(path, named)
+        tracking.artifact(named, kind)
     if lap.pairs is not None:
-        rows = pq.read_table(store.folder(lap.pairs) / "pairs.parquet").slice(0, FIRST_PAIRS).to_pylist()
-        first = folder / f"pairs-{name}.json"
-        write_json(first, rows)
-        tracking.artifact(first, "pairs")
+        some = folder / "pairs" / f"{name}.json"
+        some.parent.mkdir(exist_ok=True)
+        write_json(some, _some_pairs(store.folder(lap.pairs) / "pairs.parquet"))
+        tracking.artifact(some, "pairs")
     tracking.flush()
+
+
+def _rows(lap: Lap, store: Store) -> Iterator[tuple[str, Path]]:
+    """The files behind an iteration's metrics, by the folder of artefacts that each goes to."""
+    evaluation, beside = store.folder(lap.evaluation), {stage.name: store.folder(stage) for stage in lap.measures}
+    yield "logprobs", evaluation / "logprobs.npz"
+    yield "items", beside.get("second", evaluation) / "items.parquet"
+    for kind, file in (("texts", "texts.parquet"), ("leaderboard", ITEMS)):
+        if kind in beside:
+            yield kind, beside[kind] / file
+    if lap.k >= 0:
+        yield "steps", store.folder(lap.policy) / "steps.json"
+
+
+def _some_pairs(path: Path) -> list[dict[str, Any]]:
+    """Some pairs to look at: the first that were flipped, then the first that were not."""
+    rows = pq.read_table(path, columns=[f.name for f in fields(Pair) if not f.name.endswith("_ids")]).to_pylist()
+    flipped = [row for row in rows if row["flipped"]][: SHOWN_PAIRS // 2]
+    return flipped + [row for row in rows if not row["flipped"]][: SHOWN_PAIRS - len(flipped)]
 
 
 def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Store, tracking: Tracking) -> None:

@@ -76,6 +76,7 @@ class Run:
     sft: Part[Optimisation]
     generate: Part[generation.Sampling]
     judge: Part[Judge]
+    second_judge: Part[Judge]
     eval: Part[evaluation.Evaluation]
     plans: Sequence[Plan]
     ledger: Ledger
@@ -176,7 +177,7 @@ def fine_tune(run: Run, prompts: Stage) -> Stage:
     """The base model, fine-tuned on the human responses."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        rows = _held(inputs["prompts"], "sft" if run.sft_rows else "train")
+        rows = held(inputs["prompts"], "sft" if run.sft_rows else "train")
         seed = derive(run.seed, "sft")
         policy = run.policy(inputs)
         policy.model = run.model.value.lora.on(policy.model, derive(seed, "adapter"))
@@ -214,7 +215,7 @@ def judge(run: Run, plan: Plan, prompts: Stage, responses: Stage) -> Stage | Non
     """A verdict on the human and on the generated response to each training prompt; none where nobody asks for it."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        train = _held(inputs["prompts"], "train")
+        train = held(inputs["prompts"], "train")
         generated = _responses(inputs["responses"])
         verdicts = judged(plan.judge.value, train.prompts, [*train.human, *generated], run.ledger, report)
         write(folder / "verdicts.parquet", verdicts, Verdict)
@@ -230,7 +231,7 @@ def label(run: Run, plan: Plan, prompts: Stage, responses: Stage, verdicts: Stag
     """Pairs: who is chosen and who is rejected."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        train = _held(inputs["prompts"], "train")
+        train = held(inputs["prompts"], "train")
         said = read(inputs["verdicts"] / "verdicts.parquet", Verdict) if "verdicts" in inputs else []
         pairs, counts = dsl.label(plan.dsl.value, train.prompts, train.human, _responses(inputs["responses"]), said)
         if not pairs:
@@ -365,12 +366,12 @@ def evaluate(run: Run, k: int, prompts: Stage, policy: Stage, pairs: Stage | Non
         metrics = evaluation.evaluate(
             run.policy(inputs),
             part,
-            _held(inputs["prompts"], part.split),
+            held(inputs["prompts"], part.split),
             run.judge.value,
             run.ledger,
             run.generate.value,
             pairs=read(inputs["pairs"] / "pairs.parquet", Pair) if "pairs" in inputs else None,
-            train=_held(inputs["prompts"], "train"),
+            train=held(inputs["prompts"], "train"),
             source=policy_source(k + 1),
             limit=run.limit,
             seed=derive(run.seed, "evaluate"),
@@ -389,10 +390,11 @@ def evaluate(run: Run, k: int, prompts: Stage, policy: Stage, pairs: Stage | Non
     }
     inputs = {"prompts": prompts, "policy": policy} | ({"pairs": pairs} if pairs else {})
     title = f"iteration {k} · evaluate" if k >= 0 else "evaluate"
-    return Stage("evaluate", title, 3, settings, inputs, work)
+    return Stage("evaluate", title, 4, settings, inputs, work)
 
 
-def _held(folder: Path, split: str) -> evaluation.Held:
+def held(folder: Path, split: str) -> evaluation.Held:
+    """The prompts of a split, with the human responses to them."""
     return evaluation.Held(read(folder / f"{split}.parquet", Prompt), read(folder / f"{split}-human.parquet", Response))
 
 

@@ -28,6 +28,7 @@ from transformers import AutoModel, AutoTokenizer
 from dnpo.errors import DataError, ModelError, SettingsError
 from dnpo.judges.local import Weights, context_of
 from dnpo.seeding import derive
+from dnpo.settings import Count
 
 PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}
 PARTS = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that Encoder knows
@@ -61,6 +62,37 @@ def available() -> None:
     missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise SettingsError(f'text metrics need {" and ".join(missing)}, not installed here: pip install "dnpo[eval]"')
+
+
+class Texts:
+    """What to measure of newly generated texts: what ``eval.texts`` configures.
+
+    Args:
+        rows: newly generated texts that are compared with the positive samples of their rows, the first so many of
+            those whose log-probabilities are kept.
+        encoder: a folder with a sentence encoder, for the Sentence-BERT similarity; without one it is left out.
+
+    Raises:
+        SettingsError: a package is missing.
+        ModelError: there is no such folder.
+    """
+
+    def __init__(self, *, rows: Count = 400, encoder: str | None = None) -> None:
+        available()
+        self.rows, self.encoder = rows, encoder
+        self._weights = None if encoder is None else Weights(encoder, None, None, "eval.texts.encoder")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results; never a path."""
+        return {"rows": self.rows, "encoder": None if self._weights is None else self._weights.identity}
+
+    def measure(self, generated: Sequence[str], positive: Sequence[str], device: str, seed: int) -> "Measured":
+        """:func:`similarity` of both, and :func:`diversity` of what was generated."""
+        encoder = None if self.encoder is None else Encoder(self.encoder, device)
+        near, differ = similarity(generated, positive, encoder), diversity(generated, seed=seed)
+        return Measured(
+            {**near.metrics, **differ.metrics}, {**near.items, **differ.items}, {**near.signatures, **differ.signatures}
+        )
 
 
 class Encoder:

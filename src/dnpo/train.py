@@ -28,7 +28,20 @@ if TYPE_CHECKING:
     from dnpo.store import Store
     from dnpo.tracking import Tracking
 
-PARTS = ("model", "data", "sft", "generate", "judge", "dsl", "objective", "npo", "trainer", "eval", "tracking")
+PARTS = (
+    "model",
+    "data",
+    "sft",
+    "generate",
+    "judge",
+    "dsl",
+    "objective",
+    "npo",
+    "trainer",
+    "second_judge",
+    "eval",
+    "tracking",
+)
 STARTING = ("dsl", "npo")  # parts that act from an iteration of theirs on, and what stands there before
 ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
@@ -142,6 +155,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         sft=parts["sft"],
         generate=parts["generate"],
         judge=parts["judge"],
+        second_judge=parts["second_judge"],
         eval=parts["eval"],
         plans=plans,
         ledger=Ledger(Path(top["ledger"]), name),

@@ -45,9 +45,12 @@ def gate(run: Run, laps: Sequence[Lap], store: Store) -> list[Finding]:
                 found += needs.findings(run, laps, store, counts, policy, folder)
     except ModelError as error:
         found.append(Finding("model", "stop", str(error), "model.…, as the message says"))
-    asks = run.judge.value.gives_scores and {"judge", "evaluate"} & {stage.name for stage in todo}
-    if asks and not any(finding.level == "stop" for finding in found):  # a call costs, so it comes last
-        found.append(judge.canary(run.judge.value, run.ledger))
+    ahead = {stage.name for stage in todo}
+    asked = [(run.judge.value, {"judge", "evaluate"}), (run.second_judge.value, {"second"})]
+    for who, stages in asked:
+        # a call costs, so it comes last
+        if who.gives_scores and stages & ahead and not any(finding.level == "stop" for finding in found):
+            found.append(judge.canary(who, run.ledger))
     return found
 
 
@@ -85,8 +88,10 @@ def _rows(run: Run, data: rows.Rows, removed: Mapping[str, int]) -> list[Finding
     scored = [plan.k for plan in run.plans if plan.dsl.value.needs_scores]
     measured = run.eval.value.split
     redrawn = run.data.value.drawn_with_replacement
+    other = run.second_judge.value
     return [
         judge.labels(scored[0] if scored else None, run.judge.value, data),
+        *([judge.second(other, data[measured], measured)] if other.gives_scores else []),
         judge.judge_prompts(run.judge.value.prompts_seen, data[measured], measured),
         rows.ids(data),
         rows.duplicates(data["train"], redrawn, removed),

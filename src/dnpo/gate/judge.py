@@ -29,6 +29,14 @@ def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
     return Finding("labels", "pass", f"the judge accepts all {sum(map(len, rows.values())):,} rows")
 
 
+def second(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
+    """Whether the second judge can judge the held-out rows."""
+    problem = judge.accepts(held)
+    if problem is not None:
+        return Finding("second judge", "stop", f"as the second one, {problem}", "judge@second_judge=…")
+    return Finding("second judge", "pass", f"the second judge accepts all {len(held):,} {split} rows")
+
+
 def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> Finding:
     """Whether the judge was fitted on prompts that the policy is measured on.
 

@@ -61,6 +61,14 @@ def correct(prompt: Prompt, text: str) -> bool:
     return bool(answer) and said[len(before) :] == answer and (not before or before[-1] in _MARKERS)
 
 
+def stated(text: str) -> str:
+    """What a response gives as its answer: the words and numbers after the last "is", "are", "equals" or colon, or all
+    of them where there is none of these; "" for a response without any."""
+    said = _tokens(text)
+    last = max((place for place, token in enumerate(said) if token in _MARKERS), default=-1)
+    return " ".join(said[last + 1 :])
+
+
 def completeness(prompt: Prompt, text: str) -> float:
     """Share of the words the prompt needs that the response mentions, each as often as needed."""
     needed = Counter(w for need in prompt.needs for w in words(need))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dnpo.errors import ModelError, SettingsError
 from dnpo.leaderboard.rows import Task, offline
 from dnpo.settings import Count, Natural, nearest
-from dnpo.store import Report, write_json
+from dnpo.store import Report, content_hash, write_json
 
 if TYPE_CHECKING:
     from dnpo.model import Policy
@@ -87,11 +87,20 @@ class Leaderboard:
             if name not in BENCHMARKS:
                 known = f"Expected some of {', '.join(BENCHMARKS)}."
                 raise SettingsError(f"benchmarks: there is no {name}.{nearest(name, BENCHMARKS)} {known}")
-        self.shots = {name: (shots or {}).get(name, BENCHMARKS[name].shots) for name in self.benchmarks}
+        self.shots = {name: int((shots or {}).get(name, BENCHMARKS[name].shots)) for name in self.benchmarks}
         for name in WITHOUT_SHOTS:
             if self.shots.get(name):
                 raise SettingsError(f"shots.{name}={self.shots[name]}: expected 0, this benchmark takes no examples")
         self.source, self.limit, self.batch_size = source, limit, batch_size
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results: benchmarks, examples, and the contents of the source, never its path.
+
+        Raises:
+            SettingsError: the source is neither ``hub`` nor a folder.
+        """
+        source = HUB if self.source == HUB else content_hash(_folder(self.source))
+        return {"source": source, "shots": self.shots, "limit": self.limit}
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +231,16 @@ def _tasks(source: str, name: str) -> list[Task]:
     """
     if source == HUB:
         return []
-    if not Path(source).is_dir():
-        raise SettingsError(f"source={source}: there is no such folder; expected hub, or a folder of JSON lines")
+    _folder(source)
     if name == "ifeval":
         raise SettingsError("benchmarks: ifeval is not to be had from files; leave it out, or give source=hub")
     return [task for each in BENCHMARKS[name].tasks for task in offline(Path(source), each)]
+
+
+def _folder(source: str) -> Path:
+    if not Path(source).is_dir():
+        raise SettingsError(f"source={source}: there is no such folder; expected hub, or a folder of JSON lines")
+    return Path(source)
 
 
 def _item(benchmark: str, sample: Mapping[str, Any], cut: Container[tuple[str, int]]) -> Item:

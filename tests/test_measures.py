@@ -1,0 +1,137 @@
+"""What is measured beside the evaluation, on a whole run of seconds: each number again, from the rows it came from."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from dnpo.command import conf_folder
+from dnpo.errors import SettingsError
+from dnpo.judges.answers import Exact
+from dnpo.loop import Lap, chain
+from dnpo.records import Item, Pair, Prompt, Response, read
+from dnpo.stages import Run
+from dnpo.store import Store
+from dnpo.texts import PACKAGES, Texts, similarity
+from dnpo.train import build
+from tests.conftest import Report, verdicts
+
+
+def have_packages() -> bool:
+    from importlib.util import find_spec
+
+    return all(find_spec(module) for module in PACKAGES)
+
+
+def laid_out(*overrides: str) -> tuple[Run, list[Lap]]:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("train", overrides=["scale=smoke", "method=spin", "tracking=off", *overrides])
+    run, _, _ = build(cfg)
+    return run, list(chain(run))
+
+
+class Done(NamedTuple):
+    run: Run
+    laps: list[Lap]
+    store: Store
+
+    def metrics(self, k: int, name: str) -> dict[str, Any]:
+        stage = next(stage for stage in self.laps[k + 1].measures if stage.name == name)
+        found: dict[str, Any] = json.loads((self.store.folder(stage) / "metrics.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A smoke run of one iteration, with a second judge."""
+    run, laps = laid_out("iterations=1", "judge@second_judge=exact", "eval.samples=2")
+    store = Store(tmp_path_factory.mktemp("store"))
+    for lap in laps:
+        for stage in lap.stages:
+            store.get(stage, Report())
+    return Done(run, laps, store)
+
+
+def test_what_nobody_asks_for_is_no_stage() -> None:
+    _, laps = laid_out()
+    assert [[stage.name for stage in lap.measures] for lap in laps] == [[], ["drift"], ["drift"]]
+    _, cooler = laid_out("generate.temperature=0.7")
+    assert not any(lap.measures for lap in cooler), "such samples are not the policy's own, so their KL is none"
+
+
+@pytest.mark.long
+def test_the_second_judge_reads_the_responses_that_the_first_one_read(done: Done) -> None:
+    lap = done.laps[1]
+    second = next(stage for stage in lap.measures if stage.name == "second")
+    items = read(done.store.folder(second) / "items.parquet", Item)
+    first = read(done.store.folder(lap.evaluation) / "items.parquet", Item)
+    assert [(i.id, i.kind, i.sample, i.score) for i in items] == [(i.id, i.kind, i.sample, i.score) for i in first]
+    # again, from the texts
+    held = {p.id: p for p in read(done.store.folder(lap.prompts) / "test.parquet", Prompt)}
+    samples = read(done.store.folder(lap.evaluation) / "samples.parquet", Response)
+    count = len(held)
+    for item, response in zip(items[count:], samples[: 3 * count], strict=True):
+        assert response.id.split("#")[0] == item.id
+        said = verdicts(Exact(), [held[item.id]], [Response(item.id, "x", response.text, [], 0, "eos")])
+        assert said[0].score == item.second
+    of_samples = [item.second for item in items if item.kind == "sample"]
+    assert done.metrics(0, "second")["second/score"] == pytest.approx(np.mean([s for s in of_samples if s is not None]))
+
+
+@pytest.mark.long
+def test_drift_is_the_mean_log_ratio_of_the_policys_own_samples(done: Done) -> None:
+    lap = done.laps[1]
+    folder = done.store.folder
+    policy = done.run.policy({"prompts": folder(lap.prompts), "policy": folder(lap.policy)})
+    reference = done.run.policy({"prompts": folder(lap.prompts), "policy": folder(done.laps[0].policy)})
+    ids = {p.id: p.token_ids for p in read(folder(lap.prompts) / "train.parquet", Prompt)}
+    new = [r for r in read(folder(lap.evaluation) / "samples.parquet", Response) if r.id in ids]
+    assert len(new) == done.run.eval.value.sequences
+    both = [model.score([ids[r.id] for r in new], [r.token_ids for r in new]) for model in (policy, reference)]
+    apart = np.subtract(*both)
+    found = done.metrics(0, "drift")
+    assert found["drift/kl"] == pytest.approx(apart.mean(), abs=1e-4)
+    assert found["drift/kl_token"] == pytest.approx(apart.sum() / sum(r.tokens for r in new), abs=1e-5)
+    assert found["drift/kl_error"] == pytest.approx(apart.std(ddof=1) / len(new) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not have_packages(), reason="sacrebleu and rouge-score (extra eval) are not installed")
+def test_texts_are_compared_with_the_chosen_responses_of_their_prompts(done: Done) -> None:
+    _, laps = laid_out("iterations=1", "eval=texts", "eval.samples=2", "eval.sequences=96", "eval.texts.rows=20")
+    lap = laps[1]
+    stage = next(stage for stage in lap.measures if stage.name == "texts")
+    assert done.store.has(lap.evaluation), "texts are a stage of their own: the evaluation is the same without them"
+    folder = done.store.get(stage, Report())
+    ids = {p.id for p in read(done.store.folder(lap.prompts) / "train.parquet", Prompt)}
+    new = [r for r in read(done.store.folder(lap.evaluation) / "samples.parquet", Response) if r.id in ids][:20]
+    assert lap.pairs is not None
+    chosen = {p.id: p.chosen for p in read(done.store.folder(lap.pairs) / "pairs.parquet", Pair)}
+    again = similarity([r.text for r in new], [chosen[r.id] for r in new])
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["texts/bleu"] == pytest.approx(again.metrics["bleu"])
+    assert found["texts/rouge_l"] == pytest.approx(again.metrics["rouge_l"])
+
+
+def test_missing_packages_are_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dnpo.texts.find_spec", lambda _: None)
+    with pytest.raises(SettingsError, match=r'text metrics need sacrebleu and rouge-score.*pip install "dnpo\[eval\]"'):
+        Texts()
+
+
+def test_a_leaderboard_is_known_by_its_items_and_not_by_where_they_lie(tmp_path: Path) -> None:
+    identities = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "winogrande.jsonl").write_text("{}\n")
+        part = {"_target_": "dnpo.leaderboard.Leaderboard", "source": str(tmp_path / name), "batch_size": len(name)}
+        identities.append(instantiate(part).identity())
+    assert identities[0] == identities[1]
+    (tmp_path / "there" / "winogrande.jsonl").write_text("{} \n")
+    assert instantiate(part).identity() != identities[0]
+    with pytest.raises(SettingsError, match="source=nowhere: there is no such folder"):
+        instantiate({**part, "source": "nowhere"}).identity()
