@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from dnpo.command import conf_folder
 from dnpo.errors import SettingsError
-from dnpo.judges.answers import Exact
+from dnpo.judges.rules import Correct
 from dnpo.loop import Lap, chain
 from dnpo.records import Item, Pair, Prompt, Response, read
 from dnpo.stages import Run
@@ -48,7 +48,7 @@ class Done(NamedTuple):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A smoke run of one iteration, with a second judge."""
-    run, laps = laid_out("iterations=1", "judge@second_judge=exact", "eval.samples=2")
+    run, laps = laid_out("iterations=1", "judge@second_judge=correct", "eval.samples=2")
     store = Store(tmp_path_factory.mktemp("store"))
     for lap in laps:
         for stage in lap.stages:
@@ -76,7 +76,7 @@ def test_the_second_judge_reads_the_responses_that_the_first_one_read(done: Done
     count = len(held)
     for item, response in zip(items[count:], samples[: 3 * count], strict=True):
         assert response.id.split("#")[0] == item.id
-        said = verdicts(Exact(), [held[item.id]], [Response(item.id, "x", response.text, [], 0, "eos")])
+        said = verdicts(Correct(), [held[item.id]], [Response(item.id, "x", response.text, [], 0, "eos")])
         assert said[0].score == item.second
     of_samples = [item.second for item in items if item.kind == "sample"]
     assert done.metrics(0, "second")["second/score"] == pytest.approx(np.mean([s for s in of_samples if s is not None]))

@@ -7,7 +7,7 @@ import pytest
 
 from dnpo.judges import Judge
 from dnpo.judges.off import NoJudge
-from dnpo.judges.rules import Rules, correct, stated
+from dnpo.judges.rules import Correct, Rules, correct, stated
 from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import verdicts
 
@@ -206,3 +206,13 @@ def test_what_a_response_states_is_what_follows_its_last_marker() -> None:
     assert stated("Paris") == "paris"
     assert stated("It is") == ""
     assert stated("") == ""
+
+
+def test_correctness_alone_does_not_see_form_or_completeness() -> None:
+    prompt = Prompt("a", [{"role": "user", "content": "2 + 3?"}], "5", answer="5", needs=["sum"])
+    texts = ["The sum is 5.", "it is 5", "The sum is 6."]
+    responses = [Response("a", "x", text, [], 0, "eos") for text in texts]
+    assert [v.score for v in verdicts(Correct(), [prompt], responses)] == [100.0, 100.0, 0.0]
+    assert [v.score for v in verdicts(Rules(), [prompt], responses)] == [100.0, 65.0, 40.0]
+    without = Prompt("b", [{"role": "user", "content": "Why?"}], "So.")
+    assert "judge=correct needs a verifiable answer" in (Correct().accepts([without]) or "")

@@ -21,14 +21,16 @@ _TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:\.\d+)?|[^\W_]+|:")
 class Rules(Judge):
     """Scores by rule; see the head of this file. Also the measure of the tiny world, so it judges itself there."""
 
+    option = "rules"
+
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
         """Every prompt must have an answer, with a word or a number in it."""
         without = [p.id for p in prompts if p.answer is None or not words(p.answer)]
         if not without:
             return None
         return (
-            f"judge=rules needs a verifiable answer for every prompt; {len(without):,} of {len(prompts):,} have none, "
-            f"the first is {without[0]}; choose another judge, or judge=off with method=spin or method=npo"
+            f"judge={self.option} needs a verifiable answer for every prompt; {len(without):,} of {len(prompts):,} "
+            f"have none, the first is {without[0]}; choose another judge, or judge=off with method=spin or method=npo"
         )
 
     def __call__(
@@ -43,10 +45,21 @@ class Rules(Judge):
     def _judge(self, prompt: Prompt, response: Response) -> Verdict:
         if prompt.answer is None:
             return Verdict(response.id, response.source, None, "the prompt has no verifiable answer")
-        points = (
-            60.0 * correct(prompt, response.text) + 25.0 * completeness(prompt, response.text) + form(response.text)
-        )
-        return Verdict(response.id, response.source, points)
+        return Verdict(response.id, response.source, self.points(prompt, response.text))
+
+    def points(self, prompt: Prompt, text: str) -> float:
+        """Of one response, 0-100."""
+        return 60.0 * correct(prompt, text) + 25.0 * completeness(prompt, text) + form(text)
+
+
+class Correct(Rules):
+    """100 points for the right answer and 0 for any other, however it is said: another taste, to measure by."""
+
+    option = "correct"
+
+    def points(self, prompt: Prompt, text: str) -> float:
+        """Of one response: 0 or 100."""
+        return 100.0 * correct(prompt, text)
 
 
 def correct(prompt: Prompt, text: str) -> bool:
