@@ -132,6 +132,7 @@ def iteration_table(rows: Sequence[dict[str, Any]], families: Sequence[str]) -> 
     """The table of a run: a row an iteration; what was not measured shows as –."""
     table = Table(title="Results by iteration", title_justify="left", header_style="bold", pad_edge=False, box=None)
     columns: list[tuple[str, str, str]] = [("it.", "iteration", ""), ("score", "eval/score", ".1f")]
+    columns += [("2nd", "second/score", ".1f"), ("board", "leaderboard/average", ".1%")]
     columns += [(family[:6], f"eval/accuracy/{family}", ".0%") for family in families]
     columns += [
         ("acc.", "eval/accuracy", ".1%"),

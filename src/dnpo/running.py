@@ -204,6 +204,8 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
             "score: judge's mean on sampled held-out answers (0-100); the judge that labels the pairs also sets this "
             "measure. Accuracies: greedy answers."
         )
+    if any("second/score" in row for row in rows):
+        console.say("2nd: the second judge's mean on the same answers; it labels nothing.")
     console.say("Losses: mean over the last tenth of the steps. lp: summed log-probability under the new policy, nats.")
     for entry in summary["judge_agreement"]:
         console.say(f"The judge {sentence(entry)}.")
