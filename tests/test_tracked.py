@@ -1,0 +1,90 @@
+"""Reading back what was tracked: runs found by sweep, id and tags, and clear words where there is nothing to find."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dnpo.errors import DataError, TrackingError
+from dnpo.tracked import Database, lap_name
+from dnpo.tracking import MLflow
+
+Made = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database with a sweep of two seeds, one of whose runs failed, and a run of its own."""
+    folder = tmp_path_factory.mktemp("tracked")
+    where = f"sqlite:///{folder / 'mlflow.db'}"
+    sweep = folder / "multirun" / "1"
+    sweep.mkdir(parents=True)
+    for seed, status in ((0, "FINISHED"), (1, "FAILED")):
+        tracking = MLflow(uri=where, artifacts=str(folder / "artifacts"))
+        tags = {"dnpo.kind": "run", "dnpo.seed": str(seed), "dnpo.npo": "trainable", "dnpo.sweep_name": "main"}
+        tracking.start(f"seed={seed}", {"seed": seed, "npo.alpha": 0.1}, tags, sweep)
+        for step, value in enumerate((0.7, 0.6)):
+            tracking.metrics({"loss/policy": value + seed}, step)
+        if status == "FINISHED":
+            path = folder / "summary.json"
+            path.write_text(json.dumps({"table": [{"iteration": "SFT"}, {"iteration": 0, "eval/score": 50.0}]}))
+            tracking.artifact(path)
+        tracking.finish(status)  # type: ignore[arg-type]
+    alone = MLflow(uri=where, artifacts=str(folder / "artifacts"))
+    alone.start("alone", {"seed": 7}, {"dnpo.kind": "run", "dnpo.seed": "7", "dnpo.npo": "off"}, None)
+    alone.finish("FINISHED")
+    return where
+
+
+def test_runs_are_found_by_sweep_by_id_and_by_tag(uri: str) -> None:
+    database = Database(uri)
+    every = database.runs()
+    assert [run.seed for run in every] == [0, 1, 7]
+    assert [run.seed for run in database.runs(sweeps=["main"])] == [0, 1]
+    parent = database.parent(every[0])
+    assert parent is not None
+    assert [run.seed for run in database.runs(sweeps=[parent.id])] == [0, 1]
+    assert [run.seed for run in database.runs(sweeps=[parent.tags["dnpo.sweep"]])] == [0, 1]
+    assert [run.seed for run in database.runs(ids=[every[2].id[:12]])] == [7]
+    assert [run.seed for run in database.runs(tags={"dnpo.npo": "trainable", "seed": "1"})] == [1]
+    assert database.sweeps() == {"main": 2}
+    assert database.parent(every[2]) is None
+
+
+def test_a_run_knows_its_table_its_steps_and_its_options(uri: str) -> None:
+    first, failed, alone = Database(uri).runs()
+    assert first.finished
+    assert not failed.finished
+    assert first.last == first.row(0) == {"iteration": 0, "eval/score": 50.0}
+    assert first.row(3) == {}
+    assert failed.history("loss/policy") == [(0, 1.7), (1, 1.6)]
+    assert (alone.option("npo"), alone.option("dsl")) == ("off", "")
+    assert first.artifact("nothing.txt") is None
+    with pytest.raises(DataError, match=r"has no summary\.json: its status is FAILED"):
+        _ = failed.summary
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"sweeps": ["mian"]}, r"no run of sweep mian is tracked .* it has main \(2 runs\)"),
+        ({"ids": ["nothing"]}, "no run nothing is tracked"),
+        ({"ids": [""]}, "3 runs begin so"),
+        ({"tags": {"dnpo.npo": "fixed"}}, r"no run is left with dnpo\.npo=fixed; values of dnpo\.npo: trainable \(2\)"),
+    ],
+)
+def test_what_is_not_there_is_said(uri: str, chosen: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Database(uri).runs(**chosen)  # type: ignore[arg-type]
+
+
+def test_a_database_that_is_not_there_is_said_and_not_made(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match="there is no such database"):
+        Database(f"sqlite:///{tmp_path / 'none.db'}")
+    assert not (tmp_path / "none.db").exists()
+    with pytest.raises(TrackingError, match=r"it has no experiment dnpu\. Did you mean dnpo"):
+        Database(uri, "dnpu")
+
+
+def test_laps_have_the_names_of_their_artefacts() -> None:
+    assert [lap_name(k) for k in ("SFT", 0, 3)] == ["sft", "iteration-0", "iteration-3"]
