@@ -1,0 +1,175 @@
+"""The command line: which scripts, which runs, and what became of each."""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from matplotlib import rc_context
+
+from analysis.drawing import STYLE
+from analysis.keeping import log, write
+from analysis.selection import Runs, select
+from dnpo.errors import DnpoError, SettingsError
+from dnpo.settings import nearest
+from dnpo.tracked import Database
+
+ANY = "any"  # as a sweep: runs of every sweep and of none
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a script: ``drawn``, ``skipped`` (its data are not there) or ``failed`` (a bug)."""
+
+    name: str
+    state: str
+    text: str
+    seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m analysis``; the exit status, 1 if nothing could be drawn or a script has a bug."""
+    asked = parser().parse_args(arguments)
+    try:
+        if asked.list or not asked.names:
+            print("\n".join(f"{name:28}{_title(name)}" for name in scripts()))
+            return 0
+        names = resolve(asked.names)
+        tags = dict(_pair(given) for given in asked.tag)
+        database = Database(asked.uri, asked.experiment)
+    except DnpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+    @cache
+    def runs(sweep: str) -> Runs:
+        sweeps = asked.sweep or ([] if asked.runs else [sweep])
+        return select(database, [name for name in sweeps if name != ANY], asked.runs, tags)
+
+    if asked.sweep or asked.runs:  # then every script asks for the same
+        try:
+            runs("")
+        except DnpoError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    outcomes = []
+    for name in names:
+        outcomes.append(_one(name, database, runs, asked.out, asked.log))
+        print(f"{outcomes[-1].name}: {outcomes[-1].text}", flush=True)
+    return _report(outcomes)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    found = argparse.ArgumentParser(prog="python -m analysis", description="Figures and tables from tracked runs.")
+    found.add_argument("names", nargs="*", metavar="NAME", help="fig05, table01, …, or all")
+    found.add_argument("--list", action="store_true", help="say what there is, and the sweep each asks for")
+    found.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
+    found.add_argument("--experiment", default="dnpo")
+    found.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="instead of the sweep each script asks for; may be given again; any: every run",
+    )
+    found.add_argument("--runs", nargs="+", default=[], metavar="ID", help="these runs alone")
+    found.add_argument(
+        "--tag",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="only runs with this tag or setting; may be given again",
+    )
+    found.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER")
+    found.add_argument("--no-log", dest="log", action="store_false", help="write files and log nothing to MLflow")
+    return found
+
+
+def alone(name: str) -> int:
+    """What a script does when it is run by itself: ``python -m analysis.fig05_benchmark --sweep main``."""
+    return main([name, *sys.argv[1:]])
+
+
+def scripts() -> list[str]:
+    """Names of the scripts, in the order of the paper."""
+    return sorted(path.stem for kind in ("fig", "table") for path in Path(__file__).parent.glob(f"{kind}[0-9]*.py"))
+
+
+def resolve(given: Sequence[str]) -> list[str]:
+    """Scripts by the beginning of their name or by another number they answer to; ``all`` is every one.
+
+    Raises:
+        SettingsError: there is no such script.
+    """
+    known = scripts()
+    if "all" in given:
+        return known
+    found = []
+    for name in given:
+        those = [each for each in known if each.split("_")[0] == name or each == name or name in _also(each)]
+        if not those:
+            short = [each.split("_")[0] for each in known]
+            raise SettingsError(
+                f"{name}: there is no such figure or table.{nearest(name, short)} Known: {', '.join(short)}"
+            )
+        found += those
+    return list(dict.fromkeys(found))
+
+
+def _one(name: str, database: Database, runs: Callable[[str], Runs], out: Path, logged: bool) -> Outcome:
+    started = time.monotonic()
+    try:
+        script = _script(name)
+        with rc_context(STYLE):
+            made = script.make(runs(script.SWEEP))
+            paths = write(made, name, out)
+        where = f", logged to {_count(log(database, made.runs, paths))}" if logged else ""
+        state, text = "drawn", f"{paths[0].with_suffix('')}.{{{','.join(p.suffix[1:] for p in paths)}}}{where}"
+    except DnpoError as error:
+        state, text = "skipped", str(error)
+    except Exception:
+        state, text = "failed", traceback.format_exc()
+    return Outcome(name, state, text, time.monotonic() - started)
+
+
+def _report(outcomes: Sequence[Outcome]) -> int:
+    wide = max(len(each.name) for each in outcomes)
+    print()
+    for each in outcomes:
+        print(f"{each.name:{wide}}  {each.state:8}{each.seconds:6.1f} s")
+    states = [each.state for each in outcomes]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    print(f"{counts} in {sum(each.seconds for each in outcomes):.1f} s")
+    return int("failed" in states or "drawn" not in states)
+
+
+def _script(name: str) -> ModuleType:
+    return importlib.import_module(f"analysis.{name}")
+
+
+def _title(name: str) -> str:
+    script = _script(name)
+    return f"{script.TITLE} (sweep {script.SWEEP})"
+
+
+def _also(name: str) -> Sequence[str]:
+    return getattr(_script(name), "ALSO", ())
+
+
+def _count(runs: int) -> str:
+    return f"{runs} run{'s' * (runs != 1)} in MLflow"
+
+
+def _pair(given: str) -> tuple[str, str]:
+    name, equals, value = given.partition("=")
+    if not (name and equals):
+        raise SettingsError(f"--tag {given}: expected NAME=VALUE")
+    return name, value

@@ -1,0 +1,133 @@
+"""What the tables of benchmarks share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from analysis.published import COLUMN
+from analysis.results import (
+    AVERAGE,
+    Against,
+    Array,
+    Measure,
+    against,
+    average,
+    benchmarks,
+    estimate,
+    is_leaderboard,
+    whole,
+)
+from analysis.results import results as results_of
+from analysis.selection import BEGINNING, Cells, Iteration, commits, describe, spell
+from dnpo.comparisons.intervals import Estimate
+from dnpo.comparisons.table import Cell
+
+IN_WORDS = {
+    True: "Benchmarks: the Open LLM Leaderboard's six, %.",
+    False: "Benchmarks: the families of the tiny world, share of greedy answers that are right, %.",
+}
+
+
+@dataclass
+class Comparisons:
+    """Cells of a table and what was compared for them."""
+
+    cells: Cells
+    measures: Sequence[Measure]
+    rows: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    found: list[Against] = field(default_factory=list)
+    items: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, cells: Cells) -> "Comparisons":
+        """For the benchmarks that the cells have, and their average."""
+        those = benchmarks(cells)
+        return cls(cells, [*those, average(those)])
+
+    def add(self, label: str, method: str, iterations: Sequence[Iteration], base: str, paper: float | None) -> None:
+        """A row for a method, at an iteration or in the mean of some; starred where it differs from the base."""
+        compared = method != base and not set(iterations) & set(BEGINNING)
+        sides = [(side, k) for side in ((method, base) if compared else (method,)) for k in iterations]
+        seeds = self.cells.seeds_of(*sides)
+        row = self.rows.setdefault(label, {})
+        for measure in self.measures if seeds else ():
+            mine = self._mean(measure, method, iterations, seeds)
+            other = self._mean(measure, base, iterations, seeds) if compared else None
+            p = None if other is None else self._compare(mine, other)
+            row[measure.label] = Cell(estimate(mine), p)
+            self.items.add(whole(mine).shape[1])
+        if paper is not None:
+            row[COLUMN] = Cell(Estimate(paper))
+
+    def difference(self, label: str, a: str, b: str, iteration: Iteration, paper: float | None) -> None:
+        """A row of differences, a less b."""
+        seeds = self.cells.seeds_of((a, iteration), (b, iteration))
+        row = self.rows.setdefault(label, {})
+        for measure in self.measures if seeds else ():
+            mine, other = (self._mean(measure, side, [iteration], seeds) for side in (a, b))
+            p = self._compare(mine, other)
+            row[measure.label] = Cell(
+                Estimate(float(np.nanmean(mine - other))) if p is None else self.found[-1].difference, p, signed=True
+            )
+        if paper is not None:
+            row[COLUMN] = Cell(Estimate(paper), signed=True)
+
+    def notes(self, *more: str) -> list[str]:
+        """What has to be said below the table."""
+        return [
+            *more,
+            IN_WORDS[is_leaderboard(self.measures)],
+            detectable(self.found),
+            made_of(self.cells, self.items),
+            *(f"{note[0].upper()}{note[1:]}." for note in self.cells.notes),
+        ]
+
+    def _mean(self, measure: Measure, method: str, iterations: Sequence[Iteration], seeds: Sequence[int]) -> Array:
+        found: Array = np.mean([results_of(self.cells, measure, method, k, seeds) for k in iterations], axis=0)
+        return found
+
+    def _compare(self, mine: Array, other: Array) -> float | None:
+        found = against(mine, other)
+        if found is None:
+            return None
+        self.found.append(found)
+        return found.p
+
+
+def detectable(found: Sequence[Against], scale: float = 100.0, unit: str = " points") -> str:
+    """The minimum detectable differences of a table's comparisons in a sentence."""
+    known = [scale * each.detectable for each in found if each.detectable is not None]
+    if not known:
+        return "Minimum detectable difference: cannot be told, since no two results vary."
+    return (
+        "Minimum detectable difference (found in 80 % of such comparisons at α = 0.05, before the correction): median "
+        f"{np.median(known):.1f}{unit}, from {min(known):.1f} to {max(known):.1f} over {len(known)} comparisons."
+    )
+
+
+def made_of(cells: Cells, items: set[int]) -> str:
+    """Seeds, items, data, judge, runs and commit in a sentence."""
+    seeds = cells.seeds
+    shown = f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
+    if len(seeds) == 1:
+        shown = f"One seed ({seeds[0]}): intervals are over items only and say nothing about training again"
+    counts = sorted(items - {1})
+    over = f", {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} items" if counts else ""
+    made = {name: ", ".join(sorted({str(describe(run)[name]) for run in cells.used})) for name in ("data", "judge")}
+    runs = f"{len(cells.used)} run{'s' * (len(cells.used) != 1)}"
+    return f"{shown}{over}; data {made['data']}, judge {made['judge']}; {runs}, commit {commits(cells.used)}."
+
+
+def label(method: str, iteration: Iteration) -> str:
+    """Of a row."""
+    return f"{method}, {spell(iteration)}"
+
+
+def last(paper: Mapping[tuple[str, Iteration], Sequence[float]], method: str, iteration: Iteration) -> float | None:
+    """The average that the paper prints, None where it has none."""
+    found = paper.get((method, iteration))
+    return None if found is None else found[-1]
+
+
+__all__ = ["AVERAGE", "Comparisons", "detectable", "label", "last", "made_of"]

@@ -1,0 +1,101 @@
+"""Figures 2 and 10: where positive, negative and newly generated samples lie under one model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.drawing import SAMPLE_COLOURS, SAMPLE_LABELS, canvas, finish, foot
+from analysis.keeping import Picture
+from analysis.results import Array, kept
+from analysis.selection import Absent, Cells, Iteration, Runs
+from dnpo.distances import ks
+from dnpo.tracked import SFT, Run, lap_name
+
+BINS = 40
+QUANTITIES = {"per token": "log-probability per token, nats", "summed": "log-probability of the response, nats"}
+
+
+def draw(runs: Runs, method: str, title: str) -> Picture:
+    """One method's samples: a column an iteration, above per token and below summed, over all seeds."""
+    cells = runs.chains().only([method], lambda k: k != SFT)
+    iterations = cells.iterations
+    samples = {k: _samples(cells, method, k) for k in iterations}
+    figure, panels = canvas(2.0 + 2.5 * len(iterations), 5.4, 2, len(iterations), sharex="row")
+    rows: list[dict[str, Any]] = []
+    for line, (quantity, label) in enumerate(QUANTITIES.items()):
+        every = [
+            _values(loaded, name, quantity) for k in iterations for loaded in samples[k] for name in SAMPLE_COLOURS
+        ]
+        # The longest tails say little and would squeeze the rest.
+        low = float(np.percentile(np.concatenate(every), 1))
+        edges = np.linspace(low, 0, BINS + 1)
+        for column, k in enumerate(iterations):
+            axis = panels[line * len(iterations) + column]
+            for name, colour in SAMPLE_COLOURS.items():
+                values = np.concatenate([_values(loaded, name, quantity) for loaded in samples[k]])
+                density, _ = np.histogram(np.clip(values, low, 0), edges, density=True)
+                axis.stairs(density, edges, color=colour, linewidth=1.4, label=SAMPLE_LABELS[name])
+                axis.stairs(density, edges, color=colour, fill=True, alpha=0.12)
+                rows += [
+                    {"quantity": quantity, "iteration": k, "samples": name, "from": a, "to": b, "density": d}
+                    for a, b, d in zip(edges[:-1], edges[1:], density, strict=True)
+                ]
+            distances = _distances(samples[k], quantity)
+            critical = max(run.row(k)["stagnation/ks_critical"] for run in cells.of(method, k))
+            rows += [
+                {"quantity": f"KS rejected–new, {quantity}", "iteration": k, "seed": seed, "distance": distance}
+                for seed, distance in zip(cells.seeds_of((method, k)), distances, strict=True)
+            ]
+            spread = f" ({min(distances):.3f}–{max(distances):.3f})" if len(distances) > 1 else ""
+            axis.text(
+                0.03,
+                0.97,
+                f"KS rejected–new\n{np.mean(distances):.3f}{spread}\nby chance < {critical:.3f}",
+                transform=axis.transAxes,
+                va="top",
+                fontsize=7,
+            )
+            axis.set_xlabel(label, fontsize=8)
+            if line == 0:
+                axis.set_title(f"iteration {k}")
+        panels[line * len(iterations)].set_ylabel("density")
+    explained = foot(
+        cells,
+        [],
+        "Chosen (positive) and rejected (negative) samples of the iteration, and fresh samples for the same prompts, "
+        "all under the policy that the iteration trained; seeds taken together, the lowest 1 % at the left edge. KS: "
+        "Kolmogorov-Smirnov distance, mean (and range) over seeds; by chance: its 5 % critical value with as many "
+        "samples",
+    )
+    return Picture(finish(figure, title, explained, panels[0]), rows, cells.used)
+
+
+def _samples(cells: Cells, method: str, iteration: Iteration) -> list[dict[str, Array]]:
+    return [_load(run, iteration) for run in cells.of(method, iteration)]
+
+
+def _load(run: Run, iteration: Iteration) -> dict[str, Array]:
+    path = f"logprobs/{lap_name(iteration)}.npz"
+    found = kept(run, path, lambda file: dict(np.load(file)))
+    if found is None:
+        raise Absent(f"run {run.id} has not kept {path}; runs of an earlier version have not")
+    loaded: dict[str, Array] = found
+    return loaded
+
+
+def _values(loaded: dict[str, Array], name: str, quantity: str) -> Array:
+    if quantity == "summed":
+        return loaded[name]
+    found: Array = loaded[name] / np.maximum(loaded[f"{name}_tokens"], 1)
+    return found
+
+
+def _distances(samples: Sequence[dict[str, Array]], quantity: str) -> list[float]:
+    """By seed, without new samples that are the human response: no rejected one is, since such pairs are left out."""
+    found = []
+    for loaded in samples:
+        those = loaded["compared"].astype(bool)
+        old, new = (_values(loaded, name, quantity)[those] for name in ("rejected", "new"))
+        found.append(ks(old, new))
+    return found

@@ -1,0 +1,174 @@
+"""How all pictures look: one colour and one mark a method, sizes, and the line at the foot that says what is shown."""
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN, Cells, Iteration, commits, describe
+from dnpo.figures import COLOURS as SAMPLE_COLOURS
+from dnpo.figures import LABELS as SAMPLE_LABELS
+from dnpo.tracked import SFT
+
+__all__ = ["SAMPLE_COLOURS", "SAMPLE_LABELS"]
+
+# Okabe and Ito's palette, safe for colour-blind readers.
+COLOURS = {
+    SPIN: "#0072B2",
+    DSL: "#009E73",
+    NPO: "#E69F00",
+    DNPO: "#D55E00",
+    FIXED: "#CC79A7",
+    CONSTANT: "#000000",
+    "+DSL, fixed noise": "#56B4E9",
+    "+DSL, constant": "#777777",
+}
+MARKS = {SPIN: "o", DSL: "s", NPO: "^", DNPO: "D", FIXED: "v", CONSTANT: "X"}
+OTHER, HUMAN = "#999999", "#555555"
+OUTCOMES = {"win": "#009E73", "tie": "#C8C8C8", "lose": "#D55E00"}
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.titlesize": 11,
+    "svg.hashsalt": "dnpo",  # the same numbers give the same file
+}
+DPI = 300
+FOOT = 6.5  # points
+
+
+def colour(method: str) -> str:
+    """A method's colour, everywhere."""
+    return COLOURS.get(method, OTHER)
+
+
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure in inches with its panels, row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, np.atleast_1d(figure.subplots(rows, columns, **options)).ravel().tolist()
+
+
+def finish(figure: Figure, title: str, foot: str, key: Axes | None = None) -> Figure:
+    """Put the title above and the foot below; with ``key``, the key to a panel's colours under the title."""
+    wide = int(figure.get_figwidth() * 72 / (STYLE["figure.titlesize"] * 0.5))
+    lines = textwrap.wrap(title, wide)
+    figure.suptitle("\n".join(lines) + "\n " * (key is not None))
+    if key is not None:
+        below = 1 - (0.05 + 0.185 * len(lines)) / figure.get_figheight()
+        found = key.get_legend_handles_labels()
+        figure.legend(*found, loc="upper center", bbox_to_anchor=(0.5, below), ncols=len(found[1]))
+    wide = int(figure.get_figwidth() * 72 / (FOOT * 0.56))
+    text = "\n".join(line for part in foot.split("\n") for line in textwrap.wrap(part, wide))
+    figure.supxlabel(text, fontsize=FOOT, x=0.01, ha="left", color="#444444")
+    return figure
+
+
+def foot(cells: Cells, items: Iterable[int], shows: str, *more: str) -> str:
+    """The line below a picture: what bars or bands are, seeds, items, data, commit, and what is missing."""
+    seeds, counts = cells.seeds, sorted(set(items))
+    parts = [shows]
+    if len(seeds) == 1:
+        parts.append(f"ONE SEED ({seeds[0]}): intervals are over items only and say nothing about training again")
+    else:
+        parts.append(f"{len(seeds)} seeds ({', '.join(map(str, seeds))})")
+    if counts and counts != [1]:
+        parts.append(f"{counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} items")
+    made = {name: ", ".join(sorted({str(describe(run)[name]) for run in cells.used})) for name in ("data", "judge")}
+    parts.append(f"data {made['data']}, judge {made['judge']}, {len(cells.used)} runs, commit {commits(cells.used)}")
+    sentences = [*more, *cells.notes]
+    return "; ".join(parts) + "." + "".join(f"\n{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
+
+
+INTERVALS = {
+    True: "Bars: 95 % t intervals over items and seeds",
+    False: "Bars: 95 % t intervals over seeds",
+}
+
+
+def lines(axis: Axes, rows: Sequence[Mapping[str, Any]], iterations: Sequence[Iteration]) -> None:
+    """A line a method over iterations, with intervals, set apart a little so that none hides another."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    place = {k: i for i, k in enumerate(iterations)}
+    for number, method in enumerate(methods):
+        mine = [row for row in rows if row["method"] == method]
+        x = [place[row["iteration"]] + 0.06 * (number - (len(methods) - 1) / 2) for row in mine]
+        axis.errorbar(
+            x,
+            [row["mean"] for row in mine],
+            yerr=spread(mine),
+            color=colour(method),
+            marker=MARKS.get(method, "P"),
+            markersize=5,
+            linewidth=1.6,
+            elinewidth=1,
+            capsize=2.5,
+            label=method,
+        )
+    over_iterations(axis, iterations)
+
+
+def over_iterations(axis: Axes, iterations: Sequence[Iteration]) -> None:
+    """Name the places on the axis of iterations."""
+    axis.set_xticks(range(len(iterations)), ["SFT" if k == SFT else str(k) for k in iterations])
+    axis.set_xlim(-0.4, len(iterations) - 0.6)
+    axis.set_xlabel("policy after iteration")
+
+
+def spread(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> Any:
+    """The intervals of rows as matplotlib wants them; none where no row has one."""
+    if all(row[f"{prefix}low"] is None for row in rows):
+        return None
+    ends = [
+        (row[f"{prefix}mean"] - row[f"{prefix}low"], row[f"{prefix}high"] - row[f"{prefix}mean"])
+        if row[f"{prefix}low"] is not None
+        else (np.nan, np.nan)
+        for row in rows
+    ]
+    return np.array(ends).T
+
+
+def outcomes(axis: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+    """A bar a row in three parts, win, tie and lose in percent, with the intervals of both borders."""
+    for y, row in enumerate(rows):
+        left = 0.0
+        for name, shade in OUTCOMES.items():
+            share = row[f"{name}_mean"]
+            axis.barh(y, share, left=left, color=shade, height=0.62, label=name if y == 0 else None)
+            if share >= 6:
+                ink = "white" if name != "tie" else "black"
+                axis.text(left + share / 2, y + 0.13, f"{share:.1f}", ha="center", va="center", fontsize=7.5, color=ink)
+            left += share
+        for name, border in (("win", row["win_mean"]), ("lose", 100 - row["lose_mean"])):
+            if row[f"{name}_low"] is not None:
+                half = (row[f"{name}_high"] - row[f"{name}_low"]) / 2
+                axis.errorbar(border, y - 0.17, xerr=half, color="black", capsize=2, linewidth=0.9)
+    axis.set_yticks(range(len(rows)), list(labels))
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlim(0, 100)
+    axis.set_xticks([0, 20, 40, 60, 80])
+    axis.set_xlabel("share of answers, %")
+
+
+def bars(axis: Axes, rows: Sequence[Mapping[str, Any]], groups: Sequence[str], methods: Sequence[str]) -> None:
+    """A bar a method in each group, with intervals."""
+    wide = 0.8 / len(methods)
+    for number, method in enumerate(methods):
+        mine = {row["measure"]: row for row in rows if row["method"] == method}
+        shown = [group for group in groups if group in mine]
+        axis.bar(
+            [groups.index(group) + wide * (number - (len(methods) - 1) / 2) for group in shown],
+            [mine[group]["mean"] for group in shown],
+            wide * 0.92,
+            yerr=spread([mine[group] for group in shown]) if shown else None,
+            error_kw={"elinewidth": 0.8, "capsize": 1.8},
+            color=colour(method),
+            label=method,
+        )
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.axvline(len(groups) - 1.5, color="#AAAAAA", linewidth=0.8, linestyle=":")

@@ -1,0 +1,51 @@
+"""Figure 1: how often a generated response is as good as the human one, or better, after each iteration."""
+
+import sys
+from typing import Any
+
+from analysis.command import alone
+from analysis.drawing import canvas, finish, foot, outcomes
+from analysis.keeping import Picture
+from analysis.results import outcome, over_iterations
+from analysis.selection import Cells, Runs, spell
+
+TITLE = "Generated responses against human ones: win, tie, lose"
+SWEEP = "main"
+
+
+def numbers(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
+    """A row a method and iteration: shares in percent with intervals; ``as_good`` is a win or a tie."""
+    found: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for name in ("win", "tie", "lose", "as_good"):
+        for row in over_iterations(cells, outcome(name, column), 100):
+            place = found.setdefault(
+                (row["method"], row["iteration"]),
+                {key: row[key] for key in ("method", "iteration", "seeds", "items")},
+            )
+            place |= {f"{name}_{end}": row[end] for end in ("mean", "low", "high")}
+    return list(found.values())
+
+
+def make(runs: Runs) -> Picture:
+    """Select, count, draw."""
+    cells = runs.chains()
+    rows = numbers(cells)
+    methods = cells.methods
+    figure, panels = canvas(1.0 + 3.4 * len(methods), 1.6 + 0.42 * len(cells.iterations), 1, len(methods), sharey=True)
+    for axis, method in zip(panels, methods, strict=True):
+        mine = {row["iteration"]: row for row in rows if row["method"] == method}
+        shown = [k for k in cells.iterations if k in mine]
+        outcomes(axis, [mine[k] for k in shown], [spell(k) for k in shown])
+        axis.set_title(method)
+    panels[0].set_ylabel("policy after")
+    line = foot(
+        cells,
+        [row["items"] for row in rows],
+        "Sampled answers to held-out prompts; a win scores higher than the human response under the judge; bars: 95 % "
+        "t intervals",
+    )
+    return Picture(finish(figure, TITLE, line, panels[0]), rows, cells.used)
+
+
+if __name__ == "__main__":
+    sys.exit(alone("fig01_generated_vs_human"))

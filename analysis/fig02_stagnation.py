@@ -1,0 +1,20 @@
+"""Figure 2: SPIN stops moving. What it generates next lies where the samples it just rejected lay."""
+
+import sys
+
+from analysis.command import alone
+from analysis.densities import draw
+from analysis.keeping import Picture
+from analysis.selection import SPIN, Runs
+
+TITLE = "SPIN: log-probabilities of positive, negative and next generated samples"
+SWEEP = "main"
+
+
+def make(runs: Runs) -> Picture:
+    """Select and draw."""
+    return draw(runs, SPIN, TITLE)
+
+
+if __name__ == "__main__":
+    sys.exit(alone("fig02_stagnation"))

@@ -1,0 +1,40 @@
+"""Figure 5: the average over benchmarks after each iteration."""
+
+import sys
+
+from analysis import published
+from analysis.command import alone
+from analysis.drawing import INTERVALS, canvas, colour, finish, foot, lines
+from analysis.keeping import Picture
+from analysis.results import average, benchmarks, is_leaderboard, over_iterations
+from analysis.selection import Runs
+
+TITLE = "Benchmark average over iterations"
+SWEEP = "main"
+
+
+def make(runs: Runs) -> Picture:
+    """Select, average, draw; the paper's curves only where the setting is the paper's."""
+    cells = runs.chains(matters=["eval.leaderboard"])
+    those = benchmarks(cells)
+    rows = over_iterations(cells, average(those), 100)
+    figure, (axis,) = canvas(6.0, 4.2)
+    lines(axis, rows, cells.iterations)
+    if published.comparable(cells.used):
+        for method in cells.methods:
+            points = [(i, published.MAIN.get((method, k))) for i, k in enumerate(cells.iterations)]
+            known = [(i, 100 * cell[-1]) for i, cell in points if cell]
+            if known:
+                axis.plot(*zip(*known, strict=True), ":", color=colour(method), alpha=0.5, label=f"{method}, paper")
+    if is_leaderboard(those):
+        axis.set_ylabel(f"average of {', '.join(each.label for each in those)}, %", fontsize=8)
+    else:
+        axis.set_ylabel("right greedy answers, mean of the\ntiny world's families, %")
+    axis.legend()
+    items = [row["items"] for row in rows]
+    line = foot(cells, items, INTERVALS[max(items) > 1], f"benchmarks: {', '.join(each.label for each in those)}")
+    return Picture(finish(figure, TITLE, line), rows, cells.used)
+
+
+if __name__ == "__main__":
+    sys.exit(alone("fig05_benchmark"))

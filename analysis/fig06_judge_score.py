@@ -1,0 +1,46 @@
+"""Figure 6: the judge's mean score of generated responses after each iteration, and of the human ones."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from analysis.command import alone
+from analysis.drawing import HUMAN, INTERVALS, canvas, finish, foot, lines
+from analysis.keeping import Picture
+from analysis.results import human_score, over_iterations, score
+from analysis.selection import Cells, Runs
+
+TITLE = "Judge score of generated responses over iterations"
+SWEEP = "main"
+
+
+def numbers(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
+    """A row a method and iteration, and a last one for the human responses."""
+    human = {"method": "human responses", "measure": "judge score", "mean": human_score(cells, column)}
+    return [*over_iterations(cells, score(column)), human]
+
+
+def draw(axis: Axes, rows: Sequence[dict[str, Any]], cells: Cells) -> None:
+    """Lines of methods, and one for the human responses."""
+    *generated, human = rows
+    lines(axis, generated, cells.iterations)
+    axis.axhline(human["mean"], color=HUMAN, linestyle="--", linewidth=1.2, label="human responses")
+    axis.set_ylabel("mean judge score, 0 to 100")
+    axis.legend()
+
+
+def make(runs: Runs) -> Picture:
+    """Select, average, draw."""
+    cells = runs.chains()
+    rows = numbers(cells)
+    figure, (axis,) = canvas(6.0, 4.2)
+    draw(axis, rows, cells)
+    items = [row["items"] for row in rows[:-1]]
+    line = foot(cells, items, f"Sampled answers to held-out prompts. {INTERVALS[max(items) > 1]}")
+    return Picture(finish(figure, TITLE, line), rows, cells.used)
+
+
+if __name__ == "__main__":
+    sys.exit(alone("fig06_judge_score"))

@@ -1,0 +1,76 @@
+"""Figure 7: DNPO's responses against SPIN's to the same prompts, iteration by iteration."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from analysis import published
+from analysis.command import alone
+from analysis.drawing import canvas, finish, foot, outcomes
+from analysis.keeping import Picture
+from analysis.results import against, duel, estimate, numbers, stack, whole
+from analysis.selection import BEGINNING, DNPO, SPIN, Absent, Cells, Runs, spell
+from dnpo.comparisons.significance import holm
+
+TITLE = "DNPO against SPIN: win, tie, lose"
+SWEEP = "main"
+
+
+def table(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
+    """A row an iteration: shares in percent, wins less losses, and p after Holm's correction over iterations."""
+    cells.needs(DNPO, SPIN)
+    rows = []
+    for k in cells.iterations:
+        seeds = cells.seeds_of((DNPO, k), (SPIN, k))
+        if k in BEGINNING or not seeds:
+            continue
+        pairs = zip(cells.of(DNPO, k, seeds), cells.of(SPIN, k, seeds), strict=True)
+        duels = [duel(ours, theirs, k, column) for ours, theirs in pairs]
+        won, tied, lost = (100 * stack([found[name] for found in duels]) for name in ("win", "tie", "lose"))
+        row: dict[str, Any] = {"iteration": k, "seeds": len(seeds), "items": whole(won).shape[1]}
+        for name, x_SI in (("win", won), ("tie", tied), ("lose", lost)):
+            row |= numbers(estimate(x_SI), f"{name}_")
+        found = against(won, lost)
+        row |= numbers(found.difference, "win_less_lose_") if found else {}
+        rows.append(row | {"p": found.p if found else 1.0})
+    if not rows:
+        raise Absent("no iteration after 0 has both DNPO and SPIN under the same seed")
+    return [row | {"p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
+
+
+def draw(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """A bar an iteration; beside it by how much wins are more than losses, with a star where that is no chance."""
+    outcomes(axis, rows, [spell(row["iteration"]) for row in rows])
+    for y, row in enumerate(rows):
+        half = (row["win_less_lose_high"] - row["win_less_lose_low"]) / 2
+        star = "*" * (row["p_holm"] <= 0.05)
+        text = f"{row['win_less_lose_mean']:+.1f} ± {half:.1f}{star}".replace("-", "−")
+        axis.text(101, y, text, va="center", fontsize=8)
+    axis.text(101, -0.45, "win − lose", va="bottom", fontsize=8)
+    axis.set_ylabel("policy after")
+
+
+def make(runs: Runs) -> Picture:
+    """Select, compare, draw."""
+    cells = runs.chains().only([DNPO, SPIN])
+    rows = table(cells)
+    figure, (axis,) = canvas(6.6, 1.9 + 0.5 * len(rows))
+    draw(axis, rows)
+    more = ["win: DNPO's sampled answer to a held-out prompt scores higher than SPIN's under the same seed"]
+    if published.comparable(cells.used):
+        more += [
+            f"the paper, k={k}: DNPO wins {100 * a:.2f} %, SPIN {100 * b:.2f} %" for k, (a, b) in published.DUEL.items()
+        ]
+    line = foot(
+        cells,
+        [row["items"] for row in rows],
+        "Bars and ±: 95 % t intervals; *: p ≤ 0.05 after Holm's correction",
+        *more,
+    )
+    return Picture(finish(figure, TITLE, line, axis), rows, cells.used)
+
+
+if __name__ == "__main__":
+    sys.exit(alone("fig07_dnpo_vs_spin"))

@@ -1,0 +1,20 @@
+"""Figure 8: what labels by quality, noise and both add in one iteration to the same SPIN model."""
+
+import sys
+
+from analysis.branching import draw
+from analysis.command import alone
+from analysis.keeping import Picture
+from analysis.selection import DNPO, DSL, NPO, SPIN, Runs
+
+TITLE = "One iteration of SPIN, +DSL, +NPO and DNPO from the same SPIN model"
+SWEEP = "ablation"
+
+
+def make(runs: Runs) -> Picture:
+    """Select and draw."""
+    return draw(runs, [SPIN, DSL, NPO, DNPO], TITLE)
+
+
+if __name__ == "__main__":
+    sys.exit(alone("fig08_ablation"))

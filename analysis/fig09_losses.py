@@ -1,0 +1,108 @@
+"""Figure 9: the policy's loss and the noise's over the steps of one iteration."""
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+
+from analysis.command import alone
+from analysis.drawing import canvas, colour, finish, foot
+from analysis.keeping import Picture
+from analysis.results import Array, estimate, kept
+from analysis.selection import BEGINNING, DNPO, NPO, Absent, Cells, Iteration, Runs
+from dnpo.comparisons.intervals import Estimate
+from dnpo.tracked import Run, lap_name
+
+TITLE = "Policy loss and noise loss over the steps of one iteration"
+SWEEP = "main"
+LOSSES = {"loss/policy": "policy loss", "loss/noise": "noise loss"}
+SMOOTH = 25  # windows in an iteration
+
+
+def make(runs: Runs) -> Picture:
+    """Select the first iteration with trained noise, correlate, draw."""
+    cells = runs.chains()
+    method = next((name for name in (DNPO, NPO) if name in cells.methods), None)
+    if method is None:
+        raise Absent("the selection has no run with trained noise (npo=trainable)")
+    cells = cells.only([method], lambda k: k not in BEGINNING)
+    k = cells.iterations[0]
+    cells = cells.only([method], lambda each: each == k)
+    losses = {name: _losses(cells, method, k, name) for name in LOSSES}
+    correlation = [float(np.corrcoef(*pair)[0, 1]) for pair in zip(*losses.values(), strict=True)]
+    rows = _rows(losses, cells, method, k, correlation)
+    figure, panels = canvas(7.2, 4.8, 2, 1, sharex=True)
+    for axis, (name, label) in zip(panels, LOSSES.items(), strict=True):
+        shade = colour(method) if name == "loss/policy" else "black"
+        _draw(axis, losses[name], shade)
+        axis.set_ylabel(f"{label}, nats")
+        for epoch in _epochs(cells.used[0], losses[name].shape[1]):
+            axis.axvline(epoch, color="#AAAAAA", linewidth=0.8, linestyle=":")
+    panels[-1].set_xlabel(f"training step of iteration {k}")
+    among = f" ({min(correlation):.3f} to {max(correlation):.3f} over seeds)" if len(correlation) > 1 else ""
+    panels[0].set_title(f"{method}, iteration {k}; correlation over steps r = {np.mean(correlation):.3f}{among}")
+    line = foot(
+        cells,
+        [],
+        "Thin: each seed, every step; thick: mean over seeds and a window of steps, band: 95 % t interval over seeds; "
+        "dotted: a new epoch",
+        "the noise's loss (without its penalty) is the policy's with the sign turned round and noise drawn anew, so an "
+        "r near −1 follows from the definition and is no finding about the dynamics",
+    )
+    return Picture(finish(figure, TITLE, line), rows, cells.used)
+
+
+def _losses(cells: Cells, method: str, iteration: Iteration, name: str) -> Array:
+    """Seeds × steps."""
+    found = [_steps(run, iteration, name) for run in cells.of(method, iteration)]
+    shortest = min(map(len, found))
+    return np.array([values[:shortest] for values in found])
+
+
+def _steps(run: Run, iteration: Iteration, name: str) -> list[float]:
+    path = f"steps/{lap_name(iteration)}.json"
+    steps = kept(run, path, lambda file: json.loads(file.read_text()))
+    if steps is None:
+        raise Absent(f"run {run.id} has not kept {path}; runs of an earlier version have not")
+    return [float(step[name]) for step in steps]
+
+
+def _rows(
+    losses: dict[str, Array], cells: Cells, method: str, iteration: Iteration, correlation: list[float]
+) -> list[dict[str, Any]]:
+    seeds = cells.seeds_of((method, iteration))
+    steps = [
+        {"method": method, "iteration": iteration, "seed": seed, "step": step}
+        | {name: float(x[place, step]) for name, x in losses.items()}
+        for place, seed in enumerate(seeds)
+        for step in range(next(iter(losses.values())).shape[1])
+    ]
+    summary = [
+        {"method": method, "iteration": iteration, "seed": s, "correlation": r}
+        for s, r in zip(seeds, correlation, strict=True)
+    ]
+    return [*steps, *summary]
+
+
+def _draw(axis: Any, x_ST: Array, shade: str) -> None:
+    steps = np.arange(x_ST.shape[1])
+    for values in x_ST:
+        axis.plot(steps, values, color=shade, alpha=0.22, linewidth=0.6)
+    wide = max(len(steps) // SMOOTH, 1)
+    smooth_ST = np.array([np.convolve(values, np.full(wide, 1 / wide), "valid") for values in x_ST])
+    at = np.arange(smooth_ST.shape[1]) + (wide - 1) / 2
+    found: list[Estimate] = [estimate(column[:, None]) for column in smooth_ST.T]
+    axis.plot(at, [each.value for each in found], color=shade, linewidth=1.8)
+    if found[0].low is not None:
+        axis.fill_between(at, [e.low for e in found], [e.high for e in found], color=shade, alpha=0.15, linewidth=0)
+
+
+def _epochs(run: Run, steps: int) -> list[float]:
+    """Where an epoch ends and the next begins."""
+    count = int(run.params.get("trainer.epochs", 1))
+    return [] if int(run.params.get("trainer.steps", 0)) else [steps * i / count - 0.5 for i in range(1, count)]
+
+
+if __name__ == "__main__":
+    sys.exit(alone("fig09_losses"))

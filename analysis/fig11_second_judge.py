@@ -1,0 +1,39 @@
+"""Figures 11 and 12: figures 6 and 7 under another judge, one that labelled nothing."""
+
+import sys
+
+from analysis import fig06_judge_score, fig07_dnpo_vs_spin
+from analysis.command import alone
+from analysis.drawing import INTERVALS, canvas, finish, foot
+from analysis.keeping import Picture
+from analysis.selection import DNPO, SPIN, Absent, Runs
+
+TITLE = "Under a second judge: scores over iterations, and DNPO against SPIN"
+SWEEP = "main"
+ALSO = ("fig12",)
+
+
+def make(runs: Runs) -> Picture:
+    """Select, average and compare, draw side by side."""
+    cells = runs.chains(matters=["second_judge."]).only([DNPO, SPIN])
+    if any("second/score" not in run.row(k) for (_, k, _), run in cells.runs.items()):
+        raise Absent("the runs have no second judge (judge@second_judge=…)")
+    scores, duels = fig06_judge_score.numbers(cells, "second"), fig07_dnpo_vs_spin.table(cells, "second")
+    figure, (left, right) = canvas(11.0, 4.2, 1, 2)
+    fig06_judge_score.draw(left, scores, cells)
+    left.set_ylabel("mean score of the second judge, 0 to 100")
+    fig07_dnpo_vs_spin.draw(right, duels)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+    judge = ", ".join(sorted({run.option("second_judge") or "unknown" for run in cells.used}))
+    items = [row["items"] for row in scores[:-1]]
+    line = foot(
+        cells,
+        items,
+        f"Second judge: {judge}. {INTERVALS[max(items) > 1]}; *: p ≤ 0.05 after Holm's correction",
+    )
+    rows = [{"part": "scores", **row} for row in scores] + [{"part": "duels", **row} for row in duels]
+    return Picture(finish(figure, TITLE, line), rows, cells.used)
+
+
+if __name__ == "__main__":
+    sys.exit(alone("fig11_second_judge"))

@@ -1,0 +1,21 @@
+"""Figure 13: fixed against trainable noise (+NPO), and a constant of the same mean effect, which the paper lacks."""
+
+import sys
+
+from analysis.branching import draw
+from analysis.command import alone
+from analysis.keeping import Picture
+from analysis.selection import CONSTANT, FIXED, NPO, SPIN, Runs
+
+TITLE = "One iteration with trainable noise (+NPO), fixed noise, or a constant in its place"
+SWEEP = "fixed_vs_trainable"
+
+
+def make(runs: Runs) -> Picture:
+    """Select and draw."""
+    cells = [SPIN, FIXED, NPO, CONSTANT]
+    return draw(runs, cells, TITLE)
+
+
+if __name__ == "__main__":
+    sys.exit(alone("fig13_fixed_vs_trainable"))

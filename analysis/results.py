@@ -1,0 +1,327 @@
+"""Numbers of cells, with intervals over items and seeds, and paired comparisons.
+
+Shapes: S seeds, I items. A measure without items kept has I = 1, and its intervals are over seeds alone.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from analysis.selection import Absent, Cells, Iteration, spell
+from dnpo.comparisons import paired
+from dnpo.comparisons.intervals import Estimate, crossed
+from dnpo.errors import DataError
+from dnpo.leaderboard import BENCHMARKS, SIX
+from dnpo.tracked import Run, lap_name
+
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+Array = npt.NDArray[np.float64]
+Items = Mapping[str, float]
+BENCHMARK_NAMES = {
+    "arc": "ARC",
+    "truthfulqa": "TruthfulQA",
+    "winogrande": "Winogrande",
+    "gsm8k": "GSM8K",
+    "hellaswag": "HellaSwag",
+    "mmlu": "MMLU",
+}
+AVERAGE = "Average"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something measured of a policy.
+
+    Attributes:
+        name: in a run's table.
+        label: for readers.
+        items: what it is the mean of, by item, weighted so that their plain mean is the number in the table; None where
+            a run has not kept them.
+    """
+
+    name: str
+    label: str
+    items: Callable[[Run, Iteration], Items | None] = lambda run, iteration: None
+
+
+@dataclass(frozen=True)
+class Against:
+    """A paired difference, a less b: its interval, the test's p, and the smallest difference that would be found."""
+
+    difference: Estimate
+    p: float
+    detectable: float | None
+    notes: tuple[str, ...] = ()
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def score(column: str = "score") -> Measure:
+    """A judge's mean score of sampled answers to held-out prompts; ``second`` is the second judge's."""
+    name = "eval/score" if column == "score" else "second/score"
+    return Measure(name, "judge score", lambda run, k: _sampled(run, k, column, None))
+
+
+def outcome(which: str, column: str = "score") -> Measure:
+    """Share of sampled answers that ``win``, ``tie`` or ``lose`` against the human response, or are ``as_good``."""
+    wanted = {"win": (1,), "tie": (0,), "lose": (-1,), "as_good": (0, 1)}[which]
+    prefix = "eval" if column == "score" else "second"
+    return Measure(f"{prefix}/{which}", which, lambda run, k: _sampled(run, k, column, wanted))
+
+
+def benchmarks(cells: Cells) -> list[Measure]:
+    """The benchmarks that every cell has: the paper's six, or else the families of the tiny world.
+
+    Raises:
+        Absent: there are none.
+    """
+    tables = [cells.runs[place].row(place[1]) for place in cells.runs]
+    six = [name for name in SIX if all(f"leaderboard/{name}" in row for row in tables)]
+    if six:
+        return [Measure(f"leaderboard/{name}", BENCHMARK_NAMES[name], _benchmark(name)) for name in six]
+    prefix = "eval/accuracy/"
+    families = [name.removeprefix(prefix) for name in tables[0] if name.startswith(prefix)]
+    found = [family for family in families if all(prefix + family in row for row in tables)]
+    if not found:
+        raise Absent("no benchmark is tracked: neither leaderboard/* (eval=leaderboard) nor eval/accuracy/FAMILY")
+    return [Measure(prefix + family, family, _family(family)) for family in found]
+
+
+def average(those: Sequence[Measure]) -> Measure:
+    """The mean of benchmarks, each of which counts the same however many items it has."""
+    of_leaderboard = is_leaderboard(those)
+
+    def items(run: Run, k: Iteration) -> Items | None:
+        parts = [each.items(run, k) for each in those]
+        if any(part is None for part in parts):
+            return None
+        total = sum(len(part) for part in parts if part is not None)
+        return {
+            f"{each.label}/{name}": value * total / (len(parts) * len(part))
+            for each, part in zip(those, parts, strict=True)
+            if part is not None
+            for name, value in part.items()
+        }
+
+    name = ("leaderboard/average" if len(those) == len(SIX) else "") if of_leaderboard else "eval/accuracy"
+    return Measure(name, AVERAGE, items)
+
+
+def is_leaderboard(those: Sequence[Measure]) -> bool:
+    """Whether benchmarks are those of the paper."""
+    return those[0].name.startswith("leaderboard/")
+
+
+def text_measure(name: str, label: str) -> Measure:
+    """A measure of generated texts; their prompts differ between seeds, so that seeds alone are compared."""
+    return Measure(f"texts/{name}", label)
+
+
+def human_score(cells: Cells, column: str = "score") -> float:
+    """The judge's mean score of the human responses to the held-out prompts, which are the same in all runs."""
+    (_, k, _), run = next(iter(cells.runs.items()))
+    return float(run.row(k)["eval/score_human" if column == "score" else "second/score_human"])
+
+
+def duel(a: Run, b: Run, iteration: Iteration, column: str = "score") -> dict[str, Items]:
+    """Shares of a's samples that win, tie and lose against b's, by prompt; sample n of one meets sample n of the other.
+
+    Raises:
+        Absent: a run has no items with scores.
+    """
+    sides = []
+    for run in (a, b):
+        rows = _items(run, iteration)
+        if rows is None:
+            raise Absent(f"run {run.id} has no {item_path(iteration)}")
+        sides.append({(r["id"], r["sample"]): r[column] for r in rows if r["kind"] == "sample"})
+    ours, theirs = sides
+    if ours.keys() != theirs.keys():
+        raise DataError(f"runs {a.id} and {b.id} answered different prompts; a comparison needs the same ones")
+    found: dict[str, dict[str, list[float]]] = {"win": {}, "tie": {}, "lose": {}}
+    for (prompt, sample), mine in ours.items():
+        other = theirs[prompt, sample]
+        for name, hit in (("win", 1), ("tie", 0), ("lose", -1)):
+            value = np.nan if mine is None or other is None else float(np.sign(mine - other) == hit)
+            found[name].setdefault(prompt, []).append(value)
+    return {name: {prompt: _mean(values) for prompt, values in by.items()} for name, by in found.items()}
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def results(cells: Cells, measure: Measure, method: str, iteration: Iteration, seeds: Iterable[int]) -> Array:
+    """A measure's values (S × I) under some seeds; NaN where an item has none.
+
+    Raises:
+        Absent: a run does not have the measure.
+        DataError: the runs were tested on different items.
+    """
+    runs = cells.of(method, iteration, seeds)
+    kept = [measure.items(run, iteration) for run in runs]
+    if all(found is not None for found in kept):
+        return stack([found for found in kept if found is not None])
+    rows = [run.row(iteration) for run in runs]
+    if any(row.get(measure.name) is None for row in rows):
+        raise Absent(f"{measure.name} is not tracked at {spell(iteration)} of {method}")
+    return np.array([[float(row[measure.name])] for row in rows])
+
+
+def stack(kept: Sequence[Items]) -> Array:
+    """Items of several runs as S × I, in the order of the first.
+
+    Raises:
+        DataError: they are not the same items.
+    """
+    if any(found.keys() != kept[0].keys() for found in kept):
+        raise DataError(
+            "the runs were tested on different items, so that they cannot be compared; narrow the selection"
+        )
+    return np.array([[found[name] for name in kept[0]] for found in kept])
+
+
+def estimate(x_SI: Array) -> Estimate:
+    """The mean with its 95 % t interval: over items and seeds, or over seeds alone where there is one item.
+
+    Items without a value under some seed are left out.
+    """
+    x_SI = whole(x_SI)
+    found = crossed(x_SI) if x_SI.shape[1] > 1 else crossed(x_SI.T)
+    return Estimate(float(x_SI.mean())) if found is None else found.estimate()
+
+
+def whole(x_SI: Array) -> Array:
+    """Without the items that lack a value under some seed.
+
+    Raises:
+        Absent: none is left.
+    """
+    kept = x_SI[:, ~np.isnan(x_SI).any(0)]
+    if not kept.size:
+        raise Absent("no item has a value under every seed")
+    return kept
+
+
+def against(a_SI: Array, b_SI: Array) -> Against | None:
+    """A paired comparison of the same items and seeds; None with one item and one seed.
+
+    Raises:
+        DataError: the sides differ in shape.
+    """
+    if a_SI.shape[1] > 1:
+        found = paired(a_SI, b_SI, interval="t", missing="drop")
+        return Against(found.difference, found.p, found.detectable, found.notes)
+    mean = crossed((a_SI - b_SI).T)
+    if mean is None:
+        return None
+    return Against(mean.estimate(), mean.p(), mean.detectable() if mean.error else None)
+
+
+def over_iterations(cells: Cells, measure: Measure, scale: float = 1.0) -> list[dict[str, Any]]:
+    """A measure of every method at every iteration: rows with mean, interval, and how many seeds and items."""
+    return [
+        row(cells, measure, method, k, scale)
+        for method in cells.methods
+        for k in cells.iterations
+        if cells.seeds_of((method, k))
+    ]
+
+
+def row(cells: Cells, measure: Measure, method: str, iteration: Iteration, scale: float = 1.0) -> dict[str, Any]:
+    """A measure of one method at one iteration."""
+    seeds = cells.seeds_of((method, iteration))
+    x_SI = scale * results(cells, measure, method, iteration, seeds)
+    head = {"method": method, "iteration": iteration, "measure": measure.label}
+    return {**head, **numbers(estimate(x_SI)), "seeds": len(seeds), "items": whole(x_SI).shape[1]}
+
+
+def numbers(found: Estimate, prefix: str = "") -> dict[str, float | None]:
+    """An estimate as columns."""
+    return {f"{prefix}mean": found.value, f"{prefix}low": found.low, f"{prefix}high": found.high}
+
+
+# --- what runs have kept ----------------------------------------------------------------------------------------------
+
+_KEPT: dict[tuple[str, str], Any] = {}
+
+
+def item_path(iteration: Iteration) -> str:
+    """Where a run keeps what became of each held-out response."""
+    return f"items/{lap_name(iteration)}.parquet"
+
+
+def kept(run: Run, path: str, read: Callable[[Path], Any]) -> Any:
+    """An artefact of a run, read once; None where there is none."""
+    if (run.id, path) not in _KEPT:
+        found = run.artifact(path)
+        _KEPT[run.id, path] = None if found is None else read(found)
+    return _KEPT[run.id, path]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return found
+
+
+def _items(run: Run, iteration: Iteration) -> list[dict[str, Any]] | None:
+    found: list[dict[str, Any]] | None = kept(run, item_path(iteration), _rows)
+    return found
+
+
+def _sampled(run: Run, iteration: Iteration, column: str, wanted: Sequence[int] | None) -> Items | None:
+    """By prompt: the mean score of its samples, or the share that compares with the human one's as wanted."""
+    rows = _items(run, iteration)
+    if rows is None or any(column not in r for r in rows[:1]) or all(r[column] is None for r in rows):
+        return None
+    human = {r["id"]: r[column] for r in rows if r["kind"] == "human"}
+    found: dict[str, list[float]] = {}
+    for r in rows:
+        if r["kind"] != "sample":
+            continue
+        value, other = r[column], human.get(r["id"])
+        if wanted is not None:
+            value = None if value is None or other is None else float(np.sign(value - other) in wanted)
+        found.setdefault(r["id"], []).append(np.nan if value is None else value)
+    return {name: _mean(values) for name, values in found.items()}
+
+
+def _family(family: str) -> Callable[[Run, Iteration], Items | None]:
+    def items(run: Run, iteration: Iteration) -> Items | None:
+        rows = _items(run, iteration)
+        if rows is None:
+            return None
+        found = {r["id"]: r["right"] for r in rows if r["kind"] == "greedy" and r["family"] == family}
+        return None if any(right is None for right in found.values()) else {n: float(r) for n, r in found.items()}
+
+    return items
+
+
+def _benchmark(name: str) -> Callable[[Run, Iteration], Items | None]:
+    def items(run: Run, iteration: Iteration) -> Items | None:
+        rows = kept(run, f"leaderboard/{lap_name(iteration)}.parquet", _rows)
+        if rows is None:
+            return None
+        mine = [r for r in rows if r["benchmark"] == name]
+        sizes: dict[str, int] = {}
+        for r in mine:
+            sizes[r["task"]] = sizes.get(r["task"], 0) + 1
+        # The benchmark's score is the mean of its tasks' means, unless its items are pooled.
+        pooled = BENCHMARKS[name].pooled
+        weight = {task: 1.0 if pooled else len(mine) / (len(sizes) * size) for task, size in sizes.items()}
+        return {f"{r['task']}/{r['id']}": r["score"] * weight[r["task"]] for r in mine}
+
+    return items
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are there; NaN of none."""
+    there = [value for value in values if not np.isnan(value)]
+    return float(np.mean(there)) if there else float("nan")

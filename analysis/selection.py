@@ -1,0 +1,332 @@
+"""Which runs are compared: a *cell* is a method at an iteration under a seed, and each has one run.
+
+A **chain** is a run of one method from its beginning; all its iterations are cells. A **branch** leaves the SPIN chain
+at its last iteration, which alone is a cell (the ablation protocol of the DNPO paper).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dnpo.errors import DataError, DnpoError
+from dnpo.tracked import FINISHED, SFT, Database, Run
+
+Iteration = int | str
+
+SPIN, DSL, NPO, DNPO, FIXED, CONSTANT = "SPIN", "+DSL", "+NPO", "DNPO", "fixed noise", "constant"
+METHODS = {
+    ("off", "off"): SPIN,
+    ("score", "off"): DSL,
+    ("off", "trainable"): NPO,
+    ("score", "trainable"): DNPO,
+    ("off", "fixed"): FIXED,
+    ("score", "fixed"): "+DSL, fixed noise",
+    ("off", "matched"): CONSTANT,
+    ("score", "matched"): "+DSL, constant",
+    ("off", "offset"): CONSTANT,
+    ("score", "offset"): "+DSL, constant",
+}
+BEGINNING = (SFT, 0)  # what every method shares with SPIN
+
+# Settings that cannot change a result, and those of measures that most figures do not show.
+WITHOUT_EFFECT = {"iterations", "seed", "device", "threads", "store", "ledger", "plan", "check"}
+WITHOUT_EFFECT_IN_A_PART = {"checkpoint_every", "micro_batch_size", "share_prompt", "checkpointing", "compile"}
+WITHOUT_EFFECT_IN_A_PART |= {"cache_hidden", "workers", "i_know_this_runs_code"}
+WITHOUT_EFFECT_BELOW = ("tracking.",)
+MEASURES = ("second_judge.", "eval.texts", "eval.leaderboard")
+DISTINGUISHING = ("dsl.", "npo.")  # between methods, not within one
+SHOWN = 6
+
+
+class Absent(DnpoError):
+    """What a figure or table is drawn from is not among the runs."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The runs that count, by method, iteration and seed, and what a reader has to know of the others."""
+
+    runs: Mapping[tuple[str, Iteration, int], Run]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> list[str]:
+        """SPIN first, then as in the paper."""
+        order = list(dict.fromkeys(METHODS.values()))
+        found = dict.fromkeys(method for method, _, _ in self.runs)
+        return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+
+    @property
+    def iterations(self) -> list[Iteration]:
+        """SFT, then 0, 1, …"""
+        return sorted({k for _, k, _ in self.runs}, key=lambda k: -1 if k == SFT else int(k))
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of any cell."""
+        return sorted({seed for _, _, seed in self.runs})
+
+    @property
+    def missing(self) -> list[str]:
+        """Cells that a full grid of these methods, iterations and seeds would have besides."""
+        return [
+            f"{method} {spell(k)} seed {seed}"
+            for method in self.methods
+            for k in self.iterations
+            for seed in self.seeds
+            if (method, k, seed) not in self.runs
+        ]
+
+    @property
+    def used(self) -> list[Run]:
+        """Every run once."""
+        return list({run.id: run for run in self.runs.values()}.values())
+
+    def of(self, method: str, iteration: Iteration, seeds: Iterable[int] | None = None) -> list[Run]:
+        """A method's runs that have the iteration, by seed."""
+        return [
+            self.runs[method, iteration, seed]
+            for seed in (self.seeds if seeds is None else seeds)
+            if (method, iteration, seed) in self.runs
+        ]
+
+    def seeds_of(self, *sides: tuple[str, Iteration]) -> list[int]:
+        """Seeds that all of these methods and iterations have."""
+        return [seed for seed in self.seeds if all((*side, seed) in self.runs for side in sides)]
+
+    def only(
+        self, methods: Sequence[str] | None = None, iterations: Callable[[Iteration], bool] | None = None
+    ) -> "Cells":
+        """The cells of these methods at these iterations.
+
+        Raises:
+            Absent: there is none.
+        """
+        kept = {
+            (method, k, seed): run
+            for (method, k, seed), run in self.runs.items()
+            if (methods is None or method in methods) and (iterations is None or iterations(k))
+        }
+        if not kept:
+            raise Absent(f"the selection has no {' or '.join(methods or ['such cell'])}; {self._has()}")
+        return replace(self, runs=kept)
+
+    def needs(self, *methods: str) -> None:
+        """Refuse to go on without these methods.
+
+        Raises:
+            Absent: one is not there.
+        """
+        for method in methods:
+            if method not in self.methods:
+                raise Absent(f"the selection has no run of {method}; {self._has()}")
+
+    def _has(self) -> str:
+        return f"it has {', '.join(self.methods)} at {', '.join(map(spell, self.iterations))}"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What a selection gives.
+
+    Attributes:
+        finished: the runs that came to their end.
+        notes: what has to be said of the others.
+        asked: the selection in words.
+    """
+
+    finished: tuple[Run, ...]
+    notes: tuple[str, ...]
+    asked: str
+
+    def chains(self, matters: Sequence[str] = ()) -> Cells:
+        """All iterations of every run.
+
+        Args:
+            matters: settings of measures (some of ``MEASURES``) that have to agree too, because they are shown.
+
+        Raises:
+            DataError: settings differ that should not.
+        """
+        return self._cells(
+            self.finished, lambda run: [row["iteration"] for row in run.table], differing_starts=False, matters=matters
+        )
+
+    def branches(self, matters: Sequence[str] = ()) -> Cells:
+        """The last iteration of every run that left the SPIN chain there, and of SPIN itself.
+
+        Raises:
+            Absent: no run branches off.
+            DataError: settings differ that should not.
+        """
+        branched = [run for run in self.finished if _is_branch(run)]
+        if all(method_of(run) == SPIN for run in branched):
+            raise Absent(
+                f"{self.asked} has no run that branches off the SPIN chain at its last iteration (dsl.start=last, "
+                "npo.start=last), as those of the sweeps ablation and fixed_vs_trainable do"
+            )
+        found = self._cells(branched, lambda run: [run.last["iteration"]], differing_starts=True, matters=matters)
+        if len(branched) < len(self.finished):
+            found = replace(found, notes=(*found.notes, f"{len(self.finished) - len(branched)} chains left out"))
+        return found
+
+    def _cells(
+        self,
+        runs: Sequence[Run],
+        iterations: Callable[[Run], list[Iteration]],
+        *,
+        differing_starts: bool,
+        matters: Sequence[str],
+    ) -> Cells:
+        refuse_mixture(runs, differing_starts=differing_starts, matters=matters)
+        found: dict[tuple[str, Iteration, int], Run] = {}
+        again: set[str] = set()
+        for run in sorted(runs, key=lambda run: run.started):
+            for k in iterations(run):
+                place = (method_of(run), k, run.seed)
+                if place in found and found[place].id != run.id:
+                    again.add(found[place].id)
+                found[place] = run
+        notes = list(self.notes)
+        if replaced := again - {run.id for run in found.values()}:
+            notes.append(f"{_runs(len(replaced))} with the same settings and seed as a newer one left out")
+        cells = Cells(found, tuple(notes))
+        if cells.missing:
+            shown = ", ".join(cells.missing[:SHOWN])
+            more = f" and {len(cells.missing) - SHOWN} more" if len(cells.missing) > SHOWN else ""
+            cells = replace(cells, notes=(*cells.notes, f"missing: {shown}{more}"))
+        return cells
+
+
+def select(
+    database: Database, sweeps: Sequence[str] = (), ids: Sequence[str] = (), tags: Mapping[str, str] | None = None
+) -> Runs:
+    """The finished runs of a selection; see :meth:`dnpo.tracked.Database.runs`.
+
+    Raises:
+        DataError: nothing matches, or none of the runs is finished.
+    """
+    found = database.runs(sweeps=sweeps, ids=ids, tags=tags)
+    asked = " ".join(
+        [*(f"sweep {name}" for name in sweeps), *ids, *(f"{name}={value}" for name, value in (tags or {}).items())]
+    )
+    asked = asked or "every run"
+    left = Counter(run.status for run in found if run.status != FINISHED)
+    counts = " and ".join(f"{count} {status}" for status, count in left.items())
+    finished = tuple(run for run in found if run.finished)
+    if not finished:
+        raise DataError(f"{asked}: no run is finished yet ({counts})")
+    return Runs(finished, (f"left out as not finished: {counts}",) if left else (), asked)
+
+
+def method_of(run: Run) -> str:
+    """What a run is called in pictures: told from its labels and its noise, which is right in every sweep."""
+    labels, noise = run.option("dsl") or "off", run.option("npo") or "off"
+    return METHODS.get((labels, noise), f"{labels} labels, {noise} noise")
+
+
+def spell(iteration: Iteration) -> str:
+    """An iteration in words: SFT, k=0, …"""
+    return SFT if iteration == SFT else f"k={iteration}"
+
+
+def commits(runs: Iterable[Run]) -> str:
+    """The commits that runs were made by, shortened."""
+    found = dict.fromkeys(run.tags.get("dnpo.commit", "") for run in runs)
+    return ", ".join(c[:7] + "+" * c.endswith("+") for c in found if c) or "unknown"
+
+
+def targets(database: Database, runs: Iterable[Run]) -> list[str]:
+    """Ids of the runs that get what is made of these: their sweeps' own runs, and themselves where they have none."""
+    return list(dict.fromkeys(p.id if (p := database.parent(run)) else run.id for run in runs))
+
+
+def refuse_mixture(runs: Sequence[Run], *, differing_starts: bool = False, matters: Sequence[str] = ()) -> None:
+    """Refuse runs that differ by more than what the comparison is about.
+
+    Labels (``dsl.*``) and noise (``npo.*``) may differ between methods and not within one; everything else that can
+    change a result has to be the same throughout, except the seed.
+
+    Args:
+        differing_starts: runs of one method may start at different iterations, as branches do.
+        matters: settings of measures that have to agree too.
+
+    Raises:
+        DataError: names the settings, their values, and how to narrow the selection.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(method_of(run), []).append(run)
+    differing: dict[str, Counter[str]] = {}
+
+    def note(among: Sequence[Run], names: Iterable[str]) -> None:
+        for name in names:
+            values = Counter(_value(run, name) for run in among)
+            if len(values) > 1:
+                differing[name] = values
+
+    every = sorted({name for run in runs for name in run.params})
+    shared = [name for name in every if not name.startswith(DISTINGUISHING) and _counts(name, matters)]
+    note(runs, shared)
+    own = [name for name in every if name.startswith(DISTINGUISHING) and _counts(name, matters)]
+    for members in groups.values():
+        among = [name for name in own if not (_is_start(name) and (differing_starts or _is_off(members[0], name)))]
+        by_seed: dict[tuple[int, str], list[Run]] = {}
+        for run in members:
+            by_seed.setdefault((run.seed, run.params.get("iterations", "")), []).append(run)
+        # A constant that was matched to a run belongs to that run's seed.
+        note(members, [name for name in among if name != "npo.shift"])
+        for same in by_seed.values():
+            note(same, [name for name in among if name == "npo.shift"])
+    if differing:
+        lines = [
+            f"{name} is " + ", ".join(f"{value or 'absent'} ({_runs(count)})" for value, count in values.most_common(5))
+            for name, values in list(differing.items())[:SHOWN]
+        ]
+        more = f"; and {len(differing) - SHOWN} other settings" if len(differing) > SHOWN else ""
+        name, values = next(iter(differing.items()))
+        value = next(value for value, _ in values.most_common() if value)
+        raise DataError(
+            f"runs with different settings in one comparison: {'; '.join(lines)}{more}. Narrow the selection, as with "
+            f"--tag {name}={value}"
+        )
+
+
+def _counts(name: str, matters: Sequence[str]) -> bool:
+    if name in WITHOUT_EFFECT or name.split(".")[-1] in WITHOUT_EFFECT_IN_A_PART:
+        return False
+    return not name.startswith(WITHOUT_EFFECT_BELOW) and (
+        not name.startswith(MEASURES) or (bool(matters) and name.startswith(tuple(matters)))
+    )
+
+
+def _value(run: Run, name: str) -> str:
+    """Of a setting; a part's seed that is the run's own is the same for all."""
+    value = run.params.get(name, "")
+    return "the run's seed" if name.endswith(".seed") and value == str(run.seed) else value
+
+
+def _is_start(name: str) -> bool:
+    return name.endswith(".start")
+
+
+def _is_off(run: Run, name: str) -> bool:
+    """Whether the part that a setting belongs to does nothing in a run."""
+    return (run.option(name.split(".")[0]) or "off") == "off"
+
+
+def _is_branch(run: Run) -> bool:
+    """Whether a run's labels and noise begin at its last iteration, and not before 1; SPIN is its own branch."""
+    last = int(run.params["iterations"]) - 1
+    starts = [int(run.params.get(f"{part}.start", 0)) for part in ("dsl", "npo") if not _is_off(run, part)]
+    return last >= 1 and all(start == last for start in starts)
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"
+
+
+def describe(run: Run) -> Mapping[str, Any]:
+    """What a run was made of, for footers: data, model and judge."""
+    return {name: run.option(name) for name in ("data", "model", "judge")}

@@ -1,0 +1,35 @@
+"""Table 2: DNPO beside PPO and α-SPIN, which this laboratory does not have yet."""
+
+import sys
+
+from analysis.command import alone
+from analysis.comparing import Comparisons
+from analysis.keeping import Tabled
+from analysis.published import COLUMN, RIVALS
+from analysis.selection import BEGINNING, DNPO, SPIN, Runs
+from dnpo.comparisons.intervals import Estimate
+from dnpo.comparisons.table import Cell, table
+
+TITLE = "DNPO beside methods that mix or renew their data"
+SWEEP = "main"
+
+
+def make(runs: Runs) -> Tabled:
+    """Select, average DNPO and SPIN over the iterations after 0, tabulate."""
+    cells = runs.chains(matters=["eval.leaderboard"]).only([SPIN, DNPO], lambda k: k not in BEGINNING)
+    cells.needs(DNPO)
+    found, ks = Comparisons.of(cells), cells.iterations
+    over = f"mean of k={ks[0]}..{ks[-1]}" if len(ks) > 1 else f"k={ks[0]}"
+    for method in cells.methods:
+        found.add(f"{method}, {over}", method, ks, SPIN, RIVALS[DNPO][-1] if method == DNPO else None)
+    for method in ("PPO", "α-SPIN"):
+        found.rows[f"{method} (not run here)"] = {COLUMN: Cell(Estimate(RIVALS[method][-1]))}
+    notes = found.notes(
+        f"Stars: against SPIN. {COLUMN}: arXiv 2502.05400, table 2, which does not say the iteration. PPO and α-SPIN "
+        "are not run here: the laboratory has neither."
+    )
+    return Tabled(table(found.rows, scale=100), TITLE, "method", notes, cells.used)
+
+
+if __name__ == "__main__":
+    sys.exit(alone("table02_rivals"))

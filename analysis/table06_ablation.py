@@ -1,0 +1,28 @@
+"""Table 6: what labels by quality, noise and both add in one iteration to the same SPIN model."""
+
+import sys
+
+from analysis.command import alone
+from analysis.comparing import Comparisons, label, last
+from analysis.keeping import Tabled
+from analysis.published import BRANCHES, COLUMN
+from analysis.selection import DNPO, DSL, NPO, SPIN, Runs
+from dnpo.comparisons.table import table
+
+TITLE = "One iteration of SPIN, +DSL, +NPO and DNPO from the same SPIN model"
+SWEEP = "ablation"
+
+
+def make(runs: Runs) -> Tabled:
+    """Select, compare with SPIN in the same iteration, tabulate."""
+    cells = runs.branches(matters=["eval.leaderboard"]).only([SPIN, DSL, NPO, DNPO])
+    found = Comparisons.of(cells)
+    for k in cells.iterations:
+        for method in cells.methods:
+            found.add(label(method, k), method, [k], SPIN, last(BRANCHES, method, k))
+    notes = found.notes(f"Stars: against SPIN in the same iteration. {COLUMN}: arXiv 2502.05400, table 6.")
+    return Tabled(table(found.rows, scale=100), TITLE, "method", notes, cells.used)
+
+
+if __name__ == "__main__":
+    sys.exit(alone("table06_ablation"))
