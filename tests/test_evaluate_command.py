@@ -1,0 +1,264 @@
+"""The command that measures one model: what runs measure of it, found again, and who wins against another."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+from dnpo.command import conf_folder
+from dnpo.comparisons.wins import wins
+from dnpo.duels import Duel, outcome, read_duels
+from dnpo.errors import SettingsError
+from dnpo.evaluate.command import PARTS, checked, other_model, said, table
+from dnpo.records import Item, read
+from tests.test_train import succeed
+
+SMALL = ("data=tinyworld_smoke", "eval=smoke", "generate=smoke")
+NEEDED = {
+    **{("judge", kind): [f"judge.{key}=x"] for kind, key in (("openai", "model"), ("hf", "path"), ("reward", "path"))},
+    **{("data", kind): ["data.path=x"] for kind in ("jsonl", "parquet", "csv", "arrow")},
+}
+GROUPS = [name for name in PARTS if (conf_folder() / name).is_dir() and name not in ("model", "sft")]
+OPTIONS = sorted((group, path.stem) for group in GROUPS for path in (conf_folder() / group).glob("*.yaml"))
+
+
+def settings(*overrides: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return checked(compose("evaluate", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group: str, option: str) -> None:
+    settings(f"{group}={option}", *NEEDED.get((group, option), []))
+
+
+def documented() -> list[str]:
+    """The arguments of every command in the README and at the head of the settings."""
+    texts = [conf_folder() / "evaluate.yaml", Path(__file__).resolve().parent.parent / "README.md"]
+    return [
+        line for path in texts for line in re.findall(r"python -m dnpo\.evaluate +([a-z][^#\n`]*)", path.read_text())
+    ]
+
+
+@pytest.mark.parametrize("arguments", documented())
+def test_every_documented_command_composes(arguments: str) -> None:
+    settings(*(word for word in arguments.split() if not word.startswith("-")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sft=finetune"], "sft: a model is measured as it is"),
+        (["data=jsonl"], r"data\.path: needs a value"),
+        (["seed=-1"], r"seed=-1: .*greater than or equal to 0"),
+        (["length_controlled=3"], r"length_controlled=3: .*boolean"),
+        (["eval.split=train"], r"eval\.split='train'"),
+        (["+model.pathh=x"], r"model\.pathh: unknown setting\. Did you mean model\.path"),
+    ],
+)
+def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        settings(*overrides)
+
+
+def test_the_other_model(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "config.json").touch()
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adapter_config.json").touch()
+    ours = {"path": "x", "name": None, "revision": "abc", "dtype": "bfloat16"}
+    folder = other_model(str(tmp_path / "whole"), ours)
+    assert folder == {"path": str(tmp_path / "whole"), "name": None, "revision": None, "dtype": "bfloat16"}
+    assert other_model("some-one/some.model", ours)["name"] == "some-one/some.model"
+    for wrong in (str(tmp_path), "outputs/2026/x/models/sft", "no such"):
+        with pytest.raises(SettingsError, match=rf"against={wrong}: no model there; expected a folder"):
+            other_model(wrong, ours)
+    for setting in (lambda path: other_model(path, ours), lambda path: settings(f"model.path={path}")):
+        with pytest.raises(SettingsError, match=r"there are only adapters; python -m dnpo\.export"):
+            setting(str(tmp_path / "adapters"))
+
+
+# --- what is shown
+
+
+def lines(rows: dict[str, dict[str, float]]) -> list[str]:
+    with (console := Console(width=100, file=io.StringIO())).capture() as captured:
+        console.print(table(rows, "Title"))
+    return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def test_metrics_stand_in_groups() -> None:
+    """Shares in percent, counts whole, and a dash for what one model does not have."""
+    ours = {"eval/accuracy/facts": 0.125, "eval/accuracy": 0.25, "eval/score": 61.25, "leaderboard/arc": 0.3}
+    shown = lines({"model": ours | {"new/thing": 1.23456}, "against": {"eval/score": 50.0, "eval/unscored": 3}})
+    assert [re.split(r"  +", line.strip()) for line in shown[1:]] == [
+        ["model", "against"],
+        ["Held-out prompts"],
+        ["accuracy of greedy answers, mean over families", "25.0 %", "–"],
+        ["score of samples, 0-100", "61.2", "50.0"],
+        ["unscored", "–", "3"],
+        ["Accuracy of greedy answers by family"],
+        ["facts", "12.5 %", "–"],
+        ["Benchmarks"],
+        ["arc", "30.0 %", "–"],
+        ["new"],
+        ["thing", "1.235", "–"],
+    ]
+
+
+def test_duels_in_words() -> None:
+    duel = Duel("p", 0, "a", "b", 60.0, 50.0, 1.0, 8.0, 4, "")
+    rows = [replace(duel, id=str(i)) for i in range(3)] + [replace(duel, ours_score=None, preference=None)]
+    told = "\n".join(said(outcome(rows, True, 0), "judge=x"))
+    assert "Duels under judge=x: wins 100.0 % (100.0 to 100.0), ties 0.0 %" in told
+    assert "p = 0.25; 3 duels on 3 prompts" in told
+    assert "8.0 points apart" in told
+    assert "at the same length: all differences in length are 4" in told
+    assert "note: 1 of 4 duels lack a score and are left out" in told
+    even = [replace(duel, id=f"{n}{d}", difference=d, ours_score=50.0 + n) for n in (-1, 0, 1) for d in (-3, 0, 9)]
+    told = "\n".join(said(outcome([replace(d, preference=0.5 + (d.ours_score - 50) / 2) for d in even], True, 0), "x"))
+    assert "at the same length 50.0 % (" in told
+    assert "responses are +2.0 characters longer on average, and length has the effect +0.00 (log-odds)" in told
+
+
+# --- whole commands
+
+
+def evaluate(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "-m", "dnpo.evaluate", *arguments]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which DNPO has run for two iterations."""
+    cwd = tmp_path_factory.mktemp("trained")
+    succeed(cwd, "scale=smoke", "eval.samples=2", "tracking=off", "hydra.run.dir=run")
+    return cwd
+
+
+@pytest.mark.long
+def test_a_model_of_a_run_has_the_runs_numbers(trained: Path) -> None:
+    """Loss, accuracy, greedy and sampled scores are computed again, from the folder that the run left."""
+    place = ("model.path=run/models/iteration-1", *SMALL, "eval.samples=2", "store=elsewhere")
+    done = evaluate(trained, *place, "hydra.run.dir=first", "tracking.uri=sqlite:///t.db")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    ours = results(trained / "first")["metrics"]["model"]
+    (theirs,) = [r for r in json.loads((trained / "run" / "summary.json").read_text())["table"] if r["iteration"] == 1]
+    same = [name for name in ours if name.startswith("eval/")]
+    assert {"eval/loss", "eval/accuracy", "eval/score", "eval/score_greedy", "eval/win", "eval/pass_at_2"} <= set(same)
+    assert {name: ours[name] for name in same} == pytest.approx({name: theirs[name] for name in same}, abs=1e-9)
+    items = [
+        read(trained / f / "items" / n, Item) for f, n in (("first", "model.parquet"), ("run", "iteration-1.parquet"))
+    ]
+    assert [(i.id, i.kind, i.sample, i.score, i.right) for i in items[0]] == [
+        (i.id, i.kind, i.sample, i.score, i.right) for i in items[1]
+    ]
+    # what was measured is found, and what is shown is the same
+    again = evaluate(trained, *place, "hydra.run.dir=second", "tracking=off")
+    assert again.stdout.count("there already") == 3
+    assert results(trained / "second")["metrics"] == results(trained / "first")["metrics"]
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{trained / 't.db'}")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("dnpo").experiment_id])
+    assert (tracked.info.status, tracked.data.tags["dnpo.kind"]) == ("FINISHED", "evaluation")
+    assert tracked.data.tags["dnpo.judge"] == "rules"
+    assert tracked.data.metrics["eval/score"] == ours["eval/score"]
+    assert {file.path for file in client.list_artifacts(tracked.info.run_id)} == {
+        "evaluation.json",
+        "items",
+        "logprobs",
+    }
+
+
+@pytest.mark.long
+def test_who_wins(trained: Path) -> None:
+    """Against another model, against people, and against itself."""
+    ours = ("model.path=run/models/iteration-1", *SMALL, "eval.samples=2")
+    against = "against=run/models/sft"
+    done = evaluate(trained, *ours, against, "length_controlled=true", "hydra.run.dir=a", "tracking.uri=sqlite:///a.db")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"Duels under judge=rules: wins \S+ % \(\S+ to \S+\), ties .*losses ", done.stdout)
+    assert "at the same length" in done.stdout
+    found = results(trained / "a")
+    (first,) = [
+        r for r in json.loads((trained / "run" / "summary.json").read_text())["table"] if r["iteration"] == "SFT"
+    ]
+    assert found["metrics"]["against"]["eval/score"] == pytest.approx(first["eval/score"], abs=1e-9)
+    rows = read_duels(trained / "a" / "duels.parquet")
+    assert len(rows) == 48 * 2
+    scores = {}
+    for name in ("model", "against"):
+        items = read(trained / "a" / "items" / f"{name}.parquet", Item)
+        scores[name] = {(i.id, i.sample): i.score for i in items if i.kind == "sample"}
+    keys = list(scores["model"])
+    assert [(d.id, d.sample, d.ours_score) for d in rows] == [(*key, scores["model"][key]) for key in keys]
+    assert [d.theirs_score for d in rows] == [scores["against"][key] for key in keys]
+    told = wins([d.ours_score for d in rows], [d.theirs_score for d in rows], [d.id for d in rows])
+    assert found["duels"]["wins"]["rate"]["value"] == told.rate.value
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{trained / 'a.db'}")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("dnpo").experiment_id])
+    assert tracked.data.metrics["duels/rate"] == told.rate.value
+    assert tracked.data.metrics["against/eval/score"] == found["metrics"]["against"]["eval/score"]
+    assert tracked.data.tags["dnpo.against"] == "run/models/sft"
+
+    human = evaluate(trained, *ours, "against=human", "hydra.run.dir=h", "tracking=off")
+    assert human.returncode == 0, human.stderr
+    shares, metrics = results(trained / "h")["duels"]["wins"], results(trained / "h")["metrics"]["model"]
+    assert [shares[n]["value"] for n in ("win", "tie", "lose")] == [
+        metrics[f"eval/{n}"] for n in ("win", "tie", "lose")
+    ]
+
+    itself = evaluate(trained, *ours, "against=run/models/iteration-1", "hydra.run.dir=i", "tracking=off")
+    assert itself.returncode == 0, itself.stderr
+    assert results(trained / "i")["duels"]["wins"]["tie"]["value"] == 1.0
+
+
+@pytest.mark.long
+def test_without_a_judge_and_with_data_of_ones_own(trained: Path) -> None:
+    rows = [{"prompt": f"Sort {i} 3 2.", "response": f"It is 2 3 {i}."} for i in range(60)]
+    (trained / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ("model.path=run/models/sft", "data=jsonl", "data.path=rows.jsonl", "data.near_duplicates=0", "tracking=off")
+    own = (*own, "data.holdout=0.4", "eval=smoke", "generate=smoke", "data.max_response_tokens=24")
+    done = evaluate(trained, *own, "hydra.run.dir=own")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(results(trained / "own")["metrics"]["model"]) == {
+        *(f"eval/{name}" for name in ("loss", "tokens", "human_tokens", "cut")),
+        "logps/chosen",
+        "logps/new",
+    }
+    assert pq.read_table(trained / "own" / "items" / "model.parquet")["score"].null_count > 0
+    for wrong, message in (
+        ((*own, "against=human"), r"error: against=human: judge=off cannot say who wins; choose a judge\n"),
+        ((*own, "judge=rules"), r"error: the run does not begin\. labels: judge=rules needs a verifiable answer.*"),
+        ((*own, "data.holdout=0.02"), r"error: data\.holdout=0\.02: none of the 60 rows is left for .*"),
+        (
+            (*SMALL, "tracking=off"),
+            r"error: model: give either model\.path \(a folder\) or model\.name \(on the hub\)\n",
+        ),
+        ((*own, "model.path=rows.jsonl"), r"error: model\.path=rows\.jsonl: no model there; .*\n"),
+        ((*own, "judge=longer", "against=nowhere/at/all"), r"error: against=nowhere/at/all: no model there; .*\n"),
+    ):
+        refused = evaluate(trained, *wrong)
+        assert refused.returncode == 1
+        assert re.fullmatch(message, refused.stderr, re.DOTALL), refused.stderr
