@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from analysis import published
-from analysis.drawing import INTERVALS, bars, canvas, finish, foot
+from analysis.drawing import bars, canvas, finish, foot, whiskers
 from analysis.keeping import Picture
 from analysis.results import AVERAGE, average, benchmarks, is_leaderboard, row
 from analysis.selection import SPIN, Runs, spell
@@ -33,7 +33,7 @@ def draw(runs: Runs, methods: Sequence[str], title: str) -> Picture:
             _overlay(axis, [measure.label for measure in measures], cells.methods, k)
     items = [each["items"] for each in rows]
     kind = "the Open LLM Leaderboard's" if is_leaderboard(those) else "families of the tiny world, greedy answers"
-    line = foot(cells, items, INTERVALS[max(items) > 1], f"benchmarks: {kind}; {AVERAGE}: each counts the same")
+    line = foot(cells, items, whiskers(cells, items), f"benchmarks: {kind}; {AVERAGE}: each counts the same")
     return Picture(finish(figure, title, line, panels[0]), rows, cells.used)
 
 

@@ -70,11 +70,11 @@ def finish(figure: Figure, title: str, foot: str, key: Axes | None = None) -> Fi
 
 
 def foot(cells: Cells, items: Iterable[int], shows: str, *more: str) -> str:
-    """The line below a picture: what bars or bands are, seeds, items, data, commit, and what is missing."""
+    """The line below a picture: what whiskers or bands are, seeds, items, data, commit, and what is missing."""
     seeds, counts = cells.seeds, sorted(set(items))
     parts = [shows]
     if len(seeds) == 1:
-        parts.append(f"ONE SEED ({seeds[0]}): intervals are over items only and say nothing about training again")
+        parts.append(f"ONE SEED ({seeds[0]}): nothing here says how it would come out if trained again")
     else:
         parts.append(f"{len(seeds)} seeds ({', '.join(map(str, seeds))})")
     if counts and counts != [1]:
@@ -85,10 +85,10 @@ def foot(cells: Cells, items: Iterable[int], shows: str, *more: str) -> str:
     return "; ".join(parts) + "." + "".join(f"\n{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
-INTERVALS = {
-    True: "Bars: 95 % t intervals over items and seeds",
-    False: "Bars: 95 % t intervals over seeds",
-}
+def whiskers(cells: Cells, items: Iterable[int]) -> str:
+    """What the intervals are over."""
+    over = ["items"] * (max(items) > 1) + ["seeds"] * (len(cells.seeds) > 1)
+    return f"Whiskers: 95 % t intervals over {' and '.join(over)}" if over else "No intervals: one seed, and no items"
 
 
 def lines(axis: Axes, rows: Sequence[Mapping[str, Any]], iterations: Sequence[Iteration]) -> None:
@@ -144,15 +144,29 @@ def outcomes(axis: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[str
                 ink = "white" if name != "tie" else "black"
                 axis.text(left + share / 2, y + 0.13, f"{share:.1f}", ha="center", va="center", fontsize=7.5, color=ink)
             left += share
-        for name, border in (("win", row["win_mean"]), ("lose", 100 - row["lose_mean"])):
+        for name, border, above in (("win", row["win_mean"], 0.22), ("lose", 100 - row["lose_mean"], 0.1)):
             if row[f"{name}_low"] is not None:
                 half = (row[f"{name}_high"] - row[f"{name}_low"]) / 2
-                axis.errorbar(border, y - 0.17, xerr=half, color="black", capsize=2, linewidth=0.9)
+                axis.errorbar(border, y - above, xerr=half, color="black", capsize=1.6, linewidth=0.9)
     axis.set_yticks(range(len(rows)), list(labels))
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(0, 100)
     axis.set_xticks([0, 20, 40, 60, 80])
     axis.set_xlabel("share of answers, %")
+
+
+def beside(axis: Axes, head: str, texts: Sequence[str]) -> None:
+    """Words at the right of each bar of :func:`outcomes`, with a head."""
+    axis.text(102, -0.45, head, va="bottom", fontsize=7.5)
+    for y, text in enumerate(texts):
+        axis.text(102, y, text, va="center", fontsize=7.5)
+
+
+def plus_minus(row: Mapping[str, Any], prefix: str, signed: bool = False) -> str:
+    """A number of a row with half of its interval."""
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    half = "" if low is None or high is None else f" ± {(high - low) / 2:.1f}"
+    return f"{row[f'{prefix}mean']:{'+' if signed else ''}.1f}{half}".replace("-", "−")
 
 
 def bars(axis: Axes, rows: Sequence[Mapping[str, Any]], groups: Sequence[str], methods: Sequence[str]) -> None:

@@ -4,13 +4,14 @@ import sys
 from typing import Any
 
 from analysis.command import alone
-from analysis.drawing import canvas, finish, foot, outcomes
+from analysis.drawing import beside, canvas, finish, foot, outcomes, plus_minus
 from analysis.keeping import Picture
 from analysis.results import outcome, over_iterations
 from analysis.selection import Cells, Runs, spell
 
 TITLE = "Generated responses against human ones: win, tie, lose"
 SWEEP = "main"
+ACROSS = 3
 
 
 def numbers(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
@@ -31,18 +32,25 @@ def make(runs: Runs) -> Picture:
     cells = runs.chains()
     rows = numbers(cells)
     methods = cells.methods
-    figure, panels = canvas(1.0 + 3.4 * len(methods), 1.6 + 0.42 * len(cells.iterations), 1, len(methods), sharey=True)
-    for axis, method in zip(panels, methods, strict=True):
+    columns = min(len(methods), ACROSS)
+    lines = -(-len(methods) // columns)
+    height = 1.4 + (0.35 + 0.42 * len(cells.iterations)) * lines
+    figure, panels = canvas(1.0 + 3.4 * columns, height, lines, columns, sharey=True)
+    for axis in panels[len(methods) :]:
+        axis.remove()
+    for axis, method in zip(panels, methods, strict=False):
         mine = {row["iteration"]: row for row in rows if row["method"] == method}
         shown = [k for k in cells.iterations if k in mine]
         outcomes(axis, [mine[k] for k in shown], [spell(k) for k in shown])
+        beside(axis, "win or tie", [plus_minus(mine[k], "as_good_") for k in shown])
         axis.set_title(method)
-    panels[0].set_ylabel("policy after")
+    for first in panels[::columns]:
+        first.set_ylabel("policy after")
     line = foot(
         cells,
         [row["items"] for row in rows],
-        "Sampled answers to held-out prompts; a win scores higher than the human response under the judge; bars: 95 % "
-        "t intervals",
+        "Sampled answers to held-out prompts; a win scores higher than the human response under the judge; whiskers "
+        "and ±: 95 % t intervals",
     )
     return Picture(finish(figure, TITLE, line, panels[0]), rows, cells.used)
 

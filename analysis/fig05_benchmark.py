@@ -4,7 +4,7 @@ import sys
 
 from analysis import published
 from analysis.command import alone
-from analysis.drawing import INTERVALS, canvas, colour, finish, foot, lines
+from analysis.drawing import canvas, colour, finish, foot, lines, whiskers
 from analysis.keeping import Picture
 from analysis.results import average, benchmarks, is_leaderboard, over_iterations
 from analysis.selection import Runs
@@ -32,7 +32,7 @@ def make(runs: Runs) -> Picture:
         axis.set_ylabel("right greedy answers, mean of the\ntiny world's families, %")
     axis.legend()
     items = [row["items"] for row in rows]
-    line = foot(cells, items, INTERVALS[max(items) > 1], f"benchmarks: {', '.join(each.label for each in those)}")
+    line = foot(cells, items, whiskers(cells, items), f"benchmarks: {', '.join(each.label for each in those)}")
     return Picture(finish(figure, TITLE, line), rows, cells.used)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from analysis.command import alone
-from analysis.drawing import HUMAN, INTERVALS, canvas, finish, foot, lines
+from analysis.drawing import HUMAN, canvas, finish, foot, lines, whiskers
 from analysis.keeping import Picture
 from analysis.results import human_score, over_iterations, score
 from analysis.selection import Cells, Runs
@@ -38,7 +38,7 @@ def make(runs: Runs) -> Picture:
     figure, (axis,) = canvas(6.0, 4.2)
     draw(axis, rows, cells)
     items = [row["items"] for row in rows[:-1]]
-    line = foot(cells, items, f"Sampled answers to held-out prompts. {INTERVALS[max(items) > 1]}")
+    line = foot(cells, items, f"Sampled answers to held-out prompts. {whiskers(cells, items)}")
     return Picture(finish(figure, TITLE, line), rows, cells.used)
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from analysis import published
 from analysis.command import alone
-from analysis.drawing import canvas, finish, foot, outcomes
+from analysis.drawing import beside, canvas, finish, foot, outcomes, plus_minus
 from analysis.keeping import Picture
 from analysis.results import against, duel, estimate, numbers, stack, whole
 from analysis.selection import BEGINNING, DNPO, SPIN, Absent, Cells, Runs, spell
@@ -43,12 +43,8 @@ def table(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
 def draw(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """A bar an iteration; beside it by how much wins are more than losses, with a star where that is no chance."""
     outcomes(axis, rows, [spell(row["iteration"]) for row in rows])
-    for y, row in enumerate(rows):
-        half = (row["win_less_lose_high"] - row["win_less_lose_low"]) / 2
-        star = "*" * (row["p_holm"] <= 0.05)
-        text = f"{row['win_less_lose_mean']:+.1f} ± {half:.1f}{star}".replace("-", "−")
-        axis.text(101, y, text, va="center", fontsize=8)
-    axis.text(101, -0.45, "win − lose", va="bottom", fontsize=8)
+    texts = [plus_minus(row, "win_less_lose_", signed=True) + "*" * (row["p_holm"] <= 0.05) for row in rows]
+    beside(axis, "win − lose", texts)
     axis.set_ylabel("policy after")
 
 
@@ -66,7 +62,7 @@ def make(runs: Runs) -> Picture:
     line = foot(
         cells,
         [row["items"] for row in rows],
-        "Bars and ±: 95 % t intervals; *: p ≤ 0.05 after Holm's correction",
+        "Whiskers and ±: 95 % t intervals; *: p ≤ 0.05 after Holm's correction",
         *more,
     )
     return Picture(finish(figure, TITLE, line, axis), rows, cells.used)

@@ -27,7 +27,9 @@ def make(runs: Runs) -> Picture:
     if method is None:
         raise Absent("the selection has no run with trained noise (npo=trainable)")
     cells = cells.only([method], lambda k: k not in BEGINNING)
-    k = cells.iterations[0]
+    k = next((k for k in cells.iterations if all(_has_noise(run, k) for run in cells.of(method, k))), None)
+    if k is None:
+        raise Absent(f"no iteration of {method} has a loss of the noise")
     cells = cells.only([method], lambda each: each == k)
     losses = {name: _losses(cells, method, k, name) for name in LOSSES}
     correlation = [float(np.corrcoef(*pair)[0, 1]) for pair in zip(*losses.values(), strict=True)]
@@ -41,7 +43,8 @@ def make(runs: Runs) -> Picture:
             axis.axvline(epoch, color="#AAAAAA", linewidth=0.8, linestyle=":")
     panels[-1].set_xlabel(f"training step of iteration {k}")
     among = f" ({min(correlation):.3f} to {max(correlation):.3f} over seeds)" if len(correlation) > 1 else ""
-    panels[0].set_title(f"{method}, iteration {k}; correlation over steps r = {np.mean(correlation):.3f}{among}")
+    words = f"{method}, iteration {k}; correlation over steps r = {np.mean(correlation):.3f}{among}"
+    panels[0].set_title(words.replace("-", "−"))
     line = foot(
         cells,
         [],
@@ -55,17 +58,21 @@ def make(runs: Runs) -> Picture:
 
 def _losses(cells: Cells, method: str, iteration: Iteration, name: str) -> Array:
     """Seeds × steps."""
-    found = [_steps(run, iteration, name) for run in cells.of(method, iteration)]
+    found = [[step[name] for step in _steps(run, iteration)] for run in cells.of(method, iteration)]
     shortest = min(map(len, found))
     return np.array([values[:shortest] for values in found])
 
 
-def _steps(run: Run, iteration: Iteration, name: str) -> list[float]:
+def _steps(run: Run, iteration: Iteration) -> list[dict[str, float]]:
     path = f"steps/{lap_name(iteration)}.json"
-    steps = kept(run, path, lambda file: json.loads(file.read_text()))
+    steps: list[dict[str, float]] | None = kept(run, path, lambda file: json.loads(file.read_text()))
     if steps is None:
         raise Absent(f"run {run.id} has not kept {path}; runs of an earlier version have not")
-    return [float(step[name]) for step in steps]
+    return steps
+
+
+def _has_noise(run: Run, iteration: Iteration) -> bool:
+    return all("loss/noise" in step for step in _steps(run, iteration))
 
 
 def _rows(

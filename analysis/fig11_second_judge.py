@@ -4,7 +4,7 @@ import sys
 
 from analysis import fig06_judge_score, fig07_dnpo_vs_spin
 from analysis.command import alone
-from analysis.drawing import INTERVALS, canvas, finish, foot
+from analysis.drawing import canvas, finish, foot, whiskers
 from analysis.keeping import Picture
 from analysis.selection import DNPO, SPIN, Absent, Runs
 
@@ -29,7 +29,7 @@ def make(runs: Runs) -> Picture:
     line = foot(
         cells,
         items,
-        f"Second judge: {judge}. {INTERVALS[max(items) > 1]}; *: p ≤ 0.05 after Holm's correction",
+        f"Second judge: {judge}. {whiskers(cells, items)}; *: p ≤ 0.05 after Holm's correction",
     )
     rows = [{"part": "scores", **row} for row in scores] + [{"part": "duels", **row} for row in duels]
     return Picture(finish(figure, TITLE, line), rows, cells.used)

@@ -149,9 +149,12 @@ class Runs:
         Raises:
             DataError: settings differ that should not.
         """
-        return self._cells(
+        found = self._cells(
             self.finished, lambda run: [row["iteration"] for row in run.table], differing_starts=False, matters=matters
         )
+        late = sorted({k for run in found.used for k in _starts(run) if k > 1})
+        begins = [f"labels and noise begin at iteration {', '.join(map(str, late))}; before it is SPIN"] if late else []
+        return replace(found, notes=(*found.notes, *begins))
 
     def branches(self, matters: Sequence[str] = ()) -> Cells:
         """The last iteration of every run that left the SPIN chain there, and of SPIN itself.
@@ -319,8 +322,12 @@ def _is_off(run: Run, name: str) -> bool:
 def _is_branch(run: Run) -> bool:
     """Whether a run's labels and noise begin at its last iteration, and not before 1; SPIN is its own branch."""
     last = int(run.params["iterations"]) - 1
-    starts = [int(run.params.get(f"{part}.start", 0)) for part in ("dsl", "npo") if not _is_off(run, part)]
-    return last >= 1 and all(start == last for start in starts)
+    return last >= 1 and all(start == last for start in _starts(run))
+
+
+def _starts(run: Run) -> list[int]:
+    """Where labels and noise begin, of those that a run has."""
+    return [int(run.params.get(f"{part}.start", 0)) for part in ("dsl", "npo") if not _is_off(run, part)]
 
 
 def _runs(count: int) -> str:
