@@ -251,7 +251,10 @@ def test_without_a_judge_and_with_data_of_ones_own(trained: Path) -> None:
     for wrong, message in (
         ((*own, "against=human"), r"error: against=human: judge=off cannot say who wins; choose a judge\n"),
         ((*own, "judge=rules"), r"error: the run does not begin\. labels: judge=rules needs a verifiable answer.*"),
-        ((*own, "data.holdout=0.02"), r"error: data\.holdout=0\.02: none of the 60 rows is left for .*"),
+        (
+            (*own, "data.sample=4", "data.holdout=0.001"),
+            r"error: data\.holdout=0\.001: none of the 4 rows is left for .*",
+        ),
         (
             (*SMALL, "tracking=off"),
             r"error: model: give either model\.path \(a folder\) or model\.name \(on the hub\)\n",
