@@ -25,8 +25,8 @@ def make(runs: Runs) -> Tabled:
     for method in ("PPO", "α-SPIN"):
         found.rows[f"{method} (not run here)"] = {COLUMN: Cell(Estimate(RIVALS[method][-1]))}
     notes = found.notes(
-        f"Stars: against SPIN. {COLUMN}: arXiv 2502.05400, table 2, which does not say the iteration. PPO and α-SPIN "
-        "are not run here: the laboratory has neither."
+        f"Stars: against SPIN. {COLUMN}: arXiv 2502.05400, table 2, which does not say the iteration; DNPO's six "
+        "numbers there average 59.8. PPO and α-SPIN are not run here: the laboratory has neither."
     )
     return Tabled(table(found.rows, scale=100), TITLE, "method", notes, cells.used)
 

@@ -1,0 +1,682 @@
+"""Figures and tables from tracked runs: which runs count, what the numbers are, and what is said where runs lack.
+
+Runs are written into a real MLflow database in the form that ``running.py`` leaves, with results drawn from a seed; the
+last test makes real ones.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from analysis import command, published
+from analysis.drawing import COLOURS
+from analysis.results import against, average, benchmarks, duel, estimate, outcome, results, score
+from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN, Absent, Runs, method_of, select
+from mlflow import MlflowClient
+from mlflow.entities import Param
+
+from dnpo.comparisons import paired
+from dnpo.errors import DataError
+from dnpo.tracked import PARENT, SFT, Database, lap_name
+
+FAMILIES = ("arithmetic", "conversion", "reversal", "sorting", "counting", "facts")
+PARTS = {SPIN: ("off", "off"), DSL: ("score", "off"), NPO: ("off", "trainable"), DNPO: ("score", "trainable")}
+PARTS |= {FIXED: ("off", "fixed"), CONSTANT: ("off", "matched")}
+GAIN = {SPIN: 0.0, DSL: 6.0, NPO: 0.5, DNPO: 6.5, FIXED: -0.5, CONSTANT: 0.2}
+TASKS = {
+    "arc": {"arc_easy": 12, "arc_challenge": 8},
+    "truthfulqa": {"truthfulqa_mc1": 9, "truthfulqa_mc2": 9},
+    "winogrande": {"winogrande": 10},
+    "gsm8k": {"gsm8k": 7},
+    "hellaswag": {"hellaswag": 10},
+    "mmlu": {"mmlu_law": 4, "mmlu_art": 11},
+}
+ITEMS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("family", pa.string()),
+        ("kind", pa.string()),
+        ("sample", pa.int64()),
+        ("score", pa.float64()),
+        ("second", pa.float64()),
+        ("right", pa.bool_()),
+        ("tokens", pa.int64()),
+        ("logprob", pa.float64()),
+    ]
+)
+
+
+class Recorder:
+    """Writes runs into a tracking store as the loop does."""
+
+    def __init__(self, folder: Path, prompts: int = 24, samples: int = 2, sequences: int = 60, steps: int = 40) -> None:
+        self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
+        self.prompts, self.samples, self.sequences, self.steps = prompts, samples, sequences, steps
+        self.count = 0
+        self.parents: dict[tuple[str, str], str] = {}
+        self.client = MlflowClient(tracking_uri=self.uri)
+
+    def run(
+        self,
+        method: str,
+        seed: int,
+        *,
+        experiment: str = "dnpo",
+        sweep: str | None = "main",
+        iterations: int = 3,
+        start: int = 1,
+        status: str = "FINISHED",
+        params: Mapping[str, str] | None = None,
+        texts: bool = False,
+        leaderboard: bool = False,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """Record a run; its id."""
+        dsl, npo = PARTS[method]
+        self.count += 1
+        settings = {
+            "iterations": iterations,
+            "seed": seed,
+            "store": f"store{self.count}",
+            "data._target_": "dnpo.data.tinyworld.TinyWorld",
+            "data.seed": seed,
+            "objective.beta": 1.0,
+            "trainer.epochs": 2,
+            "trainer.steps": 0,
+            "dsl._target_": dsl,
+            "dsl.start": start,
+            "npo._target_": npo,
+            "npo.start": start,
+            "eval.texts": None,
+            "tracking.batch": self.count,
+        }
+        if npo != "off":
+            settings["npo.alpha"] = 0.1
+        found = {"dnpo.dsl": dsl, "dnpo.npo": npo, "dnpo.method": "spin", "dnpo.seed": str(seed), "dnpo.kind": "run"}
+        found |= {"dnpo.data": "tinyworld", "dnpo.judge": "rules", "dnpo.scale": "tiny", "dnpo.commit": "abcdef0123"}
+        found |= tags or {}
+        where = self._experiment(experiment)
+        if sweep:
+            found |= {"dnpo.sweep_name": sweep, PARENT: self._parent(where, sweep)}
+        run = str(self.client.create_run(where, run_name=f"{method} seed={seed}", tags=found).info.run_id)
+        known = [Param(name, str(value)) for name, value in {**settings, **(params or {})}.items()]
+        self.client.log_batch(run, params=known)
+        if status == "FINISHED":
+            self._leave(run, method, seed, iterations, start, texts, leaderboard)
+        if status != "RUNNING":
+            self.client.set_terminated(run, status)
+        return run
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        where = (self.folder / "artifacts").as_uri()
+        return str(found.experiment_id if found else self.client.create_experiment(name, where))
+
+    def _parent(self, experiment: str, sweep: str) -> str:
+        if (experiment, sweep) not in self.parents:
+            tags = {"dnpo.kind": "sweep", "dnpo.sweep_name": sweep, "dnpo.sweep": str(self.folder / sweep)}
+            run = self.client.create_run(experiment, run_name=f"sweep {sweep}", tags=tags)
+            self.parents[experiment, sweep] = str(run.info.run_id)
+        return self.parents[experiment, sweep]
+
+    def _leave(self, run: str, method: str, seed: int, iterations: int, start: int, texts: bool, board: bool) -> None:
+        folder = self.folder / "work" / str(self.count)
+        table = []
+        for k in (SFT, *range(iterations)):
+            in_force = k != SFT and int(k) >= start
+            name = lap_name(k)
+            row, items = self._lap(method if in_force else SPIN, k, seed)
+            if texts and k != SFT:
+                row |= {
+                    "texts/bleu": 0.1 + 0.01 * GAIN[method] * in_force + 0.003 * seed,
+                    "texts/rouge_l": 0.3 + 0.002 * seed,
+                }
+            if board:
+                scores, found = self._leaderboard(method if in_force else SPIN, seed)
+                row |= scores
+                (folder / "leaderboard").mkdir(parents=True, exist_ok=True)
+                pq.write_table(found, folder / "leaderboard" / f"{name}.parquet")
+            table.append(row)
+            for kind in ("items", "logprobs", "steps"):
+                (folder / kind).mkdir(parents=True, exist_ok=True)
+            pq.write_table(items, folder / "items" / f"{name}.parquet")
+            np.savez(folder / "logprobs" / f"{name}.npz", **self._logprobs(in_force, k, seed))
+            if k != SFT:
+                steps = self._steps(PARTS[method][1] if in_force else "off", k, seed)
+                (folder / "steps" / f"{name}.json").write_text(json.dumps(steps))
+        (folder / "summary.json").write_text(json.dumps({"table": table}))
+        self.client.log_artifacts(run, str(folder))
+
+    def _lap(self, method: str, k: int | str, seed: int) -> tuple[dict[str, Any], pa.Table]:
+        """One policy's items, and the means that the loop makes of them."""
+        stage = -1 if k == SFT else int(k)
+        fixed, draw = np.random.default_rng(1), np.random.default_rng([seed, stage + 1, list(GAIN).index(method)])
+        rows: list[dict[str, Any]] = []
+        hard = fixed.normal(0, 15, self.prompts)
+        human = np.clip(np.round(fixed.normal(85, 15, self.prompts)), 0, 100)
+        level = 55 + GAIN[method] + draw.normal(0, 1)
+        for n in range(self.prompts):
+            head = {"id": f"test-{n:05d}", "family": FAMILIES[n % 6], "tokens": 9, "logprob": None}
+            rows.append(
+                {**head, "kind": "human", "sample": 0, "score": human[n], "second": human[n] - 3, "right": True}
+            )
+            right = bool(draw.random() < 0.4 + GAIN[method] / 40 + hard[n] / 60)
+            rows.append({**head, "kind": "greedy", "sample": 0, "score": 60.0, "second": 50.0, "right": right})
+            for sample in range(self.samples):
+                value = float(np.clip(np.round(level + hard[n] + draw.normal(0, 20)), 0, 100))
+                rows.append(
+                    {**head, "kind": "sample", "sample": sample, "score": value, "second": value * 0.9, "right": right}
+                )
+        found: dict[str, Any] = {"iteration": k}
+        by = {row["id"]: row for row in rows if row["kind"] == "human"}
+        sampled = [row for row in rows if row["kind"] == "sample"]
+        for prefix, column in (("eval", "score"), ("second", "second")):
+            signs = [np.sign(row[column] - by[row["id"]][column]) for row in sampled]
+            found[f"{prefix}/score"] = float(np.mean([row[column] for row in sampled]))
+            found[f"{prefix}/score_human"] = float(np.mean([row[column] for row in by.values()]))
+            found |= {f"{prefix}/{name}": float(np.mean([s == v for s in signs])) for name, v in WORDS.items()}
+        greedy = [row for row in rows if row["kind"] == "greedy"]
+        for family in FAMILIES:
+            found[f"eval/accuracy/{family}"] = float(np.mean([r["right"] for r in greedy if r["family"] == family]))
+        found["eval/accuracy"] = float(np.mean([found[f"eval/accuracy/{family}"] for family in FAMILIES]))
+        found["stagnation/ks_critical"] = 1.36 * (2 / self.sequences) ** 0.5
+        return found, pa.Table.from_pylist(rows, schema=ITEMS)
+
+    def _leaderboard(self, method: str, seed: int) -> tuple[dict[str, float], pa.Table]:
+        """Six benchmarks of tasks that differ in size, scored as ``dnpo.leaderboard`` scores them."""
+        draw = np.random.default_rng([seed, list(GAIN).index(method)])
+        rows: list[dict[str, Any]] = []
+        found: dict[str, float] = {}
+        for benchmark, tasks in TASKS.items():
+            by_task = {
+                task: (draw.random(size) < 0.5 + GAIN[method] / 50).astype(float) for task, size in tasks.items()
+            }
+            for task, values in by_task.items():
+                rows += [
+                    {"benchmark": benchmark, "task": task, "id": str(n), "score": value}
+                    for n, value in enumerate(values)
+                ]
+            pooled = benchmark == "mmlu"
+            every = [np.concatenate(list(by_task.values()))] if pooled else list(by_task.values())
+            found[f"leaderboard/{benchmark}"] = float(np.mean([values.mean() for values in every]))
+        found["leaderboard/average"] = float(np.mean(list(found.values())))
+        return found, pa.Table.from_pylist(rows)
+
+    def _logprobs(self, moves: bool, k: int | str, seed: int) -> dict[str, Any]:
+        draw = np.random.default_rng([seed, 0 if k == SFT else int(k) + 1])
+        size = self.sequences
+        tokens = {name: draw.integers(4, 16, size) for name in ("chosen", "rejected", "new")}
+        shift = {"chosen": -0.4, "rejected": -1.2, "new": -0.8 if moves else -1.2}
+        found: dict[str, Any] = {f"{name}_tokens": counts for name, counts in tokens.items()}
+        for name, counts in tokens.items():
+            found[name] = -counts * draw.gamma(4, -shift[name] / 4, size)
+        if k == SFT:
+            del found["rejected"], found["rejected_tokens"]
+            return found
+        return found | {"compared": draw.random(size) < 0.9}
+
+    def _steps(self, npo: str, k: int | str, seed: int) -> list[dict[str, float]]:
+        draw = np.random.default_rng([seed, int(k), 7])
+        loss = 0.7 - 0.2 * np.arange(self.steps) / self.steps + draw.normal(0, 0.04, self.steps)
+        found = [{"step": float(step), "loss/policy": float(value)} for step, value in enumerate(loss)]
+        if npo != "off":
+            for row in found:
+                row["loss/noise"] = -row["loss/policy"] + float(draw.normal(0, 0.01))
+        return found
+
+
+WORDS = {"win": 1, "tie": 0, "lose": -1}
+
+
+@pytest.fixture(scope="session")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
+    """A store with the sweeps ``main`` (three seeds), ``ablation`` (two) and ``fixed_vs_trainable`` (two)."""
+    found = Recorder(tmp_path_factory.mktemp("tracked"))
+    for seed in range(3):
+        for method in (SPIN, DNPO):
+            found.run(method, seed, texts=True)
+    for seed in range(2):
+        for k in (1, 2):
+            for method in (SPIN, DSL, NPO, DNPO):
+                found.run(method, seed, sweep="ablation", iterations=k + 1, start=k)
+        for method in (SPIN, FIXED, NPO, CONSTANT):
+            found.run(method, seed, sweep="fixed_vs_trainable", iterations=2)
+    return found
+
+
+def chosen(recorder: Recorder, experiment: str = "dnpo", **asked: Any) -> Runs:
+    return select(Database(recorder.uri, experiment), **asked)
+
+
+def analysis(recorder: Recorder, *arguments: str, experiment: str = "dnpo") -> int:
+    return command.main([*arguments, "--uri", recorder.uri, "--experiment", experiment])
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+# --- which runs count -------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_told_by_labels_and_noise_whatever_the_tag_of_the_method_says(recorder: Recorder) -> None:
+    for sweep, methods in (
+        ("main", [SPIN, DNPO]),
+        ("ablation", [SPIN, DSL, NPO, DNPO]),
+        ("fixed_vs_trainable", [SPIN, NPO, FIXED, CONSTANT]),
+    ):
+        runs = chosen(recorder, sweeps=[sweep])
+        assert {run.option("method") for run in runs.finished} == {"spin"}
+        assert list(dict.fromkeys(sorted(map(method_of, runs.finished), key=methods.index))) == methods
+
+
+def test_a_chain_has_all_iterations_and_a_branch_its_last_alone(recorder: Recorder) -> None:
+    chains = chosen(recorder, sweeps=["main"]).chains()
+    assert (chains.methods, chains.iterations, chains.seeds) == ([SPIN, DNPO], [SFT, 0, 1, 2], [0, 1, 2])
+    branches = chosen(recorder, sweeps=["ablation"]).branches()
+    assert (branches.methods, branches.iterations, branches.seeds) == ([SPIN, DSL, NPO, DNPO], [1, 2], [0, 1])
+    assert all(run.last["iteration"] == k for (_, k, _), run in branches.runs.items())
+    assert (chains.notes, branches.notes) == ((), ())
+
+
+def test_chains_are_no_branches(recorder: Recorder) -> None:
+    with pytest.raises(Absent, match="sweep main has no run that branches off the SPIN chain"):
+        chosen(recorder, sweeps=["main"]).branches()
+
+
+def test_nothing_that_matches_is_told_with_what_there_is(
+    recorder: Recorder, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert analysis(recorder, "all", "--sweep", "mine", "--out", str(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "no run of sweep mine" in error
+    assert "main (6 runs)" in error
+    assert analysis(recorder, "fig05", "--tag", "npo.alpha=7", "--out", str(tmp_path)) == 1
+    assert "no run is left with npo.alpha=7; values of npo.alpha: 0.1" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_run_is_named(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert analysis(recorder, "fig05", "--runs", "feedbeef") == 1
+    assert "no run feedbeef is tracked" in capsys.readouterr().err
+
+
+def test_what_is_not_asked_for_properly_is_told(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert analysis(recorder, "fig6") == 1
+    assert "fig6: there is no such figure or table. Did you mean fig06" in capsys.readouterr().err
+    assert analysis(recorder, "fig06", "--tag", "alpha") == 1
+    assert "--tag alpha: expected NAME=VALUE" in capsys.readouterr().err
+    assert command.main(["fig06", "--uri", "sqlite:///there-is-none.db"]) == 1
+    assert "there is no such database" in capsys.readouterr().err
+
+
+def test_unfinished_runs_are_left_out_and_missing_cells_named(recorder: Recorder, tmp_path: Path) -> None:
+    for seed in range(2):
+        recorder.run(SPIN, seed, experiment="half")
+    recorder.run(DNPO, 0, experiment="half")
+    recorder.run(DNPO, 1, experiment="half", status="FAILED")
+    recorder.run(SPIN, 2, experiment="half", status="RUNNING")
+    recorder.run(DNPO, 2, experiment="half", status="KILLED")
+    cells = chosen(recorder, "half", sweeps=["main"]).chains()
+    assert cells.seeds == [0, 1]
+    assert cells.missing == [f"DNPO {k} seed 1" for k in ("SFT", "k=0", "k=1", "k=2")]
+    assert any("1 FAILED" in n and "1 RUNNING" in n and "1 KILLED" in n for n in cells.notes)
+    assert analysis(recorder, "fig06", "table01", "fig07", "--out", str(tmp_path), experiment="half") == 0
+    picture, table = (tmp_path / "fig06_judge_score.svg").read_text(), (tmp_path / "table01_main.md").read_text()
+    for words in ("Left out as not finished", "Missing: DNPO SFT seed 1"):
+        assert words in table
+    assert "Missing" in texts_of(picture, "fig06", recorder, "half")
+    # A paired comparison has the seeds that both sides have.
+    assert {row["seeds"] for row in read(tmp_path / "fig07_dnpo_vs_spin.csv")} == {"1"}
+
+
+def texts_of(svg: str, name: str, recorder: Recorder, experiment: str) -> str:
+    """The foot of a picture: an SVG has letters as outlines, so it is asked of the figure."""
+    assert svg.startswith("<?xml")
+    script = command._script(command.resolve([name])[0])
+    made = script.make(chosen(recorder, experiment, sweeps=[script.SWEEP]))
+    return str(made.figure.get_supxlabel())
+
+
+def test_no_finished_run_is_a_message(recorder: Recorder) -> None:
+    recorder.run(SPIN, 0, experiment="none", status="RUNNING")
+    with pytest.raises(DataError, match=r"sweep main: no run is finished yet \(1 RUNNING\)"):
+        chosen(recorder, "none", sweeps=["main"])
+
+
+def test_one_seed_is_said_in_pictures_and_tables(recorder: Recorder, tmp_path: Path) -> None:
+    tag = ["--tag", "dnpo.seed=0", "--out", str(tmp_path), "--no-log"]
+    assert analysis(recorder, "fig05", "fig06", "fig07", "table01", "table05", *tag) == 0
+    made = command._script("fig05_benchmark").make(chosen(recorder, sweeps=["main"], tags={"dnpo.seed": "0"}))
+    assert "ONE SEED (0)" in made.figure.get_supxlabel()
+    assert "over items;" in made.figure.get_supxlabel()
+    assert "One seed (0): intervals are over items only" in (tmp_path / "table01_main.md").read_text()
+    assert all(float(row["low"]) < float(row["mean"]) for row in read(tmp_path / "fig05_benchmark.csv"))
+    # BLEU is a number a run, so that one seed has no interval and no test.
+    bleu = [row for row in read(tmp_path / "table05_text_metrics.csv") if row["row"].startswith("BLEU")]
+    assert bleu
+    assert not any(row["low"] or row["p"] for row in bleu)
+
+
+def test_of_the_same_settings_and_seed_the_newest_counts(recorder: Recorder) -> None:
+    old = recorder.run(SPIN, 0, experiment="twice")
+    new = recorder.run(SPIN, 0, experiment="twice")
+    cells = chosen(recorder, "twice", sweeps=["main"]).chains()
+    assert [run.id for run in cells.used] == [new] != [old]
+    assert cells.notes == ("1 run with the same settings and seed as a newer one left out",)
+
+
+@pytest.mark.parametrize(
+    ("params", "shown"),
+    [
+        ({"objective.beta": "5.0"}, "objective.beta is 1.0 (2 runs), 5.0 (1 run)"),
+        ({"npo.alpha": "0.01"}, "npo.alpha is 0.1 (1 run), 0.01 (1 run)"),
+        ({"eval.samples": "8"}, "eval.samples is absent (2 runs), 8 (1 run)"),
+        ({"data.seed": "99"}, "data.seed is the run's seed (2 runs), 99 (1 run)"),
+    ],
+)
+def test_mixed_settings_are_refused_by_name(recorder: Recorder, params: dict[str, str], shown: str) -> None:
+    experiment = f"mixed {next(iter(params))}"
+    for method in (SPIN, DNPO):
+        recorder.run(method, 0, experiment=experiment)
+    recorder.run(DNPO, 1, experiment=experiment, params=params)
+    with pytest.raises(DataError) as error:
+        chosen(recorder, experiment, sweeps=["main"]).chains()
+    name, value = next(iter(params.items()))
+    assert shown in str(error.value)
+    assert f"--tag {name}=" in str(error.value)
+    narrowed = chosen(recorder, experiment, sweeps=["main"], tags={name: value}).chains()
+    assert narrowed.seeds == [1]
+
+
+def test_the_same_seed_under_two_settings_is_no_repetition(recorder: Recorder) -> None:
+    recorder.run(NPO, 0, experiment="alphas")
+    recorder.run(NPO, 0, experiment="alphas", params={"npo.alpha": "1.0"})
+    with pytest.raises(DataError, match=r"npo\.alpha is 0\.1 \(1 run\), 1\.0 \(1 run\)"):
+        chosen(recorder, "alphas", sweeps=["main"]).chains()
+
+
+def test_branches_from_different_iterations_are_no_chain(recorder: Recorder) -> None:
+    runs = chosen(recorder, sweeps=["ablation"])
+    with pytest.raises(DataError, match=r"dsl\.start is 1 \(\d runs\), 2 .*--tag dsl\.start="):
+        runs.chains()
+    assert chosen(recorder, sweeps=["ablation"], tags={"dsl.start": "1"}).chains().iterations == [SFT, 0, 1]
+
+
+def test_settings_without_effect_do_not_matter(recorder: Recorder) -> None:
+    recorder.run(SPIN, 0, experiment="alike")
+    other = {"threads": "8", "device": "cuda", "tracking.uri": "x", "trainer.micro_batch_size": "4", "dsl.start": "7"}
+    recorder.run(DNPO, 0, experiment="alike", params=other | {"dsl.start": "1", "second_judge._target_": "judge"})
+    runs = chosen(recorder, "alike", sweeps=["main"])
+    assert runs.chains().methods == [SPIN, DNPO]
+    with pytest.raises(DataError, match="second_judge"):  # it matters where the second judge is shown
+        runs.chains(matters=["second_judge."])
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_means_over_items_are_the_numbers_in_the_tables_of_the_runs(recorder: Recorder) -> None:
+    cells = chosen(recorder, sweeps=["main"]).chains()
+    those = benchmarks(cells)
+    assert [each.label for each in those] == list(FAMILIES)
+    measures = [*those, average(those), score(), score("second"), outcome("win"), outcome("tie", "second")]
+    for measure in measures:
+        for method in cells.methods:
+            for k in cells.iterations:
+                x_SI = results(cells, measure, method, k, cells.seeds)
+                assert x_SI.shape[0] == 3
+                assert x_SI.shape[1] in (recorder.prompts, recorder.prompts // 6)
+                rows = [run.row(k)[measure.name] for run in cells.of(method, k)]
+                np.testing.assert_allclose(x_SI.mean(1), rows, atol=1e-12)
+
+
+def test_a_benchmark_weighs_its_tasks_as_the_leaderboard_does(recorder: Recorder) -> None:
+    for seed in range(2):
+        for method in (SPIN, DNPO):
+            recorder.run(method, seed, experiment="board", leaderboard=True)
+    cells = chosen(recorder, "board", sweeps=["main"]).chains()
+    those = benchmarks(cells)
+    assert [each.label for each in those] == ["ARC", "TruthfulQA", "Winogrande", "GSM8K", "HellaSwag", "MMLU"]
+    for measure in [*those, average(those)]:
+        x_SI = results(cells, measure, DNPO, 1, cells.seeds)
+        rows = [run.row(1)[measure.name] for run in cells.of(DNPO, 1)]
+        np.testing.assert_allclose(x_SI.mean(1), rows, atol=1e-12)
+
+
+def test_a_comparison_is_the_paired_one_of_dnpo(recorder: Recorder) -> None:
+    cells = chosen(recorder, sweeps=["main"]).chains()
+    a_SI, b_SI = (results(cells, score(), method, 2, cells.seeds) for method in (DNPO, SPIN))
+    found, expected = against(a_SI, b_SI), paired(a_SI, b_SI, interval="t")
+    assert found is not None
+    assert (found.difference, found.p, found.detectable) == (expected.difference, expected.p, expected.detectable)
+    assert found.difference.value == pytest.approx((a_SI - b_SI).mean())
+
+
+def test_without_items_seeds_alone_are_compared() -> None:
+    a_S1, b_S1 = np.array([[0.3], [0.5], [0.4]]), np.array([[0.2], [0.3], [0.3]])
+    # differences 0.1, 0.2, 0.1: mean 0.1333, standard error 0.0333, t of 2 degrees of freedom 4.3027
+    found = against(a_S1, b_S1)
+    assert found is not None
+    assert found.difference.value == pytest.approx(0.13333, abs=1e-5)
+    assert found.difference.low == pytest.approx(0.13333 - 4.30265 * 0.033333, abs=1e-5)
+    assert found.p == pytest.approx(0.057191, abs=1e-6)  # t = 4
+    assert estimate(a_S1[:1]).low is None
+    assert against(a_S1[:1], b_S1[:1]) is None
+
+
+def test_items_without_a_score_are_left_out() -> None:
+    x_SI = np.array([[1.0, np.nan, 3.0], [2.0, 5.0, 4.0]])
+    assert estimate(x_SI).value == 2.5
+    with pytest.raises(Absent, match="no item has a value under every seed"):
+        estimate(np.array([[np.nan], [1.0]]))
+
+
+def test_a_duel_meets_sample_by_sample(recorder: Recorder) -> None:
+    cells = chosen(recorder, sweeps=["main"]).chains()
+    ours, theirs = cells.runs[DNPO, 1, 0], cells.runs[SPIN, 1, 0]
+    found = duel(ours, theirs, 1)
+    tables = [pq.read_table(run.artifact("items/iteration-1.parquet")).to_pylist() for run in (ours, theirs)]
+    wins = 0
+    for mine in tables[0]:
+        for other in tables[1]:
+            same = all(mine[name] == other[name] for name in ("id", "kind", "sample"))
+            wins += same and mine["kind"] == "sample" and mine["score"] > other["score"]
+    assert sum(found["win"].values()) * recorder.samples == pytest.approx(wins)
+    for prompt in found["win"]:
+        assert sum(found[name][prompt] for name in ("win", "tie", "lose")) == pytest.approx(1)
+
+
+# --- figures and tables -----------------------------------------------------------------------------------------------
+
+
+def test_all_draws_what_it_can_and_logs_it_to_the_sweeps(
+    recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert analysis(recorder, "all", "--out", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert f"{len(command.scripts())} drawn in" in out, out
+    for name in command.scripts():
+        endings = ("png", "svg", "csv") if name.startswith("fig") else ("csv", "md", "tex")
+        assert all((tmp_path / f"{name}.{ending}").stat().st_size > 100 for ending in endings)
+    experiment = recorder.client.get_experiment_by_name("dnpo").experiment_id
+    kept = {
+        sweep: {each.path for each in recorder.client.list_artifacts(recorder.parents[experiment, sweep], "analysis")}
+        for sweep in ("main", "ablation", "fixed_vs_trainable")
+    }
+    assert {"analysis/fig05_benchmark.png", "analysis/table01_main.tex"} <= kept["main"]
+    assert kept["ablation"] == {f"analysis/fig08_ablation.{e}" for e in ("png", "svg", "csv")} | {
+        f"analysis/table06_ablation.{e}" for e in ("csv", "md", "tex")
+    }
+    assert "analysis/fig13_fixed_vs_trainable.svg" in kept["fixed_vs_trainable"]
+
+
+def test_pictures_have_print_quality_and_the_numbers_drawn(recorder: Recorder, tmp_path: Path) -> None:
+    assert analysis(recorder, "fig06", "--out", str(tmp_path), "--no-log") == 0
+    from PIL import Image
+
+    with Image.open(tmp_path / "fig06_judge_score.png") as image:
+        assert min(image.info["dpi"]) >= 299.9
+        assert image.size[0] >= 1800
+    rows = read(tmp_path / "fig06_judge_score.csv")
+    cells = chosen(recorder, sweeps=["main"]).chains()
+    for row in rows[:-1]:
+        k = row["iteration"] if row["iteration"] == SFT else int(row["iteration"])
+        expected = np.mean([run.row(k)["eval/score"] for run in cells.of(row["method"], k)])
+        assert float(row["mean"]) == pytest.approx(expected)
+        assert float(row["low"]) < expected < float(row["high"])
+    assert float(rows[-1]["mean"]) == pytest.approx(cells.of(SPIN, 0)[0].row(0)["eval/score_human"])
+
+
+def test_the_same_runs_give_the_same_files(recorder: Recorder, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert analysis(recorder, "fig05", "table01", "--out", str(tmp_path / name), "--no-log") == 0
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_runs_of_no_sweep_get_what_is_made_of_them(recorder: Recorder, tmp_path: Path) -> None:
+    ids = [recorder.run(method, 0, experiment="loose", sweep=None) for method in (SPIN, DNPO)]
+    assert analysis(recorder, "fig05", "--runs", *ids, "--out", str(tmp_path), experiment="loose") == 0
+    for run in ids:
+        assert "analysis/fig05_benchmark.csv" in {each.path for each in recorder.client.list_artifacts(run, "analysis")}
+    assert analysis(recorder, "fig06", "--sweep", "any", "--out", str(tmp_path), "--no-log", experiment="loose") == 0
+    assert len(recorder.client.list_artifacts(ids[0], "analysis")) == 3
+
+
+def test_one_that_fails_does_not_stop_the_others(
+    recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = recorder.run(DNPO, 0, experiment="broken", texts=True)
+    broken = tmp_path / "iteration-1.json"
+    broken.write_text("no JSON")
+    recorder.client.log_artifact(run, str(broken), "steps")
+    assert analysis(recorder, "fig06", "fig07", "fig09", "--out", str(tmp_path), experiment="broken") == 1
+    out = capsys.readouterr().out
+    assert "JSONDecodeError" in out
+    assert "fig07_dnpo_vs_spin: the selection has no run of SPIN" in out
+    assert "1 drawn, 1 skipped, 1 failed" in out
+    # What is merely absent is no failure, as long as anything can be drawn.
+    assert analysis(recorder, "fig06", "fig07", "--out", str(tmp_path), experiment="broken") == 0
+    assert analysis(recorder, "fig07", "--out", str(tmp_path), experiment="broken") == 1
+
+
+def test_measures_that_were_not_tracked_are_named(
+    recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert analysis(recorder, "table05", "--sweep", "ablation", "--tag", "dsl.start=1", "--out", str(tmp_path)) == 1
+    assert "no measure of texts is tracked (eval=texts)" in capsys.readouterr().out
+
+
+def test_tables_compare_with_spin_and_keep_the_papers_numbers_apart(recorder: Recorder, tmp_path: Path) -> None:
+    assert analysis(recorder, "table01", "table02", "table07", "--out", str(tmp_path), "--no-log") == 0
+    rows = read(tmp_path / "table01_main.csv")
+    assert {row["row"] for row in rows if row["p"]} == {"DNPO, k=1", "DNPO, k=2"}
+    cells = chosen(recorder, sweeps=["main"]).chains()
+    a_SI, b_SI = (results(cells, average(benchmarks(cells)), method, 2, cells.seeds) for method in (DNPO, SPIN))
+    (cell,) = [row for row in rows if (row["row"], row["column"]) == ("DNPO, k=2", "Average")]
+    assert float(cell["value"]) == pytest.approx(a_SI.mean())
+    assert float(cell["p"]) == pytest.approx(paired(a_SI, b_SI, interval="t").p)
+    assert float(cell["p_holm"]) >= float(cell["p"])
+    assert (cell["star"] == "1") == (float(cell["p_holm"]) <= 0.05)
+    paper = [row for row in rows if row["column"] == published.COLUMN]
+    assert {row["row"]: float(row["value"]) for row in paper}["DNPO, k=1"] == 0.604
+    text = (tmp_path / "table02_rivals.md").read_text()
+    assert "PPO (not run here)" in text
+    assert "Minimum detectable difference" in text
+    text = (tmp_path / "table07_fixed_vs_trainable.tex").read_text()
+    assert "+NPO $-$ constant, k=1" in text
+    assert text.count(r"\\") == text.count("\n") - text.count("\n%") - text.count(r"\hline") - 3
+
+
+def test_published_averages_are_those_of_the_cells() -> None:
+    printed = {**published.MAIN, **published.BRANCHES, **published.RIVALS}
+    printed.pop(DNPO)  # table 2 of the paper: its six numbers average 0.598, and 0.604 is printed
+    for cells in printed.values():
+        assert len(cells) == 7
+        assert cells[-1] == pytest.approx(np.mean(cells[:6]), abs=0.0011)
+    for cells in published.TEXTS.values():
+        assert cells[-1] == pytest.approx(np.mean(cells[2:5]), abs=0.0006)
+
+
+def test_the_papers_curve_stands_beside_runs_of_its_setting_alone(recorder: Recorder) -> None:
+    setting = {"tags": {"dnpo.scale": "7b"}, "params": {"eval.leaderboard": "x"}}
+    for method in (SPIN, DNPO):
+        recorder.run(method, 0, experiment="paper", leaderboard=True, **setting)  # type: ignore[arg-type]
+    script = command._script("fig05_benchmark")
+    labels = {}
+    for experiment in ("paper", "dnpo"):
+        (axis,) = script.make(chosen(recorder, experiment, sweeps=["main"])).figure.axes
+        labels[experiment] = axis.get_legend_handles_labels()[1]
+    assert {"SPIN, paper", "DNPO, paper"} <= set(labels["paper"])
+    assert set(labels["dnpo"]) == {SPIN, DNPO}
+
+
+def test_every_method_has_a_colour_of_its_own() -> None:
+    assert len(set(COLOURS.values())) == len(COLOURS)
+    assert {SPIN, DSL, NPO, DNPO, FIXED, CONSTANT} <= COLOURS.keys()
+
+
+def test_every_figure_and_table_asked_for_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {name.split("_")[0] for name in command.scripts()}
+    assert numbers == {f"fig{n:02}" for n in (1, 2, 5, 6, 7, 8, 9, 10, 11, 13)} | {
+        f"table{n:02}" for n in (1, 2, 5, 6, 7)
+    }
+    assert command.resolve(["fig12"]) == ["fig11_second_judge"]
+    assert command.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in command.scripts())
+
+
+@pytest.mark.long
+def test_real_runs_are_drawn_with_the_numbers_of_their_summaries(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+
+    def python(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    python("dnpo.train", "-m", "+sweep=main", "scale=smoke", "seed=0,1", "judge@second_judge=correct")
+    assert "drawn" in python("analysis", "all", "--out", "figures")
+    summaries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("multirun/*/*/*/summary.json"))]
+    assert len(summaries) == 4
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.csv")}
+    wanted = {"fig01", "fig02", "fig05", "fig06", "fig07", "fig09", "fig10", "fig11", "table01", "table02"}
+    assert wanted <= {name.split("_")[0] for name in drawn}
+    for name, metric, scale in (("fig05_benchmark", "eval/accuracy", 100), ("fig06_judge_score", "eval/score", 1)):
+        for row in read(tmp_path / "figures" / f"{name}.csv"):
+            if row["method"] not in (SPIN, DNPO):
+                continue
+            labels = {SPIN: "dnpo.dsl.HumanChosen", DNPO: "dnpo.dsl.HigherScoreChosen"}[row["method"]]
+            values = [
+                lap[metric]
+                for summary in summaries
+                if summary["settings"]["dsl"]["_target_"] == labels
+                for lap in summary["table"]
+                if str(lap["iteration"]) == row["iteration"]
+            ]
+            assert len(values) == 2
+            assert float(row["mean"]) == pytest.approx(scale * np.mean(values), abs=1e-9)
+    for row in read(tmp_path / "figures" / "table01_main.csv"):
+        if row["row"] != "DNPO, k=1" or row["column"] not in FAMILIES:
+            continue
+        values = [
+            summary["table"][-1][f"eval/accuracy/{row['column']}"]
+            for summary in summaries
+            if summary["settings"]["dsl"]["_target_"].endswith("HigherScoreChosen")
+        ]
+        assert float(row["value"]) == pytest.approx(np.mean(values), abs=1e-9)
