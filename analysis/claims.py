@@ -1,0 +1,230 @@
+"""What becomes of the papers' claims here: ``claims.yaml`` against the tracked sweeps.
+
+    python -m analysis.claims                                     # from what is tracked in ./mlflow.db
+    python -m analysis.claims --run --jobs 2 --seeds 0,1,2,3,4    # first runs the sweeps that are missing
+    python -m analysis.claims --uri sqlite:///elsewhere.db --tag data.train=4800
+
+Writes ``claims.md``, ``claims.csv``, ``claims.json`` and ``claims.tex`` and logs them to MLflow: as a run of their
+own, and as ``analysis/claims.json`` with the sweeps that were read. The exit status is 1 if no claim could be
+measured, or if a sweep that was run here failed.
+
+The file of claims is explained in ``claims_book.py``, the rule in ``claims_rules.py``; ``claims_measures.py`` has
+what is measured, ``claims_assess.py`` how it comes from runs.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from analysis import claims_tables as tables
+from analysis.claims_assess import Result, Tracked, assess
+from analysis.claims_book import FILE, Book, Sweep, read
+from analysis.claims_rules import OUTCOMES
+from analysis.keeping import log as keep
+from dnpo.errors import DnpoError, SettingsError, TrackingError
+from dnpo.tracked import KIND, Database
+
+SEEDS = "0,1,2,3,4"
+LAUNCHER = "hydra_plugins.hydra_joblib_launcher"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; gives its exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        return _go(options)
+    except DnpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. Finished stages are kept: run the same command again.")
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """What can be asked for."""
+    found = argparse.ArgumentParser(prog="python -m analysis.claims", description="The papers' claims, measured here.")
+    found.add_argument("--uri", default="sqlite:///mlflow.db", help="MLflow tracking store (%(default)s)")
+    found.add_argument("--experiment", default="dnpo", help="its experiment (%(default)s)")
+    found.add_argument("--claims", type=Path, default=FILE, metavar="FILE", help="the file of claims")
+    found.add_argument("--out", type=Path, default=Path("claims"), metavar="FOLDER", help="results (%(default)s)")
+    found.add_argument("--seeds", help=f"to use, such as 0,1,2; with --run {SEEDS}, else all that are tracked")
+    found.add_argument(
+        "--tag", action="append", default=[], metavar="NAME=VALUE", help="a tag or setting that runs must have"
+    )
+    found.add_argument("--run", action="store_true", help="first run the sweeps that are missing")
+    found.add_argument("--jobs", type=int, default=2, help="jobs of a sweep side by side (%(default)s)")
+    found.add_argument(
+        "--override", action="append", default=[], metavar="NAME=VALUE", help="a setting for every sweep that is run"
+    )
+    found.add_argument("--no-log", action="store_true", help="log nothing to MLflow")
+    return found
+
+
+def _go(options: argparse.Namespace) -> int:
+    book = read(options.claims)
+    seeds = _seeds(options.seeds or (SEEDS if options.run else ""))
+    where = _pairs(options.tag)
+    options.out.mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
+    clock = time.monotonic()
+    if options.run:
+        failed = run_missing(book, options, where, seeds or [])
+    try:
+        database = Database(options.uri, options.experiment)
+    except TrackingError as error:
+        raise TrackingError(f"{error}. To run the sweeps first: python -m analysis.claims --run") from error
+    tracked = Tracked.of(book, database, where, seeds)
+    began = time.monotonic()
+    results = assess(book, tracked)
+    print(
+        f"{len(results)} claims measured in {time.monotonic() - began:.0f} s; {time.monotonic() - clock:.0f} s in all"
+    )
+    about = _about(book, tracked)
+    files = write(results, about, options.out)
+    for place, result in enumerate(results, 1):
+        effect = "" if result.finding is None else tables.shown(result)
+        print(f"{place:3} {result.outcome:13} {result.claim.id:34} {effect}")
+    for remark in tables.remarks(results):
+        if "not measured" in remark:
+            print(remark)
+    print(f"\n{tables.caption(results, about)[0]}\nresults     {options.out}")
+    if not options.no_log:
+        log(database, results, files)
+    measured = any(result.finding for result in results)
+    if not measured:
+        print("error: no claim could be measured", file=sys.stderr)
+    return int(bool(failed) or not measured)
+
+
+def _seeds(text: str) -> list[int] | None:
+    if not text:
+        return None
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise SettingsError(f"--seeds {text}: expected whole numbers with commas, such as {SEEDS}")
+    return sorted({int(part) for part in text.split(",")})
+
+
+def _pairs(given: Sequence[str]) -> dict[str, str]:
+    for pair in given:
+        if "=" not in pair:
+            raise SettingsError(f"--tag {pair}: expected NAME=VALUE, such as data.train=4800")
+    return dict(pair.split("=", 1) for pair in given)
+
+
+def _about(book: Book, tracked: Tracked) -> str:
+    """What was read, in a sentence."""
+    found = []
+    for sweep in book.sweeps:
+        runs, seeds = len(tracked.runs[sweep]), tracked.seeds(sweep)
+        of = f" of seeds {', '.join(map(str, seeds))}" if seeds else ""
+        short = f", {tracked.unfinished[sweep]} unfinished" if tracked.unfinished[sweep] else ""
+        found.append(f"{sweep} ({runs} runs{of}{short})")
+    scales = ", ".join(dict.fromkeys(claim.scale for claim in book.claims))
+    return f"Scale: {scales}. Sweeps read: {'; '.join(found)}."
+
+
+# --- running what is missing ------------------------------------------------------------------------------------------
+
+
+def run_missing(book: Book, options: argparse.Namespace, where: Mapping[str, str], seeds: Sequence[int]) -> list[str]:
+    """Run every sweep under the seeds under which claims lack something; gives the names of those that failed."""
+    if options.jobs < 1:
+        raise SettingsError(f"--jobs {options.jobs}: expected 1 or more")
+    failed = []
+    for name, sweep in book.sweeps.items():
+        lacking = missing_seeds(book, name, options, where, seeds)
+        if not lacking:
+            print(f"sweep {name}: there under seeds {', '.join(map(str, seeds))}")
+            continue
+        command = sweep_command(name, sweep, lacking, options)
+        print(f"sweep {name}: {' '.join(command[1:])}", flush=True)
+        began = time.monotonic()
+        with (options.out / f"{name}.log").open("w") as stream:
+            status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+        took = f"{time.monotonic() - began:.0f} s"
+        if status:
+            failed.append(name)
+            print(f"sweep {name}: failed after {took}, see {options.out / f'{name}.log'}", file=sys.stderr, flush=True)
+        else:
+            print(f"sweep {name}: {took}", flush=True)
+    return failed
+
+
+def missing_seeds(
+    book: Book, sweep: str, options: argparse.Namespace, where: Mapping[str, str], seeds: Sequence[int]
+) -> list[int]:
+    """The seeds under which a claim on this sweep lacks a finished run."""
+    try:
+        database = Database(options.uri, options.experiment)
+    except TrackingError:
+        database = None  # nothing has been tracked there yet
+    tracked = Tracked.of(book, database, where, seeds)
+    claims = [claim for claim in book.claims if claim.sweep == sweep]
+    return [seed for seed in seeds if any(tracked.missing(claim, seed) for claim in claims)]
+
+
+def sweep_command(name: str, sweep: Sweep, seeds: Sequence[int], options: argparse.Namespace) -> list[str]:
+    """What runs a sweep under some seeds; ``--override`` beats the file of claims."""
+    command = [sys.executable, "-m", "dnpo.train", "-m", f"+sweep={name}", f"seed={','.join(map(str, seeds))}"]
+    command += [f"tracking.uri={options.uri}", f"tracking.experiment={options.experiment}"]
+    if options.jobs > 1 and find_spec("hydra_plugins") and find_spec(LAUNCHER):
+        command += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={options.jobs}"]
+    elif options.jobs > 1:
+        print("jobs run one after the other: side by side needs the extra `launchers`")
+    given = {override.split("=")[0] for override in options.override}
+    wanted = [*sweep.overrides]
+    for packages, overrides in sweep.where_installed.items():
+        absent = [package for package in packages.split() if not find_spec(package)]
+        if absent:
+            print(f"sweep {name}: without {' '.join(overrides)}, which needs {', '.join(absent)}")
+        else:
+            wanted += overrides
+    asked: list[str] = options.override
+    return command + [override for override in wanted if override.split("=")[0] not in given] + asked
+
+
+# --- what is left of it -----------------------------------------------------------------------------------------------
+
+
+def write(results: Sequence[Result], about: str, folder: Path) -> list[Path]:
+    """Write all formats; gives the files."""
+    contents = {
+        "claims.md": tables.markdown(results, about),
+        "claims.csv": tables.comma_separated(results),
+        "claims.json": tables.as_json(results, {"about": about}),
+        "claims.tex": tables.latex(results, about),
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return [folder / name for name in contents]
+
+
+def log(database: Database, results: Sequence[Result], files: Sequence[Path]) -> str:
+    """Log the files as a run of their own, and the numbers with the sweeps that were read; gives the run's id.
+
+    Raises:
+        TrackingError: the store does not take them.
+    """
+    outcomes = [result.outcome for result in results]
+    note = next(file for file in files if file.suffix == ".md").read_text(encoding="utf-8")
+    tags = {KIND: "claims", "mlflow.note.content": note}
+    run = str(database.client.create_run(database.experiment_id, run_name="claims", tags=tags).info.run_id)
+    for outcome in OUTCOMES:
+        database.client.log_metric(run, f"claims/{outcome.replace(' ', '_')}", outcomes.count(outcome))
+    for result in results:
+        if result.finding is not None:
+            database.client.log_metric(run, f"effect/{result.claim.id}", result.finding.effect.value)
+    for file in files:
+        database.client.log_artifact(run, str(file))
+    keep(database, [run for result in results for run in result.runs], [f for f in files if f.suffix == ".json"])
+    database.client.set_terminated(run)
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""From tracked runs to the outcome of every claim.
+
+A *cell* is one policy of one run. Which runs of a sweep are an arm is told by tags (``arms`` in the file of claims),
+and a run's iteration k belongs to its arm only if the parts that make the arm are in force there: the branches of a
+sweep such as ``ablation`` so give their last iteration alone, and the chains of ``main`` each of theirs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from analysis.claims_book import Book, Claim, Premise, Term
+from analysis.claims_measures import BETWEEN, MEASURES, Cell, Values
+from analysis.claims_rules import Finding, Outcome, Sample, decide, find
+from analysis.selection import refuse_mixture
+from dnpo.comparisons.intervals import Estimate
+from dnpo.comparisons.significance import holm
+from dnpo.errors import DataError, DnpoError
+from dnpo.tracked import SFT, Database, Run
+
+PARTS = ("dsl", "npo")  # what is in force from an iteration of its own on
+
+
+# --- the runs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tracked:
+    """The finished runs of the sweeps, and the cells that they give.
+
+    Attributes:
+        runs: finished ones by sweep, the newest first.
+        unfinished: how many of a sweep did not finish.
+        absent: why a sweep has no runs.
+    """
+
+    arms: Mapping[str, Mapping[str, str]]
+    runs: dict[str, list[Run]] = field(default_factory=dict)
+    unfinished: dict[str, int] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    _cells: dict[tuple[str, int | str], Cell] = field(default_factory=dict)
+    _values: dict[str, Values] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, book: Book, database: Database | None, where: Mapping[str, str], seeds: Sequence[int] | None
+    ) -> "Tracked":
+        """Read them.
+
+        Args:
+            where: tags or settings that runs must have.
+            seeds: those to use; None for all that are there.
+        """
+        self = cls(book.arms)
+        for sweep in book.sweeps:
+            try:
+                if database is None:
+                    raise DataError(f"no run of sweep {sweep} is tracked")
+                found = [r for r in database.runs(sweeps=[sweep], tags=where) if seeds is None or r.seed in seeds]
+            except DataError as error:
+                found = []
+                self.absent[sweep] = str(error) if where else f"no run of sweep {sweep} is tracked"
+            self.runs[sweep] = sorted((run for run in found if run.finished), key=lambda run: -run.started)
+            self.unfinished[sweep] = sum(not run.finished for run in found)
+        return self
+
+    def seeds(self, sweep: str) -> list[int]:
+        """Those under which any of a sweep's runs finished."""
+        return sorted({run.seed for run in self.runs[sweep]})
+
+    def cell(self, sweep: str, arm: str, seed: int, iteration: int | str) -> Cell | None:
+        """One policy of an arm; of several runs that have it the newest's; None where there is none."""
+        tags = self.arms[arm]
+        for run in self.runs[sweep]:
+            if (
+                run.seed == seed
+                and all(run.option(tag) == value for tag, value in tags.items())
+                and in_force(run, iteration)
+            ):
+                return self._cells.setdefault((run.id, iteration), Cell(run, iteration))
+        return None
+
+    def value(self, claim: Claim, arm: str, seed: int, iteration: int | str) -> Values:
+        """What a claim's measure says of a cell, told once."""
+        cell = _cell(claim, self, arm, seed, iteration)
+        key = repr((cell.run.id, iteration, claim.measure, sorted(claim.arguments.items())))
+        if key not in self._values:
+            of, function = MEASURES[claim.measure]
+            self._values[key] = function(getattr(cell, of), **claim.arguments)
+        return self._values[key]
+
+    def missing(self, claim: Claim, seed: int) -> list[str]:
+        """The cells that a claim needs and that are not there under a seed."""
+        return [f"{arm}@{k}" for arm, k in needed(claim) if self.cell(claim.sweep, arm, seed, k) is None]
+
+
+def in_force(run: Run, iteration: int | str) -> bool:
+    """Whether a run has an iteration, and everything that makes its arm acts there. Before the first nothing does."""
+    if iteration == SFT:
+        return True
+    k = int(iteration)
+    started = all(int(run.params.get(f"{part}.start", 0)) <= k for part in PARTS if run.option(part) not in ("off", ""))
+    return started and k < int(run.params["iterations"])
+
+
+def needed(claim: Claim) -> list[tuple[str, int | str]]:
+    """The arms and iterations that a claim needs, each once."""
+    a, b = claim.sides
+    found = [(term.arm, k) for term in a + b for k in term.iterations]
+    return list(dict.fromkeys(found))
+
+
+# --- from runs to numbers ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a claim.
+
+    Attributes:
+        by: the effect by iteration, where both sides have the same ones.
+        reason: why it was not measured.
+        runs: that it read.
+    """
+
+    claim: Claim
+    outcome: Outcome
+    finding: Finding | None = None
+    p_holm: float | None = None
+    by: Mapping[str, Estimate] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    reason: str = ""
+    runs: tuple[Run, ...] = ()
+
+
+def assess(book: Book, tracked: Tracked, say: Callable[[Claim], None] | None = None) -> list[Result]:
+    """Measure every claim, correct over all of them, and decide."""
+    results = []
+    for claim in book.claims:
+        if say:
+            say(claim)
+        try:
+            results.append(_measured(claim, tracked))
+        except DnpoError as error:
+            results.append(Result(claim, "not measured", reason=str(error)))
+    adjusted = holm([result.finding.p if result.finding else 1.0 for result in results])
+    return [_decided(result, p) for result, p in zip(results, adjusted, strict=True)]
+
+
+def _decided(result: Result, p_holm: float) -> Result:
+    if result.finding is None:
+        return result
+    outcome = decide(result.finding.effect, result.claim.region, p_holm, result.finding.seeds)
+    return replace(result, outcome=outcome, p_holm=p_holm)
+
+
+def _measured(claim: Claim, tracked: Tracked) -> Result:
+    """A claim with its effect, before the correction.
+
+    Raises:
+        DataError: it cannot be measured, and why.
+    """
+    there = tracked.seeds(claim.sweep)
+    lacking = {seed: missing for seed in there if (missing := tracked.missing(claim, seed))}
+    seeds = [seed for seed in there if seed not in lacking]
+    if not seeds:
+        why = tracked.absent.get(claim.sweep, "") or _lacking(claim.sweep, lacking, tracked.unfinished[claim.sweep])
+        raise DataError(f"{why}; run python -m analysis.claims --run, or python -m dnpo.train -m +sweep={claim.sweep}")
+    notes = [f"seed {seed} is left out: it has no finished {', '.join(lacking[seed])}" for seed in lacking]
+    if claim.premise:
+        seeds, note = _with_premise(claim, claim.premise, tracked, seeds)
+        notes.append(note)
+    chosen = [_cell(claim, tracked, arm, seed, k) for seed in seeds for arm, k in needed(claim)]
+    runs = tuple({cell.run.id: cell.run for cell in chosen}.values())
+    refuse_mixture(runs, differing_starts=True, matters=claim.matters)
+    a, b = claim.sides
+    finding = find(sample(claim, tracked, seeds, a, b), claim.region)
+    by = _by_iteration(claim, tracked, seeds)
+    return Result(claim, "undecided", finding, by=by, notes=(*notes, *finding.notes), runs=runs)
+
+
+def _lacking(sweep: str, lacking: Mapping[int, Sequence[str]], unfinished: int) -> str:
+    """Why no seed of a sweep is complete."""
+    short = f" ({unfinished} of its runs did not finish)" if unfinished else ""
+    if not lacking:
+        return f"sweep {sweep} has no finished run{short}"
+    seed, missing = next(iter(lacking.items()))
+    return f"sweep {sweep} is complete under no seed{short}: seed {seed} has no finished {', '.join(missing)}"
+
+
+def _with_premise(claim: Claim, premise: Premise, tracked: Tracked, seeds: Sequence[int]) -> tuple[list[int], str]:
+    """The seeds under which the premise held, and how many they are in words."""
+    iteration = claim.sides[0][0].iterations[-1]
+    held = []
+    for seed in seeds:
+        cell = tracked.cell(claim.sweep, premise.runs, seed, iteration)
+        value = None if cell is None else cell.row.get(premise.metric)
+        if value is not None and value >= premise.least:
+            held.append(seed)
+    said = (
+        f"premise ({premise.metric} ≥ {premise.least:g} in {premise.runs}) held under {len(held)} of {len(seeds)} seeds"
+    )
+    if not held:
+        raise DataError(f"the {said}, so there is nothing to see")
+    return held, said
+
+
+def _cell(claim: Claim, tracked: Tracked, arm: str, seed: int, iteration: int | str) -> Cell:
+    found = tracked.cell(claim.sweep, arm, seed, iteration)
+    if found is None:
+        raise DataError(f"sweep {claim.sweep}, seed {seed}: no finished {arm}@{iteration}")
+    return found
+
+
+def sample(claim: Claim, tracked: Tracked, seeds: Sequence[int], a: Sequence[Term], b: Sequence[Term]) -> Sample:
+    """Both sides of a claim under every seed, in its unit.
+
+    Raises:
+        DataError: the runs were measured on different prompts, or a measure is missing.
+    """
+    sides = [_sides(claim, tracked, seed, a, b) for seed in seeds]
+    by_item = isinstance(sides[0][0], dict)
+    names = sorted(sides[0][0]) if isinstance(sides[0][0], dict) else [""]
+    matrices = []
+    for side in (0, 1):
+        rows = []
+        for values in (pair[side] for pair in sides):
+            as_dict = values if isinstance(values, dict) else {"": values}
+            if as_dict.keys() != set(names):
+                raise DataError("its runs were not measured on the same held-out prompts")
+            rows.append([claim.times * as_dict[name] for name in names])
+        matrices.append(np.asarray(rows, float))
+    return Sample(matrices[0], matrices[1], by_item)
+
+
+def _sides(claim: Claim, tracked: Tracked, seed: int, a: Sequence[Term], b: Sequence[Term]) -> tuple[Values, Values]:
+    """a and b under one seed."""
+    if claim.measure in BETWEEN:
+        of, function = BETWEEN[claim.measure]
+        found = [
+            function(
+                getattr(_cell(claim, tracked, a[0].arm, seed, ours), of),
+                getattr(_cell(claim, tracked, b[0].arm, seed, theirs), of),
+                **claim.arguments,
+            )
+            for ours, theirs in zip(a[0].iterations, b[0].iterations, strict=True)
+        ]
+        first = _combined(found, 1 / len(found))
+        return first, _combined([first], 0.0)
+
+    def total(side: Sequence[Term]) -> Values:
+        means = []
+        for term in side:
+            found = [tracked.value(claim, term.arm, seed, k) for k in term.iterations]
+            means.append(_combined(found, 1 / len(found)))
+        return _combined(means, 1.0)
+
+    ours = total(a)
+    return ours, total(b) if b else _combined([ours], 0.0)
+
+
+def _combined(values: Sequence[Values], times: float) -> Values:
+    """The sum of several, times a number; of those by prompt, prompt by prompt."""
+    if all(isinstance(value, dict) for value in values):
+        rows = [value for value in values if isinstance(value, dict)]
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise DataError("its runs were not measured on the same held-out prompts")
+        return {name: times * sum(row[name] for row in rows) for name in rows[0]}
+    return times * sum(value for value in values if isinstance(value, float | int))
+
+
+def _by_iteration(claim: Claim, tracked: Tracked, seeds: Sequence[int]) -> dict[str, Estimate]:
+    """The effect at each iteration by itself; without a test, as a description."""
+    a, b = claim.sides
+    if len(a) != 1 or len(b) > 1 or len(a[0].iterations) < 2 or (b and b[0].iterations != a[0].iterations):
+        return {}
+    found = {}
+    for k in a[0].iterations:
+        ours, theirs = [Term(a[0].arm, (k,))], [Term(term.arm, (k,)) for term in b]
+        found[str(k)] = find(sample(claim, tracked, seeds, ours, theirs), claim.region).effect
+    return found

@@ -1,0 +1,171 @@
+"""The results of claims written down: Markdown for people, LaTeX for papers, CSV and JSON with the very numbers."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from analysis.claims_assess import Result
+from analysis.claims_book import Claim
+from analysis.claims_rules import counted, rule
+from dnpo.comparisons.intervals import Estimate
+
+RELATIONS = {"greater": ">", "less": "<", "at_least": "≥", "at_most": "≤"}
+COLUMNS = ("", "claim", "from", "measured", "claimed", "effect (95 %)", "p", "seeds × items", "detectable", "outcome")
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "−": r"$-$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "<": r"$<$",
+    ">": r"$>$",
+    "σ": r"$\sigma$",
+    "β": r"$\beta$",
+    "→": r"$\to$",
+    "…": r"\dots{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """Everything there is to say of a result, as plain values; the effect and its ends in the claim's unit."""
+    claim, found = result.claim, result.finding
+    row = claim.model_dump(mode="json")
+    row |= {"outcome": result.outcome, "effect": None, "low": None, "high": None, "p": None, "p_holm": result.p_holm}
+    row |= {"detectable": None, "seeds": 0, "items": None, "by_iteration": {}, "notes": list(result.notes)}
+    row |= {"reason": result.reason}
+    if found is not None:
+        row |= {"effect": found.effect.value, "low": found.effect.low, "high": found.effect.high, "p": found.p}
+        row |= {"detectable": found.detectable, "seeds": found.seeds, "items": found.items}
+        row["by_iteration"] = {k: {"value": e.value, "low": e.low, "high": e.high} for k, e in result.by.items()}
+    return row
+
+
+def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> str:
+    """The rule, what was read, and every result."""
+    rows = [as_dict(result) for result in results]
+    tree = {"rule": rule(len(results)), **about, "claims": rows}
+    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+
+
+def comma_separated(results: Sequence[Result]) -> str:
+    """One line a claim; nested values as JSON."""
+    rows = [as_dict(result) for result in results]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        nested = {k: json.dumps(v, ensure_ascii=False) for k, v in row.items() if isinstance(v, dict | list)}
+        writer.writerow(row | nested)
+    return out.getvalue()
+
+
+def lines(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The cells of the table that people read."""
+    return [(str(number), *_line(result)) for number, result in enumerate(results, 1)]
+
+
+def _line(result: Result) -> tuple[str, ...]:
+    claim, found = result.claim, result.finding
+    source = f"{claim.paper}, {claim.where}"
+    if found is None:
+        return (claim.text, source, claim.measured, claimed(claim), "", "", "", "", "not measured")
+    size = str(found.seeds) + (f" × {found.items}" if found.items is not None else "")
+    detectable = "" if found.detectable is None else number(found.detectable, claim.digits)
+    p = "" if result.p_holm is None else p_text(result.p_holm)
+    return claim.text, source, claim.measured, claimed(claim), shown(result), p, size, detectable, result.outcome
+
+
+def shown(result: Result) -> str:
+    """The effect with its interval and unit; differences have a sign."""
+    if result.finding is None:
+        return ""
+    signed = bool(result.claim.b)
+    return f"{interval(result.finding.effect, result.claim.digits, signed)} {result.claim.unit}"
+
+
+def claimed(claim: Claim) -> str:
+    """Where a claim says that its effect lies, in signs."""
+    target, margin = f"{claim.target:g}".replace("-", "−"), f"{claim.margin:g}"
+    if claim.relation == "within":
+        return f"{target} ± {margin}"
+    slack = {"at_least": f" (margin {margin})", "at_most": f" (margin {margin})"}
+    return f"{RELATIONS[claim.relation]} {target}{slack.get(claim.relation, '')}"
+
+
+def interval(estimate: Estimate, digits: int, signed: bool) -> str:
+    """A value and the ends of its interval."""
+    value = number(estimate.value, digits, signed)
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} ({number(estimate.low, digits, signed)} to {number(estimate.high, digits, signed)})"
+
+
+def number(value: float, digits: int, signed: bool = False) -> str:
+    """A number with so many digits behind the point; what rounds to zero has no sign."""
+    return format(value, f"{'+' if signed else ''}z.{digits}f").replace("-", "−")
+
+
+def p_text(p: float) -> str:
+    """A probability as papers show it."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
+
+
+def remarks(results: Sequence[Result]) -> list[str]:
+    """What has to be known beside the numbers; once each, with the numbers of the claims."""
+    found: dict[str, list[int]] = {}
+    for place, result in enumerate(results, 1):
+        said = [f"not measured: {result.reason}"] if result.reason else [*result.notes, result.claim.caveat]
+        for text in filter(None, said):
+            found.setdefault(text, []).append(place)
+    return [f"{ranges(places)}: {text}." for text, places in found.items()]
+
+
+def ranges(places: Sequence[int]) -> str:
+    """1, 2, 3, 5 as 1-3, 5."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def caption(results: Sequence[Result], about: str) -> list[str]:
+    """What a reader needs to read the table, in sentences."""
+    return [f"{counted([r.outcome for r in results]).capitalize()}. {about}", rule(len(results))]
+
+
+def markdown(results: Sequence[Result], about: str) -> str:
+    """The table in GitHub's Markdown, its caption, and the remarks."""
+    rows = [COLUMNS, tuple("---" if c in ("", "claim", "from", "measured") else "---:" for c in COLUMNS)]
+    head = [f"| {' | '.join(row)} |" for row in rows]
+    body = [f"| {' | '.join(_in_markdown(cell) for cell in row)} |" for row in lines(results)]
+    said = [f"- {_in_markdown(remark)}" for remark in remarks(results)]
+    return "\n\n".join(["\n".join([*head, *body]), *map(_in_markdown, caption(results, about)), "\n".join(said)]) + "\n"
+
+
+def latex(results: Sequence[Result], about: str) -> str:
+    """A tabular that needs no package, its caption and remarks as comments. Columns with words have a width."""
+    widths = {"claim": "p{0.24\\textwidth}", "from": "p{0.08\\textwidth}", "measured": "p{0.22\\textwidth}"}
+    kinds = "".join(widths.get(column, "l") for column in COLUMNS)
+    rows = [" & ".join(_in_latex(cell) for cell in row) + r" \\" for row in [COLUMNS, *lines(results)]]
+    comments = [f"% {line}" for line in [*caption(results, about), *remarks(results)]]
+    begin, end = f"\\begin{{tabular}}{{{kinds}}}", r"\end{tabular}"
+    return "\n".join([*comments, begin, r"\hline", rows[0], r"\hline", *rows[1:], r"\hline", end, ""])
+
+
+def _in_markdown(text: str) -> str:
+    text = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+
+
+def _in_latex(text: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in re.sub(r"\s+", " ", text))

@@ -1,0 +1,673 @@
+"""The claims of the papers: measures and rule by worked numbers, the file of claims against the sweeps that it reads,
+and the command on tracked runs whose truth is known."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from analysis import claims, claims_measures, claims_tables
+from analysis.claims_assess import Tracked, in_force, needed
+from analysis.claims_book import FILE, Term, read, terms
+from analysis.claims_rules import Region, Sample, decide, find, p_against, region
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from dnpo import running
+from dnpo.command import conf_folder, flat
+from dnpo.comparisons.intervals import Estimate, Mean
+from dnpo.errors import DataError, SettingsError
+from dnpo.tracked import Database, Run
+from dnpo.tracking import MLflow
+from dnpo.train import checked
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# --- measures
+
+
+def item(prompt: str, kind: str, score: float | None, **more: Any) -> dict[str, Any]:
+    return {"id": prompt, "kind": kind, "score": score, **more}
+
+
+ITEMS = [
+    item("p", "human", 80.0, right=True),
+    item("p", "greedy", 70.0, right=False),
+    item("p", "sample", 80.0, right=True),
+    item("p", "sample", 50.0, right=False),
+    item("q", "human", 10.0, right=False),
+    item("q", "greedy", 90.0, right=True),
+    item("q", "sample", None, right=True),
+    item("q", "sample", 40.0, right=True),
+]
+
+
+def test_a_prompt_counts_with_the_mean_of_its_answers_that_have_a_value() -> None:
+    assert claims_measures.by_prompt(ITEMS) == {"p": 65.0, "q": 40.0}
+    assert claims_measures.by_prompt(ITEMS, "right", "greedy") == {"p": 0.0, "q": 1.0}
+    nowhere = claims_measures.by_prompt([*ITEMS, item("r", "sample", None)])
+    assert math.isnan(nowhere["r"])
+    with pytest.raises(DataError, match=r"no sample response has a value of second; .*judge@second_judge"):
+        claims_measures.by_prompt(ITEMS, "second")
+
+
+def test_as_good_as_human_counts_ties_and_leaves_out_what_has_no_score() -> None:
+    assert claims_measures.as_good_as_human(ITEMS) == {"p": 0.5, "q": 1.0}
+
+
+def test_duels_are_all_samples_against_all_samples() -> None:
+    rng = np.random.default_rng(0)
+    ours = [item(f"{i}", "sample", float(rng.integers(0, 4))) for i in range(7) for _ in range(3)]
+    theirs = [item(f"{i}", "sample", float(rng.integers(0, 4))) for i in range(7) for _ in range(2)]
+    found = claims_measures.duels(ours, theirs)
+    for prompt in found:
+        wins = losses = 0
+        for a in [o["score"] for o in ours if o["id"] == prompt]:
+            for b in [t["score"] for t in theirs if t["id"] == prompt]:
+                wins += a > b
+                losses += a < b
+        assert found[prompt] == pytest.approx((wins - losses) / 6)
+    assert claims_measures.duels(ITEMS, ITEMS) == {"p": 0.0, "q": 0.0}
+    with pytest.raises(DataError, match="same held-out prompts"):
+        claims_measures.duels(ours, ITEMS)
+
+
+def test_a_metric_less_another() -> None:
+    row = {"iteration": 2, "stagnation/ks": 0.25, "stagnation/ks_critical": 0.05, "texts/bleu": None}
+    assert claims_measures.metric(row, "stagnation/ks") == 0.25
+    assert claims_measures.metric(row, "stagnation/ks", less="stagnation/ks_critical") == pytest.approx(0.2)
+    with pytest.raises(DataError, match="texts/bleu was not measured after iteration 2; eval=texts"):
+        claims_measures.metric(row, "texts/bleu")
+
+
+def test_distance_is_the_largest_gap_of_the_distribution_functions() -> None:
+    assert claims_measures.distance({"new": [1, 2], "chosen": [3, 4]}, "new", "chosen") == 1.0
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=40), rng.normal(0.5, size=30)
+    gap = max(abs((a <= x).mean() - (b <= x).mean()) for x in [*a, *b])
+    assert claims_measures.distance({"chosen": a, "rejected": b}, "chosen", "rejected") == pytest.approx(gap)
+    with pytest.raises(DataError, match="no log-probabilities of new and rejected"):
+        claims_measures.distance({"new": a}, "new", "rejected")
+
+
+def series(**columns: list[float]) -> list[dict[str, float]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def test_means_over_steps_take_the_other_metric_only_where_there_is_none() -> None:
+    steps = series(noisy=[1.0, 3.0], clean=[5.0, 7.0])
+    assert claims_measures.mean_over_steps(steps, "noisy", otherwise="clean") == 2.0
+    assert claims_measures.mean_over_steps(series(clean=[5.0, 7.0]), "noisy", otherwise="clean") == 6.0
+    with pytest.raises(DataError, match="no training step has noisy"):
+        claims_measures.mean_over_steps(series(clean=[5.0]), "noisy")
+
+
+def test_a_common_trend_is_no_mirror_once_it_is_taken_off() -> None:
+    # Both fall along a line; what is left of them is the same, and not mirrored.
+    wiggle = [0.0, 1.0, -1.0, 0.0, 1.0, -1.0]
+    rising, falling = [10.0 * t + w for t, w in enumerate(wiggle)], [-10.0 * t + w for t, w in enumerate(wiggle)]
+    steps = series(a=rising, b=falling)
+    assert claims_measures.correlation(steps, "a", "b") < -0.9
+    detrended = claims_measures.correlation(steps, "a", "b", detrended=True)
+    line = np.stack([np.arange(6), np.ones(6)], axis=1)
+    left = [y - line @ np.linalg.lstsq(line, np.array(y), rcond=None)[0] for y in (rising, falling)]
+    assert detrended == pytest.approx(float(np.corrcoef(*left)[0, 1])) == pytest.approx(1.0)
+    with pytest.raises(DataError, match="to change over them"):
+        claims_measures.correlation(series(a=[1.0, 1.0, 1.0], b=[1.0, 2.0, 3.0]), "a", "b")
+
+
+def test_epochs_rise_within_and_fall_between() -> None:
+    steps = series(loss=[6.0, 7.0, 8.0, 3.0, 3.5, 4.0])
+    assert claims_measures.rise_within_epochs(steps, "loss", epochs=2) == pytest.approx((2.0 + 1.0) / 2)
+    assert claims_measures.change_over_epochs(steps, "loss", epochs=2) == pytest.approx(3.5 - 7.0)
+    with pytest.raises(DataError, match="6 training steps are not 4 epochs"):
+        claims_measures.rise_within_epochs(steps, "loss", epochs=4)
+
+
+# --- the rule
+
+
+@pytest.mark.parametrize(
+    ("relation", "interval", "outcome"),
+    [
+        ("greater", (0.1, 2.0), "supported"),
+        ("greater", (-0.1, 2.0), "undecided"),
+        ("greater", (-2.0, -0.1), "contradicted"),
+        ("less", (-2.0, -0.1), "supported"),
+        ("less", (0.1, 2.0), "contradicted"),
+        ("at_least", (-0.9, 0.5), "supported"),
+        ("at_least", (-0.9, -0.1), "supported"),
+        ("at_least", (-1.5, 5.0), "undecided"),
+        ("at_least", (-3.0, -1.1), "contradicted"),
+        ("at_most", (0.1, 0.9), "supported"),
+        ("at_most", (1.1, 2.0), "contradicted"),
+        ("within", (-0.9, 0.9), "supported"),
+        ("within", (0.5, 1.5), "undecided"),
+        ("within", (1.1, 1.5), "contradicted"),
+        ("within", (-3.0, -1.1), "contradicted"),
+    ],
+)
+def test_the_interval_decides(relation: Any, interval: tuple[float, float], outcome: str) -> None:
+    where = region(relation, 0.0, 0.0 if relation in ("greater", "less") else 1.0)
+    effect = Estimate(sum(interval) / 2, *interval)
+    assert decide(effect, where, p_holm=0.04, seeds=5) == outcome
+    assert decide(effect, where, p_holm=0.06, seeds=5) == "undecided"
+    assert decide(effect, where, p_holm=0.04, seeds=2) == "undecided"
+    assert decide(Estimate(effect.value), where, p_holm=0.04, seeds=5) == "undecided"
+
+
+def test_p_is_that_of_the_nearer_bound() -> None:
+    mean = Mean(0.5, 0.2, 4)
+    assert p_against(mean, Region(0, math.inf)) == pytest.approx(mean.p())
+    # 0.5 is 0.5 from the bound at 1 and 1.5 from that at -1.
+    assert p_against(mean, Region(-1, 1)) == pytest.approx(mean.p())
+    assert p_against(Mean(3.0, 0.2, 4), Region(-1, 1)) == pytest.approx(Mean(2.0, 0.2, 4).p())
+
+
+def test_a_number_a_seed_has_the_t_interval_over_seeds() -> None:
+    found = find(Sample(np.array([[1.0], [2.0], [3.0]]), np.zeros((3, 1)), by_item=False), region("greater", 0, 0))
+    assert (found.effect.value, found.seeds, found.items) == (2.0, 3, None)
+    # t of 2 degrees of freedom is 4.303 at 97.5 %, its p in closed form 1 − t/√(t² + 2).
+    t = 2.0 / (1 / math.sqrt(3))
+    assert found.effect.low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
+    assert found.p == pytest.approx(1 - t / math.sqrt(t**2 + 2))
+    assert found.detectable == pytest.approx((4.302653 + 1.060660) / math.sqrt(3), abs=1e-4)
+
+
+def test_items_and_seeds_are_both_drawn() -> None:
+    """The error of a difference over items and seeds, by Clark's formula written out."""
+    rng = np.random.default_rng(2)
+    a, b = rng.normal(1, 1, (4, 30)), rng.normal(0, 1, (4, 30))
+    found = find(Sample(a, b, by_item=True), region("greater", 0, 0))
+    difference = a - b
+    items, seeds = difference.mean(0), difference.mean(1)
+    error = math.sqrt(items.var(ddof=1) / 30 + seeds.var(ddof=1) / 4)
+    assert found.effect.half is not None
+    assert 1.96 * error < found.effect.half < 3.2 * error
+    assert found.effect.value == pytest.approx(difference.mean())
+    assert (found.seeds, found.items) == (4, 30)
+    # p and interval agree, on both sides of either end.
+    assert found.effect.low is not None
+    for target, outside in ((found.effect.low - 0.01, True), (found.effect.low + 0.01, False)):
+        p = find(Sample(a, b, by_item=True), region("greater", target, 0)).p
+        assert (p < 0.05) == outside
+
+
+def test_prompts_without_a_result_are_left_out_and_said() -> None:
+    a = np.array([[1.0, math.nan, 2.0], [2.0, 1.0, 4.0]])
+    found = find(Sample(a, np.zeros((2, 3)), by_item=True), region("greater", 0, 0))
+    assert (found.items, found.effect.value) == (2, 2.25)
+    assert found.notes == ("1 of 3 prompts lack a result and were left out",)
+    with pytest.raises(DataError, match="no prompt has a result"):
+        find(Sample(np.full((2, 3), math.nan), np.zeros((2, 3)), by_item=True), region("greater", 0, 0))
+
+
+# --- the file of claims
+
+
+def test_the_file_of_claims_is_well_formed() -> None:
+    book = read(FILE)
+    assert len(book.claims) == len({claim.id for claim in book.claims}) >= 30
+    assert {claim.paper for claim in book.claims} == {"DNPO", "SPIN", "ours"}
+    assert set(book.sweeps) == {claim.sweep for claim in book.claims}
+    for name in book.sweeps:
+        assert (ROOT / "sweeps" / f"{name}.yaml").is_file()
+    for claim in book.claims:
+        assert claim.text.endswith(".")
+        assert claim.where
+        assert claim.unit
+        assert not claim.caveat.endswith(".")
+
+
+def jobs(sweep: str, *overrides: str) -> list[Run]:
+    """The runs that a sweep makes under one seed, as far as their settings tell, by composing its jobs."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        params = compose("train", [f"+sweep={sweep}"], return_hydra_config=True).hydra.sweeper.params
+        given = [*(f"{key}={value}" for key, value in params.items()), f"+sweep={sweep}", "seed=0", *overrides]
+        parsed = OverridesParser.create().parse_overrides(given)
+        runs = []
+        for number, job in enumerate(BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]):
+            cfg = compose("train", job, return_hydra_config=True)
+            choices = dict(cfg.hydra.runtime.choices)
+            top, starts, settings = checked(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+            resolved: dict[str, Any] = {**top, **settings}
+            for name, start in starts.items():
+                resolved[name] = {**settings[name], "start": start}
+            tags = running.tags({k: v for k, v in choices.items() if v is not None}, resolved, [])
+            values = {key: str(value) for key, value in flat(resolved).items()}
+            runs.append(Run(f"{sweep}{number}", " ".join(job), "FINISHED", number, 1.0, tags, values, None))
+    return runs
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sweep", ["main", "ablation", "fixed_vs_trainable", "saturation"])
+def test_every_claim_finds_all_that_it_needs_in_its_sweep(sweep: str) -> None:
+    book = read(FILE)
+    wanted = [claim for claim in book.claims if claim.sweep == sweep]
+    tracked = Tracked(book.arms, {sweep: jobs(sweep, *book.sweeps[sweep].overrides)})
+    assert wanted
+    for claim in wanted:
+        assert tracked.missing(claim, 0) == []
+        for arm, k in needed(claim):
+            cell = tracked.cell(sweep, arm, 0, k)
+            assert cell is not None
+            if sweep in ("ablation", "fixed_vs_trainable") and arm != "spin":
+                assert int(cell.run.params["iterations"]) - 1 == k  # a branch counts with its last iteration alone
+    assert tracked.missing(wanted[0], 1) != []
+
+
+CLAIM = {
+    "id": "one",
+    "paper": "DNPO",
+    "where": "Figure 1",
+    "text": "It is better.",
+    "measured": "score",
+    "sweep": "main",
+    "measure": "by_prompt",
+    "a": "new@1",
+    "b": "old@1",
+    "relation": "greater",
+    "unit": "points",
+}
+ARMS = {"old": {"npo": "off"}, "new": {"npo": "trainable"}}
+
+
+def write_claims(path: Path, *given: Mapping[str, Any], sweeps: Mapping[str, Any] | None = None) -> Path:
+    tree = {"scale": "a test", "sweeps": sweeps or {"main": None}, "arms": ARMS}
+    path.write_text(yaml.safe_dump({**tree, "claims": [{**CLAIM, **one} for one in given]}, allow_unicode=True))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"measure": "by_promt"}, r"claim one: there is no measure by_promt\. Did you mean by_prompt"),
+        ({"arguments": {"colum": "score"}}, "claim one: arguments of by_prompt: .*colum"),
+        ({"measure": "metric"}, "claim one: arguments of metric: .*name"),
+        ({"sweep": "mian"}, r"claim one: sweep mian is not among main\. Did you mean main"),
+        ({"a": "nwe@1"}, r"claim one: arm nwe is not among new, old\. Did you mean new"),
+        ({"a": "new"}, "expected arms with iterations"),
+        ({"a": ""}, "claim one: a is empty"),
+        ({"relation": "at_least"}, "need a margin above 0"),
+        ({"margin": 1.0}, "greater and less have none"),
+        ({"relation": "bigger"}, "claim one: .*relation"),
+        ({"direction": "up"}, "claim one: .*direction"),
+        ({"measure": "duels", "a": "new@1,2"}, "duels compares one arm with one other at as many iterations"),
+        ({"premise": {"runs": "older", "metric": "m", "least": 1}}, "arm older is not among"),
+    ],
+)
+def test_what_is_wrong_with_a_claim_is_said(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"(?s){message}"):
+        read(write_claims(tmp_path / "claims.yaml", wrong))
+
+
+def test_an_id_is_given_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="id one is given to several claims"):
+        read(write_claims(tmp_path / "claims.yaml", {}, {}))
+    with pytest.raises(SettingsError, match="expected scale, sweeps, arms and claims"):
+        read(FILE.parent / "sweeps" / "main.yaml")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read(tmp_path / "none.yaml")
+
+
+def test_sides_are_taken_apart() -> None:
+    assert terms("spin@0 + dnpo-F@SFT,2") == [Term("spin", (0,)), Term("dnpo-F", ("SFT", 2))]
+    assert terms("") == []
+
+
+# --- the command, on runs whose truth is known
+
+PROMPTS = 40
+SHIFT = {"old": 0.0, "new": 10.0}
+
+
+def track(
+    folder: Path,
+    arm: str,
+    seed: int,
+    *,
+    iterations: int = 2,
+    status: str = "FINISHED",
+    beta: float = 0.1,
+    start: int = 1,
+) -> None:
+    """One run as the loop leaves it: arm ``new`` is 10 points better from ``start`` on, and right in one half more."""
+    tracking = MLflow(uri=f"sqlite:///{folder / 'mlflow.db'}", artifacts=str(folder / "artifacts"))
+    npo = {"old": "off", "new": "trainable"}[arm]
+    tags = {"dnpo.kind": "run", "dnpo.seed": str(seed), "dnpo.npo": npo, "dnpo.dsl": "off", "dnpo.sweep_name": "main"}
+    sweep = folder / "multirun"
+    sweep.mkdir(exist_ok=True)
+    params = {"seed": seed, "iterations": iterations, "npo.start": start, "dsl.start": 0, "objective.beta": beta}
+    tracking.start(f"{arm} seed={seed}", params, tags, sweep)
+    scratch = folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    table = []
+    for k in ("SFT", *range(iterations)):
+        acts = arm == "new" and k != "SFT" and int(k) >= start
+        prompts = np.random.default_rng(0)  # some are harder, for everyone
+        rng = np.random.default_rng([seed, arm == "new", -1 % 9 if k == "SFT" else int(k)])
+        rows = []
+        for number in range(PROMPTS):
+            base = 50 + float(prompts.normal(0, 5))
+            rows.append({"id": f"p{number}", "kind": "human", "sample": 0, "score": 60.0, "right": True})
+            for sample in range(2):
+                score = base + float(rng.normal(0, 2)) + (SHIFT[arm] if acts else 0.0)
+                rows.append({"id": f"p{number}", "kind": "sample", "sample": sample, "score": score, "right": None})
+        name = "sft" if k == "SFT" else f"iteration-{k}"
+        path = scratch / f"{name}.parquet"
+        pq.write_table(pa.Table.from_pylist([{**row, "second": None} for row in rows]), path)
+        tracking.artifact(path, "items")
+        saturated = 0.9 if seed else 0.1
+        table.append({"iteration": k, "margin/saturated": saturated, "ks": 0.1 + 0.01 * seed + 0.5 * acts, "flat": 1.0})
+    path = scratch / "summary.json"
+    path.write_text(json.dumps({"table": table}))
+    if status == "FINISHED":
+        tracking.artifact(path)
+    tracking.finish(status)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a database: two arms under four seeds, of which the last lacks a finished run of one arm."""
+    folder = tmp_path_factory.mktemp("claims")
+    for seed in range(4):
+        track(folder, "old", seed)
+        track(folder, "new", seed, status="FAILED" if seed == 3 else "FINISHED")
+    return folder
+
+
+@pytest.fixture
+def database(known: Path, tmp_path: Path) -> str:
+    """The same, to be added to."""
+    shutil.copy2(known / "mlflow.db", tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def outcomes(
+    tmp_path: Path, uri: str, *given: Mapping[str, Any], status: int = 0, arguments: tuple[str, ...] = ()
+) -> Any:
+    """Run the command on some claims; the rows of its JSON by id."""
+    path = write_claims(tmp_path / "claims.yaml", *given)
+    out = tmp_path / "out"
+    assert claims.main(["--claims", str(path), "--uri", uri, "--out", str(out), "--no-log", *arguments]) == status
+    return {row["id"]: row for row in json.loads((out / "claims.json").read_text())["claims"]}
+
+
+def test_known_truths_come_out(tmp_path: Path, database: str) -> None:
+    found = outcomes(
+        tmp_path,
+        database,
+        {"id": "better"},
+        {"id": "worse", "relation": "less"},
+        {"id": "no-worse", "relation": "at_least", "margin": 1.0},
+        {"id": "by-ten", "relation": "within", "target": 10.0, "margin": 1.0},
+        {"id": "by-twenty", "relation": "within", "target": 20.0, "margin": 1.0},
+        {"id": "same-before", "a": "old@0", "b": "old@SFT"},
+        {"id": "wins", "measure": "duels", "times": 100.0},
+        {"id": "as-good", "measure": "as_good_as_human", "b": "", "relation": "less", "target": 90.0, "times": 100.0},
+        {"id": "number", "measure": "metric", "arguments": {"name": "ks"}},
+        {"id": "contrast", "a": "new@1 + old@0", "b": "old@1 + old@SFT"},
+        {"id": "second", "arguments": {"column": "second"}},
+        {"id": "later", "a": "new@1,2", "b": "old@1,2"},
+    )
+    assert {name: row["outcome"] for name, row in found.items()} == {
+        "better": "supported",
+        "worse": "contradicted",
+        "no-worse": "supported",
+        "by-ten": "supported",
+        "by-twenty": "contradicted",
+        "same-before": "undecided",
+        "wins": "supported",
+        "as-good": "supported",
+        "number": "supported",
+        "contrast": "supported",
+        "second": "not measured",
+        "later": "not measured",
+    }
+    better = found["better"]
+    assert better["effect"] == pytest.approx(10.0, abs=0.6)
+    assert better["low"] <= 10.0 <= better["high"]
+    assert (better["seeds"], better["items"]) == (3, PROMPTS)
+    assert better["p_holm"] >= better["p"]
+    assert any("seed 3 is left out: it has no finished new@1" in note for note in better["notes"])
+    assert found["contrast"]["effect"] == pytest.approx(10.0, abs=0.6)
+    assert found["number"]["effect"] == pytest.approx(0.5)
+    assert found["number"]["items"] is None
+    assert "no sample response has a value of second" in found["second"]["reason"]
+    assert "seed 0 has no finished new@2, old@2" in found["later"]["reason"]
+    assert "python -m dnpo.train -m +sweep=main" in found["later"]["reason"]
+
+
+def test_items_are_what_decides(tmp_path: Path, database: str) -> None:
+    """Shares of wins and of answers as good as human ones, told again from the tracked rows."""
+    found = outcomes(
+        tmp_path,
+        database,
+        {"id": "wins", "measure": "duels"},
+        {"id": "as-good", "measure": "as_good_as_human", "a": "old@1", "b": ""},
+    )
+    wins, good = [], []
+    for seed in range(4):
+        sides: dict[str, list[dict[str, Any]]] = {"trainable": []}
+        for run in Database(database).runs(tags={"seed": str(seed)}):
+            path = run.artifact("items/iteration-1.parquet")
+            assert path is not None
+            if not run.finished:
+                continue
+            rows = [row for row in pq.read_table(path).to_pylist() if row["kind"] == "sample"]
+            sides[run.option("npo")] = rows
+        wins += [
+            (a["score"] > b["score"]) - (a["score"] < b["score"])
+            for a in sides["trainable"]
+            for b in sides["off"]
+            if a["id"] == b["id"]
+        ]
+        good += [row["score"] >= 60.0 for row in sides["off"]]
+    assert found["wins"]["effect"] == pytest.approx(np.mean(wins))
+    assert found["as-good"]["effect"] == pytest.approx(np.mean(good))
+
+
+def test_holm_is_over_all_claims_of_the_file_also_those_not_measured(tmp_path: Path, database: str) -> None:
+    alone = outcomes(
+        tmp_path, database, {"id": "number", "measure": "metric", "arguments": {"name": "ks"}, "b": "old@0"}
+    )
+    many = [{"id": f"absent-{n}", "a": "new@2"} for n in range(9)]
+    beside = outcomes(
+        tmp_path, database, {"id": "number", "measure": "metric", "arguments": {"name": "ks"}, "b": "old@0"}, *many
+    )
+    assert beside["number"]["p"] == alone["number"]["p"]
+    assert beside["number"]["p_holm"] == pytest.approx(min(1.0, 10 * alone["number"]["p"]))
+
+
+def test_the_effect_stands_by_iteration_too(tmp_path: Path, database: str) -> None:
+    found = outcomes(tmp_path, database, {"a": "old@0,1", "b": "old@0,1"}, {"id": "rise", "a": "new@1", "b": "old@0"})
+    assert list(found["one"]["by_iteration"]) == ["0", "1"]
+    assert found["rise"]["by_iteration"] == {}
+
+
+def test_one_seed_supports_nothing(tmp_path: Path, database: str) -> None:
+    found = outcomes(tmp_path, database, {}, arguments=("--seeds", "1"))["one"]
+    assert (found["outcome"], found["seeds"], found["items"]) == ("undecided", 1, PROMPTS)
+    assert found["low"] > 0
+    assert found["p_holm"] < 0.05
+    assert "one seed: nothing is known of training again" in found["notes"]
+
+
+def test_a_claim_with_a_premise_counts_the_seeds_in_which_it_held(tmp_path: Path, database: str) -> None:
+    premise = {"runs": "old", "metric": "margin/saturated", "least": 0.5}
+    found = outcomes(
+        tmp_path, database, {"premise": premise}, {"id": "none", "premise": {**premise, "least": 2.0}}, status=0
+    )
+    assert found["one"]["seeds"] == 2
+    assert "premise (margin/saturated ≥ 0.5 in old) held under 2 of 3 seeds" in found["one"]["notes"]
+    assert found["one"]["outcome"] == "undecided"
+    assert found["none"]["outcome"] == "not measured"
+    assert "held under 0 of 3 seeds" in found["none"]["reason"]
+
+
+def test_mixed_settings_are_refused_and_a_choice_mends_it(known: Path, tmp_path: Path) -> None:
+    for name in ("mlflow.db", "artifacts"):
+        copy = shutil.copytree if (known / name).is_dir() else shutil.copy2
+        copy(known / name, tmp_path / name)
+    track(tmp_path, "new", 3, beta=0.5)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    found = outcomes(tmp_path, uri, {}, status=1)["one"]
+    assert found["outcome"] == "not measured"
+    assert "objective.beta" in found["reason"]
+    chosen = outcomes(tmp_path, uri, {}, arguments=("--tag", "objective.beta=0.1"))["one"]
+    assert (chosen["outcome"], chosen["seeds"]) == ("supported", 3)
+
+
+def test_the_newest_run_counts_and_a_part_that_has_not_started_makes_no_arm() -> None:
+    def run(name: str, started: int, start: int) -> Run:
+        tags = {"dnpo.npo": "trainable", "dnpo.dsl": "off", "dnpo.seed": "0"}
+        params = {"iterations": "3", "npo.start": str(start), "dsl.start": "9"}
+        return Run(name, name, "FINISHED", started, 1.0, tags, params, None)
+
+    chain, branch = run("chain", 1, 1), run("branch", 2, 2)
+    assert [k for k in ("SFT", 0, 1, 2, 3) if in_force(chain, k)] == ["SFT", 1, 2]
+    assert [k for k in ("SFT", 0, 1, 2, 3) if in_force(branch, k)] == ["SFT", 2]
+    tracked = Tracked(ARMS, {"main": [branch, chain]})  # the newest first, as it reads them
+    found = {k: tracked.cell("main", "new", 0, k) for k in (0, 1, 2)}
+    assert {k: cell and cell.run.name for k, cell in found.items()} == {0: None, 1: "chain", 2: "branch"}
+    assert tracked.cell("main", "old", 0, 1) is None
+
+
+def test_nothing_to_read_is_said(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert claims.main(["--uri", f"sqlite:///{tmp_path / 'none.db'}", *out]) == 1
+    assert "there is no such database" in (said := capsys.readouterr().err)
+    assert "python -m analysis.claims --run" in said
+    path = write_claims(tmp_path / "c.yaml", {"sweep": "ablation"}, sweeps={"ablation": None})
+    assert claims.main(["--claims", str(path), "--uri", database, "--no-log", *out]) == 1
+    assert "no run of sweep ablation is tracked" in capsys.readouterr().out
+    assert claims.main(["--seeds", "one", "--uri", database, *out]) == 1
+    assert "--seeds one: expected whole numbers" in capsys.readouterr().err
+    assert claims.main(["--tag", "beta", "--uri", database, *out]) == 1
+    assert "--tag beta: expected NAME=VALUE" in capsys.readouterr().err
+
+
+def test_all_formats_say_the_same_and_are_logged(known: Path, tmp_path: Path) -> None:
+    for name in ("mlflow.db", "artifacts", "multirun"):
+        copy = shutil.copytree if (known / name).is_dir() else shutil.copy2
+        copy(known / name, tmp_path / name)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    given = {"text": "10 % of A|B_c < d & so.", "caveat": "mind 5 % & more"}
+    path = write_claims(tmp_path / "claims.yaml", given, {"id": "two", "a": "new@2"})
+    out = tmp_path / "out"
+    assert claims.main(["--claims", str(path), "--uri", uri, "--out", str(out)]) == 0
+    texts = {p.suffix: p.read_text() for p in out.iterdir()}
+    assert set(texts) == {".md", ".csv", ".json", ".tex"}
+    assert r"10 % of A\|B\_c &lt; d &amp; so." in texts[".md"]
+    assert re.search(r"\+(9|10)\.\d \(\+9\.\d to \+10\.\d\) points", texts[".md"])
+    assert texts[".md"].splitlines()[2].count(" | ") == texts[".md"].splitlines()[0].count(" | ")
+    assert r"10 \% of A|B\_c $<$ d \& so." in texts[".tex"]
+    assert texts[".csv"].count("supported") >= 1
+    assert "1 supported, 0 contradicted, 0 undecided, 1 not measured" in texts[".md"]
+    assert "all 2 claims" in texts[".md"]
+    database = Database(uri)
+    (logged,) = [run for run in database._all if run.tags.get("dnpo.kind") == "claims"]
+    assert logged.finished
+    for name, text in texts.items():
+        kept = logged.artifact(f"claims{name}")
+        assert kept is not None
+        assert kept.read_text() == text
+    parent = database.parent(database.runs()[0])
+    assert parent is not None
+    beside = parent.artifact("analysis/claims.json")
+    assert beside is not None
+    assert beside.read_text() == texts[".json"]
+    assert len(database.runs()) == 8  # what is logged is no training run
+
+
+def test_numbers_are_written_as_people_read_them() -> None:
+    assert claims_tables.number(-0.04, 1) == "0.0"
+    assert claims_tables.number(-1.25, 2) == "−1.25"
+    assert claims_tables.interval(Estimate(1.0, 0.5, 1.5), 1, True) == "+1.0 (+0.5 to +1.5)"
+    assert claims_tables.interval(Estimate(1.0), 1, False) == "1.0"
+    assert [claims_tables.p_text(p) for p in (0.0004, 0.0312, 0.42)] == ["< 0.001", "0.031", "0.42"]
+    assert claims_tables.ranges([1, 3, 4, 5, 9]) == "1, 3-5, 9"
+
+
+# --- running what is missing
+
+
+def test_only_the_seeds_that_are_missing_are_run(tmp_path: Path, database: str) -> None:
+    sweeps = {
+        "main": {
+            "overrides": ["eval=texts", "iterations=3"],
+            "where_installed": {"no_such_package": ["a=b"], "yaml": ["c=d"]},
+        }
+    }
+    book = read(write_claims(tmp_path / "claims.yaml", {}, sweeps=sweeps))
+    more = ["--jobs", "1", "--override", "eval=smoke", "--override", "scale=smoke"]
+    options = claims.parser().parse_args(["--uri", database, *more])
+    seeds = claims.missing_seeds(book, "main", options, {}, [0, 1, 2, 3, 4])
+    assert seeds == [3, 4]
+    assert claims.missing_seeds(book, "main", options, {"objective.beta": "7"}, [0]) == [0]
+    command = claims.sweep_command("main", book.sweeps["main"], seeds, options)
+    assert command[1:6] == ["-m", "dnpo.train", "-m", "+sweep=main", "seed=3,4"]
+    assert f"tracking.uri={database}" in command
+    assert command[-4:] == ["iterations=3", "c=d", "eval=smoke", "scale=smoke"]
+
+
+def test_a_sweep_that_fails_is_said_and_what_is_there_is_told(
+    tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = outcomes(
+        tmp_path, database, {}, status=1, arguments=("--run", "--seeds", "0,1,2,4", "--override", "no.such.setting=1")
+    )
+    assert (found["one"]["outcome"], found["one"]["seeds"]) == ("supported", 3)
+    said = capsys.readouterr()
+    assert "+sweep=main seed=4 " in said.out
+    assert re.search("sweep main: failed after .* see .*main.log", said.err)
+    assert "no.such.setting" in (tmp_path / "out" / "main.log").read_text()
+    assert claims.main(["--run", "--jobs", "0", "--uri", database, "--out", str(tmp_path / "out")]) == 1
+    assert "--jobs 0: expected 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_one_command_runs_the_sweep_and_tells_the_outcome(tmp_path: Path) -> None:
+    path = write_claims(
+        tmp_path / "claims.yaml",
+        {"arguments": {"column": "score", "kind": "sample"}, "a": "new@0", "b": "old@SFT"},
+        {"id": "second", "arguments": {"column": "second"}, "a": "old@0", "b": "old@SFT", "matters": ["second_judge."]},
+        {"id": "mirror", "measure": "correlation", "a": "new@0", "b": "", "relation": "less"}
+        | {"arguments": {"first": "loss/policy", "second": "loss/noise"}},
+        {
+            "id": "moved",
+            "measure": "distance",
+            "a": "old@0",
+            "b": "",
+            "arguments": {"first": "rejected", "second": "new"},
+        },
+        sweeps={"main": {"overrides": ["judge@second_judge=correct"]}},
+    )
+    command = [sys.executable, "-m", "analysis.claims", "--claims", str(path), "--run", "--seeds", "0", "--jobs", "1"]
+    command += ["--override", "scale=smoke", "--override", "iterations=1", "--override", "npo.start=0"]
+    command += ["--override", "dsl=off", "--override", "method=spin,npo"]
+    for attempt in ("ran", "found"):
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("sweep main: there under seeds 0" in done.stdout) == (attempt == "found")
+    rows = {row["id"]: row for row in json.loads((tmp_path / "claims" / "claims.json").read_text())["claims"]}
+    assert {row["outcome"] for row in rows.values()} == {"undecided"}
+    assert all(row["seeds"] == 1 and row["effect"] is not None for row in rows.values())
+    assert -1 <= rows["mirror"]["effect"] <= 1
+    assert 0 <= rows["moved"]["effect"] <= 1
