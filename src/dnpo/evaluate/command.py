@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from dnpo import command
 from dnpo.command import flat, part
 from dnpo.errors import DnpoError, SettingsError
-from dnpo.settings import Natural, check, check_values
+from dnpo.settings import Count, Natural, check, check_values
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +46,7 @@ def whole(
     length_controlled: bool,
     seed: Natural,
     device: str,
-    threads: Natural,
+    threads: Count,
     store: str,
     ledger: str,
 ) -> None:
@@ -360,7 +360,8 @@ def said(outcome: "Outcome", judge: str) -> list[str]:
     lines = [
         "",
         f"Duels under {judge}: wins {_share(won.win)}, ties {_share(won.tie)}, losses {_share(won.lose)}",
-        f"win rate (ties are half) {_share(won.rate)}, p = {won.p:.2g}; {duels}, 95 % intervals over prompts",
+        f"win rate (ties are half) {_share(won.rate)}, p = {won.p:.2g}; {duels}",
+        "95 % intervals over prompts: what training again would give is not in them",
     ]
     if outcome.apart is not None:
         lines.append(f"the judge's orders or members are {outcome.apart:.1f} points apart on average")
