@@ -31,9 +31,8 @@ def draw(runs: Runs, methods: Sequence[str], title: str) -> Picture:
         axis.set_ylabel("score, %" if is_leaderboard(those) else "right answers, %")
         if published.comparable(cells.used):
             _overlay(axis, [measure.label for measure in measures], cells.methods, k)
-    items = [each["items"] for each in rows]
     kind = "the Open LLM Leaderboard's" if is_leaderboard(those) else "families of the tiny world, greedy answers"
-    line = foot(cells, items, whiskers(cells, items), f"benchmarks: {kind}; {AVERAGE}: each counts the same")
+    line = foot(cells, rows, whiskers(cells, rows), f"benchmarks: {kind}; {AVERAGE}: each counts the same")
     return Picture(finish(figure, title, line, panels[0]), rows, cells.used)
 
 

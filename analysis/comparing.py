@@ -1,5 +1,6 @@
 """What the tables of benchmarks share."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -79,6 +80,7 @@ class Comparisons:
             *more,
             IN_WORDS[is_leaderboard(self.measures)],
             detectable(self.found),
+            *said(self.found),
             made_of(self.cells, self.items),
             *(f"{note[0].upper()}{note[1:]}." for note in self.cells.notes),
         ]
@@ -104,6 +106,12 @@ def detectable(found: Sequence[Against], scale: float = 100.0, unit: str = " poi
         "Minimum detectable difference (found in 80 % of such comparisons at α = 0.05, before the correction): median "
         f"{np.median(known):.1f}{unit}, from {min(known):.1f} to {max(known):.1f} over {len(known)} comparisons."
     )
+
+
+def said(found: Sequence[Against]) -> list[str]:
+    """What the comparisons say of themselves, each once; that there is one seed is said elsewhere."""
+    counts = Counter(note for each in found for note in each.notes if not note.startswith("one seed"))
+    return [f"{note[0].upper()}{note[1:]} ({count} of {len(found)} comparisons)." for note, count in counts.items()]
 
 
 def made_of(cells: Cells, items: set[int]) -> str:

@@ -1,7 +1,7 @@
 """How all pictures look: one colour and one mark a method, sizes, and the line at the foot that says what is shown."""
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "figure.titlesize": 11,
+    "text.parse_math": False,  # a $ in a name is a $
     "svg.hashsalt": "dnpo",  # the same numbers give the same file
 }
 DPI = 300
@@ -69,9 +70,15 @@ def finish(figure: Figure, title: str, foot: str, key: Axes | None = None) -> Fi
     return figure
 
 
-def foot(cells: Cells, items: Iterable[int], shows: str, *more: str) -> str:
-    """The line below a picture: what whiskers or bands are, seeds, items, data, commit, and what is missing."""
-    seeds, counts = cells.seeds, sorted(set(items))
+def foot(cells: Cells, rows: Sequence[Mapping[str, Any]], shows: str, *more: str) -> str:
+    """The line below a picture: what whiskers or bands are, seeds, items, data, commit, and what is missing.
+
+    Args:
+        rows: what is drawn, with the columns of :func:`analysis.results.size`; none where items do not count.
+        shows: what is drawn, in words.
+        more: further sentences.
+    """
+    seeds, counts = cells.seeds, sorted({row["items"] for row in rows})
     parts = [shows]
     if len(seeds) == 1:
         parts.append(f"ONE SEED ({seeds[0]}): nothing here says how it would come out if trained again")
@@ -81,13 +88,15 @@ def foot(cells: Cells, items: Iterable[int], shows: str, *more: str) -> str:
         parts.append(f"{counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} items")
     made = {name: ", ".join(sorted({str(describe(run)[name]) for run in cells.used})) for name in ("data", "judge")}
     parts.append(f"data {made['data']}, judge {made['judge']}, {len(cells.used)} runs, commit {commits(cells.used)}")
-    sentences = [*more, *cells.notes]
+    unscored = max((row["unscored"] for row in rows), default=0)
+    lacking = [f"up to {unscored} items that lack a score under some seed are left out"] if unscored else []
+    sentences = [*more, *lacking, *cells.notes]
     return "; ".join(parts) + "." + "".join(f"\n{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
-def whiskers(cells: Cells, items: Iterable[int]) -> str:
+def whiskers(cells: Cells, rows: Sequence[Mapping[str, Any]]) -> str:
     """What the intervals are over."""
-    over = ["items"] * (max(items) > 1) + ["seeds"] * (len(cells.seeds) > 1)
+    over = ["items"] * any(row["items"] > 1 for row in rows) + ["seeds"] * (len(cells.seeds) > 1)
     return f"Whiskers: 95 % t intervals over {' and '.join(over)}" if over else "No intervals: one seed, and no items"
 
 

@@ -21,7 +21,7 @@ def numbers(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
         for row in over_iterations(cells, outcome(name, column), 100):
             place = found.setdefault(
                 (row["method"], row["iteration"]),
-                {key: row[key] for key in ("method", "iteration", "seeds", "items")},
+                {key: row[key] for key in ("method", "iteration", "seeds", "items", "unscored")},
             )
             place |= {f"{name}_{end}": row[end] for end in ("mean", "low", "high")}
     return list(found.values())
@@ -48,7 +48,7 @@ def make(runs: Runs) -> Picture:
         first.set_ylabel("policy after")
     line = foot(
         cells,
-        [row["items"] for row in rows],
+        rows,
         "Sampled answers to held-out prompts; a win scores higher than the human response under the judge; whiskers "
         "and ±: 95 % t intervals",
     )

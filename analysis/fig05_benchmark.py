@@ -31,8 +31,7 @@ def make(runs: Runs) -> Picture:
     else:
         axis.set_ylabel("right greedy answers, mean of the\ntiny world's families, %")
     axis.legend()
-    items = [row["items"] for row in rows]
-    line = foot(cells, items, whiskers(cells, items), f"benchmarks: {', '.join(each.label for each in those)}")
+    line = foot(cells, rows, whiskers(cells, rows), f"benchmarks: {', '.join(each.label for each in those)}")
     return Picture(finish(figure, TITLE, line), rows, cells.used)
 
 

@@ -37,8 +37,7 @@ def make(runs: Runs) -> Picture:
     rows = numbers(cells)
     figure, (axis,) = canvas(6.0, 4.2)
     draw(axis, rows, cells)
-    items = [row["items"] for row in rows[:-1]]
-    line = foot(cells, items, f"Sampled answers to held-out prompts. {whiskers(cells, items)}")
+    line = foot(cells, rows[:-1], f"Sampled answers to held-out prompts. {whiskers(cells, rows[:-1])}")
     return Picture(finish(figure, TITLE, line), rows, cells.used)
 
 

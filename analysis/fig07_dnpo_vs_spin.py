@@ -10,7 +10,7 @@ from analysis import published
 from analysis.command import alone
 from analysis.drawing import beside, canvas, finish, foot, outcomes, plus_minus
 from analysis.keeping import Picture
-from analysis.results import against, duel, estimate, numbers, stack, whole
+from analysis.results import against, duel, estimate, numbers, size, stack
 from analysis.selection import BEGINNING, DNPO, SPIN, Absent, Cells, Runs, spell
 from dnpo.comparisons.significance import holm
 
@@ -29,7 +29,7 @@ def table(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
         pairs = zip(cells.of(DNPO, k, seeds), cells.of(SPIN, k, seeds), strict=True)
         duels = [duel(ours, theirs, k, column) for ours, theirs in pairs]
         won, tied, lost = (100 * stack([found[name] for found in duels]) for name in ("win", "tie", "lose"))
-        row: dict[str, Any] = {"iteration": k, "seeds": len(seeds), "items": whole(won).shape[1]}
+        row: dict[str, Any] = {"iteration": k, **size(won)}
         for name, x_SI in (("win", won), ("tie", tied), ("lose", lost)):
             row |= numbers(estimate(x_SI), f"{name}_")
         found = against(won, lost)
@@ -61,7 +61,7 @@ def make(runs: Runs) -> Picture:
         ]
     line = foot(
         cells,
-        [row["items"] for row in rows],
+        rows,
         "Whiskers and ±: 95 % t intervals; *: p ≤ 0.05 after Holm's correction",
         *more,
     )

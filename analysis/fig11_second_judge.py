@@ -25,11 +25,10 @@ def make(runs: Runs) -> Picture:
     fig07_dnpo_vs_spin.draw(right, duels)
     right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     judge = ", ".join(sorted({run.option("second_judge") or "unknown" for run in cells.used}))
-    items = [row["items"] for row in scores[:-1]]
     line = foot(
         cells,
-        items,
-        f"Second judge: {judge}. {whiskers(cells, items)}; *: p ≤ 0.05 after Holm's correction",
+        scores[:-1],
+        f"Second judge: {judge}. {whiskers(cells, scores[:-1])}; *: p ≤ 0.05 after Holm's correction",
     )
     rows = [{"part": "scores", **row} for row in scores] + [{"part": "duels", **row} for row in duels]
     return Picture(finish(figure, TITLE, line), rows, cells.used)

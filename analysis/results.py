@@ -4,6 +4,7 @@ Shapes: S seeds, I items. A measure without items kept has I = 1, and its interv
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from analysis.selection import Absent, Cells, Iteration, spell
@@ -139,10 +142,10 @@ def duel(a: Run, b: Run, iteration: Iteration, column: str = "score") -> dict[st
     """
     sides = []
     for run in (a, b):
-        rows = _items(run, iteration)
-        if rows is None:
+        table = _items(run, iteration)
+        if table is None:
             raise Absent(f"run {run.id} has no {item_path(iteration)}")
-        sides.append({(r["id"], r["sample"]): r[column] for r in rows if r["kind"] == "sample"})
+        sides.append({(name, n): v for name, n, v in _columns(table, ["id", "sample", column], kind="sample")})
     ours, theirs = sides
     if ours.keys() != theirs.keys():
         raise DataError(f"runs {a.id} and {b.id} answered different prompts; a comparison needs the same ones")
@@ -240,7 +243,13 @@ def row(cells: Cells, measure: Measure, method: str, iteration: Iteration, scale
     seeds = cells.seeds_of((method, iteration))
     x_SI = scale * results(cells, measure, method, iteration, seeds)
     head = {"method": method, "iteration": iteration, "measure": measure.label}
-    return {**head, **numbers(estimate(x_SI)), "seeds": len(seeds), "items": whole(x_SI).shape[1]}
+    return {**head, **numbers(estimate(x_SI)), **size(x_SI)}
+
+
+def size(x_SI: Array) -> dict[str, int]:
+    """Seeds, items, and items that were left out because they lack a value somewhere, as columns."""
+    items = whole(x_SI).shape[1]
+    return {"seeds": len(x_SI), "items": items, "unscored": x_SI.shape[1] - items}
 
 
 def numbers(found: Estimate, prefix: str = "") -> dict[str, float | None]:
@@ -266,57 +275,55 @@ def kept(run: Run, path: str, read: Callable[[Path], Any]) -> Any:
     return _KEPT[run.id, path]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    return found
+def _items(run: Run, iteration: Iteration) -> pa.Table | None:
+    """A row a held-out response. It stays a table: Python objects would take a hundred times as much memory."""
+    return kept(run, item_path(iteration), pq.read_table)
 
 
-def _items(run: Run, iteration: Iteration) -> list[dict[str, Any]] | None:
-    found: list[dict[str, Any]] | None = kept(run, item_path(iteration), _rows)
-    return found
+def _columns(table: pa.Table, names: Sequence[str], **wanted: str) -> list[tuple[Any, ...]]:
+    """Some columns of the rows that have these values."""
+    for name, value in wanted.items():
+        table = table.filter(pc.equal(table[name], value))
+    return list(zip(*(table[name].to_pylist() for name in names), strict=True))
 
 
 def _sampled(run: Run, iteration: Iteration, column: str, wanted: Sequence[int] | None) -> Items | None:
     """By prompt: the mean score of its samples, or the share that compares with the human one's as wanted."""
-    rows = _items(run, iteration)
-    if rows is None or any(column not in r for r in rows[:1]) or all(r[column] is None for r in rows):
+    table = _items(run, iteration)
+    if table is None or column not in table.column_names or table[column].null_count == len(table):
         return None
-    human = {r["id"]: r[column] for r in rows if r["kind"] == "human"}
+    human = dict(_columns(table, ["id", column], kind="human"))
     found: dict[str, list[float]] = {}
-    for r in rows:
-        if r["kind"] != "sample":
-            continue
-        value, other = r[column], human.get(r["id"])
-        if wanted is not None:
-            value = None if value is None or other is None else float(np.sign(value - other) in wanted)
-        found.setdefault(r["id"], []).append(np.nan if value is None else value)
+    for name, value in _columns(table, ["id", column], kind="sample"):
+        other = human.get(name)
+        if wanted is not None and value is not None:
+            value = None if other is None else float(np.sign(value - other) in wanted)
+        found.setdefault(name, []).append(np.nan if value is None else value)
     return {name: _mean(values) for name, values in found.items()}
 
 
 def _family(family: str) -> Callable[[Run, Iteration], Items | None]:
     def items(run: Run, iteration: Iteration) -> Items | None:
-        rows = _items(run, iteration)
-        if rows is None:
+        table = _items(run, iteration)
+        if table is None:
             return None
-        found = {r["id"]: r["right"] for r in rows if r["kind"] == "greedy" and r["family"] == family}
-        return None if any(right is None for right in found.values()) else {n: float(r) for n, r in found.items()}
+        found = dict(_columns(table, ["id", "right"], kind="greedy", family=family))
+        return None if None in found.values() else {name: float(right) for name, right in found.items()}
 
     return items
 
 
 def _benchmark(name: str) -> Callable[[Run, Iteration], Items | None]:
     def items(run: Run, iteration: Iteration) -> Items | None:
-        rows = kept(run, f"leaderboard/{lap_name(iteration)}.parquet", _rows)
-        if rows is None:
+        table = kept(run, f"leaderboard/{lap_name(iteration)}.parquet", pq.read_table)
+        if table is None:
             return None
-        mine = [r for r in rows if r["benchmark"] == name]
-        sizes: dict[str, int] = {}
-        for r in mine:
-            sizes[r["task"]] = sizes.get(r["task"], 0) + 1
+        mine = _columns(table, ["task", "id", "score"], benchmark=name)
+        sizes = Counter(task for task, _, _ in mine)
         # The benchmark's score is the mean of its tasks' means, unless its items are pooled.
         pooled = BENCHMARKS[name].pooled
         weight = {task: 1.0 if pooled else len(mine) / (len(sizes) * size) for task, size in sizes.items()}
-        return {f"{r['task']}/{r['id']}": r["score"] * weight[r["task"]] for r in mine}
+        return {f"{task}/{item}": value * weight[task] for task, item, value in mine}
 
     return items
 

@@ -78,6 +78,7 @@ class Recorder:
         params: Mapping[str, str] | None = None,
         texts: bool = False,
         leaderboard: bool = False,
+        unscored: int = 0,
         tags: Mapping[str, str] | None = None,
     ) -> str:
         """Record a run; its id."""
@@ -111,7 +112,7 @@ class Recorder:
         known = [Param(name, str(value)) for name, value in {**settings, **(params or {})}.items()]
         self.client.log_batch(run, params=known)
         if status == "FINISHED":
-            self._leave(run, method, seed, iterations, start, texts, leaderboard)
+            self._leave(run, method, seed, iterations, start, texts, leaderboard, unscored)
         if status != "RUNNING":
             self.client.set_terminated(run, status)
         return run
@@ -128,13 +129,15 @@ class Recorder:
             self.parents[experiment, sweep] = str(run.info.run_id)
         return self.parents[experiment, sweep]
 
-    def _leave(self, run: str, method: str, seed: int, iterations: int, start: int, texts: bool, board: bool) -> None:
+    def _leave(
+        self, run: str, method: str, seed: int, iterations: int, start: int, texts: bool, board: bool, unscored: int
+    ) -> None:
         folder = self.folder / "work" / str(self.count)
         table = []
         for k in (SFT, *range(iterations)):
             in_force = k != SFT and int(k) >= start
             name = lap_name(k)
-            row, items = self._lap(method if in_force else SPIN, k, seed)
+            row, items = self._lap(method if in_force else SPIN, k, seed, unscored)
             if texts and k != SFT:
                 row |= {
                     "texts/bleu": 0.1 + 0.01 * GAIN[method] * in_force + 0.003 * seed,
@@ -156,7 +159,7 @@ class Recorder:
         (folder / "summary.json").write_text(json.dumps({"table": table}))
         self.client.log_artifacts(run, str(folder))
 
-    def _lap(self, method: str, k: int | str, seed: int) -> tuple[dict[str, Any], pa.Table]:
+    def _lap(self, method: str, k: int | str, seed: int, unscored: int) -> tuple[dict[str, Any], pa.Table]:
         """One policy's items, and the means that the loop makes of them."""
         stage = -1 if k == SFT else int(k)
         fixed, draw = np.random.default_rng(1), np.random.default_rng([seed, stage + 1, list(GAIN).index(method)])
@@ -176,9 +179,12 @@ class Recorder:
                 rows.append(
                     {**head, "kind": "sample", "sample": sample, "score": value, "second": value * 0.9, "right": right}
                 )
+        for row in rows:
+            if row["kind"] == "sample" and int(row["id"].removeprefix("test-")) < unscored:
+                row["score"] = None
         found: dict[str, Any] = {"iteration": k}
         by = {row["id"]: row for row in rows if row["kind"] == "human"}
-        sampled = [row for row in rows if row["kind"] == "sample"]
+        sampled = [row for row in rows if row["kind"] == "sample" and row["score"] is not None]
         for prefix, column in (("eval", "score"), ("second", "second")):
             signs = [np.sign(row[column] - by[row["id"]][column]) for row in sampled]
             found[f"{prefix}/score"] = float(np.mean([row[column] for row in sampled]))
@@ -480,6 +486,21 @@ def test_items_without_a_score_are_left_out() -> None:
     assert estimate(x_SI).value == 2.5
     with pytest.raises(Absent, match="no item has a value under every seed"):
         estimate(np.array([[np.nan], [1.0]]))
+
+
+def test_answers_without_a_score_are_left_out_and_said(recorder: Recorder, tmp_path: Path) -> None:
+    recorder.run(SPIN, 0, experiment="unscored", unscored=2)
+    recorder.run(DNPO, 0, experiment="unscored", unscored=3)
+    cells = chosen(recorder, "unscored", sweeps=["main"]).chains()
+    for name in ("fig06_judge_score", "fig07_dnpo_vs_spin"):
+        made = command._script(name).make(chosen(recorder, "unscored", sweeps=["main"]))
+        assert "Up to 3 items that lack a score under some seed are left out." in made.figure.get_supxlabel()
+    assert analysis(recorder, "fig06", "--out", str(tmp_path), "--no-log", experiment="unscored") == 0
+    for row in read(tmp_path / "fig06_judge_score.csv")[:-1]:
+        k = row["iteration"] if row["iteration"] == SFT else int(row["iteration"])
+        assert float(row["mean"]) == pytest.approx(cells.of(row["method"], k)[0].row(k)["eval/score"])
+        left = {SPIN: 2, DNPO: 3}[row["method"]]
+        assert (int(row["items"]), int(row["unscored"])) == (recorder.prompts - left, left)
 
 
 def test_a_duel_meets_sample_by_sample(recorder: Recorder) -> None:
