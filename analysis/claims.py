@@ -29,6 +29,7 @@ from dnpo.errors import DnpoError, SettingsError, TrackingError
 from dnpo.tracked import KIND, Database
 
 SEEDS = "0,1,2,3,4"
+SAID = ("scale", "data", "model", "judge")  # options of the runs that a reader is told
 LAUNCHER = "hydra_plugins.hydra_joblib_launcher"
 
 
@@ -84,7 +85,7 @@ def _go(options: argparse.Namespace) -> int:
     print(
         f"{len(results)} claims measured in {time.monotonic() - began:.0f} s; {time.monotonic() - clock:.0f} s in all"
     )
-    about = _about(book, tracked)
+    about = f"Claims are told of: {book.scale}. {_about(book, tracked)}"
     files = write(results, about, options.out)
     for place, result in enumerate(results, 1):
         effect = "" if result.finding is None else tables.shown(result)
@@ -124,8 +125,10 @@ def _about(book: Book, tracked: Tracked) -> str:
         of = f" of seeds {', '.join(map(str, seeds))}" if seeds else ""
         short = f", {tracked.unfinished[sweep]} unfinished" if tracked.unfinished[sweep] else ""
         found.append(f"{sweep} ({runs} runs{of}{short})")
-    scales = ", ".join(dict.fromkeys(claim.scale for claim in book.claims))
-    return f"Scale: {scales}. Sweeps read: {'; '.join(found)}."
+    every = [run for runs in tracked.runs.values() for run in runs]
+    options = {part: " and ".join(sorted({run.option(part) or "none" for run in every})) for part in SAID}
+    made = f"; all with {', '.join(f'{part}={value}' for part, value in options.items())}" if every else ""
+    return f"Sweeps read: {'; '.join(found)}{made}."
 
 
 # --- running what is missing ------------------------------------------------------------------------------------------

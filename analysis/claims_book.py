@@ -104,8 +104,15 @@ class Term:
 
 @dataclass(frozen=True)
 class Book:
-    """The whole file: sweeps in the order in which they are run, tags by arm, claims."""
+    """The whole file.
 
+    Attributes:
+        scale: of what claims are told that say nothing else.
+        sweeps: in the order in which they are run.
+        arms: the tags that a run of each has.
+    """
+
+    scale: str
     sweeps: Mapping[str, Sweep]
     arms: Mapping[str, Mapping[str, str]]
     claims: tuple[Claim, ...]
@@ -151,7 +158,7 @@ def read(path: Path) -> Book:
         problem = _problem(claim, sweeps, arms)
         if problem:
             raise SettingsError(f"{path}: claim {claim.id}: {problem}")
-    return Book(sweeps, arms, claims)
+    return Book(str(tree["scale"]), sweeps, arms, claims)
 
 
 def _claim(given: Any, scale: str, path: Path) -> Claim:

@@ -120,7 +120,7 @@ def find(sample: Sample, where: Region) -> Finding:
     if mean is None:
         return Finding(Estimate(float(difference_SI.mean())), 1.0, None, seeds, counted, tuple(notes))
     if not mean.error:
-        notes.append("the same under all seeds: the interval has no width, which is no certainty")
+        notes.append("nothing varies: the interval has no width, which is no certainty")
     if sample.by_item and where.bounds == (0.0,):
         p = paired(a_SI, b_SI, kind="scores", interval="t").p
     else:

@@ -1,6 +1,7 @@
 """The claims of the papers: measures and rule by worked numbers, the file of claims against the sweeps that it reads,
 and the command on tracked runs whose truth is known."""
 
+import importlib.util
 import json
 import math
 import os
@@ -349,6 +350,7 @@ def track(
     tracking = MLflow(uri=f"sqlite:///{folder / 'mlflow.db'}", artifacts=str(folder / "artifacts"))
     npo = {"old": "off", "new": "trainable"}[arm]
     tags = {"dnpo.kind": "run", "dnpo.seed": str(seed), "dnpo.npo": npo, "dnpo.dsl": "off", "dnpo.sweep_name": "main"}
+    tags |= {"dnpo.scale": "smoke"}
     sweep = folder / "multirun"
     sweep.mkdir(exist_ok=True)
     params = {"seed": seed, "iterations": iterations, "npo.start": start, "dsl.start": 0, "objective.beta": beta}
@@ -579,6 +581,7 @@ def test_all_formats_say_the_same_and_are_logged(known: Path, tmp_path: Path) ->
     assert texts[".csv"].count("supported") >= 1
     assert "1 supported, 0 contradicted, 0 undecided, 1 not measured" in texts[".md"]
     assert "all 2 claims" in texts[".md"]
+    assert "main (7 runs of seeds 0, 1, 2, 3, 1 unfinished); all with scale=smoke," in texts[".md"]
     database = Database(uri)
     (logged,) = [run for run in database._all if run.tags.get("dnpo.kind") == "claims"]
     assert logged.finished
@@ -623,6 +626,12 @@ def test_only_the_seeds_that_are_missing_are_run(tmp_path: Path, database: str) 
     assert command[1:6] == ["-m", "dnpo.train", "-m", "+sweep=main", "seed=3,4"]
     assert f"tracking.uri={database}" in command
     assert command[-4:] == ["iterations=3", "c=d", "eval=smoke", "scale=smoke"]
+    assert "hydra/launcher=joblib" not in command
+    side_by_side = claims.parser().parse_args(["--uri", database, "--jobs", "2"])
+    installed = importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is not None
+    assert (
+        "hydra.launcher.n_jobs=2" in claims.sweep_command("main", book.sweeps["main"], [0], side_by_side)
+    ) == installed
 
 
 def test_a_sweep_that_fails_is_said_and_what_is_there_is_told(
