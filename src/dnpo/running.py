@@ -2,19 +2,21 @@
 
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from dnpo import export
+from dnpo import export, inputs, notes
 from dnpo.console import Console, iteration_table
-from dnpo.figures import logprob_histogram
+from dnpo.figures import logprob_histogram, progress
 from dnpo.judges.agreement import known_agreement, sentence
 from dnpo.leaderboard import ITEMS
 from dnpo.loop import Lap
@@ -24,6 +26,7 @@ from dnpo.tracking import Tracking
 
 PACKAGES = ("dnpo", "torch", "pytorch-lightning", "transformers", "peft", "tokenizers", "mlflow", "datasets")
 SHOWN_PAIRS = 50
+TWICE = ("loss/", "npo/", "margin/", "logps/", "grad_norm/")  # by step too; by iteration they stand under iteration/
 SATURATED = 0.15  # mean σ(−margin) of a step below which the loss hardly pulls any more
 
 
@@ -50,6 +53,8 @@ def execute(
     clock, before = time.monotonic(), 0
     table: list[dict[str, Any]] = []
     used: list[dict[str, Any]] = []
+    title, head = notes.title(settings, choices()), notes.begun(settings, choices(), overrides(), commit())
+    tracking.note(f"{title}\n\n{notes.RUNNING}\n\n{head}")
     for lap in laps:
         for stage in lap.stages:
             prefix = "sft/" if stage.name == "sft" else "like/" if stage is lap.like else ""
@@ -58,7 +63,7 @@ def execute(
             used.append({**name, "iteration": "SFT" if lap.k < 0 else lap.k, "reused": reused})
         before += int(manifest(store.folder(lap.policy))["facts"]["policy_steps"]) if lap.k >= 0 else 0
         table.append(_row(lap, store))
-        _track(lap, table[-1], store, tracking, folder)
+        _track(lap, table[-1], store, tracking, settings, folder)
     summary = {
         "table": table,
         "choices": choices(),
@@ -75,6 +80,9 @@ def execute(
     tracking.artifact(folder / "summary.json")
     for card in export.link(summary, folder):
         tracking.artifact(card, f"models/{card.parent.name}")
+    _track_results(summary, tracking, folder)
+    ended = notes.ended(summary, Path(os.path.relpath(folder)), tracking.id)
+    tracking.note(f"{title}\n\n{ended}\n\n{head}")
     tracking.flush()
     return summary
 
@@ -85,6 +93,13 @@ def choices() -> dict[str, str]:
 
     known = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     return {str(k): str(v) for k, v in known.items() if v is not None and not str(k).startswith("hydra/")}
+
+
+def overrides() -> list[str]:
+    """What the command says, as Hydra knows it; empty where nothing was composed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return [str(given) for given in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
 
 
 def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int, prefix: str) -> bool:
@@ -103,13 +118,24 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     if store.has(stage):
         console.reused(stage.title, stage.key)
     else:
-        with console.stage(stage.title, track) as report:
+        with console.stage(stage.title, track) as report, _told(tracking, stage):
             store.get(stage, report)
     if stage.key in store.computed:
         return False
     # Found, or computed by another run while this one waited.
     track(_steps(stage, store))
     return True
+
+
+@contextmanager
+def _told(tracking: Tracking, stage: Stage) -> Iterator[None]:
+    """What ends a run at this stage is added to its note."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(Exception):  # that it cannot be said must not hide what it was
+            tracking.add(notes.stopped(stage.title, error))
+        raise
 
 
 def _steps(stage: Stage, store: Store) -> list[dict[str, float]]:
@@ -144,14 +170,20 @@ def _row(lap: Lap, store: Store) -> dict[str, Any]:
     return row
 
 
-def _track(lap: Lap, row: Mapping[str, Any], store: Store, tracking: Tracking, folder: Path) -> None:
-    """An iteration's metrics; its histogram, the rows behind the metrics, its steps, and some of its pairs."""
+def _track(
+    lap: Lap, row: Mapping[str, Any], store: Store, tracking: Tracking, settings: Mapping[str, Any], folder: Path
+) -> None:
+    """What an iteration read, its model and its metrics; its histogram, the rows behind the metrics, its steps, and
+    some of its pairs."""
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "iteration"}
-    renamed = {
-        f"iteration/{n}" if n.startswith(("loss/", "npo/", "margin/", "logps/")) else n: v for n, v in numbers.items()
-    }
-    tracking.metrics(renamed, lap.k)
+    renamed = {f"iteration/{n}" if n.startswith(TWICE) else n: v for n, v in numbers.items()}
     name = "sft" if lap.k < 0 else f"iteration-{lap.k}"
+    tracking.inputs(inputs.of(lap, store, settings))
+    stage = f"{lap.policy.name}/{lap.policy.key}"
+    where = Path(os.path.relpath(folder / "models" / name))
+    made = {"iteration": str(row["iteration"]), "stage": stage, "folder": str(where), "seed": str(settings["seed"])}
+    model = tracking.model(name, lap.k, made, notes.policy(lap.k, stage, where))
+    tracking.metrics(renamed, lap.k, model)
     picture = folder / "logprobs" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
     ks = row.get("stagnation/ks")
@@ -172,6 +204,19 @@ def _track(lap: Lap, row: Mapping[str, Any], store: Store, tracking: Tracking, f
         write_json(some, _some_pairs(store.folder(lap.pairs) / "pairs.parquet"))
         tracking.artifact(some, "pairs")
     tracking.flush()
+
+
+def _track_results(summary: Mapping[str, Any], tracking: Tracking, folder: Path) -> None:
+    """A run's picture, and its table in Markdown and as one that MLflow shows."""
+    rows = summary["table"]
+    (folder / "table.md").write_text(notes.results(rows))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {"columns": names, "data": [[row.get(name) for name in names] for row in rows]}
+    write_json(folder / "table.json", columns)
+    progress(rows, folder / "progress.png", " ".join(overrides()) or "defaults")
+    tracking.artifact(folder / "progress.png")
+    tracking.artifact(folder / "table.md")
+    tracking.table(folder / "table.json")
 
 
 def _rows(lap: Lap, store: Store) -> Iterator[tuple[str, Path]]:

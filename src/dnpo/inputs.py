@@ -1,0 +1,99 @@
+"""What a run reads, as data sets that a tracking store can name: contents are told by digest, never by path."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from dnpo.loop import Lap
+from dnpo.records import Pair
+from dnpo.store import Stage, Store, manifest
+
+TRAINING, EVALUATION, UNUSED = "training", "evaluation", "not used"
+COLUMNS = ("id", "messages", "human", "answer", "needs")  # of a prompt, without what a tokenizer made of it
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows that a run reads.
+
+    Attributes:
+        digest: of their contents, at most 36 characters.
+        context: ``training``, ``evaluation``, or ``not used``.
+        kind: of ``source``: ``hugging_face``, ``local`` or ``code``.
+        source: where they came from, as plain values.
+        facts: what is known of the rows, such as how many were dropped.
+    """
+
+    name: str
+    digest: str
+    context: str
+    kind: str
+    source: Mapping[str, Any]
+    rows: int
+    columns: Sequence[str]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def of(lap: Lap, store: Store, settings: Mapping[str, Any]) -> list[Dataset]:
+    """What an iteration reads that none before it has: before the first the prompts of every split, then its pairs.
+
+    Args:
+        settings: of the run, nested.
+    """
+    return _splits(lap, store.folder(lap.prompts), settings) if lap.pairs is None else [_pairs(lap.k, lap.pairs, store)]
+
+
+def _splits(lap: Lap, prompts: Path, settings: Mapping[str, Any]) -> list[Dataset]:
+    """The prompts as they were encoded."""
+    facts = manifest(prompts)["facts"]
+    kind, source = _source(settings["data"], lap.prompts.settings["data"])
+    found = []
+    for path in sorted(prompts.glob("*.parquet")):
+        if path.stem.endswith("-human"):
+            continue
+        table = pq.read_table(path, columns=list(COLUMNS))
+        held_out = path.stem in ("validation", "test")
+        used = EVALUATION if path.stem == settings["eval"]["split"] else UNUSED
+        found.append(
+            Dataset(
+                name=path.stem,
+                digest=_digest(table.to_pylist()),
+                context=used if held_out else TRAINING,
+                kind=kind,
+                source=source,
+                rows=table.num_rows,
+                columns=COLUMNS,
+                facts=facts.get(path.stem, {}),
+            )
+        )
+    return found
+
+
+def _pairs(k: int, stage: Stage, store: Store) -> Dataset:
+    """The pairs that iteration ``k`` trains on."""
+    facts = manifest(store.folder(stage))["facts"]
+    columns = [each.name for each in fields(Pair)]
+    where = {"uri": f"{stage.name}/{stage.key}"}
+    return Dataset(f"pairs-{k}", stage.key, TRAINING, "local", where, facts["pairs"], columns, facts)
+
+
+def _source(data: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where rows come from: a data set of the hub, files, or the code that makes them."""
+    if data.get("name") is not None:
+        return "hugging_face", {"path": data["name"], "revision": identity.get("revision")}
+    if data.get("path") is not None:
+        return "local", {"uri": str(data["path"])}
+    return "code", {"tags": {"mlflow.source.name": data["_target_"]}}
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """16 hexadecimal digits of the SHA-256 of rows."""
+    whole = hashlib.sha256()
+    for row in rows:
+        whole.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return whole.hexdigest()[:16]

@@ -1,0 +1,324 @@
+"""What a run's page in MLflow says: real tracking in a SQLite database, read back with MLflow's own client."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from dnpo import notes, tracking
+from dnpo.comparisons.intervals import Estimate
+from dnpo.figures import METHODS, Panel, colours, over_iterations, progress
+from dnpo.inputs import Dataset
+from dnpo.tracking import ABANDONED, ALIVE, NOTE, MLflow
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ROWS: list[dict[str, Any]] = [
+    {"iteration": "SFT", "eval/score": 50.0, "eval/score_human": 88.0, "eval/accuracy": 0.5, "eval/loss": 2.0},
+    {"iteration": 0, "eval/score": 53.25, "eval/score_human": 88.0, "eval/accuracy": 0.5625, "eval/loss": 2.125},
+]
+ROWS[1] |= {"pairs/pairs": 200, "pairs/flipped": 30, "pairs/flips": 0.15, "stagnation/ks": 0.25, "seconds": 7}
+ROWS[1]["stagnation/ks_critical"] = 0.06
+
+
+def tracked(folder: Path, **settings: Any) -> MLflow:
+    return MLflow(uri=f"sqlite:///{folder / 'runs.db'}", artifacts=str(folder / "artifacts"), **settings)
+
+
+def client(folder: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{folder / 'runs.db'}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a database, which takes seconds to make."""
+    return tmp_path_factory.mktemp("tracked")
+
+
+@pytest.fixture
+def run(folder: Path) -> Iterator[MLflow]:
+    """A run that has begun."""
+    run = tracked(folder)
+    run.start("a run", {"npo.alpha": 0.1, "tracking.uri": "postgresql://me:secret@host/db"}, {"dnpo.kind": "run"}, None)
+    yield run
+    run.finish("FINISHED")
+
+
+# --- the run
+
+
+def test_a_page_has_its_inputs_its_models_and_their_metrics(run: MLflow, folder: Path) -> None:
+    held = Dataset("test", "0123456789abcdef", "evaluation", "local", {"uri": "data.jsonl"}, 48, ["id"], {"cut": 3})
+    run.inputs([held])
+    model = run.model("iteration-0", 0, {"stage": "optimise/abc"}, "The policy after iteration 0.")
+    run.metrics({"eval/score": 51.5}, 0, model, held)
+    run.metrics({"loss/policy": 0.5}, 7)
+    run.finish("FINISHED")
+    found = client(folder).get_run(run.id)
+    (given,) = found.inputs.dataset_inputs
+    assert (given.dataset.name, given.dataset.digest) == ("test", "0123456789abcdef")
+    assert json.loads(given.dataset.profile) == {"num_rows": 48, "cut": 3}
+    assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "evaluation")]
+    assert [(out.model_id, out.step) for out in found.outputs.model_outputs] == [(model, 0)]
+    logged = client(folder).get_logged_model(model)
+    assert (logged.name, logged.params, str(logged.status)) == ("iteration-0", {"stage": "optimise/abc"}, "READY")
+    (score,) = logged.metrics
+    assert (score.key, score.value, score.dataset_digest) == ("eval/score", 51.5, held.digest)
+    assert found.data.metrics == {"eval/score": 51.5, "loss/policy": 0.5}
+
+
+def test_passwords_in_addresses_are_not_tracked(run: MLflow, folder: Path) -> None:
+    run.finish("FINISHED")
+    assert client(folder).get_run(run.id).data.params["tracking.uri"] == "postgresql://…@host/db"
+    assert "secret" not in notes.code("python -m dnpo.train tracking.uri=postgresql://me:secret@host/db")
+
+
+def test_a_note_that_is_too_long_is_cut_at_a_line_and_says_so(run: MLflow, folder: Path) -> None:
+    run.note("\n".join(["a line of the note"] * 1000))
+    run.add("**Failed** at the end")
+    said = client(folder).get_run(run.id).data.tags[NOTE]
+    assert len(said) <= 8000
+    assert said.endswith("**Failed** at the end")
+    run.note("\n".join(["a line of the note"] * 1000))
+    said = client(folder).get_run(run.id).data.tags[NOTE]
+    assert set(said.splitlines()) == {"a line of the note", "", "(cut)"}
+
+
+def test_tables_are_shown_as_tables(run: MLflow, folder: Path) -> None:
+    for name in ("table.json", "other.json"):
+        (folder / name).write_text(json.dumps({"columns": ["a"], "data": [[1]]}))
+        run.table(folder / name)
+    tag = client(folder).get_run(run.id).data.tags["mlflow.loggedArtifacts"]
+    assert json.loads(tag) == [{"path": name, "type": "table"} for name in ("table.json", "other.json")]
+
+
+def test_a_run_can_be_gone_on_with(run: MLflow, folder: Path) -> None:
+    run.note("first")
+    run.finish("FINISHED")
+    again = tracked(folder)
+    again.resume(run.id)
+    again.add("second")
+    again.finish("FAILED")
+    found = client(folder).get_run(run.id)
+    assert (found.data.tags[NOTE], found.info.status) == ("first\n\nsecond", "FAILED")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dnpo.tracking import MLflow
+run = MLflow(uri=f"sqlite:///{sys.argv[1]}/runs.db", artifacts=f"{sys.argv[1]}/artifacts")
+run.start("killed", {}, {"dnpo.kind": "run"}, None)
+run.note("what it is")
+print(run.id, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_next_run_ends_those_whose_process_was_killed_and_no_others(run: MLflow, folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed = done.stdout.strip()
+    assert client(folder).get_run(killed).info.status == "RUNNING"
+    following = tracked(folder)
+    following.start("next", {}, {"dnpo.kind": "run"}, None)
+    found = client(folder).get_run(killed)
+    assert (found.info.status, found.data.tags[NOTE]) == ("KILLED", f"what it is\n\n{ABANDONED}")
+    assert client(folder).get_run(run.id).info.status == "RUNNING", "its process lives"
+    for one in (run, following):
+        one.finish("FINISHED")
+    assert [client(folder).get_run(one.id).info.status for one in (run, following)] == ["FINISHED", "FINISHED"]
+    assert ALIVE not in client(folder).get_run(run.id).data.tags
+    assert list((folder / "runs.db.alive").iterdir()) == []
+
+
+def test_what_is_not_tracked_takes_everything() -> None:
+    nowhere = tracking.Tracking()
+    nowhere.note("a")
+    nowhere.inputs([])
+    assert nowhere.model("sft", -1, {}, "") == nowhere.id == ""
+
+
+# --- notes
+
+
+def test_data_mean_nothing_to_markdown() -> None:
+    said = notes.escaped("a|b\n<img src=x onerror=alert(1)> [x](javascript:y) `c` **d** http://u:p@h")
+    assert "\n" not in said
+    assert "<" not in said
+    assert said.count("|") == said.count("\\|") == 1
+    assert "\\[x\\](javascript:y)" in said
+    assert "\\`c\\` \\*\\*d\\*\\*" in said
+    assert "u:p@" not in said
+    assert notes.code("a\n```\nb").splitlines() == ["    a", "    ```", "    b"]
+
+
+def test_a_run_is_told_by_its_table() -> None:
+    summary = {"table": ROWS, "seconds": 12.3, "judge_agreement": []}
+    said = notes.ended(summary, Path("outputs/x_y"), "abc")
+    assert said.startswith(
+        "**From SFT to iteration 0**: the judge's score went from 50.0 to 53.2, right answers from 50.0 to 56.2 %, "
+        "held-out loss from 2.000 to 2.125."
+    )
+    assert "30 of 200 in iteration 0" in said
+    assert "the policy still moved (Kolmogorov-Smirnov distance 0.250, 5 % critical value 0.060)" in said
+    assert "outputs/x\\_y/models" in said
+    assert "    python -m dnpo.report abc" in said
+    still = [{**ROWS[1], "stagnation/ks": 0.05}]
+    assert "the policy stood still" in notes.ended({**summary, "table": still}, Path("x"), "")
+    lines = notes.results(ROWS).splitlines()
+    assert lines[0] == "| after iteration | score | right, % | flipped labels, % | KS | held-out loss | seconds |"
+    assert lines[2] == "| SFT | 50.0 | 50.0 | – | – | 2.000 | – |"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_run_without_a_judge_is_told_too() -> None:
+    rows = [{"iteration": "SFT", "eval/loss": 2.0}, {"iteration": 0, "eval/loss": 1.5}]
+    said = notes.ended({"table": rows, "seconds": 1, "judge_agreement": []}, Path("x"), "")
+    assert said.startswith("**From SFT to iteration 0**: held-out loss from 2.000 to 1.500.")
+    assert "judge" not in said
+
+
+def test_a_note_says_what_a_run_is_before_anything_is_computed() -> None:
+    settings = {"iterations": 4, "seed": 3, "eval": {"split": "test"}, "npo": {"start": 1}, "data": {"path": "a|b"}}
+    choices = {"method": "npo", "dsl": "off", "npo": "trainable", "judge": "rules", "judge@second_judge": "correct"}
+    said = notes.begun(settings, {**choices, "data": "jsonl"}, ["method=npo", "data.path=a|b"], "12ab+")
+    assert "| labels | by origin: the human response is chosen |" in said
+    assert "| noise on the reference | trainable, from iteration 1 on |" in said
+    assert "| judge | rules, beside it correct, which labels nothing |" in said
+    assert "| data | jsonl a\\|b |" in said
+    assert "    python -m dnpo.train method=npo 'data.path=a|b'" in said
+    assert "Commit 12ab, with changes on top." in said
+    assert notes.title(settings, choices) == "### npo, seed 3"
+
+
+# --- pictures
+
+
+def test_methods_keep_their_colours_and_other_groups_get_one_each() -> None:
+    assert colours({"a": ("score", "trainable"), "b": ("off", "off")}) == {
+        "a": METHODS["score", "trainable"],
+        "b": METHODS["off", "off"],
+    }
+    same = colours({f"npo.alpha={i}": ("score", "trainable") for i in range(5)})
+    assert len(set(same.values())) == 5
+
+
+@pytest.mark.parametrize("groups", [1, 3, 30])
+def test_a_picture_is_drawn_whatever_there_is(groups: int, tmp_path: Path) -> None:
+    values = {f"g{i} $x$": {-1: Estimate(1.0), 0: Estimate(2.0 + i, 1.5 + i, 2.5 + i)} for i in range(groups)}
+    panels = [Panel("a", "points", values, human=3.0), Panel("b", "%", values, scale=100.0), Panel("c", "", {})]
+    over_iterations(panels, tmp_path / "a.png", "t" * 300, "note", colours(dict.fromkeys(values, ("off", "off"))))
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    progress(ROWS, tmp_path / "b.png", "a run")
+    assert (tmp_path / "b.png").read_bytes().startswith(PNG)
+
+
+# --- whole runs
+
+
+def train(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dnpo.train", *arguments],
+        cwd=cwd,
+        env={**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///runs.db"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a sweep of two methods has run, with a job of each that cannot."""
+    cwd = tmp_path_factory.mktemp("swept")
+    done = train(cwd, "-m", "scale=smoke", "method=spin,dnpo", "seed=0", "trainer.epochs=1,-1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Downloading" not in done.stderr
+    return cwd
+
+
+def runs(folder: Path) -> dict[str, Any]:
+    """The sweep's own run and those of its jobs, by method."""
+    (own,) = client(folder).search_runs(["1"], "tags.`dnpo.kind` = 'sweep'")
+    jobs = client(folder).search_runs(["1"], f"tags.`mlflow.parentRunId` = '{own.info.run_id}'")
+    return {"sweep": own, **{run.data.tags["dnpo.method"]: run for run in jobs}}
+
+
+@pytest.mark.long
+def test_the_run_of_a_sweep_has_the_comparison_and_the_failures(swept: Path) -> None:
+    own = runs(swept)["sweep"]
+    assert own.info.status == "FAILED"
+    tags = {name: own.data.tags[f"dnpo.{name}"] for name in ("jobs", "failed", "state")}
+    assert tags == {"jobs": "4", "failed": "2", "state": "incomplete"}
+    said = own.data.tags[NOTE]
+    assert "**Incomplete**: 2 of 4 jobs finished. What varies: method; seeds 0." in said
+    assert said.count("failed: trainer.epochs=-1") == 2
+    assert "python -m dnpo.train -m scale=smoke method=spin,dnpo" in said
+    assert f"![comparison](get-artifact?path=comparison.png&run_uuid={own.info.run_id})" in said
+    kept = {file.path for file in client(swept).list_artifacts(own.info.run_id)}
+    assert kept == {"comparison.png", "comparison.md", "comparison.csv", "comparison.json", "sweep.json"}
+    (folder,) = swept.glob("multirun/*/*")
+    assert not (folder / tracking.HELD).exists()
+
+
+@pytest.mark.long
+def test_the_comparison_has_the_numbers_of_the_runs(swept: Path) -> None:
+    (sweep,) = swept.glob("multirun/*/*")
+    cells = list(csv.DictReader((sweep / "comparison.csv").open()))
+    for method, job in (("spin", "0"), ("dnpo", "2")):
+        table = json.loads((sweep / job / "summary.json").read_text())["table"]
+        mine = [c for c in cells if (c["measure"], c["shows"], c["row"]) == ("eval/loss", "mean", method)]
+        assert [float(c["value"]) for c in mine] == pytest.approx([row["eval/loss"] for row in table])
+    (apart,) = [c for c in cells if (c["measure"], c["column"]) == ("eval/loss", "k = 1") and c["shows"] != "mean"]
+    last = {c["row"]: float(c["value"]) for c in cells if (c["measure"], c["column"]) == ("eval/loss", "k = 1")}
+    assert (apart["shows"], apart["row"]) == ("difference from spin", "dnpo")
+    both = [json.loads((sweep / job / "summary.json").read_text())["table"][-1]["eval/loss"] for job in ("2", "0")]
+    assert last["dnpo"] == pytest.approx(np.subtract(*both)), "the last cell of a row is its difference"
+
+
+@pytest.mark.long
+def test_a_run_says_what_it_read_and_made(swept: Path) -> None:
+    run = runs(swept)["dnpo"]
+    given = {each.dataset.name: (each.dataset, each.tags[0].value) for each in run.inputs.dataset_inputs}
+    assert {name: context for name, (_, context) in given.items()} == {
+        "train": "training",
+        "validation": "not used",
+        "test": "evaluation",
+        "pairs-0": "training",
+        "pairs-1": "training",
+    }
+    assert json.loads(given["train"][0].profile)["num_rows"] == 192
+    other = {each.dataset.name: each.dataset.digest for each in runs(swept)["spin"].inputs.dataset_inputs}
+    assert {name for name, (data, _) in given.items() if data.digest != other[name]} == {"pairs-1"}
+    assert given["pairs-1"][0].digest == run.data.tags["stage.iteration-1.label"]
+    steps = {client(swept).get_logged_model(out.model_id).name: out for out in run.outputs.model_outputs}
+    assert {name: out.step for name, out in steps.items()} == {"sft": -1, "iteration-0": 0, "iteration-1": 1}
+    model = client(swept).get_logged_model(steps["iteration-1"].model_id)
+    assert (swept / model.params["folder"] / "config.json").is_file()
+    table = json.loads((swept / model.params["folder"]).parents[1].joinpath("summary.json").read_text())["table"]
+    scores = {metric.key: metric.value for metric in model.metrics}
+    assert scores["eval/score"] == table[-1]["eval/score"]
+    assert {"iteration/loss/policy", "iteration/grad_norm/first"} <= set(scores)
+    said = run.data.tags[NOTE]
+    assert said.startswith("### dnpo, seed 0\n\n**From SFT to iteration 1**: the judge's score went from")
+    kept = {file.path for file in client(swept).list_artifacts(run.info.run_id)}
+    assert {"progress.png", "table.md", "table.json"} <= kept
+
+
+@pytest.mark.long
+def test_a_run_that_fails_says_where(swept: Path) -> None:
+    done = train(swept, "scale=smoke", "method=spin", "seed=0", "trainer.optimizer.lr=1e30", "iterations=1")
+    assert done.returncode == 1, done.stdout
+    (run,) = client(swept).search_runs(["1"], "attributes.status = 'FAILED' and tags.`dnpo.kind` = 'run'")
+    assert run.info.status == "FAILED"
+    assert "**Failed** at iteration 0 · optimise: " in run.data.tags[NOTE]
+    assert notes.CONTINUES in run.data.tags[NOTE]
