@@ -1,0 +1,202 @@
+"""Groups of runs side by side: means with intervals, and differences from one of them, paired over items and seeds."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dnpo.comparisons import paired
+from dnpo.comparisons.intervals import Array, Estimate, crossed
+from dnpo.comparisons.table import Cell, Table, table
+from dnpo.report.groups import Group, Groups, Member, lap_title
+from dnpo.tracked import Run, lap_name
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One way to say how good a policy is.
+
+    Attributes:
+        metric: its name in a run's table.
+        scale: what numbers are shown times, as 100 shows shares in percent.
+        kind, column: of the items that it is the mean of; "" where it has none.
+    """
+
+    metric: str
+    title: str
+    unit: str
+    digits: int = 1
+    scale: float = 1.0
+    kind: str = ""
+    column: str = ""
+
+
+MEASURES = (
+    Measure("eval/score", "Judge's score of sampled answers", "points of 100", kind="sample", column="score"),
+    Measure("second/score", "Second judge's score of sampled answers", "points of 100", kind="sample", column="second"),
+    Measure("eval/accuracy", "Right greedy answers", "%", scale=100, kind="greedy", column="right"),
+    Measure("leaderboard/average", "Leaderboard average", "%", scale=100),
+    Measure("eval/loss", "Held-out loss of human responses", "nats a token", digits=3),
+)
+FLIPS = Measure("pairs/flips", "Labels flipped", "% of pairs", scale=100)
+
+
+@dataclass
+class Items:
+    """Results by held-out prompt, read once each."""
+
+    _kept: dict[tuple[str, str], pa.Table | None] = field(default_factory=dict)
+
+    def table(self, run: Run, iteration: int | str) -> pa.Table | None:
+        """The rows of one policy; None where none were tracked."""
+        path = f"items/{lap_name(iteration)}.parquet"
+        if (run.id, path) not in self._kept:
+            file: Path | None = run.artifact(path)
+            self._kept[run.id, path] = None if file is None else pq.read_table(file)
+        return self._kept[run.id, path]
+
+    def of(self, run: Run, iteration: int | str, measure: Measure) -> dict[str, float]:
+        """The mean result by prompt, over samples; NaN where there is none, empty where the measure has no items."""
+        rows = self.table(run, iteration) if measure.kind else None
+        if rows is None or measure.column not in rows.column_names:
+            return {}
+        rows = rows.filter(pc.field("kind") == measure.kind)
+        values_by_id = pa.table({"id": rows["id"], "value": rows[measure.column].cast(pa.float64())})
+        means = values_by_id.group_by("id").aggregate([("value", "mean")])
+        values = [float("nan") if value is None else value for value in means["value_mean"].to_pylist()]
+        return {} if np.isnan(values).all() else dict(zip(means["id"].to_pylist(), values, strict=True))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A measure over groups and iterations.
+
+    Attributes:
+        means: groups by iterations.
+        differences: of each group from ``baseline``; None where there is nothing to compare with.
+        notes: what a reader has to know beside the numbers.
+    """
+
+    measure: Measure
+    means: Table
+    differences: Table | None
+    baseline: str
+    notes: tuple[str, ...]
+
+
+def baseline(groups: Groups) -> Group | None:
+    """SPIN where it is there, else the first; None where there is one group only."""
+    if len(groups.groups) < 2:
+        return None
+    return next((group for group in groups.groups if group.plain), groups.groups[0])
+
+
+def compare(groups: Groups, measure: Measure, items: Items) -> Compared | None:
+    """Everything that a measure says of the groups; None where no run has it."""
+    laps = [lap for lap in groups.iterations if any(group.values(lap, measure.metric) for group in groups.groups)]
+    if not laps:
+        return None
+    base = baseline(groups)
+    means: dict[str, dict[str, Cell]] = {}
+    apart: dict[str, dict[str, Cell]] = {}
+    notes: dict[str, None] = {}
+    for group in groups.groups:
+        for lap in laps:
+            found = mean_of(group, lap, measure, items)
+            if found is None:
+                continue
+            means.setdefault(group.label, {})[lap_title(lap)] = Cell(found)
+            if base is None or group is base:
+                continue
+            cell, said = _difference(group, base, lap, measure, items)
+            notes |= dict.fromkeys(said)
+            if cell is not None:
+                apart.setdefault(group.label, {})[lap_title(lap)] = cell
+    shape = {"digits": measure.digits, "scale": measure.scale}
+    return Compared(
+        measure,
+        table(means, **shape),  # type: ignore[arg-type]
+        table(apart, **shape) if apart else None,  # type: ignore[arg-type]
+        base.label if base else "",
+        tuple(notes),
+    )
+
+
+def mean_of(group: Group, lap: int | str, measure: Measure, items: Items) -> Estimate | None:
+    """A group's mean after one iteration: over items and seeds, or over seeds alone where there are no items."""
+    seeds = sorted(group.at(lap))
+    by_item = matrix(group, lap, seeds, measure, items)
+    if by_item is not None:
+        return _estimate(by_item)
+    values = group.values(lap, measure.metric)
+    return _estimate(np.asarray([values])) if values else None
+
+
+def matrix(group: Group, lap: int | str, seeds: list[int], measure: Measure, items: Items) -> Array | None:
+    """Results, seeds × items, without items that lack one; None where some run has no items, or other ones."""
+    found = [items.of(group.at(lap)[seed].run, lap, measure) for seed in seeds]
+    if not found or not all(found) or any(each.keys() != found[0].keys() for each in found):
+        return None
+    ids = list(found[0])
+    x_SI: Array = np.asarray([[each[key] for key in ids] for each in found], float)
+    return x_SI
+
+
+def _estimate(x_SI: Array) -> Estimate:
+    whole = x_SI[:, ~np.isnan(x_SI).any(0)]
+    mean = crossed(whole)
+    return Estimate(float(np.nanmean(x_SI))) if mean is None else mean.estimate()
+
+
+def _difference(
+    group: Group, base: Group, lap: int | str, measure: Measure, items: Items
+) -> tuple[Cell | None, list[str]]:
+    """How far a group is from the baseline after one iteration, over the seeds that both have."""
+    ours, theirs = group.at(lap), base.at(lap)
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds or not group.values(lap, measure.metric) or not base.values(lap, measure.metric):
+        return None, []
+    notes = []
+    if ours.keys() != theirs.keys():
+        notes.append(f"{group.label} and {base.label} are compared over the seeds that both have.")
+    if all(_policy(ours[seed].run, lap) == _policy(theirs[seed].run, lap) != "" for seed in seeds):
+        return None, notes  # one and the same policy
+    a, b = (matrix(side, lap, seeds, measure, items) for side in (group, base))
+    if a is not None and b is not None and a.shape == b.shape and a.shape[1] > 1:
+        kind: Literal["right", "scores"] = "right" if measure.column == "right" else "scores"
+        found = paired(a, b, kind=kind, interval="t", missing="drop")
+        return Cell(found.difference, found.p, signed=True), [*notes, *(f"{note}." for note in found.notes)]
+    pairs = [(ours[seed].value(lap, measure.metric), theirs[seed].value(lap, measure.metric)) for seed in seeds]
+    apart = np.asarray([[x - y for x, y in pairs if x is not None and y is not None]])
+    if not apart.size:
+        return None, notes
+    if measure.kind:
+        notes.append("Some runs have no results by held-out prompt, so intervals are over seeds alone.")
+    mean = crossed(apart)
+    if mean is None:
+        return Cell(Estimate(float(apart[0, 0])), signed=True), [*notes, "One seed and no items: there is no interval."]
+    return Cell(mean.estimate(), mean.p(), signed=True), notes
+
+
+def _policy(run: Run, lap: int | str) -> str:
+    """The stage that made the policy after an iteration; "" where the summary does not say."""
+    laps = [row["iteration"] for row in run.table]
+    policies: list[str] = run.summary.get("policies", [])
+    return policies[laps.index(lap)] if lap in laps and len(policies) == len(laps) else ""
+
+
+def gain(member: Member, measure: Measure, items: Items) -> tuple[Estimate, str] | None:
+    """What a run's iterations added, last policy less first, and over what its interval is."""
+    known = member.known(measure.metric)
+    if len(known) < 2:
+        return None
+    (first, before), (last, after) = known[0], known[-1]
+    a, b = items.of(member.run, last, measure), items.of(member.run, first, measure)
+    if len(a) > 1 and a.keys() == b.keys():
+        found = paired([a[key] for key in a], [b[key] for key in a], kind="scores", interval="t", missing="drop")
+        return found.difference, f"over {found.items} held-out prompts"
+    return Estimate(after - before), ""

@@ -1,0 +1,134 @@
+"""Everything that the page says, gathered from tracked runs."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dnpo.report import figures, labels, origins, outcome
+from dnpo.report.comparison import MEASURES, Items, compare
+from dnpo.report.groups import Group, Groups, Member, grouped, lap_title, rows_of, state, whole
+from dnpo.report.page import day, without_secrets
+from dnpo.report.pictures import brought, pictures
+from dnpo.report.selection import Selection
+from dnpo.tracked import SWEEP, Run
+
+CLAIM = ("claim", "where", "measure", "outcome", "effect", "low", "high", "notes")
+LOOKS = {"supported": "good", "contradicted": "bad"}
+
+
+def content(selection: Selection, uri: str) -> dict[str, Any]:
+    """What the template shows.
+
+    Args:
+        uri: of the tracking store, to be named on the page.
+    """
+    runs, sweep, items = selection.runs, selection.sweep, Items()
+    groups = grouped(runs) if sweep else _alone(runs[0])
+    compared = [found for m in MEASURES if (found := compare(groups, m, items)) is not None] if sweep else []
+    styles = figures.styles([group.label for group in groups.groups])
+    lineage = origins.lineage(runs, selection.own if sweep else None)
+    claims, why = _claims(selection.own) if sweep else ([], "")
+    member = groups.groups[0].members[0] if groups.groups else None
+    return {
+        "sweep": sweep,
+        "name": selection.name,
+        "state": _state(selection, groups),
+        "facts": _facts(selection, groups, lineage),
+        "outcome": outcome.of_sweep(groups, compared) if sweep else outcome.of_run(member, items) if member else [],
+        "parts": [] if sweep else _unmeasured(runs[0]),
+        "missing": groups.missing,
+        "tiles": [] if sweep or member is None else outcome.tiles(member, items),
+        "groups": groups,
+        "settings": origins.settings(runs, groups),
+        "notes": _notes(selection),
+        "claims": claims,
+        "no_claims": why,
+        "styles": list(styles.values()) if len(styles) > 1 else [],
+        "undrawn": len(groups.groups) - len(styles),
+        "pictures": pictures(groups, styles, items, not sweep),
+        "brought": brought(selection.own) if sweep else [],
+        "tables": [] if sweep or member is None else outcome.tables(member),
+        "compared": compared,
+        "everything": outcome.everything(groups),
+        "examples": labels.examples(groups, not sweep),
+        "judges": labels.judges(groups, items),
+        "costs": origins.costs(runs),
+        "lineage": lineage,
+        "uri": without_secrets(uri),
+        "written": day(1000 * time.time()),
+    }
+
+
+def _alone(run: Run) -> Groups:
+    """One run, whatever became of it."""
+    return Groups((Group(run.option("method") or run.name, (Member(run, rows_of(run)),)),), (), False)
+
+
+def _state(selection: Selection, groups: Groups) -> tuple[str, str]:
+    """``good`` or ``bad``, and words."""
+    if not selection.sweep:
+        run = selection.runs[0]
+        return ("good" if whole(run) else "bad"), state(run)
+    done = sum(len(group.members) for group in groups.groups)
+    if groups.missing:
+        return "bad", f"{done} of {len(selection.runs)} runs count; not complete, see below"
+    return "good", f"{done} runs finished"
+
+
+def _unmeasured(run: Run) -> list[str]:
+    """What a reader has to know of a run that is not whole, or that nobody judged."""
+    rows = rows_of(run)
+    if not whole(run):
+        reached = (
+            f"tracked until then: {', '.join(lap_title(row['iteration']) for row in rows)}" if rows else "no policy"
+        )
+        return [f"This run has no summary, so the page shows what is known of it ({reached})."]
+    if not any("eval/score" in row for row in rows):
+        return ["No judge scored the answers of this run: there are no scores to show."]
+    return []
+
+
+def _notes(selection: Selection) -> list[str]:
+    """What people or the runs themselves wrote beside them in MLflow."""
+    chosen = selection.own or selection.runs[0]
+    text = chosen.tags.get("mlflow.note.content", "").strip()
+    return [text] if text else []
+
+
+def _facts(selection: Selection, groups: Groups, lineage: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The line under the heading: what, when, from which code."""
+    runs = selection.runs
+    seeds = sorted({run.seed for run in runs})
+    first = runs[0]
+    if selection.sweep:
+        facts = [("settings compared", str(len(groups.groups)))]
+        facts.append(("varies", ", ".join(groups.varies) or "nothing but the seed"))
+    else:
+        facts = [("method", first.option("method") or "not known")]
+        facts += [("part of sweep", first.tags[SWEEP])] if SWEEP in first.tags else []
+    commits = [commit[:10] + ("+" if commit.endswith("+") else "") for commit in lineage["commits"]]
+    return [
+        *facts,
+        ("seeds" if len(seeds) > 1 else "seed", ", ".join(map(str, seeds))),
+        ("iterations", ", ".join(sorted({run.params.get("iterations", "?") for run in runs}))),
+        ("data", ", ".join(sorted({run.option("data") or "?" for run in runs}))),
+        ("begun", day(first.started)),
+        ("commit", ", ".join(dict.fromkeys(commits))),
+    ]
+
+
+def _claims(own: Run | None) -> tuple[list[dict[str, Any]], str]:
+    """The claim table that was tracked with the sweep, or why there is none."""
+    path = own.artifact("analysis/claims.json") if own is not None else None
+    if path is None:
+        return [], "No claim was tested on this sweep yet"
+    try:
+        found = [{name: row.get(name) for name in CLAIM} for row in json.loads(path.read_text())]
+    except (ValueError, AttributeError, TypeError):
+        return [], "analysis/claims.json is no list of claims"
+    for row in found:
+        row["look"] = LOOKS.get(str(row["outcome"]), "open")
+        notes = row["notes"] or ""
+        row["notes"] = "; ".join(map(str, notes)) if isinstance(notes, list) else notes
+    return found, ""

@@ -1,0 +1,229 @@
+"""The runs of a sweep by what varies between them, seeds aside."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dnpo.errors import DataError
+from dnpo.tracked import SFT, Run
+
+# Where and how a run is computed; no other number comes out for it.
+ELSEWHERE = ("tracking.", "store", "ledger", "device", "threads", "plan", "check")
+# Options and settings by which a reader tells runs apart, before any other.
+FIRST = ("dnpo.sweep/regime", "dnpo.method", "dnpo.dsl", "dnpo.npo", "dnpo.data", "dnpo.model", "dnpo.judge")
+NOT_OPTIONS = ("dnpo.seed", "dnpo.kind", "dnpo.commit", "dnpo.sweep", "dnpo.sweep_name", "dnpo.tracking")
+STARTS = ("dsl.start", "npo.start")
+
+# What an unfinished run has tracked by iteration; after the slash of iteration/ stands the table's name.
+BY_ITERATION = (
+    *(f"eval/{name}" for name in ("score", "score_greedy", "score_human", "win", "tie", "lose", "accuracy", "loss")),
+    *(f"pairs/{name}" for name in ("pairs", "flipped", "flips", "identical", "unscored")),
+    *("judge/verdicts", "judge/unscored", "judge/disagreement", "eval/unscored"),
+    *("stagnation/ks", "stagnation/ks_critical", "generated/cut", "second/score", "leaderboard/average"),
+    *(f"iteration/loss/{name}" for name in ("policy", "noise")),
+    *(f"iteration/logps/{name}" for name in ("chosen", "rejected", "new")),
+    *("iteration/margin/saturation", "iteration/npo/variance", "iteration/npo/shift", "seconds"),
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run and the rows of its table that count, a row a policy."""
+
+    run: Run
+    rows: tuple[Mapping[str, Any], ...]
+
+    def value(self, iteration: int | str, metric: str) -> float | None:
+        """A metric of one policy; None where it was not measured."""
+        found = next((row.get(metric) for row in self.rows if row["iteration"] == iteration), None)
+        return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+
+    def known(self, metric: str) -> list[tuple[int | str, float]]:
+        """Iterations after which a metric was measured, and its values."""
+        values = [(row["iteration"], self.value(row["iteration"], metric)) for row in self.rows]
+        return [(iteration, value) for iteration, value in values if value is not None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, one a seed; of a branching sweep, one a seed and iteration."""
+
+    label: str
+    members: tuple[Member, ...]
+
+    def at(self, iteration: int | str) -> dict[int, Member]:
+        """Members that have this iteration, by seed."""
+        return {m.run.seed: m for m in self.members if any(row["iteration"] == iteration for row in m.rows)}
+
+    def values(self, iteration: int | str, metric: str) -> list[float]:
+        """A metric of one policy, one number a seed."""
+        found = [member.value(iteration, metric) for member in self.at(iteration).values()]
+        return [value for value in found if value is not None]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds, in order."""
+        return sorted({member.run.seed for member in self.members})
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is SPIN: labels by origin, no noise."""
+        return all(m.run.option("dsl") == "off" and m.run.option("npo") == "off" for m in self.members)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a sweep has.
+
+    Attributes:
+        varies: the options and settings that tell the groups apart.
+        branching: every run counts with its last iteration alone, which branches off a common chain.
+        missing: sentences on what is not there.
+    """
+
+    groups: tuple[Group, ...]
+    varies: tuple[str, ...]
+    branching: bool
+    missing: tuple[str, ...] = field(default=())
+
+    @property
+    def iterations(self) -> list[int | str]:
+        """Of all groups, in their order; fine-tuning first."""
+        found = {row["iteration"] for group in self.groups for member in group.members for row in member.rows}
+        return sorted(found, key=lambda k: -1 if k == SFT else int(k))
+
+
+def whole(run: Run) -> bool:
+    """Whether a run came to its end and wrote its summary."""
+    try:
+        return run.finished and bool(run.summary)
+    except DataError:
+        return False
+
+
+def lap_title(iteration: int | str) -> str:
+    """What a policy is called on the page: ``SFT``, or ``k = 1`` for the one after iteration 1."""
+    return SFT if iteration == SFT else f"k = {iteration}"
+
+
+def rows_of(run: Run) -> tuple[Mapping[str, Any], ...]:
+    """A run's table; of one without a summary what it tracked by iteration until then."""
+    if whole(run):
+        return tuple(run.table)
+    rows: dict[int, dict[str, Any]] = {}
+    for name in BY_ITERATION:
+        for step, value in run.history(name):
+            row = rows.setdefault(step, {"iteration": SFT if step < 0 else step})
+            row[name.removeprefix("iteration/")] = value
+    return tuple(rows[step] for step in sorted(rows))
+
+
+def grouped(runs: Sequence[Run]) -> Groups:
+    """Sort runs into groups; unfinished ones are left out and named under ``missing``."""
+    finished = [run for run in runs if whole(run)]
+    branching = _branching(finished)
+    left_out = {"seed", "iterations", *STARTS} if branching else {"seed"}
+    names = _telling(finished, left_out)
+    buckets: dict[tuple[str, ...], list[Run]] = {}
+    for run in finished:
+        buckets.setdefault(tuple(_value(run, name) for name in names), []).append(run)
+    groups, repeated = [], 0
+    for values, members in buckets.items():
+        newest = {(run.seed, run.params.get("iterations") if branching else ""): run for run in members}
+        repeated += len(members) - len(newest)
+        chosen = sorted(newest.values(), key=lambda run: (run.seed, run.started))
+        groups.append(Group(_label(names, values), tuple(_member(run, branching) for run in chosen)))
+    missing = [*_unfinished(runs, finished), *_gaps(groups)]
+    if repeated:
+        missing.append(f"{repeated} runs were run again with the same settings and seed; the newest of each counts.")
+    return Groups(tuple(groups), tuple(map(_short, names)), branching, tuple(missing))
+
+
+def _branching(runs: Sequence[Run]) -> bool:
+    """Whether runs differ in their number of iterations and a part starts at the last of each."""
+    if len({run.params.get("iterations") for run in runs}) < 2:
+        return False
+    return all(
+        any(run.params.get(name) == str(int(run.params["iterations"]) - 1) for name in STARTS)
+        for run in runs
+        if run.params.get("iterations", "").isdigit()
+    )
+
+
+def _member(run: Run, branching: bool) -> Member:
+    rows = rows_of(run)
+    return Member(run, rows[-1:] if branching else rows)
+
+
+def _value(run: Run, name: str) -> str:
+    return run.tags.get(name, "") if name.startswith("dnpo.") else run.params.get(name, "")
+
+
+def _telling(runs: Sequence[Run], left_out: set[str]) -> list[str]:
+    """As few options and settings as tell all runs apart that differ in any; well-known ones first."""
+    tags = sorted({name for run in runs for name in run.tags if name.startswith("dnpo.")} - set(FIRST))
+    params = sorted({name for run in runs for name in run.params})
+    names = [*FIRST, *(name for name in tags if name not in NOT_OPTIONS), "iterations", *params]
+    chosen: list[str] = []
+    for name in names:
+        if name in left_out or name.endswith(".seed") or name.startswith(ELSEWHERE):
+            continue
+        if _parts(runs, [*chosen, name]) > _parts(runs, chosen):
+            chosen.append(name)
+    return chosen
+
+
+def _parts(runs: Iterable[Run], names: Sequence[str]) -> int:
+    return len({tuple(_value(run, name) for name in names) for run in runs})
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("dnpo.")
+
+
+def _label(names: Sequence[str], values: Sequence[str]) -> str:
+    """``dnpo`` for a method alone, else ``name=value`` each; what a group does not have is left out."""
+    shown = [(name, value) for name, value in zip(names, values, strict=True) if value]
+    if not shown:
+        return "all runs"
+    return " · ".join(v if n == "dnpo.method" else f"{_short(n)}={v}" for n, v in shown)
+
+
+def _unfinished(runs: Iterable[Run], finished: Sequence[Run]) -> list[str]:
+    """Runs without an end that were not run again to an end either."""
+    ids, done = {run.id for run in finished}, [_identity(run) for run in finished]
+    left = [run for run in runs if run.id not in ids and _identity(run) not in done]
+    return [f"{run.name} (run {run.id[:8]}, seed {run.tags.get('dnpo.seed', '?')}) {state(run)}." for run in left]
+
+
+def _identity(run: Run) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Settings and options; two runs that have the same were to be the same."""
+    options = {k: v for k, v in run.tags.items() if k.startswith("dnpo.") and k not in ("dnpo.commit", "dnpo.sweep")}
+    return run.params, options
+
+
+def state(run: Run) -> str:
+    """What became of a run, as the end of a sentence."""
+    known: Mapping[str, Callable[[], str]] = {
+        "FAILED": lambda: "failed",
+        "KILLED": lambda: "was interrupted",
+        "RUNNING": lambda: "is still running, or its process was killed",
+        "FINISHED": lambda: "finished" if whole(run) else "finished without a summary",
+    }
+    return known.get(run.status, lambda: f"has the status {run.status}")()
+
+
+def _gaps(groups: Sequence[Group]) -> list[str]:
+    """Which group lacks a seed or an iteration that others have."""
+    laps = {row["iteration"] for group in groups for member in group.members for row in member.rows}
+    seeds = {seed for group in groups for seed in group.seeds}
+    found = []
+    for group in groups:
+        for seed in sorted(seeds):
+            absent = sorted((lap for lap in laps if seed not in group.at(lap)), key=str)
+            if len(absent) == len(laps):
+                found.append(f"{group.label} has no finished run with seed {seed}.")
+            elif absent:
+                found.append(f"{group.label} with seed {seed} has nothing for {', '.join(map(lap_title, absent))}.")
+    return found

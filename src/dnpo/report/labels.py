@@ -1,0 +1,166 @@
+"""Who was preferred: examples of pairs, and what is known of the judge that decided."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from scipy.stats import spearmanr
+
+from dnpo.judges.agreement import sentence
+from dnpo.records import HUMAN
+from dnpo.report.comparison import Items
+from dnpo.report.groups import Groups, Member, lap_title, whole
+from dnpo.tracked import SFT, Run, lap_name
+
+FLIPPED, KEPT = 4, 2  # examples shown of an iteration
+FEW_FLIPPED, FEW_KEPT = 2, 1  # of each group of a sweep
+
+
+@dataclass(frozen=True)
+class Side:
+    """One response of a pair: who gave it, and what the judge said."""
+
+    text: str
+    author: str
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A pair to look at."""
+
+    id: str
+    messages: Sequence[tuple[str, str]]
+    chosen: Side
+    rejected: Side
+    flipped: bool
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Some pairs of one iteration of one run, and how many there were in all."""
+
+    label: str
+    iteration: int
+    pairs: int | None
+    flips: int | None
+    shown: tuple[Example, ...]
+
+
+def examples(groups: Groups, single: bool) -> list[Examples]:
+    """The first flipped pairs of every iteration and some that were not; of a group, under its first seed."""
+    found = []
+    for group in groups.groups:
+        for member in group.members if groups.branching or single else group.members[:1]:
+            if member.run.seed == group.members[0].run.seed:
+                found += _of_run(member, "" if single else group.label, single)
+    return found
+
+
+def _of_run(member: Member, label: str, single: bool) -> list[Examples]:
+    found = []
+    for row in member.rows:
+        path = None if row["iteration"] == SFT else member.run.artifact(f"pairs/{lap_name(row['iteration'])}.json")
+        pairs = [] if path is None else [_example(pair) for pair in json.loads(path.read_text())]
+        flipped = [pair for pair in pairs if pair.flipped][: FLIPPED if single else FEW_FLIPPED]
+        kept = [pair for pair in pairs if not pair.flipped][: KEPT if single else FEW_KEPT]
+        if pairs and (single or flipped):
+            found.append(
+                Examples(label, int(row["iteration"]), _count(row, "pairs"), _count(row, "flipped"), (*flipped, *kept))
+            )
+    return found
+
+
+def _count(row: Mapping[str, Any], name: str) -> int | None:
+    value = row.get(f"pairs/{name}")
+    return None if value is None else round(value)
+
+
+def _example(pair: Mapping[str, Any]) -> Example:
+    return Example(
+        str(pair["id"]),
+        [(str(turn["role"]), str(turn["content"])) for turn in pair["messages"]],
+        _side(pair, "chosen"),
+        _side(pair, "rejected"),
+        bool(pair["flipped"]),
+    )
+
+
+def _side(pair: Mapping[str, Any], side: str) -> Side:
+    return Side(str(pair[side]), _author(str(pair[f"{side}_source"])), pair[f"{side}_score"])
+
+
+def _author(source: str) -> str:
+    """Who wrote a response, from :class:`dnpo.records.Pair`'s sources."""
+    if source == HUMAN:
+        return "written by a person"
+    kind, _, number = source.partition("@")
+    return f"generated in iteration {number}" if kind == "policy" and number else source
+
+
+# What a run's table says of its verdicts: metric, heading, form, scale.
+TRUST = (
+    ("judge/verdicts", "verdicts", ",.0f", 1.0),
+    ("judge/unscored", "unscored", ",.0f", 1.0),
+    ("pairs/unscored", "pairs unscored", ",.0f", 1.0),
+    ("pairs/identical", "identical pairs", ",.0f", 1.0),
+    ("judge/disagreement", "disagreement, points", ".1f", 1.0),
+    ("eval/unscored", "held-out unscored", ",.0f", 1.0),
+    ("eval/score_human", "human score", ".1f", 1.0),
+    ("eval/win", "wins, %", ".1f", 100.0),
+    ("eval/tie", "ties, %", ".1f", 100.0),
+    ("eval/lose", "loses, %", ".1f", 100.0),
+)
+
+
+def judges(groups: Groups, items: Items) -> dict[str, Any]:
+    """What is known of the judges of some runs: options, agreement with people, missing scores, ties."""
+    runs = [member.run for group in groups.groups for member in group.members]
+    names = sorted({_named(run) for run in runs})
+    entries = {sentence(entry): None for run in runs if whole(run) for entry in run.summary.get("judge_agreement", [])}
+    table = []
+    for group in groups.groups:
+        for lap in groups.iterations:
+            values = [_mean(group.values(lap, metric)) for metric, *_ in TRUST]
+            if any(value is not None for value in values):
+                table.append((group.label, lap_title(lap), values))
+    shown = [i for i in range(len(TRUST)) if any(values[i] is not None for *_, values in table)]
+    return {
+        "names": names,
+        "agreement": list(entries),
+        "columns": [TRUST[i][1:] for i in shown],
+        "rows": [(label, lap, [values[i] for i in shown]) for label, lap, values in table],
+        "decides": any(run.option("dsl") not in ("", "off") for run in runs),
+        "second": _second(runs, items),
+    }
+
+
+def _named(run: Run) -> str:
+    model = run.params.get("judge.model", "")
+    return (run.option("judge") or "not known") + (f" ({model})" if model else "")
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _second(runs: Sequence[Run], items: Items) -> str:
+    """How far two judges rank the last policies' samples alike; "" without a second one."""
+    first: list[float] = []
+    second: list[float] = []
+    for run in runs:
+        rows = items.table(run, run.last["iteration"]) if whole(run) else None
+        if rows is None or "second" not in rows.column_names:
+            continue
+        both = rows.filter(
+            (pc.field("kind") == "sample") & pc.field("score").is_valid() & pc.field("second").is_valid()
+        )
+        first += both["score"].to_pylist()
+        second += both["second"].to_pylist()
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return ""
+    rank = float(spearmanr(first, second).statistic)
+    return f"A second judge scored {len(first):,} of the same samples: Spearman's ρ with the first is {rank:.2f}."

@@ -1,0 +1,172 @@
+"""What made the numbers: settings, stages, time, versions."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, cast
+
+from dnpo.command import conf_folder, flat
+from dnpo.errors import SettingsError
+from dnpo.report.groups import ELSEWHERE, Groups, lap_title, whole
+from dnpo.report.page import without_secrets
+from dnpo.tracked import Run
+
+Setting = tuple[str, list[str], str]  # its name, the values that runs have, the default
+UNDERSCORED = ("_target_", "_partial_")
+
+
+@cache
+def defaults(seed: int) -> tuple[dict[str, str], dict[str, str]]:
+    """The default settings under dotted names and the option of each part, with this seed; empty if not found."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    try:
+        folder = conf_folder()
+    except SettingsError:
+        return {}, {}
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        composed = compose("train", [f"seed={seed}"], return_hydra_config=True)
+    options = {str(name): str(value) for name, value in composed.hydra.runtime.choices.items()}
+    tree = {name: value for name, value in composed.items() if name != "hydra"}
+    settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(tree), resolve=True))
+    return {name: str(value) for name, value in flat(settings).items()}, options
+
+
+def settings(runs: Sequence[Run], groups: Groups) -> dict[str, Any]:
+    """Options and settings that differ from the defaults, and all others; a value is several where runs differ."""
+    usual, options = defaults(runs[0].seed)
+    chosen: list[Setting] = []
+    changed: list[Setting] = []
+    rest: list[Setting] = []
+    for name in sorted({name for run in runs for name in run.tags if name.startswith("dnpo.")}):
+        group = name.removeprefix("dnpo.")
+        values = _values(run.tags.get(name, "") for run in runs)
+        if group in options and values != [options[group]]:
+            chosen.append((group, values, options[group]))
+    for name in sorted({name for run in runs for name in run.params}):
+        values = _values(run.params.get(name, "") for run in runs)
+        row = (name, [without_secrets(value) or "–" for value in values], without_secrets(usual.get(name, "")))
+        seedlike = name == "seed" or name.endswith(".seed")
+        alike = all(_same(value, usual.get(name)) for value in values if value)
+        hidden = seedlike or name.endswith(UNDERSCORED) or name.startswith(ELSEWHERE)
+        (rest if alike or hidden or not usual else changed).append(row)
+    return {"varies": groups.varies, "chosen": chosen, "changed": changed, "rest": rest, "known": bool(usual)}
+
+
+def _values(found: Any) -> list[str]:
+    return list(dict.fromkeys(found))
+
+
+def _same(a: str, b: str | None) -> bool:
+    """Whether two settings are the same value, however it is spelt."""
+    if b is None:
+        return False
+    try:
+        return a == b or float(a) == float(b)
+    except ValueError:
+        return False
+
+
+def stages(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Every stage once, in the order of the first run that has it.
+
+    Each has ``title``, ``key``, ``iteration``, ``seconds`` (None where a run did not say), ``inputs`` (names and keys),
+    and the places in ``runs`` of those that ``computed`` and ``reused`` it; of a run without a summary only the key is
+    known, so it is ``planned``.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for place, run in enumerate(runs):
+        for each in _stages(run):
+            entry = {"computed": [], "reused": [], "planned": [], **each}
+            known = found.setdefault(each["key"], entry)
+            known["seconds"] = known["seconds"] if known["seconds"] is not None else each["seconds"]
+            known[each["how"]].append(place)
+    places = {key: number for number, key in enumerate(found)}
+    for entry in found.values():
+        entry["inputs"] = [(name, key, places.get(key)) for name, key in entry["inputs"].items()]
+    return list(found.values())
+
+
+def _stages(run: Run) -> list[dict[str, Any]]:
+    if not whole(run):
+        return [
+            {
+                "title": name.removeprefix("stage."),
+                "key": key,
+                "iteration": None,
+                "seconds": None,
+                "inputs": {},
+                "how": "planned",
+            }
+            for name, key in run.tags.items()
+            if name.startswith("stage.")
+        ]
+    return [
+        {
+            "title": each["title"],
+            "key": each["key"],
+            "iteration": each.get("iteration"),
+            "seconds": each.get("seconds"),
+            "inputs": each.get("inputs", {}),
+            "how": "reused" if each["reused"] else "computed",
+        }
+        for each in run.summary.get("stages", [])
+    ]
+
+
+def costs(runs: Sequence[Run]) -> dict[str, Any]:
+    """Time and money: seconds by kind of stage and in all, reused stages, and what judges were paid, where known."""
+    finished = [run for run in runs if whole(run)]
+    kinds: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for run in finished:
+        for each in run.summary.get("stages", []):
+            kind = kinds.setdefault(each["stage"], {"computed": 0, "reused": 0, "seconds": None})
+            kind["reused" if each["reused"] else "computed"] += 1
+            if each.get("seconds") is not None and each["key"] not in seen:
+                kind["seconds"] = (kind["seconds"] or 0.0) + each["seconds"]
+            seen.add(each["key"])
+    return {
+        "kinds": kinds,
+        "timed": any(kind["seconds"] is not None for kind in kinds.values()),
+        "runs": [
+            (run.name, [(lap_title(row["iteration"]), row.get("seconds")) for row in run.table]) for run in finished
+        ],
+        "took": sum(run.seconds for run in runs if run.seconds is not None),
+        "money": _money(finished),
+    }
+
+
+def _money(runs: Sequence[Run]) -> list[tuple[str, float]]:
+    """Whatever the tables say of calls and of what they cost, added up over policies and runs."""
+    sums: dict[str, float] = {}
+    for run in runs:
+        for row in run.table:
+            for name, value in row.items():
+                if name.endswith(("/calls", "/cost", "/spend")) and isinstance(value, int | float):
+                    sums[name] = sums.get(name, 0.0) + value
+    return sorted(sums.items())
+
+
+def lineage(runs: Sequence[Run], own: Run | None) -> dict[str, Any]:
+    """Runs with their policies, the stages that they share, versions of packages and commits."""
+    entries: list[Mapping[str, Any]] = []
+    versions: dict[str, list[str]] = {}
+    for run in runs:
+        summary = run.summary if whole(run) else {}
+        for package, version in summary.get("versions", {}).items():
+            versions.setdefault(package, [])
+            if version not in versions[package]:
+                versions[package].append(version)
+        laps = [row["iteration"] for row in summary.get("table", [])]
+        policies = list(zip(map(lap_title, laps), summary.get("policies", []), strict=False))
+        commit = summary.get("commit") or run.tags.get("dnpo.commit", "")
+        entries.append({"run": run, "policies": policies, "commit": commit})
+    return {
+        "runs": entries,
+        "own": own,
+        "stages": stages(runs),
+        "versions": versions,
+        "commits": _values(entry["commit"] or "not known" for entry in entries),
+        "mixed": [name for name, found in versions.items() if len(found) > 1],
+    }

@@ -1,0 +1,86 @@
+"""From what is known of runs to HTML, where whatever they brought along is text."""
+
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+# Characters that show nothing, end a text or turn around what stands beside them; here they can be seen.
+HIDDEN = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
+    0x7F: "␡",
+    **{
+        code: f"⟨U+{code:04X}⟩"
+        for code in (
+            *range(0x80, 0xA0),
+            0x061C,
+            *(0x200B, 0x200E, 0x200F, 0x2028, 0x2029),
+            *range(0x202A, 0x202F),
+            *range(0x2060, 0x2070),
+            *(0xFEFF, 0xFFFE, 0xFFFF),
+        )
+    },
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),  # halves of surrogate pairs, which UTF-8 cannot write
+}
+SECRET = re.compile(r"(\w+://)[^/@\s]*@")
+
+
+def visible(value: Any) -> Any:
+    """Text without characters that hide or act; all else as it is. The template runs every value through this."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return value.replace("\r\n", "\n").translate(HIDDEN)
+    return value
+
+
+def without_secrets(text: str) -> str:
+    """An address without the name and password that may stand in it."""
+    return SECRET.sub(r"\1…@", text)
+
+
+def number(value: Any, form: str = ".3g", scale: float = 1.0) -> str:
+    """A number as it stands in a table; – where there is none."""
+    if value is None or isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    return format(scale * value, form).replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """Such as ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def day(milliseconds: float) -> str:
+    """A time in UTC."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
+
+
+def html(content: Mapping[str, Any]) -> str:
+    """The whole page.
+
+    Args:
+        content: what :func:`dnpo.report.content.content` gathered.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "duration": duration, "day": day}
+    return environment.get_template("page.html.j2").render(content)

@@ -1,0 +1,131 @@
+"""Which pictures the page shows."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dnpo.comparisons.intervals import Estimate
+from dnpo.report import figures
+from dnpo.report.comparison import FLIPS, MEASURES, Items, Measure, mean_of
+from dnpo.report.figures import Line, Picture, Style
+from dnpo.report.groups import Group, Groups
+from dnpo.report.page import number
+from dnpo.tracked import SFT, Run, lap_name
+
+STEPS = (
+    ("loss/policy", "Policy loss", "loss"),
+    ("loss/noise", "Noise loss", "loss"),
+    ("margin/saturation", "How hard the loss still pulls", "mean σ(−margin)"),
+)
+
+
+def pictures(
+    groups: Groups, styles: Mapping[str, Style], items: Items, single: bool
+) -> list[tuple[str, list[Picture]]]:
+    """The figures, by heading.
+
+    Args:
+        styles: of the groups that are drawn.
+        single: it is one run, of which every policy's histogram is shown.
+    """
+    shown = [group for group in groups.groups if group.label in styles]
+    found = [
+        (
+            "Over iterations",
+            [p for m in (*MEASURES, FLIPS) if (p := _over_iterations(shown, groups, styles, m, items))],
+        ),
+        ("Over training steps", [] if groups.branching else _over_steps(shown, styles)),
+        ("Log-probabilities of responses", _histograms(shown, single)),
+    ]
+    return [(heading, some) for heading, some in found if some]
+
+
+def brought(own: Run | None) -> list[Picture]:
+    """Pictures that ``python -m analysis`` has left with the sweep."""
+    folder = own.artifact("analysis") if own is not None else None
+    paths = sorted(Path(folder).rglob("*.png")) if folder is not None and folder.is_dir() else []
+    return [picture for path in paths if (picture := figures.png(path)) is not None]
+
+
+def _over_iterations(
+    shown: Sequence[Group], groups: Groups, styles: Mapping[str, Style], measure: Measure, items: Items
+) -> Picture | None:
+    lines = [Line(styles[group.label], _points(group, groups, measure, items)) for group in shown]
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return None
+    human = [value for group in shown for lap in groups.iterations for value in group.values(lap, "eval/score_human")]
+    return figures.over_iterations(
+        measure.title,
+        measure.unit,
+        lines,
+        scale=measure.scale,
+        caption=_bars(shown, measure, items),
+        human=sum(human) / len(human) if human and measure.metric == "eval/score" else None,
+        joined=not groups.branching,
+    )
+
+
+def _points(group: Group, groups: Groups, measure: Measure, items: Items) -> list[tuple[float, Estimate]]:
+    points = []
+    for lap in groups.iterations:
+        estimate = mean_of(group, lap, measure, items) if group.values(lap, measure.metric) else None
+        if estimate is not None:
+            points.append((-1.0 if lap == SFT else float(lap), estimate))
+    return points
+
+
+def _bars(shown: Sequence[Group], measure: Measure, items: Items) -> str:
+    """What the bars of a picture are."""
+    member = next((member for group in shown for member in group.members if member.rows), None)
+    by_item = member is not None and bool(items.of(member.run, member.rows[-1]["iteration"], measure))
+    seeds = any(len(group.seeds) > 1 for group in shown)
+    over = [*(["held-out prompts"] if by_item else []), *(["seeds"] if seeds else [])]
+    return f"Bars: 95 % intervals over {' and '.join(over)}." if over else "One seed: no intervals."
+
+
+def _over_steps(shown: Sequence[Group], styles: Mapping[str, Style]) -> list[Picture]:
+    found = []
+    breaks = _breaks(shown)
+    for metric, title, unit in STEPS:
+        histories = {
+            styles[group.label]: [run for m in group.members if (run := m.run.history(metric))] for group in shown
+        }
+        histories = {style: runs for style, runs in histories.items() if runs}
+        if histories:
+            found.append(figures.over_steps(title, unit, histories, breaks))
+    return found
+
+
+def _breaks(shown: Sequence[Group]) -> list[int]:
+    """Steps at which an iteration but the first begins, of the run with most."""
+    longest: list[int] = []
+    for group in shown:
+        for member in group.members[:1]:
+            names = [lap_name(row["iteration"]) for row in member.rows if row["iteration"] != SFT]
+            paths = [path for name in names if (path := member.run.artifact(f"steps/{name}.json")) is not None]
+            lengths = [len(json.loads(path.read_text())) for path in paths]
+            longest = max(longest, [sum(lengths[:end]) for end in range(1, len(lengths))], key=len)
+    return longest
+
+
+def _histograms(shown: Sequence[Group], single: bool) -> list[Picture]:
+    """Of a run every policy's, of a sweep the last policy's of each group under its first seed."""
+    found = []
+    for group in shown:
+        for member in group.members[:1]:
+            for row in member.rows if single else member.rows[-1:]:
+                where = "after fine-tuning" if row["iteration"] == SFT else f"after iteration {row['iteration']}"
+                whose = "Responses" if single else f"{group.label}, seed {member.run.seed}: responses"
+                path = member.run.artifact(f"logprobs/{lap_name(row['iteration'])}.npz")
+                if path is not None:
+                    found.append(figures.histogram(path, f"{whose} under the policy {where}", _distance(row)))
+    return found
+
+
+def _distance(row: Mapping[str, Any]) -> str:
+    if row.get("stagnation/ks") is None:
+        return ""
+    critical = number(row.get("stagnation/ks_critical"), ".3f")
+    return f"KS distance of rejected and new: {row['stagnation/ks']:.3f} (5 % critical value {critical})."

@@ -1,0 +1,118 @@
+"""What was asked for: one run, or the runs of a sweep."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dnpo.errors import DataError
+from dnpo.settings import nearest
+from dnpo.tracked import PARENT, SWEEP, Database, Run
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Runs to report on.
+
+    Attributes:
+        name: of the sweep, or of the run.
+        sweep: whether they were asked for as a sweep; otherwise it is one run.
+        runs: the oldest first.
+        own: the tracked run that the page belongs to: the run itself, or the sweep's own one; None where a sweep has
+            none.
+    """
+
+    name: str
+    sweep: bool
+    runs: tuple[Run, ...]
+    own: Run | None
+
+
+def select(database: Database, given: str) -> Selection:
+    """Find a run or a sweep.
+
+    Args:
+        given: the id of a run or its beginning, a run's folder, a sweep's name or folder, or the id of a sweep's own
+            run or its beginning.
+
+    Raises:
+        DataError: there is nothing of that name, or more than one run answers to it.
+    """
+    runs = database.runs()
+    if given in database.sweeps():
+        return _sweep(database, database.runs(sweeps=[given]))
+    folder = Path(given)
+    if given and folder.is_dir():
+        of_sweep = _sweep_of_folder(database, folder, runs)
+        return _sweep(database, of_sweep) if of_sweep else _single(_run_of_folder(folder, runs))
+    own = _parents(database, runs)
+    hits = [each for each in [*runs, *own.values()] if each.id.startswith(given)] if given else []
+    if len(hits) > 1:
+        raise DataError(f"{given}: {len(hits)} runs begin so; give more of the id")
+    if hits and hits[0].id in own:
+        return _sweep(database, [run for run in runs if run.tags.get(PARENT) == hits[0].id])
+    if hits:
+        return _single(hits[0])
+    known = database.sweeps()
+    offered = nearest(given, known) if known else " No run there is part of a named sweep."
+    raise DataError(
+        f"{given}: no run and no sweep of that name is tracked in {database.uri}, experiment {database.experiment} "
+        f"({len(runs)} runs). Give the id of a run or its beginning, the folder of a run or a sweep, or a sweep's name."
+        f"{offered}"
+    )
+
+
+def _single(run: Run) -> Selection:
+    return Selection(run.name, False, (run,), run)
+
+
+def _sweep(database: Database, runs: Iterable[Run]) -> Selection:
+    found = tuple(sorted(runs, key=lambda run: run.started))
+    own = sorted(_parents(database, found).values(), key=lambda run: run.started)
+    # Every sweep that was given no name has one by its folder.
+    name = found[-1].tags.get(SWEEP) or (Path(own[-1].tags.get("dnpo.sweep", "")).name if own else "")
+    return Selection(name or "sweep", True, found, own[-1] if own else None)
+
+
+def _parents(database: Database, runs: Iterable[Run]) -> dict[str, Run]:
+    """The sweeps' own runs, by id."""
+    first = {run.tags[PARENT]: run for run in runs if PARENT in run.tags}
+    found = {key: database.parent(run) for key, run in first.items()}
+    return {key: parent for key, parent in found.items() if parent is not None}
+
+
+def _sweep_of_folder(database: Database, folder: Path, runs: Iterable[Run]) -> list[Run]:
+    where = folder.absolute()
+    own = {
+        key
+        for key, parent in _parents(database, runs).items()
+        if "dnpo.sweep" in parent.tags and Path(parent.tags["dnpo.sweep"]) in (where, where.resolve())
+    }
+    return [run for run in runs if run.tags.get(PARENT) in own]
+
+
+def _run_of_folder(folder: Path, runs: Iterable[Run]) -> Run:
+    """The run that wrote this folder's ``summary.json``: the one that tracked the very same file.
+
+    Raises:
+        DataError: the folder has none, or no run tracked it.
+    """
+    path = folder / SUMMARY
+    if not path.is_file():
+        raise DataError(
+            f"{folder}: it has no {SUMMARY}, as the folder of a run that did not finish, and is no folder of a tracked "
+            "sweep. Give the id of the run: mlflow shows it, and a run's page says what is known of an unfinished one"
+        )
+    content = path.read_bytes()
+    try:
+        keys = {stage["key"] for stage in json.loads(content)["stages"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: it is no summary of a run ({error})") from error
+    for run in runs:
+        if keys <= {value for name, value in run.tags.items() if name.startswith("stage.")}:
+            tracked = run.artifact(SUMMARY)
+            if tracked is not None and tracked.read_bytes() == content:
+                return run
+    raise DataError(f"{folder}: no tracked run has its {SUMMARY}; say with --uri where it was tracked")

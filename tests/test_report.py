@@ -1,0 +1,581 @@
+"""The report: what it says of runs and sweeps, also of broken ones, and that nothing in them is ever more than text."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+
+from dnpo.comparisons import paired
+from dnpo.comparisons.significance import holm
+from dnpo.errors import DataError
+from dnpo.report import content, html, select
+from dnpo.report.__main__ import main
+from dnpo.report.groups import grouped
+from dnpo.report.page import HIDDEN, duration, number, visible, without_secrets
+from dnpo.tracked import Database
+from dnpo.tracking import MLflow
+
+EVIL = (
+    "<script>alert(1)</script><img src=x onerror=alert(2)></style><style>*{display:none}</style>{{7*7}}{% raw %}"
+    "\"'`&amp;&lt;--><!-- ]]> $\\frac$ \x00\x07\x1b[31m\x7f\u202egnp.exe\u2066 "
+    "\u05e9\u05dc\u05d5\u05dd \ud800 javascript:alert(3)"
+)
+TAGS = {
+    *("html", "head", "meta", "title", "style", "body", "header", "main", "footer", "nav", "h1", "h2", "h3", "p", "a"),
+    *(
+        "code",
+        "span",
+        "strong",
+        "bdi",
+        "br",
+        "div",
+        "dl",
+        "dt",
+        "dd",
+        "ul",
+        "li",
+        "details",
+        "summary",
+        "figure",
+        "img",
+    ),
+    *("figcaption", "table", "thead", "tbody", "tr", "th", "td"),
+}
+ATTRIBUTES = {
+    *("lang", "charset", "http-equiv", "content", "name", "class", "id", "href", "src", "alt", "dir", "tabindex"),
+    *("open", "style"),
+}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.styles: list[str] = []
+        self._words: list[str] = []
+        self.comments: list[str] = []
+        self._in_style = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self._in_style = tag == "style"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_style = False
+
+    def handle_data(self, data: str) -> None:
+        (self.styles if self._in_style else self._words).append(data)
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self._words).split())
+
+
+def check_harmless(page: Page) -> None:
+    """No element, attribute or address but those of the template."""
+    assert page.tags <= TAGS, page.tags - TAGS
+    assert {name for _, name, _ in page.attributes} <= ATTRIBUTES
+    assert not page.comments
+    for tag, name, value in page.attributes:
+        if name == "href":
+            assert re.fullmatch(r"#[a-z]+(-\d+)?", value), value
+        if name == "src":
+            assert tag == "img"
+            assert value.startswith(("data:image/svg+xml;base64,", "data:image/png;base64,"))
+        if name == "style":
+            assert re.fullmatch(r"color: #[0-9A-F]{6}", value, re.I)
+    policy = next(v for tag, name, v in page.attributes if tag == "meta" and v.startswith("default-src"))
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:;")
+    css = (Path(sys.modules["dnpo.report"].__file__ or "").parent / "style.css").read_text()
+    assert "".join(page.styles).strip() == css.strip()
+    assert "http" not in css
+    assert "url(" not in css
+    for _, name, value in page.attributes:
+        if name == "src" and "svg" in value[:20]:
+            picture = ET.fromstring(base64.b64decode(value.split(",", 1)[1]))
+            for element in picture.iter():
+                assert not element.tag.endswith(("script", "foreignObject", "image", "style}a"))
+                for key, target in element.attrib.items():
+                    assert not key.lower().startswith("on")
+                    if key.endswith("href"):
+                        assert target.startswith("#")
+
+
+# --- tracked runs made by hand ----------------------------------------------------------------------------------------
+
+
+class Lab:
+    """A tracking store in a folder, and runs in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
+
+    def run(
+        self,
+        name: str,
+        table: Sequence[Mapping[str, Any]] | None,
+        *,
+        seed: int = 0,
+        tags: Mapping[str, str] | None = None,
+        params: Mapping[str, Any] | None = None,
+        sweep: str = "",
+        status: str = "FINISHED",
+        summary: Mapping[str, Any] | None = None,
+        files: Mapping[str, Callable[[Path], object]] | None = None,
+        metrics: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        tracking = MLflow(uri=self.uri, artifacts=str(self.folder / "artifacts"))
+        where = self.folder / "multirun" / sweep if sweep else None
+        if where is not None:
+            where.mkdir(parents=True, exist_ok=True)
+        own = {
+            "dnpo.kind": "run",
+            "dnpo.seed": str(seed),
+            **({"dnpo.sweep_name": sweep} if sweep else {}),
+            **(tags or {}),
+        }
+        tracking.start(name, {"seed": seed, "iterations": 2, **(params or {})}, own, where)
+        for metric, values in (metrics or {}).items():
+            for step, value in enumerate(values):
+                tracking.metrics({metric: value}, step)
+        for path, writer in (files or {}).items():
+            file = self.folder / "scratch" / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            writer(file)
+            tracking.artifact(file, str(Path(path).parent))
+        if table is not None:
+            file = self.folder / "summary.json"
+            file.write_text(json.dumps({"table": list(table), **(summary or {})}))
+            tracking.artifact(file)
+        tracking.finish(status)  # type: ignore[arg-type]
+
+    def page(self, given: str) -> tuple[str, Page]:
+        text = html(content(select(Database(self.uri), given), self.uri))
+        return text, Page(text)
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tracking store without runs; to make its tables takes seconds."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def lab(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    shutil.copy(empty, tmp_path / "mlflow.db")
+    return Lab(tmp_path)
+
+
+def scored(scores: Mapping[str, Sequence[float]]) -> Callable[[Path], object]:
+    """Writes items: of each prompt the scores of its samples."""
+    rows = [
+        {"id": key, "family": "", "kind": "sample", "sample": i, "score": score, "second": None, "right": None}
+        for key, samples in scores.items()
+        for i, score in enumerate(samples)
+    ]
+    return lambda path: pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def paired_runs(lab: Lab, seeds: Sequence[int], groups: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """A sweep whose methods differ from SPIN by so many points after iteration 1, and their scores by seed and item."""
+    rng = np.random.default_rng(1)
+    base = rng.normal(50, 10, (len(seeds), 40))
+    found = {method: base + shift + rng.normal(0, 2, base.shape) for method, shift in groups.items()}
+    for method, values in found.items():
+        for seed, row, first in zip(seeds, values, base, strict=True):
+            files = {
+                # two samples whose mean is the score
+                "items/iteration-0.parquet": scored({f"p{i}": (v - 1, v + 1) for i, v in enumerate(first)}),
+                "items/iteration-1.parquet": scored({f"p{i}": (v - 1, v + 1) for i, v in enumerate(row)}),
+            }
+            lab.run(
+                f"method={method} seed={seed}",
+                [{"iteration": 0, "eval/score": first.mean()}, {"iteration": 1, "eval/score": row.mean()}],
+                seed=seed,
+                tags={"dnpo.method": method, "dnpo.dsl": "off", "dnpo.npo": "off" if method == "spin" else "trainable"},
+                sweep="main",
+                files=files,
+                summary={"policies": [f"optimise/first{seed}", f"optimise/{method}{seed}"]},
+            )
+    return found
+
+
+def test_a_sweep_is_compared_over_items_and_seeds_with_a_star_where_the_corrected_test_says_so(lab: Lab) -> None:
+    found = paired_runs(lab, (0, 1, 2), {"spin": 0.0, "dnpo": 10.0, "npo": 0.0})
+    text, page = lab.page("main")
+    check_harmless(page)
+    ps = []
+    for method in ("dnpo", "npo"):
+        result = paired(found[method], found["spin"], kind="scores", interval="t")
+        assert result.difference.half is not None
+        cell = f"{result.difference.value:+.1f} ± {result.difference.half:.1f}".replace("-", "−")
+        ps.append(result.p)
+        assert f"{cell}*" in page.text if method == "dnpo" else cell in page.text
+        assert f"{found[method].mean():.1f} ±" in page.text
+    assert [p <= 0.05 for p in holm(ps)] == [True, False]
+    assert "after Holm's correction over 2 tests different from spin: dnpo at k = 1" in page.text
+    assert text.count('class="n star"') == 1  # and none at k = 0, where all have one and the same policy
+    assert "varies method" in page.text
+    assert "seeds 0, 1, 2" in page.text
+    assert "No claim was tested" in page.text
+    assert "Not there" not in page.text
+
+
+def test_of_one_seed_that_is_said(lab: Lab) -> None:
+    paired_runs(lab, (4,), {"spin": 0.0, "dnpo": 10.0})
+    _, page = lab.page("main")
+    assert "There is one seed only" in page.text
+    assert "one seed: the interval is over items only" in page.text
+
+
+def test_of_a_half_finished_sweep_what_is_missing_is_listed(lab: Lab) -> None:
+    paired_runs(lab, (0, 1), {"spin": 0.0})
+    for seed, status in ((0, "FINISHED"), (1, "FAILED")):
+        table = [{"iteration": k, "eval/score": 60.0} for k in (0, 1)] if status == "FINISHED" else None
+        lab.run(f"method=dnpo seed={seed}", table, seed=seed, tags={"dnpo.method": "dnpo"}, sweep="main", status=status)
+    _, page = lab.page("main")
+    assert "3 of 4 runs count; not complete" in page.text
+    assert re.search(r"method=dnpo seed=1 \(run \w{8}, seed 1\) failed\.", page.text)
+    assert "dnpo has no finished run with seed 1." in page.text
+    assert "dnpo and spin are compared over the seeds that both have." in page.text
+
+
+def test_a_sweep_without_a_finished_run_has_a_page(lab: Lab) -> None:
+    lab.run("method=spin seed=0", None, tags={"dnpo.method": "spin"}, sweep="main", status="KILLED")
+    _, page = lab.page("main")
+    check_harmless(page)
+    assert "method=spin seed=0" in page.text
+    assert "was interrupted" in page.text
+    assert "No finished run has a result yet." in page.text
+
+
+def test_a_branching_sweep_counts_the_last_iteration_of_each_run_alone(lab: Lab) -> None:
+    for iterations in (2, 3):
+        for method, score in (("spin", 50.0), ("dsl", 60.0)):
+            for seed in (0, 1):
+                table = [{"iteration": k, "eval/score": score + 10 * k + seed} for k in range(iterations)]
+                params = {"iterations": iterations, "dsl.start": iterations - 1, "npo.start": iterations - 1}
+                tags = {"dnpo.method": method, "dnpo.dsl": "score" if method == "dsl" else "off", "dnpo.npo": "off"}
+                name = f"method={method} iterations={iterations} seed={seed}"
+                lab.run(name, table, seed=seed, params=params, tags=tags, sweep="ablation")
+    selection = select(Database(lab.uri), "ablation")
+    groups = grouped(selection.runs)
+    assert groups.branching
+    assert groups.varies == ("method",)
+    assert groups.iterations == [1, 2]
+    assert [group.label for group in groups.groups] == ["spin", "dsl"]
+    assert [[group.values(k, "eval/score") for k in (1, 2)] for group in groups.groups] == [
+        [[60.0, 61.0], [70.0, 71.0]],
+        [[70.0, 71.0], [80.0, 81.0]],
+    ]
+    assert not groups.missing
+
+
+def test_runs_are_told_apart_by_as_few_settings_as_do_and_a_rerun_counts_once(lab: Lab) -> None:
+    for alpha in (0.01, 0.1):
+        for seed in (0, 1, 1):
+            # what follows from the seed, or only says where things lie, tells nothing apart
+            params = {"npo.alpha": alpha, "npo.rate": 2 * alpha, "data.seed": seed, "store": f"store{seed}"}
+            lab.run(f"{alpha} {seed}", [{"iteration": 0, "eval/loss": alpha}], seed=seed, params=params, sweep="alpha")
+    groups = grouped(select(Database(lab.uri), "alpha").runs)
+    assert [group.label for group in groups.groups] == ["npo.alpha=0.01", "npo.alpha=0.1"]
+    assert [group.seeds for group in groups.groups] == [[0, 1], [0, 1]]
+    assert groups.missing == ("2 runs were run again with the same settings and seed; the newest of each counts.",)
+
+
+def test_an_unfinished_run_gets_a_page_of_what_is_known(lab: Lab) -> None:
+    metrics = {"eval/score": [40.0, 45.5], "iteration/loss/policy": [0.7], "loss/policy": [0.71, 0.69, 0.66]}
+    lab.run("method=dnpo", None, tags={"stage.prompts": "abc123"}, status="FAILED", metrics=metrics)
+    run = Database(lab.uri).runs()[0]
+    _, page = lab.page(run.id[:8])
+    check_harmless(page)
+    assert (
+        "This run has no summary, so the page shows what is known of it (tracked until then: k = 0, k = 1)."
+        in page.text
+    )
+    assert "from 40.0 to 45.5 points of 100" in page.text
+    assert "abc123" in page.text
+    lab.run("seed=1", None, seed=1, status="FAILED")
+    _, page = lab.page(Database(lab.uri).runs()[1].id)
+    assert "what is known of it (no policy)" in page.text
+
+
+def test_a_run_without_a_judge_has_no_scores_and_says_so(lab: Lab) -> None:
+    rows = [{"iteration": "SFT", "eval/loss": 2.0}, {"iteration": 0, "eval/loss": 1.5, "eval/accuracy": float("nan")}]
+    lab.run("judge=off", rows, tags={"dnpo.judge": "off"})
+    _, page = lab.page(Database(lab.uri).runs()[0].id)
+    check_harmless(page)
+    assert "No judge scored the answers of this run" in page.text
+    assert (
+        "Held-out loss of human responses: from 2.000 to 1.500 nats a token, fine-tuning to iteration 0 (−0.500)."
+        in page.text
+    )
+    assert "nan" not in page.text.lower().replace("tenan", "")
+
+
+# --- hostile contents -------------------------------------------------------------------------------------------------
+
+
+def hostile(lab: Lab) -> None:
+    """A sweep of two runs, one failed, where everything that can be text is :data:`EVIL`."""
+    clean = EVIL.replace("\ud800", "").replace("\x00", "")  # databases take neither
+    pair = {
+        "id": EVIL,
+        "messages": [{"role": EVIL, "content": EVIL}, {"role": "user", "content": EVIL}],
+        **{"chosen": EVIL, "rejected": EVIL, "chosen_source": EVIL, "rejected_source": f"policy@{EVIL}"},
+        **{"chosen_score": 80.0, "rejected_score": None, "flipped": True},
+    }
+    stage = {"title": EVIL, "stage": EVIL, "key": EVIL, "iteration": 0, "reused": False, "inputs": {EVIL: EVIL}}
+    accuracy = {"value": 0.5, "low": None, "high": None, "rows": 10}
+    logps = {name: -np.arange(1.0, 9.0) for name in ("chosen", "rejected", "new")}
+    files: dict[str, Callable[[Path], object]] = {
+        "pairs/iteration-0.json": lambda path: path.write_text(json.dumps([pair, {**pair, "flipped": False}])),
+        "logprobs/iteration-0.npz": lambda path: np.savez(
+            path, **logps, **{f"{name}_tokens": np.full(8, 4) for name in logps}
+        ),
+    }
+    for seed, method in ((0, clean), (0, "spin")):
+        lab.run(
+            clean,
+            [{"iteration": 0, "eval/score": 50.0, "pairs/pairs": 2, "pairs/flipped": 1, EVIL: 3.0}],
+            seed=seed,
+            tags={"dnpo.method": method, "dnpo.judge": clean, "dnpo.data": clean, "mlflow.note.content": clean},
+            params={"judge.model": clean, "model.name": clean, "data.path": f"https://me:hunter2@host/{clean}"},
+            sweep="evil",
+            summary={
+                "stages": [stage, {**stage, "key": f"{EVIL}2", "inputs": {EVIL: EVIL}}],
+                "policies": [EVIL],
+                "commit": EVIL,
+                "versions": {EVIL: EVIL},
+                "judge_agreement": [{"data": EVIL, "accuracy": accuracy, "unscored": 0}],
+            },
+            files=files,
+        )
+    lab.run(clean, None, seed=1, tags={"dnpo.method": clean, "stage.x": clean}, sweep="evil", status="FAILED")
+    database = Database(lab.uri)
+    own = select(database, "evil").own
+    assert own is not None
+    database.client.set_tag(own.id, "mlflow.note.content", clean)
+    claim = {**dict.fromkeys(("claim", "where", "measure", "outcome", "effect"), EVIL), "low": None, "notes": [EVIL]}
+    path = lab.folder / "claims.json"
+    path.write_text(
+        json.dumps([claim, {"claim": "it helps", "outcome": "supported", "effect": 1.5, "low": 1, "high": 2}])
+    )
+    database.client.log_artifact(own.id, str(path), "analysis")
+    (lab.folder / "bad.png").write_text("<svg onload=alert(1)>")
+    database.client.log_artifact(own.id, str(lab.folder / "bad.png"), "analysis")
+
+
+@pytest.mark.parametrize("which", ["sweep", "run", "failed"])
+def test_whatever_runs_bring_along_is_text(lab: Lab, which: str) -> None:
+    hostile(lab)
+    runs = Database(lab.uri).runs()
+    given = {"sweep": "evil", "run": runs[0].id, "failed": runs[2].id}[which]
+    text, page = lab.page(given)
+    text.encode("utf-8")  # no half of a surrogate pair is left
+    assert not {chr(code) for code in HIDDEN} & set(text)
+    check_harmless(page)
+    shown = " ".join(str(visible(EVIL)).split())
+    clean = " ".join(str(visible(EVIL.replace("\ud800", "").replace("\x00", ""))).split())
+    assert clean in page.text
+    values = " ".join(value for _, name, value in page.attributes if name == "alt")
+    assert page.text.count("{{7*7}}") + values.count("{{7*7}}") == text.count("{{7*7}}") > 0
+    assert "hunter2" not in text
+    if which != "failed":
+        assert page.text.count(shown) >= 12  # prompts, roles, ids, both responses, sources, stages, versions
+        assert "https://…@host/" in page.text
+    if which == "sweep":
+        assert "supported" in page.text
+        assert "+1 to +2" in page.text
+
+
+def test_a_browser_runs_nothing_and_asks_for_nothing(lab: Lab) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("there is no chromium on the path")
+    hostile(lab)
+    text, _ = lab.page("evil")
+    path = lab.folder / "page.html"
+    path.write_text(text, encoding="utf-8")
+    events: list[str] = []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        page.on("dialog", lambda dialog: (events.append(dialog.message), dialog.dismiss()))
+        page.on("console", lambda message: events.append(message.text))
+        page.on("request", lambda request: events.append(request.url[:100]))
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+        page.wait_for_timeout(200)
+        broken = page.evaluate("[...document.images].filter(each => !each.naturalWidth).length")
+        width = page.evaluate("document.documentElement.scrollWidth")
+        browser.close()
+    assert [event for event in events if not event.startswith(("data:image/", path.as_uri()))] == []
+    assert broken == 0
+    assert width <= 390
+
+
+def test_numbers_times_and_addresses_read_well() -> None:
+    assert [number(v, "+.1f") for v in (1.25, -2.0, None, float("nan"), "text")] == ["+1.2", "−2.0", "–", "–", "–"]
+    assert [duration(s) for s in (None, 0.42, 59.6, 61, 3600, 7500)] == [
+        *("–", "0.4 s", "1 min", "1 min 1 s", "1 h 0 min", "2 h 5 min"),
+    ]
+    assert without_secrets("postgresql://me:pass@host/db") == "postgresql://…@host/db"
+    assert without_secrets("sqlite:///mlflow.db and a@b.c") == "sqlite:///mlflow.db and a@b.c"
+    assert visible("a\r\nb\x1b\u202e\ttext") == "a\nb␛⟨U+202E⟩\ttext"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_there_is_said_with_exit_status_1(
+    lab: Lab, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lab.run("seed=0", [{"iteration": 0}], sweep="main")
+    lab.run("seed=1", [{"iteration": 0}], seed=1)
+    (tmp_path / "folder").mkdir()
+    for given, message in (
+        ("mian", "no run and no sweep of that name is tracked .*Did you mean main"),
+        (str(tmp_path / "folder"), r"it has no summary\.json"),
+        ("", "no run and no sweep of that name"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([given, "--uri", lab.uri])
+        assert stopped.value.code == 1
+        assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        main(["main", "--uri", f"sqlite:///{tmp_path / 'none.db'}"])
+    assert "there is no such database" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["main", "--uri", lab.uri, "--out", str(tmp_path / "none" / "page.html")])
+    assert "expected a file that can be written" in capsys.readouterr().err
+
+
+def test_the_beginning_of_an_id_has_to_be_one_runs(lab: Lab) -> None:
+    for seed in range(17):  # two of them begin with the same letter
+        lab.run(f"seed={seed}", None, seed=seed)
+    database = Database(lab.uri)
+    firsts = [run.id[0] for run in database.runs()]
+    twice = next(letter for letter in firsts if firsts.count(letter) > 1)
+    with pytest.raises(DataError, match="runs begin so; give more of the id"):
+        select(database, twice)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sweep of real, tiny runs, and a run without a judge."""
+    folder = tmp_path_factory.mktemp("trained")
+    train = [sys.executable, "-m", "dnpo.train"]
+    sweep = ["-m", "+sweep=main", "scale=smoke", "seed=0"]
+    for arguments in (sweep, ["scale=smoke", "method=npo", "judge=off", "iterations=1"]):
+        subprocess.run([*train, *arguments], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.long
+def test_real_runs_can_be_asked_for_by_name_folder_and_id(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    database = Database()
+    sweep_folder = next(path.parent for path in trained.glob("multirun/*/*/sweep.json"))
+    runs = {run.id: run for run in database.runs(sweeps=["main"])}
+    parent = database.parent(next(iter(runs.values())))
+    assert parent is not None
+    for given in ("main", str(sweep_folder), str(sweep_folder.relative_to(trained)), parent.id, parent.id[:12]):
+        found = select(database, given)
+        assert found.sweep
+        assert {run.id for run in found.runs} == set(runs)
+        assert found.own is not None
+        assert found.own.id == parent.id
+    alone = next(run for run in database.runs() if run.id not in runs)
+    folder = next(path.parent for path in trained.glob("outputs/*/*/summary.json"))
+    for given in (alone.id, alone.id[:10], str(folder)):
+        assert [run.id for run in select(database, given).runs] == [alone.id]
+    job = select(database, str(sweep_folder / "1"))  # a job's folder is a run's
+    assert not job.sweep
+    assert job.runs[0].summary == json.loads((sweep_folder / "1" / "summary.json").read_text())
+
+    main(["main", "--out", "page.html", "--no-log"])
+    assert parent.artifact("report.html") is None
+    main(["main"])
+    kept = parent.artifact("report.html")
+    assert kept is not None
+    page = Page(kept.read_text())
+    check_harmless(page)
+    assert (trained / "report-main.html").read_text() == kept.read_text()
+    assert "kept in MLflow as report.html" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_a_real_sweep_shows_its_pictures_pairs_and_lineage(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    database = Database()
+    selection = select(database, "main")
+    text = html(content(selection, "sqlite:///mlflow.db"))
+    page = Page(text)
+    titles = [value for tag, name, value in page.attributes if tag == "img" and name == "alt"]
+    for title in (
+        "Judge's score of sampled",
+        "Right greedy",
+        "Held-out loss",
+        "Labels flipped",
+        "Policy loss",
+        "Noise",
+    ):
+        assert sum(each.startswith(title) for each in titles) == 1, title
+    assert sum("responses under the policy after iteration 1" in each for each in titles) == 2
+    run = selection.runs[-1]
+    for stage in run.summary["stages"]:
+        assert stage["key"] in page.text
+    assert "2 runs finished" in page.text
+    tracked = run.artifact("pairs/iteration-1.json")
+    assert tracked is not None
+    pairs = json.loads(tracked.read_text())
+    one = Page(html(content(select(database, run.id), "")))
+    check_harmless(one)
+    first, last = (f"{run.row(k)['eval/score']:.1f}" for k in ("SFT", 1))
+    assert f"Judge's score of sampled answers: from {first} to {last} points of 100" in one.text
+    shown = [pair for pair in pairs if pair["flipped"]][:4] + [pair for pair in pairs if not pair["flipped"]][:2]
+    for pair in shown:
+        for words in (pair["messages"][-1]["content"], pair["chosen"], pair["rejected"]):
+            assert " ".join(words.split()) in one.text
+    assert "written by a person" in one.text
+    assert "generated in iteration 1" in one.text
+
+
+@pytest.mark.long
+def test_a_real_run_without_a_judge(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    run = next(run for run in Database().runs() if run.option("judge") == "off")
+    page = Page(html(content(select(Database(), run.id), "")))
+    check_harmless(page)
+    assert "No judge scored the answers of this run" in page.text
+    for name, value, usual in (("judge", "off", "rules"), ("iterations", "1", "4"), ("method", "npo", "dnpo")):
+        assert re.search(rf"\b{name} {value} {usual}\b", page.text)
