@@ -48,9 +48,10 @@ class Comparisons:
 
     def add(self, label: str, method: str, iterations: Sequence[Iteration], base: str, paper: float | None) -> None:
         """A row for a method, at an iteration or in the mean of some; starred where it differs from the base."""
-        compared = method != base and not set(iterations) & set(BEGINNING)
-        sides = [(side, k) for side in ((method, base) if compared else (method,)) for k in iterations]
-        seeds = self.cells.seeds_of(*sides)
+        alone = self.cells.seeds_of(*((method, k) for k in iterations))
+        shared = self.cells.seeds_of(*((side, k) for side in (method, base) for k in iterations))
+        compared = method != base and bool(shared) and not set(iterations) & set(BEGINNING)
+        seeds = shared if compared else alone
         row = self.rows.setdefault(label, {})
         for measure in self.measures if seeds else ():
             mine = self._mean(measure, method, iterations, seeds)

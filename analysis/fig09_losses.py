@@ -101,6 +101,9 @@ def _draw(axis: Any, x_ST: Array, shade: str) -> None:
     at = np.arange(smooth_ST.shape[1]) + (wide - 1) / 2
     found: list[Estimate] = [estimate(column[:, None]) for column in smooth_ST.T]
     axis.plot(at, [each.value for each in found], color=shade, linewidth=1.8)
+    low, high = float(x_ST.min()), float(x_ST.max())
+    room = 0.05 * (high - low or 1.0)
+    axis.set_ylim(low - room, high + room)  # of few seeds the band may be far wider
     if found[0].low is not None:
         axis.fill_between(at, [e.low for e in found], [e.high for e in found], color=shade, alpha=0.15, linewidth=0)
 

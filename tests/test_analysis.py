@@ -620,6 +620,15 @@ def test_tables_compare_with_spin_and_keep_the_papers_numbers_apart(recorder: Re
     assert text.count(r"\\") == text.count("\n") - text.count("\n%") - text.count(r"\hline") - 3
 
 
+def test_without_spin_a_table_shows_what_there_is_and_compares_nothing(recorder: Recorder, tmp_path: Path) -> None:
+    arguments = ["--tag", "dnpo.dsl=score", "--out", str(tmp_path), "--no-log"]
+    assert analysis(recorder, "table01", "table02", "table05", *arguments) == 0
+    for name in ("table01_main", "table02_rivals", "table05_text_metrics"):
+        rows = [row for row in read(tmp_path / f"{name}.csv") if row["low"]]
+        assert any("DNPO" in row["row"] for row in rows)
+        assert not any(row["p"] for row in rows)
+
+
 def test_published_averages_are_those_of_the_cells() -> None:
     printed = {**published.MAIN, **published.BRANCHES, **published.RIVALS}
     printed.pop(DNPO)  # table 2 of the paper: its six numbers average 0.598, and 0.604 is printed
