@@ -4,11 +4,8 @@ and the command on tracked runs whose truth is known."""
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -650,7 +647,9 @@ def test_a_sweep_that_fails_is_said_and_what_is_there_is_told(
 
 
 @pytest.mark.long
-def test_one_command_runs_the_sweep_and_tells_the_outcome(tmp_path: Path) -> None:
+def test_one_command_runs_the_sweep_and_tells_the_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write_claims(
         tmp_path / "claims.yaml",
         {"arguments": {"column": "score", "kind": "sample"}, "a": "new@0", "b": "old@SFT"},
@@ -666,15 +665,14 @@ def test_one_command_runs_the_sweep_and_tells_the_outcome(tmp_path: Path) -> Non
         },
         sweeps={"main": {"overrides": ["judge@second_judge=correct"]}},
     )
-    command = [sys.executable, "-m", "analysis.claims", "--claims", str(path), "--run", "--seeds", "0", "--jobs", "1"]
-    command += ["--override", "scale=smoke", "--override", "iterations=1", "--override", "npo.start=0"]
-    command += ["--override", "dsl=off", "--override", "method=spin,npo"]
-    for attempt in ("ran", "found"):
-        done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert ("sweep main: there under seeds 0" in done.stdout) == (attempt == "found")
+    command = ["--claims", str(path), "--run", "--seeds", "0", "--jobs", "1"]
+    for setting in ("scale=smoke", "iterations=1", "npo.start=0", "dsl=off", "method=spin,npo"):
+        command += ["--override", setting]
+    monkeypatch.chdir(tmp_path)
+    assert claims.main(command) == 0
+    assert re.search(r"sweep main: \d+ s\n", capsys.readouterr().out)
+    assert claims.main(command) == 0
+    assert "sweep main: there under seeds 0\n" in capsys.readouterr().out
     rows = {row["id"]: row for row in json.loads((tmp_path / "claims" / "claims.json").read_text())["claims"]}
     assert {row["outcome"] for row in rows.values()} == {"undecided"}
     assert all(row["seeds"] == 1 and row["effect"] is not None for row in rows.values())
