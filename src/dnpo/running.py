@@ -193,7 +193,7 @@ def _track(
         store.folder(lap.evaluation) / "logprobs.npz", picture, f"Responses under the policy {title}", note
     )
     tracking.artifact(picture, "logprobs")
-    for kind, path in _rows(lap, store):
+    for kind, path in rows_behind(lap, store):
         named = folder / kind / f"{name}{path.suffix}"
         named.parent.mkdir(exist_ok=True)
         shutil.copy2(path, named)
@@ -219,7 +219,7 @@ def _track_results(summary: Mapping[str, Any], tracking: Tracking, folder: Path)
     tracking.table(folder / "table.json")
 
 
-def _rows(lap: Lap, store: Store) -> Iterator[tuple[str, Path]]:
+def rows_behind(lap: Lap, store: Store) -> Iterator[tuple[str, Path]]:
     """The files behind an iteration's metrics, by the folder of artefacts that each goes to."""
     evaluation, beside = store.folder(lap.evaluation), {stage.name: store.folder(stage) for stage in lap.measures}
     yield "logprobs", evaluation / "logprobs.npz"

@@ -33,6 +33,7 @@ from dnpo.settings import Count
 PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}
 PARTS = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that Encoder knows
 SETTINGS = "sentence_bert_config.json"
+BATCH = 64  # texts of one length at once
 SAMPLE = 100  # texts that self-BLEU compares with each other
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -127,19 +128,28 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings, texts × width. Each text is read alone, so that no other changes its embedding.
+        """Embeddings, texts × width. Texts of one length are read together and nothing is padded, so no text changes
+        another's embedding by more than rounding.
 
         A text without any token, which only a tokenizer without special tokens can leave, has the embedding 0.
         """
-        known = {text: self._embed(text) for text in dict.fromkeys(texts)}
+        by_length: dict[int, dict[str, list[int]]] = {}
+        for text in texts:
+            ids = self.tokenizer(text, truncation=self.limit is not None, max_length=self.limit)["input_ids"]
+            by_length.setdefault(len(ids), {})[text] = ids
+        known: dict[str, Tensor] = {}
+        for length, alike in by_length.items():
+            names, rows = list(alike), list(alike.values())
+            for start in range(0, len(rows), BATCH):
+                some = torch.tensor(rows[start : start + BATCH], dtype=torch.long, device=self.model.device)
+                known |= zip(names[start : start + BATCH], self._embed(some, length), strict=True)
         return torch.stack([known[text] for text in texts])
 
-    def _embed(self, text: str) -> Tensor:
-        ids = self.tokenizer(text, truncation=self.limit is not None, max_length=self.limit)["input_ids"]
-        if not ids:
-            return torch.zeros(self.model.config.get_text_config().hidden_size)
-        hidden_TH = self.model(input_ids=torch.tensor([ids], device=self.model.device)).last_hidden_state[0]
-        return torch.nn.functional.normalize(hidden_TH.mean(0), dim=0).cpu()
+    def _embed(self, ids_BT: Tensor, length: int) -> Tensor:
+        if not length:
+            return torch.zeros(len(ids_BT), self.model.config.get_text_config().hidden_size)
+        hidden_BTH = self.model(input_ids=ids_BT).last_hidden_state
+        return torch.nn.functional.normalize(hidden_BTH.mean(1), dim=-1).cpu()
 
 
 def similarity(generated: Sequence[str], positive: Sequence[str], encoder: Encoder | None = None) -> Measured:

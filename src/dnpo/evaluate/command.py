@@ -193,7 +193,7 @@ def _measure(
             for stage in lap.stages:
                 _get(stage, store, console, "" if name == OURS else "against · ")
             rows[name] = measured(lap, store)
-            _keep(running._rows(lap, store), name, tracking, folder)
+            _keep(running.rows_behind(lap, store), name, tracking, folder)
         outcome = None
         if fight is not None:
             _get(fight, store, console, "")
