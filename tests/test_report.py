@@ -301,7 +301,9 @@ def test_runs_are_told_apart_by_as_few_settings_as_do_and_a_rerun_counts_once(la
         for seed in (0, 1, 1):
             # what follows from the seed, or only says where things lie, tells nothing apart
             params = {"npo.alpha": alpha, "npo.rate": 2 * alpha, "data.seed": seed, "store": f"store{seed}"}
-            lab.run(f"{alpha} {seed}", [{"iteration": 0, "eval/loss": alpha}], seed=seed, params=params, sweep="alpha")
+            tags = {"dnpo.alive": f"{alpha} {seed}"}
+            table = [{"iteration": 0, "eval/loss": alpha}]
+            lab.run(f"{alpha} {seed}", table, seed=seed, params=params, tags=tags, sweep="alpha")
     groups = grouped(select(Database(lab.uri), "alpha").runs)
     assert [group.label for group in groups.groups] == ["npo.alpha=0.01", "npo.alpha=0.1"]
     assert [group.seeds for group in groups.groups] == [[0, 1], [0, 1]]

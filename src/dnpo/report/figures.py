@@ -23,7 +23,15 @@ from dnpo.tracked import SFT
 COLOURS = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "pink": "#CC79A7", "yellow": "#E69F00"}
 COLOURS |= {"sky": "#56B4E9", "black": "#333333", "brown": "#8C564B"}
 MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★"}
-OWN = {"spin": "black", "dsl": "green", "npo": "yellow", "dnpo": "blue", "fixed_noise": "pink"}
+# The same method looks the same in every report, and as in the figures of python -m analysis.
+OWN = {
+    **dict.fromkeys(("spin", "npo=off"), ("blue", "o")),
+    "dsl": ("green", "s"),
+    **dict.fromkeys(("npo", "npo=trainable"), ("yellow", "^")),
+    "dnpo": ("orange", "D"),
+    **dict.fromkeys(("fixed_noise", "npo=fixed"), ("pink", "v")),
+    **dict.fromkeys(("npo=matched", "npo=offset"), ("black", "X")),
+}
 PLAIN: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "dnpo",  # the same drawing has the same bytes
@@ -82,13 +90,14 @@ class Line:
 
 def styles(labels: Sequence[str]) -> dict[str, Style]:
     """A colour and a mark for each of the first :data:`MOST` labels; methods keep their own."""
-    free = [name for name in COLOURS if OWN.get(name) not in labels]
-    taken = {label: OWN[label] for label in labels if label in OWN}
-    free = [name for name in COLOURS if name not in taken.values()]
+    labels = labels[:MOST]
+    own = {label: OWN[label] for label in labels if label in OWN}
+    colours = [name for name in COLOURS if name not in {colour for colour, _ in own.values()}]
+    marks = [mark for mark in MARKS if mark not in {mark for _, mark in own.values()}]
     found = {}
-    for label, marker in zip(labels, MARKS, strict=False):
-        name = taken[label] if label in taken else free.pop(0)
-        found[label] = Style(label, COLOURS[name], marker)
+    for label in labels:
+        colour, mark = own[label] if label in own else (colours.pop(0), marks.pop(0))
+        found[label] = Style(label, COLOURS[colour], mark)
     return found
 
 

@@ -12,7 +12,7 @@ from dnpo.tracked import SFT, Run
 ELSEWHERE = ("tracking.", "store", "ledger", "device", "threads", "plan", "check")
 # Options and settings by which a reader tells runs apart, before any other.
 FIRST = ("dnpo.sweep/regime", "dnpo.method", "dnpo.dsl", "dnpo.npo", "dnpo.data", "dnpo.model", "dnpo.judge")
-NOT_OPTIONS = ("dnpo.seed", "dnpo.kind", "dnpo.commit", "dnpo.sweep", "dnpo.sweep_name", "dnpo.tracking")
+NO_PARTS = ("dnpo.tracking", "dnpo.sweep")
 STARTS = ("dsl.start", "npo.start")
 
 # What an unfinished run has tracked by iteration; after the slash of iteration/ stands the table's name.
@@ -162,9 +162,10 @@ def _value(run: Run, name: str) -> str:
 
 def _telling(runs: Sequence[Run], left_out: set[str]) -> list[str]:
     """As few options and settings as tell all runs apart that differ in any; well-known ones first."""
-    tags = sorted({name for run in runs for name in run.tags if name.startswith("dnpo.")} - set(FIRST))
+    options = {f"dnpo.{part.split('@')[-1]}" for run in runs for part in run.summary.get("choices", {})}
+    tags = sorted(options - set(FIRST) - set(NO_PARTS))
     params = sorted({name for run in runs for name in run.params})
-    names = [*FIRST, *(name for name in tags if name not in NOT_OPTIONS), "iterations", *params]
+    names = [*FIRST, *tags, "iterations", *params]
     chosen: list[str] = []
     for name in names:
         if name in left_out or name.endswith(".seed") or name.startswith(ELSEWHERE):
@@ -199,8 +200,7 @@ def _unfinished(runs: Iterable[Run], finished: Sequence[Run]) -> list[str]:
 
 def _identity(run: Run) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """Settings and options; two runs that have the same were to be the same."""
-    options = {k: v for k, v in run.tags.items() if k.startswith("dnpo.") and k not in ("dnpo.commit", "dnpo.sweep")}
-    return run.params, options
+    return run.params, {name: run.tags.get(name, "") for name in FIRST}
 
 
 def state(run: Run) -> str:
