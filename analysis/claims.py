@@ -29,6 +29,7 @@ from dnpo.errors import DnpoError, SettingsError, TrackingError
 from dnpo.tracked import KIND, Database
 
 SEEDS = "0,1,2,3,4"
+BRIEF = "claims-brief.md"
 SAID = ("scale", "data", "model", "judge")  # options of the runs that a reader is told
 LAUNCHER = "hydra_plugins.hydra_joblib_launcher"
 
@@ -198,6 +199,7 @@ def write(results: Sequence[Result], about: str, folder: Path) -> list[Path]:
     """Write all formats; gives the files."""
     contents = {
         "claims.md": tables.markdown(results, about),
+        BRIEF: tables.brief(results, about),
         "claims.csv": tables.comma_separated(results),
         "claims.json": tables.as_json(results, {"about": about}),
         "claims.tex": tables.latex(results, about),
@@ -214,7 +216,8 @@ def log(database: Database, results: Sequence[Result], files: Sequence[Path]) ->
         TrackingError: the store does not take them.
     """
     outcomes = [result.outcome for result in results]
-    note = next(file for file in files if file.suffix == ".md").read_text(encoding="utf-8")
+    # the whole table is longer than MLflow takes
+    note = next(file for file in files if file.name == BRIEF).read_text(encoding="utf-8")
     tags = {KIND: "claims", "mlflow.note.content": note}
     run = str(database.client.create_run(database.experiment_id, run_name="claims", tags=tags).info.run_id)
     for outcome in OUTCOMES:

@@ -152,6 +152,16 @@ def markdown(results: Sequence[Result], about: str) -> str:
     return "\n\n".join(["\n".join([*head, *body]), *map(_in_markdown, caption(results, about)), "\n".join(said)]) + "\n"
 
 
+def brief(results: Sequence[Result], about: str) -> str:
+    """The table without how it is measured, for a README; the remarks stay with the whole table."""
+    wanted = ("", "claim", "claimed", "effect (95 %)", "p", "outcome")
+    places = [COLUMNS.index(column) for column in wanted]
+    rows = [wanted, tuple("---" if column in ("", "claim") else "---:" for column in wanted)]
+    rows += [tuple(_in_markdown(line[place]) for place in places) for line in lines(results)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{table}\n\n{_in_markdown(caption(results, about)[0])}\n"
+
+
 def latex(results: Sequence[Result], about: str) -> str:
     """A tabular that needs no package, its caption and remarks as comments. Columns with words have a width."""
     widths = {"claim": "p{0.24\\textwidth}", "from": "p{0.08\\textwidth}", "measured": "p{0.22\\textwidth}"}

@@ -569,7 +569,10 @@ def test_all_formats_say_the_same_and_are_logged(known: Path, tmp_path: Path) ->
     path = write_claims(tmp_path / "claims.yaml", given, {"id": "two", "a": "new@2"})
     out = tmp_path / "out"
     assert claims.main(["--claims", str(path), "--uri", uri, "--out", str(out)]) == 0
-    texts = {p.suffix: p.read_text() for p in out.iterdir()}
+    brief = (out / claims.BRIEF).read_text()
+    assert r"| 1 | 10 % of A\|B\_c &lt; d &amp; so. | > 0 | +" in brief
+    assert "| supported |" in brief
+    texts = {p.suffix: p.read_text() for p in out.iterdir() if p.name != claims.BRIEF}
     assert set(texts) == {".md", ".csv", ".json", ".tex"}
     assert r"10 % of A\|B\_c &lt; d &amp; so." in texts[".md"]
     assert re.search(r"\+(9|10)\.\d \(\+9\.\d to \+10\.\d\) points", texts[".md"])
