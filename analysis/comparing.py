@@ -8,7 +8,6 @@ import numpy as np
 
 from analysis.published import COLUMN
 from analysis.results import (
-    AVERAGE,
     Against,
     Array,
     Measure,
@@ -137,6 +136,3 @@ def last(paper: Mapping[tuple[str, Iteration], Sequence[float]], method: str, it
     """The average that the paper prints, None where it has none."""
     found = paper.get((method, iteration))
     return None if found is None else found[-1]
-
-
-__all__ = ["AVERAGE", "Comparisons", "detectable", "label", "last", "made_of"]

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from analysis.drawing import SAMPLE_COLOURS, SAMPLE_LABELS, canvas, finish, foot
+from analysis.drawing import canvas, finish, foot
 from analysis.keeping import Picture
 from analysis.results import Array, kept
 from analysis.selection import Absent, Cells, Iteration, Runs
 from dnpo.distances import ks
+from dnpo.figures import COLOURS, LABELS
 from dnpo.tracked import SFT, Run, lap_name
 
 BINS = 40
@@ -24,18 +25,16 @@ def draw(runs: Runs, method: str, title: str) -> Picture:
     figure, panels = canvas(2.0 + 2.5 * len(iterations), 5.4, 2, len(iterations), sharex="row")
     rows: list[dict[str, Any]] = []
     for line, (quantity, label) in enumerate(QUANTITIES.items()):
-        every = [
-            _values(loaded, name, quantity) for k in iterations for loaded in samples[k] for name in SAMPLE_COLOURS
-        ]
+        every = [_values(loaded, name, quantity) for k in iterations for loaded in samples[k] for name in COLOURS]
         # The longest tails say little and would squeeze the rest.
         low = float(np.percentile(np.concatenate(every), 1))
         edges = np.linspace(low, 0, BINS + 1)
         for column, k in enumerate(iterations):
             axis = panels[line * len(iterations) + column]
-            for name, colour in SAMPLE_COLOURS.items():
+            for name, colour in COLOURS.items():
                 values = np.concatenate([_values(loaded, name, quantity) for loaded in samples[k]])
                 density, _ = np.histogram(np.clip(values, low, 0), edges, density=True)
-                axis.stairs(density, edges, color=colour, linewidth=1.4, label=SAMPLE_LABELS[name])
+                axis.stairs(density, edges, color=colour, linewidth=1.4, label=LABELS[name])
                 axis.stairs(density, edges, color=colour, fill=True, alpha=0.12)
                 rows += [
                     {"quantity": quantity, "iteration": k, "samples": name, "from": a, "to": b, "density": d}

@@ -8,24 +8,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN, Cells, Iteration, commits, describe
-from dnpo.figures import COLOURS as SAMPLE_COLOURS
-from dnpo.figures import LABELS as SAMPLE_LABELS
+from analysis.selection import CONSTANT, DNPO, DSL, FIXED, METHODS, NPO, SPIN, Cells, Iteration, commits, describe
+from dnpo.figures import METHODS as SHADES
 from dnpo.tracked import SFT
 
-__all__ = ["SAMPLE_COLOURS", "SAMPLE_LABELS"]
-
-# Okabe and Ito's palette, safe for colour-blind readers.
-COLOURS = {
-    SPIN: "#0072B2",
-    DSL: "#009E73",
-    NPO: "#E69F00",
-    DNPO: "#D55E00",
-    FIXED: "#CC79A7",
-    CONSTANT: "#000000",
-    "+DSL, fixed noise": "#56B4E9",
-    "+DSL, constant": "#777777",
-}
+COLOURS = {METHODS[options]: shade for options, shade in SHADES.items()}
 MARKS = {SPIN: "o", DSL: "s", NPO: "^", DNPO: "D", FIXED: "v", CONSTANT: "X"}
 OTHER, HUMAN = "#999999", "#555555"
 OUTCOMES = {"win": "#009E73", "tie": "#C8C8C8", "lose": "#D55E00"}
