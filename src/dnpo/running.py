@@ -60,7 +60,9 @@ def execute(
             prefix = "sft/" if stage.name == "sft" else "like/" if stage is lap.like else ""
             reused = _get(stage, store, console, tracking, before, prefix)
             name = {"title": stage.title, "stage": stage.name, "key": stage.key}
-            used.append({**name, "iteration": "SFT" if lap.k < 0 else lap.k, "reused": reused})
+            of = {name: needed.key for name, needed in {**stage.inputs, **stage.aids}.items()}
+            took = {"seconds": manifest(store.folder(stage))["seconds"], "inputs": of}
+            used.append({**name, "iteration": "SFT" if lap.k < 0 else lap.k, "reused": reused, **took})
         before += int(manifest(store.folder(lap.policy))["facts"]["policy_steps"]) if lap.k >= 0 else 0
         table.append(_row(lap, store))
         _track(lap, table[-1], store, tracking, settings, folder)

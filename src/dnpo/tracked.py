@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from dnpo.errors import DataError, TrackingError
 from dnpo.settings import nearest
@@ -34,6 +36,7 @@ class Run:
         started: milliseconds since 1970.
         seconds: from begin to end; None without an end.
         params: its settings under dotted names, as text.
+        artifacts: address of its artefacts.
     """
 
     id: str
@@ -43,6 +46,7 @@ class Run:
     seconds: float | None
     tags: Mapping[str, str]
     params: Mapping[str, str]
+    artifacts: str
     _client: Any = field(repr=False, compare=False)
 
     @property
@@ -94,9 +98,12 @@ class Run:
         return sorted(by_step.items())
 
     def artifact(self, path: str) -> Path | None:
-        """A file that was tracked with it, on this machine; None where there is none."""
+        """A file that was tracked with it, on this machine, to be read and not changed; None where there is none."""
         from mlflow.exceptions import MlflowException
 
+        if self.artifacts.startswith("file://"):
+            local = Path(url2pathname(urlparse(self.artifacts).path)) / path
+            return local if local.exists() else None
         where = _scratch() / self.id
         where.mkdir(parents=True, exist_ok=True)
         try:
@@ -133,6 +140,7 @@ class Database:
 
     def __init__(self, uri: str = "sqlite:///mlflow.db", experiment: str = "dnpo") -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         from mlflow import MlflowClient
 
         for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
@@ -225,5 +233,13 @@ def _run(found: Any, client: Any) -> Run:
     info = found.info
     seconds = (info.end_time - info.start_time) / 1000 if info.end_time else None
     return Run(
-        info.run_id, info.run_name, info.status, info.start_time, seconds, found.data.tags, found.data.params, client
+        info.run_id,
+        info.run_name,
+        info.status,
+        info.start_time,
+        seconds,
+        found.data.tags,
+        found.data.params,
+        info.artifact_uri,
+        client,
     )
