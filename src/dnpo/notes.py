@@ -253,7 +253,7 @@ def of_sweep(
     for found in compared[:2]:
         lines += ["", spaced("\n".join(_compared(found)))]
     if len(compared) > 2:
-        lines.append("The other measures are in comparison.md.")
+        lines += ["", "The other measures are in comparison.md."]
     if groups is not None:
         lines += ["", *(f"- {escaped(sentence)}" for sentence in groups.missing[:MOST_MISSING])]
     lines += ["", code(shlex.join(["python", "-m", "dnpo.train", *arguments]))]

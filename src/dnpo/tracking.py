@@ -113,6 +113,7 @@ class MLflow(Tracking):
         self.id = self._note = ""
         self._tables: list[str] = []
         self._alive: FileLock | None = None
+        self._marked = False
 
     def start(self, name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None) -> None:
         """See :class:`Tracking`."""
@@ -133,13 +134,15 @@ class MLflow(Tracking):
     def resume(self, run: str) -> None:
         """See :class:`Tracking`."""
         with self._reached() as experiment:
-            self._note = self._client.get_run(run).data.tags.get(NOTE, "")
+            tags = self._client.get_run(run).data.tags
+        self._note, self._marked = tags.get(NOTE, ""), ALIVE in tags
         self.id, self._url = run, (experiment, run)
 
     @contextmanager
     def _reached(self) -> Iterator[str]:
         """With a client, and the id of the experiment; what goes wrong names the setting."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for silenced in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
+            os.environ.setdefault(silenced, "true")
         reachable(self.uri)
         from mlflow import MlflowClient
 
@@ -163,6 +166,7 @@ class MLflow(Tracking):
         self._alive = FileLock(path)
         self._alive.acquire()
         self._client.set_tag(self.id, ALIVE, str(path))
+        self._marked = True
 
     def _lock(self) -> Path:
         if self.uri.startswith("sqlite:///"):
@@ -256,7 +260,9 @@ class MLflow(Tracking):
         if self._alive is not None:  # after the status is written: see close_abandoned
             _free(self._alive)
             self._alive = None
+        if self._marked:
             self._client.delete_tag(self.id, ALIVE)
+            self._marked = False
 
     def whereabouts(self) -> list[str]:
         """The run's page, or the command that shows it."""
