@@ -19,7 +19,7 @@ from analysis.results import (
     whole,
 )
 from analysis.results import results as results_of
-from analysis.selection import BEGINNING, Cells, Iteration, commits, describe, spell
+from analysis.selection import Cells, Iteration, commits, describe, spell
 from dnpo.comparisons.intervals import Estimate
 from dnpo.comparisons.table import Cell
 
@@ -49,7 +49,7 @@ class Comparisons:
         """A row for a method, at an iteration or in the mean of some; starred where it differs from the base."""
         alone = self.cells.seeds_of(*((method, k) for k in iterations))
         shared = self.cells.seeds_of(*((side, k) for side in (method, base) for k in iterations))
-        compared = method != base and bool(shared) and not set(iterations) & set(BEGINNING)
+        compared = method != base and bool(shared)
         seeds = shared if compared else alone
         row = self.rows.setdefault(label, {})
         for measure in self.measures if seeds else ():
