@@ -61,7 +61,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--run", action="store_true", help="first run the sweeps that are missing")
     found.add_argument("--jobs", type=int, default=2, help="jobs of a sweep side by side (%(default)s)")
     found.add_argument(
-        "--override", action="append", default=[], metavar="NAME=VALUE", help="a setting for every sweep that is run"
+        "--override",
+        action="append",
+        default=[],
+        metavar="[SWEEP:]NAME=VALUE",
+        help="a setting for every sweep that is run, or for one",
     )
     found.add_argument("--no-log", action="store_true", help="log nothing to MLflow")
     return found
@@ -180,7 +184,8 @@ def sweep_command(name: str, sweep: Sweep, seeds: Sequence[int], options: argpar
         command += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={options.jobs}"]
     elif options.jobs > 1:
         print("jobs run one after the other: side by side needs the extra `launchers`")
-    given = {override.split("=")[0] for override in options.override}
+    asked = [override.removeprefix(f"{name}:") for override in options.override if _meant(override, name)]
+    given = {override.split("=")[0] for override in asked}
     wanted = [*sweep.overrides]
     for packages, overrides in sweep.where_installed.items():
         absent = [package for package in packages.split() if not find_spec(package)]
@@ -188,8 +193,13 @@ def sweep_command(name: str, sweep: Sweep, seeds: Sequence[int], options: argpar
             print(f"sweep {name}: without {' '.join(overrides)}, which needs {', '.join(absent)}")
         else:
             wanted += overrides
-    asked: list[str] = options.override
     return command + [override for override in wanted if override.split("=")[0] not in given] + asked
+
+
+def _meant(override: str, sweep: str) -> bool:
+    """Whether an override is for a sweep: ``SWEEP:NAME=VALUE`` for that one, without a sweep for all."""
+    where, colon, _ = override.split("=")[0].partition(":")
+    return not colon or where == sweep
 
 
 # --- what is left of it -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from analysis import claims, claims_measures, claims_tables
 from analysis.claims_assess import Tracked, in_force, needed
-from analysis.claims_book import FILE, Term, read, terms
+from analysis.claims_book import FILE, Sweep, Term, read, terms
 from analysis.claims_rules import Region, Sample, decide, find, p_against, region
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -595,6 +595,16 @@ def test_all_formats_say_the_same_and_are_logged(known: Path, tmp_path: Path) ->
     assert beside is not None
     assert beside.read_text() == texts[".json"]
     assert len(database.runs()) == 8  # what is logged is no training run
+
+
+def test_an_override_is_for_every_sweep_or_for_one() -> None:
+    given = ["threads=2", "main:eval.texts.encoder=a:b", "eval=smoke"]
+    options = claims.parser().parse_args(["--jobs", "1", *(part for o in given for part in ("--override", o))])
+    sweep = Sweep(overrides=["eval=texts"])
+    main, other = (claims.sweep_command(name, sweep, [0], options) for name in ("main", "ablation"))
+    assert main[-3:] == ["threads=2", "eval.texts.encoder=a:b", "eval=smoke"]
+    assert other[-2:] == ["threads=2", "eval=smoke"]
+    assert "eval=texts" not in main + other, "what is asked for beats the file of claims"
 
 
 def test_numbers_are_written_as_people_read_them() -> None:
