@@ -97,14 +97,15 @@ class Comparisons:
         return found.p
 
 
-def detectable(found: Sequence[Against], scale: float = 100.0, unit: str = " points") -> str:
+def detectable(found: Sequence[Against], scale: float = 100.0, unit: str = " points", digits: int = 1) -> str:
     """The minimum detectable differences of a table's comparisons in a sentence."""
     known = [scale * each.detectable for each in found if each.detectable is not None]
     if not known:
         return "Minimum detectable difference: cannot be told, since no two results vary."
+    median, least, most = (f"{value:.{digits}f}" for value in (np.median(known), min(known), max(known)))
     return (
         "Minimum detectable difference (found in 80 % of such comparisons at α = 0.05, before the correction): median "
-        f"{np.median(known):.1f}{unit}, from {min(known):.1f} to {max(known):.1f} over {len(known)} comparisons."
+        f"{median}{unit}, from {least} to {most} over {len(known)} comparisons."
     )
 
 

@@ -37,7 +37,7 @@ def make(runs: Runs) -> Tabled:
         "SPIN. Likeness with the positive samples is no quality of its own.",
         f"{PAPER}: arXiv 2502.05400, table 5.",
         *([] if "sbert" in tracked else ["Sentence-BERT is not tracked (eval.texts.encoder)."]),
-        detectable(compared, 1.0, ""),
+        detectable(compared, 1.0, "", 3),
         made_of(cells, set()),
         *(f"{note[0].upper()}{note[1:]}." for note in cells.notes),
     ]

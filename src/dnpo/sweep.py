@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dnpo.store import Stage
     from dnpo.tracking import MLflow
 
-ERROR, PLAN, PICTURE = "error.txt", "plan.json", "comparison.png"
+ERROR, PLAN, PICTURE, TRAIN = "error.txt", "plan.json", "comparison.png", "train"
 SILENT = "it ended without a result and without an error, as a killed process does"
 _HELD: list[FileLock] = []  # not in the callback, which Hydra sends to other processes
 
@@ -148,6 +148,10 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
             "tracking", cast(dict[str, Any], OmegaConf.to_container(config.tracking, resolve=True))
         ).value
         tracking.resume(own.read_text())
+        if config.hydra.job.config_name != TRAIN:  # what other commands measure has no iterations to compare
+            tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed))})
+            tracking.finish("FAILED" if failed else "FINISHED")
+            return ""
         _compare(tracking, sweep, [job.name for job in jobs], {**failed, **silent})
     except Exception as error:  # databases and their drivers raise errors of their own; the jobs' results stand
         return str(error) if isinstance(error, DnpoError) else f"{type(error).__name__}: {error}"
