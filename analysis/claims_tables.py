@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -153,11 +154,17 @@ def markdown(results: Sequence[Result], about: str) -> str:
 
 
 def brief(results: Sequence[Result], about: str) -> str:
-    """The table without how it is measured, for a README; the remarks stay with the whole table."""
+    """The table without sources and sizes, for a README. How a claim is measured stands only where several have one text,
+    and the remarks stay with the whole table."""
     wanted = ("", "claim", "claimed", "effect (95 %)", "p", "outcome")
     places = [COLUMNS.index(column) for column in wanted]
+    often = Counter(result.claim.text for result in results)
     rows = [wanted, tuple("---" if column in ("", "claim") else "---:" for column in wanted)]
-    rows += [tuple(_in_markdown(line[place]) for place in places) for line in lines(results)]
+    for result, line in zip(results, lines(results), strict=True):
+        text = result.claim.text
+        claim = f"{text} ({result.claim.measured})" if often[text] > 1 else text
+        cells = [claim if COLUMNS[place] == "claim" else line[place] for place in places]
+        rows.append(tuple(map(_in_markdown, cells)))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{table}\n\n{_in_markdown(caption(results, about)[0])}\n"
 
