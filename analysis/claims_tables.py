@@ -154,8 +154,8 @@ def markdown(results: Sequence[Result], about: str) -> str:
 
 
 def brief(results: Sequence[Result], about: str) -> str:
-    """The table without sources and sizes, for a README. How a claim is measured stands only where several have one text,
-    and the remarks stay with the whole table."""
+    """The table without sources, sizes and remarks, for a README. How a claim is measured stands only where several have
+    one text."""
     wanted = ("", "claim", "claimed", "effect (95 %)", "p", "outcome")
     places = [COLUMNS.index(column) for column in wanted]
     often = Counter(result.claim.text for result in results)
