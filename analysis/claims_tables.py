@@ -154,8 +154,10 @@ def markdown(results: Sequence[Result], about: str) -> str:
 
 
 def brief(results: Sequence[Result], about: str) -> str:
-    """The table without sources, sizes and remarks, for a README. How a claim is measured stands only where several have
-    one text."""
+    """The table without sources, sizes and remarks, for a README.
+
+    How a claim is measured stands only where several have one text.
+    """
     wanted = ("", "claim", "claimed", "effect (95 %)", "p", "outcome")
     places = [COLUMNS.index(column) for column in wanted]
     often = Counter(result.claim.text for result in results)
