@@ -11,6 +11,7 @@ import pytest
 
 from dnpo.errors import SettingsError
 from dnpo.settings import Count, Finite, Fraction, Natural, NonNegative, Positive, Range, check, check_values, nearest
+from dnpo.train import run_name
 
 TINY_WORLD = "dnpo.data.tinyworld.TinyWorld"
 
@@ -368,3 +369,10 @@ def test_training_needs_no_more_than_torch_transformers_peft_and_lightning() -> 
         [sys.executable, "-c", BARE], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert found.stdout.strip().splitlines()[-1:] == ["bare"], found.stderr[-2000:]
+
+
+def test_a_run_is_called_what_its_command_says_of_it() -> None:
+    given = ["method=npo", "+sweep=main", "tracking.uri=sqlite:///x.db", "threads=2", "data.path=../shared/rows.jsonl"]
+    assert run_name(given) == "method=npo +sweep=main data.path=rows.jsonl"
+    assert run_name(["npo.alpha=.5", "model.name=a/b"]) == "npo.alpha=.5 model.name=a/b"
+    assert run_name(["tracking=off"]) == "defaults"

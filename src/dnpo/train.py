@@ -8,8 +8,8 @@ imported inside functions, so that wrong settings are answered at once.
 """
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hydra.types import RunMode
@@ -42,6 +42,7 @@ PARTS = (
     "eval",
     "tracking",
 )
+ASIDE = ("tracking", "store", "ledger", "device", "threads")  # settings that cannot change a result
 STARTING = ("dsl", "npo")  # parts that act from an iteration of theirs on, and what stands there before
 ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
@@ -177,6 +178,18 @@ def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:
     return iterations - 1 if start == "last" else cast(int, start)
 
 
+def run_name(overrides: Sequence[str]) -> str:
+    """What a run is called: its command, without what cannot change a result, and of paths the last part."""
+    said = []
+    for override in overrides:
+        setting, equals, value = override.partition("=")
+        if setting.lstrip("+").split(".")[0] in ASIDE:
+            continue
+        end = PurePath(value).name if value.startswith(("/", ".", "~")) and "," not in value else value
+        said.append(f"{setting}{equals}{end or value}")
+    return " ".join(said) or "defaults"
+
+
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +230,7 @@ def _go(
         return None
     from dnpo import running
 
-    name = " ".join(job.overrides.task) or "defaults"
+    name = run_name(job.overrides.task)
     tags = running.tags(dict(job.runtime.choices), settings, laps)
     tracking.start(name, flat(settings), tags, sweep)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
