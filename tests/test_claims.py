@@ -247,7 +247,7 @@ def jobs(sweep: str, *overrides: str) -> list[Run]:
                 resolved[name] = {**settings[name], "start": start}
             tags = running.tags({k: v for k, v in choices.items() if v is not None}, resolved, [])
             values = {key: str(value) for key, value in flat(resolved).items()}
-            runs.append(Run(f"{sweep}{number}", " ".join(job), "FINISHED", number, 1.0, tags, values, None))
+            runs.append(Run(f"{sweep}{number}", " ".join(job), "FINISHED", number, 1.0, tags, values, "", None))
     return runs
 
 
@@ -535,7 +535,7 @@ def test_the_newest_run_counts_and_a_part_that_has_not_started_makes_no_arm() ->
     def run(name: str, started: int, start: int) -> Run:
         tags = {"dnpo.npo": "trainable", "dnpo.dsl": "off", "dnpo.seed": "0"}
         params = {"iterations": "3", "npo.start": str(start), "dsl.start": "9"}
-        return Run(name, name, "FINISHED", started, 1.0, tags, params, None)
+        return Run(name, name, "FINISHED", started, 1.0, tags, params, "", None)
 
     chain, branch = run("chain", 1, 1), run("branch", 2, 2)
     assert [k for k in ("SFT", 0, 1, 2, 3) if in_force(chain, k)] == ["SFT", 1, 2]

@@ -310,6 +310,7 @@ def run_of(
         trainer=Part(how, {k: v for k, v in settings.items() if k != "optimizer"}, not_in_key=how.not_in_key),
     )
     parts: Any = {"data": nothing, "sft": nothing, "generate": Part(Sampling(), {}), "judge": Part(NoJudge(), {})}
+    parts["second_judge"] = parts["judge"]
     parts["ledger"] = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))
     run = Run(seed=seed, device="cpu", model=Part(model, {}), eval=Part(Evaluation(), {}), plans=[plan], **parts)
 

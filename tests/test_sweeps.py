@@ -289,7 +289,7 @@ def test_a_constant_is_matched_to_the_noise_of_the_same_iteration(serial: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     noisy, constant = (summaries(serial)[number] for number in ("0", "1"))
     assert computed({"0": noisy}) == []
-    assert [stage for stage, _ in computed({"1": constant})] == ["optimise", "evaluate"]
+    assert [stage for stage, _ in computed({"1": constant})] == ["optimise", "evaluate", "drift"]
     (match,) = [stage for stage in constant["stages"] if stage["title"].endswith("match")]
     assert match["key"] == next(s["key"] for s in reversed(noisy["stages"]) if s["stage"] == "optimise")
     steps = json.loads((serial / "store" / "optimise" / match["key"] / "steps.json").read_text())

@@ -498,5 +498,5 @@ def test_real_data_and_a_real_model(shared: Path, tmp_path: Path) -> None:
     assert table[-1]["eval/loss"] > 0
     store = Store(tmp_path / "store")
     assert sorted({p.parent.parent.name for p in store.root.glob("*/*/manifest.json")}) == [
-        *("evaluate", "generate", "optimise", "pairs", "prompts", "reference", "sft")
+        *("drift", "evaluate", "generate", "optimise", "pairs", "prompts", "reference", "sft")
     ]
