@@ -135,7 +135,7 @@ def _one(name: str, database: Database, runs: Callable[[str], Runs], out: Path, 
         state, text = "drawn", f"{paths[0].with_suffix('')}.{{{','.join(p.suffix[1:] for p in paths)}}}{where}"
     except DnpoError as error:
         state, text = "skipped", str(error)
-    except Exception:
+    except Exception:  # a bug in one script shall not stop the others; it is shown whole, and the exit status is 1
         state, text = "failed", traceback.format_exc()
     return Outcome(name, state, text, time.monotonic() - started)
 

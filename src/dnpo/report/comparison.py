@@ -116,11 +116,10 @@ def compare(groups: Groups, measure: Measure, items: Items) -> Compared | None:
             notes |= dict.fromkeys(said)
             if cell is not None:
                 apart.setdefault(group.label, {})[lap_title(lap)] = cell
-    shape = {"digits": measure.digits, "scale": measure.scale}
     return Compared(
         measure,
-        table(means, **shape),  # type: ignore[arg-type]
-        table(apart, **shape) if apart else None,  # type: ignore[arg-type]
+        table(means, measure.digits, measure.scale),
+        table(apart, measure.digits, measure.scale) if apart else None,
         base.label if base else "",
         tuple(notes),
     )
