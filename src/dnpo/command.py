@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import hydra
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dnpo.errors import DnpoError, SettingsError
+from dnpo.former import up_to_date
 from dnpo.settings import nearest
 
 KEPT = "Finished stages are kept and an unfinished one continues: run the same command again."
@@ -133,6 +135,25 @@ def _options(arguments: list[str]) -> list[str]:
         if (conf_folder() / group / f"{names.split(',')[0]}.yaml").is_file():
             found.append(f"{group}={names.split(',')[0]}")
     return found
+
+
+def plain(cfg: DictConfig, shorthand: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """The composed tree as plain values, brought up to date where it was written for an earlier layout.
+
+    Args:
+        shorthand: settings that can be given by another name, and that name.
+
+    Raises:
+        SettingsError: a value is missing; the message says which.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        name = shorthand.get(missing[0], missing[0])
+        raise SettingsError(f"{name}: needs a value; give {name}=…")
+    tree, ignored = up_to_date(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+    if ignored:
+        print(f"warning: these settings are gone, and ignored: {', '.join(ignored)}", file=sys.stderr)
+    return tree
 
 
 def part(name: str, settings: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ positional parameters. Types and ranges are read from the annotations, such as `
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, cast, get_type_hints
 
@@ -40,6 +40,28 @@ Count = Annotated[int, Range(ge=1)]
 Natural = Annotated[int, Range(ge=0)]
 
 SPECIAL = ("_target_", "_partial_")
+OWN = "dnpo."
+
+
+def stage_key(settings: Mapping[str, Any], not_in_key: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of a part as they go into stage keys, so that keys outlive the files that classes lie in.
+
+    dnpo's own parts go in by the name of their class, which is unique in dnpo, all others by their full import path.
+    How a part is built (``_partial_``) decides no result and stays out.
+
+    Args:
+        settings: checked settings with a ``_target_``; nested parts are treated alike.
+        not_in_key: those of the settings that cannot change a result.
+    """
+    return {name: _in_key(name, value) for name, value in settings.items() if name not in (*not_in_key, "_partial_")}
+
+
+def _in_key(name: str, value: Any) -> Any:
+    if name == "_target_" and str(value).startswith(OWN):
+        return str(value).rpartition(".")[2]
+    if isinstance(value, Mapping):
+        return stage_key(value)
+    return value
 
 
 def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from dnpo.npo import Noise
 from dnpo.objective import Objective
 from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write, write_preferences
 from dnpo.seeding import derive
+from dnpo.settings import stage_key
 from dnpo.store import Report, Stage, manifest, write_json
 from dnpo.tokenizer import encode, human_response
 from dnpo.training import Optimisation, discard_checkpoint
@@ -49,7 +50,7 @@ class Part(Generic[T]):
     @property
     def key(self) -> dict[str, Any]:
         """The settings that decide what it does, as they go into stage keys."""
-        return {name: value for name, value in self.settings.items() if name not in self.not_in_key}
+        return stage_key(self.settings, self.not_in_key)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from dnpo.errors import Declined, DnpoError
+from dnpo.errors import Declined, DnpoError, SettingsError
 
 MANIFEST = "manifest.json"
+LAYOUT, KEYS = ".layout", "2"  # file in a store that says how its keys are made; raised when all keys change at once
 
 
 class Report(Protocol):
@@ -88,6 +89,27 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.computed: set[str] = set()  # keys of the stages that this object computed, and did not find
+
+    def open(self, note: Callable[[str], None]) -> None:
+        """Create the folder, and say once that what was stored under keys of an earlier layout is computed again.
+
+        Raises:
+            SettingsError: the folder cannot be written to.
+        """
+        stages = sorted({manifest.parent.parent.name for manifest in self.root.glob(f"*/*/{MANIFEST}")})
+        mark = self.root / LAYOUT
+        known = mark.read_text().strip() if mark.is_file() else ""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if known != KEYS:
+                mark.write_text(f"{KEYS}\n")
+        except OSError as error:
+            raise SettingsError(f"store={self.root}: {error.strerror}; expected a folder to write to") from error
+        if stages and known != KEYS:
+            note(
+                f"store={self.root}: its stages ({', '.join(stages)}) were stored under keys of an earlier version of "
+                "dnpo; they are computed again. The old folders are no longer read and can be removed"
+            )
 
     def folder(self, stage: Stage) -> Path:
         """Where the result of a stage is, or will be."""

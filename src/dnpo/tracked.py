@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from dnpo.errors import DataError, TrackingError
+from dnpo.former import MOVED
 from dnpo.settings import nearest
 from dnpo.tracking import absolute, reachable
 
@@ -239,7 +240,7 @@ def _run(found: Any, client: Any) -> Run:
         info.start_time,
         seconds,
         found.data.tags,
-        found.data.params,
+        {name: MOVED.get(value, value) for name, value in found.data.params.items()},
         info.artifact_uri,
         client,
     )

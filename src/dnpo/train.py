@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dnpo import command
 from dnpo.command import flat, part
@@ -95,10 +95,7 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, 
     Raises:
         SettingsError: names the first setting that is unknown, missing or out of range.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise SettingsError(f"{missing[0]}: needs a value; give {missing[0]}=…")
-    tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    tree = command.plain(cfg)
     top = check_values("", whole, {key: value for key, value in tree.items() if key not in PARTS})
     starts = {name: _start(name, tree[name], top["iterations"]) for name in STARTING}
     tree["npo"] = matched(tree["npo"], tree["tracking"])
@@ -221,10 +218,7 @@ def _go(
         _print_plan(console, store, laps, planned_before(sweep, folder, [s for lap in laps for s in lap.stages]))
         _print_forecast(console, run, laps, store)
         return None
-    try:
-        store.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"store={settings['store']}: {error.strerror}; expected a folder to write to") from error
+    store.open(console.say)
     pass_gate(run, laps, store, console, settings["check"])
     if settings["check"]:
         return None

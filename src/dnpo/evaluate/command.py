@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dnpo import command
 from dnpo.command import flat, part
@@ -77,10 +77,7 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]
     Raises:
         SettingsError: names the first setting that is unknown, missing or cannot be.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise SettingsError(f"{missing[0]}: needs a value; give {missing[0]}=…")
-    tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    tree = command.plain(cfg)
     top = check_values("", whole, {key: value for key, value in tree.items() if key not in PARTS})
     settings = {name: check(name, tree[name]) for name in PARTS}
     if settings["sft"].get("epochs") or settings["sft"].get("steps"):
@@ -233,10 +230,7 @@ def _laid_out(
     from dnpo.loop import chain
     from dnpo.train import pass_gate
 
-    try:
-        store.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"store={top['store']}: {error.strerror}; expected a folder to write to") from error
+    store.open(console.say)
     laps: dict[str, Lap] = {}
     for name, run in runs.items():
         with nullcontext() if name == OURS else _named("against", top["against"]):

@@ -8,7 +8,7 @@ from dnpo.errors import SettingsError
 from dnpo.judges import Canary, Forecast, Judge
 from dnpo.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, Verdict
-from dnpo.settings import Fraction
+from dnpo.settings import Fraction, stage_key
 from dnpo.store import Report
 
 
@@ -109,7 +109,7 @@ def _identity(judge: Judge) -> dict[str, Any]:
     settings = {
         name: value for name, value in vars(judge).items() if not name.startswith("_") and name not in not_in_key
     }
-    return {"judge": f"{type(judge).__module__}.{type(judge).__qualname__}", **settings}
+    return stage_key({"_target_": f"{type(judge).__module__}.{type(judge).__qualname__}", **settings})
 
 
 def _vote(new: float, old: float) -> float:

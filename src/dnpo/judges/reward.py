@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from dnpo.errors import OutOfMemoryError, SettingsError
+from dnpo.errors import OutOfMemoryError
 from dnpo.judges import Canary, Judge
 from dnpo.judges.local import Weights
 from dnpo.judges.rewards import SEEN, Rewards, facts_of, load
@@ -165,15 +165,11 @@ def main() -> None:
 
 
 def _fit(cfg: Any, job: Any) -> None:
-    from omegaconf import OmegaConf
-
+    from dnpo import command
     from dnpo.judges.fitting import fit
     from dnpo.judges.preferences import Preferences
 
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise SettingsError(f"{missing[0]}: needs a value; give {missing[0]}=…")
-    tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    tree = command.plain(cfg)
     data = Preferences(**check_values("data", Preferences, tree.pop("data")))
     fit(data, **check_values("", fit, tree))
 

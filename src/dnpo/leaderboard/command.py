@@ -1,10 +1,10 @@
 """The command: compose ``conf/leaderboard.yaml``, check it, measure the model, and tell of it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dnpo import command
 from dnpo.command import flat, part
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _run(cfg: DictConfig, job: Any) -> None:
-    tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    tree = command.plain(cfg)
     top = check_values("", whole, {key: tree[key] for key in BESIDE})
     own = check_values("", Leaderboard, {key: tree[key] for key in tree if key not in (*BESIDE, *PARTS)})
     settings = {name: check(name, tree[name]) for name in PARTS}

@@ -8,10 +8,10 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dnpo import command
 from dnpo.command import flat, part
@@ -48,11 +48,7 @@ def _checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
     Raises:
         SettingsError: names the first setting that is unknown, missing or out of range.
     """
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        name = "data" if missing[0] == "data.path" else missing[0]
-        raise SettingsError(f"{name}: needs a value; give {name}=…")
-    tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    tree = command.plain(cfg, {"data.path": "data"})
     top = check_values("", whole, {key: value for key, value in tree.items() if key not in (*PARTS, "data")})
     data = check_values("data", Labelled, tree["data"])
     return top, data, {name: check_part(name, tree[name]) for name in PARTS}
@@ -87,6 +83,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     quieten()
     torch.set_num_threads(top["threads"])
     console, store = Console(), Store(Path(top["store"]))
+    store.open(console.say)
     ledger = Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder))
     said = agreement.verdicts(judge, data, rows, ledger)
     seed = derive(top["seed"], "agreement")
