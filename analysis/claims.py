@@ -26,7 +26,7 @@ from analysis.claims_book import FILE, Book, Sweep, read
 from analysis.claims_rules import OUTCOMES
 from analysis.keeping import log as keep
 from dnpo.errors import DnpoError, SettingsError, TrackingError
-from dnpo.tracked import KIND, Database
+from dnpo.tracking.reading import KIND, Database
 
 SEEDS = "0,1,2,3,4"
 BRIEF = "claims-brief.md"

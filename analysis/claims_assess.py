@@ -14,10 +14,10 @@ from analysis.claims_book import Book, Claim, Premise, Term
 from analysis.claims_measures import BETWEEN, MEASURES, Cell, Values
 from analysis.claims_rules import Finding, Outcome, Sample, decide, find
 from analysis.selection import refuse_mixture
-from dnpo.comparisons.intervals import Estimate
-from dnpo.comparisons.significance import holm
 from dnpo.errors import DataError, DnpoError
-from dnpo.tracked import SFT, Database, Run
+from dnpo.stats.intervals import Estimate
+from dnpo.stats.significance import holm
+from dnpo.tracking.reading import SFT, Database, Run
 
 PARTS = ("dsl", "npo")  # what is in force from an iteration of its own on
 

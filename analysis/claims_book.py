@@ -15,7 +15,7 @@ from analysis.claims_measures import BETWEEN, MEASURES
 from analysis.claims_rules import Region, Relation, region
 from dnpo.errors import SettingsError
 from dnpo.settings import nearest
-from dnpo.tracked import SFT
+from dnpo.tracking.reading import SFT
 
 FILE = Path(__file__).resolve().parent.parent / "claims.yaml"
 

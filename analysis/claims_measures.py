@@ -22,7 +22,7 @@ from scipy.signal import detrend
 from scipy.stats import ks_2samp
 
 from dnpo.errors import DataError
-from dnpo.tracked import Run, lap_name
+from dnpo.tracking.reading import Run, lap_name
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 

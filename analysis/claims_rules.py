@@ -9,7 +9,7 @@ the 95 % interval of the number over seeds and items (t, which is honest about f
     undecided      everything else, and whatever was measured under fewer than three seeds.
 
 p is that of a two-sided test against the region's bound, the larger where there are two. A difference of two sides over
-items that is compared with 0 has the p of ``dnpo.comparisons.paired``: no test there may object. Holm's correction is
+items that is compared with 0 has the p of ``dnpo.stats.paired``: no test there may object. Holm's correction is
 over all claims of the file: one that was not measured counts with p = 1, so that measuring fewer makes none easier.
 
 Shapes: S seeds, I items.
@@ -22,10 +22,10 @@ from typing import Literal
 
 import numpy as np
 
-from dnpo.comparisons import paired
-from dnpo.comparisons.intervals import Array, Estimate, Mean, crossed
-from dnpo.comparisons.table import ALPHA
 from dnpo.errors import DataError
+from dnpo.stats import paired
+from dnpo.stats.intervals import Array, Estimate, Mean, crossed
+from dnpo.stats.table import ALPHA
 
 Relation = Literal["greater", "less", "at_least", "at_most", "within"]
 Outcome = Literal["supported", "contradicted", "undecided", "not measured"]

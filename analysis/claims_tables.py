@@ -11,7 +11,7 @@ from typing import Any
 from analysis.claims_assess import Result
 from analysis.claims_book import Claim
 from analysis.claims_rules import counted, rule
-from dnpo.comparisons.intervals import Estimate
+from dnpo.stats.intervals import Estimate
 
 RELATIONS = {"greater": ">", "less": "<", "at_least": "≥", "at_most": "≤"}
 COLUMNS = ("", "claim", "from", "measured", "claimed", "effect (95 %)", "p", "seeds × items", "detectable", "outcome")

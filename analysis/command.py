@@ -19,7 +19,7 @@ from analysis.keeping import log, write
 from analysis.selection import Runs, select
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.settings import nearest
-from dnpo.tracked import Database
+from dnpo.tracking.reading import Database
 
 ANY = "any"  # as a sweep: runs of every sweep and of none
 

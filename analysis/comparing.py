@@ -20,8 +20,8 @@ from analysis.results import (
 )
 from analysis.results import results as results_of
 from analysis.selection import Cells, Iteration, commits, describe, spell
-from dnpo.comparisons.intervals import Estimate
-from dnpo.comparisons.table import Cell
+from dnpo.stats.intervals import Estimate
+from dnpo.stats.table import Cell
 
 IN_WORDS = {
     True: "Benchmarks: the Open LLM Leaderboard's six, %.",

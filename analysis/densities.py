@@ -9,9 +9,9 @@ from analysis.drawing import canvas, finish, foot
 from analysis.keeping import Picture
 from analysis.results import Array, kept
 from analysis.selection import Absent, Cells, Iteration, Runs
-from dnpo.distances import ks
-from dnpo.figures import COLOURS, LABELS
-from dnpo.tracked import SFT, Run, lap_name
+from dnpo.evaluate.distances import ks
+from dnpo.report.drawing import COLOURS, LABELS
+from dnpo.tracking.reading import SFT, Run, lap_name
 
 BINS = 40
 QUANTITIES = {"per token": "log-probability per token, nats", "summed": "log-probability of the response, nats"}

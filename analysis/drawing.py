@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.selection import CONSTANT, DNPO, DSL, FIXED, METHODS, NPO, SPIN, Cells, Iteration, commits, describe
-from dnpo.figures import METHODS as SHADES
-from dnpo.tracked import SFT
+from dnpo.report.drawing import METHODS as SHADES
+from dnpo.tracking.reading import SFT
 
 COLOURS = {METHODS[options]: shade for options, shade in SHADES.items()}
 MARKS = {SPIN: "o", DSL: "s", NPO: "^", DNPO: "D", FIXED: "v", CONSTANT: "X"}

@@ -12,7 +12,7 @@ from analysis.drawing import beside, canvas, finish, foot, outcomes, plus_minus
 from analysis.keeping import Picture
 from analysis.results import against, duel, estimate, numbers, size, stack
 from analysis.selection import BEGINNING, DNPO, SPIN, Absent, Cells, Runs, spell
-from dnpo.comparisons.significance import holm
+from dnpo.stats.significance import holm
 
 TITLE = "DNPO against SPIN: win, tie, lose"
 SWEEP = "main"

@@ -11,8 +11,8 @@ from analysis.drawing import canvas, colour, finish, foot
 from analysis.keeping import Picture
 from analysis.results import Array, estimate, kept
 from analysis.selection import BEGINNING, DNPO, NPO, Absent, Cells, Iteration, Runs
-from dnpo.comparisons.intervals import Estimate
-from dnpo.tracked import Run, lap_name
+from dnpo.stats.intervals import Estimate
+from dnpo.tracking.reading import Run, lap_name
 
 TITLE = "Policy loss and noise loss over the steps of one iteration"
 SWEEP = "main"

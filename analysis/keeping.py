@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 
 from analysis.drawing import DPI
 from analysis.selection import targets
-from dnpo.comparisons.table import Table, comma_separated, latex, markdown
 from dnpo.errors import DataError, TrackingError
-from dnpo.tracked import Database, Run
+from dnpo.stats.table import Table, comma_separated, latex, markdown
+from dnpo.tracking.reading import Database, Run
 
 FOLDER = "analysis"  # of artefacts
 

@@ -8,7 +8,7 @@ something else.
 from collections.abc import Iterable
 
 from analysis.selection import DNPO, DSL, FIXED, NPO, SPIN, Iteration
-from dnpo.tracked import SFT, Run
+from dnpo.tracking.reading import SFT, Run
 
 COLUMN = "paper (7B, six benchmarks): average"
 

@@ -17,11 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from analysis.selection import Absent, Cells, Iteration, spell
-from dnpo.comparisons import paired
-from dnpo.comparisons.intervals import Estimate, crossed
 from dnpo.errors import DataError
-from dnpo.leaderboard import BENCHMARKS, SIX
-from dnpo.tracked import Run, lap_name
+from dnpo.evaluate.leaderboard import BENCHMARKS, SIX
+from dnpo.stats import paired
+from dnpo.stats.intervals import Estimate, crossed
+from dnpo.tracking.reading import Run, lap_name
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 

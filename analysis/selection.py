@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dnpo.errors import DataError, DnpoError
-from dnpo.tracked import FINISHED, SFT, Database, Run
+from dnpo.tracking.reading import FINISHED, SFT, Database, Run
 
 Iteration = int | str
 
@@ -205,7 +205,7 @@ class Runs:
 def select(
     database: Database, sweeps: Sequence[str] = (), ids: Sequence[str] = (), tags: Mapping[str, str] | None = None
 ) -> Runs:
-    """The finished runs of a selection; see :meth:`dnpo.tracked.Database.runs`.
+    """The finished runs of a selection; see :meth:`dnpo.tracking.reading.Database.runs`.
 
     Raises:
         DataError: nothing matches, or none of the runs is finished.

@@ -7,7 +7,7 @@ from analysis.comparing import Comparisons, label, last
 from analysis.keeping import Tabled
 from analysis.published import COLUMN, MAIN
 from analysis.selection import BEGINNING, SPIN, Runs
-from dnpo.comparisons.table import table
+from dnpo.stats.table import table
 
 TITLE = "Benchmarks over iterations"
 SWEEP = "main"

@@ -7,8 +7,8 @@ from analysis.comparing import Comparisons
 from analysis.keeping import Tabled
 from analysis.published import COLUMN, RIVALS
 from analysis.selection import BEGINNING, DNPO, SPIN, Runs
-from dnpo.comparisons.intervals import Estimate
-from dnpo.comparisons.table import Cell, table
+from dnpo.stats.intervals import Estimate
+from dnpo.stats.table import Cell, table
 
 TITLE = "DNPO beside methods that mix or renew their data"
 SWEEP = "main"

@@ -10,8 +10,8 @@ from analysis.keeping import Tabled
 from analysis.published import TEXTS
 from analysis.results import Against, against, estimate, results, text_measure
 from analysis.selection import BEGINNING, SPIN, Absent, Cells, Runs, spell
-from dnpo.comparisons.intervals import Estimate
-from dnpo.comparisons.table import Cell, table
+from dnpo.stats.intervals import Estimate
+from dnpo.stats.table import Cell, table
 
 TITLE = "Generated texts beside the positive samples they were trained on"
 SWEEP = "main"

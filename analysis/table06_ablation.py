@@ -7,7 +7,7 @@ from analysis.comparing import Comparisons, label, last
 from analysis.keeping import Tabled
 from analysis.published import BRANCHES, COLUMN
 from analysis.selection import DNPO, DSL, NPO, SPIN, Runs
-from dnpo.comparisons.table import table
+from dnpo.stats.table import table
 
 TITLE = "One iteration of SPIN, +DSL, +NPO and DNPO from the same SPIN model"
 SWEEP = "ablation"

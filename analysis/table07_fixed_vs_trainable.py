@@ -7,7 +7,7 @@ from analysis.comparing import Comparisons, label, last
 from analysis.keeping import Tabled
 from analysis.published import BRANCHES, COLUMN
 from analysis.selection import CONSTANT, FIXED, NPO, SPIN, Runs
-from dnpo.comparisons.table import table
+from dnpo.stats.table import table
 
 TITLE = "One iteration with trainable noise (+NPO), fixed noise, or a constant in its place"
 SWEEP = "fixed_vs_trainable"

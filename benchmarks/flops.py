@@ -93,7 +93,7 @@ def ours_head(shape: Shape, tokens: int, device: torch.device, *, trains_head: b
 
     A head that is not trained has no gradient, and the gradient in the hidden states is made with the logits.
     """
-    from dnpo.logprobs import KEPT, ROWS, TILE
+    from dnpo.policy.logprobs import KEPT, ROWS, TILE
 
     if not trains_head:
         return 2 * 2 * shape.hidden * shape.vocabulary * tokens
@@ -104,8 +104,8 @@ def ours_head(shape: Shape, tokens: int, device: torch.device, *, trains_head: b
 
 def ours_noise(shape: Shape, tokens: int, device: torch.device) -> int:
     """2·H·V a rejected token for z, W h and the gradient of W; two more for tiles that are made again."""
-    from dnpo.logprobs import TILE
-    from dnpo.npo import KEPT
+    from dnpo.optimise.npo import KEPT
+    from dnpo.policy.logprobs import TILE
 
     return _tiled(shape, tokens, TILE[device.type], KEPT[device.type], 2, (3, 5))
 

@@ -96,7 +96,7 @@ def make_policy(load: Load) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dnpo.model import Policy, device_of
+    from dnpo.policy.model import Policy, device_of
 
     class Stopping(Policy):
         @property
@@ -165,7 +165,7 @@ VARIANTS: dict[str, Callable[[Any, Load, int], list[list[int]]]] = {
 def _ours(policy: Any, prompts: list[list[int]], load: Load, seed: int) -> list[list[int]]:
     import torch
 
-    from dnpo.generate import Sampling, complete
+    from dnpo.generate.hf import Sampling, complete
 
     with torch.no_grad():
         return complete(policy, prompts, Sampling(batch_size=load.batch_size), load.limit, seed, Quiet())

@@ -17,8 +17,8 @@ from pathlib import Path
 import openai  # noqa: F401  (its import is no part of what is measured)
 from tests.judge_server import expected, is_hopeless, judge_server
 
-from dnpo.judges.openai import OpenAI
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.asked.openai import OpenAI
 from dnpo.records import Prompt, Response
 
 

@@ -17,12 +17,12 @@ from benchmarks.variant import (
     Silent,
     Variant,
 )
-from dnpo.model import Policy
-from dnpo.npo import NoNoise, TrainableNoise
-from dnpo.objective import PairLogps, logistic
-from dnpo.optimise import Frozen, PairBatch, PreferenceTraining, split
-from dnpo.packing import Packed, pack
-from dnpo.training import Optimisation
+from dnpo.optimise.npo import NoNoise, TrainableNoise
+from dnpo.optimise.objective import PairLogps, logistic
+from dnpo.optimise.preference import Frozen, PairBatch, PreferenceTraining, split
+from dnpo.optimise.training import Optimisation
+from dnpo.policy.model import Policy
+from dnpo.policy.packing import Packed, pack
 
 
 class Ours(Variant):

@@ -100,7 +100,7 @@ def _serve(given: argparse.Namespace) -> None:
 
 def _log_probabilities(tokens: int, vocabulary: int, device: torch.device) -> Callable[[], Any]:
     """Forward and backward of the primitive under every loss."""
-    from dnpo.logprobs import Head, token_logps
+    from dnpo.policy.logprobs import Head, token_logps
 
     torch.manual_seed(0)
     hidden_NH = torch.randn(tokens, HIDDEN, device=device, requires_grad=True)
@@ -116,8 +116,8 @@ def _log_probabilities(tokens: int, vocabulary: int, device: torch.device) -> Ca
 
 def _noise(tokens: int, vocabulary: int, device: torch.device) -> Callable[[], Any]:
     """Forward and backward of trainable noise on four rejected responses with kept hidden states."""
-    from dnpo.logprobs import Head
-    from dnpo.npo import Rejected, TrainableNoise
+    from dnpo.optimise.npo import Rejected, TrainableNoise
+    from dnpo.policy.logprobs import Head
 
     torch.manual_seed(0)
     hidden_NH = torch.randn(tokens, HIDDEN, device=device)
@@ -136,8 +136,8 @@ def _noise(tokens: int, vocabulary: int, device: torch.device) -> Callable[[], A
 
 def _reference(pairs: int, vocabulary: int, device: torch.device) -> Callable[[], Any]:
     """The stage that keeps the reference's log-probabilities, on so many pairs of the head-heavy shape."""
-    from dnpo import reference
-    from dnpo.model import Policy
+    from dnpo.optimise import reference
+    from dnpo.policy.model import Policy
     from dnpo.records import Pair
 
     tokenizer: Any = None  # only rendering and generation need one

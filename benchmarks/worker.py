@@ -100,7 +100,8 @@ def _serve(given: argparse.Namespace) -> None:
         numbers = [list(map(int, size.split("x"))) for size in given.sizes]
         some = [batch for n in numbers for batch in batches(shape, 1, given.seed, *n)]
     if given.kept is not None:
-        from dnpo import logprobs, npo
+        from dnpo.optimise import npo
+        from dnpo.policy import logprobs
 
         for kept in (logprobs.KEPT, npo.KEPT):
             kept.update(dict.fromkeys(kept, given.kept * 10**6))

@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dnpo.data.tinyworld import TinyWorld
 from dnpo.judges import Judge
-from dnpo.ledger import Ledger
-from dnpo.model import Policy
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.policy.model import Policy
+from dnpo.policy.tokenizer import encode, human_response, train_tokenizer
 from dnpo.records import Pair, Prompt, Response, Verdict
-from dnpo.tokenizer import encode, human_response, train_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

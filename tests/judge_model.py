@@ -19,9 +19,9 @@ from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dnpo.data.tinyworld import TinyWorld
-from dnpo.judges.questions import SHIPPED, Template
+from dnpo.judges.asked.questions import SHIPPED, Template
+from dnpo.policy.tokenizer import train_tokenizer
 from dnpo.records import Prompt
-from dnpo.tokenizer import train_tokenizer
 
 # as TEMPLATE of dnpo.tokenizer, with a turn's end after every turn
 CHAT = (

@@ -17,8 +17,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from scipy.stats import bootstrap
 
+from dnpo.commands import agreement as command
 from dnpo.errors import DataError, JudgeError
-from dnpo.judges.agreement import command, compared, known_agreement, sentence
+from dnpo.judges.agreement import compared, known_agreement, sentence
 from dnpo.judges.agreement.rows import Comparison, Labelled
 from dnpo.judges.agreement.stats import (
     TIE,
@@ -40,12 +41,12 @@ from dnpo.judges.agreement.stats import (
     ratio,
     share,
 )
+from dnpo.judges.asked.ledger import Answer, Ledger, Question
+from dnpo.judges.asked.questions import Prompted
 from dnpo.judges.longer import Longer, length_score
-from dnpo.judges.questions import Prompted
-from dnpo.ledger import Answer, Ledger, Question
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.store import Report, Store, manifest
-from dnpo.tracking import Tracking
+from dnpo.tracking.writing import Tracking
 from tests.conftest import Report as Quiet
 from tests.conftest import verdicts
 
@@ -531,7 +532,7 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     # Found again, and by a run with the same judge; another judge is another one.
     run(monkeypatch, "judge=longer", "judge.half=5.0", f"data={data}", *SMALL)
     assert capsys.readouterr().out.count("there already") == 2
-    store, key = Store(here / "store"), {"_target_": "dnpo.judges.longer.Longer", "half": 5.0}
+    store, key = Store(here / "store"), {"_target_": "Longer", "half": 5.0}
     (entry,) = known_agreement(store, key)
     assert entry["stage"] == found["stage"]
     assert sentence(entry).startswith("agrees with people in 50 % of 2 rows of rows.jsonl")

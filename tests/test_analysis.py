@@ -24,9 +24,9 @@ from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN, Absent, Ru
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
-from dnpo.comparisons import paired
 from dnpo.errors import DataError
-from dnpo.tracked import PARENT, SFT, Database, lap_name
+from dnpo.stats import paired
+from dnpo.tracking.reading import PARENT, SFT, Database, lap_name
 
 FAMILIES = ("arithmetic", "conversion", "reversal", "sorting", "counting", "facts")
 PARTS = {SPIN: ("off", "off"), DSL: ("score", "off"), NPO: ("off", "trainable"), DNPO: ("score", "trainable")}

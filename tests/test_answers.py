@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from dnpo.errors import JudgeError, SettingsError
-from dnpo.judges.answers import Checker, Choice, Exact, Numeric, final_number, gold_number, normalise, numbers
-from dnpo.judges.code import UnitTests
+from dnpo.judges.exact.answers import Checker, Choice, Exact, Numeric, final_number, gold_number, normalise, numbers
+from dnpo.judges.exact.code import UnitTests
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from tests.conftest import verdicts
 

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 
-from dnpo.data.batches import Batches, Slice, schedule
+from dnpo.optimise.batches import Batches, Slice, schedule
 
 Step = list[tuple[str, Slice]]
 SHAPES = [(10, 4, 2), (10, 4, 3), (10, 4, 4), (12, 4, 1), (7, 16, 3), (1, 1, 1), (5, 1, 1), (9, 4, 100), (100, 32, 5)]

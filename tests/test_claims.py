@@ -24,13 +24,13 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from dnpo import running
-from dnpo.command import conf_folder, flat
-from dnpo.comparisons.intervals import Estimate, Mean
+from dnpo.commands.common import conf_folder, flat
+from dnpo.commands.train import checked
 from dnpo.errors import DataError, SettingsError
-from dnpo.tracked import Database, Run
-from dnpo.tracking import MLflow
-from dnpo.train import checked
+from dnpo.running import execute as running
+from dnpo.stats.intervals import Estimate, Mean
+from dnpo.tracking.reading import Database, Run
+from dnpo.tracking.writing import MLflow
 
 ROOT = Path(__file__).resolve().parent.parent
 

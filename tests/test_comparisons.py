@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dnpo.comparisons import paired
-from dnpo.comparisons.intervals import Array, Estimate, Mean, bootstrap, crossed, percentiles, t_interval
-from dnpo.comparisons.sampling import majority, pass_at_k
-from dnpo.comparisons.significance import (
+from dnpo.errors import DataError
+from dnpo.stats import paired
+from dnpo.stats.intervals import Array, Estimate, Mean, bootstrap, crossed, percentiles, t_interval
+from dnpo.stats.sampling import majority, pass_at_k
+from dnpo.stats.significance import (
     cohens_dz,
     cohens_g,
     holm,
@@ -22,8 +23,7 @@ from dnpo.comparisons.significance import (
     odds_ratio,
     wilcoxon,
 )
-from dnpo.comparisons.table import Cell, comma_separated, latex, markdown, table
-from dnpo.errors import DataError
+from dnpo.stats.table import Cell, comma_separated, latex, markdown, table
 
 RNG = np.random.default_rng
 
@@ -230,7 +230,7 @@ def test_items_that_are_alike_are_drawn_together(monkeypatch: pytest.MonkeyPatch
     single = bootstrap(x + RNG(10).uniform(0, 1e-9, x.shape), 0, 4000)
     assert alike.mean(0) == pytest.approx(x.mean((1, 2)), abs=0.003)
     assert np.cov(alike.T) == pytest.approx(np.cov(single.T), abs=6e-5)
-    monkeypatch.setattr("dnpo.comparisons.intervals.BATCH", 1000)
+    monkeypatch.setattr("dnpo.stats.intervals.BATCH", 1000)
     assert bootstrap(x + RNG(10).uniform(0, 1e-9, x.shape), 0, 500).mean(0) == pytest.approx(x.mean((1, 2)), abs=0.01)
 
 

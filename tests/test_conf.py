@@ -12,9 +12,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from dnpo.command import conf_folder
+from dnpo.commands.common import conf_folder
+from dnpo.commands.train import PARTS, build, checked
 from dnpo.errors import SettingsError
-from dnpo.train import PARTS, build, checked
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = conf_folder()

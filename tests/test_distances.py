@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dnpo.distances import Array, kl, ks, overlap, overlap_by_chance, wasserstein
 from dnpo.errors import DataError
+from dnpo.evaluate.distances import Array, kl, ks, overlap, overlap_by_chance, wasserstein
 
 
 def draws(seed: int) -> tuple[Array, Array]:

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from dnpo.comparisons.significance import mcnemar_clustered
-from dnpo.comparisons.wins import preferences, wins
-from dnpo.duels import Duel, Responses, fought, outcome, read_duels, write_duels
 from dnpo.errors import DataError
+from dnpo.judges.asked.hf import HF
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.ensemble import Ensemble
-from dnpo.judges.hf import HF
+from dnpo.judges.exact.rules import Rules
 from dnpo.judges.longer import Longer
-from dnpo.judges.rules import Rules
-from dnpo.ledger import Ledger
 from dnpo.records import Prompt, Response
+from dnpo.stages.duels import Duel, Responses, fought, outcome, read_duels, write_duels
+from dnpo.stats.significance import mcnemar_clustered
+from dnpo.stats.wins import preferences, wins
 from tests.conftest import Report, World, verdicts
 from tests.test_hf_judge import saved
 

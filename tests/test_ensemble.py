@@ -12,16 +12,16 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from dnpo.command import conf_folder
+from dnpo.commands.common import conf_folder
+from dnpo.commands.train import build
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.judges import Canary, Forecast, Judge, judged
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.ensemble import Ensemble
+from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
-from dnpo.judges.rules import Rules
-from dnpo.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.settings import check
-from dnpo.train import build
 from tests.conftest import Report, verdicts
 
 Scores = Mapping[tuple[str, str], float | None]
@@ -152,9 +152,9 @@ def test_what_members_say_beforehand() -> None:
 
 # --- settings
 
-RULES = {"_target_": "dnpo.judges.rules.Rules"}
+RULES = {"_target_": "dnpo.judges.exact.rules.Rules"}
 LONGER = {"_target_": "dnpo.judges.longer.Longer", "half": 100.0}
-OPENAI = {"_target_": "dnpo.judges.openai.OpenAI", "model": "gpt-4o", "max_cost": 1.0}
+OPENAI = {"_target_": "dnpo.judges.asked.openai.OpenAI", "model": "gpt-4o", "max_cost": 1.0}
 
 
 def ensemble(by: str = "mean", max_unscored: float = 0.02, **members: Mapping[str, Any]) -> Ensemble:
@@ -185,7 +185,7 @@ def test_identity_is_of_the_members_and_not_of_their_names_or_order() -> None:
 
 def test_what_a_member_leaves_out_of_its_key_is_left_out_here() -> None:
     """Unit tests give the same verdicts whatever the number tested at once."""
-    code = {"_target_": "dnpo.judges.code.UnitTests", "i_know_this_runs_code": True}
+    code = {"_target_": "dnpo.judges.exact.code.UnitTests", "i_know_this_runs_code": True}
     assert ensemble(a=RULES, b=code).identity() == ensemble(a=RULES, b={**code, "workers": 4}).identity()
     assert ensemble(a=RULES, b=code).identity() != ensemble(a=RULES, b={**code, "timeout": 3.0}).identity()
 
@@ -266,6 +266,6 @@ def test_the_command_line_shows_an_ensemble() -> None:
     ]
     result = subprocess.run(command, text=True, capture_output=True, timeout=60, check=True)
     judge = yaml.safe_load(result.stdout)["judge"]
-    assert judge["members"]["first"] == {"_target_": "dnpo.judges.answers.Numeric"}
-    assert judge["members"]["second"]["_target_"] == "dnpo.judges.rules.Rules"
+    assert judge["members"]["first"] == {"_target_": "dnpo.judges.exact.answers.Numeric"}
+    assert judge["members"]["second"]["_target_"] == "dnpo.judges.exact.rules.Rules"
     assert judge["_target_"] == "dnpo.judges.ensemble.Ensemble"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from scipy.stats import kstwobign
 
-from dnpo.evaluate import Evaluation, Held, evaluate, ks_critical
-from dnpo.generate import Sampling
+from dnpo.evaluate.metrics import Evaluation, Held, evaluate, ks_critical
+from dnpo.generate.hf import Sampling
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
-from dnpo.judges.rules import Rules
-from dnpo.ledger import Ledger
-from dnpo.model import Policy
+from dnpo.policy.model import Policy
 from dnpo.records import Item, Response, Verdict, read
 from tests.conftest import Report, World
 
@@ -76,7 +76,7 @@ def test_held_out_loss_is_the_mean_over_tokens(
 
 def test_accuracy_is_the_mean_over_families_of_right_greedy_answers(make_policy: MakePolicy, world: World) -> None:
     """Responses written here: two families, one right in 2 of 3, the other in 0 of 1: mean 1/3, not 2/4."""
-    from dnpo.evaluate import _accuracy
+    from dnpo.evaluate.metrics import _accuracy
 
     by_family: dict[str, list[int]] = {}
     for i, prompt in enumerate(world.prompts):
@@ -96,7 +96,7 @@ def test_accuracy_is_the_mean_over_families_of_right_greedy_answers(make_policy:
 def test_several_samples_of_a_prompt_count_together(world: World) -> None:
     """Two prompts with three samples each. The first has answers right, wrong, right: pass@1 is 2/3, pass@3 is 1 and
     the majority is right. The second has one right and the same wrong one twice: 1/3, 1, and the majority is wrong."""
-    from dnpo.evaluate import _several
+    from dnpo.evaluate.metrics import _several
 
     first, second = [p for p in world.prompts if p.family == "arithmetic"][:2]
     texts = [
@@ -118,7 +118,7 @@ def test_label_noise_is_the_share_of_pairs_with_the_right_answer_rejected(world:
     """Four pairs: right over wrong, wrong over right, both right, both wrong: one of four is noise, two are decided."""
     from dataclasses import replace
 
-    from dnpo.evaluate import _labels
+    from dnpo.evaluate.metrics import _labels
 
     prompts = [p for p in world.prompts if p.family == "arithmetic"][:4]
     texts = [(True, False), (False, True), (True, True), (False, False)]
@@ -215,9 +215,9 @@ def test_a_policy_that_did_not_move_shows_no_stagnation_distance(world: World, t
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dnpo.dsl import HumanChosen, label
-    from dnpo.generate import sample
-    from dnpo.optimise import fine_tune
-    from dnpo.training import Optimisation
+    from dnpo.generate.hf import sample
+    from dnpo.optimise.preference import fine_tune
+    from dnpo.optimise.training import Optimisation
 
     config = LlamaConfig(
         vocab_size=len(world.tokenizer),

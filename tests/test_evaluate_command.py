@@ -14,12 +14,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from dnpo.command import conf_folder
-from dnpo.comparisons.wins import wins
-from dnpo.duels import Duel, outcome, read_duels
+from dnpo.commands.common import conf_folder
+from dnpo.commands.evaluate import PARTS, checked, other_model, said, table
 from dnpo.errors import SettingsError
-from dnpo.evaluate.command import PARTS, checked, other_model, said, table
 from dnpo.records import Item, read
+from dnpo.stages.duels import Duel, outcome, read_duels
+from dnpo.stats.wins import wins
 from tests.test_train import succeed
 
 SMALL = ("data=tinyworld_smoke", "eval=smoke", "generate=smoke")

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dnpo.errors import ModelError, SettingsError
-from dnpo.export import export, link, main
-from dnpo.model import Lora, Policy, load
+from dnpo.policy.model import Lora, Policy, load
+from dnpo.running.export import export, link, main
 from dnpo.store import content_hash, write_json
 
 from .test_train import SMOKE, succeed, summary

@@ -16,29 +16,29 @@ from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dnpo.command import conf_folder
-from dnpo.console import Console
+from dnpo.commands.common import conf_folder
+from dnpo.commands.train import build, pass_gate
 from dnpo.data.seen import seen_as
 from dnpo.errors import JudgeError, SettingsError
-from dnpo.gate import chain as chain_check
-from dnpo.gate import gate, judge, machine, needs, rows, show, text
-from dnpo.gate.finding import Finding
-from dnpo.generate import Sampling
+from dnpo.generate.hf import Sampling
 from dnpo.judges import Canary, Judge
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.asked.openai import OpenAI
+from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
-from dnpo.judges.openai import OpenAI
-from dnpo.judges.rules import Rules
-from dnpo.ledger import Ledger
 from dnpo.loop import Lap, chain
-from dnpo.model import Lora, Policy, Scratch
-from dnpo.npo import NoNoise, TrainableNoise
-from dnpo.packing import pack
+from dnpo.optimise.npo import NoNoise, TrainableNoise
+from dnpo.optimise.training import Optimisation
+from dnpo.policy.model import Lora, Policy, Scratch
+from dnpo.policy.packing import pack
+from dnpo.policy.tokenizer import PLAIN_TEMPLATE, TEMPLATE, train_tokenizer
 from dnpo.records import HUMAN, Prompt, Response, Verdict
-from dnpo.stages import Run
+from dnpo.running.console import Console
+from dnpo.running.gate import chain as chain_check
+from dnpo.running.gate import gate, judge, machine, needs, rows, show, text
+from dnpo.running.gate.finding import Finding
+from dnpo.stages.verbs import Run
 from dnpo.store import MANIFEST, Store
-from dnpo.tokenizer import PLAIN_TEMPLATE, TEMPLATE, train_tokenizer
-from dnpo.train import build, pass_gate
-from dnpo.training import Optimisation
 
 from .conftest import World
 from .judge_server import judge_server

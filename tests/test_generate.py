@@ -24,10 +24,10 @@ from transformers import (
     Qwen3Config,
 )
 
-import dnpo.generate
+import dnpo.generate.hf
 from dnpo.errors import ModelError, SettingsError
-from dnpo.generate import Sampling, complete, generate, sample
-from dnpo.model import Policy
+from dnpo.generate.hf import Sampling, complete, generate, sample
+from dnpo.policy.model import Policy
 from dnpo.records import Response
 from tests.conftest import Report, World
 
@@ -221,7 +221,7 @@ def test_families(world: World, family: str, monkeypatch: pytest.MonkeyPatch) ->
 
     Buffers with room for three columns, so that they are replaced all the time.
     """
-    monkeypatch.setattr(dnpo.generate._Window, "_SPARE", 3)
+    monkeypatch.setattr(dnpo.generate.hf._Window, "_SPARE", 3)
     make: Any = AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -239,7 +239,7 @@ def test_families(world: World, family: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_completion_longer_than_the_buffers_spare_columns(make_policy: MakePolicy, world: World) -> None:
     policy = make_policy(max_position_embeddings=256)
     prompts = [p.token_ids for p in world.prompts[:3]]
-    limit = 2 * dnpo.generate._Window._SPARE + 5
+    limit = 2 * dnpo.generate.hf._Window._SPARE + 5
     rows = complete(policy, prompts, Sampling(temperature=0.0, batch_size=2), limit, 0, Report())
     assert rows == [alone(policy, ids, limit) for ids in prompts]
 
@@ -285,12 +285,12 @@ def test_the_ends_of_the_unit_interval_fall_on_possible_tokens() -> None:
     scores = torch.full((2, 50_000), -torch.inf)
     scores[:, 17], scores[:, 40_000] = 0.3, -1.2
     nearly_one = 1 - 2.0**-53
-    warp = dnpo.generate._warp(Sampling())
+    warp = dnpo.generate.hf._warp(Sampling())
     ends = torch.tensor([0.0, nearly_one], dtype=torch.float64)
-    assert dnpo.generate._pick(scores, ends, warp).tolist() == [17, 40_000]
+    assert dnpo.generate.hf._pick(scores, ends, warp).tolist() == [17, 40_000]
     border = float(scores[0, [17, 40_000]].double().softmax(-1)[0])
     around = torch.tensor([border - 1e-6, border + 1e-6], dtype=torch.float64)
-    assert dnpo.generate._pick(scores, around, warp).tolist() == [17, 40_000]
+    assert dnpo.generate.hf._pick(scores, around, warp).tolist() == [17, 40_000]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -15,11 +15,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dnpo.errors import JudgeError, ModelError
-from dnpo.judges.hf import HF, NUMBERS, WINNERS
-from dnpo.judges.replies import Replies
-from dnpo.ledger import Answer, Ledger
+from dnpo.judges.asked.hf import HF, NUMBERS, WINNERS
+from dnpo.judges.asked.ledger import Answer, Ledger
+from dnpo.judges.asked.replies import Replies
+from dnpo.policy.tokenizer import PLAIN_TEMPLATE
 from dnpo.records import HUMAN, Prompt, Response
-from dnpo.tokenizer import PLAIN_TEMPLATE
 from tests.conftest import Report
 
 TEXT = [
@@ -295,7 +295,7 @@ def test_another_runs_answers_are_waited_for(tmp_path: Path, report: Report, mon
     question = judge._asked(prompts, responses)[1][0]
     with Ledger(tmp_path / "ledger.sqlite") as ledger, Ledger(tmp_path / "ledger.sqlite") as other:
         assert other.claim([question.key])[0]
-        monkeypatch.setattr("dnpo.judges.hf.time.sleep", lambda _: other.record(question, Answer(42.5)))
+        monkeypatch.setattr("dnpo.judges.asked.hf.time.sleep", lambda _: other.record(question, Answer(42.5)))
         verdicts = judge(prompts, responses, ledger, report)
     assert verdicts[1].score == 42.5
     assert None not in [v.score for v in verdicts]

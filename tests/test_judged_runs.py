@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.ledger import Ledger
 from tests.judge_server import Handle, judge_server
 from tests.test_train import run, start, succeed, summary
 

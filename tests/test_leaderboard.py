@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from dnpo.errors import DataError, ModelError, SettingsError
-from dnpo.leaderboard import Item, Leaderboard, Result, _item, harness, measure
-from dnpo.leaderboard.rows import offline
-from dnpo.model import Policy, load
-from dnpo.packing import ATTENTION
+from dnpo.evaluate.leaderboard import Item, Leaderboard, Result, _item, harness, measure
+from dnpo.evaluate.leaderboard.rows import offline
+from dnpo.policy.model import Policy, load
+from dnpo.policy.packing import ATTENTION
 
 from .conftest import SHARED, Report
 
@@ -138,7 +138,7 @@ def test_settings() -> None:
 
 
 def test_without_lm_eval(make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnpo.leaderboard.harness.find_spec", lambda name: None)
+    monkeypatch.setattr("dnpo.evaluate.leaderboard.harness.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r'pip install "dnpo\[eval\]"'):
         measure(make_policy(), Leaderboard(), Report())
 

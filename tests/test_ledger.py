@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dnpo.errors import LedgerError
-from dnpo.ledger import VERSION, Answer, Ledger, Question, by
+from dnpo.judges.asked.ledger import VERSION, Answer, Ledger, Question, by
 
 
 def question(name: str = "a", **changes: str) -> Question:
@@ -32,7 +32,7 @@ def ledger_at(folder: Path, run: str = "run") -> Ledger:
 HEAD = """
 import os, sys, time
 from pathlib import Path
-from dnpo.ledger import Answer, Ledger, Question
+from dnpo.judges.asked.ledger import Answer, Ledger, Question
 def question(name):
     return Question.asking("judge", "model", "template-1/abc", "", [{"role": "user", "content": name}])
 ledger = Ledger(Path(sys.argv[1]), sys.argv[2])

@@ -5,8 +5,8 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from dnpo.comparisons.length import fit, length_controlled
 from dnpo.errors import DataError
+from dnpo.stats.length import fit, length_controlled
 
 # 75 of 100 duels with ours 10 characters longer, 60 of them won; 25 with ours 10 shorter, 5 won
 EXAMPLE = [1.0] * 60 + [0.0] * 15 + [1.0] * 5 + [0.0] * 20, [10.0] * 75 + [-10.0] * 25

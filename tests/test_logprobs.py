@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dnpo import logprobs
-from dnpo.logprobs import Head, Tally, sum_by_sequence, tiles, token_logps
-from dnpo.model import Policy
-from dnpo.packing import Packed, pack
+from dnpo.policy import logprobs
+from dnpo.policy.logprobs import Head, Tally, sum_by_sequence, tiles, token_logps
+from dnpo.policy.model import Policy
+from dnpo.policy.packing import Packed, pack
 
 VOCABULARY = 23
 EOS = 2
@@ -167,7 +167,7 @@ def test_score_against_brute_force(
     model: LlamaForCausalLM, policy: Policy, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """``score`` sorts by length for speed; what it gives back is in the caller's order for every size of batch."""
-    from dnpo import model as module
+    from dnpo.policy import model as module
 
     monkeypatch.setattr(module.by_length, "__defaults__", (tokens,))
     expected = [brute_force(model, p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]

@@ -9,15 +9,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from dnpo.command import conf_folder
+from dnpo.commands.common import conf_folder
+from dnpo.commands.train import build
 from dnpo.errors import SettingsError
-from dnpo.judges.rules import Correct
+from dnpo.evaluate.texts import PACKAGES, Texts, similarity
+from dnpo.judges.exact.rules import Correct
 from dnpo.loop import Lap, chain
 from dnpo.records import Item, Pair, Prompt, Response, read
-from dnpo.stages import Run
+from dnpo.stages.verbs import Run
 from dnpo.store import Store
-from dnpo.texts import PACKAGES, Texts, similarity
-from dnpo.train import build
 from tests.conftest import Report, verdicts
 
 
@@ -118,7 +118,7 @@ def test_texts_are_compared_with_the_chosen_responses_of_their_prompts(done: Don
 
 
 def test_missing_packages_are_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dnpo.texts.find_spec", lambda _: None)
+    monkeypatch.setattr("dnpo.evaluate.texts.find_spec", lambda _: None)
     with pytest.raises(SettingsError, match=r'text metrics need sacrebleu and rouge-score.*pip install "dnpo\[eval\]"'):
         Texts()
 
@@ -128,7 +128,11 @@ def test_a_leaderboard_is_known_by_its_items_and_not_by_where_they_lie(tmp_path:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "winogrande.jsonl").write_text("{}\n")
-        part = {"_target_": "dnpo.leaderboard.Leaderboard", "source": str(tmp_path / name), "batch_size": len(name)}
+        part = {
+            "_target_": "dnpo.evaluate.leaderboard.Leaderboard",
+            "source": str(tmp_path / name),
+            "batch_size": len(name),
+        }
         identities.append(instantiate(part).identity())
     assert identities[0] == identities[1]
     (tmp_path / "there" / "winogrande.jsonl").write_text("{} \n")

@@ -25,12 +25,12 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from dnpo import model as module
 from dnpo.errors import ModelError
-from dnpo.model import Lora, Policy, Pretrained, by_length, load
-from dnpo.packing import ATTENTION, Packed, pack
+from dnpo.policy import model as module
+from dnpo.policy.model import Lora, Policy, Pretrained, by_length, load
+from dnpo.policy.packing import ATTENTION, Packed, pack
+from dnpo.policy.tokenizer import PLAIN_TEMPLATE, encode, human_response, render
 from dnpo.records import Prompt
-from dnpo.tokenizer import PLAIN_TEMPLATE, encode, human_response, render
 from tests.conftest import World
 
 MakePolicy = Callable[..., Policy]

@@ -17,10 +17,11 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnpo import logprobs, npo
-from dnpo.logprobs import Head
-from dnpo.npo import FixedNoise, Noise, NoNoise, Offset, Rejected, TrainableNoise, _Draw
-from dnpo.objective import NoisyReference, PairLogps, Terms, logistic, two_player
+from dnpo.optimise import npo
+from dnpo.optimise.npo import FixedNoise, Noise, NoNoise, Offset, Rejected, TrainableNoise, _Draw
+from dnpo.optimise.objective import NoisyReference, PairLogps, Terms, logistic, two_player
+from dnpo.policy import logprobs
+from dnpo.policy.logprobs import Head
 
 Array = npt.NDArray[np.float64]
 

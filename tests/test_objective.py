@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from dnpo.objective import (
+from dnpo.optimise.objective import (
     NoisyReference,
     PairLogps,
     log_ratio_gap,

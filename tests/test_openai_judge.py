@@ -18,9 +18,9 @@ import pytest
 
 from dnpo.errors import JudgeError, SettingsError
 from dnpo.judges import judged
-from dnpo.judges.asking import retry_after
-from dnpo.judges.openai import OpenAI
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.asking import retry_after
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.asked.openai import OpenAI
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from tests.conftest import Report
 from tests.judge_server import Handle, expected, is_hopeless, judge_server
@@ -405,8 +405,8 @@ import sys
 from pathlib import Path
 from tests.conftest import Report
 from tests.test_openai_judge import rows
-from dnpo.judges.openai import OpenAI
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.openai import OpenAI
+from dnpo.judges.asked.ledger import Ledger
 
 base_url, folder, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 judge = OpenAI(model="judge", base_url=base_url, concurrency=8, max_unscored=1.0)

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from dnpo import logprobs
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError, StepZeroError
-from dnpo.model import Lora, Policy, load
-from dnpo.npo import FixedNoise, Noise, NoNoise, Offset, Rejected, TrainableNoise, _Draw
-from dnpo.objective import logistic
-from dnpo.optimise import FineTuning, PreferenceTraining, fine_tune, optimise, split
+from dnpo.optimise.npo import FixedNoise, Noise, NoNoise, Offset, Rejected, TrainableNoise, _Draw
+from dnpo.optimise.objective import logistic
+from dnpo.optimise.preference import FineTuning, PreferenceTraining, fine_tune, optimise, split
+from dnpo.optimise.reference import KeptHidden, keep_hidden
+from dnpo.optimise.training import CHECKPOINT, Batch, Optimisation, fused
+from dnpo.policy import logprobs
+from dnpo.policy.model import Lora, Policy, load
 from dnpo.records import Pair, ReferenceLogps
-from dnpo.reference import KeptHidden, keep_hidden
 from dnpo.seeding import derive
-from dnpo.training import CHECKPOINT, Batch, Optimisation, fused
 from tests.conftest import Report, World
 
 MakePolicy = Callable[..., Policy]
@@ -1021,13 +1021,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tokenizers import Tokenizer, models
 
 from dnpo.errors import OutOfMemoryError
-from dnpo.model import Policy
-from dnpo.npo import TrainableNoise
-from dnpo.objective import logistic
-from dnpo.optimise import optimise
+from dnpo.policy.model import Policy
+from dnpo.optimise.npo import TrainableNoise
+from dnpo.optimise.objective import logistic
+from dnpo.optimise.preference import optimise
 from dnpo.records import Pair
-from dnpo.reference import read_scores, score
-from dnpo.training import Optimisation
+from dnpo.optimise.reference import read_scores, score
+from dnpo.optimise.training import Optimisation
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

@@ -10,11 +10,11 @@ import torch
 import transformers as hf
 from torch import Generator, Tensor, nn
 
-from dnpo import packing
 from dnpo.errors import ModelError
-from dnpo.logprobs import token_logps
-from dnpo.model import Policy, _reproduced, without_dropout
-from dnpo.packing import Packed, Spread, attention, pack
+from dnpo.policy import packing
+from dnpo.policy.logprobs import token_logps
+from dnpo.policy.model import Policy, _reproduced, without_dropout
+from dnpo.policy.packing import Packed, Spread, attention, pack
 
 # --- layout -----------------------------------------------------------------------------------------------------------
 

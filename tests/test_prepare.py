@@ -11,7 +11,7 @@ from dnpo.data.files import JsonLines
 from dnpo.data.tinyworld import TinyWorld
 from dnpo.errors import DataError
 from dnpo.records import Prompt, Response, read
-from dnpo.stages import Part, prepare
+from dnpo.stages.verbs import Part, prepare
 from dnpo.store import Stage
 from tests.conftest import Report, World
 

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from dnpo.errors import SettingsError
-from dnpo.judges.prices import SHIPPED, Price, price_of, tokens_about
-from dnpo.ledger import Question
+from dnpo.judges.asked.ledger import Question
+from dnpo.judges.asked.prices import SHIPPED, Price, price_of, tokens_about
 
 
 def table(folder: Path, text: str) -> str:

@@ -15,7 +15,8 @@ import pytest
 
 from dnpo.errors import JudgeError, SettingsError
 from dnpo.judges import Forecast, judged, tally, too_many
-from dnpo.judges.questions import (
+from dnpo.judges.asked.ledger import Answer, Ledger, Question
+from dnpo.judges.asked.questions import (
     SHIPPED,
     Mode,
     Prompted,
@@ -25,7 +26,6 @@ from dnpo.judges.questions import (
     read_score,
     read_winner,
 )
-from dnpo.ledger import Answer, Ledger, Question
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from tests.conftest import Report
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dnpo.judges.openai import OpenAI
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.asked.openai import OpenAI
 from dnpo.records import Prompt, Response
 from tests.conftest import Report
 from tests.judge_model import make

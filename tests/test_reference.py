@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from dnpo import reference as references
-from dnpo import stages
 from dnpo.dsl import HumanChosen
 from dnpo.errors import Declined, DiskError, DnpoError
-from dnpo.evaluate import Evaluation
-from dnpo.generate import Sampling
+from dnpo.evaluate.metrics import Evaluation
+from dnpo.generate.hf import Sampling
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.off import NoJudge
-from dnpo.ledger import Ledger
-from dnpo.model import Lora, Policy, by_length
-from dnpo.npo import FixedNoise, NoNoise, TrainableNoise
-from dnpo.objective import logistic
-from dnpo.packing import pack
+from dnpo.optimise import reference as references
+from dnpo.optimise.npo import FixedNoise, NoNoise, TrainableNoise
+from dnpo.optimise.objective import logistic
+from dnpo.optimise.reference import KeptHidden, keep_hidden, read_scores, score
+from dnpo.optimise.training import Optimisation
+from dnpo.policy.model import Lora, Policy, by_length
+from dnpo.policy.packing import pack
 from dnpo.records import Pair, ReferenceLogps, read
-from dnpo.reference import KeptHidden, keep_hidden, read_scores, score
-from dnpo.stages import Part, Plan, Run
+from dnpo.stages import verbs as stages
+from dnpo.stages.verbs import Part, Plan, Run
 from dnpo.store import Stage, Store, manifest
-from dnpo.training import Optimisation
 from tests.conftest import Report, World
 
 MakePolicy = Callable[..., Policy]
@@ -291,7 +291,7 @@ def run_of(
         lora: Lora
 
         def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> Policy:
-            from dnpo.model import load
+            from dnpo.policy.model import load
 
             return load(str(base), folder)
 

@@ -18,15 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
-from dnpo.comparisons import paired
-from dnpo.comparisons.significance import holm
 from dnpo.errors import DataError
 from dnpo.report import content, html, select
 from dnpo.report.__main__ import main
 from dnpo.report.groups import grouped
 from dnpo.report.page import HIDDEN, duration, number, visible, without_secrets
-from dnpo.tracked import Database
-from dnpo.tracking import MLflow
+from dnpo.stats import paired
+from dnpo.stats.significance import holm
+from dnpo.tracking.reading import Database
+from dnpo.tracking.writing import MLflow
 
 EVIL = (
     "<script>alert(1)</script><img src=x onerror=alert(2)></style><style>*{display:none}</style>{{7*7}}{% raw %}"

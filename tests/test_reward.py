@@ -23,10 +23,10 @@ from transformers import (
 
 from dnpo.data.seen import seen_as
 from dnpo.errors import DataError, ModelError
-from dnpo.judges.fitting import fit, measured, spread
-from dnpo.judges.preferences import Preference, Preferences
-from dnpo.judges.reward import Reward, main, points
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.reward.fitting import fit, measured, spread
+from dnpo.judges.reward.preferences import Preference, Preferences
+from dnpo.judges.reward.reward import Reward, main, points
 from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import World, verdicts
 

@@ -6,8 +6,8 @@ Every score is worked out by hand from that rule, not by the code.
 import pytest
 
 from dnpo.judges import Judge
+from dnpo.judges.exact.rules import Correct, Rules, correct, stated
 from dnpo.judges.off import NoJudge
-from dnpo.judges.rules import Correct, Rules, correct, stated
 from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import verdicts
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from dnpo.commands.train import run_name
 from dnpo.errors import SettingsError
 from dnpo.settings import Count, Finite, Fraction, Natural, NonNegative, Positive, Range, check, check_values, nearest
-from dnpo.train import run_name
 
 TINY_WORLD = "dnpo.data.tinyworld.TinyWorld"
 
@@ -258,7 +258,7 @@ def test_torch_optimizer_names_are_checked(optimizer: str) -> None:
 
 def test_torch_optimizer_inside_a_part() -> None:
     """The same where it really stands: under ``trainer``."""
-    target = "dnpo.training.Optimisation"
+    target = "dnpo.optimise.training.Optimisation"
     optimizer = {"_target_": "torch.optim.RMSprop", "_partial_": True, "lr": 1e-4}
     assert check("trainer", {"_target_": target, "optimizer": optimizer, "clip": 1})["clip"] == 1.0
     wrong = {**optimizer, "lrr": 1.0}
@@ -270,14 +270,14 @@ def test_torch_optimizer_inside_a_part() -> None:
 def test_settings_of_the_engine() -> None:
     """What only saves memory or time is set like everything else."""
     trainer = {
-        "_target_": "dnpo.training.Optimisation",
+        "_target_": "dnpo.optimise.training.Optimisation",
         "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
         "share_prompt": False,
         "checkpointing": True,
         "compile": True,
     }
     assert check("trainer", trainer) == trainer
-    noise = "dnpo.npo.TrainableNoise"
+    noise = "dnpo.optimise.npo.TrainableNoise"
     for value in ("auto", "on", "off"):
         assert check("npo", {"_target_": noise, "cache_hidden": value})["cache_hidden"] == value
     wrong: list[tuple[str, dict[str, Any], str]] = [
@@ -288,7 +288,7 @@ def test_settings_of_the_engine() -> None:
         ),
         (
             "npo",
-            {"_target_": "dnpo.npo.Offset", "shift": 1.0, "cache_hidden": "on"},
+            {"_target_": "dnpo.optimise.npo.Offset", "shift": 1.0, "cache_hidden": "on"},
             "npo.cache_hidden: unknown setting",
         ),
         ("trainer", trainer | {"checkpointing": "yes"}, "trainer.checkpointing='yes': input should be a valid boolean"),
@@ -348,10 +348,11 @@ def without(name):
     return distribution(name)
 metadata.distribution = without
 
-import dnpo.optimise, dnpo.npo, dnpo.objective, dnpo.packing, dnpo.model, dnpo.training, dnpo.records
+import dnpo.optimise.preference, dnpo.optimise.npo, dnpo.optimise.objective, dnpo.optimise.training
+import dnpo.policy.packing, dnpo.policy.model, dnpo.records
 
-from dnpo.npo import TrainableNoise
-from dnpo.training import Optimisation
+from dnpo.optimise.npo import TrainableNoise
+from dnpo.optimise.training import Optimisation
 from torch.optim import SGD
 TrainableNoise(4, 5, alpha=0.5)
 Optimisation(optimizer=lambda parameters: SGD(parameters, lr=0.1), steps=3)

@@ -18,11 +18,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from dnpo import running
-from dnpo.command import conf_folder
+from dnpo.commands.common import conf_folder
+from dnpo.commands.train import build, checked
 from dnpo.dsl import HumanChosen
 from dnpo.loop import Lap, chain
-from dnpo.train import build, checked
+from dnpo.running import execute as running
 
 CONF = conf_folder()
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))

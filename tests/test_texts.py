@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dnpo import texts
 from dnpo.errors import DataError, ModelError, SettingsError
-from dnpo.texts import Encoder, Measured, diversity, similarity
+from dnpo.evaluate import texts
+from dnpo.evaluate.texts import Encoder, Measured, diversity, similarity
 
 needs_packages = pytest.mark.skipif(
     any(not texts.find_spec(module) for module in texts.PACKAGES), reason="needs the extra eval"

@@ -17,7 +17,7 @@ import pytest
 
 from dnpo.data.tinyworld import FAMILIES, VERSION, WORDS, Problem, TinyWorld, problems
 from dnpo.errors import SettingsError
-from dnpo.judges.rules import Rules, completeness, correct, form
+from dnpo.judges.exact.rules import Rules, completeness, correct, form
 from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import verdicts
 

@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dnpo.data.tinyworld import TinyWorld
+from dnpo.policy.tokenizer import SPECIAL, train_tokenizer
 from dnpo.records import Prompt
-from dnpo.tokenizer import SPECIAL, train_tokenizer
 
 VOCABULARY = 400
 

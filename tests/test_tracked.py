@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dnpo.errors import DataError, TrackingError
-from dnpo.tracked import Database, lap_name
-from dnpo.tracking import MLflow
+from dnpo.tracking.reading import Database, lap_name
+from dnpo.tracking.writing import MLflow
 
 Made = dict[str, str]
 

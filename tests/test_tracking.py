@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from dnpo import notes, tracking
-from dnpo.comparisons.intervals import Estimate
-from dnpo.figures import METHODS, Panel, colours, over_iterations, progress
-from dnpo.inputs import Dataset
-from dnpo.tracking import ABANDONED, ALIVE, NOTE, MLflow
+from dnpo.report.drawing import METHODS, Panel, colours, over_iterations, progress
+from dnpo.running import notes
+from dnpo.stats.intervals import Estimate
+from dnpo.tracking import writing as tracking
+from dnpo.tracking.datasets import Dataset
+from dnpo.tracking.writing import ABANDONED, ALIVE, NOTE, MLflow
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS: list[dict[str, Any]] = [
@@ -114,7 +115,7 @@ def test_a_run_can_be_gone_on_with(run: MLflow, folder: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dnpo.tracking import MLflow
+from dnpo.tracking.writing import MLflow
 run = MLflow(uri=f"sqlite:///{sys.argv[1]}/runs.db", artifacts=f"{sys.argv[1]}/artifacts")
 run.start("killed", {}, {"dnpo.kind": "run"}, None)
 run.note("what it is")

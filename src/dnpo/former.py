@@ -3,7 +3,33 @@
 from collections.abc import Mapping
 from typing import Any
 
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "dnpo.evaluate.Evaluation": "dnpo.evaluate.metrics.Evaluation",
+    "dnpo.generate.Sampling": "dnpo.generate.hf.Sampling",
+    "dnpo.judges.answers.Choice": "dnpo.judges.exact.answers.Choice",
+    "dnpo.judges.answers.Exact": "dnpo.judges.exact.answers.Exact",
+    "dnpo.judges.answers.Numeric": "dnpo.judges.exact.answers.Numeric",
+    "dnpo.judges.code.UnitTests": "dnpo.judges.exact.code.UnitTests",
+    "dnpo.judges.hf.HF": "dnpo.judges.asked.hf.HF",
+    "dnpo.judges.openai.OpenAI": "dnpo.judges.asked.openai.OpenAI",
+    "dnpo.judges.reward.Reward": "dnpo.judges.reward.reward.Reward",
+    "dnpo.judges.rules.Correct": "dnpo.judges.exact.rules.Correct",
+    "dnpo.judges.rules.Rules": "dnpo.judges.exact.rules.Rules",
+    "dnpo.leaderboard.Leaderboard": "dnpo.evaluate.leaderboard.Leaderboard",
+    "dnpo.model.Lora": "dnpo.policy.model.Lora",
+    "dnpo.model.Pretrained": "dnpo.policy.model.Pretrained",
+    "dnpo.model.Scratch": "dnpo.policy.model.Scratch",
+    "dnpo.npo.FixedNoise": "dnpo.optimise.npo.FixedNoise",
+    "dnpo.npo.MatchedOffset": "dnpo.optimise.npo.MatchedOffset",
+    "dnpo.npo.NoNoise": "dnpo.optimise.npo.NoNoise",
+    "dnpo.npo.Offset": "dnpo.optimise.npo.Offset",
+    "dnpo.npo.TrainableNoise": "dnpo.optimise.npo.TrainableNoise",
+    "dnpo.objective.logistic": "dnpo.optimise.objective.logistic",
+    "dnpo.texts.Texts": "dnpo.evaluate.texts.Texts",
+    "dnpo.tracking.MLflow": "dnpo.tracking.writing.MLflow",
+    "dnpo.tracking.Tracking": "dnpo.tracking.writing.Tracking",
+    "dnpo.training.Optimisation": "dnpo.optimise.training.Optimisation",
+}
 """Import paths of dnpo's own parts as they were once, and as they are."""
 
 REMOVED: dict[str, tuple[str, ...]] = {}

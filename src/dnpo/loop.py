@@ -9,9 +9,9 @@ stage by stage through the store, which skips what is there.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dnpo import stages
-from dnpo.measures import measures
-from dnpo.stages import Run
+from dnpo.stages import verbs as stages
+from dnpo.stages.measures import measures
+from dnpo.stages.verbs import Run
 from dnpo.store import Stage
 
 

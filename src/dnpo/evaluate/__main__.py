@@ -1,6 +1,6 @@
-"""``python -m dnpo.evaluate``; see ``command.py``."""
+"""``python -m dnpo.evaluate``: see :mod:`dnpo.commands.evaluate`."""
 
-from dnpo.evaluate.command import main
+from dnpo.commands.evaluate import main
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dnpo.errors import JudgeError
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.store import Report
 

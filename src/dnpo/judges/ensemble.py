@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dnpo.errors import SettingsError
 from dnpo.judges import Canary, Forecast, Judge
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.settings import Fraction, stage_key
 from dnpo.store import Report

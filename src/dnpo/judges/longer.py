@@ -7,7 +7,7 @@ against this one. It needs no answers, no model and no money, and it judges any 
 from collections.abc import Sequence
 
 from dnpo.judges import Judge
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.settings import Positive
 from dnpo.store import Report

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from dnpo.judges import Judge
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.store import Report
 

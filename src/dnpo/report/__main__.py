@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dnpo.errors import DataError, DnpoError
 from dnpo.report import Selection, content, html, select
-from dnpo.tracked import Database
+from dnpo.tracking.reading import Database
 
 ARTIFACT = "report.html"
 

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dnpo.comparisons import paired
-from dnpo.comparisons.intervals import Array, Estimate, crossed
-from dnpo.comparisons.table import Cell, Table, table
 from dnpo.report.groups import Group, Groups, Member, lap_title
-from dnpo.tracked import Run, lap_name
+from dnpo.stats import paired
+from dnpo.stats.intervals import Array, Estimate, crossed
+from dnpo.stats.table import Cell, Table, table
+from dnpo.tracking.reading import Run, lap_name
 
 
 @dataclass(frozen=True)

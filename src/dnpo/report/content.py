@@ -11,7 +11,7 @@ from dnpo.report.groups import Group, Groups, Member, grouped, lap_title, rows_o
 from dnpo.report.page import day, without_secrets
 from dnpo.report.pictures import brought, pictures
 from dnpo.report.selection import Selection
-from dnpo.tracked import SWEEP, Run
+from dnpo.tracking.reading import SWEEP, Run
 
 CLAIM = ("claim", "where", "measure", "outcome", "effect", "low", "high", "notes")
 LOOKS = {"supported": "good", "contradicted": "bad"}

@@ -14,10 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dnpo.comparisons.intervals import Estimate
-from dnpo.figures import logprob_histogram
+from dnpo.report.drawing import logprob_histogram
 from dnpo.report.page import visible
-from dnpo.tracked import SFT
+from dnpo.stats.intervals import Estimate
+from dnpo.tracking.reading import SFT
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a mark beside each.
 COLOURS = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "pink": "#CC79A7", "yellow": "#E69F00"}
@@ -187,7 +187,7 @@ def _smooth(x: np.ndarray, y: np.ndarray, window: int) -> tuple[np.ndarray, np.n
 
 
 def histogram(logprobs: Path, title: str, note: str) -> Picture:
-    """What :func:`dnpo.figures.logprob_histogram` draws."""
+    """What :func:`dnpo.report.drawing.logprob_histogram` draws."""
     title = visible(title)
     plain: Any = {"svg.hashsalt": "dnpo", "text.parse_math": False}
     with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(plain), warnings.catch_warnings():

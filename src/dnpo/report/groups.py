@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dnpo.errors import DataError
-from dnpo.tracked import SFT, Run
+from dnpo.tracking.reading import SFT, Run
 
 # Where and how a run is computed; no other number comes out for it.
 ELSEWHERE = ("tracking.", "store", "ledger", "device", "threads", "plan", "check")

@@ -13,7 +13,7 @@ from dnpo.judges.agreement import sentence
 from dnpo.records import HUMAN
 from dnpo.report.comparison import Items
 from dnpo.report.groups import Groups, Member, lap_title, whole
-from dnpo.tracked import SFT, Run, lap_name
+from dnpo.tracking.reading import SFT, Run, lap_name
 
 FLIPPED, KEPT = 4, 2  # examples shown of an iteration
 FEW_FLIPPED, FEW_KEPT = 2, 1  # of each group of a sweep

@@ -6,7 +6,7 @@ from typing import Any
 from dnpo.report.comparison import FLIPS, MEASURES, Compared, Items, Measure, gain
 from dnpo.report.groups import Group, Groups, Member, lap_title
 from dnpo.report.page import duration, number
-from dnpo.tracked import SFT
+from dnpo.tracking.reading import SFT
 
 # The tables of one run: metric, heading, form, scale.
 QUALITY = (

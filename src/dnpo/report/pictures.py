@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dnpo.comparisons.intervals import Estimate
 from dnpo.report import figures
 from dnpo.report.comparison import FLIPS, MEASURES, Items, Measure, mean_of
 from dnpo.report.figures import Line, Picture, Style
 from dnpo.report.groups import Group, Groups
 from dnpo.report.page import number
-from dnpo.tracked import SFT, Run, lap_name
+from dnpo.stats.intervals import Estimate
+from dnpo.tracking.reading import SFT, Run, lap_name
 
 STEPS = (
     ("loss/policy", "Policy loss", "loss"),

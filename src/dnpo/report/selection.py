@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dnpo.errors import DataError
 from dnpo.settings import nearest
-from dnpo.tracked import PARENT, SWEEP, Database, Run
+from dnpo.tracking.reading import PARENT, SWEEP, Database, Run
 
 SUMMARY = "summary.json"
 

@@ -32,12 +32,12 @@ from dnpo.judges.agreement.stats import (
     orders,
     preference,
 )
-from dnpo.ledger import Ledger
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Response, Verdict, policy_source, read, write
 from dnpo.store import MANIFEST, Report, Stage, Store, manifest, write_json
 
 if TYPE_CHECKING:
-    from dnpo.stages import Part
+    from dnpo.stages.verbs import Part
 
 STAGE, VERSION = "agreement", 1
 POINTS = "points.json"
@@ -153,7 +153,7 @@ def known_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str
     """What the store knows of a judge's agreement with people: one entry for each set of rows, the newest of each.
 
     Args:
-        judge_key: see :attr:`dnpo.stages.Part.key`.
+        judge_key: see :attr:`dnpo.stages.verbs.Part.key`.
     """
     wanted = json.loads(json.dumps(judge_key))
     newest: dict[str, dict[str, Any]] = {}

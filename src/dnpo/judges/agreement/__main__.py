@@ -1,6 +1,6 @@
-"""``python -m dnpo.judges.agreement``; see ``command.py``."""
+"""``python -m dnpo.judges.agreement``: see :mod:`dnpo.commands.agreement`."""
 
-from dnpo.judges.agreement.command import main
+from dnpo.commands.agreement import main
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,1 @@
+"""The commands: each composes its settings, builds the parts and runs them."""

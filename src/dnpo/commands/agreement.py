@@ -1,0 +1,140 @@
+"""The command: compose the settings, check them, judge the rows, and tell of it.
+
+The settings are ``conf/agreement.yaml`` and the folders for judges and tracking that ``dnpo.train`` has too.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from dnpo.commands import common as command
+from dnpo.commands.common import flat, part
+from dnpo.errors import SettingsError
+from dnpo.judges.agreement.rows import Labelled
+from dnpo.settings import Count, Natural, check_values
+from dnpo.settings import check as check_part
+
+PARTS = ("judge", "tracking")
+
+
+def whole(*, resamples: Count, seed: Natural, threads: Count, store: str, ledger: str) -> None:
+    """The settings beside the parts.
+
+    Args:
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        threads: of torch on the CPU.
+        store: folder of finished stages, the one that runs use.
+        ledger: file of judge calls, so that none is paid for twice.
+    """
+
+
+def main() -> None:
+    """``python -m dnpo.judges.agreement``."""
+    # conf/data holds the data of training: Hydra would look for data=FILE among its options
+    sys.argv[1:] = [re.sub(r"^data=", "data.path=", argument) for argument in sys.argv[1:]]
+    command.run("agreement", _run, "What the judge was asked in words is kept: run the same command again.")
+
+
+def _checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
+    """The settings beside the parts, those of the data, and those of each part.
+
+    Raises:
+        SettingsError: names the first setting that is unknown, missing or out of range.
+    """
+    tree = command.plain(cfg, {"data.path": "data"})
+    top = check_values("", whole, {key: value for key, value in tree.items() if key not in (*PARTS, "data")})
+    data = check_values("data", Labelled, tree["data"])
+    return top, data, {name: check_part(name, tree[name]) for name in PARTS}
+
+
+def _run(cfg: DictConfig, job: Any) -> None:
+    top, where, settings = _checked(cfg)
+    data = Labelled(**where)
+    rows = data.read()
+
+    from dnpo.judges.asked.ledger import Ledger
+
+    folder = Path(job.runtime.output_dir)
+    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    judge, tracking = (part(name, settings[name]) for name in PARTS)
+    if not judge.value.gives_scores:
+        raise SettingsError("judge=off gives no scores, so there is nothing to compare; choose a judge")
+    problem = judge.value.accepts([row.prompt for row in rows])
+    if problem is not None:
+        raise SettingsError(problem)
+
+    import torch
+
+    from dnpo.judges import agreement
+    from dnpo.judges.agreement import table
+    from dnpo.judges.agreement.figure import draw
+    from dnpo.running import execute as running
+    from dnpo.running.console import Console, quieten
+    from dnpo.seeding import derive
+    from dnpo.store import Store, manifest, write_json
+
+    quieten()
+    torch.set_num_threads(top["threads"])
+    console, store = Console(), Store(Path(top["store"]))
+    store.open(console.say)
+    ledger = Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder))
+    said = agreement.verdicts(judge, data, rows, ledger)
+    seed = derive(top["seed"], "agreement")
+    stage = agreement.agreement(judge, data, rows, said, top["resamples"], seed)
+    name = " ".join(o for o in (f"judge={job.runtime.choices['judge']}", *_of_judge(job.overrides.task)))
+    tags = {
+        "dnpo.kind": "agreement",
+        "dnpo.judge": str(job.runtime.choices["judge"]),
+        "dnpo.data": data.path.name,
+        "dnpo.seed": str(top["seed"]),
+        "dnpo.commit": running.commit(),
+        "stage.agreement": stage.key,
+    }
+    tracking.value.start(f"agreement {name} on {data.path.name}", flat({**top, "data": where, **settings}), tags, sweep)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        for made in (said, stage):
+            if store.has(made):
+                console.reused(made.title, made.key)
+            else:
+                with console.stage(made.title, lambda _: None) as progress:
+                    store.get(made, progress)
+        found = {"judge": name, "key": judge.key, "stage": f"{stage.name}/{stage.key}"}
+        # the name as it is given now: the stage may have been made from a copy of the file
+        found |= {**manifest(store.folder(stage))["facts"], "data": data.path.name}
+        points = json.loads((store.folder(stage) / agreement.POINTS).read_text())
+        write_json(folder / "agreement.json", {**found, "settings": {**top, "data": where, **settings}})
+        (folder / "agreement.md").write_text(table.markdown(found), encoding="utf-8")
+        for ending in ("png", "svg"):
+            draw(found, points, folder / f"agreement.{ending}")
+        tracking.value.metrics(table.numbers(found), 0)
+        for ending in ("json", "md", "png", "svg"):
+            tracking.value.artifact(folder / f"agreement.{ending}", "agreement")
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        ledger.close()
+        tracking.value.finish(status)
+    console.say("")
+    console.table(table.table(found))
+    for line in table.notes(found):
+        console.say(line)
+    console.say("")
+    console.say(f"results     {folder}")
+    console.say(f"stages      {store.root}")
+    for line in tracking.value.whereabouts():
+        console.say(line)
+
+
+def _of_judge(overrides: list[str]) -> list[str]:
+    """Settings of the judge as they were given, without the password that a URL may hold."""
+    return [re.sub(r"://[^/@\s]+@", "://…@", o) for o in overrides if o.startswith("judge.")]

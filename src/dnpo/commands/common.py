@@ -1,0 +1,188 @@
+"""What the commands share: where the settings are, Hydra run without its noise, and errors turned into messages.
+
+Everything heavy is imported inside functions, so that wrong settings are answered at once.
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dnpo.errors import DnpoError, SettingsError
+from dnpo.former import up_to_date
+from dnpo.settings import nearest
+
+KEPT = "Finished stages are kept and an unfinished one continues: run the same command again."
+
+
+def conf_folder() -> Path:
+    """Where the settings are: ``$DNPO_CONF``, else beside this file (a wheel), else in the checkout."""
+    here = Path(__file__).resolve().parent.parent
+    if "DNPO_CONF" in os.environ:
+        given = Path(os.environ["DNPO_CONF"]).absolute()
+        if not (given / "train.yaml").is_file():
+            raise SettingsError(f"DNPO_CONF={given}: expected a folder with a train.yaml")
+        return given
+    for folder in (here / "conf", here.parent.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise SettingsError(
+        f"no settings found: neither {here / 'conf'} nor {here.parent.parent / 'conf'} has a train.yaml"
+    )
+
+
+def run(config: str, body: Callable[[DictConfig, Any], Any], interrupted: str = KEPT) -> None:
+    """Compose ``conf/CONFIG.yaml`` with the arguments and hand it to ``body``, once for every job of a multirun.
+
+    What the user can put right becomes a message and a non-zero exit status. One failing job neither stops the others
+    of a sweep nor hides: the sweep's report lists it.
+
+    Args:
+        config: name of the composed file, without its ending.
+        body: called with the composed tree and Hydra's own settings of the job; what it returns is what a sweeper that
+            searches goes by.
+        interrupted: what to say after Ctrl-C.
+    """
+    failed: list[str] = []
+
+    def task(cfg: DictConfig) -> Any:
+        from dnpo.running.sweep import record_failure
+
+        job = HydraConfig.get()
+        try:
+            return body(cfg, job)
+        except DnpoError as error:
+            if job.mode is RunMode.MULTIRUN:
+                record_failure(Path(job.runtime.output_dir), str(error))
+            else:
+                failed.append(str(error))  # raised here, Hydra would print things of its own around it
+        except Exception:
+            if job.mode is not RunMode.MULTIRUN:
+                raise
+            record_failure(Path(job.runtime.output_dir), traceback.format_exc())
+        return None
+
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, not as Hydra prints them
+    try:
+        folder = conf_folder()
+        if not (folder / f"{config}.yaml").is_file():
+            raise SettingsError(f"{folder}: expected a {config}.yaml among the settings")
+        hydra.main(version_base="1.3", config_path=str(folder), config_name=config)(task)()
+        if failed:
+            _fail(failed.pop())
+    except DnpoError as error:
+        _fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_explain(error, config))
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {interrupted}")
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _explain(error: Exception, config: str) -> str:
+    """Hydra's message, with near matches for a key that does not exist."""
+    text = str(error).strip()
+    absent = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
+    if absent:
+        return f"{absent.group(1)}: nothing of it is chosen by default, so give +{absent.group(1)}=…"
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown:
+        from hydra import compose, initialize_config_dir
+        from hydra.core.global_hydra import GlobalHydra
+
+        key = unknown.group(1)
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            known = flat(cast(dict[str, Any], OmegaConf.to_container(compose(config, _options(sys.argv[1:])))))
+        groups = {name.split(".")[0] for name in known}
+        return f"{key}: unknown setting.{nearest(key, set(known) | groups)}"
+    plugin = re.search(r"Could not find '(hydra/(\w+))/(\w+)'", text)
+    if plugin:
+        group, kind, name = plugin.groups()
+        return f"{group}={name}: there is no such option here. It may come with pip install hydra-{name}-{kind}"
+    option = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
+    if option:
+        group, name = option.groups()
+        options = sorted(p.stem for p in (conf_folder() / group).glob("*.yaml"))
+        return f"{group}={name}: there is no such option.{nearest(name, options)} Options: {', '.join(options)}."
+    if "Missing mandatory value" in text:
+        key = text.split("Missing mandatory value:")[-1].strip().split()[0]
+        return f"{key}: needs a value; give {key}=…"
+    return text
+
+
+def _options(arguments: list[str]) -> list[str]:
+    """Those of the arguments that choose an existing option of a part; of a sweep's list the first."""
+    found = []
+    for argument in arguments:
+        group, _, names = argument.partition("=")
+        if (conf_folder() / group / f"{names.split(',')[0]}.yaml").is_file():
+            found.append(f"{group}={names.split(',')[0]}")
+    return found
+
+
+def plain(cfg: DictConfig, shorthand: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """The composed tree as plain values, brought up to date where it was written for an earlier layout.
+
+    Args:
+        shorthand: settings that can be given by another name, and that name.
+
+    Raises:
+        SettingsError: a value is missing; the message says which.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        name = shorthand.get(missing[0], missing[0])
+        raise SettingsError(f"{name}: needs a value; give {name}=…")
+    tree, ignored = up_to_date(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+    if ignored:
+        print(f"warning: these settings are gone, and ignored: {', '.join(ignored)}", file=sys.stderr)
+    return tree
+
+
+def part(name: str, settings: Mapping[str, Any]) -> Any:
+    """Build one part from its checked settings; a :class:`~dnpo.stages.verbs.Part`."""
+    from hydra.utils import instantiate
+
+    from dnpo.stages.verbs import Part
+
+    try:
+        value = instantiate(dict(settings))
+    except HydraException as error:
+        cause = error.__cause__
+        inner = re.search(r"full_key: (\S+)", str(error))
+        if isinstance(cause, DnpoError) and inner:
+            raise type(cause)(f"{name}.{inner.group(1)}.{cause}") from None
+        if isinstance(cause, DnpoError):
+            raise cause if str(cause).startswith(name) else type(cause)(f"{name}.{cause}") from None
+        raise SettingsError(f"{name}: {error}") from error
+    if hasattr(value, "identity"):
+        return Part(value, value.identity())
+    return Part(value, settings, not_in_key=getattr(getattr(value, "func", value), "not_in_key", ()))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

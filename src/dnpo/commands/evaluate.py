@@ -1,0 +1,377 @@
+"""The command: compose ``conf/evaluate.yaml``, check it, measure the model by the stages of a run, and tell of it.
+
+A model is a run without iterations and without fine-tuning: the stages are those that a run has before its first
+iteration, so what has been measured is found again, and every number is computed as a run computes it.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from dnpo.commands import common as command
+from dnpo.commands.common import flat, part
+from dnpo.errors import DnpoError, SettingsError
+from dnpo.settings import Count, Natural, check, check_values
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dnpo.loop import Lap
+    from dnpo.running.console import Console
+    from dnpo.stages.duels import Outcome
+    from dnpo.stages.verbs import Run
+    from dnpo.stats.intervals import Estimate
+    from dnpo.store import Stage, Store
+    from dnpo.tracking.writing import Tracking
+
+PARTS = ("model", "data", "sft", "generate", "judge", "second_judge", "eval", "tracking")
+HUMAN = "human"
+OURS, THEIRS = "model", "against"
+RESULTS = "evaluation.json"
+
+
+def whole(
+    *,
+    against: str | None = None,
+    length_controlled: bool,
+    seed: Natural,
+    device: str,
+    threads: Count,
+    store: str,
+    ledger: str,
+) -> None:
+    """The settings beside the parts.
+
+    Args:
+        against: another model, a folder or a name on the hub, or ``human``.
+        length_controlled: also the win rate at the same length.
+        seed: of the samples and of the bootstrap.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: of torch on the CPU.
+        store: folder of finished stages, the one that runs use.
+        ledger: file of judge calls, so that none is paid for twice.
+    """
+
+
+def main() -> None:
+    """``python -m dnpo.evaluate``."""
+    command.run("evaluate", _run)
+
+
+# --- settings
+
+
+def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The settings beside the parts, and those of each part.
+
+    Raises:
+        SettingsError: names the first setting that is unknown, missing or cannot be.
+    """
+    tree = command.plain(cfg)
+    top = check_values("", whole, {key: value for key, value in tree.items() if key not in PARTS})
+    settings = {name: check(name, tree[name]) for name in PARTS}
+    if settings["sft"].get("epochs") or settings["sft"].get("steps"):
+        raise SettingsError("sft: a model is measured as it is; leave sft=off, or train with python -m dnpo.train")
+    _whole_weights("model.path", settings["model"].get("path"))
+    return top, settings
+
+
+def other_model(against: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the other model: those of the first, with another place.
+
+    Raises:
+        SettingsError: it is neither a folder with a model nor a name.
+    """
+    _whole_weights("against", against)
+    elsewhere = {**model, "path": None, "name": None, "revision": None}
+    if (Path(against) / "config.json").is_file():
+        return {**elsewhere, "path": against}
+    if Path(against).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", against):
+        raise SettingsError(
+            f"against={against}: no model there; expected a folder with config.json, *.safetensors and a tokenizer, a "
+            f"name on the Hugging Face hub, or {HUMAN}"
+        )
+    return {**elsewhere, "name": against}
+
+
+def _whole_weights(setting: str, path: str | None) -> None:
+    """Refuse a folder that has only adapters, with the command that helps."""
+    if path and (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise SettingsError(
+            f"{setting}={path}: there are only adapters; python -m dnpo.export RUN --iteration N --to FOLDER writes "
+            "whole weights"
+        )
+
+
+# --- measuring
+
+
+def _run(cfg: DictConfig, job: Any) -> None:
+    top, settings = checked(cfg)
+    against = top["against"]
+    other = other_model(against, settings["model"]) if against not in (None, HUMAN) else None
+    parts: dict[str, Any] = {name: part(name, settings[name]) for name in PARTS}
+    if against is not None and not parts["judge"].value.gives_scores:
+        raise SettingsError(f"against={against}: judge=off cannot say who wins; choose a judge")
+
+    from dnpo.judges.asked.ledger import Ledger
+    from dnpo.policy.model import device_of
+    from dnpo.stages.verbs import Run
+
+    folder = Path(job.runtime.output_dir)
+    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    tracking = parts.pop("tracking").value
+    with Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder)) as ledger:
+        run = Run(seed=top["seed"], device=device_of(top["device"]), plans=(), ledger=ledger, **parts)
+        runs = {OURS: run}
+        if other is not None:
+            with _named("against", against):
+                runs[THEIRS] = replace(run, model=part("model", other))
+        _measure(runs, top, settings, tracking, job, folder, sweep)
+
+
+@contextmanager
+def _named(setting: str, value: str) -> Iterator[None]:
+    """Messages about the other model name the setting that it was given by."""
+    try:
+        yield
+    except DnpoError as error:
+        raise type(error)(f"{setting}={value}: {error}") from error
+
+
+def _measure(
+    runs: "Mapping[str, Run]",
+    top: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    tracking: "Tracking",
+    job: Any,
+    folder: Path,
+    sweep: Path | None,
+) -> None:
+    """Have all stages computed or found, track what came out, and show it.
+
+    Args:
+        runs: by name, ours first.
+    """
+    import torch
+
+    from dnpo.judges.agreement import known_agreement, sentence
+    from dnpo.running import execute as running
+    from dnpo.running.console import Console, quieten
+    from dnpo.store import Store, write_json
+
+    quieten()
+    torch.set_num_threads(top["threads"])
+    console, store = Console(), Store(Path(top["store"]))
+    laps = _laid_out(runs, top, store, console)
+    fight = None if top["against"] is None else _duels(runs, laps)
+    names = {OURS: settings["model"]["path"] or settings["model"]["name"]}
+    names |= {} if fight is None else {THEIRS: top["against"]}
+    title = "evaluation of " + " against ".join(names.values())
+    everything = {**top, **settings}
+    tags = running.tags(dict(job.runtime.choices), everything, [laps[OURS]])
+    tags |= {"dnpo.kind": "evaluation"} | {f"dnpo.{kind}": name for kind, name in names.items()}
+    tags |= {} if fight is None else {"stage.duels": fight.key}
+    tracking.start(title, flat(everything), tags, sweep)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        rows = {}
+        for name, lap in laps.items():
+            for stage in lap.stages:
+                _get(stage, store, console, "" if name == OURS else "against · ")
+            rows[name] = measured(lap, store)
+            _keep(running.rows_behind(lap, store), name, tracking, folder)
+        outcome = None
+        if fight is not None:
+            _get(fight, store, console, "")
+            outcome = _outcome(store.folder(fight), top, tracking, folder)
+        found = {
+            "names": names,
+            "metrics": rows,
+            "duels": None if outcome is None else dataclasses.asdict(outcome),
+            "settings": everything,
+            "stages": {name: [f"{stage.name}/{stage.key}" for stage in lap.stages] for name, lap in laps.items()},
+            "commit": running.commit(),
+        }
+        write_json(folder / RESULTS, found)
+        tracking.artifact(folder / RESULTS)
+        tracking.metrics(rows[OURS] | ({} if outcome is None else outcome.metrics()), 0)
+        tracking.metrics({f"against/{name}": value for name, value in rows.get(THEIRS, {}).items()}, 0)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracking.finish(status)
+    console.say("")
+    console.table(table(rows, title[0].upper() + title[1:]))
+    for line in said(outcome, f"judge={job.runtime.choices['judge']}") if outcome is not None else ():
+        console.say(line)
+    for entry in known_agreement(store, runs[OURS].judge.key):
+        console.say(f"The judge {sentence(entry)}.")
+    for line in ("", f"results     {folder}", f"stages      {store.root}", *tracking.whereabouts()):
+        console.say(line)
+
+
+def _laid_out(
+    runs: "Mapping[str, Run]", top: Mapping[str, Any], store: "Store", console: "Console"
+) -> "dict[str, Lap]":
+    """What is to be done for each model, once all checks that runs make are passed."""
+    from dnpo.commands.train import pass_gate
+    from dnpo.loop import chain
+
+    store.open(console.say)
+    laps: dict[str, Lap] = {}
+    for name, run in runs.items():
+        with nullcontext() if name == OURS else _named("against", top["against"]):
+            (laps[name],) = chain(run)
+            pass_gate(run, [laps[name]], store, console, False)
+    return laps
+
+
+def _outcome(stage: Path, top: Mapping[str, Any], tracking: "Tracking", folder: Path) -> "Outcome":
+    """What the duels come to; they themselves are kept with the results."""
+    from dnpo.stages.duels import DUELS, outcome, read_duels
+
+    shutil.copy2(stage / DUELS, folder / DUELS)
+    tracking.artifact(folder / DUELS)
+    return outcome(read_duels(stage / DUELS), top["length_controlled"], top["seed"])
+
+
+def _duels(runs: "Mapping[str, Run]", laps: "Mapping[str, Lap]") -> "Stage":
+    from dnpo.stages import duels
+
+    ours, *theirs = ((lap.prompts, lap.evaluation) for lap in laps.values())
+    return duels.duels(runs[OURS], ours, theirs[0] if theirs else None)
+
+
+def _get(stage: "Stage", store: "Store", console: "Console", prefix: str) -> None:
+    """Have a stage computed, or find it; what trains in a run stands for the model as it is here."""
+    title = prefix + ("the model" if stage.name == "sft" else stage.title)
+    if store.has(stage):
+        console.reused(title, stage.key)
+        return
+    with console.stage(title, lambda _: None) as report:
+        store.get(stage, report)
+
+
+def measured(lap: "Lap", store: "Store") -> dict[str, float]:
+    """All metrics of a model, under the names that runs track them by."""
+    found: dict[str, float] = {}
+    for stage in (lap.evaluation, *lap.measures):
+        found |= json.loads((store.folder(stage) / "metrics.json").read_text())
+    return found
+
+
+def _keep(rows: "Iterable[tuple[str, Path]]", name: str, tracking: "Tracking", folder: Path) -> None:
+    """The files behind the metrics of a model, in the folders that runs keep theirs in."""
+    for kind, path in rows:
+        copy = folder / kind / f"{name}{path.suffix}"
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy2(path, copy)
+        tracking.artifact(copy, kind)
+
+
+# --- telling of it
+
+GROUPS = {
+    "eval": "Held-out prompts",
+    "eval/accuracy": "Accuracy of greedy answers by family",
+    "second": "Held-out prompts under the second judge",
+    "texts": "New texts, beside the human responses to their prompts",
+    "leaderboard": "Benchmarks",
+    "logps": "Log-probability of whole responses to training prompts, nats",
+}
+NAMES = {
+    "score": "score of samples, 0-100",
+    "score_greedy": "score of greedy responses",
+    "score_human": "score of human responses",
+    "win": "samples better than the human response",
+    "tie": "as good",
+    "lose": "worse",
+    "loss": "loss of human responses, nats a token",
+    "tokens": "tokens of samples",
+    "human_tokens": "tokens of human responses",
+    "cut": "samples cut at the limit",
+    "accuracy": "accuracy of greedy answers, mean over families",
+    "majority": "most frequent answer of the samples is right",
+    "disagreement": "disagreement of the judge with itself, points",
+    "chosen": "human responses",
+    "new": "samples",
+}
+COUNTS = {"verdicts", "unscored", "self_bleu_texts"}
+SHARES = {"win", "tie", "lose", "cut", "accuracy", "majority", "bleu", "bleu_sentence", "rouge_l", "self_bleu"}
+
+
+def table(rows: Mapping[str, Mapping[str, float]], title: str) -> "Table":
+    """The metrics by group, a column a model."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None)
+    made.add_column("")
+    for name in rows:
+        made.add_column(name, justify="right", no_wrap=True)
+    group = ""
+    every = list(dict.fromkeys(name for row in rows.values() for name in row))
+    for name in sorted(every, key=_group):  # sorting keeps the order within a group
+        if _group(name) != group:
+            group = _group(name)
+            made.add_row(GROUPS.get(group, group), style="bold")
+        short = name.removeprefix(f"{group}/")
+        label = short if group in ("eval/accuracy", "leaderboard") else NAMES.get(short, short.replace("_", " "))
+        made.add_row(f"  {label}", *(_number(name, row[name]) if name in row else "–" for row in rows.values()))
+    return made
+
+
+def _group(name: str) -> str:
+    parts = name.split("/")
+    return "/".join(parts[: 2 if len(parts) > 2 else 1])
+
+
+def _number(name: str, value: float) -> str:
+    last = name.split("/")[-1]
+    if last in COUNTS:
+        return f"{value:,.0f}"
+    if last in SHARES or last.startswith(("pass_at", "distinct")) or _group(name) in ("eval/accuracy", "leaderboard"):
+        return f"{100 * value:.1f} %"
+    return f"{value:,.1f}" if last.startswith("score") else f"{value:,.3f}"
+
+
+def said(outcome: "Outcome", judge: str) -> list[str]:
+    """The duels in words."""
+    won = outcome.wins
+    duels = f"{won.duels:,} duels on {won.prompts:,} prompts"
+    lines = [
+        "",
+        f"Duels under {judge}: wins {_share(won.win)}, ties {_share(won.tie)}, losses {_share(won.lose)}",
+        f"win rate (ties are half) {_share(won.rate)}, p = {won.p:.2g}; {duels}",
+        "95 % intervals over prompts: what training again would give is not in them",
+    ]
+    if outcome.apart is not None:
+        lines.append(f"the judge's orders or members are {outcome.apart:.1f} points apart on average")
+    if outcome.controlled is not None:
+        found = outcome.controlled
+        lines.append(
+            f"at the same length {_share(found.rate)}; responses are {found.difference:+.1f} characters longer on "
+            f"average, and length has the effect {found.effect:+.2f} (log-odds)"
+        )
+    if outcome.why:
+        lines.append(f"at the same length: {outcome.why}")
+    notes = (*won.notes, *(outcome.controlled.notes if outcome.controlled is not None else ()))
+    return lines + [f"note: {note}" for note in dict.fromkeys(notes)]
+
+
+def _share(estimate: "Estimate") -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{100 * estimate.value:.1f} %"
+    return f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"

@@ -1,0 +1,102 @@
+"""The command: compose ``conf/leaderboard.yaml``, check it, measure the model, and tell of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from dnpo.commands import common as command
+from dnpo.commands.common import flat, part
+from dnpo.evaluate.leaderboard import ITEMS, SCORES, Leaderboard, Result, measure
+from dnpo.settings import Count, check, check_values
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PARTS = ("model", "tracking")
+BESIDE = ("device", "threads")
+
+
+def whole(*, device: str, threads: Count) -> None:
+    """The settings beside the leaderboard's and the parts'.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: of torch on the CPU.
+    """
+
+
+def main() -> None:
+    """``python -m dnpo.leaderboard``."""
+    command.run("leaderboard", _run, "Nothing of it is kept: the same command begins anew.")
+
+
+def _run(cfg: DictConfig, job: Any) -> None:
+    tree = command.plain(cfg)
+    top = check_values("", whole, {key: tree[key] for key in BESIDE})
+    own = check_values("", Leaderboard, {key: tree[key] for key in tree if key not in (*BESIDE, *PARTS)})
+    settings = {name: check(name, tree[name]) for name in PARTS}
+    leaderboard = Leaderboard(**own)
+    from dnpo.evaluate.leaderboard.harness import available
+
+    available()
+
+    import torch
+
+    from dnpo.policy.model import device_of
+    from dnpo.running import execute as running
+    from dnpo.running.console import Console, quieten
+
+    quieten()
+    torch.set_num_threads(top["threads"])
+    folder = Path(job.runtime.output_dir)
+    model, tracking = (part(name, settings[name]) for name in PARTS)
+    name = settings["model"].get("path") or settings["model"].get("name")
+    console = Console()
+    policy = model.value.load(folder, device=device_of(top["device"]))
+    everything = {**top, **own, **settings}
+    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    tags = {"dnpo.kind": "leaderboard", "dnpo.model": str(name), "dnpo.commit": running.commit()}
+    tracking.value.start(f"leaderboard of {name}", flat(everything), tags, sweep)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        with console.stage("leaderboard", lambda _: None) as progress:
+            result = measure(policy, leaderboard, progress)
+        result.write(folder, {"model": model.value.identity(), "settings": everything})
+        tracking.value.metrics(result.metrics(), 0)
+        for made in (SCORES, ITEMS):
+            tracking.value.artifact(folder / made, "leaderboard")
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracking.value.finish(status)
+    console.say(f"\nLeaderboard of {name}")
+    console.table(table(result))
+    for note in result.notes():
+        console.say(f"note: {note}")
+    console.say("")
+    console.say(f"results     {folder}")
+    for line in tracking.value.whereabouts():
+        console.say(line)
+
+
+def table(result: Result) -> "Table":
+    """A row a benchmark, and the average, in percent."""
+    from rich.table import Table
+
+    made = Table(header_style="bold", pad_edge=False, box=None)
+    made.add_column("benchmark")
+    for heading in ("score, %", "items", "examples", "cut", "s"):
+        made.add_column(heading, justify="right", no_wrap=True)
+    for name, score in result.scores.items():
+        few, many = score.shots
+        shots = str(few) if few == many else f"{few}-{many}"
+        shots += f" of {score.asked}" if few < score.asked else ""
+        cells = (f"{100 * score.score:.1f}", str(score.items), shots, str(score.cut), f"{score.seconds:.0f}")
+        made.add_row(name, *cells)
+    average = "–" if result.average is None else f"{100 * result.average:.1f}"
+    made.add_row("average", average, str(len(result.items)), "", "", f"{result.seconds:.0f}", style="bold")
+    return made

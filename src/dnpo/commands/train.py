@@ -1,0 +1,295 @@
+"""The entry point: compose the settings, check them, lay out the run, run it, report.
+
+    python -m dnpo.train method=spin seed=1
+    python -m dnpo.train -m npo.alpha=0.01,0.1
+
+Settings become parts here (and in the other commands), and nothing further in sees the config tree. Everything heavy is
+imported inside functions, so that wrong settings are answered at once.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from dnpo.commands import common as command
+from dnpo.commands.common import flat, part
+from dnpo.errors import SettingsError
+from dnpo.settings import Count, Natural, check_values
+from dnpo.settings import check as check_part
+
+if TYPE_CHECKING:
+    from dnpo.loop import Lap
+    from dnpo.running.console import Console
+    from dnpo.stages.verbs import Run
+    from dnpo.store import Store
+    from dnpo.tracking.writing import Tracking
+
+PARTS = (
+    "model",
+    "data",
+    "sft",
+    "generate",
+    "judge",
+    "dsl",
+    "objective",
+    "npo",
+    "trainer",
+    "second_judge",
+    "eval",
+    "tracking",
+)
+ASIDE = ("tracking", "store", "ledger", "device", "threads")  # settings that cannot change a result
+STARTING = ("dsl", "npo")  # parts that act from an iteration of theirs on, and what stands there before
+ABSENT: dict[str, dict[str, Any]] = {
+    "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
+    "npo": {"_target_": "dnpo.optimise.npo.NoNoise", "_partial_": True},
+}
+
+
+def whole(
+    *,
+    iterations: Count,
+    seed: Natural,
+    device: str,
+    threads: Count,
+    sft_rows: Natural,
+    store: str,
+    ledger: str,
+    plan: bool,
+    check: bool,
+) -> None:
+    """The settings of a run as a whole.
+
+    Args:
+        iterations: how many; they are numbered from 0.
+        seed: of everything that is left to chance.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: of torch on the CPU.
+        sft_rows: training rows that fine-tuning alone reads; the iterations have the others. 0: both read all.
+        store: folder of finished stages.
+        ledger: file of judge calls, so that none is paid for twice.
+        plan: print the stages and whether they are there, and what the judge would cost, and run nothing.
+        check: make all the checks that come before a run, and run nothing.
+    """
+
+
+def main() -> None:
+    """``python -m dnpo.train``."""
+    command.run("train", _run)
+
+
+# --- from the config tree to plain values -----------------------------------------------------------------------------
+
+
+def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, dict[str, Any]]]:
+    """Check every setting against the signature of what it configures, without building anything.
+
+    Returns:
+        The settings of the run as a whole; the iteration at which each part of ``STARTING`` starts; the settings of
+        each part.
+
+    Raises:
+        SettingsError: names the first setting that is unknown, missing or out of range.
+    """
+    tree = command.plain(cfg)
+    top = check_values("", whole, {key: value for key, value in tree.items() if key not in PARTS})
+    starts = {name: _start(name, tree[name], top["iterations"]) for name in STARTING}
+    tree["npo"] = matched(tree["npo"], tree["tracking"])
+    settings = {name: check_part(name, {k: v for k, v in tree[name].items() if k != "start"}) for name in PARTS}
+    return top, starts, settings
+
+
+def matched(npo: dict[str, Any], tracking: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace ``npo.shift=run:ID`` by the mean of npo/shift that this MLflow run tracked over its training steps."""
+    shift = npo.get("shift")
+    if not (isinstance(shift, str) and shift.startswith("run:")):
+        return npo
+    from dnpo.tracking.writing import mean_of_metric
+
+    return {**npo, "shift": mean_of_metric(str(tracking.get("uri", "")), shift.removeprefix("run:"), "npo/shift")}
+
+
+def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, Any]]":
+    """Check every setting and turn the tree into parts.
+
+    Args:
+        name: what the ledger puts calls down to: the run's folder, or its sweep's.
+
+    Returns:
+        The run as plain values, the tracking, and the resolved settings.
+    """
+    top, starts, settings = checked(cfg)
+
+    from dnpo.judges.asked.ledger import Ledger
+    from dnpo.policy.model import device_of
+    from dnpo.stages.verbs import Plan, Run
+
+    def in_force(name: str, k: int) -> Any:
+        started: bool = k >= starts[name]
+        return part(name, settings[name] if started else ABSENT[name])
+
+    parts: dict[str, Any] = {name: part(name, settings[name]) for name in PARTS if name not in STARTING}
+    plans: list[Plan] = [
+        Plan(
+            k=k,
+            generate=parts["generate"],
+            judge=parts["judge"],
+            dsl=in_force("dsl", k),
+            objective=parts["objective"],
+            npo=in_force("npo", k),
+            trainer=parts["trainer"],
+        )
+        for k in range(top["iterations"])
+    ]
+    run = Run(
+        seed=top["seed"],
+        device=device_of(top["device"]),
+        data=parts["data"],
+        model=parts["model"],
+        sft=parts["sft"],
+        generate=parts["generate"],
+        judge=parts["judge"],
+        second_judge=parts["second_judge"],
+        eval=parts["eval"],
+        plans=plans,
+        ledger=Ledger(Path(top["ledger"]), name),
+        sft_rows=top["sft_rows"],
+    )
+    resolved = {**top, **settings}
+    for name, start in starts.items():
+        resolved[name] = {**settings[name], "start": start}
+    return run, parts["tracking"].value, resolved
+
+
+def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:
+    """The iteration at which a part starts; ``last`` is the run's last, whatever its number."""
+
+    def starting(*, start: Natural | Literal["last"] = 0) -> None: ...
+
+    given = {"start": settings["start"]} if "start" in settings else {}
+    start = check_values(name, starting, given).get("start", 0)
+    return iterations - 1 if start == "last" else cast(int, start)
+
+
+def run_name(overrides: Sequence[str]) -> str:
+    """What a run is called: its command, without what cannot change a result, and of paths the last part."""
+    said = []
+    for override in overrides:
+        setting, equals, value = override.partition("=")
+        if setting.lstrip("+").split(".")[0] in ASIDE:
+            continue
+        end = PurePath(value).name if value.startswith(("/", ".", "~")) and "," not in value else value
+        said.append(f"{setting}{equals}{end or value}")
+    return " ".join(said) or "defaults"
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def _run(cfg: DictConfig, job: Any) -> float | None:
+    folder = Path(job.runtime.output_dir)
+    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    run, tracking, settings = build(cfg, os.path.relpath(sweep or folder))
+    with run.ledger:  # closed at the end of every job, or those after it would wait for what this one has claimed
+        return _go(run, tracking, settings, job, folder, sweep)
+
+
+def _go(
+    run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, folder: Path, sweep: Path | None
+) -> float | None:
+    """Do what was asked for; of a run, how good its last policy is, the more the better."""
+    import torch
+
+    from dnpo.loop import chain
+    from dnpo.running.console import Console, quieten
+    from dnpo.store import Store
+
+    quieten()
+    torch.set_num_threads(settings["threads"])
+    console, store = Console(), Store(Path(settings["store"]))
+    laps = list(chain(run))
+    if settings["plan"]:
+        from dnpo.running.sweep import planned_before
+
+        _print_plan(console, store, laps, planned_before(sweep, folder, [s for lap in laps for s in lap.stages]))
+        _print_forecast(console, run, laps, store)
+        return None
+    store.open(console.say)
+    pass_gate(run, laps, store, console, settings["check"])
+    if settings["check"]:
+        return None
+    from dnpo.running import execute as running
+
+    name = run_name(job.overrides.task)
+    tags = running.tags(dict(job.runtime.choices), settings, laps)
+    tracking.start(name, flat(settings), tags, sweep)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        summary = running.execute(laps, store, console, tracking, settings, folder)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracking.finish(status)
+    running.show(console, summary, folder, store, tracking)
+    last = summary["table"][-1]
+    return float(last["eval/score"] if "eval/score" in last else -last["eval/loss"])
+
+
+def pass_gate(run: "Run", laps: "list[Lap]", store: "Store", console: "Console", everything: bool) -> None:
+    """Refuse, before anything is computed, a run that cannot work or would mean nothing; say what one should know."""
+    from dnpo.running.gate import gate, show
+
+    findings = gate(run, laps, store)
+    show(console, findings, everything)
+    stops = [
+        f"{finding.name}: {finding.text}. Change {finding.setting}" for finding in findings if finding.level == "stop"
+    ]
+    if stops:
+        raise SettingsError("the run does not begin. " + "\n       ".join(stops))
+
+
+def _print_plan(console: "Console", store: "Store", laps: "list[Lap]", shared: Mapping[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
+    for heading in ("stage", "key", "state"):
+        table.add_column(heading, no_wrap=True)
+    for lap in laps:
+        for stage in lap.stages:
+            state = shared.get(stage.key, "to do")
+            if store.partial(stage).is_dir():
+                state = "begun"
+            if store.has(stage):
+                state = "there"
+            table.add_row(stage.title, f"{stage.name}/{stage.key}", state)
+    console.table(table)
+
+
+def _print_forecast(console: "Console", run: "Run", laps: "list[Lap]", store: "Store") -> None:
+    from rich.table import Table
+
+    from dnpo.judges import Forecast
+    from dnpo.running.forecast import forecast
+
+    found = {title: some for title, some in forecast(run, laps, store).items() if some.calls}
+    if not found:
+        return
+    table = Table(title="Judge", title_justify="left", box=None, pad_edge=False)
+    for heading in ("stage", "calls", "new", "about US dollars"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "stage" else "right")
+    for title, some in [*found.items(), ("all", sum(found.values(), Forecast()))]:
+        cost = "no price known" if some.cost is None else f"{some.cost:,.2f}"
+        table.add_row(title, f"{some.calls:,}", f"{some.new:,}", cost)
+    console.say("")
+    console.table(table)
+    console.say("Questions that an earlier stage asks too count there. What is not generated yet counts as new.")
+
+
+if __name__ == "__main__":
+    main()

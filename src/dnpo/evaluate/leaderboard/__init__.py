@@ -1,0 +1,308 @@
+"""Policy → the scores of the leaderboard six, their average, and what became of every item, through lm-eval.
+
+``rows.py`` makes lm-eval's tasks of a folder of JSON lines, ``harness.py`` lets lm-eval run them (or those of the hub),
+and this file says which benchmarks there are and makes scores of what lm-eval says of each item. lm-eval is the extra
+``eval``; only ``harness.py`` imports it.
+"""
+
+import math
+import time
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dnpo.errors import ModelError, SettingsError
+from dnpo.evaluate.leaderboard.rows import Task, offline
+from dnpo.settings import Count, Natural, nearest
+from dnpo.store import Report, content_hash, write_json
+
+if TYPE_CHECKING:
+    from dnpo.policy.model import Policy
+
+ITEMS, SCORES = "leaderboard-items.parquet", "leaderboard.json"
+HUB = "hub"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How one benchmark is measured.
+
+    Attributes:
+        shots: examples in front of each question, as in Yang et al. 2025.
+        tasks: lm-eval's names.
+        metric: what counts of an item; normalised accuracy where lm-eval has it.
+        filter: which of lm-eval's readings of the response, where it has several.
+        pooled: the score is the mean over all items, not the mean of the tasks' means.
+    """
+
+    shots: int
+    tasks: tuple[str, ...]
+    metric: str = "acc"
+    filter: str = "none"
+    pooled: bool = False
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "arc": Benchmark(25, ("arc_easy", "arc_challenge"), "acc_norm"),
+    "truthfulqa": Benchmark(0, ("truthfulqa_mc1", "truthfulqa_mc2")),
+    "winogrande": Benchmark(5, ("winogrande",)),
+    "gsm8k": Benchmark(5, ("gsm8k",), "exact_match", "strict-match"),
+    "hellaswag": Benchmark(10, ("hellaswag",), "acc_norm"),
+    "mmlu": Benchmark(5, ("mmlu",), pooled=True),
+    "ifeval": Benchmark(0, ("ifeval",), "prompt_level_strict_acc"),
+}
+SIX = ("arc", "truthfulqa", "winogrande", "gsm8k", "hellaswag", "mmlu")
+WITHOUT_SHOTS = ("truthfulqa", "ifeval")
+
+
+class Leaderboard:
+    """What to measure.
+
+    Args:
+        source: ``hub``, or a folder of JSON lines; see ``rows.py``.
+        benchmarks: some of ``arc``, ``truthfulqa``, ``winogrande``, ``gsm8k``, ``hellaswag``, ``mmlu`` and ``ifeval``;
+            the six without ``ifeval`` if not given. The average is that of the six and needs them all.
+        shots: examples in front of each question, by benchmark; those not named have the paper's.
+        limit: the first so many items of each of lm-eval's tasks (MMLU is 57 of them); all if not given.
+        batch_size: sequences at once.
+
+    Raises:
+        SettingsError: there is no such benchmark, or it takes no examples.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str = HUB,
+        benchmarks: list[str] | None = None,
+        shots: Mapping[str, Natural] | None = None,
+        limit: Count | None = None,
+        batch_size: Count = 16,
+    ) -> None:
+        self.benchmarks = list(dict.fromkeys(benchmarks if benchmarks is not None else SIX))
+        if not self.benchmarks:
+            raise SettingsError(f"benchmarks: none are named; expected some of {', '.join(BENCHMARKS)}")
+        for name in (*self.benchmarks, *(shots or {})):
+            if name not in BENCHMARKS:
+                known = f"Expected some of {', '.join(BENCHMARKS)}."
+                raise SettingsError(f"benchmarks: there is no {name}.{nearest(name, BENCHMARKS)} {known}")
+        self.shots = {name: int((shots or {}).get(name, BENCHMARKS[name].shots)) for name in self.benchmarks}
+        for name in WITHOUT_SHOTS:
+            if self.shots.get(name):
+                raise SettingsError(f"shots.{name}={self.shots[name]}: expected 0, this benchmark takes no examples")
+        self.source, self.limit, self.batch_size = source, limit, batch_size
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results: benchmarks, examples, and the contents of the source, never its path.
+
+        Raises:
+            SettingsError: the source is neither ``hub`` nor a folder.
+        """
+        source = HUB if self.source == HUB else content_hash(_folder(self.source))
+        return {"source": source, "shots": self.shots, "limit": self.limit}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What became of one item; rows of ``leaderboard-items.parquet``.
+
+    Attributes:
+        benchmark: the one it counts in.
+        task: lm-eval's name.
+        id: of its row, or a hash of its contents where rows have none; unique in its task and the same for every model.
+        prompt_hash: SHA-256 of what stood before the (first) answer; the same for runs that asked the same.
+        score: what counts: 0 or 1, for TruthfulQA's mc2 the probability of the true answers.
+        accuracy: the same without normalisation by length.
+        gold: number of the right choice, or the right answer. For Winogrande the words after either beginning, and for
+            TruthfulQA's mc2, where several choices are true, 0.
+        logps: log-likelihood of every choice, in nats; empty for generated answers.
+        response: the generated answer, "" for choices.
+        cut: the prompt was longer than the model's context and lost its beginning.
+    """
+
+    benchmark: str
+    task: str
+    id: str
+    prompt_hash: str
+    score: float
+    accuracy: float
+    gold: str
+    logps: list[float]
+    response: str
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """A benchmark's score.
+
+    Attributes:
+        score: from 0 to 1.
+        tasks: the score of each of lm-eval's tasks.
+        shots: examples in front of each question: the fewest and the most over the tasks.
+        asked: how many were asked for.
+        cut: items whose prompt was longer than the model's context and lost its beginning.
+        notes: what is not as it should be, one sentence each.
+    """
+
+    score: float
+    items: int
+    tasks: dict[str, float]
+    shots: tuple[int, int]
+    asked: int
+    cut: int
+    seconds: float
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The scores, their average (None without all of the six), seconds, and what became of every item."""
+
+    scores: dict[str, Score]
+    average: float | None
+    seconds: float
+    items: list[Item]
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers under the names they are tracked by."""
+        found = {f"leaderboard/{name}": score.score for name, score in self.scores.items()}
+        average = {"leaderboard/average": self.average} if self.average is not None else {}
+        return {**found, **average, "leaderboard/seconds": self.seconds}
+
+    def notes(self) -> list[str]:
+        """What is not as it should be, of all benchmarks."""
+        return [f"{name}: {note}" for name, score in self.scores.items() for note in score.notes]
+
+    def write(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """Write ``leaderboard.json``, with ``about`` in it, and ``leaderboard-items.parquet``."""
+        from dnpo import records
+
+        rows: Any = self.items
+        kind: Any = Item
+        records.write(folder / ITEMS, rows, kind)
+        scores = {name: asdict(score) for name, score in self.scores.items()}
+        write_json(folder / SCORES, {**about, "average": self.average, "seconds": self.seconds, "scores": scores})
+
+
+def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Result:
+    """Measure a policy. Its mode, its attention and the state of every random generator are put back.
+
+    Raises:
+        SettingsError: lm-eval is not installed, or the source is neither ``hub`` nor a folder.
+        DataError: a file is missing or a row cannot be used, or the hub does not answer.
+        ModelError: a log-likelihood is not a number, or an answer is longer than the model's context.
+    """
+    from dnpo.evaluate.leaderboard import harness
+
+    harness.available()
+    started = time.monotonic()
+    tasks = {name: _tasks(leaderboard.source, name) for name in leaderboard.benchmarks}  # rows are checked first
+    report.begin(len(tasks), "benchmarks")
+    scores: dict[str, Score] = {}
+    items: list[Item] = []
+    with harness.running(policy, leaderboard.batch_size) as lm:
+        for name, those in tasks.items():
+            report.status(name)
+            began = time.monotonic()
+            asked = leaderboard.shots[name]
+            loaded = harness.of_rows(those, asked) if those else harness.of_hub(BENCHMARKS[name].tasks, asked)
+            found = [
+                _item(name, sample, lm.cut)
+                for sample in harness.run(lm, loaded, leaderboard.limit)
+                if sample["filter"] == BENCHMARKS[name].filter
+            ]
+            shots = [min(asked, len(task.examples)) for task in those] or [asked]
+            notes = _notes(those, shots, asked, found, lm.max_length)
+            scores[name] = _score(BENCHMARKS[name], found, shots, asked, time.monotonic() - began, notes)
+            items += found
+            report.advance()
+    report.status("")
+    average = _mean(scores[name].score for name in SIX) if all(name in scores for name in SIX) else None
+    return Result(scores, average, time.monotonic() - started, items)
+
+
+def _tasks(source: str, name: str) -> list[Task]:
+    """A benchmark's tasks over the files of a folder; none by hub, where lm-eval has its own.
+
+    Raises:
+        SettingsError: the source is neither ``hub`` nor a folder, or the benchmark is not to be had from files.
+    """
+    if source == HUB:
+        return []
+    _folder(source)
+    if name == "ifeval":
+        raise SettingsError("benchmarks: ifeval is not to be had from files; leave it out, or give source=hub")
+    return [task for each in BENCHMARKS[name].tasks for task in offline(Path(source), each)]
+
+
+def _folder(source: str) -> Path:
+    if not Path(source).is_dir():
+        raise SettingsError(f"source={source}: there is no such folder; expected hub, or a folder of JSON lines")
+    return Path(source)
+
+
+def _item(benchmark: str, sample: Mapping[str, Any], cut: Container[tuple[str, int]]) -> Item:
+    """What counts of one of lm-eval's samples, which carries its task's name as ``task``."""
+    task, doc = str(sample["task"]), sample["doc"]
+    name = str(doc.get("id") or sample["doc_hash"][:16])
+    choices = [float(logp) for logp, _ in sample["filtered_resps"]] if _is_choice(sample) else []
+    # Of numbers that are none, the first is the greatest: the answer in the first place would be right.
+    if not all(map(math.isfinite, choices)):
+        raise ModelError(f"{task}, item {name}: the log-likelihoods of the choices are {choices}, expected numbers")
+    score = float(sample[BENCHMARKS[benchmark].metric])
+    return Item(
+        benchmark=benchmark,
+        task=task,
+        id=name,
+        prompt_hash=sample["prompt_hash"],
+        score=score,
+        accuracy=float(sample.get("acc", score)),
+        gold=str(sample["target"]),
+        logps=choices,
+        response="" if choices else str(sample["resps"][0][0]),
+        cut=(task, sample["doc_id"]) in cut,
+    )
+
+
+def _is_choice(sample: Mapping[str, Any]) -> bool:
+    return isinstance(sample["filtered_resps"][0], tuple)
+
+
+def _notes(tasks: Sequence[Task], shots: Sequence[int], asked: int, items: Sequence[Item], context: int) -> list[str]:
+    """What is not as the paper has it."""
+    notes = list(dict.fromkeys(task.note for task, count in zip(tasks, shots, strict=False) if count and task.note))
+    if min(shots) < asked:
+        few = f"{min(shots)}" if min(shots) == max(shots) else f"{min(shots)} to {max(shots)}"
+        notes.append(f"{few} of {asked} examples in front of each question, for want of rows")
+    if cut := sum(item.cut for item in items):
+        notes.append(
+            f"{cut} of {len(items)} items lost the beginning of their prompt: the context has {context} tokens"
+        )
+    return notes
+
+
+def _score(
+    benchmark: Benchmark, items: Sequence[Item], shots: Sequence[int], asked: int, seconds: float, notes: list[str]
+) -> Score:
+    """The mean of the tasks' means, or where they are pooled of all items."""
+    by_task: dict[str, list[float]] = {}
+    for item in items:
+        by_task.setdefault(item.task, []).append(item.score)
+    tasks = {task: _mean(values) for task, values in by_task.items()}
+    return Score(
+        score=_mean(item.score for item in items) if benchmark.pooled else _mean(tasks.values()),
+        items=len(items),
+        tasks=tasks,
+        shots=(min(shots), max(shots)),
+        asked=asked,
+        cut=sum(item.cut for item in items),
+        seconds=seconds,
+        notes=notes,
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return math.fsum(found) / len(found)

@@ -1,0 +1,177 @@
+"""The only file that knows lm-eval: a policy as its model, its tasks, and what it says of every item.
+
+lm-eval's ``evaluate`` is called, not ``simple_evaluate``: the latter seeds the generators of the whole process, asks
+git, lists every installed package, and gives one number of examples to all tasks.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnpo.errors import DataError, ModelError, SettingsError
+from dnpo.evaluate.leaderboard.rows import Task
+from dnpo.policy.model import Policy
+from dnpo.policy.packing import ATTENTION
+
+SEED = 1234  # lm-eval's own, for the choice of examples
+# Where lm-eval keeps the definitions: reading all of them takes half a minute.
+FOLDERS = {
+    "arc_easy": "arc",
+    "arc_challenge": "arc",
+    "truthfulqa_mc1": "truthfulqa",
+    "truthfulqa_mc2": "truthfulqa",
+    "mmlu": "mmlu/default",
+}
+
+
+def available() -> None:
+    """Say so if lm-eval is not there.
+
+    Raises:
+        SettingsError: names what to install.
+    """
+    if find_spec("lm_eval") is None:
+        raise SettingsError('the leaderboard needs lm-eval, which is not installed: pip install "dnpo[eval]"')
+
+
+@contextlib.contextmanager
+def running(policy: Policy, batch_size: int) -> Iterator[Any]:
+    """The policy as lm-eval's model for a while, with its own attention, and nothing of lm-eval's on the screen.
+
+    The mode, the attention and the state of every random generator are put back.
+    """
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    model = policy.causal_lm
+    chance = random.getstate(), np.random.get_state()
+    with policy.evaluating(), torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        logger.setLevel(logging.ERROR)
+        model.set_attn_implementation(policy.own_attention)
+        try:
+            yield _model(policy, batch_size)
+        finally:
+            model.set_attn_implementation(ATTENTION)
+            logger.setLevel(level)
+            random.setstate(chance[0])
+            np.random.set_state(chance[1])
+
+
+def _model(policy: Policy, batch_size: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):  # type: ignore[misc]
+        """lm-eval's, which remembers in ``cut`` whose prompt did not fit (by task and number), and never generates
+        more than half of its context."""
+
+        def __init__(self) -> None:
+            # a copy of the tokenizer: lm-eval gives one without a padding token one
+            tokenizer = copy.deepcopy(policy.tokenizer)
+            super().__init__(policy.model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+            self.cut: set[tuple[str, int]] = set()
+            self.asked: list[tuple[str, int]] = []
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            self.asked = [(r.task_name, r.doc_id) for r in requests]
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+            for item, (_, context, answer) in zip(self.asked, requests, strict=True):
+                if len(answer) > self.max_length:
+                    raise ModelError(
+                        f"{item[0]}: an answer has {len(answer)} tokens, the model's context {self.max_length}; the "
+                        "benchmark cannot be measured with this model"
+                    )
+                if len(context) + len(answer) > self.max_length + 1:
+                    self.cut.add(item)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            for request in requests:
+                prompt, settings = request.args
+                tokens = min(settings.get("max_gen_toks", self.max_gen_toks), self.max_length // 2)
+                settings["max_gen_toks"] = tokens
+                if len(self.tok_encode(prompt)) > self.max_length - tokens:
+                    self.cut.add((request.task_name, request.doc_id))
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    return Model()
+
+
+def of_rows(tasks: Sequence[Task], shots: int) -> dict[str, Any]:
+    """lm-eval's tasks over rows, with as many examples as there are."""
+    from lm_eval.tasks import TaskManager
+
+    loaded: dict[str, Any] = TaskManager(include_defaults=False).load([_defined(task) for task in tasks])["tasks"]
+    for task, each in zip(tasks, loaded.values(), strict=True):
+        _prepare(each, min(shots, len(task.examples)))
+    return loaded
+
+
+def _defined(task: Task) -> dict[str, Any]:
+    from datasets import Dataset
+
+    splits = {"test": Dataset.from_list(task.rows)}
+    if task.examples:
+        splits["examples"] = Dataset.from_list(task.examples)
+    examples = {"fewshot_split": "examples"} if task.examples else {}
+    return {**task.definition, "custom_dataset": lambda **_: splits, "test_split": "test", **examples}
+
+
+def of_hub(names: Sequence[str], shots: int) -> dict[str, Any]:
+    """lm-eval's own tasks over the data sets of the hub.
+
+    Raises:
+        DataError: the hub does not answer.
+        SettingsError: a task needs packages that are not there.
+    """
+    import lm_eval.tasks
+
+    definitions = Path(lm_eval.tasks.__file__).parent
+    folders = dict.fromkeys(str(definitions / FOLDERS.get(name, name)) for name in names)
+    manager = lm_eval.tasks.TaskManager(include_path=list(folders), include_defaults=False)
+    try:
+        loaded: dict[str, Any] = manager.load(list(names))["tasks"]
+    except ImportError as error:
+        raise SettingsError(f'{", ".join(names)}: {error}; pip install "dnpo[eval]"') from error
+    except (OSError, ValueError) as error:  # datasets says with either that it found neither hub nor cache
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"source=hub: {', '.join(names)} cannot be had ({reason}); give source=FOLDER") from error
+    for task in loaded.values():
+        _prepare(task, shots)
+    return loaded
+
+
+def _prepare(task: Any, shots: int) -> None:
+    task.set_config("num_fewshot", shots)
+    task.set_fewshot_seed(SEED)
+    if task.config.task == "truthfulqa_mc2":
+        task.set_config("process_results", mass_of_the_true)
+
+
+def mass_of_the_true(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """TruthfulQA's mc2: the probability of the true answers among all (Lin et al. 2022, section 3.2).
+
+    lm-eval's own is 0/0 where every answer's probability is too small for a float; here the greatest is 1.
+    """
+    labels = np.array(doc["labels"] if "labels" in doc else doc["mc2_targets"]["labels"])
+    logps = np.array([logp for logp, _ in results])
+    chances = np.exp(logps - logps.max())
+    return {"acc": float(chances[labels == 1].sum() / chances.sum())}
+
+
+def run(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> list[dict[str, Any]]:
+    """What lm-eval says of every item of the tasks, each with its ``task``."""
+    from lm_eval.evaluator import evaluate
+
+    loaded = {"tasks": dict(tasks), "groups": {}, "group_map": {}}
+    done = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    return [{**sample, "task": task} for task in tasks for sample in done["samples"][task]]

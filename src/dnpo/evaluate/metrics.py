@@ -1,0 +1,301 @@
+"""Policy → {metric: value}, and the rows and log-probabilities behind them.
+
+On prompts with a judge: judge scores (greedy and sampled), fresh samples against human responses. On prompts with
+answers: accuracy by family (greedy), pass@k and the majority of the samples, and how many pairs have the wrong answer
+chosen. On any data: held-out loss of human responses, lengths, and where chosen, rejected and newly generated responses
+lie under the new policy, with the distances between the last two as the measure of stagnation.
+
+What else can be measured of a policy (texts, drift, a second judge, the leaderboard) are stages of their own, in
+``measures.py``: they read what this one leaves.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dnpo.evaluate.distances import ks, overlap, overlap_by_chance, wasserstein
+from dnpo.evaluate.leaderboard import Leaderboard
+from dnpo.evaluate.texts import Texts
+from dnpo.generate.hf import Sampling, sample
+from dnpo.judges import Judge, judged, tally
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.exact.rules import correct, stated
+from dnpo.policy.model import Policy
+from dnpo.records import Item, Pair, Prompt, Response, Verdict, write
+from dnpo.seeding import derive
+from dnpo.settings import Count
+from dnpo.stats.sampling import majority, pass_at_k
+from dnpo.store import Report
+
+Split = Literal["validation", "test"]
+
+
+class Evaluation:
+    """What to measure: what ``eval=…`` configures.
+
+    Args:
+        split: ``validation`` for choosing settings, ``test`` for reporting.
+        samples: fresh samples of each held-out prompt.
+        sequences: pairs of the iteration, and fresh samples for the same prompts, whose log-probabilities are kept. Of
+            these the Kolmogorov-Smirnov distance compares those whose fresh sample is not the human response itself;
+            it needs 1,200 or more to be told from chance.
+        texts: newly generated texts beside the positive samples; None leaves it out.
+        leaderboard: benchmarks through lm-eval, after every iteration; None leaves them out.
+    """
+
+    not_in_key = ("texts", "leaderboard")  # stages of their own
+
+    def __init__(
+        self,
+        *,
+        split: Split = "test",
+        samples: Count = 4,
+        sequences: Count = 1536,
+        texts: Texts | None = None,
+        leaderboard: Leaderboard | None = None,
+    ) -> None:
+        self.split, self.samples, self.sequences = split, samples, sequences
+        self.texts, self.leaderboard = texts, leaderboard
+
+
+class Held(NamedTuple):
+    """Held-out prompts with the human responses to them, in the same order."""
+
+    prompts: Sequence[Prompt]
+    human: Sequence[Response]
+
+
+def evaluate(
+    policy: Policy,
+    evaluation: Evaluation,
+    held: Held,
+    judge: Judge,
+    ledger: Ledger,
+    sampling: Sampling,
+    *,
+    pairs: Sequence[Pair] | None,
+    train: Held,
+    source: str,
+    limit: int,
+    seed: int,
+    folder: Path,
+    report: Report,
+) -> dict[str, float]:
+    """Measure a policy; see the head of this file.
+
+    Args:
+        policy: the one to measure.
+        held: the split to report on.
+        judge: gives the scores; with an absent one the metrics that need scores are left out.
+        ledger: where the judge looks up what it has been asked before.
+        sampling: as the policy samples for training.
+        pairs: what the policy was trained on, if it was trained on pairs.
+        train: training prompts, for fresh samples where there are no pairs.
+        source: what fresh samples say they come from.
+        limit: completion tokens at most.
+        seed: of the samples.
+        folder: gets ``samples.parquet``, ``verdicts.parquet``, ``items.parquet`` and ``logprobs.npz``.
+        report: told of every batch.
+    """
+    copies = evaluation.samples
+    several = copied(held, copies)
+    known = _known(train, pairs, evaluation.sequences, seed)
+    report.begin(len(held.prompts) * (1 + copies) + len(known.prompts), "responses")
+    greedy = sample(policy, held.prompts, sampling.greedy(), source, limit, 0, report)
+    fresh = sample(policy, several, sampling, source, limit, derive(seed, "held out"), report)
+    new = sample(policy, known.prompts, sampling, source, limit, derive(seed, "new"), report)
+
+    human_logps = policy.score([p.token_ids for p in held.prompts], [r.token_ids for r in held.human])
+    metrics: dict[str, float] = {
+        "eval/loss": -sum(human_logps) / sum(r.tokens for r in held.human),
+        "eval/tokens": _mean(r.tokens for r in fresh),
+        "eval/human_tokens": _mean(r.tokens for r in held.human),
+        "eval/cut": _mean(r.finish == "length" for r in fresh),
+    }
+    checkable = all(p.answer is not None for p in held.prompts)
+    if checkable:
+        metrics |= _accuracy(held.prompts, greedy) | _several(several, fresh, copies)
+    if pairs is not None and all(p.answer is not None for p in train.prompts):
+        metrics |= _labels(pairs, train.prompts)
+    verdicts: list[Verdict] = []
+    if judge.gives_scores:
+        responses = [*held.human, *greedy, *fresh]
+        verdicts = judged(judge, [*held.prompts, *several], responses, ledger, report)
+        write(folder / "verdicts.parquet", verdicts, Verdict)
+        metrics |= {f"eval/{name}": value for name, value in quality(verdicts, len(held.human)).items()}
+        metrics |= {f"eval/{name}": value for name, value in tally(verdicts).items()}
+    write(folder / "samples.parquet", [*greedy, *fresh, *new], Response)
+    write(folder / "items.parquet", _items(held, greedy, fresh, verdicts, checkable), Item)
+    metrics |= _distributions(policy, known, pairs is not None, new, folder)
+    return metrics
+
+
+def copied(held: Held, copies: int) -> list[Prompt]:
+    """The held-out prompts, once for each sample: all with number 0, then all with number 1, …"""
+    return [
+        replace(p, id=f"{p.id}#{n}", human=r.text)
+        for n in range(copies)
+        for p, r in zip(held.prompts, held.human, strict=True)
+    ]
+
+
+class _Known(NamedTuple):
+    prompts: list[Prompt]
+    human: list[list[int]]
+    chosen: list[list[int]]
+    rejected: list[list[int]]
+
+
+def _known(train: Held, pairs: Sequence[Pair] | None, count: int, seed: int) -> _Known:
+    """Prompts whose chosen (and rejected) responses are compared with new ones; drawn from the seed."""
+    draw = np.random.default_rng(derive(seed, "sequences"))
+    human_of = {r.id: r.token_ids for r in train.human}
+    if pairs is None:
+        some = sorted(draw.permutation(len(train.prompts))[:count].tolist())
+        prompts = [train.prompts[i] for i in some]
+        human = [human_of[p.id] for p in prompts]
+        return _Known(prompts, human, human, [])
+    prompt_of = {p.id: p for p in train.prompts}
+    those = [pairs[i] for i in sorted(draw.permutation(len(pairs))[:count].tolist())]
+    return _Known(
+        [prompt_of[p.id] for p in those],
+        [human_of[p.id] for p in those],
+        [p.chosen_ids for p in those],
+        [p.rejected_ids for p in those],
+    )
+
+
+def _accuracy(prompts: Sequence[Prompt], greedy: Sequence[Response]) -> dict[str, float]:
+    """Share of greedy responses whose stated answer is right, by family and their mean."""
+    families = list(dict.fromkeys(p.family for p in prompts))
+    right = [(p.family, correct(p, r.text)) for p, r in zip(prompts, greedy, strict=True)]
+    by_family = {f: _mean(ok for family, ok in right if family == f) for f in families}
+    found = {f"eval/accuracy/{family}": value for family, value in by_family.items() if family}
+    return found | {"eval/accuracy": _mean(by_family.values())}
+
+
+def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) -> dict[str, float]:
+    """pass@1 and pass@n of the n samples of each prompt, and how often the most frequent answer of them is right."""
+    count = len(prompts) // copies
+    right = [correct(p, r.text) for p, r in zip(prompts, fresh, strict=True)]
+    # An answer with one of the words in it that introduce answers is stated only in part, so right ones share a name.
+    said = [("right", "") if ok else ("", stated(r.text)) for ok, r in zip(right, fresh, strict=True)]
+    hits = [sum(right[i::count]) for i in range(count)]
+    found = {f"eval/pass_at_{k}": _mean(pass_at_k(copies, n, k) for n in hits) for k in dict.fromkeys((1, copies))}
+    votes = [majority(said[i::count]) for i in range(count)]
+    return found | {"eval/majority": _mean(vote == ("right", "") for vote in votes)}
+
+
+def _labels(pairs: Sequence[Pair], prompts: Sequence[Prompt]) -> dict[str, float]:
+    """How many of the pairs have exactly one right answer, and how many have it rejected: noise of the labels."""
+    prompt_of = {p.id: p for p in prompts}
+    right = [(correct(prompt_of[p.id], p.chosen), correct(prompt_of[p.id], p.rejected)) for p in pairs]
+    return {
+        "labels/decided": _mean(chosen != rejected for chosen, rejected in right),
+        "labels/noise": _mean(rejected and not chosen for chosen, rejected in right),
+    }
+
+
+def quality(verdicts: Sequence[Verdict], count: int) -> dict[str, float]:
+    """Mean scores, and how often a fresh sample has a higher, the same or a lower score than the human response.
+
+    Args:
+        verdicts: of the human responses, the greedy ones, and the samples, in this order.
+        count: of held-out prompts.
+    """
+    human, greedy, fresh = verdicts[:count], verdicts[count : 2 * count], verdicts[2 * count :]
+    of_human = {v.id: v.score for v in human}
+    duels = [(v.score, of_human[v.id.rsplit("#", 1)[0]]) for v in fresh]
+    decided = [(new, old) for new, old in duels if new is not None and old is not None]
+    return {
+        "score_human": _mean(v.score for v in human if v.score is not None),
+        "score_greedy": _mean(v.score for v in greedy if v.score is not None),
+        "score": _mean(v.score for v in fresh if v.score is not None),
+        "win": _mean(new > old for new, old in decided),
+        "tie": _mean(new == old for new, old in decided),
+        "lose": _mean(new < old for new, old in decided),
+    }
+
+
+def _items(
+    held: Held, greedy: Sequence[Response], fresh: Sequence[Response], verdicts: Sequence[Verdict], checkable: bool
+) -> list[Item]:
+    """What became of each held-out response, in the order of the verdicts."""
+    count = len(held.prompts)
+    found = []
+    for i, response in enumerate([*held.human, *greedy, *fresh]):
+        prompt = held.prompts[i % count]
+        found.append(
+            Item(
+                id=prompt.id,
+                family=prompt.family,
+                kind="human" if i < count else "greedy" if i < 2 * count else "sample",
+                sample=max(i // count - 2, 0),
+                score=verdicts[i].score if verdicts else None,
+                second=None,
+                right=correct(prompt, response.text) if checkable else None,
+                tokens=response.tokens,
+                logprob=response.logprob,
+            )
+        )
+    return found
+
+
+def _distributions(
+    policy: Policy, known: _Known, has_pairs: bool, new: Sequence[Response], folder: Path
+) -> dict[str, float]:
+    """Log-probabilities of chosen, rejected and new responses under this policy, kept whole, and their means."""
+    prompt_ids = [p.token_ids for p in known.prompts]
+    kept: dict[str, Any] = {
+        "chosen": policy.score(prompt_ids, known.chosen),
+        "chosen_tokens": [len(ids) for ids in known.chosen],
+        "new": [r.logprob for r in new],
+        "new_tokens": [r.tokens for r in new],
+    }
+    metrics = {"logps/chosen": _mean(kept["chosen"]), "logps/new": _mean(kept["new"])}
+    if has_pairs:
+        kept["rejected"] = policy.score(prompt_ids, known.rejected)
+        kept["rejected_tokens"] = [len(ids) for ids in known.rejected]
+        metrics["logps/rejected"] = _mean(kept["rejected"])
+        # There is no pair where the generated response was the human one word for word, so nothing rejected is. The new
+        # samples are compared on the same terms, and on the same prompts: an unmoved policy has to show no distance.
+        compared = [r.token_ids != human for r, human in zip(new, known.human, strict=True)]
+        kept["compared"] = compared
+    arrays: dict[str, Any] = {name: np.asarray(values) for name, values in kept.items()}
+    if has_pairs and any(kept["compared"]):
+        metrics |= _stagnation(arrays)
+    with (folder / "logprobs.npz").open("wb") as stream:
+        np.savez(stream, **arrays)
+    return metrics
+
+
+def _stagnation(kept: dict[str, Any]) -> dict[str, float]:
+    """How far newly generated responses lie from the rejected ones: their log-probabilities, summed and per token."""
+    found: dict[str, float] = {}
+    for ending, per_token in (("", False), ("_per_token", True)):
+        old, young = (
+            (kept[name] / np.maximum(kept[f"{name}_tokens"], 1) if per_token else kept[name])[kept["compared"]]
+            for name in ("rejected", "new")
+        )
+        found |= {
+            f"stagnation/ks{ending}": ks(old, young),
+            f"stagnation/wasserstein{ending}": wasserstein(old, young),
+            f"stagnation/overlap{ending}": overlap(old, young),
+            f"stagnation/overlap_by_chance{ending}": overlap_by_chance(old, young),
+        }
+    count = int(kept["compared"].sum())
+    return found | {"stagnation/ks_critical": ks_critical(count, count)}
+
+
+def ks_critical(first: int, second: int) -> float:
+    """The distance that two samples from one distribution exceed in 5 % of cases (large-sample Kolmogorov-Smirnov)."""
+    return math.sqrt(-math.log(0.05 / 2) / 2 * (first + second) / (first * second))
+
+
+def _mean(values: Any) -> float:
+    found = [float(v) for v in values]
+    return sum(found) / len(found) if found else 0.0

@@ -1,0 +1,288 @@
+"""Generated texts beside the positive samples a policy was trained on, and how diverse they are.
+
+Similarity, row by row, as in Table 5 of the DNPO paper: BLEU, ROUGE-L and the Sentence-BERT similarity. All are
+fractions, as there: sacrebleu's 0-100 is divided by 100. The paper does not say which BLEU it has, so both that of the
+corpus and the mean over rows are given. BERTScore is left out: the paper has none, and it would need one more large
+encoder to say what Sentence-BERT says already.
+
+Diversity, of one set of texts: distinct-n, self-BLEU, lengths. Every number in ``items`` belongs to one text, and its
+mean stands in ``metrics`` under the same name; what is in ``metrics`` alone is of the whole set.
+
+sacrebleu and rouge-score are the extra ``eval``.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from dnpo.errors import DataError, ModelError, SettingsError
+from dnpo.policy.weights import Weights, context_of
+from dnpo.seeding import derive
+from dnpo.settings import Count
+
+PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}
+PARTS = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that Encoder knows
+SETTINGS = "sentence_bert_config.json"
+BATCH = 64  # texts of one length at once
+SAMPLE = 100  # texts that self-BLEU compares with each other
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured.
+
+    Attributes:
+        metrics: one number each.
+        items: one number a text, in the order of the texts; for comparisons that are paired over them.
+        signatures: how a metric was computed, for those that have variants.
+    """
+
+    metrics: Mapping[str, float]
+    items: Mapping[str, Sequence[float]]
+    signatures: Mapping[str, str]
+
+
+def available() -> None:
+    """Say so if a package is not there.
+
+    Raises:
+        SettingsError: names what to install.
+    """
+    missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise SettingsError(f'text metrics need {" and ".join(missing)}, not installed here: pip install "dnpo[eval]"')
+
+
+class Texts:
+    """What to measure of newly generated texts: what ``eval.texts`` configures.
+
+    Args:
+        rows: newly generated texts that are compared with the positive samples of their rows, the first so many of
+            those whose log-probabilities are kept.
+        encoder: a folder with a sentence encoder, for the Sentence-BERT similarity; without one it is left out.
+
+    Raises:
+        SettingsError: a package is missing.
+        ModelError: there is no such folder.
+    """
+
+    def __init__(self, *, rows: Count = 400, encoder: str | None = None) -> None:
+        available()
+        self.rows, self.encoder = rows, encoder
+        self._weights = None if encoder is None else Weights(encoder, None, None, "eval.texts.encoder")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results; never a path."""
+        return {"rows": self.rows, "encoder": None if self._weights is None else self._weights.identity}
+
+    def measure(self, generated: Sequence[str], positive: Sequence[str], device: str, seed: int) -> "Measured":
+        """:func:`similarity` of both, and :func:`diversity` of what was generated."""
+        encoder = None if self.encoder is None else Encoder(self.encoder, device)
+        near, differ = similarity(generated, positive, encoder), diversity(generated, seed=seed)
+        return Measured(
+            {**near.metrics, **differ.metrics}, {**near.items, **differ.items}, {**near.signatures, **differ.signatures}
+        )
+
+
+class Encoder:
+    """A frozen sentence encoder. A text becomes the mean of its last hidden states over its tokens, at length 1.
+
+    This is what sentence-transformers computes for models such as all-MiniLM-L6-v2, whose folders also say at how many
+    tokens a text is cut. The weights are read in float32.
+
+    Args:
+        path: a folder of transformers, or of sentence-transformers.
+        device: where it runs.
+
+    Raises:
+        ModelError: it cannot be loaded, or it says that an embedding is made in another way.
+    """
+
+    def __init__(self, path: str, device: str = "cpu") -> None:
+        weights = Weights(path, None, None, "encoder")
+        pooling = _said(weights, "1_Pooling/config.json")
+        mean = pooling.get("pooling_mode_mean_tokens", pooling.get("pooling_mode", "mean") == "mean")
+        kinds = {str(module["type"]).rsplit(".", 1)[-1] for module in _said(weights, "modules.json").values()}
+        if not mean or kinds - PARTS:
+            raise ModelError(
+                f"{weights.shown}: its embedding is not the mean over tokens; expected an encoder for which it is, "
+                "such as sentence-transformers/all-MiniLM-L6-v2"
+            )
+        loaded = weights.load(AutoModel, dtype=torch.float32, use_safetensors=True)
+        self.model, self.tokenizer = loaded.to(device).eval(), weights.load(AutoTokenizer)
+        limits = [context_of(self.model, self.tokenizer), _said(weights, SETTINGS).get("max_seq_length")]
+        self.limit = min((limit for limit in limits if limit), default=None)
+        self.label = f"{weights.label}|mean|{self.limit} tokens"
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings, texts × width. Texts of one length are read together and nothing is padded, so no text changes
+        another's embedding by more than rounding.
+
+        A text without any token, which only a tokenizer without special tokens can leave, has the embedding 0.
+        """
+        by_length: dict[int, dict[str, list[int]]] = {}
+        for text in texts:
+            ids = self.tokenizer(text, truncation=self.limit is not None, max_length=self.limit)["input_ids"]
+            by_length.setdefault(len(ids), {})[text] = ids
+        known: dict[str, Tensor] = {}
+        for length, alike in by_length.items():
+            names, rows = list(alike), list(alike.values())
+            for start in range(0, len(rows), BATCH):
+                some = torch.tensor(rows[start : start + BATCH], dtype=torch.long, device=self.model.device)
+                known |= zip(names[start : start + BATCH], self._embed(some, length), strict=True)
+        return torch.stack([known[text] for text in texts])
+
+    def _embed(self, ids_BT: Tensor, length: int) -> Tensor:
+        if not length:
+            return torch.zeros(len(ids_BT), self.model.config.get_text_config().hidden_size)
+        hidden_BTH = self.model(input_ids=ids_BT).last_hidden_state
+        return torch.nn.functional.normalize(hidden_BTH.mean(1), dim=-1).cpu()
+
+
+def similarity(generated: Sequence[str], positive: Sequence[str], encoder: Encoder | None = None) -> Measured:
+    """How near each generated text comes to the positive sample of its row.
+
+    ``bleu``: BLEU-4 of the corpus (Papineni et al. 2002), counts of all rows taken together, as sacrebleu has it. It is
+    0 where no text has four words.
+
+    ``bleu_sentence``: of each row, only with the orders of n-gram that the text has. Both smooth a precision of 0 to
+    1/2, 1/4, … of a match, unless all are 0. "the cat sat on the mat" against "the cat is on the mat":
+    (5/6 · 3/5 · 1/4 · 1/6)^¼ = 0.380.
+
+    ``rouge_l``: F of the longest common subsequence of words (Lin 2004), by rouge-score without stemming. In the same
+    example 5 of 6 words, 0.833. It knows words of a-z and 0-9 alone: to it, text in other scripts is empty.
+
+    ``sbert``: cosine of both embeddings (Reimers and Gurevych 2019), −1 to 1; only with an encoder.
+
+    An empty text has 0 of the first three, also beside an empty one.
+
+    Args:
+        generated: texts of the policy.
+        positive: the chosen responses of the same prompts, in the same order, that it was trained on.
+        encoder: for Sentence-BERT.
+
+    Raises:
+        DataError: there are no rows, or not as many on both sides.
+        SettingsError: a package is missing.
+    """
+    available()
+    if len(generated) != len(positive):
+        raise DataError(
+            f"{len(generated)} generated texts and {len(positive)} positive samples; expected one each a row"
+        )
+    _some(generated)
+    # force: no warning where texts look tokenized already, which changes no number
+    corpus, sentence = _bleu(force=True), _bleu(effective_order=True)
+    whole = corpus.corpus_score(list(generated), [list(positive)]).score / 100
+    rouge = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    rows = list(zip(generated, positive, strict=True))
+    items = {
+        "bleu_sentence": [sentence.sentence_score(text, [other]).score / 100 for text, other in rows],
+        "rouge_l": [float(rouge.score(other, text)["rougeL"].fmeasure) for text, other in rows],
+    }
+    signatures = {
+        "bleu": str(corpus.get_signature()),
+        "bleu_sentence": str(sentence.get_signature()),
+        "rouge_l": "rougeL|F1|stem:no",
+    }
+    if encoder is not None:
+        embedded = encoder([*generated, *positive])
+        cosines = (embedded[: len(rows)] * embedded[len(rows) :]).sum(-1)
+        items["sbert"] = cast(list[float], cosines.tolist())
+        signatures["sbert"] = encoder.label
+    return Measured({"bleu": whole} | _means(items), items, signatures)
+
+
+def diversity(texts: Sequence[str], *, seed: int = 0, sample: int = SAMPLE) -> Measured:
+    """How much texts differ from each other, and in themselves, and how long they are.
+
+    ``distinct_1``, ``distinct_2``: distinct n-grams of words as a share of all, over the whole set (Li et al. 2016).
+    They fall as texts are added, so compare sets of as many texts. "a b a" and "a b c": 3 words of 6, and 3 pairs (a b,
+    b a, b c) of 4. ``distinct_1_within``, ``distinct_2_within``: the same within one text, low where it repeats itself;
+    1 where it has no n-gram.
+
+    ``self_bleu``: mean BLEU of each text with the others as its references (Zhu et al. 2018, Texygen), high where texts
+    are alike. More references make it higher, so ``sample`` texts are drawn by the seed and compared among themselves;
+    ``self_bleu_texts`` says how many there were. It is left out with one text alone.
+
+    ``words`` and ``characters``: lengths. Words are runs of letters and digits, in lower case, and every other mark
+    that is not white space.
+
+    Args:
+        texts: one set.
+        seed: of the texts that self-BLEU takes.
+        sample: how many it takes; time grows as its square.
+
+    Raises:
+        DataError: there are no texts, or ``sample`` is under 2.
+        SettingsError: sacrebleu is missing.
+    """
+    available()
+    _some(texts)
+    if sample < 2:
+        raise DataError(f"sample={sample}: self-BLEU compares texts with each other; expected 2 or more")
+    words = [_WORD.findall(text.lower()) for text in texts]
+    pairs = [list(pairwise(one)) for one in words]
+    items = {
+        "words": [float(len(one)) for one in words],
+        "characters": [float(len(text)) for text in texts],
+        "distinct_1_within": [_distinct([one]) for one in words],
+        "distinct_2_within": [_distinct([one]) for one in pairs],
+    }
+    metrics = {"distinct_1": _distinct(words), "distinct_2": _distinct(pairs)} | _means(items)
+    if len(texts) == 1:
+        return Measured(metrics, items, {})
+    draw = np.random.default_rng(derive(seed, "self-BLEU"))
+    drawn = [texts[i] for i in sorted(draw.permutation(len(texts))[:sample].tolist())]
+    value, signature = _self_bleu(drawn)
+    return Measured(metrics | {"self_bleu": value, "self_bleu_texts": len(drawn)}, items, {"self_bleu": signature})
+
+
+def _bleu(**options: bool) -> Any:
+    # By name, so that types can be checked without the package.
+    return import_module("sacrebleu.metrics.bleu").BLEU(**options)
+
+
+def _self_bleu(texts: Sequence[str]) -> tuple[float, str]:
+    bleu = _bleu(effective_order=True)
+    scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)]
+    return sum(scores) / len(scores) / 100, str(bleu.get_signature())
+
+
+def _distinct(texts: Sequence[Sequence[Any]]) -> float:
+    """The share of different ones; 1 where there is none, as nothing is said twice."""
+    every = [one for text in texts for one in text]
+    return len(set(every)) / len(every) if every else 1.0
+
+
+def _means(items: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: sum(values) / len(values) for name, values in items.items()}
+
+
+def _some(texts: Sequence[str]) -> None:
+    if not texts:
+        raise DataError("there are no texts to measure; expected one or more")
+
+
+def _said(weights: Weights, file: str) -> dict[str, Any]:
+    """A file of sentence-transformers beside the weights; nothing where there is none."""
+    if weights.folder is None or not (weights.folder / file).is_file():
+        return {}
+    try:
+        found = json.loads((weights.folder / file).read_text(encoding="utf-8"))
+        return dict(enumerate(found) if isinstance(found, list) else found)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{weights.shown}: its {file} cannot be read ({error})") from error

@@ -1,0 +1,375 @@
+"""Policy + prompts → responses, in shards.
+
+A shard's samples depend on the policy, its prompts and the seed, and on nothing else: not on the shards before it, nor
+on whether the run was killed in between, nor (up to the rounding of logits) on how many rows are computed at once. For
+each row draws from a stream of chance of its own, and so rows can come and go: prompts wait in a queue, the longest
+first; rows that finish leave the batch, and the next prompts take their places.
+
+Shapes: N prompts, T completion tokens at most, R rows under way, P distinct prompts that are read at once, M rows that
+move, L columns of the cache, V vocabulary, D size of a head.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from dnpo.errors import ModelError, SettingsError
+from dnpo.policy.model import Policy
+from dnpo.records import Finish, Prompt, Response, read_all, write
+from dnpo.seeding import derive
+from dnpo.settings import Count, Fraction, Natural, NonNegative
+from dnpo.store import Report
+
+FREE = 0.25  # this share of a batch has to be free before further prompts are read: every reading has its fixed cost
+
+
+class Sampling:
+    """How to sample: what ``generate=…`` configures.
+
+    Args:
+        temperature: 0 is greedy.
+        top_k: sample from the k likeliest tokens; 0 means from all.
+        top_p: sample from the smallest set of tokens with this much probability.
+        batch_size: rows at once; the samples do not depend on it, up to the rounding of logits.
+        shard_size: prompts of one shard, which is what a killed run can lose.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: NonNegative = 1.0,
+        top_k: Natural = 0,
+        top_p: Fraction = 1.0,
+        batch_size: Count = 64,
+        shard_size: Count = 512,
+    ) -> None:
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.batch_size, self.shard_size = batch_size, shard_size
+
+    def greedy(self) -> "Sampling":
+        """The same layout, without chance."""
+        return Sampling(temperature=0.0, batch_size=self.batch_size, shard_size=self.shard_size)
+
+
+def generate(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    source: str,
+    limit: int,
+    seed: int,
+    folder: Path,
+    report: Report,
+) -> list[Response]:
+    """One response to each prompt, in the order of the prompts; shards that are in ``folder`` are not made again.
+
+    Args:
+        policy: samples with its own template's prompts, ``Prompt.token_ids``.
+        prompts: encoded ones.
+        sampling: temperature and layout.
+        source: what the rows say they come from.
+        limit: completion tokens at most.
+        seed: with the number of the shard it decides the shard's samples.
+        folder: where the shards are written, as Parquet.
+        report: told of every response.
+    """
+    shards = [prompts[i : i + sampling.shard_size] for i in range(0, len(prompts), sampling.shard_size)]
+    paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
+    report.begin(len(prompts), "responses", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
+    for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):
+        if not path.is_file():
+            write(path, sample(policy, shard, sampling, source, limit, derive(seed, "shard", number), report), Response)
+    return read_all(paths, Response)
+
+
+def sample(
+    policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, source: str, limit: int, seed: int, report: Report
+) -> list[Response]:
+    """One response to each prompt, with its log-probability under the policy (at temperature 1, of all tokens)."""
+    ids = [p.token_ids for p in prompts]
+    with policy.evaluating():
+        with _memory(sampling):
+            completions = complete(policy, ids, sampling, limit, seed, report)
+        logps = policy.score(ids, completions)
+    stops = set(policy.stop_ids)
+    rows = []
+    for prompt, completion, logp in zip(prompts, completions, logps, strict=True):
+        finish: Finish = "eos" if completion and completion[-1] in stops else "length"
+        text = str(policy.tokenizer.decode(completion, skip_special_tokens=True)).strip()
+        rows.append(Response(prompt.id, source, text, completion, len(completion), finish, logp))
+    return rows
+
+
+@torch.no_grad()
+def complete(
+    policy: Policy, prompts: Sequence[list[int]], sampling: Sampling, limit: int, seed: int, report: Report
+) -> list[list[int]]:
+    """Completions up to and with their stop token, or cut at the limit without one, in the order of the prompts.
+
+    Args:
+        policy: in evaluation mode.
+        prompts: token ids, none empty.
+        sampling: temperature, truncation, and how many rows at once.
+        limit: completion tokens at most.
+        seed: with a row's number it decides what the row draws.
+        report: told of every row that has finished.
+    """
+    completions: list[list[int]] = [[] for _ in prompts]
+    uniform_NT, warp = _uniform(len(prompts), limit, seed), _warp(sampling)
+    queue, stops = _queue(prompts, sampling.batch_size), set(policy.stop_ids)
+    live: list[int] = []  # which prompts the batch's rows answer
+    batch = _Batch(policy, min(sampling.batch_size, len(prompts)))
+    while queue or live:
+        if queue and batch.has_room(len(queue[-1])):
+            more: list[int] = []
+            while queue and len(live) + len(more) + len(queue[-1]) <= sampling.batch_size:
+                more += queue.pop()
+            batch.admit([prompts[i] for i in more])
+            live += more
+        steps = [len(completions[i]) for i in live]
+        tokens = _pick(batch.logits_RV, uniform_NT[live, steps], warp).tolist()  # the one wait for the device
+        if -1 in tokens:
+            raise ModelError("the policy's logits are NaN or infinite: there is nothing to sample from")
+        for i, token in zip(live, tokens, strict=True):
+            completions[i].append(token)
+        on = [r for r, i in enumerate(live) if tokens[r] not in stops and len(completions[i]) < limit]
+        if len(on) < len(live):
+            report.advance(len(live) - len(on))
+            on = batch.keep(on)
+            live = [live[r] for r in on]
+        if live:
+            batch.read([tokens[r] for r in on])
+    return completions
+
+
+class _Batch:
+    """Rows under way, padded on the left so that all of them end in the cache's last column.
+
+    Attributes:
+        lengths: tokens of each row in the cache, R numbers.
+        logits_RV: what the model says of each row's next token.
+    """
+
+    def __init__(self, policy: Policy, size: int) -> None:
+        self._model, self._device, self._pad_id, self._size = policy.causal_lm, policy.device, policy.pad_id, size
+        self._accepted = inspect.signature(self._model.forward).parameters
+        if "past_key_values" not in self._accepted:
+            raise ModelError(f"model: {type(self._model).__name__} takes no past_key_values; it is not supported")
+        # Rows can join where all layers keep keys and values by column. What others hold (the state of linear
+        # attention, say) has no columns: there a batch runs to its end before the next begins.
+        layers = DynamicCache(config=self._model.config).layers
+        self._joinable = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+        self.lengths: list[int] = []
+        self.logits_RV = torch.empty(0, device=self._device)
+        self._cache: Any = None
+
+    def has_room(self, rows: int) -> bool:
+        """Whether so many rows should join now: when they fit, and so many are free that reading their prompts pays."""
+        free = self._size - len(self.lengths)
+        return not self.lengths or (self._joinable and free >= max(rows, self._size * FREE))
+
+    def admit(self, prompts: Sequence[list[int]]) -> None:
+        """Read prompts and put them below the other rows; equal ones are read once.
+
+        Args:
+            prompts: none of them longer than the longest row.
+        """
+        distinct = {tuple(ids): row for row, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        lengths = [len(ids) for ids in distinct]
+        width = max(lengths)
+        # Without a configuration it keeps what is outside of a sliding window as well, and the mask hides it.
+        cache: Any = DynamicCache() if self._joinable else DynamicCache(config=self._model.config)
+        ids_PL = [[self._pad_id] * (width - len(ids)) + list(ids) for ids in distinct]
+        logits_PV = self._read(ids_PL, lengths, width, cache)
+        take_R = torch.tensor([distinct[tuple(ids)] for ids in prompts], device=self._device)
+        logits_RV = logits_PV[take_R]
+        if self.lengths:
+            self.logits_RV = torch.cat([self.logits_RV, logits_RV])
+        else:
+            self.logits_RV, self._width = logits_RV, width
+            self._cache = cache
+            if self._joinable:
+                self._cache = Cache([_Window(x.keys[:0], x.values[:0], self._size) for x in cache.layers])
+        if self._joinable:
+            for window, layer in zip(self._cache.layers, cache.layers, strict=True):
+                window.admit(layer.keys, layer.values, take_R)
+        else:
+            cache.reorder_cache(take_R)  # the one selection that all kinds of layers have
+        self.lengths += map(len, prompts)
+
+    def read(self, tokens: list[int]) -> None:
+        """Read one token of every row."""
+        self.lengths = [n + 1 for n in self.lengths]
+        self._width += 1
+        self.logits_RV = self._read([[token] for token in tokens], self.lengths, self._width, self._cache)
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """Drop all rows but these; a :meth:`read` has to follow.
+
+        Returns:
+            Their new order: the last of them stand where others have left, so that few have to be moved.
+        """
+        kept, last = set(rows), [r for r in rows if r >= len(rows)]
+        order = [r if r in kept else last.pop() for r in range(len(rows))]
+        self.lengths = [self.lengths[r] for r in order]
+        if not order:
+            self._cache = None  # its memory is free before the next prompts are read
+        elif self._joinable:
+            self._width = max(self.lengths)  # columns where only those that left had tokens go
+            moves = [(to, r) for to, r in enumerate(order) if to != r]
+            to_M, from_M = torch.tensor(moves, dtype=torch.long, device=self._device).reshape(-1, 2).T
+            for window in self._cache.layers:
+                window.keep(len(order), self._width, to_M, from_M)
+        else:
+            self._cache.reorder_cache(torch.tensor(order, device=self._device))
+        return order
+
+    def _read(self, ids_RL: list[list[int]], lengths: list[int], width: int, cache: Any) -> Tensor:
+        """The logits after the last token of every row, shape R × V; the cache has ``width`` columns then."""
+        column_L = torch.arange(width, device=self._device)
+        start_R1 = torch.tensor([[width - n] for n in lengths], device=self._device)
+        options: dict[str, Any] = {
+            "position_ids": (column_L - start_R1).clamp(min=0)[:, -len(ids_RL[0]) :],
+            "logits_to_keep": 1,
+        }
+        out = self._model(
+            input_ids=torch.tensor(ids_RL, device=self._device),
+            attention_mask=(column_L >= start_R1).long(),
+            past_key_values=cache,
+            use_cache=True,
+            **{name: value for name, value in options.items() if name in self._accepted},
+        )
+        return cast(Tensor, out.logits[:, -1])
+
+
+class _Window(DynamicLayer):  # type: ignore[no-untyped-call]  # its base ships without annotations
+    """One layer's keys and values, of rows that come and go: a window into larger buffers.
+
+    A step writes one column to the right of the window, where a cache of transformers would copy them all; and when
+    rows leave, only those are copied that take their places.
+
+    Attributes:
+        keys, values: the window, R × heads × L × D.
+    """
+
+    keys: Tensor
+    values: Tensor
+    _SPARE = 64  # columns to the right of the window when the buffers are new
+
+    def __init__(self, keys: Tensor, values: Tensor, size: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized, self._size = True, size
+        self._open(keys, values)
+
+    def _open(self, keys: Tensor, values: Tensor) -> None:
+        """New buffers, with the window at their left."""
+        rows, self._end = keys.shape[0], keys.shape[2]
+        # Zeros, because what is masked is multiplied by 0, which only a number survives.
+        self._buffers = [
+            x.new_zeros(self._size, x.shape[1], self._end + self._SPARE, x.shape[3]) for x in (keys, values)
+        ]
+        for buffer, x in zip(self._buffers, (keys, values), strict=True):
+            buffer[:rows, :, : self._end] = x
+        self._show(rows, self._end)
+
+    def _show(self, rows: int, width: int) -> None:
+        self.keys, self.values = (x[:rows, :, self._end - width : self._end] for x in self._buffers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What the model calls: one more token of every row."""
+        if self._end == self._buffers[0].shape[2]:
+            self._open(self.keys, self.values)
+        rows, width = self.keys.shape[0], self.keys.shape[2]
+        self._end += 1
+        self._show(rows, width + 1)
+        self.keys[:, :, -1:], self.values[:, :, -1:] = key_states, value_states
+        return self.keys, self.values
+
+    def admit(self, keys: Tensor, values: Tensor, take_R: Tensor) -> None:
+        """Put these rows of another layer, no wider than this one, below its own: they end in the same column."""
+        rows, width = self.keys.shape[0], self.keys.shape[2]
+        self._show(rows + len(take_R), width)
+        for x, new in ((self.keys, keys), (self.values, values)):
+            x[rows:, :, width - new.shape[2] :] = new[take_R]
+
+    def keep(self, rows: int, width: int, to_M: Tensor, from_M: Tensor) -> None:
+        """Move rows to where others have left, then keep so many rows and columns."""
+        self._show(len(self.keys), width)
+        for x in (self.keys, self.values):
+            x[to_M] = x[from_M]
+        self._show(rows, width)
+
+
+def _pick(logits_RV: Tensor, uniform_R: Tensor, warp: Any) -> Tensor:
+    """The next token of each row, shape R; -1 where the logits are not numbers.
+
+    Args:
+        logits_RV: what the model says.
+        uniform_R: a number from [0, 1) for each row, float64: where in the cumulated probabilities its token lies.
+        warp: temperature and truncation; the likeliest token without.
+    """
+    scores_RV = logits_RV.float()
+    if warp is None:
+        token_R = scores_RV.argmax(-1)
+    else:
+        # Integers, because their sum is exact in whatever order a device adds: a token of probability 0 is never taken.
+        share_RV = (warp(None, scores_RV).softmax(-1) * 2.0**50).long()
+        cumulated_RV = share_RV.cumsum(-1)
+        at_R = (uniform_R.to(scores_RV.device) * cumulated_RV[:, -1]).long()
+        token_R = torch.searchsorted(cumulated_RV, at_R[:, None], right=True)[:, 0]
+    return token_R.where(scores_RV.amax(-1).isfinite(), -1)
+
+
+def _warp(sampling: Sampling) -> Any:
+    """What changes the probabilities, in transformers' own order; None is greedy."""
+    if sampling.temperature == 0:
+        return None
+    warp: Any = LogitsProcessorList()
+    if sampling.temperature != 1:
+        warp.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k > 0:
+        warp.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warp.append(TopPLogitsWarper(sampling.top_p))
+    return warp
+
+
+def _uniform(count: int, limit: int, seed: int) -> Tensor:
+    """Numbers from [0, 1), shape N × T: a row's depend on the seed and its number alone."""
+    generator = torch.Generator()
+    table = torch.empty(count, limit, dtype=torch.float64)
+    for i in range(count):
+        torch.rand(limit, generator=generator.manual_seed(derive(seed, "row", i)), out=table[i])
+    return table
+
+
+def _queue(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
+    """Prompts by number, in groups of equal ones that are read together; the longest are last, where the queue begins.
+
+    Longest first, so that memory that does not suffice shows at once.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+    groups = [list(group) for _, group in groupby(order, key=lambda i: prompts[i])]
+    return [group[n : n + batch_size] for group in groups for n in range(0, len(group), batch_size)]
+
+
+@contextmanager
+def _memory(sampling: Sampling) -> Iterator[None]:
+    """Names the setting that helps when memory does not suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise SettingsError(
+            f"generate.batch_size={sampling.batch_size}: so many rows at once do not fit into memory; try a smaller one"
+        ) from error

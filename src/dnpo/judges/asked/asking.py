@@ -1,0 +1,289 @@
+"""One round of questions to an endpoint: many at once, each until it is answered or cannot be.
+
+Workers take questions from a row. A slot is held only while a question is on its way, so that those who wait between
+attempts (as long as the server asks for, or twice as long each time) keep nobody else from asking.
+"""
+
+import asyncio
+import email.utils
+import random
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dnpo.errors import JudgeError, SettingsError
+from dnpo.judges import too_many
+from dnpo.judges.asked.ledger import Answer, Ledger, Question
+from dnpo.judges.asked.prices import tokens_about
+from dnpo.store import Report
+
+if TYPE_CHECKING:
+    from dnpo.judges.asked.openai import OpenAI
+
+LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
+WORKERS = 16  # for a slot
+LOOK = 0.3  # seconds between two looks at what other runs are asking
+AGAIN = {408, 409, 425, 429}  # and 5xx
+
+
+class Asking:
+    """One round of questions: workers take them from a row, and share the slots and the purse."""
+
+    def __init__(
+        self, judge: "OpenAI", questions: Sequence[Question], ledger: Ledger, report: Report | None, total: int
+    ) -> None:
+        self.judge, self.ledger, self.report, self.total = judge, ledger, report, total
+        self.keys = [question.key for question in questions]
+        self.row = deque(questions)
+        self.elsewhere: deque[Question] = deque()  # another run is asking these now
+        self.reasons: dict[str, str] = {}
+        self.error: str | None = None
+        self.stopped = asyncio.Event()
+        self.slots = asyncio.Semaphore(judge.concurrency)
+        self.spent, self.flying, self.sent = ledger.spent(), 0.0, 0
+        self.largest = max(tokens_about(q) + judge.max_tokens for q in questions)
+        if judge.tokens_per_minute is not None and self.largest >= judge.tokens_per_minute:
+            raise SettingsError(
+                f"judge.tokens_per_minute={judge.tokens_per_minute}: the longest question alone has about "
+                f"{self.largest:,} tokens; raise it"
+            )
+
+    async def all(self) -> dict[str, str]:
+        """Ask until nothing is left, and give the reasons of failures by key."""
+        try:
+            async with self.judge.client() as client:
+                while self.row and self.error is None:
+                    await self._round(client)
+                    while self.elsewhere and not self.row and self.error is None:
+                        await self._sleep(LOOK)
+                        self._look_elsewhere()
+        finally:
+            self.ledger.release(self.keys)
+        if self.error is not None:
+            raise JudgeError(self.error)
+        return self.reasons
+
+    async def _round(self, client: Any) -> None:
+        """Ask what is in the row."""
+        # Most of them may be waiting between attempts: there are more than slots, so that these are full.
+        count = min(WORKERS * self.judge.concurrency, len(self.row))
+        workers = [asyncio.create_task(self._work(client)) for _ in range(count)]
+        try:
+            done, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            if any(worker.exception() for worker in done):
+                self.stopped.set()
+        except asyncio.CancelledError:
+            self.stopped.set()
+            raise
+        finally:
+            # Interrupted, stopped or done: what is on its way is paid for, so give it a moment to arrive.
+            _, late = await asyncio.wait(workers, timeout=10)
+            for worker in late:
+                worker.cancel()
+        await asyncio.gather(*workers)
+
+    def _look_elsewhere(self) -> None:
+        """See what other runs have answered, and take over what they have given up."""
+        of = {question.key: question for question in self.elsewhere}
+        mine, answered, others = self.ledger.claim(list(of))
+        self.row.extend(of[key] for key in mine)
+        self.elsewhere = deque(of[key] for key in others)
+        for key in answered:
+            self.ledger.hit(of[key], 1)
+            self._advance()
+
+    def _stop(self, error: str) -> None:
+        self.error = self.error or error
+        self.stopped.set()
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but not when there is nothing left to sleep for."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopped.wait(), seconds)
+
+    async def _work(self, client: Any) -> None:
+        while self.row and not self.stopped.is_set():
+            question = self.row.popleft()
+            mine, answered, _ = self.ledger.claim([question.key])
+            if answered:
+                self.ledger.hit(question, 1)
+                self._advance()
+            elif not mine:
+                self.elsewhere.append(question)
+            else:
+                await self._call(client, question)
+
+    async def _call(self, client: Any, question: Question) -> None:
+        """Send one question until there is an answer, or none to be had."""
+        judge, attempts, replies, began = self.judge, 0, 0, 0.0
+        while True:
+            async with self.slots:
+                await self._turn(question)
+                if self.stopped.is_set():
+                    return
+                began = began or time.monotonic()
+                attempts += 1
+                outcome = await self._attempt(client, question, began + judge.deadline - time.monotonic())
+            if isinstance(outcome, Answer):
+                replies += 1
+                self.spent += outcome.cost or 0.0
+                answer = replace(outcome, attempts=attempts)
+                if answer.value is not None:
+                    self.ledger.record(question, answer)
+                    self._advance()
+                    return
+                reason, wait = answer.reason, 0.0
+                if replies >= judge.max_replies:
+                    self._give_up(question, replace(answer, reason=f"{reason} ({replies} replies)"))
+                    return
+                self.ledger.note_cost(question, answer)
+            elif outcome.stop:
+                self._stop(outcome.text)
+                return
+            elif not outcome.again:
+                self._give_up(question, Answer(None, attempts=attempts, reason=outcome.text))
+                return
+            else:
+                reason, wait = outcome.text, _backoff(attempts)
+                if outcome.billed:
+                    lost = Answer(None, cost=judge.price(question), reason=f"{outcome.text}; it may have been billed")
+                    self.spent += lost.cost or 0.0
+                    self.ledger.note_cost(question, lost)
+                if outcome.wait is not None:
+                    wait = outcome.wait + random.uniform(0.0, min(wait, 1.0))
+            if time.monotonic() + wait >= began + judge.deadline:
+                late = f"given up for judge.deadline={judge.deadline:g} s, at attempt {attempts}: {reason}"
+                self._give_up(question, Answer(None, attempts=attempts, reason=late))
+                return
+            await self._sleep(wait)
+
+    async def _turn(self, question: Question) -> None:
+        """Wait until sending is allowed: by the ceilings, and by the money left."""
+        judge = self.judge
+        if judge.requests_per_minute is not None or judge.tokens_per_minute is not None:
+            request = 60.0 / judge.requests_per_minute if judge.requests_per_minute else 0.0
+            size = tokens_about(question) + judge.max_tokens
+            # less the largest question: what a minute's last question brings must fit under the ceiling too
+            tokens = 60.0 * size / (judge.tokens_per_minute - self.largest) if judge.tokens_per_minute else 0.0
+            await self._sleep(self.ledger.slot(f"{judge.base_url} {judge.model}", request, tokens))
+        if judge.max_cost is None:
+            return
+        self.sent += 1
+        if self.sent % 20 == 0:
+            self.spent = self.ledger.spent()  # other jobs of a sweep spend too
+        if self.spent + self.flying + (judge.price(question) or 0.0) > judge.max_cost:
+            self._stop(
+                f"judge.max_cost={judge.max_cost:g}: ${self.spent:.4f} is spent, and another question could pass the "
+                f"limit; about {len(self.row) + 1:,} are left. Every answer is kept: run the same command again (it "
+                "may then spend as much again), and only the rest is asked"
+            )
+
+    async def _attempt(self, client: Any, question: Question, left: float) -> "Answer | _Trouble":
+        """Send a question once."""
+        import httpx2
+        import openai
+
+        body, expected, started = self.judge.body(question), self.judge.price(question) or 0.0, time.monotonic()
+        self.flying += expected
+        try:
+            async with asyncio.timeout(min(self.judge.timeout, left)):
+                async with client.chat.completions.with_streaming_response.create(**body) as response:
+                    raw = bytearray()
+                    async for piece in response.iter_bytes():
+                        raw += piece
+                        if len(raw) > LARGEST_REPLY:
+                            return _Trouble("a reply that does not end", again=True, billed=True)
+            return replace(self.judge.read(bytes(raw), question), latency=time.monotonic() - started)
+        except (TimeoutError, openai.APITimeoutError):
+            return _Trouble("no reply in time", again=True, billed=True)
+        except openai.APIStatusError as error:
+            return self._refused(error, body)
+        except (openai.APIConnectionError, httpx2.TransportError, httpx2.DecodingError, OSError) as error:
+            return _Trouble(f"the connection failed ({type(error.__cause__ or error).__name__})", again=True)
+        finally:
+            self.flying -= expected
+
+    def _refused(self, error: Any, body: Mapping[str, Any]) -> "_Trouble":
+        judge, status = self.judge, error.status_code
+        said = judge.clean(" ".join(str(error.message).split()))[:300]
+        text = f"HTTP {status}: {said}"
+        where = f"{judge.model} at {judge.base_url}"
+        if status in (401, 403):
+            return _Trouble(
+                f"judge: {where} does not accept the key in {judge.key_from} ({text}); set that environment variable, "
+                "or name another in judge.key_from. Every answer so far is kept",
+                stop=True,
+            )
+        if status == 404:
+            return _Trouble(f"judge: {where}: not found ({text}); check judge.model and judge.base_url", stop=True)
+        if status == 429 and "insufficient_quota" in f"{error.code} {error.type} {said}":
+            return _Trouble(
+                f"judge: the account behind {judge.key_from} has no credit left ({text}). Every answer so far is kept: "
+                "run the same command when it has",
+                stop=True,
+            )
+        if status == 400 and judge.give_way(f"{said} {error.param}", body):
+            return _Trouble(text, again=True, wait=0.0)
+        if status in AGAIN or status >= 500:
+            return _Trouble(text, again=True, wait=retry_after(error.response.headers))
+        return _Trouble(text)
+
+    def _advance(self) -> None:
+        if self.report is not None:
+            self.report.advance()
+            if self.judge.prices is not None:
+                self.report.status(f"${self.spent:,.2f}")
+
+    def _give_up(self, question: Question, answer: Answer) -> None:
+        self.ledger.record(question, answer)
+        self.reasons[question.key] = answer.reason
+        self._advance()
+        limit = self.judge.max_unscored
+        if self.total > 1 and len(self.reasons) > limit * self.total:
+            self._stop(too_many(len(self.reasons), self.total, limit, list(self.reasons.values()), "questions"))
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """Why an attempt brought nothing, and what follows.
+
+    Attributes:
+        again: it is worth another attempt.
+        stop: nothing is worth another attempt.
+        wait: seconds that the server asks for.
+        billed: the question was sent whole and something may have been answered, which a provider may bill.
+    """
+
+    text: str
+    again: bool = False
+    stop: bool = False
+    wait: float | None = None
+    billed: bool = False
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait, from ``retry-after-ms`` or ``Retry-After`` (seconds or a date)."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        given = headers.get(name)
+        seconds: float
+        if given is None:
+            continue
+        try:
+            seconds = float(given) * unit
+        except ValueError:
+            try:
+                seconds = email.utils.parsedate_to_datetime(given).timestamp() - time.time()
+            except ValueError:
+                continue
+        if 0 < seconds < float("inf"):  # a time that is over says nothing about how long to wait
+            return seconds
+    return None
+
+
+def _backoff(attempts: int) -> float:
+    """Seconds to wait: doubled after every attempt, and spread, so that many who failed together part."""
+    return min(FIRST_PAUSE * 2.0 ** min(attempts - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.0)

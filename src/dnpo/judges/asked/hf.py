@@ -1,0 +1,168 @@
+"""A judge that is a language model on this machine, asked the same questions as one by API.
+
+Nothing is sampled and no reply is read: the score is the expected value of the number that the model would write, and
+a comparison P(A) / (P(A) + P(B)), both from the exact probabilities of these replies (``replies.py``).
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dnpo.errors import JudgeError, OutOfMemoryError
+from dnpo.judges import Canary, too_many
+from dnpo.judges.asked.ledger import Answer, Ledger, Question
+from dnpo.judges.asked.questions import Mode, Prompted
+from dnpo.judges.asked.replies import Replies
+from dnpo.policy.model import Dtype, device_of
+from dnpo.policy.weights import Weights, context_of
+from dnpo.records import Prompt
+from dnpo.settings import Count, Fraction
+from dnpo.store import Report
+
+NUMBERS = [str(number) for number in range(101)]
+WINNERS = ["A", "B", "TIE"]  # the third counts for the mass alone
+POLL = 0.5  # seconds between two looks at what another run is asking
+
+
+class HF(Prompted):
+    """A causal language model of transformers as judge.
+
+    The model is loaded when it is asked and let go afterwards, so that it takes no memory from the training.
+
+    Args:
+        path: a folder with ``config.json``, safetensors weights and a tokenizer; or
+        name: a name on the hub, with ``revision``. Exactly one of the two.
+        mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
+        template: a file with the question; null takes the shipped one for the mode.
+        min_mass: how probable a reply in the form that was asked for has to be in all. Below it the model does not do
+            as it is told, and what it gives to the numbers says little: the question fails.
+        dtype: of the weights. bfloat16 takes half the memory, and its scores depend a little on the batch.
+        device: ``auto`` is the GPU if there is one, as for the policy.
+        batch_size: questions read at once; it changes nothing but speed and memory. The keys and values of each are
+            held about a dozen times where numbers take several tokens.
+        max_unscored: share of responses that may stay without a score.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        mode: Mode = "score",
+        template: str | None = None,
+        min_mass: Fraction = 0.5,
+        dtype: Dtype = "float32",
+        device: str = "auto",
+        batch_size: Count = 8,
+        max_unscored: Fraction = 0.02,
+    ) -> None:
+        self.weights = Weights(path, name, revision)
+        # min_mass decides which questions have an answer, so answers of one are none to another
+        super().__init__(f"hf {dtype} m={min_mass:g}", self.weights.label, mode, "logprobs", template, max_unscored)
+        self.min_mass, self.dtype, self.device, self.batch_size = min_mass, dtype, device_of(device), batch_size
+
+    def canary(self, ledger: Ledger) -> Canary:
+        """See :class:`~dnpo.judges.Judge`: whether the model does as it is told. Asked once; the ledger keeps it."""
+        prompt = Prompt("canary", [{"role": "user", "content": "Name the capital of France."}], "")
+        texts = ("Paris.", "") if self.mode == "score" else ("Paris.", "Oslo.")
+        question = self._question(prompt, *texts, order="" if self.mode == "score" else "ab")
+        known = ledger.answers([question.key])
+        reasons = {} if known else self.ask([question], ledger, None, 1)
+        if question.key in reasons:
+            return Canary(False, f"{self.model}: {reasons[question.key]}")
+        value = ledger.answers([question.key])[question.key]
+        return Canary(True, f"{self.model} on {self.device} says {value:.1f} to a right answer")
+
+    def ask(self, questions: Sequence[Question], ledger: Ledger, report: Report | None, total: int) -> dict[str, str]:
+        """See :class:`~dnpo.judges.asked.questions.Prompted`.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            OutOfMemoryError: a batch does not fit into memory.
+            JudgeError: too many questions have failed. What was answered is in the ledger.
+        """
+        reader = self._reader(questions[0])
+        prompts = {q.key: reader.encode(q.messages) for q in questions}
+        # the longest first: what does not fit into memory shows at once, and batches have little padding
+        row = deque(sorted(questions, key=lambda q: -len(prompts[q.key])))
+        elsewhere: deque[Question] = deque()  # another run is asking these now
+        reasons: dict[str, str] = {}
+        while row or elsewhere:
+            if not row:
+                time.sleep(POLL)
+                row, elsewhere = elsewhere, row
+            some = [row.popleft() for _ in range(min(self.batch_size, len(row)))]
+            mine, answered, _ = ledger.claim([q.key for q in some])
+            elsewhere += [q for q in some if q.key not in mine and q.key not in answered]
+            if answered:
+                ledger.hit(some[0], len(answered))
+            try:
+                batch = [q for q in some if q.key in mine]
+                for question, answer in self._answers(reader, batch, [prompts[q.key] for q in batch]):
+                    ledger.record(question, answer)
+                    if answer.value is None:
+                        reasons[question.key] = answer.reason
+            finally:
+                ledger.release(mine)
+            if report is not None:
+                report.advance(len(mine) + len(answered))
+            if total > 1 and len(reasons) > self.max_unscored * total:
+                raise JudgeError(too_many(len(reasons), total, self.max_unscored, [*reasons.values()], "questions"))
+        return reasons
+
+    def _reader(self, example: Question) -> Replies:
+        tokenizer = self.weights.load(AutoTokenizer)
+        model = self.weights.load(AutoModelForCausalLM, dtype=getattr(torch, self.dtype), use_safetensors=True).to(
+            self.device
+        )
+        replies, goes_on = (NUMBERS, "[0-9]") if self.mode == "score" else (WINNERS, "[A-Za-z]")
+        return Replies(model.eval(), tokenizer, replies, goes_on, example.messages)
+
+    def _answers(
+        self, reader: Replies, questions: Sequence[Question], prompts: Sequence[list[int]]
+    ) -> Iterator[tuple[Question, Answer]]:
+        limit = context_of(reader.model, reader.tokenizer)
+        fits = []
+        for question, ids in zip(questions, prompts, strict=True):
+            if limit is not None and len(ids) + reader.longest > limit:
+                reason = f"the question is longer than the judge's context of {limit:,} tokens"
+                yield question, Answer(None, tokens_in=len(ids), reason=reason)
+            else:
+                fits.append((question, ids))
+        if not fits:
+            return
+        began = time.monotonic()
+        try:
+            found = reader.probabilities([ids for _, ids in fits]).tolist()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"judge.batch_size={self.batch_size}: {len(fits)} questions of up to {max(len(i) for _, i in fits):,} "
+                f"tokens do not fit into the memory of {self.device}; lower it"
+            ) from error
+        took = (time.monotonic() - began) / len(fits)
+        for (question, ids), row in zip(fits, found, strict=True):
+            value, reply, reason = self._read(row)
+            yield question, Answer(value, reply, tokens_in=len(ids), cost=0.0, latency=took, reason=reason)
+
+    def _read(self, probabilities: Sequence[float]) -> tuple[float | None, str, str]:
+        """Value, what the ledger keeps as the reply, and the reason why there is no value."""
+        mass = sum(probabilities)
+        if mass != mass:
+            return None, "", "the model's probabilities are not finite"
+        names = NUMBERS if self.mode == "score" else WINNERS
+        likeliest = names[max(range(len(names)), key=lambda i: probabilities[i])]
+        reply = f"mass {mass:.4g}, mode {likeliest}"
+        what = "a number from 0 to 100" if self.mode == "score" else "A, B or TIE"
+        low = f"the model gives {what} only {100 * mass:.0f} % (judge.min_mass={self.min_mass:g})"
+        if self.mode == "pairwise":
+            a, b, _ = probabilities
+            if mass < self.min_mass or a + b <= 0:
+                return None, reply, low
+            return 100.0 * a / (a + b), reply, ""
+        if mass < self.min_mass or mass <= 0:
+            return None, reply, low
+        return min(sum(n * p for n, p in enumerate(probabilities)) / mass, 100.0), reply, ""

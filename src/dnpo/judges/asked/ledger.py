@@ -1,0 +1,462 @@
+"""The ledger: what judges were asked and what they said, so that no question is paid for twice.
+
+A SQLite file beside the store, written ahead (WAL) and shared by all runs that name it. A question has one key: a hash
+of who is asked, with which template, in which order, and what. An answer is written the moment it arrives; a failure is
+written too, for what it cost, but never answers anything. A run that asks a question holds a claim on it, so that runs
+side by side wait for each other's answers; claims of a process that was killed fall back at once.
+
+    python -m dnpo.ledger [FILE]        calls, hits and spend by judge, run and month
+"""
+
+import hashlib
+import json
+import sqlite3
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from dnpo.errors import LedgerError
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS calls (
+    key TEXT PRIMARY KEY, judge TEXT NOT NULL, model TEXT NOT NULL, template TEXT NOT NULL, "order" TEXT NOT NULL,
+    content TEXT NOT NULL, value REAL NOT NULL, reply TEXT NOT NULL, tokens_in INTEGER NOT NULL,
+    tokens_out INTEGER NOT NULL, cost REAL, latency REAL NOT NULL, attempts INTEGER NOT NULL, at TEXT NOT NULL,
+    run TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS failures (
+    key TEXT NOT NULL, judge TEXT NOT NULL, model TEXT NOT NULL, reason TEXT NOT NULL, reply TEXT NOT NULL,
+    tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, cost REAL, at TEXT NOT NULL, run TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS failures_by_run ON failures (run);
+CREATE INDEX IF NOT EXISTS calls_by_run ON calls (run);
+CREATE TABLE IF NOT EXISTS hits (
+    run TEXT NOT NULL, judge TEXT NOT NULL, model TEXT NOT NULL, month TEXT NOT NULL, hits INTEGER NOT NULL,
+    PRIMARY KEY (run, judge, model, month)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS batches (
+    id TEXT NOT NULL, endpoint TEXT NOT NULL, questions TEXT NOT NULL, at TEXT NOT NULL, PRIMARY KEY (endpoint, id)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pace (endpoint TEXT PRIMARY KEY, requests REAL NOT NULL, tokens REAL NOT NULL) WITHOUT ROWID;
+"""
+VERSION = 1
+COUNTED = ("calls", "failed", "hits", "tokens_in", "tokens_out", "cost", "unpriced")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to ask of a judge.
+
+    Attributes:
+        judge: the kind of judge and what of its settings can change an answer.
+        model: who is asked.
+        template: name and hash of the template the text was made with.
+        order: ``ab`` or ``ba`` where two responses are compared, "" elsewhere.
+        content: SHA-256 of what is sent.
+        messages: what is sent; empty where only the answer is of interest.
+    """
+
+    judge: str
+    model: str
+    template: str
+    order: str
+    content: str
+    messages: list[dict[str, str]] = field(default_factory=list, compare=False)
+
+    @classmethod
+    def asking(cls, judge: str, model: str, template: str, order: str, messages: list[dict[str, str]]) -> "Question":
+        """The question with these messages."""
+        return cls(judge, model, template, order, _digest(messages), messages)
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of all of it: the same question has the same key in every run."""
+        return _digest([self.judge, self.model, self.template, self.order, self.content])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one question.
+
+    Attributes:
+        value: a score from 0 to 100, or 100 × the probability that the first of two responses is better; None if the
+            call failed.
+        reply: the raw text.
+        tokens_in, tokens_out: as the server counted them.
+        cost: in US dollars; None where the price is not known.
+        latency: seconds of the attempt that brought the reply.
+        attempts: how often it was sent.
+        reason: why there is no value.
+    """
+
+    value: float | None
+    reply: str = ""
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cost: float | None = 0.0
+    latency: float = 0.0
+    attempts: int = 1
+    reason: str = ""
+
+
+class Ledger:
+    """The calls of all runs in one file. Opened at first use; used by one thread of one process.
+
+    Args:
+        path: the file; created if it is not there.
+        run: the run, or the sweep, that new calls and hits are put down to.
+    """
+
+    def __init__(self, path: Path, run: str = "") -> None:
+        self.path, self.run = path.resolve(), run  # by whatever name: claims and locks lie beside the file itself
+        self.owner = uuid.uuid4().hex
+        self._alive: FileLock | None = None
+
+    @cached_property
+    def _db(self) -> sqlite3.Connection:
+        db = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_name(f"{self.path.name}.lock")):
+                db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+                self._prepare(db)
+        except (sqlite3.Error, OSError) as error:
+            if db is not None:
+                db.close()
+            raise LedgerError(
+                f"ledger={self.path}: cannot be opened ({error}); expected a SQLite file, or a place to write one on a "
+                "local disk"
+            ) from error
+        except LedgerError:
+            if db is not None:
+                db.close()
+            raise
+        return db
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, VERSION):
+            raise LedgerError(
+                f"ledger={self.path}: has format {version}, this version of dnpo reads {VERSION}; give another file, "
+                "or use the version that wrote it"
+            )
+        if version == 0:
+            if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
+                raise LedgerError(f"ledger={self.path}: is a database of another program; give another file")
+            db.execute("PRAGMA journal_mode=WAL")
+            # whole or not at all: a file with half of the tables would look like another program's
+            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+        # what was written survives kill -9; only a power cut can take the last answers
+        db.execute("PRAGMA synchronous=NORMAL")
+
+    def close(self) -> None:
+        """Give back what this run still claims, and close the file; a later use opens it again."""
+        if "_db" not in self.__dict__:
+            return
+        if self._alive is not None:
+            with suppress(LedgerError):  # claims that cannot be taken back fall back, as those of a killed process
+                self._write("DELETE FROM claims WHERE owner = ?", (self.owner,))
+            self._alive.release()
+            self._sign(self.owner).unlink(missing_ok=True)
+            self._alive = None
+        self._db.close()
+        del self._db
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- questions and answers
+
+    def answers(self, keys: Sequence[str]) -> dict[str, float]:
+        """The values of those questions that have been answered."""
+        found: dict[str, float] = {}
+        if "_db" not in self.__dict__ and not self.path.exists():
+            return found  # looking up leaves no file behind
+        for some in _chunks(keys):
+            marks = ",".join("?" * len(some))
+            found |= dict(self._read(f"SELECT key, value FROM calls WHERE key IN ({marks})", some))
+        return found
+
+    def claim(self, keys: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+        """Which of these questions are this run's to ask, which are answered, and which another run is asking now."""
+        self._show_alive()
+        with self._transaction():
+            answered = self.answers(keys)
+            open_ = [key for key in keys if key not in answered]
+            mine, alive = [], {self.owner: True}
+            for key in open_:
+                row = self._db.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
+                holder = self.owner if row is None else row[0]
+                # looked up while nobody else can write: whoever has claimed by now has shown to be alive before
+                if holder not in alive:
+                    alive[holder] = self._is_alive(holder)
+                if holder == self.owner or not alive[holder]:
+                    self._db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (key, self.owner))
+                    mine.append(key)
+        taken = set(mine)
+        return mine, [key for key in keys if key in answered], [key for key in open_ if key not in taken]
+
+    def record(self, question: Question, answer: Answer) -> None:
+        """Write down an answer, or what a failure cost; the claim on the question ends with it."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._transaction():
+            if answer.value is not None:
+                self._db.execute(
+                    "INSERT INTO calls VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO NOTHING",
+                    (
+                        *(question.key, question.judge, question.model, question.template, question.order),
+                        *(question.content, answer.value, _storable(answer.reply)),
+                        *(answer.tokens_in, answer.tokens_out),
+                        *(answer.cost, answer.latency, answer.attempts, now, self.run),
+                    ),
+                )
+            else:
+                self._failure(question, answer, now)
+            self._db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (question.key, self.owner))
+
+    def note_cost(self, question: Question, answer: Answer) -> None:
+        """Write down what an attempt cost that brought nothing of use, while the question is asked again."""
+        with self._transaction():
+            self._failure(question, answer, datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def _failure(self, question: Question, answer: Answer, now: str) -> None:
+        self._db.execute(
+            "INSERT INTO failures VALUES (?,?,?,?,?,?,?,?,?,?)",
+            (
+                *(question.key, question.judge, question.model, _storable(answer.reason), _storable(answer.reply)),
+                *(answer.tokens_in, answer.tokens_out, answer.cost, now, self.run),
+            ),
+        )
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Give claims back without an answer."""
+        with self._transaction():
+            for key in keys:
+                self._db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self.owner))
+
+    def hit(self, question: Question, count: int) -> None:
+        """Count questions that were answered from here; they are of the judge, model and month of ``question``."""
+        month = datetime.now(UTC).strftime("%Y-%m")
+        self._write(
+            "INSERT INTO hits VALUES (?,?,?,?,?) ON CONFLICT DO UPDATE SET hits = hits + excluded.hits",
+            (self.run, question.judge, question.model, month, count),
+        )
+
+    def spent(self) -> float:
+        """US dollars that this run has spent, failures included; calls without a known price count as nothing."""
+        total = 0.0
+        for table in ("calls", "failures"):
+            total += self._read(f"SELECT TOTAL(cost) FROM {table} WHERE run = ?", (self.run,))[0][0]
+        return total
+
+    def cost_of(self, key: str) -> float:
+        """US dollars that an answer has cost; nothing where it is not there or its price is not known."""
+        return float(self._read("SELECT TOTAL(cost) FROM calls WHERE key = ?", (key,))[0][0])
+
+    # --- batches at a provider
+
+    def batches(self, endpoint: str) -> dict[str, list[Question]]:
+        """Batches that were submitted there and not collected, by id, with their questions (without messages)."""
+        rows = self._read("SELECT id, questions FROM batches WHERE endpoint = ? AND questions != ''", (endpoint,))
+        return {row[0]: [Question(*fields) for fields in json.loads(row[1])] for row in rows}
+
+    def submitted(self, endpoint: str, batch: str, questions: Sequence[Question]) -> None:
+        """Remember a batch until it is collected."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        fields = [(q.judge, q.model, q.template, q.order, q.content) for q in questions]
+        self._write("INSERT OR REPLACE INTO batches VALUES (?,?,?,?)", (batch, endpoint, json.dumps(fields), now))
+
+    def collected(self, endpoint: str, batch: str) -> None:
+        """Forget a batch, but not that it was collected."""
+        self._write("UPDATE batches SET questions = '' WHERE endpoint = ? AND id = ?", (endpoint, batch))
+
+    def was_collected(self, endpoint: str, batch: str) -> bool:
+        """Whether all that this batch brought has been written down: it has nothing more to give."""
+        query = "SELECT 1 FROM batches WHERE endpoint = ? AND id = ? AND questions = ''"
+        return bool(self._read(query, (endpoint, batch)))
+
+    # --- ceilings
+
+    def slot(self, endpoint: str, request_seconds: float, token_seconds: float) -> float:
+        """Reserve the next place in an endpoint's row; all runs on this ledger stand in the same row.
+
+        Args:
+            request_seconds: 60 over the requests allowed in a minute.
+            token_seconds: seconds that the tokens of this call take up.
+
+        Returns:
+            Seconds to wait before sending.
+        """
+        now = time.time()
+        with self._transaction():
+            row = self._db.execute("SELECT requests, tokens FROM pace WHERE endpoint = ?", (endpoint,)).fetchone()
+            start = max(now, *(row or (now, now)))
+            self._db.execute(
+                "INSERT OR REPLACE INTO pace VALUES (?,?,?)", (endpoint, start + request_seconds, start + token_seconds)
+            )
+        return start - now
+
+    # --- reading
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Calls, hits, failures, tokens and spend by judge, model, run and month; the latest month last."""
+        parts = [
+            "SELECT judge, model, run, substr(at, 1, 7) AS month, COUNT(*) AS calls, 0 AS failed, 0 AS hits,"
+            " SUM(tokens_in) AS tokens_in, SUM(tokens_out) AS tokens_out, SUM(cost) AS cost, SUM(cost IS NULL) AS free"
+            " FROM calls GROUP BY 1, 2, 3, 4",
+            "SELECT judge, model, run, substr(at, 1, 7), 0, COUNT(*), 0, SUM(tokens_in), SUM(tokens_out), SUM(cost),"
+            " SUM(cost IS NULL) FROM failures GROUP BY 1, 2, 3, 4",
+            "SELECT judge, model, run, month, 0, 0, hits, 0, 0, 0.0, 0 FROM hits",
+        ]
+        query = (
+            "SELECT judge, model, run, month, SUM(calls) AS calls, SUM(failed) AS failed, SUM(hits) AS hits,"
+            " SUM(tokens_in) AS tokens_in, SUM(tokens_out) AS tokens_out, TOTAL(cost) AS cost, SUM(free) AS unpriced"
+            f" FROM ({' UNION ALL '.join(parts)}) GROUP BY 1, 2, 3, 4 ORDER BY month, run, judge, model"
+        )
+        names = ("judge", "model", "run", "month", *COUNTED)
+        return [dict(zip(names, row, strict=True)) for row in self._read(query)]
+
+    # --- the file
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # a full disk ends it by itself
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
+            raise  # nothing that users could put right
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(
+                f"ledger={self.path}: {error}; every answer that was written is kept. See that the disk has room and "
+                "is a local one, and that nothing else holds the file, and run the same command again"
+            ) from error
+
+    def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._errors():
+            return self._db.execute(query, values).fetchall()
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+        with self._transaction():
+            self._db.execute(statement, values)
+
+    def _sign(self, owner: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.claims") / f"{owner}.lock"
+
+    def _show_alive(self) -> None:
+        """Hold a lock that the system frees when this process ends, however it ends."""
+        if self._alive is not None:
+            return
+        _ = self._db  # which makes the folder, and says so where it cannot
+        sign = self._sign(self.owner)
+        try:
+            sign.parent.mkdir(exist_ok=True)
+            # locked under another name first: nobody may see the file and find it free
+            lock = FileLock(sign.with_suffix(".new"))
+            lock.acquire()
+            sign.with_suffix(".new").replace(sign)
+        except OSError as error:
+            raise LedgerError(f"ledger={self.path}: {sign.parent} cannot be written ({error.strerror})") from error
+        self._alive = lock
+
+    def _is_alive(self, owner: str) -> bool:
+        sign = self._sign(owner)
+        if not sign.is_file():
+            return False
+        lock = FileLock(sign)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        sign.unlink(missing_ok=True)
+        return False
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def _storable(text: str) -> str:
+    """Without halves of surrogate pairs: JSON can spell them, UTF-8 and so SQLite cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _chunks(keys: Sequence[str], size: int = 500) -> Iterator[list[str]]:
+    for start in range(0, len(keys), size):
+        yield list(keys[start : start + size])
+
+
+def by(rows: Sequence[Mapping[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """Rows of :meth:`Ledger.rows` added up by some of their columns."""
+    sums: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        group = tuple(row[name] for name in names)
+        total = sums.setdefault(group, {**dict(zip(names, group, strict=True)), **dict.fromkeys(COUNTED, 0)})
+        for name in COUNTED:
+            total[name] += row[name]
+    return list(sums.values())
+
+
+def main() -> None:
+    """Print the tables."""
+    import argparse
+
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(prog="python -m dnpo.ledger", description="Calls, hits and spend of the judges.")
+    parser.add_argument("file", nargs="?", default="ledger.sqlite", help="the ledger (default: ledger.sqlite)")
+    path = Path(parser.parse_args().file)
+    if not path.is_file():
+        print(f"error: {path}: there is no such file; give the ledger of your runs (setting ledger=…)", file=sys.stderr)
+        sys.exit(1)
+    try:
+        with Ledger(path) as ledger:
+            rows = ledger.rows()
+    except LedgerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(console.width, 140))
+    for title, names in (("By judge", ("judge", "model")), ("By run", ("run",)), ("By month", ("month",))):
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in names:
+            table.add_column(name, overflow="fold")
+        for name in ("calls", "failed", "hits", "tokens in", "tokens out", "US dollars"):
+            table.add_column(name, justify="right", no_wrap=True)
+        groups = by(rows, *names)
+        for row in [*groups, {**dict.fromkeys(names, "all"), **by(rows)[0]}] if groups else []:
+            money = f"{row['cost']:,.4f}" + (" + unpriced" if row["unpriced"] else "")
+            counts = [f"{row[name]:,}" for name in ("calls", "failed", "hits", "tokens_in", "tokens_out")]
+            table.add_row(*(str(row[name]) for name in names), *counts, money)
+        console.print(table)
+        console.print()
+    console.print("hits: questions answered from here instead of asked again; failed: replies that gave no verdict.")
+
+
+if __name__ == "__main__":
+    main()

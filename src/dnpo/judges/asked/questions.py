@@ -1,0 +1,290 @@
+"""Judges that are asked in words: rows → questions → answers → verdicts.
+
+In mode ``score`` every response is a question of its own, answered by a whole number from 0 to 100. In mode
+``pairwise`` every generated response is compared with the human one, in both orders: its score is 100 × the mean
+probability that it is better, and the difference between the orders is kept. Questions are looked up in the ledger
+first, and only what it does not know is asked.
+"""
+
+import hashlib
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
+
+from dnpo.errors import SettingsError
+from dnpo.judges import Forecast, Judge
+from dnpo.judges.asked.ledger import Ledger, Question
+from dnpo.records import HUMAN, Message, Prompt, Response, Verdict
+from dnpo.settings import Fraction
+from dnpo.store import Report
+
+Mode = Literal["score", "pairwise"]
+Reading = Literal["text", "logprobs"]
+SHIPPED = Path(__file__).parent / "templates"
+TRIAL = ("5028841971", "6939937510")  # two responses that no template has words of
+
+
+class Template:
+    """The words of a question, from a YAML file with ``version``, ``mode``, ``user`` and perhaps ``system``.
+
+    Raises:
+        SettingsError: the file cannot be read, lacks something, or is for the other mode.
+    """
+
+    def __init__(self, path: Path, mode: Mode) -> None:
+        import yaml
+
+        def broken(problem: object) -> SettingsError:
+            return SettingsError(
+                f"judge.template={path}: {problem}; expected a YAML file with version, mode ({mode}), user and, if "
+                f"there is one, system, as in {SHIPPED / f'{mode}.yaml'}"
+            )
+
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:  # a date that does not exist is a ValueError
+            raise broken(error) from error
+        if not isinstance(content, dict):
+            raise broken("it is no mapping")
+        for name in ("version", "mode", "user", *(["system"] if "system" in content else [])):
+            if not isinstance(content.get(name), str) or not content[name].strip():
+                raise broken(f"{name} is missing or no text")
+        if unknown := set(content) - {"version", "mode", "user", "system"}:
+            raise broken(f"unknown: {', '.join(sorted(map(str, unknown)))}")
+        if content["mode"] != mode:
+            raise broken(f"its mode is {content['mode']}")
+        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        self.path, self.mode = path, mode
+        try:
+            self._parts = {
+                role: environment.from_string(content[role]) for role in ("system", "user") if role in content
+            }
+            trials = [self.messages([{"role": "user", "content": "?"}], *TRIAL, answer) for answer in (None, "7")]
+        except Exception as error:  # whatever the expressions in a template may raise
+            raise broken(f"{type(error).__name__}: {error}") from error
+        for text in TRIAL[: 2 if mode == "pairwise" else 1]:
+            if not all(any(text in turn["content"] for turn in trial) for trial in trials):
+                raise broken("it does not show what is to be judged ({{ response }}, or {{ first }} and {{ second }})")
+        digest = hashlib.sha256("\0".join(content.get(r, "") for r in ("system", "user")).encode()).hexdigest()
+        self.name = f"{content['version']}/{digest[:12]}"
+
+    def messages(
+        self, conversation: Sequence[Message], response: str, second: str = "", answer: str | None = None
+    ) -> list[Message]:
+        """What to send about one response, or about two."""
+        said = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation)
+        texts = "\0".join([said, response, second])
+        mark = hashlib.sha256(texts.encode()).hexdigest()[:8]
+        while mark in texts:
+            mark = hashlib.sha256(mark.encode()).hexdigest()[:8]
+        known: dict[str, Any] = {"conversation": said, "mark": mark, "answer": answer}
+        known |= {"response": response} if self.mode == "score" else {"first": response, "second": second}
+        return [{"role": role, "content": part.render(known)} for role, part in self._parts.items()]
+
+
+class Prompted(Judge):
+    """What judges have in common that are asked in words; see the head of this file.
+
+    Args:
+        kind: of judge, as the ledger shows it.
+        model: who is asked.
+        mode: ``score`` or ``pairwise``.
+        reading: ``text``, or ``logprobs`` for expected values over the judge's next tokens.
+        template: a file; None takes the shipped one.
+        max_unscored: see :class:`~dnpo.judges.Judge`.
+    """
+
+    def __init__(
+        self, kind: str, model: str, mode: Mode, reading: Reading, template: str | None, max_unscored: Fraction
+    ) -> None:
+        self.model, self.mode, self.reading, self.max_unscored = model, mode, reading, max_unscored
+        self.template = Template(Path(template) if template else SHIPPED / f"{mode}.yaml", mode)
+        self.kind = f"{kind} {mode}" + (f" {reading}" if reading != "text" else "")
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the verdicts: never how, how fast or at what price they are got."""
+        return {"judge": self.kind, "model": self.model, "template": self.template.name}
+
+    @abstractmethod
+    def ask(self, questions: Sequence[Question], ledger: Ledger, report: Report, total: int) -> dict[str, str]:
+        """Get answers into the ledger, whoever asks; give the reasons why questions have none, by key.
+
+        Args:
+            questions: all different, and without an answer when this was called.
+            total: verdicts' questions in all, answered ones included.
+        """
+
+    def price(self, question: Question) -> float | None:
+        """US dollars that a question will cost, about; None where the price is not known."""
+        return 0.0
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+    ) -> list[Verdict]:
+        """See :class:`~dnpo.judges.Judge`."""
+        asked = self._asked(prompts, responses)
+        questions = {q.key: q for some in asked for q in some}
+        known = ledger.answers(list(questions))
+        if known:
+            ledger.hit(questions[next(iter(known))], len(known))
+        report.begin(len(questions), "questions", len(known))
+        open_ = [q for key, q in questions.items() if key not in known]
+        reasons = self.ask(open_, ledger, report, len(questions)) if open_ else {}
+        values = ledger.answers(list(questions))
+        return [self._verdict(response, some, values, reasons) for response, some in zip(responses, asked, strict=True)]
+
+    def forecast(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]
+    ) -> Forecast:
+        """See :class:`~dnpo.judges.Judge`."""
+        questions = {q.key: q for some in self._asked(prompts, responses) for q in some if q.key not in seen}
+        seen |= set(questions)
+        known = ledger.answers(list(questions))
+        costs = [self.price(q) for key, q in questions.items() if key not in known]
+        priced = [cost for cost in costs if cost is not None]
+        return Forecast(len(questions), len(costs), sum(priced) if len(priced) == len(costs) else None)
+
+    def _asked(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[list[Question]]:
+        """The questions that each response's verdict needs: one, two, or none where there is nothing to ask."""
+        by_id = {p.id: p for p in prompts}
+        if self.mode == "score":
+            return [[self._question(by_id[r.id], r.text)] for r in responses]
+        human = {r.id: r.text for r in responses if r.source == HUMAN}
+        return [
+            list(self._comparison(by_id[r.id], human.get(r.id, by_id[r.id].human), r.text)) if r.source != HUMAN else []
+            for r in responses
+        ]
+
+    def _comparison(self, prompt: Prompt, human: str, generated: str) -> Iterator[Question]:
+        """Both orders; none for a response that is the human one word for word."""
+        if human == generated:
+            return
+        yield self._question(prompt, human, generated, "ab")
+        yield self._question(prompt, generated, human, "ba")
+
+    def _question(self, prompt: Prompt, response: str, second: str = "", order: str = "") -> Question:
+        messages = self.template.messages(prompt.messages, response, second, prompt.answer)
+        return Question.asking(self.kind, self.model, self.template.name, order, messages)
+
+    def _verdict(
+        self,
+        response: Response,
+        questions: Sequence[Question],
+        values: Mapping[str, float],
+        reasons: Mapping[str, str],
+    ) -> Verdict:
+        missing = [q for q in questions if q.key not in values]
+        if missing:
+            return Verdict(response.id, response.source, None, reasons.get(missing[0].key, "not asked"))
+        if self.mode == "score":
+            return Verdict(response.id, response.source, values[questions[0].key])
+        if not questions:  # the human response against itself
+            return Verdict(response.id, response.source, 50.0)
+        first, second = 100.0 - values[questions[0].key], values[questions[1].key]
+        return Verdict(response.id, response.source, (first + second) / 2, disagreement=abs(first - second))
+
+
+# --- reading replies --------------------------------------------------------------------------------------------------
+
+_ALONE = re.compile(r"[\s*_`\"'(\[]*([0-9]+)[\s*_`\"')\].]*")
+_NAMED = re.compile(
+    r"[\s*_`\"'(\[]*(?:(?:the|my|overall|final|total|quality)\s+)*(?:score|rating|grade)(?:\s+is)?[\s*_`:=]*([0-9]+)"
+    r"[\s*_`\"')\].]*",
+    re.IGNORECASE,
+)
+_SCORE = re.compile(r"\{\s*\"score\"\s*:\s*([0-9]+)\s*\}")
+_WINNER = re.compile(r"[\s*_`\"'(\[]*(?:(?:answer|response)\s+)?(A|B|TIE)[\s*_`\"')\].]*", re.IGNORECASE | re.ASCII)
+_BETTER = re.compile(r"\{\s*\"better\"\s*:\s*\"(A|B|TIE)\"\s*\}")
+
+
+def read_score(reply: str) -> float:
+    """The whole number from 0 to 100 that a reply consists of.
+
+    It may be ``{"score": 83}``, stand alone, or follow the word score, rating or grade ("The score is 83."); a code
+    fence around it does not count. Anything else is a failure, and never a guess: two numbers, fractions, signs,
+    numbers out of range, none at all.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    text = _unfenced(reply)
+    found = _SCORE.fullmatch(text) or _ALONE.fullmatch(text) or _NAMED.fullmatch(text)
+    if found is None:
+        problem = "not one whole number alone" if re.search("[0-9]", reply) else "no number"
+        raise ValueError(f"{problem} in the reply")
+    digits = found.group(1)
+    if len(digits) > 3 or int(digits) > 100:
+        raise ValueError("a number out of 0-100 in the reply")
+    return float(digits)
+
+
+def read_winner(reply: str) -> float:
+    """100 for A, 0 for B, 50 for a tie; the reply is that word alone, or ``{"better": "A"}``.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    text = _unfenced(reply)
+    found = _BETTER.fullmatch(text) or _WINNER.fullmatch(text)
+    if found is None:
+        raise ValueError("neither A, B nor TIE alone in the reply")
+    return {"A": 100.0, "B": 0.0, "TIE": 50.0}[found.group(1).upper()]
+
+
+def _unfenced(reply: str) -> str:
+    text = reply.strip()
+    if len(text) > 6 and text.startswith("```") and text.endswith("```"):
+        text = text[3:-3].removeprefix("json").strip()
+    return text
+
+
+def expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
+    """The expected number over the tokens that could have stood where the reply's number stands.
+
+    Args:
+        tokens: for every token of the reply, the log-probabilities of the likeliest tokens there, the chosen one
+            first.
+
+    Raises:
+        ValueError: the reply is not what :func:`read_score` reads, or does not begin with a number that is one token.
+    """
+    said = [next(iter(top)) for top in tokens]
+    number = read_score("".join(said))
+    at = next(i for i, token in enumerate(said) if token.strip())
+    if not re.fullmatch(r"\s*[0-9]+\s*", said[at]):
+        raise ValueError("the reply does not begin with a number")
+    if int(said[at]) != number:
+        raise ValueError("the judge writes a number in several tokens; set judge.reading=text")
+    mass: dict[int, float] = {}
+    for token, logp in tokens[at].items():
+        if re.fullmatch(r"\s*[0-9]{1,3}", token) and int(token) <= 100:
+            mass[int(token)] = mass.get(int(token), 0.0) + _probability(logp)
+    total = sum(mass.values())
+    if not total > 0.0:  # NaN included
+        raise ValueError("no probability on a number from 0 to 100")
+    return min(sum(number * p for number, p in mass.items()) / total, 100.0)
+
+
+def expected_winner(tokens: Sequence[Mapping[str, float]]) -> float:
+    """100 × P(A) / (P(A) + P(B)) where the reply's first word stands; see :func:`expected_score`.
+
+    Raises:
+        ValueError: the reply is not what :func:`read_winner` reads, or neither is among the likeliest tokens.
+    """
+    said = [next(iter(top)) for top in tokens]
+    read_winner("".join(said))
+    at = next(i for i, token in enumerate(said) if token.strip())
+    a, b = (sum(_probability(p) for token, p in tokens[at].items() if token.strip() == name) for name in "AB")
+    if not a + b > 0.0:  # NaN included
+        raise ValueError("neither A nor B among the likeliest tokens of the reply")
+    return 100.0 * a / (a + b)
+
+
+def _probability(logp: float) -> float:
+    return math.exp(min(logp, 0.0)) if logp == logp else math.nan

@@ -1,0 +1,187 @@
+"""How probable each of a few replies is, by a causal language model: exact, and without sampling.
+
+The replies' token sequences, as they stand at the beginning of the model's turn, form a trie. With t₁…tₗ the tokens of
+a reply after the prompt x,
+
+    P(reply) = ∏ᵢ p(tᵢ | x, t₁…tᵢ₋₁) · (1 − Σ p(c | x, t₁…tₗ))
+
+where c are the tokens with which a longer word or number would go on: after "8" the reply may be 85. The last factor is
+read at inner nodes of the trie; at a leaf nothing that goes on is among the replies, and what follows is not looked at.
+A prompt is read once, and the inner nodes from its keys and values, for a batch of prompts at once.
+
+Shapes: B prompts, T tokens, K inner nodes below the root, L tokens of the longest path to one, V vocabulary, R replies.
+"""
+
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from dnpo.errors import ModelError
+from dnpo.policy.tokenizer import PLAIN_TEMPLATE, render
+from dnpo.records import Message
+
+Path = tuple[int, ...]
+
+
+class Replies:
+    """Reads the probabilities of some replies.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        tokenizer: with its chat template; one that has none gets :data:`~dnpo.policy.tokenizer.PLAIN_TEMPLATE`.
+        replies: none of them empty.
+        goes_on: matches the token texts with which a reply could go on.
+        example: a conversation such as those that will be read; they all have to end as it does.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, replies: Sequence[str], goes_on: str, example: Sequence[Message]
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        self.merge_system = self._refuses_system(example)
+        self.lead = ""
+        self.lead, self.space = self._lead(example, replies[0])
+        self.paths = self._paths(example, replies)
+        inner = {path[:i] for path in self.paths for i in range(1, len(path))}
+        self.inner: list[Path] = [(), *sorted(inner)]
+        self.going_on = self._tokens_like(re.compile(goes_on))
+        names = inspect.signature(model.forward).parameters
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+        self._positions = "position_ids" in names
+
+    @property
+    def longest(self) -> int:
+        """Tokens that are read after a prompt at most."""
+        return max(map(len, self.inner))
+
+    # --- text
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation as the model reads it, up to where its reply begins."""
+        return self._ids(self._text(messages))
+
+    def _refuses_system(self, example: Sequence[Message]) -> bool:
+        """Whether the template raises at a system turn, or drops it without a word."""
+        if example[0]["role"] != "system":
+            return False
+        try:
+            text = self.tokenizer.apply_chat_template(list(example), tokenize=False, add_generation_prompt=True)
+        except TemplateError:
+            return True
+        return example[0]["content"].strip() not in text
+
+    def _turns(self, messages: Sequence[Message]) -> list[Message]:
+        if not self.merge_system or messages[0]["role"] != "system":
+            return list(messages)
+        system, user, *rest = messages
+        return [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(self._turns(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ModelError(f"judge: the model's chat template cannot render the question ({error})") from error
+        return cast(str, text) + self.lead
+
+    def _lead(self, example: Sequence[Message], reply: str) -> tuple[str, str]:
+        """What the template puts before a reply: text, which joins the prompt, and spaces, which join the reply.
+
+        Llama 2 writes a space there; templates of models that think may write an empty thought.
+        """
+        self._text(example)  # so that a template that cannot render the question says so
+        try:
+            _, rest = render(self.tokenizer, self._turns(example), reply)
+            before = rest[: rest.index(reply)]
+        except (
+            ModelError,
+            ValueError,
+        ):  # the template shows past turns otherwise; nothing stands before the reply then
+            return "", ""
+        return before.rstrip(" "), before[len(before.rstrip(" ")) :]
+
+    def _ids(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:1] != [bos] and list(self.tokenizer("")["input_ids"])[:1] == [bos]:
+            ids = [bos, *ids]
+        return ids
+
+    def _paths(self, example: Sequence[Message], replies: Sequence[str]) -> list[Path]:
+        """The tokens of each reply, read together with what stands before it.
+
+        A SentencePiece tokenizer would begin a text of its own with a space. Only where the prompt's last token melts
+        with a reply's first are the replies tokenised apart.
+        """
+        text = self._text(example)
+        before = self._ids(text)
+        together = [self._ids(text + self.space + reply) for reply in replies]
+        if all(ids[: len(before)] == before and len(ids) > len(before) for ids in together):
+            return [tuple(ids[len(before) :]) for ids in together]
+        apart = [self.tokenizer(self.space + reply, add_special_tokens=False)["input_ids"] for reply in replies]
+        return [tuple(ids) for ids in apart]
+
+    def _tokens_like(self, pattern: re.Pattern[str]) -> Tensor:
+        """Ids of the tokens whose text, taken as it is within a word, matches. Bytes count as what they spell."""
+        names = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
+        special = set(self.tokenizer.all_special_ids)
+
+        def text(name: Any) -> str:
+            if isinstance(name, bytes):
+                return name.decode("utf-8", "replace")
+            byte = re.fullmatch(r"<0x([0-9A-F]{2})>", name or "")
+            return chr(int(byte.group(1), 16)) if byte else str(name or "").removeprefix("##")
+
+        ids = [i for i, name in enumerate(names) if i not in special and pattern.match(text(name))]
+        return torch.tensor(ids, dtype=torch.long, device=self.model.device)
+
+    # --- numbers
+
+    @torch.no_grad()
+    def probabilities(self, prompts: Sequence[list[int]]) -> Tensor:
+        """P(reply) for each prompt and reply, float64, shape B × R."""
+        tables = self._tables(prompts)
+        number = {path: k for k, path in enumerate(self.inner)}
+        ends = 1.0 - tables[:, :, self.going_on].sum(-1)
+        columns = []
+        for path in self.paths:
+            p = torch.ones(len(prompts), dtype=torch.float64, device=tables.device)
+            for i, token in enumerate(path):
+                p = p * tables[:, number[path[:i]], token]
+            columns.append(p * ends[:, number[path]].clamp(min=0.0) if path in number else p)
+        return torch.stack(columns, dim=1)
+
+    def _tables(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Next-token probabilities at the root and at the other inner nodes, shape B × (1 + K) × V."""
+        longest = max(map(len, prompts))
+        device = self.model.device
+        ids_BT = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+        mask_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        position_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        below = self.inner[1:]
+        out = self._forward(ids_BT, mask_BT, position_BT, use_cache=bool(below), **self._options)
+        root_BV = out.logits[:, -1].double().softmax(-1)
+        if not below:
+            return cast(Tensor, root_BV.unsqueeze(1))
+        deepest = max(map(len, below))
+        ids_KL = torch.tensor([[*path, *[0] * (deepest - len(path))] for path in below], device=device)
+        mask_KL = torch.tensor([[1] * len(path) + [0] * (deepest - len(path)) for path in below], device=device)
+        count, nodes = len(prompts), len(below)
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(nodes)
+        mask = torch.cat([mask_BT.repeat_interleave(nodes, 0), mask_KL.repeat(count, 1)], dim=1)
+        position = mask_BT.sum(-1, keepdim=True).repeat_interleave(nodes, 0) + torch.arange(deepest, device=device)
+        out = self._forward(ids_KL.repeat(count, 1), mask, position, past_key_values=cache, use_cache=True)
+        last = (mask_KL.sum(-1) - 1).repeat(count)
+        nodes_BKV = out.logits[torch.arange(count * nodes, device=device), last].unflatten(0, (count, nodes))
+        return torch.cat([root_BV.unsqueeze(1), nodes_BKV.double().softmax(-1)], dim=1)
+
+    def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, **options: Any) -> Any:
+        positions = {"position_ids": position} if self._positions else {}
+        return self.model(input_ids=ids, attention_mask=mask, **positions, **options)

@@ -1,0 +1,1 @@
+"""Judges that compare with a verifiable answer."""

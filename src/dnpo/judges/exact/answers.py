@@ -1,0 +1,223 @@
+"""Judges for prompts with a known answer: 100 points if a response gives it, 0 if not.
+
+A response in which no answer is found is wrong and has 0 points, with the reason beside them: it is no failure of the
+judge, and without a score the pair would be left out and the policy never learn to answer. Only the gold answer being
+unusable is a failure, and that is refused before anything is computed.
+"""
+
+import re
+import unicodedata
+from abc import abstractmethod
+from collections.abc import Sequence
+from fractions import Fraction
+
+from dnpo.errors import SettingsError
+from dnpo.judges import Judge
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.records import Prompt, Response, Verdict
+from dnpo.store import Report
+
+
+class Checker(Judge):
+    """What the judges here have in common: a gold answer, and a response that has it or not.
+
+    Attributes:
+        option: its name as ``judge=…``.
+        expects: what a prompt's answer has to be.
+    """
+
+    option: str
+    expects: str
+
+    @abstractmethod
+    def usable(self, gold: str) -> bool:
+        """Whether a prompt's answer can be checked against."""
+
+    @abstractmethod
+    def check(self, gold: str, text: str) -> tuple[bool, str]:
+        """Whether a response is right, and why not where there is more to say than that it is wrong."""
+
+    def accepts(self, prompts: Sequence[Prompt]) -> str | None:
+        """Every prompt must have a usable answer."""
+        without = [p.id for p in prompts if p.answer is None or not self.usable(p.answer)]
+        if not without:
+            return None
+        return (
+            f"judge={self.option} needs {self.expects} as the answer of every prompt; {len(without):,} of "
+            f"{len(prompts):,} have none, the first is {without[0]}; mend the rows, or choose another judge"
+        )
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+    ) -> list[Verdict]:
+        """One verdict a response; a prompt without a usable answer cannot be judged."""
+        by_id = {p.id: p for p in prompts}
+        report.begin(len(responses), "verdicts")
+        report.advance(len(responses))
+        return [self.verdict(by_id[r.id], r) for r in responses]
+
+    def verdict(self, prompt: Prompt, response: Response) -> Verdict:
+        """Of one response."""
+        if prompt.answer is None or not self.usable(prompt.answer):
+            return Verdict(response.id, response.source, None, f"the prompt's answer is not {self.expects}")
+        right, reason = self.check(prompt.answer, response.text)
+        return Verdict(response.id, response.source, 100.0 if right else 0.0, reason)
+
+
+# --- a number ---------------------------------------------------------------------------------------------------------
+
+# A minus is a sign only where nothing stands before it that the number could be subtracted from.
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]%])[-−][$€£]?|[$€£][-−])?"
+    r"(?<![\w.])(?P<value>(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,2}\b)?)"
+    r"(?:/(?P<under>[1-9]\d*))?",
+    re.IGNORECASE,
+)
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_FINAL = (
+    re.compile(r"####(?=(.*))"),
+    re.compile(r"\\boxed\{([^{}]*)\}"),
+    re.compile(r"\banswer\b[*_]*(?:\s+(?:is|was|equals)\b|\s*[:=])+(?=(.*))", re.IGNORECASE),
+)
+
+
+class Numeric(Checker):
+    """A number as the final answer, as GSM8K has it.
+
+    The gold answer's number is the one after ``####`` if there is such a mark, else its last. A response's is the first
+    one after its last ``####``, in its last ``\\boxed{…}``, or after its last "answer is" or "answer:" (after the last
+    equals sign there, if there is one); where there is none of these, its last number. Thousands' commas, currency
+    signs, percent signs, a trailing full stop and other spellings of the same value do not matter; ``1/2`` is 0.5.
+    Numbers are compared exactly, without rounding.
+    """
+
+    option, expects = "numeric", "a number"
+
+    def usable(self, gold: str) -> bool:
+        """It has a number."""
+        return gold_number(gold) is not None
+
+    def check(self, gold: str, text: str) -> tuple[bool, str]:
+        """The same value."""
+        said = final_number(text)
+        return said is not None and said == gold_number(gold), "" if said is not None else "no number in the response"
+
+
+def numbers(text: str) -> list[Fraction]:
+    """The numbers of a text, in order, as exact values."""
+    found = []
+    for match in _NUMBER.finditer(text.replace("\\$", "$")):
+        value = Fraction(match["value"].replace(",", "")) / int(match["under"] or 1)
+        found.append(-value if match["sign"] else value)
+    return found
+
+
+def final_number(text: str) -> Fraction | None:
+    """The number a response ends up with; see :class:`Numeric`."""
+    text = _FRACTION.sub(r"\1/\2", text)
+    for mark in _FINAL:
+        said = mark.findall(text)
+        if said and numbers(said[-1]):
+            return (numbers(said[-1].rpartition("=")[2]) or numbers(said[-1]))[0]
+    return next(reversed(numbers(text)), None)
+
+
+def gold_number(answer: str) -> Fraction | None:
+    """The number of a gold answer."""
+    return next(reversed(numbers(answer.rpartition("####")[2])), None)
+
+
+# --- a choice ---------------------------------------------------------------------------------------------------------
+
+
+class Choice(Checker):
+    """The letter of one of several choices, named in the prompt.
+
+    A response's letter is, in this order: the last one after "answer is", "answer:" or ``\\boxed{``; the one that the
+    response consists of or begins with (``B``, ``(B)``, ``B.``, ``B) blue``); the last one in brackets; the one that
+    its last line consists of. A letter within a sentence is a word ("A dog") and does not count.
+
+    Args:
+        letters: that can be answers, such as ``ABCD``, or ``"1234"`` where choices are numbered. In a
+            response's running text only capitals and bracketed letters count.
+    """
+
+    option = "choice"
+
+    def __init__(self, *, letters: str = "ABCDEFGHIJ") -> None:
+        if not letters.isalnum() or len(set(letters.upper())) != len(letters):
+            raise SettingsError(f"letters={letters}: expected different letters or digits, such as ABCD")
+        self.letters = letters.upper()
+        self.expects = f"one of the letters {letters.upper()}"
+        one = f"([{self.letters}])"
+        alone = rf"[\s*_`\"'(\[]*{one}[\s*_`\"')\].]*"
+        # in running text a small letter is a word ("the answer is a dog"), unless in brackets or the last thing said
+        small = one.lower()
+        self._named = re.compile(
+            r"(?i:\banswer\b[*_]*(?:\s+is\b|\s*:)+|\\boxed\{)\s*(?:(?i:option|choice)\s+)?[\s*_`\"'(\[]*(?:\\text\{)?"
+            rf"(?:{one}(?![\w'’])|(?<=\(){small}\)|{small}[\s*_`\"')\].}}]*\Z)"
+        )
+        self._alone = re.compile(alone, re.IGNORECASE)
+        self._first = re.compile(rf"\s*[*_]*(?:\({one}\)|\[{one}\]|{one}[).:](?!\w))")
+        self._brackets = re.compile(rf"\({one}\)|\[{one}\]")
+
+    def usable(self, gold: str) -> bool:
+        """It is one of the letters."""
+        return self._alone.fullmatch(gold) is not None
+
+    def check(self, gold: str, text: str) -> tuple[bool, str]:
+        """The same letter."""
+        said, meant = self.letter(text), self._alone.fullmatch(gold)
+        assert meant is not None
+        return said == meant.group(1).upper(), "" if said else "no choice in the response"
+
+    def letter(self, text: str) -> str | None:
+        """The letter a response chooses, or None."""
+        found = _last(self._named, text) or self._alone.fullmatch(text) or self._first.match(text)
+        found = found or _last(self._brackets, text)
+        if found is None:
+            found = self._alone.fullmatch((text.strip().splitlines() or [""])[-1])
+        return None if found is None else next(group for group in found.groups() if group).upper()
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(reversed(list(pattern.finditer(text))), None)
+
+
+# --- a text -----------------------------------------------------------------------------------------------------------
+
+
+class Exact(Checker):
+    """The whole response is the answer; white space around it does not count.
+
+    Args:
+        normalised: nor do case, punctuation, articles (a, an, the), the kind and number of spaces, and forms of
+            characters that Unicode holds compatible; the usual normalisation for short answers.
+    """
+
+    option, expects = "exact", "a text"
+
+    def __init__(self, *, normalised: bool = True) -> None:
+        self.normalised = normalised
+
+    def usable(self, gold: str) -> bool:
+        """Something is left of it."""
+        return bool(self._form(gold))
+
+    def check(self, gold: str, text: str) -> tuple[bool, str]:
+        """The same text."""
+        said = self._form(text)
+        return said == self._form(gold), "" if said else "no answer in the response"
+
+    def _form(self, text: str) -> str:
+        return normalise(text) if self.normalised else text.strip()
+
+
+def normalise(text: str) -> str:
+    """A text by its words and signs; see :class:`Exact`."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    # a sign or a point inside a number is part of its value, unlike the punctuation of a sentence
+    text = re.sub(r"(?<![\w.])[-−](?=\d)|(?<=\d)\.(?=\d)", lambda m: "\0" if m.group() == "." else "\1", text)
+    text = "".join(c if c in "\0\1" or not unicodedata.category(c).startswith("P") else " " for c in text)
+    words = [word for word in text.split() if word not in ("a", "an", "the")]
+    return " ".join(words).replace("\0", ".").replace("\1", "-")

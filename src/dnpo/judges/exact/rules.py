@@ -1,0 +1,110 @@
+"""An exact judge for prompts with a verifiable answer.
+
+0-100 points: correctness 60, completeness 25 (the share of the words in ``Prompt.needs`` that are mentioned), form 15
+(a capital or digit at the beginning, one full stop at the end, no word twice in a row; 5 each).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+from dnpo.judges import Judge
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.records import Prompt, Response, Verdict
+from dnpo.store import Report
+
+_MARKERS = {"is", "are", "equals", ":"}
+_TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:\.\d+)?|[^\W_]+|:")
+
+
+class Rules(Judge):
+    """Scores by rule; see the head of this file. Also the measure of the tiny world, so it judges itself there."""
+
+    option = "rules"
+
+    def accepts(self, prompts: Sequence[Prompt]) -> str | None:
+        """Every prompt must have an answer, with a word or a number in it."""
+        without = [p.id for p in prompts if p.answer is None or not words(p.answer)]
+        if not without:
+            return None
+        return (
+            f"judge={self.option} needs a verifiable answer for every prompt; {len(without):,} of {len(prompts):,} "
+            f"have none, the first is {without[0]}; choose another judge, or judge=off with method=spin or method=npo"
+        )
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+    ) -> list[Verdict]:
+        """One verdict a response; a prompt without an answer cannot be judged."""
+        by_id = {p.id: p for p in prompts}
+        report.begin(len(responses), "verdicts")
+        report.advance(len(responses))
+        return [self._judge(by_id[r.id], r) for r in responses]
+
+    def _judge(self, prompt: Prompt, response: Response) -> Verdict:
+        if prompt.answer is None:
+            return Verdict(response.id, response.source, None, "the prompt has no verifiable answer")
+        return Verdict(response.id, response.source, self.points(prompt, response.text))
+
+    def points(self, prompt: Prompt, text: str) -> float:
+        """Of one response, 0-100."""
+        return 60.0 * correct(prompt, text) + 25.0 * completeness(prompt, text) + form(text)
+
+
+class Correct(Rules):
+    """100 points for the right answer and 0 for any other, however it is said: another taste, to measure by."""
+
+    option = "correct"
+
+    def points(self, prompt: Prompt, text: str) -> float:
+        """Of one response: 0 or 100."""
+        return 100.0 * correct(prompt, text)
+
+
+def correct(prompt: Prompt, text: str) -> bool:
+    """Whether the response ends with the right answer, and with nothing but it after "is", "are", "equals" or a colon.
+
+    Words and numbers count, in lower case; a response that is the bare answer is right too.
+    """
+    if prompt.answer is None:
+        return False
+    said, answer = _tokens(text), _tokens(prompt.answer)
+    before = said[: len(said) - len(answer)]
+    return bool(answer) and said[len(before) :] == answer and (not before or before[-1] in _MARKERS)
+
+
+def stated(text: str) -> str:
+    """What a response gives as its answer: the words and numbers after the last "is", "are", "equals" or colon, or all
+    of them where there is none of these; "" for a response without any."""
+    said = _tokens(text)
+    last = max((place for place, token in enumerate(said) if token in _MARKERS), default=-1)
+    return " ".join(said[last + 1 :])
+
+
+def completeness(prompt: Prompt, text: str) -> float:
+    """Share of the words the prompt needs that the response mentions, each as often as needed."""
+    needed = Counter(w for need in prompt.needs for w in words(need))
+    if not needed:
+        return 1.0
+    return (needed & Counter(words(text))).total() / needed.total()
+
+
+def form(text: str) -> float:
+    """0, 5, 10 or 15 points for capital, full stop and no stuttering; 0 for an empty response."""
+    said = words(text)
+    if not said:
+        return 0.0
+    capital = text[0].isupper() or text[0].isdigit()
+    stop = text.endswith(".") and len(re.findall(r"\.(?!\d)", text)) == 1
+    stutters = any(a == b for a, b in pairwise(said))
+    return 5.0 * (capital + stop + (not stutters))
+
+
+def words(text: str) -> list[str]:
+    """The words and numbers of a text, numbers with their sign and decimals, in lower case."""
+    return [token for token in _tokens(text) if token != ":"]
+
+
+def _tokens(text: str) -> list[str]:
+    return [token.lower().replace("−", "-") for token in _TOKEN.findall(text)]

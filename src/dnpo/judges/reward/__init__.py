@@ -1,0 +1,1 @@
+"""Reward models as judges, and how to fit one."""

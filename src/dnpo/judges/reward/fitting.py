@@ -1,0 +1,246 @@
+"""Fitting a reward model to preferences (Bradley and Terry): the chosen response is to have the greater reward.
+
+The loss of a pair is −log σ(r⁺ − r⁻). What is fitted is measured on conversations it has not seen, beside the plainest
+judge there is, which prefers the longer response.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import softplus
+
+from dnpo.data.seen import seen_as
+from dnpo.errors import DataError, ModelError, NonFiniteLossError
+from dnpo.judges.reward.models import FACTS, SEEN, Ids, Kind, Rewards, classifier, embedding
+from dnpo.judges.reward.preferences import Preference, Preferences
+from dnpo.optimise.batches import schedule
+from dnpo.policy.model import device_of
+from dnpo.policy.weights import Weights
+from dnpo.seeding import derive
+from dnpo.settings import Count, Natural, NonNegative, Positive
+
+WARMUP, CLIP, RESAMPLES = 0.05, 1.0, 2000
+
+
+def fit(
+    data: Preferences,
+    *,
+    base: str,
+    out: str,
+    revision: str | None = None,
+    kind: Kind = "model",
+    hidden: Count = 64,
+    epochs: Count = 3,
+    batch_size: Count = 16,
+    lr: Positive = 1e-4,
+    weight_decay: NonNegative = 0.01,
+    max_tokens: Count | None = None,
+    seed: Natural = 0,
+    device: str = "auto",
+    threads: Count = 1,
+) -> dict[str, Any]:
+    """Fit a reward model, measure it, and write it for ``judge=reward``.
+
+    Args:
+        data: the preferences.
+        base: a folder of transformers, or a name on the hub.
+        out: a folder that is not there, or empty.
+        revision: on the hub: a commit, branch or tag.
+        kind: ``model`` trains all weights of ``base`` with one output; ``embedding`` a head on it as a frozen encoder.
+        hidden: units of that head.
+        epochs: passes over the training pairs.
+        batch_size: pairs of a step.
+        lr: of AdamW at its peak.
+        weight_decay: of AdamW.
+        max_tokens: pairs with a longer row are left out; None takes what the base can read.
+        seed: draws the output's first weights and the order of the pairs.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: of torch on the CPU.
+
+    Returns:
+        What is written to ``reward.json``.
+
+    Raises:
+        DnpoError: the rows, the base model or the folder cannot be used, or the loss is not finite.
+    """
+    from dnpo.running.console import quieten
+
+    quieten()
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"out={out}: there is something already; give a folder that is not there, or an empty one")
+    train, held = data.read()
+    torch.set_num_threads(threads)
+    torch.manual_seed(derive(seed, "reward", "weights"))
+    weights = Weights(base, None, None, "base") if Path(base).is_dir() else Weights(None, base, revision, "base")
+    where = device_of(device)
+    model: Rewards = (
+        classifier(weights, where, max_tokens)
+        if kind == "model"
+        else embedding(weights, "float32", where, hidden, max_tokens)
+    )
+    rows, left_out = _encoded(model, train)
+    held_rows, held_left_out = _encoded(model, held)
+    kept = [pair for pair in held if not any(model.too_long(row) for row in _pair(model, pair))]
+    if not rows or not held_rows:
+        raise DataError(
+            f"max_tokens={max_tokens}: no pair is left whose rows have at most {model.limit} tokens; raise it, or take "
+            "another base"
+        )
+    print(f"{len(rows):,} pairs to train on, {len(held_rows):,} held out by conversation", flush=True)
+    _train(model, rows, epochs, batch_size, lr, weight_decay, seed)
+    chosen, rejected = _rewards(model, held_rows)
+    center, scale = spread([*chosen, *rejected])
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "center": center,
+        "scale": scale,
+        **({"hidden": hidden} if kind == "embedding" else {}),
+        "fit": {
+            "base": weights.identity,
+            **{"epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "seed": seed},
+            **{"pairs": len(rows), "held_out": len(held_rows), "too_long": left_out + held_left_out},
+            **measured(kept, chosen, rejected, derive(seed, "reward", "bootstrap")),
+            "training_accuracy": float(np.mean(_wins(*_rewards(model, rows)))),
+        },
+    }
+    _write(model, facts, [seen_as(pair.messages) for pair in train], folder)
+    print(_shown(facts, folder))
+    return facts
+
+
+def measured(
+    pairs: Sequence[Preference], chosen: Sequence[float], rejected: Sequence[float], seed: int
+) -> dict[str, Any]:
+    """Share of pairs whose chosen response has the greater reward, and the same for length in characters.
+
+    A tie counts as half. Intervals are of 95 %, by drawing conversations with replacement.
+    """
+    longer = _wins([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs])
+    names = list(dict.fromkeys(p.conversation for p in pairs))
+    number = {name: i for i, name in enumerate(names)}
+    group = np.array([number[p.conversation] for p in pairs])
+    draws = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
+    sizes = np.bincount(group, minlength=len(names))[draws].sum(1)
+
+    def share(wins: Sequence[float]) -> tuple[float, list[float]]:
+        sums = np.bincount(group, weights=np.array(wins), minlength=len(names))[draws].sum(1)
+        return float(np.mean(wins)), [float(x) for x in np.quantile(sums / sizes, [0.025, 0.975])]
+
+    accuracy, interval = share(_wins(chosen, rejected))
+    by_length, length_interval = share(longer)
+    return {
+        "accuracy": accuracy,
+        "accuracy_95": interval,
+        "longer_is_chosen": by_length,
+        "longer_is_chosen_95": length_interval,
+    }
+
+
+def spread(rewards: Sequence[float]) -> tuple[float, float]:
+    """Center and scale with which the middle half of these rewards spreads over 25 to 75 points.
+
+    σ(±ln 3) is 0.75 and 0.25: the center is the middle of the quartiles, the scale half their distance over ln 3.
+
+    Raises:
+        ModelError: the quartiles are the same.
+    """
+    low, high = (float(q) for q in np.quantile(np.array(rewards, dtype=np.float64), [0.25, 0.75]))
+    if not high > low:
+        raise ModelError("the fitted model rewards everything alike; train longer (epochs), or raise lr")
+    return (low + high) / 2, (high - low) / (2 * math.log(3))
+
+
+def _pair(model: Rewards, pair: Preference) -> tuple[list[Ids], list[Ids]]:
+    return model.encode(pair.messages, pair.chosen), model.encode(pair.messages, pair.rejected)
+
+
+def _encoded(model: Rewards, pairs: Sequence[Preference]) -> tuple[list[tuple[list[Ids], list[Ids]]], int]:
+    """The pairs that can be read, and how many cannot."""
+    rows = [_pair(model, pair) for pair in pairs]
+    fits = [row for row in rows if not any(map(model.too_long, row))]
+    return fits, len(rows) - len(fits)
+
+
+def _train(
+    model: Rewards,
+    rows: Sequence[tuple[list[Ids], list[Ids]]],
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+) -> None:
+    groups = schedule(len(rows), batch_size, epochs, derive(seed, "reward"), None)
+    optimizer = torch.optim.AdamW(model.module.parameters(), lr=lr, weight_decay=weight_decay)
+    warm = math.ceil(WARMUP * len(groups))
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (warm + 1), (len(groups) - step) / max(len(groups) - warm, 1))
+    )
+    model.module.train()
+    total, steps = 0.0, max(len(groups) // epochs, 1)
+    for step, group in enumerate(groups):
+        rewards_2B = model([rows[i][0] for i in group] + [rows[i][1] for i in group])
+        chosen_B, rejected_B = rewards_2B.chunk(2)
+        loss = softplus(rejected_B - chosen_B).mean()
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(f"lr={lr:g}: the loss became {float(loss)} at step {step}; lower it")
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.module.parameters(), CLIP)
+        optimizer.step()
+        rates.step()
+        total += loss.item()
+        if (step + 1) % steps == 0:
+            print(f"  epoch {(step + 1) // steps}: loss {total / steps:.4f}", flush=True)
+            total = 0.0
+    model.module.eval()
+
+
+@torch.no_grad()
+def _rewards(model: Rewards, rows: Sequence[tuple[list[Ids], list[Ids]]]) -> tuple[list[float], list[float]]:
+    found = [model([*row]).tolist() for row in rows]
+    return [pair[0] for pair in found], [pair[1] for pair in found]
+
+
+def _wins(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(first, second, strict=True)]
+
+
+def _write(model: Rewards, facts: dict[str, Any], seen: Sequence[str], folder: Path) -> None:
+    """The whole folder or nothing."""
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        model.save(aside)
+        (aside / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        # by hashes, so that a run can tell whether it is measured on what its judge was fitted on
+        (aside / SEEN).write_text("".join(f"{name}\n" for name in sorted(set(seen))), encoding="utf-8")
+        aside.replace(folder)
+    except OSError as error:
+        raise ModelError(f"out={folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _shown(facts: dict[str, Any], folder: Path) -> str:
+    fitted = facts["fit"]
+
+    def percent(name: str) -> str:
+        low, high = fitted[f"{name}_95"]
+        return f"{fitted[name]:.1%} (95 %: {low:.1%} to {high:.1%})"
+
+    lines = [
+        f"held-out accuracy      {percent('accuracy')}, training {fitted['training_accuracy']:.1%}",
+        f"longer response chosen {percent('longer_is_chosen')}, the judge by length",
+        f"center {facts['center']:.4g}, scale {facts['scale']:.4g}: the middle half of held-out rewards spreads over "
+        "25-75 points",
+    ]
+    if fitted["too_long"]:
+        lines.append(f"left out as too long   {fitted['too_long']:,} pairs")
+    return "\n".join([*lines, f"use it with: judge=reward judge.path={folder}"])

@@ -1,0 +1,349 @@
+"""The noise on the reference's confidence in rejected responses (DNPO paper, section 4.3).
+
+Every kind answers the same call: from log p_r(y⁻|x), and the reference's hidden states behind it, it gives log
+p̃_r(y⁻|x) twice, as the policy meets it and as the noise is trained on. Kinds without parameters simply have nothing to
+train. Noise never touches the policy, nor the chosen response.
+
+Logits and noise are N × V numbers each, so they are made a tile of the vocabulary at a time (see ``logprobs.py``), and
+again in the backward pass: ε comes from seeds, not from a store. A seed belongs to a response and a training step, so ε
+does not depend on how a batch is cut into micro-batches or tiles.
+
+Shapes: B pairs, N rejected completion tokens of all pairs, H hidden size, V vocabulary, C entries of a tile of it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, logsigmoid
+
+from dnpo.optimise.objective import NoisyReference
+from dnpo.policy.logprobs import Head, Tally, product, sum_by_sequence, target_in, tiles
+from dnpo.seeding import derive
+from dnpo.settings import Finite, NonNegative, Positive
+
+Cache = Literal["auto", "on", "off"]
+KEPT = {"cpu": 7 * 2**25, "cuda": 2**31}  # bytes that are kept for the backward pass and not made again
+HIGH = math.sqrt(0.9)  # of a standard deviation's bound
+BLOCK = {"cpu": 32, "cuda": 128}  # tokens of a response whose noise comes from one seed, for each tile
+
+
+class Rejected(NamedTuple):
+    """The frozen reference on the rejected completion tokens of a batch.
+
+    Attributes:
+        hidden_NH: its last hidden states (after the final norm) that predict the tokens, response after response.
+        head: its output head.
+        target_N: the tokens.
+        lengths: how many tokens each of the B responses has.
+        seeds: of the noise of each response.
+    """
+
+    hidden_NH: Tensor
+    head: Head
+    target_N: Tensor
+    lengths: Sequence[int]
+    seeds: Sequence[int]
+
+
+class Noise(nn.Module):
+    """What ``npo=…`` configures.
+
+    Attributes:
+        active: whether it perturbs anything at all; only then are noise metrics worth reporting.
+        reads_states: whether it needs the reference's hidden states, or only its log-probability.
+        alpha: weight of the variance term.
+        learning_rate: of the noise's own optimizer (Adam), where there is something to train.
+        cache_hidden: whether the hidden states are kept on disk for the iteration: ``on``, ``off``, or ``auto`` for
+            when more than one epoch will read them and the disk has room.
+    """
+
+    not_in_key = ("cache_hidden",)  # it changes rounding, and what is made twice
+    active = True
+    reads_states = False
+
+    def __init__(self, alpha: float = 0.0, learning_rate: float = 0.0, cache_hidden: str = "off") -> None:
+        super().__init__()
+        self.alpha, self.learning_rate, self.cache_hidden = alpha, learning_rate, cache_hidden
+
+    def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
+        """log p̃_r(y⁻|x) for both terms, and the share of all s² that are over 90 % of their bound.
+
+        Args:
+            clean_B: log p_r(y⁻|x) without noise.
+            rejected: the reference's hidden states, where ``reads_states``.
+        """
+        raise NotImplementedError
+
+
+class NoNoise(Noise):
+    """Noise that adds nothing: the policy term is the plain objective."""
+
+    active = False
+
+    def __init__(self, hidden_size: int, vocabulary: int) -> None:
+        super().__init__()
+
+    def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
+        """The clean log-probability, twice."""
+        nothing = clean_B.new_zeros(())
+        return NoisyReference(clean_B, clean_B, nothing), nothing
+
+
+class TrainableNoise(Noise):
+    """A standard deviation for every token position and vocabulary entry, log s = W h + b, trained against the policy.
+
+    W starts at 0 and b at ``start_log_std``. The variance is bounded smoothly, s² = u·m / (u + m) = m · σ(log u − log
+    m) with u = exp(2(W h + b)) and m = ``max_variance``: it follows u while u is small and approaches m without
+    reaching it. A hard clamp would pass no gradient beyond the bound, and without a bound s² runs away.
+
+    Args:
+        alpha: weight of mean(s²) in the loss.
+        max_variance: the bound m.
+        learning_rate: of Adam, for W and b; constant.
+        start_log_std: b at the start.
+        cache_hidden: see :class:`Noise`.
+    """
+
+    reads_states = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        vocabulary: int,
+        *,
+        alpha: NonNegative = 0.1,
+        max_variance: Positive = 1.0,
+        learning_rate: Positive = 1e-3,
+        start_log_std: Finite = -1.0,
+        cache_hidden: Cache = "auto",
+    ) -> None:
+        super().__init__(alpha, learning_rate, cache_hidden)
+        self.max_variance = max_variance
+        self.weight_VH = nn.Parameter(torch.zeros(vocabulary, hidden_size))
+        self.bias_V = nn.Parameter(torch.full((vocabulary,), start_log_std))
+
+    def variance(self, hidden_NH: Tensor) -> Tensor:
+        """s², shape N × V, as it is written: to look at. Training makes it in tiles."""
+        log_u_NV = 2 * linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V)
+        return (logsigmoid(log_u_NV - math.log(self.max_variance)) + math.log(self.max_variance)).exp()
+
+    def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
+        """See :class:`Noise`. Only ``noise_B`` and ``variance`` carry gradients."""
+        assert rejected is not None, "trainable noise reads the reference's hidden states"
+        apply: Any = _TrainedNoise.apply
+        policy_N, noise_N, variance, at_bound = apply(self.weight_VH, self.bias_V, self.max_variance, rejected)
+        lengths_B = torch.tensor(rejected.lengths, device=clean_B.device)
+        policy_B, noise_B = (sum_by_sequence(logp_N, lengths_B) for logp_N in (policy_N, noise_N))
+        return NoisyReference(policy_B, noise_B, variance), at_bound
+
+
+class FixedNoise(Noise):
+    """The same variance everywhere, not trained (the paper's ablation, N(0, 0.5) read as a variance)."""
+
+    reads_states = True
+
+    def __init__(
+        self, hidden_size: int, vocabulary: int, *, variance: NonNegative = 0.5, cache_hidden: Cache = "auto"
+    ) -> None:
+        super().__init__(cache_hidden=cache_hidden)
+        self.fixed = variance
+
+    @torch.no_grad()
+    def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
+        """See :class:`Noise`. Nothing carries a gradient."""
+        assert rejected is not None, "fixed noise reads the reference's hidden states"
+        head, draw = rejected.head.cast(clean_B.device), _Draw(rejected, math.sqrt(self.fixed))
+        terms = [Tally(rejected.target_N) for _ in range(2)]
+        for first, end in tiles(head):
+            logits_NC = head.tile(rejected.hidden_NH, first, end)
+            for number, term in enumerate(terms):
+                term.add(draw(logits_NC, first, number) + logits_NC, first)
+        lengths_B = torch.tensor(rejected.lengths, device=clean_B.device)
+        policy_B, noise_B = (sum_by_sequence(term.logps()[0], lengths_B) for term in terms)
+        return NoisyReference(policy_B, noise_B, clean_B.new_tensor(self.fixed)), clean_B.new_zeros(())
+
+
+class Offset(Noise):
+    """The control that the paper lacks: the mean effect of noise as a plain constant.
+
+    The policy never meets ε, so noise acts on it as an offset of the margin. Here that offset is the same for every
+    pair: log p̃_r(y⁻|x) = log p_r(y⁻|x) − ``shift``, and the margin shrinks by β · ``shift``.
+
+    Args:
+        shift: in nats; compare with the metric ``npo/shift`` of a run with noise.
+    """
+
+    def __init__(self, hidden_size: int, vocabulary: int, *, shift: Finite) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
+        """The clean log-probability less the shift, twice."""
+        nothing, shifted_B = clean_B.new_zeros(()), clean_B - self.shift
+        return NoisyReference(shifted_B, shifted_B, nothing), nothing
+
+
+class MatchedOffset(Offset):
+    """An :class:`Offset` by the mean shift that noise had in the same iteration, off the same policy and pairs.
+
+    Args:
+        shift: what that training came to; ``stages.py`` runs it, or finds it, first.
+        like: the noise of that training.
+    """
+
+    not_in_key = ("like",)  # the key of that training stands for it
+
+    def __init__(self, hidden_size: int, vocabulary: int, shift: float = 0.0, *, like: Callable[..., Noise]) -> None:
+        super().__init__(hidden_size, vocabulary, shift=shift)
+
+
+class _TrainedNoise(Function):
+    """What trainable noise needs of each token: log p̃ for both terms, and mean(s²).
+
+    With x = 2(W h + b) − log m, r = √σ(x) and ε drawn with variance m, the noisy logits are z + r ε, and s² = m r².
+    With g the gradient in log p̃ of a token, p̃ the noisy softmax, c the gradient in mean(s²) over N V:
+
+        ∂L/∂(W h + b)  =  g · (onehot − p̃) r σ(−x) ε  +  2 m c · r² σ(−x)
+
+    But for g, c and p̃'s normalisation, one number a token each, both terms are known as soon as a tile has been made.
+    They are kept while ``KEPT`` lasts: then it takes three products an entry and token, for z, x and the gradient of W.
+    Other tiles are made again in the backward pass: five.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight_VH: Tensor, bias_V: Tensor, max_variance: float, rejected: Rejected
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        make = _Tiles(weight_VH, bias_V, max_variance, rejected)
+        to_policy, to_noise = Tally(rejected.target_N), Tally(rejected.target_N)
+        total, signs = (weight_VH.new_zeros((), dtype=torch.float64) for _ in range(2))
+        kept, room = {}, KEPT.get(weight_VH.device.type, KEPT["cuda"]) if any(ctx.needs_input_grad) else 0
+        count = 0
+        for first, end in tiles(make.head):
+            logits_NC, root_NC, rest_NC = make.tile(first, end)
+            noise_NC = make.draw(logits_NC, first, 0)
+            to_policy.add(noise_NC.mul_(root_NC).add_(logits_NC), first)
+            make.draw(noise_NC, first, 1, out=noise_NC)
+            noisy_NC = logits_NC.addcmul_(root_NC, noise_NC)
+            total += torch.linalg.vector_norm(root_NC, dim=-1).square_().sum()  # autocast leaves it alone
+            count += noisy_NC.numel()
+            signs += (root_NC - HIGH).sign_().sum()
+            room -= 2 * noisy_NC.nbytes
+            if room >= 0:
+                most_N = to_noise.add_(noisy_NC, first)
+                kept[first] = make.slopes(noisy_NC, root_NC, rest_NC, noise_NC, most_N, first)
+            else:
+                to_noise.add(noisy_NC, first)
+            del logits_NC, root_NC, rest_NC, noise_NC, noisy_NC  # before the next are made
+        ctx.kept, ctx.make, ctx.lse_N = kept, make, to_noise.lse_N
+        ctx.save_for_backward(weight_VH, bias_V)
+        policy_N, noise_N = to_policy.logps()[0], to_noise.logps()[0]
+        variance, at_bound = max_variance * total / max(count, 1), (count + signs) / max(2 * count, 1)
+        ctx.mark_non_differentiable(policy_N, at_bound)
+        return policy_N, noise_N, variance.to(weight_VH.dtype), at_bound
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _, grad_N, grad_variance, _ = grads
+        weight_VH, bias_V = ctx.saved_tensors
+        make, target_N = ctx.make, ctx.make.rejected.target_N
+        weight_grad_VH, bias_grad_V = torch.empty_like(weight_VH), torch.empty_like(bias_V)
+        hidden_NH = make.rejected.hidden_NH
+        pull = 2 * make.max_variance * grad_variance / max(len(hidden_NH) * len(weight_VH), 1)
+        hidden_NH = hidden_NH.to(make.exponent.weight_VH.dtype)
+        for first, end in tiles(make.head):
+            made = ctx.kept.pop(first) if first in ctx.kept else make.slopes_again(first, end, ctx.lse_N)
+            factor_N1 = (-grad_N * (made.less_N - ctx.lse_N).exp()).unsqueeze(-1)
+            slope_NC = made.softmax_NC.mul_(factor_N1).addcmul_(made.variance_NC, pull)
+            inside_N, at_N1 = target_in(slope_NC, target_N, first)
+            slope_NC.scatter_add_(1, at_N1, (grad_N * made.own_N * inside_N).unsqueeze(-1))
+            del made
+            product(slope_NC.t().to(hidden_NH.dtype), hidden_NH, out=weight_grad_VH[first:end])
+            torch.sum(slope_NC, 0, out=bias_grad_V[first:end])
+        return weight_grad_VH, bias_grad_V, None, None
+
+
+class _Slopes(NamedTuple):
+    """Of a tile, what the gradient in W h + b is made of.
+
+    Attributes:
+        softmax_NC: exp(z + r ε − ``less_N``) r σ(−x) ε, and
+        less_N: what was taken off so that the exponential neither overflows nor vanishes.
+        own_N: r σ(−x) ε at the target, where it lies in this tile.
+        variance_NC: r² σ(−x).
+    """
+
+    softmax_NC: Tensor
+    less_N: Tensor
+    own_N: Tensor
+    variance_NC: Tensor
+
+
+class _Tiles:
+    """Makes the tiles of trainable noise, and makes them again."""
+
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor, max_variance: float, rejected: Rejected) -> None:
+        self.rejected, self.max_variance = rejected, max_variance
+        self.head = rejected.head.cast(weight_VH.device)
+        self.exponent = _exponent(weight_VH, bias_V, max_variance, self.head)
+        self.doubled_NH = 2 * rejected.hidden_NH
+        self.draw = _Draw(rejected, math.sqrt(max_variance))
+
+    def tile(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """z, r and σ(−x)."""
+        exponent_NC = self.exponent.tile(self.doubled_NH, first, end)
+        rest_NC = torch.sigmoid(-exponent_NC)  # not 1 − σ(x), which is 0 long before the gradient is
+        return self.head.tile(self.rejected.hidden_NH, first, end), exponent_NC.sigmoid_().sqrt_(), rest_NC
+
+    def slopes(
+        self, softmax_NC: Tensor, root_NC: Tensor, rest_NC: Tensor, noise_NC: Tensor, less_N: Tensor, first: int
+    ) -> _Slopes:
+        """See :class:`_Slopes`; the tensors of the tile are used up."""
+        rest_NC.mul_(root_NC)
+        variance_NC = root_NC.mul_(rest_NC)
+        noise_NC.mul_(rest_NC)
+        _, at_N1 = target_in(noise_NC, self.rejected.target_N, first)
+        return _Slopes(softmax_NC.mul_(noise_NC), less_N, noise_NC.gather(1, at_N1).squeeze(-1), variance_NC)
+
+    def slopes_again(self, first: int, end: int, lse_N: Tensor) -> _Slopes:
+        """The same of a tile that was not kept."""
+        logits_NC, root_NC, rest_NC = self.tile(first, end)
+        noise_NC = self.draw(logits_NC, first, 1)
+        softmax_NC = logits_NC.addcmul_(root_NC, noise_NC).sub_(lse_N.unsqueeze(-1)).exp_()
+        return self.slopes(softmax_NC, root_NC, rest_NC, noise_NC, lse_N, first)
+
+
+def _exponent(weight_VH: Tensor, bias_V: Tensor, max_variance: float, head: Head) -> Head:
+    """What gives 2(W h + b) − log m of 2h, with products in the type of the reference's own."""
+    half = head.weight_VH.dtype in (torch.bfloat16, torch.float16)
+    weight_VH = weight_VH.detach().to(head.weight_VH.dtype if half else weight_VH.dtype)
+    return Head(weight_VH, 2 * bias_V.detach() - math.log(max_variance))
+
+
+class _Draw:
+    """ε ~ N(0, std²), drawn anew for every token, entry and term, and the same whenever it is asked for again."""
+
+    def __init__(self, rejected: Rejected, std: float) -> None:
+        device = rejected.hidden_NH.device
+        self.std, self.generator = std, Generator(device)
+        size = BLOCK.get(device.type, BLOCK["cuda"])
+        self.blocks: list[tuple[int, int, int, int]] = []  # first token, one past the last, seed, which of its seed's
+        start = 0
+        for length, seed in zip(rejected.lengths, rejected.seeds, strict=True):
+            for number, at in enumerate(range(0, length, size)):
+                self.blocks.append((start + at, start + min(at + size, length), seed, number))
+            start += length
+
+    def __call__(self, like_NC: Tensor, first: int, term: int, out: Tensor | None = None) -> Tensor:
+        """The noise of one term in the tile that begins at entry ``first``."""
+        noise_NC = torch.empty_like(like_NC) if out is None else out
+        for start, end, seed, number in self.blocks:
+            self.generator.manual_seed(derive(seed, number, first, term))
+            noise_NC[start:end].normal_(0.0, self.std, generator=self.generator)
+        return noise_NC

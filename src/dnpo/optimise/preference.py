@@ -1,0 +1,311 @@
+"""The two trainings of the loop: on human responses, and on pairs, where policy and noise play against each other.
+
+``training.py`` has what they share. Here is what makes each of them: the loss of a micro-batch, what is reported of it,
+and the check that before the first update the policy is the reference. Shapes as in ``objective.py`` and
+``logprobs.py``; S = 2B sequences, the chosen ones first.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from dnpo.errors import StepZeroError
+from dnpo.optimise.batches import Batches, Slice
+from dnpo.optimise.npo import Noise, Rejected
+from dnpo.optimise.objective import (
+    NoisyReference,
+    Objective,
+    PairLogps,
+    log_ratio_gap,
+    negative_log_likelihood,
+    saturation,
+    two_player,
+)
+from dnpo.optimise.training import Batch, Optimisation, Training, fit, fused
+from dnpo.policy.logprobs import Head, token_logps
+from dnpo.policy.model import Policy
+from dnpo.policy.packing import Packed, pack
+from dnpo.records import Pair, ReferenceLogps
+from dnpo.seeding import derive
+from dnpo.store import Report
+
+# Nats that a log-ratio may be off before the first update. What is compared comes out of batches of other shapes, and
+# with bf16 products each token is off by about a hundredth.
+STEP_ZERO_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.5}
+
+
+class FineTuning(Training):
+    """Supervised fine-tuning on human responses: the mean negative log-likelihood of their tokens."""
+
+    def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over the completion tokens of the micro-batch."""
+        packed = batch.packed
+        loss = negative_log_likelihood(token_logps(self.policy.hidden(packed), self.policy.head, packed.target_N))
+        return loss, {"loss/policy": loss}
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """A micro-batch of B pairs and what the reference says of them.
+
+    Attributes:
+        reference: its log-probabilities.
+        rejected: prompts and rejected responses alone, where the noise reads hidden states.
+        hidden_NH: these hidden states, where they have been kept.
+        seeds: of the noise of each pair.
+        rejected_share: the weight in its policy step of a mean over rejected tokens.
+    """
+
+    reference: PairLogps
+    rejected: Packed | None
+    hidden_NH: Tensor | None
+    seeds: tuple[int, ...]
+    rejected_share: float
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(
+            super().to(device),
+            reference=PairLogps(*(t.to(device) for t in self.reference)),
+            rejected=None if self.rejected is None else self.rejected.to(device),
+            hidden_NH=None if self.hidden_NH is None else self.hidden_NH.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What is left of the reference beside its log-probabilities, where noise reads its states.
+
+    Attributes:
+        head: its output head.
+        body: gives hidden states; None where they have been kept.
+    """
+
+    head: Head
+    body: Policy | None
+
+
+class PreferenceTraining(Training):
+    """The policy against a frozen reference, and the noise on that reference against the policy.
+
+    Args:
+        frozen: of the reference; None where the noise reads no states.
+        noise: may have no parameters; then the policy is the only player.
+        objective: (policy, reference) → loss of each pair.
+        beta: preference temperature, for margins and implicit rewards as they are reported.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimisation: Optimisation,
+        total: int,
+        report: Report,
+        *,
+        frozen: Frozen | None,
+        noise: Noise,
+        objective: Objective,
+        beta: float,
+    ) -> None:
+        super().__init__(policy, optimisation, total, report)
+        self.noise, self.objective, self.beta = noise, objective, beta
+        self.frozen = frozen  # a plain object, so that its weights are neither registered nor saved
+
+    @property
+    def players(self) -> list[tuple[str, nn.Module]]:
+        """The policy, and the noise if it can be trained."""
+        trainable = any(True for _ in self.noise.parameters())
+        return [*super().players, *([("noise", cast(nn.Module, self.noise))] if trainable else [])]
+
+    def configure_optimizers(self) -> Any:
+        """The noise has Adam with a constant learning rate of its own."""
+        optimizers, schedules = super().configure_optimizers()
+        if len(self.players) > 1:
+            optimizers.append(fused(partial(Adam, lr=self.noise.learning_rate), list(self.noise.parameters())))
+        return optimizers, schedules
+
+    def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The three terms of the two-player loss on one micro-batch of pairs."""
+        pairs = cast(PairBatch, batch)
+        policy, reference = split(self.policy.logps(pairs.packed)), pairs.reference
+        if self.policy_step == 0:
+            self._check_step_zero(policy, pairs)
+        noisy, at_bound = self.noise(reference.rejected_B, self._rejected(pairs))
+        # Both are means over tokens, and the micro-batch counts by its pairs.
+        weight = pairs.rejected_share / pairs.share
+        noisy, at_bound = noisy._replace(variance=noisy.variance * weight), at_bound * weight
+        terms = two_player(self.objective, policy, reference, noisy, self.noise.alpha)
+        with torch.no_grad():
+            metrics = self._metrics(policy.detach(), reference, noisy)
+        metrics |= {"loss/policy": terms.policy}
+        if self.noise.active:
+            metrics |= {"loss/noise": terms.noise, "loss/variance": terms.variance, "npo/at_bound": at_bound}
+        return terms.total, metrics
+
+    def _rejected(self, batch: PairBatch) -> Rejected | None:
+        """The frozen reference on the rejected tokens: from disk, or from the rejected half of its forward pass."""
+        if self.frozen is None or batch.rejected is None:
+            return None
+        packed, hidden_NH = batch.rejected, batch.hidden_NH
+        if hidden_NH is None:
+            assert self.frozen.body is not None, "hidden states are kept or can be made"
+            with torch.no_grad():
+                hidden_NH = self.frozen.body.hidden(packed)
+        return Rejected(hidden_NH, self.frozen.head, packed.target_N, packed.completions, batch.seeds)
+
+    def _metrics(self, policy: PairLogps, reference: PairLogps, noisy: NoisyReference) -> dict[str, Tensor]:
+        clean_B = self.beta * log_ratio_gap(policy, reference)
+        shift_B = reference.rejected_B - noisy.policy_B
+        noisy_B = clean_B - self.beta * shift_B
+        chosen_B = self.beta * (policy.chosen_B - reference.chosen_B)
+        rejected_B = self.beta * (policy.rejected_B - reference.rejected_B)
+        metrics = {
+            "margin/clean": clean_B.mean(),
+            "margin/saturation": saturation(noisy_B),
+            "rewards/chosen": chosen_B.mean(),
+            "rewards/rejected": rejected_B.mean(),
+            "rewards/accuracy": (clean_B > 0).float().mean(),
+            "logps/chosen": policy.chosen_B.mean(),
+            "logps/rejected": policy.rejected_B.mean(),
+        }
+        if self.noise.active:
+            metrics |= {
+                "margin/noisy": noisy_B.mean(),
+                "margin/shift": (noisy_B - clean_B).mean(),
+                "margin/saturation_clean": saturation(clean_B),
+                "npo/shift": shift_B.mean(),
+                "npo/variance": noisy.variance,
+            }
+        return metrics
+
+    @torch.no_grad()
+    def _check_step_zero(self, policy: PairLogps, batch: PairBatch) -> None:
+        """Before the first update the policy is the reference: every margin is 0 and the logistic loss ln 2."""
+        tolerance = STEP_ZERO_TOLERANCE[self.policy.head.cast(self.device).weight_VH.dtype]
+        off_by = float(log_ratio_gap(policy.detach(), batch.reference).abs().max())
+        if off_by <= tolerance:
+            return
+        with self.policy.evaluating():
+            calm = split(self.policy.logps(batch.packed))
+        if float(log_ratio_gap(calm, batch.reference).abs().max()) <= tolerance:
+            cause = "dropout is on: every dropout of the model has to be 0"
+        elif hasattr(self.policy.model, "peft_config"):
+            cause = "the adapter is not fresh: the reference must be the weights it was put on, in this very iteration"
+        else:
+            cause = "the reference has other weights: it must be the policy that this iteration starts from"
+        raise StepZeroError(
+            f"step 0: the policy is not the reference. Log-ratios differ by up to {off_by:.3g} nats on rows "
+            f"{', '.join(batch.ids[:4])}, expected at most {tolerance}. Most likely {cause}"
+        )
+
+
+def fine_tune(
+    policy: Policy,
+    rows: Sequence[tuple[str, list[int], list[int]]],
+    optimisation: Optimisation,
+    *,
+    seed: int,
+    folder: Path,
+    report: Report,
+) -> list[dict[str, float]]:
+    """Train the policy in place on human responses.
+
+    Args:
+        policy: its module is changed.
+        rows: id, prompt token ids and response token ids of each row.
+        optimisation: how to train.
+        seed: draws the order of the rows.
+        folder: where checkpoints go; one that is there is continued.
+        report: told of every step.
+
+    Returns:
+        One row of metrics a policy step.
+    """
+
+    lengths = [len(r[2]) for r in rows]
+
+    def collate(some: Sequence[tuple[str, list[int], list[int]]], piece: Slice) -> Batch:
+        # The loss is a mean over tokens, so a micro-batch weighs by its tokens.
+        share = sum(len(r[2]) for r in some) / sum(lengths[i] for i in piece.group)
+        return Batch(pack([r[1] for r in some], [r[2] for r in some]), tuple(r[0] for r in some), share)
+
+    groups = optimisation.groups(len(rows), seed)
+    module = FineTuning(policy, optimisation, len(groups), report)
+    return fit(module, Batches(rows, groups, optimisation.micro_batch_size, collate), folder)
+
+
+def optimise(
+    policy: Policy,
+    pairs: Sequence[Pair],
+    reference: Sequence[ReferenceLogps],
+    optimisation: Optimisation,
+    *,
+    noise: Noise,
+    objective: Objective,
+    beta: float,
+    seed: int,
+    folder: Path,
+    report: Report,
+    hidden: Callable[[Sequence[int]], Tensor] | None = None,
+) -> list[dict[str, float]]:
+    """Train the policy in place against the reference that it is at the start.
+
+    Args:
+        policy: its module is changed; with LoRA it carries a fresh adapter.
+        pairs: with the token ids of prompts and both responses.
+        reference: the policy's log-probabilities of the pairs before the training, in the order of the pairs.
+        optimisation, folder, report: as in :func:`fine_tune`.
+        noise: on the reference's log-probability of rejected responses; trained along.
+        objective: (policy, reference) → loss of each pair.
+        beta: preference temperature for the reported margins.
+        seed: draws the order of the pairs and the noise.
+        hidden: numbers of pairs → the reference's hidden states of their rejected tokens, where they have been kept.
+
+    Returns:
+        One row of metrics a policy step.
+
+    Raises:
+        StepZeroError: before the first update the policy is not the reference.
+        NonFiniteLossError: the loss became NaN or infinite.
+        OutOfMemoryError: a step does not fit into memory.
+    """
+    tokens = [len(p.rejected_ids) for p in pairs]
+
+    def collate(numbers: Sequence[int], piece: Slice) -> PairBatch:
+        some = [pairs[i] for i in numbers]
+        prompts, rejected = [p.prompt_ids for p in some], [p.rejected_ids for p in some]
+        return PairBatch(
+            packed=pack(prompts * 2, [p.chosen_ids for p in some] + rejected, share_prompt=optimisation.share_prompt),
+            ids=tuple(p.id for p in some),
+            share=piece.share,
+            reference=PairLogps(
+                torch.tensor([reference[i].chosen for i in numbers]),
+                torch.tensor([reference[i].rejected for i in numbers]),
+            ),
+            rejected=pack(prompts, rejected) if noise.reads_states else None,
+            hidden_NH=hidden(numbers) if noise.reads_states and hidden is not None else None,
+            seeds=tuple(derive(seed, "noise", piece.step, i) for i in numbers),
+            rejected_share=sum(tokens[i] for i in numbers) / max(sum(tokens[i] for i in piece.group), 1),
+        )
+
+    frozen = None
+    if noise.reads_states:
+        body = policy.reference() if hidden is None else None
+        frozen = Frozen(policy.head.frozen() if body is None else body.head.frozen(), body)
+    groups = optimisation.groups(len(pairs), seed)
+    module = PreferenceTraining(
+        policy, optimisation, len(groups), report, frozen=frozen, noise=noise, objective=objective, beta=beta
+    )
+    return fit(module, Batches(range(len(pairs)), groups, optimisation.micro_batch_size, collate), folder)
+
+
+def split(logp_S: Tensor) -> PairLogps:
+    """2B values, the chosen first, as pairs."""
+    chosen_B, rejected_B = logp_S.chunk(2)
+    return PairLogps(chosen_B, rejected_B)

@@ -1,0 +1,156 @@
+"""The frozen reference of an iteration on its pairs, computed once and kept.
+
+The reference is the policy as the iteration finds it, so what it says of the pairs is the same in every epoch and for
+every run with this policy and these pairs. Its log-probabilities are always kept; its hidden states of rejected tokens,
+which noise reads, where they are asked for and the disk has room. Both are made by pairs of similar length, in shards
+that a killed run does not make again.
+
+Shapes as in ``logprobs.py``; B pairs.
+"""
+
+import shutil
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnpo.errors import Declined, DiskError
+from dnpo.policy.model import Policy, by_length
+from dnpo.policy.packing import pack
+from dnpo.records import Pair, ReferenceLogps, read_all, write
+from dnpo.store import Report
+
+SHARD = 1024  # pairs of one shard, which is what a killed run can lose
+SPARE = 2**30  # bytes of disk that the hidden states leave free
+
+
+@torch.no_grad()
+def score(policy: Policy, pairs: Sequence[Pair], *, autocast: bool, folder: Path, report: Report) -> None:
+    """log p(y⁺|x) and log p(y⁻|x) of every pair under the policy, into shards in ``folder``.
+
+    Args:
+        policy: the reference.
+        pairs: with token ids.
+        autocast: bf16 products, as in the training that will compare with them.
+        folder: where the shards go; those that are there are not made again.
+        report: told of every batch.
+    """
+    shards = _shards([len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs])
+    paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
+    report.begin(len(pairs), "pairs", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
+    for shard, path in zip(shards, paths, strict=True):
+        if path.is_file():
+            continue
+        rows: list[ReferenceLogps] = []
+        lengths = [len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids) for i in shard]
+        for some in by_length(lengths):
+            these = [shard[i] for i in some]
+            prompts = [pairs[i].prompt_ids for i in these]
+            completions = [pairs[i].chosen_ids for i in these] + [pairs[i].rejected_ids for i in these]
+            batch = pack(prompts * 2, completions, share_prompt=True).to(policy.device)
+            with policy.evaluating(), _products(policy, autocast):
+                chosen, rejected = policy.logps(batch).view(2, -1).tolist()
+            rows += [ReferenceLogps(i, c, r) for i, c, r in zip(these, chosen, rejected, strict=True)]
+            report.advance(len(these))
+        write(path, rows, ReferenceLogps)
+
+
+def read_scores(folder: Path, count: int) -> list[ReferenceLogps]:
+    """What :func:`score` wrote, in the order of the pairs."""
+    rows = sorted(read_all(sorted(folder.glob("shard-*.parquet")), ReferenceLogps), key=lambda row: row.pair)
+    if [row.pair for row in rows] != list(range(count)):
+        raise ValueError(f"{folder}: expected the log-probabilities of {count} pairs, found {len(rows)}")
+    return rows
+
+
+@torch.no_grad()
+def keep_hidden(
+    policy: Policy, pairs: Sequence[Pair], *, autocast: bool, required: bool, folder: Path, report: Report
+) -> dict[str, int]:
+    """The policy's hidden states that predict rejected tokens, into memory-mapped shards in ``folder``.
+
+    In the type that the output head's products are made in (bf16 under autocast), so that nothing is lost by keeping.
+
+    Args:
+        required: whether the lack of room is an error, or a reason to go on without.
+
+    Raises:
+        DiskError: there is no room and they are required.
+        Declined: there is no room and they are not.
+    """
+    from safetensors.torch import save_file
+
+    dtype = torch.bfloat16 if autocast else policy.head.weight_VH.dtype
+    tokens = sum(len(p.rejected_ids) for p in pairs)
+    size = tokens * policy.head.weight_VH.shape[1] * dtype.itemsize
+    kept = sum(f.stat().st_size for f in folder.glob("hidden-*.safetensors"))
+    free = shutil.disk_usage(folder).free
+    said = f"the reference's hidden states of {tokens:,} rejected tokens take {_human(size)}"
+    if size - kept > free - SPARE:
+        lack = f"{said}, and {folder} has {_human(free)} free, of which {_human(SPARE)} stay so"
+        if required:
+            raise DiskError(f"npo.cache_hidden=on: {lack}; make room, move the store (store=…), or take auto or off")
+        raise Declined(f"{lack}: they are made again in every step instead")
+    report.note(f"{said} on disk ({folder})")
+    shards = _shards([len(p.prompt_ids) + len(p.rejected_ids) for p in pairs])
+    paths = [folder / f"hidden-{number:05d}.safetensors" for number in range(len(shards))]
+    report.begin(len(pairs), "pairs", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
+    for shard, path in zip(shards, paths, strict=True):
+        if path.is_file():
+            continue
+        states: list[Tensor] = []
+        order: list[int] = []
+        for some in by_length([len(pairs[i].prompt_ids) + len(pairs[i].rejected_ids) for i in shard]):
+            these = [shard[i] for i in some]
+            batch = pack([pairs[i].prompt_ids for i in these], [pairs[i].rejected_ids for i in these])
+            with policy.evaluating(), _products(policy, autocast):
+                states.append(policy.hidden(batch.to(policy.device)).to(dtype).cpu())
+            order += these
+            report.advance(len(these))
+        lengths = torch.tensor([len(pairs[i].rejected_ids) for i in order])
+        aside = path.with_suffix(".writing")
+        save_file({"hidden": torch.cat(states), "pair": torch.tensor(order), "length": lengths}, aside)
+        aside.replace(path)
+    return {"tokens": tokens, "bytes": size}
+
+
+class KeptHidden:
+    """The hidden states that :func:`keep_hidden` wrote, read from disk as they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self.where: dict[int, tuple[int, int, int]] = {}  # pair → file, first row, one past the last
+        self.files = []
+        for number, path in enumerate(sorted(folder.glob("hidden-*.safetensors"))):
+            file: Any = safe_open(path, framework="pt")
+            lengths: list[int] = file.get_tensor("length").tolist()
+            starts = [0, *accumulate(lengths)]
+            for i, pair in enumerate(file.get_tensor("pair").tolist()):
+                self.where[pair] = (number, starts[i], starts[i + 1])
+            self.files.append(file.get_slice("hidden"))
+
+    def __call__(self, pairs: Sequence[int]) -> Tensor:
+        """The states of these pairs' rejected tokens, pair after pair, N × H."""
+        found = [self.where[pair] for pair in pairs]
+        return torch.cat([self.files[number][start:end] for number, start, end in found])
+
+
+def _shards(lengths: Sequence[int]) -> list[list[int]]:
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[i : i + SHARD] for i in range(0, len(order), SHARD)]
+
+
+def _products(policy: Policy, autocast: bool) -> torch.autocast:
+    return torch.autocast(policy.device.type, torch.bfloat16, enabled=autocast)
+
+
+def _human(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

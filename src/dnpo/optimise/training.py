@@ -1,0 +1,360 @@
+"""What every training shares: steps of micro-batches, one backward pass each, one update of all players, checkpoints.
+
+The whole training is one pass over a fixed list of policy steps, so a checkpoint is a position in it, the state of the
+optimizers and the schedule, and whatever a kind of training adds. A killed training continues bit for bit on a CPU.
+"""
+
+import inspect
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError
+from dnpo.optimise.batches import Batches, schedule
+from dnpo.policy.model import Policy
+from dnpo.policy.packing import Packed
+from dnpo.settings import Count, Fraction, Natural, NonNegative
+from dnpo.store import Report
+
+CHECKPOINT = "checkpoint.ckpt"
+
+
+class Optimisation:
+    """How to train: what ``trainer=…`` and ``sft=…`` configure.
+
+    Args:
+        epochs: passes over the rows; 0 trains nothing.
+        steps: policy steps at which to stop instead, however many epochs that takes; 0 means by epochs.
+        batch_size: rows of one policy step.
+        micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory and
+            rounding, nothing else.
+        optimizer: the policy's, waiting for its parameters; fused where torch has that and nothing else is said.
+        warmup: share of the policy steps over which its learning rate rises from 0.
+        decay: whether it then falls linearly to 0 (else it stays).
+        clip: gradient norm of a player at most; 0 means no clipping.
+        autocast: bf16 matrix products over parameters of higher precision.
+        checkpoint_every: policy steps between checkpoints; after a kill at most so many are repeated.
+        share_prompt: compute the prompt of a pair once for both responses.
+        checkpointing: keep one hidden state a layer for the backward pass and make the rest again: less memory, a third
+            more time.
+        compile: the model's body by torch.compile.
+    """
+
+    # What changes rounding, memory or time, and nothing else.
+    not_in_key = ("checkpoint_every", "micro_batch_size", "share_prompt", "checkpointing", "compile")
+
+    def __init__(
+        self,
+        *,
+        optimizer: Callable[..., Optimizer],
+        epochs: Natural = 1,
+        steps: Natural = 0,
+        batch_size: Count = 64,
+        micro_batch_size: Natural = 0,
+        warmup: Fraction = 0.1,
+        decay: bool = True,
+        clip: NonNegative = 1.0,
+        autocast: bool = False,
+        checkpoint_every: Count = 50,
+        share_prompt: bool = True,
+        checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        try:  # now, and not after an hour of generating
+            optimizer([nn.Parameter(torch.zeros(1))])
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"optimizer: {error}") from error
+        self.optimizer, self.epochs, self.steps = optimizer, epochs, steps
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
+        self.warmup, self.decay, self.clip, self.autocast = warmup, decay, clip, autocast
+        self.checkpoint_every, self.share_prompt = checkpoint_every, share_prompt
+        self.checkpointing, self.compile = checkpointing, compile
+
+    def groups(self, rows: int, seed: int) -> list[tuple[int, ...]]:
+        """The rows of each policy step of a training on so many rows."""
+        return schedule(rows, self.batch_size, self.epochs, seed, self.steps or None)
+
+    def passes(self, rows: int) -> float:
+        """How often a training on so many rows reads each of them."""
+        return self.steps * self.batch_size / rows if self.steps else float(self.epochs)
+
+    def factor(self, step: int, total: int) -> float:
+        """Multiple of the peak learning rate at a policy step: linear warm-up, then linear decay or none."""
+        warm = math.ceil(self.warmup * total)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return (total - step) / max(total - warm, 1) if self.decay else 1.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: a sequence a row for fine-tuning; of B pairs first the chosen, then the rejected responses.
+
+    Attributes:
+        packed: prompts and completions.
+        ids: of its rows.
+        share: the weight of its mean loss in its policy step's.
+    """
+
+    packed: Packed
+    ids: tuple[str, ...]
+    share: float
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(self, packed=self.packed.to(device))
+
+
+class Training(pl.LightningModule):
+    """Manual optimisation of one or more players on micro-batches in a fixed order.
+
+    Args:
+        policy: the model in training; its module is the first player.
+        optimisation: how to train.
+        total: policy steps of the whole training.
+        report: told of every step.
+    """
+
+    def __init__(self, policy: Policy, optimisation: Optimisation, total: int, report: Report) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints hold what is trained, not frozen base weights
+        self.policy_module = policy.model
+        self.policy, self.optimisation, self.total, self.report = policy, optimisation, total, report
+        self.policy_step = 0
+        self.history: list[dict[str, float]] = []
+        self._clock = time.monotonic()
+
+    def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch (its mean) and what to report of it."""
+        raise NotImplementedError
+
+    @property
+    def players(self) -> list[tuple[str, nn.Module]]:
+        """Who is trained: the policy, and whoever else has parameters."""
+        return [("policy", self.policy_module)]
+
+    # --- one step
+
+    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
+        """They go one at a time, when their turn comes."""
+        return batch
+
+    def training_step(self, batches: list[Batch], batch_idx: int) -> None:
+        """Backward through the micro-batches of one policy step, then clip and step every player."""
+        row: dict[str, float] = {}
+        ids = [i for batch in batches for i in batch.ids]
+        for batch in batches:
+            loss, metrics = self.terms(batch.to(self.device))
+            self._finite("loss", float(loss.detach()), batch.ids)
+            self.manual_backward(loss * batch.share)
+            for name, value in metrics.items():
+                row[name] = row.get(name, 0.0) + float(value.detach()) * batch.share
+        self._step(row, ids, sum(len(batch.packed.ids_T) for batch in batches))
+
+    def _step(self, row: dict[str, float], ids: Sequence[str], tokens: int) -> None:
+        optimizers = _listed(self.optimizers())
+        plain = _listed(self.optimizers(use_pl_optimizer=False))
+        for (name, module), optimizer in zip(self.players, plain, strict=True):
+            limit = self.optimisation.clip or math.inf
+            trained = [p for p in module.parameters() if p.requires_grad]
+            norm = float(nn.utils.clip_grad_norm_(trained, limit))
+            self._finite(f"gradient norm of the {name}", norm, ids)
+            row[f"grad_norm/{name}"] = norm
+            row[f"lr/{name}"] = optimizer.param_groups[0]["lr"]
+        # Lightning counts every step of its wrapped optimizers; only the policy's shall count.
+        for optimizer in [optimizers[0], *plain[1:]]:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        for scheduler in _listed(self.lr_schedulers()):
+            scheduler.step()
+        now = time.monotonic()
+        row["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
+        self._clock = now
+        row = {"step": float(self.policy_step), **row}
+        self.history.append(row)
+        self.policy_step += 1
+        self.report.advance()
+        self.report.steps([row])
+
+    def _finite(self, what: str, value: float, ids: Sequence[str]) -> None:
+        """Stop before a step that would write NaN into the weights, and so into the next checkpoint."""
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"step {self.policy_step}: the {what} is {value} on rows {', '.join(ids)}; lower the learning rate "
+                "(trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last checkpoint is kept"
+            )
+
+    def configure_optimizers(self) -> Any:
+        """The policy's optimizer with its schedule by policy steps."""
+        trained = [p for p in self.policy_module.parameters() if p.requires_grad]
+        optimizer = fused(self.optimisation.optimizer, trained)
+        schedule_ = LambdaLR(optimizer, lambda step: self.optimisation.factor(step, self.total))
+        return [optimizer], [schedule_]
+
+    # --- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counters and the history; leave out what is not trained."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
+        checkpoint["training"] = {"policy_step": self.policy_step, "history": self.history}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the counters and the history."""
+        self.policy_step = checkpoint["training"]["policy_step"]
+        self.history = checkpoint["training"]["history"]
+
+    def on_train_start(self) -> None:
+        """Say where this training stands, once a checkpoint has been taken up."""
+        self.report.begin(self.total, "steps", self.policy_step)
+        self.report.steps(self.history)
+        self._clock = time.monotonic()
+
+
+class _Checkpoints(pl.Callback):
+    """A checkpoint after every so many policy steps; it replaces the last one whole or not at all."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        training = cast(Training, module)
+        if training.policy_step % self.every == 0 and training.policy_step < training.total:
+            aside = self.path.with_suffix(".writing")
+            trainer.save_checkpoint(aside)
+            aside.replace(self.path)
+
+
+def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict[str, float]]:
+    """Run the training, from the checkpoint in ``folder`` if one is there, and give its history.
+
+    Raises:
+        OutOfMemoryError: with the micro-batch size that fits, as tried on the very rows.
+    """
+    if not batches.rows:
+        raise SettingsError("there is nothing to train on: no rows are left")
+    if not batches.groups:
+        return []
+    checkpoint = folder / CHECKPOINT
+    optimisation, causal_lm = module.optimisation, module.policy.causal_lm
+    device = module.policy.device
+    trainer = pl.Trainer(
+        accelerator="cpu" if device.type == "cpu" else "gpu",
+        devices=1 if device.index is None else [device.index],
+        max_epochs=1,
+        precision="bf16-mixed" if optimisation.autocast else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[_Checkpoints(checkpoint, optimisation.checkpoint_every)],
+    )
+    module.policy.model.train()
+    if optimisation.checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if optimisation.compile:
+        causal_lm.base_model.compile(dynamic=True)  # lengths differ from batch to batch
+    short = ""
+    with _interruptible(trainer):
+        try:
+            trainer.fit(module, batches, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            short = str(error).strip().splitlines()[-1]
+    if short:  # out of the handler, which holds on to what the step had in memory
+        fits = _fitting(module.to(device), batches)  # Lightning has moved it to the CPU
+        raise OutOfMemoryError(_advice(module, short, fits))
+    if optimisation.checkpointing:
+        causal_lm.gradient_checkpointing_disable()
+    module.policy.model.eval()
+    return module.history
+
+
+def fused(make: Callable[..., Optimizer], parameters: Sequence[nn.Parameter]) -> Optimizer:
+    """The optimizer in torch's fused form where there is one: one kernel over all parameters, the same mathematics."""
+    known = inspect.signature(make).parameters
+    chosen = getattr(make, "keywords", {})
+    if "fused" in known and not {"fused", "foreach", "differentiable"} & set(chosen):
+        return make(parameters, fused=True)
+    return make(parameters)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _fitting(module: Training, batches: Batches[Any, Any]) -> int:
+    """The largest micro-batch, halved again and again, with which the step that failed goes through; 0 if none does."""
+    size = min(module.optimisation.micro_batch_size, len(batches.groups[module.policy_step]))
+    autocast = torch.autocast(module.policy.device.type, torch.bfloat16, enabled=module.optimisation.autocast)
+    while size > 1:
+        size //= 2
+        for _, player in module.players:
+            player.zero_grad(set_to_none=True)
+        if module.policy.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            with autocast:
+                for batch in batches.step(module.policy_step, size):
+                    loss, _ = module.terms(batch.to(module.policy.device))
+                    (loss * batch.share).backward()
+            return size
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+    return 0
+
+
+def _advice(module: Training, short: str, fits: int) -> str:
+    optimisation = module.optimisation
+    now = f"with {optimisation.micro_batch_size} rows at once"
+    if fits:
+        way = (
+            f"trainer.micro_batch_size={fits} fits, as tried on the rows of this step, and gives the same results: "
+            f"{optimisation.batch_size} rows still make one step"
+        )
+    elif not optimisation.checkpointing:
+        way = (
+            "not even one row at once fits; try trainer.checkpointing=true, model.lora.rank=16 or a shorter data limit"
+        )
+    else:
+        way = "not even one row at once fits; try model.lora.rank=16 or a shorter data.max_response_tokens"
+    return f"step {module.policy_step}: out of memory {now} ({short}). {way}. The last checkpoint is kept"
+
+
+def discard_checkpoint(folder: Path) -> None:
+    """Remove the checkpoint that :func:`fit` leaves, once what was trained is written."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+@contextmanager
+def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
+    """Lightning turns Ctrl-C into a plain exit and ignores further ones: make it a KeyboardInterrupt again."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if handler is not None and signal.getsignal(signal.SIGINT) is not handler:
+            signal.signal(signal.SIGINT, handler)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,1 @@
+"""The policy: its weights, tokenizer, packed batches and log-probabilities."""

@@ -1,0 +1,1 @@
+"""Executing a chain of stages: gate, screen, notes, sweeps."""

@@ -1,0 +1,284 @@
+"""Running a chain of stages and telling of it: progress, tracking, the summary and the table."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from dnpo.evaluate.leaderboard import ITEMS
+from dnpo.judges.agreement import known_agreement, sentence
+from dnpo.loop import Lap
+from dnpo.records import Pair
+from dnpo.report.drawing import logprob_histogram, progress
+from dnpo.running import export, notes
+from dnpo.running.console import Console, iteration_table
+from dnpo.store import Stage, Store, manifest, write_json
+from dnpo.tracking import datasets as inputs
+from dnpo.tracking.writing import Tracking
+
+PACKAGES = ("dnpo", "torch", "pytorch-lightning", "transformers", "peft", "tokenizers", "mlflow", "datasets")
+SHOWN_PAIRS = 50
+TWICE = ("loss/", "npo/", "margin/", "logps/", "grad_norm/")  # by step too; by iteration they stand under iteration/
+SATURATED = 0.15  # mean σ(−margin) of a step below which the loss hardly pulls any more
+
+
+def tags(choices: Mapping[str, str], settings: Mapping[str, Any], laps: Sequence[Lap]) -> dict[str, str]:
+    """What a run can be found by: the options chosen, its sweep, seed, git commit and the keys of its stages."""
+    groups = {group.split("@")[-1]: str(name) for group, name in choices.items() if not group.startswith("hydra/")}
+    chosen = {f"dnpo.{group}": name for group, name in groups.items()}
+    if "dnpo.sweep" in chosen:  # on the run of a whole sweep that is its folder
+        chosen["dnpo.sweep_name"] = chosen.pop("dnpo.sweep")
+    keys = {f"stage.{_slug(stage)}": stage.key for lap in laps for stage in lap.stages}
+    return {**chosen, "dnpo.seed": str(settings["seed"]), "dnpo.kind": "run", "dnpo.commit": commit(), **keys}
+
+
+def execute(
+    laps: Sequence[Lap],
+    store: Store,
+    console: Console,
+    tracking: Tracking,
+    settings: Mapping[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """Run every stage that is not there, track what comes out, and write ``summary.json`` and ``models/`` into the
+    run's folder."""
+    clock, before = time.monotonic(), 0
+    table: list[dict[str, Any]] = []
+    used: list[dict[str, Any]] = []
+    title, head = notes.title(settings, choices()), notes.begun(settings, choices(), overrides(), commit())
+    tracking.note(f"{title}\n\n{notes.RUNNING}\n\n{head}")
+    for lap in laps:
+        for stage in lap.stages:
+            prefix = "sft/" if stage.name == "sft" else "like/" if stage is lap.like else ""
+            reused = _get(stage, store, console, tracking, before, prefix)
+            name = {"title": stage.title, "stage": stage.name, "key": stage.key}
+            of = {name: needed.key for name, needed in {**stage.inputs, **stage.aids}.items()}
+            took = {"seconds": manifest(store.folder(stage))["seconds"], "inputs": of}
+            used.append({**name, "iteration": "SFT" if lap.k < 0 else lap.k, "reused": reused, **took})
+        before += int(manifest(store.folder(lap.policy))["facts"]["policy_steps"]) if lap.k >= 0 else 0
+        table.append(_row(lap, store))
+        _track(lap, table[-1], store, tracking, settings, folder)
+    summary = {
+        "table": table,
+        "choices": choices(),
+        "settings": settings,
+        "cwd": str(Path.cwd()),  # what paths in the settings are relative to
+        "stages": used,
+        "policies": [f"{lap.policy.name}/{lap.policy.key}" for lap in laps],
+        "commit": commit(),
+        "judge_agreement": known_agreement(store, laps[-1].evaluation.settings["judge"]),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "seconds": round(time.monotonic() - clock, 1),
+    }
+    write_json(folder / "summary.json", summary)
+    tracking.artifact(folder / "summary.json")
+    for card in export.link(summary, folder):
+        tracking.artifact(card, f"models/{card.parent.name}")
+    _track_results(summary, tracking, folder)
+    ended = notes.ended(summary, Path(os.path.relpath(folder)), tracking.id)
+    tracking.note(f"{title}\n\n{ended}\n\n{head}")
+    tracking.flush()
+    return summary
+
+
+def choices() -> dict[str, str]:
+    """The option that was chosen for each part, as Hydra knows it; empty where nothing was composed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    known = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return {str(k): str(v) for k, v in known.items() if v is not None and not str(k).startswith("hydra/")}
+
+
+def overrides() -> list[str]:
+    """What the command says, as Hydra knows it; empty where nothing was composed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return [str(given) for given in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
+
+
+def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int, prefix: str) -> bool:
+    """Have one stage computed, or find it; its training steps are tracked either way. True if it was there.
+
+    Args:
+        before: training steps of the iterations before.
+        prefix: of the names of its metrics.
+    """
+
+    def track(rows: list[dict[str, float]]) -> None:
+        for row in rows:
+            values = {f"{prefix}{name}": value for name, value in row.items() if name != "step"}
+            tracking.metrics(values, before + int(row["step"]))
+
+    if store.has(stage):
+        console.reused(stage.title, stage.key)
+    else:
+        with console.stage(stage.title, track) as report, _told(tracking, stage):
+            store.get(stage, report)
+    if stage.key in store.computed:
+        return False
+    # Found, or computed by another run while this one waited.
+    track(_steps(stage, store))
+    return True
+
+
+@contextmanager
+def _told(tracking: Tracking, stage: Stage) -> Iterator[None]:
+    """What ends a run at this stage is added to its note."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(Exception):  # that it cannot be said must not hide what it was
+            tracking.add(notes.stopped(stage.title, error))
+        raise
+
+
+def _steps(stage: Stage, store: Store) -> list[dict[str, float]]:
+    """The metrics of a training's steps; none where nothing was trained."""
+    path = store.folder(stage) / "steps.json"
+    steps: list[dict[str, float]] = json.loads(path.read_text()) if path.is_file() else []
+    return steps
+
+
+def _row(lap: Lap, store: Store) -> dict[str, Any]:
+    """One row of the table. ``seconds`` is what its stages took when they were computed."""
+    trained = manifest(store.folder(lap.policy))["facts"]
+    row: dict[str, Any] = {"iteration": "SFT" if lap.k < 0 else lap.k}
+    for stage in (lap.evaluation, *lap.measures):
+        row |= json.loads((store.folder(stage) / "metrics.json").read_text())
+    for name in ("loss/policy", "loss/noise", "npo/variance", "npo/at_bound", "npo/shift", "margin/saturation"):
+        row[name] = trained.get(f"{name} (last tenth)")
+    weights = [step["margin/saturation"] for step in _steps(lap.policy, store) if "margin/saturation" in step]
+    if weights:
+        row["margin/saturated"] = sum(weight < SATURATED for weight in weights) / len(weights)
+    if lap.k >= 0:
+        for name in ("first", "last"):
+            row[f"grad_norm/{name}"] = trained.get(f"grad_norm/policy ({name} tenth)")
+    if lap.pairs is not None:
+        row |= {f"pairs/{name}": count for name, count in manifest(store.folder(lap.pairs))["facts"].items()}
+        row["pairs/flips"] = row["pairs/flipped"] / row["pairs/pairs"]
+    if lap.verdicts is not None:
+        row |= {f"judge/{name}": value for name, value in manifest(store.folder(lap.verdicts))["facts"].items()}
+    if lap.responses is not None:
+        row["generated/cut"] = manifest(store.folder(lap.responses))["facts"]["cut"]
+    row["seconds"] = round(sum(manifest(store.folder(stage))["seconds"] for stage in lap.stages), 1)
+    return row
+
+
+def _track(
+    lap: Lap, row: Mapping[str, Any], store: Store, tracking: Tracking, settings: Mapping[str, Any], folder: Path
+) -> None:
+    """What an iteration read, its model and its metrics; its histogram, the rows behind the metrics, its steps, and
+    some of its pairs."""
+    numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "iteration"}
+    renamed = {f"iteration/{n}" if n.startswith(TWICE) else n: v for n, v in numbers.items()}
+    name = "sft" if lap.k < 0 else f"iteration-{lap.k}"
+    tracking.inputs(inputs.of(lap, store, settings))
+    stage = f"{lap.policy.name}/{lap.policy.key}"
+    where = Path(os.path.relpath(folder / "models" / name))
+    made = {"iteration": str(row["iteration"]), "stage": stage, "folder": str(where), "seed": str(settings["seed"])}
+    model = tracking.model(name, lap.k, made, notes.policy(lap.k, stage, where))
+    tracking.metrics(renamed, lap.k, model)
+    picture = folder / "logprobs" / f"{name}.png"
+    picture.parent.mkdir(exist_ok=True)
+    ks = row.get("stagnation/ks")
+    note = f"KS distance rejected–new {ks:.3f} (5 % critical value {row['stagnation/ks_critical']:.3f})" if ks else ""
+    title = "after supervised fine-tuning" if lap.k < 0 else f"after iteration {lap.k}"
+    logprob_histogram(
+        store.folder(lap.evaluation) / "logprobs.npz", picture, f"Responses under the policy {title}", note
+    )
+    tracking.artifact(picture, "logprobs")
+    for kind, path in rows_behind(lap, store):
+        named = folder / kind / f"{name}{path.suffix}"
+        named.parent.mkdir(exist_ok=True)
+        shutil.copy2(path, named)
+        tracking.artifact(named, kind)
+    if lap.pairs is not None:
+        some = folder / "pairs" / f"{name}.json"
+        some.parent.mkdir(exist_ok=True)
+        write_json(some, _some_pairs(store.folder(lap.pairs) / "pairs.parquet"))
+        tracking.artifact(some, "pairs")
+    tracking.flush()
+
+
+def _track_results(summary: Mapping[str, Any], tracking: Tracking, folder: Path) -> None:
+    """A run's picture, and its table in Markdown and as one that MLflow shows."""
+    rows = summary["table"]
+    (folder / "table.md").write_text(notes.results(rows))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {"columns": names, "data": [[row.get(name) for name in names] for row in rows]}
+    write_json(folder / "table.json", columns)
+    progress(rows, folder / "progress.png", " ".join(overrides()) or "defaults")
+    tracking.artifact(folder / "progress.png")
+    tracking.artifact(folder / "table.md")
+    tracking.table(folder / "table.json")
+
+
+def rows_behind(lap: Lap, store: Store) -> Iterator[tuple[str, Path]]:
+    """The files behind an iteration's metrics, by the folder of artefacts that each goes to."""
+    evaluation, beside = store.folder(lap.evaluation), {stage.name: store.folder(stage) for stage in lap.measures}
+    yield "logprobs", evaluation / "logprobs.npz"
+    yield "items", beside.get("second", evaluation) / "items.parquet"
+    for kind, file in (("texts", "texts.parquet"), ("leaderboard", ITEMS)):
+        if kind in beside:
+            yield kind, beside[kind] / file
+    if lap.k >= 0:
+        yield "steps", store.folder(lap.policy) / "steps.json"
+
+
+def _some_pairs(path: Path) -> list[dict[str, Any]]:
+    """Some pairs to look at: the first that were flipped, then the first that were not."""
+    rows = pq.read_table(path, columns=[f.name for f in fields(Pair) if not f.name.endswith("_ids")]).to_pylist()
+    flipped = [row for row in rows if row["flipped"]][: SHOWN_PAIRS // 2]
+    return flipped + [row for row in rows if not row["flipped"]][: SHOWN_PAIRS - len(flipped)]
+
+
+def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Store, tracking: Tracking) -> None:
+    """The table, and where everything is."""
+    rows = summary["table"]
+    families = [name.removeprefix("eval/accuracy/") for name in rows[0] if name.startswith("eval/accuracy/")]
+    console.say("")
+    console.table(iteration_table(rows, families))
+    if any("eval/score" in row for row in rows):
+        console.say(
+            "score: judge's mean on sampled held-out answers (0-100); the judge that labels the pairs also sets this "
+            "measure. Accuracies: greedy answers."
+        )
+    if any("second/score" in row for row in rows):
+        console.say("2nd: the second judge's mean on the same answers; it labels nothing.")
+    console.say("Losses: mean over the last tenth of the steps. lp: summed log-probability under the new policy, nats.")
+    for entry in summary["judge_agreement"]:
+        console.say(f"The judge {sentence(entry)}.")
+    console.say("")
+    console.say(f"results     {folder}")
+    console.say(f"models      {folder / 'models'}")
+    console.say(f"stages      {store.root}")
+    for line in tracking.whereabouts():
+        console.say(line)
+
+
+def commit() -> str:
+    """The git commit of the checkout this code is in, with ``+`` if there are changes on top; "" outside one."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
+
+
+def _slug(stage: Stage) -> str:
+    return stage.title.replace(" · ", ".").replace(" ", "-")

@@ -1,0 +1,268 @@
+"""The policies of a finished run as folders that transformers and vLLM load, and as copies that stand alone.
+
+    python -m dnpo.export outputs/DATE/TIME --iteration 3 --to FOLDER
+
+A run ends by leaving ``models/sft``, ``models/iteration-0``, …: a model card each, and links to the weights in the
+store. The card cannot lie in the store, where runs of different methods share their stages. The links are relative, so
+that they hold when the folder around runs and store is moved, or mounted elsewhere. LoRA adapters of several iterations
+are joined into one, of the sum of their ranks. The command writes whole weights instead, adapters merged in.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from dnpo.errors import DnpoError, ModelError, SettingsError
+from dnpo.running.card import Saved, card
+from dnpo.store import MANIFEST, content_hash, write_json
+
+CARD = "README.md"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+OF_A_BASE = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
+
+
+def saved(summary: Mapping[str, Any], store: Path | None = None) -> list[Saved]:
+    """The policies that a run's summary tells of, the fine-tuned one first.
+
+    Args:
+        summary: the content of ``summary.json``.
+        store: where the store is now, if it has moved.
+    """
+    root = store or Path(summary["cwd"], summary["settings"]["store"])
+    return [Saved(summary, place, root.absolute()) for place in range(len(summary["policies"]))]
+
+
+# --- the folders that a run leaves
+
+
+def link(summary: Mapping[str, Any], run: Path) -> list[Path]:
+    """Fill ``models/`` in a run's folder; what an earlier run left there is replaced.
+
+    Where the file system takes no links, a card alone says where the weights are.
+
+    Returns:
+        The cards.
+    """
+    models = run / "models"
+    for folder in models.iterdir() if models.is_dir() else ():
+        if folder.is_dir():
+            _clear(folder)
+    return [_linked(policy, models / policy.name, run) for policy in saved(summary)]
+
+
+def _clear(folder: Path) -> None:
+    """Take away what :func:`link` puts into a folder, and the folder if nothing else is in it."""
+    for path in folder.iterdir():
+        if path.is_symlink() or path.name in (CARD, CONFIG, WEIGHTS):
+            path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _linked(policy: Saved, folder: Path, run: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = f"python -m dnpo.export {run} --iteration {policy.name.removeprefix('iteration-')} --to FOLDER"
+    kind, rank = policy.kind, 0
+    try:
+        for name, target in _files(policy).items():
+            # The parents are resolved, since `..` means the parent of what a linked folder points to.
+            real = target.parent.resolve() / target.name
+            (folder / name).symlink_to(os.path.relpath(real, folder.resolve()))
+        if kind == "adapter":
+            rank = _join(policy, folder)
+        notes = {
+            "full": "The weights are links into the run's store.",
+            "adapter": _of_adapters(policy, rank),
+            "base": f"Nothing has been trained: this is the base model itself, {policy.base}.",
+        }[kind]
+    except (OSError, SafetensorError) as error:
+        _clear(folder)
+        folder.mkdir(exist_ok=True)
+        where = policy.base if kind == "base" else policy.folder
+        notes = f"Here is only this card ({getattr(error, 'strerror', None) or error}). The weights are in {where}."
+    whole = f"A copy with whole weights, which stands alone, is made by\n\n    {copy}"
+    (folder / CARD).write_text(card(policy, folder.name, kind, rank, f"{notes} {whole}"), encoding="utf-8")
+    return folder / CARD
+
+
+def _files(policy: Saved) -> dict[str, Path]:
+    """What of a policy can be linked as it is, by the names that transformers looks for."""
+    if policy.kind == "full":
+        return {path.name: path for path in sorted(policy.folder.iterdir())}
+    # The tokenizer with the chat template in force is in the run's first stage, with a model from scratch its weights.
+    own = {path.name: path for path in sorted((policy.prompts / "model").iterdir())}
+    if policy.kind == "adapter":
+        weights = {WEIGHTS: policy.adapters[0] / WEIGHTS} if len(policy.adapters) == 1 else {}
+        return {n: p for n, p in own.items() if not any(p.match(some) for some in OF_A_BASE)} | weights
+    base = Path(policy.base)
+    return {p.name: p for some in OF_A_BASE for p in sorted(base.glob(some))} | own
+
+
+def _of_adapters(policy: Saved, rank: int) -> str:
+    count = len(policy.adapters)
+    joined = f", {count} adapters joined into one (the sum of their updates, exactly)" if count > 1 else ""
+    revision = f" at {policy.revision}" if policy.revision else ""
+    return f"A LoRA adapter of rank {rank}{joined} for the base model {policy.base}{revision}."
+
+
+def _join(policy: Saved, folder: Path) -> int:
+    """Write the configuration of a policy's adapters as one, and the weights if there are several.
+
+    Each adapter was trained on the weights that those before it give, so their updates add up: with A stacked on A and
+    B beside B, B·A is the sum. All have one ratio alpha / rank, which that of the sums is too.
+
+    Returns:
+        Its rank.
+    """
+    configs = [json.loads((adapter / CONFIG).read_text()) for adapter in policy.adapters]
+    joined = {name: sum(config[name] for config in configs) for name in ("r", "lora_alpha")}
+    base = {"base_model_name_or_path": policy.base, "revision": policy.revision}
+    write_json(folder / CONFIG, {**configs[0], **joined, **base})
+    if len(configs) > 1:
+        import torch
+        from safetensors.torch import load_file, save_file
+
+        parts = [load_file(adapter / WEIGHTS) for adapter in policy.adapters]
+        whole = {}
+        for name, first in parts[0].items():
+            factor = re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name)
+            # What is no factor is a copy of the base's own weight, which the first adapter has as it was.
+            whole[name] = torch.cat([p[name] for p in parts], "AB".index(factor[1])).contiguous() if factor else first
+        save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+    return int(joined["r"])
+
+
+# --- a copy that stands alone
+
+
+def export(run: Path, to: Path, iteration: str | None = None, store: Path | None = None) -> Saved:
+    """Write a policy of a finished run as a folder that needs nothing else: whole weights, tokenizer, card.
+
+    Args:
+        run: the run's folder.
+        to: a folder that does not exist yet, or is empty.
+        iteration: ``sft``, or its number; the last one without.
+        store: where the store is now, if it has moved.
+
+    Raises:
+        SettingsError: there is no such run, iteration or stage, or ``to`` cannot be written.
+        ModelError: the base model is not there any more, or is another.
+    """
+    policy = _find(_summary(run), iteration, store)
+    if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
+        raise SettingsError(f"--to {to}: is there already; expected a new folder, or an empty one")
+    aside = to.absolute().with_name(f".{to.absolute().name}.{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        _write(policy, aside, to.absolute().name)
+        aside.replace(to.absolute())
+    except OSError as error:
+        raise SettingsError(f"--to {to}: {error.strerror or error}; expected a folder to write to") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return policy
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    path = run / "summary.json"
+    if not path.is_file():
+        raise SettingsError(
+            f"{run}: no finished run there; expected a run's folder with a summary.json, such as outputs/DATE/TIME (of "
+            "a sweep the folder of one job)"
+        )
+    summary: dict[str, Any] = json.loads(path.read_text())
+    if "policies" not in summary:
+        raise SettingsError(
+            f"{path}: is of an earlier version and does not name the run's policies; run the same command again (what "
+            "is in the store is not computed again)"
+        )
+    return summary
+
+
+def _find(summary: Mapping[str, Any], iteration: str | None, store: Path | None) -> Saved:
+    found = {policy.name.removeprefix("iteration-"): policy for policy in saved(summary, store)}
+    wanted = iteration if iteration is not None else list(found)[-1]
+    if wanted not in found:
+        raise SettingsError(f"--iteration {wanted}: this run has no such iteration; expected one of {', '.join(found)}")
+    policy = found[wanted]
+    if not (policy.store / policy.stage / MANIFEST).is_file() or not (policy.prompts / MANIFEST).is_file():
+        raise SettingsError(
+            f"{policy.store / policy.stage}: not there any more, or what it was made from is not; give --store if the "
+            "store has moved, or run the same command again"
+        )
+    return policy
+
+
+def _write(policy: Saved, folder: Path, name: str) -> None:
+    if policy.kind == "full":
+        for path in policy.folder.iterdir():
+            shutil.copyfile(path, folder / path.name)
+    else:
+        _merged(policy, folder)
+    notes = {
+        "full": "This folder stands alone.",
+        "adapter": "This folder stands alone: its LoRA adapters are merged into the weights.",
+        "base": "Nothing has been trained: this is a copy of the base model, with the tokenizer of the run.",
+    }[policy.kind]
+    (folder / CARD).write_text(card(policy, name, "full", 0, notes), encoding="utf-8")
+
+
+def _merged(policy: Saved, folder: Path) -> None:
+    """The base model with all adapters merged in, in float32 so that nothing is rounded in between."""
+    import torch
+
+    from dnpo.policy.model import Dtype, load
+
+    content = policy.made_of["model"].get("content")
+    if content is not None and (not Path(policy.base).is_dir() or content_hash(Path(policy.base)) != content):
+        raise ModelError(
+            f"model.path={policy.base}: the base model is gone or is not the one of this run any more (the hash of its "
+            f"contents was {content[:16]}); put it back"
+        )
+    whole = load(
+        policy.base,
+        policy.folder,
+        revision=policy.revision,
+        dtype="float32",
+        trust_remote_code=policy.setting("model", "trust_remote_code", False),
+        chat_template=policy.setting("model", "chat_template"),
+    )
+    kept: Dtype = policy.setting("model", "dtype", "float32")
+    whole.model.to(getattr(torch, kept))
+    whole.save(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; what the user can put right is answered in one line, with exit status 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dnpo.export",
+        description="Write a policy of a finished run as a folder that needs nothing else: whole weights (LoRA "
+        "adapters merged in), tokenizer, model card.",
+    )
+    parser.add_argument("run", type=Path, help="the run's folder, such as outputs/DATE/TIME")
+    parser.add_argument("--iteration", help="sft, or a number; the last one if not given")
+    parser.add_argument("--to", type=Path, required=True, help="a folder that does not exist yet, or is empty")
+    parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
+    given = parser.parse_args(arguments)
+    from dnpo.running.console import quieten
+
+    quieten()
+    try:
+        policy = export(given.run, given.to, given.iteration, given.store)
+    except DnpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(f"{policy.name} ({policy.stage}) is in {given.to}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What a run's judge would be asked, and what that would cost, before anything is sent.
+
+What is not generated yet cannot be known: it counts as new, and as long as the human response to the same prompt.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from dnpo.judges import Forecast, Judge
+from dnpo.loop import Lap
+from dnpo.records import HUMAN, Prompt, Response, policy_source, read, read_all
+from dnpo.stages.verbs import Run
+from dnpo.store import Stage, Store
+
+
+def forecast(run: Run, laps: Sequence[Lap], store: Store) -> dict[str, Forecast]:
+    """By title of the stages still to do that ask a judge; a question counts where it would be asked first."""
+    seen: set[str] = set()
+    found: dict[str, Forecast] = {}
+    rows = _Rows(run, laps[0].prompts, store)
+    for lap in laps:
+        if lap.verdicts is not None and not store.has(lap.verdicts) and lap.responses is not None:
+            prompts, human = rows.split("train")
+            generated = _generated(store, lap.responses) or _unknown(prompts, human, policy_source(lap.k))
+            judge = run.plans[lap.k].judge.value
+            found[lap.verdicts.title] = judge.forecast(prompts, [*human, *generated], run.ledger, seen)
+        for stage, judge in _measured(run, lap, store):
+            prompts, human = rows.split(run.eval.value.split)
+            source = policy_source(lap.k + 1)
+            greedy = _unknown(prompts, human, f"{source} greedy")
+            several = [
+                (replace(p, id=f"{p.id}#{n}"), replace(r, id=f"{r.id}#{n}"))
+                for n in range(run.eval.value.samples)
+                for p, r in zip(prompts, human, strict=True)
+            ]
+            fresh = _unknown([p for p, _ in several], [r for _, r in several], source)
+            asked = [*prompts, *(p for p, _ in several)]
+            found[stage.title] = judge.forecast(asked, [*human, *greedy, *fresh], run.ledger, seen)
+    return found
+
+
+def _measured(run: Run, lap: Lap, store: Store) -> Iterator[tuple[Stage, Judge]]:
+    """The stages still to do that judge held-out responses, and who does it."""
+    second = [stage for stage in lap.measures if stage.name == "second"]
+    for stage, judge in ((lap.evaluation, run.judge.value), *((stage, run.second_judge.value) for stage in second)):
+        if judge.gives_scores and not store.has(stage):
+            yield stage, judge
+
+
+class _Rows:
+    """Prompts and human responses as the stage has them, or as the data have them before there is a stage."""
+
+    def __init__(self, run: Run, prompts: Stage, store: Store) -> None:
+        self.folder = store.folder(prompts) if store.has(prompts) else None
+        self.raw = {} if self.folder else run.data.value.read()[0]
+
+    def split(self, name: str) -> tuple[list[Prompt], list[Response]]:
+        if self.folder is not None:
+            prompts = read(self.folder / f"{name}.parquet", Prompt)
+            return prompts, read(self.folder / f"{name}-human.parquet", Response)
+        return self.raw[name], [Response(p.id, HUMAN, p.human, [], 0, "eos") for p in self.raw[name]]
+
+
+def _generated(store: Store, responses: Stage) -> list[Response]:
+    if not store.has(responses):
+        return []
+    return read_all(sorted(store.folder(responses).glob("shard-*.parquet")), Response)
+
+
+def _unknown(prompts: Sequence[Prompt], human: Sequence[Response], source: str) -> list[Response]:
+    """Responses that nobody knows yet: different from all others, and as long as the human ones."""
+    return [
+        Response(p.id, source, f"{source} {p.id} {r.text}"[: max(len(r.text), 1) + 24], [], 0, "eos")
+        for p, r in zip(prompts, human, strict=True)
+    ]

@@ -1,0 +1,69 @@
+"""Checks of the judge: whether it can be asked, and on what it was fitted."""
+
+from collections.abc import Collection, Sequence
+
+from dnpo.data.seen import seen_as
+from dnpo.errors import DnpoError
+from dnpo.judges import Judge
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.records import Prompt
+from dnpo.running.gate.finding import Finding
+from dnpo.running.gate.rows import Rows
+
+
+def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
+    """Whether the judge can judge these rows, and there is one where labels need scores.
+
+    Args:
+        first_scored: the first iteration whose labels need scores; None where none does.
+    """
+    if not judge.gives_scores:
+        if first_scored is None:
+            return Finding("labels", "pass", "no labels need scores, and judge=off gives none")
+        text = f"dsl labels by score from iteration {first_scored} on, but judge=off gives none"
+        return Finding("labels", "stop", text, "judge=…, or dsl=off (method=spin and method=npo have it)")
+    for some in rows.values():
+        problem = judge.accepts(some)
+        if problem is not None:
+            return Finding("labels", "stop", problem, "judge=…")
+    return Finding("labels", "pass", f"the judge accepts all {sum(map(len, rows.values())):,} rows")
+
+
+def second(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
+    """Whether the second judge can judge the held-out rows."""
+    problem = judge.accepts(held)
+    if problem is not None:
+        return Finding("second judge", "stop", f"as the second one, {problem}", "judge@second_judge=…")
+    return Finding("second judge", "pass", f"the second judge accepts all {len(held):,} {split} rows")
+
+
+def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> Finding:
+    """Whether the judge was fitted on prompts that the policy is measured on.
+
+    Args:
+        seen: :func:`seen_as` of what it was fitted on.
+    """
+    if not seen:
+        return Finding("prompts of the judge", "pass", "the judge was fitted on no prompts of its own")
+    both = [row for row in held if seen_as(row.messages) in seen]
+    if both:
+        text = (
+            f"the judge was fitted on {len(both):,} of the {len(held):,} {split} prompts, the first is {both[0].id}: "
+            "its scores there are no evidence"
+        )
+        return Finding("prompts of the judge", "warn", text, "judge.path, or eval.split")
+    text = f"none of the {len(seen):,} prompts that the judge was fitted on is among {len(held):,} {split} prompts"
+    return Finding("prompts of the judge", "pass", text)
+
+
+def canary(judge: Judge, ledger: Ledger) -> Finding:
+    """Whether the judge answers one question that is asked for real, and what a question costs."""
+    try:
+        asked = judge.canary(ledger)
+    except DnpoError as error:
+        return Finding("judge", "stop", str(error), "judge.…, as the message says")
+    if asked is None:
+        return Finding("judge", "pass", "this judge needs no call to be known to answer")
+    if not asked.scored:
+        return Finding("judge", "stop", asked.text, "the judge's settings: where it is, which model, what it is asked")
+    return Finding("judge", "pass", asked.text)

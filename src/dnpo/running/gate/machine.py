@@ -1,0 +1,265 @@
+"""Checks of disk and memory against estimates of what the run will take."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dnpo.generate.hf import Sampling
+from dnpo.optimise import npo
+from dnpo.optimise.npo import Noise
+from dnpo.optimise.reference import SPARE
+from dnpo.optimise.training import Optimisation
+from dnpo.policy import logprobs
+from dnpo.policy.model import Lora, Policy
+from dnpo.running.gate.finding import Finding
+
+SMALL = 2**16  # bytes of a stage's small files
+ID, TEXT = 2.0, 4.0  # bytes of a token's id and of its text in a table
+MIXED = 2.55  # bytes of a kept activation under autocast, as measured: norms and sums stay in float32
+USUAL = 2  # numbers that an optimizer keeps for each parameter, as Adam does
+TIGHT = 0.9  # of the memory: beyond this an estimate is no comfort
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's numbers.
+
+    Attributes:
+        weights: bytes of all weights.
+        trained: bytes of those that are trained: the adapter's, where there is one.
+        value: bytes of one weight, and so of one activation.
+        width, layers, inner, heads: hidden size, blocks, inner size of the MLP, and keys of a token in one block.
+        vocabulary: rows of the head.
+        adapted: whether only an adapter is trained.
+    """
+
+    weights: int
+    trained: int
+    value: int
+    width: int
+    layers: int
+    inner: int
+    heads: int
+    vocabulary: int
+    adapted: bool
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much there is to read and write.
+
+    Attributes:
+        train, held, all: rows for training, for measuring, and in all splits.
+        prompt, response: tokens of a prompt and of a human response on average.
+        longest_prompt, longest_response: tokens at most.
+        limit: tokens of a generated response at most.
+    """
+
+    train: int
+    held: int
+    all: int
+    prompt: float
+    response: float
+    longest_prompt: int
+    longest_response: int
+    limit: int
+
+
+def shape(policy: Policy, lora: Lora) -> Shape:
+    """The numbers of a model without weights, and of its adapter if it gets one."""
+    config = policy.causal_lm.config.get_text_config()
+    rows, width = policy.head.weight_VH.shape
+    value = policy.head.weight_VH.element_size()
+    model: Any = policy.model
+    weights = _bytes(model.parameters())
+    adapted: Any = lora.on(model, 0)  # changes the model in place, so everything else is read before
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    return Shape(
+        weights=weights,
+        trained=_bytes(trained),
+        value=value,
+        width=width,
+        layers=config.num_hidden_layers,
+        inner=getattr(config, "intermediate_size", None) or 4 * width,
+        heads=heads * size,
+        vocabulary=rows,
+        adapted=lora.rank > 0,
+    )
+
+
+def state_copies(make: Any) -> int:
+    """How many numbers an optimizer keeps for each parameter, as one step of it on four parameters shows."""
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = torch.zeros(2, 2)
+    try:
+        optimizer = make([parameter])
+        optimizer.step()
+    except Exception:  # one that only runs on a GPU, say; an estimate must not keep it from there
+        return USUAL
+    kept = optimizer.state[parameter].values()
+    return sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in kept)
+
+
+# --- disk
+
+
+def policy_bytes(of: Shape, laps: int) -> int:
+    """Bytes of a policy on disk: its weights, or the adapters of so many trainings."""
+    return laps * of.trained if of.adapted else of.weights
+
+
+def checkpoint_bytes(of: Shape, optimisation: Optimisation, noise: int) -> int:
+    """Bytes of a training's checkpoint, twice: a new one replaces the last only when it is whole.
+
+    Args:
+        noise: trained parameters of the noise; its Adam keeps two numbers for each.
+    """
+    once = of.trained * (1 + state_copies(optimisation.optimizer)) + 4 * noise * 3
+    return 2 * once
+
+
+def table_bytes(rows: float, tokens: float) -> int:
+    """Bytes of a stage's tables of so many rows, each with so many tokens, as ids and as text."""
+    return SMALL + round(rows * (32 + tokens * (ID + TEXT)))
+
+
+def hidden_bytes(of: Shape, rows: Counts, autocast: bool) -> int:
+    """Bytes of the reference's hidden states of rejected tokens, as long as human responses on average."""
+    return round(rows.train * rows.response * of.width * (2 if autocast else of.value))
+
+
+def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None = None) -> Finding:
+    """Whether the disk has room for what the run will write.
+
+    Args:
+        kept: bytes that stay, by estimate.
+        passing: bytes of the largest checkpoint, which goes when its training ends.
+        optional: bytes of hidden states, which are kept only where there is room.
+        folder: the store.
+        free: bytes; None looks.
+    """
+    there = next(p for p in (folder, *folder.parents) if p.is_dir())
+    free = shutil.disk_usage(there).free if free is None else free
+    need = kept + passing
+    text = f"the run writes about {human(need)} (an estimate), of which {human(passing)} only while it trains"
+    if optional:
+        text += f", and {human(optional)} of hidden states if there is room"
+    text += f"; {human(free)} free"
+    setting = "store=… (another disk), iterations, model.lora.rank, npo.cache_hidden=off"
+    if need > free:
+        return Finding("disk", "stop", text, setting)
+    if 2 * need > free or (optional and need + optional > free - SPARE):
+        return Finding("disk", "warn", text, setting)
+    return Finding("disk", "pass", text)
+
+
+# --- memory
+
+
+def activations(of: Shape, optimisation: Optimisation, tokens: int) -> float:
+    """Bytes that a forward pass over so many tokens keeps for the backward pass, but for the logits.
+
+    A block keeps about 12 vectors of the hidden size (its input, norms, queries, keys, values, and what attention
+    gives), and 4 of the MLP's inner size.
+    """
+    value = MIXED if optimisation.autocast else of.value
+    block = (12 * of.width + 4 * of.inner) * value
+    kept = of.layers * of.width * of.value + block if optimisation.checkpointing else of.layers * block
+    return tokens * (kept + 4 * of.width * of.value)
+
+
+def training_bytes(
+    of: Shape, optimisation: Optimisation, rows: Counts, noise: Noise | None, copy: bool, device: str
+) -> tuple[float, float]:
+    """Bytes of weights, gradients and optimizer states, which are sure; and of a micro-batch of the longest rows.
+
+    Args:
+        noise: on a meta device; None in fine-tuning, which has no pairs.
+        copy: whether a frozen copy of the model stands beside it: hidden states are made in every step.
+        device: ``cpu`` or ``cuda…``.
+    """
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    fixed = float(of.weights + of.trained * (1 + state_copies(optimisation.optimizer)))  # with gradients and states
+    if of.adapted:
+        fixed += of.trained
+    elif copy:
+        fixed += of.weights
+    if optimisation.autocast and of.value > 2:  # the backward pass needs the weights as the products had them
+        fixed += of.weights * 2 / of.value
+    if noise is not None:  # with its gradients and Adam's two
+        fixed += 4 * 4 * sum(p.numel() for p in noise.parameters())
+    responses = rows.longest_response if noise is None else rows.longest_response + rows.limit
+    prompts = rows.longest_prompt * (1 if noise is None or optimisation.share_prompt else 2)
+    micro = optimisation.micro_batch_size
+    moving = activations(of, optimisation, micro * (prompts + responses))
+    completions = micro * responses
+    moving += min(completions * of.vocabulary * 4, logprobs.KEPT[kind]) + _tile(of, completions, kind)
+    if noise is not None and noise.reads_states:
+        moving += min(micro * rows.limit * of.vocabulary * 8, npo.KEPT[kind]) + of.vocabulary * of.width * of.value
+    return fixed, moving
+
+
+def generating_bytes(of: Shape, sampling: Sampling, rows: Counts) -> tuple[float, float]:
+    """Bytes of the weights, and of the keys and values of a batch of the longest rows."""
+    tokens = sampling.batch_size * (rows.longest_prompt + rows.limit)
+    return of.weights, 2.0 * tokens * of.layers * of.heads * of.value + sampling.batch_size * of.vocabulary * 4
+
+
+def memory(name: str, fixed: float, moving: float, device: str, setting: str, free: float | None = None) -> Finding:
+    """Whether the device's memory suffices.
+
+    Args:
+        name: of the work.
+        fixed: bytes that no setting of the batch changes.
+        moving: bytes of one batch at its longest.
+        device: ``cpu`` or ``cuda…``.
+        setting: what to change.
+        free: bytes; None looks.
+    """
+    free = free_memory(device) if free is None else free
+    text = (
+        f"{name} takes about {human(fixed + moving)} (an estimate: {human(fixed)} of weights, gradients and optimizer "
+        f"states, {human(moving)} of a batch at its longest); {human(free)} free on {device}"
+    )
+    if fixed > free:
+        return Finding(f"memory, {name}", "stop", text, setting)
+    return Finding(f"memory, {name}", "warn" if fixed + moving > TIGHT * free else "pass", text, setting)
+
+
+def free_memory(device: str) -> float:
+    """Bytes that are free on the device; on a CPU what the system can give without swapping."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.mem_get_info(torch.device(device))[0])
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return int(found.group(1)) * 1024.0
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def human(size: float) -> str:
+    """A number of bytes as people read it."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
+def _tile(of: Shape, completions: int, kind: str) -> float:
+    return min(completions, logprobs.ROWS) * min(of.vocabulary, logprobs.TILE[kind]) * 4.0
+
+
+def _bytes(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)

@@ -1,0 +1,142 @@
+"""What a run's stages that are still to do will take of disk and memory, by ``machine.py``'s estimates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dnpo.loop import Lap
+from dnpo.optimise.npo import Noise
+from dnpo.optimise.training import Optimisation
+from dnpo.policy.model import Policy
+from dnpo.running.gate import machine
+from dnpo.running.gate.finding import Finding
+from dnpo.running.gate.machine import Counts, Shape
+from dnpo.stages.verbs import Plan, Run, as_matched
+from dnpo.store import Store
+
+
+def counts(sizes: Mapping[str, int], measured: str, lengths: Sequence[tuple[int, int]], limit: int) -> Counts:
+    """How much there is to read and write.
+
+    Args:
+        sizes: rows by split.
+        measured: the split that policies are measured on.
+        lengths: tokens of prompt and human response of some rows, within the limits.
+        limit: tokens of a generated response at most.
+    """
+    prompts, responses = zip(*lengths, strict=True)
+    return Counts(
+        train=sizes["train"],
+        held=sizes[measured],
+        all=sum(sizes.values()),
+        prompt=sum(prompts) / len(prompts),
+        response=sum(responses) / len(responses),
+        longest_prompt=max(prompts),
+        longest_response=max(responses),
+        limit=limit,
+    )
+
+
+def findings(
+    run: Run, laps: Sequence[Lap], store: Store, counts: Counts, policy: Policy, folder: Path
+) -> list[Finding]:
+    """The lines on disk and memory.
+
+    Args:
+        policy: the base model without weights.
+        folder: what the prompts stage keeps of the base model.
+    """
+    of = machine.shape(policy, run.model.value.lora)
+    files = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    base, tokenizer = sum(files.values()), sum(size for file, size in files.items() if file.suffix != ".safetensors")
+    todo = [stage for lap in laps for stage in lap.stages if not store.has(stage)]
+    trainings = [t for t in _trainings(run, of, counts) if laps[t.k + 1].policy in todo]
+    kept = sum(tables(stage.name, run, counts) + (base if stage.name == "prompts" else 0) for stage in todo)
+    kept += sum(machine.policy_bytes(of, t.number) + tokenizer + (0 if t.declines else t.states) for t in trainings)
+    optional = sum(t.states for t in trainings if t.declines)
+    passing = max((machine.checkpoint_bytes(of, t.how, t.trained) for t in trainings), default=0)
+    found = [machine.disk(kept, passing, optional, store.root)]
+    for name, what in (("sft", "fine-tuning"), ("trainer", "training")):
+        needed = [
+            machine.training_bytes(of, t.how, counts, t.noise, t.copies, run.device)
+            for t in trainings
+            if (t.noise is None) == (name == "sft")
+        ]
+        if needed:
+            setting = f"{name}.micro_batch_size, {name}.checkpointing, model.lora.rank"
+            found.append(machine.memory(what, *max(needed, key=sum), run.device, setting))
+    if any(stage.name in ("generate", "evaluate") for stage in todo):
+        need = machine.generating_bytes(of, run.generate.value, counts)
+        found.append(machine.memory("generating", *need, run.device, "generate.batch_size"))
+    return found
+
+
+def tables(name: str, run: Run, counts: Counts) -> int:
+    """Bytes of the tables that a stage of this name writes."""
+    both, limit = counts.prompt + counts.response, counts.limit
+    samples = counts.held * (1 + run.eval.value.samples) + run.eval.value.sequences
+    rows_and_tokens: dict[str, tuple[float, float]] = {
+        "prompts": (2 * counts.all, both / 2),
+        "generate": (counts.train, limit),
+        "judge": (2 * counts.train, 0),
+        "pairs": (2 * counts.train, both + limit),  # once for us, once as text for other trainers
+        "reference": (counts.train, 0),
+        "evaluate": (samples, limit),
+    }
+    return machine.table_bytes(*rows_and_tokens.get(name, (0, 0)))
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One training of the run.
+
+    Attributes:
+        k: of its iteration; −1 is fine-tuning.
+        number: how many trainings lie in its policy, itself included.
+        how: its settings.
+        noise: without memory of its own; None in fine-tuning.
+        states: bytes of the hidden states that are kept for it.
+        declines: whether it goes without them where there is no room.
+    """
+
+    k: int
+    number: int
+    how: Optimisation
+    noise: Noise | None
+    states: int
+    declines: bool
+
+    @property
+    def trained(self) -> int:
+        """Parameters of the noise."""
+        return 0 if self.noise is None else sum(p.numel() for p in self.noise.parameters())
+
+    @property
+    def copies(self) -> bool:
+        """Whether a frozen copy of the model stands beside it."""
+        return self.noise is not None and self.noise.reads_states and not self.states
+
+
+def _trainings(run: Run, of: Shape, counts: Counts) -> list[_Training]:
+    found = []
+    if run.sft.value.groups(counts.train, 0):
+        found.append(_Training(-1, 1, run.sft.value, None, 0, False))
+    first = len(found) + 1
+    plans = [plan for each in run.plans for plan in (as_matched(each), each) if plan is not None]
+    for plan in plans:
+        states = _states(plan, of, counts)
+        declines = plan.npo.settings.get("cache_hidden") != "on"
+        with torch.device("meta"):
+            noise = plan.npo.value(of.width, of.vocabulary)
+        found.append(_Training(plan.k, first + plan.k, plan.trainer.value, noise, states, declines))
+    return found
+
+
+def _states(plan: Plan, of: Shape, counts: Counts) -> int:
+    """Bytes of the hidden states that are kept, as ``stages.hidden`` decides it."""
+    keep, trainer = plan.npo.settings.get("cache_hidden", "off"), plan.trainer.value
+    if keep == "off" or (keep == "auto" and trainer.passes(counts.train) <= 1):
+        return 0
+    return machine.hidden_bytes(of, counts, trainer.autocast)

@@ -1,0 +1,173 @@
+"""Checks of template and tokens: rows are rendered and encoded here as the stages do it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from dnpo.errors import ModelError
+from dnpo.policy.tokenizer import encode, human_response, render
+from dnpo.records import Prompt, Response
+from dnpo.running.gate.finding import Finding
+
+Cut = Callable[[PreTrainedTokenizerBase, Prompt, list[int], int], Response]
+
+TEMPLATE = "model.chat_template"
+
+
+class Encoded(NamedTuple):
+    """A row as the stages see it: token ids of its prompt and of the whole human response."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    ids: list[int]
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt], stop_ids: Sequence[int]) -> list[Encoded]:
+    """Rows that :func:`template` has let pass."""
+    return [Encoded(row, *encode(tokenizer, row.messages, row.human, stop_ids)) for row in rows]
+
+
+def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Finding:
+    """Whether the text that training sees begins with the very text that generation sees."""
+    broken: list[tuple[Prompt, str]] = []
+    for row in rows:
+        try:
+            render(tokenizer, row.messages, row.human)
+        except ModelError as error:
+            broken.append((row, str(error)))
+    if broken:
+        first, problem = broken[0]
+        text = f"in {len(broken):,} of {len(rows):,} rows, the first is {first.id}: {problem}"
+        return Finding("template", "stop", text, TEMPLATE)
+    return Finding("template", "pass", f"generation's prompt is how training text begins, in {len(rows):,} rows")
+
+
+def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> Finding:
+    """Whether a row has one beginning-of-sequence token, at its beginning."""
+    bos = cast(int | None, tokenizer.bos_token_id)
+    if bos is None:
+        return Finding("one BOS", "pass", "the tokenizer has no beginning-of-sequence token, and no row has one")
+    name = str(tokenizer.bos_token)
+    twice = [row for row in rows if row.prompt_ids[:2] == [bos, bos]]
+    if twice:
+        text = f"{len(twice):,} of {len(rows):,} prompts begin with {name} twice; the template has to put it once"
+        return Finding("one BOS", "stop", text, TEMPLATE)
+    # Where one token both begins and ends, the others are ends.
+    again = [r for r in rows if bos in [*r.prompt_ids[1:], *r.ids]] if bos != tokenizer.eos_token_id else []
+    if again:
+        text = (
+            f"{name} stands again inside {len(again):,} of {len(rows):,} rows, the first is {again[0].prompt.id}: the "
+            "template puts it before every turn, or the data have its text"
+        )
+        return Finding("one BOS", "warn", text, f"{TEMPLATE}, or the data")
+    first = sum(row.prompt_ids[:1] == [bos] for row in rows)
+    text = f"{first:,} of {len(rows):,} prompts begin with {name}, and no row has another"
+    return Finding("one BOS", "pass", text)
+
+
+def one_eos(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: Sequence[Encoded]) -> Finding:
+    """Whether a whole human response has one token that ends it, at its end, and none in its own text."""
+    stops = set(stop_ids)
+    wrong = [row for row in rows if [i in stops for i in row.ids] != [False] * (len(row.ids) - 1) + [True]]
+    if wrong:
+        text = (
+            f"{len(wrong):,} of {len(rows):,} responses do not have one end, at their end; the first is "
+            f"{wrong[0].prompt.id}, which ends with {tokenizer.decode(wrong[0].ids[-3:])!r}"
+        )
+        return Finding("one EOS", "stop", text, TEMPLATE)
+    tokenize: Any = tokenizer
+    early = [r for r in rows if stops & set(tokenize(r.prompt.human, add_special_tokens=False)["input_ids"])]
+    if early:
+        text = (
+            f"{len(early):,} of {len(rows):,} responses have the text of a token that ends a response, and are cut "
+            f"there; the first is {early[0].prompt.id}"
+        )
+        return Finding("one EOS", "warn", text, "the data (remove that text)")
+    ends = " or ".join(sorted({str(tokenizer.decode([row.ids[-1]])) for row in rows}))
+    return Finding("one EOS", "pass", f"each of {len(rows):,} responses ends with one {ends}")
+
+
+def no_eos_where_cut(
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Sequence[int],
+    rows: Sequence[Encoded],
+    limit: int,
+    cut: Cut = human_response,
+) -> Finding:
+    """Whether a response that is cut is left without an end, and a whole one has its own: both would tell who wrote it.
+
+    Every row is cut, at the limit or at half of its length, for a limit that no row reaches shows nothing.
+    """
+    wrong = []
+    for row in rows:
+        for most in {limit, max(min(limit, len(row.ids) // 2), 1)}:
+            response = cut(tokenizer, row.prompt, row.ids, most)
+            ended = bool(response.token_ids) and response.token_ids[-1] in stop_ids
+            whole = len(row.ids) <= most
+            if ended != whole or (response.finish == "eos") != whole or len(response.token_ids) > most:
+                wrong.append(row)
+                break
+    if wrong:
+        text = (
+            f"{len(wrong):,} of {len(rows):,} human responses, the first is {wrong[0].prompt.id}, end otherwise than "
+            "samples do: a cut one must have no end-of-sequence token, and a whole one must have one"
+        )
+        return Finding("no EOS where cut", "stop", text, "none: dnpo.policy.tokenizer.human_response is wrong")
+    return Finding("no EOS where cut", "pass", f"{len(rows):,} responses, cut on purpose, end without one")
+
+
+def ends_of_model(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], rows: Sequence[Encoded]) -> Finding:
+    """Whether what ends a response for the tokenizer ends one for the model too.
+
+    Args:
+        ends: the end-of-sequence tokens that the model's configuration and generation settings name.
+        rows: encoded human responses, whole.
+    """
+    eos = cast(int, tokenizer.eos_token_id)
+    own = f"{tokenizer.eos_token} ({eos})"
+    setting = "eos_token of the tokenizer, or eos_token_id in the model's generation_config.json"
+    if not ends:
+        text = f"the model names no end-of-sequence token, so only the tokenizer's {own} ends a sample"
+        return Finding("EOS of the model", "warn", text, setting)
+    named = ", ".join(f"{tokenizer.decode([end])} ({end})" for end in ends)
+    if eos in ends:
+        return Finding("EOS of the model", "pass", f"the tokenizer's {own} is among the model's: {named}")
+    text = f"the tokenizer's is {own}, the model's {named}"
+    if all(row.ids[-1] in ends for row in rows):
+        text += "; the template ends responses with the model's, so nothing depends on the tokenizer's"
+        return Finding("EOS of the model", "warn", text, setting)
+    text += ": human responses would end with one and the model's own with the other, which tells them apart for free"
+    return Finding("EOS of the model", "stop", text, setting)
+
+
+def seam(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Finding:
+    """Whether prompt and response have the same token ids together as apart, and what is done where they have not."""
+    tokenize: Any = tokenizer
+    moved, other = [], 0
+    for row in rows:
+        prompt, rest = render(tokenizer, row.messages, row.human)
+        before, after, whole = (
+            list(tokenize(text, add_special_tokens=False)["input_ids"]) for text in (prompt, rest, prompt + rest)
+        )
+        if whole[: len(before)] != before:
+            moved.append((row, next(i for i, (a, b) in enumerate(zip([*before, -1], whole, strict=False)) if a != b)))
+        elif whole[len(before) :] != after:
+            other += 1
+    if moved:
+        first, at = moved[0]
+        text = (
+            f"in {len(moved):,} of {len(rows):,} rows a token reaches over the end of the prompt (the first is "
+            f"{first.id}, at token {at}); there the response is tokenised by itself, so the policy learns it after the "
+            "very prompt it samples from"
+        )
+        return Finding("seam", "warn", text, f"{TEMPLATE} (let the prompt end with a special token or a new line)")
+    if other:
+        text = (
+            f"in {other:,} of {len(rows):,} rows a response by itself has other tokens than after its prompt: it is "
+            "tokenised after its prompt, as a sample is"
+        )
+        return Finding("seam", "pass", text)
+    return Finding(
+        "seam", "pass", f"prompt and response have the same tokens together and apart, in {len(rows):,} rows"
+    )

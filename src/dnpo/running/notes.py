@@ -1,0 +1,280 @@
+"""What the page of a tracked run says first, in Markdown: what it is, and at its end what came out.
+
+Whatever comes from settings, data or errors is escaped: it is shown and means nothing to Markdown.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dnpo.judges.agreement import sentence
+from dnpo.stats.table import markdown
+from dnpo.tracking.writing import without_password
+
+if TYPE_CHECKING:
+    from dnpo.report.comparison import Compared
+    from dnpo.report.groups import Groups
+
+RUNNING = "*It is running; what came out will stand here.*"
+CONTINUES = "Finished stages are kept: the same command continues it."
+LONGEST_MESSAGE, LONGEST_OF_A_JOB = 1500, 300  # characters of an error
+MOST_MISSING = 12
+# Heading, metric, form and scale of the columns of the table; those that no row has are left out.
+COLUMNS = (
+    ("score", "eval/score", ".1f", 1),
+    ("second judge", "second/score", ".1f", 1),
+    ("right, %", "eval/accuracy", ".1f", 100),
+    ("win, %", "eval/win", ".0f", 100),
+    ("flipped labels, %", "pairs/flips", ".1f", 100),
+    ("KS", "stagnation/ks", ".3f", 1),
+    ("held-out loss", "eval/loss", ".3f", 1),
+    ("seconds", "seconds", ".0f", 1),
+)
+
+
+def escaped(text: Any) -> str:
+    """Text that Markdown and HTML show as it is, on one line, also in a table."""
+    one_line = re.sub(r"\s+", " ", without_password(str(text)).strip())
+    shown = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", shown)
+
+
+def code(text: str) -> str:
+    """A block of code, which no line of the text can end."""
+    lines = without_password(text).splitlines()
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def command(overrides: Sequence[str]) -> str:
+    """The command that does this run again, or goes on with it."""
+    return shlex.join(["python", "-m", "dnpo.train", *overrides])
+
+
+def begun(settings: Mapping[str, Any], choices: Mapping[str, str], overrides: Sequence[str], commit: str) -> str:
+    """What a run is.
+
+    Args:
+        settings: of the run, nested.
+        choices: the option that was chosen for each part.
+        overrides: what its command says.
+    """
+    chosen = {part.split("@")[-1]: option for part, option in choices.items()}
+    data, model, judge, second = (_named(settings, chosen, part) for part in ("data", "model", "judge", "second_judge"))
+    labels, noise = (f"{_named(settings, chosen, part)}{_since(settings, part)}" for part in ("dsl", "npo"))
+    parts = {
+        "labels": "by origin: the human response is chosen" if labels == "off" else labels,
+        "noise on the reference": "none" if noise == "off" else noise,
+        "judge": judge + (f", beside it {second}, which labels nothing" if second not in ("", "off") else ""),
+        "data": data,
+        "model": model,
+        "scale": _named(settings, chosen, "scale"),
+    }
+    rows = [f"| {name} | {value} |" for name, value in parts.items() if value]
+    count = settings["iterations"]
+    return "\n".join(
+        [
+            f"Fine-tuning and {count} iteration{'s' * (count != 1)} of self-improvement. Compared are the policy after "
+            f"fine-tuning and after each iteration, on the same held-out prompts "
+            f"({escaped(settings['eval']['split'])}).",
+            "",
+            "| | |",
+            "| --- | --- |",
+            *rows,
+            "",
+            code(command(overrides)),
+            "",
+            f"Commit {_commit(commit)}.",
+        ]
+    )
+
+
+def title(settings: Mapping[str, Any], choices: Mapping[str, str]) -> str:
+    """A run's name in a word or two."""
+    return f"### {escaped(choices.get('method', 'a run'))}, seed {escaped(settings['seed'])}"
+
+
+def _named(settings: Mapping[str, Any], choices: Mapping[str, str], part: str) -> str:
+    """The option of a part, and the name, path or model that goes with it."""
+    own = settings.get(part, {})
+    more = [own[key] for key in ("name", "path", "model") if isinstance(own, Mapping) and isinstance(own.get(key), str)]
+    return escaped(" ".join([choices.get(part, ""), *more]))
+
+
+def _commit(commit: str) -> str:
+    changed = ", with changes on top" if commit.endswith("+") else ""
+    return escaped(commit.rstrip("+")) + changed if commit else "unknown: outside a git checkout"
+
+
+def _since(settings: Mapping[str, Any], part: str) -> str:
+    start = settings.get(part, {}).get("start", 0)
+    return f", from iteration {start} on" if start else ""
+
+
+def ended(summary: Mapping[str, Any], folder: Path, run: str) -> str:
+    """What came out of a run; the first paragraph is what its page shows unasked.
+
+    Args:
+        summary: the content of its summary.json.
+        folder: of the run, as people reach it.
+        run: its id; "" where it is not tracked.
+    """
+    table = summary["table"]
+    seconds = sum(row.get("seconds") or 0 for row in table)
+    lines = [
+        _outcome(table),
+        "",
+        spaced(results(table)),
+        *(f"- {each}" for each in _sentences(table)),
+        *(f"- The judge {escaped(sentence(entry))}." for entry in summary["judge_agreement"]),
+        f"- It took {summary['seconds']:,.0f} s; its stages, when they were computed, {seconds:,.0f} s.",
+        f"- Models: {escaped(folder / 'models')}, one folder a policy; they load as they are.",
+    ]
+    drawn = f"python -m dnpo.report {run}\npython -m analysis all --runs {run}"
+    return "\n".join([*lines, "", "To draw it:", "", code(drawn)]) if run else "\n".join(lines)
+
+
+def _outcome(table: Sequence[Mapping[str, Any]]) -> str:
+    """In one sentence, from the first policy to the last."""
+    first, last = table[0], table[-1]
+    found = []
+    for metric, name, form, scale in (
+        ("eval/score", "the judge's score went from {} to {}", ".1f", 1),
+        ("eval/accuracy", "right answers from {} to {} %", ".1f", 100),
+        ("eval/loss", "held-out loss from {} to {}", ".3f", 1),
+    ):
+        if _known(first, metric) and _known(last, metric):
+            found.append(name.format(_cell(first, metric, form, scale), _cell(last, metric, form, scale)))
+    return f"**From SFT to iteration {last['iteration']}**: {', '.join(found)}."
+
+
+def results(table: Sequence[Mapping[str, Any]]) -> str:
+    """A row a policy, of the columns that say most."""
+    shown = [column for column in COLUMNS if any(_known(row, column[1]) for row in table)]
+    head = ["after iteration", *(heading for heading, *_ in shown)]
+    lines = [head, ["---", *("---:" for _ in shown)]]
+    for row in table:
+        cells = [_cell(row, metric, form, scale) for _, metric, form, scale in shown]
+        lines.append(["SFT" if row["iteration"] == "SFT" else str(row["iteration"]), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _known(row: Mapping[str, Any], metric: str) -> bool:
+    return isinstance(row.get(metric), int | float)
+
+
+def _cell(row: Mapping[str, Any], metric: str, form: str, scale: float) -> str:
+    return format(scale * row[metric], form) if _known(row, metric) else "–"
+
+
+def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader should know of a run's table."""
+    found = []
+    human = next((row["eval/score_human"] for row in table if _known(row, "eval/score_human")), None)
+    if human is not None:
+        found.append(
+            f"Scores are the judge's mean of sampled answers, 0-100; the human responses have {human:.1f}. "
+            "Where it also labels the pairs, it defines the measure."
+        )
+    if any(_known(row, "pairs/flipped") for row in table):
+        flips = "; ".join(
+            f"{row['pairs/flipped']:,.0f} of {row['pairs/pairs']:,.0f} in iteration {row['iteration']}"
+            for row in table
+            if _known(row, "pairs/flipped")
+        )
+        found.append(f"Labels flipped, so that the generated response was chosen: {flips}.")
+    moved = [row for row in table if _known(row, "stagnation/ks")]
+    if moved:
+        last = moved[-1]
+        ks, critical = last["stagnation/ks"], last["stagnation/ks_critical"]
+        verdict = (
+            "the new answers differ from the rejected ones: the policy still moved"
+            if ks > critical
+            else "the new answers cannot be told from the rejected ones: the policy stood still"
+        )
+        found.append(
+            f"In the last iteration {verdict} (Kolmogorov-Smirnov distance {ks:.3f}, 5 % critical value "
+            f"{critical:.3f})."
+        )
+    return found
+
+
+def stopped(stage: str, error: BaseException) -> str:
+    """At which stage a run ended before its end, and how it goes on."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"**Interrupted** at {escaped(stage)}. {CONTINUES}"
+    message = str(error) or type(error).__name__
+    return f"**Failed** at {escaped(stage)}: {escaped(message[:LONGEST_MESSAGE])}\n\n{CONTINUES}"
+
+
+def policy(k: int, stage: str, folder: Path) -> str:
+    """What the page of a model says."""
+    when = f"after iteration {k}" if k >= 0 else "after supervised fine-tuning, before iteration 0"
+    return (
+        f"The policy {when}. Its weights are not uploaded: they lie in the store under {escaped(stage)}, and when the "
+        f"run has ended {escaped(folder)} loads as it is."
+    )
+
+
+def of_sweep(
+    name: str,
+    jobs: int,
+    groups: "Groups | None",
+    compared: "Sequence[Compared]",
+    failed: Mapping[str, str],
+    overrides: Mapping[str, Sequence[str]],
+    arguments: Sequence[str],
+    picture: str,
+) -> str:
+    """What a sweep is and what came out.
+
+    Args:
+        jobs: how many there are.
+        failed: messages by job.
+        overrides: what the commands of the failed ones say.
+        arguments: of the sweep's command.
+        picture: its address; "" where there is none.
+    """
+    done = jobs - len(failed)
+    head = (
+        f"**Complete**: all {jobs} jobs finished." if not failed else f"**Incomplete**: {done} of {jobs} jobs finished."
+    )
+    lines = [f"### sweep {escaped(name)}", "", head]
+    if groups is not None and groups.groups:
+        seeds = sorted({seed for group in groups.groups for seed in group.seeds})
+        varies = ", ".join(groups.varies) or "nothing but the seed"
+        lines[-1] += f" What varies: {escaped(varies)}; seeds {', '.join(map(str, seeds))}."
+    for job, message in failed.items():
+        told = escaped(message.strip().splitlines()[-1][:LONGEST_OF_A_JOB])
+        lines.append(f"- job {job} ({escaped(' '.join(overrides[job]))}) failed: {told}")
+    if picture:
+        lines += ["", f"![comparison]({picture})"]
+    for found in compared[:2]:
+        lines += ["", spaced("\n".join(_compared(found)))]
+    if len(compared) > 2:
+        lines += ["", "The other measures are in comparison.md."]
+    if groups is not None:
+        lines += ["", *(f"- {escaped(sentence)}" for sentence in groups.missing[:MOST_MISSING])]
+    lines += ["", code(shlex.join(["python", "-m", "dnpo.train", *arguments]))]
+    return "\n".join(lines)
+
+
+def comparison(compared: "Sequence[Compared]") -> str:
+    """The tables of a sweep, measure by measure."""
+    return "\n".join(line for found in compared for line in [*_compared(found), ""])
+
+
+def spaced(tables: str) -> str:
+    """Tables with some room between their columns, which MLflow's page does not give them."""
+    rows = (line.startswith("|") and not line.startswith("| ---") for line in tables.splitlines())
+    lines = zip(tables.splitlines(), rows, strict=True)
+    return "\n".join(line.replace(" | ", " &emsp; | ") if row else line for line, row in lines)
+
+
+def _compared(found: "Compared") -> list[str]:
+    unit = f"{found.measure.title}, {found.measure.unit}"
+    lines = [f"**{unit}**", "", markdown(found.means, "settings")]
+    if found.differences is not None:
+        lines += [f"Less {escaped(found.baseline)}, paired:", "", markdown(found.differences, "settings")]
+    return [*lines, *(f"- {escaped(note)}" for note in found.notes)]

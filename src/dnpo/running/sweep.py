@@ -1,0 +1,262 @@
+"""What a multirun says as a whole: what its jobs share, which of them failed, and their table side by side."""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from filelock import FileLock
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from dnpo.errors import DnpoError
+
+if TYPE_CHECKING:
+    from dnpo.report.comparison import Compared, Items
+    from dnpo.report.groups import Group, Groups
+    from dnpo.store import Stage
+    from dnpo.tracking.writing import MLflow
+
+ERROR, PLAN, PICTURE, TRAIN = "error.txt", "plan.json", "comparison.png", "train"
+SILENT = "it ended without a result and without an error, as a killed process does"
+_HELD: list[FileLock] = []  # not in the callback, which Hydra sends to other processes
+
+
+def record_failure(folder: Path, message: str) -> None:
+    """Say that a job failed, and remember it for the sweep's report."""
+    print(f"error: {message}", file=sys.stderr)
+    (folder / ERROR).write_text(message + "\n")
+
+
+def planned_before(sweep: Path | None, folder: Path, stages: "Sequence[Stage]") -> dict[str, str]:
+    """Which stages an earlier job of the same sweep computes anyway; this job's are noted for those after it."""
+    if sweep is None:
+        return {}
+    shared: dict[str, str] = {}
+    for plan in sorted(sweep.glob(f"*/{PLAN}")):
+        for key in json.loads(plan.read_text()):
+            shared.setdefault(key, f"shared with job {plan.parent.name}")
+    (folder / PLAN).write_text(json.dumps([stage.key for stage in stages]))
+    return shared
+
+
+class SweepReport(Callback):
+    """At the end of a multirun: its table, its failures, and exit status 1 if there are any; in MLflow, the comparison
+    with the run of the whole sweep."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hold the lock that says that the sweep goes on."""
+        from dnpo.tracking.writing import HELD
+
+        sweep = Path(config.hydra.sweep.dir)
+        sweep.mkdir(parents=True, exist_ok=True)
+        _HELD.append(FileLock(sweep / HELD))
+        _HELD[-1].acquire()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Gather what the jobs left in the sweep's folder."""
+        sweep = Path(config.hydra.sweep.dir)
+        jobs = sorted((p for p in sweep.iterdir() if p.is_dir()), key=lambda p: (len(p.name), p.name))
+        failed = {job.name: (job / ERROR).read_text().strip() for job in jobs if (job / ERROR).is_file()}
+        rows = [
+            (_overrides(job), json.loads((job / "summary.json").read_text()))
+            for job in jobs
+            if (job / "summary.json").is_file()
+        ]
+        if rows:
+            self._table(sweep, rows)
+        for job, message in failed.items():
+            print(f"job {job} failed ({' '.join(_overrides(sweep / job))}): {message}", file=sys.stderr)
+        untracked = _track(config, sweep, jobs, failed)
+        if untracked:
+            print(f"error: the comparison of the sweep is not tracked: {untracked}", file=sys.stderr)
+        while _HELD:
+            held = _HELD.pop()
+            held.release()
+            Path(held.lock_file).unlink(missing_ok=True)
+        if failed or untracked:
+            raise SystemExit(1)
+
+    def _table(self, sweep: Path, jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        groups: dict[str, list[list[dict[str, Any]]]] = {}
+        for overrides, summary in jobs:
+            name = " ".join(o for o in overrides if not o.startswith("seed=")) or "defaults"
+            groups.setdefault(name, []).append(summary["table"])
+        alike = set.intersection(*(set(name.split(" ")) for name in groups)) if len(groups) > 1 else set()
+        laps = [row["iteration"] for row in max((t for tables in groups.values() for t in tables), key=len)]
+        found: list[dict[str, Any]] = []
+        console = Console(width=180, highlight=False)
+        if alike:
+            console.print(f"\nall jobs: {' '.join(o for o in next(iter(groups)).split(' ') if o in alike)}")
+        for metric, title, scale in (
+            ("eval/score", "Judge score of sampled answers", 1.0),
+            ("eval/accuracy", "Accuracy of greedy answers, %", 100.0),
+            ("eval/loss", "Held-out loss of human responses", 1.0),
+        ):
+            if not any(metric in row for tables in groups.values() for table in tables for row in table):
+                continue
+            view = Table(title=f"{title}: mean ± standard deviation over seeds", title_justify="left", box=None)
+            view.add_column("settings", max_width=100, overflow="fold")
+            view.add_column("runs", justify="right")
+            for lap in laps:
+                view.add_column(str(lap), justify="right", no_wrap=True)
+            for name, tables in groups.items():
+                cells = []
+                for lap in laps:
+                    values = [
+                        row[metric] * scale
+                        for table in tables
+                        for row in table
+                        if row["iteration"] == lap and metric in row
+                    ]
+                    mean, spread = _mean_and_spread(values)
+                    cells.append(
+                        "–" if mean is None else f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+                    )
+                    found.append({"settings": name, "iteration": lap, "metric": metric, "values": values})
+                different = " ".join(o for o in name.split(" ") if o not in alike)
+                view.add_row(different, str(len(tables)), *cells)
+            console.print()
+            console.print(view)
+        (sweep / "sweep.json").write_text(json.dumps(found, indent=1))
+        console.print(f"\nnumbers of every run: {sweep / 'sweep.json'}")
+
+
+def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mapping[str, str]) -> str:
+    """Give the sweep's own run its comparison, and its end; what went wrong, "" for nothing.
+
+    Where no job was tracked there is no such run, and nothing is done.
+    """
+    from omegaconf import OmegaConf
+
+    from dnpo.commands.common import part
+    from dnpo.tracking.writing import PARENT
+
+    own = sweep / PARENT
+    if not own.is_file():
+        return ""
+    silent = {job.name: SILENT for job in jobs if not any((job / left).is_file() for left in ("summary.json", ERROR))}
+    try:
+        tracking: MLflow = part(
+            "tracking", cast(dict[str, Any], OmegaConf.to_container(config.tracking, resolve=True))
+        ).value
+        tracking.resume(own.read_text())
+        if config.hydra.job.config_name != TRAIN:  # what other commands measure has no iterations to compare
+            tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed))})
+            tracking.finish("FAILED" if failed else "FINISHED")
+            return ""
+        _compare(tracking, sweep, [job.name for job in jobs], {**failed, **silent})
+    except Exception as error:  # databases and their drivers raise errors of their own; the jobs' results stand
+        return str(error) if isinstance(error, DnpoError) else f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _compare(tracking: "MLflow", sweep: Path, jobs: Sequence[str], failed: Mapping[str, str]) -> None:
+    """The comparison of all runs as tables, a picture and a note; tags, and the status."""
+    from dnpo.report.comparison import MEASURES, Items, compare
+    from dnpo.report.groups import grouped
+    from dnpo.running import notes
+    from dnpo.tracking.reading import SWEEP, Database
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    runs = Database(tracking.uri, tracking.experiment).runs(sweeps=[tracking.id])
+    name = runs[0].tags.get(SWEEP, sweep.name)
+    groups, items = grouped(runs), Items()
+    compared = [one for measure in MEASURES if (one := compare(groups, measure, items)) is not None]
+    picture = ""
+    if compared:
+        picture = f"get-artifact?path={PICTURE}&run_uuid={tracking.id}"
+        _draw(groups, compared, items, sweep / PICTURE, f"sweep {name}")
+        (sweep / "comparison.md").write_text(notes.comparison(compared))
+        (sweep / "comparison.csv").write_text(_csv(compared))
+        (sweep / "comparison.json").write_text(json.dumps(_shown(compared)))
+        for file in (PICTURE, "comparison.md", "comparison.csv"):
+            tracking.artifact(sweep / file)
+        tracking.table(sweep / "comparison.json")
+    if (sweep / "sweep.json").is_file():
+        tracking.artifact(sweep / "sweep.json")
+    overrides = {job: _overrides(sweep / job) for job in failed}
+    tracking.note(notes.of_sweep(name, len(jobs), groups, compared, failed, overrides, sys.argv[1:], picture))
+    state = "incomplete" if failed else "complete"
+    tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed)), "dnpo.state": state})
+    tracking.finish("FAILED" if failed else "FINISHED")
+
+
+def _draw(groups: "Groups", compared: "Sequence[Compared]", items: "Items", path: Path, title: str) -> None:
+    """A line a group over iterations, a panel a measure."""
+    from dnpo.report.comparison import mean_of
+    from dnpo.report.drawing import Panel, colours, over_iterations
+    from dnpo.stats.intervals import Estimate
+    from dnpo.tracking.reading import SFT
+
+    panels = []
+    for one in compared:
+        values: dict[str, dict[int, Estimate]] = {}
+        for group in groups.groups:
+            for lap in groups.iterations:
+                mean = mean_of(group, lap, one.measure, items)
+                if mean is not None:
+                    values.setdefault(group.label, {})[-1 if lap == SFT else int(lap)] = mean
+        panels.append(Panel(one.measure.title, one.measure.unit, values, scale=one.measure.scale))
+    options = {group.label: _options(group) for group in groups.groups}
+    over_iterations(panels, path, title, "Bars: 95 % t intervals.", colours(options), joined=not groups.branching)
+
+
+def _options(group: "Group") -> tuple[str, str]:
+    run = group.members[0].run
+    return run.option("dsl"), run.option("npo")
+
+
+def _csv(compared: "Sequence[Compared]") -> str:
+    """One line a cell of every table."""
+    from dnpo.stats.table import comma_separated
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    for one in compared:
+        for shows, table in (("mean", one.means), (f"difference from {one.baseline}", one.differences)):
+            if table is not None:
+                head, *lines = csv.reader(comma_separated(table).splitlines())
+                if not out.tell():
+                    writer.writerow(["measure", "shows", *head])
+                writer.writerows([one.measure.metric, shows, *line] for line in lines)
+    return out.getvalue()
+
+
+def _shown(compared: "Sequence[Compared]") -> dict[str, Any]:
+    """The tables as one that MLflow shows."""
+    columns = list(dict.fromkeys(column for one in compared for column in one.means.columns))
+    data = []
+    for one in compared:
+        for shows, table in (("mean", one.means), (f"less {one.baseline}", one.differences)):
+            if table is None:
+                continue
+            for row in table.rows:
+                cells = dict(zip(table.columns, row.shown, strict=True))
+                texts = [shown.text if (shown := cells.get(column)) is not None else "" for column in columns]
+                data.append([f"{one.measure.title}, {one.measure.unit}", shows, row.label, *texts])
+    return {"columns": ["measure", "shows", "settings", *columns], "data": data}
+
+
+def _overrides(folder: Path) -> list[str]:
+    from omegaconf import OmegaConf
+
+    path = folder / ".hydra" / "overrides.yaml"
+    return [str(o) for o in OmegaConf.load(path)] if path.is_file() else []
+
+
+def _mean_and_spread(values: Iterable[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation; None where there are too few values."""
+    import statistics
+
+    found = list(values)
+    if not found:
+        return None, None
+    return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None

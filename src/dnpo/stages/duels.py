@@ -1,0 +1,193 @@
+"""Whose responses to the same prompts does a judge prefer? A model's samples against another's, or against people's.
+
+Any judge of the project decides. The other side's response stands where the human one stands: judges that compare two
+responses are asked in both orders and give it 50 points, those that score each for itself give it its score, and more
+points win. What the evaluations have asked already is in the ledger and not asked again.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dnpo.errors import DataError
+from dnpo.evaluate.metrics import Held
+from dnpo.judges import Judge, judged
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.records import HUMAN, Prompt, Response, read, schema
+from dnpo.stages.verbs import Run, held
+from dnpo.stats.length import LengthControlled, length_controlled
+from dnpo.stats.wins import Wins, preferences, wins
+from dnpo.store import Report, Stage
+
+DUELS = "duels.parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """One sample of ours against one response of theirs; a row of ``duels.parquet``.
+
+    Attributes:
+        id: of the prompt.
+        sample: its number among the samples.
+        ours, theirs: the texts.
+        ours_score, theirs_score: points; theirs has 50 where the judge compares. None where the judge gave none.
+        preference: 1 for a win of ours, ½ for a tie, 0 for a loss; None where a score is missing.
+        disagreement: between both orders, or between members of an ensemble, in points.
+        difference: characters of ours less those of theirs.
+        reason: why a score is missing.
+    """
+
+    id: str
+    sample: int
+    ours: str
+    theirs: str
+    ours_score: float | None
+    theirs_score: float | None
+    preference: float | None
+    disagreement: float | None
+    difference: int
+    reason: str
+
+
+Responses = Mapping[tuple[str, int], Response]  # by prompt and number
+
+
+def duels(run: Run, ours: tuple[Stage, Stage], theirs: tuple[Stage, Stage] | None) -> Stage:
+    """Every sample for a held-out prompt against the other side's sample of the same number, or the human response.
+
+    Args:
+        run: has the judge, and says which split and how many samples.
+        ours, theirs: prompts and evaluation of a model; no other model stands for the human responses.
+    """
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        split, samples = run.eval.value.split, run.eval.value.samples
+        rows = held(inputs["prompts"], split)
+        first = _sampled(rows, inputs["evaluation"], samples)
+        if theirs is None:
+            second = _human(rows, samples)
+        else:
+            second = _sampled(held(inputs["their prompts"], split), inputs["their evaluation"], samples)
+        found = fought(run.judge.value, rows.prompts, first, second, run.ledger, report)
+        write_duels(folder / DUELS, found)
+        alone = len(first) - len(found)
+        if alone:
+            report.note(f"{alone:,} of {len(first):,} samples are to prompts that the other side does not have")
+        return {"duels": len(found), "alone": alone}
+
+    inputs = dict(zip(("prompts", "evaluation"), ours, strict=True))
+    inputs |= {} if theirs is None else dict(zip(("their prompts", "their evaluation"), theirs, strict=True))
+    return Stage("duels", "duels", 1, {"judge": run.judge.key}, inputs, work)
+
+
+def _sampled(rows: Held, evaluation: Path, samples: int) -> Responses:
+    """The samples of an evaluation by prompt and number; they stand behind the greedy responses."""
+    count = len(rows.prompts)
+    fresh = read(evaluation / "samples.parquet", Response)[count : count * (1 + samples)]
+    return {(rows.prompts[i % count].id, i // count): response for i, response in enumerate(fresh)}
+
+
+def _human(rows: Held, samples: int) -> Responses:
+    """The human response to a prompt stands against each of its samples."""
+    pairs = list(zip(rows.prompts, rows.human, strict=True))
+    return {(prompt.id, n): response for n in range(samples) for prompt, response in pairs}
+
+
+def fought(
+    judge: Judge, prompts: Sequence[Prompt], ours: Responses, theirs: Responses, ledger: Ledger, report: Report
+) -> list[Duel]:
+    """What the judge says of both texts, for every prompt and number that both sides have.
+
+    Raises:
+        DataError: there is none.
+        JudgeError: too many responses stay without a score.
+    """
+    prompt_of = {prompt.id: prompt for prompt in prompts}
+    both = [key for key in ours if key in theirs]
+    if not both:
+        raise DataError("the two sides share no prompt, so there is nothing to compare; take data that fit both models")
+    names = [f"{id_}#{number}" for id_, number in both]
+    asked = [replace(prompt_of[key[0]], id=name, human=theirs[key].text) for key, name in zip(both, names, strict=True)]
+    against = [replace(theirs[key], id=name, source=HUMAN) for key, name in zip(both, names, strict=True)]
+    samples = [replace(ours[key], id=name) for key, name in zip(both, names, strict=True)]
+    verdicts = judged(judge, asked, [*against, *samples], ledger, report)
+    old, new = verdicts[: len(both)], verdicts[len(both) :]
+    won = preferences([v.score for v in new], [v.score for v in old])
+    return [
+        Duel(
+            id=key[0],
+            sample=key[1],
+            ours=ours[key].text,
+            theirs=theirs[key].text,
+            ours_score=a.score,
+            theirs_score=b.score,
+            preference=value,
+            disagreement=a.disagreement,
+            difference=len(ours[key].text) - len(theirs[key].text),
+            reason=a.reason or b.reason,
+        )
+        for key, a, b, value in zip(both, new, old, won, strict=True)
+    ]
+
+
+def write_duels(path: Path, rows: Sequence[Duel]) -> None:
+    """Write duels to a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {f.name: [getattr(row, f.name) for row in rows] for f in dataclasses.fields(Duel)}
+    pq.write_table(pa.table(columns, schema=schema(Duel)), path)
+
+
+def read_duels(path: Path) -> list[Duel]:
+    """Read what :func:`write_duels` wrote."""
+    import pyarrow.parquet as pq
+
+    return [Duel(**row) for row in pq.read_table(path).to_pylist()]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of all duels: wins, and what is left of them at the same length if that was asked for.
+
+    Attributes:
+        controlled: None also where nothing can be said, and then ``why`` says so.
+        apart: mean disagreement between both orders, or between members of an ensemble; None without.
+    """
+
+    wins: Wins
+    controlled: LengthControlled | None
+    why: str
+    apart: float | None
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names that are tracked; shares."""
+        found = {f"duels/{name}": getattr(self.wins, name).value for name in ("win", "tie", "lose", "rate")}
+        found |= {"duels/duels": self.wins.duels, "duels/unscored": self.wins.unscored, "duels/p": self.wins.p}
+        if self.controlled is not None:
+            found |= {"duels/rate_same_length": self.controlled.rate.value, "duels/length": self.controlled.effect}
+        return found | ({} if self.apart is None else {"duels/disagreement": self.apart})
+
+
+def outcome(rows: Sequence[Duel], same_length: bool, seed: int) -> Outcome:
+    """Count duels; prompts are what is resampled.
+
+    Args:
+        same_length: also tell the win rate at the same length, in characters.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: no duel has a score on both sides.
+    """
+    ids = [row.id for row in rows]
+    won = wins([row.ours_score for row in rows], [row.theirs_score for row in rows], ids, seed=seed)
+    apart = [row.disagreement for row in rows if row.disagreement is not None]
+    controlled, why = None, ""
+    if same_length:
+        try:
+            controlled = length_controlled([r.preference for r in rows], [r.difference for r in rows], ids, seed=seed)
+        except DataError as error:
+            why = str(error)
+    return Outcome(won, controlled, why, sum(apart) / len(apart) if apart else None)

@@ -1,0 +1,164 @@
+"""Many comparisons side by side: mean ± interval, and a star where the test says so after Holm's correction."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dnpo.stats.intervals import LEVEL, Estimate
+from dnpo.stats.significance import holm
+
+ALPHA = 0.05
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "−": r"$-$",
+    "±": r"$\pm$",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table.
+
+    ``Cell(found.a, found.p)`` shows one side and stars it where it differs from the other; ``Cell(found.difference,
+    found.p, signed=True)`` shows by how much; ``Cell(found.b)``, without a p, is what is compared with.
+    """
+
+    estimate: Estimate
+    p: float | None = None
+    signed: bool = False
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A cell with its p after the correction, and the words for both."""
+
+    cell: Cell
+    adjusted: float | None
+    star: bool
+    number: str
+    half: str
+
+    @property
+    def text(self) -> str:
+        """Mean ± half of the interval, and the star."""
+        return self.number + (f" ± {self.half}" if self.half else "") + "*" * self.star
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table; None where there is no cell."""
+
+    label: str
+    shown: tuple[Shown | None, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What all writers write from, so that none can differ from another."""
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    tests: int
+
+    @property
+    def caption(self) -> str:
+        """What ± and * mean."""
+        shows = f"Mean ± half of the {100 * LEVEL:.0f} % interval."
+        if not self.tests:
+            return shows
+        over = f" after Holm's correction over {self.tests} tests" if self.tests > 1 else ", one test"
+        return f"{shows} *: p ≤ {ALPHA}{over}."
+
+
+def table(cells: Mapping[str, Mapping[str, Cell]], digits: int = 1, scale: float = 1.0) -> Table:
+    """Rows and columns in the order in which they come, with Holm's correction over every cell that has a p.
+
+    A comparison that stands in two cells, as a side and as a difference, counts twice: give one of them no p.
+
+    Args:
+        cells: by row and column.
+        digits: behind the point.
+        scale: numbers are shown times this, as 100 shows shares in percent.
+
+    Raises:
+        DataError: a p is no probability.
+    """
+    columns = tuple(dict.fromkeys(column for row in cells.values() for column in row))
+    tested = [(row, column) for row in cells for column, cell in cells[row].items() if cell.p is not None]
+    ps = [p for row, column in tested if (p := cells[row][column].p) is not None]
+    adjusted = dict(zip(tested, holm(ps), strict=True))
+    rows = []
+    for label, row in cells.items():
+        shown = [
+            _shown(row[column], adjusted.get((label, column)), digits, scale) if column in row else None
+            for column in columns
+        ]
+        rows.append(Row(label, tuple(shown)))
+    return Table(columns, tuple(rows), len(ps))
+
+
+def _shown(cell: Cell, adjusted: float | None, digits: int, scale: float) -> Shown:
+    estimate = cell.estimate
+    # z: what rounds to zero has no sign
+    number = format(scale * estimate.value, f"{'+' if cell.signed else ''}z.{digits}f").replace("-", "−")
+    half = "" if estimate.half is None else format(abs(scale) * estimate.half, f".{digits}f")
+    return Shown(cell, adjusted, adjusted is not None and adjusted <= ALPHA, number, half)
+
+
+def markdown(found: Table, corner: str = "") -> str:
+    """A table in GitHub's Markdown, and its caption below."""
+    head = [corner, *found.columns]
+    lines = [[*map(_in_markdown, head)], ["---", *("---:" for _ in found.columns)]]
+    for row in found.rows:
+        texts = ("" if shown is None else shown.text for shown in row.shown)
+        lines.append([*map(_in_markdown, (row.label, *texts))])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{_in_markdown(found.caption)}\n"
+
+
+def latex(found: Table, corner: str = "") -> str:
+    """A tabular that needs no package, with its caption as a comment.
+
+    Letters beyond ASCII in labels stay as they are; pdfTeX knows not all of them, LuaTeX and XeTeX do.
+    """
+    lines = [[*map(_in_latex, (corner, *found.columns))]]
+    for row in found.rows:
+        lines.append([_in_latex(row.label), *("" if shown is None else _number(shown) for shown in row.shown)])
+    head, *body = [" & ".join(line) + r" \\" for line in lines]
+    begin, end = f"\\begin{{tabular}}{{l{'r' * len(found.columns)}}}", r"\end{tabular}"
+    return "\n".join([f"% {found.caption}", begin, r"\hline", head, r"\hline", *body, r"\hline", end, ""])
+
+
+def comma_separated(found: Table) -> str:
+    """One line a cell: the numbers in full and unscaled, and the text that the other writers show for them."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["row", "column", "value", "low", "high", "half", "p", "p_holm", "star", "text"])
+    for row in found.rows:
+        for column, shown in zip(found.columns, row.shown, strict=True):
+            if shown is not None:
+                of, p = shown.cell.estimate, shown.cell.p
+                numbers = [of.value, of.low, of.high, of.half, p, shown.adjusted]
+                writer.writerow([row.label, column, *numbers, int(shown.star), shown.text])
+    return out.getvalue()
+
+
+def _in_markdown(text: str) -> str:
+    text = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+
+
+def _in_latex(text: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in re.sub(r"\s+", " ", text))
+
+
+def _number(shown: Shown) -> str:
+    half = rf" \pm {shown.half}" if shown.half else ""
+    return f"${shown.number.replace('−', '-')}{half}{'^{*}' * shown.star}$"

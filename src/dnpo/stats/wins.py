@@ -1,0 +1,140 @@
+"""Win, tie or loss: one side's scores against the other's, one duel at a time, and how sure their shares are."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dnpo.errors import DataError
+from dnpo.seeding import derive
+from dnpo.stats.intervals import RESAMPLES, Array, Estimate, bootstrap, percentiles
+from dnpo.stats.significance import mcnemar, mcnemar_clustered
+
+
+@dataclass(frozen=True)
+class Wins:
+    """Shares of the duels that were decided, with 95 % intervals over prompts.
+
+    Attributes:
+        win, tie, lose: of the first side; together 1.
+        rate: the win rate, win + tie/2.
+        p: two-sided, of wins and losses being equally likely: the exact sign test where every prompt has one duel,
+            else McNemar's test clustered by prompt.
+        duels: with a score on both sides.
+        unscored: left out, for want of a score on one side or both.
+        prompts: that the duels are about.
+        notes: what a reader has to know beside the numbers.
+    """
+
+    win: Estimate
+    tie: Estimate
+    lose: Estimate
+    rate: Estimate
+    p: float
+    duels: int
+    unscored: int
+    prompts: int
+    notes: tuple[str, ...]
+
+
+def preferences(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[float | None]:
+    """Of each duel 1 where ours has more, ½ for a tie, 0 where theirs has, None where a score is missing.
+
+    ``paired(preferences of seeds × items, all ½)`` asks about prompts and seeds at once; see ``dnpo.comparisons``.
+
+    Raises:
+        DataError: not as many on both sides.
+    """
+    if len(ours) != len(theirs):
+        raise DataError(f"duels need a score on both sides each; there are {len(ours)} and {len(theirs)}")
+    pairs = zip(_numbers(ours), _numbers(theirs), strict=True)
+    return [None if np.isnan(a) or np.isnan(b) else 0.5 * (1 + (a > b) - (a < b)) for a, b in pairs]
+
+
+def wins(
+    ours: Sequence[float | None],
+    theirs: Sequence[float | None],
+    prompts: Sequence[Hashable] | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Wins:
+    """How often one side's scores are higher than, equal to and lower than the other's, duel by duel.
+
+    A missing score (None or NaN) is no score: such duels are left out and counted. Duels about one prompt are not
+    independent, so prompts are resampled, each with all its duels. The shares are of duels: a prompt with more of them
+    weighs more. The interval is about new prompts for the two models at hand, and says nothing about training again.
+
+    Scores 80, 70, None, 60 against 70, 70, 70, 90: of 3 duels one is won, one a tie and one lost; the win rate is ½.
+
+    Args:
+        ours, theirs: scores, aligned: those of one duel at the same place.
+        prompts: what each duel is about; None says that every duel has a prompt of its own.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+
+    Raises:
+        DataError: the lists are not aligned, or no duel has a score on both sides.
+    """
+    outcomes = preferences(ours, theirs)
+    prompts = range(len(outcomes)) if prompts is None else prompts
+    if len(prompts) != len(outcomes):
+        raise DataError(f"{len(outcomes)} duels are about {len(prompts)} prompts; expected one prompt a duel")
+    decided = [(prompt, value) for prompt, value in zip(prompts, outcomes, strict=True) if value is not None]
+    if not decided:
+        raise DataError(f"none of {len(outcomes)} duels has a score on both sides; nothing is left to compare")
+    at_D, number = numbered([prompt for prompt, _ in decided])
+    value_D = np.array([value for _, value in decided])
+    counts_XI = np.stack(
+        [np.bincount(at_D, weights=value_D == value, minlength=number) for value in (1.0, 0.5, 0.0)]
+        + [np.bincount(at_D, minlength=number).astype(float)]
+    )
+    won, tied, lost, duels = counts_XI.sum(1)
+    values = [won / duels, tied / duels, lost / duels, (won + tied / 2) / duels]
+    if number == 1:
+        estimates = [Estimate(float(value)) for value in values]
+    else:
+        drawn_BX = bootstrap(counts_XI[:, None], derive(seed, "comparisons", "bootstrap"), resamples)
+        shares_BX = drawn_BX[:, :3] / drawn_BX[:, 3:]
+        drawn = [*shares_BX.T, shares_BX[:, 0] + shares_BX[:, 1] / 2]
+        estimates = [percentiles(float(value), some) for value, some in zip(values, drawn, strict=True)]
+    unscored = len(outcomes) - len(decided)
+    win, tie, lose, rate = estimates
+    notes = _notes(counts_XI, unscored)
+    return Wins(win, tie, lose, rate, _p(counts_XI), len(decided), unscored, number, notes)
+
+
+def numbered(labels: Sequence[Hashable]) -> tuple[npt.NDArray[np.int64], int]:
+    """Numbers from 0 for labels, in the order in which they come first, and how many there are."""
+    number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    return np.array([number[label] for label in labels], dtype=np.int64), len(number)
+
+
+def _numbers(scores: Sequence[float | None]) -> Array:
+    given: Any = scores
+    try:
+        found: Array = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"scores are numbers, or None where there is none ({error})") from error
+    return found
+
+
+def _p(counts_XI: Array) -> float:
+    won_I, _, lost_I, duels_I = counts_XI
+    if duels_I.max() > 1:
+        return mcnemar_clustered((won_I - lost_I)[None])
+    return mcnemar(int(won_I.sum()), int(lost_I.sum()))
+
+
+def _notes(counts_XI: Array, unscored: int) -> tuple[str, ...]:
+    notes = []
+    number = counts_XI.shape[1]
+    if number == 1:
+        notes.append("one prompt: no interval")
+    elif (counts_XI[:3].sum(1) > 0).sum() == 1:
+        notes.append("all duels have the same outcome: the interval has no width, which is no certainty")
+    if unscored:
+        notes.append(f"{unscored:,} of {int(counts_XI[3].sum()) + unscored:,} duels lack a score and are left out")
+    return tuple(notes)

@@ -1,0 +1,1 @@
+"""Writing to MLflow, and reading it back."""

@@ -1,0 +1,246 @@
+"""Reading back what was tracked in MLflow: runs, their metrics and their artefacts.
+
+Everything that compares or draws runs (``analysis/``, ``dnpo.report``) begins here and needs nothing else of a run:
+neither its folder nor the store of stages. ``summary.json`` of a run has its table, a row a policy: ``iteration`` is
+``SFT`` or the iteration's number; the metrics beside it are those that ``running.py`` gathers.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from dnpo.errors import DataError, TrackingError
+from dnpo.former import MOVED
+from dnpo.settings import nearest
+from dnpo.tracking.writing import absolute, reachable
+
+FINISHED = "FINISHED"
+SWEEP, KIND, PARENT = "dnpo.sweep_name", "dnpo.kind", "mlflow.parentRunId"
+SFT = "SFT"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One tracked run.
+
+    Attributes:
+        status: of MLflow: ``FINISHED``, ``RUNNING`` (also what a killed process leaves), ``FAILED`` or ``KILLED``.
+        started: milliseconds since 1970.
+        seconds: from begin to end; None without an end.
+        params: its settings under dotted names, as text.
+        artifacts: address of its artefacts.
+    """
+
+    id: str
+    name: str
+    status: str
+    started: int
+    seconds: float | None
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    artifacts: str
+    _client: Any = field(repr=False, compare=False)
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.tags["dnpo.seed"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return self.status == FINISHED
+
+    def option(self, part: str) -> str:
+        """The option that was chosen of a part, such as ``trainable`` of ``npo``; "" where it has none."""
+        return self.tags.get(f"dnpo.{part}", "")
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What it wrote at its end.
+
+        Raises:
+            DataError: it has none, as a run that did not finish.
+        """
+        path = self.artifact("summary.json")
+        if path is None:
+            raise DataError(f"run {self.id} ({self.name}) has no summary.json: its status is {self.status}")
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """A row a policy: ``iteration`` and its metrics."""
+        rows: list[dict[str, Any]] = self.summary["table"]
+        return rows
+
+    def row(self, iteration: int | str) -> dict[str, Any]:
+        """The row of one policy; empty where there is none."""
+        return next((row for row in self.table if row["iteration"] == iteration), {})
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The row of the last policy."""
+        return self.table[-1]
+
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """Steps and values of a metric, in the order of the steps; a step logged twice counts once, with the last."""
+        points = self._client.get_metric_history(self.id, metric)
+        by_step = {int(p.step): float(p.value) for p in sorted(points, key=lambda p: p.timestamp)}
+        return sorted(by_step.items())
+
+    def artifact(self, path: str) -> Path | None:
+        """A file that was tracked with it, on this machine, to be read and not changed; None where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        if self.artifacts.startswith("file://"):
+            local = Path(url2pathname(urlparse(self.artifacts).path)) / path
+            return local if local.exists() else None
+        where = _scratch() / self.id
+        where.mkdir(parents=True, exist_ok=True)
+        try:
+            return Path(self._client.download_artifacts(self.id, path, str(where)))
+        except (MlflowException, OSError):
+            return None
+
+
+def lap_name(iteration: int | str) -> str:
+    """What the artefacts of one policy are called: ``sft``, ``iteration-0``, …"""
+    return "sft" if iteration == SFT else f"iteration-{iteration}"
+
+
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def _scratch() -> Path:
+    """A folder for downloads, which goes when the process ends."""
+    if not _SCRATCH:
+        _SCRATCH.append(tempfile.TemporaryDirectory(prefix="dnpo-"))
+    return Path(_SCRATCH[0].name)
+
+
+class Database:
+    """An MLflow tracking store, for reading and for adding to what is there.
+
+    Args:
+        uri: as in ``tracking.uri``.
+        experiment: its name.
+
+    Raises:
+        TrackingError: there is no store, or no such experiment in it.
+    """
+
+    def __init__(self, uri: str = "sqlite:///mlflow.db", experiment: str = "dnpo") -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        from mlflow import MlflowClient
+
+        for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        self.uri, self.experiment = absolute(uri), experiment
+        if self.uri.startswith("sqlite:///") and not Path(self.uri.removeprefix("sqlite:///")).is_file():
+            raise TrackingError(f"{uri}: there is no such database; say with --uri where runs were tracked")
+        reachable(self.uri)
+        self.client = MlflowClient(tracking_uri=self.uri)
+        found = self.client.get_experiment_by_name(experiment)
+        if found is None:
+            known = [each.name for each in self.client.search_experiments()]
+            raise TrackingError(f"{uri}: it has no experiment {experiment}.{nearest(experiment, known)}")
+        self.experiment_id = str(found.experiment_id)
+
+    def runs(
+        self, *, sweeps: Sequence[str] = (), ids: Sequence[str] = (), tags: Mapping[str, str] | None = None
+    ) -> list[Run]:
+        """Training runs, the oldest first; those of any of the sweeps, with any of the ids, and with all the tags.
+
+        Args:
+            sweeps: names as in ``+sweep=NAME``, ids of a sweep's own run, or folders of one. None given: any.
+            ids: of runs, or the beginning of one. None given: any.
+
+        Raises:
+            DataError: a sweep or an id is not there, or nothing matches all of it.
+        """
+        every = [run for run in self._all if run.tags.get(KIND) == "run"]
+        if not every:
+            raise DataError(f"{self.uri}: its experiment {self.experiment} has no runs yet")
+        chosen = every
+        if sweeps:
+            chosen = [run for sweep in sweeps for run in self._of_sweep(sweep, every)]
+        if ids:
+            chosen = [run for given in ids for run in self._with_id(given, chosen)]
+        for name, value in (tags or {}).items():
+            chosen = [run for run in chosen if run.tags.get(name, run.params.get(name)) == value]
+            if not chosen:
+                values = Counter(run.tags.get(name, run.params.get(name, "")) for run in every)
+                shown = ", ".join(f"{known} ({count})" for known, count in values.most_common(8) if known)
+                raise DataError(f"no run is left with {name}={value}; values of {name}: {shown or 'none'}")
+        return sorted({run.id: run for run in chosen}.values(), key=lambda run: run.started)
+
+    def sweeps(self) -> dict[str, int]:
+        """Names of sweeps, and how many runs each has."""
+        return dict(Counter(run.tags[SWEEP] for run in self._all if run.tags.get(KIND) == "run" and SWEEP in run.tags))
+
+    def parent(self, run: Run) -> Run | None:
+        """The run of the whole sweep that a run is part of."""
+        return next((each for each in self._all if each.id == run.tags.get(PARENT)), None)
+
+    def _of_sweep(self, sweep: str, every: Sequence[Run]) -> list[Run]:
+        parents = {
+            run.id
+            for run in self._all
+            if run.tags.get(KIND) == "sweep"
+            and (run.id == sweep or Path(run.tags.get("dnpo.sweep", "/")) == Path(sweep).absolute())
+        }
+        found = [run for run in every if run.tags.get(SWEEP) == sweep or run.tags.get(PARENT) in parents]
+        if not found:
+            known = ", ".join(f"{name} ({count} runs)" for name, count in self.sweeps().items())
+            raise DataError(
+                f"no run of sweep {sweep} is tracked in {self.uri}; {f'it has {known}' if known else 'it has none'}. "
+                f"python -m dnpo.train -m +sweep={sweep} makes them, where there is such a sweep"
+            )
+        return found
+
+    def _with_id(self, given: str, among: Sequence[Run]) -> list[Run]:
+        found = [run for run in among if run.id.startswith(given)]
+        if not found:
+            raise DataError(f"no run {given} is tracked in {self.uri}, experiment {self.experiment}")
+        if len(found) > 1:
+            raise DataError(f"run {given}: {len(found)} runs begin so; give more of its id")
+        return found
+
+    @cached_property
+    def _all(self) -> list[Run]:
+        """Every run of the experiment, read once."""
+        runs: list[Run] = []
+        page = None
+        while True:
+            found = self.client.search_runs([self.experiment_id], max_results=1000, page_token=page)
+            runs += [_run(each, self.client) for each in found]
+            page = found.token
+            if not page:
+                return runs
+
+
+def _run(found: Any, client: Any) -> Run:
+    info = found.info
+    seconds = (info.end_time - info.start_time) / 1000 if info.end_time else None
+    return Run(
+        info.run_id,
+        info.run_name,
+        info.status,
+        info.start_time,
+        seconds,
+        found.data.tags,
+        {name: MOVED.get(value, value) for name, value in found.data.params.items()},
+        info.artifact_uri,
+        client,
+    )
