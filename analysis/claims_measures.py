@@ -22,7 +22,7 @@ from scipy.signal import detrend
 from scipy.stats import ks_2samp
 
 from dnpo.errors import DataError
-from dnpo.tracking.reading import Run, lap_name
+from dnpo.tracking.reading import Run, iteration_name
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -50,19 +50,19 @@ class Cell:
     @cached_property
     def items(self) -> list[Row]:
         """A row a held-out response."""
-        rows: list[Row] = pq.read_table(self._artifact(f"items/{lap_name(self.iteration)}.parquet")).to_pylist()
+        rows: list[Row] = pq.read_table(self._artifact(f"items/{iteration_name(self.iteration)}.parquet")).to_pylist()
         return rows
 
     @cached_property
     def steps(self) -> list[Row]:
         """The metrics of its training, by step."""
-        rows: list[Row] = json.loads(self._artifact(f"steps/{lap_name(self.iteration)}.json").read_text())
+        rows: list[Row] = json.loads(self._artifact(f"steps/{iteration_name(self.iteration)}.json").read_text())
         return rows
 
     @cached_property
     def logprobs(self) -> Mapping[str, Any]:
         """Log-probabilities of chosen, rejected and new responses under it."""
-        with np.load(self._artifact(f"logprobs/{lap_name(self.iteration)}.npz")) as arrays:
+        with np.load(self._artifact(f"logprobs/{iteration_name(self.iteration)}.npz")) as arrays:
             found: dict[str, Any] = dict(arrays)
             return found
 

@@ -11,7 +11,7 @@ from analysis.results import Array, kept
 from analysis.selection import Absent, Cells, Iteration, Runs
 from dnpo.evaluate.distances import ks
 from dnpo.report.drawing import COLOURS, LABELS
-from dnpo.tracking.reading import SFT, Run, lap_name
+from dnpo.tracking.reading import SFT, Run, iteration_name
 
 BINS = 40
 QUANTITIES = {"per token": "log-probability per token, nats", "summed": "log-probability of the response, nats"}
@@ -75,7 +75,7 @@ def _samples(cells: Cells, method: str, iteration: Iteration) -> list[dict[str, 
 
 
 def _load(run: Run, iteration: Iteration) -> dict[str, Array]:
-    path = f"logprobs/{lap_name(iteration)}.npz"
+    path = f"logprobs/{iteration_name(iteration)}.npz"
     found = kept(run, path, lambda file: dict(np.load(file)))
     if found is None:
         raise Absent(f"run {run.id} has not kept {path}; runs of an earlier version have not")

@@ -12,7 +12,7 @@ from analysis.keeping import Picture
 from analysis.results import Array, estimate, kept
 from analysis.selection import BEGINNING, DNPO, NPO, Absent, Cells, Iteration, Runs
 from dnpo.stats.intervals import Estimate
-from dnpo.tracking.reading import Run, lap_name
+from dnpo.tracking.reading import Run, iteration_name
 
 TITLE = "Policy loss and noise loss over the steps of one iteration"
 SWEEP = "main"
@@ -64,7 +64,7 @@ def _losses(cells: Cells, method: str, iteration: Iteration, name: str) -> Array
 
 
 def _steps(run: Run, iteration: Iteration) -> list[dict[str, float]]:
-    path = f"steps/{lap_name(iteration)}.json"
+    path = f"steps/{iteration_name(iteration)}.json"
     steps: list[dict[str, float]] | None = kept(run, path, lambda file: json.loads(file.read_text()))
     if steps is None:
         raise Absent(f"run {run.id} has not kept {path}; runs of an earlier version have not")

@@ -21,7 +21,7 @@ from dnpo.errors import DataError
 from dnpo.evaluate.leaderboard import BENCHMARKS, SIX
 from dnpo.stats import paired
 from dnpo.stats.intervals import Estimate, crossed
-from dnpo.tracking.reading import Run, lap_name
+from dnpo.tracking.reading import Run, iteration_name
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -264,7 +264,7 @@ _KEPT: dict[tuple[str, str], Any] = {}
 
 def item_path(iteration: Iteration) -> str:
     """Where a run keeps what became of each held-out response."""
-    return f"items/{lap_name(iteration)}.parquet"
+    return f"items/{iteration_name(iteration)}.parquet"
 
 
 def kept(run: Run, path: str, read: Callable[[Path], Any]) -> Any:
@@ -315,7 +315,7 @@ def _family(family: str) -> Callable[[Run, Iteration], Items | None]:
 
 def _benchmark(name: str) -> Callable[[Run, Iteration], Items | None]:
     def items(run: Run, iteration: Iteration) -> Items | None:
-        table = kept(run, f"leaderboard/{lap_name(iteration)}.parquet", pq.read_table)
+        table = kept(run, f"leaderboard/{iteration_name(iteration)}.parquet", pq.read_table)
         if table is None:
             return None
         mine = _columns(table, ["task", "id", "score"], benchmark=name)

@@ -26,7 +26,7 @@ from mlflow.entities import Param
 
 from dnpo.errors import DataError
 from dnpo.stats import paired
-from dnpo.tracking.reading import PARENT, SFT, Database, lap_name
+from dnpo.tracking.reading import PARENT, SFT, Database, iteration_name
 
 FAMILIES = ("arithmetic", "conversion", "reversal", "sorting", "counting", "facts")
 PARTS = {SPIN: ("off", "off"), DSL: ("score", "off"), NPO: ("off", "trainable"), DNPO: ("score", "trainable")}
@@ -136,8 +136,8 @@ class Recorder:
         table = []
         for k in (SFT, *range(iterations)):
             in_force = k != SFT and int(k) >= start
-            name = lap_name(k)
-            row, items = self._lap(method if in_force else SPIN, k, seed, unscored)
+            name = iteration_name(k)
+            row, items = self._iteration(method if in_force else SPIN, k, seed, unscored)
             if texts and k != SFT:
                 row |= {
                     "texts/bleu": 0.1 + 0.01 * GAIN[method] * in_force + 0.003 * seed,
@@ -159,7 +159,7 @@ class Recorder:
         (folder / "summary.json").write_text(json.dumps({"table": table}))
         self.client.log_artifacts(run, str(folder))
 
-    def _lap(self, method: str, k: int | str, seed: int, unscored: int) -> tuple[dict[str, Any], pa.Table]:
+    def _iteration(self, method: str, k: int | str, seed: int, unscored: int) -> tuple[dict[str, Any], pa.Table]:
         """One policy's items, and the means that the loop makes of them."""
         stage = -1 if k == SFT else int(k)
         fixed, draw = np.random.default_rng(1), np.random.default_rng([seed, stage + 1, list(GAIN).index(method)])
@@ -693,11 +693,11 @@ def test_real_runs_are_drawn_with_the_numbers_of_their_summaries(tmp_path: Path)
                 continue
             labels = {SPIN: "dnpo.dsl.HumanChosen", DNPO: "dnpo.dsl.HigherScoreChosen"}[row["method"]]
             values = [
-                lap[metric]
+                iteration[metric]
                 for summary in summaries
                 if summary["settings"]["dsl"]["_target_"] == labels
-                for lap in summary["table"]
-                if str(lap["iteration"]) == row["iteration"]
+                for iteration in summary["table"]
+                if str(iteration["iteration"]) == row["iteration"]
             ]
             assert len(values) == 2
             assert float(row["mean"]) == pytest.approx(scale * np.mean(values), abs=1e-9)

@@ -26,7 +26,7 @@ from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.asked.openai import OpenAI
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
-from dnpo.loop import Lap, chain
+from dnpo.loop import Iteration, chain
 from dnpo.optimise.npo import NoNoise, TrainableNoise
 from dnpo.optimise.training import Optimisation
 from dnpo.policy.model import Lora, Policy, Scratch
@@ -503,33 +503,33 @@ def composed(*overrides: str) -> Run:
     return run
 
 
-def laid_out(*overrides: str) -> tuple[Run, list[Lap]]:
+def laid_out(*overrides: str) -> tuple[Run, list[Iteration]]:
     run = composed(*overrides)
     return run, list(chain(run))
 
 
 def test_reference_is_the_policy_it_starts_from() -> None:
-    _, laps = laid_out("npo.cache_hidden=on")
-    fires(chain_check.reference(laps), "pass", "2 iterations")
+    _, iterations = laid_out("npo.cache_hidden=on")
+    fires(chain_check.reference(iterations), "pass", "2 iterations")
 
 
 @pytest.mark.parametrize("which", ["responses", "reference", "hidden", "policy", "unread"])
 def test_chain_that_is_laid_out_wrongly_stops(which: str) -> None:
     """As with stacked adapters: iteration 1 is compared with the fine-tuned model instead."""
-    _, laps = laid_out("npo.cache_hidden=on")
-    lap, sft = laps[2], laps[0].policy
-    assert lap.responses is not None
-    assert lap.reference is not None
-    hidden = lap.policy.aids["hidden"]
+    _, iterations = laid_out("npo.cache_hidden=on")
+    iteration, sft = iterations[2], iterations[0].policy
+    assert iteration.responses is not None
+    assert iteration.reference is not None
+    hidden = iteration.policy.aids["hidden"]
     wrong = {
-        "responses": lambda: replace(lap, responses=_from(lap.responses, sft)),
-        "reference": lambda: replace(lap, reference=_from(lap.reference, sft)),
-        "hidden": lambda: replace(lap, policy=replace(lap.policy, aids={"hidden": _from(hidden, sft)})),
-        "policy": lambda: replace(lap, policy=_from(lap.policy, sft)),
-        "unread": lambda: replace(lap, policy=replace(lap.policy, inputs={"policy": laps[1].policy})),
+        "responses": lambda: replace(iteration, responses=_from(iteration.responses, sft)),
+        "reference": lambda: replace(iteration, reference=_from(iteration.reference, sft)),
+        "hidden": lambda: replace(iteration, policy=replace(iteration.policy, aids={"hidden": _from(hidden, sft)})),
+        "policy": lambda: replace(iteration, policy=_from(iteration.policy, sft)),
+        "unread": lambda: replace(iteration, policy=replace(iteration.policy, inputs={"policy": iterations[1].policy})),
     }[which]()
     said = "does not read" if which == "unread" else "should start from iteration 0 · optimise"
-    fires(chain_check.reference([*laps[:2], wrong]), "stop", "iteration 1", said)
+    fires(chain_check.reference([*iterations[:2], wrong]), "stop", "iteration 1", said)
 
 
 def _from(stage: Any, policy: Any) -> Any:
@@ -545,8 +545,8 @@ NAMES = [
 
 
 def test_gate_of_a_plain_run_passes_with_every_line(tmp_path: Path) -> None:
-    run, laps = laid_out()
-    found = gate(run, laps, Store(tmp_path))
+    run, iterations = laid_out()
+    found = gate(run, iterations, Store(tmp_path))
     assert [f.name for f in found] == NAMES
     assert not [f for f in found if f.level == "stop"]
     assert {f.name for f in found if f.level == "warn"} <= {"duplicates", "near duplicates"}
@@ -555,14 +555,14 @@ def test_gate_of_a_plain_run_passes_with_every_line(tmp_path: Path) -> None:
 
 def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
     """Through the run's own parts: each check is given what the run would use."""
-    run, laps = laid_out()
+    run, iterations = laid_out()
     data = run.data.value.read()[0]
     leak = {**data, "test": [replace(data["train"][0], id="leak"), *data["test"]]}
     own = Asked(Canary(True, "says 100"))
     own.seen = {seen_as(data["test"][1].messages)}
     source = type("Source", (), {**_limits(run), "read": lambda self: (leak, {})})()
     run = replace(run, data=replace(run.data, value=source), judge=replace(run.judge, value=own))
-    levels = {f.name: f.level for f in gate(run, laps, Store(tmp_path))}
+    levels = {f.name: f.level for f in gate(run, iterations, Store(tmp_path))}
     assert levels["overlap with test"] == "stop"
     assert levels["prompts of the judge"] == "warn"
     assert "judge" not in levels  # no call is paid for a run that does not begin
@@ -577,27 +577,27 @@ def _limits(run: Run) -> dict[str, Any]:
 
 
 def test_canary_is_asked_once_and_only_for_what_is_to_do(tmp_path: Path) -> None:
-    run, laps = laid_out()
+    run, iterations = laid_out()
     own = Asked(Canary(True, "says 100"))
     run, store = replace(run, judge=replace(run.judge, value=own)), Store(tmp_path)
-    assert gate(run, laps, store)[-1] == Finding("judge", "pass", "says 100")
+    assert gate(run, iterations, store)[-1] == Finding("judge", "pass", "says 100")
     assert own.asked == 1
-    for lap in laps:
-        for stage in lap.stages:
+    for iteration in iterations:
+        for stage in iteration.stages:
             if stage.name in ("judge", "evaluate"):
                 _pretend(store, stage)
-    assert "judge" not in {f.name for f in gate(run, laps, store)}
+    assert "judge" not in {f.name for f in gate(run, iterations, store)}
     assert own.asked == 1
 
 
 def test_gate_spends_nothing_where_nothing_is_to_do(tmp_path: Path) -> None:
-    run, laps = laid_out()
+    run, iterations = laid_out()
     store = Store(tmp_path)
-    for lap in laps:
-        for stage in lap.stages:
+    for iteration in iterations:
+        for stage in iteration.stages:
             _pretend(store, stage)
     run = replace(run, data=None)  # type: ignore[arg-type]  # whoever read it would fail
-    assert [f.name for f in gate(run, laps, store)] == ["reference", "stages"]
+    assert [f.name for f in gate(run, iterations, store)] == ["reference", "stages"]
 
 
 def _pretend(store: Store, stage: Any) -> None:
@@ -616,8 +616,8 @@ def local(tmp_path: Path) -> Path:
 
 
 def of_model(folder: Path, tmp_path: Path, *overrides: str) -> dict[str, Finding]:
-    run, laps = laid_out("model=local", f"model.path={folder}", "npo=off", *overrides)
-    return {f.name: f for f in gate(run, laps, Store(tmp_path / "store"))}
+    run, iterations = laid_out("model=local", f"model.path={folder}", "npo=off", *overrides)
+    return {f.name: f for f in gate(run, iterations, Store(tmp_path / "store"))}
 
 
 def test_gate_of_a_pretrained_model(local: Path, tmp_path: Path) -> None:
@@ -651,23 +651,23 @@ def test_model_that_cannot_be_read_stops(local: Path, tmp_path: Path) -> None:
 
 
 def test_needs_shrink_with_what_is_there(tmp_path: Path) -> None:
-    run, laps = laid_out("npo.cache_hidden=on")
+    run, iterations = laid_out("npo.cache_hidden=on")
     store = Store(tmp_path)
     model = run.model.value
     model.base(tmp_path / "model", run.data.value.read()[0]["train"])
 
     def wanted() -> dict[str, str]:
-        found = needs.findings(run, laps, store, COUNTS, model.outline(tmp_path / "model"), tmp_path / "model")
+        found = needs.findings(run, iterations, store, COUNTS, model.outline(tmp_path / "model"), tmp_path / "model")
         return {f.name: f.text for f in found}
 
     assert set(wanted()) == {"disk", "memory, fine-tuning", "memory, training", "memory, generating"}
-    _pretend(store, laps[0].policy)
+    _pretend(store, iterations[0].policy)
     assert set(wanted()) == {"disk", "memory, training", "memory, generating"}
-    for lap in laps[1:]:
-        _pretend(store, lap.policy)
+    for iteration in iterations[1:]:
+        _pretend(store, iteration.policy)
     assert "0 bytes only while it trains" in wanted()["disk"]
-    for lap in laps:
-        for stage in (lap.responses, lap.evaluation):
+    for iteration in iterations:
+        for stage in (iteration.responses, iteration.evaluation):
             if stage is not None:
                 _pretend(store, stage)
     assert set(wanted()) == {"disk"}
@@ -731,9 +731,9 @@ def test_stop_ends_a_run_before_any_stage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("everything", [False, True])
 def test_stop_is_an_error_that_lists_all_of_them(everything: bool, tmp_path: Path) -> None:
     """So that the command ends with status 1, also with check=true."""
-    run, laps = laid_out("judge=off", "data.max_prompt_tokens=2")
+    run, iterations = laid_out("judge=off", "data.max_prompt_tokens=2")
     with pytest.raises(SettingsError) as caught:
-        pass_gate(run, laps, Store(tmp_path), Console(), everything)
+        pass_gate(run, iterations, Store(tmp_path), Console(), everything)
     said = str(caught.value)
     assert "labels: dsl labels by score" in said
     assert "Change judge=…, or dsl=off" in said

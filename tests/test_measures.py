@@ -14,7 +14,7 @@ from dnpo.commands.train import build
 from dnpo.errors import SettingsError
 from dnpo.evaluate.texts import PACKAGES, Texts, similarity
 from dnpo.judges.exact.rules import Correct
-from dnpo.loop import Lap, chain
+from dnpo.loop import Iteration, chain
 from dnpo.records import Item, Pair, Prompt, Response, read
 from dnpo.stages.verbs import Run
 from dnpo.store import Store
@@ -27,7 +27,7 @@ def have_packages() -> bool:
     return all(find_spec(module) for module in PACKAGES)
 
 
-def laid_out(*overrides: str) -> tuple[Run, list[Lap]]:
+def laid_out(*overrides: str) -> tuple[Run, list[Iteration]]:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         cfg = compose("train", overrides=["scale=smoke", "method=spin", "tracking=off", *overrides])
     run, _, _ = build(cfg)
@@ -36,11 +36,11 @@ def laid_out(*overrides: str) -> tuple[Run, list[Lap]]:
 
 class Done(NamedTuple):
     run: Run
-    laps: list[Lap]
+    iterations: list[Iteration]
     store: Store
 
     def metrics(self, k: int, name: str) -> dict[str, Any]:
-        stage = next(stage for stage in self.laps[k + 1].measures if stage.name == name)
+        stage = next(stage for stage in self.iterations[k + 1].measures if stage.name == name)
         found: dict[str, Any] = json.loads((self.store.folder(stage) / "metrics.json").read_text())
         return found
 
@@ -48,31 +48,33 @@ class Done(NamedTuple):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """A smoke run of one iteration, with a second judge."""
-    run, laps = laid_out("iterations=1", "judge@second_judge=correct", "eval.samples=2")
+    run, iterations = laid_out("iterations=1", "judge@second_judge=correct", "eval.samples=2")
     store = Store(tmp_path_factory.mktemp("store"))
-    for lap in laps:
-        for stage in lap.stages:
+    for iteration in iterations:
+        for stage in iteration.stages:
             store.get(stage, Report())
-    return Done(run, laps, store)
+    return Done(run, iterations, store)
 
 
 def test_what_nobody_asks_for_is_no_stage() -> None:
-    _, laps = laid_out()
-    assert [[stage.name for stage in lap.measures] for lap in laps] == [[], ["drift"], ["drift"]]
+    _, iterations = laid_out()
+    assert [[stage.name for stage in iteration.measures] for iteration in iterations] == [[], ["drift"], ["drift"]]
     _, cooler = laid_out("generate.temperature=0.7")
-    assert not any(lap.measures for lap in cooler), "such samples are not the policy's own, so their KL is none"
+    assert not any(iteration.measures for iteration in cooler), (
+        "such samples are not the policy's own, so their KL is none"
+    )
 
 
 @pytest.mark.long
 def test_the_second_judge_reads_the_responses_that_the_first_one_read(done: Done) -> None:
-    lap = done.laps[1]
-    second = next(stage for stage in lap.measures if stage.name == "second")
+    iteration = done.iterations[1]
+    second = next(stage for stage in iteration.measures if stage.name == "second")
     items = read(done.store.folder(second) / "items.parquet", Item)
-    first = read(done.store.folder(lap.evaluation) / "items.parquet", Item)
+    first = read(done.store.folder(iteration.evaluation) / "items.parquet", Item)
     assert [(i.id, i.kind, i.sample, i.score) for i in items] == [(i.id, i.kind, i.sample, i.score) for i in first]
     # again, from the texts
-    held = {p.id: p for p in read(done.store.folder(lap.prompts) / "test.parquet", Prompt)}
-    samples = read(done.store.folder(lap.evaluation) / "samples.parquet", Response)
+    held = {p.id: p for p in read(done.store.folder(iteration.prompts) / "test.parquet", Prompt)}
+    samples = read(done.store.folder(iteration.evaluation) / "samples.parquet", Response)
     count = len(held)
     for item, response in zip(items[count:], samples[: 3 * count], strict=True):
         assert response.id.split("#")[0] == item.id
@@ -84,12 +86,12 @@ def test_the_second_judge_reads_the_responses_that_the_first_one_read(done: Done
 
 @pytest.mark.long
 def test_drift_is_the_mean_log_ratio_of_the_policys_own_samples(done: Done) -> None:
-    lap = done.laps[1]
+    iteration = done.iterations[1]
     folder = done.store.folder
-    policy = done.run.policy({"prompts": folder(lap.prompts), "policy": folder(lap.policy)})
-    reference = done.run.policy({"prompts": folder(lap.prompts), "policy": folder(done.laps[0].policy)})
-    ids = {p.id: p.token_ids for p in read(folder(lap.prompts) / "train.parquet", Prompt)}
-    new = [r for r in read(folder(lap.evaluation) / "samples.parquet", Response) if r.id in ids]
+    policy = done.run.policy({"prompts": folder(iteration.prompts), "policy": folder(iteration.policy)})
+    reference = done.run.policy({"prompts": folder(iteration.prompts), "policy": folder(done.iterations[0].policy)})
+    ids = {p.id: p.token_ids for p in read(folder(iteration.prompts) / "train.parquet", Prompt)}
+    new = [r for r in read(folder(iteration.evaluation) / "samples.parquet", Response) if r.id in ids]
     assert len(new) == done.run.eval.value.sequences
     both = [model.score([ids[r.id] for r in new], [r.token_ids for r in new]) for model in (policy, reference)]
     apart = np.subtract(*both)
@@ -102,15 +104,17 @@ def test_drift_is_the_mean_log_ratio_of_the_policys_own_samples(done: Done) -> N
 @pytest.mark.long
 @pytest.mark.skipif(not have_packages(), reason="sacrebleu and rouge-score (extra eval) are not installed")
 def test_texts_are_compared_with_the_chosen_responses_of_their_prompts(done: Done) -> None:
-    _, laps = laid_out("iterations=1", "eval=texts", "eval.samples=2", "eval.sequences=96", "eval.texts.rows=20")
-    lap = laps[1]
-    stage = next(stage for stage in lap.measures if stage.name == "texts")
-    assert done.store.has(lap.evaluation), "texts are a stage of their own: the evaluation is the same without them"
+    _, iterations = laid_out("iterations=1", "eval=texts", "eval.samples=2", "eval.sequences=96", "eval.texts.rows=20")
+    iteration = iterations[1]
+    stage = next(stage for stage in iteration.measures if stage.name == "texts")
+    assert done.store.has(iteration.evaluation), (
+        "texts are a stage of their own: the evaluation is the same without them"
+    )
     folder = done.store.get(stage, Report())
-    ids = {p.id for p in read(done.store.folder(lap.prompts) / "train.parquet", Prompt)}
-    new = [r for r in read(done.store.folder(lap.evaluation) / "samples.parquet", Response) if r.id in ids][:20]
-    assert lap.pairs is not None
-    chosen = {p.id: p.chosen for p in read(done.store.folder(lap.pairs) / "pairs.parquet", Pair)}
+    ids = {p.id for p in read(done.store.folder(iteration.prompts) / "train.parquet", Prompt)}
+    new = [r for r in read(done.store.folder(iteration.evaluation) / "samples.parquet", Response) if r.id in ids][:20]
+    assert iteration.pairs is not None
+    chosen = {p.id: p.chosen for p in read(done.store.folder(iteration.pairs) / "pairs.parquet", Pair)}
     again = similarity([r.text for r in new], [chosen[r.id] for r in new])
     found = json.loads((folder / "metrics.json").read_text())
     assert found["texts/bleu"] == pytest.approx(again.metrics["bleu"])

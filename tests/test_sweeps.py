@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from dnpo.commands.common import conf_folder
 from dnpo.commands.train import build, checked
 from dnpo.dsl import HumanChosen
-from dnpo.loop import Lap, chain
+from dnpo.loop import Iteration, chain
 from dnpo.running import execute as running
 
 CONF = conf_folder()
@@ -45,7 +45,7 @@ def jobs(name: str, *arguments: str) -> list[list[str]]:
     return found
 
 
-def laps(job: list[str]) -> list[Lap]:
+def iterations(job: list[str]) -> list[Iteration]:
     run, _, _ = build(composed(*job, "tracking=off"))
     return list(chain(run))
 
@@ -58,7 +58,13 @@ def in_force(job: list[str]) -> list[tuple[str, str]]:
 
 def trainings(found: list[list[str]]) -> Counter[str]:
     """How many different trainings some jobs need in each iteration."""
-    keys = {stage.key: stage.title for job in found for lap in laps(job) for stage in lap.stages if lap.k >= 0}
+    keys = {
+        stage.key: stage.title
+        for job in found
+        for iteration in iterations(job)
+        for stage in iteration.stages
+        if iteration.k >= 0
+    }
     return Counter(title for title in keys.values() if title.endswith(("optimise", "match")))
 
 
@@ -157,7 +163,9 @@ def test_saturation_has_its_regimes() -> None:
         assert trainer["optimizer"]["_target_"] == "torch.optim.RMSprop"
         assert settings["eval"]["samples"] == 8
     assert seen == {(10.0, True): 4, (1.0, True): 4, (20.0, False): 4}
-    generated = {lap.responses.key for job in found for lap in laps(job) if lap.responses is not None}
+    generated = {
+        iteration.responses.key for job in found for iteration in iterations(job) if iteration.responses is not None
+    }
     assert len(generated) == 1, "all regimes have the same fresh pairs"
 
 
@@ -183,9 +191,9 @@ def test_the_search_has_bounds_that_pass_every_check() -> None:
 def test_last_is_the_last_iteration(iterations: int) -> None:
     _, starts, _ = checked(composed(f"iterations={iterations}", "npo.start=last", "dsl.start=last"))
     assert starts == {"npo": iterations - 1, "dsl": iterations - 1}
-    number = laps([f"iterations={iterations}", f"npo.start={iterations - 1}", f"dsl.start={iterations - 1}"])
-    word = laps([f"iterations={iterations}", "npo.start=last", "dsl.start=last"])
-    assert [lap.policy.key for lap in number] == [lap.policy.key for lap in word]
+    number = laid_out([f"iterations={iterations}", f"npo.start={iterations - 1}", f"dsl.start={iterations - 1}"])
+    word = laid_out([f"iterations={iterations}", "npo.start=last", "dsl.start=last"])
+    assert [iteration.policy.key for iteration in number] == [iteration.policy.key for iteration in word]
 
 
 def test_a_run_is_tagged_with_the_name_of_its_sweep() -> None:

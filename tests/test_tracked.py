@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dnpo.errors import DataError, TrackingError
-from dnpo.tracking.reading import Database, lap_name
+from dnpo.tracking.reading import Database, iteration_name
 from dnpo.tracking.writing import MLflow
 
 Made = dict[str, str]
@@ -86,5 +86,5 @@ def test_a_database_that_is_not_there_is_said_and_not_made(uri: str, tmp_path: P
         Database(uri, "dnpu")
 
 
-def test_laps_have_the_names_of_their_artefacts() -> None:
-    assert [lap_name(k) for k in ("SFT", 0, 3)] == ["sft", "iteration-0", "iteration-3"]
+def test_iterations_have_the_names_of_their_artefacts() -> None:
+    assert [iteration_name(k) for k in ("SFT", 0, 3)] == ["sft", "iteration-0", "iteration-3"]

@@ -16,7 +16,7 @@ from dnpo.store import Stage
 
 
 @dataclass(frozen=True)
-class Lap:
+class Iteration:
     """One iteration's stages; ``k`` is −1 for what comes before the first iteration."""
 
     k: int
@@ -39,12 +39,12 @@ class Lap:
         return [stage for stage in own if stage is not None]
 
 
-def chain(run: Run) -> Iterator[Lap]:
+def chain(run: Run) -> Iterator[Iteration]:
     """Lay out a run: fine-tuning, then every iteration on the policy of the one before."""
     prompts = stages.prepare(run)
     policy = stages.fine_tune(run, prompts)
     report = stages.evaluate(run, -1, prompts, policy, None)
-    yield Lap(-1, prompts, policy, report, measures=measures(run, -1, prompts, policy, report, None, None))
+    yield Iteration(-1, prompts, policy, report, measures=measures(run, -1, prompts, policy, report, None, None))
     for plan in run.plans:
         responses = stages.generate(run, plan, prompts, policy)
         verdicts = stages.judge(run, plan, prompts, responses)
@@ -54,4 +54,4 @@ def chain(run: Run) -> Iterator[Lap]:
         start, policy = policy, stages.train(run, plan, prompts, policy, pairs, reference, like)
         report = stages.evaluate(run, plan.k, prompts, policy, pairs)
         beside = measures(run, plan.k, prompts, policy, report, start, pairs)
-        yield Lap(plan.k, prompts, policy, report, responses, verdicts, pairs, reference, like, beside)
+        yield Iteration(plan.k, prompts, policy, report, responses, verdicts, pairs, reference, like, beside)

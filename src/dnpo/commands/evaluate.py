@@ -26,7 +26,7 @@ from dnpo.settings import Count, Natural, check, check_values
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dnpo.loop import Lap
+    from dnpo.loop import Iteration
     from dnpo.running.console import Console
     from dnpo.stages.duels import Outcome
     from dnpo.stages.verbs import Run
@@ -173,24 +173,24 @@ def _measure(
     quieten()
     torch.set_num_threads(top["threads"])
     console, store = Console(), Store(Path(top["store"]))
-    laps = _laid_out(runs, top, store, console)
-    fight = None if top["against"] is None else _duels(runs, laps)
+    iterations = _laid_out(runs, top, store, console)
+    fight = None if top["against"] is None else _duels(runs, iterations)
     names = {OURS: settings["model"]["path"] or settings["model"]["name"]}
     names |= {} if fight is None else {THEIRS: top["against"]}
     title = "evaluation of " + " against ".join(names.values())
     everything = {**top, **settings}
-    tags = running.tags(dict(job.runtime.choices), everything, [laps[OURS]])
+    tags = running.tags(dict(job.runtime.choices), everything, [iterations[OURS]])
     tags |= {"dnpo.kind": "evaluation"} | {f"dnpo.{kind}": name for kind, name in names.items()}
     tags |= {} if fight is None else {"stage.duels": fight.key}
     tracking.start(title, flat(everything), tags, sweep)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         rows = {}
-        for name, lap in laps.items():
-            for stage in lap.stages:
+        for name, iteration in iterations.items():
+            for stage in iteration.stages:
                 _get(stage, store, console, "" if name == OURS else "against · ")
-            rows[name] = measured(lap, store)
-            _keep(running.rows_behind(lap, store), name, tracking, folder)
+            rows[name] = measured(iteration, store)
+            _keep(running.rows_behind(iteration, store), name, tracking, folder)
         outcome = None
         if fight is not None:
             _get(fight, store, console, "")
@@ -200,7 +200,10 @@ def _measure(
             "metrics": rows,
             "duels": None if outcome is None else dataclasses.asdict(outcome),
             "settings": everything,
-            "stages": {name: [f"{stage.name}/{stage.key}" for stage in lap.stages] for name, lap in laps.items()},
+            "stages": {
+                name: [f"{stage.name}/{stage.key}" for stage in iteration.stages]
+                for name, iteration in iterations.items()
+            },
             "commit": running.commit(),
         }
         write_json(folder / RESULTS, found)
@@ -225,18 +228,18 @@ def _measure(
 
 def _laid_out(
     runs: "Mapping[str, Run]", top: Mapping[str, Any], store: "Store", console: "Console"
-) -> "dict[str, Lap]":
+) -> "dict[str, Iteration]":
     """What is to be done for each model, once all checks that runs make are passed."""
     from dnpo.commands.train import pass_gate
     from dnpo.loop import chain
 
     store.open(console.say)
-    laps: dict[str, Lap] = {}
+    iterations: dict[str, Iteration] = {}
     for name, run in runs.items():
         with nullcontext() if name == OURS else _named("against", top["against"]):
-            (laps[name],) = chain(run)
-            pass_gate(run, [laps[name]], store, console, False)
-    return laps
+            (iterations[name],) = chain(run)
+            pass_gate(run, [iterations[name]], store, console, False)
+    return iterations
 
 
 def _outcome(stage: Path, top: Mapping[str, Any], tracking: "Tracking", folder: Path) -> "Outcome":
@@ -248,10 +251,10 @@ def _outcome(stage: Path, top: Mapping[str, Any], tracking: "Tracking", folder: 
     return outcome(read_duels(stage / DUELS), top["length_controlled"], top["seed"])
 
 
-def _duels(runs: "Mapping[str, Run]", laps: "Mapping[str, Lap]") -> "Stage":
+def _duels(runs: "Mapping[str, Run]", iterations: "Mapping[str, Iteration]") -> "Stage":
     from dnpo.stages import duels
 
-    ours, *theirs = ((lap.prompts, lap.evaluation) for lap in laps.values())
+    ours, *theirs = ((iteration.prompts, iteration.evaluation) for iteration in iterations.values())
     return duels.duels(runs[OURS], ours, theirs[0] if theirs else None)
 
 
@@ -265,10 +268,10 @@ def _get(stage: "Stage", store: "Store", console: "Console", prefix: str) -> Non
         store.get(stage, report)
 
 
-def measured(lap: "Lap", store: "Store") -> dict[str, float]:
+def measured(iteration: "Iteration", store: "Store") -> dict[str, float]:
     """All metrics of a model, under the names that runs track them by."""
     found: dict[str, float] = {}
-    for stage in (lap.evaluation, *lap.measures):
+    for stage in (iteration.evaluation, *iteration.measures):
         found |= json.loads((store.folder(stage) / "metrics.json").read_text())
     return found
 

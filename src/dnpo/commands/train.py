@@ -22,7 +22,7 @@ from dnpo.settings import Count, Natural, check_values
 from dnpo.settings import check as check_part
 
 if TYPE_CHECKING:
-    from dnpo.loop import Lap
+    from dnpo.loop import Iteration
     from dnpo.running.console import Console
     from dnpo.stages.verbs import Run
     from dnpo.store import Store
@@ -211,25 +211,30 @@ def _go(
     quieten()
     torch.set_num_threads(settings["threads"])
     console, store = Console(), Store(Path(settings["store"]))
-    laps = list(chain(run))
+    iterations = list(chain(run))
     if settings["plan"]:
         from dnpo.running.sweep import planned_before
 
-        _print_plan(console, store, laps, planned_before(sweep, folder, [s for lap in laps for s in lap.stages]))
-        _print_forecast(console, run, laps, store)
+        _print_plan(
+            console,
+            store,
+            iterations,
+            planned_before(sweep, folder, [s for iteration in iterations for s in iteration.stages]),
+        )
+        _print_forecast(console, run, iterations, store)
         return None
     store.open(console.say)
-    pass_gate(run, laps, store, console, settings["check"])
+    pass_gate(run, iterations, store, console, settings["check"])
     if settings["check"]:
         return None
     from dnpo.running import execute as running
 
     name = run_name(job.overrides.task)
-    tags = running.tags(dict(job.runtime.choices), settings, laps)
+    tags = running.tags(dict(job.runtime.choices), settings, iterations)
     tracking.start(name, flat(settings), tags, sweep)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        summary = running.execute(laps, store, console, tracking, settings, folder)
+        summary = running.execute(iterations, store, console, tracking, settings, folder)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -241,11 +246,11 @@ def _go(
     return float(last["eval/score"] if "eval/score" in last else -last["eval/loss"])
 
 
-def pass_gate(run: "Run", laps: "list[Lap]", store: "Store", console: "Console", everything: bool) -> None:
+def pass_gate(run: "Run", iterations: "list[Iteration]", store: "Store", console: "Console", everything: bool) -> None:
     """Refuse, before anything is computed, a run that cannot work or would mean nothing; say what one should know."""
     from dnpo.running.gate import gate, show
 
-    findings = gate(run, laps, store)
+    findings = gate(run, iterations, store)
     show(console, findings, everything)
     stops = [
         f"{finding.name}: {finding.text}. Change {finding.setting}" for finding in findings if finding.level == "stop"
@@ -254,14 +259,14 @@ def pass_gate(run: "Run", laps: "list[Lap]", store: "Store", console: "Console",
         raise SettingsError("the run does not begin. " + "\n       ".join(stops))
 
 
-def _print_plan(console: "Console", store: "Store", laps: "list[Lap]", shared: Mapping[str, str]) -> None:
+def _print_plan(console: "Console", store: "Store", iterations: "list[Iteration]", shared: Mapping[str, str]) -> None:
     from rich.table import Table
 
     table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
     for heading in ("stage", "key", "state"):
         table.add_column(heading, no_wrap=True)
-    for lap in laps:
-        for stage in lap.stages:
+    for iteration in iterations:
+        for stage in iteration.stages:
             state = shared.get(stage.key, "to do")
             if store.partial(stage).is_dir():
                 state = "begun"
@@ -271,13 +276,13 @@ def _print_plan(console: "Console", store: "Store", laps: "list[Lap]", shared: M
     console.table(table)
 
 
-def _print_forecast(console: "Console", run: "Run", laps: "list[Lap]", store: "Store") -> None:
+def _print_forecast(console: "Console", run: "Run", iterations: "list[Iteration]", store: "Store") -> None:
     from rich.table import Table
 
     from dnpo.judges import Forecast
     from dnpo.running.forecast import forecast
 
-    found = {title: some for title, some in forecast(run, laps, store).items() if some.calls}
+    found = {title: some for title, some in forecast(run, iterations, store).items() if some.calls}
     if not found:
         return
     table = Table(title="Judge", title_justify="left", box=None, pad_edge=False)

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dnpo.report.groups import Group, Groups, Member, lap_title
+from dnpo.report.groups import Group, Groups, Member, iteration_title
 from dnpo.stats import paired
 from dnpo.stats.intervals import Array, Estimate, crossed
 from dnpo.stats.table import Cell, Table, table
-from dnpo.tracking.reading import Run, lap_name
+from dnpo.tracking.reading import Run, iteration_name
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Items:
 
     def table(self, run: Run, iteration: int | str) -> pa.Table | None:
         """The rows of one policy; None where none were tracked."""
-        path = f"items/{lap_name(iteration)}.parquet"
+        path = f"items/{iteration_name(iteration)}.parquet"
         if (run.id, path) not in self._kept:
             file: Path | None = run.artifact(path)
             self._kept[run.id, path] = None if file is None else pq.read_table(file)
@@ -97,25 +97,29 @@ def baseline(groups: Groups) -> Group | None:
 
 def compare(groups: Groups, measure: Measure, items: Items) -> Compared | None:
     """Everything that a measure says of the groups; None where no run has it."""
-    laps = [lap for lap in groups.iterations if any(group.values(lap, measure.metric) for group in groups.groups)]
-    if not laps:
+    iterations = [
+        iteration
+        for iteration in groups.iterations
+        if any(group.values(iteration, measure.metric) for group in groups.groups)
+    ]
+    if not iterations:
         return None
     base = baseline(groups)
     means: dict[str, dict[str, Cell]] = {}
     apart: dict[str, dict[str, Cell]] = {}
     notes: dict[str, None] = {}
     for group in groups.groups:
-        for lap in laps:
-            found = mean_of(group, lap, measure, items)
+        for iteration in iterations:
+            found = mean_of(group, iteration, measure, items)
             if found is None:
                 continue
-            means.setdefault(group.label, {})[lap_title(lap)] = Cell(found)
+            means.setdefault(group.label, {})[iteration_title(iteration)] = Cell(found)
             if base is None or group is base:
                 continue
-            cell, said = _difference(group, base, lap, measure, items)
+            cell, said = _difference(group, base, iteration, measure, items)
             notes |= dict.fromkeys(said)
             if cell is not None:
-                apart.setdefault(group.label, {})[lap_title(lap)] = cell
+                apart.setdefault(group.label, {})[iteration_title(iteration)] = cell
     return Compared(
         measure,
         table(means, measure.digits, measure.scale),
@@ -125,19 +129,19 @@ def compare(groups: Groups, measure: Measure, items: Items) -> Compared | None:
     )
 
 
-def mean_of(group: Group, lap: int | str, measure: Measure, items: Items) -> Estimate | None:
+def mean_of(group: Group, iteration: int | str, measure: Measure, items: Items) -> Estimate | None:
     """A group's mean after one iteration: over items and seeds, or over seeds alone where there are no items."""
-    seeds = sorted(group.at(lap))
-    by_item = matrix(group, lap, seeds, measure, items)
+    seeds = sorted(group.at(iteration))
+    by_item = matrix(group, iteration, seeds, measure, items)
     if by_item is not None:
         return _estimate(by_item)
-    values = group.values(lap, measure.metric)
+    values = group.values(iteration, measure.metric)
     return _estimate(np.asarray([values])) if values else None
 
 
-def matrix(group: Group, lap: int | str, seeds: list[int], measure: Measure, items: Items) -> Array | None:
+def matrix(group: Group, iteration: int | str, seeds: list[int], measure: Measure, items: Items) -> Array | None:
     """Results, seeds × items, without items that lack one; None where some run has no items, or other ones."""
-    found = [items.of(group.at(lap)[seed].run, lap, measure) for seed in seeds]
+    found = [items.of(group.at(iteration)[seed].run, iteration, measure) for seed in seeds]
     if not found or not all(found) or any(each.keys() != found[0].keys() for each in found):
         return None
     ids = list(found[0])
@@ -152,24 +156,26 @@ def _estimate(x_SI: Array) -> Estimate:
 
 
 def _difference(
-    group: Group, base: Group, lap: int | str, measure: Measure, items: Items
+    group: Group, base: Group, iteration: int | str, measure: Measure, items: Items
 ) -> tuple[Cell | None, list[str]]:
     """How far a group is from the baseline after one iteration, over the seeds that both have."""
-    ours, theirs = group.at(lap), base.at(lap)
+    ours, theirs = group.at(iteration), base.at(iteration)
     seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds or not group.values(lap, measure.metric) or not base.values(lap, measure.metric):
+    if not seeds or not group.values(iteration, measure.metric) or not base.values(iteration, measure.metric):
         return None, []
     notes = []
     if ours.keys() != theirs.keys():
         notes.append(f"{group.label} and {base.label} are compared over the seeds that both have.")
-    if all(_policy(ours[seed].run, lap) == _policy(theirs[seed].run, lap) != "" for seed in seeds):
+    if all(_policy(ours[seed].run, iteration) == _policy(theirs[seed].run, iteration) != "" for seed in seeds):
         return None, notes  # one and the same policy
-    a, b = (matrix(side, lap, seeds, measure, items) for side in (group, base))
+    a, b = (matrix(side, iteration, seeds, measure, items) for side in (group, base))
     if a is not None and b is not None and a.shape == b.shape and a.shape[1] > 1:
         kind: Literal["right", "scores"] = "right" if measure.column == "right" else "scores"
         found = paired(a, b, kind=kind, interval="t", missing="drop")
         return Cell(found.difference, found.p, signed=True), [*notes, *(f"{note}." for note in found.notes)]
-    pairs = [(ours[seed].value(lap, measure.metric), theirs[seed].value(lap, measure.metric)) for seed in seeds]
+    pairs = [
+        (ours[seed].value(iteration, measure.metric), theirs[seed].value(iteration, measure.metric)) for seed in seeds
+    ]
     apart = np.asarray([[x - y for x, y in pairs if x is not None and y is not None]])
     if not apart.size:
         return None, notes
@@ -181,11 +187,11 @@ def _difference(
     return Cell(mean.estimate(), mean.p(), signed=True), notes
 
 
-def _policy(run: Run, lap: int | str) -> str:
+def _policy(run: Run, iteration: int | str) -> str:
     """The stage that made the policy after an iteration; "" where the summary does not say."""
-    laps = [row["iteration"] for row in run.table]
+    iterations = [row["iteration"] for row in run.table]
     policies: list[str] = run.summary.get("policies", [])
-    return policies[laps.index(lap)] if lap in laps and len(policies) == len(laps) else ""
+    return policies[iterations.index(iteration)] if iteration in iterations and len(policies) == len(iterations) else ""
 
 
 def gain(member: Member, measure: Measure, items: Items) -> tuple[Estimate, str] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dnpo.report import figures, labels, origins, outcome
 from dnpo.report.comparison import MEASURES, Items, compare
-from dnpo.report.groups import Group, Groups, Member, grouped, lap_title, rows_of, state, whole
+from dnpo.report.groups import Group, Groups, Member, grouped, iteration_title, rows_of, state, whole
 from dnpo.report.page import day, without_secrets
 from dnpo.report.pictures import brought, pictures
 from dnpo.report.selection import Selection
@@ -81,7 +81,9 @@ def _unmeasured(run: Run) -> list[str]:
     rows = rows_of(run)
     if not whole(run):
         reached = (
-            f"tracked until then: {', '.join(lap_title(row['iteration']) for row in rows)}" if rows else "no policy"
+            f"tracked until then: {', '.join(iteration_title(row['iteration']) for row in rows)}"
+            if rows
+            else "no policy"
         )
         return [f"This run has no summary, so the page shows what is known of it ({reached})."]
     if not any("eval/score" in row for row in rows):

@@ -102,7 +102,7 @@ def whole(run: Run) -> bool:
         return False
 
 
-def lap_title(iteration: int | str) -> str:
+def iteration_title(iteration: int | str) -> str:
     """What a policy is called on the page: ``SFT``, or ``k = 1`` for the one after iteration 1."""
     return SFT if iteration == SFT else f"k = {iteration}"
 
@@ -216,14 +216,16 @@ def state(run: Run) -> str:
 
 def _gaps(groups: Sequence[Group]) -> list[str]:
     """Which group lacks a seed or an iteration that others have."""
-    laps = {row["iteration"] for group in groups for member in group.members for row in member.rows}
+    iterations = {row["iteration"] for group in groups for member in group.members for row in member.rows}
     seeds = {seed for group in groups for seed in group.seeds}
     found = []
     for group in groups:
         for seed in sorted(seeds):
-            absent = sorted((lap for lap in laps if seed not in group.at(lap)), key=str)
-            if len(absent) == len(laps):
+            absent = sorted((iteration for iteration in iterations if seed not in group.at(iteration)), key=str)
+            if len(absent) == len(iterations):
                 found.append(f"{group.label} has no finished run with seed {seed}.")
             elif absent:
-                found.append(f"{group.label} with seed {seed} has nothing for {', '.join(map(lap_title, absent))}.")
+                found.append(
+                    f"{group.label} with seed {seed} has nothing for {', '.join(map(iteration_title, absent))}."
+                )
     return found

@@ -12,8 +12,8 @@ from scipy.stats import spearmanr
 from dnpo.judges.agreement import sentence
 from dnpo.records import HUMAN
 from dnpo.report.comparison import Items
-from dnpo.report.groups import Groups, Member, lap_title, whole
-from dnpo.tracking.reading import SFT, Run, lap_name
+from dnpo.report.groups import Groups, Member, iteration_title, whole
+from dnpo.tracking.reading import SFT, Run, iteration_name
 
 FLIPPED, KEPT = 4, 2  # examples shown of an iteration
 FEW_FLIPPED, FEW_KEPT = 2, 1  # of each group of a sweep
@@ -63,7 +63,9 @@ def examples(groups: Groups, single: bool) -> list[Examples]:
 def _of_run(member: Member, label: str, single: bool) -> list[Examples]:
     found = []
     for row in member.rows:
-        path = None if row["iteration"] == SFT else member.run.artifact(f"pairs/{lap_name(row['iteration'])}.json")
+        path = (
+            None if row["iteration"] == SFT else member.run.artifact(f"pairs/{iteration_name(row['iteration'])}.json")
+        )
         pairs = [] if path is None else [_example(pair) for pair in json.loads(path.read_text())]
         flipped = [pair for pair in pairs if pair.flipped][: FLIPPED if single else FEW_FLIPPED]
         kept = [pair for pair in pairs if not pair.flipped][: KEPT if single else FEW_KEPT]
@@ -123,16 +125,16 @@ def judges(groups: Groups, items: Items) -> dict[str, Any]:
     entries = {sentence(entry): None for run in runs if whole(run) for entry in run.summary.get("judge_agreement", [])}
     table = []
     for group in groups.groups:
-        for lap in groups.iterations:
-            values = [_mean(group.values(lap, metric)) for metric, *_ in TRUST]
+        for iteration in groups.iterations:
+            values = [_mean(group.values(iteration, metric)) for metric, *_ in TRUST]
             if any(value is not None for value in values):
-                table.append((group.label, lap_title(lap), values))
+                table.append((group.label, iteration_title(iteration), values))
     shown = [i for i in range(len(TRUST)) if any(values[i] is not None for *_, values in table)]
     return {
         "names": names,
         "agreement": list(entries),
         "columns": [TRUST[i][1:] for i in shown],
-        "rows": [(label, lap, [values[i] for i in shown]) for label, lap, values in table],
+        "rows": [(label, iteration, [values[i] for i in shown]) for label, iteration, values in table],
         "decides": any(run.option("dsl") not in ("", "off") for run in runs),
         "second": _second(runs, items),
     }

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from dnpo.commands.common import conf_folder, flat
 from dnpo.errors import SettingsError
-from dnpo.report.groups import ELSEWHERE, Groups, lap_title, whole
+from dnpo.report.groups import ELSEWHERE, Groups, iteration_title, whole
 from dnpo.report.page import without_secrets
 from dnpo.tracking.reading import Run
 
@@ -130,7 +130,8 @@ def costs(runs: Sequence[Run]) -> dict[str, Any]:
         "kinds": kinds,
         "timed": any(kind["seconds"] is not None for kind in kinds.values()),
         "runs": [
-            (run.name, [(lap_title(row["iteration"]), row.get("seconds")) for row in run.table]) for run in finished
+            (run.name, [(iteration_title(row["iteration"]), row.get("seconds")) for row in run.table])
+            for run in finished
         ],
         "took": sum(run.seconds for run in runs if run.seconds is not None),
         "money": _money(finished),
@@ -158,8 +159,8 @@ def lineage(runs: Sequence[Run], own: Run | None) -> dict[str, Any]:
             versions.setdefault(package, [])
             if version not in versions[package]:
                 versions[package].append(version)
-        laps = [row["iteration"] for row in summary.get("table", [])]
-        policies = list(zip(map(lap_title, laps), summary.get("policies", []), strict=False))
+        iterations = [row["iteration"] for row in summary.get("table", [])]
+        policies = list(zip(map(iteration_title, iterations), summary.get("policies", []), strict=False))
         commit = summary.get("commit") or run.tags.get("dnpo.commit", "")
         entries.append({"run": run, "policies": policies, "commit": commit})
     return {

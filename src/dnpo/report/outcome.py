@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dnpo.report.comparison import FLIPS, MEASURES, Compared, Items, Measure, gain
-from dnpo.report.groups import Group, Groups, Member, lap_title
+from dnpo.report.groups import Group, Groups, Member, iteration_title
 from dnpo.report.page import duration, number
 from dnpo.tracking.reading import SFT
 
@@ -78,7 +78,7 @@ def _numbers(shown: Sequence[Group], groups: Groups, measure: Measure) -> str:
     """Mean over seeds before and after, by group."""
     form, parts = f".{measure.digits}f", []
     for group in shown[:MOST_NAMED]:
-        means = [sum(v) / len(v) for lap in groups.iterations if (v := group.values(lap, measure.metric))]
+        means = [sum(v) / len(v) for iteration in groups.iterations if (v := group.values(iteration, measure.metric))]
         ends = [number(mean, form, measure.scale) for mean in (means[:1] + means[-1:] if len(means) > 1 else means)]
         parts.append(f"{group.label} {' to '.join(ends)}")
     more = f"; and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
@@ -130,7 +130,10 @@ def tables(member: Member) -> list[tuple[str, list[str], list[tuple[str, list[st
     ):
         columns = [c for c in candidates if any(isinstance(row.get(c[0]), int | float) for row in member.rows)]
         rows = [
-            (lap_title(row["iteration"]), [number(row.get(name), form, scale) for name, _, form, scale in columns])
+            (
+                iteration_title(row["iteration"]),
+                [number(row.get(name), form, scale) for name, _, form, scale in columns],
+            )
             for row in member.rows
         ]
         if columns:
@@ -145,6 +148,6 @@ def everything(groups: Groups) -> list[dict[str, Any]]:
         for member in group.members:
             numbers = {n for row in member.rows for n, v in row.items() if isinstance(v, int | float)} - {"iteration"}
             rows = [(name, [number(row.get(name), ".4g") for row in member.rows]) for name in sorted(numbers)]
-            laps = [lap_title(row["iteration"]) for row in member.rows]
-            found.append({"label": f"{group.label}, seed {member.run.seed}", "laps": laps, "rows": rows})
+            iterations = [iteration_title(row["iteration"]) for row in member.rows]
+            found.append({"label": f"{group.label}, seed {member.run.seed}", "iterations": iterations, "rows": rows})
     return found

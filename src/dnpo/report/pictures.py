@@ -11,7 +11,7 @@ from dnpo.report.figures import Line, Picture, Style
 from dnpo.report.groups import Group, Groups
 from dnpo.report.page import number
 from dnpo.stats.intervals import Estimate
-from dnpo.tracking.reading import SFT, Run, lap_name
+from dnpo.tracking.reading import SFT, Run, iteration_name
 
 STEPS = (
     ("loss/policy", "Policy loss", "loss"),
@@ -55,7 +55,12 @@ def _over_iterations(
     lines = [line for line in lines if line.points]
     if not lines:
         return None
-    human = [value for group in shown for lap in groups.iterations for value in group.values(lap, "eval/score_human")]
+    human = [
+        value
+        for group in shown
+        for iteration in groups.iterations
+        for value in group.values(iteration, "eval/score_human")
+    ]
     return figures.over_iterations(
         measure.title,
         measure.unit,
@@ -69,10 +74,10 @@ def _over_iterations(
 
 def _points(group: Group, groups: Groups, measure: Measure, items: Items) -> list[tuple[float, Estimate]]:
     points = []
-    for lap in groups.iterations:
-        estimate = mean_of(group, lap, measure, items) if group.values(lap, measure.metric) else None
+    for iteration in groups.iterations:
+        estimate = mean_of(group, iteration, measure, items) if group.values(iteration, measure.metric) else None
         if estimate is not None:
-            points.append((-1.0 if lap == SFT else float(lap), estimate))
+            points.append((-1.0 if iteration == SFT else float(iteration), estimate))
     return points
 
 
@@ -103,7 +108,7 @@ def _breaks(shown: Sequence[Group]) -> list[int]:
     longest: list[int] = []
     for group in shown:
         for member in group.members[:1]:
-            names = [lap_name(row["iteration"]) for row in member.rows if row["iteration"] != SFT]
+            names = [iteration_name(row["iteration"]) for row in member.rows if row["iteration"] != SFT]
             paths = [path for name in names if (path := member.run.artifact(f"steps/{name}.json")) is not None]
             lengths = [len(json.loads(path.read_text())) for path in paths]
             longest = max(longest, [sum(lengths[:end]) for end in range(1, len(lengths))], key=len)
@@ -118,7 +123,7 @@ def _histograms(shown: Sequence[Group], single: bool) -> list[Picture]:
             for row in member.rows if single else member.rows[-1:]:
                 where = "after fine-tuning" if row["iteration"] == SFT else f"after iteration {row['iteration']}"
                 whose = "Responses" if single else f"{group.label}, seed {member.run.seed}: responses"
-                path = member.run.artifact(f"logprobs/{lap_name(row['iteration'])}.npz")
+                path = member.run.artifact(f"logprobs/{iteration_name(row['iteration'])}.npz")
                 if path is not None:
                     found.append(figures.histogram(path, f"{whose} under the policy {where}", _distance(row)))
     return found

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import known_agreement, sentence
-from dnpo.loop import Lap
+from dnpo.loop import Iteration
 from dnpo.records import Pair
 from dnpo.report.drawing import logprob_histogram, progress
 from dnpo.running import export, notes
@@ -31,18 +31,18 @@ TWICE = ("loss/", "npo/", "margin/", "logps/", "grad_norm/")  # by step too; by 
 SATURATED = 0.15  # mean σ(−margin) of a step below which the loss hardly pulls any more
 
 
-def tags(choices: Mapping[str, str], settings: Mapping[str, Any], laps: Sequence[Lap]) -> dict[str, str]:
+def tags(choices: Mapping[str, str], settings: Mapping[str, Any], iterations: Sequence[Iteration]) -> dict[str, str]:
     """What a run can be found by: the options chosen, its sweep, seed, git commit and the keys of its stages."""
     groups = {group.split("@")[-1]: str(name) for group, name in choices.items() if not group.startswith("hydra/")}
     chosen = {f"dnpo.{group}": name for group, name in groups.items()}
     if "dnpo.sweep" in chosen:  # on the run of a whole sweep that is its folder
         chosen["dnpo.sweep_name"] = chosen.pop("dnpo.sweep")
-    keys = {f"stage.{_slug(stage)}": stage.key for lap in laps for stage in lap.stages}
+    keys = {f"stage.{_slug(stage)}": stage.key for iteration in iterations for stage in iteration.stages}
     return {**chosen, "dnpo.seed": str(settings["seed"]), "dnpo.kind": "run", "dnpo.commit": commit(), **keys}
 
 
 def execute(
-    laps: Sequence[Lap],
+    iterations: Sequence[Iteration],
     store: Store,
     console: Console,
     tracking: Tracking,
@@ -56,26 +56,26 @@ def execute(
     used: list[dict[str, Any]] = []
     title, head = notes.title(settings, choices()), notes.begun(settings, choices(), overrides(), commit())
     tracking.note(f"{title}\n\n{notes.RUNNING}\n\n{head}")
-    for lap in laps:
-        for stage in lap.stages:
-            prefix = "sft/" if stage.name == "sft" else "like/" if stage is lap.like else ""
+    for iteration in iterations:
+        for stage in iteration.stages:
+            prefix = "sft/" if stage.name == "sft" else "like/" if stage is iteration.like else ""
             reused = _get(stage, store, console, tracking, before, prefix)
             name = {"title": stage.title, "stage": stage.name, "key": stage.key}
             of = {name: needed.key for name, needed in {**stage.inputs, **stage.aids}.items()}
             took = {"seconds": manifest(store.folder(stage))["seconds"], "inputs": of}
-            used.append({**name, "iteration": "SFT" if lap.k < 0 else lap.k, "reused": reused, **took})
-        before += int(manifest(store.folder(lap.policy))["facts"]["policy_steps"]) if lap.k >= 0 else 0
-        table.append(_row(lap, store))
-        _track(lap, table[-1], store, tracking, settings, folder)
+            used.append({**name, "iteration": "SFT" if iteration.k < 0 else iteration.k, "reused": reused, **took})
+        before += int(manifest(store.folder(iteration.policy))["facts"]["policy_steps"]) if iteration.k >= 0 else 0
+        table.append(_row(iteration, store))
+        _track(iteration, table[-1], store, tracking, settings, folder)
     summary = {
         "table": table,
         "choices": choices(),
         "settings": settings,
         "cwd": str(Path.cwd()),  # what paths in the settings are relative to
         "stages": used,
-        "policies": [f"{lap.policy.name}/{lap.policy.key}" for lap in laps],
+        "policies": [f"{iteration.policy.name}/{iteration.policy.key}" for iteration in iterations],
         "commit": commit(),
-        "judge_agreement": known_agreement(store, laps[-1].evaluation.settings["judge"]),
+        "judge_agreement": known_agreement(store, iterations[-1].evaluation.settings["judge"]),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "seconds": round(time.monotonic() - clock, 1),
     }
@@ -148,63 +148,68 @@ def _steps(stage: Stage, store: Store) -> list[dict[str, float]]:
     return steps
 
 
-def _row(lap: Lap, store: Store) -> dict[str, Any]:
+def _row(iteration: Iteration, store: Store) -> dict[str, Any]:
     """One row of the table. ``seconds`` is what its stages took when they were computed."""
-    trained = manifest(store.folder(lap.policy))["facts"]
-    row: dict[str, Any] = {"iteration": "SFT" if lap.k < 0 else lap.k}
-    for stage in (lap.evaluation, *lap.measures):
+    trained = manifest(store.folder(iteration.policy))["facts"]
+    row: dict[str, Any] = {"iteration": "SFT" if iteration.k < 0 else iteration.k}
+    for stage in (iteration.evaluation, *iteration.measures):
         row |= json.loads((store.folder(stage) / "metrics.json").read_text())
     for name in ("loss/policy", "loss/noise", "npo/variance", "npo/at_bound", "npo/shift", "margin/saturation"):
         row[name] = trained.get(f"{name} (last tenth)")
-    weights = [step["margin/saturation"] for step in _steps(lap.policy, store) if "margin/saturation" in step]
+    weights = [step["margin/saturation"] for step in _steps(iteration.policy, store) if "margin/saturation" in step]
     if weights:
         row["margin/saturated"] = sum(weight < SATURATED for weight in weights) / len(weights)
-    if lap.k >= 0:
+    if iteration.k >= 0:
         for name in ("first", "last"):
             row[f"grad_norm/{name}"] = trained.get(f"grad_norm/policy ({name} tenth)")
-    if lap.pairs is not None:
-        row |= {f"pairs/{name}": count for name, count in manifest(store.folder(lap.pairs))["facts"].items()}
+    if iteration.pairs is not None:
+        row |= {f"pairs/{name}": count for name, count in manifest(store.folder(iteration.pairs))["facts"].items()}
         row["pairs/flips"] = row["pairs/flipped"] / row["pairs/pairs"]
-    if lap.verdicts is not None:
-        row |= {f"judge/{name}": value for name, value in manifest(store.folder(lap.verdicts))["facts"].items()}
-    if lap.responses is not None:
-        row["generated/cut"] = manifest(store.folder(lap.responses))["facts"]["cut"]
-    row["seconds"] = round(sum(manifest(store.folder(stage))["seconds"] for stage in lap.stages), 1)
+    if iteration.verdicts is not None:
+        row |= {f"judge/{name}": value for name, value in manifest(store.folder(iteration.verdicts))["facts"].items()}
+    if iteration.responses is not None:
+        row["generated/cut"] = manifest(store.folder(iteration.responses))["facts"]["cut"]
+    row["seconds"] = round(sum(manifest(store.folder(stage))["seconds"] for stage in iteration.stages), 1)
     return row
 
 
 def _track(
-    lap: Lap, row: Mapping[str, Any], store: Store, tracking: Tracking, settings: Mapping[str, Any], folder: Path
+    iteration: Iteration,
+    row: Mapping[str, Any],
+    store: Store,
+    tracking: Tracking,
+    settings: Mapping[str, Any],
+    folder: Path,
 ) -> None:
     """What an iteration read, its model and its metrics; its histogram, the rows behind the metrics, its steps, and
     some of its pairs."""
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "iteration"}
     renamed = {f"iteration/{n}" if n.startswith(TWICE) else n: v for n, v in numbers.items()}
-    name = "sft" if lap.k < 0 else f"iteration-{lap.k}"
-    tracking.inputs(inputs.of(lap, store, settings))
-    stage = f"{lap.policy.name}/{lap.policy.key}"
+    name = "sft" if iteration.k < 0 else f"iteration-{iteration.k}"
+    tracking.inputs(inputs.of(iteration, store, settings))
+    stage = f"{iteration.policy.name}/{iteration.policy.key}"
     where = Path(os.path.relpath(folder / "models" / name))
     made = {"iteration": str(row["iteration"]), "stage": stage, "folder": str(where), "seed": str(settings["seed"])}
-    model = tracking.model(name, lap.k, made, notes.policy(lap.k, stage, where))
-    tracking.metrics(renamed, lap.k, model)
+    model = tracking.model(name, iteration.k, made, notes.policy(iteration.k, stage, where))
+    tracking.metrics(renamed, iteration.k, model)
     picture = folder / "logprobs" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
     ks = row.get("stagnation/ks")
     note = f"KS distance rejected–new {ks:.3f} (5 % critical value {row['stagnation/ks_critical']:.3f})" if ks else ""
-    title = "after supervised fine-tuning" if lap.k < 0 else f"after iteration {lap.k}"
+    title = "after supervised fine-tuning" if iteration.k < 0 else f"after iteration {iteration.k}"
     logprob_histogram(
-        store.folder(lap.evaluation) / "logprobs.npz", picture, f"Responses under the policy {title}", note
+        store.folder(iteration.evaluation) / "logprobs.npz", picture, f"Responses under the policy {title}", note
     )
     tracking.artifact(picture, "logprobs")
-    for kind, path in rows_behind(lap, store):
+    for kind, path in rows_behind(iteration, store):
         named = folder / kind / f"{name}{path.suffix}"
         named.parent.mkdir(exist_ok=True)
         shutil.copy2(path, named)
         tracking.artifact(named, kind)
-    if lap.pairs is not None:
+    if iteration.pairs is not None:
         some = folder / "pairs" / f"{name}.json"
         some.parent.mkdir(exist_ok=True)
-        write_json(some, _some_pairs(store.folder(lap.pairs) / "pairs.parquet"))
+        write_json(some, _some_pairs(store.folder(iteration.pairs) / "pairs.parquet"))
         tracking.artifact(some, "pairs")
     tracking.flush()
 
@@ -222,16 +227,19 @@ def _track_results(summary: Mapping[str, Any], tracking: Tracking, folder: Path)
     tracking.table(folder / "table.json")
 
 
-def rows_behind(lap: Lap, store: Store) -> Iterator[tuple[str, Path]]:
+def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]]:
     """The files behind an iteration's metrics, by the folder of artefacts that each goes to."""
-    evaluation, beside = store.folder(lap.evaluation), {stage.name: store.folder(stage) for stage in lap.measures}
+    evaluation, beside = (
+        store.folder(iteration.evaluation),
+        {stage.name: store.folder(stage) for stage in iteration.measures},
+    )
     yield "logprobs", evaluation / "logprobs.npz"
     yield "items", beside.get("second", evaluation) / "items.parquet"
     for kind, file in (("texts", "texts.parquet"), ("leaderboard", ITEMS)):
         if kind in beside:
             yield kind, beside[kind] / file
-    if lap.k >= 0:
-        yield "steps", store.folder(lap.policy) / "steps.json"
+    if iteration.k >= 0:
+        yield "steps", store.folder(iteration.policy) / "steps.json"
 
 
 def _some_pairs(path: Path) -> list[dict[str, Any]]:

@@ -7,26 +7,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dnpo.judges import Forecast, Judge
-from dnpo.loop import Lap
+from dnpo.loop import Iteration
 from dnpo.records import HUMAN, Prompt, Response, policy_source, read, read_all
 from dnpo.stages.verbs import Run
 from dnpo.store import Stage, Store
 
 
-def forecast(run: Run, laps: Sequence[Lap], store: Store) -> dict[str, Forecast]:
+def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[str, Forecast]:
     """By title of the stages still to do that ask a judge; a question counts where it would be asked first."""
     seen: set[str] = set()
     found: dict[str, Forecast] = {}
-    rows = _Rows(run, laps[0].prompts, store)
-    for lap in laps:
-        if lap.verdicts is not None and not store.has(lap.verdicts) and lap.responses is not None:
+    rows = _Rows(run, iterations[0].prompts, store)
+    for iteration in iterations:
+        if iteration.verdicts is not None and not store.has(iteration.verdicts) and iteration.responses is not None:
             prompts, human = rows.split("train")
-            generated = _generated(store, lap.responses) or _unknown(prompts, human, policy_source(lap.k))
-            judge = run.plans[lap.k].judge.value
-            found[lap.verdicts.title] = judge.forecast(prompts, [*human, *generated], run.ledger, seen)
-        for stage, judge in _measured(run, lap, store):
+            generated = _generated(store, iteration.responses) or _unknown(prompts, human, policy_source(iteration.k))
+            judge = run.plans[iteration.k].judge.value
+            found[iteration.verdicts.title] = judge.forecast(prompts, [*human, *generated], run.ledger, seen)
+        for stage, judge in _measured(run, iteration, store):
             prompts, human = rows.split(run.eval.value.split)
-            source = policy_source(lap.k + 1)
+            source = policy_source(iteration.k + 1)
             greedy = _unknown(prompts, human, f"{source} greedy")
             several = [
                 (replace(p, id=f"{p.id}#{n}"), replace(r, id=f"{r.id}#{n}"))
@@ -39,10 +39,13 @@ def forecast(run: Run, laps: Sequence[Lap], store: Store) -> dict[str, Forecast]
     return found
 
 
-def _measured(run: Run, lap: Lap, store: Store) -> Iterator[tuple[Stage, Judge]]:
+def _measured(run: Run, iteration: Iteration, store: Store) -> Iterator[tuple[Stage, Judge]]:
     """The stages still to do that judge held-out responses, and who does it."""
-    second = [stage for stage in lap.measures if stage.name == "second"]
-    for stage, judge in ((lap.evaluation, run.judge.value), *((stage, run.second_judge.value) for stage in second)):
+    second = [stage for stage in iteration.measures if stage.name == "second"]
+    for stage, judge in (
+        (iteration.evaluation, run.judge.value),
+        *((stage, run.second_judge.value) for stage in second),
+    ):
         if judge.gives_scores and not store.has(stage):
             yield stage, judge
 

@@ -90,7 +90,7 @@ class SweepReport(Callback):
             name = " ".join(o for o in overrides if not o.startswith("seed=")) or "defaults"
             groups.setdefault(name, []).append(summary["table"])
         alike = set.intersection(*(set(name.split(" ")) for name in groups)) if len(groups) > 1 else set()
-        laps = [row["iteration"] for row in max((t for tables in groups.values() for t in tables), key=len)]
+        iterations = [row["iteration"] for row in max((t for tables in groups.values() for t in tables), key=len)]
         found: list[dict[str, Any]] = []
         console = Console(width=180, highlight=False)
         if alike:
@@ -105,22 +105,22 @@ class SweepReport(Callback):
             view = Table(title=f"{title}: mean ± standard deviation over seeds", title_justify="left", box=None)
             view.add_column("settings", max_width=100, overflow="fold")
             view.add_column("runs", justify="right")
-            for lap in laps:
-                view.add_column(str(lap), justify="right", no_wrap=True)
+            for iteration in iterations:
+                view.add_column(str(iteration), justify="right", no_wrap=True)
             for name, tables in groups.items():
                 cells = []
-                for lap in laps:
+                for iteration in iterations:
                     values = [
                         row[metric] * scale
                         for table in tables
                         for row in table
-                        if row["iteration"] == lap and metric in row
+                        if row["iteration"] == iteration and metric in row
                     ]
                     mean, spread = _mean_and_spread(values)
                     cells.append(
                         "–" if mean is None else f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
                     )
-                    found.append({"settings": name, "iteration": lap, "metric": metric, "values": values})
+                    found.append({"settings": name, "iteration": iteration, "metric": metric, "values": values})
                 different = " ".join(o for o in name.split(" ") if o not in alike)
                 view.add_row(different, str(len(tables)), *cells)
             console.print()
@@ -200,10 +200,10 @@ def _draw(groups: "Groups", compared: "Sequence[Compared]", items: "Items", path
     for one in compared:
         values: dict[str, dict[int, Estimate]] = {}
         for group in groups.groups:
-            for lap in groups.iterations:
-                mean = mean_of(group, lap, one.measure, items)
+            for iteration in groups.iterations:
+                mean = mean_of(group, iteration, one.measure, items)
                 if mean is not None:
-                    values.setdefault(group.label, {})[-1 if lap == SFT else int(lap)] = mean
+                    values.setdefault(group.label, {})[-1 if iteration == SFT else int(iteration)] = mean
         panels.append(Panel(one.measure.title, one.measure.unit, values, scale=one.measure.scale))
     options = {group.label: _options(group) for group in groups.groups}
     over_iterations(panels, path, title, "Bars: 95 % t intervals.", colours(options), joined=not groups.branching)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from dnpo.loop import Lap
+from dnpo.loop import Iteration
 from dnpo.records import Pair
 from dnpo.store import Stage, Store, manifest
 
@@ -39,19 +39,23 @@ class Dataset:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def of(lap: Lap, store: Store, settings: Mapping[str, Any]) -> list[Dataset]:
+def of(iteration: Iteration, store: Store, settings: Mapping[str, Any]) -> list[Dataset]:
     """What an iteration reads that none before it has: before the first the prompts of every split, then its pairs.
 
     Args:
         settings: of the run, nested.
     """
-    return _splits(lap, store.folder(lap.prompts), settings) if lap.pairs is None else [_pairs(lap.k, lap.pairs, store)]
+    return (
+        _splits(iteration, store.folder(iteration.prompts), settings)
+        if iteration.pairs is None
+        else [_pairs(iteration.k, iteration.pairs, store)]
+    )
 
 
-def _splits(lap: Lap, prompts: Path, settings: Mapping[str, Any]) -> list[Dataset]:
+def _splits(iteration: Iteration, prompts: Path, settings: Mapping[str, Any]) -> list[Dataset]:
     """The prompts as they were encoded."""
     facts = manifest(prompts)["facts"]
-    kind, source = _source(settings["data"], lap.prompts.settings["data"])
+    kind, source = _source(settings["data"], iteration.prompts.settings["data"])
     found = []
     for path in sorted(prompts.glob("*.parquet")):
         if path.stem.endswith("-human"):

@@ -113,7 +113,7 @@ class Run:
             return None
 
 
-def lap_name(iteration: int | str) -> str:
+def iteration_name(iteration: int | str) -> str:
     """What the artefacts of one policy are called: ``sft``, ``iteration-0``, …"""
     return "sft" if iteration == SFT else f"iteration-{iteration}"
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dnpo.errors import ModelError
-from dnpo.loop import Lap
+from dnpo.loop import Iteration
 from dnpo.policy.model import Policy
 from dnpo.running.console import Console
 from dnpo.running.gate import chain, judge, needs, rows, text
@@ -25,24 +25,24 @@ LOOKED_AT = 256  # rows of a split that are rendered and encoded
 WORDS: dict[Level, str] = {"warn": "to know of", "stop": "to put right first"}
 
 
-def gate(run: Run, laps: Sequence[Lap], store: Store) -> list[Finding]:
+def gate(run: Run, iterations: Sequence[Iteration], store: Store) -> list[Finding]:
     """Every check, in the order in which a run meets what they are about.
 
     Where all stages are in the store nothing is spent, so nothing is asked but whether the chain is right.
     """
-    found = [chain.reference(laps)]
-    todo = [stage for lap in laps for stage in lap.stages if not store.has(stage)]
+    found = [chain.reference(iterations)]
+    todo = [stage for iteration in iterations for stage in iteration.stages if not store.has(stage)]
     if not todo:
         return [*found, Finding("stages", "pass", "all are in the store: nothing is left that a check could save")]
     data, facts = run.data.value.read()
     found += _rows(run, data, facts.get("removed", {}))
     try:
-        with _base(run, laps[0].prompts, data, store) as folder:
+        with _base(run, iterations[0].prompts, data, store) as folder:
             policy = run.model.value.outline(folder)
             tokens, counts = _tokens(run, data, policy)
             found += tokens
             if counts is not None:
-                found += needs.findings(run, laps, store, counts, policy, folder)
+                found += needs.findings(run, iterations, store, counts, policy, folder)
     except ModelError as error:
         found.append(Finding("model", "stop", str(error), "model.…, as the message says"))
     ahead = {stage.name for stage in todo}

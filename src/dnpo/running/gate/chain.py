@@ -7,34 +7,34 @@ from typing import TYPE_CHECKING
 from dnpo.running.gate.finding import Finding
 
 if TYPE_CHECKING:
-    from dnpo.loop import Lap
+    from dnpo.loop import Iteration
 
 
-def reference(laps: "Sequence[Lap]") -> Finding:
+def reference(iterations: "Sequence[Iteration]") -> Finding:
     """Whether every iteration starts from the policy before it, and all that is compared with it comes from that one.
 
     With adapters stacked over iterations it is easy to compare with the fine-tuned model instead.
     """
     wrong = []
-    for before, lap in pairwise(laps):
+    for before, iteration in pairwise(iterations):
         start = before.policy.key
         stages = {
-            "the samples": lap.responses,
-            "the reference": lap.reference,
-            "the training": lap.policy,
-            "the hidden states": lap.policy.aids.get("hidden"),
+            "the samples": iteration.responses,
+            "the reference": iteration.reference,
+            "the training": iteration.policy,
+            "the hidden states": iteration.policy.aids.get("hidden"),
         }
         wrong += [
-            f"iteration {lap.k}: {what} should start from {before.policy.title} ({start}), but from "
+            f"iteration {iteration.k}: {what} should start from {before.policy.title} ({start}), but from "
             f"{stage.inputs['policy'].title} ({stage.inputs['policy'].key})"
             for what, stage in stages.items()
             if stage is not None and stage.inputs["policy"].key != start
         ]
-        read = lap.policy.inputs.get("reference")
-        if lap.reference is not None and (read is None or read.key != lap.reference.key):
-            wrong.append(f"iteration {lap.k}: the training does not read the reference of its iteration")
+        read = iteration.policy.inputs.get("reference")
+        if iteration.reference is not None and (read is None or read.key != iteration.reference.key):
+            wrong.append(f"iteration {iteration.k}: the training does not read the reference of its iteration")
     if wrong:
         return Finding("reference", "stop", "; ".join(wrong), "none: the chain in dnpo.loop is laid out wrongly")
     return Finding(
-        "reference", "pass", f"the reference of each of {len(laps) - 1} iterations is the policy it starts from"
+        "reference", "pass", f"the reference of each of {len(iterations) - 1} iterations is the policy it starts from"
     )

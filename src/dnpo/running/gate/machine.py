@@ -112,9 +112,9 @@ def state_copies(make: Any) -> int:
 # --- disk
 
 
-def policy_bytes(of: Shape, laps: int) -> int:
+def policy_bytes(of: Shape, iterations: int) -> int:
     """Bytes of a policy on disk: its weights, or the adapters of so many trainings."""
-    return laps * of.trained if of.adapted else of.weights
+    return iterations * of.trained if of.adapted else of.weights
 
 
 def checkpoint_bytes(of: Shape, optimisation: Optimisation, noise: int) -> int:

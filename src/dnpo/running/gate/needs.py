@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dnpo.loop import Lap
+from dnpo.loop import Iteration
 from dnpo.optimise.npo import Noise
 from dnpo.optimise.training import Optimisation
 from dnpo.policy.model import Policy
@@ -40,7 +40,7 @@ def counts(sizes: Mapping[str, int], measured: str, lengths: Sequence[tuple[int,
 
 
 def findings(
-    run: Run, laps: Sequence[Lap], store: Store, counts: Counts, policy: Policy, folder: Path
+    run: Run, iterations: Sequence[Iteration], store: Store, counts: Counts, policy: Policy, folder: Path
 ) -> list[Finding]:
     """The lines on disk and memory.
 
@@ -51,8 +51,8 @@ def findings(
     of = machine.shape(policy, run.model.value.lora)
     files = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     base, tokenizer = sum(files.values()), sum(size for file, size in files.items() if file.suffix != ".safetensors")
-    todo = [stage for lap in laps for stage in lap.stages if not store.has(stage)]
-    trainings = [t for t in _trainings(run, of, counts) if laps[t.k + 1].policy in todo]
+    todo = [stage for iteration in iterations for stage in iteration.stages if not store.has(stage)]
+    trainings = [t for t in _trainings(run, of, counts) if iterations[t.k + 1].policy in todo]
     kept = sum(tables(stage.name, run, counts) + (base if stage.name == "prompts" else 0) for stage in todo)
     kept += sum(machine.policy_bytes(of, t.number) + tokenizer + (0 if t.declines else t.states) for t in trainings)
     optional = sum(t.states for t in trainings if t.declines)
