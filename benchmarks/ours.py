@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.optim import RMSprop
 
 from benchmarks.problem import Pairs
 from benchmarks.variant import (
@@ -17,12 +16,13 @@ from benchmarks.variant import (
     Silent,
     Variant,
 )
-from dnpo.optimise.npo import NoNoise, TrainableNoise
+from dnpo.optimise.npo import SilentModule, TrainableModule
 from dnpo.optimise.objective import PairLogps, logistic
+from dnpo.optimise.parts import PairOptimisation
 from dnpo.optimise.preference import Frozen, PairBatch, PreferenceTraining, split
-from dnpo.optimise.training import Optimisation
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed, pack
+from dnpo.settings import Bound
 
 
 class Ours(Variant):
@@ -40,9 +40,9 @@ class Ours(Variant):
         head = self.policy.head
         vocabulary, hidden_size = head.weight_VH.shape
         noisy, cached = objective == "npo", reference == "cached"
-        noise = NoNoise(hidden_size, vocabulary)
+        noise = SilentModule()
         if noisy:
-            noise = TrainableNoise(
+            noise = TrainableModule(
                 hidden_size,
                 vocabulary,
                 alpha=ALPHA,
@@ -52,9 +52,10 @@ class Ours(Variant):
             ).to(self.device)
         self._online = None if cached else self.policy.reference()
         frozen = Frozen((self._online or self.policy).head.frozen(), self._online) if noisy else None
+        optimizer = Bound("torch.optim.RMSprop", {"lr": LEARNING_RATE})
         self.training = PreferenceTraining(
             self.policy,
-            Optimisation(optimizer=partial(RMSprop, lr=LEARNING_RATE), warmup=0.0, decay=False, clip=0.0),
+            PairOptimisation(optimizer=optimizer, warmup=0.0, decay=False, clip=0.0),
             len(self.batches),
             Silent(),
             frozen=frozen,

@@ -116,14 +116,14 @@ def _log_probabilities(tokens: int, vocabulary: int, device: torch.device) -> Ca
 
 def _noise(tokens: int, vocabulary: int, device: torch.device) -> Callable[[], Any]:
     """Forward and backward of trainable noise on four rejected responses with kept hidden states."""
-    from dnpo.optimise.npo import Rejected, TrainableNoise
+    from dnpo.optimise.npo import Rejected, TrainableModule
     from dnpo.policy.logprobs import Head
 
     torch.manual_seed(0)
     hidden_NH = torch.randn(tokens, HIDDEN, device=device)
     head = Head(torch.randn(vocabulary, HIDDEN, device=device).mul_(0.02))
     target_N = torch.randint(vocabulary, (tokens,), device=device)
-    noise = TrainableNoise(HIDDEN, vocabulary).to(device)
+    noise = TrainableModule(HIDDEN, vocabulary).to(device)
     rejected = Rejected(hidden_NH, head, target_N, (tokens // 4,) * 4, (0, 1, 2, 3))
 
     def work() -> None:

@@ -21,8 +21,14 @@ from dnpo.judges.asked.ledger import Ledger
 from dnpo.policy.model import Policy
 from dnpo.policy.tokenizer import encode, human_response, train_tokenizer
 from dnpo.records import Pair, Prompt, Response, Verdict
+from dnpo.settings import Bound
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+def torch_optimizer(name: str, **settings: Any) -> Bound:
+    """An optimizer of torch, as a run's settings have it."""
+    return Bound(f"torch.optim.{name}", settings)
 
 
 class Report:

@@ -17,6 +17,8 @@ from dnpo.policy.model import Policy
 from dnpo.records import Item, Response, Verdict, read
 from tests.conftest import Report, World
 
+from .conftest import torch_optimizer
+
 MakePolicy = Callable[..., Policy]
 HELD, SAMPLES, SEQUENCES = 12, 2, 20
 
@@ -209,15 +211,13 @@ def test_a_policy_that_did_not_move_shows_no_stagnation_distance(world: World, t
 
     The policy is one that often gives the human response itself, which is what pairs leave out.
     """
-    from functools import partial
 
-    from torch.optim import AdamW
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dnpo.dsl import HumanChosen, label
     from dnpo.generate.hf import sample
+    from dnpo.optimise.parts import PairOptimisation
     from dnpo.optimise.preference import fine_tune
-    from dnpo.optimise.training import Optimisation
 
     config = LlamaConfig(
         vocab_size=len(world.tokenizer),
@@ -232,7 +232,7 @@ def test_a_policy_that_did_not_move_shows_no_stagnation_distance(world: World, t
         torch.manual_seed(0)
         policy = Policy(LlamaForCausalLM(config), world.tokenizer)
     rows = [(p.id, p.token_ids, r.token_ids) for p, r in zip(world.prompts, world.human, strict=True)]
-    how = Optimisation(optimizer=partial(AdamW, lr=4e-3), steps=150, batch_size=64)
+    how = PairOptimisation(optimizer=torch_optimizer("AdamW", lr=4e-3), steps=150, batch_size=64)
     fine_tune(policy, rows, how, seed=0, folder=tmp_path, report=Report())
 
     sampling, above = Sampling(batch_size=120), 0

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dnpo.errors import ModelError, SettingsError
-from dnpo.policy.model import Lora, Policy, load
+from dnpo.policy.loading import load
+from dnpo.policy.lora import Lora
+from dnpo.policy.model import Policy
 from dnpo.running.export import export, link, main
 from dnpo.store import content_hash, write_json
 

@@ -27,9 +27,11 @@ from dnpo.judges.asked.openai import OpenAI
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
 from dnpo.loop import Iteration, chain
-from dnpo.optimise.npo import NoNoise, TrainableNoise
-from dnpo.optimise.training import Optimisation
-from dnpo.policy.model import Lora, Policy, Scratch
+from dnpo.optimise.npo import SilentModule, TrainableModule
+from dnpo.optimise.parts import PairOptimisation
+from dnpo.policy.base import Scratch
+from dnpo.policy.lora import Lora
+from dnpo.policy.model import Policy
 from dnpo.policy.packing import pack
 from dnpo.policy.tokenizer import PLAIN_TEMPLATE, TEMPLATE, train_tokenizer
 from dnpo.records import HUMAN, Prompt, Response, Verdict
@@ -40,7 +42,7 @@ from dnpo.running.gate.finding import Finding
 from dnpo.stages.verbs import Run
 from dnpo.store import MANIFEST, Store
 
-from .conftest import World
+from .conftest import World, torch_optimizer
 from .judge_server import judge_server
 
 
@@ -416,8 +418,8 @@ def test_optimizer_that_cannot_be_tried_is_taken_for_adam() -> None:
     assert machine.state_copies(partial(torch.optim.LBFGS)) == 2  # its step needs a closure
 
 
-def trained_by(**settings: Any) -> Optimisation:
-    return Optimisation(optimizer=partial(torch.optim.RMSprop, lr=1e-4), **settings)
+def trained_by(**settings: Any) -> PairOptimisation:
+    return PairOptimisation(optimizer=torch_optimizer("RMSprop", lr=1e-4), **settings)
 
 
 @pytest.fixture
@@ -472,8 +474,8 @@ def test_what_training_takes(sized: Any) -> None:
     assert fixed(of) == 3 * weights  # with gradients and the mean square of each
     assert fixed(of, autocast=True) == 3.5 * weights
     assert fixed(replace(of, value=2), autocast=True) == 3 * weights
-    assert fixed(of, NoNoise(128, 300), copy=True) == 4 * weights
-    noise = TrainableNoise(of.width, of.vocabulary)
+    assert fixed(of, SilentModule(), copy=True) == 4 * weights
+    noise = TrainableModule(of.width, of.vocabulary)
     assert fixed(of, noise) == 3 * weights + 16 * (of.width + 1) * of.vocabulary
     _, adapted = sized(Lora(rank=2))
     assert adapted.adapted
@@ -484,7 +486,7 @@ def test_what_training_takes(sized: Any) -> None:
     def moving(noise: Any, **more: Any) -> float:
         return machine.training_bytes(of, trained_by(batch_size=8, **more), COUNTS, noise, False, "cpu")[1]
 
-    assert moving(None) < moving(NoNoise(128, 300)) < moving(noise)
+    assert moving(None) < moving(SilentModule()) < moving(noise)
     assert moving(noise, micro_batch_size=2) < moving(noise) / 3
     assert moving(noise, share_prompt=False) > moving(noise) > moving(noise, checkpointing=True)
     small, large = (machine.generating_bytes(of, Sampling(batch_size=n), COUNTS)[1] for n in (8, 16))

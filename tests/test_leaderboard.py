@@ -16,7 +16,8 @@ import torch
 from dnpo.errors import DataError, ModelError, SettingsError
 from dnpo.evaluate.leaderboard import Item, Leaderboard, Result, _item, harness, measure
 from dnpo.evaluate.leaderboard.rows import offline
-from dnpo.policy.model import Policy, load
+from dnpo.policy.loading import load
+from dnpo.policy.model import Policy
 from dnpo.policy.packing import ATTENTION
 
 from .conftest import SHARED, Report

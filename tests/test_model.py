@@ -27,7 +27,10 @@ from transformers import (
 
 from dnpo.errors import ModelError
 from dnpo.policy import model as module
-from dnpo.policy.model import Lora, Policy, Pretrained, by_length, load
+from dnpo.policy.base import Pretrained
+from dnpo.policy.loading import load
+from dnpo.policy.lora import Lora
+from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import ATTENTION, Packed, pack
 from dnpo.policy.tokenizer import PLAIN_TEMPLATE, encode, human_response, render
 from dnpo.records import Prompt

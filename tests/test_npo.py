@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnpo.optimise import npo
-from dnpo.optimise.npo import FixedNoise, Noise, NoNoise, Offset, Rejected, TrainableNoise, _Draw
+from dnpo.optimise.npo import FixedModule, NoiseModule, OffsetModule, Rejected, SilentModule, TrainableModule, _Draw
 from dnpo.optimise.objective import NoisyReference, PairLogps, Terms, logistic, two_player
 from dnpo.policy import logprobs
 from dnpo.policy.logprobs import Head
@@ -95,12 +95,12 @@ class Problem:
         seeds = [1000 * seed + i for i in range(len(self.lengths))]
         return Rejected(self.hidden_NH, self.head, self.target_N, self.lengths, seeds)
 
-    def through(self, noise: Noise, seed: int) -> tuple[NoisyReference, Tensor]:
+    def through(self, noise: NoiseModule, seed: int) -> tuple[NoisyReference, Tensor]:
         """What training calls."""
         found: tuple[NoisyReference, Tensor] = noise(self.clean_B, self.rejected(seed))
         return found
 
-    def terms(self, noise: Noise, seed: int, policy: PairLogps | None = None) -> Terms:
+    def terms(self, noise: NoiseModule, seed: int, policy: PairLogps | None = None) -> Terms:
         """The three terms of the loss."""
         return two_player(OBJECTIVE, policy or self.policy, self.reference, self.through(noise, seed)[0], noise.alpha)
 
@@ -126,9 +126,9 @@ def problem() -> Problem:
     return Problem()
 
 
-def uneven(dtype: torch.dtype = torch.float32, **settings: float) -> TrainableNoise:
+def uneven(dtype: torch.dtype = torch.float32, **settings: float) -> TrainableModule:
     """Trainable noise whose W and b are as after some training: different for every token and entry."""
-    noise = TrainableNoise(HIDDEN, VOCABULARY, **settings).to(dtype)
+    noise = TrainableModule(HIDDEN, VOCABULARY, **settings).to(dtype)
     generator = seeded(7)
     with torch.no_grad():
         noise.weight_VH.copy_(0.3 * torch.randn(VOCABULARY, HIDDEN, generator=generator))
@@ -157,7 +157,7 @@ def brute_logps(problem: Problem, variance: Array, draw: Tensor) -> Array:
     return found
 
 
-def weights_of(noise: TrainableNoise) -> tuple[Array, Array]:
+def weights_of(noise: TrainableModule) -> tuple[Array, Array]:
     """W and b in float64."""
     return noise.weight_VH.detach().double().numpy(), noise.bias_V.detach().double().numpy()
 
@@ -168,7 +168,7 @@ def weights_of(noise: TrainableNoise) -> tuple[Array, Array]:
 @pytest.mark.parametrize("bound", [0.25, 1.0, 4.0])
 def test_variance_at_the_start(problem: Problem, bound: float) -> None:
     """W = 0 and b = −1, so s² = u·m/(u + m) with u = e⁻² everywhere: 0.1192 at m = 1, whatever the hidden states."""
-    noise = TrainableNoise(HIDDEN, VOCABULARY, max_variance=bound)
+    noise = TrainableModule(HIDDEN, VOCABULARY, max_variance=bound)
     assert not noise.weight_VH.any()
     assert noise.weight_VH.shape == (VOCABULARY, HIDDEN)
     assert torch.equal(noise.bias_V, torch.full((VOCABULARY,), -1.0))
@@ -212,7 +212,7 @@ def test_trainable_noise_against_brute_force(problem: Problem, bound: float) -> 
 
 def test_fixed_noise_against_brute_force(problem: Problem) -> None:
     """0.5 is the variance, not the standard deviation, and the same everywhere."""
-    noisy, at_bound = problem.through(FixedNoise(HIDDEN, VOCABULARY), seed=3)
+    noisy, at_bound = problem.through(FixedModule(variance=0.5), seed=3)
     first, second = problem.draws(seed=3)
     half = np.full(problem.logits_NV.shape, 0.5)
     np.testing.assert_allclose(noisy.policy_B.numpy(), brute_logps(problem, half, first), atol=2e-5)
@@ -235,7 +235,7 @@ def test_at_bound_counts_what_is_over_nine_tenths_of_the_bound(problem: Problem,
 
 def test_a_response_without_tokens_stays_at_zero(problem: Problem) -> None:
     """Response 2 of the problem is empty: there is nothing to perturb."""
-    for noise in (uneven(), FixedNoise(HIDDEN, VOCABULARY)):
+    for noise in (uneven(), FixedModule(variance=0.5)):
         noisy, _ = problem.through(noise, seed=0)
         assert float(noisy.policy_B[2]) == float(noisy.noise_B[2].detach()) == 0
 
@@ -274,7 +274,9 @@ def naive(problem: Problem, weight_VH: Tensor, bias_V: Tensor, bound: float, see
     return Naive(*logps, variance_NV.mean())
 
 
-def agree(problem: Problem, noise: TrainableNoise, seed: int, rtol: float = 1e-12, atol: float = 1e-12) -> list[Tensor]:
+def agree(
+    problem: Problem, noise: TrainableModule, seed: int, rtol: float = 1e-12, atol: float = 1e-12
+) -> list[Tensor]:
     """Values and, with random gradients flowing in, the gradients of W and b; gives the module's own gradients."""
     noisy, _ = problem.through(noise, seed)
     slow = naive(problem, noise.weight_VH, noise.bias_V, noise.max_variance, seed)
@@ -372,7 +374,7 @@ def test_products_of_an_entry_and_token(kept: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(logprobs.TILE, "cpu", size)
     monkeypatch.setitem(npo.KEPT, "cpu", kept * 2 * tokens * size * 4)
     problem = Problem(lengths=(tokens,), hidden=hidden, vocabulary=3 * size)
-    noise = TrainableNoise(hidden, 3 * size)
+    noise = TrainableModule(hidden, 3 * size)
     with FlopCounterMode(display=False) as forward:
         noisy, _ = problem.through(noise, seed=0)
     with FlopCounterMode(display=False) as backward:
@@ -410,7 +412,7 @@ def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
 
 
-def memory(problem: Problem, noise: TrainableNoise) -> Memory:
+def memory(problem: Problem, noise: TrainableModule) -> Memory:
     """Of a forward and a backward pass."""
     with Memory() as found:
         noisy, _ = problem.through(noise, seed=0)
@@ -425,7 +427,7 @@ def test_memory_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(npo.BLOCK, "cpu", 32)
     tile, most = tokens * size * 4, []
     for vocabulary in (16 * size, 64 * size):
-        problem, noise = Problem((tokens,), hidden=hidden, vocabulary=vocabulary), TrainableNoise(hidden, vocabulary)
+        problem, noise = Problem((tokens,), hidden=hidden, vocabulary=vocabulary), TrainableModule(hidden, vocabulary)
         weights = 3 * (hidden + 1) * vocabulary * 4  # the gradients of W and b, and W and b as the products take them
         monkeypatch.setitem(npo.KEPT, "cpu", 0)
         found = memory(problem, noise)
@@ -441,7 +443,7 @@ def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between forward and backward: the tiles that ``KEPT`` has room for, two tensors each, and no others."""
     tokens, size, tiles = 256, 64, 16
     monkeypatch.setitem(logprobs.TILE, "cpu", size)
-    problem, noise = Problem((tokens,), vocabulary=tiles * size), TrainableNoise(HIDDEN, tiles * size)
+    problem, noise = Problem((tokens,), vocabulary=tiles * size), TrainableModule(HIDDEN, tiles * size)
     tile, held = 2 * tokens * size * 4, []
     for kept in (0, 3, 100):
         monkeypatch.setitem(npo.KEPT, "cpu", kept * tile)
@@ -456,9 +458,9 @@ def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- ε ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [TrainableNoise, FixedNoise])
+@pytest.mark.parametrize("kind", [TrainableModule, FixedModule])
 @pytest.mark.usefixtures("whole")
-def test_the_two_terms_meet_different_noise(problem: Problem, kind: type[Noise]) -> None:
+def test_the_two_terms_meet_different_noise(problem: Problem, kind: type[NoiseModule]) -> None:
     """ε and ε′ are independent: with one shared draw the noise would be trained on what the policy just met."""
     noisy, _ = problem.through(kind(HIDDEN, VOCABULARY), seed=0)
     assert bool((noisy.policy_B != noisy.noise_B)[SOME].all())
@@ -468,8 +470,8 @@ def test_the_two_terms_meet_different_noise(problem: Problem, kind: type[Noise])
     assert abs(float(torch.corrcoef(shifts)[0, 1])) < 0.07  # 4.4 standard errors
 
 
-@pytest.mark.parametrize("kind", [TrainableNoise, FixedNoise])
-def test_same_seed_same_noise(problem: Problem, kind: type[Noise]) -> None:
+@pytest.mark.parametrize("kind", [TrainableModule, FixedModule])
+def test_same_seed_same_noise(problem: Problem, kind: type[NoiseModule]) -> None:
     """A run repeats exactly, and another seed is another run."""
     noise = kind(HIDDEN, VOCABULARY)
     one, again, other = (problem.through(noise, seed)[0] for seed in (0, 0, 1))
@@ -570,14 +572,14 @@ def test_draws_of_other_terms_seeds_blocks_and_tiles_do_not_go_together() -> Non
 @pytest.mark.parametrize(
     "noise",
     [
-        TrainableNoise(HIDDEN, VOCABULARY),
-        FixedNoise(HIDDEN, VOCABULARY),
-        NoNoise(HIDDEN, VOCABULARY),
-        Offset(HIDDEN, VOCABULARY, shift=1.0),
+        TrainableModule(HIDDEN, VOCABULARY),
+        FixedModule(variance=0.5),
+        SilentModule(),
+        OffsetModule(shift=1.0),
     ],
     ids=lambda noise: type(noise).__name__,
 )
-def test_the_global_generator_is_left_alone(problem: Problem, noise: Noise) -> None:
+def test_the_global_generator_is_left_alone(problem: Problem, noise: NoiseModule) -> None:
     """Switching noise on must not change what dropout or anything else draws."""
     before = torch.get_rng_state()
     noisy, _ = problem.through(noise, seed=0)
@@ -601,7 +603,7 @@ def halved(problem: Problem) -> Problem:
     return other
 
 
-def gradients(problem: Problem, noise: TrainableNoise) -> tuple[NoisyReference, list[Tensor]]:
+def gradients(problem: Problem, noise: TrainableModule) -> tuple[NoisyReference, list[Tensor]]:
     """What comes out, and the gradients of the noise term and α · mean(s²)."""
     noisy, _ = problem.through(noise, seed=1)
     noise.zero_grad()
@@ -636,7 +638,7 @@ def test_sums_are_float32_under_half_precision(way: str) -> None:
     if way == "bf16 weights":
         problem.hidden_NH = problem.hidden_NH.bfloat16()
         problem.head = replace(problem.head, weight_VH=problem.head.weight_VH.bfloat16())
-    noise = TrainableNoise(HIDDEN, 200, start_log_std=0.3)
+    noise = TrainableModule(HIDDEN, 200, start_log_std=0.3)
     with torch.no_grad():
         noise.weight_VH.copy_(0.3 * torch.randn(200, HIDDEN, generator=seeded(1)))
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
@@ -724,7 +726,7 @@ def test_the_policy_meets_the_first_draw(problem: Problem) -> None:
 
 def test_vanishing_noise_is_spin(problem: Problem) -> None:
     """s = e⁻²⁰: log p̃ is log p up to rounding, and the policy term is SPIN's loss."""
-    noise = TrainableNoise(HIDDEN, VOCABULARY, start_log_std=-20.0)
+    noise = TrainableModule(HIDDEN, VOCABULARY, start_log_std=-20.0)
     noisy, _ = problem.through(noise, seed=0)
     torch.testing.assert_close(noisy.policy_B, problem.clean_B, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(noisy.noise_B.detach(), problem.clean_B, rtol=1e-6, atol=1e-6)
@@ -740,7 +742,7 @@ LOGITS = {
 }
 
 
-def repeated(noise: Noise, logits: list[float], count: int, seed: int) -> tuple[Tensor, Tensor]:
+def repeated(noise: NoiseModule, logits: list[float], count: int, seed: int) -> tuple[Tensor, Tensor]:
     """log p̃ of the token 0 with so many independent draws, and ε, where the noise has a bound of 1."""
     head = Head(torch.zeros(len(logits), 1), torch.tensor(logits))
     hidden_NH, target_N = torch.zeros(count, 1), torch.zeros(count, dtype=torch.long)
@@ -767,7 +769,7 @@ def test_more_noise_less_confidence(name: str) -> None:
     """
     means, errors = [], []
     for seed, log_std in enumerate([-20.0, -0.6, 0.0, 0.5, 0.9]):
-        noise = TrainableNoise(1, len(LOGITS[name]), start_log_std=log_std, max_variance=1e6)
+        noise = TrainableModule(1, len(LOGITS[name]), start_log_std=log_std, max_variance=1e6)
         logp, _ = repeated(noise, LOGITS[name], 60_000, seed)
         means.append(float(logp.mean()))
         errors.append(float(logp.std()) / math.sqrt(len(logp)))
@@ -783,7 +785,7 @@ def test_second_order_shift_at_small_noise(name: str) -> None:
     The linear part of each draw, Σ_v s_v ε_v ([v = y] − p_v), has mean 0; without it little Monte Carlo error is left.
     """
     count, size = 100_000, len(LOGITS[name])
-    noise = TrainableNoise(1, size, start_log_std=math.log(0.05))
+    noise = TrainableModule(1, size, start_log_std=math.log(0.05))
     with torch.no_grad():
         noise.bias_V.add_(torch.linspace(-0.5, 0.5, size))
     std_V = noise.variance(torch.zeros(1, 1))[0].sqrt().detach().double()
@@ -809,7 +811,7 @@ def larger() -> Problem:
     return Problem(lengths=(6,) * 32, seed=2)
 
 
-def train(noise: Noise, problem: Problem, steps: int, lr: float, *terms: str) -> None:
+def train(noise: NoiseModule, problem: Problem, steps: int, lr: float, *terms: str) -> None:
     """Adam on some of the terms, with noise drawn anew each step."""
     optimizer = torch.optim.Adam(noise.parameters(), lr=lr)
     for step in range(steps):
@@ -822,7 +824,7 @@ def train(noise: Noise, problem: Problem, steps: int, lr: float, *terms: str) ->
 @pytest.mark.usefixtures("whole")
 def test_the_noise_term_pushes_up_and_alpha_down(larger: Problem) -> None:
     """The two players inside the noise: without α it would grow for ever, without −ℓ it would vanish."""
-    up, down = (TrainableNoise(HIDDEN, VOCABULARY) for _ in range(2))
+    up, down = (TrainableModule(HIDDEN, VOCABULARY) for _ in range(2))
     train(up, larger, 40, 0.02, "noise")
     train(down, larger, 40, 0.02, "variance")
     start = 0.1192
@@ -837,7 +839,7 @@ def test_alpha_weighs_the_variance(larger: Problem) -> None:
     """A large α outweighs the push up: the same training ends below its start instead of above."""
     ends = []
     for alpha in (0.0, 10.0):
-        noise = TrainableNoise(HIDDEN, VOCABULARY, alpha=alpha)
+        noise = TrainableModule(HIDDEN, VOCABULARY, alpha=alpha)
         train(noise, larger, 40, 0.02, "noise", "variance")
         ends.append(float(noise.variance(larger.hidden_NH).detach().mean()))
     assert ends[0] > 1.3 * 0.1192
@@ -851,7 +853,7 @@ def test_the_bound_is_smooth(problem: Problem) -> None:
     """
     hidden_NH = torch.zeros(1, HIDDEN)
     for log_std in (2.0, 4.0, 6.0):
-        noise = TrainableNoise(HIDDEN, VOCABULARY, start_log_std=log_std)
+        noise = TrainableModule(HIDDEN, VOCABULARY, start_log_std=log_std)
         variance = noise.variance(hidden_NH)
         assert bool((variance < 1).all())
         (grad_V,) = torch.autograd.grad(variance.sum(), noise.bias_V)
@@ -864,7 +866,7 @@ def test_the_bound_is_smooth(problem: Problem) -> None:
             grad_V * VOCABULARY, torch.full_like(grad_V, 2 * u / (u + 1) ** 2), rtol=1e-5, atol=0
         )
 
-    noise = TrainableNoise(HIDDEN, VOCABULARY, start_log_std=2.0)
+    noise = TrainableModule(HIDDEN, VOCABULARY, start_log_std=2.0)
     clamped = (2 * linear(hidden_NH, noise.weight_VH, noise.bias_V)).exp().clamp(max=1.0)
     (grad_V,) = torch.autograd.grad(clamped.sum(), noise.bias_V)
     assert not grad_V.any()
@@ -873,7 +875,7 @@ def test_the_bound_is_smooth(problem: Problem) -> None:
 @pytest.mark.parametrize("bound", [0.25, 1.0])
 def test_the_bound_holds_for_any_weights(problem: Problem, bound: float) -> None:
     """However large log s has become: no more than m, and finite."""
-    noise = TrainableNoise(HIDDEN, VOCABULARY, max_variance=bound, start_log_std=500.0)
+    noise = TrainableModule(HIDDEN, VOCABULARY, max_variance=bound, start_log_std=500.0)
     assert bool((noise.variance(problem.hidden_NH) <= bound).all())
     noisy, at_bound = problem.through(noise, seed=0)
     assert all(bool(x.isfinite().all()) for x in noisy)
@@ -886,7 +888,7 @@ def test_variance_runs_away_without_a_bound(larger: Problem) -> None:
     """Why there is a bound: noise-only training at α = 0 takes mean(s²) over 100 without one, and not to 1 with it."""
     ends = {}
     for bound in (1e12, 1.0):
-        noise = TrainableNoise(HIDDEN, VOCABULARY, alpha=0.0, max_variance=bound)
+        noise = TrainableModule(HIDDEN, VOCABULARY, alpha=0.0, max_variance=bound)
         train(noise, larger, 40, 0.05, "noise", "variance")
         ends[bound] = noise.variance(larger.hidden_NH).detach()
     assert float(ends[1e12].mean()) > 100
@@ -900,13 +902,13 @@ def test_variance_runs_away_without_a_bound(larger: Problem) -> None:
 @pytest.mark.parametrize(
     ("noise", "active", "reads"),
     [
-        (NoNoise(HIDDEN, VOCABULARY), False, False),
-        (FixedNoise(HIDDEN, VOCABULARY), True, True),
-        (Offset(HIDDEN, VOCABULARY, shift=1.5), True, False),
+        (SilentModule(), False, False),
+        (FixedModule(variance=0.5), True, True),
+        (OffsetModule(shift=1.5), True, False),
     ],
     ids=["none", "fixed", "offset"],
 )
-def test_nothing_to_train(problem: Problem, noise: Noise, active: bool, reads: bool) -> None:
+def test_nothing_to_train(problem: Problem, noise: NoiseModule, active: bool, reads: bool) -> None:
     """No parameters, no gradient, no weight on the variance: the policy is the only player."""
     assert not list(noise.parameters())
     assert noise.alpha == 0
@@ -920,28 +922,28 @@ def test_nothing_to_train(problem: Problem, noise: Noise, active: bool, reads: b
 
 def test_no_noise_is_clean(problem: Problem) -> None:
     """SPIN walks the same lines as DNPO and must lose no digit on the way; it needs nothing of the reference's body."""
-    noisy, at_bound = NoNoise(HIDDEN, VOCABULARY)(problem.clean_B, None)
+    noisy, at_bound = SilentModule()(problem.clean_B, None)
     assert torch.equal(noisy.policy_B, problem.clean_B)
     assert torch.equal(noisy.noise_B, problem.clean_B)
     assert float(at_bound) == float(noisy.variance) == 0
     spin = OBJECTIVE(problem.policy, problem.reference).mean()
-    assert torch.equal(problem.terms(NoNoise(HIDDEN, VOCABULARY), seed=0).policy, spin)
+    assert torch.equal(problem.terms(SilentModule(), seed=0).policy, spin)
 
 
 def test_fixed_noise_takes_another_variance(problem: Problem) -> None:
     """Whoever reads N(0, 0.5) as a standard deviation sets 0.25; 0 is no noise at all."""
-    noisy, _ = problem.through(FixedNoise(HIDDEN, VOCABULARY, variance=0.25), seed=3)
+    noisy, _ = problem.through(FixedModule(variance=0.25), seed=3)
     quarter = np.full(problem.logits_NV.shape, 0.25)
     expected = brute_logps(problem, quarter, problem.draws(seed=3)[0])
     np.testing.assert_allclose(noisy.policy_B.numpy(), expected, atol=2e-5)
-    noisy, _ = problem.through(FixedNoise(HIDDEN, VOCABULARY, variance=0.0), seed=3)
+    noisy, _ = problem.through(FixedModule(variance=0.0), seed=3)
     torch.testing.assert_close(noisy.policy_B, problem.clean_B)
 
 
 @pytest.mark.usefixtures("whole")
 def test_fixed_noise_has_the_variance_it_says() -> None:
     """Over two words log p̃/(1 − p̃) is z₁ − z₂ + s(ε₁ − ε₂), whose variance is 2 s² = 1 at s² = 0.5."""
-    logp, _ = repeated(FixedNoise(1, 2), [0.4, -0.3], 40_000, seed=0)
+    logp, _ = repeated(FixedModule(variance=0.5), [0.4, -0.3], 40_000, seed=0)
     log_odds = logp - torch.log1p(-logp.exp())
     assert float(log_odds.mean()) == pytest.approx(0.7, abs=0.02)  # 4 standard errors
     assert float(log_odds.var()) == pytest.approx(1.0, abs=0.03)
@@ -950,7 +952,7 @@ def test_fixed_noise_has_the_variance_it_says() -> None:
 @pytest.mark.parametrize("shift", [1.5, -0.5, 0.0])
 def test_offset_is_exact(problem: Problem, shift: float) -> None:
     """log p̃ is log p less the shift, and the margin that the policy meets shrinks by β · shift."""
-    noise = Offset(HIDDEN, VOCABULARY, shift=shift)
+    noise = OffsetModule(shift=shift)
     noisy, at_bound = noise(problem.clean_B, None)
     assert torch.equal(noisy.policy_B, problem.clean_B - shift)
     assert torch.equal(noisy.noise_B, problem.clean_B - shift)

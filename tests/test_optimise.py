@@ -20,22 +20,27 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError, StepZeroError
-from dnpo.optimise.npo import FixedNoise, Noise, NoNoise, Offset, Rejected, TrainableNoise, _Draw
+from dnpo.optimise.npo import FixedModule, NoiseModule, OffsetModule, Rejected, SilentModule, TrainableModule, _Draw
 from dnpo.optimise.objective import logistic
+from dnpo.optimise.parts import PairOptimisation
 from dnpo.optimise.preference import FineTuning, PreferenceTraining, fine_tune, optimise, split
 from dnpo.optimise.reference import KeptHidden, keep_hidden
-from dnpo.optimise.training import CHECKPOINT, Batch, Optimisation, fused
+from dnpo.optimise.training import CHECKPOINT, Batch, fused
 from dnpo.policy import logprobs
-from dnpo.policy.model import Lora, Policy, load
+from dnpo.policy.loading import load
+from dnpo.policy.lora import Lora
+from dnpo.policy.model import Policy
 from dnpo.records import Pair, ReferenceLogps
 from dnpo.seeding import derive
 from tests.conftest import Report, World
+
+from .conftest import torch_optimizer
 
 MakePolicy = Callable[..., Policy]
 SEED = 3
 
 
-def how(**settings: Any) -> Optimisation:
+def how(**settings: Any) -> PairOptimisation:
     """Training settings of the tests: four pairs a step."""
     given: dict[str, Any] = {
         "optimizer": partial(RMSprop, lr=1e-3),
@@ -43,7 +48,7 @@ def how(**settings: Any) -> Optimisation:
         "checkpoint_every": 2,
         "clip": 0.0,
     }
-    return Optimisation(**(given | settings))
+    return PairOptimisation(**(given | settings))
 
 
 def said_by(policy: Policy, pairs: Sequence[Pair]) -> list[ReferenceLogps]:
@@ -60,8 +65,8 @@ def train(
     policy: Policy,
     pairs: Sequence[Pair],
     folder: Path,
-    noise: Noise | None = None,
-    optimisation: Optimisation | None = None,
+    noise: NoiseModule | None = None,
+    optimisation: PairOptimisation | None = None,
     report: Any = None,
     beta: float = 1.0,
     reference: Sequence[ReferenceLogps] | None = None,
@@ -73,7 +78,7 @@ def train(
         pairs,
         said_by(policy, pairs) if reference is None else reference,
         optimisation or how(),
-        noise=noise or NoNoise(1, 1),
+        noise=noise or SilentModule(),
         objective=partial(logistic, beta=beta),
         beta=beta,
         seed=SEED,
@@ -83,13 +88,13 @@ def train(
     )
 
 
-def trainable(policy: Policy, **settings: Any) -> TrainableNoise:
+def trainable(policy: Policy, **settings: Any) -> TrainableModule:
     """Fresh noise for a policy."""
     entries, width = policy.head.weight_VH.shape
-    return TrainableNoise(width, entries, **settings)
+    return TrainableModule(width, entries, **settings)
 
 
-def weights(*owners: Policy | Noise) -> list[Tensor]:
+def weights(*owners: Policy | NoiseModule) -> list[Tensor]:
     """All weights of a policy, of a noise, or of both."""
     modules = [owner.model if isinstance(owner, Policy) else owner for owner in owners]
     return [p.detach().clone() for module in modules for p in module.parameters()]
@@ -267,7 +272,7 @@ def test_a_step_agrees_with_brute_force(make_policy: MakePolicy, world: World, t
                 p -= lr * p.grad
         losses.append(float(loss.detach()))
 
-    settings = how(optimizer=partial(SGD, lr=lr), batch_size=8, steps=2, warmup=0.0, decay=False)
+    settings = how(optimizer=torch_optimizer("SGD", lr=lr), batch_size=8, steps=2, warmup=0.0, decay=False)
     history = train(policy, pairs, tmp_path, optimisation=settings, beta=beta)
     assert [row["loss/policy"] for row in history] == pytest.approx(losses, abs=1e-5)
     assert losses[1] < losses[0]
@@ -363,7 +368,9 @@ def test_steps_of_both_players_agree_with_brute_force(make_policy: MakePolicy, w
                 p -= lr * p.grad
         adam.step()
 
-    settings = how(optimizer=partial(SGD, lr=lr), batch_size=6, micro_batch_size=4, steps=3, warmup=0.0, decay=False)
+    settings = how(
+        optimizer=torch_optimizer("SGD", lr=lr), batch_size=6, micro_batch_size=4, steps=3, warmup=0.0, decay=False
+    )
     history = train(policy, pairs, tmp_path, noise=noise, optimisation=settings, beta=beta)
     for ours, theirs, norm in zip(history, expected, noise_norms, strict=True):
         for name, value in theirs.items():
@@ -382,11 +389,13 @@ def test_accuracy_is_the_share_of_positive_margins(make_policy: MakePolicy, worl
     """Against what the policy says of the very pairs: one step, then a second that only looks."""
     policy, pairs = make_policy(), world.pairs(8)
     reference = said_by(policy, pairs)
-    settings = how(optimizer=partial(SGD, lr=0.5), batch_size=8, steps=1, warmup=0.0, decay=False)
+    settings = how(optimizer=torch_optimizer("SGD", lr=0.5), batch_size=8, steps=1, warmup=0.0, decay=False)
     train(policy, pairs, tmp_path / "a", optimisation=settings, reference=reference)
     after = said_by(policy, pairs)
     gaps = [(a.chosen - r.chosen) - (a.rejected - r.rejected) for a, r in zip(after, reference, strict=True)]
-    two = how(optimizer=partial(SGD, lr=0.5), batch_size=8, steps=2, warmup=0.0, decay=False, micro_batch_size=3)
+    two = how(
+        optimizer=torch_optimizer("SGD", lr=0.5), batch_size=8, steps=2, warmup=0.0, decay=False, micro_batch_size=3
+    )
     row = train(make_policy(), pairs, tmp_path / "b", optimisation=two, reference=reference)[1]
     assert row["rewards/accuracy"] == pytest.approx(sum(g > 0 for g in gaps) / 8)
     assert row["margin/clean"] == pytest.approx(sum(gaps) / 8, abs=1e-4)
@@ -395,9 +404,9 @@ def test_accuracy_is_the_share_of_positive_margins(make_policy: MakePolicy, worl
 # --- what changes rounding and nothing else
 
 
-KINDS: dict[str, Callable[[Policy], Noise]] = {
-    "none": lambda policy: NoNoise(1, 1),
-    "fixed": lambda policy: FixedNoise(1, 1),
+KINDS: dict[str, Callable[[Policy], NoiseModule]] = {
+    "none": lambda policy: SilentModule(),
+    "fixed": lambda policy: FixedModule(variance=0.5),
     # Some of its entries are near the bound, and its push on W is far from Adam's ε.
     "trainable": functools.partial(trainable, alpha=0.3, learning_rate=0.01, start_log_std=1.05),
 }
@@ -417,7 +426,7 @@ def test_micro_batches_change_nothing_but_rounding(
     for micro in (0, 3, 1):
         policy = make_policy()
         noise = KINDS[kind](policy)
-        settings = how(micro_batch_size=micro, optimizer=partial(SGD, lr=0.05), epochs=2, clip=1.0)
+        settings = how(micro_batch_size=micro, optimizer=torch_optimizer("SGD", lr=0.05), epochs=2, clip=1.0)
         history = train(policy, pairs, tmp_path / str(micro), noise=noise, optimisation=settings)
         assert len(history) == 4
         found.append((weights(policy, noise), history))
@@ -439,7 +448,7 @@ def test_a_shared_prompt_changes_nothing_but_rounding(
         reference = said_by(policy, world.pairs(8))
         policy.model = Lora(rank=lora).on(policy.model, seed=0)
         noise = KINDS[kind](policy)
-        settings = how(share_prompt=share, optimizer=partial(SGD, lr=0.05), epochs=2, micro_batch_size=3)
+        settings = how(share_prompt=share, optimizer=torch_optimizer("SGD", lr=0.05), epochs=2, micro_batch_size=3)
         history = train(policy, world.pairs(8), tmp_path / f"{share}", noise, settings, reference=reference)
         found.append((weights(policy, noise), history))
     close(found[0][0], found[1][0])
@@ -477,7 +486,7 @@ def test_checkpointing_activations_changes_nothing(
             ran[0] += 1
 
         policy.causal_lm.model.layers[0].self_attn.register_forward_hook(count)
-        settings = how(checkpointing=checkpointing, optimizer=partial(SGD, lr=0.05))
+        settings = how(checkpointing=checkpointing, optimizer=torch_optimizer("SGD", lr=0.05))
         history = train(policy, world.pairs(8), tmp_path / f"{checkpointing}", noise, settings, reference=reference)
         assert not policy.causal_lm.is_gradient_checkpointing, "it is for the training alone"
         found.append((weights(policy, noise), history))
@@ -503,7 +512,7 @@ def test_compiling_changes_nothing_but_rounding(
         reference = said_by(policy, world.pairs(8))
         policy.model = Lora(rank=lora).on(policy.model, seed=0)
         noise = trainable(policy, alpha=0.3, learning_rate=0.01)
-        settings = how(compile=compiled, optimizer=partial(SGD, lr=0.05), epochs=2, micro_batch_size=3)
+        settings = how(compile=compiled, optimizer=torch_optimizer("SGD", lr=0.05), epochs=2, micro_batch_size=3)
         history = train(policy, world.pairs(8), tmp_path / f"{compiled}", noise, settings, reference=reference)
         found.append((weights(policy, noise), history))
         if compiled:
@@ -532,7 +541,7 @@ def test_hidden_states_from_disk_are_those_made_online(
             reference = said_by(policy, pairs)
         policy.model = Lora(rank=lora).on(policy.model, seed=0)
         noise = trainable(policy, alpha=0.3, learning_rate=0.01)
-        settings = how(optimizer=partial(SGD, lr=0.05), epochs=2, micro_batch_size=3, autocast=autocast)
+        settings = how(optimizer=torch_optimizer("SGD", lr=0.05), epochs=2, micro_batch_size=3, autocast=autocast)
         folder = tmp_path / str(hidden is None)
         history = train(policy, pairs, folder, noise, settings, reference=reference, hidden=hidden)
         found.append((weights(policy, noise), history))
@@ -565,7 +574,7 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
     before, policy = weights(make_policy()), make_policy()
-    settings = how(optimizer=partial(SGD, lr=1.0), clip=0.01, steps=1, warmup=0.0)
+    settings = how(optimizer=torch_optimizer("SGD", lr=1.0), clip=0.01, steps=1, warmup=0.0)
     row = train(policy, world.pairs(4), tmp_path, optimisation=settings)[0]
     moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(before, weights(policy), strict=True)))
     assert moved == pytest.approx(0.01, rel=1e-2)
@@ -619,7 +628,7 @@ def test_both_players_have_fused_optimizers(make_policy: MakePolicy, world: Worl
         noise = trainable(policy, learning_rate=0.01)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(PreferenceTraining, "configure_optimizers", spy)
-            optimisation = how(optimizer=partial(AdamW, lr=1e-3, **settings))
+            optimisation = how(optimizer=torch_optimizer("AdamW", lr=1e-3, **settings))
             train(policy, world.pairs(8), tmp_path / str(settings), noise=noise, optimisation=optimisation)
         found.append(weights(policy, noise))
     assert [[o.defaults["fused"] for o in some] for some in made] == [[True, True], [False, True]]
@@ -652,7 +661,7 @@ def test_vanishing_noise_trains_as_no_noise(make_policy: MakePolicy, world: Worl
 
 def test_an_offset_is_noise_without_chance(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     policy = make_policy()
-    history = train(policy, world.pairs(8), tmp_path, noise=Offset(1, 1, shift=1.5), beta=0.5)
+    history = train(policy, world.pairs(8), tmp_path, noise=OffsetModule(shift=1.5), beta=0.5)
     assert [row["margin/shift"] for row in history] == pytest.approx([-0.75] * len(history), abs=1e-5)
     # The gate sees margin 0; the policy meets −β · 1.5.
     assert history[0]["loss/policy"] == pytest.approx(math.log1p(math.exp(0.75)), abs=1e-5)
@@ -666,7 +675,7 @@ def test_noise_does_not_disturb_other_chance(kind: str, make_policy: MakePolicy,
     assert torch.equal(before, torch.get_rng_state())
 
 
-class Recording(FixedNoise):
+class Recording(FixedModule):
     """Remembers the seeds that each pair is given."""
 
     def __init__(self) -> None:
@@ -769,7 +778,7 @@ def test_a_stopped_training_continues_with_other_micro_batches(
     def run(folder: Path, report: Report, **settings: Any) -> tuple[list[Tensor], list[dict[str, float]]]:
         policy = make_policy()
         noise = trainable(policy, alpha=0.3, learning_rate=0.01)
-        optimisation = how(epochs=2, optimizer=partial(SGD, lr=0.05), **settings)
+        optimisation = how(epochs=2, optimizer=torch_optimizer("SGD", lr=0.05), **settings)
         history = train(policy, world.pairs(22), folder, noise, optimisation, report)
         return weights(policy, noise), history
 
@@ -800,7 +809,7 @@ def test_a_checkpoint_holds_only_what_is_trained(make_policy: MakePolicy, world:
 
 def test_fine_tuning_learns_and_continues(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     rows = [(p.id, p.token_ids, r.token_ids) for p, r in zip(world.prompts, world.human, strict=True)]
-    settings = how(optimizer=partial(AdamW, lr=3e-3), steps=30, batch_size=16, checkpoint_every=10)
+    settings = how(optimizer=torch_optimizer("AdamW", lr=3e-3), steps=30, batch_size=16, checkpoint_every=10)
 
     def run(folder: Path, report: Report) -> tuple[list[Tensor], list[dict[str, float]]]:
         policy = make_policy()
@@ -822,7 +831,7 @@ def test_fine_tuning_learns_and_continues(make_policy: MakePolicy, world: World,
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     policy = make_policy()
-    noise = FixedNoise(1, 1, variance=math.inf)
+    noise = FixedModule(variance=math.inf)
     with pytest.raises(NonFiniteLossError, match=r"step 0: the loss is nan on rows train-\d+"):
         train(policy, world.pairs(4), tmp_path, noise=noise)
 
@@ -849,7 +858,7 @@ def test_fine_tuning_weighs_micro_batches_by_their_tokens(
     found = []
     for micro in (0, 3):
         policy = make_policy()
-        settings = how(micro_batch_size=micro, optimizer=partial(SGD, lr=0.05), epochs=2)
+        settings = how(micro_batch_size=micro, optimizer=torch_optimizer("SGD", lr=0.05), epochs=2)
         history = fine_tune(policy, rows, settings, seed=1, folder=tmp_path / str(micro), report=Report())
         found.append((weights(policy), history))
     close(found[0][0], found[1][0])
@@ -875,8 +884,8 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(make_policy: MakePolicy
 
 def test_a_wrong_learning_rate_is_refused_when_settings_are_read() -> None:
     for wrong in (-1.0, "abc"):
-        with pytest.raises(SettingsError, match="optimizer: "):
-            how(optimizer=partial(RMSprop, lr=wrong))
+        with pytest.raises(SettingsError, match=r"trainer\.optimizer: "):
+            how(optimizer=torch_optimizer("RMSprop", lr=wrong)).check("trainer")
 
 
 # --- memory
@@ -1016,18 +1025,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.optim import SGD
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from tokenizers import Tokenizer, models
 
 from dnpo.errors import OutOfMemoryError
 from dnpo.policy.model import Policy
-from dnpo.optimise.npo import TrainableNoise
+from dnpo.optimise.npo import TrainableModule
 from dnpo.optimise.objective import logistic
 from dnpo.optimise.preference import optimise
 from dnpo.records import Pair
 from dnpo.optimise.reference import read_scores, score
-from dnpo.optimise.training import Optimisation
+from dnpo.optimise.parts import PairOptimisation
+from dnpo.settings import Bound
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -1066,8 +1075,9 @@ else:
 reference = read_scores(folder / "reference", len(pairs))
 training = True
 model = policy()
-how = Optimisation(optimizer=partial(SGD, lr=0.01), batch_size=16, micro_batch_size=micro, checkpoint_every=1)
-noise = TrainableNoise(32, 64, alpha=0.1, learning_rate=0.01)
+sgd = Bound("torch.optim.SGD", {"lr": 0.01})
+how = PairOptimisation(optimizer=sgd, batch_size=16, micro_batch_size=micro, checkpoint_every=1)
+noise = TrainableModule(32, 64, alpha=0.1, learning_rate=0.01)
 try:
     history = optimise(model, pairs, reference, how, noise=noise, objective=partial(logistic, beta=0.1), beta=0.1,
                        seed=0, folder=folder, report=Quiet())

@@ -12,8 +12,9 @@ from torch import Generator, Tensor, nn
 
 from dnpo.errors import ModelError
 from dnpo.policy import packing
+from dnpo.policy.loading import _reproduced, without_dropout
 from dnpo.policy.logprobs import token_logps
-from dnpo.policy.model import Policy, _reproduced, without_dropout
+from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed, Spread, attention, pack
 
 # --- layout -----------------------------------------------------------------------------------------------------------

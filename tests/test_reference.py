@@ -21,9 +21,10 @@ from dnpo.judges.off import NoJudge
 from dnpo.optimise import reference as references
 from dnpo.optimise.npo import FixedNoise, NoNoise, TrainableNoise
 from dnpo.optimise.objective import logistic
+from dnpo.optimise.parts import PairOptimisation
 from dnpo.optimise.reference import KeptHidden, keep_hidden, read_scores, score
-from dnpo.optimise.training import Optimisation
-from dnpo.policy.model import Lora, Policy, by_length
+from dnpo.policy.lora import Lora
+from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
 from dnpo.records import Pair, ReferenceLogps, read
 from dnpo.stages import verbs as stages
@@ -291,14 +292,14 @@ def run_of(
         lora: Lora
 
         def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> Policy:
-            from dnpo.policy.model import load
+            from dnpo.policy.loading import load
 
             return load(str(base), folder)
 
     model = Model()
     model.lora = Lora(rank=lora)
     settings = {"optimizer": partial(SGD, lr=0.05), "batch_size": 4, "epochs": 2} | (trainer or {})
-    how = Optimisation(**settings)
+    how = PairOptimisation(**settings)
     nothing: Any = Part(None, {})
     plan = Plan(
         k=0,

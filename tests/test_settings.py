@@ -258,7 +258,7 @@ def test_torch_optimizer_names_are_checked(optimizer: str) -> None:
 
 def test_torch_optimizer_inside_a_part() -> None:
     """The same where it really stands: under ``trainer``."""
-    target = "dnpo.optimise.training.Optimisation"
+    target = "dnpo.optimise.training.PairOptimisation"
     optimizer = {"_target_": "torch.optim.RMSprop", "_partial_": True, "lr": 1e-4}
     assert check("trainer", {"_target_": target, "optimizer": optimizer, "clip": 1})["clip"] == 1.0
     wrong = {**optimizer, "lrr": 1.0}
@@ -270,14 +270,14 @@ def test_torch_optimizer_inside_a_part() -> None:
 def test_settings_of_the_engine() -> None:
     """What only saves memory or time is set like everything else."""
     trainer = {
-        "_target_": "dnpo.optimise.training.Optimisation",
+        "_target_": "dnpo.optimise.training.PairOptimisation",
         "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
         "share_prompt": False,
         "checkpointing": True,
         "compile": True,
     }
     assert check("trainer", trainer) == trainer
-    noise = "dnpo.optimise.npo.TrainableNoise"
+    noise = "dnpo.optimise.npo.TrainableModule"
     for value in ("auto", "on", "off"):
         assert check("npo", {"_target_": noise, "cache_hidden": value})["cache_hidden"] == value
     wrong: list[tuple[str, dict[str, Any], str]] = [
@@ -351,11 +351,11 @@ metadata.distribution = without
 import dnpo.optimise.preference, dnpo.optimise.npo, dnpo.optimise.objective, dnpo.optimise.training
 import dnpo.policy.packing, dnpo.policy.model, dnpo.records
 
-from dnpo.optimise.npo import TrainableNoise
-from dnpo.optimise.training import Optimisation
+from dnpo.optimise.npo import TrainableModule
+from dnpo.optimise.parts import PairOptimisation
 from torch.optim import SGD
-TrainableNoise(4, 5, alpha=0.5)
-Optimisation(optimizer=lambda parameters: SGD(parameters, lr=0.1), steps=3)
+TrainableModule(4, 5, alpha=0.5)
+PairOptimisation(optimizer=Bound("torch.optim.SGD", {"lr": 0.1}), steps=3)
 assert not blocked & set(sys.modules), blocked & set(sys.modules)
 try:
     import pydantic

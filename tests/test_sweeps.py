@@ -45,7 +45,7 @@ def jobs(name: str, *arguments: str) -> list[list[str]]:
     return found
 
 
-def iterations(job: list[str]) -> list[Iteration]:
+def laid_out(job: list[str]) -> list[Iteration]:
     run, _, _ = build(composed(*job, "tracking=off"))
     return list(chain(run))
 
@@ -61,7 +61,7 @@ def trainings(found: list[list[str]]) -> Counter[str]:
     keys = {
         stage.key: stage.title
         for job in found
-        for iteration in iterations(job)
+        for iteration in laid_out(job)
         for stage in iteration.stages
         if iteration.k >= 0
     }
@@ -164,7 +164,7 @@ def test_saturation_has_its_regimes() -> None:
         assert settings["eval"]["samples"] == 8
     assert seen == {(10.0, True): 4, (1.0, True): 4, (20.0, False): 4}
     generated = {
-        iteration.responses.key for job in found for iteration in iterations(job) if iteration.responses is not None
+        iteration.responses.key for job in found for iteration in laid_out(job) if iteration.responses is not None
     }
     assert len(generated) == 1, "all regimes have the same fresh pairs"
 

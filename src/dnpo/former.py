@@ -16,24 +16,33 @@ MOVED: dict[str, str] = {
     "dnpo.judges.rules.Correct": "dnpo.judges.exact.rules.Correct",
     "dnpo.judges.rules.Rules": "dnpo.judges.exact.rules.Rules",
     "dnpo.leaderboard.Leaderboard": "dnpo.evaluate.leaderboard.Leaderboard",
-    "dnpo.model.Lora": "dnpo.policy.model.Lora",
-    "dnpo.model.Pretrained": "dnpo.policy.model.Pretrained",
-    "dnpo.model.Scratch": "dnpo.policy.model.Scratch",
-    "dnpo.npo.FixedNoise": "dnpo.optimise.npo.FixedNoise",
-    "dnpo.npo.MatchedOffset": "dnpo.optimise.npo.MatchedOffset",
-    "dnpo.npo.NoNoise": "dnpo.optimise.npo.NoNoise",
-    "dnpo.npo.Offset": "dnpo.optimise.npo.Offset",
-    "dnpo.npo.TrainableNoise": "dnpo.optimise.npo.TrainableNoise",
-    "dnpo.objective.logistic": "dnpo.optimise.objective.logistic",
+    "dnpo.model.Lora": "dnpo.policy.lora.Lora",
+    "dnpo.model.Pretrained": "dnpo.policy.base.Pretrained",
+    "dnpo.model.Scratch": "dnpo.policy.base.Scratch",
+    "dnpo.npo.FixedNoise": "dnpo.optimise.parts.FixedNoise",
+    "dnpo.npo.MatchedOffset": "dnpo.optimise.parts.MatchedOffset",
+    "dnpo.npo.NoNoise": "dnpo.optimise.parts.NoNoise",
+    "dnpo.npo.Offset": "dnpo.optimise.parts.Offset",
+    "dnpo.npo.TrainableNoise": "dnpo.optimise.parts.TrainableNoise",
+    "dnpo.objective.logistic": "dnpo.optimise.parts.Logistic",
     "dnpo.texts.Texts": "dnpo.evaluate.texts.Texts",
     "dnpo.tracking.MLflow": "dnpo.tracking.writing.MLflow",
     "dnpo.tracking.Tracking": "dnpo.tracking.writing.Tracking",
-    "dnpo.training.Optimisation": "dnpo.optimise.training.Optimisation",
+    "dnpo.training.Optimisation": "dnpo.optimise.parts.Optimisation",
 }
 """Import paths of dnpo's own parts as they were once, and as they are."""
 
-REMOVED: dict[str, tuple[str, ...]] = {}
+MOVED_AT: dict[tuple[str, str], str] = {
+    ("trainer", "dnpo.training.Optimisation"): "dnpo.optimise.parts.PairOptimisation",
+}
+"""The same where it depends on the folder of ``conf/`` that a part stands in."""
+
+REMOVED: dict[str, tuple[str, ...]] = {
+    "dnpo.optimise.parts.Optimisation": ("share_prompt",),
+}
 """Settings that a part once had, by its import path of today. They are accepted there, and ignored."""
+
+PARTIAL = "_partial_"  # dnpo's own parts are dataclasses now, and wait for nothing
 
 
 def up_to_date(settings: Mapping[str, Any], name: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -47,10 +56,14 @@ def up_to_date(settings: Mapping[str, Any], name: str = "") -> tuple[dict[str, A
         The tree with the import paths of today and without settings that are gone, and the dotted names of these.
     """
     tree, ignored = dict(settings), []
-    if isinstance(tree.get("_target_"), str):
-        tree["_target_"] = MOVED.get(tree["_target_"], tree["_target_"])
+    target = tree.get("_target_")
+    if isinstance(target, str):
+        tree["_target_"] = MOVED_AT.get((name, target), MOVED.get(target, target))
     gone = REMOVED.get(str(tree.get("_target_")), ())
+    tree.pop(PARTIAL, None)
     for key, value in settings.items():
+        if key == PARTIAL:
+            continue
         dotted = f"{name}.{key}" if name else key
         if key in gone:
             del tree[key]

@@ -1,16 +1,18 @@
-"""Settings are checked against the signature of what they configure: the signature is the schema.
+"""How settings become parts, and are checked.
 
-The settings of a target are its keyword-only parameters; what a run passes to it (a model, rows, a folder) comes as
-positional parameters. Types and ranges are read from the annotations, such as ``alpha: NonNegative``.
+A part is a frozen dataclass: its fields are its settings, their annotations (``alpha: NonNegative``) are the schema,
+and one verb does what it is for. Heavy imports stand inside the verb, so that wrong settings are answered at once. A
+function can be a part too: its keyword-only parameters are its settings, what a run passes comes as positional ones.
 """
 
+import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, cast, get_type_hints
 
-from dnpo.errors import SettingsError
+from dnpo.errors import DnpoError, SettingsError
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,88 @@ Natural = Annotated[int, Range(ge=0)]
 
 SPECIAL = ("_target_", "_partial_")
 OWN = "dnpo."
+CHANGES_RESULT = "changes result"  # a field's metadata; true where nothing is said
 
 
-def stage_key(settings: Mapping[str, Any], not_in_key: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings of a part as they go into stage keys, so that keys outlive the files that classes lie in.
+def neutral(default: Any = dataclasses.MISSING) -> Any:
+    """A field of a part that cannot change a result, such as a batch size or where a file lies.
 
-    dnpo's own parts go in by the name of their class, which is unique in dnpo, all others by their full import path.
-    How a part is built (``_partial_``) decides no result and stays out.
-
-    Args:
-        settings: checked settings with a ``_target_``; nested parts are treated alike.
-        not_in_key: those of the settings that cannot change a result.
+    This is the one list of such settings: stage keys, the analysis and the report read it. What a path leads to does
+    decide results; a part that has paths says so by ``identity()``.
     """
-    return {name: _in_key(name, value) for name, value in settings.items() if name not in (*not_in_key, "_partial_")}
+    return dataclasses.field(default=default, metadata={CHANGES_RESULT: False})
 
 
-def _in_key(name: str, value: Any) -> Any:
-    if name == "_target_" and str(value).startswith(OWN):
-        return str(value).rpartition(".")[2]
+def neutral_names(target: Callable[..., Any]) -> list[str]:
+    """Those of a part's settings that cannot change a result."""
+    if not dataclasses.is_dataclass(target):
+        return list(getattr(target, "not_in_key", ()))
+    return [field.name for field in dataclasses.fields(target) if not field.metadata.get(CHANGES_RESULT, True)]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A function, or a class that is not ours, with the settings given to it: it waits for what the run passes.
+
+    What it names is imported when it is called or checked, and not before. Its settings can be read as attributes.
+
+    Attributes:
+        target: import path.
+        settings: keyword arguments.
+    """
+
+    target: str
+    settings: Mapping[str, Any]
+
+    def __call__(self, *given: Any) -> Any:
+        """What the target makes of ``given`` and the settings."""
+        return self.resolve()(*given, **self.settings)
+
+    def resolve(self) -> Callable[..., Any]:
+        """The function or class itself."""
+        return locate("_target_", self.target)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "settings" or name not in self.settings:
+            raise AttributeError(f"{self.target} has no setting {name}")
+        return self.settings[name]
+
+    def check(self, name: str) -> None:
+        """Import the target and hold the names of the settings against its parameters.
+
+        Raises:
+            SettingsError: it cannot be imported, or has no such parameter.
+        """
+        check_values(name, locate(f"{name}._target_", self.target), self.settings, types=False)
+
+
+def part_key(part: Any) -> dict[str, Any]:
+    """What decides a part's results, as it goes into stage keys, so that keys outlive the files that classes lie in.
+
+    That is what its ``identity()`` says, else its class and those of its settings that can change a result. dnpo's own
+    classes go in by their name, which is unique in dnpo, all others by their full import path.
+    """
+    if hasattr(part, "identity"):
+        return dict(part.identity())
+    if isinstance(part, Bound):
+        return {"_target_": _name_in_key(part.target), **{key: _in_key(value) for key, value in part.settings.items()}}
+    kind, gone = type(part), neutral_names(type(part))
+    values = {each: _in_key(getattr(part, each)) for each in _parameters(kind) if each not in gone}
+    return {"_target_": _name_in_key(f"{kind.__module__}.{kind.__qualname__}"), **values}
+
+
+def _name_in_key(target: str) -> str:
+    return target.rpartition(".")[2] if target.startswith(OWN) else target
+
+
+def _in_key(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return stage_key(value)
-    return value
+        return {name: _in_key(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_key(each) for each in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return part_key(value)
 
 
 def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +144,7 @@ def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "_target_" not in settings:
         raise SettingsError(f"{name}: no _target_, so nothing says what these settings configure")
-    target = locate(f"{name}._target_", settings["_target_"])
+    target = None if _waits(settings["_target_"]) else locate(f"{name}._target_", settings["_target_"])
     for key in settings:
         if key.startswith("_") and key not in SPECIAL:
             raise SettingsError(f"{name}.{key}: unknown setting. Known with an underscore: {', '.join(SPECIAL)}.")
@@ -91,18 +154,64 @@ def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             values[key] = check(f"{name}.{key}", value)
         elif _are_parts(value):
             values[key] = {each: check(f"{name}.{key}.{each}", part) for each, part in value.items()}
-    # Of foreign classes (an optimizer, say) only the names are checked: their annotations are their own affair.
-    own = target.__module__.split(".")[0] != "torch"
     special = {key: value for key, value in settings.items() if key.startswith("_")}
-    return special | check_values(name, target, values, types=own)
+    return special | (values if target is None else check_values(name, target, values))
+
+
+def build(name: str, settings: Mapping[str, Any]) -> Any:
+    """Build one part from its checked settings, nested parts first.
+
+    Args:
+        name: where the settings stand; messages begin with it.
+
+    Raises:
+        DnpoError: the part refuses its settings.
+    """
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        if _is_part(value):
+            values[key] = build(f"{name}.{key}", value)
+        elif _are_parts(value):
+            values[key] = {each: build(f"{name}.{key}.{each}", part) for each, part in value.items()}
+        elif key not in SPECIAL:
+            values[key] = value
+    if _waits(settings["_target_"]):
+        return Bound(settings["_target_"], values)
+    target = locate(f"{name}._target_", settings["_target_"])
+    if settings.get("_partial_") or not inspect.isclass(target):
+        return Bound(settings["_target_"], values)
+    try:
+        part = target(**values)
+    except DnpoError as error:
+        raise error if str(error).startswith(name) else type(error)(f"{name}.{error}") from error
+    for setting in _parameters(target):
+        if not hasattr(part, "identity") and not hasattr(part, setting):
+            raise SettingsError(
+                f"{name}._target_={settings['_target_']}: has the setting {setting} and no attribute of this name, so "
+                "nothing could say what its results depend on; make it a frozen dataclass"
+            )
+    return part
+
+
+def _waits(target: Any) -> bool:
+    """Whether a target is imported only once it is needed: torch takes longer than all else together."""
+    return isinstance(target, str) and target.startswith("torch.")
+
+
+def _parameters(kind: Callable[..., Any]) -> list[str]:
+    """The names of a part's settings."""
+    if dataclasses.is_dataclass(kind):
+        return [field.name for field in dataclasses.fields(kind) if field.init]
+    parameters = inspect.signature(kind).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def check_values(
     name: str, target: Callable[..., Any], values: Mapping[str, Any], *, types: bool = True
 ) -> dict[str, Any]:
-    """Check plain values against the parameters of ``target``; see :func:`check`."""
+    """Check plain values against the settings of ``target``; of what is not ours (``types=False``) the names alone."""
     parameters = inspect.signature(target).parameters
-    keywords = {p.name: p for p in parameters.values() if p.kind is p.KEYWORD_ONLY or not types}
+    keywords = {key: parameters[key] for key in (_parameters(target) if types else parameters)}
     for key in values:
         if key not in keywords:
             raise SettingsError(f"{_dotted(name, key)}: unknown setting.{nearest(key, keywords, name)}")
@@ -111,7 +220,8 @@ def check_values(
             raise SettingsError(f"{_dotted(name, key)}: needs a value; give {_dotted(name, key)}=…")
     if not types:
         return dict(values)
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    plain = inspect.isclass(target) and not dataclasses.is_dataclass(target)
+    hints = get_type_hints(target.__init__ if plain else target, include_extras=True)
     return {
         key: value
         if key not in hints or _is_part(value) or _are_parts(value)

@@ -158,23 +158,10 @@ def plain(cfg: DictConfig, shorthand: Mapping[str, str] = MappingProxyType({})) 
 
 def part(name: str, settings: Mapping[str, Any]) -> Any:
     """Build one part from its checked settings; a :class:`~dnpo.stages.verbs.Part`."""
-    from hydra.utils import instantiate
-
+    from dnpo.settings import build
     from dnpo.stages.verbs import Part
 
-    try:
-        value = instantiate(dict(settings))
-    except HydraException as error:
-        cause = error.__cause__
-        inner = re.search(r"full_key: (\S+)", str(error))
-        if isinstance(cause, DnpoError) and inner:
-            raise type(cause)(f"{name}.{inner.group(1)}.{cause}") from None
-        if isinstance(cause, DnpoError):
-            raise cause if str(cause).startswith(name) else type(cause)(f"{name}.{cause}") from None
-        raise SettingsError(f"{name}: {error}") from error
-    if hasattr(value, "identity"):
-        return Part(value, value.identity())
-    return Part(value, settings, not_in_key=getattr(getattr(value, "func", value), "not_in_key", ()))
+    return Part(build(name, settings))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from dnpo.commands import common as command
 from dnpo.commands.common import flat, part
 from dnpo.errors import SettingsError
+from dnpo.optimise.parts import check_objective
 from dnpo.settings import Count, Natural, check_values
 from dnpo.settings import check as check_part
 
@@ -46,7 +47,7 @@ ASIDE = ("tracking", "store", "ledger", "device", "threads")  # settings that ca
 STARTING = ("dsl", "npo")  # parts that act from an iteration of theirs on, and what stands there before
 ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
-    "npo": {"_target_": "dnpo.optimise.npo.NoNoise", "_partial_": True},
+    "npo": {"_target_": "dnpo.optimise.parts.NoNoise"},
 }
 
 
@@ -133,6 +134,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         return part(name, settings[name] if started else ABSENT[name])
 
     parts: dict[str, Any] = {name: part(name, settings[name]) for name in PARTS if name not in STARTING}
+    check_objective(parts["objective"].value)
     plans: list[Plan] = [
         Plan(
             k=k,

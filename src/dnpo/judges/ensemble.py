@@ -8,7 +8,7 @@ from dnpo.errors import SettingsError
 from dnpo.judges import Canary, Forecast, Judge
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, Verdict
-from dnpo.settings import Fraction, stage_key
+from dnpo.settings import Fraction, part_key
 from dnpo.store import Report
 
 
@@ -47,7 +47,7 @@ class Ensemble(Judge):
 
     def identity(self) -> Mapping[str, Any]:
         """What decides the verdicts: the members, whatever they are called, and how they are put together."""
-        kinds = [_identity(member) for member in self.members.values()]
+        kinds = [part_key(member) for member in self.members.values()]
         return {"ensemble": sorted(kinds, key=str), "by": self.by}
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
@@ -99,17 +99,6 @@ class Ensemble(Judge):
             votes = [_vote(new, old) for new, old in zip(scores, against, strict=True) if old is not None]
             scores = [100.0 * vote for vote in votes]
         return Verdict(response.id, response.source, statistics.fmean(scores), disagreement=statistics.pstdev(scores))
-
-
-def _identity(judge: Judge) -> dict[str, Any]:
-    """What decides a judge's verdicts; of one that does not say so itself, its class and all its settings."""
-    if hasattr(judge, "identity"):
-        return dict(judge.identity())
-    not_in_key = getattr(judge, "not_in_key", ())
-    settings = {
-        name: value for name, value in vars(judge).items() if not name.startswith("_") and name not in not_in_key
-    }
-    return stage_key({"_target_": f"{type(judge).__module__}.{type(judge).__qualname__}", **settings})
 
 
 def _vote(new: float, old: float) -> float:

@@ -12,8 +12,8 @@ Shapes: B pairs, N rejected completion tokens of all pairs, H hidden size, V voc
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -24,9 +24,7 @@ from torch.nn.functional import linear, logsigmoid
 from dnpo.optimise.objective import NoisyReference
 from dnpo.policy.logprobs import Head, Tally, product, sum_by_sequence, target_in, tiles
 from dnpo.seeding import derive
-from dnpo.settings import Finite, NonNegative, Positive
 
-Cache = Literal["auto", "on", "off"]
 KEPT = {"cpu": 7 * 2**25, "cuda": 2**31}  # bytes that are kept for the backward pass and not made again
 HIGH = math.sqrt(0.9)  # of a standard deviation's bound
 BLOCK = {"cpu": 32, "cuda": 128}  # tokens of a response whose noise comes from one seed, for each tile
@@ -50,25 +48,22 @@ class Rejected(NamedTuple):
     seeds: Sequence[int]
 
 
-class Noise(nn.Module):
-    """What ``npo=…`` configures.
+class NoiseModule(nn.Module):
+    """What perturbs the reference's log-probability of rejected responses; made by a part of ``parts.py``.
 
     Attributes:
         active: whether it perturbs anything at all; only then are noise metrics worth reporting.
         reads_states: whether it needs the reference's hidden states, or only its log-probability.
         alpha: weight of the variance term.
         learning_rate: of the noise's own optimizer (Adam), where there is something to train.
-        cache_hidden: whether the hidden states are kept on disk for the iteration: ``on``, ``off``, or ``auto`` for
-            when more than one epoch will read them and the disk has room.
     """
 
-    not_in_key = ("cache_hidden",)  # it changes rounding, and what is made twice
     active = True
     reads_states = False
 
-    def __init__(self, alpha: float = 0.0, learning_rate: float = 0.0, cache_hidden: str = "off") -> None:
+    def __init__(self, alpha: float = 0.0, learning_rate: float = 0.0) -> None:
         super().__init__()
-        self.alpha, self.learning_rate, self.cache_hidden = alpha, learning_rate, cache_hidden
+        self.alpha, self.learning_rate = alpha, learning_rate
 
     def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
         """log p̃_r(y⁻|x) for both terms, and the share of all s² that are over 90 % of their bound.
@@ -80,13 +75,10 @@ class Noise(nn.Module):
         raise NotImplementedError
 
 
-class NoNoise(Noise):
-    """Noise that adds nothing: the policy term is the plain objective."""
+class SilentModule(NoiseModule):
+    """Adds nothing: the policy term is the plain objective."""
 
     active = False
-
-    def __init__(self, hidden_size: int, vocabulary: int) -> None:
-        super().__init__()
 
     def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
         """The clean log-probability, twice."""
@@ -94,37 +86,29 @@ class NoNoise(Noise):
         return NoisyReference(clean_B, clean_B, nothing), nothing
 
 
-class TrainableNoise(Noise):
+class TrainableModule(NoiseModule):
     """A standard deviation for every token position and vocabulary entry, log s = W h + b, trained against the policy.
 
     W starts at 0 and b at ``start_log_std``. The variance is bounded smoothly, s² = u·m / (u + m) = m · σ(log u − log
     m) with u = exp(2(W h + b)) and m = ``max_variance``: it follows u while u is small and approaches m without
     reaching it. A hard clamp would pass no gradient beyond the bound, and without a bound s² runs away.
-
-    Args:
-        alpha: weight of mean(s²) in the loss.
-        max_variance: the bound m.
-        learning_rate: of Adam, for W and b; constant.
-        start_log_std: b at the start.
-        cache_hidden: see :class:`Noise`.
     """
 
     reads_states = True
 
     def __init__(
         self,
-        hidden_size: int,
+        width: int,
         vocabulary: int,
         *,
-        alpha: NonNegative = 0.1,
-        max_variance: Positive = 1.0,
-        learning_rate: Positive = 1e-3,
-        start_log_std: Finite = -1.0,
-        cache_hidden: Cache = "auto",
+        alpha: float = 0.1,
+        max_variance: float = 1.0,
+        learning_rate: float = 1e-3,
+        start_log_std: float = -1.0,
     ) -> None:
-        super().__init__(alpha, learning_rate, cache_hidden)
+        super().__init__(alpha, learning_rate)
         self.max_variance = max_variance
-        self.weight_VH = nn.Parameter(torch.zeros(vocabulary, hidden_size))
+        self.weight_VH = nn.Parameter(torch.zeros(vocabulary, width))
         self.bias_V = nn.Parameter(torch.full((vocabulary,), start_log_std))
 
     def variance(self, hidden_NH: Tensor) -> Tensor:
@@ -133,7 +117,7 @@ class TrainableNoise(Noise):
         return (logsigmoid(log_u_NV - math.log(self.max_variance)) + math.log(self.max_variance)).exp()
 
     def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
-        """See :class:`Noise`. Only ``noise_B`` and ``variance`` carry gradients."""
+        """Both terms, and the share near the bound. Only ``noise_B`` and ``variance`` carry gradients."""
         assert rejected is not None, "trainable noise reads the reference's hidden states"
         apply: Any = _TrainedNoise.apply
         policy_N, noise_N, variance, at_bound = apply(self.weight_VH, self.bias_V, self.max_variance, rejected)
@@ -142,20 +126,18 @@ class TrainableNoise(Noise):
         return NoisyReference(policy_B, noise_B, variance), at_bound
 
 
-class FixedNoise(Noise):
-    """The same variance everywhere, not trained (the paper's ablation, N(0, 0.5) read as a variance)."""
+class FixedModule(NoiseModule):
+    """The same variance everywhere, not trained."""
 
     reads_states = True
 
-    def __init__(
-        self, hidden_size: int, vocabulary: int, *, variance: NonNegative = 0.5, cache_hidden: Cache = "auto"
-    ) -> None:
-        super().__init__(cache_hidden=cache_hidden)
+    def __init__(self, *, variance: float) -> None:
+        super().__init__()
         self.fixed = variance
 
     @torch.no_grad()
     def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
-        """See :class:`Noise`. Nothing carries a gradient."""
+        """Both terms; nothing carries a gradient."""
         assert rejected is not None, "fixed noise reads the reference's hidden states"
         head, draw = rejected.head.cast(clean_B.device), _Draw(rejected, math.sqrt(self.fixed))
         terms = [Tally(rejected.target_N) for _ in range(2)]
@@ -168,17 +150,14 @@ class FixedNoise(Noise):
         return NoisyReference(policy_B, noise_B, clean_B.new_tensor(self.fixed)), clean_B.new_zeros(())
 
 
-class Offset(Noise):
-    """The control that the paper lacks: the mean effect of noise as a plain constant.
+class OffsetModule(NoiseModule):
+    """The mean effect of noise as a plain constant.
 
     The policy never meets ε, so noise acts on it as an offset of the margin. Here that offset is the same for every
     pair: log p̃_r(y⁻|x) = log p_r(y⁻|x) − ``shift``, and the margin shrinks by β · ``shift``.
-
-    Args:
-        shift: in nats; compare with the metric ``npo/shift`` of a run with noise.
     """
 
-    def __init__(self, hidden_size: int, vocabulary: int, *, shift: Finite) -> None:
+    def __init__(self, *, shift: float) -> None:
         super().__init__()
         self.shift = shift
 
@@ -186,20 +165,6 @@ class Offset(Noise):
         """The clean log-probability less the shift, twice."""
         nothing, shifted_B = clean_B.new_zeros(()), clean_B - self.shift
         return NoisyReference(shifted_B, shifted_B, nothing), nothing
-
-
-class MatchedOffset(Offset):
-    """An :class:`Offset` by the mean shift that noise had in the same iteration, off the same policy and pairs.
-
-    Args:
-        shift: what that training came to; ``stages.py`` runs it, or finds it, first.
-        like: the noise of that training.
-    """
-
-    not_in_key = ("like",)  # the key of that training stands for it
-
-    def __init__(self, hidden_size: int, vocabulary: int, shift: float = 0.0, *, like: Callable[..., Noise]) -> None:
-        super().__init__(hidden_size, vocabulary, shift=shift)
 
 
 class _TrainedNoise(Function):

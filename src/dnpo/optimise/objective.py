@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dnpo.settings import Positive
-
 
 class PairLogps(NamedTuple):
     """log p(y⁺|x) and log p(y⁻|x) of a batch of pairs under one model."""
@@ -60,7 +58,7 @@ def log_ratio_gap(policy: PairLogps, reference: PairLogps) -> Tensor:
     return (policy.chosen_B - reference.chosen_B) - (policy.rejected_B - reference.rejected_B)
 
 
-def logistic(policy: PairLogps, reference: PairLogps, *, beta: Positive) -> Tensor:
+def logistic(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
     """ℓ(β · gap) with ℓ(m) = −log σ(m) = softplus(−m): SPIN (equation 4.7) and DPO (equation 7). Shape B."""
     return softplus(-beta * log_ratio_gap(policy, reference))
 

@@ -7,7 +7,6 @@ and the check that before the first update the policy is the reference. Shapes a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -17,7 +16,7 @@ from torch.optim import Adam
 
 from dnpo.errors import StepZeroError
 from dnpo.optimise.batches import Batches, Slice
-from dnpo.optimise.npo import Noise, Rejected
+from dnpo.optimise.npo import NoiseModule, Rejected
 from dnpo.optimise.objective import (
     NoisyReference,
     Objective,
@@ -27,7 +26,8 @@ from dnpo.optimise.objective import (
     saturation,
     two_player,
 )
-from dnpo.optimise.training import Batch, Optimisation, Training, fit, fused
+from dnpo.optimise.parts import Optimisation, PairOptimisation
+from dnpo.optimise.training import Batch, Training, fit, fused
 from dnpo.policy.logprobs import Head, token_logps
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed, pack
@@ -109,7 +109,7 @@ class PreferenceTraining(Training):
         report: Report,
         *,
         frozen: Frozen | None,
-        noise: Noise,
+        noise: NoiseModule,
         objective: Objective,
         beta: float,
     ) -> None:
@@ -127,7 +127,7 @@ class PreferenceTraining(Training):
         """The noise has Adam with a constant learning rate of its own."""
         optimizers, schedules = super().configure_optimizers()
         if len(self.players) > 1:
-            optimizers.append(fused(partial(Adam, lr=self.noise.learning_rate), list(self.noise.parameters())))
+            optimizers.append(fused(Adam, list(self.noise.parameters()), {"lr": self.noise.learning_rate}))
         return optimizers, schedules
 
     def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -237,16 +237,16 @@ def fine_tune(
 
     groups = optimisation.groups(len(rows), seed)
     module = FineTuning(policy, optimisation, len(groups), report)
-    return fit(module, Batches(rows, groups, optimisation.micro_batch_size, collate), folder)
+    return fit(module, Batches(rows, groups, optimisation.rows_at_once, collate), folder)
 
 
 def optimise(
     policy: Policy,
     pairs: Sequence[Pair],
     reference: Sequence[ReferenceLogps],
-    optimisation: Optimisation,
+    optimisation: PairOptimisation,
     *,
-    noise: Noise,
+    noise: NoiseModule,
     objective: Objective,
     beta: float,
     seed: int,
@@ -302,7 +302,7 @@ def optimise(
     module = PreferenceTraining(
         policy, optimisation, len(groups), report, frozen=frozen, noise=noise, objective=objective, beta=beta
     )
-    return fit(module, Batches(range(len(pairs)), groups, optimisation.micro_batch_size, collate), folder)
+    return fit(module, Batches(range(len(pairs)), groups, optimisation.rows_at_once, collate), folder)
 
 
 def split(logp_S: Tensor) -> PairLogps:

@@ -8,7 +8,7 @@ import inspect
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,80 +21,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError
-from dnpo.optimise.batches import Batches, schedule
+from dnpo.optimise.batches import Batches
+from dnpo.optimise.parts import Optimisation
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed
-from dnpo.settings import Count, Fraction, Natural, NonNegative
 from dnpo.store import Report
 
 CHECKPOINT = "checkpoint.ckpt"
-
-
-class Optimisation:
-    """How to train: what ``trainer=…`` and ``sft=…`` configure.
-
-    Args:
-        epochs: passes over the rows; 0 trains nothing.
-        steps: policy steps at which to stop instead, however many epochs that takes; 0 means by epochs.
-        batch_size: rows of one policy step.
-        micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory and
-            rounding, nothing else.
-        optimizer: the policy's, waiting for its parameters; fused where torch has that and nothing else is said.
-        warmup: share of the policy steps over which its learning rate rises from 0.
-        decay: whether it then falls linearly to 0 (else it stays).
-        clip: gradient norm of a player at most; 0 means no clipping.
-        autocast: bf16 matrix products over parameters of higher precision.
-        checkpoint_every: policy steps between checkpoints; after a kill at most so many are repeated.
-        share_prompt: compute the prompt of a pair once for both responses.
-        checkpointing: keep one hidden state a layer for the backward pass and make the rest again: less memory, a third
-            more time.
-        compile: the model's body by torch.compile.
-    """
-
-    # What changes rounding, memory or time, and nothing else.
-    not_in_key = ("checkpoint_every", "micro_batch_size", "share_prompt", "checkpointing", "compile")
-
-    def __init__(
-        self,
-        *,
-        optimizer: Callable[..., Optimizer],
-        epochs: Natural = 1,
-        steps: Natural = 0,
-        batch_size: Count = 64,
-        micro_batch_size: Natural = 0,
-        warmup: Fraction = 0.1,
-        decay: bool = True,
-        clip: NonNegative = 1.0,
-        autocast: bool = False,
-        checkpoint_every: Count = 50,
-        share_prompt: bool = True,
-        checkpointing: bool = False,
-        compile: bool = False,
-    ) -> None:
-        try:  # now, and not after an hour of generating
-            optimizer([nn.Parameter(torch.zeros(1))])
-        except (TypeError, ValueError) as error:
-            raise SettingsError(f"optimizer: {error}") from error
-        self.optimizer, self.epochs, self.steps = optimizer, epochs, steps
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
-        self.warmup, self.decay, self.clip, self.autocast = warmup, decay, clip, autocast
-        self.checkpoint_every, self.share_prompt = checkpoint_every, share_prompt
-        self.checkpointing, self.compile = checkpointing, compile
-
-    def groups(self, rows: int, seed: int) -> list[tuple[int, ...]]:
-        """The rows of each policy step of a training on so many rows."""
-        return schedule(rows, self.batch_size, self.epochs, seed, self.steps or None)
-
-    def passes(self, rows: int) -> float:
-        """How often a training on so many rows reads each of them."""
-        return self.steps * self.batch_size / rows if self.steps else float(self.epochs)
-
-    def factor(self, step: int, total: int) -> float:
-        """Multiple of the peak learning rate at a policy step: linear warm-up, then linear decay or none."""
-        warm = math.ceil(self.warmup * total)
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        return (total - step) / max(total - warm, 1) if self.decay else 1.0
 
 
 @dataclass(frozen=True)
@@ -199,7 +132,8 @@ class Training(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The policy's optimizer with its schedule by policy steps."""
         trained = [p for p in self.policy_module.parameters() if p.requires_grad]
-        optimizer = fused(self.optimisation.optimizer, trained)
+        how = self.optimisation.optimizer
+        optimizer = fused(cast(Callable[..., Optimizer], how.resolve()), trained, how.settings)
         schedule_ = LambdaLR(optimizer, lambda step: self.optimisation.factor(step, self.total))
         return [optimizer], [schedule_]
 
@@ -284,13 +218,13 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
     return module.history
 
 
-def fused(make: Callable[..., Optimizer], parameters: Sequence[nn.Parameter]) -> Optimizer:
+def fused(
+    optimizer: Callable[..., Optimizer], parameters: Sequence[nn.Parameter], settings: Mapping[str, Any]
+) -> Optimizer:
     """The optimizer in torch's fused form where there is one: one kernel over all parameters, the same mathematics."""
-    known = inspect.signature(make).parameters
-    chosen = getattr(make, "keywords", {})
-    if "fused" in known and not {"fused", "foreach", "differentiable"} & set(chosen):
-        return make(parameters, fused=True)
-    return make(parameters)
+    known = inspect.signature(optimizer).parameters
+    fuse = "fused" in known and not {"fused", "foreach", "differentiable"} & set(settings)
+    return optimizer(parameters, **settings, **({"fused": True} if fuse else {}))
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -299,7 +233,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 def _fitting(module: Training, batches: Batches[Any, Any]) -> int:
     """The largest micro-batch, halved again and again, with which the step that failed goes through; 0 if none does."""
-    size = min(module.optimisation.micro_batch_size, len(batches.groups[module.policy_step]))
+    size = min(module.optimisation.rows_at_once, len(batches.groups[module.policy_step]))
     autocast = torch.autocast(module.policy.device.type, torch.bfloat16, enabled=module.optimisation.autocast)
     while size > 1:
         size //= 2
@@ -321,7 +255,7 @@ def _fitting(module: Training, batches: Batches[Any, Any]) -> int:
 
 def _advice(module: Training, short: str, fits: int) -> str:
     optimisation = module.optimisation
-    now = f"with {optimisation.micro_batch_size} rows at once"
+    now = f"with {optimisation.rows_at_once} rows at once"
     if fits:
         way = (
             f"trainer.micro_batch_size={fits} fits, as tried on the rows of this step, and gives the same results: "

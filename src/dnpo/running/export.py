@@ -220,7 +220,8 @@ def _merged(policy: Saved, folder: Path) -> None:
     """The base model with all adapters merged in, in float32 so that nothing is rounded in between."""
     import torch
 
-    from dnpo.policy.model import Dtype, load
+    from dnpo.policy.base import Dtype
+    from dnpo.policy.loading import load
 
     content = policy.made_of["model"].get("content")
     if content is not None and (not Path(policy.base).is_dir() or content_hash(Path(policy.base)) != content):

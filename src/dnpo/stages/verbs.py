@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,14 +22,14 @@ from dnpo.judges import Judge, judged, tally
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.optimise import preference as optimise
 from dnpo.optimise import reference as references
-from dnpo.optimise.npo import Noise
-from dnpo.optimise.objective import Objective
-from dnpo.optimise.training import Optimisation, discard_checkpoint
-from dnpo.policy.model import ModelPart, Policy
+from dnpo.optimise.parts import MatchedOffset, Noise, Objective, Optimisation, PairOptimisation
+from dnpo.optimise.training import discard_checkpoint
+from dnpo.policy.base import ModelPart
+from dnpo.policy.model import Policy
 from dnpo.policy.tokenizer import encode, human_response
 from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write, write_preferences
 from dnpo.seeding import derive
-from dnpo.settings import stage_key
+from dnpo.settings import part_key
 from dnpo.store import Report, Stage, manifest, write_json
 
 T = TypeVar("T")
@@ -38,20 +37,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part(Generic[T]):
-    """A component and its settings.
-
-    Attributes:
-        not_in_key: those of the settings that cannot change a result.
-    """
+    """A component, and what decides its results."""
 
     value: T
-    settings: Mapping[str, Any]
-    not_in_key: Sequence[str] = ()
 
     @property
     def key(self) -> dict[str, Any]:
         """The settings that decide what it does, as they go into stage keys."""
-        return stage_key(self.settings, self.not_in_key)
+        return part_key(self.value)
 
 
 @dataclass(frozen=True)
@@ -63,8 +56,8 @@ class Plan:
     judge: Part[Judge]
     dsl: Part[dsl.Labeller]
     objective: Part[Objective]
-    npo: Part[partial[Noise]]
-    trainer: Part[Optimisation]
+    npo: Part[Noise]
+    trainer: Part[PairOptimisation]
 
 
 @dataclass(frozen=True)
@@ -261,7 +254,7 @@ def reference(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage)
 
 def hidden(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> Stage | None:
     """The policy's hidden states of rejected tokens before it is trained; none where nobody reads or keeps them."""
-    keep = plan.npo.settings.get("cache_hidden", "off")
+    keep = plan.npo.value.cache_hidden
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         rows = read(inputs["pairs"] / "pairs.parquet", Pair)
@@ -287,10 +280,8 @@ def hidden(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) ->
 
 def as_matched(plan: Plan) -> Plan | None:
     """The same plan with the noise that its ``npo`` is to match; none where it matches nothing."""
-    if "like" not in plan.npo.settings:
-        return None
-    noise: partial[Noise] = plan.npo.value.keywords["like"]
-    return replace(plan, npo=Part(noise, plan.npo.settings["like"], not_in_key=getattr(noise.func, "not_in_key", ())))
+    like = plan.npo.value.like
+    return None if like is None else replace(plan, npo=Part(like))
 
 
 def match(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage, scores: Stage) -> Stage | None:
@@ -320,15 +311,17 @@ def train(
         start.model = run.model.value.lora.on(start.model, derive(seed, "adapter"))
         rows = read(inputs["pairs"] / "pairs.parquet", Pair)
         entries, width = start.head.weight_VH.shape
-        shift = [_mean_shift(inputs["like"])] if "like" in inputs else []
+        noise = plan.npo.value
+        if isinstance(noise, MatchedOffset):
+            noise = noise.at(_mean_shift(inputs["like"]))
         history = optimise.optimise(
             start,
             rows,
             references.read_scores(inputs["reference"], len(rows)),
             plan.trainer.value,
-            noise=plan.npo.value(width, entries, *shift),
+            noise=noise.module(width, entries),
             objective=plan.objective.value,
-            beta=float(plan.objective.settings.get("beta", 1.0)),
+            beta=float(plan.objective.value.beta),
             seed=seed,
             folder=folder,
             report=report,

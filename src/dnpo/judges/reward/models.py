@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from dnpo.errors import ModelError
-from dnpo.policy.model import Dtype, without_dropout
+from dnpo.policy.base import Dtype
+from dnpo.policy.loading import without_dropout
 from dnpo.policy.tokenizer import PLAIN_TEMPLATE
 from dnpo.policy.weights import Weights, context_of
 from dnpo.records import Message

@@ -13,11 +13,12 @@ from torch import nn
 
 from dnpo.generate.hf import Sampling
 from dnpo.optimise import npo
-from dnpo.optimise.npo import Noise
+from dnpo.optimise.npo import NoiseModule
+from dnpo.optimise.parts import Optimisation, PairOptimisation
 from dnpo.optimise.reference import SPARE
-from dnpo.optimise.training import Optimisation
 from dnpo.policy import logprobs
-from dnpo.policy.model import Lora, Policy
+from dnpo.policy.lora import Lora
+from dnpo.policy.model import Policy
 from dnpo.running.gate.finding import Finding
 
 SMALL = 2**16  # bytes of a stage's small files
@@ -178,7 +179,7 @@ def activations(of: Shape, optimisation: Optimisation, tokens: int) -> float:
 
 
 def training_bytes(
-    of: Shape, optimisation: Optimisation, rows: Counts, noise: Noise | None, copy: bool, device: str
+    of: Shape, optimisation: Optimisation, rows: Counts, noise: NoiseModule | None, copy: bool, device: str
 ) -> tuple[float, float]:
     """Bytes of weights, gradients and optimizer states, which are sure; and of a micro-batch of the longest rows.
 
@@ -198,8 +199,9 @@ def training_bytes(
     if noise is not None:  # with its gradients and Adam's two
         fixed += 4 * 4 * sum(p.numel() for p in noise.parameters())
     responses = rows.longest_response if noise is None else rows.longest_response + rows.limit
-    prompts = rows.longest_prompt * (1 if noise is None or optimisation.share_prompt else 2)
-    micro = optimisation.micro_batch_size
+    shared = isinstance(optimisation, PairOptimisation) and optimisation.share_prompt
+    prompts = rows.longest_prompt * (1 if noise is None or shared else 2)
+    micro = optimisation.rows_at_once
     moving = activations(of, optimisation, micro * (prompts + responses))
     completions = micro * responses
     moving += min(completions * of.vocabulary * 4, logprobs.KEPT[kind]) + _tile(of, completions, kind)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from dnpo.loop import Iteration
-from dnpo.optimise.npo import Noise
-from dnpo.optimise.training import Optimisation
+from dnpo.optimise.npo import NoiseModule
+from dnpo.optimise.parts import MatchedOffset, Optimisation
 from dnpo.policy.model import Policy
 from dnpo.running.gate import machine
 from dnpo.running.gate.finding import Finding
@@ -104,7 +104,7 @@ class _Training:
     k: int
     number: int
     how: Optimisation
-    noise: Noise | None
+    noise: NoiseModule | None
     states: int
     declines: bool
 
@@ -127,16 +127,16 @@ def _trainings(run: Run, of: Shape, counts: Counts) -> list[_Training]:
     plans = [plan for each in run.plans for plan in (as_matched(each), each) if plan is not None]
     for plan in plans:
         states = _states(plan, of, counts)
-        declines = plan.npo.settings.get("cache_hidden") != "on"
+        part = plan.npo.value
         with torch.device("meta"):
-            noise = plan.npo.value(of.width, of.vocabulary)
-        found.append(_Training(plan.k, first + plan.k, plan.trainer.value, noise, states, declines))
+            noise = (part.at(0.0) if isinstance(part, MatchedOffset) else part).module(of.width, of.vocabulary)
+        found.append(_Training(plan.k, first + plan.k, plan.trainer.value, noise, states, part.cache_hidden != "on"))
     return found
 
 
 def _states(plan: Plan, of: Shape, counts: Counts) -> int:
     """Bytes of the hidden states that are kept, as ``stages.hidden`` decides it."""
-    keep, trainer = plan.npo.settings.get("cache_hidden", "off"), plan.trainer.value
+    keep, trainer = plan.npo.value.cache_hidden, plan.trainer.value
     if keep == "off" or (keep == "auto" and trainer.passes(counts.train) <= 1):
         return 0
     return machine.hidden_bytes(of, counts, trainer.autocast)

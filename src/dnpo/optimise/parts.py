@@ -1,0 +1,284 @@
+"""The settings of the two trainings: what ``objective``, ``npo``, ``trainer`` and ``sft`` can be.
+
+Only settings stand here. What they configure is imported when it is needed: the equations from ``objective.py``, the
+noise from ``npo.py``, the training loop from ``training.py``.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from dnpo.errors import SettingsError
+from dnpo.settings import Bound, Count, Finite, Fraction, Natural, NonNegative, Positive, neutral
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dnpo.optimise.npo import NoiseModule
+    from dnpo.optimise.objective import PairLogps
+
+Cache = Literal["auto", "on", "off"]
+
+
+# --- objective
+
+
+class Objective(Protocol):
+    """What ``objective=…`` configures.
+
+    Attributes:
+        beta: the factor between a pair's log-ratio gap and its margin, by which margins and implicit rewards are
+            reported.
+    """
+
+    @property
+    def beta(self) -> float: ...
+
+    def __call__(self, policy: "PairLogps", reference: "PairLogps") -> "Tensor":
+        """A loss for each of the B pairs. Shape B."""
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """The logistic loss of SPIN (equation 4.7) and DPO (equation 7): −log σ(β · gap).
+
+    Args:
+        beta: preference temperature.
+    """
+
+    beta: Positive
+
+    def __call__(self, policy: "PairLogps", reference: "PairLogps") -> "Tensor":
+        """A loss for each of the B pairs. Shape B."""
+        from dnpo.optimise.objective import logistic
+
+        return logistic(policy, reference, beta=self.beta)
+
+
+def check_objective(objective: Objective) -> None:
+    """Refuse an objective that does not say at which β margins are to be reported.
+
+    Raises:
+        SettingsError: it has no number ``beta``.
+    """
+    beta = getattr(objective, "beta", None)
+    if not isinstance(beta, int | float) or isinstance(beta, bool) or not math.isfinite(beta):
+        name = objective.target if isinstance(objective, Bound) else type(objective).__name__
+        raise SettingsError(
+            f"objective: {name} has no number beta, by which margins and rewards are reported; give it a field or "
+            "property of this name (1.0 reports plain log-ratios, in nats)"
+        )
+
+
+# --- noise
+
+
+class Noise:
+    """What ``npo=…`` configures: noise on the reference's log-probability of rejected responses.
+
+    Attributes:
+        reads_states: whether it needs the reference's hidden states, or only its log-probability.
+        cache_hidden: whether these are kept on disk for the iteration: ``on``, ``off``, or ``auto`` for when more than
+            one epoch will read them and the disk has room.
+        like: noise whose mean shift it is to match, off the same policy and pairs; None for most.
+    """
+
+    reads_states: bool = False
+    cache_hidden: Cache = "off"
+    like: "Noise | None" = None
+
+    def module(self, width: int, vocabulary: int) -> "NoiseModule":
+        """What perturbs the log-probabilities, with its parameters if it has any.
+
+        Args:
+            width: of the reference's hidden states.
+            vocabulary: entries of its output head.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NoNoise(Noise):
+    """No noise: the policy term is the plain objective."""
+
+    def module(self, width: int, vocabulary: int) -> "NoiseModule":
+        """A module that changes nothing."""
+        from dnpo.optimise.npo import SilentModule
+
+        return SilentModule()
+
+
+@dataclass(frozen=True)
+class TrainableNoise(Noise):
+    """A standard deviation for every token position and vocabulary entry, log s = W h + b, trained against the policy.
+
+    Args:
+        alpha: weight of mean(s²) in the loss.
+        max_variance: s² stays below.
+        learning_rate: of Adam, for W and b; constant.
+        start_log_std: b at the start.
+        cache_hidden: see :class:`Noise`; it changes rounding, and what is computed twice.
+    """
+
+    reads_states = True
+
+    alpha: NonNegative = 0.1
+    max_variance: Positive = 1.0
+    learning_rate: Positive = 1e-3
+    start_log_std: Finite = -1.0
+    cache_hidden: Cache = neutral("auto")
+
+    def module(self, width: int, vocabulary: int) -> "NoiseModule":
+        """The noise with W at 0 and b at ``start_log_std``."""
+        from dnpo.optimise.npo import TrainableModule
+
+        return TrainableModule(
+            width,
+            vocabulary,
+            alpha=self.alpha,
+            max_variance=self.max_variance,
+            learning_rate=self.learning_rate,
+            start_log_std=self.start_log_std,
+        )
+
+
+@dataclass(frozen=True)
+class FixedNoise(Noise):
+    """The same variance everywhere, not trained (the DNPO paper's ablation, N(0, 0.5) read as a variance).
+
+    Args:
+        variance: s².
+        cache_hidden: see :class:`Noise`.
+    """
+
+    reads_states = True
+
+    variance: NonNegative = 0.5
+    cache_hidden: Cache = neutral("auto")
+
+    def module(self, width: int, vocabulary: int) -> "NoiseModule":
+        """The noise, which has nothing to train."""
+        from dnpo.optimise.npo import FixedModule
+
+        return FixedModule(variance=self.variance)
+
+
+@dataclass(frozen=True)
+class Offset(Noise):
+    """The control that the paper lacks: the mean effect of noise as a plain constant.
+
+    Args:
+        shift: taken off the reference's log-probability of rejected responses, in nats; compare with the metric
+            ``npo/shift`` of a run with noise.
+    """
+
+    shift: Finite
+
+    def module(self, width: int, vocabulary: int) -> "NoiseModule":
+        """The constant."""
+        from dnpo.optimise.npo import OffsetModule
+
+        return OffsetModule(shift=self.shift)
+
+
+@dataclass(frozen=True)
+class MatchedOffset(Noise):
+    """An :class:`Offset` by the mean shift that noise had in the same iteration, off the same policy and pairs.
+
+    Args:
+        like: that noise. The key of its training stands for it.
+    """
+
+    like: Noise = neutral()
+
+    def at(self, shift: float) -> Offset:
+        """The offset, once the mean shift of that training is known, in nats."""
+        return Offset(shift=shift)
+
+
+# --- training
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How to train: what ``sft=…`` configures.
+
+    Args:
+        epochs: passes over the rows; 0 trains nothing.
+        steps: policy steps at which to stop instead, however many epochs that takes; 0 means by epochs.
+        batch_size: rows of one policy step.
+        micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory and
+            rounding, nothing else.
+        optimizer: the policy's, waiting for its parameters; fused where torch has that and nothing else is said.
+        warmup: share of the policy steps over which its learning rate rises from 0.
+        decay: whether it then falls linearly to 0 (else it stays).
+        clip: gradient norm of a player at most; 0 means no clipping.
+        autocast: bf16 matrix products over parameters of higher precision.
+        checkpoint_every: policy steps between checkpoints; after a kill at most so many are repeated.
+        checkpointing: keep one hidden state a layer for the backward pass and compute the rest again: less memory, a
+            third more time.
+        compile: the model's body by torch.compile.
+    """
+
+    optimizer: Bound
+    epochs: Natural = 1
+    steps: Natural = 0
+    batch_size: Count = 64
+    micro_batch_size: Natural = neutral(0)
+    warmup: Fraction = 0.1
+    decay: bool = True
+    clip: NonNegative = 1.0
+    autocast: bool = False
+    checkpoint_every: Count = neutral(50)
+    checkpointing: bool = neutral(False)
+    compile: bool = neutral(False)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows at most that go through the model at once."""
+        return self.micro_batch_size or self.batch_size
+
+    def check(self, name: str) -> None:
+        """Try the optimizer now, and not after an hour of generating.
+
+        Args:
+            name: where the settings stand, such as ``trainer``.
+
+        Raises:
+            SettingsError: it cannot be imported, or does not take its settings.
+        """
+        from torch import nn, zeros
+
+        self.optimizer.check(f"{name}.optimizer")
+        try:
+            self.optimizer([nn.Parameter(zeros(1))])
+        except (TypeError, ValueError) as error:
+            raise SettingsError(f"{name}.optimizer: {error}") from error
+
+    def groups(self, rows: int, seed: int) -> list[tuple[int, ...]]:
+        """The rows of each policy step of a training on so many rows."""
+        from dnpo.optimise.batches import schedule
+
+        return schedule(rows, self.batch_size, self.epochs, seed, self.steps or None)
+
+    def passes(self, rows: int) -> float:
+        """How often a training on so many rows reads each of them."""
+        return self.steps * self.batch_size / rows if self.steps else float(self.epochs)
+
+    def factor(self, step: int, total: int) -> float:
+        """Multiple of the peak learning rate at a policy step: linear warm-up, then linear decay or none."""
+        warm = math.ceil(self.warmup * total)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return (total - step) / max(total - warm, 1) if self.decay else 1.0
+
+
+@dataclass(frozen=True)
+class PairOptimisation(Optimisation):
+    """How to train on pairs: what ``trainer=…`` configures.
+
+    Args:
+        share_prompt: compute the prompt of a pair once for both responses.
+    """
+
+    share_prompt: bool = neutral(True)

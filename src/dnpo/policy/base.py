@@ -1,0 +1,193 @@
+"""Where the first policy comes from: what ``model=…`` configures. Weights are loaded by ``loading.py``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from dnpo.errors import ModelError
+from dnpo.policy.lora import Lora
+from dnpo.records import Prompt
+from dnpo.seeding import derive
+from dnpo.settings import Count, Natural, neutral
+from dnpo.store import content_hash
+
+if TYPE_CHECKING:
+    from dnpo.policy.model import Policy
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A small Llama-shaped model, not trained yet, with a byte-pair tokenizer trained on the data's own text.
+
+    Args:
+        width, layers, heads, mlp: hidden size, number of blocks, attention heads, inner size of the MLP.
+        vocabulary: tokens at most, special ones included; every digit is a token of its own.
+        context: positions at most.
+        seed: draws the initial weights.
+    """
+
+    lora: Lora
+    width: Count = 96
+    layers: Count = 2
+    heads: Count = 4
+    mlp: Count = 256
+    vocabulary: Count = 400
+    context: Count = 128
+    seed: Natural = 0
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads):
+            raise ModelError(
+                f"model.width={self.width}: must be a multiple of 2 × model.heads={self.heads} (rotary positions)"
+            )
+
+    def identity(self) -> Mapping[str, Any]:
+        """Everything that decides the initial weights and the tokenizer."""
+        return {**self._shape, "vocabulary": self.vocabulary, "seed": self.seed}
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        return {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "intermediate_size": self.mlp,
+            "max_position_embeddings": self.context,
+        }
+
+    def base(self, folder: Path, prompts: Sequence[Prompt]) -> None:
+        """Train the tokenizer on the prompts and human responses, draw the weights, and write both."""
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from dnpo.policy.model import Policy
+        from dnpo.policy.tokenizer import train_tokenizer
+
+        tokenizer = train_tokenizer(prompts, self.vocabulary)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=False,
+            **self._shape,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(derive(self.seed, "weights"))
+            model = LlamaForCausalLM(config)
+        Policy(model, tokenizer).save(folder)
+
+    def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> "Policy":
+        """The policy in ``folder``, or the untrained one without."""
+        from dnpo.policy.loading import load
+
+        return load(str(base), folder, device=device)
+
+    def outline(self, base: Path) -> "Policy":
+        """The untrained model without its weights; see ``loading.py``."""
+        from dnpo.policy.loading import outline
+
+        return outline(str(base))
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Any causal language model of transformers, from a local folder or by its name on the Hugging Face hub.
+
+    Args:
+        path: a folder with ``config.json``, safetensors weights and a tokenizer; or
+        name: a name on the hub, with ``revision``. Exactly one of the two.
+        dtype: of the weights.
+        trust_remote_code: whether code that comes with the model may run.
+        chat_template: overrides the tokenizer's; one that has none gets a plain template (``PLAIN_TEMPLATE``).
+    """
+
+    lora: Lora
+    path: str | None = neutral(None)
+    name: str | None = None
+    revision: str | None = None
+    dtype: Dtype = "float32"
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.name is None):
+            raise ModelError("model: give either model.path (a folder) or model.name (on the hub)")
+        if self.path is not None and not (Path(self.path) / "config.json").is_file():
+            raise ModelError(
+                f"model.path={self.path}: no model there; expected a folder with config.json, *.safetensors and a "
+                "tokenizer"
+            )
+
+    @property
+    def _local(self) -> bool:
+        return self.path is not None
+
+    @cached_property
+    def _location(self) -> str:
+        """The folder from wherever it is read later, or the name."""
+        return str(Path(self.path).absolute()) if self.path is not None else cast(str, self.name)
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the weights: the contents of the folder, or name and commit on the hub."""
+        where = (
+            {"content": content_hash(Path(self._location))}
+            if self._local
+            else {"name": self._location, "revision": self._commit}
+        )
+        return {**where, "dtype": self.dtype, "chat_template": self.chat_template}
+
+    @cached_property
+    def _commit(self) -> str:
+        """The commit that is read, whatever the revision points to later."""
+        from httpx2 import HTTPError
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return cast(str, HfApi().model_info(self._location, revision=self.revision).sha)
+        except (HfHubHTTPError, HTTPError, OSError) as error:
+            if self.revision is not None:  # offline, but pinned: what is in the cache will do
+                return self.revision
+            raise ModelError(
+                f"model.name={self._location}: the hub does not answer ({type(error).__name__}); give model.revision=… "
+                "to use a downloaded copy, or model=local model.path=…"
+            ) from error
+
+    def base(self, folder: Path, prompts: Sequence[Prompt]) -> None:
+        """Write the tokenizer with the template in force; the weights stay where they are."""
+        self.outline(folder).tokenizer.save_pretrained(folder)
+
+    def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> "Policy":
+        """The policy in ``folder``, or the base model without."""
+        from dnpo.policy.loading import load
+
+        return load(
+            self._location,
+            folder,
+            revision=None if self._local else self._commit,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            chat_template=self.chat_template,
+            device=device,
+        )
+
+    def outline(self, base: Path) -> "Policy":
+        """The base model without its weights; see ``loading.py``."""
+        from dnpo.policy.loading import outline
+
+        return outline(
+            self._location,
+            revision=None if self._local else self._commit,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            chat_template=self.chat_template,
+        )
+
+
+ModelPart = Scratch | Pretrained

@@ -1,0 +1,178 @@
+"""Loading a policy, or its outline without weights, and refusing models whose numbers would be wrong here."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from dnpo.errors import ModelError
+from dnpo.policy.base import Dtype
+from dnpo.policy.model import Policy, adapters
+from dnpo.policy.packing import ATTENTION, pack
+from dnpo.policy.tokenizer import PLAIN_TEMPLATE
+
+
+def load(
+    base: str,
+    folder: Path | None,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "float32",
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+    device: str = "cpu",
+) -> Policy:
+    """Load a policy: full weights from ``folder`` if there are, else the base's with the folder's adapters merged in.
+
+    Raises:
+        ModelError: there is no usable model or tokenizer, or the two disagree, or the output head is not one whose
+            logits the log-probabilities here reproduce.
+    """
+    whole = folder is not None and (folder / "config.json").is_file()
+    weights = str(folder) if whole else base
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": None if whole else revision}
+    try:
+        tokenizer, config = _described(weights, chat_template, options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            weights, config=config, dtype=dtype, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"model: {weights} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if folder is not None and not whole:
+        from peft import PeftModel
+
+        for adapter in adapters(folder):
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    policy = Policy(model.to(device), tokenizer)
+    _check(policy, weights)
+    return policy
+
+
+def outline(
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "float32",
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+) -> Policy:
+    """The base model with its tokenizer, its shapes and its settings, but without weights: it takes no memory.
+
+    Raises:
+        ModelError: there is no usable configuration or tokenizer, or the two disagree.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    try:
+        tokenizer, config = _described(base, chat_template, options)
+        make: Any = AutoModelForCausalLM.from_config
+        with torch.device("meta"):
+            model = make(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model: {base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    with suppress(OSError):  # without a file of its own it follows from the configuration
+        model.generation_config = GenerationConfig.from_pretrained(base, revision=revision or "main")
+    policy = Policy(model, tokenizer)
+    _belong_together(policy, base)
+    return policy
+
+
+def _described(weights: str, chat_template: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The tokenizer, with the template in force, and the configuration."""
+    tokenizer = AutoTokenizer.from_pretrained(weights, **options)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer, without_dropout(AutoConfig.from_pretrained(weights, **options))
+
+
+def without_dropout(config: Any) -> Any:
+    """The configuration with every dropout at 0.
+
+    With dropout the policy is not the reference before the first update, and its steps depend on global chance.
+    """
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _belong_together(policy: Policy, weights: str) -> None:
+    """A tokenizer that the model's embeddings hold, and an end-of-sequence token."""
+    tokenizer, model = policy.tokenizer, policy.causal_lm
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"model: the tokenizer in {weights} has {len(tokenizer):,} tokens, the model embeds only {rows:,}; "
+            "they do not belong together"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"model: the tokenizer in {weights} has no end-of-sequence token, so no response could ever end"
+        )
+
+
+@torch.no_grad()
+def _check(policy: Policy, weights: str) -> None:
+    """A tokenizer that belongs to the model, and a head that is the model's own."""
+    _belong_together(policy, weights)
+    tokenizer = policy.tokenizer
+    _reproduced(policy, [i for i in range(len(tokenizer)) if i != tokenizer.pad_token_id])
+
+
+def _reproduced(policy: Policy, ids: list[int]) -> None:
+    """Whether packed hidden states and the head alone give the logits that the model's own forward gives.
+
+    Two sequences, so that attention across their border would show; four tokens each.
+    """
+    model = policy.causal_lm
+    config = model.config.get_text_config()
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others or getattr(config, "attention_chunk_size", None):
+        raise ModelError(
+            f"model: {type(model).__name__} has layers of {', '.join(sorted(others)) or 'chunked attention'}, which "
+            "cannot run on sequences without padding; expected full or sliding attention"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)} & {"dynamic", "longrope"}
+    if kinds:
+        raise ModelError(
+            f"model: {type(model).__name__} has rotary positions of type {', '.join(sorted(kinds))}: a sequence's "
+            "depend on the longest one computed with it; it is not supported"
+        )
+    step = max(len(ids) // 8, 1)
+    one, other = ids[:: 2 * step][:4], ids[step :: 2 * step][:4]
+    rows = [torch.tensor([row], device=policy.device) for row in (one, other)]
+    try:
+        with policy.evaluating():
+            packed = pack([one[:1], other[:1]], [one[1:], other[1:]]).to(policy.device)
+            hidden_NH = policy.hidden(packed)
+            ours = policy.head.logits(hidden_NH)
+            model.set_attn_implementation(policy.own_attention)  # what it would do by itself
+            alone = [model(input_ids=row, output_hidden_states=True) for row in rows]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model: {type(model).__name__} cannot run on sequences without padding: {error}") from error
+    finally:
+        model.set_attn_implementation(ATTENTION)
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
+    if window and slides and window not in packed.windows:
+        raise ModelError(
+            f"model: {type(model).__name__} does not tell its attention of its window of {window} tokens; it is not "
+            "supported"
+        )
+    its = torch.cat([out.logits[0, :-1] for out in alone]).float()
+    half = policy.head.weight_VH.dtype is not torch.float32
+    if ours.shape == its.shape and torch.allclose(ours, its, rtol=2e-2 if half else 1e-3, atol=5e-2 if half else 1e-3):
+        return
+    # Which of the two is it? Its own last hidden states tell.
+    own = torch.cat([out.hidden_states[-1][0, :-1] for out in alone])
+    if ours.shape == its.shape and torch.allclose(own, hidden_NH, rtol=2e-2, atol=2e-2):
+        what = "does more with its hidden states than its output head and its configuration say"
+    else:
+        what = "lets sequences without padding see each other, or places them by other positions"
+    differ = f"logits differ by up to {float((ours - its).abs().max()):.3g}" if ours.shape == its.shape else "shapes"
+    raise ModelError(f"model: {type(model).__name__} {what}: {differ}; it is not supported")
