@@ -2,56 +2,76 @@
 
     generate  →  judge  →  label  →  optimise  →  evaluate
 
-The verbs are stages (``stages.py``): the chain is laid out first, so that it can be looked at as a plan, and then run
-stage by stage through the store, which skips what is there.
+A verb is given stages and gives a stage (``stages/plan.py`` says how). So a run can be looked at before anything is
+computed, what is there already is found in the store, and runs that share a beginning share its work.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dnpo.stages import verbs as stages
-from dnpo.stages.measures import measures
-from dnpo.stages.verbs import Run
+from dnpo.stages.measures import measure
+from dnpo.stages.plan import BEFORE, Plan, Run
+from dnpo.stages.verbs import (
+    evaluate,
+    find_aids,
+    fine_tune,
+    generate,
+    judge,
+    label,
+    match,
+    optimise,
+    prepare,
+    reference,
+)
 from dnpo.store import Stage
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """One iteration's stages; ``k`` is −1 for what comes before the first iteration."""
+    """One iteration's stages; ``k`` is ``BEFORE`` for what comes before the first. ``policy`` is what it trained."""
 
     k: int
     prompts: Stage
     policy: Stage
     evaluation: Stage
+    measures: tuple[Stage, ...] = ()
     responses: Stage | None = None
     verdicts: Stage | None = None
     pairs: Stage | None = None
     reference: Stage | None = None
     like: Stage | None = None
-    measures: tuple[Stage, ...] = ()
 
     @property
     def stages(self) -> list[Stage]:
         """Its own stages, in the order in which they run."""
-        first = [self.prompts] if self.k < 0 else []
+        first = [self.prompts] if self.k == BEFORE else []
         data = [*first, self.responses, self.verdicts, self.pairs]
         own = [*data, self.reference, self.like, self.policy, self.evaluation, *self.measures]
         return [stage for stage in own if stage is not None]
 
 
 def chain(run: Run) -> Iterator[Iteration]:
-    """Lay out a run: fine-tuning, then every iteration on the policy of the one before."""
-    prompts = stages.prepare(run)
-    policy = stages.fine_tune(run, prompts)
-    report = stages.evaluate(run, -1, prompts, policy, None)
-    yield Iteration(-1, prompts, policy, report, measures=measures(run, -1, prompts, policy, report, None, None))
+    """Fine-tuning, then every iteration on the policy of the one before."""
+    prompts = prepare(run, None)
+    policy = fine_tune(run, None, prompts=prompts)
+    evaluation = evaluate(run, None, prompts=prompts, policy=policy)
+    yield Iteration(BEFORE, prompts, policy, evaluation, measure(run, None, prompts, policy, evaluation))
     for plan in run.plans:
-        responses = stages.generate(run, plan, prompts, policy)
-        verdicts = stages.judge(run, plan, prompts, responses)
-        pairs = stages.label(run, plan, prompts, responses, verdicts)
-        reference = stages.reference(run, plan, prompts, policy, pairs)
-        like = stages.match(run, plan, prompts, policy, pairs, reference)
-        start, policy = policy, stages.train(run, plan, prompts, policy, pairs, reference, like)
-        report = stages.evaluate(run, plan.k, prompts, policy, pairs)
-        beside = measures(run, plan.k, prompts, policy, report, start, pairs)
-        yield Iteration(plan.k, prompts, policy, report, responses, verdicts, pairs, reference, like, beside)
+        iteration = iterate(run, plan, prompts, policy)
+        yield iteration
+        policy = iteration.policy
+
+
+def iterate(run: Run, plan: Plan, prompts: Stage, policy: Stage) -> Iteration:
+    """One iteration: the policy answers, a judge compares, pairs are labelled, a better policy is trained on them."""
+    responses = generate(run, plan, prompts=prompts, policy=policy)
+    verdicts = judge(run, plan, prompts=prompts, responses=responses) if plan.dsl.needs_scores else None
+    pairs = label(run, plan, prompts=prompts, responses=responses, verdicts=verdicts)
+
+    frozen = reference(run, plan, prompts=prompts, policy=policy, pairs=pairs)
+    like = match(run, plan, prompts=prompts, policy=policy, pairs=pairs, reference=frozen)
+    aids = find_aids(run, plan, prompts, policy, pairs)
+    trained = optimise(run, plan, prompts=prompts, policy=policy, pairs=pairs, reference=frozen, like=like, aids=aids)
+    evaluation = evaluate(run, plan, prompts=prompts, policy=trained, pairs=pairs)
+    measures = measure(run, plan, prompts, trained, evaluation, start=policy, pairs=pairs)
+    return Iteration(plan.k, prompts, trained, evaluation, measures, responses, verdicts, pairs, frozen, like)

@@ -8,16 +8,14 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dnpo.commands import common as command
-from dnpo.commands.common import flat, part
 from dnpo.errors import SettingsError
 from dnpo.judges.agreement.rows import Labelled
-from dnpo.settings import Count, Natural, check_values
+from dnpo.settings import Count, Natural, build, check_values, part_key
 from dnpo.settings import check as check_part
 
 PARTS = ("judge", "tracking")
@@ -38,8 +36,12 @@ def whole(*, resamples: Count, seed: Natural, threads: Count, store: str, ledger
 def main() -> None:
     """``python -m dnpo.judges.agreement``."""
     # conf/data holds the data of training: Hydra would look for data=FILE among its options
-    sys.argv[1:] = [re.sub(r"^data=", "data.path=", argument) for argument in sys.argv[1:]]
-    command.run("agreement", _run, "What the judge was asked in words is kept: run the same command again.")
+    command.run(
+        "agreement",
+        _run,
+        "What the judge was asked in words is kept: run the same command again.",
+        arguments=[re.sub(r"^data=", "data.path=", argument) for argument in sys.argv[1:]],
+    )
 
 
 def _checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
@@ -61,27 +63,23 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
     from dnpo.judges.asked.ledger import Ledger
 
-    folder = Path(job.runtime.output_dir)
-    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
-    judge, tracking = (part(name, settings[name]) for name in PARTS)
-    if not judge.value.gives_scores:
+    folder, sweep = command.folders(job)
+    judge, tracking = (build(name, settings[name]) for name in PARTS)
+    if not judge.gives_scores:
         raise SettingsError("judge=off gives no scores, so there is nothing to compare; choose a judge")
-    problem = judge.value.accepts([row.prompt for row in rows])
+    problem = judge.accepts([row.prompt for row in rows])
     if problem is not None:
         raise SettingsError(problem)
-
-    import torch
 
     from dnpo.judges import agreement
     from dnpo.judges.agreement import table
     from dnpo.judges.agreement.figure import draw
     from dnpo.running import execute as running
-    from dnpo.running.console import Console, quieten
+    from dnpo.running.console import Console
     from dnpo.seeding import derive
     from dnpo.store import Store, manifest, write_json
 
-    quieten()
-    torch.set_num_threads(top["threads"])
+    command.prepare_torch(top["threads"])
     console, store = Console(), Store(Path(top["store"]))
     store.open(console.say)
     ledger = Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder))
@@ -97,33 +95,25 @@ def _run(cfg: DictConfig, job: Any) -> None:
         "dnpo.commit": running.commit(),
         "stage.agreement": stage.key,
     }
-    tracking.value.start(f"agreement {name} on {data.path.name}", flat({**top, "data": where, **settings}), tags, sweep)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
+    everything = {**top, "data": where, **settings}
+    with ledger, command.track(tracking, f"agreement {name} on {data.path.name}", everything, tags, sweep):
         for made in (said, stage):
             if store.has(made):
                 console.reused(made.title, made.key)
             else:
                 with console.stage(made.title, lambda _: None) as progress:
                     store.get(made, progress)
-        found = {"judge": name, "key": judge.key, "stage": f"{stage.name}/{stage.key}"}
+        found = {"judge": name, "key": part_key(judge), "stage": f"{stage.name}/{stage.key}"}
         # the name as it is given now: the stage may have been made from a copy of the file
         found |= {**manifest(store.folder(stage))["facts"], "data": data.path.name}
         points = json.loads((store.folder(stage) / agreement.POINTS).read_text())
-        write_json(folder / "agreement.json", {**found, "settings": {**top, "data": where, **settings}})
+        write_json(folder / "agreement.json", {**found, "settings": everything})
         (folder / "agreement.md").write_text(table.markdown(found), encoding="utf-8")
         for ending in ("png", "svg"):
             draw(found, points, folder / f"agreement.{ending}")
-        tracking.value.metrics(table.numbers(found), 0)
+        tracking.metrics(table.numbers(found), 0)
         for ending in ("json", "md", "png", "svg"):
-            tracking.value.artifact(folder / f"agreement.{ending}", "agreement")
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        ledger.close()
-        tracking.value.finish(status)
+            tracking.artifact(folder / f"agreement.{ending}", "agreement")
     console.say("")
     console.table(table.table(found))
     for line in table.notes(found):
@@ -131,7 +121,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     console.say("")
     console.say(f"results     {folder}")
     console.say(f"stages      {store.root}")
-    for line in tracking.value.whereabouts():
+    for line in tracking.whereabouts():
         console.say(line)
 
 

@@ -7,10 +7,11 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.former import up_to_date
 from dnpo.settings import nearest
+
+if TYPE_CHECKING:
+    from dnpo.tracking.writing import Status, Tracking
 
 KEPT = "Finished stages are kept and an unfinished one continues: run the same command again."
 
@@ -42,7 +46,12 @@ def conf_folder() -> Path:
     )
 
 
-def run(config: str, body: Callable[[DictConfig, Any], Any], interrupted: str = KEPT) -> None:
+def run(
+    config: str,
+    body: Callable[[DictConfig, Any], Any],
+    interrupted: str = KEPT,
+    arguments: Sequence[str] | None = None,
+) -> None:
     """Compose ``conf/CONFIG.yaml`` with the arguments and hand it to ``body``, once for every job of a multirun.
 
     What the user can put right becomes a message and a non-zero exit status. One failing job neither stops the others
@@ -53,6 +62,7 @@ def run(config: str, body: Callable[[DictConfig, Any], Any], interrupted: str = 
         body: called with the composed tree and Hydra's own settings of the job; what it returns is what a sweeper that
             searches goes by.
         interrupted: what to say after Ctrl-C.
+        arguments: of the command, where they are not those of the process.
     """
     failed: list[str] = []
 
@@ -78,7 +88,8 @@ def run(config: str, body: Callable[[DictConfig, Any], Any], interrupted: str = 
         folder = conf_folder()
         if not (folder / f"{config}.yaml").is_file():
             raise SettingsError(f"{folder}: expected a {config}.yaml among the settings")
-        hydra.main(version_base="1.3", config_path=str(folder), config_name=config)(task)()
+        with _arguments(sys.argv[1:] if arguments is None else arguments):
+            hydra.main(version_base="1.3", config_path=str(folder), config_name=config)(task)()
         if failed:
             _fail(failed.pop())
     except DnpoError as error:
@@ -88,6 +99,17 @@ def run(config: str, body: Callable[[DictConfig, Any], Any], interrupted: str = 
     except KeyboardInterrupt:
         print(f"\nInterrupted. {interrupted}")
         sys.exit(130)
+
+
+@contextmanager
+def _arguments(given: Sequence[str]) -> Iterator[None]:
+    """The arguments where Hydra looks for them, for a while."""
+    before = sys.argv
+    sys.argv = [before[0], *given]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _fail(message: str) -> None:
@@ -156,12 +178,37 @@ def plain(cfg: DictConfig, shorthand: Mapping[str, str] = MappingProxyType({})) 
     return tree
 
 
-def part(name: str, settings: Mapping[str, Any]) -> Any:
-    """Build one part from its checked settings; a :class:`~dnpo.stages.verbs.Part`."""
-    from dnpo.settings import build
-    from dnpo.stages.verbs import Part
+def prepare_torch(threads: int) -> None:
+    """Set torch up for work on this machine; called once it is known that there is something to compute."""
+    import torch
 
-    return Part(build(name, settings))
+    from dnpo.running.console import silence_libraries
+
+    silence_libraries()
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def track(
+    tracking: "Tracking", name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None
+) -> Iterator[None]:
+    """Keep a run in MLflow open while the body runs, and close it by how the body ended."""
+    tracking.start(name, flat(settings), tags, sweep)
+    status: Status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracking.finish(status)
+
+
+def folders(job: Any) -> tuple[Path, Path | None]:
+    """The folder of a command's results, and that of the whole sweep where it is a job of one."""
+    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    return Path(job.runtime.output_dir), sweep
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

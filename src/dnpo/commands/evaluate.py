@@ -13,15 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dnpo.commands import common as command
-from dnpo.commands.common import flat, part
+from dnpo.commands.train import check_device, pass_gate
 from dnpo.errors import DnpoError, SettingsError
-from dnpo.settings import Count, Natural, check, check_values
+from dnpo.settings import Count, Natural, build, check, check_values, part_key
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from dnpo.loop import Iteration
     from dnpo.running.console import Console
     from dnpo.stages.duels import Outcome
-    from dnpo.stages.verbs import Run
+    from dnpo.stages.plan import Run
     from dnpo.stats.intervals import Estimate
     from dnpo.store import Stage, Store
     from dnpo.tracking.writing import Tracking
@@ -120,23 +119,22 @@ def _run(cfg: DictConfig, job: Any) -> None:
     top, settings = checked(cfg)
     against = top["against"]
     other = other_model(against, settings["model"]) if against not in (None, HUMAN) else None
-    parts: dict[str, Any] = {name: part(name, settings[name]) for name in PARTS}
-    if against is not None and not parts["judge"].value.gives_scores:
+    parts: dict[str, Any] = {name: build(name, settings[name]) for name in PARTS}
+    if against is not None and not parts["judge"].gives_scores:
         raise SettingsError(f"against={against}: judge=off cannot say who wins; choose a judge")
 
     from dnpo.judges.asked.ledger import Ledger
-    from dnpo.policy.model import device_of
-    from dnpo.stages.verbs import Run
+    from dnpo.stages.plan import Run
 
-    folder = Path(job.runtime.output_dir)
-    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
-    tracking = parts.pop("tracking").value
+    check_device(top["device"])
+    folder, sweep = command.folders(job)
+    tracking = parts.pop("tracking")
     with Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder)) as ledger:
-        run = Run(seed=top["seed"], device=device_of(top["device"]), plans=(), ledger=ledger, **parts)
+        run = Run(seed=top["seed"], device=top["device"], plans=(), ledger=ledger, **parts)
         runs = {OURS: run}
         if other is not None:
             with _named("against", against):
-                runs[THEIRS] = replace(run, model=part("model", other))
+                runs[THEIRS] = replace(run, model=build("model", other))
         _measure(runs, top, settings, tracking, job, folder, sweep)
 
 
@@ -163,15 +161,11 @@ def _measure(
     Args:
         runs: by name, ours first.
     """
-    import torch
-
     from dnpo.judges.agreement import known_agreement, sentence
     from dnpo.running import execute as running
-    from dnpo.running.console import Console, quieten
+    from dnpo.running.console import Console
     from dnpo.store import Store, write_json
 
-    quieten()
-    torch.set_num_threads(top["threads"])
     console, store = Console(), Store(Path(top["store"]))
     iterations = _laid_out(runs, top, store, console)
     fight = None if top["against"] is None else _duels(runs, iterations)
@@ -182,9 +176,7 @@ def _measure(
     tags = running.tags(dict(job.runtime.choices), everything, [iterations[OURS]])
     tags |= {"dnpo.kind": "evaluation"} | {f"dnpo.{kind}": name for kind, name in names.items()}
     tags |= {} if fight is None else {"stage.duels": fight.key}
-    tracking.start(title, flat(everything), tags, sweep)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
+    with command.track(tracking, title, everything, tags, sweep):
         rows = {}
         for name, iteration in iterations.items():
             for stage in iteration.stages:
@@ -210,17 +202,11 @@ def _measure(
         tracking.artifact(folder / RESULTS)
         tracking.metrics(rows[OURS] | ({} if outcome is None else outcome.metrics()), 0)
         tracking.metrics({f"against/{name}": value for name, value in rows.get(THEIRS, {}).items()}, 0)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracking.finish(status)
     console.say("")
     console.table(table(rows, title[0].upper() + title[1:]))
     for line in said(outcome, f"judge={job.runtime.choices['judge']}") if outcome is not None else ():
         console.say(line)
-    for entry in known_agreement(store, runs[OURS].judge.key):
+    for entry in known_agreement(store, part_key(runs[OURS].judge)):
         console.say(f"The judge {sentence(entry)}.")
     for line in ("", f"results     {folder}", f"stages      {store.root}", *tracking.whereabouts()):
         console.say(line)
@@ -230,7 +216,6 @@ def _laid_out(
     runs: "Mapping[str, Run]", top: Mapping[str, Any], store: "Store", console: "Console"
 ) -> "dict[str, Iteration]":
     """What is to be done for each model, once all checks that runs make are passed."""
-    from dnpo.commands.train import pass_gate
     from dnpo.loop import chain
 
     store.open(console.say)
@@ -238,7 +223,7 @@ def _laid_out(
     for name, run in runs.items():
         with nullcontext() if name == OURS else _named("against", top["against"]):
             (iterations[name],) = chain(run)
-            pass_gate(run, [iterations[name]], store, console, False)
+            pass_gate(run, [iterations[name]], store, console, False, top["threads"])
     return iterations
 
 
@@ -252,10 +237,13 @@ def _outcome(stage: Path, top: Mapping[str, Any], tracking: "Tracking", folder: 
 
 
 def _duels(runs: "Mapping[str, Run]", iterations: "Mapping[str, Iteration]") -> "Stage":
-    from dnpo.stages import duels
+    from dnpo.stages.duels import fight_duels
 
-    ours, *theirs = ((iteration.prompts, iteration.evaluation) for iteration in iterations.values())
-    return duels.duels(runs[OURS], ours, theirs[0] if theirs else None)
+    inputs: dict[str, Any] = {"prompts": iterations[OURS].prompts, "evaluation": iterations[OURS].evaluation}
+    if THEIRS in iterations:
+        theirs = iterations[THEIRS]
+        inputs |= {"their_prompts": theirs.prompts, "their_evaluation": theirs.evaluation}
+    return fight_duels(runs[OURS], None, **inputs)
 
 
 def _get(stage: "Stage", store: "Store", console: "Console", prefix: str) -> None:

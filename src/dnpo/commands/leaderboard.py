@@ -1,15 +1,12 @@
 """The command: compose ``conf/leaderboard.yaml``, check it, measure the model, and tell of it."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dnpo.commands import common as command
-from dnpo.commands.common import flat, part
 from dnpo.evaluate.leaderboard import ITEMS, SCORES, Leaderboard, Result, measure
-from dnpo.settings import Count, check, check_values
+from dnpo.settings import Count, build, check, check_values
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,44 +39,32 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
     available()
 
-    import torch
-
     from dnpo.policy.model import device_of
     from dnpo.running import execute as running
-    from dnpo.running.console import Console, quieten
+    from dnpo.running.console import Console
 
-    quieten()
-    torch.set_num_threads(top["threads"])
-    folder = Path(job.runtime.output_dir)
-    model, tracking = (part(name, settings[name]) for name in PARTS)
+    command.prepare_torch(top["threads"])
+    folder, sweep = command.folders(job)
+    model, tracking = (build(name, settings[name]) for name in PARTS)
     name = settings["model"].get("path") or settings["model"].get("name")
     console = Console()
-    policy = model.value.load(folder, device=device_of(top["device"]))
+    policy = model.load(folder, device=device_of(top["device"]))
     everything = {**top, **own, **settings}
-    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
     tags = {"dnpo.kind": "leaderboard", "dnpo.model": str(name), "dnpo.commit": running.commit()}
-    tracking.value.start(f"leaderboard of {name}", flat(everything), tags, sweep)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
+    with command.track(tracking, f"leaderboard of {name}", everything, tags, sweep):
         with console.stage("leaderboard", lambda _: None) as progress:
             result = measure(policy, leaderboard, progress)
-        result.write(folder, {"model": model.value.identity(), "settings": everything})
-        tracking.value.metrics(result.metrics(), 0)
+        result.write(folder, {"model": model.identity(), "settings": everything})
+        tracking.metrics(result.metrics(), 0)
         for made in (SCORES, ITEMS):
-            tracking.value.artifact(folder / made, "leaderboard")
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracking.value.finish(status)
+            tracking.artifact(folder / made, "leaderboard")
     console.say(f"\nLeaderboard of {name}")
     console.table(table(result))
     for note in result.notes():
         console.say(f"note: {note}")
     console.say("")
     console.say(f"results     {folder}")
-    for line in tracking.value.whereabouts():
+    for line in tracking.whereabouts():
         console.say(line)
 
 

@@ -12,20 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from dnpo.commands import common as command
-from dnpo.commands.common import flat, part
 from dnpo.errors import SettingsError
 from dnpo.optimise.parts import check_objective
 from dnpo.settings import Count, Natural, check_values
+from dnpo.settings import build as build_part
 from dnpo.settings import check as check_part
 
 if TYPE_CHECKING:
     from dnpo.loop import Iteration
     from dnpo.running.console import Console
-    from dnpo.stages.verbs import Run
+    from dnpo.stages.plan import Run
     from dnpo.store import Store
     from dnpo.tracking.writing import Tracking
 
@@ -126,15 +125,15 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
     top, starts, settings = checked(cfg)
 
     from dnpo.judges.asked.ledger import Ledger
-    from dnpo.policy.model import device_of
-    from dnpo.stages.verbs import Plan, Run
+    from dnpo.stages.plan import Plan, Run
 
     def in_force(name: str, k: int) -> Any:
         started: bool = k >= starts[name]
-        return part(name, settings[name] if started else ABSENT[name])
+        return build_part(name, settings[name] if started else ABSENT[name])
 
-    parts: dict[str, Any] = {name: part(name, settings[name]) for name in PARTS if name not in STARTING}
-    check_objective(parts["objective"].value)
+    parts: dict[str, Any] = {name: build_part(name, settings[name]) for name in PARTS if name not in STARTING}
+    check_objective(parts["objective"])
+    check_device(top["device"])
     plans: list[Plan] = [
         Plan(
             k=k,
@@ -149,7 +148,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
     ]
     run = Run(
         seed=top["seed"],
-        device=device_of(top["device"]),
+        device=top["device"],
         data=parts["data"],
         model=parts["model"],
         sft=parts["sft"],
@@ -164,7 +163,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
     resolved = {**top, **settings}
     for name, start in starts.items():
         resolved[name] = {**settings[name], "start": start}
-    return run, parts["tracking"].value, resolved
+    return run, parts["tracking"], resolved
 
 
 def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:
@@ -193,8 +192,7 @@ def run_name(overrides: Sequence[str]) -> str:
 
 
 def _run(cfg: DictConfig, job: Any) -> float | None:
-    folder = Path(job.runtime.output_dir)
-    sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
+    folder, sweep = command.folders(job)
     run, tracking, settings = build(cfg, os.path.relpath(sweep or folder))
     with run.ledger:  # closed at the end of every job, or those after it would wait for what this one has claimed
         return _go(run, tracking, settings, job, folder, sweep)
@@ -204,54 +202,68 @@ def _go(
     run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, folder: Path, sweep: Path | None
 ) -> float | None:
     """Do what was asked for; of a run, how good its last policy is, the more the better."""
-    import torch
-
     from dnpo.loop import chain
-    from dnpo.running.console import Console, quieten
+    from dnpo.running.console import Console
     from dnpo.store import Store
 
-    quieten()
-    torch.set_num_threads(settings["threads"])
     console, store = Console(), Store(Path(settings["store"]))
     iterations = list(chain(run))
+    check_optimizers(run, iterations, store)
     if settings["plan"]:
         from dnpo.running.sweep import planned_before
 
-        _print_plan(
-            console,
-            store,
-            iterations,
-            planned_before(sweep, folder, [s for iteration in iterations for s in iteration.stages]),
-        )
+        stages = [stage for iteration in iterations for stage in iteration.stages]
+        _print_plan(console, store, iterations, planned_before(sweep, folder, stages))
         _print_forecast(console, run, iterations, store)
         return None
     store.open(console.say)
-    pass_gate(run, iterations, store, console, settings["check"])
+    pass_gate(run, iterations, store, console, settings["check"], settings["threads"])
     if settings["check"]:
         return None
     from dnpo.running import execute as running
 
     name = run_name(job.overrides.task)
     tags = running.tags(dict(job.runtime.choices), settings, iterations)
-    tracking.start(name, flat(settings), tags, sweep)
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
-    try:
+    with command.track(tracking, name, settings, tags, sweep):
         summary = running.execute(iterations, store, console, tracking, settings, folder)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracking.finish(status)
     running.show(console, summary, folder, store, tracking)
     last = summary["table"][-1]
     return float(last["eval/score"] if "eval/score" in last else -last["eval/loss"])
 
 
-def pass_gate(run: "Run", iterations: "list[Iteration]", store: "Store", console: "Console", everything: bool) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that is not there. What is always there is not looked for: that takes torch.
+
+    Raises:
+        SettingsError: there is no such device.
+    """
+    if device not in ("auto", "cpu"):
+        from dnpo.policy.model import device_of
+
+        device_of(device)
+
+
+def check_optimizers(run: "Run", iterations: "list[Iteration]", store: "Store") -> None:
+    """Try the optimizers of the trainings that are still to do: what has been trained has been tried.
+
+    Raises:
+        SettingsError: an optimizer does not take its settings.
+    """
+    todo = {stage.name for each in iterations for stage in each.stages if not store.has(stage)}
+    if "sft" in todo:
+        run.sft.check("sft")
+    if "optimise" in todo:
+        run.plans[0].trainer.check("trainer")
+
+
+def pass_gate(
+    run: "Run", iterations: "list[Iteration]", store: "Store", console: "Console", everything: bool, threads: int
+) -> None:
     """Refuse, before anything is computed, a run that cannot work or would mean nothing; say what one should know."""
     from dnpo.running.gate import gate, show
 
+    if not all(store.has(stage) for iteration in iterations for stage in iteration.stages):
+        command.prepare_torch(threads)
     findings = gate(run, iterations, store)
     show(console, findings, everything)
     stops = [

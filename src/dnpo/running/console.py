@@ -15,7 +15,7 @@ from rich.text import Text
 StepSink = Callable[[list[dict[str, float]]], None]
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Leave the screen to this file: libraries keep their tips, progress bars and warnings about themselves."""
     import warnings
 

@@ -254,9 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, required=True, help="a folder that does not exist yet, or is empty")
     parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
     given = parser.parse_args(arguments)
-    from dnpo.running.console import quieten
+    from dnpo.running.console import silence_libraries
 
-    quieten()
+    silence_libraries()
     try:
         policy = export(given.run, given.to, given.iteration, given.store)
     except DnpoError as error:

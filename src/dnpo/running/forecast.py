@@ -9,7 +9,7 @@ from dataclasses import replace
 from dnpo.judges import Forecast, Judge
 from dnpo.loop import Iteration
 from dnpo.records import HUMAN, Prompt, Response, policy_source, read, read_all
-from dnpo.stages.verbs import Run
+from dnpo.stages.plan import Run
 from dnpo.store import Stage, Store
 
 
@@ -22,15 +22,15 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
         if iteration.verdicts is not None and not store.has(iteration.verdicts) and iteration.responses is not None:
             prompts, human = rows.split("train")
             generated = _generated(store, iteration.responses) or _unknown(prompts, human, policy_source(iteration.k))
-            judge = run.plans[iteration.k].judge.value
+            judge = run.plans[iteration.k].judge
             found[iteration.verdicts.title] = judge.forecast(prompts, [*human, *generated], run.ledger, seen)
         for stage, judge in _measured(run, iteration, store):
-            prompts, human = rows.split(run.eval.value.split)
+            prompts, human = rows.split(run.eval.split)
             source = policy_source(iteration.k + 1)
             greedy = _unknown(prompts, human, f"{source} greedy")
             several = [
                 (replace(p, id=f"{p.id}#{n}"), replace(r, id=f"{r.id}#{n}"))
-                for n in range(run.eval.value.samples)
+                for n in range(run.eval.samples)
                 for p, r in zip(prompts, human, strict=True)
             ]
             fresh = _unknown([p for p, _ in several], [r for _, r in several], source)
@@ -43,8 +43,8 @@ def _measured(run: Run, iteration: Iteration, store: Store) -> Iterator[tuple[St
     """The stages still to do that judge held-out responses, and who does it."""
     second = [stage for stage in iteration.measures if stage.name == "second"]
     for stage, judge in (
-        (iteration.evaluation, run.judge.value),
-        *((stage, run.second_judge.value) for stage in second),
+        (iteration.evaluation, run.judge),
+        *((stage, run.second_judge) for stage in second),
     ):
         if judge.gives_scores and not store.has(stage):
             yield stage, judge
@@ -55,7 +55,7 @@ class _Rows:
 
     def __init__(self, run: Run, prompts: Stage, store: Store) -> None:
         self.folder = store.folder(prompts) if store.has(prompts) else None
-        self.raw = {} if self.folder else run.data.value.read()[0]
+        self.raw = {} if self.folder else run.data.read()[0]
 
     def split(self, name: str) -> tuple[list[Prompt], list[Response]]:
         if self.folder is not None:

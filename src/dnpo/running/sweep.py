@@ -136,7 +136,7 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
     """
     from omegaconf import OmegaConf
 
-    from dnpo.commands.common import part
+    from dnpo.settings import build
     from dnpo.tracking.writing import PARENT
 
     own = sweep / PARENT
@@ -144,9 +144,9 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
         return ""
     silent = {job.name: SILENT for job in jobs if not any((job / left).is_file() for left in ("summary.json", ERROR))}
     try:
-        tracking: MLflow = part(
+        tracking: MLflow = build(
             "tracking", cast(dict[str, Any], OmegaConf.to_container(config.tracking, resolve=True))
-        ).value
+        )
         tracking.resume(own.read_text())
         if config.hydra.job.config_name != TRAIN:  # what other commands measure has no iterations to compare
             tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed))})

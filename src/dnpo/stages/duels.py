@@ -9,17 +9,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dnpo.errors import DataError
 from dnpo.evaluate.metrics import Held
 from dnpo.judges import Judge, judged
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, read, schema
-from dnpo.stages.verbs import Run, held
+from dnpo.settings import part_key
+from dnpo.stages.plan import Facts, Run, Task, verb
+from dnpo.stages.verbs import read_split
 from dnpo.stats.length import LengthControlled, length_controlled
 from dnpo.stats.wins import Wins, preferences, wins
-from dnpo.store import Report, Stage
+from dnpo.store import Report
 
 DUELS = "duels.parquet"
 
@@ -54,35 +55,29 @@ class Duel:
 Responses = Mapping[tuple[str, int], Response]  # by prompt and number
 
 
-def duels(run: Run, ours: tuple[Stage, Stage], theirs: tuple[Stage, Stage] | None) -> Stage:
+@verb("duels", 1, lambda run, plan: {"judge": part_key(run.judge)})
+def fight_duels(run: Run, plan: None, task: Task) -> Facts:
     """Every sample for a held-out prompt against the other side's sample of the same number, or the human response.
 
-    Args:
-        run: has the judge, and says which split and how many samples.
-        ours, theirs: prompts and evaluation of a model; no other model stands for the human responses.
+    Its inputs are ``prompts`` and ``evaluation`` of a model, and ``their_prompts`` and ``their_evaluation`` of the
+    other one; without these the human responses stand on the other side.
     """
-
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        split, samples = run.eval.value.split, run.eval.value.samples
-        rows = held(inputs["prompts"], split)
-        first = _sampled(rows, inputs["evaluation"], samples)
-        if theirs is None:
-            second = _human(rows, samples)
-        else:
-            second = _sampled(held(inputs["their prompts"], split), inputs["their evaluation"], samples)
-        found = fought(run.judge.value, rows.prompts, first, second, run.ledger, report)
-        write_duels(folder / DUELS, found)
-        alone = len(first) - len(found)
-        if alone:
-            report.note(f"{alone:,} of {len(first):,} samples are to prompts that the other side does not have")
-        return {"duels": len(found), "alone": alone}
-
-    inputs = dict(zip(("prompts", "evaluation"), ours, strict=True))
-    inputs |= {} if theirs is None else dict(zip(("their prompts", "their evaluation"), theirs, strict=True))
-    return Stage("duels", "duels", 1, {"judge": run.judge.key}, inputs, work)
+    inputs, split, samples = task.inputs, run.eval.split, run.eval.samples
+    rows = read_split(inputs["prompts"], split)
+    first = _read_samples(rows, inputs["evaluation"], samples)
+    if "their_evaluation" in inputs:
+        second = _read_samples(read_split(inputs["their_prompts"], split), inputs["their_evaluation"], samples)
+    else:
+        second = _human(rows, samples)
+    found = fight(run.judge, rows.prompts, first, second, run.ledger, task.report)
+    write_duels(task.folder / DUELS, found)
+    alone = len(first) - len(found)
+    if alone:
+        task.report.note(f"{alone:,} of {len(first):,} samples are to prompts that the other side does not have")
+    return {"duels": len(found), "alone": alone}
 
 
-def _sampled(rows: Held, evaluation: Path, samples: int) -> Responses:
+def _read_samples(rows: Held, evaluation: Path, samples: int) -> Responses:
     """The samples of an evaluation by prompt and number; they stand behind the greedy responses."""
     count = len(rows.prompts)
     fresh = read(evaluation / "samples.parquet", Response)[count : count * (1 + samples)]
@@ -95,7 +90,7 @@ def _human(rows: Held, samples: int) -> Responses:
     return {(prompt.id, n): response for n in range(samples) for prompt, response in pairs}
 
 
-def fought(
+def fight(
     judge: Judge, prompts: Sequence[Prompt], ours: Responses, theirs: Responses, ledger: Ledger, report: Report
 ) -> list[Duel]:
     """What the judge says of both texts, for every prompt and number that both sides have.

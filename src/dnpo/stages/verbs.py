@@ -1,119 +1,61 @@
-"""The stages of a run: each reads its inputs, calls one part, and writes what came out.
+"""The verbs of a run: each reads its inputs, calls one part, and writes what came out.
 
-A function here takes the run's parts and the stages before it and returns a :class:`~dnpo.store.Stage`; nothing is
-computed until the store asks for it. What a stage's result depends on stands in its ``settings`` and ``inputs``: raise
-its version when a change of the code changes what it computes.
+What a stage's result depends on stands in the settings above its function, and in the inputs that ``loop.py`` gives it:
+raise the version when a change of the code changes what it computes.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dnpo import dsl
-from dnpo.data import Source
 from dnpo.errors import DataError, Declined, DnpoError, SettingsError
-from dnpo.evaluate import metrics as evaluation
-from dnpo.generate import hf as generation
-from dnpo.judges import Judge, judged, tally
-from dnpo.judges.asked.ledger import Ledger
-from dnpo.optimise import preference as optimise
-from dnpo.optimise import reference as references
-from dnpo.optimise.parts import MatchedOffset, Noise, Objective, Optimisation, PairOptimisation
-from dnpo.optimise.training import discard_checkpoint
-from dnpo.policy.base import ModelPart
-from dnpo.policy.model import Policy
-from dnpo.policy.tokenizer import encode, human_response
+from dnpo.judges import judged, tally
+from dnpo.optimise.parts import MatchedOffset
 from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write, write_preferences
 from dnpo.seeding import derive
 from dnpo.settings import part_key
+from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, verb
 from dnpo.store import Report, Stage, manifest, write_json
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from dnpo.evaluate.metrics import Held
+    from dnpo.policy.model import Policy
 
 
-@dataclass(frozen=True)
-class Part(Generic[T]):
-    """A component, and what decides its results."""
-
-    value: T
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """The settings that decide what it does, as they go into stage keys."""
-        return part_key(self.value)
+# --- before the first iteration
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is in force at iteration ``k``: parts that have not started yet are absent ones here."""
-
-    k: int
-    generate: Part[generation.Sampling]
-    judge: Part[Judge]
-    dsl: Part[dsl.Labeller]
-    objective: Part[Objective]
-    npo: Part[Noise]
-    trainer: Part[PairOptimisation]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A whole run as plain values: the parts that hold throughout, and a plan for each iteration."""
-
-    seed: int
-    device: str
-    data: Part[Source]
-    model: Part[ModelPart]
-    sft: Part[Optimisation]
-    generate: Part[generation.Sampling]
-    judge: Part[Judge]
-    second_judge: Part[Judge]
-    eval: Part[evaluation.Evaluation]
-    plans: Sequence[Plan]
-    ledger: Ledger
-    sft_rows: int = 0
-
-    @property
-    def limit(self) -> int:
-        """Completion tokens at most, of human and of generated responses alike."""
-        return self.data.value.max_response_tokens
-
-    def policy(self, inputs: Mapping[str, Path]) -> Policy:
-        """The policy among a stage's inputs, or the base model where there is none."""
-        folder = inputs["policy"] / "policy" if "policy" in inputs else None
-        return self.model.value.load(inputs["prompts"] / "model", folder, self.device)
-
-
-def prepare(run: Run) -> Stage:
-    """Prompts and human responses that fit the model, encoded; its tokenizer; and weights if it starts from scratch."""
-
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        rows, facts = run.data.value.read()
-        removed = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in facts.get("removed", {}).items() if n]
-        if removed:
-            report.note(f"rows removed as duplicates: {', '.join(removed)}")
-        run.model.value.base(folder / "model", rows["train"])
-        policy = run.model.value.load(folder / "model", None, "cpu")
-        report.begin(sum(map(len, rows.values())), "prompts")
-        if run.sft_rows:
-            rows = {**rows, **_set_apart(rows["train"], run.sft_rows)}
-        for split, these in rows.items():
-            facts[split] = _encode(run, policy, these, split, folder, report)
-        return facts
-
-    settings = {
-        "data": run.data.key,
-        "model": run.model.key,
-        "max_prompt_tokens": run.data.value.max_prompt_tokens,
+def _prompts_key(run: Run, plan: None) -> dict[str, Any]:
+    return {
+        "data": part_key(run.data),
+        "model": part_key(run.model),
+        "max_prompt_tokens": run.data.max_prompt_tokens,
         "max_response_tokens": run.limit,
-        **({"long_responses": "drop"} if run.data.value.long_responses == "drop" else {}),
+        **({"long_responses": "drop"} if run.data.long_responses == "drop" else {}),
         **({"sft_rows": run.sft_rows} if run.sft_rows else {}),
     }
-    return Stage("prompts", "prompts", 2, settings, {}, work)
+
+
+@verb("prompts", 2, _prompts_key)
+def prepare(run: Run, plan: None, task: Task) -> Facts:
+    """Prompts and human responses that fit the model, encoded; its tokenizer; and weights if it starts from scratch."""
+    rows, facts = run.data.read()
+    removed = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in facts.get("removed", {}).items() if n]
+    if removed:
+        task.report.note(f"rows removed as duplicates: {', '.join(removed)}")
+    run.model.base(task.folder / "model", rows["train"])
+    policy = run.model.load(task.folder / "model", None, "cpu")
+    task.report.begin(sum(map(len, rows.values())), "prompts")
+    if run.sft_rows:
+        rows = {**rows, **_set_apart(rows["train"], run.sft_rows)}
+    for split, these in rows.items():
+        facts[split] = _encode(run, policy, these, split, task.folder, task.report)
+    return facts
 
 
 def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, list[Prompt]]:
@@ -125,11 +67,13 @@ def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, list[Prompt]]:
     return {"sft": [row for row in rows if row.id in apart], "train": [row for row in rows if row.id not in apart]}
 
 
-def _encode(run: Run, policy: Policy, rows: list[Prompt], split: str, folder: Path, report: Report) -> dict[str, int]:
+def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: Path, report: Report) -> dict[str, int]:
     """Encode one split, without what is too long."""
+    from dnpo.policy.tokenizer import encode, human_response
+
     context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
-    longest = min(run.data.value.max_prompt_tokens, context - run.limit)
-    drop = run.data.value.long_responses == "drop"
+    longest = min(run.data.max_prompt_tokens, context - run.limit)
+    drop = run.data.long_responses == "drop"
     prompts, human = [], []
     too_long = over = 0
     for row in rows:
@@ -158,7 +102,7 @@ def _encode(run: Run, policy: Policy, rows: list[Prompt], split: str, folder: Pa
     if not prompts:
         raise DataError(
             f"data: none of the {len(rows):,} {split} prompts fits into {longest} tokens (the smaller of "
-            f"data.max_prompt_tokens={run.data.value.max_prompt_tokens} and the model's context of {context} less "
+            f"data.max_prompt_tokens={run.data.max_prompt_tokens} and the model's context of {context} less "
             f"data.max_response_tokens={run.limit}); change these, or take other data"
             if rows
             else f"data: there are no {split} prompts"
@@ -168,182 +112,119 @@ def _encode(run: Run, policy: Policy, rows: list[Prompt], split: str, folder: Pa
     return {"rows": len(prompts), "too_long": too_long, f"human_{'dropped' if drop else 'cut'}": over}
 
 
-def fine_tune(run: Run, prompts: Stage) -> Stage:
+@verb(
+    "sft",
+    2,
+    lambda run, plan: {"sft": part_key(run.sft), "lora": part_key(run.model.lora), "seed": run.seed},
+    title="supervised fine-tuning",
+)
+def fine_tune(run: Run, plan: None, task: Task) -> Facts:
     """The base model, fine-tuned on the human responses."""
+    from dnpo.optimise.preference import fine_tune as train_on_responses
 
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        rows = held(inputs["prompts"], "sft" if run.sft_rows else "train")
-        seed = derive(run.seed, "sft")
-        policy = run.policy(inputs)
-        policy.model = run.model.value.lora.on(policy.model, derive(seed, "adapter"))
-        triples = [(p.id, p.token_ids, r.token_ids) for p, r in zip(*rows, strict=True)]
-        history = optimise.fine_tune(policy, triples, run.sft.value, seed=seed, folder=folder, report=report)
-        return _trained(policy, history, folder, None)
-
-    settings = {"sft": run.sft.key, "lora": run.model.value.lora.identity(), "seed": run.seed}
-    return Stage("sft", "supervised fine-tuning", 2, settings, {"prompts": prompts}, work)
+    rows = read_split(task.inputs["prompts"], "sft" if run.sft_rows else "train")
+    seed = derive(run.seed, "sft")
+    policy = run.policy(task.inputs)
+    policy.model = run.model.lora.on(policy.model, derive(seed, "adapter"))
+    triples = [(p.id, p.token_ids, r.token_ids) for p, r in zip(*rows, strict=True)]
+    history = train_on_responses(policy, triples, run.sft, seed=seed, folder=task.folder, report=task.report)
+    return _write_trained(policy, history, task.folder, None)
 
 
-def generate(run: Run, plan: Plan, prompts: Stage, policy: Stage) -> Stage:
+# --- one iteration
+
+
+@verb(
+    "generate",
+    2,
+    lambda run, plan: {"generate": part_key(plan.generate), "seed": run.seed, "iteration": plan.k},
+)
+def generate(run: Run, plan: Plan, task: Task) -> Facts:
     """One response of the current policy to each training prompt."""
+    from dnpo.generate.hf import generate as answer
 
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        responses = generation.generate(
-            run.policy(inputs),
-            read(inputs["prompts"] / "train.parquet", Prompt),
-            plan.generate.value,
-            source=policy_source(plan.k),
-            limit=run.limit,
-            seed=derive(run.seed, "generate", plan.k),
-            folder=folder,
-            report=report,
-        )
-        return {"responses": len(responses), "cut": sum(r.finish == "length" for r in responses)}
-
-    settings = {"generate": plan.generate.key, "seed": run.seed, "iteration": plan.k}
-    return Stage(
-        "generate", f"iteration {plan.k} · generate", 2, settings, {"prompts": prompts, "policy": policy}, work
+    responses = answer(
+        run.policy(task.inputs),
+        read(task.inputs["prompts"] / "train.parquet", Prompt),
+        plan.generate,
+        source=policy_source(plan.k),
+        limit=run.limit,
+        seed=derive(run.seed, "generate", plan.k),
+        folder=task.folder,
+        report=task.report,
     )
+    return {"responses": len(responses), "cut": sum(r.finish == "length" for r in responses)}
 
 
-def judge(run: Run, plan: Plan, prompts: Stage, responses: Stage) -> Stage | None:
-    """A verdict on the human and on the generated response to each training prompt; none where nobody asks for it."""
-
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        train = held(inputs["prompts"], "train")
-        generated = _responses(inputs["responses"])
-        verdicts = judged(plan.judge.value, train.prompts, [*train.human, *generated], run.ledger, report)
-        write(folder / "verdicts.parquet", verdicts, Verdict)
-        return tally(verdicts)
-
-    if not plan.dsl.value.needs_scores:
-        return None
-    inputs = {"prompts": prompts, "responses": responses}
-    return Stage("judge", f"iteration {plan.k} · judge", 1, {"judge": plan.judge.key}, inputs, work)
+@verb("judge", 1, lambda run, plan: {"judge": part_key(plan.judge)})
+def judge(run: Run, plan: Plan, task: Task) -> Facts:
+    """A verdict on the human and on the generated response to each training prompt."""
+    train = read_split(task.inputs["prompts"], "train")
+    generated = _read_responses(task.inputs["responses"])
+    verdicts = judged(plan.judge, train.prompts, [*train.human, *generated], run.ledger, task.report)
+    write(task.folder / "verdicts.parquet", verdicts, Verdict)
+    return tally(verdicts)
 
 
-def label(run: Run, plan: Plan, prompts: Stage, responses: Stage, verdicts: Stage | None) -> Stage:
+@verb("pairs", 1, lambda run, plan: {"dsl": part_key(plan.dsl)}, title="label")
+def label(run: Run, plan: Plan, task: Task) -> Facts:
     """Pairs: who is chosen and who is rejected."""
-
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        train = held(inputs["prompts"], "train")
-        said = read(inputs["verdicts"] / "verdicts.parquet", Verdict) if "verdicts" in inputs else []
-        pairs, counts = dsl.label(plan.dsl.value, train.prompts, train.human, _responses(inputs["responses"]), said)
-        if not pairs:
-            raise DataError(f"iteration {plan.k}: no pair is left to train on: {counts}")
-        write(folder / "pairs.parquet", pairs, Pair)
-        write_preferences(folder / "pairs.jsonl", pairs)
-        return dict(counts)
-
-    inputs = {"prompts": prompts, "responses": responses} | ({"verdicts": verdicts} if verdicts else {})
-    return Stage("pairs", f"iteration {plan.k} · label", 1, {"dsl": plan.dsl.key}, inputs, work)
+    train = read_split(task.inputs["prompts"], "train")
+    verdicts = read(task.inputs["verdicts"] / "verdicts.parquet", Verdict) if "verdicts" in task.inputs else []
+    generated = _read_responses(task.inputs["responses"])
+    pairs, counts = dsl.label(plan.dsl, train.prompts, train.human, generated, verdicts)
+    if not pairs:
+        raise DataError(f"iteration {plan.k}: no pair is left to train on: {counts}")
+    write(task.folder / "pairs.parquet", pairs, Pair)
+    write_preferences(task.folder / "pairs.jsonl", pairs)
+    return dict(counts)
 
 
-def reference(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> Stage:
-    """What the policy says of the pairs before it is trained on them: their log-probabilities."""
-
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        start, rows = run.policy(inputs), read(inputs["pairs"] / "pairs.parquet", Pair)
-        references.score(start, rows, autocast=plan.trainer.value.autocast, folder=folder, report=report)
-        return {"pairs": len(rows), "weights": start.fingerprint()}
-
-    settings = {"autocast": plan.trainer.value.autocast}
-    inputs = {"prompts": prompts, "policy": policy, "pairs": pairs}
-    return Stage("reference", f"iteration {plan.k} · reference", 1, settings, inputs, work)
-
-
-def hidden(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> Stage | None:
-    """The policy's hidden states of rejected tokens before it is trained; none where nobody reads or keeps them."""
-    keep = plan.npo.value.cache_hidden
-
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        rows = read(inputs["pairs"] / "pairs.parquet", Pair)
-        if keep == "auto" and plan.trainer.value.passes(len(rows)) <= 1:
-            raise Declined  # nothing is read twice
-        start = run.policy(inputs)
-        facts = references.keep_hidden(
-            start,
-            rows,
-            autocast=plan.trainer.value.autocast,
-            required=keep == "on",
-            folder=folder,
-            report=report,
-        )
-        return {**facts, "weights": start.fingerprint()}
-
-    if keep == "off":
-        return None
-    settings = {"autocast": plan.trainer.value.autocast}
-    inputs = {"prompts": prompts, "policy": policy, "pairs": pairs}
-    return Stage("hidden", f"iteration {plan.k} · hidden states", 1, settings, inputs, work)
-
-
-def as_matched(plan: Plan) -> Plan | None:
-    """The same plan with the noise that its ``npo`` is to match; none where it matches nothing."""
-    like = plan.npo.value.like
-    return None if like is None else replace(plan, npo=Part(like))
-
-
-def match(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage, scores: Stage) -> Stage | None:
-    """The training whose mean shift ``plan.npo`` is to match; the very stage of a run that has its noise."""
-    noisy = as_matched(plan)
-    if noisy is None:
-        return None
-    stage = train(run, noisy, prompts, policy, pairs, scores)
-    return replace(stage, title=f"iteration {plan.k} · match")
-
-
-def train(
-    run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage, scores: Stage, like: Stage | None = None
-) -> Stage:
-    """The policy of the next iteration: trained on the pairs, against the policy it starts from.
-
-    Args:
-        like: the training whose mean shift its ``npo`` is to match.
-    """
-    states = hidden(run, plan, prompts, policy, pairs)
-
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        seed = derive(run.seed, "optimise", plan.k)
-        start = run.policy(inputs)
-        for name in {"reference", "hidden"} & set(inputs):
-            _same_weights(start, inputs[name])
-        start.model = run.model.value.lora.on(start.model, derive(seed, "adapter"))
-        rows = read(inputs["pairs"] / "pairs.parquet", Pair)
-        entries, width = start.head.weight_VH.shape
-        noise = plan.npo.value
-        if isinstance(noise, MatchedOffset):
-            noise = noise.at(_mean_shift(inputs["like"]))
-        history = optimise.optimise(
-            start,
-            rows,
-            references.read_scores(inputs["reference"], len(rows)),
-            plan.trainer.value,
-            noise=noise.module(width, entries),
-            objective=plan.objective.value,
-            beta=float(plan.objective.value.beta),
-            seed=seed,
-            folder=folder,
-            report=report,
-            hidden=references.KeptHidden(inputs["hidden"]) if "hidden" in inputs else None,
-        )
-        return _trained(start, history, folder, inputs["policy"] / "policy")
-
-    settings = {
-        "trainer": plan.trainer.key,
-        "objective": plan.objective.key,
-        "npo": plan.npo.key,
-        "lora": run.model.value.lora.identity(),
+def _training_key(run: Run, plan: Plan) -> dict[str, Any]:
+    return {
+        "trainer": part_key(plan.trainer),
+        "objective": part_key(plan.objective),
+        "npo": part_key(plan.npo),
+        "lora": part_key(run.model.lora),
         "seed": run.seed,
         "iteration": plan.k,
     }
-    inputs = {"prompts": prompts, "policy": policy, "pairs": pairs, "reference": scores}
-    inputs |= {} if like is None else {"like": like}
-    aids = {} if states is None else {"hidden": states}
-    return Stage("optimise", f"iteration {plan.k} · optimise", 3, settings, inputs, work, aids)
 
 
-def _same_weights(policy: Policy, folder: Path) -> None:
+@verb("optimise", 3, _training_key)
+def optimise(run: Run, plan: Plan, task: Task) -> Facts:
+    """The policy of the next iteration: trained on the pairs, against the policy it starts from."""
+    from dnpo.optimise.preference import optimise as train_on_pairs
+    from dnpo.optimise.reference import KeptHidden, read_scores
+
+    inputs = task.inputs
+    seed = derive(run.seed, "optimise", plan.k)
+    start = run.policy(inputs)
+    for name in {"reference", "hidden"} & set(inputs):
+        _same_weights(start, inputs[name])
+    start.model = run.model.lora.on(start.model, derive(seed, "adapter"))
+    rows = read(inputs["pairs"] / "pairs.parquet", Pair)
+    entries, width = start.head.weight_VH.shape
+    noise = plan.npo
+    if isinstance(noise, MatchedOffset):
+        noise = noise.at(_mean_shift(inputs["like"]))
+    history = train_on_pairs(
+        start,
+        rows,
+        read_scores(inputs["reference"], len(rows)),
+        plan.trainer,
+        noise=noise.module(width, entries),
+        objective=plan.objective,
+        beta=float(plan.objective.beta),
+        seed=seed,
+        folder=task.folder,
+        report=task.report,
+        hidden=KeptHidden(inputs["hidden"]) if "hidden" in inputs else None,
+    )
+    return _write_trained(start, history, task.folder, inputs["policy"] / "policy")
+
+
+def _same_weights(policy: "Policy", folder: Path) -> None:
     """Refuse what other weights have made, whatever its name says."""
     made_by = manifest(folder)["facts"]["weights"]
     if made_by != policy.fingerprint():
@@ -353,51 +234,114 @@ def _same_weights(policy: Policy, folder: Path) -> None:
         )
 
 
-def evaluate(run: Run, k: int, prompts: Stage, policy: Stage, pairs: Stage | None) -> Stage:
-    """Metrics of a policy; ``k`` is −1 for the one before the first iteration."""
-
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        part = run.eval.value
-        metrics = evaluation.evaluate(
-            run.policy(inputs),
-            part,
-            held(inputs["prompts"], part.split),
-            run.judge.value,
-            run.ledger,
-            run.generate.value,
-            pairs=read(inputs["pairs"] / "pairs.parquet", Pair) if "pairs" in inputs else None,
-            train=held(inputs["prompts"], "train"),
-            source=policy_source(k + 1),
-            limit=run.limit,
-            seed=derive(run.seed, "evaluate"),
-            folder=folder,
-            report=report,
-        )
-        write_json(folder / "metrics.json", metrics)
-        return metrics
-
-    settings = {
-        "eval": run.eval.key,
-        "judge": run.judge.key,
-        "generate": run.generate.key,
+def _evaluation_key(run: Run, plan: Plan | None) -> dict[str, Any]:
+    return {
+        "eval": part_key(run.eval),
+        "judge": part_key(run.judge),
+        "generate": part_key(run.generate),
         "seed": run.seed,
-        "iteration": k,
+        "iteration": BEFORE if plan is None else plan.k,
     }
-    inputs = {"prompts": prompts, "policy": policy} | ({"pairs": pairs} if pairs else {})
-    title = f"iteration {k} · evaluate" if k >= 0 else "evaluate"
-    return Stage("evaluate", title, 4, settings, inputs, work)
 
 
-def held(folder: Path, split: str) -> evaluation.Held:
+@verb("evaluate", 4, _evaluation_key)
+def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
+    """Metrics of a policy, trained at this iteration or before the first."""
+    from dnpo.evaluate.metrics import evaluate as measure
+
+    inputs = task.inputs
+    metrics = measure(
+        run.policy(inputs),
+        run.eval,
+        read_split(inputs["prompts"], run.eval.split),
+        run.judge,
+        run.ledger,
+        run.generate,
+        pairs=read(inputs["pairs"] / "pairs.parquet", Pair) if "pairs" in inputs else None,
+        train=read_split(inputs["prompts"], "train"),
+        source=policy_source(task.k + 1),
+        limit=run.limit,
+        seed=derive(run.seed, "evaluate"),
+        folder=task.folder,
+        report=task.report,
+    )
+    write_json(task.folder / "metrics.json", metrics)
+    return metrics
+
+
+# --- what the training of an iteration reads
+
+
+@verb("reference", 1, lambda run, plan: {"autocast": plan.trainer.autocast})
+def reference(run: Run, plan: Plan, task: Task) -> Facts:
+    """What the policy says of the pairs before it is trained on them: their log-probabilities."""
+    from dnpo.optimise.reference import score
+
+    start, rows = run.policy(task.inputs), read(task.inputs["pairs"] / "pairs.parquet", Pair)
+    score(start, rows, autocast=plan.trainer.autocast, folder=task.folder, report=task.report)
+    return {"pairs": len(rows), "weights": start.fingerprint()}
+
+
+@verb("hidden", 1, lambda run, plan: {"autocast": plan.trainer.autocast}, title="hidden states")
+def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
+    """The policy's hidden states of rejected tokens before it is trained."""
+    from dnpo.optimise.reference import keep_hidden as keep
+
+    rows = read(task.inputs["pairs"] / "pairs.parquet", Pair)
+    if plan.npo.cache_hidden == "auto" and plan.trainer.passes(len(rows)) <= 1:
+        raise Declined  # nothing is read twice
+    start = run.policy(task.inputs)
+    facts = keep(
+        start,
+        rows,
+        autocast=plan.trainer.autocast,
+        required=plan.npo.cache_hidden == "on",
+        folder=task.folder,
+        report=task.report,
+    )
+    return {**facts, "weights": start.fingerprint()}
+
+
+def find_aids(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> dict[str, Stage]:
+    """Stages that only save the training work: hidden states, where noise reads them and they are kept."""
+    if plan.npo.cache_hidden == "off":
+        return {}
+    return {"hidden": keep_hidden(run, plan, prompts=prompts, policy=policy, pairs=pairs)}
+
+
+def match(run: Run, plan: Plan, *, prompts: Stage, policy: Stage, pairs: Stage, reference: Stage) -> Stage | None:
+    """The training whose mean shift ``plan.npo`` is to match, if any; the very stage of a run that has its noise."""
+    noisy = with_matched_noise(plan)
+    if noisy is None:
+        return None
+    aids = find_aids(run, noisy, prompts, policy, pairs)
+    stage = optimise(run, noisy, prompts=prompts, policy=policy, pairs=pairs, reference=reference, aids=aids)
+    return replace(stage, title=f"iteration {plan.k} · match")
+
+
+def with_matched_noise(plan: Plan) -> Plan | None:
+    """The same plan with the noise that its ``npo`` is to match; none where it matches nothing."""
+    like = plan.npo.like
+    return None if like is None else replace(plan, npo=like)
+
+
+# --- files
+
+
+def read_split(folder: Path, split: str) -> "Held":
     """The prompts of a split, with the human responses to them."""
-    return evaluation.Held(read(folder / f"{split}.parquet", Prompt), read(folder / f"{split}-human.parquet", Response))
+    from dnpo.evaluate.metrics import Held
+
+    return Held(read(folder / f"{split}.parquet", Prompt), read(folder / f"{split}-human.parquet", Response))
 
 
-def _responses(folder: Path) -> list[Response]:
+def _read_responses(folder: Path) -> list[Response]:
     return read_all(sorted(folder.glob("shard-*.parquet")), Response)
 
 
-def _trained(policy: Policy, history: list[dict[str, float]], folder: Path, earlier: Path | None) -> dict[str, Any]:
+def _write_trained(
+    policy: "Policy", history: list[dict[str, float]], folder: Path, earlier: Path | None
+) -> dict[str, Any]:
     """Write a trained policy and its step metrics; a training without steps leaves the policy it started from.
 
     The checkpoint goes last: until everything is written, a killed stage continues from it.
@@ -408,6 +352,8 @@ def _trained(policy: Policy, history: list[dict[str, float]], folder: Path, earl
         shutil.copytree(earlier, folder / "policy", dirs_exist_ok=True)
     else:
         (folder / "policy").mkdir(exist_ok=True)  # empty: the base model itself
+    from dnpo.optimise.training import discard_checkpoint
+
     write_json(folder / "steps.json", history)
     discard_checkpoint(folder)
     tenth = history[-max(len(history) // 10, 1) :]

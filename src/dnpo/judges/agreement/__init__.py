@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -34,10 +34,8 @@ from dnpo.judges.agreement.stats import (
 )
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Response, Verdict, policy_source, read, write
+from dnpo.settings import part_key
 from dnpo.store import MANIFEST, Report, Stage, Store, manifest, write_json
-
-if TYPE_CHECKING:
-    from dnpo.stages.verbs import Part
 
 STAGE, VERSION = "agreement", 1
 POINTS = "points.json"
@@ -46,23 +44,23 @@ OTHER = policy_source(0)  # the source of ``b``, as judges that compare expect i
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def verdicts(judge: "Part[Judge]", data: Labelled, rows: Sequence[Comparison], ledger: Ledger) -> Stage:
+def verdicts(judge: Judge, data: Labelled, rows: Sequence[Comparison], ledger: Ledger) -> Stage:
     """What the judge says of both responses of every row."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         prompts = [row.prompt for row in rows]
         first = [Response(p.id, HUMAN, p.human, [], 0, "eos") for p in prompts]
         second = [Response(row.prompt.id, OTHER, row.b, [], 0, "eos") for row in rows]
-        said = judged(judge.value, prompts, [*first, *second], ledger, report)
+        said = judged(judge, prompts, [*first, *second], ledger, report)
         write(folder / "verdicts.parquet", said, Verdict)
         return tally(said)
 
-    settings = {"judge": judge.key, "data": data.content()}
+    settings = {"judge": part_key(judge), "data": data.content()}
     return Stage("verdicts", "verdicts", 1, settings, {}, work)
 
 
 def agreement(
-    judge: "Part[Judge]", data: Labelled, rows: Sequence[Comparison], said: Stage, resamples: int, seed: int
+    judge: Judge, data: Labelled, rows: Sequence[Comparison], said: Stage, resamples: int, seed: int
 ) -> Stage:
     """What the verdicts have to do with those of people; the measures are the stage's facts."""
 
@@ -73,8 +71,8 @@ def agreement(
         write_json(folder / POINTS, points)
         return {"data": data.path.name, **facts}
 
-    pairwise = getattr(judge.value, "mode", "score") == "pairwise"
-    settings = {"judge": judge.key, "data": data.content(), "resamples": resamples, "seed": seed}
+    pairwise = getattr(judge, "mode", "score") == "pairwise"
+    settings = {"judge": part_key(judge), "data": data.content(), "resamples": resamples, "seed": seed}
     return Stage(STAGE, "agreement with people", VERSION, settings, {"verdicts": said}, work)
 
 
@@ -153,7 +151,7 @@ def known_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str
     """What the store knows of a judge's agreement with people: one entry for each set of rows, the newest of each.
 
     Args:
-        judge_key: see :attr:`dnpo.stages.verbs.Part.key`.
+        judge_key: see :func:`dnpo.settings.part_key`.
     """
     wanted = json.loads(json.dumps(judge_key))
     newest: dict[str, dict[str, Any]] = {}

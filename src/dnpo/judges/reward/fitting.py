@@ -69,9 +69,9 @@ def fit(
     Raises:
         DnpoError: the rows, the base model or the folder cannot be used, or the loss is not finite.
     """
-    from dnpo.running.console import quieten
+    from dnpo.running.console import silence_libraries
 
-    quieten()
+    silence_libraries()
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"out={out}: there is something already; give a folder that is not there, or an empty one")

@@ -13,7 +13,8 @@ from dnpo.policy.model import Policy
 from dnpo.running.gate import machine
 from dnpo.running.gate.finding import Finding
 from dnpo.running.gate.machine import Counts, Shape
-from dnpo.stages.verbs import Plan, Run, as_matched
+from dnpo.stages.plan import Plan, Run
+from dnpo.stages.verbs import with_matched_noise
 from dnpo.store import Store
 
 
@@ -48,7 +49,7 @@ def findings(
         policy: the base model without weights.
         folder: what the prompts stage keeps of the base model.
     """
-    of = machine.shape(policy, run.model.value.lora)
+    of = machine.shape(policy, run.model.lora)
     files = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     base, tokenizer = sum(files.values()), sum(size for file, size in files.items() if file.suffix != ".safetensors")
     todo = [stage for iteration in iterations for stage in iteration.stages if not store.has(stage)]
@@ -68,7 +69,7 @@ def findings(
             setting = f"{name}.micro_batch_size, {name}.checkpointing, model.lora.rank"
             found.append(machine.memory(what, *max(needed, key=sum), run.device, setting))
     if any(stage.name in ("generate", "evaluate") for stage in todo):
-        need = machine.generating_bytes(of, run.generate.value, counts)
+        need = machine.generating_bytes(of, run.generate, counts)
         found.append(machine.memory("generating", *need, run.device, "generate.batch_size"))
     return found
 
@@ -76,7 +77,7 @@ def findings(
 def tables(name: str, run: Run, counts: Counts) -> int:
     """Bytes of the tables that a stage of this name writes."""
     both, limit = counts.prompt + counts.response, counts.limit
-    samples = counts.held * (1 + run.eval.value.samples) + run.eval.value.sequences
+    samples = counts.held * (1 + run.eval.samples) + run.eval.sequences
     rows_and_tokens: dict[str, tuple[float, float]] = {
         "prompts": (2 * counts.all, both / 2),
         "generate": (counts.train, limit),
@@ -121,22 +122,22 @@ class _Training:
 
 def _trainings(run: Run, of: Shape, counts: Counts) -> list[_Training]:
     found = []
-    if run.sft.value.groups(counts.train, 0):
-        found.append(_Training(-1, 1, run.sft.value, None, 0, False))
+    if run.sft.groups(counts.train, 0):
+        found.append(_Training(-1, 1, run.sft, None, 0, False))
     first = len(found) + 1
-    plans = [plan for each in run.plans for plan in (as_matched(each), each) if plan is not None]
+    plans = [plan for each in run.plans for plan in (with_matched_noise(each), each) if plan is not None]
     for plan in plans:
         states = _states(plan, of, counts)
-        part = plan.npo.value
+        part = plan.npo
         with torch.device("meta"):
             noise = (part.at(0.0) if isinstance(part, MatchedOffset) else part).module(of.width, of.vocabulary)
-        found.append(_Training(plan.k, first + plan.k, plan.trainer.value, noise, states, part.cache_hidden != "on"))
+        found.append(_Training(plan.k, first + plan.k, plan.trainer, noise, states, part.cache_hidden != "on"))
     return found
 
 
 def _states(plan: Plan, of: Shape, counts: Counts) -> int:
     """Bytes of the hidden states that are kept, as ``stages.hidden`` decides it."""
-    keep, trainer = plan.npo.value.cache_hidden, plan.trainer.value
+    keep, trainer = plan.npo.cache_hidden, plan.trainer
     if keep == "off" or (keep == "auto" and trainer.passes(counts.train) <= 1):
         return 0
     return machine.hidden_bytes(of, counts, trainer.autocast)

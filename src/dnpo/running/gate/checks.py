@@ -1,0 +1,97 @@
+"""The checks of the gate, given what the run would really use."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dnpo.errors import ModelError
+from dnpo.loop import Iteration
+from dnpo.policy.model import Policy
+from dnpo.running.gate import judge, needs, rows, text
+from dnpo.running.gate.finding import Finding
+from dnpo.running.gate.machine import Counts
+from dnpo.stages.plan import Run
+from dnpo.store import Stage, Store
+
+LOOKED_AT = 256  # rows of a split that are rendered and encoded
+
+
+def check(run: Run, iterations: Sequence[Iteration], store: Store, todo: Sequence[Stage]) -> list[Finding]:
+    """Every check of a run that has stages ``todo``."""
+    data, facts = run.data.read()
+    found = _rows(run, data, facts.get("removed", {}))
+    try:
+        with _base(run, iterations[0].prompts, data, store) as folder:
+            policy = run.model.outline(folder)
+            tokens, counts = _tokens(run, data, policy)
+            found += tokens
+            if counts is not None:
+                found += needs.findings(run, iterations, store, counts, policy, folder)
+    except ModelError as error:
+        found.append(Finding("model", "stop", str(error), "model.…, as the message says"))
+    ahead = {stage.name for stage in todo}
+    asked = [(run.judge, {"judge", "evaluate"}), (run.second_judge, {"second"})]
+    for who, stages in asked:
+        # a call costs, so it comes last
+        if who.gives_scores and stages & ahead and not any(finding.level == "stop" for finding in found):
+            found.append(judge.canary(who, run.ledger))
+    return found
+
+
+@contextmanager
+def _base(run: Run, prompts: Stage, data: rows.Rows, store: Store) -> Iterator[Path]:
+    """A folder with the base model's tokenizer: the store's, or one for the moment."""
+    if store.has(prompts):
+        yield store.folder(prompts) / "model"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        run.model.base(Path(folder), data["train"])
+        yield Path(folder)
+
+
+def _rows(run: Run, data: rows.Rows, removed: Mapping[str, int]) -> list[Finding]:
+    scored = [plan.k for plan in run.plans if plan.dsl.needs_scores]
+    measured = run.eval.split
+    redrawn = run.data.drawn_with_replacement
+    other = run.second_judge
+    return [
+        judge.labels(scored[0] if scored else None, run.judge, data),
+        *([judge.second(other, data[measured], measured)] if other.gives_scores else []),
+        judge.judge_prompts(run.judge.prompts_seen, data[measured], measured),
+        rows.ids(data),
+        rows.duplicates(data["train"], redrawn, removed),
+        rows.near_duplicates(data["train"], redrawn),
+        *rows.overlap(data),
+    ]
+
+
+def _tokens(run: Run, data: rows.Rows, policy: Policy) -> tuple[list[Finding], Counts | None]:
+    """What is found of template and tokens, and how long rows are; None where no run could be made of them."""
+    some = {split: rows.evenly(data[split], LOOKED_AT) for split in data}
+    everything = [row for split in some.values() for row in split]
+    tokenizer, stop_ids = policy.tokenizer, policy.stop_ids
+    template = text.template(tokenizer, everything)
+    if template.level == "stop":
+        return [template], None  # what cannot be rendered cannot be encoded
+    by_split = {split: text.encoded(tokenizer, some[split], stop_ids) for split in some}
+    encoded = [row for split in by_split.values() for row in split]
+    found = [
+        template,
+        text.seam(tokenizer, everything),
+        text.one_bos(tokenizer, encoded),
+        text.one_eos(tokenizer, stop_ids, encoded),
+        text.no_eos_where_cut(tokenizer, stop_ids, encoded, run.limit),
+        text.ends_of_model(tokenizer, policy.model_stop_ids, encoded),
+    ]
+    context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
+    longest = min(run.data.max_prompt_tokens, context - run.limit)
+    drop = run.data.long_responses == "drop"
+    for split, those in by_split.items():
+        tokens = [(len(row.prompt_ids), len(row.ids)) for row in those]
+        found.append(rows.lengths(split, len(data[split]), tokens, longest, run.limit, drop))
+    if any(finding.level == "stop" for finding in found):
+        return found, None
+    sizes = {split: len(data[split]) for split in data}
+    lengths = [(min(len(row.prompt_ids), longest), min(len(row.ids), run.limit)) for row in encoded]
+    return found, needs.counts(sizes, run.eval.split, lengths, run.limit)
