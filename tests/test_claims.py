@@ -24,10 +24,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from dnpo.commands.common import conf_folder, flat
 from dnpo.commands.train import checked
 from dnpo.errors import DataError, SettingsError
 from dnpo.running import execute as running
+from dnpo.settings import conf_folder, flat
 from dnpo.stats.intervals import Estimate, Mean
 from dnpo.tracking.reading import Database, Run
 from dnpo.tracking.writing import MLflow

@@ -12,9 +12,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from dnpo.commands.common import conf_folder
-from dnpo.commands.train import PARTS, build, checked
+from dnpo.commands.train import PARTS, build, check_optimizers, checked
 from dnpo.errors import SettingsError
+from dnpo.loop import chain
+from dnpo.settings import conf_folder, part_key
+from dnpo.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = conf_folder()
@@ -110,10 +112,6 @@ def test_choosing_a_part_beats_the_scale() -> None:
         (["model=local"], r"model\.path: needs a value"),
         (["data.difficulty=9"], r"data\.difficulty=9: .*1, 2, 3, 4 or 5"),
         (["eval.split=train"], r"eval\.split='train': .*'validation' or 'test'"),
-        (
-            ["+trainer.optimizer.lrr=1"],
-            r"trainer\.optimizer\.lrr: unknown setting\. Did you mean trainer\.optimizer\.lr",
-        ),
         (["+iteration=3"], r"iteration: unknown setting\. Did you mean iterations"),
         (["npo.cache_hidden=always"], r"npo\.cache_hidden='always': .*'auto', 'on' or 'off'"),
         (["npo=fixed", "npo.cache_hidden=3"], r"npo\.cache_hidden=3: .*'auto', 'on' or 'off'"),
@@ -126,6 +124,21 @@ def test_choosing_a_part_beats_the_scale() -> None:
 def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         checked(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+trainer.optimizer.lrr=1", r"trainer\.optimizer\.lrr: unknown setting\. Did you mean trainer\.optimizer\.lr"),
+        ("trainer.optimizer._target_=torch.optim.Nothing", r"trainer\.optimizer\._target_=.*cannot be imported"),
+        ("trainer.optimizer.lr=-1", r"trainer\.optimizer: .*learning rate"),
+    ],
+)
+def test_a_wrong_optimizer_is_named_before_anything_is_computed(override: str, message: str) -> None:
+    """Torch is imported for it only where there is something to train, plans included."""
+    run, _, _ = build(composed("tracking=off", override))
+    with pytest.raises(SettingsError, match=message):
+        check_optimizers(run, list(chain(run)), Store(Path("there-is-no-such-folder")))
 
 
 SAME = [
@@ -143,7 +156,8 @@ OTHER = ["trainer.batch_size=2", "trainer.autocast=true", "trainer.optimizer.lr=
 def keys(*overrides: str) -> list[dict[str, Any]]:
     """What goes into the keys of stages of the training parts."""
     run, _, _ = build(composed("method=dnpo", "scale=smoke", "tracking=off", *overrides))
-    return [run.sft.key, *[part.key for plan in run.plans for part in (plan.trainer, plan.npo, plan.objective)]]
+    parts = [part for plan in run.plans for part in (plan.trainer, plan.npo, plan.objective)]
+    return [part_key(part) for part in (run.sft, *parts)]
 
 
 def test_what_cannot_change_a_result_is_in_no_key() -> None:
@@ -161,11 +175,11 @@ def test_a_part_still_has_the_settings_that_are_in_no_key() -> None:
     """They are what stages are run with."""
     run, _, resolved = build(composed("method=dnpo", "scale=smoke", "tracking=off", *SAME))
     plan = run.plans[-1]
-    assert plan.npo.settings["cache_hidden"] == resolved["npo"]["cache_hidden"] == "on"
-    assert plan.trainer.settings["micro_batch_size"] == plan.trainer.value.micro_batch_size == 2
-    trainer = plan.trainer.value
+    assert plan.npo.cache_hidden == resolved["npo"]["cache_hidden"] == "on"
+    trainer = plan.trainer
+    assert resolved["trainer"]["micro_batch_size"] == trainer.micro_batch_size == 2
     assert (trainer.share_prompt, trainer.checkpointing, trainer.compile) == (False, True, True)
-    assert run.sft.value.checkpointing
+    assert run.sft.checkpointing
 
 
 def readme_commands() -> list[list[str]]:

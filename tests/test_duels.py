@@ -15,7 +15,7 @@ from dnpo.judges.ensemble import Ensemble
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.longer import Longer
 from dnpo.records import Prompt, Response
-from dnpo.stages.duels import Duel, Responses, fight, outcome, read_duels, write_duels
+from dnpo.stages.duels import Duel, Responses, judge_duels, outcome, read_duels, write_duels
 from dnpo.stats.significance import mcnemar_clustered
 from dnpo.stats.wins import preferences, wins
 from tests.conftest import Report, World, verdicts
@@ -138,7 +138,7 @@ def fight(judge: Any, world: World, folder: Path, swap: bool = False) -> list[Du
     if swap:
         ours, theirs = theirs, ours
     with Ledger(folder / "ledger.sqlite") as ledger:
-        return fight(judge, prompts, ours, theirs, ledger, Report())
+        return judge_duels(judge, prompts, ours, theirs, ledger, Report())
 
 
 def test_under_a_judge_that_scores_each_for_itself(world: World, tmp_path: Path) -> None:
@@ -212,10 +212,10 @@ def test_only_prompts_that_both_have(world: World, tmp_path: Path) -> None:
     prompts, ours, theirs = sides(world)
     fewer = {key: text for key, text in theirs.items() if key[0] != prompts[2].id}
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        found = fight(Rules(), prompts, ours, fewer, ledger, Report())
+        found = judge_duels(Rules(), prompts, ours, fewer, ledger, Report())
         assert {d.id for d in found} == {p.id for p in prompts} - {prompts[2].id}
         with pytest.raises(DataError, match="share no prompt"):
-            fight(Rules(), prompts, ours, {}, ledger, Report())
+            judge_duels(Rules(), prompts, ours, {}, ledger, Report())
 
 
 def test_duels_are_kept_as_they_are(world: World, tmp_path: Path) -> None:

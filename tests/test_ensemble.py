@@ -12,7 +12,6 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from dnpo.commands.common import conf_folder
 from dnpo.commands.train import build
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.judges import Canary, Forecast, Judge, judged
@@ -21,7 +20,7 @@ from dnpo.judges.ensemble import Ensemble
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
 from dnpo.records import HUMAN, Prompt, Response, Verdict
-from dnpo.settings import check
+from dnpo.settings import check, conf_folder
 from tests.conftest import Report, verdicts
 
 Scores = Mapping[tuple[str, str], float | None]

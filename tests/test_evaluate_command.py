@@ -14,10 +14,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from dnpo.commands.common import conf_folder
 from dnpo.commands.evaluate import PARTS, checked, other_model, said, table
 from dnpo.errors import SettingsError
 from dnpo.records import Item, read
+from dnpo.settings import conf_folder
 from dnpo.stages.duels import Duel, outcome, read_duels
 from dnpo.stats.wins import wins
 from tests.test_train import succeed

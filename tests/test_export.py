@@ -14,11 +14,12 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dnpo.commands.export import main
 from dnpo.errors import ModelError, SettingsError
 from dnpo.policy.loading import load
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
-from dnpo.running.export import export, link, main
+from dnpo.running.export import export, link
 from dnpo.store import content_hash, write_json
 
 from .test_train import SMOKE, succeed, summary

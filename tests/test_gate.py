@@ -16,7 +16,6 @@ from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dnpo.commands.common import conf_folder
 from dnpo.commands.train import build, pass_gate
 from dnpo.data.seen import seen_as
 from dnpo.errors import JudgeError, SettingsError
@@ -39,6 +38,7 @@ from dnpo.running.console import Console
 from dnpo.running.gate import chain as chain_check
 from dnpo.running.gate import gate, judge, machine, needs, rows, show, text
 from dnpo.running.gate.finding import Finding
+from dnpo.settings import conf_folder
 from dnpo.stages.verbs import Run
 from dnpo.store import MANIFEST, Store
 

@@ -9,13 +9,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from dnpo.commands.common import conf_folder
 from dnpo.commands.train import build
 from dnpo.errors import SettingsError
 from dnpo.evaluate.texts import PACKAGES, Texts, similarity
 from dnpo.judges.exact.rules import Correct
 from dnpo.loop import Iteration, chain
 from dnpo.records import Item, Pair, Prompt, Response, read
+from dnpo.settings import conf_folder
 from dnpo.stages.verbs import Run
 from dnpo.store import Store
 from tests.conftest import Report, verdicts

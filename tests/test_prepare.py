@@ -11,7 +11,7 @@ from dnpo.data.files import JsonLines
 from dnpo.data.tinyworld import TinyWorld
 from dnpo.errors import DataError
 from dnpo.records import Prompt, Response, read
-from dnpo.stages.verbs import Part, prepare
+from dnpo.stages.verbs import prepare
 from dnpo.store import Stage
 from tests.conftest import Report, World
 
@@ -25,6 +25,9 @@ class Model:
         config = SimpleNamespace(max_position_embeddings=200)
         self.policy = SimpleNamespace(tokenizer=world.tokenizer, stop_ids=(), causal_lm=SimpleNamespace(config=config))
 
+    def identity(self) -> dict[str, Any]:
+        return {}
+
     def base(self, folder: Path, rows: list[Prompt]) -> None:
         pass
 
@@ -33,10 +36,8 @@ class Model:
 
 
 def stage(world: World, data: Any) -> Stage:
-    run: Any = SimpleNamespace(
-        data=Part(data, data.identity()), model=Part(Model(world), {}), limit=data.max_response_tokens, sft_rows=0
-    )
-    return prepare(run)
+    run: Any = SimpleNamespace(data=data, model=Model(world), limit=data.max_response_tokens, sft_rows=0)
+    return prepare(run, None)
 
 
 @pytest.fixture

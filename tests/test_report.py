@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
+from dnpo.commands.report import main
 from dnpo.errors import DataError
 from dnpo.report import content, html, select
-from dnpo.report.__main__ import main
 from dnpo.report.groups import grouped
 from dnpo.report.page import HIDDEN, duration, number, visible, without_secrets
 from dnpo.stats import paired

@@ -18,11 +18,11 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from dnpo.commands.common import conf_folder
 from dnpo.commands.train import build, checked
 from dnpo.dsl import HumanChosen
 from dnpo.loop import Iteration, chain
 from dnpo.running import execute as running
+from dnpo.settings import conf_folder
 
 CONF = conf_folder()
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
@@ -53,7 +53,7 @@ def laid_out(job: list[str]) -> list[Iteration]:
 def in_force(job: list[str]) -> list[tuple[str, str]]:
     """Labels and noise of each iteration of a job."""
     run, _, _ = build(composed(*job, "tracking=off"))
-    return [(type(plan.dsl.value).__name__, plan.npo.value.func.__name__) for plan in run.plans]
+    return [(type(plan.dsl).__name__, type(plan.npo).__name__) for plan in run.plans]
 
 
 def trainings(found: list[list[str]]) -> Counter[str]:
@@ -156,7 +156,7 @@ def test_saturation_has_its_regimes() -> None:
     for job in found:
         run, _, settings = build(composed(*job, "tracking=off"))
         (plan,) = run.plans
-        seen[settings["objective"]["beta"], isinstance(plan.dsl.value, HumanChosen)] += 1
+        seen[settings["objective"]["beta"], isinstance(plan.dsl, HumanChosen)] += 1
         assert (settings["sft"]["steps"], settings["sft_rows"], settings["data"]["train"]) == (200, 800, 2400)
         trainer = settings["trainer"]
         assert (trainer["epochs"], trainer["batch_size"], trainer["optimizer"]["lr"]) == (6, 64, 1e-4)

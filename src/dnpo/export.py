@@ -1,6 +1,6 @@
-"""``python -m dnpo.export``: see :mod:`dnpo.running.export`."""
+"""``python -m dnpo.export``: see :mod:`dnpo.commands.export`."""
 
-from dnpo.running.export import main
+from dnpo.commands.export import main
 
 __all__ = ["main"]
 

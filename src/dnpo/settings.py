@@ -8,8 +8,10 @@ function can be a part too: its keyword-only parameters are its settings, what a
 import dataclasses
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast, get_type_hints
 
 from dnpo.errors import DnpoError, SettingsError
@@ -40,6 +42,7 @@ Finite = Annotated[float, Range()]
 Fraction = Annotated[float, Range(ge=0, le=1)]
 Count = Annotated[int, Range(ge=1)]
 Natural = Annotated[int, Range(ge=0)]
+Dtype = Literal["float32", "bfloat16"]  # of weights
 
 SPECIAL = ("_target_", "_partial_")
 OWN = "dnpo."
@@ -277,3 +280,30 @@ def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 def _dotted(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
+
+
+def conf_folder() -> Path:
+    """Where the settings are: ``$DNPO_CONF``, else beside this file (a wheel), else in the checkout."""
+    here = Path(__file__).resolve().parent
+    if "DNPO_CONF" in os.environ:
+        given = Path(os.environ["DNPO_CONF"]).absolute()
+        if not (given / "train.yaml").is_file():
+            raise SettingsError(f"DNPO_CONF={given}: expected a folder with a train.yaml")
+        return given
+    for folder in (here / "conf", here.parent.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise SettingsError(
+        f"no settings found: neither {here / 'conf'} nor {here.parent.parent / 'conf'} has a train.yaml"
+    )
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -22,28 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.former import up_to_date
-from dnpo.settings import nearest
+from dnpo.settings import conf_folder, flat, nearest
 
 if TYPE_CHECKING:
     from dnpo.tracking.writing import Status, Tracking
 
 KEPT = "Finished stages are kept and an unfinished one continues: run the same command again."
-
-
-def conf_folder() -> Path:
-    """Where the settings are: ``$DNPO_CONF``, else beside this file (a wheel), else in the checkout."""
-    here = Path(__file__).resolve().parent.parent
-    if "DNPO_CONF" in os.environ:
-        given = Path(os.environ["DNPO_CONF"]).absolute()
-        if not (given / "train.yaml").is_file():
-            raise SettingsError(f"DNPO_CONF={given}: expected a folder with a train.yaml")
-        return given
-    for folder in (here / "conf", here.parent.parent / "conf"):
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise SettingsError(
-        f"no settings found: neither {here / 'conf'} nor {here.parent.parent / 'conf'} has a train.yaml"
-    )
 
 
 def run(
@@ -209,14 +193,3 @@ def folders(job: Any) -> tuple[Path, Path | None]:
     """The folder of a command's results, and that of the whole sweep where it is a job of one."""
     sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
     return Path(job.runtime.output_dir), sweep
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

@@ -4,19 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dnpo.errors import ModelError
 from dnpo.policy.lora import Lora
 from dnpo.records import Prompt
 from dnpo.seeding import derive
-from dnpo.settings import Count, Natural, neutral
+from dnpo.settings import Count, Dtype, Natural, neutral
 from dnpo.store import content_hash
 
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
-
-Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)

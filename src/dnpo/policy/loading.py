@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dnpo.errors import ModelError
-from dnpo.policy.base import Dtype
 from dnpo.policy.model import Policy, adapters
 from dnpo.policy.packing import ATTENTION, pack
 from dnpo.policy.tokenizer import PLAIN_TEMPLATE
+from dnpo.settings import Dtype
 
 
 def load(

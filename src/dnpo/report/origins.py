@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
-from dnpo.commands.common import conf_folder, flat
 from dnpo.errors import SettingsError
 from dnpo.report.groups import ELSEWHERE, Groups, iteration_title, whole
 from dnpo.report.page import without_secrets
+from dnpo.settings import conf_folder, flat
 from dnpo.tracking.reading import Run
 
 Setting = tuple[str, list[str], str]  # its name, the values that runs have, the default

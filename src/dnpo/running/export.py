@@ -8,20 +8,18 @@ that they hold when the folder around runs and store is moved, or mounted elsewh
 are joined into one, of the sum of their ranks. The command writes whole weights instead, adapters merged in.
 """
 
-import argparse
 import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from dnpo.errors import DnpoError, ModelError, SettingsError
+from dnpo.errors import ModelError, SettingsError
 from dnpo.running.card import Saved, card
 from dnpo.store import MANIFEST, content_hash, write_json
 
@@ -220,8 +218,8 @@ def _merged(policy: Saved, folder: Path) -> None:
     """The base model with all adapters merged in, in float32 so that nothing is rounded in between."""
     import torch
 
-    from dnpo.policy.base import Dtype
     from dnpo.policy.loading import load
+    from dnpo.settings import Dtype
 
     content = policy.made_of["model"].get("content")
     if content is not None and (not Path(policy.base).is_dir() or content_hash(Path(policy.base)) != content):
@@ -240,30 +238,3 @@ def _merged(policy: Saved, folder: Path) -> None:
     kept: Dtype = policy.setting("model", "dtype", "float32")
     whole.model.to(getattr(torch, kept))
     whole.save(folder)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; what the user can put right is answered in one line, with exit status 1."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dnpo.export",
-        description="Write a policy of a finished run as a folder that needs nothing else: whole weights (LoRA "
-        "adapters merged in), tokenizer, model card.",
-    )
-    parser.add_argument("run", type=Path, help="the run's folder, such as outputs/DATE/TIME")
-    parser.add_argument("--iteration", help="sft, or a number; the last one if not given")
-    parser.add_argument("--to", type=Path, required=True, help="a folder that does not exist yet, or is empty")
-    parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
-    given = parser.parse_args(arguments)
-    from dnpo.running.console import silence_libraries
-
-    silence_libraries()
-    try:
-        policy = export(given.run, given.to, given.iteration, given.store)
-    except DnpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    print(f"{policy.name} ({policy.stage}) is in {given.to}")
-
-
-if __name__ == "__main__":
-    main()

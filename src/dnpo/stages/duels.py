@@ -69,7 +69,7 @@ def fight_duels(run: Run, plan: None, task: Task) -> Facts:
         second = _read_samples(read_split(inputs["their_prompts"], split), inputs["their_evaluation"], samples)
     else:
         second = _human(rows, samples)
-    found = fight(run.judge, rows.prompts, first, second, run.ledger, task.report)
+    found = judge_duels(run.judge, rows.prompts, first, second, run.ledger, task.report)
     write_duels(task.folder / DUELS, found)
     alone = len(first) - len(found)
     if alone:
@@ -90,7 +90,7 @@ def _human(rows: Held, samples: int) -> Responses:
     return {(prompt.id, n): response for n in range(samples) for prompt, response in pairs}
 
 
-def fight(
+def judge_duels(
     judge: Judge, prompts: Sequence[Prompt], ours: Responses, theirs: Responses, ledger: Ledger, report: Report
 ) -> list[Duel]:
     """What the judge says of both texts, for every prompt and number that both sides have.

@@ -16,11 +16,10 @@ from dnpo.judges import Canary, too_many
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
 from dnpo.judges.asked.questions import Mode, Prompted
 from dnpo.judges.asked.replies import Replies
-from dnpo.policy.base import Dtype
 from dnpo.policy.model import device_of
 from dnpo.policy.weights import Weights, context_of
 from dnpo.records import Prompt
-from dnpo.settings import Count, Fraction
+from dnpo.settings import Count, Dtype, Fraction
 from dnpo.store import Report
 
 NUMBERS = [str(number) for number in range(101)]

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from dnpo.errors import ModelError
-from dnpo.policy.base import Dtype
 from dnpo.policy.loading import without_dropout
 from dnpo.policy.tokenizer import PLAIN_TEMPLATE
 from dnpo.policy.weights import Weights, context_of
 from dnpo.records import Message
+from dnpo.settings import Dtype
 
 Kind = Literal["model", "embedding"]
 FACTS, SEEN, HEAD, ENCODER = "reward.json", "prompts_seen.txt", "head.safetensors", "encoder"

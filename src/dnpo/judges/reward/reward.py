@@ -18,11 +18,10 @@ from dnpo.errors import OutOfMemoryError
 from dnpo.judges import Canary, Judge
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.reward.models import SEEN, Rewards, facts_of, load
-from dnpo.policy.base import Dtype
 from dnpo.policy.model import device_of
 from dnpo.policy.weights import Weights
 from dnpo.records import HUMAN, Prompt, Response, Verdict
-from dnpo.settings import Count, Finite, Fraction, Positive, check_values
+from dnpo.settings import Count, Dtype, Finite, Fraction, Positive, check_values
 from dnpo.store import Report
 
 

@@ -1,0 +1,32 @@
+"""The command: write a policy of a finished run as a folder that needs nothing else."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dnpo.errors import DnpoError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; what the user can put right is answered in one line, with exit status 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dnpo.export",
+        description="Write a policy of a finished run as a folder that needs nothing else: whole weights (LoRA "
+        "adapters merged in), tokenizer, model card.",
+    )
+    parser.add_argument("run", type=Path, help="the run's folder, such as outputs/DATE/TIME")
+    parser.add_argument("--iteration", help="sft, or a number; the last one if not given")
+    parser.add_argument("--to", type=Path, required=True, help="a folder that does not exist yet, or is empty")
+    parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
+    given = parser.parse_args(arguments)
+    from dnpo.running.console import silence_libraries
+    from dnpo.running.export import export
+
+    silence_libraries()
+    try:
+        policy = export(given.run, given.to, given.iteration, given.store)
+    except DnpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(f"{policy.name} ({policy.stage}) is in {given.to}")

@@ -1,0 +1,66 @@
+"""``python -m dnpo.report RUN_OR_SWEEP``."""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from dnpo.errors import DataError, DnpoError
+from dnpo.report import Selection, content, html, select
+from dnpo.tracking.reading import Database
+
+ARTIFACT = "report.html"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the page, and keep it with the run unless that is not wanted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dnpo.report", description="One self-contained HTML page on a run or a sweep."
+    )
+    parser.add_argument(
+        "run_or_sweep",
+        help="a run's id (or its beginning) or folder; or a sweep's name, folder, or the id of its own run",
+    )
+    parser.add_argument("--uri", default="sqlite:///mlflow.db", help="where runs were tracked (default: %(default)s)")
+    parser.add_argument("--experiment", default="dnpo", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="the file to write (default: report-NAME.html)")
+    parser.add_argument("--no-log", action="store_true", help=f"do not keep it in MLflow as {ARTIFACT}")
+    given = parser.parse_args(arguments)
+    try:
+        _report(given)
+    except DnpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _report(given: argparse.Namespace) -> None:
+    clock = time.monotonic()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    database = Database(given.uri, given.experiment)
+    selection = select(database, given.run_or_sweep)
+    text = html(content(selection, given.uri))
+    out = given.out or Path(f"report-{_slug(selection)}.html")
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--out {out}: {error.strerror}; expected a file that can be written") from error
+    took = time.monotonic() - clock
+    print(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {len(selection.runs)} runs, in {took:.1f} s")
+    if given.no_log:
+        return
+    if selection.own is None:
+        print("not kept in MLflow: these runs have no run of the whole sweep")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / ARTIFACT
+        path.write_text(text, encoding="utf-8")
+        database.client.log_artifact(selection.own.id, str(path))
+    print(f"kept in MLflow as {ARTIFACT} of run {selection.own.id}")
+
+
+def _slug(selection: Selection) -> str:
+    name = selection.name if selection.sweep else selection.runs[0].id[:8]
+    return re.sub(r"[^\w.-]+", "-", name)[:80].strip("-.") or "sweep"
