@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dnpo.errors import DataError, DnpoError
+from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import FINISHED, SFT, Database, Run
 
 Iteration = int | str
@@ -29,11 +30,8 @@ METHODS = {
 }
 BEGINNING = (SFT, 0)  # what every method shares with SPIN
 
-# Settings that cannot change a result, and those of measures that most figures do not show.
-WITHOUT_EFFECT = {"iterations", "seed", "device", "threads", "store", "ledger", "plan", "check"}
-WITHOUT_EFFECT_IN_A_PART = {"checkpoint_every", "micro_batch_size", "share_prompt", "checkpointing", "compile"}
-WITHOUT_EFFECT_IN_A_PART |= {"cache_hidden", "workers", "i_know_this_runs_code"}
-WITHOUT_EFFECT_BELOW = ("tracking.",)
+COMPARED = ("iterations", "seed")  # what a comparison is about may differ in it
+# Settings of measures that most figures do not show.
 MEASURES = ("second_judge.", "eval.texts", "eval.leaderboard")
 DISTINGUISHING = ("dsl.", "npo.")  # between methods, not within one
 SHOWN = 6
@@ -269,7 +267,7 @@ def refuse_mixture(runs: Sequence[Run], *, differing_starts: bool = False, matte
             if len(values) > 1:
                 differing[name] = values
 
-    every = sorted({name for run in runs for name in run.params})
+    every = sorted({name for run in runs for name in run.params if name not in find_neutral(run.params)})
     shared = [name for name in every if not name.startswith(DISTINGUISHING) and _counts(name, matters)]
     note(runs, shared)
     own = [name for name in every if name.startswith(DISTINGUISHING) and _counts(name, matters)]
@@ -297,11 +295,9 @@ def refuse_mixture(runs: Sequence[Run], *, differing_starts: bool = False, matte
 
 
 def _counts(name: str, matters: Sequence[str]) -> bool:
-    if name in WITHOUT_EFFECT or name.split(".")[-1] in WITHOUT_EFFECT_IN_A_PART:
+    if name in COMPARED:
         return False
-    return not name.startswith(WITHOUT_EFFECT_BELOW) and (
-        not name.startswith(MEASURES) or (bool(matters) and name.startswith(tuple(matters)))
-    )
+    return not name.startswith(MEASURES) or (bool(matters) and name.startswith(tuple(matters)))
 
 
 def _value(run: Run, name: str) -> str:

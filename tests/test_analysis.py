@@ -91,6 +91,7 @@ class Recorder:
             "data._target_": "dnpo.data.tinyworld.TinyWorld",
             "data.seed": seed,
             "objective.beta": 1.0,
+            "trainer._target_": "dnpo.optimise.parts.PairOptimisation",
             "trainer.epochs": 2,
             "trainer.steps": 0,
             "dsl._target_": dsl,

@@ -71,7 +71,7 @@ def test_methods_are_what_they_say() -> None:
     for method in METHODS:
         cfg = composed(f"method={method}")
         targets[method] = cfg.dsl._target_.split(".")[-1], cfg.npo._target_.split(".")[-1]
-        assert cfg.npo.start == (0 if targets[method][1] == "NoNoise" else 1)
+        assert cfg.npo.get("start") == (None if targets[method][1] == "NoNoise" else 1)
     assert targets == {
         "spin": ("HumanChosen", "NoNoise"),
         "dsl": ("HigherScoreChosen", "NoNoise"),

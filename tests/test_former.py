@@ -1,5 +1,6 @@
 """Settings written for an earlier layout go on working, and stage keys outlive the files that classes lie in."""
 
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,41 +8,57 @@ import pytest
 
 from dnpo import former
 from dnpo.former import up_to_date
-from dnpo.settings import stage_key
+from dnpo.settings import Bound, neutral, part_key
 from dnpo.store import MANIFEST, Store, write_json
 
 
+def renamed(module: str, part: Any) -> Any:
+    """The same part as if its class lay in another module."""
+    listed = [(each.name, each.type, field(default=each.default, metadata=each.metadata)) for each in fields(part)]
+    kind = make_dataclass(type(part).__name__, listed, frozen=True, namespace={"__module__": module})
+    return kind(**{each.name: getattr(part, each.name) for each in fields(part)})
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A part inside another."""
+
+    x: int = 1
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A part with others inside, and with a setting that changes no result."""
+
+    inner: Any
+    many: Any
+    fast: int = neutral(2)
+
+
+def outer(module: str, inside: str) -> Outer:
+    inner = renamed(inside, Inner())
+    found: Outer = renamed(module, Outer(inner, {"one": inner}))
+    return found
+
+
 def test_own_parts_are_keyed_by_the_name_of_their_class() -> None:
-    """Where a class of dnpo lies decides no key, in nested settings either."""
-    before = {
-        "_target_": "dnpo.a.Part",
-        "inner": {"_target_": "dnpo.b.Inner", "x": 1},
-        "many": {"one": {"_target_": "dnpo.c.C"}},
+    """Where a class of dnpo lies decides no key, in nested parts either."""
+    before = part_key(outer("dnpo.a", "dnpo.b"))
+    assert before == part_key(outer("dnpo.z", "dnpo.y.q"))
+    assert before == {
+        "_target_": "Outer",
+        "inner": {"_target_": "Inner", "x": 1},
+        "many": {"one": {"_target_": "Inner", "x": 1}},
     }
-    after = {
-        "_target_": "dnpo.z.Part",
-        "inner": {"_target_": "dnpo.y.q.Inner", "x": 1},
-        "many": {"one": {"_target_": "dnpo.C"}},
-    }
-    assert stage_key(before) == stage_key(after)
-    assert stage_key(before)["inner"] == {"_target_": "Inner", "x": 1}
 
 
 def test_two_classes_of_one_name_in_two_modules_have_two_keys() -> None:
     """Of what is not dnpo's own the whole import path counts, nested too, and never equals one of dnpo's own."""
-    targets = ["mine.judge.Rules", "mine.other.Rules", "dnpo.judges.rules.Rules", "dnpolike.Rules"]
-    keys = [str(stage_key({"_target_": target})) for target in targets]
-    nested = [str(stage_key({"_target_": "dnpo.E", "m": {"_target_": target}})) for target in targets]
-    assert len({*keys}) == 4
-    assert len({*nested}) == 4
-
-
-def test_what_changes_no_result_is_in_no_key() -> None:
-    """Settings that a part names, and how it is built."""
-    assert stage_key({"_target_": "dnpo.a.P", "_partial_": True, "x": 1, "fast": 2}, ["fast"]) == {
-        "_target_": "P",
-        "x": 1,
-    }
+    modules = ["mine.judge", "mine.other", "dnpo.judges.rules", "dnpolike"]
+    assert len({str(part_key(renamed(module, Inner()))) for module in modules}) == 4
+    assert len({str(part_key(outer("dnpo.a", module))) for module in modules}) == 4
+    functions = [Bound(f"{module}.hinge", {"beta": 1.0}) for module in modules]
+    assert len({str(part_key(function)) for function in functions}) == 4
 
 
 def test_old_targets_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dnpo.errors import DataError, TrackingError
+from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import Database, iteration_name
 from dnpo.tracking.writing import MLflow
 
@@ -88,3 +89,26 @@ def test_a_database_that_is_not_there_is_said_and_not_made(uri: str, tmp_path: P
 
 def test_iterations_have_the_names_of_their_artefacts() -> None:
     assert [iteration_name(k) for k in ("SFT", 0, 3)] == ["sft", "iteration-0", "iteration-3"]
+
+
+# --- settings that cannot change a result
+
+
+def test_what_parts_say_of_their_settings_is_what_comparisons_read() -> None:
+    """Batch sizes, costs and places do not tell runs apart; contents do, and a place does where they are not known."""
+    params = {
+        "judge._target_": "dnpo.judges.openai.OpenAI",  # an import path of an earlier layout
+        "model._target_": "dnpo.policy.base.Pretrained",
+        "model.contents": "0123",
+        "generate._target_": "dnpo.generate.Sampling",
+        "trainer._target_": "dnpo.optimise.parts.PairOptimisation",
+        "data._target_": "mine.data.Rows",
+        "store": "here",
+        "tracking.uri": "x",
+    }
+    neutral = find_neutral(params)
+    assert {"store", "ledger", "device", "threads", "tracking.uri", "model.path", "trainer.micro_batch_size"} <= neutral
+    assert not {"seed", "iterations", "sft_rows", "trainer.batch_size", "model.dtype", "data.path"} & neutral
+    unknown = find_neutral({name: value for name, value in params.items() if name != "model.contents"})
+    assert neutral - unknown == {"model.path"}
+    assert not {name for name in find_neutral({"npo._target_": "dnpo.no.longer.There"}) if name.startswith("npo.")}

@@ -39,6 +39,8 @@ MOVED_AT: dict[tuple[str, str], str] = {
 
 REMOVED: dict[str, tuple[str, ...]] = {
     "dnpo.optimise.parts.Optimisation": ("share_prompt",),
+    "dnpo.optimise.parts.NoNoise": ("start",),
+    "dnpo.dsl.HumanChosen": ("start",),
 }
 """Settings that a part once had, by its import path of today. They are accepted there, and ignored."""
 

@@ -7,7 +7,9 @@ function can be a part too: its keyword-only parameters are its settings, what a
 
 import dataclasses
 import difflib
+import hashlib
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ Dtype = Literal["float32", "bfloat16"]  # of weights
 SPECIAL = ("_target_", "_partial_")
 OWN = "dnpo."
 CHANGES_RESULT = "changes result"  # a field's metadata; true where nothing is said
+IS_PLACE = "is a place"  # the same; false where nothing is said
 
 
 def neutral(default: Any = dataclasses.MISSING) -> Any:
@@ -58,11 +61,45 @@ def neutral(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={CHANGES_RESULT: False})
 
 
-def neutral_names(target: Callable[..., Any]) -> list[str]:
-    """Those of a part's settings that cannot change a result."""
+def place(default: Any = dataclasses.MISSING) -> Any:
+    """A neutral field that says where something lies, such as a path; the part's ``identity()`` says what does."""
+    return dataclasses.field(default=default, metadata={CHANGES_RESULT: False, IS_PLACE: True})
+
+
+def neutral_names(target: Callable[..., Any], places: bool = True) -> list[str]:
+    """Those of a part's settings that cannot change a result.
+
+    Args:
+        places: also those that say where something lies, which is right where what lies there is known otherwise.
+    """
     if not dataclasses.is_dataclass(target):
-        return list(getattr(target, "not_in_key", ()))
-    return [field.name for field in dataclasses.fields(target) if not field.metadata.get(CHANGES_RESULT, True)]
+        return []
+    return [
+        field.name
+        for field in dataclasses.fields(target)
+        if not field.metadata.get(CHANGES_RESULT, True) and (places or not field.metadata.get(IS_PLACE, False))
+    ]
+
+
+CONTENTS = "contents"  # beside a part's settings: what decides its results, as a hash
+
+
+def with_contents(settings: Mapping[str, Any], part: Any) -> dict[str, Any]:
+    """A part's settings, with a hash of what it reads beside the places where it lies, nested parts too.
+
+    By it runs can be compared: the same data in two folders are the same, other data under one name are not.
+    """
+    found = dict(settings)
+    for name, value in settings.items():
+        inner = getattr(part, name, None)
+        if _is_part(value):
+            found[name] = with_contents(value, inner)
+        elif _are_parts(value) and isinstance(inner, Mapping):
+            found[name] = {each: with_contents(some, inner[each]) for each, some in value.items()}
+    if dataclasses.is_dataclass(part) and any(field.metadata.get(IS_PLACE) for field in dataclasses.fields(part)):
+        text = json.dumps(part_key(part), sort_keys=True)
+        found[CONTENTS] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from omegaconf import DictConfig
 from dnpo.commands import common as command
 from dnpo.errors import SettingsError
 from dnpo.optimise.parts import check_objective
-from dnpo.settings import Count, Natural, check_values
+from dnpo.settings import Natural, check_values, neutral_names, with_contents
 from dnpo.settings import build as build_part
 from dnpo.settings import check as check_part
+from dnpo.stages.plan import RunSettings
 
 if TYPE_CHECKING:
     from dnpo.loop import Iteration
@@ -42,39 +43,11 @@ PARTS = (
     "eval",
     "tracking",
 )
-ASIDE = ("tracking", "store", "ledger", "device", "threads")  # settings that cannot change a result
 STARTING = ("dsl", "npo")  # parts that act from an iteration of theirs on, and what stands there before
 ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
     "npo": {"_target_": "dnpo.optimise.parts.NoNoise"},
 }
-
-
-def whole(
-    *,
-    iterations: Count,
-    seed: Natural,
-    device: str,
-    threads: Count,
-    sft_rows: Natural,
-    store: str,
-    ledger: str,
-    plan: bool,
-    check: bool,
-) -> None:
-    """The settings of a run as a whole.
-
-    Args:
-        iterations: how many; they are numbered from 0.
-        seed: of everything that is left to chance.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        threads: of torch on the CPU.
-        sft_rows: training rows that fine-tuning alone reads; the iterations have the others. 0: both read all.
-        store: folder of finished stages.
-        ledger: file of judge calls, so that none is paid for twice.
-        plan: print the stages and whether they are there, and what the judge would cost, and run nothing.
-        check: make all the checks that come before a run, and run nothing.
-    """
 
 
 def main() -> None:
@@ -96,7 +69,7 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, 
         SettingsError: names the first setting that is unknown, missing or out of range.
     """
     tree = command.plain(cfg)
-    top = check_values("", whole, {key: value for key, value in tree.items() if key not in PARTS})
+    top = check_values("", RunSettings, {key: value for key, value in tree.items() if key not in PARTS})
     starts = {name: _start(name, tree[name], top["iterations"]) for name in STARTING}
     tree["npo"] = matched(tree["npo"], tree["tracking"])
     settings = {name: check_part(name, {k: v for k, v in tree[name].items() if k != "start"}) for name in PARTS}
@@ -160,7 +133,8 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         ledger=Ledger(Path(top["ledger"]), name),
         sft_rows=top["sft_rows"],
     )
-    resolved = {**top, **settings}
+    resolved = {**top, **{name: with_contents(settings[name], parts[name]) for name in parts}}
+    resolved |= {name: settings[name] for name in STARTING}
     for name, start in starts.items():
         resolved[name] = {**settings[name], "start": start}
     return run, parts["tracking"], resolved
@@ -179,9 +153,10 @@ def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:
 def run_name(overrides: Sequence[str]) -> str:
     """What a run is called: its command, without what cannot change a result, and of paths the last part."""
     said = []
+    aside = {*neutral_names(RunSettings), "tracking"} - {"acts_from"}
     for override in overrides:
         setting, equals, value = override.partition("=")
-        if setting.lstrip("+").split(".")[0] in ASIDE:
+        if setting.lstrip("+").split(".")[0] in aside:
             continue
         end = PurePath(value).name if value.startswith(("/", ".", "~")) and "," not in value else value
         said.append(f"{setting}{equals}{end or value}")

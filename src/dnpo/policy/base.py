@@ -10,7 +10,7 @@ from dnpo.errors import ModelError
 from dnpo.policy.lora import Lora
 from dnpo.records import Prompt
 from dnpo.seeding import derive
-from dnpo.settings import Count, Dtype, Natural, neutral
+from dnpo.settings import Count, Dtype, Natural, place
 from dnpo.store import content_hash
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Pretrained:
     """
 
     lora: Lora
-    path: str | None = neutral(None)
+    path: str | None = place(None)
     name: str | None = None
     revision: str | None = None
     dtype: Dtype = "float32"
@@ -133,12 +133,12 @@ class Pretrained:
 
     def identity(self) -> Mapping[str, Any]:
         """What decides the weights: the contents of the folder, or name and commit on the hub."""
-        where = (
-            {"content": content_hash(Path(self._location))}
-            if self._local
-            else {"name": self._location, "revision": self._commit}
-        )
+        where = {"content": self._content} if self._local else {"name": self._location, "revision": self._commit}
         return {**where, "dtype": self.dtype, "chat_template": self.chat_template}
+
+    @cached_property
+    def _content(self) -> str:
+        return content_hash(Path(self._location))
 
     @cached_property
     def _commit(self) -> str:

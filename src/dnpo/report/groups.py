@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dnpo.errors import DataError
+from dnpo.settings import CONTENTS
+from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import SFT, Run
 
-# Where and how a run is computed; no other number comes out for it.
-ELSEWHERE = ("tracking.", "store", "ledger", "device", "threads", "plan", "check")
 # Options and settings by which a reader tells runs apart, before any other.
 FIRST = ("dnpo.sweep/regime", "dnpo.method", "dnpo.dsl", "dnpo.npo", "dnpo.data", "dnpo.model", "dnpo.judge")
 NO_PARTS = ("dnpo.tracking", "dnpo.sweep")
@@ -165,13 +165,26 @@ def _telling(runs: Sequence[Run], left_out: set[str]) -> list[str]:
     options = {f"dnpo.{part.split('@')[-1]}" for run in runs for part in run.summary.get("choices", {})}
     tags = sorted(options - set(FIRST) - set(NO_PARTS))
     params = sorted({name for run in runs for name in run.params})
-    names = [*FIRST, *tags, "iterations", *params]
+    neutral = frozenset.intersection(*(find_neutral(run.params) for run in runs)) if runs else frozenset()
+    contents = [name for name in params if name.endswith(f".{CONTENTS}")]
+    names = [*FIRST, *tags, "iterations", *(name for name in params if name not in neutral and name not in contents)]
     chosen: list[str] = []
     for name in names:
-        if name in left_out or name.endswith(".seed") or name.startswith(ELSEWHERE):
+        if name in left_out or name.endswith(".seed"):
             continue
         if _parts(runs, [*chosen, name]) > _parts(runs, chosen):
             chosen.append(name)
+    for name in contents:
+        with_it = _parts(runs, [*chosen, name])
+        if with_it > _parts(runs, chosen):
+            # a path says more to people than a hash, where it tells the same runs apart
+            beside = [each for each in params if each.rpartition(".")[0] == name.rpartition(".")[0] and each in neutral]
+            same = [
+                each
+                for each in beside
+                if _parts(runs, [*chosen, each]) == _parts(runs, [*chosen, each, name]) == with_it
+            ]
+            chosen.append(same[0] if same else name)
     return chosen
 
 
@@ -200,7 +213,9 @@ def _unfinished(runs: Iterable[Run], finished: Sequence[Run]) -> list[str]:
 
 def _identity(run: Run) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """Settings and options; two runs that have the same were to be the same."""
-    return run.params, {name: run.tags.get(name, "") for name in FIRST}
+    neutral = find_neutral(run.params)
+    settings = {name: value for name, value in run.params.items() if name not in neutral}
+    return settings, {name: run.tags.get(name, "") for name in FIRST}
 
 
 def state(run: Run) -> str:

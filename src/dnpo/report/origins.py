@@ -5,9 +5,10 @@ from functools import cache
 from typing import Any, cast
 
 from dnpo.errors import SettingsError
-from dnpo.report.groups import ELSEWHERE, Groups, iteration_title, whole
+from dnpo.report.groups import Groups, iteration_title, whole
 from dnpo.report.page import without_secrets
 from dnpo.settings import conf_folder, flat
+from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import Run
 
 Setting = tuple[str, list[str], str]  # its name, the values that runs have, the default
@@ -43,12 +44,13 @@ def settings(runs: Sequence[Run], groups: Groups) -> dict[str, Any]:
         values = _values(run.tags.get(name, "") for run in runs)
         if group in options and values != [options[group]]:
             chosen.append((group, values, options[group]))
+    neutral = frozenset.intersection(*(find_neutral(run.params) for run in runs))
     for name in sorted({name for run in runs for name in run.params}):
         values = _values(run.params.get(name, "") for run in runs)
         row = (name, [without_secrets(value) or "–" for value in values], without_secrets(usual.get(name, "")))
         seedlike = name == "seed" or name.endswith(".seed")
         alike = all(_same(value, usual.get(name)) for value in values if value)
-        hidden = seedlike or name.endswith(UNDERSCORED) or name.startswith(ELSEWHERE)
+        hidden = seedlike or name.endswith(UNDERSCORED) or name in neutral
         (rest if alike or hidden or not usual else changed).append(row)
     return {"varies": groups.varies, "chosen": chosen, "changed": changed, "rest": rest, "known": bool(usual)}
 

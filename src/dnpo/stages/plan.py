@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from dnpo.settings import Count, Natural, neutral
 from dnpo.store import Report, Stage
 
 if TYPE_CHECKING:
@@ -22,6 +23,37 @@ if TYPE_CHECKING:
     from dnpo.optimise.parts import Noise, Objective, Optimisation, PairOptimisation
     from dnpo.policy.base import ModelPart
     from dnpo.policy.model import Policy
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of a run as a whole, beside those of its parts.
+
+    Attributes:
+        iterations: how many; they are numbered from 0.
+        seed: of everything that is left to chance.
+        sft_rows: training rows that fine-tuning alone reads; the iterations have the others. 0: both read all.
+        acts_from: the iteration at which labels by score and noise start, where ``dsl.start`` and ``npo.start`` (in
+            which its effect shows) say nothing else; ``last`` is the run's last.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: of torch on the CPU.
+        store: folder of finished stages.
+        ledger: file of judge calls, so that none is paid for twice.
+        plan: print the stages, whether they are there and what the judge would cost, and run nothing.
+        check: make the checks that come before a run, and run nothing.
+    """
+
+    iterations: Count
+    seed: Natural
+    sft_rows: Natural
+    device: str = neutral()
+    threads: Count = neutral()
+    store: str = neutral()
+    ledger: str = neutral()
+    plan: bool = neutral()
+    check: bool = neutral()
+    acts_from: Natural | Literal["last"] = neutral(1)
+
 
 BEFORE = -1  # the number of what comes before the first iteration
 

@@ -28,7 +28,7 @@ class Comparison:
         kind: ``right`` for right/wrong, ``scores`` for all else.
         tests: p of every test, by name.
         p: the largest of them: a difference counts if no test objects.
-        effect: its size, None where it cannot be told; ``effect_name`` says which measure.
+        effect: its size, None where it cannot be computed: Cohen's g of right/wrong, Cohen's d_z of scores.
         detectable: the smallest true difference that would be found in 80 % of such comparisons at α = 0.05, before
             any correction; None where nothing varies.
         notes: what a reader has to know beside the numbers.
@@ -41,7 +41,6 @@ class Comparison:
     tests: Mapping[str, float]
     p: float
     effect: float | None
-    effect_name: str
     detectable: float | None
     items: int
     seeds: int
@@ -92,9 +91,9 @@ def paired(
     tests = _tests(difference_SI, kind)
     if seeds > 1:
         tests["min F′ over items and seeds"] = 1.0 if mean is None else mean.p()
-    effect: tuple[float | None, str] = cohens_dz(difference_SI.mean(0)), "Cohen's d_z"
+    effect = cohens_dz(difference_SI.mean(0))
     if kind == "right":
-        effect = cohens_g(int((difference_SI > 0).sum()), int((difference_SI < 0).sum())), "Cohen's g"
+        effect = cohens_g(int((difference_SI > 0).sum()), int((difference_SI < 0).sum()))
     ours, theirs, apart = _estimates(a_SI, b_SI, interval, derive(seed, "comparisons", "bootstrap"), resamples)
     return Comparison(
         ours,
@@ -103,7 +102,7 @@ def paired(
         kind,
         tests,
         max(tests.values()),
-        *effect,
+        effect,
         mean.detectable() if mean and mean.error else None,
         items,
         seeds,

@@ -4,20 +4,17 @@
 cannot see beyond the seeds there are: three can be drawn in ten different ways only, and where seeds differ more than
 items do the interval is too narrow, whatever the number of resamples (``tests/test_comparisons.py`` measures it).
 
-**t** (``crossed``, ``t_interval``): assumes means that are about normal, and is honest about few seeds.
+**t** (``crossed``): assumes means that are about normal, and is honest about few seeds.
 
 Shapes: S seeds, I items, K different columns of items, B resamples, X sides.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student
-
-from dnpo.errors import DataError
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -97,19 +94,6 @@ def _variance_of_mean(x: Array) -> tuple[float, int]:
     if still(x):
         return 0.0, len(x) - 1
     return float(x.var(ddof=1)) / len(x), len(x) - 1
-
-
-def t_interval(values_S: Sequence[float]) -> Estimate:
-    """The mean of one number a seed with its t interval over seeds; the items count as fixed.
-
-    Raises:
-        DataError: there are none, or one is no finite number.
-    """
-    values = np.asarray(values_S, float)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise DataError(f"an interval over seeds is told from a list of numbers, one a seed; this is {values_S!r}")
-    found = crossed(values[None])
-    return Estimate(float(values[0])) if found is None else found.estimate()
 
 
 def bootstrap(x_XSI: Array, seed: int, resamples: int = RESAMPLES) -> Array:

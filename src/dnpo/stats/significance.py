@@ -1,6 +1,5 @@
 """Tests of paired differences, their correction over a table, and sizes of effects."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -98,13 +97,3 @@ def cohens_g(only_a: int, only_b: int) -> float:
     Between −0.5 and 0.5; 0.05, 0.15, 0.25: small, medium, large. 0 where the sides differ nowhere.
     """
     return only_a / (only_a + only_b) - 0.5 if only_a + only_b else 0.0
-
-
-def odds_ratio(only_a: int, only_b: int) -> float | None:
-    """How many items only a has right for each that only b has: b/c, the conditional maximum-likelihood estimate.
-
-    Infinite where only b's are absent; None where the sides differ nowhere.
-    """
-    if only_b:
-        return only_a / only_b
-    return math.inf if only_a else None
