@@ -23,8 +23,8 @@ from typing import Literal
 import numpy as np
 
 from dnpo.errors import DataError
-from dnpo.stats import paired
 from dnpo.stats.intervals import Array, Estimate, Mean, crossed
+from dnpo.stats.paired import compare_paired
 from dnpo.stats.table import ALPHA
 
 Relation = Literal["greater", "less", "at_least", "at_most", "within"]
@@ -122,7 +122,7 @@ def find(sample: Sample, where: Region) -> Finding:
     if not mean.error:
         notes.append("nothing varies: the interval has no width, which is no certainty")
     if sample.by_item and where.bounds == (0.0,):
-        p = paired(a_SI, b_SI, kind="scores", interval="t").p
+        p = compare_paired(a_SI, b_SI, kind="scores", interval="t").p
     else:
         p = p_against(mean, where)
     return Finding(mean.estimate(), p, mean.detectable() if mean.error else None, seeds, counted, tuple(notes))

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from analysis.selection import Absent, Cells, Iteration, spell
 from dnpo.errors import DataError
 from dnpo.evaluate.leaderboard import BENCHMARKS, SIX
-from dnpo.stats import paired
 from dnpo.stats.intervals import Estimate, crossed
+from dnpo.stats.paired import compare_paired
 from dnpo.tracking.reading import Run, iteration_name
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -220,7 +220,7 @@ def against(a_SI: Array, b_SI: Array) -> Against | None:
         DataError: the sides differ in shape.
     """
     if a_SI.shape[1] > 1:
-        found = paired(a_SI, b_SI, interval="t", missing="drop")
+        found = compare_paired(a_SI, b_SI, interval="t", missing="drop")
         return Against(found.difference, found.p, found.detectable, found.notes)
     mean = crossed((a_SI - b_SI).T)
     if mean is None:

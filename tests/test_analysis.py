@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Param
 
 from dnpo.errors import DataError
-from dnpo.stats import paired
+from dnpo.stats.paired import compare_paired
 from dnpo.tracking.reading import PARENT, SFT, Database, iteration_name
 
 FAMILIES = ("arithmetic", "conversion", "reversal", "sorting", "counting", "facts")
@@ -464,7 +464,7 @@ def test_a_benchmark_weighs_its_tasks_as_the_leaderboard_does(recorder: Recorder
 def test_a_comparison_is_the_paired_one_of_dnpo(recorder: Recorder) -> None:
     cells = chosen(recorder, sweeps=["main"]).chains()
     a_SI, b_SI = (results(cells, score(), method, 2, cells.seeds) for method in (DNPO, SPIN))
-    found, expected = against(a_SI, b_SI), paired(a_SI, b_SI, interval="t")
+    found, expected = against(a_SI, b_SI), compare_paired(a_SI, b_SI, interval="t")
     assert found is not None
     assert (found.difference, found.p, found.detectable) == (expected.difference, expected.p, expected.detectable)
     assert found.difference.value == pytest.approx((a_SI - b_SI).mean())
@@ -608,7 +608,7 @@ def test_tables_compare_with_spin_and_keep_the_papers_numbers_apart(recorder: Re
     a_SI, b_SI = (results(cells, average(benchmarks(cells)), method, 2, cells.seeds) for method in (DNPO, SPIN))
     (cell,) = [row for row in rows if (row["row"], row["column"]) == ("DNPO, k=2", "Average")]
     assert float(cell["value"]) == pytest.approx(a_SI.mean())
-    assert float(cell["p"]) == pytest.approx(paired(a_SI, b_SI, interval="t").p)
+    assert float(cell["p"]) == pytest.approx(compare_paired(a_SI, b_SI, interval="t").p)
     assert float(cell["p_holm"]) >= float(cell["p"])
     assert (cell["star"] == "1") == (float(cell["p_holm"]) <= 0.05)
     paper = [row for row in rows if row["column"] == published.COLUMN]

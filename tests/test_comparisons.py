@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from dnpo.errors import DataError
-from dnpo.stats import paired
 from dnpo.stats.intervals import Array, Estimate, Mean, bootstrap, crossed, percentiles
+from dnpo.stats.paired import compare_paired
 from dnpo.stats.sampling import majority, pass_at_k
 from dnpo.stats.significance import (
     cohens_dz,
@@ -117,7 +117,7 @@ def test_rounding_breaks_no_tie() -> None:
     """0.3 − 0.2 and 0.2 − 0.1 differ in their last digit, and 0.1 + 0.2 − 0.3 is no difference."""
     rough = np.array([0.3 - 0.2, 0.1 - 0.2, 0.4 - 0.2, 0.7 - 0.6, 0.1])
     assert wilcoxon(rough) == wilcoxon(np.array([1.0, -1, 2, 1, 1]))
-    found = paired([0.1 + 0.2] * 8, [0.3] * 8)
+    found = compare_paired([0.1 + 0.2] * 8, [0.3] * 8)
     assert (found.p, found.effect) == (1.0, 0.0)
 
 
@@ -274,7 +274,7 @@ def test_right_and_wrong_from_end_to_end() -> None:
     """16 items that only a has right, 6 that only b has, 40 both and 38 neither."""
     a = np.repeat([1, 0, 1, 0], [16, 6, 40, 38])
     b = np.repeat([0, 1, 1, 0], [16, 6, 40, 38])
-    found = paired(a, b)
+    found = compare_paired(a, b)
     assert (found.kind, found.items, found.seeds) == ("right", 100, 1)
     assert (found.a.value, found.b.value, found.difference.value) == pytest.approx((0.56, 0.46, 0.10))
     assert found.tests == {"McNemar's exact test": pytest.approx(0.0525, abs=5e-5)}
@@ -283,19 +283,19 @@ def test_right_and_wrong_from_end_to_end() -> None:
     assert found.detectable == pytest.approx((1.98422 + 0.84528) * error, abs=1e-4)
     assert found.difference.half == pytest.approx(1.96 * error, rel=0.05)
     assert found.notes == ("one seed: the interval is over items only and says nothing about training again",)
-    assert paired(b, a).difference.value == pytest.approx(-0.10)
-    assert paired(a.astype(bool), b.astype(bool)) == found
-    assert paired(a[None], b[None]) == found
+    assert compare_paired(b, a).difference.value == pytest.approx(-0.10)
+    assert compare_paired(a.astype(bool), b.astype(bool)) == found
+    assert compare_paired(a[None], b[None]) == found
 
 
 def test_scores_from_end_to_end() -> None:
     b = RNG(0).uniform(0, 100, 15)
-    found = paired(b + np.array(MAIZE), b)
+    found = compare_paired(b + np.array(MAIZE), b)
     assert found.kind == "scores"
     assert found.p == pytest.approx(0.041259765625)
     assert found.effect == pytest.approx(cohens_dz(np.array(MAIZE)))
     known = stats.ttest_1samp(MAIZE, 0).confidence_interval()
-    exact = paired(b + np.array(MAIZE), b, interval="t").difference
+    exact = compare_paired(b + np.array(MAIZE), b, interval="t").difference
     assert (exact.low, exact.high) == pytest.approx((known.low, known.high))
 
 
@@ -304,25 +304,28 @@ def test_several_seeds_need_both_tests() -> None:
     rng = RNG(1)
     b = rng.normal(50, 10, (3, 200))
     a = b + np.array([[8.0], [0.5], [-0.2]]) + rng.normal(0, 3, (3, 200))
-    found = paired(a, b)
+    found = compare_paired(a, b)
     items, both = found.tests["Wilcoxon's signed-rank test over items"], found.tests["min F′ over items and seeds"]
     assert items < 1e-10
     assert both > 0.2
     assert found.p == both
     assert found.seeds == 3
     assert "3 seeds" in found.notes[0]
-    wide = paired(a, b, interval="t")
+    wide = compare_paired(a, b, interval="t")
     assert wide.notes == ()
     assert wide.difference.half is not None
     assert found.difference.half is not None
     assert wide.difference.half > found.difference.half
-    assert set(paired(a > 50, b > 50).tests) == {"McNemar's test, clustered by item", "min F′ over items and seeds"}
+    assert set(compare_paired(a > 50, b > 50).tests) == {
+        "McNemar's test, clustered by item",
+        "min F′ over items and seeds",
+    }
 
 
 def test_pairing_is_what_makes_it_sure() -> None:
     """Sides that vary much and together have a difference that varies little."""
     b = RNG(4).normal(50, 20, 100)
-    found = paired(b + RNG(5).normal(1, 1, 100), b)
+    found = compare_paired(b + RNG(5).normal(1, 1, 100), b)
     assert found.difference.half is not None
     assert found.a.half is not None
     assert found.difference.half < found.a.half / 10
@@ -330,26 +333,26 @@ def test_pairing_is_what_makes_it_sure() -> None:
 
 def test_comparisons_are_repeatable() -> None:
     a, b = RNG(0).normal(size=(2, 2, 30))
-    assert paired(a, b, seed=3) == paired(a, b, seed=3)
-    assert paired(a, b, seed=3).difference != paired(a, b, seed=4).difference
+    assert compare_paired(a, b, seed=3) == compare_paired(a, b, seed=3)
+    assert compare_paired(a, b, seed=3).difference != compare_paired(a, b, seed=4).difference
 
 
 def test_what_does_not_vary() -> None:
     """Equal sides: p is 1 and nothing is divided by zero. A constant difference is certain only as far as items go."""
     for x in (np.ones(20), np.arange(20.0), np.arange(40.0).reshape(2, 20)):
-        found = paired(x, x)
+        found = compare_paired(x, x)
         assert (found.p, found.effect, found.detectable) == (1.0, 0.0, None)
         assert found.difference == Estimate(0.0, 0.0, 0.0)
         assert "all differences are the same" in found.notes[-1]
     x = RNG(0).uniform(0, 1, (3, 8))
-    found = paired(x + 0.1, x)
+    found = compare_paired(x + 0.1, x)
     assert found.p == pytest.approx(2 / 2**8)
     assert (found.effect, found.detectable) == (None, None)
 
 
 def test_one_item() -> None:
     for a, b in (([1], [0]), ([70.0], [20.0]), ([[70.0], [71.0]], [[20.0], [22.0]])):
-        found = paired(a, b)
+        found = compare_paired(a, b)
         assert found.p == 1.0
         assert found.difference.low is None
         assert found.detectable is None
@@ -358,7 +361,7 @@ def test_one_item() -> None:
 
 def test_many_items() -> None:
     a, b = RNG(0).random((2, 3, 300_000)) < np.array([0.505, 0.5])[:, None, None]
-    found = paired(a, b)
+    found = compare_paired(a, b)
     assert found.p < 0.01
     assert found.difference.low is not None
     assert found.difference.low > 0
@@ -367,12 +370,12 @@ def test_many_items() -> None:
 def test_missing_results() -> None:
     a, b = [1.5, None, 3, 4], [1, 2, math.nan, 3]
     with pytest.raises(DataError, match=r"2 of 4 items lack a result .*item 1 under seed 0.*missing='drop'"):
-        paired(a, b)
-    found = paired(a, b, missing="drop")
+        compare_paired(a, b)
+    found = compare_paired(a, b, missing="drop")
     assert (found.items, found.a.value, found.b.value) == (2, 2.75, 2.0)
     assert found.notes[-1] == "2 of 4 items lack a result and were dropped on both sides"
     with pytest.raises(DataError, match="nothing is left"):
-        paired([None], [1.0], missing="drop")
+        compare_paired([None], [1.0], missing="drop")
 
 
 @pytest.mark.parametrize(
@@ -390,13 +393,13 @@ def test_missing_results() -> None:
 )
 def test_what_cannot_be_compared(a: object, b: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        paired(a, b)
+        compare_paired(a, b)
 
 
 def test_kinds_can_be_said() -> None:
-    assert paired([0, 1, 1], [1, 1, 0], kind="scores").kind == "scores"
+    assert compare_paired([0, 1, 1], [1, 1, 0], kind="scores").kind == "scores"
     with pytest.raises(DataError, match="compare them as scores"):
-        paired([0, 2], [1, 0], kind="right")
+        compare_paired([0, 2], [1, 0], kind="right")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -451,7 +454,7 @@ def test_labels_stay_labels() -> None:
 
 def test_a_comparison_fills_a_table() -> None:
     b = RNG(0).normal(50, 10, 100)
-    found = paired(b + RNG(1).normal(5, 5, 100), b)
+    found = compare_paired(b + RNG(1).normal(5, 5, 100), b)
     shown = table({"ours": {"score": Cell(found.a, found.p)}, "theirs": {"score": Cell(found.b)}})
     assert [row.shown[0] and row.shown[0].text[-1] == "*" for row in shown.rows] == [True, False]
 
@@ -494,5 +497,5 @@ def test_votes() -> None:
 def test_arrays_are_left_as_they_were() -> None:
     a: Array = RNG(0).normal(size=(2, 9))
     before = a.copy()
-    paired(a, a[::-1])
+    compare_paired(a, a[::-1])
     assert (a == before).all()

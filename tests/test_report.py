@@ -20,10 +20,11 @@ from mlflow import MlflowClient
 
 from dnpo.commands.report import main
 from dnpo.errors import DataError
-from dnpo.report import content, html, select
+from dnpo.report.content import content
 from dnpo.report.groups import grouped
-from dnpo.report.page import HIDDEN, duration, number, visible, without_secrets
-from dnpo.stats import paired
+from dnpo.report.page import HIDDEN, duration, html, number, visible, without_secrets
+from dnpo.report.selection import select
+from dnpo.stats.paired import compare_paired
 from dnpo.stats.significance import holm
 from dnpo.tracking.reading import Database
 from dnpo.tracking.writing import MLflow
@@ -231,7 +232,7 @@ def test_a_sweep_is_compared_over_items_and_seeds_with_a_star_where_the_correcte
     check_harmless(page)
     ps = []
     for method in ("dnpo", "npo"):
-        result = paired(found[method], found["spin"], kind="scores", interval="t")
+        result = compare_paired(found[method], found["spin"], kind="scores", interval="t")
         assert result.difference.half is not None
         cell = f"{result.difference.value:+.1f} ± {result.difference.half:.1f}".replace("-", "−")
         ps.append(result.p)

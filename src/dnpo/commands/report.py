@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 from dnpo.errors import DataError, DnpoError
-from dnpo.report import Selection, content, html, select
+from dnpo.report.content import content
+from dnpo.report.page import html
+from dnpo.report.selection import Selection, select
 from dnpo.tracking.reading import Database
 
 ARTIFACT = "report.html"

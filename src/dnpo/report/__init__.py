@@ -5,9 +5,3 @@ names, settings, notes) is text on it. ``selection.py`` finds what was asked for
 varies, ``comparison.py`` and ``figures.py`` make tables and pictures of them, ``labels.py`` and ``origins.py`` say what
 the numbers rest on, ``content.py`` gathers it all, and ``page.py`` writes it out.
 """
-
-from dnpo.report.content import content
-from dnpo.report.page import html
-from dnpo.report.selection import Selection, select
-
-__all__ = ["Selection", "content", "html", "select"]

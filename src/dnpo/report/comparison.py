@@ -10,8 +10,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dnpo.report.groups import Group, Groups, Member, iteration_title
-from dnpo.stats import paired
 from dnpo.stats.intervals import Array, Estimate, crossed
+from dnpo.stats.paired import compare_paired
 from dnpo.stats.table import Cell, Table, table
 from dnpo.tracking.reading import Run, iteration_name
 
@@ -171,7 +171,7 @@ def _difference(
     a, b = (matrix(side, iteration, seeds, measure, items) for side in (group, base))
     if a is not None and b is not None and a.shape == b.shape and a.shape[1] > 1:
         kind: Literal["right", "scores"] = "right" if measure.column == "right" else "scores"
-        found = paired(a, b, kind=kind, interval="t", missing="drop")
+        found = compare_paired(a, b, kind=kind, interval="t", missing="drop")
         return Cell(found.difference, found.p, signed=True), [*notes, *(f"{note}." for note in found.notes)]
     pairs = [
         (ours[seed].value(iteration, measure.metric), theirs[seed].value(iteration, measure.metric)) for seed in seeds
@@ -202,6 +202,8 @@ def gain(member: Member, measure: Measure, items: Items) -> tuple[Estimate, str]
     (first, before), (last, after) = known[0], known[-1]
     a, b = items.of(member.run, last, measure), items.of(member.run, first, measure)
     if len(a) > 1 and a.keys() == b.keys():
-        found = paired([a[key] for key in a], [b[key] for key in a], kind="scores", interval="t", missing="drop")
+        found = compare_paired(
+            [a[key] for key in a], [b[key] for key in a], kind="scores", interval="t", missing="drop"
+        )
         return found.difference, f"over {found.items} held-out prompts"
     return Estimate(after - before), ""

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from scipy.stats import spearmanr
 
 from dnpo.judges.agreement import sentence
 from dnpo.records import HUMAN
@@ -164,5 +163,7 @@ def _second(runs: Sequence[Run], items: Items) -> str:
         second += both["second"].to_pylist()
     if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return ""
+    from scipy.stats import spearmanr
+
     rank = float(spearmanr(first, second).statistic)
     return f"A second judge scored {len(first):,} of the same samples: Spearman's ρ with the first is {rank:.2f}."

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binom, chi2
-from scipy.stats import wilcoxon as scipy_wilcoxon
 
 from dnpo.errors import DataError
 from dnpo.stats.intervals import Array, still
@@ -28,6 +26,8 @@ def mcnemar(only_a: int, only_b: int, variant: Literal["exact", "mid-p", "chi-sq
     count = only_a + only_b
     if not count:
         return 1.0
+    from scipy.stats import binom, chi2
+
     if variant == "chi-square":
         return float(chi2.sf((only_a - only_b) ** 2 / count, 1))
     fewer = min(only_a, only_b)
@@ -42,6 +42,8 @@ def mcnemar_clustered(difference_SI: Array) -> float:
     Durkalski et al. (2003), Statistics in Medicine 22, with clusters of one size. With one seed it is the chi-square
     variant of ``mcnemar``. It is about new items for these very runs and says nothing about other seeds.
     """
+    from scipy.stats import chi2
+
     item_I = difference_SI.sum(0)
     squares = float((item_I**2).sum())
     return float(chi2.sf(float(item_I.sum()) ** 2 / squares, 1)) if squares else 1.0
@@ -54,11 +56,13 @@ def wilcoxon(difference_I: Array) -> float:
     among all items; among very many zeros it becomes the sign test. Exact up to 50 items without zeros and ties and up
     to 13 with them, else a normal approximation that allows for both. 1 where all is zero.
     """
+    from scipy.stats import wilcoxon as exact_or_normal
+
     largest = float(np.abs(difference_I).max(initial=0.0))
     rounded = np.round(difference_I / largest, DIGITS) if largest else difference_I
     if not rounded.any():
         return 1.0
-    return float(scipy_wilcoxon(rounded, zero_method="pratt").pvalue)
+    return float(exact_or_normal(rounded, zero_method="pratt").pvalue)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

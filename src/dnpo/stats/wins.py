@@ -42,7 +42,7 @@ class Wins:
 def preferences(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[float | None]:
     """Of each duel 1 where ours has more, ½ for a tie, 0 where theirs has, None where a score is missing.
 
-    ``paired(preferences of seeds × items, all ½)`` asks about prompts and seeds at once; see ``dnpo.comparisons``.
+    ``compare_paired(preferences of seeds × items, all ½)`` asks about prompts and seeds at once; see ``paired.py``.
 
     Raises:
         DataError: not as many on both sides.

@@ -1,0 +1,181 @@
+"""Is one side better than the other, and are we sure? Comparisons paired over items and over seeds.
+
+``intervals.py`` has means and their intervals, ``significance.py`` the tests, ``table.py`` what becomes of many
+comparisons side by side, ``sampling.py`` pass@k and votes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from dnpo.errors import DataError
+from dnpo.seeding import derive
+from dnpo.stats.intervals import RESAMPLES, Array, Estimate, bootstrap, crossed, percentiles
+from dnpo.stats.significance import cohens_dz, cohens_g, mcnemar, mcnemar_clustered, wilcoxon
+
+DIGITS = 10  # of the largest result; what is beyond them is rounding
+FEW = 10  # seeds; below, a bootstrap over them is too narrow to be called a 95 % interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a paired comparison found; every difference is a less b.
+
+    Attributes:
+        a, b, difference: means with their 95 % intervals.
+        kind: ``right`` for right/wrong, ``scores`` for all else.
+        tests: p of every test, by name.
+        p: the largest of them: a difference counts if no test objects.
+        effect: its size, None where it cannot be computed: Cohen's g of right/wrong, Cohen's d_z of scores.
+        detectable: the smallest true difference that would be found in 80 % of such comparisons at α = 0.05, before
+            any correction; None where nothing varies.
+        notes: what a reader has to know beside the numbers.
+    """
+
+    a: Estimate
+    b: Estimate
+    difference: Estimate
+    kind: Literal["right", "scores"]
+    tests: Mapping[str, float]
+    p: float
+    effect: float | None
+    detectable: float | None
+    items: int
+    seeds: int
+    notes: tuple[str, ...]
+
+
+def compare_paired(
+    a: Any,
+    b: Any,
+    *,
+    kind: Literal["right", "scores"] | None = None,
+    interval: Literal["bootstrap", "t"] = "bootstrap",
+    missing: Literal["fail", "drop"] = "fail",
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Comparison:
+    """Compare two sides' results on the same items.
+
+    With one seed: McNemar's exact test for right/wrong, Wilcoxon's signed-rank test for scores; both are about new
+    items for the two models at hand. With several: the same over items, with the seeds of an item taken together (the
+    clustered McNemar test; Wilcoxon's on means over seeds), and min F′ over items and seeds, which also asks whether
+    the models would come out so if they were trained again; ``p`` is the larger of both.
+
+    Args:
+        a, b: results of both sides, one an item (I), or seeds by items (S × I), aligned: the same item at the same
+            place, the same seed in the same row. True/False or 1/0 for right/wrong.
+        kind: of result. Unless it is said, results that are all 0 or 1 are right/wrong.
+        interval: ``bootstrap``: percentiles, over items and, if there are several, seeds. ``t``: over both as well, and
+            to be preferred with few seeds. Where training moves the mean more than items do, of 400 simulated 95 %
+            intervals over 3, 5 and 10 seeds 86, 91 and 94 % of the first held the truth, 93, 94 and 95 % of the second.
+        missing: what becomes of an item without a result (None or NaN) somewhere: the comparison fails, or the item is
+            dropped on both sides and under all seeds, and said.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+
+    Raises:
+        DataError: the sides are not aligned, a result is missing or no finite number, or there is none.
+    """
+    a_SI, b_SI, dropped = _aligned(a, b, missing)
+    difference_SI = _differences(a_SI, b_SI)
+    seeds, items = difference_SI.shape
+    binary = bool(np.isin(a_SI, (0, 1)).all() and np.isin(b_SI, (0, 1)).all())
+    if kind == "right" and not binary:
+        raise DataError("right/wrong is 1 or 0, and these results are not; compare them as scores")
+    kind = kind or ("right" if binary else "scores")
+
+    mean = crossed(difference_SI)
+    tests = _tests(difference_SI, kind)
+    if seeds > 1:
+        tests["min F′ over items and seeds"] = 1.0 if mean is None else mean.p()
+    effect = cohens_dz(difference_SI.mean(0))
+    if kind == "right":
+        effect = cohens_g(int((difference_SI > 0).sum()), int((difference_SI < 0).sum()))
+    ours, theirs, apart = _estimates(a_SI, b_SI, interval, derive(seed, "comparisons", "bootstrap"), resamples)
+    return Comparison(
+        ours,
+        theirs,
+        apart,
+        kind,
+        tests,
+        max(tests.values()),
+        effect,
+        mean.detectable() if mean and mean.error else None,
+        items,
+        seeds,
+        _notes(seeds, items, dropped, interval, bool(mean and not mean.error)),
+    )
+
+
+def _aligned(a: Any, b: Any, missing: str) -> tuple[Array, Array, int]:
+    """Both sides as seeds × items, without the items that are dropped, and how many these are."""
+    sides = []
+    for name, side in (("a", a), ("b", b)):
+        try:
+            array = np.asarray(side, float)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{name}: results are numbers, as many items under every seed ({error})") from error
+        if array.ndim not in (1, 2) or not array.size:
+            raise DataError(f"{name}: results are items or seeds × items and not empty; the shape is {array.shape}")
+        sides.append(np.atleast_2d(array))
+    a_SI, b_SI = sides
+    if a_SI.shape != b_SI.shape:
+        shown = " and ".join(f"{seeds} × {items}" for seeds, items in (a_SI.shape, b_SI.shape))
+        raise DataError(f"a paired comparison needs the same items and seeds on both sides; seeds × items are {shown}")
+    if np.isinf(a_SI).any() or np.isinf(b_SI).any():
+        raise DataError("a result is infinite; every result has to be a finite number")
+    absent_SI = np.isnan(a_SI) | np.isnan(b_SI)
+    absent_I = absent_SI.any(0)
+    if absent_I.any() and missing == "fail":
+        row, item = np.argwhere(absent_SI)[0]
+        where = f"the first is item {item} under seed {row}, both counted from 0"
+        raise DataError(f"{absent_I.sum()} of {len(absent_I)} items lack a result ({where}); missing='drop' drops them")
+    if absent_I.all():
+        raise DataError("every item lacks a result somewhere; nothing is left to compare")
+    return a_SI[:, ~absent_I], b_SI[:, ~absent_I], int(absent_I.sum())
+
+
+def _differences(a_SI: Array, b_SI: Array) -> Array:
+    """a − b without the rounding of floats, which would make ties and zeros look like differences."""
+    scale = float(max(np.abs(a_SI).max(), np.abs(b_SI).max())) or 1.0
+    found: Array = scale * np.round((a_SI - b_SI) / scale, DIGITS)
+    return found
+
+
+def _tests(difference_SI: Array, kind: str) -> dict[str, float]:
+    """The test over items; seeds are taken together."""
+    if kind == "scores":
+        return {"Wilcoxon's signed-rank test over items": wilcoxon(difference_SI.mean(0))}
+    if len(difference_SI) > 1:
+        return {"McNemar's test, clustered by item": mcnemar_clustered(difference_SI)}
+    return {"McNemar's exact test": mcnemar(int((difference_SI > 0).sum()), int((difference_SI < 0).sum()))}
+
+
+def _estimates(a_SI: Array, b_SI: Array, interval: str, seed: int, resamples: int) -> list[Estimate]:
+    """Of a, b and a − b."""
+    sides = [a_SI, b_SI, a_SI - b_SI]
+    if a_SI.shape[1] < 2:
+        return [Estimate(float(x_SI.mean())) for x_SI in sides]
+    if interval == "t":
+        return [mean.estimate() for mean in map(crossed, sides) if mean]
+    drawn_BX = bootstrap(np.stack(sides[:2]), seed, resamples)
+    drawn = [*drawn_BX.T, drawn_BX[:, 0] - drawn_BX[:, 1]]
+    return [percentiles(float(x_SI.mean()), drawn_B) for x_SI, drawn_B in zip(sides, drawn, strict=True)]
+
+
+def _notes(seeds: int, items: int, dropped: int, interval: str, still: bool) -> tuple[str, ...]:
+    notes = []
+    if items == 1:
+        notes.append("one item: no interval, and no test can find anything")
+    elif seeds == 1:
+        notes.append("one seed: the interval is over items only and says nothing about training again")
+    elif interval == "bootstrap" and seeds < FEW:
+        notes.append(f"{seeds} seeds: a bootstrap over so few tends to be too narrow; interval='t' allows for them")
+    if still:
+        notes.append("all differences are the same: the interval has no width, which is no certainty")
+    if dropped:
+        notes.append(f"{dropped} of {items + dropped} items lack a result and were dropped on both sides")
+    return tuple(notes)
