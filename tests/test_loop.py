@@ -1,4 +1,4 @@
-"""loop.py shows the algorithm: its verbs are those of the README's drawing, in order, and each leads to its function."""
+"""loop.py shows the algorithm: its verbs are those of the README's drawing, and each leads to its function."""
 
 import ast
 import inspect
