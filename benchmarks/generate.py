@@ -165,7 +165,8 @@ VARIANTS: dict[str, Callable[[Any, Load, int], list[list[int]]]] = {
 def _ours(policy: Any, prompts: list[list[int]], load: Load, seed: int) -> list[list[int]]:
     import torch
 
-    from dnpo.generate.hf import Sampling, complete
+    from dnpo.generate import Sampling
+    from dnpo.generate.hf import complete
 
     with torch.no_grad():
         return complete(policy, prompts, Sampling(batch_size=load.batch_size), load.limit, seed, Quiet())

@@ -30,7 +30,7 @@ from dnpo.running import execute as running
 from dnpo.settings import conf_folder, flat
 from dnpo.stats.intervals import Estimate, Mean
 from dnpo.tracking.reading import Database, Run
-from dnpo.tracking.writing import MLflow
+from dnpo.tracking.writing import MLflowTracking
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -344,7 +344,7 @@ def track(
     start: int = 1,
 ) -> None:
     """One run as the loop leaves it: arm ``new`` is 10 points better from ``start`` on, and right in one half more."""
-    tracking = MLflow(uri=f"sqlite:///{folder / 'mlflow.db'}", artifacts=str(folder / "artifacts"))
+    tracking = MLflowTracking(uri=f"sqlite:///{folder / 'mlflow.db'}", artifacts=str(folder / "artifacts"))
     npo = {"old": "off", "new": "trainable"}[arm]
     tags = {"dnpo.kind": "run", "dnpo.seed": str(seed), "dnpo.npo": npo, "dnpo.dsl": "off", "dnpo.sweep_name": "main"}
     tags |= {"dnpo.scale": "smoke"}

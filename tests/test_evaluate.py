@@ -8,8 +8,9 @@ import pytest
 import torch
 from scipy.stats import kstwobign
 
-from dnpo.evaluate.metrics import Evaluation, Held, evaluate, ks_critical
-from dnpo.generate.hf import Sampling
+from dnpo.evaluate import Evaluation, Held
+from dnpo.evaluate.metrics import evaluate, ks_critical
+from dnpo.generate import Sampling
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge

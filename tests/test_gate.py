@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from dnpo.commands.train import build, pass_gate
 from dnpo.data.seen import seen_as
 from dnpo.errors import JudgeError, SettingsError
-from dnpo.generate.hf import Sampling
+from dnpo.generate import Sampling
 from dnpo.judges import Canary, Judge
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.asked.openai import OpenAI

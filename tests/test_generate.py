@@ -26,7 +26,8 @@ from transformers import (
 
 import dnpo.generate.hf
 from dnpo.errors import ModelError, SettingsError
-from dnpo.generate.hf import Sampling, complete, generate, sample
+from dnpo.generate import Sampling
+from dnpo.generate.hf import complete, generate, sample
 from dnpo.policy.model import Policy
 from dnpo.records import Response
 from tests.conftest import Report, World

@@ -128,8 +128,9 @@ def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_settings() -> None:
-    assert Leaderboard().shots == {"arc": 25, "truthfulqa": 0, "winogrande": 5, "gsm8k": 5, "hellaswag": 10, "mmlu": 5}
-    assert Leaderboard(benchmarks=["arc", "arc"], shots={"arc": 3, "mmlu": 1}).shots == {"arc": 3}
+    paper = {"arc": 25, "truthfulqa": 0, "winogrande": 5, "gsm8k": 5, "hellaswag": 10, "mmlu": 5}
+    assert Leaderboard().examples == paper
+    assert Leaderboard(benchmarks=["arc", "arc"], shots={"arc": 3, "mmlu": 1}).examples == {"arc": 3}
     with pytest.raises(SettingsError, match=r"there is no hellaswog\. Did you mean hellaswag"):
         Leaderboard(benchmarks=["hellaswog"])
     with pytest.raises(SettingsError, match=r"shots.truthfulqa=2: expected 0"):

@@ -14,8 +14,8 @@ from torch.optim import SGD
 
 from dnpo.dsl import HumanChosen
 from dnpo.errors import Declined, DiskError, DnpoError
-from dnpo.evaluate.metrics import Evaluation
-from dnpo.generate.hf import Sampling
+from dnpo.evaluate import Evaluation
+from dnpo.generate import Sampling
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.off import NoJudge
 from dnpo.optimise import reference as references

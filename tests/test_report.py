@@ -27,7 +27,7 @@ from dnpo.report.selection import select
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.significance import holm
 from dnpo.tracking.reading import Database
-from dnpo.tracking.writing import MLflow
+from dnpo.tracking.writing import MLflowTracking
 
 EVIL = (
     "<script>alert(1)</script><img src=x onerror=alert(2)></style><style>*{display:none}</style>{{7*7}}{% raw %}"
@@ -147,7 +147,7 @@ class Lab:
         files: Mapping[str, Callable[[Path], object]] | None = None,
         metrics: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        tracking = MLflow(uri=self.uri, artifacts=str(self.folder / "artifacts"))
+        tracking = MLflowTracking(uri=self.uri, artifacts=str(self.folder / "artifacts"))
         where = self.folder / "multirun" / sweep if sweep else None
         if where is not None:
             where.mkdir(parents=True, exist_ok=True)

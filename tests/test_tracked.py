@@ -8,7 +8,7 @@ import pytest
 from dnpo.errors import DataError, TrackingError
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import Database, iteration_name
-from dnpo.tracking.writing import MLflow
+from dnpo.tracking.writing import MLflowTracking
 
 Made = dict[str, str]
 
@@ -21,7 +21,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     sweep = folder / "multirun" / "1"
     sweep.mkdir(parents=True)
     for seed, status in ((0, "FINISHED"), (1, "FAILED")):
-        tracking = MLflow(uri=where, artifacts=str(folder / "artifacts"))
+        tracking = MLflowTracking(uri=where, artifacts=str(folder / "artifacts"))
         tags = {"dnpo.kind": "run", "dnpo.seed": str(seed), "dnpo.npo": "trainable", "dnpo.sweep_name": "main"}
         tracking.start(f"seed={seed}", {"seed": seed, "npo.alpha": 0.1}, tags, sweep)
         for step, value in enumerate((0.7, 0.6)):
@@ -31,7 +31,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
             path.write_text(json.dumps({"table": [{"iteration": "SFT"}, {"iteration": 0, "eval/score": 50.0}]}))
             tracking.artifact(path)
         tracking.finish(status)  # type: ignore[arg-type]
-    alone = MLflow(uri=where, artifacts=str(folder / "artifacts"))
+    alone = MLflowTracking(uri=where, artifacts=str(folder / "artifacts"))
     alone.start("alone", {"seed": 7}, {"dnpo.kind": "run", "dnpo.seed": "7", "dnpo.npo": "off"}, None)
     alone.finish("FINISHED")
     return where

@@ -19,7 +19,7 @@ from dnpo.running import notes
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking import writing as tracking
 from dnpo.tracking.datasets import Dataset
-from dnpo.tracking.writing import ABANDONED, ALIVE, NOTE, MLflow
+from dnpo.tracking.writing import ABANDONED, ALIVE, NOTE, MLflowTracking
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS: list[dict[str, Any]] = [
@@ -30,8 +30,8 @@ ROWS[1] |= {"pairs/pairs": 200, "pairs/flipped": 30, "pairs/flips": 0.15, "stagn
 ROWS[1]["stagnation/ks_critical"] = 0.06
 
 
-def tracked(folder: Path, **settings: Any) -> MLflow:
-    return MLflow(uri=f"sqlite:///{folder / 'runs.db'}", artifacts=str(folder / "artifacts"), **settings)
+def tracked(folder: Path, **settings: Any) -> MLflowTracking:
+    return MLflowTracking(uri=f"sqlite:///{folder / 'runs.db'}", artifacts=str(folder / "artifacts"), **settings)
 
 
 def client(folder: Path) -> MlflowClient:
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path) -> Iterator[MLflow]:
+def run(folder: Path) -> Iterator[MLflowTracking]:
     """A run that has begun."""
     run = tracked(folder)
     run.start("a run", {"npo.alpha": 0.1, "tracking.uri": "postgresql://me:secret@host/db"}, {"dnpo.kind": "run"}, None)
@@ -56,7 +56,7 @@ def run(folder: Path) -> Iterator[MLflow]:
 # --- the run
 
 
-def test_a_page_has_its_inputs_its_models_and_their_metrics(run: MLflow, folder: Path) -> None:
+def test_a_page_has_its_inputs_its_models_and_their_metrics(run: MLflowTracking, folder: Path) -> None:
     held = Dataset("test", "0123456789abcdef", "evaluation", "local", {"uri": "data.jsonl"}, 48, ["id"], {"cut": 3})
     run.inputs([held])
     model = run.model("iteration-0", 0, {"stage": "optimise/abc"}, "The policy after iteration 0.")
@@ -76,13 +76,13 @@ def test_a_page_has_its_inputs_its_models_and_their_metrics(run: MLflow, folder:
     assert found.data.metrics == {"eval/score": 51.5, "loss/policy": 0.5}
 
 
-def test_passwords_in_addresses_are_not_tracked(run: MLflow, folder: Path) -> None:
+def test_passwords_in_addresses_are_not_tracked(run: MLflowTracking, folder: Path) -> None:
     run.finish("FINISHED")
     assert client(folder).get_run(run.id).data.params["tracking.uri"] == "postgresql://…@host/db"
     assert "secret" not in notes.code("python -m dnpo.train tracking.uri=postgresql://me:secret@host/db")
 
 
-def test_a_note_that_is_too_long_is_cut_at_a_line_and_says_so(run: MLflow, folder: Path) -> None:
+def test_a_note_that_is_too_long_is_cut_at_a_line_and_says_so(run: MLflowTracking, folder: Path) -> None:
     run.note("\n".join(["a line of the note"] * 1000))
     run.add("**Failed** at the end")
     said = client(folder).get_run(run.id).data.tags[NOTE]
@@ -93,7 +93,7 @@ def test_a_note_that_is_too_long_is_cut_at_a_line_and_says_so(run: MLflow, folde
     assert set(said.splitlines()) == {"a line of the note", "", "(cut)"}
 
 
-def test_tables_are_shown_as_tables(run: MLflow, folder: Path) -> None:
+def test_tables_are_shown_as_tables(run: MLflowTracking, folder: Path) -> None:
     for name in ("table.json", "other.json"):
         (folder / name).write_text(json.dumps({"columns": ["a"], "data": [[1]]}))
         run.table(folder / name)
@@ -101,7 +101,7 @@ def test_tables_are_shown_as_tables(run: MLflow, folder: Path) -> None:
     assert json.loads(tag) == [{"path": name, "type": "table"} for name in ("table.json", "other.json")]
 
 
-def test_a_run_can_be_gone_on_with(run: MLflow, folder: Path) -> None:
+def test_a_run_can_be_gone_on_with(run: MLflowTracking, folder: Path) -> None:
     run.note("first")
     run.finish("FINISHED")
     again = tracked(folder)
@@ -115,8 +115,8 @@ def test_a_run_can_be_gone_on_with(run: MLflow, folder: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dnpo.tracking.writing import MLflow
-run = MLflow(uri=f"sqlite:///{sys.argv[1]}/runs.db", artifacts=f"{sys.argv[1]}/artifacts")
+from dnpo.tracking.writing import MLflowTracking
+run = MLflowTracking(uri=f"sqlite:///{sys.argv[1]}/runs.db", artifacts=f"{sys.argv[1]}/artifacts")
 run.start("killed", {}, {"dnpo.kind": "run"}, None)
 run.note("what it is")
 print(run.id, flush=True)
@@ -124,7 +124,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_the_next_run_ends_those_whose_process_was_killed_and_no_others(run: MLflow, folder: Path) -> None:
+def test_the_next_run_ends_those_whose_process_was_killed_and_no_others(run: MLflowTracking, folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     killed = done.stdout.strip()

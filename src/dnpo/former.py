@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 MOVED: dict[str, str] = {
-    "dnpo.evaluate.Evaluation": "dnpo.evaluate.metrics.Evaluation",
-    "dnpo.generate.Sampling": "dnpo.generate.hf.Sampling",
     "dnpo.judges.answers.Choice": "dnpo.judges.exact.answers.Choice",
     "dnpo.judges.answers.Exact": "dnpo.judges.exact.answers.Exact",
     "dnpo.judges.answers.Numeric": "dnpo.judges.exact.answers.Numeric",
@@ -26,8 +24,7 @@ MOVED: dict[str, str] = {
     "dnpo.npo.TrainableNoise": "dnpo.optimise.parts.TrainableNoise",
     "dnpo.objective.logistic": "dnpo.optimise.parts.Logistic",
     "dnpo.texts.Texts": "dnpo.evaluate.texts.Texts",
-    "dnpo.tracking.MLflow": "dnpo.tracking.writing.MLflow",
-    "dnpo.tracking.Tracking": "dnpo.tracking.writing.Tracking",
+    "dnpo.tracking.Tracking": "dnpo.tracking.NoTracking",
     "dnpo.training.Optimisation": "dnpo.optimise.parts.Optimisation",
 }
 """Import paths of dnpo's own parts as they were once, and as they are."""

@@ -64,7 +64,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     from dnpo.judges.asked.ledger import Ledger
 
     folder, sweep = command.folders(job)
-    judge, tracking = (build(name, settings[name]) for name in PARTS)
+    judge, tracking = build("judge", settings["judge"]), build("tracking", settings["tracking"]).open()
     if not judge.gives_scores:
         raise SettingsError("judge=off gives no scores, so there is nothing to compare; choose a judge")
     problem = judge.accepts([row.prompt for row in rows])

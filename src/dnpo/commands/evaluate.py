@@ -128,7 +128,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
     check_device(top["device"])
     folder, sweep = command.folders(job)
-    tracking = parts.pop("tracking")
+    tracking = parts.pop("tracking").open()
     with Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder)) as ledger:
         run = Run(seed=top["seed"], device=top["device"], plans=(), ledger=ledger, **parts)
         runs = {OURS: run}

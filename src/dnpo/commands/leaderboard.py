@@ -45,7 +45,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
     command.prepare_torch(top["threads"])
     folder, sweep = command.folders(job)
-    model, tracking = (build(name, settings[name]) for name in PARTS)
+    model, tracking = build("model", settings["model"]), build("tracking", settings["tracking"]).open()
     name = settings["model"].get("path") or settings["model"].get("name")
     console = Console()
     policy = model.load(folder, device=device_of(top["device"]))

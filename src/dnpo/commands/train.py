@@ -137,7 +137,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
     resolved |= {name: settings[name] for name in STARTING}
     for name, start in starts.items():
         resolved[name] = {**settings[name], "start": start}
-    return run, parts["tracking"], resolved
+    return run, parts["tracking"].open(), resolved
 
 
 def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:

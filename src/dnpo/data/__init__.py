@@ -20,10 +20,14 @@ class Source(Protocol):
     drawn with replacement says so, and nobody wonders at repeated ones.
     """
 
-    max_prompt_tokens: int
-    max_response_tokens: int
-    long_responses: LongResponses
-    drawn_with_replacement: bool
+    @property
+    def max_prompt_tokens(self) -> int: ...
+    @property
+    def max_response_tokens(self) -> int: ...
+    @property
+    def long_responses(self) -> LongResponses: ...
+    @property
+    def drawn_with_replacement(self) -> bool: ...
 
     def identity(self) -> Mapping[str, Any]:
         """What decides the rows: contents, never paths."""

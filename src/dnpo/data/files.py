@@ -7,81 +7,49 @@ import json
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from dnpo.data import LongResponses
-from dnpo.data.rows import Field, Turns
 from dnpo.data.source import Rows, Table
 from dnpo.errors import DataError
-from dnpo.settings import Count, Fraction, Natural
+from dnpo.settings import place
 from dnpo.store import content_hash
 
 
+@dataclass(frozen=True, kw_only=True)
 class Files(Rows):
     """Files of one format.
 
     Args:
         path: a file, a folder whose files of this format are read, or a pattern such as ``rows-*.jsonl``.
-        columns: their name for each of our fields whose column has another one, such as ``{prompt: instruction}``.
-        turns: of ``messages``: ``first`` takes the first user turn and the answer to it; ``all`` takes the last answer,
-            with all turns before it as its prompt.
-        sample: rows to draw; 0 takes all.
-        holdout: share of the rows held out, half for validation and half for test, by a hash of the id.
-        near_duplicates: rows are removed whose prompt is like that of an earlier row, or of one held out, to this
-            degree: the Jaccard index of their sets of three successive words, system turns aside. 0 removes equal
-            prompts only.
-        seed: draws the sample.
-        max_prompt_tokens: longer prompts are dropped.
-        max_response_tokens: the limit of responses.
-        long_responses: ``cut`` human responses over the limit there, as samples are, or ``drop`` those rows.
     """
 
     suffix: ClassVar[str]
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        columns: dict[Field, str] | None = None,
-        turns: Turns = "first",
-        sample: Natural = 0,
-        holdout: Fraction = 0.1,
-        near_duplicates: Fraction = 0.9,
-        seed: Natural = 0,
-        max_prompt_tokens: Count,
-        max_response_tokens: Count,
-        long_responses: LongResponses = "cut",
-    ) -> None:
-        super().__init__(
-            f"data.path={path}",
-            columns,
-            turns,
-            sample,
-            holdout,
-            near_duplicates,
-            seed,
-            max_prompt_tokens,
-            max_response_tokens,
-            long_responses,
-        )
-        self.path = Path(path)
+    path: str = place()
+
+    @property
+    def setting(self) -> str:
+        """As messages name it."""
+        return f"data.path={self.path}"
 
     def _contents(self) -> Mapping[str, Any]:
         return {"format": self.suffix, "content": [content_hash(file) for file in self._files()]}
 
     def _files(self) -> list[Path]:
         """The files in the order of their names."""
-        if self.path.is_dir():
-            found = [file for file in self.path.glob(f"*{self.suffix}") if file.is_file()]
+        path = Path(self.path)
+        if path.is_dir():
+            found = [file for file in path.glob(f"*{self.suffix}") if file.is_file()]
             if not found:
-                folders = sorted(f"{inner.name}/" for inner in self.path.iterdir() if inner.is_dir())
+                folders = sorted(f"{inner.name}/" for inner in path.iterdir() if inner.is_dir())
                 raise DataError(
                     f"{self.setting}: there is no *{self.suffix} in this folder; give a file, or a folder that has some"
                     + (f" (there is {', '.join(folders)})" if folders else "")
                 )
         else:
-            found = [self.path] if self.path.exists() else [Path(name) for name in glob.glob(str(self.path))]
+            found = [path] if path.exists() else [Path(name) for name in glob.glob(self.path)]
         for file in found:
             _open(self.setting, file).close()
         if not found:
@@ -92,28 +60,30 @@ class Files(Rows):
         return sorted(found)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Text(Files):
     """Files that are read row by row."""
 
     @abstractmethod
-    def _parsed(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    def _parse(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
         """The raw rows of a file, each with where it stands."""
 
     def _table(self) -> Table:
         raw: list[tuple[str, Any]] = []
         for file in self._files():
             with _open(self.setting, file) as stream:
-                raw += self._parsed(file, stream)
+                raw += self._parse(file, stream)
         columns = {str(name): None for _, row in raw if isinstance(row, Mapping) for name in row}
         return Table(columns, len(raw), lambda drawn: [raw[i] for i in drawn])
 
 
+@dataclass(frozen=True, kw_only=True)
 class JsonLines(_Text):
     """One JSON object a line; blank lines are skipped."""
 
-    suffix = ".jsonl"
+    suffix: ClassVar[str] = ".jsonl"
 
-    def _parsed(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    def _parse(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -128,12 +98,13 @@ class JsonLines(_Text):
             yield where, raw
 
 
+@dataclass(frozen=True, kw_only=True)
 class Csv(_Text):
     """Comma-separated values with a header; quoted cells may hold line ends, and empty cells count as absent."""
 
-    suffix = ".csv"
+    suffix: ClassVar[str] = ".csv"
 
-    def _parsed(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    def _parse(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
         csv.field_size_limit(sys.maxsize)
         reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
         where = f"{file}:1"
@@ -154,12 +125,13 @@ class Csv(_Text):
             raise DataError(f"{file}: not UTF-8 ({error.reason}), after line {reader.line_num}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Columns(Files):
     """Files that Arrow reads."""
 
     @abstractmethod
-    def _opened(self, file: Path) -> tuple[list[str], Any]:
-        """The names of all columns of a file, and a table of the :meth:`_wanted` ones."""
+    def _open_table(self, file: Path) -> tuple[list[str], Any]:
+        """The names of all columns of a file, and a table of the ones that are read."""
 
     def _table(self) -> Table:
         import pyarrow as pa
@@ -169,7 +141,7 @@ class _Columns(Files):
         tables = []
         for file in self._files():
             try:
-                names, part = self._opened(file)
+                names, part = self._open_table(file)
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{file}: cannot be read as {type(self).__name__} ({error})") from error
             columns |= dict.fromkeys(names)
@@ -186,28 +158,30 @@ class _Columns(Files):
         return Table(columns, len(table), rows)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Parquet(_Columns):
     """Parquet files."""
 
-    suffix = ".parquet"
+    suffix: ClassVar[str] = ".parquet"
 
-    def _opened(self, file: Path) -> tuple[list[str], Any]:
+    def _open_table(self, file: Path) -> tuple[list[str], Any]:
         import pyarrow.parquet as pq
 
         names = pq.read_schema(file).names
-        return names, pq.read_table(file, columns=self._wanted(names), partitioning=None)
+        return names, pq.read_table(file, columns=self._choose_columns(names), partitioning=None)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Arrow(_Columns):
     """Arrow files, as ``datasets.Dataset.save_to_disk`` writes them into a folder."""
 
-    suffix = ".arrow"
+    suffix: ClassVar[str] = ".arrow"
 
-    def _opened(self, file: Path) -> tuple[list[str], Any]:
+    def _open_table(self, file: Path) -> tuple[list[str], Any]:
         import pyarrow as pa
 
         table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-        return table.column_names, table.select(self._wanted(table.column_names))
+        return table.column_names, table.select(self._choose_columns(table.column_names))
 
 
 def _open(setting: str, file: Path) -> BinaryIO:

@@ -2,18 +2,17 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dnpo.data import LongResponses
-from dnpo.data.rows import Field, Turns
 from dnpo.data.source import Rows, Table
 from dnpo.errors import DataError
-from dnpo.settings import Count, Fraction, Natural
 from dnpo.store import content_hash
 
 
+@dataclass(frozen=True, kw_only=True)
 class Hub(Rows):
     """A data set of the Hugging Face hub, or a local folder in the hub's layout. Its code is never run.
 
@@ -22,40 +21,22 @@ class Hub(Rows):
         config: which of its configurations; null takes its default.
         split: the split of the data set that becomes train, validation and test here.
         revision: a commit, branch or tag; null takes the newest.
-        columns and all that follow: see :class:`dnpo.data.files.Files`.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        config: str | None = None,
-        split: str = "train",
-        revision: str | None = None,
-        columns: dict[Field, str] | None = None,
-        turns: Turns = "first",
-        sample: Natural = 0,
-        holdout: Fraction = 0.1,
-        near_duplicates: Fraction = 0.9,
-        seed: Natural = 0,
-        max_prompt_tokens: Count,
-        max_response_tokens: Count,
-        long_responses: LongResponses = "cut",
-    ) -> None:
-        super().__init__(
-            f"data.name={name}",
-            columns,
-            turns,
-            sample,
-            holdout,
-            near_duplicates,
-            seed,
-            max_prompt_tokens,
-            max_response_tokens,
-            long_responses,
-        )
-        self.name, self.config, self.split, self.revision = name, config, split, revision
-        self.folder = Path(name).absolute() if os.path.isdir(name) else None
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    @property
+    def setting(self) -> str:
+        """As messages name it."""
+        return f"data.name={self.name}"
+
+    @cached_property
+    def folder(self) -> Path | None:
+        """The folder, where the name is one."""
+        return Path(self.name).absolute() if os.path.isdir(self.name) else None
 
     def _contents(self) -> Mapping[str, Any]:
         part = {"config": self.config, "split": self.split}
@@ -77,7 +58,7 @@ class Hub(Rows):
         rows = self._load()
 
         def some(drawn: Sequence[int]) -> Iterable[tuple[str, Any]]:
-            wanted = rows.select_columns(self._wanted(rows.column_names)).select(drawn)
+            wanted = rows.select_columns(self._choose_columns(rows.column_names)).select(drawn)
             return zip((f"{self.name}[{self.split}] row {i}" for i in drawn), wanted, strict=True)
 
         return Table(rows.column_names, len(rows), some)

@@ -26,7 +26,7 @@ FORMS = "expected prompt and response, messages, or prompt and chosen"
 TURNS = "a list of turns with role and content"
 
 
-def checked(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prompt], int]:
+def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prompt], int]:
     """Prompts from raw rows, each with where it stands, such as ``some.jsonl:3``; every id stands once.
 
     A row that says again what another of its id says is left out. Where it says something else, the id is refused; but

@@ -7,16 +7,17 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from dnpo.data import SPLITS, LongResponses
 from dnpo.data.duplicates import repeats
-from dnpo.data.rows import FIELDS, FORMS, Field, Turns, checked
+from dnpo.data.rows import FIELDS, FORMS, Field, Turns, check_rows
 from dnpo.errors import DataError
 from dnpo.records import Prompt
 from dnpo.seeding import derive
-from dnpo.settings import nearest
+from dnpo.settings import Count, Fraction, Natural, nearest
 
 
 class Table(NamedTuple):
@@ -27,28 +28,45 @@ class Table(NamedTuple):
     rows: Callable[[Sequence[int]], Iterable[tuple[str, Any]]]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Rows(ABC):
-    """What the sources here have in common: columns, the draw, the split, and duplicates."""
+    """What the sources here have in common: columns, the draw, the split, and duplicates.
 
-    drawn_with_replacement = False
+    Args:
+        columns: their name for each of our fields whose column has another one, such as ``{prompt: instruction}``.
+        turns: of ``messages``: ``first`` takes the first user turn and the answer to it; ``all`` takes the last answer,
+            with all turns before it as its prompt.
+        sample: rows to draw; 0 takes all.
+        holdout: share of the rows held out, half for validation and half for test, by a hash of the id.
+        near_duplicates: rows are removed whose prompt is like that of an earlier row, or of one held out, to this
+            degree: the Jaccard index of their sets of three successive words, system turns aside. 0 removes equal
+            prompts only.
+        seed: draws the sample.
+        max_prompt_tokens: longer prompts are dropped.
+        max_response_tokens: the limit of responses.
+        long_responses: ``cut`` human responses over the limit there, as samples are, or ``drop`` those rows.
+    """
 
-    def __init__(
-        self,
-        setting: str,
-        columns: Mapping[Field, str] | None,
-        turns: Turns,
-        sample: int,
-        holdout: float,
-        near_duplicates: float,
-        seed: int,
-        max_prompt_tokens: int,
-        max_response_tokens: int,
-        long_responses: LongResponses,
-    ) -> None:
-        self.setting, self.columns, self.turns = setting, dict(columns or {}), turns
-        self.sample, self.holdout, self.near_duplicates, self.seed = sample, holdout, near_duplicates, seed
-        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
-        self.long_responses = long_responses
+    drawn_with_replacement: ClassVar[bool] = False
+
+    columns: dict[Field, str] | None = None
+    turns: Turns = "first"
+    sample: Natural = 0
+    holdout: Fraction = 0.1
+    near_duplicates: Fraction = 0.9
+    seed: Natural = 0
+    max_prompt_tokens: Count
+    max_response_tokens: Count
+    long_responses: LongResponses = "cut"
+
+    @property
+    @abstractmethod
+    def setting(self) -> str:
+        """Where the rows are, as messages name it: ``data.path=…``."""
+
+    @property
+    def _columns(self) -> dict[Field, str]:
+        return dict(self.columns or {})
 
     @abstractmethod
     def _contents(self) -> Mapping[str, Any]:
@@ -62,7 +80,7 @@ class Rows(ABC):
         """What decides the rows. Where all are taken, the seed changes nothing."""
         return {
             **self._contents(),
-            "columns": self.columns,
+            "columns": self._columns,
             "turns": self.turns,
             "sample": self.sample,
             "holdout": self.holdout,
@@ -85,7 +103,7 @@ class Rows(ABC):
         table = self._table()
         drawn = self._draw(table.total)
         self._check_columns(table.columns)
-        prompts, repeated = checked(((where, self._mapped(raw)) for where, raw in table.rows(drawn)), self.turns)
+        prompts, repeated = check_rows(((where, self._rename(raw)) for where, raw in table.rows(drawn)), self.turns)
         rows: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
         for prompt in prompts:
             place = _fraction(prompt.id)
@@ -104,32 +122,32 @@ class Rows(ABC):
         return rows, {"removed": {"repeated": repeated, **removed}, **sizes}
 
     def _check_columns(self, columns: Collection[str]) -> None:
-        for ours, theirs in self.columns.items():
+        for ours, theirs in self._columns.items():
             if theirs not in columns:
                 near = nearest(theirs, columns)
                 raise DataError(f"data.columns.{ours}={theirs}: there is no such column in {self.setting}.{near}")
-        names = {*columns, *self.columns} - ({*self.columns.values()} - {*self.columns})
+        names = {*columns, *self._columns} - ({*self._columns.values()} - {*self._columns})
         if columns and not ({"messages", "chosen"} & names or {"prompt", "response"} <= names):
             raise DataError(
                 f"{self.setting}: it has the columns {', '.join(columns)}; {FORMS}. Where others stand for these, give "
                 "data.columns='{prompt: …, response: …}'"
             )
 
-    def _wanted(self, columns: Iterable[str]) -> list[str]:
+    def _choose_columns(self, columns: Iterable[str]) -> list[str]:
         """Those of the columns that are read."""
-        return [name for name in columns if name in FIELDS or name in self.columns.values()]
+        return [name for name in columns if name in FIELDS or name in self._columns.values()]
 
-    def _mapped(self, raw: Any) -> Any:
+    def _rename(self, raw: Any) -> Any:
         """A raw row under our names. Columns that were chosen for a form of row keep other forms from being read."""
-        if not (self.columns and isinstance(raw, Mapping)):
+        if not (self._columns and isinstance(raw, Mapping)):
             return raw
-        gone = {*self.columns, *self.columns.values()}
-        if {"prompt", "response", "chosen"} & set(self.columns):
+        gone = {*self._columns, *self._columns.values()}
+        if {"prompt", "response", "chosen"} & set(self._columns):
             gone |= {"messages"}
-        if "chosen" in self.columns:
+        if "chosen" in self._columns:
             gone |= {"response"}
         kept = {name: value for name, value in raw.items() if name not in gone}
-        return kept | {ours: raw.get(theirs) for ours, theirs in self.columns.items()}
+        return kept | {ours: raw.get(theirs) for ours, theirs in self._columns.items()}
 
     def _draw(self, total: int) -> list[int]:
         """Which of ``total`` rows to take, in their order."""
@@ -162,7 +180,7 @@ def _distinct(rows: Mapping[str, list[Prompt]], threshold: float) -> tuple[dict[
             remove("equal_to", i, earlier)
     left = list(first.values())
     if threshold:
-        found = repeats([_said(ordered[i][1]) for i in left], threshold)
+        found = repeats([_text_of(ordered[i][1]) for i in left], threshold)
         for i, earlier, _ in found:
             remove("near", left[i], left[earlier])
         dropped = {left[i] for i, _, _ in found}
@@ -178,7 +196,7 @@ def _conversation(prompt: Prompt) -> tuple[str, ...]:
     return tuple(text for turn in prompt.messages for text in (turn["role"], turn["content"]))
 
 
-def _said(prompt: Prompt) -> str:
+def _text_of(prompt: Prompt) -> str:
     """A prompt's text without system turns, which may be long and the same for all."""
     return "\n".join(turn["content"] for turn in prompt.messages if turn["role"] != "system")
 

@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dnpo.data import SPLITS, LongResponses
 from dnpo.errors import SettingsError
@@ -57,6 +57,7 @@ class Problem:
     myth: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
 class TinyWorld:
     """The tiny world as a data source.
 
@@ -71,25 +72,23 @@ class TinyWorld:
         max_prompt_tokens, max_response_tokens: limits that no sensible tokenizer reaches here.
     """
 
-    long_responses: LongResponses = "cut"
-    drawn_with_replacement = True
+    long_responses: ClassVar[LongResponses] = "cut"
+    drawn_with_replacement: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        train: Count = 4800,
-        validation: Count = 240,
-        test: Count = 480,
-        flaws: Fraction = 0.3,
-        myths: Fraction = 0.55,
-        difficulty: Literal[1, 2, 3, 4, 5] = 1,
-        seed: Natural = 0,
-        max_prompt_tokens: Count = 48,
-        max_response_tokens: Count = 24,
-    ) -> None:
-        self.sizes = {"train": train, "validation": validation, "test": test}
-        self.flaws, self.myths, self.difficulty, self.seed = flaws, myths, difficulty, seed
-        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
+    train: Count = 4800
+    validation: Count = 240
+    test: Count = 480
+    flaws: Fraction = 0.3
+    myths: Fraction = 0.55
+    difficulty: Literal[1, 2, 3, 4, 5] = 1
+    seed: Natural = 0
+    max_prompt_tokens: Count = 48
+    max_response_tokens: Count = 24
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows to draw, by split."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def identity(self) -> Mapping[str, Any]:
         """Everything that decides the rows."""

@@ -1,1 +1,40 @@
-"""What is measured of a policy."""
+"""What is measured of a policy: ``metrics.py`` always, ``stages/measures.py`` where it is asked for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from dnpo.evaluate.leaderboard import Leaderboard
+from dnpo.evaluate.texts import Texts
+from dnpo.records import Prompt, Response
+from dnpo.settings import Count, neutral
+
+Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What to measure: what ``eval=…`` configures.
+
+    Args:
+        split: ``validation`` for choosing settings, ``test`` for reporting.
+        samples: fresh samples of each held-out prompt.
+        sequences: pairs of the iteration, and fresh samples for the same prompts, whose log-probabilities are kept. Of
+            these the Kolmogorov-Smirnov distance compares those whose fresh sample is not the human response itself;
+            it needs 1,200 or more to be told from chance.
+        texts: newly generated texts beside the positive samples, a stage of its own; None leaves it out.
+        leaderboard: benchmarks through lm-eval, after every iteration, a stage too; None leaves them out.
+    """
+
+    split: Split = "test"
+    samples: Count = 4
+    sequences: Count = 1536
+    texts: Texts | None = neutral(None)
+    leaderboard: Leaderboard | None = neutral(None)
+
+
+class Held(NamedTuple):
+    """Held-out prompts with the human responses to them, in the same order."""
+
+    prompts: Sequence[Prompt]
+    human: Sequence[Response]

@@ -13,60 +13,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dnpo.evaluate import Evaluation, Held
 from dnpo.evaluate.distances import ks, overlap, overlap_by_chance, wasserstein
-from dnpo.evaluate.leaderboard import Leaderboard
-from dnpo.evaluate.texts import Texts
-from dnpo.generate.hf import Sampling, sample
+from dnpo.generate import Sampling
+from dnpo.generate.hf import sample
 from dnpo.judges import Judge, judged, tally
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.exact.rules import correct, stated
 from dnpo.policy.model import Policy
 from dnpo.records import Item, Pair, Prompt, Response, Verdict, write
 from dnpo.seeding import derive
-from dnpo.settings import Count
 from dnpo.stats.sampling import majority, pass_at_k
 from dnpo.store import Report
-
-Split = Literal["validation", "test"]
-
-
-class Evaluation:
-    """What to measure: what ``eval=…`` configures.
-
-    Args:
-        split: ``validation`` for choosing settings, ``test`` for reporting.
-        samples: fresh samples of each held-out prompt.
-        sequences: pairs of the iteration, and fresh samples for the same prompts, whose log-probabilities are kept. Of
-            these the Kolmogorov-Smirnov distance compares those whose fresh sample is not the human response itself;
-            it needs 1,200 or more to be told from chance.
-        texts: newly generated texts beside the positive samples; None leaves it out.
-        leaderboard: benchmarks through lm-eval, after every iteration; None leaves them out.
-    """
-
-    not_in_key = ("texts", "leaderboard")  # stages of their own
-
-    def __init__(
-        self,
-        *,
-        split: Split = "test",
-        samples: Count = 4,
-        sequences: Count = 1536,
-        texts: Texts | None = None,
-        leaderboard: Leaderboard | None = None,
-    ) -> None:
-        self.split, self.samples, self.sequences = split, samples, sequences
-        self.texts, self.leaderboard = texts, leaderboard
-
-
-class Held(NamedTuple):
-    """Held-out prompts with the human responses to them, in the same order."""
-
-    prompts: Sequence[Prompt]
-    human: Sequence[Response]
 
 
 def evaluate(

@@ -15,20 +15,19 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any, cast
-
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from typing import TYPE_CHECKING, Any, cast
 
 from dnpo.errors import DataError, ModelError, SettingsError
 from dnpo.policy.weights import Weights, context_of
 from dnpo.seeding import derive
-from dnpo.settings import Count
+from dnpo.settings import Count, place
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}
 PARTS = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that Encoder knows
@@ -65,6 +64,7 @@ def available() -> None:
         raise SettingsError(f'text metrics need {" and ".join(missing)}, not installed here: pip install "dnpo[eval]"')
 
 
+@dataclass(frozen=True, kw_only=True)
 class Texts:
     """What to measure of newly generated texts: what ``eval.texts`` configures.
 
@@ -78,10 +78,17 @@ class Texts:
         ModelError: there is no such folder.
     """
 
-    def __init__(self, *, rows: Count = 400, encoder: str | None = None) -> None:
+    rows: Count = 400
+    encoder: str | None = place(None)
+
+    def __post_init__(self) -> None:
         available()
-        self.rows, self.encoder = rows, encoder
-        self._weights = None if encoder is None else Weights(encoder, None, None, "eval.texts.encoder")
+        if self.encoder is not None:
+            Weights(self.encoder, None, None, "eval.texts.encoder")
+
+    @cached_property
+    def _weights(self) -> Weights | None:
+        return None if self.encoder is None else Weights(self.encoder, None, None, "eval.texts.encoder")
 
     def identity(self) -> dict[str, Any]:
         """What decides the results; never a path."""
@@ -120,19 +127,23 @@ class Encoder:
                 f"{weights.shown}: its embedding is not the mean over tokens; expected an encoder for which it is, "
                 "such as sentence-transformers/all-MiniLM-L6-v2"
             )
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
         loaded = weights.load(AutoModel, dtype=torch.float32, use_safetensors=True)
         self.model, self.tokenizer = loaded.to(device).eval(), weights.load(AutoTokenizer)
         limits = [context_of(self.model, self.tokenizer), _said(weights, SETTINGS).get("max_seq_length")]
         self.limit = min((limit for limit in limits if limit), default=None)
         self.label = f"{weights.label}|mean|{self.limit} tokens"
 
-    @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    def __call__(self, texts: Sequence[str]) -> "Tensor":
         """Embeddings, texts × width. Texts of one length are read together and nothing is padded, so no text changes
         another's embedding by more than rounding.
 
         A text without any token, which only a tokenizer without special tokens can leave, has the embedding 0.
         """
+        import torch
+
         by_length: dict[int, dict[str, list[int]]] = {}
         for text in texts:
             ids = self.tokenizer(text, truncation=self.limit is not None, max_length=self.limit)["input_ids"]
@@ -142,10 +153,13 @@ class Encoder:
             names, rows = list(alike), list(alike.values())
             for start in range(0, len(rows), BATCH):
                 some = torch.tensor(rows[start : start + BATCH], dtype=torch.long, device=self.model.device)
-                known |= zip(names[start : start + BATCH], self._embed(some, length), strict=True)
+                with torch.no_grad():
+                    known |= zip(names[start : start + BATCH], self._embed(some, length), strict=True)
         return torch.stack([known[text] for text in texts])
 
-    def _embed(self, ids_BT: Tensor, length: int) -> Tensor:
+    def _embed(self, ids_BT: "Tensor", length: int) -> "Tensor":
+        import torch
+
         if not length:
             return torch.zeros(len(ids_BT), self.model.config.get_text_config().hidden_size)
         hidden_BTH = self.model(input_ids=ids_BT).last_hidden_state
@@ -245,6 +259,8 @@ def diversity(texts: Sequence[str], *, seed: int = 0, sample: int = SAMPLE) -> M
     metrics = {"distinct_1": _distinct(words), "distinct_2": _distinct(pairs)} | _means(items)
     if len(texts) == 1:
         return Measured(metrics, items, {})
+    import numpy as np
+
     draw = np.random.default_rng(derive(seed, "self-BLEU"))
     drawn = [texts[i] for i in sorted(draw.permutation(len(texts))[:sample].tolist())]
     value, signature = _self_bleu(drawn)

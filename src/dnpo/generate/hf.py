@@ -22,41 +22,13 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from dnpo.errors import ModelError, SettingsError
+from dnpo.generate import Sampling
 from dnpo.policy.model import Policy
 from dnpo.records import Finish, Prompt, Response, read_all, write
 from dnpo.seeding import derive
-from dnpo.settings import Count, Fraction, Natural, NonNegative
 from dnpo.store import Report
 
 FREE = 0.25  # this share of a batch has to be free before further prompts are read: every reading has its fixed cost
-
-
-class Sampling:
-    """How to sample: what ``generate=…`` configures.
-
-    Args:
-        temperature: 0 is greedy.
-        top_k: sample from the k likeliest tokens; 0 means from all.
-        top_p: sample from the smallest set of tokens with this much probability.
-        batch_size: rows at once; the samples do not depend on it, up to the rounding of logits.
-        shard_size: prompts of one shard, which is what a killed run can lose.
-    """
-
-    def __init__(
-        self,
-        *,
-        temperature: NonNegative = 1.0,
-        top_k: Natural = 0,
-        top_p: Fraction = 1.0,
-        batch_size: Count = 64,
-        shard_size: Count = 512,
-    ) -> None:
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.batch_size, self.shard_size = batch_size, shard_size
-
-    def greedy(self) -> "Sampling":
-        """The same layout, without chance."""
-        return Sampling(temperature=0.0, batch_size=self.batch_size, shard_size=self.shard_size)
 
 
 def generate(

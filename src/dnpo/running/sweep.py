@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dnpo.report.comparison import Compared, Items
     from dnpo.report.groups import Group, Groups
     from dnpo.store import Stage
-    from dnpo.tracking.writing import MLflow
+    from dnpo.tracking.writing import MLflowTracking
 
 ERROR, PLAN, PICTURE, TRAIN = "error.txt", "plan.json", "comparison.png", "train"
 SILENT = "it ended without a result and without an error, as a killed process does"
@@ -144,9 +144,8 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
         return ""
     silent = {job.name: SILENT for job in jobs if not any((job / left).is_file() for left in ("summary.json", ERROR))}
     try:
-        tracking: MLflow = build(
-            "tracking", cast(dict[str, Any], OmegaConf.to_container(config.tracking, resolve=True))
-        )
+        settings = cast(dict[str, Any], OmegaConf.to_container(config.tracking, resolve=True))
+        tracking: MLflowTracking = build("tracking", settings).open()
         tracking.resume(own.read_text())
         if config.hydra.job.config_name != TRAIN:  # what other commands measure has no iterations to compare
             tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed))})
@@ -158,7 +157,7 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
     return ""
 
 
-def _compare(tracking: "MLflow", sweep: Path, jobs: Sequence[str], failed: Mapping[str, str]) -> None:
+def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], failed: Mapping[str, str]) -> None:
     """The comparison of all runs as tables, a picture and a note; tags, and the status."""
     from dnpo.report.comparison import MEASURES, Items, compare
     from dnpo.report.groups import grouped

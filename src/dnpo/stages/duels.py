@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dnpo.errors import DataError
-from dnpo.evaluate.metrics import Held
+from dnpo.evaluate import Held
 from dnpo.judges import Judge, judged
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, read, schema

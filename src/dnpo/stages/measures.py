@@ -17,7 +17,7 @@ from dnpo.stages.verbs import read_split
 from dnpo.store import Stage, write_json
 
 if TYPE_CHECKING:
-    from dnpo.generate.hf import Sampling
+    from dnpo.generate import Sampling
 
 METRICS = "metrics.json"
 

@@ -16,8 +16,8 @@ from dnpo.store import Report, Stage
 if TYPE_CHECKING:
     from dnpo.data import Source
     from dnpo.dsl import Labeller
-    from dnpo.evaluate.metrics import Evaluation
-    from dnpo.generate.hf import Sampling
+    from dnpo.evaluate import Evaluation
+    from dnpo.generate import Sampling
     from dnpo.judges import Judge
     from dnpo.judges.asked.ledger import Ledger
     from dnpo.optimise.parts import Noise, Objective, Optimisation, PairOptimisation

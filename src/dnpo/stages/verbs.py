@@ -23,7 +23,7 @@ from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, verb
 from dnpo.store import Report, Stage, manifest, write_json
 
 if TYPE_CHECKING:
-    from dnpo.evaluate.metrics import Held
+    from dnpo.evaluate import Held
     from dnpo.policy.model import Policy
 
 
@@ -330,7 +330,7 @@ def with_matched_noise(plan: Plan) -> Plan | None:
 
 def read_split(folder: Path, split: str) -> "Held":
     """The prompts of a split, with the human responses to them."""
-    from dnpo.evaluate.metrics import Held
+    from dnpo.evaluate import Held
 
     return Held(read(folder / f"{split}.parquet", Prompt), read(folder / f"{split}-human.parquet", Response))
 

@@ -22,7 +22,6 @@ from urllib.error import HTTPError, URLError
 from filelock import FileLock, Timeout
 
 from dnpo.errors import TrackingError
-from dnpo.settings import Count
 
 if TYPE_CHECKING:
     from dnpo.tracking.datasets import Dataset
@@ -35,7 +34,7 @@ ABANDONED = "**Its process is gone**: it was killed. Finished stages are kept, a
 
 
 class Tracking:
-    """What ``tracking=…`` configures. This one tracks nothing; others override what they do."""
+    """What a run says of itself. This one keeps nothing; others override what they do."""
 
     id = ""  # of the run
 
@@ -89,7 +88,7 @@ class Tracking:
         return []
 
 
-class MLflow(Tracking):
+class MLflowTracking(Tracking):
     """Tracks in MLflow: an experiment a project, a run a training run.
 
     Args:
@@ -105,7 +104,7 @@ class MLflow(Tracking):
         uri: str = "sqlite:///mlflow.db",
         experiment: str = "dnpo",
         artifacts: str | None = "mlartifacts",
-        batch: Count = 1000,
+        batch: int = 1000,
     ) -> None:
         self.uri = absolute(uri)
         self.experiment, self.artifacts, self.batch = experiment, artifacts, batch

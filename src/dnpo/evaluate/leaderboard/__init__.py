@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dnpo.errors import ModelError, SettingsError
 from dnpo.evaluate.leaderboard.rows import Task, offline
-from dnpo.settings import Count, Natural, nearest
+from dnpo.settings import Count, Natural, nearest, neutral, place
 from dnpo.store import Report, content_hash, write_json
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ SIX = ("arc", "truthfulqa", "winogrande", "gsm8k", "hellaswag", "mmlu")
 WITHOUT_SHOTS = ("truthfulqa", "ifeval")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Leaderboard:
     """What to measure.
 
@@ -71,27 +72,32 @@ class Leaderboard:
         SettingsError: there is no such benchmark, or it takes no examples.
     """
 
-    def __init__(
-        self,
-        *,
-        source: str = HUB,
-        benchmarks: list[str] | None = None,
-        shots: Mapping[str, Natural] | None = None,
-        limit: Count | None = None,
-        batch_size: Count = 16,
-    ) -> None:
-        self.benchmarks = list(dict.fromkeys(benchmarks if benchmarks is not None else SIX))
-        if not self.benchmarks:
+    source: str = place(HUB)
+    benchmarks: list[str] | None = None
+    shots: Mapping[str, Natural] | None = None
+    limit: Count | None = None
+    batch_size: Count = neutral(16)
+
+    def __post_init__(self) -> None:
+        if not self.names:
             raise SettingsError(f"benchmarks: none are named; expected some of {', '.join(BENCHMARKS)}")
-        for name in (*self.benchmarks, *(shots or {})):
+        for name in (*self.names, *(self.shots or {})):
             if name not in BENCHMARKS:
                 known = f"Expected some of {', '.join(BENCHMARKS)}."
                 raise SettingsError(f"benchmarks: there is no {name}.{nearest(name, BENCHMARKS)} {known}")
-        self.shots = {name: int((shots or {}).get(name, BENCHMARKS[name].shots)) for name in self.benchmarks}
         for name in WITHOUT_SHOTS:
-            if self.shots.get(name):
-                raise SettingsError(f"shots.{name}={self.shots[name]}: expected 0, this benchmark takes no examples")
-        self.source, self.limit, self.batch_size = source, limit, batch_size
+            if self.examples.get(name):
+                raise SettingsError(f"shots.{name}={self.examples[name]}: expected 0, this benchmark takes no examples")
+
+    @property
+    def names(self) -> list[str]:
+        """The benchmarks, each once."""
+        return list(dict.fromkeys(SIX if self.benchmarks is None else self.benchmarks))
+
+    @property
+    def examples(self) -> dict[str, int]:
+        """Examples in front of each question, by benchmark."""
+        return {name: int((self.shots or {}).get(name, BENCHMARKS[name].shots)) for name in self.names}
 
     def identity(self) -> dict[str, Any]:
         """What decides the results: benchmarks, examples, and the contents of the source, never its path.
@@ -100,7 +106,7 @@ class Leaderboard:
             SettingsError: the source is neither ``hub`` nor a folder.
         """
         source = HUB if self.source == HUB else content_hash(_folder(self.source))
-        return {"source": source, "shots": self.shots, "limit": self.limit}
+        return {"source": source, "shots": self.examples, "limit": self.limit}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +204,7 @@ def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Resul
 
     harness.available()
     started = time.monotonic()
-    tasks = {name: _tasks(leaderboard.source, name) for name in leaderboard.benchmarks}  # rows are checked first
+    tasks = {name: _tasks(leaderboard.source, name) for name in leaderboard.names}  # rows are checked first
     report.begin(len(tasks), "benchmarks")
     scores: dict[str, Score] = {}
     items: list[Item] = []
@@ -206,7 +212,7 @@ def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Resul
         for name, those in tasks.items():
             report.status(name)
             began = time.monotonic()
-            asked = leaderboard.shots[name]
+            asked = leaderboard.examples[name]
             loaded = harness.of_rows(those, asked) if those else harness.of_hub(BENCHMARKS[name].tasks, asked)
             found = [
                 _item(name, sample, lm.cut)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnpo.generate.hf import Sampling
+from dnpo.generate import Sampling
 from dnpo.optimise import npo
 from dnpo.optimise.npo import NoiseModule
 from dnpo.optimise.parts import Optimisation, PairOptimisation
