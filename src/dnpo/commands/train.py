@@ -81,7 +81,7 @@ def matched(npo: dict[str, Any], tracking: Mapping[str, Any]) -> dict[str, Any]:
     shift = npo.get("shift")
     if not (isinstance(shift, str) and shift.startswith("run:")):
         return npo
-    from dnpo.tracking.writing import mean_of_metric
+    from dnpo.tracking.reading import mean_of_metric
 
     return {**npo, "shift": mean_of_metric(str(tracking.get("uri", "")), shift.removeprefix("run:"), "npo/shift")}
 

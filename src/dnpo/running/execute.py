@@ -23,7 +23,8 @@ from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.store import Stage, Store, manifest, write_json
 from dnpo.tracking import datasets as inputs
-from dnpo.tracking.writing import Tracking
+from dnpo.tracking.reading import STEPS_OF
+from dnpo.tracking.writing import TrackedSteps, Tracking
 
 PACKAGES = ("dnpo", "torch", "pytorch-lightning", "transformers", "peft", "tokenizers", "mlflow", "datasets")
 SHOWN_PAIRS = 50
@@ -106,7 +107,10 @@ def overrides() -> list[str]:
 
 
 def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int, prefix: str) -> bool:
-    """Have one stage computed, or find it; its training steps are tracked either way. True if it was there.
+    """Have one stage computed, or find it; true if it was there.
+
+    Training steps are tracked by the run that computed them. A run that finds the stage names that run in a tag; where
+    it is not known in this tracking store, the steps are tracked again.
 
     Args:
         before: training steps of the iterations before.
@@ -123,11 +127,18 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     else:
         with console.stage(stage.title, track) as report, _told(tracking, stage):
             store.get(stage, report)
-    if stage.key in store.computed:
-        return False
-    # Found, or computed by another run while this one waited.
-    track(_steps(stage, store))
-    return True
+    steps, reused = _steps(stage, store), stage.key not in store.computed
+    if not steps:
+        return reused
+    tracked = TrackedSteps(store.root, stage.key)
+    if reused:  # found, or computed by another run while this one waited
+        elsewhere = tracked.run(tracking.where)
+        if elsewhere:
+            tracking.tags({f"{STEPS_OF}{_slug(stage)}": elsewhere})
+            return True
+        track(steps)
+    tracked.add(tracking.where, tracking.id)
+    return reused
 
 
 @contextmanager
@@ -238,7 +249,7 @@ def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]
     for kind, file in (("texts", "texts.parquet"), ("leaderboard", ITEMS)):
         if kind in beside:
             yield kind, beside[kind] / file
-    if iteration.k >= 0:
+    if (store.folder(iteration.policy) / "steps.json").is_file():
         yield "steps", store.folder(iteration.policy) / "steps.json"
 
 

@@ -10,9 +10,10 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -26,6 +27,7 @@ from dnpo.tracking.writing import absolute, reachable
 FINISHED = "FINISHED"
 SWEEP, KIND, PARENT = "dnpo.sweep_name", "dnpo.kind", "mlflow.parentRunId"
 SFT = "SFT"
+STEPS_OF = "steps."  # begins a tag that names the run with the training steps of a stage that was there already
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,26 @@ class Run:
     def history(self, metric: str) -> list[tuple[int, float]]:
         """Steps and values of a metric, in the order of the steps; a step logged twice counts once, with the last."""
         points = self._client.get_metric_history(self.id, metric)
-        by_step = {int(p.step): float(p.value) for p in sorted(points, key=lambda p: p.timestamp)}
+        by_step = dict(self._found_steps(metric))
+        by_step |= {int(p.step): float(p.value) for p in sorted(points, key=lambda p: p.timestamp)}
         return sorted(by_step.items())
+
+    def _found_steps(self, metric: str) -> Iterator[tuple[int, float]]:
+        """Training steps of stages that were there already: another run tracked them, the files are this run's too."""
+        if not any(name.startswith(STEPS_OF) for name in self.tags):
+            return
+        before = 0
+        for number in count(-1):
+            path = self.artifact(f"steps/{iteration_name(SFT if number < 0 else number)}.json")
+            if path is None and number < 0:
+                continue
+            if path is None:
+                return
+            rows, prefix = json.loads(path.read_text()), "sft/" if number < 0 else ""
+            for row in rows:
+                if prefix + metric.removeprefix(prefix) == metric and metric.removeprefix(prefix) in row:
+                    yield before + int(row["step"]), float(row[metric.removeprefix(prefix)])
+            before += len(rows) if number >= 0 else 0
 
     def artifact(self, path: str) -> Path | None:
         """A file that was tracked with it, on this machine, to be read and not changed; None where there is none."""
@@ -111,6 +131,26 @@ class Run:
             return Path(self._client.download_artifacts(self.id, path, str(where)))
         except (MlflowException, OSError):
             return None
+
+
+def mean_of_metric(uri: str, run: str, metric: str) -> float:
+    """The mean of a metric over the training steps of a run.
+
+    Raises:
+        TrackingError: the store has no such run, or the run never tracked the metric.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    reachable(absolute(uri))
+    try:
+        client = MlflowClient(tracking_uri=absolute(uri))
+        values = [value for _, value in _run(client.get_run(run), client).history(metric)]
+    except MlflowException as error:
+        raise TrackingError(f"run:{run}: not found in tracking.uri={uri}: {error}") from error
+    if not values:
+        raise TrackingError(f"run:{run}: it tracked no {metric}; give a run with npo=trainable or npo=fixed")
+    return float(sum(values) / len(values))
 
 
 def iteration_name(iteration: int | str) -> str:

@@ -22,6 +22,7 @@ from urllib.error import HTTPError, URLError
 from filelock import FileLock, Timeout
 
 from dnpo.errors import TrackingError
+from dnpo.store import write_json
 
 if TYPE_CHECKING:
     from dnpo.tracking.datasets import Dataset
@@ -33,10 +34,32 @@ LONGEST = 7900  # characters of a tag, of which MLflow takes 8,000 and cuts the 
 ABANDONED = "**Its process is gone**: it was killed. Finished stages are kept, and the same command continues it."
 
 
+class TrackedSteps:
+    """Which runs have tracked the training steps of a stage: a small file beside the stages of the store."""
+
+    def __init__(self, store: Path, key: str) -> None:
+        self.path = store / ".tracked" / f"{key}.json"
+
+    def run(self, where: str) -> str:
+        """The run in this tracking store, "" where none is known."""
+        return str(self._known().get(where, ""))
+
+    def add(self, where: str, run: str) -> None:
+        """Remember a run; the first of a tracking store stays."""
+        if where and run:
+            self.path.parent.mkdir(exist_ok=True)
+            write_json(self.path, {where: run, **self._known()})
+
+    def _known(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        return found
+
+
 class Tracking:
     """What a run says of itself. This one keeps nothing; others override what they do."""
 
     id = ""  # of the run
+    where = ""  # the tracking store and experiment
 
     def start(self, name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None) -> None:
         """Begin a run; with ``sweep``, a folder that all jobs of a multirun share, nested in the sweep's run.
@@ -108,6 +131,7 @@ class MLflowTracking(Tracking):
     ) -> None:
         self.uri = absolute(uri)
         self.experiment, self.artifacts, self.batch = experiment, artifacts, batch
+        self.where = f"{without_password(self.uri)} {experiment}"
         self._buffer: list[Any] = []
         self.id = self._note = ""
         self._tables: list[str] = []
@@ -325,25 +349,6 @@ def _free(lock: FileLock) -> None:
 def without_password(text: str) -> str:
     """An address may carry a password, which has no place where others read."""
     return re.sub(r'://[^/@"\s]+@', "://…@", text)
-
-
-def mean_of_metric(uri: str, run: str, metric: str) -> float:
-    """The mean of a metric over the steps at which an MLflow run tracked it.
-
-    Raises:
-        TrackingError: the store has no such run, or the run never tracked the metric.
-    """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    reachable(absolute(uri))
-    try:
-        values = [point.value for point in MlflowClient(tracking_uri=absolute(uri)).get_metric_history(run, metric)]
-    except MlflowException as error:
-        raise TrackingError(f"run:{run}: not found in tracking.uri={uri}: {error}") from error
-    if not values:
-        raise TrackingError(f"run:{run}: it tracked no {metric}; give a run with npo=trainable or npo=fixed")
-    return float(sum(values) / len(values))
 
 
 def reachable(uri: str) -> None:
