@@ -7,7 +7,9 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from dnpo.judges import Judge
 from dnpo.judges.asked.ledger import Ledger
@@ -18,10 +20,11 @@ _MARKERS = {"is", "are", "equals", ":"}
 _TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:\.\d+)?|[^\W_]+|:")
 
 
+@dataclass(frozen=True)
 class Rules(Judge):
     """Scores by rule; see the head of this file. Also the measure of the tiny world, so it judges itself there."""
 
-    option = "rules"
+    option: ClassVar[str] = "rules"
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
         """Every prompt must have an answer, with a word or a number in it."""
@@ -52,10 +55,11 @@ class Rules(Judge):
         return 60.0 * correct(prompt, text) + 25.0 * completeness(prompt, text) + form(text)
 
 
+@dataclass(frozen=True)
 class Correct(Rules):
     """100 points for the right answer and 0 for any other, however it is said: another taste, to measure by."""
 
-    option = "correct"
+    option: ClassVar[str] = "correct"
 
     def points(self, prompt: Prompt, text: str) -> float:
         """Of one response: 0 or 100."""
