@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from dnpo.judges.agreement.stats import (
     share,
 )
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
-from dnpo.judges.asked.questions import Prompted
+from dnpo.judges.asked.questions import Mode, Prompted
 from dnpo.judges.longer import Longer, length_score
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.store import Report, Store, manifest
@@ -316,12 +317,22 @@ def compare(name: str, a: str, b: str, label: int, *votes: int) -> Comparison:
 WORDS = ("ONYX", "twig", "Thorn", "FERNS")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Asked(Prompted):
     """A judge that is asked in words: it likes capital letters, and as much what it sees first, by ``pull`` points."""
 
-    def __init__(self, *, pull: float = 0.0) -> None:
-        super().__init__("test", "nobody", "pairwise", "text", None, 0.0)
-        self.pull, self.told = pull, {}  # type: ignore[var-annotated]
+    mode: Mode = "pairwise"
+    max_unscored: float = 0.0
+    pull: float = 0.0
+    told: dict[tuple[str, str], float] = field(default_factory=dict, init=False)
+
+    @property
+    def kind(self) -> str:
+        return "test pairwise"
+
+    @property
+    def respondent(self) -> str:
+        return "nobody"
 
     def ask(self, questions: Sequence[Question], ledger: Ledger, report: Report, total: int) -> dict[str, str]:
         for q in questions:

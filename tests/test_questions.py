@@ -533,8 +533,17 @@ class Rule(Prompted):
     """Answers by a rule on what is sent; what it has no value for fails."""
 
     def __init__(self, values: dict[str, float | None], mode: Mode = "score", **more: Any) -> None:
-        super().__init__("rule", "none", mode, "text", more.pop("template", None), more.pop("max_unscored", 1.0))
-        self.values, self.asked, self.unit = values, list[Question](), more.pop("unit", 0.5)
+        unit = more.pop("unit", 0.5)
+        super().__init__(mode=mode, **{"max_unscored": 1.0} | more)
+        self.values, self.asked, self.unit = values, list[Question](), unit
+
+    @property
+    def kind(self) -> str:
+        return f"rule {self.mode}"
+
+    @property
+    def respondent(self) -> str:
+        return "none"
 
     def value(self, question: Question) -> float | None:
         """Of the first response that the question shows, less that of the second if there is one."""

@@ -5,8 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from dnpo.errors import ModelError
 from dnpo.store import content_hash
 
@@ -94,6 +92,8 @@ class Weights:
         Raises:
             ModelError: it cannot.
         """
+        from safetensors import SafetensorError
+
         where = str(self.folder) if self.folder is not None else str(self.name)
         revision = None if self.folder is not None else self._commit
         try:
