@@ -20,6 +20,7 @@ from dnpo.judges.ensemble import Ensemble
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
 from dnpo.records import HUMAN, Prompt, Response, Verdict
+from dnpo.settings import build as build_part
 from dnpo.settings import check, conf_folder
 from tests.conftest import Report, verdicts
 
@@ -157,10 +158,8 @@ OPENAI = {"_target_": "dnpo.judges.asked.openai.OpenAI", "model": "gpt-4o", "max
 
 
 def ensemble(by: str = "mean", max_unscored: float = 0.02, **members: Mapping[str, Any]) -> Ensemble:
-    from hydra.utils import instantiate
-
     given = {"_target_": "dnpo.judges.ensemble.Ensemble", "members": members, "by": by, "max_unscored": max_unscored}
-    found: Ensemble = instantiate(check("judge", given))
+    found: Ensemble = build_part("judge", check("judge", given))
     return found
 
 
@@ -243,7 +242,7 @@ def test_members_are_chosen_and_set_like_any_other_part() -> None:
             "judge.by=majority",
         )
     )
-    judge = run.judge.value
+    judge = run.judge
     assert {name: type(member).__name__ for name, member in judge.members.items()} == {
         "first": "Numeric",
         "second": "Choice",
