@@ -17,7 +17,7 @@ from dnpo.judges.asked.ledger import Answer, Ledger, Question
 from dnpo.judges.asked.questions import Prompted
 from dnpo.policy.weights import Weights, context_of
 from dnpo.records import Prompt
-from dnpo.settings import Count, Dtype, Fraction, neutral
+from dnpo.settings import Count, Dtype, Fraction, neutral, place
 from dnpo.store import Report
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class HF(Prompted):
         SettingsError: the template cannot be used.
     """
 
-    path: str | None = neutral(None)
+    path: str | None = place(None)
     name: str | None = None
     revision: str | None = None
     min_mass: Fraction = 0.5

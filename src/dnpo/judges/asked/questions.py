@@ -20,7 +20,7 @@ from dnpo.errors import SettingsError
 from dnpo.judges import Forecast, Judge
 from dnpo.judges.asked.ledger import Ledger, Question
 from dnpo.records import HUMAN, Message, Prompt, Response, Verdict
-from dnpo.settings import Fraction, neutral
+from dnpo.settings import Fraction, neutral, place
 from dnpo.store import Report
 
 Mode = Literal["score", "pairwise"]
@@ -103,7 +103,7 @@ class Prompted(Judge):
     """
 
     mode: Mode = "score"
-    template: str | None = None
+    template: str | None = place(None)
     max_unscored: Fraction = neutral(0.02)
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.reward.facts import FACTS, SEEN, read_facts
 from dnpo.policy.weights import Weights
 from dnpo.records import HUMAN, Prompt, Response, Verdict
-from dnpo.settings import Count, Dtype, Finite, Fraction, Positive, neutral
+from dnpo.settings import Count, Dtype, Finite, Fraction, Positive, neutral, place
 from dnpo.store import Report
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Reward(Judge):
             ``name`` is given.
     """
 
-    path: str | None = neutral(None)
+    path: str | None = place(None)
     name: str | None = None
     revision: str | None = None
     center: Finite | None = None
