@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from dnpo.commands.train import build
 from dnpo.errors import DnpoError, SettingsError
-from dnpo.judges import Canary, Forecast, Judge, judged
+from dnpo.judges import Canary, Forecast, Judge, judge_responses
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.ensemble import Ensemble
 from dnpo.judges.exact.rules import Rules
@@ -126,9 +126,9 @@ def test_too_many_failures_are_those_of_the_whole() -> None:
     asked = [response(str(n)) for n in range(50)]
     members = {"one": Table(whole), "two": Table(whole)}
     ledger = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))
-    assert len(judged(Ensemble(members=members, max_unscored=0.04), [], asked, ledger, Report())) == 50
+    assert len(judge_responses(Ensemble(members=members, max_unscored=0.04), [], asked, ledger, Report())) == 50
     with pytest.raises(DnpoError, match=r"2 of 50 responses have no score.*2 × one: asleep"):
-        judged(Ensemble(members=members, max_unscored=0.03), [], asked, ledger, Report())
+        judge_responses(Ensemble(members=members, max_unscored=0.03), [], asked, ledger, Report())
 
 
 def test_what_members_say_beforehand() -> None:

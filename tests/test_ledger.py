@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dnpo.errors import LedgerError
-from dnpo.judges.asked.ledger import VERSION, Answer, Ledger, Question, by
+from dnpo.judges.asked.ledger import VERSION, Answer, Ledger, Question, sum_by
 
 
 def question(name: str = "a", **changes: str) -> Question:
@@ -606,13 +606,13 @@ def test_rows_add_up() -> None:
         return {"judge": judge, "model": "m", "run": run, "month": "x", **dict.fromkeys(counted, value)}
 
     rows = [row("a", "1", 1), row("b", "1", 10), row("a", "2", 100)]
-    assert by(rows, "judge") == [
+    assert sum_by(rows, "judge") == [
         {"judge": "a", **dict.fromkeys(counted, 101)},
         {"judge": "b", **dict.fromkeys(counted, 10)},
     ]
-    assert by(rows) == [dict.fromkeys(counted, 111)]
-    assert len(by(rows, "judge", "run")) == 3
-    assert by([]) == []
+    assert sum_by(rows) == [dict.fromkeys(counted, 111)]
+    assert len(sum_by(rows, "judge", "run")) == 3
+    assert sum_by([]) == []
     assert rows[0]["calls"] == 1
 
 

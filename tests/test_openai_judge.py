@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dnpo.errors import JudgeError, SettingsError
-from dnpo.judges import judged
+from dnpo.judges import judge_responses
 from dnpo.judges.asked.asking import retry_after
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.asked.openai import OpenAI
@@ -258,12 +258,12 @@ def test_too_many_failures_end_it_early_and_a_rerun_asks_for_the_rest(tmp_path: 
         judge = judge_of(server, max_unscored=0.02, max_replies=1, concurrency=4)
         with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
             with pytest.raises(JudgeError, match=r"more than judge\.max_unscored=0\.02 allows") as caught:
-                judged(judge, prompts, responses, ledger, Report())
+                judge_responses(judge, prompts, responses, ledger, Report())
             assert "run the same command again" in str(caught.value)
             first = server.stats()
             assert first["attempts"] < 60  # it does not pay for what cannot succeed any more
             server.change(hopeless=0.0)
-            verdicts = judged(judge, prompts, responses, ledger, Report())
+            verdicts = judge_responses(judge, prompts, responses, ledger, Report())
         assert [v.score for v in verdicts] == right(judge, prompts, responses)
         assert server.stats()["answered"] == 100
         assert server.stats()["attempts"] - first["attempts"] == 100 - first["answered"]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dnpo.errors import LedgerError
-from dnpo.judges.asked.ledger import Ledger, by
+from dnpo.judges.asked.ledger import Ledger, sum_by
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def main() -> None:
             table.add_column(name, overflow="fold")
         for name in ("calls", "failed", "hits", "tokens in", "tokens out", "US dollars"):
             table.add_column(name, justify="right", no_wrap=True)
-        groups = by(rows, *names)
-        for row in [*groups, {**dict.fromkeys(names, "all"), **by(rows)[0]}] if groups else []:
+        groups = sum_by(rows, *names)
+        for row in [*groups, {**dict.fromkeys(names, "all"), **sum_by(rows)[0]}] if groups else []:
             money = f"{row['cost']:,.4f}" + (" + unpriced" if row["unpriced"] else "")
             counts = [f"{row[name]:,}" for name in ("calls", "failed", "hits", "tokens_in", "tokens_out")]
             table.add_row(*(str(row[name]) for name in names), *counts, money)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dnpo.errors import JudgeError
-from dnpo.judges import Judge, judged
+from dnpo.judges import Judge, judge_responses
 from dnpo.judges.agreement.rows import Comparison
 from dnpo.judges.agreement.stats import (
     CATEGORIES,
@@ -44,7 +44,7 @@ def judge_both(judge: Judge, rows: Sequence[Comparison], ledger: Ledger, report:
     prompts = [row.prompt for row in rows]
     first = [Response(p.id, HUMAN, p.human, [], 0, "eos") for p in prompts]
     second = [Response(row.prompt.id, OTHER, row.b, [], 0, "eos") for row in rows]
-    return judged(judge, prompts, [*first, *second], ledger, report)
+    return judge_responses(judge, prompts, [*first, *second], ledger, report)
 
 
 def compare(

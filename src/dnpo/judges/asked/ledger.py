@@ -410,7 +410,7 @@ def _chunks(keys: Sequence[str], size: int = 500) -> Iterator[list[str]]:
         yield list(keys[start : start + size])
 
 
-def by(rows: Sequence[Mapping[str, Any]], *names: str) -> list[dict[str, Any]]:
+def sum_by(rows: Sequence[Mapping[str, Any]], *names: str) -> list[dict[str, Any]]:
     """Rows of :meth:`Ledger.rows` added up by some of their columns."""
     sums: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:

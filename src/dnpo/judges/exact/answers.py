@@ -111,8 +111,10 @@ class Numeric(Checker):
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
         """The same value."""
-        said = final_number(text)
-        return said is not None and said == gold_number(gold), "" if said is not None else "no number in the response"
+        given = final_number(text)
+        if given is None:
+            return False, "no number in the response"
+        return given == gold_number(gold), ""
 
 
 def numbers(text: str) -> list[Fraction]:
@@ -128,9 +130,9 @@ def final_number(text: str) -> Fraction | None:
     """The number a response ends up with; see :class:`Numeric`."""
     text = _FRACTION.sub(r"\1/\2", text)
     for mark in _FINAL:
-        said = mark.findall(text)
-        if said and numbers(said[-1]):
-            return (numbers(said[-1].rpartition("=")[2]) or numbers(said[-1]))[0]
+        given = mark.findall(text)
+        if given and numbers(given[-1]):
+            return (numbers(given[-1].rpartition("=")[2]) or numbers(given[-1]))[0]
     return next(reversed(numbers(text)), None)
 
 
@@ -200,9 +202,9 @@ class Choice(Checker):
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
         """The same letter."""
-        said, meant = self.letter(text), self._alone.fullmatch(gold)
+        given, meant = self.letter(text), self._alone.fullmatch(gold)
         assert meant is not None
-        return said == meant.group(1).upper(), "" if said else "no choice in the response"
+        return given == meant.group(1).upper(), "" if given else "no choice in the response"
 
     def letter(self, text: str) -> str | None:
         """The letter a response chooses, or None."""
@@ -244,8 +246,8 @@ class Exact(Checker):
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
         """The same text."""
-        said = self._form(text)
-        return said == self._form(gold), "" if said else "no answer in the response"
+        given = self._form(text)
+        return given == self._form(gold), "" if given else "no answer in the response"
 
     def _form(self, text: str) -> str:
         return normalise(text) if self.normalised else text.strip()

@@ -156,14 +156,14 @@ class UnitTests(Checker):
             stdin.seek(0)
             ended = self._wait(folder, stdin, stdout)
             stdout.seek(0)
-            said = stdout.read(1000).decode("utf-8", "replace")
+            output = stdout.read(1000).decode("utf-8", "replace")
         if ended is None:
             return False, f"not done after {self.timeout:g} s (judge.timeout)"
-        if said == word:
+        if output == word:
             return True, ""
         if ended < 0:
             return False, f"killed by {signal.Signals(-ended).name}"
-        return False, said.splitlines()[0] if said else f"ended before its tests were through (status {ended})"
+        return False, output.splitlines()[0] if output else f"ended before its tests were through (status {ended})"
 
     def _wait(self, folder: str, stdin: IO[bytes], stdout: IO[bytes]) -> int | None:
         """Run to the end, or to the timeout (None), and leave nothing of the session running."""

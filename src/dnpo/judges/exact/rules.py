@@ -57,7 +57,7 @@ class Rules(Judge):
 
 @dataclass(frozen=True)
 class Correct(Rules):
-    """100 points for the right answer and 0 for any other, however it is said: another taste, to measure by."""
+    """100 points for the right answer and 0 for any other, however it is put: another taste, to measure by."""
 
     option: ClassVar[str] = "correct"
 
@@ -73,17 +73,17 @@ def correct(prompt: Prompt, text: str) -> bool:
     """
     if prompt.answer is None:
         return False
-    said, answer = _tokens(text), _tokens(prompt.answer)
-    before = said[: len(said) - len(answer)]
-    return bool(answer) and said[len(before) :] == answer and (not before or before[-1] in _MARKERS)
+    tokens, answer = _tokens(text), _tokens(prompt.answer)
+    before = tokens[: len(tokens) - len(answer)]
+    return bool(answer) and tokens[len(before) :] == answer and (not before or before[-1] in _MARKERS)
 
 
-def stated(text: str) -> str:
+def read_answer(text: str) -> str:
     """What a response gives as its answer: the words and numbers after the last "is", "are", "equals" or colon, or all
     of them where there is none of these; "" for a response without any."""
-    said = _tokens(text)
-    last = max((place for place, token in enumerate(said) if token in _MARKERS), default=-1)
-    return " ".join(said[last + 1 :])
+    tokens = _tokens(text)
+    last = max((place for place, token in enumerate(tokens) if token in _MARKERS), default=-1)
+    return " ".join(tokens[last + 1 :])
 
 
 def completeness(prompt: Prompt, text: str) -> float:
@@ -96,12 +96,12 @@ def completeness(prompt: Prompt, text: str) -> float:
 
 def form(text: str) -> float:
     """0, 5, 10 or 15 points for capital, full stop and no stuttering; 0 for an empty response."""
-    said = words(text)
-    if not said:
+    tokens = words(text)
+    if not tokens:
         return 0.0
     capital = text[0].isupper() or text[0].isdigit()
     stop = text.endswith(".") and len(re.findall(r"\.(?!\d)", text)) == 1
-    stutters = any(a == b for a, b in pairwise(said))
+    stutters = any(a == b for a, b in pairwise(tokens))
     return 5.0 * (capital + stop + (not stutters))
 
 
