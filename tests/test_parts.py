@@ -20,13 +20,14 @@ HUB = ["path=null", "name=some/model", "revision=0123456789abcdef"]
 # What an option needs to be built, and to have every field matter; a second entry shows the other way to name a model.
 GIVEN: dict[tuple[str, str], list[list[str]]] = {
     ("model", "hub"): [["revision=0123456789abcdef"]],
+    ("data", "hub"): [["sample=1", "revision=0123456789abcdef"]],
     ("model", "local"): [["path=model"]],
     ("model", "tiny"): [["lora.rank=4"]],
     ("npo", "offset"): [["shift=1"]],
     ("judge", "openai"): [["model=gpt-4o"]],
     ("judge", "hf"): [["path=model"], HUB],
     ("judge", "reward"): [["path=model"], HUB],
-    **{("data", kind): [["path=rows"]] for kind in ("jsonl", "parquet", "csv", "arrow")},
+    **{("data", kind): [["path=rows", "sample=1"]] for kind in ("jsonl", "parquet", "csv", "arrow")},
 }
 CASES = [
     pytest.param(group, path.stem, given, id=f"{group}={path.stem}-{number}")
@@ -36,9 +37,17 @@ CASES = [
     for number, given in enumerate(GIVEN.get((group, path.stem), [[]]))
 ]
 # Values that another rule of the part allows, where a neighbour of the present one would break it.
-OTHER: dict[str, Any] = {"width": 192, "heads": 2, "prices": str(prices.SHIPPED)}
+OTHER: dict[str, Any] = {
+    "width": 192,
+    "heads": 2,
+    "prices": str(prices.SHIPPED),
+    "columns": {"prompt": "question"},
+}
 # Fields that change no key of their own part, though they are not neutral, and why.
 ELSEWHERE = {
+    **dict.fromkeys(
+        ("max_prompt_tokens", "max_response_tokens", "long_responses"), "the stage that encodes puts them into its key"
+    ),
     "lora": "the stages that train put it into their keys",
     "trust_remote_code": "weights and code have one identity, their contents or their commit",
 }
@@ -65,12 +74,14 @@ def other_value(hint: Any, value: Any) -> Any:
 
 def vary(target: Any, name: str, value: Any) -> Any:
     """Another value of one setting; of a nested part, or several, the same with one setting changed."""
+    if name in OTHER:
+        return OTHER[name]
     if isinstance(value, Mapping) and "_target_" in value:
         inner = next(key for key, each in value.items() if isinstance(each, int | float) and not isinstance(each, bool))
         return {**value, inner: value[inner] + 1}
     if isinstance(value, Mapping):
         return {**value, "second": {"_target_": "dnpo.judges.longer.Longer"}}
-    return OTHER[name] if name in OTHER else other_value(get_type_hints(target, include_extras=True)[name], value)
+    return other_value(get_type_hints(target, include_extras=True)[name], value)
 
 
 def moved(value: str | None, folder: Path) -> str:
