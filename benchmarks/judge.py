@@ -66,7 +66,7 @@ def main() -> None:
             max_replies=4, max_unscored=1.0,
         )  # fmt: skip
         rows = zip(prompts, responses, strict=True)
-        asked = [judge.template.messages(p.messages, r.text)[-1]["content"] for p, r in rows]
+        asked = [judge.wording.messages(p.messages, r.text)[-1]["content"] for p, r in rows]
         truth = [None if is_hopeless(text, hopeless) else float(expected(text)) for text in asked]
         with Ledger(Path(folder) / "ledger.sqlite") as ledger:
             watch, cpu, started = Watch(given.calls), time.process_time(), time.monotonic()

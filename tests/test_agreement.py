@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from scipy.stats import bootstrap
 
 from dnpo.commands import agreement as command
 from dnpo.errors import DataError, JudgeError
-from dnpo.judges.agreement import compared, known_agreement, sentence
+from dnpo.judges.agreement import compare as compare_verdicts
+from dnpo.judges.agreement import sentence
 from dnpo.judges.agreement.rows import Comparison, Labelled
 from dnpo.judges.agreement.stats import (
     TIE,
@@ -42,9 +44,10 @@ from dnpo.judges.agreement.stats import (
     share,
 )
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
-from dnpo.judges.asked.questions import Prompted
+from dnpo.judges.asked.questions import Mode, Prompted
 from dnpo.judges.longer import Longer, length_score
 from dnpo.records import HUMAN, Prompt, Response, Verdict
+from dnpo.stages.agreement import known_agreement
 from dnpo.store import Report, Store, manifest
 from dnpo.tracking.writing import Tracking
 from tests.conftest import Report as Quiet
@@ -316,12 +319,22 @@ def compare(name: str, a: str, b: str, label: int, *votes: int) -> Comparison:
 WORDS = ("ONYX", "twig", "Thorn", "FERNS")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Asked(Prompted):
     """A judge that is asked in words: it likes capital letters, and as much what it sees first, by ``pull`` points."""
 
-    def __init__(self, *, pull: float = 0.0) -> None:
-        super().__init__("test", "nobody", "pairwise", "text", None, 0.0)
-        self.pull, self.told = pull, {}  # type: ignore[var-annotated]
+    mode: Mode = "pairwise"
+    max_unscored: float = 0.0
+    pull: float = 0.0
+    told: dict[tuple[str, str], float] = field(default_factory=dict, init=False)
+
+    @property
+    def kind(self) -> str:
+        return "test pairwise"
+
+    @property
+    def respondent(self) -> str:
+        return "nobody"
 
     def ask(self, questions: Sequence[Question], ledger: Ledger, report: Report, total: int) -> dict[str, str]:
         for q in questions:
@@ -347,7 +360,7 @@ def test_flips_are_those_of_the_two_questions(pull: float, tmp_path: Path) -> No
     judge = Asked(pull=pull)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         said = judge([row.prompt for row in rows], responses, ledger, Quiet())
-    facts, points = compared(rows, said, True, 100, 0)
+    facts, points = compare_verdicts(rows, said, True, 100, 0)
     asked = [(a, b) for a, b, _ in PAIRS if a != b]
     ways = [(100 - judge.told[a, b], judge.told[b, a]) for a, b in asked]
     sides = [[(x > 50) - (x < 50) for x in way] for way in ways]
@@ -367,12 +380,12 @@ def test_a_judge_of_one_response_against_the_other() -> None:
     said = [Verdict(i, HUMAN, 50.0) for i in "xy"] + [
         Verdict(i, "policy@0", s, disagreement=9.0) for i, s in (("x", 20.0), ("y", 75.0))
     ]
-    facts, points = compared(rows, said, False, 100, 0)
+    facts, points = compare_verdicts(rows, said, False, 100, 0)
     assert (facts["mode"], points) == ("relative", [20.0, 75.0])
     assert facts["measures"]["accuracy"]["value"] == 1.0
     assert facts["measures"]["multiples_of_5"]["value"] is facts["measures"]["flips"]["value"] is None
     # A judge that has one score for everything is no such judge: it is saturated.
-    constant, _ = compared(rows, [Verdict(v.id, v.source, 50.0) for v in said], False, 100, 0)
+    constant, _ = compare_verdicts(rows, [Verdict(v.id, v.source, 50.0) for v in said], False, 100, 0)
     assert constant["mode"] == "score"
     assert (constant["measures"]["entropy"]["value"], constant["measures"]["distinct"]["value"]) == (0.0, 1.0)
 
@@ -381,13 +394,13 @@ def test_rows_without_a_verdict_are_counted_and_left_out() -> None:
     rows = [compare("x", "a", "b", A), compare("y", "a", "b", B), compare("z", "a", "b", B)]
     said = [Verdict("x", HUMAN, 3.0), Verdict("y", HUMAN, None, "no number"), Verdict("z", HUMAN, 3.0)]
     said += [Verdict("x", "policy@0", 2.0), Verdict("y", "policy@0", 1.0), Verdict("z", "policy@0", None, "refused")]
-    facts, points = compared(rows, said, False, 100, 0)
+    facts, points = compare_verdicts(rows, said, False, 100, 0)
     assert (facts["rows"], facts["unscored"]) == (3, 2)
     assert facts["reasons"] == {"no number": 1, "refused": 1}
     assert facts["measures"]["accuracy"]["rows"] == 1
     assert points == [3.0, 2.0]
     with pytest.raises(JudgeError, match=r"none of the 1 rows has a verdict.*\(1 ×\): no number"):
-        compared(rows[1:2], said, False, 100, 0)
+        compare_verdicts(rows[1:2], said, False, 100, 0)
 
 
 def test_the_longer_one() -> None:

@@ -1,5 +1,6 @@
 """Every option composes, with every scale and method, and every key is one that its target reads."""
 
+import dataclasses
 import itertools
 import re
 import shlex
@@ -59,7 +60,11 @@ def test_every_setting_of_an_option_stands_in_its_file(group: str, option: str) 
     _, _, settings = checked(composed(f"{group}={option}", *NEEDED.get((group, option), [])))
     part = settings[group]
     target = locate(group, part["_target_"])
-    known = {p.name for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    known = {
+        p.name
+        for p in inspect.signature(target).parameters.values()
+        if p.kind is p.KEYWORD_ONLY or dataclasses.is_dataclass(target)
+    }
     # A model is given by path or by name; each option shows the way it stands for. Fine-tuning knows no pairs.
     elsewhere = {"model": {"path", "name", "revision"}, "sft": {"share_prompt"}}
     assert known - set(part) <= elsewhere.get(group, set())

@@ -14,12 +14,13 @@ from hydra import compose, initialize_config_dir
 
 from dnpo.commands.train import build
 from dnpo.errors import DnpoError, SettingsError
-from dnpo.judges import Canary, Forecast, Judge, judged
+from dnpo.judges import Canary, Forecast, Judge, judge_responses
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.ensemble import Ensemble
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
 from dnpo.records import HUMAN, Prompt, Response, Verdict
+from dnpo.settings import build as build_part
 from dnpo.settings import check, conf_folder
 from tests.conftest import Report, verdicts
 
@@ -125,9 +126,9 @@ def test_too_many_failures_are_those_of_the_whole() -> None:
     asked = [response(str(n)) for n in range(50)]
     members = {"one": Table(whole), "two": Table(whole)}
     ledger = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))
-    assert len(judged(Ensemble(members=members, max_unscored=0.04), [], asked, ledger, Report())) == 50
+    assert len(judge_responses(Ensemble(members=members, max_unscored=0.04), [], asked, ledger, Report())) == 50
     with pytest.raises(DnpoError, match=r"2 of 50 responses have no score.*2 × one: asleep"):
-        judged(Ensemble(members=members, max_unscored=0.03), [], asked, ledger, Report())
+        judge_responses(Ensemble(members=members, max_unscored=0.03), [], asked, ledger, Report())
 
 
 def test_what_members_say_beforehand() -> None:
@@ -157,10 +158,8 @@ OPENAI = {"_target_": "dnpo.judges.asked.openai.OpenAI", "model": "gpt-4o", "max
 
 
 def ensemble(by: str = "mean", max_unscored: float = 0.02, **members: Mapping[str, Any]) -> Ensemble:
-    from hydra.utils import instantiate
-
     given = {"_target_": "dnpo.judges.ensemble.Ensemble", "members": members, "by": by, "max_unscored": max_unscored}
-    found: Ensemble = instantiate(check("judge", given))
+    found: Ensemble = build_part("judge", check("judge", given))
     return found
 
 
@@ -243,7 +242,7 @@ def test_members_are_chosen_and_set_like_any_other_part() -> None:
             "judge.by=majority",
         )
     )
-    judge = run.judge.value
+    judge = run.judge
     assert {name: type(member).__name__ for name, member in judge.members.items()} == {
         "first": "Numeric",
         "second": "Choice",

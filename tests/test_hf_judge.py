@@ -253,7 +253,7 @@ def test_the_score_is_the_expected_number(tmp_path: Path, report: Report) -> Non
         reply = ledger._db.execute("SELECT reply FROM calls").fetchall()[0][0]
     assert reply.startswith("mass 0.")
     assert "mode" in reply
-    messages = judge.template.messages(prompts[0].messages, "yes")
+    messages = judge.wording.messages(prompts[0].messages, "yes")
     tokenizer = digits()
     text = f"<s>### system\n{messages[0]['content']}\n### user\n{messages[1]['content']}\n### assistant\n"
     p = by_hand(model_for(tokenizer), tokenizer, text, NUMBERS, DIGITS)
@@ -292,7 +292,7 @@ def test_too_long_for_the_context(tmp_path: Path, report: Report) -> None:
 def test_another_runs_answers_are_waited_for(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = HF(path=str(saved(tmp_path / "model")), min_mass=0.0, device="cpu", batch_size=1)
     prompts, responses = rows(2)
-    question = judge._asked(prompts, responses)[1][0]
+    question = judge.make_questions(prompts, responses)[1][0]
     with Ledger(tmp_path / "ledger.sqlite") as ledger, Ledger(tmp_path / "ledger.sqlite") as other:
         assert other.claim([question.key])[0]
         monkeypatch.setattr("dnpo.judges.asked.hf.time.sleep", lambda _: other.record(question, Answer(42.5)))

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from dnpo.errors import LedgerError
-from dnpo.judges.asked.ledger import VERSION, Answer, Ledger, Question, by
+from dnpo.judges.asked.ledger import VERSION, Answer, Ledger, Question, sum_by
 
 
 def question(name: str = "a", **changes: str) -> Question:
     """A question of that text."""
-    given = Question.asking("judge", "model", "template-1/abc", "", [{"role": "user", "content": name}])
+    given = Question.make("judge", "model", "template-1/abc", "", [{"role": "user", "content": name}])
     return replace(given, **changes)
 
 
@@ -34,7 +34,7 @@ import os, sys, time
 from pathlib import Path
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
 def question(name):
-    return Question.asking("judge", "model", "template-1/abc", "", [{"role": "user", "content": name}])
+    return Question.make("judge", "model", "template-1/abc", "", [{"role": "user", "content": name}])
 ledger = Ledger(Path(sys.argv[1]), sys.argv[2])
 """
 
@@ -84,7 +84,7 @@ def test_fields_do_not_run_into_each_other() -> None:
 def test_messages_change_the_key() -> None:
     def key(*messages: tuple[str, str]) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
-        return Question.asking("judge", "model", "t", "", turns).key
+        return Question.make("judge", "model", "t", "", turns).key
 
     keys = [
         key(("user", "ab")),
@@ -96,8 +96,8 @@ def test_messages_change_the_key() -> None:
         key(),
     ]
     assert len(set(keys)) == len(keys)
-    assert Question.asking("j", "m", "t", "", [{"content": "x", "role": "user"}]).key == (
-        Question.asking("j", "m", "t", "", [{"role": "user", "content": "x"}]).key
+    assert Question.make("j", "m", "t", "", [{"content": "x", "role": "user"}]).key == (
+        Question.make("j", "m", "t", "", [{"role": "user", "content": "x"}]).key
     )
 
 
@@ -550,23 +550,23 @@ def test_batches_are_remembered_until_they_are_collected(tmp_path: Path) -> None
     some = [question("a"), question("b", order="ba")]
     with ledger_at(tmp_path) as ledger:
         assert ledger.batches("e") == {}
-        ledger.submitted("e", "batch-1", some)
-        ledger.submitted("e", "batch-2", [question("c")])
-        ledger.submitted("f", "batch-1", [question("d")])
+        ledger.remember_batch("e", "batch-1", some)
+        ledger.remember_batch("e", "batch-2", [question("c")])
+        ledger.remember_batch("f", "batch-1", [question("d")])
     with ledger_at(tmp_path, "another run") as ledger:
         found = ledger.batches("e")
         assert found == {"batch-1": some, "batch-2": [question("c")]}
         assert [q.key for q in found["batch-1"]] == [q.key for q in some]
         assert found["batch-1"][0].messages == []
         assert not ledger.was_collected("e", "batch-1")
-        ledger.collected("e", "batch-1")
+        ledger.forget_batch("e", "batch-1")
         assert set(ledger.batches("e")) == {"batch-2"}
         assert set(ledger.batches("f")) == {"batch-1"}
         collected = [ledger.was_collected(*batch) for batch in (("e", "batch-1"), ("e", "batch-2"), ("f", "batch-1"))]
         assert collected == [True, False, False]
         assert not ledger.was_collected("e", "unknown")
-        ledger.collected("e", "unknown")
-        ledger.submitted("e", "batch-1", some)
+        ledger.forget_batch("e", "unknown")
+        ledger.remember_batch("e", "batch-1", some)
         assert set(ledger.batches("e")) == {"batch-1", "batch-2"}
 
 
@@ -606,13 +606,13 @@ def test_rows_add_up() -> None:
         return {"judge": judge, "model": "m", "run": run, "month": "x", **dict.fromkeys(counted, value)}
 
     rows = [row("a", "1", 1), row("b", "1", 10), row("a", "2", 100)]
-    assert by(rows, "judge") == [
+    assert sum_by(rows, "judge") == [
         {"judge": "a", **dict.fromkeys(counted, 101)},
         {"judge": "b", **dict.fromkeys(counted, 10)},
     ]
-    assert by(rows) == [dict.fromkeys(counted, 111)]
-    assert len(by(rows, "judge", "run")) == 3
-    assert by([]) == []
+    assert sum_by(rows) == [dict.fromkeys(counted, 111)]
+    assert len(sum_by(rows, "judge", "run")) == 3
+    assert sum_by([]) == []
     assert rows[0]["calls"] == 1
 
 

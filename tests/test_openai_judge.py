@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dnpo.errors import JudgeError, SettingsError
-from dnpo.judges import judged
+from dnpo.judges import judge_responses
 from dnpo.judges.asked.asking import retry_after
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.asked.openai import OpenAI
@@ -41,7 +41,7 @@ def judge_of(server: Handle, **settings: Any) -> OpenAI:
 
 def contents(judge: OpenAI, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[str]:
     """What the server is shown for each response: the last message."""
-    return [judge.template.messages(p.messages, r.text)[-1]["content"] for p, r in zip(prompts, responses, strict=True)]
+    return [judge.wording.messages(p.messages, r.text)[-1]["content"] for p, r in zip(prompts, responses, strict=True)]
 
 
 def right(judge: OpenAI, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[float]:
@@ -78,7 +78,7 @@ def test_a_parameter_that_has_another_name_at_this_server_gets_it(tmp_path: Path
         judge = judge_of(server, concurrency=4)
         with Ledger(tmp_path / "ledger.sqlite") as ledger:
             verdicts = judge(prompts, responses, ledger, Report())
-        if judge.limit_name == "max_tokens":  # the server's words do not name another parameter
+        if judge.endpoint.limit_name == "max_tokens":  # the server's words do not name another parameter
             assert all("HTTP 400" in v.reason for v in verdicts)
         else:
             assert [v.score for v in verdicts] == right(judge, prompts, responses)
@@ -258,12 +258,12 @@ def test_too_many_failures_end_it_early_and_a_rerun_asks_for_the_rest(tmp_path: 
         judge = judge_of(server, max_unscored=0.02, max_replies=1, concurrency=4)
         with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
             with pytest.raises(JudgeError, match=r"more than judge\.max_unscored=0\.02 allows") as caught:
-                judged(judge, prompts, responses, ledger, Report())
+                judge_responses(judge, prompts, responses, ledger, Report())
             assert "run the same command again" in str(caught.value)
             first = server.stats()
             assert first["attempts"] < 60  # it does not pay for what cannot succeed any more
             server.change(hopeless=0.0)
-            verdicts = judged(judge, prompts, responses, ledger, Report())
+            verdicts = judge_responses(judge, prompts, responses, ledger, Report())
         assert [v.score for v in verdicts] == right(judge, prompts, responses)
         assert server.stats()["answered"] == 100
         assert server.stats()["attempts"] - first["attempts"] == 100 - first["answered"]
@@ -303,7 +303,8 @@ def test_the_limit_on_cost_is_never_passed_and_nothing_is_lost(tmp_path: Path) -
                 judge(prompts, responses, ledger, Report())
             assert 0.015 < ledger.spent() <= 0.02
             answered = server.stats()["answered"]
-            assert len(ledger.answers([q.key for some in judge._asked(prompts, responses) for q in some])) == answered
+            keys = [q.key for some in judge.make_questions(prompts, responses) for q in some]
+            assert len(ledger.answers(keys)) == answered
         richer = judge_of(server, prices=prices(tmp_path), max_cost=1.0)
         assert [v.score for v in ask(richer, tmp_path, prompts, responses)] == right(richer, prompts, responses)
         assert server.stats()["attempts"] == 120
@@ -542,8 +543,8 @@ def test_a_batch_the_server_has_forgotten_is_submitted_again(tmp_path: Path) -> 
     prompts, responses = rows(10)
     with judge_server() as server, Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
         judge = judge_of(server, batch=True, batch_poll=0.1)
-        questions = [q for some in judge._asked(prompts, responses) for q in some]
-        ledger.submitted(server.base_url, "batch_gone", questions)
+        questions = [q for some in judge.make_questions(prompts, responses) for q in some]
+        ledger.remember_batch(server.base_url, "batch_gone", questions)
         report = Report()
         assert [v.score for v in judge(prompts, responses, ledger, report)] == right(judge, prompts, responses)
         assert any("batch_gone is not known there any more" in note for note in report.notes)
@@ -563,8 +564,8 @@ def test_a_batch_the_server_has_forgotten_is_submitted_again(tmp_path: Path) -> 
 def test_odd_bodies_are_read_without_harm(body: bytes, tmp_path: Path) -> None:
     judge = OpenAI(model="judge")
     prompts, responses = rows(1)
-    question = judge._asked(prompts, responses)[0][0]
-    answer = judge.read(body, question)
+    question = judge.make_questions(prompts, responses)[0][0]
+    answer = judge.endpoint.read(body, question)
     assert answer.value == (7.0 if b"usage" in body else None)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         ledger.record(question, answer)
@@ -600,8 +601,8 @@ def test_the_ledger_holds_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert KEY not in str(caught.value)
     raw = json.dumps({"choices": [{"message": {"content": f"Your key {KEY} is nice"}, "finish_reason": "stop"}]})
     judge = OpenAI(model="judge")
-    question = judge._asked(prompts, responses)[0][0]
-    answer = judge.read(raw.encode(), question)
+    question = judge.make_questions(prompts, responses)[0][0]
+    answer = judge.endpoint.read(raw.encode(), question)
     assert answer.value is None
     assert answer.reply == "Your key [key] is nice"
     assert b"sk-planted" not in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())

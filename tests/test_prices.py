@@ -112,7 +112,7 @@ def test_tokens_are_rather_too_many() -> None:
     """A third of the bytes and eight for every turn: English has four bytes a token or more."""
 
     def about(*texts: str) -> int:
-        return tokens_about(Question.asking("j", "m", "t", "", [{"role": "user", "content": text} for text in texts]))
+        return tokens_about(Question.make("j", "m", "t", "", [{"role": "user", "content": text} for text in texts]))
 
     assert about("a" * 300) == 108
     assert about("a" * 300, "b" * 30) == 108 + 18

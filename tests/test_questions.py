@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dnpo.errors import JudgeError, SettingsError
-from dnpo.judges import Forecast, judged, tally, too_many
+from dnpo.judges import Forecast, judge_responses, tally, too_many
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
 from dnpo.judges.asked.questions import (
     SHIPPED,
@@ -533,8 +533,17 @@ class Rule(Prompted):
     """Answers by a rule on what is sent; what it has no value for fails."""
 
     def __init__(self, values: dict[str, float | None], mode: Mode = "score", **more: Any) -> None:
-        super().__init__("rule", "none", mode, "text", more.pop("template", None), more.pop("max_unscored", 1.0))
-        self.values, self.asked, self.unit = values, list[Question](), more.pop("unit", 0.5)
+        unit = more.pop("unit", 0.5)
+        super().__init__(mode=mode, **{"max_unscored": 1.0} | more)
+        self.values, self.asked, self.unit = values, list[Question](), unit
+
+    @property
+    def kind(self) -> str:
+        return f"rule {self.mode}"
+
+    @property
+    def respondent(self) -> str:
+        return "none"
 
     def value(self, question: Question) -> float | None:
         """Of the first response that the question shows, less that of the second if there is one."""
@@ -775,9 +784,9 @@ def test_as_many_failures_as_allowed_and_no_more(tmp_path: Path) -> None:
     prompts, responses = rows(*(f"text {n}" for n in range(50)))
     with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
         values: dict[str, float | None] = {f"text {n}": 1.0 for n in range(49)}
-        assert len(judged(Rule(values, max_unscored=0.02), prompts, responses, ledger, Report())) == 50
+        assert len(judge_responses(Rule(values, max_unscored=0.02), prompts, responses, ledger, Report())) == 50
         with pytest.raises(JudgeError, match=r"1 of 50 responses have no score.*judge\.max_unscored=0 .*1 × no rule"):
-            judged(Rule(values, max_unscored=0.0), prompts, responses, ledger, Report())
+            judge_responses(Rule(values, max_unscored=0.0), prompts, responses, ledger, Report())
 
 
 def test_the_commonest_reasons_are_named() -> None:

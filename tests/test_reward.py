@@ -21,12 +21,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dnpo.commands.reward import main
 from dnpo.data.seen import seen_as
 from dnpo.errors import DataError, ModelError
 from dnpo.judges.asked.ledger import Ledger
-from dnpo.judges.reward.fitting import fit, measured, spread
+from dnpo.judges.reward.fitting import fit, measure, spread
 from dnpo.judges.reward.preferences import Preference, Preferences
-from dnpo.judges.reward.reward import Reward, main, points
+from dnpo.judges.reward.reward import Reward, points
 from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import World, verdicts
 
@@ -189,8 +190,8 @@ def test_identity_is_of_contents(world: World, tmp_path: Path) -> None:
     assert one != Reward(path=str(folder), device="cpu", scale=2.0).identity()
     (tmp_path / "copy" / "reward.json").write_text('{"kind": "model", "center": 1.5, "scale": 2}')
     other = Reward(path=str(tmp_path / "copy"), device="cpu")
-    assert (other.center, other.scale) == (1.5, 2.0)
-    assert Reward(path=str(tmp_path / "copy"), center=0.0, device="cpu").center == 0.0
+    assert other.curve == (1.5, 2.0)
+    assert Reward(path=str(tmp_path / "copy"), center=0.0, device="cpu").curve == (0.0, 2.0)
 
 
 # --- preferences ------------------------------------------------------------------------------------------------------
@@ -279,12 +280,12 @@ def test_the_middle_half_has_25_to_75_points() -> None:
 def test_measures() -> None:
     """Two of three pairs are right and one is a tie; the interval of equal outcomes is a point."""
     pairs = [Preference([{"role": "user", "content": str(i)}], "long", "no") for i in range(3)]
-    found = measured(pairs, [2.0, 2.0, 1.0], [1.0, 1.0, 1.0], 0)
+    found = measure(pairs, [2.0, 2.0, 1.0], [1.0, 1.0, 1.0], 0)
     assert found["accuracy"] == pytest.approx(2.5 / 3)
     assert found["accuracy_95"] == [0.5, 1.0]
     assert (found["longer_is_chosen"], found["longer_is_chosen_95"]) == (1.0, [1.0, 1.0])
     same = [Preference([{"role": "user", "content": "?"}], "long", "no")] * 4  # one conversation cannot vary
-    assert measured(same, [1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0], 0)["accuracy_95"] == [0.75, 0.75]
+    assert measure(same, [1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0], 0)["accuracy_95"] == [0.75, 0.75]
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "embedding"])
@@ -303,7 +304,7 @@ def test_fit_and_judge(world: World, tmp_path: Path, kind: str, capsys: pytest.C
     assert "judge=reward judge.path=" in capsys.readouterr().out
     judges = [Reward(path=str(folder), device="cpu") for folder in folders]
     assert judges[0].identity() == judges[1].identity()
-    assert (judges[0].center, judges[0].scale) == (found[0]["center"], found[0]["scale"])
+    assert judges[0].curve == (found[0]["center"], found[0]["scale"])
     shutil.rmtree(base)  # the folder is all there is
     held = data.read()[1]
     prompts = [Prompt(str(i), p.messages, p.chosen) for i, p in enumerate(held)]

@@ -6,7 +6,7 @@ Every score is worked out by hand from that rule, not by the code.
 import pytest
 
 from dnpo.judges import Judge
-from dnpo.judges.exact.rules import Correct, Rules, correct, stated
+from dnpo.judges.exact.rules import Correct, Rules, correct, read_answer
 from dnpo.judges.off import NoJudge
 from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import verdicts
@@ -201,11 +201,11 @@ def test_judges_declare_whether_they_score() -> None:
 
 
 def test_what_a_response_states_is_what_follows_its_last_marker() -> None:
-    assert stated("The sum is 12, so it equals 14.") == "14"
-    assert stated("Answer: -3") == "-3"
-    assert stated("Paris") == "paris"
-    assert stated("It is") == ""
-    assert stated("") == ""
+    assert read_answer("The sum is 12, so it equals 14.") == "14"
+    assert read_answer("Answer: -3") == "-3"
+    assert read_answer("Paris") == "paris"
+    assert read_answer("It is") == ""
+    assert read_answer("") == ""
 
 
 def test_correctness_alone_does_not_see_form_or_completeness() -> None:

@@ -14,7 +14,8 @@ import torch
 
 from dnpo.errors import DataError, ModelError, SettingsError
 from dnpo.evaluate import texts
-from dnpo.evaluate.texts import Encoder, Measured, diversity, similarity
+from dnpo.evaluate.texts import Measured, diversity, similarity
+from dnpo.policy.encoder import SentenceBert
 
 needs_packages = pytest.mark.skipif(
     any(not texts.find_spec(module) for module in texts.PACKAGES), reason="needs the extra eval"
@@ -238,7 +239,7 @@ def minilm() -> Path:
 
 @needs_packages
 def test_sentence_bert(minilm: Path) -> None:
-    encoder = Encoder(str(minilm))
+    encoder = SentenceBert(str(minilm))
     positive = ["A man is eating food.", "A plane is taking off.", ""]
     found: Measured = similarity(["Someone eats a meal.", "Bread is baked of flour.", ""], positive, encoder)
     near, far, empty = found.items["sbert"]
@@ -252,7 +253,7 @@ def test_sentence_bert(minilm: Path) -> None:
 
 def test_embeddings_by_published_numbers(minilm: Path) -> None:
     """The similarities that the manual of sentence-transformers prints for all-MiniLM-L6-v2 ("Quickstart")."""
-    weather, outside, stadium = Encoder(str(minilm))(
+    weather, outside, stadium = SentenceBert(str(minilm))(
         ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
     )
     assert [float(weather @ outside), float(weather @ stadium), float(outside @ stadium)] == pytest.approx(
@@ -264,7 +265,7 @@ def test_embeddings_of_the_library(minilm: Path) -> None:
     """With a text that is cut, and the same alone and among others."""
     library = pytest.importorskip("sentence_transformers")
     every = ["Hello world.", "", "Ünï cödé " * 200, "a"]
-    encoder = Encoder(str(minilm))
+    encoder = SentenceBert(str(minilm))
     theirs = torch.from_numpy(library.SentenceTransformer(str(minilm), device="cpu").encode(every))
     torch.testing.assert_close(encoder(every), theirs, atol=1e-5, rtol=0)
     assert torch.equal(encoder(every[3:])[0], encoder(every)[3])
@@ -281,10 +282,10 @@ def test_an_encoder_that_pools_otherwise(minilm: Path, tmp_path: Path) -> None:
         right = file.read_text()
         file.write_text(json.dumps(wrong))
         with pytest.raises(ModelError, match=r"encoder\.path=.*not the mean over tokens"):
-            Encoder(str(folder))
+            SentenceBert(str(folder))
         file.write_text(right)
     pooling.write_text("{")
     with pytest.raises(ModelError, match=r"1_Pooling/config\.json cannot be read"):
-        Encoder(str(folder))
+        SentenceBert(str(folder))
     with pytest.raises(ModelError, match="no model there"):
-        Encoder(str(tmp_path / "nowhere"))
+        SentenceBert(str(tmp_path / "nowhere"))

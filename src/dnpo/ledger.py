@@ -1,6 +1,6 @@
-"""``python -m dnpo.ledger``: see :mod:`dnpo.judges.asked.ledger`."""
+"""``python -m dnpo.ledger``: see :mod:`dnpo.commands.ledger`."""
 
-from dnpo.judges.asked.ledger import main
+from dnpo.commands.ledger import main
 
 __all__ = ["main"]
 

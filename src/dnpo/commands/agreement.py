@@ -44,7 +44,7 @@ def main() -> None:
     )
 
 
-def _checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
+def _check(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
     """The settings beside the parts, those of the data, and those of each part.
 
     Raises:
@@ -57,7 +57,7 @@ def _checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str,
 
 
 def _run(cfg: DictConfig, job: Any) -> None:
-    top, where, settings = _checked(cfg)
+    top, where, settings = _check(cfg)
     data = Labelled(**where)
     rows = data.read()
 
@@ -71,21 +71,21 @@ def _run(cfg: DictConfig, job: Any) -> None:
     if problem is not None:
         raise SettingsError(problem)
 
-    from dnpo.judges import agreement
     from dnpo.judges.agreement import table
     from dnpo.judges.agreement.figure import draw
     from dnpo.running import execute as running
     from dnpo.running.console import Console
     from dnpo.seeding import derive
+    from dnpo.stages import agreement
     from dnpo.store import Store, manifest, write_json
 
     command.prepare_torch(top["threads"])
     console, store = Console(), Store(Path(top["store"]))
     store.open(console.say)
     ledger = Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder))
-    said = agreement.verdicts(judge, data, rows, ledger)
+    verdicts = agreement.verdicts(judge, data, rows, ledger)
     seed = derive(top["seed"], "agreement")
-    stage = agreement.agreement(judge, data, rows, said, top["resamples"], seed)
+    stage = agreement.agreement(judge, data, rows, verdicts, top["resamples"], seed)
     name = " ".join(o for o in (f"judge={job.runtime.choices['judge']}", *_of_judge(job.overrides.task)))
     tags = {
         "dnpo.kind": "agreement",
@@ -97,7 +97,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     }
     everything = {**top, "data": where, **settings}
     with ledger, command.track(tracking, f"agreement {name} on {data.path.name}", everything, tags, sweep):
-        for made in (said, stage):
+        for made in (verdicts, stage):
             if store.has(made):
                 console.reused(made.title, made.key)
             else:

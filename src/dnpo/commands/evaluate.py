@@ -161,9 +161,10 @@ def _measure(
     Args:
         runs: by name, ours first.
     """
-    from dnpo.judges.agreement import known_agreement, sentence
+    from dnpo.judges.agreement import sentence
     from dnpo.running import execute as running
     from dnpo.running.console import Console
+    from dnpo.stages.agreement import known_agreement
     from dnpo.store import Store, write_json
 
     console, store = Console(), Store(Path(top["store"]))

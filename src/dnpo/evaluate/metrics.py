@@ -21,9 +21,9 @@ from dnpo.evaluate import Evaluation, Held
 from dnpo.evaluate.distances import ks, overlap, overlap_by_chance, wasserstein
 from dnpo.generate import Sampling
 from dnpo.generate.hf import sample
-from dnpo.judges import Judge, judged, tally
+from dnpo.judges import Judge, judge_responses, tally
 from dnpo.judges.asked.ledger import Ledger
-from dnpo.judges.exact.rules import correct, stated
+from dnpo.judges.exact.rules import correct, read_answer
 from dnpo.policy.model import Policy
 from dnpo.records import Item, Pair, Prompt, Response, Verdict, write
 from dnpo.seeding import derive
@@ -86,7 +86,7 @@ def evaluate(
     verdicts: list[Verdict] = []
     if judge.gives_scores:
         responses = [*held.human, *greedy, *fresh]
-        verdicts = judged(judge, [*held.prompts, *several], responses, ledger, report)
+        verdicts = judge_responses(judge, [*held.prompts, *several], responses, ledger, report)
         write(folder / "verdicts.parquet", verdicts, Verdict)
         metrics |= {f"eval/{name}": value for name, value in quality(verdicts, len(held.human)).items()}
         metrics |= {f"eval/{name}": value for name, value in tally(verdicts).items()}
@@ -145,7 +145,7 @@ def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) 
     count = len(prompts) // copies
     right = [correct(p, r.text) for p, r in zip(prompts, fresh, strict=True)]
     # An answer with one of the words in it that introduce answers is stated only in part, so right ones share a name.
-    said = [("right", "") if ok else ("", stated(r.text)) for ok, r in zip(right, fresh, strict=True)]
+    said = [("right", "") if ok else ("", read_answer(r.text)) for ok, r in zip(right, fresh, strict=True)]
     hits = [sum(right[i::count]) for i in range(count)]
     found = {f"eval/pass_at_{k}": _mean(pass_at_k(copies, n, k) for n in hits) for k in dict.fromkeys((1, copies))}
     votes = [majority(said[i::count]) for i in range(count)]

@@ -11,7 +11,6 @@ mean stands in ``metrics`` under the same name; what is in ``metrics`` alone is 
 sacrebleu and rouge-score are the extra ``eval``.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,18 +20,15 @@ from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
-from dnpo.errors import DataError, ModelError, SettingsError
-from dnpo.policy.weights import Weights, context_of
+from dnpo.errors import DataError, SettingsError
+from dnpo.policy.weights import Weights
 from dnpo.seeding import derive
 from dnpo.settings import Count, place
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from dnpo.policy.encoder import SentenceBert
 
 PACKAGES = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}
-PARTS = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that Encoder knows
-SETTINGS = "sentence_bert_config.json"
-BATCH = 64  # texts of one length at once
 SAMPLE = 100  # texts that self-BLEU compares with each other
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -96,77 +92,16 @@ class Texts:
 
     def measure(self, generated: Sequence[str], positive: Sequence[str], device: str, seed: int) -> "Measured":
         """:func:`similarity` of both, and :func:`diversity` of what was generated."""
-        encoder = None if self.encoder is None else Encoder(self.encoder, device)
+        from dnpo.policy.encoder import SentenceBert
+
+        encoder = None if self.encoder is None else SentenceBert(self.encoder, device)
         near, differ = similarity(generated, positive, encoder), diversity(generated, seed=seed)
         return Measured(
             {**near.metrics, **differ.metrics}, {**near.items, **differ.items}, {**near.signatures, **differ.signatures}
         )
 
 
-class Encoder:
-    """A frozen sentence encoder. A text becomes the mean of its last hidden states over its tokens, at length 1.
-
-    This is what sentence-transformers computes for models such as all-MiniLM-L6-v2, whose folders also say at how many
-    tokens a text is cut. The weights are read in float32.
-
-    Args:
-        path: a folder of transformers, or of sentence-transformers.
-        device: where it runs.
-
-    Raises:
-        ModelError: it cannot be loaded, or it says that an embedding is made in another way.
-    """
-
-    def __init__(self, path: str, device: str = "cpu") -> None:
-        weights = Weights(path, None, None, "encoder")
-        pooling = _said(weights, "1_Pooling/config.json")
-        mean = pooling.get("pooling_mode_mean_tokens", pooling.get("pooling_mode", "mean") == "mean")
-        kinds = {str(module["type"]).rsplit(".", 1)[-1] for module in _said(weights, "modules.json").values()}
-        if not mean or kinds - PARTS:
-            raise ModelError(
-                f"{weights.shown}: its embedding is not the mean over tokens; expected an encoder for which it is, "
-                "such as sentence-transformers/all-MiniLM-L6-v2"
-            )
-        import torch
-        from transformers import AutoModel, AutoTokenizer
-
-        loaded = weights.load(AutoModel, dtype=torch.float32, use_safetensors=True)
-        self.model, self.tokenizer = loaded.to(device).eval(), weights.load(AutoTokenizer)
-        limits = [context_of(self.model, self.tokenizer), _said(weights, SETTINGS).get("max_seq_length")]
-        self.limit = min((limit for limit in limits if limit), default=None)
-        self.label = f"{weights.label}|mean|{self.limit} tokens"
-
-    def __call__(self, texts: Sequence[str]) -> "Tensor":
-        """Embeddings, texts × width. Texts of one length are read together and nothing is padded, so no text changes
-        another's embedding by more than rounding.
-
-        A text without any token, which only a tokenizer without special tokens can leave, has the embedding 0.
-        """
-        import torch
-
-        by_length: dict[int, dict[str, list[int]]] = {}
-        for text in texts:
-            ids = self.tokenizer(text, truncation=self.limit is not None, max_length=self.limit)["input_ids"]
-            by_length.setdefault(len(ids), {})[text] = ids
-        known: dict[str, Tensor] = {}
-        for length, alike in by_length.items():
-            names, rows = list(alike), list(alike.values())
-            for start in range(0, len(rows), BATCH):
-                some = torch.tensor(rows[start : start + BATCH], dtype=torch.long, device=self.model.device)
-                with torch.no_grad():
-                    known |= zip(names[start : start + BATCH], self._embed(some, length), strict=True)
-        return torch.stack([known[text] for text in texts])
-
-    def _embed(self, ids_BT: "Tensor", length: int) -> "Tensor":
-        import torch
-
-        if not length:
-            return torch.zeros(len(ids_BT), self.model.config.get_text_config().hidden_size)
-        hidden_BTH = self.model(input_ids=ids_BT).last_hidden_state
-        return torch.nn.functional.normalize(hidden_BTH.mean(1), dim=-1).cpu()
-
-
-def similarity(generated: Sequence[str], positive: Sequence[str], encoder: Encoder | None = None) -> Measured:
+def similarity(generated: Sequence[str], positive: Sequence[str], encoder: "SentenceBert | None" = None) -> Measured:
     """How near each generated text comes to the positive sample of its row.
 
     ``bleu``: BLEU-4 of the corpus (Papineni et al. 2002), counts of all rows taken together, as sacrebleu has it. It is
@@ -291,14 +226,3 @@ def _means(items: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def _some(texts: Sequence[str]) -> None:
     if not texts:
         raise DataError("there are no texts to measure; expected one or more")
-
-
-def _said(weights: Weights, file: str) -> dict[str, Any]:
-    """A file of sentence-transformers beside the weights; nothing where there is none."""
-    if weights.folder is None or not (weights.folder / file).is_file():
-        return {}
-    try:
-        found = json.loads((weights.folder / file).read_text(encoding="utf-8"))
-        return dict(enumerate(found) if isinstance(found, list) else found)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{weights.shown}: its {file} cannot be read ({error})") from error

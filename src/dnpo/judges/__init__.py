@@ -90,7 +90,7 @@ class Judge(ABC):
         """
 
 
-def judged(
+def judge_responses(
     judge: Judge, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
 ) -> list[Verdict]:
     """Verdicts of which no more than the judge's ``max_unscored`` are without a score.

@@ -2,16 +2,18 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from dnpo.errors import SettingsError
 from dnpo.judges import Canary, Forecast, Judge
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, Verdict
-from dnpo.settings import Fraction, part_key
+from dnpo.settings import Fraction, neutral, part_key
 from dnpo.store import Report
 
 
+@dataclass(frozen=True)
 class Ensemble(Judge):
     """Asks every member about every response.
 
@@ -26,23 +28,20 @@ class Ensemble(Judge):
         max_unscored: share of responses that may stay without a score.
     """
 
-    def __init__(
-        self,
-        *,
-        members: Mapping[str, Judge],
-        by: Literal["mean", "majority"] = "mean",
-        max_unscored: Fraction = 0.02,
-    ) -> None:
-        if len(members) < 2:
-            raise SettingsError(f"members: has {len(members)}; an ensemble needs two judges or more")
-        for name, member in members.items():
+    members: Mapping[str, Judge]
+    by: Literal["mean", "majority"] = "mean"
+    max_unscored: Fraction = neutral(0.02)
+
+    def __post_init__(self) -> None:
+        if len(self.members) < 2:
+            raise SettingsError(f"members: has {len(self.members)}; an ensemble needs two judges or more")
+        for name, member in self.members.items():
             if not member.gives_scores:
                 raise SettingsError(f"members.{name}: gives no scores; choose another judge for it")
-        self.members, self.by, self.max_unscored = dict(members), by, max_unscored
 
     @property
     def prompts_seen(self) -> frozenset[str]:
-        """Those of all members."""
+        """The conversations that any member was fitted on."""
         return frozenset(seen for member in self.members.values() for seen in member.prompts_seen)
 
     def identity(self) -> Mapping[str, Any]:
@@ -56,36 +55,36 @@ class Ensemble(Judge):
         return next((objection for objection in objections if objection), None)
 
     def canary(self, ledger: Ledger) -> Canary | None:
-        """Those of the members."""
+        """Every member's call, in one line."""
         found = {name: member.canary(ledger) for name, member in self.members.items()}
-        said = {name: canary for name, canary in found.items() if canary is not None}
-        if not said:
+        called = {name: canary for name, canary in found.items() if canary is not None}
+        if not called:
             return None
-        return Canary(all(c.scored for c in said.values()), "; ".join(f"{n}: {c.text}" for n, c in said.items()))
+        return Canary(all(c.scored for c in called.values()), "; ".join(f"{n}: {c.text}" for n, c in called.items()))
 
     def forecast(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]
     ) -> Forecast:
-        """The members' together."""
+        """What all members would take."""
         parts = (member.forecast(prompts, responses, ledger, seen) for member in self.members.values())
         return sum(parts, Forecast())
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """See :class:`~dnpo.judges.Judge`."""
-        said = {name: member(prompts, responses, ledger, report) for name, member in self.members.items()}
+        """One verdict a response, after every member has judged all of them."""
+        by_member = {name: member(prompts, responses, ledger, report) for name, member in self.members.items()}
         human = {
             r.id: [v.score for v in verdicts]
-            for r, verdicts in zip(responses, zip(*said.values(), strict=True), strict=True)
+            for r, verdicts in zip(responses, zip(*by_member.values(), strict=True), strict=True)
             if r.source == HUMAN
         }
         return [
-            self._together(response, dict(zip(said, verdicts, strict=True)), human)
-            for response, verdicts in zip(responses, zip(*said.values(), strict=True), strict=True)
+            self._combine(response, dict(zip(by_member, verdicts, strict=True)), human)
+            for response, verdicts in zip(responses, zip(*by_member.values(), strict=True), strict=True)
         ]
 
-    def _together(
+    def _combine(
         self, response: Response, verdicts: Mapping[str, Verdict], human: Mapping[str, Sequence[float | None]]
     ) -> Verdict:
         for name, verdict in verdicts.items():

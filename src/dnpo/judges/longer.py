@@ -5,6 +5,7 @@ against this one. It needs no answers, no model and no money, and it judges any 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dnpo.judges import Judge
 from dnpo.judges.asked.ledger import Ledger
@@ -13,6 +14,7 @@ from dnpo.settings import Positive
 from dnpo.store import Report
 
 
+@dataclass(frozen=True)
 class Longer(Judge):
     """Scores by length alone.
 
@@ -20,8 +22,7 @@ class Longer(Judge):
         half: characters of a response that scores 50.
     """
 
-    def __init__(self, *, half: Positive = 200.0) -> None:
-        self.half = half
+    half: Positive = 200.0
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report

@@ -1,6 +1,7 @@
 """No judge: no response has a score."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from dnpo.judges import Judge
@@ -9,6 +10,7 @@ from dnpo.records import Prompt, Response, Verdict
 from dnpo.store import Report
 
 
+@dataclass(frozen=True)
 class NoJudge(Judge):
     """The judge that is not there."""
 

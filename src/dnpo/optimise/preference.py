@@ -43,6 +43,8 @@ STEP_ZERO_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16:
 class FineTuning(Training):
     """Supervised fine-tuning on human responses: the mean negative log-likelihood of their tokens."""
 
+    policy: Policy
+
     def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the completion tokens of the micro-batch."""
         packed = batch.packed
@@ -100,6 +102,8 @@ class PreferenceTraining(Training):
         objective: (policy, reference) → loss of each pair.
         beta: preference temperature, for margins and implicit rewards as they are reported.
     """
+
+    policy: Policy
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import pytorch_lightning as pl
 import torch
@@ -23,11 +23,41 @@ from torch.optim.lr_scheduler import LambdaLR
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError
 from dnpo.optimise.batches import Batches
 from dnpo.optimise.parts import Optimisation
-from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed
 from dnpo.store import Report
 
 CHECKPOINT = "checkpoint.ckpt"
+
+
+class Trainee(Protocol):
+    """Who is trained: a policy, or a reward model."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module whose weights change."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+
+
+class MicroBatch(Protocol):
+    """Rows that go through the model at once."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Of its rows, for messages."""
+
+    @property
+    def share(self) -> float:
+        """The weight of its mean loss in its policy step's."""
+
+    @property
+    def tokens(self) -> int:
+        """How many go through the model."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +74,11 @@ class Batch:
     ids: tuple[str, ...]
     share: float
 
+    @property
+    def tokens(self) -> int:
+        """Those of prompts and completions."""
+        return len(self.packed.ids_T)
+
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
         return replace(self, packed=self.packed.to(device))
@@ -52,14 +87,22 @@ class Batch:
 class Training(pl.LightningModule):
     """Manual optimisation of one or more players on micro-batches in a fixed order.
 
+    Attributes:
+        remedy: what to do about a loss that is not finite.
+
     Args:
-        policy: the model in training; its module is the first player.
+        policy: who is trained; its module is the first player.
         optimisation: how to train.
         total: policy steps of the whole training.
         report: told of every step.
     """
 
-    def __init__(self, policy: Policy, optimisation: Optimisation, total: int, report: Report) -> None:
+    remedy: ClassVar[str] = (
+        "lower the learning rate (trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last checkpoint "
+        "is kept"
+    )
+
+    def __init__(self, policy: Trainee, optimisation: Optimisation, total: int, report: Report) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold what is trained, not frozen base weights
@@ -69,8 +112,8 @@ class Training(pl.LightningModule):
         self.history: list[dict[str, float]] = []
         self._clock = time.monotonic()
 
-    def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch (its mean) and what to report of it."""
+    def terms(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a :class:`MicroBatch` (its mean) and what to report of it."""
         raise NotImplementedError
 
     @property
@@ -78,13 +121,21 @@ class Training(pl.LightningModule):
         """Who is trained: the policy, and whoever else has parameters."""
         return [("policy", self.policy_module)]
 
+    @property
+    def transformer(self) -> Any:
+        """The transformers model in training, inside its adapters if it has any."""
+        module: Any = self.policy_module
+        return module.get_base_model() if hasattr(module, "peft_config") else module
+
     # --- one step
 
-    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
-        """They go one at a time, when their turn comes."""
+    def transfer_batch_to_device(
+        self, batch: list[MicroBatch], device: torch.device, dataloader_idx: int
+    ) -> list[MicroBatch]:
+        """Leave them on the CPU; each micro-batch is moved just before its forward pass."""
         return batch
 
-    def training_step(self, batches: list[Batch], batch_idx: int) -> None:
+    def training_step(self, batches: list[MicroBatch], batch_idx: int) -> None:
         """Backward through the micro-batches of one policy step, then clip and step every player."""
         row: dict[str, float] = {}
         ids = [i for batch in batches for i in batch.ids]
@@ -94,7 +145,7 @@ class Training(pl.LightningModule):
             self.manual_backward(loss * batch.share)
             for name, value in metrics.items():
                 row[name] = row.get(name, 0.0) + float(value.detach()) * batch.share
-        self._step(row, ids, sum(len(batch.packed.ids_T) for batch in batches))
+        self._step(row, ids, sum(batch.tokens for batch in batches))
 
     def _step(self, row: dict[str, float], ids: Sequence[str], tokens: int) -> None:
         optimizers = _listed(self.optimizers())
@@ -125,8 +176,7 @@ class Training(pl.LightningModule):
         """Stop before a step that would write NaN into the weights, and so into the next checkpoint."""
         if not math.isfinite(value):
             raise NonFiniteLossError(
-                f"step {self.policy_step}: the {what} is {value} on rows {', '.join(ids)}; lower the learning rate "
-                "(trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last checkpoint is kept"
+                f"step {self.policy_step}: the {what} is {value} on rows {', '.join(ids)}; {self.remedy}"
             )
 
     def configure_optimizers(self) -> Any:
@@ -136,6 +186,29 @@ class Training(pl.LightningModule):
         optimizer = fused(cast(Callable[..., Optimizer], how.resolve()), trained, how.settings)
         schedule_ = LambdaLR(optimizer, lambda step: self.optimisation.factor(step, self.total))
         return [optimizer], [schedule_]
+
+    def advise(self, short: str, fits: int) -> str:
+        """What to say when a step does not fit into memory.
+
+        Args:
+            short: how torch puts it.
+            fits: rows that were found to fit at once; 0 where not even one does.
+        """
+        optimisation = self.optimisation
+        if fits:
+            way = (
+                f"trainer.micro_batch_size={fits} fits, as tried on the rows of this step, and gives the same results: "
+                f"{optimisation.batch_size} rows still make one step"
+            )
+        elif not optimisation.checkpointing:
+            way = (
+                "not even one row at once fits; try trainer.checkpointing=true, model.lora.rank=16 or a shorter data "
+                "limit"
+            )
+        else:
+            way = "not even one row at once fits; try model.lora.rank=16 or a shorter data.max_response_tokens"
+        now = f"with {optimisation.rows_at_once} rows at once"
+        return f"step {self.policy_step}: out of memory {now} ({short}). {way}. The last checkpoint is kept"
 
     # --- checkpoints
 
@@ -182,7 +255,7 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
     if not batches.groups:
         return []
     checkpoint = folder / CHECKPOINT
-    optimisation, causal_lm = module.optimisation, module.policy.causal_lm
+    optimisation, transformer = module.optimisation, module.transformer
     device = module.policy.device
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
@@ -198,9 +271,9 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
     )
     module.policy.model.train()
     if optimisation.checkpointing:
-        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        transformer.gradient_checkpointing_enable({"use_reentrant": False})
     if optimisation.compile:
-        causal_lm.base_model.compile(dynamic=True)  # lengths differ from batch to batch
+        transformer.base_model.compile(dynamic=True)  # lengths differ from batch to batch
     short = ""
     with _interruptible(trainer):
         try:
@@ -211,9 +284,9 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
             short = str(error).strip().splitlines()[-1]
     if short:  # out of the handler, which holds on to what the step had in memory
         fits = _fitting(module.to(device), batches)  # Lightning has moved it to the CPU
-        raise OutOfMemoryError(_advice(module, short, fits))
+        raise OutOfMemoryError(module.advise(short, fits))
     if optimisation.checkpointing:
-        causal_lm.gradient_checkpointing_disable()
+        transformer.gradient_checkpointing_disable()
     module.policy.model.eval()
     return module.history
 
@@ -251,23 +324,6 @@ def _fitting(module: Training, batches: Batches[Any, Any]) -> int:
             if not _out_of_memory(error):
                 raise
     return 0
-
-
-def _advice(module: Training, short: str, fits: int) -> str:
-    optimisation = module.optimisation
-    now = f"with {optimisation.rows_at_once} rows at once"
-    if fits:
-        way = (
-            f"trainer.micro_batch_size={fits} fits, as tried on the rows of this step, and gives the same results: "
-            f"{optimisation.batch_size} rows still make one step"
-        )
-    elif not optimisation.checkpointing:
-        way = (
-            "not even one row at once fits; try trainer.checkpointing=true, model.lora.rank=16 or a shorter data limit"
-        )
-    else:
-        way = "not even one row at once fits; try model.lora.rank=16 or a shorter data.max_response_tokens"
-    return f"step {module.policy_step}: out of memory {now} ({short}). {way}. The last checkpoint is kept"
 
 
 def discard_checkpoint(folder: Path) -> None:

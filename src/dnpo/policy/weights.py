@@ -1,11 +1,10 @@
 """Models that judge on this machine: where they are, and what they are known by."""
 
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from dnpo.errors import ModelError
 from dnpo.store import content_hash
@@ -62,7 +61,9 @@ class Weights:
     def label(self) -> str:
         """A short identity for people: what kind of model, and the beginning of its hash or its commit."""
         if self.folder is None:
-            return f"{self.name}@{self._commit[:12]}"
+            # a tag is the whole of it: the first letters of two could be the same
+            commit = self._commit[:12] if re.fullmatch("[0-9a-f]{40}", self._commit) else self._commit
+            return f"{self.name}@{commit}"
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             kind = (config.get("architectures") or [config.get("model_type")])[0]
@@ -94,6 +95,8 @@ class Weights:
         Raises:
             ModelError: it cannot.
         """
+        from safetensors import SafetensorError
+
         where = str(self.folder) if self.folder is not None else str(self.name)
         revision = None if self.folder is not None else self._commit
         try:

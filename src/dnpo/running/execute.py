@@ -15,12 +15,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from dnpo.evaluate.leaderboard import ITEMS
-from dnpo.judges.agreement import known_agreement, sentence
+from dnpo.judges.agreement import sentence
 from dnpo.loop import Iteration
 from dnpo.records import Pair
 from dnpo.report.drawing import logprob_histogram, progress
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
+from dnpo.stages.agreement import known_agreement
 from dnpo.store import Stage, Store, manifest, write_json
 from dnpo.tracking import datasets as inputs
 from dnpo.tracking.reading import STEPS_OF

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dnpo.errors import DataError
 from dnpo.evaluate import Held
-from dnpo.judges import Judge, judged
+from dnpo.judges import Judge, judge_responses
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, read, schema
 from dnpo.settings import part_key
@@ -107,7 +107,7 @@ def judge_duels(
     asked = [replace(prompt_of[key[0]], id=name, human=theirs[key].text) for key, name in zip(both, names, strict=True)]
     against = [replace(theirs[key], id=name, source=HUMAN) for key, name in zip(both, names, strict=True)]
     samples = [replace(ours[key], id=name) for key, name in zip(both, names, strict=True)]
-    verdicts = judged(judge, asked, [*against, *samples], ledger, report)
+    verdicts = judge_responses(judge, asked, [*against, *samples], ledger, report)
     old, new = verdicts[: len(both)], verdicts[len(both) :]
     won = preferences([v.score for v in new], [v.score for v in old])
     return [

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dnpo.judges import judged, tally
+from dnpo.judges import judge_responses, tally
 from dnpo.records import Item, Pair, Prompt, Response, Verdict, read, write
 from dnpo.seeding import derive
 from dnpo.settings import part_key
@@ -84,7 +84,7 @@ def judge_again(run: Run, plan: Plan | None, task: Task) -> Facts:
     several = copied(rows, run.eval.samples)
     samples = read(task.inputs["evaluation"] / "samples.parquet", Response)
     responses = [*rows.human, *samples[: len(rows.prompts) + len(several)]]
-    verdicts = judged(run.second_judge, [*rows.prompts, *several], responses, run.ledger, task.report)
+    verdicts = judge_responses(run.second_judge, [*rows.prompts, *several], responses, run.ledger, task.report)
     write(task.folder / "verdicts.parquet", verdicts, Verdict)
     items = read(task.inputs["evaluation"] / "items.parquet", Item)
     both = [replace(item, second=verdict.score) for item, verdict in zip(items, verdicts, strict=True)]

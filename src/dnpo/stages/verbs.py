@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dnpo import dsl
 from dnpo.errors import DataError, Declined, DnpoError, SettingsError
-from dnpo.judges import judged, tally
+from dnpo.judges import judge_responses, tally
 from dnpo.optimise.parts import MatchedOffset
 from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write, write_preferences
 from dnpo.seeding import derive
@@ -161,7 +161,7 @@ def judge(run: Run, plan: Plan, task: Task) -> Facts:
     """A verdict on the human and on the generated response to each training prompt."""
     train = read_split(task.inputs["prompts"], "train")
     generated = _read_responses(task.inputs["responses"])
-    verdicts = judged(plan.judge, train.prompts, [*train.human, *generated], run.ledger, task.report)
+    verdicts = judge_responses(plan.judge, train.prompts, [*train.human, *generated], run.ledger, task.report)
     write(task.folder / "verdicts.parquet", verdicts, Verdict)
     return tally(verdicts)
 

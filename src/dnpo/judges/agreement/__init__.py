@@ -1,23 +1,19 @@
 """Can this judge be trusted? Its verdicts against those of people.
 
-    python -m dnpo.judges.agreement judge=longer data=some.jsonl
-
-What rows look like stands in ``rows.py``, what is measured in ``stats.py``. The verdicts and what is made of them are
-stages in the store: a rerun finds them, and a run with the same judge shows its agreement in its summary.
+What rows look like stands in ``rows.py``, what is measured in ``stats.py``. ``dnpo.stages.agreement`` keeps verdicts
+and measures in the store.
 """
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dnpo.errors import JudgeError
-from dnpo.judges import Judge, judged, tally
-from dnpo.judges.agreement.rows import Comparison, Labelled
+from dnpo.judges import Judge, judge_responses
+from dnpo.judges.agreement.rows import Comparison
 from dnpo.judges.agreement.stats import (
     CATEGORIES,
     TIE,
@@ -33,51 +29,26 @@ from dnpo.judges.agreement.stats import (
     preference,
 )
 from dnpo.judges.asked.ledger import Ledger
-from dnpo.records import HUMAN, Response, Verdict, policy_source, read, write
-from dnpo.settings import part_key
-from dnpo.store import MANIFEST, Report, Stage, Store, manifest, write_json
+from dnpo.records import HUMAN, Response, Verdict, policy_source
+from dnpo.store import Report
 
-STAGE, VERSION = "agreement", 1
-POINTS = "points.json"
 OTHER = policy_source(0)  # the source of ``b``, as judges that compare expect it
 
-# --- stages -----------------------------------------------------------------------------------------------------------
+
+def judge_both(judge: Judge, rows: Sequence[Comparison], ledger: Ledger, report: Report) -> list[Verdict]:
+    """Have both responses of every row judged: first all ``a``, as the human ones, then all ``b``.
+
+    Raises:
+        JudgeError: too many have no score.
+    """
+    prompts = [row.prompt for row in rows]
+    first = [Response(p.id, HUMAN, p.human, [], 0, "eos") for p in prompts]
+    second = [Response(row.prompt.id, OTHER, row.b, [], 0, "eos") for row in rows]
+    return judge_responses(judge, prompts, [*first, *second], ledger, report)
 
 
-def verdicts(judge: Judge, data: Labelled, rows: Sequence[Comparison], ledger: Ledger) -> Stage:
-    """What the judge says of both responses of every row."""
-
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        prompts = [row.prompt for row in rows]
-        first = [Response(p.id, HUMAN, p.human, [], 0, "eos") for p in prompts]
-        second = [Response(row.prompt.id, OTHER, row.b, [], 0, "eos") for row in rows]
-        said = judged(judge, prompts, [*first, *second], ledger, report)
-        write(folder / "verdicts.parquet", said, Verdict)
-        return tally(said)
-
-    settings = {"judge": part_key(judge), "data": data.content()}
-    return Stage("verdicts", "verdicts", 1, settings, {}, work)
-
-
-def agreement(
-    judge: Judge, data: Labelled, rows: Sequence[Comparison], said: Stage, resamples: int, seed: int
-) -> Stage:
-    """What the verdicts have to do with those of people; the measures are the stage's facts."""
-
-    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
-        facts, points = compared(
-            rows, read(inputs["verdicts"] / "verdicts.parquet", Verdict), pairwise, resamples, seed
-        )
-        write_json(folder / POINTS, points)
-        return {"data": data.path.name, **facts}
-
-    pairwise = getattr(judge, "mode", "score") == "pairwise"
-    settings = {"judge": part_key(judge), "data": data.content(), "resamples": resamples, "seed": seed}
-    return Stage(STAGE, "agreement with people", VERSION, settings, {"verdicts": said}, work)
-
-
-def compared(
-    rows: Sequence[Comparison], said: Sequence[Verdict], pairwise: bool, resamples: int, seed: int
+def compare(
+    rows: Sequence[Comparison], verdicts: Sequence[Verdict], pairwise: bool, resamples: int, seed: int
 ) -> tuple[dict[str, Any], list[float]]:
     """Measures and counts from rows and the verdicts on them, and the points that a histogram shows.
 
@@ -93,8 +64,8 @@ def compared(
     Raises:
         JudgeError: no row is left.
     """
-    first = {v.id: v for v in said if v.source == HUMAN}
-    second = {v.id: v for v in said if v.source == OTHER}
+    first = {v.id: v for v in verdicts if v.source == HUMAN}
+    second = {v.id: v for v in verdicts if v.source == OTHER}
     scored: list[tuple[Comparison, float, float, float | None]] = []
     reasons: Counter[str] = Counter()
     for row in rows:
@@ -147,35 +118,8 @@ def _longer(row: Comparison) -> int:
     return TIE if a == b else A if a > b else B
 
 
-def known_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the store knows of a judge's agreement with people: one entry for each set of rows, the newest of each.
-
-    Args:
-        judge_key: see :func:`dnpo.settings.part_key`.
-    """
-    wanted = json.loads(json.dumps(judge_key))
-    newest: dict[str, dict[str, Any]] = {}
-    for path in (store.root / STAGE).glob(f"*/{MANIFEST}"):
-        if path.parent.suffix == ".partial":
-            continue
-        content = manifest(path.parent)
-        data = content["settings"]["data"]
-        if content["version"] != VERSION or content["settings"]["judge"] != wanted:
-            continue
-        if data not in newest or content["started"] > newest[data]["started"]:
-            newest[data] = content
-    return [_entry(content) for content in sorted(newest.values(), key=lambda content: str(content["facts"]["data"]))]
-
-
-def _entry(content: Mapping[str, Any]) -> dict[str, Any]:
-    facts = content["facts"]
-    kept = ("accuracy", "kappa", "kappa_between_persons", "length_bias", "flips")
-    shown = {name: facts["measures"][name] for name in kept}
-    return {"data": facts["data"], "stage": f"{STAGE}/{content['key']}", "unscored": facts["unscored"], **shown}
-
-
 def sentence(entry: Mapping[str, Any]) -> str:
-    """One entry of :func:`known_agreement` in words."""
+    """One entry of :func:`dnpo.stages.agreement.known_agreement` in words."""
     accuracy = entry["accuracy"]
     if accuracy["value"] is None:
         return f"agreement on {entry['data']} is unknown: {accuracy['reason']}"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dnpo.judges.agreement.stats import multiples
-from dnpo.judges.agreement.table import shown, title
+from dnpo.judges.agreement.table import format_value, title
 
 JUDGE, PEOPLE, CHANCE = "#0072B2", "#D55E00", "#7f7f7f"  # safe for colour-blind readers
 
@@ -53,7 +53,7 @@ def draw(found: Mapping[str, Any], points: Sequence[float], path: Path) -> None:
         ),
     )
     middle.set_xlim(-0.03, 1.03)
-    bias = shown(measures["length_bias"]["value"], "pp").replace("pp", "percentage points")
+    bias = format_value(measures["length_bias"]["value"], "pp").replace("pp", "percentage points")
     middle.set_title(f"Length bias: {bias}\n(wins of the longer one: judge − people)", fontsize=10)
     middle.set_xlabel("share of rows")
     {"score": _scores, "pairwise": _orders, "relative": _relative}[found["mode"]](right, measures, points)
@@ -93,7 +93,10 @@ def _scores(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) ->
     axis.hist(scores, bins=edges, color=JUDGE, label="other scores")
     axis.hist(scores[multiples(scores, 5)], bins=edges, color="#E69F00", label="multiples of 5")
     axis.legend(frameon=False, fontsize=8)
-    fives, bits = shown(measures["multiples_of_5"]["value"], "%"), shown(measures["entropy"]["value"], ".1f")
+    fives, bits = (
+        format_value(measures["multiples_of_5"]["value"], "%"),
+        format_value(measures["entropy"]["value"], ".1f"),
+    )
     axis.set_title(f"Scores: {fives} multiples of 5 (by chance 21 %),\nentropy {bits} of 6.7 bits", fontsize=10)
     axis.set_xlabel("score of one response, points")
     axis.set_ylabel("responses")
@@ -104,7 +107,7 @@ def _orders(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) ->
     """How far the two orders of the same comparison are apart."""
     axis.hist(points, bins=np.arange(0.0, 105.0, 5.0).tolist(), color=JUDGE)
     flips = measures["flips"]["value"]
-    axis.set_title(f"Order: the verdict changes with it\nin {shown(flips, '%')} of the rows", fontsize=10)
+    axis.set_title(f"Order: the verdict changes with it\nin {format_value(flips, '%')} of the rows", fontsize=10)
     axis.set_xlabel("score of a row's two orders, difference in points")
     axis.set_ylabel("rows")
     _open(axis)

@@ -114,8 +114,8 @@ def _comparison(where: str, raw: Any) -> Comparison:
         answer=_text(where, "answer", row["answer"]) if "answer" in row else None,
     )
     named = [(f"votes[{i}]", vote) for i, vote in enumerate(votes)]
-    label, *said = (_label(where, field, value) for field, value in [("label", row["label"]), *named])
-    return Comparison(prompt, _text(where, "b", row["b"]), label, tuple(said))
+    label, *votes = (_label(where, field, value) for field, value in [("label", row["label"]), *named])
+    return Comparison(prompt, _text(where, "b", row["b"]), label, tuple(votes))
 
 
 def _messages(where: str, prompt: Any) -> list[Message]:

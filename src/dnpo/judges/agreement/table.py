@@ -46,7 +46,7 @@ LINES = (
 )
 
 
-def shown(value: float | None, form: str) -> str:
+def format_value(value: float | None, form: str) -> str:
     """A number as people read it; – where there is none."""
     if value is None:
         return "–"
@@ -64,11 +64,12 @@ def cells(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
             continue
         between = ""
         if estimate["low"] is not None:
-            low, high = (shown(estimate[end], line.form) for end in ("low", "high"))
+            low, high = (format_value(estimate[end], line.form) for end in ("low", "high"))
             unit = low.rpartition(" ")[1] and f" {low.rpartition(' ')[2]}"
             between = f"{low.removesuffix(unit)} to {high}" if unit else f"{low} to {high}"
         count = f"{estimate['rows']:,}" if estimate["rows"] else "–"
-        rows.append((line.text, shown(estimate["value"], line.form), between, count, estimate["reason"] or line.beside))
+        value = format_value(estimate["value"], line.form)
+        rows.append((line.text, value, between, count, estimate["reason"] or line.beside))
     return rows
 
 

@@ -12,16 +12,17 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dnpo.errors import JudgeError, SettingsError
 from dnpo.judges import too_many
+from dnpo.judges.asked.endpoint import Endpoint
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
 from dnpo.judges.asked.prices import tokens_about
 from dnpo.store import Report
 
 if TYPE_CHECKING:
-    from dnpo.judges.asked.openai import OpenAI
+    from openai import APIStatusError, AsyncOpenAI
 
 LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
@@ -30,34 +31,77 @@ LOOK = 0.3  # seconds between two looks at what other runs are asking
 AGAIN = {408, 409, 425, 429}  # and 5xx
 
 
-class Asking:
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What asking has to keep to; :class:`~dnpo.judges.asked.openai.OpenAI` says what each is."""
+
+    concurrency: int
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    timeout: float
+    deadline: float
+    max_replies: int
+    max_cost: float | None
+    max_unscored: float
+
+
+async def ask_one_by_one(
+    endpoint: Endpoint,
+    limits: Limits,
+    questions: Sequence[Question],
+    ledger: Ledger,
+    report: Report | None,
+    total: int,
+) -> dict[str, str]:
+    """Ask every question by itself, many at once, and give the reasons of failures by key.
+
+    Args:
+        questions: all different, at least one.
+        ledger: where answers go as they arrive.
+        report: advanced with every question that is done; None where nobody looks.
+        total: questions of which these are those without an answer; so many count for ``max_unscored``.
+
+    Raises:
+        SettingsError: a question has more tokens than ``tokens_per_minute``.
+        JudgeError: the endpoint cannot be used at all, ``max_cost`` is reached, or too many questions have failed.
+    """
+    return await _Round(endpoint, limits, questions, ledger, report, total).ask_all()
+
+
+class _Round:
     """One round of questions: workers take them from a row, and share the slots and the purse."""
 
     def __init__(
-        self, judge: "OpenAI", questions: Sequence[Question], ledger: Ledger, report: Report | None, total: int
+        self,
+        endpoint: Endpoint,
+        limits: Limits,
+        questions: Sequence[Question],
+        ledger: Ledger,
+        report: Report | None,
+        total: int,
     ) -> None:
-        self.judge, self.ledger, self.report, self.total = judge, ledger, report, total
+        self.endpoint, self.limits, self.ledger, self.report, self.total = endpoint, limits, ledger, report, total
         self.keys = [question.key for question in questions]
         self.row = deque(questions)
         self.elsewhere: deque[Question] = deque()  # another run is asking these now
         self.reasons: dict[str, str] = {}
         self.error: str | None = None
         self.stopped = asyncio.Event()
-        self.slots = asyncio.Semaphore(judge.concurrency)
+        self.slots = asyncio.Semaphore(limits.concurrency)
         self.spent, self.flying, self.sent = ledger.spent(), 0.0, 0
-        self.largest = max(tokens_about(q) + judge.max_tokens for q in questions)
-        if judge.tokens_per_minute is not None and self.largest >= judge.tokens_per_minute:
+        self.largest = max(tokens_about(q) + endpoint.max_tokens for q in questions)
+        if limits.tokens_per_minute is not None and self.largest >= limits.tokens_per_minute:
             raise SettingsError(
-                f"judge.tokens_per_minute={judge.tokens_per_minute}: the longest question alone has about "
+                f"judge.tokens_per_minute={limits.tokens_per_minute}: the longest question alone has about "
                 f"{self.largest:,} tokens; raise it"
             )
 
-    async def all(self) -> dict[str, str]:
+    async def ask_all(self) -> dict[str, str]:
         """Ask until nothing is left, and give the reasons of failures by key."""
         try:
-            async with self.judge.client() as client:
+            async with self.endpoint.client() as client:
                 while self.row and self.error is None:
-                    await self._round(client)
+                    await self._empty_row(client)
                     while self.elsewhere and not self.row and self.error is None:
                         await self._sleep(LOOK)
                         self._look_elsewhere()
@@ -67,10 +111,10 @@ class Asking:
             raise JudgeError(self.error)
         return self.reasons
 
-    async def _round(self, client: Any) -> None:
+    async def _empty_row(self, client: "AsyncOpenAI") -> None:
         """Ask what is in the row."""
         # Most of them may be waiting between attempts: there are more than slots, so that these are full.
-        count = min(WORKERS * self.judge.concurrency, len(self.row))
+        count = min(WORKERS * self.limits.concurrency, len(self.row))
         workers = [asyncio.create_task(self._work(client)) for _ in range(count)]
         try:
             done, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
@@ -105,7 +149,7 @@ class Asking:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopped.wait(), seconds)
 
-    async def _work(self, client: Any) -> None:
+    async def _work(self, client: "AsyncOpenAI") -> None:
         while self.row and not self.stopped.is_set():
             question = self.row.popleft()
             mine, answered, _ = self.ledger.claim([question.key])
@@ -117,9 +161,9 @@ class Asking:
             else:
                 await self._call(client, question)
 
-    async def _call(self, client: Any, question: Question) -> None:
+    async def _call(self, client: "AsyncOpenAI", question: Question) -> None:
         """Send one question until there is an answer, or none to be had."""
-        judge, attempts, replies, began = self.judge, 0, 0, 0.0
+        limits, attempts, replies, began = self.limits, 0, 0, 0.0
         while True:
             async with self.slots:
                 await self._turn(question)
@@ -127,7 +171,7 @@ class Asking:
                     return
                 began = began or time.monotonic()
                 attempts += 1
-                outcome = await self._attempt(client, question, began + judge.deadline - time.monotonic())
+                outcome = await self._attempt(client, question, began + limits.deadline - time.monotonic())
             if isinstance(outcome, Answer):
                 replies += 1
                 self.spent += outcome.cost or 0.0
@@ -137,7 +181,7 @@ class Asking:
                     self._advance()
                     return
                 reason, wait = answer.reason, 0.0
-                if replies >= judge.max_replies:
+                if replies >= limits.max_replies:
                     self._give_up(question, replace(answer, reason=f"{reason} ({replies} replies)"))
                     return
                 self.ledger.note_cost(question, answer)
@@ -150,83 +194,86 @@ class Asking:
             else:
                 reason, wait = outcome.text, _backoff(attempts)
                 if outcome.billed:
-                    lost = Answer(None, cost=judge.price(question), reason=f"{outcome.text}; it may have been billed")
+                    lost = Answer(
+                        None, cost=self.endpoint.price(question), reason=f"{outcome.text}; it may have been billed"
+                    )
                     self.spent += lost.cost or 0.0
                     self.ledger.note_cost(question, lost)
                 if outcome.wait is not None:
                     wait = outcome.wait + random.uniform(0.0, min(wait, 1.0))
-            if time.monotonic() + wait >= began + judge.deadline:
-                late = f"given up for judge.deadline={judge.deadline:g} s, at attempt {attempts}: {reason}"
+            if time.monotonic() + wait >= began + limits.deadline:
+                late = f"given up for judge.deadline={limits.deadline:g} s, at attempt {attempts}: {reason}"
                 self._give_up(question, Answer(None, attempts=attempts, reason=late))
                 return
             await self._sleep(wait)
 
     async def _turn(self, question: Question) -> None:
         """Wait until sending is allowed: by the ceilings, and by the money left."""
-        judge = self.judge
-        if judge.requests_per_minute is not None or judge.tokens_per_minute is not None:
-            request = 60.0 / judge.requests_per_minute if judge.requests_per_minute else 0.0
-            size = tokens_about(question) + judge.max_tokens
+        endpoint, limits = self.endpoint, self.limits
+        if limits.requests_per_minute is not None or limits.tokens_per_minute is not None:
+            request = 60.0 / limits.requests_per_minute if limits.requests_per_minute else 0.0
+            size = tokens_about(question) + endpoint.max_tokens
             # less the largest question: what a minute's last question brings must fit under the ceiling too
-            tokens = 60.0 * size / (judge.tokens_per_minute - self.largest) if judge.tokens_per_minute else 0.0
-            await self._sleep(self.ledger.slot(f"{judge.base_url} {judge.model}", request, tokens))
-        if judge.max_cost is None:
+            tokens = 60.0 * size / (limits.tokens_per_minute - self.largest) if limits.tokens_per_minute else 0.0
+            await self._sleep(self.ledger.slot(f"{endpoint.base_url} {endpoint.model}", request, tokens))
+        if limits.max_cost is None:
             return
         self.sent += 1
         if self.sent % 20 == 0:
             self.spent = self.ledger.spent()  # other jobs of a sweep spend too
-        if self.spent + self.flying + (judge.price(question) or 0.0) > judge.max_cost:
+        if self.spent + self.flying + (endpoint.price(question) or 0.0) > limits.max_cost:
             self._stop(
-                f"judge.max_cost={judge.max_cost:g}: ${self.spent:.4f} is spent, and another question could pass the "
+                f"judge.max_cost={limits.max_cost:g}: ${self.spent:.4f} is spent, and another question could pass the "
                 f"limit; about {len(self.row) + 1:,} are left. Every answer is kept: run the same command again (it "
                 "may then spend as much again), and only the rest is asked"
             )
 
-    async def _attempt(self, client: Any, question: Question, left: float) -> "Answer | _Trouble":
-        """Send a question once."""
+    async def _attempt(self, client: "AsyncOpenAI", question: Question, left: float) -> "Answer | _Trouble":
+        """Send a question once, and wait so many seconds at most."""
         import httpx2
         import openai
 
-        body, expected, started = self.judge.body(question), self.judge.price(question) or 0.0, time.monotonic()
+        endpoint, started = self.endpoint, time.monotonic()
+        body, expected = endpoint.body(question), endpoint.price(question) or 0.0
         self.flying += expected
         try:
-            async with asyncio.timeout(min(self.judge.timeout, left)):
+            async with asyncio.timeout(min(self.limits.timeout, left)):
                 async with client.chat.completions.with_streaming_response.create(**body) as response:
                     raw = bytearray()
                     async for piece in response.iter_bytes():
                         raw += piece
                         if len(raw) > LARGEST_REPLY:
                             return _Trouble("a reply that does not end", again=True, billed=True)
-            return replace(self.judge.read(bytes(raw), question), latency=time.monotonic() - started)
+            return replace(endpoint.read(bytes(raw), question), latency=time.monotonic() - started)
         except (TimeoutError, openai.APITimeoutError):
             return _Trouble("no reply in time", again=True, billed=True)
         except openai.APIStatusError as error:
-            return self._refused(error, body)
+            return self._read_refusal(error, body)
         except (openai.APIConnectionError, httpx2.TransportError, httpx2.DecodingError, OSError) as error:
             return _Trouble(f"the connection failed ({type(error.__cause__ or error).__name__})", again=True)
         finally:
             self.flying -= expected
 
-    def _refused(self, error: Any, body: Mapping[str, Any]) -> "_Trouble":
-        judge, status = self.judge, error.status_code
-        said = judge.clean(" ".join(str(error.message).split()))[:300]
-        text = f"HTTP {status}: {said}"
-        where = f"{judge.model} at {judge.base_url}"
+    def _read_refusal(self, error: "APIStatusError", body: Mapping[str, object]) -> "_Trouble":
+        endpoint, status = self.endpoint, error.status_code
+        message = endpoint.clean(" ".join(str(error.message).split()))[:300]
+        text = f"HTTP {status}: {message}"
+        where = f"{endpoint.model} at {endpoint.base_url}"
         if status in (401, 403):
             return _Trouble(
-                f"judge: {where} does not accept the key in {judge.key_from} ({text}); set that environment variable, "
-                "or name another in judge.key_from. Every answer so far is kept",
+                f"judge: {where} does not accept the key in {endpoint.key_from} ({text}); set that environment "
+                "variable, or name another in judge.key_from. Every answer so far is kept",
                 stop=True,
             )
         if status == 404:
             return _Trouble(f"judge: {where}: not found ({text}); check judge.model and judge.base_url", stop=True)
-        if status == 429 and "insufficient_quota" in f"{error.code} {error.type} {said}":
+        if status == 429 and "insufficient_quota" in f"{error.code} {error.type} {message}":
             return _Trouble(
-                f"judge: the account behind {judge.key_from} has no credit left ({text}). Every answer so far is kept: "
-                "run the same command when it has",
+                f"judge: the account behind {endpoint.key_from} has no credit left ({text}). Every answer so far is "
+                "kept: run the same command when it has",
                 stop=True,
             )
-        if status == 400 and judge.give_way(f"{said} {error.param}", body):
+        if status == 400 and endpoint.give_way(f"{message} {error.param}", body):
             return _Trouble(text, again=True, wait=0.0)
         if status in AGAIN or status >= 500:
             return _Trouble(text, again=True, wait=retry_after(error.response.headers))
@@ -235,14 +282,14 @@ class Asking:
     def _advance(self) -> None:
         if self.report is not None:
             self.report.advance()
-            if self.judge.prices is not None:
+            if self.endpoint.tariff is not None:
                 self.report.status(f"${self.spent:,.2f}")
 
     def _give_up(self, question: Question, answer: Answer) -> None:
         self.ledger.record(question, answer)
         self.reasons[question.key] = answer.reason
         self._advance()
-        limit = self.judge.max_unscored
+        limit = self.limits.max_unscored
         if self.total > 1 and len(self.reasons) > limit * self.total:
             self._stop(too_many(len(self.reasons), self.total, limit, list(self.reasons.values()), "questions"))
 

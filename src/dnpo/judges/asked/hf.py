@@ -7,26 +7,28 @@ a comparison P(A) / (P(A) + P(B)), both from the exact probabilities of these re
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from dnpo.errors import JudgeError, OutOfMemoryError
+from dnpo.errors import JudgeError, OutOfMemoryError, SettingsError
 from dnpo.judges import Canary, too_many
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
-from dnpo.judges.asked.questions import Mode, Prompted
-from dnpo.judges.asked.replies import Replies
-from dnpo.policy.model import device_of
+from dnpo.judges.asked.questions import Prompted
 from dnpo.policy.weights import Weights, context_of
 from dnpo.records import Prompt
-from dnpo.settings import Count, Dtype, Fraction
+from dnpo.settings import Count, Dtype, Fraction, neutral, place
 from dnpo.store import Report
+
+if TYPE_CHECKING:
+    from dnpo.judges.asked.replies import Replies
 
 NUMBERS = [str(number) for number in range(101)]
 WINNERS = ["A", "B", "TIE"]  # the third counts for the mass alone
 POLL = 0.5  # seconds between two looks at what another run is asking
 
 
+@dataclass(frozen=True, kw_only=True)
 class HF(Prompted):
     """A causal language model of transformers as judge.
 
@@ -44,41 +46,68 @@ class HF(Prompted):
         batch_size: questions read at once; it changes nothing but speed and memory. The keys and values of each are
             held about a dozen times where numbers take several tokens.
         max_unscored: share of responses that may stay without a score.
+
+    Raises:
+        ModelError: there is no such folder, or not exactly one of ``path`` and ``name`` is given.
+        SettingsError: the template cannot be used.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-        mode: Mode = "score",
-        template: str | None = None,
-        min_mass: Fraction = 0.5,
-        dtype: Dtype = "float32",
-        device: str = "auto",
-        batch_size: Count = 8,
-        max_unscored: Fraction = 0.02,
-    ) -> None:
-        self.weights = Weights(path, name, revision)
+    path: str | None = place(None)
+    name: str | None = None
+    revision: str | None = None
+    min_mass: Fraction = 0.5
+    dtype: Dtype = "float32"
+    device: str = neutral("auto")
+    batch_size: Count = neutral(8)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.weights  # a folder that is not there is refused at once
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Where the model is."""
+        return Weights(self.path, self.name, self.revision)
+
+    @property
+    def kind(self) -> str:
+        """``hf``, how the model is read, and the mode."""
         # min_mass decides which questions have an answer, so answers of one are none to another
-        super().__init__(f"hf {dtype} m={min_mass:g}", self.weights.label, mode, "logprobs", template, max_unscored)
-        self.min_mass, self.dtype, self.device, self.batch_size = min_mass, dtype, device_of(device), batch_size
+        return f"hf {self.dtype} m={self.min_mass:g} {self.mode} logprobs"
+
+    @cached_property
+    def respondent(self) -> str:
+        """The kind of model, and the beginning of its hash or commit."""
+        return self.weights.label
+
+    @cached_property
+    def _device(self) -> str:
+        from dnpo.policy.model import device_of
+
+        return device_of(self.device)
+
+    def accepts(self, prompts: Sequence[Prompt]) -> str | None:
+        """Any prompt, where there is such a device."""
+        try:
+            _ = self._device
+        except SettingsError as error:
+            return f"judge.{error}"
+        return None
 
     def canary(self, ledger: Ledger) -> Canary:
-        """See :class:`~dnpo.judges.Judge`: whether the model does as it is told. Asked once; the ledger keeps it."""
+        """Ask whether the model does as it is told. It is asked once; the ledger keeps the answer."""
         prompt = Prompt("canary", [{"role": "user", "content": "Name the capital of France."}], "")
         texts = ("Paris.", "") if self.mode == "score" else ("Paris.", "Oslo.")
         question = self._question(prompt, *texts, order="" if self.mode == "score" else "ab")
         known = ledger.answers([question.key])
         reasons = {} if known else self.ask([question], ledger, None, 1)
         if question.key in reasons:
-            return Canary(False, f"{self.model}: {reasons[question.key]}")
+            return Canary(False, f"{self.respondent}: {reasons[question.key]}")
         value = ledger.answers([question.key])[question.key]
-        return Canary(True, f"{self.model} on {self.device} says {value:.1f} to a right answer")
+        return Canary(True, f"{self.respondent} on {self._device} says {value:.1f} to a right answer")
 
     def ask(self, questions: Sequence[Question], ledger: Ledger, report: Report | None, total: int) -> dict[str, str]:
-        """See :class:`~dnpo.judges.asked.questions.Prompted`.
+        """Load the model, and read the questions in batches, the longest first.
 
         Raises:
             ModelError: the model cannot be loaded.
@@ -114,17 +143,24 @@ class HF(Prompted):
                 raise JudgeError(too_many(len(reasons), total, self.max_unscored, [*reasons.values()], "questions"))
         return reasons
 
-    def _reader(self, example: Question) -> Replies:
+    def _reader(self, example: Question) -> "Replies":
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from dnpo.judges.asked.replies import Replies
+
         tokenizer = self.weights.load(AutoTokenizer)
         model = self.weights.load(AutoModelForCausalLM, dtype=getattr(torch, self.dtype), use_safetensors=True).to(
-            self.device
+            self._device
         )
         replies, goes_on = (NUMBERS, "[0-9]") if self.mode == "score" else (WINNERS, "[A-Za-z]")
         return Replies(model.eval(), tokenizer, replies, goes_on, example.messages)
 
     def _answers(
-        self, reader: Replies, questions: Sequence[Question], prompts: Sequence[list[int]]
+        self, reader: "Replies", questions: Sequence[Question], prompts: Sequence[list[int]]
     ) -> Iterator[tuple[Question, Answer]]:
+        import torch
+
         limit = context_of(reader.model, reader.tokenizer)
         fits = []
         for question, ids in zip(questions, prompts, strict=True):
@@ -141,7 +177,7 @@ class HF(Prompted):
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"judge.batch_size={self.batch_size}: {len(fits)} questions of up to {max(len(i) for _, i in fits):,} "
-                f"tokens do not fit into the memory of {self.device}; lower it"
+                f"tokens do not fit into the memory of {self._device}; lower it"
             ) from error
         took = (time.monotonic() - began) / len(fits)
         for (question, ids), row in zip(fits, found, strict=True):

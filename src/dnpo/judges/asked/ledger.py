@@ -5,13 +5,12 @@ of who is asked, with which template, in which order, and what. An answer is wri
 written too, for what it cost, but never answers anything. A run that asks a question holds a claim on it, so that runs
 side by side wait for each other's answers; claims of a process that was killed fall back at once.
 
-    python -m dnpo.ledger [FILE]        calls, hits and spend by judge, run and month
+``python -m dnpo.ledger [FILE]`` shows calls, hits and spend by judge, run and month.
 """
 
 import hashlib
 import json
 import sqlite3
-import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -74,7 +73,7 @@ class Question:
     messages: list[dict[str, str]] = field(default_factory=list, compare=False)
 
     @classmethod
-    def asking(cls, judge: str, model: str, template: str, order: str, messages: list[dict[str, str]]) -> "Question":
+    def make(cls, judge: str, model: str, template: str, order: str, messages: list[dict[str, str]]) -> "Question":
         """The question with these messages."""
         return cls(judge, model, template, order, _digest(messages), messages)
 
@@ -218,7 +217,7 @@ class Ledger:
                     "INSERT INTO calls VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO NOTHING",
                     (
                         *(question.key, question.judge, question.model, question.template, question.order),
-                        *(question.content, answer.value, _storable(answer.reply)),
+                        *(question.content, answer.value, _drop_surrogates(answer.reply)),
                         *(answer.tokens_in, answer.tokens_out),
                         *(answer.cost, answer.latency, answer.attempts, now, self.run),
                     ),
@@ -236,7 +235,8 @@ class Ledger:
         self._db.execute(
             "INSERT INTO failures VALUES (?,?,?,?,?,?,?,?,?,?)",
             (
-                *(question.key, question.judge, question.model, _storable(answer.reason), _storable(answer.reply)),
+                *(question.key, question.judge, question.model),
+                *(_drop_surrogates(answer.reason), _drop_surrogates(answer.reply)),
                 *(answer.tokens_in, answer.tokens_out, answer.cost, now, self.run),
             ),
         )
@@ -273,13 +273,13 @@ class Ledger:
         rows = self._read("SELECT id, questions FROM batches WHERE endpoint = ? AND questions != ''", (endpoint,))
         return {row[0]: [Question(*fields) for fields in json.loads(row[1])] for row in rows}
 
-    def submitted(self, endpoint: str, batch: str, questions: Sequence[Question]) -> None:
+    def remember_batch(self, endpoint: str, batch: str, questions: Sequence[Question]) -> None:
         """Remember a batch until it is collected."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         fields = [(q.judge, q.model, q.template, q.order, q.content) for q in questions]
         self._write("INSERT OR REPLACE INTO batches VALUES (?,?,?,?)", (batch, endpoint, json.dumps(fields), now))
 
-    def collected(self, endpoint: str, batch: str) -> None:
+    def forget_batch(self, endpoint: str, batch: str) -> None:
         """Forget a batch, but not that it was collected."""
         self._write("UPDATE batches SET questions = '' WHERE endpoint = ? AND id = ?", (endpoint, batch))
 
@@ -400,7 +400,7 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
-def _storable(text: str) -> str:
+def _drop_surrogates(text: str) -> str:
     """Without halves of surrogate pairs: JSON can spell them, UTF-8 and so SQLite cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
@@ -410,7 +410,7 @@ def _chunks(keys: Sequence[str], size: int = 500) -> Iterator[list[str]]:
         yield list(keys[start : start + size])
 
 
-def by(rows: Sequence[Mapping[str, Any]], *names: str) -> list[dict[str, Any]]:
+def sum_by(rows: Sequence[Mapping[str, Any]], *names: str) -> list[dict[str, Any]]:
     """Rows of :meth:`Ledger.rows` added up by some of their columns."""
     sums: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
@@ -419,44 +419,3 @@ def by(rows: Sequence[Mapping[str, Any]], *names: str) -> list[dict[str, Any]]:
         for name in COUNTED:
             total[name] += row[name]
     return list(sums.values())
-
-
-def main() -> None:
-    """Print the tables."""
-    import argparse
-
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(prog="python -m dnpo.ledger", description="Calls, hits and spend of the judges.")
-    parser.add_argument("file", nargs="?", default="ledger.sqlite", help="the ledger (default: ledger.sqlite)")
-    path = Path(parser.parse_args().file)
-    if not path.is_file():
-        print(f"error: {path}: there is no such file; give the ledger of your runs (setting ledger=…)", file=sys.stderr)
-        sys.exit(1)
-    try:
-        with Ledger(path) as ledger:
-            rows = ledger.rows()
-    except LedgerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    console = Console(highlight=False)
-    console = Console(highlight=False, width=max(console.width, 140))
-    for title, names in (("By judge", ("judge", "model")), ("By run", ("run",)), ("By month", ("month",))):
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for name in names:
-            table.add_column(name, overflow="fold")
-        for name in ("calls", "failed", "hits", "tokens in", "tokens out", "US dollars"):
-            table.add_column(name, justify="right", no_wrap=True)
-        groups = by(rows, *names)
-        for row in [*groups, {**dict.fromkeys(names, "all"), **by(rows)[0]}] if groups else []:
-            money = f"{row['cost']:,.4f}" + (" + unpriced" if row["unpriced"] else "")
-            counts = [f"{row[name]:,}" for name in ("calls", "failed", "hits", "tokens_in", "tokens_out")]
-            table.add_row(*(str(row[name]) for name in names), *counts, money)
-        console.print(table)
-        console.print()
-    console.print("hits: questions answered from here instead of asked again; failed: replies that gave no verdict.")
-
-
-if __name__ == "__main__":
-    main()

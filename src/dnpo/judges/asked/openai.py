@@ -2,45 +2,37 @@
 
 Every question is sent until it is answered or its deadline has passed; a reply is an answer only if it can be read
 without guessing. Answers go into the ledger one by one as they arrive, so nothing that was paid for is lost, whatever
-happens next. The key comes from the environment and goes nowhere but into the request.
+happens next. The settings are here; requests and replies are in ``endpoint.py``, many questions at once in
+``asking.py``, the batch API in ``batch.py``.
 """
 
 import asyncio
-import copy
-import json
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 from urllib.parse import urlsplit
 
 from dnpo.errors import SettingsError
 from dnpo.judges import Canary
-from dnpo.judges.asked.asking import Asking
-from dnpo.judges.asked.ledger import Answer, Ledger, Question
-from dnpo.judges.asked.prices import price_of, tokens_about
-from dnpo.judges.asked.questions import (
-    Mode,
-    Prompted,
-    Reading,
-    expected_score,
-    expected_winner,
-    read_score,
-    read_winner,
-)
+from dnpo.judges.asked.asking import Limits, ask_one_by_one
+from dnpo.judges.asked.batch import ask_in_batches
+from dnpo.judges.asked.endpoint import Endpoint
+from dnpo.judges.asked.ledger import Ledger, Question
+from dnpo.judges.asked.prices import Price, price_of
+from dnpo.judges.asked.questions import Prompted, Reading
 from dnpo.records import Prompt
-from dnpo.settings import Count, Finite, Fraction, Positive
+from dnpo.settings import Count, Finite, Positive, neutral
 from dnpo.store import Report
 
 OPENAI = "https://api.openai.com/v1"
 CANARY_SECONDS = 30.0  # a run need not wait longer to learn that nobody answers
-SCHEMAS: dict[Mode, dict[str, Any]] = {
-    "score": {"score": {"type": "integer", "description": "a whole number from 0 to 100"}},
-    "pairwise": {"better": {"type": "string", "enum": ["A", "B", "TIE"]}},
-}
 
 
+@dataclass(frozen=True, kw_only=True)
 class OpenAI(Prompted):
     """A model behind an OpenAI-compatible endpoint (DNPO paper, section 5.1: a score from 0 to 100).
 
@@ -49,7 +41,7 @@ class OpenAI(Prompted):
         base_url: up to and with ``/v1``.
         key_from: environment variable with the key. Other endpoints than OpenAI's may need none.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
-        reading: ``text``, or ``logprobs``: expected values over the likeliest tokens, where the server tells them.
+        reading: ``text``, or ``logprobs``: expected values over the likeliest tokens, where the server gives them.
         structured: ``auto`` asks for JSON by a schema and goes without where the server refuses; ``off`` never asks.
         template: a file with the question; null takes the shipped one for the mode.
         temperature: of the judge; null leaves it to the server.
@@ -64,128 +56,94 @@ class OpenAI(Prompted):
         max_cost: US dollars that a run (or a sweep as a whole) may spend; null for no limit.
         prices: a file with prices; null takes the shipped one.
         max_unscored: share of responses that may stay without a score.
+
+    Raises:
+        SettingsError: an address with a secret in it, a template or table of prices that cannot be read, or a limit on
+            the cost of a model whose price is not known.
     """
 
-    def __init__(
-        self,
-        *,
-        model: str,
-        base_url: str = OPENAI,
-        key_from: str = "OPENAI_API_KEY",
-        mode: Mode = "score",
-        reading: Reading = "text",
-        structured: Literal["auto", "off"] = "auto",
-        template: str | None = None,
-        temperature: Finite | None = 0.0,
-        max_tokens: Count = 16,
-        concurrency: Count = 16,
-        requests_per_minute: Count | None = None,
-        tokens_per_minute: Count | None = None,
-        timeout: Positive = 60.0,
-        deadline: Positive = 600.0,
-        max_replies: Count = 3,
-        batch: bool = False,
-        batch_poll: Positive = 30.0,
-        max_cost: Positive | None = None,
-        prices: str | None = None,
-        max_unscored: Fraction = 0.02,
-    ) -> None:
-        kind = "openai" + (f" t={temperature:g}" if temperature else "")
-        super().__init__(kind, model, mode, reading, template, max_unscored)
-        parts = urlsplit(base_url)
+    model: str
+    base_url: str = neutral(OPENAI)
+    key_from: str = neutral("OPENAI_API_KEY")
+    reading: Reading = "text"
+    structured: Literal["auto", "off"] = neutral("auto")
+    temperature: Finite | None = 0.0
+    max_tokens: Count = neutral(16)
+    concurrency: Count = neutral(16)
+    requests_per_minute: Count | None = neutral(None)
+    tokens_per_minute: Count | None = neutral(None)
+    timeout: Positive = neutral(60.0)
+    deadline: Positive = neutral(600.0)
+    max_replies: Count = neutral(3)
+    batch: bool = neutral(False)
+    batch_poll: Positive = neutral(30.0)
+    max_cost: Positive | None = neutral(None)
+    prices: str | None = neutral(None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SettingsError(f"base_url={base_url}: expected an address such as {OPENAI}")
+            raise SettingsError(f"base_url={self.base_url}: expected an address such as {OPENAI}")
         if parts.username or parts.password or parts.query:
             raise SettingsError(
                 f"base_url: has a name, password or query in it ({parts.scheme}://…@{parts.hostname}); settings are "
                 "written down, so give the plain address, and the key in the environment (judge.key_from)"
             )
-        self.base_url, self.key_from = base_url, key_from
-        self.temperature, self.max_tokens = temperature, max_tokens
-        self.concurrency, self.timeout, self.deadline, self.max_replies = concurrency, timeout, deadline, max_replies
-        self.requests_per_minute, self.tokens_per_minute = requests_per_minute, tokens_per_minute
-        self.batch, self.batch_poll, self.max_cost = batch, batch_poll, max_cost
-        self.prices = price_of(model, prices)
-        if max_cost is not None and self.prices is None:
+        if self._tariff is None and self.max_cost is not None:
             raise SettingsError(
-                f"max_cost={max_cost:g}: there is no price for {model}, so no spend to hold against it; add it to a "
-                "copy of the table and give that in judge.prices"
+                f"max_cost={self.max_cost:g}: there is no price for {self.model}, so no spend to hold against it; add "
+                "it to a copy of the table and give that in judge.prices"
             )
-        self.structured = structured == "auto" and reading == "text"
-        self.limit_name = "max_tokens"
 
-    # --- the request and its reply
+    @property
+    def kind(self) -> str:
+        """``openai``, the temperature if it is not 0, the mode and the reading if it is not of text."""
+        temperature = f" t={self.temperature:g}" if self.temperature else ""
+        return f"openai{temperature} {self.mode}{'' if self.reading == 'text' else f' {self.reading}'}"
 
-    def body(self, question: Question) -> dict[str, Any]:
-        """What is sent for one question."""
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": question.messages,
-            self.limit_name: self.max_tokens,
-        }
-        if self.temperature is not None:
-            body["temperature"] = self.temperature
-        if self.structured:
-            properties = SCHEMAS[self.mode]
-            schema = {
-                "type": "object",
-                "properties": properties,
-                "required": list(properties),
-                "additionalProperties": False,
-            }
-            form = {"name": "verdict", "strict": True, "schema": schema}
-            body["response_format"] = {"type": "json_schema", "json_schema": form}
-        if self.reading == "logprobs":
-            body |= {"logprobs": True, "top_logprobs": 20}
-        return body
+    @property
+    def respondent(self) -> str:
+        """The model by its name at the endpoint."""
+        return self.model
 
-    def read(self, raw: bytes, question: Question) -> Answer:
-        """What a server's reply says; without a value, and with the reason, where it says nothing to rely on."""
-        try:
-            reply = json.loads(raw)
-            choice = reply["choices"][0]
-            text = choice["message"].get("content")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return Answer(None, reply=self.clean(raw[:500].decode("utf-8", "replace")), reason="a broken reply")
-        counted = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
-        tokens_in = _whole(counted.get("prompt_tokens"), tokens_about(question))
-        tokens_out = _whole(counted.get("completion_tokens"), self.max_tokens)
-        cost = None if self.prices is None else self.prices.of(tokens_in, tokens_out, self.batch)
-        value, reason = None, ""
-        shown = text if isinstance(text, str) else str(choice["message"].get("refusal") or "")
-        if choice.get("finish_reason") not in ("stop", None):
-            reason = f"the reply ended by {self.clean(str(choice['finish_reason']))[:100]}"
-        elif not isinstance(text, str):
-            reason = "a refusal, or no text"
-        else:
-            try:
-                value = self._value(text, choice)
-            except ValueError as error:
-                reason = str(error)
-        return Answer(value, self.clean(shown), tokens_in, tokens_out, cost, reason=reason)
+    @cached_property
+    def _tariff(self) -> Price | None:
+        return price_of(self.model, self.prices)
 
-    def _value(self, text: str, choice: Mapping[str, Any]) -> float:
-        if self.reading == "text":
-            return read_score(text) if self.mode == "score" else read_winner(text)
-        try:
-            tokens = [
-                {str(t["token"]): float(t["logprob"]) for t in [token, *token["top_logprobs"]]}
-                for token in choice["logprobs"]["content"]
-            ]
-        except (LookupError, TypeError, ValueError, OverflowError):
-            raise ValueError("the server tells no log-probabilities; set judge.reading=text") from None
-        return expected_score(tokens) if self.mode == "score" else expected_winner(tokens)
+    @cached_property
+    def endpoint(self) -> Endpoint:
+        """Where questions go. What the server refuses is learned once: the check before a run teaches the run."""
+        return Endpoint(
+            self.model,
+            self.base_url,
+            self.key_from,
+            timeout=self.timeout,
+            mode=self.mode,
+            reading=self.reading,
+            structured=self.structured == "auto" and self.reading == "text",
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            tariff=self._tariff,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """What asking one by one has to keep to."""
+        return Limits(
+            concurrency=self.concurrency,
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
+            timeout=self.timeout,
+            deadline=self.deadline,
+            max_replies=self.max_replies,
+            max_cost=self.max_cost,
+            max_unscored=self.max_unscored,
+        )
 
     def price(self, question: Question) -> float | None:
-        """See :class:`~dnpo.judges.asked.questions.Prompted`."""
-        if self.prices is None:
-            return None
-        return self.prices.of(tokens_about(question), self.max_tokens, self.batch)
-
-    def clean(self, text: str) -> str:
-        """Without the key: servers repeat it in their errors."""
-        key = os.environ.get(self.key_from, "")
-        return (text.replace(key, "[key]") if len(key) > 3 else text)[:2000]
+        """US dollars, by the table of prices and about as many tokens as the question has."""
+        return self.endpoint.price(question, batch=self.batch)
 
     # --- before anything is asked
 
@@ -205,7 +163,7 @@ class OpenAI(Prompted):
         return None
 
     def canary(self, ledger: Ledger) -> Canary:
-        """See :class:`~dnpo.judges.Judge`."""
+        """Ask one question that was never asked before, one by one even where the run will ask in batches."""
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {secrets.token_hex(4)}"  # never asked before
         prompt = Prompt("canary", [{"role": "user", "content": f"(check of {stamp}) Name the capital of France."}], "")
         question = (
@@ -213,12 +171,9 @@ class OpenAI(Prompted):
             if self.mode == "score"
             else self._question(prompt, "Paris.", "Oslo.", "ab")
         )
-        patience = copy.copy(self)
-        patience.deadline, patience.batch = min(self.deadline, CANARY_SECONDS), False
-        asking = Asking(patience, [question], ledger, None, 1)
-        reasons = asyncio.run(asking.all())
-        self.structured, self.limit_name = patience.structured, patience.limit_name
-        price = "no price known" if self.prices is None else f"${ledger.cost_of(question.key):.5f}"
+        limits = replace(self.limits, deadline=min(self.deadline, CANARY_SECONDS))
+        reasons = asyncio.run(ask_one_by_one(self.endpoint, limits, [question], ledger, None, 1))
+        price = "no price known" if self._tariff is None else f"${ledger.cost_of(question.key):.5f}"
         if question.key in reasons:
             return Canary(
                 False, f"{self.model} at {self.base_url} gave a right answer no score: {reasons[question.key]}"
@@ -229,35 +184,16 @@ class OpenAI(Prompted):
     # --- asking
 
     def ask(self, questions: Sequence[Question], ledger: Ledger, report: Report, total: int) -> dict[str, str]:
-        """See :class:`~dnpo.judges.asked.questions.Prompted`.
+        """Ask one by one, or in batches.
 
         Raises:
             JudgeError: the endpoint cannot be used at all, ``max_cost`` is reached, or too many calls have failed. What
                 was answered is in the ledger.
         """
         if self.batch:
-            from dnpo.judges.asked.batch import ask_in_batches
-
-            return asyncio.run(ask_in_batches(self, questions, ledger, report))
-        return asyncio.run(Asking(self, questions, ledger, report, total).all())
-
-    def client(self) -> Any:
-        """A client for one event loop. It never tries again by itself."""
-        from openai import AsyncOpenAI
-
-        key = os.environ.get(self.key_from) or "none"
-        return AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=0, timeout=self.timeout)
-
-    def give_way(self, message: str, body: Mapping[str, Any]) -> bool:
-        """Do without what the server refuses by name; false if nothing of the kind was sent."""
-        if "response_format" in body and ("response_format" in message or "json_schema" in message):
-            self.structured = False
-            return True
-        if "max_tokens" in body and "max_completion_tokens" in message:
-            self.limit_name = "max_completion_tokens"
-            return True
-        return False
-
-
-def _whole(value: Any, otherwise: int) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40 else otherwise
+            return asyncio.run(
+                ask_in_batches(
+                    self.endpoint, questions, ledger, report, seconds=self.batch_poll, max_cost=self.max_cost
+                )
+            )
+        return asyncio.run(ask_one_by_one(self.endpoint, self.limits, questions, ledger, report, total))

@@ -11,17 +11,16 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-
-from jinja2 import StrictUndefined
-from jinja2.sandbox import SandboxedEnvironment
 
 from dnpo.errors import SettingsError
 from dnpo.judges import Forecast, Judge
 from dnpo.judges.asked.ledger import Ledger, Question
 from dnpo.records import HUMAN, Message, Prompt, Response, Verdict
-from dnpo.settings import Fraction
+from dnpo.settings import Fraction, neutral, place
 from dnpo.store import Report
 
 Mode = Literal["score", "pairwise"]
@@ -39,6 +38,8 @@ class Template:
 
     def __init__(self, path: Path, mode: Mode) -> None:
         import yaml
+        from jinja2 import StrictUndefined
+        from jinja2.sandbox import SandboxedEnvironment
 
         def broken(problem: object) -> SettingsError:
             return SettingsError(
@@ -78,38 +79,54 @@ class Template:
         self, conversation: Sequence[Message], response: str, second: str = "", answer: str | None = None
     ) -> list[Message]:
         """What to send about one response, or about two."""
-        said = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation)
-        texts = "\0".join([said, response, second])
+        shown = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation)
+        texts = "\0".join([shown, response, second])
         mark = hashlib.sha256(texts.encode()).hexdigest()[:8]
         while mark in texts:
             mark = hashlib.sha256(mark.encode()).hexdigest()[:8]
-        known: dict[str, Any] = {"conversation": said, "mark": mark, "answer": answer}
+        known: dict[str, Any] = {"conversation": shown, "mark": mark, "answer": answer}
         known |= {"response": response} if self.mode == "score" else {"first": response, "second": second}
         return [{"role": role, "content": part.render(known)} for role, part in self._parts.items()]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Prompted(Judge):
     """What judges have in common that are asked in words; see the head of this file.
 
     Args:
-        kind: of judge, as the ledger shows it.
-        model: who is asked.
         mode: ``score`` or ``pairwise``.
-        reading: ``text``, or ``logprobs`` for expected values over the judge's next tokens.
-        template: a file; None takes the shipped one.
-        max_unscored: see :class:`~dnpo.judges.Judge`.
+        template: a file with the question; None takes the shipped one for the mode.
+        max_unscored: share of responses that may stay without a score.
+
+    Raises:
+        SettingsError: the template cannot be used.
     """
 
-    def __init__(
-        self, kind: str, model: str, mode: Mode, reading: Reading, template: str | None, max_unscored: Fraction
-    ) -> None:
-        self.model, self.mode, self.reading, self.max_unscored = model, mode, reading, max_unscored
-        self.template = Template(Path(template) if template else SHIPPED / f"{mode}.yaml", mode)
-        self.kind = f"{kind} {mode}" + (f" {reading}" if reading != "text" else "")
+    mode: Mode = "score"
+    template: str | None = place(None)
+    max_unscored: Fraction = neutral(0.02)
+
+    def __post_init__(self) -> None:
+        _ = self.wording  # a template that cannot be used is refused at once
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The kind of judge with what of its settings can change an answer, as the ledger shows it."""
+
+    @property
+    @abstractmethod
+    def respondent(self) -> str:
+        """Who is asked, as the ledger shows it."""
+
+    @cached_property
+    def wording(self) -> Template:
+        """The template, read once."""
+        return Template(Path(self.template) if self.template else SHIPPED / f"{self.mode}.yaml", self.mode)
 
     def identity(self) -> Mapping[str, Any]:
         """What decides the verdicts: never how, how fast or at what price they are got."""
-        return {"judge": self.kind, "model": self.model, "template": self.template.name}
+        return {"judge": self.kind, "model": self.respondent, "template": self.wording.name}
 
     @abstractmethod
     def ask(self, questions: Sequence[Question], ledger: Ledger, report: Report, total: int) -> dict[str, str]:
@@ -127,9 +144,9 @@ class Prompted(Judge):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """See :class:`~dnpo.judges.Judge`."""
-        asked = self._asked(prompts, responses)
-        questions = {q.key: q for some in asked for q in some}
+        """One verdict a response, from the answers that the ledger has and those that are asked for now."""
+        needed = self.make_questions(prompts, responses)
+        questions = {q.key: q for some in needed for q in some}
         known = ledger.answers(list(questions))
         if known:
             ledger.hit(questions[next(iter(known))], len(known))
@@ -137,20 +154,22 @@ class Prompted(Judge):
         open_ = [q for key, q in questions.items() if key not in known]
         reasons = self.ask(open_, ledger, report, len(questions)) if open_ else {}
         values = ledger.answers(list(questions))
-        return [self._verdict(response, some, values, reasons) for response, some in zip(responses, asked, strict=True)]
+        return [
+            self._verdict(response, some, values, reasons) for response, some in zip(responses, needed, strict=True)
+        ]
 
     def forecast(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]
     ) -> Forecast:
-        """See :class:`~dnpo.judges.Judge`."""
-        questions = {q.key: q for some in self._asked(prompts, responses) for q in some if q.key not in seen}
+        """Count the questions that these verdicts need, and price those that the ledger cannot answer."""
+        questions = {q.key: q for some in self.make_questions(prompts, responses) for q in some if q.key not in seen}
         seen |= set(questions)
         known = ledger.answers(list(questions))
         costs = [self.price(q) for key, q in questions.items() if key not in known]
         priced = [cost for cost in costs if cost is not None]
         return Forecast(len(questions), len(costs), sum(priced) if len(priced) == len(costs) else None)
 
-    def _asked(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[list[Question]]:
+    def make_questions(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[list[Question]]:
         """The questions that each response's verdict needs: one, two, or none where there is nothing to ask."""
         by_id = {p.id: p for p in prompts}
         if self.mode == "score":
@@ -169,8 +188,8 @@ class Prompted(Judge):
         yield self._question(prompt, generated, human, "ba")
 
     def _question(self, prompt: Prompt, response: str, second: str = "", order: str = "") -> Question:
-        messages = self.template.messages(prompt.messages, response, second, prompt.answer)
-        return Question.asking(self.kind, self.model, self.template.name, order, messages)
+        messages = self.wording.messages(prompt.messages, response, second, prompt.answer)
+        return Question.make(self.kind, self.respondent, self.wording.name, order, messages)
 
     def _verdict(
         self,
@@ -213,7 +232,7 @@ def read_score(reply: str) -> float:
     Raises:
         ValueError: says what is wrong.
     """
-    text = _unfenced(reply)
+    text = _strip_fence(reply)
     found = _SCORE.fullmatch(text) or _ALONE.fullmatch(text) or _NAMED.fullmatch(text)
     if found is None:
         problem = "not one whole number alone" if re.search("[0-9]", reply) else "no number"
@@ -230,14 +249,14 @@ def read_winner(reply: str) -> float:
     Raises:
         ValueError: it is anything else.
     """
-    text = _unfenced(reply)
+    text = _strip_fence(reply)
     found = _BETTER.fullmatch(text) or _WINNER.fullmatch(text)
     if found is None:
         raise ValueError("neither A, B nor TIE alone in the reply")
     return {"A": 100.0, "B": 0.0, "TIE": 50.0}[found.group(1).upper()]
 
 
-def _unfenced(reply: str) -> str:
+def _strip_fence(reply: str) -> str:
     text = reply.strip()
     if len(text) > 6 and text.startswith("```") and text.endswith("```"):
         text = text[3:-3].removeprefix("json").strip()
@@ -254,12 +273,12 @@ def expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
     Raises:
         ValueError: the reply is not what :func:`read_score` reads, or does not begin with a number that is one token.
     """
-    said = [next(iter(top)) for top in tokens]
-    number = read_score("".join(said))
-    at = next(i for i, token in enumerate(said) if token.strip())
-    if not re.fullmatch(r"\s*[0-9]+\s*", said[at]):
+    reply = [next(iter(top)) for top in tokens]
+    number = read_score("".join(reply))
+    at = next(i for i, token in enumerate(reply) if token.strip())
+    if not re.fullmatch(r"\s*[0-9]+\s*", reply[at]):
         raise ValueError("the reply does not begin with a number")
-    if int(said[at]) != number:
+    if int(reply[at]) != number:
         raise ValueError("the judge writes a number in several tokens; set judge.reading=text")
     mass: dict[int, float] = {}
     for token, logp in tokens[at].items():
@@ -277,9 +296,9 @@ def expected_winner(tokens: Sequence[Mapping[str, float]]) -> float:
     Raises:
         ValueError: the reply is not what :func:`read_winner` reads, or neither is among the likeliest tokens.
     """
-    said = [next(iter(top)) for top in tokens]
-    read_winner("".join(said))
-    at = next(i for i, token in enumerate(said) if token.strip())
+    reply = [next(iter(top)) for top in tokens]
+    read_winner("".join(reply))
+    at = next(i for i, token in enumerate(reply) if token.strip())
     a, b = (sum(_probability(p) for token, p in tokens[at].items() if token.strip() == name) for name in "AB")
     if not a + b > 0.0:  # NaN included
         raise ValueError("neither A nor B among the likeliest tokens of the reply")

@@ -9,7 +9,10 @@ import re
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
+from typing import ClassVar
 
 from dnpo.errors import SettingsError
 from dnpo.judges import Judge
@@ -23,11 +26,14 @@ class Checker(Judge):
 
     Attributes:
         option: its name as ``judge=…``.
-        expects: what a prompt's answer has to be.
     """
 
-    option: str
-    expects: str
+    option: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def expects(self) -> str:
+        """What a prompt's answer has to be, in words."""
 
     @abstractmethod
     def usable(self, gold: str) -> bool:
@@ -81,6 +87,7 @@ _FINAL = (
 )
 
 
+@dataclass(frozen=True)
 class Numeric(Checker):
     """A number as the final answer, as GSM8K has it.
 
@@ -91,7 +98,12 @@ class Numeric(Checker):
     Numbers are compared exactly, without rounding.
     """
 
-    option, expects = "numeric", "a number"
+    option: ClassVar[str] = "numeric"
+
+    @property
+    def expects(self) -> str:
+        """A number."""
+        return "a number"
 
     def usable(self, gold: str) -> bool:
         """It has a number."""
@@ -99,8 +111,10 @@ class Numeric(Checker):
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
         """The same value."""
-        said = final_number(text)
-        return said is not None and said == gold_number(gold), "" if said is not None else "no number in the response"
+        given = final_number(text)
+        if given is None:
+            return False, "no number in the response"
+        return given == gold_number(gold), ""
 
 
 def numbers(text: str) -> list[Fraction]:
@@ -116,9 +130,9 @@ def final_number(text: str) -> Fraction | None:
     """The number a response ends up with; see :class:`Numeric`."""
     text = _FRACTION.sub(r"\1/\2", text)
     for mark in _FINAL:
-        said = mark.findall(text)
-        if said and numbers(said[-1]):
-            return (numbers(said[-1].rpartition("=")[2]) or numbers(said[-1]))[0]
+        given = mark.findall(text)
+        if given and numbers(given[-1]):
+            return (numbers(given[-1].rpartition("=")[2]) or numbers(given[-1]))[0]
     return next(reversed(numbers(text)), None)
 
 
@@ -130,6 +144,7 @@ def gold_number(answer: str) -> Fraction | None:
 # --- a choice ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Choice(Checker):
     """The letter of one of several choices, named in the prompt.
 
@@ -142,24 +157,44 @@ class Choice(Checker):
             response's running text only capitals and bracketed letters count.
     """
 
-    option = "choice"
+    option: ClassVar[str] = "choice"
 
-    def __init__(self, *, letters: str = "ABCDEFGHIJ") -> None:
-        if not letters.isalnum() or len(set(letters.upper())) != len(letters):
-            raise SettingsError(f"letters={letters}: expected different letters or digits, such as ABCD")
-        self.letters = letters.upper()
-        self.expects = f"one of the letters {letters.upper()}"
-        one = f"([{self.letters}])"
-        alone = rf"[\s*_`\"'(\[]*{one}[\s*_`\"')\].]*"
-        # in running text a small letter is a word ("the answer is a dog"), unless in brackets or the last thing said
-        small = one.lower()
-        self._named = re.compile(
+    letters: str = "ABCDEFGHIJ"
+
+    def __post_init__(self) -> None:
+        if not self.letters.isalnum() or len(set(self.letters.upper())) != len(self.letters):
+            raise SettingsError(f"letters={self.letters}: expected different letters or digits, such as ABCD")
+
+    @property
+    def expects(self) -> str:
+        """One of the letters."""
+        return f"one of the letters {self.letters.upper()}"
+
+    @property
+    def _one(self) -> str:
+        """Matches a letter, as a group."""
+        return f"([{self.letters.upper()}])"
+
+    @cached_property
+    def _named(self) -> re.Pattern[str]:
+        # in running text a small letter is a word ("the answer is a dog"), unless in brackets or at the very end
+        one, small = self._one, self._one.lower()
+        return re.compile(
             r"(?i:\banswer\b[*_]*(?:\s+is\b|\s*:)+|\\boxed\{)\s*(?:(?i:option|choice)\s+)?[\s*_`\"'(\[]*(?:\\text\{)?"
             rf"(?:{one}(?![\w'’])|(?<=\(){small}\)|{small}[\s*_`\"')\].}}]*\Z)"
         )
-        self._alone = re.compile(alone, re.IGNORECASE)
-        self._first = re.compile(rf"\s*[*_]*(?:\({one}\)|\[{one}\]|{one}[).:](?!\w))")
-        self._brackets = re.compile(rf"\({one}\)|\[{one}\]")
+
+    @cached_property
+    def _alone(self) -> re.Pattern[str]:
+        return re.compile(rf"[\s*_`\"'(\[]*{self._one}[\s*_`\"')\].]*", re.IGNORECASE)
+
+    @cached_property
+    def _first(self) -> re.Pattern[str]:
+        return re.compile(rf"\s*[*_]*(?:\({self._one}\)|\[{self._one}\]|{self._one}[).:](?!\w))")
+
+    @cached_property
+    def _brackets(self) -> re.Pattern[str]:
+        return re.compile(rf"\({self._one}\)|\[{self._one}\]")
 
     def usable(self, gold: str) -> bool:
         """It is one of the letters."""
@@ -167,9 +202,9 @@ class Choice(Checker):
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
         """The same letter."""
-        said, meant = self.letter(text), self._alone.fullmatch(gold)
+        given, meant = self.letter(text), self._alone.fullmatch(gold)
         assert meant is not None
-        return said == meant.group(1).upper(), "" if said else "no choice in the response"
+        return given == meant.group(1).upper(), "" if given else "no choice in the response"
 
     def letter(self, text: str) -> str | None:
         """The letter a response chooses, or None."""
@@ -187,6 +222,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 # --- a text -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Exact(Checker):
     """The whole response is the answer; white space around it does not count.
 
@@ -195,10 +231,14 @@ class Exact(Checker):
             characters that Unicode holds compatible; the usual normalisation for short answers.
     """
 
-    option, expects = "exact", "a text"
+    option: ClassVar[str] = "exact"
 
-    def __init__(self, *, normalised: bool = True) -> None:
-        self.normalised = normalised
+    normalised: bool = True
+
+    @property
+    def expects(self) -> str:
+        """A text."""
+        return "a text"
 
     def usable(self, gold: str) -> bool:
         """Something is left of it."""
@@ -206,8 +246,8 @@ class Exact(Checker):
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
         """The same text."""
-        said = self._form(text)
-        return said == self._form(gold), "" if said else "no answer in the response"
+        given = self._form(text)
+        return given == self._form(gold), "" if given else "no answer in the response"
 
     def _form(self, text: str) -> str:
         return normalise(text) if self.normalised else text.strip()

@@ -23,13 +23,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import IO, ClassVar
 
 from dnpo.errors import JudgeError
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.exact.answers import Checker
 from dnpo.records import Prompt, Response, Verdict
-from dnpo.settings import Count, Positive
+from dnpo.settings import Count, Positive, neutral
 from dnpo.store import Report
 
 # The new process limits itself before it sees any code (a hook between fork and exec is not safe beside threads). It
@@ -61,6 +62,7 @@ main()
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
+@dataclass(frozen=True)
 class UnitTests(Checker):
     """100 points if the tests in the prompt's answer run through after the response's code; see the head of this file.
 
@@ -76,32 +78,35 @@ class UnitTests(Checker):
         workers: responses tested at once.
     """
 
-    option, expects = "code", "a Python program with tests"
-    not_in_key: ClassVar[Sequence[str]] = ("i_know_this_runs_code", "workers")
+    option: ClassVar[str] = "code"
 
-    def __init__(
-        self,
-        *,
-        i_know_this_runs_code: bool = False,
-        timeout: Positive = 10.0,
-        memory_mb: Count = 1024,
-        file_mb: Count = 16,
-        processes: Count = 1,
-        workers: Count = 1,
-    ) -> None:
-        self.allowed, self.timeout, self.workers = i_know_this_runs_code, timeout, workers
-        self.limits = {
-            "RLIMIT_CPU": math.ceil(timeout),
-            "RLIMIT_AS": memory_mb << 20,
-            "RLIMIT_FSIZE": file_mb << 20,
-            "RLIMIT_NPROC": processes,
+    i_know_this_runs_code: bool = neutral(False)
+    timeout: Positive = 10.0
+    memory_mb: Count = 1024
+    file_mb: Count = 16
+    processes: Count = 1
+    workers: Count = neutral(1)
+
+    @property
+    def expects(self) -> str:
+        """A program with tests."""
+        return "a Python program with tests"
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The system's limits on a process, by their names in :mod:`resource`; sizes in bytes, time in seconds."""
+        return {
+            "RLIMIT_CPU": math.ceil(self.timeout),
+            "RLIMIT_AS": self.memory_mb << 20,
+            "RLIMIT_FSIZE": self.file_mb << 20,
+            "RLIMIT_NPROC": self.processes,
             "RLIMIT_NOFILE": 64,
             "RLIMIT_CORE": 0,
         }
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
         """It may run code, on a system that has limits, and every answer is a program."""
-        if not self.allowed:
+        if not self.i_know_this_runs_code:
             return (
                 "judge=code runs programs that a model wrote, as your user, with limits on time, memory, files and "
                 "processes but without a sandbox: they can read your files and use the network. Set "
@@ -120,7 +125,7 @@ class UnitTests(Checker):
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
         """The tests run through."""
-        if not self.allowed:
+        if not self.i_know_this_runs_code:
             raise JudgeError("judge=code: nothing is run unless judge.i_know_this_runs_code=true")
         blocks = _FENCE.findall(text)
         code = blocks[-1] if blocks else text
@@ -129,7 +134,7 @@ class UnitTests(Checker):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """See :class:`~dnpo.judges.Judge`."""
+        """One verdict a response, ``workers`` of them at once."""
         by_id = {p.id: p for p in prompts}
         report.begin(len(responses), "verdicts")
         with ThreadPoolExecutor(self.workers) as pool:
@@ -151,14 +156,14 @@ class UnitTests(Checker):
             stdin.seek(0)
             ended = self._wait(folder, stdin, stdout)
             stdout.seek(0)
-            said = stdout.read(1000).decode("utf-8", "replace")
+            output = stdout.read(1000).decode("utf-8", "replace")
         if ended is None:
             return False, f"not done after {self.timeout:g} s (judge.timeout)"
-        if said == word:
+        if output == word:
             return True, ""
         if ended < 0:
             return False, f"killed by {signal.Signals(-ended).name}"
-        return False, said.splitlines()[0] if said else f"ended before its tests were through (status {ended})"
+        return False, output.splitlines()[0] if output else f"ended before its tests were through (status {ended})"
 
     def _wait(self, folder: str, stdin: IO[bytes], stdout: IO[bytes]) -> int | None:
         """Run to the end, or to the timeout (None), and leave nothing of the session running."""

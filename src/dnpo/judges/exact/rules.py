@@ -7,7 +7,9 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from dnpo.judges import Judge
 from dnpo.judges.asked.ledger import Ledger
@@ -18,10 +20,11 @@ _MARKERS = {"is", "are", "equals", ":"}
 _TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:\.\d+)?|[^\W_]+|:")
 
 
+@dataclass(frozen=True)
 class Rules(Judge):
     """Scores by rule; see the head of this file. Also the measure of the tiny world, so it judges itself there."""
 
-    option = "rules"
+    option: ClassVar[str] = "rules"
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
         """Every prompt must have an answer, with a word or a number in it."""
@@ -52,10 +55,11 @@ class Rules(Judge):
         return 60.0 * correct(prompt, text) + 25.0 * completeness(prompt, text) + form(text)
 
 
+@dataclass(frozen=True)
 class Correct(Rules):
-    """100 points for the right answer and 0 for any other, however it is said: another taste, to measure by."""
+    """100 points for the right answer and 0 for any other, however it is put: another taste, to measure by."""
 
-    option = "correct"
+    option: ClassVar[str] = "correct"
 
     def points(self, prompt: Prompt, text: str) -> float:
         """Of one response: 0 or 100."""
@@ -69,17 +73,17 @@ def correct(prompt: Prompt, text: str) -> bool:
     """
     if prompt.answer is None:
         return False
-    said, answer = _tokens(text), _tokens(prompt.answer)
-    before = said[: len(said) - len(answer)]
-    return bool(answer) and said[len(before) :] == answer and (not before or before[-1] in _MARKERS)
+    tokens, answer = _tokens(text), _tokens(prompt.answer)
+    before = tokens[: len(tokens) - len(answer)]
+    return bool(answer) and tokens[len(before) :] == answer and (not before or before[-1] in _MARKERS)
 
 
-def stated(text: str) -> str:
+def read_answer(text: str) -> str:
     """What a response gives as its answer: the words and numbers after the last "is", "are", "equals" or colon, or all
     of them where there is none of these; "" for a response without any."""
-    said = _tokens(text)
-    last = max((place for place, token in enumerate(said) if token in _MARKERS), default=-1)
-    return " ".join(said[last + 1 :])
+    tokens = _tokens(text)
+    last = max((place for place, token in enumerate(tokens) if token in _MARKERS), default=-1)
+    return " ".join(tokens[last + 1 :])
 
 
 def completeness(prompt: Prompt, text: str) -> float:
@@ -92,12 +96,12 @@ def completeness(prompt: Prompt, text: str) -> float:
 
 def form(text: str) -> float:
     """0, 5, 10 or 15 points for capital, full stop and no stuttering; 0 for an empty response."""
-    said = words(text)
-    if not said:
+    tokens = words(text)
+    if not tokens:
         return 0.0
     capital = text[0].isupper() or text[0].isdigit()
     stop = text.endswith(".") and len(re.findall(r"\.(?!\d)", text)) == 1
-    stutters = any(a == b for a, b in pairwise(said))
+    stutters = any(a == b for a, b in pairwise(tokens))
     return 5.0 * (capital + stop + (not stutters))
 
 

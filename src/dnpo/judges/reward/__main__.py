@@ -1,8 +1,6 @@
-"""``python -m dnpo.judges.reward``: see :mod:`dnpo.judges.reward.reward`."""
+"""``python -m dnpo.judges.reward``: see :mod:`dnpo.commands.reward`."""
 
-from dnpo.judges.reward.reward import main
-
-__all__ = ["main"]
+from dnpo.commands.reward import main
 
 if __name__ == "__main__":
     main()

@@ -8,24 +8,33 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from dnpo.data.seen import seen_as
-from dnpo.errors import DataError, ModelError, NonFiniteLossError
-from dnpo.judges.reward.models import FACTS, SEEN, Ids, Kind, Rewards, classifier, embedding
+from dnpo.errors import DataError, ModelError
+from dnpo.judges.reward.facts import FACTS, SEEN, Kind
+from dnpo.judges.reward.models import Embedding, Rewards, start_classifier
 from dnpo.judges.reward.preferences import Preference, Preferences
-from dnpo.optimise.batches import schedule
+from dnpo.optimise.batches import Batches, Slice
+from dnpo.optimise.parts import Optimisation
+from dnpo.optimise.training import Training
+from dnpo.optimise.training import fit as train
+from dnpo.policy.encoder import Encoder, Ids
 from dnpo.policy.model import device_of
 from dnpo.policy.weights import Weights
 from dnpo.seeding import derive
-from dnpo.settings import Count, Natural, NonNegative, Positive
+from dnpo.settings import Bound, Count, Natural, NonNegative, Positive
 
 WARMUP, CLIP, RESAMPLES = 0.05, 1.0, 2000
+Row = tuple[list[Ids], list[Ids]]  # the chosen and the rejected response, each with its conversation
 
 
 def fit(
@@ -69,24 +78,21 @@ def fit(
     Raises:
         DnpoError: the rows, the base model or the folder cannot be used, or the loss is not finite.
     """
-    from dnpo.running.console import silence_libraries
-
-    silence_libraries()
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ModelError(f"out={out}: there is something already; give a folder that is not there, or an empty one")
-    train, held = data.read()
+    known, held = data.read()
     torch.set_num_threads(threads)
     torch.manual_seed(derive(seed, "reward", "weights"))
     weights = Weights(base, None, None, "base") if Path(base).is_dir() else Weights(None, base, revision, "base")
     where = device_of(device)
     model: Rewards = (
-        classifier(weights, where, max_tokens)
+        start_classifier(weights, where, max_tokens)
         if kind == "model"
-        else embedding(weights, "float32", where, hidden, max_tokens)
+        else Embedding(Encoder(weights, device=where), hidden, max_tokens)
     )
-    rows, left_out = _encoded(model, train)
-    held_rows, held_left_out = _encoded(model, held)
+    rows, left_out = _encode(model, known)
+    held_rows, held_left_out = _encode(model, held)
     kept = [pair for pair in held if not any(model.too_long(row) for row in _pair(model, pair))]
     if not rows or not held_rows:
         raise DataError(
@@ -94,7 +100,15 @@ def fit(
             "another base"
         )
     print(f"{len(rows):,} pairs to train on, {len(held_rows):,} held out by conversation", flush=True)
-    _train(model, rows, epochs, batch_size, lr, weight_decay, seed)
+    how = Optimisation(
+        Bound("torch.optim.AdamW", {"lr": lr, "weight_decay": weight_decay}),
+        epochs=epochs,
+        batch_size=batch_size,
+        warmup=WARMUP,
+        clip=CLIP,
+    )
+    _train(model, rows, how, derive(seed, "reward"))
+    model.model.to(where)  # Lightning leaves it on the CPU
     chosen, rejected = _rewards(model, held_rows)
     center, scale = spread([*chosen, *rejected])
     facts: dict[str, Any] = {
@@ -106,16 +120,16 @@ def fit(
             "base": weights.identity,
             **{"epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "seed": seed},
             **{"pairs": len(rows), "held_out": len(held_rows), "too_long": left_out + held_left_out},
-            **measured(kept, chosen, rejected, derive(seed, "reward", "bootstrap")),
+            **measure(kept, chosen, rejected, derive(seed, "reward", "bootstrap")),
             "training_accuracy": float(np.mean(_wins(*_rewards(model, rows)))),
         },
     }
-    _write(model, facts, [seen_as(pair.messages) for pair in train], folder)
-    print(_shown(facts, folder))
+    _write(model, facts, [seen_as(pair.messages) for pair in known], folder)
+    print(_describe(facts, folder))
     return facts
 
 
-def measured(
+def measure(
     pairs: Sequence[Preference], chosen: Sequence[float], rejected: Sequence[float], seed: int
 ) -> dict[str, Any]:
     """Share of pairs whose chosen response has the greater reward, and the same for length in characters.
@@ -157,54 +171,111 @@ def spread(rewards: Sequence[float]) -> tuple[float, float]:
     return (low + high) / 2, (high - low) / (2 * math.log(3))
 
 
-def _pair(model: Rewards, pair: Preference) -> tuple[list[Ids], list[Ids]]:
+def _pair(model: Rewards, pair: Preference) -> Row:
     return model.encode(pair.messages, pair.chosen), model.encode(pair.messages, pair.rejected)
 
 
-def _encoded(model: Rewards, pairs: Sequence[Preference]) -> tuple[list[tuple[list[Ids], list[Ids]]], int]:
+def _encode(model: Rewards, pairs: Sequence[Preference]) -> tuple[list[Row], int]:
     """The pairs that can be read, and how many cannot."""
     rows = [_pair(model, pair) for pair in pairs]
     fits = [row for row in rows if not any(map(model.too_long, row))]
     return fits, len(rows) - len(fits)
 
 
-def _train(
-    model: Rewards,
-    rows: Sequence[tuple[list[Ids], list[Ids]]],
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    weight_decay: float,
-    seed: int,
-) -> None:
-    groups = schedule(len(rows), batch_size, epochs, derive(seed, "reward"), None)
-    optimizer = torch.optim.AdamW(model.module.parameters(), lr=lr, weight_decay=weight_decay)
-    warm = math.ceil(WARMUP * len(groups))
-    rates = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (warm + 1), (len(groups) - step) / max(len(groups) - warm, 1))
-    )
-    model.module.train()
-    total, steps = 0.0, max(len(groups) // epochs, 1)
-    for step, group in enumerate(groups):
-        rewards_2B = model([rows[i][0] for i in group] + [rows[i][1] for i in group])
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """A micro-batch of B preferences.
+
+    Attributes:
+        rows: their token sequences.
+        ids: their numbers among the training pairs.
+        share: the weight of its mean loss in its step's.
+    """
+
+    rows: tuple[Row, ...]
+    ids: tuple[str, ...]
+    share: float
+
+    @property
+    def tokens(self) -> int:
+        """How many go through the model."""
+        return sum(len(ids) for row in self.rows for side in row for ids in side)
+
+    def to(self, device: torch.device) -> Self:
+        """The same: token ids become tensors when the model reads them, on its device."""
+        return self
+
+
+class BradleyTerry(Training):
+    """The chosen response of a pair is to have the greater reward: −log σ(r⁺ − r⁻) (Bradley and Terry 1952)."""
+
+    policy: Rewards
+    remedy: ClassVar[str] = "lower lr, or look at these pairs"
+
+    def terms(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over the pairs of the micro-batch."""
+        rewards_2B = self.policy([row[0] for row in batch.rows] + [row[1] for row in batch.rows])
         chosen_B, rejected_B = rewards_2B.chunk(2)
         loss = softplus(rejected_B - chosen_B).mean()
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(f"lr={lr:g}: the loss became {float(loss)} at step {step}; lower it")
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.module.parameters(), CLIP)
-        optimizer.step()
-        rates.step()
-        total += loss.item()
-        if (step + 1) % steps == 0:
-            print(f"  epoch {(step + 1) // steps}: loss {total / steps:.4f}", flush=True)
-            total = 0.0
-    model.module.eval()
+        return loss, {"loss": loss}
+
+    def advise(self, short: str, fits: int) -> str:
+        """What to say when a step does not fit into memory."""
+        way = f"batch_size={fits} fits" if fits else "not even one pair fits; give max_tokens=… or a smaller base"
+        return f"step {self.policy_step}: out of memory with {self.optimisation.batch_size} pairs ({short}); {way}"
+
+
+class _Epochs:
+    """Prints the mean loss of every epoch.
+
+    Args:
+        every: steps of an epoch.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every, self.losses, self.epoch = every, list[float](), 0
+
+    def begin(self, total: int, unit: str, done: int = 0) -> None:
+        """Say nothing."""
+
+    def advance(self, amount: int = 1) -> None:
+        """Say nothing."""
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        print(text, flush=True)
+
+    def status(self, text: str) -> None:
+        """Say nothing."""
+
+    def steps(self, rows: list[dict[str, float]]) -> None:
+        """Print a line when an epoch is full."""
+        for row in rows:
+            self.losses.append(row["loss"])
+            if len(self.losses) == self.every:
+                self.epoch += 1
+                print(f"  epoch {self.epoch}: loss {sum(self.losses) / self.every:.4f}", flush=True)
+                self.losses.clear()
+
+
+def _train(model: Rewards, rows: Sequence[Row], how: Optimisation, seed: int) -> None:
+    """Fit the model in place.
+
+    Args:
+        seed: draws the order of the rows.
+    """
+
+    def collate(some: Sequence[Row], piece: Slice) -> PreferenceBatch:
+        return PreferenceBatch(tuple(some), tuple(map(str, piece.rows)), piece.share)
+
+    groups = how.groups(len(rows), seed)
+    training = BradleyTerry(model, how, len(groups), _Epochs(max(len(groups) // how.epochs, 1)))
+    with TemporaryDirectory(prefix="dnpo-reward-") as folder:  # a fit takes minutes: nothing is kept of half of one
+        train(training, Batches(rows, groups, how.rows_at_once, collate), Path(folder))
 
 
 @torch.no_grad()
-def _rewards(model: Rewards, rows: Sequence[tuple[list[Ids], list[Ids]]]) -> tuple[list[float], list[float]]:
+def _rewards(model: Rewards, rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     found = [model([*row]).tolist() for row in rows]
     return [pair[0] for pair in found], [pair[1] for pair in found]
 
@@ -228,7 +299,7 @@ def _write(model: Rewards, facts: dict[str, Any], seen: Sequence[str], folder: P
         raise ModelError(f"out={folder}: cannot be written ({error.strerror or error})") from error
 
 
-def _shown(facts: dict[str, Any], folder: Path) -> str:
+def _describe(facts: dict[str, Any], folder: Path) -> str:
     fitted = facts["fit"]
 
     def percent(name: str) -> str:

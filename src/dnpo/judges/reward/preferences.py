@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dnpo.errors import DataError
 from dnpo.records import Message
@@ -53,7 +53,7 @@ class Preferences:
         """
         try:
             with self.path.open("rb") as stream:
-                rows = [_preference(where, raw) for where, raw in self._parsed(stream)]
+                rows = [_preference(where, raw) for where, raw in self._parse(stream)]
         except OSError as error:
             raise DataError(f"data.path={self.path}: {error.strerror}; expected a file of JSON lines") from error
         sides: tuple[list[Preference], list[Preference]] = ([], [])
@@ -67,7 +67,7 @@ class Preferences:
                 )
         return sides
 
-    def _parsed(self, stream: Any) -> Iterator[tuple[str, Any]]:
+    def _parse(self, stream: IO[bytes]) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 try:
@@ -83,10 +83,10 @@ def _preference(where: str, raw: Any) -> Preference:
         if raw.get(field) is None:
             raise DataError(f"{where}: no {field}; {FORMS} (the row has {', '.join(map(str, raw)) or 'nothing'})")
     given = _turns(where, "prompt", raw["prompt"], "user") if raw.get("prompt") is not None else []
-    before, said = [], []
+    before, responses = [], []
     for field in ("chosen", "rejected"):
         turns = _turns(where, field, raw[field], "assistant")
-        said.append(turns[-1]["content"])
+        responses.append(turns[-1]["content"])
         before.append(turns[:-1])
     if before[0] != before[1]:
         raise DataError(f"{where}: chosen and rejected answer different conversations; expected the same")
@@ -94,9 +94,9 @@ def _preference(where: str, raw: Any) -> Preference:
         raise DataError(f"{where}: no prompt, and chosen has no turns before the response; {FORMS}")
     if given and before[0] and before[0][-len(given) :] != given:
         raise DataError(f"{where}: prompt is not what chosen answers; expected the same turns")
-    if said[0] == said[1]:
+    if responses[0] == responses[1]:
         raise DataError(f"{where}: chosen and rejected are the same; expected a better and a worse response")
-    return Preference(before[0] or given, said[0], said[1])
+    return Preference(before[0] or given, *responses)
 
 
 def _turns(where: str, field: str, value: Any, last: str) -> list[Message]:

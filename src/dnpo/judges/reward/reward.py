@@ -1,30 +1,29 @@
-"""A judge that is a reward model, and the command that fits one to preferences.
-
-    python -m dnpo.judges.reward fit data.path=preferences.jsonl base=FOLDER out=FOLDER
+"""A judge that is a reward model; ``fitting.py`` fits one to preferences.
 
 A reward r has no bounds; its score is 100 · σ((r − center) / scale), which rises strictly with r (until floating point
 gives out, beyond 36 scales from the center), so that who is better by reward is better by score.
 """
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from dnpo.errors import OutOfMemoryError
+from dnpo.errors import OutOfMemoryError, SettingsError
 from dnpo.judges import Canary, Judge
 from dnpo.judges.asked.ledger import Ledger
-from dnpo.judges.reward.models import SEEN, Rewards, facts_of, load
-from dnpo.policy.model import device_of
+from dnpo.judges.reward.facts import FACTS, SEEN, read_facts
 from dnpo.policy.weights import Weights
 from dnpo.records import HUMAN, Prompt, Response, Verdict
-from dnpo.settings import Count, Dtype, Finite, Fraction, Positive, check_values
+from dnpo.settings import Count, Dtype, Finite, Fraction, Positive, neutral, place
 from dnpo.store import Report
 
+if TYPE_CHECKING:
+    from dnpo.judges.reward.models import Rewards
 
+
+@dataclass(frozen=True)
 class Reward(Judge):
     """A sequence classifier of transformers with one output, or what ``fit`` wrote.
 
@@ -41,38 +40,53 @@ class Reward(Judge):
         device: ``auto`` is the GPU if there is one, as for the policy.
         batch_size: rows read at once; it changes nothing but speed, memory and rounding.
         max_unscored: share of responses that may stay without a score.
+
+    Raises:
+        ModelError: there is no such folder, what ``fit`` wrote there cannot be read, or not exactly one of ``path`` and
+            ``name`` is given.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str | None = None,
-        name: str | None = None,
-        revision: str | None = None,
-        center: Finite | None = None,
-        scale: Positive | None = None,
-        max_tokens: Count | None = None,
-        dtype: Dtype = "float32",
-        device: str = "auto",
-        batch_size: Count = 16,
-        max_unscored: Fraction = 0.02,
-    ) -> None:
-        fitted = path is not None and name is None
-        marker = "reward.json" if fitted and Weights.has(cast(str, path), "reward.json") else "config.json"
-        self.weights = Weights(path, name, revision, marker=marker)
-        facts = facts_of(self.weights)
-        self.center = facts.get("center", 0.0) if center is None else center
-        self.scale = facts.get("scale", 1.0) if scale is None else scale
-        self.max_tokens, self.dtype, self.device, self.batch_size = max_tokens, dtype, device_of(device), batch_size
-        self.max_unscored = max_unscored
+    path: str | None = place(None)
+    name: str | None = None
+    revision: str | None = None
+    center: Finite | None = None
+    scale: Positive | None = None
+    max_tokens: Count | None = None
+    dtype: Dtype = "float32"
+    device: str = neutral("auto")
+    batch_size: Count = neutral(16)
+    max_unscored: Fraction = neutral(0.02)
+
+    def __post_init__(self) -> None:
+        _ = self.curve  # a folder that cannot be used is refused at once
+
+    @cached_property
+    def weights(self) -> Weights:
+        """Where the model is."""
+        fitted = self.path is not None and self.name is None and Weights.has(self.path, FACTS)
+        return Weights(self.path, self.name, self.revision, marker=FACTS if fitted else "config.json")
+
+    @cached_property
+    def curve(self) -> tuple[float, float]:
+        """Center and scale by which rewards become scores: those set, else those that ``fit`` found, else 0 and 1."""
+        facts = read_facts(self.weights)
+        center = facts.get("center", 0.0) if self.center is None else self.center
+        return center, facts.get("scale", 1.0) if self.scale is None else self.scale
+
+    @cached_property
+    def _device(self) -> str:
+        from dnpo.policy.model import device_of
+
+        return device_of(self.device)
 
     def identity(self) -> Mapping[str, Any]:
         """What decides the verdicts: never where the model lies or how fast it is read."""
+        center, scale = self.curve
         return {
             "judge": "reward",
             "model": self.weights.identity,
-            "center": self.center,
-            "scale": self.scale,
+            "center": center,
+            "scale": scale,
             "dtype": self.dtype,
             "max_tokens": self.max_tokens,
         }
@@ -84,18 +98,26 @@ class Reward(Judge):
             return frozenset()
         return frozenset((self.weights.folder / SEEN).read_text(encoding="utf-8").split())
 
+    def accepts(self, prompts: Sequence[Prompt]) -> str | None:
+        """Any prompt, where there is such a device."""
+        try:
+            _ = self._device
+        except SettingsError as error:
+            return f"judge.{error}"
+        return None
+
     def canary(self, ledger: Ledger) -> Canary:
-        """See :class:`~dnpo.judges.Judge`: whether the model can be loaded and gives a score."""
+        """Judge one response: can the model be loaded, and does it give a score?"""
         prompt = Prompt("canary", [{"role": "user", "content": "Name the capital of France."}], "")
         (verdict,) = self._verdicts([prompt], [Response("canary", HUMAN, "Paris.", [], 0, "eos")], None)
         if verdict.score is None:
             return Canary(False, f"{self.weights.shown}: {verdict.reason}")
-        return Canary(True, f"the reward model gives {verdict.score:.1f} to a right answer on {self.device}")
+        return Canary(True, f"the reward model gives {verdict.score:.1f} to a right answer on {self._device}")
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """See :class:`~dnpo.judges.Judge`.
+        """One verdict a response; the longest are read first.
 
         Raises:
             ModelError: the reward model cannot be used.
@@ -107,8 +129,10 @@ class Reward(Judge):
     def _verdicts(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], report: Report | None
     ) -> list[Verdict]:
+        from dnpo.judges.reward.models import load
+
         by_id = {p.id: p for p in prompts}
-        model = load(self.weights, self.dtype, self.device, self.max_tokens)
+        model = load(self.weights, self.dtype, self._device, self.max_tokens)
         rows = [model.encode(by_id[r.id].messages, r.text) for r in responses]
         verdicts: dict[int, Verdict] = {}
 
@@ -124,17 +148,19 @@ class Reward(Judge):
         size = self.batch_size if model.batches else 1
         for some in (row[start : start + size] for start in range(0, len(row), size)):
             for i, reward in zip(some, self._rewards(model, [rows[i] for i in some]), strict=True):
-                score = points(reward, self.center, self.scale) if math.isfinite(reward) else None
+                score = points(reward, *self.curve) if math.isfinite(reward) else None
                 settle(i, score, "" if score is not None else "the reward is not a finite number")
         return [verdicts[i] for i in range(len(responses))]
 
-    @torch.no_grad()
-    def _rewards(self, model: Rewards, rows: Sequence[Any]) -> list[float]:
+    def _rewards(self, model: "Rewards", rows: Sequence[Any]) -> list[float]:
+        import torch
+
         try:
-            return cast(list[float], model(rows).tolist())
+            with torch.no_grad():
+                return cast(list[float], model(rows).tolist())
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
-                f"judge.batch_size={self.batch_size}: {len(rows)} rows do not fit into the memory of {self.device}; "
+                f"judge.batch_size={self.batch_size}: {len(rows)} rows do not fit into the memory of {self._device}; "
                 "lower it"
             ) from error
 
@@ -143,36 +169,3 @@ def points(reward: float, center: float, scale: float) -> float:
     """100 · σ((reward − center) / scale)."""
     x = (reward - center) / scale
     return 100.0 / (1.0 + math.exp(-x)) if x >= 0 else 100.0 * math.exp(x) / (1.0 + math.exp(x))
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
-
-USAGE = (
-    "usage: python -m dnpo.judges.reward fit data.path=FILE base=FOLDER out=FOLDER [key=value …]; conf/reward.yaml has "
-    "all settings"
-)
-
-
-def main() -> None:
-    """``python -m dnpo.judges.reward fit``."""
-    from dnpo.commands import common as command
-
-    if sys.argv[1:2] != ["fit"]:
-        print(USAGE, file=sys.stderr)
-        sys.exit(2)
-    sys.argv = [sys.argv[0], *sys.argv[2:]]
-    command.run("reward", _fit, "Nothing is written.")
-
-
-def _fit(cfg: Any, job: Any) -> None:
-    from dnpo.commands import common as command
-    from dnpo.judges.reward.fitting import fit
-    from dnpo.judges.reward.preferences import Preferences
-
-    tree = command.plain(cfg)
-    data = Preferences(**check_values("data", Preferences, tree.pop("data")))
-    fit(data, **check_values("", fit, tree))
-
-
-if __name__ == "__main__":
-    main()

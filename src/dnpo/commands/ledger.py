@@ -1,0 +1,43 @@
+"""``python -m dnpo.ledger [FILE]``: calls, hits and spend of the judges, by judge, run and month."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dnpo.errors import LedgerError
+from dnpo.judges.asked.ledger import Ledger, sum_by
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m dnpo.ledger", description="Calls, hits and spend of the judges.")
+    parser.add_argument("file", nargs="?", default="ledger.sqlite", help="the ledger (default: ledger.sqlite)")
+    path = Path(parser.parse_args().file)
+    if not path.is_file():
+        print(f"error: {path}: there is no such file; give the ledger of your runs (setting ledger=…)", file=sys.stderr)
+        sys.exit(1)
+    try:
+        with Ledger(path) as ledger:
+            rows = ledger.rows()
+    except LedgerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    console = Console(highlight=False)
+    console = Console(highlight=False, width=max(console.width, 140))
+    for title, names in (("By judge", ("judge", "model")), ("By run", ("run",)), ("By month", ("month",))):
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in names:
+            table.add_column(name, overflow="fold")
+        for name in ("calls", "failed", "hits", "tokens in", "tokens out", "US dollars"):
+            table.add_column(name, justify="right", no_wrap=True)
+        groups = sum_by(rows, *names)
+        for row in [*groups, {**dict.fromkeys(names, "all"), **sum_by(rows)[0]}] if groups else []:
+            money = f"{row['cost']:,.4f}" + (" + unpriced" if row["unpriced"] else "")
+            counts = [f"{row[name]:,}" for name in ("calls", "failed", "hits", "tokens_in", "tokens_out")]
+            table.add_row(*(str(row[name]) for name in names), *counts, money)
+        console.print(table)
+        console.print()
+    console.print("hits: questions answered from here instead of asked again; failed: replies that gave no verdict.")

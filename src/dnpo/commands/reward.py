@@ -1,0 +1,45 @@
+"""The command ``python -m dnpo.judges.reward fit``: fit a reward model to preferences.
+
+    python -m dnpo.judges.reward fit data.path=preferences.jsonl base=FOLDER out=FOLDER
+
+The settings are ``conf/reward.yaml``.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from dnpo.commands import common as command
+from dnpo.judges.reward.preferences import Preferences
+from dnpo.settings import check_values
+
+USAGE = (
+    "usage: python -m dnpo.judges.reward fit data.path=FILE base=FOLDER out=FOLDER [key=value …]; conf/reward.yaml has "
+    "all settings"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m dnpo.judges.reward``; its one word is ``fit``.
+
+    Args:
+        arguments: of the command; None takes those of the process.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] != ["fit"]:
+        print(USAGE, file=sys.stderr)
+        sys.exit(2)
+    command.run("reward", _fit, "Nothing is written.", arguments=given[1:])
+
+
+def _fit(cfg: DictConfig, job: Any) -> None:
+    tree = command.plain(cfg)
+    data = Preferences(**check_values("data", Preferences, tree.pop("data")))
+
+    from dnpo.judges.reward.fitting import fit
+
+    settings = check_values("", fit, tree)
+    command.prepare_torch(settings["threads"])
+    fit(data, **settings)

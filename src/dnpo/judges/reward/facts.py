@@ -1,0 +1,30 @@
+"""What ``fit`` writes beside a reward model's weights, and reading it; nothing heavy is needed for that."""
+
+import json
+from typing import Any, Literal
+
+from dnpo.errors import ModelError
+from dnpo.policy.weights import Weights
+
+Kind = Literal["model", "embedding"]
+FACTS, SEEN = "reward.json", "prompts_seen.txt"
+
+
+def read_facts(weights: Weights) -> dict[str, Any]:
+    """What ``fit`` wrote beside the weights; empty for a model from elsewhere.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    if weights.folder is None or not (weights.folder / FACTS).is_file():
+        return {}
+    try:
+        facts = json.loads((weights.folder / FACTS).read_text(encoding="utf-8"))
+        if facts["kind"] not in ("model", "embedding") or not float(facts["scale"]) > 0:
+            raise ValueError(f"kind {facts['kind']!r}, scale {facts['scale']!r}")
+        return {**facts, "center": float(facts["center"]), "scale": float(facts["scale"])}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ModelError(
+            f"{weights.shown}: its {FACTS} cannot be used ({error}); expected kind, center and scale as `python -m "
+            "dnpo.judges.reward fit` writes them"
+        ) from error

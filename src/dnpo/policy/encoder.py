@@ -1,0 +1,135 @@
+"""Sentence encoders: frozen transformers that make a text one vector.
+
+Shapes: B texts, T tokens, H width of an embedding.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from dnpo.errors import ModelError
+from dnpo.policy.weights import Weights, context_of
+from dnpo.settings import Dtype
+
+PARTS = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that Encoder reproduces
+SETTINGS = "sentence_bert_config.json"
+Ids = tuple[int, ...]
+
+
+class Encoder:
+    """A frozen encoder. A text becomes the mean of its last hidden states over its tokens, scaled to length 1.
+
+    Args:
+        weights: a folder of transformers, or a name on the hub.
+        dtype: of the weights; embeddings are float32 whatever it is.
+        device: where it runs.
+
+    Attributes:
+        limit: tokens that it can read at once; None where there is no limit.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+
+    def __init__(self, weights: Weights, dtype: Dtype = "float32", device: str = "cpu") -> None:
+        loaded = weights.load(AutoModel, dtype=getattr(torch, dtype), use_safetensors=True)
+        self.model, self.tokenizer = loaded.to(device).eval().requires_grad_(False), weights.load(AutoTokenizer)
+        self.limit = context_of(self.model, self.tokenizer)
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding, H."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def encode(self, text: str, longest: int | None = None) -> Ids:
+        """The tokens of a text, cut to so many if that is given."""
+        return tuple(self.tokenizer(text, truncation=longest is not None, max_length=longest)["input_ids"])
+
+    @torch.no_grad()
+    def embed(self, rows: Sequence[Ids], at_once: int) -> dict[Ids, Tensor]:
+        """Embed token sequences. Those of one length are read together and none is padded, so that no text changes
+        another's embedding by more than rounding; with one at a time, not at all.
+
+        Args:
+            rows: token sequences. One without any token has the embedding 0.
+            at_once: sequences of one length that go through the encoder together, at most.
+
+        Returns:
+            The embedding of each different sequence, on the encoder's device; shape H.
+        """
+        by_length: dict[int, list[Ids]] = {}
+        for ids in dict.fromkeys(rows):
+            by_length.setdefault(len(ids), []).append(ids)
+        found: dict[Ids, Tensor] = {}
+        for alike in by_length.values():
+            for start in range(0, len(alike), at_once):
+                some = alike[start : start + at_once]
+                found |= zip(some, self._embed(torch.tensor(some, dtype=torch.long)), strict=True)
+        return found
+
+    def _embed(self, ids_BT: Tensor) -> Tensor:
+        device = self.model.device
+        if not ids_BT.shape[1]:
+            return torch.zeros(len(ids_BT), self.width, device=device)
+        hidden_BTH = self.model(input_ids=ids_BT.to(device)).last_hidden_state
+        return nn.functional.normalize(hidden_BTH.float().mean(1), dim=-1)
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+class SentenceBert:
+    """Embeddings of texts as sentence-transformers makes them for models such as all-MiniLM-L6-v2.
+
+    A folder of that library says at how many tokens a text is cut; any folder of transformers will do.
+
+    Args:
+        path: the folder.
+        device: where the encoder runs.
+        at_once: texts of one length that are read together, at most.
+
+    Attributes:
+        label: the model, how its embedding is made, and where texts are cut.
+
+    Raises:
+        ModelError: it cannot be loaded, or it says that an embedding is made in another way.
+    """
+
+    def __init__(self, path: str, device: str = "cpu", at_once: int = 64) -> None:
+        weights = Weights(path, None, None, "encoder")
+        pooling = _read_json(weights, "1_Pooling/config.json")
+        mean = pooling.get("pooling_mode_mean_tokens", pooling.get("pooling_mode", "mean") == "mean")
+        kinds = {str(module["type"]).rsplit(".", 1)[-1] for module in _read_json(weights, "modules.json").values()}
+        if not mean or kinds - PARTS:
+            raise ModelError(
+                f"{weights.shown}: its embedding is not the mean over tokens; expected an encoder for which it is, "
+                "such as sentence-transformers/all-MiniLM-L6-v2"
+            )
+        self.encoder, self.at_once = Encoder(weights, device=device), at_once
+        limits = [self.encoder.limit, _read_json(weights, SETTINGS).get("max_seq_length")]
+        self.longest = min((limit for limit in limits if limit), default=None)
+        self.label = f"{weights.label}|mean|{self.longest} tokens"
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings on the CPU, texts × width."""
+        rows = [self.encoder.encode(text, self.longest) for text in texts]
+        known = self.encoder.embed(rows, self.at_once)
+        return torch.stack([known[ids] for ids in rows]).cpu()
+
+
+def _read_json(weights: Weights, file: str) -> dict[str, Any]:
+    """A file of sentence-transformers beside the weights; empty where there is none."""
+    if weights.folder is None or not (weights.folder / file).is_file():
+        return {}
+    try:
+        found = json.loads((weights.folder / file).read_text(encoding="utf-8"))
+        return dict(enumerate(found) if isinstance(found, list) else found)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{weights.shown}: its {file} cannot be read ({error})") from error

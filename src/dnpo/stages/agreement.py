@@ -1,0 +1,75 @@
+"""How far a judge agrees with people, as stages in the store.
+
+A rerun finds the verdicts and what was made of them, and a run with the same judge shows its agreement in its summary.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dnpo.judges import Judge, tally
+from dnpo.judges.agreement import compare, judge_both
+from dnpo.judges.agreement.rows import Comparison, Labelled
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.records import Verdict, read, write
+from dnpo.settings import part_key
+from dnpo.store import MANIFEST, Report, Stage, Store, manifest, write_json
+
+STAGE, VERSION = "agreement", 1
+POINTS = "points.json"
+
+
+def verdicts(judge: Judge, data: Labelled, rows: Sequence[Comparison], ledger: Ledger) -> Stage:
+    """The judge's verdicts on both responses of every row."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        found = judge_both(judge, rows, ledger, report)
+        write(folder / "verdicts.parquet", found, Verdict)
+        return tally(found)
+
+    settings = {"judge": part_key(judge), "data": data.content()}
+    return Stage("verdicts", "verdicts", 1, settings, {}, work)
+
+
+def agreement(
+    judge: Judge, data: Labelled, rows: Sequence[Comparison], verdicts: Stage, resamples: int, seed: int
+) -> Stage:
+    """What the verdicts have to do with those of people; the measures are the stage's facts."""
+
+    def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
+        given = read(inputs["verdicts"] / "verdicts.parquet", Verdict)
+        facts, points = compare(rows, given, pairwise, resamples, seed)
+        write_json(folder / POINTS, points)
+        return {"data": data.path.name, **facts}
+
+    pairwise = getattr(judge, "mode", "score") == "pairwise"
+    settings = {"judge": part_key(judge), "data": data.content(), "resamples": resamples, "seed": seed}
+    return Stage(STAGE, "agreement with people", VERSION, settings, {"verdicts": verdicts}, work)
+
+
+def known_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the store knows of a judge's agreement with people: one entry for each set of rows, the newest of each.
+
+    Args:
+        judge_key: see :func:`dnpo.settings.part_key`.
+    """
+    wanted = json.loads(json.dumps(judge_key))
+    newest: dict[str, dict[str, Any]] = {}
+    for path in (store.root / STAGE).glob(f"*/{MANIFEST}"):
+        if path.parent.suffix == ".partial":
+            continue
+        content = manifest(path.parent)
+        data = content["settings"]["data"]
+        if content["version"] != VERSION or content["settings"]["judge"] != wanted:
+            continue
+        if data not in newest or content["started"] > newest[data]["started"]:
+            newest[data] = content
+    return [_entry(content) for content in sorted(newest.values(), key=lambda content: str(content["facts"]["data"]))]
+
+
+def _entry(content: Mapping[str, Any]) -> dict[str, Any]:
+    facts = content["facts"]
+    kept = ("accuracy", "kappa", "kappa_between_persons", "length_bias", "flips")
+    shown = {name: facts["measures"][name] for name in kept}
+    return {"data": facts["data"], "stage": f"{STAGE}/{content['key']}", "unscored": facts["unscored"], **shown}

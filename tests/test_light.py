@@ -1,0 +1,95 @@
+"""What is imported before there is something to compute: settings are answered at once, without torch and the like."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dnpo.settings import conf_folder
+
+HEAVY = ["torch", "transformers", "openai", "httpx2", "numpy", "scipy", "pyarrow", "safetensors", "huggingface_hub"]
+MODULES = [
+    "dnpo.settings",
+    "dnpo.records",
+    "dnpo.store",
+    "dnpo.policy.base",
+    "dnpo.policy.lora",
+    "dnpo.policy.weights",
+    "dnpo.optimise.parts",
+    "dnpo.judges",
+    "dnpo.judges.off",
+    "dnpo.judges.longer",
+    "dnpo.judges.ensemble",
+    "dnpo.judges.exact.answers",
+    "dnpo.judges.exact.code",
+    "dnpo.judges.exact.rules",
+    "dnpo.judges.asked.ledger",
+    "dnpo.judges.asked.questions",
+    "dnpo.judges.asked.prices",
+    "dnpo.judges.asked.endpoint",
+    "dnpo.judges.asked.asking",
+    "dnpo.judges.asked.batch",
+    "dnpo.judges.asked.openai",
+    "dnpo.judges.asked.hf",
+    "dnpo.judges.reward.facts",
+    "dnpo.judges.reward.preferences",
+    "dnpo.judges.reward.reward",
+]
+IMPORT = """
+import importlib, json, sys
+heavy, modules = json.loads(sys.argv[1])
+found, known = {}, set()
+for module in modules:
+    importlib.import_module(module)
+    found[module] = [name for name in heavy if name in sys.modules and name not in known]
+    known |= set(found[module])
+print(json.dumps(found))
+"""
+NEEDED = {
+    "openai": ["judge.model=x"],
+    "hf": ["judge.path=model"],
+    "reward": ["judge.path=model"],
+}
+BUILD = """
+import json, sys
+from hydra import compose, initialize_config_dir
+from dnpo.commands.common import plain
+from dnpo.settings import build, check
+heavy, conf, options = json.loads(sys.argv[1])
+found = {}
+for option, more in options.items():
+    with initialize_config_dir(conf, version_base="1.3"):
+        settings = plain(compose("train", overrides=[f"judge={option}", *more]))["judge"]
+    build("judge", check("judge", settings))
+    found[option] = [name for name in heavy if name in sys.modules]
+print(json.dumps(found))
+"""
+
+
+def found_by(script: str, given: object, folder: Path) -> dict[str, list[str]]:
+    """What a new process says, as it knows nothing of what the tests have imported."""
+    command = [sys.executable, "-c", script, json.dumps(given)]
+    result = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    found: dict[str, list[str]] = json.loads(result.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What each module is the first to bring along."""
+    return found_by(IMPORT, [HEAVY, MODULES], tmp_path_factory.mktemp("light"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_of_settings_imports_nothing_heavy(module: str, imported: dict[str, list[str]]) -> None:
+    assert imported[module] == []
+
+
+def test_every_judge_is_built_without_anything_heavy(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    options = {path.stem: NEEDED.get(path.stem, []) for path in sorted((conf_folder() / "judge").glob("*.yaml"))}
+    assert found_by(BUILD, [HEAVY, str(conf_folder()), options], tmp_path) == {option: [] for option in options}
