@@ -404,10 +404,10 @@ def test_free_memory_is_what_the_device_says(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("optimizer", "copies"),
     [
-        (partial(torch.optim.RMSprop, lr=0.1), 1),
-        (partial(torch.optim.RMSprop, lr=0.1, momentum=0.9), 2),
-        (partial(torch.optim.AdamW, lr=0.1), 2),
-        (partial(torch.optim.SGD, lr=0.1), 0),
+        (torch_optimizer("RMSprop", lr=0.1), 1),
+        (torch_optimizer("RMSprop", lr=0.1, momentum=0.9), 2),
+        (torch_optimizer("AdamW", lr=0.1), 2),
+        (torch_optimizer("SGD", lr=0.1), 0),
     ],
 )
 def test_what_an_optimizer_keeps(optimizer: Any, copies: int) -> None:
@@ -415,7 +415,7 @@ def test_what_an_optimizer_keeps(optimizer: Any, copies: int) -> None:
 
 
 def test_optimizer_that_cannot_be_tried_is_taken_for_adam() -> None:
-    assert machine.state_copies(partial(torch.optim.LBFGS)) == 2  # its step needs a closure
+    assert machine.state_copies(torch_optimizer("LBFGS")) == 2  # its step needs a closure
 
 
 def trained_by(**settings: Any) -> PairOptimisation:
@@ -558,12 +558,12 @@ def test_gate_of_a_plain_run_passes_with_every_line(tmp_path: Path) -> None:
 def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
     """Through the run's own parts: each check is given what the run would use."""
     run, iterations = laid_out()
-    data = run.data.value.read()[0]
+    data = run.data.read()[0]
     leak = {**data, "test": [replace(data["train"][0], id="leak"), *data["test"]]}
     own = Asked(Canary(True, "says 100"))
     own.seen = {seen_as(data["test"][1].messages)}
     source = type("Source", (), {**_limits(run), "read": lambda self: (leak, {})})()
-    run = replace(run, data=replace(run.data, value=source), judge=replace(run.judge, value=own))
+    run = replace(run, data=source, judge=own)
     levels = {f.name: f.level for f in gate(run, iterations, Store(tmp_path))}
     assert levels["overlap with test"] == "stop"
     assert levels["prompts of the judge"] == "warn"
@@ -572,7 +572,7 @@ def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
 
 
 def _limits(run: Run) -> dict[str, Any]:
-    return {name: getattr(run.data.value, name) for name in ("max_prompt_tokens", "max_response_tokens")} | {
+    return {name: getattr(run.data, name) for name in ("max_prompt_tokens", "max_response_tokens")} | {
         "long_responses": "cut",
         "drawn_with_replacement": False,
     }
@@ -581,7 +581,7 @@ def _limits(run: Run) -> dict[str, Any]:
 def test_canary_is_asked_once_and_only_for_what_is_to_do(tmp_path: Path) -> None:
     run, iterations = laid_out()
     own = Asked(Canary(True, "says 100"))
-    run, store = replace(run, judge=replace(run.judge, value=own)), Store(tmp_path)
+    run, store = replace(run, judge=own), Store(tmp_path)
     assert gate(run, iterations, store)[-1] == Finding("judge", "pass", "says 100")
     assert own.asked == 1
     for iteration in iterations:
@@ -613,7 +613,7 @@ def local(tmp_path: Path) -> Path:
     """A small model as transformers keeps it."""
     folder = tmp_path / "model"
     model = Scratch(width=32, layers=1, heads=2, mlp=48, context=96, lora=Lora())
-    model.base(folder, composed().data.value.read()[0]["train"])
+    model.base(folder, composed().data.read()[0]["train"])
     return folder
 
 
@@ -655,8 +655,8 @@ def test_model_that_cannot_be_read_stops(local: Path, tmp_path: Path) -> None:
 def test_needs_shrink_with_what_is_there(tmp_path: Path) -> None:
     run, iterations = laid_out("npo.cache_hidden=on")
     store = Store(tmp_path)
-    model = run.model.value
-    model.base(tmp_path / "model", run.data.value.read()[0]["train"])
+    model = run.model
+    model.base(tmp_path / "model", run.data.read()[0]["train"])
 
     def wanted() -> dict[str, str]:
         found = needs.findings(run, iterations, store, COUNTS, model.outline(tmp_path / "model"), tmp_path / "model")
@@ -735,7 +735,7 @@ def test_stop_is_an_error_that_lists_all_of_them(everything: bool, tmp_path: Pat
     """So that the command ends with status 1, also with check=true."""
     run, iterations = laid_out("judge=off", "data.max_prompt_tokens=2")
     with pytest.raises(SettingsError) as caught:
-        pass_gate(run, iterations, Store(tmp_path), Console(), everything)
+        pass_gate(run, iterations, Store(tmp_path), Console(), everything, 1)
     said = str(caught.value)
     assert "labels: dsl labels by score" in said
     assert "Change judge=…, or dsl=off" in said

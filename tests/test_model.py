@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from dnpo.errors import ModelError
-from dnpo.policy import model as module
+from dnpo.policy import loading
 from dnpo.policy.base import Pretrained
 from dnpo.policy.loading import load
 from dnpo.policy.lora import Lora
@@ -146,7 +146,7 @@ def test_a_model_that_does_more_than_it_says_is_refused_by_name(
 ) -> None:
     model: Any = kind(make_policy().causal_lm.config)
     with pytest.raises(ModelError, match=message):
-        module._check(Policy(model, world.tokenizer), "here")
+        loading._check(Policy(model, world.tokenizer), "here")
     assert model.config._attn_implementation == ATTENTION
 
 
@@ -600,7 +600,7 @@ def test_scores_are_made_in_batches_of_so_many_tokens(
         return real(self, batch)
 
     monkeypatch.setattr(Policy, "hidden", hidden)
-    monkeypatch.setattr(module.by_length, "__defaults__", (100,))
+    monkeypatch.setattr(by_length, "__defaults__", (100,))
     assert policy.score(prompts, human) == pytest.approx(expected, abs=1e-4)
     assert sum(seen) == sum(map(len, prompts)) + sum(map(len, human))
     assert max(seen) <= 100

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dnpo.optimise import npo
 from dnpo.optimise.npo import FixedModule, NoiseModule, OffsetModule, Rejected, SilentModule, TrainableModule, _Draw
 from dnpo.optimise.objective import NoisyReference, PairLogps, Terms, logistic, two_player
+from dnpo.optimise.parts import FixedNoise, Noise, TrainableNoise
 from dnpo.policy import logprobs
 from dnpo.policy.logprobs import Head
 
@@ -458,22 +459,22 @@ def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- ε ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [TrainableModule, FixedModule])
+@pytest.mark.parametrize("part", [TrainableNoise(), FixedNoise()], ids=["trainable", "fixed"])
 @pytest.mark.usefixtures("whole")
-def test_the_two_terms_meet_different_noise(problem: Problem, kind: type[NoiseModule]) -> None:
+def test_the_two_terms_meet_different_noise(problem: Problem, part: Noise) -> None:
     """ε and ε′ are independent: with one shared draw the noise would be trained on what the policy just met."""
-    noisy, _ = problem.through(kind(HIDDEN, VOCABULARY), seed=0)
+    noisy, _ = problem.through(part.module(HIDDEN, VOCABULARY), seed=0)
     assert bool((noisy.policy_B != noisy.noise_B)[SOME].all())
     many = Problem(lengths=(1,) * 4000, seed=1)
-    noisy, _ = many.through(kind(HIDDEN, VOCABULARY), seed=0)
+    noisy, _ = many.through(part.module(HIDDEN, VOCABULARY), seed=0)
     shifts = torch.stack([noisy.policy_B, noisy.noise_B.detach()]) - many.clean_B
     assert abs(float(torch.corrcoef(shifts)[0, 1])) < 0.07  # 4.4 standard errors
 
 
-@pytest.mark.parametrize("kind", [TrainableModule, FixedModule])
-def test_same_seed_same_noise(problem: Problem, kind: type[NoiseModule]) -> None:
+@pytest.mark.parametrize("part", [TrainableNoise(), FixedNoise()], ids=["trainable", "fixed"])
+def test_same_seed_same_noise(problem: Problem, part: Noise) -> None:
     """A run repeats exactly, and another seed is another run."""
-    noise = kind(HIDDEN, VOCABULARY)
+    noise = part.module(HIDDEN, VOCABULARY)
     one, again, other = (problem.through(noise, seed)[0] for seed in (0, 0, 1))
     for name in ("policy_B", "noise_B"):
         assert torch.equal(getattr(one, name), getattr(again, name))

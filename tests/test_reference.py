@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import SGD
 
 from dnpo.dsl import HumanChosen
 from dnpo.errors import Declined, DiskError, DnpoError
@@ -19,18 +18,18 @@ from dnpo.generate import Sampling
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.off import NoJudge
 from dnpo.optimise import reference as references
-from dnpo.optimise.npo import FixedNoise, NoNoise, TrainableNoise
-from dnpo.optimise.objective import logistic
-from dnpo.optimise.parts import PairOptimisation
+from dnpo.optimise.objective import PairLogps, logistic
+from dnpo.optimise.parts import Cache, FixedNoise, Logistic, Noise, NoNoise, PairOptimisation, TrainableNoise
 from dnpo.optimise.reference import KeptHidden, keep_hidden, read_scores, score
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
 from dnpo.records import Pair, ReferenceLogps, read
+from dnpo.settings import Bound
 from dnpo.stages import verbs as stages
-from dnpo.stages.verbs import Part, Plan, Run
+from dnpo.stages.plan import Plan, Run
 from dnpo.store import Stage, Store, manifest
-from tests.conftest import Report, World
+from tests.conftest import Report, World, torch_optimizer
 
 MakePolicy = Callable[..., Policy]
 GIGABYTE = 2**30
@@ -275,17 +274,19 @@ def test_a_full_disk_is_an_error_where_they_are_required_and_a_reason_where_not(
 def run_of(
     world: World,
     make_policy: MakePolicy,
-    npo: Part[Any],
+    npo: Noise,
     *,
     lora: int = 0,
     trainer: dict[str, Any] | None = None,
     seed: int = 0,
     weights: int = 0,
     dsl: dict[str, Any] | None = None,
+    objective: Any = Logistic(beta=1.0),  # noqa: B008  # frozen
 ) -> tuple[Run, Stage, Stage, Stage, Stage]:
     """A run of one iteration whose prompts, policy and pairs are there already: a policy drawn from ``weights``."""
     pairs = world.pairs(12)
 
+    @dataclass(frozen=True)
     class Model:
         """Stands for ``model=…``."""
 
@@ -296,24 +297,20 @@ def run_of(
 
             return load(str(base), folder)
 
-    model = Model()
-    model.lora = Lora(rank=lora)
-    settings = {"optimizer": partial(SGD, lr=0.05), "batch_size": 4, "epochs": 2} | (trainer or {})
-    how = PairOptimisation(**settings)
-    nothing: Any = Part(None, {})
+    settings = {"optimizer": torch_optimizer("SGD", lr=0.05), "batch_size": 4, "epochs": 2} | (trainer or {})
+    parts: dict[str, Any] = {"data": None, "sft": None, "generate": Sampling(), "judge": NoJudge()}
     plan = Plan(
         k=0,
-        generate=nothing,
-        judge=nothing,
-        dsl=Part(HumanChosen(), dsl or {}),
-        objective=Part(partial(logistic, beta=1.0), {"beta": 1.0}),
+        generate=parts["generate"],
+        judge=parts["judge"],
+        dsl=HumanChosen(),
+        objective=objective,
         npo=npo,
-        trainer=Part(how, {k: v for k, v in settings.items() if k != "optimizer"}, not_in_key=how.not_in_key),
+        trainer=PairOptimisation(**settings),
     )
-    parts: Any = {"data": nothing, "sft": nothing, "generate": Part(Sampling(), {}), "judge": Part(NoJudge(), {})}
     parts["second_judge"] = parts["judge"]
     parts["ledger"] = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))
-    run = Run(seed=seed, device="cpu", model=Part(model, {}), eval=Part(Evaluation(), {}), plans=[plan], **parts)
+    run = Run(seed=seed, device="cpu", model=Model(Lora(rank=lora)), eval=Evaluation(), plans=[plan], **parts)
 
     def write_base(folder: Path, inputs: Any, report: Any) -> dict[str, Any]:
         make_policy(weights).save(folder / "model")
@@ -332,18 +329,19 @@ def run_of(
     prompts = Stage("prompts", "prompts", 1, {"weights": weights}, {}, write_base)
     policy = Stage("sft", "sft", 1, {}, {"prompts": prompts}, write_policy)
     labelled = Stage("pairs", "pairs", 1, {"dsl": dsl or {}}, {}, write_pairs)
-    scores = stages.reference(run, plan, prompts, policy, labelled)
-    return run, scores, stages.train(run, plan, prompts, policy, labelled, scores), policy, labelled
+    scores = stages.reference(run, plan, prompts=prompts, policy=policy, pairs=labelled)
+    aids = stages.find_aids(run, plan, prompts, policy, labelled)
+    train = stages.optimise(run, plan, prompts=prompts, policy=policy, pairs=labelled, reference=scores, aids=aids)
+    return run, scores, train, policy, labelled
 
 
-def noise(alpha: float = 0.1, cache: str = "off") -> Part[Any]:
+def noise(alpha: float = 0.1, cache: Cache = "off") -> TrainableNoise:
     """Trainable noise, as ``npo=trainable`` configures it."""
-    settings: dict[str, Any] = {"alpha": alpha, "learning_rate": 0.01, "cache_hidden": cache}
-    return Part(partial(TrainableNoise, **settings), settings, not_in_key=TrainableNoise.not_in_key)
+    return TrainableNoise(alpha=alpha, learning_rate=0.01, cache_hidden=cache)
 
 
-PLAIN: Part[Any] = Part(partial(NoNoise), {})
-FIXED: Part[Any] = Part(partial(FixedNoise, cache_hidden="on"), {"cache_hidden": "on"}, FixedNoise.not_in_key)
+PLAIN = NoNoise()
+FIXED = FixedNoise(cache_hidden="on")
 
 
 def test_runs_share_the_reference_of_their_policy_and_pairs(make_policy: MakePolicy, world: World) -> None:
@@ -365,7 +363,7 @@ def test_what_changes_rounding_alone_is_in_no_key(make_policy: MakePolicy, world
     """Memory and time are not the result; what changes the result is in the key."""
     given = partial(run_of, world, make_policy)
 
-    def key(part: Part[Any], **trainer: Any) -> str:
+    def key(part: Noise, **trainer: Any) -> str:
         return given(part, trainer=trainer)[2].key
 
     plain = key(noise())
@@ -494,3 +492,38 @@ def test_runs_share_the_hidden_states(make_policy: MakePolicy, world: World, tmp
     assert len(list(tmp_path.glob("hidden/*/manifest.json"))) == 1
     assert len(list(tmp_path.glob("reference/*/manifest.json"))) == 1
     assert len(list(tmp_path.glob("optimise/*/manifest.json"))) == 3
+
+
+@dataclass(frozen=True)
+class ByTemperature:
+    """The logistic loss by 1/β, with β as a property, or another number by which margins shall be reported."""
+
+    temperature: float
+    reported: float | None = None
+
+    @property
+    def beta(self) -> float:
+        """What margins are reported at."""
+        return 1 / self.temperature if self.reported is None else self.reported
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        """A loss for each pair."""
+        return logistic(policy, reference, beta=1 / self.temperature)
+
+
+def test_margins_are_reported_at_the_beta_of_the_objective(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    """Whether it is a field, a property, or a setting of a function; and no other number is."""
+
+    def steps(objective: Any, name: str) -> list[dict[str, float]]:
+        return final(Store(tmp_path / name), run_of(world, make_policy, noise(), objective=objective)[2])
+
+    known = steps(Logistic(beta=0.25), "field")
+    assert steps(ByTemperature(4.0), "property") == known
+    assert steps(Bound("dnpo.optimise.objective.logistic", {"beta": 0.25}), "function") == known
+    scaled = ["margin/clean", "margin/noisy", "margin/shift", "rewards/chosen", "rewards/rejected"]
+    doubled = steps(ByTemperature(4.0, reported=0.5), "doubled")
+    for ours, theirs in zip(known, doubled, strict=True):
+        assert [theirs[name] for name in scaled] == pytest.approx([2 * ours[name] for name in scaled], rel=1e-5)
+        assert (ours["loss/policy"], ours["logps/chosen"]) == (theirs["loss/policy"], theirs["logps/chosen"])

@@ -11,7 +11,20 @@ import pytest
 
 from dnpo.commands.train import run_name
 from dnpo.errors import SettingsError
-from dnpo.settings import Count, Finite, Fraction, Natural, NonNegative, Positive, Range, check, check_values, nearest
+from dnpo.optimise.parts import PairOptimisation
+from dnpo.settings import (
+    Count,
+    Finite,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Range,
+    build,
+    check,
+    check_values,
+    nearest,
+)
 
 TINY_WORLD = "dnpo.data.tinyworld.TinyWorld"
 
@@ -251,33 +264,43 @@ def test_torch_optimizer_names_are_checked(optimizer: str) -> None:
     """A misspelt learning rate would otherwise train with PyTorch's default without a word."""
     given = {"_target_": optimizer, "_partial_": True, "lr": 1.0e-4}
     assert check("trainer.optimizer", given) == given
-    wrong = {"_target_": optimizer, "_partial_": True, "lrr": 1.0e-4}
-    text = message(lambda: check("trainer.optimizer", wrong))
+    build("trainer.optimizer", given).check("trainer.optimizer")
+    wrong = build("trainer.optimizer", {"_target_": optimizer, "_partial_": True, "lrr": 1.0e-4})
+    text = message(lambda: wrong.check("trainer.optimizer"))
     assert text.startswith("trainer.optimizer.lrr: unknown setting. Did you mean trainer.optimizer.lr")
 
 
 def test_torch_optimizer_inside_a_part() -> None:
     """The same where it really stands: under ``trainer``."""
-    target = "dnpo.optimise.training.PairOptimisation"
-    optimizer = {"_target_": "torch.optim.RMSprop", "_partial_": True, "lr": 1e-4}
-    assert check("trainer", {"_target_": target, "optimizer": optimizer, "clip": 1})["clip"] == 1.0
-    wrong = {**optimizer, "lrr": 1.0}
-    text = message(lambda: check("trainer", {"_target_": target, "optimizer": wrong}))
+    target = "dnpo.optimise.parts.PairOptimisation"
+    optimizer = {"_target_": "torch.optim.RMSprop", "lr": 1e-4}
+
+    def trainer(**settings: Any) -> PairOptimisation:
+        part: PairOptimisation = build("trainer", check("trainer", {"_target_": target, **settings}))
+        part.check("trainer")
+        return part
+
+    assert trainer(optimizer=optimizer, clip=1).clip == 1.0
+    text = message(lambda: trainer(optimizer={**optimizer, "lrr": 1.0}))
     assert text.startswith("trainer.optimizer.lrr: unknown setting. Did you mean trainer.optimizer.lr?")
-    assert message(lambda: check("trainer", {"_target_": target})).startswith("trainer.optimizer: needs a value")
+    text = message(lambda: trainer(optimizer={**optimizer, "_target_": "torch.optim.RMSporp"}))
+    assert text.startswith("trainer.optimizer._target_=torch.optim.RMSporp: cannot be imported")
+    text = message(lambda: trainer(optimizer={**optimizer, "lr": -1.0}))
+    assert text.startswith("trainer.optimizer: ")
+    assert message(lambda: trainer()).startswith("trainer.optimizer: needs a value")
 
 
 def test_settings_of_the_engine() -> None:
     """What only saves memory or time is set like everything else."""
     trainer = {
-        "_target_": "dnpo.optimise.training.PairOptimisation",
+        "_target_": "dnpo.optimise.parts.PairOptimisation",
         "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
         "share_prompt": False,
         "checkpointing": True,
         "compile": True,
     }
     assert check("trainer", trainer) == trainer
-    noise = "dnpo.optimise.npo.TrainableModule"
+    noise = "dnpo.optimise.parts.TrainableNoise"
     for value in ("auto", "on", "off"):
         assert check("npo", {"_target_": noise, "cache_hidden": value})["cache_hidden"] == value
     wrong: list[tuple[str, dict[str, Any], str]] = [
@@ -288,7 +311,7 @@ def test_settings_of_the_engine() -> None:
         ),
         (
             "npo",
-            {"_target_": "dnpo.optimise.npo.Offset", "shift": 1.0, "cache_hidden": "on"},
+            {"_target_": "dnpo.optimise.parts.Offset", "shift": 1.0, "cache_hidden": "on"},
             "npo.cache_hidden: unknown setting",
         ),
         ("trainer", trainer | {"checkpointing": "yes"}, "trainer.checkpointing='yes': input should be a valid boolean"),
@@ -353,7 +376,7 @@ import dnpo.policy.packing, dnpo.policy.model, dnpo.records
 
 from dnpo.optimise.npo import TrainableModule
 from dnpo.optimise.parts import PairOptimisation
-from torch.optim import SGD
+from dnpo.settings import Bound
 TrainableModule(4, 5, alpha=0.5)
 PairOptimisation(optimizer=Bound("torch.optim.SGD", {"lr": 0.1}), steps=3)
 assert not blocked & set(sys.modules), blocked & set(sys.modules)

@@ -185,12 +185,15 @@ def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     if "_target_" not in settings:
         raise SettingsError(f"{name}: no _target_, so nothing says what these settings configure")
     target = None if _waits(settings["_target_"]) else locate(f"{name}._target_", settings["_target_"])
+    bound = _bound_settings(target)
     for key in settings:
         if key.startswith("_") and key not in SPECIAL:
             raise SettingsError(f"{name}.{key}: unknown setting. Known with an underscore: {', '.join(SPECIAL)}.")
     values = {key: value for key, value in settings.items() if not key.startswith("_")}
     for key, value in values.items():
-        if _is_part(value):
+        if key in bound and _is_part(value):
+            values[key] = dict(value)  # whoever holds it checks it once it is built
+        elif _is_part(value):
             values[key] = check(f"{name}.{key}", value)
         elif _are_parts(value):
             values[key] = {each: check(f"{name}.{key}.{each}", part) for each, part in value.items()}
@@ -207,18 +210,20 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
     Raises:
         DnpoError: the part refuses its settings.
     """
+    target = None if _waits(settings["_target_"]) else locate(f"{name}._target_", settings["_target_"])
+    bound = _bound_settings(target)
     values: dict[str, Any] = {}
     for key, value in settings.items():
-        if _is_part(value):
+        if key in bound and _is_part(value):
+            own = {name: each for name, each in value.items() if name not in SPECIAL}
+            values[key] = Bound(value["_target_"], own)
+        elif _is_part(value):
             values[key] = build(f"{name}.{key}", value)
         elif _are_parts(value):
             values[key] = {each: build(f"{name}.{key}.{each}", part) for each, part in value.items()}
         elif key not in SPECIAL:
             values[key] = value
-    if _waits(settings["_target_"]):
-        return Bound(settings["_target_"], values)
-    target = locate(f"{name}._target_", settings["_target_"])
-    if settings.get("_partial_") or not inspect.isclass(target):
+    if target is None or settings.get("_partial_") or not inspect.isclass(target):
         return Bound(settings["_target_"], values)
     try:
         part = target(**values)
@@ -236,6 +241,13 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
 def _waits(target: Any) -> bool:
     """Whether a target is imported only once it is needed: torch takes longer than all else together."""
     return isinstance(target, str) and target.startswith("torch.")
+
+
+def _bound_settings(target: Callable[..., Any] | None) -> list[str]:
+    """Those of a part's settings that are to stay bound, such as an optimizer, which waits for its parameters."""
+    if not dataclasses.is_dataclass(target):
+        return []
+    return [name for name, hint in get_type_hints(target).items() if hint is Bound]
 
 
 def _parameters(kind: Callable[..., Any]) -> list[str]:
