@@ -6,9 +6,7 @@ last test makes real ones.
 
 import csv
 import json
-import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from mlflow.entities import Param
 from dnpo.errors import DataError
 from dnpo.stats.paired import compare_paired
 from dnpo.tracking.reading import PARENT, SFT, Database, iteration_name
+from tests.commands import run_command, succeed
 
 FAMILIES = ("arithmetic", "conversion", "reversal", "sorting", "counting", "facts")
 PARTS = {SPIN: ("off", "off"), DSL: ("score", "off"), NPO: ("off", "trainable"), DNPO: ("score", "trainable")}
@@ -670,24 +669,18 @@ def test_every_figure_and_table_asked_for_is_there(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.long
-def test_real_runs_are_drawn_with_the_numbers_of_their_summaries(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-
-    def python(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    python("dnpo.train", "-m", "+sweep=main", "scale=smoke", "seed=0,1", "judge@second_judge=correct")
-    assert "drawn" in python("analysis", "all", "--out", "figures")
+def test_real_runs_are_drawn_with_the_numbers_of_their_summaries(smoke: Path, migrated: Path, tmp_path: Path) -> None:
+    shutil.copytree(smoke / "store", tmp_path / "store")
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    succeed(tmp_path, "-m", "+sweep=main", "scale=smoke", "seed=0,1", "judge@second_judge=correct")
+    drawn = run_command(tmp_path, "analysis.command", "all", "--out", "figures")
+    assert drawn.returncode == 0, drawn.stdout + drawn.stderr
+    assert "drawn" in drawn.stdout
     summaries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("multirun/*/*/*/summary.json"))]
     assert len(summaries) == 4
-    drawn = {path.stem for path in (tmp_path / "figures").glob("*.csv")}
+    names = {path.stem for path in (tmp_path / "figures").glob("*.csv")}
     wanted = {"fig01", "fig02", "fig05", "fig06", "fig07", "fig09", "fig10", "fig11", "table01", "table02"}
-    assert wanted <= {name.split("_")[0] for name in drawn}
+    assert wanted <= {name.split("_")[0] for name in names}
     for name, metric, scale in (("fig05_benchmark", "eval/accuracy", 100), ("fig06_judge_score", "eval/score", 1)):
         for row in read(tmp_path / "figures" / f"{name}.csv"):
             if row["method"] not in (SPIN, DNPO):

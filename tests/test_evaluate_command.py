@@ -3,8 +3,8 @@
 import io
 import json
 import re
+import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dnpo.records import Item, read
 from dnpo.settings import conf_folder
 from dnpo.stages.duels import Duel, outcome, read_duels
 from dnpo.stats.wins import wins
-from tests.test_train import succeed
+from tests.commands import run_command, succeed
 
 SMALL = ("data=tinyworld_smoke", "eval=smoke", "generate=smoke")
 NEEDED = {
@@ -134,8 +134,7 @@ def test_duels_in_words() -> None:
 
 
 def evaluate(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "dnpo.evaluate", *arguments]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return run_command(cwd, "dnpo.evaluate.__main__", *arguments)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -144,9 +143,12 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(smoke: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which DNPO has run for two iterations."""
     cwd = tmp_path_factory.mktemp("trained")
+    shutil.copytree(smoke / "store", cwd / "store")
+    for name in ("t.db", "a.db"):
+        shutil.copy(migrated, cwd / name)
     succeed(cwd, "scale=smoke", "eval.samples=2", "tracking=off", "hydra.run.dir=run")
     return cwd
 

@@ -22,7 +22,7 @@ from dnpo.policy.model import Policy
 from dnpo.running.export import export, link
 from dnpo.store import content_hash, write_json
 
-from .test_train import SMOKE, succeed, summary
+from .commands import SMOKE, succeed, summary
 
 IDS = torch.tensor([[1, 40, 41, 42, 50, 60, 61, 70]])
 

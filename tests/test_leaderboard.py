@@ -3,7 +3,6 @@
 import json
 import random
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dnpo.policy.loading import load
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import ATTENTION
 
+from .commands import run_command
 from .conftest import SHARED, Report
 
 SAMPLES, STORIES = SHARED / "data" / "bench_mini", SHARED / "models" / "stories260K"
@@ -389,8 +389,7 @@ def test_the_hub_and_the_files_ask_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def command(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "dnpo.leaderboard", "model.path=model", "source=rows", *arguments]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return run_command(cwd, "dnpo.leaderboard", "model.path=model", "source=rows", *arguments)
 
 
 @pytest.mark.long

@@ -3,9 +3,7 @@
 import importlib.util
 import itertools
 import json
-import os
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from dnpo.dsl import HumanChosen
 from dnpo.loop import Iteration, chain
 from dnpo.running import execute as running
 from dnpo.settings import conf_folder
+from tests.commands import Process, train
 
 CONF = conf_folder()
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
@@ -210,15 +209,16 @@ def test_a_run_is_tagged_with_the_name_of_its_sweep() -> None:
 # --- whole sweeps
 
 
-def sweep(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dnpo.train", "-m", "scale=smoke", *arguments],
-        cwd=cwd,
-        env={**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def sweep(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return train(cwd, "-m", "scale=smoke", *arguments, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
+
+
+def sweep_side_by_side(cwd: Path, *arguments: str) -> tuple[int | None, str, str]:
+    """The same with two jobs at a time, which are processes: exit status, output and errors."""
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    process = Process(cwd, "-m", "scale=smoke", *arguments, *launcher, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
 
 
 def summaries(cwd: Path) -> dict[str, Any]:
@@ -268,10 +268,8 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sweep_side_by_side_equals_the_same_in_turn(serial: Path, tmp_path: Path) -> None:
     """Every number of every job; no stage computed twice; and nothing lost on the way to MLflow."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = sweep(
-        tmp_path, "+sweep=ablation", "seed=0", "iterations=2,3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, out, err = sweep_side_by_side(tmp_path, "+sweep=ablation", "seed=0", "iterations=2,3")
+    assert status == 0, out + err
     one, other = summaries(serial), summaries(tmp_path)
     assert len(one) == len(other) == 8
     for number, job in one.items():
@@ -310,13 +308,11 @@ def test_a_constant_is_matched_to_the_noise_of_the_same_iteration(serial: Path) 
 @pytest.mark.long
 def test_a_failing_job_side_by_side_neither_stops_the_others_nor_hides(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = sweep(
-        tmp_path, "+sweep=alpha", "npo.alpha=0.1,-1,1", "plan=true", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
-    )
-    assert done.returncode == 1
-    assert "job 1 failed" in done.stderr
-    assert "npo.alpha=-1: input should be greater than or equal to 0" in done.stderr
-    assert "Traceback" not in done.stderr
+    status, _, err = sweep_side_by_side(tmp_path, "+sweep=alpha", "npo.alpha=0.1,-1,1", "plan=true")
+    assert status == 1
+    assert "job 1 failed" in err
+    assert "npo.alpha=-1" in err
+    assert "Traceback" not in err
     assert len(list(tmp_path.glob("multirun/*/*/*/plan.json"))) == 2
 
 

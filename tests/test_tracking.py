@@ -2,7 +2,7 @@
 
 import csv
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from dnpo.stats.intervals import Estimate
 from dnpo.tracking import writing as tracking
 from dnpo.tracking.datasets import Dataset
 from dnpo.tracking.writing import ABANDONED, ALIVE, NOTE, MLflowTracking
+from tests.commands import train
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS: list[dict[str, Any]] = [
@@ -226,22 +227,17 @@ def test_a_picture_is_drawn_whatever_there_is(groups: int, tmp_path: Path) -> No
 # --- whole runs
 
 
-def train(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dnpo.train", *arguments],
-        cwd=cwd,
-        env={**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///runs.db"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+DATABASE = "sqlite:///runs.db"
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swept(smoke: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a sweep of two methods has run, with a job of each that cannot."""
     cwd = tmp_path_factory.mktemp("swept")
-    done = train(cwd, "-m", "scale=smoke", "method=spin,dnpo", "seed=0", "trainer.epochs=1,-1")
+    shutil.copytree(smoke / "store", cwd / "store")
+    shutil.copy(migrated, cwd / "runs.db")
+    settings = ("method=spin,dnpo", "seed=0", "trainer.epochs=1,-1")
+    done = train(cwd, "-m", "scale=smoke", *settings, MLFLOW_TRACKING_URI=DATABASE)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Downloading" not in done.stderr
     return cwd
@@ -317,7 +313,15 @@ def test_a_run_says_what_it_read_and_made(swept: Path) -> None:
 
 @pytest.mark.long
 def test_a_run_that_fails_says_where(swept: Path) -> None:
-    done = train(swept, "scale=smoke", "method=spin", "seed=0", "trainer.optimizer.lr=1e30", "iterations=1")
+    done = train(
+        swept,
+        "scale=smoke",
+        "method=spin",
+        "seed=0",
+        "trainer.optimizer.lr=1e30",
+        "iterations=1",
+        MLFLOW_TRACKING_URI=DATABASE,
+    )
     assert done.returncode == 1, done.stdout
     (run,) = client(swept).search_runs(["1"], "attributes.status = 'FAILED' and tags.`dnpo.kind` = 'run'")
     assert run.info.status == "FAILED"
