@@ -51,6 +51,7 @@ class Process:
     def __init__(self, cwd: Path, *overrides: str, **env: str) -> None:
         self._printed = Path(tempfile.mkdtemp(dir=cwd.parent))
         self._process = _FORKS.Process(target=_begin, args=(cwd, self._printed, overrides, {**os.environ, **env}))
+        self._process.daemon = True  # ended with the tests, should one of them fail and leave it running
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -88,7 +89,7 @@ def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], env: dict[str, 
 def run_afresh(cwd: Path, *overrides: str, **env: str) -> Done:
     """Run the main job in a Python of its own, as users do: for variables that a library reads when it is imported."""
     command = [sys.executable, "-m", "dnpo.train", *overrides]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
 
 
 def run_command(cwd: Path, module: str, *arguments: str, **env: str) -> Done:
@@ -167,10 +168,8 @@ def _imports(cwd: Path) -> Iterator[None]:
 @contextmanager
 def _logging() -> Iterator[None]:
     """Put back every logger's handlers and level; close what a command opened."""
-    known = [
-        logging.root,
-        *(each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)),
-    ]
+    named = logging.root.manager.loggerDict.values()
+    known = [logging.root, *(each for each in named if isinstance(each, logging.Logger))]
     before = [(logger, logger.level, list(logger.handlers)) for logger in known]
     try:
         yield
@@ -185,18 +184,13 @@ def _logging() -> Iterator[None]:
 @contextmanager
 def _randomness() -> Iterator[None]:
     """Put back the global generators and the number of torch's threads."""
-    ours, numpys, torchs, threads = (
-        random.getstate(),
-        np.random.get_state(),
-        torch.get_rng_state(),
-        torch.get_num_threads(),
-    )
+    states, threads = (random.getstate(), np.random.get_state(), torch.get_rng_state()), torch.get_num_threads()
     try:
         yield
     finally:
-        random.setstate(ours)
-        np.random.set_state(numpys)
-        torch.set_rng_state(torchs)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
         torch.set_num_threads(threads)
 
 

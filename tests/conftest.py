@@ -147,7 +147,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which DNPO has run at the smoke scale under seed 0, tracked; to be read, or copied, and not changed."""
+    """A folder in which DNPO has run at the smoke scale under seed 0, tracked; to be read or copied, never changed."""
 
     def run(folder: Path) -> None:
         (folder / "stdout.txt").write_text(succeed(folder, "scale=smoke"))

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser

@@ -21,7 +21,7 @@ from dnpo.dsl import HumanChosen
 from dnpo.loop import Iteration, chain
 from dnpo.running import execute as running
 from dnpo.settings import conf_folder
-from tests.commands import Process, train
+from tests.commands import run_afresh, train
 
 CONF = conf_folder()
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
@@ -213,12 +213,10 @@ def sweep(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return train(cwd, "-m", "scale=smoke", *arguments, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
 
 
-def sweep_side_by_side(cwd: Path, *arguments: str) -> tuple[int | None, str, str]:
-    """The same with two jobs at a time, which are processes: exit status, output and errors."""
+def sweep_side_by_side(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The same with two jobs at a time, which are processes."""
     launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    process = Process(cwd, "-m", "scale=smoke", *arguments, *launcher, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
+    return run_afresh(cwd, "-m", "scale=smoke", *arguments, *launcher, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
 
 
 def summaries(cwd: Path) -> dict[str, Any]:
@@ -268,8 +266,8 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sweep_side_by_side_equals_the_same_in_turn(serial: Path, tmp_path: Path) -> None:
     """Every number of every job; no stage computed twice; and nothing lost on the way to MLflow."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    status, out, err = sweep_side_by_side(tmp_path, "+sweep=ablation", "seed=0", "iterations=2,3")
-    assert status == 0, out + err
+    done = sweep_side_by_side(tmp_path, "+sweep=ablation", "seed=0", "iterations=2,3")
+    assert done.returncode == 0, done.stdout + done.stderr
     one, other = summaries(serial), summaries(tmp_path)
     assert len(one) == len(other) == 8
     for number, job in one.items():
@@ -308,11 +306,11 @@ def test_a_constant_is_matched_to_the_noise_of_the_same_iteration(serial: Path) 
 @pytest.mark.long
 def test_a_failing_job_side_by_side_neither_stops_the_others_nor_hides(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    status, _, err = sweep_side_by_side(tmp_path, "+sweep=alpha", "npo.alpha=0.1,-1,1", "plan=true")
-    assert status == 1
-    assert "job 1 failed" in err
-    assert "npo.alpha=-1" in err
-    assert "Traceback" not in err
+    done = sweep_side_by_side(tmp_path, "+sweep=alpha", "npo.alpha=0.1,-1,1", "plan=true")
+    assert done.returncode == 1
+    assert "job 1 failed" in done.stderr
+    assert "npo.alpha=-1" in done.stderr
+    assert "Traceback" not in done.stderr
     assert len(list(tmp_path.glob("multirun/*/*/*/plan.json"))) == 2
 
 
