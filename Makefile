@@ -9,10 +9,10 @@ check:  ## what takes seconds: lint, format, types
 	mypy
 
 quick:  ## the tests without whole runs
-	python -m pytest -m "not long"
+	python -m pytest -n auto --dist loadgroup -m "not long"
 
 test: check  ## everything that CI runs
-	python -m pytest
+	python -m pytest -n auto --dist loadgroup
 
 run:  ## the main job
 	python -m dnpo.train

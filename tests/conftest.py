@@ -39,8 +39,8 @@ def torch_optimizer(name: str, **settings: Any) -> Bound:
     return Bound(f"torch.optim.{name}", settings)
 
 
-EXPENSIVE = {"swept", "serial", "trained", "done", "known", "made"}
-"""Fixtures of a module that take more than a second."""
+EXPENSIVE = {"swept", "serial", "trained", "done", "known", "recorder", "server"}
+"""Fixtures that each worker makes for itself, in seconds."""
 
 
 class Report:
@@ -116,8 +116,9 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers read the mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together the tests that share what takes long to make and is made once a worker: see `--dist loadgroup`."""
+    """With `--dist loadgroup`, keep on one worker the tests that share what takes long to make."""
     for item in items:
         shared = sorted(EXPENSIVE & set(getattr(item, "fixturenames", ())))
         if shared:

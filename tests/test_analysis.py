@@ -244,9 +244,11 @@ WORDS = {"win": 1, "tie": 0, "lose": -1}
 
 
 @pytest.fixture(scope="session")
-def recorder(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
+def recorder(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorder:
     """A store with the sweeps ``main`` (three seeds), ``ablation`` (two) and ``fixed_vs_trainable`` (two)."""
-    found = Recorder(tmp_path_factory.mktemp("tracked"))
+    folder = tmp_path_factory.mktemp("tracked")
+    shutil.copy(migrated, folder / "mlflow.db")
+    found = Recorder(folder)
     for seed in range(3):
         for method in (SPIN, DNPO):
             found.run(method, seed, texts=True)

@@ -380,9 +380,10 @@ def track(
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def known(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a database: two arms under four seeds, of which the last lacks a finished run of one arm."""
     folder = tmp_path_factory.mktemp("claims")
+    shutil.copy(migrated, folder / "mlflow.db")
     for seed in range(4):
         track(folder, "old", seed)
         track(folder, "new", seed, status="FAILED" if seed == 3 else "FINISHED")

@@ -1,6 +1,7 @@
 """Reading back what was tracked: runs found by sweep, id and tags, and clear words where there is nothing to find."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ Made = dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+def uri(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A database with a sweep of two seeds, one of whose runs failed, and a run of its own."""
     folder = tmp_path_factory.mktemp("tracked")
+    shutil.copy(migrated, folder / "mlflow.db")
     where = f"sqlite:///{folder / 'mlflow.db'}"
     sweep = folder / "multirun" / "1"
     sweep.mkdir(parents=True)

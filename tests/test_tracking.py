@@ -40,9 +40,11 @@ def client(folder: Path) -> MlflowClient:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a database, which takes seconds to make."""
-    return tmp_path_factory.mktemp("tracked")
+def folder(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a database without runs."""
+    folder = tmp_path_factory.mktemp("tracked")
+    shutil.copy(migrated, folder / "runs.db")
+    return folder
 
 
 @pytest.fixture
