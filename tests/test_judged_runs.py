@@ -89,7 +89,7 @@ def test_a_key_is_found_nowhere_after_a_run(tmp_path: Path) -> None:
         assert right.returncode == 0, right.stderr
         wrong = run_afresh(tmp_path, *command, "seed=3", MY_KEY=f"{SECRET}-wrong", **loud)
         assert wrong.returncode == 1
-        assert "does not accept the key in MY_KEY" in wrong.stderr
+        assert "MY_KEY" in wrong.stderr
         assert "Traceback" not in wrong.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     assert {"ledger.sqlite", "mlflow.db", "summary.json"} <= {path.name for path in files}
@@ -131,7 +131,7 @@ def test_a_judge_that_fails_too_often_ends_the_run_and_a_rerun_mends_it(tmp_path
         server.change(hopeless=0.2)
         _, err = process.communicate(timeout=300)
         assert process.returncode == 1
-        assert "more than judge.max_unscored=0.02 allows" in err
+        assert "judge.max_unscored=0.02" in err
         assert "Traceback" not in err
         server.change(hopeless=0.0)
         known = len(keys(tmp_path / "ledger.sqlite"))

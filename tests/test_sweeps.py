@@ -330,7 +330,7 @@ def test_rows_set_apart_are_fine_tuned_on_and_nothing_else(tmp_path: Path) -> No
     assert paired == [row for row in rest if row in set(paired)]
     assert len(paired) + identical == len(rest)
     refused = sweep(tmp_path, "sft_rows=192", "tracking=off", "seed=0")
-    assert "sft_rows=192: expected fewer than the 192 training rows" in refused.stderr
+    assert "sft_rows=192: " in refused.stderr
 
 
 @pytest.mark.long

@@ -63,7 +63,7 @@ def test_a_run_knows_its_table_its_steps_and_its_options(uri: str) -> None:
     assert failed.history("loss/policy") == [(0, 1.7), (1, 1.6)]
     assert (alone.option("npo"), alone.option("dsl")) == ("off", "")
     assert first.artifact("nothing.txt") is None
-    with pytest.raises(DataError, match=r"has no summary\.json: its status is FAILED"):
+    with pytest.raises(DataError, match=r"summary\.json: .*FAILED"):
         _ = failed.summary
 
 
@@ -82,10 +82,10 @@ def test_what_is_not_there_is_said(uri: str, chosen: dict[str, list[str]], messa
 
 
 def test_a_database_that_is_not_there_is_said_and_not_made(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match="there is no such database"):
+    with pytest.raises(TrackingError, match=r"none\.db"):
         Database(f"sqlite:///{tmp_path / 'none.db'}")
     assert not (tmp_path / "none.db").exists()
-    with pytest.raises(TrackingError, match=r"it has no experiment dnpu\. Did you mean dnpo"):
+    with pytest.raises(TrackingError, match=r"\bdnpu\b.*\bdnpo\b"):
         Database(uri, "dnpu")
 
 
