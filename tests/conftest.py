@@ -1,7 +1,9 @@
-"""What several tests share: a quiet report, a small encoded world, and a random policy for it."""
+"""What several tests share: a quiet report, a small encoded world, a random policy for it, and a finished run."""
 
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest
 import torch
+from absl import logging as absl_logging
+from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from dnpo.data.tinyworld import TinyWorld
@@ -22,6 +26,10 @@ from dnpo.policy.model import Policy
 from dnpo.policy.tokenizer import encode, human_response, train_tokenizer
 from dnpo.records import Pair, Prompt, Response, Verdict
 from dnpo.settings import Bound
+from tests.commands import succeed
+
+# When Hydra sets up logging, absl's handler closes its stream unless that is one of Python's own; pytest's is not.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -29,6 +37,10 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 def torch_optimizer(name: str, **settings: Any) -> Bound:
     """An optimizer of torch, as a run's settings have it."""
     return Bound(f"torch.optim.{name}", settings)
+
+
+EXPENSIVE = {"swept", "serial", "trained", "done", "known", "recorder", "server"}
+"""Fixtures that each worker makes for itself, in seconds."""
 
 
 class Report:
@@ -89,6 +101,65 @@ class World(NamedTuple):
 def verdicts(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Verdict]:
     """What a judge says that needs no ledger."""
     return judge(prompts, responses, Ledger(Path("there-is-no-such-folder/ledger.sqlite")), Report())
+
+
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one of the workers fills and all of them read."""
+    shared = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder, done = shared / name, shared / f"{name}.done"
+    with FileLock(shared / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what another worker's failure left
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
+@pytest.hookimpl(tryfirst=True)  # before the workers read the mark
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, keep on one worker the tests that share what takes long to make."""
+    for item in items:
+        shared = sorted(EXPENSIVE & set(getattr(item, "fixturenames", ())))
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}.{shared[0]}"))
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Put back the variables of the environment that a test, or what it calls, has set."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs, to be copied: its migrations take seconds."""
+
+    def migrate(folder: Path) -> None:
+        from mlflow import MlflowClient
+
+        MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+
+    return make_once(tmp_path_factory, "migrated", migrate) / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which DNPO has run at the smoke scale under seed 0, tracked; to be read or copied, never changed."""
+
+    def run(folder: Path) -> None:
+        (folder / "stdout.txt").write_text(succeed(folder, "scale=smoke"))
+
+    return make_once(tmp_path_factory, "smoke", run)
+
+
+@pytest.fixture
+def finished(smoke: Path, tmp_path: Path) -> Path:
+    """A copy of it, in which more can be run; whatever shares stages with DNPO finds them there."""
+    return shutil.copytree(smoke, tmp_path / "finished", symlinks=True)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -50,6 +49,7 @@ from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.stages.agreement import known_agreement
 from dnpo.store import Report, Store, manifest
 from dnpo.tracking.writing import Tracking
+from tests.commands import succeed
 from tests.conftest import Report as Quiet
 from tests.conftest import verdicts
 
@@ -583,9 +583,8 @@ def test_a_run_shows_what_is_known_of_its_judge(here: Path, monkeypatch: pytest.
     run(monkeypatch, "judge=longer", f"data={file_of(here, ROW)}", *SMALL)
     for judge, known in (("longer", 1), ("rules", 0)):
         arguments = [f"judge={judge}", "scale=smoke", "iterations=1", "tracking=off", f"hydra.run.dir={judge}"]
-        done = subprocess.run([sys.executable, "-m", "dnpo.train", *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("The judge agrees with people in 100 % of 1 rows of rows.jsonl") == known
+        printed = succeed(here, *arguments)
+        assert printed.count("rows.jsonl") == known
         found = json.loads((here / judge / "summary.json").read_text())["judge_agreement"]
         assert [entry["accuracy"]["value"] for entry in found] == [1.0] * known
 

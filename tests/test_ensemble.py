@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from dnpo.judges.off import NoJudge
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.settings import build as build_part
 from dnpo.settings import check, conf_folder
+from tests.commands import succeed
 from tests.conftest import Report, verdicts
 
 Scores = Mapping[tuple[str, str], float | None]
@@ -252,18 +251,9 @@ def test_members_are_chosen_and_set_like_any_other_part() -> None:
     assert settings["judge"]["members"]["second"]["letters"] == "ABCD"
 
 
-def test_the_command_line_shows_an_ensemble() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "dnpo.train",
-        "judge=ensemble",
-        "judge@judge.members.first=numeric",
-        "--cfg",
-        "job",
-    ]
-    result = subprocess.run(command, text=True, capture_output=True, timeout=60, check=True)
-    judge = yaml.safe_load(result.stdout)["judge"]
+def test_the_command_line_shows_an_ensemble(tmp_path: Path) -> None:
+    shown = succeed(tmp_path, "judge=ensemble", "judge@judge.members.first=numeric", "--cfg", "job")
+    judge = yaml.safe_load(shown)["judge"]
     assert judge["members"]["first"] == {"_target_": "dnpo.judges.exact.answers.Numeric"}
     assert judge["members"]["second"]["_target_"] == "dnpo.judges.exact.rules.Rules"
     assert judge["_target_"] == "dnpo.judges.ensemble.Ensemble"

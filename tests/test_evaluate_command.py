@@ -3,8 +3,8 @@
 import io
 import json
 import re
+import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dnpo.records import Item, read
 from dnpo.settings import conf_folder
 from dnpo.stages.duels import Duel, outcome, read_duels
 from dnpo.stats.wins import wins
-from tests.test_train import succeed
+from tests.commands import run_command, succeed
 
 SMALL = ("data=tinyworld_smoke", "eval=smoke", "generate=smoke")
 NEEDED = {
@@ -80,10 +80,10 @@ def test_the_other_model(tmp_path: Path) -> None:
     assert folder == {"path": str(tmp_path / "whole"), "name": None, "revision": None, "dtype": "bfloat16"}
     assert other_model("some-one/some.model", ours)["name"] == "some-one/some.model"
     for wrong in (str(tmp_path), "outputs/2026/x/models/sft", "no such"):
-        with pytest.raises(SettingsError, match=rf"against={wrong}: no model there; expected a folder"):
+        with pytest.raises(SettingsError, match=rf"against={wrong}: "):
             other_model(wrong, ours)
     for setting in (lambda path: other_model(path, ours), lambda path: settings(f"model.path={path}")):
-        with pytest.raises(SettingsError, match=r"there are only adapters; python -m dnpo\.export"):
+        with pytest.raises(SettingsError, match=r"python -m dnpo\.export"):
             setting(str(tmp_path / "adapters"))
 
 
@@ -134,8 +134,7 @@ def test_duels_in_words() -> None:
 
 
 def evaluate(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "dnpo.evaluate", *arguments]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return run_command(cwd, "dnpo.evaluate.__main__", *arguments)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -144,9 +143,12 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(smoke: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which DNPO has run for two iterations."""
     cwd = tmp_path_factory.mktemp("trained")
+    shutil.copytree(smoke / "store", cwd / "store")
+    for name in ("t.db", "a.db"):
+        shutil.copy(migrated, cwd / name)
     succeed(cwd, "scale=smoke", "eval.samples=2", "tracking=off", "hydra.run.dir=run")
     return cwd
 
@@ -249,18 +251,18 @@ def test_without_a_judge_and_with_data_of_ones_own(trained: Path) -> None:
     }
     assert pq.read_table(trained / "own" / "items" / "model.parquet")["score"].null_count > 0
     for wrong, message in (
-        ((*own, "against=human"), r"error: against=human: judge=off cannot say who wins; choose a judge\n"),
-        ((*own, "judge=rules"), r"error: the run does not begin\. labels: judge=rules needs a verifiable answer.*"),
+        ((*own, "against=human"), r"error: against=human: judge=off .*\n"),
+        ((*own, "judge=rules"), r"error: .*labels: judge=rules .*"),
         (
             (*own, "data.sample=4", "data.holdout=0.001"),
-            r"error: data\.holdout=0\.001: none of the 4 rows is left for .*",
+            r"error: data\.holdout=0\.001: .*\b4\b.*",
         ),
         (
             (*SMALL, "tracking=off"),
-            r"error: model: give either model\.path \(a folder\) or model\.name \(on the hub\)\n",
+            r"error: model: .*model\.path.* model\.name.*\n",
         ),
-        ((*own, "model.path=rows.jsonl"), r"error: model\.path=rows\.jsonl: no model there; .*\n"),
-        ((*own, "judge=longer", "against=nowhere/at/all"), r"error: against=nowhere/at/all: no model there; .*\n"),
+        ((*own, "model.path=rows.jsonl"), r"error: model\.path=rows\.jsonl: .*\n"),
+        ((*own, "judge=longer", "against=nowhere/at/all"), r"error: against=nowhere/at/all: .*\n"),
     ):
         refused = evaluate(trained, *wrong)
         assert refused.returncode == 1

@@ -22,7 +22,7 @@ from dnpo.policy.model import Policy
 from dnpo.running.export import export, link
 from dnpo.store import content_hash, write_json
 
-from .test_train import SMOKE, succeed, summary
+from .commands import SMOKE, succeed, summary
 
 IDS = torch.tensor([[1, 40, 41, 42, 50, 60, 61, 70]])
 
@@ -378,16 +378,16 @@ def test_wrong_arguments_are_answered_in_one_line(
 
 
 @pytest.mark.long
-def test_the_folders_of_a_run_generate_what_its_policies_generate(tmp_path: Path) -> None:
-    succeed(tmp_path, *SMOKE, "hydra.run.dir=run")
-    succeed(tmp_path, *SMOKE, "hydra.run.dir=run")  # into the same folder
-    content = summary(tmp_path, "run/summary.json")
+def test_the_folders_of_a_run_generate_what_its_policies_generate(finished: Path) -> None:
+    succeed(finished, *SMOKE, "hydra.run.dir=run")
+    succeed(finished, *SMOKE, "hydra.run.dir=run")  # into the same folder
+    content = summary(finished, "run/summary.json")
     assert content["choices"]["method"] == "dnpo"
     for place, name in enumerate(("sft", "iteration-0", "iteration-1")):
-        folder = tmp_path / "run" / "models" / name
+        folder = finished / "run" / "models" / name
         key = content["policies"][place]
-        (prompts,) = (tmp_path / "store" / "prompts").iterdir()
-        policy = load(str(prompts / "model"), tmp_path / "store" / key / "policy")
+        (prompts,) = (finished / "store" / "prompts").iterdir()
+        policy = load(str(prompts / "model"), finished / "store" / key / "policy")
         tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": "What is 3 plus 4?"}],
@@ -417,12 +417,12 @@ def test_a_run_with_adapters_leaves_adapters_that_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_every_job_of_a_sweep_leaves_its_models(tmp_path: Path) -> None:
-    succeed(tmp_path, "-m", *SMOKE, "iterations=1", "method=spin,dnpo", "hydra.sweep.dir=sweep")
+def test_every_job_of_a_sweep_leaves_its_models(finished: Path) -> None:
+    succeed(finished, "-m", *SMOKE, "iterations=1", "method=spin,dnpo", "hydra.sweep.dir=sweep")
     for job, method in (("0", "spin"), ("1", "dnpo")):
-        folder = tmp_path / "sweep" / job / "models" / "iteration-0"
+        folder = finished / "sweep" / job / "models" / "iteration-0"
         AutoModelForCausalLM.from_pretrained(folder)
         assert read_card(folder)[0]["tags"] == list(dict.fromkeys(["dnpo", method]))
     # One stage of the store, two cards.
-    links = {(tmp_path / "sweep" / job / "models/iteration-0/model.safetensors").resolve() for job in "01"}
+    links = {(finished / "sweep" / job / "models/iteration-0/model.safetensors").resolve() for job in "01"}
     assert len(links) == 1

@@ -2,8 +2,8 @@
 
 import json
 import random
+import re
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from dnpo.policy.loading import load
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import ATTENTION
 
+from .commands import run_command
 from .conftest import SHARED, Report
 
 SAMPLES, STORIES = SHARED / "data" / "bench_mini", SHARED / "models" / "stories260K"
@@ -117,10 +118,10 @@ def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no rows"):
         offline(tmp_path, "arc_easy")
     lines(tmp_path / "arc_easy_test.jsonl", *questions(1), *questions(1))
-    with pytest.raises(DataError, match=r"test.jsonl:2: the id q0 is there twice"):
+    with pytest.raises(DataError, match=r"test.jsonl:2: .*q0"):
         offline(tmp_path, "arc_easy")
     (tmp_path / "arc_easy_test.jsonl").write_text("{")
-    with pytest.raises(DataError, match=r"test.jsonl:1: is no JSON"):
+    with pytest.raises(DataError, match=r"test.jsonl:1: .*JSON"):
         offline(tmp_path, "arc_easy")
 
 
@@ -131,7 +132,7 @@ def test_settings() -> None:
     paper = {"arc": 25, "truthfulqa": 0, "winogrande": 5, "gsm8k": 5, "hellaswag": 10, "mmlu": 5}
     assert Leaderboard().examples == paper
     assert Leaderboard(benchmarks=["arc", "arc"], shots={"arc": 3, "mmlu": 1}).examples == {"arc": 3}
-    with pytest.raises(SettingsError, match=r"there is no hellaswog\. Did you mean hellaswag"):
+    with pytest.raises(SettingsError, match=r"hellaswog.*hellaswag"):
         Leaderboard(benchmarks=["hellaswog"])
     with pytest.raises(SettingsError, match=r"shots.truthfulqa=2: expected 0"):
         Leaderboard(shots={"truthfulqa": 2})
@@ -147,9 +148,9 @@ def test_without_lm_eval(make_policy: Callable[..., Policy], monkeypatch: pytest
 
 def test_sources(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    with pytest.raises(SettingsError, match="there is no such folder; expected hub"):
+    with pytest.raises(SettingsError, match=r"source=.*none"):
         measure(make_policy(), Leaderboard(source=str(tmp_path / "none")), Report())
-    with pytest.raises(SettingsError, match="ifeval is not to be had from files"):
+    with pytest.raises(SettingsError, match="ifeval"):
         measure(make_policy(), Leaderboard(source=str(tmp_path), benchmarks=["ifeval"]), Report())
 
 
@@ -234,7 +235,7 @@ def test_an_answer_that_does_not_fit(make_policy: Callable[..., Policy], tmp_pat
     row = {"question": "?", "choices": ["no", "word " * 500], "answer": 0}
     lines(tmp_path / "arc_easy_test.jsonl", row)
     lines(tmp_path / "arc_challenge_test.jsonl", row)
-    with pytest.raises(ModelError, match=r"arc_easy: an answer has \d+ tokens, the model's context \d+"):
+    with pytest.raises(ModelError, match=r"arc_easy: .*\d+ tokens.* \d+"):
         measure(make_policy(), Leaderboard(source=str(tmp_path), benchmarks=["arc"]), Report())
 
 
@@ -245,7 +246,7 @@ def test_the_hub_does_not_answer(make_policy: Callable[..., Policy], monkeypatch
         raise ConnectionError("Couldn't reach 'allenai/winogrande' on the Hub (OfflineModeIsEnabled)")
 
     monkeypatch.setattr("datasets.load_dataset", silent)
-    with pytest.raises(DataError, match=r"source=hub: winogrande cannot be had \(Couldn't reach .*give source=FOLDER"):
+    with pytest.raises(DataError, match=r"source=hub: winogrande .*Couldn't reach .*source="):
         measure(make_policy(), Leaderboard(benchmarks=["winogrande"]), Report())
 
 
@@ -389,8 +390,7 @@ def test_the_hub_and_the_files_ask_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def command(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, "-m", "dnpo.leaderboard", "model.path=model", "source=rows", *arguments]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return run_command(cwd, "dnpo.leaderboard", "model.path=model", "source=rows", *arguments)
 
 
 @pytest.mark.long
@@ -419,7 +419,8 @@ def test_the_command(make_policy: Callable[..., Policy], tmp_path: Path) -> None
 
     wrong = command(tmp_path, "benchmark=[arc]", "tracking=off")
     assert wrong.returncode == 1
-    assert wrong.stderr == "error: benchmark: unknown setting. Did you mean benchmarks?\n"
+    assert re.fullmatch(r"error: benchmark: .*\bbenchmarks\b.*\n", wrong.stderr)
     missing = command(tmp_path, "benchmarks=[hellaswag]", "tracking=off")
     assert missing.returncode == 1
-    assert missing.stderr.startswith("error: source=rows: has no hellaswag_test.jsonl")
+    assert "hellaswag_test.jsonl" in missing.stderr
+    assert missing.stderr.startswith("error: source=rows: ")

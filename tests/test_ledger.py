@@ -17,6 +17,7 @@ import pytest
 
 from dnpo.errors import LedgerError
 from dnpo.judges.asked.ledger import VERSION, Answer, Ledger, Question, sum_by
+from tests.commands import run_command
 
 
 def question(name: str = "a", **changes: str) -> Question:
@@ -617,8 +618,7 @@ def test_rows_add_up() -> None:
 
 
 def shown(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "dnpo.ledger", *arguments]
-    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=60, check=False)
+    return run_command(cwd, "dnpo.ledger", *arguments)
 
 
 def test_the_command_prints_the_tables(tmp_path: Path) -> None:

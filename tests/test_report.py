@@ -4,7 +4,6 @@ import base64
 import json
 import re
 import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mlflow import MlflowClient
 
 from dnpo import palette
 from dnpo.commands.report import main
@@ -29,6 +27,7 @@ from dnpo.stats.paired import compare_paired
 from dnpo.stats.significance import holm
 from dnpo.tracking.reading import Database
 from dnpo.tracking.writing import MLflowTracking
+from tests.commands import succeed
 
 EVIL = (
     "<script>alert(1)</script><img src=x onerror=alert(2)></style><style>*{display:none}</style>{{7*7}}{% raw %}"
@@ -178,18 +177,10 @@ class Lab:
         return text, Page(text)
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tracking store without runs; to make its tables takes seconds."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def lab(tmp_path: Path, empty: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+def lab(tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    shutil.copy(empty, tmp_path / "mlflow.db")
+    shutil.copy(migrated, tmp_path / "mlflow.db")
     return Lab(tmp_path)
 
 
@@ -492,13 +483,13 @@ def test_the_beginning_of_an_id_has_to_be_one_runs(lab: Lab) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(smoke: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a sweep of real, tiny runs, and a run without a judge."""
     folder = tmp_path_factory.mktemp("trained")
-    train = [sys.executable, "-m", "dnpo.train"]
-    sweep = ["-m", "+sweep=main", "scale=smoke", "seed=0"]
-    for arguments in (sweep, ["scale=smoke", "method=npo", "judge=off", "iterations=1"]):
-        subprocess.run([*train, *arguments], cwd=folder, check=True, capture_output=True)
+    shutil.copytree(smoke / "store", folder / "store")
+    shutil.copy(migrated, folder / "mlflow.db")
+    succeed(folder, "-m", "+sweep=main", "scale=smoke", "seed=0")
+    succeed(folder, "scale=smoke", "method=npo", "judge=off", "iterations=1")
     return folder
 
 

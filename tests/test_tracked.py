@@ -1,6 +1,7 @@
 """Reading back what was tracked: runs found by sweep, id and tags, and clear words where there is nothing to find."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ Made = dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+def uri(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A database with a sweep of two seeds, one of whose runs failed, and a run of its own."""
     folder = tmp_path_factory.mktemp("tracked")
+    shutil.copy(migrated, folder / "mlflow.db")
     where = f"sqlite:///{folder / 'mlflow.db'}"
     sweep = folder / "multirun" / "1"
     sweep.mkdir(parents=True)
@@ -61,7 +63,7 @@ def test_a_run_knows_its_table_its_steps_and_its_options(uri: str) -> None:
     assert failed.history("loss/policy") == [(0, 1.7), (1, 1.6)]
     assert (alone.option("npo"), alone.option("dsl")) == ("off", "")
     assert first.artifact("nothing.txt") is None
-    with pytest.raises(DataError, match=r"has no summary\.json: its status is FAILED"):
+    with pytest.raises(DataError, match=r"summary\.json: .*FAILED"):
         _ = failed.summary
 
 
@@ -80,10 +82,10 @@ def test_what_is_not_there_is_said(uri: str, chosen: dict[str, list[str]], messa
 
 
 def test_a_database_that_is_not_there_is_said_and_not_made(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match="there is no such database"):
+    with pytest.raises(TrackingError, match=r"none\.db"):
         Database(f"sqlite:///{tmp_path / 'none.db'}")
     assert not (tmp_path / "none.db").exists()
-    with pytest.raises(TrackingError, match=r"it has no experiment dnpu\. Did you mean dnpo"):
+    with pytest.raises(TrackingError, match=r"\bdnpu\b.*\bdnpo\b"):
         Database(uri, "dnpu")
 
 

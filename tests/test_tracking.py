@@ -2,7 +2,8 @@
 
 import csv
 import json
-import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from dnpo.stats.intervals import Estimate
 from dnpo.tracking import writing as tracking
 from dnpo.tracking.datasets import Dataset
 from dnpo.tracking.writing import ABANDONED, ALIVE, NOTE, MLflowTracking
+from tests.commands import train
 
 PNG = b"\x89PNG\r\n\x1a\n"
 ROWS: list[dict[str, Any]] = [
@@ -41,9 +43,11 @@ def client(folder: Path) -> MlflowClient:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a database, which takes seconds to make."""
-    return tmp_path_factory.mktemp("tracked")
+def folder(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a database without runs."""
+    folder = tmp_path_factory.mktemp("tracked")
+    shutil.copy(migrated, folder / "runs.db")
+    return folder
 
 
 @pytest.fixture
@@ -167,12 +171,12 @@ def test_data_mean_nothing_to_markdown() -> None:
 def test_a_run_is_told_by_its_table() -> None:
     summary = {"table": ROWS, "seconds": 12.3, "judge_agreement": []}
     said = notes.ended(summary, Path("outputs/x_y"), "abc")
-    assert said.startswith(
-        "**From SFT to iteration 0**: the judge's score went from 50.0 to 53.2, right answers from 50.0 to 56.2 %, "
-        "held-out loss from 2.000 to 2.125."
-    )
-    assert "30 of 200 in iteration 0" in said
-    assert "the policy still moved (Kolmogorov-Smirnov distance 0.250, 5 % critical value 0.060)" in said
+    head = said.splitlines()[0]
+    assert head.startswith("**From SFT to iteration 0**: ")
+    for change in ("50.0 to 53.2", "50.0 to 56.2 %", "2.000 to 2.125"):
+        assert change in head
+    assert "30 of 200" in said
+    assert re.search(r"moved .*0\.250.*0\.060", said)
     assert "outputs/x\\_y/models" in said
     assert "    python -m dnpo.report abc" in said
     still = [{**ROWS[1], "stagnation/ks": 0.05}]
@@ -186,7 +190,8 @@ def test_a_run_is_told_by_its_table() -> None:
 def test_a_run_without_a_judge_is_told_too() -> None:
     rows = [{"iteration": "SFT", "eval/loss": 2.0}, {"iteration": 0, "eval/loss": 1.5}]
     said = notes.ended({"table": rows, "seconds": 1, "judge_agreement": []}, Path("x"), "")
-    assert said.startswith("**From SFT to iteration 0**: held-out loss from 2.000 to 1.500.")
+    assert said.startswith("**From SFT to iteration 0**: ")
+    assert "2.000 to 1.500" in said
     assert "judge" not in said
 
 
@@ -194,12 +199,13 @@ def test_a_note_says_what_a_run_is_before_anything_is_computed() -> None:
     settings = {"iterations": 4, "seed": 3, "eval": {"split": "test"}, "npo": {"start": 1}, "data": {"path": "a|b"}}
     choices = {"method": "npo", "dsl": "off", "npo": "trainable", "judge": "rules", "judge@second_judge": "correct"}
     said = notes.begun(settings, {**choices, "data": "jsonl"}, ["method=npo", "data.path=a|b"], "12ab+")
-    assert "| labels | by origin: the human response is chosen |" in said
-    assert "| noise on the reference | trainable, from iteration 1 on |" in said
-    assert "| judge | rules, beside it correct, which labels nothing |" in said
+    cells = dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", said, re.MULTILINE))
+    assert "origin" in cells["labels"]
+    assert any(re.match(r"trainable\b.*\biteration 1\b", cell) for cell in cells.values())
+    assert re.match(r"rules\b.*\bcorrect\b", cells["judge"])
     assert "| data | jsonl a\\|b |" in said
     assert "    python -m dnpo.train method=npo 'data.path=a|b'" in said
-    assert "Commit 12ab, with changes on top." in said
+    assert re.search(r"Commit 12ab, .*changes", said)
     assert notes.title(settings, choices) == "### npo, seed 3"
 
 
@@ -219,22 +225,17 @@ def test_a_picture_is_drawn_whatever_there_is(groups: int, tmp_path: Path) -> No
 # --- whole runs
 
 
-def train(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dnpo.train", *arguments],
-        cwd=cwd,
-        env={**os.environ, "MLFLOW_TRACKING_URI": "sqlite:///runs.db"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+DATABASE = "sqlite:///runs.db"
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swept(smoke: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a sweep of two methods has run, with a job of each that cannot."""
     cwd = tmp_path_factory.mktemp("swept")
-    done = train(cwd, "-m", "scale=smoke", "method=spin,dnpo", "seed=0", "trainer.epochs=1,-1")
+    shutil.copytree(smoke / "store", cwd / "store")
+    shutil.copy(migrated, cwd / "runs.db")
+    settings = ("method=spin,dnpo", "seed=0", "trainer.epochs=1,-1")
+    done = train(cwd, "-m", "scale=smoke", *settings, MLFLOW_TRACKING_URI=DATABASE)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Downloading" not in done.stderr
     return cwd
@@ -254,7 +255,7 @@ def test_the_run_of_a_sweep_has_the_comparison_and_the_failures(swept: Path) -> 
     tags = {name: own.data.tags[f"dnpo.{name}"] for name in ("jobs", "failed", "state")}
     assert tags == {"jobs": "4", "failed": "2", "state": "incomplete"}
     said = own.data.tags[NOTE]
-    assert "**Incomplete**: 2 of 4 jobs finished. What varies: method; seeds 0." in said
+    assert re.search(r"\*\*Incomplete\*\*: 2 of 4 .*method; seeds 0", said)
     assert said.count("failed: trainer.epochs=-1") == 2
     assert "python -m dnpo.train -m scale=smoke method=spin,dnpo" in said
     assert f"![comparison](get-artifact?path=comparison.png&run_uuid={own.info.run_id})" in said
@@ -303,14 +304,22 @@ def test_a_run_says_what_it_read_and_made(swept: Path) -> None:
     assert scores["eval/score"] == table[-1]["eval/score"]
     assert {"iteration/loss/policy", "iteration/grad_norm/first"} <= set(scores)
     said = run.data.tags[NOTE]
-    assert said.startswith("### dnpo, seed 0\n\n**From SFT to iteration 1**: the judge's score went from")
+    assert said.startswith("### dnpo, seed 0\n\n**From SFT to iteration 1**: ")
     kept = {file.path for file in client(swept).list_artifacts(run.info.run_id)}
     assert {"progress.png", "table.md", "table.json"} <= kept
 
 
 @pytest.mark.long
 def test_a_run_that_fails_says_where(swept: Path) -> None:
-    done = train(swept, "scale=smoke", "method=spin", "seed=0", "trainer.optimizer.lr=1e30", "iterations=1")
+    done = train(
+        swept,
+        "scale=smoke",
+        "method=spin",
+        "seed=0",
+        "trainer.optimizer.lr=1e30",
+        "iterations=1",
+        MLFLOW_TRACKING_URI=DATABASE,
+    )
     assert done.returncode == 1, done.stdout
     (run,) = client(swept).search_runs(["1"], "attributes.status = 'FAILED' and tags.`dnpo.kind` = 'run'")
     assert run.info.status == "FAILED"

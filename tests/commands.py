@@ -1,0 +1,204 @@
+"""Commands without the seconds that importing torch and MLflow takes: in the test's own process, or in a forked one.
+
+A test that kills a command, interrupts it, or runs it beside another one needs a process: :class:`Process`.
+"""
+
+import importlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+
+SMOKE = ("scale=smoke", "tracking=off")
+
+Done = subprocess.CompletedProcess[str]
+
+
+# Where processes are forked from: what a run imports, so that none of them has to.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    [
+        *("dnpo.commands.train", "dnpo.loop", "dnpo.policy.model", "dnpo.optimise.training", "dnpo.running.execute"),
+        *("dnpo.data.tinyworld", "dnpo.running.sweep", "dnpo.evaluate.metrics", "mlflow", "matplotlib.figure"),
+        "mlflow.store.tracking.sqlalchemy_store",
+    ]
+)
+
+
+class Process:
+    """``python -m dnpo.train`` in a process and a group of its own; behaves as :class:`subprocess.Popen` does.
+
+    Variables that a library reads when it is imported come too late for it.
+    """
+
+    def __init__(self, cwd: Path, *overrides: str, **env: str) -> None:
+        self._printed = Path(tempfile.mkdtemp(dir=cwd.parent))
+        self._process = _FORKS.Process(target=_begin, args=(cwd, self._printed, overrides, {**os.environ, **env}))
+        self._process.daemon = True  # ended with the tests, should one of them fail and leave it running
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, negative after a signal; None as long as it runs."""
+        return self._process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Wait for its end; what it printed and its errors."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("dnpo.train", timeout)
+        out, err = ((self._printed / name).read_text() for name in ("out", "err"))
+        return out, err
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """Send a signal to it and to all that it has started."""
+        os.killpg(self.pid, number)
+
+
+def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], env: dict[str, str]) -> None:
+    os.setsid()
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.path.insert(0, str(cwd))
+    sys.argv = ["python -m dnpo.train", *overrides]
+    importlib.import_module("dnpo.train").main()
+
+
+def run_afresh(cwd: Path, *overrides: str, **env: str) -> Done:
+    """Run the main job in a Python of its own, as users do: for variables that a library reads when it is imported."""
+    command = [sys.executable, "-m", "dnpo.train", *overrides]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
+
+
+def run_command(cwd: Path, module: str, *arguments: str, **env: str) -> Done:
+    """Run ``python -m MODULE ARGUMENTS`` in this process, as if it had one of its own.
+
+    Args:
+        cwd: the folder to stand in; modules that lie there can be imported, as with ``python -m``.
+        env: variables of the environment, on top of those that are set.
+    """
+    main = importlib.import_module(module).main
+    out, err = io.StringIO(), io.StringIO()
+    with ExitStack() as stack:
+        for isolated in (_environment(env), chdir(cwd), _imports(cwd), _logging(), _randomness(), _hydra()):
+            stack.enter_context(isolated)
+        stack.enter_context(mpl.rc_context())
+        stack.enter_context(redirect_stdout(out))
+        stack.enter_context(redirect_stderr(err))
+        sys.argv = [f"python -m {module}", *arguments]
+        try:
+            status = main()
+        except SystemExit as stopped:
+            status = stopped.code
+        except Exception:
+            traceback.print_exc()
+            status = 1
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    return subprocess.CompletedProcess([module, *arguments], int(status or 0), out.getvalue(), err.getvalue())
+
+
+def train(cwd: Path, *overrides: str, **env: str) -> Done:
+    """Run the main job to its end."""
+    return run_command(cwd, "dnpo.train", *overrides, **env)
+
+
+def succeed(cwd: Path, *overrides: str, **env: str) -> str:
+    """Run the main job, which has to end well; what it prints."""
+    done = train(cwd, *overrides, **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def summary(cwd: Path, pattern: str = "outputs/*/*/summary.json") -> dict[str, Any]:
+    """The newest summary."""
+    found: dict[str, Any] = json.loads(max(cwd.glob(pattern), key=lambda p: p.stat().st_mtime_ns).read_text())
+    return found
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _imports(cwd: Path) -> Iterator[None]:
+    """Let modules in a folder be imported, and forget them afterwards; also put the arguments back."""
+    path, arguments, known = list(sys.path), sys.argv, set(sys.modules)
+    sys.path.insert(0, str(cwd))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:], sys.argv = path, arguments
+        for name in set(sys.modules) - known:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(cwd):
+                del sys.modules[name]
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    """Put back every logger's handlers and level; close what a command opened."""
+    named = logging.root.manager.loggerDict.values()
+    known = [logging.root, *(each for each in named if isinstance(each, logging.Logger))]
+    before = [(logger, logger.level, list(logger.handlers)) for logger in known]
+    try:
+        yield
+    finally:
+        for logger, level, handlers in before:
+            for handler in set(logger.handlers) - set(handlers):
+                handler.close()
+            logger.setLevel(level)
+            logger.handlers[:] = handlers
+
+
+@contextmanager
+def _randomness() -> Iterator[None]:
+    """Put back the global generators and the number of torch's threads."""
+    states, threads = (random.getstate(), np.random.get_state(), torch.get_rng_state()), torch.get_num_threads()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra keeps the run that it is about in two singletons."""
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None
