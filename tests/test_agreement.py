@@ -482,6 +482,9 @@ class Tracked(Tracking):
     def __init__(self) -> None:
         type(self).seen = {"metrics": {}, "artifacts": [], "tags": {}}
 
+    def open(self) -> "Tracked":
+        return self
+
     def start(self, name: str, settings: Any, tags: Any, sweep: Any) -> None:
         self.seen |= {"name": name, "settings": dict(settings), "tags": dict(tags)}
 
