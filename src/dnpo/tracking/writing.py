@@ -21,6 +21,7 @@ from urllib.error import HTTPError, URLError
 
 from filelock import FileLock, Timeout
 
+from dnpo import catalogue
 from dnpo.errors import TrackingError
 from dnpo.store import write_json
 
@@ -76,7 +77,12 @@ class Tracking:
         """
 
     def metrics(self, values: Mapping[str, float], step: int, model: str = "", data: "Dataset | None" = None) -> None:
-        """Log metrics; they may be buffered. ``model`` (see :meth:`model`) and ``data`` say of what and on what."""
+        """Log metrics; they may be buffered. ``model`` (see :meth:`model`) and ``data`` say of what and on what.
+
+        Raises:
+            DnpoError: a metric is not in the catalogue.
+        """
+        catalogue.check(values)
 
     def flush(self) -> None:
         """Send what is buffered."""
@@ -222,6 +228,7 @@ class MLflowTracking(Tracking):
         """See :class:`Tracking`."""
         from mlflow.entities import Metric
 
+        catalogue.check(values)
         now = int(time.time() * 1000)
         on = {"dataset_name": data.name, "dataset_digest": data.digest} if data else {}
         about = {"model_id": model, **on} if model else {}
