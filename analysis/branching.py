@@ -8,6 +8,7 @@ from analysis.drawing import bars, canvas, finish, foot, whiskers
 from analysis.keeping import Picture
 from analysis.results import AVERAGE, average, benchmarks, is_leaderboard, row
 from analysis.selection import SPIN, Runs, spell
+from dnpo.palette import INK
 
 
 def draw(runs: Runs, methods: Sequence[str], title: str) -> Picture:
@@ -17,7 +18,7 @@ def draw(runs: Runs, methods: Sequence[str], title: str) -> Picture:
     those = benchmarks(cells)
     measures = [*those, average(those)]
     rows = [
-        row(cells, measure, method, k, 100)
+        row(cells, measure, method, k)
         for k in cells.iterations
         for method in cells.methods
         for measure in measures
@@ -28,7 +29,7 @@ def draw(runs: Runs, methods: Sequence[str], title: str) -> Picture:
         mine = [each for each in rows if each["iteration"] == k]
         bars(axis, mine, [measure.label for measure in measures], cells.methods)
         axis.set_title(f"one iteration from SPIN, {spell(k)}", loc="left")
-        axis.set_ylabel("score, %" if is_leaderboard(those) else "right answers, %")
+        axis.set_ylabel(f"score, {those[0].metric.unit}" if is_leaderboard(those) else measures[-1].metric.axis)
         if published.comparable(cells.used):
             _overlay(axis, [measure.label for measure in measures], cells.methods, k)
     kind = "the Open LLM Leaderboard's" if is_leaderboard(those) else "families of the tiny world, greedy answers"
@@ -43,4 +44,4 @@ def _overlay(axis: Any, groups: Sequence[str], methods: Sequence[str], iteration
         cell = published.BRANCHES.get((method, iteration))
         if cell and len(cell) == len(groups):
             x = [place + wide * (number - (len(methods) - 1) / 2) for place in range(len(groups))]
-            axis.scatter(x, [100 * value for value in cell], marker="_", color="black", alpha=0.4, zorder=3)
+            axis.scatter(x, [100 * value for value in cell], marker="_", color=INK, alpha=0.4, zorder=3)

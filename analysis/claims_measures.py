@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from scipy.signal import detrend
 from scipy.stats import ks_2samp
 
+from dnpo import catalogue
 from dnpo.errors import DataError
 from dnpo.tracking.reading import Run, iteration_name
 
@@ -141,8 +142,8 @@ def metric(row: Row, name: str, less: str = "") -> float:
 def _number(row: Row, name: str) -> float:
     value = row.get(name)
     if not isinstance(value, int | float) or not math.isfinite(value):
-        hints = {"texts": "; eval=texts measures it", "second": "; judge@second_judge=… measures it"}
-        hint = "; it needs eval.texts.encoder" if name == "texts/sbert" else hints.get(name.split("/")[0], "")
+        known = catalogue.find(name)
+        hint = f"; {known.needs} measures it" if known is not None and known.needs else ""
         raise DataError(f"{name} was not measured after iteration {row.get('iteration', '?')}{hint}")
     return float(value)
 

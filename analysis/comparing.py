@@ -21,7 +21,7 @@ from analysis.results import (
 from analysis.results import results as results_of
 from analysis.selection import Cells, Iteration, commits, describe, spell
 from dnpo.stats.intervals import Estimate
-from dnpo.stats.table import Cell
+from dnpo.stats.table import Cell, Table, table
 
 IN_WORDS = {
     True: "Benchmarks: the Open LLM Leaderboard's six, %.",
@@ -73,6 +73,11 @@ class Comparisons:
             )
         if paper is not None:
             row[COLUMN] = Cell(Estimate(paper), signed=True)
+
+    def table(self) -> Table:
+        """All rows, in the unit of the benchmarks."""
+        average = self.measures[-1].metric
+        return table(self.rows, average.digits, average.scale)
 
     def notes(self, *more: str) -> list[str]:
         """What has to be said below the table."""

@@ -9,8 +9,10 @@ from analysis.drawing import canvas, finish, foot
 from analysis.keeping import Picture
 from analysis.results import Array, kept
 from analysis.selection import Absent, Cells, Iteration, Runs
+from dnpo.catalogue import metric
 from dnpo.evaluate.distances import ks
-from dnpo.report.drawing import COLOURS, LABELS
+from dnpo.palette import SAMPLES
+from dnpo.report.drawing import LABELS
 from dnpo.tracking.reading import SFT, Run, iteration_name
 
 BINS = 40
@@ -22,16 +24,17 @@ def draw(runs: Runs, method: str, title: str) -> Picture:
     cells = runs.chains().only([method], lambda k: k != SFT)
     iterations = cells.iterations
     samples = {k: _samples(cells, method, k) for k in iterations}
+    shown = metric("stagnation/ks")
     figure, panels = canvas(2.0 + 2.5 * len(iterations), 5.4, 2, len(iterations), sharex="row")
     rows: list[dict[str, Any]] = []
     for line, (quantity, label) in enumerate(QUANTITIES.items()):
-        every = [_values(loaded, name, quantity) for k in iterations for loaded in samples[k] for name in COLOURS]
+        every = [_values(loaded, name, quantity) for k in iterations for loaded in samples[k] for name in SAMPLES]
         # The longest tails say little and would squeeze the rest.
         low = float(np.percentile(np.concatenate(every), 1))
         edges = np.linspace(low, 0, BINS + 1)
         for column, k in enumerate(iterations):
             axis = panels[line * len(iterations) + column]
-            for name, colour in COLOURS.items():
+            for name, colour in SAMPLES.items():
                 values = np.concatenate([_values(loaded, name, quantity) for loaded in samples[k]])
                 density, _ = np.histogram(np.clip(values, low, 0), edges, density=True)
                 axis.stairs(density, edges, color=colour, linewidth=1.4, label=LABELS[name])
@@ -41,16 +44,17 @@ def draw(runs: Runs, method: str, title: str) -> Picture:
                     for a, b, d in zip(edges[:-1], edges[1:], density, strict=True)
                 ]
             distances = _distances(samples[k], quantity)
+            mean = shown.format(float(np.mean(distances)))
             critical = max(run.row(k)["stagnation/ks_critical"] for run in cells.of(method, k))
             rows += [
                 {"quantity": f"KS rejected–new, {quantity}", "iteration": k, "seed": seed, "distance": distance}
                 for seed, distance in zip(cells.seeds_of((method, k)), distances, strict=True)
             ]
-            spread = f" ({min(distances):.3f}–{max(distances):.3f})" if len(distances) > 1 else ""
+            spread = f" ({shown.format(min(distances))}–{shown.format(max(distances))})" if len(distances) > 1 else ""
             axis.text(
                 0.03,
                 0.97,
-                f"KS rejected–new\n{np.mean(distances):.3f}{spread}\nby chance < {critical:.3f}",
+                f"KS rejected–new\n{mean}{spread}\nby chance < {shown.format(critical)}",
                 transform=axis.transAxes,
                 va="top",
                 fontsize=7,

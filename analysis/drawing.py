@@ -8,14 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.selection import CONSTANT, DNPO, DSL, FIXED, METHODS, NPO, SPIN, Cells, Iteration, commits, describe
-from dnpo.report.drawing import METHODS as SHADES
+from analysis.selection import Cells, Iteration, commits, describe
+from dnpo.palette import BREAK, FOOT, INK, METHODS, OTHER, OUTCOMES, PAPER, Look
 from dnpo.tracking.reading import SFT
 
-COLOURS = {METHODS[options]: shade for options, shade in SHADES.items()}
-MARKS = {SPIN: "o", DSL: "s", NPO: "^", DNPO: "D", FIXED: "v", CONSTANT: "X"}
-OTHER, HUMAN = "#999999", "#555555"
-OUTCOMES = {"win": "#009E73", "tie": "#C8C8C8", "lose": "#D55E00"}
 STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -28,12 +24,12 @@ STYLE: Any = {
     "svg.hashsalt": "dnpo",  # the same numbers give the same file
 }
 DPI = 300
-FOOT = 6.5  # points
+FOOT_SIZE = 6.5  # points
 
 
-def colour(method: str) -> str:
-    """A method's colour, everywhere."""
-    return COLOURS.get(method, OTHER)
+def find_look(method: str) -> Look:
+    """A method's colour and mark, by its name."""
+    return next((each for each in METHODS.values() if each.name == method), OTHER)
 
 
 def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
@@ -51,9 +47,9 @@ def finish(figure: Figure, title: str, foot: str, key: Axes | None = None) -> Fi
         below = 1 - (0.05 + 0.185 * len(lines)) / figure.get_figheight()
         found = key.get_legend_handles_labels()
         figure.legend(*found, loc="upper center", bbox_to_anchor=(0.5, below), ncols=len(found[1]))
-    wide = int(figure.get_figwidth() * 72 / (FOOT * 0.56))
+    wide = int(figure.get_figwidth() * 72 / (FOOT_SIZE * 0.56))
     text = "\n".join(line for part in foot.split("\n") for line in textwrap.wrap(part, wide))
-    figure.supxlabel(text, fontsize=FOOT, x=0.01, ha="left", color="#444444")
+    figure.supxlabel(text, fontsize=FOOT_SIZE, x=0.01, ha="left", color=FOOT)
     return figure
 
 
@@ -98,8 +94,8 @@ def lines(axis: Axes, rows: Sequence[Mapping[str, Any]], iterations: Sequence[It
             x,
             [row["mean"] for row in mine],
             yerr=spread(mine),
-            color=colour(method),
-            marker=MARKS.get(method, "P"),
+            color=find_look(method).colour,
+            marker=find_look(method).mark,
             markersize=5,
             linewidth=1.6,
             elinewidth=1,
@@ -137,13 +133,13 @@ def outcomes(axis: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[str
             share = row[f"{name}_mean"]
             axis.barh(y, share, left=left, color=shade, height=0.62, label=name if y == 0 else None)
             if share >= 6:
-                ink = "white" if name != "tie" else "black"
+                ink = INK if name == "tie" else PAPER
                 axis.text(left + share / 2, y + 0.13, f"{share:.1f}", ha="center", va="center", fontsize=7.5, color=ink)
             left += share
         for name, border, above in (("win", row["win_mean"], 0.22), ("lose", 100 - row["lose_mean"], 0.1)):
             if row[f"{name}_low"] is not None:
                 half = (row[f"{name}_high"] - row[f"{name}_low"]) / 2
-                axis.errorbar(border, y - above, xerr=half, color="black", capsize=1.6, linewidth=0.9)
+                axis.errorbar(border, y - above, xerr=half, color=INK, capsize=1.6, linewidth=0.9)
     axis.set_yticks(range(len(rows)), list(labels))
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(0, 100)
@@ -177,8 +173,8 @@ def bars(axis: Axes, rows: Sequence[Mapping[str, Any]], groups: Sequence[str], m
             wide * 0.92,
             yerr=spread([mine[group] for group in shown]) if shown else None,
             error_kw={"elinewidth": 0.8, "capsize": 1.8},
-            color=colour(method),
+            color=find_look(method).colour,
             label=method,
         )
     axis.set_xticks(range(len(groups)), list(groups))
-    axis.axvline(len(groups) - 1.5, color="#AAAAAA", linewidth=0.8, linestyle=":")
+    axis.axvline(len(groups) - 1.5, color=BREAK, linewidth=0.8, linestyle=":")

@@ -4,9 +4,9 @@ import sys
 
 from analysis import published
 from analysis.command import alone
-from analysis.drawing import canvas, colour, finish, foot, lines, whiskers
+from analysis.drawing import canvas, find_look, finish, foot, lines, whiskers
 from analysis.keeping import Picture
-from analysis.results import average, benchmarks, is_leaderboard, over_iterations
+from analysis.results import average, benchmarks, over_iterations
 from analysis.selection import Runs
 
 TITLE = "Benchmark average over iterations"
@@ -17,7 +17,8 @@ def make(runs: Runs) -> Picture:
     """Select, average, draw; the paper's curves only where the setting is the paper's."""
     cells = runs.chains(matters=["eval.leaderboard"])
     those = benchmarks(cells)
-    rows = over_iterations(cells, average(those), 100)
+    measure = average(those)
+    rows = over_iterations(cells, measure)
     figure, (axis,) = canvas(6.0, 4.2)
     lines(axis, rows, cells.iterations)
     if published.comparable(cells.used):
@@ -25,11 +26,9 @@ def make(runs: Runs) -> Picture:
             points = [(i, published.MAIN.get((method, k))) for i, k in enumerate(cells.iterations)]
             known = [(i, 100 * cell[-1]) for i, cell in points if cell]
             if known:
-                axis.plot(*zip(*known, strict=True), ":", color=colour(method), alpha=0.5, label=f"{method}, paper")
-    if is_leaderboard(those):
-        axis.set_ylabel(f"average of {', '.join(each.label for each in those)}, %", fontsize=8)
-    else:
-        axis.set_ylabel("right greedy answers, mean of the\ntiny world's families, %")
+                shade = find_look(method).colour
+                axis.plot(*zip(*known, strict=True), ":", color=shade, alpha=0.5, label=f"{method}, paper")
+    axis.set_ylabel(measure.metric.axis)
     axis.legend()
     line = foot(cells, rows, whiskers(cells, rows), f"benchmarks: {', '.join(each.label for each in those)}")
     return Picture(finish(figure, TITLE, line), rows, cells.used)

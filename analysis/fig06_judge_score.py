@@ -1,16 +1,18 @@
 """Figure 6: the judge's mean score of generated responses after each iteration, and of the human ones."""
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from analysis.command import alone
-from analysis.drawing import HUMAN, canvas, finish, foot, lines, whiskers
+from analysis.drawing import canvas, finish, foot, lines, whiskers
 from analysis.keeping import Picture
 from analysis.results import human_score, over_iterations, score
 from analysis.selection import Cells, Runs
+from dnpo.palette import HUMAN
 
 TITLE = "Judge score of generated responses over iterations"
 SWEEP = "main"
@@ -18,16 +20,17 @@ SWEEP = "main"
 
 def numbers(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
     """A row a method and iteration, and a last one for the human responses."""
-    human = {"method": "human responses", "measure": "judge score", "mean": human_score(cells, column)}
-    return [*over_iterations(cells, score(column)), human]
+    measure = score(column)
+    human = {"method": "human responses", "measure": measure.label, "mean": human_score(cells, column)}
+    return [*over_iterations(cells, measure), human]
 
 
-def draw(axis: Axes, rows: Sequence[dict[str, Any]], cells: Cells) -> None:
+def draw(axis: Axes, rows: Sequence[dict[str, Any]], cells: Cells, column: str = "score") -> None:
     """Lines of methods, and one for the human responses."""
     *generated, human = rows
     lines(axis, generated, cells.iterations)
     axis.axhline(human["mean"], color=HUMAN, linestyle="--", linewidth=1.2, label="human responses")
-    axis.set_ylabel("mean judge score, 0 to 100")
+    axis.set_ylabel("\n".join(textwrap.wrap(score(column).metric.axis, 36)))
     axis.legend()
 
 

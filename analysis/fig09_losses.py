@@ -7,16 +7,18 @@ from typing import Any
 import numpy as np
 
 from analysis.command import alone
-from analysis.drawing import canvas, colour, finish, foot
+from analysis.drawing import canvas, find_look, finish, foot
 from analysis.keeping import Picture
 from analysis.results import Array, estimate, kept
 from analysis.selection import BEGINNING, DNPO, NPO, Absent, Cells, Iteration, Runs
+from dnpo.catalogue import metric
+from dnpo.palette import BREAK, NOISE
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import Run, iteration_name
 
 TITLE = "Policy loss and noise loss over the steps of one iteration"
 SWEEP = "main"
-LOSSES = {"loss/policy": "policy loss", "loss/noise": "noise loss"}
+LOSSES = ("loss/policy", "loss/noise")
 SMOOTH = 25  # windows in an iteration
 
 
@@ -35,12 +37,12 @@ def make(runs: Runs) -> Picture:
     correlation = [float(np.corrcoef(*pair)[0, 1]) for pair in zip(*losses.values(), strict=True)]
     rows = _rows(losses, cells, method, k, correlation)
     figure, panels = canvas(7.2, 4.8, 2, 1, sharex=True)
-    for axis, (name, label) in zip(panels, LOSSES.items(), strict=True):
-        shade = colour(method) if name == "loss/policy" else "black"
+    for axis, name in zip(panels, LOSSES, strict=True):
+        shade = find_look(method).colour if name == "loss/policy" else NOISE
         _draw(axis, losses[name], shade)
-        axis.set_ylabel(f"{label}, nats")
+        axis.set_ylabel(metric(name).axis)
         for epoch in _epochs(cells.used[0], losses[name].shape[1]):
-            axis.axvline(epoch, color="#AAAAAA", linewidth=0.8, linestyle=":")
+            axis.axvline(epoch, color=BREAK, linewidth=0.8, linestyle=":")
     panels[-1].set_xlabel(f"training step of iteration {k}")
     among = f" ({min(correlation):.3f} to {max(correlation):.3f} over seeds)" if len(correlation) > 1 else ""
     words = f"{method}, iteration {k}; correlation over steps r = {np.mean(correlation):.3f}{among}"

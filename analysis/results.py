@@ -6,7 +6,7 @@ Shapes: S seeds, I items. A measure without items kept has I = 1, and its interv
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from analysis.selection import Absent, Cells, Iteration, spell
+from dnpo.catalogue import Metric, metric
 from dnpo.errors import DataError
 from dnpo.evaluate.leaderboard import BENCHMARKS, SIX
 from dnpo.stats.intervals import Estimate, crossed
@@ -27,14 +28,6 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 Array = npt.NDArray[np.float64]
 Items = Mapping[str, float]
-BENCHMARK_NAMES = {
-    "arc": "ARC",
-    "truthfulqa": "TruthfulQA",
-    "winogrande": "Winogrande",
-    "gsm8k": "GSM8K",
-    "hellaswag": "HellaSwag",
-    "mmlu": "MMLU",
-}
 AVERAGE = "Average"
 
 
@@ -43,15 +36,23 @@ class Measure:
     """Something measured of a policy.
 
     Attributes:
-        name: in a run's table.
-        label: for readers.
+        metric: of the catalogue, or one that runs do not track.
         items: what it is the mean of, by item, weighted so that their plain mean is the number in the table; None where
             a run has not kept them.
     """
 
-    name: str
-    label: str
+    metric: Metric
     items: Callable[[Run, Iteration], Items | None] = lambda run, iteration: None
+
+    @property
+    def name(self) -> str:
+        """In a run's table."""
+        return self.metric.name
+
+    @property
+    def label(self) -> str:
+        """For readers."""
+        return self.metric.label
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,16 @@ class Against:
 def score(column: str = "score") -> Measure:
     """A judge's mean score of sampled answers to held-out prompts; ``second`` is the second judge's."""
     name = "eval/score" if column == "score" else "second/score"
-    return Measure(name, "judge score", lambda run, k: _sampled(run, k, column, None))
+    return Measure(metric(name), lambda run, k: _sampled(run, k, column, None))
 
 
 def outcome(which: str, column: str = "score") -> Measure:
     """Share of sampled answers that ``win``, ``tie`` or ``lose`` against the human response, or are ``as_good``."""
     wanted = {"win": (1,), "tie": (0,), "lose": (-1,), "as_good": (0, 1)}[which]
     prefix = "eval" if column == "score" else "second"
-    return Measure(f"{prefix}/{which}", which, lambda run, k: _sampled(run, k, column, wanted))
+    name = f"{prefix}/{which}"
+    shown = replace(metric(f"{prefix}/win"), name=name, label="win or tie") if which == "as_good" else metric(name)
+    return Measure(shown, lambda run, k: _sampled(run, k, column, wanted))
 
 
 def benchmarks(cells: Cells) -> list[Measure]:
@@ -89,18 +92,17 @@ def benchmarks(cells: Cells) -> list[Measure]:
     tables = [cells.runs[place].row(place[1]) for place in cells.runs]
     six = [name for name in SIX if all(f"leaderboard/{name}" in row for row in tables)]
     if six:
-        return [Measure(f"leaderboard/{name}", BENCHMARK_NAMES[name], _benchmark(name)) for name in six]
+        return [Measure(metric(f"leaderboard/{name}"), _benchmark(name)) for name in six]
     prefix = "eval/accuracy/"
     families = [name.removeprefix(prefix) for name in tables[0] if name.startswith(prefix)]
     found = [family for family in families if all(prefix + family in row for row in tables)]
     if not found:
         raise Absent("no benchmark is tracked: neither leaderboard/* (eval=leaderboard) nor eval/accuracy/FAMILY")
-    return [Measure(prefix + family, family, _family(family)) for family in found]
+    return [Measure(metric(prefix + family), _family(family)) for family in found]
 
 
 def average(those: Sequence[Measure]) -> Measure:
     """The mean of benchmarks, each of which counts the same however many items it has."""
-    of_leaderboard = is_leaderboard(those)
 
     def items(run: Run, k: Iteration) -> Items | None:
         parts = [each.items(run, k) for each in those]
@@ -114,8 +116,10 @@ def average(those: Sequence[Measure]) -> Measure:
             for name, value in part.items()
         }
 
-    name = ("leaderboard/average" if len(those) == len(SIX) else "") if of_leaderboard else "eval/accuracy"
-    return Measure(name, AVERAGE, items)
+    shown = metric("leaderboard/average" if is_leaderboard(those) else "eval/accuracy")
+    if is_leaderboard(those) and len(those) < len(SIX):
+        shown = replace(shown, name="")  # no run tracks that of some of them
+    return Measure(replace(shown, label=AVERAGE), items)
 
 
 def is_leaderboard(those: Sequence[Measure]) -> bool:
@@ -123,15 +127,15 @@ def is_leaderboard(those: Sequence[Measure]) -> bool:
     return those[0].name.startswith("leaderboard/")
 
 
-def text_measure(name: str, label: str) -> Measure:
+def text_measure(name: str) -> Measure:
     """A measure of generated texts; their prompts differ between seeds, so that seeds alone are compared."""
-    return Measure(f"texts/{name}", label)
+    return Measure(metric(f"texts/{name}"))
 
 
 def human_score(cells: Cells, column: str = "score") -> float:
     """The judge's mean score of the human responses to the held-out prompts, which are the same in all runs."""
     (_, k, _), run = next(iter(cells.runs.items()))
-    return float(run.row(k)["eval/score_human" if column == "score" else "second/score_human"])
+    return float(run.row(k)[f"{score(column).name}_human"])
 
 
 def duel(a: Run, b: Run, iteration: Iteration, column: str = "score") -> dict[str, Items]:
@@ -228,20 +232,20 @@ def against(a_SI: Array, b_SI: Array) -> Against | None:
     return Against(mean.estimate(), mean.p(), mean.detectable() if mean.error else None)
 
 
-def over_iterations(cells: Cells, measure: Measure, scale: float = 1.0) -> list[dict[str, Any]]:
+def over_iterations(cells: Cells, measure: Measure) -> list[dict[str, Any]]:
     """A measure of every method at every iteration: rows with mean, interval, and how many seeds and items."""
     return [
-        row(cells, measure, method, k, scale)
+        row(cells, measure, method, k)
         for method in cells.methods
         for k in cells.iterations
         if cells.seeds_of((method, k))
     ]
 
 
-def row(cells: Cells, measure: Measure, method: str, iteration: Iteration, scale: float = 1.0) -> dict[str, Any]:
-    """A measure of one method at one iteration."""
+def row(cells: Cells, measure: Measure, method: str, iteration: Iteration) -> dict[str, Any]:
+    """A measure of one method at one iteration, in the unit of its metric."""
     seeds = cells.seeds_of((method, iteration))
-    x_SI = scale * results(cells, measure, method, iteration, seeds)
+    x_SI = measure.metric.scale * results(cells, measure, method, iteration, seeds)
     head = {"method": method, "iteration": iteration, "measure": measure.label}
     return {**head, **numbers(estimate(x_SI)), **size(x_SI)}
 

@@ -9,25 +9,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dnpo import palette
 from dnpo.errors import DataError, DnpoError
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import FINISHED, SFT, Database, Run
 
 Iteration = int | str
 
-SPIN, DSL, NPO, DNPO, FIXED, CONSTANT = "SPIN", "+DSL", "+NPO", "DNPO", "fixed noise", "constant"
-METHODS = {
-    ("off", "off"): SPIN,
-    ("score", "off"): DSL,
-    ("off", "trainable"): NPO,
-    ("score", "trainable"): DNPO,
-    ("off", "fixed"): FIXED,
-    ("score", "fixed"): "+DSL, fixed noise",
-    ("off", "matched"): CONSTANT,
-    ("score", "matched"): "+DSL, constant",
-    ("off", "offset"): CONSTANT,
-    ("score", "offset"): "+DSL, constant",
-}
+SPIN, DSL, NPO, DNPO = palette.SPIN.name, palette.DSL.name, palette.NPO.name, palette.DNPO.name
+FIXED, CONSTANT = palette.FIXED.name, palette.CONSTANT.name
+METHODS = {options: method.name for options, method in palette.METHODS.items()}
 BEGINNING = (SFT, 0)  # what every method shares with SPIN
 
 COMPARED = ("iterations", "seed")  # what a comparison is about may differ in it

@@ -7,7 +7,6 @@ from analysis.comparing import Comparisons, label, last
 from analysis.keeping import Tabled
 from analysis.published import COLUMN, MAIN
 from analysis.selection import BEGINNING, SPIN, Runs
-from dnpo.stats.table import table
 
 TITLE = "Benchmarks over iterations"
 SWEEP = "main"
@@ -24,7 +23,7 @@ def make(runs: Runs) -> Tabled:
             name = label(method, k) if k != "SFT" else "SFT"
             found.add(name, method, [k], SPIN, last(MAIN, method, k))
     notes = found.notes(f"Stars: against SPIN at the same iteration. {COLUMN}: arXiv 2502.05400, table 1.")
-    return Tabled(table(found.rows, scale=100), TITLE, "policy", notes, cells.used)
+    return Tabled(found.table(), TITLE, "policy", notes, cells.used)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from analysis.keeping import Tabled
 from analysis.published import COLUMN, RIVALS
 from analysis.selection import BEGINNING, DNPO, SPIN, Runs
 from dnpo.stats.intervals import Estimate
-from dnpo.stats.table import Cell, table
+from dnpo.stats.table import Cell
 
 TITLE = "DNPO beside methods that mix or renew their data"
 SWEEP = "main"
@@ -28,7 +28,7 @@ def make(runs: Runs) -> Tabled:
         f"Stars: against SPIN. {COLUMN}: arXiv 2502.05400, table 2, which does not say the iteration; DNPO's six "
         "numbers there average 59.8. PPO and α-SPIN are not run here: the laboratory has neither."
     )
-    return Tabled(table(found.rows, scale=100), TITLE, "method", notes, cells.used)
+    return Tabled(found.table(), TITLE, "method", notes, cells.used)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dnpo.stats.table import Cell, table
 
 TITLE = "Generated texts beside the positive samples they were trained on"
 SWEEP = "main"
-MEASURES = {"bleu": "BLEU", "sbert": "Sentence-BERT", "rouge_l": "ROUGE-L"}
+MEASURES = ("bleu", "sbert", "rouge_l")
 PAPER = "paper (7B): mean of k=1..3"
 
 
@@ -30,18 +30,19 @@ def make(runs: Runs) -> Tabled:
     for name in tracked:
         for method in cells.methods:
             row, found = _row(cells, name, method)
-            rows[f"{MEASURES[name]}, {method}"] = row
+            rows[f"{text_measure(name).label}, {method}"] = row
             compared += [found] if found else []
+    shown = text_measure(tracked[0]).metric
     notes = [
         "Shares, 0 to 1; intervals over seeds, since prompts and BLEU's corpus differ between them. Stars: against "
         "SPIN. Likeness with the positive samples is no quality of its own.",
         f"{PAPER}: arXiv 2502.05400, table 5.",
         *([] if "sbert" in tracked else ["Sentence-BERT is not tracked (eval.texts.encoder)."]),
-        detectable(compared, 1.0, "", 3),
+        detectable(compared, shown.scale, "", shown.digits),
         made_of(cells, set()),
         *(f"{note[0].upper()}{note[1:]}." for note in cells.notes),
     ]
-    return Tabled(table(rows, digits=3), TITLE, "measure, method", notes, cells.used)
+    return Tabled(table(rows, shown.digits, shown.scale), TITLE, "measure, method", notes, cells.used)
 
 
 def _has(cells: Cells, name: str) -> bool:
@@ -51,7 +52,7 @@ def _has(cells: Cells, name: str) -> bool:
 
 
 def _row(cells: Cells, name: str, method: str) -> tuple[dict[str, Cell], Against | None]:
-    measure = text_measure(name, MEASURES[name])
+    measure = text_measure(name)
     row = {}
     for k in cells.iterations:
         seeds = cells.seeds_of((method, k))

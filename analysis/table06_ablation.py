@@ -7,7 +7,6 @@ from analysis.comparing import Comparisons, label, last
 from analysis.keeping import Tabled
 from analysis.published import BRANCHES, COLUMN
 from analysis.selection import DNPO, DSL, NPO, SPIN, Runs
-from dnpo.stats.table import table
 
 TITLE = "One iteration of SPIN, +DSL, +NPO and DNPO from the same SPIN model"
 SWEEP = "ablation"
@@ -21,7 +20,7 @@ def make(runs: Runs) -> Tabled:
         for method in cells.methods:
             found.add(label(method, k), method, [k], SPIN, last(BRANCHES, method, k))
     notes = found.notes(f"Stars: against SPIN in the same iteration. {COLUMN}: arXiv 2502.05400, table 6.")
-    return Tabled(table(found.rows, scale=100), TITLE, "method", notes, cells.used)
+    return Tabled(found.table(), TITLE, "method", notes, cells.used)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from analysis.comparing import Comparisons, label, last
 from analysis.keeping import Tabled
 from analysis.published import BRANCHES, COLUMN
 from analysis.selection import CONSTANT, FIXED, NPO, SPIN, Runs
-from dnpo.stats.table import table
 
 TITLE = "One iteration with trainable noise (+NPO), fixed noise, or a constant in its place"
 SWEEP = "fixed_vs_trainable"
@@ -29,7 +28,7 @@ def make(runs: Runs) -> Tabled:
         "Stars: against SPIN in the same iteration; in rows of differences, against 0. Constant: the mean effect of "
         f"the trainable noise of the same iteration and seed, without noise. {COLUMN}: arXiv 2502.05400, table 7."
     )
-    return Tabled(table(found.rows, scale=100), TITLE, "method", notes, cells.used)
+    return Tabled(found.table(), TITLE, "method", notes, cells.used)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from analysis import command, published
-from analysis.drawing import COLOURS
 from analysis.results import against, average, benchmarks, duel, estimate, outcome, results, score
 from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN, Absent, Runs, method_of, select
 from mlflow import MlflowClient
@@ -651,11 +650,6 @@ def test_the_papers_curve_stands_beside_runs_of_its_setting_alone(recorder: Reco
         labels[experiment] = axis.get_legend_handles_labels()[1]
     assert {"SPIN, paper", "DNPO, paper"} <= set(labels["paper"])
     assert set(labels["dnpo"]) == {SPIN, DNPO}
-
-
-def test_every_method_has_a_colour_of_its_own() -> None:
-    assert len(set(COLOURS.values())) == len(COLOURS)
-    assert {SPIN, DSL, NPO, DNPO, FIXED, CONSTANT} <= COLOURS.keys()
 
 
 def test_every_figure_and_table_asked_for_is_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,19 +99,19 @@ def lines(rows: dict[str, dict[str, float]]) -> list[str]:
 def test_metrics_stand_in_groups() -> None:
     """Shares in percent, counts whole, and a dash for what one model does not have."""
     ours = {"eval/accuracy/facts": 0.125, "eval/accuracy": 0.25, "eval/score": 61.25, "leaderboard/arc": 0.3}
-    shown = lines({"model": ours | {"new/thing": 1.23456}, "against": {"eval/score": 50.0, "eval/unscored": 3}})
+    shown = lines({"model": ours | {"drift/kl": 1.23456}, "against": {"eval/score": 50.0, "eval/unscored": 3}})
     assert [re.split(r"  +", line.strip()) for line in shown[1:]] == [
         ["model", "against"],
+        ["drift"],
+        ["KL of the policy to its reference, nats", "1.235", "–"],
         ["Held-out prompts"],
-        ["accuracy of greedy answers, mean over families", "25.0 %", "–"],
-        ["score of samples, 0-100", "61.2", "50.0"],
-        ["unscored", "–", "3"],
-        ["Accuracy of greedy answers by family"],
-        ["facts", "12.5 %", "–"],
+        ["Right greedy answers", "25.0 %", "–"],
+        ["Judge's score of sampled answers, points of 100", "61.2", "50.0"],
+        ["Responses without a score", "–", "3"],
+        ["Right greedy answers by family"],
+        ["Right greedy answers, facts", "12.5 %", "–"],
         ["Benchmarks"],
-        ["arc", "30.0 %", "–"],
-        ["new"],
-        ["thing", "1.235", "–"],
+        ["ARC", "30.0 %", "–"],
     ]
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
+from dnpo import palette
 from dnpo.commands.report import main
 from dnpo.errors import DataError
 from dnpo.report.content import content
@@ -110,7 +111,7 @@ def check_harmless(page: Page) -> None:
     policy = next(v for tag, name, v in page.attributes if tag == "meta" and v.startswith("default-src"))
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:;")
     css = (Path(sys.modules["dnpo.report"].__file__ or "").parent / "style.css").read_text()
-    assert "".join(page.styles).strip() == css.strip()
+    assert "".join(page.styles).strip() == f"{palette.write_css()}\n{css}".strip()
     assert "http" not in css
     assert "url(" not in css
     for _, name, value in page.attributes:

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from dnpo.report.drawing import METHODS, Panel, colours, over_iterations, progress
+from dnpo.catalogue import metric
+from dnpo.palette import choose_looks
+from dnpo.report.drawing import Panel, over_iterations, progress
 from dnpo.running import notes
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking import writing as tracking
@@ -176,7 +178,7 @@ def test_a_run_is_told_by_its_table() -> None:
     still = [{**ROWS[1], "stagnation/ks": 0.05}]
     assert "the policy stood still" in notes.ended({**summary, "table": still}, Path("x"), "")
     lines = notes.results(ROWS).splitlines()
-    assert lines[0] == "| after iteration | score | right, % | flipped labels, % | KS | held-out loss | seconds |"
+    assert lines[0] == "| after iteration | score | accuracy, % | flips, % | KS | held-out loss | seconds |"
     assert lines[2] == "| SFT | 50.0 | 50.0 | – | – | 2.000 | – |"
     assert len({line.count("|") for line in lines}) == 1
 
@@ -204,22 +206,13 @@ def test_a_note_says_what_a_run_is_before_anything_is_computed() -> None:
 # --- pictures
 
 
-def test_methods_keep_their_colours_and_other_groups_get_one_each() -> None:
-    assert colours({"a": ("score", "trainable"), "b": ("off", "off")}) == {
-        "a": METHODS["score", "trainable"],
-        "b": METHODS["off", "off"],
-    }
-    same = colours({f"npo.alpha={i}": ("score", "trainable") for i in range(5)})
-    assert len(set(same.values())) == 5
-
-
 @pytest.mark.parametrize("groups", [1, 3, 30])
 def test_a_picture_is_drawn_whatever_there_is(groups: int, tmp_path: Path) -> None:
     values = {f"g{i} $x$": {-1: Estimate(1.0), 0: Estimate(2.0 + i, 1.5 + i, 2.5 + i)} for i in range(groups)}
-    panels = [Panel("a", "points", values, human=3.0), Panel("b", "%", values, scale=100.0), Panel("c", "", {})]
-    over_iterations(panels, tmp_path / "a.png", "t" * 300, "note", colours(dict.fromkeys(values, ("off", "off"))))
+    panels = [Panel(metric("eval/score"), values, 3.0), Panel(metric("eval/win"), values), Panel(metric("seconds"), {})]
+    over_iterations(panels, tmp_path / "a.png", "t" * 300, "note", choose_looks(dict.fromkeys(values, ("off", "off"))))
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)
-    progress(ROWS, tmp_path / "b.png", "a run")
+    progress(ROWS, tmp_path / "b.png", "a run", ("off", "off"))
     assert (tmp_path / "b.png").read_bytes().startswith(PNG)
 
 

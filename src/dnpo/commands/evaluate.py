@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from dnpo.catalogue import AGAINST, metric
 from dnpo.commands import common as command
 from dnpo.commands.train import check_device, pass_gate
 from dnpo.errors import DnpoError, SettingsError
@@ -202,7 +203,7 @@ def _measure(
         write_json(folder / RESULTS, found)
         tracking.artifact(folder / RESULTS)
         tracking.metrics(rows[OURS] | ({} if outcome is None else outcome.metrics()), 0)
-        tracking.metrics({f"against/{name}": value for name, value in rows.get(THEIRS, {}).items()}, 0)
+        tracking.metrics({f"{AGAINST.prefix}{name}": value for name, value in rows.get(THEIRS, {}).items()}, 0)
     console.say("")
     console.table(table(rows, title[0].upper() + title[1:]))
     for line in said(outcome, f"judge={job.runtime.choices['judge']}") if outcome is not None else ():
@@ -278,31 +279,12 @@ def _keep(rows: "Iterable[tuple[str, Path]]", name: str, tracking: "Tracking", f
 
 GROUPS = {
     "eval": "Held-out prompts",
-    "eval/accuracy": "Accuracy of greedy answers by family",
+    "eval/accuracy": "Right greedy answers by family",
     "second": "Held-out prompts under the second judge",
     "texts": "New texts, beside the human responses to their prompts",
     "leaderboard": "Benchmarks",
-    "logps": "Log-probability of whole responses to training prompts, nats",
+    "logps": "Training prompts; chosen are the human responses",
 }
-NAMES = {
-    "score": "score of samples, 0-100",
-    "score_greedy": "score of greedy responses",
-    "score_human": "score of human responses",
-    "win": "samples better than the human response",
-    "tie": "as good",
-    "lose": "worse",
-    "loss": "loss of human responses, nats a token",
-    "tokens": "tokens of samples",
-    "human_tokens": "tokens of human responses",
-    "cut": "samples cut at the limit",
-    "accuracy": "accuracy of greedy answers, mean over families",
-    "majority": "most frequent answer of the samples is right",
-    "disagreement": "disagreement of the judge with itself, points",
-    "chosen": "human responses",
-    "new": "samples",
-}
-COUNTS = {"verdicts", "unscored", "self_bleu_texts"}
-SHARES = {"win", "tie", "lose", "cut", "accuracy", "majority", "bleu", "bleu_sentence", "rouge_l", "self_bleu"}
 
 
 def table(rows: Mapping[str, Mapping[str, float]], title: str) -> "Table":
@@ -319,24 +301,16 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str) -> "Table":
         if _group(name) != group:
             group = _group(name)
             made.add_row(GROUPS.get(group, group), style="bold")
-        short = name.removeprefix(f"{group}/")
-        label = short if group in ("eval/accuracy", "leaderboard") else NAMES.get(short, short.replace("_", " "))
-        made.add_row(f"  {label}", *(_number(name, row[name]) if name in row else "–" for row in rows.values()))
+        shown = metric(name)
+        label = shown.title if shown.unit == "%" else shown.axis
+        cells = (shown.format(row[name]) + " %" * (shown.unit == "%") if name in row else "–" for row in rows.values())
+        made.add_row(f"  {label}", *cells)
     return made
 
 
 def _group(name: str) -> str:
     parts = name.split("/")
     return "/".join(parts[: 2 if len(parts) > 2 else 1])
-
-
-def _number(name: str, value: float) -> str:
-    last = name.split("/")[-1]
-    if last in COUNTS:
-        return f"{value:,.0f}"
-    if last in SHARES or last.startswith(("pass_at", "distinct")) or _group(name) in ("eval/accuracy", "leaderboard"):
-        return f"{100 * value:.1f} %"
-    return f"{value:,.1f}" if last.startswith("score") else f"{value:,.3f}"
 
 
 def said(outcome: "Outcome", judge: str) -> list[str]:
@@ -364,6 +338,8 @@ def said(outcome: "Outcome", judge: str) -> list[str]:
 
 
 def _share(estimate: "Estimate") -> str:
+    shown = metric("duels/rate")
+    value = shown.format_with_unit(estimate.value)
     if estimate.low is None or estimate.high is None:
-        return f"{100 * estimate.value:.1f} %"
-    return f"{100 * estimate.value:.1f} % ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
+        return value
+    return f"{value} ({shown.format(estimate.low)} to {shown.format(estimate.high)})"

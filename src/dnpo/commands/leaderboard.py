@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from dnpo.catalogue import metric
 from dnpo.commands import common as command
 from dnpo.evaluate.leaderboard import ITEMS, SCORES, Leaderboard, Result, measure
 from dnpo.settings import Count, build, check, check_values
@@ -80,8 +81,9 @@ def table(result: Result) -> "Table":
         few, many = score.shots
         shots = str(few) if few == many else f"{few}-{many}"
         shots += f" of {score.asked}" if few < score.asked else ""
-        cells = (f"{100 * score.score:.1f}", str(score.items), shots, str(score.cut), f"{score.seconds:.0f}")
+        shown = metric(f"leaderboard/{name}")
+        cells = (shown.format(score.score), str(score.items), shots, str(score.cut), f"{score.seconds:.0f}")
         made.add_row(name, *cells)
-    average = "–" if result.average is None else f"{100 * result.average:.1f}"
+    average = "–" if result.average is None else metric("leaderboard/average").format(result.average)
     made.add_row("average", average, str(len(result.items)), "", "", f"{result.seconds:.0f}", style="bold")
     return made

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from omegaconf import DictConfig
 
+from dnpo import catalogue
 from dnpo.commands import common as command
 from dnpo.errors import SettingsError
 from dnpo.optimise.parts import check_objective
@@ -203,7 +204,8 @@ def _go(
         summary = running.execute(iterations, store, console, tracking, settings, folder)
     running.show(console, summary, folder, store, tracking)
     last = summary["table"][-1]
-    return float(last["eval/score"] if "eval/score" in last else -last["eval/loss"])
+    best = "eval/score" if "eval/score" in last else "eval/loss"
+    return float(last[best] if catalogue.metric(best).better == "higher" else -last[best])
 
 
 def check_device(device: str) -> None:

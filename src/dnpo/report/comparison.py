@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dnpo.catalogue import Metric, metric
 from dnpo.report.groups import Group, Groups, Member, iteration_title
 from dnpo.stats.intervals import Array, Estimate, crossed
 from dnpo.stats.paired import compare_paired
@@ -18,31 +19,25 @@ from dnpo.tracking.reading import Run, iteration_name
 
 @dataclass(frozen=True)
 class Measure:
-    """One way to say how good a policy is.
+    """A metric by which runs are compared.
 
     Attributes:
-        metric: its name in a run's table.
-        scale: what numbers are shown times, as 100 shows shares in percent.
         kind, column: of the items that it is the mean of; "" where it has none.
     """
 
-    metric: str
-    title: str
-    unit: str
-    digits: int = 1
-    scale: float = 1.0
+    metric: Metric
     kind: str = ""
     column: str = ""
 
 
 MEASURES = (
-    Measure("eval/score", "Judge's score of sampled answers", "points of 100", kind="sample", column="score"),
-    Measure("second/score", "Second judge's score of sampled answers", "points of 100", kind="sample", column="second"),
-    Measure("eval/accuracy", "Right greedy answers", "%", scale=100, kind="greedy", column="right"),
-    Measure("leaderboard/average", "Leaderboard average", "%", scale=100),
-    Measure("eval/loss", "Held-out loss of human responses", "nats a token", digits=3),
+    Measure(metric("eval/score"), "sample", "score"),
+    Measure(metric("second/score"), "sample", "second"),
+    Measure(metric("eval/accuracy"), "greedy", "right"),
+    Measure(metric("leaderboard/average")),
+    Measure(metric("eval/loss")),
 )
-FLIPS = Measure("pairs/flips", "Labels flipped", "% of pairs", scale=100)
+FLIPS = Measure(metric("pairs/flips"))
 
 
 @dataclass
@@ -100,7 +95,7 @@ def compare(groups: Groups, measure: Measure, items: Items) -> Compared | None:
     iterations = [
         iteration
         for iteration in groups.iterations
-        if any(group.values(iteration, measure.metric) for group in groups.groups)
+        if any(group.values(iteration, measure.metric.name) for group in groups.groups)
     ]
     if not iterations:
         return None
@@ -122,8 +117,8 @@ def compare(groups: Groups, measure: Measure, items: Items) -> Compared | None:
                 apart.setdefault(group.label, {})[iteration_title(iteration)] = cell
     return Compared(
         measure,
-        table(means, measure.digits, measure.scale),
-        table(apart, measure.digits, measure.scale) if apart else None,
+        table(means, measure.metric.digits, measure.metric.scale),
+        table(apart, measure.metric.digits, measure.metric.scale) if apart else None,
         base.label if base else "",
         tuple(notes),
     )
@@ -135,7 +130,7 @@ def mean_of(group: Group, iteration: int | str, measure: Measure, items: Items) 
     by_item = matrix(group, iteration, seeds, measure, items)
     if by_item is not None:
         return _estimate(by_item)
-    values = group.values(iteration, measure.metric)
+    values = group.values(iteration, measure.metric.name)
     return _estimate(np.asarray([values])) if values else None
 
 
@@ -161,7 +156,7 @@ def _difference(
     """How far a group is from the baseline after one iteration, over the seeds that both have."""
     ours, theirs = group.at(iteration), base.at(iteration)
     seeds = sorted(ours.keys() & theirs.keys())
-    if not seeds or not group.values(iteration, measure.metric) or not base.values(iteration, measure.metric):
+    if not seeds or not group.values(iteration, measure.metric.name) or not base.values(iteration, measure.metric.name):
         return None, []
     notes = []
     if ours.keys() != theirs.keys():
@@ -174,7 +169,8 @@ def _difference(
         found = compare_paired(a, b, kind=kind, interval="t", missing="drop")
         return Cell(found.difference, found.p, signed=True), [*notes, *(f"{note}." for note in found.notes)]
     pairs = [
-        (ours[seed].value(iteration, measure.metric), theirs[seed].value(iteration, measure.metric)) for seed in seeds
+        (ours[seed].value(iteration, measure.metric.name), theirs[seed].value(iteration, measure.metric.name))
+        for seed in seeds
     ]
     apart = np.asarray([[x - y for x, y in pairs if x is not None and y is not None]])
     if not apart.size:
@@ -196,7 +192,7 @@ def _policy(run: Run, iteration: int | str) -> str:
 
 def gain(member: Member, measure: Measure, items: Items) -> tuple[Estimate, str] | None:
     """What a run's iterations added, last policy less first, and over what its interval is."""
-    known = member.known(measure.metric)
+    known = member.known(measure.metric.name)
     if len(known) < 2:
         return None
     (first, before), (last, after) = known[0], known[-1]

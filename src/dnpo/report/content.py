@@ -5,7 +5,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from dnpo.report import figures, labels, origins, outcome
+from dnpo.palette import SERIES, choose_looks
+from dnpo.report import labels, origins, outcome
 from dnpo.report.comparison import MEASURES, Items, compare
 from dnpo.report.groups import Group, Groups, Member, grouped, iteration_title, rows_of, state, whole
 from dnpo.report.page import day, without_secrets
@@ -26,7 +27,7 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
     runs, sweep, items = selection.runs, selection.sweep, Items()
     groups = grouped(runs) if sweep else _alone(runs[0])
     compared = [found for m in MEASURES if (found := compare(groups, m, items)) is not None] if sweep else []
-    styles = figures.styles([group.label for group in groups.groups])
+    shown = choose_looks({group.label: group.options for group in groups.groups[: len(SERIES)]})
     lineage = origins.lineage(runs, selection.own if sweep else None)
     claims, why = _claims(selection.own) if sweep else ([], "")
     member = groups.groups[0].members[0] if groups.groups else None
@@ -44,9 +45,9 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
         "notes": _notes(selection),
         "claims": claims,
         "no_claims": why,
-        "styles": list(styles.values()) if len(styles) > 1 else [],
-        "undrawn": len(groups.groups) - len(styles),
-        "pictures": pictures(groups, styles, items, not sweep),
+        "looks": shown if len(shown) > 1 else {},
+        "undrawn": len(groups.groups) - len(shown),
+        "pictures": pictures(groups, shown, items, not sweep),
         "brought": brought(selection.own) if sweep else [],
         "tables": [] if sweep or member is None else outcome.tables(member),
         "compared": compared,

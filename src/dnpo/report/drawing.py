@@ -11,40 +11,22 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dnpo.catalogue import Metric, metric
+from dnpo.palette import GRID, HUMAN, METHODS, OTHER, SAMPLES, SERIES, Look
 from dnpo.stats.intervals import Estimate
 
-COLOURS = {"chosen": "#0072B2", "rejected": "#D55E00", "new": "#009E73"}  # safe for colour-blind readers
 LABELS = {"chosen": "chosen", "rejected": "rejected", "new": "newly generated"}
-# By the options of dsl and npo; Okabe and Ito's palette, as everywhere.
-METHODS = {
-    ("off", "off"): "#0072B2",
-    ("score", "off"): "#009E73",
-    ("off", "trainable"): "#E69F00",
-    ("score", "trainable"): "#D55E00",
-    ("off", "fixed"): "#CC79A7",
-    ("off", "matched"): "#000000",
-    ("score", "fixed"): "#56B4E9",
-    ("score", "matched"): "#777777",
-}
-MARKS = "os^DvXP*"
-GREY = "#777777"
 PLAIN: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
+    "grid.color": GRID,
     "legend.frameon": False,
     "text.parse_math": False,  # a $ in a name is a $
 }
-# What a run is looked at by: metric, title, unit, scale.
-MEASURES = (
-    ("eval/score", "Judge's score of sampled answers", "points of 100", 1.0),
-    ("second/score", "Second judge's score", "points of 100", 1.0),
-    ("eval/accuracy", "Right greedy answers", "%", 100.0),
-    ("eval/loss", "Held-out loss of human responses", "nats a token", 1.0),
-)
+PROGRESS = ("eval/score", "second/score", "eval/accuracy", "eval/loss")  # what a run is looked at by
 
 
 @dataclass(frozen=True)
@@ -54,42 +36,28 @@ class Panel:
     Attributes:
         values: by group and iteration (−1: after fine-tuning).
         human: the same of human responses, as a line across.
-        scale: all are shown times this.
     """
 
-    title: str
-    unit: str
+    metric: Metric
     values: Mapping[str, Mapping[int, Estimate]]
     human: float | None = None
-    scale: float = 1.0
 
 
-def colours(groups: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """A colour a group: its method's where methods tell the groups apart, else one after the other.
-
-    Args:
-        groups: by label, the options of dsl and npo.
-    """
-    if len(set(groups.values())) == len(groups) and set(groups.values()) <= set(METHODS):
-        return {label: METHODS[options] for label, options in groups.items()}
-    free = list(METHODS.values())
-    return {label: free[i % len(free)] for i, label in enumerate(groups)}
-
-
-def progress(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """How a run's policies come out over its iterations, measure by measure.
+def progress(rows: Sequence[Mapping[str, Any]], path: Path, title: str, options: tuple[str, str]) -> None:
+    """Draw how a run's policies come out over its iterations, metric by metric.
 
     Args:
         rows: the run's table.
         path: the picture to write.
+        options: of dsl and npo.
     """
     panels = []
-    for metric, name, unit, scale in MEASURES:
-        known = {-1 if row["iteration"] == "SFT" else row["iteration"]: row[metric] for row in rows if metric in row}
+    for name in PROGRESS:
+        known = {-1 if row["iteration"] == "SFT" else row["iteration"]: row[name] for row in rows if name in row}
         if known:
-            human = next((row[f"{metric}_human"] for row in rows if f"{metric}_human" in row), None)
-            panels.append(Panel(name, unit, {"": {k: Estimate(v) for k, v in known.items()}}, human, scale))
-    over_iterations(panels, path, title, "One run: no interval.", {"": METHODS["off", "off"]})
+            human = next((row[f"{name}_human"] for row in rows if f"{name}_human" in row), None)
+            panels.append(Panel(metric(name), {"": {k: Estimate(v) for k, v in known.items()}}, human))
+    over_iterations(panels, path, title, "One run: no interval.", {"": METHODS.get(options, OTHER)})
 
 
 def over_iterations(
@@ -97,47 +65,47 @@ def over_iterations(
     path: Path,
     title: str,
     note: str,
-    shades: Mapping[str, str],
+    looks: Mapping[str, Look],
     joined: bool = True,
 ) -> None:
-    """Values after fine-tuning and after every iteration, with their intervals; a panel a measure.
+    """Values after fine-tuning and after every iteration, with their intervals; a panel a metric.
 
-    Where there are more groups than colours, the last iteration alone is drawn, a line a group.
+    Where there are more groups than looks, the last iteration alone is drawn, a line a group.
 
     Args:
-        shades: a colour a group.
+        looks: one a group.
         joined: whether one iteration's policy came from that before it.
     """
-    many = len(shades) > len(METHODS)
+    many = len(looks) > len(SERIES)
     columns = min(len(panels), 2) or 1
     rows = -(-len(panels) // columns) or 1
-    high = 0.2 * len(shades) + 1.0 if many else 2.7
+    high = 0.2 * len(looks) + 1.0 if many else 2.7
     with rc_context(PLAIN):
         # As wide as the column of MLflow's page that notes stand in.
-        figure = Figure(figsize=(7.4, rows * high + (0.8 if len(shades) > 1 else 0.4)), layout="constrained")
+        figure = Figure(figsize=(7.4, rows * high + (0.8 if len(looks) > 1 else 0.4)), layout="constrained")
         axes = np.atleast_1d(figure.subplots(rows, columns, sharey=many)).ravel().tolist()
         for axis, panel in zip(axes, panels, strict=False):
-            (_dots if many else _lines)(axis, panel, shades, joined)
+            (_dots if many else _lines)(axis, panel, looks, joined)
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
-        if len(shades) > 1 and not many:
+        if len(looks) > 1 and not many:
             handles, labels = axes[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(shades), 4), fontsize=8)
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(looks), 4), fontsize=8)
         figure.suptitle("\n".join([*textwrap.wrap(title, 95), note]), fontsize=9)
         figure.savefig(path, dpi=100)
 
 
-def _lines(axis: Axes, panel: Panel, shades: Mapping[str, str], joined: bool) -> None:
+def _lines(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) -> None:
     places = sorted({k for values in panel.values.values() for k in values})
-    for number, (label, shade) in enumerate(shades.items()):
+    for number, (label, look) in enumerate(looks.items()):
         values = panel.values.get(label, {})
-        apart = 0.06 * (number - (len(shades) - 1) / 2)  # none hides another
+        apart = 0.06 * (number - (len(looks) - 1) / 2)  # none hides another
         axis.errorbar(
             [places.index(k) + apart for k in sorted(values)],
-            [panel.scale * values[k].value for k in sorted(values)],
-            yerr=[panel.scale * (values[k].half or 0.0) for k in sorted(values)],
-            color=shade,
-            marker=MARKS[number % len(MARKS)],
+            [panel.metric.scale * values[k].value for k in sorted(values)],
+            yerr=[panel.metric.scale * (values[k].half or 0.0) for k in sorted(values)],
+            color=look.colour,
+            marker=look.mark,
             linestyle="-" if joined else "none",
             markersize=5,
             linewidth=1.6,
@@ -146,40 +114,50 @@ def _lines(axis: Axes, panel: Panel, shades: Mapping[str, str], joined: bool) ->
             label=label,
         )
     if panel.human is not None:
-        axis.axhline(panel.scale * panel.human, color=GREY, linestyle="--", linewidth=1.0)
+        axis.axhline(panel.metric.scale * panel.human, color=HUMAN, linestyle="--", linewidth=1.0)
         axis.annotate(
             "human responses",
-            (0.99, panel.scale * panel.human),
+            (0.99, panel.metric.scale * panel.human),
             xycoords=("axes fraction", "data"),
             ha="right",
             va="bottom",
-            color=GREY,
+            color=HUMAN,
         )
     axis.set_xticks(range(len(places)), ["SFT" if k < 0 else str(k) for k in places])
     axis.set_xlim(-0.4, len(places) - 0.6)
     axis.set_xlabel("policy after iteration")
-    axis.set_ylabel(panel.unit)
-    axis.set_title(panel.title, fontsize=9.5)
+    axis.set_ylabel(panel.metric.unit)
+    axis.set_title(panel.metric.title, fontsize=9.5)
 
 
-def _dots(axis: Axes, panel: Panel, shades: Mapping[str, str], joined: bool) -> None:
-    for number, label in enumerate(shades):
+def _dots(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) -> None:
+    for number, label in enumerate(looks):
         values = panel.values.get(label, {})
         if values:
             last = values[max(values)]
             axis.errorbar(
-                panel.scale * last.value,
+                panel.metric.scale * last.value,
                 number,
-                xerr=panel.scale * (last.half or 0.0),
-                color=METHODS["off", "off"],
+                xerr=panel.metric.scale * (last.half or 0.0),
+                color=OTHER.colour,
                 marker="o",
                 markersize=4,
                 capsize=2,
             )
-    axis.set_yticks(range(len(shades)), list(shades), fontsize=7)
-    axis.set_ylim(len(shades) - 0.5, -0.5)
-    axis.set_xlabel(panel.unit)
-    axis.set_title(f"{panel.title}, last iteration", fontsize=9)
+    axis.set_yticks(range(len(looks)), list(looks), fontsize=7)
+    axis.set_ylim(len(looks) - 0.5, -0.5)
+    axis.set_xlabel(panel.metric.unit)
+    axis.set_title(f"{panel.metric.title}, last iteration", fontsize=9)
+
+
+def describe_movement(row: Mapping[str, Any]) -> str:
+    """Say from a policy's row of the table how far its new responses lie from rejected ones; "" where none were."""
+    distance, chance = metric("stagnation/ks"), metric("stagnation/ks_critical")
+    if row.get(distance.name) is None:
+        return ""
+    critical = row.get(chance.name)
+    limit = "" if critical is None else f" (5 % critical value {chance.format(critical)})"
+    return f"{distance.title}: {distance.format(row[distance.name])}{limit}"
 
 
 def logprob_histogram(logprobs: Path, path: Path, title: str, note: str) -> None:
@@ -195,7 +173,7 @@ def logprob_histogram(logprobs: Path, path: Path, title: str, note: str) -> None
     panels = figure.subplots(1, 2)
     for axis, per_token in zip(panels, (False, True), strict=True):
         shown = {}
-        for name in COLOURS:
+        for name in SAMPLES:
             if name in values:
                 lengths = np.maximum(values[f"{name}_tokens"], 1)
                 shown[name] = values[name] / lengths if per_token else values[name]
@@ -209,7 +187,7 @@ def logprob_histogram(logprobs: Path, path: Path, title: str, note: str) -> None
                 density=True,
                 histtype="step",
                 linewidth=1.6,
-                color=COLOURS[name],
+                color=SAMPLES[name],
                 label=f"{LABELS[name]} (mean {found.mean():.2f})",
             )
         axis.set_xlabel("log-probability per token, nats" if per_token else "log-probability of the response, nats")

@@ -14,24 +14,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dnpo.catalogue import Metric
+from dnpo.palette import BREAK, EDGE, GRID, HUMAN, Look
 from dnpo.report.drawing import logprob_histogram
 from dnpo.report.page import visible
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import SFT
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and a mark beside each.
-COLOURS = {"blue": "#0072B2", "orange": "#D55E00", "green": "#009E73", "pink": "#CC79A7", "yellow": "#E69F00"}
-COLOURS |= {"sky": "#56B4E9", "black": "#333333", "brown": "#8C564B"}
-MARKS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★"}
-# The same method looks the same in every report, and as in the figures of python -m analysis.
-OWN = {
-    **dict.fromkeys(("spin", "npo=off"), ("blue", "o")),
-    "dsl": ("green", "s"),
-    **dict.fromkeys(("npo", "npo=trainable"), ("yellow", "^")),
-    "dnpo": ("orange", "D"),
-    **dict.fromkeys(("fixed_noise", "npo=fixed"), ("pink", "v")),
-    **dict.fromkeys(("npo=matched", "npo=offset"), ("black", "X")),
-}
 PLAIN: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "dnpo",  # the same drawing has the same bytes
@@ -39,19 +28,18 @@ PLAIN: Any = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#777777",
+    "axes.edgecolor": EDGE,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
+    "grid.color": GRID,
     "grid.linewidth": 0.7,
     "lines.linewidth": 1.7,
     "lines.markersize": 5.5,
 }
 SIZE = (5.0, 3.2)  # inches
-MOST = len(COLOURS)
 TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -67,46 +55,17 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Style:
-    """How one group looks in every drawing."""
-
-    label: str
-    colour: str
-    marker: str
-
-    @property
-    def mark(self) -> str:
-        """The marker as a letter, for the legend."""
-        return MARKS[self.marker]
-
-
-@dataclass(frozen=True)
 class Line:
     """One group's values: where they stand and how sure they are."""
 
-    style: Style
+    look: Look
     points: Sequence[tuple[float, Estimate]]
 
 
-def styles(labels: Sequence[str]) -> dict[str, Style]:
-    """A colour and a mark for each of the first :data:`MOST` labels; methods keep their own."""
-    labels = labels[:MOST]
-    own = {label: OWN[label] for label in labels if label in OWN}
-    colours = [name for name in COLOURS if name not in {colour for colour, _ in own.values()}]
-    marks = [mark for mark in MARKS if mark not in {mark for _, mark in own.values()}]
-    found = {}
-    for label in labels:
-        colour, mark = own[label] if label in own else (colours.pop(0), marks.pop(0))
-        found[label] = Style(label, COLOURS[colour], mark)
-    return found
-
-
 def over_iterations(
-    title: str,
-    unit: str,
+    metric: Metric,
     lines: Sequence[Line],
     *,
-    scale: float = 1.0,
     caption: str = "",
     human: float | None = None,
     joined: bool = True,
@@ -114,40 +73,40 @@ def over_iterations(
     """A value after fine-tuning and after every iteration.
 
     Args:
-        scale: values are drawn times this.
         human: the same of human responses, as a line across.
         joined: whether one iteration's policy came from that before it.
     """
     with matplotlib.rc_context(PLAIN):
-        figure, axis = _blank(title, unit)
+        figure, axis = _blank(metric)
+        scale = metric.scale
         for place, line in enumerate(lines):
             shift = 0.05 * (place - (len(lines) - 1) / 2)
             x = np.asarray([at + shift for at, _ in line.points])
             y = scale * np.asarray([estimate.value for _, estimate in line.points])
-            axis.plot(x, y, color=line.style.colour, marker=line.style.marker, linestyle="-" if joined else "none")
+            axis.plot(x, y, color=line.look.colour, marker=line.look.mark, linestyle="-" if joined else "none")
             for at, (_, estimate) in zip(x, line.points, strict=True):
                 if estimate.low is not None and estimate.high is not None:
                     low, high = scale * estimate.low, scale * estimate.high
-                    axis.plot([at, at], [low, high], color=line.style.colour, linewidth=1.1, alpha=0.75)
+                    axis.plot([at, at], [low, high], color=line.look.colour, linewidth=1.1, alpha=0.75)
         if human is not None:
-            axis.axhline(scale * human, color="#777777", linestyle="--", linewidth=1.1)
+            axis.axhline(scale * human, color=HUMAN, linestyle="--", linewidth=1.1)
             axis.annotate(
                 "human responses",
                 (0.99, scale * human),
                 xycoords=("axes fraction", "data"),
                 ha="right",
                 va="bottom",
-                color="#555555",
+                color=HUMAN,
                 fontsize=8.5,
             )
         places = sorted({at for line in lines for at, _ in line.points})
         axis.set_xticks(places, [SFT if at < 0 else f"{at:.0f}" for at in places])
         axis.set_xlabel("policy after iteration (SFT: before the first)")
-        return _svg(figure, title, caption)
+        return _svg(figure, metric.title, caption)
 
 
 def over_steps(
-    title: str, unit: str, lines: Mapping[Style, Sequence[Sequence[tuple[int, float]]]], breaks: Sequence[int]
+    metric: Metric, lines: Mapping[Look, Sequence[Sequence[tuple[int, float]]]], breaks: Sequence[int]
 ) -> Picture:
     """A value over training steps: the mean of a group's runs, averaged over some steps in a row.
 
@@ -156,9 +115,9 @@ def over_steps(
         breaks: steps at which an iteration begins.
     """
     with matplotlib.rc_context(PLAIN):
-        figure, axis = _blank(title, unit)
+        figure, axis = _blank(metric)
         window = 1
-        for style, runs in lines.items():
+        for look, runs in lines.items():
             by_step: dict[int, list[float]] = {}
             for run in runs:
                 for step, value in run:
@@ -168,16 +127,16 @@ def over_steps(
             values = np.asarray([np.mean(by_step[step]) for step in steps])
             window = max(len(steps) // 60, 1)
             if window > 1:
-                axis.plot(steps, values, color=style.colour, linewidth=0.6, alpha=0.25)
+                axis.plot(steps, values, color=look.colour, linewidth=0.6, alpha=0.25)
             # Within an iteration only: a mean across its edge would show what never was.
             for part in np.split(np.arange(len(steps)), np.searchsorted(steps, breaks)):
                 if len(part):
-                    axis.plot(*_smooth(steps[part], values[part], window), color=style.colour)
+                    axis.plot(*_smooth(steps[part], values[part], window), color=look.colour)
         for edge in breaks:
-            axis.axvline(edge, color="#999999", linewidth=0.8, linestyle=":")
+            axis.axvline(edge, color=BREAK, linewidth=0.8, linestyle=":")
         axis.set_xlabel("training step" + (" (dotted: a new iteration)" if breaks else ""))
         caption = f"Mean over {window} steps in a row; thin: every step." if window > 1 else ""
-        return _svg(figure, title, caption)
+        return _svg(figure, metric.title, caption)
 
 
 def _smooth(x: np.ndarray, y: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -204,11 +163,11 @@ def png(path: Path) -> Picture | None:
     return Picture(_uri(content, ".png"), title, wide=True) if content.startswith(PNG) else None
 
 
-def _blank(title: str, unit: str) -> tuple[Figure, Axes]:
+def _blank(metric: Metric) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained")
     axis = figure.subplots()
-    axis.set_title(title)
-    axis.set_ylabel(unit)
+    axis.set_title(metric.title)
+    axis.set_ylabel(metric.unit or metric.symbol or metric.label)
     return figure, axis
 
 

@@ -67,6 +67,12 @@ class Group:
         return sorted({member.run.seed for member in self.members})
 
     @property
+    def options(self) -> tuple[str, str]:
+        """Those of dsl and npo, which its runs share."""
+        run = self.members[0].run
+        return run.option("dsl"), run.option("npo")
+
+    @property
     def plain(self) -> bool:
         """Whether it is SPIN: labels by origin, no noise."""
         return all(m.run.option("dsl") == "off" and m.run.option("npo") == "off" for m in self.members)

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from dnpo.catalogue import metric
 from dnpo.judges.agreement import sentence
 from dnpo.records import HUMAN
 from dnpo.report.comparison import Items
 from dnpo.report.groups import Groups, Member, iteration_title, whole
+from dnpo.report.page import format_value
 from dnpo.tracking.reading import SFT, Run, iteration_name
 
 FLIPPED, KEPT = 4, 2  # examples shown of an iteration
@@ -102,18 +104,10 @@ def _author(source: str) -> str:
     return f"generated in iteration {number}" if kind == "policy" and number else source
 
 
-# What a run's table says of its verdicts: metric, heading, form, scale.
+# What a run's table says of its verdicts.
 TRUST = (
-    ("judge/verdicts", "verdicts", ",.0f", 1.0),
-    ("judge/unscored", "unscored", ",.0f", 1.0),
-    ("pairs/unscored", "pairs unscored", ",.0f", 1.0),
-    ("pairs/identical", "identical pairs", ",.0f", 1.0),
-    ("judge/disagreement", "disagreement, points", ".1f", 1.0),
-    ("eval/unscored", "held-out unscored", ",.0f", 1.0),
-    ("eval/score_human", "human score", ".1f", 1.0),
-    ("eval/win", "wins, %", ".1f", 100.0),
-    ("eval/tie", "ties, %", ".1f", 100.0),
-    ("eval/lose", "loses, %", ".1f", 100.0),
+    *("judge/verdicts", "judge/unscored", "pairs/unscored", "pairs/identical", "judge/disagreement"),
+    *("eval/unscored", "eval/score_human", "eval/win", "eval/tie", "eval/lose"),
 )
 
 
@@ -125,15 +119,18 @@ def judges(groups: Groups, items: Items) -> dict[str, Any]:
     table = []
     for group in groups.groups:
         for iteration in groups.iterations:
-            values = [_mean(group.values(iteration, metric)) for metric, *_ in TRUST]
+            values = [_mean(group.values(iteration, name)) for name in TRUST]
             if any(value is not None for value in values):
                 table.append((group.label, iteration_title(iteration), values))
     shown = [i for i in range(len(TRUST)) if any(values[i] is not None for *_, values in table)]
     return {
         "names": names,
         "agreement": list(entries),
-        "columns": [TRUST[i][1:] for i in shown],
-        "rows": [(label, iteration, [values[i] for i in shown]) for label, iteration, values in table],
+        "columns": [metric(TRUST[i]).heading for i in shown],
+        "rows": [
+            (label, iteration, [format_value(values[i], metric(TRUST[i])) for i in shown])
+            for label, iteration, values in table
+        ],
         "decides": any(run.option("dsl") not in ("", "off") for run in runs),
         "second": _second(runs, items),
     }

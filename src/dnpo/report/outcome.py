@@ -3,37 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dnpo import catalogue
 from dnpo.report.comparison import FLIPS, MEASURES, Compared, Items, Measure, gain
 from dnpo.report.groups import Group, Groups, Member, iteration_title
-from dnpo.report.page import duration, number
+from dnpo.report.page import duration, format_value, number
 from dnpo.tracking.reading import SFT
 
-# The tables of one run: metric, heading, form, scale.
+# The tables of one run.
 QUALITY = (
-    ("eval/score", "score", ".1f", 1.0),
-    ("eval/score_greedy", "greedy score", ".1f", 1.0),
-    ("second/score", "second judge", ".1f", 1.0),
-    ("eval/accuracy", "accuracy, %", ".1f", 100.0),
-    ("leaderboard/average", "leaderboard, %", ".1f", 100.0),
-    ("eval/win", "win, %", ".1f", 100.0),
-    ("eval/tie", "tie, %", ".1f", 100.0),
-    ("eval/lose", "lose, %", ".1f", 100.0),
-    ("eval/loss", "held-out loss", ".3f", 1.0),
-    ("eval/tokens", "tokens", ".1f", 1.0),
-    ("seconds", "seconds", ".1f", 1.0),
+    *("eval/score", "eval/score_greedy", "second/score", "eval/accuracy", "leaderboard/average", "eval/win"),
+    *("eval/tie", "eval/lose", "eval/loss", "eval/tokens", "seconds"),
 )
 TRAINING = (
-    ("pairs/pairs", "pairs", ",.0f", 1.0),
-    ("pairs/flips", "flips, %", ".1f", 100.0),
-    ("labels/noise", "wrong labels, %", ".1f", 100.0),
-    ("logps/chosen", "log p chosen", ".1f", 1.0),
-    ("logps/rejected", "rejected", ".1f", 1.0),
-    ("logps/new", "new", ".1f", 1.0),
-    ("stagnation/ks", "KS", ".3f", 1.0),
-    ("loss/policy", "policy loss", ".3f", 1.0),
-    ("loss/noise", "noise loss", ".3f", 1.0),
-    ("npo/variance", "s²", ".3f", 1.0),
-    ("margin/saturation", "σ(−margin)", ".2f", 1.0),
+    *("pairs/pairs", "pairs/flips", "labels/noise", "logps/chosen", "logps/rejected", "logps/new", "stagnation/ks"),
+    *("loss/policy", "loss/noise", "npo/variance", "margin/saturation"),
 )
 MOST_NAMED = 8  # groups whose numbers are said in a sentence
 
@@ -44,20 +27,19 @@ def of_run(member: Member, items: Items) -> list[str]:
 
 
 def _from_to(member: Member, measure: Measure, items: Items) -> str:
-    known = member.known(measure.metric)
+    metric, known = measure.metric, member.known(measure.metric.name)
     found = gain(member, measure, items)
     if found is None:
         return ""
     estimate, over = found
-    form = f".{measure.digits}f"
-    first, last = (number(value, form, measure.scale) for _, value in (known[0], known[-1]))
-    change = number(estimate.value, f"+{form}", measure.scale)
+    first, last = (metric.format(value) for _, value in (known[0], known[-1]))
+    change = metric.format(estimate.value, signed=True)
     if estimate.low == estimate.high == 0:
         change += f", the same {over}"
     elif estimate.low is not None:
-        low, high = (number(end, f"+{form}", measure.scale) for end in (estimate.low, estimate.high))
+        low, high = (format_value(end, metric, signed=True) for end in (estimate.low, estimate.high))
         change += f"; 95 % interval {low} to {high} {over}, which says nothing about training again"
-    return f"{measure.title}: from {first} to {last} {measure.unit}, {_ends(known)} ({change})."
+    return f"{metric.title}: from {first} to {last} {metric.unit}, {_ends(known)} ({change})."
 
 
 def _ends(known: Sequence[tuple[int | str, float]]) -> str:
@@ -76,14 +58,14 @@ def of_sweep(groups: Groups, compared: Sequence[Compared]) -> list[str]:
 
 def _numbers(shown: Sequence[Group], groups: Groups, measure: Measure) -> str:
     """Mean over seeds before and after, by group."""
-    form, parts = f".{measure.digits}f", []
+    metric, parts = measure.metric, []
     for group in shown[:MOST_NAMED]:
-        means = [sum(v) / len(v) for iteration in groups.iterations if (v := group.values(iteration, measure.metric))]
-        ends = [number(mean, form, measure.scale) for mean in (means[:1] + means[-1:] if len(means) > 1 else means)]
+        means = [sum(v) / len(v) for iteration in groups.iterations if (v := group.values(iteration, metric.name))]
+        ends = [metric.format(mean) for mean in (means[:1] + means[-1:] if len(means) > 1 else means)]
         parts.append(f"{group.label} {' to '.join(ends)}")
     more = f"; and {len(shown) - MOST_NAMED} more" if len(shown) > MOST_NAMED else ""
     over = "first and last iteration" if groups.branching else "first and last policy"
-    return f"{measure.title}, {measure.unit}, {over}: {'; '.join(parts)}{more}."
+    return f"{metric.axis}, {over}: {'; '.join(parts)}{more}."
 
 
 def _differing(each: Compared) -> str:
@@ -100,22 +82,21 @@ def _differing(each: Compared) -> str:
     what = (
         f"different from {each.baseline}: {'; '.join(starred)}" if starred else f"nothing differs from {each.baseline}"
     )
-    return f"{each.measure.title}: {corrected} {what}."
+    return f"{each.measure.metric.title}: {corrected} {what}."
 
 
 def tiles(member: Member, items: Items) -> list[dict[str, str]]:
     """The last policy's numbers, large."""
     found = []
     for measure in (*MEASURES, FLIPS):
-        known = member.known(measure.metric)
+        metric, known = measure.metric, member.known(measure.metric.name)
         if not known:
             continue
-        form = f".{measure.digits}f"
         gained = gain(member, measure, items)
-        before = f"from {number(known[0][1], form, measure.scale)}" if len(known) > 1 else ""
-        change = f" ({number(gained[0].value, f'+{form}', measure.scale)})" if gained else ""
-        value = number(known[-1][1], form, measure.scale)
-        found.append({"title": measure.title, "value": value, "unit": measure.unit, "change": before + change})
+        before = f"from {metric.format(known[0][1])}" if len(known) > 1 else ""
+        change = f" ({metric.format(gained[0].value, signed=True)})" if gained else ""
+        value = metric.format(known[-1][1])
+        found.append({"title": metric.title, "value": value, "unit": metric.unit, "change": before + change})
     if member.run.seconds is not None:
         found.append({"title": "Time of the run", "value": duration(member.run.seconds), "unit": "", "change": ""})
     return found
@@ -128,16 +109,17 @@ def tables(member: Member) -> list[tuple[str, list[str], list[tuple[str, list[st
         ("How good the policies are", QUALITY),
         ("What they were trained on, and how", TRAINING),
     ):
-        columns = [c for c in candidates if any(isinstance(row.get(c[0]), int | float) for row in member.rows)]
+        names = [name for name in candidates if any(isinstance(row.get(name), int | float) for row in member.rows)]
+        columns = [catalogue.metric(name) for name in names]
         rows = [
             (
                 iteration_title(row["iteration"]),
-                [number(row.get(name), form, scale) for name, _, form, scale in columns],
+                [format_value(row.get(column.name), column) for column in columns],
             )
             for row in member.rows
         ]
         if columns:
-            found.append((heading, [name for _, name, *_ in columns], rows))
+            found.append((heading, [column.heading for column in columns], rows))
     return found
 
 

@@ -10,6 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dnpo import palette
+from dnpo.catalogue import Metric
+
 # Characters that show nothing, end a text or turn around what stands beside them; here they can be seen.
 HIDDEN = {
     **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
@@ -49,6 +52,12 @@ def number(value: Any, form: str = ".3g", scale: float = 1.0) -> str:
     return format(scale * value, form).replace("-", "−")
 
 
+def format_value(value: Any, metric: Metric, signed: bool = False) -> str:
+    """A value of a metric as it stands in a table; – where there is none."""
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return metric.format(value, signed) if is_number else "–"
+
+
 def duration(seconds: float | None) -> str:
     """Such as ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if seconds is None:
@@ -83,4 +92,4 @@ def html(content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "day": day}
-    return environment.get_template("page.html.j2").render(content)
+    return environment.get_template("page.html.j2").render(content, colours=Markup(palette.write_css()))

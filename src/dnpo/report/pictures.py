@@ -5,37 +5,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dnpo.catalogue import metric
+from dnpo.palette import Look
 from dnpo.report import figures
 from dnpo.report.comparison import FLIPS, MEASURES, Items, Measure, mean_of
-from dnpo.report.figures import Line, Picture, Style
+from dnpo.report.drawing import describe_movement
+from dnpo.report.figures import Line, Picture
 from dnpo.report.groups import Group, Groups
-from dnpo.report.page import number
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import SFT, Run, iteration_name
 
-STEPS = (
-    ("loss/policy", "Policy loss", "loss"),
-    ("loss/noise", "Noise loss", "loss"),
-    ("margin/saturation", "How hard the loss still pulls", "mean σ(−margin)"),
-)
+STEPS = ("loss/policy", "loss/noise", "margin/saturation")
 
 
-def pictures(
-    groups: Groups, styles: Mapping[str, Style], items: Items, single: bool
-) -> list[tuple[str, list[Picture]]]:
+def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bool) -> list[tuple[str, list[Picture]]]:
     """The figures, by heading.
 
     Args:
-        styles: of the groups that are drawn.
+        looks: of the groups that are drawn.
         single: it is one run, of which every policy's histogram is shown.
     """
-    shown = [group for group in groups.groups if group.label in styles]
+    shown = [group for group in groups.groups if group.label in looks]
     found = [
         (
             "Over iterations",
-            [p for m in (*MEASURES, FLIPS) if (p := _over_iterations(shown, groups, styles, m, items))],
+            [p for m in (*MEASURES, FLIPS) if (p := _over_iterations(shown, groups, looks, m, items))],
         ),
-        ("Over training steps", [] if groups.branching else _over_steps(shown, styles)),
+        ("Over training steps", [] if groups.branching else _over_steps(shown, looks)),
         ("Log-probabilities of responses", _histograms(shown, single)),
     ]
     return [(heading, some) for heading, some in found if some]
@@ -49,9 +45,9 @@ def brought(own: Run | None) -> list[Picture]:
 
 
 def _over_iterations(
-    shown: Sequence[Group], groups: Groups, styles: Mapping[str, Style], measure: Measure, items: Items
+    shown: Sequence[Group], groups: Groups, looks: Mapping[str, Look], measure: Measure, items: Items
 ) -> Picture | None:
-    lines = [Line(styles[group.label], _points(group, groups, measure, items)) for group in shown]
+    lines = [Line(looks[group.label], _points(group, groups, measure, items)) for group in shown]
     lines = [line for line in lines if line.points]
     if not lines:
         return None
@@ -62,12 +58,10 @@ def _over_iterations(
         for value in group.values(iteration, "eval/score_human")
     ]
     return figures.over_iterations(
-        measure.title,
-        measure.unit,
+        measure.metric,
         lines,
-        scale=measure.scale,
         caption=_bars(shown, measure, items),
-        human=sum(human) / len(human) if human and measure.metric == "eval/score" else None,
+        human=sum(human) / len(human) if human and measure.metric.name == "eval/score" else None,
         joined=not groups.branching,
     )
 
@@ -75,7 +69,7 @@ def _over_iterations(
 def _points(group: Group, groups: Groups, measure: Measure, items: Items) -> list[tuple[float, Estimate]]:
     points = []
     for iteration in groups.iterations:
-        estimate = mean_of(group, iteration, measure, items) if group.values(iteration, measure.metric) else None
+        estimate = mean_of(group, iteration, measure, items) if group.values(iteration, measure.metric.name) else None
         if estimate is not None:
             points.append((-1.0 if iteration == SFT else float(iteration), estimate))
     return points
@@ -90,16 +84,16 @@ def _bars(shown: Sequence[Group], measure: Measure, items: Items) -> str:
     return f"Bars: 95 % intervals over {' and '.join(over)}." if over else "One seed: no intervals."
 
 
-def _over_steps(shown: Sequence[Group], styles: Mapping[str, Style]) -> list[Picture]:
+def _over_steps(shown: Sequence[Group], looks: Mapping[str, Look]) -> list[Picture]:
     found = []
     breaks = _breaks(shown)
-    for metric, title, unit in STEPS:
+    for name in STEPS:
         histories = {
-            styles[group.label]: [run for m in group.members if (run := m.run.history(metric))] for group in shown
+            looks[group.label]: [run for m in group.members if (run := m.run.history(name))] for group in shown
         }
-        histories = {style: runs for style, runs in histories.items() if runs}
+        histories = {look: runs for look, runs in histories.items() if runs}
         if histories:
-            found.append(figures.over_steps(title, unit, histories, breaks))
+            found.append(figures.over_steps(metric(name), histories, breaks))
     return found
 
 
@@ -130,7 +124,5 @@ def _histograms(shown: Sequence[Group], single: bool) -> list[Picture]:
 
 
 def _distance(row: Mapping[str, Any]) -> str:
-    if row.get("stagnation/ks") is None:
-        return ""
-    critical = number(row.get("stagnation/ks_critical"), ".3f")
-    return f"KS distance of rejected and new: {row['stagnation/ks']:.3f} (5 % critical value {critical})."
+    words = describe_movement(row)
+    return words and f"{words}."

@@ -8,9 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from dnpo.catalogue import Metric, metric
+
+# Of the table of a run; what no row has is left out.
+FAMILIES = "eval/accuracy/<family>"
+COLUMNS = (
+    *("eval/score", "second/score", "leaderboard/average", FAMILIES, "eval/accuracy", "eval/win", "eval/tie"),
+    *("eval/lose", "pairs/flips", "logps/chosen", "logps/rejected", "logps/new", "stagnation/ks", "eval/loss"),
+    *("loss/policy", "loss/noise", "seconds"),
+)
+LONGEST_FAMILY = 6  # letters of a family's name
 
 StepSink = Callable[[list[dict[str, float]]], None]
 
@@ -47,7 +59,9 @@ class Console:
 
     def table(self, table: Table) -> None:
         """A table at its full width, whatever the terminal's: a cut number is no number."""
-        RichConsole(width=max(self.rich.width, 180), highlight=False).print(table)
+        wide = RichConsole(width=1000)
+        needed = Measurement.get(wide, wide.options, table).maximum
+        RichConsole(width=max(self.rich.width, needed), highlight=False).print(table)
 
     def say(self, text: str) -> None:
         """One line."""
@@ -128,36 +142,22 @@ class StageReport:
         return f"{what} in {seconds:,.1f} s{rate}" + (f", {self.words}" if self.words else "")
 
 
-def iteration_table(rows: Sequence[dict[str, Any]], families: Sequence[str]) -> Table:
+def iteration_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The table of a run: a row an iteration; what was not measured shows as –."""
     table = Table(title="Results by iteration", title_justify="left", header_style="bold", pad_edge=False, box=None)
-    columns: list[tuple[str, str, str]] = [("it.", "iteration", ""), ("score", "eval/score", ".1f")]
-    columns += [("2nd", "second/score", ".1f"), ("board", "leaderboard/average", ".1%")]
-    columns += [(family[:6], f"eval/accuracy/{family}", ".0%") for family in families]
-    columns += [
-        ("acc.", "eval/accuracy", ".1%"),
-        ("win", "eval/win", ".0%"),
-        ("tie", "eval/tie", ".0%"),
-        ("lose", "eval/lose", ".0%"),
-        ("flips", "pairs/flips", ".0%"),
-        ("lp chosen", "logps/chosen", ".2f"),
-        ("rejected", "logps/rejected", ".2f"),
-        ("new", "logps/new", ".2f"),
-        ("KS", "stagnation/ks", ".3f"),
-        ("held loss", "eval/loss", ".3f"),
-        ("policy loss", "loss/policy", ".4f"),
-        ("noise loss", "loss/noise", ".4f"),
-        ("s", "seconds", ".0f"),
-    ]
-    shown = [c for c in columns if c[1] == "iteration" or any(row.get(c[1]) is not None for row in rows)]
-    for heading, _, _ in shown:
+    families = [name for name in rows[0] if name.startswith("eval/accuracy/")]
+    names = [each for name in COLUMNS for each in (families if name == FAMILIES else [name])]
+    shown = [metric(name) for name in names if any(row.get(name) is not None for row in rows)]
+    table.add_column("it.", justify="right", no_wrap=True)
+    for column in shown:
+        heading = column.label[:LONGEST_FAMILY] if column.name in families else column.label
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(row.get(name), form) for _, name, form in shown))
+        table.add_row(str(row["iteration"]), *(_cell(row.get(column.name), column) for column in shown))
     return table
 
 
-def _cell(value: Any, form: str) -> str:
+def _cell(value: float | None, column: Metric) -> str:
     if value is None:
         return "–"
-    return format(value, form) if form else str(value)
+    return column.format(value) + "%" * (column.unit == "%")

@@ -14,11 +14,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from dnpo import catalogue
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
 from dnpo.loop import Iteration
 from dnpo.records import Pair
-from dnpo.report.drawing import logprob_histogram, progress
+from dnpo.report.drawing import describe_movement, logprob_histogram, progress
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.stages.agreement import known_agreement
@@ -29,7 +30,6 @@ from dnpo.tracking.writing import TrackedSteps, Tracking
 
 PACKAGES = ("dnpo", "torch", "pytorch-lightning", "transformers", "peft", "tokenizers", "mlflow", "datasets")
 SHOWN_PAIRS = 50
-TWICE = ("loss/", "npo/", "margin/", "logps/", "grad_norm/")  # by step too; by iteration they stand under iteration/
 SATURATED = 0.15  # mean σ(−margin) of a step below which the loss hardly pulls any more
 
 
@@ -60,7 +60,8 @@ def execute(
     tracking.note(f"{title}\n\n{notes.RUNNING}\n\n{head}")
     for iteration in iterations:
         for stage in iteration.stages:
-            prefix = "sft/" if stage.name == "sft" else "like/" if stage is iteration.like else ""
+            variant = catalogue.SFT if stage.name == "sft" else catalogue.LIKE if stage is iteration.like else None
+            prefix = variant.prefix if variant else ""
             reused = _get(stage, store, console, tracking, before, prefix)
             name = {"title": stage.title, "stage": stage.name, "key": stage.key}
             of = {name: needed.key for name, needed in {**stage.inputs, **stage.aids}.items()}
@@ -196,7 +197,7 @@ def _track(
     """What an iteration read, its model and its metrics; its histogram, the rows behind the metrics, its steps, and
     some of its pairs."""
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "iteration"}
-    renamed = {f"iteration/{n}" if n.startswith(TWICE) else n: v for n, v in numbers.items()}
+    renamed = {catalogue.name_by_iteration(name): value for name, value in numbers.items()}
     name = "sft" if iteration.k < 0 else f"iteration-{iteration.k}"
     tracking.inputs(inputs.of(iteration, store, settings))
     stage = f"{iteration.policy.name}/{iteration.policy.key}"
@@ -206,8 +207,7 @@ def _track(
     tracking.metrics(renamed, iteration.k, model)
     picture = folder / "logprobs" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
-    ks = row.get("stagnation/ks")
-    note = f"KS distance rejected–new {ks:.3f} (5 % critical value {row['stagnation/ks_critical']:.3f})" if ks else ""
+    note = describe_movement(row)
     title = "after supervised fine-tuning" if iteration.k < 0 else f"after iteration {iteration.k}"
     logprob_histogram(
         store.folder(iteration.evaluation) / "logprobs.npz", picture, f"Responses under the policy {title}", note
@@ -233,7 +233,9 @@ def _track_results(summary: Mapping[str, Any], tracking: Tracking, folder: Path)
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {"columns": names, "data": [[row.get(name) for name in names] for row in rows]}
     write_json(folder / "table.json", columns)
-    progress(rows, folder / "progress.png", " ".join(overrides()) or "defaults")
+    chosen = choices()
+    options = chosen.get("dsl", ""), chosen.get("npo", "")
+    progress(rows, folder / "progress.png", " ".join(overrides()) or "defaults", options)
     tracking.artifact(folder / "progress.png")
     tracking.artifact(folder / "table.md")
     tracking.table(folder / "table.json")
@@ -264,9 +266,8 @@ def _some_pairs(path: Path) -> list[dict[str, Any]]:
 def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Store, tracking: Tracking) -> None:
     """The table, and where everything is."""
     rows = summary["table"]
-    families = [name.removeprefix("eval/accuracy/") for name in rows[0] if name.startswith("eval/accuracy/")]
     console.say("")
-    console.table(iteration_table(rows, families))
+    console.table(iteration_table(rows))
     if any("eval/score" in row for row in rows):
         console.say(
             "score: judge's mean on sampled held-out answers (0-100); the judge that labels the pairs also sets this "
@@ -274,7 +275,9 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
         )
     if any("second/score" in row for row in rows):
         console.say("2nd: the second judge's mean on the same answers; it labels nothing.")
-    console.say("Losses: mean over the last tenth of the steps. lp: summed log-probability under the new policy, nats.")
+    console.say(
+        "Losses: mean over the last tenth of the steps. log p: summed log-probability under the new policy, nats."
+    )
     for entry in summary["judge_agreement"]:
         console.say(f"The judge {sentence(entry)}.")
     console.say("")

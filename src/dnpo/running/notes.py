@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dnpo.catalogue import Metric, metric
 from dnpo.judges.agreement import sentence
 from dnpo.stats.table import markdown
 from dnpo.tracking.writing import without_password
@@ -21,16 +22,10 @@ RUNNING = "*It is running; what came out will stand here.*"
 CONTINUES = "Finished stages are kept: the same command continues it."
 LONGEST_MESSAGE, LONGEST_OF_A_JOB = 1500, 300  # characters of an error
 MOST_MISSING = 12
-# Heading, metric, form and scale of the columns of the table; those that no row has are left out.
+# Of the table; what no row has is left out.
 COLUMNS = (
-    ("score", "eval/score", ".1f", 1),
-    ("second judge", "second/score", ".1f", 1),
-    ("right, %", "eval/accuracy", ".1f", 100),
-    ("win, %", "eval/win", ".0f", 100),
-    ("flipped labels, %", "pairs/flips", ".1f", 100),
-    ("KS", "stagnation/ks", ".3f", 1),
-    ("held-out loss", "eval/loss", ".3f", 1),
-    ("seconds", "seconds", ".0f", 1),
+    *("eval/score", "second/score", "eval/accuracy", "eval/win", "pairs/flips", "stagnation/ks", "eval/loss"),
+    "seconds",
 )
 
 
@@ -139,33 +134,33 @@ def _outcome(table: Sequence[Mapping[str, Any]]) -> str:
     """In one sentence, from the first policy to the last."""
     first, last = table[0], table[-1]
     found = []
-    for metric, name, form, scale in (
-        ("eval/score", "the judge's score went from {} to {}", ".1f", 1),
-        ("eval/accuracy", "right answers from {} to {} %", ".1f", 100),
-        ("eval/loss", "held-out loss from {} to {}", ".3f", 1),
+    for name, words in (
+        ("eval/score", "the judge's score went from {} to {}"),
+        ("eval/accuracy", "right answers from {} to {} %"),
+        ("eval/loss", "held-out loss from {} to {}"),
     ):
-        if _known(first, metric) and _known(last, metric):
-            found.append(name.format(_cell(first, metric, form, scale), _cell(last, metric, form, scale)))
+        if _known(first, name) and _known(last, name):
+            found.append(words.format(_cell(first, metric(name)), _cell(last, metric(name))))
     return f"**From SFT to iteration {last['iteration']}**: {', '.join(found)}."
 
 
 def results(table: Sequence[Mapping[str, Any]]) -> str:
     """A row a policy, of the columns that say most."""
-    shown = [column for column in COLUMNS if any(_known(row, column[1]) for row in table)]
-    head = ["after iteration", *(heading for heading, *_ in shown)]
+    shown = [metric(name) for name in COLUMNS if any(_known(row, name) for row in table)]
+    head = ["after iteration", *(column.heading for column in shown)]
     lines = [head, ["---", *("---:" for _ in shown)]]
     for row in table:
-        cells = [_cell(row, metric, form, scale) for _, metric, form, scale in shown]
+        cells = [_cell(row, column) for column in shown]
         lines.append(["SFT" if row["iteration"] == "SFT" else str(row["iteration"]), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _known(row: Mapping[str, Any], metric: str) -> bool:
-    return isinstance(row.get(metric), int | float)
+def _known(row: Mapping[str, Any], name: str) -> bool:
+    return isinstance(row.get(name), int | float)
 
 
-def _cell(row: Mapping[str, Any], metric: str, form: str, scale: float) -> str:
-    return format(scale * row[metric], form) if _known(row, metric) else "–"
+def _cell(row: Mapping[str, Any], column: Metric) -> str:
+    return column.format(row[column.name]) if _known(row, column.name) else "–"
 
 
 def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -174,12 +169,14 @@ def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
     human = next((row["eval/score_human"] for row in table if _known(row, "eval/score_human")), None)
     if human is not None:
         found.append(
-            f"Scores are the judge's mean of sampled answers, 0-100; the human responses have {human:.1f}. "
+            f"Scores are the judge's mean of sampled answers, 0-100; the human responses have "
+            f"{metric('eval/score_human').format(human)}. "
             "Where it also labels the pairs, it defines the measure."
         )
     if any(_known(row, "pairs/flipped") for row in table):
         flips = "; ".join(
-            f"{row['pairs/flipped']:,.0f} of {row['pairs/pairs']:,.0f} in iteration {row['iteration']}"
+            f"{_cell(row, metric('pairs/flipped'))} of {_cell(row, metric('pairs/pairs'))} in iteration "
+            f"{row['iteration']}"
             for row in table
             if _known(row, "pairs/flipped")
         )
@@ -194,8 +191,9 @@ def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
             else "the new answers cannot be told from the rejected ones: the policy stood still"
         )
         found.append(
-            f"In the last iteration {verdict} (Kolmogorov-Smirnov distance {ks:.3f}, 5 % critical value "
-            f"{critical:.3f})."
+            f"In the last iteration {verdict} (Kolmogorov-Smirnov distance "
+            f"{metric('stagnation/ks').format(ks)}, 5 % critical value "
+            f"{metric('stagnation/ks_critical').format(critical)})."
         )
     return found
 
@@ -273,8 +271,7 @@ def spaced(tables: str) -> str:
 
 
 def _compared(found: "Compared") -> list[str]:
-    unit = f"{found.measure.title}, {found.measure.unit}"
-    lines = [f"**{unit}**", "", markdown(found.means, "settings")]
+    lines = [f"**{found.measure.metric.axis}**", "", markdown(found.means, "settings")]
     if found.differences is not None:
         lines += [f"Less {escaped(found.baseline)}, paired:", "", markdown(found.differences, "settings")]
     return [*lines, *(f"- {escaped(note)}" for note in found.notes)]

@@ -13,11 +13,12 @@ from filelock import FileLock
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from dnpo.catalogue import metric
 from dnpo.errors import DnpoError
 
 if TYPE_CHECKING:
     from dnpo.report.comparison import Compared, Items
-    from dnpo.report.groups import Group, Groups
+    from dnpo.report.groups import Groups
     from dnpo.store import Stage
     from dnpo.tracking.writing import MLflowTracking
 
@@ -95,14 +96,10 @@ class SweepReport(Callback):
         console = Console(width=180, highlight=False)
         if alike:
             console.print(f"\nall jobs: {' '.join(o for o in next(iter(groups)).split(' ') if o in alike)}")
-        for metric, title, scale in (
-            ("eval/score", "Judge score of sampled answers", 1.0),
-            ("eval/accuracy", "Accuracy of greedy answers, %", 100.0),
-            ("eval/loss", "Held-out loss of human responses", 1.0),
-        ):
-            if not any(metric in row for tables in groups.values() for table in tables for row in table):
+        for shown in map(metric, ("eval/score", "eval/accuracy", "eval/loss")):
+            if not any(shown.name in row for tables in groups.values() for table in tables for row in table):
                 continue
-            view = Table(title=f"{title}: mean ± standard deviation over seeds", title_justify="left", box=None)
+            view = Table(title=f"{shown.axis}: mean ± standard deviation over seeds", title_justify="left", box=None)
             view.add_column("settings", max_width=100, overflow="fold")
             view.add_column("runs", justify="right")
             for iteration in iterations:
@@ -111,16 +108,16 @@ class SweepReport(Callback):
                 cells = []
                 for iteration in iterations:
                     values = [
-                        row[metric] * scale
+                        row[shown.name]
                         for table in tables
                         for row in table
-                        if row["iteration"] == iteration and metric in row
+                        if row["iteration"] == iteration and shown.name in row
                     ]
                     mean, spread = _mean_and_spread(values)
-                    cells.append(
-                        "–" if mean is None else f"{mean:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
-                    )
-                    found.append({"settings": name, "iteration": iteration, "metric": metric, "values": values})
+                    around = "" if spread is None else f" ± {shown.format(spread)}"
+                    cells.append("–" if mean is None else shown.format(mean) + around)
+                    scaled = [shown.scale * value for value in values]
+                    found.append({"settings": name, "iteration": iteration, "metric": shown.name, "values": scaled})
                 different = " ".join(o for o in name.split(" ") if o not in alike)
                 view.add_row(different, str(len(tables)), *cells)
             console.print()
@@ -190,8 +187,9 @@ def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], faile
 
 def _draw(groups: "Groups", compared: "Sequence[Compared]", items: "Items", path: Path, title: str) -> None:
     """A line a group over iterations, a panel a measure."""
+    from dnpo.palette import choose_looks
     from dnpo.report.comparison import mean_of
-    from dnpo.report.drawing import Panel, colours, over_iterations
+    from dnpo.report.drawing import Panel, over_iterations
     from dnpo.stats.intervals import Estimate
     from dnpo.tracking.reading import SFT
 
@@ -203,14 +201,9 @@ def _draw(groups: "Groups", compared: "Sequence[Compared]", items: "Items", path
                 mean = mean_of(group, iteration, one.measure, items)
                 if mean is not None:
                     values.setdefault(group.label, {})[-1 if iteration == SFT else int(iteration)] = mean
-        panels.append(Panel(one.measure.title, one.measure.unit, values, scale=one.measure.scale))
-    options = {group.label: _options(group) for group in groups.groups}
-    over_iterations(panels, path, title, "Bars: 95 % t intervals.", colours(options), joined=not groups.branching)
-
-
-def _options(group: "Group") -> tuple[str, str]:
-    run = group.members[0].run
-    return run.option("dsl"), run.option("npo")
+        panels.append(Panel(one.measure.metric, values))
+    styles = choose_looks({group.label: group.options for group in groups.groups})
+    over_iterations(panels, path, title, "Bars: 95 % t intervals.", styles, joined=not groups.branching)
 
 
 def _csv(compared: "Sequence[Compared]") -> str:
@@ -225,7 +218,7 @@ def _csv(compared: "Sequence[Compared]") -> str:
                 head, *lines = csv.reader(comma_separated(table).splitlines())
                 if not out.tell():
                     writer.writerow(["measure", "shows", *head])
-                writer.writerows([one.measure.metric, shows, *line] for line in lines)
+                writer.writerows([one.measure.metric.name, shows, *line] for line in lines)
     return out.getvalue()
 
 
@@ -240,7 +233,7 @@ def _shown(compared: "Sequence[Compared]") -> dict[str, Any]:
             for row in table.rows:
                 cells = dict(zip(table.columns, row.shown, strict=True))
                 texts = [shown.text if (shown := cells.get(column)) is not None else "" for column in columns]
-                data.append([f"{one.measure.title}, {one.measure.unit}", shows, row.label, *texts])
+                data.append([one.measure.metric.axis, shows, row.label, *texts])
     return {"columns": ["measure", "shows", "settings", *columns], "data": data}
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dnpo.catalogue import metric
 from dnpo.judges.agreement.stats import multiples
 from dnpo.judges.agreement.table import format_value, title
-
-JUDGE, PEOPLE, CHANCE = "#0072B2", "#D55E00", "#7f7f7f"  # safe for colour-blind readers
+from dnpo.palette import CHANCE, GRID, JUDGE, PEOPLE, ROUND_SCORES
 
 Row = tuple[str, str, str, float | None]  # measure, words, colour, what chance gives
 
@@ -53,8 +53,10 @@ def draw(found: Mapping[str, Any], points: Sequence[float], path: Path) -> None:
         ),
     )
     middle.set_xlim(-0.03, 1.03)
-    bias = format_value(measures["length_bias"]["value"], "pp").replace("pp", "percentage points")
-    middle.set_title(f"Length bias: {bias}\n(wins of the longer one: judge − people)", fontsize=10)
+    bias = format_value(measures["length_bias"]["value"], metric("agreement/length_bias"))
+    middle.set_title(
+        f"Length bias: {bias.replace('pp', 'percentage points')}\n(wins of the longer one: judge − people)", fontsize=10
+    )
     middle.set_xlabel("share of rows")
     {"score": _scores, "pairwise": _orders, "relative": _relative}[found["mode"]](right, measures, points)
     figure.suptitle("\n".join(textwrap.wrap(title(found), 120)), fontsize=12)
@@ -82,7 +84,7 @@ def _rows(axis: Axes, measures: Mapping[str, Any], rows: Sequence[Row]) -> None:
     axis.set_xlim(min(ends) - 0.05, 1.03)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
-    axis.grid(axis="x", color="#e5e5e5", linewidth=0.8)
+    axis.grid(axis="x", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
 
 
@@ -91,13 +93,12 @@ def _scores(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) ->
     scores = np.array(points)
     edges = np.arange(-0.5, 101.5).tolist()
     axis.hist(scores, bins=edges, color=JUDGE, label="other scores")
-    axis.hist(scores[multiples(scores, 5)], bins=edges, color="#E69F00", label="multiples of 5")
+    axis.hist(scores[multiples(scores, 5)], bins=edges, color=ROUND_SCORES, label="multiples of 5")
     axis.legend(frameon=False, fontsize=8)
     fives, bits = (
-        format_value(measures["multiples_of_5"]["value"], "%"),
-        format_value(measures["entropy"]["value"], ".1f"),
+        format_value(measures[name]["value"], metric(f"agreement/{name}")) for name in ("multiples_of_5", "entropy")
     )
-    axis.set_title(f"Scores: {fives} multiples of 5 (by chance 21 %),\nentropy {bits} of 6.7 bits", fontsize=10)
+    axis.set_title(f"Scores: {fives} multiples of 5 (by chance 21 %),\nentropy {bits} of 6.7", fontsize=10)
     axis.set_xlabel("score of one response, points")
     axis.set_ylabel("responses")
     _open(axis)
@@ -106,8 +107,8 @@ def _scores(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) ->
 def _orders(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) -> None:
     """How far the two orders of the same comparison are apart."""
     axis.hist(points, bins=np.arange(0.0, 105.0, 5.0).tolist(), color=JUDGE)
-    flips = measures["flips"]["value"]
-    axis.set_title(f"Order: the verdict changes with it\nin {format_value(flips, '%')} of the rows", fontsize=10)
+    flips = format_value(measures["flips"]["value"], metric("agreement/flips"))
+    axis.set_title(f"Order: the verdict changes with it\nin {flips} of the rows", fontsize=10)
     axis.set_xlabel("score of a row's two orders, difference in points")
     axis.set_ylabel("rows")
     _open(axis)
@@ -131,6 +132,6 @@ def _open(axis: Axes) -> None:
 def _legend(found: Mapping[str, Any]) -> str:
     count = found["rows"] - found["unscored"]
     return (
-        f"Dots: {count:,} rows; bars: 95 % bootstrap intervals. Blue circles: the judge; orange diamonds: people "
+        f"Dots: {count:,} rows; bars: 95 % bootstrap intervals. Circles: the judge; diamonds: people "
         "alone; dashed: chance."
     )

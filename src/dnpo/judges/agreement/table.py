@@ -6,53 +6,49 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from dnpo.catalogue import Metric, metric
+
 
 class Line(NamedTuple):
-    """How one measure is shown.
-
-    Attributes:
-        form: ``%``, ``pp`` (percentage points), or a format.
-        beside: what to read it against.
-    """
+    """One measure, and what to read it against."""
 
     name: str
-    text: str
-    form: str
     beside: str = ""
+
+    @property
+    def metric(self) -> Metric:
+        """How it is shown."""
+        return metric(f"agreement/{self.name}")
 
 
 LINES = (
-    Line("accuracy", "accuracy where people prefer one; a tie counts half", "%", "chance 50 %"),
-    Line("accuracy_strict", "the same, a tie counts as wrong", "%"),
-    Line("accuracy_three_way", "accuracy over all rows, ties included", "%"),
-    Line("ties_judge", "ties of the judge", "%"),
-    Line("ties_people", "ties of people", "%"),
-    Line("kappa", "Cohen's κ: judge and people's label", ".2f", "chance 0"),
-    Line("kappa_persons", "Cohen's κ: judge and one person, mean", ".2f", "between two persons, next line"),
-    Line("kappa_between_persons", "Cohen's κ: two persons, mean", ".2f"),
-    Line("fleiss_persons", "Fleiss' κ: all persons", ".2f"),
-    Line("fleiss_with_judge", "Fleiss' κ: all persons and the judge", ".2f", "without the judge, line above"),
-    Line("flips", "flip rate: the verdict changes with the order", "%", "best 0 %"),
-    Line("reversals", "reversal rate: to the other response, no tie in it", "%", "best 0 %"),
-    Line("longer_judge", "the longer one wins, by the judge", "%", "by people, next line"),
-    Line("longer_people", "the longer one wins, by people", "%"),
-    Line("length_bias", "length bias: the difference", "pp", "none 0"),
-    Line("accuracy_longer", "accuracy where people prefer the longer one", "%", "chance 50 %"),
-    Line("accuracy_shorter", "accuracy where people prefer the shorter one", "%", "chance 50 %"),
-    Line("multiples_of_5", "scores that are multiples of 5", "%", f"whole numbers by chance {2100 / 101:.0f} %"),
-    Line("multiples_of_10", "scores that are multiples of 10", "%", f"whole numbers by chance {1100 / 101:.0f} %"),
-    Line("entropy", "entropy of scores in whole points, bits", ".2f", f"at most log2(101) = {math.log2(101):.2f}"),
-    Line("distinct", "different scores", ".0f"),
+    Line("accuracy", "chance 50 %"),
+    Line("accuracy_strict"),
+    Line("accuracy_three_way"),
+    Line("ties_judge"),
+    Line("ties_people"),
+    Line("kappa", "chance 0"),
+    Line("kappa_persons", "between two persons, next line"),
+    Line("kappa_between_persons"),
+    Line("fleiss_persons"),
+    Line("fleiss_with_judge", "without the judge, line above"),
+    Line("flips", "best 0 %"),
+    Line("reversals", "best 0 %"),
+    Line("longer_judge", "by people, next line"),
+    Line("longer_people"),
+    Line("length_bias", "none 0"),
+    Line("accuracy_longer", "chance 50 %"),
+    Line("accuracy_shorter", "chance 50 %"),
+    Line("multiples_of_5", f"whole numbers by chance {2100 / 101:.0f} %"),
+    Line("multiples_of_10", f"whole numbers by chance {1100 / 101:.0f} %"),
+    Line("entropy", f"at most log2(101) = {math.log2(101):.2f}"),
+    Line("distinct"),
 )
 
 
-def format_value(value: float | None, form: str) -> str:
+def format_value(value: float | None, metric: Metric) -> str:
     """A number as people read it; – where there is none."""
-    if value is None:
-        return "–"
-    if form == "%":
-        return f"{100 * value:.1f} %"
-    return f"{100 * value:+.1f} pp" if form == "pp" else format(value, form)
+    return "–" if value is None else metric.format_with_unit(value, signed=metric.unit == "pp")
 
 
 def cells(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
@@ -64,12 +60,12 @@ def cells(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
             continue
         between = ""
         if estimate["low"] is not None:
-            low, high = (format_value(estimate[end], line.form) for end in ("low", "high"))
+            low, high = (format_value(estimate[end], line.metric) for end in ("low", "high"))
             unit = low.rpartition(" ")[1] and f" {low.rpartition(' ')[2]}"
             between = f"{low.removesuffix(unit)} to {high}" if unit else f"{low} to {high}"
         count = f"{estimate['rows']:,}" if estimate["rows"] else "–"
-        value = format_value(estimate["value"], line.form)
-        rows.append((line.text, value, between, count, estimate["reason"] or line.beside))
+        value = format_value(estimate["value"], line.metric)
+        rows.append((line.metric.title, value, between, count, estimate["reason"] or line.beside))
     return rows
 
 
