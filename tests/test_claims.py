@@ -680,7 +680,7 @@ def test_one_command_runs_the_sweep_and_tells_the_outcome(
         sweeps={"main": {"overrides": ["judge@second_judge=correct"]}},
     )
     command = ["--claims", str(path), "--run", "--seeds", "0", "--jobs", "1"]
-    for setting in ("scale=smoke", "iterations=1", "npo.start=0", "dsl=off", "method=spin,npo"):
+    for setting in ("scale=smoke", "iterations=1", "acts_from=0", "dsl=off", "method=spin,npo"):
         command += ["--override", setting]
     monkeypatch.chdir(tmp_path)
     assert claims.main(command) == 0
