@@ -1,11 +1,11 @@
 """Dynamic sample labelling: who is chosen and who is rejected (DNPO paper, section 4.2).
 
-A labeller turns prompts, the human and the generated response to each, and their verdicts into pairs. ``needs_scores``
-says whether it asks a judge at all.
+A labeller turns prompts, the human and the generated response to each, and their verdicts into pairs.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from dnpo.errors import DataError
 from dnpo.records import Pair, Prompt, Response, Verdict
@@ -14,29 +14,33 @@ from dnpo.records import Pair, Prompt, Response, Verdict
 class Labeller(Protocol):
     """What ``dsl=…`` configures."""
 
-    needs_scores: bool
+    @property
+    def needs_scores(self) -> bool:
+        """Whether it asks a judge at all."""
 
     def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: "Scores") -> bool | None:
         """Whether the generated response is chosen; None for a pair that cannot be labelled."""
 
 
-class Scores:
+class Scores(NamedTuple):
     """The scores of the two sides of one pair; None where there is no verdict with a score."""
 
-    def __init__(self, human: float | None, generated: float | None) -> None:
-        self.human, self.generated = human, generated
+    human: float | None
+    generated: float | None
 
 
+@dataclass(frozen=True)
 class HumanChosen:
     """The human response is always chosen (SPIN, equation 4.7 of its paper): labels by origin."""
 
-    needs_scores = False
+    needs_scores: ClassVar[bool] = False
 
     def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: Scores) -> bool | None:
         """Never."""
         return False
 
 
+@dataclass(frozen=True)
 class HigherScoreChosen:
     """The response with the higher score is chosen, the human one on a tie (DNPO, equation 2): labels by quality.
 
@@ -45,10 +49,9 @@ class HigherScoreChosen:
             dropped, or the human response is chosen, or the run ends.
     """
 
-    needs_scores = True
+    needs_scores: ClassVar[bool] = True
 
-    def __init__(self, *, unscored: Literal["drop", "keep_human", "fail"] = "drop") -> None:
-        self.unscored = unscored
+    unscored: Literal["drop", "keep_human", "fail"] = "drop"
 
     def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: Scores) -> bool | None:
         """s′ > s; where a score is missing, what ``unscored`` says."""

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dnpo.evaluate import Evaluated
 from dnpo.judges import judge_responses, tally
 from dnpo.records import Item, Pair, Prompt, Response, Verdict, read, write
 from dnpo.seeding import derive
 from dnpo.settings import part_key
-from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, verb
+from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, Verb, verb
 from dnpo.stages.verbs import read_split
 from dnpo.store import Stage, write_json
 
@@ -47,7 +48,23 @@ def measure(
         found.append(compare_texts(run, plan, prompts=prompts, evaluation=evaluation, pairs=pairs))
     if run.eval.leaderboard is not None:
         found.append(leaderboard(run, plan, prompts=prompts, policy=policy))
+    for name in run.eval.measures:
+        found.append(_named(name)(run, plan, prompts=prompts, evaluation=evaluation))
     return tuple(found)
+
+
+def _named(name: str) -> Verb:
+    """The stage of one of the further measures."""
+
+    @verb("measure", 1, lambda run, plan: {"measure": part_key(run.eval.measures[name])}, title=f"measure {name}")
+    def measure_more(run: Run, plan: Plan | None, task: Task) -> Facts:
+        rows = read_split(task.inputs["prompts"], run.eval.split)
+        samples = read(task.inputs["evaluation"] / "samples.parquet", Response)
+        first, last = len(rows.prompts), len(rows.prompts) * (1 + run.eval.samples)
+        found = run.eval.measures[name](Evaluated(rows, samples[:first], samples[first:last]))
+        return _write_metrics(task.folder, {metric: float(value) for metric, value in found.items()})
+
+    return measure_more
 
 
 def _is_plain(sampling: "Sampling") -> bool:
