@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from dnpo.evaluate.leaderboard import Leaderboard
 from dnpo.evaluate.texts import Texts
@@ -34,6 +33,7 @@ class Evaluated(NamedTuple):
     samples: Sequence[Response]
 
 
+@runtime_checkable
 class Measure(Protocol):
     """What ``eval.measures.NAME`` configures: a measure of what a policy wrote."""
 
@@ -61,4 +61,4 @@ class Evaluation:
     sequences: Count = 1536
     texts: Texts | None = neutral(None)
     leaderboard: Leaderboard | None = neutral(None)
-    measures: Mapping[str, Measure] = neutral(MappingProxyType({}))
+    measures: Mapping[str, Measure] | None = neutral(None)

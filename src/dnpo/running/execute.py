@@ -19,7 +19,6 @@ from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
 from dnpo.loop import Iteration
 from dnpo.records import Pair
-from dnpo.report.drawing import describe_movement, logprob_histogram, progress
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.stages.agreement import known_agreement
@@ -207,11 +206,16 @@ def _track(
     tracking.metrics(renamed, iteration.k, model)
     picture = folder / "logprobs" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
-    note = describe_movement(row)
     title = "after supervised fine-tuning" if iteration.k < 0 else f"after iteration {iteration.k}"
-    logprob_histogram(
-        store.folder(iteration.evaluation) / "logprobs.npz", picture, f"Responses under the policy {title}", note
-    )
+    drawn = store.root / ".pictures" / f"{iteration.evaluation.key}.png"  # the same for every run that finds the stage
+    if not drawn.is_file():
+        from dnpo.report.drawing import describe_movement, logprob_histogram
+
+        drawn.parent.mkdir(exist_ok=True)
+        logprobs, aside = store.folder(iteration.evaluation) / "logprobs.npz", drawn.with_suffix(f".{os.getpid()}.png")
+        logprob_histogram(logprobs, aside, f"Responses under the policy {title}", describe_movement(row))
+        aside.replace(drawn)
+    shutil.copy2(drawn, picture)
     tracking.artifact(picture, "logprobs")
     for kind, path in rows_behind(iteration, store):
         named = folder / kind / f"{name}{path.suffix}"
@@ -228,6 +232,8 @@ def _track(
 
 def _track_results(summary: Mapping[str, Any], tracking: Tracking, folder: Path) -> None:
     """A run's picture, and its table in Markdown and as one that MLflow shows."""
+    from dnpo.report.drawing import progress
+
     rows = summary["table"]
     (folder / "table.md").write_text(notes.results(rows))
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -18,6 +18,7 @@ from dnpo.stages.verbs import read_split
 from dnpo.store import Stage, write_json
 
 if TYPE_CHECKING:
+    from dnpo.evaluate import Measure
     from dnpo.generate import Sampling
 
 METRICS = "metrics.json"
@@ -48,20 +49,20 @@ def measure(
         found.append(compare_texts(run, plan, prompts=prompts, evaluation=evaluation, pairs=pairs))
     if run.eval.leaderboard is not None:
         found.append(leaderboard(run, plan, prompts=prompts, policy=policy))
-    for name in run.eval.measures:
-        found.append(_named(name)(run, plan, prompts=prompts, evaluation=evaluation))
+    for name, further in (run.eval.measures or {}).items():
+        found.append(_stage_of(name, further)(run, plan, prompts=prompts, evaluation=evaluation))
     return tuple(found)
 
 
-def _named(name: str) -> Verb:
-    """The stage of one of the further measures."""
+def _stage_of(name: str, measure: "Measure") -> Verb:
+    """The verb of one of the further measures."""
 
-    @verb("measure", 1, lambda run, plan: {"measure": part_key(run.eval.measures[name])}, title=f"measure {name}")
+    @verb("measure", 1, lambda run, plan: {"measure": part_key(measure)}, title=f"measure {name}")
     def measure_more(run: Run, plan: Plan | None, task: Task) -> Facts:
         rows = read_split(task.inputs["prompts"], run.eval.split)
         samples = read(task.inputs["evaluation"] / "samples.parquet", Response)
         first, last = len(rows.prompts), len(rows.prompts) * (1 + run.eval.samples)
-        found = run.eval.measures[name](Evaluated(rows, samples[:first], samples[first:last]))
+        found = measure(Evaluated(rows, samples[:first], samples[first:last]))
         return _write_metrics(task.folder, {metric: float(value) for metric, value in found.items()})
 
     return measure_more
