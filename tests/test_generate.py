@@ -84,6 +84,15 @@ def test_a_sample_depends_on_seed_and_shard_alone(make_policy: MakePolicy, world
     assert [r.token_ids for r in other] != [r.token_ids for r in first]
 
 
+def test_shards_have_other_samples_of_the_same_prompt(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+    """Each shard and each row in it draws for itself, so one prompt asked many times has many answers."""
+    prompts, layout = [world.prompts[0]] * 8, Sampling(batch_size=4, shard_size=4)
+    rows = generate(
+        make_policy(), prompts, layout, source="policy@3", limit=12, seed=1, folder=tmp_path, report=Report()
+    )
+    assert len({tuple(row.token_ids) for row in rows}) == 8
+
+
 def test_a_killed_run_goes_on_at_the_first_missing_shard(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     policy = make_policy()
     whole = go(policy, world, tmp_path / "a")

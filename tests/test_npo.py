@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dnpo.optimise import npo
 from dnpo.optimise.npo import FixedModule, NoiseModule, OffsetModule, Rejected, SilentModule, TrainableModule, _Draw
 from dnpo.optimise.objective import NoisyReference, PairLogps, Terms, logistic, two_player
-from dnpo.optimise.parts import FixedNoise, Noise, TrainableNoise
+from dnpo.optimise.parts import FixedNoise, MatchedOffset, Noise, NoNoise, Offset, TrainableNoise
 from dnpo.policy import logprobs
 from dnpo.policy.logprobs import Head
 
@@ -961,3 +961,21 @@ def test_offset_is_exact(problem: Problem, shift: float) -> None:
     gap = (problem.policy.chosen_B - problem.reference.chosen_B) - (problem.policy.rejected_B - problem.clean_B)
     expected = torch.nn.functional.softplus(-0.1 * (gap - shift)).mean()
     torch.testing.assert_close(problem.terms(noise, seed=0).policy, expected)
+
+
+def test_settings_reach_the_module() -> None:
+    """Each setting of a part is what its module goes by."""
+    part = TrainableNoise(alpha=0.3, max_variance=2.0, learning_rate=0.02, start_log_std=-0.5)
+    noise = part.module(HIDDEN, VOCABULARY)
+    assert isinstance(noise, TrainableModule)
+    assert (noise.alpha, noise.max_variance, noise.learning_rate) == (0.3, 2.0, 0.02)
+    assert noise.weight_VH.shape == (VOCABULARY, HIDDEN)
+    assert bool((noise.bias_V == -0.5).all())
+    fixed, offset = FixedNoise(variance=0.3).module(HIDDEN, VOCABULARY), Offset(0.7).module(HIDDEN, VOCABULARY)
+    assert isinstance(fixed, FixedModule)
+    assert isinstance(offset, OffsetModule)
+    assert (fixed.fixed, offset.shift) == (0.3, 0.7)
+    assert isinstance(NoNoise().module(HIDDEN, VOCABULARY), SilentModule)
+    for kind in (part, FixedNoise(), Offset(0.7), NoNoise()):
+        assert kind.reads_states == kind.module(HIDDEN, VOCABULARY).reads_states
+    assert MatchedOffset(part).at(0.7) == Offset(0.7)

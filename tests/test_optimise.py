@@ -588,6 +588,18 @@ def test_learning_rate_rises_linearly_then_falls_to_zero(step: int, factor: floa
     assert how(warmup=0.0, decay=False).factor(step, 20) == 1.0
 
 
+def test_every_step_has_the_learning_rate_of_the_schedule(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    """Of the policy; the noise's stays. It is the one that the step was made with."""
+    policy, settings = make_policy(), how(optimizer=torch_optimizer("SGD", lr=0.01), warmup=0.4, epochs=3)
+    noise = trainable(policy, learning_rate=0.03)
+    rows = train(policy, world.pairs(8), tmp_path, noise=noise, optimisation=settings)
+    assert len(rows) == 6
+    assert [row["lr/policy"] for row in rows] == pytest.approx([0.01 * settings.factor(step, 6) for step in range(6)])
+    assert {row["lr/noise"] for row in rows} == {0.03}
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "expected"),
     [

@@ -139,6 +139,21 @@ def test_bad_rows_leave_the_old_file_and_no_other(tmp_path: Path, bad: list[Any]
     assert read(path, kind) == good
 
 
+def test_a_write_that_is_killed_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a file is never under its final name."""
+    path = tmp_path / "rows.parquet"
+    write(path, VERDICTS, Verdict)
+
+    def stop_halfway(table: pa.Table, where: Path) -> None:
+        where.write_bytes(b"PAR1 and no more")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pq, "write_table", stop_halfway)
+    with pytest.raises(KeyboardInterrupt):
+        write(path, VERDICTS[:1], Verdict)
+    assert read(path, Verdict) == VERDICTS
+
+
 def test_write_replaces(tmp_path: Path) -> None:
     """Writing again leaves the new rows and nothing else."""
     path = tmp_path / "rows.parquet"

@@ -205,6 +205,8 @@ def test_facts_that_cannot_be_written_leave_no_result(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         store.get(bad, Quiet())
     assert not store.has(bad)
+    assert not store.folder(bad).exists(), "the next run would find a folder that is no finished stage"
+    assert store.partial(bad).is_dir()
 
 
 def test_manifest_says_what_it_is_and_from_what(tmp_path: Path) -> None:

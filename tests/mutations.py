@@ -1,0 +1,741 @@
+"""Mutations of the mathematics, the store and the labels, each of which some test has to catch.
+
+    python -m tests.mutations                  # all of them; status 1 if one survives
+    python -m tests.mutations objective npo    # those of files whose path has one of these words
+
+The checkout is copied, and the copy is changed in one place at a time. A mutation names a piece of source that has to
+occur exactly once, and the tests that are to fail; all these tests have to pass before anything is changed. A test run
+that ends in anything but passed or failed tests (a test that is gone, a module that cannot be imported) is an error of
+this script and not a mutation that was caught.
+
+Every test run is a fork of this process, which has imported what dnpo needs and nothing of dnpo: that takes longer than
+most of the tests.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("src", "tests", "conf", "sweeps", "benchmarks", "analysis", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+PASSED, FAILED = 0, 1  # of pytest's exit codes
+LIMIT = 300  # seconds of one test run; what hangs is caught
+IMPORTED = (
+    *("torch", "transformers", "transformers.models.llama.modeling_llama", "pytorch_lightning", "peft"),
+    *("scipy.stats", "pyarrow.parquet", "hydra", "pydantic", "pytest"),
+)
+
+
+class Mutation(NamedTuple):
+    """One change that makes the code wrong.
+
+    Attributes:
+        what: what is wrong then.
+        file: under ``src/dnpo``.
+        source: a piece of it that occurs once.
+        mutant: what stands there instead.
+        tests: under ``tests``, files or single tests, parted by spaces.
+    """
+
+    what: str
+    file: str
+    source: str
+    mutant: str
+    tests: str
+
+
+TWO_PLAYERS = "test_optimise.py::test_steps_of_both_players_agree_with_brute_force"
+ONE_STEP = "test_optimise.py::test_a_step_agrees_with_brute_force"
+NAIVE_NOISE = "test_npo.py::test_values_and_gradients_are_those_of_naive_autograd"
+
+MUTATIONS = (
+    # --- equations
+    Mutation(
+        "the loss pushes the margin down",
+        "optimise/objective.py",
+        "softplus(-beta * log_ratio_gap(policy, reference))",
+        "softplus(beta * log_ratio_gap(policy, reference))",
+        "test_objective.py",
+    ),
+    Mutation(
+        "β is left out",
+        "optimise/objective.py",
+        "softplus(-beta * log_ratio_gap(policy, reference))",
+        "softplus(-log_ratio_gap(policy, reference))",
+        "test_objective.py",
+    ),
+    Mutation(
+        "a hinge instead of softplus",
+        "optimise/objective.py",
+        "return softplus(-beta",
+        "return torch.relu(-beta",
+        "test_objective.py",
+    ),
+    Mutation(
+        "the gap compares the chosen response with the reference's rejected one",
+        "optimise/objective.py",
+        "(policy.chosen_B - reference.chosen_B)",
+        "(policy.chosen_B - reference.rejected_B)",
+        "test_objective.py",
+    ),
+    Mutation(
+        "the policy is moved by the noise term",
+        "optimise/objective.py",
+        "noise=-objective(policy.detach(), met_by_noise).mean()",
+        "noise=-objective(policy, met_by_noise).mean()",
+        "test_objective.py",
+    ),
+    Mutation(
+        "the noise is moved by the policy term",
+        "optimise/objective.py",
+        "PairLogps(reference.chosen_B, noisy.policy_B.detach())",
+        "PairLogps(reference.chosen_B, noisy.policy_B)",
+        "test_objective.py",
+    ),
+    Mutation(
+        "the noise minimises what it has to maximise",
+        "optimise/objective.py",
+        "noise=-objective(",
+        "noise=objective(",
+        "test_objective.py",
+    ),
+    Mutation(
+        "the policy meets the draw that the noise is trained on",
+        "optimise/objective.py",
+        "met_by_policy = PairLogps(reference.chosen_B, noisy.policy_B.detach())",
+        "met_by_policy = PairLogps(reference.chosen_B, noisy.noise_B.detach())",
+        "test_objective.py",
+    ),
+    Mutation(
+        "saturation of the other side",
+        "optimise/objective.py",
+        "torch.sigmoid(-margin_B).mean()",
+        "torch.sigmoid(margin_B).mean()",
+        "test_objective.py",
+    ),
+    # --- noise
+    Mutation(
+        "the bound's own gradient is forgotten",
+        "optimise/npo.py",
+        "rest_NC.mul_(root_NC)\n",
+        "rest_NC.copy_(root_NC)\n",
+        NAIVE_NOISE,
+    ),
+    Mutation(
+        "the variance term has half its gradient",
+        "optimise/npo.py",
+        "pull = 2 * make.max_variance",
+        "pull = make.max_variance",
+        NAIVE_NOISE,
+    ),
+    Mutation(
+        "the gradient at the target has the other sign",
+        "optimise/npo.py",
+        "(grad_N * made.own_N * inside_N)",
+        "(-grad_N * made.own_N * inside_N)",
+        NAIVE_NOISE,
+    ),
+    Mutation(
+        "the noise is standard normal whatever its bound",
+        "optimise/npo.py",
+        "self.draw = _Draw(rejected, math.sqrt(max_variance))",
+        "self.draw = _Draw(rejected, 1.0)",
+        "test_npo.py::test_every_bound_agrees_with_naive_autograd",
+    ),
+    Mutation(
+        "a standard deviation where a variance is meant",
+        "optimise/npo.py",
+        "_Draw(rejected, math.sqrt(self.fixed))",
+        "_Draw(rejected, self.fixed)",
+        "test_npo.py::test_fixed_noise_against_brute_force test_npo.py::test_fixed_noise_has_the_variance_it_says",
+    ),
+    Mutation(
+        "both terms meet the same draw",
+        "optimise/npo.py",
+        "derive(seed, number, first, term)",
+        "derive(seed, number, first)",
+        "test_npo.py::test_the_two_terms_meet_different_noise",
+    ),
+    Mutation(
+        "all tiles of the vocabulary have the same draw",
+        "optimise/npo.py",
+        "derive(seed, number, first, term)",
+        "derive(seed, number, term)",
+        "test_npo.py::test_draws_of_other_terms_seeds_blocks_and_tiles_do_not_go_together",
+    ),
+    Mutation(
+        "the constant offset pushes the other way",
+        "optimise/npo.py",
+        "clean_B - self.shift",
+        "clean_B + self.shift",
+        "test_npo.py::test_offset_is_exact",
+    ),
+    Mutation(
+        "α reaches no training",
+        "optimise/parts.py",
+        "alpha=self.alpha,",
+        "alpha=0.1,",
+        "test_npo.py::test_settings_reach_the_module",
+    ),
+    # --- log-probabilities
+    Mutation(
+        "the first token of a tile belongs to none",
+        "policy/logprobs.py",
+        "inside_N = (within_N >= 0)",
+        "inside_N = (within_N > 0)",
+        "test_logprobs.py",
+    ),
+    Mutation(
+        "the cap's slope is forgotten",
+        "policy/logprobs.py",
+        "error_NC.mul_(1 - (logits_NC / self.cap).square())",
+        "error_NC",
+        "test_logprobs.py",
+    ),
+    Mutation(
+        "logits are capped without being scaled back",
+        "policy/logprobs.py",
+        "logits_NC.div_(self.cap).tanh_().mul_(self.cap)",
+        "logits_NC.div_(self.cap).tanh_()",
+        "test_logprobs.py",
+    ),
+    Mutation(
+        "the log-sum-exp forgets the tiles before",
+        "policy/logprobs.py",
+        "self.lse_N = torch.logaddexp(self.lse_N, logits_NC.logsumexp(-1))",
+        "self.lse_N = torch.maximum(self.lse_N, logits_NC.logsumexp(-1))",
+        "test_logprobs.py",
+    ),
+    Mutation(
+        "a token is predicted from its own position",
+        "policy/packing.py",
+        "for place in some[len(prompt) - 1 : -1]]",
+        "for place in some[len(prompt) :]]",
+        "test_packing.py::test_a_row_by_hand test_logprobs.py",
+    ),
+    # --- packing
+    Mutation(
+        "a query may look one token too far back",
+        "policy/packing.py",
+        "(back_LL < window)",
+        "(back_LL <= window)",
+        "test_packing.py::test_attention_and_its_gradients_against_the_definition",
+    ),
+    Mutation(
+        "attention sees what comes later",
+        "policy/packing.py",
+        "                is_causal=mask_LL is None,\n",
+        "                is_causal=False,\n",
+        "test_packing.py::test_attention_and_its_gradients_against_the_definition",
+    ),
+    Mutation(
+        "positions of a response that shares its prompt begin at 0",
+        "policy/packing.py",
+        "positions += range(shared, len(row))",
+        "positions += range(len(row) - shared)",
+        "test_packing.py::test_a_row_with_a_shared_prompt_by_hand",
+    ),
+    Mutation(
+        "a shared prompt has the gradient of one response alone",
+        "policy/packing.py",
+        "        if len(ctx.spread.again_X):\n",
+        "        if False:\n",
+        "test_packing.py::test_a_copy_and_its_way_back test_packing.py::test_a_prompt_computed_once_counts_twice",
+    ),
+    # --- training
+    Mutation(
+        "micro-batches weigh the same whatever they hold",
+        "optimise/training.py",
+        "self.manual_backward(loss * batch.share)",
+        "self.manual_backward(loss / len(batches))",
+        "test_optimise.py::test_micro_batches_change_nothing_but_rounding",
+    ),
+    Mutation(
+        "no gradient is clipped",
+        "optimise/training.py",
+        "limit = self.optimisation.clip or math.inf",
+        "limit = math.inf",
+        "test_optimise.py::test_clipping_bounds_the_step_and_reports_the_norm_before",
+    ),
+    Mutation(
+        "gradients pile up from step to step",
+        "optimise/training.py",
+        "            optimizer.zero_grad(set_to_none=True)\n",
+        "            pass\n",
+        ONE_STEP,
+    ),
+    Mutation(
+        "the learning rate stays where it began",
+        "optimise/training.py",
+        "            scheduler.step()\n",
+        "            pass\n",
+        "test_optimise.py::test_every_step_has_the_learning_rate_of_the_schedule",
+    ),
+    Mutation(
+        "warm-up begins at 0, a step that teaches nothing",
+        "optimise/parts.py",
+        "return (step + 1) / (warm + 1)",
+        "return step / (warm + 1)",
+        "test_optimise.py::test_learning_rate_rises_linearly_then_falls_to_zero",
+    ),
+    Mutation(
+        "a checkpoint forgets at which step it was made",
+        "optimise/training.py",
+        '{"policy_step": self.policy_step, "history"',
+        '{"policy_step": 0, "history"',
+        "test_optimise.py::test_a_stopped_training_ends_as_an_undisturbed_one",
+    ),
+    Mutation(
+        "a checkpoint keeps frozen weights too",
+        "optimise/training.py",
+        'for n, t in checkpoint["state_dict"].items() if n in trained}',
+        'for n, t in checkpoint["state_dict"].items()}',
+        "test_optimise.py::test_a_checkpoint_holds_only_what_is_trained",
+    ),
+    Mutation(
+        "a killed training begins its rows again",
+        "optimise/batches.py",
+        'self.next = state["next"]',
+        "self.next = 0",
+        "test_batches.py",
+    ),
+    Mutation(
+        "all epochs have the same order",
+        "optimise/batches.py",
+        'derive(seed, "epoch", epoch)',
+        'derive(seed, "epoch", 0)',
+        "test_batches.py",
+    ),
+    Mutation(
+        "a pair has the same noise in every epoch",
+        "optimise/preference.py",
+        'derive(seed, "noise", piece.step, i)',
+        'derive(seed, "noise", 0, i)',
+        "test_optimise.py::test_every_pair_and_step_has_noise_of_its_own_whatever_the_micro_batches",
+    ),
+    Mutation(
+        "the variance of a micro-batch weighs by pairs instead of tokens",
+        "optimise/preference.py",
+        "weight = pairs.rejected_share / pairs.share",
+        "weight = 1.0",
+        "test_optimise.py::test_micro_batches_change_nothing_but_rounding",
+    ),
+    Mutation(
+        "errors of opposite signs pass the check at step 0",
+        "optimise/preference.py",
+        "off_by = float(log_ratio_gap(policy.detach(), batch.reference).abs().max())",
+        "off_by = abs(float(log_ratio_gap(policy.detach(), batch.reference).mean()))",
+        "test_optimise.py::test_the_gate_does_not_average",
+    ),
+    Mutation(
+        "margins are reported without β",
+        "optimise/preference.py",
+        "clean_B = self.beta * log_ratio_gap(policy, reference)",
+        "clean_B = log_ratio_gap(policy, reference)",
+        TWO_PLAYERS,
+    ),
+    Mutation(
+        "the reference is trained along",
+        "policy/model.py",
+        "frozen = copy.deepcopy(self.model).eval()",
+        "frozen = self.model.eval()",
+        TWO_PLAYERS,
+    ),
+    # --- reference
+    Mutation(
+        "log-probabilities are read in the order in which they were made",
+        "optimise/reference.py",
+        "ReferenceLogps), key=lambda row: row.pair)",
+        "ReferenceLogps), key=lambda row: 0)",
+        "test_reference.py::test_scores_are_those_of_each_response_alone",
+    ),
+    Mutation(
+        "chosen and rejected are exchanged",
+        "optimise/reference.py",
+        "for i, c, r in zip(these, chosen, rejected, strict=True)]",
+        "for i, r, c in zip(these, chosen, rejected, strict=True)]",
+        "test_reference.py::test_scores_are_those_of_each_response_alone",
+    ),
+    Mutation(
+        "other pairs' hidden states come back",
+        "optimise/reference.py",
+        "self.where[pair] = (number, starts[i], starts[i + 1])",
+        "self.where[i] = (number, starts[i], starts[i + 1])",
+        "test_reference.py::test_hidden_states_come_back_as_they_were",
+    ),
+    Mutation(
+        "a reference of other weights is taken",
+        "stages/verbs.py",
+        "    if made_by != policy.fingerprint():",
+        "    if not made_by:",
+        "test_reference.py::test_a_reference_of_other_weights_is_refused",
+    ),
+    # --- labels
+    Mutation(
+        "a tie prefers the generated response",
+        "dsl/__init__.py",
+        "return scores.generated > scores.human",
+        "return scores.generated >= scores.human",
+        "test_dsl.py",
+    ),
+    Mutation(
+        "the lower score is chosen",
+        "dsl/__init__.py",
+        "return scores.generated > scores.human",
+        "return scores.generated < scores.human",
+        "test_dsl.py",
+    ),
+    Mutation(
+        "pairs without a difference are kept",
+        "dsl/__init__.py",
+        "if new.token_ids == old.token_ids:",
+        "if new.token_ids == old.token_ids and not new.token_ids:",
+        "test_dsl.py",
+    ),
+    Mutation(
+        "a pair without a score keeps the human response whatever is asked for",
+        "dsl/__init__.py",
+        'return None if self.unscored == "drop" else False',
+        "return False",
+        "test_dsl.py",
+    ),
+    # --- store and keys
+    Mutation(
+        "a stage's version is not in its key",
+        "store.py",
+        '"version": self.version,\n            "settings": self.settings,\n            "inputs": {name: stage.key',
+        '"settings": self.settings,\n            "inputs": {name: stage.key',
+        "test_store.py::test_key_depends_on_what_decides_the_result test_store.py::test_key_golden",
+    ),
+    Mutation(
+        "what a stage reads is not in its key",
+        "store.py",
+        '"inputs": {name: stage.key for name, stage in self.inputs.items()},',
+        '"inputs": sorted(self.inputs),',
+        "test_store.py",
+    ),
+    Mutation(
+        "a stage works where its result belongs, and a killed one counts as finished",
+        "store.py",
+        '        return self.root / stage.name / f"{stage.key}.partial"',
+        "        return self.root / stage.name / stage.key",
+        "test_store.py",
+    ),
+    Mutation(
+        "the manifest is written once the folder has its final name",
+        "store.py",
+        "        write_json(partial / MANIFEST, manifest)\n        partial.replace(self.folder(stage))\n",
+        "        partial.replace(self.folder(stage))\n        write_json(self.folder(stage) / MANIFEST, manifest)\n",
+        "test_store.py::test_facts_that_cannot_be_written_leave_no_result",
+    ),
+    Mutation(
+        "two runs compute a stage twice",
+        "store.py",
+        "            if not self.has(stage):\n                self._compute",
+        "            if True:\n                self._compute",
+        "test_store.py::test_two_processes_compute_a_stage_once",
+    ),
+    Mutation(
+        "the lock is not waited for",
+        "store.py",
+        "            lock.acquire()\n",
+        "            pass\n",
+        "test_store.py::test_two_processes_compute_a_stage_once",
+    ),
+    Mutation(
+        "a file's name is not in the hash of its folder",
+        "store.py",
+        'digest.update(b"" if file == path else str(file.relative_to(path)).encode())',
+        'digest.update(b"")',
+        "test_store.py",
+    ),
+    Mutation(
+        "neutral settings are in the key",
+        "settings.py",
+        "for each in _parameters(kind) if each not in gone}",
+        "for each in _parameters(kind)}",
+        "test_building.py",
+    ),
+    Mutation(
+        "every setting is neutral",
+        "settings.py",
+        "if not field.metadata.get(CHANGES_RESULT, True)",
+        "if field.metadata.get(CHANGES_RESULT, True)",
+        "test_building.py",
+    ),
+    Mutation(
+        "classes of other packages are keyed by their name alone",
+        "settings.py",
+        'return target.rpartition(".")[2] if target.startswith(OWN) else target',
+        'return target.rpartition(".")[2]',
+        "test_building.py",
+    ),
+    Mutation(
+        "dnpo's own classes are keyed by where they lie",
+        "settings.py",
+        'return target.rpartition(".")[2] if target.startswith(OWN) else target',
+        "return target",
+        "test_building.py",
+    ),
+    Mutation(
+        "an objective without a β is accepted",
+        "optimise/parts.py",
+        'beta = getattr(objective, "beta", None)',
+        'beta = getattr(objective, "beta", 1.0)',
+        "test_building.py",
+    ),
+    Mutation(
+        "a stream of chance ignores what it is for",
+        "seeding.py",
+        'text = "/".join(map(str, (seed, *names)))',
+        "text = str(seed)",
+        "test_batches.py",
+    ),
+    # --- rows
+    Mutation(
+        "rows lose their order across files",
+        "records.py",
+        "return [row for path in paths for row in read(path, kind)]",
+        "return [row for path in sorted(paths) for row in read(path, kind)]",
+        "test_records.py",
+    ),
+    Mutation(
+        "a table is written in place, and a killed run leaves half of it",
+        "records.py",
+        '    aside = path.with_name(f".{path.name}.{os.getpid()}")\n    pq.write_table',
+        "    aside = path\n    pq.write_table",
+        "test_records.py",
+    ),
+    # --- generation
+    Mutation(
+        "all rows draw the same",
+        "generate/hf.py",
+        'derive(seed, "row", i)',
+        'derive(seed, "row")',
+        "test_generate.py",
+    ),
+    Mutation(
+        "all shards draw the same",
+        "generate/hf.py",
+        'derive(seed, "shard", number)',
+        'derive(seed, "shard", 0)',
+        "test_generate.py",
+    ),
+    Mutation(
+        "generation runs on past a stop token",
+        "generate/hf.py",
+        "if tokens[r] not in stops and len(completions[i]) < limit]",
+        "if len(completions[i]) < limit]",
+        "test_generate.py",
+    ),
+    Mutation(
+        "a response may be one token over the limit",
+        "generate/hf.py",
+        "if tokens[r] not in stops and len(completions[i]) < limit]",
+        "if tokens[r] not in stops and len(completions[i]) <= limit]",
+        "test_generate.py",
+    ),
+    Mutation(
+        "the temperature is ignored",
+        "generate/hf.py",
+        "if sampling.temperature != 1:",
+        "if sampling.temperature > 99:",
+        "test_generate.py",
+    ),
+    # --- judges
+    Mutation(
+        "both orders of a comparison are the same",
+        "judges/asked/questions.py",
+        'yield self._question(prompt, generated, human, "ba")',
+        'yield self._question(prompt, human, generated, "ba")',
+        "test_questions.py",
+    ),
+    Mutation(
+        "the first order is read as if the generated response were A",
+        "judges/asked/questions.py",
+        "first, second = 100.0 - values[",
+        "first, second = values[",
+        "test_questions.py",
+    ),
+    # --- statistics
+    Mutation(
+        "an interval of 90 %",
+        "stats/intervals.py",
+        "LEVEL = 0.95",
+        "LEVEL = 0.90",
+        "test_comparisons.py::test_one_seed_is_the_t_test test_comparisons.py::test_right_and_wrong_from_end_to_end",
+    ),
+    Mutation(
+        "a variance over n instead of n − 1",
+        "stats/intervals.py",
+        "float(x.var(ddof=1)) / len(x)",
+        "float(x.var()) / len(x)",
+        "test_comparisons.py::test_one_seed_is_the_t_test",
+    ),
+    Mutation(
+        "Holm's correction forgets to stay monotonic",
+        "stats/significance.py",
+        "least = max(least, min((len(ps) - rank) * ps[i], 1.0))",
+        "least = min((len(ps) - rank) * ps[i], 1.0)",
+        "test_comparisons.py::test_holm_by_hand test_comparisons.py::test_holm_closes_over_bonferroni",
+    ),
+    Mutation(
+        "Holm's correction becomes Bonferroni's",
+        "stats/significance.py",
+        "(len(ps) - rank) * ps[i]",
+        "len(ps) * ps[i]",
+        "test_comparisons.py::test_holm_by_hand",
+    ),
+)
+
+
+class Run:
+    """A test run in a copy of the checkout, in a process of its own.
+
+    Args:
+        copy: the checkout's copy.
+        tests: under ``tests``.
+        mutation: what is changed in the copy while they run.
+    """
+
+    def __init__(self, copy: Path, tests: Iterable[str], mutation: Mutation | None = None) -> None:
+        self.copy, self.mutation, self.started = copy, mutation, time.monotonic()
+        if mutation is not None:
+            self._file = copy / "src" / "dnpo" / mutation.file
+            self._source = self._file.read_text(encoding="utf-8")
+            self._file.write_text(self._source.replace(mutation.source, mutation.mutant), encoding="utf-8")
+        self._printed = copy / "printed.txt"
+        arguments = (copy, [f"tests/{test}" for test in tests], self._printed)
+        self.process: BaseProcess = multiprocessing.get_context("fork").Process(target=run_tests, args=arguments)
+        self.process.start()
+
+    def end(self) -> tuple[int | None, str]:
+        """Put the copy right; pytest's exit code (None: out of time) and what it printed."""
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        if self.mutation is not None:
+            self._file.write_text(self._source, encoding="utf-8")
+        code = self.process.exitcode
+        return None if code is None or code < 0 else code, self._printed.read_text(encoding="utf-8")
+
+
+def run_tests(copy: Path, tests: list[str], printed: Path) -> None:
+    """Run tests in a copy until the first fails; in a forked process, which ends with pytest's exit code."""
+    import pytest
+
+    with printed.open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(copy)
+    source = str(copy / "src")
+    os.environ |= {"PYTHONPATH": source, "DNPO_CONF": str(copy / "conf")}
+    here = {"", str(ROOT), str(ROOT / "src")}
+    sys.path[:] = [str(copy), source, *(path for path in sys.path if path not in here)]
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "dnpo")]:
+        del sys.modules[name]
+    sys.exit(int(pytest.main(["-x", "-q", "-rfE", "-p", "no:cacheprovider", *tests])))
+
+
+def main() -> None:
+    """Try all mutations, print a line for each, and fail if one survives."""
+    description = (__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=description)
+    parser.add_argument("words", nargs="*", help="only mutations of files whose path has one of these words")
+    parser.add_argument("--jobs", type=int, default=2, help="test runs at once (default: 2)")
+    given = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not given.words or any(word in m.file for word in given.words)]
+    check_sources(chosen)
+    prepare_process()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copies = [copy_checkout(Path(folder) / str(number)) for number in range(given.jobs)]
+        check_tests_pass(chosen, copies[0])
+        survived = try_all(chosen, copies)
+    print(f"{len(chosen) - survived} of {len(chosen)} caught in {time.monotonic() - started:.0f} s")
+    sys.exit(1 if survived else 0)
+
+
+def check_sources(mutations: Sequence[Mutation]) -> None:
+    """Refuse to begin while a mutation's piece of source is not there exactly once."""
+    for mutation in mutations:
+        found = (ROOT / "src" / "dnpo" / mutation.file).read_text(encoding="utf-8").count(mutation.source)
+        if found != 1:
+            sys.exit(f"{mutation.file}: expected {mutation.source!r} once, found it {found} times ({mutation.what})")
+
+
+def prepare_process() -> None:
+    """Import what every fork needs."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    sys.dont_write_bytecode = True  # a mutant and its source may be of one second and one size
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    for name in IMPORTED:
+        import_module(name)
+
+
+def copy_checkout(folder: Path) -> Path:
+    """Copy what tests need."""
+    folder.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        elif (ROOT / name).is_file():
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def check_tests_pass(mutations: Sequence[Mutation], copy: Path) -> None:
+    """Refuse to begin while a test that is to catch something fails anyway."""
+    run = Run(copy, dict.fromkeys(test for mutation in mutations for test in mutation.tests.split()))
+    run.process.join()
+    code, printed = run.end()
+    if code != PASSED:
+        sys.exit(f"the tests do not pass without any mutation:\n{printed[-3000:]}")
+
+
+def try_all(mutations: Sequence[Mutation], copies: Sequence[Path]) -> int:
+    """How many survive; one is tried in each copy at a time."""
+    todo, free, survived = list(mutations), list(copies), 0
+    under_way: list[Run] = []
+    while todo or under_way:
+        while todo and free:
+            mutation = todo.pop(0)
+            under_way.append(Run(free.pop(), mutation.tests.split(), mutation))
+        wait([run.process.sentinel for run in under_way], timeout=1)
+        for run in list(under_way):
+            if not run.process.is_alive() or time.monotonic() - run.started > LIMIT:
+                survived += not caught(run)
+                under_way.remove(run)
+                free.append(run.copy)
+    return survived
+
+
+def caught(run: Run) -> bool:
+    """Whether a test has noticed a mutation; prints what became of it."""
+    code, printed = run.end()
+    assert run.mutation is not None
+    seconds = f"{time.monotonic() - run.started:.0f} s"
+    if code == PASSED:
+        print(f"SURVIVED  {run.mutation.file}: {run.mutation.what} ({run.mutation.tests}, {seconds})", flush=True)
+        return False
+    failure = re.search(r"^(?:FAILED|ERROR) tests/(\S+::[^\s\[]+)", printed, re.MULTILINE)
+    if code is not None and (code != FAILED or failure is None):
+        sys.exit(f"{run.mutation.file}: {run.mutation.what}: pytest ended with {code}:\n{printed[-3000:]}")
+    by = failure.group(1) if failure is not None else "running out of time"
+    print(f"caught    {run.mutation.file}: {run.mutation.what} (by {by}, {seconds})", flush=True)
+    return True
+
+
+if __name__ == "__main__":
+    main()
