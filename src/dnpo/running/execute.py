@@ -1,17 +1,20 @@
 """Running a chain of stages and telling of it: progress, tracking, the summary and the table."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dnpo import catalogue
@@ -85,7 +88,7 @@ def execute(
     tracking.artifact(folder / "summary.json")
     for card in export.link(summary, folder):
         tracking.artifact(card, f"models/{card.parent.name}")
-    _track_results(summary, tracking, folder)
+    _track_results(summary, store, tracking, folder)
     ended = notes.ended(summary, Path(os.path.relpath(folder)), tracking.id)
     tracking.note(f"{title}\n\n{ended}\n\n{head}")
     tracking.flush()
@@ -207,15 +210,14 @@ def _track(
     picture = folder / "logprobs" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
     title = "after supervised fine-tuning" if iteration.k < 0 else f"after iteration {iteration.k}"
-    drawn = store.root / ".pictures" / f"{iteration.evaluation.key}.png"  # the same for every run that finds the stage
-    if not drawn.is_file():
+
+    def draw(path: Path) -> None:
         from dnpo.report.drawing import describe_movement, logprob_histogram
 
-        drawn.parent.mkdir(exist_ok=True)
-        logprobs, aside = store.folder(iteration.evaluation) / "logprobs.npz", drawn.with_suffix(f".{os.getpid()}.png")
-        logprob_histogram(logprobs, aside, f"Responses under the policy {title}", describe_movement(row))
-        aside.replace(drawn)
-    shutil.copy2(drawn, picture)
+        numbers = store.folder(iteration.evaluation) / "logprobs.npz"
+        logprob_histogram(numbers, path, f"Responses under the policy {title}", describe_movement(row))
+
+    _draw_once(store, iteration.evaluation.key, draw, picture)
     tracking.artifact(picture, "logprobs")
     for kind, path in rows_behind(iteration, store):
         named = folder / kind / f"{name}{path.suffix}"
@@ -230,10 +232,8 @@ def _track(
     tracking.flush()
 
 
-def _track_results(summary: Mapping[str, Any], tracking: Tracking, folder: Path) -> None:
+def _track_results(summary: Mapping[str, Any], store: Store, tracking: Tracking, folder: Path) -> None:
     """A run's picture, and its table in Markdown and as one that MLflow shows."""
-    from dnpo.report.drawing import progress
-
     rows = summary["table"]
     (folder / "table.md").write_text(notes.results(rows))
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -241,10 +241,30 @@ def _track_results(summary: Mapping[str, Any], tracking: Tracking, folder: Path)
     write_json(folder / "table.json", columns)
     chosen = choices()
     options = chosen.get("dsl", ""), chosen.get("npo", "")
-    progress(rows, folder / "progress.png", " ".join(overrides()) or "defaults", options)
+    title = " ".join(overrides()) or "defaults"
+
+    def draw(path: Path) -> None:
+        from dnpo.report.drawing import progress
+
+        progress(rows, path, title, options)
+
+    numbers = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    key = hashlib.sha256(json.dumps([numbers, title, options], sort_keys=True).encode()).hexdigest()[:16]
+    _draw_once(store, key, draw, folder / "progress.png")
     tracking.artifact(folder / "progress.png")
     tracking.artifact(folder / "table.md")
     tracking.table(folder / "table.json")
+
+
+def _draw_once(store: Store, key: str, draw: Callable[[Path], None], picture: Path) -> None:
+    """Copy a picture that an earlier run drew from the same numbers, or draw it and keep it for later ones."""
+    drawn = store.root / ".pictures" / f"{key}.png"
+    if not drawn.is_file():
+        drawn.parent.mkdir(exist_ok=True)
+        aside = drawn.with_suffix(f".{os.getpid()}.png")
+        draw(aside)
+        aside.replace(drawn)
+    shutil.copy2(drawn, picture)
 
 
 def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]]:
@@ -264,9 +284,10 @@ def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]
 
 def _some_pairs(path: Path) -> list[dict[str, Any]]:
     """Some pairs to look at: the first that were flipped, then the first that were not."""
-    rows = pq.read_table(path, columns=[f.name for f in fields(Pair) if not f.name.endswith("_ids")]).to_pylist()
-    flipped = [row for row in rows if row["flipped"]][: SHOWN_PAIRS // 2]
-    return flipped + [row for row in rows if not row["flipped"]][: SHOWN_PAIRS - len(flipped)]
+    table = pq.read_table(path, columns=[f.name for f in fields(Pair) if not f.name.endswith("_ids")])
+    flipped = table.filter(pc.field("flipped")).slice(0, SHOWN_PAIRS // 2)
+    others = table.filter(~pc.field("flipped")).slice(0, SHOWN_PAIRS - len(flipped))
+    return [*flipped.to_pylist(), *others.to_pylist()]
 
 
 def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Store, tracking: Tracking) -> None:
@@ -294,6 +315,7 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
         console.say(line)
 
 
+@cache
 def commit() -> str:
     """The git commit of the checkout this code is in, with ``+`` if there are changes on top; "" outside one."""
     try:

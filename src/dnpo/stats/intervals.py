@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtr, stdtrit  # Student's t: its distribution and its quantiles; scipy.stats is slow
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -48,6 +47,8 @@ class Mean:
 
     def estimate(self) -> Estimate:
         """The t interval."""
+        from scipy.special import stdtrit  # Student's quantiles
+
         wide = float(stdtrit(self.df, (1 + LEVEL) / 2)) * self.error
         return Estimate(self.value, self.value - wide, self.value + wide)
 
@@ -55,6 +56,8 @@ class Mean:
         """Of a two-sided t test against 0; 1 for a plain 0."""
         if self.error == 0:
             return float(self.value == 0)
+        from scipy.special import stdtr  # Student's distribution
+
         return float(2 * stdtr(self.df, -abs(self.value) / self.error))
 
     def detectable(self, alpha: float = 0.05, power: float = 0.8) -> float:
@@ -63,6 +66,8 @@ class Mean:
         (t_{1−α/2} + t_{power}) · standard error (Bloom 1995, "Minimum detectable effects", Evaluation Review 19(5)),
         which with many degrees of freedom is the normal approximation 2.80 · standard error.
         """
+        from scipy.special import stdtrit
+
         return float(stdtrit(self.df, 1 - alpha / 2) + stdtrit(self.df, power)) * self.error
 
 
