@@ -105,7 +105,7 @@ def _words(hint: Any) -> list[Any]:
 
 
 def test_an_example_is_found_wherever_a_list_or_mapping_is_admitted() -> None:
-    """The only ones without are mappings of parts, such as an ensemble's members."""
+    """The only ones without are mappings of parts."""
     assert example(str | list[str]) == ["a", "b"]
     assert example(dict[typing.Literal["x", "y"], str] | None) == {"x": "a", "y": "b"}
     assert example(Mapping[str, int]) == {"a": 3, "b": 4}
@@ -117,7 +117,7 @@ def test_an_example_is_found_wherever_a_list_or_mapping_is_admitted() -> None:
         if any(word in str(hint) for word in ("list[", "dict[", "Mapping[", "Sequence[", "tuple["))
         and example(hint) is None
     ]
-    assert without == [("judge", "ensemble", "members")]
+    assert {name for *_, name in without} == {"members", "measures"}
 
 
 LISTED = [
@@ -540,3 +540,18 @@ def test_files_of_an_earlier_layout(
 def test_files_of_today_are_warned_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     built()
     assert capsys.readouterr().err == ""
+
+
+# --- what a place needs
+
+
+@dataclass(frozen=True)
+class Hollow:
+    """A part that does nothing that any place needs."""
+
+
+@pytest.mark.parametrize("place", ["data", "judge", "dsl", "npo", "objective"])
+def test_a_part_that_lacks_what_its_place_needs_is_refused_by_name(place: str, tmp_path: Path) -> None:
+    """Before anything is computed, and with what it lacks."""
+    with pytest.raises(SettingsError, match=rf"^{place}.*Hollow.*has no "):
+        train.build(composed(*SMOKE, f"~{place}", f"+{place}={{_target_: {__name__}.Hollow}}"))

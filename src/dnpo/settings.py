@@ -238,6 +238,30 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
     return part
 
 
+def require(name: str, part: Any, protocol: type) -> None:
+    """Refuse a part that lacks something that its place needs, before anything is computed.
+
+    Args:
+        name: where the part stands, such as ``npo``.
+        protocol: the class that says what the place needs: its public methods, properties and annotations.
+
+    Raises:
+        SettingsError: names the part and what it lacks.
+    """
+    public = {
+        each for each in (*vars(protocol), *vars(protocol).get("__annotations__", {})) if not each.startswith("_")
+    }
+    lacking = sorted(each for each in public if not hasattr(part, each))
+    if "__call__" in vars(protocol) and not callable(part):
+        lacking.append("__call__")
+    if lacking:
+        kind = part.target if isinstance(part, Bound) else f"{type(part).__module__}.{type(part).__qualname__}"
+        raise SettingsError(
+            f"{name}._target_={kind}: has no {', '.join(lacking)}; {protocol.__module__}.{protocol.__name__} says what "
+            f"{name} needs"
+        )
+
+
 def _waits(target: Any) -> bool:
     """Whether a target is imported only once it is needed: torch takes longer than all else together."""
     return isinstance(target, str) and target.startswith("torch.")

@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from omegaconf import DictConfig
 
-from dnpo import catalogue
 from dnpo.commands import common as command
 from dnpo.errors import SettingsError
-from dnpo.optimise.parts import check_objective
-from dnpo.settings import Natural, check_values, neutral_names, with_contents
+from dnpo.settings import Natural, check_values, neutral_names, require, with_contents
 from dnpo.settings import build as build_part
 from dnpo.settings import check as check_part
-from dnpo.stages.plan import RunSettings
 
 if TYPE_CHECKING:
     from dnpo.loop import Iteration
@@ -69,6 +66,8 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, 
     Raises:
         SettingsError: names the first setting that is unknown, missing or out of range.
     """
+    from dnpo.stages.plan import RunSettings
+
     tree = command.plain(cfg)
     top = check_values("", RunSettings, {key: value for key, value in tree.items() if key not in PARTS})
     starts = {name: _start(name, tree[name], top["iterations"]) for name in STARTING}
@@ -98,7 +97,11 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
     """
     top, starts, settings = checked(cfg)
 
+    from dnpo.data import Source
+    from dnpo.dsl import Labeller
+    from dnpo.judges import Judge
     from dnpo.judges.asked.ledger import Ledger
+    from dnpo.optimise.parts import Noise, check_objective
     from dnpo.stages.plan import Plan, Run
 
     def in_force(name: str, k: int) -> Any:
@@ -106,8 +109,11 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         return build_part(name, settings[name] if started else ABSENT[name])
 
     parts: dict[str, Any] = {name: build_part(name, settings[name]) for name in PARTS if name not in STARTING}
-    check_objective(parts["objective"])
     check_device(top["device"])
+    check_objective(parts["objective"])
+    needed = {"data": Source, "judge": Judge, "second_judge": Judge, "dsl": Labeller, "npo": Noise}
+    for place, protocol in needed.items():
+        require(place, parts[place] if place in parts else build_part(place, settings[place]), protocol)
     plans: list[Plan] = [
         Plan(
             k=k,
@@ -153,6 +159,8 @@ def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:
 
 def run_name(overrides: Sequence[str]) -> str:
     """What a run is called: its command, without what cannot change a result, and of paths the last part."""
+    from dnpo.stages.plan import RunSettings
+
     said = []
     aside = {*neutral_names(RunSettings), "tracking"} - {"acts_from"}
     for override in overrides:
@@ -178,6 +186,7 @@ def _go(
     run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, folder: Path, sweep: Path | None
 ) -> float | None:
     """Do what was asked for; of a run, how good its last policy is, the more the better."""
+    from dnpo import catalogue
     from dnpo.loop import chain
     from dnpo.running.console import Console
     from dnpo.store import Store
