@@ -555,3 +555,16 @@ def test_a_part_that_lacks_what_its_place_needs_is_refused_by_name(place: str, t
     """Before anything is computed, and with what it lacks."""
     with pytest.raises(SettingsError, match=rf"^{place}.*Hollow.*has no "):
         train.build(composed(*SMOKE, f"~{place}", f"+{place}={{_target_: {__name__}.Hollow}}"))
+
+
+def shifted_hinge(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.5, margin: float = 1.0) -> Tensor:
+    """An objective of one's own as a function, with defaults."""
+    return (margin - beta * log_ratio_gap(policy, reference)).clamp(min=0)
+
+
+def test_defaults_of_a_function_are_settings_too() -> None:
+    """They decide results, so they are in the key, and margins are reported at the default β."""
+    made = build("objective", {"_target_": f"{__name__}.shifted_hinge", "margin": 2.0})
+    check_objective(made)
+    assert (made.beta, made.margin) == (0.5, 2.0)
+    assert part_key(made) == {"_target_": f"{__name__}.shifted_hinge", "beta": 0.5, "margin": 2.0}

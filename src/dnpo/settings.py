@@ -223,8 +223,10 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
             values[key] = {each: build(f"{name}.{key}.{each}", part) for each, part in value.items()}
         elif key not in SPECIAL:
             values[key] = value
-    if target is None or settings.get("_partial_") or not inspect.isclass(target):
+    if target is None or settings.get("_partial_"):
         return Bound(settings["_target_"], values)
+    if not inspect.isclass(target):  # its defaults decide results too
+        return Bound(settings["_target_"], _defaults(target) | values)
     try:
         part = target(**values)
     except DnpoError as error:
@@ -236,6 +238,16 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
                 "nothing could say what its results depend on; make it a frozen dataclass"
             )
     return part
+
+
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The settings of a function that have a default, with it."""
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+    }
 
 
 def require(name: str, part: Any, protocol: type) -> None:
