@@ -21,6 +21,7 @@ from dnpo.dsl import HumanChosen
 from dnpo.loop import Iteration, chain
 from dnpo.running import execute as running
 from dnpo.settings import conf_folder
+from dnpo.tracking.reading import Database
 from tests.commands import run_afresh, train
 
 CONF = conf_folder()
@@ -231,22 +232,23 @@ def computed(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def tracked(cwd: Path) -> dict[str, dict[str, Any]]:
-    """What MLflow has of each job: its status, tags and every point of every metric but those of the clock."""
+    """What MLflow has of each job: its status, tags and every point of every metric but those of the clock.
+
+    The steps of a training are tracked once, by the job that computed it, and read back for all.
+    """
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlflow.db'}")
     found = client.search_runs([client.get_experiment_by_name("dnpo").experiment_id])
     (parent,) = [run for run in found if run.data.tags["dnpo.kind"] == "sweep"]
     assert parent.data.tags["dnpo.sweep_name"] == "ablation"
+    jobs = {run.id: run for run in Database(f"sqlite:///{cwd / 'mlflow.db'}").runs(sweeps=["ablation"])}
+    names = {name for run in found for name in run.data.metrics if "second" not in name}
     return {
         run.info.run_name: {
             "status": run.info.status,
             "sweep": (run.data.tags["dnpo.sweep_name"], run.data.tags["mlflow.parentRunId"] == parent.info.run_id),
-            "metrics": {
-                name: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
-                for name in run.data.metrics
-                if "second" not in name
-            },
+            "metrics": {name: points for name in sorted(names) if (points := jobs[run.info.run_id].history(name))},
         }
         for run in found
         if run is not parent

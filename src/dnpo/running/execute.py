@@ -278,7 +278,7 @@ def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]
     for kind, file in (("texts", "texts.parquet"), ("leaderboard", ITEMS)):
         if kind in beside:
             yield kind, beside[kind] / file
-    if (store.folder(iteration.policy) / "steps.json").is_file():
+    if _steps(iteration.policy, store):
         yield "steps", store.folder(iteration.policy) / "steps.json"
 
 

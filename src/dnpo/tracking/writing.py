@@ -270,7 +270,17 @@ class MLflowTracking(Tracking):
 
     def inputs(self, datasets: "Sequence[Dataset]") -> None:
         """See :class:`Tracking`."""
-        self._client.log_inputs(self.id, [_input(each) for each in datasets])
+        from mlflow.exceptions import MlflowException
+
+        given = [_input(each) for each in datasets]
+        for last in (False, False, True):
+            try:
+                self._client.log_inputs(self.id, given)
+                return
+            except MlflowException as error:
+                # A run side by side may add the same data set between MLflow's look and its own insert.
+                if last or ("UNIQUE constraint" not in str(error) and "IntegrityError" not in str(error)):
+                    raise
 
     def model(self, name: str, step: int, params: Mapping[str, str], note: str) -> str:
         """See :class:`Tracking`."""
