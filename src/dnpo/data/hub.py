@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dnpo.data.source import Rows, Table
+from dnpo.data.source import RawTable, Rows
 from dnpo.errors import DataError
 from dnpo.store import content_hash
 
@@ -54,14 +54,14 @@ class Hub(Rows):
         except Exception:  # whatever is wrong here is wrong again when the rows are loaded, and reported there
             return self.revision
 
-    def _table(self) -> Table:
+    def _table(self) -> RawTable:
         rows = self._load()
 
         def some(drawn: Sequence[int]) -> Iterable[tuple[str, Any]]:
             wanted = rows.select_columns(self._choose_columns(rows.column_names)).select(drawn)
             return zip((f"{self.name}[{self.split}] row {i}" for i in drawn), wanted, strict=True)
 
-        return Table(rows.column_names, len(rows), some)
+        return RawTable(rows.column_names, len(rows), some)
 
     def _load(self) -> Any:
         from datasets import load_dataset

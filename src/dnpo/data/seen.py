@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dnpo.records import Message
 
 
-def seen_as(messages: Sequence[Message]) -> str:
+def hash_conversation(messages: Sequence[Message]) -> str:
     """A hash of a conversation, the same whatever its case and spaces."""
     said = [[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in messages]
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]

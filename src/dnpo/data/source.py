@@ -20,7 +20,7 @@ from dnpo.seeding import derive
 from dnpo.settings import Count, Fraction, Natural, nearest
 
 
-class Table(NamedTuple):
+class RawTable(NamedTuple):
     """Raw rows that lie somewhere: the names of their columns, how many they are, and some of them by number."""
 
     columns: Collection[str]
@@ -73,7 +73,7 @@ class Rows(ABC):
         """What decides the rows before any are drawn."""
 
     @abstractmethod
-    def _table(self) -> Table:
+    def _table(self) -> RawTable:
         """The rows that :meth:`_draw` draws from."""
 
     def identity(self) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ from dnpo.optimise.objective import (
     two_player,
 )
 from dnpo.optimise.parts import Optimisation, PairOptimisation
-from dnpo.optimise.training import Batch, Training, fit, fused
+from dnpo.optimise.training import Batch, Training, fit, make_fused
 from dnpo.policy.logprobs import Head, token_logps
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed, pack
@@ -131,7 +131,7 @@ class PreferenceTraining(Training):
         """The noise has Adam with a constant learning rate of its own."""
         optimizers, schedules = super().configure_optimizers()
         if len(self.players) > 1:
-            optimizers.append(fused(Adam, list(self.noise.parameters()), {"lr": self.noise.learning_rate}))
+            optimizers.append(make_fused(Adam, list(self.noise.parameters()), {"lr": self.noise.learning_rate}))
         return optimizers, schedules
 
     def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,7 +140,7 @@ class PreferenceTraining(Training):
         policy, reference = split(self.policy.logps(pairs.packed)), pairs.reference
         if self.policy_step == 0:
             self._check_step_zero(policy, pairs)
-        noisy, at_bound = self.noise(reference.rejected_B, self._rejected(pairs))
+        noisy, at_bound = self.noise(reference.rejected_B, self._prepare_rejected(pairs))
         # Both are means over tokens, and the micro-batch counts by its pairs.
         weight = pairs.rejected_share / pairs.share
         noisy, at_bound = noisy._replace(variance=noisy.variance * weight), at_bound * weight
@@ -152,7 +152,7 @@ class PreferenceTraining(Training):
             metrics |= {"loss/noise": terms.noise, "loss/variance": terms.variance, "npo/at_bound": at_bound}
         return terms.total, metrics
 
-    def _rejected(self, batch: PairBatch) -> Rejected | None:
+    def _prepare_rejected(self, batch: PairBatch) -> Rejected | None:
         """The frozen reference on the rejected tokens: from disk, or from the rejected half of its forward pass."""
         if self.frozen is None or batch.rejected is None:
             return None

@@ -148,8 +148,8 @@ class Training(pl.LightningModule):
         self._step(row, ids, sum(batch.tokens for batch in batches))
 
     def _step(self, row: dict[str, float], ids: Sequence[str], tokens: int) -> None:
-        optimizers = _listed(self.optimizers())
-        plain = _listed(self.optimizers(use_pl_optimizer=False))
+        optimizers = _as_list(self.optimizers())
+        plain = _as_list(self.optimizers(use_pl_optimizer=False))
         for (name, module), optimizer in zip(self.players, plain, strict=True):
             limit = self.optimisation.clip or math.inf
             trained = [p for p in module.parameters() if p.requires_grad]
@@ -161,7 +161,7 @@ class Training(pl.LightningModule):
         for optimizer in [optimizers[0], *plain[1:]]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for scheduler in _listed(self.lr_schedulers()):
+        for scheduler in _as_list(self.lr_schedulers()):
             scheduler.step()
         now = time.monotonic()
         row["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
@@ -183,7 +183,7 @@ class Training(pl.LightningModule):
         """The policy's optimizer with its schedule by policy steps."""
         trained = [p for p in self.policy_module.parameters() if p.requires_grad]
         how = self.optimisation.optimizer
-        optimizer = fused(cast(Callable[..., Optimizer], how.resolve()), trained, how.settings)
+        optimizer = make_fused(cast(Callable[..., Optimizer], how.resolve()), trained, how.settings)
         schedule_ = LambdaLR(optimizer, lambda step: self.optimisation.factor(step, self.total))
         return [optimizer], [schedule_]
 
@@ -291,7 +291,7 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
     return module.history
 
 
-def fused(
+def make_fused(
     optimizer: Callable[..., Optimizer], parameters: Sequence[nn.Parameter], settings: Mapping[str, Any]
 ) -> Optimizer:
     """The optimizer in torch's fused form where there is one: one kernel over all parameters, the same mathematics."""
@@ -346,5 +346,5 @@ def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]

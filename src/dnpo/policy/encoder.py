@@ -109,8 +109,8 @@ class SentenceBert:
         kinds = {str(module["type"]).rsplit(".", 1)[-1] for module in _read_json(weights, "modules.json").values()}
         if not mean or kinds - PARTS:
             raise ModelError(
-                f"{weights.shown}: its embedding is not the mean over tokens; expected an encoder for which it is, "
-                "such as sentence-transformers/all-MiniLM-L6-v2"
+                f"{weights.description}: its embedding is not the mean over tokens; expected an encoder for which it "
+                "is, such as sentence-transformers/all-MiniLM-L6-v2"
             )
         self.encoder, self.at_once = Encoder(weights, device=device), at_once
         limits = [self.encoder.limit, _read_json(weights, SETTINGS).get("max_seq_length")]
@@ -132,4 +132,4 @@ def _read_json(weights: Weights, file: str) -> dict[str, Any]:
         found = json.loads((weights.folder / file).read_text(encoding="utf-8"))
         return dict(enumerate(found) if isinstance(found, list) else found)
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{weights.shown}: its {file} cannot be read ({error})") from error
+        raise ModelError(f"{weights.description}: its {file} cannot be read ({error})") from error

@@ -35,7 +35,7 @@ def load(
     weights = str(folder) if whole else base
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": None if whole else revision}
     try:
-        tokenizer, config = _described(weights, chat_template, options)
+        tokenizer, config = _load_parts(weights, chat_template, options)
         model: Any = AutoModelForCausalLM.from_pretrained(
             weights, config=config, dtype=dtype, use_safetensors=True, **options
         )
@@ -66,7 +66,7 @@ def outline(
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
-        tokenizer, config = _described(base, chat_template, options)
+        tokenizer, config = _load_parts(base, chat_template, options)
         make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model = make(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
@@ -79,7 +79,7 @@ def outline(
     return policy
 
 
-def _described(weights: str, chat_template: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_parts(weights: str, chat_template: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
     """The tokenizer, with the template in force, and the configuration."""
     tokenizer = AutoTokenizer.from_pretrained(weights, **options)
     if chat_template is not None:
@@ -120,10 +120,10 @@ def _check(policy: Policy, weights: str) -> None:
     """A tokenizer that belongs to the model, and a head that is the model's own."""
     _belong_together(policy, weights)
     tokenizer = policy.tokenizer
-    _reproduced(policy, [i for i in range(len(tokenizer)) if i != tokenizer.pad_token_id])
+    _check_logits(policy, [i for i in range(len(tokenizer)) if i != tokenizer.pad_token_id])
 
 
-def _reproduced(policy: Policy, ids: list[int]) -> None:
+def _check_logits(policy: Policy, ids: list[int]) -> None:
     """Whether packed hidden states and the head alone give the logits that the model's own forward gives.
 
     Two sequences, so that attention across their border would show; four tokens each.

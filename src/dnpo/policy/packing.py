@@ -213,7 +213,7 @@ def attention(
     if packing is None:
         if softcap is not None:
             causal = attention_mask is None and query.shape[2] > 1
-            return _capped(query, key, value, attention_mask, scaling, softcap, causal).transpose(1, 2), None
+            return _attend_with_cap(query, key, value, attention_mask, scaling, softcap, causal).transpose(1, 2), None
         found, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
@@ -293,7 +293,7 @@ def _in_batches(
         narrow = window is not None and window < batch.longest
         mask_LL = _band(batch.longest, window, query_TD.device) if narrow and window is not None else None
         if softcap is not None:
-            out_ShLd = _capped(query_ShLd, key_ShLd, value_ShLd, mask_LL, scaling, softcap, mask_LL is None)
+            out_ShLd = _attend_with_cap(query_ShLd, key_ShLd, value_ShLd, mask_LL, scaling, softcap, mask_LL is None)
         else:
             out_ShLd = scaled_dot_product_attention(
                 query_ShLd,
@@ -314,7 +314,7 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     return (back_LL >= 0) & (back_LL < window)
 
 
-def _capped(
+def _attend_with_cap(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, cap: float, causal: bool
 ) -> Tensor:
     """Attention whose scores are squashed by cap · tanh(· / cap), which no fused kernel offers."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from dnpo.judges import Judge, tally
 from dnpo.judges.agreement import compare, judge_both
-from dnpo.judges.agreement.rows import Comparison, Labelled
+from dnpo.judges.agreement.rows import Labelled, LabelledRow
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Verdict, read, write
 from dnpo.settings import part_key
@@ -20,7 +20,7 @@ STAGE, VERSION = "agreement", 1
 POINTS = "points.json"
 
 
-def verdicts(judge: Judge, data: Labelled, rows: Sequence[Comparison], ledger: Ledger) -> Stage:
+def verdicts(judge: Judge, data: Labelled, rows: Sequence[LabelledRow], ledger: Ledger) -> Stage:
     """The judge's verdicts on both responses of every row."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def verdicts(judge: Judge, data: Labelled, rows: Sequence[Comparison], ledger: L
 
 
 def agreement(
-    judge: Judge, data: Labelled, rows: Sequence[Comparison], verdicts: Stage, resamples: int, seed: int
+    judge: Judge, data: Labelled, rows: Sequence[LabelledRow], verdicts: Stage, resamples: int, seed: int
 ) -> Stage:
     """What the verdicts have to do with those of people; the measures are the stage's facts."""
 
@@ -48,7 +48,7 @@ def agreement(
     return Stage(STAGE, "agreement with people", VERSION, settings, {"verdicts": verdicts}, work)
 
 
-def known_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the store knows of a judge's agreement with people: one entry for each set of rows, the newest of each.
 
     Args:

@@ -18,7 +18,7 @@ from dnpo.records import HUMAN, Prompt, Response, read, schema
 from dnpo.settings import part_key
 from dnpo.stages.plan import Facts, Run, Task, verb
 from dnpo.stages.verbs import read_split
-from dnpo.stats.length import LengthControlled, length_controlled
+from dnpo.stats.length import LengthControlled, control_length
 from dnpo.stats.wins import Wins, preferences, wins
 from dnpo.store import Report
 
@@ -144,7 +144,7 @@ def read_duels(path: Path) -> list[Duel]:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DuelOutcome:
     """Of all duels: wins, and what is left of them at the same length if that was asked for.
 
     Attributes:
@@ -166,7 +166,7 @@ class Outcome:
         return found | ({} if self.apart is None else {"duels/disagreement": self.apart})
 
 
-def outcome(rows: Sequence[Duel], same_length: bool, seed: int) -> Outcome:
+def outcome(rows: Sequence[Duel], same_length: bool, seed: int) -> DuelOutcome:
     """Count duels; prompts are what is resampled.
 
     Args:
@@ -182,7 +182,7 @@ def outcome(rows: Sequence[Duel], same_length: bool, seed: int) -> Outcome:
     controlled, why = None, ""
     if same_length:
         try:
-            controlled = length_controlled([r.preference for r in rows], [r.difference for r in rows], ids, seed=seed)
+            controlled = control_length([r.preference for r in rows], [r.difference for r in rows], ids, seed=seed)
         except DataError as error:
             why = str(error)
-    return Outcome(won, controlled, why, sum(apart) / len(apart) if apart else None)
+    return DuelOutcome(won, controlled, why, sum(apart) / len(apart) if apart else None)

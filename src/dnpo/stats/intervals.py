@@ -4,7 +4,7 @@
 cannot see beyond the seeds there are: three can be drawn in ten different ways only, and where seeds differ more than
 items do the interval is too narrow, whatever the number of resamples (``tests/test_comparisons.py`` measures it).
 
-**t** (``crossed``): assumes means that are about normal, and is honest about few seeds.
+**t** (``estimate_mean``): assumes means that are about normal, and is honest about few seeds.
 
 Shapes: S seeds, I items, K different columns of items, B resamples, X sides.
 """
@@ -71,7 +71,7 @@ class Mean:
         return float(stdtrit(self.df, 1 - alpha / 2) + stdtrit(self.df, power)) * self.error
 
 
-def crossed(x_SI: Array) -> Mean | None:
+def estimate_mean(x_SI: Array) -> Mean | None:
     """The mean where both items and seeds are samples: would it be the same with other items, trained again?
 
     Clark (1973), "The language-as-fixed-effect fallacy": with V₁ the variance of the mean told from the items' means

@@ -19,7 +19,7 @@ from scipy.special import expit, logit
 from dnpo.errors import DataError
 from dnpo.seeding import derive
 from dnpo.stats.intervals import RESAMPLES, Array, Estimate, percentiles
-from dnpo.stats.wins import numbered
+from dnpo.stats.wins import number_labels
 
 ROUNDS = 200  # of Newton's method; five or six do, but where length decides nearly all
 PRECISION = 1e-10  # of θ and φ
@@ -50,7 +50,7 @@ class LengthControlled:
     notes: tuple[str, ...]
 
 
-def length_controlled(
+def control_length(
     preferences: Sequence[float | None],
     differences: Sequence[float],
     prompts: Sequence[Hashable] | None = None,
@@ -86,7 +86,7 @@ def length_controlled(
             amount, or length alone decides every duel, so that nothing is said about equal length.
     """
     prompts = range(len(preferences)) if prompts is None else prompts
-    value_D, delta_D, at_D, number = _checked(preferences, differences, prompts)
+    value_D, delta_D, at_D, number = _check(preferences, differences, prompts)
     notes = _notes(len(preferences) - len(value_D), len(preferences), number, float(value_D.mean()))
     spread = float(delta_D.std())
     if not spread and delta_D[0]:
@@ -96,9 +96,9 @@ def length_controlled(
     shape = (number, len(x_K))
     won_PK = csr_array((value_D, (at_D, kind_D)), shape=shape)
     lost_PK = csr_array((1 - value_D, (at_D, kind_D)), shape=shape)
-    won_1K, lost_1K = (_weighted(np.ones((1, number)), x_PK) for x_PK in (won_PK, lost_PK))
+    won_1K, lost_1K = (_weigh(np.ones((1, number)), x_PK) for x_PK in (won_PK, lost_PK))
     mixed = bool(won_1K.any() and lost_1K.any())
-    if spread and mixed and _separated(won_1K, lost_1K)[0]:
+    if spread and mixed and _separates(won_1K, lost_1K)[0]:
         raise DataError(
             f"length alone decides all {len(value_D):,} duels: on one side of a difference all are won, on the other "
             "all are lost, so nothing is said about responses of the same length"
@@ -135,7 +135,7 @@ def fit(x_K: Array, won_BK: Array, lost_BK: Array) -> tuple[Array, Array]:
     """
     won_B, lost_B = won_BK.sum(1), lost_BK.sum(1)
     rates_B, effects_B = won_B / (won_B + lost_B), np.zeros(len(won_BK))
-    separated_B = (won_B == 0) | (lost_B == 0) | _separated(won_BK, lost_BK)
+    separated_B = (won_B == 0) | (lost_B == 0) | _separates(won_BK, lost_BK)
     for b in np.flatnonzero(separated_B):
         rates_B[b] = _limit(x_K, won_BK[b], lost_BK[b])
     left = np.flatnonzero(~separated_B)
@@ -166,7 +166,7 @@ def _newton(x_K: Array, won_BK: Array, lost_BK: Array, theta_B: Array, phi_B: Ar
     return theta * shrink, phi * shrink
 
 
-def _separated(won_BK: Array, lost_BK: Array) -> Flags:
+def _separates(won_BK: Array, lost_BK: Array) -> Flags:
     """Whether some length has all that was won on one side of it and all that was lost on the other (B).
 
     The border itself may have both. Then and only then has the likelihood no maximum (Albert and Anderson 1984).
@@ -206,17 +206,17 @@ def _bootstrap(x_K: Array, won_PK: csr_array, lost_PK: csr_array, seed: int, res
         count = min(size, resamples - start)
         drawn = rng.integers(0, number, (count, number)) + np.arange(count)[:, None] * number
         weights_BP = np.bincount(drawn.ravel(), minlength=count * number).reshape(count, number).astype(float)
-        found.append(fit(x_K, _weighted(weights_BP, won_PK), _weighted(weights_BP, lost_PK))[0])
+        found.append(fit(x_K, _weigh(weights_BP, won_PK), _weigh(weights_BP, lost_PK))[0])
     everything: Array = np.concatenate(found)
     return everything
 
 
-def _weighted(weights_BP: Array, x_PK: csr_array) -> Array:
+def _weigh(weights_BP: Array, x_PK: csr_array) -> Array:
     found: Array = weights_BP @ x_PK
     return found
 
 
-def _checked(
+def _check(
     preferences: Sequence[float | None], differences: Sequence[float], prompts: Sequence[Hashable]
 ) -> tuple[Array, Array, npt.NDArray[np.int64], int]:
     """Values, differences and prompts' numbers of the duels that have a preference."""
@@ -231,7 +231,7 @@ def _checked(
         raise DataError("a preference is 1, ½ or 0, or a probability between")
     if not np.isfinite(delta_D).all():
         raise DataError("a difference in length is no finite number")
-    return value_D, delta_D, *numbered([prompt for _, _, prompt in kept])
+    return value_D, delta_D, *number_labels([prompt for _, _, prompt in kept])
 
 
 def _notes(dropped: int, total: int, number: int, plain: float) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dnpo.errors import DataError
 from dnpo.seeding import derive
-from dnpo.stats.intervals import RESAMPLES, Array, Estimate, bootstrap, crossed, percentiles
+from dnpo.stats.intervals import RESAMPLES, Array, Estimate, bootstrap, estimate_mean, percentiles
 from dnpo.stats.significance import cohens_dz, cohens_g, mcnemar, mcnemar_clustered, wilcoxon
 
 DIGITS = 10  # of the largest result; what is beyond them is rounding
@@ -79,7 +79,7 @@ def compare_paired(
     Raises:
         DataError: the sides are not aligned, a result is missing or no finite number, or there is none.
     """
-    a_SI, b_SI, dropped = _aligned(a, b, missing)
+    a_SI, b_SI, dropped = _align(a, b, missing)
     difference_SI = _differences(a_SI, b_SI)
     seeds, items = difference_SI.shape
     binary = bool(np.isin(a_SI, (0, 1)).all() and np.isin(b_SI, (0, 1)).all())
@@ -87,7 +87,7 @@ def compare_paired(
         raise DataError("right/wrong is 1 or 0, and these results are not; compare them as scores")
     kind = kind or ("right" if binary else "scores")
 
-    mean = crossed(difference_SI)
+    mean = estimate_mean(difference_SI)
     tests = _tests(difference_SI, kind)
     if seeds > 1:
         tests["min F′ over items and seeds"] = 1.0 if mean is None else mean.p()
@@ -110,7 +110,7 @@ def compare_paired(
     )
 
 
-def _aligned(a: Any, b: Any, missing: str) -> tuple[Array, Array, int]:
+def _align(a: Any, b: Any, missing: str) -> tuple[Array, Array, int]:
     """Both sides as seeds × items, without the items that are dropped, and how many these are."""
     sides = []
     for name, side in (("a", a), ("b", b)):
@@ -160,7 +160,7 @@ def _estimates(a_SI: Array, b_SI: Array, interval: str, seed: int, resamples: in
     if a_SI.shape[1] < 2:
         return [Estimate(float(x_SI.mean())) for x_SI in sides]
     if interval == "t":
-        return [mean.estimate() for mean in map(crossed, sides) if mean]
+        return [mean.estimate() for mean in map(estimate_mean, sides) if mean]
     drawn_BX = bootstrap(np.stack(sides[:2]), seed, resamples)
     drawn = [*drawn_BX.T, drawn_BX[:, 0] - drawn_BX[:, 1]]
     return [percentiles(float(x_SI.mean()), drawn_B) for x_SI, drawn_B in zip(sides, drawn, strict=True)]

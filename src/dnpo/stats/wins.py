@@ -85,7 +85,7 @@ def wins(
     decided = [(prompt, value) for prompt, value in zip(prompts, outcomes, strict=True) if value is not None]
     if not decided:
         raise DataError(f"none of {len(outcomes)} duels has a score on both sides; nothing is left to compare")
-    at_D, number = numbered([prompt for prompt, _ in decided])
+    at_D, number = number_labels([prompt for prompt, _ in decided])
     value_D = np.array([value for _, value in decided])
     counts_XI = np.stack(
         [np.bincount(at_D, weights=value_D == value, minlength=number) for value in (1.0, 0.5, 0.0)]
@@ -106,7 +106,7 @@ def wins(
     return Wins(win, tie, lose, rate, _p(counts_XI), len(decided), unscored, number, notes)
 
 
-def numbered(labels: Sequence[Hashable]) -> tuple[npt.NDArray[np.int64], int]:
+def number_labels(labels: Sequence[Hashable]) -> tuple[npt.NDArray[np.int64], int]:
     """Numbers from 0 for labels, in the order in which they come first, and how many there are."""
     number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     return np.array([number[label] for label in labels], dtype=np.int64), len(number)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dnpo.errors import DataError, ModelError, SettingsError
-from dnpo.evaluate.leaderboard.rows import Task
+from dnpo.evaluate.leaderboard.rows import BenchmarkTask
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import ATTENTION
 
@@ -106,17 +106,17 @@ def _model(policy: Policy, batch_size: int) -> Any:
     return Model()
 
 
-def of_rows(tasks: Sequence[Task], shots: int) -> dict[str, Any]:
+def of_rows(tasks: Sequence[BenchmarkTask], shots: int) -> dict[str, Any]:
     """lm-eval's tasks over rows, with as many examples as there are."""
     from lm_eval.tasks import TaskManager
 
-    loaded: dict[str, Any] = TaskManager(include_defaults=False).load([_defined(task) for task in tasks])["tasks"]
+    loaded: dict[str, Any] = TaskManager(include_defaults=False).load([_define(task) for task in tasks])["tasks"]
     for task, each in zip(tasks, loaded.values(), strict=True):
         _prepare(each, min(shots, len(task.examples)))
     return loaded
 
 
-def _defined(task: Task) -> dict[str, Any]:
+def _define(task: BenchmarkTask) -> dict[str, Any]:
     from datasets import Dataset
 
     splits = {"test": Dataset.from_list(task.rows)}

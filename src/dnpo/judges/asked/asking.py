@@ -88,7 +88,7 @@ class _Round:
         self.error: str | None = None
         self.stopped = asyncio.Event()
         self.slots = asyncio.Semaphore(limits.concurrency)
-        self.spent, self.flying, self.sent = ledger.spent(), 0.0, 0
+        self.spent, self.flying, self.sent = ledger.sum_costs(), 0.0, 0
         self.largest = max(tokens_about(q) + endpoint.max_tokens for q in questions)
         if limits.tokens_per_minute is not None and self.largest >= limits.tokens_per_minute:
             raise SettingsError(
@@ -220,7 +220,7 @@ class _Round:
             return
         self.sent += 1
         if self.sent % 20 == 0:
-            self.spent = self.ledger.spent()  # other jobs of a sweep spend too
+            self.spent = self.ledger.sum_costs()  # other jobs of a sweep spend too
         if self.spent + self.flying + (endpoint.price(question) or 0.0) > limits.max_cost:
             self._stop(
                 f"judge.max_cost={limits.max_cost:g}: ${self.spent:.4f} is spent, and another question could pass the "

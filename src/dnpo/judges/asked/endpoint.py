@@ -13,8 +13,8 @@ from dnpo.judges.asked.prices import Price, tokens_about
 from dnpo.judges.asked.questions import (
     Mode,
     Reading,
-    expected_score,
-    expected_winner,
+    read_expected_score,
+    read_expected_winner,
     read_score,
     read_winner,
 )
@@ -147,7 +147,7 @@ class Endpoint:
             ]
         except (LookupError, TypeError, ValueError, OverflowError):
             raise ValueError("the server gives no log-probabilities; set judge.reading=text") from None
-        return expected_score(tokens) if self.mode == "score" else expected_winner(tokens)
+        return read_expected_score(tokens) if self.mode == "score" else read_expected_winner(tokens)
 
     def price(self, question: Question, *, batch: bool = False) -> float | None:
         """US dollars that a question will cost, about; None where the price is not known."""

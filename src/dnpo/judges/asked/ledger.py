@@ -255,7 +255,7 @@ class Ledger:
             (self.run, question.judge, question.model, month, count),
         )
 
-    def spent(self) -> float:
+    def sum_costs(self) -> float:
         """US dollars that this run has spent, failures included; calls without a known price count as nothing."""
         total = 0.0
         for table in ("calls", "failures"):

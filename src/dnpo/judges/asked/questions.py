@@ -263,7 +263,7 @@ def _strip_fence(reply: str) -> str:
     return text
 
 
-def expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
+def read_expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
     """The expected number over the tokens that could have stood where the reply's number stands.
 
     Args:
@@ -290,8 +290,8 @@ def expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
     return min(sum(number * p for number, p in mass.items()) / total, 100.0)
 
 
-def expected_winner(tokens: Sequence[Mapping[str, float]]) -> float:
-    """100 × P(A) / (P(A) + P(B)) where the reply's first word stands; see :func:`expected_score`.
+def read_expected_winner(tokens: Sequence[Mapping[str, float]]) -> float:
+    """100 × P(A) / (P(A) + P(B)) where the reply's first word stands; see :func:`read_expected_score`.
 
     Raises:
         ValueError: the reply is not what :func:`read_winner` reads, or neither is among the likeliest tokens.

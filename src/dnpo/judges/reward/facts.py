@@ -25,6 +25,6 @@ def read_facts(weights: Weights) -> dict[str, Any]:
         return {**facts, "center": float(facts["center"]), "scale": float(facts["scale"])}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelError(
-            f"{weights.shown}: its {FACTS} cannot be used ({error}); expected kind, center and scale as `python -m "
-            "dnpo.judges.reward fit` writes them"
+            f"{weights.description}: its {FACTS} cannot be used ({error}); expected kind, center and scale as "
+            "`python -m dnpo.judges.reward fit` writes them"
         ) from error
