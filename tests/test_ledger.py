@@ -395,7 +395,8 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"this is a text, and a rather long one. " * 40, b"PK\x03\x04" + bytes(2000)])
 def test_a_file_that_is_no_database_is_refused_and_left_alone(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_bytes(content)
-    for use in (Ledger.sum_costs, Ledger.rows, lambda ledger: ledger.answers(["k"]), lambda ledger: ledger.claim(["k"])):
+    look_up, claim = (lambda ledger: ledger.answers(["k"])), (lambda ledger: ledger.claim(["k"]))
+    for use in (Ledger.sum_costs, Ledger.rows, look_up, claim):
         with pytest.raises(LedgerError, match=r"ledger=.*cannot be opened .*expected a SQLite file"):
             use(ledger_at(tmp_path))
     assert (tmp_path / "ledger.sqlite").read_bytes() == content
