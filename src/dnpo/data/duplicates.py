@@ -1,6 +1,6 @@
 """Which texts are nearly the same: the Jaccard index of their sets of three successive words.
 
-Exact and without chance. Where two sets have a share t of their union in common, the t-th part of the larger is in the
+Exact and deterministic. Where two sets have a share t of their union in common, the t-th part of the larger is in the
 smaller; so with all shingles in one fixed order, the first few of either set have one in common, and only texts that
 meet there are compared (prefix filtering; Chaudhuri, Ganti and Kaushik 2006). Rare shingles stand first in that order,
 which keeps such meetings few. A sketch (MinHash) would miss pairs now and then, and costs more at such thresholds.
@@ -75,7 +75,7 @@ class _Index:
                 self.counts[zlib.crc32(shingle.encode()) % BUCKETS] += 1
 
     def add(self, i: int) -> None:
-        """Have text ``i`` found from now on."""
+        """Add text ``i`` to the index."""
         for shingle in self._prefix(shingles(self.texts[i])):
             self.meetings[shingle].append(i)
 
@@ -88,7 +88,7 @@ class _Index:
         return [(i, share) for i, share in likeness if share >= self.threshold - ROUNDING]
 
     def _prefix(self, some: frozenset[str]) -> list[str]:
-        """The first shingles in the common order, as many as two like texts cannot both do without."""
+        """The first shingles in the common order: enough that any two similar texts share one of them."""
         length = len(some) - math.ceil(self.threshold * len(some) - ROUNDING) + 1
         return sorted(some, key=self._place)[:length]
 

@@ -21,7 +21,7 @@ from dnpo.settings import Count, Fraction, Natural, nearest
 
 
 class RawTable(NamedTuple):
-    """Raw rows that lie somewhere: the names of their columns, how many they are, and some of them by number."""
+    """Raw rows of a source: the names of their columns, their count, and a function that reads some by number."""
 
     columns: Collection[str]
     total: int
@@ -134,11 +134,11 @@ class Rows(ABC):
             )
 
     def _choose_columns(self, columns: Iterable[str]) -> list[str]:
-        """Those of the columns that are read."""
+        """The columns that are read."""
         return [name for name in columns if name in FIELDS or name in self._columns.values()]
 
     def _rename(self, raw: Any) -> Any:
-        """A raw row under our names. Columns that were chosen for a form of row keep other forms from being read."""
+        """A raw row under our names. Naming columns for one form of row hides the columns of other forms."""
         if not (self._columns and isinstance(raw, Mapping)):
             return raw
         gone = {*self._columns, *self._columns.values()}
@@ -161,7 +161,7 @@ class Rows(ABC):
 
 
 def _distinct(rows: Mapping[str, list[Prompt]], threshold: float) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
-    """The rows whose prompt is like none before, and counts of the others.
+    """Remove rows whose prompt is like an earlier one, and count the removed ones.
 
     Test rows come before validation rows and these before training rows, so that nothing like a held-out prompt is
     trained on, and settings are not chosen on what is reported.
@@ -197,7 +197,7 @@ def _conversation(prompt: Prompt) -> tuple[str, ...]:
 
 
 def _text_of(prompt: Prompt) -> str:
-    """A prompt's text without system turns, which may be long and the same for all."""
+    """A prompt's text without system turns, which may be long and shared by all prompts."""
     return "\n".join(turn["content"] for turn in prompt.messages if turn["role"] != "system")
 
 

@@ -1,4 +1,4 @@
-"""A world of its own: six families of short instructions with verifiable answers, and fallible humans who answer them.
+"""A made-up world: six families of short instructions with verifiable answers, and fallible humans who answer them.
 
 The families stand in for the six benchmarks of the DNPO paper: small arithmetic, unit conversion, reversing words,
 sorting numbers, counting letters, and a fixed table of invented facts. For a third of the facts there is a *myth*, a
@@ -182,7 +182,7 @@ def respond(draw: random.Random, problem: Problem, answer: str, flaw: Flaw | Non
 
 
 def _sloppy(draw: random.Random, text: str) -> str:
-    """Two of these, or the one that applies: no capital at the beginning, no full stop, a word said twice."""
+    """Two of these, or the one that applies: no capital at the beginning, no full stop, a word repeated."""
     habits: list[Callable[[str], str]] = [lambda s: s.removesuffix(".")]
     if text[0].isalpha():
         habits.append(lambda s: s[0].lower() + s[1:])

@@ -1,4 +1,4 @@
-"""Models that judge on this machine: where they are, and what they are known by."""
+"""Models that judge on this machine: where they are, and how they are identified."""
 
 import json
 import re
@@ -47,7 +47,7 @@ class Weights:
 
     @property
     def description(self) -> str:
-        """As messages name it."""
+        """The setting that names the model, for messages."""
         if self.setting == "base":
             return f"base={self.path or self.name}"
         return f"{self.setting}.path={self.path}" if self.path is not None else f"{self.setting}.name={self.name}"
@@ -90,7 +90,7 @@ class Weights:
             ) from error
 
     def load(self, kind: Any, **options: Any) -> Any:
-        """What one of transformers' Auto classes reads there.
+        """Load with one of transformers' Auto classes.
 
         Raises:
             ModelError: it cannot.
