@@ -1,4 +1,4 @@
-"""Can this judge be trusted? Its verdicts against those of people.
+"""Can this judge be trusted? Compare its verdicts with people's.
 
 What rows look like stands in ``rows.py``, what is measured in ``stats.py``. ``dnpo.stages.agreement`` keeps verdicts
 and measures in the store.
@@ -36,7 +36,7 @@ OTHER = policy_source(0)  # the source of ``b``, as judges that compare expect i
 
 
 def judge_both(judge: Judge, rows: Sequence[LabelledRow], ledger: Ledger, report: Report) -> list[Verdict]:
-    """Have both responses of every row judged: first all ``a``, as the human ones, then all ``b``.
+    """Judge both responses of every row: first all ``a``, as the human ones, then all ``b``.
 
     Raises:
         JudgeError: too many have no score.
@@ -52,8 +52,8 @@ def compare(
 ) -> tuple[dict[str, Any], list[float]]:
     """Measures and counts from rows and the verdicts on them, and the points that a histogram shows.
 
-    The mode is ``score`` where every response has a score of its own, ``pairwise`` where two are compared in both
-    orders, and ``relative`` where one has a score against the other and nothing tells of orders (ensembles and
+    The mode is ``score`` where every response is scored by itself, ``pairwise`` where two are compared in both
+    orders, and ``relative`` where one is scored against the other and orders are not known (ensembles and
     majorities of judges that compare). Points are the scores, the differences between orders, or the scores of ``b``.
 
     A row counts as unscored if one of its responses is: it is left out, and counted by reason.

@@ -29,7 +29,7 @@ class AgreementMeasure:
     Attributes:
         of: weights (S × R) to values (S); NaN where the measure is not defined.
         rows: how many it is about.
-        undefined: why there is none, where there is none.
+        undefined: the reason to report where the measure is not defined.
     """
 
     of: Callable[[Array], Array]
@@ -39,7 +39,7 @@ class AgreementMeasure:
 
 @dataclass(frozen=True)
 class AgreementEstimate:
-    """A measure with its 95 % interval; what there is none of is None, and ``reason`` says why."""
+    """A measure with its 95 % interval; what cannot be computed is None, and ``reason`` says why."""
 
     value: float | None
     low: float | None = None
@@ -153,7 +153,7 @@ class Judged:
 
 
 def preference(score_a: float, score_b: float) -> int:
-    """The category that two scores say."""
+    """The preferred category by two scores."""
     apart = score_b - score_a
     return TIE if abs(apart) <= TOLERANCE else B if apart > 0 else A
 

@@ -1,4 +1,4 @@
-"""What was found about a judge, as a table on the console, in Markdown and as metrics."""
+"""A judge's agreement with people, as a table on the console, in Markdown and as metrics."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ class MeasureLine(NamedTuple):
     """One measure, and what to read it against."""
 
     name: str
-    beside: str = ""
+    note: str = ""
 
     @property
     def metric(self) -> Metric:
@@ -65,7 +65,7 @@ def cells(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
             between = f"{low.removesuffix(unit)} to {high}" if unit else f"{low} to {high}"
         count = f"{estimate['rows']:,}" if estimate["rows"] else "–"
         value = format_value(estimate["value"], line.metric)
-        rows.append((line.metric.title, value, between, count, estimate["reason"] or line.beside))
+        rows.append((line.metric.title, value, between, count, estimate["reason"] or line.note))
     return rows
 
 

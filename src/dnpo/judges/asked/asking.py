@@ -33,7 +33,7 @@ AGAIN = {408, 409, 425, 429}  # and 5xx
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What asking has to keep to; :class:`~dnpo.judges.asked.openai.OpenAI` says what each is."""
+    """The limits on asking; :class:`~dnpo.judges.asked.openai.OpenAI` says what each is."""
 
     concurrency: int
     requests_per_minute: int | None
@@ -145,7 +145,7 @@ class _Round:
         self.stopped.set()
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleep, but not when there is nothing left to sleep for."""
+        """Sleep, or return at once when nothing is left to wait for."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopped.wait(), seconds)
 

@@ -169,7 +169,7 @@ class _Batches:
         return sum(self._price(key) for key in waiting if key in self.questions)
 
     async def _find_submitted(self, client: "AsyncOpenAI", digest: str) -> str | None:
-        """The batch with these very questions that a run submitted and was killed before it could say so."""
+        """Find the batch with these questions that a run submitted before it was killed, if there is one."""
         async for batch in client.batches.list(limit=100):
             if self.ledger.was_collected(self.endpoint.base_url, str(batch.id)):
                 continue  # what failed in it is asked again, in another
@@ -178,7 +178,7 @@ class _Batches:
         return None
 
     async def _collect(self, client: "AsyncOpenAI", name: str, questions: dict[str, Question]) -> None:
-        """Write down what a finished batch brought."""
+        """Record the results of a finished batch in the ledger."""
         import openai
 
         try:

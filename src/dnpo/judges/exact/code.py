@@ -1,7 +1,7 @@
 """A judge that runs code: the response's, and then the unit tests that are the prompt's answer.
 
-Each response runs in a Python process of its own: isolated mode, an empty environment, an empty temporary folder to
-work in, a session of its own that is killed as a whole at the end or after ``timeout``, and limits of the system on
+Each response runs in a separate Python process: isolated mode, an empty environment, an empty temporary folder to
+work in, a new session that is killed as a whole at the end or after ``timeout``, and limits of the system on
 processor time, address space, size of files, open files and processes.
 
 These are limits, not a sandbox. They keep an endless loop or a leak from taking the machine along. They do not keep
@@ -33,7 +33,7 @@ from dnpo.records import Prompt, Response, Verdict
 from dnpo.settings import Count, Positive, neutral
 from dnpo.store import Report
 
-# The new process limits itself before it sees any code (a hook between fork and exec is not safe beside threads). It
+# The new process limits itself before it sees any code (a hook between fork and exec is not safe with threads). It
 # writes the word it was given only when the tests are through: code that ends the process early has not passed.
 HARNESS = """
 import json, os, resource, sys

@@ -117,7 +117,7 @@ class Embedding(Rewards):
     kept once they are made, since prompts come again and training reads them many times.
 
     Args:
-        encoder: embeds the texts, one at a time: what a text is embedded with never changes its embedding.
+        encoder: embeds the texts, one at a time, so batches never change an embedding.
         hidden: units of the head.
         max_tokens: of a text; None takes what the encoder can read.
     """
@@ -130,7 +130,7 @@ class Embedding(Rewards):
         self._known: dict[Ids, Tensor] = {}
 
     def encode(self, messages: Sequence[Message], response: str) -> list[Ids]:
-        """The tokens of the conversation, and those of the response."""
+        """The tokens of the conversation and of the response."""
         return [self.encoder.encode(text) for text in (join_turns(messages), response)]
 
     def __call__(self, rows: Sequence[list[Ids]]) -> Tensor:
