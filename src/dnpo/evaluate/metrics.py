@@ -47,7 +47,7 @@ def evaluate(
     folder: Path,
     report: Report,
 ) -> dict[str, float]:
-    """Measure a policy; see the head of this file.
+    """Measure a policy: scores, accuracy, held-out loss, stagnation.
 
     Args:
         policy: the one to measure.
@@ -57,7 +57,7 @@ def evaluate(
         sampling: as the policy samples for training.
         pairs: what the policy was trained on, if it was trained on pairs.
         train: training prompts, for fresh samples where there are no pairs.
-        source: what fresh samples say they come from.
+        source: the source that fresh samples record.
         limit: completion tokens at most.
         seed: of the samples.
         folder: gets ``samples.parquet``, ``verdicts.parquet``, ``items.parquet`` and ``logprobs.npz``.
@@ -145,10 +145,10 @@ def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) 
     count = len(prompts) // copies
     right = [correct(p, r.text) for p, r in zip(prompts, fresh, strict=True)]
     # An answer with one of the words in it that introduce answers is stated only in part, so right ones share a name.
-    said = [("right", "") if ok else ("", read_answer(r.text)) for ok, r in zip(right, fresh, strict=True)]
+    answers = [("right", "") if ok else ("", read_answer(r.text)) for ok, r in zip(right, fresh, strict=True)]
     hits = [sum(right[i::count]) for i in range(count)]
     found = {f"eval/pass_at_{k}": _mean(pass_at_k(copies, n, k) for n in hits) for k in dict.fromkeys((1, copies))}
-    votes = [majority(said[i::count]) for i in range(count)]
+    votes = [majority(answers[i::count]) for i in range(count)]
     return found | {"eval/majority": _mean(vote == ("right", "") for vote in votes)}
 
 

@@ -54,7 +54,7 @@ class FineTuning(Training):
 
 @dataclass(frozen=True)
 class PairBatch(Batch):
-    """A micro-batch of B pairs and what the reference says of them.
+    """A micro-batch of B pairs with the reference's log-probabilities.
 
     Attributes:
         reference: its log-probabilities.
@@ -82,7 +82,7 @@ class PairBatch(Batch):
 
 @dataclass(frozen=True)
 class Frozen:
-    """What is left of the reference beside its log-probabilities, where noise reads its states.
+    """The parts of the frozen reference that noise needs in addition to its log-probabilities.
 
     Attributes:
         head: its output head.
@@ -128,7 +128,7 @@ class PreferenceTraining(Training):
         return [*super().players, *([("noise", cast(nn.Module, self.noise))] if trainable else [])]
 
     def configure_optimizers(self) -> Any:
-        """The noise has Adam with a constant learning rate of its own."""
+        """The policy's optimizer and, for the noise, Adam with a separate constant learning rate."""
         optimizers, schedules = super().configure_optimizers()
         if len(self.players) > 1:
             optimizers.append(make_fused(Adam, list(self.noise.parameters()), {"lr": self.noise.learning_rate}))
@@ -153,7 +153,7 @@ class PreferenceTraining(Training):
         return terms.total, metrics
 
     def _prepare_rejected(self, batch: PairBatch) -> Rejected | None:
-        """The frozen reference on the rejected tokens: from disk, or from the rejected half of its forward pass."""
+        """The reference's hidden states of the rejected tokens, read from disk or computed by a forward pass."""
         if self.frozen is None or batch.rejected is None:
             return None
         packed, hidden_NH = batch.rejected, batch.hidden_NH
@@ -190,7 +190,7 @@ class PreferenceTraining(Training):
 
     @torch.no_grad()
     def _check_step_zero(self, policy: PairLogps, batch: PairBatch) -> None:
-        """Before the first update the policy is the reference: every margin is 0 and the logistic loss ln 2."""
+        """Check that before the first update the policy is the reference: all margins 0, logistic loss ln 2."""
         tolerance = STEP_ZERO_TOLERANCE[self.policy.head.cast(self.device).weight_VH.dtype]
         off_by = float(log_ratio_gap(policy.detach(), batch.reference).abs().max())
         if off_by <= tolerance:

@@ -38,7 +38,7 @@ class Trainee(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device that its weights are on."""
 
 
 class MicroBatch(Protocol):
@@ -76,7 +76,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Those of prompts and completions."""
+        """How many tokens go through the model: prompts and completions."""
         return len(self.packed.ids_T)
 
     def to(self, device: torch.device) -> Self:
@@ -132,7 +132,7 @@ class Training(pl.LightningModule):
     def transfer_batch_to_device(
         self, batch: list[MicroBatch], device: torch.device, dataloader_idx: int
     ) -> list[MicroBatch]:
-        """Leave them on the CPU; each micro-batch is moved just before its forward pass."""
+        """Leave the batch on the CPU; each micro-batch is moved just before its forward pass."""
         return batch
 
     def training_step(self, batches: list[MicroBatch], batch_idx: int) -> None:
@@ -188,7 +188,7 @@ class Training(pl.LightningModule):
         return [optimizer], [schedule_]
 
     def advise(self, short: str, fits: int) -> str:
-        """What to say when a step does not fit into memory.
+        """The error message for a step that does not fit into memory.
 
         Args:
             short: how torch puts it.
@@ -219,12 +219,12 @@ class Training(pl.LightningModule):
         checkpoint["training"] = {"policy_step": self.policy_step, "history": self.history}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the counters and the history."""
+        """Restore the counters and the history."""
         self.policy_step = checkpoint["training"]["policy_step"]
         self.history = checkpoint["training"]["history"]
 
     def on_train_start(self) -> None:
-        """Say where this training stands, once a checkpoint has been taken up."""
+        """Report the progress, after a checkpoint is loaded."""
         self.report.begin(self.total, "steps", self.policy_step)
         self.report.steps(self.history)
         self._clock = time.monotonic()
@@ -282,7 +282,7 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
             if not _out_of_memory(error):
                 raise
             short = str(error).strip().splitlines()[-1]
-    if short:  # out of the handler, which holds on to what the step had in memory
+    if short:  # outside the handler, which keeps the step's tensors alive
         fits = _fitting(module.to(device), batches)  # Lightning has moved it to the CPU
         raise OutOfMemoryError(module.advise(short, fits))
     if optimisation.checkpointing:
@@ -294,7 +294,7 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
 def make_fused(
     optimizer: Callable[..., Optimizer], parameters: Sequence[nn.Parameter], settings: Mapping[str, Any]
 ) -> Optimizer:
-    """The optimizer in torch's fused form where there is one: one kernel over all parameters, the same mathematics."""
+    """Make the optimizer in torch's fused form if it has one: one kernel over all parameters, the same update."""
     known = inspect.signature(optimizer).parameters
     fuse = "fused" in known and not {"fused", "foreach", "differentiable"} & set(settings)
     return optimizer(parameters, **settings, **({"fused": True} if fuse else {}))

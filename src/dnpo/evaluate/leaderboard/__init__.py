@@ -1,7 +1,7 @@
-"""Policy → the scores of the leaderboard six, their average, and what became of every item, through lm-eval.
+"""Policy → the scores of the leaderboard six, their average, and the result of every item, by lm-eval.
 
-``rows.py`` makes lm-eval's tasks of a folder of JSON lines, ``harness.py`` lets lm-eval run them (or those of the hub),
-and this file says which benchmarks there are and makes scores of what lm-eval says of each item. lm-eval is the extra
+``rows.py`` makes lm-eval's tasks of a folder of JSON lines, ``harness.py`` lets lm-eval run them (or the hub's), and
+this file defines the benchmarks and computes scores from lm-eval's result of each item. lm-eval is the extra
 ``eval``; only ``harness.py`` imports it.
 """
 

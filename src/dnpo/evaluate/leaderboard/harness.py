@@ -34,7 +34,7 @@ FOLDERS = {
 
 
 def available() -> None:
-    """Say so if lm-eval is not there.
+    """Raise if lm-eval is not installed.
 
     Raises:
         SettingsError: names what to install.

@@ -27,7 +27,7 @@ from dnpo.seeding import derive
 
 Row = dict[str, Any]
 DEFINITIONS = Path(__file__).parent / "tasks"
-LENDERS = {"arc_easy": "arc_challenge"}  # whose examples serve where a task has no file of its own
+LENDERS = {"arc_easy": "arc_challenge"}  # whose examples serve where a task has no examples file
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class BenchmarkTask:
         definition: as lm-eval's YAML files have it, without data.
         rows: its items.
         examples: what can stand in front of a question.
-        note: what has to be said of the examples.
+        note: a remark on the examples, for the report.
     """
 
     definition: dict[str, Any]
@@ -87,7 +87,7 @@ def _first(folder: Path, stems: list[str]) -> Path | None:
 
 
 def _question(row: Row) -> str:
-    """What tells an item from another, to leave examples out that are asked."""
+    """The text that identifies an item, to leave out examples that are asked."""
     return json.dumps([row.get(name) for name in ("question", "query", "context_options", "choices")])
 
 
