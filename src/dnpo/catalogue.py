@@ -50,7 +50,7 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """What tracked values are shown times."""
+        """The factor by which tracked values are shown."""
         return 100.0 if self.unit in SHARES else 1.0
 
     @property

@@ -1,6 +1,6 @@
 """How far a judge agrees with people, as stages in the store.
 
-A rerun finds the verdicts and what was made of them, and a run with the same judge shows its agreement in its summary.
+A rerun finds the verdicts and the measures, and a run with the same judge shows its agreement in its summary.
 """
 
 import json
@@ -35,7 +35,7 @@ def verdicts(judge: Judge, data: Labelled, rows: Sequence[LabelledRow], ledger: 
 def agreement(
     judge: Judge, data: Labelled, rows: Sequence[LabelledRow], verdicts: Stage, resamples: int, seed: int
 ) -> Stage:
-    """What the verdicts have to do with those of people; the measures are the stage's facts."""
+    """How far the verdicts agree with people's; the measures are the stage's facts."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         given = read(inputs["verdicts"] / "verdicts.parquet", Verdict)
@@ -49,7 +49,7 @@ def agreement(
 
 
 def read_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the store knows of a judge's agreement with people: one entry for each set of rows, the newest of each.
+    """Read a judge's agreement with people from the store: one entry for each set of rows, the newest of each.
 
     Args:
         judge_key: see :func:`dnpo.settings.part_key`.

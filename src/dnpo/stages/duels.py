@@ -2,7 +2,7 @@
 
 Any judge of the project decides. The other side's response stands where the human one stands: judges that compare two
 responses are asked in both orders and give it 50 points, those that score each for itself give it its score, and more
-points win. What the evaluations have asked already is in the ledger and not asked again.
+points win. Questions that the evaluations have asked are answered from the ledger.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Duel:
         ours_score, theirs_score: points; theirs has 50 where the judge compares. None where the judge gave none.
         preference: 1 for a win of ours, ½ for a tie, 0 for a loss; None where a score is missing.
         disagreement: between both orders, or between members of an ensemble, in points.
-        difference: characters of ours less those of theirs.
+        difference: characters of ours less characters of theirs.
         reason: why a score is missing.
     """
 
@@ -93,7 +93,7 @@ def _human(rows: Held, samples: int) -> Responses:
 def judge_duels(
     judge: Judge, prompts: Sequence[Prompt], ours: Responses, theirs: Responses, ledger: Ledger, report: Report
 ) -> list[Duel]:
-    """What the judge says of both texts, for every prompt and number that both sides have.
+    """Judge both texts, for every prompt and sample number that both sides have.
 
     Raises:
         DataError: there is none.
@@ -145,10 +145,10 @@ def read_duels(path: Path) -> list[Duel]:
 
 @dataclass(frozen=True)
 class DuelOutcome:
-    """Of all duels: wins, and what is left of them at the same length if that was asked for.
+    """The result of all duels: wins, and the win rate at the same length if that was asked for.
 
     Attributes:
-        controlled: None also where nothing can be said, and then ``why`` says so.
+        controlled: None also where it cannot be computed; then ``why`` gives the reason.
         apart: mean disagreement between both orders, or between members of an ensemble; None without.
     """
 
@@ -158,7 +158,7 @@ class DuelOutcome:
     apart: float | None
 
     def metrics(self) -> dict[str, float]:
-        """Under the names that are tracked; shares."""
+        """The metrics by name, as shares."""
         found = {f"duels/{name}": getattr(self.wins, name).value for name in ("win", "tie", "lose", "rate")}
         found |= {"duels/duels": self.wins.duels, "duels/unscored": self.wins.unscored, "duels/p": self.wins.p}
         if self.controlled is not None:
@@ -167,10 +167,10 @@ class DuelOutcome:
 
 
 def outcome(rows: Sequence[Duel], same_length: bool, seed: int) -> DuelOutcome:
-    """Count duels; prompts are what is resampled.
+    """Count duels; the bootstrap resamples prompts.
 
     Args:
-        same_length: also tell the win rate at the same length, in characters.
+        same_length: also compute the win rate at the same length, in characters.
         seed: of the bootstrap.
 
     Raises:

@@ -25,7 +25,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval; no ends where there is nothing to tell them from."""
+    """A number and its 95 % interval; no ends where they cannot be computed."""
 
     value: float
     low: float | None = None
@@ -72,13 +72,13 @@ class Mean:
 
 
 def estimate_mean(x_SI: Array) -> Mean | None:
-    """The mean where both items and seeds are samples: would it be the same with other items, trained again?
+    """Estimate the mean over items and seeds, both taken as samples: would it hold for other items, trained again?
 
-    Clark (1973), "The language-as-fixed-effect fallacy": with V₁ the variance of the mean told from the items' means
-    and V₂ that from the seeds' means, the error is √(V₁ + V₂) and the degrees of freedom are Satterthwaite's,
+    Clark (1973), "The language-as-fixed-effect fallacy": with V₁ the variance of the mean computed from the items'
+    means and V₂ from the seeds' means, the error is √(V₁ + V₂) and the degrees of freedom are Satterthwaite's,
     (V₁ + V₂)² / (V₁²/(I−1) + V₂²/(S−1)); the square of mean/error is min F′ = F₁F₂/(F₁ + F₂). Whatever differs by both
     at once is counted twice, so the error is rather too large than too small. With one seed it is V₁ alone, the
-    one-sample t test; with one item there is nothing to tell V₁ from, and None.
+    one-sample t test; with one item V₁ cannot be computed, and the result is None.
     """
     if x_SI.shape[1] < 2:
         return None

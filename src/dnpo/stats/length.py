@@ -3,7 +3,7 @@
 Judges, and people, prefer longer responses, so a model can win by writing more. AlpacaEval 2 (Dubois et al. 2024,
 "Length-controlled AlpacaEval: a simple way to debias automatic evaluators", equation 2) regresses the preference on the
 difference in length and then asks what it would be without one. Its term for the difficulty of each instruction is left
-out: it is told from many models, and here there are two.
+out: it is estimated from many models, and here there are two.
 
 Shapes: D duels, K different differences in length, P prompts, B resamples.
 """
@@ -31,14 +31,14 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class LengthControlled:
-    """What a win rate is without the part of length in it.
+    """A win rate without the effect of length.
 
     Attributes:
         rate: at equal length, with a 95 % interval over prompts.
         effect: φ, of tanh(difference / spread), in log-odds: positive where the longer response is preferred.
         spread: standard deviation of the differences in length.
         difference: their mean, ours less theirs.
-        notes: what a reader has to know beside the numbers.
+        notes: caveats to report with the numbers.
     """
 
     rate: Estimate
@@ -71,26 +71,26 @@ def control_length(
     65 % wins nothing is left at equal length but 50 %.
 
     Prompts are resampled, each with all its duels; s stays. Where length alone decides all of a resample, its
-    likelihood has no maximum, and its limit counts: at equal length always a win, always a loss, or what became of
-    those of equal length. Where that is open too, the resample is left out, and counted.
+    likelihood has no maximum, and its limit counts: at equal length always a win, always a loss, or the rate of
+    the duels of equal length. Where that is open too, the resample is left out, and counted.
 
     Args:
         preferences: one a duel, 1, ½ or 0; None where there is none, and the duel is left out.
         differences: our length less theirs, in whatever unit; of a duel at the same place.
-        prompts: what each duel is about; None says that every duel has a prompt of its own.
+        prompts: what each duel is about; None: every duel has a different prompt.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
     Raises:
         DataError: the lists are not aligned, a value makes no sense, no duel is left, all differ in length by the same
-            amount, or length alone decides every duel, so that nothing is said about equal length.
+            amount, or length alone decides every duel, so that the rate at equal length is unknown.
     """
     prompts = range(len(preferences)) if prompts is None else prompts
     value_D, delta_D, at_D, number = _check(preferences, differences, prompts)
     notes = _notes(len(preferences) - len(value_D), len(preferences), number, float(value_D.mean()))
     spread = float(delta_D.std())
     if not spread and delta_D[0]:
-        raise DataError(f"all differences in length are {delta_D[0]:g}: what length does cannot be told from that")
+        raise DataError(f"all differences in length are {delta_D[0]:g}: the effect of length cannot be estimated")
     kinds_K, kind_D = np.unique(delta_D, return_inverse=True)
     x_K = np.tanh(kinds_K / (spread or 1.0))
     shape = (number, len(x_K))
@@ -101,14 +101,14 @@ def control_length(
     if spread and mixed and _separates(won_1K, lost_1K)[0]:
         raise DataError(
             f"length alone decides all {len(value_D):,} duels: on one side of a difference all are won, on the other "
-            "all are lost, so nothing is said about responses of the same length"
+            "all are lost, so the win rate at the same length is unknown"
         )
     (rate,), (effect,) = fit(x_K, won_1K, lost_1K)
     if np.isnan(rate):
         longer = "longer" if x_K[0] > 0 else "shorter"
         raise DataError(
-            f"one side has won all {len(value_D):,} duels, and all responses of ours are {longer}, so nothing is said "
-            "about responses of the same length"
+            f"one side has won all {len(value_D):,} duels, and all responses of ours are {longer}, so the win "
+            "rate at the same length is unknown"
         )
     estimate = Estimate(float(rate))
     if number > 1:

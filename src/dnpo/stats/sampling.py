@@ -1,4 +1,4 @@
-"""What several samples of one answer make together."""
+"""pass@k and the majority vote of several samples."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -11,7 +11,7 @@ Answer = TypeVar("Answer", bound=Hashable)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The probability that at least one of ``k`` samples is right, told without bias from more of them.
+    """The probability that at least one of ``k`` samples is right, estimated without bias from more of them.
 
     1 − C(n−c, k) / C(n, k) for c right of n (Chen et al. 2021, "Evaluating large language models trained on code",
     equation 1), as the product 1 − Π_{i=n−c+1..n} (1 − k/i), which does not overflow.

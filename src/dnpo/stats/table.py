@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What all writers write from, so that none can differ from another."""
+    """A table as all writers read it, so that none can differ from another."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]

@@ -25,7 +25,7 @@ class Wins:
         duels: with a score on both sides.
         unscored: left out, for want of a score on one side or both.
         prompts: that the duels are about.
-        notes: what a reader has to know beside the numbers.
+        notes: caveats to report with the numbers.
     """
 
     win: Estimate
@@ -70,8 +70,8 @@ def wins(
     Scores 80, 70, None, 60 against 70, 70, 70, 90: of 3 duels one is won, one a tie and one lost; the win rate is ½.
 
     Args:
-        ours, theirs: scores, aligned: those of one duel at the same place.
-        prompts: what each duel is about; None says that every duel has a prompt of its own.
+        ours, theirs: scores, aligned: one duel's at the same place.
+        prompts: what each duel is about; None: every duel has a different prompt.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
