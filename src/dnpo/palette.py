@@ -56,7 +56,7 @@ METHODS: Mapping[tuple[str, str], Method] = {
     ("score", "offset"): DSL_CONSTANT,
 }
 
-# Groups of runs that no method tells apart, one after the other.
+# Colours for groups of runs of the same method, in order.
 SERIES = (
     Look("#332288", "o"),
     Look("#CC6677", "s"),

@@ -51,7 +51,7 @@ class Hub(Rows):
 
         try:
             return HfApi().dataset_info(self.name, revision=self.revision, timeout=10).sha
-        except Exception:  # whatever is wrong here is wrong again when the rows are loaded, and reported there
+        except Exception:  # the same error comes again when the rows are loaded, and is reported there
             return self.revision
 
     def _table(self) -> RawTable:
@@ -82,7 +82,7 @@ class Hub(Rows):
         return rows
 
     def _explain(self, error: Exception) -> str:
-        """What to change; where a split or config is unknown, the library's own text lists those there are."""
+        """The error message; for an unknown split or config it has the library's text, which lists the known ones."""
         text = f"({type(error).__name__}: {error})"
         marks = {
             f"data.config={self.config}": ("BuilderConfig", "Config name is missing"),

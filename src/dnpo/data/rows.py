@@ -1,9 +1,9 @@
-"""A raw row, in any of the forms that data come in → a prompt with its human response.
+"""Raw rows in any of the supported forms → prompts with their human responses.
 
 * ``prompt`` and ``response``: each a text, or turns with role and content.
 * ``messages``: a conversation, from which ``turns`` says what to take.
-* ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): what is chosen counts as
-  the human response, and what is rejected is not read. A conversational ``chosen`` may hold the whole conversation.
+* ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): ``chosen`` is taken as
+  the human response, and ``rejected`` is not read. A conversational ``chosen`` may hold the whole conversation.
 
 A row may have an ``id`` (or a ``prompt_id``, as UltraChat has), a verifiable ``answer`` and a ``family``. Fields that
 are null count as absent, and other fields are ignored.
@@ -124,7 +124,7 @@ def _prompt_turns(where: str, prompt: Any) -> list[Message]:
 
 
 def _conversation(where: str, field: str, messages: Any, turns: Turns) -> list[Message]:
-    """A prompt's turns and the assistant's answer: the first one, or the last with everything before it."""
+    """The prompt's turns and the assistant's answer: the first answer, or the last with all turns before it."""
     found: list[Message] = []
     end = 0
     for turn in _turns(where, field, messages):

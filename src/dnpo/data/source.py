@@ -1,6 +1,6 @@
-"""What sources of rows that someone else wrote have in common: columns, the draw, the split, and duplicates.
+"""The base of sources that read users' rows: columns, the sample, the split, and duplicates.
 
-What a row may look like stands in :mod:`dnpo.data.rows`. Only rows that are drawn are checked.
+:mod:`dnpo.data.rows` defines the forms of rows. Only rows that are drawn are checked.
 """
 
 import hashlib
@@ -30,17 +30,16 @@ class RawTable(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(ABC):
-    """What the sources here have in common: columns, the draw, the split, and duplicates.
+    """The base of the sources here: columns, the sample, the split, and duplicates.
 
     Args:
-        columns: their name for each of our fields whose column has another one, such as ``{prompt: instruction}``.
+        columns: the column of each field that is named otherwise in the data, such as ``{prompt: instruction}``.
         turns: of ``messages``: ``first`` takes the first user turn and the answer to it; ``all`` takes the last answer,
             with all turns before it as its prompt.
         sample: rows to draw; 0 takes all.
         holdout: share of the rows held out, half for validation and half for test, by a hash of the id.
-        near_duplicates: rows are removed whose prompt is like that of an earlier row, or of one held out, to this
-            degree: the Jaccard index of their sets of three successive words, system turns aside. 0 removes equal
-            prompts only.
+        near_duplicates: remove rows whose prompt resembles an earlier or a held-out row's at least this much, by the
+            Jaccard index of their sets of three successive words, without system turns. 0 removes equal prompts only.
         seed: draws the sample.
         max_prompt_tokens: longer prompts are dropped.
         max_response_tokens: the limit of responses.

@@ -5,8 +5,8 @@ answers: accuracy by family (greedy), pass@k and the majority of the samples, an
 chosen. On any data: held-out loss of human responses, lengths, and where chosen, rejected and newly generated responses
 lie under the new policy, with the distances between the last two as the measure of stagnation.
 
-What else can be measured of a policy (texts, drift, a second judge, the leaderboard) are stages of their own, in
-``measures.py``: they read what this one leaves.
+Further measures of a policy (texts, drift, a second judge, the leaderboard) are separate stages, in ``measures.py``,
+and read the files that this one writes.
 """
 
 import math
@@ -186,7 +186,7 @@ def quality(verdicts: Sequence[Verdict], count: int) -> dict[str, float]:
 def _items(
     held: Held, greedy: Sequence[Response], fresh: Sequence[Response], verdicts: Sequence[Verdict], checkable: bool
 ) -> list[Item]:
-    """What became of each held-out response, in the order of the verdicts."""
+    """The result of each held-out response, in the order of the verdicts."""
     count = len(held.prompts)
     found = []
     for i, response in enumerate([*held.human, *greedy, *fresh]):

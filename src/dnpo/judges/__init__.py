@@ -18,7 +18,7 @@ from dnpo.store import Report
 
 @dataclass(frozen=True)
 class Forecast:
-    """What judging would take.
+    """The calls and the cost that judging would take.
 
     Attributes:
         calls: questions, each counted once.

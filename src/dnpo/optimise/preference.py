@@ -35,7 +35,7 @@ from dnpo.records import Pair, ReferenceLogps
 from dnpo.seeding import derive
 from dnpo.store import Report
 
-# Nats that a log-ratio may be off before the first update. What is compared comes out of batches of other shapes, and
+# Tolerance of log-ratios before the first update, in nats. The batches that are compared differ in shape, and
 # with bf16 products each token is off by about a hundredth.
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.5}
 

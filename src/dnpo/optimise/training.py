@@ -1,4 +1,4 @@
-"""What every training shares: steps of micro-batches, one backward pass each, one update of all players, checkpoints.
+"""The base of every training: steps of micro-batches, one backward pass each, one update of all players, checkpoints.
 
 The whole training is one pass over a fixed list of policy steps, so a checkpoint is a position in it, the state of the
 optimizers and the schedule, and whatever a kind of training adds. A killed training continues bit for bit on a CPU.
@@ -30,7 +30,7 @@ CHECKPOINT = "checkpoint.ckpt"
 
 
 class Trainee(Protocol):
-    """Who is trained: a policy, or a reward model."""
+    """A model in training: a policy, or a reward model."""
 
     @property
     def model(self) -> nn.Module:

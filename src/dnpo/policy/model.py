@@ -1,6 +1,6 @@
 """The policy, its frozen reference and their tokenizer.
 
-A policy is a causal language model seen as a body that gives hidden states and a head that turns them into logits. On
+A policy is a causal language model, split into a body that gives hidden states and a head that gives logits. On
 disk it is a folder: either full weights as transformers writes them, or LoRA adapters, numbered in the order in which
 they were trained, on top of the model part's base weights.
 """

@@ -63,10 +63,10 @@ def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTok
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> tuple[str, str]:
-    """The rendered prompt, as generation sees it, and what training text has after it.
+    """Render the prompt, as in generation, and the rest of the training text after it.
 
     Raises:
-        ModelError: the template renders training text otherwise than generation text.
+        ModelError: the template renders the prompt differently in training and in generation.
     """
     template: Any = tokenizer.apply_chat_template
     try:

@@ -1,4 +1,4 @@
-"""Means of scores over items and seeds, with intervals. Two ways, and what each is good for:
+"""Means of scores over items and seeds, with intervals, computed in one of two ways:
 
 **Bootstrap** (``bootstrap``): resamples items and, where there are several, seeds, and assumes no distribution. It
 cannot see beyond the seeds there are: three can be drawn in ten different ways only, and where seeds differ more than

@@ -153,7 +153,7 @@ def fit(x_K: Array, won_BK: Array, lost_BK: Array) -> tuple[Array, Array]:
 
 
 def _newton(x_K: Array, won_BK: Array, lost_BK: Array, theta_B: Array, phi_B: Array) -> tuple[Array, Array]:
-    """By how much a round changes θ and φ: no log-odds by more than 1, so that the likelihood never falls."""
+    """The changes of θ and φ in one round, at most 1 in log-odds, so that the likelihood never falls."""
     total_BK = won_BK + lost_BK
     p_BK = expit(theta_B[:, None] + phi_B[:, None] * x_K)
     off_BK, curve_BK = won_BK - total_BK * p_BK, total_BK * p_BK * (1 - p_BK)
@@ -180,7 +180,7 @@ def _separates(won_BK: Array, lost_BK: Array) -> Flags:
 
 
 def _limit(x_K: Array, won_K: Array, lost_K: Array) -> float:
-    """To what σ(θ) tends where length decides all; NaN where it can be anything."""
+    """The limit of σ(θ) where length decides every duel; NaN where it is open."""
     won, lost = x_K[won_K > 0], x_K[lost_K > 0]
     if not len(won) or not len(lost):  # the same length lies between those that there are, or else beyond them
         every = (won, lost)[len(lost) > 0]

@@ -111,7 +111,7 @@ class Leaderboard:
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkItem:
-    """What became of one item; rows of ``leaderboard-items.parquet``.
+    """The result of one item; rows of ``leaderboard-items.parquet``.
 
     Attributes:
         benchmark: the one it counts in.
@@ -149,7 +149,7 @@ class Score:
         shots: examples in front of each question: the fewest and the most over the tasks.
         asked: how many were asked for.
         cut: items whose prompt was longer than the model's context and lost its beginning.
-        notes: what is not as it should be, one sentence each.
+        notes: deviations from the paper's setting, one sentence each.
     """
 
     score: float
@@ -178,7 +178,7 @@ class LeaderboardResult:
         return {**found, **average, "leaderboard/seconds": self.seconds}
 
     def notes(self) -> list[str]:
-        """What is not as it should be, of all benchmarks."""
+        """The notes of all benchmarks."""
         return [f"{name}: {note}" for name, score in self.scores.items() for note in score.notes]
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -250,7 +250,7 @@ def _folder(source: str) -> Path:
 
 
 def _item(benchmark: str, sample: Mapping[str, Any], cut: Container[tuple[str, int]]) -> BenchmarkItem:
-    """What counts of one of lm-eval's samples, which carries its task's name as ``task``."""
+    """The result of one of lm-eval's samples, which carries its task's name as ``task``."""
     task, doc = str(sample["task"]), sample["doc"]
     name = str(doc.get("id") or sample["doc_hash"][:16])
     choices = [float(logp) for logp, _ in sample["filtered_resps"]] if _is_choice(sample) else []
@@ -279,7 +279,7 @@ def _is_choice(sample: Mapping[str, Any]) -> bool:
 def _notes(
     tasks: Sequence[BenchmarkTask], shots: Sequence[int], asked: int, items: Sequence[BenchmarkItem], context: int
 ) -> list[str]:
-    """What is not as the paper has it."""
+    """Deviations from the paper's setting."""
     notes = list(dict.fromkeys(task.note for task, count in zip(tasks, shots, strict=False) if count and task.note))
     if min(shots) < asked:
         few = f"{min(shots)}" if min(shots) == max(shots) else f"{min(shots)} to {max(shots)}"

@@ -169,7 +169,7 @@ def mass_of_the_true(doc: Mapping[str, Any], results: Sequence[tuple[float, bool
 
 
 def run(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> list[dict[str, Any]]:
-    """What lm-eval says of every item of the tasks, each with its ``task``."""
+    """Run the tasks; lm-eval's result of every item, each with its ``task``."""
     from lm_eval.evaluator import evaluate
 
     loaded = {"tasks": dict(tasks), "groups": {}, "group_map": {}}

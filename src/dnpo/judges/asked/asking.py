@@ -1,7 +1,7 @@
 """One round of questions to an endpoint: many at once, each until it is answered or cannot be.
 
-Workers take questions from a row. A slot is held only while a question is on its way, so that those who wait between
-attempts (as long as the server asks for, or twice as long each time) keep nobody else from asking.
+Workers take questions from a queue. A slot is held only while a question is in flight, so workers that wait between
+attempts (as long as the server asks for, or twice as long each time) do not block others.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ async def ask_one_by_one(
 
 
 class _Round:
-    """One round of questions: workers take them from a row, and share the slots and the purse."""
+    """One round of questions: workers take them from a queue, and share the slots and the budget."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class _Round:
         return self.reasons
 
     async def _empty_row(self, client: "AsyncOpenAI") -> None:
-        """Ask what is in the row."""
+        """Ask the questions in the queue."""
         # Most of them may be waiting between attempts: there are more than slots, so that these are full.
         count = min(WORKERS * self.limits.concurrency, len(self.row))
         workers = [asyncio.create_task(self._work(client)) for _ in range(count)]
@@ -162,7 +162,7 @@ class _Round:
                 await self._call(client, question)
 
     async def _call(self, client: "AsyncOpenAI", question: Question) -> None:
-        """Send one question until there is an answer, or none to be had."""
+        """Send one question until it is answered or has to be given up."""
         limits, attempts, replies, began = self.limits, 0, 0, 0.0
         while True:
             async with self.slots:
@@ -296,11 +296,11 @@ class _Round:
 
 @dataclass(frozen=True)
 class _Trouble:
-    """Why an attempt brought nothing, and what follows.
+    """Why an attempt failed, and what to do next.
 
     Attributes:
-        again: it is worth another attempt.
-        stop: nothing is worth another attempt.
+        again: try this question again.
+        stop: give up the whole round.
         wait: seconds that the server asks for.
         billed: the question was sent whole and something may have been answered, which a provider may bill.
     """

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint: what is sent there for a question, and how its replies are read.
+"""An OpenAI-compatible endpoint: the request for a question, and how its reply is read.
 
 It knows nothing of judges. The key comes from the environment and goes nowhere but into the request.
 """
@@ -97,7 +97,7 @@ class Endpoint:
         return body
 
     def give_way(self, message: str, body: Mapping[str, Any]) -> bool:
-        """Do without what the server refuses by name; false if nothing of the kind was sent."""
+        """Stop sending the parameter that the server's message refuses; false if none that was sent is named."""
         if "response_format" in body and ("response_format" in message or "json_schema" in message):
             self.structured = False
             return True
@@ -107,7 +107,7 @@ class Endpoint:
         return False
 
     def read(self, raw: bytes, question: Question, *, batch: bool = False) -> Answer:
-        """What a server's reply says; without a value, and with the reason, where it says nothing to rely on.
+        """Read a server's reply; an unreadable one gives an answer without a value, with the reason.
 
         Args:
             raw: the body of the reply.
