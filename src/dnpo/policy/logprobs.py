@@ -92,7 +92,7 @@ def token_logps(hidden_NH: Tensor, head: Head, target_N: Tensor) -> Tensor:
         head: the output head.
         target_N: the tokens.
     """
-    if not torch.is_grad_enabled():  # or they would be kept for, though nobody comes back for them
+    if not torch.is_grad_enabled():  # without a backward pass no tile needs keeping
         hidden_NH, head = hidden_NH.detach(), head.detach()
     apply: Any = _TokenLogps.apply
     blocks = list(zip(torch.split(hidden_NH, ROWS), torch.split(target_N, ROWS), strict=True))

@@ -33,7 +33,7 @@ class Estimate:
 
     @property
     def half(self) -> float | None:
-        """Half of the interval's width, what stands behind ±. A percentile interval need not be symmetric."""
+        """Half of the interval's width, the number after ±. A percentile interval need not be symmetric."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 

@@ -1,7 +1,7 @@
 """Is one side better than the other, and are we sure? Comparisons paired over items and over seeds.
 
-``intervals.py`` has means and their intervals, ``significance.py`` the tests, ``table.py`` what becomes of many
-comparisons side by side, ``sampling.py`` pass@k and votes.
+``intervals.py`` has means and their intervals, ``significance.py`` the tests, ``table.py`` tables of many
+comparisons, ``sampling.py`` pass@k and votes.
 """
 
 from collections.abc import Mapping
@@ -71,7 +71,7 @@ def compare_paired(
         interval: ``bootstrap``: percentiles, over items and, if there are several, seeds. ``t``: over both as well, and
             to be preferred with few seeds. Where training moves the mean more than items do, of 400 simulated 95 %
             intervals over 3, 5 and 10 seeds 86, 91 and 94 % of the first held the truth, 93, 94 and 95 % of the second.
-        missing: what becomes of an item without a result (None or NaN) somewhere: the comparison fails, or the item is
+        missing: what happens to an item without a result (None or NaN) somewhere: the comparison fails, or the item is
             dropped on both sides and under all seeds, and noted.
         seed: of the bootstrap.
         resamples: of the bootstrap.

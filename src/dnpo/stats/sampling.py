@@ -31,7 +31,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority(answers: Iterable[Answer | None]) -> Answer | None:
     """The most frequent answer (Wang et al. 2023, "Self-consistency").
 
-    None is a sample without an answer and has no vote; None comes back where nobody has. Among equally frequent ones
+    None is a sample without an answer and has no vote; without any vote the result is None. Among equally frequent ones
     the one given first wins, which with independent samples prefers none of them, and needs no chance.
     """
     counts = Counter(answer for answer in answers if answer is not None)

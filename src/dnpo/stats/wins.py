@@ -23,7 +23,7 @@ class Wins:
         p: two-sided, of wins and losses being equally likely: the exact sign test where every prompt has one duel,
             else McNemar's test clustered by prompt.
         duels: with a score on both sides.
-        unscored: left out, for want of a score on one side or both.
+        unscored: duels left out because a score is missing on one side or both.
         prompts: that the duels are about.
         notes: caveats to report with the numbers.
     """

@@ -164,7 +164,7 @@ class Score:
 
 @dataclass(frozen=True)
 class LeaderboardResult:
-    """The scores, their average (None without all of the six), seconds, and what became of every item."""
+    """The scores, their average (None without all of the six), seconds, and the result of every item."""
 
     scores: dict[str, Score]
     average: float | None
@@ -233,13 +233,13 @@ def _tasks(source: str, name: str) -> list[BenchmarkTask]:
     """A benchmark's tasks over the files of a folder; none by hub, where lm-eval has its own.
 
     Raises:
-        SettingsError: the source is neither ``hub`` nor a folder, or the benchmark is not to be had from files.
+        SettingsError: the source is neither ``hub`` nor a folder, or the benchmark is only on the hub.
     """
     if source == HUB:
         return []
     _folder(source)
     if name == "ifeval":
-        raise SettingsError("benchmarks: ifeval is not to be had from files; leave it out, or give source=hub")
+        raise SettingsError("benchmarks: ifeval is only on the hub; leave it out, or give source=hub")
     return [task for each in BENCHMARKS[name].tasks for task in offline(Path(source), each)]
 
 

@@ -144,7 +144,7 @@ def of_hub(names: Sequence[str], shots: int) -> dict[str, Any]:
         raise SettingsError(f'{", ".join(names)}: {error}; pip install "dnpo[eval]"') from error
     except (OSError, ValueError) as error:  # datasets says with either that it found neither hub nor cache
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"source=hub: {', '.join(names)} cannot be had ({reason}); give source=FOLDER") from error
+        raise DataError(f"source=hub: {', '.join(names)} cannot be loaded ({reason}); give source=FOLDER") from error
     for task in loaded.values():
         _prepare(task, shots)
     return loaded

@@ -95,7 +95,7 @@ def compare(
     )
     found = estimates(measures(judged), len(scored), resamples, seed)
     if mode == "score":
-        # Without intervals: resampling repeats scores, which lowers both whatever the judge is like.
+        # Without intervals: resampling repeats scores, which lowers both for any judge.
         found["entropy"] = AgreementEstimate(entropy(scores), rows=len(scored))
         found["distinct"] = AgreementEstimate(float(distinct(scores)), rows=len(scored))
     facts = {

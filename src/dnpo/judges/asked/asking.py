@@ -58,7 +58,7 @@ async def ask_one_by_one(
     Args:
         questions: all different, at least one.
         ledger: where answers go as they arrive.
-        report: advanced with every question that is done; None where nobody looks.
+        report: advanced with every question that is done; None for no display.
         total: questions of which these are those without an answer; so many count for ``max_unscored``.
 
     Raises:

@@ -32,7 +32,7 @@ async def ask_in_batches(
     seconds: float,
     max_cost: float | None,
 ) -> dict[str, str]:
-    """Submit what nobody has submitted, wait for all of it, and give the reasons of failures by key.
+    """Submit what no run has submitted, wait for all batches, and return the reasons of failures by key.
 
     Args:
         questions: all different, and without an answer yet.

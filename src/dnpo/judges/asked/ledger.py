@@ -199,7 +199,7 @@ class Ledger:
             for key in open_:
                 row = self._db.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
                 holder = self.owner if row is None else row[0]
-                # looked up while nobody else can write: whoever has claimed by now has shown to be alive before
+                # looked up under the write lock: every owner of a claim signed as alive before it claimed
                 if holder not in alive:
                     alive[holder] = self._is_alive(holder)
                 if holder == self.owner or not alive[holder]:
@@ -374,7 +374,7 @@ class Ledger:
         sign = self._sign(self.owner)
         try:
             sign.parent.mkdir(exist_ok=True)
-            # locked under another name first: nobody may see the file and find it free
+            # locked under another name first, so that no process finds the file unlocked
             lock = FileLock(sign.with_suffix(".new"))
             lock.acquire()
             sign.with_suffix(".new").replace(sign)

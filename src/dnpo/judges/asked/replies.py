@@ -114,7 +114,7 @@ class Replies:
         return ids
 
     def _paths(self, example: Sequence[Message], replies: Sequence[str]) -> list[Path]:
-        """The tokens of each reply, read together with what stands before it.
+        """The tokens of each reply, tokenised together with the text before it.
 
         A SentencePiece tokenizer would begin a separate text with a space. Only where the prompt's last token melts
         with a reply's first are the replies tokenised apart.

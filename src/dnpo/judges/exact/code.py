@@ -149,7 +149,7 @@ class UnitTests(Checker):
         task = {"response": code, "tests": tests, "word": word, "limits": self.limits}
         with (
             tempfile.TemporaryDirectory(prefix="dnpo-code-", ignore_cleanup_errors=True) as folder,
-            tempfile.TemporaryFile() as stdin,  # files and no pipes: nobody can make anybody wait at them
+            tempfile.TemporaryFile() as stdin,  # files instead of pipes, on which a process could block
             tempfile.TemporaryFile() as stdout,
         ):
             stdin.write(json.dumps(task).encode())
@@ -178,7 +178,7 @@ class UnitTests(Checker):
         )
         end = time.monotonic() + self.timeout
         try:
-            # Looked at without being collected: until it is, its number can be nobody else's, and it is killed by it.
+            # Waited for without reaping: until it is reaped its process id cannot be reused, so the kill hits no other.
             looks = os.WEXITED | os.WNOWAIT | os.WNOHANG
             while not (done := os.waitid(os.P_PID, child.pid, looks) is not None) and time.monotonic() < end:
                 time.sleep(0.005)
