@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 
 from dnpo.errors import DataError
-from dnpo.stats.intervals import Array, Estimate, Mean, crossed
+from dnpo.stats.intervals import Array, Estimate, Mean, estimate_mean
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.table import ALPHA
 
@@ -115,7 +115,7 @@ def find(sample: Sample, where: Region) -> Finding:
     if seeds == 1:
         notes.append("one seed: nothing is known of training again")
     difference_SI = a_SI - b_SI
-    mean = crossed(difference_SI if sample.by_item else difference_SI.T)
+    mean = estimate_mean(difference_SI if sample.by_item else difference_SI.T)
     counted = items if sample.by_item else None
     if mean is None:
         return Finding(Estimate(float(difference_SI.mean())), 1.0, None, seeds, counted, tuple(notes))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from analysis.drawing import DPI
 from analysis.selection import targets
 from dnpo.errors import DataError, TrackingError
-from dnpo.stats.table import Table, comma_separated, latex, markdown
+from dnpo.stats.table import Table, latex, markdown, to_csv
 from dnpo.tracking.reading import Database, Run
 
 FOLDER = "analysis"  # of artefacts
@@ -64,7 +64,7 @@ def _picture(made: Picture, path: Path) -> list[Path]:
 
 def _table(made: Tabled, path: Path) -> list[Path]:
     paths = [path.with_suffix(suffix) for suffix in (".csv", ".md", ".tex")]
-    paths[0].write_text(comma_separated(made.table))
+    paths[0].write_text(to_csv(made.table))
     notes = "".join(f"\n{note}\n" for note in made.notes)
     paths[1].write_text(f"**{made.title}**\n\n{markdown(made.table, made.corner)}{notes}")
     comments = "".join(f"% {line}\n" for line in (made.title, *made.notes))

@@ -20,7 +20,7 @@ from analysis.selection import Absent, Cells, Iteration, spell
 from dnpo.catalogue import Metric, metric
 from dnpo.errors import DataError
 from dnpo.evaluate.leaderboard import BENCHMARKS, SIX
-from dnpo.stats.intervals import Estimate, crossed
+from dnpo.stats.intervals import Estimate, estimate_mean
 from dnpo.stats.paired import compare_paired
 from dnpo.tracking.reading import Run, iteration_name
 
@@ -201,7 +201,7 @@ def estimate(x_SI: Array) -> Estimate:
     Items without a value under some seed are left out.
     """
     x_SI = whole(x_SI)
-    found = crossed(x_SI) if x_SI.shape[1] > 1 else crossed(x_SI.T)
+    found = estimate_mean(x_SI) if x_SI.shape[1] > 1 else estimate_mean(x_SI.T)
     return Estimate(float(x_SI.mean())) if found is None else found.estimate()
 
 
@@ -226,7 +226,7 @@ def against(a_SI: Array, b_SI: Array) -> Against | None:
     if a_SI.shape[1] > 1:
         found = compare_paired(a_SI, b_SI, interval="t", missing="drop")
         return Against(found.difference, found.p, found.detectable, found.notes)
-    mean = crossed((a_SI - b_SI).T)
+    mean = estimate_mean((a_SI - b_SI).T)
     if mean is None:
         return None
     return Against(mean.estimate(), mean.p(), mean.detectable() if mean.error else None)

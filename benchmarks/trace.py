@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ("scale=smoke", "method=dnpo", "tracking=off", "device=cpu", "iterations=1", "dsl.start=0", "npo.start=0")
 LEFT_OUT = ("store.py",)
 FIRST = "training_step"
-MADE_UP = "_reproduced"  # tries a model that is loaded on two sequences of its own making, which are no rows
+MADE_UP = "_check_logits"  # tries a model that is loaded on two sequences of its own making, which are no rows
 ROWS = {
     "Prompt",
     "Response",

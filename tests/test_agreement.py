@@ -21,13 +21,13 @@ from dnpo.commands import agreement as command
 from dnpo.errors import DataError, JudgeError
 from dnpo.judges.agreement import compare as compare_verdicts
 from dnpo.judges.agreement import sentence
-from dnpo.judges.agreement.rows import Comparison, Labelled
+from dnpo.judges.agreement.rows import Labelled, LabelledRow
 from dnpo.judges.agreement.stats import (
     TIE,
     A,
+    AgreementMeasure,
     B,
     Judged,
-    Measure,
     cohen,
     difference,
     distinct,
@@ -46,7 +46,7 @@ from dnpo.judges.asked.ledger import Answer, Ledger, Question
 from dnpo.judges.asked.questions import Mode, Prompted
 from dnpo.judges.longer import Longer, length_score
 from dnpo.records import HUMAN, Prompt, Response, Verdict
-from dnpo.stages.agreement import known_agreement
+from dnpo.stages.agreement import read_agreement
 from dnpo.store import Report, Store, manifest
 from dnpo.tracking.writing import Tracking
 from tests.commands import succeed
@@ -56,7 +56,7 @@ from tests.conftest import verdicts
 T = TIE
 
 
-def value(measure: Measure) -> float:
+def value(measure: AgreementMeasure) -> float:
     """The measure itself: every row counts once."""
     return float(measure.of(np.ones((1, 10_000))[:, :ROWS])[0])
 
@@ -312,8 +312,8 @@ def test_intervals_are_repeatable_and_joint(monkeypatch: pytest.MonkeyPatch) -> 
 # --- judges -----------------------------------------------------------------------------------------------------------
 
 
-def compare(name: str, a: str, b: str, label: int, *votes: int) -> Comparison:
-    return Comparison(Prompt(name, [{"role": "user", "content": "?"}], a), b, label, votes)
+def compare(name: str, a: str, b: str, label: int, *votes: int) -> LabelledRow:
+    return LabelledRow(Prompt(name, [{"role": "user", "content": "?"}], a), b, label, votes)
 
 
 WORDS = ("ONYX", "twig", "Thorn", "FERNS")
@@ -429,8 +429,8 @@ def test_rows_are_read(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
     other = {"prompt": turns, "a": "", "b": "No.", "label": "tie", "votes": ["A", "A", "B"], "answer": "7", "more": 1}
     first, second = Labelled(path=str(file_of(tmp_path, ROW, "", other))).read()
-    assert first == Comparison(Prompt("r", [{"role": "user", "content": "Why?"}], "Because."), "No.", A, (A, T, B))
-    assert second == Comparison(Prompt("line 3", turns, "", answer="7"), "No.", T, (A, A, B))
+    assert first == LabelledRow(Prompt("r", [{"role": "user", "content": "Why?"}], "Because."), "No.", A, (A, T, B))
+    assert second == LabelledRow(Prompt("line 3", turns, "", answer="7"), "No.", T, (A, A, B))
 
 
 def test_a_bare_true_is_the_text_it_was(tmp_path: Path) -> None:
@@ -549,11 +549,11 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     run(monkeypatch, "judge=longer", "judge.half=5.0", f"data={data}", *SMALL)
     assert capsys.readouterr().out.count("there already") == 2
     store, key = Store(here / "store"), {"_target_": "Longer", "half": 5.0}
-    (entry,) = known_agreement(store, key)
+    (entry,) = read_agreement(store, key)
     assert entry["stage"] == found["stage"]
     assert sentence(entry).startswith("agrees with people in 50 % of 2 rows of rows.jsonl")
     assert sentence({**entry, "unscored": 3}).endswith("), and 3 more have no verdict")
-    assert known_agreement(store, {**key, "half": 200.0}) == []
+    assert read_agreement(store, {**key, "half": 200.0}) == []
     # Of two on the same rows the newer one counts.
     run(monkeypatch, "judge=longer", "judge.half=5.0", f"data={data}", *SMALL, "seed=1")
     (folder,) = {p.parent for p in (here / "store" / "agreement").glob("*/manifest.json")} - {
@@ -561,7 +561,7 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     }
     content = manifest(folder) | {"started": "2999-01-01T00:00:00+00:00"}
     (folder / "manifest.json").write_text(json.dumps(content))
-    assert [e["stage"] for e in known_agreement(store, key)] == [f"agreement/{content['key']}"]
+    assert [e["stage"] for e in read_agreement(store, key)] == [f"agreement/{content['key']}"]
 
 
 def test_the_command_with_a_judge_that_compares(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

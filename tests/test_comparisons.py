@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from dnpo.errors import DataError
-from dnpo.stats.intervals import Array, Estimate, Mean, bootstrap, crossed, percentiles
+from dnpo.stats.intervals import Array, Estimate, Mean, bootstrap, estimate_mean, percentiles
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.sampling import majority, pass_at_k
 from dnpo.stats.significance import (
@@ -22,7 +22,7 @@ from dnpo.stats.significance import (
     mcnemar_clustered,
     wilcoxon,
 )
-from dnpo.stats.table import Cell, comma_separated, latex, markdown, table
+from dnpo.stats.table import Cell, latex, markdown, table, to_csv
 
 RNG = np.random.default_rng
 
@@ -162,7 +162,7 @@ def test_effects_by_hand() -> None:
 
 def test_one_seed_is_the_t_test() -> None:
     x = RNG(0).normal(0.4, 1, 30)
-    found, known = crossed(x[None]), stats.ttest_1samp(x, 0)
+    found, known = estimate_mean(x[None]), stats.ttest_1samp(x, 0)
     assert found is not None
     assert found.p() == pytest.approx(known.pvalue)
     assert (found.estimate().low, found.estimate().high) == pytest.approx(tuple(known.confidence_interval()))
@@ -174,7 +174,7 @@ def test_min_f_by_its_two_tests() -> None:
     x = RNG(2).normal(0.3, 1, (4, 25)) + RNG(3).normal(0, 0.2, (4, 1))
     f1, f2 = (stats.ttest_1samp(x.mean(axis), 0).statistic ** 2 for axis in (0, 1))
     least, df = f1 * f2 / (f1 + f2), (f1 + f2) ** 2 / (f1**2 / 3 + f2**2 / 24)
-    found = crossed(x)
+    found = estimate_mean(x)
     assert found is not None
     assert (found.value / found.error) ** 2 == pytest.approx(least)
     assert found.df == pytest.approx(df)
@@ -183,13 +183,13 @@ def test_min_f_by_its_two_tests() -> None:
 
 def test_t_over_seeds_by_hand() -> None:
     """1, 2, 3: mean 2, standard error 1/√3, and 4.3027 of them on two degrees of freedom."""
-    mean = crossed(np.array([[1.0, 2.0, 3.0]]))
+    mean = estimate_mean(np.array([[1.0, 2.0, 3.0]]))
     assert mean is not None
     found = mean.estimate()
     assert found.half == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4)
     assert (found.value, found.low) == (2.0, pytest.approx(2 - 4.3027 / math.sqrt(3), abs=1e-4))
-    assert crossed(np.array([[5.0]])) is None
-    same = crossed(np.array([[5.0, 5.0]]))
+    assert estimate_mean(np.array([[5.0]])) is None
+    same = estimate_mean(np.array([[5.0, 5.0]]))
     assert same is not None
     assert same.estimate() == Estimate(5.0, 5.0, 5.0)
 
@@ -199,7 +199,7 @@ def test_detectable_by_hand_and_by_trial() -> None:
     assert Mean(0.0, 0.1, 1e9).detectable() == pytest.approx(0.280158, abs=1e-6)
     x = RNG(5).normal(0, 1, (2000, 40))
     found = np.array(
-        [m.p() <= 0.05 for row in x if (m := crossed(row[None] + Mean(0, 1 / math.sqrt(40), 39).detectable()))]
+        [m.p() <= 0.05 for row in x if (m := estimate_mean(row[None] + Mean(0, 1 / math.sqrt(40), 39).detectable()))]
     )
     assert 0.77 < found.mean() < 0.83
 
@@ -238,7 +238,7 @@ def coverage(seeds: int, between: float, sets: int = 200) -> dict[str, float]:
     rng, found = RNG(11), Counter[str]()
     for one in range(sets):
         x = rng.normal(0, between, (seeds, 1)) + rng.normal(0, 1, (1, 80)) + rng.normal(0, 1, (seeds, 80))
-        mean = crossed(x)
+        mean = estimate_mean(x)
         assert mean is not None
         within = {"bootstrap": percentiles(x.mean(), bootstrap(x[None], one, 500)[:, 0]), "t": mean.estimate()}
         for name, e in within.items():
@@ -433,7 +433,7 @@ def test_numbers_are_written_alike() -> None:
     assert r"a & $12.3 \pm 2.1^{*}$ & $-3.1 \pm 25.0$ \\" in latex(found)
     assert r"b &  & $0.0$ \\" in latex(found)
     assert r"| a | 12.3 ± 2.1\* | −3.1 ± 25.0 |" in markdown(found)
-    rows = list(csv.DictReader(io.StringIO(comma_separated(found))))
+    rows = list(csv.DictReader(io.StringIO(to_csv(found))))
     assert [(row["row"], row["column"]) for row in rows] == [("a", "x"), ("a", "d"), ("b", "d")]
     assert (float(rows[0]["value"]), float(rows[0]["p"]), rows[0]["star"]) == (0.12345, 0.001, "1")
     assert rows[0]["text"] == "12.3 ± 2.1*"
@@ -448,7 +448,7 @@ def test_labels_stay_labels() -> None:
     assert line[2].replace(r"\|", "").count("|") == 3
     assert r"a\textbar{}b\_c \& 5 \% \textless{}b\textgreater{}" in latex(found)
     assert r"\$1 \#\{\textasciitilde{}\textasciicircum{}\textbackslash{}\}" in latex(found)
-    (row,) = csv.DictReader(io.StringIO(comma_separated(found), newline=""))
+    (row,) = csv.DictReader(io.StringIO(to_csv(found), newline=""))
     assert row["row"] == row["column"] == name
 
 

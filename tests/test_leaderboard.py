@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dnpo.errors import DataError, ModelError, SettingsError
-from dnpo.evaluate.leaderboard import Item, Leaderboard, Result, _item, harness, measure
+from dnpo.evaluate.leaderboard import BenchmarkItem, Leaderboard, LeaderboardResult, _item, harness, measure
 from dnpo.evaluate.leaderboard.rows import offline
 from dnpo.policy.loading import load
 from dnpo.policy.model import Policy
@@ -221,7 +221,7 @@ def test_a_small_run(make_policy: Callable[..., Policy], tmp_path: Path, capfd: 
     result.write(tmp_path, {"model": "m"})
     written = json.loads((tmp_path / "leaderboard.json").read_text())
     assert written["scores"]["arc"]["score"] == result.scores["arc"].score
-    kept = [Item(**row) for row in pq.read_table(tmp_path / "leaderboard-items.parquet").to_pylist()]
+    kept = [BenchmarkItem(**row) for row in pq.read_table(tmp_path / "leaderboard-items.parquet").to_pylist()]
     assert kept == result.items
     assert {i.id for i in kept if i.task == "arc_easy"} == {f"q{n}" for n in range(6)}
 
@@ -255,7 +255,7 @@ def test_the_hub_does_not_answer(make_policy: Callable[..., Policy], monkeypatch
 
 def measured(
     policy: Policy, leaderboard: Leaderboard, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Result, list[dict[str, Any]]]:
+) -> tuple[LeaderboardResult, list[dict[str, Any]]]:
     """The result, and lm-eval's own words on every item."""
     said: list[dict[str, Any]] = []
     ask = harness.run

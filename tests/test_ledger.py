@@ -163,10 +163,10 @@ def test_failures_answer_nothing_and_cost(tmp_path: Path) -> None:
         ledger.record(question("unpriced"), Answer(None, cost=None))
         assert ledger.answers([question().key]) == {}
         assert ledger.claim([question().key])[0] == [question().key]
-        assert ledger.spent() == pytest.approx(0.75)
+        assert ledger.sum_costs() == pytest.approx(0.75)
         assert ledger.cost_of(question().key) == 0.0
         ledger.record(question(), Answer(7.0, cost=0.125))
-        assert ledger.spent() == pytest.approx(0.875)
+        assert ledger.sum_costs() == pytest.approx(0.875)
         assert ledger.cost_of(question().key) == 0.125
         (row,) = ledger.rows()
         assert (row["calls"], row["failed"], row["unpriced"], row["tokens_in"], row["tokens_out"]) == (1, 3, 1, 200, 10)
@@ -178,8 +178,8 @@ def test_spend_is_of_the_run(tmp_path: Path) -> None:
         two.record(question("b"), Answer(1.0, cost=2.0))
         again.record(question("c"), Answer(None, cost=4.0))
         two.record(question("d"), Answer(1.0, cost=None))
-        assert (one.spent(), again.spent(), two.spent()) == (5.0, 5.0, 2.0)
-        assert Ledger(one.path, "three").spent() == 0.0
+        assert (one.sum_costs(), again.sum_costs(), two.sum_costs()) == (5.0, 5.0, 2.0)
+        assert Ledger(one.path, "three").sum_costs() == 0.0
 
 
 def test_looking_up_leaves_no_file_behind(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_four_processes_ask_every_question_once(tmp_path: Path) -> None:
     assert sum(bool(share) for share in shares) > 1, "nothing was shared, so nothing was tested"
     with ledger_at(tmp_path) as ledger:
         assert sum(row["calls"] for row in ledger.rows()) == 300
-        assert [Ledger(ledger.path, f"run {n}").spent() for n in range(4)] == [len(share) for share in shares]
+        assert [Ledger(ledger.path, f"run {n}").sum_costs() for n in range(4)] == [len(share) for share in shares]
 
 
 DIE = """
@@ -385,17 +385,18 @@ def test_six_processes_open_a_fresh_file_at_once(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    ledger_at(tmp_path).spent()
+    ledger_at(tmp_path).sum_costs()
     with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
         db.execute(f"PRAGMA user_version={VERSION + 1}")
     with pytest.raises(LedgerError, match=rf"ledger=.*has format {VERSION + 1}.* reads {VERSION}; give another file"):
-        ledger_at(tmp_path).spent()
+        ledger_at(tmp_path).sum_costs()
 
 
 @pytest.mark.parametrize("content", [b"this is a text, and a rather long one. " * 40, b"PK\x03\x04" + bytes(2000)])
 def test_a_file_that_is_no_database_is_refused_and_left_alone(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_bytes(content)
-    for use in (Ledger.spent, Ledger.rows, lambda ledger: ledger.answers(["k"]), lambda ledger: ledger.claim(["k"])):
+    look_up, claim = (lambda ledger: ledger.answers(["k"])), (lambda ledger: ledger.claim(["k"]))
+    for use in (Ledger.sum_costs, Ledger.rows, look_up, claim):
         with pytest.raises(LedgerError, match=r"ledger=.*cannot be opened .*expected a SQLite file"):
             use(ledger_at(tmp_path))
     assert (tmp_path / "ledger.sqlite").read_bytes() == content
@@ -419,11 +420,11 @@ def test_an_empty_file_is_a_fresh_ledger(tmp_path: Path) -> None:
 
 def test_a_place_where_no_folder_can_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for use in (Ledger.spent, lambda ledger: ledger.claim(["k"])):
+    for use in (Ledger.sum_costs, lambda ledger: ledger.claim(["k"])):
         with pytest.raises(LedgerError, match=r"ledger=.*cannot be opened"):
             use(Ledger(tmp_path / "file" / "ledger.sqlite"))
     with pytest.raises(LedgerError, match=r"ledger=.*cannot be opened"):
-        Ledger(tmp_path).spent()
+        Ledger(tmp_path).sum_costs()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -494,7 +495,7 @@ def test_an_interrupted_transaction_leaves_nothing(tmp_path: Path) -> None:
 
         with pytest.raises(KeyboardInterrupt):
             interrupted()
-        assert ledger.spent() == 0.0
+        assert ledger.sum_costs() == 0.0
 
 
 # --- ceilings
@@ -635,7 +636,7 @@ def test_the_command_prints_the_tables(tmp_path: Path) -> None:
 
 
 def test_the_command_on_an_empty_ledger(tmp_path: Path) -> None:
-    ledger_at(tmp_path).spent()
+    ledger_at(tmp_path).sum_costs()
     result = shown(cwd=tmp_path)
     assert result.returncode == 0
     assert "all" not in result.stdout.split()

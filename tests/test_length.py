@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 
 from dnpo.errors import DataError
-from dnpo.stats.length import fit, length_controlled
+from dnpo.stats.length import control_length, fit
 
 # 75 of 100 duels with ours 10 characters longer, 60 of them won; 25 with ours 10 shorter, 5 won
 EXAMPLE = [1.0] * 60 + [0.0] * 15 + [1.0] * 5 + [0.0] * 20, [10.0] * 75 + [-10.0] * 25
@@ -36,7 +36,7 @@ def by_optimizer(value: list[float], difference: list[float], ridge: float = 0.0
 
 
 def test_the_example_of_the_docstring() -> None:
-    found = length_controlled(*EXAMPLE, resamples=200)
+    found = control_length(*EXAMPLE, resamples=200)
     assert found.rate.value == pytest.approx(0.5)
     assert found.effect == pytest.approx(logit(0.8) / np.tanh(10 / np.sqrt(75)))
     assert found.effect == pytest.approx(1.692, abs=5e-4)
@@ -50,7 +50,7 @@ def test_the_example_of_the_docstring() -> None:
 def test_the_maximum_is_the_optimizers(theta: float, phi: float, count: int) -> None:
     for seed in range(5):
         value, difference = simulated(count, theta, phi, seed)
-        found = length_controlled(value, difference, resamples=2)
+        found = control_length(value, difference, resamples=2)
         rate, effect = by_optimizer(value, difference)
         assert found.rate.value == pytest.approx(rate, abs=1e-5)
         assert found.effect == pytest.approx(effect, abs=1e-4)
@@ -60,7 +60,7 @@ def test_a_known_value_is_recovered() -> None:
     """A model that is worse at equal length (40 %) and writes more, so that it wins more than half of all duels."""
     theta, phi = float(logit(0.4)), 1.5
     value, difference = simulated(40_000, theta, phi, 0, ties=0.0, mean=60.0)
-    found = length_controlled(value, difference, resamples=400)
+    found = control_length(value, difference, resamples=400)
     assert np.mean(value) > 0.54
     assert found.rate.value == pytest.approx(0.4, abs=0.01)
     assert found.effect == pytest.approx(phi, abs=0.05)
@@ -73,10 +73,10 @@ def test_without_an_effect_of_length_it_is_the_plain_win_rate() -> None:
     """Wins, ties and losses have the very same lengths, so the fitted effect is 0 exactly."""
     lengths = [-30.0, -5.0, 0.0, 12.0, 80.0]
     value = [v for v in (1.0, 1.0, 0.5, 0.0) for _ in lengths]
-    found = length_controlled(value, lengths * 4, resamples=2)
+    found = control_length(value, lengths * 4, resamples=2)
     assert found.effect == pytest.approx(0.0, abs=1e-9)
     assert found.rate.value == pytest.approx(np.mean(value))
-    same = length_controlled(value, [0.0] * len(value), resamples=200)
+    same = control_length(value, [0.0] * len(value), resamples=200)
     assert same.rate.value == pytest.approx(np.mean(value))
     assert same.rate.low is not None
     assert same.rate.low < np.mean(value)
@@ -84,10 +84,10 @@ def test_without_an_effect_of_length_it_is_the_plain_win_rate() -> None:
 
 def test_unit_and_side_do_not_matter() -> None:
     value, difference = simulated(150, -0.5, 1.0, 3)
-    found = length_controlled(value, difference, resamples=300)
-    tokens = length_controlled(value, [d / 4.2 for d in difference], resamples=300)
+    found = control_length(value, difference, resamples=300)
+    tokens = control_length(value, [d / 4.2 for d in difference], resamples=300)
     assert tokens.rate == found.rate
-    other = length_controlled([1 - v for v in value], [-d for d in difference], resamples=300)
+    other = control_length([1 - v for v in value], [-d for d in difference], resamples=300)
     assert other.rate.value == pytest.approx(1 - found.rate.value)
     assert other.effect == pytest.approx(found.effect)
     assert found.rate.low is not None
@@ -98,7 +98,7 @@ def test_the_interval_is_that_of_resampled_prompts() -> None:
     """A loop that draws prompts with all their duels and fits each draw by scipy."""
     value, difference = simulated(120, 0.4, 1.0, 1)
     prompts = [i // 3 for i in range(120)]
-    found = length_controlled(value, difference, prompts, resamples=4000)
+    found = control_length(value, difference, prompts, resamples=4000)
     rng, spread, drawn = np.random.default_rng(5), np.std(difference), []
     for _ in range(300):
         rows = [3 * p + n for p in rng.integers(0, 40, 40) for n in range(3)]
@@ -113,11 +113,11 @@ def test_the_interval_is_that_of_resampled_prompts() -> None:
 def test_prompts_are_the_unit() -> None:
     """Each duel four times over says no more than once."""
     value, difference = simulated(80, 0.2, 0.8, 2)
-    once = length_controlled(value, difference, resamples=500)
-    often = length_controlled(value * 4, difference * 4, list(range(80)) * 4, resamples=500)
+    once = control_length(value, difference, resamples=500)
+    often = control_length(value * 4, difference * 4, list(range(80)) * 4, resamples=500)
     assert often.rate.value == pytest.approx(once.rate.value)
     assert often.rate.half == pytest.approx(once.rate.half)
-    naive = length_controlled(value * 4, difference * 4, resamples=500)
+    naive = control_length(value * 4, difference * 4, resamples=500)
     assert naive.rate.half is not None
     assert once.rate.half is not None
     assert naive.rate.half < 0.6 * once.rate.half
@@ -163,31 +163,31 @@ def test_what_became_of_the_same_length_counts_where_all_else_is_decided() -> No
 
 def test_what_cannot_be_told_is_said() -> None:
     with pytest.raises(DataError, match=r"length alone decides all 4 duels"):
-        length_controlled([0, 0, 1, 1], [-9, -2, 3, 4])
+        control_length([0, 0, 1, 1], [-9, -2, 3, 4])
     with pytest.raises(DataError, match=r"one side has won all 3 duels, and all responses of ours are shorter"):
-        length_controlled([1, 1, 1], [-9, -2, -3])
+        control_length([1, 1, 1], [-9, -2, -3])
     with pytest.raises(DataError, match=r"all differences in length are 7"):
-        length_controlled([1, 0, 1], [7, 7, 7])
+        control_length([1, 0, 1], [7, 7, 7])
     with pytest.raises(DataError, match=r"none of 2 duels has a preference"):
-        length_controlled([None, None], [1, 2])
+        control_length([None, None], [1, 2])
     with pytest.raises(DataError, match=r"there are 2, 1 and 2"):
-        length_controlled([1, 0], [1])
+        control_length([1, 0], [1])
     with pytest.raises(DataError, match=r"a preference is 1, ½ or 0"):
-        length_controlled([2.0, 0.0], [1, 2])
+        control_length([2.0, 0.0], [1, 2])
     with pytest.raises(DataError, match="no finite number"):
-        length_controlled([1.0, 0.0], [1, np.inf])
-    won = length_controlled([1, 1, 1], [-9, 0, 3], resamples=200)
+        control_length([1.0, 0.0], [1, np.inf])
+    won = control_length([1, 1, 1], [-9, 0, 3], resamples=200)
     assert won.rate.value == 1.0
     assert "one side has won every duel, whatever the length" in won.notes
     assert any("say nothing of the same length" in note for note in won.notes)
-    dropped = length_controlled([None, *EXAMPLE[0]], [500.0, *EXAMPLE[1]], resamples=200)
+    dropped = control_length([None, *EXAMPLE[0]], [500.0, *EXAMPLE[1]], resamples=200)
     assert dropped.rate.value == pytest.approx(0.5)
     assert dropped.notes == ("1 of 101 duels have no preference and are left out",)
-    alone = length_controlled(*EXAMPLE, prompts=["one"] * 100)
+    alone = control_length(*EXAMPLE, prompts=["one"] * 100)
     assert (alone.rate.low, alone.notes) == (None, ("one prompt: no interval",))
 
 
 def test_too_few_resamples_that_say_anything_give_no_interval() -> None:
-    found = length_controlled([0, 1, 0, 1], [-9, -2, 3, 4], resamples=400)
+    found = control_length([0, 1, 0, 1], [-9, -2, 3, 4], resamples=400)
     assert found.rate.low is None
     assert found.notes[-1] == "these are too many for an interval"

@@ -287,8 +287,8 @@ def test_what_was_spent_is_what_the_server_counted(tmp_path: Path) -> None:
             stats = server.stats()
             paid = sum(line["tokens_in"] for line in ledger.rows()), sum(line["tokens_out"] for line in ledger.rows())
             assert stats["attempts"] > 50  # unusable replies are paid for, and counted
-            assert ledger.spent() == pytest.approx((paid[0] * 1.0 + paid[1] * 2.0) / 1e6)
-            assert report.words == f"${ledger.spent():,.2f}"
+            assert ledger.sum_costs() == pytest.approx((paid[0] * 1.0 + paid[1] * 2.0) / 1e6)
+            assert report.words == f"${ledger.sum_costs():,.2f}"
             assert paid[0] >= stats["tokens_in"]
             (row,) = ledger.rows()
             assert (row["calls"], row["failed"]) == (50, stats["attempts"] - 50)
@@ -301,7 +301,7 @@ def test_the_limit_on_cost_is_never_passed_and_nothing_is_lost(tmp_path: Path) -
         with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
             with pytest.raises(JudgeError, match=r"judge\.max_cost=0\.02: \$0\.0"):
                 judge(prompts, responses, ledger, Report())
-            assert 0.015 < ledger.spent() <= 0.02
+            assert 0.015 < ledger.sum_costs() <= 0.02
             answered = server.stats()["answered"]
             keys = [q.key for some in judge.make_questions(prompts, responses) for q in some]
             assert len(ledger.answers(keys)) == answered
@@ -318,14 +318,14 @@ def test_the_forecast_is_what_it_then_costs_or_a_little_more(tmp_path: Path) -> 
         judge = judge_of(server, prices=prices(tmp_path))
         assert judge.forecast(prompts, responses[:10], ledger, set()).new == 10
         judge(prompts, responses[:10], ledger, Report())
-        spent = ledger.spent()
+        spent = ledger.sum_costs()
         seen: set[str] = set()
         found = judge.forecast(prompts, [*responses, *responses], ledger, seen)
         assert (found.calls, found.new) == (40, 30)
         assert judge.forecast(prompts, responses, ledger, seen).calls == 0
         judge(prompts, responses, ledger, Report())
         assert found.cost is not None
-        assert ledger.spent() - spent <= found.cost <= 2 * (ledger.spent() - spent)
+        assert ledger.sum_costs() - spent <= found.cost <= 2 * (ledger.sum_costs() - spent)
 
 
 # --- settings
@@ -482,7 +482,7 @@ def test_a_batch_is_collected_at_its_price(tmp_path: Path) -> None:
             verdicts = judge(prompts, responses, ledger, report)
             assert [v.score for v in verdicts] == right(judge, prompts, responses)
             (row,) = ledger.rows()
-            assert ledger.spent() == pytest.approx((row["tokens_in"] + 2 * row["tokens_out"]) / 2e6)
+            assert ledger.sum_costs() == pytest.approx((row["tokens_in"] + 2 * row["tokens_out"]) / 2e6)
         assert server.stats()["batches"] == 1
         assert any("submitted: 50 questions" in note for note in report.notes)
         # one by one finds the same answers

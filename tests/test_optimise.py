@@ -25,7 +25,7 @@ from dnpo.optimise.objective import logistic
 from dnpo.optimise.parts import PairOptimisation
 from dnpo.optimise.preference import FineTuning, PreferenceTraining, fine_tune, optimise, split
 from dnpo.optimise.reference import KeptHidden, keep_hidden
-from dnpo.optimise.training import CHECKPOINT, Batch, fused
+from dnpo.optimise.training import CHECKPOINT, Batch, make_fused
 from dnpo.policy import logprobs
 from dnpo.policy.loading import load
 from dnpo.policy.lora import Lora
@@ -618,7 +618,7 @@ def test_the_fused_form_is_taken_where_there_is_one_and_nothing_else_is_said(
     name: str, settings: dict[str, Any], expected: bool | None
 ) -> None:
     parameters = [nn.Parameter(torch.ones(3))]
-    optimizer = fused(getattr(torch.optim, name), parameters, settings)
+    optimizer = make_fused(getattr(torch.optim, name), parameters, settings)
     assert optimizer.defaults.get("fused") is expected
     assert optimizer.param_groups[0]["params"][0] is parameters[0]
     assert optimizer.param_groups[0]["lr"] == settings.get("lr", 1e-3)

@@ -21,8 +21,8 @@ from dnpo.judges.asked.questions import (
     Mode,
     Prompted,
     Template,
-    expected_score,
-    expected_winner,
+    read_expected_score,
+    read_expected_winner,
     read_score,
     read_winner,
 )
@@ -297,18 +297,19 @@ def test_expected_score_by_hand() -> None:
     """(80 · 0.5 + 90 · 0.25 + 7 · 0.125) / 0.875; what is no number from 0 to 100 has no part in it."""
     top = {"80": math.log(0.5), " 90": math.log(0.25), "7": math.log(0.125), "101": -3.0, "good": -3.0, "8.": -3.0}
     expected = (80 * 0.5 + 90 * 0.25 + 7 * 0.125) / 0.875
-    assert expected_score([top]) == pytest.approx(expected, rel=1e-12)
-    assert expected_score([{" ": 0.0}, top, {"\n": 0.0}]) == pytest.approx(expected, rel=1e-12)
-    assert expected_score([top, {".": -0.1, "5": -3.0}]) == pytest.approx(expected, rel=1e-12)
+    assert read_expected_score([top]) == pytest.approx(expected, rel=1e-12)
+    assert read_expected_score([{" ": 0.0}, top, {"\n": 0.0}]) == pytest.approx(expected, rel=1e-12)
+    assert read_expected_score([top, {".": -0.1, "5": -3.0}]) == pytest.approx(expected, rel=1e-12)
     # the same number written in two ways counts twice
-    assert expected_score([{"80": math.log(0.25), " 80": math.log(0.25), "20": math.log(0.5)}]) == pytest.approx(50.0)
+    twice = {"80": math.log(0.25), " 80": math.log(0.25), "20": math.log(0.5)}
+    assert read_expected_score([twice]) == pytest.approx(50.0)
 
 
 def test_expected_score_of_one_sure_token_is_that_number() -> None:
     for number in (0, 7, 100):
-        assert expected_score([{str(number): 0.0}]) == number
-        assert expected_score([{str(number): 1e-6, "50": -math.inf}]) == number
-        assert expected_score([{str(number): 1000.0, "50": -9999.0}]) == number
+        assert read_expected_score([{str(number): 0.0}]) == number
+        assert read_expected_score([{str(number): 1e-6, "50": -math.inf}]) == number
+        assert read_expected_score([{str(number): 1000.0, "50": -9999.0}]) == number
 
 
 @pytest.mark.parametrize(
@@ -334,19 +335,19 @@ def test_expected_score_of_one_sure_token_is_that_number() -> None:
 )
 def test_what_gives_no_expected_score(tokens: list[dict[str, float]], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        expected_score(tokens)
+        read_expected_score(tokens)
 
 
 def test_expected_winner_by_hand() -> None:
     """0.6 / (0.6 + 0.2), whatever else is likely there."""
-    assert expected_winner([logs(A=0.6, B=0.2, TIE=0.1)]) == pytest.approx(75.0, rel=1e-12)
-    assert expected_winner([logs(B=0.6, A=0.2)]) == pytest.approx(25.0, rel=1e-12)
-    assert expected_winner([{"\n": 0.0}, {" A": math.log(0.3), "A": math.log(0.3), "B": math.log(0.2)}]) == (
+    assert read_expected_winner([logs(A=0.6, B=0.2, TIE=0.1)]) == pytest.approx(75.0, rel=1e-12)
+    assert read_expected_winner([logs(B=0.6, A=0.2)]) == pytest.approx(25.0, rel=1e-12)
+    assert read_expected_winner([{"\n": 0.0}, {" A": math.log(0.3), "A": math.log(0.3), "B": math.log(0.2)}]) == (
         pytest.approx(75.0, rel=1e-12)
     )
-    assert expected_winner([logs(T=0.8, A=0.1, B=0.1), {"IE": 0.0}]) == pytest.approx(50.0)
-    assert expected_winner([{"A": 0.0}]) == 100.0
-    assert expected_winner([{"B": 0.0}, {".": 0.0}]) == 0.0
+    assert read_expected_winner([logs(T=0.8, A=0.1, B=0.1), {"IE": 0.0}]) == pytest.approx(50.0)
+    assert read_expected_winner([{"A": 0.0}]) == 100.0
+    assert read_expected_winner([{"B": 0.0}, {".": 0.0}]) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -364,7 +365,7 @@ def test_expected_winner_by_hand() -> None:
 )
 def test_what_gives_no_expected_winner(tokens: list[dict[str, float]]) -> None:
     with pytest.raises(ValueError, match="neither A"):
-        expected_winner(tokens)
+        read_expected_winner(tokens)
 
 
 # --- templates

@@ -50,7 +50,7 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """What tracked values are shown times."""
+        """The factor by which tracked values are shown."""
         return 100.0 if self.unit in SHARES else 1.0
 
     @property
@@ -106,7 +106,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Group:
+class MetricGroup:
     """Metrics that are measured together, and under which other names they are tracked too."""
 
     title: str
@@ -126,7 +126,7 @@ HIGH = Variant("agreement/", "upper end of the 95 % interval", "high", of="agree
 BOARD, TEXTS, DUELS = "eval=leaderboard", "eval=texts", "against=…"
 
 GROUPS = (
-    Group(
+    MetricGroup(
         "Answers to held-out prompts, by a judge",
         (
             Metric("eval/score", "Judge's score of sampled answers", "score", "points of 100", better="higher"),
@@ -138,7 +138,7 @@ GROUPS = (
         ),
         (SECOND, AGAINST),
     ),
-    Group(
+    MetricGroup(
         "Verdicts",
         (
             Metric("eval/verdicts", "Responses that were judged", "verdicts", digits=0),
@@ -147,7 +147,7 @@ GROUPS = (
         ),
         (SECOND, TRAIN, AGAINST),
     ),
-    Group(
+    MetricGroup(
         "Answers to held-out prompts, on their own",
         (
             Metric("eval/accuracy", "Right greedy answers", "accuracy", "%", better="higher"),
@@ -163,7 +163,7 @@ GROUPS = (
         ),
         (AGAINST,),
     ),
-    Group(
+    MetricGroup(
         "Benchmarks",
         (
             Metric("leaderboard/average", "Leaderboard average", "leaderboard", "%", better="higher", needs=BOARD),
@@ -178,7 +178,7 @@ GROUPS = (
         ),
         (AGAINST,),
     ),
-    Group(
+    MetricGroup(
         "New texts, and the positive samples of their prompts",
         (
             Metric("texts/bleu", "BLEU", "BLEU", "", 3, needs=TEXTS),
@@ -196,7 +196,7 @@ GROUPS = (
         ),
         (AGAINST,),
     ),
-    Group(
+    MetricGroup(
         "Movement of the policy",
         (
             Metric("stagnation/ks", "KS distance of rejected and new", "KS", "", 3),
@@ -230,7 +230,7 @@ GROUPS = (
             ),
         ),
     ),
-    Group(
+    MetricGroup(
         "Pairs",
         (
             Metric("pairs/pairs", "Pairs", "pairs", digits=0),
@@ -243,7 +243,7 @@ GROUPS = (
             Metric("generated/cut", "Generated responses cut at the limit, count", "generated cut", digits=0),
         ),
     ),
-    Group(
+    MetricGroup(
         "Training",
         (
             Metric("loss/policy", "Policy loss", "policy loss", "nats", 4, "lower"),
@@ -274,8 +274,8 @@ GROUPS = (
         ),
         (SFT, LIKE, ITERATION, AGAINST),
     ),
-    Group("Time", (Metric("seconds", "Time of an iteration's stages, when they were computed", "seconds", "s"),)),
-    Group(
+    MetricGroup("Time", (Metric("seconds", "Time of an iteration's stages, when they were computed", "seconds", "s"),)),
+    MetricGroup(
         "Duels with another model",
         (
             Metric("duels/win", "Duels won", "win", "%", better="higher", needs=DUELS),
@@ -306,7 +306,7 @@ GROUPS = (
             ),
         ),
     ),
-    Group(
+    MetricGroup(
         "Agreement of a judge with people",
         (
             Metric("agreement/rows", "Rows", "rows", digits=0),
@@ -339,7 +339,7 @@ GROUPS = (
     ),
 )
 
-_ADDED: list[Group] = []
+_ADDED: list[MetricGroup] = []
 
 
 def add(*metrics: Metric) -> None:
@@ -354,7 +354,7 @@ def add(*metrics: Metric) -> None:
             continue  # its module was imported twice
         if known is not None:
             raise DnpoError(f"{metric.name}: the catalogue has a metric of this name already: {known.title}")
-        _ADDED.append(Group("Added", (metric,), (AGAINST,)))
+        _ADDED.append(MetricGroup("Added", (metric,), (AGAINST,)))
         _locate.cache_clear()
 
 
@@ -393,7 +393,7 @@ def name_by_iteration(name: str) -> str:
 
 
 @cache
-def _locate(name: str) -> tuple[Metric, Group] | None:
+def _locate(name: str) -> tuple[Metric, MetricGroup] | None:
     """The metric with this name, and its group."""
     groups = (*GROUPS, *_ADDED)
     for finder in (_exact, _in_families, _in_variants):
@@ -403,11 +403,11 @@ def _locate(name: str) -> tuple[Metric, Group] | None:
     return None
 
 
-def _exact(groups: Iterable[Group], name: str) -> Iterator[tuple[Metric, Group]]:
+def _exact(groups: Iterable[MetricGroup], name: str) -> Iterator[tuple[Metric, MetricGroup]]:
     return ((metric, group) for group in groups for metric in group.metrics if metric.name == name)
 
 
-def _in_families(groups: Iterable[Group], name: str) -> Iterator[tuple[Metric, Group]]:
+def _in_families(groups: Iterable[MetricGroup], name: str) -> Iterator[tuple[Metric, MetricGroup]]:
     for group in groups:
         for family in group.metrics:
             before, *rest = OPEN.split(family.name)
@@ -417,7 +417,7 @@ def _in_families(groups: Iterable[Group], name: str) -> Iterator[tuple[Metric, G
                 yield replace(family, name=name, title=title, label=label), group
 
 
-def _in_variants(groups: Iterable[Group], name: str) -> Iterator[tuple[Metric, Group]]:
+def _in_variants(groups: Iterable[MetricGroup], name: str) -> Iterator[tuple[Metric, MetricGroup]]:
     for variant in dict.fromkeys(variant for group in groups for variant in group.variants):
         base = variant.find_base(name)
         found = None if base is None else _locate(base)

@@ -2,7 +2,7 @@
 
 
 class DnpoError(Exception):
-    """Something the user can put right. The text names the setting or the file and line, and what was expected."""
+    """An error that the user can fix. The text names the setting or the file and line, and what was expected."""
 
 
 class SettingsError(DnpoError):
@@ -46,4 +46,4 @@ class DiskError(DnpoError):
 
 
 class Declined(Exception):
-    """A stage that only saves work says why it is better not done; what it would have helped goes on without it."""
+    """Raised by an optional stage (a cache) that declines to run; dependents go on without it, the message says why."""

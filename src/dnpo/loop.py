@@ -2,8 +2,8 @@
 
     generate  →  judge  →  label  →  optimise  →  evaluate
 
-A verb is given stages and gives a stage (``stages/plan.py`` says how). So a run can be looked at before anything is
-computed, what is there already is found in the store, and runs that share a beginning share its work.
+A verb takes stages and returns a stage (see ``stages/plan.py``); nothing is computed yet. So a run can be inspected
+before it starts, finished stages are found in the store, and runs that begin alike share that work.
 """
 
 from collections.abc import Iterator

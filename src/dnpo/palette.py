@@ -56,7 +56,7 @@ METHODS: Mapping[tuple[str, str], Method] = {
     ("score", "offset"): DSL_CONSTANT,
 }
 
-# Groups of runs that no method tells apart, one after the other.
+# Colours for groups of runs of the same method, in order.
 SERIES = (
     Look("#332288", "o"),
     Look("#CC6677", "s"),
@@ -75,7 +75,7 @@ OUTCOMES = {"win": "#01665E", "tie": "#C8C8C8", "lose": "#8C510A"}
 JUDGE, PEOPLE, ROUND_SCORES = "#6A4FB3", "#7A8B00", "#F2D55C"  # of a judge's agreement with people
 
 HUMAN = "#555555"  # human responses, as a line across
-NOISE = "#00505C"  # the noise as a player, beside the policy in its method's colour
+NOISE = "#00505C"  # the noise as a player; the policy has its method's colour
 CHANCE = "#9A9A9A"  # what chance gives
 INK = "#1A1A1A"  # intervals, words and the paper's numbers over coloured bars
 BREAK = "#B0B0B0"  # where an iteration, an epoch or a group of bars begins

@@ -72,7 +72,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge says of one response: a score in 0-100, or None with the reason why there is none.
+    """A judge's verdict on one response: a score in 0-100, or None with the reason why there is none.
 
     Attributes:
         disagreement: in points: between the two orders of a comparison, or between the members of an ensemble (their
@@ -122,7 +122,7 @@ class ReferenceLogps:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What became of one held-out response, for comparisons that are paired over prompts.
+    """The result of one held-out response, for comparisons that are paired over prompts.
 
     Attributes:
         id: of the prompt.

@@ -1,4 +1,4 @@
-"""Finished stages, found again by what went into them.
+"""Finished stages, found again by a hash of their settings and inputs.
 
 A stage is a pure function of its settings and inputs. Its key is a hash of its name, version, settings and the keys of
 its inputs, so a rerun finds what an earlier run finished, and runs that share a prefix share its work. A stage works in
@@ -26,7 +26,7 @@ LAYOUT, KEYS = ".layout", "2"  # file in a store that says how its keys are made
 
 
 class Report(Protocol):
-    """Where a stage tells how far it is."""
+    """Receives the progress of a stage."""
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
         """Say how many ``unit`` there are to do, and how many an earlier run has done."""
@@ -38,7 +38,7 @@ class Report(Protocol):
         """Say something worth a line."""
 
     def status(self, text: str) -> None:
-        """Say a few words that stand beside the progress until there are others."""
+        """Show a few words next to the progress bar, until the next call."""
 
     def steps(self, rows: list[dict[str, float]]) -> None:
         """Hand over metrics of training steps, each row with its ``step``."""
@@ -57,7 +57,7 @@ class Stage:
         version: raised by hand whenever a change of the code changes results.
         settings: plain values that can change the result, and no others.
         inputs: stages whose results it reads.
-        aids: stages whose results only save work. They are not in the key, and one that declines is gone without.
+        aids: stages whose results only save work. Not in the key; the stage runs without one that declines.
         work: called with its folder, the folders of its inputs and a report; writes results into its folder and
             returns facts worth keeping in the manifest. Called again after a kill, it finds what it left there.
     """
@@ -184,7 +184,7 @@ class Store:
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """What the stage in this folder is, from what it was made, when, and how long it took."""
+    """Read the manifest of the stage in this folder: settings, inputs, time and duration."""
     content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     return content
 

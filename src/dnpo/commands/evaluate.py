@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from dnpo.loop import Iteration
     from dnpo.running.console import Console
-    from dnpo.stages.duels import Outcome
+    from dnpo.stages.duels import DuelOutcome
     from dnpo.stages.plan import Run
     from dnpo.stats.intervals import Estimate
     from dnpo.store import Stage, Store
@@ -165,7 +165,7 @@ def _measure(
     from dnpo.judges.agreement import sentence
     from dnpo.running import execute as running
     from dnpo.running.console import Console
-    from dnpo.stages.agreement import known_agreement
+    from dnpo.stages.agreement import read_agreement
     from dnpo.store import Store, write_json
 
     console, store = Console(), Store(Path(top["store"]))
@@ -208,7 +208,7 @@ def _measure(
     console.table(table(rows, title[0].upper() + title[1:]))
     for line in said(outcome, f"judge={job.runtime.choices['judge']}") if outcome is not None else ():
         console.say(line)
-    for entry in known_agreement(store, part_key(runs[OURS].judge)):
+    for entry in read_agreement(store, part_key(runs[OURS].judge)):
         console.say(f"The judge {sentence(entry)}.")
     for line in ("", f"results     {folder}", f"stages      {store.root}", *tracking.whereabouts()):
         console.say(line)
@@ -229,7 +229,7 @@ def _laid_out(
     return iterations
 
 
-def _outcome(stage: Path, top: Mapping[str, Any], tracking: "Tracking", folder: Path) -> "Outcome":
+def _outcome(stage: Path, top: Mapping[str, Any], tracking: "Tracking", folder: Path) -> "DuelOutcome":
     """What the duels come to; they themselves are kept with the results."""
     from dnpo.stages.duels import DUELS, outcome, read_duels
 
@@ -313,7 +313,7 @@ def _group(name: str) -> str:
     return "/".join(parts[: 2 if len(parts) > 2 else 1])
 
 
-def said(outcome: "Outcome", judge: str) -> list[str]:
+def said(outcome: "DuelOutcome", judge: str) -> list[str]:
     """The duels in words."""
     won = outcome.wins
     duels = f"{won.duels:,} duels on {won.prompts:,} prompts"

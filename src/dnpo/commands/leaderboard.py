@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from dnpo.catalogue import metric
 from dnpo.commands import common as command
-from dnpo.evaluate.leaderboard import ITEMS, SCORES, Leaderboard, Result, measure
+from dnpo.evaluate.leaderboard import ITEMS, SCORES, Leaderboard, LeaderboardResult, measure
 from dnpo.settings import Count, build, check, check_values
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
         console.say(line)
 
 
-def table(result: Result) -> "Table":
+def table(result: LeaderboardResult) -> "Table":
     """A row a benchmark, and the average, in percent."""
     from rich.table import Table
 

@@ -16,8 +16,8 @@ LongResponses = Literal["cut", "drop"]
 class Source(Protocol):
     """What ``data=…`` configures. ``max_prompt_tokens`` and ``max_response_tokens`` hold for both sides of a pair.
 
-    Longer prompts are dropped; ``long_responses`` says what becomes of longer human responses. A source whose rows are
-    drawn with replacement says so, and nobody wonders at repeated ones.
+    Longer prompts are dropped; ``long_responses`` says what becomes of longer human responses. Set
+    ``drawn_with_replacement`` where rows can repeat, so that the checks do not warn of it.
     """
 
     @property
@@ -30,7 +30,7 @@ class Source(Protocol):
     def drawn_with_replacement(self) -> bool: ...
 
     def identity(self) -> Mapping[str, Any]:
-        """What decides the rows: contents, never paths."""
+        """Plain values that decide the rows: contents, never paths."""
 
     def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
         """Rows by split, and facts about them; ``removed`` counts the rows that were left out, by reason."""

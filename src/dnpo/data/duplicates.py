@@ -1,9 +1,9 @@
-"""Which texts are nearly the same: the Jaccard index of their sets of three successive words.
+"""Finds near-duplicate texts by the Jaccard index of their sets of three successive words.
 
-Exact and without chance. Where two sets have a share t of their union in common, the t-th part of the larger is in the
+Exact and deterministic. Where two sets have a share t of their union in common, the t-th part of the larger is in the
 smaller; so with all shingles in one fixed order, the first few of either set have one in common, and only texts that
-meet there are compared (prefix filtering; Chaudhuri, Ganti and Kaushik 2006). Rare shingles stand first in that order,
-which keeps such meetings few. A sketch (MinHash) would miss pairs now and then, and costs more at such thresholds.
+meet there are compared (prefix filtering; Chaudhuri, Ganti and Kaushik 2006). Rare shingles come first in that order,
+so few pairs are compared. A sketch (MinHash) would miss some pairs, and costs more at such thresholds.
 """
 
 import math
@@ -46,7 +46,7 @@ def near(ours: Sequence[str], others: Sequence[str], threshold: float) -> list[t
 
 
 def repeats(texts: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """The texts that are like an earlier one, each with the first such one that is no repeat itself."""
+    """Every text that resembles an earlier one, with the first such text that is not itself a repeat."""
     index = _Index(texts, threshold)
     found = []
     for i, text in enumerate(texts):
@@ -59,7 +59,7 @@ def repeats(texts: Sequence[str], threshold: float) -> list[tuple[int, int, floa
 
 
 class _Index:
-    """The texts added so far, by the shingles that every text like them shares one of."""
+    """An index of texts by the shingles of their prefix: a similar text shares at least one of them."""
 
     def __init__(self, texts: Sequence[str], threshold: float) -> None:
         if not 0 < threshold <= 1:
@@ -75,7 +75,7 @@ class _Index:
                 self.counts[zlib.crc32(shingle.encode()) % BUCKETS] += 1
 
     def add(self, i: int) -> None:
-        """Have text ``i`` found from now on."""
+        """Add text ``i`` to the index."""
         for shingle in self._prefix(shingles(self.texts[i])):
             self.meetings[shingle].append(i)
 
@@ -88,7 +88,7 @@ class _Index:
         return [(i, share) for i, share in likeness if share >= self.threshold - ROUNDING]
 
     def _prefix(self, some: frozenset[str]) -> list[str]:
-        """The first shingles in the common order, as many as two like texts cannot both do without."""
+        """The first shingles in the common order: enough that any two similar texts share one of them."""
         length = len(some) - math.ceil(self.threshold * len(some) - ROUNDING) + 1
         return sorted(some, key=self._place)[:length]
 

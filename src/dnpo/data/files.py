@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from dnpo.data.source import Rows, Table
+from dnpo.data.source import RawTable, Rows
 from dnpo.errors import DataError
 from dnpo.settings import place
 from dnpo.store import content_hash
@@ -68,13 +68,13 @@ class _Text(Files):
     def _parse(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
         """The raw rows of a file, each with where it stands."""
 
-    def _table(self) -> Table:
+    def _table(self) -> RawTable:
         raw: list[tuple[str, Any]] = []
         for file in self._files():
             with _open(self.setting, file) as stream:
                 raw += self._parse(file, stream)
         columns = {str(name): None for _, row in raw if isinstance(row, Mapping) for name in row}
-        return Table(columns, len(raw), lambda drawn: [raw[i] for i in drawn])
+        return RawTable(columns, len(raw), lambda drawn: [raw[i] for i in drawn])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class _Columns(Files):
     def _open_table(self, file: Path) -> tuple[list[str], Any]:
         """The names of all columns of a file, and a table of the ones that are read."""
 
-    def _table(self) -> Table:
+    def _table(self) -> RawTable:
         import pyarrow as pa
 
         columns: dict[str, None] = {}
@@ -155,7 +155,7 @@ class _Columns(Files):
         def rows(drawn: Sequence[int]) -> Iterable[tuple[str, Any]]:
             return zip((places[i] for i in drawn), table.take(drawn).to_pylist(), strict=True)
 
-        return Table(columns, len(table), rows)
+        return RawTable(columns, len(table), rows)
 
 
 @dataclass(frozen=True, kw_only=True)

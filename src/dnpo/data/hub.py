@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dnpo.data.source import Rows, Table
+from dnpo.data.source import RawTable, Rows
 from dnpo.errors import DataError
 from dnpo.store import content_hash
 
@@ -51,17 +51,17 @@ class Hub(Rows):
 
         try:
             return HfApi().dataset_info(self.name, revision=self.revision, timeout=10).sha
-        except Exception:  # whatever is wrong here is wrong again when the rows are loaded, and reported there
+        except Exception:  # the same error comes again when the rows are loaded, and is reported there
             return self.revision
 
-    def _table(self) -> Table:
+    def _table(self) -> RawTable:
         rows = self._load()
 
         def some(drawn: Sequence[int]) -> Iterable[tuple[str, Any]]:
             wanted = rows.select_columns(self._choose_columns(rows.column_names)).select(drawn)
             return zip((f"{self.name}[{self.split}] row {i}" for i in drawn), wanted, strict=True)
 
-        return Table(rows.column_names, len(rows), some)
+        return RawTable(rows.column_names, len(rows), some)
 
     def _load(self) -> Any:
         from datasets import load_dataset
@@ -82,7 +82,7 @@ class Hub(Rows):
         return rows
 
     def _explain(self, error: Exception) -> str:
-        """What to change; where a split or config is unknown, the library's own text lists those there are."""
+        """The error message; for an unknown split or config it has the library's text, which lists the known ones."""
         text = f"({type(error).__name__}: {error})"
         marks = {
             f"data.config={self.config}": ("BuilderConfig", "Config name is missing"),

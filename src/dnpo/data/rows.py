@@ -1,9 +1,9 @@
-"""A raw row, in any of the forms that data come in → a prompt with its human response.
+"""Raw rows in any of the supported forms → prompts with their human responses.
 
 * ``prompt`` and ``response``: each a text, or turns with role and content.
 * ``messages``: a conversation, from which ``turns`` says what to take.
-* ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): what is chosen counts as
-  the human response, and what is rejected is not read. A conversational ``chosen`` may hold the whole conversation.
+* ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): ``chosen`` is taken as
+  the human response, and ``rejected`` is not read. A conversational ``chosen`` may hold the whole conversation.
 
 A row may have an ``id`` (or a ``prompt_id``, as UltraChat has), a verifiable ``answer`` and a ``family``. Fields that
 are null count as absent, and other fields are ignored.
@@ -29,8 +29,8 @@ TURNS = "a list of turns with role and content"
 def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prompt], int]:
     """Prompts from raw rows, each with where it stands, such as ``some.jsonl:3``; every id stands once.
 
-    A row that says again what another of its id says is left out. Where it says something else, the id is refused; but
-    a ``prompt_id`` names a prompt and not a row, so there what the row says is added to it.
+    A row that repeats another row of its id is left out; one that contradicts it is an error. A ``prompt_id`` names a
+    prompt and not a row, so there a hash of the row is added to the id.
 
     Returns:
         The prompts, and how many rows were left out.
@@ -92,25 +92,25 @@ def prompt_of(where: str, raw: Any, turns: Turns) -> Prompt:
 def _sides(where: str, row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Message]:
     """The turns of a row with a prompt and a response to it, or with a chosen side that holds both."""
     field = "response" if "response" in row or "chosen" not in row else "chosen"
-    said = row.get(field)
+    response = row.get(field)
     for missing in ("prompt", field):
-        if missing not in row and not (missing == "prompt" and isinstance(said, list)):
+        if missing not in row and not (missing == "prompt" and isinstance(response, list)):
             has = ", ".join(str(name) for name, value in raw.items() if value is not None) or "nothing"
             raise DataError(f"{where}: no {missing}; {FORMS} (the row has {has})")
     if "prompt" not in row:
-        return _conversation(where, field, said, "all")
+        return _conversation(where, field, response, "all")
     prompt = _prompt_turns(where, row["prompt"])
-    if not isinstance(said, list):
-        return [*prompt, {"role": "assistant", "content": _text(where, field, said)}]
-    if len(said) != 1:
-        whole = _conversation(where, field, said, "all")
+    if not isinstance(response, list):
+        return [*prompt, {"role": "assistant", "content": _text(where, field, response)}]
+    if len(response) != 1:
+        whole = _conversation(where, field, response, "all")
         if whole[: len(prompt)] != prompt:
             raise DataError(
                 f"{where}: {field} does not begin with the prompt; expected one assistant turn, or the conversation "
                 "with the prompt's turns first"
             )
         return whole
-    return [*prompt, *_turns(where, field, said, ("assistant",))]
+    return [*prompt, *_turns(where, field, response, ("assistant",))]
 
 
 def _prompt_turns(where: str, prompt: Any) -> list[Message]:
@@ -124,7 +124,7 @@ def _prompt_turns(where: str, prompt: Any) -> list[Message]:
 
 
 def _conversation(where: str, field: str, messages: Any, turns: Turns) -> list[Message]:
-    """A prompt's turns and the assistant's answer: the first one, or the last with everything before it."""
+    """The prompt's turns and the assistant's answer: the first answer, or the last with all turns before it."""
     found: list[Message] = []
     end = 0
     for turn in _turns(where, field, messages):
@@ -166,6 +166,6 @@ def _text(where: str, field: str, value: Any, *, empty: bool = False) -> str:
 
 
 def _content_id(messages: list[Message], human: str) -> str:
-    """What a row without an id is known by."""
-    said = json.dumps([*([turn["role"], turn["content"]] for turn in messages), human])
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    """The id of a row without one: a hash of its contents."""
+    content = json.dumps([*([turn["role"], turn["content"]] for turn in messages), human])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""By what a conversation is recognised, for those who have to say later which ones they have seen."""
+"""A hash by which a conversation is recognised, so that a fitted judge can list the ones it was trained on."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dnpo.records import Message
 
 
-def seen_as(messages: Sequence[Message]) -> str:
-    """A hash of a conversation, the same whatever its case and spaces."""
-    said = [[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in messages]
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+def hash_conversation(messages: Sequence[Message]) -> str:
+    """Hash a conversation; case and spacing make no difference."""
+    turns = [[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in messages]
+    return hashlib.sha256(repr(turns).encode()).hexdigest()[:16]

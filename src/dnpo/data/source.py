@@ -1,6 +1,6 @@
-"""What sources of rows that someone else wrote have in common: columns, the draw, the split, and duplicates.
+"""The base of sources that read users' rows: columns, the sample, the split, and duplicates.
 
-What a row may look like stands in :mod:`dnpo.data.rows`. Only rows that are drawn are checked.
+:mod:`dnpo.data.rows` defines the forms of rows. Only rows that are drawn are checked.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from dnpo.seeding import derive
 from dnpo.settings import Count, Fraction, Natural, nearest
 
 
-class Table(NamedTuple):
-    """Raw rows that lie somewhere: the names of their columns, how many they are, and some of them by number."""
+class RawTable(NamedTuple):
+    """Raw rows of a source: the names of their columns, their count, and a function that reads some by number."""
 
     columns: Collection[str]
     total: int
@@ -30,17 +30,16 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(ABC):
-    """What the sources here have in common: columns, the draw, the split, and duplicates.
+    """The base of the sources here: columns, the sample, the split, and duplicates.
 
     Args:
-        columns: their name for each of our fields whose column has another one, such as ``{prompt: instruction}``.
+        columns: the column of each field that is named otherwise in the data, such as ``{prompt: instruction}``.
         turns: of ``messages``: ``first`` takes the first user turn and the answer to it; ``all`` takes the last answer,
             with all turns before it as its prompt.
         sample: rows to draw; 0 takes all.
         holdout: share of the rows held out, half for validation and half for test, by a hash of the id.
-        near_duplicates: rows are removed whose prompt is like that of an earlier row, or of one held out, to this
-            degree: the Jaccard index of their sets of three successive words, system turns aside. 0 removes equal
-            prompts only.
+        near_duplicates: remove rows whose prompt resembles an earlier or a held-out row's at least this much, by the
+            Jaccard index of their sets of three successive words, without system turns. 0 removes equal prompts only.
         seed: draws the sample.
         max_prompt_tokens: longer prompts are dropped.
         max_response_tokens: the limit of responses.
@@ -73,7 +72,7 @@ class Rows(ABC):
         """What decides the rows before any are drawn."""
 
     @abstractmethod
-    def _table(self) -> Table:
+    def _table(self) -> RawTable:
         """The rows that :meth:`_draw` draws from."""
 
     def identity(self) -> Mapping[str, Any]:
@@ -134,11 +133,11 @@ class Rows(ABC):
             )
 
     def _choose_columns(self, columns: Iterable[str]) -> list[str]:
-        """Those of the columns that are read."""
+        """The columns that are read."""
         return [name for name in columns if name in FIELDS or name in self._columns.values()]
 
     def _rename(self, raw: Any) -> Any:
-        """A raw row under our names. Columns that were chosen for a form of row keep other forms from being read."""
+        """A raw row under our names. Naming columns for one form of row hides the columns of other forms."""
         if not (self._columns and isinstance(raw, Mapping)):
             return raw
         gone = {*self._columns, *self._columns.values()}
@@ -161,7 +160,7 @@ class Rows(ABC):
 
 
 def _distinct(rows: Mapping[str, list[Prompt]], threshold: float) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
-    """The rows whose prompt is like none before, and counts of the others.
+    """Remove rows whose prompt is like an earlier one, and count the removed ones.
 
     Test rows come before validation rows and these before training rows, so that nothing like a held-out prompt is
     trained on, and settings are not chosen on what is reported.
@@ -197,7 +196,7 @@ def _conversation(prompt: Prompt) -> tuple[str, ...]:
 
 
 def _text_of(prompt: Prompt) -> str:
-    """A prompt's text without system turns, which may be long and the same for all."""
+    """A prompt's text without system turns, which may be long and shared by all prompts."""
     return "\n".join(turn["content"] for turn in prompt.messages if turn["role"] != "system")
 
 

@@ -1,12 +1,12 @@
-"""A world of its own: six families of short instructions with verifiable answers, and fallible humans who answer them.
+"""A made-up world: six families of short instructions with verifiable answers, and fallible humans who answer them.
 
 The families stand in for the six benchmarks of the DNPO paper: small arithmetic, unit conversion, reversing words,
 sorting numbers, counting letters, and a fixed table of invented facts. For a third of the facts there is a *myth*, a
 wrong answer that most human annotators repeat (the stand-in for TruthfulQA).
 
 What is true in this world, which problems it has and which of them are held out is fixed; the seed draws the training
-data: who was asked what, in which wording, and how well the human answered. So runs of different seeds are tested on
-the same prompts.
+data: who was asked what, in which wording, and how well the human answered. Runs of different seeds are therefore
+tested on the same prompts.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ class Problem:
         answer: the right one.
         needs: words that a complete response mentions.
         wrong: plausible wrong answers.
-        short: the answer as someone gives it who leaves out what ``needs`` asks for.
+        short: the answer without the words that ``needs`` asks for.
         myth: a wrong answer that most people believe.
     """
 
@@ -170,7 +170,7 @@ class TinyWorld:
 
 
 def respond(draw: random.Random, problem: Problem, answer: str, flaw: Flaw | None) -> str:
-    """What a human writes who believes ``answer`` and works well, or with one flaw."""
+    """The response of a human who believes ``answer``, flawless or with one flaw."""
     if flaw == "wrong":
         answer = draw.choice(problem.wrong)
     text = draw.choice(problem.phrasings).format(answer)
@@ -182,7 +182,7 @@ def respond(draw: random.Random, problem: Problem, answer: str, flaw: Flaw | Non
 
 
 def _sloppy(draw: random.Random, text: str) -> str:
-    """Two of these, or the one that applies: no capital at the beginning, no full stop, a word said twice."""
+    """Two of these, or the one that applies: no capital at the beginning, no full stop, a word repeated."""
     habits: list[Callable[[str], str]] = [lambda s: s.removesuffix(".")]
     if text[0].isalpha():
         habits.append(lambda s: s[0].lower() + s[1:])

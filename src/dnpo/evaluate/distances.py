@@ -1,7 +1,7 @@
 """How far apart two samples of numbers are, and a policy from its reference: pure functions of arrays.
 
 For stagnation the numbers are log-probabilities, summed or per token, of rejected and of newly generated responses
-under one model: a small distance and a large overlap say that what is generated no longer moves. All functions take
+under one model: a small distance and a large overlap mean that generation no longer changes. All functions take
 finite numbers, at least one on each side, and raise a DataError otherwise.
 """
 
@@ -43,7 +43,7 @@ def overlap(first: Any, second: Any, bins: int = BINS) -> float:
     Σ_b min(p_b, q_b), where p_b and q_b are the shares of each sample in bin b (the overlapping coefficient: Inman and
     Bradley 1989, Communications in Statistics 18(10)). The bins are equally wide, lie between the smallest and the
     largest value of both samples and hold their lower end, the last one both. [0, 1, 2, 3] and [2, 3, 4, 5] in 5 bins
-    share those of 2 and 3, which have a quarter of each: 0.5.
+    share the bins of 2 and 3, which hold a quarter of each: 0.5.
 
     Two samples of one distribution stay below 1, as :func:`overlap_by_chance` says.
 
@@ -80,7 +80,7 @@ class Divergence(NamedTuple):
 
 
 def kl(policy: Any, reference: Any, tokens: Any) -> Divergence:
-    """KL(policy ‖ reference), told from sequences that the policy sampled.
+    """KL(policy ‖ reference), estimated from sequences that the policy sampled.
 
     Per sequence it is the mean of d_i = log p(y_i) − log q(y_i): without bias, and negative at times by chance. Per
     token it is Σ d_i / Σ T_i, which is not the mean of d_i / T_i, where short sequences would weigh as much as long

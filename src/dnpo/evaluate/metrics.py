@@ -5,8 +5,8 @@ answers: accuracy by family (greedy), pass@k and the majority of the samples, an
 chosen. On any data: held-out loss of human responses, lengths, and where chosen, rejected and newly generated responses
 lie under the new policy, with the distances between the last two as the measure of stagnation.
 
-What else can be measured of a policy (texts, drift, a second judge, the leaderboard) are stages of their own, in
-``measures.py``: they read what this one leaves.
+Further measures of a policy (texts, drift, a second judge, the leaderboard) are separate stages, in ``measures.py``,
+and read the files that this one writes.
 """
 
 import math
@@ -47,7 +47,7 @@ def evaluate(
     folder: Path,
     report: Report,
 ) -> dict[str, float]:
-    """Measure a policy; see the head of this file.
+    """Measure a policy: scores, accuracy, held-out loss, stagnation.
 
     Args:
         policy: the one to measure.
@@ -57,15 +57,15 @@ def evaluate(
         sampling: as the policy samples for training.
         pairs: what the policy was trained on, if it was trained on pairs.
         train: training prompts, for fresh samples where there are no pairs.
-        source: what fresh samples say they come from.
+        source: the source that fresh samples record.
         limit: completion tokens at most.
         seed: of the samples.
         folder: gets ``samples.parquet``, ``verdicts.parquet``, ``items.parquet`` and ``logprobs.npz``.
         report: told of every batch.
     """
     copies = evaluation.samples
-    several = copied(held, copies)
-    known = _known(train, pairs, evaluation.sequences, seed)
+    several = repeat_prompts(held, copies)
+    known = _choose_known(train, pairs, evaluation.sequences, seed)
     report.begin(len(held.prompts) * (1 + copies) + len(known.prompts), "responses")
     greedy = sample(policy, held.prompts, sampling.greedy(), source, limit, 0, report)
     fresh = sample(policy, several, sampling, source, limit, derive(seed, "held out"), report)
@@ -96,7 +96,7 @@ def evaluate(
     return metrics
 
 
-def copied(held: Held, copies: int) -> list[Prompt]:
+def repeat_prompts(held: Held, copies: int) -> list[Prompt]:
     """The held-out prompts, once for each sample: all with number 0, then all with number 1, …"""
     return [
         replace(p, id=f"{p.id}#{n}", human=r.text)
@@ -112,7 +112,7 @@ class _Known(NamedTuple):
     rejected: list[list[int]]
 
 
-def _known(train: Held, pairs: Sequence[Pair] | None, count: int, seed: int) -> _Known:
+def _choose_known(train: Held, pairs: Sequence[Pair] | None, count: int, seed: int) -> _Known:
     """Prompts whose chosen (and rejected) responses are compared with new ones; drawn from the seed."""
     draw = np.random.default_rng(derive(seed, "sequences"))
     human_of = {r.id: r.token_ids for r in train.human}
@@ -145,10 +145,10 @@ def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) 
     count = len(prompts) // copies
     right = [correct(p, r.text) for p, r in zip(prompts, fresh, strict=True)]
     # An answer with one of the words in it that introduce answers is stated only in part, so right ones share a name.
-    said = [("right", "") if ok else ("", read_answer(r.text)) for ok, r in zip(right, fresh, strict=True)]
+    answers = [("right", "") if ok else ("", read_answer(r.text)) for ok, r in zip(right, fresh, strict=True)]
     hits = [sum(right[i::count]) for i in range(count)]
     found = {f"eval/pass_at_{k}": _mean(pass_at_k(copies, n, k) for n in hits) for k in dict.fromkeys((1, copies))}
-    votes = [majority(said[i::count]) for i in range(count)]
+    votes = [majority(answers[i::count]) for i in range(count)]
     return found | {"eval/majority": _mean(vote == ("right", "") for vote in votes)}
 
 
@@ -186,7 +186,7 @@ def quality(verdicts: Sequence[Verdict], count: int) -> dict[str, float]:
 def _items(
     held: Held, greedy: Sequence[Response], fresh: Sequence[Response], verdicts: Sequence[Verdict], checkable: bool
 ) -> list[Item]:
-    """What became of each held-out response, in the order of the verdicts."""
+    """The result of each held-out response, in the order of the verdicts."""
     count = len(held.prompts)
     found = []
     for i, response in enumerate([*held.human, *greedy, *fresh]):

@@ -1,4 +1,4 @@
-"""Generated texts beside the positive samples a policy was trained on, and how diverse they are.
+"""Generated texts compared with the positive samples a policy was trained on, and how diverse they are.
 
 Similarity, row by row, as in Table 5 of the DNPO paper: BLEU, ROUGE-L and the Sentence-BERT similarity. All are
 fractions, as there: sacrebleu's 0-100 is divided by 100. The paper does not say which BLEU it has, so both that of the
@@ -50,7 +50,7 @@ class Measured:
 
 
 def available() -> None:
-    """Say so if a package is not there.
+    """Raise if a package is missing.
 
     Raises:
         SettingsError: names what to install.
@@ -116,7 +116,7 @@ def similarity(generated: Sequence[str], positive: Sequence[str], encoder: "Sent
 
     ``sbert``: cosine of both embeddings (Reimers and Gurevych 2019), −1 to 1; only with an encoder.
 
-    An empty text has 0 of the first three, also beside an empty one.
+    An empty text scores 0 in the first three, also against an empty one.
 
     Args:
         generated: texts of the policy.
@@ -214,7 +214,7 @@ def _self_bleu(texts: Sequence[str]) -> tuple[float, str]:
 
 
 def _distinct(texts: Sequence[Sequence[Any]]) -> float:
-    """The share of different ones; 1 where there is none, as nothing is said twice."""
+    """The share of different ones; 1 where there is none, since nothing repeats."""
     every = [one for text in texts for one in text]
     return len(set(every)) / len(every) if every else 1.0
 

@@ -1,8 +1,8 @@
 """Policy + prompts → responses, in shards.
 
 A shard's samples depend on the policy, its prompts and the seed, and on nothing else: not on the shards before it, nor
-on whether the run was killed in between, nor (up to the rounding of logits) on how many rows are computed at once. For
-each row draws from a stream of chance of its own, and so rows can come and go: prompts wait in a queue, the longest
+on whether the run was killed in between, nor (up to the rounding of logits) on how many rows are computed at once. Each
+row draws from its own random stream, so rows can join and leave the batch freely: prompts wait in a queue, the longest
 first; rows that finish leave the batch, and the next prompts take their places.
 
 Shapes: N prompts, T completion tokens at most, R rows under way, P distinct prompts that are read at once, M rows that
@@ -28,7 +28,7 @@ from dnpo.records import Finish, Prompt, Response, read_all, write
 from dnpo.seeding import derive
 from dnpo.store import Report
 
-FREE = 0.25  # this share of a batch has to be free before further prompts are read: every reading has its fixed cost
+FREE = 0.25  # share of a batch that is free before further prompts are read, since each reading has a fixed cost
 
 
 def generate(
@@ -48,7 +48,7 @@ def generate(
         policy: samples with its own template's prompts, ``Prompt.token_ids``.
         prompts: encoded ones.
         sampling: temperature and layout.
-        source: what the rows say they come from.
+        source: the source that the rows record.
         limit: completion tokens at most.
         seed: with the number of the shard it decides the shard's samples.
         folder: where the shards are written, as Parquet.
@@ -145,7 +145,7 @@ class _Batch:
         self._cache: Any = None
 
     def has_room(self, rows: int) -> bool:
-        """Whether so many rows should join now: when they fit, and so many are free that reading their prompts pays."""
+        """Whether ``rows`` should join now: they fit, and enough of the batch is free to make a reading worthwhile."""
         free = self._size - len(self.lengths)
         return not self.lengths or (self._joinable and free >= max(rows, self._size * FREE))
 
@@ -194,7 +194,7 @@ class _Batch:
         order = [r if r in kept else last.pop() for r in range(len(rows))]
         self.lengths = [self.lengths[r] for r in order]
         if not order:
-            self._cache = None  # its memory is free before the next prompts are read
+            self._cache = None  # free its memory before the next prompts are read
         elif self._joinable:
             self._width = max(self.lengths)  # columns where only those that left had tokens go
             moves = [(to, r) for to, r in enumerate(order) if to != r]
@@ -302,7 +302,7 @@ def _pick(logits_RV: Tensor, uniform_R: Tensor, warp: Any) -> Tensor:
 
 
 def _warp(sampling: Sampling) -> Any:
-    """What changes the probabilities, in transformers' own order; None is greedy."""
+    """The sampler's changes to the probabilities, in transformers' order; None for greedy decoding."""
     if sampling.temperature == 0:
         return None
     warp: Any = LogitsProcessorList()
@@ -327,7 +327,7 @@ def _uniform(count: int, limit: int, seed: int) -> Tensor:
 def _queue(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
     """Prompts by number, in groups of equal ones that are read together; the longest are last, where the queue begins.
 
-    Longest first, so that memory that does not suffice shows at once.
+    Longest first, so that a lack of memory shows at once.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     groups = [list(group) for _, group in groupby(order, key=lambda i: prompts[i])]
@@ -336,7 +336,7 @@ def _queue(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
 
 @contextmanager
 def _memory(sampling: Sampling) -> Iterator[None]:
-    """Names the setting that helps when memory does not suffice."""
+    """Turn a lack of memory into an error that names the setting to change."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -18,7 +18,7 @@ from dnpo.store import Report
 
 @dataclass(frozen=True)
 class Forecast:
-    """What judging would take.
+    """The calls and the cost that judging would take.
 
     Attributes:
         calls: questions, each counted once.
@@ -37,7 +37,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Canary:
-    """What became of one call made to see whether the judge can be relied on."""
+    """The outcome of one trial call, made before a run to see whether the judge works."""
 
     scored: bool
     text: str
@@ -56,7 +56,7 @@ class Judge(ABC):
 
     @property
     def prompts_seen(self) -> Collection[str]:
-        """:func:`~dnpo.data.seen.seen_as` of the conversations that it was fitted on."""
+        """:func:`~dnpo.data.seen.hash_conversation` of the conversations that it was fitted on."""
         return frozenset()
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
@@ -74,7 +74,7 @@ class Judge(ABC):
     def forecast(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]
     ) -> Forecast:
-        """What these verdicts would take; keys of questions are added to ``seen``, and those in it count nothing."""
+        """What these verdicts would take. Keys of questions are added to ``seen``, and those in it are not counted."""
         return Forecast()
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Judge(ABC):
 def judge_responses(
     judge: Judge, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
 ) -> list[Verdict]:
-    """Verdicts of which no more than the judge's ``max_unscored`` are without a score.
+    """Judge the responses; at most the judge's ``max_unscored`` of the verdicts may be without a score.
 
     Raises:
         JudgeError: too many are. What was answered is in the ledger: a rerun asks only for the rest.
@@ -106,14 +106,14 @@ def judge_responses(
 
 
 def tally(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Counts of verdicts, and how far they disagree with themselves on average where that is known."""
+    """Counts of verdicts, and their mean disagreement where that is known."""
     apart = [v.disagreement for v in verdicts if v.disagreement is not None]
     counts: dict[str, float] = {"verdicts": len(verdicts), "unscored": sum(v.score is None for v in verdicts)}
     return counts | ({"disagreement": sum(apart) / len(apart)} if apart else {})
 
 
 def too_many(missing: int, total: int, limit: float, reasons: Sequence[str], what: str = "responses") -> str:
-    """What to say when more verdicts are missing than ``max_unscored`` allows."""
+    """The message for when more verdicts are missing than ``max_unscored`` allows."""
     shown = "; ".join(f"{count:,} × {reason}" for reason, count in Counter(reasons).most_common(3))
     return (
         f"judge: {missing:,} of {total:,} {what} have no score, more than judge.max_unscored={limit:g} allows. Most "

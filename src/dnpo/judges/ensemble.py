@@ -19,8 +19,8 @@ class Ensemble(Judge):
 
     ``mean``: the mean of the members' scores. ``majority``: every member votes on whether a response is better than the
     human one to the same prompt; its score is 100 × the share of votes, ties being half a vote (so more than 50 means
-    that most prefer it), and the human one has 50. A response that some member could not judge has no score: the others
-    do not stand for it. The disagreement is the standard deviation of the members' scores, or of their votes × 100.
+    that most prefer it), and the human one has 50. A response that any member could not judge has no score. The
+    disagreement is the standard deviation of the members' scores, or of their votes × 100.
 
     Args:
         members: judges by a name of your choosing.
@@ -65,7 +65,7 @@ class Ensemble(Judge):
     def forecast(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]
     ) -> Forecast:
-        """What all members would take."""
+        """The sum of the members' forecasts."""
         parts = (member.forecast(prompts, responses, ledger, seen) for member in self.members.values())
         return sum(parts, Forecast())
 

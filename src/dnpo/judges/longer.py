@@ -1,7 +1,7 @@
 """The judge that any judge must beat: the longer response is the better one.
 
-People prefer longer answers more often than not, and judges are known to overdo it, so what a judge is worth shows
-against this one. It needs no answers, no model and no money, and it judges any prompt.
+People prefer longer answers more often than not, and judges are known to overdo it, so any judge should
+be compared with this one. It needs no answers, no model and no money, and it judges any prompt.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Rows → policy steps of micro-batches in a fixed order that a killed run can continue.
 
-The whole training is one pass over a list of groups that is known beforehand: epochs are permutations drawn from the
+The whole training is one pass over a fixed list of groups: epochs are permutations drawn from the
 seed, and groups of ``batch_size`` rows make one policy step each. A group is cut into micro-batches that fit in memory
 only when its turn comes, so how it is cut is no part of the order. The number of the next step is all the state there
 is.
@@ -33,7 +33,7 @@ class Slice:
 
     @property
     def share(self) -> float:
-        """Its share of its group's rows, the weight of a mean over its rows in the group's."""
+        """Its share of its group's rows: the weight of its mean in the mean over the group."""
         return len(self.rows) / len(self.group)
 
 
@@ -43,7 +43,7 @@ def schedule(rows: int, batch_size: int, epochs: int, seed: int, steps: int | No
     Args:
         rows: how many rows there are.
         batch_size: rows of one policy step; the last group of an epoch may be smaller.
-        epochs: passes over the rows, each in an order of its own.
+        epochs: passes over the rows, each in a new order.
         seed: draws the orders.
         steps: policy steps at which to stop, however many epochs that takes; overrides ``epochs``.
     """

@@ -4,9 +4,9 @@ Every kind answers the same call: from log p_r(y⁻|x), and the reference's hidd
 p̃_r(y⁻|x) twice, as the policy meets it and as the noise is trained on. Kinds without parameters simply have nothing to
 train. Noise never touches the policy, nor the chosen response.
 
-Logits and noise are N × V numbers each, so they are made a tile of the vocabulary at a time (see ``logprobs.py``), and
-again in the backward pass: ε comes from seeds, not from a store. A seed belongs to a response and a training step, so ε
-does not depend on how a batch is cut into micro-batches or tiles.
+Logits and noise are N × V numbers each, so they are computed one tile of the vocabulary at a time (see
+``logprobs.py``), and again in the backward pass: ε comes from seeds and is not stored. A seed belongs to a response and
+a training step, so ε does not depend on how a batch is cut into micro-batches or tiles.
 
 Shapes: B pairs, N rejected completion tokens of all pairs, H hidden size, V vocabulary, C entries of a tile of it.
 """
@@ -112,7 +112,7 @@ class TrainableModule(NoiseModule):
         self.bias_V = nn.Parameter(torch.full((vocabulary,), start_log_std))
 
     def variance(self, hidden_NH: Tensor) -> Tensor:
-        """s², shape N × V, as it is written: to look at. Training makes it in tiles."""
+        """s² as a whole, shape N × V, for inspection; training computes it in tiles."""
         log_u_NV = 2 * linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V)
         return (logsigmoid(log_u_NV - math.log(self.max_variance)) + math.log(self.max_variance)).exp()
 
@@ -235,7 +235,7 @@ class _TrainedNoise(Function):
 
 
 class _Slopes(NamedTuple):
-    """Of a tile, what the gradient in W h + b is made of.
+    """The parts of a tile from which the gradient in W h + b is computed.
 
     Attributes:
         softmax_NC: exp(z + r ε − ``less_N``) r σ(−x) ε, and
@@ -251,7 +251,7 @@ class _Slopes(NamedTuple):
 
 
 class _Tiles:
-    """Makes the tiles of trainable noise, and makes them again."""
+    """Computes the tiles of trainable noise, in the forward pass and again in the backward pass."""
 
     def __init__(self, weight_VH: Tensor, bias_V: Tensor, max_variance: float, rejected: Rejected) -> None:
         self.rejected, self.max_variance = rejected, max_variance
@@ -269,7 +269,7 @@ class _Tiles:
     def slopes(
         self, softmax_NC: Tensor, root_NC: Tensor, rest_NC: Tensor, noise_NC: Tensor, less_N: Tensor, first: int
     ) -> _Slopes:
-        """See :class:`_Slopes`; the tensors of the tile are used up."""
+        """The slopes of a tile, from its tensors, which are overwritten."""
         rest_NC.mul_(root_NC)
         variance_NC = root_NC.mul_(rest_NC)
         noise_NC.mul_(rest_NC)
@@ -277,7 +277,7 @@ class _Tiles:
         return _Slopes(softmax_NC.mul_(noise_NC), less_N, noise_NC.gather(1, at_N1).squeeze(-1), variance_NC)
 
     def slopes_again(self, first: int, end: int, lse_N: Tensor) -> _Slopes:
-        """The same of a tile that was not kept."""
+        """Recompute the slopes of a tile that was not kept."""
         logits_NC, root_NC, rest_NC = self.tile(first, end)
         noise_NC = self.draw(logits_NC, first, 1)
         softmax_NC = logits_NC.addcmul_(root_NC, noise_NC).sub_(lse_N.unsqueeze(-1)).exp_()
@@ -285,7 +285,7 @@ class _Tiles:
 
 
 def _exponent(weight_VH: Tensor, bias_V: Tensor, max_variance: float, head: Head) -> Head:
-    """What gives 2(W h + b) − log m of 2h, with products in the type of the reference's own."""
+    """A head that maps 2h to 2(W h + b) − log m, with products in the type of the reference head's."""
     half = head.weight_VH.dtype in (torch.bfloat16, torch.float16)
     weight_VH = weight_VH.detach().to(head.weight_VH.dtype if half else weight_VH.dtype)
     return Head(weight_VH, 2 * bias_V.detach() - math.log(max_variance))

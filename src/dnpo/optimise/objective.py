@@ -18,7 +18,7 @@ class PairLogps(NamedTuple):
     rejected_B: Tensor
 
     def detach(self) -> "PairLogps":
-        """The same numbers, through which no gradient flows."""
+        """The same numbers, detached: no gradient flows through them."""
         return PairLogps(self.chosen_B.detach(), self.rejected_B.detach())
 
 
@@ -45,7 +45,7 @@ class Terms(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """What one backward pass gives both players their gradients from."""
+        """The sum of the terms; one backward pass of it gives both players their gradients."""
         return self.policy + self.noise + self.variance
 
 

@@ -56,7 +56,7 @@ class Logistic:
 
 
 def check_objective(objective: Objective) -> None:
-    """Refuse an objective that does not say at which β margins are to be reported.
+    """Raise unless the objective states the β at which margins are reported.
 
     Raises:
         SettingsError: it has no number ``beta``.
@@ -209,7 +209,7 @@ class Optimisation:
         batch_size: rows of one policy step.
         micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory and
             rounding, nothing else.
-        optimizer: the policy's, waiting for its parameters; fused where torch has that and nothing else is said.
+        optimizer: the policy's, waiting for its parameters; fused where torch has that, unless set otherwise.
         warmup: share of the policy steps over which its learning rate rises from 0.
         decay: whether it then falls linearly to 0 (else it stays).
         clip: gradient norm of a player at most; 0 means no clipping.
@@ -239,7 +239,7 @@ class Optimisation:
         return self.micro_batch_size or self.batch_size
 
     def check(self, name: str) -> None:
-        """Try the optimizer now, and not after an hour of generating.
+        """Check that the optimizer can be made, before hours of generating.
 
         Args:
             name: where the settings stand, such as ``trainer``.

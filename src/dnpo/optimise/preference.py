@@ -27,7 +27,7 @@ from dnpo.optimise.objective import (
     two_player,
 )
 from dnpo.optimise.parts import Optimisation, PairOptimisation
-from dnpo.optimise.training import Batch, Training, fit, fused
+from dnpo.optimise.training import Batch, Training, fit, make_fused
 from dnpo.policy.logprobs import Head, token_logps
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed, pack
@@ -35,7 +35,7 @@ from dnpo.records import Pair, ReferenceLogps
 from dnpo.seeding import derive
 from dnpo.store import Report
 
-# Nats that a log-ratio may be off before the first update. What is compared comes out of batches of other shapes, and
+# Tolerance of log-ratios before the first update, in nats. The batches that are compared differ in shape, and
 # with bf16 products each token is off by about a hundredth.
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.5}
 
@@ -54,7 +54,7 @@ class FineTuning(Training):
 
 @dataclass(frozen=True)
 class PairBatch(Batch):
-    """A micro-batch of B pairs and what the reference says of them.
+    """A micro-batch of B pairs with the reference's log-probabilities.
 
     Attributes:
         reference: its log-probabilities.
@@ -82,7 +82,7 @@ class PairBatch(Batch):
 
 @dataclass(frozen=True)
 class Frozen:
-    """What is left of the reference beside its log-probabilities, where noise reads its states.
+    """The parts of the frozen reference that noise needs in addition to its log-probabilities.
 
     Attributes:
         head: its output head.
@@ -128,10 +128,10 @@ class PreferenceTraining(Training):
         return [*super().players, *([("noise", cast(nn.Module, self.noise))] if trainable else [])]
 
     def configure_optimizers(self) -> Any:
-        """The noise has Adam with a constant learning rate of its own."""
+        """The policy's optimizer and, for the noise, Adam with a separate constant learning rate."""
         optimizers, schedules = super().configure_optimizers()
         if len(self.players) > 1:
-            optimizers.append(fused(Adam, list(self.noise.parameters()), {"lr": self.noise.learning_rate}))
+            optimizers.append(make_fused(Adam, list(self.noise.parameters()), {"lr": self.noise.learning_rate}))
         return optimizers, schedules
 
     def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,7 +140,7 @@ class PreferenceTraining(Training):
         policy, reference = split(self.policy.logps(pairs.packed)), pairs.reference
         if self.policy_step == 0:
             self._check_step_zero(policy, pairs)
-        noisy, at_bound = self.noise(reference.rejected_B, self._rejected(pairs))
+        noisy, at_bound = self.noise(reference.rejected_B, self._prepare_rejected(pairs))
         # Both are means over tokens, and the micro-batch counts by its pairs.
         weight = pairs.rejected_share / pairs.share
         noisy, at_bound = noisy._replace(variance=noisy.variance * weight), at_bound * weight
@@ -152,8 +152,8 @@ class PreferenceTraining(Training):
             metrics |= {"loss/noise": terms.noise, "loss/variance": terms.variance, "npo/at_bound": at_bound}
         return terms.total, metrics
 
-    def _rejected(self, batch: PairBatch) -> Rejected | None:
-        """The frozen reference on the rejected tokens: from disk, or from the rejected half of its forward pass."""
+    def _prepare_rejected(self, batch: PairBatch) -> Rejected | None:
+        """The reference's hidden states of the rejected tokens, read from disk or computed by a forward pass."""
         if self.frozen is None or batch.rejected is None:
             return None
         packed, hidden_NH = batch.rejected, batch.hidden_NH
@@ -190,7 +190,7 @@ class PreferenceTraining(Training):
 
     @torch.no_grad()
     def _check_step_zero(self, policy: PairLogps, batch: PairBatch) -> None:
-        """Before the first update the policy is the reference: every margin is 0 and the logistic loss ln 2."""
+        """Check that before the first update the policy is the reference: all margins 0, logistic loss ln 2."""
         tolerance = STEP_ZERO_TOLERANCE[self.policy.head.cast(self.device).weight_VH.dtype]
         off_by = float(log_ratio_gap(policy.detach(), batch.reference).abs().max())
         if off_by <= tolerance:

@@ -1,6 +1,6 @@
 """The frozen reference of an iteration on its pairs, computed once and kept.
 
-The reference is the policy as the iteration finds it, so what it says of the pairs is the same in every epoch and for
+The reference is the policy as the iteration finds it, so its numbers for the pairs are the same in every epoch and for
 every run with this policy and these pairs. Its log-probabilities are always kept; its hidden states of rejected tokens,
 which noise reads, where they are asked for and the disk has room. Both are made by pairs of similar length, in shards
 that a killed run does not make again.
@@ -72,10 +72,10 @@ def keep_hidden(
 ) -> dict[str, int]:
     """The policy's hidden states that predict rejected tokens, into memory-mapped shards in ``folder``.
 
-    In the type that the output head's products are made in (bf16 under autocast), so that nothing is lost by keeping.
+    In the type that the output head's products are made in (bf16 under autocast), so storing them loses no precision.
 
     Args:
-        required: whether the lack of room is an error, or a reason to go on without.
+        required: whether a lack of room is an error; else the states are computed again in every step.
 
     Raises:
         DiskError: there is no room and they are required.
@@ -88,13 +88,13 @@ def keep_hidden(
     size = tokens * policy.head.weight_VH.shape[1] * dtype.itemsize
     kept = sum(f.stat().st_size for f in folder.glob("hidden-*.safetensors"))
     free = shutil.disk_usage(folder).free
-    said = f"the reference's hidden states of {tokens:,} rejected tokens take {_human(size)}"
+    need = f"the reference's hidden states of {tokens:,} rejected tokens take {_human(size)}"
     if size - kept > free - SPARE:
-        lack = f"{said}, and {folder} has {_human(free)} free, of which {_human(SPARE)} stay so"
+        lack = f"{need}, and {folder} has {_human(free)} free, of which {_human(SPARE)} stay so"
         if required:
             raise DiskError(f"npo.cache_hidden=on: {lack}; make room, move the store (store=…), or take auto or off")
         raise Declined(f"{lack}: they are made again in every step instead")
-    report.note(f"{said} on disk ({folder})")
+    report.note(f"{need} on disk ({folder})")
     shards = _shards([len(p.prompt_ids) + len(p.rejected_ids) for p in pairs])
     paths = [folder / f"hidden-{number:05d}.safetensors" for number in range(len(shards))]
     report.begin(len(pairs), "pairs", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))

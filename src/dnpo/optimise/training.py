@@ -1,4 +1,4 @@
-"""What every training shares: steps of micro-batches, one backward pass each, one update of all players, checkpoints.
+"""The base of every training: steps of micro-batches, one backward pass each, one update of all players, checkpoints.
 
 The whole training is one pass over a fixed list of policy steps, so a checkpoint is a position in it, the state of the
 optimizers and the schedule, and whatever a kind of training adds. A killed training continues bit for bit on a CPU.
@@ -30,7 +30,7 @@ CHECKPOINT = "checkpoint.ckpt"
 
 
 class Trainee(Protocol):
-    """Who is trained: a policy, or a reward model."""
+    """A model in training: a policy, or a reward model."""
 
     @property
     def model(self) -> nn.Module:
@@ -38,7 +38,7 @@ class Trainee(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device that its weights are on."""
 
 
 class MicroBatch(Protocol):
@@ -76,7 +76,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Those of prompts and completions."""
+        """How many tokens go through the model: prompts and completions."""
         return len(self.packed.ids_T)
 
     def to(self, device: torch.device) -> Self:
@@ -132,7 +132,7 @@ class Training(pl.LightningModule):
     def transfer_batch_to_device(
         self, batch: list[MicroBatch], device: torch.device, dataloader_idx: int
     ) -> list[MicroBatch]:
-        """Leave them on the CPU; each micro-batch is moved just before its forward pass."""
+        """Leave the batch on the CPU; each micro-batch is moved just before its forward pass."""
         return batch
 
     def training_step(self, batches: list[MicroBatch], batch_idx: int) -> None:
@@ -148,8 +148,8 @@ class Training(pl.LightningModule):
         self._step(row, ids, sum(batch.tokens for batch in batches))
 
     def _step(self, row: dict[str, float], ids: Sequence[str], tokens: int) -> None:
-        optimizers = _listed(self.optimizers())
-        plain = _listed(self.optimizers(use_pl_optimizer=False))
+        optimizers = _as_list(self.optimizers())
+        plain = _as_list(self.optimizers(use_pl_optimizer=False))
         for (name, module), optimizer in zip(self.players, plain, strict=True):
             limit = self.optimisation.clip or math.inf
             trained = [p for p in module.parameters() if p.requires_grad]
@@ -161,7 +161,7 @@ class Training(pl.LightningModule):
         for optimizer in [optimizers[0], *plain[1:]]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for scheduler in _listed(self.lr_schedulers()):
+        for scheduler in _as_list(self.lr_schedulers()):
             scheduler.step()
         now = time.monotonic()
         row["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
@@ -183,12 +183,12 @@ class Training(pl.LightningModule):
         """The policy's optimizer with its schedule by policy steps."""
         trained = [p for p in self.policy_module.parameters() if p.requires_grad]
         how = self.optimisation.optimizer
-        optimizer = fused(cast(Callable[..., Optimizer], how.resolve()), trained, how.settings)
+        optimizer = make_fused(cast(Callable[..., Optimizer], how.resolve()), trained, how.settings)
         schedule_ = LambdaLR(optimizer, lambda step: self.optimisation.factor(step, self.total))
         return [optimizer], [schedule_]
 
     def advise(self, short: str, fits: int) -> str:
-        """What to say when a step does not fit into memory.
+        """The error message for a step that does not fit into memory.
 
         Args:
             short: how torch puts it.
@@ -219,12 +219,12 @@ class Training(pl.LightningModule):
         checkpoint["training"] = {"policy_step": self.policy_step, "history": self.history}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the counters and the history."""
+        """Restore the counters and the history."""
         self.policy_step = checkpoint["training"]["policy_step"]
         self.history = checkpoint["training"]["history"]
 
     def on_train_start(self) -> None:
-        """Say where this training stands, once a checkpoint has been taken up."""
+        """Report the progress, after a checkpoint is loaded."""
         self.report.begin(self.total, "steps", self.policy_step)
         self.report.steps(self.history)
         self._clock = time.monotonic()
@@ -282,7 +282,7 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
             if not _out_of_memory(error):
                 raise
             short = str(error).strip().splitlines()[-1]
-    if short:  # out of the handler, which holds on to what the step had in memory
+    if short:  # outside the handler, which keeps the step's tensors alive
         fits = _fitting(module.to(device), batches)  # Lightning has moved it to the CPU
         raise OutOfMemoryError(module.advise(short, fits))
     if optimisation.checkpointing:
@@ -291,10 +291,10 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
     return module.history
 
 
-def fused(
+def make_fused(
     optimizer: Callable[..., Optimizer], parameters: Sequence[nn.Parameter], settings: Mapping[str, Any]
 ) -> Optimizer:
-    """The optimizer in torch's fused form where there is one: one kernel over all parameters, the same mathematics."""
+    """Make the optimizer in torch's fused form if it has one: one kernel over all parameters, the same update."""
     known = inspect.signature(optimizer).parameters
     fuse = "fused" in known and not {"fused", "foreach", "differentiable"} & set(settings)
     return optimizer(parameters, **settings, **({"fused": True} if fuse else {}))
@@ -346,5 +346,5 @@ def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
             signal.signal(signal.SIGINT, handler)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]

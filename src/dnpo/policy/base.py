@@ -23,7 +23,7 @@ class Scratch:
 
     Args:
         width, layers, heads, mlp: hidden size, number of blocks, attention heads, inner size of the MLP.
-        vocabulary: tokens at most, special ones included; every digit is a token of its own.
+        vocabulary: tokens at most, special ones included; every digit is a separate token.
         context: positions at most.
         seed: draws the initial weights.
     """
@@ -81,13 +81,13 @@ class Scratch:
         Policy(model, tokenizer).save(folder)
 
     def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> "Policy":
-        """The policy in ``folder``, or the untrained one without."""
+        """Load the policy in ``folder``, or without a folder the untrained one."""
         from dnpo.policy.loading import load
 
         return load(str(base), folder, device=device)
 
     def outline(self, base: Path) -> "Policy":
-        """The untrained model without its weights; see ``loading.py``."""
+        """The untrained model without its weights: tokenizer and settings only, for checks."""
         from dnpo.policy.loading import outline
 
         return outline(str(base))
@@ -128,7 +128,7 @@ class Pretrained:
 
     @cached_property
     def _location(self) -> str:
-        """The folder from wherever it is read later, or the name."""
+        """The absolute path of the folder, or the name on the hub."""
         return str(Path(self.path).absolute()) if self.path is not None else cast(str, self.name)
 
     def identity(self) -> Mapping[str, Any]:
@@ -162,7 +162,7 @@ class Pretrained:
         self.outline(folder).tokenizer.save_pretrained(folder)
 
     def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> "Policy":
-        """The policy in ``folder``, or the base model without."""
+        """Load the policy in ``folder``, or without a folder the base model."""
         from dnpo.policy.loading import load
 
         return load(
@@ -176,7 +176,7 @@ class Pretrained:
         )
 
     def outline(self, base: Path) -> "Policy":
-        """The base model without its weights; see ``loading.py``."""
+        """The base model without its weights: tokenizer and settings only, for checks."""
         from dnpo.policy.loading import outline
 
         return outline(

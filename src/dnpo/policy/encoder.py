@@ -52,8 +52,8 @@ class Encoder:
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Ids], at_once: int) -> dict[Ids, Tensor]:
-        """Embed token sequences. Those of one length are read together and none is padded, so that no text changes
-        another's embedding by more than rounding; with one at a time, not at all.
+        """Embed token sequences. Sequences of equal length share a batch, and none is padded, so a text changes
+        another's embedding by rounding at most; with ``at_once=1`` not at all.
 
         Args:
             rows: token sequences. One without any token has the embedding 0.
@@ -88,7 +88,7 @@ class Encoder:
 class SentenceBert:
     """Embeddings of texts as sentence-transformers makes them for models such as all-MiniLM-L6-v2.
 
-    A folder of that library says at how many tokens a text is cut; any folder of transformers will do.
+    A folder of that library states at how many tokens texts are cut; any folder of transformers works too.
 
     Args:
         path: the folder.
@@ -109,8 +109,8 @@ class SentenceBert:
         kinds = {str(module["type"]).rsplit(".", 1)[-1] for module in _read_json(weights, "modules.json").values()}
         if not mean or kinds - PARTS:
             raise ModelError(
-                f"{weights.shown}: its embedding is not the mean over tokens; expected an encoder for which it is, "
-                "such as sentence-transformers/all-MiniLM-L6-v2"
+                f"{weights.description}: its embedding is not the mean over tokens; expected an encoder for which it "
+                "is, such as sentence-transformers/all-MiniLM-L6-v2"
             )
         self.encoder, self.at_once = Encoder(weights, device=device), at_once
         limits = [self.encoder.limit, _read_json(weights, SETTINGS).get("max_seq_length")]
@@ -125,11 +125,11 @@ class SentenceBert:
 
 
 def _read_json(weights: Weights, file: str) -> dict[str, Any]:
-    """A file of sentence-transformers beside the weights; empty where there is none."""
+    """Read a JSON file of sentence-transformers from the weights' folder; empty if there is none."""
     if weights.folder is None or not (weights.folder / file).is_file():
         return {}
     try:
         found = json.loads((weights.folder / file).read_text(encoding="utf-8"))
         return dict(enumerate(found) if isinstance(found, list) else found)
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{weights.shown}: its {file} cannot be read ({error})") from error
+        raise ModelError(f"{weights.description}: its {file} cannot be read ({error})") from error

@@ -35,7 +35,7 @@ def load(
     weights = str(folder) if whole else base
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": None if whole else revision}
     try:
-        tokenizer, config = _described(weights, chat_template, options)
+        tokenizer, config = _load_parts(weights, chat_template, options)
         model: Any = AutoModelForCausalLM.from_pretrained(
             weights, config=config, dtype=dtype, use_safetensors=True, **options
         )
@@ -66,21 +66,21 @@ def outline(
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     try:
-        tokenizer, config = _described(base, chat_template, options)
+        tokenizer, config = _load_parts(base, chat_template, options)
         make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model = make(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"model: {base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    with suppress(OSError):  # without a file of its own it follows from the configuration
+    with suppress(OSError):  # without a generation file the settings follow from the configuration
         model.generation_config = GenerationConfig.from_pretrained(base, revision=revision or "main")
     policy = Policy(model, tokenizer)
     _belong_together(policy, base)
     return policy
 
 
-def _described(weights: str, chat_template: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
-    """The tokenizer, with the template in force, and the configuration."""
+def _load_parts(weights: str, chat_template: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Load the tokenizer, with the chat template in force, and the configuration."""
     tokenizer = AutoTokenizer.from_pretrained(weights, **options)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -101,7 +101,7 @@ def without_dropout(config: Any) -> Any:
 
 
 def _belong_together(policy: Policy, weights: str) -> None:
-    """A tokenizer that the model's embeddings hold, and an end-of-sequence token."""
+    """Check that the tokenizer fits the model's embeddings and has an end-of-sequence token."""
     tokenizer, model = policy.tokenizer, policy.causal_lm
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -117,16 +117,16 @@ def _belong_together(policy: Policy, weights: str) -> None:
 
 @torch.no_grad()
 def _check(policy: Policy, weights: str) -> None:
-    """A tokenizer that belongs to the model, and a head that is the model's own."""
+    """Check that the tokenizer belongs to the model, and that its logits are reproduced here."""
     _belong_together(policy, weights)
     tokenizer = policy.tokenizer
-    _reproduced(policy, [i for i in range(len(tokenizer)) if i != tokenizer.pad_token_id])
+    _check_logits(policy, [i for i in range(len(tokenizer)) if i != tokenizer.pad_token_id])
 
 
-def _reproduced(policy: Policy, ids: list[int]) -> None:
-    """Whether packed hidden states and the head alone give the logits that the model's own forward gives.
+def _check_logits(policy: Policy, ids: list[int]) -> None:
+    """Check that packed hidden states and the head alone give the logits of the model's own forward pass.
 
-    Two sequences, so that attention across their border would show; four tokens each.
+    It takes two sequences of four tokens, so that attention across their border would show.
     """
     model = policy.causal_lm
     config = model.config.get_text_config()
@@ -146,10 +146,11 @@ def _reproduced(policy: Policy, ids: list[int]) -> None:
     step = max(len(ids) // 8, 1)
     one, other = ids[:: 2 * step][:4], ids[step :: 2 * step][:4]
     rows = [torch.tensor([row], device=policy.device) for row in (one, other)]
+    windows: set[int | None] = set()
     try:
         with policy.evaluating():
             packed = pack([one[:1], other[:1]], [one[1:], other[1:]]).to(policy.device)
-            hidden_NH = policy.hidden(packed)
+            hidden_NH = policy.hidden(packed, windows=windows)
             ours = policy.head.logits(hidden_NH)
             model.set_attn_implementation(policy.own_attention)  # what it would do by itself
             alone = [model(input_ids=row, output_hidden_states=True) for row in rows]
@@ -159,7 +160,7 @@ def _reproduced(policy: Policy, ids: list[int]) -> None:
         model.set_attn_implementation(ATTENTION)
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
-    if window and slides and window not in packed.windows:
+    if window and slides and window not in windows:
         raise ModelError(
             f"model: {type(model).__name__} does not tell its attention of its window of {window} tokens; it is not "
             "supported"

@@ -1,9 +1,9 @@
 """Hidden states → exact log-probabilities of completion tokens, in memory that does not grow with the vocabulary.
 
 The one primitive under every loss. The logits of N completion tokens are N × V numbers, the largest tensor of a
-training by far and read only twice; so they are made a tile of the vocabulary at a time, folded into a log-sum-exp, and
-made again where the backward pass needs them. All tokens of a tile go through one matrix product, which leaves each row
-of the head's gradient to be summed inside one product, in float32.
+training by far and read only twice; so they are computed one tile of the vocabulary at a time, folded into a
+log-sum-exp, and recomputed in the backward pass. All tokens of a tile go through one matrix product, so each row of the
+head's gradient is summed inside one product, in float32.
 
 Sums are float32 whatever the precision of the matrix products: in bf16 a sum over a few hundred tokens is off by
 several times the early training signal. In float64 everything is float64, for tests.
@@ -56,7 +56,7 @@ class Head:
         return self.cast(hidden_NH.device).tile(hidden_NH.detach(), 0, len(self.weight_VH))
 
     def cast(self, device: torch.device) -> "Head":
-        """The head as its products are made: in bf16 under autocast, without gradients of its own."""
+        """The head as its products are made: in bf16 under autocast, detached from the graph."""
         weight_VH = self.weight_VH.detach()
         if torch.is_autocast_enabled(device.type):
             weight_VH = weight_VH.to(torch.get_autocast_dtype(device.type))
@@ -92,7 +92,7 @@ def token_logps(hidden_NH: Tensor, head: Head, target_N: Tensor) -> Tensor:
         head: the output head.
         target_N: the tokens.
     """
-    if not torch.is_grad_enabled():  # or they would be kept for, though nobody comes back for them
+    if not torch.is_grad_enabled():  # without a backward pass no tile needs keeping
         hidden_NH, head = hidden_NH.detach(), head.detach()
     apply: Any = _TokenLogps.apply
     blocks = list(zip(torch.split(hidden_NH, ROWS), torch.split(target_N, ROWS), strict=True))
@@ -108,7 +108,7 @@ class _TokenLogps(Function):
     With d = softmax − onehot(target) the gradient in the logits is −g d. Its factor g is one number a token, so it is
     put on the N × H side of each product and never on an N × C tile. Products an entry and token: with a head in
     training four, or three for tiles that are kept, the fewest there are; with a frozen head two, because d W does not
-    depend on g and is made in the forward pass, rescaled as the log-sum-exp grows.
+    depend on g and is computed in the forward pass, rescaled as the log-sum-exp grows.
     """
 
     @staticmethod
@@ -171,7 +171,7 @@ class _Mean:
         self.lse_N = lse_N
 
     def add(self, logits_NC: Tensor, tally: "Tally", head: Head, first: int, end: int) -> None:
-        """Take in a tile that ``tally`` has just taken in; its logits are used up."""
+        """Add a tile that ``tally`` has just added; its logits are overwritten."""
         self.mean_NH *= (self.lse_N - tally.lse_N).exp_().unsqueeze(-1)
         self.lse_N = tally.lse_N
         part_NC = head.back_(head.softmax_(logits_NC, self.lse_N), logits_NC)
@@ -198,13 +198,13 @@ class Tally:
         self.logit_N = self.lse_N = torch.full(target_N.shape, float("-inf"), device=target_N.device)
 
     def add(self, logits_NC: Tensor, first: int) -> None:
-        """Take in the tile that begins at entry ``first``."""
+        """Add the tile that begins at entry ``first``."""
         inside_N, at_N1 = target_in(logits_NC, self.target_N, first)
         self.logit_N = torch.where(inside_N, logits_NC.gather(1, at_N1).squeeze(-1), self.logit_N)
         self.lse_N = torch.logaddexp(self.lse_N, logits_NC.logsumexp(-1))
 
     def add_(self, logits_NC: Tensor, first: int) -> Tensor:
-        """Take it in and turn it into exp(logits − m), where m, which is returned, is the largest of each token."""
+        """Add a tile and overwrite it with exp(logits − m); returns m, the largest logit of each token so far."""
         inside_N, at_N1 = target_in(logits_NC, self.target_N, first)
         self.logit_N = torch.where(inside_N, logits_NC.gather(1, at_N1).squeeze(-1), self.logit_N)
         most_N = logits_NC.amax(-1)
@@ -225,7 +225,7 @@ def tiles(head: Head) -> Iterator[tuple[int, int]]:
 
 
 def target_in(value_NC: Tensor, target_N: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Whose target lies in the tile that begins at entry ``first``, and in which column (N × 1; any, where not)."""
+    """Whether each target lies in the tile that begins at ``first``, and its column (N × 1; arbitrary if not)."""
     within_N = target_N - first
     inside_N = (within_N >= 0) & (within_N < value_NC.shape[1])
     return inside_N, within_N.clamp(0, value_NC.shape[1] - 1).unsqueeze(-1)

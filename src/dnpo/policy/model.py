@@ -1,6 +1,6 @@
 """The policy, its frozen reference and their tokenizer.
 
-A policy is a causal language model seen as a body that gives hidden states and a head that turns them into logits. On
+A policy is a causal language model, split into a body that gives hidden states and a head that gives logits. On
 disk it is a folder: either full weights as transformers writes them, or LoRA adapters, numbered in the order in which
 they were trained, on top of the model part's base weights.
 """
@@ -22,7 +22,7 @@ from transformers import (
 
 from dnpo.errors import ModelError, SettingsError
 from dnpo.policy.logprobs import Head, sum_by_sequence, token_logps
-from dnpo.policy.packing import ATTENTION, Packed, pack
+from dnpo.policy.packing import ATTENTION, Packed, pack, register
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -40,11 +40,12 @@ class Policy:
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.own_attention = str(self.causal_lm.config._attn_implementation)
+        register()
         self.causal_lm.set_attn_implementation(ATTENTION)
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device that its weights are on."""
         return next(self.model.parameters()).device
 
     @property
@@ -71,7 +72,7 @@ class Policy:
 
     @property
     def pad_id(self) -> int:
-        """What fills padded rows; it never counts, so any id serves where the tokenizer names none."""
+        """The token that fills padded rows. It is always masked, so any id serves if the tokenizer names none."""
         pad = cast(int | None, self.tokenizer.pad_token_id)
         return pad if pad is not None else cast(int, self.tokenizer.eos_token_id)
 
@@ -82,13 +83,17 @@ class Policy:
 
     @property
     def model_stop_ids(self) -> list[int]:
-        """Those of them that the model itself names."""
+        """The stop tokens that the model itself names."""
         configured = getattr(self.causal_lm.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return [i for i in ids if i is not None]
 
-    def hidden(self, batch: Packed) -> Tensor:
-        """The body's hidden states that predict the batch's completion tokens, shape N × H."""
+    def hidden(self, batch: Packed, **options: Any) -> Tensor:
+        """The body's hidden states that predict the batch's completion tokens, shape N × H.
+
+        Args:
+            options: passed on to the attention of ``packing.py``.
+        """
         ids_1T = batch.ids_T.unsqueeze(0)
         hidden_1TH = self.causal_lm.base_model(
             input_ids=ids_1T,
@@ -97,6 +102,7 @@ class Policy:
             position_ids=batch.position_T.unsqueeze(0),
             use_cache=False,
             packing=batch,
+            **options,
         ).last_hidden_state
         return cast(Tensor, hidden_1TH.squeeze(0)[batch.predict_N])
 
@@ -124,7 +130,7 @@ class Policy:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode for a while; the mode before is put back."""
+        """Switch to evaluation mode, and back to the earlier mode afterwards."""
         training = self.model.training
         self.model.eval()
         try:
@@ -133,7 +139,7 @@ class Policy:
             self.model.train(training)
 
     def reference(self) -> "Policy":
-        """A frozen copy to start from: with LoRA the same weights, to be read with the trained adapter switched off."""
+        """A frozen copy of the policy as it is now; with LoRA the same module, read with its adapter switched off."""
         if hasattr(self.model, "peft_config"):
             return AdapterOff(self.model, self.tokenizer)
         frozen = copy.deepcopy(self.model).eval()
@@ -166,10 +172,10 @@ def adapters(folder: Path) -> list[Path]:
 class AdapterOff(Policy):
     """The reference of a LoRA policy: the same module, with the trained adapter switched off while it is read."""
 
-    def hidden(self, batch: Packed) -> Tensor:
-        """See :meth:`Policy.hidden`."""
+    def hidden(self, batch: Packed, **options: Any) -> Tensor:
+        """The hidden states with the trained adapter switched off, shape N × H."""
         with self.evaluating(), self.model.disable_adapter():  # type: ignore[operator]
-            return super().hidden(batch)
+            return super().hidden(batch, **options)
 
 
 def by_length(lengths: Sequence[int], tokens: int = SCORED_TOKENS) -> Iterator[list[int]]:

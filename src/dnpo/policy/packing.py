@@ -11,7 +11,7 @@ L tokens of the longest sequence of a batch, h heads, d their size.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "packed"  # the name under which transformers knows the attention below
-WASTE = 2**14  # query-key products of padding that cost less than a batch of their own, about
+WASTE = 2**14  # query-key products of padding that cost about as much as one more batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,6 @@ class Packed:
         completions_S: how many completion tokens each sequence has.
         lengths: how many tokens each sequence has, prompt included.
         completions: how many completion tokens each sequence has, as plain numbers.
-        windows: the sliding windows that attention has been asked for, so far; None stands for no window.
     """
 
     ids_T: Tensor
@@ -58,7 +57,6 @@ class Packed:
     completions_S: Tensor
     lengths: tuple[int, ...]
     completions: tuple[int, ...]
-    windows: set[int | None] = field(default_factory=set)
 
     @property
     def count(self) -> int:
@@ -186,7 +184,7 @@ def pack(
 
 
 def register() -> None:
-    """Make the attention known to transformers; it is used by models whose implementation is set to ``ATTENTION``."""
+    """Register the attention with transformers, for models whose implementation is set to ``ATTENTION``."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
@@ -204,23 +202,26 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packing: Packed | None = None,
+    windows: set[int | None] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer: tensors 1 × h × T × d in, 1 × T × h × d out.
 
-    Without ``packing``, as in generation, it is scaled dot-product attention with the mask given.
+    Without ``packing``, as in generation, it is scaled dot-product attention with the mask given. If ``windows`` is
+    given, the sliding window of each packed call is added to it (None: no window).
     """
     if packing is None:
         if softcap is not None:
             causal = attention_mask is None and query.shape[2] > 1
-            return _capped(query, key, value, attention_mask, scaling, softcap, causal).transpose(1, 2), None
+            return _attend_with_cap(query, key, value, attention_mask, scaling, softcap, causal).transpose(1, 2), None
         found, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
         return found, None
     if dropout:
         raise ValueError("attention dropout is on, and every dropout has to be 0 here")
-    packing.windows.add(sliding_window)
+    if windows is not None:
+        windows.add(sliding_window)
     if torch.is_autocast_enabled(query.device.type):  # rotary positions have made float32 of queries and keys
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     query_TD, key_TD, value_TD = (x.squeeze(0).transpose(0, 1).flatten(1) for x in (query, key, value))
@@ -293,7 +294,7 @@ def _in_batches(
         narrow = window is not None and window < batch.longest
         mask_LL = _band(batch.longest, window, query_TD.device) if narrow and window is not None else None
         if softcap is not None:
-            out_ShLd = _capped(query_ShLd, key_ShLd, value_ShLd, mask_LL, scaling, softcap, mask_LL is None)
+            out_ShLd = _attend_with_cap(query_ShLd, key_ShLd, value_ShLd, mask_LL, scaling, softcap, mask_LL is None)
         else:
             out_ShLd = scaled_dot_product_attention(
                 query_ShLd,
@@ -314,7 +315,7 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
     return (back_LL >= 0) & (back_LL < window)
 
 
-def _capped(
+def _attend_with_cap(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, cap: float, causal: bool
 ) -> Tensor:
     """Attention whose scores are squashed by cap · tanh(· / cap), which no fused kernel offers."""
@@ -329,7 +330,7 @@ def _capped(
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype) @ value
 
 
-# --- copies that know their way back ----------------------------------------------------------------------------------
+# --- copies with their gradients --------------------------------------------------------------------------------------
 
 
 def _spread(value_TD: Tensor, spread: Spread) -> Tensor:
@@ -374,6 +375,3 @@ class _Gather(Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         return grad_TD.new_zeros(ctx.shape).index_copy_(0, ctx.place_T, grad_TD), None
-
-
-register()

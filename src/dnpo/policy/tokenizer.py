@@ -24,7 +24,7 @@ TEMPLATE = (
 )
 
 
-# For tokenizers that bring no chat template. The response begins on a line of its own.
+# For tokenizers that bring no chat template. The response begins on a new line.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -63,10 +63,10 @@ def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTok
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> tuple[str, str]:
-    """The rendered prompt, as generation sees it, and what training text has after it.
+    """Render the prompt, as in generation, and the rest of the training text after it.
 
     Raises:
-        ModelError: the template renders training text otherwise than generation text.
+        ModelError: the template renders the prompt differently in training and in generation.
     """
     template: Any = tokenizer.apply_chat_template
     try:
@@ -90,7 +90,7 @@ def encode(
     """Token ids of the rendered prompt, and of the response up to and with the token that ends it.
 
     Prompt and response are tokenised together, so that the response's first token is one that follows such a prompt (a
-    SentencePiece tokenizer begins every text of its own with a space). Only where the prompt's tokens are no prefix of
+    SentencePiece tokenizer puts a space before every text). Only where the prompt's tokens are no prefix of
     the whole's is the response tokenised apart. It is cut after its first stop token, as a sample is, whatever the
     template puts behind it; where it has none it gets the tokenizer's end of sequence. A prompt begins with the
     beginning-of-sequence token if the tokenizer puts one before every text.

@@ -1,4 +1,4 @@
-"""Models that judge on this machine: where they are, and what they are known by."""
+"""Models that judge on this machine: where they are, and how they are identified."""
 
 import json
 import re
@@ -37,7 +37,7 @@ class Weights:
         self.path, self.name, self.revision, self.setting = path, name, revision, setting
         if self.folder is not None and not (self.folder / marker).is_file():
             raise ModelError(
-                f"{self.shown}: no model there; expected a folder with {marker}, safetensors and a tokenizer"
+                f"{self.description}: no model there; expected a folder with {marker}, safetensors and a tokenizer"
             )
 
     @staticmethod
@@ -46,8 +46,8 @@ class Weights:
         return (Path(path) / file).is_file()
 
     @property
-    def shown(self) -> str:
-        """As messages name it."""
+    def description(self) -> str:
+        """The setting that names the model, for messages."""
         if self.setting == "base":
             return f"base={self.path or self.name}"
         return f"{self.setting}.path={self.path}" if self.path is not None else f"{self.setting}.name={self.name}"
@@ -68,7 +68,7 @@ class Weights:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             kind = (config.get("architectures") or [config.get("model_type")])[0]
         except (OSError, ValueError, AttributeError) as error:
-            raise ModelError(f"{self.shown}: its config.json cannot be read ({error})") from error
+            raise ModelError(f"{self.description}: its config.json cannot be read ({error})") from error
         return f"{kind}@{self.identity[:12]}"
 
     @cached_property
@@ -85,12 +85,12 @@ class Weights:
                 return self.revision
             prefix = "" if self.setting == "base" else f"{self.setting}."
             raise ModelError(
-                f"{self.shown}: there is no such folder, and the hub does not answer for it ({type(error).__name__}); "
-                f"give a folder, or {prefix}revision=… to use a downloaded copy"
+                f"{self.description}: there is no such folder, and the hub does not answer for it "
+                f"({type(error).__name__}); give a folder, or {prefix}revision=… to use a downloaded copy"
             ) from error
 
     def load(self, kind: Any, **options: Any) -> Any:
-        """What one of transformers' Auto classes reads there.
+        """Load with one of transformers' Auto classes.
 
         Raises:
             ModelError: it cannot.
@@ -103,7 +103,7 @@ class Weights:
             return kind.from_pretrained(where, revision=revision, **options)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(f"{self.shown}: cannot be loaded: {lines[0]}") from error
+            raise ModelError(f"{self.description}: cannot be loaded: {lines[0]}") from error
 
 
 def context_of(model: Any, tokenizer: Any) -> int | None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dnpo.catalogue import Metric, metric
 from dnpo.report.groups import Group, Groups, Member, iteration_title
-from dnpo.stats.intervals import Array, Estimate, crossed
+from dnpo.stats.intervals import Array, Estimate, estimate_mean
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.table import Cell, Table, table
 from dnpo.tracking.reading import Run, iteration_name
@@ -146,7 +146,7 @@ def matrix(group: Group, iteration: int | str, seeds: list[int], measure: Measur
 
 def _estimate(x_SI: Array) -> Estimate:
     whole = x_SI[:, ~np.isnan(x_SI).any(0)]
-    mean = crossed(whole)
+    mean = estimate_mean(whole)
     return Estimate(float(np.nanmean(x_SI))) if mean is None else mean.estimate()
 
 
@@ -177,7 +177,7 @@ def _difference(
         return None, notes
     if measure.kind:
         notes.append("Some runs have no results by held-out prompt, so intervals are over seeds alone.")
-    mean = crossed(apart)
+    mean = estimate_mean(apart)
     if mean is None:
         return Cell(Estimate(float(apart[0, 0])), signed=True), [*notes, "One seed and no items: there is no interval."]
     return Cell(mean.estimate(), mean.p(), signed=True), notes

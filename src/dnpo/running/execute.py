@@ -24,7 +24,7 @@ from dnpo.loop import Iteration
 from dnpo.records import Pair
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
-from dnpo.stages.agreement import known_agreement
+from dnpo.stages.agreement import read_agreement
 from dnpo.store import Stage, Store, manifest, write_json
 from dnpo.tracking import datasets as inputs
 from dnpo.tracking.reading import STEPS_OF
@@ -80,7 +80,7 @@ def execute(
         "stages": used,
         "policies": [f"{iteration.policy.name}/{iteration.policy.key}" for iteration in iterations],
         "commit": commit(),
-        "judge_agreement": known_agreement(store, iterations[-1].evaluation.settings["judge"]),
+        "judge_agreement": read_agreement(store, iterations[-1].evaluation.settings["judge"]),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "seconds": round(time.monotonic() - clock, 1),
     }

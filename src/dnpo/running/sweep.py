@@ -208,14 +208,14 @@ def _draw(groups: "Groups", compared: "Sequence[Compared]", items: "Items", path
 
 def _csv(compared: "Sequence[Compared]") -> str:
     """One line a cell of every table."""
-    from dnpo.stats.table import comma_separated
+    from dnpo.stats.table import to_csv
 
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for one in compared:
         for shows, table in (("mean", one.means), (f"difference from {one.baseline}", one.differences)):
             if table is not None:
-                head, *lines = csv.reader(comma_separated(table).splitlines())
+                head, *lines = csv.reader(to_csv(table).splitlines())
                 if not out.tell():
                     writer.writerow(["measure", "shows", *head])
                 writer.writerows([one.measure.metric.name, shows, *line] for line in lines)

@@ -1,6 +1,6 @@
 """How far a judge agrees with people, as stages in the store.
 
-A rerun finds the verdicts and what was made of them, and a run with the same judge shows its agreement in its summary.
+A rerun finds the verdicts and the measures, and a run with the same judge shows its agreement in its summary.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from dnpo.judges import Judge, tally
 from dnpo.judges.agreement import compare, judge_both
-from dnpo.judges.agreement.rows import Comparison, Labelled
+from dnpo.judges.agreement.rows import Labelled, LabelledRow
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Verdict, read, write
 from dnpo.settings import part_key
@@ -20,7 +20,7 @@ STAGE, VERSION = "agreement", 1
 POINTS = "points.json"
 
 
-def verdicts(judge: Judge, data: Labelled, rows: Sequence[Comparison], ledger: Ledger) -> Stage:
+def verdicts(judge: Judge, data: Labelled, rows: Sequence[LabelledRow], ledger: Ledger) -> Stage:
     """The judge's verdicts on both responses of every row."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
@@ -33,9 +33,9 @@ def verdicts(judge: Judge, data: Labelled, rows: Sequence[Comparison], ledger: L
 
 
 def agreement(
-    judge: Judge, data: Labelled, rows: Sequence[Comparison], verdicts: Stage, resamples: int, seed: int
+    judge: Judge, data: Labelled, rows: Sequence[LabelledRow], verdicts: Stage, resamples: int, seed: int
 ) -> Stage:
-    """What the verdicts have to do with those of people; the measures are the stage's facts."""
+    """How far the verdicts agree with people's; the measures are the stage's facts."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         given = read(inputs["verdicts"] / "verdicts.parquet", Verdict)
@@ -48,8 +48,8 @@ def agreement(
     return Stage(STAGE, "agreement with people", VERSION, settings, {"verdicts": verdicts}, work)
 
 
-def known_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the store knows of a judge's agreement with people: one entry for each set of rows, the newest of each.
+def read_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read a judge's agreement with people from the store: one entry for each set of rows, the newest of each.
 
     Args:
         judge_key: see :func:`dnpo.settings.part_key`.

@@ -2,7 +2,7 @@
 
 Any judge of the project decides. The other side's response stands where the human one stands: judges that compare two
 responses are asked in both orders and give it 50 points, those that score each for itself give it its score, and more
-points win. What the evaluations have asked already is in the ledger and not asked again.
+points win. Questions that the evaluations have asked are answered from the ledger.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from dnpo.records import HUMAN, Prompt, Response, read, schema
 from dnpo.settings import part_key
 from dnpo.stages.plan import Facts, Run, Task, verb
 from dnpo.stages.verbs import read_split
-from dnpo.stats.length import LengthControlled, length_controlled
+from dnpo.stats.length import LengthControlled, control_length
 from dnpo.stats.wins import Wins, preferences, wins
 from dnpo.store import Report
 
@@ -36,7 +36,7 @@ class Duel:
         ours_score, theirs_score: points; theirs has 50 where the judge compares. None where the judge gave none.
         preference: 1 for a win of ours, ½ for a tie, 0 for a loss; None where a score is missing.
         disagreement: between both orders, or between members of an ensemble, in points.
-        difference: characters of ours less those of theirs.
+        difference: characters of ours less characters of theirs.
         reason: why a score is missing.
     """
 
@@ -93,7 +93,7 @@ def _human(rows: Held, samples: int) -> Responses:
 def judge_duels(
     judge: Judge, prompts: Sequence[Prompt], ours: Responses, theirs: Responses, ledger: Ledger, report: Report
 ) -> list[Duel]:
-    """What the judge says of both texts, for every prompt and number that both sides have.
+    """Judge both texts, for every prompt and sample number that both sides have.
 
     Raises:
         DataError: there is none.
@@ -144,11 +144,11 @@ def read_duels(path: Path) -> list[Duel]:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Of all duels: wins, and what is left of them at the same length if that was asked for.
+class DuelOutcome:
+    """The result of all duels: wins, and the win rate at the same length if that was asked for.
 
     Attributes:
-        controlled: None also where nothing can be said, and then ``why`` says so.
+        controlled: None also where it cannot be computed; then ``why`` gives the reason.
         apart: mean disagreement between both orders, or between members of an ensemble; None without.
     """
 
@@ -158,7 +158,7 @@ class Outcome:
     apart: float | None
 
     def metrics(self) -> dict[str, float]:
-        """Under the names that are tracked; shares."""
+        """The metrics by name, as shares."""
         found = {f"duels/{name}": getattr(self.wins, name).value for name in ("win", "tie", "lose", "rate")}
         found |= {"duels/duels": self.wins.duels, "duels/unscored": self.wins.unscored, "duels/p": self.wins.p}
         if self.controlled is not None:
@@ -166,11 +166,11 @@ class Outcome:
         return found | ({} if self.apart is None else {"duels/disagreement": self.apart})
 
 
-def outcome(rows: Sequence[Duel], same_length: bool, seed: int) -> Outcome:
-    """Count duels; prompts are what is resampled.
+def outcome(rows: Sequence[Duel], same_length: bool, seed: int) -> DuelOutcome:
+    """Count duels; the bootstrap resamples prompts.
 
     Args:
-        same_length: also tell the win rate at the same length, in characters.
+        same_length: also compute the win rate at the same length, in characters.
         seed: of the bootstrap.
 
     Raises:
@@ -182,7 +182,7 @@ def outcome(rows: Sequence[Duel], same_length: bool, seed: int) -> Outcome:
     controlled, why = None, ""
     if same_length:
         try:
-            controlled = length_controlled([r.preference for r in rows], [r.difference for r in rows], ids, seed=seed)
+            controlled = control_length([r.preference for r in rows], [r.difference for r in rows], ids, seed=seed)
         except DataError as error:
             why = str(error)
-    return Outcome(won, controlled, why, sum(apart) / len(apart) if apart else None)
+    return DuelOutcome(won, controlled, why, sum(apart) / len(apart) if apart else None)

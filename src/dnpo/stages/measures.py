@@ -1,6 +1,6 @@
-"""What else is measured of a policy, each a stage of its own: drift, a second judge, texts, the leaderboard.
+"""Further measures of a policy, each a separate stage: drift, a second judge, texts, the leaderboard.
 
-They read what the evaluation left (``evaluate/``), write ``metrics.json``, and are absent where nobody asks for them.
+They read the files of the evaluation (``evaluate/``), write ``metrics.json``, and run only if configured.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def measure(
     start: Stage | None = None,
     pairs: Stage | None = None,
 ) -> tuple[Stage, ...]:
-    """The stages that measure a policy beside its evaluation.
+    """The stages that measure a policy in addition to its evaluation.
 
     Args:
         plan: of the iteration that trained it; None for the one before the first.
@@ -75,7 +75,7 @@ def _is_plain(sampling: "Sampling") -> bool:
 
 @verb("drift", 1, lambda run, plan: {})
 def drift(run: Run, plan: Plan, task: Task) -> Facts:
-    """KL(policy ‖ reference) by the policy's own samples. The reference is loaded alone, not beside the policy."""
+    """KL(policy ‖ reference) by the policy's own samples. The policy is not loaded, only the reference."""
     from dnpo.evaluate.distances import kl
 
     train = read_split(task.inputs["prompts"], "train").prompts
@@ -95,11 +95,11 @@ def drift(run: Run, plan: Plan, task: Task) -> Facts:
 
 @verb("second", 1, lambda run, plan: {"judge": part_key(run.second_judge)}, title="second judge")
 def judge_again(run: Run, plan: Plan | None, task: Task) -> Facts:
-    """What another judge says of the responses that were judged."""
-    from dnpo.evaluate.metrics import copied, quality
+    """Score the judged responses by a second judge."""
+    from dnpo.evaluate.metrics import quality, repeat_prompts
 
     rows = read_split(task.inputs["prompts"], run.eval.split)
-    several = copied(rows, run.eval.samples)
+    several = repeat_prompts(rows, run.eval.samples)
     samples = read(task.inputs["evaluation"] / "samples.parquet", Response)
     responses = [*rows.human, *samples[: len(rows.prompts) + len(several)]]
     verdicts = judge_responses(run.second_judge, [*rows.prompts, *several], responses, run.ledger, task.report)
@@ -117,7 +117,7 @@ def _texts_key(run: Run, plan: Plan | None) -> dict[str, Any]:
 
 @verb("texts", 1, _texts_key)
 def compare_texts(run: Run, plan: Plan | None, task: Task) -> Facts:
-    """Newly generated texts beside the positive samples of their prompts: the chosen responses, or the human ones."""
+    """Compare new texts with the positive samples of their prompts: the chosen responses, or the human ones."""
     from dnpo.policy.model import device_of
 
     how = run.eval.texts
@@ -136,7 +136,7 @@ def compare_texts(run: Run, plan: Plan | None, task: Task) -> Facts:
 
 @verb("leaderboard", 1, lambda run, plan: part_key(run.eval.leaderboard))
 def leaderboard(run: Run, plan: Plan | None, task: Task) -> Facts:
-    """The leaderboard's benchmarks."""
+    """Run the leaderboard's benchmarks."""
     from dnpo.evaluate.leaderboard import measure as run_benchmarks
 
     how = run.eval.leaderboard

@@ -1,10 +1,10 @@
-"""Means of scores over items and seeds, with intervals. Two ways, and what each is good for:
+"""Means of scores over items and seeds, with intervals, computed in one of two ways:
 
 **Bootstrap** (``bootstrap``): resamples items and, where there are several, seeds, and assumes no distribution. It
 cannot see beyond the seeds there are: three can be drawn in ten different ways only, and where seeds differ more than
 items do the interval is too narrow, whatever the number of resamples (``tests/test_comparisons.py`` measures it).
 
-**t** (``crossed``): assumes means that are about normal, and is honest about few seeds.
+**t** (``estimate_mean``): assumes means that are about normal, and is honest about few seeds.
 
 Shapes: S seeds, I items, K different columns of items, B resamples, X sides.
 """
@@ -25,7 +25,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval; no ends where there is nothing to tell them from."""
+    """A number and its 95 % interval; no ends where they cannot be computed."""
 
     value: float
     low: float | None = None
@@ -33,7 +33,7 @@ class Estimate:
 
     @property
     def half(self) -> float | None:
-        """Half of the interval's width, what stands behind ±. A percentile interval need not be symmetric."""
+        """Half of the interval's width, the number after ±. A percentile interval need not be symmetric."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
@@ -71,14 +71,14 @@ class Mean:
         return float(stdtrit(self.df, 1 - alpha / 2) + stdtrit(self.df, power)) * self.error
 
 
-def crossed(x_SI: Array) -> Mean | None:
-    """The mean where both items and seeds are samples: would it be the same with other items, trained again?
+def estimate_mean(x_SI: Array) -> Mean | None:
+    """Estimate the mean over items and seeds, both taken as samples: would it hold for other items, trained again?
 
-    Clark (1973), "The language-as-fixed-effect fallacy": with V₁ the variance of the mean told from the items' means
-    and V₂ that from the seeds' means, the error is √(V₁ + V₂) and the degrees of freedom are Satterthwaite's,
+    Clark (1973), "The language-as-fixed-effect fallacy": with V₁ the variance of the mean computed from the items'
+    means and V₂ from the seeds' means, the error is √(V₁ + V₂) and the degrees of freedom are Satterthwaite's,
     (V₁ + V₂)² / (V₁²/(I−1) + V₂²/(S−1)); the square of mean/error is min F′ = F₁F₂/(F₁ + F₂). Whatever differs by both
     at once is counted twice, so the error is rather too large than too small. With one seed it is V₁ alone, the
-    one-sample t test; with one item there is nothing to tell V₁ from, and None.
+    one-sample t test; with one item V₁ cannot be computed, and the result is None.
     """
     if x_SI.shape[1] < 2:
         return None

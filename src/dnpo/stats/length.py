@@ -3,7 +3,7 @@
 Judges, and people, prefer longer responses, so a model can win by writing more. AlpacaEval 2 (Dubois et al. 2024,
 "Length-controlled AlpacaEval: a simple way to debias automatic evaluators", equation 2) regresses the preference on the
 difference in length and then asks what it would be without one. Its term for the difficulty of each instruction is left
-out: it is told from many models, and here there are two.
+out: it is estimated from many models, and here there are two.
 
 Shapes: D duels, K different differences in length, P prompts, B resamples.
 """
@@ -19,7 +19,7 @@ from scipy.special import expit, logit
 from dnpo.errors import DataError
 from dnpo.seeding import derive
 from dnpo.stats.intervals import RESAMPLES, Array, Estimate, percentiles
-from dnpo.stats.wins import numbered
+from dnpo.stats.wins import number_labels
 
 ROUNDS = 200  # of Newton's method; five or six do, but where length decides nearly all
 PRECISION = 1e-10  # of θ and φ
@@ -31,14 +31,14 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class LengthControlled:
-    """What a win rate is without the part of length in it.
+    """A win rate without the effect of length.
 
     Attributes:
         rate: at equal length, with a 95 % interval over prompts.
         effect: φ, of tanh(difference / spread), in log-odds: positive where the longer response is preferred.
         spread: standard deviation of the differences in length.
         difference: their mean, ours less theirs.
-        notes: what a reader has to know beside the numbers.
+        notes: caveats to report with the numbers.
     """
 
     rate: Estimate
@@ -50,7 +50,7 @@ class LengthControlled:
     notes: tuple[str, ...]
 
 
-def length_controlled(
+def control_length(
     preferences: Sequence[float | None],
     differences: Sequence[float],
     prompts: Sequence[Hashable] | None = None,
@@ -71,44 +71,44 @@ def length_controlled(
     65 % wins nothing is left at equal length but 50 %.
 
     Prompts are resampled, each with all its duels; s stays. Where length alone decides all of a resample, its
-    likelihood has no maximum, and its limit counts: at equal length always a win, always a loss, or what became of
-    those of equal length. Where that is open too, the resample is left out, and counted.
+    likelihood has no maximum, and its limit counts: at equal length always a win, always a loss, or the rate of
+    the duels of equal length. Where that is open too, the resample is left out, and counted.
 
     Args:
         preferences: one a duel, 1, ½ or 0; None where there is none, and the duel is left out.
         differences: our length less theirs, in whatever unit; of a duel at the same place.
-        prompts: what each duel is about; None says that every duel has a prompt of its own.
+        prompts: what each duel is about; None: every duel has a different prompt.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
     Raises:
         DataError: the lists are not aligned, a value makes no sense, no duel is left, all differ in length by the same
-            amount, or length alone decides every duel, so that nothing is said about equal length.
+            amount, or length alone decides every duel, so that the rate at equal length is unknown.
     """
     prompts = range(len(preferences)) if prompts is None else prompts
-    value_D, delta_D, at_D, number = _checked(preferences, differences, prompts)
+    value_D, delta_D, at_D, number = _check(preferences, differences, prompts)
     notes = _notes(len(preferences) - len(value_D), len(preferences), number, float(value_D.mean()))
     spread = float(delta_D.std())
     if not spread and delta_D[0]:
-        raise DataError(f"all differences in length are {delta_D[0]:g}: what length does cannot be told from that")
+        raise DataError(f"all differences in length are {delta_D[0]:g}: the effect of length cannot be estimated")
     kinds_K, kind_D = np.unique(delta_D, return_inverse=True)
     x_K = np.tanh(kinds_K / (spread or 1.0))
     shape = (number, len(x_K))
     won_PK = csr_array((value_D, (at_D, kind_D)), shape=shape)
     lost_PK = csr_array((1 - value_D, (at_D, kind_D)), shape=shape)
-    won_1K, lost_1K = (_weighted(np.ones((1, number)), x_PK) for x_PK in (won_PK, lost_PK))
+    won_1K, lost_1K = (_weigh(np.ones((1, number)), x_PK) for x_PK in (won_PK, lost_PK))
     mixed = bool(won_1K.any() and lost_1K.any())
-    if spread and mixed and _separated(won_1K, lost_1K)[0]:
+    if spread and mixed and _separates(won_1K, lost_1K)[0]:
         raise DataError(
             f"length alone decides all {len(value_D):,} duels: on one side of a difference all are won, on the other "
-            "all are lost, so nothing is said about responses of the same length"
+            "all are lost, so the win rate at the same length is unknown"
         )
     (rate,), (effect,) = fit(x_K, won_1K, lost_1K)
     if np.isnan(rate):
         longer = "longer" if x_K[0] > 0 else "shorter"
         raise DataError(
-            f"one side has won all {len(value_D):,} duels, and all responses of ours are {longer}, so nothing is said "
-            "about responses of the same length"
+            f"one side has won all {len(value_D):,} duels, and all responses of ours are {longer}, so the win "
+            "rate at the same length is unknown"
         )
     estimate = Estimate(float(rate))
     if number > 1:
@@ -135,7 +135,7 @@ def fit(x_K: Array, won_BK: Array, lost_BK: Array) -> tuple[Array, Array]:
     """
     won_B, lost_B = won_BK.sum(1), lost_BK.sum(1)
     rates_B, effects_B = won_B / (won_B + lost_B), np.zeros(len(won_BK))
-    separated_B = (won_B == 0) | (lost_B == 0) | _separated(won_BK, lost_BK)
+    separated_B = (won_B == 0) | (lost_B == 0) | _separates(won_BK, lost_BK)
     for b in np.flatnonzero(separated_B):
         rates_B[b] = _limit(x_K, won_BK[b], lost_BK[b])
     left = np.flatnonzero(~separated_B)
@@ -153,7 +153,7 @@ def fit(x_K: Array, won_BK: Array, lost_BK: Array) -> tuple[Array, Array]:
 
 
 def _newton(x_K: Array, won_BK: Array, lost_BK: Array, theta_B: Array, phi_B: Array) -> tuple[Array, Array]:
-    """By how much a round changes θ and φ: no log-odds by more than 1, so that the likelihood never falls."""
+    """The changes of θ and φ in one round, at most 1 in log-odds, so that the likelihood never falls."""
     total_BK = won_BK + lost_BK
     p_BK = expit(theta_B[:, None] + phi_B[:, None] * x_K)
     off_BK, curve_BK = won_BK - total_BK * p_BK, total_BK * p_BK * (1 - p_BK)
@@ -166,7 +166,7 @@ def _newton(x_K: Array, won_BK: Array, lost_BK: Array, theta_B: Array, phi_B: Ar
     return theta * shrink, phi * shrink
 
 
-def _separated(won_BK: Array, lost_BK: Array) -> Flags:
+def _separates(won_BK: Array, lost_BK: Array) -> Flags:
     """Whether some length has all that was won on one side of it and all that was lost on the other (B).
 
     The border itself may have both. Then and only then has the likelihood no maximum (Albert and Anderson 1984).
@@ -180,7 +180,7 @@ def _separated(won_BK: Array, lost_BK: Array) -> Flags:
 
 
 def _limit(x_K: Array, won_K: Array, lost_K: Array) -> float:
-    """To what σ(θ) tends where length decides all; NaN where it can be anything."""
+    """The limit of σ(θ) where length decides every duel; NaN where it is open."""
     won, lost = x_K[won_K > 0], x_K[lost_K > 0]
     if not len(won) or not len(lost):  # the same length lies between those that there are, or else beyond them
         every = (won, lost)[len(lost) > 0]
@@ -206,17 +206,17 @@ def _bootstrap(x_K: Array, won_PK: csr_array, lost_PK: csr_array, seed: int, res
         count = min(size, resamples - start)
         drawn = rng.integers(0, number, (count, number)) + np.arange(count)[:, None] * number
         weights_BP = np.bincount(drawn.ravel(), minlength=count * number).reshape(count, number).astype(float)
-        found.append(fit(x_K, _weighted(weights_BP, won_PK), _weighted(weights_BP, lost_PK))[0])
+        found.append(fit(x_K, _weigh(weights_BP, won_PK), _weigh(weights_BP, lost_PK))[0])
     everything: Array = np.concatenate(found)
     return everything
 
 
-def _weighted(weights_BP: Array, x_PK: csr_array) -> Array:
+def _weigh(weights_BP: Array, x_PK: csr_array) -> Array:
     found: Array = weights_BP @ x_PK
     return found
 
 
-def _checked(
+def _check(
     preferences: Sequence[float | None], differences: Sequence[float], prompts: Sequence[Hashable]
 ) -> tuple[Array, Array, npt.NDArray[np.int64], int]:
     """Values, differences and prompts' numbers of the duels that have a preference."""
@@ -231,7 +231,7 @@ def _checked(
         raise DataError("a preference is 1, ½ or 0, or a probability between")
     if not np.isfinite(delta_D).all():
         raise DataError("a difference in length is no finite number")
-    return value_D, delta_D, *numbered([prompt for _, _, prompt in kept])
+    return value_D, delta_D, *number_labels([prompt for _, _, prompt in kept])
 
 
 def _notes(dropped: int, total: int, number: int, plain: float) -> list[str]:

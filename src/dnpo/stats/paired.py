@@ -1,7 +1,7 @@
 """Is one side better than the other, and are we sure? Comparisons paired over items and over seeds.
 
-``intervals.py`` has means and their intervals, ``significance.py`` the tests, ``table.py`` what becomes of many
-comparisons side by side, ``sampling.py`` pass@k and votes.
+``intervals.py`` has means and their intervals, ``significance.py`` the tests, ``table.py`` tables of many
+comparisons, ``sampling.py`` pass@k and votes.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import numpy as np
 
 from dnpo.errors import DataError
 from dnpo.seeding import derive
-from dnpo.stats.intervals import RESAMPLES, Array, Estimate, bootstrap, crossed, percentiles
+from dnpo.stats.intervals import RESAMPLES, Array, Estimate, bootstrap, estimate_mean, percentiles
 from dnpo.stats.significance import cohens_dz, cohens_g, mcnemar, mcnemar_clustered, wilcoxon
 
 DIGITS = 10  # of the largest result; what is beyond them is rounding
@@ -31,7 +31,7 @@ class Comparison:
         effect: its size, None where it cannot be computed: Cohen's g of right/wrong, Cohen's d_z of scores.
         detectable: the smallest true difference that would be found in 80 % of such comparisons at α = 0.05, before
             any correction; None where nothing varies.
-        notes: what a reader has to know beside the numbers.
+        notes: caveats to report with the numbers.
     """
 
     a: Estimate
@@ -67,19 +67,19 @@ def compare_paired(
     Args:
         a, b: results of both sides, one an item (I), or seeds by items (S × I), aligned: the same item at the same
             place, the same seed in the same row. True/False or 1/0 for right/wrong.
-        kind: of result. Unless it is said, results that are all 0 or 1 are right/wrong.
+        kind: of result. By default results that are all 0 or 1 are right/wrong.
         interval: ``bootstrap``: percentiles, over items and, if there are several, seeds. ``t``: over both as well, and
             to be preferred with few seeds. Where training moves the mean more than items do, of 400 simulated 95 %
             intervals over 3, 5 and 10 seeds 86, 91 and 94 % of the first held the truth, 93, 94 and 95 % of the second.
-        missing: what becomes of an item without a result (None or NaN) somewhere: the comparison fails, or the item is
-            dropped on both sides and under all seeds, and said.
+        missing: what happens to an item without a result (None or NaN) somewhere: the comparison fails, or the item is
+            dropped on both sides and under all seeds, and noted.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
     Raises:
         DataError: the sides are not aligned, a result is missing or no finite number, or there is none.
     """
-    a_SI, b_SI, dropped = _aligned(a, b, missing)
+    a_SI, b_SI, dropped = _align(a, b, missing)
     difference_SI = _differences(a_SI, b_SI)
     seeds, items = difference_SI.shape
     binary = bool(np.isin(a_SI, (0, 1)).all() and np.isin(b_SI, (0, 1)).all())
@@ -87,7 +87,7 @@ def compare_paired(
         raise DataError("right/wrong is 1 or 0, and these results are not; compare them as scores")
     kind = kind or ("right" if binary else "scores")
 
-    mean = crossed(difference_SI)
+    mean = estimate_mean(difference_SI)
     tests = _tests(difference_SI, kind)
     if seeds > 1:
         tests["min F′ over items and seeds"] = 1.0 if mean is None else mean.p()
@@ -110,7 +110,7 @@ def compare_paired(
     )
 
 
-def _aligned(a: Any, b: Any, missing: str) -> tuple[Array, Array, int]:
+def _align(a: Any, b: Any, missing: str) -> tuple[Array, Array, int]:
     """Both sides as seeds × items, without the items that are dropped, and how many these are."""
     sides = []
     for name, side in (("a", a), ("b", b)):
@@ -155,12 +155,12 @@ def _tests(difference_SI: Array, kind: str) -> dict[str, float]:
 
 
 def _estimates(a_SI: Array, b_SI: Array, interval: str, seed: int, resamples: int) -> list[Estimate]:
-    """Of a, b and a − b."""
+    """Estimates of a, b and a − b."""
     sides = [a_SI, b_SI, a_SI - b_SI]
     if a_SI.shape[1] < 2:
         return [Estimate(float(x_SI.mean())) for x_SI in sides]
     if interval == "t":
-        return [mean.estimate() for mean in map(crossed, sides) if mean]
+        return [mean.estimate() for mean in map(estimate_mean, sides) if mean]
     drawn_BX = bootstrap(np.stack(sides[:2]), seed, resamples)
     drawn = [*drawn_BX.T, drawn_BX[:, 0] - drawn_BX[:, 1]]
     return [percentiles(float(x_SI.mean()), drawn_B) for x_SI, drawn_B in zip(sides, drawn, strict=True)]

@@ -1,4 +1,4 @@
-"""What several samples of one answer make together."""
+"""pass@k and the majority vote of several samples."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -11,7 +11,7 @@ Answer = TypeVar("Answer", bound=Hashable)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The probability that at least one of ``k`` samples is right, told without bias from more of them.
+    """The probability that at least one of ``k`` samples is right, estimated without bias from more of them.
 
     1 − C(n−c, k) / C(n, k) for c right of n (Chen et al. 2021, "Evaluating large language models trained on code",
     equation 1), as the product 1 − Π_{i=n−c+1..n} (1 − k/i), which does not overflow.
@@ -31,7 +31,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority(answers: Iterable[Answer | None]) -> Answer | None:
     """The most frequent answer (Wang et al. 2023, "Self-consistency").
 
-    None is a sample without an answer and has no vote; None comes back where nobody has. Among equally frequent ones
+    None is a sample without an answer and has no vote; without any vote the result is None. Among equally frequent ones
     the one given first wins, which with independent samples prefers none of them, and needs no chance.
     """
     counts = Counter(answer for answer in answers if answer is not None)

@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What all writers write from, so that none can differ from another."""
+    """A table as all writers read it, so that none can differ from another."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -98,14 +98,14 @@ def table(cells: Mapping[str, Mapping[str, Cell]], digits: int = 1, scale: float
     rows = []
     for label, row in cells.items():
         shown = [
-            _shown(row[column], adjusted.get((label, column)), digits, scale) if column in row else None
+            _format_cell(row[column], adjusted.get((label, column)), digits, scale) if column in row else None
             for column in columns
         ]
         rows.append(Row(label, tuple(shown)))
     return Table(columns, tuple(rows), len(ps))
 
 
-def _shown(cell: Cell, adjusted: float | None, digits: int, scale: float) -> Shown:
+def _format_cell(cell: Cell, adjusted: float | None, digits: int, scale: float) -> Shown:
     estimate = cell.estimate
     # z: what rounds to zero has no sign
     number = format(scale * estimate.value, f"{'+' if cell.signed else ''}z.{digits}f").replace("-", "−")
@@ -136,7 +136,7 @@ def latex(found: Table, corner: str = "") -> str:
     return "\n".join([f"% {found.caption}", begin, r"\hline", head, r"\hline", *body, r"\hline", end, ""])
 
 
-def comma_separated(found: Table) -> str:
+def to_csv(found: Table) -> str:
     """One line a cell: the numbers in full and unscaled, and the text that the other writers show for them."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

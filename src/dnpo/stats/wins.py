@@ -23,9 +23,9 @@ class Wins:
         p: two-sided, of wins and losses being equally likely: the exact sign test where every prompt has one duel,
             else McNemar's test clustered by prompt.
         duels: with a score on both sides.
-        unscored: left out, for want of a score on one side or both.
+        unscored: duels left out because a score is missing on one side or both.
         prompts: that the duels are about.
-        notes: what a reader has to know beside the numbers.
+        notes: caveats to report with the numbers.
     """
 
     win: Estimate
@@ -70,8 +70,8 @@ def wins(
     Scores 80, 70, None, 60 against 70, 70, 70, 90: of 3 duels one is won, one a tie and one lost; the win rate is ½.
 
     Args:
-        ours, theirs: scores, aligned: those of one duel at the same place.
-        prompts: what each duel is about; None says that every duel has a prompt of its own.
+        ours, theirs: scores, aligned: one duel's at the same place.
+        prompts: what each duel is about; None: every duel has a different prompt.
         seed: of the bootstrap.
         resamples: of the bootstrap.
 
@@ -85,7 +85,7 @@ def wins(
     decided = [(prompt, value) for prompt, value in zip(prompts, outcomes, strict=True) if value is not None]
     if not decided:
         raise DataError(f"none of {len(outcomes)} duels has a score on both sides; nothing is left to compare")
-    at_D, number = numbered([prompt for prompt, _ in decided])
+    at_D, number = number_labels([prompt for prompt, _ in decided])
     value_D = np.array([value for _, value in decided])
     counts_XI = np.stack(
         [np.bincount(at_D, weights=value_D == value, minlength=number) for value in (1.0, 0.5, 0.0)]
@@ -106,7 +106,7 @@ def wins(
     return Wins(win, tie, lose, rate, _p(counts_XI), len(decided), unscored, number, notes)
 
 
-def numbered(labels: Sequence[Hashable]) -> tuple[npt.NDArray[np.int64], int]:
+def number_labels(labels: Sequence[Hashable]) -> tuple[npt.NDArray[np.int64], int]:
     """Numbers from 0 for labels, in the order in which they come first, and how many there are."""
     number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     return np.array([number[label] for label in labels], dtype=np.int64), len(number)

@@ -1,7 +1,7 @@
-"""Policy → the scores of the leaderboard six, their average, and what became of every item, through lm-eval.
+"""Policy → the scores of the leaderboard six, their average, and the result of every item, by lm-eval.
 
-``rows.py`` makes lm-eval's tasks of a folder of JSON lines, ``harness.py`` lets lm-eval run them (or those of the hub),
-and this file says which benchmarks there are and makes scores of what lm-eval says of each item. lm-eval is the extra
+``rows.py`` makes lm-eval's tasks of a folder of JSON lines, ``harness.py`` lets lm-eval run them (or the hub's), and
+this file defines the benchmarks and computes scores from lm-eval's result of each item. lm-eval is the extra
 ``eval``; only ``harness.py`` imports it.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnpo.errors import ModelError, SettingsError
-from dnpo.evaluate.leaderboard.rows import Task, offline
+from dnpo.evaluate.leaderboard.rows import BenchmarkTask, offline
 from dnpo.settings import Count, Natural, nearest, neutral, place
 from dnpo.store import Report, content_hash, write_json
 
@@ -110,8 +110,8 @@ class Leaderboard:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """What became of one item; rows of ``leaderboard-items.parquet``.
+class BenchmarkItem:
+    """The result of one item; rows of ``leaderboard-items.parquet``.
 
     Attributes:
         benchmark: the one it counts in.
@@ -149,7 +149,7 @@ class Score:
         shots: examples in front of each question: the fewest and the most over the tasks.
         asked: how many were asked for.
         cut: items whose prompt was longer than the model's context and lost its beginning.
-        notes: what is not as it should be, one sentence each.
+        notes: deviations from the paper's setting, one sentence each.
     """
 
     score: float
@@ -163,13 +163,13 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Result:
-    """The scores, their average (None without all of the six), seconds, and what became of every item."""
+class LeaderboardResult:
+    """The scores, their average (None without all of the six), seconds, and the result of every item."""
 
     scores: dict[str, Score]
     average: float | None
     seconds: float
-    items: list[Item]
+    items: list[BenchmarkItem]
 
     def metrics(self) -> dict[str, float]:
         """Numbers under the names they are tracked by."""
@@ -178,7 +178,7 @@ class Result:
         return {**found, **average, "leaderboard/seconds": self.seconds}
 
     def notes(self) -> list[str]:
-        """What is not as it should be, of all benchmarks."""
+        """The notes of all benchmarks."""
         return [f"{name}: {note}" for name, score in self.scores.items() for note in score.notes]
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
@@ -186,13 +186,13 @@ class Result:
         from dnpo import records
 
         rows: Any = self.items
-        kind: Any = Item
+        kind: Any = BenchmarkItem
         records.write(folder / ITEMS, rows, kind)
         scores = {name: asdict(score) for name, score in self.scores.items()}
         write_json(folder / SCORES, {**about, "average": self.average, "seconds": self.seconds, "scores": scores})
 
 
-def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Result:
+def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> LeaderboardResult:
     """Measure a policy. Its mode, its attention and the state of every random generator are put back.
 
     Raises:
@@ -207,7 +207,7 @@ def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Resul
     tasks = {name: _tasks(leaderboard.source, name) for name in leaderboard.names}  # rows are checked first
     report.begin(len(tasks), "benchmarks")
     scores: dict[str, Score] = {}
-    items: list[Item] = []
+    items: list[BenchmarkItem] = []
     with harness.running(policy, leaderboard.batch_size) as lm:
         for name, those in tasks.items():
             report.status(name)
@@ -226,20 +226,20 @@ def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Resul
             report.advance()
     report.status("")
     average = _mean(scores[name].score for name in SIX) if all(name in scores for name in SIX) else None
-    return Result(scores, average, time.monotonic() - started, items)
+    return LeaderboardResult(scores, average, time.monotonic() - started, items)
 
 
-def _tasks(source: str, name: str) -> list[Task]:
+def _tasks(source: str, name: str) -> list[BenchmarkTask]:
     """A benchmark's tasks over the files of a folder; none by hub, where lm-eval has its own.
 
     Raises:
-        SettingsError: the source is neither ``hub`` nor a folder, or the benchmark is not to be had from files.
+        SettingsError: the source is neither ``hub`` nor a folder, or the benchmark is only on the hub.
     """
     if source == HUB:
         return []
     _folder(source)
     if name == "ifeval":
-        raise SettingsError("benchmarks: ifeval is not to be had from files; leave it out, or give source=hub")
+        raise SettingsError("benchmarks: ifeval is only on the hub; leave it out, or give source=hub")
     return [task for each in BENCHMARKS[name].tasks for task in offline(Path(source), each)]
 
 
@@ -249,8 +249,8 @@ def _folder(source: str) -> Path:
     return Path(source)
 
 
-def _item(benchmark: str, sample: Mapping[str, Any], cut: Container[tuple[str, int]]) -> Item:
-    """What counts of one of lm-eval's samples, which carries its task's name as ``task``."""
+def _item(benchmark: str, sample: Mapping[str, Any], cut: Container[tuple[str, int]]) -> BenchmarkItem:
+    """The result of one of lm-eval's samples, which carries its task's name as ``task``."""
     task, doc = str(sample["task"]), sample["doc"]
     name = str(doc.get("id") or sample["doc_hash"][:16])
     choices = [float(logp) for logp, _ in sample["filtered_resps"]] if _is_choice(sample) else []
@@ -258,7 +258,7 @@ def _item(benchmark: str, sample: Mapping[str, Any], cut: Container[tuple[str, i
     if not all(map(math.isfinite, choices)):
         raise ModelError(f"{task}, item {name}: the log-likelihoods of the choices are {choices}, expected numbers")
     score = float(sample[BENCHMARKS[benchmark].metric])
-    return Item(
+    return BenchmarkItem(
         benchmark=benchmark,
         task=task,
         id=name,
@@ -276,8 +276,10 @@ def _is_choice(sample: Mapping[str, Any]) -> bool:
     return isinstance(sample["filtered_resps"][0], tuple)
 
 
-def _notes(tasks: Sequence[Task], shots: Sequence[int], asked: int, items: Sequence[Item], context: int) -> list[str]:
-    """What is not as the paper has it."""
+def _notes(
+    tasks: Sequence[BenchmarkTask], shots: Sequence[int], asked: int, items: Sequence[BenchmarkItem], context: int
+) -> list[str]:
+    """Deviations from the paper's setting."""
     notes = list(dict.fromkeys(task.note for task, count in zip(tasks, shots, strict=False) if count and task.note))
     if min(shots) < asked:
         few = f"{min(shots)}" if min(shots) == max(shots) else f"{min(shots)} to {max(shots)}"
@@ -290,7 +292,12 @@ def _notes(tasks: Sequence[Task], shots: Sequence[int], asked: int, items: Seque
 
 
 def _score(
-    benchmark: Benchmark, items: Sequence[Item], shots: Sequence[int], asked: int, seconds: float, notes: list[str]
+    benchmark: Benchmark,
+    items: Sequence[BenchmarkItem],
+    shots: Sequence[int],
+    asked: int,
+    seconds: float,
+    notes: list[str],
 ) -> Score:
     """The mean of the tasks' means, or where they are pooled of all items."""
     by_task: dict[str, list[float]] = {}

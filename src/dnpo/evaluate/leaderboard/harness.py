@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dnpo.errors import DataError, ModelError, SettingsError
-from dnpo.evaluate.leaderboard.rows import Task
+from dnpo.evaluate.leaderboard.rows import BenchmarkTask
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import ATTENTION
 
@@ -34,7 +34,7 @@ FOLDERS = {
 
 
 def available() -> None:
-    """Say so if lm-eval is not there.
+    """Raise if lm-eval is not installed.
 
     Raises:
         SettingsError: names what to install.
@@ -106,17 +106,17 @@ def _model(policy: Policy, batch_size: int) -> Any:
     return Model()
 
 
-def of_rows(tasks: Sequence[Task], shots: int) -> dict[str, Any]:
+def of_rows(tasks: Sequence[BenchmarkTask], shots: int) -> dict[str, Any]:
     """lm-eval's tasks over rows, with as many examples as there are."""
     from lm_eval.tasks import TaskManager
 
-    loaded: dict[str, Any] = TaskManager(include_defaults=False).load([_defined(task) for task in tasks])["tasks"]
+    loaded: dict[str, Any] = TaskManager(include_defaults=False).load([_define(task) for task in tasks])["tasks"]
     for task, each in zip(tasks, loaded.values(), strict=True):
         _prepare(each, min(shots, len(task.examples)))
     return loaded
 
 
-def _defined(task: Task) -> dict[str, Any]:
+def _define(task: BenchmarkTask) -> dict[str, Any]:
     from datasets import Dataset
 
     splits = {"test": Dataset.from_list(task.rows)}
@@ -144,7 +144,7 @@ def of_hub(names: Sequence[str], shots: int) -> dict[str, Any]:
         raise SettingsError(f'{", ".join(names)}: {error}; pip install "dnpo[eval]"') from error
     except (OSError, ValueError) as error:  # datasets says with either that it found neither hub nor cache
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"source=hub: {', '.join(names)} cannot be had ({reason}); give source=FOLDER") from error
+        raise DataError(f"source=hub: {', '.join(names)} cannot be loaded ({reason}); give source=FOLDER") from error
     for task in loaded.values():
         _prepare(task, shots)
     return loaded
@@ -169,7 +169,7 @@ def mass_of_the_true(doc: Mapping[str, Any], results: Sequence[tuple[float, bool
 
 
 def run(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> list[dict[str, Any]]:
-    """What lm-eval says of every item of the tasks, each with its ``task``."""
+    """Run the tasks; lm-eval's result of every item, each with its ``task``."""
     from lm_eval.evaluator import evaluate
 
     loaded = {"tasks": dict(tasks), "groups": {}, "group_map": {}}

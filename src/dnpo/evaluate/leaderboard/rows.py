@@ -27,18 +27,18 @@ from dnpo.seeding import derive
 
 Row = dict[str, Any]
 DEFINITIONS = Path(__file__).parent / "tasks"
-LENDERS = {"arc_easy": "arc_challenge"}  # whose examples serve where a task has no file of its own
+LENDERS = {"arc_easy": "arc_challenge"}  # whose examples serve where a task has no examples file
 
 
 @dataclass(frozen=True)
-class Task:
+class BenchmarkTask:
     """One of lm-eval's tasks.
 
     Attributes:
         definition: as lm-eval's YAML files have it, without data.
         rows: its items.
         examples: what can stand in front of a question.
-        note: what has to be said of the examples.
+        note: a remark on the examples, for the report.
     """
 
     definition: dict[str, Any]
@@ -47,7 +47,7 @@ class Task:
     note: str = ""
 
 
-def offline(folder: Path, name: str) -> list[Task]:
+def offline(folder: Path, name: str) -> list[BenchmarkTask]:
     """A task over the rows of a folder; MMLU is one a subject, with that subject's examples.
 
     Raises:
@@ -71,9 +71,9 @@ def offline(folder: Path, name: str) -> list[Task]:
     examples = [row for row in _read(found, name) if _question(row) not in questions] if found else []
     note = f"{name} has {found.name} for its examples" if found and found.stem not in own else ""
     if name != "mmlu":
-        return [Task(definition, rows, examples, note)]
+        return [BenchmarkTask(definition, rows, examples, note)]
     return [
-        Task(
+        BenchmarkTask(
             {**definition, "task": f"mmlu_{subject}"},
             [row for row in rows if row["subject"] == subject],
             [row for row in examples if row["subject"] == subject],
@@ -87,7 +87,7 @@ def _first(folder: Path, stems: list[str]) -> Path | None:
 
 
 def _question(row: Row) -> str:
-    """What tells an item from another, to leave examples out that are asked."""
+    """The text that identifies an item, to leave out examples that are asked."""
     return json.dumps([row.get(name) for name in ("question", "query", "context_options", "choices")])
 
 
@@ -177,7 +177,7 @@ def _gsm8k(row: Row) -> Row:
 def _truthfulqa(form: str) -> Callable[[Row], Row]:
     """The choices in an order that a hash of them decides, so that place tells nothing, and the labels with them."""
 
-    def made(row: Row) -> Row:
+    def convert(row: Row) -> Row:
         question = _text(row, "question")
         choices, labels = row[form]["choices"], row[form]["labels"]
         pairs = list(zip(choices, labels, strict=True))
@@ -189,7 +189,7 @@ def _truthfulqa(form: str) -> Callable[[Row], Row]:
         kept = {"question": question, "choices": [text for text, _ in pairs]}
         return {**kept, "gold": labels.index(1)} if form == "mc1" else {**kept, "labels": labels}
 
-    return made
+    return convert
 
 
 FORMS: Mapping[str, Callable[[Row], Row]] = {

@@ -1,4 +1,4 @@
-"""Can this judge be trusted? Its verdicts against those of people.
+"""Can this judge be trusted? Compare its verdicts with people's.
 
 What rows look like stands in ``rows.py``, what is measured in ``stats.py``. ``dnpo.stages.agreement`` keeps verdicts
 and measures in the store.
@@ -13,13 +13,13 @@ import numpy as np
 
 from dnpo.errors import JudgeError
 from dnpo.judges import Judge, judge_responses
-from dnpo.judges.agreement.rows import Comparison
+from dnpo.judges.agreement.rows import LabelledRow
 from dnpo.judges.agreement.stats import (
     CATEGORIES,
     TIE,
     A,
+    AgreementEstimate,
     B,
-    Estimate,
     Judged,
     distinct,
     entropy,
@@ -35,8 +35,8 @@ from dnpo.store import Report
 OTHER = policy_source(0)  # the source of ``b``, as judges that compare expect it
 
 
-def judge_both(judge: Judge, rows: Sequence[Comparison], ledger: Ledger, report: Report) -> list[Verdict]:
-    """Have both responses of every row judged: first all ``a``, as the human ones, then all ``b``.
+def judge_both(judge: Judge, rows: Sequence[LabelledRow], ledger: Ledger, report: Report) -> list[Verdict]:
+    """Judge both responses of every row: first all ``a``, as the human ones, then all ``b``.
 
     Raises:
         JudgeError: too many have no score.
@@ -48,12 +48,12 @@ def judge_both(judge: Judge, rows: Sequence[Comparison], ledger: Ledger, report:
 
 
 def compare(
-    rows: Sequence[Comparison], verdicts: Sequence[Verdict], pairwise: bool, resamples: int, seed: int
+    rows: Sequence[LabelledRow], verdicts: Sequence[Verdict], pairwise: bool, resamples: int, seed: int
 ) -> tuple[dict[str, Any], list[float]]:
     """Measures and counts from rows and the verdicts on them, and the points that a histogram shows.
 
-    The mode is ``score`` where every response has a score of its own, ``pairwise`` where two are compared in both
-    orders, and ``relative`` where one has a score against the other and nothing tells of orders (ensembles and
+    The mode is ``score`` where every response is scored by itself, ``pairwise`` where two are compared in both
+    orders, and ``relative`` where one is scored against the other and orders are not known (ensembles and
     majorities of judges that compare). Points are the scores, the differences between orders, or the scores of ``b``.
 
     A row counts as unscored if one of its responses is: it is left out, and counted by reason.
@@ -66,7 +66,7 @@ def compare(
     """
     first = {v.id: v for v in verdicts if v.source == HUMAN}
     second = {v.id: v for v in verdicts if v.source == OTHER}
-    scored: list[tuple[Comparison, float, float, float | None]] = []
+    scored: list[tuple[LabelledRow, float, float, float | None]] = []
     reasons: Counter[str] = Counter()
     for row in rows:
         a, b = first[row.prompt.id], second[row.prompt.id]
@@ -95,9 +95,9 @@ def compare(
     )
     found = estimates(measures(judged), len(scored), resamples, seed)
     if mode == "score":
-        # Without intervals: resampling repeats scores, which lowers both whatever the judge is like.
-        found["entropy"] = Estimate(entropy(scores), rows=len(scored))
-        found["distinct"] = Estimate(float(distinct(scores)), rows=len(scored))
+        # Without intervals: resampling repeats scores, which lowers both for any judge.
+        found["entropy"] = AgreementEstimate(entropy(scores), rows=len(scored))
+        found["distinct"] = AgreementEstimate(float(distinct(scores)), rows=len(scored))
     facts = {
         "mode": mode,
         "rows": len(rows),
@@ -113,13 +113,13 @@ def compare(
     return facts, [float(point) for point in points]
 
 
-def _longer(row: Comparison) -> int:
+def _longer(row: LabelledRow) -> int:
     a, b = len(row.prompt.human), len(row.b)
     return TIE if a == b else A if a > b else B
 
 
 def sentence(entry: Mapping[str, Any]) -> str:
-    """One entry of :func:`dnpo.stages.agreement.known_agreement` in words."""
+    """One entry of :func:`dnpo.stages.agreement.read_agreement` in words."""
     accuracy = entry["accuracy"]
     if accuracy["value"] is None:
         return f"agreement on {entry['data']} is unknown: {accuracy['reason']}"

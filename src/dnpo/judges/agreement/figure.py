@@ -1,4 +1,4 @@
-"""What was found about a judge, as a picture."""
+"""A judge's agreement with people, as a picture."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -65,7 +65,7 @@ def draw(found: Mapping[str, Any], points: Sequence[float], path: Path) -> None:
 
 
 def _rows(axis: Axes, measures: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """A line a measure: a dot with its interval, what chance gives, and the number beside it."""
+    """A line a measure: a dot with its interval, what chance gives, and the number to its right."""
     rows = [row for row in rows if measures[row[0]]["value"] is not None]
     for place, (name, _, colour, chance) in enumerate(rows):
         estimate = measures[name]

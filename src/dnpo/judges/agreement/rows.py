@@ -22,7 +22,7 @@ _LABELS = {name.lower(): number for number, name in enumerate(CATEGORIES)}
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class LabelledRow:
     """One row. Labels are places in :data:`~dnpo.judges.agreement.stats.CATEGORIES`.
 
     Attributes:
@@ -58,16 +58,16 @@ class Labelled:
             raise DataError(f"data={self.path}: there is no such file; {EXPECTED}")
         return content_hash(self.path)
 
-    def read(self) -> list[Comparison]:
+    def read(self) -> list[LabelledRow]:
         """The rows.
 
         Raises:
             DataError: there are none, or one cannot be used; names the file and the line.
         """
-        rows: list[Comparison] = []
+        rows: list[LabelledRow] = []
         seen: dict[str, str] = {}
         for where, raw in self._lines():
-            row = _comparison(where, raw)
+            row = _read_row(where, raw)
             if row.prompt.id in seen:
                 raise DataError(
                     f"{where}: id {row.prompt.id!r} is that of {seen[row.prompt.id]} already; expected another"
@@ -97,7 +97,7 @@ class Labelled:
                 raise DataError(f"{self.path}:{number}: not JSON ({error}); {EXPECTED}") from error
 
 
-def _comparison(where: str, raw: Any) -> Comparison:
+def _read_row(where: str, raw: Any) -> LabelledRow:
     if not isinstance(raw, Mapping):
         raise DataError(f"{where}: {reprlib.repr(raw)} is not an object; {EXPECTED}")
     row = {field: value for field, value in raw.items() if value is not None}
@@ -115,7 +115,7 @@ def _comparison(where: str, raw: Any) -> Comparison:
     )
     named = [(f"votes[{i}]", vote) for i, vote in enumerate(votes)]
     label, *votes = (_label(where, field, value) for field, value in [("label", row["label"]), *named])
-    return Comparison(prompt, _text(where, "b", row["b"]), label, tuple(votes))
+    return LabelledRow(prompt, _text(where, "b", row["b"]), label, tuple(votes))
 
 
 def _messages(where: str, prompt: Any) -> list[Message]:

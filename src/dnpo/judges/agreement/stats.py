@@ -23,13 +23,13 @@ Labels = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Measure:
+class AgreementMeasure:
     """A number that rows add up to.
 
     Attributes:
         of: weights (S × R) to values (S); NaN where the measure is not defined.
         rows: how many it is about.
-        undefined: why there is none, where there is none.
+        undefined: the reason to report where the measure is not defined.
     """
 
     of: Callable[[Array], Array]
@@ -38,8 +38,8 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A measure with its 95 % interval; what there is none of is None, and ``reason`` says why."""
+class AgreementEstimate:
+    """A measure with its 95 % interval; what cannot be computed is None, and ``reason`` says why."""
 
     value: float | None
     low: float | None = None
@@ -51,23 +51,23 @@ class Estimate:
 # --- measures ---------------------------------------------------------------------------------------------------------
 
 
-def absent(reason: str) -> Measure:
+def absent(reason: str) -> AgreementMeasure:
     """What cannot be measured, and why."""
-    return Measure(lambda w_SR: np.full(len(w_SR), np.nan), 0, reason)
+    return AgreementMeasure(lambda w_SR: np.full(len(w_SR), np.nan), 0, reason)
 
 
-def ratio(over_R: Any, under_R: Any, undefined: str) -> Measure:
+def ratio(over_R: Any, under_R: Any, undefined: str) -> AgreementMeasure:
     """Σ over / Σ under, each summed over rows."""
     over, under = np.asarray(over_R, float), np.asarray(under_R, float)
-    return Measure(lambda w_SR: _divide(w_SR @ over, w_SR @ under), int((under > 0).sum()), undefined)
+    return AgreementMeasure(lambda w_SR: _divide(w_SR @ over, w_SR @ under), int((under > 0).sum()), undefined)
 
 
-def share(hit_R: Any, among_R: Any, undefined: str) -> Measure:
+def share(hit_R: Any, among_R: Any, undefined: str) -> AgreementMeasure:
     """The share of hits (between 0 and 1 a row) among some of the rows."""
     return ratio(np.where(among_R, hit_R, 0.0), among_R, undefined)
 
 
-def cohen(one_R: Labels, other_R: Labels) -> Measure:
+def cohen(one_R: Labels, other_R: Labels) -> AgreementMeasure:
     """Cohen's κ = (p_o − p_e) / (1 − p_e) of two raters (Cohen 1960, equation 1).
 
     p_o is the share of rows in which they agree, p_e the share in which they would if each drew from the categories as
@@ -84,10 +84,10 @@ def cohen(one_R: Labels, other_R: Labels) -> Measure:
         # times rows²: whole numbers, so that 1 − p_e is exactly 0 where it is 0
         return _divide(rows_S * agreed_S - expected_S, rows_S**2 - expected_S)
 
-    return Measure(of, len(one_R), "both use one and the same category only, so chance explains all of it")
+    return AgreementMeasure(of, len(one_R), "both use one and the same category only, so chance explains all of it")
 
 
-def fleiss(votes_RV: Labels) -> Measure:
+def fleiss(votes_RV: Labels) -> AgreementMeasure:
     """Fleiss' κ = (P̄ − P̄_e) / (1 − P̄_e) of several raters (Fleiss 1971, equations 1 to 7).
 
     P̄ is the share of agreeing pairs of raters, averaged over rows; P̄_e the sum of squared shares of the categories.
@@ -103,19 +103,19 @@ def fleiss(votes_RV: Labels) -> Measure:
         observed_S = _divide((w_SR @ agreeing_R) * said_S, np.full(len(w_SR), persons - 1.0))
         return _divide(observed_S - expected_S, said_S**2 - expected_S)
 
-    return Measure(of, len(votes_RV), "everybody uses one category only, so chance explains all of it")
+    return AgreementMeasure(of, len(votes_RV), "everybody uses one category only, so chance explains all of it")
 
 
-def mean(measures: Sequence[Measure]) -> Measure:
+def mean(measures: Sequence[AgreementMeasure]) -> AgreementMeasure:
     """The mean of several; defined where all of them are."""
     first = measures[0]
-    return Measure(lambda w_SR: np.mean([m.of(w_SR) for m in measures], axis=0), first.rows, first.undefined)
+    return AgreementMeasure(lambda w_SR: np.mean([m.of(w_SR) for m in measures], axis=0), first.rows, first.undefined)
 
 
-def difference(one: Measure, other: Measure) -> Measure:
+def difference(one: AgreementMeasure, other: AgreementMeasure) -> AgreementMeasure:
     """One less the other, in the same samples."""
     reason = f"{one.undefined}, or {other.undefined}"
-    return Measure(lambda w_SR: one.of(w_SR) - other.of(w_SR), min(one.rows, other.rows), reason)
+    return AgreementMeasure(lambda w_SR: one.of(w_SR) - other.of(w_SR), min(one.rows, other.rows), reason)
 
 
 def _one_hot(labels: Labels) -> Array:
@@ -153,7 +153,7 @@ class Judged:
 
 
 def preference(score_a: float, score_b: float) -> int:
-    """The category that two scores say."""
+    """The preferred category by two scores."""
     apart = score_b - score_a
     return TIE if abs(apart) <= TOLERANCE else B if apart > 0 else A
 
@@ -164,7 +164,7 @@ def orders(score: float, disagreement: float | None) -> tuple[float, float]:
     return score - half, score + half
 
 
-def measures(rows: Judged) -> dict[str, Measure]:
+def measures(rows: Judged) -> dict[str, AgreementMeasure]:
     """Everything that is measured, by name."""
     judge, label, longer = rows.judge_R, rows.label_R, rows.longer_R
     everywhere, decided, prefers, unequal = label >= 0, judge != TIE, label != TIE, longer != TIE
@@ -188,7 +188,7 @@ def measures(rows: Judged) -> dict[str, Measure]:
     return found | _of_orders(rows.orders_RN) | _of_scores(rows.scores_RN)
 
 
-def _with_persons(judge_R: Labels, votes_RV: Labels) -> dict[str, Measure]:
+def _with_persons(judge_R: Labels, votes_RV: Labels) -> dict[str, AgreementMeasure]:
     persons = [votes_RV[:, v] for v in range(votes_RV.shape[1])]
     couples = [cohen(one, other) for i, one in enumerate(persons) for other in persons[:i]]
     alone = absent("the rows have no votes of single persons" if not persons else "only one person has voted")
@@ -201,7 +201,7 @@ def _with_persons(judge_R: Labels, votes_RV: Labels) -> dict[str, Measure]:
     }
 
 
-def _of_orders(orders_RN: Array | None) -> dict[str, Measure]:
+def _of_orders(orders_RN: Array | None) -> dict[str, AgreementMeasure]:
     """How often the order of two responses decides: any change of the verdict, and changes to the other side."""
     if orders_RN is None:
         no = absent("not applicable: nothing is compared in two orders")
@@ -216,7 +216,7 @@ def _of_orders(orders_RN: Array | None) -> dict[str, Measure]:
     }
 
 
-def _of_scores(scores_RN: Array | None) -> dict[str, Measure]:
+def _of_scores(scores_RN: Array | None) -> dict[str, AgreementMeasure]:
     """Shares of round scores. Among whole numbers from 0 to 100 chance makes 21/101 multiples of 5, 11/101 of 10."""
     if scores_RN is None:
         no = absent("not applicable: no scores of single responses")
@@ -247,8 +247,8 @@ def distinct(scores_N: Array) -> int:
 
 
 def estimates(
-    measures: Mapping[str, Measure], rows: int, resamples: int, seed: int, level: float = 0.95
-) -> dict[str, Estimate]:
+    measures: Mapping[str, AgreementMeasure], rows: int, resamples: int, seed: int, level: float = 0.95
+) -> dict[str, AgreementEstimate]:
     """Every measure with the percentile interval of its bootstrap over rows (Efron 1979); all share their resamples.
 
     Where a measure is not defined in some resamples, the interval is over the others, and there is none if these are
@@ -267,12 +267,12 @@ def estimates(
     }
 
 
-def _estimate(measure: Measure, value: float, drawn_S: Array, level: float) -> Estimate:
+def _estimate(measure: AgreementMeasure, value: float, drawn_S: Array, level: float) -> AgreementEstimate:
     if np.isnan(value):
-        return Estimate(None, rows=measure.rows, reason=measure.undefined)
+        return AgreementEstimate(None, rows=measure.rows, reason=measure.undefined)
     defined = drawn_S[~np.isnan(drawn_S)]
     if len(defined) < 0.95 * len(drawn_S):
-        return Estimate(value, rows=measure.rows, reason="no interval: not defined in many of the resamples")
+        return AgreementEstimate(value, rows=measure.rows, reason="no interval: not defined in many of the resamples")
     tail = 50 * (1 - level)
     low, high = np.percentile(defined, [tail, 100 - tail])
-    return Estimate(value, float(low), float(high), measure.rows)
+    return AgreementEstimate(value, float(low), float(high), measure.rows)

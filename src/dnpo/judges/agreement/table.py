@@ -1,4 +1,4 @@
-"""What was found about a judge, as a table on the console, in Markdown and as metrics."""
+"""A judge's agreement with people, as a table on the console, in Markdown and as metrics."""
 
 import math
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from rich.table import Table
 from dnpo.catalogue import Metric, metric
 
 
-class Line(NamedTuple):
+class MeasureLine(NamedTuple):
     """One measure, and what to read it against."""
 
     name: str
-    beside: str = ""
+    note: str = ""
 
     @property
     def metric(self) -> Metric:
@@ -22,27 +22,27 @@ class Line(NamedTuple):
 
 
 LINES = (
-    Line("accuracy", "chance 50 %"),
-    Line("accuracy_strict"),
-    Line("accuracy_three_way"),
-    Line("ties_judge"),
-    Line("ties_people"),
-    Line("kappa", "chance 0"),
-    Line("kappa_persons", "between two persons, next line"),
-    Line("kappa_between_persons"),
-    Line("fleiss_persons"),
-    Line("fleiss_with_judge", "without the judge, line above"),
-    Line("flips", "best 0 %"),
-    Line("reversals", "best 0 %"),
-    Line("longer_judge", "by people, next line"),
-    Line("longer_people"),
-    Line("length_bias", "none 0"),
-    Line("accuracy_longer", "chance 50 %"),
-    Line("accuracy_shorter", "chance 50 %"),
-    Line("multiples_of_5", f"whole numbers by chance {2100 / 101:.0f} %"),
-    Line("multiples_of_10", f"whole numbers by chance {1100 / 101:.0f} %"),
-    Line("entropy", f"at most log2(101) = {math.log2(101):.2f}"),
-    Line("distinct"),
+    MeasureLine("accuracy", "chance 50 %"),
+    MeasureLine("accuracy_strict"),
+    MeasureLine("accuracy_three_way"),
+    MeasureLine("ties_judge"),
+    MeasureLine("ties_people"),
+    MeasureLine("kappa", "chance 0"),
+    MeasureLine("kappa_persons", "between two persons, next line"),
+    MeasureLine("kappa_between_persons"),
+    MeasureLine("fleiss_persons"),
+    MeasureLine("fleiss_with_judge", "without the judge, line above"),
+    MeasureLine("flips", "best 0 %"),
+    MeasureLine("reversals", "best 0 %"),
+    MeasureLine("longer_judge", "by people, next line"),
+    MeasureLine("longer_people"),
+    MeasureLine("length_bias", "none 0"),
+    MeasureLine("accuracy_longer", "chance 50 %"),
+    MeasureLine("accuracy_shorter", "chance 50 %"),
+    MeasureLine("multiples_of_5", f"whole numbers by chance {2100 / 101:.0f} %"),
+    MeasureLine("multiples_of_10", f"whole numbers by chance {1100 / 101:.0f} %"),
+    MeasureLine("entropy", f"at most log2(101) = {math.log2(101):.2f}"),
+    MeasureLine("distinct"),
 )
 
 
@@ -65,7 +65,7 @@ def cells(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
             between = f"{low.removesuffix(unit)} to {high}" if unit else f"{low} to {high}"
         count = f"{estimate['rows']:,}" if estimate["rows"] else "–"
         value = format_value(estimate["value"], line.metric)
-        rows.append((line.metric.title, value, between, count, estimate["reason"] or line.beside))
+        rows.append((line.metric.title, value, between, count, estimate["reason"] or line.note))
     return rows
 
 

@@ -1,1 +1,1 @@
-"""Judges that are asked in words, and the ledger of what they said."""
+"""Judges that are asked in words, and the ledger of their answers."""

@@ -1,7 +1,7 @@
 """One round of questions to an endpoint: many at once, each until it is answered or cannot be.
 
-Workers take questions from a row. A slot is held only while a question is on its way, so that those who wait between
-attempts (as long as the server asks for, or twice as long each time) keep nobody else from asking.
+Workers take questions from a queue. A slot is held only while a question is in flight, so workers that wait between
+attempts (as long as the server asks for, or twice as long each time) do not block others.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ AGAIN = {408, 409, 425, 429}  # and 5xx
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What asking has to keep to; :class:`~dnpo.judges.asked.openai.OpenAI` says what each is."""
+    """The limits on asking; :class:`~dnpo.judges.asked.openai.OpenAI` says what each is."""
 
     concurrency: int
     requests_per_minute: int | None
@@ -58,7 +58,7 @@ async def ask_one_by_one(
     Args:
         questions: all different, at least one.
         ledger: where answers go as they arrive.
-        report: advanced with every question that is done; None where nobody looks.
+        report: advanced with every question that is done; None for no display.
         total: questions of which these are those without an answer; so many count for ``max_unscored``.
 
     Raises:
@@ -69,7 +69,7 @@ async def ask_one_by_one(
 
 
 class _Round:
-    """One round of questions: workers take them from a row, and share the slots and the purse."""
+    """One round of questions: workers take them from a queue, and share the slots and the budget."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class _Round:
         self.error: str | None = None
         self.stopped = asyncio.Event()
         self.slots = asyncio.Semaphore(limits.concurrency)
-        self.spent, self.flying, self.sent = ledger.spent(), 0.0, 0
+        self.spent, self.flying, self.sent = ledger.sum_costs(), 0.0, 0
         self.largest = max(tokens_about(q) + endpoint.max_tokens for q in questions)
         if limits.tokens_per_minute is not None and self.largest >= limits.tokens_per_minute:
             raise SettingsError(
@@ -112,7 +112,7 @@ class _Round:
         return self.reasons
 
     async def _empty_row(self, client: "AsyncOpenAI") -> None:
-        """Ask what is in the row."""
+        """Ask the questions in the queue."""
         # Most of them may be waiting between attempts: there are more than slots, so that these are full.
         count = min(WORKERS * self.limits.concurrency, len(self.row))
         workers = [asyncio.create_task(self._work(client)) for _ in range(count)]
@@ -145,7 +145,7 @@ class _Round:
         self.stopped.set()
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleep, but not when there is nothing left to sleep for."""
+        """Sleep, or return at once when nothing is left to wait for."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopped.wait(), seconds)
 
@@ -162,7 +162,7 @@ class _Round:
                 await self._call(client, question)
 
     async def _call(self, client: "AsyncOpenAI", question: Question) -> None:
-        """Send one question until there is an answer, or none to be had."""
+        """Send one question until it is answered or has to be given up."""
         limits, attempts, replies, began = self.limits, 0, 0, 0.0
         while True:
             async with self.slots:
@@ -220,7 +220,7 @@ class _Round:
             return
         self.sent += 1
         if self.sent % 20 == 0:
-            self.spent = self.ledger.spent()  # other jobs of a sweep spend too
+            self.spent = self.ledger.sum_costs()  # other jobs of a sweep spend too
         if self.spent + self.flying + (endpoint.price(question) or 0.0) > limits.max_cost:
             self._stop(
                 f"judge.max_cost={limits.max_cost:g}: ${self.spent:.4f} is spent, and another question could pass the "
@@ -296,11 +296,11 @@ class _Round:
 
 @dataclass(frozen=True)
 class _Trouble:
-    """Why an attempt brought nothing, and what follows.
+    """Why an attempt failed, and what to do next.
 
     Attributes:
-        again: it is worth another attempt.
-        stop: nothing is worth another attempt.
+        again: try this question again.
+        stop: give up the whole round.
         wait: seconds that the server asks for.
         billed: the question was sent whole and something may have been answered, which a provider may bill.
     """

@@ -32,7 +32,7 @@ async def ask_in_batches(
     seconds: float,
     max_cost: float | None,
 ) -> dict[str, str]:
-    """Submit what nobody has submitted, wait for all of it, and give the reasons of failures by key.
+    """Submit what no run has submitted, wait for all batches, and return the reasons of failures by key.
 
     Args:
         questions: all different, and without an answer yet.
@@ -44,7 +44,7 @@ async def ask_in_batches(
     Raises:
         JudgeError: a batch failed as a whole, the endpoint has no batch API, or ``max_cost`` does not suffice.
     """
-    round_ = _Round(endpoint, {q.key: q for q in questions}, ledger, report, max_cost)
+    round_ = _Batches(endpoint, {q.key: q for q in questions}, ledger, report, max_cost)
     async with endpoint.client() as client:
         try:
             return await round_.ask_all(client, seconds)
@@ -52,7 +52,7 @@ async def ask_in_batches(
             ledger.release(round_.left)
 
 
-class _Round:
+class _Batches:
     def __init__(
         self,
         endpoint: Endpoint,
@@ -138,7 +138,7 @@ class _Round:
         found = await self._find_submitted(client, digest)
         if found is None:
             cost = sum(map(self._price, keys))
-            spent = self.ledger.spent() + self._sum_waiting()
+            spent = self.ledger.sum_costs() + self._sum_waiting()
             if self.max_cost is not None and spent + cost > self.max_cost:
                 raise JudgeError(
                     f"judge.max_cost={self.max_cost:g}: ${spent:.4f} is spent or on its way, and a batch of "
@@ -169,7 +169,7 @@ class _Round:
         return sum(self._price(key) for key in waiting if key in self.questions)
 
     async def _find_submitted(self, client: "AsyncOpenAI", digest: str) -> str | None:
-        """The batch with these very questions that a run submitted and was killed before it could say so."""
+        """Find the batch with these questions that a run submitted before it was killed, if there is one."""
         async for batch in client.batches.list(limit=100):
             if self.ledger.was_collected(self.endpoint.base_url, str(batch.id)):
                 continue  # what failed in it is asked again, in another
@@ -178,7 +178,7 @@ class _Round:
         return None
 
     async def _collect(self, client: "AsyncOpenAI", name: str, questions: dict[str, Question]) -> None:
-        """Write down what a finished batch brought."""
+        """Record the results of a finished batch in the ledger."""
         import openai
 
         try:
@@ -204,7 +204,7 @@ class _Round:
                 except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
                     self.report.note(f"batch {name}: a broken line in {file}")
         self.ledger.forget_batch(self.endpoint.base_url, name)
-        self.report.status("" if self.endpoint.tariff is None else f"${self.ledger.spent():,.2f}")
+        self.report.status("" if self.endpoint.tariff is None else f"${self.ledger.sum_costs():,.2f}")
         if batch.status == "failed":
             errors = "; ".join(str(e.message) for e in (batch.errors.data or [])) if batch.errors else ""
             raise JudgeError(f"judge.batch=true: batch {name} failed: {self.endpoint.clean(errors)[:300]}")

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint: what is sent there for a question, and how its replies are read.
+"""An OpenAI-compatible endpoint: the request for a question, and how its reply is read.
 
 It knows nothing of judges. The key comes from the environment and goes nowhere but into the request.
 """
@@ -13,8 +13,8 @@ from dnpo.judges.asked.prices import Price, tokens_about
 from dnpo.judges.asked.questions import (
     Mode,
     Reading,
-    expected_score,
-    expected_winner,
+    read_expected_score,
+    read_expected_winner,
     read_score,
     read_winner,
 )
@@ -97,7 +97,7 @@ class Endpoint:
         return body
 
     def give_way(self, message: str, body: Mapping[str, Any]) -> bool:
-        """Do without what the server refuses by name; false if nothing of the kind was sent."""
+        """Stop sending the parameter that the server's message refuses; false if none that was sent is named."""
         if "response_format" in body and ("response_format" in message or "json_schema" in message):
             self.structured = False
             return True
@@ -107,7 +107,7 @@ class Endpoint:
         return False
 
     def read(self, raw: bytes, question: Question, *, batch: bool = False) -> Answer:
-        """What a server's reply says; without a value, and with the reason, where it says nothing to rely on.
+        """Read a server's reply; an unreadable one gives an answer without a value, with the reason.
 
         Args:
             raw: the body of the reply.
@@ -147,7 +147,7 @@ class Endpoint:
             ]
         except (LookupError, TypeError, ValueError, OverflowError):
             raise ValueError("the server gives no log-probabilities; set judge.reading=text") from None
-        return expected_score(tokens) if self.mode == "score" else expected_winner(tokens)
+        return read_expected_score(tokens) if self.mode == "score" else read_expected_winner(tokens)
 
     def price(self, question: Question, *, batch: bool = False) -> float | None:
         """US dollars that a question will cost, about; None where the price is not known."""

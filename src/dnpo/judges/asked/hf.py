@@ -39,8 +39,8 @@ class HF(Prompted):
         name: a name on the hub, with ``revision``. Exactly one of the two.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
         template: a file with the question; null takes the shipped one for the mode.
-        min_mass: how probable a reply in the form that was asked for has to be in all. Below it the model does not do
-            as it is told, and what it gives to the numbers says little: the question fails.
+        min_mass: least total probability of the replies that were asked for. Below it the model does not follow the
+            instruction, its numbers say little, and the question fails.
         dtype: of the weights. bfloat16 takes half the memory, and its scores depend a little on the batch.
         device: ``auto`` is the GPU if there is one, as for the policy.
         batch_size: questions read at once; it changes nothing but speed and memory. The keys and values of each are
@@ -95,7 +95,7 @@ class HF(Prompted):
         return None
 
     def canary(self, ledger: Ledger) -> Canary:
-        """Ask whether the model does as it is told. It is asked once; the ledger keeps the answer."""
+        """Ask one question to see whether the model follows the instruction; the ledger keeps the answer."""
         prompt = Prompt("canary", [{"role": "user", "content": "Name the capital of France."}], "")
         texts = ("Paris.", "") if self.mode == "score" else ("Paris.", "Oslo.")
         question = self._question(prompt, *texts, order="" if self.mode == "score" else "ab")

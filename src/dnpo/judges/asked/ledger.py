@@ -1,6 +1,6 @@
-"""The ledger: what judges were asked and what they said, so that no question is paid for twice.
+"""The ledger: the questions that judges were asked and their answers, so that no question is paid for twice.
 
-A SQLite file beside the store, written ahead (WAL) and shared by all runs that name it. A question has one key: a hash
+A SQLite file next to the store, written ahead (WAL) and shared by all runs that name it. A question has one key: a hash
 of who is asked, with which template, in which order, and what. An answer is written the moment it arrives; a failure is
 written too, for what it cost, but never answers anything. A run that asks a question holds a claim on it, so that runs
 side by side wait for each other's answers; claims of a process that was killed fall back at once.
@@ -117,7 +117,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, run: str = "") -> None:
-        self.path, self.run = path.resolve(), run  # by whatever name: claims and locks lie beside the file itself
+        self.path, self.run = path.resolve(), run  # resolved, because claims and locks lie next to the file itself
         self.owner = uuid.uuid4().hex
         self._alive: FileLock | None = None
 
@@ -163,7 +163,7 @@ class Ledger:
         if "_db" not in self.__dict__:
             return
         if self._alive is not None:
-            with suppress(LedgerError):  # claims that cannot be taken back fall back, as those of a killed process
+            with suppress(LedgerError):  # claims not given back lapse as a killed process's do
                 self._write("DELETE FROM claims WHERE owner = ?", (self.owner,))
             self._alive.release()
             self._sign(self.owner).unlink(missing_ok=True)
@@ -199,7 +199,7 @@ class Ledger:
             for key in open_:
                 row = self._db.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
                 holder = self.owner if row is None else row[0]
-                # looked up while nobody else can write: whoever has claimed by now has shown to be alive before
+                # looked up under the write lock: every owner of a claim signed as alive before it claimed
                 if holder not in alive:
                     alive[holder] = self._is_alive(holder)
                 if holder == self.owner or not alive[holder]:
@@ -255,7 +255,7 @@ class Ledger:
             (self.run, question.judge, question.model, month, count),
         )
 
-    def spent(self) -> float:
+    def sum_costs(self) -> float:
         """US dollars that this run has spent, failures included; calls without a known price count as nothing."""
         total = 0.0
         for table in ("calls", "failures"):
@@ -280,7 +280,7 @@ class Ledger:
         self._write("INSERT OR REPLACE INTO batches VALUES (?,?,?,?)", (batch, endpoint, json.dumps(fields), now))
 
     def forget_batch(self, endpoint: str, batch: str) -> None:
-        """Forget a batch, but not that it was collected."""
+        """Forget a batch's questions, but remember that it was collected."""
         self._write("UPDATE batches SET questions = '' WHERE endpoint = ? AND id = ?", (endpoint, batch))
 
     def was_collected(self, endpoint: str, batch: str) -> bool:
@@ -348,7 +348,7 @@ class Ledger:
         try:
             yield
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
-            raise  # nothing that users could put right
+            raise  # not for users to fix
         except sqlite3.DatabaseError as error:
             raise LedgerError(
                 f"ledger={self.path}: {error}; every answer that was written is kept. See that the disk has room and "
@@ -367,14 +367,14 @@ class Ledger:
         return self.path.with_name(f"{self.path.name}.claims") / f"{owner}.lock"
 
     def _show_alive(self) -> None:
-        """Hold a lock that the system frees when this process ends, however it ends."""
+        """Hold a lock for as long as this process lives; the system frees it."""
         if self._alive is not None:
             return
-        _ = self._db  # which makes the folder, and says so where it cannot
+        _ = self._db  # creates the folder, or raises
         sign = self._sign(self.owner)
         try:
             sign.parent.mkdir(exist_ok=True)
-            # locked under another name first: nobody may see the file and find it free
+            # locked under another name first, so that no process finds the file unlocked
             lock = FileLock(sign.with_suffix(".new"))
             lock.acquire()
             sign.with_suffix(".new").replace(sign)

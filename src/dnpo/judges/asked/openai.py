@@ -50,7 +50,7 @@ class OpenAI(Prompted):
         requests_per_minute, tokens_per_minute: ceilings over all runs that share the ledger; null for none.
         timeout: seconds of one attempt.
         deadline: seconds from the first attempt at a question to the last.
-        max_replies: replies at most that are paid for one question, while none of them can be read.
+        max_replies: unreadable replies to one question, at most, before it fails.
         batch: ask through the provider's batch API, within a day at a lower price.
         batch_poll: seconds between two looks at a batch.
         max_cost: US dollars that a run (or a sweep as a whole) may spend; null for no limit.
@@ -113,7 +113,7 @@ class OpenAI(Prompted):
 
     @cached_property
     def endpoint(self) -> Endpoint:
-        """Where questions go. What the server refuses is learned once: the check before a run teaches the run."""
+        """The endpoint, made once: what the server refused in the check before a run is not sent in the run."""
         return Endpoint(
             self.model,
             self.base_url,
@@ -148,7 +148,7 @@ class OpenAI(Prompted):
     # --- before anything is asked
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """There is a key, where one is needed, and it can be sent."""
+        """Any prompt, if the key is set where one is needed, and can be sent."""
         key = os.environ.get(self.key_from, "")
         if not key.isascii() or not key.isprintable() or " " in key:
             return (

@@ -1,6 +1,6 @@
 """Judges that are asked in words: rows → questions → answers → verdicts.
 
-In mode ``score`` every response is a question of its own, answered by a whole number from 0 to 100. In mode
+In mode ``score`` every response is a separate question, answered by a whole number from 0 to 100. In mode
 ``pairwise`` every generated response is compared with the human one, in both orders: its score is 100 × the mean
 probability that it is better, and the difference between the orders is kept. Questions are looked up in the ledger
 first, and only what it does not know is asked.
@@ -125,12 +125,12 @@ class Prompted(Judge):
         return Template(Path(self.template) if self.template else SHIPPED / f"{self.mode}.yaml", self.mode)
 
     def identity(self) -> Mapping[str, Any]:
-        """What decides the verdicts: never how, how fast or at what price they are got."""
+        """The settings that decide the verdicts; how fast and at what price they come is not among them."""
         return {"judge": self.kind, "model": self.respondent, "template": self.wording.name}
 
     @abstractmethod
     def ask(self, questions: Sequence[Question], ledger: Ledger, report: Report, total: int) -> dict[str, str]:
-        """Get answers into the ledger, whoever asks; give the reasons why questions have none, by key.
+        """Write answers into the ledger; return the reasons why questions have none, by key.
 
         Args:
             questions: all different, and without an answer when this was called.
@@ -263,8 +263,8 @@ def _strip_fence(reply: str) -> str:
     return text
 
 
-def expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
-    """The expected number over the tokens that could have stood where the reply's number stands.
+def read_expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
+    """The expected score: the mean over the likeliest tokens at the place of the reply's number.
 
     Args:
         tokens: for every token of the reply, the log-probabilities of the likeliest tokens there, the chosen one
@@ -290,8 +290,8 @@ def expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
     return min(sum(number * p for number, p in mass.items()) / total, 100.0)
 
 
-def expected_winner(tokens: Sequence[Mapping[str, float]]) -> float:
-    """100 × P(A) / (P(A) + P(B)) where the reply's first word stands; see :func:`expected_score`.
+def read_expected_winner(tokens: Sequence[Mapping[str, float]]) -> float:
+    """100 × P(A) / (P(A) + P(B)), from the likeliest tokens at the reply's first word.
 
     Raises:
         ValueError: the reply is not what :func:`read_winner` reads, or neither is among the likeliest tokens.

@@ -68,7 +68,7 @@ class Replies:
         return self._ids(self._text(messages))
 
     def _refuses_system(self, example: Sequence[Message]) -> bool:
-        """Whether the template raises at a system turn, or drops it without a word."""
+        """Whether the template raises at a system turn, or drops it silently."""
         if example[0]["role"] != "system":
             return False
         try:
@@ -114,9 +114,9 @@ class Replies:
         return ids
 
     def _paths(self, example: Sequence[Message], replies: Sequence[str]) -> list[Path]:
-        """The tokens of each reply, read together with what stands before it.
+        """The tokens of each reply, tokenised together with the text before it.
 
-        A SentencePiece tokenizer would begin a text of its own with a space. Only where the prompt's last token melts
+        A SentencePiece tokenizer would begin a separate text with a space. Only where the prompt's last token melts
         with a reply's first are the replies tokenised apart.
         """
         text = self._text(example)

@@ -1,7 +1,7 @@
 """Judges for prompts with a known answer: 100 points if a response gives it, 0 if not.
 
-A response in which no answer is found is wrong and has 0 points, with the reason beside them: it is no failure of the
-judge, and without a score the pair would be left out and the policy never learn to answer. Only the gold answer being
+A response in which no answer is found is wrong and scores 0 points, with the reason. It is no failure of the judge:
+without a score the pair would be left out, and the policy would never learn to answer. Only the gold answer being
 unusable is a failure, and that is refused before anything is computed.
 """
 
@@ -41,7 +41,7 @@ class Checker(Judge):
 
     @abstractmethod
     def check(self, gold: str, text: str) -> tuple[bool, str]:
-        """Whether a response is right, and why not where there is more to say than that it is wrong."""
+        """Whether a response is right, and the reason if it is wrong for more than its answer."""
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
         """Every prompt must have a usable answer."""
@@ -63,7 +63,7 @@ class Checker(Judge):
         return [self.verdict(by_id[r.id], r) for r in responses]
 
     def verdict(self, prompt: Prompt, response: Response) -> Verdict:
-        """Of one response."""
+        """Judge one response."""
         if prompt.answer is None or not self.usable(prompt.answer):
             return Verdict(response.id, response.source, None, f"the prompt's answer is not {self.expects}")
         right, reason = self.check(prompt.answer, response.text)
@@ -127,7 +127,7 @@ def numbers(text: str) -> list[Fraction]:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number a response ends up with; see :class:`Numeric`."""
+    """The final number of a response, found as :class:`Numeric` describes."""
     text = _FRACTION.sub(r"\1/\2", text)
     for mark in _FINAL:
         given = mark.findall(text)
@@ -254,7 +254,7 @@ class Exact(Checker):
 
 
 def normalise(text: str) -> str:
-    """A text by its words and signs; see :class:`Exact`."""
+    """Reduce a text to its words and signs, as :class:`Exact` compares them."""
     text = unicodedata.normalize("NFKC", text).casefold()
     # a sign or a point inside a number is part of its value, unlike the punctuation of a sentence
     text = re.sub(r"(?<![\w.])[-−](?=\d)|(?<=\d)\.(?=\d)", lambda m: "\0" if m.group() == "." else "\1", text)

@@ -1,7 +1,7 @@
 """A judge that runs code: the response's, and then the unit tests that are the prompt's answer.
 
-Each response runs in a Python process of its own: isolated mode, an empty environment, an empty temporary folder to
-work in, a session of its own that is killed as a whole at the end or after ``timeout``, and limits of the system on
+Each response runs in a separate Python process: isolated mode, an empty environment, an empty temporary folder to
+work in, a new session that is killed as a whole at the end or after ``timeout``, and limits of the system on
 processor time, address space, size of files, open files and processes.
 
 These are limits, not a sandbox. They keep an endless loop or a leak from taking the machine along. They do not keep
@@ -33,7 +33,7 @@ from dnpo.records import Prompt, Response, Verdict
 from dnpo.settings import Count, Positive, neutral
 from dnpo.store import Report
 
-# The new process limits itself before it sees any code (a hook between fork and exec is not safe beside threads). It
+# The new process limits itself before it sees any code (a hook between fork and exec is not safe with threads). It
 # writes the word it was given only when the tests are through: code that ends the process early has not passed.
 HARNESS = """
 import json, os, resource, sys
@@ -149,7 +149,7 @@ class UnitTests(Checker):
         task = {"response": code, "tests": tests, "word": word, "limits": self.limits}
         with (
             tempfile.TemporaryDirectory(prefix="dnpo-code-", ignore_cleanup_errors=True) as folder,
-            tempfile.TemporaryFile() as stdin,  # files and no pipes: nobody can make anybody wait at them
+            tempfile.TemporaryFile() as stdin,  # files instead of pipes, on which a process could block
             tempfile.TemporaryFile() as stdout,
         ):
             stdin.write(json.dumps(task).encode())
@@ -178,7 +178,7 @@ class UnitTests(Checker):
         )
         end = time.monotonic() + self.timeout
         try:
-            # Looked at without being collected: until it is, its number can be nobody else's, and it is killed by it.
+            # Waited for without reaping: until it is reaped its process id cannot be reused, so the kill hits no other.
             looks = os.WEXITED | os.WNOWAIT | os.WNOHANG
             while not (done := os.waitid(os.P_PID, child.pid, looks) is not None) and time.monotonic() < end:
                 time.sleep(0.005)

@@ -51,18 +51,18 @@ class Rules(Judge):
         return Verdict(response.id, response.source, self.points(prompt, response.text))
 
     def points(self, prompt: Prompt, text: str) -> float:
-        """Of one response, 0-100."""
+        """The score of one response, 0-100."""
         return 60.0 * correct(prompt, text) + 25.0 * completeness(prompt, text) + form(text)
 
 
 @dataclass(frozen=True)
 class Correct(Rules):
-    """100 points for the right answer and 0 for any other, however it is put: another taste, to measure by."""
+    """100 points for the right answer and 0 for any other, however it is put: a second, stricter measure."""
 
     option: ClassVar[str] = "correct"
 
     def points(self, prompt: Prompt, text: str) -> float:
-        """Of one response: 0 or 100."""
+        """The score of one response: 0 or 100."""
         return 100.0 * correct(prompt, text)
 
 

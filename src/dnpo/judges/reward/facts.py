@@ -1,4 +1,4 @@
-"""What ``fit`` writes beside a reward model's weights, and reading it; nothing heavy is needed for that."""
+"""Reading the facts that ``fit`` writes next to a reward model's weights, without heavy imports."""
 
 import json
 from typing import Any, Literal
@@ -11,7 +11,7 @@ FACTS, SEEN = "reward.json", "prompts_seen.txt"
 
 
 def read_facts(weights: Weights) -> dict[str, Any]:
-    """What ``fit`` wrote beside the weights; empty for a model from elsewhere.
+    """Read what ``fit`` wrote next to the weights; empty for a model from elsewhere.
 
     Raises:
         ModelError: it cannot be read.
@@ -25,6 +25,6 @@ def read_facts(weights: Weights) -> dict[str, Any]:
         return {**facts, "center": float(facts["center"]), "scale": float(facts["scale"])}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelError(
-            f"{weights.shown}: its {FACTS} cannot be used ({error}); expected kind, center and scale as `python -m "
-            "dnpo.judges.reward fit` writes them"
+            f"{weights.description}: its {FACTS} cannot be used ({error}); expected kind, center and scale as "
+            "`python -m dnpo.judges.reward fit` writes them"
         ) from error

@@ -1,7 +1,7 @@
 """Fitting a reward model to preferences (Bradley and Terry): the chosen response is to have the greater reward.
 
-The loss of a pair is −log σ(r⁺ − r⁻). What is fitted is measured on conversations it has not seen, beside the plainest
-judge there is, which prefers the longer response.
+The loss of a pair is −log σ(r⁺ − r⁻). What is fitted is measured on held-out conversations, along with the simplest
+judge, which prefers the longer response.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dnpo.data.seen import seen_as
+from dnpo.data.seen import hash_conversation
 from dnpo.errors import DataError, ModelError
 from dnpo.judges.reward.facts import FACTS, SEEN, Kind
 from dnpo.judges.reward.models import Embedding, Rewards, start_classifier
@@ -124,7 +124,7 @@ def fit(
             "training_accuracy": float(np.mean(_wins(*_rewards(model, rows)))),
         },
     }
-    _write(model, facts, [seen_as(pair.messages) for pair in known], folder)
+    _write(model, facts, [hash_conversation(pair.messages) for pair in known], folder)
     print(_describe(facts, folder))
     return facts
 
@@ -285,14 +285,14 @@ def _wins(first: Sequence[float], second: Sequence[float]) -> list[float]:
 
 
 def _write(model: Rewards, facts: dict[str, Any], seen: Sequence[str], folder: Path) -> None:
-    """The whole folder or nothing."""
+    """Write the folder whole or not at all."""
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         model.save(aside)
         (aside / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        # by hashes, so that a run can tell whether it is measured on what its judge was fitted on
+        # as hashes, so that a run can check whether it is measured on what its judge was fitted on
         (aside / SEEN).write_text("".join(f"{name}\n" for name in sorted(set(seen))), encoding="utf-8")
         aside.replace(folder)
     except OSError as error:

@@ -117,7 +117,7 @@ class Embedding(Rewards):
     kept once they are made, since prompts come again and training reads them many times.
 
     Args:
-        encoder: embeds the texts, one at a time: what a text is embedded with never changes its embedding.
+        encoder: embeds the texts, one at a time, so batches never change an embedding.
         hidden: units of the head.
         max_tokens: of a text; None takes what the encoder can read.
     """
@@ -130,7 +130,7 @@ class Embedding(Rewards):
         self._known: dict[Ids, Tensor] = {}
 
     def encode(self, messages: Sequence[Message], response: str) -> list[Ids]:
-        """The tokens of the conversation, and those of the response."""
+        """The tokens of the conversation and of the response."""
         return [self.encoder.encode(text) for text in (join_turns(messages), response)]
 
     def __call__(self, rows: Sequence[list[Ids]]) -> Tensor:
@@ -167,7 +167,7 @@ def load(weights: Weights, dtype: Dtype, device: str, max_tokens: int | None) ->
         try:
             rewards.model.load_state_dict(load_file(weights.folder / HEAD))
         except (OSError, RuntimeError, ValueError) as error:
-            raise ModelError(f"{weights.shown}: its {HEAD} cannot be loaded: {error}") from error
+            raise ModelError(f"{weights.description}: its {HEAD} cannot be loaded: {error}") from error
         return rewards
     model, info = weights.load(
         AutoModelForSequenceClassification,
@@ -176,10 +176,10 @@ def load(weights: Weights, dtype: Dtype, device: str, max_tokens: int | None) ->
         output_loading_info=True,
     )
     if model.config.num_labels != 1:
-        raise ModelError(f"{weights.shown}: has {model.config.num_labels} outputs; expected one, the reward")
+        raise ModelError(f"{weights.description}: has {model.config.num_labels} outputs; expected one, the reward")
     if info["missing_keys"]:
         raise ModelError(
-            f"{weights.shown}: no reward model, {', '.join(sorted(info['missing_keys'])[:3])} would be a draw; "
+            f"{weights.description}: no reward model, {', '.join(sorted(info['missing_keys'])[:3])} would be a draw; "
             f"fit one on it: python -m dnpo.judges.reward fit base={weights.folder or weights.name} data.path=… out=…"
         )
     return Classifier(model.to(device).eval(), weights.load(AutoTokenizer), max_tokens)
@@ -204,7 +204,7 @@ def start_classifier(weights: Weights, device: str, max_tokens: int | None) -> C
     if text.pad_token_id is None:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:
-            raise ModelError(f"{weights.shown}: its tokenizer has neither a padding nor an end-of-sequence token")
+            raise ModelError(f"{weights.description}: its tokenizer has neither a padding nor an end-of-sequence token")
         text.pad_token_id = model.config.pad_token_id = pad
     return Classifier(model, tokenizer, max_tokens)
 

@@ -111,7 +111,7 @@ class Reward(Judge):
         prompt = Prompt("canary", [{"role": "user", "content": "Name the capital of France."}], "")
         (verdict,) = self._verdicts([prompt], [Response("canary", HUMAN, "Paris.", [], 0, "eos")], None)
         if verdict.score is None:
-            return Canary(False, f"{self.weights.shown}: {verdict.reason}")
+            return Canary(False, f"{self.weights.description}: {verdict.reason}")
         return Canary(True, f"the reward model gives {verdict.score:.1f} to a right answer on {self._device}")
 
     def __call__(
