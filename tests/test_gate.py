@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dnpo.commands.train import build, pass_gate
-from dnpo.data.seen import seen_as
+from dnpo.data.seen import hash_conversation
 from dnpo.errors import JudgeError, SettingsError
 from dnpo.generate import Sampling
 from dnpo.judges import Canary, Judge
@@ -361,9 +361,9 @@ def test_canary_of_a_judge_by_api(tmp_path: Path) -> None:
 
 def test_prompts_that_the_judge_was_fitted_on() -> None:
     fires(judge.judge_prompts((), PLAIN, "test"), "pass", "no prompts of its own")
-    other = {seen_as(row("x", "Something else?").messages)}
+    other = {hash_conversation(row("x", "Something else?").messages)}
     fires(judge.judge_prompts(other, PLAIN, "test"), "pass", "none of the 1 prompts")
-    seen = {seen_as(row("x", "what is  1 PLUS 2?").messages)}
+    seen = {hash_conversation(row("x", "what is  1 PLUS 2?").messages)}
     fires(judge.judge_prompts(seen, PLAIN, "test"), "warn", "1 of the 8 test prompts", "the first is 0", "eval.split")
 
 
@@ -560,7 +560,7 @@ def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
     data = run.data.read()[0]
     leak = {**data, "test": [replace(data["train"][0], id="leak"), *data["test"]]}
     own = Asked(Canary(True, "says 100"))
-    own.seen = {seen_as(data["test"][1].messages)}
+    own.seen = {hash_conversation(data["test"][1].messages)}
     source = type("Source", (), {**_limits(run), "read": lambda self: (leak, {})})()
     run = replace(run, data=source, judge=own)
     levels = {f.name: f.level for f in gate(run, iterations, Store(tmp_path))}

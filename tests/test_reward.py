@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from dnpo.commands.reward import main
-from dnpo.data.seen import seen_as
+from dnpo.data.seen import hash_conversation
 from dnpo.errors import DataError, ModelError
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.reward.fitting import fit, measure, spread
@@ -315,7 +315,7 @@ def test_fit_and_judge(world: World, tmp_path: Path, kind: str, capsys: pytest.C
     assert sum(right) / len(right) == pytest.approx(found[0]["fit"]["accuracy"])
     middle = [s for s in said if s is not None and 24.9 <= s <= 75.1]
     assert len(middle) / len(said) == pytest.approx(0.5, abs=0.1)
-    train = {seen_as(p.messages) for p in data.read()[0]}
+    train = {hash_conversation(p.messages) for p in data.read()[0]}
     assert judges[0].prompts_seen == train
     assert judges[0].canary(Ledger(tmp_path / "none")).scored
     with pytest.raises(ModelError, match=r"out=.*something already"):

@@ -1,4 +1,4 @@
-"""By what a conversation is recognised, for those who have to say later which ones they have seen."""
+"""Recognise conversations again, such as those that a judge was fitted on."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dnpo.records import Message
 
 
-def seen_as(messages: Sequence[Message]) -> str:
-    """A hash of a conversation, the same whatever its case and spaces."""
-    said = [[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in messages]
-    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+def hash_conversation(messages: Sequence[Message]) -> str:
+    """Hash a conversation; case and white space make no difference. 16 hexadecimal digits."""
+    turns = [[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in messages]
+    return hashlib.sha256(repr(turns).encode()).hexdigest()[:16]

@@ -64,8 +64,8 @@ def evaluate(
         report: told of every batch.
     """
     copies = evaluation.samples
-    several = copied(held, copies)
-    known = _known(train, pairs, evaluation.sequences, seed)
+    several = repeat_prompts(held, copies)
+    known = _choose_known(train, pairs, evaluation.sequences, seed)
     report.begin(len(held.prompts) * (1 + copies) + len(known.prompts), "responses")
     greedy = sample(policy, held.prompts, sampling.greedy(), source, limit, 0, report)
     fresh = sample(policy, several, sampling, source, limit, derive(seed, "held out"), report)
@@ -96,8 +96,8 @@ def evaluate(
     return metrics
 
 
-def copied(held: Held, copies: int) -> list[Prompt]:
-    """The held-out prompts, once for each sample: all with number 0, then all with number 1, …"""
+def repeat_prompts(held: Held, copies: int) -> list[Prompt]:
+    """Repeat the held-out prompts once for each sample: all with number 0, then all with number 1, …"""
     return [
         replace(p, id=f"{p.id}#{n}", human=r.text)
         for n in range(copies)
@@ -112,8 +112,8 @@ class _Known(NamedTuple):
     rejected: list[list[int]]
 
 
-def _known(train: Held, pairs: Sequence[Pair] | None, count: int, seed: int) -> _Known:
-    """Prompts whose chosen (and rejected) responses are compared with new ones; drawn from the seed."""
+def _choose_known(train: Held, pairs: Sequence[Pair] | None, count: int, seed: int) -> _Known:
+    """Draw the prompts whose chosen (and rejected) responses are compared with new ones."""
     draw = np.random.default_rng(derive(seed, "sequences"))
     human_of = {r.id: r.token_ids for r in train.human}
     if pairs is None:

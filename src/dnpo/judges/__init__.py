@@ -56,7 +56,7 @@ class Judge(ABC):
 
     @property
     def prompts_seen(self) -> Collection[str]:
-        """:func:`~dnpo.data.seen.seen_as` of the conversations that it was fitted on."""
+        """:func:`~dnpo.data.seen.hash_conversation` of the conversations that it was fitted on."""
         return frozenset()
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:

@@ -96,10 +96,10 @@ def drift(run: Run, plan: Plan, task: Task) -> Facts:
 @verb("second", 1, lambda run, plan: {"judge": part_key(run.second_judge)}, title="second judge")
 def judge_again(run: Run, plan: Plan | None, task: Task) -> Facts:
     """What another judge says of the responses that were judged."""
-    from dnpo.evaluate.metrics import copied, quality
+    from dnpo.evaluate.metrics import quality, repeat_prompts
 
     rows = read_split(task.inputs["prompts"], run.eval.split)
-    several = copied(rows, run.eval.samples)
+    several = repeat_prompts(rows, run.eval.samples)
     samples = read(task.inputs["evaluation"] / "samples.parquet", Response)
     responses = [*rows.human, *samples[: len(rows.prompts) + len(several)]]
     verdicts = judge_responses(run.second_judge, [*rows.prompts, *several], responses, run.ledger, task.report)

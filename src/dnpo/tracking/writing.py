@@ -149,7 +149,7 @@ class MLflowTracking(Tracking):
         from mlflow.entities import Param
 
         params = [Param(key, without_password(str(value))[:6000]) for key, value in settings.items()]
-        with self._reached() as experiment:
+        with self._connect() as experiment:
             known = {name: tags[name] for name in ("dnpo.sweep_name",) if name in tags}
             parent = {"mlflow.parentRunId": self._parent(experiment, sweep, known)} if sweep is not None else {}
             close_abandoned(self._client, experiment)
@@ -162,14 +162,14 @@ class MLflowTracking(Tracking):
 
     def resume(self, run: str) -> None:
         """See :class:`Tracking`."""
-        with self._reached() as experiment:
+        with self._connect() as experiment:
             tags = self._client.get_run(run).data.tags
         self._note, self._marked = tags.get(NOTE, ""), ALIVE in tags
         self.id, self._url = run, (experiment, run)
 
     @contextmanager
-    def _reached(self) -> Iterator[str]:
-        """With a client, and the id of the experiment; what goes wrong names the setting."""
+    def _connect(self) -> Iterator[str]:
+        """Connect to the store and give the id of the experiment; errors name the setting."""
         for silenced in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
             os.environ.setdefault(silenced, "true")
         reachable(self.uri)

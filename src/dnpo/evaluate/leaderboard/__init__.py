@@ -208,7 +208,7 @@ def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Resul
     report.begin(len(tasks), "benchmarks")
     scores: dict[str, Score] = {}
     items: list[Item] = []
-    with harness.running(policy, leaderboard.batch_size) as lm:
+    with harness.open_model(policy, leaderboard.batch_size) as lm:
         for name, those in tasks.items():
             report.status(name)
             began = time.monotonic()

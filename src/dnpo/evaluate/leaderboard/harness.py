@@ -44,8 +44,8 @@ def available() -> None:
 
 
 @contextlib.contextmanager
-def running(policy: Policy, batch_size: int) -> Iterator[Any]:
-    """The policy as lm-eval's model for a while, with its own attention, and nothing of lm-eval's on the screen.
+def open_model(policy: Policy, batch_size: int) -> Iterator[Any]:
+    """Open the policy as lm-eval's model for a while, with its own attention, and nothing of lm-eval's on the screen.
 
     The mode, the attention and the state of every random generator are put back.
     """
@@ -110,13 +110,14 @@ def of_rows(tasks: Sequence[Task], shots: int) -> dict[str, Any]:
     """lm-eval's tasks over rows, with as many examples as there are."""
     from lm_eval.tasks import TaskManager
 
-    loaded: dict[str, Any] = TaskManager(include_defaults=False).load([_defined(task) for task in tasks])["tasks"]
+    loaded: dict[str, Any] = TaskManager(include_defaults=False).load([_define(task) for task in tasks])["tasks"]
     for task, each in zip(tasks, loaded.values(), strict=True):
         _prepare(each, min(shots, len(task.examples)))
     return loaded
 
 
-def _defined(task: Task) -> dict[str, Any]:
+def _define(task: Task) -> dict[str, Any]:
+    """Describe a task as lm-eval wants it, with its rows."""
     from datasets import Dataset
 
     splits = {"test": Dataset.from_list(task.rows)}

@@ -177,7 +177,7 @@ def _gsm8k(row: Row) -> Row:
 def _truthfulqa(form: str) -> Callable[[Row], Row]:
     """The choices in an order that a hash of them decides, so that place tells nothing, and the labels with them."""
 
-    def made(row: Row) -> Row:
+    def order_choices(row: Row) -> Row:
         question = _text(row, "question")
         choices, labels = row[form]["choices"], row[form]["labels"]
         pairs = list(zip(choices, labels, strict=True))
@@ -189,7 +189,7 @@ def _truthfulqa(form: str) -> Callable[[Row], Row]:
         kept = {"question": question, "choices": [text for text, _ in pairs]}
         return {**kept, "gold": labels.index(1)} if form == "mc1" else {**kept, "labels": labels}
 
-    return made
+    return order_choices
 
 
 FORMS: Mapping[str, Callable[[Row], Row]] = {

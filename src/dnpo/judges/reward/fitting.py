@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dnpo.data.seen import seen_as
+from dnpo.data.seen import hash_conversation
 from dnpo.errors import DataError, ModelError
 from dnpo.judges.reward.facts import FACTS, SEEN, Kind
 from dnpo.judges.reward.models import Embedding, Rewards, start_classifier
@@ -124,7 +124,7 @@ def fit(
             "training_accuracy": float(np.mean(_wins(*_rewards(model, rows)))),
         },
     }
-    _write(model, facts, [seen_as(pair.messages) for pair in known], folder)
+    _write(model, facts, [hash_conversation(pair.messages) for pair in known], folder)
     print(_describe(facts, folder))
     return facts
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from dnpo.data.seen import seen_as
+from dnpo.data.seen import hash_conversation
 from dnpo.errors import DnpoError
 from dnpo.judges import Judge
 from dnpo.judges.asked.ledger import Ledger
@@ -41,11 +41,11 @@ def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> 
     """Whether the judge was fitted on prompts that the policy is measured on.
 
     Args:
-        seen: :func:`seen_as` of what it was fitted on.
+        seen: :func:`hash_conversation` of what it was fitted on.
     """
     if not seen:
         return Finding("prompts of the judge", "pass", "the judge was fitted on no prompts of its own")
-    both = [row for row in held if seen_as(row.messages) in seen]
+    both = [row for row in held if hash_conversation(row.messages) in seen]
     if both:
         text = (
             f"the judge was fitted on {len(both):,} of the {len(held):,} {split} prompts, the first is {both[0].id}: "
