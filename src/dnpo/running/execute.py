@@ -14,9 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from dnpo import catalogue
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
@@ -129,7 +126,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     if store.has(stage):
         console.reused(stage.title, stage.key)
     else:
-        with console.stage(stage.title, track) as report, _told(tracking, stage):
+        with console.stage(stage.title, track) as report, _note_failure(tracking, stage):
             store.get(stage, report)
     steps, reused = _steps(stage, store), stage.key not in store.computed
     if not steps:
@@ -146,8 +143,8 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
 
 
 @contextmanager
-def _told(tracking: Tracking, stage: Stage) -> Iterator[None]:
-    """What ends a run at this stage is added to its note."""
+def _note_failure(tracking: Tracking, stage: Stage) -> Iterator[None]:
+    """Add to the note of the run what ends it at this stage."""
     try:
         yield
     except BaseException as error:
@@ -284,6 +281,9 @@ def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]
 
 def _some_pairs(path: Path) -> list[dict[str, Any]]:
     """Some pairs to look at: the first that were flipped, then the first that were not."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     table = pq.read_table(path, columns=[f.name for f in fields(Pair) if not f.name.endswith("_ids")])
     flipped = table.filter(pc.field("flipped")).slice(0, SHOWN_PAIRS // 2)
     others = table.filter(~pc.field("flipped")).slice(0, SHOWN_PAIRS - len(flipped))
