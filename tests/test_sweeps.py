@@ -231,22 +231,25 @@ def computed(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def tracked(cwd: Path) -> dict[str, dict[str, Any]]:
-    """What MLflow has of each job: its status, tags and every point of every metric but those of the clock."""
+    """What MLflow has of each job: its status, tags and every point of every metric but those of the clock.
+
+    Training steps of a stage that several jobs share are tracked by one of them, and read for all.
+    """
     from mlflow import MlflowClient
+
+    from dnpo.tracking.reading import Database
 
     client = MlflowClient(tracking_uri=f"sqlite:///{cwd / 'mlflow.db'}")
     found = client.search_runs([client.get_experiment_by_name("dnpo").experiment_id])
     (parent,) = [run for run in found if run.data.tags["dnpo.kind"] == "sweep"]
     assert parent.data.tags["dnpo.sweep_name"] == "ablation"
+    names = {name for run in found for name in run.data.metrics if "second" not in name}
+    read = {run.id: run for run in Database(f"sqlite:///{cwd / 'mlflow.db'}").runs()}
     return {
         run.info.run_name: {
             "status": run.info.status,
             "sweep": (run.data.tags["dnpo.sweep_name"], run.data.tags["mlflow.parentRunId"] == parent.info.run_id),
-            "metrics": {
-                name: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
-                for name in run.data.metrics
-                if "second" not in name
-            },
+            "metrics": {name: points for name in names if (points := read[run.info.run_id].history(name))},
         }
         for run in found
         if run is not parent

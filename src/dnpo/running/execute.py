@@ -111,7 +111,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     """Have one stage computed, or find it; true if it was there.
 
     Training steps are tracked by the run that computed them. A run that finds the stage names that run in a tag; where
-    it is not known in this tracking store, the steps are tracked again.
+    the tracking store does not have it, the steps are tracked again.
 
     Args:
         before: training steps of the iterations before.
@@ -131,13 +131,14 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     steps, reused = _steps(stage, store), stage.key not in store.computed
     if not steps:
         return reused
-    tracked = TrackedSteps(store.root, stage.key)
+    tracked = TrackedSteps(store.root, stage.key, prefix)
     if reused:  # found, or computed by another run while this one waited
         elsewhere = tracked.run(tracking.where)
-        if elsewhere:
+        if elsewhere and tracking.has(elsewhere):
             tracking.tags({f"{STEPS_OF}{_slug(stage)}": elsewhere})
             return True
         track(steps)
+    tracking.flush()  # before it is said that they are there
     tracked.add(tracking.where, tracking.id)
     return reused
 
@@ -275,8 +276,9 @@ def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]
     for kind, file in (("texts", "texts.parquet"), ("leaderboard", ITEMS)):
         if kind in beside:
             yield kind, beside[kind] / file
-    if (store.folder(iteration.policy) / "steps.json").is_file():
-        yield "steps", store.folder(iteration.policy) / "steps.json"
+    for kind, stage in (("steps", iteration.policy), ("like", iteration.like)):
+        if stage is not None and (store.folder(stage) / "steps.json").is_file():
+            yield kind, store.folder(stage) / "steps.json"
 
 
 def _some_pairs(path: Path) -> list[dict[str, Any]]:
