@@ -92,7 +92,7 @@ def test_drift_is_the_mean_log_ratio_of_the_policys_own_samples(done: Done) -> N
     reference = done.run.policy({"prompts": folder(iteration.prompts), "policy": folder(done.iterations[0].policy)})
     ids = {p.id: p.token_ids for p in read(folder(iteration.prompts) / "train.parquet", Prompt)}
     new = [r for r in read(folder(iteration.evaluation) / "samples.parquet", Response) if r.id in ids]
-    assert len(new) == done.run.eval.value.sequences
+    assert len(new) == done.run.eval.sequences
     both = [model.score([ids[r.id] for r in new], [r.token_ids for r in new]) for model in (policy, reference)]
     apart = np.subtract(*both)
     found = done.metrics(0, "drift")
