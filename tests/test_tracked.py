@@ -8,7 +8,7 @@ import pytest
 
 from dnpo.errors import DataError, TrackingError
 from dnpo.tracking.neutral import find_neutral
-from dnpo.tracking.reading import Database, iteration_name
+from dnpo.tracking.reading import STEPS_OF, Database, iteration_name
 from dnpo.tracking.writing import MLflowTracking
 
 Made = dict[str, str]
@@ -65,6 +65,34 @@ def test_a_run_knows_its_table_its_steps_and_its_options(uri: str) -> None:
     assert first.artifact("nothing.txt") is None
     with pytest.raises(DataError, match=r"summary\.json: .*FAILED"):
         _ = failed.summary
+
+
+def test_steps_that_another_run_tracked_are_read_from_the_rows(migrated: Path, tmp_path: Path) -> None:
+    """Fine-tuning and iteration 0 were there, iteration 1 is new; its noise is matched to a training that was there."""
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    where = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracking = MLflowTracking(uri=where, artifacts=str(tmp_path / "artifacts"))
+    tags = {"dnpo.kind": "run", "dnpo.seed": "0", f"{STEPS_OF}iteration-0.optimise": "0" * 32}
+    tracking.start("shared", {}, tags, None)
+    rows = {
+        "steps/sft": [{"step": 0, "loss/policy": 2.0}, {"step": 1, "loss/policy": 1.9}],
+        "steps/iteration-0": [{"step": 0, "loss/policy": 0.7}, {"step": 1, "loss/policy": 0.6, "npo/shift": 3.0}],
+        "steps/iteration-1": [{"step": 0, "loss/policy": 0.5}],
+        "like/iteration-1": [{"step": 0, "loss/policy": 0.4}],
+    }
+    for name, content in rows.items():
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+        tracking.artifact(path, path.parent.name)
+    tracking.metrics({"loss/policy": 0.5}, 2)
+    tracking.finish("FINISHED")
+    (run,) = Database(where).runs()
+    assert run.history("loss/policy") == [(0, 0.7), (1, 0.6), (2, 0.5)]
+    assert run.history("npo/shift") == [(1, 3.0)]
+    assert run.history("sft/loss/policy") == [(0, 2.0), (1, 1.9)]
+    assert run.history("like/loss/policy") == [(2, 0.4)]
+    assert run.history("loss/noise") == []
 
 
 @pytest.mark.parametrize(

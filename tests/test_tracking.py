@@ -22,7 +22,8 @@ from dnpo.running import notes
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking import writing as tracking
 from dnpo.tracking.datasets import Dataset
-from dnpo.tracking.writing import ABANDONED, ALIVE, NOTE, MLflowTracking
+from dnpo.tracking.reading import STEPS_OF, Database
+from dnpo.tracking.writing import ABANDONED, ALIVE, NOTE, MLflowTracking, TrackedSteps, Tracking
 from tests.commands import train
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -307,6 +308,61 @@ def test_a_run_says_what_it_read_and_made(swept: Path) -> None:
     assert said.startswith("### dnpo, seed 0\n\n**From SFT to iteration 1**: ")
     kept = {file.path for file in client(swept).list_artifacts(run.info.run_id)}
     assert {"progress.png", "table.md", "table.json"} <= kept
+
+
+@pytest.mark.long
+def test_a_stage_is_tracked_and_drawn_once(
+    smoke: Path, migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its run is deleted, the next one tracks its steps again."""
+    shutil.copytree(smoke / "store", tmp_path / "store")
+    shutil.copy(migrated, tmp_path / "runs.db")
+
+    def run() -> tuple[Any, dict[str, int], set[str]]:
+        done = train(tmp_path, "scale=smoke", MLFLOW_TRACKING_URI=DATABASE)
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = client(tmp_path).search_runs(["1"], order_by=["start_time DESC"])[0]
+        names = ("loss/policy", "sft/loss/policy", "eval/loss")
+        own = {name: len(client(tmp_path).get_metric_history(run.info.run_id, name)) for name in names}
+        return run, own, {value for tag, value in run.data.tags.items() if tag.startswith(STEPS_OF)}
+
+    def draw(*given: Any) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr("dnpo.report.drawing.logprob_histogram", draw)
+    first, tracked_by_first, found = run()  # what the store's own run tracked is in another database
+    assert (tracked_by_first["sft/loss/policy"], tracked_by_first["eval/loss"], found) == (60, 3, set())
+    second, tracked_by_second, found = run()
+    assert tracked_by_second == {"loss/policy": 0, "sft/loss/policy": 0, "eval/loss": 3}
+    assert found == {first.info.run_id}
+    pictures = {file.path for file in client(tmp_path).list_artifacts(second.info.run_id, "logprobs")}
+    assert {"logprobs/sft.png", "logprobs/iteration-0.png", "logprobs/iteration-1.png"} <= pictures
+    read = Database(f"sqlite:///{tmp_path / 'runs.db'}").runs()
+    for name in ("loss/policy", "sft/loss/policy"):
+        one, other = (run.history(name) for run in read)
+        assert one == other
+        assert len(one) == tracked_by_first[name]
+    client(tmp_path).delete_run(first.info.run_id)
+    third, tracked_by_third, found = run()
+    assert (tracked_by_third, found) == (tracked_by_first, set())
+    _, _, found = run()
+    assert found == {third.info.run_id}
+
+
+def test_a_training_is_tracked_under_each_of_its_names(tmp_path: Path) -> None:
+    plain, matched = (TrackedSteps(tmp_path, "0123", prefix) for prefix in ("", "like/"))
+    plain.add("here", "one")
+    plain.add("there", "two")
+    assert [plain.run(where) for where in ("here", "there", "elsewhere")] == ["one", "two", ""]
+    assert matched.run("here") == ""
+    plain.add("here", "three")
+    assert TrackedSteps(tmp_path, "0123").run("here") == "three"
+
+
+def test_a_run_is_looked_up(run: MLflowTracking, folder: Path) -> None:
+    assert run.has(run.id)
+    assert not run.has("0" * 32)
+    assert not Tracking().has(run.id)
 
 
 @pytest.mark.long

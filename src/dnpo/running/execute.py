@@ -14,9 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from dnpo import catalogue
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
@@ -114,7 +111,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     """Have one stage computed, or find it; true if it was there.
 
     Training steps are tracked by the run that computed them. A run that finds the stage names that run in a tag; where
-    it is not known in this tracking store, the steps are tracked again.
+    the tracking store does not have it, the steps are tracked again.
 
     Args:
         before: training steps of the iterations before.
@@ -129,25 +126,26 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     if store.has(stage):
         console.reused(stage.title, stage.key)
     else:
-        with console.stage(stage.title, track) as report, _told(tracking, stage):
+        with console.stage(stage.title, track) as report, _note_failure(tracking, stage):
             store.get(stage, report)
     steps, reused = _steps(stage, store), stage.key not in store.computed
     if not steps:
         return reused
-    tracked = TrackedSteps(store.root, stage.key)
+    tracked = TrackedSteps(store.root, stage.key, prefix)
     if reused:  # found, or computed by another run while this one waited
         elsewhere = tracked.run(tracking.where)
-        if elsewhere:
+        if elsewhere and tracking.has(elsewhere):
             tracking.tags({f"{STEPS_OF}{_slug(stage)}": elsewhere})
             return True
         track(steps)
+    tracking.flush()  # before it is said that they are there
     tracked.add(tracking.where, tracking.id)
     return reused
 
 
 @contextmanager
-def _told(tracking: Tracking, stage: Stage) -> Iterator[None]:
-    """What ends a run at this stage is added to its note."""
+def _note_failure(tracking: Tracking, stage: Stage) -> Iterator[None]:
+    """Add to the note of the run what ends it at this stage."""
     try:
         yield
     except BaseException as error:
@@ -278,12 +276,16 @@ def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]
     for kind, file in (("texts", "texts.parquet"), ("leaderboard", ITEMS)):
         if kind in beside:
             yield kind, beside[kind] / file
-    if _steps(iteration.policy, store):
-        yield "steps", store.folder(iteration.policy) / "steps.json"
+    for kind, stage in (("steps", iteration.policy), ("like", iteration.like)):
+        if stage is not None and _steps(stage, store):
+            yield kind, store.folder(stage) / "steps.json"
 
 
 def _some_pairs(path: Path) -> list[dict[str, Any]]:
     """Some pairs to look at: the first that were flipped, then the first that were not."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     table = pq.read_table(path, columns=[f.name for f in fields(Pair) if not f.name.endswith("_ids")])
     flipped = table.filter(pc.field("flipped")).slice(0, SHOWN_PAIRS // 2)
     others = table.filter(~pc.field("flipped")).slice(0, SHOWN_PAIRS - len(flipped))

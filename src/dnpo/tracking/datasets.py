@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from dnpo.loop import Iteration
 from dnpo.records import Pair
 from dnpo.store import Stage, Store, manifest
@@ -54,6 +52,8 @@ def of(iteration: Iteration, store: Store, settings: Mapping[str, Any]) -> list[
 
 def _splits(iteration: Iteration, prompts: Path, settings: Mapping[str, Any]) -> list[Dataset]:
     """The prompts as they were encoded."""
+    import pyarrow.parquet as pq
+
     facts = manifest(prompts)["facts"]
     kind, source = _source(settings["data"], iteration.prompts.settings["data"])
     found = []

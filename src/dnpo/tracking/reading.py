@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+from dnpo import catalogue
 from dnpo.errors import DataError, TrackingError
 from dnpo.former import MOVED
 from dnpo.settings import nearest
@@ -102,21 +103,28 @@ class Run:
         return sorted(by_step.items())
 
     def _found_steps(self, metric: str) -> Iterator[tuple[int, float]]:
-        """Training steps of stages that were there already: another run tracked them, the files are this run's too."""
+        """Read the training steps of stages that were there already: others tracked them, this run has the rows."""
         if not any(name.startswith(STEPS_OF) for name in self.tags):
             return
+        sft, like = catalogue.SFT.prefix, catalogue.LIKE.prefix
+        if metric.startswith(sft):
+            yield from _values(self._rows("steps", SFT) or [], metric.removeprefix(sft), 0)
+            return
+        kind = "like" if metric.startswith(like) else "steps"
         before = 0
-        for number in count(-1):
-            path = self.artifact(f"steps/{iteration_name(SFT if number < 0 else number)}.json")
-            if path is None and number < 0:
-                continue
-            if path is None:
+        for k in count():
+            trained = self._rows("steps", k)
+            if trained is None:
                 return
-            rows, prefix = json.loads(path.read_text()), "sft/" if number < 0 else ""
-            for row in rows:
-                if prefix + metric.removeprefix(prefix) == metric and metric.removeprefix(prefix) in row:
-                    yield before + int(row["step"]), float(row[metric.removeprefix(prefix)])
-            before += len(rows) if number >= 0 else 0
+            rows = trained if kind == "steps" else self._rows(kind, k) or []
+            yield from _values(rows, metric.removeprefix(like), before)
+            before += len(trained)
+
+    def _rows(self, kind: str, iteration: int | str) -> list[dict[str, float]] | None:
+        """The rows of a training's steps; None where there are none of this iteration."""
+        path = self.artifact(f"{kind}/{iteration_name(iteration)}.json")
+        rows: list[dict[str, float]] | None = None if path is None else json.loads(path.read_text())
+        return rows
 
     def artifact(self, path: str) -> Path | None:
         """A file that was tracked with it, on this machine, to be read and not changed; None where there is none."""
@@ -156,6 +164,13 @@ def mean_of_metric(uri: str, run: str, metric: str) -> float:
 def iteration_name(iteration: int | str) -> str:
     """What the artefacts of one policy are called: ``sft``, ``iteration-0``, …"""
     return "sft" if iteration == SFT else f"iteration-{iteration}"
+
+
+def _values(rows: Sequence[Mapping[str, float]], metric: str, before: int) -> Iterator[tuple[int, float]]:
+    """Steps and values of a metric, counted on from ``before`` steps."""
+    for row in rows:
+        if metric in row:
+            yield before + int(row["step"]), float(row[metric])
 
 
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []

@@ -36,22 +36,28 @@ ABANDONED = "**Its process is gone**: it was killed. Finished stages are kept, a
 
 
 class TrackedSteps:
-    """Which runs have tracked the training steps of a stage: a small file beside the stages of the store."""
+    """Which runs have tracked the training steps of a stage: a small file in the store.
 
-    def __init__(self, store: Path, key: str) -> None:
-        self.path = store / ".tracked" / f"{key}.json"
+    Args:
+        store: its folder.
+        key: of the stage.
+        prefix: of the names of its metrics; one training can be tracked under several.
+    """
+
+    def __init__(self, store: Path, key: str, prefix: str = "") -> None:
+        self.path = store / ".tracked" / f"{prefix}{key}.json"
 
     def run(self, where: str) -> str:
         """The run in this tracking store, "" where none is known."""
-        return str(self._known().get(where, ""))
+        return str(self._read().get(where, ""))
 
     def add(self, where: str, run: str) -> None:
-        """Remember a run; the first of a tracking store stays."""
+        """Remember a run as the one of its tracking store."""
         if where and run:
-            self.path.parent.mkdir(exist_ok=True)
-            write_json(self.path, {where: run, **self._known()})
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {**self._read(), where: run})
 
-    def _known(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
         return found
 
@@ -83,6 +89,10 @@ class Tracking:
             DnpoError: a metric is not in the catalogue.
         """
         catalogue.check(values)
+
+    def has(self, run: str) -> bool:
+        """Whether a run is in the tracking store, and not deleted."""
+        return False
 
     def flush(self) -> None:
         """Send what is buffered."""
@@ -149,7 +159,7 @@ class MLflowTracking(Tracking):
         from mlflow.entities import Param
 
         params = [Param(key, without_password(str(value))[:6000]) for key, value in settings.items()]
-        with self._reached() as experiment:
+        with self._connect() as experiment:
             known = {name: tags[name] for name in ("dnpo.sweep_name",) if name in tags}
             parent = {"mlflow.parentRunId": self._parent(experiment, sweep, known)} if sweep is not None else {}
             close_abandoned(self._client, experiment)
@@ -162,14 +172,14 @@ class MLflowTracking(Tracking):
 
     def resume(self, run: str) -> None:
         """See :class:`Tracking`."""
-        with self._reached() as experiment:
+        with self._connect() as experiment:
             tags = self._client.get_run(run).data.tags
         self._note, self._marked = tags.get(NOTE, ""), ALIVE in tags
         self.id, self._url = run, (experiment, run)
 
     @contextmanager
-    def _reached(self) -> Iterator[str]:
-        """With a client, and the id of the experiment; what goes wrong names the setting."""
+    def _connect(self) -> Iterator[str]:
+        """Connect to the store and give the id of the experiment; errors name the setting."""
         for silenced in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
             os.environ.setdefault(silenced, "true")
         reachable(self.uri)
@@ -235,6 +245,18 @@ class MLflowTracking(Tracking):
         self._buffer += [Metric(name, float(value), now, step, **about) for name, value in values.items()]
         if len(self._buffer) >= self.batch:
             self.flush()
+
+    def has(self, run: str) -> bool:
+        """Look the run up."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+        try:
+            return str(self._client.get_run(run).info.lifecycle_stage) == "active"
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                raise
+            return False
 
     def flush(self) -> None:
         """See :class:`Tracking`."""
