@@ -17,7 +17,7 @@ from analysis.selection import refuse_mixture
 from dnpo.errors import DataError, DnpoError
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.significance import holm
-from dnpo.tracking.reading import SFT, Database, Run
+from dnpo.tracking.reading import SFT, Database, TrackedRun
 
 PARTS = ("dsl", "npo")  # what is in force from an iteration of its own on
 
@@ -36,7 +36,7 @@ class Tracked:
     """
 
     arms: Mapping[str, Mapping[str, str]]
-    runs: dict[str, list[Run]] = field(default_factory=dict)
+    runs: dict[str, list[TrackedRun]] = field(default_factory=dict)
     unfinished: dict[str, int] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     _cells: dict[tuple[str, int | str], Cell] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Tracked:
         return [f"{arm}@{k}" for arm, k in needed(claim) if self.cell(claim.sweep, arm, seed, k) is None]
 
 
-def in_force(run: Run, iteration: int | str) -> bool:
+def in_force(run: TrackedRun, iteration: int | str) -> bool:
     """Whether a run has an iteration, and everything that makes its arm acts there. Before the first nothing does."""
     if iteration == SFT:
         return True
@@ -131,7 +131,7 @@ class Result:
     by: Mapping[str, Estimate] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     reason: str = ""
-    runs: tuple[Run, ...] = ()
+    runs: tuple[TrackedRun, ...] = ()
 
 
 def assess(book: Book, tracked: Tracked, say: Callable[[Claim], None] | None = None) -> list[Result]:

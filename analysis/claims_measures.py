@@ -23,7 +23,7 @@ from scipy.stats import ks_2samp
 
 from dnpo import catalogue
 from dnpo.errors import DataError
-from dnpo.tracking.reading import Run, iteration_name
+from dnpo.tracking.reading import TrackedRun, iteration_name
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -40,7 +40,7 @@ class Cell:
         iteration: after which it is, or ``SFT``.
     """
 
-    run: Run
+    run: TrackedRun
     iteration: int | str
 
     @cached_property

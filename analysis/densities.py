@@ -13,7 +13,7 @@ from dnpo.catalogue import metric
 from dnpo.evaluate.distances import ks
 from dnpo.palette import SAMPLES
 from dnpo.report.drawing import LABELS
-from dnpo.tracking.reading import SFT, Run, iteration_name
+from dnpo.tracking.reading import SFT, TrackedRun, iteration_name
 
 BINS = 40
 QUANTITIES = {"per token": "log-probability per token, nats", "summed": "log-probability of the response, nats"}
@@ -78,7 +78,7 @@ def _samples(cells: Cells, method: str, iteration: Iteration) -> list[dict[str, 
     return [_load(run, iteration) for run in cells.of(method, iteration)]
 
 
-def _load(run: Run, iteration: Iteration) -> dict[str, Array]:
+def _load(run: TrackedRun, iteration: Iteration) -> dict[str, Array]:
     path = f"logprobs/{iteration_name(iteration)}.npz"
     found = kept(run, path, lambda file: dict(np.load(file)))
     if found is None:

@@ -14,7 +14,7 @@ from analysis.selection import BEGINNING, DNPO, NPO, Absent, Cells, Iteration, R
 from dnpo.catalogue import metric
 from dnpo.palette import BREAK, NOISE
 from dnpo.stats.intervals import Estimate
-from dnpo.tracking.reading import Run, iteration_name
+from dnpo.tracking.reading import TrackedRun, iteration_name
 
 TITLE = "Policy loss and noise loss over the steps of one iteration"
 SWEEP = "main"
@@ -65,7 +65,7 @@ def _losses(cells: Cells, method: str, iteration: Iteration, name: str) -> Array
     return np.array([values[:shortest] for values in found])
 
 
-def _steps(run: Run, iteration: Iteration) -> list[dict[str, float]]:
+def _steps(run: TrackedRun, iteration: Iteration) -> list[dict[str, float]]:
     path = f"steps/{iteration_name(iteration)}.json"
     steps: list[dict[str, float]] | None = kept(run, path, lambda file: json.loads(file.read_text()))
     if steps is None:
@@ -73,7 +73,7 @@ def _steps(run: Run, iteration: Iteration) -> list[dict[str, float]]:
     return steps
 
 
-def _has_noise(run: Run, iteration: Iteration) -> bool:
+def _has_noise(run: TrackedRun, iteration: Iteration) -> bool:
     return all("loss/noise" in step for step in _steps(run, iteration))
 
 
@@ -110,7 +110,7 @@ def _draw(axis: Any, x_ST: Array, shade: str) -> None:
         axis.fill_between(at, [e.low for e in found], [e.high for e in found], color=shade, alpha=0.15, linewidth=0)
 
 
-def _epochs(run: Run, steps: int) -> list[float]:
+def _epochs(run: TrackedRun, steps: int) -> list[float]:
     """Where an epoch ends and the next begins."""
     count = int(run.params.get("trainer.epochs", 1))
     return [] if int(run.params.get("trainer.steps", 0)) else [steps * i / count - 0.5 for i in range(1, count)]

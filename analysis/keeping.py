@@ -13,7 +13,7 @@ from analysis.drawing import DPI
 from analysis.selection import targets
 from dnpo.errors import DataError, TrackingError
 from dnpo.stats.table import Table, latex, markdown, to_csv
-from dnpo.tracking.reading import Database, Run
+from dnpo.tracking.reading import Database, TrackedRun
 
 FOLDER = "analysis"  # of artefacts
 
@@ -24,7 +24,7 @@ class Picture:
 
     figure: Figure
     rows: Sequence[Mapping[str, Any]]
-    runs: Sequence[Run]
+    runs: Sequence[TrackedRun]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tabled:
     title: str
     corner: str
     notes: Sequence[str]
-    runs: Sequence[Run]
+    runs: Sequence[TrackedRun]
 
 
 Made = Picture | Tabled
@@ -81,7 +81,7 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
     return out.getvalue()
 
 
-def log(database: Database, runs: Iterable[Run], paths: Sequence[Path]) -> int:
+def log(database: Database, runs: Iterable[TrackedRun], paths: Sequence[Path]) -> int:
     """Keep files with the sweep's own run, or with each run where there is none; how many runs got them.
 
     Raises:

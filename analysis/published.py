@@ -8,7 +8,7 @@ something else.
 from collections.abc import Iterable
 
 from analysis.selection import DNPO, DSL, FIXED, NPO, SPIN, Iteration
-from dnpo.tracking.reading import SFT, Run
+from dnpo.tracking.reading import SFT, TrackedRun
 
 COLUMN = "paper (7B, six benchmarks): average"
 
@@ -64,6 +64,6 @@ BRANCHES: dict[tuple[str, Iteration], tuple[float, ...]] = {
 DUEL = {3: (0.5751, 0.2807)}
 
 
-def comparable(runs: Iterable[Run]) -> bool:
+def comparable(runs: Iterable[TrackedRun]) -> bool:
     """Whether runs have the paper's setting, so that its numbers mean the same as theirs."""
     return all(run.option("scale") == "7b" and run.params.get("eval.leaderboard", "None") != "None" for run in runs)

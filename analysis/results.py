@@ -22,7 +22,7 @@ from dnpo.errors import DataError
 from dnpo.evaluate.leaderboard import BENCHMARKS, SIX
 from dnpo.stats.intervals import Estimate, estimate_mean
 from dnpo.stats.paired import compare_paired
-from dnpo.tracking.reading import Run, iteration_name
+from dnpo.tracking.reading import TrackedRun, iteration_name
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -42,7 +42,7 @@ class Measure:
     """
 
     metric: Metric
-    items: Callable[[Run, Iteration], Items | None] = lambda run, iteration: None
+    items: Callable[[TrackedRun, Iteration], Items | None] = lambda run, iteration: None
 
     @property
     def name(self) -> str:
@@ -104,7 +104,7 @@ def benchmarks(cells: Cells) -> list[Measure]:
 def average(those: Sequence[Measure]) -> Measure:
     """The mean of benchmarks, each of which counts the same however many items it has."""
 
-    def items(run: Run, k: Iteration) -> Items | None:
+    def items(run: TrackedRun, k: Iteration) -> Items | None:
         parts = [each.items(run, k) for each in those]
         if any(part is None for part in parts):
             return None
@@ -138,7 +138,7 @@ def human_score(cells: Cells, column: str = "score") -> float:
     return float(run.row(k)[f"{score(column).name}_human"])
 
 
-def duel(a: Run, b: Run, iteration: Iteration, column: str = "score") -> dict[str, Items]:
+def duel(a: TrackedRun, b: TrackedRun, iteration: Iteration, column: str = "score") -> dict[str, Items]:
     """Shares of a's samples that win, tie and lose against b's, by prompt; sample n of one meets sample n of the other.
 
     Raises:
@@ -271,7 +271,7 @@ def item_path(iteration: Iteration) -> str:
     return f"items/{iteration_name(iteration)}.parquet"
 
 
-def kept(run: Run, path: str, read: Callable[[Path], Any]) -> Any:
+def kept(run: TrackedRun, path: str, read: Callable[[Path], Any]) -> Any:
     """An artefact of a run, read once; None where there is none."""
     if (run.id, path) not in _KEPT:
         found = run.artifact(path)
@@ -279,7 +279,7 @@ def kept(run: Run, path: str, read: Callable[[Path], Any]) -> Any:
     return _KEPT[run.id, path]
 
 
-def _items(run: Run, iteration: Iteration) -> pa.Table | None:
+def _items(run: TrackedRun, iteration: Iteration) -> pa.Table | None:
     """A row a held-out response. It stays a table: Python objects would take a hundred times as much memory."""
     return kept(run, item_path(iteration), pq.read_table)
 
@@ -291,7 +291,7 @@ def _columns(table: pa.Table, names: Sequence[str], **wanted: str) -> list[tuple
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))
 
 
-def _sampled(run: Run, iteration: Iteration, column: str, wanted: Sequence[int] | None) -> Items | None:
+def _sampled(run: TrackedRun, iteration: Iteration, column: str, wanted: Sequence[int] | None) -> Items | None:
     """By prompt: the mean score of its samples, or the share that compares with the human one's as wanted."""
     table = _items(run, iteration)
     if table is None or column not in table.column_names or table[column].null_count == len(table):
@@ -306,8 +306,8 @@ def _sampled(run: Run, iteration: Iteration, column: str, wanted: Sequence[int] 
     return {name: _mean(values) for name, values in found.items()}
 
 
-def _family(family: str) -> Callable[[Run, Iteration], Items | None]:
-    def items(run: Run, iteration: Iteration) -> Items | None:
+def _family(family: str) -> Callable[[TrackedRun, Iteration], Items | None]:
+    def items(run: TrackedRun, iteration: Iteration) -> Items | None:
         table = _items(run, iteration)
         if table is None:
             return None
@@ -317,8 +317,8 @@ def _family(family: str) -> Callable[[Run, Iteration], Items | None]:
     return items
 
 
-def _benchmark(name: str) -> Callable[[Run, Iteration], Items | None]:
-    def items(run: Run, iteration: Iteration) -> Items | None:
+def _benchmark(name: str) -> Callable[[TrackedRun, Iteration], Items | None]:
+    def items(run: TrackedRun, iteration: Iteration) -> Items | None:
         table = kept(run, f"leaderboard/{iteration_name(iteration)}.parquet", pq.read_table)
         if table is None:
             return None

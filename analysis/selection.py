@@ -12,7 +12,7 @@ from typing import Any
 from dnpo import palette
 from dnpo.errors import DataError, DnpoError
 from dnpo.tracking.neutral import find_neutral
-from dnpo.tracking.reading import FINISHED, SFT, Database, Run
+from dnpo.tracking.reading import FINISHED, SFT, Database, TrackedRun
 
 Iteration = int | str
 
@@ -36,7 +36,7 @@ class Absent(DnpoError):
 class Cells:
     """The runs that count, by method, iteration and seed, and what a reader has to know of the others."""
 
-    runs: Mapping[tuple[str, Iteration, int], Run]
+    runs: Mapping[tuple[str, Iteration, int], TrackedRun]
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,11 +68,11 @@ class Cells:
         ]
 
     @property
-    def used(self) -> list[Run]:
+    def used(self) -> list[TrackedRun]:
         """Every run once."""
         return list({run.id: run for run in self.runs.values()}.values())
 
-    def of(self, method: str, iteration: Iteration, seeds: Iterable[int] | None = None) -> list[Run]:
+    def of(self, method: str, iteration: Iteration, seeds: Iterable[int] | None = None) -> list[TrackedRun]:
         """A method's runs that have the iteration, by seed."""
         return [
             self.runs[method, iteration, seed]
@@ -125,7 +125,7 @@ class Runs:
         asked: the selection in words.
     """
 
-    finished: tuple[Run, ...]
+    finished: tuple[TrackedRun, ...]
     notes: tuple[str, ...]
     asked: str
 
@@ -165,14 +165,14 @@ class Runs:
 
     def _cells(
         self,
-        runs: Sequence[Run],
-        iterations: Callable[[Run], list[Iteration]],
+        runs: Sequence[TrackedRun],
+        iterations: Callable[[TrackedRun], list[Iteration]],
         *,
         differing_starts: bool,
         matters: Sequence[str],
     ) -> Cells:
         refuse_mixture(runs, differing_starts=differing_starts, matters=matters)
-        found: dict[tuple[str, Iteration, int], Run] = {}
+        found: dict[tuple[str, Iteration, int], TrackedRun] = {}
         again: set[str] = set()
         for run in sorted(runs, key=lambda run: run.started):
             for k in iterations(run):
@@ -212,7 +212,7 @@ def select(
     return Runs(finished, (f"left out as not finished: {counts}",) if left else (), asked)
 
 
-def method_of(run: Run) -> str:
+def method_of(run: TrackedRun) -> str:
     """What a run is called in pictures: told from its labels and its noise, which is right in every sweep."""
     labels, noise = run.option("dsl") or "off", run.option("npo") or "off"
     return METHODS.get((labels, noise), f"{labels} labels, {noise} noise")
@@ -223,18 +223,18 @@ def spell(iteration: Iteration) -> str:
     return SFT if iteration == SFT else f"k={iteration}"
 
 
-def commits(runs: Iterable[Run]) -> str:
+def commits(runs: Iterable[TrackedRun]) -> str:
     """The commits that runs were made by, shortened."""
     found = dict.fromkeys(run.tags.get("dnpo.commit", "") for run in runs)
     return ", ".join(c[:7] + "+" * c.endswith("+") for c in found if c) or "unknown"
 
 
-def targets(database: Database, runs: Iterable[Run]) -> list[str]:
+def targets(database: Database, runs: Iterable[TrackedRun]) -> list[str]:
     """Ids of the runs that get what is made of these: their sweeps' own runs, and themselves where they have none."""
     return list(dict.fromkeys(p.id if (p := database.parent(run)) else run.id for run in runs))
 
 
-def refuse_mixture(runs: Sequence[Run], *, differing_starts: bool = False, matters: Sequence[str] = ()) -> None:
+def refuse_mixture(runs: Sequence[TrackedRun], *, differing_starts: bool = False, matters: Sequence[str] = ()) -> None:
     """Refuse runs that differ by more than what the comparison is about.
 
     Labels (``dsl.*``) and noise (``npo.*``) may differ between methods and not within one; everything else that can
@@ -247,12 +247,12 @@ def refuse_mixture(runs: Sequence[Run], *, differing_starts: bool = False, matte
     Raises:
         DataError: names the settings, their values, and how to narrow the selection.
     """
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[TrackedRun]] = {}
     for run in runs:
         groups.setdefault(method_of(run), []).append(run)
     differing: dict[str, Counter[str]] = {}
 
-    def note(among: Sequence[Run], names: Iterable[str]) -> None:
+    def note(among: Sequence[TrackedRun], names: Iterable[str]) -> None:
         for name in names:
             values = Counter(_value(run, name) for run in among)
             if len(values) > 1:
@@ -264,7 +264,7 @@ def refuse_mixture(runs: Sequence[Run], *, differing_starts: bool = False, matte
     own = [name for name in every if name.startswith(DISTINGUISHING) and _counts(name, matters)]
     for members in groups.values():
         among = [name for name in own if not (_is_start(name) and (differing_starts or _is_off(members[0], name)))]
-        by_seed: dict[tuple[int, str], list[Run]] = {}
+        by_seed: dict[tuple[int, str], list[TrackedRun]] = {}
         for run in members:
             by_seed.setdefault((run.seed, run.params.get("iterations", "")), []).append(run)
         # A constant that was matched to a run belongs to that run's seed.
@@ -291,7 +291,7 @@ def _counts(name: str, matters: Sequence[str]) -> bool:
     return not name.startswith(MEASURES) or (bool(matters) and name.startswith(tuple(matters)))
 
 
-def _value(run: Run, name: str) -> str:
+def _value(run: TrackedRun, name: str) -> str:
     """Of a setting; a part's seed that is the run's own is the same for all."""
     value = run.params.get(name, "")
     return "the run's seed" if name.endswith(".seed") and value == str(run.seed) else value
@@ -301,18 +301,18 @@ def _is_start(name: str) -> bool:
     return name.endswith(".start")
 
 
-def _is_off(run: Run, name: str) -> bool:
+def _is_off(run: TrackedRun, name: str) -> bool:
     """Whether the part that a setting belongs to does nothing in a run."""
     return (run.option(name.split(".")[0]) or "off") == "off"
 
 
-def _is_branch(run: Run) -> bool:
+def _is_branch(run: TrackedRun) -> bool:
     """Whether a run's labels and noise begin at its last iteration, and not before 1; SPIN is its own branch."""
     last = int(run.params["iterations"]) - 1
     return last >= 1 and all(start == last for start in _starts(run))
 
 
-def _starts(run: Run) -> list[int]:
+def _starts(run: TrackedRun) -> list[int]:
     """Where labels and noise begin, of those that a run has."""
     return [int(run.params.get(f"{part}.start", 0)) for part in ("dsl", "npo") if not _is_off(run, part)]
 
@@ -321,6 +321,6 @@ def _runs(count: int) -> str:
     return f"{count} run{'s' * (count != 1)}"
 
 
-def describe(run: Run) -> Mapping[str, Any]:
+def describe(run: TrackedRun) -> Mapping[str, Any]:
     """What a run was made of, for footers: data, model and judge."""
     return {name: run.option(name) for name in ("data", "model", "judge")}

@@ -146,7 +146,7 @@ def test_lists_and_mappings_reach_parts_as_they_are(
     )
     cfg = composed(*SMOKE, f"{group}={option}", f"++{group}.{name}={text}", *needed)
     assert OmegaConf.is_config(cfg[group][name])
-    _, _, settings = train.checked(cfg)
+    _, _, settings = train.check_settings(cfg)
     part = build(group, settings[group])
     found = getattr(part, name)
     assert type(found) is type(value)

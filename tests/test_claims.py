@@ -24,12 +24,12 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from dnpo.commands.train import checked
+from dnpo.commands.train import check_settings
 from dnpo.errors import DataError, SettingsError
 from dnpo.running import execute as running
 from dnpo.settings import conf_folder, flat
 from dnpo.stats.intervals import Estimate, Mean
-from dnpo.tracking.reading import Database, Run
+from dnpo.tracking.reading import Database, TrackedRun
 from dnpo.tracking.writing import MLflowTracking
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,7 +231,7 @@ def test_the_file_of_claims_is_well_formed() -> None:
         assert not claim.caveat.endswith(".")
 
 
-def jobs(sweep: str, *overrides: str) -> list[Run]:
+def jobs(sweep: str, *overrides: str) -> list[TrackedRun]:
     """The runs that a sweep makes under one seed, as far as their settings tell, by composing its jobs."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         params = compose("train", [f"+sweep={sweep}"], return_hydra_config=True).hydra.sweeper.params
@@ -241,13 +241,13 @@ def jobs(sweep: str, *overrides: str) -> list[Run]:
         for number, job in enumerate(BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]):
             cfg = compose("train", job, return_hydra_config=True)
             choices = dict(cfg.hydra.runtime.choices)
-            top, starts, settings = checked(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+            top, starts, settings = check_settings(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
             resolved: dict[str, Any] = {**top, **settings}
             for name, start in starts.items():
                 resolved[name] = {**settings[name], "start": start}
             tags = running.tags({k: v for k, v in choices.items() if v is not None}, resolved, [])
             values = {key: str(value) for key, value in flat(resolved).items()}
-            runs.append(Run(f"{sweep}{number}", " ".join(job), "FINISHED", number, 1.0, tags, values, "", None))
+            runs.append(TrackedRun(f"{sweep}{number}", " ".join(job), "FINISHED", number, 1.0, tags, values, "", None))
     return runs
 
 
@@ -533,10 +533,10 @@ def test_mixed_settings_are_refused_and_a_choice_mends_it(known: Path, tmp_path:
 
 
 def test_the_newest_run_counts_and_a_part_that_has_not_started_makes_no_arm() -> None:
-    def run(name: str, started: int, start: int) -> Run:
+    def run(name: str, started: int, start: int) -> TrackedRun:
         tags = {"dnpo.npo": "trainable", "dnpo.dsl": "off", "dnpo.seed": "0"}
         params = {"iterations": "3", "npo.start": str(start), "dsl.start": "9"}
-        return Run(name, name, "FINISHED", started, 1.0, tags, params, "", None)
+        return TrackedRun(name, name, "FINISHED", started, 1.0, tags, params, "", None)
 
     chain, branch = run("chain", 1, 1), run("branch", 2, 2)
     assert [k for k in ("SFT", 0, 1, 2, 3) if in_force(chain, k)] == ["SFT", 1, 2]

@@ -13,7 +13,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from dnpo.commands.train import PARTS, build, check_optimizers, checked
+from dnpo.commands.train import PARTS, build, check_optimizers, check_settings
 from dnpo.errors import SettingsError
 from dnpo.loop import chain
 from dnpo.settings import conf_folder, part_key
@@ -42,12 +42,12 @@ def composed(*overrides: str) -> DictConfig:
 
 @pytest.mark.parametrize(("method", "scale"), itertools.product(METHODS, SCALES))
 def test_every_method_composes_with_every_scale(method: str, scale: str) -> None:
-    checked(composed(f"method={method}", f"scale={scale}"))
+    check_settings(composed(f"method={method}", f"scale={scale}"))
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_binds_its_target(group: str, option: str) -> None:
-    checked(composed(f"{group}={option}", *NEEDED.get((group, option), [])))
+    check_settings(composed(f"{group}={option}", *NEEDED.get((group, option), [])))
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -57,7 +57,7 @@ def test_every_setting_of_an_option_stands_in_its_file(group: str, option: str) 
 
     from dnpo.settings import locate
 
-    _, _, settings = checked(composed(f"{group}={option}", *NEEDED.get((group, option), [])))
+    _, _, settings = check_settings(composed(f"{group}={option}", *NEEDED.get((group, option), [])))
     part = settings[group]
     target = locate(group, part["_target_"])
     known = {
@@ -128,7 +128,7 @@ def test_choosing_a_part_beats_the_scale() -> None:
 )
 def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        checked(composed(*overrides))
+        check_settings(composed(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_every_documented_command_composes(arguments: list[str]) -> None:
         parsed = OverridesParser.create().parse_overrides(overrides)
         jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
     for job in jobs:
-        checked(composed(*job))
+        check_settings(composed(*job))
 
 
 def test_the_readme_documents_the_commands_of_every_method() -> None:

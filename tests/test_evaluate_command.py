@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from dnpo.commands.evaluate import PARTS, checked, other_model, said, table
+from dnpo.commands.evaluate import PARTS, check_settings, describe_outcome, other_model, table
 from dnpo.errors import SettingsError
 from dnpo.records import Item, read
 from dnpo.settings import conf_folder
@@ -33,7 +33,7 @@ OPTIONS = sorted((group, path.stem) for group in GROUPS for path in (conf_folder
 
 def settings(*overrides: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return checked(compose("evaluate", overrides=list(overrides)))
+        return check_settings(compose("evaluate", overrides=list(overrides)))
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -118,14 +118,16 @@ def test_metrics_stand_in_groups() -> None:
 def test_duels_in_words() -> None:
     duel = Duel("p", 0, "a", "b", 60.0, 50.0, 1.0, 8.0, 4, "")
     rows = [replace(duel, id=str(i)) for i in range(3)] + [replace(duel, ours_score=None, preference=None)]
-    told = "\n".join(said(outcome(rows, True, 0), "judge=x"))
+    told = "\n".join(describe_outcome(outcome(rows, True, 0), "judge=x"))
     assert "Duels under judge=x: wins 100.0 % (100.0 to 100.0), ties 0.0 %" in told
     assert "p = 0.25; 3 duels on 3 prompts" in told
     assert "8.0 points apart" in told
     assert "at the same length: all differences in length are 4" in told
     assert "note: 1 of 4 duels lack a score and are left out" in told
     even = [replace(duel, id=f"{n}{d}", difference=d, ours_score=50.0 + n) for n in (-1, 0, 1) for d in (-3, 0, 9)]
-    told = "\n".join(said(outcome([replace(d, preference=0.5 + (d.ours_score - 50) / 2) for d in even], True, 0), "x"))
+    told = "\n".join(
+        describe_outcome(outcome([replace(d, preference=0.5 + (d.ours_score - 50) / 2) for d in even], True, 0), "x")
+    )
     assert "at the same length 50.0 % (" in told
     assert "responses are +2.0 characters longer on average, and length has the effect +0.00 (log-odds)" in told
 

@@ -80,8 +80,8 @@ def with_template(tokenizer: Any) -> Callable[[str], Any]:
     return make
 
 
-def encoded(tokenizer: Any, some: Sequence[Prompt] = PLAIN, stop_ids: Sequence[int] = ()) -> list[text.Encoded]:
-    return text.encoded(tokenizer, some, stop_ids)
+def encoded(tokenizer: Any, some: Sequence[Prompt] = PLAIN, stop_ids: Sequence[int] = ()) -> list[text.EncodedRow]:
+    return text.encode_rows(tokenizer, some, stop_ids)
 
 
 def fires(finding: Finding, level: str, *said: str) -> None:

@@ -20,8 +20,8 @@ from dnpo import palette
 from dnpo.commands.report import main
 from dnpo.errors import DataError
 from dnpo.report.content import content
-from dnpo.report.groups import grouped
-from dnpo.report.page import HIDDEN, duration, html, number, visible, without_secrets
+from dnpo.report.groups import group_runs
+from dnpo.report.page import HIDDEN, duration, html, make_visible, number, strip_secrets
 from dnpo.report.selection import select
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.significance import holm
@@ -277,7 +277,7 @@ def test_a_branching_sweep_counts_the_last_iteration_of_each_run_alone(lab: Lab)
                 name = f"method={method} iterations={iterations} seed={seed}"
                 lab.run(name, table, seed=seed, params=params, tags=tags, sweep="ablation")
     selection = select(Database(lab.uri), "ablation")
-    groups = grouped(selection.runs)
+    groups = group_runs(selection.runs)
     assert groups.branching
     assert groups.varies == ("method",)
     assert groups.iterations == [1, 2]
@@ -297,7 +297,7 @@ def test_runs_are_told_apart_by_as_few_settings_as_do_and_a_rerun_counts_once(la
             tags = {"dnpo.alive": f"{alpha} {seed}"}
             table = [{"iteration": 0, "eval/loss": alpha}]
             lab.run(f"{alpha} {seed}", table, seed=seed, params=params, tags=tags, sweep="alpha")
-    groups = grouped(select(Database(lab.uri), "alpha").runs)
+    groups = group_runs(select(Database(lab.uri), "alpha").runs)
     assert [group.label for group in groups.groups] == ["npo.alpha=0.01", "npo.alpha=0.1"]
     assert [group.seeds for group in groups.groups] == [[0, 1], [0, 1]]
     assert groups.missing == ("2 runs were run again with the same settings and seed; the newest of each counts.",)
@@ -395,8 +395,8 @@ def test_whatever_runs_bring_along_is_text(lab: Lab, which: str) -> None:
     text.encode("utf-8")  # no half of a surrogate pair is left
     assert not {chr(code) for code in HIDDEN} & set(text)
     check_harmless(page)
-    shown = " ".join(str(visible(EVIL)).split())
-    clean = " ".join(str(visible(EVIL.replace("\ud800", "").replace("\x00", ""))).split())
+    shown = " ".join(str(make_visible(EVIL)).split())
+    clean = " ".join(str(make_visible(EVIL.replace("\ud800", "").replace("\x00", ""))).split())
     assert clean in page.text
     values = " ".join(value for _, name, value in page.attributes if name == "alt")
     assert page.text.count("{{7*7}}") + values.count("{{7*7}}") == text.count("{{7*7}}") > 0
@@ -441,9 +441,9 @@ def test_numbers_times_and_addresses_read_well() -> None:
     assert [duration(s) for s in (None, 0.42, 59.6, 61, 3600, 7500)] == [
         *("–", "0.4 s", "1 min", "1 min 1 s", "1 h 0 min", "2 h 5 min"),
     ]
-    assert without_secrets("postgresql://me:pass@host/db") == "postgresql://…@host/db"
-    assert without_secrets("sqlite:///mlflow.db and a@b.c") == "sqlite:///mlflow.db and a@b.c"
-    assert visible("a\r\nb\x1b\u202e\ttext") == "a\nb␛⟨U+202E⟩\ttext"
+    assert strip_secrets("postgresql://me:pass@host/db") == "postgresql://…@host/db"
+    assert strip_secrets("sqlite:///mlflow.db and a@b.c") == "sqlite:///mlflow.db and a@b.c"
+    assert make_visible("a\r\nb\x1b\u202e\ttext") == "a\nb␛⟨U+202E⟩\ttext"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from dnpo.commands.train import build, checked
+from dnpo.commands.train import build, check_settings
 from dnpo.dsl import HumanChosen
 from dnpo.loop import Iteration, chain
 from dnpo.running import execute as running
@@ -92,7 +92,7 @@ def test_a_sweep_has_as_many_jobs_as_it_says(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_job_of_a_sweep_passes_every_check(name: str) -> None:
     for job in jobs(name, "seed=3"):
-        top, _, _ = checked(composed(*job))
+        top, _, _ = check_settings(composed(*job))
         assert top["seed"] == 3
 
 
@@ -106,7 +106,7 @@ def test_a_sweep_says_first_what_it_asks_and_how_it_is_run(name: str) -> None:
 
 def test_what_is_said_by_command_beats_the_sweep() -> None:
     (job,) = jobs("main", "seed=7", "method=dsl", "iterations=2")
-    top, _, _ = checked(composed(*job))
+    top, _, _ = check_settings(composed(*job))
     assert (top["seed"], top["iterations"]) == (7, 2)
 
 
@@ -181,7 +181,7 @@ def test_the_search_has_bounds_that_pass_every_check() -> None:
     assert (given["n_jobs"], given["direction"], given["max_failure_rate"]) == (1, "maximize", 1.0)
     parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in given["params"].items()])
     for bound in ("start", "end"):
-        checked(composed(*(f"{one.key_or_group}={getattr(one.value(), bound)}" for one in parsed)))
+        check_settings(composed(*(f"{one.key_or_group}={getattr(one.value(), bound)}" for one in parsed)))
 
 
 # --- start=last and tags
@@ -189,7 +189,7 @@ def test_the_search_has_bounds_that_pass_every_check() -> None:
 
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_last_is_the_last_iteration(iterations: int) -> None:
-    _, starts, _ = checked(composed(f"iterations={iterations}", "npo.start=last", "dsl.start=last"))
+    _, starts, _ = check_settings(composed(f"iterations={iterations}", "npo.start=last", "dsl.start=last"))
     assert starts == {"npo": iterations - 1, "dsl": iterations - 1}
     number = laid_out([f"iterations={iterations}", f"npo.start={iterations - 1}", f"dsl.start={iterations - 1}"])
     word = laid_out([f"iterations={iterations}", "npo.start=last", "dsl.start=last"])

@@ -159,7 +159,7 @@ def test_what_is_not_tracked_takes_everything() -> None:
 
 
 def test_data_mean_nothing_to_markdown() -> None:
-    said = notes.escaped("a|b\n<img src=x onerror=alert(1)> [x](javascript:y) `c` **d** http://u:p@h")
+    said = notes.escape("a|b\n<img src=x onerror=alert(1)> [x](javascript:y) `c` **d** http://u:p@h")
     assert "\n" not in said
     assert "<" not in said
     assert said.count("|") == said.count("\\|") == 1
@@ -171,7 +171,7 @@ def test_data_mean_nothing_to_markdown() -> None:
 
 def test_a_run_is_told_by_its_table() -> None:
     summary = {"table": ROWS, "seconds": 12.3, "judge_agreement": []}
-    said = notes.ended(summary, Path("outputs/x_y"), "abc")
+    said = notes.describe_results(summary, Path("outputs/x_y"), "abc")
     head = said.splitlines()[0]
     assert head.startswith("**From SFT to iteration 0**: ")
     for change in ("50.0 to 53.2", "50.0 to 56.2 %", "2.000 to 2.125"):
@@ -181,7 +181,7 @@ def test_a_run_is_told_by_its_table() -> None:
     assert "outputs/x\\_y/models" in said
     assert "    python -m dnpo.report abc" in said
     still = [{**ROWS[1], "stagnation/ks": 0.05}]
-    assert "the policy stood still" in notes.ended({**summary, "table": still}, Path("x"), "")
+    assert "the policy stood still" in notes.describe_results({**summary, "table": still}, Path("x"), "")
     lines = notes.results(ROWS).splitlines()
     assert lines[0] == "| after iteration | score | accuracy, % | flips, % | KS | held-out loss | seconds |"
     assert lines[2] == "| SFT | 50.0 | 50.0 | – | – | 2.000 | – |"
@@ -190,7 +190,7 @@ def test_a_run_is_told_by_its_table() -> None:
 
 def test_a_run_without_a_judge_is_told_too() -> None:
     rows = [{"iteration": "SFT", "eval/loss": 2.0}, {"iteration": 0, "eval/loss": 1.5}]
-    said = notes.ended({"table": rows, "seconds": 1, "judge_agreement": []}, Path("x"), "")
+    said = notes.describe_results({"table": rows, "seconds": 1, "judge_agreement": []}, Path("x"), "")
     assert said.startswith("**From SFT to iteration 0**: ")
     assert "2.000 to 1.500" in said
     assert "judge" not in said
@@ -199,7 +199,7 @@ def test_a_run_without_a_judge_is_told_too() -> None:
 def test_a_note_says_what_a_run_is_before_anything_is_computed() -> None:
     settings = {"iterations": 4, "seed": 3, "eval": {"split": "test"}, "npo": {"start": 1}, "data": {"path": "a|b"}}
     choices = {"method": "npo", "dsl": "off", "npo": "trainable", "judge": "rules", "judge@second_judge": "correct"}
-    said = notes.begun(settings, {**choices, "data": "jsonl"}, ["method=npo", "data.path=a|b"], "12ab+")
+    said = notes.describe_run(settings, {**choices, "data": "jsonl"}, ["method=npo", "data.path=a|b"], "12ab+")
     cells = dict(re.findall(r"^\| ([^|]+) \| (.*) \|$", said, re.MULTILINE))
     assert "origin" in cells["labels"]
     assert any(re.match(r"trainable\b.*\biteration 1\b", cell) for cell in cells.values())

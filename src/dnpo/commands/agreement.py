@@ -21,7 +21,7 @@ from dnpo.settings import check as check_part
 PARTS = ("judge", "tracking")
 
 
-def whole(*, resamples: Count, seed: Natural, threads: Count, store: str, ledger: str) -> None:
+def top_settings(*, resamples: Count, seed: Natural, threads: Count, store: str, ledger: str) -> None:
     """The settings beside the parts.
 
     Args:
@@ -51,7 +51,7 @@ def _check(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, d
         SettingsError: names the first setting that is unknown, missing or out of range.
     """
     tree = command.plain(cfg, {"data.path": "data"})
-    top = check_values("", whole, {key: value for key, value in tree.items() if key not in (*PARTS, "data")})
+    top = check_values("", top_settings, {key: value for key, value in tree.items() if key not in (*PARTS, "data")})
     data = check_values("data", Labelled, tree["data"])
     return top, data, {name: check_part(name, tree[name]) for name in PARTS}
 
@@ -99,7 +99,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     with ledger, command.track(tracking, f"agreement {name} on {data.path.name}", everything, tags, sweep):
         for made in (verdicts, stage):
             if store.has(made):
-                console.reused(made.title, made.key)
+                console.report_reuse(made.title, made.key)
             else:
                 with console.stage(made.title, lambda _: None) as progress:
                     store.get(made, progress)

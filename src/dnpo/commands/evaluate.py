@@ -40,7 +40,7 @@ OURS, THEIRS = "model", "against"
 RESULTS = "evaluation.json"
 
 
-def whole(
+def top_settings(
     *,
     against: str | None = None,
     length_controlled: bool,
@@ -71,14 +71,14 @@ def main() -> None:
 # --- settings
 
 
-def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def check_settings(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The settings beside the parts, and those of each part.
 
     Raises:
         SettingsError: names the first setting that is unknown, missing or cannot be.
     """
     tree = command.plain(cfg)
-    top = check_values("", whole, {key: value for key, value in tree.items() if key not in PARTS})
+    top = check_values("", top_settings, {key: value for key, value in tree.items() if key not in PARTS})
     settings = {name: check(name, tree[name]) for name in PARTS}
     if settings["sft"].get("epochs") or settings["sft"].get("steps"):
         raise SettingsError("sft: a model is measured as it is; leave sft=off, or train with python -m dnpo.train")
@@ -117,7 +117,7 @@ def _whole_weights(setting: str, path: str | None) -> None:
 
 
 def _run(cfg: DictConfig, job: Any) -> None:
-    top, settings = checked(cfg)
+    top, settings = check_settings(cfg)
     against = top["against"]
     other = other_model(against, settings["model"]) if against not in (None, HUMAN) else None
     parts: dict[str, Any] = {name: build(name, settings[name]) for name in PARTS}
@@ -134,13 +134,13 @@ def _run(cfg: DictConfig, job: Any) -> None:
         run = Run(seed=top["seed"], device=top["device"], plans=(), ledger=ledger, **parts)
         runs = {OURS: run}
         if other is not None:
-            with _named("against", against):
+            with _name_setting("against", against):
                 runs[THEIRS] = replace(run, model=build("model", other))
         _measure(runs, top, settings, tracking, job, folder, sweep)
 
 
 @contextmanager
-def _named(setting: str, value: str) -> Iterator[None]:
+def _name_setting(setting: str, value: str) -> Iterator[None]:
     """Messages about the other model name the setting that it was given by."""
     try:
         yield
@@ -169,7 +169,7 @@ def _measure(
     from dnpo.store import Store, write_json
 
     console, store = Console(), Store(Path(top["store"]))
-    iterations = _laid_out(runs, top, store, console)
+    iterations = _lay_out(runs, top, store, console)
     fight = None if top["against"] is None else _duels(runs, iterations)
     names = {OURS: settings["model"]["path"] or settings["model"]["name"]}
     names |= {} if fight is None else {THEIRS: top["against"]}
@@ -183,7 +183,7 @@ def _measure(
         for name, iteration in iterations.items():
             for stage in iteration.stages:
                 _get(stage, store, console, "" if name == OURS else "against · ")
-            rows[name] = measured(iteration, store)
+            rows[name] = read_metrics(iteration, store)
             _keep(running.rows_behind(iteration, store), name, tracking, folder)
         outcome = None
         if fight is not None:
@@ -206,7 +206,7 @@ def _measure(
         tracking.metrics({f"{AGAINST.prefix}{name}": value for name, value in rows.get(THEIRS, {}).items()}, 0)
     console.say("")
     console.table(table(rows, title[0].upper() + title[1:]))
-    for line in said(outcome, f"judge={job.runtime.choices['judge']}") if outcome is not None else ():
+    for line in describe_outcome(outcome, f"judge={job.runtime.choices['judge']}") if outcome is not None else ():
         console.say(line)
     for entry in read_agreement(store, part_key(runs[OURS].judge)):
         console.say(f"The judge {sentence(entry)}.")
@@ -214,7 +214,7 @@ def _measure(
         console.say(line)
 
 
-def _laid_out(
+def _lay_out(
     runs: "Mapping[str, Run]", top: Mapping[str, Any], store: "Store", console: "Console"
 ) -> "dict[str, Iteration]":
     """What is to be done for each model, once all checks that runs make are passed."""
@@ -223,7 +223,7 @@ def _laid_out(
     store.open(console.say)
     iterations: dict[str, Iteration] = {}
     for name, run in runs.items():
-        with nullcontext() if name == OURS else _named("against", top["against"]):
+        with nullcontext() if name == OURS else _name_setting("against", top["against"]):
             (iterations[name],) = chain(run)
             pass_gate(run, [iterations[name]], store, console, False, top["threads"])
     return iterations
@@ -252,13 +252,13 @@ def _get(stage: "Stage", store: "Store", console: "Console", prefix: str) -> Non
     """Have a stage computed, or find it; what trains in a run stands for the model as it is here."""
     title = prefix + ("the model" if stage.name == "sft" else stage.title)
     if store.has(stage):
-        console.reused(title, stage.key)
+        console.report_reuse(title, stage.key)
         return
     with console.stage(title, lambda _: None) as report:
         store.get(stage, report)
 
 
-def measured(iteration: "Iteration", store: "Store") -> dict[str, float]:
+def read_metrics(iteration: "Iteration", store: "Store") -> dict[str, float]:
     """All metrics of a model, under the names that runs track them by."""
     found: dict[str, float] = {}
     for stage in (iteration.evaluation, *iteration.measures):
@@ -313,7 +313,7 @@ def _group(name: str) -> str:
     return "/".join(parts[: 2 if len(parts) > 2 else 1])
 
 
-def said(outcome: "DuelOutcome", judge: str) -> list[str]:
+def describe_outcome(outcome: "DuelOutcome", judge: str) -> list[str]:
     """The duels in words."""
     won = outcome.wins
     duels = f"{won.duels:,} duels on {won.prompts:,} prompts"

@@ -16,7 +16,7 @@ PARTS = ("model", "tracking")
 BESIDE = ("device", "threads")
 
 
-def whole(*, device: str, threads: Count) -> None:
+def top_settings(*, device: str, threads: Count) -> None:
     """The settings beside the leaderboard's and the parts'.
 
     Args:
@@ -32,7 +32,7 @@ def main() -> None:
 
 def _run(cfg: DictConfig, job: Any) -> None:
     tree = command.plain(cfg)
-    top = check_values("", whole, {key: tree[key] for key in BESIDE})
+    top = check_values("", top_settings, {key: tree[key] for key in BESIDE})
     own = check_values("", Leaderboard, {key: tree[key] for key in tree if key not in (*BESIDE, *PARTS)})
     settings = {name: check(name, tree[name]) for name in PARTS}
     leaderboard = Leaderboard(**own)

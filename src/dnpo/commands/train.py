@@ -56,7 +56,7 @@ def main() -> None:
 # --- from the config tree to plain values -----------------------------------------------------------------------------
 
 
-def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, dict[str, Any]]]:
+def check_settings(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, dict[str, Any]]]:
     """Check every setting against the signature of what it configures, without building anything.
 
     Returns:
@@ -71,12 +71,12 @@ def checked(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, 
     tree = command.plain(cfg)
     top = check_values("", RunSettings, {key: value for key, value in tree.items() if key not in PARTS})
     starts = {name: _start(name, tree[name], top["iterations"]) for name in STARTING}
-    tree["npo"] = matched(tree["npo"], tree["tracking"])
+    tree["npo"] = resolve_shift(tree["npo"], tree["tracking"])
     settings = {name: check_part(name, {k: v for k, v in tree[name].items() if k != "start"}) for name in PARTS}
     return top, starts, settings
 
 
-def matched(npo: dict[str, Any], tracking: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_shift(npo: dict[str, Any], tracking: Mapping[str, Any]) -> dict[str, Any]:
     """Replace ``npo.shift=run:ID`` by the mean of npo/shift that this MLflow run tracked over its training steps."""
     shift = npo.get("shift")
     if not (isinstance(shift, str) and shift.startswith("run:")):
@@ -95,7 +95,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
     Returns:
         The run as plain values, the tracking, and the resolved settings.
     """
-    top, starts, settings = checked(cfg)
+    top, starts, settings = check_settings(cfg)
 
     from dnpo.data import Source
     from dnpo.dsl import Labeller
@@ -195,10 +195,10 @@ def _go(
     iterations = list(chain(run))
     check_optimizers(run, iterations, store)
     if settings["plan"]:
-        from dnpo.running.sweep import planned_before
+        from dnpo.running.sweep import find_shared_stages
 
         stages = [stage for iteration in iterations for stage in iteration.stages]
-        _print_plan(console, store, iterations, planned_before(sweep, folder, stages))
+        _print_plan(console, store, iterations, find_shared_stages(sweep, folder, stages))
         _print_forecast(console, run, iterations, store)
         return None
     store.open(console.say)

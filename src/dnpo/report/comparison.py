@@ -14,11 +14,11 @@ from dnpo.report.groups import Group, Groups, Member, iteration_title
 from dnpo.stats.intervals import Array, Estimate, estimate_mean
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.table import Cell, Table, table
-from dnpo.tracking.reading import Run, iteration_name
+from dnpo.tracking.reading import TrackedRun, iteration_name
 
 
 @dataclass(frozen=True)
-class Measure:
+class ReportMeasure:
     """A metric by which runs are compared.
 
     Attributes:
@@ -31,13 +31,13 @@ class Measure:
 
 
 MEASURES = (
-    Measure(metric("eval/score"), "sample", "score"),
-    Measure(metric("second/score"), "sample", "second"),
-    Measure(metric("eval/accuracy"), "greedy", "right"),
-    Measure(metric("leaderboard/average")),
-    Measure(metric("eval/loss")),
+    ReportMeasure(metric("eval/score"), "sample", "score"),
+    ReportMeasure(metric("second/score"), "sample", "second"),
+    ReportMeasure(metric("eval/accuracy"), "greedy", "right"),
+    ReportMeasure(metric("leaderboard/average")),
+    ReportMeasure(metric("eval/loss")),
 )
-FLIPS = Measure(metric("pairs/flips"))
+FLIPS = ReportMeasure(metric("pairs/flips"))
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Items:
 
     _kept: dict[tuple[str, str], pa.Table | None] = field(default_factory=dict)
 
-    def table(self, run: Run, iteration: int | str) -> pa.Table | None:
+    def table(self, run: TrackedRun, iteration: int | str) -> pa.Table | None:
         """The rows of one policy; None where none were tracked."""
         path = f"items/{iteration_name(iteration)}.parquet"
         if (run.id, path) not in self._kept:
@@ -54,7 +54,7 @@ class Items:
             self._kept[run.id, path] = None if file is None else pq.read_table(file)
         return self._kept[run.id, path]
 
-    def of(self, run: Run, iteration: int | str, measure: Measure) -> dict[str, float]:
+    def of(self, run: TrackedRun, iteration: int | str, measure: ReportMeasure) -> dict[str, float]:
         """The mean result by prompt, over samples; NaN where there is none, empty where the measure has no items."""
         rows = self.table(run, iteration) if measure.kind else None
         if rows is None or measure.column not in rows.column_names:
@@ -67,7 +67,7 @@ class Items:
 
 
 @dataclass(frozen=True)
-class Compared:
+class MeasureComparison:
     """A measure over groups and iterations.
 
     Attributes:
@@ -76,7 +76,7 @@ class Compared:
         notes: what a reader has to know beside the numbers.
     """
 
-    measure: Measure
+    measure: ReportMeasure
     means: Table
     differences: Table | None
     baseline: str
@@ -87,10 +87,10 @@ def baseline(groups: Groups) -> Group | None:
     """SPIN where it is there, else the first; None where there is one group only."""
     if len(groups.groups) < 2:
         return None
-    return next((group for group in groups.groups if group.plain), groups.groups[0])
+    return next((group for group in groups.groups if group.is_spin), groups.groups[0])
 
 
-def compare(groups: Groups, measure: Measure, items: Items) -> Compared | None:
+def compare(groups: Groups, measure: ReportMeasure, items: Items) -> MeasureComparison | None:
     """Everything that a measure says of the groups; None where no run has it."""
     iterations = [
         iteration
@@ -115,7 +115,7 @@ def compare(groups: Groups, measure: Measure, items: Items) -> Compared | None:
             notes |= dict.fromkeys(said)
             if cell is not None:
                 apart.setdefault(group.label, {})[iteration_title(iteration)] = cell
-    return Compared(
+    return MeasureComparison(
         measure,
         table(means, measure.metric.digits, measure.metric.scale),
         table(apart, measure.metric.digits, measure.metric.scale) if apart else None,
@@ -124,7 +124,7 @@ def compare(groups: Groups, measure: Measure, items: Items) -> Compared | None:
     )
 
 
-def mean_of(group: Group, iteration: int | str, measure: Measure, items: Items) -> Estimate | None:
+def mean_of(group: Group, iteration: int | str, measure: ReportMeasure, items: Items) -> Estimate | None:
     """A group's mean after one iteration: over items and seeds, or over seeds alone where there are no items."""
     seeds = sorted(group.at(iteration))
     by_item = matrix(group, iteration, seeds, measure, items)
@@ -134,7 +134,7 @@ def mean_of(group: Group, iteration: int | str, measure: Measure, items: Items) 
     return _estimate(np.asarray([values])) if values else None
 
 
-def matrix(group: Group, iteration: int | str, seeds: list[int], measure: Measure, items: Items) -> Array | None:
+def matrix(group: Group, iteration: int | str, seeds: list[int], measure: ReportMeasure, items: Items) -> Array | None:
     """Results, seeds × items, without items that lack one; None where some run has no items, or other ones."""
     found = [items.of(group.at(iteration)[seed].run, iteration, measure) for seed in seeds]
     if not found or not all(found) or any(each.keys() != found[0].keys() for each in found):
@@ -151,7 +151,7 @@ def _estimate(x_SI: Array) -> Estimate:
 
 
 def _difference(
-    group: Group, base: Group, iteration: int | str, measure: Measure, items: Items
+    group: Group, base: Group, iteration: int | str, measure: ReportMeasure, items: Items
 ) -> tuple[Cell | None, list[str]]:
     """How far a group is from the baseline after one iteration, over the seeds that both have."""
     ours, theirs = group.at(iteration), base.at(iteration)
@@ -183,16 +183,16 @@ def _difference(
     return Cell(mean.estimate(), mean.p(), signed=True), notes
 
 
-def _policy(run: Run, iteration: int | str) -> str:
+def _policy(run: TrackedRun, iteration: int | str) -> str:
     """The stage that made the policy after an iteration; "" where the summary does not say."""
     iterations = [row["iteration"] for row in run.table]
     policies: list[str] = run.summary.get("policies", [])
     return policies[iterations.index(iteration)] if iteration in iterations and len(policies) == len(iterations) else ""
 
 
-def gain(member: Member, measure: Measure, items: Items) -> tuple[Estimate, str] | None:
+def gain(member: Member, measure: ReportMeasure, items: Items) -> tuple[Estimate, str] | None:
     """What a run's iterations added, last policy less first, and over what its interval is."""
-    known = member.known(measure.metric.name)
+    known = member.values_by_iteration(measure.metric.name)
     if len(known) < 2:
         return None
     (first, before), (last, after) = known[0], known[-1]

@@ -8,11 +8,11 @@ from typing import Any
 from dnpo.palette import SERIES, choose_looks
 from dnpo.report import labels, origins, outcome
 from dnpo.report.comparison import MEASURES, Items, compare
-from dnpo.report.groups import Group, Groups, Member, grouped, iteration_title, rows_of, state, whole
-from dnpo.report.page import day, without_secrets
-from dnpo.report.pictures import brought, pictures
+from dnpo.report.groups import Group, Groups, Member, describe_state, group_runs, is_complete, iteration_title, rows_of
+from dnpo.report.page import day, strip_secrets
+from dnpo.report.pictures import find_analysis_pictures, pictures
 from dnpo.report.selection import Selection
-from dnpo.tracking.reading import SWEEP, Run
+from dnpo.tracking.reading import SWEEP, TrackedRun
 
 CLAIM = ("claim", "where", "measure", "outcome", "effect", "low", "high", "notes")
 LOOKS = {"supported": "good", "contradicted": "bad"}
@@ -25,7 +25,7 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
         uri: of the tracking store, to be named on the page.
     """
     runs, sweep, items = selection.runs, selection.sweep, Items()
-    groups = grouped(runs) if sweep else _alone(runs[0])
+    groups = group_runs(runs) if sweep else _group_alone(runs[0])
     compared = [found for m in MEASURES if (found := compare(groups, m, items)) is not None] if sweep else []
     shown = choose_looks({group.label: group.options for group in groups.groups[: len(SERIES)]})
     lineage = origins.lineage(runs, selection.own if sweep else None)
@@ -37,7 +37,7 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
         "state": _state(selection, groups),
         "facts": _facts(selection, groups, lineage),
         "outcome": outcome.of_sweep(groups, compared) if sweep else outcome.of_run(member, items) if member else [],
-        "parts": [] if sweep else _unmeasured(runs[0]),
+        "parts": [] if sweep else _list_caveats(runs[0]),
         "missing": groups.missing,
         "tiles": [] if sweep or member is None else outcome.tiles(member, items),
         "groups": groups,
@@ -48,7 +48,7 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
         "looks": shown if len(shown) > 1 else {},
         "undrawn": len(groups.groups) - len(shown),
         "pictures": pictures(groups, shown, items, not sweep),
-        "brought": brought(selection.own) if sweep else [],
+        "brought": find_analysis_pictures(selection.own) if sweep else [],
         "tables": [] if sweep or member is None else outcome.tables(member),
         "compared": compared,
         "everything": outcome.everything(groups),
@@ -56,12 +56,12 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
         "judges": labels.judges(groups, items),
         "costs": origins.costs(runs),
         "lineage": lineage,
-        "uri": without_secrets(uri),
+        "uri": strip_secrets(uri),
         "written": day(1000 * time.time()),
     }
 
 
-def _alone(run: Run) -> Groups:
+def _group_alone(run: TrackedRun) -> Groups:
     """One run, whatever became of it."""
     return Groups((Group(run.option("method") or run.name, (Member(run, rows_of(run)),)),), (), False)
 
@@ -70,17 +70,17 @@ def _state(selection: Selection, groups: Groups) -> tuple[str, str]:
     """``good`` or ``bad``, and words."""
     if not selection.sweep:
         run = selection.runs[0]
-        return ("good" if whole(run) else "bad"), state(run)
+        return ("good" if is_complete(run) else "bad"), describe_state(run)
     done = sum(len(group.members) for group in groups.groups)
     if groups.missing:
         return "bad", f"{done} of {len(selection.runs)} runs count; not complete, see below"
     return "good", f"{done} runs finished"
 
 
-def _unmeasured(run: Run) -> list[str]:
+def _list_caveats(run: TrackedRun) -> list[str]:
     """What a reader has to know of a run that is not whole, or that nobody judged."""
     rows = rows_of(run)
-    if not whole(run):
+    if not is_complete(run):
         reached = (
             f"tracked until then: {', '.join(iteration_title(row['iteration']) for row in rows)}"
             if rows
@@ -121,7 +121,7 @@ def _facts(selection: Selection, groups: Groups, lineage: Mapping[str, Any]) -> 
     ]
 
 
-def _claims(own: Run | None) -> tuple[list[dict[str, Any]], str]:
+def _claims(own: TrackedRun | None) -> tuple[list[dict[str, Any]], str]:
     """The claim table that was tracked with the sweep, or why there is none."""
     path = own.artifact("analysis/claims.json") if own is not None else None
     if path is None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from dnpo.catalogue import Metric
 from dnpo.palette import BREAK, EDGE, GRID, HUMAN, Look
 from dnpo.report.drawing import logprob_histogram
-from dnpo.report.page import visible
+from dnpo.report.page import make_visible
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import SFT
 
@@ -147,7 +147,7 @@ def _smooth(x: np.ndarray, y: np.ndarray, window: int) -> tuple[np.ndarray, np.n
 
 def histogram(logprobs: Path, title: str, note: str) -> Picture:
     """What :func:`dnpo.report.drawing.logprob_histogram` draws."""
-    title = visible(title)
+    title = make_visible(title)
     plain: Any = {"svg.hashsalt": "dnpo", "text.parse_math": False}
     with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(plain), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks

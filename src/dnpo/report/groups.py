@@ -8,7 +8,7 @@ from typing import Any
 from dnpo.errors import DataError
 from dnpo.settings import CONTENTS
 from dnpo.tracking.neutral import find_neutral
-from dnpo.tracking.reading import SFT, Run
+from dnpo.tracking.reading import SFT, TrackedRun
 
 # Options and settings by which a reader tells runs apart, before any other.
 FIRST = ("dnpo.sweep/regime", "dnpo.method", "dnpo.dsl", "dnpo.npo", "dnpo.data", "dnpo.model", "dnpo.judge")
@@ -31,7 +31,7 @@ BY_ITERATION = (
 class Member:
     """A run and the rows of its table that count, a row a policy."""
 
-    run: Run
+    run: TrackedRun
     rows: tuple[Mapping[str, Any], ...]
 
     def value(self, iteration: int | str, metric: str) -> float | None:
@@ -39,7 +39,7 @@ class Member:
         found = next((row.get(metric) for row in self.rows if row["iteration"] == iteration), None)
         return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
-    def known(self, metric: str) -> list[tuple[int | str, float]]:
+    def values_by_iteration(self, metric: str) -> list[tuple[int | str, float]]:
         """Iterations after which a metric was measured, and its values."""
         values = [(row["iteration"], self.value(row["iteration"], metric)) for row in self.rows]
         return [(iteration, value) for iteration, value in values if value is not None]
@@ -73,7 +73,7 @@ class Group:
         return run.option("dsl"), run.option("npo")
 
     @property
-    def plain(self) -> bool:
+    def is_spin(self) -> bool:
         """Whether it is SPIN: labels by origin, no noise."""
         return all(m.run.option("dsl") == "off" and m.run.option("npo") == "off" for m in self.members)
 
@@ -100,7 +100,7 @@ class Groups:
         return sorted(found, key=lambda k: -1 if k == SFT else int(k))
 
 
-def whole(run: Run) -> bool:
+def is_complete(run: TrackedRun) -> bool:
     """Whether a run came to its end and wrote its summary."""
     try:
         return run.finished and bool(run.summary)
@@ -113,9 +113,9 @@ def iteration_title(iteration: int | str) -> str:
     return SFT if iteration == SFT else f"k = {iteration}"
 
 
-def rows_of(run: Run) -> tuple[Mapping[str, Any], ...]:
+def rows_of(run: TrackedRun) -> tuple[Mapping[str, Any], ...]:
     """A run's table; of one without a summary what it tracked by iteration until then."""
-    if whole(run):
+    if is_complete(run):
         return tuple(run.table)
     rows: dict[int, dict[str, Any]] = {}
     for name in BY_ITERATION:
@@ -125,13 +125,13 @@ def rows_of(run: Run) -> tuple[Mapping[str, Any], ...]:
     return tuple(rows[step] for step in sorted(rows))
 
 
-def grouped(runs: Sequence[Run]) -> Groups:
+def group_runs(runs: Sequence[TrackedRun]) -> Groups:
     """Sort runs into groups; unfinished ones are left out and named under ``missing``."""
-    finished = [run for run in runs if whole(run)]
-    branching = _branching(finished)
+    finished = [run for run in runs if is_complete(run)]
+    branching = _is_branching(finished)
     left_out = {"seed", "iterations", *STARTS} if branching else {"seed"}
-    names = _telling(finished, left_out)
-    buckets: dict[tuple[str, ...], list[Run]] = {}
+    names = _choose_names(finished, left_out)
+    buckets: dict[tuple[str, ...], list[TrackedRun]] = {}
     for run in finished:
         buckets.setdefault(tuple(_value(run, name) for name in names), []).append(run)
     groups, repeated = [], 0
@@ -140,13 +140,13 @@ def grouped(runs: Sequence[Run]) -> Groups:
         repeated += len(members) - len(newest)
         chosen = sorted(newest.values(), key=lambda run: (run.seed, run.started))
         groups.append(Group(_label(names, values), tuple(_member(run, branching) for run in chosen)))
-    missing = [*_unfinished(runs, finished), *_gaps(groups)]
+    missing = [*_list_unfinished(runs, finished), *_gaps(groups)]
     if repeated:
         missing.append(f"{repeated} runs were run again with the same settings and seed; the newest of each counts.")
     return Groups(tuple(groups), tuple(map(_short, names)), branching, tuple(missing))
 
 
-def _branching(runs: Sequence[Run]) -> bool:
+def _is_branching(runs: Sequence[TrackedRun]) -> bool:
     """Whether runs differ in their number of iterations and a part starts at the last of each."""
     if len({run.params.get("iterations") for run in runs}) < 2:
         return False
@@ -157,16 +157,16 @@ def _branching(runs: Sequence[Run]) -> bool:
     )
 
 
-def _member(run: Run, branching: bool) -> Member:
+def _member(run: TrackedRun, branching: bool) -> Member:
     rows = rows_of(run)
     return Member(run, rows[-1:] if branching else rows)
 
 
-def _value(run: Run, name: str) -> str:
+def _value(run: TrackedRun, name: str) -> str:
     return run.tags.get(name, "") if name.startswith("dnpo.") else run.params.get(name, "")
 
 
-def _telling(runs: Sequence[Run], left_out: set[str]) -> list[str]:
+def _choose_names(runs: Sequence[TrackedRun], left_out: set[str]) -> list[str]:
     """As few options and settings as tell all runs apart that differ in any; well-known ones first."""
     options = {f"dnpo.{part.split('@')[-1]}" for run in runs for part in run.summary.get("choices", {})}
     tags = sorted(options - set(FIRST) - set(NO_PARTS))
@@ -194,7 +194,7 @@ def _telling(runs: Sequence[Run], left_out: set[str]) -> list[str]:
     return chosen
 
 
-def _parts(runs: Iterable[Run], names: Sequence[str]) -> int:
+def _parts(runs: Iterable[TrackedRun], names: Sequence[str]) -> int:
     return len({tuple(_value(run, name) for name in names) for run in runs})
 
 
@@ -210,27 +210,29 @@ def _label(names: Sequence[str], values: Sequence[str]) -> str:
     return " · ".join(v if n == "dnpo.method" else f"{_short(n)}={v}" for n, v in shown)
 
 
-def _unfinished(runs: Iterable[Run], finished: Sequence[Run]) -> list[str]:
+def _list_unfinished(runs: Iterable[TrackedRun], finished: Sequence[TrackedRun]) -> list[str]:
     """Runs without an end that were not run again to an end either."""
     ids, done = {run.id for run in finished}, [_identity(run) for run in finished]
     left = [run for run in runs if run.id not in ids and _identity(run) not in done]
-    return [f"{run.name} (run {run.id[:8]}, seed {run.tags.get('dnpo.seed', '?')}) {state(run)}." for run in left]
+    return [
+        f"{run.name} (run {run.id[:8]}, seed {run.tags.get('dnpo.seed', '?')}) {describe_state(run)}." for run in left
+    ]
 
 
-def _identity(run: Run) -> tuple[Mapping[str, str], Mapping[str, str]]:
+def _identity(run: TrackedRun) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """Settings and options; two runs that have the same were to be the same."""
     neutral = find_neutral(run.params)
     settings = {name: value for name, value in run.params.items() if name not in neutral}
     return settings, {name: run.tags.get(name, "") for name in FIRST}
 
 
-def state(run: Run) -> str:
+def describe_state(run: TrackedRun) -> str:
     """What became of a run, as the end of a sentence."""
     known: Mapping[str, Callable[[], str]] = {
         "FAILED": lambda: "failed",
         "KILLED": lambda: "was interrupted",
         "RUNNING": lambda: "is still running, or its process was killed",
-        "FINISHED": lambda: "finished" if whole(run) else "finished without a summary",
+        "FINISHED": lambda: "finished" if is_complete(run) else "finished without a summary",
     }
     return known.get(run.status, lambda: f"has the status {run.status}")()
 

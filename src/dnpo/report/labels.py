@@ -12,9 +12,9 @@ from dnpo.catalogue import metric
 from dnpo.judges.agreement import sentence
 from dnpo.records import HUMAN
 from dnpo.report.comparison import Items
-from dnpo.report.groups import Groups, Member, iteration_title, whole
+from dnpo.report.groups import Groups, Member, is_complete, iteration_title
 from dnpo.report.page import format_value
-from dnpo.tracking.reading import SFT, Run, iteration_name
+from dnpo.tracking.reading import SFT, TrackedRun, iteration_name
 
 FLIPPED, KEPT = 4, 2  # examples shown of an iteration
 FEW_FLIPPED, FEW_KEPT = 2, 1  # of each group of a sweep
@@ -114,8 +114,10 @@ TRUST = (
 def judges(groups: Groups, items: Items) -> dict[str, Any]:
     """What is known of the judges of some runs: options, agreement with people, missing scores, ties."""
     runs = [member.run for group in groups.groups for member in group.members]
-    names = sorted({_named(run) for run in runs})
-    entries = {sentence(entry): None for run in runs if whole(run) for entry in run.summary.get("judge_agreement", [])}
+    names = sorted({_name_judge(run) for run in runs})
+    entries = {
+        sentence(entry): None for run in runs if is_complete(run) for entry in run.summary.get("judge_agreement", [])
+    }
     table = []
     for group in groups.groups:
         for iteration in groups.iterations:
@@ -136,7 +138,7 @@ def judges(groups: Groups, items: Items) -> dict[str, Any]:
     }
 
 
-def _named(run: Run) -> str:
+def _name_judge(run: TrackedRun) -> str:
     model = run.params.get("judge.model", "")
     return (run.option("judge") or "not known") + (f" ({model})" if model else "")
 
@@ -145,12 +147,12 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _second(runs: Sequence[Run], items: Items) -> str:
+def _second(runs: Sequence[TrackedRun], items: Items) -> str:
     """How far two judges rank the last policies' samples alike; "" without a second one."""
     first: list[float] = []
     second: list[float] = []
     for run in runs:
-        rows = items.table(run, run.last["iteration"]) if whole(run) else None
+        rows = items.table(run, run.last["iteration"]) if is_complete(run) else None
         if rows is None or "second" not in rows.column_names:
             continue
         both = rows.filter(

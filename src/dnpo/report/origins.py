@@ -5,11 +5,11 @@ from functools import cache
 from typing import Any, cast
 
 from dnpo.errors import SettingsError
-from dnpo.report.groups import Groups, iteration_title, whole
-from dnpo.report.page import without_secrets
+from dnpo.report.groups import Groups, is_complete, iteration_title
+from dnpo.report.page import strip_secrets
 from dnpo.settings import conf_folder, flat
 from dnpo.tracking.neutral import find_neutral
-from dnpo.tracking.reading import Run
+from dnpo.tracking.reading import TrackedRun
 
 Setting = tuple[str, list[str], str]  # its name, the values that runs have, the default
 UNDERSCORED = ("_target_", "_partial_")
@@ -33,7 +33,7 @@ def defaults(seed: int) -> tuple[dict[str, str], dict[str, str]]:
     return {name: str(value) for name, value in flat(settings).items()}, options
 
 
-def settings(runs: Sequence[Run], groups: Groups) -> dict[str, Any]:
+def settings(runs: Sequence[TrackedRun], groups: Groups) -> dict[str, Any]:
     """Options and settings that differ from the defaults, and all others; a value is several where runs differ."""
     usual, options = defaults(runs[0].seed)
     chosen: list[Setting] = []
@@ -47,9 +47,9 @@ def settings(runs: Sequence[Run], groups: Groups) -> dict[str, Any]:
     neutral = frozenset.intersection(*(find_neutral(run.params) for run in runs))
     for name in sorted({name for run in runs for name in run.params}):
         values = _values(run.params.get(name, "") for run in runs)
-        row = (name, [without_secrets(value) or "–" for value in values], without_secrets(usual.get(name, "")))
+        row = (name, [strip_secrets(value) or "–" for value in values], strip_secrets(usual.get(name, "")))
         seedlike = name == "seed" or name.endswith(".seed")
-        alike = all(_same(value, usual.get(name)) for value in values if value)
+        alike = all(_is_same(value, usual.get(name)) for value in values if value)
         hidden = seedlike or name.endswith(UNDERSCORED) or name in neutral
         (rest if alike or hidden or not usual else changed).append(row)
     return {"varies": groups.varies, "chosen": chosen, "changed": changed, "rest": rest, "known": bool(usual)}
@@ -59,7 +59,7 @@ def _values(found: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _same(a: str, b: str | None) -> bool:
+def _is_same(a: str, b: str | None) -> bool:
     """Whether two settings are the same value, however it is spelt."""
     if b is None:
         return False
@@ -69,7 +69,7 @@ def _same(a: str, b: str | None) -> bool:
         return False
 
 
-def stages(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def stages(runs: Sequence[TrackedRun]) -> list[dict[str, Any]]:
     """Every stage once, in the order of the first run that has it.
 
     Each has ``title``, ``key``, ``iteration``, ``seconds`` (None where a run did not say), ``inputs`` (names and keys),
@@ -89,8 +89,8 @@ def stages(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _stages(run: Run) -> list[dict[str, Any]]:
-    if not whole(run):
+def _stages(run: TrackedRun) -> list[dict[str, Any]]:
+    if not is_complete(run):
         return [
             {
                 "title": name.removeprefix("stage."),
@@ -116,9 +116,9 @@ def _stages(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def costs(runs: Sequence[Run]) -> dict[str, Any]:
+def costs(runs: Sequence[TrackedRun]) -> dict[str, Any]:
     """Time and money: seconds by kind of stage and in all, reused stages, and what judges were paid, where known."""
-    finished = [run for run in runs if whole(run)]
+    finished = [run for run in runs if is_complete(run)]
     kinds: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()
     for run in finished:
@@ -140,7 +140,7 @@ def costs(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _money(runs: Sequence[Run]) -> list[tuple[str, float]]:
+def _money(runs: Sequence[TrackedRun]) -> list[tuple[str, float]]:
     """Whatever the tables say of calls and of what they cost, added up over policies and runs."""
     sums: dict[str, float] = {}
     for run in runs:
@@ -151,12 +151,12 @@ def _money(runs: Sequence[Run]) -> list[tuple[str, float]]:
     return sorted(sums.items())
 
 
-def lineage(runs: Sequence[Run], own: Run | None) -> dict[str, Any]:
+def lineage(runs: Sequence[TrackedRun], own: TrackedRun | None) -> dict[str, Any]:
     """Runs with their policies, the stages that they share, versions of packages and commits."""
     entries: list[Mapping[str, Any]] = []
     versions: dict[str, list[str]] = {}
     for run in runs:
-        summary = run.summary if whole(run) else {}
+        summary = run.summary if is_complete(run) else {}
         for package, version in summary.get("versions", {}).items():
             versions.setdefault(package, [])
             if version not in versions[package]:

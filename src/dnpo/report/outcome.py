@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dnpo import catalogue
-from dnpo.report.comparison import FLIPS, MEASURES, Compared, Items, Measure, gain
+from dnpo.report.comparison import FLIPS, MEASURES, Items, MeasureComparison, ReportMeasure, gain
 from dnpo.report.groups import Group, Groups, Member, iteration_title
 from dnpo.report.page import duration, format_value, number
 from dnpo.tracking.reading import SFT
@@ -23,11 +23,11 @@ MOST_NAMED = 8  # groups whose numbers are said in a sentence
 
 def of_run(member: Member, items: Items) -> list[str]:
     """A sentence a measure: before, after, and how sure the difference is."""
-    return [text for measure in MEASURES if (text := _from_to(member, measure, items))]
+    return [text for measure in MEASURES if (text := _describe_gain(member, measure, items))]
 
 
-def _from_to(member: Member, measure: Measure, items: Items) -> str:
-    metric, known = measure.metric, member.known(measure.metric.name)
+def _describe_gain(member: Member, measure: ReportMeasure, items: Items) -> str:
+    metric, known = measure.metric, member.values_by_iteration(measure.metric.name)
     found = gain(member, measure, items)
     if found is None:
         return ""
@@ -47,16 +47,16 @@ def _ends(known: Sequence[tuple[int | str, float]]) -> str:
     return f"{names[0]} to {names[-1]}"
 
 
-def of_sweep(groups: Groups, compared: Sequence[Compared]) -> list[str]:
+def of_sweep(groups: Groups, compared: Sequence[MeasureComparison]) -> list[str]:
     """The first measure's numbers, and for each what differs from the baseline."""
     found = [_numbers(groups.groups, groups, compared[0].measure)] if compared else []
-    found += [text for each in compared if (text := _differing(each))]
+    found += [text for each in compared if (text := _describe_differences(each))]
     if groups.groups and len({seed for group in groups.groups for seed in group.seeds}) == 1:
         found.append("There is one seed only: nothing here says what training again would give.")
     return found
 
 
-def _numbers(shown: Sequence[Group], groups: Groups, measure: Measure) -> str:
+def _numbers(shown: Sequence[Group], groups: Groups, measure: ReportMeasure) -> str:
     """Mean over seeds before and after, by group."""
     metric, parts = measure.metric, []
     for group in shown[:MOST_NAMED]:
@@ -68,7 +68,7 @@ def _numbers(shown: Sequence[Group], groups: Groups, measure: Measure) -> str:
     return f"{metric.axis}, {over}: {'; '.join(parts)}{more}."
 
 
-def _differing(each: Compared) -> str:
+def _describe_differences(each: MeasureComparison) -> str:
     if each.differences is None or not each.differences.tests:
         return ""
     starred = [
@@ -89,7 +89,7 @@ def tiles(member: Member, items: Items) -> list[dict[str, str]]:
     """The last policy's numbers, large."""
     found = []
     for measure in (*MEASURES, FLIPS):
-        metric, known = measure.metric, member.known(measure.metric.name)
+        metric, known = measure.metric, member.values_by_iteration(measure.metric.name)
         if not known:
             continue
         gained = gain(member, measure, items)

@@ -33,14 +33,14 @@ HIDDEN = {
 SECRET = re.compile(r"(\w+://)[^/@\s]*@")
 
 
-def visible(value: Any) -> Any:
+def make_visible(value: Any) -> Any:
     """Text without characters that hide or act; all else as it is. The template runs every value through this."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return value.replace("\r\n", "\n").translate(HIDDEN)
     return value
 
 
-def without_secrets(text: str) -> str:
+def strip_secrets(text: str) -> str:
     """An address without the name and password that may stand in it."""
     return SECRET.sub(r"\1…@", text)
 
@@ -87,7 +87,7 @@ def html(content: Mapping[str, Any]) -> str:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=visible,
+        finalize=make_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )

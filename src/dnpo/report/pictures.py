@@ -8,12 +8,12 @@ from typing import Any
 from dnpo.catalogue import metric
 from dnpo.palette import Look
 from dnpo.report import figures
-from dnpo.report.comparison import FLIPS, MEASURES, Items, Measure, mean_of
+from dnpo.report.comparison import FLIPS, MEASURES, Items, ReportMeasure, mean_of
 from dnpo.report.drawing import describe_movement
 from dnpo.report.figures import Line, Picture
 from dnpo.report.groups import Group, Groups
 from dnpo.stats.intervals import Estimate
-from dnpo.tracking.reading import SFT, Run, iteration_name
+from dnpo.tracking.reading import SFT, TrackedRun, iteration_name
 
 STEPS = ("loss/policy", "loss/noise", "margin/saturation")
 
@@ -37,7 +37,7 @@ def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bo
     return [(heading, some) for heading, some in found if some]
 
 
-def brought(own: Run | None) -> list[Picture]:
+def find_analysis_pictures(own: TrackedRun | None) -> list[Picture]:
     """Pictures that ``python -m analysis`` has left with the sweep."""
     folder = own.artifact("analysis") if own is not None else None
     paths = sorted(Path(folder).rglob("*.png")) if folder is not None and folder.is_dir() else []
@@ -45,7 +45,7 @@ def brought(own: Run | None) -> list[Picture]:
 
 
 def _over_iterations(
-    shown: Sequence[Group], groups: Groups, looks: Mapping[str, Look], measure: Measure, items: Items
+    shown: Sequence[Group], groups: Groups, looks: Mapping[str, Look], measure: ReportMeasure, items: Items
 ) -> Picture | None:
     lines = [Line(looks[group.label], _points(group, groups, measure, items)) for group in shown]
     lines = [line for line in lines if line.points]
@@ -66,7 +66,7 @@ def _over_iterations(
     )
 
 
-def _points(group: Group, groups: Groups, measure: Measure, items: Items) -> list[tuple[float, Estimate]]:
+def _points(group: Group, groups: Groups, measure: ReportMeasure, items: Items) -> list[tuple[float, Estimate]]:
     points = []
     for iteration in groups.iterations:
         estimate = mean_of(group, iteration, measure, items) if group.values(iteration, measure.metric.name) else None
@@ -75,7 +75,7 @@ def _points(group: Group, groups: Groups, measure: Measure, items: Items) -> lis
     return points
 
 
-def _bars(shown: Sequence[Group], measure: Measure, items: Items) -> str:
+def _bars(shown: Sequence[Group], measure: ReportMeasure, items: Items) -> str:
     """What the bars of a picture are."""
     member = next((member for group in shown for member in group.members if member.rows), None)
     by_item = member is not None and bool(items.of(member.run, member.rows[-1]["iteration"], measure))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dnpo.errors import DataError
 from dnpo.settings import nearest
-from dnpo.tracking.reading import PARENT, SWEEP, Database, Run
+from dnpo.tracking.reading import PARENT, SWEEP, Database, TrackedRun
 
 SUMMARY = "summary.json"
 
@@ -26,8 +26,8 @@ class Selection:
 
     name: str
     sweep: bool
-    runs: tuple[Run, ...]
-    own: Run | None
+    runs: tuple[TrackedRun, ...]
+    own: TrackedRun | None
 
 
 def select(database: Database, given: str) -> Selection:
@@ -64,11 +64,11 @@ def select(database: Database, given: str) -> Selection:
     )
 
 
-def _single(run: Run) -> Selection:
+def _single(run: TrackedRun) -> Selection:
     return Selection(run.name, False, (run,), run)
 
 
-def _sweep(database: Database, runs: Iterable[Run]) -> Selection:
+def _sweep(database: Database, runs: Iterable[TrackedRun]) -> Selection:
     found = tuple(sorted(runs, key=lambda run: run.started))
     own = sorted(_parents(database, found).values(), key=lambda run: run.started)
     # Every sweep that was given no name has one by its folder.
@@ -76,14 +76,14 @@ def _sweep(database: Database, runs: Iterable[Run]) -> Selection:
     return Selection(name or "sweep", True, found, own[-1] if own else None)
 
 
-def _parents(database: Database, runs: Iterable[Run]) -> dict[str, Run]:
+def _parents(database: Database, runs: Iterable[TrackedRun]) -> dict[str, TrackedRun]:
     """The sweeps' own runs, by id."""
     first = {run.tags[PARENT]: run for run in runs if PARENT in run.tags}
     found = {key: database.parent(run) for key, run in first.items()}
     return {key: parent for key, parent in found.items() if parent is not None}
 
 
-def _sweep_of_folder(database: Database, folder: Path, runs: Iterable[Run]) -> list[Run]:
+def _sweep_of_folder(database: Database, folder: Path, runs: Iterable[TrackedRun]) -> list[TrackedRun]:
     where = folder.absolute()
     own = {
         key
@@ -93,7 +93,7 @@ def _sweep_of_folder(database: Database, folder: Path, runs: Iterable[Run]) -> l
     return [run for run in runs if run.tags.get(PARENT) in own]
 
 
-def _run_of_folder(folder: Path, runs: Iterable[Run]) -> Run:
+def _run_of_folder(folder: Path, runs: Iterable[TrackedRun]) -> TrackedRun:
     """The run that wrote this folder's ``summary.json``: the one that tracked the very same file.
 
     Raises:

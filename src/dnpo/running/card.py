@@ -15,7 +15,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank 
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedPolicy:
     """One policy of a finished run: what the run's summary says of it, and where the store has it.
 
     Attributes:
@@ -69,7 +69,7 @@ class Saved:
         return self.store / str(manifest(self.store / self.stage)["inputs"]["prompts"])
 
     @cached_property
-    def made_of(self) -> Mapping[str, Any]:
+    def prompt_settings(self) -> Mapping[str, Any]:
         """What decided base model and data, for the store: names with commits, hashes of contents."""
         found: Mapping[str, Any] = manifest(self.prompts)["settings"]
         return found
@@ -87,7 +87,7 @@ class Saved:
     @property
     def revision(self) -> str | None:
         """The commit of a base model that is on the hub."""
-        found: str | None = self.made_of["model"].get("revision")
+        found: str | None = self.prompt_settings["model"].get("revision")
         return found
 
     def setting(self, part: str, key: str, default: Any = None) -> Any:
@@ -96,7 +96,7 @@ class Saved:
         return default if found is None else found
 
 
-def card(saved: Saved, folder: str, kind: Kind, rank: int, notes: str) -> str:
+def card(saved: SavedPolicy, folder: str, kind: Kind, rank: int, notes: str) -> str:
     """The card of a policy.
 
     Args:
@@ -118,16 +118,16 @@ def card(saved: Saved, folder: str, kind: Kind, rank: int, notes: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _title(saved: Saved) -> str:
+def _title(saved: SavedPolicy) -> str:
     method = _option(saved, "method")
     return f"{method}, iteration {saved.k}" if saved.k >= 0 else f"{method}, before iteration 0"
 
 
-def _front_matter(saved: Saved, kind: Kind) -> str:
+def _front_matter(saved: SavedPolicy, kind: Kind) -> str:
     """What the hub reads. Only names that mean something there; no licence, which is not this program's to give."""
     from huggingface_hub import ModelCardData
 
-    model, data = saved.made_of["model"].get("name"), saved.made_of["data"].get("name")
+    model, data = saved.prompt_settings["model"].get("name"), saved.prompt_settings["data"].get("name")
     content = ModelCardData(
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
@@ -138,7 +138,7 @@ def _front_matter(saved: Saved, kind: Kind) -> str:
     return f"---\n{content.to_yaml()}\n---"
 
 
-def _origin(saved: Saved) -> str:
+def _origin(saved: SavedPolicy) -> str:
     last = len(saved.summary["table"]) - 2
     what = (
         f"The policy after iteration {saved.k} (of 0 to {last}) of a run of dnpo"
@@ -151,21 +151,21 @@ def _origin(saved: Saved) -> str:
     )
 
 
-def _facts(saved: Saved) -> str:
+def _facts(saved: SavedPolicy) -> str:
     """Method, iteration, data, judge and what else was in force, as a table."""
-    made = saved.made_of
+    made = saved.prompt_settings
     pinned = ("name", "revision", "content")
     rows = {
         "method": _code(_option(saved, "method")),
         "iteration": str(saved.k) if saved.k >= 0 else "before the first",
-        "base model": _described(saved, "model", {n: made["model"].get(n) for n in pinned}) + _scratch(saved),
-        "data": _described(saved, "data", {n: made["data"].get(n) for n in pinned}),
-        "judge": _described(saved, "judge", {"model": saved.setting("judge", "model")}),
-        "labels": _since(saved, "dsl"),
-        "noise on the reference": _since(saved, "npo"),
-        "objective": _described(saved, "objective", {"beta": saved.setting("objective", "beta")}),
-        "supervised fine-tuning": _described(saved, "sft", {}),
-        "trainer": _described(saved, "trainer", {}),
+        "base model": _describe(saved, "model", {n: made["model"].get(n) for n in pinned}) + _describe_scratch(saved),
+        "data": _describe(saved, "data", {n: made["data"].get(n) for n in pinned}),
+        "judge": _describe(saved, "judge", {"model": saved.setting("judge", "model")}),
+        "labels": _describe_start(saved, "dsl"),
+        "noise on the reference": _describe_start(saved, "npo"),
+        "objective": _describe(saved, "objective", {"beta": saved.setting("objective", "beta")}),
+        "supervised fine-tuning": _describe(saved, "sft", {}),
+        "trainer": _describe(saved, "trainer", {}),
         "adapters": _lora(saved),
         "seed": str(saved.summary["settings"]["seed"]),
         "stage": _code(saved.stage),
@@ -174,39 +174,39 @@ def _facts(saved: Saved) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _option(saved: Saved, part: str) -> str:
+def _option(saved: SavedPolicy, part: str) -> str:
     """The option chosen for a part; of one that was not chosen from a folder, what it is built from."""
     chosen = saved.summary["choices"].get(part)
     return str(chosen or saved.setting(part, "_target_", "unnamed"))
 
 
-def _described(saved: Saved, part: str, more: Mapping[str, Any]) -> str:
+def _describe(saved: SavedPolicy, part: str, more: Mapping[str, Any]) -> str:
     listed = {name: value if isinstance(value, list) else [value] for name, value in more.items() if value is not None}
     known = [f"{name} {' '.join(map(_code, values))}" for name, values in listed.items()]
     return ", ".join([_code(_option(saved, part)), *known])
 
 
-def _scratch(saved: Saved) -> str:
+def _describe_scratch(saved: SavedPolicy) -> str:
     return ", made from scratch in the run" if (saved.prompts / "model" / "config.json").is_file() else ""
 
 
-def _since(saved: Saved, part: str) -> str:
+def _describe_start(saved: SavedPolicy, part: str) -> str:
     """A part that starts at an iteration, and whether it had here."""
     start = int(saved.setting(part, "start", 0))
     if start == 0:
-        return _described(saved, part, {})
+        return _describe(saved, part, {})
     when = f"from iteration {start} on" + ("" if saved.k >= start else ", so not yet here")
-    return f"{_described(saved, part, {})} {when}"
+    return f"{_describe(saved, part, {})} {when}"
 
 
-def _lora(saved: Saved) -> str:
+def _lora(saved: SavedPolicy) -> str:
     lora = saved.setting("model", "lora", {})
     return f"rank {lora['rank']}, alpha {lora['alpha']:g}" if lora.get("rank") else "none: all weights were trained"
 
 
-def _loading(saved: Saved, folder: str, kind: Kind, rank: int) -> str:
+def _loading(saved: SavedPolicy, folder: str, kind: Kind, rank: int) -> str:
     """Code for transformers and a command for vLLM."""
-    hub = saved.made_of["model"].get("name") if kind == "base" else None
+    hub = saved.prompt_settings["model"].get("name") if kind == "base" else None
     options = [f'revision="{saved.revision}"'] if hub and saved.revision else []
     if kind != "full":  # the base may have been saved in another
         options.append(f'dtype="{saved.setting("model", "dtype", "float32")}"')
@@ -231,7 +231,7 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
     return f"{python}\n\n{_serving(saved, folder, kind, rank, hub)}"
 
 
-def _serving(saved: Saved, folder: str, kind: Kind, rank: int, hub: str | None) -> str:
+def _serving(saved: SavedPolicy, folder: str, kind: Kind, rank: int, hub: str | None) -> str:
     pinned = f" --revision {saved.revision}" if saved.revision else ""
     if hub:
         return f"    vllm serve {hub}{pinned} --tokenizer {folder}"
@@ -246,7 +246,7 @@ def _serving(saved: Saved, folder: str, kind: Kind, rank: int, hub: str | None) 
     return f"    vllm serve {saved.base}{pinned} {lora}"
 
 
-def _numbers(saved: Saved) -> str:
+def _numbers(saved: SavedPolicy) -> str:
     """Its row of the run's table."""
     known = {n: v for n, v in saved.row.items() if v is not None and n not in ("iteration", "seconds")}
     rows = [
@@ -261,12 +261,12 @@ def _numbers(saved: Saved) -> str:
     )
 
 
-def _stages(saved: Saved) -> str:
+def _stages(saved: SavedPolicy) -> str:
     own = [stage for stage in saved.summary["stages"] if stage["iteration"] == saved.row["iteration"]]
     return "\n".join(f"- {stage['title']}: {_code(stage['stage'] + '/' + stage['key'])}" for stage in own)
 
 
-def _settings(saved: Saved) -> str:
+def _settings(saved: SavedPolicy) -> str:
     """All settings as ``part.key=value``, but for where the run was tracked: cards are for others, and an address may
     carry a password."""
     told = {part: value for part, value in saved.summary["settings"].items() if part != "tracking"}
@@ -276,7 +276,7 @@ def _settings(saved: Saved) -> str:
     return f"```\n{text}\n```"
 
 
-def _versions(saved: Saved) -> str:
+def _versions(saved: SavedPolicy) -> str:
     return ", ".join(f"{name} {version}" for name, version in saved.summary["versions"].items())
 
 

@@ -86,7 +86,7 @@ class Console:
             yield report
         self.say(f"  {title:<28}{report.summary()}")
 
-    def reused(self, title: str, key: str) -> None:
+    def report_reuse(self, title: str, key: str) -> None:
         """Report on a stage that was there already."""
         self.say(f"  {title:<28}there already ({key})")
 

@@ -55,7 +55,7 @@ def execute(
     clock, before = time.monotonic(), 0
     table: list[dict[str, Any]] = []
     used: list[dict[str, Any]] = []
-    title, head = notes.title(settings, choices()), notes.begun(settings, choices(), overrides(), commit())
+    title, head = notes.title(settings, choices()), notes.describe_run(settings, choices(), overrides(), commit())
     tracking.note(f"{title}\n\n{notes.RUNNING}\n\n{head}")
     for iteration in iterations:
         for stage in iteration.stages:
@@ -86,7 +86,7 @@ def execute(
     for card in export.link(summary, folder):
         tracking.artifact(card, f"models/{card.parent.name}")
     _track_results(summary, store, tracking, folder)
-    ended = notes.ended(summary, Path(os.path.relpath(folder)), tracking.id)
+    ended = notes.describe_results(summary, Path(os.path.relpath(folder)), tracking.id)
     tracking.note(f"{title}\n\n{ended}\n\n{head}")
     tracking.flush()
     return summary
@@ -124,7 +124,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
             tracking.metrics(values, before + int(row["step"]))
 
     if store.has(stage):
-        console.reused(stage.title, stage.key)
+        console.report_reuse(stage.title, stage.key)
     else:
         with console.stage(stage.title, track) as report, _note_failure(tracking, stage):
             store.get(stage, report)
@@ -150,7 +150,7 @@ def _note_failure(tracking: Tracking, stage: Stage) -> Iterator[None]:
         yield
     except BaseException as error:
         with suppress(Exception):  # that it cannot be said must not hide what it was
-            tracking.add(notes.stopped(stage.title, error))
+            tracking.add(notes.describe_failure(stage.title, error))
         raise
 
 
@@ -199,7 +199,7 @@ def _track(
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "iteration"}
     renamed = {catalogue.name_by_iteration(name): value for name, value in numbers.items()}
     name = "sft" if iteration.k < 0 else f"iteration-{iteration.k}"
-    tracking.inputs(inputs.of(iteration, store, settings))
+    tracking.inputs(inputs.list_datasets(iteration, store, settings))
     stage = f"{iteration.policy.name}/{iteration.policy.key}"
     where = Path(os.path.relpath(folder / "models" / name))
     made = {"iteration": str(row["iteration"]), "stage": stage, "folder": str(where), "seed": str(settings["seed"])}

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from dnpo.errors import ModelError, SettingsError
-from dnpo.running.card import Saved, card
+from dnpo.running.card import SavedPolicy, card
 from dnpo.store import MANIFEST, content_hash, write_json
 
 CARD = "README.md"
@@ -28,7 +28,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's n
 OF_A_BASE = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 
 
-def saved(summary: Mapping[str, Any], store: Path | None = None) -> list[Saved]:
+def list_policies(summary: Mapping[str, Any], store: Path | None = None) -> list[SavedPolicy]:
     """The policies that a run's summary tells of, the fine-tuned one first.
 
     Args:
@@ -36,7 +36,7 @@ def saved(summary: Mapping[str, Any], store: Path | None = None) -> list[Saved]:
         store: where the store is now, if it has moved.
     """
     root = store or Path(summary["cwd"], summary["settings"]["store"])
-    return [Saved(summary, place, root.absolute()) for place in range(len(summary["policies"]))]
+    return [SavedPolicy(summary, place, root.absolute()) for place in range(len(summary["policies"]))]
 
 
 # --- the folders that a run leaves
@@ -54,7 +54,7 @@ def link(summary: Mapping[str, Any], run: Path) -> list[Path]:
     for folder in models.iterdir() if models.is_dir() else ():
         if folder.is_dir():
             _clear(folder)
-    return [_linked(policy, models / policy.name, run) for policy in saved(summary)]
+    return [_link_policy(policy, models / policy.name, run) for policy in list_policies(summary)]
 
 
 def _clear(folder: Path) -> None:
@@ -66,7 +66,7 @@ def _clear(folder: Path) -> None:
         folder.rmdir()
 
 
-def _linked(policy: Saved, folder: Path, run: Path) -> Path:
+def _link_policy(policy: SavedPolicy, folder: Path, run: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     copy = f"python -m dnpo.export {run} --iteration {policy.name.removeprefix('iteration-')} --to FOLDER"
     kind, rank = policy.kind, 0
@@ -79,7 +79,7 @@ def _linked(policy: Saved, folder: Path, run: Path) -> Path:
             rank = _join(policy, folder)
         notes = {
             "full": "The weights are links into the run's store.",
-            "adapter": _of_adapters(policy, rank),
+            "adapter": _describe_adapters(policy, rank),
             "base": f"Nothing has been trained: this is the base model itself, {policy.base}.",
         }[kind]
     except (OSError, SafetensorError) as error:
@@ -92,7 +92,7 @@ def _linked(policy: Saved, folder: Path, run: Path) -> Path:
     return folder / CARD
 
 
-def _files(policy: Saved) -> dict[str, Path]:
+def _files(policy: SavedPolicy) -> dict[str, Path]:
     """What of a policy can be linked as it is, by the names that transformers looks for."""
     if policy.kind == "full":
         return {path.name: path for path in sorted(policy.folder.iterdir())}
@@ -105,14 +105,14 @@ def _files(policy: Saved) -> dict[str, Path]:
     return {p.name: p for some in OF_A_BASE for p in sorted(base.glob(some))} | own
 
 
-def _of_adapters(policy: Saved, rank: int) -> str:
+def _describe_adapters(policy: SavedPolicy, rank: int) -> str:
     count = len(policy.adapters)
     joined = f", {count} adapters joined into one (the sum of their updates, exactly)" if count > 1 else ""
     revision = f" at {policy.revision}" if policy.revision else ""
     return f"A LoRA adapter of rank {rank}{joined} for the base model {policy.base}{revision}."
 
 
-def _join(policy: Saved, folder: Path) -> int:
+def _join(policy: SavedPolicy, folder: Path) -> int:
     """Write the configuration of a policy's adapters as one, and the weights if there are several.
 
     Each adapter was trained on the weights that those before it give, so their updates add up: with A stacked on A and
@@ -142,7 +142,7 @@ def _join(policy: Saved, folder: Path) -> int:
 # --- a copy that stands alone
 
 
-def export(run: Path, to: Path, iteration: str | None = None, store: Path | None = None) -> Saved:
+def export(run: Path, to: Path, iteration: str | None = None, store: Path | None = None) -> SavedPolicy:
     """Write a policy of a finished run as a folder that needs nothing else: whole weights, tokenizer, card.
 
     Args:
@@ -186,8 +186,8 @@ def _summary(run: Path) -> dict[str, Any]:
     return summary
 
 
-def _find(summary: Mapping[str, Any], iteration: str | None, store: Path | None) -> Saved:
-    found = {policy.name.removeprefix("iteration-"): policy for policy in saved(summary, store)}
+def _find(summary: Mapping[str, Any], iteration: str | None, store: Path | None) -> SavedPolicy:
+    found = {policy.name.removeprefix("iteration-"): policy for policy in list_policies(summary, store)}
     wanted = iteration if iteration is not None else list(found)[-1]
     if wanted not in found:
         raise SettingsError(f"--iteration {wanted}: this run has no such iteration; expected one of {', '.join(found)}")
@@ -200,12 +200,12 @@ def _find(summary: Mapping[str, Any], iteration: str | None, store: Path | None)
     return policy
 
 
-def _write(policy: Saved, folder: Path, name: str) -> None:
+def _write(policy: SavedPolicy, folder: Path, name: str) -> None:
     if policy.kind == "full":
         for path in policy.folder.iterdir():
             shutil.copyfile(path, folder / path.name)
     else:
-        _merged(policy, folder)
+        _write_merged(policy, folder)
     notes = {
         "full": "This folder stands alone.",
         "adapter": "This folder stands alone: its LoRA adapters are merged into the weights.",
@@ -214,14 +214,14 @@ def _write(policy: Saved, folder: Path, name: str) -> None:
     (folder / CARD).write_text(card(policy, name, "full", 0, notes), encoding="utf-8")
 
 
-def _merged(policy: Saved, folder: Path) -> None:
+def _write_merged(policy: SavedPolicy, folder: Path) -> None:
     """The base model with all adapters merged in, in float32 so that nothing is rounded in between."""
     import torch
 
     from dnpo.policy.loading import load
     from dnpo.settings import Dtype
 
-    content = policy.made_of["model"].get("content")
+    content = policy.prompt_settings["model"].get("content")
     if content is not None and (not Path(policy.base).is_dir() or content_hash(Path(policy.base)) != content):
         raise ModelError(
             f"model.path={policy.base}: the base model is gone or is not the one of this run any more (the hash of its "

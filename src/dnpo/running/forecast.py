@@ -21,25 +21,27 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
     for iteration in iterations:
         if iteration.verdicts is not None and not store.has(iteration.verdicts) and iteration.responses is not None:
             prompts, human = rows.split("train")
-            generated = _generated(store, iteration.responses) or _unknown(prompts, human, policy_source(iteration.k))
+            generated = _read_generated(store, iteration.responses) or _stand_in(
+                prompts, human, policy_source(iteration.k)
+            )
             judge = run.plans[iteration.k].judge
             found[iteration.verdicts.title] = judge.forecast(prompts, [*human, *generated], run.ledger, seen)
-        for stage, judge in _measured(run, iteration, store):
+        for stage, judge in _find_evaluations(run, iteration, store):
             prompts, human = rows.split(run.eval.split)
             source = policy_source(iteration.k + 1)
-            greedy = _unknown(prompts, human, f"{source} greedy")
+            greedy = _stand_in(prompts, human, f"{source} greedy")
             several = [
                 (replace(p, id=f"{p.id}#{n}"), replace(r, id=f"{r.id}#{n}"))
                 for n in range(run.eval.samples)
                 for p, r in zip(prompts, human, strict=True)
             ]
-            fresh = _unknown([p for p, _ in several], [r for _, r in several], source)
+            fresh = _stand_in([p for p, _ in several], [r for _, r in several], source)
             asked = [*prompts, *(p for p, _ in several)]
             found[stage.title] = judge.forecast(asked, [*human, *greedy, *fresh], run.ledger, seen)
     return found
 
 
-def _measured(run: Run, iteration: Iteration, store: Store) -> Iterator[tuple[Stage, Judge]]:
+def _find_evaluations(run: Run, iteration: Iteration, store: Store) -> Iterator[tuple[Stage, Judge]]:
     """The stages still to do that judge held-out responses, and who does it."""
     second = [stage for stage in iteration.measures if stage.name == "second"]
     for stage, judge in (
@@ -64,13 +66,13 @@ class _Rows:
         return self.raw[name], [Response(p.id, HUMAN, p.human, [], 0, "eos") for p in self.raw[name]]
 
 
-def _generated(store: Store, responses: Stage) -> list[Response]:
+def _read_generated(store: Store, responses: Stage) -> list[Response]:
     if not store.has(responses):
         return []
     return read_all(sorted(store.folder(responses).glob("shard-*.parquet")), Response)
 
 
-def _unknown(prompts: Sequence[Prompt], human: Sequence[Response], source: str) -> list[Response]:
+def _stand_in(prompts: Sequence[Prompt], human: Sequence[Response], source: str) -> list[Response]:
     """Responses that nobody knows yet: different from all others, and as long as the human ones."""
     return [
         Response(p.id, source, f"{source} {p.id} {r.text}"[: max(len(r.text), 1) + 24], [], 0, "eos")

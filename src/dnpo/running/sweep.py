@@ -17,7 +17,7 @@ from dnpo.catalogue import metric
 from dnpo.errors import DnpoError
 
 if TYPE_CHECKING:
-    from dnpo.report.comparison import Compared, Items
+    from dnpo.report.comparison import Items, MeasureComparison
     from dnpo.report.groups import Groups
     from dnpo.store import Stage
     from dnpo.tracking.writing import MLflowTracking
@@ -33,7 +33,7 @@ def record_failure(folder: Path, message: str) -> None:
     (folder / ERROR).write_text(message + "\n")
 
 
-def planned_before(sweep: Path | None, folder: Path, stages: "Sequence[Stage]") -> dict[str, str]:
+def find_shared_stages(sweep: Path | None, folder: Path, stages: "Sequence[Stage]") -> dict[str, str]:
     """Which stages an earlier job of the same sweep computes anyway; this job's are noted for those after it."""
     if sweep is None:
         return {}
@@ -157,14 +157,14 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
 def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], failed: Mapping[str, str]) -> None:
     """The comparison of all runs as tables, a picture and a note; tags, and the status."""
     from dnpo.report.comparison import MEASURES, Items, compare
-    from dnpo.report.groups import grouped
+    from dnpo.report.groups import group_runs
     from dnpo.running import notes
     from dnpo.tracking.reading import SWEEP, Database
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     runs = Database(tracking.uri, tracking.experiment).runs(sweeps=[tracking.id])
     name = runs[0].tags.get(SWEEP, sweep.name)
-    groups, items = grouped(runs), Items()
+    groups, items = group_runs(runs), Items()
     compared = [one for measure in MEASURES if (one := compare(groups, measure, items)) is not None]
     picture = ""
     if compared:
@@ -172,20 +172,20 @@ def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], faile
         _draw(groups, compared, items, sweep / PICTURE, f"sweep {name}")
         (sweep / "comparison.md").write_text(notes.comparison(compared))
         (sweep / "comparison.csv").write_text(_csv(compared))
-        (sweep / "comparison.json").write_text(json.dumps(_shown(compared)))
+        (sweep / "comparison.json").write_text(json.dumps(_table_for_mlflow(compared)))
         for file in (PICTURE, "comparison.md", "comparison.csv"):
             tracking.artifact(sweep / file)
         tracking.table(sweep / "comparison.json")
     if (sweep / "sweep.json").is_file():
         tracking.artifact(sweep / "sweep.json")
     overrides = {job: _overrides(sweep / job) for job in failed}
-    tracking.note(notes.of_sweep(name, len(jobs), groups, compared, failed, overrides, sys.argv[1:], picture))
+    tracking.note(notes.describe_sweep(name, len(jobs), groups, compared, failed, overrides, sys.argv[1:], picture))
     state = "incomplete" if failed else "complete"
     tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed)), "dnpo.state": state})
     tracking.finish("FAILED" if failed else "FINISHED")
 
 
-def _draw(groups: "Groups", compared: "Sequence[Compared]", items: "Items", path: Path, title: str) -> None:
+def _draw(groups: "Groups", compared: "Sequence[MeasureComparison]", items: "Items", path: Path, title: str) -> None:
     """A line a group over iterations, a panel a measure."""
     from dnpo.palette import choose_looks
     from dnpo.report.comparison import mean_of
@@ -206,7 +206,7 @@ def _draw(groups: "Groups", compared: "Sequence[Compared]", items: "Items", path
     over_iterations(panels, path, title, "Bars: 95 % t intervals.", styles, joined=not groups.branching)
 
 
-def _csv(compared: "Sequence[Compared]") -> str:
+def _csv(compared: "Sequence[MeasureComparison]") -> str:
     """One line a cell of every table."""
     from dnpo.stats.table import to_csv
 
@@ -222,7 +222,7 @@ def _csv(compared: "Sequence[Compared]") -> str:
     return out.getvalue()
 
 
-def _shown(compared: "Sequence[Compared]") -> dict[str, Any]:
+def _table_for_mlflow(compared: "Sequence[MeasureComparison]") -> dict[str, Any]:
     """The tables as one that MLflow shows."""
     columns = list(dict.fromkeys(column for one in compared for column in one.means.columns))
     data = []

@@ -37,7 +37,7 @@ class Dataset:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def of(iteration: Iteration, store: Store, settings: Mapping[str, Any]) -> list[Dataset]:
+def list_datasets(iteration: Iteration, store: Store, settings: Mapping[str, Any]) -> list[Dataset]:
     """What an iteration reads that none before it has: before the first the prompts of every split, then its pairs.
 
     Args:

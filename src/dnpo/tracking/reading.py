@@ -23,7 +23,7 @@ from dnpo import catalogue
 from dnpo.errors import DataError, TrackingError
 from dnpo.former import MOVED
 from dnpo.settings import nearest
-from dnpo.tracking.writing import absolute, reachable
+from dnpo.tracking.writing import check_reachable, make_absolute
 
 FINISHED = "FINISHED"
 SWEEP, KIND, PARENT = "dnpo.sweep_name", "dnpo.kind", "mlflow.parentRunId"
@@ -32,7 +32,7 @@ STEPS_OF = "steps."  # begins a tag that names the run with the training steps o
 
 
 @dataclass(frozen=True)
-class Run:
+class TrackedRun:
     """One tracked run.
 
     Attributes:
@@ -98,11 +98,11 @@ class Run:
     def history(self, metric: str) -> list[tuple[int, float]]:
         """Steps and values of a metric, in the order of the steps; a step logged twice counts once, with the last."""
         points = self._client.get_metric_history(self.id, metric)
-        by_step = dict(self._found_steps(metric))
+        by_step = dict(self._read_cached_steps(metric))
         by_step |= {int(p.step): float(p.value) for p in sorted(points, key=lambda p: p.timestamp)}
         return sorted(by_step.items())
 
-    def _found_steps(self, metric: str) -> Iterator[tuple[int, float]]:
+    def _read_cached_steps(self, metric: str) -> Iterator[tuple[int, float]]:
         """Read the training steps of stages that were there already: others tracked them, this run has the rows."""
         if not any(name.startswith(STEPS_OF) for name in self.tags):
             return
@@ -150,9 +150,9 @@ def mean_of_metric(uri: str, run: str, metric: str) -> float:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    reachable(absolute(uri))
+    check_reachable(make_absolute(uri))
     try:
-        client = MlflowClient(tracking_uri=absolute(uri))
+        client = MlflowClient(tracking_uri=make_absolute(uri))
         values = [value for _, value in _run(client.get_run(run), client).history(metric)]
     except MlflowException as error:
         raise TrackingError(f"run:{run}: not found in tracking.uri={uri}: {error}") from error
@@ -201,10 +201,10 @@ class Database:
 
         for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        self.uri, self.experiment = absolute(uri), experiment
+        self.uri, self.experiment = make_absolute(uri), experiment
         if self.uri.startswith("sqlite:///") and not Path(self.uri.removeprefix("sqlite:///")).is_file():
             raise TrackingError(f"{uri}: there is no such database; say with --uri where runs were tracked")
-        reachable(self.uri)
+        check_reachable(self.uri)
         self.client = MlflowClient(tracking_uri=self.uri)
         found = self.client.get_experiment_by_name(experiment)
         if found is None:
@@ -214,7 +214,7 @@ class Database:
 
     def runs(
         self, *, sweeps: Sequence[str] = (), ids: Sequence[str] = (), tags: Mapping[str, str] | None = None
-    ) -> list[Run]:
+    ) -> list[TrackedRun]:
         """Training runs, the oldest first; those of any of the sweeps, with any of the ids, and with all the tags.
 
         Args:
@@ -229,9 +229,9 @@ class Database:
             raise DataError(f"{self.uri}: its experiment {self.experiment} has no runs yet")
         chosen = every
         if sweeps:
-            chosen = [run for sweep in sweeps for run in self._of_sweep(sweep, every)]
+            chosen = [run for sweep in sweeps for run in self._find_by_sweep(sweep, every)]
         if ids:
-            chosen = [run for given in ids for run in self._with_id(given, chosen)]
+            chosen = [run for given in ids for run in self._find_by_id(given, chosen)]
         for name, value in (tags or {}).items():
             chosen = [run for run in chosen if run.tags.get(name, run.params.get(name)) == value]
             if not chosen:
@@ -244,11 +244,11 @@ class Database:
         """Names of sweeps, and how many runs each has."""
         return dict(Counter(run.tags[SWEEP] for run in self._all if run.tags.get(KIND) == "run" and SWEEP in run.tags))
 
-    def parent(self, run: Run) -> Run | None:
+    def parent(self, run: TrackedRun) -> TrackedRun | None:
         """The run of the whole sweep that a run is part of."""
         return next((each for each in self._all if each.id == run.tags.get(PARENT)), None)
 
-    def _of_sweep(self, sweep: str, every: Sequence[Run]) -> list[Run]:
+    def _find_by_sweep(self, sweep: str, every: Sequence[TrackedRun]) -> list[TrackedRun]:
         parents = {
             run.id
             for run in self._all
@@ -264,7 +264,7 @@ class Database:
             )
         return found
 
-    def _with_id(self, given: str, among: Sequence[Run]) -> list[Run]:
+    def _find_by_id(self, given: str, among: Sequence[TrackedRun]) -> list[TrackedRun]:
         found = [run for run in among if run.id.startswith(given)]
         if not found:
             raise DataError(f"no run {given} is tracked in {self.uri}, experiment {self.experiment}")
@@ -273,9 +273,9 @@ class Database:
         return found
 
     @cached_property
-    def _all(self) -> list[Run]:
+    def _all(self) -> list[TrackedRun]:
         """Every run of the experiment, read once."""
-        runs: list[Run] = []
+        runs: list[TrackedRun] = []
         page = None
         while True:
             found = self.client.search_runs([self.experiment_id], max_results=1000, page_token=page)
@@ -285,10 +285,10 @@ class Database:
                 return runs
 
 
-def _run(found: Any, client: Any) -> Run:
+def _run(found: Any, client: Any) -> TrackedRun:
     info = found.info
     seconds = (info.end_time - info.start_time) / 1000 if info.end_time else None
-    return Run(
+    return TrackedRun(
         info.run_id,
         info.run_name,
         info.status,

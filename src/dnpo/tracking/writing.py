@@ -145,9 +145,9 @@ class MLflowTracking(Tracking):
         artifacts: str | None = "mlartifacts",
         batch: int = 1000,
     ) -> None:
-        self.uri = absolute(uri)
+        self.uri = make_absolute(uri)
         self.experiment, self.artifacts, self.batch = experiment, artifacts, batch
-        self.where = f"{without_password(self.uri)} {experiment}"
+        self.where = f"{strip_password(self.uri)} {experiment}"
         self._buffer: list[Any] = []
         self.id = self._note = ""
         self._tables: list[str] = []
@@ -158,12 +158,12 @@ class MLflowTracking(Tracking):
         """See :class:`Tracking`."""
         from mlflow.entities import Param
 
-        params = [Param(key, without_password(str(value))[:6000]) for key, value in settings.items()]
+        params = [Param(key, strip_password(str(value))[:6000]) for key, value in settings.items()]
         with self._connect() as experiment:
             known = {name: tags[name] for name in ("dnpo.sweep_name",) if name in tags}
             parent = {"mlflow.parentRunId": self._parent(experiment, sweep, known)} if sweep is not None else {}
             close_abandoned(self._client, experiment)
-            run = self._client.create_run(experiment, run_name=without_password(name), tags={**tags, **parent})
+            run = self._client.create_run(experiment, run_name=strip_password(name), tags={**tags, **parent})
             self.id = run.info.run_id
             self._hold()
             for start in range(0, len(params), 100):
@@ -182,7 +182,7 @@ class MLflowTracking(Tracking):
         """Connect to the store and give the id of the experiment; errors name the setting."""
         for silenced in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
             os.environ.setdefault(silenced, "true")
-        reachable(self.uri)
+        check_reachable(self.uri)
         from mlflow import MlflowClient
 
         for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
@@ -347,7 +347,7 @@ def _input(given: "Dataset") -> Any:
         name=given.name,
         digest=given.digest,
         source_type=given.kind,
-        source=without_password(json.dumps(given.source)),
+        source=strip_password(json.dumps(given.source)),
         schema=json.dumps({"mlflow_colspec": columns}),
         profile=json.dumps({"num_rows": given.rows, **given.facts}),
     )
@@ -385,12 +385,12 @@ def _free(lock: FileLock) -> None:
         Path(lock.lock_file).unlink()
 
 
-def without_password(text: str) -> str:
+def strip_password(text: str) -> str:
     """An address may carry a password, which has no place where others read."""
     return re.sub(r'://[^/@"\s]+@', "://…@", text)
 
 
-def reachable(uri: str) -> None:
+def check_reachable(uri: str) -> None:
     """Fail at once, where MLflow's client would try again for minutes.
 
     Raises:
@@ -409,7 +409,7 @@ def reachable(uri: str) -> None:
         ) from error
 
 
-def absolute(uri: str) -> str:
+def make_absolute(uri: str) -> str:
     """MLflow reads relative paths against wherever a process stands, so say where from the beginning."""
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"

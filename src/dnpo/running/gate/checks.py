@@ -74,7 +74,7 @@ def _tokens(run: Run, data: rows.Rows, policy: Policy) -> tuple[list[Finding], C
     template = text.template(tokenizer, everything)
     if template.level == "stop":
         return [template], None  # what cannot be rendered cannot be encoded
-    by_split = {split: text.encoded(tokenizer, some[split], stop_ids) for split in some}
+    by_split = {split: text.encode_rows(tokenizer, some[split], stop_ids) for split in some}
     encoded = [row for split in by_split.values() for row in split]
     found = [
         template,

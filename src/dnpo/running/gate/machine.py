@@ -151,10 +151,11 @@ def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None 
     there = next(p for p in (folder, *folder.parents) if p.is_dir())
     free = shutil.disk_usage(there).free if free is None else free
     need = kept + passing
-    text = f"the run writes about {human(need)} (an estimate), of which {human(passing)} only while it trains"
+    text = f"the run writes about {format_bytes(need)} (an estimate), of which "
+    text += f"{format_bytes(passing)} only while it trains"
     if optional:
-        text += f", and {human(optional)} of hidden states if there is room"
-    text += f"; {human(free)} free"
+        text += f", and {format_bytes(optional)} of hidden states if there is room"
+    text += f"; {format_bytes(free)} free"
     setting = "store=… (another disk), iterations, model.lora.rank, npo.cache_hidden=off"
     if need > free:
         return Finding("disk", "stop", text, setting)
@@ -229,8 +230,9 @@ def memory(name: str, fixed: float, moving: float, device: str, setting: str, fr
     """
     free = free_memory(device) if free is None else free
     text = (
-        f"{name} takes about {human(fixed + moving)} (an estimate: {human(fixed)} of weights, gradients and optimizer "
-        f"states, {human(moving)} of a batch at its longest); {human(free)} free on {device}"
+        f"{name} takes about {format_bytes(fixed + moving)} (an estimate: {format_bytes(fixed)} of weights, gradients "
+        f"and optimizer states, {format_bytes(moving)} of a batch at its longest); {format_bytes(free)} free on "
+        f"{device}"
     )
     if fixed > free:
         return Finding(f"memory, {name}", "stop", text, setting)
@@ -250,7 +252,7 @@ def free_memory(device: str) -> float:
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def human(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A number of bytes as people read it."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:

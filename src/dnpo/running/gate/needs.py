@@ -57,11 +57,11 @@ def findings(
     kept = sum(tables(stage.name, run, counts) + (base if stage.name == "prompts" else 0) for stage in todo)
     kept += sum(machine.policy_bytes(of, t.number) + tokenizer + (0 if t.declines else t.states) for t in trainings)
     optional = sum(t.states for t in trainings if t.declines)
-    passing = max((machine.checkpoint_bytes(of, t.how, t.trained) for t in trainings), default=0)
+    passing = max((machine.checkpoint_bytes(of, t.how, t.noise_parameters) for t in trainings), default=0)
     found = [machine.disk(kept, passing, optional, store.root)]
     for name, what in (("sft", "fine-tuning"), ("trainer", "training")):
         needed = [
-            machine.training_bytes(of, t.how, counts, t.noise, t.copies, run.device)
+            machine.training_bytes(of, t.how, counts, t.noise, t.needs_copy, run.device)
             for t in trainings
             if (t.noise is None) == (name == "sft")
         ]
@@ -110,12 +110,12 @@ class _Training:
     declines: bool
 
     @property
-    def trained(self) -> int:
+    def noise_parameters(self) -> int:
         """Parameters of the noise."""
         return 0 if self.noise is None else sum(p.numel() for p in self.noise.parameters())
 
     @property
-    def copies(self) -> bool:
+    def needs_copy(self) -> bool:
         """Whether a frozen copy of the model stands beside it."""
         return self.noise is not None and self.noise.reads_states and not self.states
 

@@ -15,7 +15,7 @@ Cut = Callable[[PreTrainedTokenizerBase, Prompt, list[int], int], Response]
 TEMPLATE = "model.chat_template"
 
 
-class Encoded(NamedTuple):
+class EncodedRow(NamedTuple):
     """A row as the stages see it: token ids of its prompt and of the whole human response."""
 
     prompt: Prompt
@@ -23,9 +23,11 @@ class Encoded(NamedTuple):
     ids: list[int]
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt], stop_ids: Sequence[int]) -> list[Encoded]:
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt], stop_ids: Sequence[int]
+) -> list[EncodedRow]:
     """Rows that :func:`template` has let pass."""
-    return [Encoded(row, *encode(tokenizer, row.messages, row.human, stop_ids)) for row in rows]
+    return [EncodedRow(row, *encode(tokenizer, row.messages, row.human, stop_ids)) for row in rows]
 
 
 def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Finding:
@@ -43,7 +45,7 @@ def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Find
     return Finding("template", "pass", f"generation's prompt is how training text begins, in {len(rows):,} rows")
 
 
-def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> Finding:
+def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> Finding:
     """Whether a row has one beginning-of-sequence token, at its beginning."""
     bos = cast(int | None, tokenizer.bos_token_id)
     if bos is None:
@@ -66,7 +68,7 @@ def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> Find
     return Finding("one BOS", "pass", text)
 
 
-def one_eos(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: Sequence[Encoded]) -> Finding:
+def one_eos(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: Sequence[EncodedRow]) -> Finding:
     """Whether a whole human response has one token that ends it, at its end, and none in its own text."""
     stops = set(stop_ids)
     wrong = [row for row in rows if [i in stops for i in row.ids] != [False] * (len(row.ids) - 1) + [True]]
@@ -91,7 +93,7 @@ def one_eos(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: S
 def no_eos_where_cut(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: Sequence[int],
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedRow],
     limit: int,
     cut: Cut = human_response,
 ) -> Finding:
@@ -117,7 +119,7 @@ def no_eos_where_cut(
     return Finding("no EOS where cut", "pass", f"{len(rows):,} responses, cut on purpose, end without one")
 
 
-def ends_of_model(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], rows: Sequence[Encoded]) -> Finding:
+def ends_of_model(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], rows: Sequence[EncodedRow]) -> Finding:
     """Whether what ends a response for the tokenizer ends one for the model too.
 
     Args:
