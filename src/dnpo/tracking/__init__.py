@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoTracking:
-    """Nothing is tracked."""
+    """Turns tracking off."""
 
     def open(self) -> "Tracking":
-        """What takes everything and keeps nothing."""
+        """Return a tracker that discards everything."""
         from dnpo.tracking.writing import Tracking
 
         return Tracking()
@@ -22,13 +22,13 @@ class NoTracking:
 
 @dataclass(frozen=True)
 class MLflow:
-    """Where runs are tracked: what ``tracking=mlflow`` configures.
+    """Settings of ``tracking=mlflow``: where runs are tracked.
 
     Args:
-        uri: of the tracking store; a relative ``sqlite:///file`` lies in the working directory.
+        uri: address of the tracking store; a relative ``sqlite:///file`` lies in the working directory.
         experiment: its name.
-        artifacts: folder for artefacts of a new experiment where the store is a local database; null for the server's.
-        batch: metrics sent at once.
+        artifacts: artefact folder of a new experiment if the store is a local database; null for the server's default.
+        batch: number of metrics sent at once.
     """
 
     uri: str = neutral("sqlite:///mlflow.db")
@@ -37,7 +37,7 @@ class MLflow:
     batch: Count = neutral(1000)
 
     def open(self) -> "Tracking":
-        """What writes there. The store is reached when a run starts."""
+        """Return a tracker that writes to MLflow. It connects to the store when a run starts."""
         from dnpo.tracking.writing import MLflowTracking
 
         return MLflowTracking(uri=self.uri, experiment=self.experiment, artifacts=self.artifacts, batch=self.batch)

@@ -1,4 +1,4 @@
-"""What a run reads, as data sets that a tracking store can name: contents are told by digest, never by path."""
+"""The data sets that a run reads, as a tracking store records them: identified by digest, never by path."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from dnpo.records import Pair
 from dnpo.store import Stage, Store, manifest
 
 TRAINING, EVALUATION, UNUSED = "training", "evaluation", "not used"
-COLUMNS = ("id", "messages", "human", "answer", "needs")  # of a prompt, without what a tokenizer made of it
+COLUMNS = ("id", "messages", "human", "answer", "needs")  # of a prompt, without its token ids
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Dataset:
     """Rows that a run reads.
 
     Attributes:
-        digest: of their contents, at most 36 characters.
-        context: ``training``, ``evaluation``, or ``not used``.
-        kind: of ``source``: ``hugging_face``, ``local`` or ``code``.
+        digest: hash of the rows, at most 36 characters.
+        context: what they are used for: ``training``, ``evaluation``, or ``not used``.
+        kind: type of ``source``: ``hugging_face``, ``local`` or ``code``.
         source: where they came from, as plain values.
-        facts: what is known of the rows, such as how many were dropped.
+        facts: counts about the rows, such as how many were dropped.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Dataset:
 
 
 def list_datasets(iteration: Iteration, store: Store, settings: Mapping[str, Any]) -> list[Dataset]:
-    """What an iteration reads that none before it has: before the first the prompts of every split, then its pairs.
+    """List the data sets that an iteration is the first to read: all prompt splits before iteration 0, then its pairs.
 
     Args:
-        settings: of the run, nested.
+        settings: nested settings of the run.
     """
     return (
         _splits(iteration, store.folder(iteration.prompts), settings)
@@ -51,7 +51,7 @@ def list_datasets(iteration: Iteration, store: Store, settings: Mapping[str, Any
 
 
 def _splits(iteration: Iteration, prompts: Path, settings: Mapping[str, Any]) -> list[Dataset]:
-    """The prompts as they were encoded."""
+    """Describe each split of the encoded prompts."""
     import pyarrow.parquet as pq
 
     facts = manifest(prompts)["facts"]
@@ -79,7 +79,7 @@ def _splits(iteration: Iteration, prompts: Path, settings: Mapping[str, Any]) ->
 
 
 def _pairs(k: int, stage: Stage, store: Store) -> Dataset:
-    """The pairs that iteration ``k`` trains on."""
+    """Describe the pairs that iteration ``k`` trains on."""
     facts = manifest(store.folder(stage))["facts"]
     columns = [each.name for each in fields(Pair)]
     where = {"uri": f"{stage.name}/{stage.key}"}
@@ -87,7 +87,7 @@ def _pairs(k: int, stage: Stage, store: Store) -> Dataset:
 
 
 def _source(data: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Where rows come from: a data set of the hub, files, or the code that makes them."""
+    """Return where the rows come from: a data set on the hub, files, or the code that makes them."""
     if data.get("name") is not None:
         return "hugging_face", {"path": data["name"], "revision": identity.get("revision")}
     if data.get("path") is not None:
@@ -96,7 +96,7 @@ def _source(data: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[str, 
 
 
 def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """16 hexadecimal digits of the SHA-256 of rows."""
+    """Return the first 16 hexadecimal digits of the rows' SHA-256."""
     whole = hashlib.sha256()
     for row in rows:
         whole.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")

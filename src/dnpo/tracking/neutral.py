@@ -1,4 +1,4 @@
-"""Which settings of a tracked run cannot have changed its results: read from the parts themselves."""
+"""Find the settings of a tracked run that cannot have changed its results; the parts themselves declare them."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -12,9 +12,9 @@ TARGET = "_target_"
 
 
 def find_neutral(params: Mapping[str, str]) -> frozenset[str]:
-    """Names of the settings of a run that cannot have changed its results.
+    """Return the names of a run's settings that cannot have changed its results.
 
-    A setting that says where something lies (a path) counts as one only where the run also says what lay there.
+    A path counts as such a setting only if the run also recorded the contents of what it points to.
 
     Args:
         params: the run's settings under dotted names.
@@ -29,7 +29,7 @@ def find_neutral(params: Mapping[str, str]) -> frozenset[str]:
 
 @cache
 def _neutral_of(target: str, contents_known: bool) -> tuple[str, ...]:
-    """Of a part by its import path; none of one that is no longer there."""
+    """Return the neutral settings of the part with this import path; none if the part no longer exists."""
     try:
         part = locate(TARGET, MOVED.get(target, target))
     except SettingsError:

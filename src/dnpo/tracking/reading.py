@@ -1,8 +1,8 @@
-"""Reading back what was tracked in MLflow: runs, their metrics and their artefacts.
+"""Read back what was tracked in MLflow: runs, their metrics and their artefacts.
 
-Everything that compares or draws runs (``analysis/``, ``dnpo.report``) begins here and needs nothing else of a run:
-neither its folder nor the store of stages. ``summary.json`` of a run has its table, a row a policy: ``iteration`` is
-``SFT`` or the iteration's number; the metrics beside it are those that ``running.py`` gathers.
+Everything that compares or draws runs (``analysis/``, ``dnpo.report``) reads them from here and needs neither a run's
+folder nor the store of stages. A run's ``summary.json`` holds its table, one row per policy: ``iteration`` is ``SFT``
+or the iteration's number, and the other columns are the metrics that ``running/execute.py`` gathers.
 """
 
 import json
@@ -28,7 +28,7 @@ from dnpo.tracking.writing import check_reachable, make_absolute
 FINISHED = "FINISHED"
 SWEEP, KIND, PARENT = "dnpo.sweep_name", "dnpo.kind", "mlflow.parentRunId"
 SFT = "SFT"
-STEPS_OF = "steps."  # begins a tag that names the run with the training steps of a stage that was there already
+STEPS_OF = "steps."  # prefix of the tag that names the run which tracked the training steps of a reused stage
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class TrackedRun:
     """One tracked run.
 
     Attributes:
-        status: of MLflow: ``FINISHED``, ``RUNNING`` (also what a killed process leaves), ``FAILED`` or ``KILLED``.
-        started: milliseconds since 1970.
-        seconds: from begin to end; None without an end.
-        params: its settings under dotted names, as text.
-        artifacts: address of its artefacts.
+        status: MLflow's: ``FINISHED``, ``RUNNING`` (also after its process was killed), ``FAILED`` or ``KILLED``.
+        started: start time in milliseconds since 1970.
+        seconds: duration; None if the run has not ended.
+        params: settings by dotted name, as text.
+        artifacts: address of the artefacts.
     """
 
     id: str
@@ -55,24 +55,24 @@ class TrackedRun:
 
     @property
     def seed(self) -> int:
-        """Its seed."""
+        """The run's seed."""
         return int(self.tags["dnpo.seed"])
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
+        """Whether the run finished."""
         return self.status == FINISHED
 
     def option(self, part: str) -> str:
-        """The option that was chosen of a part, such as ``trainable`` of ``npo``; "" where it has none."""
+        """Return the option chosen for a part, such as ``trainable`` for ``npo``; "" if there is none."""
         return self.tags.get(f"dnpo.{part}", "")
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """What it wrote at its end.
+        """The content of ``summary.json``, which a run writes at its end.
 
         Raises:
-            DataError: it has none, as a run that did not finish.
+            DataError: there is none, because the run did not finish.
         """
         path = self.artifact("summary.json")
         if path is None:
@@ -82,12 +82,12 @@ class TrackedRun:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A row a policy: ``iteration`` and its metrics."""
+        """One row per policy: ``iteration`` and its metrics."""
         rows: list[dict[str, Any]] = self.summary["table"]
         return rows
 
     def row(self, iteration: int | str) -> dict[str, Any]:
-        """The row of one policy; empty where there is none."""
+        """Return the row of one policy; empty if there is none."""
         return next((row for row in self.table if row["iteration"] == iteration), {})
 
     @property
@@ -96,14 +96,14 @@ class TrackedRun:
         return self.table[-1]
 
     def history(self, metric: str) -> list[tuple[int, float]]:
-        """Steps and values of a metric, in the order of the steps; a step logged twice counts once, with the last."""
+        """Return the steps and values of a metric, ordered by step; of a step logged twice the later value counts."""
         points = self._client.get_metric_history(self.id, metric)
         by_step = dict(self._read_cached_steps(metric))
         by_step |= {int(p.step): float(p.value) for p in sorted(points, key=lambda p: p.timestamp)}
         return sorted(by_step.items())
 
     def _read_cached_steps(self, metric: str) -> Iterator[tuple[int, float]]:
-        """Read the training steps of stages that were there already: others tracked them, this run has the rows."""
+        """Yield the training steps of reused stages. Another run tracked them, but this run keeps their files too."""
         if not any(name.startswith(STEPS_OF) for name in self.tags):
             return
         sft, like = catalogue.SFT.prefix, catalogue.LIKE.prefix
@@ -121,13 +121,13 @@ class TrackedRun:
             before += len(trained)
 
     def _rows(self, kind: str, iteration: int | str) -> list[dict[str, float]] | None:
-        """The rows of a training's steps; None where there are none of this iteration."""
+        """Return the rows of a training's steps; None if this iteration has none."""
         path = self.artifact(f"{kind}/{iteration_name(iteration)}.json")
         rows: list[dict[str, float]] | None = None if path is None else json.loads(path.read_text())
         return rows
 
     def artifact(self, path: str) -> Path | None:
-        """A file that was tracked with it, on this machine, to be read and not changed; None where there is none."""
+        """Return a local, read-only path to a tracked file, downloading it if necessary; None if there is none."""
         from mlflow.exceptions import MlflowException
 
         if self.artifacts.startswith("file://"):
@@ -142,10 +142,10 @@ class TrackedRun:
 
 
 def mean_of_metric(uri: str, run: str, metric: str) -> float:
-    """The mean of a metric over the training steps of a run.
+    """Return the mean of a metric over the training steps of a run.
 
     Raises:
-        TrackingError: the store has no such run, or the run never tracked the metric.
+        TrackingError: the store has no such run, or the run did not track the metric.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -162,7 +162,7 @@ def mean_of_metric(uri: str, run: str, metric: str) -> float:
 
 
 def iteration_name(iteration: int | str) -> str:
-    """What the artefacts of one policy are called: ``sft``, ``iteration-0``, …"""
+    """Return the name of one policy's artefacts: ``sft``, ``iteration-0``, …"""
     return "sft" if iteration == SFT else f"iteration-{iteration}"
 
 
@@ -177,21 +177,21 @@ _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def _scratch() -> Path:
-    """A folder for downloads, which goes when the process ends."""
+    """Return a folder for downloads that is deleted when the process ends."""
     if not _SCRATCH:
         _SCRATCH.append(tempfile.TemporaryDirectory(prefix="dnpo-"))
     return Path(_SCRATCH[0].name)
 
 
 class Database:
-    """An MLflow tracking store, for reading and for adding to what is there.
+    """An MLflow tracking store, to read runs from and to add to them.
 
     Args:
         uri: as in ``tracking.uri``.
         experiment: its name.
 
     Raises:
-        TrackingError: there is no store, or no such experiment in it.
+        TrackingError: there is no such store, or it has no such experiment.
     """
 
     def __init__(self, uri: str = "sqlite:///mlflow.db", experiment: str = "dnpo") -> None:
@@ -215,14 +215,14 @@ class Database:
     def runs(
         self, *, sweeps: Sequence[str] = (), ids: Sequence[str] = (), tags: Mapping[str, str] | None = None
     ) -> list[TrackedRun]:
-        """Training runs, the oldest first; those of any of the sweeps, with any of the ids, and with all the tags.
+        """Return the training runs in any of the sweeps, with any of the ids and with all of the tags, oldest first.
 
         Args:
-            sweeps: names as in ``+sweep=NAME``, ids of a sweep's own run, or folders of one. None given: any.
-            ids: of runs, or the beginning of one. None given: any.
+            sweeps: names as in ``+sweep=NAME``, ids of sweeps' parent runs, or sweeps' folders. None given: any.
+            ids: ids of runs, or their beginnings. None given: any.
 
         Raises:
-            DataError: a sweep or an id is not there, or nothing matches all of it.
+            DataError: a sweep or an id does not exist, or no run matches all criteria.
         """
         every = [run for run in self._all if run.tags.get(KIND) == "run"]
         if not every:
@@ -241,11 +241,11 @@ class Database:
         return sorted({run.id: run for run in chosen}.values(), key=lambda run: run.started)
 
     def sweeps(self) -> dict[str, int]:
-        """Names of sweeps, and how many runs each has."""
+        """Return the number of runs of each named sweep."""
         return dict(Counter(run.tags[SWEEP] for run in self._all if run.tags.get(KIND) == "run" and SWEEP in run.tags))
 
     def parent(self, run: TrackedRun) -> TrackedRun | None:
-        """The run of the whole sweep that a run is part of."""
+        """Return the parent run of the sweep that a run belongs to; None if it belongs to none."""
         return next((each for each in self._all if each.id == run.tags.get(PARENT)), None)
 
     def _find_by_sweep(self, sweep: str, every: Sequence[TrackedRun]) -> list[TrackedRun]:
@@ -274,7 +274,7 @@ class Database:
 
     @cached_property
     def _all(self) -> list[TrackedRun]:
-        """Every run of the experiment, read once."""
+        """All runs of the experiment, read once."""
         runs: list[TrackedRun] = []
         page = None
         while True:

@@ -1,10 +1,10 @@
-"""Where runs are tracked: MLflow, or nowhere.
+"""Track runs in MLflow, or not at all.
 
-Step metrics are buffered and sent in batches; one by one they would take longer than the training steps they describe.
+Step metrics are buffered and sent in batches: one by one they would take longer than the training steps themselves.
 
-A process that is killed cannot say so, and MLflow would show its run as running for ever. So a run holds a lock on a
-file of its own as long as it lives, which the system frees with the process, and names it in a tag: the next run on the
-same store and machine closes those whose lock is free (:func:`close_abandoned`).
+MLflow would show a run whose process was killed as running for ever. So each run locks a file while it is alive and
+names the file in a tag. The operating system frees the lock when the process ends, and the next run on the same store
+and machine closes all runs whose lock is free (:func:`close_abandoned`).
 """
 
 import json
@@ -30,29 +30,32 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 NOTE, ALIVE = "mlflow.note.content", "dnpo.alive"
-PARENT, HELD = "mlflow-parent.txt", "running.lock"  # in a sweep's folder: its run, and the lock while it goes on
-LONGEST = 7900  # characters of a tag, of which MLflow takes 8,000 and cuts the rest
+PARENT, HELD = (
+    "mlflow-parent.txt",
+    "running.lock",
+)  # in a sweep's folder: its parent run's id, its lock
+LONGEST = 7900  # characters of a tag; MLflow cuts it at 8,000
 ABANDONED = "**Its process is gone**: it was killed. Finished stages are kept, and the same command continues it."
 
 
 class TrackedSteps:
-    """Which runs have tracked the training steps of a stage: a small file in the store.
+    """Records which runs have tracked the training steps of a stage, in a small file in the store.
 
     Args:
-        store: its folder.
-        key: of the stage.
-        prefix: of the names of its metrics; one training can be tracked under several.
+        store: folder of the store.
+        key: key of the stage.
+        prefix: prefix of its metrics' names; one training can be tracked under several.
     """
 
     def __init__(self, store: Path, key: str, prefix: str = "") -> None:
         self.path = store / ".tracked" / f"{prefix}{key}.json"
 
     def run(self, where: str) -> str:
-        """The run in this tracking store, "" where none is known."""
+        """Return the run that tracked the steps in this tracking store; "" if none is known."""
         return str(self._read().get(where, ""))
 
     def add(self, where: str, run: str) -> None:
-        """Remember a run as the one of its tracking store."""
+        """Record a run, replacing any run recorded for this tracking store."""
         if where and run:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, {**self._read(), where: run})
@@ -63,27 +66,27 @@ class TrackedSteps:
 
 
 class Tracking:
-    """What a run says of itself. This one keeps nothing; others override what they do."""
+    """Interface through which a run is tracked. This base class discards everything."""
 
-    id = ""  # of the run
+    id = ""  # the run's id
     where = ""  # the tracking store and experiment
 
     def start(self, name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None) -> None:
-        """Begin a run; with ``sweep``, a folder that all jobs of a multirun share, nested in the sweep's run.
+        """Begin a run. With ``sweep``, the folder shared by a multirun's jobs, nest it in the sweep's parent run.
 
         Raises:
             TrackingError: the store cannot be reached.
         """
 
     def resume(self, run: str) -> None:
-        """Go on with a run that exists.
+        """Continue an existing run.
 
         Raises:
             TrackingError: the store cannot be reached.
         """
 
     def metrics(self, values: Mapping[str, float], step: int, model: str = "", data: "Dataset | None" = None) -> None:
-        """Log metrics; they may be buffered. ``model`` (see :meth:`model`) and ``data`` say of what and on what.
+        """Log metrics, possibly buffered, of ``model`` (an id from :meth:`model`) on ``data`` if these are given.
 
         Raises:
             DnpoError: a metric is not in the catalogue.
@@ -91,11 +94,11 @@ class Tracking:
         catalogue.check(values)
 
     def has(self, run: str) -> bool:
-        """Whether a run is in the tracking store, and not deleted."""
+        """Return whether a run is in the tracking store and not deleted."""
         return False
 
     def flush(self) -> None:
-        """Send what is buffered."""
+        """Send all buffered metrics."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Keep a file with the run."""
@@ -104,7 +107,7 @@ class Tracking:
         """Keep a table with the run: a JSON file with ``columns`` and ``data``."""
 
     def note(self, text: str) -> None:
-        """What the run's page says first, in Markdown; in place of what it said before."""
+        """Replace the note at the top of the run's page; it is Markdown."""
 
     def add(self, text: str) -> None:
         """Add a paragraph to the note."""
@@ -113,28 +116,28 @@ class Tracking:
         """Set tags of the run."""
 
     def inputs(self, datasets: "Sequence[Dataset]") -> None:
-        """Say what the run reads."""
+        """Record the data sets that the run reads."""
 
     def model(self, name: str, step: int, params: Mapping[str, str], note: str) -> str:
-        """Say that a model came out at a step; its id, "" where nothing is tracked. No weights are uploaded."""
+        """Record the model made at a step and return its id, "" if nothing is tracked. No weights are uploaded."""
         return ""
 
     def finish(self, status: Status) -> None:
         """End the run."""
 
     def whereabouts(self) -> list[str]:
-        """Lines that say where to look."""
+        """Return lines for the screen that say where the run can be viewed."""
         return []
 
 
 class MLflowTracking(Tracking):
-    """Tracks in MLflow: an experiment a project, a run a training run.
+    """Tracks in MLflow: one experiment per project, one MLflow run per run.
 
     Args:
-        uri: of the tracking store; a relative ``sqlite:///file`` lies in the working directory.
+        uri: address of the tracking store; a relative ``sqlite:///file`` lies in the working directory.
         experiment: its name.
-        artifacts: folder for artefacts of a new experiment where the store is a local database; null for the server's.
-        batch: metrics sent at once.
+        artifacts: artefact folder of a new experiment if the store is a local database; None for the server's default.
+        batch: number of metrics sent at once.
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class MLflowTracking(Tracking):
         self._marked = False
 
     def start(self, name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None) -> None:
-        """See :class:`Tracking`."""
+        """Create the run, log its settings, and close abandoned runs of the experiment."""
         from mlflow.entities import Param
 
         params = [Param(key, strip_password(str(value))[:6000]) for key, value in settings.items()]
@@ -171,7 +174,7 @@ class MLflowTracking(Tracking):
         self._url = (experiment, self.id)
 
     def resume(self, run: str) -> None:
-        """See :class:`Tracking`."""
+        """Continue an existing run, with its note."""
         with self._connect() as experiment:
             tags = self._client.get_run(run).data.tags
         self._note, self._marked = tags.get(NOTE, ""), ALIVE in tags
@@ -179,7 +182,7 @@ class MLflowTracking(Tracking):
 
     @contextmanager
     def _connect(self) -> Iterator[str]:
-        """Connect to the store and give the id of the experiment; errors name the setting."""
+        """Connect to the store and yield the experiment's id; errors name the setting to change."""
         for silenced in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
             os.environ.setdefault(silenced, "true")
         check_reachable(self.uri)
@@ -188,18 +191,18 @@ class MLflowTracking(Tracking):
         for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
-            with FileLock(self._lock()):  # processes that meet on a fresh database break each other's migration
+            with FileLock(self._lock()):  # concurrent processes break each other's migration of a fresh database
                 self._client = MlflowClient(tracking_uri=self.uri)
                 experiment = self._experiment()
             yield experiment
         except Exception as error:  # databases and their drivers raise errors of their own
             problem = str(error).splitlines()[0]
             raise TrackingError(
-                f"tracking.uri={self.uri}: cannot be used ({problem}); mend it, give another, or run with tracking=off"
+                f"tracking.uri={self.uri}: cannot be used ({problem}); repair it, give another or run with tracking=off"
             ) from error
 
     def _hold(self) -> None:
-        """Take the lock that says that this process lives."""
+        """Take the lock that shows that this process is alive."""
         path = self._lock().with_suffix(".alive") / self.id
         path.parent.mkdir(exist_ok=True)
         self._alive = FileLock(path)
@@ -220,11 +223,11 @@ class MLflowTracking(Tracking):
             return str(found.experiment_id)
         local = self.artifacts is not None and not self.uri.startswith(("http://", "https://"))
         where = Path(str(self.artifacts)).absolute().as_uri() if local else None
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # its pages begin with runs and models, not chats
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # pages of runs and models, not chats
         return str(self._client.create_experiment(self.experiment, artifact_location=where, tags=kind))
 
     def _parent(self, experiment: str, sweep: Path, tags: Mapping[str, str]) -> str:
-        """The run of the whole multirun, which the first of its jobs creates and the sweep's report ends."""
+        """Return the parent run of a multirun. The first job creates it, and the sweep's report ends it."""
         note = sweep / PARENT
         with FileLock(sweep / "mlflow-parent.lock"):
             if not note.is_file():
@@ -235,7 +238,7 @@ class MLflowTracking(Tracking):
         return note.read_text()
 
     def metrics(self, values: Mapping[str, float], step: int, model: str = "", data: "Dataset | None" = None) -> None:
-        """See :class:`Tracking`."""
+        """Buffer metrics, and send them once a batch is full."""
         from mlflow.entities import Metric
 
         catalogue.check(values)
@@ -247,7 +250,7 @@ class MLflowTracking(Tracking):
             self.flush()
 
     def has(self, run: str) -> bool:
-        """Look the run up."""
+        """Look up the run; a deleted one does not count."""
         from mlflow.exceptions import MlflowException
         from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
@@ -259,39 +262,39 @@ class MLflowTracking(Tracking):
             return False
 
     def flush(self) -> None:
-        """See :class:`Tracking`."""
+        """Send all buffered metrics, at most 1,000 per request."""
         while self._buffer:
             self._client.log_batch(self.id, metrics=self._buffer[:1000])
             del self._buffer[:1000]
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """See :class:`Tracking`."""
+        """Upload a file as an artefact."""
         self._client.log_artifact(self.id, str(path), folder or None)
 
     def table(self, path: Path) -> None:
-        """See :class:`Tracking`."""
+        """Upload a table, and mark it as one for MLflow's pages."""
         self.artifact(path)
         self._tables.append(path.name)
-        # By this tag MLflow's pages know that a file is a table.
+        # This tag makes MLflow's pages show the file as a table.
         self.tags({"mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"} for name in self._tables])})
 
     def note(self, text: str) -> None:
-        """See :class:`Tracking`."""
+        """Replace the note, cut to what MLflow stores in a tag."""
         self._note = text if len(text) <= LONGEST else f"{text[:LONGEST].rsplit(chr(10), 1)[0]}\n\n(cut)"
         self.tags({NOTE: self._note})
 
     def add(self, text: str) -> None:
-        """See :class:`Tracking`."""
+        """Add a paragraph to the note, cutting the text before it where it is too long."""
         self.note(f"{self._note[: LONGEST - len(text) - 2]}\n\n{text}")
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """See :class:`Tracking`."""
+        """Set tags of the run in one request."""
         from mlflow.entities import RunTag
 
         self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in values.items()])
 
     def inputs(self, datasets: "Sequence[Dataset]") -> None:
-        """See :class:`Tracking`."""
+        """Log the data sets as inputs of the run, again if a concurrent run adds the same one."""
         from mlflow.exceptions import MlflowException
 
         given = [_input(each) for each in datasets]
@@ -300,12 +303,12 @@ class MLflowTracking(Tracking):
                 self._client.log_inputs(self.id, given)
                 return
             except MlflowException as error:
-                # A run side by side may add the same data set between MLflow's look and its own insert.
+                # A concurrent run may add the same data set between MLflow's query and its insert.
                 if last or ("UNIQUE constraint" not in str(error) and "IntegrityError" not in str(error)):
                     raise
 
     def model(self, name: str, step: int, params: Mapping[str, str], note: str) -> str:
-        """See :class:`Tracking`."""
+        """Create a logged model without weights, as an output of the run."""
         from mlflow.entities import LoggedModelOutput
 
         experiment, run = self._url
@@ -315,11 +318,11 @@ class MLflowTracking(Tracking):
         return str(made.model_id)
 
     def finish(self, status: Status) -> None:
-        """See :class:`Tracking`."""
+        """Send buffered metrics, set the status and release the lock."""
         if self.id:
             self.flush()
             self._client.set_terminated(self.id, status)
-        if self._alive is not None:  # after the status is written: see close_abandoned
+        if self._alive is not None:  # only after the status is written, see close_abandoned
             _free(self._alive)
             self._alive = None
         if self._marked:
@@ -327,7 +330,7 @@ class MLflowTracking(Tracking):
             self._marked = False
 
     def whereabouts(self) -> list[str]:
-        """The run's page, or the command that shows it."""
+        """Return the address of the run's page, or the command that serves it."""
         experiment, run = self._url
         page = f"#/experiments/{experiment}/runs/{run}"
         if self.uri.startswith(("http://", "https://")):
@@ -339,7 +342,7 @@ class MLflowTracking(Tracking):
 
 
 def _input(given: "Dataset") -> Any:
-    """A data set as MLflow has it; its page shows how many rows and which columns there are."""
+    """Convert a data set to MLflow's form, with the row count and columns that its page shows."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     columns = [{"name": name, "type": "string", "required": True} for name in given.columns]
@@ -355,9 +358,9 @@ def _input(given: "Dataset") -> Any:
 
 
 def close_abandoned(client: Any, experiment: str) -> list[str]:
-    """End the runs that are said to go on while the process behind them is gone; their ids.
+    """End the runs that are marked as running although their process is gone, and return their ids.
 
-    A run whose lock lies on another machine is left as it is: nothing is known of it here.
+    A run whose lock file is on another machine is left as it is, since its state is unknown here.
     """
     closed = []
     for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
@@ -370,7 +373,7 @@ def close_abandoned(client: Any, experiment: str) -> list[str]:
         except (Timeout, OSError):
             continue
         found = client.get_run(run.info.run_id)
-        if found.info.status == "RUNNING":  # and did not end just now
+        if found.info.status == "RUNNING":  # it may have ended just now
             client.set_tag(run.info.run_id, NOTE, f"{found.data.tags.get(NOTE, '')}\n\n{ABANDONED}")
             client.set_terminated(run.info.run_id, "KILLED")
             closed.append(run.info.run_id)
@@ -379,29 +382,29 @@ def close_abandoned(client: Any, experiment: str) -> list[str]:
 
 
 def _free(lock: FileLock) -> None:
-    """Give a lock back, and leave no file of it."""
+    """Release a lock and delete its file."""
     lock.release()
     with suppress(OSError):
         Path(lock.lock_file).unlink()
 
 
 def strip_password(text: str) -> str:
-    """An address may carry a password, which has no place where others read."""
+    """Mask the user name and password of every address in a text that others may read."""
     return re.sub(r'://[^/@"\s]+@', "://…@", text)
 
 
 def check_reachable(uri: str) -> None:
-    """Fail at once, where MLflow's client would try again for minutes.
+    """Check that a tracking server answers; MLflow's client would retry for minutes.
 
     Raises:
-        TrackingError: no tracking server answers there.
+        TrackingError: no server answers.
     """
     if not uri.startswith(("http://", "https://")):
         return
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
     except HTTPError:
-        pass  # someone answers; whether they accept us shows next
+        pass  # a server answers; whether it accepts requests shows later
     except (URLError, OSError) as error:
         raise TrackingError(
             f"tracking.uri={uri}: no tracking server answers there ({getattr(error, 'reason', error)}); start "
@@ -410,7 +413,7 @@ def check_reachable(uri: str) -> None:
 
 
 def make_absolute(uri: str) -> str:
-    """MLflow reads relative paths against wherever a process stands, so say where from the beginning."""
+    """Make the path of an SQLite address absolute; MLflow resolves relative ones by the current directory."""
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
     return uri
