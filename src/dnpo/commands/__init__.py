@@ -1,1 +1,1 @@
-"""The commands: each composes its settings, builds the parts and runs them."""
+"""The commands. Each composes its settings, builds the parts and runs them."""

@@ -1,6 +1,6 @@
-"""The command: compose the settings, check them, judge the rows, and tell of it.
+"""Measure how well a judge agrees with people: check the settings, judge the rows, report the result.
 
-The settings are ``conf/agreement.yaml`` and the folders for judges and tracking that ``dnpo.train`` has too.
+The settings are ``conf/agreement.yaml`` and, as for ``dnpo.train``, the folders for judges and tracking.
 """
 
 import json
@@ -22,30 +22,30 @@ PARTS = ("judge", "tracking")
 
 
 def top_settings(*, resamples: Count, seed: Natural, threads: Count, store: str, ledger: str) -> None:
-    """The settings beside the parts.
+    """The settings outside the parts.
 
     Args:
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-        threads: of torch on the CPU.
-        store: folder of finished stages, the one that runs use.
+        resamples: number of bootstrap resamples.
+        seed: seed of the bootstrap.
+        threads: number of torch's CPU threads.
+        store: folder of finished stages, shared with runs.
         ledger: file of judge calls, so that none is paid for twice.
     """
 
 
 def main() -> None:
-    """``python -m dnpo.judges.agreement``."""
-    # conf/data holds the data of training: Hydra would look for data=FILE among its options
+    """Run ``python -m dnpo.judges.agreement``."""
+    # Hydra would look for data=FILE among the options in conf/data
     command.run(
         "agreement",
         _run,
-        "What the judge was asked in words is kept: run the same command again.",
+        "The judge's replies are kept: run the same command again.",
         arguments=[re.sub(r"^data=", "data.path=", argument) for argument in sys.argv[1:]],
     )
 
 
 def _check(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
-    """The settings beside the parts, those of the data, and those of each part.
+    """Return the settings outside the parts, of the data, and of each part.
 
     Raises:
         SettingsError: names the first setting that is unknown, missing or out of range.
@@ -104,7 +104,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
                 with console.stage(made.title, lambda _: None) as progress:
                     store.get(made, progress)
         found = {"judge": name, "key": part_key(judge), "stage": f"{stage.name}/{stage.key}"}
-        # the name as it is given now: the stage may have been made from a copy of the file
+        # as named now: the stage may have been computed from a copy of the file
         found |= {**manifest(store.folder(stage))["facts"], "data": data.path.name}
         points = json.loads((store.folder(stage) / agreement.POINTS).read_text())
         write_json(folder / "agreement.json", {**found, "settings": everything})
@@ -126,5 +126,5 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
 
 def _of_judge(overrides: list[str]) -> list[str]:
-    """Settings of the judge as they were given, without the password that a URL may hold."""
+    """Return the judge's overrides, with user name and password in URLs masked."""
     return [re.sub(r"://[^/@\s]+@", "://…@", o) for o in overrides if o.startswith("judge.")]

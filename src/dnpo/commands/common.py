@@ -1,6 +1,6 @@
-"""What the commands share: where the settings are, Hydra run without its noise, and errors turned into messages.
+"""What the commands share: running Hydra without its noise, and turning errors into messages.
 
-Everything heavy is imported inside functions, so that wrong settings are answered at once.
+Heavy modules are imported inside functions, so that wrong settings are reported at once.
 """
 
 import os
@@ -36,17 +36,17 @@ def run(
     interrupted: str = KEPT,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Compose ``conf/CONFIG.yaml`` with the arguments and hand it to ``body``, once for every job of a multirun.
+    """Compose ``conf/CONFIG.yaml`` with the arguments and call ``body``, once for every job of a multirun.
 
-    What the user can put right becomes a message and a non-zero exit status. One failing job neither stops the others
-    of a sweep nor hides: the sweep's report lists it.
+    Errors that the user can correct become a message and a non-zero exit status. A failing job of a sweep does not stop
+    the others; the sweep's report lists it.
 
     Args:
-        config: name of the composed file, without its ending.
-        body: called with the composed tree and Hydra's own settings of the job; what it returns is what a sweeper that
-            searches goes by.
-        interrupted: what to say after Ctrl-C.
-        arguments: of the command, where they are not those of the process.
+        config: name of the composed file, without its suffix.
+        body: called with the composed tree and Hydra's settings of the job; its result is the objective of sweepers
+            that search.
+        interrupted: message after Ctrl-C.
+        arguments: arguments of the command; None takes those of the process.
     """
     failed: list[str] = []
 
@@ -60,14 +60,14 @@ def run(
             if job.mode is RunMode.MULTIRUN:
                 record_failure(Path(job.runtime.output_dir), str(error))
             else:
-                failed.append(str(error))  # raised here, Hydra would print things of its own around it
+                failed.append(str(error))  # if raised here, Hydra would print more around it
         except Exception:
             if job.mode is not RunMode.MULTIRUN:
                 raise
             record_failure(Path(job.runtime.output_dir), traceback.format_exc())
         return None
 
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, not as Hydra prints them
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise errors instead of printing them
     try:
         folder = conf_folder()
         if not (folder / f"{config}.yaml").is_file():
@@ -87,7 +87,7 @@ def run(
 
 @contextmanager
 def _arguments(given: Sequence[str]) -> Iterator[None]:
-    """The arguments where Hydra looks for them, for a while."""
+    """Put the arguments into ``sys.argv``, where Hydra reads them, and restore it afterwards."""
     before = sys.argv
     sys.argv = [before[0], *given]
     try:
@@ -102,11 +102,11 @@ def _fail(message: str) -> None:
 
 
 def _explain(error: Exception, config: str) -> str:
-    """Hydra's message, with near matches for a key that does not exist."""
+    """Rewrite Hydra's message, with near matches for a key that does not exist."""
     text = str(error).strip()
     absent = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
     if absent:
-        return f"{absent.group(1)}: nothing of it is chosen by default, so give +{absent.group(1)}=…"
+        return f"{absent.group(1)}: no option of it is chosen by default; give +{absent.group(1)}=…"
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
         from hydra import compose, initialize_config_dir
@@ -121,7 +121,7 @@ def _explain(error: Exception, config: str) -> str:
     plugin = re.search(r"Could not find '(hydra/(\w+))/(\w+)'", text)
     if plugin:
         group, kind, name = plugin.groups()
-        return f"{group}={name}: there is no such option here. It may come with pip install hydra-{name}-{kind}"
+        return f"{group}={name}: there is no such option. It may come with pip install hydra-{name}-{kind}"
     option = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
     if option:
         group, name = option.groups()
@@ -134,7 +134,7 @@ def _explain(error: Exception, config: str) -> str:
 
 
 def _options(arguments: list[str]) -> list[str]:
-    """Those of the arguments that choose an existing option of a part; of a sweep's list the first."""
+    """Return the arguments that choose an existing option of a part; of a sweep's list, the first option."""
     found = []
     for argument in arguments:
         group, _, names = argument.partition("=")
@@ -144,13 +144,13 @@ def _options(arguments: list[str]) -> list[str]:
 
 
 def plain(cfg: DictConfig, shorthand: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
-    """The composed tree as plain values, brought up to date where it was written for an earlier layout.
+    """Return the composed tree as plain values, with settings of earlier layouts brought up to date.
 
     Args:
-        shorthand: settings that can be given by another name, and that name.
+        shorthand: alternative names of settings, for messages.
 
     Raises:
-        SettingsError: a value is missing; the message says which.
+        SettingsError: a value is missing; the message names it.
     """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -158,12 +158,12 @@ def plain(cfg: DictConfig, shorthand: Mapping[str, str] = MappingProxyType({})) 
         raise SettingsError(f"{name}: needs a value; give {name}=…")
     tree, ignored = up_to_date(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
     if ignored:
-        print(f"warning: these settings are gone, and ignored: {', '.join(ignored)}", file=sys.stderr)
+        print(f"warning: these settings no longer exist and are ignored: {', '.join(ignored)}", file=sys.stderr)
     return tree
 
 
 def prepare_torch(threads: int) -> None:
-    """Set torch up for work on this machine; called once it is known that there is something to compute."""
+    """Silence the libraries and set torch's threads; called only when there is something to compute."""
     import torch
 
     from dnpo.running.console import silence_libraries
@@ -176,7 +176,7 @@ def prepare_torch(threads: int) -> None:
 def track(
     tracking: "Tracking", name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None
 ) -> Iterator[None]:
-    """Keep a run in MLflow open while the body runs, and close it by how the body ended."""
+    """Keep a tracked run open while the body runs, and set its status by how the body ended."""
     tracking.start(name, flat(settings), tags, sweep)
     status: Status = "FAILED"
     try:
@@ -190,6 +190,6 @@ def track(
 
 
 def folders(job: Any) -> tuple[Path, Path | None]:
-    """The folder of a command's results, and that of the whole sweep where it is a job of one."""
+    """Return the folder of the results, and the sweep's folder if the job is part of a sweep."""
     sweep = Path(job.sweep.dir).absolute() if job.mode is RunMode.MULTIRUN else None
     return Path(job.runtime.output_dir), sweep

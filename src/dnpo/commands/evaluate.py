@@ -1,7 +1,7 @@
-"""The command: compose ``conf/evaluate.yaml``, check it, measure the model by the stages of a run, and tell of it.
+"""Evaluate a model: check ``conf/evaluate.yaml``, measure the model with the stages of a run, report the result.
 
-A model is a run without iterations and without fine-tuning: the stages are those that a run has before its first
-iteration, so what has been measured is found again, and every number is computed as a run computes it.
+The model is treated as a run without fine-tuning and iterations. It has the stages of a run before iteration 0, so
+earlier measurements are reused, and every number is computed as in a run.
 """
 
 import dataclasses
@@ -50,21 +50,21 @@ def top_settings(
     store: str,
     ledger: str,
 ) -> None:
-    """The settings beside the parts.
+    """The settings outside the parts.
 
     Args:
-        against: another model, a folder or a name on the hub, or ``human``.
-        length_controlled: also the win rate at the same length.
-        seed: of the samples and of the bootstrap.
+        against: the opponent: a folder with a model, a name on the hub, or ``human``.
+        length_controlled: whether to compute the win rate at equal length too.
+        seed: seed of the samples and of the bootstrap.
         device: ``auto``, ``cpu`` or ``cuda``.
-        threads: of torch on the CPU.
-        store: folder of finished stages, the one that runs use.
+        threads: number of torch's CPU threads.
+        store: folder of finished stages, shared with runs.
         ledger: file of judge calls, so that none is paid for twice.
     """
 
 
 def main() -> None:
-    """``python -m dnpo.evaluate``."""
+    """Run ``python -m dnpo.evaluate``."""
     command.run("evaluate", _run)
 
 
@@ -72,10 +72,10 @@ def main() -> None:
 
 
 def check_settings(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The settings beside the parts, and those of each part.
+    """Check every setting, and return the settings outside the parts and of each part.
 
     Raises:
-        SettingsError: names the first setting that is unknown, missing or cannot be.
+        SettingsError: a setting is unknown, missing or out of range; the message names the first such.
     """
     tree = command.plain(cfg)
     top = check_values("", top_settings, {key: value for key, value in tree.items() if key not in PARTS})
@@ -87,10 +87,10 @@ def check_settings(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, dict[str,
 
 
 def other_model(against: str, model: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the other model: those of the first, with another place.
+    """Return the settings of the opponent: those of the evaluated model, but loaded from ``against``.
 
     Raises:
-        SettingsError: it is neither a folder with a model nor a name.
+        SettingsError: ``against`` is neither a folder with a model nor a name on the hub.
     """
     _whole_weights("against", against)
     elsewhere = {**model, "path": None, "name": None, "revision": None}
@@ -105,10 +105,10 @@ def other_model(against: str, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _whole_weights(setting: str, path: str | None) -> None:
-    """Refuse a folder that has only adapters, with the command that helps."""
+    """Refuse a folder that has only adapters; the message gives the command that merges them."""
     if path and (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise SettingsError(
-            f"{setting}={path}: there are only adapters; python -m dnpo.export RUN --iteration N --to FOLDER writes "
+            f"{setting}={path}: it has only adapters; python -m dnpo.export RUN --iteration N --to FOLDER writes "
             "whole weights"
         )
 
@@ -141,7 +141,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
 @contextmanager
 def _name_setting(setting: str, value: str) -> Iterator[None]:
-    """Messages about the other model name the setting that it was given by."""
+    """Prefix errors about the opponent with the setting that chose it."""
     try:
         yield
     except DnpoError as error:
@@ -157,10 +157,10 @@ def _measure(
     folder: Path,
     sweep: Path | None,
 ) -> None:
-    """Have all stages computed or found, track what came out, and show it.
+    """Compute or find all stages, track the results and show them.
 
     Args:
-        runs: by name, ours first.
+        runs: runs by name, the evaluated model's first.
     """
     from dnpo.judges.agreement import sentence
     from dnpo.running import execute as running
@@ -217,7 +217,7 @@ def _measure(
 def _lay_out(
     runs: "Mapping[str, Run]", top: Mapping[str, Any], store: "Store", console: "Console"
 ) -> "dict[str, Iteration]":
-    """What is to be done for each model, once all checks that runs make are passed."""
+    """Lay out the stages for each model, and refuse models that fail the checks of a run."""
     from dnpo.loop import chain
 
     store.open(console.say)
@@ -230,7 +230,7 @@ def _lay_out(
 
 
 def _outcome(stage: Path, top: Mapping[str, Any], tracking: "Tracking", folder: Path) -> "DuelOutcome":
-    """What the duels come to; they themselves are kept with the results."""
+    """Summarise the duels, and copy them into the results' folder."""
     from dnpo.stages.duels import DUELS, outcome, read_duels
 
     shutil.copy2(stage / DUELS, folder / DUELS)
@@ -249,7 +249,7 @@ def _duels(runs: "Mapping[str, Run]", iterations: "Mapping[str, Iteration]") -> 
 
 
 def _get(stage: "Stage", store: "Store", console: "Console", prefix: str) -> None:
-    """Have a stage computed, or find it; what trains in a run stands for the model as it is here."""
+    """Compute a stage unless it is cached. Here the ``sft`` stage is the given model, untrained."""
     title = prefix + ("the model" if stage.name == "sft" else stage.title)
     if store.has(stage):
         console.report_reuse(title, stage.key)
@@ -259,7 +259,7 @@ def _get(stage: "Stage", store: "Store", console: "Console", prefix: str) -> Non
 
 
 def read_metrics(iteration: "Iteration", store: "Store") -> dict[str, float]:
-    """All metrics of a model, under the names that runs track them by."""
+    """Return all metrics of a model, by the names under which runs track them."""
     found: dict[str, float] = {}
     for stage in (iteration.evaluation, *iteration.measures):
         found |= json.loads((store.folder(stage) / "metrics.json").read_text())
@@ -267,7 +267,7 @@ def read_metrics(iteration: "Iteration", store: "Store") -> dict[str, float]:
 
 
 def _keep(rows: "Iterable[tuple[str, Path]]", name: str, tracking: "Tracking", folder: Path) -> None:
-    """The files behind the metrics of a model, in the folders that runs keep theirs in."""
+    """Copy and track the files behind a model's metrics, laid out as runs lay out theirs."""
     for kind, path in rows:
         copy = folder / kind / f"{name}{path.suffix}"
         copy.parent.mkdir(exist_ok=True)
@@ -275,7 +275,7 @@ def _keep(rows: "Iterable[tuple[str, Path]]", name: str, tracking: "Tracking", f
         tracking.artifact(copy, kind)
 
 
-# --- telling of it
+# --- reporting
 
 GROUPS = {
     "eval": "Held-out prompts",
@@ -288,7 +288,7 @@ GROUPS = {
 
 
 def table(rows: Mapping[str, Mapping[str, float]], title: str) -> "Table":
-    """The metrics by group, a column a model."""
+    """Build the table of metrics by group, with a column for each model."""
     from rich.table import Table
 
     made = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None)
@@ -297,7 +297,7 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str) -> "Table":
         made.add_column(name, justify="right", no_wrap=True)
     group = ""
     every = list(dict.fromkeys(name for row in rows.values() for name in row))
-    for name in sorted(every, key=_group):  # sorting keeps the order within a group
+    for name in sorted(every, key=_group):  # a stable sort keeps the order within a group
         if _group(name) != group:
             group = _group(name)
             made.add_row(GROUPS.get(group, group), style="bold")
@@ -314,7 +314,7 @@ def _group(name: str) -> str:
 
 
 def describe_outcome(outcome: "DuelOutcome", judge: str) -> list[str]:
-    """The duels in words."""
+    """Return lines that describe the result of the duels."""
     won = outcome.wins
     duels = f"{won.duels:,} duels on {won.prompts:,} prompts"
     lines = [

@@ -1,4 +1,4 @@
-"""The command: write a policy of a finished run as a folder that needs nothing else."""
+"""Write a policy of a finished run as a self-contained folder."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from dnpo.errors import DnpoError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; what the user can put right is answered in one line, with exit status 1."""
+    """Run ``python -m dnpo.export``. Errors that the user can correct become one line and exit status 1."""
     parser = argparse.ArgumentParser(
         prog="python -m dnpo.export",
         description="Write a policy of a finished run as a folder that needs nothing else: whole weights (LoRA "

@@ -1,4 +1,4 @@
-"""The command: compose ``conf/leaderboard.yaml``, check it, measure the model, and tell of it."""
+"""Measure a model on the benchmarks: check ``conf/leaderboard.yaml``, run them, report the result."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,17 @@ BESIDE = ("device", "threads")
 
 
 def top_settings(*, device: str, threads: Count) -> None:
-    """The settings beside the leaderboard's and the parts'.
+    """The settings outside the leaderboard and the parts.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        threads: of torch on the CPU.
+        threads: number of torch's CPU threads.
     """
 
 
 def main() -> None:
-    """``python -m dnpo.leaderboard``."""
-    command.run("leaderboard", _run, "Nothing of it is kept: the same command begins anew.")
+    """Run ``python -m dnpo.leaderboard``."""
+    command.run("leaderboard", _run, "Nothing is kept: the same command starts again.")
 
 
 def _run(cfg: DictConfig, job: Any) -> None:
@@ -70,7 +70,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
 
 def table(result: LeaderboardResult) -> "Table":
-    """A row a benchmark, and the average, in percent."""
+    """Build the table: a row for each benchmark and for the average, in percent."""
     from rich.table import Table
 
     made = Table(header_style="bold", pad_edge=False, box=None)

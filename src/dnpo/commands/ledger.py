@@ -1,4 +1,4 @@
-"""``python -m dnpo.ledger [FILE]``: calls, hits and spend of the judges, by judge, run and month."""
+"""``python -m dnpo.ledger [FILE]``: show the judges' calls, hits and spend by judge, run and month."""
 
 import argparse
 import sys
@@ -40,4 +40,6 @@ def main() -> None:
             table.add_row(*(str(row[name]) for name in names), *counts, money)
         console.print(table)
         console.print()
-    console.print("hits: questions answered from here instead of asked again; failed: replies that gave no verdict.")
+    console.print(
+        "hits: questions answered from the ledger instead of asked again; failed: replies that gave no verdict."
+    )

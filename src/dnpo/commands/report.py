@@ -1,4 +1,4 @@
-"""``python -m dnpo.report RUN_OR_SWEEP``."""
+"""``python -m dnpo.report RUN_OR_SWEEP``: write the HTML page on a run or a sweep."""
 
 import argparse
 import os
@@ -18,13 +18,13 @@ ARTIFACT = "report.html"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the page, and keep it with the run unless that is not wanted."""
+    """Write the page, and track it with the run unless ``--no-log`` is given."""
     parser = argparse.ArgumentParser(
         prog="python -m dnpo.report", description="One self-contained HTML page on a run or a sweep."
     )
     parser.add_argument(
         "run_or_sweep",
-        help="a run's id (or its beginning) or folder; or a sweep's name, folder, or the id of its own run",
+        help="a run's id (or its beginning) or folder; or a sweep's name, folder, or the id of its parent run",
     )
     parser.add_argument("--uri", default="sqlite:///mlflow.db", help="where runs were tracked (default: %(default)s)")
     parser.add_argument("--experiment", default="dnpo", help="default: %(default)s")
@@ -54,7 +54,7 @@ def _report(given: argparse.Namespace) -> None:
     if given.no_log:
         return
     if selection.own is None:
-        print("not kept in MLflow: these runs have no run of the whole sweep")
+        print("not kept in MLflow: these runs have no parent run of a sweep")
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ARTIFACT

@@ -22,10 +22,10 @@ USAGE = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m dnpo.judges.reward``; its one word is ``fit``.
+    """Run ``python -m dnpo.judges.reward fit``.
 
     Args:
-        arguments: of the command; None takes those of the process.
+        arguments: arguments of the command, ``fit`` first; None takes those of the process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] != ["fit"]:

@@ -1,10 +1,10 @@
-"""The entry point: compose the settings, check them, lay out the run, run it, report.
+"""Train: compose and check the settings, lay out the run, execute it, report the result.
 
     python -m dnpo.train method=spin seed=1
     python -m dnpo.train -m npo.alpha=0.01,0.1
 
-Settings become parts here (and in the other commands), and nothing further in sees the config tree. Everything heavy is
-imported inside functions, so that wrong settings are answered at once.
+Settings become parts here and in the other commands; no other code sees the config tree. Heavy modules are imported
+inside functions, so that wrong settings are reported at once.
 """
 
 import os
@@ -41,7 +41,7 @@ PARTS = (
     "eval",
     "tracking",
 )
-STARTING = ("dsl", "npo")  # parts that act from an iteration of theirs on, and what stands there before
+STARTING = ("dsl", "npo")  # parts that act from their ``start`` iteration on; ABSENT replaces them before it
 ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
     "npo": {"_target_": "dnpo.optimise.parts.NoNoise"},
@@ -49,7 +49,7 @@ ABSENT: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """``python -m dnpo.train``."""
+    """Run ``python -m dnpo.train``."""
     command.run("train", _run)
 
 
@@ -57,14 +57,14 @@ def main() -> None:
 
 
 def check_settings(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, dict[str, Any]]]:
-    """Check every setting against the signature of what it configures, without building anything.
+    """Check every setting against the signature of the part it configures, without building anything.
 
     Returns:
-        The settings of the run as a whole; the iteration at which each part of ``STARTING`` starts; the settings of
-        each part.
+        The settings outside the parts; the iteration at which each part of ``STARTING`` starts; the settings of each
+        part.
 
     Raises:
-        SettingsError: names the first setting that is unknown, missing or out of range.
+        SettingsError: a setting is unknown, missing or out of range; the message names the first such.
     """
     from dnpo.stages.plan import RunSettings
 
@@ -77,7 +77,7 @@ def check_settings(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dic
 
 
 def resolve_shift(npo: dict[str, Any], tracking: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace ``npo.shift=run:ID`` by the mean of npo/shift that this MLflow run tracked over its training steps."""
+    """Replace ``npo.shift=run:ID`` by the mean of npo/shift over the training steps of that MLflow run."""
     shift = npo.get("shift")
     if not (isinstance(shift, str) and shift.startswith("run:")):
         return npo
@@ -90,10 +90,10 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
     """Check every setting and turn the tree into parts.
 
     Args:
-        name: what the ledger puts calls down to: the run's folder, or its sweep's.
+        name: the name under which the ledger records calls: the run's folder, or its sweep's.
 
     Returns:
-        The run as plain values, the tracking, and the resolved settings.
+        The run, the tracker, and the resolved settings.
     """
     top, starts, settings = check_settings(cfg)
 
@@ -148,7 +148,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
 
 
 def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:
-    """The iteration at which a part starts; ``last`` is the run's last, whatever its number."""
+    """Return the iteration at which a part starts; ``last`` means the last of the run."""
 
     def starting(*, start: Natural | Literal["last"] = 0) -> None: ...
 
@@ -158,18 +158,18 @@ def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:
 
 
 def run_name(overrides: Sequence[str]) -> str:
-    """What a run is called: its command, without what cannot change a result, and of paths the last part."""
+    """Name a run by its overrides, without those that cannot change results, and with paths cut to their last part."""
     from dnpo.stages.plan import RunSettings
 
-    said = []
+    words = []
     aside = {*neutral_names(RunSettings), "tracking"} - {"acts_from"}
     for override in overrides:
         setting, equals, value = override.partition("=")
         if setting.lstrip("+").split(".")[0] in aside:
             continue
         end = PurePath(value).name if value.startswith(("/", ".", "~")) and "," not in value else value
-        said.append(f"{setting}{equals}{end or value}")
-    return " ".join(said) or "defaults"
+        words.append(f"{setting}{equals}{end or value}")
+    return " ".join(words) or "defaults"
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -178,14 +178,14 @@ def run_name(overrides: Sequence[str]) -> str:
 def _run(cfg: DictConfig, job: Any) -> float | None:
     folder, sweep = command.folders(job)
     run, tracking, settings = build(cfg, os.path.relpath(sweep or folder))
-    with run.ledger:  # closed at the end of every job, or those after it would wait for what this one has claimed
+    with run.ledger:  # closed after every job, or later jobs would wait for the calls that this one has claimed
         return _go(run, tracking, settings, job, folder, sweep)
 
 
 def _go(
     run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, folder: Path, sweep: Path | None
 ) -> float | None:
-    """Do what was asked for; of a run, how good its last policy is, the more the better."""
+    """Plan, check or execute the run. Return how good its last policy is, higher being better, if it was executed."""
     from dnpo import catalogue
     from dnpo.loop import chain
     from dnpo.running.console import Console
@@ -218,7 +218,7 @@ def _go(
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there. What is always there is not looked for: that takes torch.
+    """Refuse a device that does not exist. ``auto`` and ``cpu`` always exist; only others need torch to be imported.
 
     Raises:
         SettingsError: there is no such device.
@@ -230,7 +230,7 @@ def check_device(device: str) -> None:
 
 
 def check_optimizers(run: "Run", iterations: "list[Iteration]", store: "Store") -> None:
-    """Try the optimizers of the trainings that are still to do: what has been trained has been tried.
+    """Try out the optimizers of the trainings that are still to be done.
 
     Raises:
         SettingsError: an optimizer does not take its settings.
@@ -245,7 +245,11 @@ def check_optimizers(run: "Run", iterations: "list[Iteration]", store: "Store") 
 def pass_gate(
     run: "Run", iterations: "list[Iteration]", store: "Store", console: "Console", everything: bool, threads: int
 ) -> None:
-    """Refuse, before anything is computed, a run that cannot work or would mean nothing; say what one should know."""
+    """Check a run before anything is computed: show the findings, and refuse a run that cannot work or means nothing.
+
+    Raises:
+        SettingsError: a finding stops the run.
+    """
     from dnpo.running.gate import gate, show
 
     if not all(store.has(stage) for iteration in iterations for stage in iteration.stages):
@@ -293,7 +297,7 @@ def _print_forecast(console: "Console", run: "Run", iterations: "list[Iteration]
         table.add_row(title, f"{some.calls:,}", f"{some.new:,}", cost)
     console.say("")
     console.table(table)
-    console.say("Questions that an earlier stage asks too count there. What is not generated yet counts as new.")
+    console.say("A question that several stages ask counts at the first. Responses not generated yet count as new.")
 
 
 if __name__ == "__main__":
