@@ -214,7 +214,7 @@ def test_without_links_a_card_says_where_the_weights_are(
     for card in link(made.summary, made.run):
         assert [path.name for path in card.parent.iterdir()] == ["README.md"]
         said = card.read_text()
-        assert "Here is only this card (Operation not permitted). The weights are in" in said
+        assert "(Operation not permitted)" in said
         assert str(made.store) in said
 
 
@@ -328,7 +328,7 @@ def test_a_store_that_moved_can_be_named(left: Callable[..., Any], tmp_path: Pat
 def test_a_base_model_that_changed_is_refused(left: Callable[..., Any], tmp_path: Path) -> None:
     made = left(rank=2, base="local")
     (made.base / "config.json").write_text((made.base / "config.json").read_text() + " ")
-    with pytest.raises(ModelError, match="is not the one of this run any more"):
+    with pytest.raises(ModelError, match=r"model\.path="):
         export(made.run, tmp_path / "copy")
     shutil.rmtree(made.base)
     with pytest.raises(ModelError, match="base model is gone"):
@@ -354,11 +354,11 @@ def test_wrong_arguments_are_answered_in_one_line(
             [str(made.run), "--iteration", "7", "--to", new],
             "--iteration 7: this run has no such iteration; expected one of sft, 0, 1",
         ),
-        ([str(made.run), "--to", str(full)], f"--to {full}: is there already"),
-        ([str(made.run), "--to", str(file)], f"--to {file}: is there already"),
+        ([str(made.run), "--to", str(full)], f"--to {full}: exists"),
+        ([str(made.run), "--to", str(file)], f"--to {file}: exists"),
         ([str(made.run), "--to", str(file / "in")], f"--to {file / 'in'}: Not a directory"),
         ([str(made.store), "--to", new], "no finished run there; expected a run's folder with a summary.json"),
-        ([str(old), "--to", new], "is of an earlier version"),
+        ([str(old), "--to", new], "earlier version"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)

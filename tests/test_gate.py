@@ -360,7 +360,7 @@ def test_canary_of_a_judge_by_api(tmp_path: Path) -> None:
 
 
 def test_prompts_that_the_judge_was_fitted_on() -> None:
-    fires(judge.judge_prompts((), PLAIN, "test"), "pass", "no prompts of its own")
+    fires(judge.judge_prompts((), PLAIN, "test"), "pass", "not fitted on any")
     other = {hash_conversation(row("x", "Something else?").messages)}
     fires(judge.judge_prompts(other, PLAIN, "test"), "pass", "none of the 1 prompts")
     seen = {hash_conversation(row("x", "what is  1 PLUS 2?").messages)}

@@ -310,14 +310,14 @@ def test_an_unfinished_run_gets_a_page_of_what_is_known(lab: Lab) -> None:
     _, page = lab.page(run.id[:8])
     check_harmless(page)
     assert (
-        "This run has no summary, so the page shows what is known of it (tracked until then: k = 0, k = 1)."
+        "This run has no summary, so the page shows what it tracked before it ended (policies: k = 0, k = 1)."
         in page.text
     )
     assert "from 40.0 to 45.5 points of 100" in page.text
     assert "abc123" in page.text
     lab.run("seed=1", None, seed=1, status="FAILED")
     _, page = lab.page(Database(lab.uri).runs()[1].id)
-    assert "what is known of it (no policy)" in page.text
+    assert "(no policy)" in page.text
 
 
 def test_a_run_without_a_judge_has_no_scores_and_says_so(lab: Lab) -> None:

@@ -43,7 +43,7 @@ def test_a_run_says_what_it_does_and_ends_with_its_table(smoke: Path) -> None:
     header = next(line for line in out.splitlines() if line.startswith("it."))
     for column in ("score", "accuracy", "win", "tie", "lose", "log p new", "policy loss", "noise loss"):
         assert column in header
-    assert "the judge that labels the pairs also sets this measure" in " ".join(out.split())
+    assert "score: judge's mean" in " ".join(out.split())
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in out
 
 

@@ -1,4 +1,4 @@
-"""Groups of runs side by side: means with intervals, and differences from one of them, paired over items and seeds."""
+"""Compare groups of runs: means with intervals, and differences from a baseline, paired over items and seeds."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ class ReportMeasure:
     """A metric by which runs are compared.
 
     Attributes:
-        kind, column: of the items that it is the mean of; "" where it has none.
+        kind, column: kind of the items and the column that the metric averages; "" if it has no items.
     """
 
     metric: Metric
@@ -42,12 +42,12 @@ FLIPS = ReportMeasure(metric("pairs/flips"))
 
 @dataclass
 class Items:
-    """Results by held-out prompt, read once each."""
+    """Results by held-out prompt; each file is read once."""
 
     _kept: dict[tuple[str, str], pa.Table | None] = field(default_factory=dict)
 
     def table(self, run: TrackedRun, iteration: int | str) -> pa.Table | None:
-        """The rows of one policy; None where none were tracked."""
+        """Return the rows of one policy; None if none were tracked."""
         path = f"items/{iteration_name(iteration)}.parquet"
         if (run.id, path) not in self._kept:
             file: Path | None = run.artifact(path)
@@ -55,7 +55,7 @@ class Items:
         return self._kept[run.id, path]
 
     def of(self, run: TrackedRun, iteration: int | str, measure: ReportMeasure) -> dict[str, float]:
-        """The mean result by prompt, over samples; NaN where there is none, empty where the measure has no items."""
+        """Return the mean over samples by prompt: NaN for prompts without one, empty if the measure has no items."""
         rows = self.table(run, iteration) if measure.kind else None
         if rows is None or measure.column not in rows.column_names:
             return {}
@@ -71,9 +71,9 @@ class MeasureComparison:
     """A measure over groups and iterations.
 
     Attributes:
-        means: groups by iterations.
-        differences: of each group from ``baseline``; None where there is nothing to compare with.
-        notes: what a reader has to know beside the numbers.
+        means: table of groups by iterations.
+        differences: each group's difference from ``baseline``; None if there is no baseline.
+        notes: remarks that a reader of the numbers needs.
     """
 
     measure: ReportMeasure
@@ -84,14 +84,14 @@ class MeasureComparison:
 
 
 def baseline(groups: Groups) -> Group | None:
-    """SPIN where it is there, else the first; None where there is one group only."""
+    """Return SPIN if there is one, else the first group; None if there is only one group."""
     if len(groups.groups) < 2:
         return None
     return next((group for group in groups.groups if group.is_spin), groups.groups[0])
 
 
 def compare(groups: Groups, measure: ReportMeasure, items: Items) -> MeasureComparison | None:
-    """Everything that a measure says of the groups; None where no run has it."""
+    """Compare the groups by a measure; None if no run has it."""
     iterations = [
         iteration
         for iteration in groups.iterations
@@ -111,8 +111,8 @@ def compare(groups: Groups, measure: ReportMeasure, items: Items) -> MeasureComp
             means.setdefault(group.label, {})[iteration_title(iteration)] = Cell(found)
             if base is None or group is base:
                 continue
-            cell, said = _difference(group, base, iteration, measure, items)
-            notes |= dict.fromkeys(said)
+            cell, remarks = _difference(group, base, iteration, measure, items)
+            notes |= dict.fromkeys(remarks)
             if cell is not None:
                 apart.setdefault(group.label, {})[iteration_title(iteration)] = cell
     return MeasureComparison(
@@ -125,7 +125,7 @@ def compare(groups: Groups, measure: ReportMeasure, items: Items) -> MeasureComp
 
 
 def mean_of(group: Group, iteration: int | str, measure: ReportMeasure, items: Items) -> Estimate | None:
-    """A group's mean after one iteration: over items and seeds, or over seeds alone where there are no items."""
+    """Return a group's mean after one iteration, over items and seeds, or over seeds alone if there are no items."""
     seeds = sorted(group.at(iteration))
     by_item = matrix(group, iteration, seeds, measure, items)
     if by_item is not None:
@@ -135,7 +135,7 @@ def mean_of(group: Group, iteration: int | str, measure: ReportMeasure, items: I
 
 
 def matrix(group: Group, iteration: int | str, seeds: list[int], measure: ReportMeasure, items: Items) -> Array | None:
-    """Results, seeds × items, without items that lack one; None where some run has no items, or other ones."""
+    """Return the results as seeds × items; None if a run has no items, or others than the first run."""
     found = [items.of(group.at(iteration)[seed].run, iteration, measure) for seed in seeds]
     if not found or not all(found) or any(each.keys() != found[0].keys() for each in found):
         return None
@@ -153,7 +153,7 @@ def _estimate(x_SI: Array) -> Estimate:
 def _difference(
     group: Group, base: Group, iteration: int | str, measure: ReportMeasure, items: Items
 ) -> tuple[Cell | None, list[str]]:
-    """How far a group is from the baseline after one iteration, over the seeds that both have."""
+    """Return a group's difference from the baseline after one iteration, over the seeds that both have, and remarks."""
     ours, theirs = group.at(iteration), base.at(iteration)
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds or not group.values(iteration, measure.metric.name) or not base.values(iteration, measure.metric.name):
@@ -162,7 +162,7 @@ def _difference(
     if ours.keys() != theirs.keys():
         notes.append(f"{group.label} and {base.label} are compared over the seeds that both have.")
     if all(_policy(ours[seed].run, iteration) == _policy(theirs[seed].run, iteration) != "" for seed in seeds):
-        return None, notes  # one and the same policy
+        return None, notes  # the policies are identical
     a, b = (matrix(side, iteration, seeds, measure, items) for side in (group, base))
     if a is not None and b is not None and a.shape == b.shape and a.shape[1] > 1:
         kind: Literal["right", "scores"] = "right" if measure.column == "right" else "scores"
@@ -184,14 +184,14 @@ def _difference(
 
 
 def _policy(run: TrackedRun, iteration: int | str) -> str:
-    """The stage that made the policy after an iteration; "" where the summary does not say."""
+    """Return the stage that made the policy after an iteration; "" if the summary does not name it."""
     iterations = [row["iteration"] for row in run.table]
     policies: list[str] = run.summary.get("policies", [])
     return policies[iterations.index(iteration)] if iteration in iterations and len(policies) == len(iterations) else ""
 
 
 def gain(member: Member, measure: ReportMeasure, items: Items) -> tuple[Estimate, str] | None:
-    """What a run's iterations added, last policy less first, and over what its interval is."""
+    """Return the last policy's mean minus the first's, and in words what its interval is over; None without both."""
     known = member.values_by_iteration(measure.metric.name)
     if len(known) < 2:
         return None

@@ -1,4 +1,4 @@
-"""Everything that the page says, gathered from tracked runs."""
+"""Gather the content of the page from tracked runs."""
 
 import json
 import time
@@ -19,10 +19,10 @@ LOOKS = {"supported": "good", "contradicted": "bad"}
 
 
 def content(selection: Selection, uri: str) -> dict[str, Any]:
-    """What the template shows.
+    """Return what the template shows.
 
     Args:
-        uri: of the tracking store, to be named on the page.
+        uri: address of the tracking store, shown on the page.
     """
     runs, sweep, items = selection.runs, selection.sweep, Items()
     groups = group_runs(runs) if sweep else _group_alone(runs[0])
@@ -62,12 +62,12 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
 
 
 def _group_alone(run: TrackedRun) -> Groups:
-    """One run, whatever became of it."""
+    """Make groups of a single run, finished or not."""
     return Groups((Group(run.option("method") or run.name, (Member(run, rows_of(run)),)),), (), False)
 
 
 def _state(selection: Selection, groups: Groups) -> tuple[str, str]:
-    """``good`` or ``bad``, and words."""
+    """Return ``good`` or ``bad``, and the state in words."""
     if not selection.sweep:
         run = selection.runs[0]
         return ("good" if is_complete(run) else "bad"), describe_state(run)
@@ -78,29 +78,25 @@ def _state(selection: Selection, groups: Groups) -> tuple[str, str]:
 
 
 def _list_caveats(run: TrackedRun) -> list[str]:
-    """What a reader has to know of a run that is not whole, or that nobody judged."""
+    """List what a reader needs to know about a run that is incomplete or has no scores."""
     rows = rows_of(run)
     if not is_complete(run):
-        reached = (
-            f"tracked until then: {', '.join(iteration_title(row['iteration']) for row in rows)}"
-            if rows
-            else "no policy"
-        )
-        return [f"This run has no summary, so the page shows what is known of it ({reached})."]
+        reached = f"policies: {', '.join(iteration_title(row['iteration']) for row in rows)}" if rows else "no policy"
+        return [f"This run has no summary, so the page shows what it tracked before it ended ({reached})."]
     if not any("eval/score" in row for row in rows):
         return ["No judge scored the answers of this run: there are no scores to show."]
     return []
 
 
 def _notes(selection: Selection) -> list[str]:
-    """What people or the runs themselves wrote beside them in MLflow."""
+    """Return the note of the run or sweep in MLflow, if there is one."""
     chosen = selection.own or selection.runs[0]
     text = chosen.tags.get("mlflow.note.content", "").strip()
     return [text] if text else []
 
 
 def _facts(selection: Selection, groups: Groups, lineage: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The line under the heading: what, when, from which code."""
+    """Return the facts under the heading: what was run, when, from which code."""
     runs = selection.runs
     seeds = sorted({run.seed for run in runs})
     first = runs[0]
@@ -122,7 +118,7 @@ def _facts(selection: Selection, groups: Groups, lineage: Mapping[str, Any]) -> 
 
 
 def _claims(own: TrackedRun | None) -> tuple[list[dict[str, Any]], str]:
-    """The claim table that was tracked with the sweep, or why there is none."""
+    """Return the claim table that was tracked with the sweep, and why there is none, if so."""
     path = own.artifact("analysis/claims.json") if own is not None else None
     if path is None:
         return [], "No claim was tested on this sweep yet"

@@ -1,4 +1,4 @@
-"""Pictures that go with a run or a sweep."""
+"""Draw the pictures that are tracked with a run or a sweep."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ PLAIN: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": GRID,
     "legend.frameon": False,
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # show $ in names literally
 }
-PROGRESS = ("eval/score", "second/score", "eval/accuracy", "eval/loss")  # what a run is looked at by
+PROGRESS = ("eval/score", "second/score", "eval/accuracy", "eval/loss")  # metrics in the picture of a run's progress
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Panel:
     """One measure of one or more groups.
 
     Attributes:
-        values: by group and iteration (−1: after fine-tuning).
-        human: the same of human responses, as a line across.
+        values: estimates by group and iteration (−1: after fine-tuning).
+        human: the value for human responses, drawn as a horizontal line.
     """
 
     metric: Metric
@@ -44,12 +44,13 @@ class Panel:
 
 
 def progress(rows: Sequence[Mapping[str, Any]], path: Path, title: str, options: tuple[str, str]) -> None:
-    """Draw how a run's policies come out over its iterations, metric by metric.
+    """Draw the metrics of a run's policies over its iterations.
 
     Args:
         rows: the run's table.
-        path: the picture to write.
-        options: of dsl and npo.
+        path: file to write.
+        title: title of the figure.
+        options: the options of dsl and npo.
     """
     panels = []
     for name in PROGRESS:
@@ -68,20 +69,23 @@ def over_iterations(
     looks: Mapping[str, Look],
     joined: bool = True,
 ) -> None:
-    """Values after fine-tuning and after every iteration, with their intervals; a panel a metric.
+    """Draw values after fine-tuning and after every iteration, with their intervals; one panel per metric.
 
-    Where there are more groups than looks, the last iteration alone is drawn, a line a group.
+    If there are more groups than colours, only the last iteration is drawn, with one row per group.
 
     Args:
-        looks: one a group.
-        joined: whether one iteration's policy came from that before it.
+        panels: one per metric.
+        path: file to write.
+        title, note: text above the panels.
+        looks: look of each group, by label.
+        joined: whether each iteration continues the policy of the one before, so that a line joins the points.
     """
     many = len(looks) > len(SERIES)
     columns = min(len(panels), 2) or 1
     rows = -(-len(panels) // columns) or 1
     high = 0.2 * len(looks) + 1.0 if many else 2.7
     with rc_context(PLAIN):
-        # As wide as the column of MLflow's page that notes stand in.
+        # As wide as the column for notes on MLflow's page.
         figure = Figure(figsize=(7.4, rows * high + (0.8 if len(looks) > 1 else 0.4)), layout="constrained")
         axes = np.atleast_1d(figure.subplots(rows, columns, sharey=many)).ravel().tolist()
         for axis, panel in zip(axes, panels, strict=False):
@@ -99,7 +103,7 @@ def _lines(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) ->
     places = sorted({k for values in panel.values.values() for k in values})
     for number, (label, look) in enumerate(looks.items()):
         values = panel.values.get(label, {})
-        apart = 0.06 * (number - (len(looks) - 1) / 2)  # none hides another
+        apart = 0.06 * (number - (len(looks) - 1) / 2)  # so that no marker hides another
         axis.errorbar(
             [places.index(k) + apart for k in sorted(values)],
             [panel.metric.scale * values[k].value for k in sorted(values)],
@@ -151,7 +155,7 @@ def _dots(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) -> 
 
 
 def describe_movement(row: Mapping[str, Any]) -> str:
-    """Say from a policy's row of the table how far its new responses lie from rejected ones; "" where none were."""
+    """Describe how far a policy's new responses are from rejected ones, from its row of the table; "" if unknown."""
     distance, chance = metric("stagnation/ks"), metric("stagnation/ks_critical")
     if row.get(distance.name) is None:
         return ""
@@ -161,12 +165,14 @@ def describe_movement(row: Mapping[str, Any]) -> str:
 
 
 def logprob_histogram(logprobs: Path, path: Path, title: str, note: str) -> None:
-    """Where chosen, rejected and newly generated responses lie under one policy: summed and per-token log-probability.
+    """Draw histograms of the log-probabilities (nats) of chosen, rejected and new responses under one policy.
+
+    The left panel shows sums over the response, the right one means per token.
 
     Args:
-        logprobs: what :func:`dnpo.evaluate.metrics.evaluate` wrote.
-        path: the picture to write.
-        title, note: above and below the histograms.
+        logprobs: file written by :func:`dnpo.evaluate.metrics.evaluate`.
+        path: file to write.
+        title, note: text above and below the histograms.
     """
     values = np.load(logprobs)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -177,7 +183,7 @@ def logprob_histogram(logprobs: Path, path: Path, title: str, note: str) -> None
             if name in values:
                 lengths = np.maximum(values[f"{name}_tokens"], 1)
                 shown[name] = values[name] / lengths if per_token else values[name]
-        # The longest tails say little and would squeeze the rest.
+        # Clip the lowest percent: long tails would squeeze the rest.
         low = min(np.percentile(v, 1) for v in shown.values())
         bins = np.linspace(low, 0, 41)
         for name, found in shown.items():

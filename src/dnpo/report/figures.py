@@ -1,4 +1,4 @@
-"""The page's pictures: one drawing each, as SVG with outlined letters, which looks the same everywhere."""
+"""Draw the page's pictures as SVG, with letters as outlines so that they look the same everywhere."""
 
 import base64
 import io
@@ -23,8 +23,8 @@ from dnpo.tracking.reading import SFT
 
 PLAIN: Any = {
     "svg.fonttype": "path",
-    "svg.hashsalt": "dnpo",  # the same drawing has the same bytes
-    "text.parse_math": False,  # a $ in a name is a $
+    "svg.hashsalt": "dnpo",  # the same drawing gives the same bytes
+    "text.parse_math": False,  # show $ in names literally
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -46,7 +46,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing as a ``data:`` address, and what it says in words."""
+    """A picture as a ``data:`` address, with its title and caption."""
 
     uri: str
     title: str
@@ -56,7 +56,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Line:
-    """One group's values: where they stand and how sure they are."""
+    """One group's values: x coordinates and estimates."""
 
     look: Look
     points: Sequence[tuple[float, Estimate]]
@@ -70,11 +70,11 @@ def over_iterations(
     human: float | None = None,
     joined: bool = True,
 ) -> Picture:
-    """A value after fine-tuning and after every iteration.
+    """Draw a metric after fine-tuning and after every iteration.
 
     Args:
-        human: the same of human responses, as a line across.
-        joined: whether one iteration's policy came from that before it.
+        human: the value for human responses, drawn as a horizontal line.
+        joined: whether each iteration continues the policy of the one before, so that a line joins the points.
     """
     with matplotlib.rc_context(PLAIN):
         figure, axis = _blank(metric)
@@ -108,11 +108,11 @@ def over_iterations(
 def over_steps(
     metric: Metric, lines: Mapping[Look, Sequence[Sequence[tuple[int, float]]]], breaks: Sequence[int]
 ) -> Picture:
-    """A value over training steps: the mean of a group's runs, averaged over some steps in a row.
+    """Draw a metric over training steps: the mean of a group's runs as a moving average.
 
     Args:
-        lines: of each group its runs' steps and values.
-        breaks: steps at which an iteration begins.
+        lines: steps and values of each run, by the look of its group.
+        breaks: steps at which a new iteration begins.
     """
     with matplotlib.rc_context(PLAIN):
         figure, axis = _blank(metric)
@@ -128,7 +128,7 @@ def over_steps(
             window = max(len(steps) // 60, 1)
             if window > 1:
                 axis.plot(steps, values, color=look.colour, linewidth=0.6, alpha=0.25)
-            # Within an iteration only: a mean across its edge would show what never was.
+            # Average within iterations only: a mean across two of them would be meaningless.
             for part in np.split(np.arange(len(steps)), np.searchsorted(steps, breaks)):
                 if len(part):
                     axis.plot(*_smooth(steps[part], values[part], window), color=look.colour)
@@ -146,18 +146,18 @@ def _smooth(x: np.ndarray, y: np.ndarray, window: int) -> tuple[np.ndarray, np.n
 
 
 def histogram(logprobs: Path, title: str, note: str) -> Picture:
-    """What :func:`dnpo.report.drawing.logprob_histogram` draws."""
+    """Draw the histogram of :func:`dnpo.report.drawing.logprob_histogram` as SVG."""
     title = make_visible(title)
     plain: Any = {"svg.hashsalt": "dnpo", "text.parse_math": False}
     with tempfile.TemporaryDirectory() as folder, matplotlib.rc_context(plain), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks
+        warnings.filterwarnings("ignore", message="Glyph")  # raised for letters that the font lacks
         path = Path(folder) / "logprobs.svg"
         logprob_histogram(logprobs, path, title, "")
         return Picture(_uri(path.read_bytes(), ".svg"), title, note, wide=True)
 
 
 def png(path: Path) -> Picture | None:
-    """A picture that was made elsewhere; None for a file that is none."""
+    """Read a PNG file as a picture; None if it is no PNG."""
     content = path.read_bytes()
     title = path.stem.replace("_", " ").replace("-", " ")
     return Picture(_uri(content, ".png"), title, wide=True) if content.startswith(PNG) else None

@@ -1,4 +1,4 @@
-"""The runs of a sweep by what varies between them, seeds aside."""
+"""Group the runs of a sweep by the options and settings that vary between them, apart from seeds."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,12 +10,12 @@ from dnpo.settings import CONTENTS
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import SFT, TrackedRun
 
-# Options and settings by which a reader tells runs apart, before any other.
+# Options that are tried first to tell runs apart.
 FIRST = ("dnpo.sweep/regime", "dnpo.method", "dnpo.dsl", "dnpo.npo", "dnpo.data", "dnpo.model", "dnpo.judge")
 NO_PARTS = ("dnpo.tracking", "dnpo.sweep")
 STARTS = ("dsl.start", "npo.start")
 
-# What an unfinished run has tracked by iteration; after the slash of iteration/ stands the table's name.
+# Metrics that an unfinished run has tracked by iteration. The table names them without the prefix iteration/.
 BY_ITERATION = (
     *(f"eval/{name}" for name in ("score", "score_greedy", "score_human", "win", "tie", "lose", "accuracy", "loss")),
     *(f"pairs/{name}" for name in ("pairs", "flipped", "flips", "identical", "unscored")),
@@ -29,63 +29,63 @@ BY_ITERATION = (
 
 @dataclass(frozen=True)
 class Member:
-    """A run and the rows of its table that count, a row a policy."""
+    """A run and the rows of its table that count, one per policy."""
 
     run: TrackedRun
     rows: tuple[Mapping[str, Any], ...]
 
     def value(self, iteration: int | str, metric: str) -> float | None:
-        """A metric of one policy; None where it was not measured."""
+        """Return a metric of one policy; None if it was not measured."""
         found = next((row.get(metric) for row in self.rows if row["iteration"] == iteration), None)
         return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
 
     def values_by_iteration(self, metric: str) -> list[tuple[int | str, float]]:
-        """Iterations after which a metric was measured, and its values."""
+        """Return the iterations after which a metric was measured, with its values."""
         values = [(row["iteration"], self.value(row["iteration"], metric)) for row in self.rows]
         return [(iteration, value) for iteration, value in values if value is not None]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone, one a seed; of a branching sweep, one a seed and iteration."""
+    """Runs that differ only in their seed, one per seed; in a branching sweep, one per seed and iteration."""
 
     label: str
     members: tuple[Member, ...]
 
     def at(self, iteration: int | str) -> dict[int, Member]:
-        """Members that have this iteration, by seed."""
+        """Return the members that have this iteration, by seed."""
         return {m.run.seed: m for m in self.members if any(row["iteration"] == iteration for row in m.rows)}
 
     def values(self, iteration: int | str, metric: str) -> list[float]:
-        """A metric of one policy, one number a seed."""
+        """Return a metric after one iteration, one number per seed."""
         found = [member.value(iteration, metric) for member in self.at(iteration).values()]
         return [value for value in found if value is not None]
 
     @property
     def seeds(self) -> list[int]:
-        """Seeds, in order."""
+        """The seeds, sorted."""
         return sorted({member.run.seed for member in self.members})
 
     @property
     def options(self) -> tuple[str, str]:
-        """Those of dsl and npo, which its runs share."""
+        """The options of dsl and npo, which all members share."""
         run = self.members[0].run
         return run.option("dsl"), run.option("npo")
 
     @property
     def is_spin(self) -> bool:
-        """Whether it is SPIN: labels by origin, no noise."""
+        """Whether the group is SPIN: labels by origin, no noise."""
         return all(m.run.option("dsl") == "off" and m.run.option("npo") == "off" for m in self.members)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """What a sweep has.
+    """The groups of a sweep.
 
     Attributes:
-        varies: the options and settings that tell the groups apart.
-        branching: every run counts with its last iteration alone, which branches off a common chain.
-        missing: sentences on what is not there.
+        varies: names of the options and settings that differ between groups.
+        branching: whether only the last iteration of each run counts, as it branches off a common chain.
+        missing: sentences about runs and iterations that are missing.
     """
 
     groups: tuple[Group, ...]
@@ -95,13 +95,13 @@ class Groups:
 
     @property
     def iterations(self) -> list[int | str]:
-        """Of all groups, in their order; fine-tuning first."""
+        """The iterations of all groups in order, fine-tuning first."""
         found = {row["iteration"] for group in self.groups for member in group.members for row in member.rows}
         return sorted(found, key=lambda k: -1 if k == SFT else int(k))
 
 
 def is_complete(run: TrackedRun) -> bool:
-    """Whether a run came to its end and wrote its summary."""
+    """Return whether a run finished and wrote its summary."""
     try:
         return run.finished and bool(run.summary)
     except DataError:
@@ -109,12 +109,12 @@ def is_complete(run: TrackedRun) -> bool:
 
 
 def iteration_title(iteration: int | str) -> str:
-    """What a policy is called on the page: ``SFT``, or ``k = 1`` for the one after iteration 1."""
+    """Return a policy's name on the page: ``SFT``, or ``k = 1`` for the policy after iteration 1."""
     return SFT if iteration == SFT else f"k = {iteration}"
 
 
 def rows_of(run: TrackedRun) -> tuple[Mapping[str, Any], ...]:
-    """A run's table; of one without a summary what it tracked by iteration until then."""
+    """Return a run's table; for a run without a summary, the metrics that it tracked by iteration."""
     if is_complete(run):
         return tuple(run.table)
     rows: dict[int, dict[str, Any]] = {}
@@ -126,7 +126,7 @@ def rows_of(run: TrackedRun) -> tuple[Mapping[str, Any], ...]:
 
 
 def group_runs(runs: Sequence[TrackedRun]) -> Groups:
-    """Sort runs into groups; unfinished ones are left out and named under ``missing``."""
+    """Sort runs into groups. Unfinished runs are left out and listed under ``missing``."""
     finished = [run for run in runs if is_complete(run)]
     branching = _is_branching(finished)
     left_out = {"seed", "iterations", *STARTS} if branching else {"seed"}
@@ -147,7 +147,7 @@ def group_runs(runs: Sequence[TrackedRun]) -> Groups:
 
 
 def _is_branching(runs: Sequence[TrackedRun]) -> bool:
-    """Whether runs differ in their number of iterations and a part starts at the last of each."""
+    """Return whether runs differ in their number of iterations, and in each run a part starts at the last one."""
     if len({run.params.get("iterations") for run in runs}) < 2:
         return False
     return all(
@@ -167,7 +167,7 @@ def _value(run: TrackedRun, name: str) -> str:
 
 
 def _choose_names(runs: Sequence[TrackedRun], left_out: set[str]) -> list[str]:
-    """As few options and settings as tell all runs apart that differ in any; well-known ones first."""
+    """Choose few options and settings that together tell apart all runs that differ, the best known first."""
     options = {f"dnpo.{part.split('@')[-1]}" for run in runs for part in run.summary.get("choices", {})}
     tags = sorted(options - set(FIRST) - set(NO_PARTS))
     params = sorted({name for run in runs for name in run.params})
@@ -183,11 +183,13 @@ def _choose_names(runs: Sequence[TrackedRun], left_out: set[str]) -> list[str]:
     for name in contents:
         with_it = _parts(runs, [*chosen, name])
         if with_it > _parts(runs, chosen):
-            # a path says more to people than a hash, where it tells the same runs apart
-            beside = [each for each in params if each.rpartition(".")[0] == name.rpartition(".")[0] and each in neutral]
+            # prefer a path to a content hash if it tells the same runs apart
+            neighbours = [
+                each for each in params if each.rpartition(".")[0] == name.rpartition(".")[0] and each in neutral
+            ]
             same = [
                 each
-                for each in beside
+                for each in neighbours
                 if _parts(runs, [*chosen, each]) == _parts(runs, [*chosen, each, name]) == with_it
             ]
             chosen.append(same[0] if same else name)
@@ -203,7 +205,7 @@ def _short(name: str) -> str:
 
 
 def _label(names: Sequence[str], values: Sequence[str]) -> str:
-    """``dnpo`` for a method alone, else ``name=value`` each; what a group does not have is left out."""
+    """Join the values into a label such as ``dnpo · npo.alpha=0.1``; the method is shown without its name."""
     shown = [(name, value) for name, value in zip(names, values, strict=True) if value]
     if not shown:
         return "all runs"
@@ -211,7 +213,7 @@ def _label(names: Sequence[str], values: Sequence[str]) -> str:
 
 
 def _list_unfinished(runs: Iterable[TrackedRun], finished: Sequence[TrackedRun]) -> list[str]:
-    """Runs without an end that were not run again to an end either."""
+    """Describe the unfinished runs of which no finished repetition exists."""
     ids, done = {run.id for run in finished}, [_identity(run) for run in finished]
     left = [run for run in runs if run.id not in ids and _identity(run) not in done]
     return [
@@ -220,14 +222,14 @@ def _list_unfinished(runs: Iterable[TrackedRun], finished: Sequence[TrackedRun])
 
 
 def _identity(run: TrackedRun) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Settings and options; two runs that have the same were to be the same."""
+    """Return what identifies a run apart from its outcome: its settings and options."""
     neutral = find_neutral(run.params)
     settings = {name: value for name, value in run.params.items() if name not in neutral}
     return settings, {name: run.tags.get(name, "") for name in FIRST}
 
 
 def describe_state(run: TrackedRun) -> str:
-    """What became of a run, as the end of a sentence."""
+    """Return the state of a run as the end of a sentence."""
     known: Mapping[str, Callable[[], str]] = {
         "FAILED": lambda: "failed",
         "KILLED": lambda: "was interrupted",
@@ -238,7 +240,7 @@ def describe_state(run: TrackedRun) -> str:
 
 
 def _gaps(groups: Sequence[Group]) -> list[str]:
-    """Which group lacks a seed or an iteration that others have."""
+    """Describe the seeds and iterations that a group lacks and another has."""
     iterations = {row["iteration"] for group in groups for member in group.members for row in member.rows}
     seeds = {seed for group in groups for seed in group.seeds}
     found = []

@@ -1,4 +1,4 @@
-"""Who was preferred: examples of pairs, and what is known of the judge that decided."""
+"""Show how pairs were labelled: examples, and what is known about the judges."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from dnpo.report.groups import Groups, Member, is_complete, iteration_title
 from dnpo.report.page import format_value
 from dnpo.tracking.reading import SFT, TrackedRun, iteration_name
 
-FLIPPED, KEPT = 4, 2  # examples shown of an iteration
-FEW_FLIPPED, FEW_KEPT = 2, 1  # of each group of a sweep
+FLIPPED, KEPT = 4, 2  # examples per iteration of a single run
+FEW_FLIPPED, FEW_KEPT = 2, 1  # examples per iteration of a sweep's group
 
 
 @dataclass(frozen=True)
 class Side:
-    """One response of a pair: who gave it, and what the judge said."""
+    """One response of a pair: its text, its author and its score."""
 
     text: str
     author: str
@@ -31,7 +31,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Example:
-    """A pair to look at."""
+    """A pair shown as an example."""
 
     id: str
     messages: Sequence[tuple[str, str]]
@@ -42,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Some pairs of one iteration of one run, and how many there were in all."""
+    """Some pairs of one iteration of one run, and how many pairs and flips it had."""
 
     label: str
     iteration: int
@@ -52,7 +52,7 @@ class Examples:
 
 
 def examples(groups: Groups, single: bool) -> list[Examples]:
-    """The first flipped pairs of every iteration and some that were not; of a group, under its first seed."""
+    """Return some flipped and some other pairs of every iteration; for a group, of its first seed."""
     found = []
     for group in groups.groups:
         for member in group.members if groups.branching or single else group.members[:1]:
@@ -97,14 +97,14 @@ def _side(pair: Mapping[str, Any], side: str) -> Side:
 
 
 def _author(source: str) -> str:
-    """Who wrote a response, from :class:`dnpo.records.Pair`'s sources."""
+    """Return who wrote a response, given its source as in :class:`dnpo.records.Pair`."""
     if source == HUMAN:
         return "written by a person"
     kind, _, number = source.partition("@")
     return f"generated in iteration {number}" if kind == "policy" and number else source
 
 
-# What a run's table says of its verdicts.
+# Columns of a run's table that concern its verdicts.
 TRUST = (
     *("judge/verdicts", "judge/unscored", "pairs/unscored", "pairs/identical", "judge/disagreement"),
     *("eval/unscored", "eval/score_human", "eval/win", "eval/tie", "eval/lose"),
@@ -112,7 +112,7 @@ TRUST = (
 
 
 def judges(groups: Groups, items: Items) -> dict[str, Any]:
-    """What is known of the judges of some runs: options, agreement with people, missing scores, ties."""
+    """Return what is known about the runs' judges: options, agreement with people, missing scores, ties."""
     runs = [member.run for group in groups.groups for member in group.members]
     names = sorted({_name_judge(run) for run in runs})
     entries = {
@@ -148,7 +148,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _second(runs: Sequence[TrackedRun], items: Items) -> str:
-    """How far two judges rank the last policies' samples alike; "" without a second one."""
+    """Return the rank correlation of two judges on the last policies' samples in words; "" without a second judge."""
     first: list[float] = []
     second: list[float] = []
     for run in runs:

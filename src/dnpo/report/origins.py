@@ -1,4 +1,4 @@
-"""What made the numbers: settings, stages, time, versions."""
+"""Show where the numbers come from: settings, stages, time, versions."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -11,13 +11,13 @@ from dnpo.settings import conf_folder, flat
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import TrackedRun
 
-Setting = tuple[str, list[str], str]  # its name, the values that runs have, the default
+Setting = tuple[str, list[str], str]  # name, the runs' values, default
 UNDERSCORED = ("_target_", "_partial_")
 
 
 @cache
 def defaults(seed: int) -> tuple[dict[str, str], dict[str, str]]:
-    """The default settings under dotted names and the option of each part, with this seed; empty if not found."""
+    """Return the default settings by dotted name, and the default option of each part; empty if not found."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -34,7 +34,7 @@ def defaults(seed: int) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def settings(runs: Sequence[TrackedRun], groups: Groups) -> dict[str, Any]:
-    """Options and settings that differ from the defaults, and all others; a value is several where runs differ."""
+    """Return the options and settings that differ from the defaults, and all others, each with the runs' values."""
     usual, options = defaults(runs[0].seed)
     chosen: list[Setting] = []
     changed: list[Setting] = []
@@ -60,7 +60,7 @@ def _values(found: Any) -> list[str]:
 
 
 def _is_same(a: str, b: str | None) -> bool:
-    """Whether two settings are the same value, however it is spelt."""
+    """Return whether two settings have the same value, such as ``1`` and ``1.0``."""
     if b is None:
         return False
     try:
@@ -70,11 +70,11 @@ def _is_same(a: str, b: str | None) -> bool:
 
 
 def stages(runs: Sequence[TrackedRun]) -> list[dict[str, Any]]:
-    """Every stage once, in the order of the first run that has it.
+    """List every stage once, in the order of the first run that has it.
 
-    Each has ``title``, ``key``, ``iteration``, ``seconds`` (None where a run did not say), ``inputs`` (names and keys),
-    and the places in ``runs`` of those that ``computed`` and ``reused`` it; of a run without a summary only the key is
-    known, so it is ``planned``.
+    Each has ``title``, ``key``, ``iteration``, ``seconds`` (None if not recorded), ``inputs`` (names and keys), and the
+    indices in ``runs`` of the runs that ``computed`` or ``reused`` it. Runs without a summary, of which only the keys
+    are known, count as ``planned``.
     """
     found: dict[str, dict[str, Any]] = {}
     for place, run in enumerate(runs):
@@ -117,7 +117,7 @@ def _stages(run: TrackedRun) -> list[dict[str, Any]]:
 
 
 def costs(runs: Sequence[TrackedRun]) -> dict[str, Any]:
-    """Time and money: seconds by kind of stage and in all, reused stages, and what judges were paid, where known."""
+    """Return time and money: seconds by kind of stage and in total, reused stages, and what judges cost if recorded."""
     finished = [run for run in runs if is_complete(run)]
     kinds: dict[str, dict[str, Any]] = {}
     seen: set[str] = set()
@@ -141,7 +141,7 @@ def costs(runs: Sequence[TrackedRun]) -> dict[str, Any]:
 
 
 def _money(runs: Sequence[TrackedRun]) -> list[tuple[str, float]]:
-    """Whatever the tables say of calls and of what they cost, added up over policies and runs."""
+    """Sum the metrics of judges' calls and costs over policies and runs."""
     sums: dict[str, float] = {}
     for run in runs:
         for row in run.table:
@@ -152,7 +152,7 @@ def _money(runs: Sequence[TrackedRun]) -> list[tuple[str, float]]:
 
 
 def lineage(runs: Sequence[TrackedRun], own: TrackedRun | None) -> dict[str, Any]:
-    """Runs with their policies, the stages that they share, versions of packages and commits."""
+    """Return the runs with their policies, their stages, package versions and commits."""
     entries: list[Mapping[str, Any]] = []
     versions: dict[str, list[str]] = {}
     for run in runs:

@@ -1,4 +1,4 @@
-"""What came out: in sentences, in large numbers, and in the tables of single runs."""
+"""Show the results in sentences, in large numbers, and in tables of single runs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,11 +18,11 @@ TRAINING = (
     *("pairs/pairs", "pairs/flips", "labels/noise", "logps/chosen", "logps/rejected", "logps/new", "stagnation/ks"),
     *("loss/policy", "loss/noise", "npo/variance", "margin/saturation"),
 )
-MOST_NAMED = 8  # groups whose numbers are said in a sentence
+MOST_NAMED = 8  # groups whose numbers fit in a sentence
 
 
 def of_run(member: Member, items: Items) -> list[str]:
-    """A sentence a measure: before, after, and how sure the difference is."""
+    """Return a sentence per measure: before, after, and the interval of the difference."""
     return [text for measure in MEASURES if (text := _describe_gain(member, measure, items))]
 
 
@@ -38,7 +38,7 @@ def _describe_gain(member: Member, measure: ReportMeasure, items: Items) -> str:
         change += f", the same {over}"
     elif estimate.low is not None:
         low, high = (format_value(end, metric, signed=True) for end in (estimate.low, estimate.high))
-        change += f"; 95 % interval {low} to {high} {over}, which says nothing about training again"
+        change += f"; 95 % interval {low} to {high} {over}, which does not cover repeated training"
     return f"{metric.title}: from {first} to {last} {metric.unit}, {_ends(known)} ({change})."
 
 
@@ -48,16 +48,16 @@ def _ends(known: Sequence[tuple[int | str, float]]) -> str:
 
 
 def of_sweep(groups: Groups, compared: Sequence[MeasureComparison]) -> list[str]:
-    """The first measure's numbers, and for each what differs from the baseline."""
+    """Return sentences with the first measure's numbers, and for each measure the differences from the baseline."""
     found = [_numbers(groups.groups, groups, compared[0].measure)] if compared else []
     found += [text for each in compared if (text := _describe_differences(each))]
     if groups.groups and len({seed for group in groups.groups for seed in group.seeds}) == 1:
-        found.append("There is one seed only: nothing here says what training again would give.")
+        found.append("There is only one seed: the variation between repeated trainings is unknown.")
     return found
 
 
 def _numbers(shown: Sequence[Group], groups: Groups, measure: ReportMeasure) -> str:
-    """Mean over seeds before and after, by group."""
+    """Return a sentence with each group's mean over seeds, before and after."""
     metric, parts = measure.metric, []
     for group in shown[:MOST_NAMED]:
         means = [sum(v) / len(v) for iteration in groups.iterations if (v := group.values(iteration, metric.name))]
@@ -86,7 +86,7 @@ def _describe_differences(each: MeasureComparison) -> str:
 
 
 def tiles(member: Member, items: Items) -> list[dict[str, str]]:
-    """The last policy's numbers, large."""
+    """Return the last policy's numbers for the large tiles."""
     found = []
     for measure in (*MEASURES, FLIPS):
         metric, known = measure.metric, member.values_by_iteration(measure.metric.name)
@@ -103,7 +103,7 @@ def tiles(member: Member, items: Items) -> list[dict[str, str]]:
 
 
 def tables(member: Member) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
-    """A run's tables, a row a policy: heading, columns, and rows with their labels."""
+    """Return a run's tables, one row per policy: heading, columns, and rows with their labels."""
     found = []
     for heading, candidates in (
         ("How good the policies are", QUALITY),
@@ -124,7 +124,7 @@ def tables(member: Member) -> list[tuple[str, list[str], list[tuple[str, list[st
 
 
 def everything(groups: Groups) -> list[dict[str, Any]]:
-    """Every metric of every policy: a table a run."""
+    """Return every metric of every policy, one table per run."""
     found = []
     for group in groups.groups:
         for member in group.members:

@@ -1,4 +1,4 @@
-"""From what is known of runs to HTML, where whatever they brought along is text."""
+"""Render the page as HTML; all content of runs is escaped to text."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from markupsafe import Markup
 from dnpo import palette
 from dnpo.catalogue import Metric
 
-# Characters that show nothing, end a text or turn around what stands beside them; here they can be seen.
+# Makes characters visible that are invisible, end a text or reverse the direction of their neighbours.
 HIDDEN = {
     **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
     0x7F: "␡",
@@ -28,38 +28,38 @@ HIDDEN = {
             *(0xFEFF, 0xFFFE, 0xFFFF),
         )
     },
-    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),  # halves of surrogate pairs, which UTF-8 cannot write
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),  # lone surrogates, which UTF-8 cannot encode
 }
 SECRET = re.compile(r"(\w+://)[^/@\s]*@")
 
 
 def make_visible(value: Any) -> Any:
-    """Text without characters that hide or act; all else as it is. The template runs every value through this."""
+    """Replace invisible and control characters in a text; the template passes every value through this function."""
     if isinstance(value, str) and not isinstance(value, Markup):
         return value.replace("\r\n", "\n").translate(HIDDEN)
     return value
 
 
 def strip_secrets(text: str) -> str:
-    """An address without the name and password that may stand in it."""
+    """Mask the user name and password in addresses."""
     return SECRET.sub(r"\1…@", text)
 
 
 def number(value: Any, form: str = ".3g", scale: float = 1.0) -> str:
-    """A number as it stands in a table; – where there is none."""
+    """Format a number for a table; – if there is none."""
     if value is None or isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     return format(scale * value, form).replace("-", "−")
 
 
 def format_value(value: Any, metric: Metric, signed: bool = False) -> str:
-    """A value of a metric as it stands in a table; – where there is none."""
+    """Format a value of a metric for a table; – if there is none."""
     is_number = isinstance(value, int | float) and math.isfinite(value)
     return metric.format(value, signed) if is_number else "–"
 
 
 def duration(seconds: float | None) -> str:
-    """Such as ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Format a duration, such as ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if seconds is None:
         return "–"
     if seconds < 10:
@@ -73,15 +73,15 @@ def duration(seconds: float | None) -> str:
 
 
 def day(milliseconds: float) -> str:
-    """A time in UTC."""
+    """Format milliseconds since 1970 as a date and time in UTC."""
     return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%d %B %Y, %H:%M UTC").lstrip("0")
 
 
 def html(content: Mapping[str, Any]) -> str:
-    """The whole page.
+    """Render the whole page.
 
     Args:
-        content: what :func:`dnpo.report.content.content` gathered.
+        content: the result of :func:`dnpo.report.content.content`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

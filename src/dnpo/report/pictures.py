@@ -1,4 +1,4 @@
-"""Which pictures the page shows."""
+"""Choose and draw the pictures that the page shows."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ STEPS = ("loss/policy", "loss/noise", "margin/saturation")
 
 
 def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bool) -> list[tuple[str, list[Picture]]]:
-    """The figures, by heading.
+    """Draw the figures, by heading.
 
     Args:
-        looks: of the groups that are drawn.
-        single: it is one run, of which every policy's histogram is shown.
+        looks: looks of the groups to be drawn, by label.
+        single: whether the page is on one run; then every policy's histogram is shown.
     """
     shown = [group for group in groups.groups if group.label in looks]
     found = [
@@ -38,7 +38,7 @@ def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bo
 
 
 def find_analysis_pictures(own: TrackedRun | None) -> list[Picture]:
-    """Pictures that ``python -m analysis`` has left with the sweep."""
+    """Return the pictures that ``python -m analysis`` has tracked with the sweep."""
     folder = own.artifact("analysis") if own is not None else None
     paths = sorted(Path(folder).rglob("*.png")) if folder is not None and folder.is_dir() else []
     return [picture for path in paths if (picture := figures.png(path)) is not None]
@@ -76,7 +76,7 @@ def _points(group: Group, groups: Groups, measure: ReportMeasure, items: Items) 
 
 
 def _bars(shown: Sequence[Group], measure: ReportMeasure, items: Items) -> str:
-    """What the bars of a picture are."""
+    """Return what the bars of a picture show."""
     member = next((member for group in shown for member in group.members if member.rows), None)
     by_item = member is not None and bool(items.of(member.run, member.rows[-1]["iteration"], measure))
     seeds = any(len(group.seeds) > 1 for group in shown)
@@ -98,7 +98,7 @@ def _over_steps(shown: Sequence[Group], looks: Mapping[str, Look]) -> list[Pictu
 
 
 def _breaks(shown: Sequence[Group]) -> list[int]:
-    """Steps at which an iteration but the first begins, of the run with most."""
+    """Return the steps at which iterations after the first begin, in the run with the most iterations."""
     longest: list[int] = []
     for group in shown:
         for member in group.members[:1]:
@@ -110,7 +110,7 @@ def _breaks(shown: Sequence[Group]) -> list[int]:
 
 
 def _histograms(shown: Sequence[Group], single: bool) -> list[Picture]:
-    """Of a run every policy's, of a sweep the last policy's of each group under its first seed."""
+    """Draw the histograms of every policy of a run, or of each group's last policy with the first seed in a sweep."""
     found = []
     for group in shown:
         for member in group.members[:1]:

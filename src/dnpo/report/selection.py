@@ -1,4 +1,4 @@
-"""What was asked for: one run, or the runs of a sweep."""
+"""Find the run or the runs of a sweep that the page is on."""
 
 import json
 from collections.abc import Iterable
@@ -17,11 +17,10 @@ class Selection:
     """Runs to report on.
 
     Attributes:
-        name: of the sweep, or of the run.
-        sweep: whether they were asked for as a sweep; otherwise it is one run.
-        runs: the oldest first.
-        own: the tracked run that the page belongs to: the run itself, or the sweep's own one; None where a sweep has
-            none.
+        name: name of the sweep or run.
+        sweep: whether the page is on a sweep; otherwise it is on one run.
+        runs: the runs, oldest first.
+        own: the tracked run that the page belongs to: the run itself, or the sweep's parent run, if it has one.
     """
 
     name: str
@@ -34,11 +33,11 @@ def select(database: Database, given: str) -> Selection:
     """Find a run or a sweep.
 
     Args:
-        given: the id of a run or its beginning, a run's folder, a sweep's name or folder, or the id of a sweep's own
-            run or its beginning.
+        given: a run's id or its beginning, a run's folder, a sweep's name or folder, or the id of a sweep's parent run
+            or its beginning.
 
     Raises:
-        DataError: there is nothing of that name, or more than one run answers to it.
+        DataError: nothing matches, or more than one run does.
     """
     runs = database.runs()
     if given in database.sweeps():
@@ -71,13 +70,13 @@ def _single(run: TrackedRun) -> Selection:
 def _sweep(database: Database, runs: Iterable[TrackedRun]) -> Selection:
     found = tuple(sorted(runs, key=lambda run: run.started))
     own = sorted(_parents(database, found).values(), key=lambda run: run.started)
-    # Every sweep that was given no name has one by its folder.
+    # A sweep without a name is named by its folder.
     name = found[-1].tags.get(SWEEP) or (Path(own[-1].tags.get("dnpo.sweep", "")).name if own else "")
     return Selection(name or "sweep", True, found, own[-1] if own else None)
 
 
 def _parents(database: Database, runs: Iterable[TrackedRun]) -> dict[str, TrackedRun]:
-    """The sweeps' own runs, by id."""
+    """Return the parent runs of the runs' sweeps, by id."""
     first = {run.tags[PARENT]: run for run in runs if PARENT in run.tags}
     found = {key: database.parent(run) for key, run in first.items()}
     return {key: parent for key, parent in found.items() if parent is not None}
@@ -94,22 +93,22 @@ def _sweep_of_folder(database: Database, folder: Path, runs: Iterable[TrackedRun
 
 
 def _run_of_folder(folder: Path, runs: Iterable[TrackedRun]) -> TrackedRun:
-    """The run that wrote this folder's ``summary.json``: the one that tracked the very same file.
+    """Find the run that wrote this folder's ``summary.json``, by comparing the files that runs tracked.
 
     Raises:
-        DataError: the folder has none, or no run tracked it.
+        DataError: the folder has no such file, or no run tracked it.
     """
     path = folder / SUMMARY
     if not path.is_file():
         raise DataError(
-            f"{folder}: it has no {SUMMARY}, as the folder of a run that did not finish, and is no folder of a tracked "
-            "sweep. Give the id of the run: mlflow shows it, and a run's page says what is known of an unfinished one"
+            f"{folder}: it has no {SUMMARY}, so its run did not finish, and it is no folder of a tracked sweep. Give "
+            "the id of the run, which MLflow shows: a page can be written on an unfinished run too"
         )
     content = path.read_bytes()
     try:
         keys = {stage["key"] for stage in json.loads(content)["stages"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: it is no summary of a run ({error})") from error
+        raise DataError(f"{path}: it is not the summary of a run ({error})") from error
     for run in runs:
         if keys <= {value for name, value in run.tags.items() if name.startswith("stage.")}:
             tracked = run.artifact(SUMMARY)

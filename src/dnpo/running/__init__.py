@@ -1,1 +1,1 @@
-"""Executing a chain of stages: gate, screen, notes, sweeps."""
+"""Execute a chain of stages: checks before it, screen output, notes, model cards, sweeps."""

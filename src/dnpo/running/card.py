@@ -1,4 +1,4 @@
-"""Model cards: what a policy is, which run made it and how to load it, from what the run left behind."""
+"""Write model cards from a finished run: what a policy is, which run made it and how to load it."""
 
 import json
 import re
@@ -11,15 +11,16 @@ from typing import Any, Literal
 from dnpo.store import manifest
 
 Kind = Literal["full", "adapter", "base"]
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM's --max-lora-rank accepts
 
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """One policy of a finished run: what the run's summary says of it, and where the store has it.
+    """One policy of a finished run: its entry in the run's summary, and its files in the store.
 
     Attributes:
-        place: its row in the summary's table.
+        summary: content of ``summary.json``.
+        place: index of its row in the summary's table.
         store: the folder of finished stages.
     """
 
@@ -29,13 +30,13 @@ class SavedPolicy:
 
     @property
     def row(self) -> Mapping[str, Any]:
-        """Its row of the table."""
+        """The policy's row of the table."""
         found: Mapping[str, Any] = self.summary["table"][self.place]
         return found
 
     @property
     def k(self) -> int:
-        """The iteration that made it; −1 is fine-tuning."""
+        """The iteration that trained it; −1 is fine-tuning."""
         return self.place - 1
 
     @property
@@ -45,38 +46,38 @@ class SavedPolicy:
 
     @property
     def stage(self) -> str:
-        """The stage that made it, as a path in the store."""
+        """The stage that trained it, as a path in the store."""
         return str(self.summary["policies"][self.place])
 
     @property
     def folder(self) -> Path:
-        """Full weights, adapters, or nothing where it is the base model itself."""
+        """The folder with its full weights or adapters; empty for the base model itself."""
         return self.store / self.stage / "policy"
 
     @property
     def adapters(self) -> list[Path]:
-        """Its LoRA adapters, in the order in which they were trained, each on what those before it give."""
+        """Its LoRA adapters in training order; each was trained on top of the ones before it."""
         return sorted(self.folder.glob("adapter-*"))
 
     @property
     def kind(self) -> Kind:
-        """What the store has of it."""
+        """What the store has of it: full weights, adapters, or nothing beyond the base model."""
         return "full" if (self.folder / "config.json").is_file() else "adapter" if self.adapters else "base"
 
     @property
     def prompts(self) -> Path:
-        """The stage with the run's tokenizer, and the base model if it was made there."""
+        """The folder of the prompts stage, with the run's tokenizer, and the base model if the run created it."""
         return self.store / str(manifest(self.store / self.stage)["inputs"]["prompts"])
 
     @cached_property
     def prompt_settings(self) -> Mapping[str, Any]:
-        """What decided base model and data, for the store: names with commits, hashes of contents."""
+        """The settings in the key of the prompts stage: names and commits of base model and data, content hashes."""
         found: Mapping[str, Any] = manifest(self.prompts)["settings"]
         return found
 
     @property
     def base(self) -> str:
-        """The base model: a folder, or its name on the hub."""
+        """The base model: its folder, or its name on the hub."""
         own, model = self.prompts / "model", self.summary["settings"]["model"]
         if (own / "config.json").is_file():
             return str(own)
@@ -86,25 +87,25 @@ class SavedPolicy:
 
     @property
     def revision(self) -> str | None:
-        """The commit of a base model that is on the hub."""
+        """The commit of the base model on the hub; None if it is local."""
         found: str | None = self.prompt_settings["model"].get("revision")
         return found
 
     def setting(self, part: str, key: str, default: Any = None) -> Any:
-        """A setting of the run; the default where the part has none of this name, or null."""
+        """Return a setting of the run; the default if the part lacks it or has null."""
         found = self.summary["settings"].get(part, {}).get(key)
         return default if found is None else found
 
 
 def card(saved: SavedPolicy, folder: str, kind: Kind, rank: int, notes: str) -> str:
-    """The card of a policy.
+    """Return the text of a policy's card.
 
     Args:
         saved: the policy.
-        folder: name of the folder in which the card is to lie.
-        kind: what that folder has.
-        rank: of the adapter in it.
-        notes: what is to be said of it.
+        folder: name of the folder that the card is for.
+        kind: what that folder contains.
+        rank: rank of the adapter in the folder.
+        notes: remarks on the weights in the folder.
     """
     sections = [
         _front_matter(saved, kind),
@@ -124,7 +125,7 @@ def _title(saved: SavedPolicy) -> str:
 
 
 def _front_matter(saved: SavedPolicy, kind: Kind) -> str:
-    """What the hub reads. Only names that mean something there; no licence, which is not this program's to give."""
+    """Return the metadata for the hub: only names that exist there, and no licence, which is not ours to grant."""
     from huggingface_hub import ModelCardData
 
     model, data = saved.prompt_settings["model"].get("name"), saved.prompt_settings["data"].get("name")
@@ -147,12 +148,12 @@ def _origin(saved: SavedPolicy) -> str:
     )
     return (
         f"{what}: self-improvement with synthetic preference data. It was made for research; nothing was done for "
-        "its safety. This card grants no licence: those of the base model and of the data hold."
+        "its safety. This card grants no licence: the licences of the base model and of the data apply."
     )
 
 
 def _facts(saved: SavedPolicy) -> str:
-    """Method, iteration, data, judge and what else was in force, as a table."""
+    """Return a table of the method, iteration, data, judge and other parts."""
     made = saved.prompt_settings
     pinned = ("name", "revision", "content")
     rows = {
@@ -175,7 +176,7 @@ def _facts(saved: SavedPolicy) -> str:
 
 
 def _option(saved: SavedPolicy, part: str) -> str:
-    """The option chosen for a part; of one that was not chosen from a folder, what it is built from."""
+    """Return the option chosen for a part, or its ``_target_`` if none was chosen from a folder."""
     chosen = saved.summary["choices"].get(part)
     return str(chosen or saved.setting(part, "_target_", "unnamed"))
 
@@ -191,7 +192,7 @@ def _describe_scratch(saved: SavedPolicy) -> str:
 
 
 def _describe_start(saved: SavedPolicy, part: str) -> str:
-    """A part that starts at an iteration, and whether it had here."""
+    """Describe a part and the iteration at which it starts, and say if this policy precedes it."""
     start = int(saved.setting(part, "start", 0))
     if start == 0:
         return _describe(saved, part, {})
@@ -205,10 +206,10 @@ def _lora(saved: SavedPolicy) -> str:
 
 
 def _loading(saved: SavedPolicy, folder: str, kind: Kind, rank: int) -> str:
-    """Code for transformers and a command for vLLM."""
+    """Return the code that loads the policy with transformers, and the command that serves it with vLLM."""
     hub = saved.prompt_settings["model"].get("name") if kind == "base" else None
     options = [f'revision="{saved.revision}"'] if hub and saved.revision else []
-    if kind != "full":  # the base may have been saved in another
+    if kind != "full":  # the base model may be saved in another dtype
         options.append(f'dtype="{saved.setting("model", "dtype", "float32")}"')
     code = ["trust_remote_code=True"] if saved.setting("model", "trust_remote_code", False) else []
     loader = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
@@ -239,15 +240,13 @@ def _serving(saved: SavedPolicy, folder: str, kind: Kind, rank: int, hub: str | 
         return f"    vllm serve {folder}"
     room = next((size for size in LORA_RANKS if size >= rank), None)
     if room is None:
-        return (
-            f"vLLM takes ranks up to {LORA_RANKS[-1]}, and this is {rank}: there the copy with whole weights is needed."
-        )
+        return f"vLLM takes ranks up to {LORA_RANKS[-1]}, and this is {rank}: serve a copy with whole weights instead."
     lora = f"--enable-lora --max-lora-rank {room} --lora-modules {saved.name}={folder}"
     return f"    vllm serve {saved.base}{pinned} {lora}"
 
 
 def _numbers(saved: SavedPolicy) -> str:
-    """Its row of the run's table."""
+    """Return the policy's metrics as a table."""
     known = {n: v for n, v in saved.row.items() if v is not None and n not in ("iteration", "seconds")}
     rows = [
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
@@ -267,10 +266,10 @@ def _stages(saved: SavedPolicy) -> str:
 
 
 def _settings(saved: SavedPolicy) -> str:
-    """All settings as ``part.key=value``, but for where the run was tracked: cards are for others, and an address may
-    carry a password."""
-    told = {part: value for part, value in saved.summary["settings"].items() if part != "tracking"}
-    lines = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in _flat(told).items()]
+    """List all settings as ``part.key=value``, except those of tracking: addresses may contain passwords, and cards are
+    meant for others."""
+    public = {part: value for part, value in saved.summary["settings"].items() if part != "tracking"}
+    lines = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in _flat(public).items()]
     chosen = [f"{part}={name}" for part, name in saved.summary["choices"].items()]
     text = re.sub(r'://[^/@"\s]+@', "://…@", "\n".join([*chosen, "", *lines]))
     return f"```\n{text}\n```"
@@ -281,7 +280,7 @@ def _versions(saved: SavedPolicy) -> str:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
+    """Flatten nested settings to dotted names."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""What a run says while it runs, and its table at the end."""
+"""Show a run on the screen: its progress, and its table at the end."""
 
 import logging
 import math
@@ -15,20 +15,20 @@ from rich.text import Text
 
 from dnpo.catalogue import Metric, metric
 
-# Of the table of a run; what no row has is left out.
+# Columns of a run's table; those that no row has are left out.
 FAMILIES = "eval/accuracy/<family>"
 COLUMNS = (
     *("eval/score", "second/score", "leaderboard/average", FAMILIES, "eval/accuracy", "eval/win", "eval/tie"),
     *("eval/lose", "pairs/flips", "logps/chosen", "logps/rejected", "logps/new", "stagnation/ks", "eval/loss"),
     *("loss/policy", "loss/noise", "seconds"),
 )
-LONGEST_FAMILY = 6  # letters of a family's name
+LONGEST_FAMILY = 6  # letters of a family's name in a heading
 
 StepSink = Callable[[list[dict[str, float]]], None]
 
 
 def silence_libraries() -> None:
-    """Leave the screen to this file: libraries keep their tips, progress bars and warnings about themselves."""
+    """Silence the tips, progress bars and warnings of libraries, so that only this module prints."""
     import warnings
 
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -43,7 +43,7 @@ def silence_libraries() -> None:
 
 
 class _Rate(ProgressColumn):
-    """Units a second."""
+    """Shows units per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -52,24 +52,29 @@ class _Rate(ProgressColumn):
 
 
 class Console:
-    """Prints to standard output; on a terminal with a live bar, elsewhere one line a stage."""
+    """Prints to standard output: with a progress bar on a terminal, otherwise one line per stage."""
 
     def __init__(self, width: int | None = None) -> None:
         self.rich = RichConsole(width=width, highlight=False, soft_wrap=True)
 
     def table(self, table: Table) -> None:
-        """A table at its full width, whatever the terminal's: a cut number is no number."""
+        """Print a table at its full width, even beyond the terminal's, so that no number is cut."""
         wide = RichConsole(width=1000)
         needed = Measurement.get(wide, wide.options, table).maximum
         RichConsole(width=max(self.rich.width, needed), highlight=False).print(table)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         self.rich.print(text, markup=False)
 
     @contextmanager
     def stage(self, title: str, steps: StepSink) -> Iterator["StageReport"]:
-        """Report on one stage that is being computed."""
+        """Show the progress of a stage while it is computed, and a summary when it is done.
+
+        Args:
+            title: title of the stage.
+            steps: receives the metrics of training steps.
+        """
         with Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -87,12 +92,12 @@ class Console:
         self.say(f"  {title:<28}{report.summary()}")
 
     def report_reuse(self, title: str, key: str) -> None:
-        """Report on a stage that was there already."""
+        """Print that a stage was found in the store."""
         self.say(f"  {title:<28}there already ({key})")
 
 
 class StageReport:
-    """See :class:`dnpo.store.Report`."""
+    """Shows the progress of one stage; implements :class:`dnpo.store.Report`."""
 
     def __init__(self, console: Console, progress: Progress, title: str, steps: StepSink) -> None:
         self.console, self.progress, self.sink = console, progress, steps
@@ -102,14 +107,14 @@ class StageReport:
         self.title = title
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
-        """See :class:`dnpo.store.Report`."""
+        """Start the bar at ``done`` of ``total`` units."""
         self.total, self.unit, self.done, self.before, self.began = total, unit, done, done, time.monotonic()
         self.progress.update(self.task, total=total, completed=done, unit=unit)
         if done:
             self.note(f"continues: {done:,} of {total:,} {unit} are there already")
 
     def advance(self, amount: int = 1) -> None:
-        """See :class:`dnpo.store.Report`. Where there is no bar, long stages say something every half minute."""
+        """Move the bar on; without a bar, print a line every half minute."""
         self.done += amount
         self.progress.advance(self.task, amount)
         now = time.monotonic()
@@ -121,20 +126,20 @@ class StageReport:
             self.note(f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, about {left:,.0f} s left{words}")
 
     def note(self, text: str) -> None:
-        """See :class:`dnpo.store.Report`."""
+        """Print a line about the stage."""
         self.console.say(f"  {self.title}: {text}")
 
     def status(self, text: str) -> None:
-        """See :class:`dnpo.store.Report`."""
+        """Show a short text after the bar, and in later lines."""
         self.words = text
         self.progress.update(self.task, status=text)
 
     def steps(self, rows: list[dict[str, float]]) -> None:
-        """See :class:`dnpo.store.Report`."""
+        """Pass the metrics of training steps on to be tracked."""
         self.sink(rows)
 
     def summary(self) -> str:
-        """What was done, and how fast."""
+        """Return what was done, how long it took and how fast it was."""
         now = time.monotonic()
         seconds, done = now - self.started, self.done - self.before
         rate = f", {done / (now - self.began):,.0f}/s" if done and now > self.began else ""
@@ -143,7 +148,7 @@ class StageReport:
 
 
 def iteration_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """The table of a run: a row an iteration; what was not measured shows as –."""
+    """Build a run's table, one row per iteration; missing values are shown as –."""
     table = Table(title="Results by iteration", title_justify="left", header_style="bold", pad_edge=False, box=None)
     families = [name for name in rows[0] if name.startswith("eval/accuracy/")]
     names = [each for name in COLUMNS for each in (families if name == FAMILIES else [name])]

@@ -1,4 +1,4 @@
-"""Running a chain of stages and telling of it: progress, tracking, the summary and the table."""
+"""Execute a chain of stages: show progress, track results, write the summary and the table."""
 
 import hashlib
 import importlib.metadata
@@ -29,14 +29,14 @@ from dnpo.tracking.writing import TrackedSteps, Tracking
 
 PACKAGES = ("dnpo", "torch", "pytorch-lightning", "transformers", "peft", "tokenizers", "mlflow", "datasets")
 SHOWN_PAIRS = 50
-SATURATED = 0.15  # mean σ(−margin) of a step below which the loss hardly pulls any more
+SATURATED = 0.15  # a step whose mean σ(−margin) is below this hardly trains any more
 
 
 def tags(choices: Mapping[str, str], settings: Mapping[str, Any], iterations: Sequence[Iteration]) -> dict[str, str]:
-    """What a run can be found by: the options chosen, its sweep, seed, git commit and the keys of its stages."""
+    """Return the tags by which a run can be found: chosen options, sweep, seed, git commit, and its stages' keys."""
     groups = {group.split("@")[-1]: str(name) for group, name in choices.items() if not group.startswith("hydra/")}
     chosen = {f"dnpo.{group}": name for group, name in groups.items()}
-    if "dnpo.sweep" in chosen:  # on the run of a whole sweep that is its folder
+    if "dnpo.sweep" in chosen:  # on a sweep's parent run, dnpo.sweep is its folder
         chosen["dnpo.sweep_name"] = chosen.pop("dnpo.sweep")
     keys = {f"stage.{_slug(stage)}": stage.key for iteration in iterations for stage in iteration.stages}
     return {**chosen, "dnpo.seed": str(settings["seed"]), "dnpo.kind": "run", "dnpo.commit": commit(), **keys}
@@ -50,8 +50,12 @@ def execute(
     settings: Mapping[str, Any],
     folder: Path,
 ) -> dict[str, Any]:
-    """Run every stage that is not there, track what comes out, and write ``summary.json`` and ``models/`` into the
-    run's folder."""
+    """Compute every stage that the store lacks, track the results, and write ``summary.json`` and ``models/`` into the
+    run's folder.
+
+    Returns:
+        The content of ``summary.json``.
+    """
     clock, before = time.monotonic(), 0
     table: list[dict[str, Any]] = []
     used: list[dict[str, Any]] = []
@@ -73,7 +77,7 @@ def execute(
         "table": table,
         "choices": choices(),
         "settings": settings,
-        "cwd": str(Path.cwd()),  # what paths in the settings are relative to
+        "cwd": str(Path.cwd()),  # paths in the settings are relative to it
         "stages": used,
         "policies": [f"{iteration.policy.name}/{iteration.policy.key}" for iteration in iterations],
         "commit": commit(),
@@ -93,7 +97,7 @@ def execute(
 
 
 def choices() -> dict[str, str]:
-    """The option that was chosen for each part, as Hydra knows it; empty where nothing was composed."""
+    """Return the option that Hydra chose for each part; empty if Hydra composed nothing."""
     from hydra.core.hydra_config import HydraConfig
 
     known = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
@@ -101,21 +105,21 @@ def choices() -> dict[str, str]:
 
 
 def overrides() -> list[str]:
-    """What the command says, as Hydra knows it; empty where nothing was composed."""
+    """Return the overrides that the command gave to Hydra; empty if Hydra composed nothing."""
     from hydra.core.hydra_config import HydraConfig
 
     return [str(given) for given in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
 
 
 def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int, prefix: str) -> bool:
-    """Have one stage computed, or find it; true if it was there.
+    """Compute one stage unless it is in the store; return whether it was.
 
-    Training steps are tracked by the run that computed them. A run that finds the stage names that run in a tag; where
-    the tracking store does not have it, the steps are tracked again.
+    The run that computes training steps tracks them. A run that reuses the stage names that run in a tag; if it is not
+    in this tracking store, the steps are tracked again.
 
     Args:
-        before: training steps of the iterations before.
-        prefix: of the names of its metrics.
+        before: number of training steps in earlier iterations.
+        prefix: prefix of the metrics' names.
     """
 
     def track(rows: list[dict[str, float]]) -> None:
@@ -132,7 +136,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     if not steps:
         return reused
     tracked = TrackedSteps(store.root, stage.key, prefix)
-    if reused:  # found, or computed by another run while this one waited
+    if reused:  # found in the store, or computed by another run meanwhile
         elsewhere = tracked.run(tracking.where)
         if elsewhere and tracking.has(elsewhere):
             tracking.tags({f"{STEPS_OF}{_slug(stage)}": elsewhere})
@@ -145,24 +149,24 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
 
 @contextmanager
 def _note_failure(tracking: Tracking, stage: Stage) -> Iterator[None]:
-    """Add to the note of the run what ends it at this stage."""
+    """Add the error that ends a run at this stage to the run's note."""
     try:
         yield
     except BaseException as error:
-        with suppress(Exception):  # that it cannot be said must not hide what it was
+        with suppress(Exception):  # a failure to write the note must not hide the error
             tracking.add(notes.describe_failure(stage.title, error))
         raise
 
 
 def _steps(stage: Stage, store: Store) -> list[dict[str, float]]:
-    """The metrics of a training's steps; none where nothing was trained."""
+    """Return the metrics of a training's steps; empty if the stage trained nothing."""
     path = store.folder(stage) / "steps.json"
     steps: list[dict[str, float]] = json.loads(path.read_text()) if path.is_file() else []
     return steps
 
 
 def _row(iteration: Iteration, store: Store) -> dict[str, Any]:
-    """One row of the table. ``seconds`` is what its stages took when they were computed."""
+    """Return one row of the table. ``seconds`` is the time that its stages took when they were computed."""
     trained = manifest(store.folder(iteration.policy))["facts"]
     row: dict[str, Any] = {"iteration": "SFT" if iteration.k < 0 else iteration.k}
     for stage in (iteration.evaluation, *iteration.measures):
@@ -194,8 +198,7 @@ def _track(
     settings: Mapping[str, Any],
     folder: Path,
 ) -> None:
-    """What an iteration read, its model and its metrics; its histogram, the rows behind the metrics, its steps, and
-    some of its pairs."""
+    """Track an iteration: data sets read, model, metrics, histogram, the rows behind the metrics, steps, some pairs."""
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "iteration"}
     renamed = {catalogue.name_by_iteration(name): value for name, value in numbers.items()}
     name = "sft" if iteration.k < 0 else f"iteration-{iteration.k}"
@@ -231,7 +234,7 @@ def _track(
 
 
 def _track_results(summary: Mapping[str, Any], store: Store, tracking: Tracking, folder: Path) -> None:
-    """A run's picture, and its table in Markdown and as one that MLflow shows."""
+    """Draw and track a run's progress, and its table in Markdown and in MLflow's form."""
     rows = summary["table"]
     (folder / "table.md").write_text(notes.results(rows))
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -266,23 +269,23 @@ def _draw_once(store: Store, key: str, draw: Callable[[Path], None], picture: Pa
 
 
 def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]]:
-    """The files behind an iteration's metrics, by the folder of artefacts that each goes to."""
-    evaluation, beside = (
+    """Yield the files behind an iteration's metrics, each with the artefact folder it belongs in."""
+    evaluation, measures = (
         store.folder(iteration.evaluation),
         {stage.name: store.folder(stage) for stage in iteration.measures},
     )
     yield "logprobs", evaluation / "logprobs.npz"
-    yield "items", beside.get("second", evaluation) / "items.parquet"
+    yield "items", measures.get("second", evaluation) / "items.parquet"
     for kind, file in (("texts", "texts.parquet"), ("leaderboard", ITEMS)):
-        if kind in beside:
-            yield kind, beside[kind] / file
+        if kind in measures:
+            yield kind, measures[kind] / file
     for kind, stage in (("steps", iteration.policy), ("like", iteration.like)):
         if stage is not None and _steps(stage, store):
             yield kind, store.folder(stage) / "steps.json"
 
 
 def _some_pairs(path: Path) -> list[dict[str, Any]]:
-    """Some pairs to look at: the first that were flipped, then the first that were not."""
+    """Return some pairs as examples: the first flipped ones, then the first others."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -293,14 +296,14 @@ def _some_pairs(path: Path) -> list[dict[str, Any]]:
 
 
 def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Store, tracking: Tracking) -> None:
-    """The table, and where everything is."""
+    """Show the table, and where results, models and stages are."""
     rows = summary["table"]
     console.say("")
     console.table(iteration_table(rows))
     if any("eval/score" in row for row in rows):
         console.say(
-            "score: judge's mean on sampled held-out answers (0-100); the judge that labels the pairs also sets this "
-            "measure. Accuracies: greedy answers."
+            "score: judge's mean on sampled held-out answers (0-100); the judge that labels the pairs also gives "
+            "these scores. Accuracies: greedy answers."
         )
     if any("second/score" in row for row in rows):
         console.say("2nd: the second judge's mean on the same answers; it labels nothing.")
@@ -319,7 +322,7 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
 
 @cache
 def commit() -> str:
-    """The git commit of the checkout this code is in, with ``+`` if there are changes on top; "" outside one."""
+    """Return the git commit of this code's checkout, with ``+`` if it has local changes; "" outside a checkout."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],

@@ -1,11 +1,11 @@
-"""The policies of a finished run as folders that transformers and vLLM load, and as copies that stand alone.
+"""Lay out the policies of a finished run as folders that transformers and vLLM load, and write standalone copies.
 
     python -m dnpo.export outputs/DATE/TIME --iteration 3 --to FOLDER
 
-A run ends by leaving ``models/sft``, ``models/iteration-0``, …: a model card each, and links to the weights in the
-store. The card cannot lie in the store, where runs of different methods share their stages. The links are relative, so
-that they hold when the folder around runs and store is moved, or mounted elsewhere. LoRA adapters of several iterations
-are joined into one, of the sum of their ranks. The command writes whole weights instead, adapters merged in.
+At its end a run creates ``models/sft``, ``models/iteration-0``, …, each with a model card and links to the weights in
+the store. The card cannot be in the store, where runs of different methods share stages. The links are relative, so
+they stay valid if the folder around runs and store is moved or mounted elsewhere. LoRA adapters of several iterations
+are joined into one, whose rank is the sum of theirs. The command writes whole weights instead, with adapters merged.
 """
 
 import json
@@ -29,11 +29,11 @@ OF_A_BASE = ("config.json", "generation_config.json", "*.safetensors", "*.safete
 
 
 def list_policies(summary: Mapping[str, Any], store: Path | None = None) -> list[SavedPolicy]:
-    """The policies that a run's summary tells of, the fine-tuned one first.
+    """List the policies in a run's summary, the fine-tuned one first.
 
     Args:
         summary: the content of ``summary.json``.
-        store: where the store is now, if it has moved.
+        store: the store's folder, if it has moved.
     """
     root = store or Path(summary["cwd"], summary["settings"]["store"])
     return [SavedPolicy(summary, place, root.absolute()) for place in range(len(summary["policies"]))]
@@ -43,12 +43,12 @@ def list_policies(summary: Mapping[str, Any], store: Path | None = None) -> list
 
 
 def link(summary: Mapping[str, Any], run: Path) -> list[Path]:
-    """Fill ``models/`` in a run's folder; what an earlier run left there is replaced.
+    """Fill ``models/`` in a run's folder, replacing what an earlier run left there.
 
-    Where the file system takes no links, a card alone says where the weights are.
+    If the file system has no links, a folder has only a card that names the place of the weights.
 
     Returns:
-        The cards.
+        The paths of the cards.
     """
     models = run / "models"
     for folder in models.iterdir() if models.is_dir() else ():
@@ -58,7 +58,7 @@ def link(summary: Mapping[str, Any], run: Path) -> list[Path]:
 
 
 def _clear(folder: Path) -> None:
-    """Take away what :func:`link` puts into a folder, and the folder if nothing else is in it."""
+    """Remove what :func:`link` puts into a folder, and the folder itself if it is then empty."""
     for path in folder.iterdir():
         if path.is_symlink() or path.name in (CARD, CONFIG, WEIGHTS):
             path.unlink()
@@ -72,7 +72,7 @@ def _link_policy(policy: SavedPolicy, folder: Path, run: Path) -> Path:
     kind, rank = policy.kind, 0
     try:
         for name, target in _files(policy).items():
-            # The parents are resolved, since `..` means the parent of what a linked folder points to.
+            # Resolve the parents: below a linked folder, `..` is the parent of the link's target.
             real = target.parent.resolve() / target.name
             (folder / name).symlink_to(os.path.relpath(real, folder.resolve()))
         if kind == "adapter":
@@ -86,17 +86,19 @@ def _link_policy(policy: SavedPolicy, folder: Path, run: Path) -> Path:
         _clear(folder)
         folder.mkdir(exist_ok=True)
         where = policy.base if kind == "base" else policy.folder
-        notes = f"Here is only this card ({getattr(error, 'strerror', None) or error}). The weights are in {where}."
+        notes = (
+            f"This folder has only this card ({getattr(error, 'strerror', None) or error}). The weights are in {where}."
+        )
     whole = f"A copy with whole weights, which stands alone, is made by\n\n    {copy}"
     (folder / CARD).write_text(card(policy, folder.name, kind, rank, f"{notes} {whole}"), encoding="utf-8")
     return folder / CARD
 
 
 def _files(policy: SavedPolicy) -> dict[str, Path]:
-    """What of a policy can be linked as it is, by the names that transformers looks for."""
+    """Return the files of a policy that can be linked unchanged, by the names that transformers expects."""
     if policy.kind == "full":
         return {path.name: path for path in sorted(policy.folder.iterdir())}
-    # The tokenizer with the chat template in force is in the run's first stage, with a model from scratch its weights.
+    # The run's first stage has the tokenizer with its chat template, and the weights of a model made from scratch.
     own = {path.name: path for path in sorted((policy.prompts / "model").iterdir())}
     if policy.kind == "adapter":
         weights = {WEIGHTS: policy.adapters[0] / WEIGHTS} if len(policy.adapters) == 1 else {}
@@ -113,13 +115,13 @@ def _describe_adapters(policy: SavedPolicy, rank: int) -> str:
 
 
 def _join(policy: SavedPolicy, folder: Path) -> int:
-    """Write the configuration of a policy's adapters as one, and the weights if there are several.
+    """Write a policy's adapters as one: the configuration, and the weights if there are several adapters.
 
-    Each adapter was trained on the weights that those before it give, so their updates add up: with A stacked on A and
-    B beside B, B·A is the sum. All have one ratio alpha / rank, which that of the sums is too.
+    Each adapter was trained on top of the ones before it, so their updates add up. Stacking the A factors by rows and
+    the B factors by columns makes B·A this sum. All adapters have the same ratio alpha / rank, and so does the result.
 
     Returns:
-        Its rank.
+        The rank of the joint adapter.
     """
     configs = [json.loads((adapter / CONFIG).read_text()) for adapter in policy.adapters]
     joined = {name: sum(config[name] for config in configs) for name in ("r", "lora_alpha")}
@@ -133,31 +135,31 @@ def _join(policy: SavedPolicy, folder: Path) -> int:
         whole = {}
         for name, first in parts[0].items():
             factor = re.search(r"\.lora_(?:embedding_)?([AB])(?:\.|$)", name)
-            # What is no factor is a copy of the base's own weight, which the first adapter has as it was.
+            # Any other tensor is an unchanged copy of a base weight: take the first adapter's.
             whole[name] = torch.cat([p[name] for p in parts], "AB".index(factor[1])).contiguous() if factor else first
         save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
     return int(joined["r"])
 
 
-# --- a copy that stands alone
+# --- a standalone copy
 
 
 def export(run: Path, to: Path, iteration: str | None = None, store: Path | None = None) -> SavedPolicy:
-    """Write a policy of a finished run as a folder that needs nothing else: whole weights, tokenizer, card.
+    """Write a policy of a finished run as a self-contained folder: whole weights, tokenizer, card.
 
     Args:
         run: the run's folder.
         to: a folder that does not exist yet, or is empty.
-        iteration: ``sft``, or its number; the last one without.
-        store: where the store is now, if it has moved.
+        iteration: ``sft`` or a number; None for the last.
+        store: the store's folder, if it has moved.
 
     Raises:
         SettingsError: there is no such run, iteration or stage, or ``to`` cannot be written.
-        ModelError: the base model is not there any more, or is another.
+        ModelError: the base model is gone or has changed.
     """
     policy = _find(_summary(run), iteration, store)
     if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
-        raise SettingsError(f"--to {to}: is there already; expected a new folder, or an empty one")
+        raise SettingsError(f"--to {to}: exists already; expected a new folder, or an empty one")
     aside = to.absolute().with_name(f".{to.absolute().name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
@@ -180,8 +182,8 @@ def _summary(run: Path) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads(path.read_text())
     if "policies" not in summary:
         raise SettingsError(
-            f"{path}: is of an earlier version and does not name the run's policies; run the same command again (what "
-            "is in the store is not computed again)"
+            f"{path}: was written by an earlier version and does not name the run's policies; run the same command "
+            "again (stages in the store are not computed again)"
         )
     return summary
 
@@ -194,7 +196,7 @@ def _find(summary: Mapping[str, Any], iteration: str | None, store: Path | None)
     policy = found[wanted]
     if not (policy.store / policy.stage / MANIFEST).is_file() or not (policy.prompts / MANIFEST).is_file():
         raise SettingsError(
-            f"{policy.store / policy.stage}: not there any more, or what it was made from is not; give --store if the "
+            f"{policy.store / policy.stage}: it, or the prompts stage it was made from, is gone; give --store if the "
             "store has moved, or run the same command again"
         )
     return policy
@@ -215,7 +217,7 @@ def _write(policy: SavedPolicy, folder: Path, name: str) -> None:
 
 
 def _write_merged(policy: SavedPolicy, folder: Path) -> None:
-    """The base model with all adapters merged in, in float32 so that nothing is rounded in between."""
+    """Write the base model with all adapters merged, computed in float32 to avoid intermediate rounding."""
     import torch
 
     from dnpo.policy.loading import load
@@ -224,7 +226,7 @@ def _write_merged(policy: SavedPolicy, folder: Path) -> None:
     content = policy.prompt_settings["model"].get("content")
     if content is not None and (not Path(policy.base).is_dir() or content_hash(Path(policy.base)) != content):
         raise ModelError(
-            f"model.path={policy.base}: the base model is gone or is not the one of this run any more (the hash of its "
+            f"model.path={policy.base}: the base model is gone or has changed since this run (the hash of its "
             f"contents was {content[:16]}); put it back"
         )
     whole = load(

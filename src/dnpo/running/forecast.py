@@ -1,6 +1,6 @@
-"""What a run's judge would be asked, and what that would cost, before anything is sent.
+"""Estimate how many calls a run's judges need and what they cost, before anything is sent.
 
-What is not generated yet cannot be known: it counts as new, and as long as the human response to the same prompt.
+Responses that are not generated yet count as new, and as long as the human response to the same prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,10 @@ from dnpo.store import Stage, Store
 
 
 def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[str, Forecast]:
-    """By title of the stages still to do that ask a judge; a question counts where it would be asked first."""
+    """Return a forecast for each stage still to do that asks a judge, by title.
+
+    A question that several stages ask counts at the first.
+    """
     seen: set[str] = set()
     found: dict[str, Forecast] = {}
     rows = _Rows(run, iterations[0].prompts, store)
@@ -42,7 +45,7 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
 
 
 def _find_evaluations(run: Run, iteration: Iteration, store: Store) -> Iterator[tuple[Stage, Judge]]:
-    """The stages still to do that judge held-out responses, and who does it."""
+    """Yield the stages still to do that judge held-out responses, each with its judge."""
     second = [stage for stage in iteration.measures if stage.name == "second"]
     for stage, judge in (
         (iteration.evaluation, run.judge),
@@ -53,7 +56,7 @@ def _find_evaluations(run: Run, iteration: Iteration, store: Store) -> Iterator[
 
 
 class _Rows:
-    """Prompts and human responses as the stage has them, or as the data have them before there is a stage."""
+    """Prompts and human responses: from the prompts stage if it is computed, otherwise from the data."""
 
     def __init__(self, run: Run, prompts: Stage, store: Store) -> None:
         self.folder = store.folder(prompts) if store.has(prompts) else None
@@ -73,7 +76,7 @@ def _read_generated(store: Store, responses: Stage) -> list[Response]:
 
 
 def _stand_in(prompts: Sequence[Prompt], human: Sequence[Response], source: str) -> list[Response]:
-    """Responses that nobody knows yet: different from all others, and as long as the human ones."""
+    """Make stand-ins for responses not generated yet: all different, and as long as the human ones."""
     return [
         Response(p.id, source, f"{source} {p.id} {r.text}"[: max(len(r.text), 1) + 24], [], 0, "eos")
         for p, r in zip(prompts, human, strict=True)

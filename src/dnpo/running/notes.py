@@ -1,6 +1,6 @@
-"""What the page of a tracked run says first, in Markdown: what it is, and at its end what came out.
+"""Write the Markdown note of a tracked run: what the run is, and at its end its results.
 
-Whatever comes from settings, data or errors is escaped: it is shown and means nothing to Markdown.
+Text from settings, data or errors is escaped, so that Markdown shows it literally.
 """
 
 import re
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from dnpo.report.comparison import MeasureComparison
     from dnpo.report.groups import Groups
 
-RUNNING = "*It is running; what came out will stand here.*"
+RUNNING = "*It is running; its results will appear here.*"
 CONTINUES = "Finished stages are kept: the same command continues it."
 LONGEST_MESSAGE, LONGEST_OF_A_JOB = 1500, 300  # characters of an error
 MOST_MISSING = 12
-# Of the table; what no row has is left out.
+# Columns of the table; those that no row has are left out.
 COLUMNS = (
     *("eval/score", "second/score", "eval/accuracy", "eval/win", "pairs/flips", "stagnation/ks", "eval/loss"),
     "seconds",
@@ -30,30 +30,31 @@ COLUMNS = (
 
 
 def escape(text: Any) -> str:
-    """Text that Markdown and HTML show as it is, on one line, also in a table."""
+    """Escape a text so that Markdown and HTML show it literally, on one line, also in a table."""
     one_line = re.sub(r"\s+", " ", strip_password(str(text)).strip())
     shown = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", shown)
 
 
 def code(text: str) -> str:
-    """A block of code, which no line of the text can end."""
+    """Indent a text as a block of code, which no line of the text can end."""
     lines = strip_password(text).splitlines()
     return "\n".join(f"    {line}" for line in lines)
 
 
 def command(overrides: Sequence[str]) -> str:
-    """The command that does this run again, or goes on with it."""
+    """Return the command that repeats or continues a run."""
     return shlex.join(["python", "-m", "dnpo.train", *overrides])
 
 
 def describe_run(settings: Mapping[str, Any], choices: Mapping[str, str], overrides: Sequence[str], commit: str) -> str:
-    """What a run is.
+    """Describe what a run does: its parts, command and commit.
 
     Args:
-        settings: of the run, nested.
-        choices: the option that was chosen for each part.
-        overrides: what its command says.
+        settings: nested settings of the run.
+        choices: the option chosen for each part.
+        overrides: the overrides in its command.
+        commit: git commit of the code.
     """
     chosen = {part.split("@")[-1]: option for part, option in choices.items()}
     data, model, judge, second = (
@@ -65,7 +66,7 @@ def describe_run(settings: Mapping[str, Any], choices: Mapping[str, str], overri
     parts = {
         "labels": "by origin: the human response is chosen" if labels == "off" else labels,
         "noise on the reference": "none" if noise == "off" else noise,
-        "judge": judge + (f", beside it {second}, which labels nothing" if second not in ("", "off") else ""),
+        "judge": judge + (f"; second judge {second}, which labels nothing" if second not in ("", "off") else ""),
         "data": data,
         "model": model,
         "scale": _describe_part(settings, chosen, "scale"),
@@ -74,8 +75,8 @@ def describe_run(settings: Mapping[str, Any], choices: Mapping[str, str], overri
     count = settings["iterations"]
     return "\n".join(
         [
-            f"Fine-tuning and {count} iteration{'s' * (count != 1)} of self-improvement. Compared are the policy after "
-            f"fine-tuning and after each iteration, on the same held-out prompts "
+            f"Fine-tuning and {count} iteration{'s' * (count != 1)} of self-improvement. The policies after "
+            "fine-tuning and after each iteration are compared on the same held-out prompts "
             f"({escape(settings['eval']['split'])}).",
             "",
             "| | |",
@@ -90,12 +91,12 @@ def describe_run(settings: Mapping[str, Any], choices: Mapping[str, str], overri
 
 
 def title(settings: Mapping[str, Any], choices: Mapping[str, str]) -> str:
-    """A run's name in a word or two."""
+    """Return the heading of a run's note: its method and seed."""
     return f"### {escape(choices.get('method', 'a run'))}, seed {escape(settings['seed'])}"
 
 
 def _describe_part(settings: Mapping[str, Any], choices: Mapping[str, str], part: str) -> str:
-    """The option of a part, and the name, path or model that goes with it."""
+    """Return the option of a part, with its name, path or model."""
     own = settings.get(part, {})
     more = [own[key] for key in ("name", "path", "model") if isinstance(own, Mapping) and isinstance(own.get(key), str)]
     return escape(" ".join([choices.get(part, ""), *more]))
@@ -112,12 +113,12 @@ def _describe_start(settings: Mapping[str, Any], part: str) -> str:
 
 
 def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
-    """What came out of a run; the first paragraph is what its page shows unasked.
+    """Describe the results of a run; its page shows the first paragraph even when the note is folded.
 
     Args:
         summary: the content of its summary.json.
-        folder: of the run, as people reach it.
-        run: its id; "" where it is not tracked.
+        folder: the run's folder, as a path for people.
+        run: the run's id; "" if it is not tracked.
     """
     table = summary["table"]
     seconds = sum(row.get("seconds") or 0 for row in table)
@@ -135,7 +136,7 @@ def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
 
 
 def _outcome(table: Sequence[Mapping[str, Any]]) -> str:
-    """In one sentence, from the first policy to the last."""
+    """Summarise in one sentence how the metrics changed from the first policy to the last."""
     first, last = table[0], table[-1]
     found = []
     for name, words in (
@@ -149,7 +150,7 @@ def _outcome(table: Sequence[Mapping[str, Any]]) -> str:
 
 
 def results(table: Sequence[Mapping[str, Any]]) -> str:
-    """A row a policy, of the columns that say most."""
+    """Return the table of the main metrics in Markdown, one row per policy."""
     shown = [metric(name) for name in COLUMNS if any(_has(row, name) for row in table)]
     head = ["after iteration", *(column.heading for column in shown)]
     lines = [head, ["---", *("---:" for _ in shown)]]
@@ -168,14 +169,14 @@ def _cell(row: Mapping[str, Any], column: Metric) -> str:
 
 
 def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader should know of a run's table."""
+    """Return remarks that help to read a run's table."""
     found = []
     human = next((row["eval/score_human"] for row in table if _has(row, "eval/score_human")), None)
     if human is not None:
         found.append(
-            f"Scores are the judge's mean of sampled answers, 0-100; the human responses have "
+            f"Scores are the judge's mean on sampled answers, 0-100; the human responses have "
             f"{metric('eval/score_human').format(human)}. "
-            "Where it also labels the pairs, it defines the measure."
+            "If it also labels the pairs, the policy is trained on this measure."
         )
     if any(_has(row, "pairs/flipped") for row in table):
         flips = "; ".join(
@@ -192,7 +193,7 @@ def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
         verdict = (
             "the new answers differ from the rejected ones: the policy still moved"
             if ks > critical
-            else "the new answers cannot be told from the rejected ones: the policy stood still"
+            else "the new answers do not differ from the rejected ones: the policy stood still"
         )
         found.append(
             f"In the last iteration {verdict} (Kolmogorov-Smirnov distance "
@@ -203,7 +204,7 @@ def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def describe_failure(stage: str, error: BaseException) -> str:
-    """At which stage a run ended before its end, and how it goes on."""
+    """Say at which stage a run failed or was interrupted, and how to continue it."""
     if isinstance(error, KeyboardInterrupt):
         return f"**Interrupted** at {escape(stage)}. {CONTINUES}"
     message = str(error) or type(error).__name__
@@ -211,7 +212,7 @@ def describe_failure(stage: str, error: BaseException) -> str:
 
 
 def policy(k: int, stage: str, folder: Path) -> str:
-    """What the page of a model says."""
+    """Return the note on the page of a model."""
     when = f"after iteration {k}" if k >= 0 else "after supervised fine-tuning, before iteration 0"
     return (
         f"The policy {when}. Its weights are not uploaded: they lie in the store under {escape(stage)}, and when the "
@@ -229,14 +230,14 @@ def describe_sweep(
     arguments: Sequence[str],
     picture: str,
 ) -> str:
-    """What a sweep is and what came out.
+    """Describe a sweep and its results.
 
     Args:
-        jobs: how many there are.
-        failed: messages by job.
-        overrides: what the commands of the failed ones say.
-        arguments: of the sweep's command.
-        picture: its address; "" where there is none.
+        jobs: number of jobs.
+        failed: error messages of failed jobs, by job.
+        overrides: overrides of the failed jobs, by job.
+        arguments: arguments of the sweep's command.
+        picture: address of the picture; "" if there is none.
     """
     done = jobs - len(failed)
     head = (
@@ -248,8 +249,8 @@ def describe_sweep(
         varies = ", ".join(groups.varies) or "nothing but the seed"
         lines[-1] += f" What varies: {escape(varies)}; seeds {', '.join(map(str, seeds))}."
     for job, message in failed.items():
-        told = escape(message.strip().splitlines()[-1][:LONGEST_OF_A_JOB])
-        lines.append(f"- job {job} ({escape(' '.join(overrides[job]))}) failed: {told}")
+        problem = escape(message.strip().splitlines()[-1][:LONGEST_OF_A_JOB])
+        lines.append(f"- job {job} ({escape(' '.join(overrides[job]))}) failed: {problem}")
     if picture:
         lines += ["", f"![comparison]({picture})"]
     for found in compared[:2]:
@@ -263,12 +264,12 @@ def describe_sweep(
 
 
 def comparison(compared: "Sequence[MeasureComparison]") -> str:
-    """The tables of a sweep, measure by measure."""
+    """Return the tables of a sweep, measure by measure."""
     return "\n".join(line for found in compared for line in [*_comparison_lines(found), ""])
 
 
 def space_columns(tables: str) -> str:
-    """Tables with some room between their columns, which MLflow's page does not give them."""
+    """Add space between the columns of tables, which MLflow's page omits."""
     rows = (line.startswith("|") and not line.startswith("| ---") for line in tables.splitlines())
     lines = zip(tables.splitlines(), rows, strict=True)
     return "\n".join(line.replace(" | ", " &emsp; | ") if row else line for line, row in lines)

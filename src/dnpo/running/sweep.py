@@ -1,4 +1,4 @@
-"""What a multirun says as a whole: what its jobs share, which of them failed, and their table side by side."""
+"""Report on a multirun as a whole: stages that its jobs share, failed jobs, and a table that compares them."""
 
 import csv
 import io
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from dnpo.tracking.writing import MLflowTracking
 
 ERROR, PLAN, PICTURE, TRAIN = "error.txt", "plan.json", "comparison.png", "train"
-SILENT = "it ended without a result and without an error, as a killed process does"
-_HELD: list[FileLock] = []  # not in the callback, which Hydra sends to other processes
+SILENT = "it ended with neither a result nor an error; its process was probably killed"
+_HELD: list[FileLock] = []  # not in the callback, since Hydra sends it to other processes
 
 
 def record_failure(folder: Path, message: str) -> None:
-    """Say that a job failed, and remember it for the sweep's report."""
+    """Print that a job failed, and record it for the sweep's report."""
     print(f"error: {message}", file=sys.stderr)
     (folder / ERROR).write_text(message + "\n")
 
 
 def find_shared_stages(sweep: Path | None, folder: Path, stages: "Sequence[Stage]") -> dict[str, str]:
-    """Which stages an earlier job of the same sweep computes anyway; this job's are noted for those after it."""
+    """Return the stages that an earlier job of the sweep computes too, and record this job's stages for later jobs."""
     if sweep is None:
         return {}
     shared: dict[str, str] = {}
@@ -46,11 +46,11 @@ def find_shared_stages(sweep: Path | None, folder: Path, stages: "Sequence[Stage
 
 
 class SweepReport(Callback):
-    """At the end of a multirun: its table, its failures, and exit status 1 if there are any; in MLflow, the comparison
-    with the run of the whole sweep."""
+    """At the end of a multirun, shows its table and failures, tracks the comparison with the sweep's parent run in
+    MLflow, and exits with status 1 if a job failed."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hold the lock that says that the sweep goes on."""
+        """Take the lock that shows that the sweep is running."""
         from dnpo.tracking.writing import HELD
 
         sweep = Path(config.hydra.sweep.dir)
@@ -59,7 +59,7 @@ class SweepReport(Callback):
         _HELD[-1].acquire()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Gather what the jobs left in the sweep's folder."""
+        """Gather the jobs' results from the sweep's folder, report them and release the lock."""
         sweep = Path(config.hydra.sweep.dir)
         jobs = sorted((p for p in sweep.iterdir() if p.is_dir()), key=lambda p: (len(p.name), p.name))
         failed = {job.name: (job / ERROR).read_text().strip() for job in jobs if (job / ERROR).is_file()}
@@ -127,9 +127,9 @@ class SweepReport(Callback):
 
 
 def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mapping[str, str]) -> str:
-    """Give the sweep's own run its comparison, and its end; what went wrong, "" for nothing.
+    """Track the comparison with the sweep's parent run and end that run; return an error message, "" for success.
 
-    Where no job was tracked there is no such run, and nothing is done.
+    If no job was tracked, there is no parent run, and nothing is done.
     """
     from omegaconf import OmegaConf
 
@@ -144,18 +144,18 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
         settings = cast(dict[str, Any], OmegaConf.to_container(config.tracking, resolve=True))
         tracking: MLflowTracking = build("tracking", settings).open()
         tracking.resume(own.read_text())
-        if config.hydra.job.config_name != TRAIN:  # what other commands measure has no iterations to compare
+        if config.hydra.job.config_name != TRAIN:  # other commands have no iterations to compare
             tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed))})
             tracking.finish("FAILED" if failed else "FINISHED")
             return ""
         _compare(tracking, sweep, [job.name for job in jobs], {**failed, **silent})
-    except Exception as error:  # databases and their drivers raise errors of their own; the jobs' results stand
+    except Exception as error:  # drivers of databases raise many types; the jobs' results stand
         return str(error) if isinstance(error, DnpoError) else f"{type(error).__name__}: {error}"
     return ""
 
 
 def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], failed: Mapping[str, str]) -> None:
-    """The comparison of all runs as tables, a picture and a note; tags, and the status."""
+    """Track the comparison of all runs as tables, a picture and a note, set the tags and end the run."""
     from dnpo.report.comparison import MEASURES, Items, compare
     from dnpo.report.groups import group_runs
     from dnpo.running import notes
@@ -186,7 +186,7 @@ def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], faile
 
 
 def _draw(groups: "Groups", compared: "Sequence[MeasureComparison]", items: "Items", path: Path, title: str) -> None:
-    """A line a group over iterations, a panel a measure."""
+    """Draw one panel per measure, with one line per group over the iterations."""
     from dnpo.palette import choose_looks
     from dnpo.report.comparison import mean_of
     from dnpo.report.drawing import Panel, over_iterations
@@ -207,7 +207,7 @@ def _draw(groups: "Groups", compared: "Sequence[MeasureComparison]", items: "Ite
 
 
 def _csv(compared: "Sequence[MeasureComparison]") -> str:
-    """One line a cell of every table."""
+    """Return all tables as CSV, with one line per cell."""
     from dnpo.stats.table import to_csv
 
     out = io.StringIO()
@@ -223,7 +223,7 @@ def _csv(compared: "Sequence[MeasureComparison]") -> str:
 
 
 def _table_for_mlflow(compared: "Sequence[MeasureComparison]") -> dict[str, Any]:
-    """The tables as one that MLflow shows."""
+    """Join the tables into one of the form that MLflow shows."""
     columns = list(dict.fromkeys(column for one in compared for column in one.means.columns))
     data = []
     for one in compared:
@@ -245,7 +245,7 @@ def _overrides(folder: Path) -> list[str]:
 
 
 def _mean_and_spread(values: Iterable[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few values."""
+    """Return mean and sample standard deviation; None for those that need more values."""
     import statistics
 
     found = list(values)

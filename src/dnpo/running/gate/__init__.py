@@ -1,7 +1,7 @@
-"""The gate: what is looked at before a run spends time. Each check is a line: pass, warn or stop.
+"""The gate: check a run before it spends time. Each check gives one line: pass, warn or stop.
 
-``checks.py`` has them in the order in which a run meets what they are about. Each is a small function over plain
-values, in the file of what it looks at: ``chain.py``, ``judge.py``, ``rows.py``, ``text.py``, ``machine.py``.
+``checks.py`` runs the checks in the order of the run's stages. Each check is a small function of plain values, in the
+file of its subject: ``chain.py``, ``judge.py``, ``rows.py``, ``text.py``, ``machine.py``.
 """
 
 from collections.abc import Sequence
@@ -19,21 +19,21 @@ WORDS: dict[Level, str] = {"warn": "to know of", "stop": "to put right first"}
 
 
 def gate(run: Run, iterations: Sequence[Iteration], store: Store) -> list[Finding]:
-    """Every check, in the order in which a run meets what they are about.
+    """Run every check, in the order of the run's stages.
 
-    Where all stages are in the store nothing is spent, so nothing is asked but whether the chain is right.
+    If all stages are in the store, only the chain itself is checked.
     """
     found = [chain.reference(iterations)]
     todo = [stage for iteration in iterations for stage in iteration.stages if not store.has(stage)]
     if not todo:
-        return [*found, Finding("stages", "pass", "all are in the store: nothing is left that a check could save")]
+        return [*found, Finding("stages", "pass", "all are in the store, so there is nothing more to check")]
     from dnpo.running.gate.checks import check
 
     return found + check(run, iterations, store, todo)
 
 
 def show(console: Console, findings: Sequence[Finding], everything: bool) -> None:
-    """The lines on the screen; those that pass only where ``everything`` is asked for."""
+    """Show the findings on the screen, and the checks that pass only if ``everything`` is true."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""A check of the stages as they are laid out."""
+"""Check the chain of stages."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def reference(iterations: "Sequence[Iteration]") -> Finding:
-    """Whether every iteration starts from the policy before it, and all that is compared with it comes from that one.
+    """Check that samples, reference and training of every iteration start from the policy of the iteration before.
 
     With adapters stacked over iterations it is easy to compare with the fine-tuned model instead.
     """

@@ -1,4 +1,4 @@
-"""The checks of the gate, given what the run would really use."""
+"""Run the checks of the gate on the data, model and tokenizer that the run would use."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ LOOKED_AT = 256  # rows of a split that are rendered and encoded
 
 
 def check(run: Run, iterations: Sequence[Iteration], store: Store, todo: Sequence[Stage]) -> list[Finding]:
-    """Every check of a run that has stages ``todo``."""
+    """Run every check of a run whose stages ``todo`` are not computed yet."""
     data, facts = run.data.read()
     found = _rows(run, data, facts.get("removed", {}))
     try:
@@ -33,7 +33,7 @@ def check(run: Run, iterations: Sequence[Iteration], store: Store, todo: Sequenc
     ahead = {stage.name for stage in todo}
     asked = [(run.judge, {"judge", "evaluate"}), (run.second_judge, {"second"})]
     for who, stages in asked:
-        # a call costs, so it comes last
+        # last, since a call costs money
         if who.gives_scores and stages & ahead and not any(finding.level == "stop" for finding in found):
             found.append(judge.canary(who, run.ledger))
     return found
@@ -41,7 +41,7 @@ def check(run: Run, iterations: Sequence[Iteration], store: Store, todo: Sequenc
 
 @contextmanager
 def _base(run: Run, prompts: Stage, data: rows.Rows, store: Store) -> Iterator[Path]:
-    """A folder with the base model's tokenizer: the store's, or one for the moment."""
+    """Yield a folder with the base model's tokenizer: the one in the store, or a temporary one."""
     if store.has(prompts):
         yield store.folder(prompts) / "model"
         return
@@ -67,13 +67,13 @@ def _rows(run: Run, data: rows.Rows, removed: Mapping[str, int]) -> list[Finding
 
 
 def _tokens(run: Run, data: rows.Rows, policy: Policy) -> tuple[list[Finding], Counts | None]:
-    """What is found of template and tokens, and how long rows are; None where no run could be made of them."""
+    """Check template and tokens, and count the tokens; the counts are None if a check stops the run."""
     some = {split: rows.evenly(data[split], LOOKED_AT) for split in data}
     everything = [row for split in some.values() for row in split]
     tokenizer, stop_ids = policy.tokenizer, policy.stop_ids
     template = text.template(tokenizer, everything)
     if template.level == "stop":
-        return [template], None  # what cannot be rendered cannot be encoded
+        return [template], None  # rows must be rendered before they can be encoded
     by_split = {split: text.encode_rows(tokenizer, some[split], stop_ids) for split in some}
     encoded = [row for split in by_split.values() for row in split]
     found = [
@@ -87,8 +87,8 @@ def _tokens(run: Run, data: rows.Rows, policy: Policy) -> tuple[list[Finding], C
     context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
     longest = min(run.data.max_prompt_tokens, context - run.limit)
     drop = run.data.long_responses == "drop"
-    for split, those in by_split.items():
-        tokens = [(len(row.prompt_ids), len(row.ids)) for row in those]
+    for split, some_rows in by_split.items():
+        tokens = [(len(row.prompt_ids), len(row.ids)) for row in some_rows]
         found.append(rows.lengths(split, len(data[split]), tokens, longest, run.limit, drop))
     if any(finding.level == "stop" for finding in found):
         return found, None

@@ -1,4 +1,4 @@
-"""One line of the gate."""
+"""The result of one check of the gate."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,10 +11,10 @@ class Finding:
     """What one check found.
 
     Attributes:
-        name: of the check.
-        level: ``pass``; ``warn`` for what one should know; ``stop`` for what makes the run pointless or impossible.
-        text: what was looked at and what was found, with the figure.
-        setting: what to change; "" where nothing has to be.
+        name: name of the check.
+        level: ``pass``, ``warn``, or ``stop`` if the run would be pointless or impossible.
+        text: what was checked and found, with figures.
+        setting: what to change; "" if nothing.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Checks of the judge: whether it can be asked, and on what it was fitted."""
+"""Check the judge: whether it answers, and what it was fitted on."""
 
 from collections.abc import Collection, Sequence
 
@@ -12,10 +12,10 @@ from dnpo.running.gate.rows import Rows
 
 
 def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
-    """Whether the judge can judge these rows, and there is one where labels need scores.
+    """Check that the judge can judge these rows, and that there is a judge if labels need scores.
 
     Args:
-        first_scored: the first iteration whose labels need scores; None where none does.
+        first_scored: the first iteration whose labels need scores; None if no labels do.
     """
     if not judge.gives_scores:
         if first_scored is None:
@@ -30,21 +30,21 @@ def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
 
 
 def second(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
-    """Whether the second judge can judge the held-out rows."""
+    """Check that the second judge can judge the held-out rows."""
     problem = judge.accepts(held)
     if problem is not None:
-        return Finding("second judge", "stop", f"as the second one, {problem}", "judge@second_judge=…")
+        return Finding("second judge", "stop", f"as second judge: {problem}", "judge@second_judge=…")
     return Finding("second judge", "pass", f"the second judge accepts all {len(held):,} {split} rows")
 
 
 def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> Finding:
-    """Whether the judge was fitted on prompts that the policy is measured on.
+    """Check that the judge was not fitted on prompts that the policy is measured on.
 
     Args:
-        seen: :func:`hash_conversation` of what it was fitted on.
+        seen: :func:`hash_conversation` of the prompts that the judge was fitted on.
     """
     if not seen:
-        return Finding("prompts of the judge", "pass", "the judge was fitted on no prompts of its own")
+        return Finding("prompts of the judge", "pass", "the judge was not fitted on any prompts")
     both = [row for row in held if hash_conversation(row.messages) in seen]
     if both:
         text = (
@@ -57,13 +57,13 @@ def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> 
 
 
 def canary(judge: Judge, ledger: Ledger) -> Finding:
-    """Whether the judge answers one question that is asked for real, and what a question costs."""
+    """Ask the judge one real question, to check that it answers and what a question costs."""
     try:
         asked = judge.canary(ledger)
     except DnpoError as error:
         return Finding("judge", "stop", str(error), "judge.…, as the message says")
     if asked is None:
-        return Finding("judge", "pass", "this judge needs no call to be known to answer")
+        return Finding("judge", "pass", "this judge answers without a call")
     if not asked.scored:
         return Finding("judge", "stop", asked.text, "the judge's settings: where it is, which model, what it is asked")
     return Finding("judge", "pass", asked.text)

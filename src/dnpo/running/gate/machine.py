@@ -1,4 +1,4 @@
-"""Checks of disk and memory against estimates of what the run will take."""
+"""Check disk and memory against estimates of what the run needs."""
 
 import os
 import re
@@ -21,23 +21,24 @@ from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
 from dnpo.running.gate.finding import Finding
 
-SMALL = 2**16  # bytes of a stage's small files
+SMALL = 2**16  # bytes of the small files of a stage
 ID, TEXT = 2.0, 4.0  # bytes of a token's id and of its text in a table
-MIXED = 2.55  # bytes of a kept activation under autocast, as measured: norms and sums stay in float32
-USUAL = 2  # numbers that an optimizer keeps for each parameter, as Adam does
-TIGHT = 0.9  # of the memory: beyond this an estimate is no comfort
+MIXED = 2.55  # measured bytes of a kept activation under autocast: norms and sums stay in float32
+USUAL = 2  # numbers per parameter that an optimizer keeps, as for Adam
+TIGHT = 0.9  # share of free memory above which an estimate gets a warning
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's numbers.
+    """The sizes of a model.
 
     Attributes:
         weights: bytes of all weights.
-        trained: bytes of those that are trained: the adapter's, where there is one.
-        value: bytes of one weight, and so of one activation.
-        width, layers, inner, heads: hidden size, blocks, inner size of the MLP, and keys of a token in one block.
-        vocabulary: rows of the head.
+        trained: bytes of the trained weights: the adapter's if there is one.
+        value: bytes of one weight, and of one activation.
+        width, layers, inner, heads: hidden size, number of blocks, inner size of the MLP, size of a token's keys in one
+            block.
+        vocabulary: number of rows of the head.
         adapted: whether only an adapter is trained.
     """
 
@@ -54,13 +55,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Counts:
-    """How much there is to read and write.
+    """How much data the run reads and writes.
 
     Attributes:
-        train, held, all: rows for training, for measuring, and in all splits.
-        prompt, response: tokens of a prompt and of a human response on average.
-        longest_prompt, longest_response: tokens at most.
-        limit: tokens of a generated response at most.
+        train, held, all: number of rows for training, for measuring, and in all splits.
+        prompt, response: mean tokens of a prompt and of a human response.
+        longest_prompt, longest_response: maximum tokens of a prompt and of a human response.
+        limit: maximum tokens of a generated response.
     """
 
     train: int
@@ -74,7 +75,7 @@ class Counts:
 
 
 def shape(policy: Policy, lora: Lora) -> Shape:
-    """The numbers of a model without weights, and of its adapter if it gets one."""
+    """Return the sizes of a model on the meta device, and of its adapter if it gets one. Changes the model."""
     config = policy.causal_lm.config.get_text_config()
     rows, width = policy.head.weight_VH.shape
     value = policy.head.weight_VH.element_size()
@@ -98,13 +99,13 @@ def shape(policy: Policy, lora: Lora) -> Shape:
 
 
 def state_copies(make: Any) -> int:
-    """How many numbers an optimizer keeps for each parameter, as one step of it on four parameters shows."""
+    """Count the numbers that an optimizer keeps per parameter, by one step on four parameters."""
     parameter = nn.Parameter(torch.zeros(2, 2))
     parameter.grad = torch.zeros(2, 2)
     try:
         optimizer = make([parameter])
         optimizer.step()
-    except Exception:  # one that only runs on a GPU, say; an estimate must not keep it from there
+    except Exception:  # it may run only on a GPU; an estimate must not refuse it
         return USUAL
     kept = optimizer.state[parameter].values()
     return sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in kept)
@@ -114,39 +115,39 @@ def state_copies(make: Any) -> int:
 
 
 def policy_bytes(of: Shape, iterations: int) -> int:
-    """Bytes of a policy on disk: its weights, or the adapters of so many trainings."""
+    """Return a policy's bytes on disk: its weights, or the adapters of ``iterations`` trainings."""
     return iterations * of.trained if of.adapted else of.weights
 
 
 def checkpoint_bytes(of: Shape, optimisation: Optimisation, noise: int) -> int:
-    """Bytes of a training's checkpoint, twice: a new one replaces the last only when it is whole.
+    """Return the bytes of two checkpoints, since the last is replaced only when the new one is complete.
 
     Args:
-        noise: trained parameters of the noise; its Adam keeps two numbers for each.
+        noise: number of trained parameters of the noise; its Adam keeps two numbers for each.
     """
     once = of.trained * (1 + state_copies(optimisation.optimizer)) + 4 * noise * 3
     return 2 * once
 
 
 def table_bytes(rows: float, tokens: float) -> int:
-    """Bytes of a stage's tables of so many rows, each with so many tokens, as ids and as text."""
+    """Return the bytes of a stage's tables, given their rows and the tokens per row, stored as ids and as text."""
     return SMALL + round(rows * (32 + tokens * (ID + TEXT)))
 
 
 def hidden_bytes(of: Shape, rows: Counts, autocast: bool) -> int:
-    """Bytes of the reference's hidden states of rejected tokens, as long as human responses on average."""
+    """Return the bytes of the reference's hidden states of rejected tokens, assumed as many as in human responses."""
     return round(rows.train * rows.response * of.width * (2 if autocast else of.value))
 
 
 def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None = None) -> Finding:
-    """Whether the disk has room for what the run will write.
+    """Check that the disk has room for what the run will write.
 
     Args:
-        kept: bytes that stay, by estimate.
-        passing: bytes of the largest checkpoint, which goes when its training ends.
-        optional: bytes of hidden states, which are kept only where there is room.
+        kept: estimated bytes that stay.
+        passing: bytes of the largest checkpoint, which is deleted when its training ends.
+        optional: bytes of hidden states, which are kept only if there is room.
         folder: the store.
-        free: bytes; None looks.
+        free: free bytes; None asks the system.
     """
     there = next(p for p in (folder, *folder.parents) if p.is_dir())
     free = shutil.disk_usage(there).free if free is None else free
@@ -168,10 +169,10 @@ def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None 
 
 
 def activations(of: Shape, optimisation: Optimisation, tokens: int) -> float:
-    """Bytes that a forward pass over so many tokens keeps for the backward pass, but for the logits.
+    """Return the bytes that a forward pass over ``tokens`` keeps for the backward pass, without the logits.
 
-    A block keeps about 12 vectors of the hidden size (its input, norms, queries, keys, values, and what attention
-    gives), and 4 of the MLP's inner size.
+    Per token, a block keeps about 12 vectors of the hidden size (its input, norms, queries, keys, values and the output
+    of attention) and 4 of the MLP's inner size.
     """
     value = MIXED if optimisation.autocast else of.value
     block = (12 * of.width + 4 * of.inner) * value
@@ -182,11 +183,11 @@ def activations(of: Shape, optimisation: Optimisation, tokens: int) -> float:
 def training_bytes(
     of: Shape, optimisation: Optimisation, rows: Counts, noise: NoiseModule | None, copy: bool, device: str
 ) -> tuple[float, float]:
-    """Bytes of weights, gradients and optimizer states, which are sure; and of a micro-batch of the longest rows.
+    """Return the bytes of weights, gradients and optimizer states, and those of a micro-batch of the longest rows.
 
     Args:
-        noise: on a meta device; None in fine-tuning, which has no pairs.
-        copy: whether a frozen copy of the model stands beside it: hidden states are made in every step.
+        noise: noise module on the meta device; None for fine-tuning, which has no pairs.
+        copy: whether a frozen copy of the model is needed to compute hidden states in every step.
         device: ``cpu`` or ``cuda…``.
     """
     kind = "cuda" if device.startswith("cuda") else "cpu"
@@ -197,7 +198,7 @@ def training_bytes(
         fixed += of.weights
     if optimisation.autocast and of.value > 2:  # the backward pass needs the weights as the products had them
         fixed += of.weights * 2 / of.value
-    if noise is not None:  # with its gradients and Adam's two
+    if noise is not None:  # with its gradients and Adam's two states
         fixed += 4 * 4 * sum(p.numel() for p in noise.parameters())
     responses = rows.longest_response if noise is None else rows.longest_response + rows.limit
     shared = isinstance(optimisation, PairOptimisation) and optimisation.share_prompt
@@ -212,21 +213,21 @@ def training_bytes(
 
 
 def generating_bytes(of: Shape, sampling: Sampling, rows: Counts) -> tuple[float, float]:
-    """Bytes of the weights, and of the keys and values of a batch of the longest rows."""
+    """Return the bytes of the weights, and those of keys, values and logits of a batch of the longest rows."""
     tokens = sampling.batch_size * (rows.longest_prompt + rows.limit)
     return of.weights, 2.0 * tokens * of.layers * of.heads * of.value + sampling.batch_size * of.vocabulary * 4
 
 
 def memory(name: str, fixed: float, moving: float, device: str, setting: str, free: float | None = None) -> Finding:
-    """Whether the device's memory suffices.
+    """Check that the device has enough memory.
 
     Args:
-        name: of the work.
-        fixed: bytes that no setting of the batch changes.
-        moving: bytes of one batch at its longest.
+        name: name of the work.
+        fixed: bytes that do not depend on the batch.
+        moving: bytes of one batch of the longest rows.
         device: ``cpu`` or ``cuda…``.
         setting: what to change.
-        free: bytes; None looks.
+        free: free bytes; None asks the system.
     """
     free = free_memory(device) if free is None else free
     text = (
@@ -240,7 +241,7 @@ def memory(name: str, fixed: float, moving: float, device: str, setting: str, fr
 
 
 def free_memory(device: str) -> float:
-    """Bytes that are free on the device; on a CPU what the system can give without swapping."""
+    """Return the free bytes of the device; on a CPU, what the system can give without swapping."""
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(torch.device(device))[0])
     try:
@@ -253,7 +254,7 @@ def free_memory(device: str) -> float:
 
 
 def format_bytes(size: float) -> str:
-    """A number of bytes as people read it."""
+    """Format a number of bytes for people."""
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"

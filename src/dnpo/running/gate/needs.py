@@ -1,4 +1,4 @@
-"""What a run's stages that are still to do will take of disk and memory, by ``machine.py``'s estimates."""
+"""Estimate the disk and memory that a run's remaining stages need, with the formulas of ``machine.py``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from dnpo.store import Store
 
 
 def counts(sizes: Mapping[str, int], measured: str, lengths: Sequence[tuple[int, int]], limit: int) -> Counts:
-    """How much there is to read and write.
+    """Count how much data the run reads and writes.
 
     Args:
-        sizes: rows by split.
+        sizes: number of rows by split.
         measured: the split that policies are measured on.
         lengths: tokens of prompt and human response of some rows, within the limits.
-        limit: tokens of a generated response at most.
+        limit: maximum tokens of a generated response.
     """
     prompts, responses = zip(*lengths, strict=True)
     return Counts(
@@ -43,11 +43,11 @@ def counts(sizes: Mapping[str, int], measured: str, lengths: Sequence[tuple[int,
 def findings(
     run: Run, iterations: Sequence[Iteration], store: Store, counts: Counts, policy: Policy, folder: Path
 ) -> list[Finding]:
-    """The lines on disk and memory.
+    """Check disk and memory.
 
     Args:
-        policy: the base model without weights.
-        folder: what the prompts stage keeps of the base model.
+        policy: the base model on the meta device.
+        folder: the folder of the base model in the prompts stage.
     """
     of = machine.shape(policy, run.model.lora)
     files = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
@@ -75,14 +75,14 @@ def findings(
 
 
 def tables(name: str, run: Run, counts: Counts) -> int:
-    """Bytes of the tables that a stage of this name writes."""
+    """Return the bytes of the tables that a stage of this name writes."""
     both, limit = counts.prompt + counts.response, counts.limit
     samples = counts.held * (1 + run.eval.samples) + run.eval.sequences
     rows_and_tokens: dict[str, tuple[float, float]] = {
         "prompts": (2 * counts.all, both / 2),
         "generate": (counts.train, limit),
         "judge": (2 * counts.train, 0),
-        "pairs": (2 * counts.train, both + limit),  # once for us, once as text for other trainers
+        "pairs": (2 * counts.train, both + limit),  # once for dnpo, once as text for other trainers
         "reference": (counts.train, 0),
         "evaluate": (samples, limit),
     }
@@ -94,12 +94,12 @@ class _Training:
     """One training of the run.
 
     Attributes:
-        k: of its iteration; −1 is fine-tuning.
-        number: how many trainings lie in its policy, itself included.
-        how: its settings.
-        noise: without memory of its own; None in fine-tuning.
+        k: number of its iteration; −1 is fine-tuning.
+        number: number of trainings behind its policy, including itself.
+        how: settings of the training.
+        noise: noise module on the meta device; None for fine-tuning.
         states: bytes of the hidden states that are kept for it.
-        declines: whether it goes without them where there is no room.
+        declines: whether it trains without kept states if there is no room.
     """
 
     k: int
@@ -111,12 +111,12 @@ class _Training:
 
     @property
     def noise_parameters(self) -> int:
-        """Parameters of the noise."""
+        """Number of parameters of the noise."""
         return 0 if self.noise is None else sum(p.numel() for p in self.noise.parameters())
 
     @property
     def needs_copy(self) -> bool:
-        """Whether a frozen copy of the model stands beside it."""
+        """Whether it needs a frozen copy of the model."""
         return self.noise is not None and self.noise.reads_states and not self.states
 
 
@@ -136,7 +136,7 @@ def _trainings(run: Run, of: Shape, counts: Counts) -> list[_Training]:
 
 
 def _states(plan: Plan, of: Shape, counts: Counts) -> int:
-    """Bytes of the hidden states that are kept, as ``stages.hidden`` decides it."""
+    """Return the bytes of the hidden states that are kept, by the rule of ``stages.hidden``."""
     keep, trainer = plan.npo.cache_hidden, plan.trainer
     if keep == "off" or (keep == "auto" and trainer.passes(counts.train) <= 1):
         return 0

@@ -1,4 +1,4 @@
-"""Checks of the rows: ids, repeats, overlaps, lengths."""
+"""Check the rows: ids, repeats, overlaps, lengths."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,34 +10,35 @@ from dnpo.running.gate.finding import Finding
 
 Rows = Mapping[str, Sequence[Prompt]]
 
-LIKE = 0.9  # from this Jaccard index of three-word shingles on, two texts count as nearly the same
-FEW = 0.01  # of the rows
-COMPARED = 5000  # training rows, evenly spaced, that are compared with others for likeness: seconds, whatever the data
+LIKE = 0.9  # texts with at least this Jaccard index of three-word shingles count as nearly the same
+FEW = 0.01  # share of near duplicates that any data have
+COMPARED = 5000  # evenly spaced rows that are compared for likeness, so that it takes seconds
 
 
 def evenly(rows: Sequence[Prompt], most: int) -> list[Prompt]:
-    """So many rows at most, evenly spaced."""
+    """Return at most ``most`` rows, evenly spaced."""
     if len(rows) <= most:
         return list(rows)
     return [rows[i * len(rows) // most] for i in range(most)]
 
 
 def ids(rows: Rows) -> Finding:
-    """Whether an id stands for one row: responses, verdicts and pairs are joined by it."""
+    """Check that ids are unique, since responses, verdicts and pairs are joined by them."""
     for split, some in rows.items():
         twice = [name for name, count in Counter(row.id for row in some).items() if count > 1]
         if twice:
             text = f"{len(twice):,} ids stand for more than one {split} row, the first is {twice[0]!r}"
             return Finding("ids", "stop", text, "the ids in the data")
-    return Finding("ids", "pass", f"each of {sum(map(len, rows.values())):,} rows has an id of its own")
+    return Finding("ids", "pass", f"each of {sum(map(len, rows.values())):,} rows has a unique id")
 
 
 def duplicates(train: Sequence[Prompt], by_design: bool, removed: Mapping[str, int]) -> Finding:
-    """Whether training rows repeat others, prompt and response: what stands twice is learnt twice as much.
+    """Check for training rows that repeat another exactly: a row that occurs twice has twice the weight.
 
     Args:
+        train: the training rows.
+        by_design: whether the source draws its rows with replacement (``drawn_with_replacement``).
         removed: how many rows the source has left out already, by reason.
-        by_design: the source draws its rows with replacement, and says so (``drawn_with_replacement``).
     """
     exact = len(train) - len({(_conversation(row), row.human) for row in train})
     what = f"{exact:,} of {len(train):,} training rows repeat another word for word ({exact / max(len(train), 1):.1%})"
@@ -51,10 +52,10 @@ def duplicates(train: Sequence[Prompt], by_design: bool, removed: Mapping[str, i
 
 
 def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:
-    """Whether training rows nearly repeat others; those that do so word for word count once here.
+    """Check for training rows that nearly repeat another; exact repeats count once here.
 
     Args:
-        by_design: see :func:`duplicates`.
+        train, by_design: as in :func:`duplicates`.
     """
     distinct = list({(_conversation(row), row.human): row for row in train}.values())
     some = evenly(distinct, COMPARED)
@@ -67,18 +68,18 @@ def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:
         f"{len(found):,} of {of} are nearly another (likeness {LIKE} or more), as {some[i].id} and {some[j].id} "
         f"({likeness:.2f})"
     )
-    # A few are in any data; of many one should know.
+    # Any data have a few; only many are worth a warning.
     many = len(found) > FEW * len(some) and not by_design
     return Finding("near duplicates", "warn" if many else "pass", text, "data.near_duplicates, or the data")
 
 
 def overlap(rows: Rows) -> list[Finding]:
-    """Whether prompts of one split stand in another: what is measured on them would be memory."""
-    said = {split: {_conversation(row) for row in rows[split]} for split in SPLITS}
+    """Check for prompts in more than one split: measuring on them would measure memory."""
+    conversations = {split: {_conversation(row) for row in rows[split]} for split in SPLITS}
     findings = []
     for held in ("validation", "test"):
         name = f"overlap with {held}"
-        same = sum(_conversation(row) in said["train"] for row in rows[held])
+        same = sum(_conversation(row) in conversations["train"] for row in rows[held])
         if same:
             text = f"{same:,} of {len(rows[held]):,} {held} prompts are training prompts too"
             findings.append(Finding(name, "stop", text, "data=…: its splits must not share prompts"))
@@ -97,7 +98,7 @@ def overlap(rows: Rows) -> list[Finding]:
             findings.append(Finding(name, "warn", text, "data.near_duplicates, or the data"))
         else:
             findings.append(Finding(name, "pass", f"none of {of} is the same or nearly so (likeness {LIKE} or more)"))
-    both = len(said["validation"] & said["test"])
+    both = len(conversations["validation"] & conversations["test"])
     if both:
         text = f"{both:,} prompts are in validation and in test: settings are chosen on what is reported"
         findings.append(Finding("validation and test", "warn", text, "the data"))
@@ -107,13 +108,14 @@ def overlap(rows: Rows) -> list[Finding]:
 
 
 def lengths(split: str, total: int, tokens: Sequence[tuple[int, int]], longest: int, limit: int, drop: bool) -> Finding:
-    """What the length limits drop and cut.
+    """Check what the length limits drop and cut.
 
     Args:
-        total: rows of the split.
-        tokens: of prompt and response, of some or all of them.
-        longest, limit: tokens of a prompt and of a response at most.
-        drop: rows with longer responses are dropped; else the responses are cut.
+        split: name of the split.
+        total: number of rows of the split.
+        tokens: tokens of prompt and response, for some or all of the rows.
+        longest, limit: maximum tokens of a prompt and of a response.
+        drop: whether rows with longer responses are dropped; otherwise the responses are cut.
     """
     name, count = f"lengths of {split}", len(tokens)
     setting = "data.max_prompt_tokens and data.max_response_tokens (together within the model's context)"
@@ -149,5 +151,5 @@ def _conversation(prompt: Prompt) -> tuple[str, ...]:
 
 
 def _text(prompt: Prompt) -> str:
-    """What was asked; a system turn that all rows share would make all of them alike."""
+    """Join the turns without system turns, which would make all rows alike if they share one."""
     return "\n".join(turn["content"] for turn in prompt.messages if turn["role"] != "system")

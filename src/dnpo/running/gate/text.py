@@ -1,4 +1,4 @@
-"""Checks of template and tokens: rows are rendered and encoded here as the stages do it."""
+"""Check chat template and tokens, on rows rendered and encoded as in the stages."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -16,7 +16,7 @@ TEMPLATE = "model.chat_template"
 
 
 class EncodedRow(NamedTuple):
-    """A row as the stages see it: token ids of its prompt and of the whole human response."""
+    """A row with the token ids of its prompt and of the whole human response, encoded as in the stages."""
 
     prompt: Prompt
     prompt_ids: list[int]
@@ -26,12 +26,12 @@ class EncodedRow(NamedTuple):
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt], stop_ids: Sequence[int]
 ) -> list[EncodedRow]:
-    """Rows that :func:`template` has let pass."""
+    """Encode rows that passed the check of the template."""
     return [EncodedRow(row, *encode(tokenizer, row.messages, row.human, stop_ids)) for row in rows]
 
 
 def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Finding:
-    """Whether the text that training sees begins with the very text that generation sees."""
+    """Check that the text for training begins with exactly the prompt for generation."""
     broken: list[tuple[Prompt, str]] = []
     for row in rows:
         try:
@@ -46,7 +46,7 @@ def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Find
 
 
 def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> Finding:
-    """Whether a row has one beginning-of-sequence token, at its beginning."""
+    """Check that a row has one beginning-of-sequence token, at its beginning."""
     bos = cast(int | None, tokenizer.bos_token_id)
     if bos is None:
         return Finding("one BOS", "pass", "the tokenizer has no beginning-of-sequence token, and no row has one")
@@ -55,7 +55,7 @@ def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> F
     if twice:
         text = f"{len(twice):,} of {len(rows):,} prompts begin with {name} twice; the template has to put it once"
         return Finding("one BOS", "stop", text, TEMPLATE)
-    # Where one token both begins and ends, the others are ends.
+    # If one token serves as both BOS and EOS, the other occurrences are ends.
     again = [r for r in rows if bos in [*r.prompt_ids[1:], *r.ids]] if bos != tokenizer.eos_token_id else []
     if again:
         text = (
@@ -69,7 +69,7 @@ def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> F
 
 
 def one_eos(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: Sequence[EncodedRow]) -> Finding:
-    """Whether a whole human response has one token that ends it, at its end, and none in its own text."""
+    """Check that a whole human response has one end token, at its end, and none inside its text."""
     stops = set(stop_ids)
     wrong = [row for row in rows if [i in stops for i in row.ids] != [False] * (len(row.ids) - 1) + [True]]
     if wrong:
@@ -97,9 +97,9 @@ def no_eos_where_cut(
     limit: int,
     cut: Cut = human_response,
 ) -> Finding:
-    """Whether a response that is cut is left without an end, and a whole one has its own: both would tell who wrote it.
+    """Check that cut responses have no end token and whole ones do; otherwise the end would reveal who wrote them.
 
-    Every row is cut, at the limit or at half of its length, for a limit that no row reaches shows nothing.
+    Every row is cut, at the limit and at half its length, since a limit that no row reaches tests nothing.
     """
     wrong = []
     for row in rows:
@@ -120,11 +120,11 @@ def no_eos_where_cut(
 
 
 def ends_of_model(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], rows: Sequence[EncodedRow]) -> Finding:
-    """Whether what ends a response for the tokenizer ends one for the model too.
+    """Check that the tokenizer's end-of-sequence token is one of the model's too.
 
     Args:
-        ends: the end-of-sequence tokens that the model's configuration and generation settings name.
-        rows: encoded human responses, whole.
+        ends: end-of-sequence tokens in the model's configuration and generation settings.
+        rows: rows with whole human responses.
     """
     eos = cast(int, tokenizer.eos_token_id)
     own = f"{tokenizer.eos_token} ({eos})"
@@ -144,7 +144,7 @@ def ends_of_model(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], rows:
 
 
 def seam(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Finding:
-    """Whether prompt and response have the same token ids together as apart, and what is done where they have not."""
+    """Check that prompt and response have the same token ids together as apart; warn if a token spans both."""
     tokenize: Any = tokenizer
     moved, other = [], 0
     for row in rows:
