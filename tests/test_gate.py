@@ -341,7 +341,7 @@ def test_labels() -> None:
 
 
 def test_canary() -> None:
-    fires(judge.canary(Rules(), LEDGER), "pass", "no call")
+    fires(judge.canary(Rules(), LEDGER), "pass", "without a call")
     fires(judge.canary(Asked(Canary(True, "says 100 ($0.00002 a question)")), LEDGER), "pass", "$0.00002")
     fires(judge.canary(Asked(Canary(False, "answers, but: no number")), LEDGER), "stop", "no number", "which model")
     unreachable = Asked(JudgeError("judge.base_url=http://x: does not answer"))

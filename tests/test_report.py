@@ -242,7 +242,7 @@ def test_a_sweep_is_compared_over_items_and_seeds_with_a_star_where_the_correcte
 def test_of_one_seed_that_is_said(lab: Lab) -> None:
     paired_runs(lab, (4,), {"spin": 0.0, "dnpo": 10.0})
     _, page = lab.page("main")
-    assert "There is one seed only" in page.text
+    assert "only one seed" in page.text
     assert "one seed: the interval is over items only" in page.text
 
 
