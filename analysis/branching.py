@@ -5,13 +5,13 @@ from typing import Any
 
 from analysis import published
 from analysis.drawing import bars, canvas, finish, foot, whiskers
-from analysis.keeping import Picture
+from analysis.keeping import DrawnFigure
 from analysis.results import AVERAGE, average, benchmarks, is_leaderboard, row
 from analysis.selection import SPIN, Runs, spell
 from dnpo.palette import INK
 
 
-def draw(runs: Runs, methods: Sequence[str], title: str) -> Picture:
+def draw(runs: Runs, methods: Sequence[str], title: str) -> DrawnFigure:
     """A panel an iteration, a group a benchmark, a bar a method."""
     cells = runs.branches(matters=["eval.leaderboard"]).only(methods)
     cells.needs(SPIN)
@@ -34,7 +34,7 @@ def draw(runs: Runs, methods: Sequence[str], title: str) -> Picture:
             _overlay(axis, [measure.label for measure in measures], cells.methods, k)
     kind = "the Open LLM Leaderboard's" if is_leaderboard(those) else "families of the tiny world, greedy answers"
     line = foot(cells, rows, whiskers(cells, rows), f"benchmarks: {kind}; {AVERAGE}: each counts the same")
-    return Picture(finish(figure, title, line, panels[0]), rows, cells.used)
+    return DrawnFigure(finish(figure, title, line, panels[0]), rows, cells.used)
 
 
 def _overlay(axis: Any, groups: Sequence[str], methods: Sequence[str], iteration: Any) -> None:

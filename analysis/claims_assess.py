@@ -135,7 +135,7 @@ class Result:
 
 
 def assess(book: Book, tracked: Tracked, say: Callable[[Claim], None] | None = None) -> list[Result]:
-    """Measure every claim, correct over all of them, and decide."""
+    """ClaimMeasure every claim, correct over all of them, and decide."""
     results = []
     for claim in book.claims:
         if say:

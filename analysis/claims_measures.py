@@ -220,21 +220,21 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-class Measure(NamedTuple):
+class ClaimMeasure(NamedTuple):
     """A measure, and which of a cell's parts it is told from."""
 
     of: str
     function: Callable[..., Values]
 
 
-MEASURES: Mapping[str, Measure] = {
-    "by_prompt": Measure("items", by_prompt),
-    "as_good_as_human": Measure("items", as_good_as_human),
-    "metric": Measure("row", metric),
-    "distance": Measure("logprobs", distance),
-    "mean_over_steps": Measure("steps", mean_over_steps),
-    "correlation": Measure("steps", correlation),
-    "rise_within_epochs": Measure("steps", rise_within_epochs),
-    "change_over_epochs": Measure("steps", change_over_epochs),
+MEASURES: Mapping[str, ClaimMeasure] = {
+    "by_prompt": ClaimMeasure("items", by_prompt),
+    "as_good_as_human": ClaimMeasure("items", as_good_as_human),
+    "metric": ClaimMeasure("row", metric),
+    "distance": ClaimMeasure("logprobs", distance),
+    "mean_over_steps": ClaimMeasure("steps", mean_over_steps),
+    "correlation": ClaimMeasure("steps", correlation),
+    "rise_within_epochs": ClaimMeasure("steps", rise_within_epochs),
+    "change_over_epochs": ClaimMeasure("steps", change_over_epochs),
 }
-BETWEEN: Mapping[str, Measure] = {"duels": Measure("items", duels)}  # of a side against the other
+BETWEEN: Mapping[str, ClaimMeasure] = {"duels": ClaimMeasure("items", duels)}  # of a side against the other

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from dnpo.errors import DnpoError, SettingsError
 from dnpo.settings import nearest
 from dnpo.tracking.reading import Database
 
+HERE = Path(__file__).parent
 ANY = "any"  # as a sweep: runs of every sweep and of none
 
 
@@ -38,10 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m analysis``; the exit status, 1 if nothing could be drawn or a script has a bug."""
     asked = parser().parse_args(arguments)
     try:
+        known = scripts(asked.also)
         if asked.list or not asked.names:
-            print("\n".join(f"{name:28}{_title(name)}" for name in scripts()))
+            print("\n".join(f"{name:28}{_title(script)}" for name, script in known.items()))
             return 0
-        names = resolve(asked.names)
+        names = resolve(asked.names, asked.also)
         tags = dict(_pair(given) for given in asked.tag)
         database = Database(asked.uri, asked.experiment)
     except DnpoError as error:
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     outcomes = []
     for name in names:
-        outcomes.append(_one(name, database, runs, asked.out, asked.log))
+        outcomes.append(_run(name, known[name], database, runs, asked.out, asked.log))
         print(f"{outcomes[-1].name}: {outcomes[-1].text}", flush=True)
     return _report(outcomes)
 
@@ -71,6 +74,14 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m analysis", description="Figures and tables from tracked runs.")
     found.add_argument("names", nargs="*", metavar="NAME", help="fig05, table01, …, or all")
     found.add_argument("--list", action="store_true", help="say what there is, and the sweep each asks for")
+    found.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FOLDER",
+        help="a folder with further scripts, figNN_name.py or tableNN_name.py; may be given again",
+    )
     found.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
     found.add_argument("--experiment", default="dnpo")
     found.add_argument(
@@ -98,23 +109,39 @@ def alone(name: str) -> int:
     return main([name, *sys.argv[1:]])
 
 
-def scripts() -> list[str]:
-    """Names of the scripts, in the order of the paper."""
-    return sorted(path.stem for kind in ("fig", "table") for path in Path(__file__).parent.glob(f"{kind}[0-9]*.py"))
+def scripts(also: Sequence[Path] = ()) -> dict[str, Path]:
+    """The scripts by name, in the order of the paper, and then those of further folders.
+
+    Raises:
+        SettingsError: there is no such folder, or two scripts have the same name.
+    """
+    found: dict[str, Path] = {}
+    for folder in (HERE, *also):
+        if not folder.is_dir():
+            raise SettingsError(f"--also {folder}: there is no such folder")
+        for path in sorted(path for kind in ("fig", "table") for path in folder.glob(f"{kind}[0-9]*.py")):
+            if path.stem in found:
+                raise SettingsError(f"{path}: there is a script of this name already, {found[path.stem]}")
+            found[path.stem] = path
+    return found
 
 
-def resolve(given: Sequence[str]) -> list[str]:
+def resolve(given: Sequence[str], also: Sequence[Path] = ()) -> list[str]:
     """Scripts by the beginning of their name or by another number they answer to; ``all`` is every one.
 
     Raises:
         SettingsError: there is no such script.
     """
-    known = scripts()
+    known = scripts(also)
     if "all" in given:
-        return known
+        return list(known)
     found = []
     for name in given:
-        those = [each for each in known if each.split("_")[0] == name or each == name or name in _also(each)]
+        those = [
+            each
+            for each, path in known.items()
+            if each.split("_")[0] == name or each == name or name in _read_aliases(path)
+        ]
         if not those:
             short = [each.split("_")[0] for each in known]
             raise SettingsError(
@@ -124,10 +151,10 @@ def resolve(given: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _one(name: str, database: Database, runs: Callable[[str], Runs], out: Path, logged: bool) -> Outcome:
+def _run(name: str, path: Path, database: Database, runs: Callable[[str], Runs], out: Path, logged: bool) -> Outcome:
     started = time.monotonic()
     try:
-        script = _script(name)
+        script = load(path)
         with rc_context(STYLE):
             made = script.make(runs(script.SWEEP))
             paths = write(made, name, out)
@@ -151,17 +178,26 @@ def _report(outcomes: Sequence[Outcome]) -> int:
     return int("failed" in states or "drawn" not in states)
 
 
-def _script(name: str) -> ModuleType:
-    return importlib.import_module(f"analysis.{name}")
+def load(path: Path) -> ModuleType:
+    """A script as a module."""
+    if path.parent == HERE:
+        return importlib.import_module(f"analysis.{path.stem}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
-def _title(name: str) -> str:
-    script = _script(name)
+def _title(path: Path) -> str:
+    script = load(path)
     return f"{script.TITLE} (sweep {script.SWEEP})"
 
 
-def _also(name: str) -> Sequence[str]:
-    return getattr(_script(name), "ALSO", ())
+def _read_aliases(path: Path) -> Sequence[str]:
+    """Other numbers that a script answers to."""
+    return getattr(load(path), "ALSO", ())
 
 
 def _count(runs: int) -> str:

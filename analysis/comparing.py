@@ -10,7 +10,7 @@ from analysis.published import COLUMN
 from analysis.results import (
     Against,
     Array,
-    Measure,
+    PolicyMeasure,
     against,
     average,
     benchmarks,
@@ -34,7 +34,7 @@ class Comparisons:
     """Cells of a table and what was compared for them."""
 
     cells: Cells
-    measures: Sequence[Measure]
+    measures: Sequence[PolicyMeasure]
     rows: dict[str, dict[str, Cell]] = field(default_factory=dict)
     found: list[Against] = field(default_factory=list)
     items: set[int] = field(default_factory=set)
@@ -90,7 +90,9 @@ class Comparisons:
             *(f"{note[0].upper()}{note[1:]}." for note in self.cells.notes),
         ]
 
-    def _mean(self, measure: Measure, method: str, iterations: Sequence[Iteration], seeds: Sequence[int]) -> Array:
+    def _mean(
+        self, measure: PolicyMeasure, method: str, iterations: Sequence[Iteration], seeds: Sequence[int]
+    ) -> Array:
         found: Array = np.mean([results_of(self.cells, measure, method, k, seeds) for k in iterations], axis=0)
         return found
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from analysis.drawing import canvas, finish, foot
-from analysis.keeping import Picture
+from analysis.keeping import DrawnFigure
 from analysis.results import Array, kept
 from analysis.selection import Absent, Cells, Iteration, Runs
 from dnpo.catalogue import metric
@@ -19,7 +19,7 @@ BINS = 40
 QUANTITIES = {"per token": "log-probability per token, nats", "summed": "log-probability of the response, nats"}
 
 
-def draw(runs: Runs, method: str, title: str) -> Picture:
+def draw(runs: Runs, method: str, title: str) -> DrawnFigure:
     """One method's samples: a column an iteration, above per token and below summed, over all seeds."""
     cells = runs.chains().only([method], lambda k: k != SFT)
     iterations = cells.iterations
@@ -71,7 +71,7 @@ def draw(runs: Runs, method: str, title: str) -> Picture:
         "Kolmogorov-Smirnov distance, mean (and range) over seeds; by chance: its 5 % critical value with as many "
         "samples",
     )
-    return Picture(finish(figure, title, explained, panels[0]), rows, cells.used)
+    return DrawnFigure(finish(figure, title, explained, panels[0]), rows, cells.used)
 
 
 def _samples(cells: Cells, method: str, iteration: Iteration) -> list[dict[str, Array]]:

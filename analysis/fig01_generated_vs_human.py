@@ -5,7 +5,7 @@ from typing import Any
 
 from analysis.command import alone
 from analysis.drawing import beside, canvas, finish, foot, outcomes, plus_minus
-from analysis.keeping import Picture
+from analysis.keeping import DrawnFigure
 from analysis.results import outcome, over_iterations
 from analysis.selection import Cells, Runs, spell
 
@@ -27,7 +27,7 @@ def numbers(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def make(runs: Runs) -> Picture:
+def make(runs: Runs) -> DrawnFigure:
     """Select, count, draw."""
     cells = runs.chains()
     rows = numbers(cells)
@@ -52,7 +52,7 @@ def make(runs: Runs) -> Picture:
         "Sampled answers to held-out prompts; a win scores higher than the human response under the judge; whiskers "
         "and ±: 95 % t intervals",
     )
-    return Picture(finish(figure, TITLE, line, panels[0]), rows, cells.used)
+    return DrawnFigure(finish(figure, TITLE, line, panels[0]), rows, cells.used)
 
 
 if __name__ == "__main__":

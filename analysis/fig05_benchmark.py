@@ -5,7 +5,7 @@ import sys
 from analysis import published
 from analysis.command import alone
 from analysis.drawing import canvas, find_look, finish, foot, lines, whiskers
-from analysis.keeping import Picture
+from analysis.keeping import DrawnFigure
 from analysis.results import average, benchmarks, over_iterations
 from analysis.selection import Runs
 
@@ -13,7 +13,7 @@ TITLE = "Benchmark average over iterations"
 SWEEP = "main"
 
 
-def make(runs: Runs) -> Picture:
+def make(runs: Runs) -> DrawnFigure:
     """Select, average, draw; the paper's curves only where the setting is the paper's."""
     cells = runs.chains(matters=["eval.leaderboard"])
     those = benchmarks(cells)
@@ -31,7 +31,7 @@ def make(runs: Runs) -> Picture:
     axis.set_ylabel(measure.metric.axis)
     axis.legend()
     line = foot(cells, rows, whiskers(cells, rows), f"benchmarks: {', '.join(each.label for each in those)}")
-    return Picture(finish(figure, TITLE, line), rows, cells.used)
+    return DrawnFigure(finish(figure, TITLE, line), rows, cells.used)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from analysis.command import alone
 from analysis.drawing import canvas, finish, foot, lines, whiskers
-from analysis.keeping import Picture
+from analysis.keeping import DrawnFigure
 from analysis.results import human_score, over_iterations, score
 from analysis.selection import Cells, Runs
 from dnpo.palette import HUMAN
@@ -34,14 +34,14 @@ def draw(axis: Axes, rows: Sequence[dict[str, Any]], cells: Cells, column: str =
     axis.legend()
 
 
-def make(runs: Runs) -> Picture:
+def make(runs: Runs) -> DrawnFigure:
     """Select, average, draw."""
     cells = runs.chains()
     rows = numbers(cells)
     figure, (axis,) = canvas(6.0, 4.2)
     draw(axis, rows, cells)
     line = foot(cells, rows[:-1], f"Sampled answers to held-out prompts. {whiskers(cells, rows[:-1])}")
-    return Picture(finish(figure, TITLE, line), rows, cells.used)
+    return DrawnFigure(finish(figure, TITLE, line), rows, cells.used)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from analysis import published
 from analysis.command import alone
 from analysis.drawing import beside, canvas, finish, foot, outcomes, plus_minus
-from analysis.keeping import Picture
+from analysis.keeping import DrawnFigure
 from analysis.results import against, duel, estimate, numbers, size, stack
 from analysis.selection import BEGINNING, DNPO, SPIN, Absent, Cells, Runs, spell
 from dnpo.stats.significance import holm
@@ -48,7 +48,7 @@ def draw(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axis.set_ylabel("policy after")
 
 
-def make(runs: Runs) -> Picture:
+def make(runs: Runs) -> DrawnFigure:
     """Select, compare, draw."""
     cells = runs.chains().only([DNPO, SPIN])
     rows = table(cells)
@@ -65,7 +65,7 @@ def make(runs: Runs) -> Picture:
         "Whiskers and ±: 95 % t intervals; *: p ≤ 0.05 after Holm's correction",
         *more,
     )
-    return Picture(finish(figure, TITLE, line, axis), rows, cells.used)
+    return DrawnFigure(finish(figure, TITLE, line, axis), rows, cells.used)
 
 
 if __name__ == "__main__":

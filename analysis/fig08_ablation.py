@@ -4,14 +4,14 @@ import sys
 
 from analysis.branching import draw
 from analysis.command import alone
-from analysis.keeping import Picture
+from analysis.keeping import DrawnFigure
 from analysis.selection import DNPO, DSL, NPO, SPIN, Runs
 
 TITLE = "One iteration of SPIN, +DSL, +NPO and DNPO from the same SPIN model"
 SWEEP = "ablation"
 
 
-def make(runs: Runs) -> Picture:
+def make(runs: Runs) -> DrawnFigure:
     """Select and draw."""
     return draw(runs, [SPIN, DSL, NPO, DNPO], TITLE)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from analysis.command import alone
 from analysis.drawing import canvas, find_look, finish, foot
-from analysis.keeping import Picture
+from analysis.keeping import DrawnFigure
 from analysis.results import Array, estimate, kept
 from analysis.selection import BEGINNING, DNPO, NPO, Absent, Cells, Iteration, Runs
 from dnpo.catalogue import metric
@@ -22,7 +22,7 @@ LOSSES = ("loss/policy", "loss/noise")
 SMOOTH = 25  # windows in an iteration
 
 
-def make(runs: Runs) -> Picture:
+def make(runs: Runs) -> DrawnFigure:
     """Select the first iteration with trained noise, correlate, draw."""
     cells = runs.chains()
     method = next((name for name in (DNPO, NPO) if name in cells.methods), None)
@@ -55,7 +55,7 @@ def make(runs: Runs) -> Picture:
         "the noise's loss (without its penalty) is the policy's with the sign turned round and noise drawn anew, so an "
         "r near −1 follows from the definition and is no finding about the dynamics",
     )
-    return Picture(finish(figure, TITLE, line), rows, cells.used)
+    return DrawnFigure(finish(figure, TITLE, line), rows, cells.used)
 
 
 def _losses(cells: Cells, method: str, iteration: Iteration, name: str) -> Array:

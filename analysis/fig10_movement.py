@@ -4,14 +4,14 @@ import sys
 
 from analysis.command import alone
 from analysis.densities import draw
-from analysis.keeping import Picture
+from analysis.keeping import DrawnFigure
 from analysis.selection import DNPO, Runs
 
 TITLE = "DNPO: log-probabilities of positive, negative and next generated samples"
 SWEEP = "main"
 
 
-def make(runs: Runs) -> Picture:
+def make(runs: Runs) -> DrawnFigure:
     """Select and draw."""
     return draw(runs, DNPO, TITLE)
 

@@ -5,7 +5,7 @@ import sys
 from analysis import fig06_judge_score, fig07_dnpo_vs_spin
 from analysis.command import alone
 from analysis.drawing import canvas, finish, foot, whiskers
-from analysis.keeping import Picture
+from analysis.keeping import DrawnFigure
 from analysis.selection import DNPO, SPIN, Absent, Runs
 
 TITLE = "Under a second judge: scores over iterations, and DNPO against SPIN"
@@ -13,7 +13,7 @@ SWEEP = "main"
 ALSO = ("fig12",)
 
 
-def make(runs: Runs) -> Picture:
+def make(runs: Runs) -> DrawnFigure:
     """Select, average and compare, draw side by side."""
     cells = runs.chains(matters=["second_judge."]).only([DNPO, SPIN])
     if any("second/score" not in run.row(k) for (_, k, _), run in cells.runs.items()):
@@ -30,7 +30,7 @@ def make(runs: Runs) -> Picture:
         f"Second judge: {judge}. {whiskers(cells, scores[:-1])}; *: p ≤ 0.05 after Holm's correction",
     )
     rows = [{"part": "scores", **row} for row in scores] + [{"part": "duels", **row} for row in duels]
-    return Picture(finish(figure, TITLE, line), rows, cells.used)
+    return DrawnFigure(finish(figure, TITLE, line), rows, cells.used)
 
 
 if __name__ == "__main__":

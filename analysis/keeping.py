@@ -19,7 +19,7 @@ FOLDER = "analysis"  # of artefacts
 
 
 @dataclass(frozen=True)
-class Picture:
+class DrawnFigure:
     """A figure and the numbers in it."""
 
     figure: Figure
@@ -28,7 +28,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Tabled:
+class DrawnTable:
     """A table, its title, the head of its first column, and what has to be said below."""
 
     table: Table
@@ -38,7 +38,7 @@ class Tabled:
     runs: Sequence[TrackedRun]
 
 
-Made = Picture | Tabled
+Made = DrawnFigure | DrawnTable
 
 
 def write(made: Made, name: str, folder: Path) -> list[Path]:
@@ -49,12 +49,12 @@ def write(made: Made, name: str, folder: Path) -> list[Path]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _picture(made, folder / name) if isinstance(made, Picture) else _table(made, folder / name)
+        return _picture(made, folder / name) if isinstance(made, DrawnFigure) else _table(made, folder / name)
     except OSError as error:
         raise DataError(f"--out {folder}: {error.strerror}; expected a folder to write to") from error
 
 
-def _picture(made: Picture, path: Path) -> list[Path]:
+def _picture(made: DrawnFigure, path: Path) -> list[Path]:
     paths = [path.with_suffix(suffix) for suffix in (".png", ".svg", ".csv")]
     made.figure.savefig(paths[0], dpi=DPI)
     made.figure.savefig(paths[1], metadata={"Date": None})
@@ -62,7 +62,7 @@ def _picture(made: Picture, path: Path) -> list[Path]:
     return paths
 
 
-def _table(made: Tabled, path: Path) -> list[Path]:
+def _table(made: DrawnTable, path: Path) -> list[Path]:
     paths = [path.with_suffix(suffix) for suffix in (".csv", ".md", ".tex")]
     paths[0].write_text(to_csv(made.table))
     notes = "".join(f"\n{note}\n" for note in made.notes)

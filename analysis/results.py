@@ -32,7 +32,7 @@ AVERAGE = "Average"
 
 
 @dataclass(frozen=True)
-class Measure:
+class PolicyMeasure:
     """Something measured of a policy.
 
     Attributes:
@@ -68,22 +68,22 @@ class Against:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def score(column: str = "score") -> Measure:
+def score(column: str = "score") -> PolicyMeasure:
     """A judge's mean score of sampled answers to held-out prompts; ``second`` is the second judge's."""
     name = "eval/score" if column == "score" else "second/score"
-    return Measure(metric(name), lambda run, k: _sampled(run, k, column, None))
+    return PolicyMeasure(metric(name), lambda run, k: _sampled(run, k, column, None))
 
 
-def outcome(which: str, column: str = "score") -> Measure:
+def outcome(which: str, column: str = "score") -> PolicyMeasure:
     """Share of sampled answers that ``win``, ``tie`` or ``lose`` against the human response, or are ``as_good``."""
     wanted = {"win": (1,), "tie": (0,), "lose": (-1,), "as_good": (0, 1)}[which]
     prefix = "eval" if column == "score" else "second"
     name = f"{prefix}/{which}"
     shown = replace(metric(f"{prefix}/win"), name=name, label="win or tie") if which == "as_good" else metric(name)
-    return Measure(shown, lambda run, k: _sampled(run, k, column, wanted))
+    return PolicyMeasure(shown, lambda run, k: _sampled(run, k, column, wanted))
 
 
-def benchmarks(cells: Cells) -> list[Measure]:
+def benchmarks(cells: Cells) -> list[PolicyMeasure]:
     """The benchmarks that every cell has: the paper's six, or else the families of the tiny world.
 
     Raises:
@@ -92,16 +92,16 @@ def benchmarks(cells: Cells) -> list[Measure]:
     tables = [cells.runs[place].row(place[1]) for place in cells.runs]
     six = [name for name in SIX if all(f"leaderboard/{name}" in row for row in tables)]
     if six:
-        return [Measure(metric(f"leaderboard/{name}"), _benchmark(name)) for name in six]
+        return [PolicyMeasure(metric(f"leaderboard/{name}"), _benchmark(name)) for name in six]
     prefix = "eval/accuracy/"
     families = [name.removeprefix(prefix) for name in tables[0] if name.startswith(prefix)]
     found = [family for family in families if all(prefix + family in row for row in tables)]
     if not found:
         raise Absent("no benchmark is tracked: neither leaderboard/* (eval=leaderboard) nor eval/accuracy/FAMILY")
-    return [Measure(metric(prefix + family), _family(family)) for family in found]
+    return [PolicyMeasure(metric(prefix + family), _family(family)) for family in found]
 
 
-def average(those: Sequence[Measure]) -> Measure:
+def average(those: Sequence[PolicyMeasure]) -> PolicyMeasure:
     """The mean of benchmarks, each of which counts the same however many items it has."""
 
     def items(run: TrackedRun, k: Iteration) -> Items | None:
@@ -119,17 +119,17 @@ def average(those: Sequence[Measure]) -> Measure:
     shown = metric("leaderboard/average" if is_leaderboard(those) else "eval/accuracy")
     if is_leaderboard(those) and len(those) < len(SIX):
         shown = replace(shown, name="")  # no run tracks that of some of them
-    return Measure(replace(shown, label=AVERAGE), items)
+    return PolicyMeasure(replace(shown, label=AVERAGE), items)
 
 
-def is_leaderboard(those: Sequence[Measure]) -> bool:
+def is_leaderboard(those: Sequence[PolicyMeasure]) -> bool:
     """Whether benchmarks are those of the paper."""
     return those[0].name.startswith("leaderboard/")
 
 
-def text_measure(name: str) -> Measure:
+def text_measure(name: str) -> PolicyMeasure:
     """A measure of generated texts; their prompts differ between seeds, so that seeds alone are compared."""
-    return Measure(metric(f"texts/{name}"))
+    return PolicyMeasure(metric(f"texts/{name}"))
 
 
 def human_score(cells: Cells, column: str = "score") -> float:
@@ -165,7 +165,7 @@ def duel(a: TrackedRun, b: TrackedRun, iteration: Iteration, column: str = "scor
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def results(cells: Cells, measure: Measure, method: str, iteration: Iteration, seeds: Iterable[int]) -> Array:
+def results(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iteration, seeds: Iterable[int]) -> Array:
     """A measure's values (S × I) under some seeds; NaN where an item has none.
 
     Raises:
@@ -232,7 +232,7 @@ def against(a_SI: Array, b_SI: Array) -> Against | None:
     return Against(mean.estimate(), mean.p(), mean.detectable() if mean.error else None)
 
 
-def over_iterations(cells: Cells, measure: Measure) -> list[dict[str, Any]]:
+def over_iterations(cells: Cells, measure: PolicyMeasure) -> list[dict[str, Any]]:
     """A measure of every method at every iteration: rows with mean, interval, and how many seeds and items."""
     return [
         row(cells, measure, method, k)
@@ -242,7 +242,7 @@ def over_iterations(cells: Cells, measure: Measure) -> list[dict[str, Any]]:
     ]
 
 
-def row(cells: Cells, measure: Measure, method: str, iteration: Iteration) -> dict[str, Any]:
+def row(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iteration) -> dict[str, Any]:
     """A measure of one method at one iteration, in the unit of its metric."""
     seeds = cells.seeds_of((method, iteration))
     x_SI = measure.metric.scale * results(cells, measure, method, iteration, seeds)

@@ -4,7 +4,7 @@ import sys
 
 from analysis.command import alone
 from analysis.comparing import Comparisons, label, last
-from analysis.keeping import Tabled
+from analysis.keeping import DrawnTable
 from analysis.published import COLUMN, MAIN
 from analysis.selection import BEGINNING, SPIN, Runs
 
@@ -12,7 +12,7 @@ TITLE = "Benchmarks over iterations"
 SWEEP = "main"
 
 
-def make(runs: Runs) -> Tabled:
+def make(runs: Runs) -> DrawnTable:
     """Select, compare every method with SPIN at the same iteration, tabulate."""
     cells = runs.chains(matters=["eval.leaderboard"])
     found = Comparisons.of(cells)
@@ -23,7 +23,7 @@ def make(runs: Runs) -> Tabled:
             name = label(method, k) if k != "SFT" else "SFT"
             found.add(name, method, [k], SPIN, last(MAIN, method, k))
     notes = found.notes(f"Stars: against SPIN at the same iteration. {COLUMN}: arXiv 2502.05400, table 1.")
-    return Tabled(found.table(), TITLE, "policy", notes, cells.used)
+    return DrawnTable(found.table(), TITLE, "policy", notes, cells.used)
 
 
 if __name__ == "__main__":

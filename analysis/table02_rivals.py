@@ -4,7 +4,7 @@ import sys
 
 from analysis.command import alone
 from analysis.comparing import Comparisons
-from analysis.keeping import Tabled
+from analysis.keeping import DrawnTable
 from analysis.published import COLUMN, RIVALS
 from analysis.selection import BEGINNING, DNPO, SPIN, Runs
 from dnpo.stats.intervals import Estimate
@@ -14,7 +14,7 @@ TITLE = "DNPO beside methods that mix or renew their data"
 SWEEP = "main"
 
 
-def make(runs: Runs) -> Tabled:
+def make(runs: Runs) -> DrawnTable:
     """Select, average DNPO and SPIN over the iterations after 0, tabulate."""
     cells = runs.chains(matters=["eval.leaderboard"]).only([SPIN, DNPO], lambda k: k not in BEGINNING)
     cells.needs(DNPO)
@@ -28,7 +28,7 @@ def make(runs: Runs) -> Tabled:
         f"Stars: against SPIN. {COLUMN}: arXiv 2502.05400, table 2, which does not say the iteration; DNPO's six "
         "numbers there average 59.8. PPO and α-SPIN are not run here: the laboratory has neither."
     )
-    return Tabled(found.table(), TITLE, "method", notes, cells.used)
+    return DrawnTable(found.table(), TITLE, "method", notes, cells.used)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 
 from analysis.command import alone
 from analysis.comparing import detectable, made_of
-from analysis.keeping import Tabled
+from analysis.keeping import DrawnTable
 from analysis.published import TEXTS
 from analysis.results import Against, against, estimate, results, text_measure
 from analysis.selection import BEGINNING, SPIN, Absent, Cells, Runs, spell
@@ -19,7 +19,7 @@ MEASURES = ("bleu", "sbert", "rouge_l")
 PAPER = "paper (7B): mean of k=1..3"
 
 
-def make(runs: Runs) -> Tabled:
+def make(runs: Runs) -> DrawnTable:
     """Select, average over the iterations after 0, compare with SPIN, tabulate."""
     cells = runs.chains(matters=["eval.texts"])
     tracked = [name for name in MEASURES if _has(cells, name)]
@@ -42,7 +42,7 @@ def make(runs: Runs) -> Tabled:
         made_of(cells, set()),
         *(f"{note[0].upper()}{note[1:]}." for note in cells.notes),
     ]
-    return Tabled(table(rows, shown.digits, shown.scale), TITLE, "measure, method", notes, cells.used)
+    return DrawnTable(table(rows, shown.digits, shown.scale), TITLE, "measure, method", notes, cells.used)
 
 
 def _has(cells: Cells, name: str) -> bool:

@@ -4,7 +4,7 @@ import sys
 
 from analysis.command import alone
 from analysis.comparing import Comparisons, label, last
-from analysis.keeping import Tabled
+from analysis.keeping import DrawnTable
 from analysis.published import BRANCHES, COLUMN
 from analysis.selection import DNPO, DSL, NPO, SPIN, Runs
 
@@ -12,7 +12,7 @@ TITLE = "One iteration of SPIN, +DSL, +NPO and DNPO from the same SPIN model"
 SWEEP = "ablation"
 
 
-def make(runs: Runs) -> Tabled:
+def make(runs: Runs) -> DrawnTable:
     """Select, compare with SPIN in the same iteration, tabulate."""
     cells = runs.branches(matters=["eval.leaderboard"]).only([SPIN, DSL, NPO, DNPO])
     found = Comparisons.of(cells)
@@ -20,7 +20,7 @@ def make(runs: Runs) -> Tabled:
         for method in cells.methods:
             found.add(label(method, k), method, [k], SPIN, last(BRANCHES, method, k))
     notes = found.notes(f"Stars: against SPIN in the same iteration. {COLUMN}: arXiv 2502.05400, table 6.")
-    return Tabled(found.table(), TITLE, "method", notes, cells.used)
+    return DrawnTable(found.table(), TITLE, "method", notes, cells.used)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 
 from analysis.command import alone
 from analysis.comparing import Comparisons, label, last
-from analysis.keeping import Tabled
+from analysis.keeping import DrawnTable
 from analysis.published import BRANCHES, COLUMN
 from analysis.selection import CONSTANT, FIXED, NPO, SPIN, Runs
 
@@ -12,7 +12,7 @@ TITLE = "One iteration with trainable noise (+NPO), fixed noise, or a constant i
 SWEEP = "fixed_vs_trainable"
 
 
-def make(runs: Runs) -> Tabled:
+def make(runs: Runs) -> DrawnTable:
     """Select, compare with SPIN and trainable noise with both others in the same iteration, tabulate."""
     cells = runs.branches(matters=["eval.leaderboard"]).only([SPIN, FIXED, NPO, CONSTANT])
     found = Comparisons.of(cells)
@@ -28,7 +28,7 @@ def make(runs: Runs) -> Tabled:
         "Stars: against SPIN in the same iteration; in rows of differences, against 0. Constant: the mean effect of "
         f"the trainable noise of the same iteration and seed, without noise. {COLUMN}: arXiv 2502.05400, table 7."
     )
-    return Tabled(found.table(), TITLE, "method", notes, cells.used)
+    return DrawnTable(found.table(), TITLE, "method", notes, cells.used)
 
 
 if __name__ == "__main__":

@@ -351,7 +351,7 @@ def test_unfinished_runs_are_left_out_and_missing_cells_named(recorder: Recorder
 def texts_of(svg: str, name: str, recorder: Recorder, experiment: str) -> str:
     """The foot of a picture: an SVG has letters as outlines, so it is asked of the figure."""
     assert svg.startswith("<?xml")
-    script = command._script(command.resolve([name])[0])
+    script = command.load(command.scripts()[command.resolve([name])[0]])
     made = script.make(chosen(recorder, experiment, sweeps=[script.SWEEP]))
     return str(made.figure.get_supxlabel())
 
@@ -365,7 +365,9 @@ def test_no_finished_run_is_a_message(recorder: Recorder) -> None:
 def test_one_seed_is_said_in_pictures_and_tables(recorder: Recorder, tmp_path: Path) -> None:
     tag = ["--tag", "dnpo.seed=0", "--out", str(tmp_path), "--no-log"]
     assert analysis(recorder, "fig05", "fig06", "fig07", "table01", "table05", *tag) == 0
-    made = command._script("fig05_benchmark").make(chosen(recorder, sweeps=["main"], tags={"dnpo.seed": "0"}))
+    made = command.load(command.scripts()["fig05_benchmark"]).make(
+        chosen(recorder, sweeps=["main"], tags={"dnpo.seed": "0"})
+    )
     assert "ONE SEED (0)" in made.figure.get_supxlabel()
     assert "over items;" in made.figure.get_supxlabel()
     assert "One seed (0): intervals are over items only" in (tmp_path / "table01_main.md").read_text()
@@ -495,7 +497,7 @@ def test_answers_without_a_score_are_left_out_and_said(recorder: Recorder, tmp_p
     recorder.run(DNPO, 0, experiment="unscored", unscored=3)
     cells = chosen(recorder, "unscored", sweeps=["main"]).chains()
     for name in ("fig06_judge_score", "fig07_dnpo_vs_spin"):
-        made = command._script(name).make(chosen(recorder, "unscored", sweeps=["main"]))
+        made = command.load(command.scripts()[name]).make(chosen(recorder, "unscored", sweeps=["main"]))
         assert "Up to 3 items that lack a score under some seed are left out." in made.figure.get_supxlabel()
     assert analysis(recorder, "fig06", "--out", str(tmp_path), "--no-log", experiment="unscored") == 0
     for row in read(tmp_path / "fig06_judge_score.csv")[:-1]:
@@ -645,7 +647,7 @@ def test_the_papers_curve_stands_beside_runs_of_its_setting_alone(recorder: Reco
     setting = {"tags": {"dnpo.scale": "7b"}, "params": {"eval.leaderboard": "x"}}
     for method in (SPIN, DNPO):
         recorder.run(method, 0, experiment="paper", leaderboard=True, **setting)  # type: ignore[arg-type]
-    script = command._script("fig05_benchmark")
+    script = command.load(command.scripts()["fig05_benchmark"])
     labels = {}
     for experiment in ("paper", "dnpo"):
         (axis,) = script.make(chosen(recorder, experiment, sweeps=["main"])).figure.axes
