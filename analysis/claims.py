@@ -93,7 +93,7 @@ def _go(options: argparse.Namespace) -> int:
     about = f"Claims are told of: {book.scale}. {_about(book, tracked)}"
     files = write(results, about, options.out)
     for place, result in enumerate(results, 1):
-        effect = "" if result.finding is None else tables.shown(result)
+        effect = "" if result.finding is None else tables.format_effect(result)
         print(f"{place:3} {result.outcome:13} {result.claim.id:34} {effect}")
     for remark in tables.remarks(results):
         if "not measured" in remark:
@@ -210,7 +210,7 @@ def write(results: Sequence[Result], about: str, folder: Path) -> list[Path]:
     contents = {
         "claims.md": tables.markdown(results, about),
         BRIEF: tables.brief(results, about),
-        "claims.csv": tables.comma_separated(results),
+        "claims.csv": tables.to_csv(results),
         "claims.json": tables.as_json(results, {"about": about}),
         "claims.tex": tables.latex(results, about),
     }
@@ -220,7 +220,7 @@ def write(results: Sequence[Result], about: str, folder: Path) -> list[Path]:
 
 
 def log(database: Database, results: Sequence[Result], files: Sequence[Path]) -> str:
-    """Log the files as a run of their own, and the numbers with the sweeps that were read; gives the run's id.
+    """Log the files as a separate run, and the numbers with the sweeps that were read; return the run's id.
 
     Raises:
         TrackingError: the store does not take them.

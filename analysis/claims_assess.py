@@ -19,7 +19,7 @@ from dnpo.stats.intervals import Estimate
 from dnpo.stats.significance import holm
 from dnpo.tracking.reading import SFT, Database, TrackedRun
 
-PARTS = ("dsl", "npo")  # what is in force from an iteration of its own on
+PARTS = ("dsl", "npo")  # each is in force from its start on
 
 
 # --- the runs --------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ class Tracked:
 
     def missing(self, claim: Claim, seed: int) -> list[str]:
         """The cells that a claim needs and that are not there under a seed."""
-        return [f"{arm}@{k}" for arm, k in needed(claim) if self.cell(claim.sweep, arm, seed, k) is None]
+        return [f"{arm}@{k}" for arm, k in list_needed_cells(claim) if self.cell(claim.sweep, arm, seed, k) is None]
 
 
 def in_force(run: TrackedRun, iteration: int | str) -> bool:
@@ -104,7 +104,7 @@ def in_force(run: TrackedRun, iteration: int | str) -> bool:
     return started and k < int(run.params["iterations"])
 
 
-def needed(claim: Claim) -> list[tuple[str, int | str]]:
+def list_needed_cells(claim: Claim) -> list[tuple[str, int | str]]:
     """The arms and iterations that a claim needs, each once."""
     a, b = claim.sides
     found = [(term.arm, k) for term in a + b for k in term.iterations]
@@ -141,21 +141,21 @@ def assess(book: Book, tracked: Tracked, say: Callable[[Claim], None] | None = N
         if say:
             say(claim)
         try:
-            results.append(_measured(claim, tracked))
+            results.append(_measure(claim, tracked))
         except DnpoError as error:
             results.append(Result(claim, "not measured", reason=str(error)))
     adjusted = holm([result.finding.p if result.finding else 1.0 for result in results])
-    return [_decided(result, p) for result, p in zip(results, adjusted, strict=True)]
+    return [_decide_one(result, p) for result, p in zip(results, adjusted, strict=True)]
 
 
-def _decided(result: Result, p_holm: float) -> Result:
+def _decide_one(result: Result, p_holm: float) -> Result:
     if result.finding is None:
         return result
     outcome = decide(result.finding.effect, result.claim.region, p_holm, result.finding.seeds)
     return replace(result, outcome=outcome, p_holm=p_holm)
 
 
-def _measured(claim: Claim, tracked: Tracked) -> Result:
+def _measure(claim: Claim, tracked: Tracked) -> Result:
     """A claim with its effect, before the correction.
 
     Raises:
@@ -171,7 +171,7 @@ def _measured(claim: Claim, tracked: Tracked) -> Result:
     if claim.premise:
         seeds, note = _with_premise(claim, claim.premise, tracked, seeds)
         notes.append(note)
-    chosen = [_cell(claim, tracked, arm, seed, k) for seed in seeds for arm, k in needed(claim)]
+    chosen = [_cell(claim, tracked, arm, seed, k) for seed in seeds for arm, k in list_needed_cells(claim)]
     runs = tuple({cell.run.id: cell.run for cell in chosen}.values())
     refuse_mixture(runs, differing_starts=True, matters=claim.matters)
     a, b = claim.sides
@@ -246,21 +246,21 @@ def _sides(claim: Claim, tracked: Tracked, seed: int, a: Sequence[Term], b: Sequ
             )
             for ours, theirs in zip(a[0].iterations, b[0].iterations, strict=True)
         ]
-        first = _combined(found, 1 / len(found))
-        return first, _combined([first], 0.0)
+        first = _combine(found, 1 / len(found))
+        return first, _combine([first], 0.0)
 
     def total(side: Sequence[Term]) -> Values:
         means = []
         for term in side:
             found = [tracked.value(claim, term.arm, seed, k) for k in term.iterations]
-            means.append(_combined(found, 1 / len(found)))
-        return _combined(means, 1.0)
+            means.append(_combine(found, 1 / len(found)))
+        return _combine(means, 1.0)
 
     ours = total(a)
-    return ours, total(b) if b else _combined([ours], 0.0)
+    return ours, total(b) if b else _combine([ours], 0.0)
 
 
-def _combined(values: Sequence[Values], times: float) -> Values:
+def _combine(values: Sequence[Values], times: float) -> Values:
     """The sum of several, times a number; of those by prompt, prompt by prompt."""
     if all(isinstance(value, dict) for value in values):
         rows = [value for value in values if isinstance(value, dict)]

@@ -1,4 +1,4 @@
-"""What a claim can be told from: one policy of one tracked run gives a number, or a number a held-out prompt.
+"""What a claim can be computed from: one policy of one tracked run gives a number, or a number a held-out prompt.
 
 Every measure is a pure function of rows that a run has tracked; ``MEASURES`` and ``BETWEEN`` give them the names that
 ``claims.yaml`` has for them. Differences, means over iterations and seeds are taken by ``claims.py``, the same way for
@@ -221,7 +221,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class ClaimMeasure(NamedTuple):
-    """A measure, and which of a cell's parts it is told from."""
+    """A measure, and which of a cell's parts it is computed from."""
 
     of: str
     function: Callable[..., Values]

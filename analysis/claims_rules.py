@@ -149,6 +149,6 @@ def rule(claims: int) -> str:
     return RULE.format(alpha=ALPHA, claims=claims, least=LEAST_SEEDS)
 
 
-def counted(outcomes: Sequence[Outcome]) -> str:
+def count_outcomes(outcomes: Sequence[Outcome]) -> str:
     """How many of each, in words."""
     return ", ".join(f"{outcomes.count(one)} {one}" for one in OUTCOMES)

@@ -10,7 +10,7 @@ from typing import Any
 
 from analysis.claims_assess import Result
 from analysis.claims_book import Claim
-from analysis.claims_rules import counted, rule
+from analysis.claims_rules import count_outcomes, rule
 from dnpo.stats.intervals import Estimate
 
 RELATIONS = {"greater": ">", "less": "<", "at_least": "≥", "at_most": "≤"}
@@ -55,7 +55,7 @@ def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> str:
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
-def comma_separated(results: Sequence[Result]) -> str:
+def to_csv(results: Sequence[Result]) -> str:
     """One line a claim; nested values as JSON."""
     rows = [as_dict(result) for result in results]
     out = io.StringIO()
@@ -76,14 +76,24 @@ def _line(result: Result) -> tuple[str, ...]:
     claim, found = result.claim, result.finding
     source = f"{claim.paper}, {claim.where}"
     if found is None:
-        return (claim.text, source, claim.measured, claimed(claim), "", "", "", "", "not measured")
+        return (claim.text, source, claim.measured, format_claim(claim), "", "", "", "", "not measured")
     size = str(found.seeds) + (f" × {found.items}" if found.items is not None else "")
     detectable = "" if found.detectable is None else number(found.detectable, claim.digits)
     p = "" if result.p_holm is None else p_text(result.p_holm)
-    return claim.text, source, claim.measured, claimed(claim), shown(result), p, size, detectable, result.outcome
+    return (
+        claim.text,
+        source,
+        claim.measured,
+        format_claim(claim),
+        format_effect(result),
+        p,
+        size,
+        detectable,
+        result.outcome,
+    )
 
 
-def shown(result: Result) -> str:
+def format_effect(result: Result) -> str:
     """The effect with its interval and unit; differences have a sign."""
     if result.finding is None:
         return ""
@@ -91,7 +101,7 @@ def shown(result: Result) -> str:
     return f"{interval(result.finding.effect, result.claim.digits, signed)} {result.claim.unit}"
 
 
-def claimed(claim: Claim) -> str:
+def format_claim(claim: Claim) -> str:
     """Where a claim says that its effect lies, in signs."""
     target, margin = f"{claim.target:g}".replace("-", "−"), f"{claim.margin:g}"
     if claim.relation == "within":
@@ -141,7 +151,7 @@ def ranges(places: Sequence[int]) -> str:
 
 def caption(results: Sequence[Result], about: str) -> list[str]:
     """What a reader needs to read the table, in sentences."""
-    return [f"{counted([r.outcome for r in results]).capitalize()}. {about}", rule(len(results))]
+    return [f"{count_outcomes([r.outcome for r in results]).capitalize()}. {about}", rule(len(results))]
 
 
 def markdown(results: Sequence[Result], about: str) -> str:

@@ -80,13 +80,13 @@ class Comparisons:
         return table(self.rows, average.digits, average.scale)
 
     def notes(self, *more: str) -> list[str]:
-        """What has to be said below the table."""
+        """Write what stands below the table."""
         return [
             *more,
             IN_WORDS[is_leaderboard(self.measures)],
             detectable(self.found),
-            *said(self.found),
-            made_of(self.cells, self.items),
+            *collect_notes(self.found),
+            describe_cells(self.cells, self.items),
             *(f"{note[0].upper()}{note[1:]}." for note in self.cells.notes),
         ]
 
@@ -116,13 +116,13 @@ def detectable(found: Sequence[Against], scale: float = 100.0, unit: str = " poi
     )
 
 
-def said(found: Sequence[Against]) -> list[str]:
-    """What the comparisons say of themselves, each once; that there is one seed is said elsewhere."""
+def collect_notes(found: Sequence[Against]) -> list[str]:
+    """List the notes of the comparisons, each once, without the one on a single seed, which stands elsewhere."""
     counts = Counter(note for each in found for note in each.notes if not note.startswith("one seed"))
     return [f"{note[0].upper()}{note[1:]} ({count} of {len(found)} comparisons)." for note, count in counts.items()]
 
 
-def made_of(cells: Cells, items: set[int]) -> str:
+def describe_cells(cells: Cells, items: set[int]) -> str:
     """Seeds, items, data, judge, runs and commit in a sentence."""
     seeds = cells.seeds
     shown = f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"

@@ -7,7 +7,7 @@ import numpy as np
 
 from analysis.drawing import canvas, finish, foot
 from analysis.keeping import DrawnFigure
-from analysis.results import Array, kept
+from analysis.results import Array, read_once
 from analysis.selection import Absent, Cells, Iteration, Runs
 from dnpo.catalogue import metric
 from dnpo.evaluate.distances import ks
@@ -80,7 +80,7 @@ def _samples(cells: Cells, method: str, iteration: Iteration) -> list[dict[str, 
 
 def _load(run: TrackedRun, iteration: Iteration) -> dict[str, Array]:
     path = f"logprobs/{iteration_name(iteration)}.npz"
-    found = kept(run, path, lambda file: dict(np.load(file)))
+    found = read_once(run, path, lambda file: dict(np.load(file)))
     if found is None:
         raise Absent(f"run {run.id} has not kept {path}; runs of an earlier version have not")
     loaded: dict[str, Array] = found

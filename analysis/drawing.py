@@ -147,7 +147,7 @@ def outcomes(axis: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[str
     axis.set_xlabel("share of answers, %")
 
 
-def beside(axis: Axes, head: str, texts: Sequence[str]) -> None:
+def write_beside_bars(axis: Axes, head: str, texts: Sequence[str]) -> None:
     """Words at the right of each bar of :func:`outcomes`, with a head."""
     axis.text(102, -0.45, head, va="bottom", fontsize=7.5)
     for y, text in enumerate(texts):

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from analysis.command import alone
-from analysis.drawing import beside, canvas, finish, foot, outcomes, plus_minus
+from analysis.drawing import canvas, finish, foot, outcomes, plus_minus, write_beside_bars
 from analysis.keeping import DrawnFigure
 from analysis.results import outcome, over_iterations
 from analysis.selection import Cells, Runs, spell
@@ -42,7 +42,7 @@ def make(runs: Runs) -> DrawnFigure:
         mine = {row["iteration"]: row for row in rows if row["method"] == method}
         shown = [k for k in cells.iterations if k in mine]
         outcomes(axis, [mine[k] for k in shown], [spell(k) for k in shown])
-        beside(axis, "win or tie", [plus_minus(mine[k], "as_good_") for k in shown])
+        write_beside_bars(axis, "win or tie", [plus_minus(mine[k], "as_good_") for k in shown])
         axis.set_title(method)
     for first in panels[::columns]:
         first.set_ylabel("policy after")

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from analysis import published
 from analysis.command import alone
-from analysis.drawing import beside, canvas, finish, foot, outcomes, plus_minus
+from analysis.drawing import canvas, finish, foot, outcomes, plus_minus, write_beside_bars
 from analysis.keeping import DrawnFigure
 from analysis.results import against, duel, estimate, numbers, size, stack
 from analysis.selection import BEGINNING, DNPO, SPIN, Absent, Cells, Runs, spell
@@ -44,7 +44,7 @@ def draw(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """A bar an iteration; beside it by how much wins are more than losses, with a star where that is no chance."""
     outcomes(axis, rows, [spell(row["iteration"]) for row in rows])
     texts = [plus_minus(row, "win_less_lose_", signed=True) + "*" * (row["p_holm"] <= 0.05) for row in rows]
-    beside(axis, "win − lose", texts)
+    write_beside_bars(axis, "win − lose", texts)
     axis.set_ylabel("policy after")
 
 

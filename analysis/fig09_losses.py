@@ -9,7 +9,7 @@ import numpy as np
 from analysis.command import alone
 from analysis.drawing import canvas, find_look, finish, foot
 from analysis.keeping import DrawnFigure
-from analysis.results import Array, estimate, kept
+from analysis.results import Array, estimate, read_once
 from analysis.selection import BEGINNING, DNPO, NPO, Absent, Cells, Iteration, Runs
 from dnpo.catalogue import metric
 from dnpo.palette import BREAK, NOISE
@@ -67,7 +67,7 @@ def _losses(cells: Cells, method: str, iteration: Iteration, name: str) -> Array
 
 def _steps(run: TrackedRun, iteration: Iteration) -> list[dict[str, float]]:
     path = f"steps/{iteration_name(iteration)}.json"
-    steps: list[dict[str, float]] | None = kept(run, path, lambda file: json.loads(file.read_text()))
+    steps: list[dict[str, float]] | None = read_once(run, path, lambda file: json.loads(file.read_text()))
     if steps is None:
         raise Absent(f"run {run.id} has not kept {path}; runs of an earlier version have not")
     return steps

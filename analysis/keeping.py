@@ -29,7 +29,7 @@ class DrawnFigure:
 
 @dataclass(frozen=True)
 class DrawnTable:
-    """A table, its title, the head of its first column, and what has to be said below."""
+    """A table, its title, the head of its first column, and the lines below it."""
 
     table: Table
     title: str

@@ -71,7 +71,7 @@ class Against:
 def score(column: str = "score") -> PolicyMeasure:
     """A judge's mean score of sampled answers to held-out prompts; ``second`` is the second judge's."""
     name = "eval/score" if column == "score" else "second/score"
-    return PolicyMeasure(metric(name), lambda run, k: _sampled(run, k, column, None))
+    return PolicyMeasure(metric(name), lambda run, k: _read_samples(run, k, column, None))
 
 
 def outcome(which: str, column: str = "score") -> PolicyMeasure:
@@ -80,7 +80,7 @@ def outcome(which: str, column: str = "score") -> PolicyMeasure:
     prefix = "eval" if column == "score" else "second"
     name = f"{prefix}/{which}"
     shown = replace(metric(f"{prefix}/win"), name=name, label="win or tie") if which == "as_good" else metric(name)
-    return PolicyMeasure(shown, lambda run, k: _sampled(run, k, column, wanted))
+    return PolicyMeasure(shown, lambda run, k: _read_samples(run, k, column, wanted))
 
 
 def benchmarks(cells: Cells) -> list[PolicyMeasure]:
@@ -271,7 +271,7 @@ def item_path(iteration: Iteration) -> str:
     return f"items/{iteration_name(iteration)}.parquet"
 
 
-def kept(run: TrackedRun, path: str, read: Callable[[Path], Any]) -> Any:
+def read_once(run: TrackedRun, path: str, read: Callable[[Path], Any]) -> Any:
     """An artefact of a run, read once; None where there is none."""
     if (run.id, path) not in _KEPT:
         found = run.artifact(path)
@@ -281,7 +281,7 @@ def kept(run: TrackedRun, path: str, read: Callable[[Path], Any]) -> Any:
 
 def _items(run: TrackedRun, iteration: Iteration) -> pa.Table | None:
     """A row a held-out response. It stays a table: Python objects would take a hundred times as much memory."""
-    return kept(run, item_path(iteration), pq.read_table)
+    return read_once(run, item_path(iteration), pq.read_table)
 
 
 def _columns(table: pa.Table, names: Sequence[str], **wanted: str) -> list[tuple[Any, ...]]:
@@ -291,7 +291,7 @@ def _columns(table: pa.Table, names: Sequence[str], **wanted: str) -> list[tuple
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))
 
 
-def _sampled(run: TrackedRun, iteration: Iteration, column: str, wanted: Sequence[int] | None) -> Items | None:
+def _read_samples(run: TrackedRun, iteration: Iteration, column: str, wanted: Sequence[int] | None) -> Items | None:
     """By prompt: the mean score of its samples, or the share that compares with the human one's as wanted."""
     table = _items(run, iteration)
     if table is None or column not in table.column_names or table[column].null_count == len(table):
@@ -319,7 +319,7 @@ def _family(family: str) -> Callable[[TrackedRun, Iteration], Items | None]:
 
 def _benchmark(name: str) -> Callable[[TrackedRun, Iteration], Items | None]:
     def items(run: TrackedRun, iteration: Iteration) -> Items | None:
-        table = kept(run, f"leaderboard/{iteration_name(iteration)}.parquet", pq.read_table)
+        table = read_once(run, f"leaderboard/{iteration_name(iteration)}.parquet", pq.read_table)
         if table is None:
             return None
         mine = _columns(table, ["task", "id", "score"], benchmark=name)

@@ -121,7 +121,7 @@ class Runs:
 
     Attributes:
         finished: the runs that came to their end.
-        notes: what has to be said of the others.
+        notes: what a reader has to know of the others.
         asked: the selection in words.
     """
 
@@ -213,7 +213,7 @@ def select(
 
 
 def method_of(run: TrackedRun) -> str:
-    """What a run is called in pictures: told from its labels and its noise, which is right in every sweep."""
+    """Name a run for pictures by its labels and its noise, which is right in every sweep."""
     labels, noise = run.option("dsl") or "off", run.option("npo") or "off"
     return METHODS.get((labels, noise), f"{labels} labels, {noise} noise")
 

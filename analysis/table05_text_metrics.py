@@ -5,7 +5,7 @@ import sys
 import numpy as np
 
 from analysis.command import alone
-from analysis.comparing import detectable, made_of
+from analysis.comparing import describe_cells, detectable
 from analysis.keeping import DrawnTable
 from analysis.published import TEXTS
 from analysis.results import Against, against, estimate, results, text_measure
@@ -39,7 +39,7 @@ def make(runs: Runs) -> DrawnTable:
         f"{PAPER}: arXiv 2502.05400, table 5.",
         *([] if "sbert" in tracked else ["Sentence-BERT is not tracked (eval.texts.encoder)."]),
         detectable(compared, shown.scale, "", shown.digits),
-        made_of(cells, set()),
+        describe_cells(cells, set()),
         *(f"{note[0].upper()}{note[1:]}." for note in cells.notes),
     ]
     return DrawnTable(table(rows, shown.digits, shown.scale), TITLE, "measure, method", notes, cells.used)

@@ -48,8 +48,8 @@ Dtype = Literal["float32", "bfloat16"]  # of weights
 
 SPECIAL = ("_target_", "_partial_")
 OWN = "dnpo."
-CHANGES_RESULT = "changes result"  # a field's metadata; true where nothing is said
-IS_PLACE = "is a place"  # the same; false where nothing is said
+CHANGES_RESULT = "changes result"  # a field's metadata; true by default
+IS_PLACE = "is a place"  # the same; false by default
 
 
 def neutral(default: Any = dataclasses.MISSING) -> Any:
@@ -172,7 +172,7 @@ def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         name: where the settings stand, such as ``npo``; every message begins with it.
-        settings: plain values; nested mappings with a ``_target_`` of their own, and mappings of such, are checked too.
+        settings: plain values; nested mappings with a ``_target_``, and mappings of such, are checked too.
 
     Returns:
         The settings with each value as its annotation has it (``alpha: 1`` becomes ``1.0``), so that one value has
@@ -331,7 +331,7 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
 
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:  # dataclasses bring a configuration of their own
+    except PydanticUserError:  # dataclasses bring their own configuration
         adapter = TypeAdapter(hint)
     try:
         return adapter.validate_python(value, strict=True)

@@ -50,8 +50,8 @@ class Evaluation:
         samples: fresh samples of each held-out prompt.
         sequences: pairs of the iteration, and fresh samples for the same prompts, whose log-probabilities are kept. Of
             these the Kolmogorov-Smirnov distance compares those whose fresh sample is not the human response itself;
-            it needs 1,200 or more to be told from chance.
-        texts: newly generated texts beside the positive samples, a stage of its own; None leaves it out.
+            it needs 1,200 or more to stand out from chance.
+        texts: compares newly generated texts with the positive samples, as a separate stage; None leaves it out.
         leaderboard: benchmarks through lm-eval, after every iteration, a stage too; None leaves them out.
         measures: further measures by a name, each a stage too.
     """

@@ -140,7 +140,7 @@ def verb(
         name: of the stage's folder in the store.
         version: raised by hand whenever a change of the code changes results.
         settings: of run and plan, what decides the result beside the inputs: plain values that go into the key.
-        title: what people read; the name where nothing is said.
+        title: what people read; by default the name.
     """
 
     def decorate(work: Callable[[Run, Any, Task], Facts]) -> Verb:
