@@ -118,7 +118,11 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.hookimpl(tryfirst=True)  # before the workers read the mark
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, keep on one worker the tests that share what takes long to make."""
+    """With `--dist loadgroup`, keep on one worker the tests that share what takes long to make.
+
+    Long tests go first, so that at the end no worker waits for the other's last one.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     for item in items:
         shared = sorted(EXPENSIVE & set(getattr(item, "fixturenames", ())))
         if shared:
