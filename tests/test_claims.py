@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from analysis import claims, claims_measures, claims_tables
-from analysis.claims_assess import Tracked, in_force, needed
+from analysis.claims_assess import Tracked, in_force, list_needed_cells
 from analysis.claims_book import FILE, Sweep, Term, read, terms
 from analysis.claims_rules import Region, Sample, decide, find, p_against, region
 from hydra import compose, initialize_config_dir
@@ -260,7 +260,7 @@ def test_every_claim_finds_all_that_it_needs_in_its_sweep(sweep: str) -> None:
     assert wanted
     for claim in wanted:
         assert tracked.missing(claim, 0) == []
-        for arm, k in needed(claim):
+        for arm, k in list_needed_cells(claim):
             cell = tracked.cell(sweep, arm, 0, k)
             assert cell is not None
             if sweep in ("ablation", "fixed_vs_trainable") and arm != "spin":
