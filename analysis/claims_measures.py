@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from scipy.signal import detrend
 from scipy.stats import ks_2samp
 
-from dnpo import catalogue
+from dnpo import catalogue, records
 from dnpo.errors import DataError
 from dnpo.tracking.reading import TrackedRun, iteration_name
 
@@ -163,13 +163,14 @@ def distance(logprobs: Mapping[str, Any], first: str, second: str) -> float:
 
 
 def mean_over_steps(steps: Sequence[Row], name: str, otherwise: str = "") -> float:
-    """The mean of a metric over the steps of one training.
+    """The mean of a metric over the steps of one training, each weighted by its rows.
 
     Args:
         otherwise: the metric to take where nothing has the first, as a training without noise has no noisy margin.
     """
     chosen = otherwise if otherwise and all(name not in step for step in steps) else name
-    return float(_series(steps, chosen).mean())
+    _series(steps, chosen)
+    return records.mean_over_steps(steps, chosen)
 
 
 def correlation(steps: Sequence[Row], first: str, second: str, detrended: bool = False) -> float:

@@ -1,5 +1,6 @@
 """Sampling: what decides a sample, what is computed for it, shards, truncation, and log-probabilities."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -34,6 +35,7 @@ from tests.conftest import Report, World
 
 MakePolicy = Callable[..., Policy]
 LAYOUT = Sampling(batch_size=8, shard_size=20)
+STREAMS = range(1000)
 
 
 def go(
@@ -71,7 +73,7 @@ def test_log_probabilities_are_those_of_the_model_alone(make_policy: MakePolicy,
         assert row.logprob == pytest.approx(brute, abs=1e-4)
 
 
-def test_a_sample_depends_on_seed_and_shard_alone(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_a_sample_depends_on_seed_and_prompt_alone(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     """Not on what ran before, nor on how many shards there are, nor on the state of global chance."""
     policy = make_policy()
     first = go(policy, world, tmp_path / "a")
@@ -85,7 +87,7 @@ def test_a_sample_depends_on_seed_and_shard_alone(make_policy: MakePolicy, world
 
 
 def test_shards_have_other_samples_of_the_same_prompt(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Each shard and each row in it draws for itself, so one prompt asked many times has many answers."""
+    """One prompt that is asked many times has many answers, in one shard or several."""
     prompts, layout = [world.prompts[0]] * 8, Sampling(batch_size=4, shard_size=4)
     rows = generate(
         make_policy(), prompts, layout, source="policy@3", limit=12, seed=1, folder=tmp_path, report=Report()
@@ -139,7 +141,7 @@ def alone(policy: Policy, prompt: list[int], limit: int) -> list[int]:
 def test_greedy_answers_are_those_of_each_prompt_alone(make_policy: MakePolicy, world: World, batch_size: int) -> None:
     policy = stopping(make_policy())
     prompts = [p.token_ids for p in world.prompts[:30]]
-    rows = complete(policy, prompts, Sampling(temperature=0.0, batch_size=batch_size), 12, 0, Report())
+    rows = complete(policy, prompts, Sampling(temperature=0.0, batch_size=batch_size), 12, STREAMS, Report())
     assert rows == [alone(policy, ids, 12) for ids in prompts]
     assert len({len(row) for row in rows}) > 4, "they must end at different lengths for this test to mean anything"
 
@@ -149,7 +151,7 @@ def test_samples_do_not_depend_on_what_else_is_in_the_batch(make_policy: MakePol
     policy = stopping(make_policy())
     prompts = [p.token_ids for p in world.prompts[:24]]
     prompts += prompts[:12]
-    args: Any = (12, 3, Report())
+    args: Any = (12, STREAMS, Report())
     by_one = complete(policy, prompts, Sampling(batch_size=1), *args)
     for batch_size in (2, 5, 8, 100):
         assert complete(policy, prompts, Sampling(batch_size=batch_size), *args) == by_one
@@ -162,7 +164,7 @@ def test_nothing_is_computed_twice_or_for_rows_that_have_finished(make_policy: M
     prompts = [p.token_ids for p in world.prompts[:40]]
     distinct = {tuple(ids) for ids in prompts}
     with forwards(policy) as seen:
-        rows = complete(policy, prompts * 4, LAYOUT, 12, 3, Report())
+        rows = complete(policy, prompts * 4, LAYOUT, 12, STREAMS, Report())
     prefills = [(rows, columns) for rows, columns in seen if columns > 1]
     assert sum(rows for rows, _ in prefills) == len(distinct), "a prompt is read once, whatever is sampled from it"
     assert sum(rows for rows, columns in seen if columns == 1) == sum(len(row) - 1 for row in rows)
@@ -174,7 +176,7 @@ def test_the_next_prompts_take_the_places_of_rows_that_have_finished(make_policy
     policy = stopping(make_policy())
     prompts = [p.token_ids for p in world.prompts[:60]]
     with forwards(policy) as seen:
-        rows = complete(policy, prompts, LAYOUT, 12, 3, Report())
+        rows = complete(policy, prompts, LAYOUT, 12, STREAMS, Report())
     joined = [after[0] > before[0] for before, after in pairwise(seen) if before[1] > 1]
     assert sum(joined) > 5, "a step after a prefill has more rows than were read"
     assert max(count for count, _ in seen) <= LAYOUT.batch_size
@@ -185,8 +187,8 @@ def test_the_next_prompts_take_the_places_of_rows_that_have_finished(make_policy
 def test_more_copies_of_a_prompt_than_the_batch_has_rows(make_policy: MakePolicy, world: World) -> None:
     policy, report = stopping(make_policy()), Report()
     prompts = [world.prompts[0].token_ids] * 11
-    rows = complete(policy, prompts, Sampling(batch_size=4), 12, 3, report)
-    assert rows == complete(policy, prompts, Sampling(batch_size=1), 12, 3, Report())
+    rows = complete(policy, prompts, Sampling(batch_size=4), 12, STREAMS, report)
+    assert rows == complete(policy, prompts, Sampling(batch_size=1), 12, STREAMS, Report())
     assert report.done == 11
 
 
@@ -238,11 +240,11 @@ def test_families(world: World, family: str, monkeypatch: pytest.MonkeyPatch) ->
         policy = Policy(make.from_config(FAMILIES[family](len(world.tokenizer))).eval(), world.tokenizer)
     stopping(policy)
     prompts = [world.prompts[i].token_ids[: 3 + i] for i in range(12)]
-    greedy = complete(policy, prompts, Sampling(temperature=0.0, batch_size=5), 10, 0, Report())
+    greedy = complete(policy, prompts, Sampling(temperature=0.0, batch_size=5), 10, STREAMS, Report())
     assert greedy == [alone(policy, ids, 10) for ids in prompts]
     prompts += prompts[:6]
-    sampled = complete(policy, prompts, Sampling(batch_size=5), 10, 1, Report())
-    assert sampled == complete(policy, prompts, Sampling(batch_size=1), 10, 1, Report())
+    sampled = complete(policy, prompts, Sampling(batch_size=5), 10, STREAMS, Report())
+    assert sampled == complete(policy, prompts, Sampling(batch_size=1), 10, STREAMS, Report())
     assert len(set(map(tuple, sampled))) > 12, "a model that always says the same shows nothing"
 
 
@@ -250,7 +252,7 @@ def test_a_completion_longer_than_the_buffers_spare_columns(make_policy: MakePol
     policy = make_policy(max_position_embeddings=256)
     prompts = [p.token_ids for p in world.prompts[:3]]
     limit = 2 * dnpo.generate.hf._Window._SPARE + 5
-    rows = complete(policy, prompts, Sampling(temperature=0.0, batch_size=2), limit, 0, Report())
+    rows = complete(policy, prompts, Sampling(temperature=0.0, batch_size=2), limit, STREAMS, Report())
     assert rows == [alone(policy, ids, limit) for ids in prompts]
 
 
@@ -290,17 +292,68 @@ def test_samples_follow_the_policys_own_probabilities(
     assert abs(chi - degrees) < 5 * (2 * degrees) ** 0.5, "5 standard deviations of the chi-square"
 
 
-def test_the_ends_of_the_unit_interval_fall_on_possible_tokens() -> None:
-    """Also with a large vocabulary, most of which has no probability."""
-    scores = torch.full((2, 50_000), -torch.inf)
-    scores[:, 17], scores[:, 40_000] = 0.3, -1.2
-    nearly_one = 1 - 2.0**-53
-    warp = dnpo.generate.hf._warp(Sampling())
-    ends = torch.tensor([0.0, nearly_one], dtype=torch.float64)
-    assert dnpo.generate.hf._pick(scores, ends, warp).tolist() == [17, 40_000]
-    border = float(scores[0, [17, 40_000]].double().softmax(-1)[0])
-    around = torch.tensor([border - 1e-6, border + 1e-6], dtype=torch.float64)
-    assert dnpo.generate.hf._pick(scores, around, warp).tolist() == [17, 40_000]
+def test_what_has_no_probability_is_never_drawn() -> None:
+    """Also with a large vocabulary, most of which has none, and of which the groups do not divide it evenly."""
+    scores = torch.full((4000, 5003), -torch.inf)
+    scores[:, 17], scores[:, 5002] = 0.3, -1.2
+    tokens = dnpo.generate.hf._pick(scores, [(row, 0) for row in range(4000)], dnpo.generate.hf._warp(Sampling()))
+    rare = int((tokens == 5002).sum())
+    assert set(tokens.tolist()) == {17, 5002}
+    expected = float(torch.tensor([0.3, -1.2]).softmax(-1)[1])
+    assert abs(rare / 4000 - expected) < 5 * (expected * (1 - expected) / 4000) ** 0.5
+
+
+def test_random_numbers_are_those_of_splitmix64() -> None:
+    """Against the generator in whole numbers; every stream and token has other ones."""
+
+    def mixed(stream: int, number: int) -> int:
+        bits = (stream + number * 0x9E3779B97F4A7C15) % 2**64
+        bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+        return bits ^ (bits >> 31)
+
+    assert mixed(1234567, 1) == 6457827717110365317, "the generator's published first number for this seed"
+    places = [(0, 0), (1234567, 0), (2**63 - 1, 5), (7, 2**20)]
+    found = dnpo.generate.hf._exponential(places, 9, torch.device("cpu"))
+    for row, (stream, token) in zip(found.tolist(), places, strict=True):
+        numbers = [mixed(stream, token * 9 + i + 1) for i in range(9)]
+        assert row == pytest.approx([-math.log(((bits >> 11) + 0.5) / 2**53) for bits in numbers], rel=1e-12)
+    assert found.unique().numel() == found.numel()
+
+
+@pytest.mark.parametrize("vocabulary", [50, 3000])
+def test_probabilities_that_are_a_little_off_draw_another_token_about_as_often(vocabulary: int) -> None:
+    """Rounding shall not become another run: at most twice the total-variation distance, once for each draw."""
+    warp, places = dnpo.generate.hf._warp(Sampling()), [(row, 3) for row in range(2000)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        logits = torch.randn(2000, vocabulary) * 3
+        off = logits + torch.randn(2000, vocabulary) * 0.02
+    apart = (logits.softmax(-1) - off.softmax(-1)).abs().sum(-1).div(2)
+    changed = dnpo.generate.hf._pick(logits, places, warp) != dnpo.generate.hf._pick(off, places, warp)
+    limit = 2 * float(apart.sum())
+    assert 0 < int(changed.sum()) < limit + 3 * limit**0.5
+    assert limit < 40, "most rows are to have the same token"
+
+
+def test_a_sample_depends_on_its_prompt_and_not_on_its_place(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    """Neither on prompts before it, nor on shards, nor on how many more samples there are of it."""
+    policy, args = make_policy(), ("x", 12, 3, Report())
+    rows = {row.id: row for row in sample(policy, world.prompts[:30], LAYOUT, *args)}
+    turned = sample(policy, world.prompts[29:9:-1], LAYOUT, *args)
+    assert [row.token_ids for row in turned] == [rows[row.id].token_ids for row in turned]
+    twice = sample(policy, [*world.prompts[:9], *world.prompts[:9]], LAYOUT, *args)
+    assert [row.token_ids for row in twice[:9]] == [rows[row.id].token_ids for row in twice[:9]]
+    assert [row.token_ids for row in twice[9:]] != [row.token_ids for row in twice[:9]]
+    some = {"source": "x", "limit": 12, "seed": 3, "report": Report()}
+    for size in (7, 20):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        layout = Sampling(batch_size=8, shard_size=size)
+        made = generate(policy, world.prompts[:30], layout, folder=folder, **some)
+        assert [row.token_ids for row in made] == [rows[row.id].token_ids for row in made]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -341,7 +394,7 @@ def test_a_model_without_a_cache_is_refused(make_policy: MakePolicy, world: Worl
     policy.model.weight = nn.Parameter(torch.zeros(1))
     policy.model.generation_config = GenerationConfig()
     with pytest.raises(ModelError, match="Recurrent takes no past_key_values"):
-        complete(policy, [[1, 2]], LAYOUT, 12, 0, Report())
+        complete(policy, [[1, 2]], LAYOUT, 12, STREAMS, Report())
 
 
 def test_a_models_own_defaults_do_not_leak_in(make_policy: MakePolicy, world: World) -> None:

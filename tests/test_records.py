@@ -15,6 +15,7 @@ from dnpo.records import (
     ReferenceLogps,
     Response,
     Verdict,
+    mean_over_steps,
     policy_source,
     read,
     read_all,
@@ -169,6 +170,14 @@ def test_read_all_keeps_the_order_given(tmp_path: Path) -> None:
     for name, rows in parts.items():
         write(tmp_path / f"{name}.parquet", rows, Verdict)
     assert read_all([tmp_path / f"{name}.parquet" for name in parts], Verdict) == VERDICTS
+
+
+def test_means_over_steps_weigh_rows() -> None:
+    """Rows count the same, in however large a step; steps that lack the metric count for nothing."""
+    steps = [{"a": 1.0, "rows": 3.0}, {"a": 5.0, "b": 2.0, "rows": 1.0}, {"rows": 9.0}]
+    assert mean_over_steps(steps, "a") == 2.0
+    assert mean_over_steps(steps, "b") == 2.0
+    assert mean_over_steps([{"a": 1.0}, {"a": 2.0}], "a") == 1.5, "steps of an earlier version do not say their rows"
 
 
 def test_folder_names_add_no_columns(tmp_path: Path) -> None:

@@ -270,6 +270,7 @@ GROUPS = (
             Metric("grad_norm/last", "Gradient norm in the last tenth of the steps", "last gradients", "", 3),
             Metric("grad_norm/<player>", "Gradient norm of the <player>", "<player> gradient", "", 3),
             Metric("lr/<player>", "Learning rate of the <player>", "<player> rate", "", 7),
+            Metric("rows", "Rows of a training step", "rows", digits=0),
             Metric("tokens_per_second", "Speed of training", "speed", "tokens/s", 0),
         ),
         (SFT, LIKE, ITERATION, AGAINST),

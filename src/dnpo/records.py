@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -193,6 +193,12 @@ def write_preferences(path: Path, pairs: Sequence[Pair]) -> None:
 def read_all(paths: Iterable[Path], kind: type[Row]) -> list[Row]:
     """Read several files of rows, in the order given."""
     return [row for path in paths for row in read(path, kind)]
+
+
+def mean_over_steps(steps: Sequence[Mapping[str, float]], name: str) -> float:
+    """The mean of a metric over those training steps that have it, each weighted by its rows."""
+    weights = [(step[name], step.get("rows", 1.0)) for step in steps if name in step]
+    return sum(value * rows for value, rows in weights) / sum(rows for _, rows in weights)
 
 
 def schema(kind: type) -> "pa.Schema":

@@ -14,7 +14,7 @@ class Sampling:
         top_k: sample from the k likeliest tokens; 0 means from all.
         top_p: sample from the smallest set of tokens with this much probability.
         batch_size: rows at once; the samples do not depend on it, up to the rounding of logits.
-        shard_size: prompts of one shard, which is what a killed run can lose. Each shard has its own seed.
+        shard_size: prompts of one shard, which is what a killed run can lose.
     """
 
     temperature: NonNegative = 1.0

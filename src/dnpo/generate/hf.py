@@ -1,15 +1,16 @@
 """Policy + prompts → responses, in shards.
 
-A shard's samples depend on the policy, its prompts and the seed, and on nothing else: not on the shards before it, nor
+A sample depends on the policy, its prompt and the seed, and on nothing else: not on other prompts or their order, nor
 on whether the run was killed in between, nor (up to the rounding of logits) on how many rows are computed at once. Each
 row draws from its own random stream, so rows can join and leave the batch freely: prompts wait in a queue, the longest
 first; rows that finish leave the batch, and the next prompts take their places.
 
-Shapes: N prompts, T completion tokens at most, R rows under way, P distinct prompts that are read at once, M rows that
-move, L columns of the cache, V vocabulary, D size of a head.
+Shapes: N prompts, R rows under way, P distinct prompts that are read at once, M rows that move, L columns of the cache,
+V vocabulary in G groups of C entries, D size of a head.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -18,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -29,6 +31,7 @@ from dnpo.seeding import derive
 from dnpo.store import Report
 
 FREE = 0.25  # share of a batch that is free before further prompts are read, since each reading has a fixed cost
+GROUP = 64  # vocabulary entries that draw together, see _pick
 
 
 def generate(
@@ -50,27 +53,55 @@ def generate(
         sampling: temperature and layout.
         source: the source that the rows record.
         limit: completion tokens at most.
-        seed: with the number of the shard it decides the shard's samples.
+        seed: with a prompt's id it decides what is drawn for it.
         folder: where the shards are written, as Parquet.
         report: told of every response.
     """
     shards = [prompts[i : i + sampling.shard_size] for i in range(0, len(prompts), sampling.shard_size)]
     paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
+    streams = _streams(seed, prompts)
     report.begin(len(prompts), "responses", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
     for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):
         if not path.is_file():
-            write(path, sample(policy, shard, sampling, source, limit, derive(seed, "shard", number), report), Response)
+            first = number * sampling.shard_size
+            these = streams[first : first + len(shard)]
+            write(path, _answer(policy, shard, sampling, source, limit, these, report), Response)
     return read_all(paths, Response)
 
 
 def sample(
     policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, source: str, limit: int, seed: int, report: Report
 ) -> list[Response]:
-    """One response to each prompt, with its log-probability under the policy (at temperature 1, of all tokens)."""
+    """One response to each prompt, with its log-probability under the policy (at temperature 1, of all tokens).
+
+    A prompt that comes several times has as many samples, which differ.
+    """
+    return _answer(policy, prompts, sampling, source, limit, _streams(seed, prompts), report)
+
+
+def _streams(seed: int, prompts: Sequence[Prompt]) -> list[int]:
+    """The random stream of each row: of the seed, its prompt's id, and which of this prompt's samples it is."""
+    earlier: Counter[str] = Counter()
+    streams = []
+    for prompt in prompts:
+        streams.append(derive(seed, "sample", prompt.id, earlier[prompt.id]))
+        earlier[prompt.id] += 1
+    return streams
+
+
+def _answer(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    source: str,
+    limit: int,
+    streams: Sequence[int],
+    report: Report,
+) -> list[Response]:
     ids = [p.token_ids for p in prompts]
     with policy.evaluating():
         with _memory(sampling):
-            completions = complete(policy, ids, sampling, limit, seed, report)
+            completions = complete(policy, ids, sampling, limit, streams, report)
         logps = policy.score(ids, completions)
     stops = set(policy.stop_ids)
     rows = []
@@ -83,7 +114,12 @@ def sample(
 
 @torch.no_grad()
 def complete(
-    policy: Policy, prompts: Sequence[list[int]], sampling: Sampling, limit: int, seed: int, report: Report
+    policy: Policy,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    limit: int,
+    streams: Sequence[int],
+    report: Report,
 ) -> list[list[int]]:
     """Completions up to and with their stop token, or cut at the limit without one, in the order of the prompts.
 
@@ -92,11 +128,11 @@ def complete(
         prompts: token ids, none empty.
         sampling: temperature, truncation, and how many rows at once.
         limit: completion tokens at most.
-        seed: with a row's number it decides what the row draws.
+        streams: an integer for each row, which decides what the row draws.
         report: told of every row that has finished.
     """
     completions: list[list[int]] = [[] for _ in prompts]
-    uniform_NT, warp = _uniform(len(prompts), limit, seed), _warp(sampling)
+    warp = _warp(sampling)
     queue, stops = _queue(prompts, sampling.batch_size), set(policy.stop_ids)
     live: list[int] = []  # which prompts the batch's rows answer
     batch = _Batch(policy, min(sampling.batch_size, len(prompts)))
@@ -107,8 +143,8 @@ def complete(
                 more += queue.pop()
             batch.admit([prompts[i] for i in more])
             live += more
-        steps = [len(completions[i]) for i in live]
-        tokens = _pick(batch.logits_RV, uniform_NT[live, steps], warp).tolist()  # the one wait for the device
+        places = [(streams[i], len(completions[i])) for i in live]
+        tokens = _pick(batch.logits_RV, places, warp).tolist()  # the one wait for the device
         if -1 in tokens:
             raise ModelError("the policy's logits are NaN or infinite: there is nothing to sample from")
         for i, token in zip(live, tokens, strict=True):
@@ -281,24 +317,51 @@ class _Window(DynamicLayer):  # type: ignore[no-untyped-call]  # its base ships 
         self._show(rows, width)
 
 
-def _pick(logits_RV: Tensor, uniform_R: Tensor, warp: Any) -> Tensor:
+def _pick(logits_RV: Tensor, places: Sequence[tuple[int, int]], warp: Any) -> Tensor:
     """The next token of each row, shape R; -1 where the logits are not numbers.
+
+    Gumbel-max in its exponential form: with independent E ~ Exp(1) the largest p / E is entry v's with probability p_v.
+    First a group of entries is drawn by its sum, then an entry of that group, so a row takes G + C random numbers
+    instead of V. Each number belongs to a row, a token and an entry, so probabilities that are a little off draw
+    another token only about as often as they are off (their total-variation distance).
 
     Args:
         logits_RV: what the model says.
-        uniform_R: a number from [0, 1) for each row, float64: where in the cumulated probabilities its token lies.
+        places: each row's random stream, and how many tokens it has.
         warp: temperature and truncation; the likeliest token without.
     """
     scores_RV = logits_RV.float()
     if warp is None:
         token_R = scores_RV.argmax(-1)
     else:
-        # Integers, because their sum is exact in whatever order a device adds: a token of probability 0 is never taken.
-        share_RV = (warp(None, scores_RV).softmax(-1) * 2.0**50).long()
-        cumulated_RV = share_RV.cumsum(-1)
-        at_R = (uniform_R.to(scores_RV.device) * cumulated_RV[:, -1]).long()
-        token_R = torch.searchsorted(cumulated_RV, at_R[:, None], right=True)[:, 0]
+        share_RV = warp(None, scores_RV).softmax(-1)
+        groups = -(-share_RV.shape[1] // GROUP)
+        share_RGC = pad(share_RV, (0, groups * GROUP - share_RV.shape[1])).view(-1, groups, GROUP)
+        wait_RG, wait_RC = torch.split(_exponential(places, groups + GROUP, share_RV.device), [groups, GROUP], -1)
+        group_R = (share_RGC.sum(-1) / wait_RG).argmax(-1)
+        share_RC = share_RGC[torch.arange(len(share_RGC), device=group_R.device), group_R]
+        token_R = group_R * GROUP + (share_RC / wait_RC).argmax(-1)
     return token_R.where(scores_RV.amax(-1).isfinite(), -1)
+
+
+def _exponential(places: Sequence[tuple[int, int]], count: int, device: torch.device) -> Tensor:
+    """``count`` numbers from Exp(1) for each (stream, token), R × count, float64: the same in every order and batch.
+
+    By SplitMix64 (Steele, Lea and Flood 2014), a generator whose n-th number is a function of n.
+    """
+    stream_R1, token_R1 = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2, 1).unbind(1)
+    number_RX = token_R1 * count + torch.arange(1, count + 1, device=device)
+    bits_RX = stream_R1 + number_RX * -0x61C8864680B583EB  # 2⁶⁴ over the golden ratio, as a signed number
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        bits_RX = (bits_RX ^ _shift(bits_RX, shift)) * factor
+    bits_RX = bits_RX ^ _shift(bits_RX, 31)
+    uniform_RX: Tensor = (_shift(bits_RX, 11).double() + 0.5) * 2.0**-53
+    return -uniform_RX.log()
+
+
+def _shift(value: Tensor, by: int) -> Tensor:
+    """Shift 64 bits to the right, with zeros from the left."""
+    return (value >> by) & (2 ** (64 - by) - 1)
 
 
 def _warp(sampling: Sampling) -> Any:
@@ -313,15 +376,6 @@ def _warp(sampling: Sampling) -> Any:
     if sampling.top_p < 1:
         warp.append(TopPLogitsWarper(sampling.top_p))
     return warp
-
-
-def _uniform(count: int, limit: int, seed: int) -> Tensor:
-    """Numbers from [0, 1), shape N × T: a row's depend on the seed and its number alone."""
-    generator = torch.Generator()
-    table = torch.empty(count, limit, dtype=torch.float64)
-    for i in range(count):
-        torch.rand(limit, generator=generator.manual_seed(derive(seed, "row", i)), out=table[i])
-    return table
 
 
 def _queue(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:

@@ -1,14 +1,16 @@
 """Rows → policy steps of micro-batches in a fixed order that a killed run can continue.
 
-The whole training is one pass over a fixed list of groups: epochs are permutations drawn from the
-seed, and groups of ``batch_size`` rows make one policy step each. A group is cut into micro-batches that fit in memory
-only when its turn comes, so how it is cut is no part of the order. The number of the next step is all the state there
-is.
+The whole training is one pass over a fixed list of groups: epochs are permutations drawn from the seed, and each group
+makes one policy step: ``batch_size`` rows, or fewer where they do not divide evenly. A group is cut into micro-batches
+that fit in memory only when its turn comes, so how it is cut is no part of the order. The number of the next step is
+all the state there is.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 from dnpo.seeding import derive
@@ -40,21 +42,26 @@ class Slice:
 def schedule(rows: int, batch_size: int, epochs: int, seed: int, steps: int | None) -> list[tuple[int, ...]]:
     """The rows of every policy step of a whole training, in order.
 
+    An epoch is cut into as few groups as hold it, of equal size or one row less. A last group of what is left over
+    would weigh a few rows as much as a full one.
+
     Args:
         rows: how many rows there are.
-        batch_size: rows of one policy step; the last group of an epoch may be smaller.
+        batch_size: rows of one policy step at most.
         epochs: passes over the rows, each in a new order.
         seed: draws the orders.
         steps: policy steps at which to stop, however many epochs that takes; overrides ``epochs``.
     """
     if not rows:
         return []
+    count = math.ceil(rows / batch_size)
+    borders = [rows * group // count for group in range(count + 1)]
     groups: list[tuple[int, ...]] = []
     epoch = 0
     while (len(groups) < steps) if steps is not None else (epoch < epochs):
         order = list(range(rows))
         random.Random(derive(seed, "epoch", epoch)).shuffle(order)
-        groups += [tuple(order[i : i + batch_size]) for i in range(0, rows, batch_size)]
+        groups += [tuple(order[first:end]) for first, end in pairwise(borders)]
         epoch += 1
     return groups[:steps]
 

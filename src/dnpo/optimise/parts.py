@@ -206,9 +206,9 @@ class Optimisation:
     Args:
         epochs: passes over the rows; 0 trains nothing.
         steps: policy steps at which to stop instead, however many epochs that takes; 0 means by epochs.
-        batch_size: rows of one policy step.
+        batch_size: rows of one policy step at most; the steps of an epoch differ by one row at most.
         micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory and
-            rounding, nothing else.
+            rounding, nothing else; what is sampled later may differ by that rounding.
         optimizer: the policy's, waiting for its parameters; fused where torch has that, unless set otherwise.
         warmup: share of the policy steps over which its learning rate rises from 0.
         decay: whether it then falls linearly to 0 (else it stays).
@@ -263,7 +263,7 @@ class Optimisation:
 
     def passes(self, rows: int) -> float:
         """How often a training on so many rows reads each of them."""
-        return self.steps * self.batch_size / rows if self.steps else float(self.epochs)
+        return self.steps / math.ceil(rows / self.batch_size) if self.steps else float(self.epochs)
 
     def factor(self, step: int, total: int) -> float:
         """Multiple of the peak learning rate at a policy step: linear warm-up, then linear decay or none."""

@@ -174,7 +174,8 @@ class PreferenceTraining(Training):
             "margin/saturation": saturation(noisy_B),
             "rewards/chosen": chosen_B.mean(),
             "rewards/rejected": rejected_B.mean(),
-            "rewards/accuracy": (clean_B > 0).float().mean(),
+            # Before the first update every margin is 0 but for rounding: no sign of it says anything.
+            "rewards/accuracy": (clean_B > 0).float().mean() if self.policy_step else clean_B.new_tensor(0.5),
             "logps/chosen": policy.chosen_B.mean(),
             "logps/rejected": policy.rejected_B.mean(),
         }

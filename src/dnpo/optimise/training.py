@@ -166,7 +166,7 @@ class Training(pl.LightningModule):
         now = time.monotonic()
         row["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
         self._clock = now
-        row = {"step": float(self.policy_step), **row}
+        row = {"step": float(self.policy_step), "rows": float(len(ids)), **row}
         self.history.append(row)
         self.policy_step += 1
         self.report.advance()
@@ -197,8 +197,8 @@ class Training(pl.LightningModule):
         optimisation = self.optimisation
         if fits:
             way = (
-                f"trainer.micro_batch_size={fits} fits, as tried on the rows of this step, and gives the same results: "
-                f"{optimisation.batch_size} rows still make one step"
+                f"trainer.micro_batch_size={fits} fits, as tried on the rows of this step, and changes nothing but "
+                f"rounding: {optimisation.batch_size} rows still make one step"
             )
         elif not optimisation.checkpointing:
             way = (

@@ -18,7 +18,7 @@ from dnpo import catalogue
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
 from dnpo.loop import Iteration
-from dnpo.records import Pair
+from dnpo.records import Pair, mean_over_steps
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.stages.agreement import read_agreement
@@ -173,9 +173,10 @@ def _row(iteration: Iteration, store: Store) -> dict[str, Any]:
         row |= json.loads((store.folder(stage) / "metrics.json").read_text())
     for name in ("loss/policy", "loss/noise", "npo/variance", "npo/at_bound", "npo/shift", "margin/saturation"):
         row[name] = trained.get(f"{name} (last tenth)")
-    weights = [step["margin/saturation"] for step in _steps(iteration.policy, store) if "margin/saturation" in step]
-    if weights:
-        row["margin/saturated"] = sum(weight < SATURATED for weight in weights) / len(weights)
+    steps = [step for step in _steps(iteration.policy, store) if "margin/saturation" in step]
+    if steps:
+        flat = [{**step, "flat": float(step["margin/saturation"] < SATURATED)} for step in steps]
+        row["margin/saturated"] = mean_over_steps(flat, "flat")
     if iteration.k >= 0:
         for name in ("first", "last"):
             row[f"grad_norm/{name}"] = trained.get(f"grad_norm/policy ({name} tenth)")

@@ -16,7 +16,18 @@ from dnpo import dsl
 from dnpo.errors import DataError, Declined, DnpoError, SettingsError
 from dnpo.judges import judge_responses, tally
 from dnpo.optimise.parts import MatchedOffset
-from dnpo.records import Pair, Prompt, Response, Verdict, policy_source, read, read_all, write, write_preferences
+from dnpo.records import (
+    Pair,
+    Prompt,
+    Response,
+    Verdict,
+    mean_over_steps,
+    policy_source,
+    read,
+    read_all,
+    write,
+    write_preferences,
+)
 from dnpo.seeding import derive
 from dnpo.settings import part_key
 from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, verb
@@ -114,7 +125,7 @@ def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: 
 
 @verb(
     "sft",
-    2,
+    3,
     lambda run, plan: {"sft": part_key(run.sft), "lora": part_key(run.model.lora), "seed": run.seed},
     title="supervised fine-tuning",
 )
@@ -136,7 +147,7 @@ def fine_tune(run: Run, plan: None, task: Task) -> Facts:
 
 @verb(
     "generate",
-    2,
+    3,
     lambda run, plan: {"generate": part_key(plan.generate), "seed": run.seed, "iteration": plan.k},
 )
 def generate(run: Run, plan: Plan, task: Task) -> Facts:
@@ -191,7 +202,7 @@ def _training_key(run: Run, plan: Plan) -> dict[str, Any]:
     }
 
 
-@verb("optimise", 3, _training_key)
+@verb("optimise", 4, _training_key)
 def optimise(run: Run, plan: Plan, task: Task) -> Facts:
     """The policy of the next iteration: trained on the pairs, against the policy it starts from."""
     from dnpo.optimise.preference import optimise as train_on_pairs
@@ -244,7 +255,7 @@ def _evaluation_key(run: Run, plan: Plan | None) -> dict[str, Any]:
     }
 
 
-@verb("evaluate", 4, _evaluation_key)
+@verb("evaluate", 5, _evaluation_key)
 def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
     """Metrics of a policy, trained at this iteration or before the first."""
     from dnpo.evaluate.metrics import evaluate as measure
@@ -358,16 +369,12 @@ def _write_trained(
     discard_checkpoint(folder)
     tenth = history[-max(len(history) // 10, 1) :]
     first = history[: max(len(history) // 10, 1)]
-    means = {f"{name} (last tenth)": _mean([row[name] for row in tenth]) for name in history[-1]} if history else {}
-    starts = {f"{name} (first tenth)": _mean([row[name] for row in first]) for name in history[0]} if history else {}
+    means = {f"{name} (last tenth)": mean_over_steps(tenth, name) for name in history[-1]} if history else {}
+    starts = {f"{name} (first tenth)": mean_over_steps(first, name) for name in history[0]} if history else {}
     return {"policy_steps": len(history), **starts, **means}
 
 
 def _mean_shift(folder: Path) -> float:
     """What noise took off the reference's log-probability of rejected responses, mean over a training's steps."""
     steps = json.loads((folder / "steps.json").read_text())
-    return _mean([row["npo/shift"] for row in steps]) if steps else 0.0
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    return mean_over_steps(steps, "npo/shift") if steps else 0.0

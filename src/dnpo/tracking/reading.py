@@ -22,6 +22,7 @@ from urllib.request import url2pathname
 from dnpo import catalogue
 from dnpo.errors import DataError, TrackingError
 from dnpo.former import MOVED
+from dnpo.records import mean_over_steps
 from dnpo.settings import nearest
 from dnpo.tracking.writing import check_reachable, make_absolute
 
@@ -142,7 +143,7 @@ class TrackedRun:
 
 
 def mean_of_metric(uri: str, run: str, metric: str) -> float:
-    """Return the mean of a metric over the training steps of a run.
+    """Return the mean of a metric over the training steps of a run, each weighted by its rows.
 
     Raises:
         TrackingError: the store has no such run, or the run did not track the metric.
@@ -153,12 +154,14 @@ def mean_of_metric(uri: str, run: str, metric: str) -> float:
     check_reachable(make_absolute(uri))
     try:
         client = MlflowClient(tracking_uri=make_absolute(uri))
-        values = [value for _, value in _run(client.get_run(run), client).history(metric)]
+        tracked = _run(client.get_run(run), client)
+        rows = dict(tracked.history("rows"))
+        steps = [{metric: value, "rows": rows.get(step, 1.0)} for step, value in tracked.history(metric)]
     except MlflowException as error:
         raise TrackingError(f"run:{run}: not found in tracking.uri={uri}: {error}") from error
-    if not values:
+    if not steps:
         raise TrackingError(f"run:{run}: it tracked no {metric}; give a run with npo=trainable or npo=fixed")
-    return float(sum(values) / len(values))
+    return mean_over_steps(steps, metric)
 
 
 def iteration_name(iteration: int | str) -> str:
