@@ -355,13 +355,14 @@ def _exponential(places: Sequence[tuple[int, int]], count: int, device: torch.de
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         bits_RX = (bits_RX ^ _shift(bits_RX, shift)) * factor
     bits_RX = bits_RX ^ _shift(bits_RX, 31)
-    uniform_RX: Tensor = (_shift(bits_RX, 11).double() + 0.5) * 2.0**-53
-    return -uniform_RX.log()
+    uniform_RX = (_shift(bits_RX, 11).double() + 0.5) * 2.0**-53
+    return uniform_RX.log().neg()
 
 
 def _shift(value: Tensor, by: int) -> Tensor:
     """Shift 64 bits to the right, with zeros from the left."""
-    return (value >> by) & (2 ** (64 - by) - 1)
+    shifted: Tensor = (value >> by) & (2 ** (64 - by) - 1)
+    return shifted
 
 
 def _warp(sampling: Sampling) -> Any:
