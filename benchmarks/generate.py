@@ -167,9 +167,11 @@ def _ours(policy: Any, prompts: list[list[int]], load: Load, seed: int) -> list[
 
     from dnpo.generate import Sampling
     from dnpo.generate.hf import complete
+    from dnpo.seeding import derive
 
     with torch.no_grad():
-        return complete(policy, prompts, Sampling(batch_size=load.batch_size), load.limit, seed, Quiet())
+        streams = [derive(seed, number, *ids) for number, ids in enumerate(prompts)]
+        return complete(policy, prompts, Sampling(batch_size=load.batch_size), load.limit, streams, Quiet())
 
 
 def _hf(policy: Any, prompts: list[list[int]], load: Load, seed: int) -> list[list[int]]:
