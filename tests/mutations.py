@@ -318,6 +318,20 @@ MUTATIONS = (
         "test_batches.py",
     ),
     Mutation(
+        "a last step of few rows counts like a full one",
+        "optimise/batches.py",
+        "rows * group // count",
+        "min(batch_size * group, rows)",
+        "test_batches.py",
+    ),
+    Mutation(
+        "means over steps count steps instead of rows",
+        "records.py",
+        'step.get("rows", 1.0)',
+        "1.0",
+        "test_records.py",
+    ),
+    Mutation(
         "a pair has the same noise in every epoch",
         "optimise/preference.py",
         'derive(seed, "noise", piece.step, i)',
@@ -519,17 +533,31 @@ MUTATIONS = (
     ),
     # --- generation
     Mutation(
-        "all rows draw the same",
+        "all prompts draw the same",
         "generate/hf.py",
-        'derive(seed, "row", i)',
-        'derive(seed, "row")',
+        'derive(seed, "sample", prompt.id, earlier[prompt.id])',
+        'derive(seed, "sample", earlier[prompt.id])',
         "test_generate.py",
     ),
     Mutation(
-        "all shards draw the same",
+        "all samples of a prompt are the same",
         "generate/hf.py",
-        'derive(seed, "shard", number)',
-        'derive(seed, "shard", 0)',
+        'derive(seed, "sample", prompt.id, earlier[prompt.id])',
+        'derive(seed, "sample", prompt.id)',
+        "test_generate.py",
+    ),
+    Mutation(
+        "all tokens of a response draw the same",
+        "generate/hf.py",
+        "token_R1 * count",
+        "token_R1 * 0",
+        "test_generate.py",
+    ),
+    Mutation(
+        "the likeliest entry of a group is taken",
+        "generate/hf.py",
+        "(share_RC / wait_RC).argmax(-1)",
+        "share_RC.argmax(-1)",
         "test_generate.py",
     ),
     Mutation(
