@@ -1,25 +1,32 @@
 """What a run's page in MLflow says: real tracking in a SQLite database, read back with MLflow's own client."""
 
 import csv
+import importlib
 import json
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import alembic.command
 import numpy as np
 import pytest
+from filelock import FileLock
 from mlflow import MlflowClient
 
 from dnpo.catalogue import metric
+from dnpo.errors import TrackingError
 from dnpo.palette import choose_looks
 from dnpo.report.drawing import Panel, over_iterations, progress
 from dnpo.running import notes
 from dnpo.stats.intervals import Estimate
+from dnpo.tracking import sqlite as database
 from dnpo.tracking import writing as tracking
 from dnpo.tracking.datasets import Dataset
 from dnpo.tracking.reading import STEPS_OF, Database
@@ -381,3 +388,122 @@ def test_a_run_that_fails_says_where(swept: Path) -> None:
     assert run.info.status == "FAILED"
     assert "**Failed** at iteration 0 · optimise: " in run.data.tags[NOTE]
     assert notes.CONTINUES in run.data.tags[NOTE]
+
+
+# --- the database's file
+
+
+KILLED_AT = """
+import os, signal, sys
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from dnpo.tracking import sqlite as database
+left = [int(sys.argv[2])]
+
+def count(*_):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+event.listen(Engine, "before_cursor_execute", count)
+database.prepare(f"sqlite:///{sys.argv[1]}")
+"""
+
+
+def prepare_and_die(file: Path, statement: int) -> None:
+    """Prepare a database in a process that is killed before this statement."""
+    script = [sys.executable, "-c", KILLED_AT, str(file), str(statement)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def query(file: Path, statement: str) -> list[Any]:
+    with closing(sqlite3.connect(file)) as opened, opened:
+        return opened.execute(statement).fetchall()
+
+
+def tables_of_an_earlier_mlflow(file: Path) -> None:
+    """Take the newest migration back, as if MLflow of a version before had written the database."""
+    utils: Any = importlib.import_module("mlflow.store.db.utils")
+    engine, config = utils.create_sqlalchemy_engine(f"sqlite:///{file}"), utils._get_alembic_config("")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        alembic.command.downgrade(config, "-1")
+    engine.dispose()
+
+
+def test_a_kill_while_the_database_is_made_leaves_none_and_the_next_start_makes_it(tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "mlflow.db"
+    prepare_and_die(file, 150)
+    assert not file.exists()
+    assert (tmp_path / "new folder" / "mlflow.db.new").exists()
+    database.prepare(f"sqlite:///{file}")
+    assert MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
+    assert not file.with_name("mlflow.db.new").exists()
+
+
+@pytest.fixture
+def older(folder: Path, run: MLflowTracking, tmp_path: Path) -> Path:
+    """A database with a run and with the tables of an earlier MLflow."""
+    shutil.copy(folder / "runs.db", tmp_path / "runs.db")
+    tables_of_an_earlier_mlflow(tmp_path / "runs.db")
+    return tmp_path / "runs.db"
+
+
+def test_older_tables_are_changed_in_a_copy_and_the_old_ones_are_kept(
+    older: Path, run: MLflowTracking, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = query(older, "select * from alembic_version")
+    prepare_and_die(older, 5)
+    assert query(older, "select * from alembic_version") == before, "a kill changes nothing"
+    database.prepare(f"sqlite:///{older}")
+    (kept,) = older.parent.glob("runs.db.before-*[0-9a-f]")
+    assert re.search(rf"runs\.db: .*another MLflow.*{kept.name}, which can be deleted once", capsys.readouterr().err)
+    assert query(kept, "select * from alembic_version") == before
+    assert run.id in {found.info.run_id for found in client(older.parent).search_runs(["1"])}
+    database.prepare(f"sqlite:///{older}")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_database_that_another_mlflow_is_writing_to_is_not_replaced(older: Path) -> None:
+    alive = older.parent / "runs.db.alive"
+    alive.mkdir()
+    with FileLock(alive / "a run"), pytest.raises(TrackingError, match="wait until it has ended"):
+        database.prepare(f"sqlite:///{older}")
+
+
+def test_tables_that_cannot_be_brought_up_to_date_are_left_as_they_are(
+    older: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a kill left under earlier versions of dnpo is made anew if it has no run, and refused by name if it has."""
+    query(older, "update alembic_version set version_num = 'unknown'")
+    before = older.read_bytes()
+    with pytest.raises(TrackingError, match=r"runs\.db: its tables \(version unknown\).*left as it was"):
+        database.prepare(f"sqlite:///{older}")
+    assert older.read_bytes() == before
+    query(older, "delete from runs")
+    database.prepare(f"sqlite:///{older}")
+    assert re.search(r"not whole.*made anew", capsys.readouterr().err)
+    assert client(older.parent).search_experiments()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no database at all, but text", "file is not a database.*repair it, give another"),
+        (None, "no database of MLflow; give another"),
+    ],
+    ids=["text", "another database"],
+)
+def test_files_of_something_else_are_refused_and_left_alone(
+    content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "runs.db"
+    if content is None:
+        query(file, "create table calls (id)")
+    else:
+        file.write_bytes(content)
+    before = file.read_bytes()
+    with pytest.raises(TrackingError, match=rf"tracking\.uri=sqlite:///\S*runs\.db: .*{message}"):
+        database.prepare(f"sqlite:///{file}")
+    assert file.read_bytes() == before

@@ -1,7 +1,6 @@
 """``python -m dnpo.report RUN_OR_SWEEP``: write the HTML page on a run or a sweep."""
 
 import argparse
-import os
 import re
 import sys
 import tempfile
@@ -40,7 +39,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _report(given: argparse.Namespace) -> None:
     clock = time.monotonic()
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     database = Database(given.uri, given.experiment)
     selection = select(database, given.run_or_sweep)
     text = html(content(selection, given.uri))

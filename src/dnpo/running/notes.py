@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dnpo.catalogue import Metric, metric
 from dnpo.judges.agreement import sentence
 from dnpo.stats.table import markdown
-from dnpo.tracking.writing import strip_password
+from dnpo.tracking.client import strip_password
 
 if TYPE_CHECKING:
     from dnpo.report.comparison import MeasureComparison

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -161,7 +160,6 @@ def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], faile
     from dnpo.running import notes
     from dnpo.tracking.reading import SWEEP, Database
 
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     runs = Database(tracking.uri, tracking.experiment).runs(sweeps=[tracking.id])
     name = runs[0].tags.get(SWEEP, sweep.name)
     groups, items = group_runs(runs), Items()

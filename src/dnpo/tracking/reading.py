@@ -6,8 +6,6 @@ or the iteration's number, and the other columns are the metrics that ``running/
 """
 
 import json
-import logging
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +22,8 @@ from dnpo.errors import DataError, TrackingError
 from dnpo.former import MOVED
 from dnpo.records import mean_over_steps
 from dnpo.settings import nearest
-from dnpo.tracking.writing import check_reachable, make_absolute
+from dnpo.tracking.client import connect, make_absolute
+from dnpo.tracking.sqlite import file_of
 
 FINISHED = "FINISHED"
 SWEEP, KIND, PARENT = "dnpo.sweep_name", "dnpo.kind", "mlflow.parentRunId"
@@ -148,12 +147,10 @@ def mean_of_metric(uri: str, run: str, metric: str) -> float:
     Raises:
         TrackingError: the store has no such run, or the run did not track the metric.
     """
-    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    check_reachable(make_absolute(uri))
+    client = connect(make_absolute(uri))
     try:
-        client = MlflowClient(tracking_uri=make_absolute(uri))
         tracked = _run(client.get_run(run), client)
         rows = dict(tracked.history("rows"))
         steps = [{metric: value, "rows": rows.get(step, 1.0)} for step, value in tracked.history(metric)]
@@ -198,17 +195,11 @@ class Database:
     """
 
     def __init__(self, uri: str = "sqlite:///mlflow.db", experiment: str = "dnpo") -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        from mlflow import MlflowClient
-
-        for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
         self.uri, self.experiment = make_absolute(uri), experiment
-        if self.uri.startswith("sqlite:///") and not Path(self.uri.removeprefix("sqlite:///")).is_file():
+        file = file_of(self.uri)
+        if file is not None and not file.is_file():
             raise TrackingError(f"{uri}: there is no such database; say with --uri where runs were tracked")
-        check_reachable(self.uri)
-        self.client = MlflowClient(tracking_uri=self.uri)
+        self.client = connect(self.uri)
         found = self.client.get_experiment_by_name(experiment)
         if found is None:
             known = [each.name for each in self.client.search_experiments()]

@@ -8,22 +8,20 @@ and machine closes all runs whose lock is free (:func:`close_abandoned`).
 """
 
 import json
-import logging
 import os
-import re
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.error import HTTPError, URLError
 
 from filelock import FileLock, Timeout
 
 from dnpo import catalogue
 from dnpo.errors import TrackingError
 from dnpo.store import write_json
+from dnpo.tracking.client import connect, is_server, make_absolute, strip_password
+from dnpo.tracking.sqlite import advise, file_of, first_line, lock_of
 
 if TYPE_CHECKING:
     from dnpo.tracking.datasets import Dataset
@@ -183,22 +181,16 @@ class MLflowTracking(Tracking):
     @contextmanager
     def _connect(self) -> Iterator[str]:
         """Connect to the store and yield the experiment's id; errors name the setting to change."""
-        for silenced in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
-            os.environ.setdefault(silenced, "true")
-        check_reachable(self.uri)
-        from mlflow import MlflowClient
-
-        for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
-            with FileLock(self._lock()):  # concurrent processes break each other's migration of a fresh database
-                self._client = MlflowClient(tracking_uri=self.uri)
+            self._client = connect(self.uri)
+            with FileLock(self._lock()):  # two processes must not make the experiment at once
                 experiment = self._experiment()
             yield experiment
+        except TrackingError:
+            raise
         except Exception as error:  # databases and their drivers raise errors of their own
-            problem = str(error).splitlines()[0]
             raise TrackingError(
-                f"tracking.uri={self.uri}: cannot be used ({problem}); repair it, give another or run with tracking=off"
+                f"tracking.uri={strip_password(self.uri)}: cannot be used ({first_line(error)}); {advise(error)}"
             ) from error
 
     def _hold(self) -> None:
@@ -211,17 +203,16 @@ class MLflowTracking(Tracking):
         self._marked = True
 
     def _lock(self) -> Path:
-        if self.uri.startswith("sqlite:///"):
-            database = Path(self.uri.removeprefix("sqlite:///"))
-            database.parent.mkdir(parents=True, exist_ok=True)
-            return database.with_name(f"{database.name}.lock")
+        file = file_of(self.uri)
+        if file is not None:
+            return lock_of(file)
         return Path(os.environ.get("TMPDIR", "/tmp")) / "dnpo-mlflow.lock"
 
     def _experiment(self) -> str:
         found = self._client.get_experiment_by_name(self.experiment)
         if found is not None:
             return str(found.experiment_id)
-        local = self.artifacts is not None and not self.uri.startswith(("http://", "https://"))
+        local = self.artifacts is not None and not is_server(self.uri)
         where = Path(str(self.artifacts)).absolute().as_uri() if local else None
         kind = {"mlflow.experimentKind": "custom_model_development"}  # pages of runs and models, not chats
         return str(self._client.create_experiment(self.experiment, artifact_location=where, tags=kind))
@@ -333,7 +324,7 @@ class MLflowTracking(Tracking):
         """Return the address of the run's page, or the command that serves it."""
         experiment, run = self._url
         page = f"#/experiments/{experiment}/runs/{run}"
-        if self.uri.startswith(("http://", "https://")):
+        if is_server(self.uri):
             return [f"dashboard   {self.uri.rstrip('/')}/{page}"]
         shown = (
             f"sqlite:///{os.path.relpath(self.uri.removeprefix('sqlite:///'))}" if "sqlite" in self.uri else self.uri
@@ -386,34 +377,3 @@ def _free(lock: FileLock) -> None:
     lock.release()
     with suppress(OSError):
         Path(lock.lock_file).unlink()
-
-
-def strip_password(text: str) -> str:
-    """Mask the user name and password of every address in a text that others may read."""
-    return re.sub(r'://[^/@"\s]+@', "://…@", text)
-
-
-def check_reachable(uri: str) -> None:
-    """Check that a tracking server answers; MLflow's client would retry for minutes.
-
-    Raises:
-        TrackingError: no server answers.
-    """
-    if not uri.startswith(("http://", "https://")):
-        return
-    try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
-    except HTTPError:
-        pass  # a server answers; whether it accepts requests shows later
-    except (URLError, OSError) as error:
-        raise TrackingError(
-            f"tracking.uri={uri}: no tracking server answers there ({getattr(error, 'reason', error)}); start "
-            "it, set tracking.uri or MLFLOW_TRACKING_URI, or run with tracking=off"
-        ) from error
-
-
-def make_absolute(uri: str) -> str:
-    """Make the path of an SQLite address absolute; MLflow resolves relative ones by the current directory."""
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    return uri

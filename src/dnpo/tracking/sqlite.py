@@ -1,0 +1,203 @@
+"""The SQLite file of a tracking store: it appears whole or not at all, and is copied before its tables are changed.
+
+MLflow makes a new database in some seconds and many transactions; if its process is killed meanwhile, the file can
+neither be used nor repaired. It would also change the tables of an older file where it lies. So both are done aside.
+"""
+
+import sqlite3
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from filelock import FileLock, Timeout
+
+from dnpo.errors import TrackingError
+
+SQLITE = "sqlite:///"
+REPAIR = "repair it, give another or run with tracking=off"
+
+
+def file_of(uri: str) -> Path | None:
+    """Return the file of an SQLite address; None for any other address."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+
+
+def lock_of(file: Path) -> Path:
+    """Return the file by which processes that change the database wait for each other."""
+    return file.with_name(f"{file.name}.lock")
+
+
+def prepare(uri: str) -> None:
+    """Make the SQLite file of this address if there is none, and bring an older one to this MLflow's tables.
+
+    An address of anything else is left alone.
+
+    Raises:
+        TrackingError: the file is no such database or cannot be brought to this MLflow's tables; it is left as it is.
+    """
+    file = file_of(uri)
+    if file is None:
+        return
+    with _explain(file):
+        if _is_current(file):
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock_of(file)):
+            if _is_current(file):  # another process has done it meanwhile
+                return
+            aside = file.with_name(f"{file.name}.new")
+            _remove(aside)  # a process that was killed has left it
+            if file.is_file() and file.stat().st_size:
+                _upgrade(file, aside)
+            else:
+                _write_tables(aside)
+                aside.replace(file)
+
+
+def _mlflow() -> Any:
+    """Return MLflow's functions for databases, which ship without annotations."""
+    from mlflow.store.db import utils
+
+    return utils
+
+
+def _is_current(file: Path) -> bool:
+    """Return whether the file has the tables of the installed MLflow."""
+    return file.is_file() and _version(file) == str(_mlflow()._get_latest_schema_revision())
+
+
+def _upgrade(file: Path, aside: Path) -> None:
+    """Replace the database by a copy with the tables of the installed MLflow, and keep it as it was beside it."""
+    from mlflow.version import VERSION
+
+    if _has_runs_in_progress(file):
+        raise TrackingError(
+            f"tracking.uri={SQLITE}{file}: a run is being tracked there by another MLflow than this one ({VERSION}), "
+            "which has other tables; wait until it has ended, or give another"
+        )
+    if not _has(file, "experiments"):
+        raise TrackingError(f"tracking.uri={SQLITE}{file}: it is no database of MLflow; give another")
+    kept = file.with_name(f"{file.name}.before-{_mlflow()._get_latest_schema_revision()}")
+    _copy(file, aside)
+    _remove(kept)
+    _copy(file, kept)
+    try:
+        _write_tables(aside)
+    except Exception as error:  # databases and their drivers raise errors of their own
+        if _count_runs(file):
+            raise TrackingError(
+                f"tracking.uri={SQLITE}{file}: its tables (version {_version(file) or 'none'}) cannot be brought to "
+                f"those of MLflow {VERSION} ({first_line(error)}). It is left as it was; install the MLflow that "
+                "wrote it last, give another or run with tracking=off"
+            ) from error
+        _remove(aside)
+        _write_tables(aside)
+        done = "it was not whole and has no run (what made it was interrupted), so it is made anew"
+    else:
+        done = f"it was written by another MLflow; its tables are now those of MLflow {VERSION}"
+    aside.replace(file)
+    _remove_journals(file)  # of the file that was replaced
+    print(
+        f"warning: {file}: {done}. As it was, it is kept as {kept.name}, which can be deleted once you see your runs "
+        "and do not go back to the other MLflow; restart an mlflow ui that has it open",
+        file=sys.stderr,
+    )
+
+
+def _write_tables(file: Path) -> None:
+    """Create the tables, or bring them to the version of the installed MLflow."""
+    engine = _mlflow().create_sqlalchemy_engine(f"{SQLITE}{file}")
+    try:
+        _mlflow()._initialize_tables(engine)
+    finally:
+        engine.dispose()
+
+
+def _version(file: Path) -> str:
+    """Return the version of the tables, as MLflow names it; "" if there is none."""
+    return str(_ask(file, "alembic_version", "version_num") or "")
+
+
+def _count_runs(file: Path) -> int:
+    return int(_ask(file, "runs", "count(*)") or 0)
+
+
+def _ask(file: Path, table: str, column: str) -> str | int | None:
+    """Return one value of a table; None if there is no such table or row."""
+    if not _has(file, table):
+        return None
+    with _open(file) as database:
+        row = database.execute(f"select {column} from {table}").fetchone()
+    return None if row is None else row[0]
+
+
+def _has(file: Path, table: str) -> bool:
+    with _open(file) as database:
+        found = database.execute("select 1 from sqlite_master where type = 'table' and name = ?", (table,))
+        return found.fetchone() is not None
+
+
+def _copy(file: Path, to: Path) -> None:
+    """Copy a database that others may be writing to."""
+    with _open(file) as database, closing(sqlite3.connect(to)) as copy:
+        database.backup(copy)
+
+
+@contextmanager
+def _open(file: Path) -> Iterator[sqlite3.Connection]:
+    """Open a database that exists, to read it; SQLite also takes back what a killed process has begun to write."""
+    with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=20)) as database:
+        yield database
+
+
+def _has_runs_in_progress(file: Path) -> bool:
+    """Return whether a living process of this machine tracks a run in the database."""
+    for path in lock_of(file).with_suffix(".alive").glob("*"):
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+    return False
+
+
+def _remove(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    _remove_journals(file)
+
+
+def _remove_journals(file: Path) -> None:
+    for suffix in ("-journal", "-wal", "-shm"):
+        file.with_name(f"{file.name}{suffix}").unlink(missing_ok=True)
+
+
+@contextmanager
+def _explain(file: Path) -> Iterator[None]:
+    """Turn the errors of files and databases into messages that name the file."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise TrackingError(
+            f"tracking.uri={SQLITE}{file}: cannot be used ({first_line(error)}); {advise(error)}"
+        ) from error
+
+
+def advise(error: BaseException) -> str:
+    """Say what to do about an error of a tracking store, by its words."""
+    text = str(error).lower()
+    if "locked" in text:
+        return "another program holds the database; wait until it lets go, then run the same command again"
+    if "full" in text or "no space" in text:
+        return "make room, then run the same command again"
+    if "readonly" in text or "read-only" in text or "permission" in text or "unable to open" in text:
+        return "expected a file and a folder that can be written; change their permissions or give another"
+    return REPAIR
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
