@@ -1,7 +1,8 @@
-"""The figures and tables of the DNPO paper, from tracked runs. ``python -m analysis --list`` says which.
+"""Figures and tables of the DNPO paper, drawn from tracked runs. ``python -m analysis --list`` lists them.
 
-A script a figure or table: select runs, make numbers of them, draw. What they share: ``selection.py`` (which runs, and
-what has to be said of them), ``results.py`` (numbers with intervals), ``comparing.py`` (rows of tables),
-``densities.py`` and ``branching.py`` (what two figures each share), ``drawing.py`` (how all pictures look),
-``published.py`` (the paper's own numbers), ``keeping.py`` (files and MLflow), ``command.py`` (the command line).
+Each has a script that selects runs, computes numbers and draws. The scripts share ``selection.py`` (which runs are
+compared, and notes on the others), ``results.py`` (numbers with intervals), ``comparing.py`` (rows of tables),
+``densities.py`` and ``branching.py`` (each shared by two figures), ``drawing.py`` (the style of all figures),
+``published.py`` (the numbers that the paper prints), ``keeping.py`` (files and MLflow) and ``command.py`` (the command
+line).
 """

@@ -1,4 +1,4 @@
-"""``python -m analysis``."""
+"""Run ``python -m analysis``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Figures 8 and 13: bars of benchmarks for methods that branch off the SPIN chain."""
+"""Figures 8 and 13: benchmark scores of methods that branch off the SPIN chain, as bars."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from dnpo.palette import INK
 
 
 def draw(runs: Runs, methods: Sequence[str], title: str) -> DrawnFigure:
-    """A panel an iteration, a group a benchmark, a bar a method."""
+    """Draw a panel for each iteration, a group of bars for each benchmark, and a bar for each method."""
     cells = runs.branches(matters=["eval.leaderboard"]).only(methods)
     cells.needs(SPIN)
     those = benchmarks(cells)
@@ -38,7 +38,7 @@ def draw(runs: Runs, methods: Sequence[str], title: str) -> DrawnFigure:
 
 
 def _overlay(axis: Any, groups: Sequence[str], methods: Sequence[str], iteration: Any) -> None:
-    """The paper's numbers as short lines over the bars."""
+    """Draw the paper's numbers as short lines over the bars."""
     wide = 0.8 / len(methods)
     for number, method in enumerate(methods):
         cell = published.BRANCHES.get((method, iteration))

@@ -1,15 +1,15 @@
-"""What becomes of the papers' claims here: ``claims.yaml`` against the tracked sweeps.
+"""Assess the papers' claims in ``claims.yaml`` on the tracked sweeps.
 
     python -m analysis.claims                                     # from what is tracked in ./mlflow.db
     python -m analysis.claims --run --jobs 2 --seeds 0,1,2,3,4    # first runs the sweeps that are missing
     python -m analysis.claims --uri sqlite:///elsewhere.db --tag data.train=4800
 
-Writes ``claims.md``, ``claims.csv``, ``claims.json`` and ``claims.tex`` and logs them to MLflow: as a run of their
-own, and as ``analysis/claims.json`` with the sweeps that were read. The exit status is 1 if no claim could be
-measured, or if a sweep that was run here failed.
+Writes ``claims.md``, ``claims.csv``, ``claims.json`` and ``claims.tex`` and logs them to MLflow in a separate run;
+``claims.json`` is also logged with the sweeps that were read. The exit status is 1 if no claim could be measured, or if
+a sweep failed.
 
-The file of claims is explained in ``claims_book.py``, the rule in ``claims_rules.py``; ``claims_measures.py`` has
-what is measured, ``claims_assess.py`` how it comes from runs.
+``claims_book.py`` explains the file of claims and ``claims_rules.py`` the rule that decides. ``claims_measures.py`` has
+the measures, and ``claims_assess.py`` computes them from runs.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from dnpo.tracking.reading import KIND, Database
 
 SEEDS = "0,1,2,3,4"
 BRIEF = "claims-brief.md"
-SAID = ("scale", "data", "model", "judge")  # options of the runs that a reader is told
+SHOWN = ("scale", "data", "model", "judge")  # options of the runs that the caption gives
 LAUNCHER = "hydra_plugins.hydra_joblib_launcher"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; gives its exit status."""
+    """Run the command and return its exit status."""
     options = parser().parse_args(arguments)
     try:
         return _go(options)
@@ -48,18 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What can be asked for."""
+    """The command's options."""
     found = argparse.ArgumentParser(prog="python -m analysis.claims", description="The papers' claims, measured here.")
     found.add_argument("--uri", default="sqlite:///mlflow.db", help="MLflow tracking store (%(default)s)")
     found.add_argument("--experiment", default="dnpo", help="its experiment (%(default)s)")
     found.add_argument("--claims", type=Path, default=FILE, metavar="FILE", help="the file of claims")
     found.add_argument("--out", type=Path, default=Path("claims"), metavar="FOLDER", help="results (%(default)s)")
-    found.add_argument("--seeds", help=f"to use, such as 0,1,2; with --run {SEEDS}, else all that are tracked")
+    found.add_argument("--seeds", help=f"such as 0,1,2 (default: all that are tracked; with --run {SEEDS})")
     found.add_argument(
         "--tag", action="append", default=[], metavar="NAME=VALUE", help="a tag or setting that runs must have"
     )
     found.add_argument("--run", action="store_true", help="first run the sweeps that are missing")
-    found.add_argument("--jobs", type=int, default=2, help="jobs of a sweep side by side (%(default)s)")
+    found.add_argument("--jobs", type=int, default=2, help="parallel jobs of a sweep (%(default)s)")
     found.add_argument(
         "--override",
         action="append",
@@ -90,10 +90,10 @@ def _go(options: argparse.Namespace) -> int:
     print(
         f"{len(results)} claims measured in {time.monotonic() - began:.0f} s; {time.monotonic() - clock:.0f} s in all"
     )
-    about = f"Claims are told of: {book.scale}. {_about(book, tracked)}"
+    about = f"Measured on: {book.scale}. {_about(book, tracked)}"
     files = write(results, about, options.out)
     for place, result in enumerate(results, 1):
-        effect = "" if result.finding is None else tables.format_effect(result)
+        effect = "" if result.effect is None else tables.format_effect(result)
         print(f"{place:3} {result.outcome:13} {result.claim.id:34} {effect}")
     for remark in tables.remarks(results):
         if "not measured" in remark:
@@ -101,7 +101,7 @@ def _go(options: argparse.Namespace) -> int:
     print(f"\n{tables.caption(results, about)[0]}\nresults     {options.out}")
     if not options.no_log:
         log(database, results, files)
-    measured = any(result.finding for result in results)
+    measured = any(result.effect for result in results)
     if not measured:
         print("error: no claim could be measured", file=sys.stderr)
     return int(bool(failed) or not measured)
@@ -123,7 +123,7 @@ def _pairs(given: Sequence[str]) -> dict[str, str]:
 
 
 def _about(book: Book, tracked: Tracked) -> str:
-    """What was read, in a sentence."""
+    """The sweeps, runs, seeds and options that were read, in a sentence."""
     found = []
     for sweep in book.sweeps:
         runs, seeds = len(tracked.runs[sweep]), tracked.seeds(sweep)
@@ -131,23 +131,23 @@ def _about(book: Book, tracked: Tracked) -> str:
         short = f", {tracked.unfinished[sweep]} unfinished" if tracked.unfinished[sweep] else ""
         found.append(f"{sweep} ({runs} runs{of}{short})")
     every = [run for runs in tracked.runs.values() for run in runs]
-    options = {part: " and ".join(sorted({run.option(part) or "none" for run in every})) for part in SAID}
-    made = f"; all with {', '.join(f'{part}={value}' for part, value in options.items())}" if every else ""
-    return f"Sweeps read: {'; '.join(found)}{made}."
+    options = {part: " and ".join(sorted({run.option(part) or "none" for run in every})) for part in SHOWN}
+    shared = f"; all with {', '.join(f'{part}={value}' for part, value in options.items())}" if every else ""
+    return f"Sweeps read: {'; '.join(found)}{shared}."
 
 
-# --- running what is missing ------------------------------------------------------------------------------------------
+# --- run missing sweeps -----------------------------------------------------------------------------------------------
 
 
 def run_missing(book: Book, options: argparse.Namespace, where: Mapping[str, str], seeds: Sequence[int]) -> list[str]:
-    """Run every sweep under the seeds under which claims lack something; gives the names of those that failed."""
+    """Run every sweep with the seeds for which claims lack a run; return the names of the sweeps that failed."""
     if options.jobs < 1:
         raise SettingsError(f"--jobs {options.jobs}: expected 1 or more")
     failed = []
     for name, sweep in book.sweeps.items():
         lacking = missing_seeds(book, name, options, where, seeds)
         if not lacking:
-            print(f"sweep {name}: there under seeds {', '.join(map(str, seeds))}")
+            print(f"sweep {name}: complete for seeds {', '.join(map(str, seeds))}")
             continue
         command = sweep_command(name, sweep, lacking, options)
         print(f"sweep {name}: {' '.join(command[1:])}", flush=True)
@@ -166,7 +166,7 @@ def run_missing(book: Book, options: argparse.Namespace, where: Mapping[str, str
 def missing_seeds(
     book: Book, sweep: str, options: argparse.Namespace, where: Mapping[str, str], seeds: Sequence[int]
 ) -> list[int]:
-    """The seeds under which a claim on this sweep lacks a finished run."""
+    """The seeds for which a claim on this sweep lacks a finished run."""
     try:
         database = Database(options.uri, options.experiment)
     except TrackingError:
@@ -177,13 +177,13 @@ def missing_seeds(
 
 
 def sweep_command(name: str, sweep: Sweep, seeds: Sequence[int], options: argparse.Namespace) -> list[str]:
-    """What runs a sweep under some seeds; ``--override`` beats the file of claims."""
+    """The command that runs a sweep with some seeds; ``--override`` takes precedence over the file of claims."""
     command = [sys.executable, "-m", "dnpo.train", "-m", f"+sweep={name}", f"seed={','.join(map(str, seeds))}"]
     command += [f"tracking.uri={options.uri}", f"tracking.experiment={options.experiment}"]
     if options.jobs > 1 and find_spec("hydra_plugins") and find_spec(LAUNCHER):
         command += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={options.jobs}"]
     elif options.jobs > 1:
-        print("jobs run one after the other: side by side needs the extra `launchers`")
+        print("jobs run one after another: parallel jobs need the extra `launchers`")
     asked = [override.removeprefix(f"{name}:") for override in options.override if _meant(override, name)]
     given = {override.split("=")[0] for override in asked}
     wanted = [*sweep.overrides]
@@ -197,16 +197,16 @@ def sweep_command(name: str, sweep: Sweep, seeds: Sequence[int], options: argpar
 
 
 def _meant(override: str, sweep: str) -> bool:
-    """Whether an override is for a sweep: ``SWEEP:NAME=VALUE`` for that one, without a sweep for all."""
+    """Whether an override applies to a sweep: ``SWEEP:NAME=VALUE`` applies to one, ``NAME=VALUE`` to all."""
     where, colon, _ = override.split("=")[0].partition(":")
     return not colon or where == sweep
 
 
-# --- what is left of it -----------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def write(results: Sequence[Result], about: str, folder: Path) -> list[Path]:
-    """Write all formats; gives the files."""
+    """Write the results in all formats and return the files."""
     contents = {
         "claims.md": tables.markdown(results, about),
         BRIEF: tables.brief(results, about),
@@ -223,18 +223,18 @@ def log(database: Database, results: Sequence[Result], files: Sequence[Path]) ->
     """Log the files as a separate run, and the numbers with the sweeps that were read; return the run's id.
 
     Raises:
-        TrackingError: the store does not take them.
+        TrackingError: the tracking store refuses them.
     """
     outcomes = [result.outcome for result in results]
-    # the whole table is longer than MLflow takes
+    # a note in MLflow is too short for the whole table
     note = next(file for file in files if file.name == BRIEF).read_text(encoding="utf-8")
     tags = {KIND: "claims", "mlflow.note.content": note}
     run = str(database.client.create_run(database.experiment_id, run_name="claims", tags=tags).info.run_id)
     for outcome in OUTCOMES:
         database.client.log_metric(run, f"claims/{outcome.replace(' ', '_')}", outcomes.count(outcome))
     for result in results:
-        if result.finding is not None:
-            database.client.log_metric(run, f"effect/{result.claim.id}", result.finding.effect.value)
+        if result.effect is not None:
+            database.client.log_metric(run, f"effect/{result.claim.id}", result.effect.estimate.value)
     for file in files:
         database.client.log_artifact(run, str(file))
     keep(database, [run for result in results for run in result.runs], [f for f in files if f.suffix == ".json"])

@@ -1,8 +1,8 @@
-"""From tracked runs to the outcome of every claim.
+"""Compute the outcome of every claim from tracked runs.
 
-A *cell* is one policy of one run. Which runs of a sweep are an arm is told by tags (``arms`` in the file of claims),
-and a run's iteration k belongs to its arm only if the parts that make the arm are in force there: the branches of a
-sweep such as ``ablation`` so give their last iteration alone, and the chains of ``main`` each of theirs.
+Tags (``arms`` in the file of claims) decide which runs of a sweep belong to an arm. A run's iteration k belongs to its
+arm only if the parts that define the arm are in force at k. So the branches of a sweep such as ``ablation`` contribute
+their last iteration only, the chains of ``main`` all of theirs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from analysis.claims_book import Book, Claim, Premise, Term
-from analysis.claims_measures import BETWEEN, MEASURES, Cell, Values
-from analysis.claims_rules import Finding, Outcome, Sample, decide, find
+from analysis.claims_measures import BETWEEN, MEASURES, TrackedPolicy, Values
+from analysis.claims_rules import Effect, Outcome, Sample, decide, estimate_effect
 from analysis.selection import refuse_mixture
 from dnpo.errors import DataError, DnpoError
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.significance import holm
 from dnpo.tracking.reading import SFT, Database, TrackedRun
 
-PARTS = ("dsl", "npo")  # each is in force from its start on
+PARTS = ("dsl", "npo")  # each is in force from its `start` on
 
 
 # --- the runs --------------------------------------------------------------------------------------------------------
@@ -27,11 +27,11 @@ PARTS = ("dsl", "npo")  # each is in force from its start on
 
 @dataclass
 class Tracked:
-    """The finished runs of the sweeps, and the cells that they give.
+    """The finished runs of the sweeps, and their policies.
 
     Attributes:
-        runs: finished ones by sweep, the newest first.
-        unfinished: how many of a sweep did not finish.
+        runs: finished runs by sweep, the newest first.
+        unfinished: numbers of unfinished runs, by sweep.
         absent: why a sweep has no runs.
     """
 
@@ -39,18 +39,18 @@ class Tracked:
     runs: dict[str, list[TrackedRun]] = field(default_factory=dict)
     unfinished: dict[str, int] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
-    _cells: dict[tuple[str, int | str], Cell] = field(default_factory=dict)
+    _policies: dict[tuple[str, int | str], TrackedPolicy] = field(default_factory=dict)
     _values: dict[str, Values] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, book: Book, database: Database | None, where: Mapping[str, str], seeds: Sequence[int] | None
     ) -> "Tracked":
-        """Read them.
+        """Read the runs.
 
         Args:
             where: tags or settings that runs must have.
-            seeds: those to use; None for all that are there.
+            seeds: seeds to use; None: all.
         """
         self = cls(book.arms)
         for sweep in book.sweeps:
@@ -66,11 +66,11 @@ class Tracked:
         return self
 
     def seeds(self, sweep: str) -> list[int]:
-        """Those under which any of a sweep's runs finished."""
+        """The seeds with a finished run in the sweep."""
         return sorted({run.seed for run in self.runs[sweep]})
 
-    def cell(self, sweep: str, arm: str, seed: int, iteration: int | str) -> Cell | None:
-        """One policy of an arm; of several runs that have it the newest's; None where there is none."""
+    def policy(self, sweep: str, arm: str, seed: int, iteration: int | str) -> TrackedPolicy | None:
+        """One policy of an arm, from the newest run that has it; None where no run has it."""
         tags = self.arms[arm]
         for run in self.runs[sweep]:
             if (
@@ -78,25 +78,27 @@ class Tracked:
                 and all(run.option(tag) == value for tag, value in tags.items())
                 and in_force(run, iteration)
             ):
-                return self._cells.setdefault((run.id, iteration), Cell(run, iteration))
+                return self._policies.setdefault((run.id, iteration), TrackedPolicy(run, iteration))
         return None
 
     def value(self, claim: Claim, arm: str, seed: int, iteration: int | str) -> Values:
-        """What a claim's measure says of a cell, told once."""
-        cell = _cell(claim, self, arm, seed, iteration)
-        key = repr((cell.run.id, iteration, claim.measure, sorted(claim.arguments.items())))
+        """A claim's measure of one policy, computed once."""
+        policy = _find_policy(claim, self, arm, seed, iteration)
+        key = repr((policy.run.id, iteration, claim.measure, sorted(claim.arguments.items())))
         if key not in self._values:
             of, function = MEASURES[claim.measure]
-            self._values[key] = function(getattr(cell, of), **claim.arguments)
+            self._values[key] = function(getattr(policy, of), **claim.arguments)
         return self._values[key]
 
     def missing(self, claim: Claim, seed: int) -> list[str]:
-        """The cells that a claim needs and that are not there under a seed."""
-        return [f"{arm}@{k}" for arm, k in list_needed_cells(claim) if self.cell(claim.sweep, arm, seed, k) is None]
+        """The policies that a claim needs and that are missing for a seed."""
+        return [
+            f"{arm}@{k}" for arm, k in list_needed_policies(claim) if self.policy(claim.sweep, arm, seed, k) is None
+        ]
 
 
 def in_force(run: TrackedRun, iteration: int | str) -> bool:
-    """Whether a run has an iteration, and everything that makes its arm acts there. Before the first nothing does."""
+    """Whether a run has the iteration, and all parts that define its arm are in force there; always true of SFT."""
     if iteration == SFT:
         return True
     k = int(iteration)
@@ -104,29 +106,29 @@ def in_force(run: TrackedRun, iteration: int | str) -> bool:
     return started and k < int(run.params["iterations"])
 
 
-def list_needed_cells(claim: Claim) -> list[tuple[str, int | str]]:
+def list_needed_policies(claim: Claim) -> list[tuple[str, int | str]]:
     """The arms and iterations that a claim needs, each once."""
     a, b = claim.sides
     found = [(term.arm, k) for term in a + b for k in term.iterations]
     return list(dict.fromkeys(found))
 
 
-# --- from runs to numbers ---------------------------------------------------------------------------------------------
+# --- the numbers ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a claim.
+    """The outcome of a claim.
 
     Attributes:
-        by: the effect by iteration, where both sides have the same ones.
+        by: the effect by iteration, where both sides have the same iterations.
         reason: why it was not measured.
-        runs: that it read.
+        runs: the runs that it was measured on.
     """
 
     claim: Claim
     outcome: Outcome
-    finding: Finding | None = None
+    effect: Effect | None = None
     p_holm: float | None = None
     by: Mapping[str, Estimate] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -135,7 +137,7 @@ class Result:
 
 
 def assess(book: Book, tracked: Tracked, say: Callable[[Claim], None] | None = None) -> list[Result]:
-    """ClaimMeasure every claim, correct over all of them, and decide."""
+    """Measure every claim, correct the p values over all claims, and decide."""
     results = []
     for claim in book.claims:
         if say:
@@ -144,22 +146,22 @@ def assess(book: Book, tracked: Tracked, say: Callable[[Claim], None] | None = N
             results.append(_measure(claim, tracked))
         except DnpoError as error:
             results.append(Result(claim, "not measured", reason=str(error)))
-    adjusted = holm([result.finding.p if result.finding else 1.0 for result in results])
+    adjusted = holm([result.effect.p if result.effect else 1.0 for result in results])
     return [_decide_one(result, p) for result, p in zip(results, adjusted, strict=True)]
 
 
 def _decide_one(result: Result, p_holm: float) -> Result:
-    if result.finding is None:
+    if result.effect is None:
         return result
-    outcome = decide(result.finding.effect, result.claim.region, p_holm, result.finding.seeds)
+    outcome = decide(result.effect.estimate, result.claim.region, p_holm, result.effect.seeds)
     return replace(result, outcome=outcome, p_holm=p_holm)
 
 
 def _measure(claim: Claim, tracked: Tracked) -> Result:
-    """A claim with its effect, before the correction.
+    """Measure one claim, without the correction over all.
 
     Raises:
-        DataError: it cannot be measured, and why.
+        DataError: it cannot be measured; says why.
     """
     there = tracked.seeds(claim.sweep)
     lacking = {seed: missing for seed in there if (missing := tracked.missing(claim, seed))}
@@ -171,50 +173,50 @@ def _measure(claim: Claim, tracked: Tracked) -> Result:
     if claim.premise:
         seeds, note = _with_premise(claim, claim.premise, tracked, seeds)
         notes.append(note)
-    chosen = [_cell(claim, tracked, arm, seed, k) for seed in seeds for arm, k in list_needed_cells(claim)]
-    runs = tuple({cell.run.id: cell.run for cell in chosen}.values())
+    chosen = [_find_policy(claim, tracked, arm, seed, k) for seed in seeds for arm, k in list_needed_policies(claim)]
+    runs = tuple({policy.run.id: policy.run for policy in chosen}.values())
     refuse_mixture(runs, differing_starts=True, matters=claim.matters)
     a, b = claim.sides
-    finding = find(sample(claim, tracked, seeds, a, b), claim.region)
+    effect = estimate_effect(sample(claim, tracked, seeds, a, b), claim.region)
     by = _by_iteration(claim, tracked, seeds)
-    return Result(claim, "undecided", finding, by=by, notes=(*notes, *finding.notes), runs=runs)
+    return Result(claim, "undecided", effect, by=by, notes=(*notes, *effect.notes), runs=runs)
 
 
 def _lacking(sweep: str, lacking: Mapping[int, Sequence[str]], unfinished: int) -> str:
-    """Why no seed of a sweep is complete."""
+    """Say why no seed of a sweep is complete."""
     short = f" ({unfinished} of its runs did not finish)" if unfinished else ""
     if not lacking:
         return f"sweep {sweep} has no finished run{short}"
     seed, missing = next(iter(lacking.items()))
-    return f"sweep {sweep} is complete under no seed{short}: seed {seed} has no finished {', '.join(missing)}"
+    return f"sweep {sweep} is complete for no seed{short}: seed {seed} has no finished {', '.join(missing)}"
 
 
 def _with_premise(claim: Claim, premise: Premise, tracked: Tracked, seeds: Sequence[int]) -> tuple[list[int], str]:
-    """The seeds under which the premise held, and how many they are in words."""
+    """The seeds for which the premise holds, and a note on how many they are."""
     iteration = claim.sides[0][0].iterations[-1]
-    held = []
+    valid = []
     for seed in seeds:
-        cell = tracked.cell(claim.sweep, premise.runs, seed, iteration)
-        value = None if cell is None else cell.row.get(premise.metric)
+        policy = tracked.policy(claim.sweep, premise.runs, seed, iteration)
+        value = None if policy is None else policy.row.get(premise.metric)
         if value is not None and value >= premise.least:
-            held.append(seed)
-    said = (
-        f"premise ({premise.metric} ≥ {premise.least:g} in {premise.runs}) held under {len(held)} of {len(seeds)} seeds"
+            valid.append(seed)
+    note = (
+        f"premise ({premise.metric} ≥ {premise.least:g} in {premise.runs}) held for {len(valid)} of {len(seeds)} seeds"
     )
-    if not held:
-        raise DataError(f"the {said}, so there is nothing to see")
-    return held, said
+    if not valid:
+        raise DataError(f"the {note}, so the claim does not apply")
+    return valid, note
 
 
-def _cell(claim: Claim, tracked: Tracked, arm: str, seed: int, iteration: int | str) -> Cell:
-    found = tracked.cell(claim.sweep, arm, seed, iteration)
+def _find_policy(claim: Claim, tracked: Tracked, arm: str, seed: int, iteration: int | str) -> TrackedPolicy:
+    found = tracked.policy(claim.sweep, arm, seed, iteration)
     if found is None:
         raise DataError(f"sweep {claim.sweep}, seed {seed}: no finished {arm}@{iteration}")
     return found
 
 
 def sample(claim: Claim, tracked: Tracked, seeds: Sequence[int], a: Sequence[Term], b: Sequence[Term]) -> Sample:
-    """Both sides of a claim under every seed, in its unit.
+    """Both sides of a claim for every seed, in its unit.
 
     Raises:
         DataError: the runs were measured on different prompts, or a measure is missing.
@@ -235,13 +237,13 @@ def sample(claim: Claim, tracked: Tracked, seeds: Sequence[int], a: Sequence[Ter
 
 
 def _sides(claim: Claim, tracked: Tracked, seed: int, a: Sequence[Term], b: Sequence[Term]) -> tuple[Values, Values]:
-    """a and b under one seed."""
+    """The values of a and b for one seed."""
     if claim.measure in BETWEEN:
         of, function = BETWEEN[claim.measure]
         found = [
             function(
-                getattr(_cell(claim, tracked, a[0].arm, seed, ours), of),
-                getattr(_cell(claim, tracked, b[0].arm, seed, theirs), of),
+                getattr(_find_policy(claim, tracked, a[0].arm, seed, ours), of),
+                getattr(_find_policy(claim, tracked, b[0].arm, seed, theirs), of),
                 **claim.arguments,
             )
             for ours, theirs in zip(a[0].iterations, b[0].iterations, strict=True)
@@ -261,7 +263,7 @@ def _sides(claim: Claim, tracked: Tracked, seed: int, a: Sequence[Term], b: Sequ
 
 
 def _combine(values: Sequence[Values], times: float) -> Values:
-    """The sum of several, times a number; of those by prompt, prompt by prompt."""
+    """The sum of several values, times a number; values by prompt are added prompt by prompt."""
     if all(isinstance(value, dict) for value in values):
         rows = [value for value in values if isinstance(value, dict)]
         if any(row.keys() != rows[0].keys() for row in rows):
@@ -271,12 +273,12 @@ def _combine(values: Sequence[Values], times: float) -> Values:
 
 
 def _by_iteration(claim: Claim, tracked: Tracked, seeds: Sequence[int]) -> dict[str, Estimate]:
-    """The effect at each iteration by itself; without a test, as a description."""
+    """The effect at each iteration, as a description without a test."""
     a, b = claim.sides
     if len(a) != 1 or len(b) > 1 or len(a[0].iterations) < 2 or (b and b[0].iterations != a[0].iterations):
         return {}
     found = {}
     for k in a[0].iterations:
         ours, theirs = [Term(a[0].arm, (k,))], [Term(term.arm, (k,)) for term in b]
-        found[str(k)] = find(sample(claim, tracked, seeds, ours, theirs), claim.region).effect
+        found[str(k)] = estimate_effect(sample(claim, tracked, seeds, ours, theirs), claim.region).estimate
     return found

@@ -1,4 +1,4 @@
-"""The file of claims, read and checked: ``claims.yaml``."""
+"""Read and check the file of claims, ``claims.yaml``."""
 
 import re
 from collections import Counter
@@ -21,13 +21,13 @@ FILE = Path(__file__).resolve().parent.parent / "claims.yaml"
 
 
 class Strict(BaseModel):
-    """Unknown keys are mistakes."""
+    """A model that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Premise(Strict):
-    """What has to hold in a run for a claim to be about its seed: a metric of the table is ``least`` or more."""
+    """A condition on a seed for a claim to apply: in the table of its ``runs``, ``metric`` is at least ``least``."""
 
     runs: str
     metric: str
@@ -35,11 +35,11 @@ class Premise(Strict):
 
 
 class Sweep(Strict):
-    """A sweep that claims read, and what ``--run`` adds to its command.
+    """A sweep that claims read.
 
     Attributes:
-        overrides: of settings.
-        where_installed: more overrides, by the packages that they need.
+        overrides: settings that ``--run`` adds to its command.
+        where_installed: more of them, by the packages that they need.
     """
 
     overrides: tuple[str, ...] = ()
@@ -52,14 +52,14 @@ class Claim(Strict):
     Attributes:
         text: the claim, in our words.
         measured: what is measured here, in words.
-        scale: of what it is told here.
+        scale: the data and model on which it is measured.
         measure: a name in ``claims_measures``.
-        a, b: arms and iterations, such as ``dnpo@1,2,3``: the mean over these; several are added up with ``+``. The
-            effect is a less b.
-        relation, target, margin: where the claim says that the effect lies, in its unit.
-        times: numbers are multiplied by this to have the unit.
-        matters: settings of what is measured beside, such as ``second_judge.``, that its runs have to share.
-        caveat: what a reader has to know of what is measured.
+        a, b: an arm and iterations, such as ``dnpo@1,2,3``, for the mean over these iterations; ``+`` adds several. The
+            effect is a − b.
+        relation, target, margin: where the effect lies according to the claim, in its unit.
+        times: factor that converts values to the unit.
+        matters: settings of optional measures, such as ``second_judge.``, in which its runs must agree.
+        caveat: a limitation of the measure that a reader must know.
     """
 
     id: str
@@ -85,18 +85,18 @@ class Claim(Strict):
 
     @property
     def region(self) -> Region:
-        """Where it says that the effect lies."""
+        """Where the effect lies according to the claim."""
         return region(self.relation, self.target, self.margin)
 
     @property
     def sides(self) -> "tuple[list[Term], list[Term]]":
-        """Both sides, taken apart."""
+        """The terms of both sides."""
         return terms(self.a), terms(self.b)
 
 
 @dataclass(frozen=True)
 class Term:
-    """An arm and the iterations over which its mean is taken."""
+    """An arm, and the iterations over which it is averaged."""
 
     arm: str
     iterations: tuple[int | str, ...]
@@ -104,12 +104,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Book:
-    """The whole file.
+    """The whole file of claims.
 
     Attributes:
-        scale: of what claims are told that say nothing else.
-        sweeps: in the order in which they are run.
-        arms: the tags that a run of each has.
+        scale: the data and model on which claims are measured, unless a claim gives another.
+        sweeps: by name, in the order in which they are run.
+        arms: the tags by which the runs of each arm are recognised.
     """
 
     scale: str
@@ -119,10 +119,10 @@ class Book:
 
 
 def terms(text: str) -> list[Term]:
-    """``spin@0 + dnpo@1,2`` taken apart.
+    """Parse one side of a claim, such as ``spin@0 + dnpo@1,2``.
 
     Raises:
-        SettingsError: it is not written so.
+        SettingsError: it has another form.
     """
     found = []
     for part in text.split("+") if text.strip() else []:
@@ -137,7 +137,7 @@ def read(path: Path) -> Book:
     """Read and check a file of claims.
 
     Raises:
-        SettingsError: names the claim and what is wrong with it.
+        SettingsError: the file or a claim is not valid; names the claim and the problem.
     """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -153,7 +153,7 @@ def read(path: Path) -> Book:
     claims = tuple(_claim(given, tree["scale"], path) for given in tree["claims"])
     doubled = [name for name, count in Counter(claim.id for claim in claims).items() if count > 1]
     if doubled:
-        raise SettingsError(f"{path}: id {doubled[0]} is given to several claims")
+        raise SettingsError(f"{path}: several claims have the id {doubled[0]}")
     for claim in claims:
         problem = _problem(claim, sweeps, arms)
         if problem:
@@ -170,7 +170,7 @@ def _claim(given: Any, scale: str, path: Path) -> Claim:
 
 
 def _problem(claim: Claim, sweeps: Iterable[str], arms: Iterable[str]) -> str:
-    """What is wrong with a claim; empty if nothing is."""
+    """The problem with a claim; empty if there is none."""
     if claim.sweep not in sweeps:
         return f"sweep {claim.sweep} is not among {', '.join(sweeps)}.{nearest(claim.sweep, list(sweeps))}"
     a, b = claim.sides
@@ -189,7 +189,7 @@ def _problem(claim: Claim, sweeps: Iterable[str], arms: Iterable[str]) -> str:
     if not a:
         return "a is empty"
     if of == 2 and not (len(a) == len(b) == 1 and len(a[0].iterations) == len(b[0].iterations)):
-        return f"{claim.measure} compares one arm with one other at as many iterations"
+        return f"{claim.measure} compares one arm with one other, each at the same number of iterations"
     if claim.margin < 0 or (claim.relation in ("greater", "less")) != (claim.margin == 0):
-        return "at_least, at_most and within need a margin above 0, greater and less have none"
+        return "at_least, at_most and within need a margin above 0; greater and less take none"
     return ""

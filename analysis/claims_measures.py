@@ -1,10 +1,10 @@
-"""What a claim can be computed from: one policy of one tracked run gives a number, or a number a held-out prompt.
+"""Measures for claims: each gives one number for a policy of a tracked run, or one number for each held-out prompt.
 
-Every measure is a pure function of rows that a run has tracked; ``MEASURES`` and ``BETWEEN`` give them the names that
-``claims.yaml`` has for them. Differences, means over iterations and seeds are taken by ``claims.py``, the same way for
-all of them. What is missing raises :class:`~dnpo.errors.DataError` and makes the claim one that is not measured.
+Every measure is a pure function of data that a run has tracked. ``MEASURES`` and ``BETWEEN`` give them the names that
+``claims.yaml`` uses. ``claims_assess.py`` takes differences and means over iterations and seeds, the same way for all
+measures. Missing data raise :class:`~dnpo.errors.DataError`, and the claim is then not measured.
 
-Items are rows as ``items/NAME.parquet`` has them, steps a list of metrics by training step.
+Items are rows of ``items/NAME.parquet``; steps are the metrics of each training step.
 """
 
 import json
@@ -29,15 +29,15 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 Row = Mapping[str, Any]
 Values = dict[str, float] | float
-"""By the id of a held-out prompt, NaN where there is none; or one number."""
+"""Numbers by the id of a held-out prompt, NaN where one is missing; or a single number."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One policy of a run, and what was tracked of it.
+class TrackedPolicy:
+    """One policy of a tracked run, with its data.
 
     Attributes:
-        iteration: after which it is, or ``SFT``.
+        iteration: the iteration that trained it, or ``SFT``.
     """
 
     run: TrackedRun
@@ -45,24 +45,24 @@ class Cell:
 
     @cached_property
     def row(self) -> Row:
-        """Its row of the run's table."""
+        """Its row in the run's table."""
         return self.run.row(self.iteration)
 
     @cached_property
     def items(self) -> list[Row]:
-        """A row a held-out response."""
+        """One row for each held-out response."""
         rows: list[Row] = pq.read_table(self._artifact(f"items/{iteration_name(self.iteration)}.parquet")).to_pylist()
         return rows
 
     @cached_property
     def steps(self) -> list[Row]:
-        """The metrics of its training, by step."""
+        """The metrics of each step of its training."""
         rows: list[Row] = json.loads(self._artifact(f"steps/{iteration_name(self.iteration)}.json").read_text())
         return rows
 
     @cached_property
     def logprobs(self) -> Mapping[str, Any]:
-        """Log-probabilities of chosen, rejected and new responses under it."""
+        """Its log-probabilities of chosen, rejected and new responses."""
         with np.load(self._artifact(f"logprobs/{iteration_name(self.iteration)}.npz")) as arrays:
             found: dict[str, Any] = dict(arrays)
             return found
@@ -74,7 +74,7 @@ class Cell:
         return found
 
 
-# --- of held-out responses --------------------------------------------------------------------------------------------
+# --- held-out responses -----------------------------------------------------------------------------------------------
 
 
 def by_prompt(items: Sequence[Row], column: str = "score", kind: str = "sample") -> dict[str, float]:
@@ -98,7 +98,7 @@ def by_prompt(items: Sequence[Row], column: str = "score", kind: str = "sample")
 
 
 def as_good_as_human(items: Sequence[Row], column: str = "score") -> dict[str, float]:
-    """For each prompt the share of samples with as many points as the human response, or more."""
+    """For each prompt, the share of samples with at least as many points as the human response."""
     human = by_prompt(items, column, "human")
     found: dict[str, list[float]] = defaultdict(list)
     for item in items:
@@ -109,9 +109,9 @@ def as_good_as_human(items: Sequence[Row], column: str = "score") -> dict[str, f
 
 
 def duels(ours: Sequence[Row], theirs: Sequence[Row], column: str = "score") -> dict[str, float]:
-    """For each prompt the share of pairs of samples that ours wins less that it loses; every sample meets every other.
+    """For each prompt, ours' share of wins minus its share of losses, with every sample compared with every other.
 
-    Between −1 and 1; ties count for neither. NaN where one side has no score.
+    Between −1 and 1; ties count for neither side. NaN where one side has no score.
     """
     a, b = _samples(ours, column), _samples(theirs, column)
     if a.keys() != b.keys():
@@ -127,14 +127,14 @@ def _samples(items: Sequence[Row], column: str) -> dict[str, list[float]]:
     return found
 
 
-# --- one number a policy ----------------------------------------------------------------------------------------------
+# --- one number for each policy ---------------------------------------------------------------------------------------
 
 
 def metric(row: Row, name: str, less: str = "") -> float:
-    """A metric of the run's table, less another one if there is a name for it.
+    """A metric of the run's table, minus the metric ``less`` if one is given.
 
     Raises:
-        DataError: it was not measured.
+        DataError: a metric was not measured.
     """
     return _number(row, name) - (_number(row, less) if less else 0.0)
 
@@ -149,7 +149,7 @@ def _number(row: Row, name: str) -> float:
 
 
 def distance(logprobs: Mapping[str, Any], first: str, second: str) -> float:
-    """Kolmogorov-Smirnov distance of two samples of summed log-probabilities: 0 the same, 1 without overlap.
+    """Kolmogorov-Smirnov distance between two samples of summed log-probabilities: 0 if equal, 1 without overlap.
 
     Args:
         first, second: ``chosen``, ``rejected`` or ``new``.
@@ -159,14 +159,14 @@ def distance(logprobs: Mapping[str, Any], first: str, second: str) -> float:
     return float(ks_2samp(logprobs[first], logprobs[second]).statistic)
 
 
-# --- of training steps ------------------------------------------------------------------------------------------------
+# --- training steps ---------------------------------------------------------------------------------------------------
 
 
 def mean_over_steps(steps: Sequence[Row], name: str, otherwise: str = "") -> float:
     """The mean of a metric over the steps of one training, each weighted by its rows.
 
     Args:
-        otherwise: the metric to take where nothing has the first, as a training without noise has no noisy margin.
+        otherwise: the metric to use where no step has the first; a training without noise has no noisy margin.
     """
     chosen = otherwise if otherwise and all(name not in step for step in steps) else name
     _series(steps, chosen)
@@ -177,8 +177,8 @@ def correlation(steps: Sequence[Row], first: str, second: str, detrended: bool =
     """Pearson's correlation of two metrics over the steps of one training.
 
     Args:
-        detrended: after the straight line that fits each best has been taken off, so that two series which only both
-            rise or fall do not count.
+        detrended: subtract the best-fitting straight line from each series first, so that a common trend does not
+            count as correlation.
     """
     x, y = _series(steps, first), _series(steps, second)
     if detrended:
@@ -189,7 +189,7 @@ def correlation(steps: Sequence[Row], first: str, second: str, detrended: bool =
 
 
 def rise_within_epochs(steps: Sequence[Row], name: str, epochs: int) -> float:
-    """By how much a metric rises within an epoch: the mean over epochs of its least-squares line's rise."""
+    """The rise of a metric within an epoch: that of its least-squares line, averaged over epochs."""
     series = _epochs(steps, name, epochs)
     place = np.arange(series.shape[1])
     slopes = [float(np.polyfit(place, epoch, 1)[0]) for epoch in series]
@@ -197,7 +197,7 @@ def rise_within_epochs(steps: Sequence[Row], name: str, epochs: int) -> float:
 
 
 def change_over_epochs(steps: Sequence[Row], name: str, epochs: int) -> float:
-    """The mean of a metric in the last epoch less that in the first."""
+    """The mean of a metric in the last epoch minus its mean in the first."""
     series = _epochs(steps, name, epochs)
     return float(series[-1].mean() - series[0].mean())
 
@@ -210,7 +210,7 @@ def _series(steps: Sequence[Row], name: str) -> Any:
 
 
 def _epochs(steps: Sequence[Row], name: str, epochs: int) -> Any:
-    """Epochs × steps."""
+    """A metric as an array, epochs × steps."""
     series = _series(steps, name)
     if epochs < 2 or len(series) % epochs or len(series) < 2 * epochs:
         raise DataError(f"{len(series)} training steps are not {epochs} epochs of two steps or more")
@@ -222,7 +222,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class ClaimMeasure(NamedTuple):
-    """A measure, and which of a cell's parts it is computed from."""
+    """A measure, and the attribute of a :class:`TrackedPolicy` that it is computed from."""
 
     of: str
     function: Callable[..., Values]
@@ -238,4 +238,4 @@ MEASURES: Mapping[str, ClaimMeasure] = {
     "rise_within_epochs": ClaimMeasure("steps", rise_within_epochs),
     "change_over_epochs": ClaimMeasure("steps", change_over_epochs),
 }
-BETWEEN: Mapping[str, ClaimMeasure] = {"duels": ClaimMeasure("items", duels)}  # of a side against the other
+BETWEEN: Mapping[str, ClaimMeasure] = {"duels": ClaimMeasure("items", duels)}  # these compare one side with the other

@@ -1,16 +1,16 @@
-"""When is a claim supported, contradicted or undecided? The rule and the numbers it goes by, all pure.
+"""Decide whether a claim is supported, contradicted or undecided: the rule, as pure functions.
 
-A claim says where a number lies: above or below a target (``greater``, ``less``), at least or at most at one but for a
-margin (``at_least``, ``at_most``: no worse than), or around it (``within``). That is an open interval, its region. With
-the 95 % interval of the number over seeds and items (t, which is honest about few seeds) the claim is
+A claim says where an effect lies: above or below a target (``greater``, ``less``), not below or not above it by more
+than a margin (``at_least``, ``at_most``), or within a margin around it (``within``). This open interval is the claim's
+region. With the effect's 95 % t interval over seeds and items, which is wide where seeds are few, the claim is
 
-    supported      the interval lies in the region, and p ≤ 0.05 after Holm's correction;
-    contradicted   it lies wholly outside of it, with the same p;
-    undecided      everything else, and whatever was measured under fewer than three seeds.
+    supported      if the interval lies inside the region, and p ≤ 0.05 after Holm's correction;
+    contradicted   if it lies wholly outside the region, with the same p;
+    undecided      otherwise, and always with fewer than three seeds.
 
-p is that of a two-sided test against the region's bound, the larger where there are two. A difference of two sides over
-items that is compared with 0 has the p of ``dnpo.stats.paired``: no test there may object. Holm's correction is
-over all claims of the file: one that was not measured counts with p = 1, so that measuring fewer makes none easier.
+p comes from a two-sided test against the region's bound, the larger one where there are two bounds. A paired difference
+over items that is compared with 0 takes its p from ``dnpo.stats.paired``. Holm's correction is over all claims of the
+file. A claim that was not measured counts with p = 1, so measuring fewer claims makes none easier to support.
 
 Shapes: S seeds, I items.
 """
@@ -33,33 +33,33 @@ OUTCOMES: tuple[Outcome, ...] = ("supported", "contradicted", "undecided", "not 
 LEAST_SEEDS = 3
 
 RULE = (
-    "Supported: the 95 % interval lies wholly where the claim says, and p ≤ {alpha} after Holm's correction over all "
-    "{claims} claims (one that was not measured counts with p = 1). Contradicted: it lies wholly elsewhere, with the "
-    "same p. Undecided: everything else, and whatever was measured under fewer than {least} seeds. Intervals are t "
-    "intervals over seeds and, where there are items, items; detectable is the smallest true difference from the bound "
-    "that would be found in 80 % of such comparisons at α = {alpha}, before the correction."
+    "Supported: the whole 95 % interval lies where the claim says, and p ≤ {alpha} after Holm's correction over all "
+    "{claims} claims (one that was not measured counts with p = 1). Contradicted: the whole interval lies elsewhere, "
+    "with the same p. Undecided: everything else, and every claim measured with fewer than {least} seeds. Intervals "
+    "are t intervals over seeds and, where there are items, items; detectable is the smallest true difference from the "
+    "bound that would be found in 80 % of such comparisons at α = {alpha}, before the correction."
 )
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where a claim says that a number lies: between low and high, both excluded."""
+    """Where an effect lies according to a claim: between low and high, both excluded."""
 
     low: float
     high: float
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """Those that are finite."""
+        """The finite bounds."""
         return tuple(bound for bound in (self.low, self.high) if math.isfinite(bound))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was measured, seeds × items; the effect is a less b.
+    """The values of both sides, seeds × items; the effect is a − b.
 
     Attributes:
-        by_item: whether the columns are items; if not, there is one column, a number a seed.
+        by_item: whether the columns are items; if not, there is one column, with one value for each seed.
     """
 
     a_SI: Array
@@ -68,21 +68,21 @@ class Sample:
 
     @property
     def seeds(self) -> int:
-        """How many."""
+        """The number of seeds."""
         return int(self.a_SI.shape[0])
 
 
 @dataclass(frozen=True)
-class Finding:
-    """An effect with what is known of its certainty.
+class Effect:
+    """An effect with its uncertainty.
 
     Attributes:
-        p: before any correction; 1 where nothing can be told.
-        detectable: None where nothing varies.
-        items: None where there are none.
+        p: before any correction; 1 where it cannot be tested.
+        detectable: smallest detectable difference; None where the values do not vary.
+        items: number of items; None for a measure without items.
     """
 
-    effect: Estimate
+    estimate: Estimate
     p: float
     detectable: float | None
     seeds: int
@@ -91,17 +91,17 @@ class Finding:
 
 
 def region(relation: Relation, target: float, margin: float) -> Region:
-    """The region of a claim; see the head of this file."""
+    """The region of a claim, as the head of this file defines it."""
     low = {"greater": target, "at_least": target - margin, "within": target - margin}
     high = {"less": target, "at_most": target + margin, "within": target + margin}
     return Region(low.get(relation, -math.inf), high.get(relation, math.inf))
 
 
-def find(sample: Sample, where: Region) -> Finding:
-    """The effect of a sample and its certainty with respect to a region.
+def estimate_effect(sample: Sample, where: Region) -> Effect:
+    """Estimate the effect of a sample and test it against the bounds of a region.
 
     Raises:
-        DataError: no item has a result everywhere.
+        DataError: no item has a value on both sides for every seed.
     """
     kept_I = np.isfinite(sample.a_SI + sample.b_SI).all(0)
     a_SI, b_SI = sample.a_SI[:, kept_I], sample.b_SI[:, kept_I]
@@ -111,30 +111,30 @@ def find(sample: Sample, where: Region) -> Finding:
     if prompts > items:
         notes.append(f"{prompts - items} of {prompts} prompts lack a result and were left out")
     if not items:
-        raise DataError("no prompt has a result on both sides and under every seed")
+        raise DataError("no prompt has a result on both sides for every seed")
     if seeds == 1:
-        notes.append("one seed: nothing is known of training again")
+        notes.append("one seed: the variation between trainings is unknown")
     difference_SI = a_SI - b_SI
     mean = estimate_mean(difference_SI if sample.by_item else difference_SI.T)
     counted = items if sample.by_item else None
     if mean is None:
-        return Finding(Estimate(float(difference_SI.mean())), 1.0, None, seeds, counted, tuple(notes))
+        return Effect(Estimate(float(difference_SI.mean())), 1.0, None, seeds, counted, tuple(notes))
     if not mean.error:
-        notes.append("nothing varies: the interval has no width, which is no certainty")
+        notes.append("the values do not vary, so the interval has no width; that is not certainty")
     if sample.by_item and where.bounds == (0.0,):
         p = compare_paired(a_SI, b_SI, kind="scores", interval="t").p
     else:
         p = p_against(mean, where)
-    return Finding(mean.estimate(), p, mean.detectable() if mean.error else None, seeds, counted, tuple(notes))
+    return Effect(mean.estimate(), p, mean.detectable() if mean.error else None, seeds, counted, tuple(notes))
 
 
 def p_against(mean: Mean, where: Region) -> float:
-    """Of two-sided t tests against the bounds of a region, the largest."""
+    """The largest p of two-sided t tests against the bounds of a region."""
     return max((replace(mean, value=mean.value - bound).p() for bound in where.bounds), default=1.0)
 
 
 def decide(effect: Estimate, where: Region, p_holm: float, seeds: int) -> Outcome:
-    """The outcome by the rule at the head of this file."""
+    """Decide the outcome by the rule at the head of this file."""
     if effect.low is None or effect.high is None or seeds < LEAST_SEEDS or not p_holm <= ALPHA:
         return "undecided"
     if where.low < effect.low and effect.high < where.high:
@@ -145,10 +145,10 @@ def decide(effect: Estimate, where: Region, p_holm: float, seeds: int) -> Outcom
 
 
 def rule(claims: int) -> str:
-    """The rule in words, for a caption."""
+    """State the rule for a caption."""
     return RULE.format(alpha=ALPHA, claims=claims, least=LEAST_SEEDS)
 
 
 def count_outcomes(outcomes: Sequence[Outcome]) -> str:
-    """How many of each, in words."""
+    """Count the outcomes of each kind, in words."""
     return ", ".join(f"{outcomes.count(one)} {one}" for one in OUTCOMES)

@@ -1,4 +1,4 @@
-"""The results of claims written down: Markdown for people, LaTeX for papers, CSV and JSON with the very numbers."""
+"""Tables of the claims' results: Markdown and LaTeX with rounded numbers, CSV and JSON with exact ones."""
 
 import csv
 import io
@@ -35,28 +35,28 @@ LATEX = {
 
 
 def as_dict(result: Result) -> dict[str, Any]:
-    """Everything there is to say of a result, as plain values; the effect and its ends in the claim's unit."""
-    claim, found = result.claim, result.finding
+    """A result as plain values; the effect and its interval are in the claim's unit."""
+    claim, found = result.claim, result.effect
     row = claim.model_dump(mode="json")
     row |= {"outcome": result.outcome, "effect": None, "low": None, "high": None, "p": None, "p_holm": result.p_holm}
     row |= {"detectable": None, "seeds": 0, "items": None, "by_iteration": {}, "notes": list(result.notes)}
     row |= {"reason": result.reason}
     if found is not None:
-        row |= {"effect": found.effect.value, "low": found.effect.low, "high": found.effect.high, "p": found.p}
+        row |= {"effect": found.estimate.value, "low": found.estimate.low, "high": found.estimate.high, "p": found.p}
         row |= {"detectable": found.detectable, "seeds": found.seeds, "items": found.items}
         row["by_iteration"] = {k: {"value": e.value, "low": e.low, "high": e.high} for k, e in result.by.items()}
     return row
 
 
 def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> str:
-    """The rule, what was read, and every result."""
+    """The rule, ``about`` and every result, as JSON."""
     rows = [as_dict(result) for result in results]
     tree = {"rule": rule(len(results)), **about, "claims": rows}
     return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
 def to_csv(results: Sequence[Result]) -> str:
-    """One line a claim; nested values as JSON."""
+    """One line for each claim; nested values as JSON."""
     rows = [as_dict(result) for result in results]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
@@ -68,12 +68,12 @@ def to_csv(results: Sequence[Result]) -> str:
 
 
 def lines(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """The cells of the table that people read."""
+    """The cells of the full table, a line for each claim."""
     return [(str(number), *_line(result)) for number, result in enumerate(results, 1)]
 
 
 def _line(result: Result) -> tuple[str, ...]:
-    claim, found = result.claim, result.finding
+    claim, found = result.claim, result.effect
     source = f"{claim.paper}, {claim.where}"
     if found is None:
         return (claim.text, source, claim.measured, format_claim(claim), "", "", "", "", "not measured")
@@ -95,14 +95,14 @@ def _line(result: Result) -> tuple[str, ...]:
 
 def format_effect(result: Result) -> str:
     """The effect with its interval and unit; differences have a sign."""
-    if result.finding is None:
+    if result.effect is None:
         return ""
     signed = bool(result.claim.b)
-    return f"{interval(result.finding.effect, result.claim.digits, signed)} {result.claim.unit}"
+    return f"{interval(result.effect.estimate, result.claim.digits, signed)} {result.claim.unit}"
 
 
 def format_claim(claim: Claim) -> str:
-    """Where a claim says that its effect lies, in signs."""
+    """Where the effect lies according to the claim, such as ``≥ 0 (margin 1)``."""
     target, margin = f"{claim.target:g}".replace("-", "−"), f"{claim.margin:g}"
     if claim.relation == "within":
         return f"{target} ± {margin}"
@@ -111,7 +111,7 @@ def format_claim(claim: Claim) -> str:
 
 
 def interval(estimate: Estimate, digits: int, signed: bool) -> str:
-    """A value and the ends of its interval."""
+    """Format a value with the ends of its interval."""
     value = number(estimate.value, digits, signed)
     if estimate.low is None or estimate.high is None:
         return value
@@ -119,17 +119,17 @@ def interval(estimate: Estimate, digits: int, signed: bool) -> str:
 
 
 def number(value: float, digits: int, signed: bool = False) -> str:
-    """A number with so many digits behind the point; what rounds to zero has no sign."""
+    """Format a number with ``digits`` decimals; what rounds to zero has no minus sign."""
     return format(value, f"{'+' if signed else ''}z.{digits}f").replace("-", "−")
 
 
 def p_text(p: float) -> str:
-    """A probability as papers show it."""
+    """Format a p value as papers do."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.0995 else f"{p:.2f}"
 
 
 def remarks(results: Sequence[Result]) -> list[str]:
-    """What has to be known beside the numbers; once each, with the numbers of the claims."""
+    """Reasons, notes and caveats, each once, with the numbers of the claims that it concerns."""
     found: dict[str, list[int]] = {}
     for place, result in enumerate(results, 1):
         said = [f"not measured: {result.reason}"] if result.reason else [*result.notes, result.claim.caveat]
@@ -139,7 +139,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
 
 
 def ranges(places: Sequence[int]) -> str:
-    """1, 2, 3, 5 as 1-3, 5."""
+    """Format numbers with ranges: 1, 2, 3, 5 as ``1-3, 5``."""
     runs: list[list[int]] = []
     for place in places:
         if runs and place == runs[-1][-1] + 1:
@@ -150,7 +150,7 @@ def ranges(places: Sequence[int]) -> str:
 
 
 def caption(results: Sequence[Result], about: str) -> list[str]:
-    """What a reader needs to read the table, in sentences."""
+    """The counts of outcomes with what was read, and the rule."""
     return [f"{count_outcomes([r.outcome for r in results]).capitalize()}. {about}", rule(len(results))]
 
 
@@ -166,7 +166,7 @@ def markdown(results: Sequence[Result], about: str) -> str:
 def brief(results: Sequence[Result], about: str) -> str:
     """The table without sources, sizes and remarks, for a README.
 
-    How a claim is measured stands only where several have one text.
+    A claim's measure is given only where several claims have the same text.
     """
     wanted = ("", "claim", "claimed", "effect (95 %)", "p", "outcome")
     places = [COLUMNS.index(column) for column in wanted]
@@ -182,7 +182,7 @@ def brief(results: Sequence[Result], about: str) -> str:
 
 
 def latex(results: Sequence[Result], about: str) -> str:
-    """A tabular that needs no package, its caption and remarks as comments. Columns with words have a width."""
+    """A LaTeX tabular that needs no package, with its caption and remarks as comments; text columns are wrapped."""
     widths = {"claim": "p{0.24\\textwidth}", "from": "p{0.08\\textwidth}", "measured": "p{0.22\\textwidth}"}
     kinds = "".join(widths.get(column, "l") for column in COLUMNS)
     rows = [" & ".join(_in_latex(cell) for cell in row) + r" \\" for row in [COLUMNS, *lines(results)]]

@@ -1,4 +1,4 @@
-"""The command line: which scripts, which runs, and what became of each."""
+"""The command line: choose scripts and runs, draw, and report the outcome of each script."""
 
 import argparse
 import importlib
@@ -28,7 +28,7 @@ ANY = "any"  # as a sweep: runs of every sweep and of none
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a script: ``drawn``, ``skipped`` (its data are not there) or ``failed`` (a bug)."""
+    """The outcome of a script: ``drawn``, ``skipped`` (its data are missing) or ``failed`` (a bug)."""
 
     name: str
     state: str
@@ -37,7 +37,7 @@ class Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m analysis``; the exit status, 1 if nothing could be drawn or a script has a bug."""
+    """Run ``python -m analysis`` and return its exit status: 1 if nothing could be drawn or a script has a bug."""
     asked = parser().parse_args(arguments)
     try:
         known = scripts(asked.also)
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweeps = asked.sweep or ([] if asked.runs else [sweep])
         return select(database, [name for name in sweeps if name != ANY], asked.runs, tags)
 
-    if asked.sweep or asked.runs:  # then every script asks for the same
+    if asked.sweep or asked.runs:  # then all scripts have the same selection
         try:
             runs("")
         except DnpoError as error:
@@ -70,17 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """The command's options."""
     found = argparse.ArgumentParser(prog="python -m analysis", description="Figures and tables from tracked runs.")
     found.add_argument("names", nargs="*", metavar="NAME", help="fig05, table01, …, or all")
-    found.add_argument("--list", action="store_true", help="say what there is, and the sweep each asks for")
+    found.add_argument("--list", action="store_true", help="list the scripts, each with its sweep")
     found.add_argument(
         "--also",
         action="append",
         default=[],
         type=Path,
         metavar="FOLDER",
-        help="a folder with further scripts, figNN_name.py or tableNN_name.py; may be given again",
+        help="a folder with more scripts, figNN_name.py or tableNN_name.py; can be repeated",
     )
     found.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
     found.add_argument("--experiment", default="dnpo")
@@ -89,28 +89,28 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="instead of the sweep each script asks for; may be given again; any: every run",
+        help="instead of each script's sweep; can be repeated; any: all runs",
     )
-    found.add_argument("--runs", nargs="+", default=[], metavar="ID", help="these runs alone")
+    found.add_argument("--runs", nargs="+", default=[], metavar="ID", help="only these runs")
     found.add_argument(
         "--tag",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="only runs with this tag or setting; may be given again",
+        help="only runs with this tag or setting; can be repeated",
     )
     found.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER")
-    found.add_argument("--no-log", dest="log", action="store_false", help="write files and log nothing to MLflow")
+    found.add_argument("--no-log", dest="log", action="store_false", help="write files, log nothing to MLflow")
     return found
 
 
 def alone(name: str) -> int:
-    """What a script does when it is run by itself: ``python -m analysis.fig05_benchmark --sweep main``."""
+    """Run one script, as in ``python -m analysis.fig05_benchmark --sweep main``."""
     return main([name, *sys.argv[1:]])
 
 
 def scripts(also: Sequence[Path] = ()) -> dict[str, Path]:
-    """The scripts by name, in the order of the paper, and then those of further folders.
+    """The scripts by name: first ours, in the order of the paper, then those of further folders.
 
     Raises:
         SettingsError: there is no such folder, or two scripts have the same name.
@@ -121,13 +121,13 @@ def scripts(also: Sequence[Path] = ()) -> dict[str, Path]:
             raise SettingsError(f"--also {folder}: there is no such folder")
         for path in sorted(path for kind in ("fig", "table") for path in folder.glob(f"{kind}[0-9]*.py")):
             if path.stem in found:
-                raise SettingsError(f"{path}: there is a script of this name already, {found[path.stem]}")
+                raise SettingsError(f"{path}: another script has this name, {found[path.stem]}")
             found[path.stem] = path
     return found
 
 
 def resolve(given: Sequence[str], also: Sequence[Path] = ()) -> list[str]:
-    """Scripts by the beginning of their name or by another number they answer to; ``all`` is every one.
+    """Find scripts by name, by its first part (``fig05``) or by an alias in ``ALSO``; ``all`` gives every script.
 
     Raises:
         SettingsError: there is no such script.
@@ -162,7 +162,7 @@ def _run(name: str, path: Path, database: Database, runs: Callable[[str], Runs],
         state, text = "drawn", f"{paths[0].with_suffix('')}.{{{','.join(p.suffix[1:] for p in paths)}}}{where}"
     except DnpoError as error:
         state, text = "skipped", str(error)
-    except Exception:  # a bug in one script shall not stop the others; it is shown whole, and the exit status is 1
+    except Exception:  # a bug in one script must not stop the others; its traceback is printed, the exit status is 1
         state, text = "failed", traceback.format_exc()
     return Outcome(name, state, text, time.monotonic() - started)
 
@@ -179,7 +179,7 @@ def _report(outcomes: Sequence[Outcome]) -> int:
 
 
 def load(path: Path) -> ModuleType:
-    """A script as a module."""
+    """Import a script."""
     if path.parent == HERE:
         return importlib.import_module(f"analysis.{path.stem}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -196,7 +196,7 @@ def _title(path: Path) -> str:
 
 
 def _read_aliases(path: Path) -> Sequence[str]:
-    """Other numbers that a script answers to."""
+    """Other names of a script, such as that of a second figure it contains."""
     return getattr(load(path), "ALSO", ())
 
 

@@ -1,4 +1,4 @@
-"""What the tables of benchmarks share."""
+"""Rows and notes shared by the tables of benchmarks."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ IN_WORDS = {
 
 @dataclass
 class Comparisons:
-    """Cells of a table and what was compared for them."""
+    """The rows of a table, and the comparisons behind its stars."""
 
     cells: Cells
     measures: Sequence[PolicyMeasure]
@@ -41,12 +41,12 @@ class Comparisons:
 
     @classmethod
     def of(cls, cells: Cells) -> "Comparisons":
-        """For the benchmarks that the cells have, and their average."""
+        """Begin a table of the benchmarks that all cells have, and their average."""
         those = benchmarks(cells)
         return cls(cells, [*those, average(those)])
 
     def add(self, label: str, method: str, iterations: Sequence[Iteration], base: str, paper: float | None) -> None:
-        """A row for a method, at an iteration or in the mean of some; starred where it differs from the base."""
+        """Add a row for a method at one iteration, or averaged over several, compared with the base."""
         alone = self.cells.seeds_of(*((method, k) for k in iterations))
         shared = self.cells.seeds_of(*((side, k) for side in (method, base) for k in iterations))
         compared = method != base and bool(shared)
@@ -62,7 +62,7 @@ class Comparisons:
             row[COLUMN] = Cell(Estimate(paper))
 
     def difference(self, label: str, a: str, b: str, iteration: Iteration, paper: float | None) -> None:
-        """A row of differences, a less b."""
+        """Add a row of differences, a − b."""
         seeds = self.cells.seeds_of((a, iteration), (b, iteration))
         row = self.rows.setdefault(label, {})
         for measure in self.measures if seeds else ():
@@ -80,7 +80,7 @@ class Comparisons:
         return table(self.rows, average.digits, average.scale)
 
     def notes(self, *more: str) -> list[str]:
-        """Write what stands below the table."""
+        """The notes below the table."""
         return [
             *more,
             IN_WORDS[is_leaderboard(self.measures)],
@@ -105,10 +105,10 @@ class Comparisons:
 
 
 def detectable(found: Sequence[Against], scale: float = 100.0, unit: str = " points", digits: int = 1) -> str:
-    """The minimum detectable differences of a table's comparisons in a sentence."""
+    """The minimum detectable differences of a table's comparisons, in a sentence."""
     known = [scale * each.detectable for each in found if each.detectable is not None]
     if not known:
-        return "Minimum detectable difference: cannot be told, since no two results vary."
+        return "Minimum detectable difference: unknown, since the results do not vary."
     median, least, most = (f"{value:.{digits}f}" for value in (np.median(known), min(known), max(known)))
     return (
         "Minimum detectable difference (found in 80 % of such comparisons at α = 0.05, before the correction): median "
@@ -117,30 +117,30 @@ def detectable(found: Sequence[Against], scale: float = 100.0, unit: str = " poi
 
 
 def collect_notes(found: Sequence[Against]) -> list[str]:
-    """List the notes of the comparisons, each once, without the one on a single seed, which stands elsewhere."""
+    """The notes of the comparisons, each once; :func:`describe_cells` has the one on a single seed."""
     counts = Counter(note for each in found for note in each.notes if not note.startswith("one seed"))
     return [f"{note[0].upper()}{note[1:]} ({count} of {len(found)} comparisons)." for note, count in counts.items()]
 
 
 def describe_cells(cells: Cells, items: set[int]) -> str:
-    """Seeds, items, data, judge, runs and commit in a sentence."""
+    """Seeds, items, data, judge, runs and commit, in a sentence."""
     seeds = cells.seeds
     shown = f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
     if len(seeds) == 1:
-        shown = f"One seed ({seeds[0]}): intervals are over items only and say nothing about training again"
+        shown = f"One seed ({seeds[0]}): intervals are over items only, without the variation between trainings"
     counts = sorted(items - {1})
     over = f", {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} items" if counts else ""
-    made = {name: ", ".join(sorted({str(describe(run)[name]) for run in cells.used})) for name in ("data", "judge")}
+    shared = {name: ", ".join(sorted({str(describe(run)[name]) for run in cells.used})) for name in ("data", "judge")}
     runs = f"{len(cells.used)} run{'s' * (len(cells.used) != 1)}"
-    return f"{shown}{over}; data {made['data']}, judge {made['judge']}; {runs}, commit {commits(cells.used)}."
+    return f"{shown}{over}; data {shared['data']}, judge {shared['judge']}; {runs}, commit {commits(cells.used)}."
 
 
 def label(method: str, iteration: Iteration) -> str:
-    """Of a row."""
+    """The label of a row."""
     return f"{method}, {spell(iteration)}"
 
 
 def last(paper: Mapping[tuple[str, Iteration], Sequence[float]], method: str, iteration: Iteration) -> float | None:
-    """The average that the paper prints, None where it has none."""
+    """The average that the paper prints; None where it prints none."""
     found = paper.get((method, iteration))
     return None if found is None else found[-1]

@@ -1,4 +1,4 @@
-"""Figures 2 and 10: where positive, negative and newly generated samples lie under one model."""
+"""Figures 2 and 10: log-probabilities of positive, negative and newly generated samples under one model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ QUANTITIES = {"per token": "log-probability per token, nats", "summed": "log-pro
 
 
 def draw(runs: Runs, method: str, title: str) -> DrawnFigure:
-    """One method's samples: a column an iteration, above per token and below summed, over all seeds."""
+    """Draw one method's samples, pooled over seeds: a column for each iteration, per token above and summed below."""
     cells = runs.chains().only([method], lambda k: k != SFT)
     iterations = cells.iterations
     samples = {k: _samples(cells, method, k) for k in iterations}
@@ -29,7 +29,7 @@ def draw(runs: Runs, method: str, title: str) -> DrawnFigure:
     rows: list[dict[str, Any]] = []
     for line, (quantity, label) in enumerate(QUANTITIES.items()):
         every = [_values(loaded, name, quantity) for k in iterations for loaded in samples[k] for name in SAMPLES]
-        # The longest tails say little and would squeeze the rest.
+        # A long tail would compress the rest of the axis.
         low = float(np.percentile(np.concatenate(every), 1))
         edges = np.linspace(low, 0, BINS + 1)
         for column, k in enumerate(iterations):
@@ -67,8 +67,8 @@ def draw(runs: Runs, method: str, title: str) -> DrawnFigure:
         cells,
         [],
         "Chosen (positive) and rejected (negative) samples of the iteration, and fresh samples for the same prompts, "
-        "all under the policy that the iteration trained; seeds taken together, the lowest 1 % at the left edge. KS: "
-        "Kolmogorov-Smirnov distance, mean (and range) over seeds; by chance: its 5 % critical value with as many "
+        "all under the policy that the iteration trained; seeds pooled, the lowest 1 % at the left edge. KS: "
+        "Kolmogorov-Smirnov distance, mean (and range) over seeds; by chance: its 5 % critical value for as many "
         "samples",
     )
     return DrawnFigure(finish(figure, title, explained, panels[0]), rows, cells.used)
@@ -82,7 +82,7 @@ def _load(run: TrackedRun, iteration: Iteration) -> dict[str, Array]:
     path = f"logprobs/{iteration_name(iteration)}.npz"
     found = read_once(run, path, lambda file: dict(np.load(file)))
     if found is None:
-        raise Absent(f"run {run.id} has not kept {path}; runs of an earlier version have not")
+        raise Absent(f"run {run.id} has no {path}; runs of earlier versions lack it")
     loaded: dict[str, Array] = found
     return loaded
 
@@ -95,7 +95,7 @@ def _values(loaded: dict[str, Array], name: str, quantity: str) -> Array:
 
 
 def _distances(samples: Sequence[dict[str, Array]], quantity: str) -> list[float]:
-    """By seed, without new samples that are the human response: no rejected one is, since such pairs are left out."""
+    """The distance for each seed, without new samples equal to the human response; training leaves out such pairs."""
     found = []
     for loaded in samples:
         those = loaded["compared"].astype(bool)

@@ -1,4 +1,4 @@
-"""How all pictures look: one colour and one mark a method, sizes, and the line at the foot that says what is shown."""
+"""The style of all figures: a colour and a marker for each method, sizes, and the footer that explains the figure."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -28,18 +28,18 @@ FOOT_SIZE = 6.5  # points
 
 
 def find_look(method: str) -> Look:
-    """A method's colour and mark, by its name."""
+    """The colour and marker of a method, by its name."""
     return next((each for each in METHODS.values() if each.name == method), OTHER)
 
 
 def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure in inches with its panels, row by row."""
+    """Create a figure and its panels, row by row; sizes are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(rows, columns, **options)).ravel().tolist()
 
 
 def finish(figure: Figure, title: str, foot: str, key: Axes | None = None) -> Figure:
-    """Put the title above and the foot below; with ``key``, the key to a panel's colours under the title."""
+    """Add the title above and the footer below; with ``key``, that panel's legend under the title."""
     wide = int(figure.get_figwidth() * 72 / (STYLE["figure.titlesize"] * 0.5))
     lines = textwrap.wrap(title, wide)
     figure.suptitle("\n".join(lines) + "\n " * (key is not None))
@@ -54,23 +54,25 @@ def finish(figure: Figure, title: str, foot: str, key: Axes | None = None) -> Fi
 
 
 def foot(cells: Cells, rows: Sequence[Mapping[str, Any]], shows: str, *more: str) -> str:
-    """The line below a picture: what whiskers or bands are, seeds, items, data, commit, and what is missing.
+    """The footer of a figure: what it shows, seeds, items, data, commit, and what is missing.
 
     Args:
-        rows: what is drawn, with the columns of :func:`analysis.results.size`; none where items do not count.
-        shows: what is drawn, in words.
+        rows: the data drawn, with the columns of :func:`analysis.results.size`; empty to leave out the items.
+        shows: what the figure shows, in words.
         more: further sentences.
     """
     seeds, counts = cells.seeds, sorted({row["items"] for row in rows})
     parts = [shows]
     if len(seeds) == 1:
-        parts.append(f"ONE SEED ({seeds[0]}): nothing here says how it would come out if trained again")
+        parts.append(f"ONE SEED ({seeds[0]}): the variation between trainings is unknown")
     else:
         parts.append(f"{len(seeds)} seeds ({', '.join(map(str, seeds))})")
     if counts and counts != [1]:
         parts.append(f"{counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} items")
-    made = {name: ", ".join(sorted({str(describe(run)[name]) for run in cells.used})) for name in ("data", "judge")}
-    parts.append(f"data {made['data']}, judge {made['judge']}, {len(cells.used)} runs, commit {commits(cells.used)}")
+    shared = {name: ", ".join(sorted({str(describe(run)[name]) for run in cells.used})) for name in ("data", "judge")}
+    parts.append(
+        f"data {shared['data']}, judge {shared['judge']}, {len(cells.used)} runs, commit {commits(cells.used)}"
+    )
     unscored = max((row["unscored"] for row in rows), default=0)
     lacking = [f"up to {unscored} items that lack a score under some seed are left out"] if unscored else []
     sentences = [*more, *lacking, *cells.notes]
@@ -78,13 +80,13 @@ def foot(cells: Cells, rows: Sequence[Mapping[str, Any]], shows: str, *more: str
 
 
 def whiskers(cells: Cells, rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the intervals are over."""
+    """Say what the intervals are over."""
     over = ["items"] * any(row["items"] > 1 for row in rows) + ["seeds"] * (len(cells.seeds) > 1)
     return f"Whiskers: 95 % t intervals over {' and '.join(over)}" if over else "No intervals: one seed, and no items"
 
 
 def lines(axis: Axes, rows: Sequence[Mapping[str, Any]], iterations: Sequence[Iteration]) -> None:
-    """A line a method over iterations, with intervals, set apart a little so that none hides another."""
+    """Draw a line over iterations for each method, with intervals, shifted a little so that none hides another."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     place = {k: i for i, k in enumerate(iterations)}
     for number, method in enumerate(methods):
@@ -106,14 +108,14 @@ def lines(axis: Axes, rows: Sequence[Mapping[str, Any]], iterations: Sequence[It
 
 
 def over_iterations(axis: Axes, iterations: Sequence[Iteration]) -> None:
-    """Name the places on the axis of iterations."""
+    """Label the axis of iterations."""
     axis.set_xticks(range(len(iterations)), ["SFT" if k == SFT else str(k) for k in iterations])
     axis.set_xlim(-0.4, len(iterations) - 0.6)
     axis.set_xlabel("policy after iteration")
 
 
 def spread(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> Any:
-    """The intervals of rows as matplotlib wants them; none where no row has one."""
+    """The intervals of rows as matplotlib's ``yerr``; None where no row has one."""
     if all(row[f"{prefix}low"] is None for row in rows):
         return None
     ends = [
@@ -126,7 +128,7 @@ def spread(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> Any:
 
 
 def outcomes(axis: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
-    """A bar a row in three parts, win, tie and lose in percent, with the intervals of both borders."""
+    """Draw a bar for each row, split into win, tie and lose in percent, with intervals at both borders."""
     for y, row in enumerate(rows):
         left = 0.0
         for name, shade in OUTCOMES.items():
@@ -148,21 +150,21 @@ def outcomes(axis: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[str
 
 
 def write_beside_bars(axis: Axes, head: str, texts: Sequence[str]) -> None:
-    """Words at the right of each bar of :func:`outcomes`, with a head."""
+    """Write a text to the right of each bar of :func:`outcomes`, under a heading."""
     axis.text(102, -0.45, head, va="bottom", fontsize=7.5)
     for y, text in enumerate(texts):
         axis.text(102, y, text, va="center", fontsize=7.5)
 
 
 def plus_minus(row: Mapping[str, Any], prefix: str, signed: bool = False) -> str:
-    """A number of a row with half of its interval."""
+    """Format a row's mean with half the width of its interval."""
     low, high = row[f"{prefix}low"], row[f"{prefix}high"]
     half = "" if low is None or high is None else f" ± {(high - low) / 2:.1f}"
     return f"{row[f'{prefix}mean']:{'+' if signed else ''}.1f}{half}".replace("-", "−")
 
 
 def bars(axis: Axes, rows: Sequence[Mapping[str, Any]], groups: Sequence[str], methods: Sequence[str]) -> None:
-    """A bar a method in each group, with intervals."""
+    """Draw a bar for each method in each group, with intervals."""
     wide = 0.8 / len(methods)
     for number, method in enumerate(methods):
         mine = {row["measure"]: row for row in rows if row["method"] == method}

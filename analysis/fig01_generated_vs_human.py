@@ -15,7 +15,7 @@ ACROSS = 3
 
 
 def numbers(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
-    """A row a method and iteration: shares in percent with intervals; ``as_good`` is a win or a tie."""
+    """A row for each method and iteration: shares in percent with intervals; ``as_good`` is a win or a tie."""
     found: dict[tuple[Any, Any], dict[str, Any]] = {}
     for name in ("win", "tie", "lose", "as_good"):
         for row in over_iterations(cells, outcome(name, column)):

@@ -1,4 +1,4 @@
-"""Figure 2: SPIN stops moving. What it generates next lies where the samples it just rejected lay."""
+"""Figure 2: SPIN stagnates. Its next samples have the same log-probabilities as those that it just rejected."""
 
 import sys
 

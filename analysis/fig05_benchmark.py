@@ -14,7 +14,7 @@ SWEEP = "main"
 
 
 def make(runs: Runs) -> DrawnFigure:
-    """Select, average, draw; the paper's curves only where the setting is the paper's."""
+    """Select, average, draw; with the paper's curves if the runs have the paper's setting."""
     cells = runs.chains(matters=["eval.leaderboard"])
     those = benchmarks(cells)
     measure = average(those)

@@ -19,14 +19,14 @@ SWEEP = "main"
 
 
 def numbers(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
-    """A row a method and iteration, and a last one for the human responses."""
+    """A row for each method and iteration, and a last one for the human responses."""
     measure = score(column)
     human = {"method": "human responses", "measure": measure.label, "mean": human_score(cells, column)}
     return [*over_iterations(cells, measure), human]
 
 
 def draw(axis: Axes, rows: Sequence[dict[str, Any]], cells: Cells, column: str = "score") -> None:
-    """Lines of methods, and one for the human responses."""
+    """Draw a line for each method and one for the human responses."""
     *generated, human = rows
     lines(axis, generated, cells.iterations)
     axis.axhline(human["mean"], color=HUMAN, linestyle="--", linewidth=1.2, label="human responses")

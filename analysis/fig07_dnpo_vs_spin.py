@@ -19,7 +19,7 @@ SWEEP = "main"
 
 
 def table(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
-    """A row an iteration: shares in percent, wins less losses, and p after Holm's correction over iterations."""
+    """A row for each iteration: shares in percent, wins − losses, and p after Holm's correction over iterations."""
     cells.needs(DNPO, SPIN)
     rows = []
     for k in cells.iterations:
@@ -36,12 +36,12 @@ def table(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
         row |= numbers(found.difference, "win_less_lose_") if found else {}
         rows.append(row | {"p": found.p if found else 1.0})
     if not rows:
-        raise Absent("no iteration after 0 has both DNPO and SPIN under the same seed")
+        raise Absent("no iteration after 0 has both DNPO and SPIN with the same seed")
     return [row | {"p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
 
 
 def draw(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """A bar an iteration; beside it by how much wins are more than losses, with a star where that is no chance."""
+    """Draw a bar for each iteration, with wins − losses next to it, starred where significant."""
     outcomes(axis, rows, [spell(row["iteration"]) for row in rows])
     texts = [plus_minus(row, "win_less_lose_", signed=True) + "*" * (row["p_holm"] <= 0.05) for row in rows]
     write_beside_bars(axis, "win − lose", texts)
@@ -54,7 +54,7 @@ def make(runs: Runs) -> DrawnFigure:
     rows = table(cells)
     figure, (axis,) = canvas(6.6, 1.9 + 0.5 * len(rows))
     draw(axis, rows)
-    more = ["win: DNPO's sampled answer to a held-out prompt scores higher than SPIN's under the same seed"]
+    more = ["win: DNPO's sampled answer to a held-out prompt scores higher than SPIN's with the same seed"]
     if published.comparable(cells.used):
         more += [
             f"the paper, k={k}: DNPO wins {100 * a:.2f} %, SPIN {100 * b:.2f} %" for k, (a, b) in published.DUEL.items()

@@ -1,4 +1,4 @@
-"""Figure 8: what labels by quality, noise and both add in one iteration to the same SPIN model."""
+"""Figure 8: one iteration of labels by quality, of noise and of both, each from the same SPIN model."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Figure 9: the policy's loss and the noise's over the steps of one iteration."""
+"""Figure 9: the policy's loss and the noise's loss over the steps of one iteration."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def make(runs: Runs) -> DrawnFigure:
     cells = cells.only([method], lambda k: k not in BEGINNING)
     k = next((k for k in cells.iterations if all(_has_noise(run, k) for run in cells.of(method, k))), None)
     if k is None:
-        raise Absent(f"no iteration of {method} has a loss of the noise")
+        raise Absent(f"no iteration of {method} has a noise loss")
     cells = cells.only([method], lambda each: each == k)
     losses = {name: _losses(cells, method, k, name) for name in LOSSES}
     correlation = [float(np.corrcoef(*pair)[0, 1]) for pair in zip(*losses.values(), strict=True)]
@@ -52,8 +52,8 @@ def make(runs: Runs) -> DrawnFigure:
         [],
         "Thin: each seed, every step; thick: mean over seeds and a window of steps, band: 95 % t interval over seeds; "
         "dotted: a new epoch",
-        "the noise's loss (without its penalty) is the policy's with the sign turned round and noise drawn anew, so an "
-        "r near −1 follows from the definition and is no finding about the dynamics",
+        "the noise's loss (without its penalty) is the policy's loss with opposite sign and newly drawn noise, so r "
+        "near −1 follows from the definition and is no result about the dynamics",
     )
     return DrawnFigure(finish(figure, TITLE, line), rows, cells.used)
 
@@ -69,7 +69,7 @@ def _steps(run: TrackedRun, iteration: Iteration) -> list[dict[str, float]]:
     path = f"steps/{iteration_name(iteration)}.json"
     steps: list[dict[str, float]] | None = read_once(run, path, lambda file: json.loads(file.read_text()))
     if steps is None:
-        raise Absent(f"run {run.id} has not kept {path}; runs of an earlier version have not")
+        raise Absent(f"run {run.id} has no {path}; runs of earlier versions lack it")
     return steps
 
 
@@ -105,13 +105,13 @@ def _draw(axis: Any, x_ST: Array, shade: str) -> None:
     axis.plot(at, [each.value for each in found], color=shade, linewidth=1.8)
     low, high = float(x_ST.min()), float(x_ST.max())
     room = 0.05 * (high - low or 1.0)
-    axis.set_ylim(low - room, high + room)  # of few seeds the band may be far wider
+    axis.set_ylim(low - room, high + room)  # with few seeds the band may be far wider
     if found[0].low is not None:
         axis.fill_between(at, [e.low for e in found], [e.high for e in found], color=shade, alpha=0.15, linewidth=0)
 
 
 def _epochs(run: TrackedRun, steps: int) -> list[float]:
-    """Where an epoch ends and the next begins."""
+    """The steps between one epoch and the next."""
     count = int(run.params.get("trainer.epochs", 1))
     return [] if int(run.params.get("trainer.steps", 0)) else [steps * i / count - 0.5 for i in range(1, count)]
 

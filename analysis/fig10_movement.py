@@ -1,4 +1,4 @@
-"""Figure 10: figure 2 for DNPO, whose samples keep moving."""
+"""Figure 10: as figure 2, for DNPO, whose samples keep changing."""
 
 import sys
 

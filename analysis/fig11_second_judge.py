@@ -1,4 +1,4 @@
-"""Figures 11 and 12: figures 6 and 7 under another judge, one that labelled nothing."""
+"""Figures 11 and 12: figures 6 and 7 under a second judge that took no part in labelling."""
 
 import sys
 

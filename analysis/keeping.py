@@ -1,4 +1,4 @@
-"""What a script makes, and where it goes: files, and MLflow."""
+"""Write the figures and tables that scripts draw to files, and log them to MLflow."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ FOLDER = "analysis"  # of artefacts
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A figure and the numbers in it."""
+    """A figure, with the numbers in it and the runs behind them."""
 
     figure: Figure
     rows: Sequence[Mapping[str, Any]]
@@ -29,7 +29,7 @@ class DrawnFigure:
 
 @dataclass(frozen=True)
 class DrawnTable:
-    """A table, its title, the head of its first column, and the lines below it."""
+    """A table, with its title, the heading of its first column, the notes below it, and the runs behind it."""
 
     table: Table
     title: str
@@ -42,7 +42,7 @@ Made = DrawnFigure | DrawnTable
 
 
 def write(made: Made, name: str, folder: Path) -> list[Path]:
-    """Write what a script made: PNG, SVG and CSV of a picture; CSV, Markdown and LaTeX of a table.
+    """Write a figure as PNG, SVG and CSV, or a table as CSV, Markdown and LaTeX; return the files.
 
     Raises:
         DataError: the folder cannot be written.
@@ -73,7 +73,7 @@ def _table(made: DrawnTable, path: Path) -> list[Path]:
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the columns of them all; empty where a row lacks one or has none."""
+    """Rows as CSV with the columns of all of them; a cell is empty where its row lacks the column."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -82,10 +82,10 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def log(database: Database, runs: Iterable[TrackedRun], paths: Sequence[Path]) -> int:
-    """Keep files with the sweep's own run, or with each run where there is none; how many runs got them.
+    """Log files to the sweep's parent run, or to each run outside sweeps; return the number of MLflow runs.
 
     Raises:
-        TrackingError: the store does not take them.
+        TrackingError: the tracking store refuses them.
     """
     from mlflow.exceptions import MlflowException
 
@@ -96,7 +96,5 @@ def log(database: Database, runs: Iterable[TrackedRun], paths: Sequence[Path]) -
                 database.client.log_artifact(run, str(path), FOLDER)
     except (MlflowException, OSError) as error:
         problem = str(error).splitlines()[0]
-        raise TrackingError(
-            f"{database.uri}: artefacts cannot be logged ({problem}); --no-log leaves that out"
-        ) from error
+        raise TrackingError(f"{database.uri}: artefacts cannot be logged ({problem}); --no-log skips this") from error
     return len(those)

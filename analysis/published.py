@@ -1,8 +1,7 @@
-"""Numbers that the DNPO paper prints (arXiv 2502.05400), shares unless said otherwise, with where each stands.
+"""Numbers that the DNPO paper prints (arXiv 2502.05400), as shares, each with its table or figure.
 
-They are for a model of 7 billion parameters on the six benchmarks of the Open LLM Leaderboard. Beside runs of that
-setting they are an overlay; beside any other they are a column of their own, never a line on an axis that means
-something else.
+They were measured with a model of 7 billion parameters on the six benchmarks of the Open LLM Leaderboard. Figures
+overlay them only on runs in that setting. Tables show them in a separate column.
 """
 
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ MAIN: dict[tuple[str, Iteration], tuple[float, ...]] = {
     (DNPO, 3): (0.737, 0.417, 0.766, 0.336, 0.827, 0.586, 0.612),
 }
 
-# Table 2, the same columns. The iteration is not said, and the average of DNPO's six is 0.598, not what is printed.
+# Table 2, the same columns. The paper does not state the iteration. DNPO's six average 0.598, not the printed 0.604.
 RIVALS = {
     "PPO": (0.700, 0.351, 0.762, 0.282, 0.817, 0.584, 0.583),
     "α-SPIN": (0.714, 0.352, 0.754, 0.271, 0.788, 0.567, 0.574),
@@ -60,10 +59,10 @@ BRANCHES: dict[tuple[str, Iteration], tuple[float, ...]] = {
     (FIXED, 3): (0.701, 0.370, 0.752, 0.296, 0.819, 0.582, 0.587),
 }
 
-# Figure 7, iteration 3, told in the text of section 5.2: DNPO wins, SPIN wins.
+# Figure 7, iteration 3, as given in the text of section 5.2: share of DNPO's wins, of SPIN's wins.
 DUEL = {3: (0.5751, 0.2807)}
 
 
 def comparable(runs: Iterable[TrackedRun]) -> bool:
-    """Whether runs have the paper's setting, so that its numbers mean the same as theirs."""
+    """Whether all runs have the paper's setting, so that its numbers can be compared with theirs."""
     return all(run.option("scale") == "7b" and run.params.get("eval.leaderboard", "None") != "None" for run in runs)

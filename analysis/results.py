@@ -1,6 +1,6 @@
-"""Numbers of cells, with intervals over items and seeds, and paired comparisons.
+"""Numbers with intervals over items and seeds, and paired comparisons of methods.
 
-Shapes: S seeds, I items. A measure without items kept has I = 1, and its intervals are over seeds alone.
+Shapes: S seeds, I items. Where runs kept no items of a measure, I = 1 and its intervals are over seeds alone.
 """
 
 import os
@@ -33,12 +33,12 @@ AVERAGE = "Average"
 
 @dataclass(frozen=True)
 class PolicyMeasure:
-    """Something measured of a policy.
+    """A quantity measured for each policy.
 
     Attributes:
-        metric: of the catalogue, or one that runs do not track.
-        items: what it is the mean of, by item, weighted so that their plain mean is the number in the table; None where
-            a run has not kept them.
+        metric: an entry of the catalogue, or one that runs do not track.
+        items: gives the values whose mean it is, by item, weighted so that their plain mean is the number in the table;
+            None where a run has not kept them.
     """
 
     metric: Metric
@@ -46,18 +46,18 @@ class PolicyMeasure:
 
     @property
     def name(self) -> str:
-        """In a run's table."""
+        """Its column in a run's table."""
         return self.metric.name
 
     @property
     def label(self) -> str:
-        """For readers."""
+        """Its name for readers."""
         return self.metric.label
 
 
 @dataclass(frozen=True)
 class Against:
-    """A paired difference, a less b: its interval, the test's p, and the smallest difference that would be found."""
+    """A paired difference, a − b, with its interval, the test's p, and the smallest detectable difference."""
 
     difference: Estimate
     p: float
@@ -84,10 +84,10 @@ def outcome(which: str, column: str = "score") -> PolicyMeasure:
 
 
 def benchmarks(cells: Cells) -> list[PolicyMeasure]:
-    """The benchmarks that every cell has: the paper's six, or else the families of the tiny world.
+    """The benchmarks that every cell has: those of the paper's six, or else the families of the tiny world.
 
     Raises:
-        Absent: there are none.
+        Absent: no benchmark is tracked.
     """
     tables = [cells.runs[place].row(place[1]) for place in cells.runs]
     six = [name for name in SIX if all(f"leaderboard/{name}" in row for row in tables)]
@@ -102,7 +102,7 @@ def benchmarks(cells: Cells) -> list[PolicyMeasure]:
 
 
 def average(those: Sequence[PolicyMeasure]) -> PolicyMeasure:
-    """The mean of benchmarks, each of which counts the same however many items it has."""
+    """The mean over benchmarks. Each counts the same, however many items it has."""
 
     def items(run: TrackedRun, k: Iteration) -> Items | None:
         parts = [each.items(run, k) for each in those]
@@ -118,28 +118,28 @@ def average(those: Sequence[PolicyMeasure]) -> PolicyMeasure:
 
     shown = metric("leaderboard/average" if is_leaderboard(those) else "eval/accuracy")
     if is_leaderboard(those) and len(those) < len(SIX):
-        shown = replace(shown, name="")  # no run tracks that of some of them
+        shown = replace(shown, name="")  # runs track only the average over all six
     return PolicyMeasure(replace(shown, label=AVERAGE), items)
 
 
 def is_leaderboard(those: Sequence[PolicyMeasure]) -> bool:
-    """Whether benchmarks are those of the paper."""
+    """Whether benchmarks are those of the Open LLM Leaderboard, as in the paper."""
     return those[0].name.startswith("leaderboard/")
 
 
 def text_measure(name: str) -> PolicyMeasure:
-    """A measure of generated texts; their prompts differ between seeds, so that seeds alone are compared."""
+    """A measure of generated texts. Their prompts differ between seeds, so it has no items to pair."""
     return PolicyMeasure(metric(f"texts/{name}"))
 
 
 def human_score(cells: Cells, column: str = "score") -> float:
-    """The judge's mean score of the human responses to the held-out prompts, which are the same in all runs."""
+    """The judge's mean score of the human responses to the held-out prompts; all runs have the same ones."""
     (_, k, _), run = next(iter(cells.runs.items()))
     return float(run.row(k)[f"{score(column).name}_human"])
 
 
 def duel(a: TrackedRun, b: TrackedRun, iteration: Iteration, column: str = "score") -> dict[str, Items]:
-    """Shares of a's samples that win, tie and lose against b's, by prompt; sample n of one meets sample n of the other.
+    """Shares of a's samples that win, tie and lose against b's, by prompt; sample n is compared with sample n.
 
     Raises:
         Absent: a run has no items with scores.
@@ -166,7 +166,7 @@ def duel(a: TrackedRun, b: TrackedRun, iteration: Iteration, column: str = "scor
 
 
 def results(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iteration, seeds: Iterable[int]) -> Array:
-    """A measure's values (S × I) under some seeds; NaN where an item has none.
+    """A measure's values under some seeds; NaN where an item has none. Shape S × I.
 
     Raises:
         Absent: a run does not have the measure.
@@ -183,22 +183,20 @@ def results(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iterat
 
 
 def stack(kept: Sequence[Items]) -> Array:
-    """Items of several runs as S × I, in the order of the first.
+    """The items of several runs as an array, in the order of the first run. Shape S × I.
 
     Raises:
-        DataError: they are not the same items.
+        DataError: the runs have different items.
     """
     if any(found.keys() != kept[0].keys() for found in kept):
-        raise DataError(
-            "the runs were tested on different items, so that they cannot be compared; narrow the selection"
-        )
+        raise DataError("the runs were tested on different items and cannot be compared; narrow the selection")
     return np.array([[found[name] for name in kept[0]] for found in kept])
 
 
 def estimate(x_SI: Array) -> Estimate:
-    """The mean with its 95 % t interval: over items and seeds, or over seeds alone where there is one item.
+    """The mean with its 95 % t interval, over items and seeds, or over seeds alone where there is one item.
 
-    Items without a value under some seed are left out.
+    Items that lack a value under some seed are left out.
     """
     x_SI = whole(x_SI)
     found = estimate_mean(x_SI) if x_SI.shape[1] > 1 else estimate_mean(x_SI.T)
@@ -206,10 +204,10 @@ def estimate(x_SI: Array) -> Estimate:
 
 
 def whole(x_SI: Array) -> Array:
-    """Without the items that lack a value under some seed.
+    """Leave out the items that lack a value under some seed.
 
     Raises:
-        Absent: none is left.
+        Absent: no item is left.
     """
     kept = x_SI[:, ~np.isnan(x_SI).any(0)]
     if not kept.size:
@@ -218,7 +216,7 @@ def whole(x_SI: Array) -> Array:
 
 
 def against(a_SI: Array, b_SI: Array) -> Against | None:
-    """A paired comparison of the same items and seeds; None with one item and one seed.
+    """Compare two sides on the same items and seeds, paired; None with one item and one seed.
 
     Raises:
         DataError: the sides differ in shape.
@@ -233,7 +231,7 @@ def against(a_SI: Array, b_SI: Array) -> Against | None:
 
 
 def over_iterations(cells: Cells, measure: PolicyMeasure) -> list[dict[str, Any]]:
-    """A measure of every method at every iteration: rows with mean, interval, and how many seeds and items."""
+    """A measure of every method at every iteration, as rows: mean, interval, numbers of seeds and items."""
     return [
         row(cells, measure, method, k)
         for method in cells.methods
@@ -243,7 +241,7 @@ def over_iterations(cells: Cells, measure: PolicyMeasure) -> list[dict[str, Any]
 
 
 def row(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iteration) -> dict[str, Any]:
-    """A measure of one method at one iteration, in the unit of its metric."""
+    """A measure of one method at one iteration as a row, in the unit of its metric."""
     seeds = cells.seeds_of((method, iteration))
     x_SI = measure.metric.scale * results(cells, measure, method, iteration, seeds)
     head = {"method": method, "iteration": iteration, "measure": measure.label}
@@ -251,7 +249,7 @@ def row(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iteration)
 
 
 def size(x_SI: Array) -> dict[str, int]:
-    """Seeds, items, and items that were left out because they lack a value somewhere, as columns."""
+    """Numbers of seeds, of items, and of items left out for want of a value under some seed, as columns."""
     items = whole(x_SI).shape[1]
     return {"seeds": len(x_SI), "items": items, "unscored": x_SI.shape[1] - items}
 
@@ -267,12 +265,12 @@ _KEPT: dict[tuple[str, str], Any] = {}
 
 
 def item_path(iteration: Iteration) -> str:
-    """Where a run keeps what became of each held-out response."""
+    """The artefact with a run's results for each held-out response."""
     return f"items/{iteration_name(iteration)}.parquet"
 
 
 def read_once(run: TrackedRun, path: str, read: Callable[[Path], Any]) -> Any:
-    """An artefact of a run, read once; None where there is none."""
+    """Read an artefact of a run, once; None where the run has none."""
     if (run.id, path) not in _KEPT:
         found = run.artifact(path)
         _KEPT[run.id, path] = None if found is None else read(found)
@@ -280,19 +278,19 @@ def read_once(run: TrackedRun, path: str, read: Callable[[Path], Any]) -> Any:
 
 
 def _items(run: TrackedRun, iteration: Iteration) -> pa.Table | None:
-    """A row a held-out response. It stays a table: Python objects would take a hundred times as much memory."""
+    """One row for each held-out response. It stays a table: Python objects would need a hundred times the memory."""
     return read_once(run, item_path(iteration), pq.read_table)
 
 
 def _columns(table: pa.Table, names: Sequence[str], **wanted: str) -> list[tuple[Any, ...]]:
-    """Some columns of the rows that have these values."""
+    """Some columns of the rows that have the wanted values."""
     for name, value in wanted.items():
         table = table.filter(pc.equal(table[name], value))
     return list(zip(*(table[name].to_pylist() for name in names), strict=True))
 
 
 def _read_samples(run: TrackedRun, iteration: Iteration, column: str, wanted: Sequence[int] | None) -> Items | None:
-    """By prompt: the mean score of its samples, or the share that compares with the human one's as wanted."""
+    """By prompt, the mean score of its samples, or the share of them whose outcome against the human is wanted."""
     table = _items(run, iteration)
     if table is None or column not in table.column_names or table[column].null_count == len(table):
         return None
@@ -333,6 +331,6 @@ def _benchmark(name: str) -> Callable[[TrackedRun, Iteration], Items | None]:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are there; NaN of none."""
+    """The mean of the values that are not NaN; NaN if none is left."""
     there = [value for value in values if not np.isnan(value)]
     return float(np.mean(there)) if there else float("nan")

@@ -1,7 +1,7 @@
-"""Which runs are compared: a *cell* is a method at an iteration under a seed, and each has one run.
+"""Select the runs that are compared. A *cell* is a method at an iteration with a seed; each cell has one run.
 
 A **chain** is a run of one method from its beginning; all its iterations are cells. A **branch** leaves the SPIN chain
-at its last iteration, which alone is a cell (the ablation protocol of the DNPO paper).
+at its last iteration; only that iteration is a cell (the ablation protocol of the DNPO paper).
 """
 
 from collections import Counter
@@ -21,27 +21,27 @@ FIXED, CONSTANT = palette.FIXED.name, palette.CONSTANT.name
 METHODS = {options: method.name for options, method in palette.METHODS.items()}
 BEGINNING = (SFT, 0)  # what every method shares with SPIN
 
-COMPARED = ("iterations", "seed")  # what a comparison is about may differ in it
+COMPARED = ("iterations", "seed")  # these may differ between the runs of a comparison
 # Settings of measures that most figures do not show.
 MEASURES = ("second_judge.", "eval.texts", "eval.leaderboard")
-DISTINGUISHING = ("dsl.", "npo.")  # between methods, not within one
+DISTINGUISHING = ("dsl.", "npo.")  # these may differ between methods, not within one
 SHOWN = 6
 
 
 class Absent(DnpoError):
-    """What a figure or table is drawn from is not among the runs."""
+    """The runs lack the data that a figure or table needs."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The runs that count, by method, iteration and seed, and what a reader has to know of the others."""
+    """The runs that count, by method, iteration and seed, and notes on those left out."""
 
     runs: Mapping[tuple[str, Iteration, int], TrackedRun]
     notes: tuple[str, ...] = ()
 
     @property
     def methods(self) -> list[str]:
-        """SPIN first, then as in the paper."""
+        """In the order of the paper, SPIN first."""
         order = list(dict.fromkeys(METHODS.values()))
         found = dict.fromkeys(method for method, _, _ in self.runs)
         return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
@@ -53,12 +53,12 @@ class Cells:
 
     @property
     def seeds(self) -> list[int]:
-        """Of any cell."""
+        """The seeds of all cells."""
         return sorted({seed for _, _, seed in self.runs})
 
     @property
     def missing(self) -> list[str]:
-        """Cells that a full grid of these methods, iterations and seeds would have besides."""
+        """The cells that a full grid of these methods, iterations and seeds lacks."""
         return [
             f"{method} {spell(k)} seed {seed}"
             for method in self.methods
@@ -69,11 +69,11 @@ class Cells:
 
     @property
     def used(self) -> list[TrackedRun]:
-        """Every run once."""
+        """The runs of all cells, each once."""
         return list({run.id: run for run in self.runs.values()}.values())
 
     def of(self, method: str, iteration: Iteration, seeds: Iterable[int] | None = None) -> list[TrackedRun]:
-        """A method's runs that have the iteration, by seed."""
+        """A method's runs that have the iteration, in the order of their seeds."""
         return [
             self.runs[method, iteration, seed]
             for seed in (self.seeds if seeds is None else seeds)
@@ -81,16 +81,16 @@ class Cells:
         ]
 
     def seeds_of(self, *sides: tuple[str, Iteration]) -> list[int]:
-        """Seeds that all of these methods and iterations have."""
+        """The seeds that all of these methods have at these iterations."""
         return [seed for seed in self.seeds if all((*side, seed) in self.runs for side in sides)]
 
     def only(
         self, methods: Sequence[str] | None = None, iterations: Callable[[Iteration], bool] | None = None
     ) -> "Cells":
-        """The cells of these methods at these iterations.
+        """Keep the cells of these methods at these iterations.
 
         Raises:
-            Absent: there is none.
+            Absent: no cell is left.
         """
         kept = {
             (method, k, seed): run
@@ -102,10 +102,10 @@ class Cells:
         return replace(self, runs=kept)
 
     def needs(self, *methods: str) -> None:
-        """Refuse to go on without these methods.
+        """Refuse cells that lack one of these methods.
 
         Raises:
-            Absent: one is not there.
+            Absent: a method is missing.
         """
         for method in methods:
             if method not in self.methods:
@@ -117,11 +117,11 @@ class Cells:
 
 @dataclass(frozen=True)
 class Runs:
-    """What a selection gives.
+    """The runs of a selection.
 
     Attributes:
-        finished: the runs that came to their end.
-        notes: what a reader has to know of the others.
+        finished: the finished runs.
+        notes: on the runs left out.
         asked: the selection in words.
     """
 
@@ -133,10 +133,10 @@ class Runs:
         """All iterations of every run.
 
         Args:
-            matters: settings of measures (some of ``MEASURES``) that have to agree too, because they are shown.
+            matters: settings of measures (some of ``MEASURES``) that must agree too because the measures are shown.
 
         Raises:
-            DataError: settings differ that should not.
+            DataError: the runs differ in other settings than those that are compared.
         """
         found = self._cells(
             self.finished, lambda run: [row["iteration"] for row in run.table], differing_starts=False, matters=matters
@@ -150,7 +150,7 @@ class Runs:
 
         Raises:
             Absent: no run branches off.
-            DataError: settings differ that should not.
+            DataError: the runs differ in other settings than those that are compared.
         """
         branched = [run for run in self.finished if _is_branch(run)]
         if all(method_of(run) == SPIN for run in branched):
@@ -182,7 +182,7 @@ class Runs:
                 found[place] = run
         notes = list(self.notes)
         if replaced := again - {run.id for run in found.values()}:
-            notes.append(f"{_runs(len(replaced))} with the same settings and seed as a newer one left out")
+            notes.append(f"{_runs(len(replaced))} left out: a newer one has the same settings and seed")
         cells = Cells(found, tuple(notes))
         if cells.missing:
             shown = ", ".join(cells.missing[:SHOWN])
@@ -194,7 +194,7 @@ class Runs:
 def select(
     database: Database, sweeps: Sequence[str] = (), ids: Sequence[str] = (), tags: Mapping[str, str] | None = None
 ) -> Runs:
-    """The finished runs of a selection; see :meth:`dnpo.tracking.reading.Database.runs`.
+    """Read the finished runs of a selection, by the arguments of :meth:`dnpo.tracking.reading.Database.runs`.
 
     Raises:
         DataError: nothing matches, or none of the runs is finished.
@@ -213,36 +213,36 @@ def select(
 
 
 def method_of(run: TrackedRun) -> str:
-    """Name a run for pictures by its labels and its noise, which is right in every sweep."""
+    """The method of a run, by its labels and its noise; works in every sweep."""
     labels, noise = run.option("dsl") or "off", run.option("npo") or "off"
     return METHODS.get((labels, noise), f"{labels} labels, {noise} noise")
 
 
 def spell(iteration: Iteration) -> str:
-    """An iteration in words: SFT, k=0, …"""
+    """The iteration as readers see it: SFT, k=0, …"""
     return SFT if iteration == SFT else f"k={iteration}"
 
 
 def commits(runs: Iterable[TrackedRun]) -> str:
-    """The commits that runs were made by, shortened."""
+    """The commits of the code that made the runs, shortened."""
     found = dict.fromkeys(run.tags.get("dnpo.commit", "") for run in runs)
     return ", ".join(c[:7] + "+" * c.endswith("+") for c in found if c) or "unknown"
 
 
 def targets(database: Database, runs: Iterable[TrackedRun]) -> list[str]:
-    """Ids of the runs that get what is made of these: their sweeps' own runs, and themselves where they have none."""
+    """Ids of the MLflow runs that keep the results: the sweeps' parent runs, or the runs themselves outside sweeps."""
     return list(dict.fromkeys(p.id if (p := database.parent(run)) else run.id for run in runs))
 
 
 def refuse_mixture(runs: Sequence[TrackedRun], *, differing_starts: bool = False, matters: Sequence[str] = ()) -> None:
-    """Refuse runs that differ by more than what the comparison is about.
+    """Refuse runs that differ in more than what is compared.
 
-    Labels (``dsl.*``) and noise (``npo.*``) may differ between methods and not within one; everything else that can
-    change a result has to be the same throughout, except the seed.
+    Labels (``dsl.*``) and noise (``npo.*``) may differ between methods but not within one. Every other setting that can
+    change a result must be the same in all runs, except the seed.
 
     Args:
-        differing_starts: runs of one method may start at different iterations, as branches do.
-        matters: settings of measures that have to agree too.
+        differing_starts: whether runs of one method may start at different iterations, as branches do.
+        matters: settings of measures that must agree too.
 
     Raises:
         DataError: names the settings, their values, and how to narrow the selection.
@@ -267,7 +267,7 @@ def refuse_mixture(runs: Sequence[TrackedRun], *, differing_starts: bool = False
         by_seed: dict[tuple[int, str], list[TrackedRun]] = {}
         for run in members:
             by_seed.setdefault((run.seed, run.params.get("iterations", "")), []).append(run)
-        # A constant that was matched to a run belongs to that run's seed.
+        # A constant that matches a run differs between seeds, as that run does.
         note(members, [name for name in among if name != "npo.shift"])
         for same in by_seed.values():
             note(same, [name for name in among if name == "npo.shift"])
@@ -280,8 +280,8 @@ def refuse_mixture(runs: Sequence[TrackedRun], *, differing_starts: bool = False
         name, values = next(iter(differing.items()))
         value = next(value for value, _ in values.most_common() if value)
         raise DataError(
-            f"runs with different settings in one comparison: {'; '.join(lines)}{more}. Narrow the selection, as with "
-            f"--tag {name}={value}"
+            f"runs with different settings in one comparison: {'; '.join(lines)}{more}. Narrow the selection, for "
+            f"example with --tag {name}={value}"
         )
 
 
@@ -292,7 +292,7 @@ def _counts(name: str, matters: Sequence[str]) -> bool:
 
 
 def _value(run: TrackedRun, name: str) -> str:
-    """Of a setting; a part's seed that is the run's own is the same for all."""
+    """The value of a setting. A part's seed that equals the run's counts as the same in all runs."""
     value = run.params.get(name, "")
     return "the run's seed" if name.endswith(".seed") and value == str(run.seed) else value
 
@@ -302,18 +302,18 @@ def _is_start(name: str) -> bool:
 
 
 def _is_off(run: TrackedRun, name: str) -> bool:
-    """Whether the part that a setting belongs to does nothing in a run."""
+    """Whether the part that a setting belongs to is off in a run."""
     return (run.option(name.split(".")[0]) or "off") == "off"
 
 
 def _is_branch(run: TrackedRun) -> bool:
-    """Whether a run's labels and noise begin at its last iteration, and not before 1; SPIN is its own branch."""
+    """Whether a run's labels and noise begin at its last iteration, which must be 1 or later; true of SPIN too."""
     last = int(run.params["iterations"]) - 1
     return last >= 1 and all(start == last for start in _starts(run))
 
 
 def _starts(run: TrackedRun) -> list[int]:
-    """Where labels and noise begin, of those that a run has."""
+    """The iterations at which labels by score and noise begin, as far as the run has them."""
     return [int(run.params.get(f"{part}.start", 0)) for part in ("dsl", "npo") if not _is_off(run, part)]
 
 
@@ -322,5 +322,5 @@ def _runs(count: int) -> str:
 
 
 def describe(run: TrackedRun) -> Mapping[str, Any]:
-    """What a run was made of, for footers: data, model and judge."""
+    """A run's data, model and judge, for footers."""
     return {name: run.option(name) for name in ("data", "model", "judge")}

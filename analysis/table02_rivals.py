@@ -1,4 +1,4 @@
-"""Table 2: DNPO beside PPO and α-SPIN, which this laboratory does not have yet."""
+"""Table 2: DNPO, and the paper's numbers for PPO and α-SPIN, which this laboratory does not have yet."""
 
 import sys
 
@@ -10,7 +10,7 @@ from analysis.selection import BEGINNING, DNPO, SPIN, Runs
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.table import Cell
 
-TITLE = "DNPO beside methods that mix or renew their data"
+TITLE = "DNPO and methods that mix or renew their data"
 SWEEP = "main"
 
 

@@ -13,7 +13,7 @@ from analysis.selection import BEGINNING, SPIN, Absent, Cells, Runs, spell
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.table import Cell, table
 
-TITLE = "Generated texts beside the positive samples they were trained on"
+TITLE = "Generated texts compared with the positive samples they were trained on"
 SWEEP = "main"
 MEASURES = ("bleu", "sbert", "rouge_l")
 PAPER = "paper (7B): mean of k=1..3"
@@ -24,7 +24,7 @@ def make(runs: Runs) -> DrawnTable:
     cells = runs.chains(matters=["eval.texts"])
     tracked = [name for name in MEASURES if _has(cells, name)]
     if not tracked:
-        raise Absent("no measure of texts is tracked (eval=texts): neither texts/bleu, texts/sbert nor texts/rouge_l")
+        raise Absent("no measure of texts is tracked (eval=texts): none of texts/bleu, texts/sbert and texts/rouge_l")
     rows: dict[str, dict[str, Cell]] = {}
     compared: list[Against] = []
     for name in tracked:
@@ -35,7 +35,7 @@ def make(runs: Runs) -> DrawnTable:
     shown = text_measure(tracked[0]).metric
     notes = [
         "Shares, 0 to 1; intervals over seeds, since prompts and BLEU's corpus differ between them. Stars: against "
-        "SPIN. Likeness with the positive samples is no quality of its own.",
+        "SPIN. Similarity to the positive samples is not quality.",
         f"{PAPER}: arXiv 2502.05400, table 5.",
         *([] if "sbert" in tracked else ["Sentence-BERT is not tracked (eval.texts.encoder)."]),
         detectable(compared, shown.scale, "", shown.digits),

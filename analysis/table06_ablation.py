@@ -1,4 +1,4 @@
-"""Table 6: what labels by quality, noise and both add in one iteration to the same SPIN model."""
+"""Table 6: one iteration of labels by quality, of noise and of both, each from the same SPIN model."""
 
 import sys
 

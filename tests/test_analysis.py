@@ -383,7 +383,7 @@ def test_of_the_same_settings_and_seed_the_newest_counts(recorder: Recorder) -> 
     new = recorder.run(SPIN, 0, experiment="twice")
     cells = chosen(recorder, "twice", sweeps=["main"]).chains()
     assert [run.id for run in cells.used] == [new] != [old]
-    assert cells.notes == ("1 run with the same settings and seed as a newer one left out",)
+    assert cells.notes == ("1 run left out: a newer one has the same settings and seed",)
 
 
 @pytest.mark.parametrize(

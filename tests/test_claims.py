@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from analysis import claims, claims_measures, claims_tables
-from analysis.claims_assess import Tracked, in_force, list_needed_cells
+from analysis.claims_assess import Tracked, in_force, list_needed_policies
 from analysis.claims_book import FILE, Sweep, Term, read, terms
-from analysis.claims_rules import Region, Sample, decide, find, p_against, region
+from analysis.claims_rules import Region, Sample, decide, estimate_effect, p_against, region
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -177,11 +177,13 @@ def test_p_is_that_of_the_nearer_bound() -> None:
 
 
 def test_a_number_a_seed_has_the_t_interval_over_seeds() -> None:
-    found = find(Sample(np.array([[1.0], [2.0], [3.0]]), np.zeros((3, 1)), by_item=False), region("greater", 0, 0))
-    assert (found.effect.value, found.seeds, found.items) == (2.0, 3, None)
+    found = estimate_effect(
+        Sample(np.array([[1.0], [2.0], [3.0]]), np.zeros((3, 1)), by_item=False), region("greater", 0, 0)
+    )
+    assert (found.estimate.value, found.seeds, found.items) == (2.0, 3, None)
     # t of 2 degrees of freedom is 4.303 at 97.5 %, its p in closed form 1 − t/√(t² + 2).
     t = 2.0 / (1 / math.sqrt(3))
-    assert found.effect.low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
+    assert found.estimate.low == pytest.approx(2 - 4.302653 / math.sqrt(3), abs=1e-5)
     assert found.p == pytest.approx(1 - t / math.sqrt(t**2 + 2))
     assert found.detectable == pytest.approx((4.302653 + 1.060660) / math.sqrt(3), abs=1e-4)
 
@@ -190,28 +192,28 @@ def test_items_and_seeds_are_both_drawn() -> None:
     """The error of a difference over items and seeds, by Clark's formula written out."""
     rng = np.random.default_rng(2)
     a, b = rng.normal(1, 1, (4, 30)), rng.normal(0, 1, (4, 30))
-    found = find(Sample(a, b, by_item=True), region("greater", 0, 0))
+    found = estimate_effect(Sample(a, b, by_item=True), region("greater", 0, 0))
     difference = a - b
     items, seeds = difference.mean(0), difference.mean(1)
     error = math.sqrt(items.var(ddof=1) / 30 + seeds.var(ddof=1) / 4)
-    assert found.effect.half is not None
-    assert 1.96 * error < found.effect.half < 3.2 * error
-    assert found.effect.value == pytest.approx(difference.mean())
+    assert found.estimate.half is not None
+    assert 1.96 * error < found.estimate.half < 3.2 * error
+    assert found.estimate.value == pytest.approx(difference.mean())
     assert (found.seeds, found.items) == (4, 30)
     # p and interval agree, on both sides of either end.
-    assert found.effect.low is not None
-    for target, outside in ((found.effect.low - 0.01, True), (found.effect.low + 0.01, False)):
-        p = find(Sample(a, b, by_item=True), region("greater", target, 0)).p
+    assert found.estimate.low is not None
+    for target, outside in ((found.estimate.low - 0.01, True), (found.estimate.low + 0.01, False)):
+        p = estimate_effect(Sample(a, b, by_item=True), region("greater", target, 0)).p
         assert (p < 0.05) == outside
 
 
 def test_prompts_without_a_result_are_left_out_and_said() -> None:
     a = np.array([[1.0, math.nan, 2.0], [2.0, 1.0, 4.0]])
-    found = find(Sample(a, np.zeros((2, 3)), by_item=True), region("greater", 0, 0))
-    assert (found.items, found.effect.value) == (2, 2.25)
+    found = estimate_effect(Sample(a, np.zeros((2, 3)), by_item=True), region("greater", 0, 0))
+    assert (found.items, found.estimate.value) == (2, 2.25)
     assert found.notes == ("1 of 3 prompts lack a result and were left out",)
     with pytest.raises(DataError, match="no prompt has a result"):
-        find(Sample(np.full((2, 3), math.nan), np.zeros((2, 3)), by_item=True), region("greater", 0, 0))
+        estimate_effect(Sample(np.full((2, 3), math.nan), np.zeros((2, 3)), by_item=True), region("greater", 0, 0))
 
 
 # --- the file of claims
@@ -260,11 +262,11 @@ def test_every_claim_finds_all_that_it_needs_in_its_sweep(sweep: str) -> None:
     assert wanted
     for claim in wanted:
         assert tracked.missing(claim, 0) == []
-        for arm, k in list_needed_cells(claim):
-            cell = tracked.cell(sweep, arm, 0, k)
-            assert cell is not None
+        for arm, k in list_needed_policies(claim):
+            policy = tracked.policy(sweep, arm, 0, k)
+            assert policy is not None
             if sweep in ("ablation", "fixed_vs_trainable") and arm != "spin":
-                assert int(cell.run.params["iterations"]) - 1 == k  # a branch counts with its last iteration alone
+                assert int(policy.run.params["iterations"]) - 1 == k  # a branch counts with its last iteration alone
     assert tracked.missing(wanted[0], 1) != []
 
 
@@ -301,10 +303,10 @@ def write_claims(path: Path, *given: Mapping[str, Any], sweeps: Mapping[str, Any
         ({"a": "new"}, "expected arms with iterations"),
         ({"a": ""}, "claim one: a is empty"),
         ({"relation": "at_least"}, "need a margin above 0"),
-        ({"margin": 1.0}, "greater and less have none"),
+        ({"margin": 1.0}, "greater and less take none"),
         ({"relation": "bigger"}, "claim one: .*relation"),
         ({"direction": "up"}, "claim one: .*direction"),
-        ({"measure": "duels", "a": "new@1,2"}, "duels compares one arm with one other at as many iterations"),
+        ({"measure": "duels", "a": "new@1,2"}, "duels compares one arm with one other, each at the same number"),
         ({"premise": {"runs": "older", "metric": "m", "least": 1}}, "arm older is not among"),
     ],
 )
@@ -504,7 +506,7 @@ def test_one_seed_supports_nothing(tmp_path: Path, database: str) -> None:
     assert (found["outcome"], found["seeds"], found["items"]) == ("undecided", 1, PROMPTS)
     assert found["low"] > 0
     assert found["p_holm"] < 0.05
-    assert "one seed: nothing is known of training again" in found["notes"]
+    assert "one seed: the variation between trainings is unknown" in found["notes"]
 
 
 def test_a_claim_with_a_premise_counts_the_seeds_in_which_it_held(tmp_path: Path, database: str) -> None:
@@ -513,10 +515,10 @@ def test_a_claim_with_a_premise_counts_the_seeds_in_which_it_held(tmp_path: Path
         tmp_path, database, {"premise": premise}, {"id": "none", "premise": {**premise, "least": 2.0}}, status=0
     )
     assert found["one"]["seeds"] == 2
-    assert "premise (margin/saturated ≥ 0.5 in old) held under 2 of 3 seeds" in found["one"]["notes"]
+    assert "premise (margin/saturated ≥ 0.5 in old) held for 2 of 3 seeds" in found["one"]["notes"]
     assert found["one"]["outcome"] == "undecided"
     assert found["none"]["outcome"] == "not measured"
-    assert "held under 0 of 3 seeds" in found["none"]["reason"]
+    assert "held for 0 of 3 seeds" in found["none"]["reason"]
 
 
 def test_mixed_settings_are_refused_and_a_choice_mends_it(known: Path, tmp_path: Path) -> None:
@@ -542,9 +544,9 @@ def test_the_newest_run_counts_and_a_part_that_has_not_started_makes_no_arm() ->
     assert [k for k in ("SFT", 0, 1, 2, 3) if in_force(chain, k)] == ["SFT", 1, 2]
     assert [k for k in ("SFT", 0, 1, 2, 3) if in_force(branch, k)] == ["SFT", 2]
     tracked = Tracked(ARMS, {"main": [branch, chain]})  # the newest first, as it reads them
-    found = {k: tracked.cell("main", "new", 0, k) for k in (0, 1, 2)}
-    assert {k: cell and cell.run.name for k, cell in found.items()} == {0: None, 1: "chain", 2: "branch"}
-    assert tracked.cell("main", "old", 0, 1) is None
+    found = {k: tracked.policy("main", "new", 0, k) for k in (0, 1, 2)}
+    assert {k: policy and policy.run.name for k, policy in found.items()} == {0: None, 1: "chain", 2: "branch"}
+    assert tracked.policy("main", "old", 0, 1) is None
 
 
 def test_nothing_to_read_is_said(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -686,7 +688,7 @@ def test_one_command_runs_the_sweep_and_tells_the_outcome(
     assert claims.main(command) == 0
     assert re.search(r"sweep main: \d+ s\n", capsys.readouterr().out)
     assert claims.main(command) == 0
-    assert "sweep main: there under seeds 0\n" in capsys.readouterr().out
+    assert "sweep main: complete for seeds 0\n" in capsys.readouterr().out
     rows = {row["id"]: row for row in json.loads((tmp_path / "claims" / "claims.json").read_text())["claims"]}
     assert {row["outcome"] for row in rows.values()} == {"undecided"}
     assert all(row["seeds"] == 1 and row["effect"] is not None for row in rows.values())
