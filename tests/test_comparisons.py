@@ -282,7 +282,7 @@ def test_right_and_wrong_from_end_to_end() -> None:
     error = math.sqrt((22 - 10**2 / 100) / 99 / 100)
     assert found.detectable == pytest.approx((1.98422 + 0.84528) * error, abs=1e-4)
     assert found.difference.half == pytest.approx(1.96 * error, rel=0.05)
-    assert found.notes == ("one seed: the interval is over items only and says nothing about training again",)
+    assert found.notes == ("one seed: the interval is over items only and does not cover repeated training",)
     assert compare_paired(b, a).difference.value == pytest.approx(-0.10)
     assert compare_paired(a.astype(bool), b.astype(bool)) == found
     assert compare_paired(a[None], b[None]) == found
@@ -356,7 +356,7 @@ def test_one_item() -> None:
         assert found.p == 1.0
         assert found.difference.low is None
         assert found.detectable is None
-        assert found.notes == ("one item: no interval, and no test can find anything",)
+        assert found.notes == ("one item: no interval, and no test can be significant",)
 
 
 def test_many_items() -> None:
@@ -383,11 +383,11 @@ def test_missing_results() -> None:
     [
         ([1, 2], [1, 2, 3], "1 × 2 and 1 × 3"),
         ([[1, 2], [3, 4]], [1, 2], "2 × 2 and 1 × 2"),
-        ([[1, 2], [3]], [[1, 2], [3]], "a: results are numbers"),
-        (["good"], ["bad"], "a: results are numbers"),
-        ([], [], "not empty"),
-        (1.0, 2.0, "not empty"),
-        ([[[1.0]]], [[[1.0]]], "seeds × items"),
+        ([[1, 2], [3]], [[1, 2], [3]], "a: expected numbers"),
+        (["good"], ["bad"], "a: expected numbers"),
+        ([], [], "expected one or more results"),
+        (1.0, 2.0, "expected one or more results"),
+        ([[[1.0]]], [[[1.0]]], "by seed and item"),
         ([math.inf, 1], [1, 2], "infinite"),
     ],
 )

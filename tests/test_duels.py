@@ -98,18 +98,18 @@ def test_p_is_the_sign_test_where_every_prompt_has_one_duel() -> None:
 def test_a_side_against_itself_is_all_ties() -> None:
     found = wins([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     assert (found.tie.value, found.rate.value, found.p) == (1.0, 0.5, 1.0)
-    assert found.notes == ("all duels have the same outcome: the interval has no width, which is no certainty",)
+    assert found.notes == ("all duels have the same outcome, so the interval has no width; that is not certainty",)
 
 
 def test_what_cannot_be_compared_is_said() -> None:
     assert preferences([1, 2, None, float("nan")], [2, 2, 3, 4]) == [0.0, 0.5, None, None]
-    with pytest.raises(DataError, match=r"a score on both sides each; there are 2 and 1"):
+    with pytest.raises(DataError, match=r"a score on both sides; there are 2 and 1"):
         wins([1, 2], [1])
-    with pytest.raises(DataError, match=r"2 duels are about 1 prompts"):
+    with pytest.raises(DataError, match=r"2 duels have 1 prompts"):
         wins([1, 2], [1, 3], ["p"])
     with pytest.raises(DataError, match=r"none of 1 duels has a score on both sides"):
         wins([None], [1])
-    with pytest.raises(DataError, match=r"scores are numbers"):
+    with pytest.raises(DataError, match=r"scores must be numbers"):
         wins(["good"], [1])  # type: ignore[list-item]
     alone = wins([1, 3], [2, 2], ["p", "p"])
     assert (alone.rate.low, alone.notes) == (None, ("one prompt: no interval",))

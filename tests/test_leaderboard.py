@@ -76,7 +76,7 @@ def test_examples(tmp_path: Path) -> None:
     lines(tmp_path / "arc_challenge_fewshot.jsonl", *questions(4))
     (task,) = offline(tmp_path, "arc_easy")
     assert [row["id"] for row in task.examples] == ["q3"]
-    assert task.note == "arc_easy has arc_challenge_fewshot.jsonl for its examples"
+    assert task.note == "arc_easy takes its examples from arc_challenge_fewshot.jsonl"
     lines(tmp_path / "arc_easy_fewshot.jsonl", *questions(2, 10))
     (task,) = offline(tmp_path, "arc_easy")
     assert len(task.examples) == 2
@@ -136,7 +136,7 @@ def test_settings() -> None:
         Leaderboard(benchmarks=["hellaswog"])
     with pytest.raises(SettingsError, match=r"shots.truthfulqa=2: expected 0"):
         Leaderboard(shots={"truthfulqa": 2})
-    with pytest.raises(SettingsError, match="none are named"):
+    with pytest.raises(SettingsError, match="none given"):
         Leaderboard(benchmarks=[])
 
 
@@ -212,9 +212,9 @@ def test_a_small_run(make_policy: Callable[..., Policy], tmp_path: Path, capfd: 
     mmlu = [i.score for i in result.items if i.benchmark == "mmlu"]
     assert result.scores["mmlu"].score == pytest.approx(np.mean(mmlu))
     notes = result.notes()
-    assert "arc: arc_easy has arc_challenge_fewshot.jsonl for its examples" in notes
-    assert "arc: 2 of 25 examples in front of each question, for want of rows" in notes
-    assert "mmlu: 0 of 5 examples in front of each question, for want of rows" in notes
+    assert "arc: arc_easy takes its examples from arc_challenge_fewshot.jsonl" in notes
+    assert "arc: 2 of 25 examples before each question: there are no more rows" in notes
+    assert "mmlu: 0 of 5 examples before each question: there are no more rows" in notes
     assert result.metrics()["leaderboard/arc"] == result.scores["arc"].score
     assert "leaderboard/average" not in result.metrics()
 
@@ -403,7 +403,7 @@ def test_the_command(make_policy: Callable[..., Policy], tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "Leaderboard of model" in done.stdout
-    assert "note: mmlu: 0 of 5 examples in front of each question, for want of rows" in done.stdout
+    assert "note: mmlu: 0 of 5 examples before each question: there are no more rows" in done.stdout
     written = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
     assert written["settings"]["shots"]["arc"] == 1
     assert len(written["model"]["content"]) == 64

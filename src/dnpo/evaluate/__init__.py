@@ -1,4 +1,4 @@
-"""What is measured of a policy: ``metrics.py`` always, ``stages/measures.py`` where it is asked for."""
+"""Measure a policy: always by ``metrics.py``, and by the optional measures of ``stages/measures.py``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ Split = Literal["validation", "test"]
 
 
 class Held(NamedTuple):
-    """Held-out prompts with the human responses to them, in the same order."""
+    """Held-out prompts, and the human responses to them in the same order."""
 
     prompts: Sequence[Prompt]
     human: Sequence[Response]
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation leaves for further measures.
+    """The results of an evaluation that further measures read.
 
     Attributes:
-        held: the held-out prompts with the human responses to them.
-        greedy: the policy's greedy response to each of them, in the same order.
-        samples: its fresh samples, all with number 0 first, then all with number 1, …; each in the same order.
+        held: the held-out prompts, with the human responses.
+        greedy: the policy's greedy response to each prompt, in the same order.
+        samples: its samples: number 0 for all prompts, then number 1 for all prompts, …; each in the same order.
     """
 
     held: Held
@@ -35,25 +35,25 @@ class Evaluated(NamedTuple):
 
 @runtime_checkable
 class Measure(Protocol):
-    """What ``eval.measures.NAME`` configures: a measure of what a policy wrote."""
+    """A measure of a policy's responses, configured by ``eval.measures.NAME``."""
 
     def __call__(self, evaluated: Evaluated) -> Mapping[str, float]:
-        """Metrics by name, such as ``own/words``. Each has to be in ``catalogue.py``, or added to it."""
+        """Return metrics by name, such as ``own/words``; the catalogue must have them, see ``dnpo.catalogue.add``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What to measure: what ``eval=…`` configures.
+    """The measurements of every policy, configured by ``eval=…``.
 
     Args:
         split: ``validation`` for choosing settings, ``test`` for reporting.
-        samples: fresh samples of each held-out prompt.
-        sequences: pairs of the iteration, and fresh samples for the same prompts, whose log-probabilities are kept. Of
-            these the Kolmogorov-Smirnov distance compares those whose fresh sample is not the human response itself;
-            it needs 1,200 or more to stand out from chance.
-        texts: compares newly generated texts with the positive samples, as a separate stage; None leaves it out.
-        leaderboard: benchmarks through lm-eval, after every iteration, a stage too; None leaves them out.
-        measures: further measures by a name, each a stage too.
+        samples: number of fresh samples for each held-out prompt.
+        sequences: number of the iteration's pairs whose log-probabilities are kept, with those of fresh samples for the
+            same prompts. The Kolmogorov-Smirnov distance compares the pairs whose fresh sample differs from the human
+            response; it needs 1,200 or more to rise above chance.
+        texts: compares new texts with the positive samples, in a separate stage; None: no comparison.
+        leaderboard: benchmarks by lm-eval after every iteration, in a separate stage; None: no benchmarks.
+        measures: further measures by name, each in a separate stage.
     """
 
     split: Split = "test"

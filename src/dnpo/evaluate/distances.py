@@ -1,8 +1,8 @@
-"""How far apart two samples of numbers are, and a policy from its reference: pure functions of arrays.
+"""Distances between two samples of numbers, and the divergence of a policy from its reference, as pure functions.
 
-For stagnation the numbers are log-probabilities, summed or per token, of rejected and of newly generated responses
-under one model: a small distance and a large overlap mean that generation no longer changes. All functions take
-finite numbers, at least one on each side, and raise a DataError otherwise.
+Stagnation is measured on log-probabilities, summed or per token, of rejected and of newly generated responses under one
+model: a small distance and a large overlap mean that generation no longer changes. All functions need finite numbers,
+at least one on each side, and raise a DataError otherwise.
 """
 
 import math
@@ -22,8 +22,8 @@ Array = npt.NDArray[np.float64]
 def ks(first: Any, second: Any) -> float:
     """The Kolmogorov-Smirnov distance: the largest difference between the two cumulative shares, 0 to 1.
 
-    It has no unit and does not say how far apart values lie: 1 as soon as the samples are apart. [1, 2, 3, 4] and
-    [3, 4, 5, 6]: up to 2 lies half of the first and none of the second, 0.5.
+    It has no unit: it is 1 for samples without overlap, however far apart they are. For [1, 2, 3, 4] and [3, 4, 5, 6]
+    it is 0.5: half of the first values are at most 2, and none of the second.
     """
     return float(ks_2samp(_sample("first", first), _sample("second", second)).statistic)
 
@@ -31,21 +31,21 @@ def ks(first: Any, second: Any) -> float:
 def wasserstein(first: Any, second: Any) -> float:
     """The Wasserstein-1 distance, in the unit of the values: the area between the two cumulative shares.
 
-    With as many values on both sides it is the mean of |difference| after sorting each: [1, 2, 3, 4] and [3, 4, 5, 6]
-    are 2 apart; [0] and [0, 3] are 1.5.
+    For samples of equal size it is the mean |difference| of the sorted values: [1, 2, 3, 4] and [3, 4, 5, 6] are 2
+    apart, [0] and [0, 3] are 1.5 apart.
     """
     return float(wasserstein_distance(_sample("first", first), _sample("second", second)))
 
 
 def overlap(first: Any, second: Any, bins: int = BINS) -> float:
-    """The area under both densities, 0 (apart) to 1 (the same), with histograms as densities.
+    """The area under both densities, 0 (no overlap) to 1 (equal), with histograms as densities.
 
     Σ_b min(p_b, q_b), where p_b and q_b are the shares of each sample in bin b (the overlapping coefficient: Inman and
-    Bradley 1989, Communications in Statistics 18(10)). The bins are equally wide, lie between the smallest and the
-    largest value of both samples and hold their lower end, the last one both. [0, 1, 2, 3] and [2, 3, 4, 5] in 5 bins
-    share the bins of 2 and 3, which hold a quarter of each: 0.5.
+    Bradley 1989, Communications in Statistics 18(10)). The bins are equally wide and span both samples; each includes
+    its lower end, and the last one its upper end too. [0, 1, 2, 3] and [2, 3, 4, 5] in 5 bins share the bins of 2 and
+    3, each with a quarter of either sample: 0.5.
 
-    Two samples of one distribution stay below 1, as :func:`overlap_by_chance` says.
+    Two samples of the same distribution stay below 1; :func:`overlap_by_chance` computes by how much.
 
     Raises:
         DataError: also for fewer bins than one.
@@ -55,11 +55,11 @@ def overlap(first: Any, second: Any, bins: int = BINS) -> float:
 
 
 def overlap_by_chance(first: Any, second: Any, bins: int = BINS) -> float:
-    """The overlap to be expected if both samples were drawn from one distribution, that of both taken together.
+    """The expected overlap if both samples were drawn from the same distribution, that of the pooled samples.
 
-    1 − ½ Σ_b E|p_b − q_b|, and the difference of two shares is about normal with variance v_b = r_b (1 − r_b) (1/n +
-    1/m), r_b the common share, so that E|p_b − q_b| = √(2 v_b / π). Two samples of 1,000 over 30 equally full bins:
-    1 − ½ · 30 · √(2/π · 29/900 · 2/1000) = 0.904. It needs a few values in most bins.
+    1 − ½ Σ_b E|p_b − q_b|. The difference of two shares is approximately normal with variance v_b = r_b (1 − r_b) (1/n
+    + 1/m), where r_b is the pooled share, so E|p_b − q_b| = √(2 v_b / π). For two samples of 1,000 over 30 equally full
+    bins: 1 − ½ · 30 · √(2/π · 29/900 · 2/1000) = 0.904. The approximation needs a few values in most bins.
 
     Raises:
         DataError: also for fewer bins than one.
@@ -71,7 +71,7 @@ def overlap_by_chance(first: Any, second: Any, bins: int = BINS) -> float:
 
 
 class Divergence(NamedTuple):
-    """A Kullback-Leibler divergence in nats with its standard errors, None for one sequence alone."""
+    """A Kullback-Leibler divergence in nats with its standard errors, which are None for a single sequence."""
 
     sequence: float
     sequence_error: float | None
@@ -82,29 +82,27 @@ class Divergence(NamedTuple):
 def kl(policy: Any, reference: Any, tokens: Any) -> Divergence:
     """KL(policy ‖ reference), estimated from sequences that the policy sampled.
 
-    Per sequence it is the mean of d_i = log p(y_i) − log q(y_i): without bias, and negative at times by chance. Per
-    token it is Σ d_i / Σ T_i, which is not the mean of d_i / T_i, where short sequences would weigh as much as long
-    ones. The standard errors are s(d) / √N and, for the ratio R, s(d − R·T) / (√N · mean T) (Cochran 1977, "Sampling
-    Techniques", section 2.11).
+    Per sequence it is the mean of d_i = log p(y_i) − log q(y_i), which is unbiased and can be negative by chance. Per
+    token it is Σ d_i / Σ T_i; the mean of d_i / T_i would give short sequences the weight of long ones. The standard
+    errors are s(d) / √N and, for the ratio R, s(d − R·T) / (√N · mean T) (Cochran 1977, "Sampling Techniques", section
+    2.11). They assume independent sequences, one for each prompt.
 
-    Log-probabilities −1, −2 and −4 against −2, −2 and −6 with 2, 1 and 3 tokens: d = 1, 0, 2; a sequence 1 ± 0.577; a
-    token 3/6 = 0.5 ± 0.144, since d − T/2 = 0, −½, ½ with s = ½.
+    For log-probabilities −1, −2 and −4 against −2, −2 and −6 with 2, 1 and 3 tokens, d = 1, 0, 2. Per sequence that is
+    1 ± 0.577; per token 3/6 = 0.5 ± 0.144, since d − T/2 = 0, −½, ½ with s = ½.
 
     Args:
-        policy: log p of every sequence, summed over its tokens, under the policy as it sampled: at temperature 1 and
-            with no token left out. Otherwise the samples are not the policy's and this is no divergence.
+        policy: log p of every sequence, summed over its tokens, under the policy that sampled it, at temperature 1 and
+            without truncation of the distribution. Otherwise the estimate is not the divergence.
         reference: log q of the same sequences, in the same order.
-        tokens: how many each has, 1 or more.
-
-    The errors take sequences as independent: one a prompt.
+        tokens: number of tokens of each sequence, 1 or more.
 
     Raises:
-        DataError: also where the three are not equally many or a sequence has no tokens.
+        DataError: also if the three have different lengths or a sequence has no tokens.
     """
     p_N, q_N, tokens_N = _sample("policy", policy), _sample("reference", reference), _sample("tokens", tokens)
     if not len(p_N) == len(q_N) == len(tokens_N):
         raise DataError(
-            "a divergence needs the same sequences throughout; policy, reference and tokens are "
+            "a divergence needs the same sequences in policy, reference and tokens; there are "
             f"{len(p_N)}, {len(q_N)} and {len(tokens_N)}"
         )
     if (tokens_N < 1).any():
@@ -121,12 +119,12 @@ def _error(x_N: Array) -> float | None:
 
 
 def _shares(first: Any, second: Any, bins: int) -> tuple[Array, Array, tuple[int, int]]:
-    """Each sample's shares of the common bins, and how many values there are."""
+    """Each sample's shares in the common bins, and the sizes of the samples."""
     if bins < 1:
         raise DataError(f"bins={bins}: expected 1 or more")
     samples = _sample("first", first), _sample("second", second)
     low, high = min(map(np.min, samples)), max(map(np.max, samples))
-    # Not numpy's histogram, which fails where the values are almost the same.
+    # numpy's histogram fails where the values are almost equal.
     wide = (high - low) or 1.0
     places = [np.minimum(((x - low) / wide * bins).astype(int), bins - 1) for x in samples]
     p_b, q_b = (np.bincount(at, minlength=bins) / len(at) for at in places)

@@ -1,12 +1,12 @@
-"""Policy → {metric: value}, and the rows and log-probabilities behind them.
+"""Measure a policy: metrics, and the rows and log-probabilities behind them.
 
-On prompts with a judge: judge scores (greedy and sampled), fresh samples against human responses. On prompts with
-answers: accuracy by family (greedy), pass@k and the majority of the samples, and how many pairs have the wrong answer
-chosen. On any data: held-out loss of human responses, lengths, and where chosen, rejected and newly generated responses
-lie under the new policy, with the distances between the last two as the measure of stagnation.
+With a judge: scores of greedy and of sampled responses, and fresh samples against human responses. With verifiable
+answers: accuracy by family (greedy), pass@k and majority vote of the samples, and the number of pairs with the wrong
+answer chosen. Always: held-out loss of human responses, lengths, and log-probabilities of chosen, rejected and newly
+generated responses under the new policy; the distances between the last two measure stagnation.
 
-Further measures of a policy (texts, drift, a second judge, the leaderboard) are separate stages, in ``measures.py``,
-and read the files that this one writes.
+Further measures (texts, drift, a second judge, the leaderboard) are separate stages, in ``stages/measures.py``, that
+read the files written here.
 """
 
 import math
@@ -50,18 +50,18 @@ def evaluate(
     """Measure a policy: scores, accuracy, held-out loss, stagnation.
 
     Args:
-        policy: the one to measure.
-        held: the split to report on.
-        judge: gives the scores; with an absent one the metrics that need scores are left out.
-        ledger: where the judge looks up what it has been asked before.
-        sampling: as the policy samples for training.
-        pairs: what the policy was trained on, if it was trained on pairs.
+        policy: the policy to measure.
+        held: the held-out split.
+        judge: gives the scores; without a judge the metrics that need scores are left out.
+        ledger: stores the judge's replies, so that no question is asked twice.
+        sampling: how the policy samples for training.
+        pairs: the pairs that the policy was trained on, if any.
         train: training prompts, for fresh samples where there are no pairs.
-        source: the source that fresh samples record.
-        limit: completion tokens at most.
-        seed: of the samples.
-        folder: gets ``samples.parquet``, ``verdicts.parquet``, ``items.parquet`` and ``logprobs.npz``.
-        report: told of every batch.
+        source: ``source`` of the fresh samples.
+        limit: maximum number of completion tokens.
+        seed: seed of the samples.
+        folder: where ``samples.parquet``, ``verdicts.parquet``, ``items.parquet`` and ``logprobs.npz`` are written.
+        report: receives the progress.
     """
     copies = evaluation.samples
     several = repeat_prompts(held, copies)
@@ -97,7 +97,7 @@ def evaluate(
 
 
 def repeat_prompts(held: Held, copies: int) -> list[Prompt]:
-    """The held-out prompts, once for each sample: all with number 0, then all with number 1, …"""
+    """Repeat the held-out prompts for each sample: number 0 for all prompts, then number 1 for all, …"""
     return [
         replace(p, id=f"{p.id}#{n}", human=r.text)
         for n in range(copies)
@@ -113,7 +113,7 @@ class _Known(NamedTuple):
 
 
 def _choose_known(train: Held, pairs: Sequence[Pair] | None, count: int, seed: int) -> _Known:
-    """Prompts whose chosen (and rejected) responses are compared with new ones; drawn from the seed."""
+    """Draw the prompts whose chosen (and rejected) responses are compared with new ones."""
     draw = np.random.default_rng(derive(seed, "sequences"))
     human_of = {r.id: r.token_ids for r in train.human}
     if pairs is None:
@@ -132,7 +132,7 @@ def _choose_known(train: Held, pairs: Sequence[Pair] | None, count: int, seed: i
 
 
 def _accuracy(prompts: Sequence[Prompt], greedy: Sequence[Response]) -> dict[str, float]:
-    """Share of greedy responses whose stated answer is right, by family and their mean."""
+    """Share of greedy responses with the right answer, for each family and averaged over families."""
     families = list(dict.fromkeys(p.family for p in prompts))
     right = [(p.family, correct(p, r.text)) for p, r in zip(prompts, greedy, strict=True)]
     by_family = {f: _mean(ok for family, ok in right if family == f) for f in families}
@@ -141,10 +141,10 @@ def _accuracy(prompts: Sequence[Prompt], greedy: Sequence[Response]) -> dict[str
 
 
 def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) -> dict[str, float]:
-    """pass@1 and pass@n of the n samples of each prompt, and how often the most frequent answer of them is right."""
+    """pass@1 and pass@n of the n samples for each prompt, and how often their most frequent answer is right."""
     count = len(prompts) // copies
     right = [correct(p, r.text) for p, r in zip(prompts, fresh, strict=True)]
-    # An answer with one of the words in it that introduce answers is stated only in part, so right ones share a name.
+    # An answer that contains a word which introduces answers is extracted in part, so all right ones get one name.
     answers = [("right", "") if ok else ("", read_answer(r.text)) for ok, r in zip(right, fresh, strict=True)]
     hits = [sum(right[i::count]) for i in range(count)]
     found = {f"eval/pass_at_{k}": _mean(pass_at_k(copies, n, k) for n in hits) for k in dict.fromkeys((1, copies))}
@@ -153,7 +153,7 @@ def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) 
 
 
 def _labels(pairs: Sequence[Pair], prompts: Sequence[Prompt]) -> dict[str, float]:
-    """How many of the pairs have exactly one right answer, and how many have it rejected: noise of the labels."""
+    """Shares of pairs with exactly one right answer, and of these with the right answer rejected: label noise."""
     prompt_of = {p.id: p for p in prompts}
     right = [(correct(prompt_of[p.id], p.chosen), correct(prompt_of[p.id], p.rejected)) for p in pairs]
     return {
@@ -163,11 +163,11 @@ def _labels(pairs: Sequence[Pair], prompts: Sequence[Prompt]) -> dict[str, float
 
 
 def quality(verdicts: Sequence[Verdict], count: int) -> dict[str, float]:
-    """Mean scores, and how often a fresh sample has a higher, the same or a lower score than the human response.
+    """Mean scores, and how often a fresh sample scores higher than, the same as or lower than the human response.
 
     Args:
-        verdicts: of the human responses, the greedy ones, and the samples, in this order.
-        count: of held-out prompts.
+        verdicts: verdicts on the human responses, the greedy ones and the samples, in this order.
+        count: number of held-out prompts.
     """
     human, greedy, fresh = verdicts[:count], verdicts[count : 2 * count], verdicts[2 * count :]
     of_human = {v.id: v.score for v in human}
@@ -210,7 +210,7 @@ def _items(
 def _distributions(
     policy: Policy, known: _Known, has_pairs: bool, new: Sequence[Response], folder: Path
 ) -> dict[str, float]:
-    """Log-probabilities of chosen, rejected and new responses under this policy, kept whole, and their means."""
+    """Write the log-probabilities of chosen, rejected and new responses under this policy; return summary metrics."""
     prompt_ids = [p.token_ids for p in known.prompts]
     kept: dict[str, Any] = {
         "chosen": policy.score(prompt_ids, known.chosen),
@@ -223,8 +223,8 @@ def _distributions(
         kept["rejected"] = policy.score(prompt_ids, known.rejected)
         kept["rejected_tokens"] = [len(ids) for ids in known.rejected]
         metrics["logps/rejected"] = _mean(kept["rejected"])
-        # There is no pair where the generated response was the human one word for word, so nothing rejected is. The new
-        # samples are compared on the same terms, and on the same prompts: an unmoved policy has to show no distance.
+        # Pairs of identical responses are dropped, so no rejected response equals the human one. New samples that do
+        # are left out too, with their prompts: an unchanged policy must show no distance.
         compared = [r.token_ids != human for r, human in zip(new, known.human, strict=True)]
         kept["compared"] = compared
     arrays: dict[str, Any] = {name: np.asarray(values) for name, values in kept.items()}
@@ -236,7 +236,7 @@ def _distributions(
 
 
 def _stagnation(kept: dict[str, Any]) -> dict[str, float]:
-    """How far newly generated responses lie from the rejected ones: their log-probabilities, summed and per token."""
+    """Distances between newly generated and rejected responses, by log-probabilities, summed and per token."""
     found: dict[str, float] = {}
     for ending, per_token in (("", False), ("_per_token", True)):
         old, young = (
@@ -254,7 +254,7 @@ def _stagnation(kept: dict[str, Any]) -> dict[str, float]:
 
 
 def ks_critical(first: int, second: int) -> float:
-    """The distance that two samples from one distribution exceed in 5 % of cases (large-sample Kolmogorov-Smirnov)."""
+    """The distance exceeded by 5 % of pairs of samples from one distribution (large-sample Kolmogorov-Smirnov)."""
     return math.sqrt(-math.log(0.05 / 2) / 2 * (first + second) / (first * second))
 
 

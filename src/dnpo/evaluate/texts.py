@@ -1,14 +1,14 @@
-"""Generated texts compared with the positive samples a policy was trained on, and how diverse they are.
+"""Compare generated texts with the positive samples that a policy was trained on, and measure their diversity.
 
-Similarity, row by row, as in Table 5 of the DNPO paper: BLEU, ROUGE-L and the Sentence-BERT similarity. All are
-fractions, as there: sacrebleu's 0-100 is divided by 100. The paper does not say which BLEU it has, so both that of the
-corpus and the mean over rows are given. BERTScore is left out: the paper has none, and it would need one more large
-encoder to say what Sentence-BERT says already.
+Similarity, row by row, as in Table 5 of the DNPO paper: BLEU, ROUGE-L and Sentence-BERT similarity. All are fractions,
+as in the paper; sacrebleu's 0-100 is divided by 100. The paper does not state which BLEU it uses, so both corpus BLEU
+and the mean of sentence BLEU are computed. BERTScore is left out: the paper does not use it, and it would need another
+large encoder for much the same information as Sentence-BERT.
 
-Diversity, of one set of texts: distinct-n, self-BLEU, lengths. Every number in ``items`` belongs to one text, and its
-mean stands in ``metrics`` under the same name; what is in ``metrics`` alone is of the whole set.
+Diversity of one set of texts: distinct-n, self-BLEU, lengths. ``items`` has numbers for each text; ``metrics`` has
+their means under the same names, and numbers for the whole set.
 
-sacrebleu and rouge-score are the extra ``eval``.
+sacrebleu and rouge-score come with the extra ``eval``.
 """
 
 import re
@@ -36,12 +36,12 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured.
+    """The results of a measurement.
 
     Attributes:
-        metrics: one number each.
-        items: one number a text, in the order of the texts; for comparisons that are paired over them.
-        signatures: how a metric was computed, for those that have variants.
+        metrics: numbers by name.
+        items: a number for each text by name, in the order of the texts, for paired comparisons.
+        signatures: the variant that was computed, for metrics that have variants.
     """
 
     metrics: Mapping[str, float]
@@ -53,7 +53,7 @@ def available() -> None:
     """Raise if a package is missing.
 
     Raises:
-        SettingsError: names what to install.
+        SettingsError: names the package and how to install it.
     """
     missing = [name for module, name in PACKAGES.items() if find_spec(module) is None]
     if missing:
@@ -62,12 +62,12 @@ def available() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """What to measure of newly generated texts: what ``eval.texts`` configures.
+    """The measurement of newly generated texts, configured by ``eval.texts``.
 
     Args:
-        rows: newly generated texts that are compared with the positive samples of their rows, the first so many of
-            those whose log-probabilities are kept.
-        encoder: a folder with a sentence encoder, for the Sentence-BERT similarity; without one it is left out.
+        rows: number of new texts that are compared with the positive samples of their prompts: the first of those whose
+            log-probabilities are kept.
+        encoder: a folder with a sentence encoder, for Sentence-BERT similarity; None leaves that out.
 
     Raises:
         SettingsError: a package is missing.
@@ -87,11 +87,11 @@ class Texts:
         return None if self.encoder is None else Weights(self.encoder, None, None, "eval.texts.encoder")
 
     def identity(self) -> dict[str, Any]:
-        """What decides the results; never a path."""
+        """The settings that decide the results, with contents in place of paths."""
         return {"rows": self.rows, "encoder": None if self._weights is None else self._weights.identity}
 
     def measure(self, generated: Sequence[str], positive: Sequence[str], device: str, seed: int) -> "Measured":
-        """:func:`similarity` of both, and :func:`diversity` of what was generated."""
+        """Compute :func:`similarity` of both, and :func:`diversity` of the generated texts."""
         from dnpo.policy.encoder import SentenceBert
 
         encoder = None if self.encoder is None else SentenceBert(self.encoder, device)
@@ -102,38 +102,38 @@ class Texts:
 
 
 def similarity(generated: Sequence[str], positive: Sequence[str], encoder: "SentenceBert | None" = None) -> Measured:
-    """How near each generated text comes to the positive sample of its row.
+    """Measure the similarity of each generated text to the positive sample of its row.
 
-    ``bleu``: BLEU-4 of the corpus (Papineni et al. 2002), counts of all rows taken together, as sacrebleu has it. It is
-    0 where no text has four words.
+    ``bleu``: corpus BLEU-4 (Papineni et al. 2002), with counts summed over all rows, by sacrebleu. It is 0 where no
+    text has four words.
 
-    ``bleu_sentence``: of each row, only with the orders of n-gram that the text has. Both smooth a precision of 0 to
-    1/2, 1/4, … of a match, unless all are 0. "the cat sat on the mat" against "the cat is on the mat":
+    ``bleu_sentence``: BLEU of each row, over the n-gram orders that the text has. Both variants smooth precisions of 0
+    to 1/2, 1/4, … of a match, unless all are 0. For "the cat sat on the mat" against "the cat is on the mat" it is
     (5/6 · 3/5 · 1/4 · 1/6)^¼ = 0.380.
 
-    ``rouge_l``: F of the longest common subsequence of words (Lin 2004), by rouge-score without stemming. In the same
-    example 5 of 6 words, 0.833. It knows words of a-z and 0-9 alone: to it, text in other scripts is empty.
+    ``rouge_l``: F of the longest common subsequence of words (Lin 2004), by rouge-score without stemming; in the same
+    example 5 of 6 words, 0.833. It sees only words of a-z and 0-9; text in other scripts counts as empty.
 
     ``sbert``: cosine of both embeddings (Reimers and Gurevych 2019), −1 to 1; only with an encoder.
 
-    An empty text scores 0 in the first three, also against an empty one.
+    An empty text scores 0 in the first three, even against an empty text.
 
     Args:
         generated: texts of the policy.
-        positive: the chosen responses of the same prompts, in the same order, that it was trained on.
-        encoder: for Sentence-BERT.
+        positive: the chosen responses to the same prompts, in the same order, that it was trained on.
+        encoder: encoder for Sentence-BERT.
 
     Raises:
-        DataError: there are no rows, or not as many on both sides.
+        DataError: there are no rows, or the two lists have different lengths.
         SettingsError: a package is missing.
     """
     available()
     if len(generated) != len(positive):
         raise DataError(
-            f"{len(generated)} generated texts and {len(positive)} positive samples; expected one each a row"
+            f"{len(generated)} generated texts and {len(positive)} positive samples; expected as many of both"
         )
     _some(generated)
-    # force: no warning where texts look tokenized already, which changes no number
+    # force: no warning about texts that look tokenized already; the numbers are the same
     corpus, sentence = _bleu(force=True), _bleu(effective_order=True)
     whole = corpus.corpus_score(list(generated), [list(positive)]).score / 100
     rouge = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
@@ -156,24 +156,24 @@ def similarity(generated: Sequence[str], positive: Sequence[str], encoder: "Sent
 
 
 def diversity(texts: Sequence[str], *, seed: int = 0, sample: int = SAMPLE) -> Measured:
-    """How much texts differ from each other, and in themselves, and how long they are.
+    """Measure how much texts differ from each other and within themselves, and their lengths.
 
-    ``distinct_1``, ``distinct_2``: distinct n-grams of words as a share of all, over the whole set (Li et al. 2016).
-    They fall as texts are added, so compare sets of as many texts. "a b a" and "a b c": 3 words of 6, and 3 pairs (a b,
-    b a, b c) of 4. ``distinct_1_within``, ``distinct_2_within``: the same within one text, low where it repeats itself;
-    1 where it has no n-gram.
+    ``distinct_1``, ``distinct_2``: share of distinct n-grams of words over the whole set (Li et al. 2016). They fall as
+    texts are added, so compare only sets of equal size. "a b a" and "a b c" have 3 distinct words of 6, and 3 distinct
+    pairs (a b, b a, b c) of 4. ``distinct_1_within``, ``distinct_2_within``: the same within one text, low where it
+    repeats itself; 1 where it has no n-gram.
 
-    ``self_bleu``: mean BLEU of each text with the others as its references (Zhu et al. 2018, Texygen), high where texts
-    are alike. More references make it higher, so ``sample`` texts are drawn by the seed and compared among themselves;
-    ``self_bleu_texts`` says how many there were. It is left out with one text alone.
+    ``self_bleu``: mean BLEU of each text with the others as references (Zhu et al. 2018, Texygen), high where texts are
+    alike. It grows with the number of references, so it is computed on ``sample`` texts drawn at random;
+    ``self_bleu_texts`` is their number. It is left out for a single text.
 
-    ``words`` and ``characters``: lengths. Words are runs of letters and digits, in lower case, and every other mark
-    that is not white space.
+    ``words`` and ``characters``: lengths. Words are runs of letters and digits, in lower case; every other character
+    that is not white space is a word too.
 
     Args:
-        texts: one set.
-        seed: of the texts that self-BLEU takes.
-        sample: how many it takes; time grows as its square.
+        texts: the set of texts.
+        seed: seed of the draw for self-BLEU.
+        sample: number of texts drawn; time grows with its square.
 
     Raises:
         DataError: there are no texts, or ``sample`` is under 2.
@@ -214,7 +214,7 @@ def _self_bleu(texts: Sequence[str]) -> tuple[float, str]:
 
 
 def _distinct(texts: Sequence[Sequence[Any]]) -> float:
-    """The share of different ones; 1 where there is none, since nothing repeats."""
+    """The share of distinct elements; 1 where there are none, since nothing repeats."""
     every = [one for text in texts for one in text]
     return len(set(every)) / len(every) if every else 1.0
 

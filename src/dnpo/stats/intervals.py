@@ -1,10 +1,10 @@
-"""Means of scores over items and seeds, with intervals, computed in one of two ways:
+"""Means of scores over items and seeds, with intervals, computed in one of two ways.
 
-**Bootstrap** (``bootstrap``): resamples items and, where there are several, seeds, and assumes no distribution. It
-cannot see beyond the seeds there are: three can be drawn in ten different ways only, and where seeds differ more than
-items do the interval is too narrow, whatever the number of resamples (``tests/test_comparisons.py`` measures it).
+**Bootstrap** (``bootstrap``): resamples items and, where there are several, seeds; assumes no distribution. With few
+seeds it is too narrow where seeds vary more than items, whatever the number of resamples: three seeds can be drawn in
+only ten different ways (``tests/test_comparisons.py`` measures the effect).
 
-**t** (``estimate_mean``): assumes means that are about normal, and is honest about few seeds.
+**t** (``estimate_mean``): assumes means that are approximately normal; its intervals are wide where seeds are few.
 
 Shapes: S seeds, I items, K different columns of items, B resamples, X sides.
 """
@@ -25,7 +25,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval; no ends where they cannot be computed."""
+    """A number and its 95 % interval; the ends are None where they cannot be computed."""
 
     value: float
     low: float | None = None
@@ -33,27 +33,27 @@ class Estimate:
 
     @property
     def half(self) -> float | None:
-        """Half of the interval's width, the number after ±. A percentile interval need not be symmetric."""
+        """Half of the interval's width, shown after ±. A percentile interval need not be symmetric."""
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with its standard error and the degrees of freedom of that."""
+    """A mean with its standard error and the error's degrees of freedom."""
 
     value: float
     error: float
     df: float
 
     def estimate(self) -> Estimate:
-        """The t interval."""
+        """The mean with its t interval."""
         from scipy.special import stdtrit  # Student's quantiles
 
         wide = float(stdtrit(self.df, (1 + LEVEL) / 2)) * self.error
         return Estimate(self.value, self.value - wide, self.value + wide)
 
     def p(self) -> float:
-        """Of a two-sided t test against 0; 1 for a plain 0."""
+        """The p of a two-sided t test against 0; 1 if the mean is exactly 0."""
         if self.error == 0:
             return float(self.value == 0)
         from scipy.special import stdtr  # Student's distribution
@@ -61,10 +61,10 @@ class Mean:
         return float(2 * stdtr(self.df, -abs(self.value) / self.error))
 
     def detectable(self, alpha: float = 0.05, power: float = 0.8) -> float:
-        """The smallest true mean that a two-sided test at ``alpha`` finds with this power, with this error.
+        """The smallest true mean that a two-sided test at level ``alpha`` detects with this power.
 
-        (t_{1−α/2} + t_{power}) · standard error (Bloom 1995, "Minimum detectable effects", Evaluation Review 19(5)),
-        which with many degrees of freedom is the normal approximation 2.80 · standard error.
+        (t_{1−α/2} + t_{power}) · standard error (Bloom 1995, "Minimum detectable effects", Evaluation Review 19(5)).
+        With many degrees of freedom this approaches 2.80 · standard error.
         """
         from scipy.special import stdtrit
 
@@ -72,26 +72,26 @@ class Mean:
 
 
 def estimate_mean(x_SI: Array) -> Mean | None:
-    """Estimate the mean over items and seeds, both taken as samples: would it hold for other items, trained again?
+    """Estimate the mean over items and seeds, both treated as samples, so that it generalises to new items and seeds.
 
     Clark (1973), "The language-as-fixed-effect fallacy": with V₁ the variance of the mean computed from the items'
-    means and V₂ from the seeds' means, the error is √(V₁ + V₂) and the degrees of freedom are Satterthwaite's,
-    (V₁ + V₂)² / (V₁²/(I−1) + V₂²/(S−1)); the square of mean/error is min F′ = F₁F₂/(F₁ + F₂). Whatever differs by both
-    at once is counted twice, so the error is rather too large than too small. With one seed it is V₁ alone, the
-    one-sample t test; with one item V₁ cannot be computed, and the result is None.
+    means and V₂ the one computed from the seeds' means, the error is √(V₁ + V₂) and the degrees of freedom are
+    Satterthwaite's, (V₁ + V₂)² / (V₁²/(I−1) + V₂²/(S−1)). The square of mean/error is min F′ = F₁F₂/(F₁ + F₂). The
+    interaction of items and seeds is counted twice, so the error is too large rather than too small. With one seed the
+    variance is V₁ alone (the one-sample t test); with one item V₁ cannot be computed, and the result is None.
     """
     if x_SI.shape[1] < 2:
         return None
     parts = [_variance_of_mean(x_SI.mean(axis)) for axis in (0, 1) if x_SI.shape[1 - axis] > 1]
     whole = sum(v for v, _ in parts)
     below = sum(v**2 / df for v, df in parts)
-    # Without any variance every number of degrees of freedom gives the same; the fewest say least.
+    # Without variance the degrees of freedom make no difference; take the fewest.
     df = whole**2 / below if below else float(min(df for _, df in parts))
     return Mean(float(x_SI.mean()), math.sqrt(whole), df)
 
 
 def still(x: Array) -> bool:
-    """Whether all are the same but for the last digits, in which means of the same numbers differ."""
+    """Whether all numbers are equal, up to the rounding errors of means."""
     return bool(np.ptp(x) <= TOLERANCE * np.abs(x).max())
 
 
@@ -102,13 +102,14 @@ def _variance_of_mean(x: Array) -> tuple[float, int]:
 
 
 def bootstrap(x_XSI: Array, seed: int, resamples: int = RESAMPLES) -> Array:
-    """Means of resamples (B × X), the same for all sides: items and, independently of them, seeds with replacement.
+    """Means of bootstrap resamples, the same resamples for all sides. Shape B × X.
 
-    The items are the same under every seed, so the two are drawn crosswise and not one within the other (Owen 2007,
-    "The pigeonhole bootstrap", Annals of Applied Statistics 1(2)). With one seed it is Efron's bootstrap over items.
+    Items and seeds are drawn with replacement, independently of each other because every seed has the same items (Owen
+    2007, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2)). With one seed it is Efron's bootstrap over
+    items.
 
-    Items that are alike on every side and under every seed are drawn together, as a multinomial over the different
-    ones: the same distribution, and a million right and wrong answers cost no more than four.
+    Items with equal results on every side and under every seed are drawn together, as one category of a multinomial.
+    The distribution is the same, and a million right and wrong answers cost no more than four.
     """
     sides, seeds, items = x_XSI.shape
     alike, counts = np.unique(x_XSI.reshape(-1, items), axis=1, return_counts=True)
@@ -126,11 +127,11 @@ def bootstrap(x_XSI: Array, seed: int, resamples: int = RESAMPLES) -> Array:
 
 
 def _multinomial(rng: np.random.Generator, counts_K: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
-    """How often every kind is drawn when as many items are drawn with replacement as there are (size × K)."""
+    """How often each kind is drawn in a resample of all items. Shape size × K."""
     items, kinds = int(counts_K.sum()), len(counts_K)
     if kinds < items:
         return rng.multinomial(items, counts_K / items, size=size)
-    # all different: counting single draws is several times faster
+    # if all items differ, counting single draws is several times faster
     drawn = rng.integers(0, kinds, (size, items)) + np.arange(size)[:, None] * kinds
     return np.bincount(drawn.ravel(), minlength=size * kinds).reshape(size, kinds)
 

@@ -1,9 +1,9 @@
-"""The win rate that two sides would have with responses of the same length.
+"""The win rate that a side would have if both sides' responses had the same length.
 
 Judges, and people, prefer longer responses, so a model can win by writing more. AlpacaEval 2 (Dubois et al. 2024,
 "Length-controlled AlpacaEval: a simple way to debias automatic evaluators", equation 2) regresses the preference on the
-difference in length and then asks what it would be without one. Its term for the difficulty of each instruction is left
-out: it is estimated from many models, and here there are two.
+difference in length and predicts it for a difference of 0. Its term for the difficulty of each instruction is left out
+here: it is estimated from many models, and a duel has two.
 
 Shapes: D duels, K different differences in length, P prompts, B resamples.
 """
@@ -21,10 +21,10 @@ from dnpo.seeding import derive
 from dnpo.stats.intervals import RESAMPLES, Array, Estimate, percentiles
 from dnpo.stats.wins import number_labels
 
-ROUNDS = 200  # of Newton's method; five or six do, but where length decides nearly all
+ROUNDS = 200  # of Newton's method; five or six are enough unless length decides nearly every duel
 PRECISION = 1e-10  # of θ and φ
 BATCH = 2_000_000  # numbers at once
-MOST = 0.95  # of the resamples have to say something, or there is no interval
+MOST = 0.95  # share of the resamples that must give a win rate; with fewer there is no interval
 
 Flags = npt.NDArray[np.bool_]
 
@@ -35,9 +35,9 @@ class LengthControlled:
 
     Attributes:
         rate: at equal length, with a 95 % interval over prompts.
-        effect: φ, of tanh(difference / spread), in log-odds: positive where the longer response is preferred.
+        effect: φ, the coefficient of tanh(difference / spread), in log-odds; positive if longer responses win more.
         spread: standard deviation of the differences in length.
-        difference: their mean, ours less theirs.
+        difference: mean difference in length, ours − theirs.
         notes: caveats to report with the numbers.
     """
 
@@ -63,26 +63,26 @@ def control_length(
         P(ours is preferred | Δ) = σ(θ + φ · tanh(Δ / s)),   Δ = our length − theirs,  s = standard deviation of Δ,
 
     whose θ and φ maximise Σ y log P + (1 − y) log(1 − P) over the duels: y is 1 for a win, 0 for a loss and ½ for a
-    tie. Dividing by s makes the unit of length drop out, and tanh keeps a few very long responses from deciding φ. The
-    fitted probabilities have the mean of y, so where length has no effect the result is the plain win rate.
+    tie. Dividing by s makes the unit of length irrelevant, and tanh keeps a few very long responses from dominating φ.
+    The mean of the fitted probabilities is that of y, so where length has no effect the result is the plain win rate.
 
-    In 75 of 100 duels ours is 10 characters longer and wins 60 of them; in 25 it is 10 shorter and wins 5. Both kinds
-    are fitted exactly, σ(θ + φt) = 0.8 and σ(θ − φt) = 0.2 (t = tanh(10/√75) = 0.819), so θ = 0 and φ = 1.692: of
-    65 % wins nothing is left at equal length but 50 %.
+    Example: in 75 of 100 duels our response is 10 characters longer, and 60 of these are won; in 25 it is 10 shorter,
+    and 5 are won. Both kinds are fitted exactly, σ(θ + φt) = 0.8 and σ(θ − φt) = 0.2 (t = tanh(10/√75) = 0.819), so
+    θ = 0 and φ = 1.692: the win rate of 65 % is 50 % at equal length.
 
-    Prompts are resampled, each with all its duels; s stays. Where length alone decides all of a resample, its
-    likelihood has no maximum, and its limit counts: at equal length always a win, always a loss, or the rate of
-    the duels of equal length. Where that is open too, the resample is left out, and counted.
+    The bootstrap resamples prompts, each with all its duels, and keeps s. Where length alone decides every duel of a
+    resample, the likelihood has no maximum and the limit is taken: at equal length always a win, always a loss, or the
+    rate of the duels of equal length. Where the limit is undetermined, the resample is left out and counted.
 
     Args:
-        preferences: one a duel, 1, ½ or 0; None where there is none, and the duel is left out.
-        differences: our length less theirs, in whatever unit; of a duel at the same place.
-        prompts: what each duel is about; None: every duel has a different prompt.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
+        preferences: 1, ½ or 0 for each duel; None leaves the duel out.
+        differences: our length − theirs for each duel, in any unit.
+        prompts: prompt of each duel; None: every duel has a different prompt.
+        seed: seed of the bootstrap.
+        resamples: number of bootstrap resamples.
 
     Raises:
-        DataError: the lists are not aligned, a value makes no sense, no duel is left, all differ in length by the same
+        DataError: the lists are not aligned, a value is out of range, no duel is left, all differ in length by the same
             amount, or length alone decides every duel, so that the rate at equal length is unknown.
     """
     prompts = range(len(preferences)) if prompts is None else prompts
@@ -100,38 +100,39 @@ def control_length(
     mixed = bool(won_1K.any() and lost_1K.any())
     if spread and mixed and _separates(won_1K, lost_1K)[0]:
         raise DataError(
-            f"length alone decides all {len(value_D):,} duels: on one side of a difference all are won, on the other "
-            "all are lost, so the win rate at the same length is unknown"
+            f"length alone decides all {len(value_D):,} duels: on one side of some difference in length all are won, "
+            "on the other all are lost, so the win rate at the same length is unknown"
         )
     (rate,), (effect,) = fit(x_K, won_1K, lost_1K)
     if np.isnan(rate):
         longer = "longer" if x_K[0] > 0 else "shorter"
         raise DataError(
-            f"one side has won all {len(value_D):,} duels, and all responses of ours are {longer}, so the win "
-            "rate at the same length is unknown"
+            f"one side won all {len(value_D):,} duels, and all of our responses are {longer}, so the win rate at the "
+            "same length is unknown"
         )
     estimate = Estimate(float(rate))
     if number > 1:
         drawn_B = _bootstrap(x_K, won_PK, lost_PK, derive(seed, "comparisons", "length"), resamples)
-        said_B = drawn_B[~np.isnan(drawn_B)]
-        if len(said_B) < resamples:
-            notes.append(f"{resamples - len(said_B):,} of {resamples:,} resamples say nothing of the same length")
-        if len(said_B) < MOST * resamples:
+        rate_B = drawn_B[~np.isnan(drawn_B)]
+        if len(rate_B) < resamples:
+            notes.append(f"{resamples - len(rate_B):,} of {resamples:,} resamples give no win rate at the same length")
+        if len(rate_B) < MOST * resamples:
             notes.append("these are too many for an interval")
         else:
-            estimate = percentiles(float(rate), said_B)
+            estimate = percentiles(float(rate), rate_B)
     return LengthControlled(estimate, float(effect), spread, float(delta_D.mean()), len(value_D), number, tuple(notes))
 
 
 def fit(x_K: Array, won_BK: Array, lost_BK: Array) -> tuple[Array, Array]:
-    """σ(θ) and φ of many regressions at once, each (B); Newton's method.
+    """Fit many regressions at once by Newton's method.
 
     Args:
-        x_K: the different values of tanh(Δ / s), rising.
-        won_BK, lost_BK: how much of the duels with each was won, and lost; half of a tie is either.
+        x_K: the different values of tanh(Δ / s), ascending.
+        won_BK, lost_BK: numbers of duels won and lost at each value; a tie counts half for either.
 
     Returns:
-        Where there is no maximum: of σ(θ) its limit, NaN if there is none; of φ 0.
+        σ(θ) and φ, each of shape B. Where the likelihood has no maximum, the limit of σ(θ), or NaN if there is none,
+        and 0 for φ.
     """
     won_B, lost_B = won_BK.sum(1), lost_BK.sum(1)
     rates_B, effects_B = won_B / (won_B + lost_B), np.zeros(len(won_BK))
@@ -153,7 +154,7 @@ def fit(x_K: Array, won_BK: Array, lost_BK: Array) -> tuple[Array, Array]:
 
 
 def _newton(x_K: Array, won_BK: Array, lost_BK: Array, theta_B: Array, phi_B: Array) -> tuple[Array, Array]:
-    """The changes of θ and φ in one round, at most 1 in log-odds, so that the likelihood never falls."""
+    """The changes of θ and φ in one round, limited to 1 in log-odds so that the likelihood never falls."""
     total_BK = won_BK + lost_BK
     p_BK = expit(theta_B[:, None] + phi_B[:, None] * x_K)
     off_BK, curve_BK = won_BK - total_BK * p_BK, total_BK * p_BK * (1 - p_BK)
@@ -167,9 +168,9 @@ def _newton(x_K: Array, won_BK: Array, lost_BK: Array, theta_B: Array, phi_B: Ar
 
 
 def _separates(won_BK: Array, lost_BK: Array) -> Flags:
-    """Whether some length has all that was won on one side of it and all that was lost on the other (B).
+    """Whether some length separates all won duels from all lost ones; at that length both may occur. Shape B.
 
-    The border itself may have both. Then and only then has the likelihood no maximum (Albert and Anderson 1984).
+    The likelihood has no maximum exactly in this case (Albert and Anderson 1984).
     """
     last = won_BK.shape[1] - 1
     won, lost = won_BK > 0, lost_BK > 0
@@ -180,9 +181,9 @@ def _separates(won_BK: Array, lost_BK: Array) -> Flags:
 
 
 def _limit(x_K: Array, won_K: Array, lost_K: Array) -> float:
-    """The limit of σ(θ) where length decides every duel; NaN where it is open."""
+    """The limit of σ(θ) where length decides every duel; NaN where it is undetermined."""
     won, lost = x_K[won_K > 0], x_K[lost_K > 0]
-    if not len(won) or not len(lost):  # the same length lies between those that there are, or else beyond them
+    if not len(won) or not len(lost):  # equal length lies between the lengths that occur, or beyond them
         every = (won, lost)[len(lost) > 0]
         return float(len(won) > 0) if every.min() <= 0 <= every.max() else np.nan
     longer_wins, shorter_wins = lost.max() <= won.min(), won.max() <= lost.min()
@@ -198,7 +199,7 @@ def _limit(x_K: Array, won_K: Array, lost_K: Array) -> float:
 
 
 def _bootstrap(x_K: Array, won_PK: csr_array, lost_PK: csr_array, seed: int, resamples: int) -> Array:
-    """σ(θ) of resamples (B)."""
+    """σ(θ) of bootstrap resamples. Shape B."""
     rng, number = np.random.default_rng(seed), won_PK.shape[0]
     size = max(BATCH // max(number, len(x_K)), 1)
     found = []
@@ -219,22 +220,22 @@ def _weigh(weights_BP: Array, x_PK: csr_array) -> Array:
 def _check(
     preferences: Sequence[float | None], differences: Sequence[float], prompts: Sequence[Hashable]
 ) -> tuple[Array, Array, npt.NDArray[np.int64], int]:
-    """Values, differences and prompts' numbers of the duels that have a preference."""
+    """Values, differences and prompt numbers of the duels with a preference, and the number of prompts."""
     if not len(preferences) == len(differences) == len(prompts):
         lengths = f"{len(preferences)}, {len(differences)} and {len(prompts)}"
-        raise DataError(f"a duel has a preference, a difference in length and a prompt; there are {lengths}")
+        raise DataError(f"each duel needs a preference, a difference in length and a prompt; there are {lengths}")
     kept = [(v, d, p) for v, d, p in zip(preferences, differences, prompts, strict=True) if v is not None]
     if not kept:
         raise DataError(f"none of {len(preferences)} duels has a preference; nothing is left to compare")
     value_D, delta_D = (np.array([row[column] for row in kept], dtype=np.float64) for column in (0, 1))
     if not ((value_D >= 0) & (value_D <= 1)).all():
-        raise DataError("a preference is 1, ½ or 0, or a probability between")
+        raise DataError("preferences must be between 0 and 1")
     if not np.isfinite(delta_D).all():
-        raise DataError("a difference in length is no finite number")
+        raise DataError("a difference in length is not a finite number")
     return value_D, delta_D, *number_labels([prompt for _, _, prompt in kept])
 
 
 def _notes(dropped: int, total: int, number: int, plain: float) -> list[str]:
     notes = [f"{dropped:,} of {total:,} duels have no preference and are left out"] if dropped else []
     notes += ["one prompt: no interval"] if number == 1 else []
-    return notes + (["one side has won every duel, whatever the length"] if plain in (0.0, 1.0) else [])
+    return notes + (["one side won every duel, whatever the length"] if plain in (0.0, 1.0) else [])

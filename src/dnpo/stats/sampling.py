@@ -1,4 +1,4 @@
-"""pass@k and the majority vote of several samples."""
+"""Compute pass@k and the majority vote of several samples."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable
@@ -11,7 +11,7 @@ Answer = TypeVar("Answer", bound=Hashable)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The probability that at least one of ``k`` samples is right, estimated without bias from more of them.
+    """The unbiased estimate, from ``samples`` samples, of the probability that at least one of ``k`` is right.
 
     1 − C(n−c, k) / C(n, k) for c right of n (Chen et al. 2021, "Evaluating large language models trained on code",
     equation 1), as the product 1 − Π_{i=n−c+1..n} (1 − k/i), which does not overflow.
@@ -22,7 +22,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     if not 0 <= right <= samples:
         raise DataError(f"pass@k: {right} of {samples} samples cannot be right")
     if not 1 <= k <= samples:
-        raise DataError(f"pass@k: k is {k}, and has to be between 1 and the number of samples, {samples}")
+        raise DataError(f"pass@k: k is {k}; expected 1 to the number of samples, {samples}")
     if samples - right < k:
         return 1.0
     return 1.0 - prod(1.0 - k / i for i in range(samples - right + 1, samples + 1))
@@ -31,8 +31,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority(answers: Iterable[Answer | None]) -> Answer | None:
     """The most frequent answer (Wang et al. 2023, "Self-consistency").
 
-    None is a sample without an answer and has no vote; without any vote the result is None. Among equally frequent ones
-    the one given first wins, which with independent samples prefers none of them, and needs no chance.
+    None stands for a sample without an answer, which has no vote; without any votes the result is None. Among equally
+    frequent answers the first one wins. With independent samples that favours none of them, and it needs no randomness.
     """
     counts = Counter(answer for answer in answers if answer is not None)
-    return max(counts, key=counts.__getitem__, default=None)  # a Counter keeps the order in which they came
+    return max(counts, key=counts.__getitem__, default=None)  # a Counter keeps the order of first appearance

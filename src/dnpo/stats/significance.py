@@ -1,4 +1,4 @@
-"""Tests of paired differences, their correction over a table, and sizes of effects."""
+"""Tests of paired differences, the correction for multiple tests, and effect sizes."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,21 +8,21 @@ import numpy as np
 from dnpo.errors import DataError
 from dnpo.stats.intervals import Array, still
 
-DIGITS = 9  # of the largest difference: what is beyond them is rounding, which must not break ties
+DIGITS = 9  # significant digits of the largest difference; the rest is rounding error, which must not break ties
 
 
 def mcnemar(only_a: int, only_b: int, variant: Literal["exact", "mid-p", "chi-square"] = "exact") -> float:
-    """The two-sided p of as many items right on one side only and on the other only, if either were as likely.
+    """McNemar's two-sided p, from the numbers of items that only a or only b has right; 1 if the sides never differ.
 
-    ``exact``: binomial (McNemar 1947), never above its level. ``mid-p``: half of the observed outcome's probability is
-    left out, nearer to the level and seldom above it. ``chi-square``: (b − c)²/(b + c), without a correction for
-    continuity. The variants are compared in Fagerland, Lydersen and Laake (2013). 1 where the sides differ nowhere.
+    ``exact``: binomial (McNemar 1947); its error rate never exceeds the level. ``mid-p``: counts half of the observed
+    outcome's probability; its error rate is nearer to the level and seldom above it. ``chi-square``: (b − c)²/(b + c),
+    without a continuity correction. Fagerland, Lydersen and Laake (2013) compare the variants.
 
     Raises:
         DataError: a count is negative.
     """
     if min(only_a, only_b) < 0:
-        raise DataError(f"McNemar's test takes two counts; these are {only_a} and {only_b}")
+        raise DataError(f"McNemar's test needs counts of 0 or more; these are {only_a} and {only_b}")
     count = only_a + only_b
     if not count:
         return 1.0
@@ -36,11 +36,11 @@ def mcnemar(only_a: int, only_b: int, variant: Literal["exact", "mid-p", "chi-sq
 
 
 def mcnemar_clustered(difference_SI: Array) -> float:
-    """McNemar's test where every item was answered under several seeds: answers to one item are not independent.
+    """McNemar's test for items answered under several seeds, where the answers to one item are not independent.
 
-    With d an item's sum of differences (−1, 0, 1), (Σ d)² / Σ d² is compared with χ² of one degree of freedom:
-    Durkalski et al. (2003), Statistics in Medicine 22, with clusters of one size. With one seed it is the chi-square
-    variant of ``mcnemar``. It is about new items for these very runs and says nothing about other seeds.
+    With d the sum of an item's differences (−1, 0, 1), (Σ d)² / Σ d² is compared with χ² with one degree of freedom:
+    Durkalski et al. (2003), Statistics in Medicine 22, for clusters of one size. With one seed it equals the chi-square
+    variant of ``mcnemar``. It generalises to new items for the same runs, not to other seeds.
     """
     from scipy.stats import chi2
 
@@ -52,9 +52,9 @@ def mcnemar_clustered(difference_SI: Array) -> float:
 def wilcoxon(difference_I: Array) -> float:
     """The two-sided p of Wilcoxon's signed-rank test, by scipy.
 
-    Zeros are ranked with the others and then left out (Pratt 1959), so that every difference keeps the rank it has
-    among all items; among very many zeros it becomes the sign test. Exact up to 50 items without zeros and ties and up
-    to 13 with them, else a normal approximation that allows for both. 1 where all is zero.
+    Zeros are ranked with the other differences and then left out (Pratt 1959), so every difference keeps its rank among
+    all items; with very many zeros this approaches the sign test. Exact up to 50 items without zeros and ties and up to
+    13 with them, otherwise a normal approximation that accounts for both. 1 where all differences are zero.
     """
     from scipy.stats import wilcoxon as exact_or_normal
 
@@ -66,17 +66,20 @@ def wilcoxon(difference_I: Array) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Adjusted p values, in the order given: the largest so far of (m − i + 1) · p₍ᵢ₎, at most 1 (Holm 1979).
+    """Adjust p values for multiple tests (Holm 1979): the running maximum of (m − i + 1) · p₍ᵢ₎, at most 1.
 
-    Those that are at most α make up a set in which not even one is false, with probability 1 − α or more, however the
-    tests depend on one another.
+    If every adjusted p up to α is called significant, the probability of even one false positive is at most α, however
+    the tests depend on one another.
+
+    Args:
+        ps: p values; the adjusted ones have the same order.
 
     Raises:
-        DataError: one is no probability.
+        DataError: a value is not a probability.
     """
     adjusted, least = [0.0] * len(ps), 0.0
     if not all(0 <= p <= 1 for p in ps):  # NaN is neither
-        raise DataError(f"Holm's correction takes p values between 0 and 1; these are {list(ps)}")
+        raise DataError(f"Holm's correction needs p values between 0 and 1; these are {list(ps)}")
     for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         least = max(least, min((len(ps) - rank) * ps[i], 1.0))
         adjusted[i] = least
@@ -84,9 +87,9 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def cohens_dz(difference_I: Array) -> float | None:
-    """Mean over standard deviation of paired differences (Cohen 1988, section 2.3.5).
+    """Cohen's d_z: mean divided by standard deviation of paired differences (Cohen 1988, section 2.3.5).
 
-    0.2, 0.5, 0.8: small, medium, large. 0 where all is zero; None where there is no deviation to divide by.
+    0.2, 0.5, 0.8: small, medium, large. 0 where all differences are zero; None where the deviation is zero otherwise.
     """
     if not difference_I.any():
         return 0.0
@@ -96,8 +99,8 @@ def cohens_dz(difference_I: Array) -> float | None:
 
 
 def cohens_g(only_a: int, only_b: int) -> float:
-    """How far from half is the share of a's among the items that one side alone has right (Cohen 1988, chapter 5).
+    """Cohen's g: a's share of the items that only one side has right, minus one half (Cohen 1988, chapter 5).
 
-    Between −0.5 and 0.5; 0.05, 0.15, 0.25: small, medium, large. 0 where the sides differ nowhere.
+    Between −0.5 and 0.5; 0.05, 0.15, 0.25: small, medium, large. 0 where the sides never differ.
     """
     return only_a / (only_a + only_b) - 0.5 if only_a + only_b else 0.0

@@ -1,4 +1,4 @@
-"""Many comparisons side by side: mean ± interval, and a star where the test says so after Holm's correction."""
+"""Tables of comparisons: mean ± half interval, with a star where the test is significant after Holm's correction."""
 
 import csv
 import io
@@ -27,8 +27,8 @@ LATEX = {
 class Cell:
     """One number of a table.
 
-    ``Cell(found.a, found.p)`` shows one side and stars it where it differs from the other; ``Cell(found.difference,
-    found.p, signed=True)`` shows by how much; ``Cell(found.b)``, without a p, is what is compared with.
+    For a comparison c, ``Cell(c.a, c.p)`` shows side a, starred if it differs from b; ``Cell(c.difference, c.p,
+    signed=True)`` shows the difference; ``Cell(c.b)``, without a p, shows side b.
     """
 
     estimate: Estimate
@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Shown:
-    """A cell with its p after the correction, and the words for both."""
+    """A formatted cell, with its p after the correction."""
 
     cell: Cell
     adjusted: float | None
@@ -48,13 +48,13 @@ class Shown:
 
     @property
     def text(self) -> str:
-        """Mean ± half of the interval, and the star."""
+        """Mean ± half of the interval, with the star if there is one."""
         return self.number + (f" ± {self.half}" if self.half else "") + "*" * self.star
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table; None where there is no cell."""
+    """A row of a table; None where there is no cell."""
 
     label: str
     shown: tuple[Shown | None, ...]
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table as all writers read it, so that none can differ from another."""
+    """A table with formatted cells; all writers read it, so their outputs agree."""
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -70,7 +70,7 @@ class Table:
 
     @property
     def caption(self) -> str:
-        """What ± and * mean."""
+        """The meaning of ± and *."""
         shows = f"Mean ± half of the {100 * LEVEL:.0f} % interval."
         if not self.tests:
             return shows
@@ -79,17 +79,17 @@ class Table:
 
 
 def table(cells: Mapping[str, Mapping[str, Cell]], digits: int = 1, scale: float = 1.0) -> Table:
-    """Rows and columns in the order in which they come, with Holm's correction over every cell that has a p.
+    """Build a table, with Holm's correction over all cells that have a p. Rows and columns keep their order.
 
-    A comparison that stands in two cells, as a side and as a difference, counts twice: give one of them no p.
+    A comparison in two cells, as a side and as a difference, would count twice: give only one of them its p.
 
     Args:
-        cells: by row and column.
-        digits: behind the point.
-        scale: numbers are shown times this, as 100 shows shares in percent.
+        cells: cells by row and column.
+        digits: number of decimals.
+        scale: factor for the numbers shown; 100 shows shares in percent.
 
     Raises:
-        DataError: a p is no probability.
+        DataError: a p is not a probability.
     """
     columns = tuple(dict.fromkeys(column for row in cells.values() for column in row))
     tested = [(row, column) for row in cells for column, cell in cells[row].items() if cell.p is not None]
@@ -107,14 +107,14 @@ def table(cells: Mapping[str, Mapping[str, Cell]], digits: int = 1, scale: float
 
 def _format_cell(cell: Cell, adjusted: float | None, digits: int, scale: float) -> Shown:
     estimate = cell.estimate
-    # z: what rounds to zero has no sign
+    # z: what rounds to zero has no minus sign
     number = format(scale * estimate.value, f"{'+' if cell.signed else ''}z.{digits}f").replace("-", "−")
     half = "" if estimate.half is None else format(abs(scale) * estimate.half, f".{digits}f")
     return Shown(cell, adjusted, adjusted is not None and adjusted <= ALPHA, number, half)
 
 
 def markdown(found: Table, corner: str = "") -> str:
-    """A table in GitHub's Markdown, and its caption below."""
+    """Write a table in GitHub's Markdown, with its caption below."""
     head = [corner, *found.columns]
     lines = [[*map(_in_markdown, head)], ["---", *("---:" for _ in found.columns)]]
     for row in found.rows:
@@ -124,9 +124,9 @@ def markdown(found: Table, corner: str = "") -> str:
 
 
 def latex(found: Table, corner: str = "") -> str:
-    """A tabular that needs no package, with its caption as a comment.
+    """Write a LaTeX tabular that needs no package, with its caption as a comment.
 
-    Letters beyond ASCII in labels stay as they are; pdfTeX knows not all of them, LuaTeX and XeTeX do.
+    Non-ASCII letters in labels are not escaped; LuaTeX and XeTeX know all of them, pdfTeX does not.
     """
     lines = [[*map(_in_latex, (corner, *found.columns))]]
     for row in found.rows:
@@ -137,7 +137,7 @@ def latex(found: Table, corner: str = "") -> str:
 
 
 def to_csv(found: Table) -> str:
-    """One line a cell: the numbers in full and unscaled, and the text that the other writers show for them."""
+    """Write a line for each cell, with exact unscaled numbers and the text that the other formats show."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["row", "column", "value", "low", "high", "half", "p", "p_holm", "star", "text"])

@@ -1,4 +1,4 @@
-"""Win, tie or loss: one side's scores against the other's, one duel at a time, and how sure their shares are."""
+"""Shares of wins, ties and losses between two sides' scores, duel by duel, with intervals."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from dnpo.stats.significance import mcnemar, mcnemar_clustered
 
 @dataclass(frozen=True)
 class Wins:
-    """Shares of the duels that were decided, with 95 % intervals over prompts.
+    """Shares of the duels with scores, with 95 % intervals over prompts.
 
     Attributes:
-        win, tie, lose: of the first side; together 1.
+        win, tie, lose: shares of the first side; their sum is 1.
         rate: the win rate, win + tie/2.
-        p: two-sided, of wins and losses being equally likely: the exact sign test where every prompt has one duel,
-            else McNemar's test clustered by prompt.
-        duels: with a score on both sides.
-        unscored: duels left out because a score is missing on one side or both.
-        prompts: that the duels are about.
+        p: two-sided p of the hypothesis that wins and losses are equally likely: the exact sign test where every prompt
+            has one duel, otherwise McNemar's test clustered by prompt.
+        duels: number of duels with a score on both sides.
+        unscored: number of duels left out because a score is missing.
+        prompts: number of prompts of the duels.
         notes: caveats to report with the numbers.
     """
 
@@ -40,15 +40,15 @@ class Wins:
 
 
 def preferences(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[float | None]:
-    """Of each duel 1 where ours has more, ½ for a tie, 0 where theirs has, None where a score is missing.
+    """For each duel: 1 if our score is higher, ½ for a tie, 0 if theirs is higher, None where a score is missing.
 
-    ``compare_paired(preferences of seeds × items, all ½)`` asks about prompts and seeds at once; see ``paired.py``.
+    To test over prompts and seeds at once, compare preferences (seeds × items) with ½ by ``compare_paired``.
 
     Raises:
-        DataError: not as many on both sides.
+        DataError: the sides have different lengths.
     """
     if len(ours) != len(theirs):
-        raise DataError(f"duels need a score on both sides each; there are {len(ours)} and {len(theirs)}")
+        raise DataError(f"each duel needs a score on both sides; there are {len(ours)} and {len(theirs)}")
     pairs = zip(_numbers(ours), _numbers(theirs), strict=True)
     return [None if np.isnan(a) or np.isnan(b) else 0.5 * (1 + (a > b) - (a < b)) for a, b in pairs]
 
@@ -61,19 +61,19 @@ def wins(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Wins:
-    """How often one side's scores are higher than, equal to and lower than the other's, duel by duel.
+    """The shares of duels in which our score is higher than, equal to or lower than theirs.
 
-    A missing score (None or NaN) is no score: such duels are left out and counted. Duels about one prompt are not
-    independent, so prompts are resampled, each with all its duels. The shares are of duels: a prompt with more of them
-    weighs more. The interval is about new prompts for the two models at hand, and says nothing about training again.
+    Duels that lack a score (None or NaN) are left out and counted. Duels about the same prompt are not independent, so
+    the bootstrap resamples prompts, each with all its duels. Every duel counts the same, so a prompt with more duels
+    weighs more. The interval generalises to new prompts for the two given models; it does not cover repeated training.
 
-    Scores 80, 70, None, 60 against 70, 70, 70, 90: of 3 duels one is won, one a tie and one lost; the win rate is ½.
+    Scores 80, 70, None, 60 against 70, 70, 70, 90: of 3 duels one is won, one tied and one lost; the win rate is ½.
 
     Args:
-        ours, theirs: scores, aligned: one duel's at the same place.
-        prompts: what each duel is about; None: every duel has a different prompt.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
+        ours, theirs: scores, in the same order of duels.
+        prompts: prompt of each duel; None: every duel has a different prompt.
+        seed: seed of the bootstrap.
+        resamples: number of bootstrap resamples.
 
     Raises:
         DataError: the lists are not aligned, or no duel has a score on both sides.
@@ -81,7 +81,7 @@ def wins(
     outcomes = preferences(ours, theirs)
     prompts = range(len(outcomes)) if prompts is None else prompts
     if len(prompts) != len(outcomes):
-        raise DataError(f"{len(outcomes)} duels are about {len(prompts)} prompts; expected one prompt a duel")
+        raise DataError(f"{len(outcomes)} duels have {len(prompts)} prompts; expected one prompt for each duel")
     decided = [(prompt, value) for prompt, value in zip(prompts, outcomes, strict=True) if value is not None]
     if not decided:
         raise DataError(f"none of {len(outcomes)} duels has a score on both sides; nothing is left to compare")
@@ -107,7 +107,7 @@ def wins(
 
 
 def number_labels(labels: Sequence[Hashable]) -> tuple[npt.NDArray[np.int64], int]:
-    """Numbers from 0 for labels, in the order in which they come first, and how many there are."""
+    """Number labels from 0 in the order of their first appearance; return the numbers and how many labels there are."""
     number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     return np.array([number[label] for label in labels], dtype=np.int64), len(number)
 
@@ -117,7 +117,7 @@ def _numbers(scores: Sequence[float | None]) -> Array:
     try:
         found: Array = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"scores are numbers, or None where there is none ({error})") from error
+        raise DataError(f"scores must be numbers, or None where one is missing ({error})") from error
     return found
 
 
@@ -134,7 +134,7 @@ def _notes(counts_XI: Array, unscored: int) -> tuple[str, ...]:
     if number == 1:
         notes.append("one prompt: no interval")
     elif (counts_XI[:3].sum(1) > 0).sum() == 1:
-        notes.append("all duels have the same outcome: the interval has no width, which is no certainty")
+        notes.append("all duels have the same outcome, so the interval has no width; that is not certainty")
     if unscored:
         notes.append(f"{unscored:,} of {int(counts_XI[3].sum()) + unscored:,} duels lack a score and are left out")
     return tuple(notes)

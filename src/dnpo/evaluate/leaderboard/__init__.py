@@ -1,7 +1,7 @@
-"""Policy → the scores of the leaderboard six, their average, and the result of every item, by lm-eval.
+"""Measure a policy on the six benchmarks of the Open LLM Leaderboard: scores, average, and the result of every item.
 
-``rows.py`` makes lm-eval's tasks of a folder of JSON lines, ``harness.py`` lets lm-eval run them (or the hub's), and
-this file defines the benchmarks and computes scores from lm-eval's result of each item. lm-eval is the extra
+``rows.py`` turns a folder of JSON lines into lm-eval's tasks, ``harness.py`` runs these or the hub's with lm-eval, and
+this file defines the benchmarks and computes their scores from the results of the items. lm-eval comes with the extra
 ``eval``; only ``harness.py`` imports it.
 """
 
@@ -26,14 +26,14 @@ HUB = "hub"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How one benchmark is measured.
+    """The definition of one benchmark.
 
     Attributes:
-        shots: examples in front of each question, as in Yang et al. 2025.
-        tasks: lm-eval's names.
-        metric: what counts of an item; normalised accuracy where lm-eval has it.
-        filter: which of lm-eval's readings of the response, where it has several.
-        pooled: the score is the mean over all items, not the mean of the tasks' means.
+        shots: number of examples before each question, as in Yang et al. 2025.
+        tasks: names of lm-eval's tasks.
+        metric: lm-eval's metric; normalised accuracy where lm-eval has it.
+        filter: name of lm-eval's filter that extracts the answer, where it has several.
+        pooled: whether the score is the mean over all items instead of the mean of the tasks' means.
     """
 
     shots: int
@@ -58,15 +58,15 @@ WITHOUT_SHOTS = ("truthfulqa", "ifeval")
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard:
-    """What to measure.
+    """The measurement on benchmarks.
 
     Args:
-        source: ``hub``, or a folder of JSON lines; see ``rows.py``.
+        source: ``hub``, or a folder of JSON lines as ``rows.py`` describes it.
         benchmarks: some of ``arc``, ``truthfulqa``, ``winogrande``, ``gsm8k``, ``hellaswag``, ``mmlu`` and ``ifeval``;
-            the six without ``ifeval`` if not given. The average is that of the six and needs them all.
-        shots: examples in front of each question, by benchmark; those not named have the paper's.
-        limit: the first so many items of each of lm-eval's tasks (MMLU is 57 of them); all if not given.
-        batch_size: sequences at once.
+            by default all but ``ifeval``. The average is over these six and needs them all.
+        shots: number of examples before each question, by benchmark; by default the paper's.
+        limit: use only this number of items of each of lm-eval's tasks (MMLU has 57); by default all.
+        batch_size: sequences in a batch.
 
     Raises:
         SettingsError: there is no such benchmark, or it takes no examples.
@@ -80,7 +80,7 @@ class Leaderboard:
 
     def __post_init__(self) -> None:
         if not self.names:
-            raise SettingsError(f"benchmarks: none are named; expected some of {', '.join(BENCHMARKS)}")
+            raise SettingsError(f"benchmarks: none given; expected some of {', '.join(BENCHMARKS)}")
         for name in (*self.names, *(self.shots or {})):
             if name not in BENCHMARKS:
                 known = f"Expected some of {', '.join(BENCHMARKS)}."
@@ -96,11 +96,11 @@ class Leaderboard:
 
     @property
     def examples(self) -> dict[str, int]:
-        """Examples in front of each question, by benchmark."""
+        """The number of examples before each question, by benchmark."""
         return {name: int((self.shots or {}).get(name, BENCHMARKS[name].shots)) for name in self.names}
 
     def identity(self) -> dict[str, Any]:
-        """What decides the results: benchmarks, examples, and the contents of the source, never its path.
+        """The settings that decide the results, with the contents of the source in place of its path.
 
         Raises:
             SettingsError: the source is neither ``hub`` nor a folder.
@@ -114,17 +114,17 @@ class BenchmarkItem:
     """The result of one item; rows of ``leaderboard-items.parquet``.
 
     Attributes:
-        benchmark: the one it counts in.
-        task: lm-eval's name.
-        id: of its row, or a hash of its contents where rows have none; unique in its task and the same for every model.
-        prompt_hash: SHA-256 of what stood before the (first) answer; the same for runs that asked the same.
-        score: what counts: 0 or 1, for TruthfulQA's mc2 the probability of the true answers.
-        accuracy: the same without normalisation by length.
-        gold: number of the right choice, or the right answer. For Winogrande the words after either beginning, and for
+        benchmark: its benchmark.
+        task: name of lm-eval's task.
+        id: the id of its row, or a hash of its contents; unique within the task and the same for every model.
+        prompt_hash: SHA-256 of the text before the (first) answer; the same for the same question and examples.
+        score: 0 or 1; for TruthfulQA's mc2 the probability of the true answers.
+        accuracy: the score without normalisation by length.
+        gold: index of the right choice, or the right answer. For Winogrande the words after either beginning; for
             TruthfulQA's mc2, where several choices are true, 0.
         logps: log-likelihood of every choice, in nats; empty for generated answers.
-        response: the generated answer, "" for choices.
-        cut: the prompt was longer than the model's context and lost its beginning.
+        response: the generated answer; "" for choices.
+        cut: whether the prompt was longer than the model's context and lost its beginning.
     """
 
     benchmark: str
@@ -146,9 +146,9 @@ class Score:
     Attributes:
         score: from 0 to 1.
         tasks: the score of each of lm-eval's tasks.
-        shots: examples in front of each question: the fewest and the most over the tasks.
-        asked: how many were asked for.
-        cut: items whose prompt was longer than the model's context and lost its beginning.
+        shots: number of examples before each question, the smallest and the largest over the tasks.
+        asked: number of examples asked for.
+        cut: number of items whose prompt was longer than the model's context and lost its beginning.
         notes: deviations from the paper's setting, one sentence each.
     """
 
@@ -172,7 +172,7 @@ class LeaderboardResult:
     items: list[BenchmarkItem]
 
     def metrics(self) -> dict[str, float]:
-        """Numbers under the names they are tracked by."""
+        """The metrics, by the names under which they are tracked."""
         found = {f"leaderboard/{name}": score.score for name, score in self.scores.items()}
         average = {"leaderboard/average": self.average} if self.average is not None else {}
         return {**found, **average, "leaderboard/seconds": self.seconds}
@@ -182,7 +182,7 @@ class LeaderboardResult:
         return [f"{name}: {note}" for name, score in self.scores.items() for note in score.notes]
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
-        """Write ``leaderboard.json``, with ``about`` in it, and ``leaderboard-items.parquet``."""
+        """Write ``leaderboard.json``, including ``about``, and ``leaderboard-items.parquet``."""
         from dnpo import records
 
         rows: Any = self.items
@@ -193,7 +193,7 @@ class LeaderboardResult:
 
 
 def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> LeaderboardResult:
-    """Measure a policy. Its mode, its attention and the state of every random generator are put back.
+    """Measure a policy, and restore its mode, its attention and the state of every random generator.
 
     Raises:
         SettingsError: lm-eval is not installed, or the source is neither ``hub`` nor a folder.
@@ -230,7 +230,7 @@ def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Leade
 
 
 def _tasks(source: str, name: str) -> list[BenchmarkTask]:
-    """A benchmark's tasks over the files of a folder; none by hub, where lm-eval has its own.
+    """A benchmark's tasks over the files of a folder; none for ``hub``, where lm-eval has its own.
 
     Raises:
         SettingsError: the source is neither ``hub`` nor a folder, or the benchmark is only on the hub.
@@ -254,7 +254,7 @@ def _item(benchmark: str, sample: Mapping[str, Any], cut: Container[tuple[str, i
     task, doc = str(sample["task"]), sample["doc"]
     name = str(doc.get("id") or sample["doc_hash"][:16])
     choices = [float(logp) for logp, _ in sample["filtered_resps"]] if _is_choice(sample) else []
-    # Of numbers that are none, the first is the greatest: the answer in the first place would be right.
+    # argmax of NaNs is the first, so the first choice would count as the answer.
     if not all(map(math.isfinite, choices)):
         raise ModelError(f"{task}, item {name}: the log-likelihoods of the choices are {choices}, expected numbers")
     score = float(sample[BENCHMARKS[benchmark].metric])
@@ -279,11 +279,11 @@ def _is_choice(sample: Mapping[str, Any]) -> bool:
 def _notes(
     tasks: Sequence[BenchmarkTask], shots: Sequence[int], asked: int, items: Sequence[BenchmarkItem], context: int
 ) -> list[str]:
-    """Deviations from the paper's setting."""
+    """List deviations from the paper's setting."""
     notes = list(dict.fromkeys(task.note for task, count in zip(tasks, shots, strict=False) if count and task.note))
     if min(shots) < asked:
         few = f"{min(shots)}" if min(shots) == max(shots) else f"{min(shots)} to {max(shots)}"
-        notes.append(f"{few} of {asked} examples in front of each question, for want of rows")
+        notes.append(f"{few} of {asked} examples before each question: there are no more rows")
     if cut := sum(item.cut for item in items):
         notes.append(
             f"{cut} of {len(items)} items lost the beginning of their prompt: the context has {context} tokens"
@@ -299,7 +299,7 @@ def _score(
     seconds: float,
     notes: list[str],
 ) -> Score:
-    """The mean of the tasks' means, or where they are pooled of all items."""
+    """The mean of the tasks' means, or the mean over all items if the benchmark is pooled."""
     by_task: dict[str, list[float]] = {}
     for item in items:
         by_task.setdefault(item.task, []).append(item.score)

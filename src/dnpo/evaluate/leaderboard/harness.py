@@ -1,7 +1,7 @@
-"""The only file that knows lm-eval: a policy as its model, its tasks, and what it says of every item.
+"""Run lm-eval with a policy as its model, and return its result for every item. No other file imports lm-eval.
 
-lm-eval's ``evaluate`` is called, not ``simple_evaluate``: the latter seeds the generators of the whole process, asks
-git, lists every installed package, and gives one number of examples to all tasks.
+This calls lm-eval's ``evaluate`` instead of ``simple_evaluate``, which seeds the generators of the whole process, runs
+git, lists every installed package, and uses the same number of examples for all tasks.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from dnpo.policy.model import Policy
 from dnpo.policy.packing import ATTENTION
 
 SEED = 1234  # lm-eval's own, for the choice of examples
-# Where lm-eval keeps the definitions: reading all of them takes half a minute.
+# The folders of lm-eval's definitions that are needed; reading all of them takes half a minute.
 FOLDERS = {
     "arc_easy": "arc",
     "arc_challenge": "arc",
@@ -37,7 +37,7 @@ def available() -> None:
     """Raise if lm-eval is not installed.
 
     Raises:
-        SettingsError: names what to install.
+        SettingsError: lm-eval is missing; the message tells how to install it.
     """
     if find_spec("lm_eval") is None:
         raise SettingsError('the leaderboard needs lm-eval, which is not installed: pip install "dnpo[eval]"')
@@ -45,9 +45,9 @@ def available() -> None:
 
 @contextlib.contextmanager
 def running(policy: Policy, batch_size: int) -> Iterator[Any]:
-    """The policy as lm-eval's model for a while, with its own attention, and nothing of lm-eval's on the screen.
+    """Give the policy as a model of lm-eval, with its original attention and without lm-eval's output.
 
-    The mode, the attention and the state of every random generator are put back.
+    On exit, the mode, the attention and the state of every random generator are restored.
     """
     logger = logging.getLogger("lm_eval")
     level = logger.level
@@ -69,11 +69,11 @@ def _model(policy: Policy, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):  # type: ignore[misc]
-        """lm-eval's, which remembers in ``cut`` whose prompt did not fit (by task and number), and never generates
-        more than half of its context."""
+        """lm-eval's model, which records in ``cut`` the items whose prompt did not fit (by task and number), and
+        generates at most half of its context."""
 
         def __init__(self) -> None:
-            # a copy of the tokenizer: lm-eval gives one without a padding token one
+            # a copy of the tokenizer, since lm-eval adds a padding token where there is none
             tokenizer = copy.deepcopy(policy.tokenizer)
             super().__init__(policy.model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
             self.cut: set[tuple[str, int]] = set()
@@ -107,7 +107,7 @@ def _model(policy: Policy, batch_size: int) -> Any:
 
 
 def of_rows(tasks: Sequence[BenchmarkTask], shots: int) -> dict[str, Any]:
-    """lm-eval's tasks over rows, with as many examples as there are."""
+    """Build lm-eval's tasks over rows, with as many examples as there are, up to ``shots``."""
     from lm_eval.tasks import TaskManager
 
     loaded: dict[str, Any] = TaskManager(include_defaults=False).load([_define(task) for task in tasks])["tasks"]
@@ -127,11 +127,11 @@ def _define(task: BenchmarkTask) -> dict[str, Any]:
 
 
 def of_hub(names: Sequence[str], shots: int) -> dict[str, Any]:
-    """lm-eval's own tasks over the data sets of the hub.
+    """Load lm-eval's tasks over the data sets of the hub.
 
     Raises:
         DataError: the hub does not answer.
-        SettingsError: a task needs packages that are not there.
+        SettingsError: a task needs packages that are not installed.
     """
     import lm_eval.tasks
 
@@ -142,7 +142,7 @@ def of_hub(names: Sequence[str], shots: int) -> dict[str, Any]:
         loaded: dict[str, Any] = manager.load(list(names))["tasks"]
     except ImportError as error:
         raise SettingsError(f'{", ".join(names)}: {error}; pip install "dnpo[eval]"') from error
-    except (OSError, ValueError) as error:  # datasets says with either that it found neither hub nor cache
+    except (OSError, ValueError) as error:  # datasets raises either where it finds neither hub nor cache
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"source=hub: {', '.join(names)} cannot be loaded ({reason}); give source=FOLDER") from error
     for task in loaded.values():
@@ -158,9 +158,9 @@ def _prepare(task: Any, shots: int) -> None:
 
 
 def mass_of_the_true(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
-    """TruthfulQA's mc2: the probability of the true answers among all (Lin et al. 2022, section 3.2).
+    """TruthfulQA's mc2: the probability of the true answers among all answers (Lin et al. 2022, section 3.2).
 
-    lm-eval's own is 0/0 where every answer's probability is too small for a float; here the greatest is 1.
+    lm-eval computes 0/0 where all probabilities are too small for a float; here the largest is scaled to 1.
     """
     labels = np.array(doc["labels"] if "labels" in doc else doc["mc2_targets"]["labels"])
     logps = np.array([logp for logp, _ in results])
@@ -169,7 +169,7 @@ def mass_of_the_true(doc: Mapping[str, Any], results: Sequence[tuple[float, bool
 
 
 def run(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> list[dict[str, Any]]:
-    """Run the tasks; lm-eval's result of every item, each with its ``task``."""
+    """Run the tasks and return lm-eval's result for every item, each with its ``task``."""
     from lm_eval.evaluator import evaluate
 
     loaded = {"tasks": dict(tasks), "groups": {}, "group_map": {}}

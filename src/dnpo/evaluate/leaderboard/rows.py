@@ -1,7 +1,7 @@
-"""A folder of JSON lines → lm-eval's tasks, whose definitions lie in ``tasks/``.
+"""Read lm-eval's tasks from a folder of JSON lines.
 
-A task's items stand in ``TASK_test.jsonl``, ``TASK_val.jsonl`` or ``TASK.jsonl`` (``truthfulqa`` for mc1 and mc2), its
-examples in ``TASK_fewshot.jsonl`` or ``TASK_train_fewshot.jsonl``. Every row may have an ``id``. Fields:
+A task's items are in ``TASK_test.jsonl``, ``TASK_val.jsonl`` or ``TASK.jsonl`` (``truthfulqa`` for mc1 and mc2), its
+examples in ``TASK_fewshot.jsonl`` or ``TASK_train_fewshot.jsonl``. Every row may have an ``id``. Other fields:
 
 ==============  ====================================================================================================
 arc_easy        question, choices, answer (number of the right choice); arc_challenge, mmlu too, mmlu with subject
@@ -27,7 +27,7 @@ from dnpo.seeding import derive
 
 Row = dict[str, Any]
 DEFINITIONS = Path(__file__).parent / "tasks"
-LENDERS = {"arc_easy": "arc_challenge"}  # whose examples serve where a task has no examples file
+LENDERS = {"arc_easy": "arc_challenge"}  # a task without a file of examples uses those of the other
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class BenchmarkTask:
     """One of lm-eval's tasks.
 
     Attributes:
-        definition: as lm-eval's YAML files have it, without data.
+        definition: as in lm-eval's YAML files, without data.
         rows: its items.
-        examples: what can stand in front of a question.
+        examples: rows that can be examples before a question.
         note: a remark on the examples, for the report.
     """
 
@@ -48,10 +48,10 @@ class BenchmarkTask:
 
 
 def offline(folder: Path, name: str) -> list[BenchmarkTask]:
-    """A task over the rows of a folder; MMLU is one a subject, with that subject's examples.
+    """Read a task from the rows of a folder; MMLU gives one task for each subject, with that subject's examples.
 
     Raises:
-        DataError: a file is missing, or a row is not as it should be.
+        DataError: a file is missing, or a row is not valid.
     """
     definition = yaml.safe_load((DEFINITIONS / f"{name}.yaml").read_text(encoding="utf-8"))
     stem = name.partition("_mc")[0]
@@ -69,7 +69,7 @@ def offline(folder: Path, name: str) -> list[BenchmarkTask]:
     found = _first(folder, own) or _first(folder, lent)
     questions = {_question(row) for row in rows}
     examples = [row for row in _read(found, name) if _question(row) not in questions] if found else []
-    note = f"{name} has {found.name} for its examples" if found and found.stem not in own else ""
+    note = f"{name} takes its examples from {found.name}" if found and found.stem not in own else ""
     if name != "mmlu":
         return [BenchmarkTask(definition, rows, examples, note)]
     return [
@@ -87,15 +87,15 @@ def _first(folder: Path, stems: list[str]) -> Path | None:
 
 
 def _question(row: Row) -> str:
-    """The text that identifies an item, to leave out examples that are asked."""
+    """The text that identifies an item, so that no question is its own example."""
     return json.dumps([row.get(name) for name in ("question", "query", "context_options", "choices")])
 
 
 def _read(path: Path, task: str) -> Iterator[Row]:
-    """The rows of a file as the task's definition has them.
+    """Read the rows of a file, with the fields that the task's definition uses.
 
     Raises:
-        DataError: names file and line.
+        DataError: a row is not valid; names file and line.
     """
     seen = set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -105,7 +105,7 @@ def _read(path: Path, task: str) -> Iterator[Row]:
             row = json.loads(line)
             made = {"id": str(row["id"]), **FORMS[task](row)} if "id" in row else FORMS[task](row)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: is no JSON ({error})") from error
+            raise DataError(f"{path}:{number}: not valid JSON ({error})") from error
         except KeyError as error:
             raise DataError(f"{path}:{number}: has no {error.args[0]}, which {task} needs") from error
         except (TypeError, ValueError, AttributeError) as error:
@@ -118,7 +118,7 @@ def _read(path: Path, task: str) -> Iterator[Row]:
 
 
 def _choice(row: Row, choices: str = "choices", answer: str = "answer") -> Row:
-    """Choices and the number of the right one."""
+    """The choices and the index of the right one."""
     given, right = row[choices], row[answer]
     if not isinstance(given, list) or not all(isinstance(text, str) and text for text in given):
         raise ValueError(f"{choices} is {given!r}, expected a list of texts")
@@ -163,7 +163,7 @@ def _hellaswag(row: Row) -> Row:
 
 
 def _plain(text: str) -> str:
-    """Without the marks of WikiHow; what lm-eval does to HellaSwag."""
+    """Remove WikiHow's marks, as lm-eval does for HellaSwag."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -175,7 +175,7 @@ def _gsm8k(row: Row) -> Row:
 
 
 def _truthfulqa(form: str) -> Callable[[Row], Row]:
-    """The choices in an order that a hash of them decides, so that place tells nothing, and the labels with them."""
+    """Order the choices, with their labels, by a hash, so that their position carries no information."""
 
     def convert(row: Row) -> Row:
         question = _text(row, "question")
