@@ -1,10 +1,10 @@
-"""The metrics: what each number that is tracked is called, and how it is shown.
+"""The catalogue of metrics: the name of every tracked number, and how it is shown.
 
-Screen, notes, figures, report and analysis choose which metrics they show and in which order; titles, units, digits,
-directions and symbols come from here. A metric that is not here cannot be tracked. ``METRICS.md`` is written by
-``python -m dnpo.catalogue``.
+Screen, notes, figures, report and analysis choose which metrics they show, and in which order; titles, units, digits,
+directions and symbols come from here. A metric that is not here cannot be tracked. ``python -m dnpo.catalogue`` writes
+``METRICS.md``.
 
-A measure of your own, wherever it lies, declares its metrics where its module is imported::
+Your own measure declares its metrics in its module::
 
     from dnpo.catalogue import Metric, add
 
@@ -20,23 +20,23 @@ from typing import Literal
 
 from dnpo.errors import DnpoError
 
-OPEN = re.compile(r"<(\w+)>")  # the part of a name that differs within a family
+OPEN = re.compile(r"<(\w+)>")  # the placeholder in the name of a family
 SHARES = ("%", "pp")  # units of values that are tracked as shares, 0 to 1
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, or one family of them.
+    """A metric, or a family of metrics.
 
     Attributes:
-        name: as it is tracked. ``<word>`` stands for what differs within a family, also in title and label.
-        title: what it is, for headings and figures.
-        label: the same in a word or two, for the columns of tables.
-        unit: in which it is shown; "" for a pure number. What is shown in ``%`` or ``pp`` is tracked as a share.
-        digits: shown behind the point.
-        better: which way is better; "" where neither is.
-        symbol: what stands for it in the paper's equations.
-        needs: what to add to the command so that it is measured; "" where it always is.
+        name: the tracked name. ``<word>`` is a placeholder for the members of a family, also in title and label.
+        title: its description, for headings and figures.
+        label: the title in a word or two, for the columns of tables.
+        unit: the unit shown; "" for a pure number. Metrics in ``%`` or ``pp`` are tracked as shares.
+        digits: number of decimals shown.
+        better: which direction is better; "" if neither is.
+        symbol: its symbol in the paper's equations.
+        needs: what to add to the command to have it measured; "" if it always is.
     """
 
     name: str
@@ -50,39 +50,39 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """The factor by which tracked values are shown."""
+        """The factor from tracked values to the unit."""
         return 100.0 if self.unit in SHARES else 1.0
 
     @property
     def heading(self) -> str:
-        """Of a column of numbers: the symbol or label, and the unit where it is percent."""
+        """The heading of a column of numbers: the symbol or label, and the unit if it is percent."""
         return (self.symbol or self.label) + (", %" if self.unit == "%" else "")
 
     @property
     def axis(self) -> str:
-        """Title and unit."""
+        """The label of an axis: title and unit."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def format(self, value: float, signed: bool = False) -> str:
-        """A tracked value as a number in the metric's unit, without the unit."""
+        """Format a tracked value in the metric's unit, without the unit."""
         text = format(self.scale * value, f"{'+' if signed else ''}z,.{self.digits}f")  # z: no zero has a sign
         return text.replace("-", "−")
 
     def format_with_unit(self, value: float, signed: bool = False) -> str:
-        """A tracked value as a number with its unit."""
+        """Format a tracked value with its unit."""
         return f"{self.format(value, signed)} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Another name for the metrics of a group, for the same measured elsewhere.
+    """Further names for the metrics of a group, for the same quantities measured in another place.
 
     Attributes:
-        prefix, suffix: of the names.
-        of: what stands in place of the prefix in the group's own names.
-        words: where it is measured.
+        prefix, suffix: added to the names of the group.
+        of: part of the group's names that the prefix replaces.
+        words: where the quantities are measured.
         label: the same, shorter.
-        needs: what to add to the command so that it is measured.
+        needs: what to add to the command to have them measured.
     """
 
     prefix: str
@@ -93,13 +93,13 @@ class Variant:
     needs: str = ""
 
     def find_base(self, name: str) -> str | None:
-        """The name in the group; None where ``name`` is no name of this variant."""
+        """The name in the group; None if ``name`` does not belong to this variant."""
         if not (name.startswith(self.prefix) and name.endswith(self.suffix)):
             return None
         return self.of + name.removeprefix(self.prefix).removesuffix(self.suffix)
 
     def apply(self, metric: Metric, name: str) -> Metric:
-        """A metric of the group under the name of this variant."""
+        """The metric under this variant's name."""
         title, label = f"{metric.title}, {self.words}", f"{metric.label}, {self.label}"
         symbol = metric.symbol and f"{metric.symbol}, {self.label}"
         return replace(metric, name=name, title=title, label=label, symbol=symbol, needs=self.needs or metric.needs)
@@ -107,7 +107,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class MetricGroup:
-    """Metrics that are measured together, and under which other names they are tracked too."""
+    """Metrics that are measured together, and the variants under which they are tracked too."""
 
     title: str
     metrics: tuple[Metric, ...]
@@ -251,15 +251,13 @@ GROUPS = (
             Metric("loss/variance", "Variance term of the loss", "variance term", "", 4, symbol="α s²"),
             Metric("margin/clean", "Margin without noise", "margin", "", 3),
             Metric("margin/noisy", "Margin with noise", "noisy margin", "", 3),
-            Metric("margin/shift", "Margin with noise less margin without", "margin shift", "", 3),
-            Metric("margin/saturation", "How hard the loss still pulls", "saturation", "", 3, symbol="σ(−margin)"),
-            Metric(
-                "margin/saturation_clean", "How hard it would pull without noise", "saturation without noise", "", 3
-            ),
-            Metric("margin/saturated", "Steps in which the loss hardly pulls any more", "saturated steps", "%"),
+            Metric("margin/shift", "Margin with noise minus margin without", "margin shift", "", 3),
+            Metric("margin/saturation", "Gradient weight of the loss", "saturation", "", 3, symbol="σ(−margin)"),
+            Metric("margin/saturation_clean", "Gradient weight without noise", "saturation without noise", "", 3),
+            Metric("margin/saturated", "Steps with a gradient weight below 0.15", "saturated steps", "%"),
             Metric("npo/variance", "Variance of the noise", "noise variance", "", 3, symbol="s²"),
             Metric("npo/at_bound", "Variances near their bound", "at the bound", "%"),
-            Metric("npo/shift", "What noise takes off log p of rejected responses", "noise shift", "nats", 3),
+            Metric("npo/shift", "Fall of rejected responses' log p by noise", "noise shift", "nats", 3),
             Metric("rewards/chosen", "Implicit reward of chosen responses", "reward chosen", "", 3),
             Metric("rewards/rejected", "Implicit reward of rejected responses", "reward rejected", "", 3),
             Metric("rewards/accuracy", "Pairs with a margin above 0", "reward accuracy", "%"),
@@ -285,7 +283,7 @@ GROUPS = (
             Metric("duels/rate", "Win rate, ties are half", "win rate", "%", better="higher", needs=DUELS),
             Metric("duels/duels", "Duels", "duels", digits=0, needs=DUELS),
             Metric("duels/unscored", "Duels that lack a score", "unscored", digits=0, better="lower", needs=DUELS),
-            Metric("duels/p", "P-value against as many wins as losses", "p", "", 3, needs=DUELS),
+            Metric("duels/p", "P-value of equally many wins and losses", "p", "", 3, needs=DUELS),
             Metric(
                 "duels/rate_same_length",
                 "Win rate at the same length",
@@ -344,32 +342,32 @@ _ADDED: list[MetricGroup] = []
 
 
 def add(*metrics: Metric) -> None:
-    """Put metrics of a measure of your own into the catalogue; at the import of its module, before a run begins.
+    """Add the metrics of your own measure to the catalogue; call this in the measure's module.
 
     Raises:
-        DnpoError: another metric has the name already.
+        DnpoError: another metric has the same name.
     """
     for metric in metrics:
         known = find(metric.name)
         if known == metric:
-            continue  # its module was imported twice
+            continue  # the module was imported twice
         if known is not None:
-            raise DnpoError(f"{metric.name}: the catalogue has a metric of this name already: {known.title}")
+            raise DnpoError(f"{metric.name}: the catalogue already has a metric of this name: {known.title}")
         _ADDED.append(MetricGroup("Added", (metric,), (AGAINST,)))
         _locate.cache_clear()
 
 
 def find(name: str) -> Metric | None:
-    """The metric with this name, or of the family or variant that the name belongs to; None where there is none."""
+    """Find the metric with this name, also as a member of a family or a variant; None if there is none."""
     found = _locate(name)
     return None if found is None else found[0]
 
 
 def metric(name: str) -> Metric:
-    """The metric with this name.
+    """Return the metric with this name.
 
     Raises:
-        DnpoError: there is none.
+        DnpoError: the catalogue has none.
     """
     found = find(name)
     if found is None:
@@ -378,24 +376,24 @@ def metric(name: str) -> Metric:
 
 
 def check(names: Iterable[str]) -> None:
-    """Refuse to track what is not in the catalogue.
+    """Refuse names that are not in the catalogue.
 
     Raises:
-        DnpoError: names the metric.
+        DnpoError: a name is not in it; the message gives the name.
     """
     for name in names:
         metric(name)
 
 
 def name_by_iteration(name: str) -> str:
-    """Under which name a metric of an iteration is tracked; what also runs by training step has the prefix there."""
+    """The name under which a metric is tracked by iteration; those also tracked by training step have a prefix."""
     found = _locate(name)
     return ITERATION.prefix + name if found is not None and ITERATION in found[1].variants else name
 
 
 @cache
 def _locate(name: str) -> tuple[Metric, MetricGroup] | None:
-    """The metric with this name, and its group."""
+    """Find the metric with this name, and its group."""
     groups = (*GROUPS, *_ADDED)
     for finder in (_exact, _in_families, _in_variants):
         found = next(finder(groups, name), None)
@@ -430,17 +428,17 @@ def _describe_unknown(name: str) -> str:
     known = [metric.name for group in (*GROUPS, *_ADDED) for metric in group.metrics]
     near = difflib.get_close_matches(name, known, 1)
     return (
-        f"{name}: no metric of this name is in the catalogue.{f' Did you mean {near[0]}?' if near else ''} A measure "
-        "of your own declares its metrics with dnpo.catalogue.add"
+        f"{name}: no metric of this name is in the catalogue.{f' Did you mean {near[0]}?' if near else ''} Your own "
+        "measure declares its metrics with dnpo.catalogue.add"
     )
 
 
 def write_markdown() -> str:
-    """The catalogue as a page."""
+    """Write the catalogue as a page of Markdown."""
     lines = [
         "# Metrics",
         "",
-        "What is tracked, as screen, notes, figures, report and analysis show it; nothing else can be tracked. Shares "
+        "All metrics that runs track, with the titles and units of screen, notes, figures, report and analysis. Shares "
         "are tracked as 0 to 1 and shown in percent. Written by `python -m dnpo.catalogue`.",
     ]
     for group in GROUPS:
@@ -449,7 +447,7 @@ def write_markdown() -> str:
             names = (f"`{each.prefix}…{each.suffix}` {each.words}" for each in group.variants)
             lines += [f"Also {'; '.join(names)}.", ""]
         lines += [
-            "| metric | what it is | unit | better | symbol | measured with |",
+            "| metric | title | unit | better | symbol | measured with |",
             "| --- | --- | --- | --- | --- | --- |",
         ]
         for each in group.metrics:

@@ -1,4 +1,4 @@
-"""What settings were called in earlier layouts, so that users' yaml and saved runs go on working."""
+"""Names of settings in earlier layouts, so that users' YAML files and saved runs still work."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,21 +27,21 @@ MOVED: dict[str, str] = {
     "dnpo.tracking.Tracking": "dnpo.tracking.NoTracking",
     "dnpo.training.Optimisation": "dnpo.optimise.parts.Optimisation",
 }
-"""Import paths of dnpo's own parts as they were once, and as they are."""
+"""Earlier import paths of dnpo's own parts, with the present ones."""
 
 MOVED_AT: dict[tuple[str, str], str] = {
     ("trainer", "dnpo.training.Optimisation"): "dnpo.optimise.parts.PairOptimisation",
 }
-"""The same where it depends on the folder of ``conf/`` that a part stands in."""
+"""The same, where the present path depends on the part's folder in ``conf/``."""
 
 REMOVED: dict[str, tuple[str, ...]] = {
     "dnpo.optimise.parts.Optimisation": ("share_prompt",),
     "dnpo.optimise.parts.NoNoise": ("start",),
     "dnpo.dsl.HumanChosen": ("start",),
 }
-"""Settings that a part once had, by its import path of today. They are accepted there, and ignored."""
+"""Settings that a part no longer has, by its present import path. They are accepted and ignored."""
 
-PARTIAL = "_partial_"  # dnpo's own parts are dataclasses now, and wait for nothing
+PARTIAL = "_partial_"  # dnpo's own parts are dataclasses now and need none
 
 
 def up_to_date(settings: Mapping[str, Any], name: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -49,10 +49,10 @@ def up_to_date(settings: Mapping[str, Any], name: str = "") -> tuple[dict[str, A
 
     Args:
         settings: a tree of plain values, in which parts have a ``_target_``.
-        name: where the tree stands, such as ``npo``.
+        name: dotted name of the tree, such as ``npo``.
 
     Returns:
-        The tree with the import paths of today and without settings that are gone, and the dotted names of these.
+        The tree with present import paths and without removed settings, and the dotted names of the removed ones.
     """
     tree, ignored = dict(settings), []
     target = tree.get("_target_")

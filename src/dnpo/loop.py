@@ -2,8 +2,8 @@
 
     generate  →  judge  →  label  →  optimise  →  evaluate
 
-A verb takes stages and returns a stage (see ``stages/plan.py``); nothing is computed yet. So a run can be inspected
-before it starts, finished stages are found in the store, and runs that begin alike share that work.
+A verb takes stages and returns a stage (see ``stages/plan.py``) without computing anything. So a run can be inspected
+before it starts, finished stages are reused from the store, and runs with a common beginning share its stages.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from dnpo.store import Stage
 
 @dataclass(frozen=True)
 class Iteration:
-    """One iteration's stages; ``k`` is ``BEFORE`` for what comes before the first. ``policy`` is what it trained."""
+    """The stages of one iteration. ``policy`` is the one that it trained; ``k`` is ``BEFORE`` for fine-tuning."""
 
     k: int
     prompts: Stage
@@ -43,7 +43,7 @@ class Iteration:
 
     @property
     def stages(self) -> list[Stage]:
-        """Its own stages, in the order in which they run."""
+        """The iteration's own stages, in the order in which they run."""
         first = [self.prompts] if self.k == BEFORE else []
         data = [*first, self.responses, self.verdicts, self.pairs]
         own = [*data, self.reference, self.like, self.policy, self.evaluation, *self.measures]
@@ -51,7 +51,7 @@ class Iteration:
 
 
 def chain(run: Run) -> Iterator[Iteration]:
-    """Fine-tuning, then every iteration on the policy of the one before."""
+    """Lay out fine-tuning, then every iteration, each starting from the policy of the one before."""
     prompts = prepare(run, None)
     policy = fine_tune(run, None, prompts=prompts)
     evaluation = evaluate(run, None, prompts=prompts, policy=policy)
@@ -63,7 +63,7 @@ def chain(run: Run) -> Iterator[Iteration]:
 
 
 def iterate(run: Run, plan: Plan, prompts: Stage, policy: Stage) -> Iteration:
-    """One iteration: the policy answers, a judge compares, pairs are labelled, a better policy is trained on them."""
+    """Lay out one iteration: the policy answers, a judge scores, pairs are labelled, a policy is trained on them."""
     responses = generate(run, plan, prompts=prompts, policy=policy)
     verdicts = judge(run, plan, prompts=prompts, responses=responses) if plan.dsl.needs_scores else None
     pairs = label(run, plan, prompts=prompts, responses=responses, verdicts=verdicts)

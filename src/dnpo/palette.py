@@ -1,7 +1,7 @@
-"""Every colour of figures and pages, each with one meaning, and how each method looks.
+"""The colours of figures and pages, each with one meaning, and the look of each method.
 
-Methods have Okabe and Ito's colours, which colour-blind readers can tell apart, and nothing else has them. Whatever is
-told apart within one picture stays apart for colour-blind readers too; where it is a line it also has a mark.
+Methods have Okabe and Ito's colours, which colour-blind readers can distinguish, and nothing else has these. The other
+colours within one figure are distinguishable for them too, and lines also have different markers.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Look:
-    """How a line of a figure looks.
+    """The look of a line in figures.
 
     Attributes:
-        mark: of matplotlib.
+        mark: matplotlib's marker.
     """
 
     colour: str
@@ -21,13 +21,13 @@ class Look:
 
     @property
     def letter(self) -> str:
-        """The mark as a letter, for pages."""
+        """A character like the marker, for pages."""
         return LETTERS[self.mark]
 
 
 @dataclass(frozen=True)
 class Method(Look):
-    """A method as it looks in every figure."""
+    """A method's name, and its look in all figures."""
 
     name: str
 
@@ -42,7 +42,7 @@ FIXED = Method("#CC79A7", "v", "fixed noise")
 CONSTANT = Method("#000000", "X", "constant")
 DSL_FIXED = Method("#56B4E9", "P", "+DSL, fixed noise")
 DSL_CONSTANT = Method("#777777", "*", "+DSL, constant")
-# By the options of dsl and npo, in the order in which methods are listed.
+# Methods by their options of dsl and npo, in the order in which they are listed.
 METHODS: Mapping[tuple[str, str], Method] = {
     ("off", "off"): SPIN,
     ("score", "off"): DSL,
@@ -67,22 +67,22 @@ SERIES = (
     Look("#AA4499", "P"),
     Look("#999933", "*"),
 )
-OTHER = Look("#8A8A8A", "P")  # whatever METHODS and SERIES do not have
+OTHER = Look("#8A8A8A", "P")  # anything that METHODS and SERIES lack
 
 # Responses of a pair, and those that the trained policy generates to the same prompt.
 SAMPLES = {"chosen": "#1B2A6B", "rejected": "#B5485D", "new": "#44AA99"}
 OUTCOMES = {"win": "#01665E", "tie": "#C8C8C8", "lose": "#8C510A"}
 JUDGE, PEOPLE, ROUND_SCORES = "#6A4FB3", "#7A8B00", "#F2D55C"  # of a judge's agreement with people
 
-HUMAN = "#555555"  # human responses, as a line across
+HUMAN = "#555555"  # human responses, a horizontal line
 NOISE = "#00505C"  # the noise as a player; the policy has its method's colour
-CHANCE = "#9A9A9A"  # what chance gives
+CHANCE = "#9A9A9A"  # the level of chance
 INK = "#1A1A1A"  # intervals, words and the paper's numbers over coloured bars
 BREAK = "#B0B0B0"  # where an iteration, an epoch or a group of bars begins
 EDGE, GRID = "#707070", "#E5E5E5"  # of the axes
 FOOT = "#444444"  # the line below a figure
 
-# Pages. Pictures are drawn on white paper, and so they look on a dark page too.
+# Pages. Pictures keep their white background on dark pages.
 PAPER, ON_PAPER = "#FFFFFF", "#5B6470"
 LIGHT = {
     "page": "#FBFBFA",
@@ -113,10 +113,10 @@ DARK = {
 
 
 def choose_looks(options: Mapping[str, tuple[str, str]]) -> dict[str, Look]:
-    """A look a group: its method's where methods tell the groups apart, else one after the other.
+    """Choose a look for each group: that of its method if every group has another method, else the next of a series.
 
     Args:
-        options: by label, those of dsl and npo.
+        options: the options of dsl and npo, by label.
     """
     methods = {label: METHODS.get(of) for label, of in options.items()}
     known = {label: method for label, method in methods.items() if method is not None}
@@ -126,7 +126,7 @@ def choose_looks(options: Mapping[str, tuple[str, str]]) -> dict[str, Look]:
 
 
 def write_css() -> str:
-    """The colours of pages as custom properties, ``--ink`` and so on, for light pages and for dark ones."""
+    """Write the colours of pages as CSS custom properties such as ``--ink``, for light and for dark pages."""
     light = {"paper": PAPER, "on-paper": ON_PAPER, "card": "var(--paper)", "soft": "var(--on-paper)", **LIGHT}
     light |= {name: SAMPLES[name] for name in ("chosen", "rejected")}
     dark = f"@media (prefers-color-scheme: dark) {{\n{_write_properties(DARK)}\n}}"

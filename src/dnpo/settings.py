@@ -1,8 +1,8 @@
-"""How settings become parts, and are checked.
+"""Check settings and build parts from them.
 
 A part is a frozen dataclass: its fields are its settings, their annotations (``alpha: NonNegative``) are the schema,
-and one verb does what it is for. Heavy imports stand inside the verb, so that wrong settings are answered at once. A
-function can be a part too: its keyword-only parameters are its settings, what a run passes comes as positional ones.
+and one method does its work. Heavy modules are imported inside that method, so wrong settings are reported at once. A
+function can be a part too: its keyword-only parameters are its settings, and the run passes the positional ones.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from dnpo.errors import DnpoError, SettingsError
 
 @dataclass(frozen=True)
 class Range:
-    """Where a number has to lie, for pydantic to check; imported by parts that run where pydantic is not."""
+    """The range of a number, which pydantic checks; parts import it without importing pydantic."""
 
     gt: float | None = None
     ge: float | None = None
@@ -53,24 +53,24 @@ IS_PLACE = "is a place"  # the same; false by default
 
 
 def neutral(default: Any = dataclasses.MISSING) -> Any:
-    """A field of a part that cannot change a result, such as a batch size or where a file lies.
+    """Declare a field of a part that cannot change a result, such as a batch size or a path.
 
-    This is the one list of such settings: stage keys, the analysis and the report read it. What a path leads to does
-    decide results; a part that has paths says so by ``identity()``.
+    These fields are the only list of such settings; stage keys, analysis and report read it. The contents at a path do
+    decide results: a part with paths has them in its ``identity()``.
     """
     return dataclasses.field(default=default, metadata={CHANGES_RESULT: False})
 
 
 def place(default: Any = dataclasses.MISSING) -> Any:
-    """A neutral field that says where something lies, such as a path; the part's ``identity()`` says what does."""
+    """Declare a neutral field that is a location, such as a path; the part's ``identity()`` has the contents."""
     return dataclasses.field(default=default, metadata={CHANGES_RESULT: False, IS_PLACE: True})
 
 
 def neutral_names(target: Callable[..., Any], places: bool = True) -> list[str]:
-    """Those of a part's settings that cannot change a result.
+    """The names of a part's settings that cannot change a result.
 
     Args:
-        places: also those that say where something lies, which is right where what lies there is known otherwise.
+        places: whether to include locations, which is right where their contents are compared in another way.
     """
     if not dataclasses.is_dataclass(target):
         return []
@@ -81,13 +81,13 @@ def neutral_names(target: Callable[..., Any], places: bool = True) -> list[str]:
     ]
 
 
-CONTENTS = "contents"  # beside a part's settings: what decides its results, as a hash
+CONTENTS = "contents"  # added to a part's settings: a hash of all that decides its results
 
 
 def with_contents(settings: Mapping[str, Any], part: Any) -> dict[str, Any]:
-    """A part's settings, with a hash of what it reads beside the places where it lies, nested parts too.
+    """Add to the settings of every part that has locations, nested parts included, a hash of the contents there.
 
-    By it runs can be compared: the same data in two folders are the same, other data under one name are not.
+    The hash makes runs comparable: the same data in two folders are equal, different data under one name are not.
     """
     found = dict(settings)
     for name, value in settings.items():
@@ -104,9 +104,9 @@ def with_contents(settings: Mapping[str, Any], part: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bound:
-    """A function, or a class that is not ours, with the settings given to it: it waits for what the run passes.
+    """A function, or a class from outside dnpo, with its settings; the run calls it with the remaining arguments.
 
-    What it names is imported when it is called or checked, and not before. Its settings can be read as attributes.
+    The target is imported only when it is called or checked. Its settings can be read as attributes.
 
     Attributes:
         target: import path.
@@ -117,11 +117,11 @@ class Bound:
     settings: Mapping[str, Any]
 
     def __call__(self, *given: Any) -> Any:
-        """What the target makes of ``given`` and the settings."""
+        """Call the target with the positional arguments and the settings."""
         return self.resolve()(*given, **self.settings)
 
     def resolve(self) -> Callable[..., Any]:
-        """The function or class itself."""
+        """Import the function or class."""
         return locate("_target_", self.target)
 
     def __getattr__(self, name: str) -> Any:
@@ -130,19 +130,20 @@ class Bound:
         return self.settings[name]
 
     def check(self, name: str) -> None:
-        """Import the target and hold the names of the settings against its parameters.
+        """Import the target and check that its parameters include all settings.
 
         Raises:
-            SettingsError: it cannot be imported, or has no such parameter.
+            SettingsError: it cannot be imported, or lacks a parameter.
         """
         check_values(name, locate(f"{name}._target_", self.target), self.settings, types=False)
 
 
 def part_key(part: Any) -> dict[str, Any]:
-    """What decides a part's results, as it goes into stage keys, so that keys outlive the files that classes lie in.
+    """The settings that decide a part's results, for stage keys.
 
-    That is what its ``identity()`` says, else its class and those of its settings that can change a result. dnpo's own
-    classes go in by their name, which is unique in dnpo, all others by their full import path.
+    These are the part's ``identity()``, or else its class and the settings that can change a result. dnpo's own classes
+    appear by name, which is unique in dnpo, so that keys stay the same when a class moves to another file; all others
+    appear by their full import path.
     """
     if hasattr(part, "identity"):
         return dict(part.identity())
@@ -171,19 +172,19 @@ def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Check the settings of one part, a mapping with a ``_target_``, before anything is built.
 
     Args:
-        name: where the settings stand, such as ``npo``; every message begins with it.
-        settings: plain values; nested mappings with a ``_target_``, and mappings of such, are checked too.
+        name: dotted name of the settings, such as ``npo``; every message begins with it.
+        settings: plain values; nested parts, and mappings of parts, are checked too.
 
     Returns:
-        The settings with each value as its annotation has it (``alpha: 1`` becomes ``1.0``), so that one value has
-        one spelling.
+        The settings, each converted to its annotated type (``alpha: 1`` becomes ``1.0``), so that equal values look
+        the same.
 
     Raises:
         SettingsError: the target does not exist, a key is not one of its keyword-only parameters (the message offers
-            near matches), a required one is missing, or a value has the wrong type or lies outside its range.
+            near matches), a required one is missing, or a value has the wrong type or is out of range.
     """
     if "_target_" not in settings:
-        raise SettingsError(f"{name}: no _target_, so nothing says what these settings configure")
+        raise SettingsError(f"{name}: no _target_, the import path of the part that these settings configure")
     target = None if _waits(settings["_target_"]) else locate(f"{name}._target_", settings["_target_"])
     bound = _bound_settings(target)
     for key in settings:
@@ -192,7 +193,7 @@ def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     values = {key: value for key, value in settings.items() if not key.startswith("_")}
     for key, value in values.items():
         if key in bound and _is_part(value):
-            values[key] = dict(value)  # whoever holds it checks it once it is built
+            values[key] = dict(value)  # checked by the outer part once it is built
         elif _is_part(value):
             values[key] = check(f"{name}.{key}", value)
         elif _are_parts(value):
@@ -205,7 +206,7 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
     """Build one part from its checked settings, nested parts first.
 
     Args:
-        name: where the settings stand; messages begin with it.
+        name: dotted name of the settings; messages begin with it.
 
     Raises:
         DnpoError: the part refuses its settings.
@@ -225,7 +226,7 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
             values[key] = value
     if target is None or settings.get("_partial_"):
         return Bound(settings["_target_"], values)
-    if not inspect.isclass(target):  # its defaults decide results too
+    if not inspect.isclass(target):  # a function's defaults decide results too
         return Bound(settings["_target_"], _defaults(target) | values)
     try:
         part = target(**values)
@@ -234,14 +235,14 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
     for setting in _parameters(target):
         if not hasattr(part, "identity") and not hasattr(part, setting):
             raise SettingsError(
-                f"{name}._target_={settings['_target_']}: has the setting {setting} and no attribute of this name, so "
-                "nothing could say what its results depend on; make it a frozen dataclass"
+                f"{name}._target_={settings['_target_']}: has the setting {setting} but no attribute of this name, so "
+                "stage keys cannot include it; make it a frozen dataclass"
             )
     return part
 
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    """The settings of a function that have a default, with it."""
+    """The default values of a function's settings."""
     parameters = inspect.signature(function).parameters.values()
     return {
         parameter.name: parameter.default
@@ -251,14 +252,14 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def require(name: str, part: Any, protocol: type) -> None:
-    """Refuse a part that lacks something that its place needs, before anything is computed.
+    """Refuse a part that does not implement a protocol, before anything is computed.
 
     Args:
-        name: where the part stands, such as ``npo``.
-        protocol: the class that says what the place needs: its public methods, properties and annotations.
+        name: dotted name of the part, such as ``npo``.
+        protocol: the class whose public methods, properties and annotations the part must have.
 
     Raises:
-        SettingsError: names the part and what it lacks.
+        SettingsError: the part lacks some of them; names the part and what it lacks.
     """
     public = {
         each for each in (*vars(protocol), *vars(protocol).get("__annotations__", {})) if not each.startswith("_")
@@ -269,18 +270,18 @@ def require(name: str, part: Any, protocol: type) -> None:
     if lacking:
         kind = part.target if isinstance(part, Bound) else f"{type(part).__module__}.{type(part).__qualname__}"
         raise SettingsError(
-            f"{name}._target_={kind}: has no {', '.join(lacking)}; {protocol.__module__}.{protocol.__name__} says what "
-            f"{name} needs"
+            f"{name}._target_={kind}: has no {', '.join(lacking)}; {protocol.__module__}.{protocol.__name__} defines "
+            f"what {name} needs"
         )
 
 
 def _waits(target: Any) -> bool:
-    """Whether a target is imported only once it is needed: torch takes longer than all else together."""
+    """Whether the import of a target is postponed: importing torch takes longer than all other checks together."""
     return isinstance(target, str) and target.startswith("torch.")
 
 
 def _bound_settings(target: Callable[..., Any] | None) -> list[str]:
-    """Those of a part's settings that are to stay bound, such as an optimizer, which waits for its parameters."""
+    """The names of a part's settings that stay bound, such as an optimizer, which needs its parameters first."""
     if not dataclasses.is_dataclass(target):
         return []
     return [name for name, hint in get_type_hints(target).items() if hint is Bound]
@@ -297,15 +298,15 @@ def _parameters(kind: Callable[..., Any]) -> list[str]:
 def check_values(
     name: str, target: Callable[..., Any], values: Mapping[str, Any], *, types: bool = True
 ) -> dict[str, Any]:
-    """Check plain values against the settings of ``target``; of what is not ours (``types=False``) the names alone."""
+    """Check plain values against the settings of ``target``: names, and unless ``types=False`` their types."""
     parameters = inspect.signature(target).parameters
     keywords = {key: parameters[key] for key in (_parameters(target) if types else parameters)}
     for key in values:
         if key not in keywords:
-            raise SettingsError(f"{_dotted(name, key)}: unknown setting.{nearest(key, keywords, name)}")
+            raise SettingsError(f"{_join_names(name, key)}: unknown setting.{nearest(key, keywords, name)}")
     for key, parameter in keywords.items():
         if types and parameter.default is parameter.empty and values.get(key) in (None, "???"):
-            raise SettingsError(f"{_dotted(name, key)}: needs a value; give {_dotted(name, key)}=…")
+            raise SettingsError(f"{_join_names(name, key)}: needs a value; give {_join_names(name, key)}=…")
     if not types:
         return dict(values)
     plain = inspect.isclass(target) and not dataclasses.is_dataclass(target)
@@ -313,7 +314,7 @@ def check_values(
     return {
         key: value
         if key not in hints or _is_part(value) or _are_parts(value)
-        else _check_value(_dotted(name, key), value, hints[key])
+        else _check_value(_join_names(name, key), value, hints[key])
         for key, value in values.items()
     }
 
@@ -341,7 +342,11 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
 
 
 def locate(name: str, target: str) -> Callable[..., Any]:
-    """The object that a dotted path names, or a SettingsError that names the setting."""
+    """Import the object that a dotted path names.
+
+    Raises:
+        SettingsError: it cannot be imported; names the setting.
+    """
     from hydra.utils import get_object
 
     try:
@@ -354,21 +359,21 @@ def locate(name: str, target: str) -> Callable[..., Any]:
 
 
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """A sentence that offers the known words nearest to ``word``, or lists them all."""
+    """Write a sentence that offers the known words nearest to ``word``, or lists them all."""
     known = sorted(key for key in known if not key.split(".")[-1].startswith("_"))
-    names = [_dotted(prefix, key) for key in known]
+    names = [_join_names(prefix, key) for key in known]
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if close:
-        return f" Did you mean {' or '.join(_dotted(prefix, key) for key in close)}?"
+        return f" Did you mean {' or '.join(_join_names(prefix, key) for key in close)}?"
     return f" Known: {', '.join(sorted(names)) or 'none'}."
 
 
-def _dotted(prefix: str, key: str) -> str:
+def _join_names(prefix: str, key: str) -> str:
     return f"{prefix}.{key}" if prefix else key
 
 
 def conf_folder() -> Path:
-    """Where the settings are: ``$DNPO_CONF``, else beside this file (a wheel), else in the checkout."""
+    """The folder of the settings: ``$DNPO_CONF``, else next to this file (a wheel), else in the checkout."""
     here = Path(__file__).resolve().parent
     if "DNPO_CONF" in os.environ:
         given = Path(os.environ["DNPO_CONF"]).absolute()
@@ -384,7 +389,7 @@ def conf_folder() -> Path:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
+    """Flatten nested settings to dotted names."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""Dynamic sample labelling: who is chosen and who is rejected (DNPO paper, section 4.2).
+"""Dynamic sample labelling: decide which response is chosen and which is rejected (DNPO paper, section 4.2).
 
-A labeller turns prompts, the human and the generated response to each, and their verdicts into pairs.
+A labeller turns prompts, a human and a generated response to each, and the verdicts on both into pairs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ class Labeller(Protocol):
 
     @property
     def needs_scores(self) -> bool:
-        """Whether it asks a judge at all."""
+        """Whether the labeller needs scores of a judge."""
 
     def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: "Scores") -> bool | None:
-        """Whether the generated response is chosen; None for a pair that cannot be labelled."""
+        """Whether the generated response is chosen; None leaves the pair out."""
 
 
 class Scores(NamedTuple):
-    """The scores of the two sides of one pair; None where there is no verdict with a score."""
+    """The scores of the two responses of a pair; None where a score is missing."""
 
     human: float | None
     generated: float | None
@@ -42,11 +42,11 @@ class HumanChosen:
 
 @dataclass(frozen=True)
 class HigherScoreChosen:
-    """The response with the higher score is chosen, the human one on a tie (DNPO, equation 2): labels by quality.
+    """The response with the higher score is chosen, the human one at a tie (DNPO, equation 2): labels by quality.
 
     Args:
-        unscored: what becomes of a pair that lacks a score, for a failure to judge says nothing about quality: it is
-            dropped, or the human response is chosen, or the run ends.
+        unscored: what happens to a pair that lacks a score: ``drop`` leaves it out, ``keep_human`` chooses the human
+            response, ``fail`` ends the run.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -54,7 +54,7 @@ class HigherScoreChosen:
     unscored: Literal["drop", "keep_human", "fail"] = "drop"
 
     def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: Scores) -> bool | None:
-        """s′ > s; where a score is missing, what ``unscored`` says."""
+        """s′ > s; if a score is missing, ``unscored`` decides."""
         if scores.human is None or scores.generated is None:
             if self.unscored == "fail":
                 raise DataError(
@@ -72,10 +72,10 @@ def label(
     generated: Sequence[Response],
     verdicts: Sequence[Verdict],
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Pairs in the order of ``generated``, and counts of what became of its rows.
+    """Make a labelled pair of each generated response and its human one, and count what happened.
 
-    A pair of identical token sequences carries no signal: it is dropped and counted as ``identical``. ``unscored``
-    counts pairs without both scores where the labeller asks for them; one that it does not decide is dropped.
+    The pairs are in the order of ``generated``. A pair of identical token sequences carries no signal; it is dropped
+    and counted as ``identical``. ``unscored`` counts the pairs that lack a score which the labeller needs.
     """
     prompt_of = {p.id: p for p in prompts}
     human_of = {r.id: r for r in human}

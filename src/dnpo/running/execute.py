@@ -29,7 +29,7 @@ from dnpo.tracking.writing import TrackedSteps, Tracking
 
 PACKAGES = ("dnpo", "torch", "pytorch-lightning", "transformers", "peft", "tokenizers", "mlflow", "datasets")
 SHOWN_PAIRS = 50
-SATURATED = 0.15  # a step whose mean σ(−margin) is below this hardly trains any more
+SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
 
 
 def tags(choices: Mapping[str, str], settings: Mapping[str, Any], iterations: Sequence[Iteration]) -> dict[str, str]:

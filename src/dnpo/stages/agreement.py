@@ -1,6 +1,6 @@
-"""How far a judge agrees with people, as stages in the store.
+"""A judge's agreement with people, as stages in the store.
 
-A rerun finds the verdicts and the measures, and a run with the same judge shows its agreement in its summary.
+A rerun reuses verdicts and measures, and later runs with the same judge show its agreement in their summaries.
 """
 
 import json
@@ -21,7 +21,7 @@ POINTS = "points.json"
 
 
 def verdicts(judge: Judge, data: Labelled, rows: Sequence[LabelledRow], ledger: Ledger) -> Stage:
-    """The judge's verdicts on both responses of every row."""
+    """Lay out the stage that judges both responses of every row."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         found = judge_both(judge, rows, ledger, report)
@@ -35,7 +35,7 @@ def verdicts(judge: Judge, data: Labelled, rows: Sequence[LabelledRow], ledger: 
 def agreement(
     judge: Judge, data: Labelled, rows: Sequence[LabelledRow], verdicts: Stage, resamples: int, seed: int
 ) -> Stage:
-    """How far the verdicts agree with people's; the measures are the stage's facts."""
+    """Lay out the stage that compares the verdicts with people's; its facts are the measures."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         given = read(inputs["verdicts"] / "verdicts.parquet", Verdict)
@@ -52,7 +52,7 @@ def read_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str,
     """Read a judge's agreement with people from the store: one entry for each set of rows, the newest of each.
 
     Args:
-        judge_key: see :func:`dnpo.settings.part_key`.
+        judge_key: the judge's :func:`dnpo.settings.part_key`.
     """
     wanted = json.loads(json.dumps(judge_key))
     newest: dict[str, dict[str, Any]] = {}

@@ -1,8 +1,8 @@
-"""Whose responses to the same prompts does a judge prefer? A model's samples against another's, or against people's.
+"""Compare a model's samples with another model's, or with human responses, on the same prompts, by any judge.
 
-Any judge of the project decides. The other side's response stands where the human one stands: judges that compare two
-responses are asked in both orders and give it 50 points, those that score each for itself give it its score, and more
-points win. Questions that the evaluations have asked are answered from the ledger.
+The other side's response takes the place of the human one. A judge that compares two responses is asked in both orders
+and gives the other side 50 points; a judge that scores single responses gives each its score. The higher score wins.
+Questions that the evaluations have already asked are answered from the ledger.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ class Duel:
     """One sample of ours against one response of theirs; a row of ``duels.parquet``.
 
     Attributes:
-        id: of the prompt.
-        sample: its number among the samples.
+        id: the prompt's id.
+        sample: number of the sample.
         ours, theirs: the texts.
-        ours_score, theirs_score: points; theirs has 50 where the judge compares. None where the judge gave none.
-        preference: 1 for a win of ours, ½ for a tie, 0 for a loss; None where a score is missing.
+        ours_score, theirs_score: points; theirs has 50 where the judge compares. None where a score is missing.
+        preference: 1 if ours wins, ½ for a tie, 0 if it loses; None where a score is missing.
         disagreement: between both orders, or between members of an ensemble, in points.
-        difference: characters of ours less characters of theirs.
+        difference: length of ours minus length of theirs, in characters.
         reason: why a score is missing.
     """
 
@@ -57,10 +57,10 @@ Responses = Mapping[tuple[str, int], Response]  # by prompt and number
 
 @verb("duels", 1, lambda run, plan: {"judge": part_key(run.judge)})
 def fight_duels(run: Run, plan: None, task: Task) -> Facts:
-    """Every sample for a held-out prompt against the other side's sample of the same number, or the human response.
+    """Compare every sample for a held-out prompt with the other side's of the same number, or the human response.
 
-    Its inputs are ``prompts`` and ``evaluation`` of a model, and ``their_prompts`` and ``their_evaluation`` of the
-    other one; without these the human responses stand on the other side.
+    The inputs are ``prompts`` and ``evaluation`` of the model, and ``their_prompts`` and ``their_evaluation`` of the
+    other one; without the latter two, the model is compared with the human responses.
     """
     inputs, split, samples = task.inputs, run.eval.split, run.eval.samples
     rows = read_split(inputs["prompts"], split)
@@ -78,14 +78,14 @@ def fight_duels(run: Run, plan: None, task: Task) -> Facts:
 
 
 def _read_samples(rows: Held, evaluation: Path, samples: int) -> Responses:
-    """The samples of an evaluation by prompt and number; they stand behind the greedy responses."""
+    """Read the samples of an evaluation, by prompt and number; in its file they follow the greedy responses."""
     count = len(rows.prompts)
     fresh = read(evaluation / "samples.parquet", Response)[count : count * (1 + samples)]
     return {(rows.prompts[i % count].id, i // count): response for i, response in enumerate(fresh)}
 
 
 def _human(rows: Held, samples: int) -> Responses:
-    """The human response to a prompt stands against each of its samples."""
+    """The human response to each prompt, once for each sample."""
     pairs = list(zip(rows.prompts, rows.human, strict=True))
     return {(prompt.id, n): response for n in range(samples) for prompt, response in pairs}
 
@@ -96,8 +96,8 @@ def judge_duels(
     """Judge both texts, for every prompt and sample number that both sides have.
 
     Raises:
-        DataError: there is none.
-        JudgeError: too many responses stay without a score.
+        DataError: the sides share no prompt.
+        JudgeError: too many responses lack a score.
     """
     prompt_of = {prompt.id: prompt for prompt in prompts}
     both = [key for key in ours if key in theirs]
@@ -145,11 +145,12 @@ def read_duels(path: Path) -> list[Duel]:
 
 @dataclass(frozen=True)
 class DuelOutcome:
-    """The result of all duels: wins, and the win rate at the same length if that was asked for.
+    """The result of all duels: wins, and the win rate at the same length if it was requested.
 
     Attributes:
-        controlled: None also where it cannot be computed; then ``why`` gives the reason.
-        apart: mean disagreement between both orders, or between members of an ensemble; None without.
+        controlled: the win rate at the same length; None if it was not requested or cannot be computed.
+        why: why it cannot be computed.
+        apart: mean disagreement between both orders, or between members of an ensemble; None if there are none.
     """
 
     wins: Wins

@@ -33,12 +33,12 @@ def measure(
     start: Stage | None = None,
     pairs: Stage | None = None,
 ) -> tuple[Stage, ...]:
-    """The stages that measure a policy in addition to its evaluation.
+    """Lay out the stages that measure a policy in addition to its evaluation.
 
     Args:
-        plan: of the iteration that trained it; None for the one before the first.
-        start: the policy that it was trained from, its reference; None before the first iteration.
-        pairs: what it was trained on.
+        plan: the iteration that trained the policy; None for fine-tuning.
+        start: the policy that its training started from, its reference; None for fine-tuning.
+        pairs: the pairs that it was trained on.
     """
     found = []
     if start is not None and _is_plain(run.generate):
@@ -55,7 +55,7 @@ def measure(
 
 
 def _stage_of(name: str, measure: "Measure") -> Verb:
-    """The verb of one of the further measures."""
+    """Make the verb of a measure configured by ``eval.measures``."""
 
     @verb("measure", 1, lambda run, plan: {"measure": part_key(measure)}, title=f"measure {name}")
     def measure_more(run: Run, plan: Plan | None, task: Task) -> Facts:
@@ -69,13 +69,13 @@ def _stage_of(name: str, measure: "Measure") -> Verb:
 
 
 def _is_plain(sampling: "Sampling") -> bool:
-    """Whether samples are the policy's own: at temperature 1 and with no token left out."""
+    """Whether samples follow the policy's distribution: temperature 1, no truncation."""
     return (sampling.temperature, sampling.top_k, sampling.top_p) == (1.0, 0, 1.0)
 
 
 @verb("drift", 1, lambda run, plan: {})
 def drift(run: Run, plan: Plan, task: Task) -> Facts:
-    """KL(policy ‖ reference) by the policy's own samples. The policy is not loaded, only the reference."""
+    """Estimate KL(policy ‖ reference) from the policy's samples. Only the reference is loaded."""
     from dnpo.evaluate.distances import kl
 
     train = read_split(task.inputs["prompts"], "train").prompts
@@ -95,7 +95,7 @@ def drift(run: Run, plan: Plan, task: Task) -> Facts:
 
 @verb("second", 1, lambda run, plan: {"judge": part_key(run.second_judge)}, title="second judge")
 def judge_again(run: Run, plan: Plan | None, task: Task) -> Facts:
-    """Score the judged responses by a second judge."""
+    """Score the same responses by the second judge."""
     from dnpo.evaluate.metrics import quality, repeat_prompts
 
     rows = read_split(task.inputs["prompts"], run.eval.split)
@@ -137,11 +137,11 @@ def compare_texts(run: Run, plan: Plan | None, task: Task) -> Facts:
 @verb("leaderboard", 1, lambda run, plan: part_key(run.eval.leaderboard))
 def leaderboard(run: Run, plan: Plan | None, task: Task) -> Facts:
     """Run the leaderboard's benchmarks."""
-    from dnpo.evaluate.leaderboard import measure as run_benchmarks
+    from dnpo.evaluate import leaderboard
 
     how = run.eval.leaderboard
     assert how is not None
-    result = run_benchmarks(run.policy(task.inputs), how, task.report)
+    result = leaderboard.measure(run.policy(task.inputs), how, task.report)
     for note in result.notes():
         task.report.note(note)
     result.write(task.folder, {"notes": result.notes()})
@@ -149,7 +149,7 @@ def leaderboard(run: Run, plan: Plan | None, task: Task) -> Facts:
 
 
 def _read_new(evaluation: Path, run: Run, prompts: Path) -> list[Response]:
-    """The evaluation's samples for training prompts, which stand behind those for held-out ones."""
+    """Read the evaluation's samples for training prompts, which follow those for held-out prompts."""
     count = len(read(prompts / f"{run.eval.split}.parquet", Prompt))
     return read(evaluation / "samples.parquet", Response)[count * (1 + run.eval.samples) :]
 

@@ -1,7 +1,7 @@
-"""A run as plain values, and what a verb needs to become a stage.
+"""The values that describe a run, and the decorator that turns a verb into a stage.
 
-A verb is a function that does one stage's work. In ``loop.py`` it is called with stages and returns a stage: nothing is
-computed until the store asks for it. When its turn comes, the function itself is called with the folders of its inputs.
+A verb is a function that does the work of one stage. ``loop.py`` calls it with stages, and it returns a stage without
+computing anything. Only when the store computes the stage is the function itself called, with its inputs' folders.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of a run as a whole, beside those of its parts.
+    """The settings of a run that belong to no part.
 
     Attributes:
-        iterations: how many; they are numbered from 0.
-        seed: of everything that is left to chance.
-        sft_rows: training rows that fine-tuning alone reads; the iterations have the others. 0: both read all.
-        acts_from: the iteration at which labels by score and noise start, where ``dsl.start`` and ``npo.start`` (in
-            which its effect shows) say nothing else; ``last`` is the run's last.
+        iterations: number of iterations; they are numbered from 0.
+        seed: seed of all random draws.
+        sft_rows: number of training rows for fine-tuning only; the iterations use the others. 0: both use all rows.
+        acts_from: the iteration at which labels by score and noise start; ``last`` is the run's last. It is the default
+            of ``dsl.start`` and ``npo.start``, and affects results only through them.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: of torch on the CPU.
+        threads: number of torch's CPU threads.
         store: folder of finished stages.
         ledger: file of judge calls, so that none is paid for twice.
-        plan: print the stages, whether they are there and what the judge would cost, and run nothing.
-        check: make the checks that come before a run, and run nothing.
+        plan: list the stages, whether they are stored and what the judge would cost, and run nothing.
+        check: run the checks that precede a run, and nothing else.
     """
 
     iterations: Count
@@ -55,12 +55,12 @@ class RunSettings:
     acts_from: Natural | Literal["last"] = neutral(1)
 
 
-BEFORE = -1  # the number of what comes before the first iteration
+BEFORE = -1  # in place of an iteration's number, for the stages before the first
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is in force at iteration ``k``: parts that have not started yet are absent ones here."""
+    """The parts in force at iteration ``k``; labels by score and noise are off before their start."""
 
     k: int
     generate: "Sampling"
@@ -73,11 +73,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run: the parts that hold throughout, and a plan for each iteration.
+    """A whole run: the parts that stay the same, and a plan for each iteration.
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        sft_rows: training rows that fine-tuning alone reads; 0: it reads those of the iterations.
+        sft_rows: number of training rows for fine-tuning only; 0: it uses those of the iterations.
     """
 
     seed: int
@@ -95,11 +95,11 @@ class Run:
 
     @property
     def limit(self) -> int:
-        """Completion tokens at most, of human and of generated responses alike."""
+        """The maximum number of tokens of a response, human or generated."""
         return self.data.max_response_tokens
 
     def policy(self, inputs: Mapping[str, Path]) -> "Policy":
-        """The policy among a stage's inputs, or the base model where there is none."""
+        """Load the policy among a stage's inputs, or the base model if there is none."""
         from dnpo.policy.model import device_of
 
         folder = inputs["policy"] / "policy" if "policy" in inputs else None
@@ -107,13 +107,13 @@ class Run:
 
 
 class Task(NamedTuple):
-    """What a verb works on when its turn comes.
+    """The task of a verb when its stage is computed.
 
     Attributes:
-        k: the iteration; ``BEFORE`` for what comes before the first.
-        folder: where its results go.
-        inputs: the folders of its inputs' results.
-        report: where it tells how far it is.
+        k: the iteration; ``BEFORE`` before the first.
+        folder: folder for the results.
+        inputs: folders of the inputs, by name.
+        report: receives the progress.
     """
 
     k: int
@@ -126,7 +126,7 @@ Facts = dict[str, Any]
 
 
 class Verb(Protocol):
-    """A verb as ``loop.py`` calls it: with stages, and it gives a stage."""
+    """A verb as ``loop.py`` calls it: it takes stages and returns a stage."""
 
     def __call__(self, run: Run, plan: Any, /, *, aids: Mapping[str, Stage] = ..., **inputs: Stage | None) -> Stage: ...
 
@@ -134,13 +134,13 @@ class Verb(Protocol):
 def verb(
     name: str, version: int, settings: Callable[[Run, Any], Mapping[str, Any]], title: str = ""
 ) -> Callable[[Callable[[Run, Any, Task], Facts]], Verb]:
-    """Turn the function that does a stage's work into one that lays the stage out.
+    """Turn a function that does the work of a stage into one that lays the stage out.
 
     Args:
-        name: of the stage's folder in the store.
-        version: raised by hand whenever a change of the code changes results.
-        settings: of run and plan, what decides the result beside the inputs: plain values that go into the key.
-        title: what people read; by default the name.
+        name: name of the stage and of its folder in the store.
+        version: must be raised whenever a change of the code changes results.
+        settings: gives the settings of run and plan that decide the result, as plain values for the key.
+        title: the stage's title for people; by default its name.
     """
 
     def decorate(work: Callable[[Run, Any, Task], Facts]) -> Verb:

@@ -1,7 +1,7 @@
-"""The verbs of a run: each reads its inputs, calls one part, and writes what came out.
+"""The verbs of a run: each reads its inputs, calls one part, and writes the results.
 
-What a stage's result depends on stands in the settings above its function, and in the inputs that ``loop.py`` gives it:
-raise the version when a change of the code changes what it computes.
+A stage's result depends only on the settings in the decorator above its function and on the inputs that ``loop.py``
+passes. Raise the version when a change of the code changes the results.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ def _prompts_key(run: Run, plan: None) -> dict[str, Any]:
 
 @verb("prompts", 2, _prompts_key)
 def prepare(run: Run, plan: None, task: Task) -> Facts:
-    """Prompts and human responses that fit the model, encoded; its tokenizer; and weights if it starts from scratch."""
+    """Encode the prompts and human responses that fit the model; write its tokenizer, and its weights if untrained."""
     rows, facts = run.data.read()
     removed = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in facts.get("removed", {}).items() if n]
     if removed:
@@ -70,7 +70,7 @@ def prepare(run: Run, plan: None, task: Task) -> Facts:
 
 
 def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, list[Prompt]]:
-    """So many rows for fine-tuning alone, drawn by a hash of their ids, and the others for the iterations."""
+    """Set ``count`` rows apart for fine-tuning, chosen by a hash of their ids; the iterations get the others."""
     if count >= len(rows):
         raise SettingsError(f"sft_rows={count}: expected fewer than the {len(rows):,} training rows")
     by_hash = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
@@ -79,7 +79,7 @@ def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, list[Prompt]]:
 
 
 def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: Path, report: Report) -> dict[str, int]:
-    """Encode one split, without what is too long."""
+    """Encode one split, without the prompts that are too long."""
     from dnpo.policy.tokenizer import encode, human_response
 
     context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
@@ -130,15 +130,15 @@ def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: 
     title="supervised fine-tuning",
 )
 def fine_tune(run: Run, plan: None, task: Task) -> Facts:
-    """The base model, fine-tuned on the human responses."""
-    from dnpo.optimise.preference import fine_tune as train_on_responses
+    """Fine-tune the base model on the human responses."""
+    from dnpo.optimise import preference
 
     rows = read_split(task.inputs["prompts"], "sft" if run.sft_rows else "train")
     seed = derive(run.seed, "sft")
     policy = run.policy(task.inputs)
     policy.model = run.model.lora.on(policy.model, derive(seed, "adapter"))
     triples = [(p.id, p.token_ids, r.token_ids) for p, r in zip(*rows, strict=True)]
-    history = train_on_responses(policy, triples, run.sft, seed=seed, folder=task.folder, report=task.report)
+    history = preference.fine_tune(policy, triples, run.sft, seed=seed, folder=task.folder, report=task.report)
     return _write_trained(policy, history, task.folder, None)
 
 
@@ -151,10 +151,10 @@ def fine_tune(run: Run, plan: None, task: Task) -> Facts:
     lambda run, plan: {"generate": part_key(plan.generate), "seed": run.seed, "iteration": plan.k},
 )
 def generate(run: Run, plan: Plan, task: Task) -> Facts:
-    """One response of the current policy to each training prompt."""
-    from dnpo.generate.hf import generate as answer
+    """Generate a response of the current policy to each training prompt."""
+    from dnpo.generate import hf
 
-    responses = answer(
+    responses = hf.generate(
         run.policy(task.inputs),
         read(task.inputs["prompts"] / "train.parquet", Prompt),
         plan.generate,
@@ -169,7 +169,7 @@ def generate(run: Run, plan: Plan, task: Task) -> Facts:
 
 @verb("judge", 1, lambda run, plan: {"judge": part_key(plan.judge)})
 def judge(run: Run, plan: Plan, task: Task) -> Facts:
-    """A verdict on the human and on the generated response to each training prompt."""
+    """Judge the human and the generated response to each training prompt."""
     train = read_split(task.inputs["prompts"], "train")
     generated = _read_responses(task.inputs["responses"])
     verdicts = judge_responses(plan.judge, train.prompts, [*train.human, *generated], run.ledger, task.report)
@@ -179,7 +179,7 @@ def judge(run: Run, plan: Plan, task: Task) -> Facts:
 
 @verb("pairs", 1, lambda run, plan: {"dsl": part_key(plan.dsl)}, title="label")
 def label(run: Run, plan: Plan, task: Task) -> Facts:
-    """Pairs: who is chosen and who is rejected."""
+    """Label pairs: which response is chosen, which is rejected."""
     train = read_split(task.inputs["prompts"], "train")
     verdicts = read(task.inputs["verdicts"] / "verdicts.parquet", Verdict) if "verdicts" in task.inputs else []
     generated = _read_responses(task.inputs["responses"])
@@ -204,8 +204,8 @@ def _training_key(run: Run, plan: Plan) -> dict[str, Any]:
 
 @verb("optimise", 4, _training_key)
 def optimise(run: Run, plan: Plan, task: Task) -> Facts:
-    """The policy of the next iteration: trained on the pairs, against the policy it starts from."""
-    from dnpo.optimise.preference import optimise as train_on_pairs
+    """Train the policy on the pairs, with the policy it starts from as the reference."""
+    from dnpo.optimise import preference
     from dnpo.optimise.reference import KeptHidden, read_scores
 
     inputs = task.inputs
@@ -219,7 +219,7 @@ def optimise(run: Run, plan: Plan, task: Task) -> Facts:
     noise = plan.npo
     if isinstance(noise, MatchedOffset):
         noise = noise.at(_mean_shift(inputs["like"]))
-    history = train_on_pairs(
+    history = preference.optimise(
         start,
         rows,
         read_scores(inputs["reference"], len(rows)),
@@ -236,12 +236,12 @@ def optimise(run: Run, plan: Plan, task: Task) -> Facts:
 
 
 def _same_weights(policy: "Policy", folder: Path) -> None:
-    """Refuse what other weights have made, whatever its name says."""
+    """Refuse an input that other weights have made, whatever its name."""
     made_by = manifest(folder)["facts"]["weights"]
     if made_by != policy.fingerprint():
         raise DnpoError(
             f"store: {folder} was made by other weights than this iteration starts from (theirs have the hash "
-            f"{made_by[:16]}, these {policy.fingerprint()[:16]}); remove that folder, and it is made anew"
+            f"{made_by[:16]}, these {policy.fingerprint()[:16]}); remove that folder to compute it again"
         )
 
 
@@ -257,11 +257,11 @@ def _evaluation_key(run: Run, plan: Plan | None) -> dict[str, Any]:
 
 @verb("evaluate", 5, _evaluation_key)
 def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
-    """Metrics of a policy, trained at this iteration or before the first."""
-    from dnpo.evaluate.metrics import evaluate as measure
+    """Measure the policy that this iteration, or fine-tuning, trained."""
+    from dnpo.evaluate import metrics
 
     inputs = task.inputs
-    metrics = measure(
+    values = metrics.evaluate(
         run.policy(inputs),
         run.eval,
         read_split(inputs["prompts"], run.eval.split),
@@ -276,16 +276,16 @@ def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
         folder=task.folder,
         report=task.report,
     )
-    write_json(task.folder / "metrics.json", metrics)
-    return metrics
+    write_json(task.folder / "metrics.json", values)
+    return values
 
 
-# --- what the training of an iteration reads
+# --- inputs of an iteration's training
 
 
 @verb("reference", 1, lambda run, plan: {"autocast": plan.trainer.autocast})
 def reference(run: Run, plan: Plan, task: Task) -> Facts:
-    """What the policy says of the pairs before it is trained on them: their log-probabilities."""
+    """Compute the reference's log-probabilities of the pairs; the reference is the policy before training."""
     from dnpo.optimise.reference import score
 
     start, rows = run.policy(task.inputs), read(task.inputs["pairs"] / "pairs.parquet", Pair)
@@ -295,14 +295,14 @@ def reference(run: Run, plan: Plan, task: Task) -> Facts:
 
 @verb("hidden", 1, lambda run, plan: {"autocast": plan.trainer.autocast}, title="hidden states")
 def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
-    """The policy's hidden states of rejected tokens before it is trained."""
-    from dnpo.optimise.reference import keep_hidden as keep
+    """Keep the reference's hidden states of rejected tokens."""
+    from dnpo.optimise import reference
 
     rows = read(task.inputs["pairs"] / "pairs.parquet", Pair)
     if plan.npo.cache_hidden == "auto" and plan.trainer.passes(len(rows)) <= 1:
-        raise Declined  # nothing is read twice
+        raise Declined  # a single epoch reads nothing twice
     start = run.policy(task.inputs)
-    facts = keep(
+    facts = reference.keep_hidden(
         start,
         rows,
         autocast=plan.trainer.autocast,
@@ -314,14 +314,14 @@ def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
 
 
 def find_aids(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> dict[str, Stage]:
-    """Stages that only save the training work: hidden states, where noise reads them and they are kept."""
+    """Lay out the stages that only save work in training: hidden states, if noise reads them and they are kept."""
     if plan.npo.cache_hidden == "off":
         return {}
     return {"hidden": keep_hidden(run, plan, prompts=prompts, policy=policy, pairs=pairs)}
 
 
 def match(run: Run, plan: Plan, *, prompts: Stage, policy: Stage, pairs: Stage, reference: Stage) -> Stage | None:
-    """The training whose mean shift ``plan.npo`` is to match, if any; the very stage of a run that has its noise."""
+    """Lay out the training whose mean shift ``plan.npo`` matches, if any; a run with that noise has the same stage."""
     noisy = with_matched_noise(plan)
     if noisy is None:
         return None
@@ -331,7 +331,7 @@ def match(run: Run, plan: Plan, *, prompts: Stage, policy: Stage, pairs: Stage, 
 
 
 def with_matched_noise(plan: Plan) -> Plan | None:
-    """The same plan with the noise that its ``npo`` is to match; none where it matches nothing."""
+    """The same plan with the noise that its ``npo`` matches; None if it matches none."""
     like = plan.npo.like
     return None if like is None else replace(plan, npo=like)
 
@@ -340,7 +340,7 @@ def with_matched_noise(plan: Plan) -> Plan | None:
 
 
 def read_split(folder: Path, split: str) -> "Held":
-    """The prompts of a split, with the human responses to them."""
+    """Read the prompts of a split and the human responses to them."""
     from dnpo.evaluate import Held
 
     return Held(read(folder / f"{split}.parquet", Prompt), read(folder / f"{split}-human.parquet", Response))
@@ -353,9 +353,9 @@ def _read_responses(folder: Path) -> list[Response]:
 def _write_trained(
     policy: "Policy", history: list[dict[str, float]], folder: Path, earlier: Path | None
 ) -> dict[str, Any]:
-    """Write a trained policy and its step metrics; a training without steps leaves the policy it started from.
+    """Write a trained policy and its step metrics; after a training without steps, the policy it started from.
 
-    The checkpoint goes last: until everything is written, a killed stage continues from it.
+    The checkpoint is removed last, so a stage that is killed while writing continues from it.
     """
     if history:
         policy.save(folder / "policy", earlier)
@@ -375,6 +375,6 @@ def _write_trained(
 
 
 def _mean_shift(folder: Path) -> float:
-    """What noise took off the reference's log-probability of rejected responses, mean over a training's steps."""
+    """By how much noise lowered the reference's log-probability of rejected responses, averaged over training steps."""
     steps = json.loads((folder / "steps.json").read_text())
     return mean_over_steps(steps, "npo/shift") if steps else 0.0
