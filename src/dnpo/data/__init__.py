@@ -1,4 +1,4 @@
-"""Where prompts and human responses come from.
+"""Sources of prompts and human responses.
 
 A source has two methods: ``identity()`` gives the plain values that decide what it reads (for the store), and
 ``read()`` gives its rows by split: ``train``, ``validation`` (for choosing settings) and ``test`` (for reporting).
@@ -14,10 +14,11 @@ LongResponses = Literal["cut", "drop"]
 
 
 class Source(Protocol):
-    """What ``data=…`` configures. ``max_prompt_tokens`` and ``max_response_tokens`` hold for both sides of a pair.
+    """A data source, configured by ``data=…``.
 
-    Longer prompts are dropped; ``long_responses`` says what becomes of longer human responses. Set
-    ``drawn_with_replacement`` where rows can repeat, so that the checks do not warn of it.
+    ``max_response_tokens`` limits human and generated responses alike. Prompts over ``max_prompt_tokens`` are dropped;
+    human responses over their limit are cut or dropped, by ``long_responses``. ``drawn_with_replacement`` is true if
+    rows can repeat by design, so that the checks do not warn about it.
     """
 
     @property
@@ -33,4 +34,4 @@ class Source(Protocol):
         """Plain values that decide the rows: contents, never paths."""
 
     def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
-        """Rows by split, and facts about them; ``removed`` counts the rows that were left out, by reason."""
+        """Return the rows by split, and facts about them; ``removed`` counts the rows left out, by reason."""

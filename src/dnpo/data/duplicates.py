@@ -1,9 +1,9 @@
-"""Finds near-duplicate texts by the Jaccard index of their sets of three successive words.
+"""Find near-duplicate texts by the Jaccard index of their shingles, the sets of three successive words.
 
-Exact and deterministic. Where two sets have a share t of their union in common, the t-th part of the larger is in the
-smaller; so with all shingles in one fixed order, the first few of either set have one in common, and only texts that
-meet there are compared (prefix filtering; Chaudhuri, Ganti and Kaushik 2006). Rare shingles come first in that order,
-so few pairs are compared. A sketch (MinHash) would miss some pairs, and costs more at such thresholds.
+The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
+two sets is at least t, a share t of the larger set is in the smaller one. So with all shingles in one fixed order, the
+first few shingles of both sets have one in common, and only texts that share one of these are compared. Rare shingles
+come first in the order, so few pairs are compared. MinHash would miss some pairs and cost more at such thresholds.
 """
 
 import math
@@ -14,14 +14,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 WIDTH = 3
-# Words and symbols, without marks: "C++" is not "C" and 2 + 2 is not 2 - 2, but a full stop changes nothing.
+# Words and symbols, without punctuation: "C++" differs from "C" and 2 + 2 from 2 - 2, but full stops are ignored.
 WORD = re.compile(r"""\w+|[^\w\s.,;:!?'"`´‘’“”„«»()\[\]{}…]""")
-BUCKETS = 1 << 20  # of the counts that order the shingles; they may share one, for any order will do
+BUCKETS = 1 << 20  # of the counts that order the shingles; shingles may share one, since any order is valid
 ROUNDING = 1e-9
 
 
 def shingles(text: str) -> frozenset[str]:
-    """Every three successive words; all words of a shorter text. Case does not matter, nor do marks or spaces."""
+    """All sequences of three words, or all words of a shorter text; case, punctuation and spaces are ignored."""
     words = WORD.findall(text.casefold())
     found = {" ".join(words[i : i + WIDTH]) for i in range(len(words) - WIDTH + 1)}
     return frozenset(found or {" ".join(words) or text.strip()})
@@ -34,7 +34,7 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
 
 
 def near(ours: Sequence[str], others: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """Every pair of one of ``ours`` and one of ``others`` at the threshold or above, as (ours, others, Jaccard index).
+    """All pairs of one of ``ours`` and one of ``others`` at or above the threshold, as (ours, others, Jaccard index).
 
     Args:
         threshold: above 0, and at most 1.

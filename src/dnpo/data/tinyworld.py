@@ -4,9 +4,9 @@ The families stand in for the six benchmarks of the DNPO paper: small arithmetic
 sorting numbers, counting letters, and a fixed table of invented facts. For a third of the facts there is a *myth*, a
 wrong answer that most human annotators repeat (the stand-in for TruthfulQA).
 
-What is true in this world, which problems it has and which of them are held out is fixed; the seed draws the training
-data: who was asked what, in which wording, and how well the human answered. Runs of different seeds are therefore
-tested on the same prompts.
+The facts of this world, its problems and the held-out prompts are fixed. The seed only draws the training data: which
+problems are asked, in which wording, and how well the human answers. So runs with different seeds are tested on the
+same prompts.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from dnpo.settings import Count, Fraction, Natural
 
 FAMILIES = ("arithmetic", "conversion", "reversal", "sorting", "counting", "facts")
 WORLD = 20250210  # the seed of everything that is fixed
-VERSION = 1  # raised when anything below changes what the world is: it is in the keys of the store
-POOL = 2400  # at most so many problems of a family exist
+VERSION = 1  # part of stage keys; must be raised when a change below changes the world
+POOL = 2400  # maximum number of problems in a family
 
 VERBS = re.compile(r"\b(is|are|equals)\b")
 
@@ -35,15 +35,15 @@ FLAWS: tuple[Flaw, ...] = ("wrong", "incomplete", "sloppy")
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to ask, in every way it can be asked and answered.
+    """A problem, with all ways to ask and to answer it.
 
     Attributes:
-        wordings: the ways to ask.
-        phrasings: the ways to answer, with ``{}`` where the answer goes.
-        answer: the right one.
+        wordings: ways to ask it.
+        phrasings: ways to answer it, with ``{}`` in place of the answer.
+        answer: the right answer.
         needs: words that a complete response mentions.
         wrong: plausible wrong answers.
-        short: the answer without the words that ``needs`` asks for.
+        short: an incomplete answer, without some of the words in ``needs``.
         myth: a wrong answer that most people believe.
     """
 
@@ -62,13 +62,13 @@ class TinyWorld:
     """The tiny world as a data source.
 
     Args:
-        train: how many training rows to draw, spread evenly over the families.
-        validation, test: how many held-out prompts, spread evenly; together at most a quarter of any family's distinct
-            prompts, and none of them occurs in training.
+        train: number of training rows, spread evenly over the families.
+        validation, test: numbers of held-out prompts, spread evenly; together at most a quarter of any family's
+            distinct prompts. None of them occurs in training.
         flaws: probability that a human response is wrong, incomplete or sloppy (a third each).
         myths: probability that a human repeats the myth where there is one; this comes on top of ``flaws``.
         difficulty: 1 (small numbers, short lists) to 5.
-        seed: draws the training data.
+        seed: seed of the training data.
         max_prompt_tokens, max_response_tokens: limits that no sensible tokenizer reaches here.
     """
 
@@ -87,7 +87,7 @@ class TinyWorld:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Rows to draw, by split."""
+        """The number of rows to draw, by split."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def identity(self) -> Mapping[str, Any]:
@@ -102,10 +102,10 @@ class TinyWorld:
         }
 
     def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
-        """Rows by split and how many human responses were flawed.
+        """Return the rows by split, and the number of flawed human responses.
 
         Raises:
-            SettingsError: the held-out prompts would be more than a quarter of a family's.
+            SettingsError: the held-out prompts would exceed a quarter of a family's prompts.
         """
         rows: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
         flawed = 0
@@ -128,10 +128,10 @@ class TinyWorld:
         }
 
     def _split(self, family: str, number: int) -> dict[str, list[tuple[Problem, str]]]:
-        """The questions (a problem and a wording) of each split.
+        """Choose the questions (a problem and a wording) of each split.
 
-        Facts cannot be guessed, so there a question is held out and the same fact is trained on in other wordings;
-        everywhere else the problem itself is held out, in one wording.
+        Facts cannot be guessed, so for them a single wording is held out and the others are in the training data. In
+        all other families the problem itself is held out, and asked in one wording.
         """
         pool = problems(family, self.difficulty)
         by_hash = sorted(pool, key=lambda problem: hashlib.sha256(f"{family}/{problem.key}".encode()).digest())
@@ -150,7 +150,7 @@ class TinyWorld:
         return out
 
     def _row(self, draw: random.Random, family: str, problem: Problem, wording: str) -> tuple[Prompt, bool]:
-        """A prompt and what one human answered, and whether that is flawed."""
+        """Make a prompt with one human's response, and return whether the response is flawed."""
         answer = problem.answer
         flaw: Flaw | None = None
         if problem.myth is not None and draw.random() < self.myths:
@@ -170,7 +170,7 @@ class TinyWorld:
 
 
 def respond(draw: random.Random, problem: Problem, answer: str, flaw: Flaw | None) -> str:
-    """The response of a human who believes ``answer``, flawless or with one flaw."""
+    """Write the response of a human who believes ``answer``, flawless or with one flaw."""
     if flaw == "wrong":
         answer = draw.choice(problem.wrong)
     text = draw.choice(problem.phrasings).format(answer)
@@ -182,7 +182,7 @@ def respond(draw: random.Random, problem: Problem, answer: str, flaw: Flaw | Non
 
 
 def _sloppy(draw: random.Random, text: str) -> str:
-    """Two of these, or the one that applies: no capital at the beginning, no full stop, a word repeated."""
+    """Make two of these mistakes, or the one that is possible: no initial capital, no full stop, a repeated word."""
     habits: list[Callable[[str], str]] = [lambda s: s.removesuffix(".")]
     if text[0].isalpha():
         habits.append(lambda s: s[0].lower() + s[1:])
@@ -194,11 +194,11 @@ def _sloppy(draw: random.Random, text: str) -> str:
 
 
 def _share(total: int, number: int) -> int:
-    """How many of ``total`` fall to family ``number`` when spread evenly."""
+    """The share of family ``number`` in ``total`` rows spread evenly."""
     return total // len(FAMILIES) + (number < total % len(FAMILIES))
 
 
-# --- what there is in the world ---------------------------------------------------------------------------------------
+# --- the contents of the world ----------------------------------------------------------------------------------------
 
 WORDS = tuple(
     """
@@ -231,7 +231,7 @@ FACTS = 168
 
 
 def problems(family: str, difficulty: int) -> list[Problem]:
-    """Every problem of a family, the same at every call; of more than ``POOL`` a fixed sample."""
+    """All problems of a family, or a fixed sample of ``POOL`` if there are more; the same at every call."""
     makers: dict[str, Callable[[int, random.Random], Iterator[Problem]]] = {
         "arithmetic": _arithmetic,
         "conversion": _conversion,
@@ -325,7 +325,7 @@ def _list_problem(
         answer=right,
         needs=tuple(answer),
         wrong=tuple(sorted({" ".join(w) for w in wrong} - {right})),
-        # Whoever is in a hurry leaves out the last item.
+        # An incomplete answer lacks the last item.
         short=phrasings[0].format(" ".join(answer[:-1])),
     )
 
@@ -350,7 +350,7 @@ def _counting(difficulty: int, draw: random.Random) -> Iterator[Problem]:
 
 
 def _facts(difficulty: int, draw: random.Random) -> Iterator[Problem]:
-    """Invented facts. Every third has a myth: the answer to another question of the same relation."""
+    """Invented facts. Every third has a myth: the answer to another question about the same relation."""
     starts = [a + b for a in ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "t", "v", "z") for b in "aeiou"]
     table: list[tuple[str, str, str]] = []
     for number in range(FACTS):
