@@ -31,7 +31,7 @@ class Files(Rows):
 
     @property
     def setting(self) -> str:
-        """The setting as messages name it."""
+        """As messages name it."""
         return f"data.path={self.path}"
 
     def _contents(self) -> Mapping[str, Any]:
@@ -66,7 +66,7 @@ class _Text(Files):
 
     @abstractmethod
     def _parse(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-        """Yield the raw rows of a file, each with its location."""
+        """The raw rows of a file, each with where it stands."""
 
     def _table(self) -> RawTable:
         raw: list[tuple[str, Any]] = []
@@ -79,7 +79,7 @@ class _Text(Files):
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(_Text):
-    """One JSON object per line; blank lines are skipped."""
+    """One JSON object a line; blank lines are skipped."""
 
     suffix: ClassVar[str] = ".jsonl"
 
@@ -100,7 +100,7 @@ class JsonLines(_Text):
 
 @dataclass(frozen=True, kw_only=True)
 class Csv(_Text):
-    """Comma-separated values with a header; quoted cells may contain line ends, and empty cells count as absent."""
+    """Comma-separated values with a header; quoted cells may hold line ends, and empty cells count as absent."""
 
     suffix: ClassVar[str] = ".csv"
 
@@ -127,11 +127,11 @@ class Csv(_Text):
 
 @dataclass(frozen=True, kw_only=True)
 class _Columns(Files):
-    """Files that are read by Arrow."""
+    """Files that Arrow reads."""
 
     @abstractmethod
     def _open_table(self, file: Path) -> tuple[list[str], Any]:
-        """Return the names of all columns of a file, and a table of those that are read."""
+        """The names of all columns of a file, and a table of the ones that are read."""
 
     def _table(self) -> RawTable:
         import pyarrow as pa

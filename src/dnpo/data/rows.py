@@ -1,7 +1,7 @@
-"""Turn raw rows of any supported form into prompts with human responses.
+"""Raw rows in any of the supported forms → prompts with their human responses.
 
 * ``prompt`` and ``response``: each a text, or turns with role and content.
-* ``messages``: a conversation, of which ``turns`` selects the prompt and the response.
+* ``messages``: a conversation, from which ``turns`` says what to take.
 * ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): ``chosen`` is taken as
   the human response, and ``rejected`` is not read. A conversational ``chosen`` may hold the whole conversation.
 
@@ -27,16 +27,16 @@ TURNS = "a list of turns with role and content"
 
 
 def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prompt], int]:
-    """Turn raw rows, each with its location such as ``some.jsonl:3``, into prompts with unique ids.
+    """Prompts from raw rows, each with where it stands, such as ``some.jsonl:3``; every id stands once.
 
-    A row that repeats an earlier row with the same id is left out; one that differs from it is an error. A
-    ``prompt_id`` identifies a prompt rather than a row, so a hash of the row is added to it.
+    A row that repeats another row of its id is left out; one that contradicts it is an error. A ``prompt_id`` names a
+    prompt and not a row, so there a hash of the row is added to the id.
 
     Returns:
-        The prompts, and the number of rows left out.
+        The prompts, and how many rows were left out.
 
     Raises:
-        DataError: a row cannot be used, or has the id of a different row; names the first such row.
+        DataError: the first row that cannot be used, or that has the id of another.
     """
     prompts: dict[str, Prompt] = {}
     places: dict[str, str] = {}
@@ -52,19 +52,19 @@ def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prom
         else:
             there = places[prompt.id]
             raise DataError(
-                f"{where}: {there} has the same id {prompt.id!r} but other contents; expected another id"
+                f"{where}: id {prompt.id!r} is that of {there} already, which says something else; expected another id"
                 if raw.get("id") is not None
-                else f"{where}: {there} has the same prompt and response but another answer or family; remove one of "
+                else f"{where}: prompt and response are those of {there}, but answer or family are not; remove one of "
                 "them, or give both an id"
             )
     return list(prompts.values()), repeated
 
 
 def prompt_of(where: str, raw: Any, turns: Turns) -> Prompt:
-    """Turn one raw row into a prompt.
+    """One raw row as a prompt.
 
     Raises:
-        DataError: the row cannot be used; names its location, the field, and what was expected.
+        DataError: names the place and the field, and says what was expected.
     """
     if not isinstance(raw, Mapping):
         raise DataError(f"{where}: {reprlib.repr(raw)} is not an object; {FORMS}")
@@ -90,7 +90,7 @@ def prompt_of(where: str, raw: Any, turns: Turns) -> Prompt:
 
 
 def _sides(where: str, row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Message]:
-    """The turns of a row with a prompt and a response, or with a ``chosen`` that contains both."""
+    """The turns of a row with a prompt and a response to it, or with a chosen side that holds both."""
     field = "response" if "response" in row or "chosen" not in row else "chosen"
     response = row.get(field)
     for missing in ("prompt", field):
@@ -114,7 +114,7 @@ def _sides(where: str, row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[M
 
 
 def _prompt_turns(where: str, prompt: Any) -> list[Message]:
-    """The turns of a prompt, of which the last is a user turn; a text is a single user turn."""
+    """A prompt's turns, the last of them a user's; a text is one."""
     if not isinstance(prompt, list):
         return [{"role": "user", "content": _text(where, "prompt", prompt)}]
     turns = list(_turns(where, "prompt", prompt))
@@ -124,7 +124,7 @@ def _prompt_turns(where: str, prompt: Any) -> list[Message]:
 
 
 def _conversation(where: str, field: str, messages: Any, turns: Turns) -> list[Message]:
-    """The first answer of a conversation with its prompt, or the last answer with all turns before it."""
+    """The prompt's turns and the assistant's answer: the first answer, or the last with all turns before it."""
     found: list[Message] = []
     end = 0
     for turn in _turns(where, field, messages):
@@ -139,7 +139,7 @@ def _conversation(where: str, field: str, messages: Any, turns: Turns) -> list[M
 
 
 def _turns(where: str, field: str, turns: Any, wanted: tuple[str, ...] = ("system", "user")) -> Iterator[Message]:
-    """Check turns one by one: a system turn if any, then user and assistant alternating."""
+    """Turns one by one: the system's if any, then the user and the assistant in turn."""
     if not isinstance(turns, list):
         raise DataError(f"{where}: {field} is {reprlib.repr(turns)}; expected {TURNS}")
     for i, turn in enumerate(turns):
@@ -160,7 +160,7 @@ def _text(where: str, field: str, value: Any, *, empty: bool = False) -> str:
         raise DataError(f"{where}: {field} is empty; expected text")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can contain half of a character: "\ud83d"
+    except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud83d"
         raise DataError(f"{where}: {field} is not valid Unicode ({error.reason}); expected text") from error
     return value
 

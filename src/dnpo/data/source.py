@@ -1,4 +1,4 @@
-"""The base class of sources that read users' rows: columns, sampling, splits and duplicates.
+"""The base of sources that read users' rows: columns, the sample, the split, and duplicates.
 
 :mod:`dnpo.data.rows` defines the forms of rows. Only rows that are drawn are checked.
 """
@@ -21,7 +21,7 @@ from dnpo.settings import Count, Fraction, Natural, nearest
 
 
 class RawTable(NamedTuple):
-    """The raw rows of a source: column names, number of rows, and a function that reads rows by number."""
+    """Raw rows of a source: the names of their columns, their count, and a function that reads some by number."""
 
     columns: Collection[str]
     total: int
@@ -30,20 +30,20 @@ class RawTable(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(ABC):
-    """The base class of sources that read users' rows.
+    """The base of the sources here: columns, the sample, the split, and duplicates.
 
     Args:
-        columns: the columns of fields that have other names in the data, such as ``{prompt: instruction}``.
-        turns: how to read ``messages``: ``first`` takes the first user turn and its answer; ``all`` takes the last
-            answer, with all turns before it as its prompt.
-        sample: number of rows to draw; 0 takes all.
+        columns: the column of each field that is named otherwise in the data, such as ``{prompt: instruction}``.
+        turns: of ``messages``: ``first`` takes the first user turn and the answer to it; ``all`` takes the last answer,
+            with all turns before it as its prompt.
+        sample: rows to draw; 0 takes all.
         holdout: share of the rows held out, half for validation and half for test, by a hash of the id.
         near_duplicates: remove rows whose prompt resembles an earlier or a held-out row's at least this much, by the
             Jaccard index of their sets of three successive words, without system turns. 0 removes equal prompts only.
-        seed: seed of the sample.
+        seed: draws the sample.
         max_prompt_tokens: longer prompts are dropped.
-        max_response_tokens: maximum length of responses.
-        long_responses: ``cut`` cuts longer human responses as samples are cut, ``drop`` drops their rows.
+        max_response_tokens: the limit of responses.
+        long_responses: ``cut`` human responses over the limit there, as samples are, or ``drop`` those rows.
     """
 
     drawn_with_replacement: ClassVar[bool] = False
@@ -61,7 +61,7 @@ class Rows(ABC):
     @property
     @abstractmethod
     def setting(self) -> str:
-        """The setting that locates the rows, as messages name it: ``data.path=…``."""
+        """Where the rows are, as messages name it: ``data.path=…``."""
 
     @property
     def _columns(self) -> dict[Field, str]:
@@ -69,14 +69,14 @@ class Rows(ABC):
 
     @abstractmethod
     def _contents(self) -> Mapping[str, Any]:
-        """The values that decide the rows before any are drawn."""
+        """What decides the rows before any are drawn."""
 
     @abstractmethod
     def _table(self) -> RawTable:
         """The rows that :meth:`_draw` draws from."""
 
     def identity(self) -> Mapping[str, Any]:
-        """The values that decide the rows; if all rows are taken, the seed is not among them."""
+        """What decides the rows. Where all are taken, the seed changes nothing."""
         return {
             **self._contents(),
             "columns": self._columns,
@@ -88,17 +88,17 @@ class Rows(ABC):
         }
 
     def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
-        """Return the rows by split, and the numbers of rows and of duplicates removed.
+        """Rows by split, how many these are, and how many were removed as duplicates of which kind.
 
         Raises:
-            DataError: there are no rows or fewer than ``sample``, a row cannot be used, or a split gets no rows.
+            DataError: there are no rows, a row cannot be used, fewer than ``sample``, or none for one of the splits.
         """
         rows, facts = self._by_split
         return {split: list(some) for split, some in rows.items()}, dict(facts)
 
     @cached_property
     def _by_split(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
-        """Split the rows by their ids, so that adding rows moves none to another split."""
+        """A row's split depends on its id alone, so that adding rows moves none."""
         table = self._table()
         drawn = self._draw(table.total)
         self._check_columns(table.columns)
@@ -137,7 +137,7 @@ class Rows(ABC):
         return [name for name in columns if name in FIELDS or name in self._columns.values()]
 
     def _rename(self, raw: Any) -> Any:
-        """Rename a raw row's columns to ours. Naming columns for one form of row hides those of other forms."""
+        """A raw row under our names. Naming columns for one form of row hides the columns of other forms."""
         if not (self._columns and isinstance(raw, Mapping)):
             return raw
         gone = {*self._columns, *self._columns.values()}
@@ -149,7 +149,7 @@ class Rows(ABC):
         return kept | {ours: raw.get(theirs) for ours, theirs in self._columns.items()}
 
     def _draw(self, total: int) -> list[int]:
-        """Draw the numbers of the rows to take, in ascending order."""
+        """Which of ``total`` rows to take, in their order."""
         if not total:
             raise DataError(f"{self.setting}: there are no rows in it; {FORMS}")
         if self.sample > total:
@@ -160,10 +160,10 @@ class Rows(ABC):
 
 
 def _distinct(rows: Mapping[str, list[Prompt]], threshold: float) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
-    """Remove rows whose prompt resembles an earlier one, and count the removed rows.
+    """Remove rows whose prompt is like an earlier one, and count the removed ones.
 
-    Test rows come first, then validation rows, then training rows. So no prompt that resembles a held-out one is
-    trained on, and none that resembles a test prompt is used to choose settings.
+    Test rows come before validation rows and these before training rows, so that nothing like a held-out prompt is
+    trained on, and settings are not chosen on what is reported.
     """
     ordered = [(split, prompt) for split in reversed(SPLITS) for prompt in rows[split]]
     removed = {"equal_to_earlier": 0, "equal_to_held_out": 0, "near_earlier": 0, "near_held_out": 0}
@@ -196,10 +196,10 @@ def _conversation(prompt: Prompt) -> tuple[str, ...]:
 
 
 def _text_of(prompt: Prompt) -> str:
-    """The prompt's text without system turns, which may be long and common to all prompts."""
+    """A prompt's text without system turns, which may be long and shared by all prompts."""
     return "\n".join(turn["content"] for turn in prompt.messages if turn["role"] != "system")
 
 
 def _fraction(name: str) -> float:
-    """Map an id to a fixed number in [0, 1)."""
+    """A fixed place in [0, 1) for every id."""
     return (int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 11) / 2**53
