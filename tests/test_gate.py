@@ -539,8 +539,9 @@ def _from(stage: Any, policy: Any) -> Any:
 
 NAMES = [
     *("reference", "labels", "prompts of the judge", "ids", "duplicates", "near duplicates"),
-    *("overlap with validation", "overlap with test", "validation and test", "template", "seam", "one BOS", "one EOS"),
-    *("no EOS where cut", "EOS of the model", "lengths of train", "lengths of validation", "lengths of test", "disk"),
+    *("overlap with validation", "overlap with test", "validation and test", "weights", "template", "seam", "one BOS"),
+    *("one EOS", "no EOS where cut", "EOS of the model", "context"),
+    *("lengths of train", "lengths of validation", "lengths of test", "disk"),
     *("memory, fine-tuning", "memory, training", "memory, generating", "judge"),
 ]
 

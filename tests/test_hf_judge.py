@@ -325,7 +325,7 @@ def test_what_cannot_be_used(tmp_path: Path, report: Report) -> None:
     prompts, responses = rows(1)
     with (
         Ledger(tmp_path / "ledger.sqlite") as ledger,
-        pytest.raises(ModelError, match=r"judge.path=.*cannot be loaded"),
+        pytest.raises(ModelError, match=r"judge.path=.*model\.safetensors is no safetensors file"),
     ):
         HF(path=str(folder), device="cpu")(prompts, responses, ledger, report)
 

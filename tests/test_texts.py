@@ -281,7 +281,7 @@ def test_an_encoder_that_pools_otherwise(minilm: Path, tmp_path: Path) -> None:
     ):
         right = file.read_text()
         file.write_text(json.dumps(wrong))
-        with pytest.raises(ModelError, match=r"encoder\.path=.*not the mean over tokens"):
+        with pytest.raises(ModelError, match=r"eval\.texts\.encoder=.*not the mean over tokens"):
             SentenceBert(str(folder))
         file.write_text(right)
     pooling.write_text("{")

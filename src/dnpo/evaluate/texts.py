@@ -90,6 +90,17 @@ class Texts:
         """The settings that decide the results, with contents in place of paths."""
         return {"rows": self.rows, "encoder": None if self._weights is None else self._weights.identity}
 
+    def check(self) -> None:
+        """Check the encoder's files, if there is one.
+
+        Raises:
+            ModelError: they cannot be used, or its embedding is made in another way.
+        """
+        if self.encoder is not None:
+            from dnpo.policy.encoder import check_encoder
+
+            check_encoder(self.encoder)
+
     def measure(self, generated: Sequence[str], positive: Sequence[str], device: str, seed: int) -> "Measured":
         """Compute :func:`similarity` of both, and :func:`diversity` of the generated texts."""
         from dnpo.policy.encoder import SentenceBert

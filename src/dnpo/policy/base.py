@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dnpo.errors import ModelError
+from dnpo.policy.folder import CONFIG, check_name, explain_missing, find_files
 from dnpo.policy.lora import Lora
 from dnpo.records import Prompt
 from dnpo.seeding import derive
@@ -86,6 +87,10 @@ class Scratch:
 
         return load(str(base), folder, device=device)
 
+    def weights_are_here(self, base: Path) -> bool:
+        """Whether the weights are on this machine: they are made here."""
+        return True
+
     def outline(self, base: Path) -> "Policy":
         """The untrained model without its weights: tokenizer and settings only, for checks."""
         from dnpo.policy.loading import outline
@@ -116,11 +121,15 @@ class Pretrained:
     def __post_init__(self) -> None:
         if (self.path is None) == (self.name is None):
             raise ModelError("model: give either model.path (a folder) or model.name (on the hub)")
-        if self.path is not None and not (Path(self.path) / "config.json").is_file():
-            raise ModelError(
-                f"model.path={self.path}: no model there; expected a folder with config.json, *.safetensors and a "
-                "tokenizer"
-            )
+        if self.path is not None and not (Path(self.path) / CONFIG).is_file():
+            raise ModelError(f"{self._setting}: {explain_missing(Path(self.path))}")
+        if self.name is not None:
+            check_name(self.name, self._setting)
+
+    @property
+    def _setting(self) -> str:
+        """The setting that names the model, for messages."""
+        return f"model.path={self.path}" if self._local else f"model.name={self.name}"
 
     @property
     def _local(self) -> bool:
@@ -173,7 +182,12 @@ class Pretrained:
             trust_remote_code=self.trust_remote_code,
             chat_template=self.chat_template,
             device=device,
+            setting=self._setting,
         )
+
+    def weights_are_here(self, base: Path) -> bool:
+        """Whether the weights are on this machine, or still on the hub."""
+        return find_files(self._location, None if self._local else self._commit) is not None
 
     def outline(self, base: Path) -> "Policy":
         """The base model without its weights: tokenizer and settings only, for checks."""
@@ -185,6 +199,7 @@ class Pretrained:
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
             chat_template=self.chat_template,
+            setting=self._setting,
         )
 
 

@@ -37,7 +37,8 @@ class Encoder:
     """
 
     def __init__(self, weights: Weights, dtype: Dtype = "float32", device: str = "cpu") -> None:
-        loaded = weights.load(AutoModel, dtype=getattr(torch, dtype), use_safetensors=True)
+        # only the last hidden states are read, so no head is needed, nor a pooler
+        loaded = weights.load_model(AutoModel, heads_anew=True, dtype=getattr(torch, dtype))
         self.model, self.tokenizer = loaded.to(device).eval().requires_grad_(False), weights.load(AutoTokenizer)
         self.limit = context_of(self.model, self.tokenizer)
 
@@ -103,15 +104,8 @@ class SentenceBert:
     """
 
     def __init__(self, path: str, device: str = "cpu", at_once: int = 64) -> None:
-        weights = Weights(path, None, None, "encoder")
-        pooling = _read_json(weights, "1_Pooling/config.json")
-        mean = pooling.get("pooling_mode_mean_tokens", pooling.get("pooling_mode", "mean") == "mean")
-        kinds = {str(module["type"]).rsplit(".", 1)[-1] for module in _read_json(weights, "modules.json").values()}
-        if not mean or kinds - PARTS:
-            raise ModelError(
-                f"{weights.description}: its embedding is not the mean over tokens; expected an encoder for which it "
-                "is, such as sentence-transformers/all-MiniLM-L6-v2"
-            )
+        weights = Weights(path, None, None, "eval.texts.encoder")
+        _check_pooling(weights)
         self.encoder, self.at_once = Encoder(weights, device=device), at_once
         limits = [self.encoder.limit, _read_json(weights, SETTINGS).get("max_seq_length")]
         self.longest = min((limit for limit in limits if limit), default=None)
@@ -122,6 +116,28 @@ class SentenceBert:
         rows = [self.encoder.encode(text, self.longest) for text in texts]
         known = self.encoder.embed(rows, self.at_once)
         return torch.stack([known[ids] for ids in rows]).cpu()
+
+
+def check_encoder(path: str) -> None:
+    """Check a folder for :class:`SentenceBert` by its files, without loading it.
+
+    Raises:
+        ModelError: the files are not those of an encoder, or say that its embedding is made in another way.
+    """
+    weights = Weights(path, None, None, "eval.texts.encoder")
+    _check_pooling(weights)
+    weights.outline(AutoModel, heads_anew=True)
+
+
+def _check_pooling(weights: Weights) -> None:
+    pooling = _read_json(weights, "1_Pooling/config.json")
+    mean = pooling.get("pooling_mode_mean_tokens", pooling.get("pooling_mode", "mean") == "mean")
+    kinds = {str(module["type"]).rsplit(".", 1)[-1] for module in _read_json(weights, "modules.json").values()}
+    if not mean or kinds - PARTS:
+        raise ModelError(
+            f"{weights.description}: its embedding is not the mean over tokens; expected an encoder for which it is, "
+            "such as sentence-transformers/all-MiniLM-L6-v2"
+        )
 
 
 def _read_json(weights: Weights, file: str) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dnpo.errors import ModelError
+from dnpo.policy.complete import explain, load_complete, merge_adapter, outline_complete
+from dnpo.policy.folder import check_folder, find_files
 from dnpo.policy.model import Policy, adapters
 from dnpo.policy.packing import ATTENTION, pack
 from dnpo.policy.tokenizer import PLAIN_TEMPLATE
@@ -24,28 +25,26 @@ def load(
     trust_remote_code: bool = False,
     chat_template: str | None = None,
     device: str = "cpu",
+    setting: str | None = None,
 ) -> Policy:
     """Load a policy: full weights from ``folder`` if there are, else the base's with the folder's adapters merged in.
 
+    Args:
+        setting: the setting that names the base, and its value, for messages.
+
     Raises:
-        ModelError: there is no usable model or tokenizer, or the two disagree, or the output head is not one whose
-            logits the log-probabilities here reproduce.
+        ModelError: there is no usable model or tokenizer, or the two disagree; the weights are not complete; or the
+            output head is not one whose logits the log-probabilities here reproduce.
     """
     whole = folder is not None and (folder / "config.json").is_file()
     weights = str(folder) if whole else base
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": None if whole else revision}
-    try:
-        tokenizer, config = _load_parts(weights, chat_template, options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            weights, config=config, dtype=dtype, use_safetensors=True, **options
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"model: {weights} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    what = setting if setting is not None and not whole else f"model: {weights}"
+    tokenizer, config = _load_parts(weights, chat_template, options, what)
+    model = load_complete(AutoModelForCausalLM, weights, what, config=config, dtype=dtype, **options)
     if folder is not None and not whole:
-        from peft import PeftModel
-
         for adapter in adapters(folder):
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            model = merge_adapter(model, adapter, what)
     policy = Policy(model.to(device), tokenizer)
     _check(policy, weights)
     return policy
@@ -58,35 +57,49 @@ def outline(
     dtype: Dtype = "float32",
     trust_remote_code: bool = False,
     chat_template: str | None = None,
+    setting: str | None = None,
 ) -> Policy:
     """The base model with its tokenizer, its shapes and its settings, but without weights: it takes no memory.
 
+    The weights are checked as far as they are on this machine: those of a name on the hub may not be downloaded yet.
+
     Raises:
-        ModelError: there is no usable configuration or tokenizer, or the two disagree.
+        ModelError: there is no usable configuration or tokenizer, or the two disagree; or the weights are not complete.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    try:
-        tokenizer, config = _load_parts(base, chat_template, options)
+    what = setting or f"model: {base}"
+    tokenizer, config = _load_parts(base, chat_template, options, what)
+    files = find_files(base, revision)
+    if files is not None:
+        model = outline_complete(
+            AutoModelForCausalLM, base, what, files=files, config=config, dtype=getattr(torch, dtype), **options
+        )
+    else:
         make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model = make(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model: {base} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    with suppress(OSError):  # without a generation file the settings follow from the configuration
-        model.generation_config = GenerationConfig.from_pretrained(base, revision=revision or "main")
+        with suppress(OSError):  # without a generation file the settings follow from the configuration
+            model.generation_config = GenerationConfig.from_pretrained(base, revision=revision or "main")
     policy = Policy(model, tokenizer)
     _belong_together(policy, base)
     return policy
 
 
-def _load_parts(weights: str, chat_template: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_parts(weights: str, chat_template: str | None, options: dict[str, Any], what: str) -> tuple[Any, Any]:
     """Load the tokenizer, with the chat template in force, and the configuration."""
-    tokenizer = AutoTokenizer.from_pretrained(weights, **options)
+    files = find_files(weights, options["revision"])
+    if files is not None:
+        check_folder(files, what, trained=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(weights, **options)
+        config = AutoConfig.from_pretrained(weights, **options)
+    except Exception as error:  # with values that it does not expect, a tokenizer's code raises what it likes
+        raise ModelError(f"{what}: cannot be loaded: {explain(error)}") from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     elif tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    return tokenizer, without_dropout(AutoConfig.from_pretrained(weights, **options))
+    return tokenizer, without_dropout(config)
 
 
 def without_dropout(config: Any) -> Any:

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dnpo.errors import ModelError
+from dnpo.policy.folder import check_folder, check_name, explain_missing, find_files, read_quantisation
 from dnpo.store import content_hash
+
+WHOLE = ("base", "eval.texts.encoder")  # settings that are a place, rather than have one
 
 
 class Weights:
@@ -36,9 +39,9 @@ class Weights:
         self.folder = Path(path).absolute() if path is not None else None
         self.path, self.name, self.revision, self.setting = path, name, revision, setting
         if self.folder is not None and not (self.folder / marker).is_file():
-            raise ModelError(
-                f"{self.description}: no model there; expected a folder with {marker}, safetensors and a tokenizer"
-            )
+            raise ModelError(f"{self.description}: {explain_missing(self.folder, marker)}")
+        if name is not None:
+            check_name(name, self.description)
 
     @staticmethod
     def has(path: str, file: str) -> bool:
@@ -48,8 +51,8 @@ class Weights:
     @property
     def description(self) -> str:
         """The setting that names the model, for messages."""
-        if self.setting == "base":
-            return f"base={self.path or self.name}"
+        if self.setting in WHOLE:
+            return f"{self.setting}={self.path or self.name}"
         return f"{self.setting}.path={self.path}" if self.path is not None else f"{self.setting}.name={self.name}"
 
     @cached_property
@@ -89,21 +92,67 @@ class Weights:
                 f"({type(error).__name__}); give a folder, or {prefix}revision=… to use a downloaded copy"
             ) from error
 
-    def load(self, kind: Any, **options: Any) -> Any:
-        """Load with one of transformers' Auto classes.
+    @property
+    def _place(self) -> tuple[str, str | None]:
+        """Folder or name, and revision, as transformers takes them."""
+        return (str(self.name), self._commit) if self.folder is None else (str(self.folder), None)
+
+    def load(self, kind: Any) -> Any:
+        """Load a tokenizer with one of transformers' Auto classes.
 
         Raises:
             ModelError: it cannot.
         """
-        from safetensors import SafetensorError
+        from dnpo.policy.complete import explain
 
-        where = str(self.folder) if self.folder is not None else str(self.name)
-        revision = None if self.folder is not None else self._commit
+        where, revision = self._place
+        if self.folder is not None:
+            check_folder(self.folder, self.description)
         try:
-            return kind.from_pretrained(where, revision=revision, **options)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(f"{self.description}: cannot be loaded: {lines[0]}") from error
+            return kind.from_pretrained(where, revision=revision)
+        except Exception as error:  # with values that it does not expect, a tokenizer's code raises what it likes
+            raise ModelError(f"{self.description}: cannot be loaded: {explain(error)}") from error
+
+    def load_model(self, kind: Any, **options: Any) -> Any:
+        """Load the model, completely: ``complete.load_complete`` with one of transformers' Auto classes.
+
+        Raises:
+            ModelError: it cannot.
+        """
+        from dnpo.policy.complete import load_complete
+
+        where, revision = self._place
+        return load_complete(kind, where, self.description, revision=revision, **options)
+
+    def outline(self, kind: Any, **options: Any) -> Any:
+        """Check the files, and load the model without its weights (``complete.outline_complete``).
+
+        Returns:
+            The model on the ``meta`` device; None where that cannot be done: the files are not downloaded yet, or the
+            weights are quantised.
+
+        Raises:
+            ModelError: the files are not those of such a model, or their quantisation cannot run here.
+        """
+        from dnpo.policy.complete import check_quantisation, outline_complete
+
+        where, revision = self._place
+        files = find_files(where, revision)
+        if files is None:
+            return None
+        check_folder(files, self.description)
+        if read_quantisation(files) is not None:
+            check_quantisation(files, self.description)
+            return None
+        return outline_complete(kind, where, self.description, files=files, revision=revision, **options)
+
+    def object_to(self, kind: Any, **options: Any) -> str | None:
+        """Why the model cannot be used, by its files; None where nothing speaks against them."""
+        try:
+            self.outline(kind, **options)
+        except ModelError as error:
+            return str(error)
+        return None
 
 
 def context_of(model: Any, tokenizer: Any) -> int | None:

@@ -99,6 +99,19 @@ class Leaderboard:
         """The number of examples before each question, by benchmark."""
         return {name: int((self.shots or {}).get(name, BENCHMARKS[name].shots)) for name in self.names}
 
+    def check(self) -> None:
+        """Check that lm-eval is installed, and that the rows of a folder can be used.
+
+        Raises:
+            SettingsError: lm-eval is not installed, or the source is neither ``hub`` nor a folder.
+            DataError: a file is missing, or a row cannot be used.
+        """
+        from dnpo.evaluate.leaderboard import harness
+
+        harness.available()
+        for name in self.names:
+            _tasks(self.source, name)
+
     def identity(self) -> dict[str, Any]:
         """The settings that decide the results, with the contents of the source in place of its path.
 

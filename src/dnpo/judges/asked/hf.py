@@ -87,12 +87,19 @@ class HF(Prompted):
         return device_of(self.device)
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Any prompt, where there is such a device."""
+        """Any prompt, where there is such a device, and the model's files are complete."""
         try:
             _ = self._device
         except SettingsError as error:
             return f"judge.{error}"
-        return None
+        return self._objection
+
+    @cached_property
+    def _objection(self) -> str | None:
+        """Why the model cannot be used, by its files."""
+        from transformers import AutoModelForCausalLM
+
+        return self.weights.object_to(AutoModelForCausalLM)
 
     def canary(self, ledger: Ledger) -> Canary:
         """Ask one question to see whether the model follows the instruction; the ledger keeps the answer."""
@@ -150,9 +157,7 @@ class HF(Prompted):
         from dnpo.judges.asked.replies import Replies
 
         tokenizer = self.weights.load(AutoTokenizer)
-        model = self.weights.load(AutoModelForCausalLM, dtype=getattr(torch, self.dtype), use_safetensors=True).to(
-            self._device
-        )
+        model = self.weights.load_model(AutoModelForCausalLM, dtype=getattr(torch, self.dtype)).to(self._device)
         replies, goes_on = (NUMBERS, "[0-9]") if self.mode == "score" else (WINNERS, "[A-Za-z]")
         return Replies(model.eval(), tokenizer, replies, goes_on, example.messages)
 

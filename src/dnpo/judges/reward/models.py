@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from dnpo.errors import ModelError
 from dnpo.judges.reward.facts import read_facts
+from dnpo.policy.complete import check_finite, explain
 from dnpo.policy.encoder import Encoder, Ids
 from dnpo.policy.loading import without_dropout
 from dnpo.policy.tokenizer import PLAIN_TEMPLATE
@@ -165,24 +167,42 @@ def load(weights: Weights, dtype: Dtype, device: str, max_tokens: int | None) ->
         encoder = Weights(str(weights.folder / ENCODER), None, None)
         rewards = Embedding(Encoder(encoder, dtype, device), int(facts["hidden"]), max_tokens)
         try:
-            rewards.model.load_state_dict(load_file(weights.folder / HEAD))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ModelError(f"{weights.description}: its {HEAD} cannot be loaded: {error}") from error
+            head = load_file(weights.folder / HEAD)
+            rewards.model.load_state_dict(head)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise ModelError(f"{weights.description}: its {HEAD} cannot be loaded: {explain(error)}") from error
+        check_finite(head.items(), f"{weights.description}: its {HEAD}")
         return rewards
-    model, info = weights.load(
-        AutoModelForSequenceClassification,
-        dtype=getattr(torch, dtype),
-        use_safetensors=True,
-        output_loading_info=True,
+    model = weights.load_model(AutoModelForSequenceClassification, hint=_advise(weights), dtype=getattr(torch, dtype))
+    _check_outputs(weights, model)
+    return Classifier(model.to(device).eval(), weights.load(AutoTokenizer), max_tokens)
+
+
+def object_to(weights: Weights) -> str | None:
+    """Why the files of a reward model cannot be used; None where nothing speaks against them."""
+    try:
+        if read_facts(weights).get("kind") == "embedding":
+            assert weights.folder is not None
+            Weights(str(weights.folder / ENCODER), None, None).outline(AutoModel, heads_anew=True)
+            return None
+        model = weights.outline(AutoModelForSequenceClassification, hint=_advise(weights))
+        if model is not None:
+            _check_outputs(weights, model)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def _advise(weights: Weights) -> str:
+    return (
+        ". Without an output that was trained it is no reward model; fit one on it: python -m dnpo.judges.reward fit "
+        f"base={weights.folder or weights.name} data.path=… out=…"
     )
+
+
+def _check_outputs(weights: Weights, model: Any) -> None:
     if model.config.num_labels != 1:
         raise ModelError(f"{weights.description}: has {model.config.num_labels} outputs; expected one, the reward")
-    if info["missing_keys"]:
-        raise ModelError(
-            f"{weights.description}: no reward model, {', '.join(sorted(info['missing_keys'])[:3])} would be a draw; "
-            f"fit one on it: python -m dnpo.judges.reward fit base={weights.folder or weights.name} data.path=… out=…"
-        )
-    return Classifier(model.to(device).eval(), weights.load(AutoTokenizer), max_tokens)
 
 
 def start_classifier(weights: Weights, device: str, max_tokens: int | None) -> Classifier:
@@ -192,10 +212,9 @@ def start_classifier(weights: Weights, device: str, max_tokens: int | None) -> C
         ModelError: it cannot be loaded, or has no token to pad with.
     """
     tokenizer = weights.load(AutoTokenizer)
-    model = weights.load(
-        AutoModelForSequenceClassification, num_labels=1, dtype=torch.float32, use_safetensors=True,
-        ignore_mismatched_sizes=True,
-    ).to(device)  # fmt: skip
+    model = weights.load_model(
+        AutoModelForSequenceClassification, heads_anew=True, num_labels=1, dtype=torch.float32
+    ).to(device)
     without_dropout(model.config)
     for part in model.modules():
         if isinstance(part, nn.Dropout):

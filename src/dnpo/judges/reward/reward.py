@@ -99,12 +99,19 @@ class Reward(Judge):
         return frozenset((self.weights.folder / SEEN).read_text(encoding="utf-8").split())
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Any prompt, where there is such a device."""
+        """Any prompt, where there is such a device, and the model's files are complete."""
         try:
             _ = self._device
         except SettingsError as error:
             return f"judge.{error}"
-        return None
+        return self._objection
+
+    @cached_property
+    def _objection(self) -> str | None:
+        """Why the model cannot be used, by its files."""
+        from dnpo.judges.reward.models import object_to
+
+        return object_to(self.weights)
 
     def canary(self, ledger: Ledger) -> Canary:
         """Judge one response: can the model be loaded, and does it give a score?"""

@@ -8,8 +8,8 @@ from pathlib import Path
 from dnpo.errors import ModelError
 from dnpo.loop import Iteration
 from dnpo.policy.model import Policy
-from dnpo.running.gate import judge, needs, rows, text
-from dnpo.running.gate.finding import Finding
+from dnpo.running.gate import judge, measures, needs, rows, text
+from dnpo.running.gate.finding import Finding, refuse
 from dnpo.running.gate.machine import Counts
 from dnpo.stages.plan import Run
 from dnpo.store import Stage, Store
@@ -24,12 +24,14 @@ def check(run: Run, iterations: Sequence[Iteration], store: Store, todo: Sequenc
     try:
         with _base(run, iterations[0].prompts, data, store) as folder:
             policy = run.model.outline(folder)
+            found.append(measures.weights(policy, run.model.weights_are_here(folder)))
             tokens, counts = _tokens(run, data, policy)
             found += tokens
             if counts is not None:
                 found += needs.findings(run, iterations, store, counts, policy, folder)
     except ModelError as error:
-        found.append(Finding("model", "stop", str(error), "model.…, as the message says"))
+        found.append(refuse("model", error, "model.…, as the message says"))
+    found += measures.findings(run.eval, {stage.name for stage in todo})
     ahead = {stage.name for stage in todo}
     asked = [(run.judge, {"judge", "evaluate"}), (run.second_judge, {"second"})]
     for who, stages in asked:
@@ -86,10 +88,17 @@ def _tokens(run: Run, data: rows.Rows, policy: Policy) -> tuple[list[Finding], C
     ]
     context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
     longest = min(run.data.max_prompt_tokens, context - run.limit)
+    room = rows.room(run.data.max_prompt_tokens, context, run.limit)
+    found.append(room)
+    if room.level == "stop":
+        return found, None
+    why = f" (data.max_prompt_tokens={longest})"
+    if longest < run.data.max_prompt_tokens:
+        why = f" (the model's context of {context:,} less data.max_response_tokens={run.limit})"
     drop = run.data.long_responses == "drop"
     for split, some_rows in by_split.items():
         tokens = [(len(row.prompt_ids), len(row.ids)) for row in some_rows]
-        found.append(rows.lengths(split, len(data[split]), tokens, longest, run.limit, drop))
+        found.append(rows.lengths(split, len(data[split]), tokens, longest, run.limit, drop, why))
     if any(finding.level == "stop" for finding in found):
         return found, None
     sizes = {split: len(data[split]) for split in data}

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dnpo.errors import DnpoError
+
 Level = Literal["pass", "warn", "stop"]
 
 
@@ -21,3 +23,8 @@ class Finding:
     level: Level
     text: str
     setting: str = ""
+
+
+def refuse(name: str, error: DnpoError, setting: str) -> Finding:
+    """The finding of a check that an error ended. The check's name is not said twice."""
+    return Finding(name, "stop", str(error).removeprefix(f"{name}: "), setting)

@@ -7,7 +7,7 @@ from dnpo.errors import DnpoError
 from dnpo.judges import Judge
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt
-from dnpo.running.gate.finding import Finding
+from dnpo.running.gate.finding import Finding, refuse
 from dnpo.running.gate.rows import Rows
 
 
@@ -61,7 +61,7 @@ def canary(judge: Judge, ledger: Ledger) -> Finding:
     try:
         asked = judge.canary(ledger)
     except DnpoError as error:
-        return Finding("judge", "stop", str(error), "judge.…, as the message says")
+        return refuse("judge", error, "judge.…, as the message says")
     if asked is None:
         return Finding("judge", "pass", "this judge answers without a call")
     if not asked.scored:

@@ -107,7 +107,25 @@ def overlap(rows: Rows) -> list[Finding]:
     return findings
 
 
-def lengths(split: str, total: int, tokens: Sequence[tuple[int, int]], longest: int, limit: int, drop: bool) -> Finding:
+def room(asked: int, context: int, limit: int) -> Finding:
+    """Check that the model's context leaves room for prompts.
+
+    Args:
+        asked: maximum tokens of a prompt in the settings.
+        context: tokens that the model reads at most.
+        limit: maximum tokens of a response.
+    """
+    setting = f"data.max_response_tokens={limit} to less than {context:,}, or the model"
+    if limit >= context:
+        text = f"the model's context of {context:,} tokens leaves none for prompts beside responses of {limit:,} tokens"
+        return Finding("context", "stop", text, setting)
+    text = f"prompts of up to {min(asked, context - limit):,} and responses of up to {limit:,} tokens fit into "
+    return Finding("context", "pass", f"{text}the model's context of {context:,}")
+
+
+def lengths(
+    split: str, total: int, tokens: Sequence[tuple[int, int]], longest: int, limit: int, drop: bool, why: str = ""
+) -> Finding:
     """Check what the length limits drop and cut.
 
     Args:
@@ -116,6 +134,7 @@ def lengths(split: str, total: int, tokens: Sequence[tuple[int, int]], longest: 
         tokens: tokens of prompt and response, for some or all of the rows.
         longest, limit: maximum tokens of a prompt and of a response.
         drop: whether rows with longer responses are dropped; otherwise the responses are cut.
+        why: where the limit for prompts comes from.
     """
     name, count = f"lengths of {split}", len(tokens)
     setting = "data.max_prompt_tokens and data.max_response_tokens (together within the model's context)"
@@ -125,7 +144,7 @@ def lengths(split: str, total: int, tokens: Sequence[tuple[int, int]], longest: 
     over = sum(response > limit for prompt, response in tokens if prompt <= longest)
     if too_long == count:
         shortest = min(prompt for prompt, _ in tokens)
-        text = f"none of the {total:,} {split} prompts fits into {longest:,} tokens: the shortest has {shortest:,}"
+        text = f"none of the {total:,} {split} prompts fits into {longest:,} tokens{why}: the shortest has {shortest:,}"
         return Finding(name, "stop", text, setting)
     if drop and too_long + over == count:
         text = f"none of the {total:,} {split} rows fits into {longest:,} and {limit:,} tokens: all would be dropped"

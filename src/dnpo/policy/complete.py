@@ -1,0 +1,265 @@
+"""Loading a model completely: every tensor is in the files, goes into the model, has its shape, and is finite.
+
+transformers draws at random what the files lack, and leaves out what the model lacks. What it says of that is read
+here, after a real load, or after one onto torch's ``meta`` device, which takes no memory and reads headers only.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dnpo.errors import ModelError
+from dnpo.policy.folder import (
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    check_folder,
+    count_tensors,
+    find_files,
+    read_header,
+    read_quantisation,
+    weight_files,
+)
+
+WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel or DeepSpeed",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "base_model.model.": "peft",
+    "base_layer.": "peft",
+    "_forward_module.": "Lightning",
+}
+HEAD = "lm_head.weight"
+
+
+def load_complete(kind: Any, where: str, what: str, *, heads_anew: bool = False, hint: str = "", **options: Any) -> Any:
+    """Load a model with one of transformers' Auto classes.
+
+    Args:
+        kind: the class.
+        where: a folder, or a name on the hub.
+        what: the setting and its value, for messages.
+        heads_anew: whether tensors outside the model's body may be missing, left over or of another shape: the caller
+            trains a new head, or reads none.
+        hint: what to do about weights that are not complete; a text that goes on after them.
+        options: passed on to ``from_pretrained``.
+
+    Raises:
+        ModelError: it cannot be loaded, or not completely.
+    """
+    files = find_files(where, options.get("revision"))
+    if files is not None:
+        check_folder(files, what)
+    model = _load(kind, where, what, heads_anew, hint, options)
+    if getattr(model.config, "quantization_config", None) is not None and not getattr(model, "is_quantized", False):
+        raise ModelError(f"{what}: transformers does not know the quantisation that its {CONFIG} names")
+    downloaded = find_files(where, options.get("revision"))
+    if files is None and downloaded is not None:
+        check_folder(downloaded, what)
+    check_finite(model.state_dict().items(), what)
+    _check_tied(model, dict(model.state_dict(keep_vars=True)), what)
+    return model
+
+
+def outline_complete(
+    kind: Any, where: str, what: str, *, files: Path, heads_anew: bool = False, hint: str = "", **options: Any
+) -> Any:
+    """Load a model without its weights, as :func:`load_complete` but onto the ``meta`` device.
+
+    The values in the files are read once, tensor by tensor, to see that they are finite: about a second for each
+    gigabyte.
+
+    Args:
+        files: the folder of the files that are read.
+    """
+    model = _load(kind, where, what, heads_anew, hint, {**options, "device_map": "meta"})
+    check_finite(_read_tensors(files), what)
+    tied = {name for pair in _tied_names(model).items() for name in pair}
+    _check_tied(model, dict(_read_tensors(files, tied)), what)
+    return model
+
+
+def check_quantisation(files: Path, what: str) -> None:
+    """Check that quantised weights can be used on this machine.
+
+    Raises:
+        ModelError: what is missing.
+    """
+    from transformers import AutoConfig
+
+    quantizers: Any = import_module("transformers.quantizers.auto")  # ships without annotations
+    try:
+        config = AutoConfig.from_pretrained(files)
+        if not quantizers.AutoHfQuantizer.supports_quant_method(config.quantization_config):
+            raise ValueError("transformers does not know it")
+        quantizers.get_hf_quantizer(config, None, None, True, {})
+    except Exception as error:  # each kind asks for its packages in its own way
+        kind = read_quantisation(files)
+        text = f"its weights are quantised ({kind}), which cannot run here: {explain(error)}"
+        raise ModelError(f"{what}: {text}") from error
+
+
+def merge_adapter(model: Any, folder: Path, what: str) -> Any:
+    """Merge the LoRA adapter in a folder into a model.
+
+    Raises:
+        ModelError: it cannot be loaded, or not completely.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, folder)
+        kept = read_header(folder / ADAPTER_WEIGHTS)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # files of any content: peft and json raise what they like
+        raise ModelError(f"{what}: the adapter in {folder} cannot be loaded: {explain(error)}") from error
+    expected = get_peft_model_state_dict(adapted)
+    problems = [
+        f"{how}: {count_tensors(names)}"
+        for how, names in (
+            ("missing, so that random ones would be drawn", set(expected) - set(kept)),
+            ("no part of it", set(kept) - set(expected)),
+        )
+        if names
+    ]
+    if problems:
+        raise ModelError(f"{what}: the adapter in {folder} is not complete: {'; '.join(problems)}")
+    check_finite(expected.items(), f"{what}: the adapter in {folder}")
+    return adapted.merge_and_unload()
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Check that weights are numbers.
+
+    Raises:
+        ModelError: names the tensors that hold NaN or infinite values.
+    """
+    broken = [name for name, tensor in tensors if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    if broken:
+        raise ModelError(f"{what}: with values that are not finite: {count_tensors(broken)}")
+
+
+def explain(error: Exception) -> str:
+    """The beginning of an error's text: its first line, and the next where that one announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError | AssertionError | TypeError) else text
+
+
+def _read_tensors(files: Path, names: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors of a folder one by one, or only some."""
+    for file in weight_files(files):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if names is None or name in names:
+                    yield name, opened.get_tensor(name)
+
+
+def _load(kind: Any, where: str, what: str, heads_anew: bool, hint: str, options: dict[str, Any]) -> Any:
+    try:
+        with _without_report():
+            model, info = kind.from_pretrained(
+                where, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # with values that it does not expect, a model's code raises what it likes
+        raise ModelError(f"{what}: cannot be loaded: {explain(error)}") from error
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    mismatched = {name: f"{_shape(theirs)} for {_shape(ours)}" for name, theirs, ours in info["mismatched_keys"]}
+    tied = _tied_names(model)
+    missing -= {one for one, other in tied.items() if other in missing}  # named once, by what it is tied to
+    if heads_anew:
+        body = _body_names(model)
+        missing, unexpected = ({n for n in names if not _is_head(n, body)} for names in (missing, unexpected))
+        mismatched = {name: shapes for name, shapes in mismatched.items() if not _is_head(name, body)}
+    problems = []
+    if missing:
+        problems.append(f"missing, so that random ones would be drawn: {count_tensors(missing)}")
+    if unexpected:
+        problems.append(f"no part of {type(model).__name__}: {count_tensors(unexpected)}")
+    if mismatched:
+        shapes = count_tensors([f"{name}: {shapes}" for name, shapes in mismatched.items()])
+        problems.append(f"of another shape than {CONFIG} says: {shapes}")
+    if problems:
+        hint = _explain_names(missing, set(info["unexpected_keys"]), model.base_model_prefix) or hint
+        raise ModelError(f"{what}: its weights are not those of the model: {'; '.join(problems)}{hint}")
+    return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from printing its own table of what a load leaves out: it is refused here in words."""
+
+    def passes(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        logger.removeFilter(passes)
+
+
+def _shape(size: Iterable[int]) -> str:
+    return "×".join(map(str, size)) or "one number"
+
+
+def _body_names(model: Any) -> set[str]:
+    """The first parts of the names of a body's tensors, with and without the prefix that a head puts before them."""
+    body: nn.Module = model.base_model
+    return {model.base_model_prefix, *(name.split(".")[0] for name in body.state_dict())}
+
+
+def _is_head(name: str, body: set[str]) -> bool:
+    return name.split(".")[0] not in body or "pooler" in name.split(".")
+
+
+def _explain_names(missing: set[str], unexpected: set[str], base: str) -> str:
+    """Why tensors have other names than the model's, and what to do; "" where nothing tells."""
+    if any(".lora_A." in name or ".lora_B." in name for name in unexpected):
+        return (
+            ". The weights have an adapter that is not merged; merge it with peft (merge_and_unload) and save the "
+            "merged model"
+        )
+    for wrapper, who in WRAPPERS.items():
+        without = {name.replace(wrapper, "", 1) for name in unexpected if wrapper in name}
+        if without & {*missing, *(f"{base}.{name}" for name in missing)}:
+            return (
+                f". {who} has put {wrapper} into the names: save the module inside, or take it off the names in every "
+                "*.safetensors file (and in the index if there is one), with safetensors.torch: "
+                f'save_file({{name.replace("{wrapper}", "", 1): tensor for name, tensor in load_file(OLD).items()}}, '
+                'NEW, {"format": "pt"})'
+            )
+    for name in unexpected:
+        inner = next((each for each in missing if name.endswith(f".{each}")), None)
+        if inner is not None:
+            return f". {name.removesuffix(inner)} stands before the names; take it off"
+    if missing == {HEAD}:
+        return f". If the output head is the embedding, set tie_word_embeddings to true in {CONFIG}"
+    return ""
+
+
+def _tied_names(model: Any) -> dict[str, str]:
+    """Which tensors the configuration ties; the model's own list leaves out those that differ."""
+    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+def _check_tied(model: Any, tensors: dict[str, Tensor], what: str) -> None:
+    """Check that tensors which the configuration ties hold the same values."""
+    for one, other in _tied_names(model).items():
+        first, second = tensors.get(one), tensors.get(other)
+        if first is not None and second is not None and first is not second and not torch.equal(first, second):
+            raise ModelError(
+                f"{what}: {CONFIG} ties {one} to {other}, but the files hold other values for each; set "
+                "tie_word_embeddings to false there, or take one of them out"
+            )

@@ -1,0 +1,307 @@
+"""What a model's folder says of itself, by its files alone: no weights are read, and nothing heavy is imported.
+
+A file that is not what its name says, and files that contradict each other, are found here. Whether the tensors are
+those of the model is for ``complete.py``, which needs the model's code.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dnpo.errors import ModelError
+
+CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
+WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+OBJECTS = (
+    *(CONFIG, GENERATION, ADAPTER, INDEX, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json"),
+)
+OTHERS = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja")
+BEGINNINGS = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`",
+    b"<": "is a page of a web site, not the file itself; download it again",
+    b"PK\x03\x04": "is a pickle of torch (or another zip), whatever its name says",
+    b"\x80": "is a pickle, whatever its name says",
+    b"GGUF": "is a GGUF file, whatever its name says",
+}
+BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
+FLOATS = {"F16", "BF16", "F32", "F64"}
+LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+NAMED = 3  # examples in a message
+
+
+class Kept(NamedTuple):
+    """A tensor of a safetensors file: its type, as safetensors names it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def name_some(names: Collection[str]) -> str:
+    """The first few of some names, in their order, and that there are more."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:NAMED]) + (", …" if len(ordered) > NAMED else "")
+
+
+def count_tensors(names: Collection[str]) -> str:
+    """How many tensors these are, and the names of the first few."""
+    return f"{len(names):,} tensor{'' if len(names) == 1 else 's'} ({name_some(names)})"
+
+
+def explain_missing(folder: Path, marker: str = CONFIG) -> str:
+    """Why a folder without its ``config.json`` (or another marker) is no model, and what it is instead."""
+    expected = f"expected a folder with {marker}, *.safetensors and a tokenizer"
+    if folder.is_file():
+        return f"no model there, but a file; {expected}"
+    if (folder / marker).is_symlink():
+        return f"no model there: {_describe_link(folder / marker)}; {expected}"
+    if (folder / ADAPTER).is_file():
+        return f"no model there, but {_describe_adapter(folder)}"
+    within = sorted(file.parent.name for file in folder.glob(f"*/{marker}")) if folder.is_dir() else []
+    hint = f" (its subfolders {name_some(within)} have one)" if within else ""
+    return f"no model there; {expected}{hint}"
+
+
+def check_name(name: str, what: str) -> None:
+    """Check that a name on the hub is no folder here, which transformers would read instead.
+
+    Raises:
+        ModelError: there is such a folder.
+    """
+    if Path(name).is_dir():
+        setting = what.partition("=")[0].removesuffix("name") + "path"
+        raise ModelError(f"{what}: there is a folder of that name, which would be read instead; give {setting}={name}")
+
+
+def check_folder(folder: Path, what: str, *, trained: bool = False) -> None:
+    """Check a model's folder.
+
+    Args:
+        what: the setting and its value, for the message.
+        trained: whether the weights are to be trained and saved, so that they must not be quantised.
+
+    Raises:
+        ModelError: names every file that cannot be used, or that contradicts another.
+    """
+    found = list(_find_problems(folder, trained))
+    if found:
+        raise ModelError(f"{what}: {'; '.join(found)}")
+
+
+def read_quantisation(folder: Path) -> str | None:
+    """The kind of quantisation that a configuration names; None without one."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found:
+        return None
+    return str(found.get("quant_method", "of an unknown kind")) if isinstance(found, dict) else str(found)
+
+
+def find_files(where: str, revision: str | None) -> Path | None:
+    """The folder of a model's files on this machine; None where they are not downloaded from the hub yet."""
+    if Path(where).is_dir():
+        return Path(where)
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(where, CONFIG, revision=revision)
+    folder = Path(config).parent if isinstance(config, str) else None
+    if folder is None or not ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file()):
+        return None
+    try:
+        return folder if all(file.is_file() for file in weight_files(folder)) else None
+    except (ValueError, LookupError):
+        return folder  # there, but not readable, which ``check_folder`` says
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, as transformers chooses them.
+
+    Raises:
+        OSError, ValueError: the index cannot be read.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        return []
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return [folder / name for name in sorted(set(index["weight_map"].values()))]
+
+
+def read_header(file: Path) -> dict[str, Kept]:
+    """Read which tensors a safetensors file has.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no safetensors file, or not the whole of one; the text follows the file's name.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > min(LONGEST_HEADER, size - 8):
+            raise ValueError("is no safetensors file, or only the beginning of one")
+        try:
+            header = json.loads(opened.read(length))
+            header.pop("__metadata__", None)
+            kept = {name: Kept(str(each["dtype"]), tuple(each["shape"])) for name, each in header.items()}
+            spans = sorted((*each["data_offsets"], name) for name, each in header.items())
+            sizes = {name: BYTES.get(each.dtype, 0) * math.prod(each.shape) for name, each in kept.items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"is no safetensors file: its header cannot be read ({error})") from error
+    end = 0
+    for first, last, name in spans:
+        if first != end or (sizes[name] and last - first != sizes[name]):
+            raise ValueError(f"is damaged: the place of {name} does not fit its type and shape")
+        end = last
+    if size != 8 + length + end:
+        raise ValueError(f"has {size:,} bytes where its header says {8 + length + end:,}; copy or download it again")
+    return kept
+
+
+def _find_problems(folder: Path, trained: bool) -> Iterator[str]:
+    found: dict[str, dict[str, Any]] = {}
+    sound = True
+    for name in (*OBJECTS, *OTHERS):
+        file = folder / name
+        problem = _describe_impostor(file)
+        if problem is None and name in OBJECTS and file.is_file():
+            try:
+                found[name] = _read_object(file)
+            except (OSError, ValueError) as error:
+                problem = f"{name} cannot be read ({error})"
+        if problem is not None:
+            sound = False
+            yield problem
+    if not sound or CONFIG not in found:
+        return
+    config = found[CONFIG]
+    if ADAPTER in found:
+        yield f"it has {CONFIG} and {_describe_adapter(folder)}; take {ADAPTER} out if it is merged already"
+    if not isinstance(config.get("model_type"), str) and "auto_map" not in config:
+        yield f"{CONFIG} names no model_type, so nobody knows what model it is"
+    if trained and (kind := read_quantisation(folder)) is not None:
+        yield (
+            f"{CONFIG} says that its weights are quantised ({kind}): such weights are not trained here, and an adapter "
+            "merged into them would be rounded; give the model in float32, bfloat16 or float16"
+        )
+    yield from _check_ids(found.get(GENERATION, {}))
+    yield from _check_weights(folder, found.get(INDEX), read_quantisation(folder) is not None)
+
+
+def _describe_impostor(file: Path) -> str | None:
+    """What a file is that is not what its name says; None if nothing speaks against it."""
+    if file.is_symlink() and not file.exists():
+        return _describe_link(file)
+    if not file.exists():
+        return None
+    if not file.is_file():
+        return f"{file.name} is a folder, not a file"
+    with file.open("rb") as opened:
+        beginning = opened.read(64)
+    if not beginning and file.suffix != ".jinja":
+        return f"{file.name} is empty"
+    for start, what in BEGINNINGS.items():
+        # a template may begin with a tag, and a header's length with any byte
+        if beginning.startswith(start) and not (start == b"<" and file.suffix in (".jinja", ".txt")):
+            if start in (b"<", b"\x80") and file.suffix == ".safetensors" and beginning[8:9] == b"{":
+                continue
+            return f"{file.name} {what}"
+    return None
+
+
+def _describe_link(file: Path) -> str:
+    return f"{file.name} is a link to {file.readlink()}, which is not there"
+
+
+def _describe_adapter(folder: Path) -> str:
+    try:
+        base = str(_read_object(folder / ADAPTER).get("base_model_name_or_path"))
+    except (OSError, ValueError):
+        base = "another model"
+    return (
+        f"an adapter ({ADAPTER}) on {base}; merge it with peft (merge_and_unload), save the merged model with its "
+        "tokenizer, and give that folder"
+    )
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"expected a JSON object, not {type(found).__name__}")
+    return found
+
+
+def _check_ids(generation: Mapping[str, Any]) -> Iterator[str]:
+    """Check the tokens that generation_config.json names."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = generation.get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
+                yield f"{name} in {GENERATION} is {number!r}, expected a token's number"
+
+
+def _check_weights(folder: Path, index: Mapping[str, Any] | None, quantised: bool) -> Iterator[str]:
+    """Check the index and the headers of the weights."""
+    single = folder / WEIGHTS
+    if (problem := _describe_impostor(single)) is not None:
+        yield problem
+        return
+    placed: dict[str, str] = {}
+    if index is not None:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            yield f"{INDEX} has no weight_map from tensors to files"
+            return
+        placed = weight_map
+        if single.is_file() and set(placed.values()) != {WEIGHTS}:
+            yield f"there are two sets of weights, {WEIGHTS} and those of {INDEX}; take one of them out"
+            return
+        gone = {name for name in placed.values() if not (folder / name).exists()}
+        if gone:
+            yield f"{len(gone)} of the {len(set(placed.values()))} files of {INDEX} are not there: {name_some(gone)}"
+            return
+    files = weight_files(folder)
+    if not files:
+        yield _describe_other_weights(folder)
+        return
+    headers: dict[str, dict[str, Kept]] = {}
+    for file in files:
+        problem = _describe_impostor(file)
+        try:
+            headers[file.name] = {} if problem is not None else read_header(file)
+        except (OSError, ValueError) as error:
+            problem = f"{file.name} {error}" if isinstance(error, ValueError) else f"{file.name}: {error.strerror}"
+        if problem is not None:
+            yield problem
+            return
+    amiss = {name for name, file in placed.items() if name not in headers.get(file, {})}
+    if amiss:
+        yield f"not in the file where {INDEX} says: {count_tensors(amiss)}"
+    twice = {name for name, count in Counter(name for each in headers.values() for name in each).items() if count > 1}
+    if twice:
+        yield f"in several files: {count_tensors(twice)}"
+    packed = {
+        f"{name} ({each.dtype})"
+        for header in headers.values()
+        for name, each in header.items()
+        if each.dtype not in FLOATS and name.endswith((".weight", ".bias"))
+    }
+    if packed and not quantised:
+        yield f"no floating-point numbers, though {CONFIG} names no quantisation: {count_tensors(packed)}"
+
+
+def _describe_other_weights(folder: Path) -> str:
+    """Say what there is instead of weights that can be read."""
+    pickled = sorted({file.name for pattern in PICKLED for file in folder.glob(pattern)})
+    if pickled:
+        return (
+            f"its weights are pickled ({name_some(pickled)}), which is not read here, since a pickle can run any code; "
+            "load them with transformers where you trust them, and save_pretrained() writes safetensors"
+        )
+    others = sorted(file.name for end in ("safetensors", "gguf", "h5", "msgpack") for file in folder.glob(f"*.{end}"))
+    there = f"; there is {name_some(others)}" if others else ""
+    return f"there are no weights: expected {WEIGHTS}, or {INDEX} with its files{there}"

@@ -1,0 +1,45 @@
+"""Check the base model's weights, and what is needed after training: benchmarks, a sentence encoder."""
+
+from collections.abc import Callable, Collection
+
+from dnpo.errors import DnpoError
+from dnpo.evaluate import Evaluation
+from dnpo.policy.model import Policy
+from dnpo.running.gate.finding import Finding, refuse
+
+
+def weights(policy: Policy, here: bool) -> Finding:
+    """Say whether the base model's weights were checked; what is wrong with them has stopped its outline already.
+
+    Args:
+        policy: the base model on the meta device.
+        here: whether its files are on this machine.
+    """
+    count = len(policy.causal_lm.state_dict())
+    if not here:
+        text = f"the {count:,} tensors are not downloaded yet; they are checked when they are loaded"
+        return Finding("weights", "pass", text)
+    return Finding("weights", "pass", f"the files have all {count:,} tensors, as config.json says, and all are finite")
+
+
+def findings(evaluation: Evaluation, ahead: Collection[str]) -> list[Finding]:
+    """Check the measures whose stages are not computed yet.
+
+    Args:
+        ahead: names of these stages.
+    """
+    found = []
+    if evaluation.texts is not None and "texts" in ahead:
+        found.append(_try("texts", evaluation.texts.check, "what it needs is here", "eval.texts.encoder"))
+    if evaluation.leaderboard is not None and "leaderboard" in ahead:
+        done = "lm-eval is installed, and the benchmarks can be read"
+        found.append(_try("leaderboard", evaluation.leaderboard.check, done, "eval.leaderboard.…, as the message says"))
+    return found
+
+
+def _try(name: str, check: Callable[[], None], done: str, setting: str) -> Finding:
+    try:
+        check()
+    except DnpoError as error:
+        return refuse(name, error, setting)
+    return Finding(name, "pass", done)
