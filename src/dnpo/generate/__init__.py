@@ -1,4 +1,4 @@
-"""How a policy answers prompts. ``hf.py`` is the engine: it samples rows with transformers."""
+"""Generate a policy's responses. ``hf.py`` is the engine, which samples with transformers."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from dnpo.settings import Count, Fraction, Natural, NonNegative, neutral
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample: what ``generate=…`` configures.
+    """How to sample, configured by ``generate=…``.
 
     Args:
         temperature: 0 is greedy.
-        top_k: sample from the k likeliest tokens; 0 means from all.
-        top_p: sample from the smallest set of tokens with this much probability.
-        batch_size: rows at once; the samples do not depend on it, up to the rounding of logits.
-        shard_size: prompts of one shard, which is what a killed run can lose.
+        top_k: sample from the k likeliest tokens; 0: from all.
+        top_p: sample from the smallest set of tokens with at least this probability.
+        batch_size: rows in a batch; the samples do not depend on it, up to the rounding of logits.
+        shard_size: prompts in a shard; a killed run loses at most one shard.
     """
 
     temperature: NonNegative = 1.0
@@ -24,5 +24,5 @@ class Sampling:
     shard_size: Count = 512
 
     def greedy(self) -> "Sampling":
-        """The same layout, without chance."""
+        """The same settings with greedy decoding."""
         return Sampling(temperature=0.0, batch_size=self.batch_size, shard_size=self.shard_size)

@@ -1,7 +1,7 @@
-"""The judge that any judge must beat: the longer response is the better one.
+"""The baseline for judges: the longer response is the better one.
 
-People prefer longer answers more often than not, and judges are known to overdo it, so any judge should
-be compared with this one. It needs no answers, no model and no money, and it judges any prompt.
+People prefer longer answers more often than not, and judges are known to exaggerate this, so every judge should be
+compared with this one. It needs no answers, no model and no money, and it judges any prompt.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ class Longer(Judge):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """One verdict a response."""
+        """Return a verdict on each response."""
         report.begin(len(responses), "verdicts")
         report.advance(len(responses))
         return [Verdict(r.id, r.source, length_score(r.text, self.half)) for r in responses]
 
 
 def length_score(text: str, half: float) -> float:
-    """100 · n / (n + half) for n characters: 0 for none, 50 for ``half``, and more for every further one, below 100."""
+    """100 · n / (n + half) for n characters: 0 for none, 50 for ``half``, rising towards 100."""
     return 100.0 * len(text) / (len(text) + half)

@@ -19,5 +19,5 @@ class NoJudge(Judge):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """Verdicts without a score."""
+        """Return a verdict without a score on each response."""
         return [Verdict(r.id, r.source, None, "judge=off") for r in responses]

@@ -1,1 +1,1 @@
-"""What one further method needs beyond the parts, one small file each. Nothing else imports it."""
+"""Code that a further method needs in addition to the parts, one small file for each; nothing else imports it."""

@@ -1,1 +1,1 @@
-"""How a policy is trained: fine-tuning, and on pairs against its reference and the noise on it."""
+"""Train a policy: fine-tuning, and preference training against a reference with noise."""

@@ -1,4 +1,4 @@
-"""The mathematics: one pure function per equation, on log-probabilities of whole responses.
+"""The equations as pure functions of log-probabilities of whole responses.
 
 Shapes: B pairs. Log-probabilities are sums over completion tokens, in nats and float32 (or wider).
 """
@@ -23,11 +23,11 @@ class PairLogps(NamedTuple):
 
 
 class NoisyReference(NamedTuple):
-    """log p̃_r(y⁻|x), once as the policy meets it and once, with noise drawn anew, as the noise is trained on.
+    """log p̃_r(y⁻|x) twice, with independent draws of noise: for the policy term and for the noise term.
 
     Attributes:
-        policy_B: for the policy term; carries no gradient.
-        noise_B: for the noise term; carries the gradient to the noise.
+        policy_B: for the policy term; has no gradient.
+        noise_B: for the noise term; its gradient flows to the noise.
         variance: mean(s²) over rejected completion tokens and vocabulary entries, a scalar with gradient.
     """
 
@@ -37,7 +37,7 @@ class NoisyReference(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The three terms of the two-player loss, and the margins behind the first."""
+    """The three terms of the two-player loss, and the margins in the first."""
 
     policy: Tensor
     noise: Tensor
@@ -45,7 +45,7 @@ class Terms(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """The sum of the terms; one backward pass of it gives both players their gradients."""
+        """The sum of the terms; one backward pass computes the gradients of both players."""
         return self.policy + self.noise + self.variance
 
 
@@ -70,8 +70,8 @@ def two_player(
 
         mean ℓ(margiñ(θ, stop(φ); ε))  −  mean ℓ(margiñ(stop(θ), φ; ε′))  +  α · mean(s²)
 
-    The stops make one backward pass of the sum right for both players: the policy is moved by the first term alone,
-    the noise by the other two. With noise that adds nothing the first term is the objective itself.
+    Because of the stop operators, one backward pass of the sum gives the policy the gradient of the first term only,
+    and the noise that of the other two. If the noise is zero, the first term is the plain objective.
     """
     met_by_policy = PairLogps(reference.chosen_B, noisy.policy_B.detach())
     met_by_noise = PairLogps(reference.chosen_B, noisy.noise_B)
@@ -83,10 +83,10 @@ def two_player(
 
 
 def negative_log_likelihood(logp_N: Tensor) -> Tensor:
-    """Mean of −log p over completion tokens: supervised fine-tuning. ``logp_N`` has a value a token."""
+    """Mean of −log p over completion tokens: the loss of supervised fine-tuning. ``logp_N`` has one value per token."""
     return -logp_N.mean()
 
 
 def saturation(margin_B: Tensor) -> Tensor:
-    """mean σ(−margin), the mean size of the logistic loss's gradient in the margin: near 0 the loss is saturated."""
+    """mean σ(−margin), the mean gradient weight of the logistic loss; near 0 the loss is saturated."""
     return torch.sigmoid(-margin_B).mean()

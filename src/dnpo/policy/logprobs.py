@@ -1,12 +1,12 @@
-"""Hidden states → exact log-probabilities of completion tokens, in memory that does not grow with the vocabulary.
+"""Compute exact log-probabilities of completion tokens from hidden states, in memory independent of the vocabulary.
 
-The one primitive under every loss. The logits of N completion tokens are N × V numbers, the largest tensor of a
-training by far and read only twice; so they are computed one tile of the vocabulary at a time, folded into a
-log-sum-exp, and recomputed in the backward pass. All tokens of a tile go through one matrix product, so each row of the
-head's gradient is summed inside one product, in float32.
+Every loss is computed from these. The logits of N completion tokens are N × V numbers, by far the largest tensor of a
+training, and they are read only twice. So they are computed one tile of the vocabulary at a time, folded into a
+log-sum-exp, and recomputed in the backward pass. All tokens go through one matrix product per tile, so each row of the
+head's gradient is summed within one product, in float32.
 
-Sums are float32 whatever the precision of the matrix products: in bf16 a sum over a few hundred tokens is off by
-several times the early training signal. In float64 everything is float64, for tests.
+Sums are float32 whatever the precision of the matrix products: in bf16 the error of a sum over a few hundred tokens is
+several times the early training signal. With float64 inputs everything is float64, for tests.
 
 Shapes: S sequences, N completion tokens of all sequences, H hidden size, V vocabulary, C entries of a tile of it.
 """
@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-ROWS = 8192  # tokens of one product at most: beyond that it gains nothing, and the tile would grow with the batch
+ROWS = 8192  # maximum number of tokens in one product; more would not be faster, and tiles would grow with the batch
 TILE = {"cpu": 1024, "cuda": 8192}  # vocabulary entries of one product
-KEPT = {"cpu": 3 * 2**24, "cuda": 2**30}  # bytes of logits that are kept for the backward pass and not made again
+KEPT = {"cpu": 3 * 2**24, "cuda": 2**30}  # bytes of logits that are kept for the backward pass, not recomputed
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Head:
     Attributes:
         weight_VH: W.
         bias_V: b, if there is one.
-        scale: what some model families multiply their logits by.
-        cap: what some squash them to by a tanh; infinite where there is none.
+        scale: factor that some model families apply to logits.
+        cap: bound that some model families apply by tanh; infinite if there is none.
     """
 
     weight_VH: Tensor
@@ -42,28 +42,28 @@ class Head:
     cap: float = float("inf")
 
     def detach(self) -> "Head":
-        """The same weights, through which no gradient flows."""
+        """The head with the same weights, detached: no gradient flows through them."""
         bias_V = None if self.bias_V is None else self.bias_V.detach()
         return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
 
     def frozen(self) -> "Head":
-        """A copy through which no gradient flows, and that stays as it is when this one is trained."""
+        """A detached copy that does not change when this head is trained."""
         bias_V = None if self.bias_V is None else self.bias_V.detach().clone()
         return replace(self, weight_VH=self.weight_VH.detach().clone(), bias_V=bias_V)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """All logits at once, N × V, without gradients: to look at, not to train on."""
+        """All logits at once, shape N × V, without gradients; for inspection, not for training."""
         return self.cast(hidden_NH.device).tile(hidden_NH.detach(), 0, len(self.weight_VH))
 
     def cast(self, device: torch.device) -> "Head":
-        """The head as its products are made: in bf16 under autocast, detached from the graph."""
+        """The head in the type of its matrix products (bf16 under autocast), detached."""
         weight_VH = self.weight_VH.detach()
         if torch.is_autocast_enabled(device.type):
             weight_VH = weight_VH.to(torch.get_autocast_dtype(device.type))
         return replace(self, weight_VH=weight_VH, bias_V=None if self.bias_V is None else self.bias_V.detach())
 
     def tile(self, hidden_NH: Tensor, first: int, end: int) -> Tensor:
-        """The logits of the entries from ``first`` to ``end``, N × C; only of a head that is :meth:`cast`."""
+        """The logits of the entries from ``first`` to ``end``, shape N × C; the head must come from :meth:`cast`."""
         bias_C = None if self.bias_V is None else self.bias_V[first:end]
         logits_NC = product(hidden_NH.to(self.weight_VH.dtype), self.weight_VH[first:end].t(), plus=bias_C)
         if self.scale != 1:
@@ -73,12 +73,12 @@ class Head:
         return logits_NC
 
     def softmax_(self, logits_NC: Tensor, lse_N: Tensor) -> Tensor:
-        """exp(logits − lse), in place of the logits unless the cap still needs them."""
+        """Compute exp(logits − lse), in place unless the cap still needs the logits."""
         own_NC = logits_NC if self.cap == float("inf") else logits_NC.clone()
         return own_NC.sub_(lse_N.unsqueeze(-1)).exp_()
 
     def back_(self, error_NC: Tensor, logits_NC: Tensor) -> Tensor:
-        """Carry a gradient in a tile's logits back through the cap, in place; the scale is the caller's, one number."""
+        """Propagate a gradient in a tile's logits through the cap, in place; the caller applies the scale."""
         return error_NC if self.cap == float("inf") else error_NC.mul_(1 - (logits_NC / self.cap).square())
 
 
@@ -92,7 +92,7 @@ def token_logps(hidden_NH: Tensor, head: Head, target_N: Tensor) -> Tensor:
         head: the output head.
         target_N: the tokens.
     """
-    if not torch.is_grad_enabled():  # without a backward pass no tile needs keeping
+    if not torch.is_grad_enabled():  # without a backward pass no tile needs to be kept
         hidden_NH, head = hidden_NH.detach(), head.detach()
     apply: Any = _TokenLogps.apply
     blocks = list(zip(torch.split(hidden_NH, ROWS), torch.split(target_N, ROWS), strict=True))
@@ -103,12 +103,12 @@ def token_logps(hidden_NH: Tensor, head: Head, target_N: Tensor) -> Tensor:
 
 
 class _TokenLogps(Function):
-    """log softmax(logits)[target], with logits of tiles made again in the backward pass once ``KEPT`` is used up.
+    """log softmax(logits)[target]; tiles of logits beyond ``KEPT`` bytes are recomputed in the backward pass.
 
-    With d = softmax − onehot(target) the gradient in the logits is −g d. Its factor g is one number a token, so it is
-    put on the N × H side of each product and never on an N × C tile. Products an entry and token: with a head in
-    training four, or three for tiles that are kept, the fewest there are; with a frozen head two, because d W does not
-    depend on g and is computed in the forward pass, rescaled as the log-sum-exp grows.
+    With d = softmax − onehot(target), the gradient in the logits is −g d. Its factor g is one number for each token, so
+    it is applied to the N × H side of each product and never to an N × C tile. The number of products for each entry
+    and token is four if the head is trained, or three (the minimum) for tiles that are kept. With a frozen head it is
+    two, because d W does not depend on g: it is computed in the forward pass and rescaled as the log-sum-exp grows.
     """
 
     @staticmethod
@@ -128,7 +128,7 @@ class _TokenLogps(Function):
             elif needs_hidden and not trains:
                 mean = mean or _Mean(hidden_NH, tally.lse_N)
                 mean.add(logits_NC, tally, head, first, end)
-            del logits_NC  # before the next is made
+            del logits_NC  # before the next tile is computed
         logp_N, lse_N = tally.logps()
         unit_NH = None if mean is None else mean.less_target(tally, head)
         ctx.head, ctx.kept = head, kept
@@ -164,33 +164,33 @@ class _TokenLogps(Function):
 
 
 class _Mean:
-    """Σ_v softmax_v W_v of every token (with the cap's slope), rescaled as the log-sum-exp grows tile by tile."""
+    """Accumulates Σ_v softmax_v W_v for every token, with the cap's slope, and rescales as the log-sum-exp grows."""
 
     def __init__(self, hidden_NH: Tensor, lse_N: Tensor) -> None:
         self.mean_NH = torch.zeros_like(hidden_NH, dtype=lse_N.dtype)
         self.lse_N = lse_N
 
     def add(self, logits_NC: Tensor, tally: "Tally", head: Head, first: int, end: int) -> None:
-        """Add a tile that ``tally`` has just added; its logits are overwritten."""
+        """Add the tile that ``tally`` added last; its logits are overwritten."""
         self.mean_NH *= (self.lse_N - tally.lse_N).exp_().unsqueeze(-1)
         self.lse_N = tally.lse_N
         part_NC = head.back_(head.softmax_(logits_NC, self.lse_N), logits_NC)
         add_product_(self.mean_NH, part_NC, head.weight_VH[first:end])
 
     def less_target(self, tally: "Tally", head: Head) -> Tensor:
-        """d W: the mean less the target's own row."""
+        """d W: the mean minus the target's row."""
         own_NH = head.weight_VH[tally.target_N].to(self.mean_NH.dtype)
         logit_N1 = tally.logit_N.unsqueeze(-1)
         return self.mean_NH.sub_(own_NH * head.back_(torch.ones_like(logit_N1), logit_N1))
 
 
 class Tally:
-    """log softmax(logits)[target] of every token, from logits that come a tile at a time.
+    """Accumulates log softmax(logits)[target] for every token, one tile of logits at a time.
 
     Attributes:
         target_N: the tokens.
-        logit_N: their logits, as far as their tiles have come.
-        lse_N: the log-sum-exp of what has come.
+        logit_N: their logits, as far as their tiles were added.
+        lse_N: the log-sum-exp over the tiles added so far.
     """
 
     def __init__(self, target_N: Tensor) -> None:
@@ -213,12 +213,12 @@ class Tally:
         return most_N
 
     def logps(self) -> tuple[Tensor, Tensor]:
-        """log softmax[target] once all tiles are in, and the log-sum-exp behind it."""
+        """log softmax[target] and the log-sum-exp, once all tiles are added."""
         return self.logit_N - self.lse_N, self.lse_N
 
 
 def tiles(head: Head) -> Iterator[tuple[int, int]]:
-    """The vocabulary in tiles: (first entry, one past the last)."""
+    """Yield the tiles of the vocabulary as (first entry, one past the last)."""
     entries = len(head.weight_VH)
     size = TILE.get(head.weight_VH.device.type, TILE["cuda"])
     yield from ((first, min(first + size, entries)) for first in range(0, entries, size))
@@ -238,10 +238,10 @@ def subtract_one_at_(value_NC: Tensor, target_N: Tensor, first: int) -> None:
 
 
 def product(one: Tensor, other: Tensor, *, plus: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """A matrix product of two matrices of one type, plus a row if there is one, in float32 (float64 of float64)."""
+    """A product of two matrices of the same type, plus a row if given, in float32 (float64 for float64)."""
     if one.dtype in (torch.float32, torch.float64):
         return torch.mm(one, other, out=out) if plus is None else torch.addmm(plus.to(one.dtype), one, other, out=out)
-    # Half types: where the device offers it the float32 sums of the product come out unrounded.
+    # Half types: on some devices the product's float32 sums are returned without rounding.
     found = torch.mm(one, other, out_dtype=torch.float32) if one.is_cuda else torch.mm(one, other).float()
     if plus is not None:
         found += plus
@@ -249,7 +249,7 @@ def product(one: Tensor, other: Tensor, *, plus: Tensor | None = None, out: Tens
 
 
 def add_product_(total: Tensor, one: Tensor, other: Tensor) -> None:
-    """``total += one @ other``, with the product made in the second matrix's type."""
+    """Compute ``total += one @ other``, with the product in the second matrix's type."""
     if other.dtype in (torch.float32, torch.float64):
         torch.addmm(total, one, other, out=total)
     else:
@@ -257,13 +257,13 @@ def add_product_(total: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 def sum_by_sequence(value_N: Tensor, lengths_S: Tensor) -> Tensor:
-    """Sums of token values by sequence, shape S; a sequence without tokens has 0.
+    """Sum token values by sequence, shape S; a sequence without tokens gets 0.
 
-    One after the other in float64, so a sum depends on its own values alone, on every device.
+    Values are added in order in float64, so on every device a sum depends only on its own values.
 
     Args:
-        value_N: of the tokens of all sequences, sequence after sequence.
-        lengths_S: how many each sequence has.
+        value_N: values of the tokens of all sequences, sequence after sequence.
+        lengths_S: number of tokens of each sequence.
     """
     reduce: Any = torch.segment_reduce
     found: Tensor = reduce(value_N.double(), "sum", lengths=lengths_S, initial=0.0, unsafe=True)

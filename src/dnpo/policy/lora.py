@@ -1,4 +1,4 @@
-"""Low-rank adapters: what ``model.lora`` configures."""
+"""Low-rank adapters, configured by ``model.lora``."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters: each training puts a fresh one on the weights, into which those before it are merged.
+    """Low-rank adapters: each training adds a fresh one to the weights, with earlier adapters merged in.
 
     Args:
-        rank: 0 trains all weights instead.
-        alpha: the usual scale; the update is multiplied by alpha / rank.
-        target_modules: as peft takes it: names, or ``all-linear``.
+        rank: rank of an adapter; 0 trains all weights instead.
+        alpha: scale; the update is multiplied by alpha / rank.
+        target_modules: as in peft: names of modules, or ``all-linear``.
     """
 
     rank: Natural = 0
@@ -26,17 +26,17 @@ class Lora:
     target_modules: str | list[str] = "all-linear"
 
     def identity(self) -> Mapping[str, Any]:
-        """Everything that decides the adapter; nothing of it matters at rank 0."""
+        """The settings that decide the adapter; at rank 0 no other setting matters."""
         return asdict(self) if self.rank else {"rank": 0}
 
     def on(self, model: "nn.Module", seed: int) -> "nn.Module":
-        """The model with a fresh trainable adapter, which changes nothing yet; unchanged at rank 0."""
+        """Return the model with a fresh adapter, whose update is still 0; at rank 0 the unchanged model."""
         if self.rank == 0:
             return model
         import torch
         from peft import LoraConfig, get_peft_model
 
-        make: Any = LoraConfig  # annotates lora_alpha as an integer and takes any number
+        make: Any = LoraConfig  # it annotates lora_alpha as an integer but accepts any number
         config = make(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -53,6 +53,6 @@ class Lora:
         if base.config.tie_word_embeddings and hasattr(base.get_input_embeddings(), "lora_embedding_A"):
             raise ModelError(
                 f"model.lora.target_modules={self.target_modules}: the embedding of {type(base).__name__} is its "
-                "output head as well, and an adapter on it would move both once it is merged; leave it out"
+                "output head too, so a merged adapter on it would change both; leave it out"
             )
         return cast("nn.Module", adapted)

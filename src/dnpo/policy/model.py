@@ -1,8 +1,8 @@
 """The policy, its frozen reference and their tokenizer.
 
-A policy is a causal language model, split into a body that gives hidden states and a head that gives logits. On
-disk it is a folder: either full weights as transformers writes them, or LoRA adapters, numbered in the order in which
-they were trained, on top of the model part's base weights.
+A policy is a causal language model, split into a body that computes hidden states and a head that computes logits. On
+disk it is a folder with either full weights, as transformers writes them, or LoRA adapters for the model part's base
+weights, numbered in the order in which they were trained.
 """
 
 import copy
@@ -27,7 +27,7 @@ from dnpo.policy.packing import ATTENTION, Packed, pack, register
 Dtype = Literal["float32", "bfloat16"]
 
 
-SCORED_TOKENS = 8192  # of one batch where no gradients are needed
+SCORED_TOKENS = 8192  # tokens in a batch without gradients
 
 
 class Policy:
@@ -56,12 +56,12 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        """The output head, with what its model family does to the logits after it."""
+        """The output head, with the scale and cap that its model family applies to logits."""
         linear = self.causal_lm.get_output_embeddings()
         if type(linear) is not nn.Linear:
             raise ModelError(
                 f"model: the output head of {type(self.causal_lm).__name__} is a {type(linear).__name__}, expected a "
-                "plain linear layer (model.lora.target_modules must not name it, nor may it be quantised)"
+                "plain linear layer (not quantised, and not in model.lora.target_modules)"
             )
         config = self.causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
@@ -72,18 +72,18 @@ class Policy:
 
     @property
     def pad_id(self) -> int:
-        """The token that fills padded rows. It is always masked, so any id serves if the tokenizer names none."""
+        """The padding token. It is always masked, so any id will do if the tokenizer has none."""
         pad = cast(int | None, self.tokenizer.pad_token_id)
         return pad if pad is not None else cast(int, self.tokenizer.eos_token_id)
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end a response: the tokenizer's end-of-sequence and whatever the model adds to it."""
+        """Tokens that end a response: the tokenizer's end-of-sequence token and those of the model."""
         return list(dict.fromkeys([cast(int, self.tokenizer.eos_token_id), *self.model_stop_ids]))
 
     @property
     def model_stop_ids(self) -> list[int]:
-        """The stop tokens that the model itself names."""
+        """The stop tokens in the model's configuration."""
         configured = getattr(self.causal_lm.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return [i for i in ids if i is not None]
@@ -97,7 +97,7 @@ class Policy:
         ids_1T = batch.ids_T.unsqueeze(0)
         hidden_1TH = self.causal_lm.base_model(
             input_ids=ids_1T,
-            # Four dimensions say that the mask is ready: the attention of ``packing.py`` needs none.
+            # With four dimensions transformers takes the mask as it is; the attention of ``packing.py`` ignores it.
             attention_mask=ids_1T.new_ones(1, 1, 1, 1),
             position_ids=batch.position_T.unsqueeze(0),
             use_cache=False,
@@ -112,7 +112,7 @@ class Policy:
 
     @torch.no_grad()
     def score(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
-        """log p(completion | prompt) of many sequences, in nats, by batches of similar length."""
+        """log p(completion | prompt) of many sequences, in nats, computed in batches of similar length."""
         found = [0.0] * len(prompts)
         for some in by_length([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]):
             batch = pack([prompts[i] for i in some], [completions[i] for i in some])
@@ -121,7 +121,7 @@ class Policy:
         return found
 
     def fingerprint(self) -> str:
-        """SHA-256 of the weights: names, types, shapes and values. Adapters, and what is frozen, count too."""
+        """SHA-256 of all weights, with adapters and frozen weights: names, types, shapes and values."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -139,7 +139,7 @@ class Policy:
             self.model.train(training)
 
     def reference(self) -> "Policy":
-        """A frozen copy of the policy as it is now; with LoRA the same module, read with its adapter switched off."""
+        """A frozen copy of the present policy; with LoRA the same module with its adapter switched off."""
         if hasattr(self.model, "peft_config"):
             return AdapterOff(self.model, self.tokenizer)
         frozen = copy.deepcopy(self.model).eval()
@@ -150,8 +150,8 @@ class Policy:
         """Write the policy so that ``loading.py`` finds it.
 
         Args:
-            folder: where to.
-            earlier: with LoRA, the folder of the policy this one started from, whose adapters are copied along.
+            folder: the folder to write.
+            earlier: with LoRA, the folder of the policy that this one started from; its adapters are copied.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if not hasattr(self.model, "peft_config"):
@@ -170,16 +170,16 @@ def adapters(folder: Path) -> list[Path]:
 
 
 class AdapterOff(Policy):
-    """The reference of a LoRA policy: the same module, with the trained adapter switched off while it is read."""
+    """The reference of a LoRA policy: the same module, used with the trained adapter switched off."""
 
     def hidden(self, batch: Packed, **options: Any) -> Tensor:
-        """The hidden states with the trained adapter switched off, shape N × H."""
+        """The hidden states without the trained adapter, shape N × H."""
         with self.evaluating(), self.model.disable_adapter():  # type: ignore[operator]
             return super().hidden(batch, **options)
 
 
 def by_length(lengths: Sequence[int], tokens: int = SCORED_TOKENS) -> Iterator[list[int]]:
-    """Indices of sequences in batches of so many tokens at most (or one sequence), the shortest sequences first."""
+    """Yield batches of sequences as indices, shortest first, with at most ``tokens`` tokens or a single sequence."""
     some: list[int] = []
     total = 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -193,7 +193,7 @@ def by_length(lengths: Sequence[int], tokens: int = SCORED_TOKENS) -> Iterator[l
 
 
 def device_of(setting: str) -> str:
-    """``auto`` is the GPU if there is one.
+    """Resolve a device; ``auto`` is the GPU if there is one.
 
     Raises:
         SettingsError: there is no such device.

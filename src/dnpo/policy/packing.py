@@ -1,8 +1,8 @@
-"""Sequences laid end to end in one row without padding, and attention that keeps them apart.
+"""Pack sequences end to end into one row without padding, with attention that keeps them apart.
 
-Every layer but attention works on single tokens, so it needs no padding at all; positions begin anew with every
-sequence. Attention alone needs the sequences back: with half-precision tensors on a GPU as variable-length attention,
-elsewhere as batches of sequences of similar length, padded on the right, where no token ever looks.
+All layers except attention work on single tokens, so they need no padding; positions start again with every sequence.
+Only attention needs separate sequences: with half-precision tensors on a GPU it is variable-length attention, elsewhere
+it runs on batches of sequences of similar length, padded on the right, where causal attention never looks.
 
 The prompt of a pair can be computed once for both responses: its tokens are in the row once and in both sequences.
 
@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ATTENTION = "packed"  # the name under which transformers knows the attention below
+ATTENTION = "packed"  # the name of the attention below in transformers
 WASTE = 2**14  # query-key products of padding that cost about as much as one more batch
 
 
@@ -35,15 +35,15 @@ class Packed:
     Attributes:
         ids_T: token ids.
         position_T: the position of each token in its sequence.
-        tokens_M: the tokens of each sequence, as places in the row, sequence after sequence.
-        place_T: where in ``tokens_M`` each token comes first.
-        again_X: places in the row of the tokens that come a second time in ``tokens_M``, and
-        second_X: where.
-        predict_N: the places whose hidden states predict the completion tokens, sequence after sequence.
+        tokens_M: the tokens of each sequence, as indices in the row, sequence after sequence.
+        place_T: index in ``tokens_M`` of each token's first occurrence.
+        again_X: indices in the row of the tokens that occur twice in ``tokens_M``.
+        second_X: indices in ``tokens_M`` of their second occurrences.
+        predict_N: indices of the hidden states that predict the completion tokens, sequence after sequence.
         target_N: the completion tokens' ids.
-        completions_S: how many completion tokens each sequence has.
-        lengths: how many tokens each sequence has, prompt included.
-        completions: how many completion tokens each sequence has, as plain numbers.
+        completions_S: number of completion tokens of each sequence.
+        lengths: number of tokens of each sequence, including the prompt.
+        completions: ``completions_S`` as plain numbers.
     """
 
     ids_T: Tensor
@@ -60,7 +60,7 @@ class Packed:
 
     @property
     def count(self) -> int:
-        """S."""
+        """The number of sequences, S."""
         return len(self.lengths)
 
     def to(self, device: torch.device) -> Self:
@@ -71,7 +71,7 @@ class Packed:
 
     @cached_property
     def batches(self) -> "list[Padded]":
-        """The sequences in padded batches, each of similar lengths, the longest first."""
+        """The padded batches, each of sequences of similar length, the longest first."""
         starts = [0, *accumulate(self.lengths)]
         order = sorted(range(self.count), key=lambda s: -self.lengths[s])
         found = []
@@ -88,7 +88,7 @@ class Packed:
 
     @cached_property
     def spread(self) -> "Spread":
-        """How tokens of the row get into the padded batches and back."""
+        """The mapping of tokens of the row to the padded batches and back."""
         at_of_M = torch.empty(len(self.tokens_M), dtype=torch.long)
         sources, offset = [], 0
         for batch in self.batches:
@@ -104,25 +104,25 @@ class Packed:
 
     @cached_property
     def cumulative(self) -> Tensor:
-        """Where each sequence begins among the M tokens, and where the last one ends: S + 1 numbers."""
+        """The start of each sequence among the M tokens, and the end of the last one: S + 1 numbers."""
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.ids_T.device)
 
 
 class Padded(NamedTuple):
-    """A padded batch: how long its rows are, and (first of the M tokens, length) of each sequence."""
+    """A padded batch: the length of its rows, and (index of the first of the M tokens, length) of each sequence."""
 
     longest: int
     sequences: list[tuple[int, int]]
 
 
 class Spread(NamedTuple):
-    """A copy of tokens to places, and the way back.
+    """A mapping of the row's tokens to places in padded batches, and back.
 
     Attributes:
-        source: for each place, the token of the row that goes there.
-        place_T: for each token of the row, the first place it goes to.
-        again_X: the tokens that go to a second place, and
-        second_X: that place.
+        source: the token for each place.
+        place_T: the first place of each token.
+        again_X: the tokens with a second place.
+        second_X: their second places.
     """
 
     source: Tensor
@@ -134,18 +134,18 @@ class Spread(NamedTuple):
 def pack(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, share_prompt: bool = False
 ) -> Packed:
-    """Lay prompts and completions out in one row.
+    """Pack prompts and completions into one row.
 
     Args:
-        prompts: S lists of token ids, none of them empty: the first completion token is predicted from the prompt.
-        completions: S lists of token ids; an empty one contributes no token.
-        share_prompt: of 2B sequences, the second half has the prompts of the first half: lay each out once. It changes
-            results by rounding only.
+        prompts: S lists of token ids; none may be empty, since the prompt predicts the first completion token.
+        completions: S lists of token ids; they may be empty.
+        share_prompt: whether to pack each prompt once; of 2B sequences, the second half must have the prompts of the
+            first half. This changes results only by rounding.
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     pairs = len(rows) // 2 if share_prompt else 0
     if share_prompt and list(prompts[:pairs]) != list(prompts[pairs:]):
-        raise ValueError("share_prompt: the second half of the sequences has to have the prompts of the first half")
+        raise ValueError("share_prompt: the second half of the sequences must have the prompts of the first half")
     ids: list[int] = []
     positions: list[int] = []
     places: list[list[int]] = []  # of each sequence's tokens in the row
@@ -205,10 +205,10 @@ def attention(
     windows: set[int | None] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer: tensors 1 × h × T × d in, 1 × T × h × d out.
+    """Attention, as transformers calls it in every layer: tensors 1 × h × T × d in, 1 × T × h × d out.
 
-    Without ``packing``, as in generation, it is scaled dot-product attention with the mask given. If ``windows`` is
-    given, the sliding window of each packed call is added to it (None: no window).
+    Without ``packing``, as in generation, it is scaled dot-product attention with the given mask. If ``windows`` is
+    given, each packed call adds its sliding window to the set (None: no window).
     """
     if packing is None:
         if softcap is not None:
@@ -219,10 +219,10 @@ def attention(
         )
         return found, None
     if dropout:
-        raise ValueError("attention dropout is on, and every dropout has to be 0 here")
+        raise ValueError("attention dropout is on; every dropout must be 0")
     if windows is not None:
         windows.add(sliding_window)
-    if torch.is_autocast_enabled(query.device.type):  # rotary positions have made float32 of queries and keys
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions turned queries and keys into float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     query_TD, key_TD, value_TD = (x.squeeze(0).transpose(0, 1).flatten(1) for x in (query, key, value))
     heads, key_heads = query.shape[1], key.shape[1]
@@ -243,7 +243,7 @@ def _variable_length(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """The device's own variable-length attention over the M tokens."""
+    """The device's variable-length attention over the M tokens."""
     from torch.nn.attention.varlen import varlen_attn
 
     spread = Spread(packing.tokens_M, packing.place_T, packing.again_X, packing.second_X)
@@ -279,7 +279,7 @@ def _in_batches(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Batches of sequences of similar length, padded on the right: causal attention never looks there."""
+    """Attention in batches of sequences of similar length, padded on the right, where causal attention never looks."""
     sizes = [len(b.sequences) * b.longest for b in packing.batches]
     spread = packing.spread
     parts = zip(
@@ -310,7 +310,7 @@ def _in_batches(
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """Whether a query may look at a key: at itself and at the ``window`` − 1 tokens before it. L × L."""
+    """The mask of a sliding window: a query sees itself and the ``window`` − 1 tokens before it. Shape L × L."""
     back_LL = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
     return (back_LL >= 0) & (back_LL < window)
 
@@ -318,7 +318,7 @@ def _band(length: int, window: int, device: torch.device) -> Tensor:
 def _attend_with_cap(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, cap: float, causal: bool
 ) -> Tensor:
-    """Attention whose scores are squashed by cap · tanh(· / cap), which no fused kernel offers."""
+    """Attention with scores bounded by cap · tanh(· / cap), which no fused kernel offers."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
@@ -346,9 +346,9 @@ def _gather(value_MD: Tensor, place_T: Tensor) -> Tensor:
 
 
 class _Spread(Function):
-    """Tokens to their places. Backward gathers instead of adding by index: faster, and the same on every device.
+    """Copy tokens to their places. Backward gathers instead of adding by index: faster, and the same on every device.
 
-    Places of padding get no gradient worth adding: nothing there is ever looked at.
+    The gradient at padding is ignored, since nothing ever depends on it.
     """
 
     @staticmethod
@@ -365,7 +365,7 @@ class _Spread(Function):
 
 
 class _Gather(Function):
-    """Tokens from their places, each from one. Backward puts them there, and 0 elsewhere."""
+    """Copy tokens from their places, each from one. Backward writes the gradient there, and 0 elsewhere."""
 
     @staticmethod
     def forward(ctx: Any, value_MD: Tensor, place_T: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Judges that compare with a verifiable answer."""
+"""Judges that check responses against a verifiable answer."""

@@ -1,8 +1,8 @@
 """Judges for prompts with a known answer: 100 points if a response gives it, 0 if not.
 
-A response in which no answer is found is wrong and scores 0 points, with the reason. It is no failure of the judge:
-without a score the pair would be left out, and the policy would never learn to answer. Only the gold answer being
-unusable is a failure, and that is refused before anything is computed.
+A response without a recognisable answer is wrong: it gets 0 points, with the reason. If it had no score instead, its
+pair would be left out and the policy would never learn to answer. Prompts whose gold answer is unusable are refused
+before anything is computed.
 """
 
 import re
@@ -22,10 +22,10 @@ from dnpo.store import Report
 
 
 class Checker(Judge):
-    """What the judges here have in common: a gold answer, and a response that has it or not.
+    """The base class of judges that check whether a response gives the gold answer.
 
     Attributes:
-        option: its name as ``judge=…``.
+        option: the judge's name in ``judge=…``.
     """
 
     option: ClassVar[str]
@@ -33,18 +33,18 @@ class Checker(Judge):
     @property
     @abstractmethod
     def expects(self) -> str:
-        """What a prompt's answer has to be, in words."""
+        """The kind of answer that a prompt must have, for messages."""
 
     @abstractmethod
     def usable(self, gold: str) -> bool:
-        """Whether a prompt's answer can be checked against."""
+        """Whether responses can be checked against a prompt's answer."""
 
     @abstractmethod
     def check(self, gold: str, text: str) -> tuple[bool, str]:
-        """Whether a response is right, and the reason if it is wrong for more than its answer."""
+        """Whether a response is right; and why not, if there is more to report than a wrong answer."""
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Every prompt must have a usable answer."""
+        """Accept prompts that all have a usable answer."""
         without = [p.id for p in prompts if p.answer is None or not self.usable(p.answer)]
         if not without:
             return None
@@ -56,7 +56,7 @@ class Checker(Judge):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """One verdict a response; a prompt without a usable answer cannot be judged."""
+        """Return a verdict on each response; it has no score if the prompt has no usable answer."""
         by_id = {p.id: p for p in prompts}
         report.begin(len(responses), "verdicts")
         report.advance(len(responses))
@@ -72,7 +72,7 @@ class Checker(Judge):
 
 # --- a number ---------------------------------------------------------------------------------------------------------
 
-# A minus is a sign only where nothing stands before it that the number could be subtracted from.
+# A minus is a sign only if nothing before it could be a minuend.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]%])[-−][$€£]?|[$€£][-−])?"
     r"(?<![\w.])(?P<value>(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,2}\b)?)"
@@ -89,13 +89,13 @@ _FINAL = (
 
 @dataclass(frozen=True)
 class Numeric(Checker):
-    """A number as the final answer, as GSM8K has it.
+    """A number as the final answer, as in GSM8K.
 
-    The gold answer's number is the one after ``####`` if there is such a mark, else its last. A response's is the first
-    one after its last ``####``, in its last ``\\boxed{…}``, or after its last "answer is" or "answer:" (after the last
-    equals sign there, if there is one); where there is none of these, its last number. Thousands' commas, currency
-    signs, percent signs, a trailing full stop and other spellings of the same value do not matter; ``1/2`` is 0.5.
-    Numbers are compared exactly, without rounding.
+    The gold answer is the number after ``####``, or its last number if there is no such mark. A response's answer is
+    the first number after its last ``####``, in its last ``\\boxed{…}``, or after its last "answer is" or "answer:" (or
+    after the last equals sign following that); if it has none of these, its last number. Commas between thousands,
+    currency signs, percent signs, a full stop at the end and other notations of the same value make no difference;
+    ``1/2`` is 0.5. Numbers are compared exactly, without rounding.
     """
 
     option: ClassVar[str] = "numeric"
@@ -106,11 +106,11 @@ class Numeric(Checker):
         return "a number"
 
     def usable(self, gold: str) -> bool:
-        """It has a number."""
+        """Whether it contains a number."""
         return gold_number(gold) is not None
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
-        """The same value."""
+        """Whether both have the same value."""
         given = final_number(text)
         if given is None:
             return False, "no number in the response"
@@ -146,15 +146,15 @@ def gold_number(answer: str) -> Fraction | None:
 
 @dataclass(frozen=True)
 class Choice(Checker):
-    """The letter of one of several choices, named in the prompt.
+    """The letter of one of several choices that the prompt lists.
 
-    A response's letter is, in this order: the last one after "answer is", "answer:" or ``\\boxed{``; the one that the
-    response consists of or begins with (``B``, ``(B)``, ``B.``, ``B) blue``); the last one in brackets; the one that
-    its last line consists of. A letter within a sentence is a word ("A dog") and does not count.
+    A response's letter is the first of these that exists: the last one after "answer is", "answer:" or ``\\boxed{``;
+    the one that is the whole response or begins it (``B``, ``(B)``, ``B.``, ``B) blue``); the last one in brackets; the
+    one that is its whole last line. A letter within a sentence is a word ("A dog") and does not count.
 
     Args:
-        letters: that can be answers, such as ``ABCD``, or ``"1234"`` where choices are numbered. In a
-            response's running text only capitals and bracketed letters count.
+        letters: the possible answers, such as ``ABCD``, or ``"1234"`` for numbered choices. Within a response's
+            sentences only capitals and bracketed letters count.
     """
 
     option: ClassVar[str] = "choice"
@@ -172,12 +172,12 @@ class Choice(Checker):
 
     @property
     def _one(self) -> str:
-        """Matches a letter, as a group."""
+        """A pattern with a group that matches a letter."""
         return f"([{self.letters.upper()}])"
 
     @cached_property
     def _named(self) -> re.Pattern[str]:
-        # in running text a small letter is a word ("the answer is a dog"), unless in brackets or at the very end
+        # in a sentence a small letter is a word ("the answer is a dog"), unless in brackets or at the very end
         one, small = self._one, self._one.lower()
         return re.compile(
             r"(?i:\banswer\b[*_]*(?:\s+is\b|\s*:)+|\\boxed\{)\s*(?:(?i:option|choice)\s+)?[\s*_`\"'(\[]*(?:\\text\{)?"
@@ -197,17 +197,17 @@ class Choice(Checker):
         return re.compile(rf"\({self._one}\)|\[{self._one}\]")
 
     def usable(self, gold: str) -> bool:
-        """It is one of the letters."""
+        """Whether it is one of the letters."""
         return self._alone.fullmatch(gold) is not None
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
-        """The same letter."""
+        """Whether both are the same letter."""
         given, meant = self.letter(text), self._alone.fullmatch(gold)
         assert meant is not None
         return given == meant.group(1).upper(), "" if given else "no choice in the response"
 
     def letter(self, text: str) -> str | None:
-        """The letter a response chooses, or None."""
+        """The letter that a response chooses; None if there is none."""
         found = _last(self._named, text) or self._alone.fullmatch(text) or self._first.match(text)
         found = found or _last(self._brackets, text)
         if found is None:
@@ -224,11 +224,11 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 @dataclass(frozen=True)
 class Exact(Checker):
-    """The whole response is the answer; white space around it does not count.
+    """The whole response must be the answer; white space around it is ignored.
 
     Args:
-        normalised: nor do case, punctuation, articles (a, an, the), the kind and number of spaces, and forms of
-            characters that Unicode holds compatible; the usual normalisation for short answers.
+        normalised: whether to ignore case, punctuation, articles (a, an, the), differences in spacing, and differences
+            between compatible Unicode characters too; the usual normalisation for short answers.
     """
 
     option: ClassVar[str] = "exact"
@@ -241,11 +241,11 @@ class Exact(Checker):
         return "a text"
 
     def usable(self, gold: str) -> bool:
-        """Something is left of it."""
+        """Whether something is left of it after normalisation."""
         return bool(self._form(gold))
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
-        """The same text."""
+        """Whether both are the same text."""
         given = self._form(text)
         return given == self._form(gold), "" if given else "no answer in the response"
 
@@ -254,9 +254,9 @@ class Exact(Checker):
 
 
 def normalise(text: str) -> str:
-    """Reduce a text to its words and signs, as :class:`Exact` compares them."""
+    """Reduce a text to the words and signs that :class:`Exact` compares."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    # a sign or a point inside a number is part of its value, unlike the punctuation of a sentence
+    # unlike punctuation of a sentence, a sign or a point in a number is part of its value
     text = re.sub(r"(?<![\w.])[-−](?=\d)|(?<=\d)\.(?=\d)", lambda m: "\0" if m.group() == "." else "\1", text)
     text = "".join(c if c in "\0\1" or not unicodedata.category(c).startswith("P") else " " for c in text)
     words = [word for word in text.split() if word not in ("a", "an", "the")]

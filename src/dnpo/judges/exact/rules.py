@@ -22,12 +22,12 @@ _TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:\.\d+)?|[^\W_]+|:")
 
 @dataclass(frozen=True)
 class Rules(Judge):
-    """Scores by rule; see the head of this file. Also the measure of the tiny world, so it judges itself there."""
+    """Scores by the rules at the head of this file. In the tiny world it is both judge and measure."""
 
     option: ClassVar[str] = "rules"
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Every prompt must have an answer, with a word or a number in it."""
+        """Accept prompts that all have an answer with a word or a number in it."""
         without = [p.id for p in prompts if p.answer is None or not words(p.answer)]
         if not without:
             return None
@@ -39,7 +39,7 @@ class Rules(Judge):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """One verdict a response; a prompt without an answer cannot be judged."""
+        """Return a verdict on each response; it has no score if the prompt has no answer."""
         by_id = {p.id: p for p in prompts}
         report.begin(len(responses), "verdicts")
         report.advance(len(responses))
@@ -57,7 +57,7 @@ class Rules(Judge):
 
 @dataclass(frozen=True)
 class Correct(Rules):
-    """100 points for the right answer and 0 for any other, however it is put: a second, stricter measure."""
+    """100 points for the right answer in any wording, otherwise 0: a second, stricter measure."""
 
     option: ClassVar[str] = "correct"
 
@@ -67,9 +67,9 @@ class Correct(Rules):
 
 
 def correct(prompt: Prompt, text: str) -> bool:
-    """Whether the response ends with the right answer, and with nothing but it after "is", "are", "equals" or a colon.
+    """Whether the response is the right answer, or ends with it directly after "is", "are", "equals" or a colon.
 
-    Words and numbers count, in lower case; a response that is the bare answer is right too.
+    Only words and numbers are compared, in lower case.
     """
     if prompt.answer is None:
         return False
@@ -79,15 +79,15 @@ def correct(prompt: Prompt, text: str) -> bool:
 
 
 def read_answer(text: str) -> str:
-    """What a response gives as its answer: the words and numbers after the last "is", "are", "equals" or colon, or all
-    of them where there is none of these; "" for a response without any."""
+    """Find the answer of a response: the words and numbers after its last "is", "are", "equals" or colon, or all of its
+    words and numbers if it has none of these; "" if it has none at all."""
     tokens = _tokens(text)
     last = max((place for place, token in enumerate(tokens) if token in _MARKERS), default=-1)
     return " ".join(tokens[last + 1 :])
 
 
 def completeness(prompt: Prompt, text: str) -> float:
-    """Share of the words the prompt needs that the response mentions, each as often as needed."""
+    """The share of the prompt's needed words that the response mentions, each as often as needed."""
     needed = Counter(w for need in prompt.needs for w in words(need))
     if not needed:
         return 1.0
@@ -95,7 +95,7 @@ def completeness(prompt: Prompt, text: str) -> float:
 
 
 def form(text: str) -> float:
-    """0, 5, 10 or 15 points for capital, full stop and no stuttering; 0 for an empty response."""
+    """0, 5, 10 or 15 points for initial capital, full stop and no repeated word; 0 for an empty response."""
     tokens = words(text)
     if not tokens:
         return 0.0
