@@ -49,26 +49,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    found = argparse.ArgumentParser(prog="python -m analysis.claims", description="The papers' claims, measured here.")
-    found.add_argument("--uri", default="sqlite:///mlflow.db", help="MLflow tracking store (%(default)s)")
-    found.add_argument("--experiment", default="dnpo", help="its experiment (%(default)s)")
-    found.add_argument("--claims", type=Path, default=FILE, metavar="FILE", help="the file of claims")
-    found.add_argument("--out", type=Path, default=Path("claims"), metavar="FOLDER", help="results (%(default)s)")
-    found.add_argument("--seeds", help=f"such as 0,1,2 (default: all that are tracked; with --run {SEEDS})")
-    found.add_argument(
+    options = argparse.ArgumentParser(
+        prog="python -m analysis.claims", description="The papers' claims, measured here."
+    )
+    options.add_argument("--uri", default="sqlite:///mlflow.db", help="MLflow tracking store (%(default)s)")
+    options.add_argument("--experiment", default="dnpo", help="its experiment (%(default)s)")
+    options.add_argument("--claims", type=Path, default=FILE, metavar="FILE", help="the file of claims")
+    options.add_argument("--out", type=Path, default=Path("claims"), metavar="FOLDER", help="results (%(default)s)")
+    options.add_argument("--seeds", help=f"such as 0,1,2 (default: all that are tracked; with --run {SEEDS})")
+    options.add_argument(
         "--tag", action="append", default=[], metavar="NAME=VALUE", help="a tag or setting that runs must have"
     )
-    found.add_argument("--run", action="store_true", help="first run the sweeps that are missing")
-    found.add_argument("--jobs", type=int, default=2, help="parallel jobs of a sweep (%(default)s)")
-    found.add_argument(
+    options.add_argument("--run", action="store_true", help="first run the sweeps that are missing")
+    options.add_argument("--jobs", type=int, default=2, help="parallel jobs of a sweep (%(default)s)")
+    options.add_argument(
         "--override",
         action="append",
         default=[],
         metavar="[SWEEP:]NAME=VALUE",
         help="a setting for every sweep that is run, or for one",
     )
-    found.add_argument("--no-log", action="store_true", help="log nothing to MLflow")
-    return found
+    options.add_argument("--no-log", action="store_true", help="log nothing to MLflow")
+    return options
 
 
 def _go(options: argparse.Namespace) -> int:
@@ -124,16 +126,16 @@ def _pairs(given: Sequence[str]) -> dict[str, str]:
 
 def _about(book: Book, tracked: Tracked) -> str:
     """The sweeps, runs, seeds and options that were read, in a sentence."""
-    found = []
+    sweeps = []
     for sweep in book.sweeps:
         runs, seeds = len(tracked.runs[sweep]), tracked.seeds(sweep)
         of = f" of seeds {', '.join(map(str, seeds))}" if seeds else ""
         short = f", {tracked.unfinished[sweep]} unfinished" if tracked.unfinished[sweep] else ""
-        found.append(f"{sweep} ({runs} runs{of}{short})")
+        sweeps.append(f"{sweep} ({runs} runs{of}{short})")
     every = [run for runs in tracked.runs.values() for run in runs]
     options = {part: " and ".join(sorted({run.option(part) or "none" for run in every})) for part in SHOWN}
     shared = f"; all with {', '.join(f'{part}={value}' for part, value in options.items())}" if every else ""
-    return f"Sweeps read: {'; '.join(found)}{shared}."
+    return f"Sweeps read: {'; '.join(sweeps)}{shared}."
 
 
 # --- run missing sweeps -----------------------------------------------------------------------------------------------

@@ -57,12 +57,12 @@ class Tracked:
             try:
                 if database is None:
                     raise DataError(f"no run of sweep {sweep} is tracked")
-                found = [r for r in database.runs(sweeps=[sweep], tags=where) if seeds is None or r.seed in seeds]
+                runs = [r for r in database.runs(sweeps=[sweep], tags=where) if seeds is None or r.seed in seeds]
             except DataError as error:
-                found = []
+                runs = []
                 self.absent[sweep] = str(error) if where else f"no run of sweep {sweep} is tracked"
-            self.runs[sweep] = sorted((run for run in found if run.finished), key=lambda run: -run.started)
-            self.unfinished[sweep] = sum(not run.finished for run in found)
+            self.runs[sweep] = sorted((run for run in runs if run.finished), key=lambda run: -run.started)
+            self.unfinished[sweep] = sum(not run.finished for run in runs)
         return self
 
     def seeds(self, sweep: str) -> list[int]:
@@ -109,8 +109,8 @@ def in_force(run: TrackedRun, iteration: int | str) -> bool:
 def list_needed_policies(claim: Claim) -> list[tuple[str, int | str]]:
     """The arms and iterations that a claim needs, each once."""
     a, b = claim.sides
-    found = [(term.arm, k) for term in a + b for k in term.iterations]
-    return list(dict.fromkeys(found))
+    policies = [(term.arm, k) for term in a + b for k in term.iterations]
+    return list(dict.fromkeys(policies))
 
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
@@ -163,9 +163,9 @@ def _measure(claim: Claim, tracked: Tracked) -> Result:
     Raises:
         DataError: it cannot be measured; says why.
     """
-    there = tracked.seeds(claim.sweep)
-    lacking = {seed: missing for seed in there if (missing := tracked.missing(claim, seed))}
-    seeds = [seed for seed in there if seed not in lacking]
+    tracked_seeds = tracked.seeds(claim.sweep)
+    lacking = {seed: missing for seed in tracked_seeds if (missing := tracked.missing(claim, seed))}
+    seeds = [seed for seed in tracked_seeds if seed not in lacking]
     if not seeds:
         why = tracked.absent.get(claim.sweep, "") or _lacking(claim.sweep, lacking, tracked.unfinished[claim.sweep])
         raise DataError(f"{why}; run python -m analysis.claims --run, or python -m dnpo.train -m +sweep={claim.sweep}")
@@ -209,10 +209,10 @@ def _with_premise(claim: Claim, premise: Premise, tracked: Tracked, seeds: Seque
 
 
 def _find_policy(claim: Claim, tracked: Tracked, arm: str, seed: int, iteration: int | str) -> TrackedPolicy:
-    found = tracked.policy(claim.sweep, arm, seed, iteration)
-    if found is None:
+    policy = tracked.policy(claim.sweep, arm, seed, iteration)
+    if policy is None:
         raise DataError(f"sweep {claim.sweep}, seed {seed}: no finished {arm}@{iteration}")
-    return found
+    return policy
 
 
 def sample(claim: Claim, tracked: Tracked, seeds: Sequence[int], a: Sequence[Term], b: Sequence[Term]) -> Sample:
@@ -240,7 +240,7 @@ def _sides(claim: Claim, tracked: Tracked, seed: int, a: Sequence[Term], b: Sequ
     """The values of a and b for one seed."""
     if claim.measure in BETWEEN:
         of, function = BETWEEN[claim.measure]
-        found = [
+        values = [
             function(
                 getattr(_find_policy(claim, tracked, a[0].arm, seed, ours), of),
                 getattr(_find_policy(claim, tracked, b[0].arm, seed, theirs), of),
@@ -248,14 +248,14 @@ def _sides(claim: Claim, tracked: Tracked, seed: int, a: Sequence[Term], b: Sequ
             )
             for ours, theirs in zip(a[0].iterations, b[0].iterations, strict=True)
         ]
-        first = _combine(found, 1 / len(found))
+        first = _combine(values, 1 / len(values))
         return first, _combine([first], 0.0)
 
     def total(side: Sequence[Term]) -> Values:
         means = []
         for term in side:
-            found = [tracked.value(claim, term.arm, seed, k) for k in term.iterations]
-            means.append(_combine(found, 1 / len(found)))
+            values = [tracked.value(claim, term.arm, seed, k) for k in term.iterations]
+            means.append(_combine(values, 1 / len(values)))
         return _combine(means, 1.0)
 
     ours = total(a)
@@ -277,8 +277,8 @@ def _by_iteration(claim: Claim, tracked: Tracked, seeds: Sequence[int]) -> dict[
     a, b = claim.sides
     if len(a) != 1 or len(b) > 1 or len(a[0].iterations) < 2 or (b and b[0].iterations != a[0].iterations):
         return {}
-    found = {}
+    effects = {}
     for k in a[0].iterations:
         ours, theirs = [Term(a[0].arm, (k,))], [Term(term.arm, (k,)) for term in b]
-        found[str(k)] = estimate_effect(sample(claim, tracked, seeds, ours, theirs), claim.region).estimate
-    return found
+        effects[str(k)] = estimate_effect(sample(claim, tracked, seeds, ours, theirs), claim.region).estimate
+    return effects

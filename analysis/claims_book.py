@@ -124,13 +124,13 @@ def terms(text: str) -> list[Term]:
     Raises:
         SettingsError: it has another form.
     """
-    found = []
+    result = []
     for part in text.split("+") if text.strip() else []:
         match = re.fullmatch(r"\s*([\w-]+)@((?:SFT|\d+)(?:,(?:SFT|\d+))*)\s*", part)
         if match is None:
             raise SettingsError(f"{text!r}: expected arms with iterations, such as dnpo@1,2,3 + spin@SFT")
-        found.append(Term(match[1], tuple(k if k == SFT else int(k) for k in match[2].split(","))))
-    return found
+        result.append(Term(match[1], tuple(k if k == SFT else int(k) for k in match[2].split(","))))
+    return result
 
 
 def read(path: Path) -> Book:

@@ -64,14 +64,14 @@ class TrackedPolicy:
     def logprobs(self) -> Mapping[str, Any]:
         """Its log-probabilities of chosen, rejected and new responses."""
         with np.load(self._artifact(f"logprobs/{iteration_name(self.iteration)}.npz")) as arrays:
-            found: dict[str, Any] = dict(arrays)
-            return found
+            content: dict[str, Any] = dict(arrays)
+            return content
 
     def _artifact(self, path: str) -> Any:
-        found = self.run.artifact(path)
-        if found is None:
+        file = self.run.artifact(path)
+        if file is None:
             raise DataError(f"run {self.run.id[:8]} ({self.run.name}) has no artefact {path}")
-        return found
+        return file
 
 
 # --- held-out responses -----------------------------------------------------------------------------------------------
@@ -87,25 +87,25 @@ def by_prompt(items: Sequence[Row], column: str = "score", kind: str = "sample")
     Raises:
         DataError: no response of this kind has a value.
     """
-    found: dict[str, list[float]] = defaultdict(list)
+    points: dict[str, list[float]] = defaultdict(list)
     for item in items:
         if item["kind"] == kind:
-            found[item["id"]] += [] if item.get(column) is None else [float(item[column])]
-    if not any(found.values()):
+            points[item["id"]] += [] if item.get(column) is None else [float(item[column])]
+    if not any(points.values()):
         hint = "; a second judge gives it: judge@second_judge=…" if column == "second" else ""
         raise DataError(f"no {kind} response has a value of {column}{hint}")
-    return {name: _mean(values) for name, values in found.items()}
+    return {name: _mean(values) for name, values in points.items()}
 
 
 def as_good_as_human(items: Sequence[Row], column: str = "score") -> dict[str, float]:
     """For each prompt, the share of samples with at least as many points as the human response."""
     human = by_prompt(items, column, "human")
-    found: dict[str, list[float]] = defaultdict(list)
+    wins: dict[str, list[float]] = defaultdict(list)
     for item in items:
         if item["kind"] == "sample":
             points, of_human = item.get(column), human.get(item["id"], math.nan)
-            found[item["id"]] += [] if points is None or math.isnan(of_human) else [float(points >= of_human)]
-    return {name: _mean(values) for name, values in found.items()}
+            wins[item["id"]] += [] if points is None or math.isnan(of_human) else [float(points >= of_human)]
+    return {name: _mean(values) for name, values in wins.items()}
 
 
 def duels(ours: Sequence[Row], theirs: Sequence[Row], column: str = "score") -> dict[str, float]:
@@ -120,11 +120,11 @@ def duels(ours: Sequence[Row], theirs: Sequence[Row], column: str = "score") -> 
 
 
 def _samples(items: Sequence[Row], column: str) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = defaultdict(list)
+    points: dict[str, list[float]] = defaultdict(list)
     for item in items:
         if item["kind"] == "sample":
-            found[item["id"]] += [] if item.get(column) is None else [float(item[column])]
-    return found
+            points[item["id"]] += [] if item.get(column) is None else [float(item[column])]
+    return points
 
 
 # --- one number for each policy ---------------------------------------------------------------------------------------
@@ -142,8 +142,8 @@ def metric(row: Row, name: str, less: str = "") -> float:
 def _number(row: Row, name: str) -> float:
     value = row.get(name)
     if not isinstance(value, int | float) or not math.isfinite(value):
-        known = catalogue.find(name)
-        hint = f"; {known.needs} measures it" if known is not None and known.needs else ""
+        entry = catalogue.find(name)
+        hint = f"; {entry.needs} measures it" if entry is not None and entry.needs else ""
         raise DataError(f"{name} was not measured after iteration {row.get('iteration', '?')}{hint}")
     return float(value)
 

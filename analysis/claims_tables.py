@@ -36,14 +36,19 @@ LATEX = {
 
 def as_dict(result: Result) -> dict[str, Any]:
     """A result as plain values; the effect and its interval are in the claim's unit."""
-    claim, found = result.claim, result.effect
+    claim, effect = result.claim, result.effect
     row = claim.model_dump(mode="json")
     row |= {"outcome": result.outcome, "effect": None, "low": None, "high": None, "p": None, "p_holm": result.p_holm}
     row |= {"detectable": None, "seeds": 0, "items": None, "by_iteration": {}, "notes": list(result.notes)}
     row |= {"reason": result.reason}
-    if found is not None:
-        row |= {"effect": found.estimate.value, "low": found.estimate.low, "high": found.estimate.high, "p": found.p}
-        row |= {"detectable": found.detectable, "seeds": found.seeds, "items": found.items}
+    if effect is not None:
+        row |= {
+            "effect": effect.estimate.value,
+            "low": effect.estimate.low,
+            "high": effect.estimate.high,
+            "p": effect.p,
+        }
+        row |= {"detectable": effect.detectable, "seeds": effect.seeds, "items": effect.items}
         row["by_iteration"] = {k: {"value": e.value, "low": e.low, "high": e.high} for k, e in result.by.items()}
     return row
 
@@ -73,12 +78,12 @@ def lines(results: Sequence[Result]) -> list[tuple[str, ...]]:
 
 
 def _line(result: Result) -> tuple[str, ...]:
-    claim, found = result.claim, result.effect
+    claim, effect = result.claim, result.effect
     source = f"{claim.paper}, {claim.where}"
-    if found is None:
+    if effect is None:
         return (claim.text, source, claim.measured, format_claim(claim), "", "", "", "", "not measured")
-    size = str(found.seeds) + (f" × {found.items}" if found.items is not None else "")
-    detectable = "" if found.detectable is None else number(found.detectable, claim.digits)
+    size = str(effect.seeds) + (f" × {effect.items}" if effect.items is not None else "")
+    detectable = "" if effect.detectable is None else number(effect.detectable, claim.digits)
     p = "" if result.p_holm is None else p_text(result.p_holm)
     return (
         claim.text,
@@ -130,12 +135,12 @@ def p_text(p: float) -> str:
 
 def remarks(results: Sequence[Result]) -> list[str]:
     """Reasons, notes and caveats, each once, with the numbers of the claims that it concerns."""
-    found: dict[str, list[int]] = {}
+    by_text: dict[str, list[int]] = {}
     for place, result in enumerate(results, 1):
-        said = [f"not measured: {result.reason}"] if result.reason else [*result.notes, result.claim.caveat]
-        for text in filter(None, said):
-            found.setdefault(text, []).append(place)
-    return [f"{ranges(places)}: {text}." for text, places in found.items()]
+        texts = [f"not measured: {result.reason}"] if result.reason else [*result.notes, result.claim.caveat]
+        for text in filter(None, texts):
+            by_text.setdefault(text, []).append(place)
+    return [f"{ranges(places)}: {text}." for text, places in by_text.items()]
 
 
 def ranges(places: Sequence[int]) -> str:
@@ -159,8 +164,10 @@ def markdown(results: Sequence[Result], about: str) -> str:
     rows = [COLUMNS, tuple("---" if c in ("", "claim", "from", "measured") else "---:" for c in COLUMNS)]
     head = [f"| {' | '.join(row)} |" for row in rows]
     body = [f"| {' | '.join(_in_markdown(cell) for cell in row)} |" for row in lines(results)]
-    said = [f"- {_in_markdown(remark)}" for remark in remarks(results)]
-    return "\n\n".join(["\n".join([*head, *body]), *map(_in_markdown, caption(results, about)), "\n".join(said)]) + "\n"
+    items = [f"- {_in_markdown(remark)}" for remark in remarks(results)]
+    return (
+        "\n\n".join(["\n".join([*head, *body]), *map(_in_markdown, caption(results, about)), "\n".join(items)]) + "\n"
+    )
 
 
 def brief(results: Sequence[Result], about: str) -> str:

@@ -71,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    found = argparse.ArgumentParser(prog="python -m analysis", description="Figures and tables from tracked runs.")
-    found.add_argument("names", nargs="*", metavar="NAME", help="fig05, table01, …, or all")
-    found.add_argument("--list", action="store_true", help="list the scripts, each with its sweep")
-    found.add_argument(
+    options = argparse.ArgumentParser(prog="python -m analysis", description="Figures and tables from tracked runs.")
+    options.add_argument("names", nargs="*", metavar="NAME", help="fig05, table01, …, or all")
+    options.add_argument("--list", action="store_true", help="list the scripts, each with its sweep")
+    options.add_argument(
         "--also",
         action="append",
         default=[],
@@ -82,26 +82,26 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="a folder with more scripts, figNN_name.py or tableNN_name.py; can be repeated",
     )
-    found.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
-    found.add_argument("--experiment", default="dnpo")
-    found.add_argument(
+    options.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
+    options.add_argument("--experiment", default="dnpo")
+    options.add_argument(
         "--sweep",
         action="append",
         default=[],
         metavar="NAME",
         help="instead of each script's sweep; can be repeated; any: all runs",
     )
-    found.add_argument("--runs", nargs="+", default=[], metavar="ID", help="only these runs")
-    found.add_argument(
+    options.add_argument("--runs", nargs="+", default=[], metavar="ID", help="only these runs")
+    options.add_argument(
         "--tag",
         action="append",
         default=[],
         metavar="NAME=VALUE",
         help="only runs with this tag or setting; can be repeated",
     )
-    found.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER")
-    found.add_argument("--no-log", dest="log", action="store_false", help="write files, log nothing to MLflow")
-    return found
+    options.add_argument("--out", type=Path, default=Path("figures"), metavar="FOLDER")
+    options.add_argument("--no-log", dest="log", action="store_false", help="write files, log nothing to MLflow")
+    return options
 
 
 def alone(name: str) -> int:
@@ -115,15 +115,15 @@ def scripts(also: Sequence[Path] = ()) -> dict[str, Path]:
     Raises:
         SettingsError: there is no such folder, or two scripts have the same name.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for folder in (HERE, *also):
         if not folder.is_dir():
             raise SettingsError(f"--also {folder}: there is no such folder")
         for path in sorted(path for kind in ("fig", "table") for path in folder.glob(f"{kind}[0-9]*.py")):
-            if path.stem in found:
-                raise SettingsError(f"{path}: another script has this name, {found[path.stem]}")
-            found[path.stem] = path
-    return found
+            if path.stem in paths:
+                raise SettingsError(f"{path}: another script has this name, {paths[path.stem]}")
+            paths[path.stem] = path
+    return paths
 
 
 def resolve(given: Sequence[str], also: Sequence[Path] = ()) -> list[str]:
@@ -135,20 +135,20 @@ def resolve(given: Sequence[str], also: Sequence[Path] = ()) -> list[str]:
     known = scripts(also)
     if "all" in given:
         return list(known)
-    found = []
+    names = []
     for name in given:
-        those = [
+        matches = [
             each
             for each, path in known.items()
             if each.split("_")[0] == name or each == name or name in _read_aliases(path)
         ]
-        if not those:
+        if not matches:
             short = [each.split("_")[0] for each in known]
             raise SettingsError(
                 f"{name}: there is no such figure or table.{nearest(name, short)} Known: {', '.join(short)}"
             )
-        found += those
-    return list(dict.fromkeys(found))
+        names += matches
+    return list(dict.fromkeys(names))
 
 
 def _run(name: str, path: Path, database: Database, runs: Callable[[str], Runs], out: Path, logged: bool) -> Outcome:
@@ -156,9 +156,9 @@ def _run(name: str, path: Path, database: Database, runs: Callable[[str], Runs],
     try:
         script = load(path)
         with rc_context(STYLE):
-            made = script.make(runs(script.SWEEP))
-            paths = write(made, name, out)
-        where = f", logged to {_count(log(database, made.runs, paths))}" if logged else ""
+            drawing = script.make(runs(script.SWEEP))
+            paths = write(drawing, name, out)
+        where = f", logged to {_count(log(database, drawing.runs, paths))}" if logged else ""
         state, text = "drawn", f"{paths[0].with_suffix('')}.{{{','.join(p.suffix[1:] for p in paths)}}}{where}"
     except DnpoError as error:
         state, text = "skipped", str(error)

@@ -36,7 +36,7 @@ class Comparisons:
     cells: Cells
     measures: Sequence[PolicyMeasure]
     rows: dict[str, dict[str, Cell]] = field(default_factory=dict)
-    found: list[Against] = field(default_factory=list)
+    differences: list[Against] = field(default_factory=list)
     items: set[int] = field(default_factory=set)
 
     @classmethod
@@ -69,7 +69,9 @@ class Comparisons:
             mine, other = (self._mean(measure, side, [iteration], seeds) for side in (a, b))
             p = self._compare(mine, other)
             row[measure.label] = Cell(
-                Estimate(float(np.nanmean(mine - other))) if p is None else self.found[-1].difference, p, signed=True
+                Estimate(float(np.nanmean(mine - other))) if p is None else self.differences[-1].difference,
+                p,
+                signed=True,
             )
         if paper is not None:
             row[COLUMN] = Cell(Estimate(paper), signed=True)
@@ -84,8 +86,8 @@ class Comparisons:
         return [
             *more,
             IN_WORDS[is_leaderboard(self.measures)],
-            detectable(self.found),
-            *collect_notes(self.found),
+            detectable(self.differences),
+            *collect_notes(self.differences),
             describe_cells(self.cells, self.items),
             *(f"{note[0].upper()}{note[1:]}." for note in self.cells.notes),
         ]
@@ -93,20 +95,20 @@ class Comparisons:
     def _mean(
         self, measure: PolicyMeasure, method: str, iterations: Sequence[Iteration], seeds: Sequence[int]
     ) -> Array:
-        found: Array = np.mean([results_of(self.cells, measure, method, k, seeds) for k in iterations], axis=0)
-        return found
+        mean: Array = np.mean([results_of(self.cells, measure, method, k, seeds) for k in iterations], axis=0)
+        return mean
 
     def _compare(self, mine: Array, other: Array) -> float | None:
-        found = against(mine, other)
-        if found is None:
+        comparison = against(mine, other)
+        if comparison is None:
             return None
-        self.found.append(found)
-        return found.p
+        self.differences.append(comparison)
+        return comparison.p
 
 
-def detectable(found: Sequence[Against], scale: float = 100.0, unit: str = " points", digits: int = 1) -> str:
+def detectable(comparisons: Sequence[Against], scale: float = 100.0, unit: str = " points", digits: int = 1) -> str:
     """The minimum detectable differences of a table's comparisons, in a sentence."""
-    known = [scale * each.detectable for each in found if each.detectable is not None]
+    known = [scale * each.detectable for each in comparisons if each.detectable is not None]
     if not known:
         return "Minimum detectable difference: unknown, since the results do not vary."
     median, least, most = (f"{value:.{digits}f}" for value in (np.median(known), min(known), max(known)))
@@ -116,10 +118,12 @@ def detectable(found: Sequence[Against], scale: float = 100.0, unit: str = " poi
     )
 
 
-def collect_notes(found: Sequence[Against]) -> list[str]:
+def collect_notes(comparisons: Sequence[Against]) -> list[str]:
     """The notes of the comparisons, each once; :func:`describe_cells` has the one on a single seed."""
-    counts = Counter(note for each in found for note in each.notes if not note.startswith("one seed"))
-    return [f"{note[0].upper()}{note[1:]} ({count} of {len(found)} comparisons)." for note, count in counts.items()]
+    counts = Counter(note for each in comparisons for note in each.notes if not note.startswith("one seed"))
+    return [
+        f"{note[0].upper()}{note[1:]} ({count} of {len(comparisons)} comparisons)." for note, count in counts.items()
+    ]
 
 
 def describe_cells(cells: Cells, items: set[int]) -> str:
@@ -142,5 +146,5 @@ def label(method: str, iteration: Iteration) -> str:
 
 def last(paper: Mapping[tuple[str, Iteration], Sequence[float]], method: str, iteration: Iteration) -> float | None:
     """The average that the paper prints; None where it prints none."""
-    found = paper.get((method, iteration))
-    return None if found is None else found[-1]
+    row = paper.get((method, iteration))
+    return None if row is None else row[-1]

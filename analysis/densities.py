@@ -80,25 +80,25 @@ def _samples(cells: Cells, method: str, iteration: Iteration) -> list[dict[str, 
 
 def _load(run: TrackedRun, iteration: Iteration) -> dict[str, Array]:
     path = f"logprobs/{iteration_name(iteration)}.npz"
-    found = read_once(run, path, lambda file: dict(np.load(file)))
-    if found is None:
+    content = read_once(run, path, lambda file: dict(np.load(file)))
+    if content is None:
         raise Absent(f"run {run.id} has no {path}; runs of earlier versions lack it")
-    loaded: dict[str, Array] = found
+    loaded: dict[str, Array] = content
     return loaded
 
 
 def _values(loaded: dict[str, Array], name: str, quantity: str) -> Array:
     if quantity == "summed":
         return loaded[name]
-    found: Array = loaded[name] / np.maximum(loaded[f"{name}_tokens"], 1)
-    return found
+    per_token: Array = loaded[name] / np.maximum(loaded[f"{name}_tokens"], 1)
+    return per_token
 
 
 def _distances(samples: Sequence[dict[str, Array]], quantity: str) -> list[float]:
     """The distance for each seed, without new samples equal to the human response; training leaves out such pairs."""
-    found = []
+    distances = []
     for loaded in samples:
-        those = loaded["compared"].astype(bool)
-        old, new = (_values(loaded, name, quantity)[those] for name in ("rejected", "new"))
-        found.append(ks(old, new))
-    return found
+        compared = loaded["compared"].astype(bool)
+        old, new = (_values(loaded, name, quantity)[compared] for name in ("rejected", "new"))
+        distances.append(ks(old, new))
+    return distances

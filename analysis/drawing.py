@@ -45,8 +45,8 @@ def finish(figure: Figure, title: str, foot: str, key: Axes | None = None) -> Fi
     figure.suptitle("\n".join(lines) + "\n " * (key is not None))
     if key is not None:
         below = 1 - (0.05 + 0.185 * len(lines)) / figure.get_figheight()
-        found = key.get_legend_handles_labels()
-        figure.legend(*found, loc="upper center", bbox_to_anchor=(0.5, below), ncols=len(found[1]))
+        entries = key.get_legend_handles_labels()
+        figure.legend(*entries, loc="upper center", bbox_to_anchor=(0.5, below), ncols=len(entries[1]))
     wide = int(figure.get_figwidth() * 72 / (FOOT_SIZE * 0.56))
     text = "\n".join(line for part in foot.split("\n") for line in textwrap.wrap(part, wide))
     figure.supxlabel(text, fontsize=FOOT_SIZE, x=0.01, ha="left", color=FOOT)

@@ -60,9 +60,9 @@ def make(runs: Runs) -> DrawnFigure:
 
 def _losses(cells: Cells, method: str, iteration: Iteration, name: str) -> Array:
     """Seeds × steps."""
-    found = [[step[name] for step in _steps(run, iteration)] for run in cells.of(method, iteration)]
-    shortest = min(map(len, found))
-    return np.array([values[:shortest] for values in found])
+    losses = [[step[name] for step in _steps(run, iteration)] for run in cells.of(method, iteration)]
+    shortest = min(map(len, losses))
+    return np.array([values[:shortest] for values in losses])
 
 
 def _steps(run: TrackedRun, iteration: Iteration) -> list[dict[str, float]]:
@@ -101,13 +101,15 @@ def _draw(axis: Any, x_ST: Array, shade: str) -> None:
     wide = max(len(steps) // SMOOTH, 1)
     smooth_ST = np.array([np.convolve(values, np.full(wide, 1 / wide), "valid") for values in x_ST])
     at = np.arange(smooth_ST.shape[1]) + (wide - 1) / 2
-    found: list[Estimate] = [estimate(column[:, None]) for column in smooth_ST.T]
-    axis.plot(at, [each.value for each in found], color=shade, linewidth=1.8)
+    estimates: list[Estimate] = [estimate(column[:, None]) for column in smooth_ST.T]
+    axis.plot(at, [each.value for each in estimates], color=shade, linewidth=1.8)
     low, high = float(x_ST.min()), float(x_ST.max())
     room = 0.05 * (high - low or 1.0)
     axis.set_ylim(low - room, high + room)  # with few seeds the band may be far wider
-    if found[0].low is not None:
-        axis.fill_between(at, [e.low for e in found], [e.high for e in found], color=shade, alpha=0.15, linewidth=0)
+    if estimates[0].low is not None:
+        axis.fill_between(
+            at, [e.low for e in estimates], [e.high for e in estimates], color=shade, alpha=0.15, linewidth=0
+        )
 
 
 def _epochs(run: TrackedRun, steps: int) -> list[float]:

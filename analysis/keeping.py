@@ -38,10 +38,10 @@ class DrawnTable:
     runs: Sequence[TrackedRun]
 
 
-Made = DrawnFigure | DrawnTable
+Drawing = DrawnFigure | DrawnTable
 
 
-def write(made: Made, name: str, folder: Path) -> list[Path]:
+def write(drawing: Drawing, name: str, folder: Path) -> list[Path]:
     """Write a figure as PNG, SVG and CSV, or a table as CSV, Markdown and LaTeX; return the files.
 
     Raises:
@@ -49,26 +49,26 @@ def write(made: Made, name: str, folder: Path) -> list[Path]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return _picture(made, folder / name) if isinstance(made, DrawnFigure) else _table(made, folder / name)
+        return _picture(drawing, folder / name) if isinstance(drawing, DrawnFigure) else _table(drawing, folder / name)
     except OSError as error:
         raise DataError(f"--out {folder}: {error.strerror}; expected a folder to write to") from error
 
 
-def _picture(made: DrawnFigure, path: Path) -> list[Path]:
+def _picture(drawing: DrawnFigure, path: Path) -> list[Path]:
     paths = [path.with_suffix(suffix) for suffix in (".png", ".svg", ".csv")]
-    made.figure.savefig(paths[0], dpi=DPI)
-    made.figure.savefig(paths[1], metadata={"Date": None})
-    paths[2].write_text(csv_of(made.rows))
+    drawing.figure.savefig(paths[0], dpi=DPI)
+    drawing.figure.savefig(paths[1], metadata={"Date": None})
+    paths[2].write_text(csv_of(drawing.rows))
     return paths
 
 
-def _table(made: DrawnTable, path: Path) -> list[Path]:
+def _table(drawing: DrawnTable, path: Path) -> list[Path]:
     paths = [path.with_suffix(suffix) for suffix in (".csv", ".md", ".tex")]
-    paths[0].write_text(to_csv(made.table))
-    notes = "".join(f"\n{note}\n" for note in made.notes)
-    paths[1].write_text(f"**{made.title}**\n\n{markdown(made.table, made.corner)}{notes}")
-    comments = "".join(f"% {line}\n" for line in (made.title, *made.notes))
-    paths[2].write_text(comments + latex(made.table, made.corner))
+    paths[0].write_text(to_csv(drawing.table))
+    notes = "".join(f"\n{note}\n" for note in drawing.notes)
+    paths[1].write_text(f"**{drawing.title}**\n\n{markdown(drawing.table, drawing.corner)}{notes}")
+    comments = "".join(f"% {line}\n" for line in (drawing.title, *drawing.notes))
+    paths[2].write_text(comments + latex(drawing.table, drawing.corner))
     return paths
 
 

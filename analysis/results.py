@@ -95,36 +95,36 @@ def benchmarks(cells: Cells) -> list[PolicyMeasure]:
         return [PolicyMeasure(metric(f"leaderboard/{name}"), _benchmark(name)) for name in six]
     prefix = "eval/accuracy/"
     families = [name.removeprefix(prefix) for name in tables[0] if name.startswith(prefix)]
-    found = [family for family in families if all(prefix + family in row for row in tables)]
-    if not found:
+    common = [family for family in families if all(prefix + family in row for row in tables)]
+    if not common:
         raise Absent("no benchmark is tracked: neither leaderboard/* (eval=leaderboard) nor eval/accuracy/FAMILY")
-    return [PolicyMeasure(metric(prefix + family), _family(family)) for family in found]
+    return [PolicyMeasure(metric(prefix + family), _family(family)) for family in common]
 
 
-def average(those: Sequence[PolicyMeasure]) -> PolicyMeasure:
+def average(measures: Sequence[PolicyMeasure]) -> PolicyMeasure:
     """The mean over benchmarks. Each counts the same, however many items it has."""
 
     def items(run: TrackedRun, k: Iteration) -> Items | None:
-        parts = [each.items(run, k) for each in those]
+        parts = [each.items(run, k) for each in measures]
         if any(part is None for part in parts):
             return None
         total = sum(len(part) for part in parts if part is not None)
         return {
             f"{each.label}/{name}": value * total / (len(parts) * len(part))
-            for each, part in zip(those, parts, strict=True)
+            for each, part in zip(measures, parts, strict=True)
             if part is not None
             for name, value in part.items()
         }
 
-    shown = metric("leaderboard/average" if is_leaderboard(those) else "eval/accuracy")
-    if is_leaderboard(those) and len(those) < len(SIX):
+    shown = metric("leaderboard/average" if is_leaderboard(measures) else "eval/accuracy")
+    if is_leaderboard(measures) and len(measures) < len(SIX):
         shown = replace(shown, name="")  # runs track only the average over all six
     return PolicyMeasure(replace(shown, label=AVERAGE), items)
 
 
-def is_leaderboard(those: Sequence[PolicyMeasure]) -> bool:
+def is_leaderboard(measures: Sequence[PolicyMeasure]) -> bool:
     """Whether benchmarks are those of the Open LLM Leaderboard, as in the paper."""
-    return those[0].name.startswith("leaderboard/")
+    return measures[0].name.startswith("leaderboard/")
 
 
 def text_measure(name: str) -> PolicyMeasure:
@@ -153,13 +153,13 @@ def duel(a: TrackedRun, b: TrackedRun, iteration: Iteration, column: str = "scor
     ours, theirs = sides
     if ours.keys() != theirs.keys():
         raise DataError(f"runs {a.id} and {b.id} answered different prompts; a comparison needs the same ones")
-    found: dict[str, dict[str, list[float]]] = {"win": {}, "tie": {}, "lose": {}}
+    shares: dict[str, dict[str, list[float]]] = {"win": {}, "tie": {}, "lose": {}}
     for (prompt, sample), mine in ours.items():
         other = theirs[prompt, sample]
         for name, hit in (("win", 1), ("tie", 0), ("lose", -1)):
             value = np.nan if mine is None or other is None else float(np.sign(mine - other) == hit)
-            found[name].setdefault(prompt, []).append(value)
-    return {name: {prompt: _mean(values) for prompt, values in by.items()} for name, by in found.items()}
+            shares[name].setdefault(prompt, []).append(value)
+    return {name: {prompt: _mean(values) for prompt, values in by.items()} for name, by in shares.items()}
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -173,24 +173,24 @@ def results(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iterat
         DataError: the runs were tested on different items.
     """
     runs = cells.of(method, iteration, seeds)
-    kept = [measure.items(run, iteration) for run in runs]
-    if all(found is not None for found in kept):
-        return stack([found for found in kept if found is not None])
+    items = [measure.items(run, iteration) for run in runs]
+    if all(each is not None for each in items):
+        return stack([each for each in items if each is not None])
     rows = [run.row(iteration) for run in runs]
     if any(row.get(measure.name) is None for row in rows):
         raise Absent(f"{measure.name} is not tracked at {spell(iteration)} of {method}")
     return np.array([[float(row[measure.name])] for row in rows])
 
 
-def stack(kept: Sequence[Items]) -> Array:
+def stack(items: Sequence[Items]) -> Array:
     """The items of several runs as an array, in the order of the first run. Shape S × I.
 
     Raises:
         DataError: the runs have different items.
     """
-    if any(found.keys() != kept[0].keys() for found in kept):
+    if any(each.keys() != items[0].keys() for each in items):
         raise DataError("the runs were tested on different items and cannot be compared; narrow the selection")
-    return np.array([[found[name] for name in kept[0]] for found in kept])
+    return np.array([[each[name] for name in items[0]] for each in items])
 
 
 def estimate(x_SI: Array) -> Estimate:
@@ -199,8 +199,8 @@ def estimate(x_SI: Array) -> Estimate:
     Items that lack a value under some seed are left out.
     """
     x_SI = whole(x_SI)
-    found = estimate_mean(x_SI) if x_SI.shape[1] > 1 else estimate_mean(x_SI.T)
-    return Estimate(float(x_SI.mean())) if found is None else found.estimate()
+    mean = estimate_mean(x_SI) if x_SI.shape[1] > 1 else estimate_mean(x_SI.T)
+    return Estimate(float(x_SI.mean())) if mean is None else mean.estimate()
 
 
 def whole(x_SI: Array) -> Array:
@@ -209,10 +209,10 @@ def whole(x_SI: Array) -> Array:
     Raises:
         Absent: no item is left.
     """
-    kept = x_SI[:, ~np.isnan(x_SI).any(0)]
-    if not kept.size:
+    whole_SI = x_SI[:, ~np.isnan(x_SI).any(0)]
+    if not whole_SI.size:
         raise Absent("no item has a value under every seed")
-    return kept
+    return whole_SI
 
 
 def against(a_SI: Array, b_SI: Array) -> Against | None:
@@ -222,8 +222,8 @@ def against(a_SI: Array, b_SI: Array) -> Against | None:
         DataError: the sides differ in shape.
     """
     if a_SI.shape[1] > 1:
-        found = compare_paired(a_SI, b_SI, interval="t", missing="drop")
-        return Against(found.difference, found.p, found.detectable, found.notes)
+        comparison = compare_paired(a_SI, b_SI, interval="t", missing="drop")
+        return Against(comparison.difference, comparison.p, comparison.detectable, comparison.notes)
     mean = estimate_mean((a_SI - b_SI).T)
     if mean is None:
         return None
@@ -254,9 +254,9 @@ def size(x_SI: Array) -> dict[str, int]:
     return {"seeds": len(x_SI), "items": items, "unscored": x_SI.shape[1] - items}
 
 
-def numbers(found: Estimate, prefix: str = "") -> dict[str, float | None]:
+def numbers(value: Estimate, prefix: str = "") -> dict[str, float | None]:
     """An estimate as columns."""
-    return {f"{prefix}mean": found.value, f"{prefix}low": found.low, f"{prefix}high": found.high}
+    return {f"{prefix}mean": value.value, f"{prefix}low": value.low, f"{prefix}high": value.high}
 
 
 # --- what runs have kept ----------------------------------------------------------------------------------------------
@@ -272,8 +272,8 @@ def item_path(iteration: Iteration) -> str:
 def read_once(run: TrackedRun, path: str, read: Callable[[Path], Any]) -> Any:
     """Read an artefact of a run, once; None where the run has none."""
     if (run.id, path) not in _KEPT:
-        found = run.artifact(path)
-        _KEPT[run.id, path] = None if found is None else read(found)
+        file = run.artifact(path)
+        _KEPT[run.id, path] = None if file is None else read(file)
     return _KEPT[run.id, path]
 
 
@@ -295,13 +295,13 @@ def _read_samples(run: TrackedRun, iteration: Iteration, column: str, wanted: Se
     if table is None or column not in table.column_names or table[column].null_count == len(table):
         return None
     human = dict(_columns(table, ["id", column], kind="human"))
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for name, value in _columns(table, ["id", column], kind="sample"):
         other = human.get(name)
         if wanted is not None and value is not None:
             value = None if other is None else float(np.sign(value - other) in wanted)
-        found.setdefault(name, []).append(np.nan if value is None else value)
-    return {name: _mean(values) for name, values in found.items()}
+        scores.setdefault(name, []).append(np.nan if value is None else value)
+    return {name: _mean(values) for name, values in scores.items()}
 
 
 def _family(family: str) -> Callable[[TrackedRun, Iteration], Items | None]:
@@ -309,8 +309,8 @@ def _family(family: str) -> Callable[[TrackedRun, Iteration], Items | None]:
         table = _items(run, iteration)
         if table is None:
             return None
-        found = dict(_columns(table, ["id", "right"], kind="greedy", family=family))
-        return None if None in found.values() else {name: float(right) for name, right in found.items()}
+        answers = dict(_columns(table, ["id", "right"], kind="greedy", family=family))
+        return None if None in answers.values() else {name: float(right) for name, right in answers.items()}
 
     return items
 
@@ -332,5 +332,5 @@ def _benchmark(name: str) -> Callable[[TrackedRun, Iteration], Items | None]:
 
 def _mean(values: Sequence[float]) -> float:
     """The mean of the values that are not NaN; NaN if none is left."""
-    there = [value for value in values if not np.isnan(value)]
-    return float(np.mean(there)) if there else float("nan")
+    finite = [value for value in values if not np.isnan(value)]
+    return float(np.mean(finite)) if finite else float("nan")

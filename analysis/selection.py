@@ -43,8 +43,8 @@ class Cells:
     def methods(self) -> list[str]:
         """In the order of the paper, SPIN first."""
         order = list(dict.fromkeys(METHODS.values()))
-        found = dict.fromkeys(method for method, _, _ in self.runs)
-        return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+        names = dict.fromkeys(method for method, _, _ in self.runs)
+        return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
     @property
     def iterations(self) -> list[Iteration]:
@@ -92,14 +92,14 @@ class Cells:
         Raises:
             Absent: no cell is left.
         """
-        kept = {
+        runs = {
             (method, k, seed): run
             for (method, k, seed), run in self.runs.items()
             if (methods is None or method in methods) and (iterations is None or iterations(k))
         }
-        if not kept:
+        if not runs:
             raise Absent(f"the selection has no {' or '.join(methods or ['such cell'])}; {self._has()}")
-        return replace(self, runs=kept)
+        return replace(self, runs=runs)
 
     def needs(self, *methods: str) -> None:
         """Refuse cells that lack one of these methods.
@@ -138,12 +138,12 @@ class Runs:
         Raises:
             DataError: the runs differ in other settings than those that are compared.
         """
-        found = self._cells(
+        cells = self._cells(
             self.finished, lambda run: [row["iteration"] for row in run.table], differing_starts=False, matters=matters
         )
-        late = sorted({k for run in found.used for k in _starts(run) if k > 1})
+        late = sorted({k for run in cells.used for k in _starts(run) if k > 1})
         begins = [f"labels and noise begin at iteration {', '.join(map(str, late))}; before it is SPIN"] if late else []
-        return replace(found, notes=(*found.notes, *begins))
+        return replace(cells, notes=(*cells.notes, *begins))
 
     def branches(self, matters: Sequence[str] = ()) -> Cells:
         """The last iteration of every run that left the SPIN chain there, and of SPIN itself.
@@ -158,10 +158,10 @@ class Runs:
                 f"{self.asked} has no run that branches off the SPIN chain at its last iteration (dsl.start=last, "
                 "npo.start=last), as those of the sweeps ablation and fixed_vs_trainable do"
             )
-        found = self._cells(branched, lambda run: [run.last["iteration"]], differing_starts=True, matters=matters)
+        cells = self._cells(branched, lambda run: [run.last["iteration"]], differing_starts=True, matters=matters)
         if len(branched) < len(self.finished):
-            found = replace(found, notes=(*found.notes, f"{len(self.finished) - len(branched)} chains left out"))
-        return found
+            cells = replace(cells, notes=(*cells.notes, f"{len(self.finished) - len(branched)} chains left out"))
+        return cells
 
     def _cells(
         self,
@@ -172,18 +172,18 @@ class Runs:
         matters: Sequence[str],
     ) -> Cells:
         refuse_mixture(runs, differing_starts=differing_starts, matters=matters)
-        found: dict[tuple[str, Iteration, int], TrackedRun] = {}
+        chosen: dict[tuple[str, Iteration, int], TrackedRun] = {}
         again: set[str] = set()
         for run in sorted(runs, key=lambda run: run.started):
             for k in iterations(run):
                 place = (method_of(run), k, run.seed)
-                if place in found and found[place].id != run.id:
-                    again.add(found[place].id)
-                found[place] = run
+                if place in chosen and chosen[place].id != run.id:
+                    again.add(chosen[place].id)
+                chosen[place] = run
         notes = list(self.notes)
-        if replaced := again - {run.id for run in found.values()}:
+        if replaced := again - {run.id for run in chosen.values()}:
             notes.append(f"{_runs(len(replaced))} left out: a newer one has the same settings and seed")
-        cells = Cells(found, tuple(notes))
+        cells = Cells(chosen, tuple(notes))
         if cells.missing:
             shown = ", ".join(cells.missing[:SHOWN])
             more = f" and {len(cells.missing) - SHOWN} more" if len(cells.missing) > SHOWN else ""
@@ -199,17 +199,17 @@ def select(
     Raises:
         DataError: nothing matches, or none of the runs is finished.
     """
-    found = database.runs(sweeps=sweeps, ids=ids, tags=tags)
+    runs = database.runs(sweeps=sweeps, ids=ids, tags=tags)
     asked = " ".join(
         [*(f"sweep {name}" for name in sweeps), *ids, *(f"{name}={value}" for name, value in (tags or {}).items())]
     )
     asked = asked or "every run"
-    left = Counter(run.status for run in found if run.status != FINISHED)
-    counts = " and ".join(f"{count} {status}" for status, count in left.items())
-    finished = tuple(run for run in found if run.finished)
+    unfinished = Counter(run.status for run in runs if run.status != FINISHED)
+    counts = " and ".join(f"{count} {status}" for status, count in unfinished.items())
+    finished = tuple(run for run in runs if run.finished)
     if not finished:
         raise DataError(f"{asked}: no run is finished yet ({counts})")
-    return Runs(finished, (f"left out as not finished: {counts}",) if left else (), asked)
+    return Runs(finished, (f"left out as not finished: {counts}",) if unfinished else (), asked)
 
 
 def method_of(run: TrackedRun) -> str:
@@ -225,8 +225,8 @@ def spell(iteration: Iteration) -> str:
 
 def commits(runs: Iterable[TrackedRun]) -> str:
     """The commits of the code that made the runs, shortened."""
-    found = dict.fromkeys(run.tags.get("dnpo.commit", "") for run in runs)
-    return ", ".join(c[:7] + "+" * c.endswith("+") for c in found if c) or "unknown"
+    hashes = dict.fromkeys(run.tags.get("dnpo.commit", "") for run in runs)
+    return ", ".join(c[:7] + "+" * c.endswith("+") for c in hashes if c) or "unknown"
 
 
 def targets(database: Database, runs: Iterable[TrackedRun]) -> list[str]:

@@ -15,15 +15,15 @@ SWEEP = "main"
 def make(runs: Runs) -> DrawnTable:
     """Select, compare every method with SPIN at the same iteration, tabulate."""
     cells = runs.chains(matters=["eval.leaderboard"])
-    found = Comparisons.of(cells)
+    comparisons = Comparisons.of(cells)
     for k in cells.iterations:
         for method in cells.methods:
             if k in BEGINNING and method != cells.methods[0]:
                 continue  # the same policy
             name = label(method, k) if k != "SFT" else "SFT"
-            found.add(name, method, [k], SPIN, last(MAIN, method, k))
-    notes = found.notes(f"Stars: against SPIN at the same iteration. {COLUMN}: arXiv 2502.05400, table 1.")
-    return DrawnTable(found.table(), TITLE, "policy", notes, cells.used)
+            comparisons.add(name, method, [k], SPIN, last(MAIN, method, k))
+    notes = comparisons.notes(f"Stars: against SPIN at the same iteration. {COLUMN}: arXiv 2502.05400, table 1.")
+    return DrawnTable(comparisons.table(), TITLE, "policy", notes, cells.used)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ def make(runs: Runs) -> DrawnTable:
     compared: list[Against] = []
     for name in tracked:
         for method in cells.methods:
-            row, found = _row(cells, name, method)
+            row, comparison = _row(cells, name, method)
             rows[f"{text_measure(name).label}, {method}"] = row
-            compared += [found] if found else []
+            compared += [comparison] if comparison else []
     shown = text_measure(tracked[0]).metric
     notes = [
         "Shares, 0 to 1; intervals over seeds, since prompts and BLEU's corpus differ between them. Stars: against "
@@ -60,17 +60,17 @@ def _row(cells: Cells, name: str, method: str) -> tuple[dict[str, Cell], Against
             row[spell(k)] = Cell(estimate(results(cells, measure, method, k, seeds)))
     ks = [k for k in cells.iterations if k not in BEGINNING]
     sides = [(side, k) for side in {method, SPIN} & set(cells.methods) for k in ks]
-    seeds, found = cells.seeds_of(*sides), None
+    seeds, comparison = cells.seeds_of(*sides), None
     if ks and seeds:
         mine, base = (
             np.mean([results(cells, measure, side, k, seeds) for k in ks], axis=0) if side in cells.methods else None
             for side in (method, SPIN)
         )
         if mine is not None:
-            found = against(mine, base) if method != SPIN and base is not None else None
-            row[_mean(ks)] = Cell(estimate(mine), found.p if found else None)
+            comparison = against(mine, base) if method != SPIN and base is not None else None
+            row[_mean(ks)] = Cell(estimate(mine), comparison.p if comparison else None)
     paper = TEXTS.get((name, method))
-    return row | ({PAPER: Cell(Estimate(paper[-1]))} if paper else {}), found
+    return row | ({PAPER: Cell(Estimate(paper[-1]))} if paper else {}), comparison
 
 
 def _mean(ks: list[int | str]) -> str:

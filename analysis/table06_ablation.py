@@ -15,12 +15,12 @@ SWEEP = "ablation"
 def make(runs: Runs) -> DrawnTable:
     """Select, compare with SPIN in the same iteration, tabulate."""
     cells = runs.branches(matters=["eval.leaderboard"]).only([SPIN, DSL, NPO, DNPO])
-    found = Comparisons.of(cells)
+    comparisons = Comparisons.of(cells)
     for k in cells.iterations:
         for method in cells.methods:
-            found.add(label(method, k), method, [k], SPIN, last(BRANCHES, method, k))
-    notes = found.notes(f"Stars: against SPIN in the same iteration. {COLUMN}: arXiv 2502.05400, table 6.")
-    return DrawnTable(found.table(), TITLE, "method", notes, cells.used)
+            comparisons.add(label(method, k), method, [k], SPIN, last(BRANCHES, method, k))
+    notes = comparisons.notes(f"Stars: against SPIN in the same iteration. {COLUMN}: arXiv 2502.05400, table 6.")
+    return DrawnTable(comparisons.table(), TITLE, "method", notes, cells.used)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,20 @@ SWEEP = "fixed_vs_trainable"
 def make(runs: Runs) -> DrawnTable:
     """Select, compare with SPIN and trainable noise with both others in the same iteration, tabulate."""
     cells = runs.branches(matters=["eval.leaderboard"]).only([SPIN, FIXED, NPO, CONSTANT])
-    found = Comparisons.of(cells)
+    comparisons = Comparisons.of(cells)
     for k in cells.iterations:
         for method in cells.methods:
-            found.add(label(method, k), method, [k], SPIN, last(BRANCHES, method, k))
+            comparisons.add(label(method, k), method, [k], SPIN, last(BRANCHES, method, k))
         for other in (FIXED, CONSTANT):
             if {NPO, other} <= set(cells.methods):
                 ours, theirs = last(BRANCHES, NPO, k), last(BRANCHES, other, k)
                 paper = None if ours is None or theirs is None else ours - theirs
-                found.difference(label(f"{NPO} − {other}", k), NPO, other, k, paper)
-    notes = found.notes(
+                comparisons.difference(label(f"{NPO} − {other}", k), NPO, other, k, paper)
+    notes = comparisons.notes(
         "Stars: against SPIN in the same iteration; in rows of differences, against 0. Constant: the mean effect of "
         f"the trainable noise of the same iteration and seed, without noise. {COLUMN}: arXiv 2502.05400, table 7."
     )
-    return DrawnTable(found.table(), TITLE, "method", notes, cells.used)
+    return DrawnTable(comparisons.table(), TITLE, "method", notes, cells.used)
 
 
 if __name__ == "__main__":

@@ -348,19 +348,19 @@ def add(*metrics: Metric) -> None:
         DnpoError: another metric has the same name.
     """
     for metric in metrics:
-        known = find(metric.name)
-        if known == metric:
+        existing = find(metric.name)
+        if existing == metric:
             continue  # the module was imported twice
-        if known is not None:
-            raise DnpoError(f"{metric.name}: the catalogue already has a metric of this name: {known.title}")
+        if existing is not None:
+            raise DnpoError(f"{metric.name}: the catalogue already has a metric of this name: {existing.title}")
         _ADDED.append(MetricGroup("Added", (metric,), (AGAINST,)))
         _locate.cache_clear()
 
 
 def find(name: str) -> Metric | None:
     """Find the metric with this name, also as a member of a family or a variant; None if there is none."""
-    found = _locate(name)
-    return None if found is None else found[0]
+    entry = _locate(name)
+    return None if entry is None else entry[0]
 
 
 def metric(name: str) -> Metric:
@@ -369,10 +369,10 @@ def metric(name: str) -> Metric:
     Raises:
         DnpoError: the catalogue has none.
     """
-    found = find(name)
-    if found is None:
+    entry = find(name)
+    if entry is None:
         raise DnpoError(_describe_unknown(name))
-    return found
+    return entry
 
 
 def check(names: Iterable[str]) -> None:
@@ -387,8 +387,8 @@ def check(names: Iterable[str]) -> None:
 
 def name_by_iteration(name: str) -> str:
     """The name under which a metric is tracked by iteration; those also tracked by training step have a prefix."""
-    found = _locate(name)
-    return ITERATION.prefix + name if found is not None and ITERATION in found[1].variants else name
+    entry = _locate(name)
+    return ITERATION.prefix + name if entry is not None and ITERATION in entry[1].variants else name
 
 
 @cache
@@ -396,9 +396,9 @@ def _locate(name: str) -> tuple[Metric, MetricGroup] | None:
     """Find the metric with this name, and its group."""
     groups = (*GROUPS, *_ADDED)
     for finder in (_exact, _in_families, _in_variants):
-        found = next(finder(groups, name), None)
-        if found is not None:
-            return found
+        entry = next(finder(groups, name), None)
+        if entry is not None:
+            return entry
     return None
 
 
@@ -410,18 +410,18 @@ def _in_families(groups: Iterable[MetricGroup], name: str) -> Iterator[tuple[Met
     for group in groups:
         for family in group.metrics:
             before, *rest = OPEN.split(family.name)
-            found = re.fullmatch(f"{re.escape(before)}([^/]+){re.escape(rest[1])}", name) if rest else None
-            if found:
-                title, label = (text.replace(f"<{rest[0]}>", found[1]) for text in (family.title, family.label))
+            match = re.fullmatch(f"{re.escape(before)}([^/]+){re.escape(rest[1])}", name) if rest else None
+            if match:
+                title, label = (text.replace(f"<{rest[0]}>", match[1]) for text in (family.title, family.label))
                 yield replace(family, name=name, title=title, label=label), group
 
 
 def _in_variants(groups: Iterable[MetricGroup], name: str) -> Iterator[tuple[Metric, MetricGroup]]:
     for variant in dict.fromkeys(variant for group in groups for variant in group.variants):
         base = variant.find_base(name)
-        found = None if base is None else _locate(base)
-        if found is not None and variant in found[1].variants:
-            yield variant.apply(found[0], name), found[1]
+        entry = None if base is None else _locate(base)
+        if entry is not None and variant in entry[1].variants:
+            yield variant.apply(entry[0], name), entry[1]
 
 
 def _describe_unknown(name: str) -> str:

@@ -89,17 +89,17 @@ def with_contents(settings: Mapping[str, Any], part: Any) -> dict[str, Any]:
 
     The hash makes runs comparable: the same data in two folders are equal, different data under one name are not.
     """
-    found = dict(settings)
+    tree = dict(settings)
     for name, value in settings.items():
         inner = getattr(part, name, None)
         if _is_part(value):
-            found[name] = with_contents(value, inner)
+            tree[name] = with_contents(value, inner)
         elif _are_parts(value) and isinstance(inner, Mapping):
-            found[name] = {each: with_contents(some, inner[each]) for each, some in value.items()}
+            tree[name] = {each: with_contents(some, inner[each]) for each, some in value.items()}
     if dataclasses.is_dataclass(part) and any(field.metadata.get(IS_PLACE) for field in dataclasses.fields(part)):
         text = json.dumps(part_key(part), sort_keys=True)
-        found[CONTENTS] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return found
+        tree[CONTENTS] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return tree
 
 
 @dataclass(frozen=True)
@@ -350,12 +350,12 @@ def locate(name: str, target: str) -> Callable[..., Any]:
     from hydra.utils import get_object
 
     try:
-        found: Any = get_object(target)
+        value: Any = get_object(target)
     except Exception as error:
         raise SettingsError(f"{name}={target}: cannot be imported ({error})") from None
-    if not callable(found):
-        raise SettingsError(f"{name}={target}: expected a class or function, found a {type(found).__name__}")
-    return cast(Callable[..., Any], found)
+    if not callable(value):
+        raise SettingsError(f"{name}={target}: expected a class or function, found a {type(value).__name__}")
+    return cast(Callable[..., Any], value)
 
 
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
@@ -390,10 +390,10 @@ def conf_folder() -> Path:
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to dotted names."""
-    found: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            names |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            names[f"{prefix}{key}"] = value
+    return names

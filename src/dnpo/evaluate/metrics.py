@@ -136,8 +136,8 @@ def _accuracy(prompts: Sequence[Prompt], greedy: Sequence[Response]) -> dict[str
     families = list(dict.fromkeys(p.family for p in prompts))
     right = [(p.family, correct(p, r.text)) for p, r in zip(prompts, greedy, strict=True)]
     by_family = {f: _mean(ok for family, ok in right if family == f) for f in families}
-    found = {f"eval/accuracy/{family}": value for family, value in by_family.items() if family}
-    return found | {"eval/accuracy": _mean(by_family.values())}
+    metrics = {f"eval/accuracy/{family}": value for family, value in by_family.items() if family}
+    return metrics | {"eval/accuracy": _mean(by_family.values())}
 
 
 def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) -> dict[str, float]:
@@ -147,9 +147,9 @@ def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) 
     # An answer that contains a word which introduces answers is extracted in part, so all right ones get one name.
     answers = [("right", "") if ok else ("", read_answer(r.text)) for ok, r in zip(right, fresh, strict=True)]
     hits = [sum(right[i::count]) for i in range(count)]
-    found = {f"eval/pass_at_{k}": _mean(pass_at_k(copies, n, k) for n in hits) for k in dict.fromkeys((1, copies))}
+    metrics = {f"eval/pass_at_{k}": _mean(pass_at_k(copies, n, k) for n in hits) for k in dict.fromkeys((1, copies))}
     votes = [majority(answers[i::count]) for i in range(count)]
-    return found | {"eval/majority": _mean(vote == ("right", "") for vote in votes)}
+    return metrics | {"eval/majority": _mean(vote == ("right", "") for vote in votes)}
 
 
 def _labels(pairs: Sequence[Pair], prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -188,10 +188,10 @@ def _items(
 ) -> list[Item]:
     """The result of each held-out response, in the order of the verdicts."""
     count = len(held.prompts)
-    found = []
+    items = []
     for i, response in enumerate([*held.human, *greedy, *fresh]):
         prompt = held.prompts[i % count]
-        found.append(
+        items.append(
             Item(
                 id=prompt.id,
                 family=prompt.family,
@@ -204,7 +204,7 @@ def _items(
                 logprob=response.logprob,
             )
         )
-    return found
+    return items
 
 
 def _distributions(
@@ -212,45 +212,45 @@ def _distributions(
 ) -> dict[str, float]:
     """Write the log-probabilities of chosen, rejected and new responses under this policy; return summary metrics."""
     prompt_ids = [p.token_ids for p in known.prompts]
-    kept: dict[str, Any] = {
+    logps: dict[str, Any] = {
         "chosen": policy.score(prompt_ids, known.chosen),
         "chosen_tokens": [len(ids) for ids in known.chosen],
         "new": [r.logprob for r in new],
         "new_tokens": [r.tokens for r in new],
     }
-    metrics = {"logps/chosen": _mean(kept["chosen"]), "logps/new": _mean(kept["new"])}
+    metrics = {"logps/chosen": _mean(logps["chosen"]), "logps/new": _mean(logps["new"])}
     if has_pairs:
-        kept["rejected"] = policy.score(prompt_ids, known.rejected)
-        kept["rejected_tokens"] = [len(ids) for ids in known.rejected]
-        metrics["logps/rejected"] = _mean(kept["rejected"])
+        logps["rejected"] = policy.score(prompt_ids, known.rejected)
+        logps["rejected_tokens"] = [len(ids) for ids in known.rejected]
+        metrics["logps/rejected"] = _mean(logps["rejected"])
         # Pairs of identical responses are dropped, so no rejected response equals the human one. New samples that do
         # are left out too, with their prompts: an unchanged policy must show no distance.
         compared = [r.token_ids != human for r, human in zip(new, known.human, strict=True)]
-        kept["compared"] = compared
-    arrays: dict[str, Any] = {name: np.asarray(values) for name, values in kept.items()}
-    if has_pairs and any(kept["compared"]):
+        logps["compared"] = compared
+    arrays: dict[str, Any] = {name: np.asarray(values) for name, values in logps.items()}
+    if has_pairs and any(logps["compared"]):
         metrics |= _stagnation(arrays)
     with (folder / "logprobs.npz").open("wb") as stream:
         np.savez(stream, **arrays)
     return metrics
 
 
-def _stagnation(kept: dict[str, Any]) -> dict[str, float]:
+def _stagnation(logps: dict[str, Any]) -> dict[str, float]:
     """Distances between newly generated and rejected responses, by log-probabilities, summed and per token."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for ending, per_token in (("", False), ("_per_token", True)):
         old, young = (
-            (kept[name] / np.maximum(kept[f"{name}_tokens"], 1) if per_token else kept[name])[kept["compared"]]
+            (logps[name] / np.maximum(logps[f"{name}_tokens"], 1) if per_token else logps[name])[logps["compared"]]
             for name in ("rejected", "new")
         )
-        found |= {
+        metrics |= {
             f"stagnation/ks{ending}": ks(old, young),
             f"stagnation/wasserstein{ending}": wasserstein(old, young),
             f"stagnation/overlap{ending}": overlap(old, young),
             f"stagnation/overlap_by_chance{ending}": overlap_by_chance(old, young),
         }
-    count = int(kept["compared"].sum())
-    return found | {"stagnation/ks_critical": ks_critical(count, count)}
+    count = int(logps["compared"].sum())
+    return metrics | {"stagnation/ks_critical": ks_critical(count, count)}
 
 
 def ks_critical(first: int, second: int) -> float:
@@ -259,5 +259,5 @@ def ks_critical(first: int, second: int) -> float:
 
 
 def _mean(values: Any) -> float:
-    found = [float(v) for v in values]
-    return sum(found) / len(found) if found else 0.0
+    numbers = [float(v) for v in values]
+    return sum(numbers) / len(numbers) if numbers else 0.0

@@ -105,10 +105,10 @@ def compare(groups: Groups, measure: ReportMeasure, items: Items) -> MeasureComp
     notes: dict[str, None] = {}
     for group in groups.groups:
         for iteration in iterations:
-            found = mean_of(group, iteration, measure, items)
-            if found is None:
+            mean = mean_of(group, iteration, measure, items)
+            if mean is None:
                 continue
-            means.setdefault(group.label, {})[iteration_title(iteration)] = Cell(found)
+            means.setdefault(group.label, {})[iteration_title(iteration)] = Cell(mean)
             if base is None or group is base:
                 continue
             cell, remarks = _difference(group, base, iteration, measure, items)
@@ -136,11 +136,11 @@ def mean_of(group: Group, iteration: int | str, measure: ReportMeasure, items: I
 
 def matrix(group: Group, iteration: int | str, seeds: list[int], measure: ReportMeasure, items: Items) -> Array | None:
     """Return the results as seeds × items; None if a run has no items, or others than the first run."""
-    found = [items.of(group.at(iteration)[seed].run, iteration, measure) for seed in seeds]
-    if not found or not all(found) or any(each.keys() != found[0].keys() for each in found):
+    results = [items.of(group.at(iteration)[seed].run, iteration, measure) for seed in seeds]
+    if not results or not all(results) or any(each.keys() != results[0].keys() for each in results):
         return None
-    ids = list(found[0])
-    x_SI: Array = np.asarray([[each[key] for key in ids] for each in found], float)
+    ids = list(results[0])
+    x_SI: Array = np.asarray([[each[key] for key in ids] for each in results], float)
     return x_SI
 
 
@@ -166,8 +166,11 @@ def _difference(
     a, b = (matrix(side, iteration, seeds, measure, items) for side in (group, base))
     if a is not None and b is not None and a.shape == b.shape and a.shape[1] > 1:
         kind: Literal["right", "scores"] = "right" if measure.column == "right" else "scores"
-        found = compare_paired(a, b, kind=kind, interval="t", missing="drop")
-        return Cell(found.difference, found.p, signed=True), [*notes, *(f"{note}." for note in found.notes)]
+        comparison = compare_paired(a, b, kind=kind, interval="t", missing="drop")
+        return Cell(comparison.difference, comparison.p, signed=True), [
+            *notes,
+            *(f"{note}." for note in comparison.notes),
+        ]
     pairs = [
         (ours[seed].value(iteration, measure.metric.name), theirs[seed].value(iteration, measure.metric.name))
         for seed in seeds
@@ -192,14 +195,14 @@ def _policy(run: TrackedRun, iteration: int | str) -> str:
 
 def gain(member: Member, measure: ReportMeasure, items: Items) -> tuple[Estimate, str] | None:
     """Return the last policy's mean minus the first's, and in words what its interval is over; None without both."""
-    known = member.values_by_iteration(measure.metric.name)
-    if len(known) < 2:
+    values = member.values_by_iteration(measure.metric.name)
+    if len(values) < 2:
         return None
-    (first, before), (last, after) = known[0], known[-1]
+    (first, before), (last, after) = values[0], values[-1]
     a, b = items.of(member.run, last, measure), items.of(member.run, first, measure)
     if len(a) > 1 and a.keys() == b.keys():
-        found = compare_paired(
+        comparison = compare_paired(
             [a[key] for key in a], [b[key] for key in a], kind="scores", interval="t", missing="drop"
         )
-        return found.difference, f"over {found.items} held-out prompts"
+        return comparison.difference, f"over {comparison.items} held-out prompts"
     return Estimate(after - before), ""

@@ -26,7 +26,7 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
     """
     runs, sweep, items = selection.runs, selection.sweep, Items()
     groups = group_runs(runs) if sweep else _group_alone(runs[0])
-    compared = [found for m in MEASURES if (found := compare(groups, m, items)) is not None] if sweep else []
+    compared = [comparison for m in MEASURES if (comparison := compare(groups, m, items)) is not None] if sweep else []
     shown = choose_looks({group.label: group.options for group in groups.groups[: len(SERIES)]})
     lineage = origins.lineage(runs, selection.own if sweep else None)
     claims, why = _claims(selection.own) if sweep else ([], "")
@@ -123,11 +123,11 @@ def _claims(own: TrackedRun | None) -> tuple[list[dict[str, Any]], str]:
     if path is None:
         return [], "No claim was tested on this sweep yet"
     try:
-        found = [{name: row.get(name) for name in CLAIM} for row in json.loads(path.read_text())]
+        rows = [{name: row.get(name) for name in CLAIM} for row in json.loads(path.read_text())]
     except (ValueError, AttributeError, TypeError):
         return [], "analysis/claims.json is no list of claims"
-    for row in found:
+    for row in rows:
         row["look"] = LOOKS.get(str(row["outcome"]), "open")
         notes = row["notes"] or ""
         row["notes"] = "; ".join(map(str, notes)) if isinstance(notes, list) else notes
-    return found, ""
+    return rows, ""

@@ -54,10 +54,10 @@ def progress(rows: Sequence[Mapping[str, Any]], path: Path, title: str, options:
     """
     panels = []
     for name in PROGRESS:
-        known = {-1 if row["iteration"] == "SFT" else row["iteration"]: row[name] for row in rows if name in row}
-        if known:
+        values = {-1 if row["iteration"] == "SFT" else row["iteration"]: row[name] for row in rows if name in row}
+        if values:
             human = next((row[f"{name}_human"] for row in rows if f"{name}_human" in row), None)
-            panels.append(Panel(metric(name), {"": {k: Estimate(v) for k, v in known.items()}}, human))
+            panels.append(Panel(metric(name), {"": {k: Estimate(v) for k, v in values.items()}}, human))
     over_iterations(panels, path, title, "One run: no interval.", {"": METHODS.get(options, OTHER)})
 
 

@@ -36,8 +36,8 @@ class Member:
 
     def value(self, iteration: int | str, metric: str) -> float | None:
         """Return a metric of one policy; None if it was not measured."""
-        found = next((row.get(metric) for row in self.rows if row["iteration"] == iteration), None)
-        return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+        value = next((row.get(metric) for row in self.rows if row["iteration"] == iteration), None)
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
     def values_by_iteration(self, metric: str) -> list[tuple[int | str, float]]:
         """Return the iterations after which a metric was measured, with its values."""
@@ -58,8 +58,8 @@ class Group:
 
     def values(self, iteration: int | str, metric: str) -> list[float]:
         """Return a metric after one iteration, one number per seed."""
-        found = [member.value(iteration, metric) for member in self.at(iteration).values()]
-        return [value for value in found if value is not None]
+        values = [member.value(iteration, metric) for member in self.at(iteration).values()]
+        return [value for value in values if value is not None]
 
     @property
     def seeds(self) -> list[int]:
@@ -96,8 +96,8 @@ class Groups:
     @property
     def iterations(self) -> list[int | str]:
         """The iterations of all groups in order, fine-tuning first."""
-        found = {row["iteration"] for group in self.groups for member in group.members for row in member.rows}
-        return sorted(found, key=lambda k: -1 if k == SFT else int(k))
+        every = {row["iteration"] for group in self.groups for member in group.members for row in member.rows}
+        return sorted(every, key=lambda k: -1 if k == SFT else int(k))
 
 
 def is_complete(run: TrackedRun) -> bool:
@@ -243,14 +243,14 @@ def _gaps(groups: Sequence[Group]) -> list[str]:
     """Describe the seeds and iterations that a group lacks and another has."""
     iterations = {row["iteration"] for group in groups for member in group.members for row in member.rows}
     seeds = {seed for group in groups for seed in group.seeds}
-    found = []
+    gaps = []
     for group in groups:
         for seed in sorted(seeds):
             absent = sorted((iteration for iteration in iterations if seed not in group.at(iteration)), key=str)
             if len(absent) == len(iterations):
-                found.append(f"{group.label} has no finished run with seed {seed}.")
+                gaps.append(f"{group.label} has no finished run with seed {seed}.")
             elif absent:
-                found.append(
+                gaps.append(
                     f"{group.label} with seed {seed} has nothing for {', '.join(map(iteration_title, absent))}."
                 )
-    return found
+    return gaps

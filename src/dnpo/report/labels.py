@@ -53,28 +53,30 @@ class Examples:
 
 def examples(groups: Groups, single: bool) -> list[Examples]:
     """Return some flipped and some other pairs of every iteration; for a group, of its first seed."""
-    found = []
+    result = []
     for group in groups.groups:
         for member in group.members if groups.branching or single else group.members[:1]:
             if member.run.seed == group.members[0].run.seed:
-                found += _of_run(member, "" if single else group.label, single)
-    return found
+                result += _of_run(member, "" if single else group.label, single)
+    return result
 
 
 def _of_run(member: Member, label: str, single: bool) -> list[Examples]:
-    found = []
+    result = []
     for row in member.rows:
         path = (
             None if row["iteration"] == SFT else member.run.artifact(f"pairs/{iteration_name(row['iteration'])}.json")
         )
         pairs = [] if path is None else [_example(pair) for pair in json.loads(path.read_text())]
         flipped = [pair for pair in pairs if pair.flipped][: FLIPPED if single else FEW_FLIPPED]
-        kept = [pair for pair in pairs if not pair.flipped][: KEPT if single else FEW_KEPT]
+        others = [pair for pair in pairs if not pair.flipped][: KEPT if single else FEW_KEPT]
         if pairs and (single or flipped):
-            found.append(
-                Examples(label, int(row["iteration"]), _count(row, "pairs"), _count(row, "flipped"), (*flipped, *kept))
+            result.append(
+                Examples(
+                    label, int(row["iteration"]), _count(row, "pairs"), _count(row, "flipped"), (*flipped, *others)
+                )
             )
-    return found
+    return result
 
 
 def _count(row: Mapping[str, Any], name: str) -> int | None:

@@ -55,8 +55,8 @@ def settings(runs: Sequence[TrackedRun], groups: Groups) -> dict[str, Any]:
     return {"varies": groups.varies, "chosen": chosen, "changed": changed, "rest": rest, "known": bool(usual)}
 
 
-def _values(found: Any) -> list[str]:
-    return list(dict.fromkeys(found))
+def _values(value: Any) -> list[str]:
+    return list(dict.fromkeys(value))
 
 
 def _is_same(a: str, b: str | None) -> bool:
@@ -76,17 +76,17 @@ def stages(runs: Sequence[TrackedRun]) -> list[dict[str, Any]]:
     indices in ``runs`` of the runs that ``computed`` or ``reused`` it. Runs without a summary, of which only the keys
     are known, count as ``planned``.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_key: dict[str, dict[str, Any]] = {}
     for place, run in enumerate(runs):
         for each in _stages(run):
             entry = {"computed": [], "reused": [], "planned": [], **each}
-            known = found.setdefault(each["key"], entry)
+            known = by_key.setdefault(each["key"], entry)
             known["seconds"] = known["seconds"] if known["seconds"] is not None else each["seconds"]
             known[each["how"]].append(place)
-    places = {key: number for number, key in enumerate(found)}
-    for entry in found.values():
+    places = {key: number for number, key in enumerate(by_key)}
+    for entry in by_key.values():
         entry["inputs"] = [(name, key, places.get(key)) for name, key in entry["inputs"].items()]
-    return list(found.values())
+    return list(by_key.values())
 
 
 def _stages(run: TrackedRun) -> list[dict[str, Any]]:

@@ -27,33 +27,33 @@ def of_run(member: Member, items: Items) -> list[str]:
 
 
 def _describe_gain(member: Member, measure: ReportMeasure, items: Items) -> str:
-    metric, known = measure.metric, member.values_by_iteration(measure.metric.name)
-    found = gain(member, measure, items)
-    if found is None:
+    metric, values = measure.metric, member.values_by_iteration(measure.metric.name)
+    gained = gain(member, measure, items)
+    if gained is None:
         return ""
-    estimate, over = found
-    first, last = (metric.format(value) for _, value in (known[0], known[-1]))
+    estimate, over = gained
+    first, last = (metric.format(value) for _, value in (values[0], values[-1]))
     change = metric.format(estimate.value, signed=True)
     if estimate.low == estimate.high == 0:
         change += f", the same {over}"
     elif estimate.low is not None:
         low, high = (format_value(end, metric, signed=True) for end in (estimate.low, estimate.high))
         change += f"; 95 % interval {low} to {high} {over}, which does not cover repeated training"
-    return f"{metric.title}: from {first} to {last} {metric.unit}, {_ends(known)} ({change})."
+    return f"{metric.title}: from {first} to {last} {metric.unit}, {_ends(values)} ({change})."
 
 
-def _ends(known: Sequence[tuple[int | str, float]]) -> str:
-    names = ["fine-tuning" if iteration == SFT else f"iteration {iteration}" for iteration, _ in known]
+def _ends(values: Sequence[tuple[int | str, float]]) -> str:
+    names = ["fine-tuning" if iteration == SFT else f"iteration {iteration}" for iteration, _ in values]
     return f"{names[0]} to {names[-1]}"
 
 
 def of_sweep(groups: Groups, compared: Sequence[MeasureComparison]) -> list[str]:
     """Return sentences with the first measure's numbers, and for each measure the differences from the baseline."""
-    found = [_numbers(groups.groups, groups, compared[0].measure)] if compared else []
-    found += [text for each in compared if (text := _describe_differences(each))]
+    sentences = [_numbers(groups.groups, groups, compared[0].measure)] if compared else []
+    sentences += [text for each in compared if (text := _describe_differences(each))]
     if groups.groups and len({seed for group in groups.groups for seed in group.seeds}) == 1:
-        found.append("There is only one seed: the variation between repeated trainings is unknown.")
-    return found
+        sentences.append("There is only one seed: the variation between repeated trainings is unknown.")
+    return sentences
 
 
 def _numbers(shown: Sequence[Group], groups: Groups, measure: ReportMeasure) -> str:
@@ -87,24 +87,24 @@ def _describe_differences(each: MeasureComparison) -> str:
 
 def tiles(member: Member, items: Items) -> list[dict[str, str]]:
     """Return the last policy's numbers for the large tiles."""
-    found = []
+    result = []
     for measure in (*MEASURES, FLIPS):
-        metric, known = measure.metric, member.values_by_iteration(measure.metric.name)
-        if not known:
+        metric, values = measure.metric, member.values_by_iteration(measure.metric.name)
+        if not values:
             continue
         gained = gain(member, measure, items)
-        before = f"from {metric.format(known[0][1])}" if len(known) > 1 else ""
+        before = f"from {metric.format(values[0][1])}" if len(values) > 1 else ""
         change = f" ({metric.format(gained[0].value, signed=True)})" if gained else ""
-        value = metric.format(known[-1][1])
-        found.append({"title": metric.title, "value": value, "unit": metric.unit, "change": before + change})
+        value = metric.format(values[-1][1])
+        result.append({"title": metric.title, "value": value, "unit": metric.unit, "change": before + change})
     if member.run.seconds is not None:
-        found.append({"title": "Time of the run", "value": duration(member.run.seconds), "unit": "", "change": ""})
-    return found
+        result.append({"title": "Time of the run", "value": duration(member.run.seconds), "unit": "", "change": ""})
+    return result
 
 
 def tables(member: Member) -> list[tuple[str, list[str], list[tuple[str, list[str]]]]]:
     """Return a run's tables, one row per policy: heading, columns, and rows with their labels."""
-    found = []
+    result = []
     for heading, candidates in (
         ("How good the policies are", QUALITY),
         ("What they were trained on, and how", TRAINING),
@@ -119,17 +119,17 @@ def tables(member: Member) -> list[tuple[str, list[str], list[tuple[str, list[st
             for row in member.rows
         ]
         if columns:
-            found.append((heading, [column.heading for column in columns], rows))
-    return found
+            result.append((heading, [column.heading for column in columns], rows))
+    return result
 
 
 def everything(groups: Groups) -> list[dict[str, Any]]:
     """Return every metric of every policy, one table per run."""
-    found = []
+    result = []
     for group in groups.groups:
         for member in group.members:
             numbers = {n for row in member.rows for n, v in row.items() if isinstance(v, int | float)} - {"iteration"}
             rows = [(name, [number(row.get(name), ".4g") for row in member.rows]) for name in sorted(numbers)]
             iterations = [iteration_title(row["iteration"]) for row in member.rows]
-            found.append({"label": f"{group.label}, seed {member.run.seed}", "iterations": iterations, "rows": rows})
-    return found
+            result.append({"label": f"{group.label}, seed {member.run.seed}", "iterations": iterations, "rows": rows})
+    return result

@@ -26,7 +26,7 @@ def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bo
         single: whether the page is on one run; then every policy's histogram is shown.
     """
     shown = [group for group in groups.groups if group.label in looks]
-    found = [
+    sections = [
         (
             "Over iterations",
             [p for m in (*MEASURES, FLIPS) if (p := _over_iterations(shown, groups, looks, m, items))],
@@ -34,7 +34,7 @@ def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bo
         ("Over training steps", [] if groups.branching else _over_steps(shown, looks)),
         ("Log-probabilities of responses", _histograms(shown, single)),
     ]
-    return [(heading, some) for heading, some in found if some]
+    return [(heading, some) for heading, some in sections if some]
 
 
 def find_analysis_pictures(own: TrackedRun | None) -> list[Picture]:
@@ -85,7 +85,7 @@ def _bars(shown: Sequence[Group], measure: ReportMeasure, items: Items) -> str:
 
 
 def _over_steps(shown: Sequence[Group], looks: Mapping[str, Look]) -> list[Picture]:
-    found = []
+    result = []
     breaks = _breaks(shown)
     for name in STEPS:
         histories = {
@@ -93,8 +93,8 @@ def _over_steps(shown: Sequence[Group], looks: Mapping[str, Look]) -> list[Pictu
         }
         histories = {look: runs for look, runs in histories.items() if runs}
         if histories:
-            found.append(figures.over_steps(metric(name), histories, breaks))
-    return found
+            result.append(figures.over_steps(metric(name), histories, breaks))
+    return result
 
 
 def _breaks(shown: Sequence[Group]) -> list[int]:
@@ -111,7 +111,7 @@ def _breaks(shown: Sequence[Group]) -> list[int]:
 
 def _histograms(shown: Sequence[Group], single: bool) -> list[Picture]:
     """Draw the histograms of every policy of a run, or of each group's last policy with the first seed in a sweep."""
-    found = []
+    result = []
     for group in shown:
         for member in group.members[:1]:
             for row in member.rows if single else member.rows[-1:]:
@@ -119,8 +119,8 @@ def _histograms(shown: Sequence[Group], single: bool) -> list[Picture]:
                 whose = "Responses" if single else f"{group.label}, seed {member.run.seed}: responses"
                 path = member.run.artifact(f"logprobs/{iteration_name(row['iteration'])}.npz")
                 if path is not None:
-                    found.append(figures.histogram(path, f"{whose} under the policy {where}", _distance(row)))
-    return found
+                    result.append(figures.histogram(path, f"{whose} under the policy {where}", _distance(row)))
+    return result
 
 
 def _distance(row: Mapping[str, Any]) -> str:

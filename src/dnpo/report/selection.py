@@ -54,8 +54,8 @@ def select(database: Database, given: str) -> Selection:
         return _sweep(database, [run for run in runs if run.tags.get(PARENT) == hits[0].id])
     if hits:
         return _single(hits[0])
-    known = database.sweeps()
-    offered = nearest(given, known) if known else " No run there is part of a named sweep."
+    names = database.sweeps()
+    offered = nearest(given, names) if names else " No run there is part of a named sweep."
     raise DataError(
         f"{given}: no run and no sweep of that name is tracked in {database.uri}, experiment {database.experiment} "
         f"({len(runs)} runs). Give the id of a run or its beginning, the folder of a run or a sweep, or a sweep's name."
@@ -68,18 +68,18 @@ def _single(run: TrackedRun) -> Selection:
 
 
 def _sweep(database: Database, runs: Iterable[TrackedRun]) -> Selection:
-    found = tuple(sorted(runs, key=lambda run: run.started))
-    own = sorted(_parents(database, found).values(), key=lambda run: run.started)
+    ordered = tuple(sorted(runs, key=lambda run: run.started))
+    own = sorted(_parents(database, ordered).values(), key=lambda run: run.started)
     # A sweep without a name is named by its folder.
-    name = found[-1].tags.get(SWEEP) or (Path(own[-1].tags.get("dnpo.sweep", "")).name if own else "")
-    return Selection(name or "sweep", True, found, own[-1] if own else None)
+    name = ordered[-1].tags.get(SWEEP) or (Path(own[-1].tags.get("dnpo.sweep", "")).name if own else "")
+    return Selection(name or "sweep", True, ordered, own[-1] if own else None)
 
 
 def _parents(database: Database, runs: Iterable[TrackedRun]) -> dict[str, TrackedRun]:
     """Return the parent runs of the runs' sweeps, by id."""
     first = {run.tags[PARENT]: run for run in runs if PARENT in run.tags}
-    found = {key: database.parent(run) for key, run in first.items()}
-    return {key: parent for key, parent in found.items() if parent is not None}
+    parents = {key: database.parent(run) for key, run in first.items()}
+    return {key: parent for key, parent in parents.items() if parent is not None}
 
 
 def _sweep_of_folder(database: Database, folder: Path, runs: Iterable[TrackedRun]) -> list[TrackedRun]:

@@ -115,14 +115,14 @@ def bootstrap(x_XSI: Array, seed: int, resamples: int = RESAMPLES) -> Array:
     alike, counts = np.unique(x_XSI.reshape(-1, items), axis=1, return_counts=True)
     x_XSK = alike.reshape(sides, seeds, -1)
     rng = np.random.default_rng(seed)
-    found = []
+    means = []
     size = max(BATCH // len(counts), 1)
     for start in range(0, resamples, size):
         count = min(size, resamples - start)
         items_BK = _multinomial(rng, counts, count) / items
         seeds_BS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=count) / seeds
-        found.append(np.stack([((seeds_BS @ x_SK) * items_BK).sum(1) for x_SK in x_XSK], axis=1))
-    drawn: Array = np.concatenate(found)
+        means.append(np.stack([((seeds_BS @ x_SK) * items_BK).sum(1) for x_SK in x_XSK], axis=1))
+    drawn: Array = np.concatenate(means)
     return drawn
 
 

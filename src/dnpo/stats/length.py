@@ -176,8 +176,8 @@ def _separates(won_BK: Array, lost_BK: Array) -> Flags:
     won, lost = won_BK > 0, lost_BK > 0
     first_won, last_won = won.argmax(1), last - won[:, ::-1].argmax(1)
     first_lost, last_lost = lost.argmax(1), last - lost[:, ::-1].argmax(1)
-    found: Flags = (last_lost <= first_won) | (last_won <= first_lost)
-    return found
+    separated: Flags = (last_lost <= first_won) | (last_won <= first_lost)
+    return separated
 
 
 def _limit(x_K: Array, won_K: Array, lost_K: Array) -> float:
@@ -202,19 +202,19 @@ def _bootstrap(x_K: Array, won_PK: csr_array, lost_PK: csr_array, seed: int, res
     """σ(θ) of bootstrap resamples. Shape B."""
     rng, number = np.random.default_rng(seed), won_PK.shape[0]
     size = max(BATCH // max(number, len(x_K)), 1)
-    found = []
+    rates = []
     for start in range(0, resamples, size):
         count = min(size, resamples - start)
         drawn = rng.integers(0, number, (count, number)) + np.arange(count)[:, None] * number
         weights_BP = np.bincount(drawn.ravel(), minlength=count * number).reshape(count, number).astype(float)
-        found.append(fit(x_K, _weigh(weights_BP, won_PK), _weigh(weights_BP, lost_PK))[0])
-    everything: Array = np.concatenate(found)
+        rates.append(fit(x_K, _weigh(weights_BP, won_PK), _weigh(weights_BP, lost_PK))[0])
+    everything: Array = np.concatenate(rates)
     return everything
 
 
 def _weigh(weights_BP: Array, x_PK: csr_array) -> Array:
-    found: Array = weights_BP @ x_PK
-    return found
+    sums: Array = weights_BP @ x_PK
+    return sums
 
 
 def _check(
@@ -224,15 +224,15 @@ def _check(
     if not len(preferences) == len(differences) == len(prompts):
         lengths = f"{len(preferences)}, {len(differences)} and {len(prompts)}"
         raise DataError(f"each duel needs a preference, a difference in length and a prompt; there are {lengths}")
-    kept = [(v, d, p) for v, d, p in zip(preferences, differences, prompts, strict=True) if v is not None]
-    if not kept:
+    duels = [(v, d, p) for v, d, p in zip(preferences, differences, prompts, strict=True) if v is not None]
+    if not duels:
         raise DataError(f"none of {len(preferences)} duels has a preference; nothing is left to compare")
-    value_D, delta_D = (np.array([row[column] for row in kept], dtype=np.float64) for column in (0, 1))
+    value_D, delta_D = (np.array([row[column] for row in duels], dtype=np.float64) for column in (0, 1))
     if not ((value_D >= 0) & (value_D <= 1)).all():
         raise DataError("preferences must be between 0 and 1")
     if not np.isfinite(delta_D).all():
         raise DataError("a difference in length is not a finite number")
-    return value_D, delta_D, *number_labels([prompt for _, _, prompt in kept])
+    return value_D, delta_D, *number_labels([prompt for _, _, prompt in duels])
 
 
 def _notes(dropped: int, total: int, number: int, plain: float) -> list[str]:

@@ -143,8 +143,8 @@ def _align(a: Any, b: Any, missing: str) -> tuple[Array, Array, int]:
 def _differences(a_SI: Array, b_SI: Array) -> Array:
     """a − b without rounding errors, which would turn ties and zeros into differences."""
     scale = float(max(np.abs(a_SI).max(), np.abs(b_SI).max())) or 1.0
-    found: Array = scale * np.round((a_SI - b_SI) / scale, DIGITS)
-    return found
+    rounded_SI: Array = scale * np.round((a_SI - b_SI) / scale, DIGITS)
+    return rounded_SI
 
 
 def _tests(difference_SI: Array, kind: str) -> dict[str, float]:

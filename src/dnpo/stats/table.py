@@ -113,36 +113,36 @@ def _format_cell(cell: Cell, adjusted: float | None, digits: int, scale: float) 
     return Shown(cell, adjusted, adjusted is not None and adjusted <= ALPHA, number, half)
 
 
-def markdown(found: Table, corner: str = "") -> str:
+def markdown(table: Table, corner: str = "") -> str:
     """Write a table in GitHub's Markdown, with its caption below."""
-    head = [corner, *found.columns]
-    lines = [[*map(_in_markdown, head)], ["---", *("---:" for _ in found.columns)]]
-    for row in found.rows:
+    head = [corner, *table.columns]
+    lines = [[*map(_in_markdown, head)], ["---", *("---:" for _ in table.columns)]]
+    for row in table.rows:
         texts = ("" if shown is None else shown.text for shown in row.shown)
         lines.append([*map(_in_markdown, (row.label, *texts))])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{_in_markdown(found.caption)}\n"
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{_in_markdown(table.caption)}\n"
 
 
-def latex(found: Table, corner: str = "") -> str:
+def latex(table: Table, corner: str = "") -> str:
     """Write a LaTeX tabular that needs no package, with its caption as a comment.
 
     Non-ASCII letters in labels are not escaped; LuaTeX and XeTeX know all of them, pdfTeX does not.
     """
-    lines = [[*map(_in_latex, (corner, *found.columns))]]
-    for row in found.rows:
+    lines = [[*map(_in_latex, (corner, *table.columns))]]
+    for row in table.rows:
         lines.append([_in_latex(row.label), *("" if shown is None else _number(shown) for shown in row.shown)])
     head, *body = [" & ".join(line) + r" \\" for line in lines]
-    begin, end = f"\\begin{{tabular}}{{l{'r' * len(found.columns)}}}", r"\end{tabular}"
-    return "\n".join([f"% {found.caption}", begin, r"\hline", head, r"\hline", *body, r"\hline", end, ""])
+    begin, end = f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\end{tabular}"
+    return "\n".join([f"% {table.caption}", begin, r"\hline", head, r"\hline", *body, r"\hline", end, ""])
 
 
-def to_csv(found: Table) -> str:
+def to_csv(table: Table) -> str:
     """Write a line for each cell, with exact unscaled numbers and the text that the other formats show."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["row", "column", "value", "low", "high", "half", "p", "p_holm", "star", "text"])
-    for row in found.rows:
-        for column, shown in zip(found.columns, row.shown, strict=True):
+    for row in table.rows:
+        for column, shown in zip(table.columns, row.shown, strict=True):
             if shown is not None:
                 of, p = shown.cell.estimate, shown.cell.p
                 numbers = [of.value, of.low, of.high, of.half, p, shown.adjusted]

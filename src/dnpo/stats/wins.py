@@ -115,10 +115,10 @@ def number_labels(labels: Sequence[Hashable]) -> tuple[npt.NDArray[np.int64], in
 def _numbers(scores: Sequence[float | None]) -> Array:
     given: Any = scores
     try:
-        found: Array = np.asarray(given, dtype=np.float64)
+        numbers: Array = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(f"scores must be numbers, or None where one is missing ({error})") from error
-    return found
+    return numbers
 
 
 def _p(counts_XI: Array) -> float:
