@@ -46,11 +46,16 @@ class Process:
     """``python -m dnpo.train`` in a process and a group of its own; behaves as :class:`subprocess.Popen` does.
 
     Variables that a library reads when it is imported come too late for it.
+
+    Args:
+        before: import path of a function that is called in the process first.
     """
 
-    def __init__(self, cwd: Path, *overrides: str, **env: str) -> None:
+    def __init__(self, cwd: Path, *overrides: str, before: str = "", **env: str) -> None:
         self._printed = Path(tempfile.mkdtemp(dir=cwd.parent))
-        self._process = _FORKS.Process(target=_begin, args=(cwd, self._printed, overrides, {**os.environ, **env}))
+        self._process = _FORKS.Process(
+            target=_begin, args=(cwd, self._printed, overrides, before, {**os.environ, **env})
+        )
         self._process.daemon = True  # ended with the tests, should one of them fail and leave it running
         self._process.start()
         assert self._process.pid is not None
@@ -74,7 +79,7 @@ class Process:
         os.killpg(self.pid, number)
 
 
-def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], env: dict[str, str]) -> None:
+def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], before: str, env: dict[str, str]) -> None:
     os.setsid()
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -83,6 +88,9 @@ def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], env: dict[str, 
     os.chdir(cwd)
     sys.path.insert(0, str(cwd))
     sys.argv = ["python -m dnpo.train", *overrides]
+    if before:
+        module, _, function = before.rpartition(".")
+        getattr(importlib.import_module(module), function)()
     importlib.import_module("dnpo.train").main()
 
 
@@ -137,6 +145,11 @@ def summary(cwd: Path, pattern: str = "outputs/*/*/summary.json") -> dict[str, A
     """The newest summary."""
     found: dict[str, Any] = json.loads(max(cwd.glob(pattern), key=lambda p: p.stat().st_mtime_ns).read_text())
     return found
+
+
+def numbers(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """A summary's table without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in content["table"]]
 
 
 @contextmanager

@@ -48,6 +48,7 @@ from dnpo.judges.longer import Longer, length_score
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.stages.agreement import read_agreement
 from dnpo.store import Report, Store, manifest
+from dnpo.store.manifests import seal
 from dnpo.tracking.writing import Tracking
 from tests.commands import succeed
 from tests.conftest import Report as Quiet
@@ -549,19 +550,20 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     run(monkeypatch, "judge=longer", "judge.half=5.0", f"data={data}", *SMALL)
     assert capsys.readouterr().out.count("there already") == 2
     store, key = Store(here / "store"), {"_target_": "Longer", "half": 5.0}
-    (entry,) = read_agreement(store, key)
+    (entry,) = read_agreement(store, key, print)
     assert entry["stage"] == found["stage"]
     assert sentence(entry).startswith("agrees with people in 50 % of 2 rows of rows.jsonl")
     assert sentence({**entry, "unscored": 3}).endswith("), and 3 more have no verdict")
-    assert read_agreement(store, {**key, "half": 200.0}) == []
+    assert read_agreement(store, {**key, "half": 200.0}, print) == []
     # Of two on the same rows the newer one counts.
     run(monkeypatch, "judge=longer", "judge.half=5.0", f"data={data}", *SMALL, "seed=1")
     (folder,) = {p.parent for p in (here / "store" / "agreement").glob("*/manifest.json")} - {
         here / "store" / entry["stage"]
     }
-    content = manifest(folder) | {"started": "2999-01-01T00:00:00+00:00"}
-    (folder / "manifest.json").write_text(json.dumps(content))
-    assert [e["stage"] for e in read_agreement(store, key)] == [f"agreement/{content['key']}"]
+    known = {name: value for name, value in manifest(folder).items() if name != "checksum"}
+    content = known | {"started": "2999-01-01T00:00:00+00:00"}
+    seal(folder, content)
+    assert [e["stage"] for e in read_agreement(store, key, print)] == [f"agreement/{content['key']}"]
 
 
 def test_the_command_with_a_judge_that_compares(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

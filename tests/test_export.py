@@ -16,23 +16,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dnpo.commands.export import main
 from dnpo.errors import ModelError, SettingsError
+from dnpo.policy.base import describe_saved
 from dnpo.policy.loading import load
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
 from dnpo.running.export import export, link
 from dnpo.store import content_hash, write_json
+from dnpo.store.manifests import seal
 
 from .commands import SMOKE, succeed, summary
 
 IDS = torch.tensor([[1, 40, 41, 42, 50, 60, 61, 70]])
 
 
-def stage(store: Path, name: str, settings: dict[str, Any], prompts: str) -> Path:
-    """A finished stage's folder with as much of a manifest as the export reads."""
-    folder = store / name
-    folder.mkdir(parents=True)
-    write_json(folder / "manifest.json", {"settings": settings, "inputs": {"prompts": prompts}, "facts": {}})
-    return folder
+def finish(store: Path, name: str, settings: dict[str, Any], prompts: str) -> None:
+    """Write as much of a manifest as the export reads."""
+    kind, key = name.split("/")
+    policy = {"policy": describe_saved(store / name / "policy")} if prompts else {}
+    content = {"stage": kind, "key": key, "settings": settings, "inputs": {"prompts": prompts}, "facts": policy}
+    seal(store / name, content)
 
 
 @pytest.fixture
@@ -53,27 +55,29 @@ def left(tmp_path: Path, make_policy: Callable[..., Policy]) -> Callable[..., An
             made_of = {"content": content_hash(outside)}
         model = {"dtype": dtype, "lora": {"rank": rank, "alpha": 8.0, "target_modules": "all-linear"}}
         model |= {"scratch": {}, "local": {"path": "../base"}, "hub": {"name": "some/model"}}[base]
-        stage(store, "prompts/p", {"model": made_of, "data": {"name": "some/rows"}}, "")
+        own.parent.mkdir(parents=True)
         if base == "scratch":
             first.save(own)
         else:
             first.tokenizer.save_pretrained(own)
+        finish(store, "prompts/p", {"model": made_of, "data": {"name": "some/rows"}}, "")
         policies, before = [f"{'optimise' if k >= 0 else 'sft'}/{k + 1}" for k in (-1, 0, 1)], None
         for place, name in enumerate(policies):
-            folder = stage(store, name, {}, "prompts/p") / "policy"
+            folder = store / name / "policy"
             if not trained:
-                folder.mkdir()
+                folder.mkdir(parents=True)
             elif rank == 0:
                 make_policy(place + 1).save(folder)
             else:
                 policy = load(str(outside if base == "local" else own), before)
                 policy.model = Lora(rank=rank, alpha=8.0).on(policy.model, place)
                 torch.manual_seed(place)
-                for name, weight in policy.model.named_parameters():
-                    if "lora_B" in name:
+                for part, weight in policy.model.named_parameters():
+                    if "lora_B" in part:
                         torch.nn.init.normal_(weight, std=0.3)
                 policy.save(folder, before)
                 before = folder
+            finish(store, name, {}, "prompts/p")
         content = {
             "table": [{"iteration": k, "eval/score": 10.0 + i, "npo/shift": None} for i, k in enumerate(["SFT", 0, 1])],
             "choices": {"method": "dnpo", "data": "hub", "judge": "rules", "dsl": "score", "npo": "trainable"},

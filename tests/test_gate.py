@@ -38,7 +38,8 @@ from dnpo.running.gate import gate, judge, machine, needs, rows, show, text
 from dnpo.running.gate.finding import Finding
 from dnpo.settings import conf_folder
 from dnpo.stages.verbs import Run
-from dnpo.store import MANIFEST, Store
+from dnpo.store import Store
+from dnpo.store.manifests import seal
 
 from .commands import train
 from .conftest import World, torch_optimizer
@@ -605,7 +606,7 @@ def test_gate_spends_nothing_where_nothing_is_to_do(tmp_path: Path) -> None:
 def _pretend(store: Store, stage: Any) -> None:
     folder = store.folder(stage)
     folder.mkdir(parents=True)
-    (folder / MANIFEST).write_text("{}")
+    seal(folder, {"stage": stage.name, "key": stage.key})
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def test_a_write_that_is_killed_leaves_the_old_file(tmp_path: Path, monkeypatch:
     path = tmp_path / "rows.parquet"
     write(path, VERDICTS, Verdict)
 
-    def stop_halfway(table: pa.Table, where: Path) -> None:
+    def stop_halfway(table: pa.Table, where: Path, **options: Any) -> None:
         where.write_bytes(b"PAR1 and no more")
         raise KeyboardInterrupt
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dnpo.dsl import HumanChosen
-from dnpo.errors import Declined, DiskError, DnpoError
+from dnpo.errors import Declined, DiskError, DnpoError, StoreError
 from dnpo.evaluate import Evaluation
 from dnpo.generate import Sampling
 from dnpo.judges.asked.ledger import Ledger
@@ -29,6 +29,7 @@ from dnpo.settings import Bound
 from dnpo.stages import verbs as stages
 from dnpo.stages.plan import Plan, Run
 from dnpo.store import Stage, Store, manifest
+from dnpo.store.manifests import seal
 from tests.conftest import Report, World, torch_optimizer
 
 MakePolicy = Callable[..., Policy]
@@ -450,6 +451,9 @@ def test_a_reference_of_other_weights_is_refused(make_policy: MakePolicy, world:
     folder = store.get(scores, Report())
     assert len(manifest(folder)["facts"]["weights"]) == 64
     make_policy(1).save(store.folder(policy) / "policy")
+    with pytest.raises(StoreError, match=r"policy/model.safetensors was not written by it"):
+        store.get(train, Report())
+    _reseal(store.folder(policy))  # as one that was made again, and otherwise
     with pytest.raises(DnpoError, match=f"{folder} was made by other weights than this iteration starts from") as error:
         store.get(train, Report())
     assert "remove that folder" in str(error.value)
@@ -459,6 +463,11 @@ def test_a_reference_of_other_weights_is_refused(make_policy: MakePolicy, world:
         path.unlink()
     folder.rmdir()
     assert len(final(store, train)) == 6
+
+
+def _reseal(folder: Path, content: dict[str, Any] | None = None) -> None:
+    known = content or manifest(folder)
+    seal(folder, {name: value for name, value in known.items() if name != "checksum"})
 
 
 @pytest.mark.parametrize("which", ["reference", "hidden"])
@@ -472,6 +481,9 @@ def test_a_tampered_manifest_is_refused(which: str, make_policy: MakePolicy, wor
     content = json.loads(path.read_text())
     content["facts"]["weights"] = "0" * 64
     path.write_text(json.dumps(content))
+    with pytest.raises(StoreError, match=rf"{which}/.* is damaged: manifest.json has other contents"):
+        store.get(train, Report())
+    _reseal(path.parent, content)
     with pytest.raises(DnpoError, match=rf"{path.parent} was made by other weights .*0000000000000000"):
         store.get(train, Report())
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dnpo.errors import Declined, DnpoError
+from dnpo.errors import Declined, DnpoError, StoreError
 from dnpo.store import Report, Stage, Store, Work, content_hash, manifest, write_json
 from tests.conftest import Report as Quiet
 
@@ -192,7 +192,8 @@ def test_result_appears_at_once(tmp_path: Path) -> None:
     assert store.has(slow)
     assert folder == store.folder(slow)
     (folder / "manifest.json").unlink()
-    assert not store.has(slow)
+    with pytest.raises(StoreError, match=r"generate/.*manifest\.json is missing"):
+        store.has(slow)
 
 
 def test_facts_that_cannot_be_written_leave_no_result(tmp_path: Path) -> None:
@@ -220,7 +221,8 @@ def test_manifest_says_what_it_is_and_from_what(tmp_path: Path) -> None:
     made = stage(title="Generate @0", version=4, settings={"k": [1, None]}, inputs={"data": data}, work=work)
     before = datetime.now().astimezone()
     content = manifest(Store(tmp_path).get(made, Quiet()))
-    assert set(content) == {"stage", "title", "key", "version", "settings", "inputs", "facts", "started", "seconds"}
+    kept = {"stage", "title", "key", "version", "settings", "inputs", "facts", "started", "seconds"}
+    assert set(content) == kept | {"made_by", "files", "checksum"}
     assert content["stage"] == "generate"
     assert content["title"] == "Generate @0"
     assert content["key"] == made.key
@@ -332,7 +334,7 @@ def test_an_aid_that_fails_is_an_error(tmp_path: Path) -> None:
 RUN = """
 import os, sys, time
 from pathlib import Path
-from dnpo.errors import Declined, DnpoError
+from dnpo.errors import Declined, DnpoError, StoreError
 from dnpo.store import Stage, Store
 
 root, signs = map(Path, sys.argv[1:])

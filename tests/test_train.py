@@ -16,14 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dnpo.store import Store
-from tests.commands import SMOKE, Process, succeed, summary, train
+from tests.commands import SMOKE, Process, numbers, succeed, summary, train
 
 pytestmark = pytest.mark.long
-
-
-def numbers(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in content["table"]]
 
 
 def first(folder: Path) -> dict[str, Any]:

@@ -42,7 +42,11 @@ class OutOfMemoryError(DnpoError):
 
 
 class DiskError(DnpoError):
-    """The disk is too small for what is to be kept on it."""
+    """The disk is too small for what is to be kept on it, or refuses to write."""
+
+
+class StoreError(DnpoError):
+    """A finished stage is not what was written, or nothing can be said of it."""
 
 
 class Declined(Exception):

@@ -6,12 +6,14 @@ Parquet table whose schema is read off the dataclass, so that empty lists and mi
 
 import dataclasses
 import json
-import os
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dnpo import disk
+from dnpo.errors import StoreError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -154,16 +156,26 @@ def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
     import pyarrow.parquet as pq
 
     columns = {f.name: [getattr(row, f.name) for row in rows] for f in dataclasses.fields(kind)}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.table(columns, schema=schema(kind)), aside)
-    aside.replace(path)
+    aside = disk.name_aside(path)
+    pq.write_table(pa.table(columns, schema=schema(kind)), aside, write_page_checksum=True)
+    disk.replace(aside, path)
 
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
-    """Read the rows that :func:`write` wrote."""
+    """Read the rows that :func:`write` wrote.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return [kind(**row) for row in pq.read_table(path).to_pylist()]
+    try:
+        return [kind(**row) for row in pq.read_table(path, page_checksum_verification=True).to_pylist()]
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, TypeError) as error:  # OSError: a checksum differs
+        raise StoreError(f"{path}: is damaged ({error}); remove it, and the same command makes it again") from error
 
 
 def write_preferences(path: Path, pairs: Sequence[Pair]) -> None:
@@ -185,9 +197,9 @@ def write_preferences(path: Path, pairs: Sequence[Pair]) -> None:
         }
         for pair in pairs
     ]
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = disk.name_aside(path)
     aside.write_text("".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows), encoding="ascii")
-    aside.replace(path)
+    disk.replace(aside, path)
 
 
 def read_all(paths: Iterable[Path], kind: type[Row]) -> list[Row]:

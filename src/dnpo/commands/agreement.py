@@ -17,11 +17,12 @@ from dnpo.errors import SettingsError
 from dnpo.judges.agreement.rows import Labelled
 from dnpo.settings import Count, Natural, build, check_values, part_key
 from dnpo.settings import check as check_part
+from dnpo.store import Verify
 
 PARTS = ("judge", "tracking")
 
 
-def top_settings(*, resamples: Count, seed: Natural, threads: Count, store: str, ledger: str) -> None:
+def top_settings(*, resamples: Count, seed: Natural, threads: Count, store: str, verify: Verify, ledger: str) -> None:
     """The settings outside the parts.
 
     Args:
@@ -29,6 +30,7 @@ def top_settings(*, resamples: Count, seed: Natural, threads: Count, store: str,
         seed: seed of the bootstrap.
         threads: number of torch's CPU threads.
         store: folder of finished stages, shared with runs.
+        verify: what they are compared by at their first use: ``digests`` or ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
     """
 
@@ -73,26 +75,27 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
     from dnpo.judges.agreement import table
     from dnpo.judges.agreement.figure import draw
-    from dnpo.running import execute as running
     from dnpo.running.console import Console
     from dnpo.seeding import derive
     from dnpo.stages import agreement
     from dnpo.store import Store, manifest, write_json
+    from dnpo.store.provenance import commit
 
     command.prepare_torch(top["threads"])
-    console, store = Console(), Store(Path(top["store"]))
+    console, store = Console(), Store(Path(top["store"]), top["verify"])
     store.open(console.say)
     ledger = Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder))
     verdicts = agreement.verdicts(judge, data, rows, ledger)
     seed = derive(top["seed"], "agreement")
     stage = agreement.agreement(judge, data, rows, verdicts, top["resamples"], seed)
+    store.check((verdicts, stage), console.say)
     name = " ".join(o for o in (f"judge={job.runtime.choices['judge']}", *_of_judge(job.overrides.task)))
     tags = {
         "dnpo.kind": "agreement",
         "dnpo.judge": str(job.runtime.choices["judge"]),
         "dnpo.data": data.path.name,
         "dnpo.seed": str(top["seed"]),
-        "dnpo.commit": running.commit(),
+        "dnpo.commit": commit(),
         "stage.agreement": stage.key,
     }
     everything = {**top, "data": where, **settings}

@@ -22,6 +22,7 @@ from dnpo.commands import common as command
 from dnpo.commands.train import check_device, pass_gate
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.settings import Count, Natural, build, check, check_values, part_key
+from dnpo.store import Verify
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,6 +49,7 @@ def top_settings(
     device: str,
     threads: Count,
     store: str,
+    verify: Verify,
     ledger: str,
 ) -> None:
     """The settings outside the parts.
@@ -59,6 +61,7 @@ def top_settings(
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: number of torch's CPU threads.
         store: folder of finished stages, shared with runs.
+        verify: what they are compared by at their first use: ``digests`` or ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
     """
 
@@ -167,8 +170,9 @@ def _measure(
     from dnpo.running.console import Console
     from dnpo.stages.agreement import read_agreement
     from dnpo.store import Store, write_json
+    from dnpo.store.provenance import commit
 
-    console, store = Console(), Store(Path(top["store"]))
+    console, store = Console(), Store(Path(top["store"]), top["verify"])
     iterations = _lay_out(runs, top, store, console)
     fight = None if top["against"] is None else _duels(runs, iterations)
     names = {OURS: settings["model"]["path"] or settings["model"]["name"]}
@@ -189,6 +193,7 @@ def _measure(
         if fight is not None:
             _get(fight, store, console, "")
             outcome = _outcome(store.folder(fight), top, tracking, folder)
+        makers = running.list_makers(list(iterations.values()), store)
         found = {
             "names": names,
             "metrics": rows,
@@ -198,7 +203,8 @@ def _measure(
                 name: [f"{stage.name}/{stage.key}" for stage in iteration.stages]
                 for name, iteration in iterations.items()
             },
-            "commit": running.commit(),
+            "commit": commit(),
+            "made_by": makers,
         }
         write_json(folder / RESULTS, found)
         tracking.artifact(folder / RESULTS)
@@ -208,8 +214,10 @@ def _measure(
     console.table(table(rows, title[0].upper() + title[1:]))
     for line in describe_outcome(outcome, f"judge={job.runtime.choices['judge']}") if outcome is not None else ():
         console.say(line)
-    for entry in read_agreement(store, part_key(runs[OURS].judge)):
+    for entry in read_agreement(store, part_key(runs[OURS].judge), console.say):
         console.say(f"The judge {sentence(entry)}.")
+    for line in running.describe_mixture(makers):
+        console.say(line)
     for line in ("", f"results     {folder}", f"stages      {store.root}", *tracking.whereabouts()):
         console.say(line)
 
@@ -225,6 +233,7 @@ def _lay_out(
     for name, run in runs.items():
         with nullcontext() if name == OURS else _name_setting("against", top["against"]):
             (iterations[name],) = chain(run)
+            store.check(iterations[name].stages, console.say)
             pass_gate(run, [iterations[name]], store, console, False, top["threads"])
     return iterations
 

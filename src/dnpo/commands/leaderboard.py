@@ -41,8 +41,8 @@ def _run(cfg: DictConfig, job: Any) -> None:
     available()
 
     from dnpo.policy.model import device_of
-    from dnpo.running import execute as running
     from dnpo.running.console import Console
+    from dnpo.store.provenance import commit
 
     command.prepare_torch(top["threads"])
     folder, sweep = command.folders(job)
@@ -51,7 +51,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     console = Console()
     policy = model.load(folder, device=device_of(top["device"]))
     everything = {**top, **own, **settings}
-    tags = {"dnpo.kind": "leaderboard", "dnpo.model": str(name), "dnpo.commit": running.commit()}
+    tags = {"dnpo.kind": "leaderboard", "dnpo.model": str(name), "dnpo.commit": commit()}
     with command.track(tracking, f"leaderboard of {name}", everything, tags, sweep):
         with console.stage("leaderboard", lambda _: None) as progress:
             result = measure(policy, leaderboard, progress)

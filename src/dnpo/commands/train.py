@@ -191,13 +191,14 @@ def _go(
     from dnpo.running.console import Console
     from dnpo.store import Store
 
-    console, store = Console(), Store(Path(settings["store"]))
+    console, store = Console(), Store(Path(settings["store"]), settings["verify"])
     iterations = list(chain(run))
+    stages = [stage for iteration in iterations for stage in iteration.stages]
+    store.check(stages, console.say, everything=not settings["plan"])
     check_optimizers(run, iterations, store)
     if settings["plan"]:
         from dnpo.running.sweep import find_shared_stages
 
-        stages = [stage for iteration in iterations for stage in iteration.stages]
         _print_plan(console, store, iterations, find_shared_stages(sweep, folder, stages))
         _print_forecast(console, run, iterations, store)
         return None

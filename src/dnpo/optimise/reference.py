@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dnpo import disk
 from dnpo.errors import Declined, DiskError
 from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
@@ -111,9 +112,9 @@ def keep_hidden(
             order += these
             report.advance(len(these))
         lengths = torch.tensor([len(pairs[i].rejected_ids) for i in order])
-        aside = path.with_suffix(".writing")
+        aside = disk.name_aside(path)
         save_file({"hidden": torch.cat(states), "pair": torch.tensor(order), "length": lengths}, aside)
-        aside.replace(path)
+        disk.replace(aside, path)
     return {"tokens": tokens, "bytes": size}
 
 

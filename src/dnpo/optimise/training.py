@@ -8,6 +8,7 @@ import inspect
 import math
 import signal
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError
+from dnpo import disk
+from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError, StoreError
 from dnpo.optimise.batches import Batches
 from dnpo.optimise.parts import Optimisation
 from dnpo.policy.packing import Packed
@@ -239,9 +241,9 @@ class _Checkpoints(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         training = cast(Training, module)
         if training.policy_step % self.every == 0 and training.policy_step < training.total:
-            aside = self.path.with_suffix(".writing")
+            aside = disk.name_aside(self.path)
             trainer.save_checkpoint(aside)
-            aside.replace(self.path)
+            disk.replace(aside, self.path)
 
 
 def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict[str, float]]:
@@ -254,7 +256,7 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
         raise SettingsError("there is nothing to train on: no rows are left")
     if not batches.groups:
         return []
-    checkpoint = folder / CHECKPOINT
+    checkpoint = _find_checkpoint(folder)
     optimisation, transformer = module.optimisation, module.transformer
     device = module.policy.device
     trainer = pl.Trainer(
@@ -267,7 +269,7 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[_Checkpoints(checkpoint, optimisation.checkpoint_every)],
+        callbacks=[_Checkpoints(folder / CHECKPOINT, optimisation.checkpoint_every)],
     )
     module.policy.model.train()
     if optimisation.checkpointing:
@@ -277,7 +279,7 @@ def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict
     short = ""
     with _interruptible(trainer):
         try:
-            trainer.fit(module, batches, ckpt_path=checkpoint if checkpoint.is_file() else None, weights_only=True)
+            trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
         except RuntimeError as error:
             if not _out_of_memory(error):
                 raise
@@ -324,6 +326,25 @@ def _fitting(module: Training, batches: Batches[Any, Any]) -> int:
             if not _out_of_memory(error):
                 raise
     return 0
+
+
+def _find_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that a killed training left, if there is one.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError) as error:
+        damaged = str(error)
+    if damaged is not None:
+        raise StoreError(f"{path}: is damaged ({damaged}); remove it, and the training begins again")
+    return path
 
 
 def discard_checkpoint(folder: Path) -> None:

@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dnpo.errors import ModelError
+from dnpo.errors import ModelError, StoreError
 from dnpo.policy.folder import CONFIG, check_name, explain_missing, find_files
 from dnpo.policy.lora import Lora
 from dnpo.records import Prompt
 from dnpo.seeding import derive
 from dnpo.settings import Count, Dtype, Natural, place
-from dnpo.store import content_hash
+from dnpo.store import advise, content_hash, fingerprint, manifest
 
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
@@ -204,3 +204,39 @@ class Pretrained:
 
 
 ModelPart = Scratch | Pretrained
+
+
+# --- what a training leaves
+
+
+def describe_saved(folder: Path) -> dict[str, Any]:
+    """Describe the policy in a folder, for the manifest of its stage.
+
+    Returns:
+        ``kind``: ``whole`` weights, ``adapters`` on the base model, or ``base``, the base model itself; how many
+        ``adapters``; and a ``fingerprint``, the SHA-256 of all its files.
+    """
+    return {**_look(folder), "fingerprint": fingerprint(folder)}
+
+
+def read_saved(folder: Path) -> dict[str, Any]:
+    """Describe the policy in a folder of a finished stage, as its manifest has it.
+
+    Raises:
+        StoreError: it is something else: without its files a policy would pass for the base model.
+    """
+    known = manifest(folder.parent)["facts"].get("policy")  # None: written by an earlier version
+    found = _look(folder)
+    if not folder.is_dir() or (known is not None and any(found[name] != known[name] for name in found)):
+        expected = "another policy" if known is None else f"{known['kind']} ({known['adapters']} adapters)"
+        there = f"{found['kind']} ({found['adapters']} adapters)" if folder.is_dir() else "nothing"
+        raise StoreError(
+            f"{folder}: {expected} was written, and {there} is there. {advise(folder.parents[2], [folder.parent])}"
+        )
+    return found
+
+
+def _look(folder: Path) -> dict[str, Any]:
+    adapters = len(list(folder.glob("adapter-*")))
+    whole = (folder / "config.json").is_file()
+    return {"kind": "whole" if whole else "adapters" if adapters else "base", "adapters": adapters}

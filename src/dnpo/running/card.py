@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from dnpo.policy.base import read_saved
 from dnpo.store import manifest
 
 Kind = Literal["full", "adapter", "base"]
@@ -62,7 +63,8 @@ class SavedPolicy:
     @property
     def kind(self) -> Kind:
         """What the store has of it: full weights, adapters, or nothing beyond the base model."""
-        return "full" if (self.folder / "config.json").is_file() else "adapter" if self.adapters else "base"
+        found: dict[str, Kind] = {"whole": "full", "adapters": "adapter", "base": "base"}
+        return found[read_saved(self.folder)["kind"]]
 
     @property
     def prompts(self) -> Path:

@@ -5,16 +5,14 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dnpo import catalogue
+from dnpo import catalogue, disk
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
 from dnpo.loop import Iteration
@@ -22,12 +20,12 @@ from dnpo.records import Pair, mean_over_steps
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.stages.agreement import read_agreement
-from dnpo.store import Stage, Store, manifest, write_json
+from dnpo.store import Stage, Store, manifest, provenance, write_json
+from dnpo.store.provenance import commit
 from dnpo.tracking import datasets as inputs
 from dnpo.tracking.reading import STEPS_OF
 from dnpo.tracking.writing import TrackedSteps, Tracking
 
-PACKAGES = ("dnpo", "torch", "pytorch-lightning", "transformers", "peft", "tokenizers", "mlflow", "datasets")
 SHOWN_PAIRS = 50
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
 
@@ -81,8 +79,9 @@ def execute(
         "stages": used,
         "policies": [f"{iteration.policy.name}/{iteration.policy.key}" for iteration in iterations],
         "commit": commit(),
-        "judge_agreement": read_agreement(store, iterations[-1].evaluation.settings["judge"]),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "judge_agreement": read_agreement(store, iterations[-1].evaluation.settings["judge"], console.say),
+        "versions": {**provenance.versions(), "mlflow": importlib.metadata.version("mlflow")},
+        "made_by": list_makers(iterations, store),
         "seconds": round(time.monotonic() - clock, 1),
     }
     write_json(folder / "summary.json", summary)
@@ -94,6 +93,27 @@ def execute(
     tracking.note(f"{title}\n\n{ended}\n\n{head}")
     tracking.flush()
     return summary
+
+
+def list_makers(iterations: Sequence[Iteration], store: Store) -> list[dict[str, Any]]:
+    """List what made the stages of a chain, each once, with the titles of its stages."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in (stage for iteration in iterations for stage in iteration.stages):
+        made = manifest(store.folder(stage)).get("made_by", {})
+        entry = found.setdefault(json.dumps(made, sort_keys=True), {**made, "stages": []})
+        entry["stages"].append(stage.title)
+    return list(found.values())
+
+
+def describe_mixture(makers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return lines that warn of a chain whose stages were not made by the same versions, commit, device and threads."""
+    made = {
+        title: {name: value for name, value in maker.items() if name != "stages"}
+        for maker in makers
+        for title in maker["stages"]
+    }
+    lines = provenance.warn(provenance.differences(made))
+    return [f"warning: the stages of this run were not all made alike: {line}" for line in lines]
 
 
 def choices() -> dict[str, str]:
@@ -265,7 +285,7 @@ def _draw_once(store: Store, key: str, draw: Callable[[Path], None], picture: Pa
         drawn.parent.mkdir(exist_ok=True)
         aside = drawn.with_suffix(f".{os.getpid()}.png")
         draw(aside)
-        aside.replace(drawn)
+        disk.replace(aside, drawn)
     shutil.copy2(drawn, picture)
 
 
@@ -313,28 +333,14 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
     )
     for entry in summary["judge_agreement"]:
         console.say(f"The judge {sentence(entry)}.")
+    for line in describe_mixture(summary["made_by"]):
+        console.say(line)
     console.say("")
     console.say(f"results     {folder}")
     console.say(f"models      {folder / 'models'}")
     console.say(f"stages      {store.root}")
     for line in tracking.whereabouts():
         console.say(line)
-
-
-@cache
-def commit() -> str:
-    """Return the git commit of this code's checkout, with ``+`` if it has local changes; "" outside a checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return found.stdout.strip()
 
 
 def _slug(stage: Stage) -> str:

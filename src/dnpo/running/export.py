@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from dnpo.errors import ModelError, SettingsError
 from dnpo.running.card import SavedPolicy, card
-from dnpo.store import MANIFEST, content_hash, write_json
+from dnpo.store import MANIFEST, content_hash, expect_whole, write_json
 
 CARD = "README.md"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
@@ -199,6 +199,7 @@ def _find(summary: Mapping[str, Any], iteration: str | None, store: Path | None)
             f"{policy.store / policy.stage}: it, or the prompts stage it was made from, is gone; give --store if the "
             "store has moved, or run the same command again"
         )
+    expect_whole({policy.store / policy.stage: policy.name, policy.prompts: "prompts"})
     return policy
 
 

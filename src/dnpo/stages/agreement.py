@@ -4,10 +4,11 @@ A rerun reuses verdicts and measures, and later runs with the same judge show it
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dnpo.errors import StoreError
 from dnpo.judges import Judge, tally
 from dnpo.judges.agreement import compare, judge_both
 from dnpo.judges.agreement.rows import Labelled, LabelledRow
@@ -48,18 +49,23 @@ def agreement(
     return Stage(STAGE, "agreement with people", VERSION, settings, {"verdicts": verdicts}, work)
 
 
-def read_agreement(store: Store, judge_key: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_agreement(store: Store, judge_key: Mapping[str, Any], note: Callable[[str], None]) -> list[dict[str, Any]]:
     """Read a judge's agreement with people from the store: one entry for each set of rows, the newest of each.
 
     Args:
         judge_key: the judge's :func:`dnpo.settings.part_key`.
+        note: told of damaged stages, which are left out.
     """
     wanted = json.loads(json.dumps(judge_key))
     newest: dict[str, dict[str, Any]] = {}
     for path in (store.root / STAGE).glob(f"*/{MANIFEST}"):
         if path.parent.suffix == ".partial":
             continue
-        content = manifest(path.parent)
+        try:
+            content = manifest(path.parent)
+        except StoreError as error:
+            note(f"warning: the judge's agreement with people may be incomplete: {error}")
+            continue
         data = content["settings"]["data"]
         if content["version"] != VERSION or content["settings"]["judge"] != wanted:
             continue

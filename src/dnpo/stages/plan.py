@@ -10,8 +10,9 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from dnpo.policy.base import read_saved
 from dnpo.settings import Count, Natural, neutral
-from dnpo.store import Report, Stage
+from dnpo.store import Report, Stage, Verify
 
 if TYPE_CHECKING:
     from dnpo.data import Source
@@ -38,6 +39,8 @@ class RunSettings:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: number of torch's CPU threads.
         store: folder of finished stages.
+        verify: what finished stages are compared by at their first use: ``digests`` (every file is read once) or
+            ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
         plan: list the stages, whether they are stored and what the judge would cost, and run nothing.
         check: run the checks that precede a run, and nothing else.
@@ -53,6 +56,7 @@ class RunSettings:
     plan: bool = neutral()
     check: bool = neutral()
     acts_from: Natural | Literal["last"] = neutral(1)
+    verify: Verify = neutral("digests")
 
 
 BEFORE = -1  # in place of an iteration's number, for the stages before the first
@@ -102,7 +106,10 @@ class Run:
         """Load the policy among a stage's inputs, or the base model if there is none."""
         from dnpo.policy.model import device_of
 
-        folder = inputs["policy"] / "policy" if "policy" in inputs else None
+        folder = None
+        if "policy" in inputs:
+            folder = inputs["policy"] / "policy"
+            read_saved(folder)
         return self.model.load(inputs["prompts"] / "model", folder, device_of(self.device))
 
 
@@ -157,6 +164,7 @@ def verb(
                 inputs={each: stage for each, stage in inputs.items() if stage is not None},
                 work=lambda folder, found, report: work(run, plan, Task(k, folder, found, report)),
                 aids=aids or {},
+                device=run.device,
             )
 
         return lay_out

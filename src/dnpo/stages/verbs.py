@@ -16,6 +16,7 @@ from dnpo import dsl
 from dnpo.errors import DataError, Declined, DnpoError, SettingsError
 from dnpo.judges import judge_responses, tally
 from dnpo.optimise.parts import MatchedOffset
+from dnpo.policy.base import describe_saved
 from dnpo.records import (
     Pair,
     Prompt,
@@ -367,11 +368,12 @@ def _write_trained(
 
     write_json(folder / "steps.json", history)
     discard_checkpoint(folder)
+    facts = {"policy_steps": len(history), "policy": describe_saved(folder / "policy")}
     tenth = history[-max(len(history) // 10, 1) :]
     first = history[: max(len(history) // 10, 1)]
     means = {f"{name} (last tenth)": mean_over_steps(tenth, name) for name in history[-1]} if history else {}
     starts = {f"{name} (first tenth)": mean_over_steps(first, name) for name in history[0]} if history else {}
-    return {"policy_steps": len(history), **starts, **means}
+    return {**facts, **starts, **means}
 
 
 def _mean_shift(folder: Path) -> float:

@@ -28,6 +28,7 @@ from dnpo.tracking.sqlite import file_of
 FINISHED = "FINISHED"
 SWEEP, KIND, PARENT = "dnpo.sweep_name", "dnpo.kind", "mlflow.parentRunId"
 SFT = "SFT"
+STAGE = "stage."  # prefix of the tags that name a run's stages by their keys
 STEPS_OF = "steps."  # prefix of the tag that names the run which tracked the training steps of a reused stage
 
 
@@ -161,6 +162,21 @@ def mean_of_metric(uri: str, run: str, metric: str) -> float:
     return mean_over_steps(steps, metric)
 
 
+def read_stage_keys(uri: str) -> dict[str, set[str]]:
+    """Return the keys of the stages that each tracked run names, in all experiments, by the run's name and id.
+
+    Raises:
+        TrackingError: there is no such tracking store.
+    """
+    client = _connect(uri)
+    found = {}
+    for experiment in client.search_experiments():
+        for run in _search(client, experiment.experiment_id):
+            keys = {value for name, value in run.data.tags.items() if name.startswith(STAGE)}
+            found[f"{run.info.run_name} ({run.info.run_id[:8]})"] = keys
+    return found
+
+
 def iteration_name(iteration: int | str) -> str:
     """Return the name of one policy's artefacts: ``sft``, ``iteration-0``, …"""
     return "sft" if iteration == SFT else f"iteration-{iteration}"
@@ -196,10 +212,7 @@ class Database:
 
     def __init__(self, uri: str = "sqlite:///mlflow.db", experiment: str = "dnpo") -> None:
         self.uri, self.experiment = make_absolute(uri), experiment
-        file = file_of(self.uri)
-        if file is not None and not file.is_file():
-            raise TrackingError(f"{uri}: there is no such database; say with --uri where runs were tracked")
-        self.client = connect(self.uri)
+        self.client = _connect(uri)
         found = self.client.get_experiment_by_name(experiment)
         if found is None:
             known = [each.name for each in self.client.search_experiments()]
@@ -269,14 +282,30 @@ class Database:
     @cached_property
     def _all(self) -> list[TrackedRun]:
         """All runs of the experiment, read once."""
-        runs: list[TrackedRun] = []
-        page = None
-        while True:
-            found = self.client.search_runs([self.experiment_id], max_results=1000, page_token=page)
-            runs += [_run(each, self.client) for each in found]
-            page = found.token
-            if not page:
-                return runs
+        return [_run(each, self.client) for each in _search(self.client, self.experiment_id)]
+
+
+def _connect(uri: str) -> Any:
+    """Connect to a tracking store that is there.
+
+    Raises:
+        TrackingError: it is not.
+    """
+    file = file_of(make_absolute(uri))
+    if file is not None and not file.is_file():
+        raise TrackingError(f"{uri}: there is no such database; say with --uri where runs were tracked")
+    return connect(make_absolute(uri))
+
+
+def _search(client: Any, experiment: str) -> Iterator[Any]:
+    """Yield all runs of an experiment that are not deleted."""
+    page = None
+    while True:
+        found = client.search_runs([experiment], max_results=1000, page_token=page)
+        yield from found
+        page = found.token
+        if not page:
+            return
 
 
 def _run(found: Any, client: Any) -> TrackedRun:

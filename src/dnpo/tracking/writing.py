@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from dnpo import catalogue
-from dnpo.errors import TrackingError
+from dnpo.errors import StoreError, TrackingError
 from dnpo.store import write_json
 from dnpo.tracking.client import connect, is_server, make_absolute, strip_password
 from dnpo.tracking.sqlite import advise, file_of, first_line, lock_of
@@ -58,9 +58,22 @@ class TrackedSteps:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, {**self._read(), where: run})
 
+    @staticmethod
+    def places(store: Path) -> set[str]:
+        """Return the addresses of the tracking stores in which stages of a store are tracked, without passwords."""
+        files = (store / ".tracked").glob("*.json")
+        return {where.rpartition(" ")[0] for path in files for where in _read_json(path)}
+
     def _read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        return found
+        return _read_json(self.path) if self.path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{path}: is damaged ({error}); remove it: the steps are then tracked once more") from error
+    return found
 
 
 class Tracking:

@@ -2,26 +2,60 @@
 
 A stage is a pure function of its settings and inputs. Its key is a hash of its name, version, settings and the keys of
 its inputs, so a rerun finds what an earlier run finished, and runs that share a prefix share its work. A stage works in
-``<key>.partial`` (what a killed run left there is continued) and its folder gets its final name only when it is whole.
+``<key>.partial`` (what a killed run left there is continued) and its folder gets its final name only when it is whole
+and on the disk. Its manifest lists every file, and what is no longer as it was written is named and never used.
+
+    python -m dnpo.store list|verify|remove
 """
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from filelock import FileLock, Timeout
 
-from dnpo.errors import Declined, DnpoError, SettingsError
+from dnpo import disk
+from dnpo.errors import Declined, DiskError, DnpoError, SettingsError
+from dnpo.store import provenance
+from dnpo.store.files import content_hash, fingerprint, write_json
+from dnpo.store.manifests import (
+    MANIFEST,
+    PARTIAL,
+    advise,
+    expect_whole,
+    find_damage,
+    is_sealed,
+    list_folders,
+    manifest,
+    path_of_lock,
+    seal,
+)
 
-MANIFEST = "manifest.json"
+__all__ = [
+    "MANIFEST",
+    "Report",
+    "Stage",
+    "Store",
+    "Verify",
+    "Work",
+    "advise",
+    "content_hash",
+    "expect_whole",
+    "find_damage",
+    "fingerprint",
+    "manifest",
+    "write_json",
+]
+
+Verify = Literal["digests", "sizes"]  # what finished stages are compared by, beside the names of their files
+LARGE = 10**10  # bytes whose reading is announced
 LAYOUT, KEYS = ".layout", "2"  # file in a store that says how its keys are made; raised when all keys change at once
 
 
@@ -58,6 +92,7 @@ class Stage:
         settings: plain values that can change the result, and no others.
         inputs: stages whose results it reads.
         aids: stages whose results only save work. Not in the key; the stage runs without one that declines.
+        device: what it computes on, as ``device=…`` has it; not in the key.
         work: called with its folder, the folders of its inputs and a report; writes results into its folder and
             returns facts worth keeping in the manifest. Called again after a kill, it finds what it left there.
     """
@@ -69,6 +104,7 @@ class Stage:
     inputs: Mapping[str, "Stage"]
     work: Work
     aids: Mapping[str, "Stage"] = field(default_factory=dict)
+    device: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -84,10 +120,16 @@ class Stage:
 
 
 class Store:
-    """A folder of finished stages, safe for several runs at once."""
+    """A folder of finished stages, safe for several runs at once.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+    Args:
+        root: the folder.
+        verify: what a stage is compared by when it is first used in a process; names and sizes are compared at every
+            use.
+    """
+
+    def __init__(self, root: Path, verify: Verify = "digests") -> None:
+        self.root, self.verify = root.absolute(), verify
         self.computed: set[str] = set()  # keys of the stages that this object computed, and did not find
 
     def open(self, note: Callable[[str], None]) -> None:
@@ -96,10 +138,10 @@ class Store:
         Raises:
             SettingsError: the folder cannot be written to.
         """
-        stages = sorted({manifest.parent.parent.name for manifest in self.root.glob(f"*/*/{MANIFEST}")})
+        stages = sorted({folder.parent.name for folder in list_folders(self.root)})
         mark = self.root / LAYOUT
-        known = mark.read_text().strip() if mark.is_file() else ""
         try:
+            known = mark.read_text(errors="replace").strip() if mark.is_file() else ""
             self.root.mkdir(parents=True, exist_ok=True)
             if known != KEYS:
                 mark.write_text(f"{KEYS}\n")
@@ -111,25 +153,62 @@ class Store:
                 "dnpo; they are computed again. The old folders are no longer read and can be removed"
             )
 
+    def check(self, stages: Iterable[Stage], note: Callable[[str], None], everything: bool = True) -> None:
+        """Compare the stages that are there with what was written, and name those that cannot be compared.
+
+        Args:
+            everything: whether to compare digests too, if the store's setting says so.
+
+        Raises:
+            StoreError: some are damaged; the message names them all.
+        """
+        there = {self.folder(stage): stage.title for stage in stages if self.folder(stage).exists()}
+        expect_whole(there, digests=False)
+        earlier = [f"{folder.parent.name}/{folder.name}" for folder in there if not is_sealed(folder)]
+        if earlier:
+            note(
+                f"store={self.root}: these stages were written by an earlier version of dnpo, without digests of their "
+                f"files, and are used unverified: {', '.join(earlier)}. To have them made again: python -m dnpo.store "
+                f"remove {' '.join(earlier)} --store {self.root} --needed"
+            )
+        if everything and self.verify == "digests":
+            size = sum(file["size"] for folder in there for file in manifest(folder).get("files", {}).values())
+            if size > LARGE:
+                note(f"reading {size / 1e9:,.0f} GB of finished stages to verify them; verify=sizes does not")
+            expect_whole(there, digests=True)
+
     def folder(self, stage: Stage) -> Path:
         """Where the result of a stage is, or will be."""
         return self.root / stage.name / stage.key
 
     def partial(self, stage: Stage) -> Path:
         """Where a stage that is not finished works."""
-        return self.root / stage.name / f"{stage.key}.partial"
+        return self.root / stage.name / f"{stage.key}{PARTIAL}"
 
     def has(self, stage: Stage) -> bool:
-        """Whether the result is there."""
-        return (self.folder(stage) / MANIFEST).is_file()
+        """Whether the result is there.
+
+        Raises:
+            StoreError: it is, and by names and sizes of its files it is not what was written.
+        """
+        folder = self.folder(stage)
+        if not folder.exists():
+            return False
+        expect_whole({folder: stage.title}, digests=False)
+        return True
 
     def get(self, stage: Stage, report: Report) -> Path:
         """The folder of the stage's result, computed if it is not there.
 
         Two runs that need the same stage at once compute it once: the second waits for the first.
+
+        Raises:
+            StoreError: it, or one of its inputs, is not what was written.
+            DiskError: the disk is full or refuses to write.
         """
         folder = self.folder(stage)
-        if self.has(stage):
+        if folder.exists():
+            expect_whole({folder: stage.title}, digests=self.verify == "digests")
             return folder
         inputs = {name: self.get(needed, report) for name, needed in stage.inputs.items()}
         for name, aid in stage.aids.items():
@@ -140,19 +219,17 @@ class Store:
                     self.partial(aid).rmdir()
                 if str(why):
                     report.note(str(why))
-        with self._lock(stage, report):
+        with self._explain(stage), self._lock(stage, report):
             if not self.has(stage):
                 self._compute(stage, inputs, report)
         return folder
 
     def _compute(self, stage: Stage, inputs: Mapping[str, Path], report: Report) -> None:
-        if self.folder(stage).exists():
-            raise DnpoError(f"store: {self.folder(stage)} has no {MANIFEST}, so it is no finished stage; remove it")
         partial = self.partial(stage)
         partial.mkdir(parents=True, exist_ok=True)
         started, clock = datetime.now(UTC), time.monotonic()
         facts = stage.work(partial, inputs, report)
-        manifest = {
+        content = {
             "stage": stage.name,
             "title": stage.title,
             "key": stage.key,
@@ -162,14 +239,32 @@ class Store:
             "facts": facts,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 3),
+            "made_by": provenance.describe(stage.device),
         }
-        write_json(partial / MANIFEST, manifest)
+        seal(partial, content)
         partial.replace(self.folder(stage))
+        disk.flush(partial.parent)
         self.computed.add(stage.key)
 
     @contextmanager
+    def _explain(self, stage: Stage) -> Iterator[None]:
+        """Turn what the disk refuses into a message."""
+        try:
+            yield
+        except (DnpoError, Declined):
+            raise
+        except Exception as error:
+            words = disk.explain(error, self.root)
+            if words is None:
+                raise
+            raise DiskError(
+                f"store={self.root}: {stage.title} ({self.partial(stage)}) cannot go on: {words}, or give another "
+                "store=…. What is finished is kept, and the same command goes on from there"
+            ) from error
+
+    @contextmanager
     def _lock(self, stage: Stage, report: Report) -> Iterator[None]:
-        path = self.root / ".locks" / f"{stage.name}-{stage.key}.lock"
+        path = path_of_lock(self.root, stage.name, stage.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)  # an flock: the system frees it when its holder is killed
         try:
@@ -181,28 +276,3 @@ class Store:
             yield
         finally:
             lock.release()
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of the stage in this folder: settings, inputs, time and duration."""
-    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    return content
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a file that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    aside.replace(path)
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's file names and contents; the same wherever it lies."""
-    if not path.exists():
-        raise FileNotFoundError(path)
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-        digest.update(b"" if file == path else str(file.relative_to(path)).encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

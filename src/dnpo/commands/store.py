@@ -1,0 +1,225 @@
+"""Show what a store of finished stages holds, verify it, and remove what nobody needs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dnpo import disk
+from dnpo.errors import DnpoError, StoreError, TrackingError
+from dnpo.store import find_damage, inventory
+from dnpo.store.inventory import Entry
+
+SHOWN = 3  # runs that are named beside a stage
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``python -m dnpo.store``. Errors that the user can correct become one line and exit status 1."""
+    given = _parser().parse_args(arguments)
+    try:
+        status = given.do(given)
+    except DnpoError as error:
+        _fail(str(error))
+    except OSError as error:
+        words = disk.explain(error, given.store.absolute())
+        if words is None:
+            raise
+        _fail(f"--store {given.store}: {words}")
+    except KeyboardInterrupt:
+        _fail("interrupted")
+    sys.exit(status)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dnpo.store", description="The finished stages of runs: what they are, whether they are whole."
+    )
+    commands = parser.add_subparsers(required=True, metavar="list|verify|remove")
+    listing = commands.add_parser("list", help="sizes, what made each stage, and which tracked runs need it")
+    verifying = commands.add_parser(
+        "verify", help="compare every file with the size and SHA-256 in its stage's manifest"
+    )
+    removing = commands.add_parser(
+        "remove",
+        help="remove what no tracked run needs, or the stages named; shows it only, unless told to do it",
+        description="Without names: every stage that no tracked run needs, unfinished ones too (runs with tracking=off "
+        "are not known here, and their stages count as needed by nobody). Without --apply or --yes nothing is removed.",
+    )
+    for command, do in ((listing, show), (verifying, verify), (removing, remove)):
+        command.set_defaults(do=do)
+        command.add_argument("--store", type=Path, default=Path("store"), help="default: %(default)s")
+    for command in (verifying, removing):
+        command.add_argument("names", nargs="*", metavar="STAGE/KEY", help="as list shows them; all if none is given")
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    for command in (listing, removing):
+        command.add_argument(
+            "--uri", action="append", help=f"where runs were tracked; can be given again (default: {uri})"
+        )
+    removing.add_argument("--apply", action="store_true", help="remove, after a question")
+    removing.add_argument("--yes", action="store_true", help="remove without a question")
+    removing.add_argument("--needed", action="store_true", help="also those named that are whole and that runs need")
+    return parser
+
+
+def show(given: argparse.Namespace) -> int:
+    """Print all stages."""
+    entries = inventory.read_store(given.store)
+    try:
+        needs = inventory.find_needs(entries, _tracked(given))
+    except TrackingError as error:
+        print(f"who needs them is not known: {error}\n")
+        needs = {}
+    _print(entries, needs)
+    return 0
+
+
+def verify(given: argparse.Namespace) -> int:
+    """Read all files of the stages and compare them with their manifests; 1 if some are damaged."""
+    entries = inventory.read_store(given.store)
+    chosen = [each for each in inventory.select(entries, given.names) or entries if each.finished]
+    damaged, unknown = 0, 0
+    for entry in chosen:
+        damage = find_damage(entry.folder, digests=True)
+        damaged += bool(damage)
+        if damage:
+            print(f"damaged     {entry.name}: {'; '.join(damage)}")
+        elif "files" not in entry.content:
+            unknown += 1
+            print(f"unverified  {entry.name}: an earlier version of dnpo wrote it, without digests of its files")
+    size = sum(entry.size for entry in chosen)
+    print(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others whole")
+    if damaged:
+        print(f"python -m dnpo.store remove STAGE/KEY --store {given.store} --yes removes one; a run makes it again")
+    return int(damaged > 0)
+
+
+def remove(given: argparse.Namespace) -> int:
+    """Remove stages, or show which would be removed."""
+    entries = inventory.read_store(given.store)
+    chosen = _choose(given, entries)
+    if not chosen:
+        print("nothing to remove: every stage is needed by a tracked run")
+        return 0
+    _print(chosen, {})
+    size = f"{_count(chosen)}, {_bytes(sum(entry.size for entry in chosen))}"
+    if not (given.apply or given.yes):
+        print(f"\n{size}. Nothing was removed: --apply removes them after a question, --yes without one")
+        return 0
+    if not given.yes and not _agrees(f"\nRemove {size}? [y/N] "):
+        print("nothing was removed")
+        return 1
+    for entry in chosen:
+        inventory.remove(entry)
+    print(f"removed {size}")
+    return 0
+
+
+def _choose(given: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:
+    """Return what is to be removed.
+
+    Raises:
+        DnpoError: a stage that is named is whole and a run needs it; or nothing is named and not all runs are known.
+    """
+    if given.names:
+        named = inventory.select(entries, given.names)
+        whole = [entry for entry in named if not find_damage(entry.folder, digests=True) or not entry.finished]
+        if not whole or given.needed:
+            return named
+        needs = inventory.find_needs(entries, _tracked(given))
+        for entry in whole:
+            if needs[entry.name]:
+                raise StoreError(
+                    f"{entry.name}: it is whole, and needed by {_name(needs[entry.name])}; --needed removes it anyway"
+                )
+        return named
+    unread = [entry.name for entry in entries if entry.finished and not entry.content]
+    if unread:
+        raise StoreError(
+            f"{', '.join(unread)}: damaged, so what it was made from is not known; remove it by its name first"
+        )
+    runs = _tracked(given)
+    elsewhere = _other_places(given)
+    if elsewhere:
+        raise StoreError(
+            f"--uri: stages of this store are also tracked in {', '.join(elsewhere)}; give --uri for each of them, or "
+            "the names of the stages to remove"
+        )
+    needs = inventory.find_needs(entries, runs)
+    return [entry for entry in entries if not needs[entry.name]]
+
+
+def _tracked(given: argparse.Namespace) -> dict[str, set[str]]:
+    from dnpo.tracking.reading import read_stage_keys
+
+    runs: dict[str, set[str]] = {}
+    for uri in _uris(given):
+        runs |= read_stage_keys(uri)
+    return runs
+
+
+def _uris(given: argparse.Namespace) -> list[str]:
+    return given.uri or [os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")]
+
+
+def _other_places(given: argparse.Namespace) -> list[str]:
+    """Return the tracking stores in which stages of this store are tracked, and which are not given."""
+    from dnpo.tracking.client import make_absolute, strip_password
+    from dnpo.tracking.writing import TrackedSteps
+
+    known = {strip_password(make_absolute(uri)) for uri in _uris(given)}
+    return sorted(TrackedSteps.places(given.store) - known)
+
+
+def _agrees(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:  # nobody there to answer
+        print()
+        return False
+
+
+def _print(entries: Sequence[Entry], needs: Mapping[str, Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from dnpo.running.console import Console
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("stage", "what", "size", "made", "by", *(["needed by"] if needs else [])):
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "size" else "left")
+    for entry in entries:
+        made = entry.content.get("made_by", {})
+        by = [f"dnpo {made['dnpo']}", made["commit"][:8]] if made else []
+        by += [f"{name} {made[name]}" for name in ("torch", "transformers") if name in made]
+        by += [made["device"]] if "device" in made else []
+        what = str(entry.content.get("title", "")) if entry.finished else "unfinished"
+        cells = [entry.name, "damaged: " + "; ".join(entry.damage) if entry.damage else what, _bytes(entry.size)]
+        cells += [str(entry.content.get("started", ""))[:16].replace("T", " "), ", ".join(filter(None, by))]
+        cells += [_name(needs[entry.name])] if needs else []
+        table.add_row(*map(Text, cells))
+    Console().table(table)
+    if needs:
+        print(f"{_count(entries)}, {_bytes(sum(entry.size for entry in entries))}")
+
+
+def _name(runs: Sequence[str]) -> str:
+    more = f" and {len(runs) - SHOWN} more" if len(runs) > SHOWN else ""
+    return f"{', '.join(runs[:SHOWN])}{more}" if runs else "no run"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
+def _count(entries: Sequence[Entry]) -> str:
+    return f"{len(entries):,} stage{'s' * (len(entries) != 1)}"

@@ -1,0 +1,88 @@
+"""What made a result: versions, commit, device, threads. They are not in keys, so they are kept with each result."""
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# what results depend on, where it is installed
+PACKAGES = (
+    *("dnpo", "torch", "numpy", "transformers", "tokenizers", "safetensors", "peft", "pytorch-lightning", "datasets"),
+    *("pyarrow", "scipy", "huggingface-hub", "jinja2", "openai"),
+    *("lm_eval", "sacrebleu", "rouge-score", "sentence-transformers"),
+)
+NAMES = {"python": "Python", "commit": "commit", "device": "device", "threads": "threads"}
+
+
+def describe(device: str = "") -> dict[str, str]:
+    """Describe what computes here: versions, commit, and device and threads once torch is imported.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; "" where none is used.
+    """
+    torch: Any = sys.modules.get("torch")
+    found = {"python": platform.python_version(), **versions(), "commit": commit()}
+    if torch is not None and device:
+        found |= {"device": _device(torch, device), "threads": str(torch.get_num_threads())}
+    return found
+
+
+@cache
+def versions() -> Mapping[str, str]:
+    """Return the versions of the packages that results depend on; nothing of them is imported."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # of an extra
+            continue
+    return installed
+
+
+@cache
+def commit() -> str:
+    """Return the git commit of this code's checkout, with ``+`` if it has local changes; "" outside a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found.stdout.strip()
+
+
+def differences(made_by: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:
+    """Return what differs between the makers of several stages: by name and value, the titles of its stages.
+
+    Args:
+        made_by: by a stage's title, what :func:`describe` said when it was made. What it does not name counts for
+            nothing.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for title, made in made_by.items():
+        for name, value in made.items():
+            found.setdefault(name, {}).setdefault(value, []).append(title)
+    return {name: values for name, values in found.items() if len(values) > 1}
+
+
+def warn(differing: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
+    """Return a line for each thing that differs: its values, the commonest first, and the stages of the others."""
+    lines = []
+    for name, values in differing.items():
+        usual, *others = sorted(values, key=lambda value: -len(values[value]))
+        told = ", ".join(f"{value or 'unknown'} ({', '.join(values[value])})" for value in others)
+        lines.append(f"{NAMES.get(name, name)} {usual or 'unknown'} ({len(values[usual])} stages), but {told}")
+    return lines
+
+
+def _device(torch: Any, setting: str) -> str:
+    kind = setting if setting != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cpu ({platform.machine()})" if kind == "cpu" else str(torch.cuda.get_device_name(kind))
