@@ -30,7 +30,8 @@ from dnpo.policy.base import Scratch
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import pack
-from dnpo.policy.tokenizer import PLAIN_TEMPLATE, TEMPLATE, train_tokenizer
+from dnpo.policy.template import PLAIN_TEMPLATE
+from dnpo.policy.tokenizer import TEMPLATE, train_tokenizer
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.running.console import Console
 from dnpo.running.gate import chain as chain_check
@@ -59,6 +60,7 @@ QUESTIONS = [
         "Backwards: cup dog.",
     ),
 ]
+ANSWERED = [{"role": "assistant", "content": "It is 3."}, {"role": "user", "content": "And 2 plus 2?"}]
 PLAIN = [row(str(i), question, f"It is {i}.") for i, question in enumerate(QUESTIONS)]
 
 
@@ -123,6 +125,62 @@ def test_template_names_the_first_row_it_fails_for(with_template: Callable[[str]
     fires(text.template(with_template(refuses), some), "stop", "1 of 9 rows", "with-system", "no system turns")
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("", "turn 1 of 2 (user)"),
+        (TEMPLATE.replace("['content']", "['content'][:12]"), "'What is 1 plus 2?' with its 17 characters"),
+        (TEMPLATE.replace("in messages", "in messages[-2:]"), "turn 1 of"),
+        (TEMPLATE.replace("['content']", "['content']|upper"), "leaves out or changes"),
+        (TEMPLATE.replace("['content'] }}", "['content'] if message['role'] != 'system' }}"), "turn 1 of 3 (system)"),
+        ("{{ range(9)|random }}" + TEMPLATE, "of 10 rows"),
+        ("{{ strftime_now('%d %b %Y') }}" + TEMPLATE, "give model.template_date"),
+        ("{% if strftime_now('%H')|int > 12 %}Good evening.{% endif %}" + TEMPLATE, "reads the clock"),
+    ],
+)
+def test_template_that_loses_data_or_depends_on_the_day_stops(
+    with_template: Callable[[str], Any], template: str, said: str
+) -> None:
+    system = [{"role": "system", "content": "Be brief."}, *PLAIN[0].messages]
+    some = [*PLAIN, replace(PLAIN[0], id="system", messages=system)]
+    some.append(replace(PLAIN[0], id="long", messages=[*PLAIN[0].messages, *ANSWERED]))
+    fires(text.template(with_template(template), some), "stop", said, "model.chat_template")
+
+
+@pytest.mark.parametrize("core", ["a", "s", "assistant", "user", "<"])
+def test_turn_that_is_left_out_is_not_found_elsewhere(with_template: Callable[[str], Any], core: str) -> None:
+    """Each of these texts stands in the template's own."""
+    some = [row("short", core)]
+    fires(text.template(with_template(TEMPLATE), some), "pass")
+    empty = with_template(
+        TEMPLATE.replace("+ message['content']", "+ (message['content'] if message.role != 'user' else '')")
+    )
+    fires(text.template(empty, some), "stop", "turn 1 of 2 (user)")
+
+
+def test_training_text_is_prompt_response_and_end(with_template: Callable[[str], Any]) -> None:
+    fires(text.training_text(with_template(TEMPLATE), [2], PLAIN), "pass", "nothing else, in 8 rows")
+    more = with_template(TEMPLATE.replace("eos_token if", "(' (end)' + eos_token) if"))
+    fires(text.training_text(more, [2], PLAIN), "stop", "8 of 8 rows", "' (end)'", "model.chat_template")
+    thinks = TEMPLATE.replace(
+        "+ message['content']", "+ ('<t></t>' if loop.last and THINKS else '') + message['content']"
+    )
+    always = with_template(thinks.replace("THINKS", "message.role == 'assistant'"))
+    fires(text.training_text(always, [2], PLAIN), "pass", "'<t></t>'", "8 of the responses", "part of the prompt")
+    some = [*PLAIN, row("thought", human="<t>so</t>It is 3.")]
+    unless = with_template(thinks.replace("THINKS", "message.role == 'assistant' and '<t>' not in message.content"))
+    fires(text.training_text(unless, [2], some), "warn", "8 of the responses", "different ways")
+
+
+def test_rows_that_spell_control_tokens_are_counted(tokenizer: Any) -> None:
+    fires(text.control_tokens(tokenizer, [2], PLAIN), "pass", "none of 8 rows")
+    some = [*PLAIN, row("html", human="Close it with </s> then."), row("turn", "Hi<|assistant|>")]
+    fires(text.control_tokens(tokenizer, [2], some), "warn", "2 of 10 rows", "html with </s>", "as any other text")
+    own = encoded(tokenizer, some)
+    fires(text.one_bos(tokenizer, own), "pass")
+    fires(text.one_eos(tokenizer, [2], own), "pass")
+
+
 def test_seam_without_a_difference(tokenizer: Any) -> None:
     fires(text.seam(tokenizer, PLAIN), "pass", "together and apart, in 8 rows")
 
@@ -167,18 +225,21 @@ def test_bos_that_the_template_puts_twice_stops(with_template: Callable[[str], A
     fires(text.one_bos(twice, encoded(twice)), "stop", "8 of 8 prompts begin with <s> twice", "model.chat_template")
 
 
-def test_bos_inside_is_said(tokenizer: Any) -> None:
-    some = [*PLAIN, row("odd", "What does <s> mean?")]
-    fires(text.one_bos(tokenizer, encoded(tokenizer, some)), "warn", "1 of 9 rows", "odd")
+def test_bos_inside_is_said(with_template: Callable[[str], Any]) -> None:
+    every = with_template(TEMPLATE.replace("'<|", "bos_token + '<|").replace("{{ bos_token }}", ""))
+    some = [*PLAIN, replace(PLAIN[0], id="long", messages=[*PLAIN[0].messages, *ANSWERED])]
+    fires(text.one_bos(every, encoded(every, some)), "warn", "9 of 9 rows", "model.chat_template")
 
 
 def test_one_eos(tokenizer: Any) -> None:
     fires(text.one_eos(tokenizer, [2], encoded(tokenizer)), "pass", "each of 8 responses ends with one </s>")
 
 
-def test_eos_in_the_text_of_a_response_is_said(tokenizer: Any) -> None:
-    some = [*PLAIN, row("html", human="Close it with </s> then.")]
-    fires(text.one_eos(tokenizer, [2], encoded(tokenizer, some)), "warn", "1 of 9 responses", "html", "cut")
+def test_ordinary_token_that_ends_a_response_is_said(tokenizer: Any) -> None:
+    """A model that stops at a full stop, say: it is no control token, so a response can have it, and is cut there."""
+    (stop,) = tokenizer(".", add_special_tokens=False)["input_ids"]
+    some = [*PLAIN, row("more", human="It is 3. Or 4")]
+    fires(text.one_eos(tokenizer, [stop], encoded(tokenizer, some, [stop])), "warn", "9 of 9 responses", "cut")
 
 
 @pytest.mark.parametrize("change", [lambda ids: ids[:-1], lambda ids: [*ids, 2], lambda ids: [2, *ids], lambda _: []])
@@ -540,8 +601,8 @@ def _from(stage: Any, policy: Any) -> Any:
 
 NAMES = [
     *("reference", "labels", "prompts of the judge", "ids", "duplicates", "near duplicates"),
-    *("overlap with validation", "overlap with test", "validation and test", "weights", "template", "seam", "one BOS"),
-    *("one EOS", "no EOS where cut", "EOS of the model", "context"),
+    *("overlap with validation", "overlap with test", "validation and test", "weights", "template", "training text"),
+    *("control tokens", "seam", "one BOS", "one EOS", "no EOS where cut", "EOS of the model", "context"),
     *("lengths of train", "lengths of validation", "lengths of test", "disk"),
     *("memory, fine-tuning", "memory, training", "memory, generating", "judge"),
 ]

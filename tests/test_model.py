@@ -32,7 +32,8 @@ from dnpo.policy.loading import load
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import ATTENTION, Packed, pack
-from dnpo.policy.tokenizer import PLAIN_TEMPLATE, encode, human_response, render
+from dnpo.policy.template import PLAIN_TEMPLATE, render
+from dnpo.policy.tokenizer import encode, human_response
 from dnpo.records import Prompt
 from tests.conftest import World
 
@@ -206,9 +207,9 @@ def test_a_tokenizer_without_a_template_gets_the_plain_one(saved: Path) -> None:
     (saved / "chat_template.jinja").unlink()
     policy = load(str(saved), None)
     assert policy.tokenizer.chat_template == PLAIN_TEMPLATE
-    prompt, rest = render(policy.tokenizer, ASKED, "4.")
-    assert prompt == "<s>### user\nWhat is 2 plus 2?\n### assistant\n"
-    assert rest == "4.</s>\n"
+    rendered = render(policy.tokenizer, ASKED, "4.")
+    assert rendered.prompt.text == "<s>### user\nWhat is 2 plus 2?\n### assistant\n"
+    assert rendered.rest.text == "4.</s>\n"
 
 
 def test_a_template_that_parts_training_from_generation_is_refused(saved: Path) -> None:

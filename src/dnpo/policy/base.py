@@ -108,6 +108,8 @@ class Pretrained:
         dtype: of the weights.
         trust_remote_code: whether code that comes with the model may run.
         chat_template: overrides the tokenizer's; one that has none gets a plain template (``PLAIN_TEMPLATE``).
+        template_arguments: variables of the template, such as ``{enable_thinking: false}``.
+        template_date: what a template that reads the clock takes for now, such as ``2026-01-31``.
     """
 
     lora: Lora
@@ -117,6 +119,8 @@ class Pretrained:
     dtype: Dtype = "float32"
     trust_remote_code: bool = False
     chat_template: str | None = None
+    template_arguments: Mapping[str, Any] | None = None
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.name is None):
@@ -143,7 +147,9 @@ class Pretrained:
     def identity(self) -> Mapping[str, Any]:
         """What decides the weights: the contents of the folder, or name and commit on the hub."""
         where = {"content": self._content} if self._local else {"name": self._location, "revision": self._commit}
-        return {**where, "dtype": self.dtype, "chat_template": self.chat_template}
+        more = {"template_arguments": self.template_arguments, "template_date": self.template_date}
+        given = {name: value for name, value in more.items() if value}
+        return {**where, "dtype": self.dtype, "chat_template": self.chat_template, **given}
 
     @cached_property
     def _content(self) -> str:
@@ -181,6 +187,8 @@ class Pretrained:
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
             chat_template=self.chat_template,
+            template_arguments=self.template_arguments,
+            template_date=self.template_date,
             device=device,
             setting=self._setting,
         )
@@ -199,6 +207,8 @@ class Pretrained:
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
             chat_template=self.chat_template,
+            template_arguments=self.template_arguments,
+            template_date=self.template_date,
             setting=self._setting,
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from dnpo.errors import ModelError
+from dnpo.policy.tokens import wrap
 from dnpo.policy.weights import Weights, context_of
 from dnpo.settings import Dtype
 
@@ -49,7 +50,7 @@ class Encoder:
 
     def encode(self, text: str, longest: int | None = None) -> Ids:
         """The tokens of a text, cut to so many if that is given."""
-        return tuple(self.tokenizer(text, truncation=longest is not None, max_length=longest)["input_ids"])
+        return tuple(wrap(self.tokenizer, text, truncation=longest is not None, max_length=longest)["input_ids"])
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Ids], at_once: int) -> dict[Ids, Tensor]:

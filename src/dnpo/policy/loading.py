@@ -1,5 +1,6 @@
 """Loading a policy, or its outline without weights, and refusing models whose numbers would be wrong here."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from dnpo.policy.complete import explain, load_complete, merge_adapter, outline_
 from dnpo.policy.folder import check_folder, find_files
 from dnpo.policy.model import Policy, adapters
 from dnpo.policy.packing import ATTENTION, pack
-from dnpo.policy.tokenizer import PLAIN_TEMPLATE
+from dnpo.policy.template import put_in_force
 from dnpo.settings import Dtype
 
 
@@ -24,6 +25,8 @@ def load(
     dtype: Dtype = "float32",
     trust_remote_code: bool = False,
     chat_template: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+    template_date: str | None = None,
     device: str = "cpu",
     setting: str | None = None,
 ) -> Policy:
@@ -40,7 +43,7 @@ def load(
     weights = str(folder) if whole else base
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": None if whole else revision}
     what = setting if setting is not None and not whole else f"model: {weights}"
-    tokenizer, config = _load_parts(weights, chat_template, options, what)
+    tokenizer, config = _load_parts(weights, (chat_template, template_arguments, template_date), options, what)
     model = load_complete(AutoModelForCausalLM, weights, what, config=config, dtype=dtype, **options)
     if folder is not None and not whole:
         for adapter in adapters(folder):
@@ -57,6 +60,8 @@ def outline(
     dtype: Dtype = "float32",
     trust_remote_code: bool = False,
     chat_template: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
+    template_date: str | None = None,
     setting: str | None = None,
 ) -> Policy:
     """The base model with its tokenizer, its shapes and its settings, but without weights: it takes no memory.
@@ -68,7 +73,7 @@ def outline(
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     what = setting or f"model: {base}"
-    tokenizer, config = _load_parts(base, chat_template, options, what)
+    tokenizer, config = _load_parts(base, (chat_template, template_arguments, template_date), options, what)
     files = find_files(base, revision)
     if files is not None:
         model = outline_complete(
@@ -85,7 +90,12 @@ def outline(
     return policy
 
 
-def _load_parts(weights: str, chat_template: str | None, options: dict[str, Any], what: str) -> tuple[Any, Any]:
+def _load_parts(
+    weights: str,
+    template: tuple[str | None, Mapping[str, Any] | None, str | None],
+    options: dict[str, Any],
+    what: str,
+) -> tuple[Any, Any]:
     """Load the tokenizer, with the chat template in force, and the configuration."""
     files = find_files(weights, options["revision"])
     if files is not None:
@@ -95,10 +105,7 @@ def _load_parts(weights: str, chat_template: str | None, options: dict[str, Any]
         config = AutoConfig.from_pretrained(weights, **options)
     except Exception as error:  # with values that it does not expect, a tokenizer's code raises what it likes
         raise ModelError(f"{what}: cannot be loaded: {explain(error)}") from error
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    elif tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+    put_in_force(tokenizer, *template)
     return tokenizer, without_dropout(config)
 
 

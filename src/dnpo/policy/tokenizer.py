@@ -1,16 +1,17 @@
-"""Text and tokens: how a conversation is rendered and encoded, and a tokenizer for models trained from scratch.
+"""How a conversation is encoded, and a tokenizer for models trained from scratch.
 
-Training text and generation text come from one template.
+Training text and generation text come from one template (``template.py``).
 """
 
 from collections.abc import Sequence
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dnpo.errors import ModelError
+from dnpo.policy.template import render
+from dnpo.policy.tokens import begin, tokenize
 from dnpo.records import HUMAN, Message, Prompt, Response
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
@@ -21,17 +22,6 @@ TEMPLATE = (
     "{{ eos_token if message['role'] == 'assistant' else '' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-
-# For tokenizers that bring no chat template. The response begins on a new line.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] + '\n' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
 
 
@@ -62,56 +52,35 @@ def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTok
     return cast(PreTrainedTokenizerBase, wrapped)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str) -> tuple[str, str]:
-    """Render the prompt, as in generation, and the rest of the training text after it.
-
-    Raises:
-        ModelError: the template renders the prompt differently in training and in generation.
-    """
-    template: Any = tokenizer.apply_chat_template
-    try:
-        prompt = cast(str, template(messages, tokenize=False, add_generation_prompt=True))
-        whole = cast(str, template([*messages, {"role": "assistant", "content": response}], tokenize=False))
-    except TemplateError as error:
-        raise ModelError(f"model.chat_template: cannot render {[m['role'] for m in messages]} ({error})") from error
-    if not whole.startswith(prompt):
-        at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-        raise ModelError(
-            "model: the chat template renders training text otherwise than generation text, so the policy would be "
-            f"trained on prompts it never sees. They part at character {at}: generation has {prompt[at:][:40]!r}, "
-            f"training has {whole[at:][:40]!r}. Set model.chat_template, or mend the tokenizer's"
-        )
-    return prompt, whole[len(prompt) :]
-
-
 def encode(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str, stop_ids: Sequence[int] = ()
 ) -> tuple[list[int], list[int]]:
     """Token ids of the rendered prompt, and of the response up to and with the token that ends it.
 
-    Prompt and response are tokenised together, so that the response's first token is one that follows such a prompt (a
-    SentencePiece tokenizer puts a space before every text). Only where the prompt's tokens are no prefix of
-    the whole's is the response tokenised apart. It is cut after its first stop token, as a sample is, whatever the
-    template puts behind it; where it has none it gets the tokenizer's end of sequence. A prompt begins with the
-    beginning-of-sequence token if the tokenizer puts one before every text.
+    What the template writes before a response belongs to the prompt. Prompt and response are tokenised together, so
+    that the response's first token is one that follows such a prompt (a SentencePiece tokenizer puts a space before
+    every text). Only where the prompt's tokens are no prefix of the whole's is the response tokenised apart. It is cut
+    after its first stop token, as a sample is, whatever the template puts behind it; where it has none it gets the
+    tokenizer's end of sequence. A prompt begins with the beginning-of-sequence token if the tokenizer puts one before
+    every text. The texts of turns make no control token, whatever they spell (``tokens.py``).
 
     Args:
         stop_ids: tokens that end a sample; the tokenizer's end of sequence always does.
+
+    Raises:
+        ModelError: the template cannot render it, loses something of it, or gives an empty prompt.
     """
-    prompt, rest = render(tokenizer, messages, response)
-    tokenize: Any = tokenizer
+    rendered = render(tokenizer, messages, response)
     eos = cast(int, tokenizer.eos_token_id)
-    prompt_ids = list(tokenize(prompt, add_special_tokens=False)["input_ids"])
-    ids = list(tokenize(prompt + rest, add_special_tokens=False)["input_ids"])
-    if ids[: len(prompt_ids)] == prompt_ids:
-        ids = ids[len(prompt_ids) :]
-    else:
-        ids = list(tokenize(rest, add_special_tokens=False)["input_ids"])
+    prompt_ids = tokenize(tokenizer, rendered.prompt, stop_ids)
+    ids = tokenize(tokenizer, rendered.whole, stop_ids)
+    follows = ids[: len(prompt_ids)] == prompt_ids
+    ids = ids[len(prompt_ids) :] if follows else tokenize(tokenizer, rendered.rest, stop_ids)
     end = next((i for i, token in enumerate(ids) if token == eos or token in stop_ids), None)
     ids = [*ids, eos] if end is None else ids[: end + 1]
-    bos = cast(int | None, tokenizer.bos_token_id)
-    if bos is not None and prompt_ids[:1] != [bos] and list(tokenize("")["input_ids"])[:1] == [bos]:
-        prompt_ids = [bos, *prompt_ids]
+    prompt_ids = begin(tokenizer, prompt_ids)
+    if not prompt_ids:
+        raise ModelError("model.chat_template: renders an empty prompt, after which nothing can be sampled")
     return prompt_ids, ids
 
 

@@ -237,6 +237,8 @@ def _write_merged(policy: SavedPolicy, folder: Path) -> None:
         dtype="float32",
         trust_remote_code=policy.setting("model", "trust_remote_code", False),
         chat_template=policy.setting("model", "chat_template"),
+        template_arguments=policy.setting("model", "template_arguments"),
+        template_date=policy.setting("model", "template_date"),
     )
     kept: Dtype = policy.setting("model", "dtype", "float32")
     whole.model.to(getattr(torch, kept))

@@ -30,7 +30,7 @@ def verdicts(judge: Judge, data: Labelled, rows: Sequence[LabelledRow], ledger: 
         return tally(found)
 
     settings = {"judge": part_key(judge), "data": data.content()}
-    return Stage("verdicts", "verdicts", 1, settings, {}, work)
+    return Stage("verdicts", "verdicts", 2, settings, {}, work)
 
 
 def agreement(

@@ -53,7 +53,7 @@ def _prompts_key(run: Run, plan: None) -> dict[str, Any]:
     }
 
 
-@verb("prompts", 2, _prompts_key)
+@verb("prompts", 3, _prompts_key)
 def prepare(run: Run, plan: None, task: Task) -> Facts:
     """Encode the prompts and human responses that fit the model; write its tokenizer, and its weights if untrained."""
     rows, facts = run.data.read()

@@ -39,6 +39,7 @@ class HF(Prompted):
         name: a name on the hub, with ``revision``. Exactly one of the two.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
         template: a file with the question; null takes the shipped one for the mode.
+        template_date: what a chat template that reads the clock takes for now, such as ``2026-01-31``.
         min_mass: least total probability of the replies that were asked for. Below it the model does not follow the
             instruction, its numbers say little, and the question fails.
         dtype: of the weights. bfloat16 takes half the memory, and its scores depend a little on the batch.
@@ -55,6 +56,7 @@ class HF(Prompted):
     path: str | None = place(None)
     name: str | None = None
     revision: str | None = None
+    template_date: str | None = None
     min_mass: Fraction = 0.5
     dtype: Dtype = "float32"
     device: str = neutral("auto")
@@ -73,7 +75,8 @@ class HF(Prompted):
     def kind(self) -> str:
         """``hf``, how the model is read, and the mode."""
         # min_mass decides which questions have an answer, so answers of one are none to another
-        return f"hf {self.dtype} m={self.min_mass:g} {self.mode} logprobs"
+        date = f" {self.template_date}" if self.template_date else ""
+        return f"hf {self.dtype} m={self.min_mass:g} {self.mode} logprobs, plain content{date}"
 
     @cached_property
     def respondent(self) -> str:
@@ -155,8 +158,10 @@ class HF(Prompted):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from dnpo.judges.asked.replies import Replies
+        from dnpo.policy.template import put_in_force
 
         tokenizer = self.weights.load(AutoTokenizer)
+        put_in_force(tokenizer, date=self.template_date, setting="judge")
         model = self.weights.load_model(AutoModelForCausalLM, dtype=getattr(torch, self.dtype)).to(self._device)
         replies, goes_on = (NUMBERS, "[0-9]") if self.mode == "score" else (WINNERS, "[A-Za-z]")
         return Replies(model.eval(), tokenizer, replies, goes_on, example.messages)

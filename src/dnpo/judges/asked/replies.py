@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from dnpo.errors import ModelError
-from dnpo.policy.tokenizer import PLAIN_TEMPLATE, render
+from dnpo.policy.template import PLAIN_TEMPLATE, Text, render, render_turns
+from dnpo.policy.tokens import begin, tokenize
 from dnpo.records import Message
 
 Path = tuple[int, ...]
@@ -33,7 +33,7 @@ class Replies:
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        tokenizer: with its chat template; one that has none gets :data:`~dnpo.policy.tokenizer.PLAIN_TEMPLATE`.
+        tokenizer: with its chat template; one that has none gets :data:`~dnpo.policy.template.PLAIN_TEMPLATE`.
         replies: none of them empty.
         goes_on: matches the token texts with which a reply could go on.
         example: a conversation such as those that will be read; they all have to end as it does.
@@ -64,7 +64,11 @@ class Replies:
     # --- text
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation as the model reads it, up to where its reply begins."""
+        """A conversation as the model reads it, up to where its reply begins.
+
+        Raises:
+            ModelError: the template cannot render it, or loses something of it.
+        """
         return self._ids(self._text(messages))
 
     def _refuses_system(self, example: Sequence[Message]) -> bool:
@@ -72,10 +76,10 @@ class Replies:
         if example[0]["role"] != "system":
             return False
         try:
-            text = self.tokenizer.apply_chat_template(list(example), tokenize=False, add_generation_prompt=True)
-        except TemplateError:
+            render_turns(self.tokenizer, example, True)
+        except ModelError:
             return True
-        return example[0]["content"].strip() not in text
+        return False
 
     def _turns(self, messages: Sequence[Message]) -> list[Message]:
         if not self.merge_system or messages[0]["role"] != "system":
@@ -83,12 +87,9 @@ class Replies:
         system, user, *rest = messages
         return [{"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
-    def _text(self, messages: Sequence[Message]) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(self._turns(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ModelError(f"judge: the model's chat template cannot render the question ({error})") from error
-        return cast(str, text) + self.lead
+    def _text(self, messages: Sequence[Message]) -> Text:
+        text = render_turns(self.tokenizer, self._turns(messages), True, "judge's chat template")
+        return text.then(self.lead)
 
     def _lead(self, example: Sequence[Message], reply: str) -> tuple[str, str]:
         """What the template puts before a reply: text, which joins the prompt, and spaces, which join the reply.
@@ -97,21 +98,13 @@ class Replies:
         """
         self._text(example)  # so that a template that cannot render the question says so
         try:
-            _, rest = render(self.tokenizer, self._turns(example), reply)
-            before = rest[: rest.index(reply)]
-        except (
-            ModelError,
-            ValueError,
-        ):  # the template shows past turns otherwise; nothing stands before the reply then
+            rendered = render(self.tokenizer, self._turns(example), reply)
+        except ModelError:  # the template shows past turns otherwise; nothing stands before the reply then
             return "", ""
-        return before.rstrip(" "), before[len(before.rstrip(" ")) :]
+        return rendered.lead, rendered.rest.text[: rendered.rest.text.index(reply)]
 
-    def _ids(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos] and list(self.tokenizer("")["input_ids"])[:1] == [bos]:
-            ids = [bos, *ids]
-        return ids
+    def _ids(self, text: Text) -> list[int]:
+        return begin(self.tokenizer, tokenize(self.tokenizer, text))
 
     def _paths(self, example: Sequence[Message], replies: Sequence[str]) -> list[Path]:
         """The tokens of each reply, tokenised together with the text before it.
@@ -121,7 +114,7 @@ class Replies:
         """
         text = self._text(example)
         before = self._ids(text)
-        together = [self._ids(text + self.space + reply) for reply in replies]
+        together = [self._ids(text.then(self.space + reply)) for reply in replies]
         if all(ids[: len(before)] == before and len(ids) > len(before) for ids in together):
             return [tuple(ids[len(before) :]) for ids in together]
         apart = [self.tokenizer(self.space + reply, add_special_tokens=False)["input_ids"] for reply in replies]

@@ -49,6 +49,7 @@ def fit(
     batch_size: Count = 16,
     lr: Positive = 1e-4,
     weight_decay: NonNegative = 0.01,
+    template_date: str | None = None,
     max_tokens: Count | None = None,
     seed: Natural = 0,
     device: str = "auto",
@@ -67,6 +68,7 @@ def fit(
         batch_size: pairs of a step.
         lr: of AdamW at its peak.
         weight_decay: of AdamW.
+        template_date: what a chat template that reads the clock takes for now; it is written into the tokenizer.
         max_tokens: pairs with a longer row are left out; None takes what the base can read.
         seed: draws the output's first weights and the order of the pairs.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -85,9 +87,11 @@ def fit(
     torch.set_num_threads(threads)
     torch.manual_seed(derive(seed, "reward", "weights"))
     weights = Weights(base, None, None, "base") if Path(base).is_dir() else Weights(None, base, revision, "base")
+    if kind != "model" and template_date is not None:
+        raise ModelError(f"template_date={template_date}: kind={kind} has no chat template")
     where = device_of(device)
     model: Rewards = (
-        start_classifier(weights, where, max_tokens)
+        start_classifier(weights, where, max_tokens, template_date)
         if kind == "model"
         else Embedding(Encoder(weights, device=where), hidden, max_tokens)
     )

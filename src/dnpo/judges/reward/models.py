@@ -20,7 +20,8 @@ from dnpo.judges.reward.facts import read_facts
 from dnpo.policy.complete import check_finite, explain
 from dnpo.policy.encoder import Encoder, Ids
 from dnpo.policy.loading import without_dropout
-from dnpo.policy.tokenizer import PLAIN_TEMPLATE
+from dnpo.policy.template import PLAIN_TEMPLATE, put_in_force, render_turns
+from dnpo.policy.tokens import begin, tokenize, wrap
 from dnpo.policy.weights import Weights, context_of
 from dnpo.records import Message
 from dnpo.settings import Dtype
@@ -68,7 +69,7 @@ class Classifier(Rewards):
 
     It reads the conversation with the response as its last turn, by the tokenizer's chat template. Without a template a
     tokenizer with a separator token (BERT, DeBERTa) gets conversation and response as a pair of texts, and any other
-    :data:`~dnpo.policy.tokenizer.PLAIN_TEMPLATE`. Rows are padded on the right, and read one by one where the model's
+    :data:`~dnpo.policy.template.PLAIN_TEMPLATE`. Rows are padded on the right, and read one by one where the model's
     configuration names no padding token.
     """
 
@@ -84,18 +85,11 @@ class Classifier(Rewards):
     def encode(self, messages: Sequence[Message], response: str) -> list[Ids]:
         """The tokens of the conversation with the response; for a pair of texts their types follow."""
         if self.pair:
-            found = self.tokenizer(join_turns(messages), response, return_token_type_ids=True)
+            found = wrap(self.tokenizer, join_turns(messages), response, return_token_type_ids=True)
             return [tuple(found["input_ids"]), tuple(found["token_type_ids"])]
         turns = [*messages, {"role": "assistant", "content": response}]
-        try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception as error:  # a template can raise what it likes
-            raise ModelError(f"judge: the reward model's chat template cannot render a row ({error})") from error
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids[:1] != [bos] and list(self.tokenizer("")["input_ids"])[:1] == [bos]:
-            ids = [bos, *ids]
-        return [tuple(ids)]
+        text = render_turns(self.tokenizer, turns, setting="judge's chat template")
+        return [tuple(begin(self.tokenizer, tokenize(self.tokenizer, text)))]
 
     def __call__(self, rows: Sequence[list[Ids]]) -> Tensor:
         """Rewards, shape B, of rows padded to the longest of them."""
@@ -155,7 +149,9 @@ def join_turns(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
 
 
-def load(weights: Weights, dtype: Dtype, device: str, max_tokens: int | None) -> Rewards:
+def load(
+    weights: Weights, dtype: Dtype, device: str, max_tokens: int | None, template_date: str | None = None
+) -> Rewards:
     """A reward model, in evaluation mode.
 
     Raises:
@@ -163,6 +159,8 @@ def load(weights: Weights, dtype: Dtype, device: str, max_tokens: int | None) ->
     """
     facts = read_facts(weights)
     if facts.get("kind") == "embedding":
+        if template_date is not None:
+            raise ModelError(f"judge.template_date={template_date}: {weights.description} has no chat template")
         assert weights.folder is not None
         encoder = Weights(str(weights.folder / ENCODER), None, None)
         rewards = Embedding(Encoder(encoder, dtype, device), int(facts["hidden"]), max_tokens)
@@ -175,7 +173,7 @@ def load(weights: Weights, dtype: Dtype, device: str, max_tokens: int | None) ->
         return rewards
     model = weights.load_model(AutoModelForSequenceClassification, hint=_advise(weights), dtype=getattr(torch, dtype))
     _check_outputs(weights, model)
-    return Classifier(model.to(device).eval(), weights.load(AutoTokenizer), max_tokens)
+    return Classifier(model.to(device).eval(), _load_tokenizer(weights, template_date), max_tokens)
 
 
 def object_to(weights: Weights) -> str | None:
@@ -205,13 +203,22 @@ def _check_outputs(weights: Weights, model: Any) -> None:
         raise ModelError(f"{weights.description}: has {model.config.num_labels} outputs; expected one, the reward")
 
 
-def start_classifier(weights: Weights, device: str, max_tokens: int | None) -> Classifier:
+def _load_tokenizer(weights: Weights, template_date: str | None) -> Any:
+    tokenizer = weights.load(AutoTokenizer)
+    if template_date is not None:
+        put_in_force(tokenizer, date=template_date, setting="judge")
+    return tokenizer
+
+
+def start_classifier(
+    weights: Weights, device: str, max_tokens: int | None, template_date: str | None = None
+) -> Classifier:
     """A base model with an untrained output, or with its own where it has one; without dropout.
 
     Raises:
         ModelError: it cannot be loaded, or has no token to pad with.
     """
-    tokenizer = weights.load(AutoTokenizer)
+    tokenizer = _load_tokenizer(weights, template_date)
     model = weights.load_model(
         AutoModelForSequenceClassification, heads_anew=True, num_labels=1, dtype=torch.float32
     ).to(device)

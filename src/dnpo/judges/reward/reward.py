@@ -35,6 +35,7 @@ class Reward(Judge):
         name: a name on the hub, with ``revision``. Exactly one of the two.
         center: the reward that is worth 50 points; null takes what ``fit`` found, else 0.
         scale: how much more reward makes 73 points of 50; null takes what ``fit`` found, else 1.
+        template_date: what a chat template that reads the clock takes for now, such as ``2026-01-31``.
         max_tokens: of a row; null takes what the model can read.
         dtype: of the weights.
         device: ``auto`` is the GPU if there is one, as for the policy.
@@ -51,6 +52,7 @@ class Reward(Judge):
     revision: str | None = None
     center: Finite | None = None
     scale: Positive | None = None
+    template_date: str | None = None
     max_tokens: Count | None = None
     dtype: Dtype = "float32"
     device: str = neutral("auto")
@@ -89,6 +91,7 @@ class Reward(Judge):
             "scale": scale,
             "dtype": self.dtype,
             "max_tokens": self.max_tokens,
+            **({"template_date": self.template_date} if self.template_date else {}),
         }
 
     @cached_property
@@ -139,7 +142,7 @@ class Reward(Judge):
         from dnpo.judges.reward.models import load
 
         by_id = {p.id: p for p in prompts}
-        model = load(self.weights, self.dtype, self._device, self.max_tokens)
+        model = load(self.weights, self.dtype, self._device, self.max_tokens, self.template_date)
         rows = [model.encode(by_id[r.id].messages, r.text) for r in responses]
         verdicts: dict[int, Verdict] = {}
 

@@ -80,7 +80,9 @@ def _tokens(run: Run, data: rows.Rows, policy: Policy) -> tuple[list[Finding], C
     encoded = [row for split in by_split.values() for row in split]
     found = [
         template,
-        text.seam(tokenizer, everything),
+        text.training_text(tokenizer, stop_ids, everything),
+        text.control_tokens(tokenizer, stop_ids, everything),
+        text.seam(tokenizer, everything, stop_ids),
         text.one_bos(tokenizer, encoded),
         text.one_eos(tokenizer, stop_ids, encoded),
         text.no_eos_where_cut(tokenizer, stop_ids, encoded, run.limit),

@@ -1,12 +1,15 @@
 """Check chat template and tokens, on rows rendered and encoded as in the stages."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from dnpo.errors import ModelError
-from dnpo.policy.tokenizer import encode, human_response, render
+from dnpo.policy.template import Span, Text, render
+from dnpo.policy.tokenizer import encode, human_response
+from dnpo.policy.tokens import control_texts, tokenize
 from dnpo.records import Prompt, Response
 from dnpo.running.gate.finding import Finding
 
@@ -31,7 +34,7 @@ def encode_rows(
 
 
 def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Finding:
-    """Check that the text for training begins with exactly the prompt for generation."""
+    """Check that the training text begins with generation's prompt, and that no turn is lost in it."""
     broken: list[tuple[Prompt, str]] = []
     for row in rows:
         try:
@@ -42,7 +45,57 @@ def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Find
         first, problem = broken[0]
         text = f"in {len(broken):,} of {len(rows):,} rows, the first is {first.id}: {problem}"
         return Finding("template", "stop", text, TEMPLATE)
-    return Finding("template", "pass", f"generation's prompt is how training text begins, in {len(rows):,} rows")
+    text = (
+        f"generation's prompt is how training text begins, and the text of every turn is in it, in {len(rows):,} rows"
+    )
+    return Finding("template", "pass", text)
+
+
+def training_text(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: Sequence[Prompt]) -> Finding:
+    """Check that it is prompt, response and end, and nothing else: more would tell human responses from samples."""
+    ends = [str(tokenizer.decode([i])) for i in stop_ids]
+    special = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    more, leads = [], Counter[str]()
+    for row in rows:
+        rendered = render(tokenizer, row.messages, row.human)
+        leads[rendered.lead] += 1
+        before_end = min((rendered.after.partition(end)[0] for end in ends if end), key=len, default=rendered.after)
+        for token in special:
+            before_end = before_end.replace(token, "")
+        if before_end.strip():
+            more.append((row, before_end))
+    if more:
+        first, found = more[0]
+        text = (
+            f"in {len(more):,} of {len(rows):,} rows, the first is {first.id}, the template writes {found[:40]!r} "
+            "between response and end: human responses would have it and samples would not"
+        )
+        return Finding("training text", "stop", text, TEMPLATE)
+    text = f"it is prompt, response and end, and nothing else, in {len(rows):,} rows"
+    if not any(leads):
+        return Finding("training text", "pass", text)
+    lead, count = Counter({lead: count for lead, count in leads.items() if lead}).most_common(1)[0]
+    text += f"; {lead[:40]!r}, which the template writes before {count:,} of the responses, is part of the prompt"
+    if len(leads) == 1:
+        return Finding("training text", "pass", text)
+    text += ", and so prompts of one data set end in different ways"
+    return Finding("training text", "warn", text, f"{TEMPLATE}, model.template_arguments, or the data")
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: Sequence[Prompt]) -> Finding:
+    """Count the rows whose own text spells control tokens."""
+    spelled, first = 0, ""
+    for row in rows:
+        found = control_texts(tokenizer, render(tokenizer, row.messages, row.human).whole, stop_ids)
+        first = first or (f"{row.id} with {found[0]}" if found else "")
+        spelled += bool(found)
+    if spelled:
+        text = (
+            f"{spelled:,} of {len(rows):,} rows have the text of control tokens, the first is {first}; there it is "
+            "tokenised as any other text, and ends no turn"
+        )
+        return Finding("control tokens", "warn", text, "the data, if it should not be there")
+    return Finding("control tokens", "pass", f"none of {len(rows):,} rows has the text of one")
 
 
 def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> Finding:
@@ -60,9 +113,9 @@ def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> F
     if again:
         text = (
             f"{name} stands again inside {len(again):,} of {len(rows):,} rows, the first is {again[0].prompt.id}: the "
-            "template puts it before every turn, or the data have its text"
+            "template puts it before every turn"
         )
-        return Finding("one BOS", "warn", text, f"{TEMPLATE}, or the data")
+        return Finding("one BOS", "warn", text, TEMPLATE)
     first = sum(row.prompt_ids[:1] == [bos] for row in rows)
     text = f"{first:,} of {len(rows):,} prompts begin with {name}, and no row has another"
     return Finding("one BOS", "pass", text)
@@ -78,8 +131,8 @@ def one_eos(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: S
             f"{wrong[0].prompt.id}, which ends with {tokenizer.decode(wrong[0].ids[-3:])!r}"
         )
         return Finding("one EOS", "stop", text, TEMPLATE)
-    tokenize: Any = tokenizer
-    early = [r for r in rows if stops & set(tokenize(r.prompt.human, add_special_tokens=False)["input_ids"])]
+    # One that is no special token, a line break say, ends a response even in the middle of its text.
+    early = [row for row in rows if stops & set(_tokenize_content(tokenizer, row.prompt.human, stop_ids))]
     if early:
         text = (
             f"{len(early):,} of {len(rows):,} responses have the text of a token that ends a response, and are cut "
@@ -143,14 +196,13 @@ def ends_of_model(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], rows:
     return Finding("EOS of the model", "stop", text, setting)
 
 
-def seam(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Finding:
+def seam(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt], stop_ids: Sequence[int] = ()) -> Finding:
     """Check that prompt and response have the same token ids together as apart; warn if a token spans both."""
-    tokenize: Any = tokenizer
     moved, other = [], 0
     for row in rows:
-        prompt, rest = render(tokenizer, row.messages, row.human)
+        rendered = render(tokenizer, row.messages, row.human)
         before, after, whole = (
-            list(tokenize(text, add_special_tokens=False)["input_ids"]) for text in (prompt, rest, prompt + rest)
+            tokenize(tokenizer, text, stop_ids) for text in (rendered.prompt, rendered.rest, rendered.whole)
         )
         if whole[: len(before)] != before:
             moved.append((row, next(i for i, (a, b) in enumerate(zip([*before, -1], whole, strict=False)) if a != b)))
@@ -173,3 +225,7 @@ def seam(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Finding:
     return Finding(
         "seam", "pass", f"prompt and response have the same tokens together and apart, in {len(rows):,} rows"
     )
+
+
+def _tokenize_content(tokenizer: PreTrainedTokenizerBase, text: str, stop_ids: Sequence[int]) -> list[int]:
+    return tokenize(tokenizer, Text(text, (Span(0, 0, len(text)),)), stop_ids)

@@ -1,0 +1,285 @@
+"""How a conversation becomes text: the chat template in force, and where the turns' own texts stand in what it renders.
+
+All else in a rendering is the template's own. What a template could do to the data without anybody seeing it is refused
+here: leaving a turn out, cutting it, or writing the time of day into it.
+"""
+
+import json
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from dnpo.errors import ModelError
+from dnpo.records import Message
+
+# For tokenizers that bring no chat template. The response begins on a new line.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] + '\n' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
+SETTING = "model.chat_template"
+CLOCK = "strftime_now"  # by which transformers' templates ask for the time
+TIMES = (datetime(1991, 2, 3, 4, 5, 6), datetime(2048, 11, 28, 17, 38, 49))  # alike in nothing that strftime can say
+PRIVATE = (0xF0000, 0x100000)  # characters for private use: two for each turn, from one of these on
+
+
+class Span(NamedTuple):
+    """Where the text of a turn stands; ``turn`` is its number."""
+
+    turn: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """A rendering, or a part of one.
+
+    Attributes:
+        text: all of it.
+        contents: where the texts of turns stand, without the white space around them.
+    """
+
+    text: str
+    contents: tuple[Span, ...] = ()
+
+    def cut(self, start: int, end: int) -> "Text":
+        """The part between two positions."""
+        spans = (Span(turn, max(a, start) - start, min(b, end) - start) for turn, a, b in self.contents)
+        return Text(self.text[start:end], tuple(span for span in spans if span.start < span.end))
+
+    def then(self, text: str) -> "Text":
+        """With text of the template's own behind it."""
+        return Text(self.text + text, self.contents)
+
+
+class Rendered(NamedTuple):
+    """A conversation with a response, as training text.
+
+    Attributes:
+        whole: all of it.
+        at: where the prompt ends, after which a policy samples, and the rest begins: the response and what follows.
+        lead: what the template writes before any response, but not as part of the generation prompt, such as an empty
+            thought; the prompt ends with it.
+        after: what follows the response's own text.
+    """
+
+    whole: Text
+    at: int
+    lead: str
+    after: str
+
+    @property
+    def prompt(self) -> Text:
+        """What a policy samples after."""
+        return self.whole.cut(0, self.at)
+
+    @property
+    def rest(self) -> Text:
+        """The response, and what follows it."""
+        return self.whole.cut(self.at, len(self.whole.text))
+
+
+def put_in_force(
+    tokenizer: Any,
+    chat_template: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    date: str | None = None,
+    setting: str = "model",
+) -> None:
+    """Give a tokenizer its chat template, with the arguments and the date written into it, so that they are saved too.
+
+    Args:
+        chat_template: overrides the tokenizer's; one that has none gets :data:`PLAIN_TEMPLATE`.
+        arguments: variables of the template, such as ``enable_thinking``.
+        date: what the template takes for now, an ISO date or date and time.
+        setting: where the settings stand, for messages.
+
+    Raises:
+        ModelError: the template reads no such variable, or no date, or the date is none.
+    """
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if not arguments and date is None:
+        return
+    try:
+        template = str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise ModelError(f"{setting}.chat_template: {str(error).splitlines()[0]}") from error
+    before = ""
+    for name, value in (arguments or {}).items():
+        if name in ("messages", "add_generation_prompt", CLOCK) or not name.isidentifier():
+            raise ModelError(f"{setting}.template_arguments.{name}: expected the name of a variable of the template")
+        if not re.search(rf"\b{name}\b", template):
+            raise ModelError(f"{setting}.template_arguments.{name}: the chat template reads no variable of this name")
+        before += f"{{% set {name} = {_literal(value)} %}}\n"
+    if date is not None:
+        if CLOCK not in template:
+            raise ModelError(f"{setting}.template_date={date}: the chat template does not read the clock")
+        try:
+            before += _stop_clock(datetime.fromisoformat(date))
+        except ValueError as error:
+            raise ModelError(f"{setting}.template_date={date}: expected a date such as 2026-01-31") from error
+    if not template.startswith(before):  # a policy's own tokenizer has it already
+        tokenizer.chat_template = before + template
+
+
+def _literal(value: Any) -> str:
+    """A plain value as Jinja spells it: JSON but for null."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_literal(str(name))}: {_literal(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _stop_clock(now: datetime) -> str:
+    """A macro in the place of ``strftime_now``. The line break after it is Jinja's to take away."""
+    values = {f"%{code}": now.strftime(f"%{code}") for code in string.ascii_letters}
+    values |= {f"%-{code}": str(int(now.strftime(f"%{code}"))) for code in "dHIjmMSy"}
+    values["%s"] = str(int(now.replace(tzinfo=UTC).timestamp()))  # else it would depend on where the run is
+    steps = "".join(f"|replace({_literal(code)}, {_literal(value)})" for code, value in values.items())
+    percent = _literal(chr(PRIVATE[0]))
+    value = f"format|replace('%%', {percent}){steps}|replace({percent}, '%')"
+    return f"{{% macro {CLOCK}(format) %}}{{{{ {value} }}}}{{% endmacro %}}\n"
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str) -> Rendered:
+    """Render a conversation with its response, and part it where a policy would begin.
+
+    Raises:
+        ModelError: the template cannot render it, loses something of it, or renders the prompt otherwise in training
+            than in generation.
+    """
+    prompt = _apply(tokenizer, messages, True, SETTING)
+    whole = render_turns(tokenizer, [*messages, {"role": "assistant", "content": response}])
+    if not whole.text.startswith(prompt):
+        at = next((i for i, (a, b) in enumerate(zip(prompt, whole.text, strict=False)) if a != b), len(whole.text))
+        raise ModelError(
+            "model: the chat template renders training text otherwise than generation text, so the policy would be "
+            f"trained on prompts it never sees. They part at character {at}: generation has {prompt[at:][:40]!r}, "
+            f"training has {whole.text[at:][:40]!r}. Set model.chat_template or "
+            "model.template_arguments, or mend the tokenizer's"
+        )
+    own = [span for span in whole.contents if span.turn == len(messages) and span.start >= len(prompt)]
+    start, end = (own[0].start, own[0].end) if own else (len(prompt), len(prompt))
+    lead = _lead(tokenizer, messages, prompt) if start > len(prompt) else ""
+    if not whole.text.startswith(prompt + lead):
+        raise ModelError(
+            f"{SETTING}: writes {lead!r} before other responses and {whole.text[len(prompt) : start]!r} before this "
+            f"one, {response[:40]!r}; what stands before a response must not depend on it"
+        )
+    return Rendered(whole, len(prompt + lead), lead, whole.text[end:])
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str) -> str:
+    """What the template writes between the generation prompt and any response.
+
+    Spaces at its end stay with the response: the first word's token has its space in it, in samples too.
+    """
+    whole = render_turns(tokenizer, [*messages, {"role": "assistant", "content": "x"}])
+    start = next((s.start for s in whole.contents if s.turn == len(messages) and s.start >= len(prompt)), len(prompt))
+    return whole.text[len(prompt) : start].rstrip(" ")
+
+
+def render_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = False, setting: str = SETTING
+) -> Text:
+    """Render a conversation, and find the texts of its turns in it.
+
+    Args:
+        generation: whether the beginning of the next turn, the assistant's, is put behind it.
+        setting: what the messages name.
+
+    Raises:
+        ModelError: the template cannot render it, leaves out or changes the text of a turn, or writes something that
+            depends on the time or on chance.
+    """
+    text = _apply(tokenizer, messages, generation, setting)
+    template = str(tokenizer.get_chat_template())
+    if CLOCK in template:
+        one, other = (_apply(tokenizer, messages, generation, setting, _stop_clock(now) + template) for now in TIMES)
+        if one != other:
+            remedy = "model.template_date" if setting == SETTING else "judge.template_date (in a fit template_date)"
+            raise ModelError(
+                f"{setting}: reads the clock ({CLOCK}), so prompts would change from day to day and "
+                f"their stages would not; give {remedy}, such as 2026-01-31"
+            )
+    cores = [message["content"].strip() for message in messages]
+    base = next((b for b in PRIVATE if not any(b <= ord(c) <= b + 2 * len(cores) for core in cores for c in core)), 0)
+    marked = [
+        {**message, "content": message["content"].replace(core, f"{chr(base + 2 * i)}{core}{chr(base + 2 * i + 1)}", 1)}
+        for i, (message, core) in enumerate(zip(messages, cores, strict=True))
+    ]
+    try:
+        found = _marks(_apply(tokenizer, marked, generation, setting), base, len(cores))
+    except ModelError:  # it refuses turns with such characters
+        found = "", {}
+    if found[0] != text and _apply(tokenizer, messages, generation, setting) != text:
+        raise ModelError(f"{setting}: renders one conversation in two ways, by chance or by the time")
+    spans: list[Span] = []
+    for i, core in enumerate(cores):
+        if core and (found[0] != text or i in found[1]):
+            spans += _find(text, core, i, found[1][i] if found[0] == text else [], spans)
+        if core and not any(span.turn == i for span in spans):
+            raise ModelError(
+                f"{setting}: leaves out or changes the text of turn {i + 1} of {len(cores)} "
+                f"({messages[i]['role']}): {core[:40]!r} with its {len(core):,} characters is not in what it renders"
+            )
+    return Text(text, tuple(sorted(spans, key=lambda span: span.start)))
+
+
+def _marks(marked: str, base: int, turns: int) -> tuple[str, dict[int, list[tuple[int, int]]]]:
+    """A rendering of marked turns without the marks, and from where to where they reach, by each turn that is there."""
+    plain: list[str] = []
+    at, opened = 0, {}
+    found: dict[int, list[tuple[int, int]]] = {}
+    for piece in re.split(f"([{chr(base)}-{chr(base + 2 * turns - 1)}])", marked):
+        number = ord(piece) - base if len(piece) == 1 else -1
+        if not 0 <= number < 2 * turns:
+            plain.append(piece)
+            at += len(piece)
+            continue
+        turn, closes = divmod(number, 2)
+        pairs = found.setdefault(turn, [])
+        if not closes:
+            opened[turn] = at
+        elif turn in opened:
+            pairs.append((opened.pop(turn), at))
+    return "".join(plain), found
+
+
+def _find(text: str, core: str, turn: int, marks: Sequence[tuple[int, int]], before: Sequence[Span]) -> list[Span]:
+    """Where a turn's text stands: by its marks; else where it comes after those before it."""
+    spans = [Span(turn, start, end) for start, end in marks]
+    if any(text[span.start : span.end] == core for span in spans):
+        return spans
+    start = text.find(core, before[-1].end if before else 0)
+    return [Span(turn, start, start + len(core))] if start >= 0 else []
+
+
+def _apply(
+    tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str, template: str | None = None
+) -> str:
+    try:
+        return cast(
+            str,
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation, chat_template=template
+            ),
+        )
+    except Exception as error:  # a template can raise what it likes
+        raise ModelError(f"{setting}: cannot render {[m['role'] for m in messages]} ({error})") from error
