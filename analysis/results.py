@@ -84,7 +84,7 @@ def outcome(which: str, column: str = "score") -> PolicyMeasure:
 
 
 def benchmarks(cells: Cells) -> list[PolicyMeasure]:
-    """The benchmarks that every cell has: those of the paper's six, or else the families of the tiny world.
+    """The benchmarks that every cell has: some of the paper's six, or else the families of the tiny world.
 
     Raises:
         Absent: no benchmark is tracked.
@@ -123,7 +123,7 @@ def average(measures: Sequence[PolicyMeasure]) -> PolicyMeasure:
 
 
 def is_leaderboard(measures: Sequence[PolicyMeasure]) -> bool:
-    """Whether benchmarks are those of the Open LLM Leaderboard, as in the paper."""
+    """Whether benchmarks belong to the Open LLM Leaderboard, as in the paper."""
     return measures[0].name.startswith("leaderboard/")
 
 

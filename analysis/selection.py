@@ -156,7 +156,7 @@ class Runs:
         if all(method_of(run) == SPIN for run in branched):
             raise Absent(
                 f"{self.asked} has no run that branches off the SPIN chain at its last iteration (dsl.start=last, "
-                "npo.start=last), as those of the sweeps ablation and fixed_vs_trainable do"
+                "npo.start=last), as in the sweeps ablation and fixed_vs_trainable"
             )
         cells = self._cells(branched, lambda run: [run.last["iteration"]], differing_starts=True, matters=matters)
         if len(branched) < len(self.finished):

@@ -342,7 +342,7 @@ _ADDED: list[MetricGroup] = []
 
 
 def add(*metrics: Metric) -> None:
-    """Add the metrics of your own measure to the catalogue; call this in the measure's module.
+    """Add the metrics of a new measure to the catalogue; call this in the measure's module.
 
     Raises:
         DnpoError: another metric has the same name.

@@ -290,7 +290,7 @@ GROUPS = {
     "eval": "Held-out prompts",
     "eval/accuracy": "Right greedy answers by family",
     "second": "Held-out prompts under the second judge",
-    "texts": "New texts, beside the human responses to their prompts",
+    "texts": "New texts, compared with the human responses to their prompts",
     "leaderboard": "Benchmarks",
     "logps": "Training prompts; chosen are the human responses",
 }
@@ -330,7 +330,7 @@ def describe_outcome(outcome: "DuelOutcome", judge: str) -> list[str]:
         "",
         f"Duels under {judge}: wins {_share(won.win)}, ties {_share(won.tie)}, losses {_share(won.lose)}",
         f"win rate (ties are half) {_share(won.rate)}, p = {won.p:.2g}; {duels}",
-        "95 % intervals over prompts: what training again would give is not in them",
+        "95 % intervals over prompts, which do not cover repeated training",
     ]
     if outcome.apart is not None:
         lines.append(f"the judge's orders or members are {outcome.apart:.1f} points apart on average")

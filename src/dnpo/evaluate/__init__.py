@@ -48,8 +48,8 @@ class Evaluation:
     Args:
         split: ``validation`` for choosing settings, ``test`` for reporting.
         samples: number of fresh samples for each held-out prompt.
-        sequences: number of the iteration's pairs whose log-probabilities are kept, with those of fresh samples for the
-            same prompts. The Kolmogorov-Smirnov distance compares the pairs whose fresh sample differs from the human
+        sequences: number of the iteration's pairs whose log-probabilities are kept, and of fresh samples for the same
+            prompts. The Kolmogorov-Smirnov distance compares the pairs whose fresh sample differs from the human
             response; it needs 1,200 or more to rise above chance.
         texts: compares new texts with the positive samples, in a separate stage; None: no comparison.
         leaderboard: benchmarks by lm-eval after every iteration, in a separate stage; None: no benchmarks.

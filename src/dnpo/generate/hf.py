@@ -1,9 +1,9 @@
-"""Policy + prompts → responses, in shards.
+"""Generate responses to prompts, in shards.
 
-A sample depends on the policy, its prompt and the seed, and on nothing else: not on other prompts or their order, nor
-on whether the run was killed in between, nor (up to the rounding of logits) on how many rows are computed at once. Each
-row draws from its own random stream, so rows can join and leave the batch freely: prompts wait in a queue, the longest
-first; rows that finish leave the batch, and the next prompts take their places.
+A sample depends only on the policy, its prompt and the seed: not on other prompts or their order, nor on whether the
+run was killed in between, nor (up to the rounding of logits) on the batch size. Each row draws from its own random
+stream, so rows can join and leave the batch freely: prompts wait in a queue, the longest first; rows that finish leave
+the batch, and the next prompts take their places.
 
 Shapes: N prompts, R rows under way, P distinct prompts that are read at once, M rows that move, L columns of the cache,
 V vocabulary in G groups of C entries, D size of a head.
@@ -30,7 +30,7 @@ from dnpo.records import Finish, Prompt, Response, read_all, write
 from dnpo.seeding import derive
 from dnpo.store import Report
 
-FREE = 0.25  # share of a batch that is free before further prompts are read, since each reading has a fixed cost
+FREE = 0.25  # share of a batch that must be free before more prompts are read, since each read has a fixed cost
 GROUP = 64  # vocabulary entries that draw together, see _pick
 
 
@@ -45,17 +45,17 @@ def generate(
     folder: Path,
     report: Report,
 ) -> list[Response]:
-    """One response to each prompt, in the order of the prompts; shards that are in ``folder`` are not made again.
+    """Generate a response to each prompt, in the order of the prompts; shards in ``folder`` are reused.
 
     Args:
-        policy: samples with its own template's prompts, ``Prompt.token_ids``.
-        prompts: encoded ones.
-        sampling: temperature and layout.
-        source: the source that the rows record.
-        limit: completion tokens at most.
-        seed: with a prompt's id it decides what is drawn for it.
-        folder: where the shards are written, as Parquet.
-        report: told of every response.
+        policy: the policy that responds.
+        prompts: prompts with ``token_ids``.
+        sampling: how to sample.
+        source: ``source`` of the responses.
+        limit: maximum number of completion tokens.
+        seed: decides the samples, together with the prompts' ids.
+        folder: folder for the shards, in Parquet.
+        report: receives the progress.
     """
     shards = [prompts[i : i + sampling.shard_size] for i in range(0, len(prompts), sampling.shard_size)]
     paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
@@ -72,15 +72,15 @@ def generate(
 def sample(
     policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, source: str, limit: int, seed: int, report: Report
 ) -> list[Response]:
-    """One response to each prompt, with its log-probability under the policy (at temperature 1, of all tokens).
+    """Generate a response to each prompt, with its log-probability under the policy (temperature 1, no truncation).
 
-    A prompt that comes several times has as many samples, which differ.
+    A prompt that occurs several times gets as many different samples.
     """
     return _answer(policy, prompts, sampling, source, limit, _streams(seed, prompts), report)
 
 
 def _streams(seed: int, prompts: Sequence[Prompt]) -> list[int]:
-    """The random stream of each row: of the seed, its prompt's id, and which of this prompt's samples it is."""
+    """The random stream of each row, from the seed, its prompt's id, and its number among this prompt's samples."""
     earlier: Counter[str] = Counter()
     streams = []
     for prompt in prompts:
@@ -121,20 +121,20 @@ def complete(
     streams: Sequence[int],
     report: Report,
 ) -> list[list[int]]:
-    """Completions up to and with their stop token, or cut at the limit without one, in the order of the prompts.
+    """Complete prompts, up to and including a stop token or cut at the limit, in the order of the prompts.
 
     Args:
-        policy: in evaluation mode.
-        prompts: token ids, none empty.
-        sampling: temperature, truncation, and how many rows at once.
-        limit: completion tokens at most.
-        streams: an integer for each row, which decides what the row draws.
-        report: told of every row that has finished.
+        policy: a policy in evaluation mode.
+        prompts: token ids; none may be empty.
+        sampling: temperature, truncation and batch size.
+        limit: maximum number of completion tokens.
+        streams: an integer for each row, which decides its draws.
+        report: receives the progress.
     """
     completions: list[list[int]] = [[] for _ in prompts]
     warp = _warp(sampling)
     queue, stops = _queue(prompts, sampling.batch_size), set(policy.stop_ids)
-    live: list[int] = []  # which prompts the batch's rows answer
+    live: list[int] = []  # numbers of the prompts in the batch
     batch = _Batch(policy, min(sampling.batch_size, len(prompts)))
     while queue or live:
         if queue and batch.has_room(len(queue[-1])):
@@ -160,11 +160,11 @@ def complete(
 
 
 class _Batch:
-    """Rows under way, padded on the left so that all of them end in the cache's last column.
+    """Rows in progress, padded on the left so that all end in the cache's last column.
 
     Attributes:
-        lengths: tokens of each row in the cache, R numbers.
-        logits_RV: what the model says of each row's next token.
+        lengths: number of tokens of each row in the cache, R numbers.
+        logits_RV: logits of each row's next token.
     """
 
     def __init__(self, policy: Policy, size: int) -> None:
@@ -172,8 +172,8 @@ class _Batch:
         self._accepted = inspect.signature(self._model.forward).parameters
         if "past_key_values" not in self._accepted:
             raise ModelError(f"model: {type(self._model).__name__} takes no past_key_values; it is not supported")
-        # Rows can join where all layers keep keys and values by column. What others hold (the state of linear
-        # attention, say) has no columns: there a batch runs to its end before the next begins.
+        # Rows can join if all layers keep keys and values by column. Other caches, such as the state of linear
+        # attention, have no columns: there a batch runs to its end before the next begins.
         layers = DynamicCache(config=self._model.config).layers
         self._joinable = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
         self.lengths: list[int] = []
@@ -181,20 +181,20 @@ class _Batch:
         self._cache: Any = None
 
     def has_room(self, rows: int) -> bool:
-        """Whether ``rows`` should join now: they fit, and enough of the batch is free to make a reading worthwhile."""
+        """Whether ``rows`` should join now: they fit, and enough of the batch is free to make a read worthwhile."""
         free = self._size - len(self.lengths)
         return not self.lengths or (self._joinable and free >= max(rows, self._size * FREE))
 
     def admit(self, prompts: Sequence[list[int]]) -> None:
-        """Read prompts and put them below the other rows; equal ones are read once.
+        """Read prompts and append them to the rows; equal prompts are read once.
 
         Args:
-            prompts: none of them longer than the longest row.
+            prompts: none may be longer than the longest row.
         """
         distinct = {tuple(ids): row for row, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
         lengths = [len(ids) for ids in distinct]
         width = max(lengths)
-        # Without a configuration it keeps what is outside of a sliding window as well, and the mask hides it.
+        # Without a configuration the cache also keeps tokens outside of a sliding window, and the mask hides them.
         cache: Any = DynamicCache() if self._joinable else DynamicCache(config=self._model.config)
         ids_PL = [[self._pad_id] * (width - len(ids)) + list(ids) for ids in distinct]
         logits_PV = self._read(ids_PL, lengths, width, cache)
@@ -211,7 +211,7 @@ class _Batch:
             for window, layer in zip(self._cache.layers, cache.layers, strict=True):
                 window.admit(layer.keys, layer.values, take_R)
         else:
-            cache.reorder_cache(take_R)  # the one selection that all kinds of layers have
+            cache.reorder_cache(take_R)  # the only selection that all kinds of layers have
         self.lengths += map(len, prompts)
 
     def read(self, tokens: list[int]) -> None:
@@ -221,10 +221,10 @@ class _Batch:
         self.logits_RV = self._read([[token] for token in tokens], self.lengths, self._width, self._cache)
 
     def keep(self, rows: list[int]) -> list[int]:
-        """Drop all rows but these; a :meth:`read` has to follow.
+        """Drop all other rows; :meth:`read` must be called next.
 
         Returns:
-            Their new order: the last of them stand where others have left, so that few have to be moved.
+            The rows in their new order: the last ones fill the gaps, so that few rows are moved.
         """
         kept, last = set(rows), [r for r in rows if r >= len(rows)]
         order = [r if r in kept else last.pop() for r in range(len(rows))]
@@ -232,7 +232,7 @@ class _Batch:
         if not order:
             self._cache = None  # free its memory before the next prompts are read
         elif self._joinable:
-            self._width = max(self.lengths)  # columns where only those that left had tokens go
+            self._width = max(self.lengths)  # drop columns in which only dropped rows had tokens
             moves = [(to, r) for to, r in enumerate(order) if to != r]
             to_M, from_M = torch.tensor(moves, dtype=torch.long, device=self._device).reshape(-1, 2).T
             for window in self._cache.layers:
@@ -242,7 +242,7 @@ class _Batch:
         return order
 
     def _read(self, ids_RL: list[list[int]], lengths: list[int], width: int, cache: Any) -> Tensor:
-        """The logits after the last token of every row, shape R × V; the cache has ``width`` columns then."""
+        """The logits after the last token of every row, shape R × V; afterwards the cache has ``width`` columns."""
         column_L = torch.arange(width, device=self._device)
         start_R1 = torch.tensor([[width - n] for n in lengths], device=self._device)
         options: dict[str, Any] = {
@@ -260,10 +260,10 @@ class _Batch:
 
 
 class _Window(DynamicLayer):  # type: ignore[no-untyped-call]  # its base ships without annotations
-    """One layer's keys and values, of rows that come and go: a window into larger buffers.
+    """One layer's keys and values while rows join and leave: a window into larger buffers.
 
-    A step writes one column to the right of the window, where a cache of transformers would copy them all; and when
-    rows leave, only those are copied that take their places.
+    A step writes one column to the right of the window; transformers' cache would copy all columns. When rows leave,
+    only the rows that fill the gaps are copied.
 
     Attributes:
         keys, values: the window, R × heads × L × D.
@@ -279,9 +279,9 @@ class _Window(DynamicLayer):  # type: ignore[no-untyped-call]  # its base ships 
         self._open(keys, values)
 
     def _open(self, keys: Tensor, values: Tensor) -> None:
-        """New buffers, with the window at their left."""
+        """Allocate buffers, with the window at their left."""
         rows, self._end = keys.shape[0], keys.shape[2]
-        # Zeros, because what is masked is multiplied by 0, which only a number survives.
+        # Zeros: masked values are multiplied by 0, which would turn NaN or infinity into NaN.
         self._buffers = [
             x.new_zeros(self._size, x.shape[1], self._end + self._SPARE, x.shape[3]) for x in (keys, values)
         ]
@@ -293,7 +293,7 @@ class _Window(DynamicLayer):  # type: ignore[no-untyped-call]  # its base ships 
         self.keys, self.values = (x[:rows, :, self._end - width : self._end] for x in self._buffers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What the model calls: one more token of every row."""
+        """Append one token of every row; called by the model."""
         if self._end == self._buffers[0].shape[2]:
             self._open(self.keys, self.values)
         rows, width = self.keys.shape[0], self.keys.shape[2]
@@ -303,14 +303,14 @@ class _Window(DynamicLayer):  # type: ignore[no-untyped-call]  # its base ships 
         return self.keys, self.values
 
     def admit(self, keys: Tensor, values: Tensor, take_R: Tensor) -> None:
-        """Put these rows of another layer, no wider than this one, below its own: they end in the same column."""
+        """Append these rows of another layer that is not wider; they end in the same column."""
         rows, width = self.keys.shape[0], self.keys.shape[2]
         self._show(rows + len(take_R), width)
         for x, new in ((self.keys, keys), (self.values, values)):
             x[rows:, :, width - new.shape[2] :] = new[take_R]
 
     def keep(self, rows: int, width: int, to_M: Tensor, from_M: Tensor) -> None:
-        """Move rows to where others have left, then keep so many rows and columns."""
+        """Move rows into gaps, then keep only ``rows`` rows and ``width`` columns."""
         self._show(len(self.keys), width)
         for x in (self.keys, self.values):
             x[to_M] = x[from_M]
@@ -318,17 +318,17 @@ class _Window(DynamicLayer):  # type: ignore[no-untyped-call]  # its base ships 
 
 
 def _pick(logits_RV: Tensor, places: Sequence[tuple[int, int]], warp: Any) -> Tensor:
-    """The next token of each row, shape R; -1 where the logits are not numbers.
+    """Draw the next token of each row, shape R; -1 where the logits are NaN or infinite.
 
-    Gumbel-max in its exponential form: with independent E ~ Exp(1) the largest p / E is entry v's with probability p_v.
-    First a group of entries is drawn by its sum, then an entry of that group, so a row takes G + C random numbers
-    instead of V. Each number belongs to a row, a token and an entry, so probabilities that are a little off draw
-    another token only about as often as they are off (their total-variation distance).
+    This is Gumbel-max in its exponential form: with independent E ~ Exp(1), the largest p / E belongs to entry v with
+    probability p_v. First a group of entries is drawn by its total, then an entry of that group, so a row needs G + C
+    random numbers instead of V. Each number belongs to a row, a token and an entry. So if probabilities differ
+    slightly, another token is drawn only about as often as they differ (their total-variation distance).
 
     Args:
-        logits_RV: what the model says.
-        places: each row's random stream, and how many tokens it has.
-        warp: temperature and truncation; the likeliest token without.
+        logits_RV: the model's logits.
+        places: each row's random stream, and its number of tokens.
+        warp: applies temperature and truncation; None takes the likeliest token.
     """
     scores_RV = logits_RV.float()
     if warp is None:
@@ -380,9 +380,9 @@ def _warp(sampling: Sampling) -> Any:
 
 
 def _queue(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
-    """Prompts by number, in groups of equal ones that are read together; the longest are last, where the queue begins.
+    """Group the numbers of equal prompts, which are read together, in ascending length; the queue's head is the end.
 
-    Longest first, so that a lack of memory shows at once.
+    The longest prompts are taken first, so that a lack of memory shows at once.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     groups = [list(group) for _, group in groupby(order, key=lambda i: prompts[i])]
@@ -398,5 +398,5 @@ def _memory(sampling: Sampling) -> Iterator[None]:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise SettingsError(
-            f"generate.batch_size={sampling.batch_size}: so many rows at once do not fit into memory; try a smaller one"
+            f"generate.batch_size={sampling.batch_size}: such a batch does not fit into memory; try a smaller one"
         ) from error

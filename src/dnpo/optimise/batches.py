@@ -1,9 +1,8 @@
-"""Rows → policy steps of micro-batches in a fixed order that a killed run can continue.
+"""Arrange rows into policy steps of micro-batches, in a fixed order that a killed run can continue.
 
-The whole training is one pass over a fixed list of groups: epochs are permutations drawn from the seed, and each group
-makes one policy step: ``batch_size`` rows, or fewer where they do not divide evenly. A group is cut into micro-batches
-that fit in memory only when its turn comes, so how it is cut is no part of the order. The number of the next step is
-all the state there is.
+The whole training is one pass over a fixed list of groups. Epochs are permutations drawn from the seed, and each group
+makes one policy step of ``batch_size`` rows, or fewer if they do not divide evenly. A group is cut into micro-batches
+just before its step, so their size does not affect the order. The number of the next step is the only state.
 """
 
 import math
@@ -21,10 +20,10 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Slice:
-    """Which rows a micro-batch holds.
+    """The rows of a micro-batch.
 
     Attributes:
-        step: the policy step it belongs to, from 0.
+        step: its policy step, from 0.
         rows: indices of its rows.
         group: indices of all rows of that step.
     """
@@ -35,22 +34,22 @@ class Slice:
 
     @property
     def share(self) -> float:
-        """Its share of its group's rows: the weight of its mean in the mean over the group."""
+        """Its share of the group's rows: the weight of its mean in the group's mean."""
         return len(self.rows) / len(self.group)
 
 
 def schedule(rows: int, batch_size: int, epochs: int, seed: int, steps: int | None) -> list[tuple[int, ...]]:
     """The rows of every policy step of a whole training, in order.
 
-    An epoch is cut into as few groups as hold it, of equal size or one row less. A last group of what is left over
-    would weigh a few rows as much as a full one.
+    An epoch is cut into the smallest possible number of groups, whose sizes differ by at most one row. A small last
+    group would give its few rows the weight of a full one.
 
     Args:
-        rows: how many rows there are.
-        batch_size: rows of one policy step at most.
+        rows: number of rows.
+        batch_size: maximum number of rows in a policy step.
         epochs: passes over the rows, each in a new order.
-        seed: draws the orders.
-        steps: policy steps at which to stop, however many epochs that takes; overrides ``epochs``.
+        seed: seed of the orders.
+        steps: number of policy steps, over as many epochs as needed; overrides ``epochs``.
     """
     if not rows:
         return []
@@ -69,14 +68,14 @@ def schedule(rows: int, batch_size: int, epochs: int, seed: int, steps: int | No
 class Batches(Generic[Row, Batch]):
     """The policy steps as an iterable for Lightning, with its position as state. Every step is a list of micro-batches.
 
-    Lightning saves ``state_dict`` in a checkpoint and gives it back before it iterates again; iteration then goes on
-    where the checkpoint was made.
+    Lightning saves ``state_dict`` in a checkpoint and restores it before iterating again, so iteration continues where
+    the checkpoint was made.
 
     Args:
-        rows: what the groups' indices point to.
-        groups: of :func:`schedule`.
-        micro_batch_size: rows at most that go through the model at once.
-        collate: makes a micro-batch.
+        rows: the rows that the groups' indices refer to.
+        groups: the result of :func:`schedule`.
+        micro_batch_size: maximum number of rows in a micro-batch.
+        collate: makes a micro-batch of rows.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Batches(Generic[Row, Batch]):
             yield self.step(step, self.micro_batch_size)
 
     def step(self, step: int, micro_batch_size: int) -> list[Batch]:
-        """The micro-batches of one policy step, of so many rows each."""
+        """The micro-batches of one policy step."""
         group = self.groups[step]
         parts = [group[i : i + micro_batch_size] for i in range(0, len(group), micro_batch_size)]
         return [self.collate([self.rows[i] for i in part], Slice(step, part, group)) for part in parts]
@@ -109,5 +108,5 @@ class Batches(Generic[Row, Batch]):
         return {"next": self.next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position."""
+        """Continue from a position."""
         self.next = state["next"]

@@ -1,12 +1,12 @@
-"""The noise on the reference's confidence in rejected responses (DNPO paper, section 4.3).
+"""The noise on the reference's log-probability of rejected responses (DNPO paper, section 4.3).
 
-Every kind answers the same call: from log p_r(y⁻|x), and the reference's hidden states behind it, it gives log
-p̃_r(y⁻|x) twice, as the policy meets it and as the noise is trained on. Kinds without parameters simply have nothing to
-train. Noise never touches the policy, nor the chosen response.
+All kinds of noise have the same interface: from log p_r(y⁻|x) and the reference's hidden states they compute
+log p̃_r(y⁻|x) twice, for the policy term and for the noise term. Some kinds have no parameters and need no training.
+Noise never affects the policy's log-probabilities or the chosen response.
 
 Logits and noise are N × V numbers each, so they are computed one tile of the vocabulary at a time (see
 ``logprobs.py``), and again in the backward pass: ε comes from seeds and is not stored. A seed belongs to a response and
-a training step, so ε does not depend on how a batch is cut into micro-batches or tiles.
+a training step, so ε does not depend on the sizes of micro-batches or tiles.
 
 Shapes: B pairs, N rejected completion tokens of all pairs, H hidden size, V vocabulary, C entries of a tile of it.
 """
@@ -25,20 +25,20 @@ from dnpo.optimise.objective import NoisyReference
 from dnpo.policy.logprobs import Head, Tally, product, sum_by_sequence, target_in, tiles
 from dnpo.seeding import derive
 
-KEPT = {"cpu": 7 * 2**25, "cuda": 2**31}  # bytes that are kept for the backward pass and not made again
+KEPT = {"cpu": 7 * 2**25, "cuda": 2**31}  # bytes that are kept for the backward pass, not recomputed
 HIGH = math.sqrt(0.9)  # of a standard deviation's bound
 BLOCK = {"cpu": 32, "cuda": 128}  # tokens of a response whose noise comes from one seed, for each tile
 
 
 class Rejected(NamedTuple):
-    """The frozen reference on the rejected completion tokens of a batch.
+    """The frozen reference's data for the rejected completion tokens of a batch.
 
     Attributes:
         hidden_NH: its last hidden states (after the final norm) that predict the tokens, response after response.
         head: its output head.
         target_N: the tokens.
-        lengths: how many tokens each of the B responses has.
-        seeds: of the noise of each response.
+        lengths: number of tokens of each of the B responses.
+        seeds: seeds of the noise, one for each response.
     """
 
     hidden_NH: Tensor
@@ -49,13 +49,13 @@ class Rejected(NamedTuple):
 
 
 class NoiseModule(nn.Module):
-    """What perturbs the reference's log-probability of rejected responses; made by a part of ``parts.py``.
+    """The base class of noise on the reference's log-probability of rejected responses; ``parts.py`` creates them.
 
     Attributes:
-        active: whether it perturbs anything at all; only then are noise metrics worth reporting.
+        active: whether it changes anything; only then are noise metrics reported.
         reads_states: whether it needs the reference's hidden states, or only its log-probability.
         alpha: weight of the variance term.
-        learning_rate: of the noise's own optimizer (Adam), where there is something to train.
+        learning_rate: learning rate of Adam for the noise, if it is trained.
     """
 
     active = True
@@ -66,17 +66,17 @@ class NoiseModule(nn.Module):
         self.alpha, self.learning_rate = alpha, learning_rate
 
     def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
-        """log p̃_r(y⁻|x) for both terms, and the share of all s² that are over 90 % of their bound.
+        """Compute log p̃_r(y⁻|x) for both terms, and the share of all s² above 90 % of their bound.
 
         Args:
             clean_B: log p_r(y⁻|x) without noise.
-            rejected: the reference's hidden states, where ``reads_states``.
+            rejected: the reference's hidden states, if ``reads_states``.
         """
         raise NotImplementedError
 
 
 class SilentModule(NoiseModule):
-    """Adds nothing: the policy term is the plain objective."""
+    """No noise: the policy term is the plain objective."""
 
     active = False
 
@@ -112,7 +112,7 @@ class TrainableModule(NoiseModule):
         self.bias_V = nn.Parameter(torch.full((vocabulary,), start_log_std))
 
     def variance(self, hidden_NH: Tensor) -> Tensor:
-        """s² as a whole, shape N × V, for inspection; training computes it in tiles."""
+        """All of s², shape N × V, for inspection; training computes it in tiles."""
         log_u_NV = 2 * linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V)
         return (logsigmoid(log_u_NV - math.log(self.max_variance)) + math.log(self.max_variance)).exp()
 
@@ -151,10 +151,10 @@ class FixedModule(NoiseModule):
 
 
 class OffsetModule(NoiseModule):
-    """The mean effect of noise as a plain constant.
+    """The mean effect of noise as a constant.
 
-    The policy never meets ε, so noise acts on it as an offset of the margin. Here that offset is the same for every
-    pair: log p̃_r(y⁻|x) = log p_r(y⁻|x) − ``shift``, and the margin shrinks by β · ``shift``.
+    No gradient flows from ε to the policy, so noise affects it only as an offset of the margin. Here the offset is the
+    same for every pair: log p̃_r(y⁻|x) = log p_r(y⁻|x) − ``shift``, and the margin shrinks by β · ``shift``.
     """
 
     def __init__(self, *, shift: float) -> None:
@@ -162,22 +162,22 @@ class OffsetModule(NoiseModule):
         self.shift = shift
 
     def forward(self, clean_B: Tensor, rejected: Rejected | None) -> tuple[NoisyReference, Tensor]:
-        """The clean log-probability less the shift, twice."""
+        """The clean log-probability minus the shift, twice."""
         nothing, shifted_B = clean_B.new_zeros(()), clean_B - self.shift
         return NoisyReference(shifted_B, shifted_B, nothing), nothing
 
 
 class _TrainedNoise(Function):
-    """What trainable noise needs of each token: log p̃ for both terms, and mean(s²).
+    """Trainable noise: log p̃ of each token for both terms, and mean(s²).
 
     With x = 2(W h + b) − log m, r = √σ(x) and ε drawn with variance m, the noisy logits are z + r ε, and s² = m r².
     With g the gradient in log p̃ of a token, p̃ the noisy softmax, c the gradient in mean(s²) over N V:
 
         ∂L/∂(W h + b)  =  g · (onehot − p̃) r σ(−x) ε  +  2 m c · r² σ(−x)
 
-    But for g, c and p̃'s normalisation, one number a token each, both terms are known as soon as a tile has been made.
-    They are kept while ``KEPT`` lasts: then it takes three products an entry and token, for z, x and the gradient of W.
-    Other tiles are made again in the backward pass: five.
+    Apart from g, c and the normalisation of p̃, which are one number for each token, both terms are known once a tile is
+    computed. They are kept up to ``KEPT`` bytes; a kept tile needs three products for each entry and token: z, x and
+    the gradient of W. Other tiles are recomputed in the backward pass and need five.
     """
 
     @staticmethod
@@ -195,7 +195,7 @@ class _TrainedNoise(Function):
             to_policy.add(noise_NC.mul_(root_NC).add_(logits_NC), first)
             make.draw(noise_NC, first, 1, out=noise_NC)
             noisy_NC = logits_NC.addcmul_(root_NC, noise_NC)
-            total += torch.linalg.vector_norm(root_NC, dim=-1).square_().sum()  # autocast leaves it alone
+            total += torch.linalg.vector_norm(root_NC, dim=-1).square_().sum()  # autocast does not change its type
             count += noisy_NC.numel()
             signs += (root_NC - HIGH).sign_().sum()
             room -= 2 * noisy_NC.nbytes
@@ -204,7 +204,7 @@ class _TrainedNoise(Function):
                 kept[first] = make.slopes(noisy_NC, root_NC, rest_NC, noise_NC, most_N, first)
             else:
                 to_noise.add(noisy_NC, first)
-            del logits_NC, root_NC, rest_NC, noise_NC, noisy_NC  # before the next are made
+            del logits_NC, root_NC, rest_NC, noise_NC, noisy_NC  # before the next tile is computed
         ctx.kept, ctx.make, ctx.lse_N = kept, make, to_noise.lse_N
         ctx.save_for_backward(weight_VH, bias_V)
         policy_N, noise_N = to_policy.logps()[0], to_noise.logps()[0]
@@ -238,9 +238,9 @@ class _Slopes(NamedTuple):
     """The parts of a tile from which the gradient in W h + b is computed.
 
     Attributes:
-        softmax_NC: exp(z + r ε − ``less_N``) r σ(−x) ε, and
-        less_N: what was taken off so that the exponential neither overflows nor vanishes.
-        own_N: r σ(−x) ε at the target, where it lies in this tile.
+        softmax_NC: exp(z + r ε − ``less_N``) r σ(−x) ε.
+        less_N: the number subtracted so that the exponential neither overflows nor vanishes.
+        own_N: r σ(−x) ε at the target, if the target is in this tile.
         variance_NC: r² σ(−x).
     """
 
@@ -263,13 +263,13 @@ class _Tiles:
     def tile(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """z, r and σ(−x)."""
         exponent_NC = self.exponent.tile(self.doubled_NH, first, end)
-        rest_NC = torch.sigmoid(-exponent_NC)  # not 1 − σ(x), which is 0 long before the gradient is
+        rest_NC = torch.sigmoid(-exponent_NC)  # more exact than 1 − σ(x), which becomes 0 too early
         return self.head.tile(self.rejected.hidden_NH, first, end), exponent_NC.sigmoid_().sqrt_(), rest_NC
 
     def slopes(
         self, softmax_NC: Tensor, root_NC: Tensor, rest_NC: Tensor, noise_NC: Tensor, less_N: Tensor, first: int
     ) -> _Slopes:
-        """The slopes of a tile, from its tensors, which are overwritten."""
+        """Compute the slopes of a tile from its tensors, which are overwritten."""
         rest_NC.mul_(root_NC)
         variance_NC = root_NC.mul_(rest_NC)
         noise_NC.mul_(rest_NC)
@@ -292,7 +292,7 @@ def _exponent(weight_VH: Tensor, bias_V: Tensor, max_variance: float, head: Head
 
 
 class _Draw:
-    """ε ~ N(0, std²), drawn anew for every token, entry and term, and the same whenever it is asked for again."""
+    """ε ~ N(0, std²), drawn independently for every token, entry and term; repeated calls give the same numbers."""
 
     def __init__(self, rejected: Rejected, std: float) -> None:
         device = rejected.hidden_NH.device

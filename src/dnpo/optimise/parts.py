@@ -1,7 +1,7 @@
-"""The settings of the two trainings: what ``objective``, ``npo``, ``trainer`` and ``sft`` can be.
+"""The settings of the two trainings: the parts for ``objective``, ``npo``, ``trainer`` and ``sft``.
 
-Only settings stand here. What they configure is imported when it is needed: the equations from ``objective.py``, the
-noise from ``npo.py``, the training loop from ``training.py``.
+Here are only settings. The code that they configure is imported when it is needed: the equations from ``objective.py``,
+the noise from ``npo.py``, the training loop from ``training.py``.
 """
 
 import math
@@ -24,11 +24,10 @@ Cache = Literal["auto", "on", "off"]
 
 
 class Objective(Protocol):
-    """What ``objective=…`` configures.
+    """A loss on pairs, configured by ``objective=…``.
 
     Attributes:
-        beta: the factor between a pair's log-ratio gap and its margin, by which margins and implicit rewards are
-            reported.
+        beta: the factor from a pair's log-ratio gap to its margin; reported margins and implicit rewards use it.
     """
 
     @property
@@ -65,7 +64,7 @@ def check_objective(objective: Objective) -> None:
     if not isinstance(beta, int | float) or isinstance(beta, bool) or not math.isfinite(beta):
         name = objective.target if isinstance(objective, Bound) else type(objective).__name__
         raise SettingsError(
-            f"objective: {name} has no number beta, by which margins and rewards are reported; give it a field or "
+            f"objective: {name} has no number beta, the factor of reported margins and rewards; give it a field or "
             "property of this name (1.0 reports plain log-ratios, in nats)"
         )
 
@@ -74,13 +73,13 @@ def check_objective(objective: Objective) -> None:
 
 
 class Noise:
-    """What ``npo=…`` configures: noise on the reference's log-probability of rejected responses.
+    """Noise on the reference's log-probability of rejected responses, configured by ``npo=…``.
 
     Attributes:
         reads_states: whether it needs the reference's hidden states, or only its log-probability.
-        cache_hidden: whether these are kept on disk for the iteration: ``on``, ``off``, or ``auto`` for when more than
-            one epoch will read them and the disk has room.
-        like: noise whose mean shift it is to match, off the same policy and pairs; None for most.
+        cache_hidden: whether these are kept on disk for the iteration: ``on``, ``off``, or ``auto``, which keeps them
+            if more than one epoch reads them and the disk has room.
+        like: noise whose mean shift, from the same policy and pairs, it matches; None for most.
     """
 
     reads_states: bool = False
@@ -88,11 +87,11 @@ class Noise:
     like: "Noise | None" = None
 
     def module(self, width: int, vocabulary: int) -> "NoiseModule":
-        """What perturbs the log-probabilities, with its parameters if it has any.
+        """Create the module that perturbs log-probabilities, with its parameters if it has any.
 
         Args:
-            width: of the reference's hidden states.
-            vocabulary: entries of its output head.
+            width: width of the reference's hidden states.
+            vocabulary: number of entries of its output head.
         """
         raise NotImplementedError
 
@@ -114,10 +113,10 @@ class TrainableNoise(Noise):
 
     Args:
         alpha: weight of mean(s²) in the loss.
-        max_variance: s² stays below.
-        learning_rate: of Adam, for W and b; constant.
-        start_log_std: b at the start.
-        cache_hidden: see :class:`Noise`; it changes rounding, and what is computed twice.
+        max_variance: upper bound of s².
+        learning_rate: constant learning rate of Adam for W and b.
+        start_log_std: initial value of b.
+        cache_hidden: as in :class:`Noise`; it changes rounding and the amount of computation.
     """
 
     reads_states = True
@@ -148,7 +147,7 @@ class FixedNoise(Noise):
 
     Args:
         variance: s².
-        cache_hidden: see :class:`Noise`.
+        cache_hidden: as in :class:`Noise`.
     """
 
     reads_states = True
@@ -165,11 +164,11 @@ class FixedNoise(Noise):
 
 @dataclass(frozen=True)
 class Offset(Noise):
-    """The control that the paper lacks: the mean effect of noise as a plain constant.
+    """A control that the paper lacks: the mean effect of noise as a constant.
 
     Args:
-        shift: taken off the reference's log-probability of rejected responses, in nats; compare with the metric
-            ``npo/shift`` of a run with noise.
+        shift: by how much the reference's log-probability of rejected responses is lowered, in nats; comparable with
+            the metric ``npo/shift`` of a run with noise.
     """
 
     shift: Finite
@@ -183,16 +182,16 @@ class Offset(Noise):
 
 @dataclass(frozen=True)
 class MatchedOffset(Noise):
-    """An :class:`Offset` by the mean shift that noise had in the same iteration, off the same policy and pairs.
+    """An :class:`Offset` equal to the mean shift of noise in the same iteration, from the same policy and pairs.
 
     Args:
-        like: that noise. The key of its training stands for it.
+        like: that noise; neutral, because the key of its training is among the inputs of the stage.
     """
 
     like: Noise = neutral()
 
     def at(self, shift: float) -> Offset:
-        """The offset, once the mean shift of that training is known, in nats."""
+        """The offset for a mean shift in nats."""
         return Offset(shift=shift)
 
 
@@ -201,23 +200,23 @@ class MatchedOffset(Noise):
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How to train: what ``sft=…`` configures.
+    """How to train, configured by ``sft=…``.
 
     Args:
-        epochs: passes over the rows; 0 trains nothing.
-        steps: policy steps at which to stop instead, however many epochs that takes; 0 means by epochs.
-        batch_size: rows of one policy step at most; the steps of an epoch differ by one row at most.
-        micro_batch_size: rows at most that go through the model at once; 0 means the whole batch. It changes memory and
-            rounding, nothing else; what is sampled later may differ by that rounding.
-        optimizer: the policy's, waiting for its parameters; fused where torch has that, unless set otherwise.
-        warmup: share of the policy steps over which its learning rate rises from 0.
-        decay: whether it then falls linearly to 0 (else it stays).
-        clip: gradient norm of a player at most; 0 means no clipping.
-        autocast: bf16 matrix products over parameters of higher precision.
-        checkpoint_every: policy steps between checkpoints; after a kill at most so many are repeated.
+        epochs: passes over the rows; 0: no training.
+        steps: number of policy steps, over as many epochs as needed, instead of ``epochs``; 0: by epochs.
+        batch_size: maximum number of rows in a policy step; the steps of an epoch differ by at most one row.
+        micro_batch_size: maximum number of rows that go through the model at once; 0: the whole batch. It changes only
+            memory and rounding; samples drawn later may differ by that rounding.
+        optimizer: the policy's optimizer, without its parameters; fused if torch supports it, unless set otherwise.
+        warmup: share of the policy steps over which the learning rate rises from 0.
+        decay: whether it then falls linearly to 0 or stays constant.
+        clip: maximum gradient norm of a player; 0: no clipping.
+        autocast: bf16 matrix products with parameters of higher precision.
+        checkpoint_every: policy steps between checkpoints; a killed run repeats at most this many.
         checkpointing: keep one hidden state a layer for the backward pass and compute the rest again: less memory, a
             third more time.
-        compile: the model's body by torch.compile.
+        compile: compile the model's body by torch.compile.
     """
 
     optimizer: Bound
@@ -235,14 +234,14 @@ class Optimisation:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows at most that go through the model at once."""
+        """The maximum number of rows that go through the model at once."""
         return self.micro_batch_size or self.batch_size
 
     def check(self, name: str) -> None:
-        """Check that the optimizer can be made, before hours of generating.
+        """Check that the optimizer can be created, before hours of generating.
 
         Args:
-            name: where the settings stand, such as ``trainer``.
+            name: dotted name of the settings, such as ``trainer``.
 
         Raises:
             SettingsError: it cannot be imported, or does not take its settings.
@@ -256,13 +255,13 @@ class Optimisation:
             raise SettingsError(f"{name}.optimizer: {error}") from error
 
     def groups(self, rows: int, seed: int) -> list[tuple[int, ...]]:
-        """The rows of each policy step of a training on so many rows."""
+        """The rows of each policy step of a training on ``rows`` rows."""
         from dnpo.optimise.batches import schedule
 
         return schedule(rows, self.batch_size, self.epochs, seed, self.steps or None)
 
     def passes(self, rows: int) -> float:
-        """How often a training on so many rows reads each of them."""
+        """How often a training on ``rows`` rows reads each of them."""
         return self.steps / math.ceil(rows / self.batch_size) if self.steps else float(self.epochs)
 
     def factor(self, step: int, total: int) -> float:
@@ -275,7 +274,7 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class PairOptimisation(Optimisation):
-    """How to train on pairs: what ``trainer=…`` configures.
+    """How to train on pairs, configured by ``trainer=…``.
 
     Args:
         share_prompt: compute the prompt of a pair once for both responses.

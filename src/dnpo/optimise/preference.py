@@ -1,8 +1,8 @@
-"""The two trainings of the loop: on human responses, and on pairs, where policy and noise play against each other.
+"""The two trainings of the loop: on human responses, and on pairs, where policy and noise have opposite losses.
 
-``training.py`` has what they share. Here is what makes each of them: the loss of a micro-batch, what is reported of it,
-and the check that before the first update the policy is the reference. Shapes as in ``objective.py`` and
-``logprobs.py``; S = 2B sequences, the chosen ones first.
+``training.py`` has the code that they share. Here are the loss of a micro-batch, its metrics, and the check that before
+the first update the policy is the reference. Shapes as in ``objective.py`` and ``logprobs.py``; S = 2B sequences, the
+chosen ones first.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +35,8 @@ from dnpo.records import Pair, ReferenceLogps
 from dnpo.seeding import derive
 from dnpo.store import Report
 
-# Tolerance of log-ratios before the first update, in nats. The batches that are compared differ in shape, and
-# with bf16 products each token is off by about a hundredth.
+# Tolerance of log-ratios before the first update, in nats. The compared batches differ in shape, and with bf16
+# products the error of each token is about a hundredth.
 STEP_ZERO_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.5}
 
 
@@ -57,11 +57,11 @@ class PairBatch(Batch):
     """A micro-batch of B pairs with the reference's log-probabilities.
 
     Attributes:
-        reference: its log-probabilities.
-        rejected: prompts and rejected responses alone, where the noise reads hidden states.
-        hidden_NH: these hidden states, where they have been kept.
-        seeds: of the noise of each pair.
-        rejected_share: the weight in its policy step of a mean over rejected tokens.
+        reference: the reference's log-probabilities.
+        rejected: prompts and rejected responses only, if the noise reads hidden states.
+        hidden_NH: these hidden states, if they have been kept.
+        seeds: seeds of the noise, one for each pair.
+        rejected_share: the weight of a mean over the batch's rejected tokens in its policy step.
     """
 
     reference: PairLogps
@@ -86,7 +86,7 @@ class Frozen:
 
     Attributes:
         head: its output head.
-        body: gives hidden states; None where they have been kept.
+        body: computes hidden states; None if they have been kept.
     """
 
     head: Head
@@ -94,13 +94,13 @@ class Frozen:
 
 
 class PreferenceTraining(Training):
-    """The policy against a frozen reference, and the noise on that reference against the policy.
+    """Trains the policy against a frozen reference, and the noise on that reference against the policy.
 
     Args:
-        frozen: of the reference; None where the noise reads no states.
-        noise: may have no parameters; then the policy is the only player.
+        frozen: parts of the reference; None if the noise reads no states.
+        noise: the noise; if it has no parameters, the policy is the only player.
         objective: (policy, reference) → loss of each pair.
-        beta: preference temperature, for margins and implicit rewards as they are reported.
+        beta: preference temperature of the reported margins and implicit rewards.
     """
 
     policy: Policy
@@ -141,7 +141,7 @@ class PreferenceTraining(Training):
         if self.policy_step == 0:
             self._check_step_zero(policy, pairs)
         noisy, at_bound = self.noise(reference.rejected_B, self._prepare_rejected(pairs))
-        # Both are means over tokens, and the micro-batch counts by its pairs.
+        # Both are means over tokens, while the micro-batch is weighted by its pairs.
         weight = pairs.rejected_share / pairs.share
         noisy, at_bound = noisy._replace(variance=noisy.variance * weight), at_bound * weight
         terms = two_player(self.objective, policy, reference, noisy, self.noise.alpha)
@@ -174,7 +174,7 @@ class PreferenceTraining(Training):
             "margin/saturation": saturation(noisy_B),
             "rewards/chosen": chosen_B.mean(),
             "rewards/rejected": rejected_B.mean(),
-            # Before the first update every margin is 0 but for rounding: no sign of it says anything.
+            # Before the first update every margin is 0 up to rounding, so its sign has no meaning.
             "rewards/accuracy": (clean_B > 0).float().mean() if self.policy_step else clean_B.new_tensor(0.5),
             "logps/chosen": policy.chosen_B.mean(),
             "logps/rejected": policy.rejected_B.mean(),
@@ -222,21 +222,21 @@ def fine_tune(
     """Train the policy in place on human responses.
 
     Args:
-        policy: its module is changed.
+        policy: the policy; its module is changed.
         rows: id, prompt token ids and response token ids of each row.
         optimisation: how to train.
-        seed: draws the order of the rows.
-        folder: where checkpoints go; one that is there is continued.
-        report: told of every step.
+        seed: seed of the order of the rows.
+        folder: folder for checkpoints; training continues from one that it has.
+        report: receives the progress.
 
     Returns:
-        One row of metrics a policy step.
+        A row of metrics for each policy step.
     """
 
     lengths = [len(r[2]) for r in rows]
 
     def collate(some: Sequence[tuple[str, list[int], list[int]]], piece: Slice) -> Batch:
-        # The loss is a mean over tokens, so a micro-batch weighs by its tokens.
+        # The loss is a mean over tokens, so a micro-batch is weighted by its tokens.
         share = sum(len(r[2]) for r in some) / sum(lengths[i] for i in piece.group)
         return Batch(pack([r[1] for r in some], [r[2] for r in some]), tuple(r[0] for r in some), share)
 
@@ -259,21 +259,21 @@ def optimise(
     report: Report,
     hidden: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> list[dict[str, float]]:
-    """Train the policy in place against the reference that it is at the start.
+    """Train the policy in place, with its initial state as the reference.
 
     Args:
-        policy: its module is changed; with LoRA it carries a fresh adapter.
-        pairs: with the token ids of prompts and both responses.
-        reference: the policy's log-probabilities of the pairs before the training, in the order of the pairs.
+        policy: the policy; its module is changed. With LoRA it has a fresh adapter.
+        pairs: pairs with the token ids of prompts and both responses.
+        reference: the policy's log-probabilities of the pairs before training, in the order of the pairs.
         optimisation, folder, report: as in :func:`fine_tune`.
-        noise: on the reference's log-probability of rejected responses; trained along.
+        noise: noise on the reference's log-probability of rejected responses; it is trained too.
         objective: (policy, reference) → loss of each pair.
         beta: preference temperature for the reported margins.
-        seed: draws the order of the pairs and the noise.
-        hidden: numbers of pairs → the reference's hidden states of their rejected tokens, where they have been kept.
+        seed: seed of the order of the pairs and of the noise.
+        hidden: numbers of pairs → the reference's hidden states of their rejected tokens, if they have been kept.
 
     Returns:
-        One row of metrics a policy step.
+        A row of metrics for each policy step.
 
     Raises:
         StepZeroError: before the first update the policy is not the reference.
@@ -311,6 +311,6 @@ def optimise(
 
 
 def split(logp_S: Tensor) -> PairLogps:
-    """2B values, the chosen first, as pairs."""
+    """Split 2B values, the chosen first, into pairs."""
     chosen_B, rejected_B = logp_S.chunk(2)
     return PairLogps(chosen_B, rejected_B)

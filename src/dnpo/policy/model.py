@@ -78,7 +78,7 @@ class Policy:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end a response: the tokenizer's end-of-sequence token and those of the model."""
+        """Tokens that end a response: the tokenizer's end-of-sequence token and the model's stop tokens."""
         return list(dict.fromkeys([cast(int, self.tokenizer.eos_token_id), *self.model_stop_ids]))
 
     @property

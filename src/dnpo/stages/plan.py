@@ -81,7 +81,7 @@ class Run:
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        sft_rows: number of training rows for fine-tuning only; 0: it uses those of the iterations.
+        sft_rows: number of training rows for fine-tuning only; 0: it uses the same rows as the iterations.
     """
 
     seed: int
