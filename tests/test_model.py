@@ -138,8 +138,11 @@ class Reversed(LlamaForCausalLM):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Louder, "model: Louder does more with its hidden states than its output head and its configuration say"),
-        (Reversed, "model: Reversed lets sequences without padding see each other, or places them by other positions"),
+        (
+            Louder,
+            "model: Louder computes logits from its hidden states",
+        ),
+        (Reversed, "model: Reversed attends across sequences that are packed without padding"),
     ],
 )
 def test_a_model_that_does_more_than_it_says_is_refused_by_name(

@@ -259,7 +259,7 @@ def test_a_full_disk_is_an_error_where_they_are_required_and_a_reason_where_not(
     with pytest.raises(DiskError, match=r"npo\.cache_hidden=on: .* rejected tokens take .* has 1\.1 GB free") as error:
         make(required=True)
     assert "auto or off" in str(error.value)
-    with pytest.raises(Declined, match="they are made again in every step instead"):
+    with pytest.raises(Declined, match="they are computed again in every step instead"):
         make(required=False)
     assert not list(tmp_path.iterdir())
     assert report.notes == []
@@ -440,7 +440,7 @@ def test_no_room_for_the_hidden_cache(
     assert not store.has(train)
     rows = final(store, run_of(world, make_policy, noise(cache="auto"))[2], report)
     assert len(rows) == 6
-    assert any("made again in every step" in note for note in report.notes)
+    assert any("computed again in every step" in note for note in report.notes)
     assert not list(tmp_path.glob("hidden/*/*.safetensors"))
 
 

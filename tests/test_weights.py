@@ -217,7 +217,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         r"1 of the \d files of .*index\.json are not there: model-00001-of",
     ),
     "tensor in another shard": (misplace, r"not in the file where .* says: 1 tensor \(lm_head\.weight\)"),
-    "two sets": (two_sets, r"two sets of weights, model\.safetensors and those of model\.safetensors\.index\.json"),
+    "two sets": (two_sets, r"two sets of weights, model\.safetensors and the files of model\.safetensors\.index\.json"),
     "index without a map": (text(f"{FILE}.index.json", "{}"), r"index\.json has no weight_map"),
     "adapter beside a model": (
         text("adapter_config.json", json.dumps(ADAPTER)),
@@ -428,7 +428,7 @@ def test_the_gate_refuses_before_anything_is_computed(saved: Path, tmp_path: Pat
         tmp_path, "scale=smoke", "tracking=off", "model=local", f"model.path={saved}", "npo=off", "judge=off", "dsl=off"
     )
     assert done.returncode == 1
-    told = f"model.path={saved}: its weights are not those of the model: missing, so that random ones would be drawn: "
+    told = f"model.path={saved}: its weights do not fit the model: missing, so that random ones would be drawn: "
     assert f"{told}1 tensor (lm_head.weight)" in done.stderr
     assert "model: model:" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -1,9 +1,9 @@
-"""The frozen reference of an iteration on its pairs, computed once and kept.
+"""Compute the frozen reference's numbers for the pairs of an iteration once, and keep them.
 
-The reference is the policy as the iteration finds it, so its numbers for the pairs are the same in every epoch and for
-every run with this policy and these pairs. Its log-probabilities are always kept; its hidden states of rejected tokens,
-which noise reads, where they are asked for and the disk has room. Both are made by pairs of similar length, in shards
-that a killed run does not make again.
+The reference is the policy at the start of the iteration, so its numbers are the same in every epoch and for every run
+with this policy and these pairs. Its log-probabilities are always kept; its hidden states of rejected tokens, which
+noise needs, are kept if configured and if the disk has room. Both are computed in batches of similar length and written
+in shards, which a killed run reuses.
 
 Shapes as in ``logprobs.py``; B pairs.
 """
@@ -24,20 +24,20 @@ from dnpo.policy.packing import pack
 from dnpo.records import Pair, ReferenceLogps, read_all, write
 from dnpo.store import Report
 
-SHARD = 1024  # pairs of one shard, which is what a killed run can lose
-SPARE = 2**30  # bytes of disk that the hidden states leave free
+SHARD = 1024  # pairs in a shard; a killed run loses at most one shard
+SPARE = 2**30  # bytes that hidden states leave free on the disk
 
 
 @torch.no_grad()
 def score(policy: Policy, pairs: Sequence[Pair], *, autocast: bool, folder: Path, report: Report) -> None:
-    """log p(y⁺|x) and log p(y⁻|x) of every pair under the policy, into shards in ``folder``.
+    """Write log p(y⁺|x) and log p(y⁻|x) of every pair under the policy into shards in ``folder``.
 
     Args:
         policy: the reference.
-        pairs: with token ids.
-        autocast: bf16 products, as in the training that will compare with them.
-        folder: where the shards go; those that are there are not made again.
-        report: told of every batch.
+        pairs: pairs with token ids.
+        autocast: whether to use bf16 products, as in the training that uses the numbers.
+        folder: folder for the shards; existing ones are reused.
+        report: receives the progress.
     """
     shards = _shards([len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs])
     paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
@@ -60,7 +60,7 @@ def score(policy: Policy, pairs: Sequence[Pair], *, autocast: bool, folder: Path
 
 
 def read_scores(folder: Path, count: int) -> list[ReferenceLogps]:
-    """What :func:`score` wrote, in the order of the pairs."""
+    """Read the results of :func:`score`, in the order of the pairs."""
     rows = sorted(read_all(sorted(folder.glob("shard-*.parquet")), ReferenceLogps), key=lambda row: row.pair)
     if [row.pair for row in rows] != list(range(count)):
         raise ValueError(f"{folder}: expected the log-probabilities of {count} pairs, found {len(rows)}")
@@ -71,16 +71,16 @@ def read_scores(folder: Path, count: int) -> list[ReferenceLogps]:
 def keep_hidden(
     policy: Policy, pairs: Sequence[Pair], *, autocast: bool, required: bool, folder: Path, report: Report
 ) -> dict[str, int]:
-    """The policy's hidden states that predict rejected tokens, into memory-mapped shards in ``folder``.
+    """Write the policy's hidden states that predict rejected tokens into memory-mapped shards in ``folder``.
 
-    In the type that the output head's products are made in (bf16 under autocast), so storing them loses no precision.
+    They have the type of the output head's products (bf16 under autocast), so storing them loses no precision.
 
     Args:
-        required: whether a lack of room is an error; else the states are computed again in every step.
+        required: whether lack of room is an error; otherwise the states are recomputed in every step.
 
     Raises:
         DiskError: there is no room and they are required.
-        Declined: there is no room and they are not.
+        Declined: there is no room and they are not required.
     """
     from safetensors.torch import save_file
 
@@ -94,7 +94,7 @@ def keep_hidden(
         lack = f"{need}, and {folder} has {_human(free)} free, of which {_human(SPARE)} stay so"
         if required:
             raise DiskError(f"npo.cache_hidden=on: {lack}; make room, move the store (store=…), or take auto or off")
-        raise Declined(f"{lack}: they are made again in every step instead")
+        raise Declined(f"{lack}: they are computed again in every step instead")
     report.note(f"{need} on disk ({folder})")
     shards = _shards([len(p.prompt_ids) + len(p.rejected_ids) for p in pairs])
     paths = [folder / f"hidden-{number:05d}.safetensors" for number in range(len(shards))]
@@ -119,7 +119,7 @@ def keep_hidden(
 
 
 class KeptHidden:
-    """The hidden states that :func:`keep_hidden` wrote, read from disk as they are asked for."""
+    """The hidden states that :func:`keep_hidden` wrote, read from disk on demand."""
 
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
@@ -135,7 +135,7 @@ class KeptHidden:
             self.files.append(file.get_slice("hidden"))
 
     def __call__(self, pairs: Sequence[int]) -> Tensor:
-        """The states of these pairs' rejected tokens, pair after pair, N × H."""
+        """The states of these pairs' rejected tokens, pair after pair, shape N × H."""
         found = [self.where[pair] for pair in pairs]
         return torch.cat([self.files[number][start:end] for number, start, end in found])
 

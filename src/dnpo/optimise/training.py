@@ -1,7 +1,7 @@
-"""The base of every training: steps of micro-batches, one backward pass each, one update of all players, checkpoints.
+"""The base class of trainings: policy steps of micro-batches, one update of all players per step, and checkpoints.
 
-The whole training is one pass over a fixed list of policy steps, so a checkpoint is a position in it, the state of the
-optimizers and the schedule, and whatever a kind of training adds. A killed training continues bit for bit on a CPU.
+The whole training is one pass over a fixed list of policy steps. A checkpoint has the position in this list, the states
+of optimizers and schedule, and additions of the kind of training. A killed training continues bit for bit on a CPU.
 """
 
 import inspect
@@ -48,15 +48,15 @@ class MicroBatch(Protocol):
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Of its rows, for messages."""
+        """The ids of its rows, for messages."""
 
     @property
     def share(self) -> float:
-        """The weight of its mean loss in its policy step's."""
+        """The weight of its mean loss in its policy step."""
 
     @property
     def tokens(self) -> int:
-        """How many go through the model."""
+        """The number of tokens that go through the model."""
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
@@ -64,12 +64,12 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: a sequence a row for fine-tuning; of B pairs first the chosen, then the rejected responses.
+    """A micro-batch: for fine-tuning one sequence for each row; for B pairs the chosen, then the rejected responses.
 
     Attributes:
         packed: prompts and completions.
-        ids: of its rows.
-        share: the weight of its mean loss in its policy step's.
+        ids: ids of its rows.
+        share: the weight of its mean loss in its policy step.
     """
 
     packed: Packed
@@ -78,7 +78,7 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many tokens go through the model: prompts and completions."""
+        """The number of tokens that go through the model, in prompts and completions."""
         return len(self.packed.ids_T)
 
     def to(self, device: torch.device) -> Self:
@@ -93,10 +93,10 @@ class Training(pl.LightningModule):
         remedy: what to do about a loss that is not finite.
 
     Args:
-        policy: who is trained; its module is the first player.
+        policy: the model to train; its module is the first player.
         optimisation: how to train.
-        total: policy steps of the whole training.
-        report: told of every step.
+        total: number of policy steps in the whole training.
+        report: receives the progress.
     """
 
     remedy: ClassVar[str] = (
@@ -115,12 +115,12 @@ class Training(pl.LightningModule):
         self._clock = time.monotonic()
 
     def terms(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a :class:`MicroBatch` (its mean) and what to report of it."""
+        """Compute the mean loss of a :class:`MicroBatch`, and its metrics."""
         raise NotImplementedError
 
     @property
     def players(self) -> list[tuple[str, nn.Module]]:
-        """Who is trained: the policy, and whoever else has parameters."""
+        """The players by name: the policy, and other modules with parameters."""
         return [("policy", self.policy_module)]
 
     @property
@@ -159,7 +159,7 @@ class Training(pl.LightningModule):
             self._finite(f"gradient norm of the {name}", norm, ids)
             row[f"grad_norm/{name}"] = norm
             row[f"lr/{name}"] = optimizer.param_groups[0]["lr"]
-        # Lightning counts every step of its wrapped optimizers; only the policy's shall count.
+        # Lightning counts every step of its wrapped optimizers; only the policy's should count.
         for optimizer in [optimizers[0], *plain[1:]]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -175,7 +175,7 @@ class Training(pl.LightningModule):
         self.report.steps([row])
 
     def _finite(self, what: str, value: float, ids: Sequence[str]) -> None:
-        """Stop before a step that would write NaN into the weights, and so into the next checkpoint."""
+        """Stop before an update that would put NaN into the weights and the next checkpoint."""
         if not math.isfinite(value):
             raise NonFiniteLossError(
                 f"step {self.policy_step}: the {what} is {value} on rows {', '.join(ids)}; {self.remedy}"
@@ -193,8 +193,8 @@ class Training(pl.LightningModule):
         """The error message for a step that does not fit into memory.
 
         Args:
-            short: how torch puts it.
-            fits: rows that were found to fit at once; 0 where not even one does.
+            short: torch's message.
+            fits: number of rows that fit at once, as tried; 0 if not even one does.
         """
         optimisation = self.optimisation
         if fits:
@@ -233,7 +233,7 @@ class Training(pl.LightningModule):
 
 
 class _Checkpoints(pl.Callback):
-    """A checkpoint after every so many policy steps; it replaces the last one whole or not at all."""
+    """Writes a checkpoint after every ``every`` policy steps; it replaces the last one whole or not at all."""
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
@@ -247,10 +247,10 @@ class _Checkpoints(pl.Callback):
 
 
 def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict[str, float]]:
-    """Run the training, from the checkpoint in ``folder`` if one is there, and give its history.
+    """Run the training, from the checkpoint in ``folder`` if there is one, and return its history.
 
     Raises:
-        OutOfMemoryError: with the micro-batch size that fits, as tried on the very rows.
+        OutOfMemoryError: a step does not fit into memory; gives the micro-batch size that fits, as tried on its rows.
     """
     if not batches.rows:
         raise SettingsError("there is nothing to train on: no rows are left")
@@ -307,7 +307,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _fitting(module: Training, batches: Batches[Any, Any]) -> int:
-    """The largest micro-batch, halved again and again, with which the step that failed goes through; 0 if none does."""
+    """Find the largest micro-batch size, by halving, with which the failed step fits into memory; 0 if none does."""
     size = min(module.optimisation.rows_at_once, len(batches.groups[module.policy_step]))
     autocast = torch.autocast(module.policy.device.type, torch.bfloat16, enabled=module.optimisation.autocast)
     while size > 1:
@@ -348,13 +348,13 @@ def _find_checkpoint(folder: Path) -> Path | None:
 
 
 def discard_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint that :func:`fit` leaves, once what was trained is written."""
+    """Remove the checkpoint that :func:`fit` leaves, once the trained weights are written."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 @contextmanager
 def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Lightning turns Ctrl-C into a plain exit and ignores further ones: make it a KeyboardInterrupt again."""
+    """Raise KeyboardInterrupt at Ctrl-C, which Lightning turns into a plain exit."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Where the first policy comes from: what ``model=…`` configures. Weights are loaded by ``loading.py``."""
+"""Base models, configured by ``model=…``. ``loading.py`` loads their weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scratch:
-    """A small Llama-shaped model, not trained yet, with a byte-pair tokenizer trained on the data's own text.
+    """A small untrained Llama-shaped model, with a byte-pair tokenizer trained on the data.
 
     Args:
         width, layers, heads, mlp: hidden size, number of blocks, attention heads, inner size of the MLP.
-        vocabulary: tokens at most, special ones included; every digit is a separate token.
-        context: positions at most.
-        seed: draws the initial weights.
+        vocabulary: maximum number of tokens, including special ones; every digit is a separate token.
+        context: maximum number of positions.
+        seed: seed of the initial weights.
     """
 
     lora: Lora
@@ -45,7 +45,7 @@ class Scratch:
             )
 
     def identity(self) -> Mapping[str, Any]:
-        """Everything that decides the initial weights and the tokenizer."""
+        """The values that decide the initial weights and the tokenizer."""
         return {**self._shape, "vocabulary": self.vocabulary, "seed": self.seed}
 
     @property
@@ -88,7 +88,7 @@ class Scratch:
         return load(str(base), folder, device=device)
 
     def weights_are_here(self, base: Path) -> bool:
-        """Whether the weights are on this machine: they are made here."""
+        """Whether the weights are on this machine; always true, since they are created here."""
         return True
 
     def outline(self, base: Path) -> "Policy":
@@ -105,11 +105,11 @@ class Pretrained:
     Args:
         path: a folder with ``config.json``, safetensors weights and a tokenizer; or
         name: a name on the hub, with ``revision``. Exactly one of the two.
-        dtype: of the weights.
+        dtype: type of the weights.
         trust_remote_code: whether code that comes with the model may run.
-        chat_template: overrides the tokenizer's; one that has none gets a plain template (``PLAIN_TEMPLATE``).
+        chat_template: overrides the tokenizer's template; if there is none, a plain one is used (``PLAIN_TEMPLATE``).
         template_arguments: variables of the template, such as ``{enable_thinking: false}``.
-        template_date: what a template that reads the clock takes for now, such as ``2026-01-31``.
+        template_date: the current date for a template that reads the clock, such as ``2026-01-31``.
     """
 
     lora: Lora
@@ -145,7 +145,7 @@ class Pretrained:
         return str(Path(self.path).absolute()) if self.path is not None else cast(str, self.name)
 
     def identity(self) -> Mapping[str, Any]:
-        """What decides the weights: the contents of the folder, or name and commit on the hub."""
+        """The values that decide the weights: the contents of the folder, or name and commit on the hub."""
         where = {"content": self._content} if self._local else {"name": self._location, "revision": self._commit}
         more = {"template_arguments": self.template_arguments, "template_date": self.template_date}
         given = {name: value for name, value in more.items() if value}
@@ -157,7 +157,7 @@ class Pretrained:
 
     @cached_property
     def _commit(self) -> str:
-        """The commit that is read, whatever the revision points to later."""
+        """The commit that the revision points to now."""
         from httpx2 import HTTPError
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
@@ -165,7 +165,7 @@ class Pretrained:
         try:
             return cast(str, HfApi().model_info(self._location, revision=self.revision).sha)
         except (HfHubHTTPError, HTTPError, OSError) as error:
-            if self.revision is not None:  # offline, but pinned: what is in the cache will do
+            if self.revision is not None:  # offline, but pinned: the cache is sufficient
                 return self.revision
             raise ModelError(
                 f"model.name={self._location}: the hub does not answer ({type(error).__name__}); give model.revision=… "
@@ -216,7 +216,7 @@ class Pretrained:
 ModelPart = Scratch | Pretrained
 
 
-# --- what a training leaves
+# --- the result of a training
 
 
 def describe_saved(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Loading a model completely: every tensor is in the files, goes into the model, has its shape, and is finite.
+"""Load a model completely: every tensor is in the files and in the model, has the right shape, and is finite.
 
-transformers draws at random what the files lack, and leaves out what the model lacks. What it says of that is read
-here, after a real load, or after one onto torch's ``meta`` device, which takes no memory and reads headers only.
+transformers initialises tensors that the files lack at random, and ignores tensors that the model lacks. Its report on
+them is checked here, after a real load or after one onto torch's ``meta`` device, which takes no memory and reads only
+headers.
 """
 
 import logging
@@ -46,9 +47,9 @@ def load_complete(kind: Any, where: str, what: str, *, heads_anew: bool = False,
         kind: the class.
         where: a folder, or a name on the hub.
         what: the setting and its value, for messages.
-        heads_anew: whether tensors outside the model's body may be missing, left over or of another shape: the caller
-            trains a new head, or reads none.
-        hint: what to do about weights that are not complete; a text that goes on after them.
+        heads_anew: whether tensors outside the model's body may be missing, left over or of another shape, because the
+            caller trains a new head or uses none.
+        hint: what to do about weights that are not complete; appended to the message.
         options: passed on to ``from_pretrained``.
 
     Raises:
@@ -148,7 +149,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
 
 
 def explain(error: Exception) -> str:
-    """The beginning of an error's text: its first line, and the next where that one announces it."""
+    """The beginning of an error's text: its first line, and the next one if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return f"{type(error).__name__}: {text}" if isinstance(error, KeyError | AssertionError | TypeError) else text
@@ -191,13 +192,13 @@ def _load(kind: Any, where: str, what: str, heads_anew: bool, hint: str, options
         problems.append(f"of another shape than {CONFIG} says: {shapes}")
     if problems:
         hint = _explain_names(missing, set(info["unexpected_keys"]), model.base_model_prefix) or hint
-        raise ModelError(f"{what}: its weights are not those of the model: {'; '.join(problems)}{hint}")
+        raise ModelError(f"{what}: its weights do not fit the model: {'; '.join(problems)}{hint}")
     return model
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers from printing its own table of what a load leaves out: it is refused here in words."""
+    """Keep transformers from printing its table of missing and unexpected tensors, which are refused here."""
 
     def passes(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -215,7 +216,7 @@ def _shape(size: Iterable[int]) -> str:
 
 
 def _body_names(model: Any) -> set[str]:
-    """The first parts of the names of a body's tensors, with and without the prefix that a head puts before them."""
+    """The first parts of the names of a body's tensors, with and without the prefix of a model with a head."""
     body: nn.Module = model.base_model
     return {model.base_model_prefix, *(name.split(".")[0] for name in body.state_dict())}
 
@@ -225,7 +226,7 @@ def _is_head(name: str, body: set[str]) -> bool:
 
 
 def _explain_names(missing: set[str], unexpected: set[str], base: str) -> str:
-    """Why tensors have other names than the model's, and what to do; "" where nothing tells."""
+    """Explain why tensors have other names than the model's, and what to do; "" if the reason is unknown."""
     if any(".lora_A." in name or ".lora_B." in name for name in unexpected):
         return (
             ". The weights have an adapter that is not merged; merge it with peft (merge_and_unload) and save the "
@@ -250,7 +251,7 @@ def _explain_names(missing: set[str], unexpected: set[str], base: str) -> str:
 
 
 def _tied_names(model: Any) -> dict[str, str]:
-    """Which tensors the configuration ties; the model's own list leaves out those that differ."""
+    """The tensors that the configuration ties; the model's list leaves out tied tensors with different values."""
     return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 

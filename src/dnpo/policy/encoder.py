@@ -1,4 +1,4 @@
-"""Sentence encoders: frozen transformers that make a text one vector.
+"""Sentence encoders: frozen transformers that turn a text into one vector.
 
 Shapes: B texts, T tokens, H width of an embedding.
 """
@@ -17,21 +17,21 @@ from dnpo.policy.tokens import wrap
 from dnpo.policy.weights import Weights, context_of
 from dnpo.settings import Dtype
 
-PARTS = {"Transformer", "Pooling", "Normalize"}  # of sentence-transformers, that Encoder reproduces
+PARTS = {"Transformer", "Pooling", "Normalize"}  # modules of sentence-transformers that Encoder reproduces
 SETTINGS = "sentence_bert_config.json"
 Ids = tuple[int, ...]
 
 
 class Encoder:
-    """A frozen encoder. A text becomes the mean of its last hidden states over its tokens, scaled to length 1.
+    """A frozen encoder. The embedding of a text is the mean of its last hidden states over tokens, scaled to length 1.
 
     Args:
         weights: a folder of transformers, or a name on the hub.
-        dtype: of the weights; embeddings are float32 whatever it is.
+        dtype: type of the weights; embeddings are always float32.
         device: where it runs.
 
     Attributes:
-        limit: tokens that it can read at once; None where there is no limit.
+        limit: maximum number of tokens of a text; None if there is no limit.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -45,21 +45,21 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        """Numbers of an embedding, H."""
+        """The width of an embedding, H."""
         return int(self.model.config.get_text_config().hidden_size)
 
     def encode(self, text: str, longest: int | None = None) -> Ids:
-        """The tokens of a text, cut to so many if that is given."""
+        """The tokens of a text, cut to ``longest`` tokens if given."""
         return tuple(wrap(self.tokenizer, text, truncation=longest is not None, max_length=longest)["input_ids"])
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Ids], at_once: int) -> dict[Ids, Tensor]:
-        """Embed token sequences. Sequences of equal length share a batch, and none is padded, so a text changes
-        another's embedding by rounding at most; with ``at_once=1`` not at all.
+        """Embed token sequences. Only sequences of equal length share a batch, without padding, so other texts change
+        an embedding at most by rounding, and with ``at_once=1`` not at all.
 
         Args:
-            rows: token sequences. One without any token has the embedding 0.
-            at_once: sequences of one length that go through the encoder together, at most.
+            rows: token sequences. An empty one has the embedding 0.
+            at_once: maximum number of sequences in a batch.
 
         Returns:
             The embedding of each different sequence, on the encoder's device; shape H.
@@ -88,20 +88,20 @@ class Encoder:
 
 
 class SentenceBert:
-    """Embeddings of texts as sentence-transformers makes them for models such as all-MiniLM-L6-v2.
+    """Embeddings of texts as in sentence-transformers for models such as all-MiniLM-L6-v2.
 
-    A folder of that library states at how many tokens texts are cut; any folder of transformers works too.
+    A folder of that library contains the maximum length of texts; any folder of transformers works too.
 
     Args:
         path: the folder.
         device: where the encoder runs.
-        at_once: texts of one length that are read together, at most.
+        at_once: maximum number of texts in a batch.
 
     Attributes:
-        label: the model, how its embedding is made, and where texts are cut.
+        label: the model, the kind of pooling, and the maximum length of texts.
 
     Raises:
-        ModelError: it cannot be loaded, or it says that an embedding is made in another way.
+        ModelError: it cannot be loaded, or its configuration defines another kind of embedding.
     """
 
     def __init__(self, path: str, device: str = "cpu", at_once: int = 64) -> None:
@@ -123,7 +123,7 @@ def check_encoder(path: str) -> None:
     """Check a folder for :class:`SentenceBert` by its files, without loading it.
 
     Raises:
-        ModelError: the files are not those of an encoder, or say that its embedding is made in another way.
+        ModelError: the files do not belong to an encoder, or define another kind of embedding.
     """
     weights = Weights(path, None, None, "eval.texts.encoder")
     _check_pooling(weights)
@@ -136,7 +136,7 @@ def _check_pooling(weights: Weights) -> None:
     kinds = {str(module["type"]).rsplit(".", 1)[-1] for module in _read_json(weights, "modules.json").values()}
     if not mean or kinds - PARTS:
         raise ModelError(
-            f"{weights.description}: its embedding is not the mean over tokens; expected an encoder for which it is, "
+            f"{weights.description}: its embedding is not the mean over tokens; expected an encoder with mean pooling, "
             "such as sentence-transformers/all-MiniLM-L6-v2"
         )
 

@@ -1,7 +1,7 @@
-"""What a model's folder says of itself, by its files alone: no weights are read, and nothing heavy is imported.
+"""Check a model's folder by its files, without reading weights or importing heavy modules.
 
-A file that is not what its name says, and files that contradict each other, are found here. Whether the tensors are
-those of the model is for ``complete.py``, which needs the model's code.
+This finds files whose contents do not match their names, and files that contradict each other. ``complete.py`` checks
+whether the tensors fit the model, for which it needs the model's code.
 """
 
 import json
@@ -43,18 +43,18 @@ class Kept(NamedTuple):
 
 
 def name_some(names: Collection[str]) -> str:
-    """The first few of some names, in their order, and that there are more."""
+    """List the first few names, and indicate if there are more."""
     ordered = sorted(names)
     return ", ".join(ordered[:NAMED]) + (", …" if len(ordered) > NAMED else "")
 
 
 def count_tensors(names: Collection[str]) -> str:
-    """How many tensors these are, and the names of the first few."""
+    """Give the number of tensors and the names of the first few."""
     return f"{len(names):,} tensor{'' if len(names) == 1 else 's'} ({name_some(names)})"
 
 
 def explain_missing(folder: Path, marker: str = CONFIG) -> str:
-    """Why a folder without its ``config.json`` (or another marker) is no model, and what it is instead."""
+    """Explain why a folder without ``config.json`` (or another marker) is no model, and what it is instead."""
     expected = f"expected a folder with {marker}, *.safetensors and a tokenizer"
     if folder.is_file():
         return f"no model there, but a file; {expected}"
@@ -182,7 +182,7 @@ def _find_problems(folder: Path, trained: bool) -> Iterator[str]:
     if ADAPTER in found:
         yield f"it has {CONFIG} and {_describe_adapter(folder)}; take {ADAPTER} out if it is merged already"
     if not isinstance(config.get("model_type"), str) and "auto_map" not in config:
-        yield f"{CONFIG} names no model_type, so nobody knows what model it is"
+        yield f"{CONFIG} names no model_type, so the kind of model is unknown"
     if trained and (kind := read_quantisation(folder)) is not None:
         yield (
             f"{CONFIG} says that its weights are quantised ({kind}): such weights are not trained here, and an adapter "
@@ -193,7 +193,7 @@ def _find_problems(folder: Path, trained: bool) -> Iterator[str]:
 
 
 def _describe_impostor(file: Path) -> str | None:
-    """What a file is that is not what its name says; None if nothing speaks against it."""
+    """Describe a file whose contents do not match its name; None if they do."""
     if file.is_symlink() and not file.exists():
         return _describe_link(file)
     if not file.exists():
@@ -258,7 +258,7 @@ def _check_weights(folder: Path, index: Mapping[str, Any] | None, quantised: boo
             return
         placed = weight_map
         if single.is_file() and set(placed.values()) != {WEIGHTS}:
-            yield f"there are two sets of weights, {WEIGHTS} and those of {INDEX}; take one of them out"
+            yield f"there are two sets of weights, {WEIGHTS} and the files of {INDEX}; take one of them out"
             return
         gone = {name for name in placed.values() if not (folder / name).exists()}
         if gone:

@@ -1,4 +1,4 @@
-"""Loading a policy, or its outline without weights, and refusing models whose numbers would be wrong here."""
+"""Load a policy, or its outline without weights, and refuse models whose log-probabilities would be wrong here."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -30,7 +30,7 @@ def load(
     device: str = "cpu",
     setting: str | None = None,
 ) -> Policy:
-    """Load a policy: full weights from ``folder`` if there are, else the base's with the folder's adapters merged in.
+    """Load a policy: full weights from ``folder`` if it has them, else the base's with the folder's adapters merged in.
 
     Args:
         setting: the setting that names the base, and its value, for messages.
@@ -64,9 +64,9 @@ def outline(
     template_date: str | None = None,
     setting: str | None = None,
 ) -> Policy:
-    """The base model with its tokenizer, its shapes and its settings, but without weights: it takes no memory.
+    """Load the base model without weights: tokenizer, shapes and settings. It takes no memory.
 
-    The weights are checked as far as they are on this machine: those of a name on the hub may not be downloaded yet.
+    The weights are checked if they are on this machine; a model on the hub may not be downloaded yet.
 
     Raises:
         ModelError: there is no usable configuration or tokenizer, or the two disagree; or the weights are not complete.
@@ -83,7 +83,7 @@ def outline(
         make: Any = AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model = make(config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
-        with suppress(OSError):  # without a generation file the settings follow from the configuration
+        with suppress(OSError):  # without this file the generation settings follow from the configuration
             model.generation_config = GenerationConfig.from_pretrained(base, revision=revision or "main")
     policy = Policy(model, tokenizer)
     _belong_together(policy, base)
@@ -110,9 +110,10 @@ def _load_parts(
 
 
 def without_dropout(config: Any) -> Any:
-    """The configuration with every dropout at 0.
+    """Set every dropout of a configuration to 0.
 
-    With dropout the policy is not the reference before the first update, and its steps depend on global chance.
+    With dropout the policy would differ from the reference before the first update, and steps would depend on the
+    global random state.
     """
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
@@ -144,9 +145,9 @@ def _check(policy: Policy, weights: str) -> None:
 
 
 def _check_logits(policy: Policy, ids: list[int]) -> None:
-    """Check that packed hidden states and the head alone give the logits of the model's own forward pass.
+    """Check that packed hidden states and the head give the same logits as the model's forward pass.
 
-    It takes two sequences of four tokens, so that attention across their border would show.
+    Two sequences of four tokens are used, so that attention across their boundary would show.
     """
     model = policy.causal_lm
     config = model.config.get_text_config()
@@ -160,8 +161,8 @@ def _check_logits(policy: Policy, ids: list[int]) -> None:
     kinds = {str(r.get("rope_type")) for r in (rope, *rope.values()) if isinstance(r, dict)} & {"dynamic", "longrope"}
     if kinds:
         raise ModelError(
-            f"model: {type(model).__name__} has rotary positions of type {', '.join(sorted(kinds))}: a sequence's "
-            "depend on the longest one computed with it; it is not supported"
+            f"model: {type(model).__name__} has rotary positions of type {', '.join(sorted(kinds))}, in which a "
+            "sequence's positions depend on the longest one in its batch; it is not supported"
         )
     step = max(len(ids) // 8, 1)
     one, other = ids[:: 2 * step][:4], ids[step :: 2 * step][:4]
@@ -172,7 +173,7 @@ def _check_logits(policy: Policy, ids: list[int]) -> None:
             packed = pack([one[:1], other[:1]], [one[1:], other[1:]]).to(policy.device)
             hidden_NH = policy.hidden(packed, windows=windows)
             ours = policy.head.logits(hidden_NH)
-            model.set_attn_implementation(policy.own_attention)  # what it would do by itself
+            model.set_attn_implementation(policy.own_attention)  # the model's original attention
             alone = [model(input_ids=row, output_hidden_states=True) for row in rows]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"model: {type(model).__name__} cannot run on sequences without padding: {error}") from error
@@ -182,18 +183,18 @@ def _check_logits(policy: Policy, ids: list[int]) -> None:
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
     if window and slides and window not in windows:
         raise ModelError(
-            f"model: {type(model).__name__} does not tell its attention of its window of {window} tokens; it is not "
+            f"model: {type(model).__name__} does not pass its window of {window} tokens to its attention; it is not "
             "supported"
         )
     its = torch.cat([out.logits[0, :-1] for out in alone]).float()
     half = policy.head.weight_VH.dtype is not torch.float32
     if ours.shape == its.shape and torch.allclose(ours, its, rtol=2e-2 if half else 1e-3, atol=5e-2 if half else 1e-3):
         return
-    # Which of the two is it? Its own last hidden states tell.
+    # The model's last hidden states show whether the head or the packing differs.
     own = torch.cat([out.hidden_states[-1][0, :-1] for out in alone])
     if ours.shape == its.shape and torch.allclose(own, hidden_NH, rtol=2e-2, atol=2e-2):
-        what = "does more with its hidden states than its output head and its configuration say"
+        what = "computes logits from its hidden states in another way than by its output head and configuration"
     else:
-        what = "lets sequences without padding see each other, or places them by other positions"
+        what = "attends across sequences that are packed without padding, or uses other positions"
     differ = f"logits differ by up to {float((ours - its).abs().max()):.3g}" if ours.shape == its.shape else "shapes"
     raise ModelError(f"model: {type(model).__name__} {what}: {differ}; it is not supported")

@@ -1,7 +1,6 @@
-"""How a conversation becomes text: the chat template in force, and where the turns' own texts stand in what it renders.
+"""Render conversations by the chat template, and locate the texts of the turns in the result.
 
-All else in a rendering is the template's own. What a template could do to the data without anybody seeing it is refused
-here: leaving a turn out, cutting it, or writing the time of day into it.
+Silent changes of the data by a template are refused: leaving out a turn, cutting it, or writing the present time.
 """
 
 import json
@@ -33,7 +32,7 @@ PRIVATE = (0xF0000, 0x100000)  # characters for private use: two for each turn, 
 
 
 class Span(NamedTuple):
-    """Where the text of a turn stands; ``turn`` is its number."""
+    """The position of a turn's text; ``turn`` is its number."""
 
     turn: int
     start: int
@@ -45,8 +44,8 @@ class Text:
     """A rendering, or a part of one.
 
     Attributes:
-        text: all of it.
-        contents: where the texts of turns stand, without the white space around them.
+        text: the whole text.
+        contents: positions of the texts of turns, without surrounding white space.
     """
 
     text: str
@@ -58,7 +57,7 @@ class Text:
         return Text(self.text[start:end], tuple(span for span in spans if span.start < span.end))
 
     def then(self, text: str) -> "Text":
-        """With text of the template's own behind it."""
+        """Append text of the template."""
         return Text(self.text + text, self.contents)
 
 
@@ -66,11 +65,11 @@ class Rendered(NamedTuple):
     """A conversation with a response, as training text.
 
     Attributes:
-        whole: all of it.
-        at: where the prompt ends, after which a policy samples, and the rest begins: the response and what follows.
-        lead: what the template writes before any response, but not as part of the generation prompt, such as an empty
+        whole: the whole rendering.
+        at: the end of the prompt, after which a policy samples, and the start of the response.
+        lead: text that the template writes before every response but not in the generation prompt, such as an empty
             thought; the prompt ends with it.
-        after: what follows the response's own text.
+        after: the text after the response.
     """
 
     whole: Text
@@ -80,12 +79,12 @@ class Rendered(NamedTuple):
 
     @property
     def prompt(self) -> Text:
-        """What a policy samples after."""
+        """The prompt, after which a policy samples."""
         return self.whole.cut(0, self.at)
 
     @property
     def rest(self) -> Text:
-        """The response, and what follows it."""
+        """The response, and the text after it."""
         return self.whole.cut(self.at, len(self.whole.text))
 
 
@@ -96,13 +95,13 @@ def put_in_force(
     date: str | None = None,
     setting: str = "model",
 ) -> None:
-    """Give a tokenizer its chat template, with the arguments and the date written into it, so that they are saved too.
+    """Set a tokenizer's chat template, with arguments and date written into it, so that they are saved with it.
 
     Args:
         chat_template: overrides the tokenizer's; one that has none gets :data:`PLAIN_TEMPLATE`.
         arguments: variables of the template, such as ``enable_thinking``.
-        date: what the template takes for now, an ISO date or date and time.
-        setting: where the settings stand, for messages.
+        date: the present date for the template, in ISO format, optionally with a time.
+        setting: dotted name of the settings, for messages.
 
     Raises:
         ModelError: the template reads no such variable, or no date, or the date is none.
@@ -136,7 +135,7 @@ def put_in_force(
 
 
 def _literal(value: Any) -> str:
-    """A plain value as Jinja spells it: JSON but for null."""
+    """Write a plain value in Jinja's syntax, which is JSON except for null."""
     if value is None:
         return "none"
     if isinstance(value, Mapping):
@@ -147,7 +146,7 @@ def _literal(value: Any) -> str:
 
 
 def _stop_clock(now: datetime) -> str:
-    """A macro in the place of ``strftime_now``. The line break after it is Jinja's to take away."""
+    """Write a macro that replaces ``strftime_now``. Jinja removes the line break after it."""
     values = {f"%{code}": now.strftime(f"%{code}") for code in string.ascii_letters}
     values |= {f"%-{code}": str(int(now.strftime(f"%{code}"))) for code in "dHIjmMSy"}
     values["%s"] = str(int(now.replace(tzinfo=UTC).timestamp()))  # else it would depend on where the run is
@@ -158,7 +157,7 @@ def _stop_clock(now: datetime) -> str:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str) -> Rendered:
-    """Render a conversation with its response, and part it where a policy would begin.
+    """Render a conversation with its response, and split it where a policy begins to sample.
 
     Raises:
         ModelError: the template cannot render it, loses something of it, or renders the prompt otherwise in training
@@ -186,9 +185,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], resp
 
 
 def _lead(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str) -> str:
-    """What the template writes between the generation prompt and any response.
+    """The text that the template writes between the generation prompt and every response.
 
-    Spaces at its end stay with the response: the first word's token has its space in it, in samples too.
+    Spaces at its end belong to the response: the first word's token includes its space, in samples too.
     """
     whole = render_turns(tokenizer, [*messages, {"role": "assistant", "content": "x"}])
     start = next((s.start for s in whole.contents if s.turn == len(messages) and s.start >= len(prompt)), len(prompt))
@@ -198,11 +197,11 @@ def _lead(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], promp
 def render_turns(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation: bool = False, setting: str = SETTING
 ) -> Text:
-    """Render a conversation, and find the texts of its turns in it.
+    """Render a conversation, and locate the texts of its turns.
 
     Args:
-        generation: whether the beginning of the next turn, the assistant's, is put behind it.
-        setting: what the messages name.
+        generation: whether to append the beginning of the assistant's next turn.
+        setting: the setting that messages name.
 
     Raises:
         ModelError: the template cannot render it, leaves out or changes the text of a turn, or writes something that
@@ -243,7 +242,7 @@ def render_turns(
 
 
 def _marks(marked: str, base: int, turns: int) -> tuple[str, dict[int, list[tuple[int, int]]]]:
-    """A rendering of marked turns without the marks, and from where to where they reach, by each turn that is there."""
+    """Remove the marks from a rendering of marked turns; return it with the spans between marks, by turn."""
     plain: list[str] = []
     at, opened = 0, {}
     found: dict[int, list[tuple[int, int]]] = {}
@@ -263,7 +262,7 @@ def _marks(marked: str, base: int, turns: int) -> tuple[str, dict[int, list[tupl
 
 
 def _find(text: str, core: str, turn: int, marks: Sequence[tuple[int, int]], before: Sequence[Span]) -> list[Span]:
-    """Where a turn's text stands: by its marks; else where it comes after those before it."""
+    """Locate a turn's text by its marks, or else by its first occurrence after the earlier turns."""
     spans = [Span(turn, start, end) for start, end in marks]
     if any(text[span.start : span.end] == core for span in spans):
         return spans

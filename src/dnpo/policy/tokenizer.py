@@ -1,6 +1,6 @@
-"""How a conversation is encoded, and a tokenizer for models trained from scratch.
+"""Encode conversations, and train a tokenizer for models trained from scratch.
 
-Training text and generation text come from one template (``template.py``).
+Training text and generation text come from the same template (``template.py``).
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 
 def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTokenizerBase:
-    """Byte-pair encoding of prompts and human responses; words carry their leading space and digits stand alone."""
+    """Train a byte-pair encoding on prompts and human responses; words include a leading space, digits are single."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -55,17 +55,17 @@ def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTok
 def encode(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str, stop_ids: Sequence[int] = ()
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the rendered prompt, and of the response up to and with the token that ends it.
+    """Token ids of the rendered prompt, and of the response up to and including the token that ends it.
 
-    What the template writes before a response belongs to the prompt. Prompt and response are tokenised together, so
-    that the response's first token is one that follows such a prompt (a SentencePiece tokenizer puts a space before
-    every text). Only where the prompt's tokens are no prefix of the whole's is the response tokenised apart. It is cut
-    after its first stop token, as a sample is, whatever the template puts behind it; where it has none it gets the
-    tokenizer's end of sequence. A prompt begins with the beginning-of-sequence token if the tokenizer puts one before
-    every text. The texts of turns make no control token, whatever they spell (``tokens.py``).
+    The template's text before a response belongs to the prompt. Prompt and response are tokenised together, so the
+    response's first token is one that can follow the prompt (a SentencePiece tokenizer puts a space before every text).
+    The response is tokenised separately only if the prompt's tokens are no prefix of those of the whole. As a sample,
+    the response is cut after its first stop token; without a stop token it gets the tokenizer's end of sequence. A
+    prompt begins with the beginning-of-sequence token if the tokenizer puts one before every text. The texts of turns
+    never become control tokens (``tokens.py``).
 
     Args:
-        stop_ids: tokens that end a sample; the tokenizer's end of sequence always does.
+        stop_ids: tokens that end a sample, in addition to the tokenizer's end of sequence.
 
     Raises:
         ModelError: the template cannot render it, loses something of it, or gives an empty prompt.
@@ -85,9 +85,9 @@ def encode(
 
 
 def human_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int], limit: int) -> Response:
-    """The human response as a row.
+    """Make a row of the human response.
 
-    One over the limit is cut as a sample is, its text too: no end-of-sequence token, and judged by what is left.
+    If it is over the limit, tokens and text are cut as in a sample: without an end-of-sequence token.
     """
     if len(ids) <= limit:
         return Response(prompt.id, HUMAN, prompt.human, ids, len(ids), "eos")

@@ -1,9 +1,9 @@
-"""From text to token ids, so that what comes from the data cannot make a control token.
+"""Tokenise text so that text from the data can never become a control token.
 
-A tokenizer finds its special tokens wherever their text stands, in a question or a response too: there ``<|im_end|>``
-would end a turn, and what follows would be a turn of its own. So a rendering is tokenised as a whole; where a control
-token lies in the text of a turn, the text is parted inside of it and the parts are tokenised apart. Text without any
-has the tokens of the whole.
+A tokenizer recognises its special tokens anywhere, even in a question or a response: there ``<|im_end|>`` would end the
+turn, and a forged turn could follow. So a rendering is first tokenised as a whole. If a control token lies in the text
+of a turn, the text is split inside the token and the parts are tokenised separately. Text without control tokens is not
+split.
 """
 
 import re
@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dnpo.policy.template import Span, Text
 
-ANCHOR = "\n"  # before a part inside a text, since SentencePiece puts a space before what begins one
+ANCHOR = "\n"  # put before a part within a text, since SentencePiece adds a space at the beginning of a text
 TURNS = ("user", "assistant", "user")
 
 
 class Token(NamedTuple):
-    """A token and where its text stands."""
+    """A token and the position of its text."""
 
     id: int
     start: int
@@ -29,16 +29,16 @@ class Token(NamedTuple):
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, stop_ids: Sequence[int] = ()) -> list[int]:
-    """The token ids of a text; no special token is put before or behind it.
+    """The token ids of a text, without special tokens around it.
 
     Args:
-        stop_ids: tokens that end a sample, beside those that the tokenizer calls special.
+        stop_ids: tokens that end a sample, in addition to the tokenizer's special tokens.
     """
     return [token.id for token in _part(tokenizer, text, stop_ids)[1]]
 
 
 def wrap(tokenizer: Any, *texts: str, **options: Any) -> Any:
-    """What a tokenizer makes of a text, or of a pair, with the special tokens that it puts around them and no other."""
+    """Tokenise a text or a pair, with the special tokens that the tokenizer puts around it but none within it."""
     cuts = [_part(tokenizer, Text(text, (Span(0, 0, len(text)),)), ())[0] for text in texts]
     if not any(cuts):
         return tokenizer(*texts, **options)
@@ -47,13 +47,13 @@ def wrap(tokenizer: Any, *texts: str, **options: Any) -> Any:
 
 
 def control_texts(tokenizer: PreTrainedTokenizerBase, text: Text, stop_ids: Sequence[int] = ()) -> list[str]:
-    """What stands in the texts of turns and would be a control token by itself."""
+    """The strings in the texts of turns that would become control tokens."""
     tokens = list(_tokens(tokenizer, text.text, set()))
     return [text.text[token.start : token.end] for token in _made(tokenizer, text, tokens, stop_ids)]
 
 
 def _part(tokenizer: Any, text: Text, stop_ids: Sequence[int]) -> tuple[set[int], list[Token]]:
-    """Where a text has to be parted, and its tokens then."""
+    """The positions at which a text must be split, and the resulting tokens."""
     cuts: set[int] = set()
     while True:
         tokens = list(_tokens(tokenizer, text.text, cuts))
@@ -64,7 +64,7 @@ def _part(tokenizer: Any, text: Text, stop_ids: Sequence[int]) -> tuple[set[int]
 
 
 def begin(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Token ids with the beginning-of-sequence token before them, if the tokenizer puts one before every text."""
+    """Prepend the beginning-of-sequence token, if the tokenizer puts one before every text."""
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:1] != [bos] and list(tokenizer("")["input_ids"])[:1] == [bos]:
         return [bos, *ids]
@@ -72,9 +72,9 @@ def begin(tokenizer: Any, ids: list[int]) -> list[int]:
 
 
 def _made(tokenizer: Any, text: Text, tokens: Sequence[Token], stop_ids: Sequence[int]) -> Iterator[Token]:
-    """The control tokens that lie in the texts of turns, wholly or in part, without white space around them."""
+    """The control tokens that overlap the texts of turns, without surrounding white space."""
     control = _control(tokenizer, str(tokenizer.chat_template), len(tokenizer), tuple(stop_ids))
-    if not tokenizer.is_fast:  # it does not say where its tokens stand
+    if not tokenizer.is_fast:  # it does not give the positions of its tokens
         tokens = list(_spelled(text, control))
     for token in tokens:
         if token.id not in control:
@@ -90,7 +90,7 @@ def _made(tokenizer: Any, text: Text, tokens: Sequence[Token], stop_ids: Sequenc
 
 
 def _spelled(text: Text, control: Mapping[int, str]) -> Iterator[Token]:
-    """The texts of control tokens in the texts of turns, of two that overlap the longer one or the first."""
+    """The texts of control tokens in the texts of turns; if two overlap, the longer one, or else the first."""
     longest_first = sorted(control, key=lambda i: -len(control[i]))
     ids = {control[i]: i for i in reversed(longest_first)}
     pattern = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or "(?!)")
@@ -101,10 +101,10 @@ def _spelled(text: Text, control: Mapping[int, str]) -> Iterator[Token]:
 
 @lru_cache(maxsize=8)
 def _control(tokenizer: Any, template: str, size: int, stop_ids: tuple[int, ...]) -> Mapping[int, str]:
-    """Texts of the tokens that are special, end a sample, or are written by the template around turns; by id.
+    """The texts of tokens that are special, end a sample, or are written by the template around turns; by id.
 
     Args:
-        template, size: what else it depends on: the tokenizer's template and its number of tokens.
+        template, size: the tokenizer's template and number of tokens, so that cached results are distinguished.
     """
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -122,7 +122,7 @@ def _control(tokenizer: Any, template: str, size: int, stop_ids: tuple[int, ...]
 
 
 def _tokens(tokenizer: Any, text: str, cuts: set[int]) -> Iterator[Token]:
-    """The tokens of a text that is parted at some places."""
+    """The tokens of a text that is split at some positions."""
     for start, end in pairwise([0, *sorted(cuts), len(text)]):
         piece = text[start:end]
         if start == 0:

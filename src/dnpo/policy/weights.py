@@ -1,4 +1,4 @@
-"""Models that judge on this machine: where they are, and how they are identified."""
+"""Locate and identify models that judge on this machine."""
 
 import json
 import re
@@ -18,8 +18,8 @@ class Weights:
 
     Args:
         path: the folder.
-        name: on the hub, with ``revision``: a commit, branch or tag; None takes the newest.
-        setting: where the settings stand, such as ``judge``.
+        name: name on the hub, with ``revision``: a commit, branch or tag; None takes the newest.
+        setting: dotted name of the settings, such as ``judge``.
         marker: a file that the folder must have.
 
     Raises:
@@ -57,14 +57,14 @@ class Weights:
 
     @cached_property
     def identity(self) -> str:
-        """What decides the weights: a hash of the folder's contents, or name and commit on the hub; never a path."""
+        """The values that decide the weights: a hash of the folder's contents, or name and commit on the hub."""
         return content_hash(self.folder) if self.folder is not None else f"{self.name}@{self._commit}"
 
     @property
     def label(self) -> str:
-        """A short identity for people: what kind of model, and the beginning of its hash or its commit."""
+        """A short identity for people: the kind of model, and the beginning of its hash or commit."""
         if self.folder is None:
-            # a tag is the whole of it: the first letters of two could be the same
+            # a tag is given in full, since two can begin with the same letters
             commit = self._commit[:12] if re.fullmatch("[0-9a-f]{40}", self._commit) else self._commit
             return f"{self.name}@{commit}"
         try:
@@ -76,15 +76,15 @@ class Weights:
 
     @cached_property
     def _commit(self) -> str:
-        """The commit that is read, whatever the revision points to later."""
+        """The commit that the revision points to now."""
         from httpx2 import HTTPError
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
             return str(HfApi().model_info(str(self.name), revision=self.revision).sha)
-        except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # ValueError: this can be no name on the hub
-            if self.revision is not None:  # offline, but pinned: what is in the cache will do
+        except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # ValueError: not a valid name on the hub
+            if self.revision is not None:  # offline, but pinned: the cache is sufficient
                 return self.revision
             prefix = "" if self.setting == "base" else f"{self.setting}."
             raise ModelError(
@@ -132,7 +132,7 @@ class Weights:
             weights are quantised.
 
         Raises:
-            ModelError: the files are not those of such a model, or their quantisation cannot run here.
+            ModelError: the files do not belong to such a model, or their quantisation cannot run here.
         """
         from dnpo.policy.complete import check_quantisation, outline_complete
 
@@ -147,7 +147,7 @@ class Weights:
         return outline_complete(kind, where, self.description, files=files, revision=revision, **options)
 
     def object_to(self, kind: Any, **options: Any) -> str | None:
-        """Why the model cannot be used, by its files; None where nothing speaks against them."""
+        """Why the model's files cannot be used; None if they can."""
         try:
             self.outline(kind, **options)
         except ModelError as error:
@@ -156,7 +156,7 @@ class Weights:
 
 
 def context_of(model: Any, tokenizer: Any) -> int | None:
-    """Tokens that a model can read at once; None where nothing says so."""
+    """The maximum number of tokens that a model can read; None if unknown."""
     config = model.config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
     # a tokenizer without a limit has an astronomical one
