@@ -690,6 +690,19 @@ def test_gate_of_a_pretrained_model(local: Path, tmp_path: Path) -> None:
     assert not [f for f in found.values() if f.level == "stop"]
 
 
+def test_gate_of_a_template_with_arguments(local: Path, tmp_path: Path) -> None:
+    """Given as on the command line; names that nothing reads are named."""
+    reads = AutoTokenizer.from_pretrained(local)
+    reads.chat_template = "{{ greeting }}" + TEMPLATE
+    reads.save_pretrained(local)
+    given = "model.template_arguments={greeting: 'Hi', NAME: [1, null]}"
+    found = of_model(local, tmp_path, given.replace("NAME", "nothing"))
+    fires(found["model"], "stop", "model.template_arguments.nothing: the chat template reads no variable")
+    found = of_model(local, tmp_path, given.replace(", NAME: [1, null]", ""))
+    fires(found["template"], "pass")
+    fires(of_model(local, tmp_path, "model.template_date=2026-01-31")["model"], "stop", "does not read the clock")
+
+
 def test_gate_finds_what_is_wrong_with_a_model(local: Path, tmp_path: Path) -> None:
     settings = json.loads((local / "generation_config.json").read_text())
     (local / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 5}))

@@ -1,5 +1,6 @@
 """The stage of prompts: what is too long, in tokens; what was removed; and what of it is in the stage's key."""
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 
 from dnpo.data.files import JsonLines
 from dnpo.data.tinyworld import TinyWorld
-from dnpo.errors import DataError
+from dnpo.errors import DataError, ModelError
 from dnpo.records import Prompt, Response, read
 from dnpo.stages.verbs import prepare
 from dnpo.store import Stage
@@ -36,7 +37,7 @@ class Model:
 
 
 def stage(world: World, data: Any) -> Stage:
-    run: Any = SimpleNamespace(data=data, model=Model(world), limit=data.max_response_tokens, sft_rows=0)
+    run: Any = SimpleNamespace(data=data, model=Model(world), limit=data.max_response_tokens, sft_rows=0, device="cpu")
     return prepare(run, None)
 
 
@@ -60,6 +61,15 @@ def source(file: Path, **settings: Any) -> JsonLines:
     return JsonLines(
         path=str(file), near_duplicates=0.0, **{"max_prompt_tokens": 60, "max_response_tokens": 40} | settings
     )
+
+
+def test_row_that_a_template_cuts_is_named(world: World, file: Path, tmp_path: Path, report: Report) -> None:
+    """Every row is looked at, while the gate looks at some."""
+    cuts = copy.deepcopy(world.tokenizer)
+    cuts.chat_template = cuts.chat_template.replace("message['content']", "message['content'][:40]")
+    data = source(file)
+    with pytest.raises(ModelError, match=r"row r\d+ of \w+: model\.chat_template: leaves out .* turn"):
+        stage(world._replace(tokenizer=cuts), data).work(tmp_path, {}, report)
 
 
 @pytest.mark.parametrize("way", ["cut", "drop"])

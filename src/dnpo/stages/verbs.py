@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnpo import dsl
-from dnpo.errors import DataError, Declined, DnpoError, SettingsError
+from dnpo.errors import DataError, Declined, DnpoError, ModelError, SettingsError
 from dnpo.judges import judge_responses, tally
 from dnpo.optimise.parts import MatchedOffset
 from dnpo.policy.base import describe_saved
@@ -89,7 +89,10 @@ def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: 
     prompts, human = [], []
     too_long = over = 0
     for row in rows:
-        prompt_ids, ids = encode(policy.tokenizer, row.messages, row.human, policy.stop_ids)
+        try:
+            prompt_ids, ids = encode(policy.tokenizer, row.messages, row.human, policy.stop_ids)
+        except ModelError as error:
+            raise ModelError(f"row {row.id} of {split}: {error}") from error
         report.advance()
         if len(prompt_ids) > longest:
             too_long += 1
