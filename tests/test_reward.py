@@ -301,7 +301,7 @@ def test_the_middle_half_has_25_to_75_points() -> None:
     center, scale = spread([float(i) for i in range(101)])
     assert (center, scale) == (50.0, pytest.approx(25 / math.log(3)))
     assert [points(r, center, scale) for r in (25.0, 50.0, 75.0)] == pytest.approx([25.0, 50.0, 75.0])
-    with pytest.raises(ModelError, match="everything alike"):
+    with pytest.raises(ModelError, match="same reward"):
         spread([1.0] * 8)
 
 
@@ -346,7 +346,7 @@ def test_fit_and_judge(world: World, tmp_path: Path, kind: str, capsys: pytest.C
     train = {hash_conversation(p.messages) for p in data.read()[0]}
     assert judges[0].prompts_seen == train
     assert judges[0].canary(Ledger(tmp_path / "none")).scored
-    with pytest.raises(ModelError, match=r"out=.*something already"):
+    with pytest.raises(ModelError, match=r"out=.*exists already"):
         fit(data, base=str(tmp_path), out=str(folders[0]), device="cpu")
 
 
@@ -376,7 +376,7 @@ def test_the_command(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("fit", *given[1:4], "lr=-1"): "lr=-1",
         ("fit", *given[1:4], "kind=tree"): "kind='tree'",
         ("fit", given[1], "base=no/such/folder", "out=y"): "base=no/such/folder: there is no such folder",
-        ("fit", *given[1:4]): "out=out: there is something already",
+        ("fit", *given[1:4]): "out=out: exists already",
         ("fit", *given[1:3], "out=y", "data.path=no.jsonl"): "data.path=no.jsonl: No such file",
     }
     for arguments, message in wrong.items():

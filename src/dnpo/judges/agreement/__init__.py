@@ -1,7 +1,7 @@
-"""Can this judge be trusted? Compare its verdicts with people's.
+"""Compare a judge's verdicts with people's.
 
-What rows look like stands in ``rows.py``, what is measured in ``stats.py``. ``dnpo.stages.agreement`` keeps verdicts
-and measures in the store.
+``rows.py`` defines the rows, ``stats.py`` the measures. ``dnpo.stages.agreement`` keeps verdicts and measures in the
+store.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ OTHER = policy_source(0)  # the source of ``b``, as judges that compare expect i
 
 
 def judge_both(judge: Judge, rows: Sequence[LabelledRow], ledger: Ledger, report: Report) -> list[Verdict]:
-    """Judge both responses of every row: first all ``a``, as the human ones, then all ``b``.
+    """Judge both responses of every row: first all ``a``, in place of human ones, then all ``b``.
 
     Raises:
-        JudgeError: too many have no score.
+        JudgeError: too many responses lack a score.
     """
     prompts = [row.prompt for row in rows]
     first = [Response(p.id, HUMAN, p.human, [], 0, "eos") for p in prompts]
@@ -50,16 +50,16 @@ def judge_both(judge: Judge, rows: Sequence[LabelledRow], ledger: Ledger, report
 def compare(
     rows: Sequence[LabelledRow], verdicts: Sequence[Verdict], pairwise: bool, resamples: int, seed: int
 ) -> tuple[dict[str, Any], list[float]]:
-    """Measures and counts from rows and the verdicts on them, and the points that a histogram shows.
+    """Compute measures and counts from rows and the verdicts on them, and the points for a histogram.
 
-    The mode is ``score`` where every response is scored by itself, ``pairwise`` where two are compared in both
-    orders, and ``relative`` where one is scored against the other and orders are not known (ensembles and
-    majorities of judges that compare). Points are the scores, the differences between orders, or the scores of ``b``.
+    The mode is ``score`` if single responses are scored, ``pairwise`` if two are compared in both orders, and
+    ``relative`` if one is scored against the other without known orders (ensembles and majorities of judges that
+    compare). The points are scores, differences between orders, or scores of ``b``, respectively.
 
-    A row counts as unscored if one of its responses is: it is left out, and counted by reason.
+    A row is left out, and counted by reason, if one of its responses lacks a score.
 
     Args:
-        pairwise: whether a verdict's disagreement is that between two orders.
+        pairwise: whether a verdict's disagreement is the difference between two orders.
 
     Raises:
         JudgeError: no row is left.
@@ -78,11 +78,11 @@ def compare(
         ((reason, count),) = reasons.most_common(1)
         raise JudgeError(
             f"judge: none of the {len(rows):,} rows has a verdict, so there is nothing to compare; most often "
-            f"({count:,} ×): {reason}. Put that right, or choose another judge"
+            f"({count:,} ×): {reason}. Correct that, or choose another judge"
         )
     scores = np.array([[a, b] for _, a, b, _ in scored])
     both = np.array([orders(b, apart) for _, _, b, apart in scored])
-    # A judge that compares gives the first response 50, so that always the higher score is the better response.
+    # A judge that compares gives the first response 50, so in all modes the better response has the higher score.
     against = bool((scores[:, 0] == 50.0).all() and (scores[:, 1] != 50.0).any())
     mode = "pairwise" if pairwise else "relative" if against else "score"
     judged = Judged(
@@ -95,7 +95,7 @@ def compare(
     )
     found = estimates(measures(judged), len(scored), resamples, seed)
     if mode == "score":
-        # Without intervals: resampling repeats scores, which lowers both for any judge.
+        # No intervals: resampling repeats scores, which lowers both measures for any judge.
         found["entropy"] = AgreementEstimate(entropy(scores), rows=len(scored))
         found["distinct"] = AgreementEstimate(float(distinct(scores)), rows=len(scored))
     facts = {
@@ -119,7 +119,7 @@ def _longer(row: LabelledRow) -> int:
 
 
 def sentence(entry: Mapping[str, Any]) -> str:
-    """One entry of :func:`dnpo.stages.agreement.read_agreement` in words."""
+    """Describe an entry of :func:`dnpo.stages.agreement.read_agreement` in a sentence."""
     accuracy = entry["accuracy"]
     if accuracy["value"] is None:
         return f"agreement on {entry['data']} is unknown: {accuracy['reason']}"

@@ -1,4 +1,4 @@
-"""A judge's agreement with people, as a picture."""
+"""Draw a judge's agreement with people."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,16 @@ from dnpo.judges.agreement.stats import multiples
 from dnpo.judges.agreement.table import format_value, title
 from dnpo.palette import CHANCE, GRID, JUDGE, PEOPLE, ROUND_SCORES
 
-Row = tuple[str, str, str, float | None]  # measure, words, colour, what chance gives
+Row = tuple[str, str, str, float | None]  # measure, label, colour, level of chance
 
 
 def draw(found: Mapping[str, Any], points: Sequence[float], path: Path) -> None:
-    """Agreement, length bias, and scores or differences between the orders, with their intervals.
+    """Draw agreement, length bias, and scores or differences between the orders, with intervals.
 
     Args:
-        found: what ``agreement.json`` holds.
-        points: see :func:`~dnpo.judges.agreement.compared`.
-        path: the picture to write; its ending says in which format.
+        found: the content of ``agreement.json``.
+        points: the points of :func:`~dnpo.judges.agreement.compare`.
+        path: the file to write; its suffix decides the format.
     """
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
@@ -65,7 +65,7 @@ def draw(found: Mapping[str, Any], points: Sequence[float], path: Path) -> None:
 
 
 def _rows(axis: Axes, measures: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """A line a measure: a dot with its interval, what chance gives, and the number to its right."""
+    """Draw a line for each measure: a dot with its interval, the level of chance, and the number on the right."""
     rows = [row for row in rows if measures[row[0]]["value"] is not None]
     for place, (name, _, colour, chance) in enumerate(rows):
         estimate = measures[name]
@@ -89,7 +89,7 @@ def _rows(axis: Axes, measures: Mapping[str, Any], rows: Sequence[Row]) -> None:
 
 
 def _scores(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) -> None:
-    """How often each score is given, in whole points; multiples of 5 stand out where they do."""
+    """Draw a histogram of scores in whole points, with multiples of 5 highlighted."""
     scores = np.array(points)
     edges = np.arange(-0.5, 101.5).tolist()
     axis.hist(scores, bins=edges, color=JUDGE, label="other scores")
@@ -105,7 +105,7 @@ def _scores(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) ->
 
 
 def _orders(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) -> None:
-    """How far the two orders of the same comparison are apart."""
+    """Draw a histogram of the differences between the two orders of a comparison."""
     axis.hist(points, bins=np.arange(0.0, 105.0, 5.0).tolist(), color=JUDGE)
     flips = format_value(measures["flips"]["value"], metric("agreement/flips"))
     axis.set_title(f"Order: the verdict changes with it\nin {flips} of the rows", fontsize=10)
@@ -115,7 +115,7 @@ def _orders(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) ->
 
 
 def _relative(axis: Axes, measures: Mapping[str, Any], points: Sequence[float]) -> None:
-    """How one response does against the other."""
+    """Draw a histogram of scores of one response against the other."""
     axis.hist(points, bins=np.arange(0.0, 105.0, 5.0).tolist(), color=JUDGE)
     axis.axvline(50, color=CHANCE, linestyle=(0, (2, 1.5)), linewidth=1.4)
     axis.set_title("Scores of B against A\n", fontsize=10)
@@ -133,5 +133,5 @@ def _legend(found: Mapping[str, Any]) -> str:
     count = found["rows"] - found["unscored"]
     return (
         f"Dots: {count:,} rows; bars: 95 % bootstrap intervals. Circles: the judge; diamonds: people "
-        "alone; dashed: chance."
+        "only; dashed: chance."
     )

@@ -1,7 +1,7 @@
-"""How far a judge agrees with people, in numbers. Nothing here knows of judges, files or figures.
+"""Measures of a judge's agreement with people, as functions of arrays.
 
-Every measure is a function of weights: how often each row counts in each of several samples. All ones give the measure
-itself, and multinomial draws its bootstrap, with one matrix product for all resamples.
+Every measure is a function of weights, the number of times that each row occurs in each of several samples. Weights of
+1 give the measure itself, and multinomial draws its bootstrap, with one matrix product for all resamples.
 
 Shapes: S samples, R rows, V persons, C categories, N responses.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 CATEGORIES = ("A", "B", "tie")
 A, B, TIE = range(3)
 TOLERANCE = 1e-9  # points; scores are sums of a few floats
-BATCH = 4_000_000  # weights at once: 32 MB
+BATCH = 4_000_000  # weights in a batch: 32 MB
 
 Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -24,12 +24,12 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class AgreementMeasure:
-    """A number that rows add up to.
+    """A measure over rows.
 
     Attributes:
-        of: weights (S × R) to values (S); NaN where the measure is not defined.
-        rows: how many it is about.
-        undefined: the reason to report where the measure is not defined.
+        of: computes values (S) from weights (S × R); NaN where the measure is not defined.
+        rows: number of rows that it uses.
+        undefined: the reason to report if the measure is not defined.
     """
 
     of: Callable[[Array], Array]
@@ -39,7 +39,7 @@ class AgreementMeasure:
 
 @dataclass(frozen=True)
 class AgreementEstimate:
-    """A measure with its 95 % interval; what cannot be computed is None, and ``reason`` says why."""
+    """A measure with its 95 % interval; numbers that cannot be computed are None, with the ``reason``."""
 
     value: float | None
     low: float | None = None
@@ -52,7 +52,7 @@ class AgreementEstimate:
 
 
 def absent(reason: str) -> AgreementMeasure:
-    """What cannot be measured, and why."""
+    """A measure that is not defined, for this reason."""
     return AgreementMeasure(lambda w_SR: np.full(len(w_SR), np.nan), 0, reason)
 
 
@@ -63,15 +63,15 @@ def ratio(over_R: Any, under_R: Any, undefined: str) -> AgreementMeasure:
 
 
 def share(hit_R: Any, among_R: Any, undefined: str) -> AgreementMeasure:
-    """The share of hits (between 0 and 1 a row) among some of the rows."""
+    """The share of hits (0 to 1 for each row) among some of the rows."""
     return ratio(np.where(among_R, hit_R, 0.0), among_R, undefined)
 
 
 def cohen(one_R: Labels, other_R: Labels) -> AgreementMeasure:
     """Cohen's κ = (p_o − p_e) / (1 − p_e) of two raters (Cohen 1960, equation 1).
 
-    p_o is the share of rows in which they agree, p_e the share in which they would if each drew from the categories as
-    often as it uses them. Not defined where both use one and the same category only (p_e = 1).
+    p_o is the share of rows in which they agree, p_e the expected share if each drew categories independently with its
+    own frequencies. Not defined if both use only one and the same category (p_e = 1).
     """
     joint = (_one_hot(one_R)[:, :, None] * _one_hot(other_R)[:, None, :]).reshape(len(one_R), -1)
     count = len(CATEGORIES)
@@ -81,21 +81,21 @@ def cohen(one_R: Labels, other_R: Labels) -> AgreementMeasure:
         rows_S = joint_SCC.sum((1, 2))
         agreed_S = np.einsum("scc->s", joint_SCC)
         expected_S = (joint_SCC.sum(1) * joint_SCC.sum(2)).sum(1)
-        # times rows²: whole numbers, so that 1 − p_e is exactly 0 where it is 0
+        # times rows²: whole numbers, so that 1 − p_e is exactly 0 where it must be
         return _divide(rows_S * agreed_S - expected_S, rows_S**2 - expected_S)
 
-    return AgreementMeasure(of, len(one_R), "both use one and the same category only, so chance explains all of it")
+    return AgreementMeasure(of, len(one_R), "both use only one and the same category, so chance explains everything")
 
 
 def fleiss(votes_RV: Labels) -> AgreementMeasure:
     """Fleiss' κ = (P̄ − P̄_e) / (1 − P̄_e) of several raters (Fleiss 1971, equations 1 to 7).
 
     P̄ is the share of agreeing pairs of raters, averaged over rows; P̄_e the sum of squared shares of the categories.
-    Not defined where all use one category only.
+    Not defined if all use only one category.
     """
     persons = votes_RV.shape[1]
     counts_RC = _one_hot(votes_RV).sum(1)
-    agreeing_R = (counts_RC**2).sum(1) - persons  # ordered pairs of persons who say the same
+    agreeing_R = (counts_RC**2).sum(1) - persons  # ordered pairs of persons who agree
 
     def of(w_SR: Array) -> Array:
         said_S = w_SR.sum(1) * persons
@@ -103,17 +103,17 @@ def fleiss(votes_RV: Labels) -> AgreementMeasure:
         observed_S = _divide((w_SR @ agreeing_R) * said_S, np.full(len(w_SR), persons - 1.0))
         return _divide(observed_S - expected_S, said_S**2 - expected_S)
 
-    return AgreementMeasure(of, len(votes_RV), "everybody uses one category only, so chance explains all of it")
+    return AgreementMeasure(of, len(votes_RV), "everybody uses only one category, so chance explains everything")
 
 
 def mean(measures: Sequence[AgreementMeasure]) -> AgreementMeasure:
-    """The mean of several; defined where all of them are."""
+    """The mean of several measures; defined where all of them are."""
     first = measures[0]
     return AgreementMeasure(lambda w_SR: np.mean([m.of(w_SR) for m in measures], axis=0), first.rows, first.undefined)
 
 
 def difference(one: AgreementMeasure, other: AgreementMeasure) -> AgreementMeasure:
-    """One less the other, in the same samples."""
+    """One measure minus the other, in the same samples."""
     reason = f"{one.undefined}, or {other.undefined}"
     return AgreementMeasure(lambda w_SR: one.of(w_SR) - other.of(w_SR), min(one.rows, other.rows), reason)
 
@@ -133,15 +133,15 @@ def _divide(over: Array, under: Array) -> Array:
 
 @dataclass(frozen=True)
 class Judged:
-    """Rows that people and a judge have judged.
+    """Rows judged by people and by a judge.
 
     Attributes:
         judge_R, label_R: categories.
-        votes_RV: categories by person; no columns where only the label is known.
-        longer_R: the longer response, ``TIE`` where they are equally long.
-        scores_RN: scores of both responses, for a judge that scores one at a time.
-        orders_RN: for a judge that compares, its score of ``b`` in both orders, the lower first; NaN where it was not
-            asked because the responses are the same word for word.
+        votes_RV: categories by person; no columns if only the label is known.
+        longer_R: the longer response; ``TIE`` if they are equally long.
+        scores_RN: scores of both responses, for a judge that scores single responses.
+        orders_RN: for a judge that compares, its scores of ``b`` in both orders, the lower first; NaN where it was not
+            asked because the responses are identical.
     """
 
     judge_R: Labels
@@ -159,13 +159,13 @@ def preference(score_a: float, score_b: float) -> int:
 
 
 def orders(score: float, disagreement: float | None) -> tuple[float, float]:
-    """A comparison's scores in its two orders, the lower first, from their mean and their distance."""
+    """The scores of a comparison in its two orders, the lower first, from their mean and difference."""
     half = np.nan if disagreement is None else disagreement / 2
     return score - half, score + half
 
 
 def measures(rows: Judged) -> dict[str, AgreementMeasure]:
-    """Everything that is measured, by name."""
+    """All measures by name."""
     judge, label, longer = rows.judge_R, rows.label_R, rows.longer_R
     everywhere, decided, prefers, unequal = label >= 0, judge != TIE, label != TIE, longer != TIE
     none_right, none_there = "people have no preference in any row", "there are no rows"
@@ -202,7 +202,7 @@ def _with_persons(judge_R: Labels, votes_RV: Labels) -> dict[str, AgreementMeasu
 
 
 def _of_orders(orders_RN: Array | None) -> dict[str, AgreementMeasure]:
-    """How often the order of two responses decides: any change of the verdict, and changes to the other side."""
+    """How often the verdict depends on the order: any change of the verdict, and reversals."""
     if orders_RN is None:
         no = absent("not applicable: nothing is compared in two orders")
         return {"flips": no, "reversals": no}
@@ -217,7 +217,7 @@ def _of_orders(orders_RN: Array | None) -> dict[str, AgreementMeasure]:
 
 
 def _of_scores(scores_RN: Array | None) -> dict[str, AgreementMeasure]:
-    """Shares of round scores. Among whole numbers from 0 to 100 chance makes 21/101 multiples of 5, 11/101 of 10."""
+    """Shares of round scores. Among whole numbers from 0 to 100, 21/101 are multiples of 5 and 11/101 of 10."""
     if scores_RN is None:
         no = absent("not applicable: no scores of single responses")
         return {"multiples_of_5": no, "multiples_of_10": no}
@@ -232,14 +232,14 @@ def multiples(scores: Array, of: int) -> npt.NDArray[np.bool_]:
 
 
 def entropy(scores_N: Array) -> float:
-    """Shannon entropy in bits of scores rounded to whole numbers; log2(101) ≈ 6.66 if all 101 are used alike."""
+    """Shannon entropy in bits of scores rounded to whole numbers; log2(101) ≈ 6.66 if all 101 are equally frequent."""
     from scipy.stats import entropy as shannon
 
     return float(shannon(np.unique(np.rint(scores_N), return_counts=True)[1], base=2))
 
 
 def distinct(scores_N: Array) -> int:
-    """How many different scores there are."""
+    """The number of different scores."""
     return len(np.unique(np.round(scores_N, 9)))
 
 
@@ -249,10 +249,10 @@ def distinct(scores_N: Array) -> int:
 def estimates(
     measures: Mapping[str, AgreementMeasure], rows: int, resamples: int, seed: int, level: float = 0.95
 ) -> dict[str, AgreementEstimate]:
-    """Every measure with the percentile interval of its bootstrap over rows (Efron 1979); all share their resamples.
+    """Estimate every measure with a percentile bootstrap interval over rows (Efron 1979), on the same resamples.
 
-    Where a measure is not defined in some resamples, the interval is over the others, and there is none if these are
-    fewer than 95 % of all.
+    If a measure is not defined in some resamples, the interval uses the others; with fewer than 95 % of all there is
+    none.
     """
     rng = np.random.default_rng(seed)
     size = max(BATCH // rows, 1)

@@ -1,4 +1,4 @@
-"""A judge's agreement with people, as a table on the console, in Markdown and as metrics."""
+"""Show a judge's agreement with people: as a table on the console, in Markdown, and as metrics."""
 
 import math
 from collections.abc import Mapping
@@ -10,14 +10,14 @@ from dnpo.catalogue import Metric, metric
 
 
 class MeasureLine(NamedTuple):
-    """One measure, and what to read it against."""
+    """A measure, and a note to compare it with."""
 
     name: str
     note: str = ""
 
     @property
     def metric(self) -> Metric:
-        """How it is shown."""
+        """Its entry in the catalogue."""
         return metric(f"agreement/{self.name}")
 
 
@@ -47,12 +47,12 @@ LINES = (
 
 
 def format_value(value: float | None, metric: Metric) -> str:
-    """A number as people read it; – where there is none."""
+    """Format a number; – if there is none."""
     return "–" if value is None else metric.format_with_unit(value, signed=metric.unit == "pp")
 
 
 def cells(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Rows of the table: measure, value, interval, number of rows, what to read it against or why there is none."""
+    """The rows of the table: measure, value, interval, number of rows, and a note, or why there is no value."""
     rows = []
     for line in LINES:
         estimate = found["measures"].get(line.name)
@@ -70,12 +70,12 @@ def cells(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
 
 
 def title(found: Mapping[str, Any]) -> str:
-    """Which judge, and which rows."""
+    """The judge and the rows, as a title."""
     return f"{found['judge']} against people, {found['data']}"
 
 
 def notes(found: Mapping[str, Any]) -> list[str]:
-    """Lines under the table."""
+    """The lines below the table."""
     labels, verdicts = (
         ", ".join(f"{count:,} × {name}" for name, count in found[whose].items()) for whose in ("labels", "verdicts")
     )
@@ -90,7 +90,7 @@ HEADINGS = ("measure", "value", "95 % interval", "rows", "read it against")
 
 
 def table(found: Mapping[str, Any]) -> Table:
-    """For the console."""
+    """Build the table for the console."""
     view = Table(title=title(found), title_justify="left", header_style="bold", pad_edge=False, box=None)
     for heading in HEADINGS:
         right = heading in ("value", "95 % interval", "rows")
@@ -101,14 +101,14 @@ def table(found: Mapping[str, Any]) -> Table:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The same for a page."""
+    """Write the table as a page of Markdown."""
     lines = [f"# {title(found)}", "", f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | ---: | --- |"]
     lines += [f"| {' | '.join(row)} |" for row in cells(found)]
     return "\n".join([*lines, "", *notes(found), "", "![The same as a figure](agreement.png)", ""])
 
 
 def numbers(found: Mapping[str, Any]) -> dict[str, float]:
-    """What is tracked: every measure there is, with the ends of its interval."""
+    """The metrics to track: every defined measure, with the ends of its interval."""
     counts = {"agreement/rows": float(found["rows"]), "agreement/unscored": float(found["unscored"])}
     for name, estimate in found["measures"].items():
         for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):

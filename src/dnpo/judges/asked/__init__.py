@@ -1,1 +1,1 @@
-"""Judges that are asked in words, and the ledger of their answers."""
+"""Language models as judges, and the ledger of their answers."""

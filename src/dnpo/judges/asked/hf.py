@@ -1,7 +1,7 @@
-"""A judge that is a language model on this machine, asked the same questions as one by API.
+"""A language model on this machine as judge, asked the same questions as a judge by API.
 
-Nothing is sampled and no reply is read: the score is the expected value of the number that the model would write, and
-a comparison P(A) / (P(A) + P(B)), both from the exact probabilities of these replies (``replies.py``).
+Nothing is sampled. The score is the expected value of the number that the model would write, and the result of a
+comparison is P(A) / (P(A) + P(B)), both computed from the exact probabilities of these replies (``replies.py``).
 """
 
 import time
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
     from dnpo.judges.asked.replies import Replies
 
 NUMBERS = [str(number) for number in range(101)]
-WINNERS = ["A", "B", "TIE"]  # the third counts for the mass alone
-POLL = 0.5  # seconds between two looks at what another run is asking
+WINNERS = ["A", "B", "TIE"]  # the third counts only for the total probability
+POLL = 0.5  # seconds between checks of questions that another run is asking
 
 
 @dataclass(frozen=True, kw_only=True)
 class HF(Prompted):
     """A causal language model of transformers as judge.
 
-    The model is loaded when it is asked and let go afterwards, so that it takes no memory from the training.
+    The model is loaded when it is asked and released afterwards, so that it takes no memory from training.
 
     Args:
         path: a folder with ``config.json``, safetensors weights and a tokenizer; or
         name: a name on the hub, with ``revision``. Exactly one of the two.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
         template: a file with the question; null takes the shipped one for the mode.
-        template_date: what a chat template that reads the clock takes for now, such as ``2026-01-31``.
-        min_mass: least total probability of the replies that were asked for. Below it the model does not follow the
-            instruction, its numbers say little, and the question fails.
-        dtype: of the weights. bfloat16 takes half the memory, and its scores depend a little on the batch.
+        template_date: the current date for a chat template that reads the clock, such as ``2026-01-31``.
+        min_mass: minimum total probability of the replies that the question asks for. Below it the model does not
+            follow the instruction, so its numbers mean little, and the question fails.
+        dtype: type of the weights. bfloat16 takes half the memory, and scores depend slightly on the batch.
         device: ``auto`` is the GPU if there is one, as for the policy.
-        batch_size: questions read at once; it changes nothing but speed and memory. The keys and values of each are
-            held about a dozen times where numbers take several tokens.
-        max_unscored: share of responses that may stay without a score.
+        batch_size: questions in a batch; changes only speed and memory. If numbers take several tokens, the keys and
+            values of each question are kept about a dozen times.
+        max_unscored: share of responses that may lack a score.
 
     Raises:
         ModelError: there is no such folder, or not exactly one of ``path`` and ``name`` is given.
@@ -74,7 +74,7 @@ class HF(Prompted):
     @property
     def kind(self) -> str:
         """``hf``, how the model is read, and the mode."""
-        # min_mass decides which questions have an answer, so answers of one are none to another
+        # min_mass decides which questions have an answer, so answers under another value cannot be used
         date = f" {self.template_date}" if self.template_date else ""
         return f"hf {self.dtype} m={self.min_mass:g} {self.mode} logprobs, plain content{date}"
 
@@ -90,7 +90,7 @@ class HF(Prompted):
         return device_of(self.device)
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Any prompt, where there is such a device, and the model's files are complete."""
+        """Accept any prompt, if the device exists and the model's files are complete."""
         try:
             _ = self._device
         except SettingsError as error:
@@ -122,11 +122,11 @@ class HF(Prompted):
         Raises:
             ModelError: the model cannot be loaded.
             OutOfMemoryError: a batch does not fit into memory.
-            JudgeError: too many questions have failed. What was answered is in the ledger.
+            JudgeError: too many questions failed. The ledger has the answers so far.
         """
         reader = self._reader(questions[0])
         prompts = {q.key: reader.encode(q.messages) for q in questions}
-        # the longest first: what does not fit into memory shows at once, and batches have little padding
+        # the longest first, so that a lack of memory shows at once and batches have little padding
         row = deque(sorted(questions, key=lambda q: -len(prompts[q.key])))
         elsewhere: deque[Question] = deque()  # another run is asking these now
         reasons: dict[str, str] = {}
@@ -195,7 +195,7 @@ class HF(Prompted):
             yield question, Answer(value, reply, tokens_in=len(ids), cost=0.0, latency=took, reason=reason)
 
     def _read(self, probabilities: Sequence[float]) -> tuple[float | None, str, str]:
-        """Value, what the ledger keeps as the reply, and the reason why there is no value."""
+        """The value, the reply for the ledger, and the reason if there is no value."""
         mass = sum(probabilities)
         if mass != mass:
             return None, "", "the model's probabilities are not finite"

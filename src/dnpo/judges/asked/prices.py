@@ -1,4 +1,4 @@
-"""What judges by API cost, from a table that users can edit."""
+"""Prices of judges by API, from a table that users can edit."""
 
 import re
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ SHIPPED = Path(__file__).with_name("prices.yaml")
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars for a token in and a token out, and the share of it that the batch API costs."""
+    """US dollars per input and per output token, and the fraction of these that the batch API costs."""
 
     input: float
     output: float
     batch: float
 
     def of(self, tokens_in: float, tokens_out: float, batch: bool) -> float:
-        """US dollars."""
+        """The cost of tokens in US dollars."""
         return (tokens_in * self.input + tokens_out * self.output) * (self.batch if batch else 1.0)
 
 
 def price_of(model: str, path: str | None) -> Price | None:
-    """The price of a model, or of the one whose dated version it is; None if the table does not have it.
+    """The price of a model, or of the undated model that it is a version of; None if the table has neither.
 
     Raises:
         SettingsError: the table cannot be read.
@@ -55,5 +55,5 @@ def price_of(model: str, path: str | None) -> Price | None:
 
 
 def tokens_about(question: Question) -> int:
-    """Tokens of a question, rather too many than too few: three bytes each, and a few for every turn."""
+    """A generous estimate of the tokens of a question: one for every three bytes, and a few for every turn."""
     return sum(len(turn["content"].encode()) // 3 + 8 for turn in question.messages)

@@ -1,13 +1,13 @@
-"""How probable each of a few replies is, by a causal language model: exact, and without sampling.
+"""Compute the exact probabilities of a few replies by a causal language model, without sampling.
 
-The replies' token sequences, as they stand at the beginning of the model's turn, form a trie. With t₁…tₗ the tokens of
-a reply after the prompt x,
+The replies' token sequences at the beginning of the model's turn form a trie. With t₁…tₗ the tokens of a reply after
+the prompt x,
 
     P(reply) = ∏ᵢ p(tᵢ | x, t₁…tᵢ₋₁) · (1 − Σ p(c | x, t₁…tₗ))
 
-where c are the tokens with which a longer word or number would go on: after "8" the reply may be 85. The last factor is
-read at inner nodes of the trie; at a leaf nothing that goes on is among the replies, and what follows is not looked at.
-A prompt is read once, and the inner nodes from its keys and values, for a batch of prompts at once.
+where c are the tokens that would continue a longer word or number: after "8" the reply may become 85. The last factor
+is computed at inner nodes of the trie only; at a leaf no continuation is among the replies. Each prompt is read once,
+and the inner nodes are read from its keys and values, for a batch of prompts at once.
 
 Shapes: B prompts, T tokens, K inner nodes below the root, L tokens of the longest path to one, V vocabulary, R replies.
 """
@@ -29,14 +29,14 @@ Path = tuple[int, ...]
 
 
 class Replies:
-    """Reads the probabilities of some replies.
+    """Computes the probabilities of some replies.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
         tokenizer: with its chat template; one that has none gets :data:`~dnpo.policy.template.PLAIN_TEMPLATE`.
-        replies: none of them empty.
-        goes_on: matches the token texts with which a reply could go on.
-        example: a conversation such as those that will be read; they all have to end as it does.
+        replies: the replies; none may be empty.
+        goes_on: matches the texts of tokens that could continue a reply.
+        example: an example of the conversations; all of them must end in the same way.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Replies:
 
     @property
     def longest(self) -> int:
-        """Tokens that are read after a prompt at most."""
+        """The maximum number of tokens that are read after a prompt."""
         return max(map(len, self.inner))
 
     # --- text

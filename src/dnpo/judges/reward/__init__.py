@@ -1,1 +1,1 @@
-"""Reward models as judges, and how to fit one."""
+"""Reward models as judges, and fitting them to preferences."""

@@ -1,4 +1,4 @@
-"""Reading the facts that ``fit`` writes next to a reward model's weights, without heavy imports."""
+"""Read the facts that ``fit`` writes next to a reward model's weights, without heavy imports."""
 
 import json
 from typing import Any, Literal
@@ -11,10 +11,10 @@ FACTS, SEEN = "reward.json", "prompts_seen.txt"
 
 
 def read_facts(weights: Weights) -> dict[str, Any]:
-    """Read what ``fit`` wrote next to the weights; empty for a model from elsewhere.
+    """Read the facts that ``fit`` wrote next to the weights; empty for other models.
 
     Raises:
-        ModelError: it cannot be read.
+        ModelError: they cannot be read.
     """
     if weights.folder is None or not (weights.folder / FACTS).is_file():
         return {}

@@ -1,7 +1,7 @@
-"""Fitting a reward model to preferences (Bradley and Terry): the chosen response is to have the greater reward.
+"""Fit a reward model to preferences (Bradley and Terry), so that the chosen response gets the higher reward.
 
-The loss of a pair is −log σ(r⁺ − r⁻). What is fitted is measured on held-out conversations, along with the simplest
-judge, which prefers the longer response.
+The loss of a pair is −log σ(r⁺ − r⁻). The fitted model is measured on held-out conversations, together with the
+simplest judge, which prefers the longer response.
 """
 
 import json
@@ -60,29 +60,29 @@ def fit(
     Args:
         data: the preferences.
         base: a folder of transformers, or a name on the hub.
-        out: a folder that is not there, or empty.
-        revision: on the hub: a commit, branch or tag.
+        out: a folder that does not exist yet, or is empty.
+        revision: a commit, branch or tag on the hub.
         kind: ``model`` trains all weights of ``base`` with one output; ``embedding`` a head on it as a frozen encoder.
-        hidden: units of that head.
+        hidden: number of hidden units of that head.
         epochs: passes over the training pairs.
-        batch_size: pairs of a step.
-        lr: of AdamW at its peak.
-        weight_decay: of AdamW.
-        template_date: what a chat template that reads the clock takes for now; it is written into the tokenizer.
-        max_tokens: pairs with a longer row are left out; None takes what the base can read.
-        seed: draws the output's first weights and the order of the pairs.
+        batch_size: pairs in a step.
+        lr: peak learning rate of AdamW.
+        weight_decay: weight decay of AdamW.
+        template_date: the current date for a chat template that reads the clock; it is saved with the tokenizer.
+        max_tokens: pairs with a longer row are left out; None: the maximum that the base can read.
+        seed: seed of the output's initial weights and of the order of the pairs.
         device: ``auto``, ``cpu`` or ``cuda``.
-        threads: of torch on the CPU.
+        threads: number of torch's CPU threads.
 
     Returns:
-        What is written to ``reward.json``.
+        The content of ``reward.json``.
 
     Raises:
         DnpoError: the rows, the base model or the folder cannot be used, or the loss is not finite.
     """
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(f"out={out}: there is something already; give a folder that is not there, or an empty one")
+        raise ModelError(f"out={out}: exists already; expected a new folder, or an empty one")
     known, held = data.read()
     torch.set_num_threads(threads)
     torch.manual_seed(derive(seed, "reward", "weights"))
@@ -112,7 +112,7 @@ def fit(
         clip=CLIP,
     )
     _train(model, rows, how, derive(seed, "reward"))
-    model.model.to(where)  # Lightning leaves it on the CPU
+    model.model.to(where)  # Lightning moved it to the CPU
     chosen, rejected = _rewards(model, held_rows)
     center, scale = spread([*chosen, *rejected])
     facts: dict[str, Any] = {
@@ -136,9 +136,9 @@ def fit(
 def measure(
     pairs: Sequence[Preference], chosen: Sequence[float], rejected: Sequence[float], seed: int
 ) -> dict[str, Any]:
-    """Share of pairs whose chosen response has the greater reward, and the same for length in characters.
+    """The share of pairs whose chosen response has the higher reward, and the same for length in characters.
 
-    A tie counts as half. Intervals are of 95 %, by drawing conversations with replacement.
+    Ties count half. The 95 % intervals are bootstrapped over conversations.
     """
     longer = _wins([len(p.chosen) for p in pairs], [len(p.rejected) for p in pairs])
     names = list(dict.fromkeys(p.conversation for p in pairs))
@@ -162,16 +162,17 @@ def measure(
 
 
 def spread(rewards: Sequence[float]) -> tuple[float, float]:
-    """Center and scale with which the middle half of these rewards spreads over 25 to 75 points.
+    """The center and scale that map the quartiles of rewards to 25 and 75 points.
 
-    σ(±ln 3) is 0.75 and 0.25: the center is the middle of the quartiles, the scale half their distance over ln 3.
+    σ(±ln 3) is 0.75 and 0.25, so the center is the mean of the quartiles, and the scale is half their distance divided
+    by ln 3.
 
     Raises:
-        ModelError: the quartiles are the same.
+        ModelError: the quartiles are equal.
     """
     low, high = (float(q) for q in np.quantile(np.array(rewards, dtype=np.float64), [0.25, 0.75]))
     if not high > low:
-        raise ModelError("the fitted model rewards everything alike; train longer (epochs), or raise lr")
+        raise ModelError("the fitted model gives all responses the same reward; train longer (epochs), or raise lr")
     return (low + high) / 2, (high - low) / (2 * math.log(3))
 
 
@@ -180,7 +181,7 @@ def _pair(model: Rewards, pair: Preference) -> Row:
 
 
 def _encode(model: Rewards, pairs: Sequence[Preference]) -> tuple[list[Row], int]:
-    """The pairs that can be read, and how many cannot."""
+    """Encode the pairs that are short enough, and count the others."""
     rows = [_pair(model, pair) for pair in pairs]
     fits = [row for row in rows if not any(map(model.too_long, row))]
     return fits, len(rows) - len(fits)
@@ -193,7 +194,7 @@ class PreferenceBatch:
     Attributes:
         rows: their token sequences.
         ids: their numbers among the training pairs.
-        share: the weight of its mean loss in its step's.
+        share: the weight of its mean loss in its step.
     """
 
     rows: tuple[Row, ...]
@@ -202,29 +203,29 @@ class PreferenceBatch:
 
     @property
     def tokens(self) -> int:
-        """How many go through the model."""
+        """The number of tokens that go through the model."""
         return sum(len(ids) for row in self.rows for side in row for ids in side)
 
     def to(self, device: torch.device) -> Self:
-        """The same: token ids become tensors when the model reads them, on its device."""
+        """Return the batch unchanged: the model puts the token ids on its device."""
         return self
 
 
 class BradleyTerry(Training):
-    """The chosen response of a pair is to have the greater reward: −log σ(r⁺ − r⁻) (Bradley and Terry 1952)."""
+    """Training that raises the chosen response's reward over the other's: −log σ(r⁺ − r⁻) (Bradley and Terry 1952)."""
 
     policy: Rewards
     remedy: ClassVar[str] = "lower lr, or look at these pairs"
 
     def terms(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean over the pairs of the micro-batch."""
+        """The mean loss over the pairs of the micro-batch."""
         rewards_2B = self.policy([row[0] for row in batch.rows] + [row[1] for row in batch.rows])
         chosen_B, rejected_B = rewards_2B.chunk(2)
         loss = softplus(rejected_B - chosen_B).mean()
         return loss, {"loss": loss}
 
     def advise(self, short: str, fits: int) -> str:
-        """What to say when a step does not fit into memory."""
+        """The error message for a step that does not fit into memory."""
         way = f"batch_size={fits} fits" if fits else "not even one pair fits; give max_tokens=… or a smaller base"
         return f"step {self.policy_step}: out of memory with {self.optimisation.batch_size} pairs ({short}); {way}"
 
@@ -233,7 +234,7 @@ class _Epochs:
     """Prints the mean loss of every epoch.
 
     Args:
-        every: steps of an epoch.
+        every: steps in an epoch.
     """
 
     def __init__(self, every: int) -> None:
@@ -253,7 +254,7 @@ class _Epochs:
         """Say nothing."""
 
     def steps(self, rows: list[dict[str, float]]) -> None:
-        """Print a line when an epoch is full."""
+        """Print a line at the end of an epoch."""
         for row in rows:
             self.losses.append(row["loss"])
             if len(self.losses) == self.every:
@@ -266,7 +267,7 @@ def _train(model: Rewards, rows: Sequence[Row], how: Optimisation, seed: int) ->
     """Fit the model in place.
 
     Args:
-        seed: draws the order of the rows.
+        seed: seed of the order of the rows.
     """
 
     def collate(some: Sequence[Row], piece: Slice) -> PreferenceBatch:
@@ -274,7 +275,9 @@ def _train(model: Rewards, rows: Sequence[Row], how: Optimisation, seed: int) ->
 
     groups = how.groups(len(rows), seed)
     training = BradleyTerry(model, how, len(groups), _Epochs(max(len(groups) // how.epochs, 1)))
-    with TemporaryDirectory(prefix="dnpo-reward-") as folder:  # a fit takes minutes: nothing is kept of half of one
+    with TemporaryDirectory(
+        prefix="dnpo-reward-"
+    ) as folder:  # a fit takes minutes, so an interrupted one is not continued
         train(training, Batches(rows, groups, how.rows_at_once, collate), Path(folder))
 
 
@@ -296,7 +299,7 @@ def _write(model: Rewards, facts: dict[str, Any], seen: Sequence[str], folder: P
         aside.mkdir(parents=True)
         model.save(aside)
         (aside / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        # as hashes, so that a run can check whether it is measured on what its judge was fitted on
+        # as hashes, so that a run can check whether it measures on prompts that its judge was fitted on
         (aside / SEEN).write_text("".join(f"{name}\n" for name in sorted(set(seen))), encoding="utf-8")
         aside.replace(folder)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Models that give a response a reward, a number without bounds: classifiers, and heads on sentence embeddings.
+"""Models that give a response a reward, an unbounded number: classifiers, and heads on sentence embeddings.
 
-Both take encoded rows and give a tensor of rewards through which gradients flow, so what judges is what is fitted.
+Both compute a tensor of rewards with gradients from encoded rows, so the same code fits and judges.
 Shapes: B rows, T tokens, H width of an embedding.
 """
 
@@ -30,11 +30,11 @@ HEAD, ENCODER = "head.safetensors", "encoder"
 
 
 class Rewards(ABC):
-    """Encodes conversations with a response, and rewards them.
+    """Encodes conversations with a response, and computes their rewards.
 
     Attributes:
-        model: what is trained when one is fitted.
-        limit: tokens that can be read at once; None where there is no limit.
+        model: the module that is trained in a fit.
+        limit: maximum number of tokens of a row; None if there is no limit.
         batches: whether it can read several rows at once.
     """
 
@@ -44,32 +44,32 @@ class Rewards(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device that its weights are on."""
         return next(self.model.parameters()).device
 
     @abstractmethod
     def encode(self, messages: Sequence[Message], response: str) -> list[Ids]:
-        """The token sequences that are read for one response; each has to keep to the limit."""
+        """The token sequences of one response; each must be within the limit."""
 
     @abstractmethod
     def __call__(self, rows: Sequence[list[Ids]]) -> Tensor:
-        """Rewards, shape B."""
+        """Compute the rewards of rows, shape B."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write it so that :func:`load` finds it, but for the facts."""
+        """Write it so that :func:`load` can read it, without the facts."""
 
     def too_long(self, row: list[Ids]) -> bool:
-        """Whether a row cannot be read as a whole. It is never cut: half a response is another response."""
+        """Whether a row is over the limit. Rows are never cut: half a response is another response."""
         return self.limit is not None and max(map(len, row)) > self.limit
 
 
 class Classifier(Rewards):
     """A sequence classifier of transformers with one output.
 
-    It reads the conversation with the response as its last turn, by the tokenizer's chat template. Without a template a
-    tokenizer with a separator token (BERT, DeBERTa) gets conversation and response as a pair of texts, and any other
-    :data:`~dnpo.policy.template.PLAIN_TEMPLATE`. Rows are padded on the right, and read one by one where the model's
+    It reads the conversation with the response as its last turn, by the tokenizer's chat template. Without a template,
+    a tokenizer with a separator token (BERT, DeBERTa) gets conversation and response as a pair of texts, and any other
+    one :data:`~dnpo.policy.template.PLAIN_TEMPLATE`. Rows are padded on the right, or read one by one if the model's
     configuration names no padding token.
     """
 
@@ -83,7 +83,7 @@ class Classifier(Rewards):
         self.batches = self.pad is not None
 
     def encode(self, messages: Sequence[Message], response: str) -> list[Ids]:
-        """The tokens of the conversation with the response; for a pair of texts their types follow."""
+        """The tokens of the conversation with the response; for a pair of texts, also their token types."""
         if self.pair:
             found = wrap(self.tokenizer, join_turns(messages), response, return_token_type_ids=True)
             return [tuple(found["input_ids"]), tuple(found["token_type_ids"])]
@@ -92,7 +92,7 @@ class Classifier(Rewards):
         return [tuple(begin(self.tokenizer, tokenize(self.tokenizer, text)))]
 
     def __call__(self, rows: Sequence[list[Ids]]) -> Tensor:
-        """Rewards, shape B, of rows padded to the longest of them."""
+        """Compute the rewards of rows, padded to the longest, shape B."""
         model = cast(Any, self.model)
         ids_BT, mask_BT = _pad([row[0] for row in rows], self.pad or 0, model.device)
         options = {}
@@ -110,12 +110,12 @@ class Embedding(Rewards):
     """A small head on embeddings of the conversation and of the response, by a frozen encoder.
 
     The head is a network with one hidden layer on e(x), e(y), e(x)·e(y) and |e(x) − e(y)|, concatenated. Embeddings are
-    kept once they are made, since prompts come again and training reads them many times.
+    cached, since prompts recur and training reads them many times.
 
     Args:
         encoder: embeds the texts, one at a time, so batches never change an embedding.
-        hidden: units of the head.
-        max_tokens: of a text; None takes what the encoder can read.
+        hidden: number of hidden units of the head.
+        max_tokens: maximum number of tokens of a text; None: the maximum that the encoder can read.
     """
 
     def __init__(self, encoder: Encoder, hidden: int, max_tokens: int | None) -> None:
@@ -130,20 +130,20 @@ class Embedding(Rewards):
         return [self.encoder.encode(text) for text in (join_turns(messages), response)]
 
     def __call__(self, rows: Sequence[list[Ids]]) -> Tensor:
-        """Rewards, shape B, by the head."""
+        """Compute the rewards of rows by the head, shape B."""
         self._known |= self.encoder.embed([ids for row in rows for ids in row if ids not in self._known], at_once=1)
         prompt_BH, response_BH = (torch.stack([self._known[row[i]] for row in rows]) for i in range(2))
         parts = [prompt_BH, response_BH, prompt_BH * response_BH, (prompt_BH - response_BH).abs()]
         return cast(Tensor, self.model(torch.cat(parts, dim=-1)).squeeze(-1))
 
     def save(self, folder: Path) -> None:
-        """Write the head, and the encoder along with it, so that the folder is all there is."""
+        """Write the head and the encoder, so that the folder is complete."""
         self.encoder.save(folder / ENCODER)
         save_file({name: t.cpu().contiguous() for name, t in self.model.state_dict().items()}, folder / HEAD)
 
 
 def join_turns(messages: Sequence[Message]) -> str:
-    """A conversation as one text: a single turn as it is, several with their roles."""
+    """Join a conversation into one text: a single turn unchanged, several turns with their roles."""
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in messages)
@@ -213,7 +213,7 @@ def _load_tokenizer(weights: Weights, template_date: str | None) -> Any:
 def start_classifier(
     weights: Weights, device: str, max_tokens: int | None, template_date: str | None = None
 ) -> Classifier:
-    """A base model with an untrained output, or with its own where it has one; without dropout.
+    """Load a base model with its output, or an untrained one if it has none; without dropout.
 
     Raises:
         ModelError: it cannot be loaded, or has no token to pad with.
@@ -236,7 +236,7 @@ def start_classifier(
 
 
 def _pad(rows: Sequence[Ids], pad: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, padded on the right, shape B × T each."""
+    """Pad token ids on the right; return them with the attention mask, shape B × T each."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)

@@ -1,7 +1,7 @@
 """A judge that is a reward model; ``fitting.py`` fits one to preferences.
 
-A reward r has no bounds; its score is 100 · σ((r − center) / scale), which rises strictly with r (until floating point
-gives out, beyond 36 scales from the center), so that who is better by reward is better by score.
+A reward r is unbounded; its score is 100 · σ((r − center) / scale). The score increases strictly with r (up to about 36
+scales from the center, the limit of floating point), so responses have the same order by score as by reward.
 """
 
 import math
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reward(Judge):
-    """A sequence classifier of transformers with one output, or what ``fit`` wrote.
+    """A sequence classifier of transformers with one output, or a model that ``fit`` wrote.
 
-    The model is loaded when it judges and let go afterwards, so that it takes no memory from the training. A response
-    that does not fit into its context with its conversation stays without a score; nothing is cut.
+    The model is loaded when it judges and released afterwards, so that it takes no memory from training. A response
+    that does not fit into its context, together with the conversation, gets no score; nothing is cut.
 
     Args:
         path: a folder with ``config.json``, safetensors weights and a tokenizer, or one of ``fit``; or
         name: a name on the hub, with ``revision``. Exactly one of the two.
-        center: the reward that is worth 50 points; null takes what ``fit`` found, else 0.
-        scale: how much more reward makes 73 points of 50; null takes what ``fit`` found, else 1.
-        template_date: what a chat template that reads the clock takes for now, such as ``2026-01-31``.
-        max_tokens: of a row; null takes what the model can read.
-        dtype: of the weights.
+        center: the reward worth 50 points; null takes the value of ``fit``, or else 0.
+        scale: the increase of reward from 50 to 73 points; null takes the value of ``fit``, or else 1.
+        template_date: the current date for a chat template that reads the clock, such as ``2026-01-31``.
+        max_tokens: maximum number of tokens of a row; null: the maximum that the model can read.
+        dtype: type of the weights.
         device: ``auto`` is the GPU if there is one, as for the policy.
-        batch_size: rows read at once; it changes nothing but speed, memory and rounding.
-        max_unscored: share of responses that may stay without a score.
+        batch_size: rows in a batch; changes only speed, memory and rounding.
+        max_unscored: share of responses that may lack a score.
 
     Raises:
         ModelError: there is no such folder, what ``fit`` wrote there cannot be read, or not exactly one of ``path`` and
@@ -70,7 +70,7 @@ class Reward(Judge):
 
     @cached_property
     def curve(self) -> tuple[float, float]:
-        """Center and scale by which rewards become scores: those set, else those that ``fit`` found, else 0 and 1."""
+        """The center and scale that map rewards to scores: the settings, else the values of ``fit``, else 0 and 1."""
         facts = read_facts(self.weights)
         center = facts.get("center", 0.0) if self.center is None else self.center
         return center, facts.get("scale", 1.0) if self.scale is None else self.scale
@@ -82,7 +82,7 @@ class Reward(Judge):
         return device_of(self.device)
 
     def identity(self) -> Mapping[str, Any]:
-        """What decides the verdicts: never where the model lies or how fast it is read."""
+        """The values that decide the verdicts, without paths and settings of speed."""
         center, scale = self.curve
         return {
             "judge": "reward",
@@ -102,7 +102,7 @@ class Reward(Judge):
         return frozenset((self.weights.folder / SEEN).read_text(encoding="utf-8").split())
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Any prompt, where there is such a device, and the model's files are complete."""
+        """Accept any prompt, if the device exists and the model's files are complete."""
         try:
             _ = self._device
         except SettingsError as error:
@@ -117,7 +117,7 @@ class Reward(Judge):
         return object_to(self.weights)
 
     def canary(self, ledger: Ledger) -> Canary:
-        """Judge one response: can the model be loaded, and does it give a score?"""
+        """Judge one response, to check that the model can be loaded and gives a score."""
         prompt = Prompt("canary", [{"role": "user", "content": "Name the capital of France."}], "")
         (verdict,) = self._verdicts([prompt], [Response("canary", HUMAN, "Paris.", [], 0, "eos")], None)
         if verdict.score is None:
@@ -127,7 +127,7 @@ class Reward(Judge):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """One verdict a response; the longest are read first.
+        """Return a verdict on each response; the longest are read first.
 
         Raises:
             ModelError: the reward model cannot be used.
@@ -153,7 +153,7 @@ class Reward(Judge):
 
         for i in (i for i, row in enumerate(rows) if model.too_long(row)):
             settle(i, None, f"longer than the {model.limit:,} tokens that the reward model reads (judge.max_tokens)")
-        # the longest first: what does not fit into memory shows at once, and batches have little padding
+        # the longest first, so that a lack of memory shows at once and batches have little padding
         row = sorted(set(range(len(rows))) - set(verdicts), key=lambda i: -sum(map(len, rows[i])))
         size = self.batch_size if model.batches else 1
         for some in (row[start : start + size] for start in range(0, len(row), size)):
