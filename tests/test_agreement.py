@@ -455,11 +455,18 @@ def test_a_bare_true_is_the_text_it_was(tmp_path: Path) -> None:
         ([ROW, ROW], r"rows\.jsonl:2: id 'r' is that of .*rows\.jsonl:1 already"),
         ([{**ROW, "a": None}], r"rows\.jsonl:1: no a; expected"),
         ([{**ROW, "a": ["x"]}], r"a is \['x'\]; expected text"),
-        ([{**ROW, "prompt": " "}], r"prompt is ' '; expected text"),
+        ([{**ROW, "prompt": " "}], r"prompt is empty; expected text"),
         ([{**ROW, "prompt": []}], r"prompt is \[\]; expected text, or turns"),
-        ([{**ROW, "prompt": [{"role": "me", "content": "x"}]}], r"prompt\[0\] is .*expected a turn with role"),
+        ([{**ROW, "prompt": [{"role": "me", "content": "x"}]}], r"prompt\[0\]\.role is 'me'; expected system or user"),
         ([{**ROW, "prompt": [{"role": "system", "content": "x"}]}], r"the last turn of prompt is the system's"),
         ([{**ROW, "a": "\ud83d"}], r"a is not valid Unicode"),
+        ([{**ROW, "id": "\udc00"}], r"rows\.jsonl:1: id is not valid Unicode"),
+        ([{**ROW, "prompt": "\u200b"}], r"prompt is empty; expected text"),
+        ([{**ROW, "\ud83d": 1, "b": None}], r"no b; .*\\ud83d"),
+        (
+            [{**ROW, "a": None}, "{", {**ROW, "a": None}],
+            r":1: no a; (.|\n)*3 of 3 rows .*\n *2: no a (.|\n)*1: not JSON",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(rows: list[Any], message: str, tmp_path: Path) -> None:

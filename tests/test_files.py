@@ -1,6 +1,7 @@
 """Rows of files of every format and of the hub: every error with its place and field, splits, samples, identity."""
 
 import csv
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -51,6 +52,33 @@ def places(source: Files | Hub) -> dict[str, str]:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
+
+
+def save_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        out = csv.DictWriter(stream, list(rows[0]))
+        out.writeheader()
+        out.writerows(rows)
+
+
+def save_arrow(path: Path, rows: list[dict[str, Any]]) -> None:
+    """As ``datasets`` writes one shard."""
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)
+
+
+FORMATS: list[tuple[type[Files], Callable[[Path, list[dict[str, Any]]], Any]]] = [
+    (JsonLines, write),
+    (Parquet, save_parquet),
+    (Csv, save_csv),
+    (Arrow, save_arrow),
+]
+every_format = pytest.mark.parametrize(("kind", "saved"), FORMATS, ids=lambda value: getattr(value, "__name__", ""))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -106,12 +134,17 @@ BAD = [
     ({"response": "a"}, "no prompt", "the row has response"),
     ({"prompt": "a", "rejected": "b"}, "no response", "the row has prompt, rejected"),
     ({"chosen": "a"}, "no prompt", "the row has chosen"),
-    ({"prompt": "a", "chosen": []}, "chosen has no user turn", "followed by an assistant turn"),
+    ({"prompt": "a", "chosen": []}, "chosen is empty", "a list of turns"),
     ({"prompt": "a", "chosen": [USER]}, "chosen[0].role is 'user'", "expected assistant"),
     ({"prompt": "a", "chosen": [USER, ASSISTANT]}, "chosen does not begin with the prompt", "one assistant turn"),
     ({"prompt": "a", "chosen": [ASSISTANT, USER, ASSISTANT]}, "chosen[0].role is 'assistant'", "system or user"),
     ({"chosen": [USER]}, "chosen has no user turn", "followed by an assistant turn"),
-    ({"prompt": [], "chosen": "b"}, "prompt does not end with a user turn", "the last a user's"),
+    ({"prompt": [], "chosen": "b"}, "prompt is empty", "a list of turns"),
+    (
+        {"prompt": [{"role": "system", "content": ""}], "chosen": "b"},
+        "prompt does not end with a user turn",
+        "a user's",
+    ),
     ({"prompt": [USER, ASSISTANT], "chosen": "b"}, "prompt does not end with a user turn", "the last a user's"),
     ({"prompt": [{**USER, "content": [1]}], "chosen": "b"}, "prompt[0].content is [1]", "expected text"),
     ({"prompt_id": 1.5, "prompt": "a", "response": "b"}, "prompt_id is 1.5", "expected text"),
@@ -125,11 +158,33 @@ BAD = [
     ({"prompt": "a", "response": "b", "id": 1.5}, "id is 1.5", "expected text"),
     ({"prompt": "a", "response": "b", "id": True}, "id is True", "expected text"),
     ({"prompt": "a", "response": "b", "id": ""}, "id is empty", "expected text"),
-    ({"prompt": "a", "response": "b", "answer": 4}, "answer is 4", "expected text"),
+    ({"prompt": "a", "response": "b", "answer": True}, "answer is True", "'{answer: null}' leaves the column out"),
+    ({"prompt": "a", "response": "b", "answer": ["x"]}, "answer is ['x']", "'{answer: null}' leaves the column out"),
+    ({"prompt": "a", "response": "b", "answer": float("nan")}, "answer is nan", "expected text"),
+    ({"prompt": "a", "response": "b", "family": 0.5}, "family is 0.5", "'{family: null}' leaves the column out"),
     ({"prompt": "a", "response": "b", "answer": " "}, "answer is empty", "expected text"),
     ({"prompt": "a", "response": "b", "family": []}, "family is []", "expected text"),
     ({"messages": "hello"}, "messages is 'hello'", "a list of turns"),
-    ({"messages": []}, "messages", "no user turn followed by an assistant turn"),
+    ({"messages": []}, "messages is empty", "a list of turns"),
+    ({"prompt": "\u200b\ufeff", "response": "a"}, "prompt is empty", "expected text"),
+    ({"prompt": "a", "response": "\u200e\u202a \u2066"}, "response is empty", "expected text"),
+    ({"prompt": "a", "response": "\u00ad\u2060\u3164\ufe0f\U000e0041"}, "response is empty", "expected text"),
+    ({"messages": [USER, {**ASSISTANT, "content": "\u200d"}]}, "messages[1].content is empty", "expected text"),
+    ({"messages": [USER, {**ASSISTANT, "content": []}]}, "messages[1].content is empty", "expected text"),
+    ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "messages[1] has tool_calls: a tool call", "text alone"),
+    ({"messages": [USER, {"role": "tool", "content": "a"}]}, "messages[1].role is 'tool': a tool call", "text alone"),
+    (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "b"}]},
+        "a tool call",
+        "text",
+    ),
+    ({"conversations": [{"from": "gpt", "value": "a"}]}, "conversations[0].from is 'gpt': an assistant opens", "user"),
+    (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]},
+        "from is 'bing'",
+        "assistant",
+    ),
+    ({"messages": [{**USER, "content": [{"type": "image_url"}]}, ASSISTANT]}, "is of type 'image_url'", "type text"),
     ({"messages": [USER]}, "messages", "no user turn followed by an assistant turn"),
     ({"messages": ["hello"]}, "messages[0] is 'hello'", "role and content"),
     ({"messages": [ASSISTANT, USER]}, "messages[0].role is 'assistant'", "system or user"),
@@ -200,6 +255,133 @@ def test_trl_preference_rows(file: Path) -> None:
     assert read["mixed"].messages[-1]["content"] == "Why now?"
 
 
+def sharegpt(*texts: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def test_forms_that_leave_no_doubt(file: Path) -> None:
+    """ShareGPT's turns, contents in parts, empty system turns, numbers as labels, empty lists beside another form."""
+    silent, brief = ({"role": "system", "content": text} for text in ("", "Be brief."))
+    parts = [{"type": "text", "text": "Why "}, {"type": "text", "text": "so?"}]
+    rows = [
+        {"id": "sharegpt", "conversations": sharegpt("Why?", "Because.", "So?", "So.")},
+        {"id": "one", "conversation": [{"from": "system", "value": "Be brief."}, *sharegpt("Why now?", "Because.")]},
+        {"id": "silent", "messages": [silent, {**USER, "content": "Why this?"}, ASSISTANT]},
+        {"id": "null", "messages": [{"role": "system", "content": None}, {**USER, "content": "Why that?"}, ASSISTANT]},
+        {"id": "parts", "messages": [brief, {**USER, "content": parts}, ASSISTANT]},
+        {"id": "sides", "prompt": [parts[0], {"type": "text", "text": "us?"}], "response": [parts[0]]},
+        {"id": "called", "messages": [{"role": "User", "content": "Why me?"}, {**ASSISTANT, "tool_calls": []}]},
+        {"id": "beside", "messages": [], "prompt": "Why not?", "response": "Because."},
+        {"id": 5.0, "prompt": "2 + 3?", "response": "5.", "answer": 5, "family": 7},
+        {"id": "half", "prompt": "1 / 2?", "response": "0.5.", "answer": 0.5},
+        {"id": "plain", "prompt": "Why you?", "response": "Because.", "conversations": sharegpt("a", "b")},
+        *pairs(100),
+    ]
+    read = everything(jsonl(write(file, rows), near_duplicates=0.0))
+    assert read["sharegpt"] == Prompt("sharegpt", [USER], "Because.")
+    assert read["one"].messages == [brief, {**USER, "content": "Why now?"}]
+    assert read["silent"] == Prompt("silent", [{**USER, "content": "Why this?"}], "Because.")
+    assert read["null"].messages == [{**USER, "content": "Why that?"}]
+    assert read["parts"].messages == [brief, {**USER, "content": "Why so?"}]
+    assert (read["sides"].messages[0]["content"], read["sides"].human) == ("Why us?", "Why ")
+    assert read["called"].messages == [{**USER, "content": "Why me?"}]
+    assert read["beside"].messages == [{**USER, "content": "Why not?"}]
+    assert (read["5"].answer, read["5"].family, read["half"].answer) == ("5", "7", "0.5")
+    assert read["plain"].human == "Because."
+    assert everything(jsonl(file, turns="all", near_duplicates=0.0))["sharegpt"].human == "So."
+
+
+def test_signs_that_are_seen_are_text(file: Path) -> None:
+    texts = ["?", "👩\u200d🚀", "\u200f؟", "e\u0301", "न\u200d"]
+    rows = [{"prompt": f"{text} {i}", "response": text} for i, text in enumerate(texts)]
+    assert {row.human for row in everything(jsonl(write(file, [*pairs(100), *rows]))).values()} >= {*texts}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_list_of_rows(tmp_path: Path, file: Path, indent: int | None) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text("\ufeff\n" + json.dumps(pairs(100), indent=indent))
+    assert everything(jsonl(path)) == everything(jsonl(write(file, pairs(100))))
+    path.write_text(json.dumps([*pairs(3), {"prompt": "a", "response": ""}], indent=indent))
+    with pytest.raises(DataError, match=rf"^{path} row 3: response is empty"):
+        jsonl(path).read()
+    path.write_text(json.dumps(pairs(9), indent=indent)[:-9])
+    with pytest.raises(DataError, match=rf"^{path}.*: not JSON \(.*expected one object a line, or one list of objects"):
+        jsonl(path).read()
+    path.write_text(json.dumps({"version": 1, "data": pairs(9)}, indent=indent))
+    with pytest.raises(DataError, match=r"version, data; expected" if indent else "columns version, data; expected"):
+        jsonl(path).read()
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [(JsonLines, ".jsonl"), (Csv, ".csv")])
+def test_packed_files(kind: Any, suffix: str, tmp_path: Path, file: Path) -> None:
+    """Known by their first bytes, whatever their name, and in a folder by their ending."""
+    plain, packed = tmp_path / f"rows{suffix}", tmp_path / "folder" / f"rows{suffix}.gz"
+    packed.parent.mkdir()
+    (save_csv if kind is Csv else write)(plain, pairs(100))
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    expected = everything(kind(path=str(plain), **LIMITS))
+    other = tmp_path / "other"
+    shutil.copy(packed, other)
+    for path in (packed, packed.parent, other):
+        assert everything(kind(path=str(path), **LIMITS)) == expected
+    shutil.copy(plain, packed.parent)
+    with pytest.raises(DataError, match=rf"^data\.path={packed.parent}: rows{suffix} is there plain and packed"):
+        kind(path=str(packed.parent), **LIMITS).read()
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(DataError, match=f"^{packed}: cannot be read to its end"):
+        kind(path=str(packed), **LIMITS).read()
+
+
+@pytest.mark.parametrize("kind", [JsonLines, Csv])
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [(b"PK\x03\x04rest", "zip"), (b"PAR1rest", "data=parquet"), ("id".encode("utf-16"), "UTF-16"), (b"BZh9", "bzip2")],
+)
+def test_what_is_no_text_is_named(kind: Any, content: bytes, name: str, file: Path) -> None:
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=f"^{file}: is .*{name}.*; expected text in UTF-8, plain or gzip"):
+        kind(path=str(file), **LIMITS).read()
+
+
+def test_unusable_rows_are_counted_by_reason(file: Path) -> None:
+    bad = [{"prompt": "a", "response": ""}, '{"prompt"', {"prompt": "b", "response": " "}, {"prompt": ["c"]}]
+    write(file, [*pairs(2), *bad, {"id": "r1", "prompt": "another", "response": "one"}, *pairs(98, start=2)])
+    with pytest.raises(DataError) as caught:
+        jsonl(file).read()
+    lines = str(caught.value).split("\n       ")
+    assert lines[0] == f"{file}:3: response is empty; expected text"
+    assert lines[1:3] == ["5 of 105 rows cannot be used:", f"2: response is empty (the first is {file}:3)"]
+    assert set(lines[3:6]) == {
+        f"1: not JSON (the first is {file}:4)",
+        f"1: no response (the first is {file}:6)",
+        f"1: the id of another row (the first is {file}:7)",
+    }
+    assert "data.bad_rows=drop" in lines[6]
+    dropping = jsonl(file, bad_rows="drop")
+    rows, facts = dropping.read()
+    assert sum(map(len, rows.values())) == 100
+    assert facts["unusable"]["response is empty"] == {"rows": 2, "first": f"{file}:3"}
+    assert sum(some["rows"] for some in facts["unusable"].values()) == 5
+    assert dropping.identity() == {**jsonl(file).identity(), "bad_rows": "drop"}
+    write(file, bad)
+    with pytest.raises(DataError, match=f"^{file}:1: response is empty.*\n.*4 of 4 rows cannot be used"):
+        jsonl(file, bad_rows="drop").read()
+    with pytest.raises(SettingsError, match=r"^data\.bad_rows='skip'"):
+        check("data", {"_target_": "dnpo.data.files.Csv", "path": "x", "bad_rows": "skip", **LIMITS})
+
+
+@every_format
+def test_unusable_rows_of_every_format(kind: Any, saved: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{kind.suffix}"
+    saved(path, [*pairs(100), *({"id": f"b{i}", "prompt": f"{i}?", "response": "\u200b"} for i in range(7))])
+    with pytest.raises(DataError, match=r"7 of 107 rows cannot be used"):
+        kind(path=str(path), **LIMITS).read()
+    rows, facts = kind(path=str(path), bad_rows="drop", **LIMITS).read()
+    assert sum(map(len, rows.values())) == 100
+    assert [some["rows"] for some in facts["unusable"].values()] == [7]
+
+
 def test_all_turns_or_the_first(file: Path) -> None:
     chat = [USER, {"role": "assistant", "content": "Guess."}, {"role": "user", "content": "No."}, ASSISTANT]
     rows = [{"id": "chat", "messages": [*chat, {"role": "user", "content": "Thanks."}]}, *pairs(100)]
@@ -260,34 +442,89 @@ def test_columns_that_are_not_there(file: Path) -> None:
         check("data", {"_target_": "dnpo.data.files.Csv", "path": "x", "columns": {"promt": "x"}, **LIMITS})
 
 
-# --- formats ----------------------------------------------------------------------------------------------------------
-
-
-def save_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-def save_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        out = csv.DictWriter(stream, list(rows[0]))
-        out.writeheader()
-        out.writerows(rows)
-
-
-def save_arrow(path: Path, rows: list[dict[str, Any]]) -> None:
-    """As ``datasets`` writes one shard."""
-    table = pa.Table.from_pylist(rows)
-    with pa.ipc.new_stream(str(path), table.schema) as stream:
-        stream.write_table(table)
-
-
-FORMATS: list[tuple[type[Files], Callable[[Path, list[dict[str, Any]]], Any]]] = [
-    (JsonLines, write),
-    (Parquet, save_parquet),
-    (Csv, save_csv),
-    (Arrow, save_arrow),
+ALPACA = [{"instruction": "Sum up.", "input": f"text number {i}", "output": f"answer {i}"} for i in range(99)] + [
+    {"instruction": "Say hello.", "input": "", "output": "Hello."}
 ]
-every_format = pytest.mark.parametrize(("kind", "saved"), FORMATS, ids=lambda value: getattr(value, "__name__", ""))
+
+
+@pytest.mark.parametrize("missing", ["", None, "\u200b \n"])
+def test_joined_columns(file: Path, missing: str | None) -> None:
+    """Parts without text are left out, whatever stands for no text."""
+    write(file, [*ALPACA[:-1], {**ALPACA[-1], "input": missing}])
+    columns = {"prompt": ["instruction", "input"], "response": "output"}
+    asked = {row.messages[0]["content"]: row.human for row in everything(jsonl(file, columns=columns)).values()}
+    assert len(asked) == 100
+    assert asked["Sum up.\n\ntext number 7"] == "answer 7"
+    assert asked["Say hello."] == "Hello."
+    spaced = jsonl(file, columns=columns, join=" ")
+    assert "Sum up. text number 7" in {row.messages[0]["content"] for row in everything(spaced).values()}
+    assert spaced.identity() != jsonl(file, columns=columns).identity()
+    assert jsonl(file, join=" ").identity() == jsonl(file).identity(), "nothing is joined"
+
+
+@every_format
+def test_joined_columns_of_every_format(kind: Any, saved: Any, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{kind.suffix}"
+    saved(path, [{**row, "number": i} for i, row in enumerate(ALPACA)])
+    columns = {"prompt": ["instruction", "input"], "response": "output", "id": ["number", "output"]}
+    read = everything(kind(path=str(path), columns=columns, join="/", **LIMITS))
+    assert read["7/answer 7"].messages == [{"role": "user", "content": "Sum up./text number 7"}]
+
+
+def test_columns_that_cannot_be_joined(file: Path) -> None:
+    write(file, ALPACA)
+    with pytest.raises(DataError, match=r"^data\.columns\.prompt=inptu: .*Did you mean input\?"):
+        jsonl(file, columns={"prompt": ["instruction", "inptu"], "response": "output"}).read()
+    for field, value in {"messages": ["a", "b"], "prompt": []}.items():
+        with pytest.raises(SettingsError, match=rf"^columns\.{field}=.*: expected one column, or null"):
+            jsonl(file, columns={field: value})
+    write(file, [{**row, "input": [1]} for row in ALPACA])
+    with pytest.raises(DataError, match=rf"^{file}:1: input is \[1\]; expected text"):
+        jsonl(file, columns={"prompt": ["instruction", "input"], "response": "output"}).read()
+
+
+def test_a_column_that_means_something_else_is_unplugged(file: Path) -> None:
+    rows = [{**row, "id": "a", "prompt_id": 0.5, "answer": [i], "family": {}} for i, row in enumerate(pairs(100))]
+    write(file, rows)
+    with pytest.raises(DataError, match=r"'\{family: null\}' leaves the column out"):
+        jsonl(file).read()
+    unplugged = {"id": None, "answer": None, "family": None}
+    read = everything(jsonl(file, columns=unplugged))
+    assert len(read) == 100
+    assert {(row.answer, row.family) for row in read.values()} == {(None, "")}
+    with pytest.raises(DataError, match=rf"^{file}:2: id 'a' .*'\{{id: null\}}' leaves the column out"):
+        jsonl(file, columns={"answer": None, "family": None}).read()
+    write(file, [{**row, "messages": [USER]} for row in pairs(100)])
+    assert len(everything(jsonl(file, columns={"messages": None}))) == 100
+
+
+@every_format
+def test_columns_with_text_that_nobody_reads_are_named(kind: Any, saved: Any, tmp_path: Path) -> None:
+    def unread(rows: list[dict[str, Any]], **settings: Any) -> list[str]:
+        path = tmp_path / f"rows{kind.suffix}"
+        saved(path, rows)
+        found: list[str] = kind(path=str(path), **LIMITS, **settings).read()[1]["unread"]
+        return found
+
+    other = [{**row, "source": "web", "rejected": "not this one", "n": 3} for row in ALPACA]
+    renumbered = [{**row, "instruction": f"{row['instruction']} {i}"} for i, row in enumerate(other)]
+    assert unread(renumbered, columns={"prompt": "instruction", "response": "output"}) == ["input"]
+    with pytest.raises(DataError, match=r"removed 98 of these.* input: text that nobody reads"):
+        unread(other, columns={"prompt": "instruction", "response": "output"})
+    assert unread(other, columns={"prompt": ["instruction", "input"], "response": "output"}) == []
+    assert unread([{**row, "answer": "some words"} for row in pairs(100)], columns={"answer": None}) == []
+    last = [*pairs(99), {**pairs(1, start=99)[0]}]
+    assert unread([{**row, "system": "你好" if row is last[-1] else ""} for row in last]) == ["system"]
+    if kind is not Csv:
+        assert unread([{**row, "history": [["Say hello.", "Hello."]]} for row in pairs(100)]) == ["history"]
+
+
+def test_alpaca_files_are_told_what_to_map(file: Path) -> None:
+    with pytest.raises(DataError, match=r"\{prompt: \[instruction, input\], response: output\}"):
+        jsonl(write(file, ALPACA)).read()
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
 
 
 @every_format
@@ -399,7 +636,7 @@ def test_files_whose_columns_differ_in_type(tmp_path: Path) -> None:
         (b'id,prompt,response\n1,"a"b,c\n', r"{}:2: not CSV \(.*expected comma-separated values with a header"),
         (b'id,prompt,response\n1,a,b\n2,"a\n,b\n', r"{}:3: not CSV \("),
         (b"id,prompt,prompt\n1,a,b\n", r"{}:1: a column name stands twice"),
-        (b"id;prompt;response\n1;a;b\n", r"data\.path={}: it has the columns id;prompt;response; expected"),
+        (b"id;prompt|response\n1;a|b\n", r"data\.path={}: it has the columns id;prompt\|response; expected"),
         (b"id,prompt,response\n1,a,\n", r"{}:2: no response"),
         ("id,prompt,response\n1,café,b\n".encode("latin-1"), r"{}: not UTF-8"),
         (b"id,prompt,response\n", r"data\.path={}: there are no rows"),
@@ -719,6 +956,7 @@ def test_hub_identity_is_the_commit_and_this_commit_is_read(monkeypatch: pytest.
         "revision": "c" * 40,
         "config": None,
         "split": "train",
+        "rows": 2,
         "columns": {},
         "turns": "first",
         "sample": 0,

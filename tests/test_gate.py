@@ -314,6 +314,17 @@ def test_duplicates() -> None:
     fires(rows.duplicates(twice, True, {}), "pass", "1 of 10", "draws with replacement")
 
 
+def test_rows_that_cannot_be_used_are_said() -> None:
+    fires(rows.unusable({}, 9), "pass", "each of 9 rows")
+    facts = {"no prompt": {"rows": 1, "first": "a:3"}, "response is empty": {"rows": 2, "first": "a:7"}}
+    fires(rows.unusable(facts, 9), "warn", "3 of 12 rows", "2: response is empty (the first is a:7); 1: no prompt")
+
+
+def test_columns_that_nobody_reads_are_said() -> None:
+    fires(rows.unread([]), "pass", "no column")
+    fires(rows.unread(["input", "system"]), "warn", "input, system: text that nobody reads", "data.columns")
+
+
 def test_near_duplicates() -> None:
     long = "Explain in a few plain words why the sky over the sea looks blue in the morning and red in the evening"
     near = [row("one", long), row("two", f"Please {long}")]

@@ -94,6 +94,8 @@ WRONG = [
     ("arc_easy", {"question": "?", "choices": ["a", "b"], "answer": 2}, "answer is 2, expected a number from 0 to 1"),
     ("arc_easy", {"question": "?", "choices": ["a", ""], "answer": 0}, "expected a list of texts"),
     ("arc_easy", {"question": "?", "choices": ["a", "b"]}, "has no answer, which arc_easy needs"),
+    ("arc_easy", {"question": "\u200b", "choices": ["a", "b"], "answer": 0}, "expected a text"),
+    ("arc_easy", {"question": "?", "choices": ["a", "\u200e"], "answer": 0}, "expected a list of texts"),
     ("mmlu", {"subject": "s", "question": "?", "choices": ["a", "b"], "answer": 0}, "2 choices, expected 4"),
     ("gsm8k", {"question": "?", "answer": "5"}, "expected one that ends in #### NUMBER"),
     ("winogrande", {"context_options": ["a"], "continuation": "c", "answer": 0}, "1 beginnings, expected 2"),
@@ -119,6 +121,12 @@ def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
         offline(tmp_path, "arc_easy")
     lines(tmp_path / "arc_easy_test.jsonl", *questions(1), *questions(1))
     with pytest.raises(DataError, match=r"test.jsonl:2: .*q0"):
+        offline(tmp_path, "arc_easy")
+    lines(tmp_path / "arc_easy_test.jsonl", *questions(3), {"id": "x"}, {"id": "y"})
+    with pytest.raises(DataError, match=r"test.jsonl:4: has no question(.|\n)*2 of 5 rows .*\n *2: has no question"):
+        offline(tmp_path, "arc_easy")
+    (tmp_path / "arc_easy_test.jsonl").write_bytes(b'{"question": "caf\xe9"}')
+    with pytest.raises(DataError, match=r"test.jsonl:1: not UTF-8"):
         offline(tmp_path, "arc_easy")
     (tmp_path / "arc_easy_test.jsonl").write_text("{")
     with pytest.raises(DataError, match=r"test.jsonl:1: .*JSON"):

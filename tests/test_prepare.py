@@ -100,6 +100,20 @@ def test_what_is_too_long_is_counted_and_said(
         assert note == f"{len(long)} of {len(some)} human responses of {split} are longer than 40 tokens: {what}"
 
 
+def test_rows_that_are_dropped_are_said_and_in_the_key(
+    world: World, file: Path, tmp_path: Path, report: Report
+) -> None:
+    plain = stage(world, source(file)).key
+    assert stage(world, source(file, bad_rows="fail", join="+")).key == plain
+    assert stage(world, source(file, bad_rows="drop")).key != plain
+    with file.open("a") as stream:
+        stream.write('{"prompt": "a", "response": ""}\n' * 3)
+    facts = stage(world, source(file, bad_rows="drop")).work(tmp_path, {}, report)
+    said = f"rows that cannot be used are left out: 3: response is empty (the first is {file}:202)"
+    assert said in report.notes
+    assert facts["unusable"] == {"response is empty": {"rows": 3, "first": f"{file}:202"}}
+
+
 def test_nothing_is_said_of_nothing(world: World, tmp_path: Path, report: Report) -> None:
     facts = stage(world, TinyWorld(train=60, validation=6, test=6)).work(tmp_path, {}, report)
     assert report.notes == []

@@ -1,20 +1,22 @@
 """Rows in files: JSON lines, CSV, Parquet or Arrow."""
 
-import csv
 import glob
-import io
-import json
-import sys
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
+from dnpo.data.parsing import open_file, open_text, parse_csv, parse_json
 from dnpo.data.source import RawTable, Rows
+from dnpo.data.unread import columns_with_text, holds_text, may_hold_text
+from dnpo.data.unusable import shown
 from dnpo.errors import DataError
 from dnpo.settings import place
 from dnpo.store import content_hash
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Files(Rows):
     """
 
     suffix: ClassVar[str]
+    packed: ClassVar[tuple[str, ...]] = ()  # endings of packed files that are read too
 
     path: str = place()
 
@@ -34,6 +37,11 @@ class Files(Rows):
         """As messages name it."""
         return f"data.path={self.path}"
 
+    @property
+    def suffixes(self) -> list[str]:
+        """The endings of the files that are read of a folder."""
+        return [self.suffix, *(self.suffix + ending for ending in self.packed)]
+
     def _contents(self) -> Mapping[str, Any]:
         return {"format": self.suffix, "content": [content_hash(file) for file in self._files()]}
 
@@ -41,28 +49,35 @@ class Files(Rows):
         """The files in the order of their names."""
         path = Path(self.path)
         if path.is_dir():
-            found = [file for file in path.glob(f"*{self.suffix}") if file.is_file()]
+            found = [file for suffix in self.suffixes for file in path.glob(f"*{suffix}") if file.is_file()]
             if not found:
-                folders = sorted(f"{inner.name}/" for inner in path.iterdir() if inner.is_dir())
+                inner = sorted(path.iterdir(), key=lambda each: (each.is_file(), each.name))
+                others = [each.name if each.is_file() else f"{each.name}/" for each in inner]
+                there = ", ".join(map(shown, others[:5])) + (", …" if len(others) > 5 else "")
                 raise DataError(
                     f"{self.setting}: there is no *{self.suffix} in this folder; give a file, or a folder that has some"
-                    + (f" (there is {', '.join(folders)})" if folders else "")
+                    + (f" (there is {there})" if others else "")
                 )
+            packed = next((file for file in found if file.suffix == ".gz" and file.with_suffix("") in found), None)
+            if packed is not None:
+                raise DataError(f"{self.setting}: {packed.with_suffix('').name} is there plain and packed; remove one")
         else:
             found = [path] if path.exists() else [Path(name) for name in glob.glob(self.path)]
-        for file in found:
-            _open(self.setting, file).close()
         if not found:
             raise DataError(
                 f"{self.setting}: No such file; expected a file, a folder of *{self.suffix}, or a pattern such as "
                 f"rows-*{self.suffix}"
             )
+        for file in found:
+            open_file(self.setting, file).close()
         return sorted(found)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Text(Files):
-    """Files that are read row by row."""
+    """Files that are read row by row, plain or as gzip files."""
+
+    packed: ClassVar[tuple[str, ...]] = (".gz",)
 
     @abstractmethod
     def _parse(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -71,31 +86,26 @@ class _Text(Files):
     def _table(self) -> RawTable:
         raw: list[tuple[str, Any]] = []
         for file in self._files():
-            with _open(self.setting, file) as stream:
+            with open_text(self.setting, file) as stream:
                 raw += self._parse(file, stream)
         columns = {str(name): None for _, row in raw if isinstance(row, Mapping) for name in row}
-        return RawTable(columns, len(raw), lambda drawn: [raw[i] for i in drawn])
+        return RawTable(columns, len(raw), lambda drawn: [raw[i] for i in drawn], lambda names: _texts(raw, names))
+
+
+def _texts(raw: Sequence[tuple[str, Any]], names: Collection[str]) -> list[str]:
+    """Those of some columns that hold text."""
+    rows = [row for _, row in raw if isinstance(row, Mapping)]
+    return [name for name in names if any(holds_text(row.get(name)) for row in rows)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(_Text):
-    """One JSON object a line; blank lines are skipped."""
+    """One JSON object a line, or one list of objects; blank lines are skipped."""
 
     suffix: ClassVar[str] = ".jsonl"
 
     def _parse(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                raw = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 ({error.reason})") from error
-            except (ValueError, RecursionError) as error:
-                problem = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise DataError(f"{where}: not JSON ({problem}); expected one object a line") from error
-            yield where, raw
+        return parse_json(file, stream)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,24 +115,7 @@ class Csv(_Text):
     suffix: ClassVar[str] = ".csv"
 
     def _parse(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-        csv.field_size_limit(sys.maxsize)
-        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
-        where = f"{file}:1"
-        try:
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise DataError(f"{where}: a column name stands twice in the header {', '.join(header)}")
-            where = f"{file}:{reader.line_num + 1}"
-            for cells in reader:
-                start, where = where, f"{file}:{reader.line_num + 1}"  # a row begins after the end of the one before
-                if len(cells) not in (0, len(header)):
-                    raise DataError(f"{start}: {len(cells)} cells, but the header has {len(header)}")
-                if cells:
-                    yield start, {name: cell or None for name, cell in zip(header, cells, strict=True)}
-        except csv.Error as error:
-            raise DataError(f"{where}: not CSV ({error}); expected comma-separated values with a header") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 ({error.reason}), after line {reader.line_num}") from error
+        return parse_csv(file, stream)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +123,23 @@ class _Columns(Files):
     """Files that Arrow reads."""
 
     @abstractmethod
-    def _open_table(self, file: Path) -> tuple[list[str], Any]:
-        """The names of all columns of a file, and a table of the ones that are read."""
+    def _open_table(self, file: Path) -> tuple["pa.Schema", Callable[[list[str]], "pa.Table"]]:
+        """The schema of a file, and a function that reads some of its columns."""
+
+    def _read_file(self, file: Path) -> tuple[list[str], "pa.Table", list[str]]:
+        """The names of all columns of a file, a table of the ones that are read, and which others hold text."""
+        import pyarrow as pa
+
+        try:
+            schema, read = self._open_table(file)
+            names = schema.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{file}: a column name stands twice among {', '.join(map(shown, names))}")
+            table, others = read(self._choose_columns(names)), may_hold_text(schema, self._choose_others(names))
+            table.validate(full=True)  # or a text that is no UTF-8 would be found only when it is used
+            return names, table, columns_with_text(read(others)) if others else []
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise DataError(f"{file}: cannot be read as {type(self).__name__} ({error})") from error
 
     def _table(self) -> RawTable:
         import pyarrow as pa
@@ -139,12 +147,11 @@ class _Columns(Files):
         columns: dict[str, None] = {}
         places: list[str] = []
         tables = []
+        texts: dict[str, None] = {}
         for file in self._files():
-            try:
-                names, part = self._open_table(file)
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{file}: cannot be read as {type(self).__name__} ({error})") from error
+            names, part, others = self._read_file(file)
             columns |= dict.fromkeys(names)
+            texts |= dict.fromkeys(others)
             tables.append(part)
             places += [f"{file} row {i}" for i in range(len(part))]
         try:
@@ -155,7 +162,7 @@ class _Columns(Files):
         def rows(drawn: Sequence[int]) -> Iterable[tuple[str, Any]]:
             return zip((places[i] for i in drawn), table.take(drawn).to_pylist(), strict=True)
 
-        return RawTable(columns, len(table), rows)
+        return RawTable(columns, len(table), rows, lambda names: [name for name in names if name in texts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,11 +171,10 @@ class Parquet(_Columns):
 
     suffix: ClassVar[str] = ".parquet"
 
-    def _open_table(self, file: Path) -> tuple[list[str], Any]:
+    def _open_table(self, file: Path) -> tuple["pa.Schema", Callable[[list[str]], "pa.Table"]]:
         import pyarrow.parquet as pq
 
-        names = pq.read_schema(file).names
-        return names, pq.read_table(file, columns=self._choose_columns(names), partitioning=None)
+        return pq.read_schema(file), lambda names: pq.read_table(file, columns=names, partitioning=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,15 +183,8 @@ class Arrow(_Columns):
 
     suffix: ClassVar[str] = ".arrow"
 
-    def _open_table(self, file: Path) -> tuple[list[str], Any]:
+    def _open_table(self, file: Path) -> tuple["pa.Schema", Callable[[list[str]], "pa.Table"]]:
         import pyarrow as pa
 
         table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
-        return table.column_names, table.select(self._choose_columns(table.column_names))
-
-
-def _open(setting: str, file: Path) -> BinaryIO:
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise DataError(f"{setting}: {error.strerror} ({file})") from error
+        return table.schema, table.select

@@ -1,13 +1,14 @@
 """A data set of the Hugging Face hub."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dnpo.data.source import RawTable, Rows
+from dnpo.data.unread import columns_with_text, may_hold_text
 from dnpo.errors import DataError
 from dnpo.store import content_hash
 
@@ -61,7 +62,11 @@ class Hub(Rows):
             wanted = rows.select_columns(self._choose_columns(rows.column_names)).select(drawn)
             return zip((f"{self.name}[{self.split}] row {i}" for i in drawn), wanted, strict=True)
 
-        return RawTable(rows.column_names, len(rows), some)
+        def texts(names: Collection[str]) -> list[str]:
+            strings = may_hold_text(rows.features.arrow_schema, names)
+            return columns_with_text(rows.select_columns(strings).with_format("arrow")[:]) if strings else []
+
+        return RawTable(rows.column_names, len(rows), some, texts)
 
     def _load(self) -> Any:
         from datasets import load_dataset

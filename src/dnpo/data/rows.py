@@ -1,168 +1,178 @@
 """Raw rows in any of the supported forms → prompts with their human responses.
 
 * ``prompt`` and ``response``: each a text, or turns with role and content.
-* ``messages``: a conversation, from which ``turns`` says what to take.
+* ``messages``: a conversation, from which ``turns`` says what to take. Where a row has none of these forms,
+  ``conversations`` (ShareGPT's name, with from and value) or ``conversation`` is taken for it.
 * ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): ``chosen`` is taken as
   the human response, and ``rejected`` is not read. A conversational ``chosen`` may hold the whole conversation.
 
-A row may have an ``id`` (or a ``prompt_id``, as UltraChat has), a verifiable ``answer`` and a ``family``. Fields that
-are null count as absent, and other fields are ignored.
+A row may have an ``id`` (or a ``prompt_id``, as UltraChat has), a verifiable ``answer`` and a ``family``: texts or
+numbers. Fields that are null count as absent, and other fields are ignored.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from dnpo.errors import DataError
+from dnpo.data.turns import TURNS, is_parts, read_text, read_turns
+from dnpo.data.unusable import RowError, Unusable, has_names, read_rows
 from dnpo.records import Message, Prompt
 
 Field = Literal["id", "prompt", "response", "messages", "chosen", "answer", "family"]
 Turns = Literal["first", "all"]
-FIELDS = ("id", "prompt_id", "prompt", "response", "messages", "chosen", "answer", "family")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+FIELDS = ("id", "prompt_id", "prompt", "response", *CONVERSATIONS, "chosen", "answer", "family")
 FORMS = "expected prompt and response, messages, or prompt and chosen"
-TURNS = "a list of turns with role and content"
 
 
-def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prompt], int]:
+def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prompt], int, Unusable]:
     """Prompts from raw rows, each with where it stands, such as ``some.jsonl:3``; every id stands once.
 
-    A row that repeats another row of its id is left out; one that contradicts it is an error. A ``prompt_id`` names a
-    prompt and not a row, so there a hash of the row is added to the id.
+    A row that repeats another row of its id is left out; one that contradicts it cannot be used. A ``prompt_id`` names
+    a prompt and not a row, so there a hash of the row is added to the id.
 
     Returns:
-        The prompts, and how many rows were left out.
-
-    Raises:
-        DataError: the first row that cannot be used, or that has the id of another.
+        The prompts, how many rows were left out as repeated, and which rows cannot be used.
     """
     prompts: dict[str, Prompt] = {}
     places: dict[str, str] = {}
     repeated = 0
-    for where, raw in rows:
-        prompt = prompt_of(where, raw, turns)
+
+    def make(where: str, raw: Any) -> Prompt | None:
+        nonlocal repeated
+        prompt = prompt_of(raw, turns)
         if prompts.get(prompt.id, prompt) != prompt and raw.get("id") is None and raw.get("prompt_id") is not None:
             prompt = dataclasses.replace(prompt, id=f"{prompt.id}-{_content_id(prompt.messages, prompt.human)}")
         if prompt.id not in prompts:
             prompts[prompt.id], places[prompt.id] = prompt, where
-        elif prompts[prompt.id] == prompt:
+            return prompt
+        if prompts[prompt.id] == prompt:
             repeated += 1
-        else:
-            there = places[prompt.id]
-            raise DataError(
-                f"{where}: id {prompt.id!r} is that of {there} already, which says something else; expected another id"
-                if raw.get("id") is not None
-                else f"{where}: prompt and response are those of {there}, but answer or family are not; remove one of "
-                "them, or give both an id"
-            )
-    return list(prompts.values()), repeated
+            return None
+        there = places[prompt.id]
+        raise RowError(
+            "the id of another row",
+            f"id {prompt.id!r} is that of {there} already, which says something else; expected another id{_hint('id')}"
+            if raw.get("id") is not None
+            else f"prompt and response are those of {there}, but answer or family are not; remove one of them, or give "
+            "both an id",
+        )
+
+    found, bad = read_rows(rows, make)
+    return found, repeated, bad
 
 
-def prompt_of(where: str, raw: Any, turns: Turns) -> Prompt:
+def prompt_of(raw: Any, turns: Turns) -> Prompt:
     """One raw row as a prompt.
 
     Raises:
-        DataError: names the place and the field, and says what was expected.
+        RowError: names the field, and says what was expected.
     """
     if not isinstance(raw, Mapping):
-        raise DataError(f"{where}: {reprlib.repr(raw)} is not an object; {FORMS}")
+        raise RowError("is not an object", f"{reprlib.repr(raw)} is not an object; {FORMS}")
     row = {field: raw[field] for field in FIELDS if raw.get(field) is not None}
-    if "messages" in row:
-        *messages, last = _conversation(where, "messages", row["messages"], turns)
+    conversation = _conversation_field(row)
+    if conversation:
+        *messages, last = _conversation(conversation, row[conversation], turns)
     else:
-        *messages, last = _sides(where, row, raw)
+        *messages, last = _sides(row, raw)
     human = last["content"]
     known_by = "id" if "id" in row else "prompt_id"
-    name = row.get(known_by)
-    if name is None:
-        name = _content_id(messages, human)
-    elif isinstance(name, int) and not isinstance(name, bool):
-        name = str(name)
     return Prompt(
-        id=_text(where, known_by, name),
+        id=_label(known_by, row[known_by]) if known_by in row else _content_id(messages, human),
         messages=messages,
         human=human,
-        family=_text(where, "family", row.get("family", ""), empty=True),
-        answer=_text(where, "answer", row["answer"]) if "answer" in row else None,
+        family=_label("family", row["family"], empty=True) if "family" in row else "",
+        answer=_label("answer", row["answer"], whole=False) if "answer" in row else None,
     )
 
 
-def _sides(where: str, row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Message]:
+def _conversation_field(row: Mapping[str, Any]) -> str:
+    """The field that holds the row's conversation, or "": an empty one, or ShareGPT's, gives way to the other forms."""
+    sides = "chosen" in row or {"prompt", "response"} <= set(row)
+    first, *others = CONVERSATIONS
+    if row.get(first) not in (None, []):
+        return first
+    return "" if sides else next((field for field in (*others, first) if field in row), "")
+
+
+def _sides(row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Message]:
     """The turns of a row with a prompt and a response to it, or with a chosen side that holds both."""
     field = "response" if "response" in row or "chosen" not in row else "chosen"
     response = row.get(field)
+    talks = isinstance(response, list) and not is_parts(response)
     for missing in ("prompt", field):
-        if missing not in row and not (missing == "prompt" and isinstance(response, list)):
-            has = ", ".join(str(name) for name, value in raw.items() if value is not None) or "nothing"
-            raise DataError(f"{where}: no {missing}; {FORMS} (the row has {has})")
+        if missing not in row and not (missing == "prompt" and talks):
+            raise RowError(f"no {missing}", f"no {missing}; {FORMS} (the row has {has_names(raw)})")
     if "prompt" not in row:
-        return _conversation(where, field, response, "all")
-    prompt = _prompt_turns(where, row["prompt"])
-    if not isinstance(response, list):
-        return [*prompt, {"role": "assistant", "content": _text(where, field, response)}]
-    if len(response) != 1:
-        whole = _conversation(where, field, response, "all")
+        return _conversation(field, response, "all")
+    prompt = _prompt_turns(row["prompt"])
+    if not isinstance(response, list) or not talks:
+        return [*prompt, {"role": "assistant", "content": read_text(field, response)}]
+    if len(response) > 1:
+        whole = _conversation(field, response, "all")
         if whole[: len(prompt)] != prompt:
-            raise DataError(
-                f"{where}: {field} does not begin with the prompt; expected one assistant turn, or the conversation "
-                "with the prompt's turns first"
+            raise RowError(
+                f"{field} does not begin with the prompt",
+                f"{field} does not begin with the prompt; expected one assistant turn, or the conversation with the "
+                "prompt's turns first",
             )
         return whole
-    return [*prompt, *_turns(where, field, response, ("assistant",))]
+    return [*prompt, *read_turns(field, response, ("assistant",))]
 
 
-def _prompt_turns(where: str, prompt: Any) -> list[Message]:
+def _prompt_turns(prompt: Any) -> list[Message]:
     """A prompt's turns, the last of them a user's; a text is one."""
-    if not isinstance(prompt, list):
-        return [{"role": "user", "content": _text(where, "prompt", prompt)}]
-    turns = list(_turns(where, "prompt", prompt))
+    if not isinstance(prompt, list) or is_parts(prompt):
+        return [{"role": "user", "content": read_text("prompt", prompt)}]
+    turns = list(read_turns("prompt", prompt))
     if not turns or turns[-1]["role"] != "user":
-        raise DataError(f"{where}: prompt does not end with a user turn; expected text, or {TURNS}, the last a user's")
+        reason = "prompt does not end with a user turn"
+        raise RowError(reason, f"{reason}; expected text, or {TURNS}, the last a user's")
     return turns
 
 
-def _conversation(where: str, field: str, messages: Any, turns: Turns) -> list[Message]:
+def _conversation(field: str, messages: Any, turns: Turns) -> list[Message]:
     """The prompt's turns and the assistant's answer: the first answer, or the last with all turns before it."""
     found: list[Message] = []
     end = 0
-    for turn in _turns(where, field, messages):
+    for turn in read_turns(field, messages):
         found.append(turn)
         if turn["role"] == "assistant":
             end = len(found)
             if turns == "first":
                 break
     if not end:
-        raise DataError(f"{where}: {field} has no user turn followed by an assistant turn")
+        reason = f"{field} has no user turn followed by an assistant turn"
+        raise RowError(reason, reason)
     return found[:end]
 
 
-def _turns(where: str, field: str, turns: Any, wanted: tuple[str, ...] = ("system", "user")) -> Iterator[Message]:
-    """Turns one by one: the system's if any, then the user and the assistant in turn."""
-    if not isinstance(turns, list):
-        raise DataError(f"{where}: {field} is {reprlib.repr(turns)}; expected {TURNS}")
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise DataError(f"{where}: {field}[{i}] is {reprlib.repr(turn)}; expected a turn with role and content")
-        role = turn.get("role")
-        if role not in wanted:
-            raise DataError(f"{where}: {field}[{i}].role is {role!r}; expected {' or '.join(wanted)}")
-        yield {"role": role, "content": _text(where, f"{field}[{i}].content", turn.get("content"))}
-        if role != "system":
-            wanted = ("assistant",) if role == "user" else ("user",)
+def _label(field: str, value: Any, *, whole: bool = True, empty: bool = False) -> str:
+    """The text of an id, a family or an answer, which may be a number.
 
-
-def _text(where: str, field: str, value: Any, *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {field} is {reprlib.repr(value)}; expected text")
-    if not empty and not value.strip():
-        raise DataError(f"{where}: {field} is empty; expected text")
+    Args:
+        whole: whether a number has to be whole.
+        empty: whether it may be blank.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if value == int(value):
+            value = str(int(value))
+        elif not whole:
+            value = str(value)
     try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud83d"
-        raise DataError(f"{where}: {field} is not valid Unicode ({error.reason}); expected text") from error
-    return value
+        return read_text(field, value, empty=empty)
+    except RowError as error:
+        raise RowError(error.reason, f"{error}{_hint(field)}") from error
+
+
+def _hint(field: str) -> str:
+    """How to do without a field, for messages."""
+    return f"; data.columns='{{{field.removeprefix('prompt_')}: null}}' leaves the column out"
 
 
 def _content_id(messages: list[Message], human: str) -> str:

@@ -13,19 +13,31 @@ from typing import Any, ClassVar, NamedTuple
 
 from dnpo.data import SPLITS, LongResponses
 from dnpo.data.duplicates import repeats
-from dnpo.data.rows import FIELDS, FORMS, Field, Turns, check_rows
-from dnpo.errors import DataError
+from dnpo.data.rows import CONVERSATIONS, FIELDS, FORMS, Field, Turns, check_rows
+from dnpo.data.turns import is_blank, read_text
+from dnpo.data.unusable import BadRows, RowError, shown
+from dnpo.errors import DataError, SettingsError
 from dnpo.records import Prompt
 from dnpo.seeding import derive
 from dnpo.settings import Count, Fraction, Natural, nearest
 
+VERSION = 2  # raised when the same files give other rows
+
 
 class RawTable(NamedTuple):
-    """Raw rows of a source: the names of their columns, their count, and a function that reads some by number."""
+    """Raw rows of a source.
+
+    Attributes:
+        columns: the names of their columns.
+        total: their count.
+        rows: reads some by number, each with its place.
+        texts: which of some columns hold text.
+    """
 
     columns: Collection[str]
     total: int
     rows: Callable[[Sequence[int]], Iterable[tuple[str, Any]]]
+    texts: Callable[[Collection[str]], Collection[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +45,10 @@ class Rows(ABC):
     """The base of the sources here: columns, the sample, the split, and duplicates.
 
     Args:
-        columns: the column of each field that is named otherwise in the data, such as ``{prompt: instruction}``.
+        columns: the column of each field that is named otherwise in the data, such as ``{prompt: instruction}``; a list
+            of columns is joined; null leaves the column of that name unread.
+        join: what stands between the parts of a list of columns; parts without text are left out.
+        bad_rows: ``fail`` if a row cannot be used, or ``drop`` such rows and count them.
         turns: of ``messages``: ``first`` takes the first user turn and the answer to it; ``all`` takes the last answer,
             with all turns before it as its prompt.
         sample: rows to draw; 0 takes all.
@@ -48,7 +63,9 @@ class Rows(ABC):
 
     drawn_with_replacement: ClassVar[bool] = False
 
-    columns: dict[Field, str] | None = None
+    columns: dict[Field, str | list[str] | None] | None = None
+    join: str = "\n\n"
+    bad_rows: BadRows = "fail"
     turns: Turns = "first"
     sample: Natural = 0
     holdout: Fraction = 0.1
@@ -63,9 +80,33 @@ class Rows(ABC):
     def setting(self) -> str:
         """Where the rows are, as messages name it: ``data.path=…``."""
 
+    def __post_init__(self) -> None:
+        for field, column in (self.columns or {}).items():
+            if column == [] or (field == "messages" and isinstance(column, list)):
+                raise SettingsError(f"columns.{field}={column}: expected one column, or null")
+
     @property
-    def _columns(self) -> dict[Field, str]:
-        return dict(self.columns or {})
+    def _columns(self) -> dict[Field, list[str]]:
+        """The columns of each field that is mapped."""
+        named = dict(self.columns or {})
+        return {ours: [] if at is None else [at] if isinstance(at, str) else at for ours, at in named.items()}
+
+    @property
+    def _hidden(self) -> set[str]:
+        """Columns that are not read under their own names: what is mapped is read from there alone.
+
+        Naming columns for one form of row hides the columns of other forms.
+        """
+        mapped = self._columns
+        named = {field for field, columns in mapped.items() if columns}
+        hidden = {*mapped, *(column for columns in mapped.values() for column in columns)}
+        if "messages" in mapped or {"prompt", "response", "chosen"} & named:
+            hidden |= {*CONVERSATIONS}
+        if "chosen" in named:
+            hidden |= {"response"}
+        if "id" in mapped and not mapped["id"]:
+            hidden |= {"prompt_id"}
+        return hidden
 
     @abstractmethod
     def _contents(self) -> Mapping[str, Any]:
@@ -79,12 +120,15 @@ class Rows(ABC):
         """What decides the rows. Where all are taken, the seed changes nothing."""
         return {
             **self._contents(),
-            "columns": self._columns,
+            "rows": VERSION,
+            "columns": dict(self.columns or {}),
             "turns": self.turns,
             "sample": self.sample,
             "holdout": self.holdout,
             "near_duplicates": self.near_duplicates,
             **({"seed": self.seed} if self.sample else {}),
+            **({"join": self.join} if any(len(columns) > 1 for columns in self._columns.values()) else {}),
+            **({"bad_rows": self.bad_rows} if self.bad_rows != "fail" else {}),
         }
 
     def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
@@ -102,7 +146,12 @@ class Rows(ABC):
         table = self._table()
         drawn = self._draw(table.total)
         self._check_columns(table.columns)
-        prompts, repeated = check_rows(((where, self._rename(raw)) for where, raw in table.rows(drawn)), self.turns)
+        raw_rows = ((where, self._rename(raw)) for where, raw in table.rows(drawn))
+        prompts, repeated, bad = check_rows(raw_rows, self.turns)
+        if self.bad_rows == "fail":
+            bad.refuse(len(drawn), "data.bad_rows=drop leaves out rows that cannot be used")
+        if not prompts:
+            bad.refuse(len(drawn))
         rows: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
         for prompt in prompts:
             place = _fraction(prompt.id)
@@ -110,43 +159,74 @@ class Rows(ABC):
             rows[held if place < self.holdout else "train"].append(prompt)
         rows, removed = _distinct(rows, self.near_duplicates)
         lost = sum(removed.values())
+        unread = sorted(map(shown, table.texts(self._choose_others(table.columns))))
         for split, some in rows.items():
             if not some:
                 raise DataError(
                     f"data.holdout={self.holdout}: none of the {len(prompts):,} rows is left for {split} (half of this "
                     "share goes to validation, half to test, the rest to train); change it, or take more rows"
                     + (f" (data.near_duplicates={self.near_duplicates} removed {lost:,} of these)" if lost else "")
+                    + (f". {', '.join(unread)}: text that nobody reads; data.columns may join it" if unread else "")
                 )
         sizes = {f"{split}_rows": len(some) for split, some in rows.items()}
-        return rows, {"removed": {"repeated": repeated, **removed}, **sizes}
+        return rows, {
+            "removed": {"repeated": repeated, **removed},
+            **({"unusable": bad.facts()} if bad.counts else {}),
+            "unread": unread,
+            **sizes,
+        }
 
     def _check_columns(self, columns: Collection[str]) -> None:
         for ours, theirs in self._columns.items():
-            if theirs not in columns:
-                near = nearest(theirs, columns)
-                raise DataError(f"data.columns.{ours}={theirs}: there is no such column in {self.setting}.{near}")
-        names = {*columns, *self._columns} - ({*self._columns.values()} - {*self._columns})
-        if columns and not ({"messages", "chosen"} & names or {"prompt", "response"} <= names):
+            for column in theirs:
+                if column not in columns:
+                    near = nearest(column, map(shown, columns))
+                    raise DataError(f"data.columns.{ours}={column}: there is no such column in {self.setting}.{near}")
+        names = ({*columns} - self._hidden) | {ours for ours, theirs in self._columns.items() if theirs}
+        if columns and not ({*CONVERSATIONS, "chosen"} & names or {"prompt", "response"} <= names):
+            example = "{prompt: …, response: …}"
+            if {"instruction", "output"} <= names:
+                example = (
+                    f"{{prompt: {'[instruction, input]' if 'input' in names else 'instruction'}, response: output}}"
+                )
             raise DataError(
-                f"{self.setting}: it has the columns {', '.join(columns)}; {FORMS}. Where others stand for these, give "
-                "data.columns='{prompt: …, response: …}'"
+                f"{self.setting}: it has the columns {', '.join(map(shown, columns))}; {FORMS}. Where others stand for "
+                f"these, give data.columns='{example}'"
             )
 
     def _choose_columns(self, columns: Iterable[str]) -> list[str]:
         """The columns that are read."""
-        return [name for name in columns if name in FIELDS or name in self._columns.values()]
+        wanted = {column for columns in self._columns.values() for column in columns} | ({*FIELDS} - self._hidden)
+        return [name for name in columns if name in wanted]
+
+    def _choose_others(self, columns: Collection[str]) -> list[str]:
+        """The columns that nobody reads, without those that are not to be read: unplugged ones, and the rejected."""
+        unplugged = {field for field, columns in self._columns.items() if not columns}
+        read = {*self._choose_columns(columns), *unplugged, "rejected"}
+        return [name for name in columns if name not in read]
 
     def _rename(self, raw: Any) -> Any:
-        """A raw row under our names. Naming columns for one form of row hides the columns of other forms."""
+        """A raw row under our names."""
         if not (self._columns and isinstance(raw, Mapping)):
             return raw
-        gone = {*self._columns, *self._columns.values()}
-        if {"prompt", "response", "chosen"} & set(self._columns):
-            gone |= {"messages"}
-        if "chosen" in self._columns:
-            gone |= {"response"}
-        kept = {name: value for name, value in raw.items() if name not in gone}
-        return kept | {ours: raw.get(theirs) for ours, theirs in self._columns.items()}
+        kept = {name: value for name, value in raw.items() if name not in self._hidden}
+        try:
+            return kept | {ours: self._value(raw, theirs) for ours, theirs in self._columns.items()}
+        except RowError as error:
+            return error
+
+    def _value(self, raw: Mapping[str, Any], columns: Sequence[str]) -> Any:
+        """The value of a field: that of its column, or the texts of several, joined."""
+        if len(columns) < 2:
+            return raw.get(columns[0]) if columns else None
+        texts = []
+        for column in columns:
+            value = raw.get(column)
+            if isinstance(value, int) and not isinstance(value, bool):
+                value = str(value)
+            if value is not None:
+                texts.append(read_text(column, value, empty=True))
+        return self.join.join(text for text in texts if not is_blank(text)) or None
 
     def _draw(self, total: int) -> list[int]:
         """Which of ``total`` rows to take, in their order."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnpo import dsl
+from dnpo.data.unusable import list_reasons
 from dnpo.errors import DataError, Declined, DnpoError, ModelError, SettingsError
 from dnpo.judges import judge_responses, tally
 from dnpo.optimise.parts import MatchedOffset
@@ -60,6 +61,8 @@ def prepare(run: Run, plan: None, task: Task) -> Facts:
     removed = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in facts.get("removed", {}).items() if n]
     if removed:
         task.report.note(f"rows removed as duplicates: {', '.join(removed)}")
+    if "unusable" in facts:
+        task.report.note(f"rows that cannot be used are left out: {'; '.join(list_reasons(facts['unusable']))}")
     run.model.base(task.folder / "model", rows["train"])
     policy = run.model.load(task.folder / "model", None, "cpu")
     task.report.begin(sum(map(len, rows.values())), "prompts")

@@ -15,13 +15,16 @@ truthfulqa      question, mc1 and mc2, both with choices and labels (1 is true)
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
+from dnpo.data.parsing import open_text, parse_json
+from dnpo.data.turns import is_blank
+from dnpo.data.unusable import RowError, read_rows
 from dnpo.errors import DataError
 from dnpo.seeding import derive
 
@@ -61,7 +64,7 @@ def offline(folder: Path, name: str) -> list[BenchmarkTask]:
             f"source={folder}: has no {stem}_test.jsonl, {stem}_val.jsonl or {stem}.jsonl; add one, or name the "
             "benchmarks there are in benchmarks=[…]"
         )
-    rows = list(_read(path, name))
+    rows = _read(path, name)
     if not rows:
         raise DataError(f"{path}: has no rows")
     lender = LENDERS.get(name, stem)
@@ -91,36 +94,39 @@ def _question(row: Row) -> str:
     return json.dumps([row.get(name) for name in ("question", "query", "context_options", "choices")])
 
 
-def _read(path: Path, task: str) -> Iterator[Row]:
+def _read(path: Path, task: str) -> list[Row]:
     """Read the rows of a file, with the fields that the task's definition uses.
 
     Raises:
-        DataError: a row is not valid; names file and line.
+        DataError: a row is not valid; names file and line of the first such row, and counts them by reason.
     """
     seen = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+
+    def make(where: str, raw: Any) -> Row:
         try:
-            row = json.loads(line)
-            made = {"id": str(row["id"]), **FORMS[task](row)} if "id" in row else FORMS[task](row)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid JSON ({error})") from error
+            row = {"id": str(raw["id"]), **FORMS[task](raw)} if "id" in raw else FORMS[task](raw)
         except KeyError as error:
-            raise DataError(f"{path}:{number}: has no {error.args[0]}, which {task} needs") from error
+            problem = f"has no {error.args[0]}, which {task} needs"
+            raise RowError(problem, problem) from error
         except (TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{path}:{number}: cannot be used for {task}: {error}") from error
-        if made.get("id") in seen:
-            raise DataError(f"{path}:{number}: the id {made['id']} is there twice")
-        if "id" in made:
-            seen.add(made["id"])
-        yield made
+            raise RowError(f"cannot be used for {task}", f"cannot be used for {task}: {error}") from error
+        if row.get("id") in seen:
+            raise RowError("the id of another row", f"the id {row['id']} is there twice")
+        if "id" in row:
+            seen.add(row["id"])
+        return row
+
+    with open_text(f"source={path.parent}", path) as stream:
+        raw = list(parse_json(path, stream))
+    rows, bad = read_rows(raw, make)
+    bad.refuse(len(raw))
+    return rows
 
 
 def _choice(row: Row, choices: str = "choices", answer: str = "answer") -> Row:
     """The choices and the index of the right one."""
     given, right = row[choices], row[answer]
-    if not isinstance(given, list) or not all(isinstance(text, str) and text for text in given):
+    if not isinstance(given, list) or not all(isinstance(text, str) and not is_blank(text) for text in given):
         raise ValueError(f"{choices} is {given!r}, expected a list of texts")
     if not isinstance(right, int) or not 0 <= right < len(given):
         raise ValueError(f"{answer} is {right!r}, expected a number from 0 to {len(given) - 1}")
@@ -128,7 +134,7 @@ def _choice(row: Row, choices: str = "choices", answer: str = "answer") -> Row:
 
 
 def _text(row: Row, name: str) -> str:
-    if not isinstance(row[name], str) or not row[name].strip():
+    if not isinstance(row[name], str) or is_blank(row[name]):
         raise ValueError(f"{name} is {row[name]!r}, expected a text")
     return cast(str, row[name])
 

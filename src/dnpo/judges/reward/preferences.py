@@ -7,11 +7,14 @@ same in both, and ``prompt`` may be missing. Other fields are ignored.
 
 import json
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from dnpo.data.parsing import open_text, parse_json
+from dnpo.data.turns import is_parts, read_text, read_turn
+from dnpo.data.unusable import RowError, has_names, read_rows
 from dnpo.errors import DataError
 from dnpo.records import Message
 from dnpo.seeding import derive
@@ -49,13 +52,13 @@ class Preferences:
         """Rows to train on, and rows held out.
 
         Raises:
-            DataError: the file cannot be read, a row cannot be used, or one of the two sides has no rows.
+            DataError: the file cannot be read, a row cannot be used (they are counted by reason), or one of the two
+                sides has no rows.
         """
-        try:
-            with self.path.open("rb") as stream:
-                rows = [_preference(where, raw) for where, raw in self._parse(stream)]
-        except OSError as error:
-            raise DataError(f"data.path={self.path}: {error.strerror}; expected a file of JSON lines") from error
+        with open_text(f"data.path={self.path}", self.path) as stream:
+            raw = list(parse_json(self.path, stream))
+        rows, bad = read_rows(raw, lambda where, each: _preference(each))
+        bad.refuse(len(raw))
         sides: tuple[list[Preference], list[Preference]] = ([], [])
         for row in rows:
             sides[derive(0, "preference", row.conversation) / 2**63 < self.holdout].append(row)
@@ -67,52 +70,45 @@ class Preferences:
                 )
         return sides
 
-    def _parse(self, stream: IO[bytes]) -> Iterator[tuple[str, Any]]:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                try:
-                    yield f"{self.path}:{number}", json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{self.path}:{number}: not JSON ({error}); expected one object a line") from error
 
-
-def _preference(where: str, raw: Any) -> Preference:
+def _preference(raw: Any) -> Preference:
     if not isinstance(raw, Mapping):
-        raise DataError(f"{where}: {reprlib.repr(raw)} is not an object; {FORMS}")
+        raise RowError("is not an object", f"{reprlib.repr(raw)} is not an object; {FORMS}")
     for field in ("chosen", "rejected"):
         if raw.get(field) is None:
-            raise DataError(f"{where}: no {field}; {FORMS} (the row has {', '.join(map(str, raw)) or 'nothing'})")
-    given = _turns(where, "prompt", raw["prompt"], "user") if raw.get("prompt") is not None else []
+            raise RowError(f"no {field}", f"no {field}; {FORMS} (the row has {has_names(raw)})")
+    given = _turns("prompt", raw["prompt"], "user") if raw.get("prompt") is not None else []
     before, responses = [], []
     for field in ("chosen", "rejected"):
-        turns = _turns(where, field, raw[field], "assistant")
+        turns = _turns(field, raw[field], "assistant")
         responses.append(turns[-1]["content"])
         before.append(turns[:-1])
     if before[0] != before[1]:
-        raise DataError(f"{where}: chosen and rejected answer different conversations; expected the same")
+        problem = "chosen and rejected answer different conversations"
+        raise RowError(problem, f"{problem}; expected the same")
     if not given and not before[0]:
-        raise DataError(f"{where}: no prompt, and chosen has no turns before the response; {FORMS}")
+        raise RowError("no prompt", f"no prompt, and chosen has no turns before the response; {FORMS}")
     if given and before[0] and before[0][-len(given) :] != given:
-        raise DataError(f"{where}: prompt is not what chosen answers; expected the same turns")
+        raise RowError(
+            "prompt is not what chosen answers", "prompt is not what chosen answers; expected the same turns"
+        )
     if responses[0] == responses[1]:
-        raise DataError(f"{where}: chosen and rejected are the same; expected a better and a worse response")
+        problem = "chosen and rejected are the same"
+        raise RowError(problem, f"{problem}; expected a better and a worse response")
     return Preference(before[0] or given, *responses)
 
 
-def _turns(where: str, field: str, value: Any, last: str) -> list[Message]:
-    """A text as one turn, or turns of which the last has that role."""
-    if isinstance(value, str):
-        value = [{"role": last, "content": value}]
+def _turns(field: str, value: Any, last: str) -> list[Message]:
+    """A text as one turn, or turns of which the last has that role. A response may be empty, a prompt may not."""
+    if isinstance(value, str) or is_parts(value):
+        return [{"role": last, "content": read_text(field, value, empty=last == "assistant")}]
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {field} is {reprlib.repr(value)}; expected text, or a list of turns")
+        text = f"{field} is {reprlib.repr(value)}; expected text, or a list of turns"
+        raise RowError(f"{field} is no text and no turns", text)
     turns: list[Message] = []
     for i, turn in enumerate(value):
-        role = turn.get("role") if isinstance(turn, Mapping) else None
         wanted = ("system", "user", "assistant") if i < len(value) - 1 else (last,)
-        if not isinstance(role, str) or role not in wanted:
-            raise DataError(f"{where}: {field}[{i}].role is {role!r}; expected {' or '.join(wanted)}")
-        content = turn.get("content")
-        if not isinstance(content, str) or (not content.strip() and last == "user"):
-            raise DataError(f"{where}: {field}[{i}].content is {reprlib.repr(content)}; expected text")
-        turns.append({"role": role, "content": content})
+        message = read_turn(field, i, turn, wanted, empty=last == "assistant")
+        if message is not None:
+            turns.append(message)
     return turns

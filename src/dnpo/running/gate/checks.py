@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dnpo.errors import ModelError
 from dnpo.loop import Iteration
@@ -20,7 +21,7 @@ LOOKED_AT = 256  # rows of a split that are rendered and encoded
 def check(run: Run, iterations: Sequence[Iteration], store: Store, todo: Sequence[Stage]) -> list[Finding]:
     """Run every check of a run whose stages ``todo`` are not computed yet."""
     data, facts = run.data.read()
-    found = _rows(run, data, facts.get("removed", {}))
+    found = _rows(run, data, facts)
     try:
         with _base(run, iterations[0].prompts, data, store) as folder:
             policy = run.model.outline(folder)
@@ -52,7 +53,7 @@ def _base(run: Run, prompts: Stage, data: rows.Rows, store: Store) -> Iterator[P
         yield Path(folder)
 
 
-def _rows(run: Run, data: rows.Rows, removed: Mapping[str, int]) -> list[Finding]:
+def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
     scored = [plan.k for plan in run.plans if plan.dsl.needs_scores]
     measured = run.eval.split
     redrawn = run.data.drawn_with_replacement
@@ -62,7 +63,9 @@ def _rows(run: Run, data: rows.Rows, removed: Mapping[str, int]) -> list[Finding
         *([judge.second(other, data[measured], measured)] if other.gives_scores else []),
         judge.judge_prompts(run.judge.prompts_seen, data[measured], measured),
         rows.ids(data),
-        rows.duplicates(data["train"], redrawn, removed),
+        *([rows.unusable(facts.get("unusable", {}), sum(map(len, data.values())))] if "unread" in facts else []),
+        *([rows.unread(facts["unread"])] if "unread" in facts else []),
+        rows.duplicates(data["train"], redrawn, facts.get("removed", {})),
         rows.near_duplicates(data["train"], redrawn),
         *rows.overlap(data),
     ]

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dnpo.data import SPLITS
 from dnpo.data.duplicates import near, repeats
+from dnpo.data.unusable import list_reasons
 from dnpo.records import Prompt
 from dnpo.running.gate.finding import Finding
 
@@ -49,6 +51,29 @@ def duplicates(train: Sequence[Prompt], by_design: bool, removed: Mapping[str, i
     if by_design:
         return Finding("duplicates", "pass", f"{what}: the source draws with replacement")
     return Finding("duplicates", "warn", what, "the data (remove repeated rows)")
+
+
+def unusable(facts: Mapping[str, Mapping[str, Any]], total: int) -> Finding:
+    """Check for rows that cannot be used.
+
+    Args:
+        facts: for each reason how many rows there are and where the first is.
+        total: how many rows can be used.
+    """
+    count = sum(some["rows"] for some in facts.values())
+    if not count:
+        return Finding("unusable rows", "pass", f"each of {total:,} rows can be used")
+    text = f"{count:,} of {total + count:,} rows cannot be used and are left out: {'; '.join(list_reasons(facts))}"
+    return Finding("unusable rows", "warn", text, "the data (data.bad_rows=fail stops at them)")
+
+
+def unread(columns: Sequence[str]) -> Finding:
+    """Check for columns that hold text and that nobody reads, such as Alpaca's ``input``."""
+    if not columns:
+        return Finding("columns", "pass", "no column that holds text is left unread")
+    text = f"{', '.join(columns)}: text that nobody reads"
+    setting = "data.columns, such as '{prompt: [instruction, input]}', if it belongs to a prompt or response"
+    return Finding("columns", "warn", text, setting)
 
 
 def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:

@@ -1,0 +1,167 @@
+"""Text files → raw rows, each with its place. What a file is, its first bytes say, whatever its name."""
+
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from dnpo.data.unusable import RowError, shown
+from dnpo.errors import DataError
+
+GZIP = b"\x1f\x8b"
+KINDS = {
+    b"PK\x03\x04": "a zip archive (or an Excel file)",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"PAR1": "a Parquet file (data=parquet)",
+    b"ARROW1": "an Arrow file (data=arrow)",
+    b"\xff\xfe": "a text in UTF-16",
+    b"\xfe\xff": "a text in UTF-16",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file itself)",
+}
+SEPARATORS = (";", "\t", "|")  # beside the comma
+BLANK = b"\xef\xbb\xbf \t\r\n"
+DAMAGES = (OSError, EOFError, zlib.error)  # what reading a stream raises; a gzip file may be cut off
+OBJECTS = "expected one object a line, or one list of objects"
+
+
+def open_file(setting: str, file: Path) -> BinaryIO:
+    """Open a file.
+
+    Args:
+        setting: where the file comes from, such as ``data.path=rows.jsonl``, for messages.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise DataError(f"{setting}: {error.strerror} ({file})") from error
+
+
+def open_text(setting: str, file: Path) -> BinaryIO:
+    """Open a text file, unpacked where it is a gzip file.
+
+    Args:
+        setting: as in :func:`open_file`.
+
+    Raises:
+        DataError: it cannot be opened, or is no text file.
+    """
+    stream = open_file(setting, file)
+    start = stream.read(32)
+    stream.seek(0)
+    for mark, kind in KINDS.items():
+        if start.startswith(mark):
+            stream.close()
+            raise DataError(f"{file}: is {kind}; expected text in UTF-8, plain or gzip")
+    return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if start.startswith(GZIP) else stream
+
+
+def parse_json(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Parse one object a line, or one list of objects; blank lines are skipped.
+
+    Yields:
+        Places and raw rows; for a line that is no JSON a ``RowError``.
+
+    Raises:
+        DataError: the file is damaged, or it is one object or a broken list over several lines.
+    """
+    unread = _lines(file, stream)
+    lines = list(_up_to_first_row(unread))
+    first = _parse_line(lines[-1]) if lines else {}
+    if not isinstance(first, Mapping):
+        lines += unread
+        whole = _parse_line(b"".join(lines))
+        if isinstance(whole, list):
+            yield from ((f"{file} row {i}", row) for i, row in enumerate(whole))
+            return
+        if isinstance(whole, Mapping):
+            names = ", ".join(map(shown, whole)) or "nothing in it"
+            raise DataError(f"{file}: is one object, with {names}; {OBJECTS}")
+        if isinstance(first, RowError) and b"".join(lines).lstrip(BLANK).startswith(b"[") and len(lines) > 1:
+            raise DataError(f"{file}: {whole}")
+    for number, line in enumerate(chain(lines, unread), 1):
+        if line.strip():
+            yield f"{file}:{number}", _parse_line(line)
+
+
+def parse_csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Parse values with a header, separated by commas; by another mark where the header has that and no comma.
+
+    Yields:
+        Places and raw rows, whose empty cells count as absent; for a row with more or fewer cells than the header a
+        ``RowError``.
+
+    Raises:
+        DataError: the file is damaged or no CSV.
+    """
+    csv.field_size_limit(sys.maxsize)
+    text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
+    where, number = f"{file}:1", 0
+    try:
+        head = text.readline()
+        reader = csv.reader(chain([head] if head else [], text), delimiter=_separator(head), strict=True)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            names = ", ".join(map(shown, header))
+            raise DataError(f"{where}: a column name stands twice in the header {names}")
+        number = reader.line_num
+        where = f"{file}:{number + 1}"
+        for cells in reader:
+            number = reader.line_num
+            start, where = where, f"{file}:{number + 1}"  # a row begins after the end of the one before
+            if len(cells) not in (0, len(header)):
+                problem = f"{len(cells)} cells, but the header has {len(header)}"
+                yield start, RowError("more or fewer cells than the header", problem)
+            elif cells:
+                yield start, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    except csv.Error as error:
+        raise DataError(f"{where}: not CSV ({error}); expected comma-separated values with a header") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 ({error.reason}), after line {number}") from error
+    except DAMAGES as error:
+        raise DataError(f"{file}: cannot be read to its end ({error}), after line {number}") from error
+
+
+def _separator(head: str) -> str:
+    """The mark between the cells: a comma, unless the header is one cell with one of the other marks in it."""
+    cells = next(csv.reader([head]), [])
+    others = [mark for mark in SEPARATORS if len(cells) == 1 and mark in cells[0]]
+    return others[0] if len(others) == 1 else ","
+
+
+def _lines(file: Path, stream: BinaryIO) -> Iterator[bytes]:
+    try:
+        yield from stream
+    except DAMAGES as error:
+        raise DataError(f"{file}: cannot be read to its end ({error})") from error
+
+
+def _up_to_first_row(lines: Iterator[bytes]) -> Iterator[bytes]:
+    for line in lines:
+        yield line
+        if line.strip(BLANK):
+            return
+
+
+def _parse_line(line: bytes) -> Any:
+    """Return what a line holds, or the error."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return RowError("not UTF-8", f"not UTF-8 ({error.reason})")
+    except (ValueError, RecursionError) as error:
+        problem: object = error
+        if isinstance(error, json.JSONDecodeError):
+            line_number = f"line {error.lineno}, " if error.lineno > 1 else ""
+            problem = f"{error.msg}, {line_number}column {error.colno}"
+        return RowError("not JSON", f"not JSON ({problem}); {OBJECTS}")
