@@ -91,11 +91,14 @@ def hints_of(kind: type) -> dict[str, Any]:
     return {name: hints[name] for name in names if name in hints}
 
 
+SAMPLES: dict[Any, list[Any]] = {str: ["a", "b"], int: [3, 4], str | list[str] | None: ["a", ["b", "c"]]}
+
+
 def example(hint: Any) -> Any:
     """A list or mapping that an annotation admits; None where it admits neither, or holds parts."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (list, Mapping, dict) and all(argument in (str, int) or _words(argument) for argument in arguments):
-        values = [_words(argument) or {str: ["a", "b"], int: [3, 4]}[argument] for argument in arguments]
+    values = [_words(argument) or SAMPLES.get(argument, []) for argument in arguments]
+    if origin in (list, Mapping, dict) and all(values):
         return values[0] if origin is list else dict(zip(*values, strict=False))
     return next((found for found in map(example, arguments) if found is not None), None)
 
