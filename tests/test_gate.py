@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from dnpo.commands.train import build, pass_gate
 from dnpo.data.seen import hash_conversation
-from dnpo.errors import JudgeError, SettingsError
+from dnpo.errors import JudgeError, ModelError, SettingsError
 from dnpo.generate import Sampling
 from dnpo.judges import Canary, Judge
 from dnpo.judges.asked.ledger import Ledger
@@ -36,7 +37,7 @@ from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.running.console import Console
 from dnpo.running.gate import chain as chain_check
 from dnpo.running.gate import gate, judge, machine, needs, rows, show, text
-from dnpo.running.gate.finding import Finding
+from dnpo.running.gate.finding import Finding, refuse
 from dnpo.settings import conf_folder
 from dnpo.stages.verbs import Run
 from dnpo.store import Store
@@ -358,6 +359,58 @@ def test_overlap() -> None:
     fires(near[1], "warn", "1 of 3 test prompts", "near and sky", "data.near_duplicates")
     both = rows.overlap(split(train, held[:2], held[1:]))
     fires(both[2], "warn", "1 prompts")
+
+
+@pytest.mark.parametrize(("context", "said"), [(64, "context of 64 tokens leaves none"), (40, "context of 40 tokens")])
+def test_context_without_room_for_prompts_stops(context: int, said: str) -> None:
+    fires(rows.room(48, context, 64), "stop", said, "data.max_response_tokens=64 to less than")
+
+
+def test_context_with_room() -> None:
+    fires(rows.room(48, 100, 64), "pass", "prompts of up to 36 and responses of up to 64", "the model's context of 100")
+    assert rows.room(48, None, 64).level == "pass"
+
+
+def test_limit_of_prompts_says_where_it_comes_from(local: Path, tmp_path: Path) -> None:
+    """Whether the setting or the model's context is too small."""
+    found = of_model(local, tmp_path, "data.max_response_tokens=95")
+    fires(
+        found["lengths of train"], "stop", "into 1 token (the model's context of 96 less data.max_response_tokens=95)"
+    )
+    found = of_model(local, tmp_path, "data.max_prompt_tokens=2")
+    fires(found["lengths of train"], "stop", "fits into 2 tokens (data.max_prompt_tokens=2)")
+    found = of_model(local, tmp_path, "data.max_response_tokens=96")
+    fires(found["context"], "stop", "the model's context of 96 tokens leaves none for prompts")
+    assert "lengths of train" not in found
+
+
+@pytest.mark.parametrize(
+    ("finding", "said"),
+    [
+        (Finding("model", "stop", "model.path=x: is no model.", "y"), "model.path=x: is no model. Change y"),
+        (refuse("model", ModelError("model: x is no model"), "y"), "model: x is no model. Change y"),
+        (refuse("judge", JudgeError("judge.path=x: is no model"), "y"), "judge.path=x: is no model. Change y"),
+        (refuse("judge", JudgeError("x is no model"), "y"), "judge: x is no model. Change y"),
+        (refuse("model", ModelError("modelling fails"), "y"), "model: modelling fails. Change y"),
+    ],
+)
+def test_refusal_names_the_check_once(finding: Finding, said: str) -> None:
+    assert finding.refusal == said
+
+
+def test_what_comes_after_training_is_checked_before(local: Path, tmp_path: Path) -> None:
+    """A wrong encoder, or a folder of benchmarks without rows, would be found after hours."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("sacrebleu")
+    encoder = shutil.copytree(local, tmp_path / "encoder")
+    (tmp_path / "rows").mkdir()
+    measured = ("eval=leaderboard", f"eval.leaderboard.source={tmp_path / 'rows'}")
+    found = of_model(local, tmp_path, *measured)
+    fires(found["leaderboard"], "stop", "has no arc_easy_test.jsonl", "eval.leaderboard.…, as the message says")
+    assert of_model(local, tmp_path, "eval=texts", f"eval.texts.encoder={encoder}")["texts"].level == "pass"
+    (encoder / "model.safetensors").unlink()
+    found = of_model(local, tmp_path, "eval=texts", f"eval.texts.encoder={encoder}")
+    fires(found["texts"], "stop", f"eval.texts.encoder={encoder}: there are no weights", "eval.texts.encoder")
 
 
 def test_lengths() -> None:
@@ -735,7 +788,7 @@ def test_model_that_cannot_be_read_stops(local: Path, tmp_path: Path) -> None:
     )
     for file in local.glob("tokenizer*"):
         file.unlink()
-    fires(of_model(local, tmp_path)["model"], "stop", "cannot be loaded")
+    fires(of_model(local, tmp_path)["model"], "stop", "it has no tokenizer")
 
 
 def test_needs_shrink_with_what_is_there(tmp_path: Path) -> None:

@@ -257,9 +257,7 @@ def pass_gate(
         command.prepare_torch(threads)
     findings = gate(run, iterations, store)
     show(console, findings, everything)
-    stops = [
-        f"{finding.name}: {finding.text}. Change {finding.setting}" for finding in findings if finding.level == "stop"
-    ]
+    stops = [finding.refusal for finding in findings if finding.level == "stop"]
     if stops:
         raise SettingsError("the run does not begin. " + "\n       ".join(stops))
 

@@ -20,6 +20,7 @@ OBJECTS = (
     *("added_tokens.json", "vocab.json"),
 )
 OTHERS = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja")
+TOKENIZERS = ("tokeniz*", "vocab*", "*.model", "*.tiktoken")
 BEGINNINGS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`",
     b"<": "is a page of a web site, not the file itself; download it again",
@@ -188,6 +189,8 @@ def _find_problems(folder: Path, trained: bool) -> Iterator[str]:
             f"{CONFIG} says that its weights are quantised ({kind}): such weights are not trained here, and an adapter "
             "merged into them would be rounded; give the model in float32, bfloat16 or float16"
         )
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+        yield "it has no tokenizer: expected tokenizer.json; save it along with the model"
     yield from _check_ids(found.get(GENERATION, {}))
     yield from _check_weights(folder, found.get(INDEX), read_quantisation(folder) is not None)
 

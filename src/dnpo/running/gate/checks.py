@@ -91,8 +91,8 @@ def _tokens(run: Run, data: rows.Rows, policy: Policy) -> tuple[list[Finding], C
         text.no_eos_where_cut(tokenizer, stop_ids, encoded, run.limit),
         text.ends_of_model(tokenizer, policy.model_stop_ids, encoded),
     ]
-    context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
-    longest = min(run.data.max_prompt_tokens, context - run.limit)
+    context: int | None = getattr(policy.causal_lm.config, "max_position_embeddings", None) or None
+    longest = min(run.data.max_prompt_tokens, (context or 10**9) - run.limit)
     room = rows.room(run.data.max_prompt_tokens, context, run.limit)
     found.append(room)
     if room.level == "stop":

@@ -24,6 +24,12 @@ class Finding:
     text: str
     setting: str = ""
 
+    @property
+    def refusal(self) -> str:
+        """Why the run does not begin, as one sentence and what to change. A name is not said twice."""
+        named = self.text.startswith(tuple(f"{self.name}{mark}" for mark in ":.= "))
+        return f"{'' if named else f'{self.name}: '}{self.text.removesuffix('.')}. Change {self.setting}"
+
 
 def refuse(name: str, error: DnpoError, setting: str) -> Finding:
     """The finding of a check that an error ended. The check's name is not said twice."""

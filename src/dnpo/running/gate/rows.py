@@ -132,14 +132,16 @@ def overlap(rows: Rows) -> list[Finding]:
     return findings
 
 
-def room(asked: int, context: int, limit: int) -> Finding:
+def room(asked: int, context: int | None, limit: int) -> Finding:
     """Check that the model's context leaves room for prompts.
 
     Args:
         asked: maximum tokens of a prompt in the settings.
-        context: tokens that the model reads at most.
+        context: tokens that the model reads at most; None if its configuration names none.
         limit: maximum tokens of a response.
     """
+    if context is None:
+        return Finding("context", "pass", "the model's configuration limits no text")
     setting = f"data.max_response_tokens={limit} to less than {context:,}, or the model"
     if limit >= context:
         text = f"the model's context of {context:,} tokens leaves none for prompts beside responses of {limit:,} tokens"
@@ -169,7 +171,8 @@ def lengths(
     over = sum(response > limit for prompt, response in tokens if prompt <= longest)
     if too_long == count:
         shortest = min(prompt for prompt, _ in tokens)
-        text = f"none of the {total:,} {split} prompts fits into {longest:,} tokens{why}: the shortest has {shortest:,}"
+        within = f"{longest:,} token{'' if longest == 1 else 's'}"
+        text = f"none of the {total:,} {split} prompts fits into {within}{why}: the shortest has {shortest:,}"
         return Finding(name, "stop", text, setting)
     if drop and too_long + over == count:
         text = f"none of the {total:,} {split} rows fits into {longest:,} and {limit:,} tokens: all would be dropped"
