@@ -353,6 +353,51 @@ def test_clock_that_is_stopped_says_what_strftime_says(form: str) -> None:
     assert TIMES[0].strftime(form) != TIMES[1].strftime(form)
 
 
+def test_values_that_a_template_has_from_an_earlier_run_are_replaced() -> None:
+    """As of an exported policy: what is asked for now is in force, and twice the same is once."""
+    tokenizer = wrapped(template=DATED.replace("{{ date }}", "{{ date }}{{ mood }}"))
+    put_in_force(tokenizer, arguments={"mood": " x"}, date="2026-01-31")
+    once = tokenizer.chat_template
+    put_in_force(tokenizer, arguments={"mood": " x"}, date="2026-01-31")
+    assert tokenizer.chat_template == once
+    put_in_force(tokenizer, arguments={"mood": " y"})
+    assert render_turns(tokenizer, ASKED).text.startswith("31 Jan 2026 y<s>")
+    put_in_force(tokenizer, date="2026-02-01")
+    assert render_turns(tokenizer, ASKED).text.startswith("01 Feb 2026 y<s>")
+
+
+def test_variable_that_the_template_sets_itself_cannot_be_given() -> None:
+    """It would be given for nothing."""
+    sets = "{% if true %}{% endif %}{% set mood = 'x' %}{{ mood }}" + CHATML
+    with pytest.raises(ModelError, match=r"model\.template_arguments\.mood: .*reads no variable"):
+        put_in_force(wrapped(template=sets), arguments={"mood": "y"})
+    unless = "{% if mood is not defined %}{% set mood = 'x' %}{% endif %}{{ mood }}" + CHATML
+    put_in_force(given := wrapped(template=unless), arguments={"mood": "y"})
+    assert render_turns(given, ASKED).text.startswith("y<s>")
+
+
+def test_template_of_several_and_one_that_cannot_be_read() -> None:
+    tokenizer = wrapped(template={"default": "{{ mood }}" + CHATML, "tool_use": CHATML})  # type: ignore[arg-type]
+    put_in_force(tokenizer, arguments={"mood": "y"})
+    assert render_turns(tokenizer, ASKED).text.startswith("y<s>")
+    several = wrapped(template={"rag": CHATML, "tool_use": CHATML})  # type: ignore[arg-type]
+    for use in (lambda: render_turns(several, ASKED), lambda: put_in_force(several, arguments={"mood": 1})):
+        with pytest.raises(ModelError, match=r"^model\.chat_template: "):
+            use()
+    with pytest.raises(ModelError, match=r"^model\.chat_template: "):
+        put_in_force(wrapped(template="{% if %}"), arguments={"mood": 1})
+
+
+@pytest.mark.parametrize("condition", ["%H')|int > 17", "%m') == '12'", "%d%m') == '3110'", "%A') == 'Monday'"])
+def test_clock_by_which_a_template_chooses_is_found(condition: str) -> None:
+    """Whatever the time is while this test runs."""
+    tokenizer = wrapped(
+        template="{% if strftime_now('CONDITION %}Good day.{% endif %}".replace("CONDITION", condition) + CHATML
+    )
+    with pytest.raises(ModelError, match="reads the clock"):
+        render_turns(tokenizer, ASKED)
+
+
 @pytest.mark.parametrize(("template", "date"), [(CHATML, "2026-01-31"), (DATED, "31.1.2026"), (DATED, "today")])
 def test_date_that_cannot_be_used_is_refused(template: str, date: str) -> None:
     with pytest.raises(ModelError, match=rf"model\.template_date={date}: "):

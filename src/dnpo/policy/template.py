@@ -6,11 +6,12 @@ Silent changes of the data by a template are refused: leaving out a turn, cuttin
 import json
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, cast
 
+from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 from dnpo.errors import ModelError
@@ -26,8 +27,17 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
 SETTING = "model.chat_template"
+HEAD = re.compile(  # a line that gives a name its value, as put_in_force writes it
+    r"{% set (?P<name>\w+) = ((?!%}).)*%}\n|{% macro strftime_now\(format\) %}.*{% endmacro %}\n"
+)
 CLOCK = "strftime_now"  # by which transformers' templates ask for the time
-TIMES = (datetime(1991, 2, 3, 4, 5, 6), datetime(2048, 11, 28, 17, 38, 49))  # alike in nothing that strftime can say
+TIMES = (  # every hour and month, many years and days of the week, and some days that templates might know
+    *(datetime(1984 + 3 * h, h % 12 + 1, h + 3, h, 2 * h + 1, 59 - 2 * h) for h in range(24)),
+    *(
+        datetime(2027, month, day, 12)
+        for month, day in ((1, 1), (2, 14), (4, 1), (10, 31), (12, 24), (12, 25), (12, 31))
+    ),
+)
 PRIVATE = (0xF0000, 0x100000)  # characters for private use: two for each turn, from one of these on
 
 
@@ -112,26 +122,50 @@ def put_in_force(
         tokenizer.chat_template = PLAIN_TEMPLATE
     if not arguments and date is None:
         return
-    try:
-        template = str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise ModelError(f"{setting}.chat_template: {str(error).splitlines()[0]}") from error
-    before = ""
+    template = _current(tokenizer, f"{setting}.chat_template")
+    names = {*(arguments or {}), *([CLOCK] if date is not None else [])}
+    template = _without_head(template, names)
+    head = ""
     for name, value in (arguments or {}).items():
         if name in ("messages", "add_generation_prompt", CLOCK) or not name.isidentifier():
             raise ModelError(f"{setting}.template_arguments.{name}: expected the name of a variable of the template")
-        if not re.search(rf"\b{name}\b", template):
+        if name not in _variables(template, setting):
             raise ModelError(f"{setting}.template_arguments.{name}: the chat template reads no variable of this name")
-        before += f"{{% set {name} = {_literal(value)} %}}\n"
+        head += f"{{% set {name} = {_literal(value)} %}}\n"
     if date is not None:
-        if CLOCK not in template:
+        if CLOCK not in _variables(template, setting):
             raise ModelError(f"{setting}.template_date={date}: the chat template does not read the clock")
         try:
-            before += _stop_clock(datetime.fromisoformat(date))
+            head += _stop_clock(datetime.fromisoformat(date))
         except ValueError as error:
             raise ModelError(f"{setting}.template_date={date}: expected a date such as 2026-01-31") from error
-    if not template.startswith(before):  # a policy's own tokenizer has it already
-        tokenizer.chat_template = before + template
+    tokenizer.chat_template = head + template
+
+
+def _current(tokenizer: Any, setting: str) -> str:
+    """The template that a tokenizer would use."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except Exception as error:  # it has several and none by default, or is of a kind without templates
+        raise ModelError(f"{setting}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
+def _without_head(template: str, names: Container[str]) -> str:
+    """A template without the lines at its head that give these names a value: those of an earlier run, say."""
+    kept = ""
+    while line := HEAD.match(template):
+        kept += line[0] if (line["name"] or CLOCK) not in names else ""
+        template = template[line.end() :]
+    return kept + template
+
+
+def _variables(template: str, setting: str) -> set[str]:
+    """The names that a template takes from outside."""
+    known = Environment(extensions=["jinja2.ext.loopcontrols"])  # parses only; transformers adds one more tag
+    try:
+        return meta.find_undeclared_variables(known.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)))
+    except TemplateError as error:
+        raise ModelError(f"{setting}.chat_template: {error}") from error
 
 
 def _literal(value: Any) -> str:
@@ -208,15 +242,7 @@ def render_turns(
             depends on the time or on chance.
     """
     text = _apply(tokenizer, messages, generation, setting)
-    template = str(tokenizer.get_chat_template())
-    if CLOCK in template:
-        one, other = (_apply(tokenizer, messages, generation, setting, _stop_clock(now) + template) for now in TIMES)
-        if one != other:
-            remedy = "model.template_date" if setting == SETTING else "judge.template_date (in a fit template_date)"
-            raise ModelError(
-                f"{setting}: reads the clock ({CLOCK}), so prompts would change from day to day and "
-                f"their stages would not; give {remedy}, such as 2026-01-31"
-            )
+    _check_clock(tokenizer, messages, generation, setting)
     cores = [message["content"].strip() for message in messages]
     base = next((b for b in PRIVATE if not any(b <= ord(c) <= b + 2 * len(cores) for core in cores for c in core)), 0)
     marked = [
@@ -239,6 +265,20 @@ def render_turns(
                 f"({messages[i]['role']}): {core[:40]!r} with its {len(core):,} characters is not in what it renders"
             )
     return Text(text, tuple(sorted(spans, key=lambda span: span.start)))
+
+
+def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str) -> None:
+    """Refuse a template that writes something else at other times, unless its clock is stopped."""
+    template = _current(tokenizer, setting)
+    if CLOCK not in template or f"macro {CLOCK}(" in template:
+        return
+    first, *others = (_apply(tokenizer, messages, generation, setting, _stop_clock(now) + template) for now in TIMES)
+    if any(other != first for other in others):
+        remedy = "model.template_date" if setting == SETTING else "judge.template_date (in a fit template_date)"
+        raise ModelError(
+            f"{setting}: reads the clock ({CLOCK}), so prompts would change from day to day and their stages would "
+            f"not; give {remedy}, such as 2026-01-31"
+        )
 
 
 def _marks(marked: str, base: int, turns: int) -> tuple[str, dict[int, list[tuple[int, int]]]]:
