@@ -548,8 +548,8 @@ def trained_by(**settings: Any) -> PairOptimisation:
 
 
 @pytest.fixture
-def sized(world: World) -> Callable[..., tuple[Policy, machine.Shape]]:
-    def make(lora: Lora | None = None, **config: Any) -> tuple[Policy, machine.Shape]:
+def sized(world: World) -> Callable[..., tuple[Policy, machine.ModelShape]]:
+    def make(lora: Lora | None = None, **config: Any) -> tuple[Policy, machine.ModelShape]:
         shape = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(world.tokenizer), **(shape | config)))
         policy = Policy(model, world.tokenizer)
@@ -593,7 +593,7 @@ def test_what_training_takes(sized: Any) -> None:
     assert of.weights == of.trained == weights
     optimisation = trained_by(batch_size=8)
 
-    def fixed(of: machine.Shape, noise: Any = None, copy: bool = False, **more: Any) -> float:
+    def fixed(of: machine.ModelShape, noise: Any = None, copy: bool = False, **more: Any) -> float:
         return machine.training_bytes(of, trained_by(batch_size=8, **more), COUNTS, noise, copy, "cpu")[0]
 
     assert fixed(of) == 3 * weights  # with gradients and the mean square of each

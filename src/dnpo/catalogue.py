@@ -74,7 +74,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Variant:
+class MetricVariant:
     """Further names for the metrics of a group, for the same quantities measured in another place.
 
     Attributes:
@@ -111,17 +111,17 @@ class MetricGroup:
 
     title: str
     metrics: tuple[Metric, ...]
-    variants: tuple[Variant, ...] = ()
+    variants: tuple[MetricVariant, ...] = ()
 
 
-SFT = Variant("sft/", "in fine-tuning", "SFT")
-LIKE = Variant("like/", "in the training that npo=matched matches", "matched")
-ITERATION = Variant("iteration/", "of an iteration as a whole", "iteration")
-AGAINST = Variant("against/", "of the other model", "other model", needs="against=…")
-SECOND = Variant("second/", "second judge", "2nd", of="eval/", needs="judge@second_judge=…")
-TRAIN = Variant("judge/", "for training pairs", "training", of="eval/")
-LOW = Variant("agreement/", "lower end of the 95 % interval", "low", of="agreement/", suffix="_low")
-HIGH = Variant("agreement/", "upper end of the 95 % interval", "high", of="agreement/", suffix="_high")
+SFT = MetricVariant("sft/", "in fine-tuning", "SFT")
+LIKE = MetricVariant("like/", "in the training that npo=matched matches", "matched")
+ITERATION = MetricVariant("iteration/", "of an iteration as a whole", "iteration")
+AGAINST = MetricVariant("against/", "of the other model", "other model", needs="against=…")
+SECOND = MetricVariant("second/", "second judge", "2nd", of="eval/", needs="judge@second_judge=…")
+TRAIN = MetricVariant("judge/", "for training pairs", "training", of="eval/")
+LOW = MetricVariant("agreement/", "lower end of the 95 % interval", "low", of="agreement/", suffix="_low")
+HIGH = MetricVariant("agreement/", "upper end of the 95 % interval", "high", of="agreement/", suffix="_high")
 
 BOARD, TEXTS, DUELS = "eval=leaderboard", "eval=texts", "against=…"
 

@@ -67,12 +67,12 @@ class Encoder:
         by_length: dict[int, list[Ids]] = {}
         for ids in dict.fromkeys(rows):
             by_length.setdefault(len(ids), []).append(ids)
-        found: dict[Ids, Tensor] = {}
+        embeddings: dict[Ids, Tensor] = {}
         for alike in by_length.values():
             for start in range(0, len(alike), at_once):
                 some = alike[start : start + at_once]
-                found |= zip(some, self._embed(torch.tensor(some, dtype=torch.long)), strict=True)
-        return found
+                embeddings |= zip(some, self._embed(torch.tensor(some, dtype=torch.long)), strict=True)
+        return embeddings
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         device = self.model.device
@@ -146,7 +146,7 @@ def _read_json(weights: Weights, file: str) -> dict[str, Any]:
     if weights.folder is None or not (weights.folder / file).is_file():
         return {}
     try:
-        found = json.loads((weights.folder / file).read_text(encoding="utf-8"))
-        return dict(enumerate(found) if isinstance(found, list) else found)
+        content = json.loads((weights.folder / file).read_text(encoding="utf-8"))
+        return dict(enumerate(content) if isinstance(content, list) else content)
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{weights.description}: its {file} cannot be read ({error})") from error

@@ -89,9 +89,9 @@ def check_folder(folder: Path, what: str, *, trained: bool = False) -> None:
     Raises:
         ModelError: names every file that cannot be used, or that contradicts another.
     """
-    found = list(_find_problems(folder, trained))
-    if found:
-        raise ModelError(f"{what}: {'; '.join(found)}")
+    problems = list(_find_problems(folder, trained))
+    if problems:
+        raise ModelError(f"{what}: {'; '.join(problems)}")
 
 
 def read_quantisation(folder: Path) -> str | None:
@@ -232,10 +232,10 @@ def _describe_adapter(folder: Path) -> str:
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"expected a JSON object, not {type(found).__name__}")
-    return found
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, not {type(content).__name__}")
+    return content
 
 
 def _check_ids(generation: Mapping[str, Any]) -> Iterator[str]:

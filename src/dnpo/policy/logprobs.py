@@ -98,8 +98,8 @@ def token_logps(hidden_NH: Tensor, head: Head, target_N: Tensor) -> Tensor:
     blocks = list(zip(torch.split(hidden_NH, ROWS), torch.split(target_N, ROWS), strict=True))
     room = KEPT.get(hidden_NH.device.type, KEPT["cuda"]) // len(blocks)
     parts = [apply(hidden_nH, head.weight_VH, head.bias_V, target_n, head, room) for hidden_nH, target_n in blocks]
-    found: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return found
+    logp_N: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return logp_N
 
 
 class _TokenLogps(Function):
@@ -242,10 +242,10 @@ def product(one: Tensor, other: Tensor, *, plus: Tensor | None = None, out: Tens
     if one.dtype in (torch.float32, torch.float64):
         return torch.mm(one, other, out=out) if plus is None else torch.addmm(plus.to(one.dtype), one, other, out=out)
     # Half types: on some devices the product's float32 sums are returned without rounding.
-    found = torch.mm(one, other, out_dtype=torch.float32) if one.is_cuda else torch.mm(one, other).float()
+    result = torch.mm(one, other, out_dtype=torch.float32) if one.is_cuda else torch.mm(one, other).float()
     if plus is not None:
-        found += plus
-    return found if out is None else out.copy_(found)
+        result += plus
+    return result if out is None else out.copy_(result)
 
 
 def add_product_(total: Tensor, one: Tensor, other: Tensor) -> None:
@@ -266,5 +266,5 @@ def sum_by_sequence(value_N: Tensor, lengths_S: Tensor) -> Tensor:
         lengths_S: number of tokens of each sequence.
     """
     reduce: Any = torch.segment_reduce
-    found: Tensor = reduce(value_N.double(), "sum", lengths=lengths_S, initial=0.0, unsafe=True)
-    return found.to(value_N.dtype)
+    sum_S: Tensor = reduce(value_N.double(), "sum", lengths=lengths_S, initial=0.0, unsafe=True)
+    return sum_S.to(value_N.dtype)

@@ -113,12 +113,12 @@ class Policy:
     @torch.no_grad()
     def score(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
         """log p(completion | prompt) of many sequences, in nats, computed in batches of similar length."""
-        found = [0.0] * len(prompts)
+        scores = [0.0] * len(prompts)
         for some in by_length([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]):
             batch = pack([prompts[i] for i in some], [completions[i] for i in some])
             for i, logp in zip(some, self.logps(batch.to(self.device)).tolist(), strict=True):
-                found[i] = logp
-        return found
+                scores[i] = logp
+        return scores
 
     def fingerprint(self) -> str:
         """SHA-256 of all weights, with adapters and frozen weights: names, types, shapes and values."""

@@ -70,11 +70,11 @@ class Packed:
         return replace(self, **moved)
 
     @cached_property
-    def batches(self) -> "list[Padded]":
+    def batches(self) -> "list[PaddedBatch]":
         """The padded batches, each of sequences of similar length, the longest first."""
         starts = [0, *accumulate(self.lengths)]
         order = sorted(range(self.count), key=lambda s: -self.lengths[s])
-        found = []
+        batches = []
         while order:
             longest, waste, some = self.lengths[order[0]], 0, []
             for s in order:
@@ -83,8 +83,8 @@ class Packed:
                     break
                 some.append(s)
             order = order[len(some) :]
-            found.append(Padded(longest, [(starts[s], self.lengths[s]) for s in some]))
-        return found
+            batches.append(PaddedBatch(longest, [(starts[s], self.lengths[s]) for s in some]))
+        return batches
 
     @cached_property
     def spread(self) -> "Spread":
@@ -108,7 +108,7 @@ class Packed:
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.ids_T.device)
 
 
-class Padded(NamedTuple):
+class PaddedBatch(NamedTuple):
     """A padded batch: the length of its rows, and (index of the first of the M tokens, length) of each sequence."""
 
     longest: int
@@ -285,7 +285,7 @@ def _in_batches(
     parts = zip(
         packing.batches, *(torch.split(_spread(x, spread), sizes) for x in (query_TD, key_TD, value_TD)), strict=True
     )
-    found = []
+    outputs = []
     for batch, *parted in parts:
         query_ShLd, key_ShLd, value_ShLd = (
             x.view(len(batch.sequences), batch.longest, n, -1).transpose(1, 2)
@@ -305,8 +305,8 @@ def _in_batches(
                 scale=scaling,
                 enable_gqa=heads != key_heads,
             )
-        found.append(out_ShLd.transpose(1, 2).flatten(2).flatten(0, 1))
-    return _gather(torch.cat(found), spread.place_T)
+        outputs.append(out_ShLd.transpose(1, 2).flatten(2).flatten(0, 1))
+    return _gather(torch.cat(outputs), spread.place_T)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
@@ -335,14 +335,14 @@ def _attend_with_cap(
 
 def _spread(value_TD: Tensor, spread: Spread) -> Tensor:
     apply: Any = _Spread.apply
-    found: Tensor = apply(value_TD, spread)
-    return found
+    result: Tensor = apply(value_TD, spread)
+    return result
 
 
 def _gather(value_MD: Tensor, place_T: Tensor) -> Tensor:
     apply: Any = _Gather.apply
-    found: Tensor = apply(value_MD, place_T)
-    return found
+    result: Tensor = apply(value_MD, place_T)
+    return result
 
 
 class _Spread(Function):

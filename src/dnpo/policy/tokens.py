@@ -139,6 +139,6 @@ def _read(tokenizer: Any, text: str, start: int) -> Iterator[Token]:
     if not tokenizer.is_fast:
         yield from (Token(i, start, start) for i in tokenizer(text, add_special_tokens=False)["input_ids"])
         return
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    for token, (a, b) in zip(found["input_ids"], found["offset_mapping"], strict=True):
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    for token, (a, b) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
         yield Token(token, start + a, start + b)

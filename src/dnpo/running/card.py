@@ -32,8 +32,8 @@ class SavedPolicy:
     @property
     def row(self) -> Mapping[str, Any]:
         """The policy's row of the table."""
-        found: Mapping[str, Any] = self.summary["table"][self.place]
-        return found
+        row: Mapping[str, Any] = self.summary["table"][self.place]
+        return row
 
     @property
     def k(self) -> int:
@@ -63,8 +63,8 @@ class SavedPolicy:
     @property
     def kind(self) -> Kind:
         """What the store has of it: full weights, adapters, or nothing beyond the base model."""
-        found: dict[str, Kind] = {"whole": "full", "adapters": "adapter", "base": "base"}
-        return found[read_saved(self.folder)["kind"]]
+        kinds: dict[str, Kind] = {"whole": "full", "adapters": "adapter", "base": "base"}
+        return kinds[read_saved(self.folder)["kind"]]
 
     @property
     def prompts(self) -> Path:
@@ -74,8 +74,8 @@ class SavedPolicy:
     @cached_property
     def prompt_settings(self) -> Mapping[str, Any]:
         """The settings in the key of the prompts stage: names and commits of base model and data, content hashes."""
-        found: Mapping[str, Any] = manifest(self.prompts)["settings"]
-        return found
+        settings: Mapping[str, Any] = manifest(self.prompts)["settings"]
+        return settings
 
     @property
     def base(self) -> str:
@@ -90,13 +90,13 @@ class SavedPolicy:
     @property
     def revision(self) -> str | None:
         """The commit of the base model on the hub; None if it is local."""
-        found: str | None = self.prompt_settings["model"].get("revision")
-        return found
+        revision: str | None = self.prompt_settings["model"].get("revision")
+        return revision
 
     def setting(self, part: str, key: str, default: Any = None) -> Any:
         """Return a setting of the run; the default if the part lacks it or has null."""
-        found = self.summary["settings"].get(part, {}).get(key)
-        return default if found is None else found
+        value = self.summary["settings"].get(part, {}).get(key)
+        return default if value is None else value
 
 
 def card(saved: SavedPolicy, folder: str, kind: Kind, rank: int, notes: str) -> str:
@@ -156,13 +156,14 @@ def _origin(saved: SavedPolicy) -> str:
 
 def _facts(saved: SavedPolicy) -> str:
     """Return a table of the method, iteration, data, judge and other parts."""
-    made = saved.prompt_settings
+    settings = saved.prompt_settings
     pinned = ("name", "revision", "content")
     rows = {
         "method": _code(_option(saved, "method")),
         "iteration": str(saved.k) if saved.k >= 0 else "before the first",
-        "base model": _describe(saved, "model", {n: made["model"].get(n) for n in pinned}) + _describe_scratch(saved),
-        "data": _describe(saved, "data", {n: made["data"].get(n) for n in pinned}),
+        "base model": _describe(saved, "model", {n: settings["model"].get(n) for n in pinned})
+        + _describe_scratch(saved),
+        "data": _describe(saved, "data", {n: settings["data"].get(n) for n in pinned}),
         "judge": _describe(saved, "judge", {"model": saved.setting("judge", "model")}),
         "labels": _describe_start(saved, "dsl"),
         "noise on the reference": _describe_start(saved, "npo"),
@@ -283,10 +284,10 @@ def _versions(saved: SavedPolicy) -> str:
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to dotted names."""
-    found: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        names |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return names
 
 
 def _code(value: Any) -> str:

@@ -189,11 +189,13 @@ def _summary(run: Path) -> dict[str, Any]:
 
 
 def _find(summary: Mapping[str, Any], iteration: str | None, store: Path | None) -> SavedPolicy:
-    found = {policy.name.removeprefix("iteration-"): policy for policy in list_policies(summary, store)}
-    wanted = iteration if iteration is not None else list(found)[-1]
-    if wanted not in found:
-        raise SettingsError(f"--iteration {wanted}: this run has no such iteration; expected one of {', '.join(found)}")
-    policy = found[wanted]
+    policies = {policy.name.removeprefix("iteration-"): policy for policy in list_policies(summary, store)}
+    wanted = iteration if iteration is not None else list(policies)[-1]
+    if wanted not in policies:
+        raise SettingsError(
+            f"--iteration {wanted}: this run has no such iteration; expected one of {', '.join(policies)}"
+        )
+    policy = policies[wanted]
     if not (policy.store / policy.stage / MANIFEST).is_file() or not (policy.prompts / MANIFEST).is_file():
         raise SettingsError(
             f"{policy.store / policy.stage}: it, or the prompts stage it was made from, is gone; give --store if the "

@@ -19,7 +19,7 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
     A question that several stages ask counts at the first.
     """
     seen: set[str] = set()
-    found: dict[str, Forecast] = {}
+    forecasts: dict[str, Forecast] = {}
     rows = _Rows(run, iterations[0].prompts, store)
     for iteration in iterations:
         if iteration.verdicts is not None and not store.has(iteration.verdicts) and iteration.responses is not None:
@@ -28,7 +28,7 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
                 prompts, human, policy_source(iteration.k)
             )
             judge = run.plans[iteration.k].judge
-            found[iteration.verdicts.title] = judge.forecast(prompts, [*human, *generated], run.ledger, seen)
+            forecasts[iteration.verdicts.title] = judge.forecast(prompts, [*human, *generated], run.ledger, seen)
         for stage, judge in _find_evaluations(run, iteration, store):
             prompts, human = rows.split(run.eval.split)
             source = policy_source(iteration.k + 1)
@@ -40,8 +40,8 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
             ]
             fresh = _stand_in([p for p, _ in several], [r for _, r in several], source)
             asked = [*prompts, *(p for p, _ in several)]
-            found[stage.title] = judge.forecast(asked, [*human, *greedy, *fresh], run.ledger, seen)
-    return found
+            forecasts[stage.title] = judge.forecast(asked, [*human, *greedy, *fresh], run.ledger, seen)
+    return forecasts
 
 
 def _find_evaluations(run: Run, iteration: Iteration, store: Store) -> Iterator[tuple[Stage, Judge]]:

@@ -138,15 +138,15 @@ def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
 def _outcome(table: Sequence[Mapping[str, Any]]) -> str:
     """Summarise in one sentence how the metrics changed from the first policy to the last."""
     first, last = table[0], table[-1]
-    found = []
+    changes = []
     for name, words in (
         ("eval/score", "the judge's score went from {} to {}"),
         ("eval/accuracy", "right answers from {} to {} %"),
         ("eval/loss", "held-out loss from {} to {}"),
     ):
         if _has(first, name) and _has(last, name):
-            found.append(words.format(_cell(first, metric(name)), _cell(last, metric(name))))
-    return f"**From SFT to iteration {last['iteration']}**: {', '.join(found)}."
+            changes.append(words.format(_cell(first, metric(name)), _cell(last, metric(name))))
+    return f"**From SFT to iteration {last['iteration']}**: {', '.join(changes)}."
 
 
 def results(table: Sequence[Mapping[str, Any]]) -> str:
@@ -170,10 +170,10 @@ def _cell(row: Mapping[str, Any], column: Metric) -> str:
 
 def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return remarks that help to read a run's table."""
-    found = []
+    sentences = []
     human = next((row["eval/score_human"] for row in table if _has(row, "eval/score_human")), None)
     if human is not None:
-        found.append(
+        sentences.append(
             f"Scores are the judge's mean on sampled answers, 0-100; the human responses have "
             f"{metric('eval/score_human').format(human)}. "
             "If it also labels the pairs, the policy is trained on this measure."
@@ -185,7 +185,7 @@ def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
             for row in table
             if _has(row, "pairs/flipped")
         )
-        found.append(f"Labels flipped, so that the generated response was chosen: {flips}.")
+        sentences.append(f"Labels flipped, so that the generated response was chosen: {flips}.")
     moved = [row for row in table if _has(row, "stagnation/ks")]
     if moved:
         last = moved[-1]
@@ -195,12 +195,12 @@ def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
             if ks > critical
             else "the new answers do not differ from the rejected ones: the policy stood still"
         )
-        found.append(
+        sentences.append(
             f"In the last iteration {verdict} (Kolmogorov-Smirnov distance "
             f"{metric('stagnation/ks').format(ks)}, 5 % critical value "
             f"{metric('stagnation/ks_critical').format(critical)})."
         )
-    return found
+    return sentences
 
 
 def describe_failure(stage: str, error: BaseException) -> str:
@@ -253,8 +253,8 @@ def describe_sweep(
         lines.append(f"- job {job} ({escape(' '.join(overrides[job]))}) failed: {problem}")
     if picture:
         lines += ["", f"![comparison]({picture})"]
-    for found in compared[:2]:
-        lines += ["", space_columns("\n".join(_comparison_lines(found)))]
+    for each in compared[:2]:
+        lines += ["", space_columns("\n".join(_comparison_lines(each)))]
     if len(compared) > 2:
         lines += ["", "The other measures are in comparison.md."]
     if groups is not None:
@@ -265,7 +265,7 @@ def describe_sweep(
 
 def comparison(compared: "Sequence[MeasureComparison]") -> str:
     """Return the tables of a sweep, measure by measure."""
-    return "\n".join(line for found in compared for line in [*_comparison_lines(found), ""])
+    return "\n".join(line for each in compared for line in [*_comparison_lines(each), ""])
 
 
 def space_columns(tables: str) -> str:
@@ -275,8 +275,8 @@ def space_columns(tables: str) -> str:
     return "\n".join(line.replace(" | ", " &emsp; | ") if row else line for line, row in lines)
 
 
-def _comparison_lines(found: "MeasureComparison") -> list[str]:
-    lines = [f"**{found.measure.metric.axis}**", "", markdown(found.means, "settings")]
-    if found.differences is not None:
-        lines += [f"Less {escape(found.baseline)}, paired:", "", markdown(found.differences, "settings")]
-    return [*lines, *(f"- {escape(note)}" for note in found.notes)]
+def _comparison_lines(comparison: "MeasureComparison") -> list[str]:
+    lines = [f"**{comparison.measure.metric.axis}**", "", markdown(comparison.means, "settings")]
+    if comparison.differences is not None:
+        lines += [f"Less {escape(comparison.baseline)}, paired:", "", markdown(comparison.differences, "settings")]
+    return [*lines, *(f"- {escape(note)}" for note in comparison.notes)]

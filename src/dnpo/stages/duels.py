@@ -69,12 +69,12 @@ def fight_duels(run: Run, plan: None, task: Task) -> Facts:
         second = _read_samples(read_split(inputs["their_prompts"], split), inputs["their_evaluation"], samples)
     else:
         second = _human(rows, samples)
-    found = judge_duels(run.judge, rows.prompts, first, second, run.ledger, task.report)
-    write_duels(task.folder / DUELS, found)
-    alone = len(first) - len(found)
+    duels = judge_duels(run.judge, rows.prompts, first, second, run.ledger, task.report)
+    write_duels(task.folder / DUELS, duels)
+    alone = len(first) - len(duels)
     if alone:
         task.report.note(f"{alone:,} of {len(first):,} samples are to prompts that the other side does not have")
-    return {"duels": len(found), "alone": alone}
+    return {"duels": len(duels), "alone": alone}
 
 
 def _read_samples(rows: Held, evaluation: Path, samples: int) -> Responses:
@@ -160,11 +160,11 @@ class DuelOutcome:
 
     def metrics(self) -> dict[str, float]:
         """The metrics by name, as shares."""
-        found = {f"duels/{name}": getattr(self.wins, name).value for name in ("win", "tie", "lose", "rate")}
-        found |= {"duels/duels": self.wins.duels, "duels/unscored": self.wins.unscored, "duels/p": self.wins.p}
+        metrics = {f"duels/{name}": getattr(self.wins, name).value for name in ("win", "tie", "lose", "rate")}
+        metrics |= {"duels/duels": self.wins.duels, "duels/unscored": self.wins.unscored, "duels/p": self.wins.p}
         if self.controlled is not None:
-            found |= {"duels/rate_same_length": self.controlled.rate.value, "duels/length": self.controlled.effect}
-        return found | ({} if self.apart is None else {"duels/disagreement": self.apart})
+            metrics |= {"duels/rate_same_length": self.controlled.rate.value, "duels/length": self.controlled.effect}
+        return metrics | ({} if self.apart is None else {"duels/disagreement": self.apart})
 
 
 def outcome(rows: Sequence[Duel], same_length: bool, seed: int) -> DuelOutcome:

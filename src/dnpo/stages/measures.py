@@ -40,18 +40,18 @@ def measure(
         start: the policy that its training started from, its reference; None for fine-tuning.
         pairs: the pairs that it was trained on.
     """
-    found = []
+    stages = []
     if start is not None and _is_plain(run.generate):
-        found.append(drift(run, plan, prompts=prompts, policy=start, evaluation=evaluation))
+        stages.append(drift(run, plan, prompts=prompts, policy=start, evaluation=evaluation))
     if run.second_judge.gives_scores:
-        found.append(judge_again(run, plan, prompts=prompts, evaluation=evaluation))
+        stages.append(judge_again(run, plan, prompts=prompts, evaluation=evaluation))
     if run.eval.texts is not None:
-        found.append(compare_texts(run, plan, prompts=prompts, evaluation=evaluation, pairs=pairs))
+        stages.append(compare_texts(run, plan, prompts=prompts, evaluation=evaluation, pairs=pairs))
     if run.eval.leaderboard is not None:
-        found.append(leaderboard(run, plan, prompts=prompts, policy=policy))
+        stages.append(leaderboard(run, plan, prompts=prompts, policy=policy))
     for name, further in (run.eval.measures or {}).items():
-        found.append(_stage_of(name, further)(run, plan, prompts=prompts, evaluation=evaluation))
-    return tuple(found)
+        stages.append(_stage_of(name, further)(run, plan, prompts=prompts, evaluation=evaluation))
+    return tuple(stages)
 
 
 def _stage_of(name: str, measure: "Measure") -> Verb:
@@ -62,8 +62,8 @@ def _stage_of(name: str, measure: "Measure") -> Verb:
         rows = read_split(task.inputs["prompts"], run.eval.split)
         samples = read(task.inputs["evaluation"] / "samples.parquet", Response)
         first, last = len(rows.prompts), len(rows.prompts) * (1 + run.eval.samples)
-        found = measure(Evaluated(rows, samples[:first], samples[first:last]))
-        return _write_metrics(task.folder, {metric: float(value) for metric, value in found.items()})
+        metrics = measure(Evaluated(rows, samples[:first], samples[first:last]))
+        return _write_metrics(task.folder, {metric: float(value) for metric, value in metrics.items()})
 
     return measure_more
 
@@ -83,12 +83,12 @@ def drift(run: Run, plan: Plan, task: Task) -> Facts:
     ids = {p.id: p.token_ids for p in train}
     reference = run.policy(task.inputs)
     logps = reference.score([ids[r.id] for r in new], [r.token_ids for r in new])
-    found = kl([r.logprob for r in new], logps, [r.tokens for r in new])
+    divergence = kl([r.logprob for r in new], logps, [r.tokens for r in new])
     metrics = {
-        "drift/kl": found.sequence,
-        "drift/kl_error": found.sequence_error,
-        "drift/kl_token": found.token,
-        "drift/kl_token_error": found.token_error,
+        "drift/kl": divergence.sequence,
+        "drift/kl_error": divergence.sequence_error,
+        "drift/kl_token": divergence.token,
+        "drift/kl_token_error": divergence.token_error,
     }
     return _write_metrics(task.folder, {name: value for name, value in metrics.items() if value is not None})
 
@@ -107,8 +107,8 @@ def judge_again(run: Run, plan: Plan | None, task: Task) -> Facts:
     items = read(task.inputs["evaluation"] / "items.parquet", Item)
     both = [replace(item, second=verdict.score) for item, verdict in zip(items, verdicts, strict=True)]
     write(task.folder / "items.parquet", both, Item)
-    found = {**quality(verdicts, len(rows.human)), **tally(verdicts)}
-    return _write_metrics(task.folder, {f"second/{name}": value for name, value in found.items()})
+    metrics = {**quality(verdicts, len(rows.human)), **tally(verdicts)}
+    return _write_metrics(task.folder, {f"second/{name}": value for name, value in metrics.items()})
 
 
 def _texts_key(run: Run, plan: Plan | None) -> dict[str, Any]:

@@ -56,14 +56,14 @@ def _splits(iteration: Iteration, prompts: Path, settings: Mapping[str, Any]) ->
 
     facts = manifest(prompts)["facts"]
     kind, source = _source(settings["data"], iteration.prompts.settings["data"])
-    found = []
+    datasets = []
     for path in sorted(prompts.glob("*.parquet")):
         if path.stem.endswith("-human"):
             continue
         table = pq.read_table(path, columns=list(COLUMNS))
         held_out = path.stem in ("validation", "test")
         used = EVALUATION if path.stem == settings["eval"]["split"] else UNUSED
-        found.append(
+        datasets.append(
             Dataset(
                 name=path.stem,
                 digest=_digest(table.to_pylist()),
@@ -75,7 +75,7 @@ def _splits(iteration: Iteration, prompts: Path, settings: Mapping[str, Any]) ->
                 facts=facts.get(path.stem, {}),
             )
         )
-    return found
+    return datasets
 
 
 def _pairs(k: int, stage: Stage, store: Store) -> Dataset:

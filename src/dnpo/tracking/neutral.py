@@ -19,12 +19,12 @@ def find_neutral(params: Mapping[str, str]) -> frozenset[str]:
     Args:
         params: the run's settings under dotted names.
     """
-    found = {*neutral_names(RunSettings), *(name for name in params if name.startswith("tracking."))}
+    names = {*neutral_names(RunSettings), *(name for name in params if name.startswith("tracking."))}
     for name, value in params.items():
         prefix, _, last = name.rpartition(".")
         if last == TARGET and value.startswith(OWN):
-            found |= {f"{prefix}.{each}" for each in _neutral_of(value, f"{prefix}.{CONTENTS}" in params)}
-    return frozenset(found)
+            names |= {f"{prefix}.{each}" for each in _neutral_of(value, f"{prefix}.{CONTENTS}" in params)}
+    return frozenset(names)
 
 
 @cache

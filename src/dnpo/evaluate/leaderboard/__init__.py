@@ -186,9 +186,9 @@ class LeaderboardResult:
 
     def metrics(self) -> dict[str, float]:
         """The metrics, by the names under which they are tracked."""
-        found = {f"leaderboard/{name}": score.score for name, score in self.scores.items()}
+        metrics = {f"leaderboard/{name}": score.score for name, score in self.scores.items()}
         average = {"leaderboard/average": self.average} if self.average is not None else {}
-        return {**found, **average, "leaderboard/seconds": self.seconds}
+        return {**metrics, **average, "leaderboard/seconds": self.seconds}
 
     def notes(self) -> list[str]:
         """The notes of all benchmarks."""
@@ -330,5 +330,5 @@ def _score(
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return math.fsum(found) / len(found)
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers)

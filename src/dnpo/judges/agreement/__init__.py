@@ -93,11 +93,11 @@ def compare(
         scores_RN=scores if mode == "score" else None,
         orders_RN=both if mode == "pairwise" else None,
     )
-    found = estimates(measures(judged), len(scored), resamples, seed)
+    numbers = estimates(measures(judged), len(scored), resamples, seed)
     if mode == "score":
         # No intervals: resampling repeats scores, which lowers both measures for any judge.
-        found["entropy"] = AgreementEstimate(entropy(scores), rows=len(scored))
-        found["distinct"] = AgreementEstimate(float(distinct(scores)), rows=len(scored))
+        numbers["entropy"] = AgreementEstimate(entropy(scores), rows=len(scored))
+        numbers["distinct"] = AgreementEstimate(float(distinct(scores)), rows=len(scored))
     facts = {
         "mode": mode,
         "rows": len(rows),
@@ -106,7 +106,7 @@ def compare(
         "persons": int(judged.votes_RV.shape[1]),
         "labels": {name: int((judged.label_R == i).sum()) for i, name in enumerate(CATEGORIES)},
         "verdicts": {name: int((judged.judge_R == i).sum()) for i, name in enumerate(CATEGORIES)},
-        "measures": {name: dataclasses.asdict(estimate) for name, estimate in found.items()},
+        "measures": {name: dataclasses.asdict(estimate) for name, estimate in numbers.items()},
     }
     apart = (both[:, 1] - both[:, 0])[~np.isnan(both).any(1)]
     points = {"score": scores.ravel(), "pairwise": apart, "relative": scores[:, 1]}[mode]

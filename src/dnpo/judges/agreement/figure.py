@@ -17,7 +17,7 @@ from dnpo.palette import CHANCE, GRID, JUDGE, PEOPLE, ROUND_SCORES
 Row = tuple[str, str, str, float | None]  # measure, label, colour, level of chance
 
 
-def draw(found: Mapping[str, Any], points: Sequence[float], path: Path) -> None:
+def draw(report: Mapping[str, Any], points: Sequence[float], path: Path) -> None:
     """Draw agreement, length bias, and scores or differences between the orders, with intervals.
 
     Args:
@@ -27,7 +27,7 @@ def draw(found: Mapping[str, Any], points: Sequence[float], path: Path) -> None:
     """
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
-    measures = found["measures"]
+    measures = report["measures"]
     _rows(
         left,
         measures,
@@ -58,9 +58,9 @@ def draw(found: Mapping[str, Any], points: Sequence[float], path: Path) -> None:
     )
     middle.set_title(f"Length bias: {bias}\n(wins of the longer one: judge − people)", fontsize=10)
     middle.set_xlabel("share of rows")
-    {"score": _scores, "pairwise": _orders, "relative": _relative}[found["mode"]](right, measures, points)
-    figure.suptitle("\n".join(textwrap.wrap(title(found), 120)), fontsize=12)
-    figure.supxlabel(_legend(found), fontsize=8)
+    {"score": _scores, "pairwise": _orders, "relative": _relative}[report["mode"]](right, measures, points)
+    figure.suptitle("\n".join(textwrap.wrap(title(report), 120)), fontsize=12)
+    figure.supxlabel(_legend(report), fontsize=8)
     figure.savefig(path, dpi=130)
 
 
@@ -129,8 +129,8 @@ def _open(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(found: Mapping[str, Any]) -> str:
-    count = found["rows"] - found["unscored"]
+def _legend(report: Mapping[str, Any]) -> str:
+    count = report["rows"] - report["unscored"]
     return (
         f"Dots: {count:,} rows; bars: 95 % bootstrap intervals. Circles: the judge; diamonds: people "
         "only; dashed: chance."

@@ -124,8 +124,8 @@ def _one_hot(labels: Labels) -> Array:
 
 
 def _divide(over: Array, under: Array) -> Array:
-    found: Array = np.divide(over, under, out=np.full(np.shape(over), np.nan), where=under != 0)
-    return found
+    quotient: Array = np.divide(over, under, out=np.full(np.shape(over), np.nan), where=under != 0)
+    return quotient
 
 
 # --- from verdicts to measures ----------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def measures(rows: Judged) -> dict[str, AgreementMeasure]:
     judge, label, longer = rows.judge_R, rows.label_R, rows.longer_R
     everywhere, decided, prefers, unequal = label >= 0, judge != TIE, label != TIE, longer != TIE
     none_right, none_there = "people have no preference in any row", "there are no rows"
-    found = {
+    result = {
         "accuracy": share(np.where(judge == TIE, 0.5, judge == label), prefers, none_right),
         "accuracy_strict": share(judge == label, prefers, none_right),
         "accuracy_three_way": share(judge == label, everywhere, none_there),
@@ -180,12 +180,12 @@ def measures(rows: Judged) -> dict[str, AgreementMeasure]:
         "longer_judge": share(judge == longer, decided & unequal, "the judge prefers one of unequal length nowhere"),
         "longer_people": share(label == longer, prefers & unequal, "people prefer one of unequal length nowhere"),
     }
-    found["length_bias"] = difference(found["longer_judge"], found["longer_people"])
+    result["length_bias"] = difference(result["longer_judge"], result["longer_people"])
     for name, they in (("longer", label == longer), ("shorter", label != longer)):
         among = prefers & unequal & they
         right = np.where(judge == TIE, 0.5, judge == label)
-        found[f"accuracy_{name}"] = share(right, among, f"people prefer the {name} one nowhere")
-    return found | _of_orders(rows.orders_RN) | _of_scores(rows.scores_RN)
+        result[f"accuracy_{name}"] = share(right, among, f"people prefer the {name} one nowhere")
+    return result | _of_orders(rows.orders_RN) | _of_scores(rows.scores_RN)
 
 
 def _with_persons(judge_R: Labels, votes_RV: Labels) -> dict[str, AgreementMeasure]:
@@ -227,8 +227,8 @@ def _of_scores(scores_RN: Array | None) -> dict[str, AgreementMeasure]:
 
 def multiples(scores: Array, of: int) -> npt.NDArray[np.bool_]:
     """Which scores are multiples of a whole number."""
-    found: npt.NDArray[np.bool_] = np.abs(scores - of * np.rint(scores / of)) <= TOLERANCE
-    return found
+    hits: npt.NDArray[np.bool_] = np.abs(scores - of * np.rint(scores / of)) <= TOLERANCE
+    return hits
 
 
 def entropy(scores_N: Array) -> float:

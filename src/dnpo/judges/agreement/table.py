@@ -51,11 +51,11 @@ def format_value(value: float | None, metric: Metric) -> str:
     return "–" if value is None else metric.format_with_unit(value, signed=metric.unit == "pp")
 
 
-def cells(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+def cells(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """The rows of the table: measure, value, interval, number of rows, and a note, or why there is no value."""
     rows = []
     for line in LINES:
-        estimate = found["measures"].get(line.name)
+        estimate = report["measures"].get(line.name)
         if estimate is None:
             continue
         between = ""
@@ -69,48 +69,48 @@ def cells(found: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
-def title(found: Mapping[str, Any]) -> str:
+def title(report: Mapping[str, Any]) -> str:
     """The judge and the rows, as a title."""
-    return f"{found['judge']} against people, {found['data']}"
+    return f"{report['judge']} against people, {report['data']}"
 
 
-def notes(found: Mapping[str, Any]) -> list[str]:
+def notes(report: Mapping[str, Any]) -> list[str]:
     """The lines below the table."""
     labels, verdicts = (
-        ", ".join(f"{count:,} × {name}" for name, count in found[whose].items()) for whose in ("labels", "verdicts")
+        ", ".join(f"{count:,} × {name}" for name, count in report[whose].items()) for whose in ("labels", "verdicts")
     )
     lines = [f"People say {labels}; the judge {verdicts}. Intervals: 95 %, bootstrap over rows."]
-    if found["unscored"]:
-        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in found["reasons"].items())
-        lines.append(f"Left out, without a verdict: {found['unscored']:,} of {found['rows']:,} rows ({reasons}).")
+    if report["unscored"]:
+        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in report["reasons"].items())
+        lines.append(f"Left out, without a verdict: {report['unscored']:,} of {report['rows']:,} rows ({reasons}).")
     return lines
 
 
 HEADINGS = ("measure", "value", "95 % interval", "rows", "read it against")
 
 
-def table(found: Mapping[str, Any]) -> Table:
+def table(report: Mapping[str, Any]) -> Table:
     """Build the table for the console."""
-    view = Table(title=title(found), title_justify="left", header_style="bold", pad_edge=False, box=None)
+    view = Table(title=title(report), title_justify="left", header_style="bold", pad_edge=False, box=None)
     for heading in HEADINGS:
         right = heading in ("value", "95 % interval", "rows")
         view.add_column(heading, justify="right" if right else "left", no_wrap=True)
-    for row in cells(found):
+    for row in cells(report):
         view.add_row(*row)
     return view
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(report: Mapping[str, Any]) -> str:
     """Write the table as a page of Markdown."""
-    lines = [f"# {title(found)}", "", f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | ---: | --- |"]
-    lines += [f"| {' | '.join(row)} |" for row in cells(found)]
-    return "\n".join([*lines, "", *notes(found), "", "![The same as a figure](agreement.png)", ""])
+    lines = [f"# {title(report)}", "", f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | ---: | --- |"]
+    lines += [f"| {' | '.join(row)} |" for row in cells(report)]
+    return "\n".join([*lines, "", *notes(report), "", "![The same as a figure](agreement.png)", ""])
 
 
-def numbers(found: Mapping[str, Any]) -> dict[str, float]:
+def numbers(report: Mapping[str, Any]) -> dict[str, float]:
     """The metrics to track: every defined measure, with the ends of its interval."""
-    counts = {"agreement/rows": float(found["rows"]), "agreement/unscored": float(found["unscored"])}
-    for name, estimate in found["measures"].items():
+    counts = {"agreement/rows": float(report["rows"]), "agreement/unscored": float(report["unscored"])}
+    for name, estimate in report["measures"].items():
         for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
             if estimate[end] is not None:
                 counts[f"agreement/{name}{suffix}"] = estimate[end]

@@ -183,14 +183,14 @@ class HF(Prompted):
             return
         began = time.monotonic()
         try:
-            found = reader.probabilities([ids for _, ids in fits]).tolist()
+            rows = reader.probabilities([ids for _, ids in fits]).tolist()
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"judge.batch_size={self.batch_size}: {len(fits)} questions of up to {max(len(i) for _, i in fits):,} "
                 f"tokens do not fit into the memory of {self._device}; lower it"
             ) from error
         took = (time.monotonic() - began) / len(fits)
-        for (question, ids), row in zip(fits, found, strict=True):
+        for (question, ids), row in zip(fits, rows, strict=True):
             value, reply, reason = self._read(row)
             yield question, Answer(value, reply, tokens_in=len(ids), cost=0.0, latency=took, reason=reason)
 

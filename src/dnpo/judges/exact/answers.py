@@ -119,11 +119,11 @@ class Numeric(Checker):
 
 def numbers(text: str) -> list[Fraction]:
     """The numbers of a text, in order, as exact values."""
-    found = []
+    values = []
     for match in _NUMBER.finditer(text.replace("\\$", "$")):
         value = Fraction(match["value"].replace(",", "")) / int(match["under"] or 1)
-        found.append(-value if match["sign"] else value)
-    return found
+        values.append(-value if match["sign"] else value)
+    return values
 
 
 def final_number(text: str) -> Fraction | None:
@@ -208,11 +208,11 @@ class Choice(Checker):
 
     def letter(self, text: str) -> str | None:
         """The letter that a response chooses; None if there is none."""
-        found = _last(self._named, text) or self._alone.fullmatch(text) or self._first.match(text)
-        found = found or _last(self._brackets, text)
-        if found is None:
-            found = self._alone.fullmatch((text.strip().splitlines() or [""])[-1])
-        return None if found is None else next(group for group in found.groups() if group).upper()
+        match = _last(self._named, text) or self._alone.fullmatch(text) or self._first.match(text)
+        match = match or _last(self._brackets, text)
+        if match is None:
+            match = self._alone.fullmatch((text.strip().splitlines() or [""])[-1])
+        return None if match is None else next(group for group in match.groups() if group).upper()
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:

@@ -283,8 +283,8 @@ def _train(model: Rewards, rows: Sequence[Row], how: Optimisation, seed: int) ->
 
 @torch.no_grad()
 def _rewards(model: Rewards, rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    found = [model([*row]).tolist() for row in rows]
-    return [pair[0] for pair in found], [pair[1] for pair in found]
+    rewards = [model([*row]).tolist() for row in rows]
+    return [pair[0] for pair in rewards], [pair[1] for pair in rewards]
 
 
 def _wins(first: Sequence[float], second: Sequence[float]) -> list[float]:

@@ -85,8 +85,8 @@ class Classifier(Rewards):
     def encode(self, messages: Sequence[Message], response: str) -> list[Ids]:
         """The tokens of the conversation with the response; for a pair of texts, also their token types."""
         if self.pair:
-            found = wrap(self.tokenizer, join_turns(messages), response, return_token_type_ids=True)
-            return [tuple(found["input_ids"]), tuple(found["token_type_ids"])]
+            encoding = wrap(self.tokenizer, join_turns(messages), response, return_token_type_ids=True)
+            return [tuple(encoding["input_ids"]), tuple(encoding["token_type_ids"])]
         turns = [*messages, {"role": "assistant", "content": response}]
         text = render_turns(self.tokenizer, turns, setting="judge's chat template")
         return [tuple(begin(self.tokenizer, tokenize(self.tokenizer, text)))]

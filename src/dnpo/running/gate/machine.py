@@ -29,7 +29,7 @@ TIGHT = 0.9  # share of free memory above which an estimate gets a warning
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """The sizes of a model.
 
     Attributes:
@@ -74,7 +74,7 @@ class Counts:
     limit: int
 
 
-def shape(policy: Policy, lora: Lora) -> Shape:
+def shape(policy: Policy, lora: Lora) -> ModelShape:
     """Return the sizes of a model on the meta device, and of its adapter if it gets one. Changes the model."""
     config = policy.causal_lm.config.get_text_config()
     rows, width = policy.head.weight_VH.shape
@@ -85,7 +85,7 @@ def shape(policy: Policy, lora: Lora) -> Shape:
     trained = [p for p in adapted.parameters() if p.requires_grad]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    return Shape(
+    return ModelShape(
         weights=weights,
         trained=_bytes(trained),
         value=value,
@@ -114,12 +114,12 @@ def state_copies(make: Any) -> int:
 # --- disk
 
 
-def policy_bytes(of: Shape, iterations: int) -> int:
+def policy_bytes(of: ModelShape, iterations: int) -> int:
     """Return a policy's bytes on disk: its weights, or the adapters of ``iterations`` trainings."""
     return iterations * of.trained if of.adapted else of.weights
 
 
-def checkpoint_bytes(of: Shape, optimisation: Optimisation, noise: int) -> int:
+def checkpoint_bytes(of: ModelShape, optimisation: Optimisation, noise: int) -> int:
     """Return the bytes of two checkpoints, since the last is replaced only when the new one is complete.
 
     Args:
@@ -134,7 +134,7 @@ def table_bytes(rows: float, tokens: float) -> int:
     return SMALL + round(rows * (32 + tokens * (ID + TEXT)))
 
 
-def hidden_bytes(of: Shape, rows: Counts, autocast: bool) -> int:
+def hidden_bytes(of: ModelShape, rows: Counts, autocast: bool) -> int:
     """Return the bytes of the reference's hidden states of rejected tokens, assumed as many as in human responses."""
     return round(rows.train * rows.response * of.width * (2 if autocast else of.value))
 
@@ -168,7 +168,7 @@ def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None 
 # --- memory
 
 
-def activations(of: Shape, optimisation: Optimisation, tokens: int) -> float:
+def activations(of: ModelShape, optimisation: Optimisation, tokens: int) -> float:
     """Return the bytes that a forward pass over ``tokens`` keeps for the backward pass, without the logits.
 
     Per token, a block keeps about 12 vectors of the hidden size (its input, norms, queries, keys, values and the output
@@ -181,7 +181,7 @@ def activations(of: Shape, optimisation: Optimisation, tokens: int) -> float:
 
 
 def training_bytes(
-    of: Shape, optimisation: Optimisation, rows: Counts, noise: NoiseModule | None, copy: bool, device: str
+    of: ModelShape, optimisation: Optimisation, rows: Counts, noise: NoiseModule | None, copy: bool, device: str
 ) -> tuple[float, float]:
     """Return the bytes of weights, gradients and optimizer states, and those of a micro-batch of the longest rows.
 
@@ -212,7 +212,7 @@ def training_bytes(
     return fixed, moving
 
 
-def generating_bytes(of: Shape, sampling: Sampling, rows: Counts) -> tuple[float, float]:
+def generating_bytes(of: ModelShape, sampling: Sampling, rows: Counts) -> tuple[float, float]:
     """Return the bytes of the weights, and those of keys, values and logits of a batch of the longest rows."""
     tokens = sampling.batch_size * (rows.longest_prompt + rows.limit)
     return of.weights, 2.0 * tokens * of.layers * of.heads * of.value + sampling.batch_size * of.vocabulary * 4
@@ -245,11 +245,11 @@ def free_memory(device: str) -> float:
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(torch.device(device))[0])
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    if found:
-        return int(found.group(1)) * 1024.0
+        match = None
+    if match:
+        return int(match.group(1)) * 1024.0
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
@@ -262,7 +262,7 @@ def format_bytes(size: float) -> str:
     return f"{size:,.1f} GB"
 
 
-def _tile(of: Shape, completions: int, kind: str) -> float:
+def _tile(of: ModelShape, completions: int, kind: str) -> float:
     return min(completions, logprobs.ROWS) * min(of.vocabulary, logprobs.TILE[kind]) * 4.0
 
 

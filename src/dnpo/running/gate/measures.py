@@ -28,13 +28,15 @@ def findings(evaluation: Evaluation, ahead: Collection[str]) -> list[Finding]:
     Args:
         ahead: names of these stages.
     """
-    found = []
+    result = []
     if evaluation.texts is not None and "texts" in ahead:
-        found.append(_try("texts", evaluation.texts.check, "what it needs is here", "eval.texts.encoder"))
+        result.append(_try("texts", evaluation.texts.check, "what it needs is here", "eval.texts.encoder"))
     if evaluation.leaderboard is not None and "leaderboard" in ahead:
         done = "lm-eval is installed, and the benchmarks can be read"
-        found.append(_try("leaderboard", evaluation.leaderboard.check, done, "eval.leaderboard.…, as the message says"))
-    return found
+        result.append(
+            _try("leaderboard", evaluation.leaderboard.check, done, "eval.leaderboard.…, as the message says")
+        )
+    return result
 
 
 def _try(name: str, check: Callable[[], None], done: str, setting: str) -> Finding:

@@ -12,7 +12,7 @@ from dnpo.optimise.parts import MatchedOffset, Optimisation
 from dnpo.policy.model import Policy
 from dnpo.running.gate import machine
 from dnpo.running.gate.finding import Finding
-from dnpo.running.gate.machine import Counts, Shape
+from dnpo.running.gate.machine import Counts, ModelShape
 from dnpo.stages.plan import Plan, Run
 from dnpo.stages.verbs import with_matched_noise
 from dnpo.store import Store
@@ -58,7 +58,7 @@ def findings(
     kept += sum(machine.policy_bytes(of, t.number) + tokenizer + (0 if t.declines else t.states) for t in trainings)
     optional = sum(t.states for t in trainings if t.declines)
     passing = max((machine.checkpoint_bytes(of, t.how, t.noise_parameters) for t in trainings), default=0)
-    found = [machine.disk(kept, passing, optional, store.root)]
+    result = [machine.disk(kept, passing, optional, store.root)]
     for name, what in (("sft", "fine-tuning"), ("trainer", "training")):
         needed = [
             machine.training_bytes(of, t.how, counts, t.noise, t.needs_copy, run.device)
@@ -67,11 +67,11 @@ def findings(
         ]
         if needed:
             setting = f"{name}.micro_batch_size, {name}.checkpointing, model.lora.rank"
-            found.append(machine.memory(what, *max(needed, key=sum), run.device, setting))
+            result.append(machine.memory(what, *max(needed, key=sum), run.device, setting))
     if any(stage.name in ("generate", "evaluate") for stage in todo):
         need = machine.generating_bytes(of, run.generate, counts)
-        found.append(machine.memory("generating", *need, run.device, "generate.batch_size"))
-    return found
+        result.append(machine.memory("generating", *need, run.device, "generate.batch_size"))
+    return result
 
 
 def tables(name: str, run: Run, counts: Counts) -> int:
@@ -120,22 +120,22 @@ class _Training:
         return self.noise is not None and self.noise.reads_states and not self.states
 
 
-def _trainings(run: Run, of: Shape, counts: Counts) -> list[_Training]:
-    found = []
+def _trainings(run: Run, of: ModelShape, counts: Counts) -> list[_Training]:
+    trainings = []
     if run.sft.groups(counts.train, 0):
-        found.append(_Training(-1, 1, run.sft, None, 0, False))
-    first = len(found) + 1
+        trainings.append(_Training(-1, 1, run.sft, None, 0, False))
+    first = len(trainings) + 1
     plans = [plan for each in run.plans for plan in (with_matched_noise(each), each) if plan is not None]
     for plan in plans:
         states = _states(plan, of, counts)
         part = plan.npo
         with torch.device("meta"):
             noise = (part.at(0.0) if isinstance(part, MatchedOffset) else part).module(of.width, of.vocabulary)
-        found.append(_Training(plan.k, first + plan.k, plan.trainer, noise, states, part.cache_hidden != "on"))
-    return found
+        trainings.append(_Training(plan.k, first + plan.k, plan.trainer, noise, states, part.cache_hidden != "on"))
+    return trainings
 
 
-def _states(plan: Plan, of: Shape, counts: Counts) -> int:
+def _states(plan: Plan, of: ModelShape, counts: Counts) -> int:
     """Return the bytes of the hidden states that are kept, by the rule of ``stages.hidden``."""
     keep, trainer = plan.npo.cache_hidden, plan.trainer
     if keep == "off" or (keep == "auto" and trainer.passes(counts.train) <= 1):
