@@ -267,6 +267,8 @@ def test_what_stands_before_a_response_does_not_depend_on_it() -> None:
     assert render(tokenizer, ASKED, "\n\n yes").prompt == render(tokenizer, ASKED, "yes").prompt
     own = render(tokenizer, ASKED, "<think>so</think>yes")  # it brings its own thought, and gets no empty one
     assert (own.lead, own.rest.text) == ("", "<think>so</think>yes<|im_end|>\n")
+    spaced = render(tokenizer, ASKED, "\t\n<think>so</think>yes")
+    assert (spaced.prompt, spaced.rest.text) == (own.prompt, "\t\n<think>so</think>yes<|im_end|>\n")
     tokenizer.chat_template = CHATML.replace("m.role + '\n'", "m.role + '\n' + (m.content|length)|string + ': '")
     with pytest.raises(ModelError, match="must not depend on it"):
         render(tokenizer, ASKED, "a long answer")

@@ -209,11 +209,14 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], resp
         )
     own = [span for span in whole.contents if span.turn == len(messages) and span.start >= len(prompt)]
     start, end = (own[0].start, own[0].end) if own else (len(prompt), len(prompt))
-    lead = _lead(tokenizer, messages, prompt) if start > len(prompt) else ""
-    if not whole.text.startswith(prompt + lead):
+    before = whole.text[len(prompt) : start]
+    lead = _lead(tokenizer, messages, prompt) if before else ""
+    if not before.startswith(lead) and before.isspace():
+        lead = ""  # the response brings its own, after white space
+    if not before.startswith(lead):
         raise ModelError(
-            f"{SETTING}: writes {lead!r} before other responses and {whole.text[len(prompt) : start]!r} before this "
-            f"one, {response[:40]!r}; what stands before a response must not depend on it"
+            f"{SETTING}: writes {lead!r} before other responses and {before!r} before this one, {response[:40]!r}; "
+            "what stands before a response must not depend on it"
         )
     return Rendered(whole, len(prompt + lead), lead, whole.text[end:])
 
