@@ -28,18 +28,18 @@ class Files(Rows):
     """
 
     suffix: ClassVar[str]
-    packed: ClassVar[tuple[str, ...]] = ()  # endings of packed files that are read too
+    packed: ClassVar[tuple[str, ...]] = ()  # suffixes of compressed files that are read too
 
     path: str = place()
 
     @property
     def setting(self) -> str:
-        """As messages name it."""
+        """The setting as messages name it."""
         return f"data.path={self.path}"
 
     @property
     def suffixes(self) -> list[str]:
-        """The endings of the files that are read of a folder."""
+        """The suffixes of the files that are read in a folder."""
         return [self.suffix, *(self.suffix + ending for ending in self.packed)]
 
     def _contents(self) -> Mapping[str, Any]:
@@ -81,7 +81,7 @@ class _Text(Files):
 
     @abstractmethod
     def _parse(self, file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-        """The raw rows of a file, each with where it stands."""
+        """Yield the raw rows of a file, each with its location."""
 
     def _table(self) -> RawTable:
         raw: list[tuple[str, Any]] = []
@@ -93,14 +93,14 @@ class _Text(Files):
 
 
 def _texts(raw: Sequence[tuple[str, Any]], names: Collection[str]) -> list[str]:
-    """Those of some columns that hold text."""
+    """The columns, of those given, that contain text."""
     rows = [row for _, row in raw if isinstance(row, Mapping)]
     return [name for name in names if any(holds_text(row.get(name)) for row in rows)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines(_Text):
-    """One JSON object a line, or one list of objects; blank lines are skipped."""
+    """One JSON object per line, or one list of objects; blank lines are skipped."""
 
     suffix: ClassVar[str] = ".jsonl"
 
@@ -110,7 +110,7 @@ class JsonLines(_Text):
 
 @dataclass(frozen=True, kw_only=True)
 class Csv(_Text):
-    """Comma-separated values with a header; quoted cells may hold line ends, and empty cells count as absent."""
+    """Comma-separated values with a header; quoted cells may contain line ends, and empty cells count as absent."""
 
     suffix: ClassVar[str] = ".csv"
 
@@ -120,14 +120,14 @@ class Csv(_Text):
 
 @dataclass(frozen=True, kw_only=True)
 class _Columns(Files):
-    """Files that Arrow reads."""
+    """Files that are read by Arrow."""
 
     @abstractmethod
     def _open_table(self, file: Path) -> tuple["pa.Schema", Callable[[list[str]], "pa.Table"]]:
         """The schema of a file, and a function that reads some of its columns."""
 
     def _read_file(self, file: Path) -> tuple[list[str], "pa.Table", list[str]]:
-        """The names of all columns of a file, a table of the ones that are read, and which others hold text."""
+        """Return the names of all columns, a table of those that are read, and the other columns with text."""
         import pyarrow as pa
 
         try:
@@ -136,7 +136,7 @@ class _Columns(Files):
             if len(set(names)) < len(names):
                 raise DataError(f"{file}: a column name stands twice among {', '.join(map(shown, names))}")
             table, others = read(self._choose_columns(names)), may_hold_text(schema, self._choose_others(names))
-            table.validate(full=True)  # or a text that is no UTF-8 would be found only when it is used
+            table.validate(full=True)  # otherwise invalid UTF-8 would be found only when it is used
             return names, table, columns_with_text(read(others)) if others else []
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise DataError(f"{file}: cannot be read as {type(self).__name__} ({error})") from error

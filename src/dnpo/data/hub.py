@@ -18,8 +18,8 @@ class Hub(Rows):
     """A data set of the Hugging Face hub, or a local folder in the hub's layout. Its code is never run.
 
     Args:
-        name: on the hub, such as ``HuggingFaceH4/ultrachat_200k``; or a folder with data files.
-        config: which of its configurations; null takes its default.
+        name: name on the hub, such as ``HuggingFaceH4/ultrachat_200k``; or a folder with data files.
+        config: its configuration; null takes the default.
         split: the split of the data set that becomes train, validation and test here.
         revision: a commit, branch or tag; null takes the newest.
     """
@@ -31,12 +31,12 @@ class Hub(Rows):
 
     @property
     def setting(self) -> str:
-        """As messages name it."""
+        """The setting as messages name it."""
         return f"data.name={self.name}"
 
     @cached_property
     def folder(self) -> Path | None:
-        """The folder, where the name is one."""
+        """The folder, if the name is one."""
         return Path(self.name).absolute() if os.path.isdir(self.name) else None
 
     def _contents(self) -> Mapping[str, Any]:
@@ -47,12 +47,12 @@ class Hub(Rows):
 
     @cached_property
     def _commit(self) -> str | None:
-        """The commit that is read; offline the revision as given, or None for whatever the cache has."""
+        """The commit that is read; offline the given revision, or None for any commit in the cache."""
         from huggingface_hub import HfApi
 
         try:
             return HfApi().dataset_info(self.name, revision=self.revision, timeout=10).sha
-        except Exception:  # the same error comes again when the rows are loaded, and is reported there
+        except Exception:  # the same error is raised again, and reported, when the rows are loaded
             return self.revision
 
     def _table(self) -> RawTable:
@@ -76,7 +76,7 @@ class Hub(Rows):
             rows = load_dataset(where, self.config, split=self.split, revision=revision)
         except Exception as error:
             raise DataError(self._explain(error)) from error
-        # Without the hub the library takes whatever commit its cache has, also where another one was asked for.
+        # Without the hub the library takes any commit in its cache, even if another one is requested.
         cached = {Path(file["filename"]).parent.name for file in rows.cache_files}
         for commit in cached - {revision}:
             if revision is not None and len(commit) == 40:

@@ -1,4 +1,4 @@
-"""Text files → raw rows, each with its place. What a file is, its first bytes say, whatever its name."""
+"""Parse text files into raw rows, each with its location. The first bytes of a file decide its kind, not its name."""
 
 import csv
 import gzip
@@ -26,9 +26,9 @@ KINDS = {
     b"\xfe\xff": "a text in UTF-16",
     b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file itself)",
 }
-SEPARATORS = (";", "\t", "|")  # beside the comma
+SEPARATORS = (";", "\t", "|")  # in addition to the comma
 BLANK = b"\xef\xbb\xbf \t\r\n"
-DAMAGES = (OSError, EOFError, zlib.error)  # what reading a stream raises; a gzip file may be cut off
+DAMAGES = (OSError, EOFError, zlib.error)  # errors of reading a stream, such as a truncated gzip file
 OBJECTS = "expected one object a line, or one list of objects"
 
 
@@ -36,7 +36,7 @@ def open_file(setting: str, file: Path) -> BinaryIO:
     """Open a file.
 
     Args:
-        setting: where the file comes from, such as ``data.path=rows.jsonl``, for messages.
+        setting: the setting that names the file, such as ``data.path=rows.jsonl``, for messages.
 
     Raises:
         DataError: it cannot be opened.
@@ -48,7 +48,7 @@ def open_file(setting: str, file: Path) -> BinaryIO:
 
 
 def open_text(setting: str, file: Path) -> BinaryIO:
-    """Open a text file, unpacked where it is a gzip file.
+    """Open a text file, decompressed if it is a gzip file.
 
     Args:
         setting: as in :func:`open_file`.
@@ -67,13 +67,13 @@ def open_text(setting: str, file: Path) -> BinaryIO:
 
 
 def parse_json(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """Parse one object a line, or one list of objects; blank lines are skipped.
+    """Parse one object per line, or one list of objects; blank lines are skipped.
 
     Yields:
-        Places and raw rows; for a line that is no JSON a ``RowError``.
+        Locations and raw rows; for a line that is not JSON a ``RowError``.
 
     Raises:
-        DataError: the file is damaged, or it is one object or a broken list over several lines.
+        DataError: the file is damaged, or is a single object or a broken list over several lines.
     """
     unread = _lines(file, stream)
     lines = list(_up_to_first_row(unread))
@@ -95,14 +95,14 @@ def parse_json(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def parse_csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """Parse values with a header, separated by commas; by another mark where the header has that and no comma.
+    """Parse values with a header, separated by commas, or by another separator if the header has it and no comma.
 
     Yields:
-        Places and raw rows, whose empty cells count as absent; for a row with more or fewer cells than the header a
+        Locations and raw rows, whose empty cells count as absent; for a row with more or fewer cells than the header a
         ``RowError``.
 
     Raises:
-        DataError: the file is damaged or no CSV.
+        DataError: the file is damaged or not CSV.
     """
     csv.field_size_limit(sys.maxsize)
     text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
@@ -133,7 +133,7 @@ def parse_csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _separator(head: str) -> str:
-    """The mark between the cells: a comma, unless the header is one cell with one of the other marks in it."""
+    """The separator: a comma, unless the header is a single cell that contains another separator."""
     cells = next(csv.reader([head]), [])
     others = [mark for mark in SEPARATORS if len(cells) == 1 and mark in cells[0]]
     return others[0] if len(others) == 1 else ","
@@ -154,7 +154,7 @@ def _up_to_first_row(lines: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _parse_line(line: bytes) -> Any:
-    """Return what a line holds, or the error."""
+    """Parse a line; an error is returned."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

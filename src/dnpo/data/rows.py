@@ -1,13 +1,13 @@
-"""Raw rows in any of the supported forms → prompts with their human responses.
+"""Turn raw rows of any supported form into prompts with human responses.
 
 * ``prompt`` and ``response``: each a text, or turns with role and content.
-* ``messages``: a conversation, from which ``turns`` says what to take. Where a row has none of these forms,
-  ``conversations`` (ShareGPT's name, with from and value) or ``conversation`` is taken for it.
+* ``messages``: a conversation, of which ``turns`` selects prompt and response. If a row has none of these forms,
+  ``conversations`` (as in ShareGPT, with from and value) or ``conversation`` is used instead.
 * ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): ``chosen`` is taken as
   the human response, and ``rejected`` is not read. A conversational ``chosen`` may hold the whole conversation.
 
-A row may have an ``id`` (or a ``prompt_id``, as UltraChat has), a verifiable ``answer`` and a ``family``: texts or
-numbers. Fields that are null count as absent, and other fields are ignored.
+A row may have an ``id`` (or a ``prompt_id``, as in UltraChat), a verifiable ``answer`` and a ``family``, as text or
+number. Null fields count as absent, and other fields are ignored.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ FORMS = "expected prompt and response, messages, or prompt and chosen"
 
 
 def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prompt], int, Unusable]:
-    """Prompts from raw rows, each with where it stands, such as ``some.jsonl:3``; every id stands once.
+    """Turn raw rows, each with its location such as ``some.jsonl:3``, into prompts with unique ids.
 
-    A row that repeats another row of its id is left out; one that contradicts it cannot be used. A ``prompt_id`` names
-    a prompt and not a row, so there a hash of the row is added to the id.
+    A row that repeats an earlier row with the same id is left out; one that differs from it cannot be used. A
+    ``prompt_id`` identifies a prompt rather than a row, so a hash of the row is added to it.
 
     Returns:
-        The prompts, how many rows were left out as repeated, and which rows cannot be used.
+        The prompts, the number of repeated rows left out, and the rows that cannot be used.
     """
     prompts: dict[str, Prompt] = {}
     places: dict[str, str] = {}
@@ -67,10 +67,10 @@ def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prom
 
 
 def prompt_of(raw: Any, turns: Turns) -> Prompt:
-    """One raw row as a prompt.
+    """Turn one raw row into a prompt.
 
     Raises:
-        RowError: names the field, and says what was expected.
+        RowError: the row cannot be used; names the field and what was expected.
     """
     if not isinstance(raw, Mapping):
         raise RowError("is not an object", f"{reprlib.repr(raw)} is not an object; {FORMS}")
@@ -92,7 +92,7 @@ def prompt_of(raw: Any, turns: Turns) -> Prompt:
 
 
 def _conversation_field(row: Mapping[str, Any]) -> str:
-    """The field that holds the row's conversation, or "": an empty one, or ShareGPT's, gives way to the other forms."""
+    """The field with the row's conversation, or ""; other forms take precedence over an empty one, or ShareGPT's."""
     sides = "chosen" in row or {"prompt", "response"} <= set(row)
     first, *others = CONVERSATIONS
     if row.get(first) not in (None, []):
@@ -101,7 +101,7 @@ def _conversation_field(row: Mapping[str, Any]) -> str:
 
 
 def _sides(row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Message]:
-    """The turns of a row with a prompt and a response to it, or with a chosen side that holds both."""
+    """The turns of a row with a prompt and a response, or with a ``chosen`` that contains both."""
     field = "response" if "response" in row or "chosen" not in row else "chosen"
     response = row.get(field)
     talks = isinstance(response, list) and not is_parts(response)
@@ -126,7 +126,7 @@ def _sides(row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Message]:
 
 
 def _prompt_turns(prompt: Any) -> list[Message]:
-    """A prompt's turns, the last of them a user's; a text is one."""
+    """The turns of a prompt, of which the last is a user turn; a text is a single user turn."""
     if not isinstance(prompt, list) or is_parts(prompt):
         return [{"role": "user", "content": read_text("prompt", prompt)}]
     turns = list(read_turns("prompt", prompt))
@@ -137,7 +137,7 @@ def _prompt_turns(prompt: Any) -> list[Message]:
 
 
 def _conversation(field: str, messages: Any, turns: Turns) -> list[Message]:
-    """The prompt's turns and the assistant's answer: the first answer, or the last with all turns before it."""
+    """The first answer of a conversation with its prompt, or the last answer with all turns before it."""
     found: list[Message] = []
     end = 0
     for turn in read_turns(field, messages):
@@ -156,7 +156,7 @@ def _label(field: str, value: Any, *, whole: bool = True, empty: bool = False) -
     """The text of an id, a family or an answer, which may be a number.
 
     Args:
-        whole: whether a number has to be whole.
+        whole: whether a number must be whole.
         empty: whether it may be blank.
     """
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
@@ -171,7 +171,7 @@ def _label(field: str, value: Any, *, whole: bool = True, empty: bool = False) -
 
 
 def _hint(field: str) -> str:
-    """How to do without a field, for messages."""
+    """Advice on leaving out a column, for messages."""
     return f"; data.columns='{{{field.removeprefix('prompt_')}: null}}' leaves the column out"
 
 

@@ -1,7 +1,7 @@
 """Texts and turns in raw rows.
 
-A turn has ``role`` and ``content``, or ``from`` and ``value`` as in ShareGPT's files. A content is a text, or a list of
-parts of type text. A system turn without text says nothing and is left out.
+A turn has ``role`` and ``content``, or ``from`` and ``value`` as in ShareGPT's files. The content is a text, or a list
+of parts of type text. System turns without text are left out.
 """
 
 import reprlib
@@ -21,7 +21,7 @@ ROLES = {
 TOOL_ROLES = {"tool", "function", "tool_call", "tool_response", "function_call", "function_response", "observation"}
 CALLS = ("tool_calls", "function_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
-# Letters and marks that show nothing: fillers, joiners, variation selectors, the blank pattern of Braille.
+# Invisible letters and marks: fillers, joiners, variation selectors, the blank pattern of Braille.
 INVISIBLE = {
     *"\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0",
     *map(chr, [*range(0xFE00, 0xFE10), *range(0xE0000, 0xE1000)]),
@@ -29,20 +29,20 @@ INVISIBLE = {
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text shows nothing: it has only spaces, control characters, zero-width and direction marks."""
+    """Whether a text is invisible: it has only spaces, control characters, zero-width and direction marks."""
     return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") or char in INVISIBLE for char in text)
 
 
 def read_text(place: str, value: Any, *, field: str = "", empty: bool = False) -> str:
-    """Return a value that has to be text.
+    """Return a value that must be text.
 
     Args:
         place: its name in messages, such as ``messages[2].content``.
-        field: its name in the reason, where that is another.
+        field: its name in the reason, if different.
         empty: whether the text may be blank.
 
     Raises:
-        RowError: it is no text, blank, or no valid Unicode.
+        RowError: it is not text, is blank, or is not valid Unicode.
     """
     field = field or place
     if is_parts(value):
@@ -53,14 +53,14 @@ def read_text(place: str, value: Any, *, field: str = "", empty: bool = False) -
         raise RowError(f"{field} is empty", f"{place} is empty; expected text")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character: "\ud83d"
+    except UnicodeEncodeError as error:  # JSON can contain half of a character: "\ud83d"
         text = f"{place} is not valid Unicode ({error.reason}); expected text"
         raise RowError(f"{field} is not valid Unicode", text) from error
     return value
 
 
 def is_parts(value: Any) -> bool:
-    """Whether a value is a list of parts, which have a type, as against turns, which have a role."""
+    """Whether a value is a list of parts, which have a type, rather than of turns, which have a role."""
     return isinstance(value, list) and bool(value) and all(_is_part(each) for each in value)
 
 
@@ -83,7 +83,7 @@ def read_turn(field: str, i: int, turn: Any, wanted: Sequence[str], *, empty: bo
         empty: whether its text may be blank.
 
     Raises:
-        RowError: it is no turn, has another role, calls a tool, or has no text.
+        RowError: it is not a turn, has another role, calls a tool, or has no text.
     """
     place = f"{field}[{i}]"
     if not isinstance(turn, Mapping):
@@ -111,10 +111,10 @@ def read_turn(field: str, i: int, turn: Any, wanted: Sequence[str], *, empty: bo
 
 
 def read_turns(field: str, turns: Any, wanted: Sequence[str] = ("system", "user")) -> Iterator[Message]:
-    """Return turns one by one: the system's if any, then the user and the assistant in turn.
+    """Yield turns one by one: a system turn if any, then user and assistant alternating.
 
     Raises:
-        RowError: these are no such turns.
+        RowError: the value is no list of such turns.
     """
     if not isinstance(turns, list):
         raise RowError(f"{field} is no list of turns", f"{field} is {reprlib.repr(turns)}; expected {TURNS}")

@@ -1,4 +1,4 @@
-"""Which columns hold text, so that those that nobody reads can be named."""
+"""Find columns with text, so that unread ones can be reported."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -13,7 +13,7 @@ _TEXT = re.compile(TEXT)
 
 
 def holds_text(value: Any) -> bool:
-    """Whether a value is a text of more than one word, or has one within, as lists of turns have."""
+    """Whether a value is, or contains, a text of more than one word."""
     if isinstance(value, str):
         return _TEXT.search(value) is not None
     if isinstance(value, Mapping):
@@ -22,12 +22,12 @@ def holds_text(value: Any) -> bool:
 
 
 def may_hold_text(schema: "pa.Schema", names: Collection[str]) -> list[str]:
-    """Those of some columns of an Arrow schema that have strings, and nothing binary, such as pictures."""
+    """The columns, of those given, of an Arrow schema that have strings and nothing binary, such as pictures."""
     return [name for name in names if "binary" not in str(kind := schema.field(name).type) and "string" in str(kind)]
 
 
 def columns_with_text(table: "pa.Table") -> list[str]:
-    """The columns of an Arrow table in which some value holds text."""
+    """The columns of an Arrow table in which a value contains text."""
     import pyarrow.compute as pc
 
     def match(part: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: each is named by its place, and all are counted by reason."""
+"""Count rows that cannot be used by reason, with their locations."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ class RowError(DataError):
     """A row cannot be used.
 
     Attributes:
-        reason: what is wrong, without the row's own values, so that rows with the same fault count together.
+        reason: the problem without values of the row, so that rows with the same problem are counted together.
     """
 
     def __init__(self, reason: str, text: str) -> None:
@@ -24,12 +24,12 @@ class RowError(DataError):
 
 @dataclass
 class Unusable:
-    """How many rows cannot be used, by reason.
+    """Counts of rows that cannot be used.
 
     Attributes:
-        counts: rows by reason.
-        places: of each reason the place of its first row.
-        first: the first of all such rows: its place, what is wrong and what was expected; "" if there are none.
+        counts: number of rows by reason.
+        places: location of the first row for each reason.
+        first: location, problem and expectation of the very first such row; "" if there is none.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -43,15 +43,15 @@ class Unusable:
         self.first = self.first or f"{where}: {error}"
 
     def facts(self) -> dict[str, Any]:
-        """Return for each reason how many rows there are and where the first is, as plain values."""
+        """Return the number of rows and the location of the first for each reason, as plain values."""
         return {reason: {"rows": count, "first": self.places[reason]} for reason, count in self.counts.items()}
 
     def refuse(self, total: int, advice: str = "") -> None:
         """Raise an error if a row cannot be used.
 
         Args:
-            total: how many rows there are.
-            advice: how to go on without such rows, if that is possible.
+            total: number of all rows.
+            advice: how to continue without such rows, if possible.
 
         Raises:
             DataError: names the first such row, and counts them all by reason.
@@ -75,8 +75,8 @@ def read_rows(raw: Iterable[tuple[str, Any]], make: Callable[[str, Any], Row | N
     """Make rows of raw ones, each with its place, and count those that cannot be used.
 
     Args:
-        raw: places and raw rows; a ``RowError`` stands for a row that could not even be parsed.
-        make: makes a row, or None where it is to be left out; raises a ``RowError`` if that is impossible.
+        raw: locations and raw rows; a ``RowError`` in place of a row that could not be parsed.
+        make: makes a row, or returns None to leave it out; raises a ``RowError`` if it cannot be used.
     """
     rows: list[Row] = []
     bad = Unusable()
@@ -99,6 +99,6 @@ def has_names(raw: Mapping[Any, Any]) -> str:
 
 
 def shown(name: Any) -> str:
-    """Return a name from a file as messages can show it, whatever characters it has."""
+    """Make a name from a file safe for messages, whatever characters it has."""
     text = str(name)
     return text if text.isprintable() else ascii(text)[1:-1]

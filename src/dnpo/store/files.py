@@ -1,4 +1,4 @@
-"""The files of a stage: sizes and digests, and whether they are still what was written."""
+"""Sizes and digests of a stage's files, to check that they have not changed since they were written."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ from typing import Any
 
 from dnpo import disk
 
-RACY = 0.1  # seconds: a file that was written so shortly before could change again without another time of change
-_DIGESTS: dict[tuple[int, ...], str] = {}  # of the files that this process has read: by inode, size and times
+RACY = 0.1  # seconds: a file written this recently could change again without a different time of change
+_DIGESTS: dict[tuple[int, ...], str] = {}  # digests of files that this process has read, by inode, size and times
 
 
 def to_json(content: Any) -> str:
@@ -40,7 +40,7 @@ def content_hash(path: Path) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of the names and digests of a folder's files: what was digested before is not read again."""
+    """SHA-256 of the names and digests of a folder's files; files that were digested before are not read again."""
     lines = [f"{digest(path)}  {name}\n" for name, path in _files(folder).items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -59,9 +59,9 @@ def digest(path: Path) -> str:
 
 
 def list_files(folder: Path, beside: str) -> dict[str, dict[str, Any]]:
-    """Return size in bytes and SHA-256 of each file in a folder, by its path there, once all are on the disk.
+    """Return size in bytes and SHA-256 of each file in a folder, by its relative path, once all are on the disk.
 
-    What killed processes left under hidden names is removed.
+    Hidden files that killed processes left are removed.
 
     Args:
         beside: name of a file in the folder that is not listed.
@@ -79,7 +79,7 @@ def find_changes(folder: Path, listed: Mapping[str, Mapping[str, Any]], beside: 
 
     Args:
         beside: name of a file in the folder that is not listed.
-        digests: whether to read them all, or compare names and sizes alone.
+        digests: whether to compare digests, which reads all files, or only names and sizes.
     """
     there = _files(folder)
     for name in sorted(listed.keys() - there.keys()):
@@ -101,6 +101,6 @@ def find_changes(folder: Path, listed: Mapping[str, Mapping[str, Any]], beside: 
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The files of a folder by their path there, without hidden ones, which no stage reads."""
+    """The files of a folder by relative path, without hidden ones, which no stage reads."""
     found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
     return {each.as_posix(): path for each, path in sorted(found.items()) if not path.name.startswith(".")}

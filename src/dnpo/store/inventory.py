@@ -1,4 +1,4 @@
-"""What a store holds: stages with their sizes, what they were made from, who needs them; and how they are removed."""
+"""List the stages of a store with their sizes, inputs and the runs that need them, and remove stages."""
 
 import os
 import shutil
@@ -21,10 +21,10 @@ class Entry:
     """One folder of the store.
 
     Attributes:
-        name: ``STAGE/KEY``; of an unfinished stage ``STAGE/KEY.partial``.
+        name: ``STAGE/KEY``, or ``STAGE/KEY.partial`` for an unfinished stage.
         size: in bytes.
-        damage: how it differs from what was written, by names and sizes of its files; nothing of unfinished stages.
-        content: the manifest; empty where there is none that can be read.
+        damage: how names and sizes of its files differ from what was written; empty for unfinished stages.
+        content: the manifest; empty if there is none that can be read.
     """
 
     folder: Path
@@ -74,7 +74,7 @@ def select(entries: Iterable[Entry], names: Iterable[str]) -> list[Entry]:
 
 
 def find_needs(entries: Collection[Entry], runs: Mapping[str, Collection[str]]) -> dict[str, list[str]]:
-    """Return by entry the runs that need it: those that name its stage, or a stage that was made from it.
+    """Return the runs that need each entry, because they name its stage or a stage that was made from it.
 
     Args:
         runs: the keys of the stages that each run names.
@@ -94,7 +94,7 @@ def find_needs(entries: Collection[Entry], runs: Mapping[str, Collection[str]]) 
 
 
 def remove(entry: Entry) -> None:
-    """Remove an entry: in one step for other runs, so that a removal that is killed leaves no damaged stage.
+    """Remove an entry, in one step for other runs, so that a killed removal leaves no damaged stage.
 
     Raises:
         StoreError: a run is computing it.

@@ -1,4 +1,4 @@
-"""The manifest of a finished stage: what it is, what made it, its files, and whether all this still holds."""
+"""The manifest of a finished stage: its settings, origin and files; writing it and checking the stage against it."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def path_of_lock(root: Path, name: str, key: str) -> Path:
 
 
 def seal(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write the manifest into a stage's folder, with every file's size and SHA-256; all of it is then on the disk."""
+    """Write the manifest into a stage's folder, with every file's size and SHA-256, once all files are on the disk."""
     whole = {**content, "files": list_files(folder, MANIFEST)}
     aside = disk.name_aside(folder / MANIFEST)
     aside.write_text(to_json({**whole, CHECKSUM: _checksum(whole)}), encoding="utf-8")
@@ -37,10 +37,10 @@ def seal(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest of the stage in this folder: settings, inputs, what made it, time and duration.
+    """Read the manifest of the stage in this folder: settings, inputs, origin, time and duration.
 
     Raises:
-        StoreError: it is not there, or not as it was written.
+        StoreError: it is missing, or has changed since it was written.
     """
     try:
         return _read(folder)
@@ -49,12 +49,12 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def find_damage(folder: Path, digests: bool) -> list[str]:
-    """Say how the stage in this folder differs from what was written; nothing if it does not.
+    """List the differences between the stage in this folder and what was written; empty if there are none.
 
-    Of a stage whose manifest lists no files, since an earlier version wrote it, only the manifest can be checked.
+    If an earlier version wrote the stage, the manifest lists no files and only the manifest is checked.
 
     Args:
-        digests: whether to read all files, or compare names and sizes alone.
+        digests: whether to compare digests, which reads all files, or only names and sizes.
     """
     try:
         content = _read(folder)
@@ -66,11 +66,11 @@ def find_damage(folder: Path, digests: bool) -> list[str]:
 
 
 def expect_whole(stages: Mapping[Path, str], digests: bool = True) -> None:
-    """Refuse stages that are not what was written.
+    """Refuse stages that have changed since they were written.
 
     Args:
         stages: titles by folder.
-        digests: whether to read all files, or compare names and sizes alone.
+        digests: whether to compare digests, which reads all files, or only names and sizes.
 
     Raises:
         StoreError: names every damaged stage, its files, and the command that removes it.
@@ -87,12 +87,12 @@ def expect_whole(stages: Mapping[Path, str], digests: bool = True) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether the manifest lists the stage's files. Those of earlier versions do not, so nothing can be verified."""
+    """Whether the manifest lists the stage's files. Manifests of earlier versions do not, and cannot be verified."""
     return "files" in manifest(folder)
 
 
 def advise(root: Path, folders: list[Path]) -> str:
-    """Return what to do about damaged stages."""
+    """Say what to do about damaged stages."""
     names = " ".join(f"{folder.parent.name}/{folder.name}" for folder in folders)
     return (
         f"Nothing of {'it' if len(folders) == 1 else 'them'} is used: python -m dnpo.store remove {names} --store "

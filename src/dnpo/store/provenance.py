@@ -1,4 +1,4 @@
-"""What made a result: versions, commit, device, threads. They are not in keys, so they are kept with each result."""
+"""The origin of a result: versions, commit, device, threads. They are not in keys, so each result records them."""
 
 import importlib.metadata
 import platform
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# what results depend on, where it is installed
+# packages that results depend on, if they are installed
 PACKAGES = (
     *("dnpo", "torch", "numpy", "transformers", "tokenizers", "safetensors", "peft", "pytorch-lightning", "datasets"),
     *("pyarrow", "scipy", "huggingface-hub", "jinja2", "openai"),
@@ -19,7 +19,7 @@ NAMES = {"python": "Python", "commit": "commit", "device": "device", "threads": 
 
 
 def describe(device: str = "") -> dict[str, str]:
-    """Describe what computes here: versions, commit, and device and threads once torch is imported.
+    """Describe this process: versions and commit, and device and threads once torch is imported.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; "" where none is used.
@@ -33,12 +33,12 @@ def describe(device: str = "") -> dict[str, str]:
 
 @cache
 def versions() -> Mapping[str, str]:
-    """Return the versions of the packages that results depend on; nothing of them is imported."""
+    """Return the versions of the packages that results depend on, without importing them."""
     installed = {}
     for name in PACKAGES:
         try:
             installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # of an extra
+        except importlib.metadata.PackageNotFoundError:  # it belongs to an extra
             continue
     return installed
 
@@ -60,11 +60,10 @@ def commit() -> str:
 
 
 def differences(made_by: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:
-    """Return what differs between the makers of several stages: by name and value, the titles of its stages.
+    """Return the differences between the origins of several stages: stages' titles by name and value.
 
     Args:
-        made_by: by a stage's title, what :func:`describe` said when it was made. What it does not name counts for
-            nothing.
+        made_by: the origin of each stage, as :func:`describe` recorded it, by title. Names that it lacks are ignored.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for title, made in made_by.items():
@@ -74,7 +73,7 @@ def differences(made_by: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str,
 
 
 def warn(differing: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
-    """Return a line for each thing that differs: its values, the commonest first, and the stages of the others."""
+    """Return a line for each difference: its values, the most common one first, and the stages with the others."""
     lines = []
     for name, values in differing.items():
         usual, *others = sorted(values, key=lambda value: -len(values[value]))
