@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dnpo.store import Store
+from tests import kills
 from tests.commands import SMOKE, Process, numbers, succeed, summary, train
 
 pytestmark = pytest.mark.long
@@ -253,7 +254,7 @@ def test_no_epochs_leave_the_policy_as_it_was(finished: Path) -> None:
 def test_kill_9_at_any_moment_changes_no_number(finished: Path, tmp_path: Path) -> None:
     """Killed again and again at random moments, the run ends with the very numbers of the undisturbed one."""
     moments = random.Random(5)
-    kills = 0
+    hits = 0
     for attempt in range(40):
         process = Process(tmp_path, *SMOKE)
         try:
@@ -262,12 +263,19 @@ def test_kill_9_at_any_moment_changes_no_number(finished: Path, tmp_path: Path) 
         except subprocess.TimeoutExpired:
             process.signal_group(signal.SIGKILL)
             process.communicate(timeout=60)
-            kills += 1
+            hits += 1
         else:
             assert process.returncode == 0
             break
-    assert kills >= 1
+    assert hits >= 1
     assert numbers(summary(tmp_path)) == numbers(first(finished))
+
+
+def test_kills_in_short_stages_and_in_the_first_seconds_change_no_number(smoke: Path, tmp_path: Path) -> None:
+    """A few of ``python -m tests.kills``."""
+    expected, moments = numbers(first(smoke)), random.Random(1)
+    assert kills.kill_anywhere(tmp_path, 4, SMOKE, expected, moments) == 0
+    assert kills.kill_early(tmp_path, 2, ("scale=smoke",), expected, moments) == 0
 
 
 def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(tmp_path: Path) -> None:

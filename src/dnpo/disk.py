@@ -8,9 +8,11 @@ from pathlib import Path
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = FULL | {errno.EROFS, errno.EIO}
-ROOM = "make room there"
+CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
 # safetensors and tokenizers, torch, sqlite: they raise errors of their own, or none that says why
-OF_LIBRARIES = re.compile(r"\(os error (?P<number>\d+)\)|PytorchStreamWriter failed|database or disk is full")
+OF_LIBRARIES = re.compile(
+    r"\(os error (?P<number>\d+)\)|PytorchStreamWriter failed|iostream error|\.cc:\d+\] \. unexpected pos|disk is full"
+)
 
 
 def name_aside(path: Path) -> Path:
@@ -49,12 +51,18 @@ def explain(error: BaseException, root: Path | None = None) -> str | None:
             inside = each is error and root is not None and any(Path(n).absolute().is_relative_to(root) for n in names)
             if inside or each.errno in REFUSED:
                 where = f"{names[0]}: " if names else ""
-                return f"{where}{each.strerror}" + (f"; {ROOM}" if each.errno in FULL else "")
+                return f"{where}{each.strerror}{_advise(each.errno)}"
         found = OF_LIBRARIES.search(str(each))
         if found and (found["number"] is None or int(found["number"]) in REFUSED):
             number = int(found["number"] or errno.ENOSPC)
-            return os.strerror(number) + (f"; {ROOM}" if number in FULL else "")
+            return f"{os.strerror(number)}{_advise(number)}"
     return None
+
+
+def _advise(number: int) -> str:
+    if number in FULL:
+        return "; make room there, or write to another disk"
+    return "; expected a folder to write to" if number in CLOSED else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

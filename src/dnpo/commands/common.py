@@ -20,6 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dnpo import disk
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.former import up_to_date
 from dnpo.settings import conf_folder, flat, nearest
@@ -61,10 +62,14 @@ def run(
                 record_failure(Path(job.runtime.output_dir), str(error))
             else:
                 failed.append(str(error))  # if raised here, Hydra would print more around it
-        except Exception:
-            if job.mode is not RunMode.MULTIRUN:
+        except Exception as error:
+            words = disk.explain(error)
+            if job.mode is RunMode.MULTIRUN:
+                record_failure(Path(job.runtime.output_dir), words or traceback.format_exc())
+            elif words is None:
                 raise
-            record_failure(Path(job.runtime.output_dir), traceback.format_exc())
+            else:
+                failed.append(f"{words}. {interrupted}")
         return None
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise errors instead of printing them

@@ -175,6 +175,7 @@ def _measure(
     console, store = Console(), Store(Path(top["store"]), top["verify"])
     iterations = _lay_out(runs, top, store, console)
     fight = None if top["against"] is None else _duels(runs, iterations)
+    store.check([] if fight is None else [fight], console.say)
     names = {OURS: settings["model"]["path"] or settings["model"]["name"]}
     names |= {} if fight is None else {THEIRS: top["against"]}
     title = "evaluation of " + " against ".join(names.values())

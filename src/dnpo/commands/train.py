@@ -194,6 +194,8 @@ def _go(
     console, store = Console(), Store(Path(settings["store"]), settings["verify"])
     iterations = list(chain(run))
     stages = [stage for iteration in iterations for stage in iteration.stages]
+    if not settings["plan"]:
+        store.open(console.say)
     store.check(stages, console.say, everything=not settings["plan"])
     check_optimizers(run, iterations, store)
     if settings["plan"]:
@@ -202,7 +204,6 @@ def _go(
         _print_plan(console, store, iterations, find_shared_stages(sweep, folder, stages))
         _print_forecast(console, run, iterations, store)
         return None
-    store.open(console.say)
     pass_gate(run, iterations, store, console, settings["check"], settings["threads"])
     if settings["check"]:
         return None

@@ -163,7 +163,8 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
             return True
         track(steps)
     tracking.flush()  # before it is said that they are there
-    tracked.add(tracking.where, tracking.id)
+    if store.writable:  # else another run tracks them once more
+        tracked.add(tracking.where, tracking.id)
     return reused
 
 
@@ -281,6 +282,9 @@ def _track_results(summary: Mapping[str, Any], store: Store, tracking: Tracking,
 def _draw_once(store: Store, key: str, draw: Callable[[Path], None], picture: Path) -> None:
     """Copy a picture that an earlier run drew from the same numbers, or draw it and keep it for later ones."""
     drawn = store.root / ".pictures" / f"{key}.png"
+    if not drawn.is_file() and not store.writable:
+        draw(picture)
+        return
     if not drawn.is_file():
         drawn.parent.mkdir(exist_ok=True)
         aside = drawn.with_suffix(f".{os.getpid()}.png")

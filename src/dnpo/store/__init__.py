@@ -10,6 +10,7 @@ and on the disk. Its manifest lists every file, and what is no longer as it was 
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -56,6 +57,7 @@ __all__ = [
 
 Verify = Literal["digests", "sizes"]  # what finished stages are compared by, beside the names of their files
 LARGE = 10**10  # bytes whose reading is announced
+ELSEWHERE = "expected a folder to write to"
 LAYOUT, KEYS = ".layout", "2"  # file in a store that says how its keys are made; raised when all keys change at once
 
 
@@ -146,7 +148,7 @@ class Store:
             if known != KEYS:
                 mark.write_text(f"{KEYS}\n")
         except OSError as error:
-            raise SettingsError(f"store={self.root}: {error.strerror}; expected a folder to write to") from error
+            raise SettingsError(f"store={self.root}: {error.strerror}; {ELSEWHERE}") from error
         if stages and known != KEYS:
             note(
                 f"store={self.root}: its stages ({', '.join(stages)}) were stored under keys of an earlier version of "
@@ -161,7 +163,9 @@ class Store:
 
         Raises:
             StoreError: some are damaged; the message names them all.
+            SettingsError: some are not there, and nothing can be written.
         """
+        stages = list(stages)
         there = {self.folder(stage): stage.title for stage in stages if self.folder(stage).exists()}
         expect_whole(there, digests=False)
         earlier = [f"{folder.parent.name}/{folder.name}" for folder in there if not is_sealed(folder)]
@@ -171,11 +175,18 @@ class Store:
                 f"files, and are used unverified: {', '.join(earlier)}. To have them made again: python -m dnpo.store "
                 f"remove {' '.join(earlier)} --store {self.root} --needed"
             )
+        if everything and len(there) < len({stage.key for stage in stages}) and not self.writable:
+            raise SettingsError(f"store={self.root}: cannot be written to, and not all stages are there; {ELSEWHERE}")
         if everything and self.verify == "digests":
             size = sum(file["size"] for folder in there for file in manifest(folder).get("files", {}).values())
             if size > LARGE:
                 note(f"reading {size / 1e9:,.0f} GB of finished stages to verify them; verify=sizes does not")
             expect_whole(there, digests=True)
+
+    @property
+    def writable(self) -> bool:
+        """Whether new stages can be written; a store that has all of a run's need not be."""
+        return os.access(self.root, os.W_OK)
 
     def folder(self, stage: Stage) -> Path:
         """Where the result of a stage is, or will be."""
@@ -258,8 +269,8 @@ class Store:
             if words is None:
                 raise
             raise DiskError(
-                f"store={self.root}: {stage.title} ({self.partial(stage)}) cannot go on: {words}, or give another "
-                "store=…. What is finished is kept, and the same command goes on from there"
+                f"store={self.root}: {stage.title} ({self.partial(stage)}) cannot go on: {words}. Finished stages are "
+                "kept, and the same command continues this one"
             ) from error
 
     @contextmanager
