@@ -452,7 +452,7 @@ def test_a_bare_true_is_the_text_it_was(tmp_path: Path) -> None:
         ([{**ROW, "votes": ["A", "?"]}], r"rows\.jsonl:1: votes\[1\] is '\?'; expected A, B or tie"),
         ([{**ROW, "votes": "A"}], r"votes is 'A'; expected a list"),
         ([ROW, {**ROW, "id": "s", "votes": ["A"]}], r"rows\.jsonl:2: 1 votes, but 3 in the rows before"),
-        ([ROW, ROW], r"rows\.jsonl:2: id 'r' is that of .*rows\.jsonl:1 already"),
+        ([ROW, ROW], r"rows\.jsonl:2: .*rows\.jsonl:1 has the same id 'r'"),
         ([{**ROW, "a": None}], r"rows\.jsonl:1: no a; expected"),
         ([{**ROW, "a": ["x"]}], r"a is \['x'\]; expected text"),
         ([{**ROW, "prompt": " "}], r"prompt is empty; expected text"),

@@ -56,9 +56,9 @@ def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prom
         there = places[prompt.id]
         raise RowError(
             "the id of another row",
-            f"id {prompt.id!r} is that of {there} already, which says something else; expected another id{_hint('id')}"
+            f"{there} has the same id {prompt.id!r} but other contents; expected another id{_hint('id')}"
             if raw.get("id") is not None
-            else f"prompt and response are those of {there}, but answer or family are not; remove one of them, or give "
+            else f"{there} has the same prompt and response but another answer or family; remove one of them, or give "
             "both an id",
         )
 

@@ -89,19 +89,19 @@ def read_turn(field: str, i: int, turn: Any, wanted: Sequence[str], *, empty: bo
     if not isinstance(turn, Mapping):
         text = f"{place} is {reprlib.repr(turn)}; expected a turn with role and content"
         raise RowError(f"{field} has something that is no turn", text)
-    said = "from" if turn.get("role") is None and turn.get("from") is not None else "role"
-    given = turn.get(said)
+    key = "from" if turn.get("role") is None and turn.get("from") is not None else "role"
+    given = turn.get(key)
     name = given.strip().lower() if isinstance(given, str) else ""
     called = [call for call in CALLS if turn.get(call)]
     if called or name in TOOL_ROLES:
-        what = f"{place} has {called[0]}" if called else f"{place}.{said} is {given!r}"
+        what = f"{place} has {called[0]}" if called else f"{place}.{key} is {given!r}"
         raise RowError(f"{field} has a tool call", f"{what}: a tool call; expected text alone")
     role = ROLES.get(name)
     if role is None or role not in wanted:
         opens = role == "assistant" and "assistant" not in wanted and "system" in wanted
         why = ": an assistant opens the conversation" if opens else ""
         reason = f"{field}: an assistant opens the conversation" if opens else f"{field} has a turn of another role"
-        raise RowError(reason, f"{place}.{said} is {given!r}{why}; expected {' or '.join(wanted)}")
+        raise RowError(reason, f"{place}.{key} is {given!r}{why}; expected {' or '.join(wanted)}")
     words = "value" if turn.get("content") is None and turn.get("value") is not None else "content"
     content = turn.get(words)
     if role == "system" and (content in (None, []) or (isinstance(content, str) and is_blank(content))):

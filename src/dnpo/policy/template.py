@@ -151,7 +151,7 @@ def _current(tokenizer: Any, setting: str) -> str:
 
 
 def _without_head(template: str, names: Container[str]) -> str:
-    """A template without the lines at its head that give these names a value: those of an earlier run, say."""
+    """A template without the lines at its head that set these names, for example in an earlier run."""
     kept = ""
     while line := HEAD.match(template):
         kept += line[0] if (line["name"] or CLOCK) not in names else ""

@@ -59,7 +59,7 @@ def encode(
 
     The template's text before a response belongs to the prompt. Prompt and response are tokenised together, so the
     response's first token is one that can follow the prompt (a SentencePiece tokenizer puts a space before every text).
-    The response is tokenised separately only if the prompt's tokens are no prefix of those of the whole. As a sample,
+    The response is tokenised separately only if the prompt's tokens are no prefix of the whole's. As a sample,
     the response is cut after its first stop token; without a stop token it gets the tokenizer's end of sequence. A
     prompt begins with the beginning-of-sequence token if the tokenizer puts one before every text. The texts of turns
     never become control tokens (``tokens.py``).

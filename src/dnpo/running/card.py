@@ -269,7 +269,7 @@ def _stages(saved: SavedPolicy) -> str:
 
 
 def _settings(saved: SavedPolicy) -> str:
-    """List all settings as ``part.key=value``, except those of tracking: addresses may contain passwords, and cards are
+    """List all settings as ``part.key=value``, except for tracking: addresses may contain passwords, and cards are
     meant for others."""
     public = {part: value for part, value in saved.summary["settings"].items() if part != "tracking"}
     lines = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in _flat(public).items()]

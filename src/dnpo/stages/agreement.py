@@ -54,7 +54,7 @@ def read_agreement(store: Store, judge_key: Mapping[str, Any], note: Callable[[s
 
     Args:
         judge_key: the judge's :func:`dnpo.settings.part_key`.
-        note: told of damaged stages, which are left out.
+        note: receives a line for each damaged stage, which is left out.
     """
     wanted = json.loads(json.dumps(judge_key))
     newest: dict[str, dict[str, Any]] = {}

@@ -58,33 +58,33 @@ def digest(path: Path) -> str:
     return _DIGESTS[known]
 
 
-def list_files(folder: Path, beside: str) -> dict[str, dict[str, Any]]:
+def list_files(folder: Path, omitted: str) -> dict[str, dict[str, Any]]:
     """Return size in bytes and SHA-256 of each file in a folder, by its relative path, once all are on the disk.
 
     Hidden files that killed processes left are removed.
 
     Args:
-        beside: name of a file in the folder that is not listed.
+        omitted: name of a file in the folder that is not listed.
     """
     for left in [path for path in folder.rglob(".*") if path.is_file()]:
         left.unlink()
-    files = {name: path for name, path in _files(folder).items() if name != beside}
+    files = {name: path for name, path in _files(folder).items() if name != omitted}
     for path in (*files.values(), *(each for each in (folder, *folder.rglob("*")) if each.is_dir())):
         disk.flush(path)
     return {name: {"size": path.stat().st_size, "sha256": digest(path)} for name, path in files.items()}
 
 
-def find_changes(folder: Path, listed: Mapping[str, Mapping[str, Any]], beside: str, digests: bool) -> Iterator[str]:
+def find_changes(folder: Path, listed: Mapping[str, Mapping[str, Any]], omitted: str, digests: bool) -> Iterator[str]:
     """Say how the files of a folder differ from a list of them.
 
     Args:
-        beside: name of a file in the folder that is not listed.
+        omitted: name of a file in the folder that is not listed.
         digests: whether to compare digests, which reads all files, or only names and sizes.
     """
     there = _files(folder)
     for name in sorted(listed.keys() - there.keys()):
         yield f"{name} is missing"
-    for name in sorted(there.keys() - listed.keys() - {beside}):
+    for name in sorted(there.keys() - listed.keys() - {omitted}):
         yield f"{name} was not written by it"
     whole = []
     for name in sorted(there.keys() & listed.keys()):

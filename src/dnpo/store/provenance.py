@@ -77,8 +77,8 @@ def warn(differing: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
     lines = []
     for name, values in differing.items():
         usual, *others = sorted(values, key=lambda value: -len(values[value]))
-        told = ", ".join(f"{value or 'unknown'} ({', '.join(values[value])})" for value in others)
-        lines.append(f"{NAMES.get(name, name)} {usual or 'unknown'} ({len(values[usual])} stages), but {told}")
+        rest = ", ".join(f"{value or 'unknown'} ({', '.join(values[value])})" for value in others)
+        lines.append(f"{NAMES.get(name, name)} {usual or 'unknown'} ({len(values[usual])} stages), but {rest}")
     return lines
 
 

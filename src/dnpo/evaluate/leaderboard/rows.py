@@ -30,7 +30,7 @@ from dnpo.seeding import derive
 
 Row = dict[str, Any]
 DEFINITIONS = Path(__file__).parent / "tasks"
-LENDERS = {"arc_easy": "arc_challenge"}  # a task without a file of examples uses those of the other
+LENDERS = {"arc_easy": "arc_challenge"}  # a task without a file of examples uses the other task's
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Labelled:
         def make(where: str, raw: Any) -> LabelledRow:
             row = _read_row(where, raw)
             if row.prompt.id in seen:
-                text = f"id {row.prompt.id!r} is that of {seen[row.prompt.id]} already; expected another"
+                text = f"{seen[row.prompt.id]} has the same id {row.prompt.id!r}; expected another"
                 raise RowError("the id of another row", text)
             seen[row.prompt.id] = where
             votes.append(len(row.votes))

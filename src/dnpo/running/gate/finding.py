@@ -26,11 +26,11 @@ class Finding:
 
     @property
     def refusal(self) -> str:
-        """Why the run does not begin, as one sentence and what to change. A name is not said twice."""
+        """Why the run does not begin, and what to change, without repeating a name."""
         named = self.text.startswith(tuple(f"{self.name}{mark}" for mark in ":.= "))
         return f"{'' if named else f'{self.name}: '}{self.text.removesuffix('.')}. Change {self.setting}"
 
 
 def refuse(name: str, error: DnpoError, setting: str) -> Finding:
-    """The finding of a check that an error ended. The check's name is not said twice."""
+    """The finding of a check that ended with an error, without repeating the check's name."""
     return Finding(name, "stop", str(error).removeprefix(f"{name}: "), setting)

@@ -183,7 +183,7 @@ def activations(of: ModelShape, optimisation: Optimisation, tokens: int) -> floa
 def training_bytes(
     of: ModelShape, optimisation: Optimisation, rows: Counts, noise: NoiseModule | None, copy: bool, device: str
 ) -> tuple[float, float]:
-    """Return the bytes of weights, gradients and optimizer states, and those of a micro-batch of the longest rows.
+    """Return the bytes of weights, gradients and optimizer states, and of a micro-batch of the longest rows.
 
     Args:
         noise: noise module on the meta device; None for fine-tuning, which has no pairs.
@@ -213,7 +213,7 @@ def training_bytes(
 
 
 def generating_bytes(of: ModelShape, sampling: Sampling, rows: Counts) -> tuple[float, float]:
-    """Return the bytes of the weights, and those of keys, values and logits of a batch of the longest rows."""
+    """Return the bytes of the weights, and of keys, values and logits of a batch of the longest rows."""
     tokens = sampling.batch_size * (rows.longest_prompt + rows.limit)
     return of.weights, 2.0 * tokens * of.layers * of.heads * of.value + sampling.batch_size * of.vocabulary * 4
 
