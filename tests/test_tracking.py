@@ -28,9 +28,10 @@ from dnpo.running import notes
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking import sqlite as database
 from dnpo.tracking import writing as tracking
+from dnpo.tracking.alive import ABANDONED, ALIVE, NOTE
 from dnpo.tracking.datasets import Dataset
 from dnpo.tracking.reading import STEPS_OF, Database
-from dnpo.tracking.writing import ABANDONED, ALIVE, NOTE, MLflowTracking, TrackedSteps, Tracking
+from dnpo.tracking.writing import MLflowTracking, TrackedSteps, Tracking
 from tests.commands import train
 
 PNG = b"\x89PNG\r\n\x1a\n"

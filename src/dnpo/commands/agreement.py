@@ -99,7 +99,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
         "stage.agreement": stage.key,
     }
     everything = {**top, "data": where, **settings}
-    with ledger, command.track(tracking, f"agreement {name} on {data.path.name}", everything, tags, sweep):
+    with ledger, command.track(tracking, f"agreement {name} on {data.path.name}", everything, tags, sweep, folder):
         for made in (verdicts, stage):
             if store.has(made):
                 console.report_reuse(made.title, made.key)

@@ -179,10 +179,15 @@ def prepare_torch(threads: int) -> None:
 
 @contextmanager
 def track(
-    tracking: "Tracking", name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None
+    tracking: "Tracking",
+    name: str,
+    settings: Mapping[str, Any],
+    tags: Mapping[str, str],
+    sweep: Path | None,
+    folder: Path,
 ) -> Iterator[None]:
     """Keep a tracked run open while the body runs, and set its status by how the body ended."""
-    tracking.start(name, flat(settings), tags, sweep)
+    tracking.start(name, flat(settings), tags, sweep, folder)
     status: Status = "FAILED"
     try:
         yield

@@ -183,7 +183,7 @@ def _measure(
     tags = running.tags(dict(job.runtime.choices), everything, [iterations[OURS]])
     tags |= {"dnpo.kind": "evaluation"} | {f"dnpo.{kind}": name for kind, name in names.items()}
     tags |= {} if fight is None else {"stage.duels": fight.key}
-    with command.track(tracking, title, everything, tags, sweep):
+    with command.track(tracking, title, everything, tags, sweep, folder):
         rows = {}
         for name, iteration in iterations.items():
             for stage in iteration.stages:

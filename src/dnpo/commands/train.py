@@ -211,7 +211,7 @@ def _go(
 
     name = run_name(job.overrides.task)
     tags = running.tags(dict(job.runtime.choices), settings, iterations)
-    with command.track(tracking, name, settings, tags, sweep):
+    with command.track(tracking, name, settings, tags, sweep, folder):
         summary = running.execute(iterations, store, console, tracking, settings, folder)
     running.show(console, summary, folder, store, tracking)
     last = summary["table"][-1]

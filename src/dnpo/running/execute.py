@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
             tracking.tags({f"{STEPS_OF}{_slug(stage)}": elsewhere})
             return True
         track(steps)
-    tracking.flush()  # before it is said that they are there
-    if store.writable:  # else another run tracks them once more
+    if tracking.flush() and store.writable:  # else another run tracks them once more
         tracked.add(tracking.where, tracking.id)
     return reused
 
@@ -174,8 +173,7 @@ def _note_failure(tracking: Tracking, stage: Stage) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        with suppress(Exception):  # a failure to write the note must not hide the error
-            tracking.add(notes.describe_failure(stage.title, error))
+        tracking.add(notes.describe_failure(stage.title, error))
         raise
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dnpo.report.comparison import Items, MeasureComparison
     from dnpo.report.groups import Groups
     from dnpo.store import Stage
-    from dnpo.tracking.writing import MLflowTracking
+    from dnpo.tracking.writing import MLflowTracking, Status
 
 ERROR, PLAN, PICTURE, TRAIN = "error.txt", "plan.json", "comparison.png", "train"
 SILENT = "it ended with neither a result nor an error; its process was probably killed"
@@ -142,19 +142,23 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
     try:
         settings = cast(dict[str, Any], OmegaConf.to_container(config.tracking, resolve=True))
         tracking: MLflowTracking = build("tracking", settings).open()
-        tracking.resume(own.read_text())
+        tracking.resume(own.read_text(), sweep)
         if config.hydra.job.config_name != TRAIN:  # other commands have no iterations to compare
             tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed))})
-            tracking.finish("FAILED" if failed else "FINISHED")
-            return ""
-        _compare(tracking, sweep, [job.name for job in jobs], {**failed, **silent})
+            return tracking.finish("FAILED" if failed else "FINISHED")
+        status: Status = "FAILED"
+        try:
+            _compare(tracking, sweep, [job.name for job in jobs], {**failed, **silent})
+            status = "FAILED" if failed or silent else "FINISHED"
+        finally:
+            left = tracking.finish(status)
+        return left
     except Exception as error:  # drivers of databases raise many types; the jobs' results stand
         return str(error) if isinstance(error, DnpoError) else f"{type(error).__name__}: {error}"
-    return ""
 
 
 def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], failed: Mapping[str, str]) -> None:
-    """Track the comparison of all runs as tables, a picture and a note, set the tags and end the run."""
+    """Track the comparison of all runs as tables, a picture and a note, and set the tags."""
     from dnpo.report.comparison import MEASURES, Items, compare
     from dnpo.report.groups import group_runs
     from dnpo.running import notes
@@ -180,7 +184,6 @@ def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], faile
     tracking.note(notes.describe_sweep(name, len(jobs), groups, compared, failed, overrides, sys.argv[1:], picture))
     state = "incomplete" if failed else "complete"
     tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed)), "dnpo.state": state})
-    tracking.finish("FAILED" if failed else "FINISHED")
 
 
 def _draw(groups: "Groups", compared: "Sequence[MeasureComparison]", items: "Items", path: Path, title: str) -> None:

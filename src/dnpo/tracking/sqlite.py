@@ -4,6 +4,7 @@ MLflow makes a new database in some seconds and many transactions; if its proces
 neither be used nor repaired. It would also change the tables of an older file where it lies. So both are done aside.
 """
 
+import re
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ def _upgrade(file: Path, aside: Path) -> None:
         if _count_runs(file):
             raise TrackingError(
                 f"tracking.uri={SQLITE}{file}: its tables (version {_version(file) or 'none'}) cannot be brought to "
-                f"those of MLflow {VERSION} ({first_line(error)}). It is left as it was; install the MLflow that "
+                f"those of MLflow {VERSION} ({shorten(error)}). It is left as it was; install the MLflow that "
                 "wrote it last, give another or run with tracking=off"
             ) from error
         _remove(aside)
@@ -182,7 +183,7 @@ def _explain(file: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         raise TrackingError(
-            f"tracking.uri={SQLITE}{file}: cannot be used ({first_line(error)}); {advise(error)}"
+            f"tracking.uri={SQLITE}{file}: cannot be used ({shorten(error)}); {advise(error)}"
         ) from error
 
 
@@ -198,6 +199,7 @@ def advise(error: BaseException) -> str:
     return REPAIR
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def shorten(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type; of a failed connection, the reason."""
+    reason = re.search(r"\[Errno -?\d+\] ([^\"')\]]+)", str(error)) if "HTTPConnection" in str(error) else None
+    return reason[1] if reason else next(iter(str(error).strip().splitlines()), type(error).__name__)

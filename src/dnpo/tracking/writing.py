@@ -1,39 +1,35 @@
 """Track runs in MLflow, or not at all.
 
-Step metrics are buffered and sent in batches: one by one they would take longer than the training steps themselves.
-
-MLflow would show a run whose process was killed as running for ever. So each run locks a file while it is alive and
-names the file in a tag. The operating system frees the lock when the process ends, and the next run on the same store
-and machine closes all runs whose lock is free (:func:`close_abandoned`).
+Step metrics are buffered and sent in batches: one by one they would take longer than the training steps themselves. If
+MLflow stops to answer, the run goes on: what it sends is kept beside it (``outbox.py``) and sent later.
 """
 
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from dnpo import catalogue
 from dnpo.errors import StoreError, TrackingError
+from dnpo.escape import for_database, for_mlflow
 from dnpo.store import write_json
-from dnpo.tracking.client import connect, is_server, make_absolute, strip_password
-from dnpo.tracking.sqlite import advise, file_of, first_line, lock_of
+from dnpo.tracking.alive import ALIVE, NOTE, close_abandoned, free
+from dnpo.tracking.client import check_reachable, connect, is_server, make_absolute, strip_password
+from dnpo.tracking.outbox import KEPT, LATER, PATIENCE, Kind, Message, Outbox, Refused, send, warn
+from dnpo.tracking.sqlite import advise, file_of, lock_of, shorten
 
 if TYPE_CHECKING:
     from dnpo.tracking.datasets import Dataset
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-NOTE, ALIVE = "mlflow.note.content", "dnpo.alive"
-PARENT, HELD = (
-    "mlflow-parent.txt",
-    "running.lock",
-)  # in a sweep's folder: its parent run's id, its lock
+PARENT, HELD = "mlflow-parent.txt", "running.lock"  # in a sweep's folder: its parent run's id, its lock
 LONGEST = 7900  # characters of a tag; MLflow cuts it at 8,000
-ABANDONED = "**Its process is gone**: it was killed. Finished stages are kept, and the same command continues it."
 
 
 class TrackedSteps:
@@ -82,14 +78,25 @@ class Tracking:
     id = ""  # the run's id
     where = ""  # the tracking store and experiment
 
-    def start(self, name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None) -> None:
-        """Begin a run. With ``sweep``, the folder shared by a multirun's jobs, nest it in the sweep's parent run.
+    def start(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        tags: Mapping[str, str],
+        sweep: Path | None,
+        folder: Path | None = None,
+    ) -> None:
+        """Begin a run.
+
+        Args:
+            sweep: the folder shared by a multirun's jobs; the run is nested in the sweep's parent run.
+            folder: the run's folder, for what cannot be sent.
 
         Raises:
             TrackingError: the store cannot be reached.
         """
 
-    def resume(self, run: str) -> None:
+    def resume(self, run: str, folder: Path | None = None) -> None:
         """Continue an existing run.
 
         Raises:
@@ -108,8 +115,9 @@ class Tracking:
         """Return whether a run is in the tracking store and not deleted."""
         return False
 
-    def flush(self) -> None:
-        """Send all buffered metrics."""
+    def flush(self) -> bool:
+        """Send all buffered metrics, and return whether everything has been sent."""
+        return True
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Keep a file with the run."""
@@ -133,8 +141,9 @@ class Tracking:
         """Record the model made at a step and return its id, "" if nothing is tracked. No weights are uploaded."""
         return ""
 
-    def finish(self, status: Status) -> None:
-        """End the run."""
+    def finish(self, status: Status) -> str:
+        """End the run; return what could not be sent, "" for nothing. It raises nothing that would hide an error."""
+        return ""
 
     def whereabouts(self) -> list[str]:
         """Return lines for the screen that say where the run can be viewed."""
@@ -162,58 +171,74 @@ class MLflowTracking(Tracking):
         self.uri = make_absolute(uri)
         self.experiment, self.artifacts, self.batch = experiment, artifacts, batch
         self.where = f"{strip_password(self.uri)} {experiment}"
+        self.id = self._note = self._experiment = ""
         self._buffer: list[Any] = []
-        self.id = self._note = ""
+        self._outbox = Outbox()
+        self._models: dict[str, str] = {}
         self._tables: list[str] = []
         self._alive: FileLock | None = None
         self._marked = False
 
-    def start(self, name: str, settings: Mapping[str, Any], tags: Mapping[str, str], sweep: Path | None) -> None:
+    # --- beginning
+
+    def start(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        tags: Mapping[str, str],
+        sweep: Path | None,
+        folder: Path | None = None,
+    ) -> None:
         """Create the run, log its settings, and close abandoned runs of the experiment."""
         from mlflow.entities import Param
 
-        params = [Param(key, strip_password(str(value))[:6000]) for key, value in settings.items()]
-        with self._connect() as experiment:
-            known = {name: tags[name] for name in ("dnpo.sweep_name",) if name in tags}
-            parent = {"mlflow.parentRunId": self._parent(experiment, sweep, known)} if sweep is not None else {}
-            close_abandoned(self._client, experiment)
-            run = self._client.create_run(experiment, run_name=strip_password(name), tags={**tags, **parent})
-            self.id = run.info.run_id
-            self._hold()
+        values = {key: for_database(strip_password(str(value)))[:6000] for key, value in settings.items()}
+        params = [Param(for_mlflow(key), value) for key, value in values.items()]
+        known = {for_mlflow(key): for_database(value) for key, value in tags.items()}
+        self._outbox = Outbox(folder)
+        with self._connect():
+            named = {key: known[key] for key in ("dnpo.sweep_name",) if key in known}
+            known |= {"mlflow.parentRunId": self._parent(sweep, named)} if sweep is not None else {}
+            known |= {KEPT: str(self._outbox.path)} if folder is not None else {}
+            close_abandoned(self._client, self._experiment)
+            known[ALIVE] = self._hold()
+            shown = for_database(strip_password(name))
+            self.id = self._client.create_run(self._experiment, run_name=shown, tags=known).info.run_id
             for start in range(0, len(params), 100):
                 self._client.log_batch(self.id, params=params[start : start + 100])
-        self._url = (experiment, self.id)
 
-    def resume(self, run: str) -> None:
+    def resume(self, run: str, folder: Path | None = None) -> None:
         """Continue an existing run, with its note."""
-        with self._connect() as experiment:
+        self._outbox = Outbox(folder)
+        with self._connect():
             tags = self._client.get_run(run).data.tags
-        self._note, self._marked = tags.get(NOTE, ""), ALIVE in tags
-        self.id, self._url = run, (experiment, run)
+        self.id, self._note, self._marked = run, tags.get(NOTE, ""), ALIVE in tags
 
     @contextmanager
-    def _connect(self) -> Iterator[str]:
-        """Connect to the store and yield the experiment's id; errors name the setting to change."""
+    def _connect(self) -> Iterator[None]:
+        """Connect to the store, where the experiment is made if there is none; errors name the setting to change."""
         try:
             self._client = connect(self.uri)
             with FileLock(self._lock()):  # two processes must not make the experiment at once
-                experiment = self._experiment()
-            yield experiment
-        except TrackingError:
-            raise
+                self._experiment = self._find_experiment()
+            yield
         except Exception as error:  # databases and their drivers raise errors of their own
+            if self._alive is not None:
+                free(self._alive)
+            if isinstance(error, TrackingError):
+                raise
             raise TrackingError(
-                f"tracking.uri={strip_password(self.uri)}: cannot be used ({first_line(error)}); {advise(error)}"
+                f"tracking.uri={strip_password(self.uri)}: cannot be used ({shorten(error)}); {advise(error)}"
             ) from error
 
-    def _hold(self) -> None:
-        """Take the lock that shows that this process is alive."""
-        path = self._lock().with_suffix(".alive") / self.id
+    def _hold(self) -> str:
+        """Take the lock that shows that this process is alive, and return its file."""
+        path = self._lock().with_suffix(".alive") / uuid.uuid4().hex
         path.parent.mkdir(exist_ok=True)
         self._alive = FileLock(path)
         self._alive.acquire()
-        self._client.set_tag(self.id, ALIVE, str(path))
         self._marked = True
+        return str(path)
 
     def _lock(self) -> Path:
         file = file_of(self.uri)
@@ -221,7 +246,7 @@ class MLflowTracking(Tracking):
             return lock_of(file)
         return Path(os.environ.get("TMPDIR", "/tmp")) / "dnpo-mlflow.lock"
 
-    def _experiment(self) -> str:
+    def _find_experiment(self) -> str:
         found = self._client.get_experiment_by_name(self.experiment)
         if found is not None:
             return str(found.experiment_id)
@@ -230,50 +255,106 @@ class MLflowTracking(Tracking):
         kind = {"mlflow.experimentKind": "custom_model_development"}  # pages of runs and models, not chats
         return str(self._client.create_experiment(self.experiment, artifact_location=where, tags=kind))
 
-    def _parent(self, experiment: str, sweep: Path, tags: Mapping[str, str]) -> str:
+    def _parent(self, sweep: Path, tags: Mapping[str, str]) -> str:
         """Return the parent run of a multirun. The first job creates it, and the sweep's report ends it."""
         note = sweep / PARENT
         with FileLock(sweep / "mlflow-parent.lock"):
             if not note.is_file():
                 own = {"dnpo.sweep": str(sweep), "dnpo.kind": "sweep", ALIVE: str(sweep / HELD), **tags}
                 name = tags.get("dnpo.sweep_name", sweep.name)
-                run = self._client.create_run(experiment, run_name=f"sweep {name}", tags=own)
-                note.write_text(run.info.run_id)
+                run = self._client.create_run(self._experiment, run_name=f"sweep {name}", tags=own)
+                aside = note.with_suffix(".new")
+                aside.write_text(run.info.run_id)
+                aside.replace(note)
         return note.read_text()
+
+    # --- sending
+
+    def _send(self, kind: Kind, content: Any) -> str:
+        """Send a message, or keep it where MLflow does not answer; what it made has this id."""
+        message = Message(kind, content)
+        self._retry()
+        if message.way not in self._outbox.down:
+            sent, made = self._try(message)
+            if sent:
+                return made
+        try:
+            self._outbox.keep(message)
+        except OSError as error:  # it is still in memory
+            warn(f"{self._outbox.path}: cannot be written ({error.strerror}); a kill would lose what is to be sent")
+            self._outbox.folder = None
+        return ""
+
+    def _retry(self, now: bool = False) -> None:
+        """Send what was kept, if it is time to try again."""
+        box = self._outbox
+        if not box.down or (time.monotonic() < box.next_attempt and not now):
+            return
+        began = time.monotonic()
+        try:
+            check_reachable(self.uri, 3)
+        except TrackingError:
+            box.next_attempt = time.monotonic() + max(PATIENCE, 5 * (time.monotonic() - began))
+            return
+        was = set(box.down)
+        box.empty(lambda message: self._try(message, again=True)[0])
+        if was and not box.down:
+            warn(f"tracking.uri={strip_password(self.uri)}: MLflow answers again; what was kept is sent")
+
+    def _try(self, message: Message, again: bool = False) -> tuple[bool, str]:
+        """Try to send a message; return whether that is done with, and the id of what it made."""
+        began = time.monotonic()
+        try:
+            return True, send(self._client, self._experiment, self.id, message, self._models)
+        except Refused as refused:
+            warn(f"MLflow refuses {_name(message)} of run {self.id} ({refused}); it is not tracked")
+            return True, ""
+        except Exception as error:  # stores and their drivers raise errors of their own; the run goes on
+            self._note_failure(message.way, error, time.monotonic() - began, again)
+            return False, ""
+
+    def _note_failure(self, way: str, error: Exception, took: float, again: bool = False) -> None:
+        """Note that MLflow does not answer, and say it once."""
+        if self._outbox.fail(way, took) and not again:
+            what = "MLflow does not answer any more" if way == "runs" else "MLflow takes no artefacts any more"
+            where = self._outbox.path or "memory"
+            warn(
+                f"tracking.uri={strip_password(self.uri)}: {what} ({shorten(error)}). The run goes on; what it tracks "
+                f"is kept in {where}, and sent when MLflow answers again"
+            )
 
     def metrics(self, values: Mapping[str, float], step: int, model: str = "", data: "Dataset | None" = None) -> None:
         """Buffer metrics, and send them once a batch is full."""
-        from mlflow.entities import Metric
-
         catalogue.check(values)
         now = int(time.time() * 1000)
         on = {"dataset_name": data.name, "dataset_digest": data.digest} if data else {}
         about = {"model_id": model, **on} if model else {}
-        self._buffer += [Metric(name, float(value), now, step, **about) for name, value in values.items()]
+        self._buffer += [[name, float(value), now, step, about] for name, value in values.items()]
         if len(self._buffer) >= self.batch:
             self.flush()
 
     def has(self, run: str) -> bool:
-        """Look up the run; a deleted one does not count."""
-        from mlflow.exceptions import MlflowException
+        """Look up the run; a deleted one does not count, nor one that cannot be looked up now."""
         from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
+        began = time.monotonic()
         try:
-            return str(self._client.get_run(run).info.lifecycle_stage) == "active"
-        except MlflowException as error:
-            if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
-                raise
+            return "runs" not in self._outbox.down and self._client.get_run(run).info.lifecycle_stage == "active"
+        except Exception as error:  # stores and their drivers raise errors of their own; the run goes on
+            if getattr(error, "error_code", "") != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                self._note_failure("runs", error, time.monotonic() - began)
             return False
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Send all buffered metrics, at most 1,000 per request."""
         while self._buffer:
-            self._client.log_batch(self.id, metrics=self._buffer[:1000])
-            del self._buffer[:1000]
+            batch, self._buffer[:1000] = self._buffer[:1000], []
+            self._send("metrics", batch)
+        return not self._outbox.messages
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Upload a file as an artefact."""
-        self._client.log_artifact(self.id, str(path), folder or None)
+        self._send("artifact", {"path": str(path.absolute()), "folder": folder})
 
     def table(self, path: Path) -> None:
         """Upload a table, and mark it as one for MLflow's pages."""
@@ -293,100 +374,84 @@ class MLflowTracking(Tracking):
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run in one request."""
-        from mlflow.entities import RunTag
-
-        self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in values.items()])
+        self._send("tags", dict(values))
 
     def inputs(self, datasets: "Sequence[Dataset]") -> None:
-        """Log the data sets as inputs of the run, again if a concurrent run adds the same one."""
-        from mlflow.exceptions import MlflowException
-
-        given = [_input(each) for each in datasets]
-        for last in (False, False, True):
-            try:
-                self._client.log_inputs(self.id, given)
-                return
-            except MlflowException as error:
-                # A concurrent run may add the same data set between MLflow's query and its insert.
-                if last or ("UNIQUE constraint" not in str(error) and "IntegrityError" not in str(error)):
-                    raise
+        """Log the data sets as inputs of the run."""
+        self._send("inputs", [_input(each) for each in datasets])
 
     def model(self, name: str, step: int, params: Mapping[str, str], note: str) -> str:
         """Create a logged model without weights, as an output of the run."""
-        from mlflow.entities import LoggedModelOutput
+        known = {for_mlflow(key): for_database(value) for key, value in params.items()}
+        made = self._send("model", {"name": name, "step": step, "params": known, "tags": {NOTE: for_database(note)}})
+        return made or f"{LATER}{name}"
 
-        experiment, run = self._url
-        made = self._client.create_logged_model(experiment, name, run, tags={NOTE: note}, params=dict(params))
-        self._client.finalize_logged_model(made.model_id, "READY")
-        self._client.log_outputs(run, [LoggedModelOutput(made.model_id, step)])
-        return str(made.model_id)
+    # --- ending
 
-    def finish(self, status: Status) -> None:
-        """Send buffered metrics, set the status and release the lock."""
-        if self.id:
-            self.flush()
-            self._client.set_terminated(self.id, status)
+    def finish(self, status: Status) -> str:
+        """Send buffered metrics, set the status and release the lock.
+
+        What MLflow does not take then, the next run that is tracked there sends.
+        """
+        if not self.id:
+            return ""
+        self.flush()
+        self._retry(now=True)
+        self._send("end", {"status": status, "time": int(time.time() * 1000), "remove": [ALIVE] * self._marked})
+        left, self._marked = self._outbox.describe(), False
         if self._alive is not None:  # only after the status is written, see close_abandoned
-            _free(self._alive)
+            if left:
+                self._alive.release()  # the file stays: it shows the next run that this one is gone
+            else:
+                free(self._alive)
             self._alive = None
-        if self._marked:
-            self._client.delete_tag(self.id, ALIVE)
-            self._marked = False
+        if left:
+            self._describe_rest(left)
+        return left
+
+    def _describe_rest(self, left: str) -> None:
+        """Say what is not tracked, and what will become of it."""
+        path = self._outbox.path
+        later = "the next run that is tracked there from this machine sends them"
+        if "runs" not in self._outbox.down:  # only the store of artefacts is away, and the run has its status
+            later = "run the same command again when it answers: it finds its stages and tracks them"
+        kept = f"They are kept in {path}; " if path is not None and "runs" in self._outbox.down else ""
+        where = strip_password(self.uri)
+        warn(f"tracking.uri={where}: of run {self.id} these are not tracked: {left}. {kept}{later}")
 
     def whereabouts(self) -> list[str]:
         """Return the address of the run's page, or the command that serves it."""
-        experiment, run = self._url
-        page = f"#/experiments/{experiment}/runs/{run}"
+        page = f"#/experiments/{self._experiment}/runs/{self.id}"
         if is_server(self.uri):
-            return [f"dashboard   {self.uri.rstrip('/')}/{page}"]
-        shown = (
-            f"sqlite:///{os.path.relpath(self.uri.removeprefix('sqlite:///'))}" if "sqlite" in self.uri else self.uri
-        )
-        return [f"dashboard   mlflow ui --backend-store-uri {shown}    then open /{page}"]
+            return [f"dashboard   {strip_password(self.uri).rstrip('/')}/{page}"]
+        file = file_of(self.uri)
+        shown = self.uri if file is None else f"sqlite:///{os.path.relpath(file)}"
+        return [f"dashboard   mlflow ui --backend-store-uri {strip_password(shown)}    then open /{page}"]
 
 
-def _input(given: "Dataset") -> Any:
+def _input(given: "Dataset") -> dict[str, Any]:
     """Convert a data set to MLflow's form, with the row count and columns that its page shows."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
     columns = [{"name": name, "type": "string", "required": True} for name in given.columns]
-    found = Dataset(
-        name=given.name,
-        digest=given.digest,
-        source_type=given.kind,
-        source=strip_password(json.dumps(given.source)),
-        schema=json.dumps({"mlflow_colspec": columns}),
-        profile=json.dumps({"num_rows": given.rows, **given.facts}),
-    )
-    return DatasetInput(found, [InputTag("mlflow.data.context", given.context)])
+    return {
+        "name": given.name,
+        "digest": given.digest,
+        "source_type": given.kind,
+        "source": for_database(strip_password(json.dumps(given.source))),
+        "schema": json.dumps({"mlflow_colspec": columns}),
+        "profile": json.dumps({"num_rows": given.rows, **given.facts}),
+        "context": given.context,
+    }
 
 
-def close_abandoned(client: Any, experiment: str) -> list[str]:
-    """End the runs that are marked as running although their process is gone, and return their ids.
-
-    A run whose lock file is on another machine is left as it is, since its state is unknown here.
-    """
-    closed = []
-    for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
-        path = Path(run.data.tags.get(ALIVE, ""))
-        if not path.is_file():
-            continue
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except (Timeout, OSError):
-            continue
-        found = client.get_run(run.info.run_id)
-        if found.info.status == "RUNNING":  # it may have ended just now
-            client.set_tag(run.info.run_id, NOTE, f"{found.data.tags.get(NOTE, '')}\n\n{ABANDONED}")
-            client.set_terminated(run.info.run_id, "KILLED")
-            closed.append(run.info.run_id)
-        _free(lock)
-    return closed
-
-
-def _free(lock: FileLock) -> None:
-    """Release a lock and delete its file."""
-    lock.release()
-    with suppress(OSError):
-        Path(lock.lock_file).unlink()
+def _name(message: Message) -> str:
+    """Name a message for people."""
+    content = message.content
+    names: Mapping[str, Any] = {
+        "metrics": lambda: ", ".join(dict.fromkeys(each[0] for each in content)),
+        "tags": lambda: ", ".join(content),
+        "artifact": lambda: content["path"],
+        "inputs": lambda: "its data sets",
+        "model": lambda: f"the model {content['name']}",
+        "end": lambda: "its end",
+    }
+    return str(names[message.kind]())

@@ -1,0 +1,96 @@
+"""Text of users (names, rows, answers, errors) where characters mean something: one function for each such place.
+
+HTML is escaped by the report's template, and by ``for_markdown`` where Markdown may contain HTML.
+"""
+
+import hashlib
+import re
+from typing import Any
+
+# Makes characters visible that are invisible, end a text, steer a terminal or turn their neighbours' direction.
+HIDDEN = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
+    0x7F: "␡",
+    **{
+        code: f"⟨U+{code:04X}⟩"
+        for code in (
+            *range(0x80, 0xA0),
+            0x061C,
+            *(0x200B, 0x200E, 0x200F, 0x2028, 0x2029),
+            *range(0x202A, 0x202F),
+            *range(0x2060, 0x2070),
+            *(0xFEFF, 0xFFFE, 0xFFFF),
+        )
+    },
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),  # lone surrogates, which UTF-8 cannot encode
+}
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "−": r"$-$",
+    "±": r"$\pm$",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+}
+LONGEST_KEY = 250  # characters of a name in MLflow
+
+
+def for_terminal(text: Any) -> str:
+    """Make control characters visible; lines and tabulators stay."""
+    return str(text).replace("\r\n", "\n").translate(HIDDEN)
+
+
+def for_mlflow(name: str) -> str:
+    """Return a name of a metric, setting or tag as MLflow takes it: ``C++`` as ``C:2B::2B:``, the long ones cut.
+
+    Different names stay different.
+    """
+    marked = re.sub(r":(?=[0-9A-F]*:)|[^\w./\- :]", lambda sign: f":{ord(sign[0]):X}:", name)
+    parts = [part.replace(".", ":2E:") if part in (".", "..") else part or "::" for part in marked.split("/")]
+    key = "/".join(parts)
+    if len(key) <= LONGEST_KEY:
+        return key
+    return f"{key[: LONGEST_KEY - 17]}:{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def for_database(text: str) -> str:
+    """Replace what databases cannot keep: lone surrogates and U+0000."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "␀")
+
+
+def for_markdown(text: Any) -> str:
+    """Escape a text so that Markdown and HTML show it literally, on one line, also in a table."""
+    one_line = re.sub(r"\s+", " ", str(text).strip()).translate(HIDDEN)
+    shown = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", shown)
+
+
+def for_markdown_code(text: Any) -> str:
+    """Return a text as code within a line of Markdown, also in a table."""
+    one_line = re.sub(r"\s+", " ", str(text)).translate(HIDDEN).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", one_line)), default=0))
+    room = " " if one_line.startswith("`") or one_line.endswith("`") else ""
+    return f"{fence}{room}{one_line}{room}{fence}"
+
+
+def for_latex(text: Any) -> str:
+    """Escape a text for LaTeX, on one line."""
+    return "".join(LATEX.get(sign, sign) for sign in re.sub(r"\s+", " ", str(text)).translate(HIDDEN))
+
+
+def for_csv(value: Any) -> Any:
+    """Keep a cell of text from being a formula in a spreadsheet; numbers stay."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")) or _is_number(value):
+        return value
+    return f"'{value}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

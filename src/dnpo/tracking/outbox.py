@@ -1,0 +1,208 @@
+"""What a run sends to MLflow, and keeps beside itself as long as MLflow does not answer."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dnpo.escape import for_database, for_mlflow, for_terminal
+
+KEPT = "dnpo.kept"  # tag that names the file of what was kept
+FILE = "untracked.jsonl"
+LATER = "later:"  # instead of the id of a model that is still to be made
+PATIENCE = 30  # seconds between two attempts, at least
+
+Kind = Literal["metrics", "tags", "artifact", "inputs", "model", "end"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One thing to send, as plain values."""
+
+    kind: Kind
+    content: Any
+
+    @property
+    def way(self) -> str:
+        """Which store takes it; one may answer while the other does not."""
+        return "artefacts" if self.kind == "artifact" else "runs"
+
+
+class Refused(Exception):
+    """MLflow answers and will never take this message."""
+
+
+def send(client: Any, experiment: str, run: str, message: Message, models: dict[str, str]) -> str:
+    """Send one message; what it made has this id.
+
+    Args:
+        models: ids of models, by what stands for them in messages; a new one is added.
+
+    Raises:
+        Refused: MLflow will never take it.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
+
+    content = message.content
+    try:
+        if message.kind == "metrics":
+            client.log_batch(run, metrics=[_metric(each, models) for each in content])
+        elif message.kind == "tags":
+            _send_tags(client, run, content)
+        elif message.kind == "artifact":
+            if not Path(content["path"]).is_file():
+                raise Refused(f"{content['path']} is gone")
+            client.log_artifact(run, content["path"], content["folder"] or None)
+        elif message.kind == "inputs":
+            _send_inputs(client, run, content)
+        elif message.kind == "model":
+            models[LATER + content["name"]] = made = _make_model(client, experiment, run, content)
+            return made
+        else:
+            client.set_terminated(run, content["status"], content["time"])
+            for name in content["remove"]:
+                client.delete_tag(run, name)
+    except MlflowException as error:
+        if error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE):
+            raise Refused(str(error).splitlines()[0]) from error
+        raise
+    return ""
+
+
+def send_kept(client: Any, experiment: str, run: str, messages: Iterable[Message]) -> None:
+    """Send what a run that is gone has kept; what MLflow will never take is passed over, as that run has said."""
+    models: dict[str, str] = {}
+    for message in messages:
+        try:
+            send(client, experiment, run, message, models)
+        except Refused as refused:
+            warn(f"run {run}: MLflow refuses a kept message of kind {message.kind} ({refused})")
+
+
+def warn(text: str) -> None:
+    """Print a warning, on one line."""
+    print(f"warning: {for_terminal(text)}", file=sys.stderr, flush=True)
+
+
+def read_kept(path: Path) -> list[Message]:
+    """Read what a run kept; a last line that a kill cut off is left out."""
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [Message(**json.loads(line)) for line in whole]
+
+
+@dataclass
+class Outbox:
+    """What is to be sent, in order, also in a file beside the run.
+
+    Attributes:
+        folder: where the file lies; None keeps messages in memory alone.
+        down: which ways did not take the last message.
+    """
+
+    folder: Path | None = None
+    messages: list[Message] = field(default_factory=list)
+    down: set[str] = field(default_factory=set)
+    next_attempt: float = 0.0
+
+    @property
+    def path(self) -> Path | None:
+        """The file."""
+        return None if self.folder is None else (self.folder / FILE).absolute()
+
+    def keep(self, message: Message) -> None:
+        """Keep a message for later."""
+        self.messages.append(message)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(message))
+
+    def fail(self, way: str, took: float) -> bool:
+        """Note that a way takes nothing; return whether the other one still did."""
+        first = not self.down
+        self.down.add(way)
+        self.next_attempt = time.monotonic() + max(PATIENCE, 5 * took)
+        return first
+
+    def empty(self, send: Callable[[Message], bool]) -> None:
+        """Try to send everything; what cannot be sent stays, and so does all that goes the same way after it."""
+        self.down.clear()
+        left = []
+        for message in self.messages:
+            if message.way in self.down or not send(message):
+                left.append(message)
+        self.messages[:] = left
+        if self.path is not None and left:
+            aside = self.path.with_suffix(".new")
+            aside.write_text("".join(map(_line, left)), encoding="utf-8")
+            aside.replace(self.path)
+        elif self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def describe(self) -> str:
+        """Say what has not been sent."""
+        counts = {
+            "metrics": sum(len(each.content) for each in self.messages if each.kind == "metrics"),
+            "files": sum(each.kind == "artifact" for each in self.messages),
+            "models": sum(each.kind == "model" for each in self.messages),
+            "tags": len({name for each in self.messages if each.kind == "tags" for name in each.content}),
+        }
+        found = [f"{count:,} {what if count > 1 else what[:-1]}" for what, count in counts.items() if count]
+        ended = any(each.kind == "end" for each in self.messages)
+        return ", ".join([*found, *(["how it ended"] if ended else [])])
+
+
+def _line(message: Message) -> str:
+    return json.dumps({"kind": message.kind, "content": message.content}) + "\n"
+
+
+def _metric(each: Sequence[Any], models: Mapping[str, str]) -> Any:
+    from mlflow.entities import Metric
+
+    name, value, milliseconds, step, about = each
+    model = about.get("model_id", "")
+    if model.startswith(LATER):
+        about = {**about, "model_id": models[model]} if model in models else {}
+    return Metric(for_mlflow(name), value, milliseconds, step, **about)
+
+
+def _send_tags(client: Any, run: str, tags: Mapping[str, str]) -> None:
+    from mlflow.entities import RunTag
+
+    client.log_batch(run, tags=[RunTag(for_mlflow(name), for_database(value)) for name, value in tags.items()])
+
+
+def _send_inputs(client: Any, run: str, datasets: Sequence[Mapping[str, Any]]) -> None:
+    """Log the data sets as inputs of the run, again if a concurrent run adds the same one."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
+
+    given = [
+        DatasetInput(
+            Dataset(**{name: each[name] for name in each if name != "context"}),
+            [InputTag("mlflow.data.context", each["context"])],
+        )
+        for each in datasets
+    ]
+    for last in (False, False, True):
+        try:
+            client.log_inputs(run, given)
+            return
+        except MlflowException as error:
+            # A concurrent run may add the same data set between MLflow's query and its insert.
+            if last or ("UNIQUE constraint" not in str(error) and "IntegrityError" not in str(error)):
+                raise
+
+
+def _make_model(client: Any, experiment: str, run: str, content: Mapping[str, Any]) -> str:
+    """Create a logged model without weights, as an output of the run."""
+    from mlflow.entities import LoggedModelOutput
+
+    tags, params = content["tags"], content["params"]
+    made = client.create_logged_model(experiment, content["name"], run, tags=tags, params=params)
+    client.finalize_logged_model(made.model_id, "READY")
+    client.log_outputs(run, [LoggedModelOutput(made.model_id, content["step"])])
+    return str(made.model_id)
