@@ -1,4 +1,4 @@
-"""Write files so that what has its final name is whole, also after a power cut; and explain what a disk refuses."""
+"""Write files so that those with their final names are complete, even after a power cut; explain errors of the disk."""
 
 import errno
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = FULL | {errno.EROFS, errno.EIO}
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-# safetensors and tokenizers, torch, sqlite: they raise errors of their own, or none that says why
+# safetensors and tokenizers, torch, sqlite raise other errors, or none that give the reason
 OF_LIBRARIES = re.compile(
     r"\(os error (?P<number>\d+)\)|PytorchStreamWriter failed|iostream error|\.cc:\d+\] \. unexpected pos|disk is full"
 )
 
 
 def name_aside(path: Path) -> Path:
-    """Return where this process writes a file before it is whole: a hidden name in the same folder."""
+    """Return the hidden name in the same folder under which this process writes a file until it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
@@ -43,7 +43,7 @@ def explain(error: BaseException, root: Path | None = None) -> str | None:
     """Return what the system refused to write or read, with the file and what to do; None for any other error.
 
     Args:
-        root: a folder; every error of the system on a file in it counts, else those of a full or broken disk.
+        root: a folder in which every error of the system on a file counts; elsewhere only a full or broken disk counts.
     """
     for each in _causes(error):
         if isinstance(each, OSError) and each.errno is not None:

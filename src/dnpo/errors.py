@@ -46,7 +46,7 @@ class DiskError(DnpoError):
 
 
 class StoreError(DnpoError):
-    """A finished stage is not what was written, or nothing can be said of it."""
+    """A finished stage has changed since it was written, or cannot be checked."""
 
 
 class Declined(Exception):

@@ -1,4 +1,4 @@
-"""Show what a store of finished stages holds, verify it, and remove what nobody needs."""
+"""List the stages in a store, verify them, and remove those that no run needs."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from dnpo.errors import DnpoError, StoreError, TrackingError
 from dnpo.store import find_damage, inventory
 from dnpo.store.inventory import Entry
 
-SHOWN = 3  # runs that are named beside a stage
+SHOWN = 3  # runs that are named with a stage
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     removing = commands.add_parser(
         "remove",
-        help="remove what no tracked run needs, or the stages named; shows it only, unless told to do it",
+        help="remove stages that no tracked run needs, or the stages named; without --apply or --yes only list them",
         description="Without names: every stage that no tracked run needs, unfinished ones too (runs with tracking=off "
         "are not known here, and their stages count as needed by nobody). Without --apply or --yes nothing is removed.",
     )

@@ -13,7 +13,7 @@ Split = Literal["validation", "test"]
 
 
 class Held(NamedTuple):
-    """Held-out prompts, and the human responses to them in the same order."""
+    """Held-out prompts, with the human responses in the same order."""
 
     prompts: Sequence[Prompt]
     human: Sequence[Response]

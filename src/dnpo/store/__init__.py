@@ -1,4 +1,4 @@
-"""Finished stages, found again by a hash of their settings and inputs.
+"""Finished stages, stored under a hash of their settings and inputs.
 
 A stage is a pure function of its settings and inputs. Its key is a hash of its name, version, settings and the keys of
 its inputs, so a rerun finds what an earlier run finished, and runs that share a prefix share its work. A stage works in
@@ -55,7 +55,7 @@ __all__ = [
     "write_json",
 ]
 
-Verify = Literal["digests", "sizes"]  # what finished stages are compared by, beside the names of their files
+Verify = Literal["digests", "sizes"]  # what is compared of a finished stage's files, in addition to their names
 LARGE = 10**10  # bytes whose reading is announced
 ELSEWHERE = "expected a folder to write to"
 LAYOUT, KEYS = ".layout", "2"  # file in a store that says how its keys are made; raised when all keys change at once
@@ -90,11 +90,11 @@ class Stage:
     Attributes:
         name: the verb, such as ``generate``; also the folder in the store.
         title: what people read; not part of the key.
-        version: raised by hand whenever a change of the code changes results.
+        version: must be raised whenever a change of the code changes results.
         settings: plain values that can change the result, and no others.
         inputs: stages whose results it reads.
         aids: stages whose results only save work. Not in the key; the stage runs without one that declines.
-        device: what it computes on, as ``device=…`` has it; not in the key.
+        device: the device that computes it, as in ``device=…``; not in the key.
         work: called with its folder, the folders of its inputs and a report; writes results into its folder and
             returns facts worth keeping in the manifest. Called again after a kill, it finds what it left there.
     """
@@ -126,16 +126,15 @@ class Store:
 
     Args:
         root: the folder.
-        verify: what a stage is compared by when it is first used in a process; names and sizes are compared at every
-            use.
+        verify: what is compared when a process first uses a stage; names and sizes are compared at every use.
     """
 
     def __init__(self, root: Path, verify: Verify = "digests") -> None:
         self.root, self.verify = root.absolute(), verify
-        self.computed: set[str] = set()  # keys of the stages that this object computed, and did not find
+        self.computed: set[str] = set()  # keys of the stages that this object computed instead of reusing
 
     def open(self, note: Callable[[str], None]) -> None:
-        """Create the folder, and say once that what was stored under keys of an earlier layout is computed again.
+        """Create the folder, and note once if stages under keys of an earlier layout will be computed again.
 
         Raises:
             SettingsError: the folder cannot be written to.
@@ -156,14 +155,14 @@ class Store:
             )
 
     def check(self, stages: Iterable[Stage], note: Callable[[str], None], everything: bool = True) -> None:
-        """Compare the stages that are there with what was written, and name those that cannot be compared.
+        """Compare stored stages with what was written, and note those that cannot be compared.
 
         Args:
             everything: whether to compare digests too, if the store's setting says so.
 
         Raises:
-            StoreError: some are damaged; the message names them all.
-            SettingsError: some are not there, and nothing can be written.
+            StoreError: stages are damaged; the message names them all.
+            SettingsError: stages are missing, and the store cannot be written to.
         """
         stages = list(stages)
         there = {self.folder(stage): stage.title for stage in stages if self.folder(stage).exists()}
@@ -189,18 +188,18 @@ class Store:
         return os.access(self.root, os.W_OK)
 
     def folder(self, stage: Stage) -> Path:
-        """Where the result of a stage is, or will be."""
+        """The folder of a stage's result, which may not exist yet."""
         return self.root / stage.name / stage.key
 
     def partial(self, stage: Stage) -> Path:
-        """Where a stage that is not finished works."""
+        """The folder in which an unfinished stage works."""
         return self.root / stage.name / f"{stage.key}{PARTIAL}"
 
     def has(self, stage: Stage) -> bool:
-        """Whether the result is there.
+        """Whether the result is stored.
 
         Raises:
-            StoreError: it is, and by names and sizes of its files it is not what was written.
+            StoreError: it is stored, but names or sizes of its files have changed since it was written.
         """
         folder = self.folder(stage)
         if not folder.exists():
@@ -209,12 +208,12 @@ class Store:
         return True
 
     def get(self, stage: Stage, report: Report) -> Path:
-        """The folder of the stage's result, computed if it is not there.
+        """Return the folder of the stage's result, computed if necessary.
 
-        Two runs that need the same stage at once compute it once: the second waits for the first.
+        If two runs need the same stage at the same time, the second waits for the first.
 
         Raises:
-            StoreError: it, or one of its inputs, is not what was written.
+            StoreError: the stage or one of its inputs has changed since it was written.
             DiskError: the disk is full or refuses to write.
         """
         folder = self.folder(stage)
@@ -226,7 +225,7 @@ class Store:
             try:
                 inputs[name] = self.get(aid, report)
             except Declined as why:
-                with suppress(OSError):  # what is not empty is an earlier run's, who may go on with it
+                with suppress(OSError):  # if it is not empty, an earlier run left it and can continue
                     self.partial(aid).rmdir()
                 if str(why):
                     report.note(str(why))
@@ -259,7 +258,7 @@ class Store:
 
     @contextmanager
     def _explain(self, stage: Stage) -> Iterator[None]:
-        """Turn what the disk refuses into a message."""
+        """Turn errors of the disk into messages."""
         try:
             yield
         except (DnpoError, Declined):
