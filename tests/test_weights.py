@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BertForMaskedLM, LlamaForCausalLM
 
 from dnpo.errors import ModelError
 from dnpo.judges.asked.hf import HF
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.reward.reward import Reward
 from dnpo.policy.base import Pretrained
 from dnpo.policy.complete import merge_adapter
@@ -188,7 +189,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "unknown quantisation": (config(quantization_config={"quant_method": "zip"}), r"quantised \(zip\)"),
     "a number as text": (config(hidden_size="32"), r"'hidden_size'.*expected int, got str"),
-    "no heads": (config(num_attention_heads=0), r"cannot be loaded"),
+    "no heads": (config(num_attention_heads=0), r"num_attention_heads is 0 in config\.json, expected 1 or more"),
     "an activation that is none": (config(hidden_act="foo"), r"cannot be loaded: KeyError: 'foo'"),
     "a type that is none": (config(model_type="unheard"), r"cannot be loaded.*unheard"),
     "no type": (config(model_type=None), r"config\.json names no model_type"),
@@ -205,6 +206,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "binary tokenizer_config": (text("tokenizer_config.json", b"\xff\xfe"), r"tokenizer_config\.json cannot be read"),
     "empty tokenizer": (text("tokenizer.json", ""), r"tokenizer\.json is empty"),
     "no tokenizer": (without_tokenizer, r"it has no tokenizer: expected tokenizer\.json"),
+    "tokenizer that is none": (text("tokenizer.json", "{}"), r"tokenizer\.json is no tokenizer's: it has no model and"),
+    "binary template": (text("chat_template.jinja", b"\xff\xfe{"), r"chat_template\.jinja is no text"),
+    "no context": (config(max_position_embeddings=-1), r"max_position_embeddings is -1 in config\.json"),
     "page": (text("tokenizer.json", "<!DOCTYPE html>"), r"tokenizer\.json is a page of a web site"),
     "pointer": (text(FILE, "version https://git-lfs.github.com/spec/v1\noid"), r"safetensors is a pointer of Git LFS"),
     "dangling link": (dangle, r"model\.safetensors is a link to \.\./\.\./blobs/gone, which is not there"),
@@ -392,6 +396,19 @@ def test_a_reward_model_must_be_complete(world: World, tmp_path: Path) -> None:
 def assert_refused(objection: str | None, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         raise ModelError(objection or "it was accepted")
+
+
+def test_a_judge_reads_forwards_with_its_own_tokenizer(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+    """A model that fills gaps gives probabilities too, and a tokenizer with more tokens ends in the model's depths."""
+    both_ways = bert(tmp_path / "bert", BertForMaskedLM)
+    with (
+        Ledger(tmp_path / "ledger.sqlite") as ledger,
+        pytest.raises(ModelError, match="reads a text in both directions"),
+    ):
+        HF(path=str(both_ways), device="cpu").canary(ledger)
+    make_policy(vocab_size=len(world.tokenizer) - 10).save(tmp_path / "small")
+    objection = HF(path=str(tmp_path / "small"), device="cpu").accepts([])
+    assert_refused(objection, r"^judge\.path=.*the tokenizer has 300 tokens, the model embeds only 290")
 
 
 def test_an_encoder_needs_its_body_and_no_head(tmp_path: Path) -> None:

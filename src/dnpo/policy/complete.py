@@ -148,6 +148,34 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
         raise ModelError(f"{what}: with values that are not finite: {count_tensors(broken)}")
 
 
+def check_fit(model: Any, tokenizer: Any, what: str) -> None:
+    """Check that a model embeds all tokens of a tokenizer.
+
+    Raises:
+        ModelError: the tokenizer has more.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"{what}: the tokenizer has {len(tokenizer):,} tokens, the model embeds only {rows:,}; they do not belong "
+            "together"
+        )
+
+
+@torch.no_grad()
+def check_causal(model: Any, what: str) -> None:
+    """Check that a model does not look ahead, as one that was trained to fill gaps does.
+
+    Raises:
+        ModelError: what it says after a token depends on a later one.
+    """
+    first, second = model(input_ids=torch.tensor([[0, 1, 2], [0, 1, 0]], device=model.device)).logits[:, 0].float()
+    if not torch.allclose(first, second, rtol=1e-2, atol=5e-2):
+        raise ModelError(
+            f"{what}: {type(model).__name__} reads a text in both directions; expected one that continues it"
+        )
+
+
 def explain(error: Exception) -> str:
     """The beginning of an error's text: its first line, and the next one if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

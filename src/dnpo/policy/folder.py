@@ -19,6 +19,8 @@ OBJECTS = (
     *(CONFIG, GENERATION, ADAPTER, INDEX, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json"),
 )
+PARTS = {"tokenizer.json": ("model", "added_tokens")}  # what a file has whatever its author
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 OTHERS = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja")
 TOKENIZERS = ("tokeniz*", "vocab*", "*.model", "*.tiktoken")
 BEGINNINGS = {
@@ -172,6 +174,8 @@ def _find_problems(folder: Path, trained: bool) -> Iterator[str]:
         if problem is None and name in OBJECTS and file.is_file():
             try:
                 found[name] = _read_object(file)
+                if lacking := [key for key in PARTS.get(name, ()) if key not in found[name]]:
+                    problem = f"{name} is no tokenizer's: it has no {' and no '.join(lacking)}"
             except (OSError, ValueError) as error:
                 problem = f"{name} cannot be read ({error})"
         if problem is not None:
@@ -189,6 +193,10 @@ def _find_problems(folder: Path, trained: bool) -> Iterator[str]:
             f"{CONFIG} says that its weights are quantised ({kind}): such weights are not trained here, and an adapter "
             "merged into them would be rounded; give the model in float32, bfloat16 or float16"
         )
+    for size in SIZES:
+        value = config.get(size)
+        if isinstance(value, int) and value < 1:
+            yield f"{size} is {value} in {CONFIG}, expected 1 or more"
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
         yield "it has no tokenizer: expected tokenizer.json; save it along with the model"
     yield from _check_ids(found.get(GENERATION, {}))
@@ -213,6 +221,11 @@ def _describe_impostor(file: Path) -> str | None:
             if start in (b"<", b"\x80") and file.suffix == ".safetensors" and beginning[8:9] == b"{":
                 continue
             return f"{file.name} {what}"
+    if file.suffix in (".jinja", ".txt"):
+        try:
+            file.read_text(encoding="utf-8")
+        except ValueError as error:
+            return f"{file.name} is no text ({error})"
     return None
 
 

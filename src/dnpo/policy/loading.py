@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dnpo.errors import ModelError
-from dnpo.policy.complete import explain, load_complete, merge_adapter, outline_complete
+from dnpo.policy.complete import check_fit, explain, load_complete, merge_adapter, outline_complete
 from dnpo.policy.folder import check_folder, find_files
 from dnpo.policy.model import Policy, adapters
 from dnpo.policy.packing import ATTENTION, pack
@@ -124,12 +124,7 @@ def without_dropout(config: Any) -> Any:
 def _belong_together(policy: Policy, weights: str) -> None:
     """Check that the tokenizer fits the model's embeddings and has an end-of-sequence token."""
     tokenizer, model = policy.tokenizer, policy.causal_lm
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"model: the tokenizer in {weights} has {len(tokenizer):,} tokens, the model embeds only {rows:,}; "
-            "they do not belong together"
-        )
+    check_fit(model, tokenizer, f"model: {weights}")
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"model: the tokenizer in {weights} has no end-of-sequence token, so no response could ever end"

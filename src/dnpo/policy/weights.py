@@ -125,7 +125,7 @@ class Weights:
         return load_complete(kind, where, self.description, revision=revision, **options)
 
     def outline(self, kind: Any, **options: Any) -> Any:
-        """Check the files, and load the model without its weights (``complete.outline_complete``).
+        """Check the files, tokenizer and all, and load the model without its weights (``complete.outline_complete``).
 
         Returns:
             The model on the ``meta`` device; None where that cannot be done: the files are not downloaded yet, or the
@@ -134,17 +134,22 @@ class Weights:
         Raises:
             ModelError: the files do not belong to such a model, or their quantisation cannot run here.
         """
-        from dnpo.policy.complete import check_quantisation, outline_complete
+        from transformers import AutoTokenizer
+
+        from dnpo.policy.complete import check_fit, check_quantisation, outline_complete
 
         where, revision = self._place
         files = find_files(where, revision)
         if files is None:
             return None
+        tokenizer = self.load(AutoTokenizer)
         check_folder(files, self.description)
         if read_quantisation(files) is not None:
             check_quantisation(files, self.description)
             return None
-        return outline_complete(kind, where, self.description, files=files, revision=revision, **options)
+        model = outline_complete(kind, where, self.description, files=files, revision=revision, **options)
+        check_fit(model, tokenizer, self.description)
+        return model
 
     def object_to(self, kind: Any, **options: Any) -> str | None:
         """Why the model's files cannot be used; None if they can."""

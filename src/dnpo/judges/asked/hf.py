@@ -158,13 +158,15 @@ class HF(Prompted):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from dnpo.judges.asked.replies import Replies
+        from dnpo.policy.complete import check_causal
         from dnpo.policy.template import put_in_force
 
         tokenizer = self.weights.load(AutoTokenizer)
         put_in_force(tokenizer, date=self.template_date, setting="judge")
         model = self.weights.load_model(AutoModelForCausalLM, dtype=getattr(torch, self.dtype)).to(self._device)
+        check_causal(model.eval(), self.weights.description)
         replies, goes_on = (NUMBERS, "[0-9]") if self.mode == "score" else (WINNERS, "[A-Za-z]")
-        return Replies(model.eval(), tokenizer, replies, goes_on, example.messages)
+        return Replies(model, tokenizer, replies, goes_on, example.messages)
 
     def _answers(
         self, reader: "Replies", questions: Sequence[Question], prompts: Sequence[list[int]]
