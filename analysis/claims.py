@@ -26,6 +26,7 @@ from analysis.claims_book import FILE, Book, Sweep, read
 from analysis.claims_rules import OUTCOMES
 from analysis.keeping import log as keep
 from dnpo.errors import DnpoError, SettingsError, TrackingError
+from dnpo.escape import for_terminal
 from dnpo.tracking.reading import KIND, Database
 
 SEEDS = "0,1,2,3,4"
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _go(options)
     except DnpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Finished stages are kept: run the same command again.")

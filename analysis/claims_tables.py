@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,27 +10,11 @@ from typing import Any
 from analysis.claims_assess import Result
 from analysis.claims_book import Claim
 from analysis.claims_rules import count_outcomes, rule
+from dnpo.escape import for_csv, for_latex, for_markdown
 from dnpo.stats.intervals import Estimate
 
 RELATIONS = {"greater": ">", "less": "<", "at_least": "≥", "at_most": "≤"}
 COLUMNS = ("", "claim", "from", "measured", "claimed", "effect (95 %)", "p", "seeds × items", "detectable", "outcome")
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "−": r"$-$",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "≥": r"$\geq$",
-    "≤": r"$\leq$",
-    "<": r"$<$",
-    ">": r"$>$",
-    "σ": r"$\sigma$",
-    "β": r"$\beta$",
-    "→": r"$\to$",
-    "…": r"\dots{}",
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-}
 
 
 def as_dict(result: Result) -> dict[str, Any]:
@@ -68,7 +51,7 @@ def to_csv(results: Sequence[Result]) -> str:
     writer.writeheader()
     for row in rows:
         nested = {k: json.dumps(v, ensure_ascii=False) for k, v in row.items() if isinstance(v, dict | list)}
-        writer.writerow(row | nested)
+        writer.writerow({name: for_csv(value) for name, value in (row | nested).items()})
     return out.getvalue()
 
 
@@ -163,10 +146,10 @@ def markdown(results: Sequence[Result], about: str) -> str:
     """The table in GitHub's Markdown, its caption, and the remarks."""
     rows = [COLUMNS, tuple("---" if c in ("", "claim", "from", "measured") else "---:" for c in COLUMNS)]
     head = [f"| {' | '.join(row)} |" for row in rows]
-    body = [f"| {' | '.join(_in_markdown(cell) for cell in row)} |" for row in lines(results)]
-    items = [f"- {_in_markdown(remark)}" for remark in remarks(results)]
+    body = [f"| {' | '.join(for_markdown(cell) for cell in row)} |" for row in lines(results)]
+    items = [f"- {for_markdown(remark)}" for remark in remarks(results)]
     return (
-        "\n\n".join(["\n".join([*head, *body]), *map(_in_markdown, caption(results, about)), "\n".join(items)]) + "\n"
+        "\n\n".join(["\n".join([*head, *body]), *map(for_markdown, caption(results, about)), "\n".join(items)]) + "\n"
     )
 
 
@@ -183,25 +166,16 @@ def brief(results: Sequence[Result], about: str) -> str:
         text = result.claim.text
         claim = f"{text} ({result.claim.measured})" if often[text] > 1 else text
         cells = [claim if COLUMNS[place] == "claim" else line[place] for place in places]
-        rows.append(tuple(map(_in_markdown, cells)))
+        rows.append(tuple(map(for_markdown, cells)))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{table}\n\n{_in_markdown(caption(results, about)[0])}\n"
+    return f"{table}\n\n{for_markdown(caption(results, about)[0])}\n"
 
 
 def latex(results: Sequence[Result], about: str) -> str:
     """A LaTeX tabular that needs no package, with its caption and remarks as comments; text columns are wrapped."""
     widths = {"claim": "p{0.24\\textwidth}", "from": "p{0.08\\textwidth}", "measured": "p{0.22\\textwidth}"}
     kinds = "".join(widths.get(column, "l") for column in COLUMNS)
-    rows = [" & ".join(_in_latex(cell) for cell in row) + r" \\" for row in [COLUMNS, *lines(results)]]
+    rows = [" & ".join(for_latex(cell) for cell in row) + r" \\" for row in [COLUMNS, *lines(results)]]
     comments = [f"% {line}" for line in [*caption(results, about), *remarks(results)]]
     begin, end = f"\\begin{{tabular}}{{{kinds}}}", r"\end{tabular}"
     return "\n".join([*comments, begin, r"\hline", rows[0], r"\hline", *rows[1:], r"\hline", end, ""])
-
-
-def _in_markdown(text: str) -> str:
-    text = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
-
-
-def _in_latex(text: str) -> str:
-    return "".join(LATEX.get(sign, sign) for sign in re.sub(r"\s+", " ", text))

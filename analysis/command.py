@@ -19,6 +19,7 @@ from analysis.drawing import STYLE
 from analysis.keeping import log, write
 from analysis.selection import Runs, select
 from dnpo.errors import DnpoError, SettingsError
+from dnpo.escape import for_terminal
 from dnpo.settings import nearest
 from dnpo.tracking.reading import Database
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tags = dict(_pair(given) for given in asked.tag)
         database = Database(asked.uri, asked.experiment)
     except DnpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(error)}", file=sys.stderr)
         return 1
 
     @cache
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             runs("")
         except DnpoError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {for_terminal(error)}", file=sys.stderr)
             return 1
     outcomes = []
     for name in names:

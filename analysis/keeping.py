@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from analysis.drawing import DPI
 from analysis.selection import targets
 from dnpo.errors import DataError, TrackingError
+from dnpo.escape import for_csv
 from dnpo.stats.table import Table, latex, markdown, to_csv
 from dnpo.tracking.reading import Database, TrackedRun
 
@@ -77,7 +78,7 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: for_csv(value) for name, value in row.items()} for row in rows)
     return out.getvalue()
 
 

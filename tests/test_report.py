@@ -19,9 +19,10 @@ import pytest
 from dnpo import palette
 from dnpo.commands.report import main
 from dnpo.errors import DataError
+from dnpo.escape import HIDDEN
 from dnpo.report.content import content
 from dnpo.report.groups import group_runs
-from dnpo.report.page import HIDDEN, duration, html, make_visible, number, strip_secrets
+from dnpo.report.page import duration, html, make_visible, number, strip_secrets
 from dnpo.report.selection import select
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.significance import holm

@@ -410,7 +410,10 @@ def _in_families(groups: Iterable[MetricGroup], name: str) -> Iterator[tuple[Met
     for group in groups:
         for family in group.metrics:
             before, *rest = OPEN.split(family.name)
-            match = re.fullmatch(f"{re.escape(before)}([^/]+){re.escape(rest[1])}", name) if rest else None
+            # what ends a name may be a user's, such as a family a/b
+            open_part = "[^/]+" if rest and rest[1] else ".+"
+            pattern = f"{re.escape(before)}({open_part}){re.escape(rest[1])}" if rest else ""
+            match = re.fullmatch(pattern, name, re.DOTALL) if rest else None
             if match:
                 title, label = (text.replace(f"<{rest[0]}>", match[1]) for text in (family.title, family.label))
                 yield replace(family, name=name, title=title, label=label), group

@@ -33,6 +33,13 @@ LATEX = {
     "|": r"\textbar{}",
     "−": r"$-$",
     "±": r"$\pm$",
+    "×": r"$\times$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "σ": r"$\sigma$",
+    "β": r"$\beta$",
+    "→": r"$\to$",
+    "…": r"\dots{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
 LONGEST_KEY = 250  # characters of a name in MLflow

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dnpo import disk
 from dnpo.errors import DnpoError, SettingsError
+from dnpo.escape import for_terminal
 from dnpo.former import up_to_date
 from dnpo.settings import conf_folder, flat, nearest
 
@@ -102,7 +103,7 @@ def _arguments(given: Sequence[str]) -> Iterator[None]:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {for_terminal(message)}", file=sys.stderr)
     sys.exit(1)
 
 

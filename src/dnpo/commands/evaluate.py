@@ -25,10 +25,9 @@ from dnpo.settings import Count, Natural, build, check, check_values, part_key
 from dnpo.store import Verify
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from dnpo.loop import Iteration
     from dnpo.running.console import Console
+    from dnpo.screen import ScreenTable
     from dnpo.stages.duels import DuelOutcome
     from dnpo.stages.plan import Run
     from dnpo.stats.intervals import Estimate
@@ -297,11 +296,11 @@ GROUPS = {
 }
 
 
-def table(rows: Mapping[str, Mapping[str, float]], title: str) -> "Table":
+def table(rows: Mapping[str, Mapping[str, float]], title: str) -> "ScreenTable":
     """Build the table of metrics by group, with a column for each model."""
-    from rich.table import Table
+    from dnpo.screen import ScreenTable
 
-    made = Table(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None)
+    made = ScreenTable(title=title, title_justify="left", header_style="bold", pad_edge=False, box=None)
     made.add_column("")
     for name in rows:
         made.add_column(name, justify="right", no_wrap=True)

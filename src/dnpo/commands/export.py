@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dnpo.errors import DnpoError
+from dnpo.escape import for_terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,6 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         policy = export(given.run, given.to, given.iteration, given.store)
     except DnpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(error)}", file=sys.stderr)
         sys.exit(1)
     print(f"{policy.name} ({policy.stage}) is in {given.to}")

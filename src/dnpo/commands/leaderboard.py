@@ -10,7 +10,7 @@ from dnpo.evaluate.leaderboard import ITEMS, SCORES, Leaderboard, LeaderboardRes
 from dnpo.settings import Count, build, check, check_values
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from dnpo.screen import ScreenTable
 
 PARTS = ("model", "tracking")
 BESIDE = ("device", "threads")
@@ -69,11 +69,11 @@ def _run(cfg: DictConfig, job: Any) -> None:
         console.say(line)
 
 
-def table(result: LeaderboardResult) -> "Table":
+def table(result: LeaderboardResult) -> "ScreenTable":
     """Build the table: a row for each benchmark and for the average, in percent."""
-    from rich.table import Table
+    from dnpo.screen import ScreenTable
 
-    made = Table(header_style="bold", pad_edge=False, box=None)
+    made = ScreenTable(header_style="bold", pad_edge=False, box=None)
     made.add_column("benchmark")
     for heading in ("score, %", "items", "examples", "cut", "s"):
         made.add_column(heading, justify="right", no_wrap=True)

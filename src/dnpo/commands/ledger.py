@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from dnpo.errors import LedgerError
+from dnpo.escape import for_terminal
 from dnpo.judges.asked.ledger import Ledger, sum_by
+from dnpo.screen import ScreenTable
 
 
 def main() -> None:
@@ -23,12 +24,12 @@ def main() -> None:
         with Ledger(path) as ledger:
             rows = ledger.rows()
     except LedgerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(error)}", file=sys.stderr)
         sys.exit(1)
     console = Console(highlight=False)
     console = Console(highlight=False, width=max(console.width, 140))
     for title, names in (("By judge", ("judge", "model")), ("By run", ("run",)), ("By month", ("month",))):
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table = ScreenTable(title=title, title_justify="left", box=None, pad_edge=False)
         for name in names:
             table.add_column(name, overflow="fold")
         for name in ("calls", "failed", "hits", "tokens in", "tokens out", "US dollars"):

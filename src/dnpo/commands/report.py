@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from dnpo.errors import DataError, DnpoError
+from dnpo.escape import for_terminal
 from dnpo.report.content import content
 from dnpo.report.page import html
 from dnpo.report.selection import Selection, select
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _report(given)
     except DnpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {for_terminal(error)}", file=sys.stderr)
         sys.exit(1)
 
 

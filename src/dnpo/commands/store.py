@@ -185,12 +185,12 @@ def _agrees(question: str) -> bool:
 
 
 def _print(entries: Sequence[Entry], needs: Mapping[str, Sequence[str]]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from dnpo.running.console import Console
+    from dnpo.screen import ScreenTable
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = ScreenTable(box=None, pad_edge=False, header_style="bold")
     for heading in ("stage", "what", "size", "made", "by", *(["needed by"] if needs else [])):
         table.add_column(heading, no_wrap=True, justify="right" if heading == "size" else "left")
     for entry in entries:

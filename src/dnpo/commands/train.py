@@ -264,9 +264,9 @@ def pass_gate(
 
 
 def _print_plan(console: "Console", store: "Store", iterations: "list[Iteration]", shared: Mapping[str, str]) -> None:
-    from rich.table import Table
+    from dnpo.screen import ScreenTable
 
-    table = Table(title="Plan", title_justify="left", box=None, pad_edge=False)
+    table = ScreenTable(title="Plan", title_justify="left", box=None, pad_edge=False)
     for heading in ("stage", "key", "state"):
         table.add_column(heading, no_wrap=True)
     for iteration in iterations:
@@ -281,15 +281,14 @@ def _print_plan(console: "Console", store: "Store", iterations: "list[Iteration]
 
 
 def _print_forecast(console: "Console", run: "Run", iterations: "list[Iteration]", store: "Store") -> None:
-    from rich.table import Table
-
     from dnpo.judges import Forecast
     from dnpo.running.forecast import forecast
+    from dnpo.screen import ScreenTable
 
     found = {title: some for title, some in forecast(run, iterations, store).items() if some.calls}
     if not found:
         return
-    table = Table(title="Judge", title_justify="left", box=None, pad_edge=False)
+    table = ScreenTable(title="Judge", title_justify="left", box=None, pad_edge=False)
     for heading in ("stage", "calls", "new", "about US dollars"):
         table.add_column(heading, no_wrap=True, justify="left" if heading == "stage" else "right")
     for title, some in [*found.items(), ("all", sum(found.values(), Forecast()))]:

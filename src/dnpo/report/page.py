@@ -12,31 +12,15 @@ from markupsafe import Markup
 
 from dnpo import palette
 from dnpo.catalogue import Metric
+from dnpo.escape import for_terminal
 
-# Makes characters visible that are invisible, end a text or reverse the direction of their neighbours.
-HIDDEN = {
-    **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
-    0x7F: "␡",
-    **{
-        code: f"⟨U+{code:04X}⟩"
-        for code in (
-            *range(0x80, 0xA0),
-            0x061C,
-            *(0x200B, 0x200E, 0x200F, 0x2028, 0x2029),
-            *range(0x202A, 0x202F),
-            *range(0x2060, 0x2070),
-            *(0xFEFF, 0xFFFE, 0xFFFF),
-        )
-    },
-    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),  # lone surrogates, which UTF-8 cannot encode
-}
 SECRET = re.compile(r"(\w+://)[^/@\s]*@")
 
 
 def make_visible(value: Any) -> Any:
     """Replace invisible and control characters in a text; the template passes every value through this function."""
     if isinstance(value, str) and not isinstance(value, Markup):
-        return value.replace("\r\n", "\n").translate(HIDDEN)
+        return for_terminal(value)
     return value
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from dnpo.escape import for_markdown, for_markdown_code, for_terminal
 from dnpo.policy.base import read_saved
 from dnpo.store import manifest
 
@@ -111,7 +112,7 @@ def card(saved: SavedPolicy, folder: str, kind: Kind, rank: int, notes: str) -> 
     """
     sections = [
         _front_matter(saved, kind),
-        f"# {_title(saved)}\n\n{_origin(saved)}\n\n{_facts(saved)}",
+        f"# {for_markdown(_title(saved))}\n\n{_origin(saved)}\n\n{_facts(saved)}",
         f"## How to load it\n\n{notes}\n\n{_loading(saved, folder, kind, rank)}",
         f"## Numbers\n\n{_numbers(saved)}",
         f"## Stages\n\n{_stages(saved)}",
@@ -252,12 +253,12 @@ def _numbers(saved: SavedPolicy) -> str:
     """Return the policy's metrics as a table."""
     known = {n: v for n, v in saved.row.items() if v is not None and n not in ("iteration", "seconds")}
     rows = [
-        f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+        f"| {for_markdown(name)} | {value:.4g} |" if isinstance(value, float) else f"| {for_markdown(name)} | {value} |"
         for name, value in known.items()
     ]
     judged = " `eval/score` is by the judge named above, who also labels where labels go by score."
-    split = saved.setting("eval", "split", "test")
-    text = f"On the split `{split}`; losses are means over the last tenth of the steps, log-probabilities are in nats."
+    split = _code(saved.setting("eval", "split", "test"))
+    text = f"On the split {split}; losses are means over the last tenth of the steps, log-probabilities are in nats."
     return "\n".join(
         [f"{text}{judged if 'eval/score' in known else ''}\n", "| metric | value |", "| --- | --- |", *rows]
     )
@@ -265,7 +266,7 @@ def _numbers(saved: SavedPolicy) -> str:
 
 def _stages(saved: SavedPolicy) -> str:
     own = [stage for stage in saved.summary["stages"] if stage["iteration"] == saved.row["iteration"]]
-    return "\n".join(f"- {stage['title']}: {_code(stage['stage'] + '/' + stage['key'])}" for stage in own)
+    return "\n".join(f"- {for_markdown(stage['title'])}: {_code(stage['stage'] + '/' + stage['key'])}" for stage in own)
 
 
 def _settings(saved: SavedPolicy) -> str:
@@ -275,7 +276,7 @@ def _settings(saved: SavedPolicy) -> str:
     lines = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in _flat(public).items()]
     chosen = [f"{part}={name}" for part, name in saved.summary["choices"].items()]
     text = re.sub(r'://[^/@"\s]+@', "://…@", "\n".join([*chosen, "", *lines]))
-    return f"```\n{text}\n```"
+    return "\n".join(f"    {line}".rstrip() for line in for_terminal(text).splitlines())
 
 
 def _versions(saved: SavedPolicy) -> str:
@@ -291,4 +292,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _code(value: Any) -> str:
-    return f"`{value}`"
+    return for_markdown_code(value)

@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console as RichConsole
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from dnpo.catalogue import Metric, metric
+from dnpo.escape import for_terminal
+from dnpo.screen import ScreenTable
 
 # Columns of a run's table; those that no row has are left out.
 FAMILIES = "eval/accuracy/<family>"
@@ -55,9 +56,9 @@ class Console:
     """Prints to standard output: with a progress bar on a terminal, otherwise one line per stage."""
 
     def __init__(self, width: int | None = None) -> None:
-        self.rich = RichConsole(width=width, highlight=False, soft_wrap=True)
+        self.rich = RichConsole(width=width, highlight=False, soft_wrap=True, emoji=False)
 
-    def table(self, table: Table) -> None:
+    def table(self, table: ScreenTable) -> None:
         """Print a table at its full width, even beyond the terminal's, so that no number is cut."""
         wide = RichConsole(width=1000)
         needed = Measurement.get(wide, wide.options, table).maximum
@@ -65,7 +66,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self.rich.print(text, markup=False)
+        self.rich.print(for_terminal(text), markup=False)
 
     @contextmanager
     def stage(self, title: str, steps: StepSink) -> Iterator["StageReport"]:
@@ -77,12 +78,12 @@ class Console:
         """
         with Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False),
             _Rate(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             console=self.rich,
             transient=True,
             disable=not self.rich.is_terminal,
@@ -101,7 +102,7 @@ class StageReport:
 
     def __init__(self, console: Console, progress: Progress, title: str, steps: StepSink) -> None:
         self.console, self.progress, self.sink = console, progress, steps
-        self.task = progress.add_task(title, total=1, unit="", status="")
+        self.task = progress.add_task(for_terminal(title), total=1, unit="", status="")
         self.total, self.done, self.before, self.unit, self.words = 0, 0, 0, "", ""
         self.started = self.began = self.spoke = time.monotonic()
         self.title = title
@@ -132,7 +133,7 @@ class StageReport:
     def status(self, text: str) -> None:
         """Show a short text after the bar, and in later lines."""
         self.words = text
-        self.progress.update(self.task, status=text)
+        self.progress.update(self.task, status=for_terminal(text))
 
     def steps(self, rows: list[dict[str, float]]) -> None:
         """Pass the metrics of training steps on to be tracked."""
@@ -147,9 +148,9 @@ class StageReport:
         return f"{what} in {seconds:,.1f} s{rate}" + (f", {self.words}" if self.words else "")
 
 
-def iteration_table(rows: Sequence[dict[str, Any]]) -> Table:
+def iteration_table(rows: Sequence[dict[str, Any]]) -> ScreenTable:
     """Build a run's table, one row per iteration; missing values are shown as –."""
-    table = Table(title="Results by iteration", title_justify="left", header_style="bold", pad_edge=False, box=None)
+    table = ScreenTable("Results by iteration")
     families = [name for name in rows[0] if name.startswith("eval/accuracy/")]
     names = [each for name in COLUMNS for each in (families if name == FAMILIES else [name])]
     shown = [metric(name) for name in names if any(row.get(name) is not None for row in rows)]

@@ -3,13 +3,13 @@
 Text from settings, data or errors is escaped, so that Markdown shows it literally.
 """
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnpo.catalogue import Metric, metric
+from dnpo.escape import for_markdown, for_terminal
 from dnpo.judges.agreement import sentence
 from dnpo.stats.table import markdown
 from dnpo.tracking.client import strip_password
@@ -30,15 +30,13 @@ COLUMNS = (
 
 
 def escape(text: Any) -> str:
-    """Escape a text so that Markdown and HTML show it literally, on one line, also in a table."""
-    one_line = re.sub(r"\s+", " ", strip_password(str(text)).strip())
-    shown = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", shown)
+    """Escape a text for Markdown, and mask passwords in addresses."""
+    return for_markdown(strip_password(str(text)))
 
 
 def code(text: str) -> str:
     """Indent a text as a block of code, which no line of the text can end."""
-    lines = strip_password(text).splitlines()
+    lines = for_terminal(strip_password(text)).splitlines()
     return "\n".join(f"    {line}" for line in lines)
 
 

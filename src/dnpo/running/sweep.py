@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from dnpo.catalogue import metric
 from dnpo.errors import DnpoError
+from dnpo.escape import for_terminal
 
 if TYPE_CHECKING:
     from dnpo.report.comparison import Items, MeasureComparison
@@ -28,7 +29,7 @@ _HELD: list[FileLock] = []  # not in the callback, since Hydra sends it to other
 
 def record_failure(folder: Path, message: str) -> None:
     """Print that a job failed, and record it for the sweep's report."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {for_terminal(message)}", file=sys.stderr)
     (folder / ERROR).write_text(message + "\n")
 
 
@@ -70,10 +71,11 @@ class SweepReport(Callback):
         if rows:
             self._table(sweep, rows)
         for job, message in failed.items():
-            print(f"job {job} failed ({' '.join(_overrides(sweep / job))}): {message}", file=sys.stderr)
+            shown = for_terminal(f"({' '.join(_overrides(sweep / job))}): {message}")
+            print(f"job {job} failed {shown}", file=sys.stderr)
         untracked = _track(config, sweep, jobs, failed)
         if untracked:
-            print(f"error: the comparison of the sweep is not tracked: {untracked}", file=sys.stderr)
+            print(f"error: the comparison of the sweep is not tracked: {for_terminal(untracked)}", file=sys.stderr)
         while _HELD:
             held = _HELD.pop()
             held.release()
@@ -83,7 +85,8 @@ class SweepReport(Callback):
 
     def _table(self, sweep: Path, jobs: Sequence[tuple[list[str], dict[str, Any]]]) -> None:
         from rich.console import Console
-        from rich.table import Table
+
+        from dnpo.screen import ScreenTable
 
         groups: dict[str, list[list[dict[str, Any]]]] = {}
         for overrides, summary in jobs:
@@ -92,13 +95,16 @@ class SweepReport(Callback):
         alike = set.intersection(*(set(name.split(" ")) for name in groups)) if len(groups) > 1 else set()
         iterations = [row["iteration"] for row in max((t for tables in groups.values() for t in tables), key=len)]
         found: list[dict[str, Any]] = []
-        console = Console(width=180, highlight=False)
+        console = Console(width=180, highlight=False, emoji=False)
         if alike:
-            console.print(f"\nall jobs: {' '.join(o for o in next(iter(groups)).split(' ') if o in alike)}")
+            shared = " ".join(o for o in next(iter(groups)).split(" ") if o in alike)
+            console.print(for_terminal(f"\nall jobs: {shared}"), markup=False)
         for shown in map(metric, ("eval/score", "eval/accuracy", "eval/loss")):
             if not any(shown.name in row for tables in groups.values() for table in tables for row in table):
                 continue
-            view = Table(title=f"{shown.axis}: mean ± standard deviation over seeds", title_justify="left", box=None)
+            view = ScreenTable(
+                title=f"{shown.axis}: mean ± standard deviation over seeds", title_justify="left", box=None
+            )
             view.add_column("settings", max_width=100, overflow="fold")
             view.add_column("runs", justify="right")
             for iteration in iterations:
@@ -122,7 +128,7 @@ class SweepReport(Callback):
             console.print()
             console.print(view)
         (sweep / "sweep.json").write_text(json.dumps(found, indent=1))
-        console.print(f"\nnumbers of every run: {sweep / 'sweep.json'}")
+        console.print(for_terminal(f"\nnumbers of every run: {sweep / 'sweep.json'}"), markup=False)
 
 
 def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mapping[str, str]) -> str:

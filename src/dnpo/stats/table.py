@@ -2,25 +2,14 @@
 
 import csv
 import io
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dnpo.escape import for_csv, for_latex, for_markdown
 from dnpo.stats.intervals import LEVEL, Estimate
 from dnpo.stats.significance import holm
 
 ALPHA = 0.05
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "−": r"$-$",
-    "±": r"$\pm$",
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-}
 
 
 @dataclass(frozen=True)
@@ -116,11 +105,11 @@ def _format_cell(cell: Cell, adjusted: float | None, digits: int, scale: float) 
 def markdown(table: Table, corner: str = "") -> str:
     """Write a table in GitHub's Markdown, with its caption below."""
     head = [corner, *table.columns]
-    lines = [[*map(_in_markdown, head)], ["---", *("---:" for _ in table.columns)]]
+    lines = [[*map(for_markdown, head)], ["---", *("---:" for _ in table.columns)]]
     for row in table.rows:
         texts = ("" if shown is None else shown.text for shown in row.shown)
-        lines.append([*map(_in_markdown, (row.label, *texts))])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{_in_markdown(table.caption)}\n"
+        lines.append([*map(for_markdown, (row.label, *texts))])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{for_markdown(table.caption)}\n"
 
 
 def latex(table: Table, corner: str = "") -> str:
@@ -128,9 +117,9 @@ def latex(table: Table, corner: str = "") -> str:
 
     Non-ASCII letters in labels are not escaped; LuaTeX and XeTeX know all of them, pdfTeX does not.
     """
-    lines = [[*map(_in_latex, (corner, *table.columns))]]
+    lines = [[*map(for_latex, (corner, *table.columns))]]
     for row in table.rows:
-        lines.append([_in_latex(row.label), *("" if shown is None else _number(shown) for shown in row.shown)])
+        lines.append([for_latex(row.label), *("" if shown is None else _number(shown) for shown in row.shown)])
     head, *body = [" & ".join(line) + r" \\" for line in lines]
     begin, end = f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\end{tabular}"
     return "\n".join([f"% {table.caption}", begin, r"\hline", head, r"\hline", *body, r"\hline", end, ""])
@@ -146,17 +135,8 @@ def to_csv(table: Table) -> str:
             if shown is not None:
                 of, p = shown.cell.estimate, shown.cell.p
                 numbers = [of.value, of.low, of.high, of.half, p, shown.adjusted]
-                writer.writerow([row.label, column, *numbers, int(shown.star), shown.text])
+                writer.writerow([for_csv(row.label), for_csv(column), *numbers, int(shown.star), shown.text])
     return out.getvalue()
-
-
-def _in_markdown(text: str) -> str:
-    text = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
-
-
-def _in_latex(text: str) -> str:
-    return "".join(LATEX.get(sign, sign) for sign in re.sub(r"\s+", " ", text))
 
 
 def _number(shown: Shown) -> str:

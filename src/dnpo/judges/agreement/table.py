@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rich.table import Table
-
 from dnpo.catalogue import Metric, metric
+from dnpo.escape import for_markdown
+from dnpo.screen import ScreenTable
 
 
 class MeasureLine(NamedTuple):
@@ -89,9 +89,9 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 HEADINGS = ("measure", "value", "95 % interval", "rows", "read it against")
 
 
-def table(report: Mapping[str, Any]) -> Table:
+def table(report: Mapping[str, Any]) -> ScreenTable:
     """Build the table for the console."""
-    view = Table(title=title(report), title_justify="left", header_style="bold", pad_edge=False, box=None)
+    view = ScreenTable(title=title(report), title_justify="left", header_style="bold", pad_edge=False, box=None)
     for heading in HEADINGS:
         right = heading in ("value", "95 % interval", "rows")
         view.add_column(heading, justify="right" if right else "left", no_wrap=True)
@@ -102,9 +102,14 @@ def table(report: Mapping[str, Any]) -> Table:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Write the table as a page of Markdown."""
-    lines = [f"# {title(report)}", "", f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | ---: | --- |"]
-    lines += [f"| {' | '.join(row)} |" for row in cells(report)]
-    return "\n".join([*lines, "", *notes(report), "", "![The same as a figure](agreement.png)", ""])
+    lines = [
+        f"# {for_markdown(title(report))}",
+        "",
+        f"| {' | '.join(HEADINGS)} |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    lines += [f"| {' | '.join(map(for_markdown, row))} |" for row in cells(report)]
+    return "\n".join([*lines, "", *map(for_markdown, notes(report)), "", "![The same as a figure](agreement.png)", ""])
 
 
 def numbers(report: Mapping[str, Any]) -> dict[str, float]:

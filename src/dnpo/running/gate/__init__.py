@@ -34,16 +34,17 @@ def gate(run: Run, iterations: Sequence[Iteration], store: Store) -> list[Findin
 
 def show(console: Console, findings: Sequence[Finding], everything: bool) -> None:
     """Show the findings on the screen, and the checks that pass only if ``everything`` is true."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    from dnpo.screen import ScreenTable
+
+    table = ScreenTable(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     colours = {"pass": "green", "warn": "yellow", "stop": "red"}
     for finding in findings:
         if everything or finding.level != "pass":
             change = f" → {finding.setting}" if finding.setting and finding.level != "pass" else ""
-            mark = f"[{colours[finding.level]}]{finding.level}[/]"
-            table.add_row(mark, finding.name, Text(finding.text + change))
+            mark = Text(finding.level, style=colours[finding.level])
+            table.add_row(mark, finding.name, finding.text + change)
     if table.row_count:
         console.table(table)
     levels = [finding.level for finding in findings]
