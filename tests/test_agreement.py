@@ -493,7 +493,7 @@ class Tracked(Tracking):
     def open(self) -> "Tracked":
         return self
 
-    def start(self, name: str, settings: Any, tags: Any, sweep: Any) -> None:
+    def start(self, name: str, settings: Any, tags: Any, sweep: Any, folder: Any) -> None:
         self.seen |= {"name": name, "settings": dict(settings), "tags": dict(tags)}
 
     def metrics(self, values: Any, step: int) -> None:

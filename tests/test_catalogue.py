@@ -76,7 +76,7 @@ def test_families_and_variants_are_found() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["evl/score", "eval/", "second/loss", "sft/eval/score", "judge/score", "eval/accuracy/a/b", "pairs/score", ""],
+    ["evl/score", "eval/", "second/loss", "sft/eval/score", "judge/score", "pairs/score", ""],
 )
 def test_what_is_no_metric_is_not_found(name: str) -> None:
     assert find(name) is None

@@ -580,7 +580,7 @@ def test_all_formats_say_the_same_and_are_logged(known: Path, tmp_path: Path) ->
     assert r"10 % of A\|B\_c &lt; d &amp; so." in texts[".md"]
     assert re.search(r"\+(9|10)\.\d \(\+9\.\d to \+10\.\d\) points", texts[".md"])
     assert texts[".md"].splitlines()[2].count(" | ") == texts[".md"].splitlines()[0].count(" | ")
-    assert r"10 \% of A|B\_c $<$ d \& so." in texts[".tex"]
+    assert r"10 \% of A$|$B\_c $<$ d \& so." in texts[".tex"]
     assert texts[".csv"].count("supported") >= 1
     assert "1 supported, 0 contradicted, 0 undecided, 1 not measured" in texts[".md"]
     assert "all 2 claims" in texts[".md"]

@@ -446,7 +446,7 @@ def test_labels_stay_labels() -> None:
     line = markdown(found, "of *all*").splitlines()
     assert line[0].startswith(r"| of \*all\* | a\|b\_c &amp; 5 % &lt;b> ")
     assert line[2].replace(r"\|", "").count("|") == 3
-    assert r"a\textbar{}b\_c \& 5 \% \textless{}b\textgreater{}" in latex(found)
+    assert r"a$|$b\_c \& 5 \% $<$b$>$" in latex(found)
     assert r"\$1 \#\{\textasciitilde{}\textasciicircum{}\textbackslash{}\}" in latex(found)
     (row,) = csv.DictReader(io.StringIO(to_csv(found), newline=""))
     assert row["row"] == row["column"] == name

@@ -28,9 +28,9 @@ LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "|": r"$|$",
     "−": r"$-$",
     "±": r"$\pm$",
     "×": r"$\times$",
@@ -71,7 +71,7 @@ def for_database(text: str) -> str:
 def for_markdown(text: Any) -> str:
     """Escape a text so that Markdown and HTML show it literally, on one line, also in a table."""
     one_line = re.sub(r"\s+", " ", str(text).strip()).translate(HIDDEN)
-    shown = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = one_line.replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", shown)
 
 
