@@ -27,6 +27,7 @@ from analysis.claims_rules import OUTCOMES
 from analysis.keeping import log as keep
 from dnpo.errors import DnpoError, SettingsError, TrackingError
 from dnpo.escape import for_terminal
+from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import KIND, Database
 
 SEEDS = "0,1,2,3,4"
@@ -53,7 +54,11 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m analysis.claims", description="The papers' claims, measured here."
     )
-    options.add_argument("--uri", default="sqlite:///mlflow.db", help="MLflow tracking store (%(default)s)")
+    options.add_argument(
+        "--uri",
+        default=default_uri(),
+        help="MLflow tracking store (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)",
+    )
     options.add_argument("--experiment", default="dnpo", help="its experiment (%(default)s)")
     options.add_argument("--claims", type=Path, default=FILE, metavar="FILE", help="the file of claims")
     options.add_argument("--out", type=Path, default=Path("claims"), metavar="FOLDER", help="results (%(default)s)")

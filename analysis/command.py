@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import importlib.util
-import os
 import sys
 import time
 import traceback
@@ -21,6 +20,7 @@ from analysis.selection import Runs, select
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import for_terminal
 from dnpo.settings import nearest
+from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import Database
 
 HERE = Path(__file__).parent
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="a folder with more scripts, figNN_name.py or tableNN_name.py; can be repeated",
     )
-    options.add_argument("--uri", default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
+    options.add_argument("--uri", default=default_uri())
     options.add_argument("--experiment", default="dnpo")
     options.add_argument(
         "--sweep",

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dnpo.commands.report import main as report
 from dnpo.errors import DataError, TrackingError
+from dnpo.report.selection import select
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import STEPS_OF, Database, iteration_name
 from dnpo.tracking.writing import MLflowTracking
@@ -142,3 +144,41 @@ def test_what_parts_say_of_their_settings_is_what_comparisons_read() -> None:
     unknown = find_neutral({name: value for name, value in params.items() if name != "model.contents"})
     assert neutral - unknown == {"model.path"}
     assert not {name for name in find_neutral({"npo._target_": "dnpo.no.longer.There"}) if name.startswith("npo.")}
+
+
+def test_of_sweeps_of_one_name_the_newest_is_reported_and_the_others_are_named(migrated: Path, tmp_path: Path) -> None:
+    """A smoke sweep and a later one at full scale are not one sweep; nor is a single run that bears its name."""
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    where, ids = f"sqlite:///{tmp_path / 'mlflow.db'}", []
+    for folder, scale in (("1", "smoke"), ("1", "smoke"), ("", "alone"), ("2", "full"), ("2", "full")):
+        sweep = tmp_path / folder if folder else None
+        if sweep is not None:
+            sweep.mkdir(exist_ok=True)
+        tracking = MLflowTracking(uri=where, artifacts=str(tmp_path / "artifacts"))
+        tags = {"dnpo.kind": "run", "dnpo.seed": "0", "dnpo.scale": scale, "dnpo.sweep_name": "main"}
+        tracking.start(scale, {}, tags, sweep)
+        tracking.finish("FINISHED")
+        ids.append(tracking.id)
+    database = Database(where)
+    found = select(database, "main")
+    assert [run.option("scale") for run in found.runs] == ["full", "full"]
+    parent = database.parent(next(run for run in database.runs() if run.id == ids[0]))
+    assert parent is not None
+    assert f"{parent.id[:12]} (2 runs)" in found.left_out
+    assert "without a sweep of their own (1 runs)" in found.left_out
+    older = select(database, parent.id[:12])
+    assert [run.option("scale") for run in older.runs] == ["smoke", "smoke"]
+    assert older.left_out == ""
+
+
+def test_a_report_reads_where_the_environment_says(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        report(["main"])
+    assert "sqlite:///mlflow.db: there is no such database" in capsys.readouterr().err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(SystemExit):
+        report(["nothing"])
+    assert f"is tracked in {uri}" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from dnpo.escape import for_terminal
 from dnpo.report.content import content
 from dnpo.report.page import html
 from dnpo.report.selection import Selection, select
+from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import Database
 
 ARTIFACT = "report.html"
@@ -26,7 +27,11 @@ def main(arguments: list[str] | None = None) -> None:
         "run_or_sweep",
         help="a run's id (or its beginning) or folder; or a sweep's name, folder, or the id of its parent run",
     )
-    parser.add_argument("--uri", default="sqlite:///mlflow.db", help="where runs were tracked (default: %(default)s)")
+    parser.add_argument(
+        "--uri",
+        default=default_uri(),
+        help="where runs were tracked (default: MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)",
+    )
     parser.add_argument("--experiment", default="dnpo", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="the file to write (default: report-NAME.html)")
     parser.add_argument("--no-log", action="store_true", help=f"do not keep it in MLflow as {ARTIFACT}")
@@ -50,6 +55,8 @@ def _report(given: argparse.Namespace) -> None:
         raise DataError(f"--out {out}: {error.strerror}; expected a file that can be written") from error
     took = time.monotonic() - clock
     print(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {len(selection.runs)} runs, in {took:.1f} s")
+    if selection.left_out:
+        print(selection.left_out)
     if given.no_log:
         return
     if selection.own is None:

@@ -1,7 +1,6 @@
 """List the stages in a store, verify them, and remove those that no run needs."""
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from dnpo import disk
 from dnpo.errors import DnpoError, StoreError, TrackingError
 from dnpo.store import find_damage, inventory
 from dnpo.store.inventory import Entry
+from dnpo.tracking.client import default_uri
 
 SHOWN = 3  # runs that are named with a stage
 
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--store", type=Path, default=Path("store"), help="default: %(default)s")
     for command in (verifying, removing):
         command.add_argument("names", nargs="*", metavar="STAGE/KEY", help="as list shows them; all if none is given")
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    uri = default_uri()
     for command in (listing, removing):
         command.add_argument(
             "--uri", action="append", help=f"where runs were tracked; can be given again (default: {uri})"
@@ -164,7 +164,7 @@ def _tracked(given: argparse.Namespace) -> dict[str, set[str]]:
 
 
 def _uris(given: argparse.Namespace) -> list[str]:
-    return given.uri or [os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")]
+    return given.uri or [default_uri()]
 
 
 def _other_places(given: argparse.Namespace) -> list[str]:

@@ -37,7 +37,7 @@ def content(selection: Selection, uri: str) -> dict[str, Any]:
         "state": _state(selection, groups),
         "facts": _facts(selection, groups, lineage),
         "outcome": outcome.of_sweep(groups, compared) if sweep else outcome.of_run(member, items) if member else [],
-        "parts": [] if sweep else _list_caveats(runs[0]),
+        "parts": [selection.left_out] * bool(selection.left_out) if sweep else _list_caveats(runs[0]),
         "missing": groups.missing,
         "tiles": [] if sweep or member is None else outcome.tiles(member, items),
         "groups": groups,

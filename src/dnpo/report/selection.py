@@ -1,8 +1,8 @@
 """Find the run or the runs of a sweep that the page is on."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dnpo.errors import DataError
@@ -21,16 +21,18 @@ class Selection:
         sweep: whether the page is on a sweep; otherwise it is on one run.
         runs: the runs, oldest first.
         own: the tracked run that the page belongs to: the run itself, or the sweep's parent run, if it has one.
+        left_out: what has the same name and is not shown, in a sentence; "" for nothing.
     """
 
     name: str
     sweep: bool
     runs: tuple[TrackedRun, ...]
     own: TrackedRun | None
+    left_out: str = ""
 
 
 def select(database: Database, given: str) -> Selection:
-    """Find a run or a sweep.
+    """Find a run or a sweep; of several sweeps of one name the newest, since they may differ in anything.
 
     Args:
         given: a run's id or its beginning, a run's folder, a sweep's name or folder, or the id of a sweep's parent run
@@ -41,7 +43,7 @@ def select(database: Database, given: str) -> Selection:
     """
     runs = database.runs()
     if given in database.sweeps():
-        return _sweep(database, database.runs(sweeps=[given]))
+        return _newest(database, database.runs(sweeps=[given]))
     folder = Path(given)
     if given and folder.is_dir():
         of_sweep = _sweep_of_folder(database, folder, runs)
@@ -65,6 +67,20 @@ def select(database: Database, given: str) -> Selection:
 
 def _single(run: TrackedRun) -> Selection:
     return Selection(run.name, False, (run,), run)
+
+
+def _newest(database: Database, runs: Sequence[TrackedRun]) -> Selection:
+    """Select the newest of the sweeps that the runs of one name belong to, and say which others there are."""
+    by_sweep: dict[str, list[TrackedRun]] = {}
+    for run in sorted(runs, key=lambda run: run.started):
+        by_sweep.setdefault(run.tags.get(PARENT, ""), []).append(run)
+    *older, newest = sorted(by_sweep.items(), key=lambda each: each[1][-1].started)
+    selection = _sweep(database, newest[1])
+    if not older:
+        return selection
+    names = ", ".join(f"{key[:12] or 'without a sweep of their own'} ({len(some)} runs)" for key, some in older)
+    left_out = f"Only the newest sweep of this name is shown. Older ones, which can be given by their ids: {names}."
+    return replace(selection, left_out=left_out)
 
 
 def _sweep(database: Database, runs: Iterable[TrackedRun]) -> Selection:

@@ -43,6 +43,11 @@ def connect(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
+def default_uri() -> str:
+    """Return where runs are tracked unless a command says otherwise: ``MLFLOW_TRACKING_URI``, or a file here."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+
+
 def is_server(uri: str) -> bool:
     """Return whether an address is a tracking server's."""
     return uri.startswith(("http://", "https://"))
