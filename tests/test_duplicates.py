@@ -1,16 +1,39 @@
 """Near duplicates: worked numbers, and the same pairs as every text compared with every other."""
 
-import itertools
 import json
 import random
+import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dnpo.data.duplicates import jaccard, near, repeats, shingles
+from dnpo.data.duplicates import MANY, _Index, near, repeats
+
+MARKS = re.compile(r"""[\s.,;:!?'"`´‘’“”„«»()\[\]{}…]+""")
+
+
+def shingles(text: str) -> frozenset[str]:
+    """Every three successive words; all words of a shorter text; the text itself where it has no words."""
+    words = re.findall(r"\w+|[^\w ]", MARKS.sub(" ", text.casefold()))
+    return frozenset({" ".join(words[i : i + 3]) for i in range(len(words) - 2)} or {" ".join(words) or text.strip()})
+
+
+def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+    return len(one & other) / len(one | other)
+
+
+def own_shingles(texts: list[str]) -> list[frozenset[str]]:
+    """Without those of more than half of the texts, where something is left."""
+    sets = [shingles(text) for text in texts]
+    counts = Counter(shingle for some in sets for shingle in some)
+    form = {shingle for shingle, count in counts.items() if count > max(len(texts) / 2, MANY)}
+    return [some - form or some for some in sets]
 
 
 def test_shingles() -> None:
+    """Of the plain rules that the index is compared with below."""
     assert shingles("The cat, the CAT sat!") == {"the cat the", "cat the cat", "the cat sat"}
     assert shingles("the cat   (the cat)\nsat") == shingles("The cat, the CAT sat!")
     assert shingles("Hi there!") == {"hi there"}
@@ -30,7 +53,7 @@ def test_shingles() -> None:
     ],
 )
 def test_what_makes_a_text_another(one: str, other: str, same: bool) -> None:
-    assert (shingles(one) == shingles(other)) is same
+    assert (near([one], [other], 1.0) == [(0, 0, 1.0)]) is same
 
 
 def test_worked_numbers() -> None:
@@ -39,7 +62,8 @@ def test_worked_numbers() -> None:
     assert jaccard(shingles(one), shingles(other)) == 7 / 9
     assert near([one], ["x", other, one], 7 / 9) == [(0, 1, 7 / 9), (0, 2, 1.0)]
     assert near([one], [other], 0.78) == []
-    assert near([], [one], 0.5) == near([one], [], 0.5) == []
+    assert near([], [one], 0.5) == near([one], [], 0.5) == near([], [], 0.5) == []
+    assert repeats([], 0.5) == []
 
 
 def texts(count: int, seed: int) -> list[str]:
@@ -54,34 +78,84 @@ def texts(count: int, seed: int) -> list[str]:
     return found
 
 
+def filled(count: int, seed: int) -> list[str]:
+    """Such texts, in one of three forms or in none: two thirds have the first form, and some nothing else."""
+    rng = random.Random(seed)
+    forms = ["please " + " ".join(f"{name}{i}" for i in range(12)) for name in "xyz"]
+    some = texts(count, seed)
+    return [f"{rng.choice([*[forms[0]] * 6, *forms[1:], ''])} {text if rng.random() < 0.9 else ''}" for text in some]
+
+
+@pytest.mark.parametrize("make", [texts, filled])
 @pytest.mark.parametrize("threshold", [0.05, 0.3, 0.5, 2 / 3, 0.75, 0.9, 1.0])
-def test_every_pair_is_found_and_no_other(threshold: float) -> None:
-    ours, others = texts(120, 1), texts(150, 2)
-    likeness = {
-        (i, j): jaccard(shingles(a), shingles(b))
-        for (i, a), (j, b) in itertools.product(enumerate(ours), enumerate(others))
-    }
+def test_every_pair_is_found_and_no_other(threshold: float, make: Callable[[int, int], list[str]]) -> None:
+    ours, others = make(120, 1), make(150, 2)
+    sets = own_shingles([*ours, *others])
+    likeness = {(i, j): jaccard(sets[i], sets[len(ours) + j]) for i in range(len(ours)) for j in range(len(others))}
     expected = [(i, j, share) for (i, j), share in sorted(likeness.items()) if share >= threshold]
     assert near(ours, others, threshold) == expected
     assert expected
 
 
+@pytest.mark.parametrize("make", [texts, filled])
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9])
-def test_repeats_keep_the_first(threshold: float) -> None:
-    some = texts(200, 3)
+def test_repeats_keep_the_first(threshold: float, make: Callable[[int, int], list[str]]) -> None:
+    some = make(200, 3)
+    sets = own_shingles(some)
     kept: list[int] = []
     expected = []
-    for i, text in enumerate(some):
-        like = [(j, jaccard(shingles(text), shingles(some[j]))) for j in kept]
+    for i in range(len(some)):
+        like = [(j, jaccard(sets[i], sets[j])) for j in kept]
         like = [(j, share) for j, share in like if share >= threshold]
         if like:
             expected.append((i, *like[0]))
         else:
             kept.append(i)
     assert repeats(some, threshold) == expected
-    assert repeats(some, threshold) == repeats(list(some), threshold)
-    # What comes later changes nothing of what came before.
-    assert repeats([*some, *texts(50, 4)], threshold)[: len(expected)] == expected
+    assert expected
+
+
+def test_what_comes_later_changes_nothing_of_what_came_before() -> None:
+    found = repeats(texts(200, 3), 0.6)
+    assert repeats([*texts(200, 3), *texts(50, 4)], 0.6)[: len(found)] == found
+
+
+def test_a_form_that_most_fill_in_is_no_likeness() -> None:
+    """Eight words after 151 that all have; before, all but the first were taken for repeats."""
+    form = " ".join(f"form{i}" for i in range(151))
+    own = [" ".join(f"{i}x{n}" for n in range(8)) for i in range(100)]
+    assert repeats([f"{form} {text}" for text in own], 0.9) == []
+    # What has nothing of its own is compared as it stands, and so are few texts.
+    assert [i for i, *_ in repeats([*own, *[f"{form} {'!' * i}" for i in range(150)]], 0.9)] == [*range(101, 250)]
+    assert len(repeats([f"{form} {text}" for text in own[:MANY]], 0.9)) == MANY - 1
+
+
+def test_texts_that_share_a_form_are_not_compared_one_with_another() -> None:
+    """Where too few have the form to leave it out, its place in the sets tells that no more can be common."""
+    form = " ".join(f"form{i}" for i in range(151))
+    rng = random.Random(0)
+    some = [f"{form} {' '.join(str(rng.random()) for _ in range(6))}" for _ in range(400)]
+    some += [" ".join(str(rng.random()) for _ in range(99)) for _ in range(500)]
+    compared = 0
+
+    class Counted(_Index):
+        def _members(self, i: int) -> list[int]:
+            nonlocal compared
+            compared += 1
+            return super()._members(i)
+
+    index = Counted(some, 0.9)
+    for i in range(len(some)):
+        assert index.like(i) == []
+        index.add(i)
+    assert compared == 0
+
+
+def test_progress_is_told_to_the_end() -> None:
+    told: list[tuple[str, int, int]] = []
+    repeats(texts(10, 1), 0.9, lambda *what: told.append(what))
+    assert [done for what, done, of in told if what == "comparing prompts"] == list(range(1, 11))
+    assert {of for *_, of in told} == {10}
 
 
 @pytest.mark.parametrize("threshold", [0.0, -0.1, 1.1])

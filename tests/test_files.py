@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -733,6 +734,28 @@ def test_near_duplicates_are_removed_from_the_degree_on(file: Path) -> None:
     system = {"role": "system", "content": "Be brief. " * 50}
     write(file, [{"messages": [system, {**USER, "content": f"Is {i}?"}, ASSISTANT]} for i in range(100)])
     assert len(everything(jsonl(file))) == 100, "system turns do not count"
+
+
+def test_two_removed_rows_are_shown(file: Path) -> None:
+    """From where they begin to differ, whatever they have before that."""
+    form = "the same words as before " * 9
+    rows = [*pairs(100), *({"id": f"n{i}", "prompt": f"{form}, end{'!' * i}", "response": "a"} for i in range(4))]
+    facts = jsonl(write(file, [*rows, {**rows[0], "id": "again"}])).read()[1]
+    assert facts["removed"]["near_earlier"] + facts["removed"]["near_held_out"] == 3
+    assert len(facts["examples"]) == 2
+    assert all(re.fullmatch(r"n\d is like n\d \(1\.00: “….*end!*” and “….*end!*”\)", it) for it in facts["examples"])
+    (example,) = jsonl(write(file, [*pairs(100), {**pairs(1)[0], "id": "again"}])).read()[1]["examples"]
+    assert example in {
+        f"{a} is like {b} (1.00: “question 0” and “question 0”)" for a, b in (("again", "r0"), ("r0", "again"))
+    }
+    assert jsonl(write(file, pairs(100))).read()[1]["examples"] == []
+
+
+def test_a_long_comparison_is_told_of(file: Path, monkeypatch: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("dnpo.data.distinct.SILENT", 0.0)
+    monkeypatch.setattr("dnpo.data.distinct.INTERVAL", 0.0)
+    jsonl(write(file, pairs(50))).read()
+    assert capfd.readouterr().err.splitlines()[-1] == "comparing prompts: 50 of 50"
 
 
 def test_a_split_that_duplicates_have_emptied_says_so(file: Path) -> None:

@@ -321,6 +321,13 @@ def test_rows_that_cannot_be_used_are_said() -> None:
     fires(rows.unusable(facts, 9), "warn", "3 of 12 rows", "2: response is empty (the first is a:7); 1: no prompt")
 
 
+def test_many_removed_rows_are_said_with_examples() -> None:
+    fires(rows.removed({"repeated": 0, "near_earlier": 0}, [], 9), "pass", "0 of 9 rows")
+    fires(rows.removed({"repeated": 0, "near_earlier": 9}, ["b is like a"], 91), "pass", "9 of 100 rows")
+    counts = {"near_earlier": 4, "equal_to_earlier": 6}
+    fires(rows.removed(counts, ["b is like a", "d is like c"], 90), "warn", "10.0%", "b is like a; d is like c")
+
+
 def test_columns_that_nobody_reads_are_said() -> None:
     fires(rows.unread([]), "pass", "no column")
     fires(rows.unread(["input", "system"]), "warn", "input, system: text that nobody reads", "data.columns")

@@ -81,6 +81,7 @@ def test_what_is_too_long_is_counted_and_said(
     rows, _ = data.read()
     assert sum(facts["removed"].values()) == 1
     assert "1 equal to" in report.notes[0]
+    assert "like" in report.notes[0]
     for split, some in rows.items():
         numbers = [1 if row.id == "again" else int(row.id[1:]) for row in some]
         fitting = [i for i in numbers if i % 7]

@@ -1,96 +1,207 @@
-"""Find near-duplicate texts by the Jaccard index of their shingles, the sets of three successive words.
+"""Finds near-duplicate texts by the Jaccard index of their sets of three successive words.
 
-The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
-two sets is at least t, a share t of the larger set is in the smaller one. So with all shingles in one fixed order, the
-first few shingles of both sets have one in common, and only texts that share one of these are compared. Rare shingles
-come first in the order, so few pairs are compared. MinHash would miss some pairs and cost more at such thresholds.
+What most texts have (more than half of them, and more than ``MANY``) is a form that they fill in, and no likeness: such
+words count in no set, except in a text that has no others.
+
+Exact and deterministic. Where two sets have a share t of their union in common, the t-th part of the larger is in the
+smaller; so with all members in one fixed order, the first few of either set have one in common, and only texts that
+meet there are compared (prefix filtering; Chaudhuri, Ganti and Kaushik 2006). Rare members come first in that order, so
+few texts meet. Of two that meet at their i-th and j-th members, no more can be common than what is left of the shorter
+rest, and where that is too little they are not compared (positional filtering; Xiao, Wang, Lin and Yu 2008). A sketch
+(MinHash) would miss some pairs, and costs more at such thresholds.
 """
 
 import math
 import re
-import zlib
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 WIDTH = 3
-# Words and symbols, without punctuation: "C++" differs from "C" and 2 + 2 from 2 - 2, but full stops are ignored.
+MANY = 20
+# Words and symbols, without marks: "C++" is not "C" and 2 + 2 is not 2 - 2, but a full stop changes nothing.
 WORD = re.compile(r"""\w+|[^\w\s.,;:!?'"`´‘’“”„«»()\[\]{}…]""")
-BUCKETS = 1 << 20  # of the counts that order the shingles; shingles may share one, since any order is valid
 ROUNDING = 1e-9
+CHUNK = 1 << 20
 
-
-def shingles(text: str) -> frozenset[str]:
-    """All sequences of three words, or all words of a shorter text; case, punctuation and spaces are ignored."""
-    words = WORD.findall(text.casefold())
-    found = {" ".join(words[i : i + WIDTH]) for i in range(len(words) - WIDTH + 1)}
-    return frozenset(found or {" ".join(words) or text.strip()})
-
-
-def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
-    """|A ∩ B| / |A ∪ B|."""
-    common = len(one & other)
-    return common / (len(one) + len(other) - common)
+Progress = Callable[[str, int, int], None]
+"""Told what is done, how much of it, and of how much."""
 
 
 def near(ours: Sequence[str], others: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """All pairs of one of ``ours`` and one of ``others`` at or above the threshold, as (ours, others, Jaccard index).
+    """Every pair of one of ``ours`` and one of ``others`` at the threshold or above, as (ours, others, Jaccard index).
 
     Args:
         threshold: above 0, and at most 1.
     """
-    index = _Index(others, threshold)
+    index = _Index([*others, *ours], threshold)
     for j in range(len(others)):
         index.add(j)
-    return [(i, j, likeness) for i, text in enumerate(ours) for j, likeness in index.like(text)]
+    return [(i, j, likeness) for i in range(len(ours)) for j, likeness in index.like(len(others) + i)]
 
 
-def repeats(texts: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
+def repeats(texts: Sequence[str], threshold: float, progress: Progress | None = None) -> list[tuple[int, int, float]]:
     """Every text that resembles an earlier one, with the first such text that is not itself a repeat."""
-    index = _Index(texts, threshold)
+    index = _Index(texts, threshold, progress)
     found = []
-    for i, text in enumerate(texts):
-        like = index.like(text)
+    for i in range(len(texts)):
+        like = index.like(i)
         if like:
             found.append((i, *like[0]))
         else:
             index.add(i)
+        if progress is not None:
+            progress("comparing prompts", i + 1, len(texts))
     return found
 
 
-class _Index:
-    """An index of texts by the shingles of their prefix: a similar text shares at least one of them."""
+class _Sets(NamedTuple):
+    """The sets of all texts, one after the other.
 
-    def __init__(self, texts: Sequence[str], threshold: float) -> None:
+    Attributes:
+        members: numbers of three-word sequences, the rarest first, sorted within each text.
+        starts: where each text begins, and the end of all.
+        shared: the first number of a sequence that more than one text has.
+    """
+
+    members: "np.ndarray"
+    starts: "np.ndarray"
+    shared: int
+
+
+class _Index:
+    """An index of texts by the members of their prefix: a similar text has at least one of them in its own."""
+
+    def __init__(self, texts: Sequence[str], threshold: float, progress: Progress | None = None) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold {threshold}: expected a number above 0, at most 1")
-        self.texts, self.threshold = texts, threshold
-        self.meetings: defaultdict[str, list[int]] = defaultdict(list)
-        self.sizes: list[int] = []
-        self.counts = array("L", bytes(array("L").itemsize * BUCKETS))
-        for text in texts:
-            some = shingles(text)
-            self.sizes.append(len(some))
-            for shingle in some:
-                self.counts[zlib.crc32(shingle.encode()) % BUCKETS] += 1
+        self.threshold = threshold
+        self.sets = _make_sets(texts, progress)
+        # By member; then by the size of the set that has it and its place there, which decide together.
+        self.meetings: defaultdict[int, dict[tuple[int, int], list[int]]] = defaultdict(dict)
 
     def add(self, i: int) -> None:
         """Add text ``i`` to the index."""
-        for shingle in self._prefix(shingles(self.texts[i])):
-            self.meetings[shingle].append(i)
+        size = self._size(i)
+        for place, member in self._prefix(i):
+            self.meetings[member].setdefault((size, place), []).append(i)
 
-    def like(self, text: str) -> list[tuple[int, float]]:
-        """The added texts at the threshold or above, in the order of their numbers, each with its likeness."""
-        mine = shingles(text)
-        least, most = self.threshold * len(mine) - ROUNDING, len(mine) / self.threshold + ROUNDING
-        met = {i for s in self._prefix(mine) for i in self.meetings.get(s, ()) if least <= self.sizes[i] <= most}
-        likeness = [(i, jaccard(mine, shingles(self.texts[i]))) for i in sorted(met)]
-        return [(i, share) for i, share in likeness if share >= self.threshold - ROUNDING]
+    def like(self, i: int) -> list[tuple[int, float]]:
+        """The added texts at the threshold or above, in the order of their numbers, each with its likeness to ``i``."""
+        mine, share = self._size(i), self.threshold / (1 + self.threshold)
+        least, most = self.threshold * mine - ROUNDING, mine / self.threshold + ROUNDING
+        met: set[int] = set()
+        for place, member in self._prefix(i):
+            for (size, there), some in self.meetings.get(member, {}).items():
+                left = min(mine - place, size - there)
+                if least <= size <= most and left >= share * (mine + size) - ROUNDING:
+                    met.update(some)
+        if not met:
+            return []
+        members = set(self._members(i))
+        found = []
+        for j in sorted(met):
+            common = len(members.intersection(self._members(j)))
+            likeness = common / (mine + self._size(j) - common)
+            if likeness >= self.threshold - ROUNDING:
+                found.append((j, likeness))
+        return found
 
-    def _prefix(self, some: frozenset[str]) -> list[str]:
-        """The first shingles in the common order: enough that any two similar texts share one of them."""
-        length = len(some) - math.ceil(self.threshold * len(some) - ROUNDING) + 1
-        return sorted(some, key=self._place)[:length]
+    def _size(self, i: int) -> int:
+        return int(self.sets.starts[i + 1] - self.sets.starts[i])
 
-    def _place(self, shingle: str) -> tuple[int, str]:
-        return self.counts[zlib.crc32(shingle.encode()) % BUCKETS], shingle
+    def _members(self, i: int) -> list[int]:
+        found: list[int] = self.sets.members[self.sets.starts[i] : self.sets.starts[i + 1]].tolist()
+        return found
+
+    def _prefix(self, i: int) -> list[tuple[int, int]]:
+        """The first members in the common order that other texts have too, each with its place.
+
+        The prefix is long enough that any two similar texts share one of its members.
+        """
+        size, start = self._size(i), int(self.sets.starts[i])
+        length = size - math.ceil(self.threshold * size - ROUNDING) + 1
+        first: list[int] = self.sets.members[start : start + length].tolist()
+        return [(place, member) for place, member in enumerate(first) if member >= self.sets.shared]
+
+
+def _make_sets(texts: Sequence[str], progress: Progress | None) -> _Sets:
+    """Number every three successive words; of a shorter text, all its words. Case, marks and spaces do not matter."""
+    import numpy as np
+
+    words, ends = _number_words(texts, progress)
+    sequences = _number_sequences(words)
+    del words
+    inside = np.ones(len(sequences) + WIDTH - 1, bool)
+    for back in range(1, WIDTH):
+        inside[ends - back] = False  # a sequence that begins there reaches into the next text
+    lengths = np.diff(ends, prepend=0) - (WIDTH - 1)
+    rows = np.repeat(np.arange(len(texts), dtype=np.uint64), lengths) << np.uint64(32)
+    rows |= sequences[inside[: len(sequences)]]
+    del sequences, inside
+    rows, members = _split(_sort_distinct(rows))
+
+    counts = np.bincount(members)
+    own = ~(counts > max(len(texts) / 2, MANY))[members]
+    kept = own | (np.bincount(rows[own], minlength=len(texts)) == 0)[rows]
+    rows, members = rows[kept], members[kept]
+
+    counts = np.bincount(members)
+    order = np.argsort(counts, kind="stable")
+    ranks = np.empty(len(order), np.uint64)
+    ranks[order] = np.arange(len(order), dtype=np.uint64)
+    shared = int(np.searchsorted(counts[order], 2))
+    rows, members = _split(_sort_distinct(rows.astype(np.uint64) << np.uint64(32) | ranks[members]))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(texts)))])
+    return _Sets(members, starts, shared)
+
+
+def _number_words(texts: Sequence[str], progress: Progress | None) -> tuple["np.ndarray", "np.ndarray"]:
+    """Number the words of all texts, padded to at least three a text, and say where each text ends."""
+    import numpy as np
+
+    numbers: defaultdict[str, int] = defaultdict()
+    numbers.default_factory = numbers.__len__
+    words, ends = array("I"), array("q")
+    for i, text in enumerate(texts):
+        found = WORD.findall(text.casefold()) or [text.strip()]
+        words.extend(map(numbers.__getitem__, [""] * (WIDTH - len(found)) + found))
+        ends.append(len(words))
+        if progress is not None:
+            progress("reading prompts", i + 1, len(texts))
+    return np.array(words, np.uint32), np.array(ends, np.int64)
+
+
+def _number_sequences(words: "np.ndarray") -> "np.ndarray":
+    """Number the sequence of words that begins at each word: two words as one, and this one with the third."""
+    import numpy as np
+
+    numbers = words
+    for shift in range(1, WIDTH):
+        codes = numbers[:-1].astype(np.uint64) << np.uint64(32) | words[shift:]
+        distinct = _sort_distinct(codes.copy())
+        numbers = np.empty(len(codes), np.uint32)
+        for start in range(0, len(codes), CHUNK):
+            numbers[start : start + CHUNK] = np.searchsorted(distinct, codes[start : start + CHUNK])
+    return numbers
+
+
+def _sort_distinct(values: "np.ndarray") -> "np.ndarray":
+    """Sort values in place, and return each once."""
+    import numpy as np
+
+    values.sort()
+    first = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=first[1:])
+    return values[first]
+
+
+def _split(pairs: "np.ndarray") -> tuple["np.ndarray", "np.ndarray"]:
+    """The upper and the lower halves of numbers."""
+    import numpy as np
+
+    return (pairs >> np.uint64(32)).astype(np.uint32), pairs.astype(np.uint32)

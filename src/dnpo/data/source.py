@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from dnpo.data import SPLITS, LongResponses
-from dnpo.data.duplicates import repeats
+from dnpo.data.distinct import remove_duplicates
 from dnpo.data.rows import CONVERSATIONS, FIELDS, FORMS, Field, Turns, check_rows
 from dnpo.data.turns import is_blank, read_text
 from dnpo.data.unusable import BadRows, RowError, shown
@@ -54,7 +54,8 @@ class Rows(ABC):
         sample: rows to draw; 0 takes all.
         holdout: share of the rows held out, half for validation and half for test, by a hash of the id.
         near_duplicates: remove rows whose prompt resembles an earlier or a held-out row's at least this much, by the
-            Jaccard index of their sets of three successive words, without system turns. 0 removes equal prompts only.
+            Jaccard index of their sets of three successive words, without system turns and without what most prompts
+            have. 0 removes equal prompts only.
         seed: draws the sample.
         max_prompt_tokens: longer prompts are dropped.
         max_response_tokens: the limit of responses.
@@ -157,20 +158,23 @@ class Rows(ABC):
             place = _fraction(prompt.id)
             held = "validation" if place < self.holdout / 2 else "test"
             rows[held if place < self.holdout else "train"].append(prompt)
-        rows, removed = _distinct(rows, self.near_duplicates)
+        rows, removed, examples = remove_duplicates(rows, self.near_duplicates)
         lost = sum(removed.values())
+        cause = f"data.near_duplicates={self.near_duplicates}"
+        such = f", as {'; '.join(examples)}" if examples else ""
         unread = sorted(map(shown, table.texts(self._choose_others(table.columns))))
-        for split, some in rows.items():
-            if not some:
+        for split, left in rows.items():
+            if not left:
                 raise DataError(
                     f"data.holdout={self.holdout}: none of the {len(prompts):,} rows is left for {split} (half of this "
                     "share goes to validation, half to test, the rest to train); change it, or take more rows"
-                    + (f" (data.near_duplicates={self.near_duplicates} removed {lost:,} of these)" if lost else "")
+                    + (f" ({cause} removed {lost:,} of these{such})" if lost else "")
                     + (f". {', '.join(unread)}: text that nobody reads; data.columns may join it" if unread else "")
                 )
         sizes = {f"{split}_rows": len(some) for split, some in rows.items()}
         return rows, {
             "removed": {"repeated": repeated, **removed},
+            "examples": examples,
             **({"unusable": bad.facts()} if bad.counts else {}),
             "unread": unread,
             **sizes,
@@ -237,47 +241,6 @@ class Rows(ABC):
         if not self.sample:
             return list(range(total))
         return sorted(random.Random(derive(self.seed, "sample")).sample(range(total), self.sample))
-
-
-def _distinct(rows: Mapping[str, list[Prompt]], threshold: float) -> tuple[dict[str, list[Prompt]], dict[str, int]]:
-    """Remove rows whose prompt is like an earlier one, and count the removed ones.
-
-    Test rows come before validation rows and these before training rows, so that nothing like a held-out prompt is
-    trained on, and settings are not chosen on what is reported.
-    """
-    ordered = [(split, prompt) for split in reversed(SPLITS) for prompt in rows[split]]
-    removed = {"equal_to_earlier": 0, "equal_to_held_out": 0, "near_earlier": 0, "near_held_out": 0}
-
-    def remove(kind: str, i: int, earlier: int) -> None:
-        held_out = ordered[i][0] == "train" != ordered[earlier][0]
-        removed[f"{kind}_held_out" if held_out else f"{kind}_earlier"] += 1
-
-    first: dict[tuple[str, ...], int] = {}
-    for i, (_, prompt) in enumerate(ordered):
-        earlier = first.setdefault(_conversation(prompt), i)
-        if earlier != i:
-            remove("equal_to", i, earlier)
-    left = list(first.values())
-    if threshold:
-        found = repeats([_text_of(ordered[i][1]) for i in left], threshold)
-        for i, earlier, _ in found:
-            remove("near", left[i], left[earlier])
-        dropped = {left[i] for i, _, _ in found}
-        left = [i for i in left if i not in dropped]
-    kept: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
-    for i in left:
-        split, prompt = ordered[i]
-        kept[split].append(prompt)
-    return kept, removed
-
-
-def _conversation(prompt: Prompt) -> tuple[str, ...]:
-    return tuple(text for turn in prompt.messages for text in (turn["role"], turn["content"]))
-
-
-def _text_of(prompt: Prompt) -> str:
-    """A prompt's text without system turns, which may be long and shared by all prompts."""
-    return "\n".join(turn["content"] for turn in prompt.messages if turn["role"] != "system")
 
 
 def _fraction(name: str) -> float:

@@ -60,7 +60,8 @@ def prepare(run: Run, plan: None, task: Task) -> Facts:
     rows, facts = run.data.read()
     removed = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in facts.get("removed", {}).items() if n]
     if removed:
-        task.report.note(f"rows removed as duplicates: {', '.join(removed)}")
+        such = "".join(f"; {example}" for example in facts.get("examples", []))
+        task.report.note(f"rows removed as duplicates: {', '.join(removed)}{such}")
     if "unusable" in facts:
         task.report.note(f"rows that cannot be used are left out: {'; '.join(list_reasons(facts['unusable']))}")
     run.model.base(task.folder / "model", rows["train"])

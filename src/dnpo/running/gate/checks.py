@@ -63,11 +63,18 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
         *([judge.second(other, data[measured], measured)] if other.gives_scores else []),
         judge.judge_prompts(run.judge.prompts_seen, data[measured], measured),
         rows.ids(data),
-        *([rows.unusable(facts.get("unusable", {}), sum(map(len, data.values())))] if "unread" in facts else []),
-        *([rows.unread(facts["unread"])] if "unread" in facts else []),
+        *(_users_rows(facts, sum(map(len, data.values()))) if "unread" in facts else []),
         rows.duplicates(data["train"], redrawn, facts.get("removed", {})),
         rows.near_duplicates(data["train"], redrawn),
         *rows.overlap(data),
+    ]
+
+
+def _users_rows(facts: Mapping[str, Any], count: int) -> list[Finding]:
+    return [
+        rows.unusable(facts.get("unusable", {}), count),
+        rows.unread(facts["unread"]),
+        rows.removed(facts["removed"], facts["examples"], count),
     ]
 
 

@@ -13,6 +13,7 @@ from dnpo.running.gate.finding import Finding
 Rows = Mapping[str, Sequence[Prompt]]
 
 LIKE = 0.9  # texts with at least this Jaccard index of three-word shingles count as nearly the same
+MUCH = 0.1  # share of rows removed as duplicates from which on one should know why
 FEW = 0.01  # share of near duplicates that any data have
 COMPARED = 5000  # evenly spaced rows that are compared for likeness, so that it takes seconds
 
@@ -51,6 +52,23 @@ def duplicates(train: Sequence[Prompt], by_design: bool, removed: Mapping[str, i
     if by_design:
         return Finding("duplicates", "pass", f"{what}: the source draws with replacement")
     return Finding("duplicates", "warn", what, "the data (remove repeated rows)")
+
+
+def removed(counts: Mapping[str, int], examples: Sequence[str], left: int) -> Finding:
+    """Check how many rows the source has removed as duplicates: many may be no duplicates at all.
+
+    Args:
+        counts: removed rows by kind.
+        examples: some of them, each with the row that it is like.
+        left: how many rows are left.
+    """
+    gone = sum(counts.values())
+    total = gone + left
+    text = f"{gone:,} of {total:,} rows are removed as duplicates ({gone / max(total, 1):.1%})"
+    if examples:
+        text += f"; {'; '.join(examples)}"
+    many = bool(gone) and gone >= MUCH * total
+    return Finding("removed rows", "warn" if many else "pass", text, "data.near_duplicates, data.columns, or the data")
 
 
 def unusable(facts: Mapping[str, Mapping[str, Any]], total: int) -> Finding:
