@@ -42,6 +42,7 @@ OTHER: dict[str, Any] = {
     "heads": 2,
     "prices": str(prices.SHIPPED),
     "columns": {"prompt": "question"},
+    "template_arguments": {"enable_thinking": False},
 }
 # Fields that change no key of their own part, though they are not neutral, and why.
 ELSEWHERE = {

@@ -153,6 +153,21 @@ def test_what_is_rewarded_cannot_be_a_turn(world: World, tmp_path: Path, kind: s
     assert special(spelled, spelled) == special("well", "well") != []
 
 
+def test_rows_that_the_template_cannot_show_are_refused(world: World, tmp_path: Path) -> None:
+    """Before anything is generated: a system turn, say, that the template drops without a word."""
+    folder = llama(world, tmp_path / "rm")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("in messages", "in messages if message.role != 'system'"))
+    judge = Reward(path=str(folder), device="cpu")
+    prompts, _ = rows()
+    assert judge.accepts(prompts) is None
+    system = [Prompt("s", [{"role": "system", "content": "be kind"}, *prompts[0].messages], "yes")]
+    assert "turn 1 of 3 (system)" in str(judge.accepts(system))
+    template.write_text("{{ strftime_now('%d') }}" + template.read_text())
+    assert "judge.template_date" in str(Reward(path=str(folder), device="cpu").accepts(prompts))
+    assert Reward(path=str(folder), device="cpu", template_date="2026-01-31").accepts(prompts) is None
+
+
 def test_without_a_padding_token_rows_are_read_one_by_one(world: World, tmp_path: Path) -> None:
     prompts, responses = rows()
     padded = verdicts(Reward(path=str(llama(world, tmp_path / "a")), device="cpu"), prompts, responses)

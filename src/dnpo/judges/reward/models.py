@@ -20,13 +20,14 @@ from dnpo.judges.reward.facts import read_facts
 from dnpo.policy.complete import check_finite, explain
 from dnpo.policy.encoder import Encoder, Ids
 from dnpo.policy.loading import without_dropout
-from dnpo.policy.template import PLAIN_TEMPLATE, put_in_force, render_turns
+from dnpo.policy.template import PLAIN_TEMPLATE, Text, put_in_force, render_turns
 from dnpo.policy.tokens import begin, tokenize, wrap
 from dnpo.policy.weights import Weights, context_of
-from dnpo.records import Message
+from dnpo.records import Message, Prompt
 from dnpo.settings import Dtype
 
 HEAD, ENCODER = "head.safetensors", "encoder"
+LOOKED_AT = 64  # rows that are rendered before the model is loaded
 
 
 class Rewards(ABC):
@@ -87,8 +88,7 @@ class Classifier(Rewards):
         if self.pair:
             encoding = wrap(self.tokenizer, join_turns(messages), response, return_token_type_ids=True)
             return [tuple(encoding["input_ids"]), tuple(encoding["token_type_ids"])]
-        turns = [*messages, {"role": "assistant", "content": response}]
-        text = render_turns(self.tokenizer, turns, setting="judge's chat template")
+        text = _render(self.tokenizer, messages, response)
         return [tuple(begin(self.tokenizer, tokenize(self.tokenizer, text)))]
 
     def __call__(self, rows: Sequence[list[Ids]]) -> Tensor:
@@ -189,6 +189,26 @@ def object_to(weights: Weights) -> str | None:
     except ModelError as error:
         return str(error)
     return None
+
+
+def object_to_rows(weights: Weights, template_date: str | None, rows: Sequence[Prompt]) -> str | None:
+    """Why the chat template of a reward model cannot show one of these rows; None where it can show each of some."""
+    try:
+        if read_facts(weights).get("kind") == "embedding":
+            return None
+        tokenizer = _load_tokenizer(weights, template_date)
+        if tokenizer.chat_template is None:
+            return None
+        for row in rows[:: max(len(rows) // LOOKED_AT, 1)]:
+            _render(tokenizer, row.messages, row.human)
+    except ModelError as error:
+        return str(error)
+    return None
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], response: str) -> Text:
+    turns = [*messages, {"role": "assistant", "content": response}]
+    return render_turns(tokenizer, turns, setting="judge's chat template")
 
 
 def _advise(weights: Weights) -> str:

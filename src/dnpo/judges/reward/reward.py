@@ -102,12 +102,14 @@ class Reward(Judge):
         return frozenset((self.weights.folder / SEEN).read_text(encoding="utf-8").split())
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Accept any prompt, if the device exists and the model's files are complete."""
+        """Accept what the chat template can show, if the device exists and the model's files are complete."""
+        from dnpo.judges.reward.models import object_to_rows
+
         try:
             _ = self._device
         except SettingsError as error:
             return f"judge.{error}"
-        return self._objection
+        return self._objection or object_to_rows(self.weights, self.template_date, prompts)
 
     @cached_property
     def _objection(self) -> str | None:
