@@ -330,7 +330,7 @@ def test_many_removed_rows_are_said_with_examples() -> None:
 
 def test_columns_that_nobody_reads_are_said() -> None:
     fires(rows.unread([]), "pass", "no column")
-    fires(rows.unread(["input", "system"]), "warn", "input, system: text that nobody reads", "data.columns")
+    fires(rows.unread(["input", "system"]), "warn", "input, system: unread text", "data.columns")
 
 
 def test_near_duplicates() -> None:

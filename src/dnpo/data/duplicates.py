@@ -1,14 +1,14 @@
-"""Finds near-duplicate texts by the Jaccard index of their sets of three successive words.
+"""Find near-duplicate texts by the Jaccard index of their sets of three successive words.
 
-What most texts have (more than half of them, and more than ``MANY``) is a form that they fill in, and no likeness: such
-words count in no set, except in a text that has no others.
+Words that more than half of the texts share, and more than ``MANY`` texts, belong to a common form rather than to a
+similarity. They count in no set, except in a text that has no others.
 
-Exact and deterministic. Where two sets have a share t of their union in common, the t-th part of the larger is in the
-smaller; so with all members in one fixed order, the first few of either set have one in common, and only texts that
-meet there are compared (prefix filtering; Chaudhuri, Ganti and Kaushik 2006). Rare members come first in that order, so
-few texts meet. Of two that meet at their i-th and j-th members, no more can be common than what is left of the shorter
-rest, and where that is too little they are not compared (positional filtering; Xiao, Wang, Lin and Yu 2008). A sketch
-(MinHash) would miss some pairs, and costs more at such thresholds.
+The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
+two sets is at least t, a share t of the larger set is in the smaller one. So with all members in one fixed order, the
+first few members of both sets have one in common, and only texts that share one of these are compared. Rare members
+come first in the order, so few texts are compared. If the first common members are the i-th and the j-th, the two texts
+can share at most as many members as the shorter rest has, and if that is too few they are not compared (positional
+filtering; Xiao, Wang, Lin and Yu 2008). MinHash would miss some pairs and cost more at such thresholds.
 """
 
 import math
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 WIDTH = 3
 MANY = 20
-# Words and symbols, without marks: "C++" is not "C" and 2 + 2 is not 2 - 2, but a full stop changes nothing.
+# Words and symbols, without punctuation: "C++" differs from "C" and 2 + 2 from 2 - 2, but full stops are ignored.
 WORD = re.compile(r"""\w+|[^\w\s.,;:!?'"`´‘’“”„«»()\[\]{}…]""")
 ROUNDING = 1e-9
 CHUNK = 1 << 20
 
 Progress = Callable[[str, int, int], None]
-"""Told what is done, how much of it, and of how much."""
+"""Receives the name of a task, the amount done, and the total."""
 
 
 def near(ours: Sequence[str], others: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """Every pair of one of ``ours`` and one of ``others`` at the threshold or above, as (ours, others, Jaccard index).
+    """All pairs of one of ``ours`` and one of ``others`` at or above the threshold, as (ours, others, Jaccard index).
 
     Args:
         threshold: above 0, and at most 1.

@@ -1,4 +1,4 @@
-"""The base of sources that read users' rows: columns, the sample, the split, and duplicates.
+"""The base class of sources that read users' rows: columns, sampling, splits and duplicates.
 
 :mod:`dnpo.data.rows` defines the forms of rows. Only rows that are drawn are checked.
 """
@@ -21,7 +21,7 @@ from dnpo.records import Prompt
 from dnpo.seeding import derive
 from dnpo.settings import Count, Fraction, Natural, nearest
 
-VERSION = 2  # raised when the same files give other rows
+VERSION = 2  # part of stage keys; must be raised when the same files give other rows
 
 
 class RawTable(NamedTuple):
@@ -42,24 +42,24 @@ class RawTable(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(ABC):
-    """The base of the sources here: columns, the sample, the split, and duplicates.
+    """The base class of sources that read users' rows.
 
     Args:
-        columns: the column of each field that is named otherwise in the data, such as ``{prompt: instruction}``; a list
-            of columns is joined; null leaves the column of that name unread.
-        join: what stands between the parts of a list of columns; parts without text are left out.
+        columns: the columns of fields that have other names in the data, such as ``{prompt: instruction}``; a list of
+            columns is joined; null leaves the column of that name unread.
+        join: text between the parts of a list of columns; parts without text are left out.
         bad_rows: ``fail`` if a row cannot be used, or ``drop`` such rows and count them.
-        turns: of ``messages``: ``first`` takes the first user turn and the answer to it; ``all`` takes the last answer,
-            with all turns before it as its prompt.
-        sample: rows to draw; 0 takes all.
+        turns: how to read ``messages``: ``first`` takes the first user turn and its answer; ``all`` takes the last
+            answer, with all turns before it as its prompt.
+        sample: number of rows to draw; 0 takes all.
         holdout: share of the rows held out, half for validation and half for test, by a hash of the id.
         near_duplicates: remove rows whose prompt resembles an earlier or a held-out row's at least this much, by the
             Jaccard index of their sets of three successive words, without system turns and without what most prompts
             have. 0 removes equal prompts only.
-        seed: draws the sample.
+        seed: seed of the sample.
         max_prompt_tokens: longer prompts are dropped.
-        max_response_tokens: the limit of responses.
-        long_responses: ``cut`` human responses over the limit there, as samples are, or ``drop`` those rows.
+        max_response_tokens: maximum length of responses.
+        long_responses: ``cut`` cuts longer human responses as samples are cut, ``drop`` drops their rows.
     """
 
     drawn_with_replacement: ClassVar[bool] = False
@@ -79,7 +79,7 @@ class Rows(ABC):
     @property
     @abstractmethod
     def setting(self) -> str:
-        """Where the rows are, as messages name it: ``data.path=…``."""
+        """The setting that locates the rows, as messages name it: ``data.path=…``."""
 
     def __post_init__(self) -> None:
         for field, column in (self.columns or {}).items():
@@ -111,14 +111,14 @@ class Rows(ABC):
 
     @abstractmethod
     def _contents(self) -> Mapping[str, Any]:
-        """What decides the rows before any are drawn."""
+        """The values that decide the rows before any are drawn."""
 
     @abstractmethod
     def _table(self) -> RawTable:
         """The rows that :meth:`_draw` draws from."""
 
     def identity(self) -> Mapping[str, Any]:
-        """What decides the rows. Where all are taken, the seed changes nothing."""
+        """The values that decide the rows; if all rows are taken, the seed is not among them."""
         return {
             **self._contents(),
             "rows": VERSION,
@@ -133,17 +133,17 @@ class Rows(ABC):
         }
 
     def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
-        """Rows by split, how many these are, and how many were removed as duplicates of which kind.
+        """Return the rows by split, and the numbers of rows and of duplicates removed.
 
         Raises:
-            DataError: there are no rows, a row cannot be used, fewer than ``sample``, or none for one of the splits.
+            DataError: there are no rows or fewer than ``sample``, a row cannot be used, or a split gets no rows.
         """
         rows, facts = self._by_split
         return {split: list(some) for split, some in rows.items()}, dict(facts)
 
     @cached_property
     def _by_split(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
-        """A row's split depends on its id alone, so that adding rows moves none."""
+        """Split the rows by their ids, so that adding rows moves none to another split."""
         table = self._table()
         drawn = self._draw(table.total)
         self._check_columns(table.columns)
@@ -169,7 +169,7 @@ class Rows(ABC):
                     f"data.holdout={self.holdout}: none of the {len(prompts):,} rows is left for {split} (half of this "
                     "share goes to validation, half to test, the rest to train); change it, or take more rows"
                     + (f" ({cause} removed {lost:,} of these{such})" if lost else "")
-                    + (f". {', '.join(unread)}: text that nobody reads; data.columns may join it" if unread else "")
+                    + (f". {', '.join(unread)}: unread text; data.columns may join it" if unread else "")
                 )
         sizes = {f"{split}_rows": len(some) for split, some in rows.items()}
         return rows, {
@@ -204,13 +204,13 @@ class Rows(ABC):
         return [name for name in columns if name in wanted]
 
     def _choose_others(self, columns: Collection[str]) -> list[str]:
-        """The columns that nobody reads, without those that are not to be read: unplugged ones, and the rejected."""
+        """The unread columns, without those that are unread on purpose: columns set to null, and ``rejected``."""
         unplugged = {field for field, columns in self._columns.items() if not columns}
         read = {*self._choose_columns(columns), *unplugged, "rejected"}
         return [name for name in columns if name not in read]
 
     def _rename(self, raw: Any) -> Any:
-        """A raw row under our names."""
+        """Rename a raw row's columns to ours."""
         if not (self._columns and isinstance(raw, Mapping)):
             return raw
         kept = {name: value for name, value in raw.items() if name not in self._hidden}
@@ -220,7 +220,7 @@ class Rows(ABC):
             return error
 
     def _value(self, raw: Mapping[str, Any], columns: Sequence[str]) -> Any:
-        """The value of a field: that of its column, or the texts of several, joined."""
+        """The value of a field: its column's value, or the joined texts of several columns."""
         if len(columns) < 2:
             return raw.get(columns[0]) if columns else None
         texts = []
@@ -233,7 +233,7 @@ class Rows(ABC):
         return self.join.join(text for text in texts if not is_blank(text)) or None
 
     def _draw(self, total: int) -> list[int]:
-        """Which of ``total`` rows to take, in their order."""
+        """Draw the numbers of the rows to take, in ascending order."""
         if not total:
             raise DataError(f"{self.setting}: there are no rows in it; {FORMS}")
         if self.sample > total:
@@ -244,5 +244,5 @@ class Rows(ABC):
 
 
 def _fraction(name: str) -> float:
-    """A fixed place in [0, 1) for every id."""
+    """Map an id to a fixed number in [0, 1)."""
     return (int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 11) / 2**53

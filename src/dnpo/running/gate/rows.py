@@ -89,7 +89,7 @@ def unread(columns: Sequence[str]) -> Finding:
     """Check for columns that hold text and that nobody reads, such as Alpaca's ``input``."""
     if not columns:
         return Finding("columns", "pass", "no column that holds text is left unread")
-    text = f"{', '.join(columns)}: text that nobody reads"
+    text = f"{', '.join(columns)}: unread text"
     setting = "data.columns, such as '{prompt: [instruction, input]}', if it belongs to a prompt or response"
     return Finding("columns", "warn", text, setting)
 
