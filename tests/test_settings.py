@@ -400,3 +400,21 @@ def test_a_run_is_called_what_its_command_says_of_it() -> None:
     assert run_name(given) == "method=npo +sweep=main data.path=rows.jsonl"
     assert run_name(["npo.alpha=.5", "model.name=a/b"]) == "npo.alpha=.5 model.name=a/b"
     assert run_name(["tracking=off"]) == "defaults"
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "offered"),
+    [
+        ("trainer.lr", ["trainer.clip", "trainer.optimizer.lr", "sft.optimizer.lr"], "trainer.optimizer.lr?"),
+        (
+            "lr",
+            ["trainer.clip", "trainer.optimizer.lr", "sft.optimizer.lr"],
+            "sft.optimizer.lr or trainer.optimizer.lr?",
+        ),
+        ("model.rank", ["model.lora.rank", "model.heads"], "model.lora.rank?"),
+        ("data.temperature", ["generate.temperature", "data.train"], "generate.temperature?"),
+        ("trainer.clp", ["trainer.clip", "sft.clip"], "trainer.clip?"),
+    ],
+)
+def test_a_setting_that_is_somewhere_else_is_pointed_to(given: str, known: list[str], offered: str) -> None:
+    assert nearest(given, known) == f" Did you mean {offered}"

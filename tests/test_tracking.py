@@ -24,8 +24,9 @@ from dnpo.catalogue import metric
 from dnpo.errors import TrackingError
 from dnpo.palette import choose_looks
 from dnpo.report.drawing import Panel, over_iterations, progress
-from dnpo.running import notes
+from dnpo.running import execute, notes
 from dnpo.stats.intervals import Estimate
+from dnpo.store import Store
 from dnpo.tracking import sqlite as database
 from dnpo.tracking import writing as tracking
 from dnpo.tracking.alive import ABANDONED, ALIVE, NOTE
@@ -508,3 +509,19 @@ def test_files_of_something_else_are_refused_and_left_alone(
     with pytest.raises(TrackingError, match=rf"tracking\.uri=sqlite:///\S*runs\.db: .*{message}"):
         database.prepare(f"sqlite:///{file}")
     assert file.read_bytes() == before
+
+
+def test_no_picture_outlives_the_code_that_drew_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, drawn = Store(tmp_path / "store"), []
+    store.open(print)
+
+    def draw(path: Path) -> None:
+        drawn.append(path)
+        path.write_bytes(PNG)
+
+    for _ in range(2):
+        execute._draw_once(store, "key", draw, tmp_path / "a.png")
+    assert len(drawn) == 1
+    monkeypatch.setattr(execute, "_hash_drawing", lambda: "another palette")
+    execute._draw_once(store, "key", draw, tmp_path / "a.png")
+    assert len(drawn) == 2

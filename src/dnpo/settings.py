@@ -301,9 +301,10 @@ def check_values(
     """Check plain values against the settings of ``target``: names, and unless ``types=False`` their types."""
     parameters = inspect.signature(target).parameters
     keywords = {key: parameters[key] for key in (_parameters(target) if types else parameters)}
+    inner = [each for each in flat(values) if "." in each and each.split(".")[0] in keywords]
     for key in values:
         if key not in keywords:
-            raise SettingsError(f"{_join_names(name, key)}: unknown setting.{nearest(key, keywords, name)}")
+            raise SettingsError(f"{_join_names(name, key)}: unknown setting.{nearest(key, [*keywords, *inner], name)}")
     for key, parameter in keywords.items():
         if types and parameter.default is parameter.empty and values.get(key) in (None, "???"):
             raise SettingsError(f"{_join_names(name, key)}: needs a value; give {_join_names(name, key)}=…")
@@ -359,10 +360,16 @@ def locate(name: str, target: str) -> Callable[..., Any]:
 
 
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Write a sentence that offers the known words nearest to ``word``, or lists them all."""
+    """Write a sentence that offers the known words nearest to ``word``, or lists them all.
+
+    A setting that has the same name and stands elsewhere, in the same part if there is one, comes before similar names.
+    """
     known = sorted(key for key in known if not key.split(".")[-1].startswith("_"))
     names = [_join_names(prefix, key) for key in known]
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    part, _, last = word.rpartition(".")
+    same = [key for key in known if "." in key and key.split(".")[-1] == last]
+    beside = [key for key in same if part and key.split(".")[0] == part.split(".")[0]]
+    close = beside or same[:3] or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if close:
         return f" Did you mean {' or '.join(_join_names(prefix, key) for key in close)}?"
     return f" Known: {', '.join(sorted(names)) or 'none'}."

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,7 @@ def _track_results(summary: Mapping[str, Any], store: Store, tracking: Tracking,
 
 def _draw_once(store: Store, key: str, draw: Callable[[Path], None], picture: Path) -> None:
     """Copy a picture that an earlier run drew from the same numbers, or draw it and keep it for later ones."""
-    drawn = store.root / ".pictures" / f"{key}.png"
+    drawn = store.root / ".pictures" / f"{key}-{_hash_drawing()}.png"
     if not drawn.is_file() and not store.writable:
         draw(picture)
         return
@@ -289,6 +290,14 @@ def _draw_once(store: Store, key: str, draw: Callable[[Path], None], picture: Pa
         draw(aside)
         disk.replace(aside, drawn)
     shutil.copy2(drawn, picture)
+
+
+@cache
+def _hash_drawing() -> str:
+    """Return a hash of the code that decides how pictures look, so that no picture outlives it."""
+    root = Path(__file__).parent.parent
+    code = [(root / name).read_bytes() for name in ("palette.py", "catalogue.py", "report/drawing.py")]
+    return hashlib.sha256(b"".join(code)).hexdigest()[:8]
 
 
 def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]]:
