@@ -16,7 +16,7 @@ from dnpo.judges.asked.hf import HF
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.reward.reward import Reward
 from dnpo.policy.base import Pretrained
-from dnpo.policy.complete import merge_adapter
+from dnpo.policy.complete import check_finite, merge_adapter
 from dnpo.policy.encoder import check_encoder
 from dnpo.policy.folder import find_files, read_header
 from dnpo.policy.loading import load, outline
@@ -282,6 +282,17 @@ def test_tied_tensors_are_named_once(make_policy: MakePolicy, tmp_path: Path) ->
     prefix("_orig_mod.")(tmp_path)
     with pytest.raises(ModelError, match=r"drawn: 20 tensors \(model\.embed_tokens\.weight, .*no part .*: 20 tensors"):
         outline(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    whole = torch.linspace(-3, 3, 1000).to(dtype)
+    check_finite([("a", whole), ("none", whole[:0]), ("number", torch.tensor(3))], "here")
+    for value in (NAN,) if dtype is torch.float8_e4m3fn else (NAN, float("inf"), -float("inf")):
+        broken = whole.clone()
+        broken[567] = value
+        with pytest.raises(ModelError, match=r"^here: .*not finite: 1 tensor \(b\)"):
+            check_finite([("a", whole), ("b", broken)], "here")
 
 
 def test_a_folder_that_is_no_model_says_what_it_is(saved: Path, make_policy: MakePolicy, tmp_path: Path) -> None:
