@@ -4,16 +4,13 @@ Expectations are worked out by hand from the documented rules.
 """
 
 import json
-import os
-import time
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from dnpo.errors import JudgeError, SettingsError
+from dnpo.errors import SettingsError
 from dnpo.judges.exact.answers import Checker, Choice, Exact, Numeric, final_number, gold_number, normalise, numbers
-from dnpo.judges.exact.code import UnitTests
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from tests.conftest import verdicts
 
@@ -183,94 +180,3 @@ def test_normal_form() -> None:
     assert normalise("  The “Cat” costs -2.50, an  apple.") == "cat costs -2.50 apple"
     assert Exact().accepts([Prompt("x", [], "", answer="the")]) is not None
     assert Exact(normalised=False).accepts([Prompt("x", [], "", answer="the")]) is None
-
-
-# --- code -------------------------------------------------------------------------------------------------------------
-
-TESTS = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
-GOOD = "def add(a, b):\n    return a + b"
-
-
-def run(text: str, tests: str = TESTS, **settings: float) -> Verdict:
-    given = {"timeout": 5.0, "memory_mb": 256} | settings
-    return judge(UnitTests(i_know_this_runs_code=True, **given), tests, text)  # type: ignore[arg-type]
-
-
-def test_code_is_off_until_asked_for() -> None:
-    prompt = Prompt("p", [], "", answer=TESTS)
-    objection = UnitTests().accepts([prompt])
-    assert objection is not None
-    assert "judge.i_know_this_runs_code=true" in objection
-    with pytest.raises(JudgeError, match="i_know_this_runs_code"):
-        judge(UnitTests(), TESTS, GOOD)
-    allowed = UnitTests(i_know_this_runs_code=True)
-    assert allowed.accepts([prompt]) is None
-    assert allowed.accepts([Prompt("q", [], "", answer="assert (")]) is not None
-
-
-@pytest.mark.parametrize(
-    ("text", "score", "reason"),
-    [
-        (GOOD, 100.0, ""),
-        (f"Here it is:\n```python\n{GOOD}\n```\nIt adds.", 100.0, ""),
-        (f"```\nbroken(\n```\nor rather\n```py\n{GOOD}\n```", 100.0, ""),
-        ("def add(a, b):\n    return a - b", 0.0, "AssertionError"),
-        ("def add(a, b:", 0.0, "SyntaxError"),
-        ("", 0.0, "no code"),
-        # leaving early is no way to pass, whatever the status
-        ("import os\nos._exit(0)", 0.0, "ended before its tests"),
-        ("import sys\nsys.exit(0)", 0.0, "SystemExit"),
-        ("print('passed')\nraise KeyboardInterrupt", 0.0, "KeyboardInterrupt"),
-        ("import os\nos.kill(os.getpid(), 9)", 0.0, "SIGKILL"),
-        # an empty environment, an empty folder, nothing to read
-        (f"import os\nassert not set(os.environ) - {{'LC_CTYPE'}}\nassert os.listdir('.') == []\n{GOOD}", 100.0, ""),
-        (f"try:\n    input()\nexcept EOFError:\n    pass\n{GOOD}", 100.0, ""),
-        # limits of memory and of the size of files
-        (f"x = bytearray(1 << 30)\n{GOOD}", 0.0, "MemoryError"),
-        (f"open('big', 'wb').write(b'x' * (2 << 20))\n{GOOD}", 0.0, "big|SIGXFSZ|File too large"),
-        (f"open('small', 'wb').write(b'x' * (1 << 19))\n{GOOD}", 100.0, ""),
-        (f"some = [open('/dev/null') for _ in range(100)]\n{GOOD}", 0.0, "Too many open files"),
-    ],
-)
-def test_unit_tests(text: str, score: float, reason: str) -> None:
-    verdict = run(text, file_mb=1)
-    assert verdict.score == score
-    assert any(part in verdict.reason for part in reason.split("|"))
-    assert bool(verdict.reason) == bool(reason)
-
-
-def test_an_endless_loop_ends_with_all_it_started(tmp_path: Path) -> None:
-    """The whole session is killed, children in the background included."""
-    pids = tmp_path / "pids"
-    settings = {} if os.getuid() == 0 else {"processes": 100_000}
-    child = f"import os, time\nif os.fork() == 0:\n    open({str(pids)!r}, 'w').write(str(os.getpid()))\n"
-    for ends in ("    time.sleep(60)\nwhile True: pass", f"    time.sleep(60)\ntime.sleep(0.3)\n{GOOD}"):
-        pids.unlink(missing_ok=True)
-        began = time.monotonic()
-        verdict = run(child + ends, timeout=1.0, **settings)
-        assert time.monotonic() - began < 4
-        assert verdict.score == (100.0 if GOOD in ends else 0.0)
-        pid = int(pids.read_text())
-        for _ in range(100):
-            stat = Path(f"/proc/{pid}/stat")
-            if not stat.exists() or stat.read_text().split()[2] == "Z":
-                break
-            time.sleep(0.02)
-        else:
-            pytest.fail("a child is still running")
-
-
-def test_processes_are_limited() -> None:
-    if os.getuid() == 0:
-        pytest.skip("the system does not hold root to it")
-    assert run(f"import os\nos.fork()\n{GOOD}").score == 0.0
-
-
-def test_side_by_side() -> None:
-    """Several at once, in the order of the responses."""
-    prompt = Prompt("p", [], "", answer=TESTS)
-    texts = [GOOD, "def add(a, b): return 0", GOOD, ""]
-    responses = [Response("p", f"policy@{i}", text, [1], 1, "eos") for i, text in enumerate(texts)]
-    said = verdicts(UnitTests(i_know_this_runs_code=True, workers=3), [prompt], responses)
-    assert [v.score for v in said] == [100.0, 0.0, 100.0, 0.0]
-    assert [v.source for v in said] == [r.source for r in responses]

@@ -1,0 +1,142 @@
+"""What tests are: which names they want of the answer, and what in them could not work as they run.
+
+Tests are a Python program. Names that they use and neither define, import nor have from Python are the answer's: they
+stand for what lies in the answer's process. Calls, attributes, items, iteration, arithmetic and ``str``, ``len``,
+``bool`` and such on them are computed there. Plain values (None, numbers, texts, bytes, lists, tuples, sets, mappings,
+ranges, named tuples, and those of collections, decimal, fractions and datetime) come back as copies, of exactly these
+types; everything else, such as an instance of the answer's class or a generator, stays there and is referred to.
+
+- Only plain values are compared. ``==``, ``<`` or ``in`` on what stays there ends the tests, and so does arithmetic
+  with it and a plain value, such as ``f(1) - 3``: the answer would decide.
+- Arguments pass as copies. Where a call returns None, changes of its lists, sets and mappings are taken over, so that
+  what sorts in place can be tested; what returns a value cannot change what it was given.
+- Functions of the tests can be passed, and are called in the tests' process.
+- An exception of the answer is raised in the tests by its name, Python's own or one that the answer defines.
+- What a call prints is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it.
+- Functions ``test…()`` without parameters and classes of ``unittest.TestCase`` are run where nothing else runs them.
+- The answer's modules are not there: tests import what they use, except that ``math.…`` and other modules of the
+  standard library need no import.
+- Where tests name nothing but Python's functions, and call just one of them, such as ``sum``, it is the answer's.
+"""
+
+import ast
+import builtins
+import importlib.util
+import symtable
+import sys
+
+_PYTHONS = frozenset(dir(builtins))
+# What needs the answer in the same process, or would run the answer's text among the tests.
+_REFUSED_MODULES = {
+    "asyncio",
+    "concurrent",
+    "gc",
+    "inspect",
+    "marshal",
+    "mock",
+    "multiprocessing",
+    "pickle",
+    "threading",
+    "unittest.mock",
+}
+_REFUSED_NAMES = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input"}
+
+
+def answer_names(tests: str) -> list[str]:
+    """The names that tests want of the answer.
+
+    Raises:
+        SyntaxError, ValueError: they are no Python.
+    """
+    tree = ast.parse(tests)
+    free = _free_names(tests) - _own_modules(tree, _free_names(tests))
+    names = free - _PYTHONS
+    if names:
+        return sorted(names)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    if any(isinstance(node, functions) for node in ast.walk(tree)):
+        return []
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    one = sorted((called & free & _PYTHONS) - {"print"})
+    return one if len(one) == 1 else []
+
+
+def own_modules(tests: str) -> list[str]:
+    """The modules of the standard library that tests use without an import: names with nothing but attributes."""
+    return sorted(_own_modules(ast.parse(tests), _free_names(tests)))
+
+
+def find_fault(tests: str) -> str | None:
+    """What keeps these tests from being used, in words; None if nothing does."""
+    try:
+        tree = ast.parse(tests)
+        compile(tree, "tests", "exec")
+        names = answer_names(tests)
+    except SyntaxError as error:
+        return f"is no Python program (line {error.lineno}: {error.msg})"
+    except (ValueError, RecursionError, MemoryError) as error:
+        return f"is no Python program ({error})"
+    if not tree.body:
+        return "is empty"
+    refused = sorted(_REFUSED_NAMES & _free_names(tests))
+    if refused:
+        return f"{refused[0]} is not possible: the answer is in another process, and its text must not run in this one"
+    for node in ast.walk(tree):
+        fault = _fault(node)
+        if fault is not None:
+            return f"line {getattr(node, 'lineno', '?')}: {fault}"
+    if not names:
+        return (
+            "names nothing that an answer would define, so every answer would pass; a function such as "
+            "check(candidate) needs a line that calls it, check(NAME)"
+        )
+    return None
+
+
+def _fault(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Await | ast.AsyncFor | ast.AsyncWith):
+        return "await is not possible: the answer is in another process"
+    if isinstance(node, ast.Attribute) and node.attr == "stdin" and isinstance(node.value, ast.Name):
+        return f"{node.value.id}.stdin is not the answer's, which is in another process and reads nothing"
+    modules = []
+    if isinstance(node, ast.Import):
+        modules = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        modules = [node.module or ".", *(f"{node.module}.{alias.name}" for alias in node.names)]
+    for module in modules:
+        if _REFUSED_MODULES & {module, module.partition(".")[0]}:
+            return f"{module} is not possible: the answer is in another process; its names are there without an import"
+    for module in modules[:1] if isinstance(node, ast.ImportFrom) else modules:
+        if not _is_installed(module.partition(".")[0]):
+            return f"module {module} is not installed; the answer's names are there without an import"
+    return None
+
+
+def _is_installed(module: str) -> bool:
+    return bool(module) and (module in sys.stdlib_module_names or importlib.util.find_spec(module) is not None)
+
+
+def _free_names(tests: str) -> set[str]:
+    """Names that are used and never bound at the level of the module."""
+    top = symtable.symtable(tests, "tests", "exec")
+    bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
+    used: set[str] = set()
+    tables = [top]
+    while tables:
+        table = tables.pop()
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if symbol.is_referenced() and (table is top or symbol.is_global()):
+                used.add(symbol.get_name())
+            if symbol.is_declared_global() and symbol.is_assigned():
+                bound.add(symbol.get_name())
+    return used - bound - {"__name__", "__file__", "__doc__"}
+
+
+def _own_modules(tree: ast.AST, free: set[str]) -> set[str]:
+    modules = free & sys.stdlib_module_names
+    if not modules:
+        return set()
+    loads = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    owners = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return modules - {node.id for node in loads if id(node) not in owners}

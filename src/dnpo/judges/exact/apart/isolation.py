@@ -1,0 +1,146 @@
+"""Close a process off from the machine, by what Linux has for it: namespaces, no capabilities, limits."""
+
+import ctypes
+import os
+import resource
+import sys
+
+from dnpo.judges.exact.apart import SYSTEM, WORK
+
+# Of the system's headers.
+_NEW_NS, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = (
+    0x00020000,
+    0x04000000,
+    0x08000000,
+    0x10000000,
+    0x20000000,
+    0x40000000,
+)
+_RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+_KEPT_FLAGS, _RELATIME = 2 | 4 | 8 | 1024 | 2048, 1 << 21  # those of a mount that a new one must have as well
+_DETACH = 2
+_SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_NO_NEW_PRIVILEGES = 1, 4, 38
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
+_CAPABILITIES_3 = 0x20080522
+_KILL = 9
+
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name: str, *args: object) -> None:
+    if getattr(_libc, name)(*args) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def limit(limits: dict[str, int]) -> None:
+    """Set limits on this process, by their names in :mod:`resource`; none above what holds already."""
+    for name, value in limits.items():
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def enter_namespaces() -> bool:
+    """Give this process, and those that it starts, namespaces without network, processes or names of the machine.
+
+    Returns:
+        Whether it is the machine's root there, and can take another user.
+
+    Raises:
+        OSError: the system does not let it.
+    """
+    spaces = _NEW_NS | _NEW_UTS | _NEW_IPC | _NEW_PID | _NEW_NET
+    user, group = os.geteuid(), os.getegid()
+    if user == 0 and _libc.unshare(spaces) == 0:
+        return True
+    _call("unshare", spaces | _NEW_USER)
+    for file, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
+        with open(f"/proc/self/{file}", "w") as opened:
+            opened.write(text)
+    return False
+
+
+def enter_root(folder: str, trees: list[str], size: int) -> None:
+    """Make a file system of a few folders, read-only, and an empty one to work in; nothing else is there, no ``/proc``.
+
+    Args:
+        folder: an empty one, over which it is mounted for a moment.
+        trees: folders that Python needs.
+        size: bytes that can be written in all.
+    """
+    _mount("none", "/", None, _REC | _PRIVATE)
+    _mount("tmpfs", folder, "tmpfs", _NOSUID | _NODEV, f"size={size},mode=755")
+    for tree in (*SYSTEM, *trees):
+        _show(tree, folder)
+    for device in _DEVICES:
+        _show(f"/dev/{device}", folder, device=True)
+    for place in ("/tmp", WORK):
+        os.makedirs(folder + place, exist_ok=True)
+        os.chmod(folder + place, 0o1777)
+    os.chdir(folder)
+    number = _PIVOT_ROOT.get(os.uname().machine)
+    if number is None:
+        raise OSError(f"not known how to change the root on {os.uname().machine}")
+    _call("syscall", number, b".", b".")
+    _call("umount2", b".", _DETACH)
+    os.chdir(WORK)
+
+
+def _show(path: str, folder: str, device: bool = False) -> None:
+    """Make a file or folder of the machine appear in the new root, read-only."""
+    new = folder + path
+    if not os.path.exists(path) or os.path.lexists(new):
+        return
+    os.makedirs(os.path.dirname(new), exist_ok=True)
+    if os.path.islink(path):
+        os.symlink(os.readlink(path), new)
+        return
+    if os.path.isdir(path):
+        os.mkdir(new)
+    else:
+        os.close(os.open(new, os.O_CREAT | os.O_WRONLY, 0o644))
+    _mount(path, new, None, _BIND | _REC)
+    found = os.statvfs(new).f_flag
+    kept = found & _KEPT_FLAGS | (_RELATIME if found & 4096 else 0)
+    if not device:
+        _mount("none", new, None, _BIND | _REMOUNT | _RDONLY | _NOSUID | _NODEV | kept)
+
+
+def _mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    words = [word if word is None else word.encode() for word in (source, target, kind)]
+    _call("mount", *words, ctypes.c_ulong(flags), None if data is None else data.encode())
+
+
+def give_up_rights(user: int | None) -> None:
+    """Take another user where one is given, and keep no capability in any case, not by starting a program either."""
+    if user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    if sys.platform == "linux":
+        header = (ctypes.c_uint32 * 2)(_CAPABILITIES_3, 0)
+        _call("capset", header, (ctypes.c_uint32 * 6)())
+        _call("prctl", _SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """Be killed when the process that started this one ends."""
+    if sys.platform == "linux":
+        _call("prctl", _SET_DEATH_SIGNAL, _KILL, 0, 0, 0)
+
+
+def be_unreadable() -> None:
+    """Keep other processes of the user from reading this one's memory, files and environment, or from tracing it."""
+    if sys.platform == "linux":
+        _call("prctl", _SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def can_be(user: int) -> bool:
+    """Whether the system knows this user: a container may have few."""
+    with open("/proc/self/uid_map") as lines:
+        parts = [[int(word) for word in line.split()] for line in lines]
+    return any(first <= user < first + count for first, _, count in parts)

@@ -1,0 +1,113 @@
+"""Start the two processes that an answer and its tests run in; what ``python -c`` calls, with everything else on stdin.
+
+The answer's process is started before the task is read, so that it never holds the tests, and closes every file that
+is not its connection. Only the tests' process can write the word that says that all went well.
+"""
+
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+from dnpo.judges.exact.apart import FAILED, NOT_ISOLATED, PASSED, isolation, testing
+from dnpo.judges.exact.apart.answer import Server
+from dnpo.judges.exact.apart.wire import Wire
+
+_USERS = 60_000  # users of answers' processes are counted from here; none of the machine's should be among them
+
+
+def main(how: dict[str, Any]) -> None:
+    """Isolate, start the answer's process, run the tests and end as ``__init__`` says.
+
+    Args:
+        how: ``isolation`` (``namespaces``, ``bubblewrap`` or ``none``), ``folder`` (an empty one), ``trees`` (that
+            Python needs), ``path`` (of Python's packages), ``size`` (bytes to write in all) and ``limits``.
+    """
+    sys.path += how["path"]
+    user = None
+    try:
+        if how["isolation"] == "namespaces":
+            user = _enter(how)
+        isolation.be_unreadable()
+    except OSError as error:
+        os.write(1, f"{error.strerror or error}".encode())
+        os._exit(NOT_ISOLATED)
+    (questions, asks), (replies, gives) = os.pipe(), os.pipe()
+    answer = os.fork()
+    if answer == 0:
+        _answer(questions, gives, how, user)
+    os.close(questions)
+    os.close(gives)
+    _test(Wire(replies, asks), answer, how, None if user is None else user + 1)
+
+
+def _enter(how: dict[str, Any]) -> int | None:
+    """Enter the namespaces; the user that the answer is to be, if it can be another."""
+    root = isolation.enter_namespaces()
+    # by the number of this process, so that no two answers are one user at a time, whose processes are limited
+    user = _USERS + os.getpid() * 2 % 5_000 if root else None
+    if user is not None and not isolation.can_be(user + 1):
+        user = None
+    child = os.fork()  # the first of the new process ids; all others end with it
+    if child:
+        os.close(0)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
+    isolation.end_with_parent()
+    isolation.enter_root(how["folder"], how["trees"], how["size"])
+    return user
+
+
+def _answer(reads: int, writes: int, how: dict[str, Any], user: int | None) -> None:
+    """Serve the answer; never returns."""
+    try:
+        isolation.give_up_rights(user)
+        isolation.end_with_parent()  # after taking another user, which forgets it
+        isolation.limit(how["limits"])
+        _close_streams(0, 1, 2)
+        for other in range(3, 64):
+            if other not in (reads, writes):
+                os.closerange(other, other + 1)
+        Server(Wire(reads, writes)).serve()
+    finally:
+        os._exit(1)
+
+
+def _test(wire: Wire, answer: int, how: dict[str, Any], user: int | None) -> None:
+    """Run the tests; never returns."""
+    task = json.load(sys.stdin)
+    out = os.dup(1)
+    os.set_inheritable(out, False)
+    isolation.give_up_rights(user)
+    if how["isolation"] == "namespaces":
+        isolation.end_with_parent()
+    isolation.be_unreadable()
+    isolation.limit({name: value for name, value in how["limits"].items() if name != "RLIMIT_NPROC"})
+    _close_streams(0, 1, 2)
+    status, said = PASSED, task["word"]
+    try:
+        client = testing.Client(wire)
+        client.load(task["response"])
+        testing.run(task["tests"], task["names"], task["modules"], client)
+    except BaseException as error:
+        status, said = FAILED, _describe(error, answer)
+    os.write(out, said.encode(errors="replace"))
+    os._exit(status)
+
+
+def _describe(error: BaseException, answer: int) -> str:
+    """Why the tests ended, in one line."""
+    if isinstance(error, testing.AnswerEnded):
+        gone, status = os.waitpid(answer, os.WNOHANG)
+        if gone and os.WIFSIGNALED(status):
+            return f"the answer's process was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+        return f"the answer's process {error} before its tests were through"
+    said = str(error).strip().partition("\n")[0][:200]
+    return said if isinstance(error, testing.NotPlain) else f"{type(error).__name__}: {said}"
+
+
+def _close_streams(*streams: int) -> None:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in streams:
+        os.dup2(nothing, stream)
+    os.close(nothing)
