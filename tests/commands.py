@@ -76,7 +76,10 @@ class Process:
 
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to it and to all that it has started."""
-        os.killpg(self.pid, number)
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:  # it has begun just now, and has no group yet
+            os.kill(self.pid, number)
 
 
 def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], before: str, env: dict[str, str]) -> None:
