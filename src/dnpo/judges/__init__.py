@@ -1,7 +1,7 @@
-"""Judges: rows in, verdicts out; they know nothing of training.
+"""Judges: rows in, verdicts out, independent of training.
 
-A judge is called with prompts and with responses to them (of any source, in any order) and returns one verdict a
-response, in the same order. A response it cannot judge gets no score, with the reason; a failure is never a score.
+A judge is called with prompts and with responses to them (of any source, in any order) and returns a verdict on each
+response, in the same order. A response that it cannot judge gets no score but a reason; a failure is never a score.
 """
 
 from abc import ABC, abstractmethod
@@ -18,12 +18,12 @@ from dnpo.store import Report
 
 @dataclass(frozen=True)
 class Forecast:
-    """The calls and the cost that judging would take.
+    """The calls and the cost that judging would need.
 
     Attributes:
         calls: questions, each counted once.
         new: those that the ledger cannot answer.
-        cost: of the new ones in US dollars, by estimated tokens; None where the price is not known.
+        cost: estimated cost of the new ones in US dollars; None if the price is not known.
     """
 
     calls: int = 0
@@ -44,11 +44,11 @@ class Canary:
 
 
 class Judge(ABC):
-    """What ``judge=…`` configures.
+    """A judge, configured by ``judge=…``.
 
     Attributes:
-        gives_scores: false for the absent judge.
-        max_unscored: share of responses that may stay without a score.
+        gives_scores: false for ``judge=off``.
+        max_unscored: share of responses that may lack a score.
     """
 
     gives_scores: ClassVar[bool] = True
@@ -64,39 +64,39 @@ class Judge(ABC):
         return None
 
     def canary(self, ledger: Ledger) -> "Canary | None":
-        """Judge one made-up response for real, before hours depend on it; None where that would say nothing.
+        """Really judge one made-up response, as a check before a long run; None if that would check nothing.
 
         Raises:
-            JudgeError: the judge cannot be used as it is set.
+            JudgeError: the judge cannot be used with its settings.
         """
         return None
 
     def forecast(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]
     ) -> Forecast:
-        """What these verdicts would take. Keys of questions are added to ``seen``, and those in it are not counted."""
+        """Estimate what these verdicts would need, without questions whose keys are in ``seen``; add the new keys."""
         return Forecast()
 
     @abstractmethod
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """One verdict a response, in their order.
+        """Return a verdict on each response, in their order.
 
         Args:
-            prompts: those that the responses name by their ids, and perhaps others.
-            ledger: where questions that cost something are looked up and answers kept.
-            report: told of the total and of every verdict.
+            prompts: the prompts that the responses name by id; others are ignored.
+            ledger: stores replies, so that no question is paid for twice.
+            report: receives the total and the progress.
         """
 
 
 def judge_responses(
     judge: Judge, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
 ) -> list[Verdict]:
-    """Judge the responses; at most the judge's ``max_unscored`` of the verdicts may be without a score.
+    """Judge the responses; at most the judge's ``max_unscored`` of the verdicts may lack a score.
 
     Raises:
-        JudgeError: too many are. What was answered is in the ledger: a rerun asks only for the rest.
+        JudgeError: too many verdicts lack a score. The ledger has all replies, so a rerun asks only for the rest.
     """
     verdicts = judge(prompts, responses, ledger, report)
     missing = [v for v in verdicts if v.score is None]
@@ -106,7 +106,7 @@ def judge_responses(
 
 
 def tally(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Counts of verdicts, and their mean disagreement where that is known."""
+    """Count verdicts, and average their disagreement if it is known."""
     apart = [v.disagreement for v in verdicts if v.disagreement is not None]
     counts: dict[str, float] = {"verdicts": len(verdicts), "unscored": sum(v.score is None for v in verdicts)}
     return counts | ({"disagreement": sum(apart) / len(apart)} if apart else {})
@@ -118,5 +118,5 @@ def too_many(missing: int, total: int, limit: float, reasons: Sequence[str], wha
     return (
         f"judge: {missing:,} of {total:,} {what} have no score, more than judge.max_unscored={limit:g} allows. Most "
         f"often: {shown}. What was answered is kept: run the same command again and only the rest is asked; or raise "
-        "judge.max_unscored (dsl.unscored says what becomes of such pairs)"
+        "judge.max_unscored (dsl.unscored decides what happens to such pairs)"
     )

@@ -1,4 +1,4 @@
-"""Several judges as one: their mean, or what most of them prefer, with how far they disagree."""
+"""Several judges as one: their mean score or the preference of the majority, with their disagreement."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ class Ensemble(Judge):
     disagreement is the standard deviation of the members' scores, or of their votes × 100.
 
     Args:
-        members: judges by a name of your choosing.
+        members: judges, by any names.
         by: ``mean`` or ``majority``.
-        max_unscored: share of responses that may stay without a score.
+        max_unscored: share of responses that may lack a score.
     """
 
     members: Mapping[str, Judge]
@@ -45,7 +45,7 @@ class Ensemble(Judge):
         return frozenset(seen for member in self.members.values() for seen in member.prompts_seen)
 
     def identity(self) -> Mapping[str, Any]:
-        """What decides the verdicts: the members, whatever they are called, and how they are put together."""
+        """The values that decide the verdicts: the members, regardless of their names, and how they are combined."""
         kinds = [part_key(member) for member in self.members.values()]
         return {"ensemble": sorted(kinds, key=str), "by": self.by}
 
@@ -72,7 +72,7 @@ class Ensemble(Judge):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """One verdict a response, after every member has judged all of them."""
+        """Return a verdict on each response, after every member has judged all of them."""
         by_member = {name: member(prompts, responses, ledger, report) for name, member in self.members.items()}
         human = {
             r.id: [v.score for v in verdicts]

@@ -1,4 +1,4 @@
-"""One round of questions to an endpoint: many at once, each until it is answered or cannot be.
+"""Ask an endpoint a round of questions: many in parallel, each until it is answered or fails.
 
 Workers take questions from a queue. A slot is held only while a question is in flight, so workers that wait between
 attempts (as long as the server asks for, or twice as long each time) do not block others.
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
-WORKERS = 16  # for a slot
-LOOK = 0.3  # seconds between two looks at what other runs are asking
+WORKERS = 16  # per slot
+LOOK = 0.3  # seconds between checks of questions that other runs are asking
 AGAIN = {408, 409, 425, 429}  # and 5xx
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The limits on asking; :class:`~dnpo.judges.asked.openai.OpenAI` says what each is."""
+    """The limits on asking, as in :class:`~dnpo.judges.asked.openai.OpenAI`."""
 
     concurrency: int
     requests_per_minute: int | None
@@ -53,13 +53,13 @@ async def ask_one_by_one(
     report: Report | None,
     total: int,
 ) -> dict[str, str]:
-    """Ask every question by itself, many at once, and give the reasons of failures by key.
+    """Ask questions one by one, many in parallel, and return the reasons of failures by key.
 
     Args:
-        questions: all different, at least one.
-        ledger: where answers go as they arrive.
-        report: advanced with every question that is done; None for no display.
-        total: questions of which these are those without an answer; so many count for ``max_unscored``.
+        questions: one or more different questions.
+        ledger: stores answers as they arrive.
+        report: advanced with every finished question; None: no display.
+        total: number of questions including answered ones, for ``max_unscored``.
 
     Raises:
         SettingsError: a question has more tokens than ``tokens_per_minute``.
@@ -69,7 +69,7 @@ async def ask_one_by_one(
 
 
 class _Round:
-    """One round of questions: workers take them from a queue, and share the slots and the budget."""
+    """A round of questions: workers take them from a queue, and share slots and budget."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class _Round:
             )
 
     async def ask_all(self) -> dict[str, str]:
-        """Ask until nothing is left, and give the reasons of failures by key."""
+        """Ask until no question is left, and return the reasons of failures by key."""
         try:
             async with self.endpoint.client() as client:
                 while self.row and self.error is None:
@@ -124,14 +124,14 @@ class _Round:
             self.stopped.set()
             raise
         finally:
-            # Interrupted, stopped or done: what is on its way is paid for, so give it a moment to arrive.
+            # Interrupted, stopped or done: replies on their way are paid for, so wait a moment for them.
             _, late = await asyncio.wait(workers, timeout=10)
             for worker in late:
                 worker.cancel()
         await asyncio.gather(*workers)
 
     def _look_elsewhere(self) -> None:
-        """See what other runs have answered, and take over what they have given up."""
+        """Collect the answers of other runs, and take over the questions that they gave up."""
         of = {question.key: question for question in self.elsewhere}
         mine, answered, others = self.ledger.claim(list(of))
         self.row.extend(of[key] for key in mine)
@@ -162,7 +162,7 @@ class _Round:
                 await self._call(client, question)
 
     async def _call(self, client: "AsyncOpenAI", question: Question) -> None:
-        """Send one question until it is answered or has to be given up."""
+        """Send one question until it is answered or must be given up."""
         limits, attempts, replies, began = self.limits, 0, 0, 0.0
         while True:
             async with self.slots:
@@ -208,12 +208,12 @@ class _Round:
             await self._sleep(wait)
 
     async def _turn(self, question: Question) -> None:
-        """Wait until sending is allowed: by the ceilings, and by the money left."""
+        """Wait until the limits on rates allow sending, and check the budget."""
         endpoint, limits = self.endpoint, self.limits
         if limits.requests_per_minute is not None or limits.tokens_per_minute is not None:
             request = 60.0 / limits.requests_per_minute if limits.requests_per_minute else 0.0
             size = tokens_about(question) + endpoint.max_tokens
-            # less the largest question: what a minute's last question brings must fit under the ceiling too
+            # minus the largest question, so that a minute's last question is still within the limit
             tokens = 60.0 * size / (limits.tokens_per_minute - self.largest) if limits.tokens_per_minute else 0.0
             await self._sleep(self.ledger.slot(f"{endpoint.base_url} {endpoint.model}", request, tokens))
         if limits.max_cost is None:
@@ -229,7 +229,7 @@ class _Round:
             )
 
     async def _attempt(self, client: "AsyncOpenAI", question: Question, left: float) -> "Answer | _Trouble":
-        """Send a question once, and wait so many seconds at most."""
+        """Send a question once, and wait at most ``left`` seconds."""
         import httpx2
         import openai
 
@@ -299,10 +299,10 @@ class _Trouble:
     """Why an attempt failed, and what to do next.
 
     Attributes:
-        again: try this question again.
-        stop: give up the whole round.
-        wait: seconds that the server asks for.
-        billed: the question was sent whole and something may have been answered, which a provider may bill.
+        again: whether to try this question again.
+        stop: whether to give up the whole round.
+        wait: seconds that the server asks to wait.
+        billed: whether the provider may bill it: the question was sent and may have been answered.
     """
 
     text: str
@@ -332,5 +332,5 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def _backoff(attempts: int) -> float:
-    """Seconds to wait: doubled after every attempt, and spread, so that many who failed together part."""
+    """Seconds to wait: doubled after every attempt, and randomised, so that simultaneous failures spread out."""
     return min(FIRST_PAUSE * 2.0 ** min(attempts - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.0)

@@ -1,7 +1,7 @@
-"""Judging through a provider's batch API: everything at once, within a day, at a lower price.
+"""Judge by a provider's batch API: all questions at once, within a day, at a lower price.
 
-A batch is remembered in the ledger from the moment the provider has it, and carries a hash of its questions there, so
-that a run that was killed, or one that needs the same answers, finds it again and submits nothing twice.
+The ledger records a batch as soon as the provider has it, with a hash of its questions. So a killed run, or another run
+that needs the same answers, finds it again and submits nothing twice.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 QUESTIONS, BYTES = 20_000, 100 << 20  # in one batch; OpenAI takes 50,000 and 200 MB
-TROUBLES = 20  # looks in a row at an endpoint that does not answer
+TROUBLES = 20  # consecutive checks of an endpoint that does not answer
 OVER = ("completed", "failed", "expired", "cancelled")
 
 
@@ -32,13 +32,13 @@ async def ask_in_batches(
     seconds: float,
     max_cost: float | None,
 ) -> dict[str, str]:
-    """Submit what no run has submitted, wait for all batches, and return the reasons of failures by key.
+    """Submit questions that no run has submitted, wait for all batches, and return the reasons of failures by key.
 
     Args:
-        questions: all different, and without an answer yet.
-        ledger: where batches are remembered and answers kept.
-        report: advanced with every question that is done.
-        seconds: between two looks at the batches.
+        questions: different questions without an answer.
+        ledger: stores batches and answers.
+        report: advanced with every finished question.
+        seconds: time between checks of the batches.
         max_cost: US dollars that the run may spend; None for no limit.
 
     Raises:
@@ -64,7 +64,7 @@ class _Batches:
         self.endpoint, self.questions, self.ledger, self.report = endpoint, questions, ledger, report
         self.max_cost = max_cost
         self.left = set(questions)
-        self.seen: set[str] = set()  # in a batch, whoever submitted it
+        self.seen: set[str] = set()  # questions in a batch of this or another run
         self.reasons: dict[str, str] = {}
 
     async def ask_all(self, client: "AsyncOpenAI", seconds: float) -> dict[str, str]:
@@ -94,7 +94,7 @@ class _Batches:
         )
 
     async def _look(self, client: "AsyncOpenAI") -> None:
-        """Collect what is done; submit what no batch has."""
+        """Collect finished batches; submit questions that are in no batch."""
         address = self.endpoint.base_url
         for batch, questions in self.ledger.batches(address).items():
             keys = {q.key for q in questions}
@@ -164,7 +164,7 @@ class _Batches:
         return self.endpoint.price(self.questions[key], batch=True) or 0.0
 
     def _sum_waiting(self) -> float:
-        """US dollars that batches on their way will cost, about, for questions of this round."""
+        """The estimated cost in US dollars of unfinished batches, for questions of this round."""
         waiting = [q.key for some in self.ledger.batches(self.endpoint.base_url).values() for q in some]
         return sum(self._price(key) for key in waiting if key in self.questions)
 
@@ -172,7 +172,7 @@ class _Batches:
         """Find the batch with these questions that a run submitted before it was killed, if there is one."""
         async for batch in client.batches.list(limit=100):
             if self.ledger.was_collected(self.endpoint.base_url, str(batch.id)):
-                continue  # what failed in it is asked again, in another
+                continue  # its failed questions are asked again in another batch
             if (batch.metadata or {}).get("dnpo") == digest[:64]:
                 return None if batch.status in OVER[1:] else str(batch.id)
         return None
@@ -211,7 +211,7 @@ class _Batches:
         self._settle({}, {key: reason for key, reason in reasons.items() if reason})
 
     def _read(self, line: dict[str, Any], questions: dict[str, Question], reasons: dict[str, str]) -> None:
-        """One line of a result file: an answer goes into the ledger, a failure among the reasons."""
+        """Read one line of a result file: record an answer in the ledger, or a failure in the reasons."""
         key = line.get("custom_id")
         if key not in reasons:
             return

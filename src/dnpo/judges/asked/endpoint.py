@@ -67,14 +67,14 @@ class Endpoint:
         self.limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
     def client(self) -> "AsyncOpenAI":
-        """A client for one event loop. It never tries again by itself."""
+        """A client for one event loop, without automatic retries."""
         from openai import AsyncOpenAI
 
         key = os.environ.get(self.key_from) or "none"
         return AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=0, timeout=self.timeout)
 
     def body(self, question: Question) -> dict[str, Any]:
-        """What is sent for one question."""
+        """The body of the request for a question."""
         body: dict[str, Any] = {
             "model": self.model,
             "messages": question.messages,
@@ -111,7 +111,7 @@ class Endpoint:
 
         Args:
             raw: the body of the reply.
-            question: counted where the server counts no tokens.
+            question: its tokens are estimated if the server does not count them.
             batch: whether the reply came from the batch API, at its price.
         """
         try:
@@ -150,7 +150,7 @@ class Endpoint:
         return read_expected_score(tokens) if self.mode == "score" else read_expected_winner(tokens)
 
     def price(self, question: Question, *, batch: bool = False) -> float | None:
-        """US dollars that a question will cost, about; None where the price is not known."""
+        """The estimated cost of a question in US dollars; None if the price is not known."""
         return None if self.tariff is None else self.tariff.of(tokens_about(question), self.max_tokens, batch)
 
     def clean(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""Judges that are asked in words: rows → questions → answers → verdicts.
+"""Language models as judges: rows → questions → answers → verdicts.
 
 In mode ``score`` every response is a separate question, answered by a whole number from 0 to 100. In mode
 ``pairwise`` every generated response is compared with the human one, in both orders: its score is 100 × the mean
@@ -26,11 +26,11 @@ from dnpo.store import Report
 Mode = Literal["score", "pairwise"]
 Reading = Literal["text", "logprobs"]
 SHIPPED = Path(__file__).parent / "templates"
-TRIAL = ("5028841971", "6939937510")  # two responses that no template has words of
+TRIAL = ("5028841971", "6939937510")  # two responses whose text occurs in no template
 
 
 class Template:
-    """The words of a question, from a YAML file with ``version``, ``mode``, ``user`` and perhaps ``system``.
+    """The text of a question, from a YAML file with ``version``, ``mode``, ``user`` and optionally ``system``.
 
     Raises:
         SettingsError: the file cannot be read, lacks something, or is for the other mode.
@@ -78,7 +78,7 @@ class Template:
     def messages(
         self, conversation: Sequence[Message], response: str, second: str = "", answer: str | None = None
     ) -> list[Message]:
-        """What to send about one response, or about two."""
+        """The messages that ask about one response, or about two."""
         shown = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation)
         texts = "\0".join([shown, response, second])
         mark = hashlib.sha256(texts.encode()).hexdigest()[:8]
@@ -91,12 +91,12 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompted(Judge):
-    """What judges have in common that are asked in words; see the head of this file.
+    """The base class of judges that are language models, as the head of this file describes.
 
     Args:
         mode: ``score`` or ``pairwise``.
         template: a file with the question; None takes the shipped one for the mode.
-        max_unscored: share of responses that may stay without a score.
+        max_unscored: share of responses that may lack a score.
 
     Raises:
         SettingsError: the template cannot be used.
@@ -107,17 +107,17 @@ class Prompted(Judge):
     max_unscored: Fraction = neutral(0.02)
 
     def __post_init__(self) -> None:
-        _ = self.wording  # a template that cannot be used is refused at once
+        _ = self.wording  # refuse a bad template at once
 
     @property
     @abstractmethod
     def kind(self) -> str:
-        """The kind of judge with what of its settings can change an answer, as the ledger shows it."""
+        """The kind of judge with the settings that can change an answer, as the ledger shows it."""
 
     @property
     @abstractmethod
     def respondent(self) -> str:
-        """Who is asked, as the ledger shows it."""
+        """The model that is asked, as the ledger shows it."""
 
     @cached_property
     def wording(self) -> Template:
@@ -125,7 +125,7 @@ class Prompted(Judge):
         return Template(Path(self.template) if self.template else SHIPPED / f"{self.mode}.yaml", self.mode)
 
     def identity(self) -> Mapping[str, Any]:
-        """The settings that decide the verdicts; how fast and at what price they come is not among them."""
+        """The settings that decide the verdicts, without those of speed and price."""
         return {"judge": self.kind, "model": self.respondent, "template": self.wording.name}
 
     @abstractmethod
@@ -133,18 +133,18 @@ class Prompted(Judge):
         """Write answers into the ledger; return the reasons why questions have none, by key.
 
         Args:
-            questions: all different, and without an answer when this was called.
-            total: verdicts' questions in all, answered ones included.
+            questions: different questions without an answer.
+            total: number of all questions of the verdicts, including answered ones.
         """
 
     def price(self, question: Question) -> float | None:
-        """US dollars that a question will cost, about; None where the price is not known."""
+        """The estimated cost of a question in US dollars; None if the price is not known."""
         return 0.0
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """One verdict a response, from the answers that the ledger has and those that are asked for now."""
+        """Return a verdict on each response, from answers in the ledger and new ones."""
         needed = self.make_questions(prompts, responses)
         questions = {q.key: q for some in needed for q in some}
         known = ledger.answers(list(questions))
@@ -170,7 +170,7 @@ class Prompted(Judge):
         return Forecast(len(questions), len(costs), sum(priced) if len(priced) == len(costs) else None)
 
     def make_questions(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[list[Question]]:
-        """The questions that each response's verdict needs: one, two, or none where there is nothing to ask."""
+        """The questions for each response's verdict: one, two, or none if there is nothing to ask."""
         by_id = {p.id: p for p in prompts}
         if self.mode == "score":
             return [[self._question(by_id[r.id], r.text)] for r in responses]
@@ -181,7 +181,7 @@ class Prompted(Judge):
         ]
 
     def _comparison(self, prompt: Prompt, human: str, generated: str) -> Iterator[Question]:
-        """Both orders; none for a response that is the human one word for word."""
+        """The questions in both orders; none for a response that is identical to the human one."""
         if human == generated:
             return
         yield self._question(prompt, human, generated, "ab")
