@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dnpo import former
+from dnpo.errors import SettingsError
 from dnpo.former import up_to_date
 from dnpo.settings import Bound, neutral, part_key
 from dnpo.store import MANIFEST, Store, write_json
@@ -89,3 +90,9 @@ def test_a_store_of_an_earlier_layout_is_told_of_once(tmp_path: Path) -> None:
     assert "sft" in note
     Store(tmp_path / "old").open(notes.append)
     assert notes == [note]
+
+
+@pytest.mark.parametrize("value", [3, "yes", None, 0])
+def test_a_partial_that_is_no_boolean_is_refused(value: Any) -> None:
+    with pytest.raises(SettingsError, match=r"^trainer\.optimizer\._partial_="):
+        up_to_date({"trainer": {"optimizer": {"_target_": "torch.optim.SGD", "_partial_": value}}})

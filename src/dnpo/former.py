@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dnpo.errors import SettingsError
+
 MOVED: dict[str, str] = {
     "dnpo.judges.answers.Choice": "dnpo.judges.exact.answers.Choice",
     "dnpo.judges.answers.Exact": "dnpo.judges.exact.answers.Exact",
@@ -53,13 +55,19 @@ def up_to_date(settings: Mapping[str, Any], name: str = "") -> tuple[dict[str, A
 
     Returns:
         The tree with present import paths and without removed settings, and the dotted names of the removed ones.
+
+    Raises:
+        SettingsError: a ``_partial_`` is neither true nor false.
     """
     tree, ignored = dict(settings), []
     target = tree.get("_target_")
     if isinstance(target, str):
         tree["_target_"] = MOVED_AT.get((name, target), MOVED.get(target, target))
     gone = REMOVED.get(str(tree.get("_target_")), ())
-    tree.pop(PARTIAL, None)
+    partial = tree.pop(PARTIAL, True)
+    if not isinstance(partial, bool):
+        setting = f"{name}.{PARTIAL}" if name else PARTIAL
+        raise SettingsError(f"{setting}={partial!r}: expected true or false; no part needs it any more")
     for key, value in settings.items():
         if key == PARTIAL:
             continue

@@ -224,7 +224,7 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
             values[key] = {each: build(f"{name}.{key}.{each}", part) for each, part in value.items()}
         elif key not in SPECIAL:
             values[key] = value
-    if target is None or settings.get("_partial_"):
+    if target is None:
         return Bound(settings["_target_"], values)
     if not inspect.isclass(target):  # a function's defaults decide results too
         return Bound(settings["_target_"], _defaults(target) | values)
