@@ -89,7 +89,7 @@ def check_settings(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, dict[str,
 
 
 def other_model(against: str, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the opponent: those of the evaluated model, but loaded from ``against``.
+    """Return the settings of the opponent: as for the evaluated model, but loaded from ``against``.
 
     Raises:
         SettingsError: ``against`` is neither a folder with a model nor a name on the hub.

@@ -50,7 +50,7 @@ def _send(client: Any, experiment: str, run: str, kept: Path) -> bool:
     """Send what a run kept, and return whether that was possible; otherwise it stays for the next start."""
     try:
         send_kept(client, experiment, run, read_kept(kept))
-    except Exception as error:  # stores raise errors of their own; this start is about another run
+    except Exception as error:  # stores raise various errors; this start is about another run
         warn(f"{kept}: cannot be sent to run {run} ({shorten(error)}); it is kept")
         return False
     kept.unlink()

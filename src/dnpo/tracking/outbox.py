@@ -1,4 +1,4 @@
-"""What a run sends to MLflow, and keeps beside itself as long as MLflow does not answer."""
+"""Send a run's data to MLflow, and keep them in a file in the run's folder while MLflow does not answer."""
 
 import json
 import sys
@@ -74,7 +74,7 @@ def send(client: Any, experiment: str, run: str, message: Message, models: dict[
 
 
 def send_kept(client: Any, experiment: str, run: str, messages: Iterable[Message]) -> None:
-    """Send what a run that is gone has kept; what MLflow will never take is passed over, as that run has said."""
+    """Send the data that an ended run kept; data that MLflow will never accept are skipped, as that run reported."""
     models: dict[str, str] = {}
     for message in messages:
         try:
@@ -96,7 +96,7 @@ def read_kept(path: Path) -> list[Message]:
 
 @dataclass
 class Outbox:
-    """What is to be sent, in order, also in a file beside the run.
+    """Data to be sent, in order, also in a file in the run's folder.
 
     Attributes:
         folder: where the file lies; None keeps messages in memory alone.

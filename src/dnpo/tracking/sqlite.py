@@ -71,7 +71,7 @@ def _is_current(file: Path) -> bool:
 
 
 def _upgrade(file: Path, aside: Path) -> None:
-    """Replace the database by a copy with the tables of the installed MLflow, and keep it as it was beside it."""
+    """Replace the database by a copy with the tables of the installed MLflow, and keep the original next to it."""
     from mlflow.version import VERSION
 
     if _has_runs_in_progress(file):
@@ -87,7 +87,7 @@ def _upgrade(file: Path, aside: Path) -> None:
     _copy(file, kept)
     try:
         _write_tables(aside)
-    except Exception as error:  # databases and their drivers raise errors of their own
+    except Exception as error:  # databases and their drivers raise various errors
         if _count_runs(file):
             raise TrackingError(
                 f"tracking.uri={SQLITE}{file}: its tables (version {_version(file) or 'none'}) cannot be brought to "

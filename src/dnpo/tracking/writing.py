@@ -222,7 +222,7 @@ class MLflowTracking(Tracking):
             with FileLock(self._lock()):  # two processes must not make the experiment at once
                 self._experiment = self._find_experiment()
             yield
-        except Exception as error:  # databases and their drivers raise errors of their own
+        except Exception as error:  # databases and their drivers raise various errors
             if self._alive is not None:
                 free(self._alive)
             if isinstance(error, TrackingError):
@@ -309,7 +309,7 @@ class MLflowTracking(Tracking):
         except Refused as refused:
             warn(f"MLflow refuses {_name(message)} of run {self.id} ({refused}); it is not tracked")
             return True, ""
-        except Exception as error:  # stores and their drivers raise errors of their own; the run goes on
+        except Exception as error:  # stores and their drivers raise various errors; the run goes on
             self._note_failure(message.way, error, time.monotonic() - began, again)
             return False, ""
 
@@ -340,7 +340,7 @@ class MLflowTracking(Tracking):
         began = time.monotonic()
         try:
             return "runs" not in self._outbox.down and self._client.get_run(run).info.lifecycle_stage == "active"
-        except Exception as error:  # stores and their drivers raise errors of their own; the run goes on
+        except Exception as error:  # stores and their drivers raise various errors; the run goes on
             if getattr(error, "error_code", "") != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
                 self._note_failure("runs", error, time.monotonic() - began)
             return False

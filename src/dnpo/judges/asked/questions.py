@@ -125,7 +125,7 @@ class Prompted(Judge):
         return Template(Path(self.template) if self.template else SHIPPED / f"{self.mode}.yaml", self.mode)
 
     def identity(self) -> Mapping[str, Any]:
-        """The settings that decide the verdicts, without those of speed and price."""
+        """The settings that decide the verdicts, without speed and price."""
         return {"judge": self.kind, "model": self.respondent, "template": self.wording.name}
 
     @abstractmethod

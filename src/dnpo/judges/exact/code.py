@@ -45,7 +45,8 @@ class UnitTests(Checker):
         timeout: seconds of one response with its tests, by the clock; the same of processor time.
         memory_mb: of address space, of each process.
         file_mb: of any one file that it writes; of all together four times that, where it is isolated.
-        processes: and threads, its own included; without isolation those of the user, to which root is not held.
+        processes: maximum number of processes and threads, including its first; without isolation, of the user's, where
+            root is not limited.
         workers: responses tested at once.
     """
 

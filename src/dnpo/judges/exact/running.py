@@ -35,7 +35,7 @@ from dnpo.judges.exact.apart import start
 start.main(how)
 """
 IN_WORDS: Mapping[Isolation, str] = {
-    "namespaces": "namespaces of their own, without network and with a private file system",
+    "namespaces": "separate namespaces, without network and with a private file system",
     "bubblewrap": "bubblewrap, without network and with a private file system",
     "none": "judge.isolation=none: limits alone, so they can read files as this user and use the network",
 }
