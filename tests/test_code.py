@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dnpo.errors import JudgeError
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.exact.apart.form import find_fault
 from dnpo.judges.exact.code import UnitTests
 from dnpo.judges.exact.running import _TRY, Isolation, find_isolation, run_tests
@@ -239,6 +240,16 @@ for how in ("auto", "none"):
     print(judge.accepts([prompt]))
     print(judge.canary(None))
 """
+
+
+def test_the_checks_say_what_is_in_force(way: Isolation) -> None:
+    if find_isolation(way)[0] is None:
+        pytest.skip(find_isolation(way)[1])
+    ledger = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))
+    trial = UnitTests(i_know_this_runs_code=True, isolation=way).canary(ledger)
+    assert trial is not None
+    assert trial.scored
+    assert way in trial.text
 
 
 def test_a_system_that_closes_nothing_off_needs_a_setting() -> None:

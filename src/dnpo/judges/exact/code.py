@@ -11,6 +11,9 @@ nothing else is, read-only; as root of the machine, under users of their own. bu
 installed and the system lets only it. Where neither works nothing runs, unless ``isolation=none``: then limits are
 all, and what runs can read files of the user, use the network and leave its session. Even then nothing runs where an
 environment that it could read seems to hold a secret.
+
+To start and end all this takes about 35 ms of processor time for each answer, twice what one bare process took; a call
+of an answer's name takes about 30 µs.
 """
 
 import math
@@ -98,7 +101,7 @@ class UnitTests(Checker):
     def canary(self, ledger: Ledger) -> Canary | None:
         """What is in force, tried with a real answer when the rows were accepted."""
         way, found = find_isolation(self.isolation)
-        return Canary(way is not None, f"answers run in {found}" if way else self._refusal(found))
+        return Canary(way is not None, found if way else self._refusal(found))
 
     def usable(self, gold: str) -> bool:
         """It is Python, and tests something of an answer."""

@@ -35,9 +35,9 @@ from dnpo.judges.exact.apart import start
 start.main(how)
 """
 IN_WORDS: Mapping[Isolation, str] = {
-    "namespaces": "separate namespaces, without network and with a private file system",
-    "bubblewrap": "bubblewrap, without network and with a private file system",
-    "none": "judge.isolation=none: limits alone, so they can read files as this user and use the network",
+    "namespaces": "answers run in separate namespaces, without network and with a private file system",
+    "bubblewrap": "answers run in bubblewrap, without network and with a private file system",
+    "none": "answers run with limits alone (judge.isolation=none): they can read this user's files and use the network",
 }
 # One thread for each library of numbers, since every thread counts as a process of the user.
 ENVIRONMENT = {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
