@@ -65,6 +65,7 @@ MIX = {
     "not_completion": 0.02,  # valid JSON, such as {"ok": true} or []
     "html": 0.02,  # a page with status 200
     "empty_choices": 0.02,
+    "error_200": 0.02,  # {"error": …}, as gateways send it
     # no verdict
     "null_content": 0.02,  # refusal is set
     "refusal": 0.02,
@@ -73,10 +74,14 @@ MIX = {
     "fraction": 0.02,
     "length": 0.02,  # a number cut short
     "content_filter": 0.02,
+    "denial": 0.02,  # a sentence with one number, which is no grade
+    "thought": 0.02,  # a number in a thought that does not end, or is all there is
 }
-NEVER = ("quota",)  # 429 insufficient_quota: for ever, so only when asked for
+# For ever, so only when asked for: 429 insufficient_quota, 402, and 403 for one question
+NEVER = ("quota", "402", "403")
 HOPELESS = (
     "null_content", "refusal", "two_numbers", "out_of_range", "fraction", "length", "content_filter", "empty_choices",
+    "denial", "thought", "403",
 )  # fmt: skip
 HANGING = ("silent", "dribble", "flood")
 PAGE = b"<!doctype html><html><head><title>Bad gateway</title></head><body><h1>Bad gateway</h1>502</body></html>"
@@ -511,6 +516,8 @@ class Server:
         """What is sent, or would be if the fault did not keep it back."""
         if fault[0].isdigit() or fault == "quota":
             return self.refusal_for_now(fault, drawn)
+        if fault == "error_200":
+            return as_json(200, _ERRORS[int(drawn[1] * len(_ERRORS))])
         if fault == "html":
             return Reply(200, PAGE, type="text/html")
         if fault == "not_completion":
@@ -539,12 +546,18 @@ class Server:
             before = 3 if ask.field else 0
             part = "".join(ask.tokens[:before]) + ask.tokens[before][:1]  # "8" of "83" could be taken for a score
             body = self.completion(ask, part, "length")
-        elif fault in ("refusal", "two_numbers", "out_of_range", "fraction"):
+        elif fault == "thought":
+            body = self.completion(ask, None if drawn[2] < 0.5 else f"<think>It is worth {drawn[1]:.2f}, so 85")
+            if drawn[2] < 0.5:
+                body["choices"][0]["message"]["reasoning_content"] = "I would say 85"
+        elif fault in ("refusal", "two_numbers", "out_of_range", "fraction", "denial"):
             texts = _IMPROPER[fault, ask.compares]
             text = texts[int(drawn[1] * len(texts))]
             if ask.field and fault in ("out_of_range", "fraction"):
                 text = json.dumps({ask.field: _IMPROPER_VALUES[fault, ask.compares]})
             body = self.completion(ask, text)
+        elif fault in ("ok", "slow") and self.options.forms == "mixed" and ask.top is None:
+            reshape(body, drawn[1])
         return as_json(200, body)
 
     def refusal_for_now(self, fault: str, drawn: Sequence[float]) -> Reply:
@@ -566,6 +579,10 @@ class Server:
                 wait -= self.options.latency * (0.5 + drawn[3])  # counted from when it is sent
             text = "Rate limit reached for requests per min (RPM). Please try again later."
             return as_json(429, error(text, "requests", code="rate_limit_exceeded"), headers, wait if form else 0.0)
+        if name == "402":
+            return as_json(402, {"error": {"message": "Insufficient Balance", "code": 402}})
+        if name == "403":
+            return as_json(403, {"detail": "This prompt was flagged by our moderation."})
         if name == "502":
             return Reply(502, PAGE, type="text/html")
         if name == "503" and drawn[2] < 0.5:
@@ -833,9 +850,54 @@ _IMPROPER: dict[tuple[str, bool], list[str]] = {
     ("two_numbers", True): ["A or B", "A and B are alike", "A\nB", "Not A but B"],
     ("out_of_range", False): ["Score: 140", "-5", "101", "Score: -5", "1000"],
     ("out_of_range", True): ["C", "Answer C", "1", "AB"],
-    ("fraction", False): ["85/100", "7.5", "7,5", "Score: 8/10"],
+    ("fraction", False): ["17/20", "7.5", "7,5", "Score: 8/10"],
     ("fraction", True): ["A/B", "A, slightly", "60% A", "0.6"],
+    ("denial", False): ["I'd not give it 85", "85 would be too much", "The score is not 85.", "It breaks rule 7"],
+    ("denial", True): ["Answer A is not better", "I would not say A", "A is what most would say, wrongly", "Why A?"],
 }
+_ERRORS: list[object] = [
+    {"error": {"message": "Rate limit exceeded", "code": 429}},
+    {"error": {"message": "The model is overloaded.", "status": "UNAVAILABLE"}},
+    [{"error": {"message": "The service is unavailable.", "code": 503}}],
+    {"error": "no worker is free", "error_type": "overloaded"},
+    {"error": "something went wrong"},
+]
+
+
+def reshape(body: dict[str, Any], drawn: float) -> None:
+    """Give a proper answer one of the forms that endpoints give it."""
+    choice, forms = body["choices"][0], 12
+    message, plain = choice["message"], choice["message"]["content"]
+    form = int(drawn * forms)
+    compares = plain in ("A", "B", "TIE")
+    if plain.startswith("{"):
+        message["content"] = plain[:-1] + ', "reason": "It says so, twice."}' if form < 8 else f"```json\n{plain}\n```"
+    elif form == 0:
+        message["content"] = f"<think>\nFirst I thought 17, then A or B.\n</think>\n\n{plain}"
+    elif form == 1:
+        message["content"] = f"Perhaps 17?</think>{plain}"
+    elif form == 2:
+        message["reasoning_content"] = "First I thought 17, then A or B."
+    elif form == 3:
+        thought = {"type": "thinking", "thinking": [{"type": "text", "text": "17?"}]}
+        message["content"] = [thought, {"type": "text", "text": plain}]
+    elif form == 4:
+        message["content"] = json.dumps(
+            {"better" if compares else "score": plain if compares else int(plain), "why": "so"}
+        )
+    elif form == 5:
+        message["content"] = f"The better answer is {plain}." if compares else f"The grade of the answer is {plain}."
+    elif form == 6:
+        message["content"] = f"Verdict: [[{plain}]]" if compares else f"Rating: [[{plain}]]"
+    elif form == 7 and not compares:
+        message["content"] = f"{plain}/100"
+    elif form == 8 and plain not in ("A", "B", "TIE", "1"):
+        message["content"] = f"{plain}.0"
+    elif form == 9:
+        message["content"] = f"**{plain}**"
+    choice["finish_reason"] = ("stop", "eos", "eos_token", "end_turn", "STOP", None)[int(drawn * forms * 6) % 6]
+
+
 _IMPROPER_VALUES: dict[tuple[str, bool], object] = {
     ("out_of_range", False): 140, ("out_of_range", True): "C", ("fraction", False): 7.5, ("fraction", True): 0.6,
 }  # fmt: skip
@@ -1005,6 +1067,9 @@ def parser() -> argparse.ArgumentParser:
     add("--key", default="", help="what Authorization must carry")
     add("--model", default="judge", help="what /v1/models lists")
     add("--structured", choices=("on", "ignore", "reject"), default="on")
+    add(
+        "--forms", choices=("plain", "mixed"), default="plain", help="mixed: proper answers in the forms of all servers"
+    )
     add("--logprobs", choices=("off", "on", "split"), default="off", help="split: every digit is a token")
     add("--reject", default="", help="request parameters that give a 400, such as temperature,seed")
     add("--batch-seconds", type=float, default=0.2)

@@ -19,6 +19,7 @@ from tests.judge_server import (
     HANGING,
     HOPELESS,
     MIX,
+    NEVER,
     Handle,
     Window,
     distribution,
@@ -114,6 +115,29 @@ def test_structured_output() -> None:
         assert server.stats()["paid_twice"] == 1
 
 
+def test_proper_answers_in_the_forms_of_all_servers() -> None:
+    contents = [f"[worth {n}] {n % 7}" for n in range(101)]
+
+    async def work(client: AsyncOpenAI) -> list[Any]:
+        return await asyncio.gather(*(ask(client, content) for content in contents))
+
+    with judge_server(forms="mixed") as server:
+        replies = run(server, work)
+        assert server.stats()["delivered"] == 101
+    messages = [reply.choices[0].message for reply in replies]
+    assert {reply.choices[0].finish_reason for reply in replies} == {
+        "stop",
+        "eos",
+        "eos_token",
+        "end_turn",
+        "STOP",
+        None,
+    }
+    assert {type(message.content) for message in messages} == {str, list}
+    assert sum(str(message.content) == str(n) for n, message in enumerate(messages)) < 50
+    assert all(str(n) in str(message.content) for n, message in enumerate(messages))
+
+
 def test_logprobs() -> None:
     wanted: dict[str, Any] = {"logprobs": True, "top_logprobs": 4}
     with judge_server(logprobs="on") as server:
@@ -165,6 +189,8 @@ STATUS: dict[str, tuple[type[Exception], int]] = {
     "500": (openai.InternalServerError, 500),
     "502": (openai.InternalServerError, 502),
     "503": (openai.InternalServerError, 503),
+    "402": (openai.APIStatusError, 402),
+    "403": (openai.PermissionDeniedError, 403),
     "408": (openai.APIStatusError, 408),
     "409": (openai.ConflictError, 409),
 }
@@ -194,11 +220,14 @@ BROKEN: dict[str, Callable[[Any], bool]] = {
     "fraction": lambda reply: first_choice(reply)[0] == "stop",
     "length": lambda reply: first_choice(reply)[0] == "length" and first_choice(reply)[1].content.isdigit(),
     "content_filter": lambda reply: first_choice(reply)[0] == "content_filter",
+    "error_200": lambda reply: getattr(reply, "choices", None) is None,
+    "denial": lambda reply: first_choice(reply)[0] == "stop",
+    "thought": lambda reply: "85" in str(first_choice(reply)[1]) and "</think>" not in str(first_choice(reply)[1]),
 }
 
 
 def test_every_fault_is_what_it_says() -> None:
-    assert {*STATUS, *BELOW, *BROKEN, "slow"} == {*MIX, "quota"}
+    assert {*STATUS, *BELOW, *BROKEN, "slow"} == {*MIX, *NEVER}
     texts: dict[str, set[str]] = {}
     with judge_server(max_faults=1000, flood=2, latency=0.005, slow=20) as server:
 
@@ -225,7 +254,7 @@ def test_every_fault_is_what_it_says() -> None:
                     texts.setdefault(fault, set()).add(str(reply.choices[0].message.content))
 
         async def work(client: AsyncOpenAI) -> None:
-            for fault in (*MIX, "quota"):
+            for fault in (*MIX, *NEVER):
                 await asyncio.to_thread(server.change, faults={fault: 1.0})
                 for n in range(2 if fault in HANGING else 10):
                     await attempt(client, fault, f"{fault} {n}")
@@ -239,8 +268,8 @@ def test_every_fault_is_what_it_says() -> None:
     assert not texts["500"]
     assert {"Between 60 and 70"} < texts["two_numbers"]
     assert {"Score: 140", "-5"} < texts["out_of_range"]
-    assert {"85/100", "7.5"} < texts["fraction"]
-    assert stats["faults"] == {fault: 2 if fault in HANGING else 10 for fault in (*MIX, "quota")}
+    assert {"17/20", "7.5"} < texts["fraction"]
+    assert stats["faults"] == {fault: 2 if fault in HANGING else 10 for fault in (*MIX, *NEVER)}
     assert stats["delivered"] == stats["ok"] == 10  # the slow ones
     assert stats["cut"] == 4  # silent and dribble, by the client
     assert stats["bugs"] == 0

@@ -16,16 +16,8 @@ import pytest
 from dnpo.errors import JudgeError, SettingsError
 from dnpo.judges import Forecast, judge_responses, tally, too_many
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
-from dnpo.judges.asked.questions import (
-    SHIPPED,
-    Mode,
-    Prompted,
-    Template,
-    read_expected_score,
-    read_expected_winner,
-    read_score,
-    read_winner,
-)
+from dnpo.judges.asked.questions import SHIPPED, Mode, Prompted, Template
+from dnpo.judges.asked.reading import read_expected_score, read_expected_winner, read_score, read_winner
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from tests.conftest import Report
 
@@ -62,6 +54,42 @@ SCORES = {
     '```json\n{"score": 83}\n```': 83.0,
     '```{"score": 83}```': 83.0,
     "```json\n83\n```": 83.0,
+    # as real endpoints write it
+    "83.0": 83.0,
+    "100.0": 100.0,
+    "0.0": 0.0,
+    "85/100": 85.0,
+    "85 / 100": 85.0,
+    "**85**/100": 85.0,
+    "85 out of 100": 85.0,
+    "Score: 85/100.": 85.0,
+    "Rating: [[85]]": 85.0,
+    "## Score: 85": 85.0,
+    "The grade of the answer is 85.": 85.0,
+    "The score for this response is **85**": 85.0,
+    r"\boxed{85}": 85.0,
+    r"The final score is $\boxed{85}$.": 85.0,
+    "<score>85</score>": 85.0,
+    "85</s>": 85.0,
+    "85<|im_end|>\n": 85.0,
+    '{"score": "83"}': 83.0,
+    '{"score": 83.0}': 83.0,
+    '{"score": "85/100"}': 85.0,
+    '{"Score": 83}': 83.0,
+    '{"rating": 83}': 83.0,
+    '{"score": 83, "reason": "good"}': 83.0,
+    '{"reason": "good", "score": 83}': 83.0,
+    '{"score": 83, "relevance": 90, "clarity": 70}': 83.0,
+    '{"score": 83, "max_score": 100, "scale": "0-100"}': 83.0,
+    '{"score": 83, "final_score": 83}': 83.0,
+    "<think>maybe 20, or 30</think>87": 87.0,
+    "<think>\n</think>\n\nScore: 87": 87.0,
+    "maybe 20, or 30\n</think>\n\n87": 87.0,
+    "<THINKING>20</THINKING> 87": 87.0,
+    "[THINK]20[/THINK]87": 87.0,
+    "◁think▷20◁/think▷87": 87.0,
+    '<reasoning>20</reasoning>{"score": 87}': 87.0,
+    "<|channel|>analysis<|message|>20<|end|><|start|>assistant<|channel|>final<|message|>87<|return|>": 87.0,
 }
 NO_SCORES = [
     "",
@@ -77,17 +105,12 @@ NO_SCORES = [
     "Score - 5",
     "(-5)",
     "8.5",
-    "83.0",
-    "100.0",
     ".85",
     "0.85",
     "85,5",
     "1,000",
-    "85/100",
-    "85 / 100",
     "85%",
     "85 %",
-    "85 out of 100",
     "1e2",
     "1E2",
     "1_0",
@@ -108,20 +131,14 @@ NO_SCORES = [
     '{"score": 101}',
     '{"score": -5}',
     '{"score": 83.5}',
-    '{"score": 83.0}',
     '{"score": 1e2}',
-    '{"score": "83"}',
     '{"score": true}',
     '{"score": null}',
     '{"score": [83]}',
     '{"score": {"score": 83}}',
     '{"score": 83, "score": 20}',
-    '{"score": 83, "reason": "good"}',
-    '{"reason": "good", "score": 83}',
     '{"better": 83}',
     '{"better": "A"}',
-    '{"rating": 83}',
-    '{"Score": 83}',
     '[{"score": 83}]',
     '{"score": 83} {"score": 83}',
     '{"score": 83}.',
@@ -136,7 +153,6 @@ NO_SCORES = [
     "80–85",
     "between 80 and 85",
     "1. 83",
-    "Score: 83/100",
     "Score (0-100): 83",
     "Score: 83. Score: 20.",
     "Score: 83, but 20 for style",
@@ -157,6 +173,44 @@ NO_SCORES = [
     "83A",
     "<answer>83</answer>",
     "\u200b83",
+    # what sounds like a grade and is none, or not surely that one
+    "I'd not give it 85",
+    "I would not give it more than 85.",
+    "85 would be too much",
+    "The grade of the other answer is 85.",
+    "The grade of the perfect answer is 100.",
+    "Score: 85\nOn second thoughts, 60",
+    "Score: 85, I mean 60",
+    "#1",
+    "1.0",
+    "85.5/100",
+    "85/100/100",
+    "185/100",
+    "85/10",
+    "8 out of 10",
+    r"Not \boxed{85}",
+    r"\boxed{80} or \boxed{85}",
+    "<answer>85</answer>",
+    "<think>85",
+    "<think>85</think>",
+    "<think>85</think>\n",
+    "<think>20</think>85</think>90",
+    "<think>20</think>85<think>90</think>",
+    "<think>a<think>b</think>c</think>85",
+    "Well. <think>20</think>85",
+    "</think>85</think>90",
+    '<think>20</think>{"score": 8, "max": 10}',
+    '{"score": 8, "max_score": 10}',
+    '{"score": 8, "scale": "0-10"}',
+    '{"score": 8, "reason": "8/10: it is good"}',
+    '{"score": 8, "reason": "eight out of 10, or 8 out of 10"}',
+    '{"score": 83, "final_score": 20}',
+    '{"score": 83, "revised": "20"}',
+    '{"score": 83, "rating": 20}',
+    '{"score": 83, "Score": 20}',
+    '{"score": 1.0}',
+    '{"relevance": 83}',
+    '{"result": {"score": 83}}',
 ]
 
 
@@ -222,6 +276,7 @@ def test_a_reply_with_two_numbers_is_never_read() -> None:
     for _ in range(20000):
         first, second = rng.sample(range(101), 2)
         parts = [rng.choice(around) for _ in range(9)]
+        second = min(second, 99)  # the second of "85/100" is no other number
         reply = "".join([*parts[:3], str(first), rng.choice(around[1:]), *parts[3:6], str(second), *parts[6:]])
         with pytest.raises(ValueError, match="reply"):
             read_score(reply)
@@ -240,10 +295,10 @@ def test_what_is_read_is_the_only_number_there() -> None:
         except ValueError:
             continue
         read += 1
-        assert re.findall(r"[0-9]+", reply) == [digits for digits in re.findall(r"\d+", reply) if int(digits) == score]
-        assert len(re.findall(r"[0-9]+", reply)) == 1
+        whole = re.sub(r"([0-9])\.0+(?![0-9])", r"\1", reply)  # 85.0 is 85
+        assert [int(digits) for digits in re.findall(r"\d+", whole)] == [score]
         assert "-" not in reply
-        assert not re.search(r"[0-9]\.[0-9]|\.[0-9]", reply)
+        assert not re.search(r"[0-9]\.[0-9]|\.[0-9]", whole)
     assert read > 500
 
 
@@ -251,12 +306,23 @@ WINNERS = {
     **{"A": 100.0, "B": 0.0, "TIE": 50.0, "a": 100.0, "b": 0.0, "Tie": 50.0, " A\n": 100.0, "B.": 0.0, "**A**": 100.0},
     **{"(A)": 100.0, "[[B]]": 0.0, '"TIE"': 50.0, "Answer A": 100.0, "response B.": 0.0, "`A`": 100.0},
     **{'{"better": "A"}': 100.0, '{ "better" : "B" }': 0.0, '```json\n{"better": "TIE"}\n```': 50.0},
+    **{"A is better": 100.0, "The better answer is A": 100.0, "Answer B is the better one.": 0.0, "Winner: **B**": 0.0},
+    **{"Verdict: [[A]]": 100.0, "Final verdict: TIE": 50.0, '{"better": "A", "why": "x"}': 100.0, "A</s>": 100.0},
+    **{"<think>B, or A</think>A": 100.0, "B?</think>\n\nAnswer A": 100.0, '{"winner": "B", "confidence": 0.8}': 0.0},
 }
 NO_WINNERS = [
     *("", " ", "C", "AB", "A B", "A or B", "A, B", "A/B", "A > B", "A.B", "tied", "draw", "neither", "both", "none"),
-    *("Answer", "Answer C", "A is better", "The better answer is A", "I choose B because A is wrong", "not A", "-A"),
+    *("Answer", "Answer C", "The worse answer is A", "I choose B because A is wrong", "not A", "-A", "A is not better"),
+    *(
+        "The better answer is not A",
+        "A is better than B",
+        "<think>A",
+        "<think>A</think>",
+        "A is better, or B is better",
+    ),
+    *('{"better": "A", "final": "B"}', '{"better": "A", "winner": "B"}', "Is A better?", "<think>B</think>A</think>B"),
     *("Answer A is better than answer B", 'The answer says "A". B', "An answer", "83", "50", "Α", "Ａ", "TİE", "tıe"),
-    *('{"better": "C"}', '{"better": "a"}', '{"better": "A", "why": "x"}', '{"score": "A"}', '{"better": 1}'),
+    *('{"better": "C"}', '{"better": "a"}', '{"score": "A"}', '{"better": 1}'),
     *('{"better": ["A"]}', '[{"better": "A"}]', '{"better": "A"} {"better": "B"}', "{}", "```", "A" * 5000),
 ]
 
@@ -268,7 +334,7 @@ def test_winners_that_are_read(reply: str, value: float) -> None:
 
 @pytest.mark.parametrize("reply", NO_WINNERS, ids=lambda reply: ascii(reply[:30]))
 def test_replies_that_name_no_winner(reply: str) -> None:
-    with pytest.raises(ValueError, match=r"^neither A, B nor TIE alone in the reply$"):
+    with pytest.raises(ValueError, match=r"in the reply$"):
         read_winner(reply)
 
 
@@ -324,7 +390,7 @@ def test_expected_score_of_one_sure_token_is_that_number() -> None:
         ([{"8": 0.0}, {"5": 0.0}], "several tokens"),
         ([{"1": 0.0}, {"00": 0.0}], "several tokens"),
         ([{"8": 0.0}, {".": 0.0}, {"5": 0.0}], "not one whole number"),
-        ([{"85": 0.0}, {"/": 0.0}, {"100": 0.0}], "not one whole number"),
+        ([{"85": 0.0}, {"/": 0.0}, {"120": 0.0}], "not one whole number"),
         ([{"150": 0.0, "80": -3.0}], "out of 0-100"),
         ([{"٨٥": 0.0, "80": -3.0}], "no number"),
         ([{"80": -math.inf}], "no probability"),

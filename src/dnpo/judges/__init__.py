@@ -37,10 +37,18 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Canary:
-    """The outcome of one trial call, made before a run to see whether the judge works."""
+    """The outcome of one trial call, made before a run to see whether the judge works.
+
+    Attributes:
+        text: what came back.
+        mends: the settings that could mend it, where there is no score.
+        warning: what is odd about a judge that works; "" for nothing.
+    """
 
     scored: bool
     text: str
+    mends: str = ""
+    warning: str = ""
 
 
 class Judge(ABC):

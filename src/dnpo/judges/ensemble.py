@@ -60,7 +60,11 @@ class Ensemble(Judge):
         called = {name: canary for name, canary in found.items() if canary is not None}
         if not called:
             return None
-        return Canary(all(c.scored for c in called.values()), "; ".join(f"{n}: {c.text}" for n, c in called.items()))
+        parts = {
+            name: "; ".join(f"{member}: {getattr(c, name)}" for member, c in called.items() if getattr(c, name))
+            for name in ("text", "mends", "warning")
+        }
+        return Canary(all(c.scored for c in called.values()), **parts)
 
     def forecast(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]

@@ -5,7 +5,6 @@ attempts (as long as the server asks for, or twice as long each time) do not blo
 """
 
 import asyncio
-import email.utils
 import random
 import time
 from collections import deque
@@ -19,16 +18,19 @@ from dnpo.judges import too_many
 from dnpo.judges.asked.endpoint import Endpoint
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
 from dnpo.judges.asked.prices import tokens_about
+from dnpo.judges.asked.refusals import Refusal, find_refusal, read_refusal
 from dnpo.store import Report
 
 if TYPE_CHECKING:
-    from openai import APIStatusError, AsyncOpenAI
+    from openai import AsyncOpenAI
 
 LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
 WORKERS = 16  # per slot
 LOOK = 0.3  # seconds between checks of questions that other runs are asking
 AGAIN = {408, 409, 425, 429}  # and 5xx
+MENDABLE = {400, 404, 405, 415, 422, 500, 501}  # how servers refuse a parameter
+FORBIDDEN = 5  # refusals of this kind in a round without an answer say that nothing will be answered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,9 @@ class _Round:
         self.error: str | None = None
         self.stopped = asyncio.Event()
         self.slots = asyncio.Semaphore(limits.concurrency)
-        self.spent, self.flying, self.sent = ledger.sum_costs(), 0.0, 0
+        self.spent, self.flying = ledger.sum_costs(), 0.0
+        self.forbidden, self.has_answers = 0, total > len(questions)
+        self.served, self.conceded = ledger.served(questions[0]), len(endpoint.concessions)
         self.largest = max(tokens_about(q) + endpoint.max_tokens for q in questions)
         if limits.tokens_per_minute is not None and self.largest >= limits.tokens_per_minute:
             raise SettingsError(
@@ -178,9 +182,11 @@ class _Round:
                 answer = replace(outcome, attempts=attempts)
                 if answer.value is not None:
                     self.ledger.record(question, answer)
+                    self._see(answer)
                     self._advance()
                     return
-                reason, wait = answer.reason, 0.0
+                # no tokens were counted: it is no completion, and the server may need a moment
+                reason, wait = answer.reason, 0.0 if answer.tokens_in else _backoff(replies)
                 if replies >= limits.max_replies:
                     self._give_up(question, replace(answer, reason=f"{reason} ({replies} replies)"))
                     return
@@ -218,9 +224,7 @@ class _Round:
             await self._sleep(self.ledger.slot(f"{endpoint.base_url} {endpoint.model}", request, tokens))
         if limits.max_cost is None:
             return
-        self.sent += 1
-        if self.sent % 20 == 0:
-            self.spent = self.ledger.sum_costs()  # other jobs of a sweep spend too
+        self.spent = self.ledger.sum_costs()  # other jobs of a sweep spend too
         if self.spent + self.flying + (endpoint.price(question) or 0.0) > limits.max_cost:
             self._stop(
                 f"judge.max_cost={limits.max_cost:g}: ${self.spent:.4f} is spent, and another question could pass the "
@@ -238,46 +242,79 @@ class _Round:
         self.flying += expected
         try:
             async with asyncio.timeout(min(self.limits.timeout, left)):
-                async with client.chat.completions.with_streaming_response.create(**body) as response:
+                # all of it as an extra body: the client's own parameters are fewer than those of servers
+                async with client.chat.completions.with_streaming_response.create(
+                    model=endpoint.model, messages=body["messages"], extra_body=body
+                ) as response:
                     raw = bytearray()
                     async for piece in response.iter_bytes():
                         raw += piece
                         if len(raw) > LARGEST_REPLY:
                             return _Trouble("a reply that does not end", again=True, billed=True)
+            hidden = find_refusal(bytes(raw)) if b"choices" not in raw or b'"error"' in raw else None
+            if hidden is not None and hidden.status:
+                return self._judge_refusal(hidden, body)
             return replace(endpoint.read(bytes(raw), question), latency=time.monotonic() - started)
         except (TimeoutError, openai.APITimeoutError):
             return _Trouble("no reply in time", again=True, billed=True)
         except openai.APIStatusError as error:
-            return self._read_refusal(error, body)
+            said = error.response
+            return self._judge_refusal(read_refusal(error.status_code, said.headers, said.content), body)
         except (openai.APIConnectionError, httpx2.TransportError, httpx2.DecodingError, OSError) as error:
             return _Trouble(f"the connection failed ({type(error.__cause__ or error).__name__})", again=True)
         finally:
             self.flying -= expected
 
-    def _read_refusal(self, error: "APIStatusError", body: Mapping[str, object]) -> "_Trouble":
-        endpoint, status = self.endpoint, error.status_code
-        message = endpoint.clean(" ".join(str(error.message).split()))[:300]
-        text = f"HTTP {status}: {message}"
+    def _judge_refusal(self, refusal: Refusal, body: Mapping[str, object]) -> "_Trouble":
+        endpoint, status = self.endpoint, refusal.status
+        text = (
+            f"HTTP {status}: {endpoint.clean(refusal.text)[:300] or endpoint.clean(refusal.codes)[:100] or 'no text'}"
+        )
         where = f"{endpoint.model} at {endpoint.base_url}"
-        if status in (401, 403):
-            return _Trouble(
-                f"judge: {where} does not accept the key in {endpoint.key_from} ({text}); set that environment "
-                "variable, or name another in judge.key_from. Every answer so far is kept",
-                stop=True,
-            )
-        if status == 404:
-            return _Trouble(f"judge: {where}: not found ({text}); check judge.model and judge.base_url", stop=True)
-        if status == 429 and "insufficient_quota" in f"{error.code} {error.type} {message}":
+        if refusal.is_about_money:
             return _Trouble(
                 f"judge: the account behind {endpoint.key_from} has no credit left ({text}). Every answer so far is "
                 "kept: run the same command when it has",
                 stop=True,
             )
-        if status == 400 and endpoint.give_way(f"{message} {error.param}", body):
+        if status in MENDABLE and endpoint.give_way(refusal.words, body):
+            self._say_concessions()
             return _Trouble(text, again=True, wait=0.0)
+        if status in (401, 403, 404) and self._is_hopeless(status):
+            if status == 404:
+                return _Trouble(f"judge: {where}: not found ({text}); check judge.model and judge.base_url", stop=True)
+            return _Trouble(
+                f"judge: {where} does not accept the key in {endpoint.key_from} ({text}); set that environment "
+                "variable, or name another in judge.key_from. Every answer so far is kept",
+                stop=True,
+            )
         if status in AGAIN or status >= 500:
-            return _Trouble(text, again=True, wait=retry_after(error.response.headers))
+            return _Trouble(text, again=True, wait=refusal.wait)
         return _Trouble(text)
+
+    def _is_hopeless(self, status: int) -> bool:
+        """Whether a refusal is meant for all questions: after a first answer it is for its own alone."""
+        if status == 401:
+            return True
+        self.forbidden += 1
+        answered = self.has_answers or self.endpoint.has_answered
+        return not answered and self.forbidden >= min(FORBIDDEN, self.total)
+
+    def _say_concessions(self) -> None:
+        for concession in self.endpoint.concessions[self.conceded :]:
+            self._note(f"the judge at {self.endpoint.base_url} refuses a parameter, so dnpo {concession}")
+        self.conceded = len(self.endpoint.concessions)
+
+    def _see(self, answer: Answer) -> None:
+        """Say so where the server calls itself what it has not called itself before."""
+        if answer.served and answer.served not in self.served:
+            if self.served:
+                self._note(f"warning: {tell_swap(self.endpoint, self.served[-1], answer.served)}")
+            self.served.append(answer.served)
+
+    def _note(self, text: str) -> None:
+        if self.report is not None:
+            self.report.note(text)
 
     def _advance(self) -> None:
         if self.report is not None:
@@ -312,23 +349,12 @@ class _Trouble:
     billed: bool = False
 
 
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait, from ``retry-after-ms`` or ``Retry-After`` (seconds or a date)."""
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        given = headers.get(name)
-        seconds: float
-        if given is None:
-            continue
-        try:
-            seconds = float(given) * unit
-        except ValueError:
-            try:
-                seconds = email.utils.parsedate_to_datetime(given).timestamp() - time.time()
-            except ValueError:
-                continue
-        if 0 < seconds < float("inf"):  # a time that is over says nothing about how long to wait
-            return seconds
-    return None
+def tell_swap(endpoint: Endpoint, before: str, now: str) -> str:
+    """What to say where a server calls itself what it has not called itself before."""
+    return (
+        f"the judge {endpoint.model} at {endpoint.base_url} calls itself {now!r} in its replies, and has called itself "
+        f"{before!r}; if the weights there were swapped, judge.version=… keeps their answers apart"
+    )
 
 
 def _backoff(attempts: int) -> float:

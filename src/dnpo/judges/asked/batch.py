@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dnpo.errors import JudgeError
 from dnpo.judges.asked.endpoint import Endpoint
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
+from dnpo.judges.asked.refusals import Refusal, read_refusal
 from dnpo.store import Report
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class _Batches:
                 troubles = 0
             except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
                 troubles += 1
-                if "insufficient_quota" in str(error) or troubles > TROUBLES:
+                if _is_about_money(error) or troubles > TROUBLES:
                     raise JudgeError(self._explain(error)) from None
                 self.report.note(f"{type(error).__name__}; looking again in {seconds:g} s")
             except openai.APIError as error:
@@ -87,7 +88,8 @@ class _Batches:
             await asyncio.sleep(seconds)
 
     def _explain(self, error: Exception) -> str:
-        message = self.endpoint.clean(" ".join(str(error).split()))[:300]
+        said = _refusal_of(error)
+        message = self.endpoint.clean(said.text if said else "")[:300] or self.endpoint.clean(str(error))[:300]
         return (
             f"judge.batch=true: {self.endpoint.base_url} refuses ({message}). Every answer so far is kept; mend it, or "
             "ask one by one with judge.batch=false"
@@ -217,12 +219,27 @@ class _Batches:
             return
         response = line.get("response") or {}
         if response.get("status_code") != 200:
-            error = line.get("error") or (response.get("body") or {}).get("error") or {}
-            text = self.endpoint.clean(str(error.get("message")))[:300]
-            status = f"HTTP {response['status_code']}" if response.get("status_code") else str(error.get("code"))
+            error = line.get("error") or response.get("body") or {}
+            refusal = read_refusal(int(response.get("status_code") or 0), {}, json.dumps(error).encode())
+            text = self.endpoint.clean(refusal.text)[:300]
+            status = f"HTTP {refusal.status}" if refusal.status else refusal.codes
             answer = Answer(None, reason=f"{status}: {text}")
         else:
             question = self.questions.get(key, questions[key])  # with messages, should the server count no tokens
             answer = self.endpoint.read(json.dumps(response["body"]).encode(), question, batch=True)
         self.ledger.record(questions[key], answer)
         reasons[key] = answer.reason
+
+
+def _refusal_of(error: Exception) -> Refusal | None:
+    """What the server says in an error of the client; None where there is no reply."""
+    import openai
+
+    if not isinstance(error, openai.APIStatusError):
+        return None
+    return read_refusal(error.status_code, error.response.headers, error.response.content)
+
+
+def _is_about_money(error: Exception) -> bool:
+    refusal = _refusal_of(error)
+    return refusal is not None and refusal.is_about_money

@@ -1,23 +1,21 @@
 """An OpenAI-compatible endpoint: the request for a question, and how its reply is read.
 
-It knows nothing of judges. The key comes from the environment and goes nowhere but into the request.
+It knows nothing of judges. Keys come from the environment and go nowhere but into the request.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from dnpo.judges.asked.ledger import Answer, Question
 from dnpo.judges.asked.prices import Price, tokens_about
-from dnpo.judges.asked.questions import (
-    Mode,
-    Reading,
-    read_expected_score,
-    read_expected_winner,
-    read_score,
-    read_winner,
-)
+from dnpo.judges.asked.questions import Reading
+from dnpo.judges.asked.reading import Mode, read_expected_score, read_expected_winner, read_score, read_winner
+from dnpo.judges.asked.refusals import find_refusal
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -26,6 +24,12 @@ SCHEMAS: dict[Mode, dict[str, Any]] = {
     "score": {"score": {"type": "integer", "description": "a whole number from 0 to 100"}},
     "pairwise": {"better": {"type": "string", "enum": ["A", "B", "TIE"]}},
 }
+LONGEST_KEPT = 2000  # characters of a server's text
+# Why a reply ended, in the words of servers (lower case): by itself, or for lack of room.
+ENDED = {"stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "complete", "completed"}
+CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "token_limit"}
+_SCHEMA_REFUSED = re.compile(r"response_?format|json_?schema|structured[_ ]?outputs?|guided|grammar", re.IGNORECASE)
+_SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|passw|signature", re.IGNORECASE)
 
 
 class Endpoint:
@@ -35,16 +39,21 @@ class Endpoint:
         model: its name there.
         base_url: up to and with ``/v1``.
         key_from: environment variable with the key.
+        headers: further headers, each with the environment variable that holds its value.
         timeout: seconds of one attempt.
         mode: what questions ask for.
         reading: ``text``, or ``logprobs`` for expected values over the likeliest tokens.
+        pattern: finds the value in a reply; None for the usual forms alone.
         structured: whether to ask for JSON by a schema, for as long as the server takes that.
         temperature: of the model; None leaves it to the server.
         max_tokens: of a reply.
+        extra: what else is sent in the body of every request.
         tariff: what tokens cost; None where that is not known.
 
     Attributes:
         limit_name: the parameter by which the server limits a reply's tokens.
+        has_answered: whether it has answered anything so far.
+        concessions: what is done otherwise than was asked, since the server refuses it.
     """
 
     def __init__(
@@ -53,25 +62,48 @@ class Endpoint:
         base_url: str,
         key_from: str,
         *,
+        headers: Mapping[str, str],
         timeout: float,
         mode: Mode,
         reading: Reading,
+        pattern: re.Pattern[str] | None,
         structured: bool,
         temperature: float | None,
         max_tokens: int,
+        extra: Mapping[str, Any],
         tariff: Price | None,
     ) -> None:
         self.model, self.base_url, self.key_from, self.timeout = model, base_url, key_from, timeout
-        self.mode, self.reading, self.structured = mode, reading, structured
+        self.headers, self.extra, self.pattern = headers, extra, pattern
+        self.mode, self.reading = mode, reading
+        self.wants_schema = self.structured = structured
         self.temperature, self.max_tokens, self.tariff = temperature, max_tokens, tariff
         self.limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+        self.has_answered = False
+        self.concessions: list[str] = []
 
     def client(self) -> "AsyncOpenAI":
         """A client for one event loop, without automatic retries."""
         from openai import AsyncOpenAI
 
         key = os.environ.get(self.key_from) or "none"
-        return AsyncOpenAI(api_key=key, base_url=self.base_url, max_retries=0, timeout=self.timeout)
+        headers = {name: os.environ.get(variable, "") for name, variable in self.headers.items()}
+        return AsyncOpenAI(
+            api_key=key, base_url=self.base_url, max_retries=0, timeout=self.timeout, default_headers=headers
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What decides an answer beside model and messages: all that is sent, and how the reply is read.
+
+        Of headers that look like secrets the names alone, of others a hash of the value.
+        """
+        body = {"max_tokens": self.max_tokens, "temperature": self.temperature, **self.extra}
+        shown = {
+            name.lower(): "secret" if _SECRET_HEADER.search(name) else _short_hash(os.environ.get(variable, ""))
+            for name, variable in self.headers.items()
+        }
+        found = {"body": body, "headers": shown, "structured": self.wants_schema}
+        return found | {"pattern": self.pattern.pattern if self.pattern else ""}
 
     def body(self, question: Question) -> dict[str, Any]:
         """The body of the request for a question."""
@@ -94,17 +126,23 @@ class Endpoint:
             body["response_format"] = {"type": "json_schema", "json_schema": form}
         if self.reading == "logprobs":
             body |= {"logprobs": True, "top_logprobs": 20}
-        return body
+        return {**body, **self.extra}
 
     def give_way(self, message: str, body: Mapping[str, Any]) -> bool:
         """Stop sending the parameter that the server's message refuses; false if none that was sent is named."""
-        if "response_format" in body and ("response_format" in message or "json_schema" in message):
+        if "response_format" in body and "response_format" not in self.extra and _SCHEMA_REFUSED.search(message):
+            self._concede("asks without a JSON schema (judge.structured)", self.structured)
             self.structured = False
             return True
         if "max_tokens" in body and "max_completion_tokens" in message:
+            self._concede("says max_completion_tokens for max_tokens", self.limit_name == "max_tokens")
             self.limit_name = "max_completion_tokens"
             return True
         return False
+
+    def _concede(self, what: str, is_new: bool) -> None:
+        if is_new:
+            self.concessions.append(what)
 
     def read(self, raw: bytes, question: Question, *, batch: bool = False) -> Answer:
         """Read a server's reply; an unreadable one gives an answer without a value, with the reason.
@@ -117,29 +155,48 @@ class Endpoint:
         try:
             reply = json.loads(raw)
             choice = reply["choices"][0]
-            text = choice["message"].get("content")
+            message = choice["message"]
+            text = _text_of(message.get("content"))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return Answer(None, reply=self.clean(raw[:500].decode("utf-8", "replace")), reason="a broken reply")
+            refusal = find_refusal(raw)
+            reason = f"an error with status 200: {self.clean(refusal.text)[:300]}" if refusal else "a broken reply"
+            return Answer(None, reply=self.clean(raw[:500].decode("utf-8", "replace")), reason=reason)
         counted = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
         tokens_in = _whole(counted.get("prompt_tokens"), tokens_about(question))
         tokens_out = _whole(counted.get("completion_tokens"), self.max_tokens)
         cost = None if self.tariff is None else self.tariff.of(tokens_in, tokens_out, batch)
-        value, reason = None, ""
-        shown = text if isinstance(text, str) else str(choice["message"].get("refusal") or "")
-        if choice.get("finish_reason") not in ("stop", None):
-            reason = f"the reply ended by {self.clean(str(choice['finish_reason']))[:100]}"
-        elif not isinstance(text, str):
-            reason = "a refusal, or no text"
-        else:
+        value, reason = None, self._ended_badly(choice.get("finish_reason"), counted.get("completion_tokens"))
+        shown = text if text is not None else str(message.get("refusal") or "")
+        if not reason and not (text or "").strip():
+            thought = next((name for name in ("reasoning_content", "reasoning") if message.get(name)), None)
+            reason = f"a thought ({thought}) and no text after it" if thought else "a refusal, or no text"
+        if not reason:
             try:
-                value = self._value(text, choice)
+                value = self._value(text or "", choice)
             except ValueError as error:
                 reason = str(error)
-        return Answer(value, self.clean(shown), tokens_in, tokens_out, cost, reason=reason)
+        self.has_answered = self.has_answered or value is not None
+        served = " ".join(
+            str(reply[name]) for name in ("model", "system_fingerprint") if isinstance(reply.get(name), str)
+        )
+        answer = Answer(
+            value, self.clean(shown), tokens_in, tokens_out, cost, reason=reason, served=self.clean(served)[:200]
+        )
+        return answer
+
+    def _ended_badly(self, finish: Any, tokens_out: Any) -> str:
+        """Why a reply is not whole; "" for one that ended by itself, as far as the server says."""
+        word = str(finish or "").casefold().removeprefix("finish_reason_")
+        if word in CUT:
+            return f"the reply was cut ({word}) at judge.max_tokens={self.max_tokens}"
+        if not word:  # not said: then it must not have used up the room that it had
+            full = isinstance(tokens_out, int) and tokens_out >= self.max_tokens
+            return f"the reply may have been cut at judge.max_tokens={self.max_tokens}" if full else ""
+        return "" if word in ENDED else f"the reply ended by {self.clean(str(finish))[:100]}"
 
     def _value(self, text: str, choice: Mapping[str, Any]) -> float:
         if self.reading == "text":
-            return read_score(text) if self.mode == "score" else read_winner(text)
+            return read_score(text, self.pattern) if self.mode == "score" else read_winner(text, self.pattern)
         try:
             tokens = [
                 {str(t["token"]): float(t["logprob"]) for t in [token, *token["top_logprobs"]]}
@@ -154,9 +211,37 @@ class Endpoint:
         return None if self.tariff is None else self.tariff.of(tokens_about(question), self.max_tokens, batch)
 
     def clean(self, text: str) -> str:
-        """A server's text without the key, which servers repeat in their errors; 2,000 characters at most."""
-        key = os.environ.get(self.key_from, "")
-        return (text.replace(key, "[key]") if len(key) > 3 else text)[:2000]
+        """A server's text without the keys, which servers repeat in their errors; of a long one both ends."""
+        for variable in (self.key_from, *self.headers.values()):
+            key = os.environ.get(variable, "")
+            text = text.replace(key, "[key]") if len(key) > 3 else text
+        half = LONGEST_KEPT // 2
+        return text if len(text) <= LONGEST_KEPT else f"{text[:half]} … {text[-half:]}"
+
+
+def address_of(url: str) -> str:
+    """An address in one spelling: without slash at the end and without the port that goes without saying."""
+    parts = urlsplit(url)
+    port = "" if parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f":{parts.port}"
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
+def _text_of(content: Any) -> str | None:
+    """A message's text: itself, or the text among its parts, of which thoughts are none."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    parts: Sequence[Any] = [
+        part for part in content if part.get("type") not in ("thinking", "redacted_thinking", "reasoning")
+    ]
+    if not parts or any(part.get("type") not in ("text", "output_text") for part in parts):
+        return None
+    # on lines of their own: where a number would have to be put together from two parts, none is read
+    return "\n".join(str(part["text"]) for part in parts)
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _whole(value: Any, otherwise: int) -> int:

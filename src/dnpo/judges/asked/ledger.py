@@ -1,7 +1,8 @@
 """The ledger: the questions that judges were asked and their answers, so that no question is paid for twice.
 
 A SQLite file next to the store, written ahead (WAL) and shared by all runs that name it. A question has one key: a hash
-of who is asked, with which template, in which order, and what. An answer is written the moment it arrives; a failure is
+of who is asked, where and with which settings, with which template, in which order, and what. An answer is written the
+moment it arrives; a failure is
 written too, for what it cost, but never answers anything. A run that asks a question holds a claim on it, so that runs
 side by side wait for each other's answers; claims of a process that was killed fall back at once.
 
@@ -30,14 +31,12 @@ CREATE TABLE IF NOT EXISTS calls (
     key TEXT PRIMARY KEY, judge TEXT NOT NULL, model TEXT NOT NULL, template TEXT NOT NULL, "order" TEXT NOT NULL,
     content TEXT NOT NULL, value REAL NOT NULL, reply TEXT NOT NULL, tokens_in INTEGER NOT NULL,
     tokens_out INTEGER NOT NULL, cost REAL, latency REAL NOT NULL, attempts INTEGER NOT NULL, at TEXT NOT NULL,
-    run TEXT NOT NULL
+    run TEXT NOT NULL, setting TEXT NOT NULL DEFAULT '', served TEXT NOT NULL DEFAULT ''
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS failures (
     key TEXT NOT NULL, judge TEXT NOT NULL, model TEXT NOT NULL, reason TEXT NOT NULL, reply TEXT NOT NULL,
     tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, cost REAL, at TEXT NOT NULL, run TEXT NOT NULL
 );
-CREATE INDEX IF NOT EXISTS failures_by_run ON failures (run);
-CREATE INDEX IF NOT EXISTS calls_by_run ON calls (run);
 CREATE TABLE IF NOT EXISTS hits (
     run TEXT NOT NULL, judge TEXT NOT NULL, model TEXT NOT NULL, month TEXT NOT NULL, hits INTEGER NOT NULL,
     PRIMARY KEY (run, judge, model, month)
@@ -47,8 +46,26 @@ CREATE TABLE IF NOT EXISTS batches (
     id TEXT NOT NULL, endpoint TEXT NOT NULL, questions TEXT NOT NULL, at TEXT NOT NULL, PRIMARY KEY (endpoint, id)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS pace (endpoint TEXT PRIMARY KEY, requests REAL NOT NULL, tokens REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS settings (
+    judge TEXT NOT NULL, model TEXT NOT NULL, id TEXT NOT NULL, content TEXT NOT NULL, PRIMARY KEY (judge, model, id)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS served (
+    judge TEXT NOT NULL, model TEXT NOT NULL, setting TEXT NOT NULL, served TEXT NOT NULL, at TEXT NOT NULL,
+    PRIMARY KEY (judge, model, setting, served)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS spent (run TEXT PRIMARY KEY, cost REAL NOT NULL) WITHOUT ROWID;
 """
-VERSION = 1
+# From format 1, in which keys did not know where a judge was asked, and what was spent was added up whenever needed.
+FROM_1 = """
+DROP INDEX IF EXISTS failures_by_run;
+DROP INDEX IF EXISTS calls_by_run;
+ALTER TABLE calls ADD COLUMN setting TEXT NOT NULL DEFAULT '';
+ALTER TABLE calls ADD COLUMN served TEXT NOT NULL DEFAULT '';
+INSERT INTO spent SELECT run, TOTAL(cost) FROM (
+    SELECT run, cost FROM calls UNION ALL SELECT run, cost FROM failures
+) GROUP BY run;
+"""
+VERSION = 2
 COUNTED = ("calls", "failed", "hits", "tokens_in", "tokens_out", "cost", "unpriced")
 
 
@@ -61,7 +78,9 @@ class Question:
         model: who is asked.
         template: name and hash of the template the text was made with.
         order: ``ab`` or ``ba`` where two responses are compared, "" elsewhere.
-        content: SHA-256 of what is sent.
+        content: SHA-256 of the messages.
+        setting: what else the judge is sent and where, as JSON; "" where nothing is. By it answers of one endpoint are
+            none of another.
         messages: what is sent; empty where only the answer is of interest.
     """
 
@@ -70,17 +89,32 @@ class Question:
     template: str
     order: str
     content: str
+    setting: str = ""
     messages: list[dict[str, str]] = field(default_factory=list, compare=False)
 
     @classmethod
-    def make(cls, judge: str, model: str, template: str, order: str, messages: list[dict[str, str]]) -> "Question":
+    def make(
+        cls, judge: str, model: str, template: str, order: str, messages: list[dict[str, str]], setting: str = ""
+    ) -> "Question":
         """The question with these messages."""
-        return cls(judge, model, template, order, _digest(messages), messages)
+        return cls(judge, model, template, order, _digest(messages), setting, messages)
 
     @cached_property
     def key(self) -> str:
         """SHA-256 of all of it: the same question has the same key in every run."""
+        if not self.setting:
+            return self.old_key
+        return _digest([self.judge, self.model, self.template, self.order, self.content, self.setting])
+
+    @cached_property
+    def old_key(self) -> str:
+        """The key by the rule of format 1, which knew neither addresses nor settings."""
         return _digest([self.judge, self.model, self.template, self.order, self.content])
+
+    @cached_property
+    def setting_id(self) -> str:
+        """The beginning of the setting's hash, under which the ledger keeps its text; "" for none."""
+        return _digest(self.setting)[:16] if self.setting else ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +130,7 @@ class Answer:
         latency: seconds of the attempt that brought the reply.
         attempts: how often it was sent.
         reason: why there is no value.
+        served: who answered, by the server's own words (``model``, ``system_fingerprint``); "" where it says nothing.
     """
 
     value: float | None
@@ -106,6 +141,7 @@ class Answer:
     latency: float = 0.0
     attempts: int = 1
     reason: str = ""
+    served: str = ""
 
 
 class Ledger:
@@ -144,7 +180,7 @@ class Ledger:
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, VERSION):
+        if version not in (0, 1, VERSION):
             raise LedgerError(
                 f"ledger={self.path}: has format {version}, this version of dnpo reads {VERSION}; give another file, "
                 "or use the version that wrote it"
@@ -153,8 +189,10 @@ class Ledger:
             if db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]:
                 raise LedgerError(f"ledger={self.path}: is a database of another program; give another file")
             db.execute("PRAGMA journal_mode=WAL")
+        if version != VERSION:
             # whole or not at all: a file with half of the tables would look like another program's
-            db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+            change = FROM_1 if version == 1 else ""
+            db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {change} PRAGMA user_version={VERSION}; COMMIT;")
         # what was written survives kill -9; only a power cut can take the last answers
         db.execute("PRAGMA synchronous=NORMAL")
 
@@ -213,15 +251,19 @@ class Ledger:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with self._transaction():
             if answer.value is not None:
-                self._db.execute(
-                    "INSERT INTO calls VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO NOTHING",
+                written = self._db.execute(
+                    "INSERT INTO calls VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT (key) DO NOTHING",
                     (
                         *(question.key, question.judge, question.model, question.template, question.order),
                         *(question.content, answer.value, _drop_surrogates(answer.reply)),
                         *(answer.tokens_in, answer.tokens_out),
                         *(answer.cost, answer.latency, answer.attempts, now, self.run),
+                        *(question.setting_id, _drop_surrogates(answer.served)),
                     ),
                 )
+                if written.rowcount:
+                    self._spend(answer.cost)
+                self._know(question, answer, now)
             else:
                 self._failure(question, answer, now)
             self._db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (question.key, self.owner))
@@ -240,6 +282,57 @@ class Ledger:
                 *(answer.tokens_in, answer.tokens_out, answer.cost, now, self.run),
             ),
         )
+        self._spend(answer.cost)
+
+    def _spend(self, cost: float | None) -> None:
+        """Add to the sum of the run, in the transaction that writes down what it was spent on."""
+        if cost:
+            self._db.execute(
+                "INSERT INTO spent VALUES (?,?) ON CONFLICT (run) DO UPDATE SET cost = cost + excluded.cost",
+                (self.run, cost),
+            )
+
+    def _know(self, question: Question, answer: Answer, now: str) -> None:
+        """Keep the text of the setting, and who answered."""
+        asked = (question.judge, question.model, question.setting_id)
+        if question.setting:
+            self._db.execute("INSERT OR IGNORE INTO settings VALUES (?,?,?,?)", (*asked, question.setting))
+        if answer.served:
+            served = (*asked, _drop_surrogates(answer.served), now)
+            self._db.execute("INSERT OR IGNORE INTO served VALUES (?,?,?,?,?)", served)
+
+    def served(self, question: Question) -> list[str]:
+        """Who has answered questions to this judge so far, the first one first."""
+        rows = self._read(
+            "SELECT served FROM served WHERE judge = ? AND model = ? AND setting = ? ORDER BY at",
+            (question.judge, question.model, question.setting_id),
+        )
+        return [row[0] for row in rows]
+
+    def settings(self, question: Question) -> list[str]:
+        """The settings with which this judge and model have answered so far, this question's own among them."""
+        rows = self._read(
+            "SELECT content FROM settings WHERE judge = ? AND model = ?", (question.judge, question.model)
+        )
+        return [row[0] for row in rows]
+
+    def endpoints(self) -> list[dict[str, Any]]:
+        """Who has answered where, by the server's own words, with the setting (JSON) and since when."""
+        names = ("judge", "model", "setting", "served", "at")
+        rows = self._read(
+            "SELECT judge, model, content, COALESCE(served, ''), COALESCE(at, '') FROM settings LEFT JOIN served "
+            "USING (judge, model) WHERE setting IS NULL OR setting = id ORDER BY at"
+        )
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def reply(self, key: str) -> str:
+        """The last reply to a question, be it an answer or not; "" if there is none."""
+        rows = self._read(
+            "SELECT reply, at FROM calls WHERE key = ? UNION ALL SELECT reply, at FROM failures WHERE key = ? "
+            "ORDER BY at DESC",
+            (key, key),
+        )
+        return next((row[0] for row in rows if row[0]), "")
 
     def release(self, keys: Iterable[str]) -> None:
         """Give claims back without an answer."""
@@ -257,10 +350,8 @@ class Ledger:
 
     def sum_costs(self) -> float:
         """US dollars that this run has spent, failures included; calls without a known price count as nothing."""
-        total = 0.0
-        for table in ("calls", "failures"):
-            total += self._read(f"SELECT TOTAL(cost) FROM {table} WHERE run = ?", (self.run,))[0][0]
-        return total
+        rows = self._read("SELECT cost FROM spent WHERE run = ?", (self.run,))
+        return float(rows[0][0]) if rows else 0.0
 
     def cost_of(self, key: str) -> float:
         """US dollars that an answer has cost; nothing where it is not there or its price is not known."""
@@ -276,7 +367,7 @@ class Ledger:
     def remember_batch(self, endpoint: str, batch: str, questions: Sequence[Question]) -> None:
         """Remember a batch until it is collected."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        fields = [(q.judge, q.model, q.template, q.order, q.content) for q in questions]
+        fields = [(q.judge, q.model, q.template, q.order, q.content, q.setting) for q in questions]
         self._write("INSERT OR REPLACE INTO batches VALUES (?,?,?,?)", (batch, endpoint, json.dumps(fields), now))
 
     def forget_batch(self, endpoint: str, batch: str) -> None:

@@ -7,29 +7,39 @@ happens next. The settings are here; requests and replies are in ``endpoint.py``
 """
 
 import asyncio
+import json
 import os
+import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from dnpo.errors import SettingsError
 from dnpo.judges import Canary
-from dnpo.judges.asked.asking import Limits, ask_one_by_one
+from dnpo.judges.asked.asking import Limits, ask_one_by_one, tell_swap
 from dnpo.judges.asked.batch import ask_in_batches
-from dnpo.judges.asked.endpoint import Endpoint
+from dnpo.judges.asked.endpoint import Endpoint, address_of
 from dnpo.judges.asked.ledger import Ledger, Question
 from dnpo.judges.asked.prices import Price, price_of
 from dnpo.judges.asked.questions import Prompted, Reading
 from dnpo.records import Prompt
-from dnpo.settings import Count, Finite, Positive, neutral
+from dnpo.settings import Count, Finite, Positive, neutral, place
 from dnpo.store import Report
 
 OPENAI = "https://api.openai.com/v1"
 CANARY_SECONDS = 30.0  # a run need not wait longer to learn that nobody answers
+SHOWN = 300  # characters of a reply
+# What extra_body cannot hold: what makes up a question, and what has a setting of its own.
+TAKEN = {
+    **dict.fromkeys(("messages", "model", "n", "stream", "stream_options"), "it is what dnpo asks with"),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "give judge.max_tokens"),
+    **dict.fromkeys(("logprobs", "top_logprobs"), "give judge.reading=logprobs"),
+    **{name: f"give judge.{name}" for name in ("temperature", "reasoning_effort", "chat_template_kwargs")},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +50,22 @@ class OpenAI(Prompted):
         model: its name at the endpoint.
         base_url: up to and with ``/v1``.
         key_from: environment variable with the key. Other endpoints than OpenAI's may need none.
+        same_as: another address of the same judge, such as the one that its server had before it moved: answers and
+            stages of the one are those of the other.
+        version: any text; changed when the weights behind an address were, so that no answer of the old ones counts.
+        read_old_ledger: take answers that were written down before keys knew addresses and all settings.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
         reading: ``text``, or ``logprobs``: expected values over the likeliest tokens, where the server gives them.
         structured: ``auto`` asks for JSON by a schema and goes without where the server refuses; ``off`` never asks.
+        pattern: a regular expression with one group that finds the score (or A, B or TIE) in replies of other forms
+            than the usual ones.
         template: a file with the question; null takes the shipped one for the mode.
         temperature: of the judge; null leaves it to the server.
         max_tokens: of a reply.
+        reasoning_effort: how long the judge thinks, where the server has that; null does not send it.
+        chat_template_kwargs: arguments of the chat template, where the server takes them (vLLM, SGLang).
+        extra_body: what else is sent in the body of every request.
+        headers: further headers, each with the environment variable that holds its value.
         concurrency: questions in flight at most.
         requests_per_minute, tokens_per_minute: ceilings over all runs that share the ledger; null for none.
         timeout: seconds of one attempt.
@@ -58,17 +78,25 @@ class OpenAI(Prompted):
         max_unscored: share of responses that may stay without a score.
 
     Raises:
-        SettingsError: an address with a secret in it, a template or table of prices that cannot be read, or a limit on
-            the cost of a model whose price is not known.
+        SettingsError: an address with a secret in it, a pattern that is none, a template or table of prices that cannot
+            be read, or a limit on the cost of a model whose price is not known.
     """
 
     model: str
-    base_url: str = neutral(OPENAI)
+    base_url: str = place(OPENAI)
     key_from: str = neutral("OPENAI_API_KEY")
+    same_as: str | None = place(None)
+    version: str | None = None
+    read_old_ledger: bool = False
     reading: Reading = "text"
-    structured: Literal["auto", "off"] = neutral("auto")
+    structured: Literal["auto", "off"] = "auto"
+    pattern: str | None = None
     temperature: Finite | None = 0.0
-    max_tokens: Count = neutral(16)
+    max_tokens: Count = 16
+    reasoning_effort: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    extra_body: Mapping[str, Any] | None = None
+    headers: Mapping[str, str] | None = place(None)
     concurrency: Count = neutral(16)
     requests_per_minute: Count | None = neutral(None)
     tokens_per_minute: Count | None = neutral(None)
@@ -82,14 +110,15 @@ class OpenAI(Prompted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SettingsError(f"base_url={self.base_url}: expected an address such as {OPENAI}")
-        if parts.username or parts.password or parts.query:
-            raise SettingsError(
-                f"base_url: has a name, password or query in it ({parts.scheme}://…@{parts.hostname}); settings are "
-                "written down, so give the plain address, and the key in the environment (judge.key_from)"
-            )
+        for name in ("base_url", "same_as"):
+            if getattr(self, name) is not None:
+                _check_address(name, getattr(self, name))
+        if self._pattern is not None and self.reading != "text":
+            raise SettingsError("pattern: reads texts; with reading=logprobs nothing would read by it, so leave it out")
+        for name in self.extra_body or {}:
+            if name in TAKEN or (name == "response_format" and self.structured == "auto"):
+                advice = TAKEN.get(name, "add judge.structured=off")
+                raise SettingsError(f"extra_body.{name}: cannot be given here; {advice}")
         if self._tariff is None and self.max_cost is not None:
             raise SettingsError(
                 f"max_cost={self.max_cost:g}: there is no price for {self.model}, so no spend to hold against it; add "
@@ -108,6 +137,41 @@ class OpenAI(Prompted):
         return self.model
 
     @cached_property
+    def setting(self) -> str:
+        """What decides an answer beside model and messages, as JSON: the address, and all that is sent there."""
+        address = address_of(self.same_as or self.base_url)
+        return json.dumps(
+            {"address": address, "version": self.version or "", **self.endpoint.settings()},
+            ensure_ascii=False,
+            sort_keys=True,
+        )
+
+    @property
+    def takes_old_answers(self) -> bool:
+        """Whether answers count that were written down before keys knew addresses and all settings."""
+        return self.read_old_ledger
+
+    def identity(self) -> Mapping[str, Any]:
+        """The settings that decide the verdicts, the address without secrets among them."""
+        old = {"old ledger": True} if self.read_old_ledger else {}
+        return {**super().identity(), "setting": json.loads(self.setting), **old}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str] | None:
+        if self.pattern is None:
+            return None
+        try:
+            found = re.compile(self.pattern)
+        except re.error as error:
+            raise SettingsError(f"pattern={self.pattern}: is no regular expression ({error})") from None
+        if found.groups != 1:
+            raise SettingsError(
+                f"pattern={self.pattern}: has {found.groups} groups; expected one, around the value, as in "
+                r"'Score: (\d+)' ((?:…) is no group)"
+            )
+        return found
+
+    @cached_property
     def _tariff(self) -> Price | None:
         return price_of(self.model, self.prices)
 
@@ -118,14 +182,22 @@ class OpenAI(Prompted):
             self.model,
             self.base_url,
             self.key_from,
+            headers=self.headers or {},
             timeout=self.timeout,
             mode=self.mode,
             reading=self.reading,
+            pattern=self._pattern,
             structured=self.structured == "auto" and self.reading == "text",
             temperature=self.temperature,
             max_tokens=self.max_tokens,
+            extra=self._extra,
             tariff=self._tariff,
         )
+
+    @property
+    def _extra(self) -> dict[str, Any]:
+        named = {"reasoning_effort": self.reasoning_effort, "chat_template_kwargs": self.chat_template_kwargs}
+        return {**{name: value for name, value in named.items() if value is not None}, **(self.extra_body or {})}
 
     @property
     def limits(self) -> Limits:
@@ -149,12 +221,18 @@ class OpenAI(Prompted):
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
         """Any prompt, if the key is set where one is needed, and can be sent."""
-        key = os.environ.get(self.key_from, "")
-        if not key.isascii() or not key.isprintable() or " " in key:
-            return (
-                f"judge=openai: what environment variable {self.key_from} holds is no key (it has blanks, line ends "
-                "or letters beyond ASCII); export the key alone"
-            )
+        for setting, variable in {"": self.key_from, **(self.headers or {})}.items():
+            held = os.environ.get(variable, "")
+            if setting and not held:
+                return (
+                    f"judge.headers.{setting}: there is no environment variable of the name given there; export the "
+                    "header's value, and give the variable's name"
+                )
+            if not held.isascii() or not held.isprintable() or (" " in held and not setting):
+                return (
+                    f"judge=openai: what environment variable {variable} holds is no {'header' if setting else 'key'} "
+                    "(it has blanks, line ends or letters beyond ASCII); export the value alone"
+                )
         if self.base_url.rstrip("/") == OPENAI and not os.environ.get(self.key_from):
             return (
                 f"judge=openai: the environment variable {self.key_from} is not set; export the key there "
@@ -172,14 +250,32 @@ class OpenAI(Prompted):
             else self._question(prompt, "Paris.", "Oslo.", "ab")
         )
         limits = replace(self.limits, deadline=min(self.deadline, CANARY_SECONDS))
+        before = ledger.served(question)
         reasons = asyncio.run(ask_one_by_one(self.endpoint, limits, [question], ledger, None, 1))
-        price = "no price known" if self._tariff is None else f"${ledger.cost_of(question.key):.5f}"
+        reply = ledger.reply(question.key)
+        shown = f"reply {reply[:SHOWN]!r}" if reply else "no reply"
+        where = f"{self.model} at {self.base_url}"
         if question.key in reasons:
-            return Canary(
-                False, f"{self.model} at {self.base_url} gave a right answer no score: {reasons[question.key]}"
-            )
+            reason = reasons[question.key]
+            text = f"{where} gave a right answer no score: {reason} ({shown})"
+            return Canary(False, text, advise(reason, self.max_tokens))
+        price = "no price known" if self._tariff is None else f"${ledger.cost_of(question.key):.5f} a question"
         value = ledger.answers([question.key])[question.key]
-        return Canary(True, f"{self.model} at {self.base_url} says {value:g} to a right answer ({price} a question)")
+        asked = "".join(f"; dnpo {each}, as the server refuses a parameter" for each in self.endpoint.concessions)
+        new = [served for served in ledger.served(question) if served not in before]
+        warning = tell_swap(self.endpoint, before[-1], new[-1]) if before and new else ""
+        text = f"{where} says {value:g} to a right answer ({shown}; {price}){asked}{self._elsewhere(question, ledger)}"
+        return Canary(True, text, warning=warning)
+
+    def _elsewhere(self, question: Question, ledger: Ledger) -> str:
+        """The other addresses of which the ledger has answers by this judge, asked in the same way."""
+        own = json.loads(self.setting)
+        found = [json.loads(setting) for setting in ledger.settings(question)]
+        others = sorted(each["address"] for each in found if {**each, "address": own["address"]} == own)
+        if set(others) <= {own["address"]}:
+            return ""
+        named = ", ".join(address for address in others if address != own["address"])
+        return f"; the ledger also has answers from {named}: if it is the same judge, judge.same_as takes them"
 
     # --- asking
 
@@ -197,3 +293,38 @@ class OpenAI(Prompted):
                 )
             )
         return asyncio.run(ask_one_by_one(self.endpoint, self.limits, questions, ledger, report, total))
+
+
+def _check_address(name: str, url: str) -> None:
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise SettingsError(
+            f"{name}: has a name, password or query in it ({parts.scheme}://…@{parts.hostname}); settings are "
+            "written down, so give the plain address, and the key in the environment (judge.key_from, judge.headers)"
+        )
+    try:
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        sound = False
+    if not sound:
+        raise SettingsError(f"{name}={url}: expected an address such as {OPENAI}")
+
+
+def advise(reason: str, max_tokens: int) -> str:
+    """The settings that could mend a reply that gave no score."""
+    if "thought" in reason or "cut" in reason:
+        return (
+            f"judge.max_tokens (it is {max_tokens}), or let it think less: judge.reasoning_effort=…, "
+            "judge.chat_template_kwargs='{enable_thinking: false}'"
+        )
+    if "log-probabilit" in reason or "several tokens" in reason:
+        return "judge.reading=text"
+    if reason.startswith("HTTP 4"):
+        named = [f"judge.{name}" for name in ("temperature", "max_tokens", "reasoning_effort") if name in reason]
+        named = ["judge.temperature=null" if name == "judge.temperature" else name for name in named]
+        return ", ".join([*named, "judge.extra_body, judge.headers or judge.structured=off"])
+    if "in the reply" in reason or "judge.pattern" in reason:
+        return "judge.pattern='…(\\d+)…', judge.template or judge.structured"
+    if "connection" in reason or "no reply" in reason or "deadline" in reason:
+        return "judge.base_url, judge.timeout or judge.deadline"
+    return "the judge's settings: where it is, which model, what it is asked"

@@ -7,8 +7,6 @@ first, and only what it does not know is asked.
 """
 
 import hashlib
-import math
-import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +17,11 @@ from typing import Any, Literal
 from dnpo.errors import SettingsError
 from dnpo.judges import Forecast, Judge
 from dnpo.judges.asked.ledger import Ledger, Question
+from dnpo.judges.asked.reading import Mode
 from dnpo.records import HUMAN, Message, Prompt, Response, Verdict
 from dnpo.settings import Fraction, neutral, place
 from dnpo.store import Report
 
-Mode = Literal["score", "pairwise"]
 Reading = Literal["text", "logprobs"]
 SHIPPED = Path(__file__).parent / "templates"
 TRIAL = ("5028841971", "6939937510")  # two responses whose text occurs in no template
@@ -119,6 +117,16 @@ class Prompted(Judge):
     def respondent(self) -> str:
         """The model that is asked, as the ledger shows it."""
 
+    @property
+    def setting(self) -> str:
+        """What decides an answer beside model and messages, as JSON; "" for nothing."""
+        return ""
+
+    @property
+    def takes_old_answers(self) -> bool:
+        """Whether answers under keys of the old form count, which knew no settings."""
+        return False
+
     @cached_property
     def wording(self) -> Template:
         """The template, read once."""
@@ -147,16 +155,33 @@ class Prompted(Judge):
         """Return a verdict on each response, from answers in the ledger and new ones."""
         needed = self.make_questions(prompts, responses)
         questions = {q.key: q for some in needed for q in some}
-        known = ledger.answers(list(questions))
+        known = self.look_up(questions, ledger)
         if known:
             ledger.hit(questions[next(iter(known))], len(known))
         report.begin(len(questions), "questions", len(known))
-        open_ = [q for key, q in questions.items() if key not in known]
-        reasons = self.ask(open_, ledger, report, len(questions)) if open_ else {}
-        values = ledger.answers(list(questions))
+        open_ = {key: q for key, q in questions.items() if key not in known}
+        if old := {} if self.takes_old_answers else self._look_up_old(open_, ledger):
+            report.note(
+                f"{len(old):,} of these questions have answers from before keys knew the judge's address and all "
+                "settings; they are asked again. If it is the same judge, judge.read_old_ledger=true takes them"
+            )
+        reasons = self.ask(list(open_.values()), ledger, report, len(questions)) if open_ else {}
+        values = self.look_up(questions, ledger)
         return [
             self._verdict(response, some, values, reasons) for response, some in zip(responses, needed, strict=True)
         ]
+
+    def look_up(self, questions: Mapping[str, Question], ledger: Ledger) -> dict[str, float]:
+        """The answers that the ledger has to these questions, by key."""
+        found = ledger.answers(list(questions))
+        if self.takes_old_answers:
+            found |= self._look_up_old({key: q for key, q in questions.items() if key not in found}, ledger)
+        return found
+
+    def _look_up_old(self, questions: Mapping[str, Question], ledger: Ledger) -> dict[str, float]:
+        """The answers under keys of the old form, by today's key."""
+        new = {q.old_key: key for key, q in questions.items() if q.old_key != key}
+        return {new[old]: value for old, value in ledger.answers(list(new)).items()}
 
     def forecast(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]
@@ -164,7 +189,7 @@ class Prompted(Judge):
         """Count the questions that these verdicts need, and price those that the ledger cannot answer."""
         questions = {q.key: q for some in self.make_questions(prompts, responses) for q in some if q.key not in seen}
         seen |= set(questions)
-        known = ledger.answers(list(questions))
+        known = self.look_up(questions, ledger)
         costs = [self.price(q) for key, q in questions.items() if key not in known]
         priced = [cost for cost in costs if cost is not None]
         return Forecast(len(questions), len(costs), sum(priced) if len(priced) == len(costs) else None)
@@ -189,7 +214,7 @@ class Prompted(Judge):
 
     def _question(self, prompt: Prompt, response: str, second: str = "", order: str = "") -> Question:
         messages = self.wording.messages(prompt.messages, response, second, prompt.answer)
-        return Question.make(self.kind, self.respondent, self.wording.name, order, messages)
+        return Question.make(self.kind, self.respondent, self.wording.name, order, messages, self.setting)
 
     def _verdict(
         self,
@@ -207,103 +232,3 @@ class Prompted(Judge):
             return Verdict(response.id, response.source, 50.0)
         first, second = 100.0 - values[questions[0].key], values[questions[1].key]
         return Verdict(response.id, response.source, (first + second) / 2, disagreement=abs(first - second))
-
-
-# --- reading replies --------------------------------------------------------------------------------------------------
-
-_ALONE = re.compile(r"[\s*_`\"'(\[]*([0-9]+)[\s*_`\"')\].]*")
-_NAMED = re.compile(
-    r"[\s*_`\"'(\[]*(?:(?:the|my|overall|final|total|quality)\s+)*(?:score|rating|grade)(?:\s+is)?[\s*_`:=]*([0-9]+)"
-    r"[\s*_`\"')\].]*",
-    re.IGNORECASE,
-)
-_SCORE = re.compile(r"\{\s*\"score\"\s*:\s*([0-9]+)\s*\}")
-_WINNER = re.compile(r"[\s*_`\"'(\[]*(?:(?:answer|response)\s+)?(A|B|TIE)[\s*_`\"')\].]*", re.IGNORECASE | re.ASCII)
-_BETTER = re.compile(r"\{\s*\"better\"\s*:\s*\"(A|B|TIE)\"\s*\}")
-
-
-def read_score(reply: str) -> float:
-    """The whole number from 0 to 100 that a reply consists of.
-
-    It may be ``{"score": 83}``, stand alone, or follow the word score, rating or grade ("The score is 83."); a code
-    fence around it does not count. Anything else is a failure, and never a guess: two numbers, fractions, signs,
-    numbers out of range, none at all.
-
-    Raises:
-        ValueError: says what is wrong.
-    """
-    text = _strip_fence(reply)
-    found = _SCORE.fullmatch(text) or _ALONE.fullmatch(text) or _NAMED.fullmatch(text)
-    if found is None:
-        problem = "not one whole number alone" if re.search("[0-9]", reply) else "no number"
-        raise ValueError(f"{problem} in the reply")
-    digits = found.group(1)
-    if len(digits) > 3 or int(digits) > 100:
-        raise ValueError("a number out of 0-100 in the reply")
-    return float(digits)
-
-
-def read_winner(reply: str) -> float:
-    """100 for A, 0 for B, 50 for a tie; the reply is that word alone, or ``{"better": "A"}``.
-
-    Raises:
-        ValueError: it is anything else.
-    """
-    text = _strip_fence(reply)
-    found = _BETTER.fullmatch(text) or _WINNER.fullmatch(text)
-    if found is None:
-        raise ValueError("neither A, B nor TIE alone in the reply")
-    return {"A": 100.0, "B": 0.0, "TIE": 50.0}[found.group(1).upper()]
-
-
-def _strip_fence(reply: str) -> str:
-    text = reply.strip()
-    if len(text) > 6 and text.startswith("```") and text.endswith("```"):
-        text = text[3:-3].removeprefix("json").strip()
-    return text
-
-
-def read_expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
-    """The expected score: the mean over the likeliest tokens at the place of the reply's number.
-
-    Args:
-        tokens: for every token of the reply, the log-probabilities of the likeliest tokens there, the chosen one
-            first.
-
-    Raises:
-        ValueError: the reply is not what :func:`read_score` reads, or does not begin with a number that is one token.
-    """
-    reply = [next(iter(top)) for top in tokens]
-    number = read_score("".join(reply))
-    at = next(i for i, token in enumerate(reply) if token.strip())
-    if not re.fullmatch(r"\s*[0-9]+\s*", reply[at]):
-        raise ValueError("the reply does not begin with a number")
-    if int(reply[at]) != number:
-        raise ValueError("the judge writes a number in several tokens; set judge.reading=text")
-    mass: dict[int, float] = {}
-    for token, logp in tokens[at].items():
-        if re.fullmatch(r"\s*[0-9]{1,3}", token) and int(token) <= 100:
-            mass[int(token)] = mass.get(int(token), 0.0) + _probability(logp)
-    total = sum(mass.values())
-    if not total > 0.0:  # NaN included
-        raise ValueError("no probability on a number from 0 to 100")
-    return min(sum(number * p for number, p in mass.items()) / total, 100.0)
-
-
-def read_expected_winner(tokens: Sequence[Mapping[str, float]]) -> float:
-    """100 × P(A) / (P(A) + P(B)), from the likeliest tokens at the reply's first word.
-
-    Raises:
-        ValueError: the reply is not what :func:`read_winner` reads, or neither is among the likeliest tokens.
-    """
-    reply = [next(iter(top)) for top in tokens]
-    read_winner("".join(reply))
-    at = next(i for i, token in enumerate(reply) if token.strip())
-    a, b = (sum(_probability(p) for token, p in tokens[at].items() if token.strip() == name) for name in "AB")
-    if not a + b > 0.0:  # NaN included
-        raise ValueError("neither A nor B among the likeliest tokens of the reply")
-    return 100.0 * a / (a + b)
-
-
-def _probability(logp: float) -> float:
-    return math.exp(min(logp, 0.0)) if logp == logp else math.nan

@@ -65,5 +65,8 @@ def canary(judge: Judge, ledger: Ledger) -> Finding:
     if asked is None:
         return Finding("judge", "pass", "this judge answers without a call")
     if not asked.scored:
-        return Finding("judge", "stop", asked.text, "the judge's settings: where it is, which model, what it is asked")
+        mends = asked.mends or "the judge's settings: where it is, which model, what it is asked"
+        return Finding("judge", "stop", asked.text, mends)
+    if asked.warning:
+        return Finding("judge", "warn", f"{asked.text}; {asked.warning}", "judge.version=…, if they were")
     return Finding("judge", "pass", asked.text)

@@ -1,0 +1,162 @@
+"""What a server says when it refuses: the text, what kind of refusal it is, and how long to wait.
+
+Servers put it in many places: ``error.message`` (OpenAI), ``detail`` (FastAPI), a list with an ``error`` (Google),
+``error`` as a text (Ollama, TGI), ``message`` alone, and in a reply whose status is 200.
+"""
+
+import email.utils
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_WHERE_TEXT_IS = ("error", "errors", "detail", "message", "Message", "msg", "error_message", "error_description", "raw")
+_MONEY = re.compile(
+    r"insufficient[_ ](?:quota|credit|fund|balance)|credit balance|out of credits?|billing|spend(?:ing)? limit"
+    r"|(?:no|not enough|requires? more) credits?(?! were)|payment (?:is )?required"
+    r"|exceeded your (?:current|monthly) (?:quota|budget|spend)",
+    re.IGNORECASE,
+)
+_FLAGGED = re.compile(r"flagged|moderat|content.?(?:policy|filter|management)|safety|usage polic", re.IGNORECASE)
+_PER_DAY = re.compile(r"per.?day|daily", re.IGNORECASE)
+_DELAY = re.compile(r"\"retryDelay\":\s*\"([0-9.]+)s\"")
+_MEANS = {  # the status that words stand for where a reply says 200
+    401: ("invalid_api_key", "unauthenticated", "unauthorized", "authentication_error"),
+    402: ("payment_required", "insufficient_quota", "insufficient_balance"),
+    403: ("permission_denied", "forbidden", "permission_error"),
+    404: ("not_found", "model_not_found", "not_found_error"),
+    400: ("invalid_argument", "invalid_request_error", "bad_request"),
+    429: ("rate_limit_exceeded", "rate_limit_error", "resource_exhausted", "too_many_requests"),
+    503: ("unavailable", "overloaded", "overloaded_error", "server_error", "internal", "internal_error", "timeout"),
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A server's refusal.
+
+    Attributes:
+        status: of HTTP, or the one that the body speaks of; 0 where neither says.
+        text: what the body says, on one line; "" where it says nothing.
+        codes: its ``code``, ``type``, ``status`` and ``param``, by which servers name what is wrong.
+        wait: seconds that the server asks to wait.
+    """
+
+    status: int
+    text: str
+    codes: str = ""
+    wait: float | None = None
+
+    @property
+    def words(self) -> str:
+        """All that it says."""
+        return f"{self.text} {self.codes}"
+
+    @property
+    def is_about_money(self) -> bool:
+        """Whether the account has to be paid for before anything else is answered."""
+        if self.status == 402 or "insufficient_quota" in self.codes:
+            return True
+        if self.status not in (400, 403, 429) or _FLAGGED.search(self.words):
+            return False
+        soon = self.wait is not None and not _PER_DAY.search(self.words)
+        return not soon and _MONEY.search(self.words) is not None
+
+
+def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
+    """The refusal of a reply whose status is not 200."""
+    found = _parse(body)
+    delay = _DELAY.search(body.decode("utf-8", "replace"))
+    wait = retry_after(headers)
+    wait = float(delay.group(1)) if wait is None and delay else wait
+    return Refusal(status, "; ".join(dict.fromkeys(_texts(found)))[:2000], " ".join(_codes(found)), wait)
+
+
+def find_refusal(body: bytes) -> Refusal | None:
+    """The refusal in a reply whose status is 200; None if it holds none."""
+    found = _parse(body)
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    if not isinstance(found, dict):
+        return None
+    choices = found.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    if choices and not choice.get("error"):
+        return None
+    said: Any = {"error": choice["error"]} if choice else found
+    if not said.get("error") and not (said.get("object") == "error" or said.get("detail") or said.get("errors")):
+        return None
+    refusal = read_refusal(0, {}, json.dumps(said).encode())
+    return Refusal(_status_of(refusal.codes.split()), refusal.text, refusal.codes, refusal.wait)
+
+
+def _status_of(codes: list[str]) -> int:
+    for code in codes:
+        if re.fullmatch("[45][0-9][0-9]", code):
+            return int(code)
+    for code in codes:
+        for status, words in _MEANS.items():
+            if code.casefold() in words:
+                return status
+    return 0
+
+
+def _parse(body: bytes) -> Any:
+    text = body.decode("utf-8", "replace").strip()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        title = re.search(r"<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
+        return title.group(1) if title else text[:500]
+
+
+def _texts(said: Any, depth: int = 0) -> Iterator[str]:
+    """The texts in a body, outer ones first."""
+    if depth > 6:
+        return
+    if isinstance(said, str) and said.strip():
+        inner = _parse(said.encode()) if said.lstrip().startswith(("{", "[")) else None
+        yield from _texts(inner, depth + 1) if isinstance(inner, dict | list) else [" ".join(said.split())]
+    elif isinstance(said, list):
+        for each in said[:5]:
+            yield from _texts(each, depth + 1)
+    elif isinstance(said, dict):
+        where = said.get("loc")  # FastAPI names the part of the request so
+        lead = f"{'.'.join(map(str, where))}: " if isinstance(where, list) else ""
+        for name in _WHERE_TEXT_IS:
+            for text in _texts(said.get(name), depth + 1):
+                yield lead + text
+        yield from _texts(said.get("metadata"), depth + 1)
+
+
+def _codes(said: Any, depth: int = 0) -> Iterator[str]:
+    if isinstance(said, list) and depth < 8:
+        for each in said[:5]:
+            yield from _codes(each, depth + 1)
+    elif isinstance(said, dict) and depth < 8:
+        for name in ("code", "status", "status_code", "type", "error_type", "param", "quotaId"):
+            if isinstance(said.get(name), str | int) and not isinstance(said[name], bool):
+                yield str(said[name])
+        for name in ("error", "errors", "detail", "details", "violations"):
+            yield from _codes(said.get(name), depth + 1)
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait, from ``retry-after-ms`` or ``Retry-After`` (seconds or a date)."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        given = headers.get(name)
+        seconds: float
+        if given is None:
+            continue
+        try:
+            seconds = float(given) * unit
+        except ValueError:
+            try:
+                seconds = email.utils.parsedate_to_datetime(given).timestamp() - time.time()
+            except ValueError:
+                continue
+        if 0 < seconds < float("inf"):  # a time that is over says nothing about how long to wait
+            return seconds
+    return None
