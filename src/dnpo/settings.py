@@ -338,8 +338,11 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
     try:
         return adapter.validate_python(value, strict=True)
     except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise SettingsError(f"{name}={value!r}: {problem[0].lower()}{problem[1:]}") from None
+        first = error.errors()[0]
+        problem = first["msg"]
+        quoted = first["type"] == "string_type" and isinstance(value, bool | int | float)
+        advice = f"""; a text that looks like something else is quoted: '{name}="…"'""" if quoted else ""
+        raise SettingsError(f"{name}={value!r}: {problem[0].lower()}{problem[1:]}{advice}") from None
 
 
 def locate(name: str, target: str) -> Callable[..., Any]:

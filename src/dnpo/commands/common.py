@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dnpo import disk
+from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import for_terminal
 from dnpo.former import up_to_date
@@ -110,6 +111,9 @@ def _fail(message: str) -> None:
 def _explain(error: Exception, config: str) -> str:
     """Rewrite Hydra's message, with near matches for a key that does not exist."""
     text = str(error).strip()
+    unreadable = explain_unreadable(error)
+    if unreadable is not None:
+        return unreadable
     absent = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
     if absent:
         return f"{absent.group(1)}: no option of it is chosen by default; give +{absent.group(1)}=…"
