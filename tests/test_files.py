@@ -622,6 +622,19 @@ def test_a_file_of_another_format_is_named(kind: Any, tmp_path: Path) -> None:
         kind(path=str(path), **LIMITS).read()
 
 
+@pytest.mark.parametrize("name", [b"prompt", b"zzzz"])
+def test_a_damaged_name_or_text_is_named_by_its_file(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / "rows.parquet"
+    table = pa.Table.from_pylist([{**row, "zzzz": "some text"} for row in pairs(50)])
+    pq.write_table(table, path, compression="none", store_schema=False, use_dictionary=False)
+    whole = path.read_bytes()
+    for damaged in (whole.replace(name, b"\xff" * len(name)), whole.replace(b"question 7", b"question\xff7")):
+        assert damaged != whole
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"^{path}: cannot be read as Parquet \("):
+            Parquet(path=str(path), **LIMITS).read()
+
+
 def test_files_whose_columns_differ_in_type(tmp_path: Path) -> None:
     save_parquet(tmp_path / "a.parquet", pairs(5))
     save_parquet(tmp_path / "b.parquet", [{"prompt": [USER], "response": [ASSISTANT]}])
