@@ -19,6 +19,7 @@ from dnpo.judges.asked.openai import OpenAI
 from dnpo.judges.asked.refusals import find_refusal, read_refusal
 from dnpo.records import Verdict
 from dnpo.running.gate.judge import canary
+from tests.commands import run_command
 from tests.conftest import Report
 from tests.test_openai_judge import rows
 
@@ -216,6 +217,9 @@ def test_a_server_that_calls_itself_something_else_is_noticed(change: dict[str, 
         with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
             finding = canary(judge, ledger)
         assert (finding.level, "judge-2027" in finding.text) == ("warn", True)
+        shown = run_command(tmp_path, "dnpo.ledger").stdout
+        for word in (place.base_url, *before.values(), *change.values(), "judge-2027"):
+            assert word in shown
         assert "judge.version" in finding.setting
 
 

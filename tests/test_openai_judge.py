@@ -132,7 +132,7 @@ def check_mix(count: int, folder: Path, **options: Any) -> None:
     prompts, responses = rows(count)
     given: dict[str, Any] = {"faults": "mix", "slow": 4, "retry_after": 0.2, "flood": 2, "hopeless": 0.02}
     with judge_server(**(given | options)) as server:
-        judge = judge_of(server, timeout=4.0, max_replies=4)
+        judge = judge_of(server, timeout=4.0, max_replies=4, concurrency=64)
         verdicts = ask(judge, folder, prompts, responses)
         truth = right(judge, prompts, responses)
         never = [is_hopeless(content, 0.02) for content in contents(judge, prompts, responses)]
@@ -143,7 +143,7 @@ def check_mix(count: int, folder: Path, **options: Any) -> None:
         assert all(v.reason for v, no in zip(verdicts, never, strict=True) if no)
         assert stats["answered"] == count - sum(never)
         assert stats["paid_twice"] == 0
-        assert stats["max_concurrent"] <= 32
+        assert stats["max_concurrent"] <= 64
         # all over again: nothing that was answered is asked, and what was not is
         server.change(faults="none")
         again = ask(judge, folder, prompts, responses)

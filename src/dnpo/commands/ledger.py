@@ -22,7 +22,7 @@ def main() -> None:
         sys.exit(1)
     try:
         with Ledger(path) as ledger:
-            rows = ledger.rows()
+            rows, endpoints = ledger.rows(), ledger.endpoints()
     except LedgerError as error:
         print(f"error: {for_terminal(error)}", file=sys.stderr)
         sys.exit(1)
@@ -39,6 +39,14 @@ def main() -> None:
             money = f"{row['cost']:,.4f}" + (" + unpriced" if row["unpriced"] else "")
             counts = [f"{row[name]:,}" for name in ("calls", "failed", "hits", "tokens_in", "tokens_out")]
             table.add_row(*(str(row[name]) for name in names), *counts, money)
+        console.print(table)
+        console.print()
+    if endpoints:
+        table = ScreenTable(title="Who answered", title_justify="left", box=None, pad_edge=False)
+        for name in endpoints[0]:
+            table.add_column(name, overflow="fold")
+        for each in endpoints:
+            table.add_row(*each.values())
         console.print(table)
         console.print()
     console.print(

@@ -316,14 +316,16 @@ class Ledger:
         )
         return [row[0] for row in rows]
 
-    def endpoints(self) -> list[dict[str, Any]]:
-        """Who has answered where, by the server's own words, with the setting (JSON) and since when."""
-        names = ("judge", "model", "setting", "served", "at")
+    def endpoints(self) -> list[dict[str, str]]:
+        """Who has answered where: model, address and version of the setting, the server's own words, and since when."""
         rows = self._read(
-            "SELECT judge, model, content, COALESCE(served, ''), COALESCE(at, '') FROM settings LEFT JOIN served "
-            "USING (judge, model) WHERE setting IS NULL OR setting = id ORDER BY at"
+            "SELECT s.model, json_extract(s.content, '$.address'), json_extract(s.content, '$.version'), w.served, w.at"
+            " FROM settings s LEFT JOIN served w ON w.judge = s.judge AND w.model = s.model AND w.setting = s.id"
+            " ORDER BY 1, 2, 5"
         )
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        names = ("model", "address", "version", "calls itself", "since")
+        found = [dict(zip(names, (str(value or "") for value in row), strict=True)) for row in rows]
+        return [each for i, each in enumerate(found) if each not in found[:i]]
 
     def reply(self, key: str) -> str:
         """The last reply to a question, be it an answer or not; "" if there is none."""
