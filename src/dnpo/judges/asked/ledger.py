@@ -71,7 +71,7 @@ COUNTED = ("calls", "failed", "hits", "tokens_in", "tokens_out", "cost", "unpric
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask of a judge.
+    """A question to a judge.
 
     Attributes:
         judge: the kind of judge and what of its settings can change an answer.
@@ -119,7 +119,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one question.
+    """The reply to a question.
 
     Attributes:
         value: a score from 0 to 100, or 100 × the probability that the first of two responses is better; None if the
@@ -218,7 +218,7 @@ class Ledger:
     # --- questions and answers
 
     def answers(self, keys: Sequence[str]) -> dict[str, float]:
-        """The values of those questions that have been answered."""
+        """The values of the questions that have been answered."""
         found: dict[str, float] = {}
         if "_db" not in self.__dict__ and not self.path.exists():
             return found  # looking up leaves no file behind
@@ -228,7 +228,7 @@ class Ledger:
         return found
 
     def claim(self, keys: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-        """Which of these questions are this run's to ask, which are answered, and which another run is asking now."""
+        """Split questions into those that this run must ask, answered ones, and those that another run is asking."""
         self._show_alive()
         with self._transaction():
             answered = self.answers(keys)
@@ -247,7 +247,7 @@ class Ledger:
         return mine, [key for key in keys if key in answered], [key for key in open_ if key not in taken]
 
     def record(self, question: Question, answer: Answer) -> None:
-        """Write down an answer, or what a failure cost; the claim on the question ends with it."""
+        """Record an answer, or the cost of a failure, and release the claim on the question."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         with self._transaction():
             if answer.value is not None:
@@ -269,7 +269,7 @@ class Ledger:
             self._db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (question.key, self.owner))
 
     def note_cost(self, question: Question, answer: Answer) -> None:
-        """Write down what an attempt cost that brought nothing of use, while the question is asked again."""
+        """Record the cost of an attempt without a usable reply, while the question is asked again."""
         with self._transaction():
             self._failure(question, answer, datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -337,7 +337,7 @@ class Ledger:
         return next((row[0] for row in rows if row[0]), "")
 
     def release(self, keys: Iterable[str]) -> None:
-        """Give claims back without an answer."""
+        """Release claims without an answer."""
         with self._transaction():
             for key in keys:
                 self._db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self.owner))
@@ -351,7 +351,7 @@ class Ledger:
         )
 
     def sum_costs(self) -> float:
-        """US dollars that this run has spent, failures included; calls without a known price count as nothing."""
+        """The US dollars that this run has spent, including failures; calls without a known price count as 0."""
         rows = self._read("SELECT cost FROM spent WHERE run = ?", (self.run,))
         return float(rows[0][0]) if rows else 0.0
 
@@ -384,7 +384,7 @@ class Ledger:
     # --- ceilings
 
     def slot(self, endpoint: str, request_seconds: float, token_seconds: float) -> float:
-        """Reserve the next place in an endpoint's row; all runs on this ledger stand in the same row.
+        """Reserve the next slot in an endpoint's schedule, which all runs on this ledger share.
 
         Args:
             request_seconds: 60 over the requests allowed in a minute.

@@ -1,9 +1,8 @@
-"""A judge behind any OpenAI-compatible endpoint, asked many questions at once.
+"""A judge behind any OpenAI-compatible endpoint, asked many questions in parallel.
 
-Every question is sent until it is answered or its deadline has passed; a reply is an answer only if it can be read
-without guessing. Answers go into the ledger one by one as they arrive, so nothing that was paid for is lost, whatever
-happens next. The settings are here; requests and replies are in ``endpoint.py``, many questions at once in
-``asking.py``, the batch API in ``batch.py``.
+Every question is sent until it is answered or its deadline has passed; a reply is an answer only if it is unambiguous.
+Answers are written to the ledger one by one as they arrive, so nothing that was paid for is lost. The settings are
+here; requests and replies are in ``endpoint.py``, parallel questions in ``asking.py``, the batch API in ``batch.py``.
 """
 
 import asyncio
@@ -31,7 +30,7 @@ from dnpo.settings import Count, Finite, Positive, neutral, place
 from dnpo.store import Report
 
 OPENAI = "https://api.openai.com/v1"
-CANARY_SECONDS = 30.0  # a run need not wait longer to learn that nobody answers
+CANARY_SECONDS = 30.0  # after this time without an answer the check fails
 SHOWN = 300  # characters of a reply
 # What extra_body cannot hold: what makes up a question, and what has a setting of its own.
 TAKEN = {
@@ -60,22 +59,22 @@ class OpenAI(Prompted):
         pattern: a regular expression with one group that finds the score (or A, B or TIE) in replies of other forms
             than the usual ones.
         template: a file with the question; null takes the shipped one for the mode.
-        temperature: of the judge; null leaves it to the server.
-        max_tokens: of a reply.
+        temperature: temperature of the judge; null leaves it to the server.
+        max_tokens: maximum number of tokens in a reply.
         reasoning_effort: how long the judge thinks, where the server has that; null does not send it.
         chat_template_kwargs: arguments of the chat template, where the server takes them (vLLM, SGLang).
         extra_body: what else is sent in the body of every request.
         headers: further headers, each with the environment variable that holds its value.
-        concurrency: questions in flight at most.
-        requests_per_minute, tokens_per_minute: ceilings over all runs that share the ledger; null for none.
+        concurrency: maximum number of questions in flight.
+        requests_per_minute, tokens_per_minute: limits over all runs that share the ledger; null for none.
         timeout: seconds of one attempt.
         deadline: seconds from the first attempt at a question to the last.
-        max_replies: unreadable replies to one question, at most, before it fails.
-        batch: ask through the provider's batch API, within a day at a lower price.
-        batch_poll: seconds between two looks at a batch.
+        max_replies: maximum number of unreadable replies to a question before it fails.
+        batch: ask by the provider's batch API, within a day at a lower price.
+        batch_poll: seconds between checks of a batch.
         max_cost: US dollars that a run (or a sweep as a whole) may spend; null for no limit.
         prices: a file with prices; null takes the shipped one.
-        max_unscored: share of responses that may stay without a score.
+        max_unscored: share of responses that may lack a score.
 
     Raises:
         SettingsError: an address with a secret in it, a pattern that is none, a template or table of prices that cannot
@@ -177,7 +176,7 @@ class OpenAI(Prompted):
 
     @cached_property
     def endpoint(self) -> Endpoint:
-        """The endpoint, made once: what the server refused in the check before a run is not sent in the run."""
+        """The endpoint, created once, so that parameters refused in the check before a run are not sent in the run."""
         return Endpoint(
             self.model,
             self.base_url,
@@ -201,7 +200,7 @@ class OpenAI(Prompted):
 
     @property
     def limits(self) -> Limits:
-        """What asking one by one has to keep to."""
+        """The limits on asking one by one."""
         return Limits(
             concurrency=self.concurrency,
             requests_per_minute=self.requests_per_minute,
@@ -214,13 +213,13 @@ class OpenAI(Prompted):
         )
 
     def price(self, question: Question) -> float | None:
-        """US dollars, by the table of prices and about as many tokens as the question has."""
+        """The estimated cost of a question in US dollars, by the table of prices."""
         return self.endpoint.price(question, batch=self.batch)
 
     # --- before anything is asked
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Any prompt, if the key is set where one is needed, and can be sent."""
+        """Accept any prompt, if the key is set where one is needed, and can be sent."""
         for setting, variable in {"": self.key_from, **(self.headers or {})}.items():
             held = os.environ.get(variable, "")
             if setting and not held:
@@ -241,7 +240,7 @@ class OpenAI(Prompted):
         return None
 
     def canary(self, ledger: Ledger) -> Canary:
-        """Ask one question that was never asked before, one by one even where the run will ask in batches."""
+        """Ask a question that was never asked before, directly even if the run uses batches."""
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {secrets.token_hex(4)}"  # never asked before
         prompt = Prompt("canary", [{"role": "user", "content": f"(check of {stamp}) Name the capital of France."}], "")
         question = (
@@ -283,8 +282,8 @@ class OpenAI(Prompted):
         """Ask one by one, or in batches.
 
         Raises:
-            JudgeError: the endpoint cannot be used at all, ``max_cost`` is reached, or too many calls have failed. What
-                was answered is in the ledger.
+            JudgeError: the endpoint cannot be used at all, ``max_cost`` is reached, or too many calls have failed. The
+                ledger has the answers so far.
         """
         if self.batch:
             return asyncio.run(
