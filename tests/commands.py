@@ -53,6 +53,8 @@ class Process:
 
     def __init__(self, cwd: Path, *overrides: str, before: str = "", **env: str) -> None:
         self._printed = Path(tempfile.mkdtemp(dir=cwd.parent))
+        for name in ("out", "err"):  # they are there also where it is killed before it has printed anything
+            (self._printed / name).touch()
         self._process = _FORKS.Process(
             target=_begin, args=(cwd, self._printed, overrides, before, {**os.environ, **env})
         )
