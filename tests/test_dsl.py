@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from dnpo.dsl import HigherScoreChosen, HumanChosen, Labeller, Scores, label
+from dnpo.dsl import HigherScoreChosen, HumanChosen, Labeller, Scores, explain, label
 from dnpo.errors import DataError, SettingsError
 from dnpo.records import HUMAN, Pair, Prompt, Response, Verdict
 from dnpo.settings import check
@@ -243,3 +243,14 @@ def test_what_becomes_of_unscored_pairs_is_one_of_three() -> None:
     assert check("dsl", target) == target
     with pytest.raises(SettingsError, match=r"^dsl\.unscored='keep': .*'drop', 'keep_human' or 'fail'"):
         check("dsl", {**target, "unscored": "keep"})
+
+
+def test_what_left_no_pair_is_said_in_words() -> None:
+    """With how many there were of each, and the setting that would mend it."""
+    counts = {"pairs": 0, "flipped": 0, "identical": 1200, "unscored": 3}
+    text = explain(counts)
+    assert "1,200 generated responses equal the human ones" in text
+    assert "generate.temperature" in text
+    assert "3 pairs lack a score" in text
+    assert "dsl.unscored" in text
+    assert explain({**counts, "identical": 0, "unscored": 0}) == "the labeller (dsl=…) has dropped all of them"

@@ -854,6 +854,17 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(make_policy: MakePolicy, 
         train(policy, world.pairs(4), tmp_path, noise=noise)
 
 
+def test_fine_tuning_names_itself_and_its_own_learning_rate(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    policy = make_policy()
+    with torch.no_grad():
+        policy.causal_lm.get_output_embeddings().weight[3] = torch.nan
+    rows = [(p.id, p.prompt_ids, p.chosen_ids) for p in world.pairs(4)]
+    with pytest.raises(NonFiniteLossError, match=r"^supervised fine-tuning, step 0: .* is nan .*sft\.optimizer\.lr"):
+        fine_tune(policy, rows, how(batch_size=4), seed=0, folder=tmp_path, report=Report())
+
+
 def test_no_rows_is_an_error_and_no_epochs_is_not(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="nothing to train on"):
         train(make_policy(), [], tmp_path)

@@ -254,9 +254,9 @@ def pass_gate(
     """
     from dnpo.running.gate import gate, show
 
-    if not all(store.has(stage) for iteration in iterations for stage in iteration.stages):
+    if everything or not all(store.has(stage) for iteration in iterations for stage in iteration.stages):
         command.prepare_torch(threads)
-    findings = gate(run, iterations, store)
+    findings = gate(run, iterations, store, everything)
     show(console, findings, everything)
     stops = [finding.refusal for finding in findings if finding.level == "stop"]
     if stops:

@@ -65,6 +65,16 @@ class HigherScoreChosen:
         return scores.generated > scores.human
 
 
+def explain(counts: Mapping[str, int]) -> str:
+    """Say why :func:`label` made no pair, and what to do about it."""
+    reasons = {
+        "identical": "generated responses equal the human ones (a higher generate.temperature varies them)",
+        "unscored": "pairs lack a score (look at judge.…; dsl.unscored=keep_human keeps them, labelled by origin)",
+    }
+    found = [f"{counts[name]:,} {reason}" for name, reason in reasons.items() if counts[name]]
+    return "; ".join(found) or "the labeller (dsl=…) has dropped all of them"
+
+
 def label(
     labeller: Labeller,
     prompts: Sequence[Prompt],

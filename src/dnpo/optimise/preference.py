@@ -43,6 +43,9 @@ STEP_ZERO_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16:
 class FineTuning(Training):
     """Supervised fine-tuning on human responses: the mean negative log-likelihood of their tokens."""
 
+    title = "supervised fine-tuning"
+    remedy = "lower its learning rate (sft.optimizer.lr) or look at these rows. The last checkpoint is kept"
+
     policy: Policy
 
     def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

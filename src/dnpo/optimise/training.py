@@ -90,6 +90,7 @@ class Training(pl.LightningModule):
     """Manual optimisation of one or more players on micro-batches in a fixed order.
 
     Attributes:
+        title: what messages call it.
         remedy: what to do about a loss that is not finite.
 
     Args:
@@ -99,6 +100,7 @@ class Training(pl.LightningModule):
         report: receives the progress.
     """
 
+    title: ClassVar[str] = "training"
     remedy: ClassVar[str] = (
         "lower the learning rate (trainer.optimizer.lr, npo.learning_rate) or look at these rows. The last checkpoint "
         "is kept"
@@ -178,7 +180,7 @@ class Training(pl.LightningModule):
         """Stop before an update that would put NaN into the weights and the next checkpoint."""
         if not math.isfinite(value):
             raise NonFiniteLossError(
-                f"step {self.policy_step}: the {what} is {value} on rows {', '.join(ids)}; {self.remedy}"
+                f"{self.title}, step {self.policy_step}: the {what} is {value} on rows {', '.join(ids)}; {self.remedy}"
             )
 
     def configure_optimizers(self) -> Any:

@@ -193,7 +193,7 @@ def label(run: Run, plan: Plan, task: Task) -> Facts:
     generated = _read_responses(task.inputs["responses"])
     pairs, counts = dsl.label(plan.dsl, train.prompts, train.human, generated, verdicts)
     if not pairs:
-        raise DataError(f"iteration {plan.k}: no pair is left to train on: {counts}")
+        raise DataError(f"iteration {plan.k}: no pair is left to train on: {dsl.explain(counts)}")
     write(task.folder / "pairs.parquet", pairs, Pair)
     write_preferences(task.folder / "pairs.jsonl", pairs)
     return dict(counts)
