@@ -862,6 +862,15 @@ def test_check_alone_says_every_line_and_runs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_check_makes_every_check_also_where_all_stages_are_there(finished: Path) -> None:
+    done = train(finished, "scale=smoke", "tracking=off", "check=true")
+    assert done.returncode == 0, done.stderr
+    for name in NAMES:
+        assert f" {name} " in done.stdout
+    assert "nothing more to check" not in done.stdout
+
+
+@pytest.mark.long
 def test_stop_ends_a_run_before_any_stage(tmp_path: Path) -> None:
     done = train(tmp_path, "scale=smoke", "judge=off")
     assert done.returncode == 1

@@ -192,7 +192,11 @@ def test_an_offset_can_be_matched_to_a_tracked_run(finished: Path) -> None:
 
     client = MlflowClient(tracking_uri=f"sqlite:///{finished / 'mlflow.db'}")
     (tracked, *_) = client.search_runs([client.get_experiment_by_name("dnpo").experiment_id])
-    mean = np.mean([m.value for m in client.get_metric_history(tracked.info.run_id, "npo/shift")])
+    values, rows = (
+        {m.step: m.value for m in client.get_metric_history(tracked.info.run_id, name)}
+        for name in ("npo/shift", "rows")
+    )
+    mean = np.average(list(values.values()), weights=[rows[step] for step in values])
     uri = f"tracking.uri=sqlite:///{finished / 'mlflow.db'}"
     succeed(finished, "scale=smoke", "method=dsl", "npo=offset", f"npo.shift=run:{tracked.info.run_id}", uri)
     assert summary(finished)["settings"]["npo"]["shift"] == pytest.approx(mean)
