@@ -192,7 +192,7 @@ def test_what_a_member_leaves_out_of_its_key_is_left_out_here() -> None:
     [
         ({"by": "median"}, r"^judge\.by='median': "),
         ({"max_unscored": 2.0}, r"^judge\.max_unscored=2\.0: "),
-        ({"member": {}}, r"^judge\.member: unknown setting\. Did you mean judge\.members\?"),
+        ({"member": {}}, r"^judge\.member: unknown setting\. Did you mean judge\.members\b"),
         ({"members": None}, r"^judge\.members: needs a value"),
         ({"members": 3}, r"^judge\.members=3: "),
         ({"members": {"a": RULES, "b": 3}}, r"^judge\.members="),
