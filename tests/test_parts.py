@@ -44,6 +44,8 @@ OTHER: dict[str, Any] = {
     "columns": {"prompt": "question"},
     "template_arguments": {"enable_thinking": False},
     "pattern": r"Score: (\d+)",
+    "chat_template_kwargs": {"a": 1},
+    "extra_body": {"a": 1},
 }
 # Fields that change no key of their own part, though they are not neutral, and why.
 ELSEWHERE = {
