@@ -656,3 +656,12 @@ def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
         assert "Traceback" not in result.stderr
     assert (tmp_path / "other.db").read_bytes() == before
     assert not (tmp_path / "nothing").exists()
+
+
+def test_the_command_where_no_judge_has_been_asked(tmp_path: Path) -> None:
+    """That is no error, and makes no file; a path that is given has to be right."""
+    result = shown(cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "nothing yet" in result.stdout
+    assert not list(tmp_path.iterdir())
+    assert shown("ledger.sqlite", cwd=tmp_path).returncode == 1

@@ -856,6 +856,17 @@ def test_as_many_failures_as_allowed_and_no_more(tmp_path: Path) -> None:
             judge_responses(Rule(values, max_unscored=0.0), prompts, responses, ledger, Report())
 
 
+@pytest.mark.parametrize(("scores", "noted"), [([7.0] * 30, True), ([7.0] * 29 + [8.0], False), ([7.0] * 10, False)])
+def test_a_judge_that_tells_nothing_apart_is_noted(scores: list[float], noted: bool, tmp_path: Path) -> None:
+    """Responses without a score do not hide it; a few equal scores are no wonder."""
+    prompts, responses = rows(*(f"text {n}" for n in range(len(scores) + 1)))
+    report = Report()
+    with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
+        values: dict[str, float | None] = {f"text {n}": score for n, score in enumerate(scores)}
+        judge_responses(Rule(values, max_unscored=0.1), prompts, responses, ledger, report)
+    assert any("have the same score, 7:" in note for note in report.notes) == noted
+
+
 def test_the_commonest_reasons_are_named() -> None:
     said = too_many(6, 10, 0.25, ["b", "a", "a", "c", "a", "b"])
     assert "3 × a; 2 × b; 1 × c" in said

@@ -15,8 +15,12 @@ from dnpo.screen import ScreenTable
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m dnpo.ledger", description="Calls, hits and spend of the judges.")
-    parser.add_argument("file", nargs="?", default="ledger.sqlite", help="the ledger (default: ledger.sqlite)")
-    path = Path(parser.parse_args().file)
+    parser.add_argument("file", nargs="?", help="the ledger (default: ledger.sqlite)")
+    given = parser.parse_args().file
+    path = Path(given or "ledger.sqlite")
+    if not path.is_file() and given is None:
+        print(f"nothing yet: no judge has been asked here ({path}); give another ledger's path if you have one")
+        return
     if not path.is_file():
         print(f"error: {path}: there is no such file; give the ledger of your runs (setting ledger=…)", file=sys.stderr)
         sys.exit(1)

@@ -15,6 +15,8 @@ from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.store import Report
 
+MANY = 20  # equal scores that are no accident any more
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -110,6 +112,12 @@ def judge_responses(
     missing = [v for v in verdicts if v.score is None]
     if judge.gives_scores and len(missing) > judge.max_unscored * len(verdicts):
         raise JudgeError(too_many(len(missing), len(verdicts), judge.max_unscored, [v.reason for v in missing]))
+    scores = [v.score for v in verdicts if v.score is not None]
+    if len(scores) >= MANY and len(set(scores)) == 1:
+        report.note(
+            f"judge: all {len(scores):,} responses have the same score, {scores[0]:g}: by these verdicts none is "
+            "better than another. Look at some of them (check=true shows an answer of the judge)"
+        )
     return verdicts
 
 

@@ -53,8 +53,8 @@ def find_secrets(config: DictConfig) -> Iterator[str]:
     for override in given:
         name, _, value = str(override).lstrip("+~").partition("=")
         yield from _look(name, value.strip("'\""))
-    tree = OmegaConf.to_container(OmegaConf.masked_copy(config, [k for k in config if k != "hydra"]), resolve=False)
-    for name, value in _leaves(tree, ""):
+    tree: Any = OmegaConf.to_container(config, resolve=False)
+    for name, value in _leaves({key: node for key, node in tree.items() if key != "hydra"}, ""):
         yield from _look(name, value)
 
 
