@@ -19,6 +19,8 @@ SECRETS = [
     ("judge.members.a.key_from", "two words"),
     ("judge.model", f"hf_{PLANTED}"),
     ("judge.headers.Authorization", f"Bearer {PLANTED}"),
+    ("judge.extra_body.api_key", PLANTED),
+    ("judge.base_url", f"https://host/keys/sk-proj-{PLANTED}/v1"),
     ("data.path", f"s3://me:{PLANTED}@bucket/rows.jsonl"),
 ]
 HARMLESS = [
@@ -31,6 +33,8 @@ HARMLESS = [
     ("model.name", "someone/disk-sharded-model-with-a-long-name"),
     ("judge.template", "Grade the answer: time is 10:30, mail a@b.c, key=value?"),
     ("judge.headers.X-Key", "VARIABLE"),
+    ("judge.headers.Authorization", "VARIABLE"),
+    ("data.max_prompt_tokens", "48"),
 ]
 
 

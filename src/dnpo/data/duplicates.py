@@ -1,7 +1,7 @@
 """Find near-duplicate texts by the Jaccard index of their sets of three successive words.
 
-Words that more than half of the texts share, and more than ``MANY`` texts, belong to a common form rather than to a
-similarity. They count in no set, except in a text that has no others.
+Words that more than one text in twenty has (``COMMON``), and more than ``MANY`` texts, belong to a form that many texts
+fill in rather than to a similarity. They count in no set, except in a text that has no others.
 
 The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
 two sets is at least t, a share t of the larger set is in the smaller one. So with all members in one fixed order, the
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 WIDTH = 3
-MANY = 20
+COMMON, MANY = 0.05, 20
 # Words and symbols, without punctuation: "C++" differs from "C" and 2 + 2 from 2 - 2, but full stops are ignored.
 WORD = re.compile(r"""\w+|[^\w\s.,;:!?'"`´‘’“”„«»()\[\]{}…]""")
 ROUNDING = 1e-9
@@ -146,7 +146,7 @@ def _make_sets(texts: Sequence[str], progress: Progress | None) -> _Sets:
     rows, members = _split(_sort_distinct(rows))
 
     counts = np.bincount(members)
-    own = ~(counts > max(len(texts) / 2, MANY))[members]
+    own = ~(counts > max(len(texts) * COMMON, MANY))[members]
     kept = own | (np.bincount(rows[own], minlength=len(texts)) == 0)[rows]
     rows, members = rows[kept], members[kept]
 

@@ -159,7 +159,9 @@ def _label(field: str, value: Any, *, whole: bool = True, empty: bool = False) -
         whole: whether a number must be whole.
         empty: whether it may be blank.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    elif isinstance(value, float) and math.isfinite(value):
         if value == int(value):
             value = str(int(value))
         elif not whole:

@@ -18,6 +18,9 @@ KEY = re.compile(
     r"\bsk-(?=[\w-]*\d)[\w-]{16,}|\bhf_[A-Za-z0-9]{16,}|\bAIza[\w-]{20,}|\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}"
     r"|\bxox[abprs]-[\w-]{10,}|\bAKIA[A-Z0-9]{12,}|\bgsk_[A-Za-z0-9]{16,}|\bBearer\s+\S{8,}"
 )
+SECRET_NAME = re.compile(
+    r"(?:x-)?(?:(?:api|access|auth|secret)[-_]?)?(?:key|token)|secret|passw(?:or)?d|authorization", re.IGNORECASE
+)
 VARIABLE = re.compile(r"[A-Za-z_]\w*")
 INTERPOLATION = re.compile(r"\$\{[^{}]*\}")
 
@@ -80,3 +83,5 @@ def _look(name: str, text: str) -> Iterator[str]:
         yield f"{name}: has a key or token in its address; {ADVICE}"
     elif KEY.search(plain):
         yield f"{name}: looks like a key; {ADVICE}"
+    elif SECRET_NAME.fullmatch(name.rpartition(".")[2]) and plain and not re.search(r"\.headers\.[^.]*$", name):
+        yield f"{name}: is named like a secret; {ADVICE}"

@@ -148,10 +148,13 @@ class Store:
                 mark.write_text(f"{KEYS}\n")
         except OSError as error:
             raise SettingsError(f"store={self.root}: {error.strerror}; {ELSEWHERE}") from error
-        if stages and known != KEYS:
+        if stages and known and not known.isdecimal():
+            note(f"store={self.root}: {LAYOUT} was damaged and has been written anew; stages are found by their keys")
+        elif stages and known != KEYS:
             note(
-                f"store={self.root}: its stages ({', '.join(stages)}) were stored under keys of an earlier version of "
-                "dnpo; they are computed again. The old folders are no longer read and can be removed"
+                f"store={self.root}: its stages ({', '.join(stages)}) were stored by an earlier version of dnpo; those "
+                f"whose keys have changed are computed again. python -m dnpo.store remove --store {self.root} shows "
+                "which folders no tracked run needs"
             )
 
     def check(self, stages: Iterable[Stage], note: Callable[[str], None], everything: bool = True) -> None:

@@ -76,8 +76,9 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 _SCORES = {"score", "rating", "grade"}
-_OTHER_SCALE = re.compile(r"(?:/|\bout\s+of)\s*(?!100\b)[0-9]", re.IGNORECASE)
-_SCALE = re.compile(r"max|scale|range|out_?of|possible", re.IGNORECASE)
+_OTHER_SCALE = r"\s*(?:/|\bout\s+of)\s*(?!100\b)[0-9]"
+_SCALE = re.compile(r"max|scale|range|out.?of|^of$|possible", re.IGNORECASE)
+_VERDICT = re.compile(r"\W*(?:-?[0-9.]+(?:\s*/\s*[0-9]+)?|A|B|TIE)\W*", re.IGNORECASE)
 _RIVAL = re.compile(r"final|overall|total|adjusted|revised|updated|corrected|new_", re.IGNORECASE)
 
 
@@ -190,8 +191,10 @@ def _value_of(text: str, names: set[str]) -> str:
         return text
     others = [(name, _plain(value)) for name, value in found if name.casefold() not in names]
     scales = {number for name, value in others if _SCALE.search(name) for number in re.findall("[0-9]+", value)}
-    rivals = {value for name, value in others if _RIVAL.search(name) and re.search(r"[0-9]|^(?:A|B|TIE)$", value)}
-    if scales - {"0", "100"} or rivals - {values[0]} or _OTHER_SCALE.search(text):
+    rivals = {value for name, value in others if _RIVAL.search(name) and _VERDICT.fullmatch(value)}
+    # Other numbers in prose ("3 out of 4 causes") are not the score; the score itself on another scale is a doubt.
+    rescaled = re.search(rf"(?<![0-9.]){re.escape(values[0].strip())}{_OTHER_SCALE}", text, re.IGNORECASE)
+    if scales - {"0", "100"} or rivals - {values[0]} or rescaled:
         raise ValueError("another value that may be meant, or another scale, in the reply")
     return values[0]
 
