@@ -27,6 +27,7 @@ from dnpo.report.drawing import Panel, over_iterations, progress
 from dnpo.running import execute, notes
 from dnpo.stats.intervals import Estimate
 from dnpo.store import Store
+from dnpo.tracking import RUNNING, end_note
 from dnpo.tracking import sqlite as database
 from dnpo.tracking import writing as tracking
 from dnpo.tracking.alive import ABANDONED, ALIVE, NOTE
@@ -100,7 +101,7 @@ def test_passwords_in_addresses_are_not_tracked(run: MLflowTracking, folder: Pat
 
 def test_a_note_that_is_too_long_is_cut_at_a_line_and_says_so(run: MLflowTracking, folder: Path) -> None:
     run.note("\n".join(["a line of the note"] * 1000))
-    run.add("**Failed** at the end")
+    run.end_note("**Failed** at the end")
     said = client(folder).get_run(run.id).data.tags[NOTE]
     assert len(said) <= 8000
     assert said.endswith("**Failed** at the end")
@@ -122,7 +123,7 @@ def test_a_run_can_be_gone_on_with(run: MLflowTracking, folder: Path) -> None:
     run.finish("FINISHED")
     again = tracked(folder)
     again.resume(run.id)
-    again.add("second")
+    again.end_note("second")
     again.finish("FAILED")
     found = client(folder).get_run(run.id)
     assert (found.data.tags[NOTE], found.info.status) == ("first\n\nsecond", "FAILED")
@@ -138,6 +139,12 @@ run.note("what it is")
 print(run.id, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_a_run_that_has_ended_is_not_said_to_be_running() -> None:
+    note = f"what it is\n\n{RUNNING}\n\nits settings"
+    assert end_note(note, ABANDONED) == f"what it is\n\n{ABANDONED}\n\nits settings"
+    assert end_note("results", ABANDONED) == f"results\n\n{ABANDONED}"
 
 
 def test_the_next_run_ends_those_whose_process_was_killed_and_no_others(run: MLflowTracking, folder: Path) -> None:

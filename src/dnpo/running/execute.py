@@ -23,6 +23,7 @@ from dnpo.running.console import Console, iteration_table
 from dnpo.stages.agreement import read_agreement
 from dnpo.store import Stage, Store, manifest, provenance, write_json
 from dnpo.store.provenance import commit
+from dnpo.tracking import RUNNING
 from dnpo.tracking import datasets as inputs
 from dnpo.tracking.reading import STEPS_OF
 from dnpo.tracking.writing import TrackedSteps, Tracking
@@ -59,7 +60,7 @@ def execute(
     table: list[dict[str, Any]] = []
     used: list[dict[str, Any]] = []
     title, head = notes.title(settings, choices()), notes.describe_run(settings, choices(), overrides(), commit())
-    tracking.note(f"{title}\n\n{notes.RUNNING}\n\n{head}")
+    tracking.note(f"{title}\n\n{RUNNING}\n\n{head}")
     for iteration in iterations:
         for stage in iteration.stages:
             variant = catalogue.SFT if stage.name == "sft" else catalogue.LIKE if stage is iteration.like else None
@@ -174,7 +175,7 @@ def _note_failure(tracking: Tracking, stage: Stage) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        tracking.add(notes.describe_failure(stage.title, error))
+        tracking.end_note(notes.describe_failure(stage.title, error))
         raise
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dnpo.report.comparison import MeasureComparison
     from dnpo.report.groups import Groups
 
-RUNNING = "*It is running; its results will appear here.*"
 CONTINUES = "Finished stages are kept: the same command continues it."
 LONGEST_MESSAGE, LONGEST_OF_A_JOB = 1500, 300  # characters of an error
 MOST_MISSING = 12

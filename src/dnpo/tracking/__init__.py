@@ -8,6 +8,13 @@ from dnpo.settings import Count, neutral
 if TYPE_CHECKING:
     from dnpo.tracking.writing import Tracking
 
+RUNNING = "*It is running; its results will appear here.*"  # in a run's note, until it has ended
+
+
+def end_note(note: str, text: str) -> str:
+    """Put how a run ended into its note, in place of the line that it is running."""
+    return note.replace(RUNNING, text) if RUNNING in note else f"{note}\n\n{text}"
+
 
 @dataclass(frozen=True)
 class NoTracking:

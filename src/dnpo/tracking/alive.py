@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dnpo.tracking import end_note
 from dnpo.tracking.outbox import KEPT, read_kept, send_kept, warn
 from dnpo.tracking.sqlite import shorten
 
@@ -39,7 +40,7 @@ def close_abandoned(client: Any, experiment: str) -> list[str]:
             continue
         found = client.get_run(run.info.run_id)
         if found.info.status == "RUNNING":  # it may have ended just now
-            client.set_tag(run.info.run_id, NOTE, f"{found.data.tags.get(NOTE, '')}\n\n{ABANDONED}")
+            client.set_tag(run.info.run_id, NOTE, end_note(found.data.tags.get(NOTE, ""), ABANDONED))
             client.set_terminated(run.info.run_id, "KILLED")
             closed.append(run.info.run_id)
         free(lock)

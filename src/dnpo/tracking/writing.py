@@ -19,6 +19,7 @@ from dnpo import catalogue
 from dnpo.errors import StoreError, TrackingError
 from dnpo.escape import for_database, for_mlflow
 from dnpo.store import write_json
+from dnpo.tracking import end_note
 from dnpo.tracking.alive import ALIVE, NOTE, close_abandoned, free
 from dnpo.tracking.client import check_reachable, connect, is_server, make_absolute, strip_password
 from dnpo.tracking.outbox import KEPT, LATER, PATIENCE, Kind, Message, Outbox, Refused, send, warn
@@ -128,8 +129,8 @@ class Tracking:
     def note(self, text: str) -> None:
         """Replace the note at the top of the run's page; it is Markdown."""
 
-    def add(self, text: str) -> None:
-        """Add a paragraph to the note."""
+    def end_note(self, text: str) -> None:
+        """Put how the run ended into the note."""
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""
@@ -368,9 +369,9 @@ class MLflowTracking(Tracking):
         self._note = text if len(text) <= LONGEST else f"{text[:LONGEST].rsplit(chr(10), 1)[0]}\n\n(cut)"
         self.tags({NOTE: self._note})
 
-    def add(self, text: str) -> None:
-        """Add a paragraph to the note, cutting the text before it where it is too long."""
-        self.note(f"{self._note[: LONGEST - len(text) - 2]}\n\n{text}")
+    def end_note(self, text: str) -> None:
+        """Put how the run ended into the note, cutting the text before it where it is too long."""
+        self.note(end_note(self._note[: LONGEST - len(text) - 2], text))
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run in one request."""
