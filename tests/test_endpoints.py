@@ -290,6 +290,7 @@ def test_a_header_needs_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 FORMS: dict[str, Said] = {
     **{finish: completion("85", finish) for finish in ("eos", "eos_token", "end_turn", "STOP", "COMPLETE")},
     "no finish_reason": completion("85", None),
+    **{f"finish_reason {finish}": completion("85", finish) for finish in ("unknown", "100257", "<|eot_id|>", "done")},
     "thought": completion("<think>17?</think>85"),
     "thought beside": completion("85", reasoning_content="17?"),
     "parts": completion([{"type": "text", "text": "85"}]),
@@ -352,6 +353,8 @@ REFUSED = {
     "FastAPI": (422, {"detail": [{"loc": ["body", "response_format"], "msg": "Extra inputs are not permitted"}]}),
     "words": (400, {"message": "This model does not support structured outputs."}),
     "Google": (400, [{"error": {"code": 400, "message": 'Unknown name "json_schema"', "status": "INVALID_ARGUMENT"}}]),
+    "another type": (400, {"error": {"message": "Input should be 'text' or 'json_object'"}}),
+    "no mode": (400, {"error": {"message": "json mode is not available for this model"}}),
     "OpenRouter": (404, {"error": {"message": "No endpoints found that support structured_outputs", "code": 404}}),
     "behind": (
         400,

@@ -168,6 +168,7 @@ BAD = [
     ({"messages": "hello"}, "messages is 'hello'", "a list of turns"),
     ({"messages": []}, "messages is empty", "a list of turns"),
     ({"prompt": "\u200b\ufeff", "response": "a"}, "prompt is empty", "expected text"),
+    ({"prompt": "a", "response": "\u0301 \u0300"}, "response is empty", "expected text"),
     ({"prompt": "a", "response": "\u200e\u202a \u2066"}, "response is empty", "expected text"),
     ({"prompt": "a", "response": "\u00ad\u2060\u3164\ufe0f\U000e0041"}, "response is empty", "expected text"),
     ({"messages": [USER, {**ASSISTANT, "content": "\u200d"}]}, "messages[1].content is empty", "expected text"),

@@ -25,6 +25,9 @@ from tests.conftest import Report
 
 SCORES = {
     "83": 83.0,
+    '{"score": 85, "reason": "Available 24/7."}': 85.0,
+    '{"score": 90, "reason": "It names 3 out of 4 causes."}': 90.0,
+    '{"score": 70, "overall_comment": "2 good points, 1/2 of it right"}': 70.0,
     "0": 0.0,
     "100": 100.0,
     "007": 7.0,
@@ -93,6 +96,12 @@ SCORES = {
 }
 NO_SCORES = [
     "",
+    '{"score": 8, "reason": "8/10"}',
+    '{"score": 8, "reason": "I give 8 out of 10."}',
+    '{"score": 8, "out of": 10}',
+    '{"score": 8, "of": 10}',
+    '{"score": 85, "final_score": 60}',
+    '{"score": 85, "overall": "60/100"}',
     " ",
     "...",
     "-5",

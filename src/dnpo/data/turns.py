@@ -21,6 +21,7 @@ ROLES = {
 TOOL_ROLES = {"tool", "function", "tool_call", "tool_response", "function_call", "function_response", "observation"}
 CALLS = ("tool_calls", "function_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
+NOTHING = ("Cc", "Cf", "Cn", "Mn", "Me")  # marks that combine with a letter show nothing without one
 # Invisible letters and marks: fillers, joiners, variation selectors, the blank pattern of Braille.
 INVISIBLE = {
     *"\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0",
@@ -29,8 +30,8 @@ INVISIBLE = {
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text is invisible: it has only spaces, control characters, zero-width and direction marks."""
-    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") or char in INVISIBLE for char in text)
+    """Whether a text is invisible: only spaces, control characters, zero-width, direction and combining marks."""
+    return all(char.isspace() or unicodedata.category(char) in NOTHING or char in INVISIBLE for char in text)
 
 
 def read_text(place: str, value: Any, *, field: str = "", empty: bool = False) -> str:

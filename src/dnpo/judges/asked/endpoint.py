@@ -25,10 +25,15 @@ SCHEMAS: dict[Mode, dict[str, Any]] = {
     "pairwise": {"better": {"type": "string", "enum": ["A", "B", "TIE"]}},
 }
 LONGEST_KEPT = 2000  # characters of a server's text
-# Why a reply ended, in the words of servers (lower case): by itself, or for lack of room.
+# Why a reply ended, in the words of servers (lower case): by itself, for lack of room, or by something in its way.
 ENDED = {"stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "complete", "completed"}
+BROKEN = re.compile(
+    r"filter|safety|recitation|block|prohibit|spii|error|fail|abort|cancel|refus|tool|function|interrupt|time|limit|max"
+)
 CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "token_limit"}
-_SCHEMA_REFUSED = re.compile(r"response_?format|json_?schema|structured[_ ]?outputs?|guided|grammar", re.IGNORECASE)
+_SCHEMA_REFUSED = re.compile(
+    r"response_?format|json[_ ]?(?:schema|object|mode|output)|structured[_ ]?outputs?|guided|grammar", re.IGNORECASE
+)
 _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|passw|signature", re.IGNORECASE)
 
 
@@ -189,10 +194,12 @@ class Endpoint:
         word = str(finish or "").casefold().removeprefix("finish_reason_")
         if word in CUT:
             return f"the reply was cut ({word}) at judge.max_tokens={self.max_tokens}"
-        if not word:  # not said: then it must not have used up the room that it had
+        if word not in ENDED and BROKEN.search(word):
+            return f"the reply ended by {self.clean(str(finish))[:100]}"
+        if word not in ENDED:  # not said, or in unknown words: then it must not have used up the room that it had
             full = isinstance(tokens_out, int) and tokens_out >= self.max_tokens
             return f"the reply may have been cut at judge.max_tokens={self.max_tokens}" if full else ""
-        return "" if word in ENDED else f"the reply ended by {self.clean(str(finish))[:100]}"
+        return ""
 
     def _value(self, text: str, choice: Mapping[str, Any]) -> float:
         if self.reading == "text":
