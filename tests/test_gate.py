@@ -805,7 +805,15 @@ def test_needs_shrink_with_what_is_there(tmp_path: Path) -> None:
     model.base(tmp_path / "model", run.data.read()[0]["train"])
 
     def wanted() -> dict[str, str]:
-        found = needs.findings(run, iterations, store, COUNTS, model.outline(tmp_path / "model"), tmp_path / "model")
+        found = needs.findings(
+            run,
+            iterations,
+            store,
+            [stage for iteration in iterations for stage in iteration.stages if not store.has(stage)],
+            COUNTS,
+            model.outline(tmp_path / "model"),
+            tmp_path / "model",
+        )
         return {f.name: f.text for f in found}
 
     assert set(wanted()) == {"disk", "memory, fine-tuning", "memory, training", "memory, generating"}

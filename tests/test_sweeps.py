@@ -299,7 +299,7 @@ def test_a_constant_is_matched_to_the_noise_of_the_same_iteration(serial: Path) 
     (match,) = [stage for stage in constant["stages"] if stage["title"].endswith("match")]
     assert match["key"] == next(s["key"] for s in reversed(noisy["stages"]) if s["stage"] == "optimise")
     steps = json.loads((serial / "store" / "optimise" / match["key"] / "steps.json").read_text())
-    mean = np.mean([step["npo/shift"] for step in steps])
+    mean = np.average([step["npo/shift"] for step in steps], weights=[step["rows"] for step in steps])
     assert mean > 0
     assert constant["table"][-1]["npo/shift"] == pytest.approx(mean, rel=1e-5)
     assert constant["settings"]["npo"]["start"] == 1

@@ -29,7 +29,7 @@ def check(run: Run, iterations: Sequence[Iteration], store: Store, todo: Sequenc
             tokens, counts = _tokens(run, data, policy)
             found += tokens
             if counts is not None:
-                found += needs.findings(run, iterations, store, counts, policy, folder)
+                found += needs.findings(run, iterations, store, todo, counts, policy, folder)
     except ModelError as error:
         found.append(refuse("model", error, "model.…, as the message says"))
     found += measures.findings(run.eval, {stage.name for stage in todo})

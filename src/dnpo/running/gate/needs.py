@@ -15,7 +15,7 @@ from dnpo.running.gate.finding import Finding
 from dnpo.running.gate.machine import Counts, ModelShape
 from dnpo.stages.plan import Plan, Run
 from dnpo.stages.verbs import with_matched_noise
-from dnpo.store import Store
+from dnpo.store import Stage, Store
 
 
 def counts(sizes: Mapping[str, int], measured: str, lengths: Sequence[tuple[int, int]], limit: int) -> Counts:
@@ -41,18 +41,24 @@ def counts(sizes: Mapping[str, int], measured: str, lengths: Sequence[tuple[int,
 
 
 def findings(
-    run: Run, iterations: Sequence[Iteration], store: Store, counts: Counts, policy: Policy, folder: Path
+    run: Run,
+    iterations: Sequence[Iteration],
+    store: Store,
+    todo: Sequence[Stage],
+    counts: Counts,
+    policy: Policy,
+    folder: Path,
 ) -> list[Finding]:
     """Check disk and memory.
 
     Args:
+        todo: the stages that will be computed.
         policy: the base model on the meta device.
         folder: the folder of the base model in the prompts stage.
     """
     of = machine.shape(policy, run.model.lora)
     files = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     base, tokenizer = sum(files.values()), sum(size for file, size in files.items() if file.suffix != ".safetensors")
-    todo = [stage for iteration in iterations for stage in iteration.stages if not store.has(stage)]
     trainings = [t for t in _trainings(run, of, counts) if iterations[t.k + 1].policy in todo]
     kept = sum(tables(stage.name, run, counts) + (base if stage.name == "prompts" else 0) for stage in todo)
     kept += sum(machine.policy_bytes(of, t.number) + tokenizer + (0 if t.declines else t.states) for t in trainings)
