@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 Finish = Literal["eos", "length"]
 HUMAN = "human"
+GIVEN = "given"
 
 
 def policy_source(iteration: int) -> str:
@@ -40,6 +41,9 @@ class Prompt:
         answer: the verifiable answer, if there is one.
         needs: words that a complete response has to mention (verifiable data).
         token_ids: the rendered prompt, beginning-of-sequence included; empty until a tokenizer has seen it.
+        rejected: the text of the response that the data's own pair rejects; ``human`` is then the chosen one.
+        human_score: a rating of the human response that the data bring.
+        rejected_score: the same of the rejected one.
     """
 
     id: str
@@ -49,6 +53,9 @@ class Prompt:
     answer: str | None = None
     needs: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    rejected: str | None = None
+    human_score: float | None = None
+    rejected_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +63,12 @@ class Response:
     """One response to the prompt of the same id.
 
     Attributes:
-        source: ``human`` or ``policy@k``.
+        source: ``human``, ``given`` for the rejected one of the data's own pair, or ``policy@k``.
         token_ids: completion tokens; the last is end-of-sequence if and only if ``finish`` is ``eos``.
         tokens: how many they are.
         finish: ``eos``, or ``length`` for one cut at the limit.
         logprob: log-probability of the completion under the policy that generated it, in nats; None for human ones.
+        sample: its number among the responses of this source to the prompt, from 0.
     """
 
     id: str
@@ -70,13 +78,15 @@ class Response:
     tokens: int
     finish: Finish
     logprob: float | None = None
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judge's verdict on one response: a score in 0-100, or None with the reason why there is none.
+    """A judge's verdict on one response: a score, mostly 0-100, or None with the reason why there is none.
 
     Attributes:
+        sample: number of the response among those of its source to the prompt.
         disagreement: in points: between the two orders of a comparison, or between the members of an ensemble (their
             standard deviation); None where there is nothing to compare.
     """
@@ -86,13 +96,22 @@ class Verdict:
     score: float | None
     reason: str = ""
     disagreement: float | None = None
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A chosen and a rejected response to one prompt, with the source and score of each side.
+    """A chosen and a rejected response to one prompt, with the source, sample and score of each side.
 
-    ``flipped`` says that the generated response was chosen over the human one.
+    Pairs are unique by id, iteration, and both samples.
+
+    Attributes:
+        rejected: "" with no ``rejected_ids`` where a labeller chooses responses without rejecting any.
+        flipped: whether a generated response was chosen over the human one.
+        iteration: the iteration that labelled it.
+        strength: p(y⁺ ≻ y⁻), how sure the label is; 1 for hard labels.
+        weight: its weight in the loss of a step.
+        shift: how far σ(margin) is lowered in the loss, for robust training.
     """
 
     id: str
@@ -107,6 +126,12 @@ class Pair:
     chosen_score: float | None
     rejected_score: float | None
     flipped: bool
+    chosen_sample: int = 0
+    rejected_sample: int = 0
+    iteration: int = 0
+    strength: float = 1.0
+    weight: float = 1.0
+    shift: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +206,8 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
 def write_preferences(path: Path, pairs: Sequence[Pair]) -> None:
     """Write pairs as JSON lines in TRL's conversational preference format, which its trainers and others read as it is.
 
-    Each line has ``prompt``, ``chosen`` and ``rejected`` as lists of messages, and the id, sources and scores of the
-    pair. The file appears whole or not at all.
+    Each line has ``prompt``, ``chosen`` and ``rejected`` as lists of messages, and the id, sources, samples, scores,
+    strength and weight of the pair. The file appears whole or not at all.
     """
     rows = [
         {
@@ -194,6 +219,12 @@ def write_preferences(path: Path, pairs: Sequence[Pair]) -> None:
             "rejected_source": pair.rejected_source,
             "chosen_score": pair.chosen_score,
             "rejected_score": pair.rejected_score,
+            "chosen_sample": pair.chosen_sample,
+            "rejected_sample": pair.rejected_sample,
+            "iteration": pair.iteration,
+            "strength": pair.strength,
+            "weight": pair.weight,
+            "shift": pair.shift,
         }
         for pair in pairs
     ]
