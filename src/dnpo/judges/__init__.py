@@ -6,14 +6,19 @@ response, in the same order. A response that it cannot judge gets no score but a
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dnpo.errors import JudgeError
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.store import Report
+
+if TYPE_CHECKING:
+    from dnpo.policy.model import Policy
+
+PolicyName = Literal["policy", "initial"]  # the policy of the iteration, and the one after fine-tuning
 
 MANY = 20  # equal scores that are no accident any more
 
@@ -58,11 +63,31 @@ class Judge(ABC):
 
     Attributes:
         gives_scores: false for ``judge=off``.
+        measures_texts: whether its scores say how good texts are, whoever wrote them and whenever. If not, evaluations
+            cannot use it; it still can label pairs.
         max_unscored: share of responses that may lack a score.
     """
 
     gives_scores: ClassVar[bool] = True
+    measures_texts: ClassVar[bool] = True
     max_unscored: float = 0.02
+
+    @property
+    def reads_policies(self) -> frozenset[PolicyName]:
+        """The policies that it needs, which are then inputs of the judge stage; mostly none."""
+        return frozenset()
+
+    def with_policies(self, policies: "Mapping[PolicyName, Policy]") -> "Judge":
+        """The judge that has the policies of ``reads_policies``, and judges by them."""
+        return self
+
+    def accepts_policy(self, k: int, is_initial: bool) -> str | None:
+        """Why it cannot judge what the policy of iteration ``k`` generated, or None; asked before all computation.
+
+        Args:
+            is_initial: whether that policy is still the initial one.
+        """
+        return None
 
     @property
     def prompts_seen(self) -> Collection[str]:
@@ -108,7 +133,7 @@ def judge_responses(
     Raises:
         JudgeError: too many verdicts lack a score. The ledger has all replies, so a rerun asks only for the rest.
     """
-    verdicts = judge(prompts, responses, ledger, report)
+    verdicts = _match(judge(prompts, responses, ledger, report), responses)
     missing = [v for v in verdicts if v.score is None]
     if judge.gives_scores and len(missing) > judge.max_unscored * len(verdicts):
         raise JudgeError(too_many(len(missing), len(verdicts), judge.max_unscored, [v.reason for v in missing]))
@@ -119,6 +144,24 @@ def judge_responses(
             "better than another. Look at some of them (check=true shows an answer of the judge)"
         )
     return verdicts
+
+
+def make_verdict(
+    response: Response, score: float | None, reason: str = "", disagreement: float | None = None
+) -> Verdict:
+    """Make the verdict on a response."""
+    return Verdict(response.id, response.source, score, reason, disagreement, response.sample)
+
+
+def _match(verdicts: Sequence[Verdict], responses: Sequence[Response]) -> list[Verdict]:
+    """Check that verdicts are in the order of the responses, and number them like these.
+
+    Raises:
+        JudgeError: they are not.
+    """
+    if [(v.id, v.source) for v in verdicts] != [(r.id, r.source) for r in responses]:
+        raise JudgeError("judge: its verdicts are not those on the responses in their order, as a judge must return")
+    return [replace(v, sample=r.sample) for v, r in zip(verdicts, responses, strict=True)]
 
 
 def tally(verdicts: Sequence[Verdict]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dnpo.errors import SettingsError
-from dnpo.judges import Canary, Forecast, Judge
+from dnpo.judges import Canary, Forecast, Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from dnpo.settings import Fraction, neutral, part_key
@@ -38,6 +38,11 @@ class Ensemble(Judge):
         for name, member in self.members.items():
             if not member.gives_scores:
                 raise SettingsError(f"members.{name}: gives no scores; choose another judge for it")
+            if not member.measures_texts:
+                raise SettingsError(
+                    f"members.{name}: does not score texts alone (it reads policies, or ratings of the data), so its "
+                    "scores cannot be combined with others; choose another judge for it"
+                )
 
     @property
     def prompts_seen(self) -> frozenset[str]:
@@ -77,31 +82,41 @@ class Ensemble(Judge):
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
         """Return a verdict on each response, after every member has judged all of them."""
-        by_member = {name: member(prompts, responses, ledger, report) for name, member in self.members.items()}
+        asked = [*responses, *(self._missing_human(prompts, responses) if self.by == "majority" else [])]
+        by_member = {name: member(prompts, asked, ledger, report) for name, member in self.members.items()}
+        rows = [dict(zip(by_member, some, strict=True)) for some in zip(*by_member.values(), strict=True)]
         human = {
-            r.id: [v.score for v in verdicts]
-            for r, verdicts in zip(responses, zip(*by_member.values(), strict=True), strict=True)
-            if r.source == HUMAN
+            response.id: [verdict.score for verdict in verdicts.values()]
+            for response, verdicts in zip(asked, rows, strict=True)
+            if response.source == HUMAN
         }
         return [
-            self._combine(response, dict(zip(by_member, verdicts, strict=True)), human)
-            for response, verdicts in zip(responses, zip(*by_member.values(), strict=True), strict=True)
+            self._combine(response, verdicts, human)
+            for response, verdicts in zip(responses, rows[: len(responses)], strict=True)
         ]
+
+    @staticmethod
+    def _missing_human(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Response]:
+        """The human responses that votes need, where a labeller admits none of them."""
+        there = {response.id for response in responses if response.source == HUMAN}
+        needed = {response.id for response in responses} - there
+        needed = {id_ for id_ in needed if id_.rsplit("#", 1)[0] not in there}
+        return [Response(p.id, HUMAN, p.human, [], 0, "eos") for p in prompts if p.id in needed]
 
     def _combine(
         self, response: Response, verdicts: Mapping[str, Verdict], human: Mapping[str, Sequence[float | None]]
     ) -> Verdict:
         for name, verdict in verdicts.items():
             if verdict.score is None:
-                return Verdict(response.id, response.source, None, f"{name}: {verdict.reason}")
+                return make_verdict(response, None, f"{name}: {verdict.reason}")
         scores = [v.score for v in verdicts.values() if v.score is not None]
         if self.by == "majority":
             against = human.get(response.id) or human.get(response.id.rsplit("#", 1)[0])
             if against is None or None in against:
-                return Verdict(response.id, response.source, None, "no score of the human response to compare with")
+                return make_verdict(response, None, "no score of the human response to compare with")
             votes = [_vote(new, old) for new, old in zip(scores, against, strict=True) if old is not None]
             scores = [100.0 * vote for vote in votes]
-        return Verdict(response.id, response.source, statistics.fmean(scores), disagreement=statistics.pstdev(scores))
+        return make_verdict(response, statistics.fmean(scores), disagreement=statistics.pstdev(scores))
 
 
 def _vote(new: float, old: float) -> float:

@@ -7,7 +7,7 @@ compared with this one. It needs no answers, no model and no money, and it judge
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dnpo.judges import Judge
+from dnpo.judges import Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.settings import Positive
@@ -30,7 +30,7 @@ class Longer(Judge):
         """Return a verdict on each response."""
         report.begin(len(responses), "verdicts")
         report.advance(len(responses))
-        return [Verdict(r.id, r.source, length_score(r.text, self.half)) for r in responses]
+        return [make_verdict(r, length_score(r.text, self.half)) for r in responses]
 
 
 def length_score(text: str, half: float) -> float:

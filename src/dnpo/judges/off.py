@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dnpo.judges import Judge
+from dnpo.judges import Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.store import Report
@@ -20,4 +20,4 @@ class NoJudge(Judge):
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
         """Return a verdict without a score on each response."""
-        return [Verdict(r.id, r.source, None, "judge=off") for r in responses]
+        return [make_verdict(r, None, "judge=off") for r in responses]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dnpo.errors import SettingsError
-from dnpo.judges import Forecast, Judge
+from dnpo.judges import Forecast, Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger, Question
 from dnpo.judges.asked.reading import Mode
 from dnpo.records import HUMAN, Message, Prompt, Response, Verdict
@@ -225,10 +225,10 @@ class Prompted(Judge):
     ) -> Verdict:
         missing = [q for q in questions if q.key not in values]
         if missing:
-            return Verdict(response.id, response.source, None, reasons.get(missing[0].key, "not asked"))
+            return make_verdict(response, None, reasons.get(missing[0].key, "not asked"))
         if self.mode == "score":
-            return Verdict(response.id, response.source, values[questions[0].key])
+            return make_verdict(response, values[questions[0].key])
         if not questions:  # the human response against itself
-            return Verdict(response.id, response.source, 50.0)
+            return make_verdict(response, 50.0)
         first, second = 100.0 - values[questions[0].key], values[questions[1].key]
-        return Verdict(response.id, response.source, (first + second) / 2, disagreement=abs(first - second))
+        return make_verdict(response, (first + second) / 2, disagreement=abs(first - second))

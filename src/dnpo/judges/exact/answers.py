@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from dnpo.errors import SettingsError
-from dnpo.judges import Judge
+from dnpo.judges import Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.store import Report
@@ -65,9 +65,9 @@ class Checker(Judge):
     def verdict(self, prompt: Prompt, response: Response) -> Verdict:
         """Judge one response."""
         if prompt.answer is None or not self.usable(prompt.answer):
-            return Verdict(response.id, response.source, None, f"the prompt's answer is not {self.expects}")
+            return make_verdict(response, None, f"the prompt's answer is not {self.expects}")
         right, reason = self.check(prompt.answer, response.text)
-        return Verdict(response.id, response.source, 100.0 if right else 0.0, reason)
+        return make_verdict(response, 100.0 if right else 0.0, reason)
 
 
 # --- a number ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from dnpo.judges import Judge
+from dnpo.judges import Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.store import Report
@@ -47,8 +47,8 @@ class Rules(Judge):
 
     def _judge(self, prompt: Prompt, response: Response) -> Verdict:
         if prompt.answer is None:
-            return Verdict(response.id, response.source, None, "the prompt has no verifiable answer")
-        return Verdict(response.id, response.source, self.points(prompt, response.text))
+            return make_verdict(response, None, "the prompt has no verifiable answer")
+        return make_verdict(response, self.points(prompt, response.text))
 
     def points(self, prompt: Prompt, text: str) -> float:
         """The score of one response, 0-100."""

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from dnpo.errors import OutOfMemoryError, SettingsError
-from dnpo.judges import Canary, Judge
+from dnpo.judges import Canary, Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.reward.facts import FACTS, SEEN, read_facts
 from dnpo.policy.weights import Weights
@@ -149,7 +149,7 @@ class Reward(Judge):
         verdicts: dict[int, Verdict] = {}
 
         def settle(i: int, score: float | None, reason: str) -> None:
-            verdicts[i] = Verdict(responses[i].id, responses[i].source, score, reason)
+            verdicts[i] = make_verdict(responses[i], score, reason)
             if report is not None:
                 report.advance()
 
