@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,10 +28,12 @@ from transformers import (
 
 import dnpo.generate.hf
 from dnpo.errors import ModelError, SettingsError
-from dnpo.generate import Sampling
+from dnpo.generate import Ahead, Given, Sampling
 from dnpo.generate.hf import complete, generate, sample
 from dnpo.policy.model import Policy
 from dnpo.records import Response
+from dnpo.seeding import derive
+from dnpo.settings import build, check, conf_folder, part_key
 from tests.conftest import Report, World
 
 MakePolicy = Callable[..., Policy]
@@ -184,12 +187,22 @@ def test_the_next_prompts_take_the_places_of_rows_that_have_finished(make_policy
     assert len(steps) < 1.4 * sum(len(row) - 1 for row in rows) / LAYOUT.batch_size, "the batch is nearly full"
 
 
-def test_more_copies_of_a_prompt_than_the_batch_has_rows(make_policy: MakePolicy, world: World) -> None:
+@pytest.mark.parametrize("batch_size", [1, 4, 11])
+def test_more_copies_of_a_prompt_than_the_batch_has_rows(
+    make_policy: MakePolicy, world: World, batch_size: int
+) -> None:
+    """They join at different times, and still each prompt is read once."""
     policy, report = stopping(make_policy()), Report()
-    prompts = [world.prompts[0].token_ids] * 11
-    rows = complete(policy, prompts, Sampling(batch_size=4), 12, STREAMS, report)
-    assert rows == complete(policy, prompts, Sampling(batch_size=1), 12, STREAMS, Report())
-    assert report.done == 11
+    some = sorted({tuple(p.token_ids) for p in world.prompts[:5]})
+    prompts = [list(ids) for ids in some for _ in range(11)]
+    with forwards(policy) as seen:
+        rows = complete(policy, prompts, Sampling(batch_size=batch_size), 12, STREAMS, report)
+    assert sum(count for count, columns in seen if columns > 1) == len(some)
+    assert rows == [
+        complete(policy, [ids], Sampling(batch_size=1), 12, [stream], Report())[0]
+        for ids, stream in zip(prompts, STREAMS, strict=False)
+    ]
+    assert report.done == len(prompts)
 
 
 SHAPE: dict[str, Any] = {
@@ -412,3 +425,154 @@ def test_top_k_one_is_greedy(make_policy: MakePolicy, world: World) -> None:
     args = ("x", 12, 3, Report())
     sharp = sample(policy, world.prompts[:16], Sampling(top_k=1, batch_size=8), *args)
     assert sharp == sample(policy, world.prompts[:16], LAYOUT.greedy(), *args)
+
+
+# --- several samples of a prompt
+
+
+def roll(
+    policy: Policy,
+    world: World,
+    folder: Path,
+    rollout: Sampling,
+    count: int = 6,
+    limit: int = 12,
+    report: Report | None = None,
+) -> list[Response]:
+    folder.mkdir(exist_ok=True)
+    return generate(
+        policy,
+        world.prompts[:count],
+        rollout,
+        source="policy@0",
+        limit=limit,
+        seed=1,
+        folder=folder,
+        report=report or Report(),
+    )
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, 64])
+def test_each_of_several_samples_is_the_one_generated_alone(
+    make_policy: MakePolicy, world: World, tmp_path: Path, batch_size: int
+) -> None:
+    """Against a batch of one row with the stream of this prompt and number; log-probabilities in float64."""
+    policy = make_policy()
+    rows = roll(policy, world, tmp_path, Ahead(samples=5, batch_size=batch_size, shard_size=4))
+    assert [(row.id, row.sample) for row in rows] == [(p.id, n) for p in world.prompts[:6] for n in range(5)]
+    exact = make_policy().model.double()
+    for number, row in enumerate(rows):
+        prompt = world.prompts[number // 5]
+        streams = [derive(1, "sample", prompt.id, number % 5)]
+        assert [row.token_ids] == complete(policy, [prompt.token_ids], Sampling(), 12, streams, Report())
+        logp = exact(input_ids=torch.tensor([prompt.token_ids + row.token_ids])).logits[0].detach().log_softmax(-1)
+        start = len(prompt.token_ids)
+        brute = sum(float(logp[start + t - 1, token]) for t, token in enumerate(row.token_ids))
+        assert row.logprob == pytest.approx(brute, abs=1e-4)
+    assert len({tuple(row.token_ids) for row in rows}) > 25, "they differ"
+
+
+def test_the_first_samples_do_not_depend_on_how_many_there_are(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    """One sample is what plain settings give, and as it was before there could be several."""
+    policy = make_policy()
+    plain = roll(policy, world, tmp_path / "plain", LAYOUT)
+    assert {row.sample for row in plain} == {0}
+    for samples in (1, 3, 9):
+        rollout = Ahead(samples=samples, batch_size=8, shard_size=20)
+        rows = roll(policy, world, tmp_path / str(samples), rollout)
+        assert rows[::samples] == plain
+    several = [prompt for prompt in world.prompts[:6] for _ in range(9)]
+    assert rows == sample(policy, several, LAYOUT, "policy@0", 12, 1, Report()), "measuring has the same samples"
+
+
+def test_a_killed_run_with_several_samples_loses_a_shard_of_prompts(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    policy, rollout = make_policy(), Ahead(samples=3, batch_size=8, shard_size=4)
+    whole = roll(policy, world, tmp_path / "a", rollout, count=10)
+    roll(policy, world, tmp_path / "b", rollout, count=10)
+    shards = sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert shards == [f"shard-0000{number}.parquet" for number in range(3)]
+    (tmp_path / "b" / shards[1]).unlink()
+    report = Report()
+    with forwards(policy) as seen:
+        assert roll(policy, world, tmp_path / "b", rollout, count=10, report=report) == whole
+    distinct = {tuple(p.token_ids) for p in world.prompts[4:8]}
+    assert sum(count for count, columns in seen if columns > 1) == len(distinct), "only the lost shard is made again"
+    assert (report.total, report.done) == (30, 30)
+
+
+def test_responses_that_are_cut_may_be_ended(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+    """An end-of-sequence token is appended, within the data's limit; ``finish`` still says that they were cut."""
+    policy, end = stopping(make_policy()), world.tokenizer.eos_token_id
+    plain = roll(policy, world, tmp_path / "plain", LAYOUT, count=40)
+    for name, most in (("at the limit", 0), ("before", 7), ("after", 99)):
+        report = Report()
+        rollout = Ahead(batch_size=8, max_tokens=most, append_eos=True)
+        rows = roll(policy, world, tmp_path / name, rollout, count=40, report=report)
+        cut_at = 7 if name == "before" else 12
+        for row, other in zip(rows, plain, strict=True):
+            whole = other.finish == "eos" and other.tokens <= cut_at
+            expected = other.token_ids if whole else [*other.token_ids[: 7 if name == "before" else 11], end]
+            assert row.token_ids == expected
+            assert row.tokens == len(expected) <= 12
+            assert row.finish == ("eos" if whole else "length")
+            assert row.text == world.tokenizer.decode(expected, skip_special_tokens=True).strip()
+        scores = policy.score([p.token_ids for p in world.prompts[:40]], [row.token_ids for row in rows])
+        assert [row.logprob for row in rows] == pytest.approx(scores, abs=1e-4), "of what is trained on"
+        cut = sum(row.finish == "length" for row in rows)
+        assert 0 < cut < 40, "both kinds must occur for this test to mean anything"
+        assert report.notes == [
+            f"append_eos=true: {cut} of 40 responses were cut and end with an end-of-sequence token that the policy "
+            "did not generate"
+        ]
+
+
+def test_measuring_appends_nothing(make_policy: MakePolicy, world: World) -> None:
+    policy, args = make_policy(), ("x", 12, 3, Report())
+    ended = Sampling(batch_size=8, append_eos=True)
+    assert sample(policy, world.prompts[:20], ended, *args) == sample(policy, world.prompts[:20], LAYOUT, *args)
+    assert part_key(ended) == part_key(Sampling(batch_size=8)), "so it is no part of a measurement's key"
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.0), ("top_k", 1), ("top_p", 0.0)])
+def test_several_samples_that_would_be_equal_are_refused(name: str, value: float) -> None:
+    settings = {"_target_": "dnpo.generate.Ahead", "samples": 2, name: value}
+    with pytest.raises(SettingsError, match=rf"rollout\.samples=2: with {name}=0?1? "):
+        build("rollout", check("rollout", settings))
+    build("rollout", check("rollout", settings | {"samples": 1}))
+
+
+def test_stage_keys_of_rollouts() -> None:
+    """One sample by plain settings is the stage it always was; what changes responses changes the key."""
+    assert part_key(Ahead()) == part_key(Sampling())
+    others: list[dict[str, Any]] = [
+        {"samples": 2},
+        {"max_tokens": 9},
+        {"append_eos": True},
+        {"top_k": 3},
+        {"temperature": 0.5},
+    ]
+    keys = [part_key(Ahead(**settings)) for settings in others]
+    assert len({str(key) for key in [*keys, part_key(Ahead())]}) == len(others) + 1
+    assert part_key(Ahead(batch_size=3)) == part_key(Ahead())
+
+
+def test_settings_of_rollouts_follow_those_of_generate() -> None:
+    load, folder = OmegaConf.load, conf_folder()
+    tree: Any = OmegaConf.create(
+        {"generate": load(folder / "generate/sample.yaml"), "rollout": load(folder / "rollout/ahead.yaml")}
+    )
+    plain: Any = OmegaConf.to_container(tree, resolve=True)
+    assert build("rollout", check("rollout", plain["rollout"])) == Ahead(batch_size=128)
+    tree.generate.update({"append_eos": True, "temperature": 0.0, "top_k": 3, "top_p": 0.5, "batch_size": 7})
+    tree.generate.shard_size = 9
+    plain = OmegaConf.to_container(tree, resolve=True)
+    rollout = build("rollout", check("rollout", plain["rollout"]))
+    assert rollout == Ahead(temperature=0.0, top_k=3, top_p=0.5, batch_size=7, shard_size=9, append_eos=True)
+    plain = OmegaConf.to_container(load(folder / "rollout/given.yaml"))
+    given = build("rollout", check("rollout", plain))
+    assert given == Given()
+    assert (rollout.generates, given.generates) == (True, False)

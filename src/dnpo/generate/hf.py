@@ -1,9 +1,10 @@
 """Generate responses to prompts, in shards.
 
-A sample depends only on the policy, its prompt and the seed: not on other prompts or their order, nor on whether the
-run was killed in between, nor (up to the rounding of logits) on the batch size. Each row draws from its own random
-stream, so rows can join and leave the batch freely: prompts wait in a queue, the longest first; rows that finish leave
-the batch, and the next prompts take their places.
+A sample depends only on the policy, its prompt, its number and the seed: not on other prompts or their order, nor on
+how many samples of the prompt there are, nor on whether the run was killed in between, nor (up to the rounding of
+logits) on the batch size. Each row draws from its own random stream, so rows can join and leave the batch freely:
+prompts wait in a queue, the longest first; rows that finish leave the batch, and the next prompts take their places.
+A prompt is read once for all of its rows, also where they join at different times.
 
 Shapes: N prompts, R rows under way, P distinct prompts that are read at once, M rows that move, L columns of the cache,
 V vocabulary in G groups of C entries, D size of a head.
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWar
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from dnpo.errors import ModelError, SettingsError
-from dnpo.generate import Sampling
+from dnpo.generate import Ahead, Sampling
 from dnpo.policy.model import Policy
 from dnpo.records import Finish, Prompt, Response, read_all, write
 from dnpo.seeding import derive
@@ -45,28 +46,39 @@ def generate(
     folder: Path,
     report: Report,
 ) -> list[Response]:
-    """Generate a response to each prompt, in the order of the prompts; shards in ``folder`` are reused.
+    """Generate responses to each prompt; shards in ``folder`` are reused.
+
+    Responses have the order of the prompts; several samples of a prompt stand together, in the order of their numbers.
 
     Args:
         policy: the policy that responds.
         prompts: prompts with ``token_ids``.
-        sampling: how to sample.
+        sampling: how to sample; plain settings give one sample a prompt.
         source: ``source`` of the responses.
         limit: maximum number of completion tokens.
         seed: decides the samples, together with the prompts' ids.
         folder: folder for the shards, in Parquet.
         report: receives the progress.
     """
-    shards = [prompts[i : i + sampling.shard_size] for i in range(0, len(prompts), sampling.shard_size)]
+    rollout = Ahead.like(sampling)
+    rows = _number([prompt for prompt in prompts for _ in range(rollout.samples)])
+    size = rollout.shard_size * rollout.samples
+    shards = [rows[first : first + size] for first in range(0, len(rows), size)]
     paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
-    streams = _streams(seed, prompts)
-    report.begin(len(prompts), "responses", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
-    for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):
+    report.begin(len(rows), "responses", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
+    cut = min(rollout.max_tokens or limit, limit)
+    for shard, path in zip(shards, paths, strict=True):
         if not path.is_file():
-            first = number * sampling.shard_size
-            these = streams[first : first + len(shard)]
-            write(path, _answer(policy, shard, sampling, source, limit, these, report), Response)
-    return read_all(paths, Response)
+            responses = _answer(policy, shard, rollout, source, cut, seed, report, limit if rollout.append_eos else 0)
+            write(path, responses, Response)
+    found = read_all(paths, Response)
+    ended = sum(response.finish == "length" for response in found)
+    if rollout.append_eos and ended:
+        report.note(
+            f"append_eos=true: {ended:,} of {len(found):,} responses were cut and end with an end-of-sequence token "
+            "that the policy did not generate"
+        )
+    return found
 
 
 def sample(
@@ -76,40 +88,55 @@ def sample(
 
     A prompt that occurs several times gets as many different samples.
     """
-    return _answer(policy, prompts, sampling, source, limit, _streams(seed, prompts), report)
+    return _answer(policy, _number(prompts), sampling, source, limit, seed, report)
 
 
-def _streams(seed: int, prompts: Sequence[Prompt]) -> list[int]:
-    """The random stream of each row, from the seed, its prompt's id, and its number among this prompt's samples."""
+def _number(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
+    """Each prompt with the number of its sample, by which the samples of a prompt are told apart."""
     earlier: Counter[str] = Counter()
-    streams = []
+    rows = []
     for prompt in prompts:
-        streams.append(derive(seed, "sample", prompt.id, earlier[prompt.id]))
+        rows.append((prompt, earlier[prompt.id]))
         earlier[prompt.id] += 1
-    return streams
+    return rows
 
 
 def _answer(
     policy: Policy,
-    prompts: Sequence[Prompt],
+    rows: Sequence[tuple[Prompt, int]],
     sampling: Sampling,
     source: str,
     limit: int,
-    streams: Sequence[int],
+    seed: int,
     report: Report,
+    ended_within: int = 0,
 ) -> list[Response]:
-    ids = [p.token_ids for p in prompts]
+    """Sample, score and decode a response for each row.
+
+    Args:
+        rows: prompts, each with the number of its sample.
+        limit: maximum number of tokens that are generated.
+        ended_within: end responses that were cut, within so many tokens; 0: leave them without an end.
+    """
+    ids = [prompt.token_ids for prompt, _ in rows]
+    streams = [derive(seed, "sample", prompt.id, number) for prompt, number in rows]
+    stops = policy.stop_ids
     with policy.evaluating():
         with _memory(sampling):
             completions = complete(policy, ids, sampling, limit, streams, report)
+        whole = [bool(completion) and completion[-1] in stops for completion in completions]
+        if ended_within:
+            completions = [
+                completion if ends else [*completion[: ended_within - 1], stops[0]]
+                for completion, ends in zip(completions, whole, strict=True)
+            ]
         logps = policy.score(ids, completions)
-    stops = set(policy.stop_ids)
-    rows = []
-    for prompt, completion, logp in zip(prompts, completions, logps, strict=True):
-        finish: Finish = "eos" if completion and completion[-1] in stops else "length"
+    responses = []
+    for (prompt, number), completion, ends, logp in zip(rows, completions, whole, logps, strict=True):
+        finish: Finish = "eos" if ends else "length"
         text = str(policy.tokenizer.decode(completion, skip_special_tokens=True)).strip()
-        rows.append(Response(prompt.id, source, text, completion, len(completion), finish, logp))
-    return rows
+        responses.append(Response(prompt.id, source, text, completion, len(completion), finish, logp, number))
+    return responses
 
 
 @torch.no_grad()
@@ -141,7 +168,7 @@ def complete(
             more: list[int] = []
             while queue and len(live) + len(more) + len(queue[-1]) <= sampling.batch_size:
                 more += queue.pop()
-            batch.admit([prompts[i] for i in more])
+            batch.admit([prompts[i] for i in more], prompts[queue[-1][0]] if queue else None)
             live += more
         places = [(streams[i], len(completions[i])) for i in live]
         tokens = _pick(batch.logits_RV, places, warp).tolist()  # the one wait for the device
@@ -179,39 +206,62 @@ class _Batch:
         self.lengths: list[int] = []
         self.logits_RV = torch.empty(0, device=self._device)
         self._cache: Any = None
+        self._kept: _Prompts | None = None  # a prompt of which more rows will join
 
     def has_room(self, rows: int) -> bool:
         """Whether ``rows`` should join now: they fit, and enough of the batch is free to make a read worthwhile."""
         free = self._size - len(self.lengths)
         return not self.lengths or (self._joinable and free >= max(rows, self._size * FREE))
 
-    def admit(self, prompts: Sequence[list[int]]) -> None:
+    def admit(self, prompts: Sequence[list[int]], following: list[int] | None = None) -> None:
         """Read prompts and append them to the rows; equal prompts are read once.
 
         Args:
-            prompts: none may be longer than the longest row.
+            prompts: none may be longer than the longest row, nor than an earlier one.
+            following: the first prompt of the next call; it is not read again if it is the last one here.
         """
-        distinct = {tuple(ids): row for row, ids in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        lengths = [len(ids) for ids in distinct]
+        rest = list(prompts)
+        if self._kept is not None:
+            again = [ids for ids in prompts if tuple(ids) in self._kept.row]
+            self._join(self._kept, again)
+            rest = rest[len(again) :]
+        if rest:
+            self._kept = None
+            distinct = list(dict.fromkeys(map(tuple, rest)))
+            found = self._read_prompts(distinct)
+            self._join(found, rest)
+            if self._joinable and following == rest[-1]:
+                self._kept = found.only(distinct[-1])
+        if following != prompts[-1]:
+            self._kept = None
+
+    def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> "_Prompts":
+        lengths = [len(ids) for ids in prompts]
         width = max(lengths)
         # Without a configuration the cache also keeps tokens outside of a sliding window, and the mask hides them.
         cache: Any = DynamicCache() if self._joinable else DynamicCache(config=self._model.config)
-        ids_PL = [[self._pad_id] * (width - len(ids)) + list(ids) for ids in distinct]
+        ids_PL = [[self._pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
         logits_PV = self._read(ids_PL, lengths, width, cache)
-        take_R = torch.tensor([distinct[tuple(ids)] for ids in prompts], device=self._device)
-        logits_RV = logits_PV[take_R]
+        return _Prompts({ids: row for row, ids in enumerate(prompts)}, cache, logits_PV)
+
+    def _join(self, found: "_Prompts", prompts: Sequence[list[int]]) -> None:
+        """Append a row for each of these prompts, which are among those that were read."""
+        if not prompts:
+            return
+        take_R = torch.tensor([found.row[tuple(ids)] for ids in prompts], device=self._device)
+        logits_RV = found.logits_PV[take_R]
         if self.lengths:
             self.logits_RV = torch.cat([self.logits_RV, logits_RV])
         else:
-            self.logits_RV, self._width = logits_RV, width
-            self._cache = cache
+            self.logits_RV, self._width = logits_RV, max(map(len, found.row))
+            self._cache = found.cache
             if self._joinable:
-                self._cache = Cache([_Window(x.keys[:0], x.values[:0], self._size) for x in cache.layers])
+                self._cache = Cache([_Window(x.keys[:0], x.values[:0], self._size) for x in found.cache.layers])
         if self._joinable:
-            for window, layer in zip(self._cache.layers, cache.layers, strict=True):
+            for window, layer in zip(self._cache.layers, found.cache.layers, strict=True):
                 window.admit(layer.keys, layer.values, take_R)
         else:
-            cache.reorder_cache(take_R)  # the only selection that all kinds of layers have
+            self._cache.reorder_cache(take_R)  # the only selection that all kinds of layers have
         self.lengths += map(len, prompts)
 
     def read(self, tokens: list[int]) -> None:
@@ -257,6 +307,28 @@ class _Batch:
             **{name: value for name, value in options.items() if name in self._accepted},
         )
         return cast(Tensor, out.logits[:, -1])
+
+
+class _Prompts(NamedTuple):
+    """Distinct prompts that were read, padded on the left.
+
+    Attributes:
+        row: the row of each.
+        cache: their keys and values.
+        logits_PV: logits of the token after each.
+    """
+
+    row: dict[tuple[int, ...], int]
+    cache: Any
+    logits_PV: Tensor
+
+    def only(self, ids: tuple[int, ...]) -> "_Prompts":
+        """A copy of one of them."""
+        one = slice(self.row[ids], self.row[ids] + 1)
+        layers: list[Any] = [
+            _Window(x.keys[one, :, -len(ids) :], x.values[one, :, -len(ids) :], 1) for x in self.cache.layers
+        ]
+        return _Prompts({ids: 0}, Cache(layers), self.logits_PV[one].clone())
 
 
 class _Window(DynamicLayer):  # type: ignore[no-untyped-call]  # its base ships without annotations
