@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dnpo.errors import JudgeError, SettingsError
+from dnpo.judges.asked import asking
 from dnpo.judges.asked.endpoint import address_of
 from dnpo.judges.asked.ledger import VERSION, Answer, Ledger, Question
 from dnpo.judges.asked.openai import OpenAI
@@ -470,6 +471,63 @@ def test_an_error_with_status_200_is_asked_again_later_and_not_at_once(tmp_path:
     assert times[2] - times[0] > 0.7
     assert find_refusal(b'{"choices": [{"message": {"content": "85"}}], "error": null}') is None
     assert find_refusal(b"[[[") is None
+
+
+OVERLOADED: dict[str, Said] = {
+    "Ollama": (200, {"error": "model overloaded"}),
+    "Anthropic": (200, {"error": {"type": "overloaded_error", "message": "Overloaded"}}),
+    "type alone": (200, {"error": {"type": "overloaded_error"}}),
+    "Moonshot": (200, {"error": {"type": "engine_overloaded_error", "message": "wait"}}),
+    "TGI": (200, {"error": "Model is currently loading", "estimated_time": 0.01}),
+    "a list": (200, [{"error": {"message": "Service temporarily unavailable"}}]),
+    "in a choice": (200, {"choices": [{"error": {"message": "Upstream is at capacity"}, "message": None}]}),
+    "a name of its own": (200, {"base_resp": {"status_code": 1002, "status_msg": "rate limit"}, "choices": None}),
+    "a message": (200, {"code": 1305, "message": "Too many requests, try again later"}),
+    "a page": (200, b"<html><head><title>503 Service Temporarily Unavailable</title></head>"),
+    "a line": (200, b"upstream connect error"),
+    "another status": (400, {"error": {"type": "overloaded_error", "message": "Overloaded"}}),
+}
+
+
+@pytest.mark.parametrize("server", OVERLOADED)
+def test_an_overload_is_waited_for_whatever_its_status(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More often than an unreadable reply is asked for again (``max_replies``)."""
+    monkeypatch.setattr(asking, "FIRST_PAUSE", 1e-4)
+    with saying(lambda _, number: OVERLOADED[server] if number < 8 else completion("85")) as place:
+        assert ask(judge_at(place.base_url, deadline=20.0), tmp_path)[0].score == 85.0
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        ({"error": "Insufficient credits"}, 402),
+        ({"error": "Invalid API key"}, 401),
+        ({"error": "Rate limit reached, see your billing page"}, 429),
+        ({"error": {"message": "The model is overloaded", "type": "invalid_request_error"}}, 400),
+        ({"error": "Your input was flagged: it says that we are overloaded"}, 0),
+        ({"error": "something went wrong"}, 0),
+    ],
+)
+def test_the_status_of_an_error_with_status_200(said: Any, status: int) -> None:
+    found = find_refusal(json.dumps(said).encode())
+    assert found is not None
+    assert found.status == status
+    assert found.is_overload == ("is overloaded" in found.text)
+
+
+@pytest.mark.parametrize("said", [{"ok": True}, {"error": None}, [], "words", None, {"object": "list", "data": []}])
+def test_what_says_nothing_is_no_refusal(said: Any) -> None:
+    assert find_refusal(json.dumps(said).encode()) is None
+
+
+def test_the_seconds_that_an_error_with_status_200_asks_to_wait() -> None:
+    bodies = [{"error": "loading", "estimated_time": 20.5}, {"error": {"message": "busy", "retry_after": 7}}]
+    assert [found.wait for body in bodies if (found := find_refusal(json.dumps(body).encode()))] == [20.5, 7.0]
+    found = find_refusal(b'{"error": "busy"}', {"retry-after": "3"})
+    assert found is not None
+    assert found.wait == 3.0
 
 
 # --- what is spent

@@ -251,7 +251,8 @@ class _Round:
                         raw += piece
                         if len(raw) > LARGEST_REPLY:
                             return _Trouble("a reply that does not end", again=True, billed=True)
-            hidden = find_refusal(bytes(raw)) if b"choices" not in raw or b'"error"' in raw else None
+            may_refuse = b'"choices"' not in raw or b'"error"' in raw or b'"base_resp"' in raw
+            hidden = find_refusal(bytes(raw), response.headers) if may_refuse else None
             if hidden is not None and hidden.status:
                 return self._judge_refusal(hidden, body)
             return replace(endpoint.read(bytes(raw), question), latency=time.monotonic() - started)
@@ -288,7 +289,7 @@ class _Round:
                 "variable, or name another in judge.key_from. Every answer so far is kept",
                 stop=True,
             )
-        if status in AGAIN or status >= 500:
+        if status in AGAIN or status >= 500 or refusal.is_overload:
             return _Trouble(text, again=True, wait=refusal.wait)
         return _Trouble(text)
 

@@ -9,10 +9,13 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-_WHERE_TEXT_IS = ("error", "errors", "detail", "message", "Message", "msg", "error_message", "error_description", "raw")
+_WHERE_TEXT_IS = (
+    *("error", "errors", "detail", "message", "Message", "msg", "error_msg", "error_message", "error_description"),
+    *("status_msg", "base_resp", "raw"),
+)
 _MONEY = re.compile(
     r"insufficient[_ ](?:quota|credit|fund|balance)|credit balance|out of credits?|billing|spend(?:ing)? limit"
     r"|(?:no|not enough|requires? more) credits?(?! were)|payment (?:is )?required"
@@ -21,8 +24,9 @@ _MONEY = re.compile(
 )
 _FLAGGED = re.compile(r"flagged|moderat|content.?(?:policy|filter|management)|safety|usage polic", re.IGNORECASE)
 _PER_DAY = re.compile(r"per.?day|daily", re.IGNORECASE)
-_DELAY = re.compile(r"\"retryDelay\":\s*\"([0-9.]+)s\"")
-_MEANS = {  # the status that words stand for where a reply says 200
+_DELAY = re.compile(r"\"(?:retryDelay|retry_after|estimated_time)\":\s*\"?([0-9]+(?:\.[0-9]+)?)s?\"?\s*[,}\]]")
+_OVERLOADED = re.compile(r"over.?load|(?:over|at|exceed\w*) (?:\w+ )?capacity|server.?busy", re.IGNORECASE)
+_MEANS = {  # the status that codes stand for where a reply says 200
     401: ("invalid_api_key", "unauthenticated", "unauthorized", "authentication_error"),
     402: ("payment_required", "insufficient_quota", "insufficient_balance"),
     403: ("permission_denied", "forbidden", "permission_error"),
@@ -30,6 +34,17 @@ _MEANS = {  # the status that words stand for where a reply says 200
     400: ("invalid_argument", "invalid_request_error", "bad_request"),
     429: ("rate_limit_exceeded", "rate_limit_error", "resource_exhausted", "too_many_requests"),
     503: ("unavailable", "overloaded", "overloaded_error", "server_error", "internal", "internal_error", "timeout"),
+}
+_SAYS = {  # the status that words stand for where a reply says 200 and no code tells: the first that they match
+    429: re.compile(r"rate.?limit|too.?many.?(?:\w+.?)?requests|throttl|resource.?exhausted", re.IGNORECASE),
+    503: re.compile(
+        _OVERLOADED.pattern + r"|unavailable|\bbusy\b|no (?:worker|capacity|instance|available)|capacity|timed? ?-?out|"
+        r"(?:try|retry)(?:ing)? (?:again|later|in)|temporar|(?:still|currently|is|being) (?:re)?(?:loading|starting)|"
+        r"warming up|cold.?start|queue (?:is )?full|maintenance|internal (?:server )?error|bad gateway|upstream",
+        re.IGNORECASE,
+    ),
+    402: _MONEY,
+    401: re.compile(r"(?:invalid|incorrect|missing|expired|no) (?:api.?key|token|credential)|unauthori[sz]ed", re.I),
 }
 
 
@@ -64,6 +79,11 @@ class Refusal:
         soon = self.wait is not None and not _PER_DAY.search(self.words)
         return not soon and _MONEY.search(self.words) is not None
 
+    @property
+    def is_overload(self) -> bool:
+        """Whether the server has too much to do, whatever its status: the same question can be answered later."""
+        return not _FLAGGED.search(self.words) and _OVERLOADED.search(self.words) is not None
+
 
 def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
     """The refusal of a reply whose status is not 200."""
@@ -74,11 +94,15 @@ def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusa
     return Refusal(status, "; ".join(dict.fromkeys(_texts(found)))[:2000], " ".join(_codes(found)), wait)
 
 
-def find_refusal(body: bytes) -> Refusal | None:
+def find_refusal(body: bytes, headers: Mapping[str, str] | None = None) -> Refusal | None:
     """The refusal in a reply whose status is 200; None if it holds none."""
     found = _parse(body)
     if isinstance(found, list) and len(found) == 1:
         found = found[0]
+    if isinstance(found, str):  # a page or a line of text: a refusal only where its words are those of one
+        refusal = read_refusal(0, headers or {}, found.encode())
+        status = _status_of("", refusal.text)
+        return replace(refusal, status=status) if status else None
     if not isinstance(found, dict):
         return None
     choices = found.get("choices")
@@ -86,21 +110,25 @@ def find_refusal(body: bytes) -> Refusal | None:
     if choices and not choice.get("error"):
         return None
     said: Any = {"error": choice["error"]} if choice else found
-    if not said.get("error") and not (said.get("object") == "error" or said.get("detail") or said.get("errors")):
+    if not any(said.get(name) for name in _WHERE_TEXT_IS) and said.get("object") != "error":
         return None
-    refusal = read_refusal(0, {}, json.dumps(said).encode())
-    return Refusal(_status_of(refusal.codes.split()), refusal.text, refusal.codes, refusal.wait)
+    refusal = read_refusal(0, headers or {}, json.dumps(said).encode())
+    return replace(refusal, status=_status_of(refusal.codes, refusal.text))
 
 
-def _status_of(codes: list[str]) -> int:
-    for code in codes:
+def _status_of(codes: str, text: str) -> int:
+    """The status that codes stand for, or else the words; 0 if none is known."""
+    for code in codes.split():
         if re.fullmatch("[45][0-9][0-9]", code):
             return int(code)
-    for code in codes:
-        for status, words in _MEANS.items():
-            if code.casefold() in words:
+    for code in codes.split():
+        for status, names in _MEANS.items():
+            if code.casefold() in names:
                 return status
-    return 0
+    words = f"{codes} {text}"
+    if _FLAGGED.search(words):
+        return 0
+    return next((status for status, pattern in _SAYS.items() if pattern.search(words)), 0)
 
 
 def _parse(body: bytes) -> Any:
@@ -139,7 +167,7 @@ def _codes(said: Any, depth: int = 0) -> Iterator[str]:
         for name in ("code", "status", "status_code", "type", "error_type", "param", "quotaId"):
             if isinstance(said.get(name), str | int) and not isinstance(said[name], bool):
                 yield str(said[name])
-        for name in ("error", "errors", "detail", "details", "violations"):
+        for name in ("error", "errors", "detail", "details", "violations", "base_resp"):
             yield from _codes(said.get(name), depth + 1)
 
 
