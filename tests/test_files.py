@@ -97,7 +97,7 @@ def test_both_forms_of_a_row(file: Path) -> None:
             "extra": [1],
             "messages": None,
         },
-        {"id": "chat", "messages": [system, USER, ASSISTANT, {"role": "tool"}, "ignored"], "prompt": "not this"},
+        {"id": "chat", "messages": [system, USER, ASSISTANT, {"role": "tool"}, "ignored"], "prompt": "Why?"},
         "",
         "   ",
         *pairs(200),
@@ -182,11 +182,40 @@ BAD = [
     ),
     ({"conversations": [{"from": "gpt", "value": "a"}]}, "conversations[0].from is 'gpt': an assistant opens", "user"),
     (
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "bing", "value": "b"}]},
-        "from is 'bing'",
-        "assistant",
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "narrator", "value": "b"}]},
+        "from is 'narrator'; expected assistant. Known: ai, assistant",
+        "data.roles='{NAME: user}'",
     ),
     ({"messages": [{**USER, "content": [{"type": "image_url"}]}, ASSISTANT]}, "is of type 'image_url'", "type text"),
+    ({"messages": [{**USER, "role": "usr"}, ASSISTANT]}, "role is 'usr'; expected system or user", "Did you mean user"),
+    ({"messages": [USER, {**ASSISTANT, "role": "asistant"}]}, "is 'asistant'; expected", "Did you mean assistant"),
+    ({"messages": "[{'role': 'user' 'content'"}, "messages is \"[{'role'", "or such a list as JSON text"),
+    (
+        {"messages": [USER, ASSISTANT], "prompt": "Else?", "response": "No."},
+        "messages and prompt, and",
+        "{prompt: null}",
+    ),
+    (
+        {"messages": [USER, ASSISTANT], "prompt": "Why?", "response": "No."},
+        "contain response ('No.')",
+        "'{messages: null}'",
+    ),
+    (
+        {"messages": [USER, ASSISTANT], "prompt": "Else?"},
+        "messages does not contain prompt ('Else?')",
+        "{prompt: null}",
+    ),
+    (
+        {"prompt": "a", "response": "b", "conversations": [USER, ASSISTANT]},
+        "conversations and prompt",
+        "{prompt: null}",
+    ),
+    ({"messages": [USER, ASSISTANT], "conversation": [USER]}, "messages and conversation are not the same", "null"),
+    ({"prompt": "a", "response": "b", "chosen": "c"}, "response and chosen are not the same", "'{response: null}'"),
+    ({"prompt": "a", "response": "\ufffd\ufffd \ufffd"}, "response is empty", "expected text"),
+    ({"prompt": "\ue000\U000f0001", "response": "a"}, "prompt is empty", "expected text"),
+    ({"messages": [USER, {**ASSISTANT, "content": "\ufffc\n"}]}, "messages[1].content is empty", "expected text"),
+    ({"prompt": "a", "response": "b", "answer": False}, "answer is False", "such as the word 'true' or 'yes'"),
     ({"messages": [USER]}, "messages", "no user turn followed by an assistant turn"),
     ({"messages": ["hello"]}, "messages[0] is 'hello'", "role and content"),
     ({"messages": [ASSISTANT, USER]}, "messages[0].role is 'assistant'", "system or user"),
@@ -276,7 +305,12 @@ def test_forms_that_leave_no_doubt(file: Path) -> None:
         {"id": "beside", "messages": [], "prompt": "Why not?", "response": "Because."},
         {"id": 5.0, "prompt": "2 + 3?", "response": "5.", "answer": 5, "family": 7},
         {"id": "half", "prompt": "1 / 2?", "response": "0.5.", "answer": 0.5},
-        {"id": "plain", "prompt": "Why you?", "response": "Because.", "conversations": sharegpt("a", "b")},
+        {
+            "id": "plain",
+            "prompt": "Why you?",
+            "response": "Because.",
+            "conversations": sharegpt("Why you?", "Because."),
+        },
         *pairs(100),
     ]
     read = everything(jsonl(write(file, rows), near_duplicates=0.0))
@@ -291,6 +325,75 @@ def test_forms_that_leave_no_doubt(file: Path) -> None:
     assert (read["5"].answer, read["5"].family, read["half"].answer) == ("5", "7", "0.5")
     assert read["plain"].human == "Because."
     assert everything(jsonl(file, turns="all", near_duplicates=0.0))["sharegpt"].human == "So."
+
+
+def test_turns_that_are_written_as_text(tmp_path: Path) -> None:
+    """As they are where conversations went through a CSV file: JSON, or Python's notation."""
+    talk = [{"role": "user", "content": 'Why "so"?'}, {"role": "assistant", "content": "It's so."}]
+    wanted = Prompt("x", talk[:1], talk[1]["content"])
+    written = [json.dumps(talk), json.dumps(talk, indent=1), str(talk)]
+    rows = [{"id": "x", field: text} for text in written for field in ("messages", "conversations", "chosen")]
+    rows += [{"id": "x", "prompt": json.dumps(talk[:1]), "chosen": text} for text in written]
+    rows += [{"id": "x", "prompt": json.dumps(talk[:1]), "response": json.dumps(talk[1:])}]
+    rows += [{"id": "x", "prompt": talk[0]["content"], "chosen": json.dumps(talk)}]
+    for row in rows:
+        assert everything(jsonl(write(tmp_path / "rows.jsonl", [row, *pairs(100)])))["x"] == wanted, row
+        save_csv(
+            tmp_path / "rows.csv", [{**dict.fromkeys(pairs(1)[0]), **dict.fromkeys(row), **each} for each in [row]]
+        )
+        with pytest.raises(DataError, match="none of the 1 rows"):  # they are read, and are too few
+            Csv(path=str(tmp_path / "rows.csv"), **LIMITS).read()
+    # what is no conversation stays a text
+    for text in ('["a", "b"]', "[1] says so", '[{"role": "user"}]'):
+        row = {"id": "x", "prompt": "Write a list.", "response": text}
+        assert everything(jsonl(write(tmp_path / "rows.jsonl", [row, *pairs(100)])))["x"].human == text
+
+
+@pytest.mark.parametrize(
+    ("system", "user", "assistant"),
+    [
+        ("developer", "prompter", "bard"),
+        ("System", "Human", "gpt4"),
+        ("system", "user", "GPT-3.5-turbo"),
+        ("developer", "user", "Claude"),
+        ("system", "prompter", "chatbot"),
+    ],
+)
+def test_roles_of_known_names(system: str, user: str, assistant: str, file: Path) -> None:
+    talk = [
+        {"from": system, "value": "Be brief."},
+        {"from": user, "value": "Why?"},
+        {"from": assistant, "value": "So."},
+    ]
+    read = everything(jsonl(write(file, [{"id": "x", "conversations": talk}, *pairs(100)])))["x"]
+    assert read == Prompt("x", [{"role": "system", "content": "Be brief."}, USER], "So.")
+
+
+def test_roles_that_a_setting_names(file: Path) -> None:
+    talk = [{"role": "Narrator", "content": "Why?"}, {"role": "oracle", "content": "So."}]
+    write(file, [{"id": "x", "messages": talk}, {"id": "y", "prompt": talk[:1], "chosen": talk}, *pairs(100)])
+    named = jsonl(file, roles={"narrator": "user", "Oracle": "assistant"})
+    assert everything(named)["x"] == Prompt("x", [USER], "So.")
+    assert "roles" in named.identity()
+    assert "roles" not in jsonl(file).identity()
+    with pytest.raises(SettingsError, match=r"^data\.roles=.*narrator.*input should be"):
+        check(
+            "data", {"_target_": "dnpo.data.files.JsonLines", "path": str(file), **LIMITS, "roles": {"narrator": "x"}}
+        )
+
+
+def test_two_forms_that_say_the_same(file: Path) -> None:
+    """As UltraChat, UltraFeedback and others have them."""
+    later = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "So."}]
+    rows = [
+        {"id": "a", "prompt": "Why? ", "messages": [USER, ASSISTANT, *later]},
+        {"id": "b", "prompt": "Why?", "chosen": [USER, ASSISTANT], "rejected": "No.", "messages": [USER, ASSISTANT]},
+        {"id": "c", "prompt": "Why?", "response": "Because.", "messages": [USER, ASSISTANT], "conversation": None},
+        {"id": "d", "prompt": "Why?", "response": "Because.", "chosen": [ASSISTANT], "messages": []},
+        *pairs(100),
+    ]
+    read = everything(jsonl(write(file, rows), near_duplicates=0.0, holdout=0.5))
+    assert all(row.human == "Because." for name, row in read.items() if name in "abcd")
 
 
 def test_signs_that_are_seen_are_text(file: Path) -> None:
@@ -477,9 +580,19 @@ def test_columns_that_cannot_be_joined(file: Path) -> None:
     write(file, ALPACA)
     with pytest.raises(DataError, match=r"^data\.columns\.prompt=inptu: .*Did you mean input\?"):
         jsonl(file, columns={"prompt": ["instruction", "inptu"], "response": "output"}).read()
-    for field, value in {"messages": ["a", "b"], "prompt": []}.items():
-        with pytest.raises(SettingsError, match=rf"^columns\.{field}=.*: expected one column, or null"):
-            jsonl(file, columns={field: value})
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"messages": ["a", "b"]}, r"messages=.*: expected one column, or null"),
+        ({"messages": []}, r"messages=.*: expected one column, or null"),
+        ({"prompt": []}, r"prompt=\[\]: expected one column or several, or null"),
+        ({"prompt": ["instruction", "instruction"]}, r"prompt=.*: names a column twice"),
+        ({"answer": ["a", "b", "a"]}, r"answer=.*: names a column twice"),
+        ({"prompt": "output", "response": "output"}, r"prompt=output: is also the column of response"),
+        ({"prompt": ["a", "b"], "chosen": ["a", "b"]}, r"prompt=.*: is also the column of chosen"),
+    ]
+    for columns, message in wrong:
+        with pytest.raises(SettingsError, match=rf"^columns\.{message}"):
+            jsonl(file, columns=columns)
+    assert jsonl(file, columns={"prompt": "a", "response": "b", "answer": "b"}).columns  # an answer may be the response
     write(file, [{**row, "input": [1]} for row in ALPACA])
     with pytest.raises(DataError, match=rf"^{file}:1: input is \[1\]; expected text"):
         jsonl(file, columns={"prompt": ["instruction", "input"], "response": "output"}).read()
@@ -651,9 +764,13 @@ def test_files_whose_columns_differ_in_type(tmp_path: Path) -> None:
         (b'id,prompt,response\n1,"a"b,c\n', r"{}:2: not CSV \(.*expected comma-separated values with a header"),
         (b'id,prompt,response\n1,a,b\n2,"a\n,b\n', r"{}:3: not CSV \("),
         (b"id,prompt,prompt\n1,a,b\n", r"{}:1: a column name stands twice"),
+        (b"a;question, all;c\n1;a;b\n", r"{}:2: 1 cells, but the header has 2\. If ';' separates .*save the file"),
+        (b"a;b, c;d\n1;a,x;b\n", r"data\.path={}: it has the columns a;b,  c;d; .*If ';' separates .*save the file"),
+        (b"a|b,c|d\n1|a,b|c\n", r"data\.path={}: it has the columns .*If '|' separates"),
         (b"id;prompt|response\n1;a|b\n", r"data\.path={}: it has the columns id;prompt\|response; expected"),
         (b"id,prompt,response\n1,a,\n", r"{}:2: no response"),
-        ("id,prompt,response\n1,café,b\n".encode("latin-1"), r"{}: not UTF-8"),
+        ("id,prompt,response\n1,café,b\n".encode("latin-1"), r"{}: not UTF-8 .*iconv -f WINDOWS-1252 -t UTF-8"),
+        ("id;prompt;response\n1;“a”;b\n".encode("cp1252"), r"{}: not UTF-8 .*save the file in UTF-8"),
         (b"id,prompt,response\n", r"data\.path={}: there are no rows"),
         (b"", r"data\.path={}: there are no rows"),
     ],
@@ -664,6 +781,26 @@ def test_a_csv_that_cannot_be_used(tmp_path: Path, text: bytes, message: str) ->
     path.write_bytes(text)
     with pytest.raises(DataError, match="^" + message.format(path)):
         Csv(path=str(path), **LIMITS).read()
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_header_with_a_comma_and_another_separator(tmp_path: Path, mark: str) -> None:
+    """Which one separates is in no doubt where only one of them gives names that are known."""
+    path = tmp_path / "rows.csv"
+    lines = [
+        ["id", "prompt", "response", "notes, if any"],
+        *([f"r{i}", f"question {i}", "a, b", ""] for i in range(100)),
+    ]
+    path.write_text("".join(mark.join(line) + "\n" for line in lines))
+    assert everything(Csv(path=str(path), **LIMITS))["r7"].human == "a, b"
+    path.write_text(f"id,prompt,response,a{mark}b\n" + "".join(f"r{i},question {i},b,\n" for i in range(100)))
+    assert everything(Csv(path=str(path), **LIMITS))["r7"].human == "b"
+
+
+def test_json_lines_in_another_encoding_say_what_to_do(file: Path) -> None:
+    file.write_bytes(json.dumps({"prompt": "café", "response": "b"}, ensure_ascii=False).encode("latin-1") + b"\n")
+    with pytest.raises(DataError, match=rf"^{file}:1: not UTF-8 .*iconv -f WINDOWS-1252 -t UTF-8"):
+        jsonl(file).read()
 
 
 def test_a_csv_keeps_text_as_it_stands(tmp_path: Path) -> None:
@@ -993,7 +1130,7 @@ def test_hub_identity_is_the_commit_and_this_commit_is_read(monkeypatch: pytest.
         "revision": "c" * 40,
         "config": None,
         "split": "train",
-        "rows": 2,
+        "rows": 3,
         "columns": {},
         "turns": "first",
         "sample": 0,

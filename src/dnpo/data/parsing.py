@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from dnpo.data.rows import FIELDS
 from dnpo.data.unusable import RowError, shown
 from dnpo.errors import DataError
 
@@ -29,6 +30,9 @@ KINDS = {
 SEPARATORS = (";", "\t", "|")  # in addition to the comma
 BLANK = b"\xef\xbb\xbf \t\r\n"
 DAMAGES = (OSError, EOFError, zlib.error)  # errors of reading a stream, such as a truncated gzip file
+UTF_8 = (
+    "save the file in UTF-8; if it is in Latin-1 or Windows-1252, iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW does that"
+)
 OBJECTS = "expected one object a line, or one list of objects"
 
 
@@ -62,7 +66,8 @@ def open_text(setting: str, file: Path) -> BinaryIO:
     for mark, kind in KINDS.items():
         if start.startswith(mark):
             stream.close()
-            raise DataError(f"{file}: is {kind}; expected text in UTF-8, plain or gzip")
+            remedy = "; iconv -f UTF-16 -t UTF-8 FILE > NEW makes it so" if "UTF-16" in kind else ""
+            raise DataError(f"{file}: is {kind}; expected text in UTF-8, plain or gzip{remedy}")
     return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if start.startswith(GZIP) else stream
 
 
@@ -120,23 +125,39 @@ def parse_csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
             number = reader.line_num
             start, where = where, f"{file}:{number + 1}"  # a row begins after the end of the one before
             if len(cells) not in (0, len(header)):
-                problem = f"{len(cells)} cells, but the header has {len(header)}"
+                problem = f"{len(cells)} cells, but the header has {len(header)}{_doubt(header)}"
                 yield start, RowError("more or fewer cells than the header", problem)
             elif cells:
                 yield start, {name: cell or None for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
         raise DataError(f"{where}: not CSV ({error}); expected comma-separated values with a header") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 ({error.reason}), after line {number}") from error
+        raise DataError(f"{file}: not UTF-8 ({error.reason}), after line {number}; {UTF_8}") from error
     except DAMAGES as error:
         raise DataError(f"{file}: cannot be read to its end ({error}), after line {number}") from error
 
 
 def _separator(head: str) -> str:
-    """The separator: a comma, unless the header is a single cell that contains another separator."""
+    """The separator: a comma, unless it leaves the header one cell that contains another, or hides names of fields."""
     cells = next(csv.reader([head]), [])
     others = [mark for mark in SEPARATORS if len(cells) == 1 and mark in cells[0]]
+    if len(cells) > 1:
+        known = {mark: len({*next(csv.reader([head], delimiter=mark), [])} & {*FIELDS}) for mark in (",", *SEPARATORS)}
+        others = [mark for mark in SEPARATORS if known[mark] >= max(2, 2 * known[","])]
     return others[0] if len(others) == 1 else ","
+
+
+def explain_separator(mark: str) -> str:
+    """What to do about a header that has a comma and perhaps another separator."""
+    return (
+        f"If {mark!r} separates the cells, and the comma belongs to a name in the header: put that name in quotes "
+        "without a comma, or save the file with commas between cells"
+    )
+
+
+def _doubt(header: list[str]) -> str:
+    marks = [mark for mark in SEPARATORS if any(mark in name for name in header)]
+    return f". {explain_separator(marks[0])}" if marks else ""
 
 
 def _lines(file: Path, stream: BinaryIO) -> Iterator[bytes]:
@@ -158,7 +179,7 @@ def _parse_line(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return RowError("not UTF-8", f"not UTF-8 ({error.reason})")
+        return RowError("not UTF-8", f"not UTF-8 ({error.reason}); {UTF_8}")
     except (ValueError, RecursionError) as error:
         problem: object = error
         if isinstance(error, json.JSONDecodeError):

@@ -6,6 +6,8 @@
 * ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): ``chosen`` is taken as
   the human response, and ``rejected`` is not read. A conversational ``chosen`` may hold the whole conversation.
 
+Turns may be written as JSON text (``forms.py``). A row of two forms that do not say the same is refused.
+
 A row may have an ``id`` (or a ``prompt_id``, as in UltraChat), a verifiable ``answer`` and a ``family``, as text or
 number. Null fields count as absent, and other fields are ignored.
 """
@@ -16,9 +18,9 @@ import json
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-from dnpo.data.turns import TURNS, is_parts, read_text, read_turns
+from dnpo.data.turns import TURNS, is_blank, is_parts, read_text, read_turns
 from dnpo.data.unusable import RowError, Unusable, has_names, read_rows
 from dnpo.records import Message, Prompt
 
@@ -76,6 +78,7 @@ def prompt_of(raw: Any, turns: Turns) -> Prompt:
         raise RowError("is not an object", f"{reprlib.repr(raw)} is not an object; {FORMS}")
     row = {field: raw[field] for field in FIELDS if raw.get(field) is not None}
     conversation = _conversation_field(row)
+    _check_forms(row)
     if conversation:
         *messages, last = _conversation(conversation, row[conversation], turns)
     else:
@@ -98,6 +101,44 @@ def _conversation_field(row: Mapping[str, Any]) -> str:
     if row.get(first) not in (None, []):
         return first
     return "" if sides else next((field for field in (*others, first) if field in row), "")
+
+
+def _check_forms(row: Mapping[str, Any]) -> None:
+    """Refuse a row that has two forms which do not say the same, since only one of them would be read."""
+    talks = {field: _texts(row[field]) for field in CONVERSATIONS if isinstance(row.get(field), list) and row[field]}
+    sides = {field: texts[-1] for field in ("prompt", "response", "chosen") if (texts := _texts(row.get(field)))}
+    for field, texts in talks.items():
+        for side, text in sides.items():
+            if side == "chosen" and "response" in sides:
+                continue
+            if text not in texts:
+                _refuse_forms(field, side, f"{field} does not contain {side} ({reprlib.repr(text)})")
+    for field, texts in list(talks.items())[1:]:
+        first = next(iter(talks))
+        if texts != talks[first]:
+            _refuse_forms(first, field, f"{first} and {field} are not the same")
+    if {"response", "chosen"} <= sides.keys() and sides["response"] != sides["chosen"]:
+        _refuse_forms("response", "chosen", "response and chosen are not the same")
+
+
+def _refuse_forms(one: str, other: str, why: str) -> NoReturn:
+    name = "messages" if one in CONVERSATIONS else one
+    raise RowError(
+        f"{one} and {other} differ",
+        f"the row has {one} and {other}, and {why}; data.columns='{{{name}: null}}' or '{{{other}: null}}' says which "
+        "to leave unread",
+    )
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a field, without surrounding white space; of turns one each."""
+    if isinstance(value, str):
+        return [value.strip()] if not is_blank(value) else []
+    if is_parts(value):
+        return ["".join(str(part.get("text") or "") for part in value).strip()]
+    turns = [turn for turn in value if isinstance(turn, Mapping)] if isinstance(value, list) else []
+    contents = (turn["content"] if turn.get("content") is not None else turn.get("value") for turn in turns)
+    return [text for content in contents for text in _texts(content if isinstance(content, str | list) else None)]
 
 
 def _sides(row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Message]:
@@ -169,7 +210,8 @@ def _label(field: str, value: Any, *, whole: bool = True, empty: bool = False) -
     try:
         return read_text(field, value, empty=empty)
     except RowError as error:
-        raise RowError(error.reason, f"{error}{_hint(field)}") from error
+        words = ", such as the word 'true' or 'yes', as responses say it" if isinstance(value, bool) else ""
+        raise RowError(error.reason, f"{error}{words}{_hint(field)}") from error
 
 
 def _hint(field: str) -> str:

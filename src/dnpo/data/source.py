@@ -9,19 +9,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from dnpo.data import SPLITS, LongResponses
 from dnpo.data.distinct import remove_duplicates
+from dnpo.data.forms import NO_ROLES, plain_row
+from dnpo.data.parsing import SEPARATORS, explain_separator
 from dnpo.data.rows import CONVERSATIONS, FIELDS, FORMS, Field, Turns, check_rows
-from dnpo.data.turns import is_blank, read_text
+from dnpo.data.turns import UNKNOWN_ROLE, is_blank, read_text
 from dnpo.data.unusable import BadRows, RowError, shown
 from dnpo.errors import DataError, SettingsError
 from dnpo.records import Prompt
 from dnpo.seeding import derive
 from dnpo.settings import Count, Fraction, Natural, nearest
 
-VERSION = 2  # part of stage keys; must be raised when the same files give other rows
+Role = Literal["system", "user", "assistant"]
+SIDES = ("prompt", "response", "chosen")  # fields that no two of which can be one column
+VERSION = 3  # part of stage keys; must be raised when the same files give other rows
 
 
 class RawTable(NamedTuple):
@@ -51,6 +55,7 @@ class Rows(ABC):
         bad_rows: ``fail`` if a row cannot be used, or ``drop`` such rows and count them.
         turns: how to read ``messages``: ``first`` takes the first user turn and its answer; ``all`` takes the last
             answer, with all turns before it as its prompt.
+        roles: what roles of unknown names are, such as ``{narrator: user}``.
         sample: number of rows to draw; 0 takes all.
         holdout: share of the rows held out, half for validation and half for test, by a hash of the id.
         near_duplicates: remove rows whose prompt resembles an earlier or a held-out row's at least this much, by the
@@ -68,6 +73,7 @@ class Rows(ABC):
     join: str = "\n\n"
     bad_rows: BadRows = "fail"
     turns: Turns = "first"
+    roles: dict[str, Role] | None = None
     sample: Natural = 0
     holdout: Fraction = 0.1
     near_duplicates: Fraction = 0.9
@@ -84,7 +90,15 @@ class Rows(ABC):
     def __post_init__(self) -> None:
         for field, column in (self.columns or {}).items():
             if column == [] or (field == "messages" and isinstance(column, list)):
-                raise SettingsError(f"columns.{field}={column}: expected one column, or null")
+                several = "" if field == "messages" else " or several"
+                raise SettingsError(f"columns.{field}={column}: expected one column{several}, or null")
+            if isinstance(column, list) and len({*column}) < len(column):
+                raise SettingsError(f"columns.{field}={column}: names a column twice, whose text would be doubled")
+        sides = {field: column for field, column in (self.columns or {}).items() if field in SIDES and column}
+        for field, column in sides.items():
+            other = next((name for name, its in sides.items() if name != field and its == column), None)
+            if other is not None:
+                raise SettingsError(f"columns.{field}={column}: is also the column of {other}; expected another")
 
     @property
     def _columns(self) -> dict[Field, list[str]]:
@@ -103,6 +117,8 @@ class Rows(ABC):
         hidden = {*mapped, *(column for columns in mapped.values() for column in columns)}
         if "messages" in mapped or {"prompt", "response", "chosen"} & named:
             hidden |= {*CONVERSATIONS}
+        if "messages" in named:
+            hidden |= {*SIDES}
         if "chosen" in named:
             hidden |= {"response"}
         if "id" in mapped and not mapped["id"]:
@@ -130,6 +146,7 @@ class Rows(ABC):
             **({"seed": self.seed} if self.sample else {}),
             **({"join": self.join} if any(len(columns) > 1 for columns in self._columns.values()) else {}),
             **({"bad_rows": self.bad_rows} if self.bad_rows != "fail" else {}),
+            **({"roles": dict(self.roles)} if self.roles else {}),
         }
 
     def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
@@ -150,7 +167,9 @@ class Rows(ABC):
         raw_rows = ((where, self._rename(raw)) for where, raw in table.rows(drawn))
         prompts, repeated, bad = check_rows(raw_rows, self.turns)
         if self.bad_rows == "fail":
-            bad.refuse(len(drawn), "data.bad_rows=drop leaves out rows that cannot be used")
+            unknown = any(reason.endswith(UNKNOWN_ROLE.format("")) for reason in bad.counts)
+            mapping = "data.roles='{NAME: user}' (or assistant, system) says what such a role is; " if unknown else ""
+            bad.refuse(len(drawn), f"{mapping}data.bad_rows=drop leaves out rows that cannot be used")
         if not prompts:
             bad.refuse(len(drawn))
         rows: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
@@ -193,9 +212,11 @@ class Rows(ABC):
                 example = (
                     f"{{prompt: {'[instruction, input]' if 'input' in names else 'instruction'}, response: output}}"
                 )
+            marks = [mark for mark in SEPARATORS if any(mark in name for name in columns)]
+            doubt = f". {explain_separator(marks[0])}" if len(columns) > 1 and marks else ""
             raise DataError(
                 f"{self.setting}: it has the columns {', '.join(map(shown, columns))}; {FORMS}. Where others stand for "
-                f"these, give data.columns='{example}'"
+                f"these, give data.columns='{example}'{doubt}"
             )
 
     def _choose_columns(self, columns: Iterable[str]) -> list[str]:
@@ -210,12 +231,13 @@ class Rows(ABC):
         return [name for name in columns if name not in read]
 
     def _rename(self, raw: Any) -> Any:
-        """Rename a raw row's columns to ours."""
+        """Rename a raw row's columns to ours, and bring its turns into one form."""
+        roles = {name.strip().lower(): role for name, role in (self.roles or NO_ROLES).items()}
         if not (self._columns and isinstance(raw, Mapping)):
-            return raw
+            return plain_row(raw, roles)
         kept = {name: value for name, value in raw.items() if name not in self._hidden}
         try:
-            return kept | {ours: self._value(raw, theirs) for ours, theirs in self._columns.items()}
+            return plain_row(kept | {ours: self._value(raw, theirs) for ours, theirs in self._columns.items()}, roles)
         except RowError as error:
             return error
 

@@ -4,6 +4,7 @@ A turn has ``role`` and ``content``, or ``from`` and ``value`` as in ShareGPT's 
 of parts of type text. System turns without text are left out.
 """
 
+import re
 import reprlib
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,17 +12,22 @@ from typing import Any
 
 from dnpo.data.unusable import RowError
 from dnpo.records import Message
+from dnpo.settings import nearest
 
+UNKNOWN_ROLE = "{} has a role of an unknown name"
 TURNS = "a list of turns with role and content"
 ROLES = {
-    **dict.fromkeys(("system",), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "ai", "bot", "chatbot"), "assistant"),
+    **dict.fromkeys(("bard", "bing", "claude", "gemini", "palm", "llama", "mistral", "deepseek", "qwen"), "assistant"),
 }
+VERSIONS = re.compile(r"(?:chat)?gpt[-_ ]?\d.*")  # gpt4, gpt-3.5-turbo: an assistant
 TOOL_ROLES = {"tool", "function", "tool_call", "tool_response", "function_call", "function_response", "observation"}
 CALLS = ("tool_calls", "function_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
-NOTHING = ("Cc", "Cf", "Cn", "Mn", "Me")  # marks that combine with a letter show nothing without one
+NOTHING = ("Cc", "Cf", "Cn", "Co", "Mn", "Me")  # marks that combine with a letter show nothing without one
+LOST = {"\ufffc", "\ufffd"}  # stand for what could not be decoded
 # Invisible letters and marks: fillers, joiners, variation selectors, the blank pattern of Braille.
 INVISIBLE = {
     *"\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0",
@@ -30,8 +36,13 @@ INVISIBLE = {
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text is invisible: only spaces, control characters, zero-width, direction and combining marks."""
-    return all(char.isspace() or unicodedata.category(char) in NOTHING or char in INVISIBLE for char in text)
+    """Whether a text says nothing: only spaces, control characters, zero-width, direction and combining marks.
+
+    Characters for private use, and those that stand for what could not be decoded, say nothing either.
+    """
+    return all(
+        char.isspace() or unicodedata.category(char) in NOTHING or char in INVISIBLE or char in LOST for char in text
+    )
 
 
 def read_text(place: str, value: Any, *, field: str = "", empty: bool = False) -> str:
@@ -97,7 +108,10 @@ def read_turn(field: str, i: int, turn: Any, wanted: Sequence[str], *, empty: bo
     if called or name in TOOL_ROLES:
         what = f"{place} has {called[0]}" if called else f"{place}.{key} is {given!r}"
         raise RowError(f"{field} has a tool call", f"{what}: a tool call; expected text alone")
-    role = ROLES.get(name)
+    role = "assistant" if VERSIONS.fullmatch(name) else ROLES.get(name)
+    if role is None and name:
+        text = f"{place}.{key} is {reprlib.repr(given)}; expected {' or '.join(wanted)}.{nearest(name, ROLES)}"
+        raise RowError(UNKNOWN_ROLE.format(field), text)
     if role is None or role not in wanted:
         opens = role == "assistant" and "assistant" not in wanted and "system" in wanted
         why = ": an assistant opens the conversation" if opens else ""
@@ -118,7 +132,8 @@ def read_turns(field: str, turns: Any, wanted: Sequence[str] = ("system", "user"
         RowError: the value is no list of such turns.
     """
     if not isinstance(turns, list):
-        raise RowError(f"{field} is no list of turns", f"{field} is {reprlib.repr(turns)}; expected {TURNS}")
+        as_text = ", or such a list as JSON text" if isinstance(turns, str) else ""
+        raise RowError(f"{field} is no list of turns", f"{field} is {reprlib.repr(turns)}; expected {TURNS}{as_text}")
     if not turns:
         raise RowError(f"{field} is empty", f"{field} is empty; expected {TURNS}")
     for i, turn in enumerate(turns):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dnpo.data.forms import plain_row
 from dnpo.data.parsing import open_text, parse_json
 from dnpo.data.turns import is_parts, read_text, read_turn
 from dnpo.data.unusable import RowError, has_names, read_rows
@@ -57,7 +58,7 @@ class Preferences:
         """
         with open_text(f"data.path={self.path}", self.path) as stream:
             raw = list(parse_json(self.path, stream))
-        rows, bad = read_rows(raw, lambda where, each: _preference(each))
+        rows, bad = read_rows(raw, lambda where, each: _preference(plain_row(each)))
         bad.refuse(len(raw))
         sides: tuple[list[Preference], list[Preference]] = ([], [])
         for row in rows:
