@@ -1,0 +1,141 @@
+"""What an iteration is trained on, and with what weight: the parts that ``curriculum=…`` configures.
+
+A curriculum takes the pairs that an iteration's label stage wrote, and those of earlier iterations' label stages, and
+returns the pairs to train on. It never sees what an earlier curriculum returned, and never labels anything again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dnpo.errors import SettingsError
+from dnpo.records import Pair
+from dnpo.settings import part_key, require
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Counts = dict[str, float]
+"""What became of the pairs, by name: whole numbers, and losses in nats."""
+
+Embed = Callable[[Sequence[Pair]], "np.ndarray"]
+"""Turns pairs into embeddings of their prompts with their chosen responses, pairs × width."""
+
+
+class Context(NamedTuple):
+    """What a curriculum may know besides pairs.
+
+    Attributes:
+        seed: seed of its random draws.
+        iteration: number of the iteration that trains on the result.
+        embed: embeds pairs; it is called only by parts that say that they embed.
+    """
+
+    seed: int
+    iteration: int
+    embed: Embed
+
+
+class Curriculum:
+    """Chooses and weighs the pairs of an iteration."""
+
+    @property
+    def reads_history(self) -> int:
+        """How many earlier iterations' pairs it reads."""
+        return 0
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether every pair must have the scores of both sides."""
+        return False
+
+    @property
+    def embeds(self) -> bool:
+        """Whether it needs embeddings."""
+        return False
+
+    def check(self, iteration: int, iterations: int) -> None:
+        """Raise if it cannot work in this iteration, before anything is computed.
+
+        Args:
+            iteration: an iteration that uses it, from 0.
+            iterations: the number of iterations of the run.
+
+        Raises:
+            DnpoError: names the setting.
+        """
+
+    def __call__(
+        self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
+    ) -> tuple[list[Pair], Counts]:
+        """The pairs to train on, and what became of those given.
+
+        Args:
+            pairs: those that this iteration has labelled.
+            history: those that each earlier iteration has labelled, the newest first; ``reads_history`` of them, or as
+                many as there are.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NoCurriculum(Curriculum):
+    """The pairs of the iteration as they were labelled."""
+
+    def __call__(
+        self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
+    ) -> tuple[list[Pair], Counts]:
+        """The same pairs."""
+        return list(pairs), {}
+
+
+@dataclass(frozen=True)
+class InTurn(Curriculum):
+    """Several curricula, each applied to the result of the one before, in the order in which they are given.
+
+    Args:
+        parts: the curricula, by any names; the names stand before their counts.
+    """
+
+    parts: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise SettingsError("parts: has none; expected one curriculum or more (curriculum=off is no curriculum)")
+        for name, part in self.parts.items():
+            require(f"parts.{name}", part, Curriculum)
+
+    @property
+    def reads_history(self) -> int:
+        """As many earlier iterations as the part that reads most."""
+        return max(int(part.reads_history) for part in self.parts.values())
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether any part needs scores."""
+        return any(part.needs_scores for part in self.parts.values())
+
+    @property
+    def embeds(self) -> bool:
+        """Whether any part needs embeddings."""
+        return any(part.embeds for part in self.parts.values())
+
+    def identity(self) -> Mapping[str, Any]:
+        """The values that decide the result: the parts in their order, whatever their names."""
+        return {"in turn": [part_key(part) for part in self.parts.values()]}
+
+    def check(self, iteration: int, iterations: int) -> None:
+        """Check every part."""
+        for part in self.parts.values():
+            part.check(iteration, iterations)
+
+    def __call__(
+        self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
+    ) -> tuple[list[Pair], Counts]:
+        """Apply the parts in turn."""
+        counts: Counts = {}
+        rows = list(pairs)
+        for name, part in self.parts.items():
+            rows, own = part(rows, history, context)
+            counts |= {f"{name}_{what}": number for what, number in own.items()}
+        return rows, counts
