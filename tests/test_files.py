@@ -267,7 +267,7 @@ def test_a_prompt_id_names_a_prompt_and_no_row(file: Path) -> None:
 
 
 def test_trl_preference_rows(file: Path) -> None:
-    """Plain and conversational, with the prompt apart or within: the chosen response is the human one."""
+    """Plain and conversational, with the prompt apart or within: chosen is the human response, beside the rejected."""
     system = {"role": "system", "content": "Be brief."}
     rude = {"role": "assistant", "content": "Who cares?"}
     earlier = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello, you."}]
@@ -279,9 +279,9 @@ def test_trl_preference_rows(file: Path) -> None:
         {"id": "mixed", "prompt": [*earlier, {**USER, "content": "Why now?"}], "response": "Because."},
     ]
     read = everything(jsonl(write(file, [*rows, *pairs(100)]), near_duplicates=0.0))
-    assert read["plain"] == Prompt("plain", [USER], "Because.")
-    assert read["apart"] == Prompt("apart", [system, USER], "Because.")
-    assert read["within"] == Prompt("within", [*earlier, USER], "Because.")
+    assert read["plain"] == Prompt("plain", [USER], "Because.", rejected="Who cares?")
+    assert read["apart"] == Prompt("apart", [system, USER], "Because.", rejected="Who cares?")
+    assert read["within"] == Prompt("within", [*earlier, USER], "Because.", rejected="Who cares?")
     assert read["both"].human == "Because."
     assert read["mixed"].messages[-1]["content"] == "Why now?"
 
@@ -1130,7 +1130,7 @@ def test_hub_identity_is_the_commit_and_this_commit_is_read(monkeypatch: pytest.
         "revision": "c" * 40,
         "config": None,
         "split": "train",
-        "rows": 3,
+        "rows": 4,
         "columns": {},
         "turns": "first",
         "sample": 0,

@@ -37,6 +37,12 @@ def test_a_line_is_a_pair(world: World, tmp_path: Path) -> None:
         "rejected_source": "policy@0",
         "chosen_score": 90.0,
         "rejected_score": None,
+        "chosen_sample": 0,
+        "rejected_sample": 0,
+        "iteration": 0,
+        "strength": 1.0,
+        "weight": 1.0,
+        "shift": 0.0,
     }
 
 

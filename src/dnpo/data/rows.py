@@ -4,7 +4,9 @@
 * ``messages``: a conversation, of which ``turns`` selects prompt and response. If a row has none of these forms,
   ``conversations`` (as in ShareGPT, with from and value) or ``conversation`` is used instead.
 * ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): ``chosen`` is taken as
-  the human response, and ``rejected`` is not read. A conversational ``chosen`` may hold the whole conversation.
+  the human response. Conversational ones may hold the whole conversation, and then need no ``prompt``. A pair is read
+  before ``messages``. ``rejected`` may be absent or an empty list, and ratings of both sides may be there, under any of
+  the names in ``SCORES``.
 
 Turns may be written as JSON text (``forms.py``). A row of two forms that do not say the same is refused.
 
@@ -24,10 +26,18 @@ from dnpo.data.turns import TURNS, is_blank, is_parts, read_text, read_turns
 from dnpo.data.unusable import RowError, Unusable, has_names, read_rows
 from dnpo.records import Message, Prompt
 
-Field = Literal["id", "prompt", "response", "messages", "chosen", "answer", "family"]
+Field = Literal[
+    "id", "prompt", "response", "messages", "chosen", "rejected", "chosen_score", "rejected_score", "answer", "family"
+]
 Turns = Literal["first", "all"]
 CONVERSATIONS = ("messages", "conversations", "conversation")
-FIELDS = ("id", "prompt_id", "prompt", "response", *CONVERSATIONS, "chosen", "answer", "family")
+# Ours (which the export of pairs has too), UltraFeedback's (binarised), and three of distilabel's.
+SCORES = {
+    side: (f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating")
+    for side in ("chosen", "rejected")
+}
+PAIRED = ("rejected", *SCORES["chosen"], *SCORES["rejected"])  # fields that only data with pairs or ratings have
+FIELDS = ("id", "prompt_id", "prompt", "response", *CONVERSATIONS, "chosen", *PAIRED, "answer", "family")
 FORMS = "expected prompt and response, messages, or prompt and chosen"
 
 
@@ -48,7 +58,8 @@ def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prom
         nonlocal repeated
         prompt = prompt_of(raw, turns)
         if prompts.get(prompt.id, prompt) != prompt and raw.get("id") is None and raw.get("prompt_id") is not None:
-            prompt = dataclasses.replace(prompt, id=f"{prompt.id}-{_content_id(prompt.messages, prompt.human)}")
+            content = _content_id(prompt.messages, prompt.human, prompt.rejected)
+            prompt = dataclasses.replace(prompt, id=f"{prompt.id}-{content}")
         if prompt.id not in prompts:
             prompts[prompt.id], places[prompt.id] = prompt, where
             return prompt
@@ -60,8 +71,8 @@ def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prom
             "the id of another row",
             f"{there} has the same id {prompt.id!r} but other contents; expected another id{_hint('id')}"
             if raw.get("id") is not None
-            else f"{there} has the same prompt and response but another answer or family; remove one of them, or give "
-            "both an id",
+            else f"{there} has the same prompt and response but another answer, family or score; remove one of them, "
+            "or give both an id",
         )
 
     found, bad = read_rows(rows, make)
@@ -77,20 +88,29 @@ def prompt_of(raw: Any, turns: Turns) -> Prompt:
     if not isinstance(raw, Mapping):
         raise RowError("is not an object", f"{reprlib.repr(raw)} is not an object; {FORMS}")
     row = {field: raw[field] for field in FIELDS if raw.get(field) is not None}
-    conversation = _conversation_field(row)
+    if row.get("rejected") == []:
+        del row["rejected"]
+    paired = {"chosen", "rejected"} <= set(row)
+    conversation = "" if paired else _conversation_field(row)
     _check_forms(row)
+    _refuse_half_a_pair(row, conversation or "response")
     if conversation:
         *messages, last = _conversation(conversation, row[conversation], turns)
     else:
-        *messages, last = _sides(row, raw)
+        chosen = paired or ("chosen" in row and "response" not in row)
+        *messages, last = _sides("chosen" if chosen else "response", row, raw)
     human = last["content"]
+    rejected = _rejected(row, raw, messages, human) if paired else None
     known_by = "id" if "id" in row else "prompt_id"
     return Prompt(
-        id=_label(known_by, row[known_by]) if known_by in row else _content_id(messages, human),
+        id=_label(known_by, row[known_by]) if known_by in row else _content_id(messages, human, rejected),
         messages=messages,
         human=human,
         family=_label("family", row["family"], empty=True) if "family" in row else "",
         answer=_label("answer", row["answer"], whole=False) if "answer" in row else None,
+        rejected=rejected,
+        human_score=_score("chosen", row),
+        rejected_score=_score("rejected", row) if paired else None,
     )
 
 
@@ -141,9 +161,62 @@ def _texts(value: Any) -> list[str]:
     return [text for content in contents for text in _texts(content if isinstance(content, str | list) else None)]
 
 
-def _sides(row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Message]:
-    """The turns of a row with a prompt and a response, or with a ``chosen`` that contains both."""
-    field = "response" if "response" in row or "chosen" not in row else "chosen"
+def _refuse_half_a_pair(row: Mapping[str, Any], form: str) -> None:
+    """Refuse a row that has a rejected response beside another form, but no chosen one."""
+    if "rejected" in row and "chosen" not in row and form in row:
+        raise RowError(
+            "rejected without chosen",
+            f"rejected, but no chosen; if {form} is the chosen one, data.columns='{{chosen: {form}}}' says so, and "
+            "'{rejected: null}' leaves rejected out",
+        )
+
+
+def _rejected(row: Mapping[str, Any], raw: Mapping[str, Any], messages: list[Message], human: str) -> str:
+    """The rejected response of a row with a pair, whose chosen response is ``human``.
+
+    Raises:
+        RowError: it is none, or belongs to another conversation, or is the chosen one.
+    """
+    *before, last = _sides("rejected", row, raw)
+    if before != messages:
+        raise RowError(
+            "chosen and rejected differ before their last turns",
+            "chosen and rejected differ before their last turns; expected two responses to one conversation",
+        )
+    if last["content"] == human:
+        raise RowError(
+            "chosen and rejected are the same", f"chosen and rejected are both {reprlib.repr(human)}; expected two"
+        )
+    return last["content"]
+
+
+def _score(side: str, row: Mapping[str, Any]) -> float | None:
+    """The rating of one side of a pair, if the row has one.
+
+    Raises:
+        RowError: it is no number, or two columns have different ones.
+    """
+    found = {field: _number(field, row[field]) for field in SCORES[side] if field in row}
+    if len(set(found.values())) > 1:
+        names = " and ".join(found)
+        choice = f"data.columns='{{{side}_score: {next(iter(found))}}}' chooses one"
+        raise RowError(f"{names} differ", f"{names} differ ({', '.join(map(str, found.values()))}); {choice}")
+    return next(iter(found.values()), None)
+
+
+def _number(field: str, value: Any) -> float:
+    """A finite number, which CSV has as text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RowError(f"{field} is no number", f"{field} is {reprlib.repr(value)}; expected a number, or null")
+    return number
+
+
+def _sides(field: str, row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Message]:
+    """The turns of a row with a prompt and a response in ``field``, or with both in it."""
     response = row.get(field)
     talks = isinstance(response, list) and not is_parts(response)
     for missing in ("prompt", field):
@@ -219,7 +292,8 @@ def _hint(field: str) -> str:
     return f"; data.columns='{{{field.removeprefix('prompt_')}: null}}' leaves the column out"
 
 
-def _content_id(messages: list[Message], human: str) -> str:
+def _content_id(messages: list[Message], human: str, rejected: str | None = None) -> str:
     """The id of a row without one: a hash of its contents."""
-    content = json.dumps([*([turn["role"], turn["content"]] for turn in messages), human])
+    responses = [human] if rejected is None else [human, rejected]
+    content = json.dumps([*([turn["role"], turn["content"]] for turn in messages), *responses])
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from dnpo.data import SPLITS, LongResponses
 from dnpo.data.distinct import remove_duplicates
 from dnpo.data.forms import NO_ROLES, plain_row
 from dnpo.data.parsing import SEPARATORS, explain_separator
-from dnpo.data.rows import CONVERSATIONS, FIELDS, FORMS, Field, Turns, check_rows
+from dnpo.data.rows import CONVERSATIONS, FIELDS, FORMS, PAIRED, SCORES, Field, Turns, check_rows
 from dnpo.data.turns import UNKNOWN_ROLE, is_blank, read_text
 from dnpo.data.unusable import BadRows, RowError, shown
 from dnpo.errors import DataError, SettingsError
@@ -24,8 +24,8 @@ from dnpo.seeding import derive
 from dnpo.settings import Count, Fraction, Natural, nearest
 
 Role = Literal["system", "user", "assistant"]
-SIDES = ("prompt", "response", "chosen")  # fields that no two of which can be one column
-VERSION = 3  # part of stage keys; must be raised when the same files give other rows
+SIDES = ("prompt", "response", "chosen", "rejected")  # fields that no two of which can be one column
+VERSION = 4  # part of stage keys; must be raised when the same files give other rows
 
 
 class RawTable(NamedTuple):
@@ -121,6 +121,11 @@ class Rows(ABC):
             hidden |= {*SIDES}
         if "chosen" in named:
             hidden |= {"response"}
+        elif {"response", "messages"} & named:
+            hidden |= {*PAIRED}
+        for side, names in SCORES.items():
+            if f"{side}_score" in mapped:
+                hidden |= {*names}
         if "id" in mapped and not mapped["id"]:
             hidden |= {"prompt_id"}
         return hidden
@@ -225,7 +230,7 @@ class Rows(ABC):
         return [name for name in columns if name in wanted]
 
     def _choose_others(self, columns: Collection[str]) -> list[str]:
-        """The unread columns, without those that are unread on purpose: columns set to null, and ``rejected``."""
+        """The unread columns, without those that are unread on purpose: set to null, or ``rejected`` alone."""
         unplugged = {field for field, columns in self._columns.items() if not columns}
         read = {*self._choose_columns(columns), *unplugged, "rejected"}
         return [name for name in columns if name not in read]

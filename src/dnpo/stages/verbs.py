@@ -19,6 +19,7 @@ from dnpo.judges import judge_responses, tally
 from dnpo.optimise.parts import MatchedOffset
 from dnpo.policy.base import describe_saved
 from dnpo.records import (
+    GIVEN,
     Pair,
     Prompt,
     Response,
@@ -56,7 +57,10 @@ def _prompts_key(run: Run, plan: None) -> dict[str, Any]:
 
 @verb("prompts", 3, _prompts_key)
 def prepare(run: Run, plan: None, task: Task) -> Facts:
-    """Encode the prompts and human responses that fit the model; write its tokenizer, and its weights if untrained."""
+    """Encode the prompts that fit the model, with their responses; write its tokenizer, and its weights if untrained.
+
+    The responses are the human ones, and the rejected ones of the data's own pairs where there are any.
+    """
     rows, facts = run.data.read()
     removed = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in facts.get("removed", {}).items() if n]
     if removed:
@@ -85,18 +89,15 @@ def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, list[Prompt]]:
 
 def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: Path, report: Report) -> dict[str, int]:
     """Encode one split, without the prompts that are too long."""
-    from dnpo.policy.tokenizer import encode, human_response
+    from dnpo.policy.tokenizer import human_response
 
     context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
     longest = min(run.data.max_prompt_tokens, context - run.limit)
     drop = run.data.long_responses == "drop"
-    prompts, human = [], []
-    too_long = over = 0
+    prompts, human, given = [], [], []
+    too_long = over = given_over = given_same = 0
     for row in rows:
-        try:
-            prompt_ids, ids = encode(policy.tokenizer, row.messages, row.human, policy.stop_ids)
-        except ModelError as error:
-            raise ModelError(f"row {row.id} of {split}: {error}") from error
+        prompt_ids, ids = _encode_response(policy, row, row.human, split)
         report.advance()
         if len(prompt_ids) > longest:
             too_long += 1
@@ -104,7 +105,19 @@ def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: 
         over += len(ids) > run.limit
         if drop and len(ids) > run.limit:
             continue
-        prompts.append(Prompt(row.id, row.messages, row.human, row.family, row.answer, row.needs, prompt_ids))
+        rejected = row.rejected
+        if rejected is not None:
+            rejected_ids = _encode_response(policy, row, rejected, split)[1]
+            given_over += len(rejected_ids) > run.limit
+            if drop and len(rejected_ids) > run.limit:
+                continue
+            if rejected_ids[: run.limit] == ids[: run.limit]:
+                given_same += 1
+                row = replace(row, rejected=None, rejected_score=None)
+            else:
+                other = replace(row, human=rejected)
+                given.append(replace(human_response(policy.tokenizer, other, rejected_ids, run.limit), source=GIVEN))
+        prompts.append(replace(row, token_ids=prompt_ids))
         human.append(human_response(policy.tokenizer, row, ids, run.limit))
     if too_long:
         report.note(f"{too_long:,} of {len(rows):,} {split} prompts are longer than {longest} tokens: dropped")
@@ -113,9 +126,23 @@ def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: 
             f"{over:,} of {len(rows):,} human responses of {split} are longer than {run.limit} tokens: "
             f"{'dropped with their prompts' if drop else 'cut there'}"
         )
+    paired = sum(row.rejected is not None for row in rows)
+    if given_over:
+        report.note(
+            f"{given_over:,} of {paired:,} rejected responses of {split} are longer than {run.limit} tokens: "
+            f"{'dropped with their prompts' if drop else 'cut there'}"
+        )
+    if given_same:
+        report.note(
+            f"{given_same:,} of {paired:,} pairs of {split} have the same tokens on both sides (within {run.limit}): "
+            "the rejected responses are left out"
+        )
     if rows and not prompts and too_long < len(rows):
         raise DataError(
-            f"data.long_responses=drop: all {over:,} human responses of {split} to prompts that fit are longer than "
+            f"data.long_responses=drop: all {over:,} human responses of {split} to prompts that fit are "
+            f"longer than data.max_response_tokens={run.limit}; raise it, or give data.long_responses=cut"
+            if not given_over
+            else f"data.long_responses=drop: no pair of {split} to a prompt that fits has both responses within "
             f"data.max_response_tokens={run.limit}; raise it, or give data.long_responses=cut"
         )
     if not prompts:
@@ -128,7 +155,22 @@ def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: 
         )
     write(folder / f"{split}.parquet", prompts, Prompt)
     write(folder / f"{split}-human.parquet", human, Response)
-    return {"rows": len(prompts), "too_long": too_long, f"human_{'dropped' if drop else 'cut'}": over}
+    done = "dropped" if drop else "cut"
+    facts = {"rows": len(prompts), "too_long": too_long, f"human_{done}": over}
+    if paired:
+        write(folder / f"{split}-given.parquet", given, Response)
+        facts |= {"pairs": len(given), f"given_{done}": given_over, "given_same": given_same}
+    return facts
+
+
+def _encode_response(policy: "Policy", row: Prompt, response: str, split: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of a response to it; an error names the row."""
+    from dnpo.policy.tokenizer import encode
+
+    try:
+        return encode(policy.tokenizer, row.messages, response, policy.stop_ids)
+    except ModelError as error:
+        raise ModelError(f"row {row.id} of {split}: {error}") from error
 
 
 @verb(
@@ -352,6 +394,12 @@ def read_split(folder: Path, split: str) -> "Held":
     from dnpo.evaluate import Held
 
     return Held(read(folder / f"{split}.parquet", Prompt), read(folder / f"{split}-human.parquet", Response))
+
+
+def read_given(folder: Path, split: str) -> list[Response]:
+    """Read the rejected responses of the data's own pairs in a split; none where the data have no pairs."""
+    path = folder / f"{split}-given.parquet"
+    return read(path, Response) if path.is_file() else []
 
 
 def _read_responses(folder: Path) -> list[Response]:

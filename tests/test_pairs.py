@@ -1,0 +1,334 @@
+"""The data's own pairs: every form and format they come in, what is wrong with a pair, what a stage keeps of them."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dnpo.data.files import Csv, Files, JsonLines
+from dnpo.data.rows import SCORES
+from dnpo.errors import DataError
+from dnpo.records import GIVEN, Prompt, Response, read, write_preferences
+from dnpo.stages.verbs import prepare, read_given, read_split
+from tests.conftest import SHARED, Report, World
+from tests.test_files import FORMATS, LIMITS, Save, every_format, everything, hub, jsonl, save, write
+
+__all__ = ["save"]  # a fixture
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def plain(n: int = 100) -> list[dict[str, Any]]:
+    return [{"id": f"r{i}", "prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(n)]
+
+
+def within(row: dict[str, Any], *before: dict[str, str]) -> dict[str, Any]:
+    """The same pair as whole conversations, without a prompt."""
+    shared = [*before, said("user", row["prompt"])]
+    sides = {side: [*shared, said("assistant", row[side])] for side in ("chosen", "rejected")}
+    return {"id": row["id"], **sides}
+
+
+def apart(row: dict[str, Any], *before: dict[str, str]) -> dict[str, Any]:
+    """The same pair as lists of turns, with the prompt apart."""
+    sides = {side: [said("assistant", row[side])] for side in ("chosen", "rejected")}
+    return {"id": row["id"], "prompt": [*before, said("user", row["prompt"])], **sides}
+
+
+def expected(n: int = 100, *before: dict[str, str], scores: bool = False) -> dict[str, Prompt]:
+    return {
+        f"r{i}": Prompt(
+            f"r{i}",
+            [*before, said("user", f"question {i}")],
+            f"good {i}",
+            rejected=f"bad {i}",
+            human_score=i / 2 if scores else None,
+            rejected_score=-1.0 if scores else None,
+        )
+        for i in range(n)
+    }
+
+
+# --- forms and formats
+
+
+@every_format
+def test_texts_of_every_format(kind: type[Files], saved: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / f"rows{kind.suffix}"
+    saved(path, plain())
+    assert everything(kind(path=str(path), **LIMITS)) == expected()
+    saved(path, [{**row, "score_chosen": i / 2, "score_rejected": -1} for i, row in enumerate(plain())])
+    assert everything(kind(path=str(path), **LIMITS)) == expected(scores=True)
+
+
+@pytest.mark.parametrize(("kind", "saved"), [each for each in FORMATS if each[0] is not Csv])
+@pytest.mark.parametrize("form", [within, apart])
+def test_conversations_of_every_format(
+    kind: type[Files], saved: Callable[..., Any], form: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / f"rows{kind.suffix}"
+    for before in ([], [SYSTEM], [said("user", "Hello."), said("assistant", "Yes?")]):
+        saved(path, [form(row, *before) for row in plain()])
+        source = kind(path=str(path), near_duplicates=0.0, **LIMITS)
+        assert everything(source) == expected(100, *before)
+
+
+def test_hub_pairs(save: Save) -> None:
+    """As UltraFeedback's binarised: a prompt apart, whole conversations, the chosen one once more as messages."""
+    rows = []
+    for i, row in enumerate(plain()):
+        both = within(row)
+        rows.append(both | {"prompt": row["prompt"], "messages": both["chosen"]})
+        rows[-1] |= {"score_chosen": i / 2, "score_rejected": -1.0}
+    assert everything(hub(save(rows))) == expected(scores=True)
+
+
+def test_sides_may_have_different_forms(tmp_path: Path) -> None:
+    """A text, one turn or the whole conversation: each of prompt, chosen and rejected by itself."""
+    question, good, bad = said("user", "Why?"), said("assistant", "Because."), said("assistant", "Who cares?")
+    prompts: list[Any] = ["Why?", [question]]
+    chosen: list[Any] = ["Because.", [good], [question, good]]
+    rejected: list[Any] = ["Who cares?", [bad], [question, bad]]
+    for forms in itertools.product(prompts, chosen, rejected):
+        row = dict(zip(("prompt", "chosen", "rejected"), forms, strict=True))
+        found = everything(jsonl(write(tmp_path / "rows.jsonl", [{**row, "id": "x"}, *plain()])))["x"]
+        assert found == Prompt("x", [question], "Because.", rejected="Who cares?"), row
+
+
+@pytest.mark.parametrize("nothing", [None, [], "absent"])
+def test_rows_with_and_without_pairs_in_one_file(tmp_path: Path, nothing: Any) -> None:
+    gone = {} if nothing == "absent" else {"rejected": nothing}
+    chosen = [{"id": f"c{i}", "prompt": f"other {i}", "chosen": "Fine.", **gone} for i in range(50)]
+    answered = [{"id": f"a{i}", "prompt": f"another {i}", "response": "Fine.", **gone} for i in range(50)]
+    read = everything(jsonl(write(tmp_path / "rows.jsonl", [*plain(), *chosen, *answered])))
+    assert {name: row for name, row in read.items() if name.startswith("r")} == expected()
+    others = [row for name, row in read.items() if not name.startswith("r")]
+    assert len(others) == 100
+    assert {(row.human, row.rejected, row.human_score) for row in others} == {("Fine.", None, None)}
+
+
+@pytest.mark.parametrize("names", list(zip(SCORES["chosen"], SCORES["rejected"], strict=True)))
+def test_ratings_under_the_names_that_data_have(tmp_path: Path, names: tuple[str, str]) -> None:
+    for scores in ((9.5, 2), ("9.5", "2")):  # CSV has them as text
+        rows = [{**row, **dict(zip(names, scores, strict=True))} for row in plain()]
+        found = everything(jsonl(write(tmp_path / "rows.jsonl", rows)))["r7"]
+        assert (found.human_score, found.rejected_score) == (9.5, 2.0)
+
+
+def test_columns_of_other_names(tmp_path: Path) -> None:
+    """A form that is named hides the others: with response or messages named, there is no pair."""
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"key": row["id"], "q": row["prompt"], "good": row["chosen"], "bad": row["rejected"], "stars": i / 2, "low": -1}
+        for i, row in enumerate(plain())
+    ]
+    names = {"id": "key", "prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert everything(jsonl(write(file, rows), columns=names)) == expected()
+    rated = {**names, "chosen_score": "stars", "rejected_score": "low"}
+    assert everything(jsonl(file, columns=rated)) == expected(scores=True)
+    alone = {"id": "key", "prompt": "q", "response": "good", "chosen_score": "stars"}
+    assert everything(jsonl(file, columns=alone))["r8"].human_score == 4.0
+    for columns in ({"rejected": None}, {"response": "reply"}):
+        unpaired = everything(jsonl(write(file, [{**row, "reply": row["chosen"]} for row in plain()]), columns=columns))
+        assert unpaired["r7"] == Prompt("r7", [said("user", "question 7")], "good 7")
+
+
+# --- what is wrong with a pair
+
+
+PAIR = {"prompt": "Why?", "chosen": "Because.", "rejected": "Who cares?"}
+TALK = [said("user", "Why?"), said("assistant", "Because.")]
+OTHER = [said("user", "Why so?"), said("assistant", "Who cares?")]
+BAD = [
+    ({**PAIR, "rejected": "Because."}, "chosen and rejected are the same", "'Because.'"),
+    ({**PAIR, "rejected": TALK}, "chosen and rejected are the same", "'Because.'"),
+    ({**PAIR, "rejected": " "}, "rejected is empty", "expected text"),
+    ({**PAIR, "rejected": 3}, "rejected is no text", "rejected is 3"),
+    ({**PAIR, "rejected": OTHER}, "rejected does not begin with the prompt", "with the prompt's turns first"),
+    ({**PAIR, "rejected": TALK[:1]}, "rejected has a turn of another role", "expected assistant"),
+    ({"chosen": TALK, "rejected": OTHER}, "chosen and rejected differ before their last turns", "one conversation"),
+    (
+        {"chosen": [*TALK, *OTHER], "rejected": [*TALK[:1], *OTHER[1:]]},
+        "chosen and rejected differ before their last turns",
+        "one conversation",
+    ),
+    ({"chosen": TALK, "rejected": "Who cares?"}, "no prompt", "the row has chosen, rejected"),
+    ({"prompt": "Why?", "rejected": "Who cares?"}, "no response", "the row has prompt, rejected"),
+    ({**PAIR, "response": "So."}, "response and chosen differ", "'{response: null}' or"),
+    ({**PAIR, "messages": OTHER}, "messages and prompt differ", "'{messages: null}' or"),
+    ({"prompt": "Why?", "response": "So.", "rejected": "No."}, "rejected without chosen", "'{chosen: response}'"),
+    ({"messages": TALK, "rejected": OTHER}, "rejected without chosen", "'{chosen: messages}'"),
+    ({**PAIR, "chosen_score": "high"}, "chosen_score is no number", "'high'; expected a number"),
+    ({**PAIR, "rejected_rating": True}, "rejected_rating is no number", "True; expected a number"),
+    ({**PAIR, "score_rejected": float("nan")}, "score_rejected is no number", "expected a number"),
+    ({**PAIR, "score_rejected": float("inf")}, "score_rejected is no number", "expected a number"),
+    (
+        {**PAIR, "score_chosen": 1, "chosen_rating": 2},
+        "score_chosen and chosen_rating differ",
+        "{chosen_score: score_c",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "told"), BAD, ids=lambda value: str(value)[:40])
+def test_a_bad_pair_is_named_and_counted_by_its_reason(tmp_path: Path, row: Any, reason: str, told: str) -> None:
+    file = write(tmp_path / "rows.jsonl", [*plain(2), row, *plain()[2:], row])
+    with pytest.raises(DataError) as caught:
+        jsonl(file).read()
+    assert str(caught.value).startswith(f"{file}:3: ")
+    assert told in str(caught.value)
+    assert f"2: {reason} (the first is {file}:3)" in str(caught.value)
+    rows, facts = jsonl(file, bad_rows="drop").read()
+    assert facts["unusable"] == {reason: {"rows": 2, "first": f"{file}:3"}}
+    assert sum(map(len, rows.values())) == 100
+
+
+def test_another_form_that_says_the_same_does_no_harm(tmp_path: Path) -> None:
+    for more in (
+        {"messages": TALK},
+        {"response": "Because."},
+        {"messages": []},
+        {"score_chosen": 1, "chosen_score": 1},
+    ):
+        found = everything(jsonl(write(tmp_path / "rows.jsonl", [{**PAIR, "id": "x", **more}, *plain()])))["x"]
+        assert (found.human, found.rejected) == ("Because.", "Who cares?")
+
+
+def test_pairs_that_differ_in_the_rejected_response_alone_are_other_rows(tmp_path: Path) -> None:
+    """Without an id they get two; the prompt is then removed as a repeated one, and counted."""
+    file = write(tmp_path / "rows.jsonl", [PAIR, PAIR, {**PAIR, "rejected": "Go away."}, *plain()])
+    removed = jsonl(file).read()[1]["removed"]
+    assert removed["repeated"] == 1
+    assert removed["equal_to_earlier"] + removed["equal_to_held_out"] == 1
+    with pytest.raises(DataError, match="another answer, family or score"):
+        jsonl(write(file, [PAIR, {**PAIR, "chosen_score": 3}, *plain()])).read()
+
+
+# --- the stage
+
+
+class Model:
+    """A model that is there already, with a context of 200 tokens."""
+
+    def __init__(self, world: World) -> None:
+        config = SimpleNamespace(max_position_embeddings=200)
+        self.policy = SimpleNamespace(tokenizer=world.tokenizer, stop_ids=(), causal_lm=SimpleNamespace(config=config))
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def base(self, folder: Path, rows: list[Prompt]) -> None:
+        pass
+
+    def load(self, *where: Any) -> Any:
+        return self.policy
+
+
+def prepared(world: World, file: Path, folder: Path, report: Report, **settings: Any) -> dict[str, Any]:
+    data = JsonLines(path=str(file), **{"max_prompt_tokens": 100, "max_response_tokens": 40} | settings)
+    run: Any = SimpleNamespace(data=data, model=Model(world), limit=data.max_response_tokens, sft_rows=0, device="cpu")
+    folder.mkdir()
+    return dict(prepare(run, None).work(folder, {}, report))
+
+
+WORDS = "one two three four five six seven eight nine ten " * 3
+
+
+@pytest.mark.parametrize("way", ["cut", "drop"])
+def test_rejected_responses_are_encoded_as_chosen_ones(world: World, tmp_path: Path, report: Report, way: Any) -> None:
+    """Swapping the sides swaps the two files, cut and dropped rows included."""
+    rows = [
+        {
+            **row,
+            "chosen": f"{row['chosen']} {WORDS if i % 5 == 0 else ''}",
+            "rejected": f"{row['rejected']} {WORDS if i % 3 == 0 else ''}",
+        }
+        for i, row in enumerate(plain())
+    ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    facts = prepared(world, file, tmp_path / "one", report, long_responses=way)
+    write(file, [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows])
+    prepared(world, file, tmp_path / "other", Report(), long_responses=way)
+    for split in ("train", "validation", "test"):
+        held, given = read_split(tmp_path / "one", split), read_given(tmp_path / "one", split)
+        other, swapped = read_split(tmp_path / "other", split), read_given(tmp_path / "other", split)
+        assert [r.id for r in given] == [p.id for p in held.prompts] == [r.id for r in held.human]
+        assert {r.source for r in given} <= {GIVEN}
+        assert contents(given) == contents(other.human)
+        assert contents(swapped) == contents(held.human)
+        long = sum(int(p.id[1:]) % 3 == 0 for p in held.prompts)
+        assert sum(r.finish == "length" for r in given) == long
+        assert facts[split]["pairs"] == len(given)
+        assert (long == 0) == (way == "drop")
+        if way == "cut":
+            assert facts[split]["given_cut"] == long
+    assert any(f"rejected responses of train are longer than 40 tokens: {way}" in note for note in report.notes)
+
+
+def contents(responses: Any) -> list[tuple[Any, ...]]:
+    return [(r.id, r.text, r.token_ids, r.tokens, r.finish) for r in responses]
+
+
+def test_pairs_with_the_same_tokens_on_both_sides_are_left_out(world: World, tmp_path: Path, report: Report) -> None:
+    """They differ in what is cut, or in spaces that the template removes."""
+    rows = plain()
+    for row in rows[::4]:
+        row |= {"chosen": f"{WORDS} yes", "rejected": f"{WORDS} no"}
+    facts = prepared(world, write(tmp_path / "rows.jsonl", rows), tmp_path / "one", report)
+    held, given = read_split(tmp_path / "one", "train"), {r.id for r in read_given(tmp_path / "one", "train")}
+    same = {p.id for p in held.prompts if int(p.id[1:]) % 4 == 0}
+    assert facts["train"]["given_same"] == len(same) > 0
+    assert given == {p.id for p in held.prompts} - same
+    assert {p.id for p in held.prompts if p.rejected is None} == same
+    assert any("have the same tokens on both sides" in note for note in report.notes)
+
+
+def test_data_without_pairs_leave_nothing_new(world: World, tmp_path: Path, report: Report) -> None:
+    rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in plain()]
+    facts = prepared(world, write(tmp_path / "rows.jsonl", rows), tmp_path / "one", report)
+    assert set(facts["train"]) == {"rows", "too_long", "human_cut"}
+    assert not list((tmp_path / "one").glob("*given*"))
+    assert read_given(tmp_path / "one", "train") == []
+    assert read(tmp_path / "one" / "train-human.parquet", Response)
+
+
+def test_when_no_pair_fits_it_is_named(world: World, tmp_path: Path, report: Report) -> None:
+    rows = [{**row, "rejected": row["rejected"] + WORDS} for row in plain()]
+    with pytest.raises(DataError, match=r"^data\.long_responses=drop: no pair of train .*data\.long_responses=cut"):
+        prepared(world, write(tmp_path / "rows.jsonl", rows), tmp_path / "one", report, long_responses="drop")
+
+
+# --- there and back
+
+
+def test_our_own_export_is_read_again(world: World, tmp_path: Path) -> None:
+    pairs = world.pairs(200)
+    write_preferences(tmp_path / "pairs.jsonl", pairs)
+    lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    kept = [row for row in lines if row["chosen"] != row["rejected"]]
+    read = everything(jsonl(write(tmp_path / "rows.jsonl", [{**row, "chosen_score": 2.5} for row in kept])))
+    by_id = {pair.id: pair for pair in pairs}
+    assert len(read) > 30
+    for name, row in read.items():
+        assert (row.human, row.rejected) == (by_id[name].chosen, by_id[name].rejected)
+        assert (row.human_score, row.rejected_score) == (2.5, None)
+
+
+def test_real_pairs() -> None:
+    path = SHARED / "data" / "pref_rasbt.jsonl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here: the shared data lie outside the repository")
+    raw = {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
+    rows, facts = jsonl(path, bad_rows="drop").read()
+    read = [row for some in rows.values() for row in some]
+    bad = sum(reason["rows"] for reason in facts.get("unusable", {}).values())
+    assert len(read) + sum(facts["removed"].values()) + bad == len(raw) == 1094
+    assert all((row.human, row.rejected) == (raw[row.id]["chosen"], raw[row.id]["rejected"]) for row in read)
