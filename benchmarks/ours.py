@@ -17,7 +17,7 @@ from benchmarks.variant import (
     Variant,
 )
 from dnpo.optimise.npo import SilentModule, TrainableModule
-from dnpo.optimise.objective import PairLogps, logistic
+from dnpo.optimise.objective import Facts, PairLogps, logistic
 from dnpo.optimise.parts import PairOptimisation
 from dnpo.optimise.preference import Frozen, PairBatch, PreferenceTraining, split
 from dnpo.policy.model import Policy
@@ -76,6 +76,11 @@ class Ours(Variant):
     def _states(self, pairs: Pairs) -> torch.Tensor:
         return self.policy.hidden(pack(pairs.prompts, pairs.rejected).to(self.device)).cpu()
 
+    def _facts(self, pairs: Pairs) -> Facts:
+        hard_B = torch.ones(len(pairs.prompts))
+        lengths = (torch.tensor([float(len(row)) for row in rows]) for rows in (pairs.chosen, pairs.rejected))
+        return Facts(hard_B, hard_B, torch.zeros_like(hard_B), *lengths)
+
     def _batch(self, index: int) -> PairBatch:
         pairs, noisy = self.batches[index], self.objective == "npo"
         batch = PairBatch(
@@ -83,6 +88,7 @@ class Ours(Variant):
             ids=tuple(map(str, range(len(pairs.prompts)))),
             share=1.0,
             reference=self._logps[index],
+            facts=self._facts(pairs),
             rejected=pack(pairs.prompts, pairs.rejected) if noisy else None,
             hidden_NH=self._hidden[index] if self._hidden is not None else None,
             seeds=tuple(range(len(pairs.prompts))),

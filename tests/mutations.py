@@ -64,22 +64,22 @@ MUTATIONS = (
     Mutation(
         "the loss pushes the margin down",
         "optimise/objective.py",
-        "softplus(-beta * log_ratio_gap(policy, reference))",
-        "softplus(beta * log_ratio_gap(policy, reference))",
+        "margin_B = beta * log_ratio_gap(policy, reference)",
+        "margin_B = -beta * log_ratio_gap(policy, reference)",
         "test_objective.py",
     ),
     Mutation(
         "β is left out",
         "optimise/objective.py",
-        "softplus(-beta * log_ratio_gap(policy, reference))",
-        "softplus(-log_ratio_gap(policy, reference))",
+        "margin_B = beta * log_ratio_gap(policy, reference)",
+        "margin_B = log_ratio_gap(policy, reference)",
         "test_objective.py",
     ),
     Mutation(
         "a hinge instead of softplus",
         "optimise/objective.py",
-        "return softplus(-beta",
-        "return torch.relu(-beta",
+        "return softplus(-margin_B)",
+        "return torch.relu(-margin_B)",
         "test_objective.py",
     ),
     Mutation(
@@ -92,8 +92,8 @@ MUTATIONS = (
     Mutation(
         "the policy is moved by the noise term",
         "optimise/objective.py",
-        "noise=-objective(policy.detach(), met_by_noise).mean()",
-        "noise=-objective(policy, met_by_noise).mean()",
+        "noise=-weighted_mean(logistic(policy.detach(), met_by_noise",
+        "noise=-weighted_mean(logistic(policy, met_by_noise",
         "test_objective.py",
     ),
     Mutation(
@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         "the noise minimises what it has to maximise",
         "optimise/objective.py",
-        "noise=-objective(",
-        "noise=objective(",
+        "noise=-weighted_mean(",
+        "noise=weighted_mean(",
         "test_objective.py",
     ),
     Mutation(
@@ -120,8 +120,8 @@ MUTATIONS = (
     Mutation(
         "saturation of the other side",
         "optimise/objective.py",
-        "torch.sigmoid(-margin_B).mean()",
-        "torch.sigmoid(margin_B).mean()",
+        "torch.sigmoid(-margin_B)",
+        "torch.sigmoid(margin_B)",
         "test_objective.py",
     ),
     # --- noise

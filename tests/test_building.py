@@ -25,7 +25,7 @@ from dnpo.data.hub import Hub
 from dnpo.errors import SettingsError
 from dnpo.evaluate.leaderboard import Leaderboard
 from dnpo.loop import chain
-from dnpo.optimise.objective import PairLogps, log_ratio_gap, logistic
+from dnpo.optimise.objective import Facts, PairLogps, log_ratio_gap, logistic
 from dnpo.optimise.parts import (
     FixedNoise,
     Logistic,
@@ -363,14 +363,14 @@ def test_an_optimizer_of_ones_own_waits_for_its_parameters(partial: dict[str, An
 # --- objectives of one's own
 
 
-def hinge(policy: PairLogps, reference: PairLogps, *, beta: float) -> Tensor:
+def hinge(policy: PairLogps, reference: PairLogps, facts: Facts, *, beta: float) -> Tensor:
     """A loss that is no dataclass."""
     return torch.relu(1 - beta * log_ratio_gap(policy, reference))
 
 
-def hinge_by_strength(policy: PairLogps, reference: PairLogps, *, strength: float) -> Tensor:
+def hinge_by_strength(policy: PairLogps, reference: PairLogps, facts: Facts, *, strength: float) -> Tensor:
     """The same with another name for β."""
-    return hinge(policy, reference, beta=strength)
+    return hinge(policy, reference, facts, beta=strength)
 
 
 @dataclass(frozen=True)
@@ -384,9 +384,9 @@ class ByTemperature:
         """β."""
         return 1 / self.temperature
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps, facts: Facts) -> Tensor:
         """A loss for each pair."""
-        return logistic(policy, reference, beta=self.beta)
+        return logistic(policy, reference, facts, beta=self.beta)
 
 
 @dataclass(frozen=True)
@@ -395,9 +395,9 @@ class Strong:
 
     strength: Positive = 2.0
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps, facts: Facts) -> Tensor:
         """A loss for each pair."""
-        return logistic(policy, reference, beta=self.strength)
+        return logistic(policy, reference, facts, beta=self.strength)
 
 
 def objective(kind: Any, **settings: Any) -> list[str]:
@@ -423,7 +423,8 @@ def test_an_objective_says_its_beta(overrides: list[str], beta: float) -> None:
     found = built(*overrides).plans[0].objective
     assert found.beta == beta
     pair = PairLogps(torch.tensor([1.0]), torch.tensor([2.0]))
-    assert found(pair, pair).shape == (1,)
+    facts = Facts(*(torch.ones(1) for _ in Facts._fields))
+    assert found(pair, pair, facts).shape == (1,)
     assert "_partial_" not in as_json(part_key(found))
 
 
@@ -440,6 +441,23 @@ def test_an_objective_without_a_beta_is_refused_by_name(overrides: list[str], na
     assert said.startswith("objective: ")
     assert name in said
     assert "beta" in said
+
+
+def test_an_objective_of_an_earlier_layout_is_refused_with_the_reason() -> None:
+    def two(policy: PairLogps, reference: PairLogps) -> Tensor:
+        return logistic(policy, reference, beta=1.0)
+
+    wrong: Any = two
+    wrong.beta = 1.0
+    with pytest.raises(SettingsError, match=r"cannot be called with \(policy, reference, facts\): too many positional"):
+        check_objective(wrong)
+
+
+@pytest.mark.parametrize("flag", ["reads_reference", "reads_rejected"])
+def test_a_flag_of_an_objective_is_true_or_false(flag: str) -> None:
+    wrong: Any = type("Wrong", (), {"beta": 1.0, flag: "no", "__call__": lambda self, policy, reference, facts: None})()
+    with pytest.raises(SettingsError, match=f"Wrong.{flag} is 'no'; expected true or false"):
+        check_objective(wrong)
 
 
 @pytest.mark.parametrize("beta", [None, "1", True, float("nan"), float("inf"), lambda: 1.0])
@@ -562,7 +580,9 @@ def test_a_part_that_lacks_what_its_place_needs_is_refused_by_name(place: str, t
         train.build(composed(*SMOKE, f"~{place}", f"+{place}={{_target_: {__name__}.Hollow}}"))
 
 
-def shifted_hinge(policy: PairLogps, reference: PairLogps, *, beta: Positive = 0.5, margin: float = 1.0) -> Tensor:
+def shifted_hinge(
+    policy: PairLogps, reference: PairLogps, facts: Facts, *, beta: Positive = 0.5, margin: float = 1.0
+) -> Tensor:
     """An objective of one's own as a function, with defaults."""
     return (margin - beta * log_ratio_gap(policy, reference)).clamp(min=0)
 

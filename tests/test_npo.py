@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnpo.optimise import npo
 from dnpo.optimise.npo import FixedModule, NoiseModule, OffsetModule, Rejected, SilentModule, TrainableModule, _Draw
-from dnpo.optimise.objective import NoisyReference, PairLogps, Terms, logistic, two_player
+from dnpo.optimise.objective import Facts, NoisyReference, PairLogps, Terms, logistic, two_player
 from dnpo.optimise.parts import FixedNoise, MatchedOffset, Noise, NoNoise, Offset, TrainableNoise
 from dnpo.policy import logprobs
 from dnpo.policy.logprobs import Head
@@ -27,7 +27,8 @@ from dnpo.policy.logprobs import Head
 Array = npt.NDArray[np.float64]
 
 HIDDEN, VOCABULARY = 5, 11
-OBJECTIVE = partial(logistic, beta=0.1)
+BETA = 0.1
+OBJECTIVE = partial(logistic, beta=BETA)
 SOME = torch.tensor([0, 1, 3])  # the responses of a problem that have tokens
 
 
@@ -101,9 +102,16 @@ class Problem:
         found: tuple[NoisyReference, Tensor] = noise(self.clean_B, self.rejected(seed))
         return found
 
+    @property
+    def facts(self) -> Facts:
+        """Hard labels of weight 1."""
+        hard_B = torch.ones(len(self.lengths), dtype=self.clean_B.dtype)
+        return Facts(hard_B, hard_B, torch.zeros_like(hard_B), hard_B, hard_B)
+
     def terms(self, noise: NoiseModule, seed: int, policy: PairLogps | None = None) -> Terms:
         """The three terms of the loss."""
-        return two_player(OBJECTIVE, policy or self.policy, self.reference, self.through(noise, seed)[0], noise.alpha)
+        noisy = self.through(noise, seed)[0]
+        return two_player(OBJECTIVE, policy or self.policy, self.reference, noisy, self.facts, noise.alpha, beta=BETA)
 
     def draws(self, seed: int) -> tuple[Tensor, Tensor]:
         """ε and ε′ ~ N(0, 1) as the module draws them, in whole."""
@@ -668,7 +676,8 @@ def test_only_the_noise_gets_gradients(problem: Problem) -> None:
     for value in (noisy.noise_B.sum(), noisy.variance):
         grads = torch.autograd.grad(value, [noise.weight_VH, noise.bias_V], retain_graph=True)
         assert all(bool((grad != 0).all()) for grad in grads)
-    two_player(OBJECTIVE, problem.policy, problem.reference, noisy, noise.alpha).total.backward()
+    terms = two_player(OBJECTIVE, problem.policy, problem.reference, noisy, problem.facts, noise.alpha, beta=BETA)
+    terms.total.backward()
     assert all(p.grad is None for p in (*body.parameters(), *head.parameters()))
     assert hidden_NH.grad is None
 

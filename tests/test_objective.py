@@ -1,7 +1,7 @@
 """The equations: numbers worked out by hand, who gets which gradient, and SPIN's theorems on a small exact policy."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from dnpo.optimise.objective import (
+    Facts,
     NoisyReference,
     PairLogps,
     log_ratio_gap,
@@ -36,6 +37,23 @@ def noisy(policy: tuple[float, ...], noise: tuple[float, ...], variance: float, 
     return NoisyReference(
         *(torch.tensor(x, dtype=torch.float64, requires_grad=grad) for x in (policy, noise, variance))
     )
+
+
+def facts(
+    strength: Sequence[float],
+    weight: Sequence[float] | None = None,
+    shift: Sequence[float] | None = None,
+    tokens: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Facts:
+    """Facts in float64: weights 1, no shifts and lengths of 10 where nothing else is said."""
+    size = len(strength)
+    columns = (strength, weight or [1.0] * size, shift or [0.0] * size, *(tokens or ([10.0] * size, [10.0] * size)))
+    return Facts(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+
+
+def hard(size: int) -> Facts:
+    """Facts of so many pairs with hard labels."""
+    return facts([1.0] * size)
 
 
 def assert_equal(found: Tensor, expected: object, atol: float = 1e-9) -> None:
@@ -104,7 +122,9 @@ def test_two_player_by_hand() -> None:
     Variance term: 0.2 · 0.3 = 0.06.
     """
     noise = noisy((-17.0, -10.0), (-16.0, -13.0), 0.3)
-    terms = two_player(partial(logistic, beta=BETA), pairs(POLICY), pairs(REFERENCE), noise, alpha=0.2)
+    terms = two_player(
+        partial(logistic, beta=BETA), pairs(POLICY), pairs(REFERENCE), noise, hard(2), alpha=0.2, beta=BETA
+    )
     assert_equal(terms.policy, 0.89366933585)
     assert_equal(terms.noise, -0.98924820215)
     assert_equal(terms.variance, 0.06)
@@ -113,15 +133,14 @@ def test_two_player_by_hand() -> None:
 
 def test_saturation_by_hand() -> None:
     """σ(0) = 1/2 and σ(−0.7) = 1 / (1 + e^0.7) = 0.3318122; a margin of 50 is saturated, one of −50 is not at all."""
-    assert_equal(saturation(torch.tensor([0.0, 0.7], dtype=torch.float64)), (0.5 + 0.3318122278) / 2)
-    assert_equal(saturation(torch.tensor([50.0, -50.0], dtype=torch.float64)), 0.5)
+    assert_equal(saturation(torch.tensor([0.0, 0.7, 50.0, -50.0], dtype=torch.float64)), [0.5, 0.3318122278, 0.0, 1.0])
 
 
 def test_saturation_is_the_size_of_the_gradient() -> None:
     """It is reported as the loss's mean |dℓ/dm|; hold it to that definition."""
     policy, reference = pairs(POLICY, grad=True), pairs(REFERENCE)
     logistic(policy, reference, beta=BETA).mean().backward()
-    found = saturation(BETA * log_ratio_gap(policy.detach(), reference))
+    found = saturation(BETA * log_ratio_gap(policy.detach(), reference)).mean()
     assert policy.chosen_B.grad is not None
     torch.testing.assert_close(found, policy.chosen_B.grad.abs().sum() / BETA)
 
@@ -138,7 +157,9 @@ def test_the_policy_is_moved_by_the_policy_term_alone() -> None:
     """d total/dθ = d policy term/dθ = −β σ(−m̃)/B for the chosen, + for the rejected; the noise term adds nothing."""
     policy = pairs(POLICY, grad=True)
     noise = noisy((-17.0, -10.0), (-16.0, -13.0), 0.3, grad=True)
-    two_player(partial(logistic, beta=BETA), policy, pairs(REFERENCE), noise, alpha=0.2).total.backward()
+    two_player(
+        partial(logistic, beta=BETA), policy, pairs(REFERENCE), noise, hard(2), alpha=0.2, beta=BETA
+    ).total.backward()
     # Margins 0.5 and −1 (see the worked numbers): σ(−0.5) = 0.3775406688, σ(1) = 0.7310585786.
     assert policy.chosen_B.grad is not None
     assert policy.rejected_B.grad is not None
@@ -153,7 +174,9 @@ def test_the_noise_is_moved_by_its_own_two_terms_alone() -> None:
     σ(1.3) = 0.7858349830. Positive, so the noise lowers log p̃ to narrow the margin.
     """
     noise = noisy((-17.0, -10.0), (-16.0, -13.0), 0.3, grad=True)
-    two_player(partial(logistic, beta=BETA), pairs(POLICY), pairs(REFERENCE), noise, alpha=0.2).total.backward()
+    two_player(
+        partial(logistic, beta=BETA), pairs(POLICY), pairs(REFERENCE), noise, hard(2), alpha=0.2, beta=BETA
+    ).total.backward()
     assert noise.policy_B.grad is None
     assert noise.noise_B.grad is not None
     assert noise.variance.grad is not None
@@ -171,7 +194,7 @@ def test_noise_that_adds_nothing_leaves_the_plain_loss() -> None:
     for two in (True, False):
         policy = PairLogps(chosen.clone().requires_grad_(), rejected.clone().requires_grad_())
         if two:
-            terms = two_player(partial(logistic, beta=BETA), policy, reference, nothing, alpha=0.1)
+            terms = two_player(partial(logistic, beta=BETA), policy, reference, nothing, hard(64), alpha=0.1, beta=BETA)
             loss, total = terms.policy, terms.total
         else:
             loss = total = logistic(policy, reference, beta=BETA).mean()
@@ -202,11 +225,14 @@ def test_terms_against_finite_differences() -> None:
 
     def policy_term(chosen: Tensor, rejected: Tensor) -> Tensor:
         noise = NoisyReference(policy_B, noise_B, variance)
-        return two_player(objective, PairLogps(chosen, rejected), reference, noise, alpha=0.1).policy
+        return two_player(
+            objective, PairLogps(chosen, rejected), reference, noise, hard(6), alpha=0.1, beta=BETA
+        ).policy
 
     def noise_terms(noise_B: Tensor, variance: Tensor) -> Tensor:
         noise = NoisyReference(policy_B, noise_B, variance)
-        terms = two_player(objective, PairLogps(policy_chosen, policy_rejected), reference, noise, alpha=0.1)
+        policy = PairLogps(policy_chosen, policy_rejected)
+        terms = two_player(objective, policy, reference, noise, hard(6), alpha=0.1, beta=BETA)
         return terms.noise + terms.variance
 
     assert torch.autograd.gradcheck(

@@ -18,7 +18,7 @@ from dnpo.generate import Sampling
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.off import NoJudge
 from dnpo.optimise import reference as references
-from dnpo.optimise.objective import PairLogps, logistic
+from dnpo.optimise.objective import Facts, PairLogps, logistic
 from dnpo.optimise.parts import Cache, FixedNoise, Logistic, Noise, NoNoise, PairOptimisation, TrainableNoise
 from dnpo.optimise.reference import KeptHidden, keep_hidden, read_scores, score
 from dnpo.policy.lora import Lora
@@ -518,9 +518,9 @@ class ByTemperature:
         """What margins are reported at."""
         return 1 / self.temperature if self.reported is None else self.reported
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps, facts: Facts) -> Tensor:
         """A loss for each pair."""
-        return logistic(policy, reference, beta=1 / self.temperature)
+        return logistic(policy, reference, facts, beta=1 / self.temperature)
 
 
 def test_margins_are_reported_at_the_beta_of_the_objective(
@@ -528,14 +528,15 @@ def test_margins_are_reported_at_the_beta_of_the_objective(
 ) -> None:
     """Whether it is a field, a property, or a setting of a function; and no other number is."""
 
-    def steps(objective: Any, name: str) -> list[dict[str, float]]:
-        return final(Store(tmp_path / name), run_of(world, make_policy, noise(), objective=objective)[2])
+    def steps(objective: Any, name: str, npo: Noise | None = None) -> list[dict[str, float]]:
+        return final(Store(tmp_path / name), run_of(world, make_policy, npo or noise(), objective=objective)[2])
 
     known = steps(Logistic(beta=0.25), "field")
     assert steps(ByTemperature(4.0), "property") == known
     assert steps(Bound("dnpo.optimise.objective.logistic", {"beta": 0.25}), "function") == known
     scaled = ["margin/clean", "margin/noisy", "margin/shift", "rewards/chosen", "rewards/rejected"]
-    doubled = steps(ByTemperature(4.0, reported=0.5), "doubled")
-    for ours, theirs in zip(known, doubled, strict=True):
+    fixed = FixedNoise()  # not trained: the noise term follows the reported β too
+    once, doubled = steps(Logistic(beta=0.25), "once", fixed), steps(ByTemperature(4.0, reported=0.5), "doubled", fixed)
+    for ours, theirs in zip(once, doubled, strict=True):
         assert [theirs[name] for name in scaled] == pytest.approx([2 * ours[name] for name in scaled], rel=1e-5)
         assert (ours["loss/policy"], ours["logps/chosen"]) == (theirs["loss/policy"], theirs["logps/chosen"])

@@ -4,6 +4,7 @@ Here are only settings. The code that they configure is imported when it is need
 the noise from ``npo.py``, the training loop from ``training.py``.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dnpo.optimise.npo import NoiseModule
-    from dnpo.optimise.objective import PairLogps
+    from dnpo.optimise.objective import Facts, PairLogps
 
 Cache = Literal["auto", "on", "off"]
 
@@ -26,20 +27,27 @@ Cache = Literal["auto", "on", "off"]
 class Objective(Protocol):
     """A loss on pairs, configured by ``objective=…``.
 
+    Attributes that an objective may have besides, as settings, properties or class attributes:
+
+    - ``reads_reference``: whether it reads the reference's log-probabilities; True if absent.
+    - ``reads_rejected``: whether it reads those of rejected responses; True if absent. If not, only chosen responses go
+      through the model, and 0 stands for the others.
+
     Attributes:
-        beta: the factor from a pair's log-ratio gap to its margin; reported margins and implicit rewards use it.
+        beta: the factor from a pair's log-ratio gap to its margin, for the noise term, reported margins and implicit
+            rewards.
     """
 
     @property
     def beta(self) -> float: ...
 
-    def __call__(self, policy: "PairLogps", reference: "PairLogps") -> "Tensor":
-        """A loss for each of the B pairs. Shape B."""
+    def __call__(self, policy: "PairLogps", reference: "PairLogps", facts: "Facts") -> "Tensor":
+        """A loss for each of the B pairs, without their weights. Shape B."""
 
 
 @dataclass(frozen=True)
 class Logistic:
-    """The logistic loss of SPIN (equation 4.7) and DPO (equation 7): −log σ(β · gap).
+    """The logistic loss of SPIN (equation 4.7) and DPO (equation 7), −log σ(β · gap), with the strength of each label.
 
     Args:
         beta: preference temperature.
@@ -47,26 +55,40 @@ class Logistic:
 
     beta: Positive
 
-    def __call__(self, policy: "PairLogps", reference: "PairLogps") -> "Tensor":
+    def __call__(self, policy: "PairLogps", reference: "PairLogps", facts: "Facts") -> "Tensor":
         """A loss for each of the B pairs. Shape B."""
         from dnpo.optimise.objective import logistic
 
-        return logistic(policy, reference, beta=self.beta)
+        return logistic(policy, reference, facts, beta=self.beta)
 
 
 def check_objective(objective: Objective) -> None:
-    """Raise unless the objective states the β at which margins are reported.
+    """Raise unless an objective says what its callers have to know.
 
     Raises:
-        SettingsError: it has no number ``beta``.
+        SettingsError: it has no number ``beta``, cannot be called with (policy, reference, facts), or one of its
+            optional attributes is not true or false.
     """
     beta = getattr(objective, "beta", None)
+    name = objective.target if isinstance(objective, Bound) else type(objective).__name__
     if not isinstance(beta, int | float) or isinstance(beta, bool) or not math.isfinite(beta):
-        name = objective.target if isinstance(objective, Bound) else type(objective).__name__
         raise SettingsError(
             f"objective: {name} has no number beta, the factor of reported margins and rewards; give it a field or "
             "property of this name (1.0 reports plain log-ratios, in nats)"
         )
+    for flag in ("reads_reference", "reads_rejected"):
+        value = getattr(objective, flag, True)
+        if not isinstance(value, bool):
+            raise SettingsError(f"objective: {name}.{flag} is {value!r}; expected true or false")
+    signature = inspect.signature(objective.resolve() if isinstance(objective, Bound) else objective)
+    settings = objective.settings if isinstance(objective, Bound) else {}
+    try:
+        signature.bind(None, None, None, **settings)
+    except TypeError as error:
+        raise SettingsError(
+            f"objective: {name} cannot be called with (policy, reference, facts): {error}. Facts are strengths, "
+            "weights and lengths of the pairs; an objective that needs none still takes them"
+        ) from error
 
 
 # --- noise

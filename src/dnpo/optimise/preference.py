@@ -5,6 +5,7 @@ the first update the policy is the reference. Shapes as in ``objective.py`` and 
 chosen ones first.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from dnpo.errors import StepZeroError
+from dnpo.errors import SettingsError, StepZeroError
 from dnpo.optimise.batches import Batches, Slice
 from dnpo.optimise.npo import NoiseModule, Rejected
 from dnpo.optimise.objective import (
+    Facts,
     NoisyReference,
     Objective,
     PairLogps,
@@ -25,6 +27,7 @@ from dnpo.optimise.objective import (
     negative_log_likelihood,
     saturation,
     two_player,
+    weighted_mean,
 )
 from dnpo.optimise.parts import Optimisation, PairOptimisation
 from dnpo.optimise.training import Batch, Training, fit, make_fused
@@ -61,6 +64,7 @@ class PairBatch(Batch):
 
     Attributes:
         reference: the reference's log-probabilities.
+        facts: strengths, weights, shifts and lengths of the pairs; the share of the batch is that of its weights.
         rejected: prompts and rejected responses only, if the noise reads hidden states.
         hidden_NH: these hidden states, if they have been kept.
         seeds: seeds of the noise, one for each pair.
@@ -68,6 +72,7 @@ class PairBatch(Batch):
     """
 
     reference: PairLogps
+    facts: Facts
     rejected: Packed | None
     hidden_NH: Tensor | None
     seeds: tuple[int, ...]
@@ -78,6 +83,7 @@ class PairBatch(Batch):
         return replace(
             super().to(device),
             reference=PairLogps(*(t.to(device) for t in self.reference)),
+            facts=Facts(*(t.to(device) for t in self.facts)),
             rejected=None if self.rejected is None else self.rejected.to(device),
             hidden_NH=None if self.hidden_NH is None else self.hidden_NH.to(device),
         )
@@ -102,8 +108,8 @@ class PreferenceTraining(Training):
     Args:
         frozen: parts of the reference; None if the noise reads no states.
         noise: the noise; if it has no parameters, the policy is the only player.
-        objective: (policy, reference) → loss of each pair.
-        beta: preference temperature of the reported margins and implicit rewards.
+        objective: (policy, reference, facts) → loss of each pair.
+        beta: preference temperature of the noise term and of the reported margins and implicit rewards.
     """
 
     policy: Policy
@@ -144,12 +150,12 @@ class PreferenceTraining(Training):
         if self.policy_step == 0:
             self._check_step_zero(policy, pairs)
         noisy, at_bound = self.noise(reference.rejected_B, self._prepare_rejected(pairs))
-        # Both are means over tokens, while the micro-batch is weighted by its pairs.
+        # Both are means over tokens, while the micro-batch is weighted by the weights of its pairs.
         weight = pairs.rejected_share / pairs.share
         noisy, at_bound = noisy._replace(variance=noisy.variance * weight), at_bound * weight
-        terms = two_player(self.objective, policy, reference, noisy, self.noise.alpha)
+        terms = two_player(self.objective, policy, reference, noisy, pairs.facts, self.noise.alpha, beta=self.beta)
         with torch.no_grad():
-            metrics = self._metrics(policy.detach(), reference, noisy)
+            metrics = self._metrics(policy.detach(), reference, noisy, pairs.facts.weight_B)
         metrics |= {"loss/policy": terms.policy}
         if self.noise.active:
             metrics |= {"loss/noise": terms.noise, "loss/variance": terms.variance, "npo/at_bound": at_bound}
@@ -166,31 +172,31 @@ class PreferenceTraining(Training):
                 hidden_NH = self.frozen.body.hidden(packed)
         return Rejected(hidden_NH, self.frozen.head, packed.target_N, packed.completions, batch.seeds)
 
-    def _metrics(self, policy: PairLogps, reference: PairLogps, noisy: NoisyReference) -> dict[str, Tensor]:
+    def _metrics(
+        self, policy: PairLogps, reference: PairLogps, noisy: NoisyReference, weight_B: Tensor
+    ) -> dict[str, Tensor]:
         clean_B = self.beta * log_ratio_gap(policy, reference)
         shift_B = reference.rejected_B - noisy.policy_B
         noisy_B = clean_B - self.beta * shift_B
-        chosen_B = self.beta * (policy.chosen_B - reference.chosen_B)
-        rejected_B = self.beta * (policy.rejected_B - reference.rejected_B)
         metrics = {
-            "margin/clean": clean_B.mean(),
+            "margin/clean": clean_B,
             "margin/saturation": saturation(noisy_B),
-            "rewards/chosen": chosen_B.mean(),
-            "rewards/rejected": rejected_B.mean(),
+            "rewards/chosen": self.beta * (policy.chosen_B - reference.chosen_B),
+            "rewards/rejected": self.beta * (policy.rejected_B - reference.rejected_B),
             # Before the first update every margin is 0 up to rounding, so its sign has no meaning.
-            "rewards/accuracy": (clean_B > 0).float().mean() if self.policy_step else clean_B.new_tensor(0.5),
-            "logps/chosen": policy.chosen_B.mean(),
-            "logps/rejected": policy.rejected_B.mean(),
+            "rewards/accuracy": (clean_B > 0).float() if self.policy_step else torch.full_like(clean_B, 0.5),
+            "logps/chosen": policy.chosen_B,
+            "logps/rejected": policy.rejected_B,
         }
         if self.noise.active:
             metrics |= {
-                "margin/noisy": noisy_B.mean(),
-                "margin/shift": (noisy_B - clean_B).mean(),
+                "margin/noisy": noisy_B,
+                "margin/shift": noisy_B - clean_B,
                 "margin/saturation_clean": saturation(clean_B),
-                "npo/shift": shift_B.mean(),
-                "npo/variance": noisy.variance,
+                "npo/shift": shift_B,
             }
-        return metrics
+        means = {name: weighted_mean(value_B, weight_B) for name, value_B in metrics.items()}
+        return means | ({"npo/variance": noisy.variance} if self.noise.active else {})
 
     @torch.no_grad()
     def _check_step_zero(self, policy: PairLogps, batch: PairBatch) -> None:
@@ -270,8 +276,8 @@ def optimise(
         reference: the policy's log-probabilities of the pairs before training, in the order of the pairs.
         optimisation, folder, report: as in :func:`fine_tune`.
         noise: noise on the reference's log-probability of rejected responses; it is trained too.
-        objective: (policy, reference) → loss of each pair.
-        beta: preference temperature for the reported margins.
+        objective: (policy, reference, facts) → loss of each pair.
+        beta: preference temperature of the noise term and the reported margins.
         seed: seed of the order of the pairs and of the noise.
         hidden: numbers of pairs → the reference's hidden states of their rejected tokens, if they have been kept.
 
@@ -279,11 +285,13 @@ def optimise(
         A row of metrics for each policy step.
 
     Raises:
+        SettingsError: a weight is negative, or all are 0.
         StepZeroError: before the first update the policy is not the reference.
         NonFiniteLossError: the loss became NaN or infinite.
         OutOfMemoryError: a step does not fit into memory.
     """
     tokens = [len(p.rejected_ids) for p in pairs]
+    weight, used = [p.weight for p in pairs], _with_weight(pairs)
 
     def collate(numbers: Sequence[int], piece: Slice) -> PairBatch:
         some = [pairs[i] for i in numbers]
@@ -291,29 +299,56 @@ def optimise(
         return PairBatch(
             packed=pack(prompts * 2, [p.chosen_ids for p in some] + rejected, share_prompt=optimisation.share_prompt),
             ids=tuple(p.id for p in some),
-            share=piece.share,
+            share=sum(weight[i] for i in numbers) / sum(weight[used[i]] for i in piece.group),
             reference=PairLogps(
                 torch.tensor([reference[i].chosen for i in numbers]),
                 torch.tensor([reference[i].rejected for i in numbers]),
             ),
+            facts=make_facts(some),
             rejected=pack(prompts, rejected) if noise.reads_states else None,
             hidden_NH=hidden(numbers) if noise.reads_states and hidden is not None else None,
             seeds=tuple(derive(seed, "noise", piece.step, i) for i in numbers),
-            rejected_share=sum(tokens[i] for i in numbers) / max(sum(tokens[i] for i in piece.group), 1),
+            rejected_share=sum(tokens[i] for i in numbers) / max(sum(tokens[used[i]] for i in piece.group), 1),
         )
 
     frozen = None
     if noise.reads_states:
         body = policy.reference() if hidden is None else None
         frozen = Frozen(policy.head.frozen() if body is None else body.head.frozen(), body)
-    groups = optimisation.groups(len(pairs), seed)
+    groups = optimisation.groups(len(used), seed)
     module = PreferenceTraining(
         policy, optimisation, len(groups), report, frozen=frozen, noise=noise, objective=objective, beta=beta
     )
-    return fit(module, Batches(range(len(pairs)), groups, optimisation.rows_at_once, collate), folder)
+    return fit(module, Batches(used, groups, optimisation.rows_at_once, collate), folder)
 
 
 def split(logp_S: Tensor) -> PairLogps:
     """Split 2B values, the chosen first, into pairs."""
     chosen_B, rejected_B = logp_S.chunk(2)
     return PairLogps(chosen_B, rejected_B)
+
+
+def make_facts(pairs: Sequence[Pair]) -> Facts:
+    """What objectives know about pairs, on the CPU."""
+    return Facts(
+        strength_B=torch.tensor([pair.strength for pair in pairs]),
+        weight_B=torch.tensor([pair.weight for pair in pairs]),
+        shift_B=torch.tensor([pair.shift for pair in pairs]),
+        chosen_tokens_B=torch.tensor([float(len(pair.chosen_ids)) for pair in pairs]),
+        rejected_tokens_B=torch.tensor([float(len(pair.rejected_ids)) for pair in pairs]),
+    )
+
+
+def _with_weight(pairs: Sequence[Pair]) -> list[int]:
+    """The numbers of the pairs whose weight is not 0; the others would be read for nothing.
+
+    Raises:
+        SettingsError: a weight is negative, or all are 0.
+    """
+    for pair in pairs:
+        if not 0 <= pair.weight < math.inf:
+            raise SettingsError(f"pair {pair.id}: weight {pair.weight}; expected a finite number that is not negative")
+    used = [number for number, pair in enumerate(pairs) if pair.weight > 0]
+    if pairs and not used:
+        raise SettingsError("all pairs have the weight 0; at least one has to have more")
+    return used
