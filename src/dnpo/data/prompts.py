@@ -1,0 +1,165 @@
+"""Which training prompts an iteration uses: the parts that ``prompts=…`` configures.
+
+Prompts are divided by a hash of their conversations, never of their ids: rows with the same conversation stay together,
+so that no part has the prompts of another under other ids.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, Protocol
+
+from dnpo.data.seen import hash_conversation
+from dnpo.errors import DataError, SettingsError
+from dnpo.records import Prompt
+from dnpo.settings import Fraction, Positive
+
+SeedPairs = Literal["all", "share"]
+
+
+class Prompts(Protocol):
+    """Chooses the prompts of an iteration, configured by ``prompts=…``."""
+
+    def check(self, iterations: int) -> None:
+        """Raise if it has no prompts for one of this many iterations, whatever the data are.
+
+        Raises:
+            SettingsError: names the setting.
+        """
+
+    def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
+        """The prompts of iteration ``k``, of all training prompts, in their order.
+
+        Raises:
+            DataError: there are none.
+        """
+
+
+@dataclass(frozen=True)
+class All:
+    """All training prompts, in every iteration."""
+
+    def check(self, iterations: int) -> None:
+        """It has prompts for any number of iterations."""
+
+    def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
+        """All of them."""
+        return list(prompts)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """The seed: a few prompts, in every iteration the same ones.
+
+    Where a part of the prompts brings pairs, the seed is these prompts. Otherwise it is a share of all.
+
+    Args:
+        share: of all training prompts, by a hash of the conversation.
+        pairs: which of the prompts with pairs: ``all``, or the same ``share`` of all training prompts at most.
+    """
+
+    share: Fraction = 0.0333
+    pairs: SeedPairs = "all"
+
+    def check(self, iterations: int) -> None:
+        """Refuse an empty seed."""
+        if not self.share:
+            raise SettingsError(f"prompts.share={self.share}: the seed would have no prompts; expected a share above 0")
+
+    def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
+        """The seed."""
+        self.check(k + 1)
+        seed, _ = self.divide(prompts)
+        if not seed:
+            raise DataError(
+                f"prompts.share={self.share}: of {len(prompts):,} training prompts ({_count(prompts):,} different "
+                "conversations) this is none; raise it, or take more rows"
+            )
+        return seed
+
+    def divide(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+        """The seed, and the prompts whose conversations are not in it."""
+        paired = [prompt for prompt in prompts if prompt.rejected is not None]
+        if self.pairs == "all" and 0 < len(paired) < len(prompts):
+            seed = paired
+        else:
+            some = paired or prompts
+            share = min(self.share * len(prompts) / max(len(some), 1), 1.0)
+            seed = divide(some, [share, 1 - share])[0]
+        used = {hash_conversation(prompt.messages) for prompt in seed}
+        return seed, [prompt for prompt in prompts if hash_conversation(prompt.messages) not in used]
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """New prompts in every iteration: part ``k`` of the training prompts, which no other iteration has.
+
+    With a seed, part 0 is the seed, and the other parts are of what is not in it.
+
+    Args:
+        shares: sizes of the parts in proportion, such as 8, 20 and 30.
+        seed_share: the ``share`` of :class:`Seed`; 0: there is no seed, and part 0 is the first of ``shares``.
+        seed_pairs: its ``pairs``.
+    """
+
+    shares: list[Positive]
+    seed_share: Fraction = 0.0
+    seed_pairs: SeedPairs = "all"
+
+    def __post_init__(self) -> None:
+        if not self.shares:
+            raise SettingsError(f"shares={self.shares}: expected the size of one part or more, such as [8, 20, 30]")
+
+    def check(self, iterations: int) -> None:
+        """Refuse more iterations than parts."""
+        parts = len(self.shares) + bool(self.seed_share)
+        if iterations > parts:
+            beside = " beside the seed" if self.seed_share else ""
+            needed = iterations - bool(self.seed_share)
+            raise SettingsError(
+                f"prompts.shares={self.shares}: has {len(self.shares)} parts{beside}, and iterations={iterations} "
+                f"needs {needed}; add shares, or run at most {parts} iterations"
+            )
+
+    def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
+        """Part ``k``."""
+        self.check(k + 1)
+        parts = self.parts(prompts)
+        if not parts[k]:
+            raise DataError(
+                f"prompts.shares={self.shares}: {len(prompts):,} training prompts ({_count(prompts):,} different "
+                f"conversations) leave none for iteration {k} of {len(parts)} parts; take more rows, or fewer parts"
+            )
+        return parts[k]
+
+    def parts(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+        """All parts, the seed first if there is one."""
+        if not self.seed_share:
+            return divide(prompts, self.shares)
+        seed, others = Seed(self.seed_share, self.seed_pairs).divide(prompts)
+        return [seed, *divide(others, self.shares)]
+
+
+def divide(prompts: Sequence[Prompt], shares: Sequence[float]) -> list[list[Prompt]]:
+    """Divide prompts into parts in proportion to ``shares``, counted in rows; each part keeps the order of the rows.
+
+    Conversations come in the order of their hashes. A conversation with n rows of N, after b rows of earlier ones, is
+    in the part that has the place (b + n/2)/N: four conversations with 1, 1, 4 and 2 rows have the places 1/16, 3/16,
+    1/2 and 7/8, so for the shares 1:3 the first part has the first two.
+    """
+    rows: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(hash_conversation(prompt.messages), []).append(i)
+    ends = [end / sum(shares) for end in accumulate(shares)]
+    parts: list[list[int]] = [[] for _ in shares]
+    before = 0
+    for _, some in sorted(rows.items()):
+        place = (before + len(some) / 2) / len(prompts)
+        parts[sum(end <= place for end in ends[:-1])] += some
+        before += len(some)
+    return [[prompts[i] for i in sorted(part)] for part in parts]
+
+
+def _count(prompts: Sequence[Prompt]) -> int:
+    """The number of different conversations."""
+    return len({hash_conversation(prompt.messages) for prompt in prompts})
