@@ -96,6 +96,7 @@ class SentenceBert:
         path: the folder.
         device: where the encoder runs.
         at_once: maximum number of texts in a batch.
+        name: the setting that gives the folder; messages begin with it.
 
     Attributes:
         label: the model, the kind of pooling, and the maximum length of texts.
@@ -104,8 +105,8 @@ class SentenceBert:
         ModelError: it cannot be loaded, or its configuration defines another kind of embedding.
     """
 
-    def __init__(self, path: str, device: str = "cpu", at_once: int = 64) -> None:
-        weights = Weights(path, None, None, "eval.texts.encoder")
+    def __init__(self, path: str, device: str = "cpu", at_once: int = 64, name: str = "eval.texts.encoder") -> None:
+        weights = Weights(path, None, None, name)
         _check_pooling(weights)
         self.encoder, self.at_once = Encoder(weights, device=device), at_once
         limits = [self.encoder.limit, _read_json(weights, SETTINGS).get("max_seq_length")]
@@ -119,13 +120,16 @@ class SentenceBert:
         return torch.stack([known[ids] for ids in rows]).cpu()
 
 
-def check_encoder(path: str) -> None:
+def check_encoder(path: str, name: str = "eval.texts.encoder") -> None:
     """Check a folder for :class:`SentenceBert` by its files, without loading it.
+
+    Args:
+        name: the setting that gives the folder; messages begin with it.
 
     Raises:
         ModelError: the files do not belong to an encoder, or define another kind of embedding.
     """
-    weights = Weights(path, None, None, "eval.texts.encoder")
+    weights = Weights(path, None, None, name)
     _check_pooling(weights)
     weights.outline(AutoModel, heads_anew=True)
 
