@@ -1,8 +1,9 @@
-"""Run a module as on a machine that has torch, transformers, peft and Lightning, and what these need, but no more.
+"""Run a module as if only torch, transformers, peft, Lightning and their own dependencies were installed.
 
     python -m benchmarks.bare benchmarks.step --shape tiny
 
-What else dnpo depends on is hidden, from its workers too: importing it fails, and it counts as not installed.
+dnpo's other dependencies are hidden from the module and from its workers: importing them fails, and they count as not
+installed.
 """
 
 import runpy
@@ -20,26 +21,26 @@ DISTRIBUTIONS = {*HIDDEN, "hydra-core"}
 
 
 class Finder(PathFinder):
-    """Finds what is installed, but for what is hidden."""
+    """Find installed modules, except for the hidden ones."""
 
     @classmethod
     def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
-        """None for a hidden package, which says that it is not installed."""
+        """Return None for a hidden package, as if it were not installed."""
         return None if fullname.partition(".")[0] in HIDDEN else super().find_spec(fullname, path, target)
 
     @classmethod
     def find_distributions(cls, context: Any = None) -> Iterator[Distribution]:  # type: ignore[override]
-        """Without the hidden ones: some libraries look here for what they may import."""
+        """Yield the distributions that are not hidden; some libraries look here to see what they can import."""
         for found in PathFinder.find_distributions(context or DistributionFinder.Context()):
             if found.metadata["Name"].lower() not in DISTRIBUTIONS:
                 yield found
 
 
 def hide() -> None:
-    """Hide these packages from everything that is imported from now on.
+    """Hide the packages from now on.
 
     Raises:
-        RuntimeError: one of them is imported already.
+        RuntimeError: one of them has been imported.
     """
     present = [name for name in HIDDEN if name in sys.modules]
     if present:
@@ -47,8 +48,8 @@ def hide() -> None:
     sys.meta_path[:] = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
 
 
-def hidden() -> bool:
-    """Whether they are hidden here."""
+def is_hidden() -> bool:
+    """Whether the packages are hidden in this process."""
     return Finder in sys.meta_path
 
 

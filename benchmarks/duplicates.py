@@ -1,10 +1,10 @@
-"""How long near-duplicates take: prompts that fill in one form, as ``data=jsonl`` finds them.
+"""Measure how long ``data=jsonl`` takes to find near-duplicates among prompts that fill in the same form.
 
     python -m benchmarks.duplicates
     python -m benchmarks.duplicates --rows 20000 --share 0.4
 
-Each prompt has the form's words and then words of its own. Printed are CPU seconds, the peak of memory in the process,
-and how many rows are removed.
+A prompt is the form's words followed by random words. Prints CPU seconds, the peak memory of the process, and how many
+rows are removed.
 """
 
 import argparse
@@ -21,8 +21,8 @@ def make_prompts(rows: int, form: int, own: int, share: float, seed: int = 0) ->
     Args:
         rows: how many.
         form: words of the form.
-        own: words after them that are the prompt's own, drawn from 5,000.
-        share: of the prompts with the form; the others have as many words at random instead.
+        own: words after the form, drawn at random from 5,000.
+        share: share of prompts that begin with the form; the others begin with as many random words.
     """
     draw = random.Random(seed)
     words = " ".join(f"form{i}" for i in range(form))
@@ -38,8 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--form", type=int, default=151, help="words of the form (default %(default)s)")
-    parser.add_argument("--own", type=int, default=12, help="words of a prompt's own (default %(default)s)")
-    parser.add_argument("--share", type=float, default=1.0, help="of the prompts with the form (default %(default)s)")
+    parser.add_argument("--own", type=int, default=12, help="random words after the form (default %(default)s)")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="share of prompts that begin with the form (default %(default)s)"
+    )
     parser.add_argument("--threshold", type=float, default=0.9)
     given = parser.parse_args()
     prompts = make_prompts(given.rows, given.form, given.own, given.share)

@@ -1,12 +1,12 @@
-"""The multiply-adds of a training step: counted by torch, and by formula.
+"""The FLOPs of a training step, counted by torch and calculated by formula.
 
-Counted are matrix products, two FLOPs a multiply-add, by ``FlopCounterMode``. By formula, for a model whose weights are
-all trained, with P the entries of the blocks' matrices, H the hidden size and V the vocabulary:
+Torch's ``FlopCounterMode`` counts matrix products, two FLOPs for each multiply-add. The formula is for models whose
+weights are all trained, with P the entries of the blocks' matrices, H the hidden size and V the vocabulary:
 
     blocks  2·P a token for a forward pass, twice as much again for the backward pass
     head    2·H·V a token for each product with the head: logits, their recomputation, two gradients
 
-Attention and rotary positions are counted and not computed by formula: they depend on how a variant lays out its rows.
+The formula leaves out attention and rotary positions, which depend on how a variant lays out its rows.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from benchmarks.problem import Pairs, Shape
 from benchmarks.variant import Variant
 
 
-def counted(variant: Variant, index: int) -> Facts:
-    """FLOPs of a whole step and of its blocks alone, with those of linear layers and of attention apart."""
+def count_flops(variant: Variant, index: int) -> Facts:
+    """Count the FLOPs of a whole step and of its blocks alone, separately for linear layers and for attention."""
     return {"step": _count(lambda: variant.step(index)), "body": _count(lambda: variant.body(index))}
 
 
@@ -44,14 +44,14 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Scores again, and a gradient for each of the two factors of both products."""
+    """The scores are computed again, and each of the two products has two gradients."""
     rows, heads, queries, width = query
     return int(2 * rows * heads * queries * key[2] * (3 * width + 2 * value[3]))
 
 
 aten = torch.ops.aten
-LINEAR = (aten.mm, aten.addmm, aten.addmm_)  # what linear layers and the head run as
-# What torch's own table lacks.
+LINEAR = (aten.mm, aten.addmm, aten.addmm_)  # the operations of linear layers and of the head
+# Operations that torch's table lacks.
 MORE: dict[Any, Any] = {
     aten.addmm_: _addmm,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -64,7 +64,7 @@ def formula(name: str, shape: Shape, pairs: Pairs, device: torch.device, *, trai
 
     Returns:
         ``body``: the blocks, forward and backward (three times a forward pass, if all their weights are trained).
-        ``reference body``: those of the frozen reference, forward only.
+        ``reference body``: the blocks of the frozen reference, forward only.
         ``head``: every product with the head's or the noise's matrix.
     """
     who, objective, reference = name.split("-")
@@ -75,7 +75,7 @@ def formula(name: str, shape: Shape, pairs: Pairs, device: torch.device, *, trai
         tokens, frozen_tokens = pairs.padded_tokens, online * pairs.padded_tokens
         head = (1 + gradients + online) * product * tokens
         head += noisy * (2 if online else 3) * product * pairs.rejected_tokens  # W h and dW; cached: logits as well
-    elif who == "trl":  # on a CPU as naive, but for each row's last position, and with logits computed once more
+    elif who == "trl":  # on a CPU like naive, but without each row's last position and with logits computed once more
         tokens, frozen_tokens = pairs.padded_tokens, online * pairs.padded_tokens
         head = (2 + gradients + online) * product * (tokens - 2 * len(pairs.prompts))
     else:
@@ -89,9 +89,9 @@ def formula(name: str, shape: Shape, pairs: Pairs, device: torch.device, *, trai
 
 
 def ours_head(shape: Shape, tokens: int, device: torch.device, *, trains_head: bool = True) -> int:
-    """2·H·V a token for logits and two gradients, and once more for tiles that are not kept but made again.
+    """2·H·V a token for the logits and for each of two gradients, and once more for tiles that are recomputed.
 
-    A head that is not trained has no gradient, and the gradient in the hidden states is made with the logits.
+    If the head is not trained, only the hidden states have a gradient, which is computed together with the logits.
     """
     from dnpo.policy.logprobs import KEPT, ROWS, TILE
 
@@ -99,19 +99,19 @@ def ours_head(shape: Shape, tokens: int, device: torch.device, *, trains_head: b
         return 2 * 2 * shape.hidden * shape.vocabulary * tokens
     blocks = [min(ROWS, tokens - first) for first in range(0, tokens, ROWS)]
     room = KEPT[device.type] // len(blocks)
-    return sum(_tiled(shape, some, TILE[device.type], room, 1, (3, 4)) for some in blocks)
+    return sum(_sum_tiles(shape, some, TILE[device.type], room, 1, (3, 4)) for some in blocks)
 
 
 def ours_noise(shape: Shape, tokens: int, device: torch.device) -> int:
-    """2·H·V a rejected token for z, W h and the gradient of W; two more for tiles that are made again."""
+    """2·H·V a rejected token for each of z, W h and the gradient of W, and twice more for tiles that are recomputed."""
     from dnpo.optimise.npo import KEPT
     from dnpo.policy.logprobs import TILE
 
-    return _tiled(shape, tokens, TILE[device.type], KEPT[device.type], 2, (3, 5))
+    return _sum_tiles(shape, tokens, TILE[device.type], KEPT[device.type], 2, (3, 5))
 
 
-def _tiled(shape: Shape, tokens: int, tile: int, room: int, tensors: int, products: tuple[int, int]) -> int:
-    """FLOPs of products tile by tile, fewer of them for tiles whose float32 tensors fit into what may be kept."""
+def _sum_tiles(shape: Shape, tokens: int, tile: int, room: int, tensors: int, products: tuple[int, int]) -> int:
+    """Sum the FLOPs of all tiles; a tile whose float32 tensors may be kept takes the smaller number of products."""
     found = 0
     for first in range(0, shape.vocabulary, tile):
         entries = min(tile, shape.vocabulary - first)

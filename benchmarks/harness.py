@@ -1,7 +1,7 @@
-"""Measuring variants against one another: each in a process of its own, in turns, and what is reported of it.
+"""Measure variants against one another, each in its own process and in turns, and report the figures.
 
 A worker is a Python process that answers a line of JSON on its standard input with a line of JSON on its standard
-output; ``worker.py`` has the side of the worker for training steps. Only the standard library and torch are needed.
+output; ``worker.py`` is the worker for training steps. Only the standard library and torch are needed.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Facts = dict[str, Any]
 
 
 class Worker:
-    """A variant in a process of its own.
+    """A variant in its own process.
 
     Args:
         module: what ``python -m`` runs.
@@ -56,7 +56,7 @@ class Worker:
         self.facts = self._read()
 
     def ask(self, **request: Any) -> Facts:
-        """The answer to a request."""
+        """Send a request, and return the answer."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -79,20 +79,21 @@ class Worker:
         if not line:
             self._process.wait()
             self._log.seek(0)
-            said = self._log.read().decode(errors="replace")[-4000:]
-            raise RuntimeError(f"a worker died ({' '.join(map(str, self._process.args))}):\n{said}")  # type: ignore
+            log = self._log.read().decode(errors="replace")[-4000:]
+            raise RuntimeError(f"a worker died ({' '.join(map(str, self._process.args))}):\n{log}")  # type: ignore
         answer: Facts = json.loads(line)
         return answer
 
 
 def _modules(module: str) -> list[str]:
-    return ["-m", "benchmarks.bare", module] if bare.hidden() else ["-m", module]
+    return ["-m", "benchmarks.bare", module] if bare.is_hidden() else ["-m", module]
 
 
 def answer(handle: Callable[[Facts], Facts], facts: Facts) -> None:
-    """The worker's side: say ``facts``, then answer every request, until standard input ends.
+    """Run a worker: send ``facts``, then answer every request until standard input ends.
 
-    Call :func:`own_output` before anything that may print. What does not fit into memory is answered with ``skip``.
+    Call :func:`claim_output` before anything that may print. A request that does not fit into memory is
+    answered with ``skip``.
     """
     _say(facts)
     for line in sys.stdin:
@@ -105,8 +106,8 @@ def answer(handle: Callable[[Facts], Facts], facts: Facts) -> None:
 _output = sys.stdout
 
 
-def own_output() -> None:
-    """Keep standard output for answers: whatever libraries print goes to standard error."""
+def claim_output() -> None:
+    """Reserve standard output for answers; what libraries print goes to standard error."""
     global _output
     _output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -117,7 +118,7 @@ def _say(facts: Facts) -> None:
     _output.flush()
 
 
-def interleaved(
+def interleave(
     start: Mapping[str, Callable[[], Worker]],
     rounds: int,
     *,
@@ -128,17 +129,17 @@ def interleaved(
     Args:
         start: how to start each variant's worker; one that answers ``{"skip": reason}`` is left out.
         rounds: measured runs of each, after one that is not measured.
-        keep: keep all workers alive between rounds. Else each is started anew, with its warm-up, for every run: for
-            models of which only one fits into memory at a time.
+        keep: keep all workers alive between rounds. Otherwise each is started and warmed up for every run, for models
+            of which only one fits into memory.
 
     Returns:
-        The measurements of each variant, a round each; and why those that are left out are.
+        The measurements of each variant by round, and the reasons of variants that are left out.
     """
     alive: dict[str, Worker] = {}
     skipped: dict[str, str] = {}
     runs: dict[str, list[Facts]] = {name: [] for name in start}
 
-    def ready(name: str) -> Worker | None:
+    def prepare(name: str) -> Worker | None:
         if name not in alive and name not in skipped:
             alive[name] = start[name]()
             if "skip" in alive[name].facts:
@@ -154,10 +155,10 @@ def interleaved(
     try:
         for name in start if keep else ():
             progress(f"warming up {name}")
-            ready(name)
+            prepare(name)
         for i in range(rounds):
             for name in start:
-                worker = ready(name)
+                worker = prepare(name)
                 if worker is None:
                     continue
                 progress(f"round {i + 1} of {rounds}: {name}")
@@ -176,7 +177,7 @@ def interleaved(
 
 
 def progress(text: str) -> None:
-    """What is going on, on a terminal only."""
+    """Show what is going on, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -193,7 +194,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summary(values: Sequence[float], pattern: str = "{:.3g}") -> str:
-    """Median and quartiles as people read them."""
+    """Format median and quartiles."""
     low, middle, high = (pattern.format(v) for v in quartiles(values))
     return f"{middle} ({low} to {high})"
 
@@ -217,7 +218,7 @@ RATIO_HEADINGS = ("ratio", "of medians", "by round: median (quartiles)", "target
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned table: the first column to the left, the others to the right."""
+    """Format an aligned table, with the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -228,7 +229,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def common_arguments(name: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every command has."""
+    """Make a parser with the options that every command has."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="JSON file to write")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU (default: 1)")
@@ -236,14 +237,14 @@ def common_arguments(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def save(path: Path, content: Facts) -> None:
-    """Write what was found as JSON, with what it was found on."""
+    """Write results as JSON, with a description of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**content, "machine": machine()}, indent=2, ensure_ascii=False) + "\n")
     print(f"\nwritten to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
 def machine() -> Facts:
-    """What these figures were found on."""
+    """Describe the machine and the versions of its software."""
     packages = ("torch", "transformers", "peft", "pytorch-lightning", "trl", "accelerate")
     return {
         "cpu": _cpu(),
@@ -281,16 +282,16 @@ def default_device() -> torch.device:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for whatever the device still has to do."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> tuple[Facts, Any]:
-    """Seconds of wall clock and of this process's CPU time, and what ``work`` returned.
+def measure_time(work: Callable[[], Any], device: torch.device) -> tuple[Facts, Any]:
+    """Measure the wall clock and this process's CPU time while ``work`` runs; return both, and its result.
 
-    ``seconds`` is the one to compare: CPU time on a CPU, which other processes disturb less, and wall clock on a GPU,
-    with a synchronisation on both sides.
+    ``seconds`` is the figure to compare. On a CPU it is CPU time, which other processes disturb less; on a GPU it is
+    wall clock, with a synchronisation before and after.
     """
     synchronise(device)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -301,19 +302,19 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[Facts, Any]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, times: int = 20) -> float:
-    """FLOP a second that the device reaches on large square products."""
+    """Measure how many FLOP a second the device reaches on large square products."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     a @ b
-    facts, _ = timed(lambda: [a @ b for _ in range(times)], device)
+    facts, _ = measure_time(lambda: [a @ b for _ in range(times)], device)
     return float(2 * size**3 * times / facts["wall"])
 
 
-def added_memory(work: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that ``work`` has allocated at its peak, beyond what was allocated before it.
+def measure_added_memory(work: Callable[[], Any], device: torch.device) -> int:
+    """Measure how many bytes ``work`` allocates at its peak, in addition to what was allocated before.
 
-    On a GPU the caching allocator's count of allocated bytes. On a CPU the same of torch's CPU allocator, exactly: the
-    profiler reports every allocation and every release in order, and the peak is that of their running sum. It counts
-    tensors, as the GPU's count does: no scratch memory that BLAS keeps to itself, nothing of Python's.
+    On a GPU the caching allocator counts them. On a CPU torch's profiler reports every allocation and release in order,
+    and the peak is the maximum of their running sum. Both count tensors alone: neither scratch memory of BLAS nor
+    Python's objects.
     """
     if device.type == "cuda":
         synchronise(device)

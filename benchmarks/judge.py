@@ -3,8 +3,8 @@
     python -m benchmarks.judge                                  # 10,000 calls, a mix of faults
     python -m benchmarks.judge --faults none --concurrency 64
 
-The server is the tests' own, in a process of its own. Throughput is attempts a second over what full slots would give:
-concurrency over the mean seconds of an attempt, as the server counted them.
+The tests' server runs in another process. Throughput is attempts a second, divided by what full slots would reach: the
+concurrency over the mean seconds of an attempt, which the server measures.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import openai  # noqa: F401  (its import is no part of what is measured)
+import openai  # noqa: F401  (imported here so that the import is not measured)
 from tests.judge_server import expected, is_hopeless, judge_server
 
 from dnpo.judges.asked.ledger import Ledger
@@ -23,7 +23,7 @@ from dnpo.records import Prompt, Response
 
 
 class Watch:
-    """A report that notes the resident memory on the way."""
+    """A report that records the resident memory."""
 
     def __init__(self, total: int) -> None:
         self.done, self.total = 0, total

@@ -5,8 +5,8 @@
     python -m benchmarks.loop --sweep                      # an α sweep and the ablation, against their runs alone
     python -m benchmarks.loop --rounds 1 -- scale=smoke    # anything after -- goes to dnpo.train
 
-Seconds are what the store's manifests say: wall clock, while a stage was computed. A stage's seconds leave out start-up
-and tracking; the whole run's are given beside them, as is its CPU time, which a busy machine disturbs less.
+The seconds of a stage are the wall clock while it was computed, from its manifest. Start-up and tracking count only for
+the whole run. The run's CPU seconds are printed too, which a busy machine disturbs less.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = harness.common_arguments("loop", "Seconds of every stage of the default run.")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each checkout (default: 2)")
-    parser.add_argument("--against", type=Path, metavar="SRC", help="src of another checkout, conf beside it")
+    parser.add_argument("--against", type=Path, metavar="SRC", help="src of another checkout, with conf next to it")
     parser.add_argument("--sweep", action="store_true", help="what sharing stages saves")
     parser.add_argument("overrides", nargs="*", help="settings of dnpo.train, after --")
     given = parser.parse_args()
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def train(source: Path, store: Path, arguments: list[str], threads: int) -> tuple[float, float]:
-    """Run dnpo.train from the checkout whose ``src`` is given; wall-clock and CPU seconds."""
+    """Run dnpo.train from the checkout whose ``src`` is given; return wall-clock and CPU seconds."""
     environment = {**os.environ, "PYTHONPATH": str(source), "DNPO_CONF": str(source.parent / "conf")}
     environment |= {"OMP_NUM_THREADS": str(threads), "MLFLOW_DISABLE_TELEMETRY": "true"}
     settings = ["tracking=off", f"threads={threads}", f"store={store}"]
@@ -62,7 +62,7 @@ def train(source: Path, store: Path, arguments: list[str], threads: int) -> tupl
 
 
 def manifests(store: Path) -> dict[str, Facts]:
-    """All finished stages of a store, by NAME/KEY."""
+    """Read the manifests of all finished stages, by NAME/KEY."""
     return {
         str(path.parent.relative_to(store)): json.loads(path.read_text()) for path in store.glob("*/*/manifest.json")
     }
@@ -96,7 +96,7 @@ def _run(given: argparse.Namespace) -> Facts:
 
 
 def _stages(source: Path, given: argparse.Namespace) -> dict[str, float]:
-    """Seconds by verb of a run from an empty store, in the order in which the verbs came."""
+    """Run with an empty store; return seconds by verb, in the order in which the verbs began."""
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         wall, cpu = train(source, store, [f"hydra.run.dir={folder}/run", *given.overrides], given.threads)
@@ -122,7 +122,7 @@ def _sweeps(given: argparse.Namespace) -> Facts:
         [name, f"{f['runs']}", f"{f['together']:,.1f}", f"{f['alone']:,.1f}", f"{f['together'] / f['alone']:.3f}"]
         for name, f in found.items()
     ]
-    print("seconds of all stages that were computed, against those that each run needs on its own\n")
+    print("seconds of all stages, computed once for the whole sweep or once for each run\n")
     print(harness.table(("sweep", "runs", "together", "alone", "ratio"), rows))
     return {"sweeps": found}
 
@@ -137,7 +137,7 @@ def _sweep(name: str, multiruns: list[list[str]], given: argparse.Namespace) -> 
         harness.progress("")
         stages = manifests(root / "store")
         summaries = [json.loads(p.read_text()) for p in sorted(root.glob("multirun-*/*/summary.json"))]
-    alone = [sum(stages[stage]["seconds"] for stage in _needed(summary, stages)) for summary in summaries]
+    alone = [sum(stages[stage]["seconds"] for stage in _find_needs(summary, stages)) for summary in summaries]
     return {
         "runs": len(alone),
         "together": sum(stage["seconds"] for stage in stages.values()),
@@ -147,8 +147,8 @@ def _sweep(name: str, multiruns: list[list[str]], given: argparse.Namespace) -> 
     }
 
 
-def _needed(summary: dict[str, Any], stages: dict[str, Facts]) -> set[str]:
-    """All stages of a run, with whatever went into them."""
+def _find_needs(summary: dict[str, Any], stages: dict[str, Facts]) -> set[str]:
+    """Find the stages of a run, and all stages that they were computed from."""
     found: set[str] = set()
     todo = [f"{stage['stage']}/{stage['key']}" for stage in summary["stages"]]
     while todo:

@@ -3,10 +3,10 @@
     python -m benchmarks.memory                     # the head-heavy model
     python -m benchmarks.memory --pairs 4 --lengths 512 --shape 7b --lora 16
 
-Added means: at the peak of forward and backward, beyond weights, optimizer state and gradients, which exist before and
-are zeroed in place. ``harness.added_memory`` says how it is counted. The blocks alone, laid out as each lays them out,
-show what of it is their activations, which no loss can do without; the rest is compared. The reference is cached
-throughout. What does not fit into memory is ``nan``.
+A step adds what forward and backward allocate at their peak, see ``harness.measure_added_memory``. Weights, optimizer
+state and gradients exist before and are not part of it. Each implementation's blocks are also run alone: every loss
+needs their activations, so the ratio compares what is added beyond them. The reference is always cached. What does not
+fit into memory is ``nan``.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import math
 from benchmarks import harness
 from benchmarks.harness import Facts, Worker
 from benchmarks.problem import SHAPES
-from benchmarks.worker import add_arguments, passed_on
+from benchmarks.worker import add_arguments, pass_on
 
 RATIO = {"head": 0.06}  # ours over naive beyond the blocks, at most, on pairs of lengths as they are drawn
 NOISE = {"head": 260.0}  # MB that NPO may add to DPO
@@ -62,12 +62,12 @@ def main() -> None:
 
 
 def _measure(given: argparse.Namespace, sizes: list[tuple[int, int | None]]) -> list[Facts]:
-    """MB of everything asked for, at every size; one process a variant."""
+    """Measure the MB of everything asked for at every size, with one process for each variant."""
     found: list[Facts] = [{"pairs": pairs, "length": length, "megabytes": {}} for pairs, length in sizes]
     names = [f"{pairs}x{length}" if length else str(pairs) for pairs, length in sizes]
     for variant in dict.fromkeys(variant for name, variant, _ in MEASURED if name in given.only):
         harness.progress(variant)
-        worker = Worker("benchmarks.worker", [variant, *passed_on(given), "--sizes", *names], given.threads)
+        worker = Worker("benchmarks.worker", [variant, *pass_on(given), "--sizes", *names], given.threads)
         for i, row in enumerate(found):
             for name, its, request in MEASURED:
                 if its == variant and name in given.only:
@@ -84,8 +84,8 @@ def _ratios(megabytes: dict[str, float]) -> tuple[float, float]:
     return megabytes["ours"] / megabytes["naive"], beyond[0] / beyond[1]
 
 
-def _checks(given: argparse.Namespace, found: list[Facts], names: list[str]) -> "list[Facts]":
-    """What the figures should show."""
+def _checks(given: argparse.Namespace, found: list[Facts], names: list[str]) -> list[Facts]:
+    """Compare the figures with their targets."""
     checks: list[Facts] = []
 
     def check(what: str, met: bool) -> None:
@@ -94,7 +94,9 @@ def _checks(given: argparse.Namespace, found: list[Facts], names: list[str]) -> 
     megabytes = {(row["pairs"], row["length"]): row["megabytes"] for row in found}
     if {"naive", "ours", "blocks alone", "naive blocks"} <= set(names) and given.shape in RATIO:
         drawn = _ratios(next(iter(megabytes.values())))[1]
-        what = f"beyond the blocks, as lengths are drawn, ours adds {drawn:.3f} of naive (≤ {RATIO[given.shape]})"
+        what = (
+            f"with drawn lengths, ours adds {drawn:.3f} of what naive adds beyond the blocks (≤ {RATIO[given.shape]})"
+        )
         check(what, drawn <= RATIO[given.shape])
     if {"ours", "blocks alone"} <= set(names):
         for (pairs, length), small in megabytes.items():

@@ -1,7 +1,7 @@
 """The obvious implementation: pad, run the whole model, full float32 logits, log-softmax, gather.
 
-Of DPO, and of NPO with the mathematics of ``dnpo.npo`` (log s = W h + b, s² = u·m / (u + m)), written down without any
-thought for memory. Shapes: S = 2B sequences, the chosen ones first; L tokens of the longest; N completion tokens;
+It covers DPO, and NPO with the mathematics of ``dnpo.optimise.npo`` (log s = W h + b, s² = u·m / (u + m)), and does not
+save memory. Shapes: S = 2B sequences, the chosen ones first; L tokens of the longest; N completion tokens;
 V vocabulary; H hidden.
 """
 
@@ -44,15 +44,15 @@ class Padded:
             t.to(device) for t in (self.ids_SL, self.mask_SL, self.completion_SL)
         )
 
-    def rejected(self) -> "Padded":
-        """The second half of the rows."""
+    def select_rejected(self) -> "Padded":
+        """The rows of the rejected responses."""
         half = copy.copy(self)
         for name in ("ids_SL", "mask_SL", "completion_SL"):
             setattr(half, name, getattr(self, name).chunk(2)[1])
         return half
 
     def completions(self, value_SL: Tensor) -> Tensor:
-        """What predicts the completion tokens, shape N × …: with the shift by one token."""
+        """Select the positions that predict completion tokens, one before each; shape N × …"""
         return value_SL[:, :-1][self.completion_SL[:, 1:]]
 
     @property
@@ -61,13 +61,13 @@ class Padded:
         return self.ids_SL[self.completion_SL]
 
     def sums(self, value_N: Tensor) -> Tensor:
-        """Sums by sequence of values a completion token, shape S."""
+        """Sum values of completion tokens by sequence; shape S."""
         sequence_N = self.completion_SL.nonzero()[:, 0]
         return value_N.new_zeros(len(self.ids_SL)).index_add(0, sequence_N, value_N)
 
 
 class Naive(Variant):
-    """See the head of the file."""
+    """DPO or NPO on padded rows with full logits."""
 
     def __init__(self, objective: str, reference: str, **setting: Any) -> None:
         super().__init__(objective, reference, **setting)
@@ -80,7 +80,7 @@ class Naive(Variant):
             bias_V = nn.Parameter(torch.full((self.shape.vocabulary,), START_LOG_STD, device=self.device))
             self.noise = weight_VH, bias_V
             self.optimizers.append(Adam(self.noise, lr=NOISE_LEARNING_RATE))
-        # What is cached are log-probabilities and hidden states; logits would not fit for long.
+        # Log-probabilities and hidden states are cached; logits would take too much memory.
         self._cache = (
             [self._reference(Padded(b, self.device))[:2] for b in self.batches] if reference == "cached" else None
         )
@@ -101,11 +101,11 @@ class Naive(Variant):
             logps_S, hidden_SLH, logits_SLV = self._logps(self._frozen, batch)
         if self.noise is None:
             return logps_S, None, None
-        half = batch.rejected()
+        half = batch.select_rejected()
         return logps_S, half.completions(hidden_SLH.chunk(2)[1]), half.completions(logits_SLV.chunk(2)[1])
 
     def forward_backward(self, index: int) -> float:
-        """See :class:`Variant`."""
+        """Score both responses with policy and reference, and compute the gradients of the loss."""
         batch = Padded(self.batches[index], self.device)
         policy_S = self._logps(self.model, batch)[0]
         reference_S, hidden_NH, logits_NV = (*self._cache[index], None) if self._cache else self._reference(batch)
@@ -115,7 +115,7 @@ class Naive(Variant):
             term = self._term(chosen_B, rejected_B, its_chosen_B, its_rejected_B)
             loss = term
         else:
-            met_B, trained_on_B, variance = self._noisy(batch.rejected(), hidden_NH, logits_NV)
+            met_B, trained_on_B, variance = self._noisy(batch.select_rejected(), hidden_NH, logits_NV)
             term = self._term(chosen_B, rejected_B, its_chosen_B, met_B.detach())
             against = self._term(chosen_B.detach(), rejected_B.detach(), its_chosen_B, trained_on_B)
             loss = term - against + ALPHA * variance
@@ -127,7 +127,7 @@ class Naive(Variant):
         return -logsigmoid(BETA * ((chosen_B - its_chosen_B) - (rejected_B - its_rejected_B))).mean()
 
     def _noisy(self, batch: Padded, hidden_NH: Tensor, logits_NV: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """log p̃_r(y⁻|x) as the policy meets it and as the noise is trained on, and mean(s²)."""
+        """log p̃_r(y⁻|x) in the policy's loss and in the noise's loss, and mean(s²)."""
         assert self.noise is not None
         if logits_NV is None:
             inner: Any = self._frozen.get_base_model() if hasattr(self._frozen, "peft_config") else self._frozen
@@ -137,18 +137,18 @@ class Naive(Variant):
         log_variance_NV = logsigmoid(log_u_NV - math.log(MAX_VARIANCE)) + math.log(MAX_VARIANCE)
         variance_NV, std_NV = log_variance_NV.exp(), (log_variance_NV / 2).exp()
 
-        def perturbed(std_NV: Tensor) -> Tensor:
+        def perturb(std_NV: Tensor) -> Tensor:
             logp_NV = log_softmax(logits_NV + std_NV * torch.randn_like(logits_NV), -1)
             return batch.sums(logp_NV.gather(-1, batch.target_N[:, None])[:, 0])
 
-        return perturbed(std_NV.detach()), perturbed(std_NV), variance_NV.mean()
+        return perturb(std_NV.detach()), perturb(std_NV), variance_NV.mean()
 
     def body(self, index: int) -> None:
-        """See :class:`Variant`."""
-        padded_body(self.model, Padded(self.batches[index], self.device))
+        """Forward and backward of the blocks on padded rows."""
+        run_padded_body(self.model, Padded(self.batches[index], self.device))
 
 
-def padded_body(model: Any, batch: Padded) -> None:
+def run_padded_body(model: Any, batch: Padded) -> None:
     """Forward and backward of the blocks on padded rows."""
     inner: Any = model.get_base_model() if hasattr(model, "peft_config") else model
     inner.model(input_ids=batch.ids_SL, attention_mask=batch.mask_SL, use_cache=False)[0].sum().backward()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.problem import Pairs
+from benchmarks.quiet import Quiet
 from benchmarks.variant import (
     ALPHA,
     BETA,
@@ -13,7 +14,6 @@ from benchmarks.variant import (
     MAX_VARIANCE,
     NOISE_LEARNING_RATE,
     START_LOG_STD,
-    Silent,
     Variant,
 )
 from dnpo.optimise.npo import SilentModule, TrainableModule
@@ -26,11 +26,12 @@ from dnpo.settings import Bound
 
 
 class Ours(Variant):
-    """See the head of the file.
+    """dnpo's training step.
 
-    With ``cached`` the reference has been computed before, as the ``reference`` stages do. ``online`` means for DPO
-    that the frozen model scores every batch, as others do it; for NPO that its log-probabilities are cached and the
-    hidden states of the rejected responses are made in every step, as dnpo does where they do not fit on the disk.
+    ``cached``: the reference's log-probabilities, and for NPO its hidden states, are computed before.
+    ``online``: for DPO the reference scores every batch, as in other implementations; for NPO its log-probabilities
+    are cached and only the hidden states of rejected responses are computed in every step, as dnpo does where they
+    do not fit on the disk.
     """
 
     def __init__(self, objective: str, reference: str, **setting: Any) -> None:
@@ -57,7 +58,7 @@ class Ours(Variant):
             self.policy,
             PairOptimisation(optimizer=optimizer, warmup=0.0, decay=False, clip=0.0),
             len(self.batches),
-            Silent(),
+            Quiet(),
             frozen=frozen,
             noise=noise,
             objective=partial(logistic, beta=BETA),
@@ -66,11 +67,11 @@ class Ours(Variant):
         self.training.policy_step = 1  # past the check that the policy starts as the reference
         self.optimizers, _ = self.training.configure_optimizers()
         with torch.no_grad():
-            logps = [split(self.policy.logps(self._packed(pairs).to(self.device))) for pairs in self.batches]
+            logps = [split(self.policy.logps(self._pack(pairs).to(self.device))) for pairs in self.batches]
             self._logps = [PairLogps(*(t.cpu() for t in both)) for both in logps]
             self._hidden = [self._states(pairs) for pairs in self.batches] if noisy and cached else None
 
-    def _packed(self, pairs: Pairs) -> Packed:
+    def _pack(self, pairs: Pairs) -> Packed:
         return pack(pairs.prompts * 2, pairs.chosen + pairs.rejected, share_prompt=True)
 
     def _states(self, pairs: Pairs) -> torch.Tensor:
@@ -84,7 +85,7 @@ class Ours(Variant):
     def _batch(self, index: int) -> PairBatch:
         pairs, noisy = self.batches[index], self.objective == "npo"
         batch = PairBatch(
-            packed=self._packed(pairs),
+            packed=self._pack(pairs),
             ids=tuple(map(str, range(len(pairs.prompts)))),
             share=1.0,
             reference=self._logps[index],
@@ -97,7 +98,7 @@ class Ours(Variant):
         return batch
 
     def forward_backward(self, index: int) -> float:
-        """See :class:`Variant`."""
+        """Compute the gradients with the terms of dnpo's Lightning module."""
         batch = self._batch(index)
         if self.objective == "dpo" and self._online is not None:
             with torch.no_grad():
@@ -108,5 +109,5 @@ class Ours(Variant):
         return float(metrics["loss/policy"].detach())
 
     def body(self, index: int) -> None:
-        """See :class:`Variant`."""
-        self.policy.hidden(self._packed(self.batches[index]).to(self.device)).sum().backward()
+        """Forward and backward of the blocks on a packed batch."""
+        self.policy.hidden(self._pack(self.batches[index]).to(self.device)).sum().backward()

@@ -1,6 +1,6 @@
-"""What is measured: model shapes with random weights, and random preference pairs.
+"""Model shapes with random weights, and random preference pairs, on which variants are measured.
 
-All variants of a benchmark build the same model from the same seed and see the same pairs.
+All variants of a benchmark build the same model from the same seed and train on the same pairs.
 """
 
 import random
@@ -17,10 +17,10 @@ class Shape:
     """A Mistral-shaped model and the lengths of the pairs that it is trained on.
 
     Attributes:
-        hidden, layers, mlp, heads, kv_heads, vocabulary: of the model; its head is not tied to its embeddings.
+        hidden, layers, mlp, heads, kv_heads, vocabulary: sizes of the model, whose head is not tied to its embeddings.
         shortest, longest: tokens of prompt and response together, drawn uniformly for each response.
-        shortest_prompt: a prompt has at least so many tokens and at most half of the shorter sequence of its pair.
-        pairs: a batch.
+        shortest_prompt: fewest tokens of a prompt; the most are half of the shorter sequence of its pair.
+        pairs: pairs in a batch.
     """
 
     hidden: int
@@ -49,7 +49,7 @@ class Shape:
 SHAPES = {
     # a third of the 21.5M parameters in the head: log-probabilities dominate
     "head": Shape(hidden=256, layers=6, mlp=896, heads=8, kv_heads=2, vocabulary=32_000),
-    # the head is small beside the blocks
+    # the head is small compared with the blocks
     "body": Shape(hidden=512, layers=8, mlp=1792, heads=8, kv_heads=2, vocabulary=2_000),
     # Mistral 7B, with the paper's lengths: prompts to 512 tokens, 1024 in all
     "7b": Shape(
@@ -117,9 +117,9 @@ def batches(
     Args:
         shape: says how long sequences are.
         count: how many batches.
-        seed: draws lengths and tokens.
-        pairs: a batch, if not the shape's.
-        length: of every sequence, a quarter of it the prompt, instead of drawn lengths.
+        seed: of lengths and tokens.
+        pairs: pairs in a batch; None takes the shape's number.
+        length: tokens of every sequence, a quarter of them in the prompt; None draws lengths.
     """
     draw = random.Random(seed)
     return [_batch(shape, draw, pairs or shape.pairs, length) for _ in range(count)]
@@ -139,7 +139,7 @@ def _batch(shape: Shape, draw: random.Random, pairs: int, length: int | None) ->
 
 
 def model(shape: Shape, device: torch.device, dtype: torch.dtype, lora: int = 0, seed: int = 0) -> nn.Module:
-    """The model with random weights, in training mode; with ``lora`` its weights are frozen under fresh adapters."""
+    """Make a model with random weights, in training mode; with ``lora`` they are frozen under new adapters."""
     config = MistralConfig(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,

@@ -1,12 +1,12 @@
-"""How many samples a rounding of the weights changes: the same training in other micro-batches, then the same prompts.
+"""Count how many samples the rounding of weights changes: train twice in different micro-batches, then sample.
 
     python -m benchmarks.rounding                         # this checkout
     python -m benchmarks.rounding --checkout ../other     # another version of the code
     python -m benchmarks.rounding --samples 480           # fewer, for a quick look
 
-The default model is fine-tuned twice as the default run does it, once in whole batches and once in micro-batches of 8.
-The two differ by rounding alone. Both then sample the same prompts with the same seed; a response counts as changed if
-its token ids differ. Torch's dropout, order and everything else are the same in both.
+The default model is fine-tuned twice as in the default run, once in whole batches and once in micro-batches of 8. The
+two differ by rounding alone: dropout, order and everything else are the same. Both then sample the same prompts with
+the same seed; a response counts as changed if its token ids differ.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks.trace import Quiet
+from benchmarks.quiet import Quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ("tracking=off", "device=cpu", "judge=off", "method=spin", "iterations=1")
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def compare(folder: Path, count: int) -> None:
-    """Print the largest difference of a weight, and how many of so many responses differ."""
+    """Print the largest difference between weights, and how many of ``count`` responses differ."""
     from hydra import compose, initialize_config_dir
 
     from dnpo.generate import Sampling

@@ -1,4 +1,4 @@
-"""How the cost grows: of log-probabilities and of noise with tokens and vocabulary, of the reference with the pool.
+"""How the cost of log-probabilities and noise grows with tokens and vocabulary, and the reference's with the pairs.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --only noise/vocabulary
@@ -18,7 +18,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Facts, Worker
 from benchmarks.problem import SHAPES, batches, model
-from benchmarks.variant import Silent
+from benchmarks.quiet import Quiet
 
 HIDDEN = 256
 TOKENS, VOCABULARY = 512, 32_000  # what stays the same while the other one grows
@@ -32,7 +32,7 @@ GRID: dict[str, tuple[int, ...]] = {
 
 
 def main() -> None:
-    """Measure, print, write; with ``--worker`` be what is measured."""
+    """Measure, print, write; with ``--worker`` do the work that is measured."""
     parser = harness.common_arguments("scaling", "How the cost grows.")
     parser.add_argument("--rounds", type=int, default=3, help="measured runs at each size (default: 3)")
     parser.add_argument("--only", nargs="+", choices=GRID, default=list(GRID), metavar="WHAT",
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _measure(what: str, given: argparse.Namespace) -> dict[int, Facts]:
-    """Every size in turn, round by round, in one process that has this cost alone."""
+    """Measure every size in turn, round by round, in a process that does nothing else."""
     device = ["--device", given.device] if given.device else []
     worker = Worker("benchmarks.scaling", ["--worker", what, *device], given.threads)
     found: dict[int, Facts] = {size: {"runs": []} for size in GRID[what]}
@@ -78,7 +78,7 @@ def _measure(what: str, given: argparse.Namespace) -> dict[int, Facts]:
 
 
 def _serve(given: argparse.Namespace) -> None:
-    harness.own_output()
+    harness.claim_output()
     torch.set_num_threads(given.threads)
     device = torch.device(given.device) if given.device else harness.default_device()
     make = {"log-probabilities": _log_probabilities, "noise": _noise, "reference": _reference}
@@ -92,8 +92,8 @@ def _serve(given: argparse.Namespace) -> None:
             works[size] = make[kind](tokens, vocabulary, device)
             works[size]()  # warm-up
         if request["do"] == "memory":
-            return {"bytes": harness.added_memory(works[size], device)}
-        return harness.timed(works[size], device)[0]
+            return {"bytes": harness.measure_added_memory(works[size], device)}
+        return harness.measure_time(works[size], device)[0]
 
     harness.answer(handle, {})
 
@@ -135,7 +135,7 @@ def _noise(tokens: int, vocabulary: int, device: torch.device) -> Callable[[], A
 
 
 def _reference(pairs: int, vocabulary: int, device: torch.device) -> Callable[[], Any]:
-    """The stage that keeps the reference's log-probabilities, on so many pairs of the head-heavy shape."""
+    """The stage that computes the reference's log-probabilities, on pairs of the head-heavy shape."""
     from dnpo.optimise import reference
     from dnpo.policy.model import Policy
     from dnpo.records import Pair
@@ -150,7 +150,7 @@ def _reference(pairs: int, vocabulary: int, device: torch.device) -> Callable[[]
 
     def work() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            reference.score(policy, rows, autocast=False, folder=Path(folder), report=Silent())
+            reference.score(policy, rows, autocast=False, folder=Path(folder), report=Quiet())
 
     return work
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Facts, Worker
 from benchmarks.problem import SHAPES, Pairs, Shape, batches
-from benchmarks.worker import NAMES, add_arguments, dtype_of, passed_on
+from benchmarks.worker import NAMES, add_arguments, dtype_of, pass_on
 
 # numerator, denominator, target on the head-heavy model and on the body-heavy one
 RATIOS: tuple[tuple[str, str, dict[str, float]], ...] = (
@@ -30,7 +30,7 @@ RATIOS: tuple[tuple[str, str, dict[str, float]], ...] = (
 )
 DEFAULT = tuple(name for name in NAMES if name not in ("trl-dpo-online", "naive-npo-online"))
 TRL_NOTE = (
-    "TRL's path on a CPU is its fallback: it scores every position of padded rows; on a GPU it tiles too, but pads."
+    "On a CPU TRL falls back to scoring every position of padded rows; on a GPU it tiles as dnpo does, but pads rows."
 )
 
 
@@ -63,18 +63,18 @@ def main() -> None:
 
 
 def _worker(name: str, given: argparse.Namespace) -> Worker:
-    return Worker("benchmarks.worker", [name, "--batches", str(given.rounds), *passed_on(given)], given.threads)
+    return Worker("benchmarks.worker", [name, "--batches", str(given.rounds), *pass_on(given)], given.threads)
 
 
 def _seconds(given: argparse.Namespace, title: str) -> Facts:
     keep = not (given.one_at_a_time or given.shape == "7b")
-    runs, skipped = harness.interleaved(
+    runs, skipped = harness.interleave(
         {name: partial(_worker, name, given) for name in given.only}, given.rounds, keep=keep
     )
     device = torch.device(given.device) if given.device else harness.default_device()
     kind = "seconds of wall clock" if device.type == "cuda" else "CPU seconds"
     print(f"{title}; {kind} of a step, median (quartiles) of {given.rounds} rounds")
-    print("tokens: of both sequences of every pair, without padding\n")
+    print("tokens are counted in both sequences of every pair, without padding\n")
     rate = harness.matmul_rate(device, dtype_of(given)) if device.type == "cuda" else None
     seconds = {name: [run["seconds"] for run in found] for name, found in runs.items()}
     headings = ["variant", "seconds", "tokens/s"] + (["peak GB", "share of matmul rate"] if rate else [])
@@ -104,7 +104,7 @@ def _seconds(given: argparse.Namespace, title: str) -> Facts:
 
 
 def _share(runs: list[Facts], rate: float) -> str:
-    """The matrix products of blocks and head, by formula, against what the device reaches on large ones."""
+    """The rate of the matrix products of blocks and head, relative to what the device reaches on large ones."""
     if runs[0]["flops"] is None:
         return ""
     return f"{statistics.median(sum(run['flops'].values()) / run['seconds'] for run in runs) / rate:.0%}"
@@ -132,17 +132,17 @@ def _flops(given: argparse.Namespace, title: str) -> Facts:
             continue
         found[name] = worker.ask(do="flops", batch=0)
         worker.stop()
-        rows.append([name, *_compared(found[name])])
+        rows.append([name, *_compare(found[name])])
     print(harness.table(("variant", "blocks", "formula", "off by", "head", "formula", "off by", "attention"), rows))
-    print("\nAttention is counted as it is laid out, above the diagonal too, and with rotary positions.\n")
+    print("\nAttention includes rotary positions, and entries above the diagonal where a variant computes them.\n")
     noise = _noise(found, SHAPES[given.shape], pairs)
     return {"variants": found, "npo_minus_dpo": noise}
 
 
-def _compared(flops: Facts) -> list[str]:
-    """The cells of one variant; what is off goes into its facts."""
+def _compare(flops: Facts) -> list[str]:
+    """Make the cells of one variant, and add to its facts how far the formula is off."""
     counts, expected = flops["step"], flops["formula"]
-    # The blocks are counted alone, forward and backward; what the frozen reference adds to them is by formula.
+    # The blocks alone are counted forward and backward; those of the frozen reference are calculated by formula.
     body, head = flops["body"]["linear"], counts["linear"] - flops["body"]["linear"] - expected["reference body"]
     flops["off_by"] = {"body": body - expected["body"], "head": head - expected["head"]}
     body, expected_body = (v + expected["reference body"] for v in (body, expected["body"]))
@@ -151,7 +151,7 @@ def _compared(flops: Facts) -> list[str]:
 
 
 def _noise(found: dict[str, Facts], shape: Shape, pairs: Pairs) -> Facts | None:
-    """What NPO multiplies beyond DPO, against the formula."""
+    """Compare the products that NPO adds to DPO with the formula."""
     if not {"ours-npo-cached", "ours-dpo-cached"} <= set(found):
         return None
     dpo = found["ours-dpo-cached"]["step"]["linear"]

@@ -1,26 +1,25 @@
-"""The files of dnpo that a batch crosses on its way from disk to the optimizer, and those of one policy step.
+"""List the files of dnpo that a batch crosses from disk to the optimizer, and in one policy step.
 
     python -m benchmarks.trace                         # this checkout
-    python -m benchmarks.trace --checkout ../other     # another version of the code, in a process of its own
+    python -m benchmarks.trace --checkout ../other     # another version of the code
     python -m benchmarks.trace --calls                 # with the functions of each file
 
-One iteration is run at smoke scale in this process, with a judge, labels by score and trained noise, while
-``sys.setprofile`` sees every Python function that is called in the main thread. A file of ``src/dnpo`` counts when one
-of its functions is called
+The script runs one iteration at smoke scale, with a judge, labels by score and trained noise, while ``sys.setprofile``
+records every Python function that is called in the main thread. A file of ``src/dnpo`` counts if one of its functions
+is called
 
-- **from disk to the optimizer**: after the ``prompts`` stage and the first policy are there and every key is known,
-  from when the iteration's training is asked of the store (which has responses, verdicts, pairs and the reference's
-  log-probabilities computed first) until the optimizer has made its first step; with ``--prepare`` also while the
-  ``prompts`` stage reads and encodes the rows;
-- **in one step**: from when ``training_step`` is called until the optimizer has made that step.
+- **from disk to the optimizer**: from the request for the iteration's training until the optimizer's first step. Before
+  the request, prompts and the first policy are computed and every key is known; after it, responses, verdicts, pairs
+  and the reference's log-probabilities are computed first. With ``--prepare`` the ``prompts`` stage counts too, which
+  reads and encodes the rows.
+- **in one step**: from the call of ``training_step`` until the optimizer has made that step.
 
-Not counted is the running of a class's or module's body, for an import is no way of data, and ``store.py``, which
-names, locks and renames the folders that stages work in: no row of a batch ever passes through it (the rows of a stage
-are read and written by ``records.py``, which counts). Nothing else is left out. Progress is told to an object of this
-script, and tracking is off: neither is on the way.
+Two things do not count: the bodies of classes and modules, because no data flow through an import; and the store, which
+names, locks, checks and renames the folders of stages, while ``records.py``, which counts, reads and writes their rows.
+Progress and tracking are off.
 
-A file marked with * has rows in its hands: a function of it is given, keeps or returns a row, a packed batch, a tensor,
-or a list of such. The others only say how: they load the policy, derive a seed, or name an optimizer.
+A file marked with * handles rows: one of its functions is given, keeps or returns a row, a packed batch, a tensor, or a
+list of such. The others load the policy, derive a seed, or name an optimizer.
 """
 
 import argparse
@@ -35,11 +34,13 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from benchmarks.quiet import Quiet
+
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ("scale=smoke", "method=dnpo", "tracking=off", "device=cpu", "iterations=1", "dsl.start=0", "npo.start=0")
-LEFT_OUT = ("store.py",)
+STORE = ("store.py", "store/")  # a module in earlier versions, then a package
 FIRST = "training_step"
-MADE_UP = "_check_logits"  # tries a model that is loaded on two sequences of its own making, which are no rows
+MADE_UP = "_check_logits"  # tries a loaded model on two made-up sequences, which are no rows
 ROWS = {
     "Prompt",
     "Response",
@@ -79,23 +80,9 @@ def run_apart(checkout: Path, arguments: list[str]) -> int:
 
 def show(title: str, calls: Mapping[str, list[str]], with_rows: Set[str], functions: bool) -> None:
     """Print the files in the order in which they were entered first."""
-    print(f"\n{title}: {len(calls)}, of which {len(with_rows & set(calls))} have rows in their hands")
+    print(f"\n{title}: {len(calls)}, of which {len(with_rows & set(calls))} handle rows")
     for file, names in calls.items():
         print(f" {'*' if file in with_rows else ' '} {file}" + (f"  ({', '.join(names)})" if functions else ""))
-
-
-class Quiet:
-    """Nobody is told how far a stage is."""
-
-    def begin(self, total: int, unit: str, done: int = 0) -> None: ...
-
-    def advance(self, amount: int = 1) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def status(self, text: str) -> None: ...
-
-    def steps(self, rows: list[dict[str, float]]) -> None: ...
 
 
 class Recorder:
@@ -104,7 +91,7 @@ class Recorder:
     Attributes:
         way: functions of each file, in the order of their first calls.
         step: the same from when ``training_step`` was called.
-        with_rows: files of which a function had rows in its hands.
+        with_rows: files with a function that handled rows.
     """
 
     def __init__(self, package: Path) -> None:
@@ -124,7 +111,7 @@ class Recorder:
         if not path.is_relative_to(self.package):
             return
         file = path.relative_to(self.package).as_posix()
-        if file in LEFT_OUT:
+        if file.startswith(STORE):
             return
         if event == "return":
             if MADE_UP not in code.co_qualname and any(map(is_rows, (argument, *frame.f_locals.values()))):

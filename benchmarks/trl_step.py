@@ -1,9 +1,8 @@
 """TRL's own training step: ``DPOTrainer`` of the installed version, on the same pairs.
 
-Only data loading is left out: batches go through the trainer's collator into its ``training_step`` (forward and
-backward) and then the optimizer steps. No gradient checkpointing, the same precision and the same optimizer as the
-others. On a CPU the log-probabilities take TRL's fallback: it scores prompts and padding too, which on a GPU, where it
-tiles with Triton, it leaves out.
+Batches go through the trainer's collator into its ``training_step`` (forward and backward), then the optimizer steps;
+only data loading is left out. Precision and optimizer are the other variants', without gradient checkpointing. TRL
+tiles the log-probabilities with Triton on a GPU; on a CPU it falls back to scoring prompts and padding too.
 """
 
 import copy
@@ -11,13 +10,13 @@ import os
 import tempfile
 from typing import Any
 
-from benchmarks.naive import Padded, padded_body
+from benchmarks.naive import Padded, run_padded_body
 from benchmarks.problem import Pairs
 from benchmarks.variant import BETA, Skip, Variant
 
 
 class Trl(Variant):
-    """See the head of the file."""
+    """``DPOTrainer`` on the batches of a benchmark."""
 
     def __init__(self, objective: str, reference: str, **setting: Any) -> None:
         if objective != "dpo":
@@ -72,12 +71,12 @@ class Trl(Variant):
             at += len(batch.prompts)
 
     def forward_backward(self, index: int) -> float:
-        """See :class:`Variant`."""
+        """Collate the batch, and call the trainer's ``training_step``."""
         return float(self.trainer.training_step(self.model, self.trainer.data_collator(self._inputs[index])))
 
     def body(self, index: int) -> None:
-        """See :class:`Variant`."""
-        padded_body(self.model, Padded(self.batches[index], self.device))
+        """Forward and backward of the blocks on padded rows."""
+        run_padded_body(self.model, Padded(self.batches[index], self.device))
 
 
 def _rows(batch: Pairs) -> list[dict[str, list[int]]]:

@@ -1,10 +1,10 @@
-"""Does a change of the code's layout change a result? The same seeded run under two versions of the code.
+"""Does a change of the code's layout change a result? Compare the same seeded runs under two versions of the code.
 
     python -m benchmarks.unmoved --against FOLDER          # another checkout
     python -m benchmarks.unmoved --against FOLDER --keys   # stage keys have to be equal too
 
-Each runs in an empty folder. Compared are all digits of the run's table but seconds, and with ``--keys`` the keys of
-its stages. The exit status is 1 where they differ.
+Each runs in an empty folder. All digits of a run's table except seconds are compared, and with ``--keys`` the keys of
+its stages. The exit status is 1 if they differ.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RUNS = {
 
 
 def run(checkout: Path, overrides: list[str]) -> dict[str, Any]:
-    """What one run says of itself in ``summary.json``."""
+    """Run, and read ``summary.json``."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "dnpo.train", *overrides, "tracking=off", "hydra.run.dir=out"]
         environment = {**os.environ, "PYTHONPATH": str(checkout / "src"), "DNPO_CONF": str(checkout / "conf")}
@@ -36,7 +36,7 @@ def run(checkout: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def numbers(summary: dict[str, Any]) -> dict[str, Any]:
-    """Every number of the table under a name of its own."""
+    """Every number of the table, by iteration and metric."""
     return {
         f"{row['iteration']}: {name}": value
         for row in summary["table"]

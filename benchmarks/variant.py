@@ -1,4 +1,4 @@
-"""What every variant of a training step has in common."""
+"""The base class of all variants of a training step."""
 
 import torch
 from torch import nn
@@ -23,9 +23,9 @@ class Variant:
 
     Args:
         objective: ``dpo`` or ``npo``.
-        reference: ``online`` runs the reference in every step, ``cached`` has run it before.
+        reference: ``online`` runs the reference in every step, ``cached`` runs it before.
         shape, device, dtype, lora: of the model.
-        batches: all that it will be trained on, for what is computed before.
+        batches: all training batches, from which a variant may compute things before the first step.
     """
 
     def __init__(
@@ -47,18 +47,18 @@ class Variant:
             batches,
         )
         self.model = model(shape, device, dtype, lora)
-        self.optimizers: list[Optimizer] = [RMSprop(trained(self.model), lr=LEARNING_RATE)]
+        self.optimizers: list[Optimizer] = [RMSprop(find_trained(self.model), lr=LEARNING_RATE)]
 
     def forward_backward(self, index: int) -> float:
-        """The gradients of one batch; the loss's policy term, which all variants should agree on."""
+        """Compute the gradients of one batch; return the policy's term of the loss, which all variants share."""
         raise NotImplementedError
 
     def body(self, index: int) -> None:
-        """Forward and backward of the blocks alone, laid out as the step lays them out."""
+        """Forward and backward of the blocks alone, with rows laid out as in the step."""
         raise NotImplementedError
 
     def step(self, index: int) -> float:
-        """Train on one batch; the policy term before the update."""
+        """Train on one batch; return the policy's term of the loss before the update."""
         loss = self.forward_backward(index)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -70,23 +70,11 @@ class Variant:
         return [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
 
     def prepare_gradients(self) -> None:
-        """Zero all gradients in place, so that a measured backward pass finds their memory allocated."""
+        """Zero all gradients in place, so that the memory of gradients is allocated before anything is measured."""
         for p in self.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
 
 
-def trained(module: nn.Module) -> list[nn.Parameter]:
+def find_trained(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that are trained."""
     return [p for p in module.parameters() if p.requires_grad]
-
-
-class Silent:
-    """Nobody is told how far the training is."""
-
-    def begin(self, total: int, unit: str, done: int = 0) -> None: ...
-
-    def advance(self, amount: int = 1) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def steps(self, rows: list[dict[str, float]]) -> None: ...

@@ -1,4 +1,4 @@
-"""One variant of a training step in a process of its own; ``harness.Worker`` starts it and talks to it.
+"""Run one variant of a training step as a worker; ``harness.Worker`` starts the process and sends requests.
 
 python -m benchmarks.worker ours-dpo-cached --shape tiny     # then lines such as {"do": "run", "batch": 0}
 """
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from benchmarks.flops import counted, formula
+from benchmarks.flops import count_flops, formula
 from benchmarks.harness import Facts
 from benchmarks.problem import SHAPES, batches
 from benchmarks.variant import Skip, Variant
@@ -22,7 +22,7 @@ NAMES = (
 
 
 def build(name: str, **setting: Any) -> Variant:
-    """The variant of that name: whose implementation, which objective, where the reference comes from."""
+    """Build a variant by its name: implementation, objective, and where the reference comes from."""
     who, objective, reference = name.split("-")
     if who == "naive":
         from benchmarks.naive import Naive
@@ -38,7 +38,7 @@ def build(name: str, **setting: Any) -> Variant:
 
 
 def add_arguments(parser: argparse.ArgumentParser, sizes: bool = True) -> None:
-    """The options that say what is trained; the commands pass them on to their workers.
+    """Add the options that say what is trained, which commands pass on to their workers.
 
     Args:
         parser: gets them.
@@ -56,13 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser, sizes: bool = True) -> None:
         "--kept",
         type=int,
         metavar="MB",
-        help="of tiles that ours keeps for the backward pass, for log-probabilities and for noise each (default: what "
-        "dnpo keeps); with 0 all are made again",
+        help="of tiles that ours keeps for the backward pass, for log-probabilities and for noise each (default: as "
+        "dnpo does); with 0 all are recomputed",
     )
 
 
-def passed_on(given: argparse.Namespace) -> list[str]:
-    """The options of :func:`add_arguments` as arguments again."""
+def pass_on(given: argparse.Namespace) -> list[str]:
+    """Turn the options of :func:`add_arguments` into arguments again."""
     found: list[str] = []
     for name in ("shape", "lora", "dtype", "device", "pairs", "length", "seed", "kept"):
         value = getattr(given, name, None)
@@ -72,7 +72,7 @@ def passed_on(given: argparse.Namespace) -> list[str]:
 
 
 def dtype_of(given: argparse.Namespace) -> torch.dtype:
-    """Of weights and products."""
+    """The type of weights and of matrix products."""
     found = getattr(torch, given.dtype or ("bfloat16" if given.shape == "7b" else "float32"))
     assert isinstance(found, torch.dtype)
     return found
@@ -80,7 +80,7 @@ def dtype_of(given: argparse.Namespace) -> torch.dtype:
 
 def main() -> None:
     """Build the variant and answer requests: ``run``, ``memory``, ``body_memory`` and ``flops`` of a batch."""
-    harness.own_output()
+    harness.claim_output()
     parser = argparse.ArgumentParser()
     parser.add_argument("variant", choices=NAMES)
     parser.add_argument("--batches", type=int, default=1)
@@ -113,8 +113,8 @@ def _serve(given: argparse.Namespace) -> None:
 
     warm: list[bool] = []
 
-    def expected(index: int) -> Facts | None:
-        """By formula; with adapters there is none."""
+    def calculate_flops(index: int) -> Facts | None:
+        """The formula does not cover adapters."""
         return None if given.lora else formula(given.variant, shape, some[index], device)
 
     def handle(request: Facts) -> Facts:
@@ -122,17 +122,17 @@ def _serve(given: argparse.Namespace) -> None:
         if request["do"] == "run":
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            facts, loss = harness.timed(lambda: variant.step(index), device)
+            facts, loss = harness.measure_time(lambda: variant.step(index), device)
             peak = {"peak": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
-            return {**facts, **peak, "loss": loss, "tokens": some[index].tokens, "flops": expected(index)}
+            return {**facts, **peak, "loss": loss, "tokens": some[index].tokens, "flops": calculate_flops(index)}
         if request["do"] == "flops":
-            return {**counted(variant, index), "formula": expected(index)}
+            return {**count_flops(variant, index), "formula": calculate_flops(index)}
         work = variant.forward_backward if request["do"] == "memory" else variant.body
         if not warm:
-            work(0)  # what a first run allocates for good is no part of a step
+            work(0)  # the first run also allocates what stays, which is no part of a step
             warm.append(True)
         variant.prepare_gradients()
-        return {"bytes": harness.added_memory(lambda: work(index), device)}
+        return {"bytes": harness.measure_added_memory(lambda: work(index), device)}
 
     harness.answer(handle, {"variant": given.variant, "device": str(device)})
 
