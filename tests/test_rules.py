@@ -5,8 +5,9 @@ Every score is worked out by hand from that rule, not by the code.
 
 import pytest
 
+from dnpo.data.verifiable import correct, read_answer
 from dnpo.judges import Judge
-from dnpo.judges.exact.rules import Correct, Rules, correct, read_answer
+from dnpo.judges.exact.rules import Correct, Rules
 from dnpo.judges.off import NoJudge
 from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import verdicts

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import pytest
 
 from dnpo.data.tinyworld import FAMILIES, VERSION, WORDS, Problem, TinyWorld, problems
+from dnpo.data.verifiable import completeness, correct, form
 from dnpo.errors import SettingsError
-from dnpo.judges.exact.rules import Rules, completeness, correct, form
+from dnpo.judges.exact.rules import Rules
 from dnpo.records import HUMAN, Prompt, Response
 from tests.conftest import verdicts
 
@@ -436,3 +437,53 @@ def test_list_items_do_not_repeat() -> None:
         for p in pool(family, 5):
             items = p.key.split()
             assert len(set(items)) == len(items)
+
+
+# --- gold pairs
+
+
+@pytest.mark.parametrize("share", [0.0333, 0.2, 1.0])
+def test_gold_pairs_are_ordered_by_the_judge(share: float) -> None:
+    """Chosen is the better one by a judge that is asked anew; everything else is as without pairs."""
+    plain, paired = read()[0]["train"], read(gold_pairs=share)[0]["train"]
+    have = [row for row in paired if row.rejected is not None]
+    better = dict(zip(ids(have), scores(have), strict=True))
+    worse = dict(zip(ids(have), scores([replace(row, human=str(row.rejected)) for row in have]), strict=True))
+    assert all(better[row.id] == row.human_score > row.rejected_score == worse[row.id] for row in have)
+    kept = 0
+    for before, after in zip(plain, paired, strict=True):
+        if after.rejected is None:
+            assert after == before
+            continue
+        assert before.human in (after.human, after.rejected)
+        assert replace(after, human="", rejected=None, human_score=None, rejected_score=None) == replace(
+            before, human=""
+        )
+        kept += before.human == after.human
+    assert 0.35 < kept / len(have) < 0.65  # two humans, one as good as the other
+
+
+def ids(rows: list[Prompt]) -> list[str]:
+    return [row.id for row in rows]
+
+
+def test_as_many_gold_pairs_as_asked_for_and_whole_conversations() -> None:
+    rows, facts = read(gold_pairs=0.0333)
+    assert facts["gold_pairs"] == sum(row.rejected is not None for row in rows["train"]) == 160
+    first = {asked(row) for row in rows["train"] if row.rejected is not None}
+    touched = [row for row in rows["train"] if asked(row) in first]
+    assert len(touched) <= 160 + facts["tied_gold_pairs"]
+    assert all(row.rejected is None for split in HELD_OUT for row in rows[split])
+    more, counts = read(gold_pairs=0.2)
+    assert counts["gold_pairs"] == pytest.approx(960, abs=5)
+    few = {row.id: row for row in rows["train"] if row.rejected is not None}
+    assert few.items() <= {row.id: row for row in more["train"]}.items()  # a larger share adds pairs, and moves none
+    everything, all_counts = read(gold_pairs=1.0)
+    assert all_counts["gold_pairs"] + all_counts["tied_gold_pairs"] == len(everything["train"])
+
+
+def test_gold_pairs_are_in_the_key_where_there_are_any() -> None:
+    assert "gold_pairs" not in TinyWorld().identity()
+    assert TinyWorld(gold_pairs=0.1).identity() == {**TinyWorld().identity(), "gold_pairs": 0.1}
+    assert "gold_pairs" not in read()[1]
+    assert read(gold_pairs=0.1, seed=1)[0] != read(gold_pairs=0.1)[0]

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from dnpo.data import SPLITS, LongResponses
+from dnpo.data.seen import hash_conversation
+from dnpo.data.verifiable import points
 from dnpo.errors import SettingsError
 from dnpo.records import Prompt
 from dnpo.seeding import derive
@@ -68,6 +70,9 @@ class TinyWorld:
         flaws: probability that a human response is wrong, incomplete or sloppy (a third each).
         myths: probability that a human repeats the myth where there is one; this comes on top of ``flaws``.
         difficulty: 1 (small numbers, short lists) to 5.
+        gold_pairs: share of the training rows that bring a pair. A second human responds, and of both responses the one
+            with more points is chosen (``human``), the other ``rejected``; rows whose two responses have equal points
+            bring none. A hash of the conversation decides which rows they are, and equal conversations go together.
         seed: seed of the training data.
         max_prompt_tokens, max_response_tokens: limits that no sensible tokenizer reaches here.
     """
@@ -81,6 +86,7 @@ class TinyWorld:
     flaws: Fraction = 0.3
     myths: Fraction = 0.55
     difficulty: Literal[1, 2, 3, 4, 5] = 1
+    gold_pairs: Fraction = 0.0
     seed: Natural = 0
     max_prompt_tokens: Count = 48
     max_response_tokens: Count = 24
@@ -99,18 +105,21 @@ class TinyWorld:
             "myths": self.myths,
             "difficulty": self.difficulty,
             "seed": self.seed,
+            **({"gold_pairs": self.gold_pairs} if self.gold_pairs else {}),
         }
 
     def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
-        """Return the rows by split, and the number of flawed human responses.
+        """Return the rows by split, and the numbers of flawed human responses, and of gold pairs if there are any.
 
         Raises:
             SettingsError: the held-out prompts would exceed a quarter of a family's prompts.
         """
         rows: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
+        asked: dict[str, Problem] = {}
         flawed = 0
         for number, family in enumerate(FAMILIES):
             questions = self._split(family, number)
+            asked |= {wording: problem for problem, wording in questions["train"]}
             for split in ("validation", "test"):  # the same for every seed
                 draw = random.Random(derive(WORLD, split, family))
                 rows[split] += [self._row(draw, family, *question)[0] for question in questions[split]]
@@ -122,8 +131,12 @@ class TinyWorld:
         random.Random(derive(self.seed, "order")).shuffle(rows["train"])
         for split, drawn in rows.items():
             rows[split] = [replace(row, id=f"{split}-{i:05d}") for i, row in enumerate(drawn)]
+        pairs: dict[str, int] = {}
+        if self.gold_pairs:
+            rows["train"], pairs = self._add_pairs(rows["train"], asked)
         return rows, {
             "flawed_human_responses": flawed,
+            **pairs,
             **{f"{split}_rows": len(drawn) for split, drawn in rows.items()},
         }
 
@@ -151,13 +164,7 @@ class TinyWorld:
 
     def _row(self, draw: random.Random, family: str, problem: Problem, wording: str) -> tuple[Prompt, bool]:
         """Make a prompt with one human's response, and return whether the response is flawed."""
-        answer = problem.answer
-        flaw: Flaw | None = None
-        if problem.myth is not None and draw.random() < self.myths:
-            answer = problem.myth
-        if draw.random() < self.flaws:
-            flaw = draw.choice(FLAWS)
-        human = respond(draw, problem, answer, flaw)
+        human, is_flawed = self._respond(draw, problem)
         prompt = Prompt(
             id="",
             messages=[{"role": "user", "content": wording}],
@@ -166,7 +173,45 @@ class TinyWorld:
             answer=problem.answer,
             needs=list(problem.needs),
         )
-        return prompt, flaw is not None or answer != problem.answer
+        return prompt, is_flawed
+
+    def _respond(self, draw: random.Random, problem: Problem) -> tuple[str, bool]:
+        """Draw a human and write their response; return whether it is flawed."""
+        answer = problem.answer
+        flaw: Flaw | None = None
+        if problem.myth is not None and draw.random() < self.myths:
+            answer = problem.myth
+        if draw.random() < self.flaws:
+            flaw = draw.choice(FLAWS)
+        return respond(draw, problem, answer, flaw), flaw is not None or answer != problem.answer
+
+    def _add_pairs(self, rows: list[Prompt], problem_of: Mapping[str, Problem]) -> tuple[list[Prompt], dict[str, int]]:
+        """Give rows pairs, conversation by conversation until enough have one, and count pairs and ties."""
+        same: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            same.setdefault(hash_conversation(row.messages), []).append(i)
+        rows, pairs, ties = list(rows), 0, 0
+        for _, some in sorted(same.items()):
+            if pairs >= round(self.gold_pairs * len(rows)):
+                break
+            for i in some:
+                draw = random.Random(derive(self.seed, "gold pair", rows[i].id))
+                other, _ = self._respond(draw, problem_of[rows[i].messages[0]["content"]])
+                rows[i] = _pair(rows[i], other)
+                pairs += rows[i].rejected is not None
+                ties += rows[i].rejected is None
+        return rows, {"gold_pairs": pairs, "tied_gold_pairs": ties}
+
+
+def _pair(row: Prompt, other: str) -> Prompt:
+    """The row with the better of its human response and another as chosen, if their points differ."""
+    ours, theirs = points(row, row.human), points(row, other)
+    if ours == theirs:
+        return row
+    chosen, rejected = (row.human, other) if ours > theirs else (other, row.human)
+    return replace(
+        row, human=chosen, rejected=rejected, human_score=max(ours, theirs), rejected_score=min(ours, theirs)
+    )
 
 
 def respond(draw: random.Random, problem: Problem, answer: str, flaw: Flaw | None) -> str:

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dnpo.data.verifiable import correct, read_answer
 from dnpo.evaluate import Evaluation, Held
 from dnpo.evaluate.distances import ks, overlap, overlap_by_chance, wasserstein
 from dnpo.generate import Sampling
 from dnpo.generate.hf import sample
 from dnpo.judges import Judge, judge_responses, tally
 from dnpo.judges.asked.ledger import Ledger
-from dnpo.judges.exact.rules import correct, read_answer
 from dnpo.policy.model import Policy
 from dnpo.records import Item, Pair, Prompt, Response, Verdict, write
 from dnpo.seeding import derive
