@@ -8,17 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from dnpo.errors import JudgeError, SettingsError
+from dnpo.errors import DataError, JudgeError, ModelError, SettingsError
 from dnpo.judges import Judge, judge_responses
 from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.augment import Augmentation, augment, given_pairs, score_pairs
 from dnpo.judges.ensemble import Ensemble
 from dnpo.judges.exact.rules import Correct, Rules
+from dnpo.judges.given import GivenScores
 from dnpo.judges.implicit import Implicit, implicit_reward, preference
+from dnpo.judges.lessons import weighted_nll
 from dnpo.judges.longer import Longer
 from dnpo.judges.off import NoJudge
+from dnpo.judges.self_judge import AskedPolicy, SelfJudge, average_orders
+from dnpo.optimise.parts import Optimisation
+from dnpo.policy.base import Scratch
+from dnpo.policy.choices import Choices
+from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
-from dnpo.records import HUMAN, Response, Verdict
-from tests.conftest import Report, World, verdicts
+from dnpo.policy.packing import pack, pack_shared
+from dnpo.policy.question import TINY, ask, check_template, frame
+from dnpo.policy.tokenizer import encode, train_tokenizer
+from dnpo.records import GIVEN, HUMAN, Prompt, Response, Verdict
+from tests.conftest import Report, World, torch_optimizer, verdicts
 
 NEW = "policy@1"
 MakePolicy = Callable[..., Policy]
@@ -146,6 +157,18 @@ def test_what_the_implicit_reward_cannot_judge(world: World, make_policy: MakePo
         Ensemble({"a": Longer(), "b": Implicit()})
 
 
+def test_equal_responses_have_equal_scores(
+    asking: World, ask_policy: Callable[..., "AskedPolicy"], make_policy: MakePolicy
+) -> None:
+    """Bit for bit, wherever they stand, so that a tie is a tie."""
+    new = sampled(asking, 20, samples=1)
+    again = [*new, *asking.human[:9], *(replace(r, sample=1) for r in reversed(new))]
+    implicit = Implicit().with_policies({"policy": make_policy(1), "initial": make_policy(0)})
+    for judge in (implicit, ask_policy(3)):
+        found = verdicts(judge, asking.prompts, again)
+        assert [v.score for v in found[:20]] == [v.score for v in found[29:]][::-1]
+
+
 def test_the_longer_response_loses_by_the_length_penalty(world: World, make_policy: MakePolicy) -> None:
     """With a penalty far above all log-ratios, the order is that of length."""
     judge = Implicit(beta=0.01, length_penalty=100.0).with_policies(
@@ -155,3 +178,285 @@ def test_the_longer_response_loses_by_the_length_penalty(world: World, make_poli
     scores = [v.score or 0.0 for v in verdicts(judge, world.prompts, responses)]
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     assert [responses[i].tokens for i in order] == sorted(r.tokens for r in responses)
+
+
+# --- a policy that is asked
+
+
+@pytest.fixture(scope="module")
+def asking(world: World) -> World:
+    """The same world with a tokenizer that knows the letters."""
+    tokenizer = train_tokenizer(world.prompts, 300, [frame(TINY)] * len(world.prompts))
+    return world._replace(tokenizer=tokenizer)
+
+
+@pytest.fixture
+def ask_policy(asking: World, make_policy: MakePolicy) -> Callable[..., AskedPolicy]:
+    """``judge=self`` with a random policy that knows the letters."""
+
+    def make(seed: int = 0, template: str = TINY, **config: int) -> AskedPolicy:
+        policy = make_policy(seed, vocab_size=len(asking.tokenizer), **config)
+        policy.tokenizer = asking.tokenizer
+        bound = SelfJudge(template=template).with_policies({"initial": policy})
+        assert isinstance(bound, AskedPolicy)
+        return bound
+
+    return make
+
+
+def plain_choice(policy: Policy, messages: list[dict[str, str]], first: str, second: str) -> float:
+    """P(A) against B by the model's own forward pass over all of the vocabulary, in float64."""
+    text = f"{messages[0]['content']} A: {first} B: {second} Better:"
+    ids, reply = encode(policy.tokenizer, [{"role": "user", "content": text}], "A")
+    (_, other) = encode(policy.tokenizer, [{"role": "user", "content": text}], "B")
+    with torch.no_grad():
+        logits = policy.causal_lm(input_ids=torch.tensor([ids])).logits[0, -1].double()
+    full = logits.softmax(-1)
+    return float(full[reply[0]] / (full[reply[0]] + full[other[0]]))
+
+
+def test_both_orders_by_hand() -> None:
+    assert average_orders(0.9, 0.6) == pytest.approx(0.65, abs=1e-15)
+    assert average_orders(1.0, 1.0) == 0.5  # always says A
+    assert average_orders(1.0, 0.0) == 1.0
+    assert average_orders(0.3, 0.3) == 0.5
+    assert average_orders(0.7, 0.2) + average_orders(0.2, 0.7) == pytest.approx(1.0, abs=1e-15)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_choice_is_that_of_a_plain_forward_pass(
+    bias: bool, asking: World, ask_policy: Callable[..., AskedPolicy], report: Report
+) -> None:
+    judge = ask_policy(4)
+    policy = judge.choices.policy
+    if bias:
+        policy.causal_lm.lm_head.bias = torch.nn.Parameter(torch.randn(len(asking.tokenizer)))
+    responses = [*asking.human[:3], *sampled(asking, 6, samples=3)]
+    by_id = {p.id: p for p in asking.prompts}
+    found = judge(asking.prompts, responses, Ledger(Path("none")), report)
+    for response, verdict in zip(responses, found, strict=True):
+        messages = by_id[response.id].messages
+        first = plain_choice(policy, messages, response.text, "")
+        second = plain_choice(policy, messages, "", response.text)
+        assert verdict.score == pytest.approx(100 * average_orders(first, second), abs=1e-3)
+        assert verdict.disagreement == pytest.approx(100 * abs(first - (1 - second)), abs=1e-3)
+        assert (verdict.id, verdict.source, verdict.sample) == (response.id, response.source, response.sample)
+    assert report.done == report.total == 2 * len(responses)
+
+
+def test_two_responses_are_compared_in_both_orders(asking: World, ask_policy: Callable[..., AskedPolicy]) -> None:
+    judge = ask_policy(5)
+    pairs = asking.pairs(9)
+    found = judge.compare_pairs(asking.prompts[:9], pairs)
+    for p, prompt, pair in zip(found, asking.prompts, pairs, strict=False):
+        first = plain_choice(judge.choices.policy, prompt.messages, pair.chosen, pair.rejected)
+        second = plain_choice(judge.choices.policy, prompt.messages, pair.rejected, pair.chosen)
+        assert p == pytest.approx(average_orders(first, second), abs=1e-5)
+        sides = [Response(prompt.id, NEW, text, [], 0, "eos") for text in (pair.chosen, pair.rejected)]
+        assert judge.compare(prompt, *sides) == pytest.approx(p, abs=1e-5)
+        assert judge.compare(prompt, *sides[::-1]) == pytest.approx(1 - p, abs=1e-5)
+        assert judge.compare(prompt, sides[0], sides[0]) == 0.5  # a response against itself
+
+
+def test_questions_share_what_they_have_in_common(asking: World, ask_policy: Callable[..., AskedPolicy]) -> None:
+    """The same choices, with about half the tokens: the first words of all questions about one prompt are one."""
+    judge = ask_policy(6)
+    texts = [r.text for r in asking.human[:7]]
+    prompt = asking.prompts[0]
+    group = [judge.choices.encode(prompt.messages, *order) for text in texts for order in ((text, ""), ("", text))]
+    together = judge.choices.probabilities([group])[0]
+    alone = [p for (p,) in judge.choices.probabilities([[ids] for ids in group])]
+    assert together == pytest.approx(alone, abs=1e-5)
+    shared = len(prompt.token_ids)
+    packed = pack_shared([ids[:shared] for ids in group], [ids[shared:] for ids in group], [0] * len(group))
+    assert len(packed.ids_T) == sum(map(len, group)) - 13 * shared
+
+
+def test_a_shared_prompt_has_the_gradient_of_separate_ones(world: World, make_policy: MakePolicy) -> None:
+    """One prompt that three sequences share: their gradients add up, in the places of the copies."""
+    prompts = [world.prompts[0].token_ids] * 3 + [world.prompts[1].token_ids]
+    completions = [r.token_ids for r in world.human[:4]]
+    grads = []
+    for batch in (pack(prompts, completions), pack_shared(prompts, completions, [0, 0, 0, 3])):
+        policy = make_policy(2)
+        policy.model.double()
+        policy.logps(batch).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-5)  # norms are float32 in any case
+
+
+def test_letters_without_tokens_are_refused_by_name(world: World, make_policy: MakePolicy) -> None:
+    policy = make_policy(0)
+    with pytest.raises(ModelError, match=r"'A'.*model\.question"):
+        SelfJudge().with_policies({"initial": policy})
+    assert "'A'" in (SelfJudge().accepts_model(policy) or "")
+
+
+LACKING = [
+    "{question} {y1}",
+    "{question} {y1} {y2} {y3}",
+    "{question} {y1} {y2} {y2}",
+    "{question!r} {y1} {y2}",
+    "{question} {y1} {y2:>9}",
+    "{question} {y1} {}",
+    "{",
+]
+
+
+@pytest.mark.parametrize("template", LACKING)
+def test_templates_that_lack_something_are_refused(template: str) -> None:
+    with pytest.raises(SettingsError, match="template"):
+        SelfJudge(template=template)
+    with pytest.raises(SettingsError, match=r"model\.question"):
+        check_template(template, "model.question")
+
+
+def test_a_question_shows_all_turns() -> None:
+    turns = [{"role": "user", "content": "Hi {y1}"}, {"role": "assistant", "content": "Yes?"}]
+    (asked,) = ask(TINY, [*turns, {"role": "user", "content": "Go"}], "a{", "b}")
+    assert asked["content"] == "user: Hi {y1}\n\nassistant: Yes?\n\nuser: Go A: a{ B: b} Better:"
+    assert ask(TINY, turns[:1], "a", "b")[0]["content"] == "Hi {y1} A: a B: b Better:"
+
+
+def test_questions_over_the_context_have_no_answer(asking: World, ask_policy: Callable[..., AskedPolicy]) -> None:
+    judge = ask_policy(0, max_position_embeddings=64)
+    short = asking.human[0]
+    long = replace(short, text=" ".join([short.text] * 20), sample=1)
+    first, second = verdicts(judge, asking.prompts, [short, long])
+    assert first.score is not None
+    assert second.score is None
+    assert "more than the 64" in second.reason
+    pair = replace(asking.pairs(1)[0], rejected=long.text)
+    with pytest.raises(JudgeError, match=pair.id):
+        judge.compare_pairs(asking.prompts[:1], [pair])
+
+
+def test_whom_the_judge_asks(asking: World, make_policy: MakePolicy) -> None:
+    assert SelfJudge().reads_policies == {"initial"}
+    assert SelfJudge(asks="policy").reads_policies == {"policy"}
+    assert SelfJudge().accepts_policy(0, True) is None
+    with pytest.raises(JudgeError, match="judge=self"):
+        verdicts(SelfJudge(), asking.prompts, asking.human[:1])
+    with pytest.raises(JudgeError, match="judge=self"):
+        SelfJudge().compare_pairs(asking.prompts[:1], asking.pairs(1))
+
+
+def test_a_tokenizer_from_the_data_knows_the_letters_if_asked(world: World, tmp_path: Path) -> None:
+    """And without the setting neither key nor tokenizer change."""
+    shape = {"lora": Lora(), "width": 32, "heads": 2, "mlp": 48, "vocabulary": 300}
+    plain, asks = Scratch(**shape), Scratch(**shape, question=TINY)
+    assert "question" not in plain.identity()
+    assert asks.identity() == {**plain.identity(), "question": TINY}
+    for name, part in (("plain", plain), ("asks", asks)):
+        part.base(tmp_path / name, world.prompts)
+    policy = asks.load(tmp_path / "asks")
+    first, second = Choices(policy, TINY).letters
+    assert first != second
+    assert len(Choices(policy, TINY).encode(world.prompts[0].messages, world.human[0].text, "")) <= 50
+    with pytest.raises(ModelError):
+        Choices(plain.load(tmp_path / "plain"), TINY)
+
+
+# --- teaching it
+
+
+def twin(prompt: Prompt, human: str, rejected: str | None = None, name: str = "") -> Prompt:
+    return replace(prompt, human=human, rejected=rejected, id=name or prompt.id)
+
+
+def test_gold_pairs_are_all_that_differ_in_points(world: World) -> None:
+    """Of three responses with 2, 2 and 1 characters and a rejected one with 3: five pairs that differ, none twice."""
+    prompt, other = world.prompts[0], next(p for p in world.prompts if p.messages != world.prompts[0].messages)
+    rows = [
+        twin(prompt, "aa"),
+        twin(prompt, "bb", "ccc", "second"),
+        twin(prompt, "d"),
+        twin(prompt, "aa"),
+        twin(other, "x"),
+    ]
+    found = score_pairs(rows, lambda _, text: float(len(text)))
+    assert {(g.better, g.worse) for g in found} == {
+        ("ccc", "aa"),
+        ("ccc", "bb"),
+        ("ccc", "d"),
+        ("aa", "d"),
+        ("bb", "d"),
+    }
+    assert len(found) == len({g.id for g in found}) == 5
+    assert [(g.better, g.worse) for g in given_pairs(rows)] == [("bb", "ccc")]
+
+
+def lessons(**settings: object) -> Augmentation:
+    how = Optimisation(torch_optimizer("AdamW", lr=4e-3), epochs=8, batch_size=16)
+    return Augmentation(how, **settings)  # type: ignore[arg-type]
+
+
+def test_questions_come_in_both_orders_with_their_weights(
+    asking: World, ask_policy: Callable[..., AskedPolicy]
+) -> None:
+    policy = ask_policy(0).choices.policy
+    rows = [twin(p, "It is 1.", "It is 22.") for p in asking.prompts[:6]]
+    how = lessons(rows=8, labels="given", weight=3.0)
+    pairs = how.make_pairs(rows, 5)
+    assert len(pairs) == 4
+    assert pairs == how.make_pairs(rows, 5)
+    made = how.make_rows(policy, pairs)
+    assert len(made) == 8
+    letters = Choices(policy, TINY).letters
+    for pair, one, other in zip(pairs, made[::2], made[1::2], strict=True):
+        assert [one.ids[0], other.ids[0]] == list(letters)
+        assert one.weights == other.weights == [3.0, 1.0]
+        assert one.ids[1] == asking.tokenizer.eos_token_id
+        assert one.prompt_ids == Choices(policy, TINY).encode(pair.messages, pair.better, pair.worse)
+        assert other.prompt_ids == Choices(policy, TINY).encode(pair.messages, pair.worse, pair.better)
+    with pytest.raises(DataError, match=r"augment\.labels=given"):
+        how.make_pairs(asking.prompts, 0)
+
+
+def test_the_weighted_loss_by_hand() -> None:
+    logp_N = torch.tensor([-1.0, -3.0], dtype=torch.float64)
+    assert float(weighted_nll(logp_N, torch.tensor([3.0, 1.0]))) == pytest.approx(1.5, abs=1e-15)
+    assert float(weighted_nll(logp_N, torch.ones(2))) == pytest.approx(2.0, abs=1e-15)
+
+
+def test_teaching_is_learnt_and_micro_batches_change_nothing(
+    asking: World, ask_policy: Callable[..., AskedPolicy], tmp_path: Path
+) -> None:
+    """Short responses are better than long ones: a policy learns it, and says so of responses that it never saw."""
+    texts = ["Yes.", "It is the number of all the letters in it."]
+    rows = [twin(p, *texts) for p in asking.prompts[:40]]
+    weights = []
+    for size in (0, 5):
+        judge = ask_policy(1)
+        policy = judge.choices.policy
+        how = lessons(rows=80, labels="given", weight=2.0)
+        made = how.make_rows(policy, how.make_pairs(rows, 0))
+        optimisation = replace(how.optimisation, micro_batch_size=size)
+        (tmp_path / str(size)).mkdir()
+        history = augment(policy, made, optimisation, seed=0, folder=tmp_path / str(size), report=Report())
+        assert history[-1]["loss/policy"] < 0.1 < history[0]["loss/policy"]
+        weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
+        unseen = [replace(pair, chosen=texts[0], rejected=texts[1]) for pair in asking.pairs(80)[60:]]
+        assert min(judge.compare_pairs(asking.prompts[60:80], unseen)) > 0.9
+    assert float((weights[0] - weights[1]).abs().max()) < 1e-2
+
+
+# --- ratings of the data
+
+
+def test_the_ratings_of_the_data(world: World) -> None:
+    rated = replace(world.prompts[0], human_score=8.5, rejected="No.", rejected_score=3.0)
+    partly = replace(world.prompts[1], human_score=4.0, rejected="No.")
+    sides = [Response(p.id, source, "No.", [], 0, "eos") for p in (rated, partly) for source in (HUMAN, GIVEN)]
+    new = Response(rated.id, NEW, "No.", [], 0, "eos")
+    found = verdicts(GivenScores(column="overall"), [rated, partly], [*sides, new])
+    assert [v.score for v in found] == [8.5, 3.0, 4.0, None, None]
+    assert "overall" in found[3].reason
+    assert "generated" in found[4].reason
+    judge = GivenScores(column="overall")
+    assert judge.accepts([rated] * 50) is None
+    assert judge.accepts([*[rated] * 98, partly]) is None  # within judge.max_unscored
+    refusal = judge.accepts([rated, partly]) or ""
+    assert all(part in refusal for part in ("judge.column=overall", "1 of 2", partly.id, "rejected", "data.columns"))
+    assert "human (or chosen)" in (judge.accepts(world.prompts) or "")
+    assert not judge.measures_texts

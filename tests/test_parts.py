@@ -39,6 +39,7 @@ CASES = [
 # Values that another rule of the part allows, where a neighbour of the present one would break it.
 OTHER: dict[str, Any] = {
     "width": 192,
+    "question": "{question} {y1} {y2}?",
     "heads": 2,
     "prices": str(prices.SHIPPED),
     "columns": {"prompt": "question"},

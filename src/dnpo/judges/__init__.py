@@ -98,6 +98,14 @@ class Judge(ABC):
         """Why this judge cannot judge these prompts, or None if it can; asked before anything is computed."""
         return None
 
+    def accepts_model(self, policy: "Policy") -> str | None:
+        """Why it cannot ask policies of this kind, or None.
+
+        Args:
+            policy: one whose tokenizer and configuration count; it may have no weights.
+        """
+        return None
+
     def canary(self, ledger: Ledger) -> "Canary | None":
         """Really judge one made-up response, as a check before a long run; None if that would check nothing.
 

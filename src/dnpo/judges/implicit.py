@@ -107,30 +107,29 @@ class _Rewarding(Judge):
         if self.policy.fingerprint() == self.initial.fingerprint():
             raise JudgeError(f"judge=implicit: {EQUAL}")
         ids = {prompt.id: prompt.token_ids for prompt in prompts}
-        able = [r for r in responses if r.token_ids and ids[r.id]]
-        report.begin(2 * len(able), "log-probabilities")
+        rows = {(r.id, *r.token_ids): r for r in responses if r.token_ids and ids[r.id]}  # equal responses once
+        report.begin(2 * len(rows), "log-probabilities")
         sides = []
         for side in (self.policy, self.initial):
             with side.evaluating():
-                sides.append(side.score([ids[r.id] for r in able], [r.token_ids for r in able]))
-            report.advance(len(able))
-        rewards = (
-            implicit_reward(
+                sides.append(side.score([ids[r.id] for r in rows.values()], [r.token_ids for r in rows.values()]))
+            report.advance(len(rows))
+        rewards = {
+            row: implicit_reward(
                 policy,
                 initial,
                 len(response.token_ids),
                 beta=self.settings.beta,
                 length_penalty=self.settings.length_penalty,
             )
-            for response, policy, initial in zip(able, *sides, strict=True)
-        )
-        return [
-            _verdict(r, next(rewards)) if r.token_ids and ids[r.id] else make_verdict(r, None, "has no token ids")
-            for r in responses
-        ]
+            for (row, response), policy, initial in zip(rows.items(), *sides, strict=True)
+        }
+        return [_verdict(response, rewards.get((response.id, *response.token_ids))) for response in responses]
 
 
-def _verdict(response: Response, reward: float) -> Verdict:
-    if math.isfinite(reward):
-        return make_verdict(response, reward)
-    return make_verdict(response, None, "its log-probability is not a finite number")
+def _verdict(response: Response, reward: float | None) -> Verdict:
+    if reward is None:
+        return make_verdict(response, None, "it has no token ids")
+    if not math.isfinite(reward):
+        return make_verdict(response, None, "its log-probability is not a finite number")
+    return make_verdict(response, reward)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from dnpo.errors import ModelError, StoreError
 from dnpo.policy.folder import CONFIG, check_name, explain_missing, find_files
 from dnpo.policy.lora import Lora
+from dnpo.policy.question import check_template, frame
 from dnpo.records import Prompt
 from dnpo.seeding import derive
 from dnpo.settings import Count, Dtype, Natural, place
@@ -27,6 +28,8 @@ class Scratch:
         vocabulary: maximum number of tokens, including special ones; every digit is a separate token.
         context: maximum number of positions.
         seed: seed of the initial weights.
+        question: the template of a judge's question (``judge.template``); the tokenizer is then trained on it too, so
+            that it has tokens for the letters.
     """
 
     lora: Lora
@@ -37,8 +40,11 @@ class Scratch:
     vocabulary: Count = 400
     context: Count = 128
     seed: Natural = 0
+    question: str | None = None
 
     def __post_init__(self) -> None:
+        if self.question is not None:
+            check_template(self.question, "model.question")
         if self.width % (2 * self.heads):
             raise ModelError(
                 f"model.width={self.width}: must be a multiple of 2 × model.heads={self.heads} (rotary positions)"
@@ -46,7 +52,8 @@ class Scratch:
 
     def identity(self) -> Mapping[str, Any]:
         """The values that decide the initial weights and the tokenizer."""
-        return {**self._shape, "vocabulary": self.vocabulary, "seed": self.seed}
+        question = {} if self.question is None else {"question": self.question}
+        return {**self._shape, "vocabulary": self.vocabulary, "seed": self.seed, **question}
 
     @property
     def _shape(self) -> dict[str, Any]:
@@ -67,7 +74,8 @@ class Scratch:
         from dnpo.policy.model import Policy
         from dnpo.policy.tokenizer import train_tokenizer
 
-        tokenizer = train_tokenizer(prompts, self.vocabulary)
+        asked = [] if self.question is None else [frame(self.question)] * len(prompts)
+        tokenizer = train_tokenizer(prompts, self.vocabulary, asked)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,

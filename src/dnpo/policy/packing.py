@@ -142,24 +142,37 @@ def pack(
         share_prompt: whether to pack each prompt once; of 2B sequences, the second half must have the prompts of the
             first half. This changes results only by rounding.
     """
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    pairs = len(rows) // 2 if share_prompt else 0
+    pairs = len(prompts) // 2 if share_prompt else 0
     if share_prompt and list(prompts[:pairs]) != list(prompts[pairs:]):
         raise ValueError("share_prompt: the second half of the sequences must have the prompts of the first half")
+    first = [s - pairs if pairs and s >= pairs else s for s in range(len(prompts))]
+    return pack_shared(prompts, completions, first)
+
+
+def pack_shared(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], first: Sequence[int]) -> Packed:
+    """Pack prompts and completions into one row, a prompt of several sequences once.
+
+    Args:
+        prompts, completions: as in :func:`pack`.
+        first: for each sequence the earlier one that has the same prompt and keeps it; the sequence itself if it has
+            its own.
+    """
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     ids: list[int] = []
     positions: list[int] = []
     places: list[list[int]] = []  # of each sequence's tokens in the row
     for s, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        shared = len(prompt) if pairs and s >= pairs else 0
+        shared = len(prompt) if first[s] < s else 0
         begins = len(ids) - shared
-        places.append([*(places[s - pairs][:shared] if shared else []), *range(begins + shared, begins + len(row))])
+        places.append([*(places[first[s]][:shared] if shared else []), *range(begins + shared, begins + len(row))])
         ids += row[shared:]
         positions += range(shared, len(row))
     lengths = tuple(map(len, rows))
     tokens_M = torch.tensor([place for some in places for place in some], dtype=torch.long)
     starts = [0, *accumulate(lengths)]
-    again = [place for s in range(pairs, 2 * pairs) for place in places[s][: len(prompts[s])]]
-    second = [starts[s] + t for s in range(pairs, 2 * pairs) for t in range(len(prompts[s]))]
+    sharing = [s for s in range(len(rows)) if first[s] < s]
+    again = [place for s in sharing for place in places[s][: len(prompts[s])]]
+    second = [starts[s] + t for s in sharing for t in range(len(prompts[s]))]
     first_M = torch.ones(len(tokens_M), dtype=torch.bool)
     first_M[second] = False
     place_T = torch.empty(len(ids), dtype=torch.long)

@@ -25,8 +25,12 @@ TEMPLATE = (
 )
 
 
-def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTokenizerBase:
-    """Train a byte-pair encoding on prompts and their responses; words include a leading space, digits are single."""
+def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int, texts: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """Train a byte-pair encoding on prompts and their responses; words include a leading space, digits are single.
+
+    Args:
+        texts: further texts to train on.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -36,6 +40,7 @@ def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int) -> PreTrainedTok
     )
     tokenizer.decoder = decoders.ByteLevel()
     text = [t for p in prompts for t in (*(m["content"] for m in p.messages), p.human, p.rejected) if t is not None]
+    text += texts
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(text, trainer)
     wrap: Any = PreTrainedTokenizerFast  # ships without annotations

@@ -1,0 +1,155 @@
+"""Preference augmentation: teach a policy to answer the A/B questions that ``judge=self`` asks it (OSP, section 3.3).
+
+Pairs whose better response is known become questions in both orders, each answered by the letter of the better one. A
+copy of the fine-tuned policy is trained further on them; it only judges, while every iteration's policy still starts
+from the plain one.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from dnpo.errors import DataError
+from dnpo.judges.exact.rules import Rules
+from dnpo.optimise.parts import Optimisation
+from dnpo.policy.question import LETTERS, TINY, ask, check_template
+from dnpo.records import Message, Prompt
+from dnpo.seeding import derive
+from dnpo.settings import Natural, Positive
+from dnpo.store import Report
+
+if TYPE_CHECKING:
+    from dnpo.policy.model import Policy
+
+FEWEST = 4800  # rows from which a tiny model learns to judge; of 160 it learns every single one by heart
+
+
+class Gold(NamedTuple):
+    """Two responses to a conversation, of which ``better`` is known to be the better one."""
+
+    id: str
+    messages: list[Message]
+    better: str
+    worse: str
+
+
+class JudgeRow(NamedTuple):
+    """A question with its answer, as token ids.
+
+    Attributes:
+        id: of the pair, with the letter of the answer.
+        prompt_ids: the question.
+        ids: the letter, and what ends the reply.
+        weights: the weight of each of these tokens in the loss.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    ids: list[int]
+    weights: list[float]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What a policy is taught before it judges, configured by ``augment=…``.
+
+    Args:
+        rows: the greatest number of questions, two for each pair; 0: nothing is taught.
+        weight: weight of the letter in the loss; the end of the reply, and every token of other rows, weighs 1.
+        template: the question, as in ``judge.template``.
+        labels: where it is known from which response is better: ``rules`` scores all known responses to a conversation
+            by its verifiable answer; ``given`` takes the data's own pairs.
+        optimisation: how to train.
+    """
+
+    optimisation: Optimisation
+    rows: Natural = 0
+    weight: Positive = 1.0
+    template: str = TINY
+    labels: Literal["rules", "given"] = "rules"
+
+    def __post_init__(self) -> None:
+        check_template(self.template, "template")
+
+    def make_pairs(self, prompts: Sequence[Prompt], seed: int) -> list[Gold]:
+        """The pairs that the questions are about, at most half as many as ``rows``, drawn by the seed.
+
+        Raises:
+            DataError: there are none.
+        """
+        if self.labels == "rules":
+            known = score_pairs(prompts, Rules().points)
+            lack = "no two responses to one conversation have different scores"
+        else:
+            known = given_pairs(prompts)
+            lack = "no row brings a rejected response"
+        if not known:
+            raise DataError(f"augment.labels={self.labels}: {lack}, so there is nothing to teach a judge; augment=off")
+        order = random.Random(derive(seed, "augment")).sample(range(len(known)), min(len(known), self.rows // 2))
+        return [known[i] for i in order]
+
+    def make_rows(self, policy: "Policy", pairs: Sequence[Gold]) -> list[JudgeRow]:
+        """Each pair in both orders, without questions that are longer than the policy's context."""
+        from dnpo.policy.tokenizer import encode
+
+        context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
+        rows = []
+        for pair in pairs:
+            for letter in LETTERS:
+                first, second = (pair.better, pair.worse) if letter == LETTERS[0] else (pair.worse, pair.better)
+                asked = ask(self.template, pair.messages, first, second)
+                prompt_ids, ids = encode(policy.tokenizer, asked, letter, policy.stop_ids)
+                if len(prompt_ids) + len(ids) <= context:
+                    weights = [self.weight, *[1.0] * (len(ids) - 1)]
+                    rows.append(JudgeRow(f"{pair.id} {letter}", prompt_ids, ids, weights))
+        return rows
+
+
+def given_pairs(prompts: Sequence[Prompt]) -> list[Gold]:
+    """The data's own pairs."""
+    return [Gold(p.id, p.messages, p.human, p.rejected) for p in prompts if p.rejected is not None]
+
+
+def score_pairs(prompts: Sequence[Prompt], points: Callable[[Prompt, str], float]) -> list[Gold]:
+    """All pairs of different responses to one conversation that have different points.
+
+    The responses are the human ones of all rows with this conversation, and the rejected ones that the data bring. Each
+    pair occurs once, under the id of the first row of its conversation.
+    """
+    responses: dict[str, tuple[Prompt, dict[str, float]]] = {}
+    for prompt in prompts:
+        name = "\0".join(text for turn in prompt.messages for text in (turn["role"], turn["content"]))
+        first, known = responses.setdefault(name, (prompt, {}))
+        for text in (prompt.human, prompt.rejected):
+            if text is not None and text not in known:
+                known[text] = points(first, text)
+    return [
+        Gold(f"{prompt.id}:{i}:{j}", prompt.messages, *((a, b) if known[a] > known[b] else (b, a)))
+        for prompt, known in responses.values()
+        for (i, a), (j, b) in combinations(enumerate(known), 2)
+        if known[a] != known[b]
+    ]
+
+
+def augment(
+    policy: "Policy", rows: Sequence[JudgeRow], optimisation: Optimisation, *, seed: int, folder: Path, report: Report
+) -> list[dict[str, float]]:
+    """Train the policy in place on questions and their answers.
+
+    Args:
+        policy: the policy; its module is changed.
+        rows: the questions.
+        optimisation: how to train.
+        seed: seed of the order of the rows.
+        folder: where the checkpoint is kept.
+        report: receives the progress.
+
+    Returns:
+        A row of metrics for each policy step.
+    """
+    from dnpo.judges.lessons import teach
+
+    return teach(policy, rows, optimisation, seed=seed, folder=folder, report=report)

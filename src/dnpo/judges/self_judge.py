@@ -1,0 +1,164 @@
+"""A policy as the judge of responses, its own among them: which is better, A or B? (OSP; Self-Rewarding)
+
+The answer is read off the logits of the two letters, so nothing is generated. A policy prefers one of the two places,
+so both orders are asked and averaged. A response is scored by how probably it is better than an empty one, which ranks
+many responses with two questions each; how sure the label of a pair is comes from asking about that very pair.
+
+What such a judge knows it has from the policy's training: measure it (``python -m benchmarks.self_judge``) before you
+believe it, with pairs of which one is right apart from the others.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from dnpo.errors import JudgeError, ModelError
+from dnpo.judges import Judge, PolicyName, make_verdict
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.policy.question import TINY, check_template
+from dnpo.records import Message, Pair, Prompt, Response, Verdict
+from dnpo.settings import Fraction, neutral
+from dnpo.store import Report
+
+if TYPE_CHECKING:
+    from dnpo.policy.choices import Choices
+    from dnpo.policy.model import Policy
+
+EMPTY = ""  # the response that all others are compared with
+UNBOUND = "judge=self: asks a policy, so it labels pairs in a run and judges nowhere else"
+
+
+def average_orders(a_first: float, a_second: float) -> float:
+    """p(y₁ ≻ y₂), the mean over both orders: (P(A | y₁, y₂) + 1 − P(A | y₂, y₁)) / 2.
+
+    With P(A) = 0.9 for y₁ in the first place and 0.6 for y₂ there: (0.9 + 0.4) / 2 = 0.65. A judge that always says A
+    gives ½.
+
+    Args:
+        a_first: P(A) where A is y₁.
+        a_second: P(A) where A is y₂.
+    """
+    return 0.5 + (a_first - a_second) / 2  # exactly ½ for a response against itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfJudge(Judge):
+    """A policy of the run, asked which of two responses is better.
+
+    Args:
+        asks: the ``initial`` policy (OSP), or the current ``policy`` (Self-Rewarding).
+        template: the question, with ``{question}``, ``{y1}`` and ``{y2}``; it becomes the user's turn.
+        max_unscored: share of responses that may lack a score.
+
+    Raises:
+        SettingsError: the template lacks something.
+    """
+
+    measures_texts: ClassVar[bool] = False
+
+    asks: Literal["initial", "policy"] = "initial"
+    template: str = TINY
+    max_unscored: Fraction = neutral(0.02)
+
+    def __post_init__(self) -> None:
+        check_template(self.template, "template")
+
+    @property
+    def reads_policies(self) -> frozenset[PolicyName]:
+        """The policy that is asked."""
+        return frozenset((self.asks,))
+
+    def accepts_model(self, policy: "Policy") -> str | None:
+        """Refuse tokenizers in which a letter is not one token of its own."""
+        from dnpo.policy.choices import find_letters
+
+        try:
+            find_letters(policy, self.template)
+        except ModelError as error:
+            return str(error)
+        return None
+
+    def with_policies(self, policies: "Mapping[PolicyName, Policy]") -> "Judge":
+        """The judge with the policy that it asks."""
+        from dnpo.policy.choices import Choices
+
+        return AskedPolicy(Choices(policies[self.asks], self.template), self.max_unscored)
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+    ) -> list[Verdict]:
+        """Refuse: without a policy there is nobody to ask."""
+        raise JudgeError(UNBOUND)
+
+    def compare_pairs(self, prompts: Sequence[Prompt], pairs: Sequence[Pair]) -> list[float]:
+        """Refuse, as :meth:`__call__`."""
+        raise JudgeError(UNBOUND)
+
+
+@dataclass(frozen=True)
+class AskedPolicy(Judge):
+    """:class:`SelfJudge` with its policy."""
+
+    measures_texts: ClassVar[bool] = False
+
+    choices: "Choices"
+    max_unscored: float
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+    ) -> list[Verdict]:
+        """Return a verdict on each response: 100 · p(y ≻ an empty response), with the distance of both orders."""
+        messages = {prompt.id: prompt.messages for prompt in prompts}
+        report.begin(2 * len(responses), "questions")
+        asked = [self._orders(messages[r.id], r.text, EMPTY) for r in responses]
+        report.advance(sum(any(map(self._is_long, both)) for both in asked) * 2)
+        by_prompt: dict[str, list[int]] = {}
+        for number, (response, both) in enumerate(zip(responses, asked, strict=True)):
+            if not any(map(self._is_long, both)):
+                by_prompt.setdefault(response.id, []).append(number)
+        groups = [[ids for number in numbers for ids in asked[number]] for numbers in by_prompt.values()]
+        verdicts = [make_verdict(r, None, self._too_long(both)) for r, both in zip(responses, asked, strict=True)]
+        for numbers, found in zip(by_prompt.values(), self.choices.probabilities(groups), strict=True):
+            report.advance(len(found))
+            for number, first, second in zip(numbers, found[::2], found[1::2], strict=True):
+                score, apart = 100 * average_orders(first, second), 100 * abs(first + second - 1)
+                verdicts[number] = make_verdict(responses[number], score, disagreement=apart)
+        return verdicts
+
+    def compare(self, prompt: Prompt, first: Response, second: Response) -> float:
+        """p(first ≻ second), the mean over both orders.
+
+        Raises:
+            JudgeError: the question is longer than the policy's context.
+        """
+        return self._compare([(prompt, first.text, second.text)])[0]
+
+    def compare_pairs(self, prompts: Sequence[Prompt], pairs: Sequence[Pair]) -> list[float]:
+        """p(chosen ≻ rejected) of each pair, the mean over both orders.
+
+        Args:
+            prompts: the prompt of each pair.
+
+        Raises:
+            JudgeError: a question is longer than the policy's context.
+        """
+        return self._compare([(p, pair.chosen, pair.rejected) for p, pair in zip(prompts, pairs, strict=True)])
+
+    def _compare(self, rows: Sequence[tuple[Prompt, str, str]]) -> list[float]:
+        asked = [self._orders(prompt.messages, first, second) for prompt, first, second in rows]
+        for (prompt, *_), both in zip(rows, asked, strict=True):
+            if any(map(self._is_long, both)):
+                raise JudgeError(
+                    f"judge=self: the question which response to {prompt.id} is better {self._too_long(both)}; lower "
+                    "data.max_prompt_tokens or data.max_response_tokens, or give a shorter judge.template"
+                )
+        return [average_orders(*both) for both in self.choices.probabilities(asked)]
+
+    def _orders(self, messages: Sequence[Message], first: str, second: str) -> list[list[int]]:
+        return [self.choices.encode(messages, first, second), self.choices.encode(messages, second, first)]
+
+    def _is_long(self, ids: list[int]) -> bool:
+        return len(ids) > self.choices.context
+
+    def _too_long(self, both: Sequence[list[int]]) -> str:
+        return f"has {max(map(len, both)):,} tokens, more than the {self.choices.context:,} that the model reads"
