@@ -18,6 +18,7 @@ from dnpo.errors import SettingsError
 from dnpo.loop import chain
 from dnpo.settings import conf_folder, part_key
 from dnpo.store import Store
+from tests.commands import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = conf_folder()
@@ -129,6 +130,25 @@ def test_choosing_a_part_beats_the_scale() -> None:
 def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         check_settings(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("setting", "options"),
+    [
+        ("data.path=x", "data=jsonl, data=arrow, data=csv, data=parquet"),
+        ("judge.base_url=x", "judge=openai"),
+        ("second_judge.deadline=1", "second_judge=openai"),
+        ("model.path=x", "model=local"),
+        ("data.split=train", "data=hub"),
+        ("npo.shift=1", "npo=offset"),
+    ],
+)
+def test_a_setting_of_another_option_names_it(setting: str, options: str, tmp_path: Path) -> None:
+    done = run_command(tmp_path, "dnpo.train", setting)
+    assert done.returncode == 1
+    name = setting.partition("=")[0]
+    first = options.partition(",")[0]
+    assert done.stderr == f"error: {name}: a setting of {options}; give that too, such as {first} {name}=…\n"
 
 
 @pytest.mark.parametrize(

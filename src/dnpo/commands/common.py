@@ -103,6 +103,9 @@ def _arguments(given: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
+USUAL = ("jsonl", "openai", "local")  # options to offer first
+
+
 def _fail(message: str) -> None:
     print(f"error: {for_terminal(message)}", file=sys.stderr)
     sys.exit(1)
@@ -127,6 +130,13 @@ def _explain(error: Exception, config: str) -> str:
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             known = flat(cast(dict[str, Any], OmegaConf.to_container(compose(config, _options(sys.argv[1:])))))
         groups = {name.split(".")[0] for name in known}
+        options = _options_with(key)
+        if options:
+            part = key.partition(".")[0]
+            return (
+                f"{key}: a setting of {', '.join(f'{part}={option}' for option in options)}; give that too, such as "
+                f"{part}={options[0]} {key}=…"
+            )
         return f"{key}: unknown setting.{nearest(key, set(known) | groups)}"
     plugin = re.search(r"Could not find '(hydra/(\w+))/(\w+)'", text)
     if plugin:
@@ -141,6 +151,24 @@ def _explain(error: Exception, config: str) -> str:
         key = text.split("Missing mandatory value:")[-1].strip().split()[0]
         return f"{key}: needs a value; give {key}=…"
     return text
+
+
+def _options_with(key: str) -> list[str]:
+    """The options of a part that have a setting which the chosen option lacks; those made for it first."""
+    part, _, name = key.partition(".")
+    folder = conf_folder() / ("judge" if part == "second_judge" else part)
+    found = [file.stem for file in sorted(folder.glob("*.yaml")) if name and _has_setting(file, name)]
+    return sorted(found, key=lambda option: (option not in USUAL, option))
+
+
+def _has_setting(file: Path, name: str) -> bool:
+    """Whether an option has a setting, itself or from the options that it takes up."""
+    content = OmegaConf.to_container(OmegaConf.load(file))
+    if not isinstance(content, dict):
+        return False
+    first = name.partition(".")[0]
+    taken = [each for each in content.get("defaults", ()) if isinstance(each, str) and not each.startswith("_")]
+    return first in content or any(_has_setting(file.with_name(f"{each}.yaml"), name) for each in taken)
 
 
 def _options(arguments: list[str]) -> list[str]:
