@@ -47,6 +47,8 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 1,
     "initializer_range": 0.5,
     "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 
@@ -100,7 +102,9 @@ def test_what_is_saved_says_nothing_of_our_attention(saved: Path, make_policy: M
 
 def test_other_families_of_models_give_their_own_log_probabilities(world: World, tmp_path: Path) -> None:
     """GPT-2 has learned positions and a tied head; ours must agree with its own forward."""
-    config = GPT2Config(vocab_size=len(world.tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2)
+    config = GPT2Config(
+        vocab_size=len(world.tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         policy = Policy(GPT2LMHeadModel(config).eval(), world.tokenizer)

@@ -190,7 +190,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "unknown quantisation": (config(quantization_config={"quant_method": "zip"}), r"quantised \(zip\)"),
     "a number as text": (config(hidden_size="32"), r"'hidden_size'.*expected int, got str"),
     "no heads": (config(num_attention_heads=0), r"num_attention_heads is 0 in config\.json, expected 1 or more"),
-    "an activation that is none": (config(hidden_act="foo"), r"cannot be loaded: KeyError: 'foo'"),
+    "an activation that is none": (
+        config(hidden_act="foo"),
+        r"cannot be loaded: transformers refuses hidden_act='foo' in config\.json \(KeyError: 'foo'\)",
+    ),
+    "positions that are none": (
+        config(rope_parameters={"rope_type": "foo", "rope_theta": 1e4}),
+        r"transformers refuses rope_parameters\.rope_type='foo' in config\.json",
+    ),
+    "a number type that is none": (config(dtype="float99"), r"transformers refuses dtype='float99' in config\.json"),
+    "a head of no width": (config(head_dim=0), r"transformers refuses head_dim=0 in config\.json \("),
+    "names that are no names": (config(id2label=5), r"transformers refuses id2label=5 in config\.json \("),
+    "a switch that is text": (config(use_cache="no"), r"transformers refuses use_cache='no' in config\.json"),
     "a type that is none": (config(model_type="unheard"), r"cannot be loaded.*unheard"),
     "no type": (config(model_type=None), r"config\.json names no model_type"),
     "cut configuration": (cut("config.json", 0.5), r"config\.json cannot be read"),
@@ -202,6 +213,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "end that is text": (
         config("generation_config.json", eos_token_id="2"),
         r"eos_token_id in generation_.* '2'",
+    ),
+    "end beyond the vocabulary": (config(eos_token_id=9999), r"eos_token_id in config\.json is 9,999.*ends at 299"),
+    "ends beyond it": (config(eos_token_id=[2, 300]), r"eos_token_id in config\.json is 300.*expected the number of"),
+    "end before it": (config(eos_token_id=-3), r"eos_token_id in config\.json is -3"),
+    "beginning beyond it": (config(bos_token_id=300), r"bos_token_id in config\.json is 300"),
+    "padding beyond it": (config(pad_token_id=5000), r"pad_token_id in config\.json is 5,000"),
+    "end beyond it in another file": (
+        config("generation_config.json", eos_token_id=[2, 151645]),
+        r"eos_token_id in generation_config\.json is 151,645, and the vocabulary in config\.json ends at 299",
+    ),
+    "padding beyond it in another file": (
+        config("generation_config.json", pad_token_id=300),
+        r"pad_token_id in generation_config\.json is 300",
     ),
     "binary tokenizer_config": (text("tokenizer_config.json", b"\xff\xfe"), r"tokenizer_config\.json cannot be read"),
     "empty tokenizer": (text("tokenizer.json", ""), r"tokenizer\.json is empty"),
@@ -233,6 +257,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         text("adapter_config.json", json.dumps(ADAPTER)),
         "an adapter .* on some/base; merge",
     ),
+    "adapter of no base": (
+        text("adapter_config.json", json.dumps({**ADAPTER, "base_model_name_or_path": None})),
+        r"an adapter \(adapter_config\.json\) on a model that it does not name; merge",
+    ),
+    "adapter of a base that is no name": (text("adapter_config.json", "{}"), "on a model that it does not name; merge"),
 }
 
 

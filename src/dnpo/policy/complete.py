@@ -6,7 +6,7 @@ headers.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +27,7 @@ from dnpo.policy.folder import (
     read_quantisation,
     weight_files,
 )
+from dnpo.policy.refused import find_refused
 
 WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -190,6 +191,19 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if isinstance(error, KeyError | AssertionError | TypeError) else text
 
 
+def explain_refusal(error: Exception, kind: Any, where: str, options: Mapping[str, Any]) -> str:
+    """Explain why a model could not be made, by the value of its configuration if that is the reason.
+
+    Args:
+        kind, where, options: as for :func:`load_complete`.
+    """
+    files = find_files(where, options.get("revision"))
+    refused = None
+    if files is not None:
+        refused = find_refused(files, kind, error, bool(options.get("trust_remote_code")))
+    return explain(error) if refused is None else f"transformers refuses {refused} ({explain(error)})"
+
+
 def _read_tensors(files: Path, names: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Read the tensors of a folder one by one, or only some."""
     for file in weight_files(files):
@@ -208,7 +222,7 @@ def _load(kind: Any, where: str, what: str, heads_anew: bool, hint: str, options
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # with values that it does not expect, a model's code raises what it likes
-        raise ModelError(f"{what}: cannot be loaded: {explain(error)}") from error
+        raise ModelError(f"{what}: cannot be loaded: {explain_refusal(error, kind, where, options)}") from error
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     mismatched = {name: f"{_shape(theirs)} for {_shape(ours)}" for name, theirs, ours in info["mismatched_keys"]}
     tied = _tied_names(model)

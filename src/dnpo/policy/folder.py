@@ -21,6 +21,10 @@ OBJECTS = (
 )
 PARTS = {"tokenizer.json": ("model", "added_tokens")}  # what a file has whatever its author
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+TOKENS = tuple(
+    f"{name}_token_id"
+    for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask", "decoder_start", "forced_bos", "forced_eos")
+)
 OTHERS = ("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja")
 TOKENIZERS = ("tokeniz*", "vocab*", "*.model", "*.tiktoken")
 BEGINNINGS = {
@@ -199,7 +203,10 @@ def _find_problems(folder: Path, trained: bool) -> Iterator[str]:
             yield f"{size} is {value} in {CONFIG}, expected 1 or more"
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
         yield "it has no tokenizer: expected tokenizer.json; save it along with the model"
-    yield from _check_ids(found.get(GENERATION, {}))
+    text = config.get("text_config")
+    for file, settings in ((CONFIG, config), (CONFIG, text), (GENERATION, found.get(GENERATION))):
+        if isinstance(settings, dict):
+            yield from _check_ids(settings, file, _vocabulary(config))
     yield from _check_weights(folder, found.get(INDEX), read_quantisation(folder) is not None)
 
 
@@ -235,11 +242,12 @@ def _describe_link(file: Path) -> str:
 
 def _describe_adapter(folder: Path) -> str:
     try:
-        base = str(_read_object(folder / ADAPTER).get("base_model_name_or_path"))
+        base = _read_object(folder / ADAPTER).get("base_model_name_or_path")
     except (OSError, ValueError):
-        base = "another model"
+        base = None
+    named = base if isinstance(base, str) and base.strip() else "a model that it does not name"
     return (
-        f"an adapter ({ADAPTER}) on {base}; merge it with peft (merge_and_unload), save the merged model with its "
+        f"an adapter ({ADAPTER}) on {named}; merge it with peft (merge_and_unload), save the merged model with its "
         "tokenizer, and give that folder"
     )
 
@@ -251,13 +259,28 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_ids(generation: Mapping[str, Any]) -> Iterator[str]:
-    """Check the tokens that generation_config.json names."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = generation.get(name)
+def _check_ids(settings: Mapping[str, Any], file: str, vocabulary: int | None) -> Iterator[str]:
+    """Check the tokens that a file names: numbers within the vocabulary. -1 for padding stands for the last one."""
+    for name in TOKENS:
+        value = settings.get(name)
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
-                yield f"{name} in {GENERATION} is {number!r}, expected a token's number"
+            if number is None or (number == -1 and name == "pad_token_id"):
+                continue
+            if not isinstance(number, int) or isinstance(number, bool):
+                yield f"{name} in {file} is {number!r}, expected a token's number"
+            elif number < 0 or (vocabulary is not None and number >= vocabulary):
+                end = "" if vocabulary is None else f", and the vocabulary in {CONFIG} ends at {vocabulary - 1:,}"
+                yield f"{name} in {file} is {number:,}{end}; expected the number of one of its tokens"
+
+
+def _vocabulary(config: Mapping[str, Any]) -> int | None:
+    """The number of tokens, which a model of several kinds of input has in the settings of its text; None: not told."""
+    inner = config.get("text_config")
+    for settings in (config, inner if isinstance(inner, dict) else {}):
+        size = settings.get("vocab_size")
+        if isinstance(size, int) and size > 0:
+            return size
+    return None
 
 
 def _check_weights(folder: Path, index: Mapping[str, Any] | None, quantised: bool) -> Iterator[str]:

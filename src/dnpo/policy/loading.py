@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dnpo.errors import ModelError
-from dnpo.policy.complete import check_fit, explain, load_complete, merge_adapter, outline_complete
+from dnpo.policy.complete import check_fit, explain_refusal, load_complete, merge_adapter, outline_complete
 from dnpo.policy.folder import check_folder, find_files
 from dnpo.policy.model import Policy, adapters
 from dnpo.policy.packing import ATTENTION, pack
@@ -104,7 +104,8 @@ def _load_parts(
         tokenizer = AutoTokenizer.from_pretrained(weights, **options)
         config = AutoConfig.from_pretrained(weights, **options)
     except Exception as error:  # with values that it does not expect, a tokenizer's code raises what it likes
-        raise ModelError(f"{what}: cannot be loaded: {explain(error)}") from error
+        reason = explain_refusal(error, AutoModelForCausalLM, weights, options)
+        raise ModelError(f"{what}: cannot be loaded: {reason}") from error
     put_in_force(tokenizer, *template)
     return tokenizer, without_dropout(config)
 

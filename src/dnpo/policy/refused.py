@@ -1,0 +1,89 @@
+"""Find the value of a model's configuration that transformers refuses, whatever its error says.
+
+Some errors name neither the file nor the setting (``KeyError: 'nope'``). So the model is made without weights, from the
+configuration without one of its values after another: the first that helps is the one that is refused.
+"""
+
+import json
+import reprlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnpo.policy.folder import CONFIG
+
+TRIES = 60  # a model of any size takes well under a second without its weights
+
+
+def find_refused(folder: Path, kind: Any, error: Exception, trust_remote_code: bool = False) -> str | None:
+    """Name the value of ``config.json`` that keeps a model from being made.
+
+    Args:
+        kind: one of transformers' Auto classes.
+        error: what was raised; values that it mentions are tried first.
+
+    Returns:
+        ``hidden_act='nope' in config.json``; the name of the file alone if no single value is to blame; None if the
+        configuration is not to blame.
+    """
+    try:
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(settings, Mapping) or _makes(folder, settings, kind, trust_remote_code):
+        return None
+    paths = sorted(_paths(settings), key=lambda path: (not _is_mentioned(settings, path, str(error)), -len(path)))
+    for path in paths[:TRIES]:
+        if path != ("model_type",) and _makes(folder, _without(settings, path), kind, trust_remote_code):
+            return f"{'.'.join(path)}={reprlib.repr(_value(settings, path))} in {CONFIG}"
+    return CONFIG
+
+
+def _makes(folder: Path, settings: Mapping[str, Any], kind: Any, trust_remote_code: bool) -> bool:
+    """Whether a model can be made from a configuration."""
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory() as made:
+        for file in folder.glob("*.py"):
+            shutil.copy(file, made)
+        (Path(made) / CONFIG).write_text(json.dumps(settings), encoding="utf-8")
+        try:
+            config = AutoConfig.from_pretrained(made, trust_remote_code=trust_remote_code)
+            with torch.device("meta"):
+                kind.from_config(config, trust_remote_code=trust_remote_code)
+        except Exception:  # a model's code raises what it likes
+            return False
+    return True
+
+
+def _paths(settings: Mapping[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, value in settings.items():
+        yield (*before, name)
+        if isinstance(value, Mapping):
+            yield from _paths(value, (*before, name))
+
+
+def _value(settings: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = settings
+    for name in path:
+        value = value[name]
+    return value
+
+
+def _is_mentioned(settings: Mapping[str, Any], path: tuple[str, ...], text: str) -> bool:
+    value = _value(settings, path)
+    return path[-1] in text or (isinstance(value, str) and len(value) > 1 and value in text)
+
+
+def _without(settings: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    rest = deepcopy(dict(settings))
+    inner = rest
+    for name in path[:-1]:
+        inner = inner[name]
+    del inner[path[-1]]
+    return rest
