@@ -321,6 +321,20 @@ def test_rows_that_cannot_be_used_are_said() -> None:
     fires(rows.unusable(facts, 9), "warn", "3 of 12 rows", "2: response is empty (the first is a:7); 1: no prompt")
 
 
+def test_pairs_and_ratings_are_counted() -> None:
+    assert rows.pairs(PLAIN) == []
+    some = [replace(each, rejected="No.") for each in PLAIN[:3]]
+    (pairs,) = rows.pairs([*some, *PLAIN[3:]])
+    fires(pairs, "pass", "3 of 8 training rows bring a pair", "0 a rating")
+    rated = [replace(each, human_score=4.0, rejected_score=2.0 * i) for i, each in enumerate(some)]
+    fires(rows.pairs(rated)[1], "pass", "of 3 pairs with two ratings 1 have equal ones, and in 0 (0.0%) the rejected")
+    pairs, ratings = rows.pairs([*rated, replace(some[0], id="odd", human_score=-1.0, rejected_score=0.0), *PLAIN])
+    fires(pairs, "pass", "4 of 12 training rows bring a pair, 4 a rating")
+    fires(ratings, "warn", "in 1 (25.0%) the rejected response has the higher one; the first is odd", "data.columns")
+    (alone,) = rows.pairs([replace(each, human_score=1.0) for each in PLAIN])
+    fires(alone, "pass", "0 of 8 training rows bring a pair, 8 a rating")
+
+
 def test_many_removed_rows_are_said_with_examples() -> None:
     fires(rows.removed({"repeated": 0, "near_earlier": 0}, [], 9), "pass", "0 of 9 rows")
     fires(rows.removed({"repeated": 0, "near_earlier": 9}, ["b is like a"], 91), "pass", "9 of 100 rows")

@@ -63,6 +63,7 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
         *([judge.second(other, data[measured], measured)] if other.gives_scores else []),
         judge.judge_prompts(run.judge.prompts_seen, data[measured], measured),
         rows.ids(data),
+        *rows.pairs(data["train"]),
         *(_users_rows(facts, sum(map(len, data.values()))) if "unread" in facts else []),
         rows.duplicates(data["train"], redrawn, facts.get("removed", {})),
         rows.near_duplicates(data["train"], redrawn),

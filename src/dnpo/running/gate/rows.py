@@ -94,6 +94,28 @@ def unread(columns: Sequence[str]) -> Finding:
     return Finding("columns", "warn", text, setting)
 
 
+def pairs(train: Sequence[Prompt]) -> list[Finding]:
+    """Say how many rows bring pairs and ratings, and whether ratings contradict pairs; nothing where there are none."""
+    paired = [row for row in train if row.rejected is not None]
+    rated = [row for row in train if row.human_score is not None]
+    if not paired and not rated:
+        return []
+    text = (
+        f"{len(paired):,} of {len(train):,} training rows bring a pair, {len(rated):,} a rating of the human response"
+    )
+    found = [Finding("pairs", "pass", text)]
+    above = {row.id: row.human_score - row.rejected_score for row in rated if row.rejected_score is not None}
+    if above:
+        against = [name for name, gap in above.items() if gap < 0]
+        equal = sum(not gap for gap in above.values())
+        text = f"of {len(above):,} pairs with two ratings {equal:,} have equal ones, and in {len(against):,} "
+        text += f"({len(against) / len(above):.1%}) the rejected response has the higher one"
+        such = f"; the first is {against[0]}" if against else ""
+        setting = "data.columns if these are no ratings of the responses, or the data"
+        found.append(Finding("ratings", "warn" if against else "pass", text + such, setting))
+    return found
+
+
 def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:
     """Check for training rows that nearly repeat another; exact repeats count once here.
 
