@@ -104,7 +104,11 @@ def pairs(train: Sequence[Prompt]) -> list[Finding]:
         f"{len(paired):,} of {len(train):,} training rows bring a pair, {len(rated):,} a rating of the human response"
     )
     found = [Finding("pairs", "pass", text)]
-    above = {row.id: row.human_score - row.rejected_score for row in rated if row.rejected_score is not None}
+    above = {
+        row.id: row.human_score - row.rejected_score
+        for row in paired
+        if row.human_score is not None and row.rejected_score is not None
+    }
     if above:
         against = [name for name, gap in above.items() if gap < 0]
         equal = sum(not gap for gap in above.values())
