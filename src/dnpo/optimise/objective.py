@@ -3,7 +3,7 @@
 Shapes: B pairs. Log-probabilities are sums over completion tokens, in nats and float32 (or wider).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,9 @@ class Facts(NamedTuple):
         shift_B: how far σ(margin) is lowered.
         chosen_tokens_B: number of tokens of each chosen response.
         rejected_tokens_B: the same of rejected ones; 0 where nothing is rejected.
+        suspect_B: 1 where a label is taken for wrong, 0 elsewhere; for objectives that look for such labels.
+        drift_B: distance of the policy's hidden states from the reference's, with gradient; for objectives with a price
+            on it.
     """
 
     strength_B: Tensor
@@ -38,6 +41,12 @@ class Facts(NamedTuple):
     shift_B: Tensor
     chosen_tokens_B: Tensor
     rejected_tokens_B: Tensor
+    suspect_B: Tensor | None = None
+    drift_B: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Facts":
+        """The same on another device."""
+        return self._replace(**{name: t.to(device) for name, t in self._asdict().items() if t is not None})
 
 
 class NoisyReference(NamedTuple):
@@ -76,16 +85,118 @@ def log_ratio_gap(policy: PairLogps, reference: PairLogps) -> Tensor:
     return (policy.chosen_B - reference.chosen_B) - (policy.rejected_B - reference.rejected_B)
 
 
-def logistic(policy: PairLogps, reference: PairLogps, facts: Facts | None = None, *, beta: float) -> Tensor:
+# --- losses of pairs
+
+
+def logistic(
+    policy: PairLogps,
+    reference: PairLogps,
+    facts: Facts | None = None,
+    *,
+    beta: float,
+    smoothing: float | Tensor = 0.0,
+    xi_min: float = 0.05,
+) -> Tensor:
     """p ℓ(m) + (1 − p) ℓ(−m) with ℓ(m) = −log σ(m) = softplus(−m), m = β · gap and p the strength of the label.
 
-    This is SPCE (OSP paper, equations 8 and 9; the printed ones lack a minus). Without facts p is 1, and then it is the
-    loss of SPIN (equation 4.7) and DPO (equation 7), in all digits. Shape B.
+    This is SPCE (OSP paper, equations 8 and 9; the printed ones lack a minus). Where p is 1, as it is without facts, it
+    is the loss of SPIN (equation 4.7) and DPO (equation 7) in all digits. Its gradient in m is σ(m) − p. Shape B.
+
+    Args:
+        smoothing: probability that a label is taken for its opposite, ε: p′ = (1 − ε) p + ε (1 − p).
+        xi_min: where the loss of a pair with a shift goes on as its tangent, see :func:`shifted`.
     """
     margin_B = beta * log_ratio_gap(policy, reference)
     if facts is None:
-        return softplus(-margin_B)
-    return softly(softplus(-margin_B), softplus(margin_B), facts.strength_B)
+        facts = hard(margin_B)
+    right_B, wrong_B = (
+        torch.where(facts.shift_B > 0, shifted(signed_B, facts.shift_B, xi_min), softplus(-signed_B))
+        for signed_B in (margin_B, -margin_B)
+    )
+    return softly(right_B, wrong_B, smooth(facts.strength_B, smoothing))
+
+
+def shifted(margin_B: Tensor, shift_B: Tensor, xi_min: float) -> Tensor:
+    """−log u with u = σ(m) − shift: the loss under the worst distribution near the data (methods.md 7). Shape B.
+
+    Below ``xi_min`` it goes on as its tangent, −log ξ_min + (ξ_min − u) / ξ_min, since u may be negative there.
+    """
+    u_B = torch.sigmoid(margin_B) - shift_B
+    within_B = u_B.clamp(min=xi_min)
+    return (within_B - u_B) / xi_min - within_B.log()
+
+
+def squared(
+    policy: PairLogps, reference: PairLogps, facts: Facts | None = None, *, beta: float, mean: bool = False
+) -> Tensor:
+    """(gap − (2p − 1) / (2β))²: IPO (equation 17), with the target for labels of strength p. Shape B.
+
+    For p = 1 the target is 1 / (2β). It is p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺) up to a constant.
+
+    Args:
+        mean: take log-ratios per token, as TRL does, and not of whole responses, as the paper.
+    """
+    if facts is None:
+        facts = hard(policy.chosen_B)
+    if mean:
+        policy, reference = per_token(policy, facts), per_token(reference, facts)
+    return (log_ratio_gap(policy, reference) - (2 * facts.strength_B - 1) / (2 * beta)).square()
+
+
+def odds_ratio(policy: PairLogps, facts: Facts, *, weight: float) -> Tensor:
+    """−log p̄(y⁺) − λ log σ(log odds p̄(y⁺) − log odds p̄(y⁻)), p̄ = p^(1/tokens): ORPO (equations 6 and 7). Shape B.
+
+    Args:
+        weight: λ.
+    """
+    logps = per_token(policy, facts)
+    gap_B = log_odds(logps.chosen_B) - log_odds(logps.rejected_B)
+    right_B = weight * softplus(-gap_B) - logps.chosen_B
+    wrong_B = weight * softplus(gap_B) - logps.rejected_B
+    return softly(right_B, wrong_B, facts.strength_B)
+
+
+def log_odds(logp_B: Tensor) -> Tensor:
+    """log p − log(1 − p) from log p, which is taken as −1e-6 where it is closer to 0: there p is 1 for all purposes."""
+    logp_B = logp_B.clamp(max=-1e-6)
+    return logp_B - torch.log(-torch.expm1(logp_B))
+
+
+def without_reference(policy: PairLogps, facts: Facts, *, beta: float, margin: float) -> Tensor:
+    """softplus(−(β (log p̄(y⁺) − log p̄(y⁻)) − γ)), p̄ = p^(1/tokens): SimPO (equation 6). Shape B.
+
+    Args:
+        margin: γ, by how much the chosen response should win.
+    """
+    logps = per_token(policy, facts)
+    gap_B = beta * (logps.chosen_B - logps.rejected_B)
+    return softly(softplus(margin - gap_B), softplus(margin + gap_B), facts.strength_B)
+
+
+def surprise(policy: PairLogps, facts: Facts, *, mean: bool) -> Tensor:
+    """−log p(y⁺), per token if ``mean``: fine-tuning on chosen responses. Shape B."""
+    return -(per_token(policy, facts) if mean else policy).chosen_B
+
+
+def drift(policy_mean_BH: Tensor, reference_mean_BH: Tensor, variance_H: Tensor) -> Tensor:
+    """(1/H) Σ_c Δμ_c² / var_c: how far the mean hidden states of a response have moved (HG-DPO, section 3). Shape B.
+
+    Args:
+        policy_mean_BH: means over the tokens of each response.
+        reference_mean_BH: the same of the reference.
+        variance_H: the variance of each channel over the reference's tokens; one that hardly varies counts as if it had
+            a millionth of the mean variance.
+    """
+    least = 1e-6 * variance_H.mean()
+    return ((policy_mean_BH - reference_mean_BH).square() / variance_H.clamp(min=least)).mean(-1)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value under which a share of all values lies, between neighbours by linear interpolation."""
+    return float(torch.tensor(list(values), dtype=torch.float64).quantile(share))
+
+
+# --- what several of them use
 
 
 def softly(loss_B: Tensor, swapped_B: Tensor, strength_B: Tensor) -> Tensor:
@@ -93,10 +204,29 @@ def softly(loss_B: Tensor, swapped_B: Tensor, strength_B: Tensor) -> Tensor:
     return strength_B * loss_B + (1 - strength_B) * swapped_B
 
 
+def smooth(strength_B: Tensor, smoothing: float | Tensor) -> Tensor:
+    """p′ = (1 − ε) p + ε (1 − p): the strength of labels of which a share ε is taken for its opposite. Shape B."""
+    return (1 - smoothing) * strength_B + smoothing * (1 - strength_B)
+
+
+def per_token(logps: PairLogps, facts: Facts) -> PairLogps:
+    """Means over completion tokens; 0 for a response without tokens."""
+    return PairLogps(
+        logps.chosen_B / facts.chosen_tokens_B.clamp(min=1), logps.rejected_B / facts.rejected_tokens_B.clamp(min=1)
+    )
+
+
+def hard(like_B: Tensor) -> Facts:
+    """Facts of pairs with hard labels, weight 1 and one token."""
+    one_B = torch.ones_like(like_B)
+    return Facts(one_B, one_B, torch.zeros_like(one_B), one_B, one_B)
+
+
 def weighted_mean(value_B: Tensor, weight_B: Tensor) -> Tensor:
     """Σ w x / Σ w; where all weights are 1, the bits of the plain mean, and 0 where they sum to 0."""
-    least = torch.finfo(weight_B.dtype).tiny
-    return (value_B * (weight_B * (len(weight_B) / weight_B.sum().clamp(min=least)))).mean()
+    total = weight_B.sum().clamp(min=torch.finfo(weight_B.dtype).tiny)
+    scale = torch.full_like(total, len(weight_B)) / total  # a number over a tensor would be its reciprocal, times that
+    return (value_B * (weight_B * scale)).mean()
 
 
 def two_player(

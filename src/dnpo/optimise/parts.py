@@ -7,16 +7,17 @@ the noise from ``npo.py``, the training loop from ``training.py``.
 import inspect
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
 
 from dnpo.errors import SettingsError
-from dnpo.settings import Bound, Count, Finite, Fraction, Natural, NonNegative, Positive, neutral
+from dnpo.settings import Bound, Count, Finite, Fraction, Natural, NonNegative, Positive, Range, neutral
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dnpo.optimise.npo import NoiseModule
     from dnpo.optimise.objective import Facts, PairLogps
+    from dnpo.optimise.watch import Watch
 
 Cache = Literal["auto", "on", "off"]
 
@@ -32,6 +33,9 @@ class Objective(Protocol):
     - ``reads_reference``: whether it reads the reference's log-probabilities; True if absent.
     - ``reads_rejected``: whether it reads those of rejected responses; True if absent. If not, only chosen responses go
       through the model, and 0 stands for the others.
+    - ``needs_states``: whether it reads the reference's hidden states; False if absent.
+    - ``watches(total)``: what it measures besides log-probabilities in a training of so many policy steps, see
+      ``watch.py``; nothing if absent.
 
     Attributes:
         beta: the factor from a pair's log-ratio gap to its margin, for the noise term, reported margins and implicit
@@ -51,15 +55,192 @@ class Logistic:
 
     Args:
         beta: preference temperature.
+        smoothing: the share of labels that are expected to be wrong.
+        xi_min: below it the loss of a pair with a shift goes on as its tangent; other pairs have no such limit.
     """
 
     beta: Positive
+    smoothing: Fraction = 0.0
+    xi_min: Positive = 0.05
 
     def __call__(self, policy: "PairLogps", reference: "PairLogps", facts: "Facts") -> "Tensor":
         """A loss for each of the B pairs. Shape B."""
         from dnpo.optimise.objective import logistic
 
-        return logistic(policy, reference, facts, beta=self.beta)
+        return logistic(policy, reference, facts, beta=self.beta, smoothing=self.smoothing, xi_min=self.xi_min)
+
+
+@dataclass(frozen=True)
+class Squared:
+    """The squared loss of IPO: the gap should be 1 / (2β), and less where labels are not sure.
+
+    Args:
+        beta: preference temperature (the paper's τ).
+        mean: log-ratios per token, not of whole responses.
+    """
+
+    beta: Positive
+    mean: bool = False
+
+    def __call__(self, policy: "PairLogps", reference: "PairLogps", facts: "Facts") -> "Tensor":
+        """A loss for each of the B pairs. Shape B."""
+        from dnpo.optimise.objective import squared
+
+        return squared(policy, reference, facts, beta=self.beta, mean=self.mean)
+
+
+@dataclass(frozen=True)
+class OddsRatio:
+    """The loss of ORPO: fine-tuning on chosen responses, and the logistic loss of log odds; it reads no reference.
+
+    Args:
+        weight: weight of the logistic loss (the paper's λ).
+    """
+
+    reads_reference: ClassVar[bool] = False
+    beta: ClassVar[float] = 1.0  # margins are reported in nats
+
+    weight: NonNegative = 0.1
+
+    def __call__(self, policy: "PairLogps", reference: "PairLogps", facts: "Facts") -> "Tensor":
+        """A loss for each of the B pairs. Shape B."""
+        from dnpo.optimise.objective import odds_ratio
+
+        return odds_ratio(policy, facts, weight=self.weight)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """The loss of SimPO: the logistic loss of log-probabilities per token; it reads no reference.
+
+    Args:
+        beta: factor of log-probabilities per token.
+        margin: by how much the chosen response should win, after that factor (the paper's γ).
+    """
+
+    reads_reference: ClassVar[bool] = False
+
+    beta: Positive = 2.0
+    margin: NonNegative = 1.0
+
+    def __call__(self, policy: "PairLogps", reference: "PairLogps", facts: "Facts") -> "Tensor":
+        """A loss for each of the B pairs. Shape B."""
+        from dnpo.optimise.objective import without_reference
+
+        return without_reference(policy, facts, beta=self.beta, margin=self.margin)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Fine-tuning on chosen responses; it reads neither a reference nor rejected responses, nor strengths.
+
+    Args:
+        mean: the loss of a response is a mean over its tokens, not their sum.
+    """
+
+    reads_reference: ClassVar[bool] = False
+    reads_rejected: ClassVar[bool] = False
+    beta: ClassVar[float] = 1.0  # rewards are reported in nats
+
+    mean: bool = True
+
+    def __call__(self, policy: "PairLogps", reference: "PairLogps", facts: "Facts") -> "Tensor":
+        """A loss for each of the B pairs. Shape B."""
+        from dnpo.optimise.objective import surprise
+
+        return surprise(policy, facts, mean=self.mean)
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The logistic loss with smoothed labels where the policy is not sure (SPA, equations 9 to 12).
+
+    A label is suspect if the policy's confidence in it is under a percentile of what it was in the last pairs. The
+    confidence is that of a policy that is farther from the reference: its logits are (1 + λ) times the policy's less λ
+    times the reference's.
+
+    Args:
+        beta: preference temperature.
+        alpha: share of suspect labels that is taken for wrong; 0: nothing is looked for, the loss is logistic.
+        extrapolation: λ; 0: the confidence is the policy's.
+        percentile: of the confidences of the last pairs, in percent.
+        window: how many last pairs these are.
+        warmup: share of the policy steps before labels become suspect.
+    """
+
+    beta: Positive
+    alpha: Fraction = 0.1
+    extrapolation: NonNegative = 0.5
+    percentile: Annotated[float, Range(ge=0, le=100)] = 10.0
+    window: Count = 50
+    warmup: Fraction = 0.2
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether it reads the reference's hidden states."""
+        return self.alpha > 0 and self.extrapolation > 0
+
+    def watches(self, total: int) -> "list[Watch]":
+        """What looks for suspect labels in a training of so many policy steps."""
+        from dnpo.optimise.watch import Suspects
+
+        if not self.alpha:
+            return []
+        start = math.ceil(self.warmup * total)
+        return [Suspects(self.beta, self.extrapolation, self.percentile / 100, self.window, start)]
+
+    def __call__(self, policy: "PairLogps", reference: "PairLogps", facts: "Facts") -> "Tensor":
+        """A loss for each of the B pairs. Shape B."""
+        from dnpo.optimise.objective import logistic
+
+        suspect_B = 0.0 if facts.suspect_B is None else facts.suspect_B
+        return logistic(policy, reference, facts, beta=self.beta, smoothing=self.alpha * suspect_B)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Another objective, and a price for moving away from the reference (HG-DPO).
+
+    The price is the distance between the mean hidden states of policy and reference on the chosen response, in units of
+    the variance of each channel.
+
+    Args:
+        base: the other objective.
+        weight: weight of the price (the paper's λ, for image latents 10,000).
+    """
+
+    needs_states: ClassVar[bool] = True
+    reads_reference: ClassVar[bool] = True
+
+    base: Objective
+    weight: NonNegative = 10.0
+
+    @property
+    def beta(self) -> float:
+        """That of the other objective."""
+        return self.base.beta
+
+    @property
+    def reads_rejected(self) -> bool:
+        """Whether the other objective does."""
+        return getattr(self.base, "reads_rejected", True)
+
+    def watches(self, total: int) -> "list[Watch]":
+        """What measures the distance, after what the other objective has."""
+        from dnpo.optimise.watch import Drift
+
+        return [*watches(self.base, total), Drift()]
+
+    def __call__(self, policy: "PairLogps", reference: "PairLogps", facts: "Facts") -> "Tensor":
+        """A loss for each of the B pairs. Shape B."""
+        assert facts.drift_B is not None, "the training measures it"
+        return self.base(policy, reference, facts) + self.weight * facts.drift_B
+
+
+def watches(objective: Objective, total: int) -> "list[Watch]":
+    """What an objective measures besides log-probabilities in a training of so many policy steps; most: nothing."""
+    make = getattr(objective, "watches", None)
+    return [] if make is None else make(total)
 
 
 def check_objective(objective: Objective) -> None:
@@ -76,7 +257,7 @@ def check_objective(objective: Objective) -> None:
             f"objective: {name} has no number beta, the factor of reported margins and rewards; give it a field or "
             "property of this name (1.0 reports plain log-ratios, in nats)"
         )
-    for flag in ("reads_reference", "reads_rejected"):
+    for flag in ("reads_reference", "reads_rejected", "needs_states"):
         value = getattr(objective, flag, True)
         if not isinstance(value, bool):
             raise SettingsError(f"objective: {name}.{flag} is {value!r}; expected true or false")

@@ -83,7 +83,7 @@ class PairBatch(Batch):
         return replace(
             super().to(device),
             reference=PairLogps(*(t.to(device) for t in self.reference)),
-            facts=Facts(*(t.to(device) for t in self.facts)),
+            facts=self.facts.to(device),
             rejected=None if self.rejected is None else self.rejected.to(device),
             hidden_NH=None if self.hidden_NH is None else self.hidden_NH.to(device),
         )
