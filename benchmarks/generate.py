@@ -1,10 +1,14 @@
 """Speed of generation: rows that come and go in one batch, against what transformers offers.
 
     python -m benchmarks.generate
+    python -m benchmarks.generate --load "8 samples, long prompts" --load "8 samples, short prompts"
+
+The latter are whole stages, with log-probabilities and files: 8 samples a prompt, against 8 runs of one sample.
 
 One process a measurement, the variants in turn; prints a table and writes ``benchmarks/results/generate.json``. A ratio
-is one round's seconds over those of ``refill`` in the same round; its median stands with its quartiles. Seconds are the
-process's own on a CPU, which others may share, and the wall's on a GPU; it runs on the GPU if there is one.
+is one round's seconds over those of the load's first variant in the same round; its median stands with its quartiles.
+Seconds are the process's own on a CPU, which others may share, and the wall's on a GPU; it runs on the GPU if there is
+one.
 """
 
 import argparse
@@ -13,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +35,10 @@ class Load(NamedTuple):
         copies: how often each is asked.
         lengths: shortest and longest prompt.
         limit: completion tokens at most.
-        mean: completion tokens on average, if nothing were cut: one token in so many ends a completion.
+        mean: completion tokens on average, if nothing were cut: one token in so many ends a completion; 0: none does.
         batch_size: rows at once.
         shape: of the Llama model.
+        samples: of each prompt, in a whole stage; 0: only completions are measured.
     """
 
     prompts: int
@@ -42,6 +48,7 @@ class Load(NamedTuple):
     mean: int
     batch_size: int
     shape: dict[str, int]
+    samples: int = 0
 
     def token_ids(self) -> list[list[int]]:
         """Token ids of every prompt, copies included; none of them ends a completion."""
@@ -53,6 +60,15 @@ class Load(NamedTuple):
         return some * self.copies
 
 
+STORIES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 172,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+}
 LOADS = {
     # The default scale's evaluation: 480 held-out prompts of the tiny world, four samples of each.
     "tiny world": Load(
@@ -88,7 +104,21 @@ LOADS = {
             "max_position_embeddings": 512,
         },
     ),
+    # Questions of GSM8K for a tokenizer of 512 entries have 50-286 tokens, 139 on average.
+    "8 samples, long prompts": Load(256, 1, (50, 230), 64, 0, 128, STORIES, samples=8),
+    # Short instructions (rasbt's, Dolly's questions) have 8-123 tokens there, 33 on average.
+    "8 samples, short prompts": Load(256, 1, (16, 50), 64, 0, 128, STORIES, samples=8),
 }
+
+
+class NoText:
+    """A tokenizer, in place of one with texts."""
+
+    eos_token_id = 0
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        """No text."""
+        return ""
 
 
 def make_policy(load: Load) -> Any:
@@ -105,18 +135,26 @@ def make_policy(load: Load) -> Any:
 
         @property
         def stop_ids(self) -> list[int]:
-            return list(range(0, load.shape["vocab_size"] // 2, max(load.mean // 2, 1)))
+            return list(range(0, load.shape["vocab_size"] // 2, max(load.mean // 2, 1))) if load.mean else []
 
     torch.manual_seed(0)
-    tokenizer: Any = None  # no text is made
+    tokenizer: Any = NoText()
     return Stopping(LlamaForCausalLM(LlamaConfig(**load.shape)).eval().to(device_of("auto")), tokenizer)
 
 
 class Quiet:
     """A report that is not read."""
 
+    def begin(self, *_: Any) -> None:
+        """Nothing."""
+
     def advance(self, amount: int = 1) -> None:
         """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    status = note
 
 
 def refill(policy: Any, load: Load, seed: int) -> list[list[int]]:
@@ -157,9 +195,47 @@ def hf_continuous(policy: Any, load: Load, seed: int) -> list[list[int]]:
     return [result.generated_tokens for result in out.values()]
 
 
-VARIANTS: dict[str, Callable[[Any, Load, int], list[list[int]]]] = {
+def single_runs(policy: Any, load: Load, seed: int) -> list[list[int]]:
+    """A stage with one sample of each prompt, as often as there are samples."""
+    return [row for number in range(load.samples) for row in _stage(policy, load, 1, seed + number)]
+
+
+def several_samples(policy: Any, load: Load, seed: int) -> list[list[int]]:
+    """One stage with all samples of each prompt."""
+    return _stage(policy, load, load.samples, seed)
+
+
+Variant = Callable[[Any, Load, int], list[list[int]]]
+VARIANTS: dict[str, Variant] = {
     f.__name__: f for f in (refill, no_refill, hf_by_length, hf_as_they_come, hf_continuous)
 }
+STAGES: dict[str, Variant] = {f.__name__: f for f in (single_runs, several_samples)}
+
+
+def variants_of(load: Load) -> dict[str, Variant]:
+    """What is compared on a load; the first is the measure of the others."""
+    return STAGES if load.samples else VARIANTS
+
+
+def _stage(policy: Any, load: Load, samples: int, seed: int) -> list[list[int]]:
+    from dnpo.generate import Ahead
+    from dnpo.generate.hf import generate
+    from dnpo.records import Prompt
+
+    prompts = [Prompt(str(number), [], "", token_ids=ids) for number, ids in enumerate(load.token_ids())]
+    rollout = Ahead(samples=samples, batch_size=load.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = generate(
+            policy,
+            prompts,
+            rollout,
+            source="policy@0",
+            limit=load.limit,
+            seed=seed,
+            folder=Path(folder),
+            report=Quiet(),
+        )
+    return [row.token_ids for row in rows]
 
 
 def _ours(policy: Any, prompts: list[list[int]], load: Load, seed: int) -> list[list[int]]:
@@ -216,7 +292,7 @@ def measure(variant: str, load: str, seed: int) -> dict[str, Any]:
     import torch
 
     policy, size = make_policy(LOADS[load]), LOADS[load]
-    run = VARIANTS[variant]
+    run = variants_of(size)[variant]
     run(policy, size._replace(prompts=8, copies=1, limit=4), seed)
     gpu = policy.device.type == "cuda"
     if gpu:
@@ -247,16 +323,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--load", choices=LOADS, action="append", help="all without")
-    parser.add_argument("--variant", choices=VARIANTS, action="append", help="all without")
+    parser.add_argument("--variant", choices=VARIANTS | STAGES, action="append", help="all without")
     parser.add_argument("--one", nargs=3, metavar=("VARIANT", "LOAD", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         variant, load, seed = options.one
         print(json.dumps(measure(variant, load, int(seed))))
         return
-    variants = list(dict.fromkeys(["refill", *(options.variant or VARIANTS)]))
     figures: dict[str, Any] = {"python": platform.python_version(), "rounds": options.rounds, "loads": {}}
     for load in options.load or LOADS:
+        first, *others = variants_of(LOADS[load])
+        variants = [first, *(name for name in others if name in (options.variant or others))]
         runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
         for seed in range(options.rounds):
             for variant in variants[seed % len(variants) :] + variants[: seed % len(variants)]:
@@ -274,13 +351,14 @@ def main() -> None:
 
 def _summary(load: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """One load's table, printed and returned."""
-    device = runs["refill"][0]["device"]
+    first = next(iter(runs))
+    device = runs[first][0]["device"]
     key = "cpu_s" if device.startswith("CPU") else "wall_s"
     print(f"\n{load}, {device}")
-    print(f"{'':16} {'wall s':>8} {'CPU s':>8} {'tokens/s':>9}   {key}, times refill's (quartiles)")
+    print(f"{'':16} {'wall s':>8} {'CPU s':>8} {'tokens/s':>9}   {key}, times {first}'s (quartiles)")
     table = {}
     for variant, some in runs.items():
-        ratios = [one[key] / ours[key] for one, ours in zip(some, runs["refill"], strict=True)]
+        ratios = [one[key] / ours[key] for one, ours in zip(some, runs[first], strict=True)]
         wall, cpu = (quartiles([one[name] for one in some]) for name in ("wall_s", "cpu_s"))
         rate = quartiles([one["tokens"] / one[key] for one in some])
         ratio = quartiles(ratios)

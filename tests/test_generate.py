@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import dnpo.generate.hf
+import dnpo.policy.model
 from dnpo.errors import ModelError, SettingsError
 from dnpo.generate import Ahead, Given, Sampling
 from dnpo.generate.hf import complete, generate, sample
@@ -203,6 +204,15 @@ def test_more_copies_of_a_prompt_than_the_batch_has_rows(
         for ids, stream in zip(prompts, STREAMS, strict=False)
     ]
     assert report.done == len(prompts)
+
+
+def test_rows_of_one_prompt_do_not_wait_for_an_empty_batch(make_policy: MakePolicy, world: World) -> None:
+    policy = stopping(make_policy())
+    prompts = [p.token_ids for p in world.prompts[:20] for _ in range(30)]
+    with forwards(policy) as seen:
+        rows = complete(policy, prompts, Sampling(batch_size=32), 12, STREAMS, Report())
+    steps = [count for count, columns in seen if columns == 1]
+    assert len(steps) < 1.4 * sum(len(row) - 1 for row in rows) / 32, "the batch is nearly full"
 
 
 SHAPE: dict[str, Any] = {
@@ -470,6 +480,34 @@ def test_each_of_several_samples_is_the_one_generated_alone(
         brute = sum(float(logp[start + t - 1, token]) for t, token in enumerate(row.token_ids))
         assert row.logprob == pytest.approx(brute, abs=1e-4)
     assert len({tuple(row.token_ids) for row in rows}) > 25, "they differ"
+
+
+@pytest.mark.parametrize("tokens", [8192, 60, 1])
+def test_several_samples_are_scored_with_one_reading_of_the_prompt(
+    make_policy: MakePolicy, world: World, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """As many as a batch holds; each is the score of the sequence alone."""
+    monkeypatch.setattr(dnpo.policy.model, "SCORED_TOKENS", tokens)
+    monkeypatch.setattr(dnpo.policy.model.by_length, "__defaults__", (tokens,))
+    policy = make_policy()
+    prompts = [p.token_ids for p in world.prompts[:6] for _ in range(5)]
+    completions = [r.token_ids for r in world.human[:30]]
+    batches: list[int] = []
+    policy.causal_lm.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: batches.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    scores = policy.score(prompts, completions, samples=5)
+    read = sum(batches)
+    alone = [policy.score([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+    assert scores == pytest.approx(alone, abs=1e-4)
+    once, every = (sum(map(len, some)) + sum(map(len, completions)) for some in (prompts[::5], prompts))
+    if tokens == 8192:
+        assert read == once
+    elif tokens == 60:
+        assert once < read < every
+        assert max(batches) <= 60
+    else:
+        assert read == every
 
 
 def test_the_first_samples_do_not_depend_on_how_many_there_are(

@@ -15,7 +15,7 @@ from dnpo.policy import packing
 from dnpo.policy.loading import _check_logits, without_dropout
 from dnpo.policy.logprobs import token_logps
 from dnpo.policy.model import Policy
-from dnpo.policy.packing import Packed, Spread, attention, pack
+from dnpo.policy.packing import Packed, Spread, attention, pack, pack_shared
 
 # --- layout -----------------------------------------------------------------------------------------------------------
 
@@ -62,6 +62,30 @@ def test_a_row_with_a_shared_prompt_by_hand() -> None:
     assert packed.cumulative.tolist() == [0, 5, 7, 11, 14]
 
 
+def test_a_row_with_a_prompt_that_three_share_by_hand() -> None:
+    """Three samples of one prompt, and one of another.
+
+    Row:        5 6 7 | 8 2 | 9 | 3 4
+    Position:   0 1 2 | 2 3 | 2 | 0 1
+    Sequences:  5 6 7 | 5 6 8 2 | 5 6 9 | 3 4
+    """
+    packed = pack_shared([[5, 6], [5, 6], [5, 6], [3]], [[7], [8, 2], [9], [4]], [0, 0, 0, 3])
+    assert packed.ids_T.tolist() == [5, 6, 7, 8, 2, 9, 3, 4]
+    assert packed.position_T.tolist() == [0, 1, 2, 2, 3, 2, 0, 1]
+    assert packed.tokens_M.tolist() == [0, 1, 2, 0, 1, 3, 4, 0, 1, 5, 6, 7]
+    assert packed.place_T.tolist() == [0, 1, 2, 5, 6, 9, 10, 11]
+    assert packed.again_X.tolist() == [0, 1, 0, 1]
+    assert packed.second_X.tolist() == [3, 4, 7, 8]
+    assert packed.predict_N.tolist() == [1, 1, 3, 1, 6]
+    assert packed.target_N.tolist() == [7, 8, 2, 9, 4]
+
+
+@pytest.mark.parametrize("first", [[1, 1, 2, 3], [0, 0, 1, 3], [0, 0, 0, 0]])
+def test_a_prompt_is_shared_with_an_earlier_sequence_that_has_it(first: list[int]) -> None:
+    with pytest.raises(ValueError, match="first"):
+        pack_shared([[5, 6], [5, 6], [5, 6], [3]], [[7], [8], [9], [4]], first)
+
+
 def drawn(seed: int, pairs: int, most: int = 30) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts, the second half like the first, and completions, some of them empty."""
     chance = random.Random(seed)
@@ -72,18 +96,22 @@ def drawn(seed: int, pairs: int, most: int = 30) -> tuple[list[list[int]], list[
     return [ids(1) for _ in range(pairs)] * 2, [ids(0) for _ in range(2 * pairs)]
 
 
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("share", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(6))
-def test_every_token_is_where_it_is_said_to_be(seed: int, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_token_is_where_it_is_said_to_be(seed: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What holds of every layout, and of the padded batches that attention makes of it."""
     monkeypatch.setattr(packing, "WASTE", [0, 100, 10_000][seed % 3])
     prompts, completions = drawn(seed, 4)
-    packed = pack(prompts, completions, share_prompt=share)
+    if share == 4:
+        prompts = [*prompts[:2], *prompts[:2], *prompts[:2], *prompts[:2]]
+        packed = pack_shared(prompts, completions, [0, 1] * 4)
+    else:
+        packed = pack(prompts, completions, share_prompt=share == 2)
     rows = [p + c for p, c in zip(prompts, completions, strict=True)]
     flat = [token for row in rows for token in row]
     assert packed.ids_T[packed.tokens_M].tolist() == flat
     assert packed.position_T[packed.tokens_M].tolist() == [t for row in rows for t in range(len(row))]
-    assert len(packed.ids_T) == len(flat) - (sum(map(len, prompts)) // 2 if share else 0)
+    assert len(packed.ids_T) == len(flat) - sum(map(len, prompts)) * (share - 1) // share
     # Every token of the row has a first place, and what is left of the places is where tokens come again.
     assert packed.tokens_M[packed.place_T].tolist() == list(range(len(packed.ids_T)))
     assert packed.tokens_M[packed.second_X].tolist() == packed.again_X.tolist()

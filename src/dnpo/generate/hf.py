@@ -69,7 +69,10 @@ def generate(
     cut = min(rollout.max_tokens or limit, limit)
     for shard, path in zip(shards, paths, strict=True):
         if not path.is_file():
-            responses = _answer(policy, shard, rollout, source, cut, seed, report, limit if rollout.append_eos else 0)
+            ended_within = limit if rollout.append_eos else 0
+            responses = _answer(
+                policy, shard, rollout, source, cut, seed, report, samples=rollout.samples, ended_within=ended_within
+            )
             write(path, responses, Response)
     found = read_all(paths, Response)
     ended = sum(response.finish == "length" for response in found)
@@ -109,6 +112,8 @@ def _answer(
     limit: int,
     seed: int,
     report: Report,
+    *,
+    samples: int = 1,
     ended_within: int = 0,
 ) -> list[Response]:
     """Sample, score and decode a response for each row.
@@ -116,6 +121,7 @@ def _answer(
     Args:
         rows: prompts, each with the number of its sample.
         limit: maximum number of tokens that are generated.
+        samples: so many consecutive rows have the same prompt.
         ended_within: end responses that were cut, within so many tokens; 0: leave them without an end.
     """
     ids = [prompt.token_ids for prompt, _ in rows]
@@ -130,7 +136,7 @@ def _answer(
                 completion if ends else [*completion[: ended_within - 1], stops[0]]
                 for completion, ends in zip(completions, whole, strict=True)
             ]
-        logps = policy.score(ids, completions)
+        logps = policy.score(ids, completions, samples=samples)
     responses = []
     for (prompt, number), completion, ends, logp in zip(rows, completions, whole, logps, strict=True):
         finish: Finish = "eos" if ends else "length"
@@ -454,11 +460,13 @@ def _warp(sampling: Sampling) -> Any:
 def _queue(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
     """Group the numbers of equal prompts, which are read together, in ascending length; the queue's head is the end.
 
-    The longest prompts are taken first, so that a lack of memory shows at once.
+    The longest prompts are taken first, so that a lack of memory shows at once. A group is at most the share of the
+    batch that is waited for, so that many samples of one prompt do not wait until the batch is empty.
     """
+    most = max(int(batch_size * FREE), 1)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     groups = [list(group) for _, group in groupby(order, key=lambda i: prompts[i])]
-    return [group[n : n + batch_size] for group in groups for n in range(0, len(group), batch_size)]
+    return [group[n : n + most] for group in groups for n in range(0, len(group), most)]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from transformers import (
 
 from dnpo.errors import ModelError, SettingsError
 from dnpo.policy.logprobs import Head, sum_by_sequence, token_logps
-from dnpo.policy.packing import ATTENTION, Packed, pack, register
+from dnpo.policy.packing import ATTENTION, Packed, pack_shared, register
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -111,12 +111,23 @@ class Policy:
         return sum_by_sequence(token_logps(self.hidden(batch), self.head, batch.target_N), batch.completions_S)
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[float]:
-        """log p(completion | prompt) of many sequences, in nats, computed in batches of similar length."""
+    def score(self, prompts: Sequence[list[int]], completions: Sequence[list[int]], *, samples: int = 1) -> list[float]:
+        """log p(completion | prompt) of many sequences, in nats, computed in batches of similar length.
+
+        Args:
+            samples: so many consecutive sequences have the same prompt, which is read once for as many of them as a
+                batch holds.
+        """
         scores = [0.0] * len(prompts)
-        for some in by_length([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]):
-            batch = pack([prompts[i] for i in some], [completions[i] for i in some])
-            for i, logp in zip(some, self.logps(batch.to(self.device)).tolist(), strict=True):
+        units = _share(prompts, completions, samples)
+        for some in by_length([tokens for _, tokens in units]):
+            rows: list[int] = []
+            first: list[int] = []
+            for unit in some:
+                first += [len(rows)] * len(units[unit][0])
+                rows += units[unit][0]
+            batch = pack_shared([prompts[i] for i in rows], [completions[i] for i in rows], first)
+            for i, logp in zip(rows, self.logps(batch.to(self.device)).tolist(), strict=True):
                 scores[i] = logp
         return scores
 
@@ -176,6 +187,17 @@ class AdapterOff(Policy):
         """The hidden states without the trained adapter, shape N × H."""
         with self.evaluating(), self.model.disable_adapter():  # type: ignore[operator]
             return super().hidden(batch, **options)
+
+
+def _share(prompts: Sequence[list[int]], completions: Sequence[list[int]], samples: int) -> list[tuple[list[int], int]]:
+    """Numbers of sequences that share a prompt within one batch, with their tokens, in which the prompt counts once."""
+    units: list[tuple[list[int], int]] = []
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        if i % samples and units[-1][1] + len(completion) <= SCORED_TOKENS:
+            units[-1] = ([*units[-1][0], i], units[-1][1] + len(completion))
+        else:
+            units.append(([i], len(prompt) + len(completion)))
+    return units
 
 
 def by_length(lengths: Sequence[int], tokens: int = SCORED_TOKENS) -> Iterator[list[int]]:

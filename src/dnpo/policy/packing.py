@@ -4,7 +4,8 @@ All layers except attention work on single tokens, so they need no padding; posi
 Only attention needs separate sequences: with half-precision tensors on a GPU it is variable-length attention, elsewhere
 it runs on batches of sequences of similar length, padded on the right, where causal attention never looks.
 
-The prompt of a pair can be computed once for both responses: its tokens are in the row once and in both sequences.
+The prompt of a pair can be computed once for both responses, and that of several samples once for all of them: its
+tokens are in the row once and in each of these sequences.
 
 Shapes: S sequences, T tokens of the row, M tokens of all sequences (T, if no prompt is shared), N completion tokens,
 L tokens of the longest sequence of a batch, h heads, d their size.
@@ -37,8 +38,8 @@ class Packed:
         position_T: the position of each token in its sequence.
         tokens_M: the tokens of each sequence, as indices in the row, sequence after sequence.
         place_T: index in ``tokens_M`` of each token's first occurrence.
-        again_X: indices in the row of the tokens that occur twice in ``tokens_M``.
-        second_X: indices in ``tokens_M`` of their second occurrences.
+        again_X: indices in the row of the tokens that occur again in ``tokens_M``, once for each further occurrence.
+        second_X: indices in ``tokens_M`` of these occurrences.
         predict_N: indices of the hidden states that predict the completion tokens, sequence after sequence.
         target_N: the completion tokens' ids.
         completions_S: number of completion tokens of each sequence.
@@ -121,8 +122,8 @@ class Spread(NamedTuple):
     Attributes:
         source: the token for each place.
         place_T: the first place of each token.
-        again_X: the tokens with a second place.
-        second_X: their second places.
+        again_X: the tokens with further places, once for each.
+        second_X: these places.
     """
 
     source: Tensor
@@ -158,6 +159,8 @@ def pack_shared(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
             its own.
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    if any(s < keeper or first[keeper] != keeper or prompts[s] != prompts[keeper] for s, keeper in enumerate(first)):
+        raise ValueError("first: expected for each sequence itself, or an earlier one that keeps the same prompt")
     ids: list[int] = []
     positions: list[int] = []
     places: list[list[int]] = []  # of each sequence's tokens in the row
