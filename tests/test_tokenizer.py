@@ -78,6 +78,14 @@ def test_round_trip(tokenizer: Any, rows: dict[str, list[Prompt]]) -> None:
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+def test_characters_of_rejected_responses_are_known() -> None:
+    asked = [Prompt(str(i), [{"role": "user", "content": "Why?"}], "So.", rejected="Because é.") for i in range(4)]
+    tokens: Any = train_tokenizer(asked, 300)
+    assert tokens.decode(tokens("Because é.")["input_ids"]) == "Because é."
+    without: Any = train_tokenizer([Prompt("a", asked[0].messages, "So.")], 300)
+    assert without.unk_token_id in without("Because é.")["input_ids"]
+
+
 @pytest.mark.parametrize("text", ["", " ", "  two  spaces ", "a . b , c", "What is  3 ?", "don 't n't 's"])
 def test_decoding_does_not_tidy_up(tokenizer: Any, text: str) -> None:
     """Blanks before a full stop stay: tidying would let a policy be judged on text that it did not write."""
