@@ -254,6 +254,7 @@ def test_neutral_fields_are_in_no_key_and_all_others_are(kind: type) -> None:
     """Of every dataclass in ``conf/`` that does not say by itself what decides its results."""
     needed: dict[str, Any] = {"optimizer": Bound("torch.optim.SGD", {"lr": 0.1}), "beta": 1.0, "shift": 1.0}
     needed["like"] = TrainableNoise()
+    needed["base"] = Logistic(beta=1.0)
     needed["optimisation"] = Optimisation(needed["optimizer"])
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     part = kind(**{name: needed[name] for name in names if name in needed})
@@ -405,7 +406,7 @@ def objective(kind: Any, **settings: Any) -> list[str]:
     """Overrides that choose an objective of one's own."""
     return [
         f"objective._target_={__name__}.{kind.__name__}",
-        "~objective.beta",
+        *(f"~objective.{name}" for name in ("beta", "smoothing", "xi_min")),
         *(f"+objective.{name}={value}" for name, value in settings.items()),
     ]
 
