@@ -25,6 +25,7 @@ from hydra import compose, initialize_config_dir
 
 from dnpo.commands.common import plain
 from dnpo.data.tinyworld import FAMILIES, FLAWS, TinyWorld, problems, respond
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.augment import Augmentation, Gold, augment, score_pairs
 from dnpo.judges.exact.rules import Rules, correct
 from dnpo.judges.self_judge import AskedPolicy
@@ -33,7 +34,7 @@ from dnpo.policy.base import Scratch
 from dnpo.policy.choices import Choices
 from dnpo.policy.model import Policy
 from dnpo.policy.tokenizer import encode
-from dnpo.records import Pair, Prompt
+from dnpo.records import Pair, Prompt, Response
 from dnpo.seeding import derive
 from dnpo.settings import build, check, conf_folder
 
@@ -96,6 +97,7 @@ def measure(policy: Policy, template: str, held: Sequence[tuple[Prompt, Gold]]) 
     p = np.array(judge.compare_pairs([prompt for prompt, _ in held], pairs))
     truth = np.array([correct(prompt, g.better) != correct(prompt, g.worse) for prompt, g in held])
     wins = (p > 0.5) + 0.5 * (p == 0.5)
+    ranked = np.sign(scores(judge, held, 0) - scores(judge, held, 1)) / 2 + 0.5
     ids = [
         judge.choices.encode(g.messages, *sides)
         for _, g in held
@@ -106,9 +108,21 @@ def measure(policy: Policy, template: str, held: Sequence[tuple[Prompt, Gold]]) 
         "all": wins.mean(),
         "form": wins[~truth].mean(),
         "truth": wins[truth].mean(),
+        "ranked all": ranked.mean(),
+        "ranked form": ranked[~truth].mean(),
+        "ranked truth": ranked[truth].mean(),
         "says A": (first > 0.5).mean(),
         "brier": ((p - 1) ** 2).mean(),
     }
+
+
+def scores(judge: AskedPolicy, held: Sequence[tuple[Prompt, Gold]], side: int) -> Any:
+    """The scores of the better (0) or worse (1) responses: how probably each is better than an empty one."""
+    texts = [(g.better, g.worse)[side] for _, g in held]
+    asked = [replace(prompt, id=str(i)) for i, (prompt, _) in enumerate(held)]
+    responses = [Response(str(i), "human", text, [], 0, "eos") for i, text in enumerate(texts)]
+    verdicts = judge(asked, responses, Ledger(Path("none")), Quiet())
+    return np.array([verdict.score for verdict in verdicts])
 
 
 def as_pair(gold: Gold) -> Pair:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnpo.errors import DataError, JudgeError, ModelError, SettingsError
 from dnpo.judges import Judge, judge_responses
@@ -270,6 +271,33 @@ def test_questions_share_what_they_have_in_common(asking: World, ask_policy: Cal
     shared = len(prompt.token_ids)
     packed = pack_shared([ids[:shared] for ids in group], [ids[shared:] for ids in group], [0] * len(group))
     assert len(packed.ids_T) == sum(map(len, group)) - 13 * shared
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of all tensors that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {
+            tuple(each.shape) for each in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(each)
+        }
+        return out
+
+
+def test_no_tensor_has_the_vocabulary(asking: World, ask_policy: Callable[..., AskedPolicy]) -> None:
+    """Two logits for each question, and nothing else of the output head."""
+    judge = ask_policy(2)
+    questions = [
+        judge.choices.encode(p.messages, r.text, "") for p, r in zip(asking.prompts, asking.human, strict=True)
+    ]
+    with Shapes() as shapes:
+        judge.choices.probabilities([[ids] for ids in questions[:30]])
+    assert not [shape for shape in shapes.seen if len(asking.tokenizer) in shape]
+    assert (30, 2) in shapes.seen
 
 
 def test_a_shared_prompt_has_the_gradient_of_separate_ones(world: World, make_policy: MakePolicy) -> None:

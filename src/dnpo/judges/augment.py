@@ -12,8 +12,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from dnpo.data.verifiable import points
 from dnpo.errors import DataError
-from dnpo.judges.exact.rules import Rules
 from dnpo.optimise.parts import Optimisation
 from dnpo.policy.question import LETTERS, TINY, ask, check_template
 from dnpo.records import Message, Prompt
@@ -81,7 +81,14 @@ class Augmentation:
             DataError: there are none.
         """
         if self.labels == "rules":
-            known = score_pairs(prompts, Rules().points)
+            without = [prompt.id for prompt in prompts if prompt.answer is None]
+            if without:
+                raise DataError(
+                    f"augment.labels=rules: needs a verifiable answer for every prompt; {len(without):,} of "
+                    f"{len(prompts):,} have none, the first is {without[0]}; augment.labels=given takes the data's own "
+                    "pairs"
+                )
+            known = score_pairs(prompts, points)
             lack = "no two responses to one conversation have different scores"
         else:
             known = given_pairs(prompts)
