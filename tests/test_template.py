@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dnpo.errors import ModelError
 from dnpo.policy.base import Pretrained
 from dnpo.policy.lora import Lora
-from dnpo.policy.template import SETTING, TIMES, Span, Text, put_in_force, render, render_turns
+from dnpo.policy.template import SETTING, Span, Text, put_in_force, render, render_turns
 from dnpo.policy.tokenizer import encode
 from dnpo.policy.tokens import control_texts, tokenize, wrap
 from dnpo.settings import part_key
@@ -348,11 +348,12 @@ def test_clock_that_is_read_and_not_shown_is_none_of_our_business() -> None:
 )
 def test_clock_that_is_stopped_says_what_strftime_says(form: str) -> None:
     tokenizer = wrapped(template="{{ strftime_now('FORM') }}".replace("FORM", form) + CHATML)
-    for now in TIMES:
+    times = [datetime(1984 + 3 * h, h % 12 + 1, h + 3, h, 2 * h + 1, 59 - 2 * h) for h in range(0, 24, 3)]
+    for now in times:
         tokenizer.chat_template = "{{ strftime_now('FORM') }}".replace("FORM", form) + CHATML
         put_in_force(tokenizer, date=now.isoformat())
         assert render_turns(tokenizer, ASKED).text.partition("<s>")[0] == now.strftime(form)
-    assert TIMES[0].strftime(form) != TIMES[1].strftime(form)
+    assert times[0].strftime(form) != times[1].strftime(form)
 
 
 def test_values_that_a_template_has_from_an_earlier_run_are_replaced() -> None:
@@ -390,7 +391,21 @@ def test_template_of_several_and_one_that_cannot_be_read() -> None:
         put_in_force(wrapped(template="{% if %}"), arguments={"mood": 1})
 
 
-@pytest.mark.parametrize("condition", ["%H')|int > 17", "%m') == '12'", "%d%m') == '3110'", "%A') == 'Monday'"])
+CONDITIONS = [
+    *("%H')|int > 17", "%m') == '12'", "%d%m') == '3110'", "%A') == 'Monday'", "%F') == '2031-05-17'"),
+    *("%F').startswith('2031')", "%F') in ['2031-05-17']", "%F') in {'2031-05-17': 1}", "%F')[:4] == '2031'"),
+    *("%F')|length > 99", "%Y')|float > 3000", "%F') < '1999'", "%F') in '2031-05-17'", "%F')|upper == 'X'"),
+    *(
+        "%F') ~ '' == '2031-05-17'",
+        "%F')|replace('2031', '') == 'x'",
+        "%Y-') + 'x' == 'y'",
+        "x-%F').split('-')[1] == '9'",
+    ),
+    *("%d')|int % 77 == 76", "%F') is string", "%F')|list|first == 'x'", "%F')|tojson == '1'"),
+]
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
 def test_clock_by_which_a_template_chooses_is_found(condition: str) -> None:
     """Whatever the time is while this test runs."""
     tokenizer = wrapped(
@@ -398,6 +413,51 @@ def test_clock_by_which_a_template_chooses_is_found(condition: str) -> None:
     )
     with pytest.raises(ModelError, match="reads the clock"):
         render_turns(tokenizer, ASKED)
+
+
+def test_time_in_the_hands_of_a_template_is_used_in_one_way_or_another() -> None:
+    for use in ("'2031' in now", "'a' ~ now", "('%s' % now)", "[now]|join", "('x' + now)", "namespace(d=now).d"):
+        tokenizer = wrapped(template="{% set now = strftime_now('%F') %}{{ USE }}".replace("USE", use) + CHATML)
+        with pytest.raises(ModelError, match="reads the clock"):
+            render_turns(tokenizer, ASKED)
+    # asked for, and nothing is done with it
+    for use in ("'x' if now else 'y'", "'x' if now is defined", "'x' if strftime_now is defined"):
+        tokenizer = wrapped(template="{% set now = strftime_now('%F') %}{{ USE }}".replace("USE", use) + CHATML)
+        assert render_turns(tokenizer, ASKED).text.startswith("x<s>")
+
+
+@pytest.mark.parametrize("draws", ["['a', 'a']|random", "lipsum(n=1)", "range(9)|random"])
+def test_template_that_draws_by_chance_is_refused_at_once(draws: str) -> None:
+    with pytest.raises(ModelError, match=r"^model\.chat_template: draws by chance \((random|lipsum)\)"):
+        render_turns(wrapped(template=f"{{{{ {draws} }}}}" + CHATML), ASKED)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML,
+        "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ {}.x.y }}{% endif %}{% endfor %}"
+        + CHATML,
+        "{% set messages = messages[1:] if messages[0].role == 'system' else messages %}" + CHATML,
+    ],
+    ids=["says so", "fails", "drops it"],
+)
+def test_template_that_takes_no_system_turn_comes_with_advice(template: str) -> None:
+    tokenizer = wrapped(template=template)
+    assert render_turns(tokenizer, ASKED).text
+    talk = [{"role": "system", "content": "Be brief."}, *ASKED]
+    with pytest.raises(ModelError, match=r"takes no system turn: give a model\.chat_template that puts"):
+        render_turns(tokenizer, talk)
+    with pytest.raises(ModelError) as caught:  # the judge puts its question without one
+        render_turns(tokenizer, talk, setting="judge's chat template")
+    assert "takes no system turn" not in str(caught.value)
+
+
+def test_advice_on_system_turns_is_for_them_alone() -> None:
+    broken = wrapped(template="{{ raise_exception('no') }}")
+    with pytest.raises(ModelError) as caught:
+        render_turns(broken, [{"role": "system", "content": "Be brief."}, *ASKED])
+    assert "system turn" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("template", "date"), [(CHATML, "2026-01-31"), (DATED, "31.1.2026"), (DATED, "today")])
@@ -455,4 +515,3 @@ def test_errors_name_the_judges_template_where_it_is_the_judges() -> None:
         render_turns(wrapped(template="x"), ASKED, setting="judge's chat template")
     with pytest.raises(ModelError, match=rf"^{SETTING}: reads the clock"):
         render_turns(wrapped(template=DATED), ASKED)
-    assert datetime.fromisoformat("2026-01-31") not in TIMES

@@ -204,9 +204,9 @@ def _find_problems(folder: Path, trained: bool) -> Iterator[str]:
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
         yield "it has no tokenizer: expected tokenizer.json; save it along with the model"
     text = config.get("text_config")
-    for file, settings in ((CONFIG, config), (CONFIG, text), (GENERATION, found.get(GENERATION))):
+    for source, settings in ((CONFIG, config), (CONFIG, text), (GENERATION, found.get(GENERATION))):
         if isinstance(settings, dict):
-            yield from _check_ids(settings, file, _vocabulary(config))
+            yield from _check_ids(settings, source, _vocabulary(config))
     yield from _check_weights(folder, found.get(INDEX), read_quantisation(folder) is not None)
 
 

@@ -6,12 +6,15 @@ Silent changes of the data by a template are refused: leaving out a turn, cuttin
 import json
 import re
 import string
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple, cast
 
-from jinja2 import Environment, TemplateError, meta
+from jinja2 import Environment, TemplateError, meta, nodes
 from transformers import PreTrainedTokenizerBase
 
 from dnpo.errors import ModelError
@@ -31,12 +34,10 @@ HEAD = re.compile(  # a line that gives a name its value, as put_in_force writes
     r"{% set (?P<name>\w+) = ((?!%}).)*%}\n|{% macro strftime_now\(format\) %}.*{% endmacro %}\n"
 )
 CLOCK = "strftime_now"  # by which transformers' templates ask for the time
-TIMES = (  # every hour and month, many years and days of the week, and some days that templates might know
-    *(datetime(1984 + 3 * h, h % 12 + 1, h + 3, h, 2 * h + 1, 59 - 2 * h) for h in range(24)),
-    *(
-        datetime(2027, month, day, 12)
-        for month, day in ((1, 1), (2, 14), (4, 1), (10, 31), (12, 24), (12, 25), (12, 31))
-    ),
+CHANCE = {"random", "lipsum"}  # what Jinja draws by
+NO_SYSTEM = (
+    "; it takes no system turn: give a model.chat_template that puts its text before the user's, or put it there "
+    "in the data"
 )
 PRIVATE = (0xF0000, 0x100000)  # characters for private use: two for each turn, from one of these on
 
@@ -161,11 +162,15 @@ def _without_head(template: str, names: Container[str]) -> str:
 
 def _variables(template: str, setting: str) -> set[str]:
     """The names that a template takes from outside."""
-    known = Environment(extensions=["jinja2.ext.loopcontrols"])  # parses only; transformers adds one more tag
     try:
-        return meta.find_undeclared_variables(known.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)))
+        return meta.find_undeclared_variables(_parse(template))
     except TemplateError as error:
         raise ModelError(f"{setting}.chat_template: {error}") from error
+
+
+def _parse(template: str) -> nodes.Template:
+    known = Environment(extensions=["jinja2.ext.loopcontrols"])  # parses only; transformers adds one more tag
+    return known.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))
 
 
 def _literal(value: Any) -> str:
@@ -245,7 +250,7 @@ def render_turns(
             depends on the time or on chance.
     """
     text = _apply(tokenizer, messages, generation, setting)
-    _check_clock(tokenizer, messages, generation, setting)
+    _check_clock(tokenizer, messages, generation, setting, text)
     cores = [message["content"].strip() for message in messages]
     base = next((b for b in PRIVATE if not any(b <= ord(c) <= b + 2 * len(cores) for core in cores for c in core)), 0)
     marked = [
@@ -263,25 +268,112 @@ def render_turns(
         if core and (found[0] != text or i in found[1]):
             spans += _find(text, core, i, found[1][i] if found[0] == text else [], spans)
         if core and not any(span.turn == i for span in spans):
+            advice = _advise(tokenizer, messages, generation, setting) if i == 0 else ""
             raise ModelError(
-                f"{setting}: leaves out or changes the text of turn {i + 1} of {len(cores)} "
-                f"({messages[i]['role']}): {core[:40]!r} with its {len(core):,} characters is not in what it renders"
+                f"{setting}: leaves out or changes the text of turn {i + 1} of {len(cores)} ({messages[i]['role']}): "
+                f"{core[:40]!r} with its {len(core):,} characters is not in what it renders{advice}"
             )
     return Text(text, tuple(sorted(spans, key=lambda span: span.start)))
 
 
-def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str) -> None:
-    """Refuse a template that writes something else at other times, unless its clock is stopped."""
+class _Now:
+    """The time that a template has asked for; notes whether anything is done with it, such as to write or compare it.
+
+    It is no text, so that nothing can be done with it unnoticed: what needs one raises an error.
+    """
+
+    def __init__(self, text: str, uses: list[str]) -> None:
+        self._text, self._uses = text, uses
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        self._uses.append(name)
+        return getattr(self._text, name)
+
+    def __hash__(self) -> int:
+        return hash(_noted("__str__")(self))
+
+    def __eq__(self, other: object) -> bool:
+        return bool(_noted("__eq__")(self, other))
+
+
+def _noted(name: str) -> Callable[..., Any]:
+    def use(self: _Now, *given: Any) -> Any:
+        self._uses.append(name)
+        if name in ("__int__", "__float__"):
+            return {"__int__": int, "__float__": float}[name](self._text)
+        if name == "__radd__":
+            return given[0] + self._text
+        return getattr(self._text, name)(*(str(each) if isinstance(each, _Now) else each for each in given))
+
+    return use
+
+
+for _name in (
+    "str",
+    "int",
+    "float",
+    "len",
+    "iter",
+    "contains",
+    "getitem",
+    "add",
+    "radd",
+    "mod",
+    "mul",
+    "rmul",
+    "format",
+):
+    setattr(_Now, f"__{_name}__", _noted(f"__{_name}__"))
+for _name in ("lt", "le", "gt", "ge"):
+    setattr(_Now, f"__{_name}__", _noted(f"__{_name}__"))
+
+
+def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str, text: str) -> None:
+    """Refuse a template that uses the time in a rendering, unless its clock is stopped, or that draws by chance.
+
+    Whatever the time is: it is seen that the template does something with the time, not what it makes of it.
+
+    Args:
+        text: the rendering by the clock as it is.
+    """
     template = _current(tokenizer, setting)
+    if drawn := CHANCE & _words(template):
+        raise ModelError(f"{setting}: draws by chance ({', '.join(sorted(drawn))}), so prompts would change each time")
     if CLOCK not in template or f"macro {CLOCK}(" in template:
         return
-    first, *others = (_apply(tokenizer, messages, generation, setting, _stop_clock(now) + template) for now in TIMES)
-    if any(other != first for other in others):
-        remedy = "model.template_date" if setting == SETTING else "judge.template_date (in a fit template_date)"
-        raise ModelError(
-            f"{setting}: reads the clock ({CLOCK}), so prompts would change from day to day and their stages would "
-            f"not; give {remedy}, such as 2026-01-31"
-        )
+    uses: list[str] = []
+    compiled = _compile(template)
+    compiled.globals[CLOCK] = lambda form: _Now(datetime.now().strftime(form), uses)
+    settings = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": generation}
+    with suppress(Exception):  # where it needs a text, which the time is not here
+        if compiled.render(messages=[dict(message) for message in messages], **settings) == text and not uses:
+            return
+    remedy = "model.template_date" if setting == SETTING else "judge.template_date (in a fit template_date)"
+    raise ModelError(
+        f"{setting}: reads the clock ({CLOCK}), so prompts would change from day to day and their stages would "
+        f"not; give {remedy}, such as 2026-01-31"
+    )
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> Any:
+    """Compile a template as transformers does, for use here alone: not the one that transformers keeps."""
+    theirs: Any = import_module("transformers.utils.chat_template_utils")
+    return theirs._cached_compile_jinja_template(template)
+
+
+@lru_cache(maxsize=16)
+def _words(template: str) -> set[str]:
+    """The filters and the names from outside that a template uses."""
+    try:
+        tree = _parse(template)
+    except TemplateError:
+        return set()  # rendering says so
+    filters = {node.name for node in tree.find_all(nodes.Filter)}
+    return filters | {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
 
 
 def _marks(marked: str, base: int, turns: int) -> tuple[str, dict[int, list[tuple[int, int]]]]:
@@ -314,14 +406,29 @@ def _find(text: str, core: str, turn: int, marks: Sequence[tuple[int, int]], bef
 
 
 def _apply(
-    tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str, template: str | None = None
+    tokenizer: Any,
+    messages: Sequence[Message],
+    generation: bool,
+    setting: str,
 ) -> str:
     try:
         return cast(
-            str,
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation, chat_template=template
-            ),
+            str, tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
         )
     except Exception as error:  # a template can raise what it likes
-        raise ModelError(f"{setting}: cannot render {[m['role'] for m in messages]} ({error})") from error
+        advice = _advise(tokenizer, messages, generation, setting)
+        raise ModelError(f"{setting}: cannot render {[m['role'] for m in messages]} ({error}){advice}") from error
+
+
+def _advise(tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str) -> str:
+    """What to do where a template renders a conversation only without its system turn; "" if that is not it.
+
+    A judge's question is put without a system turn then, and needs no advice.
+    """
+    if setting != SETTING or len(messages) < 2 or messages[0]["role"] != "system":
+        return ""
+    try:
+        _apply(tokenizer, messages[1:], generation, setting)
+    except ModelError:
+        return ""
+    return NO_SYSTEM
