@@ -14,6 +14,8 @@ from dnpo.data.rows import SCORES
 from dnpo.errors import DataError
 from dnpo.records import GIVEN, Prompt, Response, read, write_preferences
 from dnpo.stages.verbs import prepare, read_given, read_split
+from dnpo.store import Stage, Store
+from dnpo.tracking.datasets import list_datasets
 from tests.conftest import SHARED, Report, World
 from tests.test_files import FORMATS, LIMITS, Save, every_format, everything, hub, jsonl, save, write
 
@@ -232,11 +234,15 @@ class Model:
         return self.policy
 
 
-def prepared(world: World, file: Path, folder: Path, report: Report, **settings: Any) -> dict[str, Any]:
+def stage_of(world: World, file: Path, **settings: Any) -> Stage:
     data = JsonLines(path=str(file), **{"max_prompt_tokens": 100, "max_response_tokens": 40} | settings)
     run: Any = SimpleNamespace(data=data, model=Model(world), limit=data.max_response_tokens, sft_rows=0, device="cpu")
+    return prepare(run, None)
+
+
+def prepared(world: World, file: Path, folder: Path, report: Report, **settings: Any) -> dict[str, Any]:
     folder.mkdir()
-    return dict(prepare(run, None).work(folder, {}, report))
+    return dict(stage_of(world, file, **settings).work(folder, {}, report))
 
 
 WORDS = "one two three four five six seven eight nine ten " * 3
@@ -298,6 +304,25 @@ def test_data_without_pairs_leave_nothing_new(world: World, tmp_path: Path, repo
     assert not list((tmp_path / "one").glob("*given*"))
     assert read_given(tmp_path / "one", "train") == []
     assert read(tmp_path / "one" / "train-human.parquet", Response)
+
+
+def test_a_split_with_pairs_is_one_data_set_with_its_rejected_responses(
+    world: World, tmp_path: Path, report: Report
+) -> None:
+    """Files with responses are no data sets of their own; the digest is of both sides."""
+    digests = []
+    for word in ("bad", "worse"):
+        file = write(tmp_path / "rows.jsonl", [{**row, "rejected": f"{word} {row['id']}"} for row in plain()])
+        stage = stage_of(world, file)
+        store = Store(tmp_path / "store")
+        store.get(stage, report)
+        iteration: Any = SimpleNamespace(prompts=stage, pairs=None)
+        settings = {"data": {"path": str(file)}, "eval": {"split": "test"}}
+        found = {each.name: each for each in list_datasets(iteration, store, settings)}
+        assert found.keys() == {"train", "validation", "test"}
+        assert "rejected" in found["train"].columns
+        digests.append(found["train"].digest)
+    assert digests[0] != digests[1]
 
 
 def test_when_no_pair_fits_it_is_named(world: World, tmp_path: Path, report: Report) -> None:

@@ -13,6 +13,7 @@ from dnpo.store import Stage, Store, manifest
 
 TRAINING, EVALUATION, UNUSED = "training", "evaluation", "not used"
 COLUMNS = ("id", "messages", "human", "answer", "needs")  # of a prompt, without its token ids
+RESPONSES = ("-human", "-given")  # ends of the names of files with responses to prompts
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ def _splits(iteration: Iteration, prompts: Path, settings: Mapping[str, Any]) ->
     kind, source = _source(settings["data"], iteration.prompts.settings["data"])
     datasets = []
     for path in sorted(prompts.glob("*.parquet")):
-        if path.stem.endswith("-human"):
+        if path.stem.endswith(RESPONSES):
             continue
-        table = pq.read_table(path, columns=list(COLUMNS))
+        columns = [*COLUMNS, *(["rejected"] if path.with_stem(f"{path.stem}-given").is_file() else [])]
+        table = pq.read_table(path, columns=columns)
         held_out = path.stem in ("validation", "test")
         used = EVALUATION if path.stem == settings["eval"]["split"] else UNUSED
         datasets.append(
@@ -71,7 +73,7 @@ def _splits(iteration: Iteration, prompts: Path, settings: Mapping[str, Any]) ->
                 kind=kind,
                 source=source,
                 rows=table.num_rows,
-                columns=COLUMNS,
+                columns=columns,
                 facts=facts.get(path.stem, {}),
             )
         )
