@@ -479,6 +479,30 @@ def test_pass_at_k_of_many() -> None:
         assert pass_at_k(n, c, k) == pytest.approx(exact, rel=1e-9)
 
 
+def published_pass_at_k(n: int, c: int, k: int) -> float:
+    """The numerically stable script that Chen et al. 2021 print as figure 3, word for word."""
+    if n - c < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+def test_pass_at_k_is_the_published_estimate() -> None:
+    cases = [(n, c, k) for n in (1, 2, 5, 8, 32, 64, 200) for c in range(n + 1) for k in {1, 2, 4, 8, 32, n} if k <= n]
+    assert len(cases) > 1500
+    for n, c, k in cases:
+        assert pass_at_k(n, c, k) == pytest.approx(published_pass_at_k(n, c, k), abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "k", "p"), [(8, 1, 0.3), (8, 4, 0.3), (8, 8, 0.05), (32, 8, 0.02), (200, 100, 0.01)])
+def test_pass_at_k_is_unbiased(n: int, k: int, p: float) -> None:
+    """Its mean over the binomial number of right samples is 1 − (1 − p)^k; the plug-in 1 − (1 − c/n)^k is too low."""
+    chances = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
+    mean = sum(chance * pass_at_k(n, c, k) for c, chance in enumerate(chances))
+    assert mean == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
+    plugged = sum(chance * (1 - (1 - c / n) ** k) for c, chance in enumerate(chances))
+    assert k == 1 or plugged < mean - 1e-4
+
+
 @pytest.mark.parametrize(("samples", "right", "k"), [(5, 6, 1), (5, -1, 1), (5, 1, 6), (5, 1, 0), (0, 0, 1)])
 def test_pass_at_k_says_what_it_needs(samples: int, right: int, k: int) -> None:
     with pytest.raises(DataError, match="pass@k"):
