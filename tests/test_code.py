@@ -293,7 +293,14 @@ def test_code_is_off_until_asked_for() -> None:
         ("assert eval(f(1)) == 2", "eval"),
         ("import inspect\nassert inspect.getsource(f)", "inspect"),
         ("from unittest.mock import patch\nf()", "mock"),
-        ("from solution import f\nassert f(1) == 2", "solution"),
+        (
+            "from sulotion import f\nassert f(1) == 2",
+            "sulotion is not installed; if it is to be the answer, call",
+        ),
+        ("from .solution import f\nassert f(1) == 2", "a relative import is not possible"),
+        ("import solution.parts\nassert solution.parts.f(1) == 2", "the answer is one module, solution"),
+        ("import solution\nsolution.LIMIT = 3\nassert solution.f(1) == 2", "solution.LIMIT cannot be set"),
+        ("import solution as s\nassert 'f' in dir(s)", "of s, which is the answer, only names can be used (s.NAME)"),
         ("import sys\nsys.stdin = f", "sys.stdin"),
         ("import asyncio\nassert asyncio.run(f()) == 1", "asyncio"),
     ],
@@ -304,6 +311,32 @@ def test_tests_that_cannot_work_are_refused(tests: str, fault: str) -> None:
     assert objection is not None
     assert "row" in objection
     assert fault in objection
+
+
+OWN = "class Point:\n    def __init__(self, x): self.x = x\n    def __eq__(self, other): return True"
+NAMED = "from collections import namedtuple\nPoint = namedtuple('Point', 'x')"
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "assert Point(1) == Point(2)",
+        "from solution import Point\np = Point(1)\nassert p != Point(2)",
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(Point(1), Point(2))",
+        "import solution\nassert [p for p in [solution.Point(1)] if p == solution.Point(1)]",
+    ],
+)
+def test_tests_that_compare_the_answers_own_objects_are_refused(tests: str) -> None:
+    """The answer would decide. Where its class is one of plain values, they work."""
+    judge = UnitTests(i_know_this_runs_code=True, isolation="auto" if find_isolation("auto")[0] else "none")
+    objection = judge.accepts([Prompt("row", [], OWN, answer=tests)])
+    if objection is not None and "isolation=none" in objection:
+        pytest.skip(objection)
+    assert objection is not None
+    assert objection.startswith("the answer of row, line ")
+    assert "the answer would decide; compare their attributes, or str() or repr()" in objection
+    assert judge.accepts([Prompt("row", [], NAMED, answer=tests)]) is None
+    assert judge.accepts([Prompt("row", [], "I do not know.", answer=tests)]) is None  # it tells nothing
 
 
 def test_side_by_side() -> None:

@@ -17,6 +17,7 @@ of an answer's name takes about 30 µs.
 """
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +28,14 @@ from dnpo.errors import JudgeError
 from dnpo.judges import Canary
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.exact.answers import Checker
-from dnpo.judges.exact.apart.form import find_fault
+from dnpo.judges.exact.apart.form import find_comparison, find_fault
 from dnpo.judges.exact.running import find_isolation, run_tests
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.settings import Count, Positive, neutral
 from dnpo.store import Report
+
+TRIED = 8  # rows whose tests seem to compare the answer's own objects
+COMPARED = re.compile(r"the tests compare \(\w+\) a \S+ of the answer with a ")
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,21 @@ class UnitTests(Checker):
             first = next(((name, fault) for name, fault in faults if fault is not None), None)
             return problem if first is None else f"{problem}. The answer of {first[0]} {first[1]}"
         way, found = find_isolation(self.isolation)
-        return None if way else self._refusal(found)
+        return self._find_own_objects(prompts) if way else self._refusal(found)
+
+    def _find_own_objects(self, prompts: Sequence[Prompt]) -> str | None:
+        """Whether tests compare objects of the answer with each other, which ends them: no answer could pass.
+
+        Tests that look so are run with the row's own response; a few of them.
+        """
+        seem = [
+            (p, found) for p in prompts if p.answer is not None and (found := find_comparison(p.answer)) is not None
+        ]
+        for prompt, found in seem[:TRIED]:
+            _, reason = self.check(str(prompt.answer), prompt.human)
+            if COMPARED.search(reason):
+                return f"the answer of {prompt.id}, {found} and could be passed by no answer: {reason}"
+        return None
 
     def canary(self, ledger: Ledger) -> Canary | None:
         """What is in force, tried with a real answer when the rows were accepted."""

@@ -95,6 +95,7 @@ def run_tests(response: str, tests: str, how: Isolation, timeout: float, limits:
         tempfile.TemporaryFile() as stdout,
     ):
         task = {"names": form.answer_names(tests), "modules": form.own_modules(tests)}
+        task["answers"] = form.answer_modules(tests)
         stdin.write(json.dumps({"response": response, "tests": tests, "word": word, **task}).encode())
         stdin.seek(0)
         ended = _wait(_command(how, folder, limits, size), timeout, folder, stdin, stdout)

@@ -15,7 +15,8 @@ types; everything else, such as an instance of the answer's class or a generator
 - What a call prints is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it.
 - Functions ``test…()`` without parameters and classes of ``unittest.TestCase`` are run where nothing else runs them.
 - The answer's modules are not there: tests import what they use, except that ``math.…`` and other modules of the
-  standard library need no import.
+  standard library need no import. The answer itself can be imported as ``solution`` or another name of ``ANSWERS``:
+  what is read from that module stands for what lies in the answer's process, as a name without an import does.
 - Where tests name nothing but Python's functions, and call just one of them, such as ``sum``, it is the answer's.
 """
 
@@ -24,7 +25,20 @@ import builtins
 import importlib.util
 import symtable
 import sys
+from collections.abc import Iterator
 
+_ASSERTIONS = {
+    *("assertEqual", "assertNotEqual", "assertEquals", "assertIn", "assertNotIn", "assertLess", "assertLessEqual"),
+    *(
+        "assertGreater",
+        "assertGreaterEqual",
+        "assertListEqual",
+        "assertTupleEqual",
+        "assertDictEqual",
+        "assertSetEqual",
+    ),
+    *("assertSequenceEqual", "assertCountEqual", "assertAlmostEqual"),
+}
 _PYTHONS = frozenset(dir(builtins))
 # What needs the answer in the same process, or would run the answer's text among the tests.
 _REFUSED_MODULES = {
@@ -39,6 +53,14 @@ _REFUSED_MODULES = {
     "threading",
     "unittest.mock",
 }
+# By these names tests may import the answer; some are modules that nobody means to test.
+ANSWERS = frozenset(
+    [
+        *("solution", "solutions", "answer", "answers", "response", "submission", "candidate", "main", "program"),
+        *("implementation", "student", "student_code", "my_module", "my_solution", "your_module", "your_code"),
+        *("your_solution", "module", "generated", "generated_code", "solve", "task", "exercise"),
+    ]
+)
 _REFUSED_NAMES = {"__import__", "breakpoint", "compile", "eval", "exec", "globals", "input"}
 
 
@@ -51,7 +73,7 @@ def answer_names(tests: str) -> list[str]:
     tree = ast.parse(tests)
     free = _free_names(tests) - _own_modules(tree, _free_names(tests))
     names = free - _PYTHONS
-    if names:
+    if names or answer_modules(tests):
         return sorted(names)
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     if any(isinstance(node, functions) for node in ast.walk(tree)):
@@ -64,6 +86,20 @@ def answer_names(tests: str) -> list[str]:
 def own_modules(tests: str) -> list[str]:
     """The modules of the standard library that tests use without an import: names with nothing but attributes."""
     return sorted(_own_modules(ast.parse(tests), _free_names(tests)))
+
+
+def answer_modules(tests: str) -> list[str]:
+    """The names by which tests import the answer as a module."""
+    return sorted({module for _, module, _ in _answer_imports(ast.parse(tests))})
+
+
+def _answer_imports(tree: ast.AST) -> Iterator[tuple[str, str, ast.AST]]:
+    """The imports of the answer: the name that a module is bound to ("" where only its names are), module, and node."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((each.asname or each.name, each.name, node) for each in node.names if each.name in ANSWERS)
+        elif isinstance(node, ast.ImportFrom) and node.module in ANSWERS and not node.level:
+            yield "", node.module, node
 
 
 def find_fault(tests: str) -> str | None:
@@ -85,7 +121,10 @@ def find_fault(tests: str) -> str | None:
         fault = _fault(node)
         if fault is not None:
             return f"line {getattr(node, 'lineno', '?')}: {fault}"
-    if not names:
+    fault = _module_fault(tree)
+    if fault is not None:
+        return fault
+    if not names and not answer_modules(tests):
         return (
             "names nothing that an answer would define, so every answer would pass; a function such as "
             "check(candidate) needs a line that calls it, check(NAME)"
@@ -102,14 +141,83 @@ def _fault(node: ast.AST) -> str | None:
     if isinstance(node, ast.Import):
         modules = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
+        if node.level:
+            return "a relative import is not possible; import the answer by from solution import NAME"
         modules = [node.module or ".", *(f"{node.module}.{alias.name}" for alias in node.names)]
     for module in modules:
         if _REFUSED_MODULES & {module, module.partition(".")[0]}:
             return f"{module} is not possible: the answer is in another process; its names are there without an import"
     for module in modules[:1] if isinstance(node, ast.ImportFrom) else modules:
+        if module in ANSWERS:
+            continue
+        if module.partition(".")[0] in ANSWERS:
+            return f"{module} is not possible: the answer is one module, {module.partition('.')[0]}"
         if not _is_installed(module.partition(".")[0]):
-            return f"module {module} is not installed; the answer's names are there without an import"
+            return (
+                f"module {module} is not installed; if it is to be the answer, call it solution, or leave the import "
+                "out: the answer's names are there without one"
+            )
     return None
+
+
+def _module_fault(tree: ast.AST) -> str | None:
+    """What is done with the answer as a module that cannot be: it is in another process."""
+    bound = {name: module for name, module, _ in _answer_imports(tree) if name}
+    allowed: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
+            if not isinstance(node.ctx, ast.Load):
+                return (
+                    f"line {node.lineno}: {node.value.id}.{node.attr} cannot be set: the answer is in another process"
+                )
+            allowed.add(id(node.value))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            allowed |= {id(arg) for arg in node.args[:1]}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Name)
+            and node.id in bound
+            and isinstance(node.ctx, ast.Load)
+            and id(node) not in allowed
+        ):
+            return f"line {node.lineno}: of {node.id}, which is the answer, only names can be used ({node.id}.NAME)"
+    return None
+
+
+def find_comparison(tests: str) -> str | None:
+    """Where tests seem to compare an instance of a class of the answer, in words; None if nowhere.
+
+    They do unless the class is one of plain values, such as a named tuple: only running them tells.
+    """
+    tree = ast.parse(tests)
+    modules = {name for name, _, _ in _answer_imports(tree) if name}
+    names = {*answer_names(tests)} | {
+        alias.asname or alias.name
+        for _, _, node in _answer_imports(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        sides: list[ast.expr] = []
+        if isinstance(node, ast.Compare) and not any(isinstance(each, ast.Is | ast.IsNot) for each in node.ops):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _ASSERTIONS:
+            sides = node.args[:2]
+        for side in sides:
+            if isinstance(side, ast.Call) and (made := _class_name(side.func, names, modules)):
+                return f"line {side.lineno}: compares a {made}"
+    return None
+
+
+def _class_name(function: ast.expr, names: set[str], modules: set[str]) -> str:
+    """The name of a class of the answer, by the way that classes are written; "" for anything else."""
+    if isinstance(function, ast.Name) and function.id in names:
+        name = function.id
+    elif isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id in modules:
+        name = function.attr
+    else:
+        return ""
+    return name if name[:1].isupper() and not name.isupper() else ""
 
 
 def _is_installed(module: str) -> bool:

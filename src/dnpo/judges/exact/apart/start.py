@@ -88,7 +88,7 @@ def _test(wire: Wire, answer: int, how: dict[str, Any], user: int | None) -> Non
     try:
         client = testing.Client(wire)
         client.load(task["response"])
-        testing.run(task["tests"], task["names"], task["modules"], client)
+        testing.run(task["tests"], task["names"], task["modules"], task["answers"], client)
     except BaseException as error:
         status, said = FAILED, _describe(error, answer)
     os.write(out, said.encode(errors="replace"))

@@ -24,6 +24,12 @@ _COMPARISONS = ["eq", "ne", "lt", "le", "gt", "ge", "contains"]
 _ITERATORS = (types.GeneratorType, map, filter, zip, enumerate, reversed)
 
 
+OWN_OBJECTS = (
+    "the tests compare ({}) a {} of the answer with a {} of it, so that the answer would decide; compare their "
+    "attributes, or str() or repr() of them"
+)
+
+
 class NotPlain(BaseException):
     """The tests compare or pass what is no plain value; no ``except Exception`` of theirs is to hide it."""
 
@@ -84,6 +90,8 @@ def _refuse(name: str) -> Callable[..., Any]:
     def compare(self: Remote, other: object) -> bool:
         if self is other and name in ("eq", "ne"):
             return name == "eq"
+        if isinstance(other, Remote):
+            raise NotPlain(OWN_OBJECTS.format(name, self._kind, other._kind))
         raise NotPlain(f"the tests compare ({name}) a {self._kind} of the answer, and only plain values are compared")
 
     return compare
@@ -120,16 +128,27 @@ class Client:
         """What stands for the names that tests want of the answer; those that it lacks are left out."""
         found: dict[str, Any] = {}
         for name in names:
-            kind, value = self._ask(["name", name], {}, "name")
-            if kind == "value":
-                found[name] = value
-            elif kind == "exception":
-                found[name] = self._error(value)
-            elif value:
-                raise NotPlain(f"{name} is a module in the answer; the tests have to import it")
-            elif hasattr(builtins, name):
-                raise NameError(f"name {name!r} is not defined")
+            try:
+                found[name] = self.name(name)
+            except LookupError:
+                if hasattr(builtins, name):
+                    raise NameError(f"name {name!r} is not defined") from None
         return found
+
+    def name(self, name: str) -> Any:
+        """What stands for a name of the answer.
+
+        Raises:
+            LookupError: it has none.
+        """
+        kind, value = self._ask(["name", name], {}, "name")
+        if kind == "value":
+            return value
+        if kind == "exception":
+            return self._error(value)
+        if value:
+            raise NotPlain(f"{name} is a module in the answer; the tests have to import it")
+        raise LookupError(name)
 
     def do(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         """Have something done there, and return what comes back."""
@@ -246,18 +265,36 @@ def _take_over(old: Any, new: Any) -> None:
         old.update(new)
 
 
-def run(tests: str, names: list[str], modules: list[str], client: Client) -> None:
+def answer_module(name: str, client: Client) -> types.ModuleType:
+    """A module that stands for the answer: what is read from it is asked of the answer's process."""
+    module = types.ModuleType(name)
+
+    def find(wanted: str) -> Any:
+        try:
+            if not wanted.startswith("__"):
+                return client.name(wanted)
+        except LookupError:
+            pass
+        raise AttributeError(f"module {name!r} has no attribute {wanted!r}")
+
+    vars(module)["__getattr__"] = find
+    return module
+
+
+def run(tests: str, names: list[str], modules: list[str], answers: list[str], client: Client) -> None:
     """Run tests to their end.
 
     Args:
         names: those that the tests want of the answer.
         modules: those that they use without an import.
+        answers: the names by which they import the answer as a module.
 
     Raises:
         BaseException: a test fails; what it raises.
     """
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
+    sys.modules.update({name: answer_module(name, client) for name in answers})
     space: dict[str, Any] = vars(module)
     space.update({name: importlib.import_module(name) for name in modules}, **client.names(names))
     try:
