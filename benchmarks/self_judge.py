@@ -25,9 +25,11 @@ from hydra import compose, initialize_config_dir
 
 from dnpo.commands.common import plain
 from dnpo.data.tinyworld import FAMILIES, FLAWS, TinyWorld, problems, respond
+from dnpo.data.verifiable import correct, points
+from dnpo.generate import Sampling
+from dnpo.generate.hf import sample
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.augment import Augmentation, Gold, augment, score_pairs
-from dnpo.judges.exact.rules import Rules, correct
 from dnpo.judges.self_judge import AskedPolicy
 from dnpo.optimise.preference import fine_tune
 from dnpo.policy.base import Scratch
@@ -74,7 +76,7 @@ def draw_response(draw: random.Random, world: TinyWorld, problem: Any) -> str:
 def draw_pairs(world: TinyWorld, prompts: Sequence[Prompt], each: int, seed: int) -> list[tuple[Prompt, Gold]]:
     """Pairs of responses to each prompt with different scores, none twice."""
     asked = {wording: p for family in FAMILIES for p in problems(family, world.difficulty) for wording in p.wordings}
-    points, found = Rules().points, []
+    found: list[tuple[Prompt, Gold]] = []
     for prompt in prompts:
         draw = random.Random(derive(seed, prompt.id))
         problem, known = asked[prompt.messages[0]["content"]], set()
@@ -90,39 +92,42 @@ def draw_pairs(world: TinyWorld, prompts: Sequence[Prompt], each: int, seed: int
     return found
 
 
-def measure(policy: Policy, template: str, held: Sequence[tuple[Prompt, Gold]]) -> dict[str, float]:
-    """The share of pairs whose better response the policy prefers, apart by whether truth decides; and its leanings."""
+Held = Sequence[tuple[Prompt, Gold]]  # pairs with their prompts
+
+
+def sample_pairs(policy: Policy, prompts: Sequence[Prompt], samples: int, seed: int) -> Held:
+    """Pairs of a policy's own responses at temperature 0.7 with different scores."""
+    asked = [replace(p, token_ids=encode(policy.tokenizer, p.messages, p.human, policy.stop_ids)[0]) for p in prompts]
+    several = [p for p in asked for _ in range(samples)]
+    found = sample(policy, several, Sampling(temperature=0.7), "policy@0", 24, derive(seed, "own"), Quiet())
+    by_name = {p.messages[0]["content"]: p for p in prompts}
+    rows = [replace(p, human=response.text) for p, response in zip(several, found, strict=True)]
+    return [(by_name[gold.messages[0]["content"]], gold) for gold in score_pairs(rows, points)]
+
+
+def measure(policy: Policy, template: str, held: Held, name: str) -> dict[str, float]:
+    """The share of pairs whose better response the policy prefers, apart by whether truth decides.
+
+    ``asked``: about the pair itself; ``ranked``: by each response's score, its comparison with an empty one.
+    """
     judge = AskedPolicy(Choices(policy, template), 0.0)
-    pairs = [as_pair(gold) for _, gold in held]
-    p = np.array(judge.compare_pairs([prompt for prompt, _ in held], pairs))
+    p = np.array(judge.compare_pairs([prompt for prompt, _ in held], [as_pair(gold) for _, gold in held]))
     truth = np.array([correct(prompt, g.better) != correct(prompt, g.worse) for prompt, g in held])
-    wins = (p > 0.5) + 0.5 * (p == 0.5)
-    ranked = np.sign(scores(judge, held, 0) - scores(judge, held, 1)) / 2 + 0.5
-    ids = [
-        judge.choices.encode(g.messages, *sides)
-        for _, g in held
-        for sides in ((g.better, g.worse), (g.worse, g.better))
-    ]
-    first = np.array([p for (p,) in judge.choices.probabilities([[each] for each in ids])])
-    return {
-        "all": wins.mean(),
-        "form": wins[~truth].mean(),
-        "truth": wins[truth].mean(),
-        "ranked all": ranked.mean(),
-        "ranked form": ranked[~truth].mean(),
-        "ranked truth": ranked[truth].mean(),
-        "says A": (first > 0.5).mean(),
-        "brier": ((p - 1) ** 2).mean(),
-    }
+    first, second = score(judge, held, 0), score(judge, held, 1)
+    found = {}
+    for how, better, worse in (("asked", p, 1 - p), ("ranked", first, second)):
+        wins = (better > worse) + 0.5 * (better == worse)
+        for part, some in (("all", truth | True), ("form", ~truth), ("truth", truth)):
+            found[f"{name} {how} {part}"] = float(wins[some].mean())
+    return {f"{name} pairs": len(held), f"{name} pairs truth": int(truth.sum()), **found}
 
 
-def scores(judge: AskedPolicy, held: Sequence[tuple[Prompt, Gold]], side: int) -> Any:
+def score(judge: AskedPolicy, held: Held, side: int) -> Any:
     """The scores of the better (0) or worse (1) responses: how probably each is better than an empty one."""
     texts = [(g.better, g.worse)[side] for _, g in held]
     asked = [replace(prompt, id=str(i)) for i, (prompt, _) in enumerate(held)]
-    responses = [Response(str(i), "human", text, [], 0, "eos") for i, text in enumerate(texts)]
-    verdicts = judge(asked, responses, Ledger(Path("none")), Quiet())
-    return np.array([verdict.score for verdict in verdicts])
+    responses = [Response(str(i), "policy@0", text, [], 0, "eos") for i, text in enumerate(texts)]
+    return np.array([verdict.score for verdict in judge(asked, responses, Ledger(Path("none")), Quiet())])
 
 
 def as_pair(gold: Gold) -> Pair:
@@ -158,65 +163,50 @@ def main() -> None:
     """Run ``python -m benchmarks.self_judge``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[4800, 9600], help="questions (default %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default %(default)s)")
     parser.add_argument("--more", type=int, default=2, help="further responses to each training prompt to pair")
     parser.add_argument("--each", type=int, default=3, help="held-out pairs of a test prompt")
-    parser.add_argument("--epochs", type=int, nargs="*", default=[], help="of teaching, instead of augment=tiny's")
-    parser.add_argument("--lr", type=float, help="of teaching, instead of augment=tiny's")
-    parser.add_argument("--weight", type=float, help="of the letter, instead of augment=tiny's")
+    parser.add_argument("--samples", type=int, default=4, help="own responses to a test prompt")
+    parser.add_argument("--set", nargs="*", default=[], help="settings of augment=tiny, such as augment.weight=4")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found: list[dict[str, Any]] = []
-    how: Augmentation = read_part(
-        "augment", "tiny", *([f"augment.optimisation.optimizer.lr={given.lr}"] if given.lr else [])
-    )
-    how = how if given.weight is None else replace(how, weight=given.weight)
-    for seed in range(given.seeds):
-        world = TinyWorld(seed=seed)
-        splits, _ = world.read()
-        held = draw_pairs(world, splits["test"], given.each, derive(seed, "held"))
-        known = score_pairs(add_responses(world, splits["train"], given.more, seed), Rules().points)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            started = time.process_time()
-            plain_policy = make_policy(how, splits["train"], seed, folder)
-            print(f"seed {seed}: {len(held):,} held-out pairs, {len(known):,} known ones; fine-tuned in "
-                  f"{time.process_time() - started:.0f} CPU s", flush=True)  # fmt: skip
-            found.append({"seed": seed, "rows": 0, **measure(plain_policy, how.template, held)})
-            show(found[-1])
-            for count in given.rows:
-                for epochs in given.epochs or [how.optimisation.epochs]:
-                    model = replace(read_part("model", "tiny", f"seed={seed}"), question=how.template)
-                    policy = model.load(folder / "base", folder / "sft")
-                    order = random.Random(derive(seed, "augment")).sample(
-                        range(len(known)), min(len(known), count // 2)
-                    )
-                    rows = how.make_rows(policy, [known[i] for i in order])
-                    started = time.process_time()
-                    optimisation = replace(how.optimisation, epochs=epochs)
-                    (folder / f"{count}-{epochs}").mkdir()
-                    history = augment(
-                        policy, rows, optimisation, seed=derive(seed, "augment"), folder=folder / f"{count}-{epochs}",
-                        report=Quiet(),
-                    )  # fmt: skip
-                    took = time.process_time() - started
-                    loss = float(np.mean([row["loss/policy"] for row in history[-20:]]))
-                    facts = {"seed": seed, "rows": len(rows), "epochs": epochs, "seconds": took, "loss": loss}
-                    found.append({**facts, **measure(policy, how.template, held)})
-                    show(found[-1])
+    how: Augmentation = read_part("augment", "tiny", *given.set)
+    found = [row for seed in given.seeds for row in teach(how, seed, given)]
     given.out.mkdir(exist_ok=True)
     (given.out / "self_judge.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def show(row: dict[str, Any]) -> None:
-    """Print one line."""
-    print(
-        "  ".join(
-            f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
-        ),
-        flush=True,
-    )
+def teach(how: Augmentation, seed: int, given: Any) -> list[dict[str, Any]]:
+    """The figures of one seed: of the policy as it is, and of copies taught with more and more questions."""
+    world = TinyWorld(seed=seed)
+    splits, _ = world.read()
+    known = score_pairs(add_responses(world, splits["train"], given.more, seed), points)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        policy = make_policy(how, splits["train"], seed, folder)
+        sets = {
+            "human": draw_pairs(world, splits["test"], given.each, derive(seed, "held")),
+            "own": sample_pairs(policy, splits["test"], given.samples, seed),
+        }
+        found: list[dict[str, Any]] = []
+        for count in (0, *given.rows):
+            policy = read_part("model", "tiny", f"seed={seed}").load(folder / "base", folder / "sft")
+            order = random.Random(derive(seed, "augment")).sample(range(len(known)), min(len(known), count // 2))
+            rows = how.make_rows(policy, [known[i] for i in order])
+            started = time.process_time()
+            if rows:
+                work = folder / str(count)
+                work.mkdir()
+                augment(policy, rows, how.optimisation, seed=derive(seed, "augment"), folder=work, report=Quiet())
+            facts = {"seed": seed, "rows": len(rows), "seconds": time.process_time() - started}
+            for kind, held in sets.items():
+                facts |= measure(policy, how.template, held, kind)
+            found.append(facts)
+            print(
+                "  ".join(f"{n} {v:.3f}" if isinstance(v, float) else f"{n} {v}" for n, v in facts.items()), flush=True
+            )
+    return found
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class GivenScores(Judge):
     """
 
     measures_texts: ClassVar[bool] = False
+    judges_generated: ClassVar[bool] = False
 
     column: str = neutral("score")
     max_unscored: Fraction = neutral(0.02)
