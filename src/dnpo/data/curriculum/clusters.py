@@ -33,7 +33,7 @@ class Clusters(NamedTuple):
 
 
 def unit_length(embedding_NH: "np.ndarray") -> "Array":
-    """Embeddings scaled to length 1, so that Euclidean distances and cosines have the same order; 0 stays 0."""
+    """Embeddings scaled to length 1, so that products are cosines; 0 stays 0."""
     import numpy as np
 
     rows_NH = np.asarray(embedding_NH, np.float32)
@@ -121,7 +121,7 @@ def likeness(embedding_NH: "Array", clusters: Clusters) -> "Array":
     order = np.lexsort((-clusters.distance_N, clusters.label_N))  # stable
     ends = np.flatnonzero(np.diff(clusters.label_N[order])) + 1
     for rows in np.split(order, ends):
-        own_NH = embedding_NH[rows]
+        own_NH = unit_length(embedding_NH[rows])
         for start in range(0, len(rows), BLOCK):
             stop = min(start + BLOCK, len(rows))
             cosine = own_NH[start:stop] @ own_NH[:stop].T

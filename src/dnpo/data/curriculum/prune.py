@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from dnpo.data.curriculum import Context, Counts, Curriculum
-from dnpo.errors import SettingsError
+from dnpo.errors import DataError, SettingsError
 from dnpo.policy.weights import Weights
 from dnpo.records import Pair
 from dnpo.seeding import derive
@@ -31,6 +31,9 @@ class Prune(Curriculum):
     - ``alike``: those most alike another one of their cluster (SemDeDup);
     - ``alike_typical``: ``alike``, then ``typical`` in clusters of the others (D4);
     - ``random``: any.
+
+    Clusters are of the embeddings as they come, not scaled to one length: those of a policy are the longer, the less
+    usual a text is. Likeness is the cosine.
 
     Args:
         rule: which pairs are left out.
@@ -117,7 +120,10 @@ class Prune(Curriculum):
         seed = derive(context.seed, "prune", context.iteration)
         if not self._clusters_rows or not count:
             return np.random.default_rng(seed).permutation(len(rows))[:count]
-        embedding_NH = rules.unit_length(self._embed(rows, context))
+        embedding_NH = np.asarray(self._embed(rows, context), np.float32)
+        if not np.isfinite(embedding_NH).all():
+            row = int(np.argmin(np.isfinite(embedding_NH).all(1)))
+            raise DataError(f"curriculum.rule={self.rule}: the embedding of {rows[row].id} is not finite")
         found = self._cluster(embedding_NH, seed)
         first = round(self.alpha * count)
         if self.rule == "outlying":
