@@ -214,6 +214,21 @@ def test_pairs_that_differ_in_the_rejected_response_alone_are_other_rows(tmp_pat
         jsonl(write(file, [PAIR, {**PAIR, "chosen_score": 3}, *plain()])).read()
 
 
+def test_of_two_rows_with_one_prompt_the_one_with_a_pair_stays(tmp_path: Path) -> None:
+    """Whatever their order, which stays; a held-out prompt is removed from training all the same."""
+    paired = plain(60)
+    alone = [{"id": f"s{i}", "prompt": row["prompt"], "response": row["chosen"]} for i, row in enumerate(plain(100))]
+    rows = {}
+    for name, some in {"before": [*paired, *alone], "after": [*alone, *paired]}.items():
+        rows[name], facts = jsonl(write(tmp_path / "rows.jsonl", some), near_duplicates=0.0).read()
+        assert sum(facts["removed"].values()) == 60
+    kept = {name: {row.id for row in found["train"]} for name, found in rows.items()}
+    assert kept["before"] == kept["after"]
+    assert sum(name.startswith("r") for name in kept["after"]) > 40
+    ids = [row.id for row in rows["after"]["train"]]
+    assert ids == sorted(ids, key=[row["id"] for row in [*alone, *paired]].index)
+
+
 # --- the stage
 
 

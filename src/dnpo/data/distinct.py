@@ -20,12 +20,16 @@ def remove_duplicates(
     """Remove rows whose prompt is like an earlier one.
 
     Test rows come before validation rows and these before training rows, so that nothing like a held-out prompt is
-    trained on, and settings are not chosen on what is reported.
+    trained on, and settings are not chosen on what is reported. Within a split, rows with pairs come before others.
 
     Returns:
         The rows that are left; how many were removed, by kind; and two examples, the near ones first.
     """
-    ordered = [(split, prompt) for split in reversed(SPLITS) for prompt in rows[split]]
+    ordered = [
+        (split, prompt)
+        for split in reversed(SPLITS)
+        for prompt in sorted(rows[split], key=lambda prompt: prompt.rejected is None)
+    ]
     removed = {"equal_to_earlier": 0, "equal_to_held_out": 0, "near_earlier": 0, "near_held_out": 0}
     examples: list[str] = []
 
@@ -51,11 +55,8 @@ def remove_duplicates(
         left = [i for i in left if i not in dropped]
     for i, earlier, likeness in equal[: EXAMPLES - len(examples)]:
         examples.append(_describe(ordered[i][1], ordered[earlier][1], likeness))
-    kept: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
-    for i in left:
-        split, prompt = ordered[i]
-        kept[split].append(prompt)
-    return kept, removed, examples
+    kept = {split: {ordered[i][1].id for i in left if ordered[i][0] == split} for split in SPLITS}
+    return {split: [row for row in rows[split] if row.id in kept[split]] for split in SPLITS}, removed, examples
 
 
 class _Clock:
