@@ -1,5 +1,6 @@
 """Judges that read policies or ratings of the data: by hand, against plain forward passes, at their limits."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dnpo.data.files import JsonLines
 from dnpo.errors import DataError, JudgeError, ModelError, SettingsError
 from dnpo.judges import Judge, judge_responses
 from dnpo.judges.asked.ledger import Ledger
@@ -469,6 +471,40 @@ def test_teaching_is_learnt_and_micro_batches_change_nothing(
     assert float((weights[0] - weights[1]).abs().max()) < 1e-2
 
 
+class Killed(Report):
+    """Ends the training in the middle of a step."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def advance(self, amount: int = 1) -> None:
+        super().advance(amount)
+        if self.done == self.after:
+            raise InterruptedError
+
+
+def test_killed_lessons_go_on_bit_for_bit(
+    asking: World, ask_policy: Callable[..., AskedPolicy], tmp_path: Path
+) -> None:
+    rows = [twin(p, "It is 1.", "It is 22.") for p in asking.prompts[:12]]
+    how = lessons(rows=24, labels="given")
+    optimisation = replace(how.optimisation, epochs=5, batch_size=8, checkpoint_every=4)
+    found = []
+    for killed in (False, True):
+        policy, folder = ask_policy(1).choices.policy, tmp_path / str(killed)
+        folder.mkdir()
+        made = how.make_rows(policy, how.make_pairs(rows, 0))
+        if killed:
+            with pytest.raises(InterruptedError):
+                augment(policy, made, optimisation, seed=0, folder=folder, report=Killed(after=10))
+            policy = ask_policy(1).choices.policy
+        history = augment(policy, made, optimisation, seed=0, folder=folder, report=Report())
+        assert [row["step"] for row in history] == list(range(15))
+        found.append((policy.fingerprint(), [row["loss/policy"] for row in history]))
+    assert found[0] == found[1]
+
+
 # --- ratings of the data
 
 
@@ -488,3 +524,28 @@ def test_the_ratings_of_the_data(world: World) -> None:
     assert all(part in refusal for part in ("judge.column=overall", "1 of 2", partly.id, "rejected", "data.columns"))
     assert "human (or chosen)" in (judge.accepts(world.prompts) or "")
     assert not judge.measures_texts
+
+
+def test_ratings_from_a_file(tmp_path: Path) -> None:
+    """As UltraFeedback has them, and under names of one's own; without them the refusal says how to name them."""
+    rows = [
+        {"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No, {i}.", "best": 9.0, "worst": i / 10}
+        for i in range(20)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    judge = GivenScores(column="best")
+    common = {"path": str(path), "near_duplicates": 0.0, "max_prompt_tokens": 99, "max_response_tokens": 99}
+    named = JsonLines(**common, columns={"chosen_score": "best", "rejected_score": "worst"}).read()[0]["train"]
+    assert judge.accepts(named) is None
+    sides = [
+        Response(p.id, source, text or "", [], 0, "eos")
+        for p in named
+        for source, text in ((HUMAN, p.human), (GIVEN, p.rejected))
+    ]
+    found = verdicts(judge, named, sides)
+    numbers = [float(p.human.removeprefix("Yes, ").removesuffix(".")) for p in named]
+    assert [v.score for v in found[::2]] == [9.0] * len(named)
+    assert [v.score for v in found[1::2]] == [number / 10 for number in numbers]
+    unnamed = JsonLines(**common).read()[0]["train"]
+    assert "judge.column=best" in (judge.accepts(unnamed) or "")
