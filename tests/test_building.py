@@ -91,16 +91,26 @@ def hints_of(kind: type) -> dict[str, Any]:
     return {name: hints[name] for name in names if name in hints}
 
 
-SAMPLES: dict[Any, list[Any]] = {Any: ["a", 3], str: ["a", "b"], int: [3, 4], str | list[str] | None: ["a", ["b", "c"]]}
+SAMPLES: dict[Any, list[Any]] = {
+    Any: ["a", 3],
+    str: ["a", "b"],
+    int: [3, 4],
+    float: [0.5, 0.25],
+    str | list[str] | None: ["a", ["b", "c"]],
+}
 
 
 def example(hint: Any) -> Any:
     """A list or mapping that an annotation admits; None where it admits neither, or holds parts."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin, arguments = typing.get_origin(hint), [_plain(argument) for argument in typing.get_args(hint)]
     values = [_words(argument) or SAMPLES.get(argument, []) for argument in arguments]
     if origin in (list, Mapping, dict) and all(values):
         return values[0] if origin is list else dict(zip(*values, strict=False))
     return next((found for found in map(example, arguments) if found is not None), None)
+
+
+def _plain(hint: Any) -> Any:
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
 
 
 def _words(hint: Any) -> list[Any]:
@@ -151,7 +161,7 @@ def test_lists_and_mappings_reach_parts_as_they_are(
     needed += ["judge.model=m"] if option == "openai" else []
     cfg = composed(*SMOKE, f"{group}={option}", f"++{group}.{name}={text}", *needed)
     assert OmegaConf.is_config(cfg[group][name])
-    _, _, settings = train.check_settings(cfg)
+    settings = train.check_settings(cfg).parts
     part = build(group, settings[group])
     found = getattr(part, name)
     assert type(found) is type(value)
@@ -236,8 +246,10 @@ def another(hint: Any, value: Any) -> Any:
     """Another value that an annotation admits; the same where none is known."""
     if isinstance(value, bool):
         return not value
-    if isinstance(value, int | float):
+    if isinstance(value, int):
         return value + 1
+    if isinstance(value, float):
+        return value / 2 if value else 1.0
     choices = [word for word in typing.get_args(hint) if isinstance(word, str)]
     return next((word for word in choices if word != value), value)
 
@@ -254,6 +266,7 @@ def test_neutral_fields_are_in_no_key_and_all_others_are(kind: type) -> None:
     """Of every dataclass in ``conf/`` that does not say by itself what decides its results."""
     needed: dict[str, Any] = {"optimizer": Bound("torch.optim.SGD", {"lr": 0.1}), "beta": 1.0, "shift": 1.0}
     needed["like"] = TrainableNoise()
+    needed["shares"] = [1.0]
     needed["base"] = Logistic(beta=1.0)
     needed["optimisation"] = Optimisation(needed["optimizer"])
     names = [field.name for field in dataclasses.fields(kind) if field.init]

@@ -243,7 +243,9 @@ def jobs(sweep: str, *overrides: str) -> list[TrackedRun]:
         for number, job in enumerate(BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]):
             cfg = compose("train", job, return_hydra_config=True)
             choices = dict(cfg.hydra.runtime.choices)
-            top, starts, settings = check_settings(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+            top, starts, settings, _ = check_settings(
+                OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+            )
             resolved: dict[str, Any] = {**top, **settings}
             for name, start in starts.items():
                 resolved[name] = {**settings[name], "start": start}

@@ -58,7 +58,7 @@ def test_every_setting_of_an_option_stands_in_its_file(group: str, option: str) 
 
     from dnpo.settings import locate
 
-    _, _, settings = check_settings(composed(f"{group}={option}", *NEEDED.get((group, option), [])))
+    settings = check_settings(composed(f"{group}={option}", *NEEDED.get((group, option), []))).parts
     part = settings[group]
     target = locate(group, part["_target_"])
     known = {
@@ -72,9 +72,9 @@ def test_every_setting_of_an_option_stands_in_its_file(group: str, option: str) 
 
 
 def test_methods_are_what_they_say() -> None:
-    """SPIN has neither labels by quality nor noise; the others add what their names say, from iteration 1 on."""
+    """SPIN has neither labels by quality nor noise; its relatives add what their names say, from iteration 1 on."""
     targets = {}
-    for method in METHODS:
+    for method in ("spin", "dsl", "npo", "dnpo", "fixed_noise"):
         cfg = composed(f"method={method}")
         targets[method] = cfg.dsl._target_.split(".")[-1], cfg.npo._target_.split(".")[-1]
         assert cfg.npo.get("start") == (None if targets[method][1] == "NoNoise" else 1)
@@ -85,6 +85,33 @@ def test_methods_are_what_they_say() -> None:
         "dnpo": ("HigherScoreChosen", "TrainableNoise"),
         "fixed_noise": ("HumanChosen", "FixedNoise"),
     }
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("spin_paper", {"rollout": 1, "dsl": "HumanChosen", "curriculum": "Accumulate", "reference": "start"}),
+        ("alpha_spin", {"rollout": 1, "dsl": "HumanChosen", "curriculum": "Mix", "reference": "start"}),
+        ("dpo", {"rollout": 0, "dsl": "GivenPairs", "objective": "Logistic", "reference": "start"}),
+        ("orpo", {"rollout": 0, "dsl": "GivenPairs", "objective": "OddsRatio", "reference": "none"}),
+        ("spa", {"rollout": 2, "dsl": "FirstTwo", "objective": "Refined", "judge": "Implicit", "reference": "start"}),
+        ("robust", {"rollout": 2, "dsl": "FirstTwo", "curriculum": "Robust", "reference": "initial"}),
+        ("rest_em", {"rollout": 8, "dsl": "Right", "objective": "Likelihood", "start": "initial", "reference": "none"}),
+        ("raft", {"rollout": 8, "dsl": "Best", "objective": "Likelihood", "start": "previous", "reference": "none"}),
+        ("hg_dpo", {"rollout": 8, "dsl": "BestWorst", "objective": "Statistics", "reference": "start"}),
+        ("self_rewarding", {"rollout": 4, "dsl": "BestWorst", "judge": "SelfJudge", "reference": "start"}),
+        ("scip", {"rollout": 1, "dsl": "HumanChosen", "curriculum": "Prune", "reference": "start"}),
+    ],
+)
+def test_methods_are_sentences_of_these_words(method: str, words: dict[str, Any]) -> None:
+    """In the last iteration, by the names of the parts; a number is that of samples to a prompt."""
+    run, _, _ = build(composed(f"method={method}"))
+    last = run.plans[-1]
+    for place, word in words.items():
+        part = getattr(last, place)
+        found = part.samples if place == "rollout" else part if isinstance(part, str) else type(part).__name__
+        assert found == word, place
+    assert run.judge.measures_texts
 
 
 def test_the_7b_scale_is_the_papers_setting() -> None:

@@ -1,10 +1,28 @@
 """Dynamic sample labelling: equation 2 of the DNPO paper, and what becomes of pairs that cannot be labelled."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 
-from dnpo.dsl import HigherScoreChosen, HumanChosen, Labeller, Scores, explain, label
+from dnpo.dsl import (
+    Best,
+    BestWorst,
+    Candidate,
+    FirstTwo,
+    HigherScoreChosen,
+    HumanChosen,
+    Labeller,
+    Labels,
+    RandomPairs,
+    Ranked,
+    RewardStrength,
+    Right,
+    explain,
+    label,
+)
+from dnpo.dsl.strength import with_strengths
 from dnpo.errors import DataError, SettingsError
 from dnpo.records import HUMAN, Pair, Prompt, Response, Verdict
 from dnpo.settings import check
@@ -32,10 +50,10 @@ def verdicts(name: str, s: float | None, s_new: float | None) -> list[Verdict]:
     return [Verdict(name, HUMAN, s, "r"), Verdict(name, SOURCE, s_new, "r")]
 
 
-def one(s: float | None, s_new: float | None, labeller: Labeller | None = None) -> tuple[list[Pair], dict[str, int]]:
+def one(s: float | None, s_new: float | None, labeller: Labeller | None = None) -> Labels:
     """The labels of a single pair with these scores."""
     labeller = labeller or HigherScoreChosen()
-    return label(labeller, [prompt("a")], [human("a")], [generated("a")], verdicts("a", s, s_new))
+    return label(labeller, [prompt("a")], [human("a")], [generated("a")], verdicts("a", s, s_new), 3)
 
 
 HUMAN_CHOSEN = Pair(
@@ -51,6 +69,7 @@ HUMAN_CHOSEN = Pair(
     chosen_score=80.0,
     rejected_score=40.0,
     flipped=False,
+    iteration=3,
 )
 GENERATED_CHOSEN = Pair(
     id="a",
@@ -65,6 +84,7 @@ GENERATED_CHOSEN = Pair(
     chosen_score=80.0,
     rejected_score=40.0,
     flipped=True,
+    iteration=3,
 )
 
 
@@ -156,10 +176,13 @@ def test_needs_scores() -> None:
 
 
 def test_labeller_on_its_own() -> None:
-    """The decision itself: yes, no, no on a tie, and None where it cannot be made."""
-    decide = HigherScoreChosen().prefers_generated
-    answers = [decide(prompt("a"), human("a"), generated("a"), Scores(*s)) for s in ((1, 2), (2, 1), (1, 1), (None, 1))]
-    assert answers == [True, False, False, None]
+    """The decision itself: generated, human, human on a tie, and no pair where it cannot be made."""
+    decide = HigherScoreChosen()
+    answers = []
+    for old, new in ((1, 2), (2, 1), (1, 1), (None, 1)):
+        pairs = decide(prompt("a"), [Candidate(human("a"), old), Candidate(generated("a"), new)])
+        answers.append([pair.chosen.response.source for pair in pairs])
+    assert answers == [[SOURCE], [HUMAN], [HUMAN], []]
 
 
 def test_many_rows_keep_the_order_of_generated_and_are_matched_by_id() -> None:
@@ -249,8 +272,112 @@ def test_what_left_no_pair_is_said_in_words() -> None:
     """With how many there were of each, and the setting that would mend it."""
     counts = {"pairs": 0, "flipped": 0, "identical": 1200, "unscored": 3}
     text = explain(counts)
-    assert "1,200 generated responses equal the human ones" in text
+    assert "1,200 responses are identical" in text
     assert "generate.temperature" in text
     assert "3 pairs lack a score" in text
     assert "dsl.unscored" in text
     assert explain({**counts, "identical": 0, "unscored": 0}) == "the labeller (dsl=…) has dropped all of them"
+
+
+# --- rules over several samples
+
+
+def sample(number: int, score: float | None, ids: list[int] | None = None) -> tuple[Response, Verdict]:
+    """A sample of the prompt ``a`` with its verdict."""
+    response = Response("a", SOURCE, f"sample {number}", ids or [30, number], 2, "eos", sample=number)
+    return response, Verdict("a", SOURCE, score, sample=number)
+
+
+def labels_of(labeller: Labeller, scores: list[float | None], ids: list[list[int]] | None = None) -> Labels:
+    """The labels of one prompt whose samples have these scores."""
+    rows = [sample(n, score, None if ids is None else ids[n]) for n, score in enumerate(scores)]
+    return label(labeller, [prompt("a")], [human("a")], [r for r, _ in rows], [v for _, v in rows])
+
+
+def sides(found: Labels) -> list[tuple[int, int]]:
+    """The numbers of the chosen and the rejected sample of each pair."""
+    return [(pair.chosen_sample, pair.rejected_sample) for pair in found.pairs]
+
+
+def test_samples_of_a_prompt_keep_their_own_scores() -> None:
+    """Keyed by id, source and sample: by id and source alone the last would count for all."""
+    found = labels_of(HigherScoreChosen(), [10.0, 90.0])  # the human response has no verdict
+    assert found.counts["unscored"] == 2
+    rows = [sample(n, score) for n, score in enumerate([10.0, 90.0])]
+    known = [Verdict("a", HUMAN, 50.0), *(v for _, v in rows)]
+    pairs, counts = label(HigherScoreChosen(), [prompt("a")], [human("a")], [r for r, _ in rows], known)
+    assert [pair.flipped for pair in pairs] == [False, True]
+    assert [(pair.chosen_score, pair.rejected_score) for pair in pairs] == [(50.0, 10.0), (90.0, 50.0)]
+    assert counts["pairs"] == 2
+
+
+def test_rules_by_worked_examples() -> None:
+    scores = [50.0, 90.0, 10.0, 70.0, 30.0]
+    assert sides(labels_of(BestWorst(), scores)) == [(1, 2)]
+    assert sides(labels_of(BestWorst(loser_rank=2), scores)) == [(1, 4)]
+    assert sides(labels_of(BestWorst(loser_rank=9), scores)) == [(1, 3)], "the one after the best"
+    assert sides(labels_of(Ranked(), scores)) == [(1, 2), (3, 4)], "the middle one of five is left out"
+    assert sides(labels_of(FirstTwo(), [1.0, 2.0, 9.0])) == [(1, 0)]
+    assert sides(labels_of(FirstTwo(), [2.0, 2.0])) == [(1, 0)], "a probability of one half chooses the second"
+    alone = labels_of(Best(), scores)
+    assert [(pair.chosen_sample, pair.rejected_source, pair.rejected_ids) for pair in alone.pairs] == [(1, "", [])]
+    right = labels_of(Right(cap=0), [100.0, 0.0, 100.0, 99.0])
+    assert [pair.chosen_sample for pair in right.pairs] == [0, 2]
+    assert (right.counts["pass_at_1"], right.counts["pass_at_4"]) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("labeller", [BestWorst(), Ranked(), RandomPairs()])
+def test_equal_scores_make_no_pair_and_are_counted(labeller: Labeller) -> None:
+    found = labels_of(labeller, [50.0, 50.0, 50.0])
+    assert found.pairs == []
+    assert found.counts["tied"] == 1
+
+
+@pytest.mark.parametrize("labeller", [BestWorst(), Ranked(), RandomPairs(), FirstTwo()])
+def test_equal_samples_are_one_candidate(labeller: Labeller) -> None:
+    found = labels_of(labeller, [50.0, 60.0, 50.0], [[1, 2], [1, 2], [1, 2]])
+    assert found.pairs == []
+    assert (found.counts["repeated"], found.counts["identical"]) == (2, 1)
+    assert "identical" in explain(found.counts)
+
+
+def test_random_pairs_use_each_sample_once_and_choose_the_better() -> None:
+    scores = [float(n) for n in range(7)]
+    found = labels_of(RandomPairs(seed=1), scores)
+    used = [number for pair in sides(found) for number in pair]
+    assert len(found.pairs) == 3
+    assert len(set(used)) == 6
+    assert all(chosen > rejected for chosen, rejected in sides(found))
+    assert sides(found) == sides(labels_of(RandomPairs(seed=1), scores))
+    assert any(sides(found) != sides(labels_of(RandomPairs(seed=seed), scores)) for seed in range(2, 9))
+
+
+def test_the_cap_draws_by_the_seed() -> None:
+    drawn = [sorted(p.chosen_sample for p in labels_of(Right(cap=2, seed=s), [100.0] * 6).pairs) for s in range(9)]
+    assert all(len(numbers) == 2 for numbers in drawn)
+    assert len({tuple(numbers) for numbers in drawn}) > 1
+
+
+def test_no_right_answer_is_counted_and_said() -> None:
+    found = labels_of(Right(), [0.0, 50.0])
+    assert found.counts["wrong"] == 1
+    assert "1 prompts have no right answer" in explain(found.counts)
+    assert "pass@2 is 0 so far" in explain(found.counts)
+
+
+def test_a_strength_below_one_half_turns_the_pair() -> None:
+    """p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺) is the same loss for the turned pair with 1 − p."""
+    pairs = labels_of(BestWorst(), [50.0, 90.0]).pairs
+    (sure,), (turned,) = with_strengths(pairs, [0.8]), with_strengths(pairs, [0.3])
+    assert (sure.chosen_sample, sure.strength) == (1, 0.8)
+    assert (turned.chosen_sample, turned.rejected_sample, turned.strength) == (0, 1, 0.7)
+    assert (turned.chosen_ids, turned.rejected_score) == (pairs[0].rejected_ids, 90.0)
+
+
+def test_implicit_strength_is_the_sigmoid_of_the_rewards_difference() -> None:
+    pairs = labels_of(FirstTwo(), [0.4, 0.1]).pairs
+    assert RewardStrength()({}, pairs, None) == pytest.approx([1 / (1 + math.exp(-0.3))], abs=1e-15)
+    extreme = [replace(pairs[0], chosen_score=s) for s in (-1e4, 1e4)]
+    assert RewardStrength()({}, extreme, None) == [0.0, 1.0]
+    with pytest.raises(DataError, match="strength=implicit: the pair of a "):
+        RewardStrength()({}, [replace(pairs[0], rejected_score=None)], None)

@@ -24,7 +24,7 @@ from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.asked.openai import OpenAI
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
-from dnpo.loop import Iteration, chain
+from dnpo.loop import chain
 from dnpo.optimise.npo import SilentModule, TrainableModule
 from dnpo.optimise.parts import PairOptimisation
 from dnpo.policy.base import Scratch
@@ -39,6 +39,7 @@ from dnpo.running.gate import chain as chain_check
 from dnpo.running.gate import gate, judge, machine, needs, rows, show, text
 from dnpo.running.gate.finding import Finding, refuse
 from dnpo.settings import conf_folder
+from dnpo.stages.plan import Iteration
 from dnpo.stages.verbs import Run
 from dnpo.store import Store
 from dnpo.store.manifests import seal

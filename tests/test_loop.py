@@ -9,7 +9,7 @@ from dnpo import loop
 from dnpo.stages import verbs
 
 ROOT = Path(__file__).resolve().parent.parent
-AIDS = {"reference", "match", "find_aids"}  # what the training of an iteration reads, laid out before it
+AIDS = {"name_earlier", "arrange", "reference", "match", "find_aids"}  # what training reads, laid out before it
 
 
 def drawn() -> list[str]:

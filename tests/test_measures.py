@@ -13,9 +13,10 @@ from dnpo.commands.train import build
 from dnpo.errors import SettingsError
 from dnpo.evaluate.texts import PACKAGES, Texts, similarity
 from dnpo.judges.exact.rules import Correct
-from dnpo.loop import Iteration, chain
+from dnpo.loop import chain
 from dnpo.records import Item, Pair, Prompt, Response, read
 from dnpo.settings import conf_folder
+from dnpo.stages.plan import Iteration
 from dnpo.stages.verbs import Run
 from dnpo.store import Store
 from tests.conftest import Report, verdicts

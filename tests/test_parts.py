@@ -43,10 +43,13 @@ OTHER: dict[str, Any] = {
     "heads": 2,
     "prices": str(prices.SHIPPED),
     "columns": {"prompt": "question"},
+    "template": "{question} {y1} {y2}?",
     "template_arguments": {"enable_thinking": False},
     "pattern": r"Score: (\d+)",
     "chat_template_kwargs": {"a": 1},
     "extra_body": {"a": 1},
+    "roles": {"bot": "assistant"},
+    "shares": [1.0, 3.0, 2.0],
 }
 # Fields that change no key of their own part, though they are not neutral, and why.
 ELSEWHERE = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from dnpo.dsl import HumanChosen
 from dnpo.errors import Declined, DiskError, DnpoError, StoreError
 from dnpo.evaluate import Evaluation
-from dnpo.generate import Sampling
+from dnpo.generate import Ahead, Sampling
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.off import NoJudge
 from dnpo.optimise import reference as references
@@ -302,7 +302,7 @@ def run_of(
     parts: dict[str, Any] = {"data": None, "sft": None, "generate": Sampling(), "judge": NoJudge()}
     plan = Plan(
         k=0,
-        generate=parts["generate"],
+        rollout=Ahead(),
         judge=parts["judge"],
         dsl=HumanChosen(),
         objective=objective,

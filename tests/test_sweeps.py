@@ -18,9 +18,10 @@ from omegaconf import DictConfig
 
 from dnpo.commands.train import build, check_settings
 from dnpo.dsl import HumanChosen
-from dnpo.loop import Iteration, chain
+from dnpo.loop import chain
 from dnpo.running import execute as running
 from dnpo.settings import conf_folder
+from dnpo.stages.plan import Iteration
 from dnpo.tracking.reading import Database
 from tests.commands import run_afresh, train
 
@@ -92,7 +93,7 @@ def test_a_sweep_has_as_many_jobs_as_it_says(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_job_of_a_sweep_passes_every_check(name: str) -> None:
     for job in jobs(name, "seed=3"):
-        top, _, _ = check_settings(composed(*job))
+        top, *_ = check_settings(composed(*job))
         assert top["seed"] == 3
 
 
@@ -106,7 +107,7 @@ def test_a_sweep_says_first_what_it_asks_and_how_it_is_run(name: str) -> None:
 
 def test_what_is_said_by_command_beats_the_sweep() -> None:
     (job,) = jobs("main", "seed=7", "method=dsl", "iterations=2")
-    top, _, _ = check_settings(composed(*job))
+    top, *_ = check_settings(composed(*job))
     assert (top["seed"], top["iterations"]) == (7, 2)
 
 
@@ -189,7 +190,7 @@ def test_the_search_has_bounds_that_pass_every_check() -> None:
 
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_last_is_the_last_iteration(iterations: int) -> None:
-    _, starts, _ = check_settings(composed(f"iterations={iterations}", "npo.start=last", "dsl.start=last"))
+    starts = check_settings(composed(f"iterations={iterations}", "npo.start=last", "dsl.start=last")).starts
     assert starts == {"npo": iterations - 1, "dsl": iterations - 1}
     number = laid_out([f"iterations={iterations}", f"npo.start={iterations - 1}", f"dsl.start={iterations - 1}"])
     word = laid_out([f"iterations={iterations}", "npo.start=last", "dsl.start=last"])

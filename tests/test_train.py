@@ -357,12 +357,14 @@ def test_labels_by_quality_beat_labels_by_origin(tmp_path: Path) -> None:
 def test_a_method_is_one_yaml_and_one_small_file(finished: Path) -> None:
     """A labeller that prefers longer responses, added from outside, walks the whole loop."""
     (finished / "longest.py").write_text(
-        "class Longest:\n"
-        "    needs_scores = False\n\n"
+        "from dnpo.dsl import AgainstHuman, Labelled\n\n\n"
+        "class Longest(AgainstHuman):\n"
         "    def __init__(self, *, by: int = 1) -> None:\n"
         "        self.by = by\n\n"
-        "    def prefers_generated(self, prompt, human, generated, scores):\n"
-        "        return generated.tokens >= human.tokens + self.by\n"
+        "    def __call__(self, prompt, candidates):\n"
+        "        human, new = candidates\n"
+        "        longer = new.response.tokens >= human.response.tokens + self.by\n"
+        "        return [Labelled(new, human) if longer else Labelled(human, new)]\n"
     )
     (finished / "conf" / "method").mkdir(parents=True)
     (finished / "conf" / "method" / "longest.yaml").write_text(

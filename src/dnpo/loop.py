@@ -6,12 +6,13 @@ A verb takes stages and returns a stage (see ``stages/plan.py``) without computi
 before it starts, finished stages are reused from the store, and runs with a common beginning share its stages.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from dnpo.stages.measures import measure
-from dnpo.stages.plan import BEFORE, Plan, Run
+from dnpo.stages.plan import BEFORE, Iteration, Plan, Run
 from dnpo.stages.verbs import (
+    arrange,
     evaluate,
     find_aids,
     fine_tune,
@@ -19,6 +20,7 @@ from dnpo.stages.verbs import (
     judge,
     label,
     match,
+    name_earlier,
     optimise,
     prepare,
     reference,
@@ -26,52 +28,38 @@ from dnpo.stages.verbs import (
 from dnpo.store import Stage
 
 
-@dataclass(frozen=True)
-class Iteration:
-    """The stages of one iteration. ``policy`` is the one that it trained; ``k`` is ``BEFORE`` for fine-tuning."""
-
-    k: int
-    prompts: Stage
-    policy: Stage
-    evaluation: Stage
-    measures: tuple[Stage, ...] = ()
-    responses: Stage | None = None
-    verdicts: Stage | None = None
-    pairs: Stage | None = None
-    reference: Stage | None = None
-    like: Stage | None = None
-
-    @property
-    def stages(self) -> list[Stage]:
-        """The iteration's own stages, in the order in which they run."""
-        first = [self.prompts] if self.k == BEFORE else []
-        data = [*first, self.responses, self.verdicts, self.pairs]
-        own = [*data, self.reference, self.like, self.policy, self.evaluation, *self.measures]
-        return [stage for stage in own if stage is not None]
-
-
 def chain(run: Run) -> Iterator[Iteration]:
-    """Lay out fine-tuning, then every iteration, each starting from the policy of the one before."""
+    """Lay out fine-tuning, then every iteration."""
     prompts = prepare(run, None)
-    policy = fine_tune(run, None, prompts=prompts)
-    evaluation = evaluate(run, None, prompts=prompts, policy=policy)
-    yield Iteration(BEFORE, prompts, policy, evaluation, measure(run, None, prompts, policy, evaluation))
+    initial = fine_tune(run, None, prompts=prompts)
+    evaluation = evaluate(run, None, prompts=prompts, policy=initial)
+    done = [Iteration(BEFORE, prompts, initial, evaluation, measure(run, None, prompts, initial, evaluation))]
+    yield done[0]
     for plan in run.plans:
-        iteration = iterate(run, plan, prompts, policy)
-        yield iteration
-        policy = iteration.policy
+        done.append(iterate(run, plan, prompts, done))
+        yield done[-1]
 
 
-def iterate(run: Run, plan: Plan, prompts: Stage, policy: Stage) -> Iteration:
-    """Lay out one iteration: the policy answers, a judge scores, pairs are labelled, a policy is trained on them."""
+def iterate(run: Run, plan: Plan, prompts: Stage, done: Sequence[Iteration]) -> Iteration:
+    """Lay out one iteration: the policy answers, a judge scores, pairs are labelled, a policy is trained on them.
+
+    Args:
+        done: fine-tuning, and the iterations so far.
+    """
+    policy, initial = done[-1].policy, done[0].policy
     responses = generate(run, plan, prompts=prompts, policy=policy)
-    verdicts = judge(run, plan, prompts=prompts, responses=responses) if plan.dsl.needs_scores else None
-    pairs = label(run, plan, prompts=prompts, responses=responses, verdicts=verdicts)
+    verdicts = judge(run, plan, prompts=prompts, responses=responses, policy=policy, initial=initial)
+    labelled = label(run, plan, prompts=prompts, responses=responses, verdicts=verdicts, policy=policy, initial=initial)
+    earlier: dict[str, Any] = {name_earlier(n): each.labelled for n, each in enumerate(reversed(done[1:]), 1)}
+    pairs = arrange(run, plan, prompts=prompts, pairs=labelled, initial=initial, **earlier) or labelled
 
-    frozen = reference(run, plan, prompts=prompts, policy=policy, pairs=pairs)
-    like = match(run, plan, prompts=prompts, policy=policy, pairs=pairs, reference=frozen)
-    aids = find_aids(run, plan, prompts, policy, pairs)
-    trained = optimise(run, plan, prompts=prompts, policy=policy, pairs=pairs, reference=frozen, like=like, aids=aids)
+    start = {"previous": policy, "initial": initial, "base": None}[plan.start]
+    frozen = {"start": start, "initial": initial, "none": None}[plan.reference]
+    scores = reference(run, plan, prompts=prompts, policy=frozen, pairs=pairs)
+    given: dict[str, Any] = {"prompts": prompts, "policy": start, "frozen": frozen, "pairs": pairs, "reference": scores}
+    like = match(run, plan, **given)
+    trained = optimise(run, plan, **given, like=like, aids=find_aids(run, plan, prompts, frozen, pairs))
     evaluation = evaluate(run, plan, prompts=prompts, policy=trained, pairs=pairs)
-    measures = measure(run, plan, prompts, trained, evaluation, start=policy, pairs=pairs)
-    return Iteration(plan.k, prompts, trained, evaluation, measures, responses, verdicts, pairs, frozen, like)
+    measures = measure(run, plan, prompts, trained, evaluation, start=start, initial=initial, pairs=pairs)
+    own = (responses, verdicts, labelled, pairs, scores, like)
+    return Iteration(plan.k, prompts, trained, evaluation, measures, *own)

@@ -92,7 +92,7 @@ def with_contents(settings: Mapping[str, Any], part: Any) -> dict[str, Any]:
     tree = dict(settings)
     for name, value in settings.items():
         inner = getattr(part, name, None)
-        if _is_part(value):
+        if is_part(value):
             tree[name] = with_contents(value, inner)
         elif _are_parts(value) and isinstance(inner, Mapping):
             tree[name] = {each: with_contents(some, inner[each]) for each, some in value.items()}
@@ -192,9 +192,9 @@ def check(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             raise SettingsError(f"{name}.{key}: unknown setting. Known with an underscore: {', '.join(SPECIAL)}.")
     values = {key: value for key, value in settings.items() if not key.startswith("_")}
     for key, value in values.items():
-        if key in bound and _is_part(value):
+        if key in bound and is_part(value):
             values[key] = dict(value)  # checked by the outer part once it is built
-        elif _is_part(value):
+        elif is_part(value):
             values[key] = check(f"{name}.{key}", value)
         elif _are_parts(value):
             values[key] = {each: check(f"{name}.{key}.{each}", part) for each, part in value.items()}
@@ -215,10 +215,10 @@ def build(name: str, settings: Mapping[str, Any]) -> Any:
     bound = _bound_settings(target)
     values: dict[str, Any] = {}
     for key, value in settings.items():
-        if key in bound and _is_part(value):
+        if key in bound and is_part(value):
             own = {name: each for name, each in value.items() if name not in SPECIAL}
             values[key] = Bound(value["_target_"], own)
-        elif _is_part(value):
+        elif is_part(value):
             values[key] = build(f"{name}.{key}", value)
         elif _are_parts(value):
             values[key] = {each: build(f"{name}.{key}.{each}", part) for each, part in value.items()}
@@ -314,18 +314,32 @@ def check_values(
     hints = get_type_hints(target.__init__ if plain else target, include_extras=True)
     return {
         key: value
-        if key not in hints or _is_part(value) or _are_parts(value)
+        if key not in hints or is_part(value) or _are_parts(value)
         else _check_value(_join_names(name, key), value, hints[key])
         for key, value in values.items()
     }
 
 
-def _is_part(value: Any) -> bool:
+def is_part(value: Any) -> bool:
+    """Whether plain settings are those of a part."""
     return isinstance(value, Mapping) and "_target_" in value
 
 
 def _are_parts(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(_is_part(part) for part in value.values())
+    return isinstance(value, Mapping) and bool(value) and all(is_part(part) for part in value.values())
+
+
+def accepts(target: Callable[..., Any], key: str, value: Any) -> bool:
+    """Whether a value has the type of a setting of ``target``."""
+    plain = inspect.isclass(target) and not dataclasses.is_dataclass(target)
+    hints = get_type_hints(target.__init__ if plain else target, include_extras=True)
+    if key not in hints:
+        return True
+    try:
+        _check_value(key, value, hints[key])
+    except SettingsError:
+        return False
+    return True
 
 
 def _check_value(name: str, value: Any, hint: Any) -> Any:

@@ -25,11 +25,10 @@ from dnpo.settings import Count, Natural, build, check, check_values, part_key
 from dnpo.store import Verify
 
 if TYPE_CHECKING:
-    from dnpo.loop import Iteration
     from dnpo.running.console import Console
     from dnpo.screen import ScreenTable
     from dnpo.stages.duels import DuelOutcome
-    from dnpo.stages.plan import Run
+    from dnpo.stages.plan import Iteration, Run
     from dnpo.stats.intervals import Estimate
     from dnpo.store import Stage, Store
     from dnpo.tracking.writing import Tracking

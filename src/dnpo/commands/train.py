@@ -10,37 +10,37 @@ inside functions, so that wrong settings are reported at once.
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from omegaconf import DictConfig
 
 from dnpo.commands import common as command
+from dnpo.commands.iterations import join, settings_at, value_at
 from dnpo.errors import SettingsError
 from dnpo.settings import Natural, check_values, neutral_names, require, with_contents
 from dnpo.settings import build as build_part
 from dnpo.settings import check as check_part
 
 if TYPE_CHECKING:
-    from dnpo.loop import Iteration
     from dnpo.running.console import Console
-    from dnpo.stages.plan import Run
+    from dnpo.stages.plan import Iteration, Run
     from dnpo.store import Store
     from dnpo.tracking.writing import Tracking
 
-PARTS = (
-    "model",
-    "data",
-    "sft",
-    "generate",
+VARYING = (
+    "prompts",
+    "rollout",
     "judge",
     "dsl",
+    "strength",
+    "curriculum",
     "objective",
     "npo",
     "trainer",
-    "second_judge",
-    "eval",
-    "tracking",
-)
+)  # by iteration
+PARTS = ("model", "data", "sft", "generate", "second_judge", "eval", "tracking", *VARYING)
+TYPICAL = "typical"  # values for interpolation, which no part is given
+WORDS = ("start", "reference")  # by iteration too, but plain words
 STARTING = ("dsl", "npo")  # parts that act from their ``start`` iteration on; ABSENT replaces them before it
 ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
@@ -56,12 +56,24 @@ def main() -> None:
 # --- from the config tree to plain values -----------------------------------------------------------------------------
 
 
-def check_settings(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dict[str, dict[str, Any]]]:
-    """Check every setting against the signature of the part it configures, without building anything.
+class Checked(NamedTuple):
+    """The settings of a run, each checked against the part it configures.
 
-    Returns:
-        The settings outside the parts; the iteration at which each part of ``STARTING`` starts; the settings of each
-        part.
+    Attributes:
+        top: settings outside the parts.
+        starts: the iteration at which each part of ``STARTING`` starts.
+        parts: the settings of each part; lists stand where iterations differ.
+        plans: the settings of the parts of ``VARYING``, and ``WORDS``, for each iteration.
+    """
+
+    top: dict[str, Any]
+    starts: dict[str, int]
+    parts: dict[str, Any]
+    plans: list[dict[str, Any]]
+
+
+def check_settings(cfg: DictConfig) -> Checked:
+    """Check every setting against the signature of the part it configures, without building anything.
 
     Raises:
         SettingsError: a setting is unknown, missing or out of range; the message names the first such.
@@ -69,16 +81,34 @@ def check_settings(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, int], dic
     from dnpo.stages.plan import RunSettings
 
     tree = command.plain(cfg)
+    tree.pop(TYPICAL, None)
     top = check_values("", RunSettings, {key: value for key, value in tree.items() if key not in PARTS})
-    starts = {name: _start(name, tree[name], top["iterations"]) for name in STARTING}
+    iterations = top["iterations"]
+    starts = {name: _start(name, tree[name], iterations) for name in STARTING}
     tree["npo"] = resolve_shift(tree["npo"], tree["tracking"])
-    settings = {name: check_part(name, {k: v for k, v in tree[name].items() if k != "start"}) for name in PARTS}
-    return top, starts, settings
+    own = {name: _without_start(tree[name]) if name in STARTING else tree[name] for name in PARTS}
+    raw = [{name: settings_at(name, own[name], k, iterations) for name in VARYING} for k in range(iterations)]
+    plans: list[dict[str, Any]] = []
+    for k in range(iterations):
+        known = {name: plans[-1][name] for name in VARYING if k and raw[k][name] == raw[k - 1][name]}
+        plans.append({name: known.get(name) or check_part(name, raw[k][name]) for name in VARYING})
+        plans[k] |= {word: _word_at(word, top[word], k, iterations) for word in WORDS}
+    settings = {name: check_part(name, own[name]) for name in PARTS if name not in VARYING}
+    settings |= {name: join([plan[name] for plan in plans]) for name in VARYING}
+    return Checked(top, starts, settings, plans)
 
 
-def resolve_shift(npo: dict[str, Any], tracking: Mapping[str, Any]) -> dict[str, Any]:
+def _word_at(name: str, value: Any, k: int, iterations: int) -> str:
+    return str(value_at(name, value, k, iterations) if isinstance(value, list) else value)
+
+
+def _without_start(settings: Any) -> Any:
+    return {k: v for k, v in settings.items() if k != "start"} if isinstance(settings, Mapping) else settings
+
+
+def resolve_shift(npo: Any, tracking: Mapping[str, Any]) -> Any:
     """Replace ``npo.shift=run:ID`` by the mean of npo/shift over the training steps of that MLflow run."""
-    shift = npo.get("shift")
+    shift = npo.get("shift") if isinstance(npo, Mapping) else None
     if not (isinstance(shift, str) and shift.startswith("run:")):
         return npo
     from dnpo.tracking.reading import mean_of_metric
@@ -95,37 +125,24 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
     Returns:
         The run, the tracker, and the resolved settings.
     """
-    top, starts, settings = check_settings(cfg)
+    top, starts, settings, by_iteration = check_settings(cfg)
 
-    from dnpo.data import Source
-    from dnpo.dsl import Labeller
-    from dnpo.judges import Judge
     from dnpo.judges.asked.ledger import Ledger
-    from dnpo.optimise.parts import Noise, check_objective
     from dnpo.stages.plan import Plan, Run
+    from dnpo.stages.words import check_words, judge_of
 
     def in_force(name: str, k: int) -> Any:
-        started: bool = k >= starts[name]
-        return build_part(name, settings[name] if started else ABSENT[name])
+        started: bool = k >= starts.get(name, 0)
+        return build_part(name, by_iteration[k][name] if started else ABSENT[name])
 
-    parts: dict[str, Any] = {name: build_part(name, settings[name]) for name in PARTS if name not in STARTING}
+    parts: dict[str, Any] = {name: build_part(name, settings[name]) for name in PARTS if name not in VARYING}
     check_device(top["device"])
-    check_objective(parts["objective"])
-    needed = {"data": Source, "judge": Judge, "second_judge": Judge, "dsl": Labeller, "npo": Noise}
-    for place, protocol in needed.items():
-        require(place, parts[place] if place in parts else build_part(place, settings[place]), protocol)
     plans: list[Plan] = [
-        Plan(
-            k=k,
-            generate=parts["generate"],
-            judge=parts["judge"],
-            dsl=in_force("dsl", k),
-            objective=parts["objective"],
-            npo=in_force("npo", k),
-            trainer=parts["trainer"],
-        )
+        Plan(k=k, **{name: in_force(name, k) for name in VARYING}, **{word: by_iteration[k][word] for word in WORDS})
         for k in range(top["iterations"])
     ]
+    _require_parts(parts, by_iteration)
+    check_words(plans, parts["model"])
     run = Run(
         seed=top["seed"],
         device=top["device"],
@@ -133,7 +150,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         model=parts["model"],
         sft=parts["sft"],
         generate=parts["generate"],
-        judge=parts["judge"],
+        judge=judge_of(parts["eval"], plans),
         second_judge=parts["second_judge"],
         eval=parts["eval"],
         plans=plans,
@@ -141,18 +158,45 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         sft_rows=top["sft_rows"],
     )
     resolved = {**top, **{name: with_contents(settings[name], parts[name]) for name in parts}}
-    resolved |= {name: settings[name] for name in STARTING}
+    for name in VARYING:
+        part = getattr(plans[-1], name)
+        resolved[name] = with_contents(settings[name], part) if isinstance(settings[name], Mapping) else settings[name]
     for name, start in starts.items():
-        resolved[name] = {**settings[name], "start": start}
+        if isinstance(resolved[name], Mapping):
+            resolved[name] = {**resolved[name], "start": start}
     return run, parts["tracking"].open(), resolved
 
 
-def _start(name: str, settings: Mapping[str, Any], iterations: int) -> int:
+def _require_parts(parts: Mapping[str, Any], plans: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse parts that lack something that the loop needs.
+
+    Raises:
+        SettingsError: names the part and what it lacks.
+    """
+    from dnpo.data import Source
+    from dnpo.data.curriculum import Curriculum
+    from dnpo.data.prompts import Prompts
+    from dnpo.dsl import Labeller, Strength
+    from dnpo.judges import Judge
+    from dnpo.optimise.parts import Noise, check_objective
+
+    for name, kind in (("data", Source), ("second_judge", Judge)):
+        require(name, parts[name], kind)
+    needed = {"judge": Judge, "dsl": Labeller, "npo": Noise, "strength": Strength}
+    needed |= {"prompts": Prompts, "curriculum": Curriculum}
+    for plan in plans:
+        built = {name: build_part(name, plan[name]) for name in (*needed, "objective")}
+        for name, protocol in needed.items():
+            require(name, built[name], protocol)
+        check_objective(built["objective"])
+
+
+def _start(name: str, settings: Any, iterations: int) -> int:
     """Return the iteration at which a part starts; ``last`` means the last of the run."""
 
     def starting(*, start: Natural | Literal["last"] = 0) -> None: ...
 
-    given = {"start": settings["start"]} if "start" in settings else {}
+    given = {"start": settings["start"]} if isinstance(settings, Mapping) and "start" in settings else {}
     start = check_values(name, starting, given).get("start", 0)
     return iterations - 1 if start == "last" else cast(int, start)
 
@@ -241,7 +285,8 @@ def check_optimizers(run: "Run", iterations: "list[Iteration]", store: "Store") 
     if "sft" in todo:
         run.sft.check("sft")
     if "optimise" in todo:
-        run.plans[0].trainer.check("trainer")
+        for trainer in {id(plan.trainer): plan.trainer for plan in run.plans}.values():
+            trainer.check("trainer")
 
 
 def pass_gate(

@@ -1,78 +1,116 @@
-"""Dynamic sample labelling: decide which response is chosen and which is rejected (DNPO paper, section 4.2).
+"""Labelling: decide which responses to a prompt become the chosen and the rejected side of a pair.
 
-A labeller turns prompts, a human and a generated response to each, and the verdicts on both into pairs.
+A labeller sees the candidates of one prompt (the human response, the data's own rejected one, K generated ones, as it
+asks for them) with their scores, and returns the pairs to make of them. ``rules.py`` has the labellers, ``strength.py``
+how sure a label is.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, NamedTuple, Protocol
 
-from dnpo.errors import DataError
-from dnpo.records import Pair, Prompt, Response, Verdict
+from dnpo.dsl.rules import (
+    AgainstHuman,
+    AmongGenerated,
+    Best,
+    BestWorst,
+    Candidate,
+    FirstTwo,
+    GivenPairs,
+    HigherScoreChosen,
+    HumanChosen,
+    Labelled,
+    RandomPairs,
+    Ranked,
+    Right,
+)
+from dnpo.dsl.strength import AskedStrength, Compare, HardLabels, RewardStrength, with_strengths
+from dnpo.records import HUMAN, Pair, Prompt, Response, Verdict
+from dnpo.stats.sampling import pass_at_k
+
+__all__ = [
+    "AgainstHuman",
+    "AmongGenerated",
+    "AskedStrength",
+    "Best",
+    "BestWorst",
+    "Candidate",
+    "FirstTwo",
+    "GivenPairs",
+    "HardLabels",
+    "HigherScoreChosen",
+    "HumanChosen",
+    "Labelled",
+    "Labeller",
+    "RandomPairs",
+    "Ranked",
+    "RewardStrength",
+    "Right",
+    "Strength",
+    "explain",
+    "label",
+    "with_strengths",
+]
 
 
 class Labeller(Protocol):
-    """What ``dsl=…`` configures."""
+    """What ``dsl=…`` configures.
 
-    @property
-    def needs_scores(self) -> bool:
-        """Whether the labeller needs scores of a judge."""
-
-    def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: "Scores") -> bool | None:
-        """Whether the generated response is chosen; None leaves the pair out."""
-
-
-class Scores(NamedTuple):
-    """The scores of the two responses of a pair; None where a score is missing."""
-
-    human: float | None
-    generated: float | None
-
-
-@dataclass(frozen=True)
-class HumanChosen:
-    """The human response is always chosen (SPIN, equation 4.7 of its paper): labels by origin."""
-
-    needs_scores: ClassVar[bool] = False
-
-    def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: Scores) -> bool | None:
-        """Never."""
-        return False
-
-
-@dataclass(frozen=True)
-class HigherScoreChosen:
-    """The response with the higher score is chosen, the human one at a tie (DNPO, equation 2): labels by quality.
-
-    Args:
-        unscored: what happens to a pair that lacks a score: ``drop`` leaves it out, ``keep_human`` chooses the human
-            response, ``fail`` ends the run.
+    Attributes:
+        needs_scores: whether candidates need scores of a judge.
+        admits_human: whether the human response is a candidate, always the first one.
+        gives_pairs: whether it gives both sides; otherwise chosen responses alone.
+        fewest: how many generated candidates it needs for each prompt.
+        nothing: name of the count of prompts of which it makes no pair, one of ``REASONS``, or "".
     """
 
-    needs_scores: ClassVar[bool] = True
+    needs_scores: ClassVar[bool]
+    admits_human: ClassVar[bool]
+    gives_pairs: ClassVar[bool]
+    fewest: ClassVar[int]
+    nothing: ClassVar[str]
 
-    unscored: Literal["drop", "keep_human", "fail"] = "drop"
+    @property
+    def right_from(self) -> float | None:
+        """The score from which on an answer counts as right, for pass@k; None if that is not asked."""
 
-    def prefers_generated(self, prompt: Prompt, human: Response, generated: Response, scores: Scores) -> bool | None:
-        """s′ > s; if a score is missing, ``unscored`` decides."""
-        if scores.human is None or scores.generated is None:
-            if self.unscored == "fail":
-                raise DataError(
-                    f"dsl.unscored=fail: the {'human' if scores.human is None else 'generated'} response to "
-                    f"{prompt.id} has no score; drop such pairs (drop), or choose the human response (keep_human)"
-                )
-            return None if self.unscored == "drop" else False
-        return scores.generated > scores.human
+    def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Labelled]:
+        """The pairs to make of the candidates: the human response if it is admitted, then samples by number."""
 
 
-def explain(counts: Mapping[str, int]) -> str:
+class Strength(Protocol):
+    """What ``strength=…`` configures: how sure the labels are.
+
+    Attributes:
+        asks: whether it asks the judge to compare both sides.
+    """
+
+    asks: ClassVar[bool]
+
+    def __call__(self, prompts: Mapping[str, Prompt], pairs: Sequence[Pair], compare: Compare | None) -> list[float]:
+        """p(y⁺ ≻ y⁻) of each pair."""
+
+
+class Labels(NamedTuple):
+    """The pairs of an iteration, and counts of what happened."""
+
+    pairs: list[Pair]
+    counts: dict[str, int | float]
+
+
+REASONS = {
+    "identical": "responses are identical (a higher generate.temperature varies them)",
+    "unscored": "pairs lack a score (look at judge.…; dsl.unscored=keep_human keeps them, labelled by origin)",
+    "tied": "prompts have candidates with equal scores",
+    "wrong": "prompts have no right answer",
+}
+
+
+def explain(counts: Mapping[str, int | float]) -> str:
     """Say why :func:`label` made no pair, and what to do about it."""
-    reasons = {
-        "identical": "generated responses equal the human ones (a higher generate.temperature varies them)",
-        "unscored": "pairs lack a score (look at judge.…; dsl.unscored=keep_human keeps them, labelled by origin)",
-    }
-    found = [f"{counts[name]:,} {reason}" for name, reason in reasons.items() if counts[name]]
-    return "; ".join(found) or "the labeller (dsl=…) has dropped all of them"
+    found = [f"{counts[name]:,} {reason}" for name, reason in REASONS.items() if counts.get(name)]
+    passed = [f"{name.replace('_at_', '@')} is {counts[name]:.3g} so far" for name in counts if "pass_at" in name]
+    return "; ".join([*found, *passed]) or "the labeller (dsl=…) has dropped all of them"
 
 
 def label(
@@ -81,45 +119,89 @@ def label(
     human: Sequence[Response],
     generated: Sequence[Response],
     verdicts: Sequence[Verdict],
-) -> tuple[list[Pair], dict[str, int]]:
-    """Make a labelled pair of each generated response and its human one, and count what happened.
+    iteration: int = 0,
+) -> Labels:
+    """Make the pairs of every prompt that has responses, in the order of these, and count what happened.
 
-    The pairs are in the order of ``generated``. A pair of identical token sequences carries no signal; it is dropped
-    and counted as ``identical``. ``unscored`` counts the pairs that lack a score which the labeller needs.
+    ``generated`` has the responses of the policy, or the data's own rejected ones. A sample that repeats an earlier one
+    of its prompt token for token is no further candidate (``repeated``). Nor is one that equals the human response, if
+    that is a candidate, since equal token sequences carry no signal (``identical``). ``unscored`` counts the generated
+    responses that lack a score, or whose human counterpart does, if the labeller needs scores.
     """
-    prompt_of = {p.id: p for p in prompts}
-    human_of = {r.id: r for r in human}
-    score_of: Mapping[tuple[str, str], float | None] = {(v.id, v.source): v.score for v in verdicts}
+    prompt_of, human_of = {row.id: row for row in prompts}, {row.id: row for row in human}
+    score_of = {(v.id, v.source, v.sample): v.score for v in verdicts}
+
+    def candidate(response: Response) -> Candidate:
+        return Candidate(response, score_of.get((response.id, response.source, response.sample)))
+
+    counts: Counter[str] = Counter()
     pairs: list[Pair] = []
-    counts = {"pairs": 0, "flipped": 0, "identical": 0, "unscored": 0}
-    for new in generated:
-        prompt, old = prompt_of[new.id], human_of[new.id]
-        scores = Scores(score_of.get((old.id, old.source)), score_of.get((new.id, new.source)))
-        if new.token_ids == old.token_ids:
-            counts["identical"] += 1
-            continue
-        flipped = labeller.prefers_generated(prompt, old, new, scores)
-        counts["unscored"] += labeller.needs_scores and None in (scores.human, scores.generated)
-        if flipped is None:
-            continue
-        sides = [(old, scores.human), (new, scores.generated)]
-        (chosen, chosen_score), (rejected, rejected_score) = reversed(sides) if flipped else sides
-        pairs.append(
-            Pair(
-                id=prompt.id,
-                messages=prompt.messages,
-                prompt_ids=prompt.token_ids,
-                chosen=chosen.text,
-                rejected=rejected.text,
-                chosen_ids=chosen.token_ids,
-                rejected_ids=rejected.token_ids,
-                chosen_source=chosen.source,
-                rejected_source=rejected.source,
-                chosen_score=chosen_score,
-                rejected_score=rejected_score,
-                flipped=flipped,
-            )
-        )
-        counts["pairs"] += 1
-        counts["flipped"] += flipped
-    return pairs, counts
+    right: list[tuple[int, int]] = []  # of each prompt: samples, right ones
+    for id, responses in _by_prompt(generated).items():
+        prompt, distinct = prompt_of[id], _distinct(responses)
+        fixed = [candidate(human_of[id])] if labeller.admits_human else []
+        new = [candidate(each) for each in distinct if all(each.token_ids != old.response.token_ids for old in fixed)]
+        counts["repeated"] += len(responses) - len(distinct)
+        counts["identical"] += len(distinct) - len(new)
+        if labeller.needs_scores:
+            lacking = any(each.score is None for each in fixed)
+            counts["unscored"] += sum(lacking or each.score is None for each in new)
+        if labeller.right_from is not None:
+            scores = [candidate(response).score or 0.0 for response in responses]
+            right.append((len(scores), sum(score >= labeller.right_from for score in scores)))
+        labelled = labeller(prompt, [*fixed, *new])
+        if not labelled and labeller.nothing:
+            counts["identical" if len(new) < labeller.fewest <= len(responses) else labeller.nothing] += 1
+        pairs += [make_pair(prompt, chosen, rejected, iteration) for chosen, rejected in labelled]
+    counts["pairs"], counts["flipped"] = len(pairs), sum(pair.flipped for pair in pairs)
+    always = {name: counts[name] for name in ("pairs", "flipped", "identical", "unscored")}
+    more = {name: counts[name] for name in (*REASONS, "repeated") if counts[name]}
+    return Labels(pairs, {**always, **more, **_pass_at(right)})
+
+
+def _pass_at(right: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """pass@1 and pass@K over prompts, of their numbers of samples and of right ones."""
+    most = max((count for count, _ in right), default=0)
+    found = {}
+    for k in dict.fromkeys((1, most) if most else ()):
+        enough = [pass_at_k(count, hits, k) for count, hits in right if count >= k]
+        found[f"pass_at_{k}"] = sum(enough) / len(enough)
+    return found
+
+
+def _distinct(responses: Iterable[Response]) -> list[Response]:
+    """The responses without those that repeat an earlier one token for token."""
+    found: dict[tuple[int, ...], Response] = {}
+    for response in responses:
+        found.setdefault(tuple(response.token_ids), response)
+    return list(found.values())
+
+
+def make_pair(prompt: Prompt, chosen: Candidate, rejected: Candidate | None, iteration: int) -> Pair:
+    """The pair of two candidates, or of a chosen one alone."""
+    one, other = chosen.response, None if rejected is None else rejected.response
+    return Pair(
+        id=prompt.id,
+        messages=prompt.messages,
+        prompt_ids=prompt.token_ids,
+        chosen=one.text,
+        rejected="" if other is None else other.text,
+        chosen_ids=one.token_ids,
+        rejected_ids=[] if other is None else other.token_ids,
+        chosen_source=one.source,
+        rejected_source="" if other is None else other.source,
+        chosen_score=chosen.score,
+        rejected_score=None if rejected is None else rejected.score,
+        flipped=other is not None and other.source == HUMAN,
+        chosen_sample=one.sample,
+        rejected_sample=0 if other is None else other.sample,
+        iteration=iteration,
+    )
+
+
+def _by_prompt(responses: Iterable[Response]) -> dict[str, list[Response]]:
+    """The responses of each prompt, by sample; the prompts in the order of their first response."""
+    found: dict[str, list[Response]] = {}
+    for response in responses:
+        found.setdefault(response.id, []).append(response)
+    return {id: sorted(some, key=lambda response: response.sample) for id, some in found.items()}

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from dnpo.evaluate.leaderboard import Leaderboard
 from dnpo.evaluate.texts import Texts
+from dnpo.judges import Judge
 from dnpo.records import Prompt, Response
 from dnpo.settings import Count, neutral
 
@@ -54,6 +55,8 @@ class Evaluation:
         texts: compares new texts with the positive samples, in a separate stage; None: no comparison.
         leaderboard: benchmarks by lm-eval after every iteration, in a separate stage; None: no benchmarks.
         measures: further measures by name, each in a separate stage.
+        judge: gives the scores; None: the judge that labels does, if its scores say how good texts are.
+        initial: whether to estimate the KL divergence from the initial policy, in a separate stage.
     """
 
     split: Split = "test"
@@ -62,3 +65,5 @@ class Evaluation:
     texts: Texts | None = neutral(None)
     leaderboard: Leaderboard | None = neutral(None)
     measures: Mapping[str, Measure] | None = neutral(None)
+    judge: Judge | None = neutral(None)
+    initial: bool = neutral(False)

@@ -39,6 +39,7 @@ def evaluate(
     ledger: Ledger,
     sampling: Sampling,
     *,
+    again: Sampling,
     pairs: Sequence[Pair] | None,
     train: Held,
     source: str,
@@ -54,7 +55,8 @@ def evaluate(
         held: the held-out split.
         judge: gives the scores; without a judge the metrics that need scores are left out.
         ledger: stores the judge's replies, so that no question is asked twice.
-        sampling: how the policy samples for training.
+        sampling: how the policy samples.
+        again: how it samples new responses to training prompts: as the responses there were sampled.
         pairs: the pairs that the policy was trained on, if any.
         train: training prompts, for fresh samples where there are no pairs.
         source: ``source`` of the fresh samples.
@@ -69,7 +71,7 @@ def evaluate(
     report.begin(len(held.prompts) * (1 + copies) + len(known.prompts), "responses")
     greedy = sample(policy, held.prompts, sampling.greedy(), source, limit, 0, report)
     fresh = sample(policy, several, sampling, source, limit, derive(seed, "held out"), report)
-    new = sample(policy, known.prompts, sampling, source, limit, derive(seed, "new"), report)
+    new = sample(policy, known.prompts, again, source, limit, derive(seed, "new"), report)
 
     human_logps = policy.score([p.token_ids for p in held.prompts], [r.token_ids for r in held.human])
     metrics: dict[str, float] = {
@@ -155,11 +157,16 @@ def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) 
 def _labels(pairs: Sequence[Pair], prompts: Sequence[Prompt]) -> dict[str, float]:
     """Shares of pairs with exactly one right answer, and of these with the right answer rejected: label noise."""
     prompt_of = {p.id: p for p in prompts}
-    right = [(correct(prompt_of[p.id], p.chosen), correct(prompt_of[p.id], p.rejected)) for p in pairs]
-    return {
-        "labels/decided": _mean(chosen != rejected for chosen, rejected in right),
-        "labels/noise": _mean(rejected and not chosen for chosen, rejected in right),
-    }
+    both = [p for p in pairs if p.rejected_ids]
+    right = [(correct(prompt_of[p.id], p.chosen), correct(prompt_of[p.id], p.rejected)) for p in both]
+    return (
+        {}
+        if not right
+        else {
+            "labels/decided": _mean(chosen != rejected for chosen, rejected in right),
+            "labels/noise": _mean(rejected and not chosen for chosen, rejected in right),
+        }
+    )
 
 
 def quality(verdicts: Sequence[Verdict], count: int) -> dict[str, float]:
@@ -219,6 +226,7 @@ def _distributions(
         "new_tokens": [r.tokens for r in new],
     }
     metrics = {"logps/chosen": _mean(logps["chosen"]), "logps/new": _mean(logps["new"])}
+    has_pairs = has_pairs and all(known.rejected)  # responses chosen alone have no counterpart
     if has_pairs:
         logps["rejected"] = policy.score(prompt_ids, known.rejected)
         logps["rejected_tokens"] = [len(ids) for ids in known.rejected]

@@ -6,7 +6,7 @@ chosen ones first.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -30,7 +30,7 @@ from dnpo.optimise.objective import (
     weighted_mean,
 )
 from dnpo.optimise.parts import Optimisation, PairOptimisation
-from dnpo.optimise.training import Batch, Training, fit, make_fused
+from dnpo.optimise.training import Batch, Training, fit, has_checkpoint, make_fused
 from dnpo.policy.logprobs import Head, token_logps
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed, pack
@@ -63,7 +63,8 @@ class PairBatch(Batch):
     """A micro-batch of B pairs with the reference's log-probabilities.
 
     Attributes:
-        reference: the reference's log-probabilities.
+        reference: the reference's log-probabilities; 0 if the objective reads none.
+        expected: what the policy's are before the first update; None in later steps.
         facts: strengths, weights, shifts and lengths of the pairs; the share of the batch is that of its weights.
         rejected: prompts and rejected responses only, if the noise reads hidden states.
         hidden_NH: these hidden states, if they have been kept.
@@ -72,6 +73,7 @@ class PairBatch(Batch):
     """
 
     reference: PairLogps
+    expected: PairLogps | None
     facts: Facts
     rejected: Packed | None
     hidden_NH: Tensor | None
@@ -83,6 +85,7 @@ class PairBatch(Batch):
         return replace(
             super().to(device),
             reference=PairLogps(*(t.to(device) for t in self.reference)),
+            expected=None if self.expected is None else PairLogps(*(t.to(device) for t in self.expected)),
             facts=self.facts.to(device),
             rejected=None if self.rejected is None else self.rejected.to(device),
             hidden_NH=None if self.hidden_NH is None else self.hidden_NH.to(device),
@@ -146,7 +149,7 @@ class PreferenceTraining(Training):
     def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The three terms of the two-player loss on one micro-batch of pairs."""
         pairs = cast(PairBatch, batch)
-        policy, reference = split(self.policy.logps(pairs.packed)), pairs.reference
+        policy, reference = self._logps(pairs), pairs.reference
         if self.policy_step == 0:
             self._check_step_zero(policy, pairs)
         noisy, at_bound = self.noise(reference.rejected_B, self._prepare_rejected(pairs))
@@ -160,6 +163,11 @@ class PreferenceTraining(Training):
         if self.noise.active:
             metrics |= {"loss/noise": terms.noise, "loss/variance": terms.variance, "npo/at_bound": at_bound}
         return terms.total, metrics
+
+    def _logps(self, batch: PairBatch) -> PairLogps:
+        """The policy's log-probabilities of both responses, or of the chosen ones if no rejected ones are read."""
+        logp_S = self.policy.logps(batch.packed)
+        return split(logp_S) if len(logp_S) > len(batch.ids) else PairLogps(logp_S, torch.zeros_like(logp_S))
 
     def _prepare_rejected(self, batch: PairBatch) -> Rejected | None:
         """The reference's hidden states of the rejected tokens, read from disk or computed by a forward pass."""
@@ -200,23 +208,34 @@ class PreferenceTraining(Training):
 
     @torch.no_grad()
     def _check_step_zero(self, policy: PairLogps, batch: PairBatch) -> None:
-        """Check that before the first update the policy is the reference: all margins 0, logistic loss ln 2."""
+        """Check that before the first update the policy is the one that it should start from.
+
+        If the reference is that policy, all margins are then 0 and the logistic loss is ln 2.
+        """
+        expected = batch.expected
+        if expected is None:
+            return
         tolerance = STEP_ZERO_TOLERANCE[self.policy.head.cast(self.device).weight_VH.dtype]
-        off_by = float(log_ratio_gap(policy.detach(), batch.reference).abs().max())
+        off_by = _difference(policy.detach(), expected)
         if off_by <= tolerance:
             return
         with self.policy.evaluating():
-            calm = split(self.policy.logps(batch.packed))
-        if float(log_ratio_gap(calm, batch.reference).abs().max()) <= tolerance:
+            calm = self._logps(batch)
+        if _difference(calm, expected) <= tolerance:
             cause = "dropout is on: every dropout of the model has to be 0"
         elif hasattr(self.policy.model, "peft_config"):
             cause = "the adapter is not fresh: the reference must be the weights it was put on, in this very iteration"
         else:
             cause = "the reference has other weights: it must be the policy that this iteration starts from"
         raise StepZeroError(
-            f"step 0: the policy is not the reference. Log-ratios differ by up to {off_by:.3g} nats on rows "
-            f"{', '.join(batch.ids[:4])}, expected at most {tolerance}. Most likely {cause}"
+            f"step 0: the policy is not the one that training starts from. Log-ratios differ by up to {off_by:.3g} "
+            f"nats on rows {', '.join(batch.ids[:4])}, expected at most {tolerance}. Most likely {cause}"
         )
+
+
+def _difference(policy: PairLogps, expected: PairLogps) -> float:
+    """The largest log-ratio gap, in nats."""
+    return float(log_ratio_gap(policy, expected).abs().max())
 
 
 def fine_tune(
@@ -257,7 +276,7 @@ def fine_tune(
 def optimise(
     policy: Policy,
     pairs: Sequence[Pair],
-    reference: Sequence[ReferenceLogps],
+    reference: Sequence[ReferenceLogps] | None,
     optimisation: PairOptimisation,
     *,
     noise: NoiseModule,
@@ -267,43 +286,52 @@ def optimise(
     folder: Path,
     report: Report,
     hidden: Callable[[Sequence[int]], Tensor] | None = None,
+    frozen: Policy | None = None,
+    expected: Mapping[int, ReferenceLogps] | None = None,
 ) -> list[dict[str, float]]:
-    """Train the policy in place, with its initial state as the reference.
+    """Train the policy in place on pairs.
 
     Args:
         policy: the policy; its module is changed. With LoRA it has a fresh adapter.
         pairs: pairs with the token ids of prompts and both responses.
-        reference: the policy's log-probabilities of the pairs before training, in the order of the pairs.
+        reference: the reference's log-probabilities of the pairs, in their order; None if the objective reads none.
         optimisation, folder, report: as in :func:`fine_tune`.
         noise: noise on the reference's log-probability of rejected responses; it is trained too.
         objective: (policy, reference, facts) → loss of each pair.
         beta: preference temperature of the noise term and the reported margins.
         seed: seed of the order of the pairs and of the noise.
         hidden: numbers of pairs → the reference's hidden states of their rejected tokens, if they have been kept.
+        frozen: the reference; None if it is the policy before training.
+        expected: the policy's log-probabilities of the first step's pairs before training, by number, from
+            :func:`score_first`; None if the reference has them, which is then the policy before training.
 
     Returns:
         A row of metrics for each policy step.
 
     Raises:
         SettingsError: a weight is negative, or all are 0.
-        StepZeroError: before the first update the policy is not the reference.
+        StepZeroError: before the first update the policy is not the one that it should start from.
         NonFiniteLossError: the loss became NaN or infinite.
         OutOfMemoryError: a step does not fit into memory.
     """
+    both = reads_rejected(objective)
+    nothing = ReferenceLogps(0, 0.0, 0.0)
     tokens = [len(p.rejected_ids) for p in pairs]
-    weight, used = [p.weight for p in pairs], _with_weight(pairs)
+    weight, used = [p.weight for p in pairs], with_weight(pairs)
 
     def collate(numbers: Sequence[int], piece: Slice) -> PairBatch:
         some = [pairs[i] for i in numbers]
         prompts, rejected = [p.prompt_ids for p in some], [p.rejected_ids for p in some]
+        chosen = [p.chosen_ids for p in some]
+        start = reference if expected is None else expected
         return PairBatch(
-            packed=pack(prompts * 2, [p.chosen_ids for p in some] + rejected, share_prompt=optimisation.share_prompt),
+            packed=pack(prompts * 2, chosen + rejected, share_prompt=optimisation.share_prompt)
+            if both
+            else pack(prompts, chosen),
             ids=tuple(p.id for p in some),
             share=sum(weight[i] for i in numbers) / sum(weight[used[i]] for i in piece.group),
-            reference=PairLogps(
-                torch.tensor([reference[i].chosen for i in numbers]),
-                torch.tensor([reference[i].rejected for i in numbers]),
-            ),
+            reference=to_tensors([nothing if reference is None else reference[i] for i in numbers]),
+            expected=to_tensors([start[i] for i in numbers]) if start and not piece.step else None,
             facts=make_facts(some),
             rejected=pack(prompts, rejected) if noise.reads_states else None,
             hidden_NH=hidden(numbers) if noise.reads_states and hidden is not None else None,
@@ -311,15 +339,61 @@ def optimise(
             rejected_share=sum(tokens[i] for i in numbers) / max(sum(tokens[used[i]] for i in piece.group), 1),
         )
 
-    frozen = None
+    parts = None
     if noise.reads_states:
-        body = policy.reference() if hidden is None else None
-        frozen = Frozen(policy.head.frozen() if body is None else body.head.frozen(), body)
+        body = (frozen or policy.reference()) if hidden is None else None
+        parts = Frozen((body or frozen or policy).head.frozen(), body)
     groups = optimisation.groups(len(used), seed)
     module = PreferenceTraining(
-        policy, optimisation, len(groups), report, frozen=frozen, noise=noise, objective=objective, beta=beta
+        policy, optimisation, len(groups), report, frozen=parts, noise=noise, objective=objective, beta=beta
     )
     return fit(module, Batches(used, groups, optimisation.rows_at_once, collate), folder)
+
+
+def score_first(
+    policy: Policy,
+    pairs: Sequence[Pair],
+    optimisation: PairOptimisation,
+    objective: Objective,
+    *,
+    seed: int,
+    folder: Path,
+) -> dict[int, ReferenceLogps]:
+    """The policy's log-probabilities of the pairs of the first step, by number, by a plain forward pass.
+
+    Training checks by them that it begins with this policy. A training that continues from a checkpoint has passed the
+    check, and needs none.
+    """
+    groups = optimisation.groups(len(with_weight(pairs)), seed)
+    if has_checkpoint(folder) or not groups:
+        return {}
+    used = with_weight(pairs)
+    some = [used[i] for i in groups[0]]
+    prompts = [pairs[i].prompt_ids for i in some]
+    chosen = policy.score(prompts, [pairs[i].chosen_ids for i in some])
+    rejected = [0.0] * len(some)
+    if reads_rejected(objective):
+        rejected = policy.score(prompts, [pairs[i].rejected_ids for i in some])
+    return {i: ReferenceLogps(i, c, r) for i, c, r in zip(some, chosen, rejected, strict=True)}
+
+
+def count_tokens(pairs: Sequence[Pair], optimisation: PairOptimisation, objective: Objective, seed: int) -> int:
+    """The number of tokens that a whole training reads: prompts, and the responses that the objective reads."""
+    used, both = with_weight(pairs), reads_rejected(objective)
+    lengths = [
+        len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids) + (len(pairs[i].rejected_ids) if both else 0) for i in used
+    ]
+    return sum(lengths[i] for group in optimisation.groups(len(used), seed) for i in group)
+
+
+def reads_rejected(objective: Objective) -> bool:
+    """Whether an objective reads rejected responses."""
+    return bool(getattr(objective, "reads_rejected", True))
+
+
+def to_tensors(rows: Sequence[ReferenceLogps]) -> PairLogps:
+    """The log-probabilities of B pairs, on the CPU."""
+    return PairLogps(torch.tensor([row.chosen for row in rows]), torch.tensor([row.rejected for row in rows]))
 
 
 def split(logp_S: Tensor) -> PairLogps:
@@ -339,7 +413,7 @@ def make_facts(pairs: Sequence[Pair]) -> Facts:
     )
 
 
-def _with_weight(pairs: Sequence[Pair]) -> list[int]:
+def with_weight(pairs: Sequence[Pair]) -> list[int]:
     """The numbers of the pairs whose weight is not 0; the others would be read for nothing.
 
     Raises:

@@ -349,6 +349,11 @@ def _find_checkpoint(folder: Path) -> Path | None:
     return path
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a training in this folder would continue from a checkpoint."""
+    return (folder / CHECKPOINT).is_file()
+
+
 def discard_checkpoint(folder: Path) -> None:
     """Remove the checkpoint that :func:`fit` leaves, once the trained weights are written."""
     (folder / CHECKPOINT).unlink(missing_ok=True)

@@ -16,11 +16,11 @@ from typing import Any
 from dnpo import catalogue, disk
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
-from dnpo.loop import Iteration
 from dnpo.records import Pair, mean_over_steps
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.stages.agreement import read_agreement
+from dnpo.stages.plan import Iteration
 from dnpo.store import Stage, Store, manifest, provenance, write_json
 from dnpo.store.provenance import commit
 from dnpo.tracking import RUNNING
@@ -201,13 +201,19 @@ def _row(iteration: Iteration, store: Store) -> dict[str, Any]:
     if iteration.k >= 0:
         for name in ("first", "last"):
             row[f"grad_norm/{name}"] = trained.get(f"grad_norm/policy ({name} tenth)")
-    if iteration.pairs is not None:
-        row |= {f"pairs/{name}": count for name, count in manifest(store.folder(iteration.pairs))["facts"].items()}
+    if iteration.labelled is not None:
+        row |= {f"pairs/{name}": count for name, count in manifest(store.folder(iteration.labelled))["facts"].items()}
         row["pairs/flips"] = row["pairs/flipped"] / row["pairs/pairs"]
+    if iteration.pairs is not None and iteration.pairs is not iteration.labelled:
+        arranged = manifest(store.folder(iteration.pairs))["facts"]
+        row |= {f"curriculum/{name}": value for name, value in arranged.items()}
+    if "tokens" in trained:
+        row["trained/tokens"] = trained["tokens"]
     if iteration.verdicts is not None:
         row |= {f"judge/{name}": value for name, value in manifest(store.folder(iteration.verdicts))["facts"].items()}
     if iteration.responses is not None:
-        row["generated/cut"] = manifest(store.folder(iteration.responses))["facts"]["cut"]
+        facts = manifest(store.folder(iteration.responses))["facts"]
+        row |= {f"generated/{name}": facts[name] for name in ("cut", "responses", "tokens") if name in facts}
     row["seconds"] = round(sum(manifest(store.folder(stage))["seconds"] for stage in iteration.stages), 1)
     return row
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dnpo.judges import Forecast, Judge
-from dnpo.loop import Iteration
 from dnpo.records import HUMAN, Prompt, Response, policy_source, read, read_all
-from dnpo.stages.plan import Run
+from dnpo.stages.plan import Iteration, Run
 from dnpo.store import Stage, Store
 
 
@@ -23,12 +22,17 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
     rows = _Rows(run, iterations[0].prompts, store)
     for iteration in iterations:
         if iteration.verdicts is not None and not store.has(iteration.verdicts) and iteration.responses is not None:
+            plan = run.plans[iteration.k]
             prompts, human = rows.split("train")
-            generated = _read_generated(store, iteration.responses) or _stand_in(
-                prompts, human, policy_source(iteration.k)
-            )
-            judge = run.plans[iteration.k].judge
-            forecasts[iteration.verdicts.title] = judge.forecast(prompts, [*human, *generated], run.ledger, seen)
+            used = {prompt.id for prompt in plan.prompts(prompts, plan.k)}
+            prompts, human = [p for p in prompts if p.id in used], [r for r in human if r.id in used]
+            generated = _read_generated(store, iteration.responses) or [
+                replace(response, text=f"{number} {response.text}" if number else response.text, sample=number)
+                for response in _stand_in(prompts, human, policy_source(iteration.k))
+                for number in range(plan.rollout.samples)
+            ]
+            asked = [*(human if plan.dsl.admits_human else ()), *generated]
+            forecasts[iteration.verdicts.title] = plan.judge.forecast(prompts, asked, run.ledger, seen)
         for stage, judge in _find_evaluations(run, iteration, store):
             prompts, human = rows.split(run.eval.split)
             source = policy_source(iteration.k + 1)
@@ -39,8 +43,8 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
                 for p, r in zip(prompts, human, strict=True)
             ]
             fresh = _stand_in([p for p, _ in several], [r for _, r in several], source)
-            asked = [*prompts, *(p for p, _ in several)]
-            forecasts[stage.title] = judge.forecast(asked, [*human, *greedy, *fresh], run.ledger, seen)
+            questions = [*prompts, *(p for p, _ in several)]
+            forecasts[stage.title] = judge.forecast(questions, [*human, *greedy, *fresh], run.ledger, seen)
     return forecasts
 
 

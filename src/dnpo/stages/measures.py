@@ -14,7 +14,7 @@ from dnpo.records import Item, Pair, Prompt, Response, Verdict, read, write
 from dnpo.seeding import derive
 from dnpo.settings import part_key
 from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, Verb, verb
-from dnpo.stages.verbs import read_split
+from dnpo.stages.verbs import read_split, sampling_of
 from dnpo.store import Stage, write_json
 
 if TYPE_CHECKING:
@@ -30,19 +30,24 @@ def measure(
     prompts: Stage,
     policy: Stage,
     evaluation: Stage,
+    *,
     start: Stage | None = None,
+    initial: Stage | None = None,
     pairs: Stage | None = None,
 ) -> tuple[Stage, ...]:
     """Lay out the stages that measure a policy in addition to its evaluation.
 
     Args:
         plan: the iteration that trained the policy; None for fine-tuning.
-        start: the policy that its training started from, its reference; None for fine-tuning.
+        start: the policy that its training started from; None for the base model.
+        initial: the policy after fine-tuning.
         pairs: the pairs that it was trained on.
     """
     stages = []
-    if start is not None and _is_plain(run.generate):
+    if plan is not None and _is_plain(sampling_of(run, plan)):
         stages.append(drift(run, plan, prompts=prompts, policy=start, evaluation=evaluation))
+    if plan is not None and run.eval.initial and _is_plain(run.generate):
+        stages.append(drift_from_initial(run, plan, prompts=prompts, policy=initial, evaluation=evaluation))
     if run.second_judge.gives_scores:
         stages.append(judge_again(run, plan, prompts=prompts, evaluation=evaluation))
     if run.eval.texts is not None:
@@ -90,6 +95,19 @@ def drift(run: Run, plan: Plan, task: Task) -> Facts:
         "drift/kl_token": divergence.token,
         "drift/kl_token_error": divergence.token_error,
     }
+    return _write_metrics(task.folder, {name: value for name, value in metrics.items() if value is not None})
+
+
+@verb("initial", 1, lambda run, plan: {}, title="drift from the initial policy")
+def drift_from_initial(run: Run, plan: Plan, task: Task) -> Facts:
+    """Estimate KL(policy ‖ initial) from the policy's samples for held-out prompts, one for each prompt."""
+    from dnpo.evaluate.distances import kl
+
+    held = read_split(task.inputs["prompts"], run.eval.split).prompts
+    samples = read(task.inputs["evaluation"] / "samples.parquet", Response)[len(held) : 2 * len(held)]
+    logps = run.policy(task.inputs).score([p.token_ids for p in held], [r.token_ids for r in samples])
+    divergence = kl([r.logprob for r in samples], logps, [r.tokens for r in samples])
+    metrics = {"drift/initial": divergence.sequence, "drift/initial_error": divergence.sequence_error}
     return _write_metrics(task.folder, {name: value for name, value in metrics.items() if value is not None})
 
 

@@ -4,26 +4,34 @@ A verb is a function that does the work of one stage. ``loop.py`` calls it with 
 computing anything. Only when the store computes the stage is the function itself called, with its inputs' folders.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from dnpo.data.curriculum import NoCurriculum
+from dnpo.data.prompts import All
+from dnpo.dsl import HardLabels
 from dnpo.policy.base import read_saved
 from dnpo.settings import Count, Natural, neutral
 from dnpo.store import Report, Stage, Verify
 
 if TYPE_CHECKING:
     from dnpo.data import Source
-    from dnpo.dsl import Labeller
+    from dnpo.data.curriculum import Curriculum
+    from dnpo.data.prompts import Prompts
+    from dnpo.dsl import Labeller, Strength
     from dnpo.evaluate import Evaluation
-    from dnpo.generate import Sampling
+    from dnpo.generate import Ahead, Given, Sampling
     from dnpo.judges import Judge
     from dnpo.judges.asked.ledger import Ledger
     from dnpo.optimise.parts import Noise, Objective, Optimisation, PairOptimisation
     from dnpo.policy.base import ModelPart
     from dnpo.policy.model import Policy
+
+Start = Literal["previous", "initial", "base"]
+Reference = Literal["start", "initial", "none"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class RunSettings:
         iterations: number of iterations; they are numbered from 0.
         seed: seed of all random draws.
         sft_rows: number of training rows for fine-tuning only; the iterations use the others. 0: both use all rows.
+        start: whose weights training begins with; see :class:`Plan`.
+        reference: what the reference is frozen at; see :class:`Plan`.
         acts_from: the iteration at which labels by score and noise start; ``last`` is the run's last. It is the default
             of ``dsl.start`` and ``npo.start``, and affects results only through them.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -55,6 +65,8 @@ class RunSettings:
     ledger: str = neutral()
     plan: bool = neutral()
     check: bool = neutral()
+    start: Start | list[Start] = "previous"
+    reference: Reference | list[Reference] = "start"
     acts_from: Natural | Literal["last"] = neutral(1)
     verify: Verify = neutral("digests")
 
@@ -64,15 +76,33 @@ BEFORE = -1  # in place of an iteration's number, for the stages before the firs
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts in force at iteration ``k``; labels by score and noise are off before their start."""
+    """The parts in force at iteration ``k``; labels by score and noise are off before their start.
+
+    Attributes:
+        start: whose weights training begins with: the ``previous`` iteration's policy, the ``initial`` one (after
+            fine-tuning), or the ``base`` model (before it).
+        prompts: which training prompts the iteration uses.
+        rollout: who responds to them, and how often.
+        judge: what the responses are worth.
+        dsl: which pairs are made of them.
+        strength: how sure their labels are.
+        curriculum: what is trained on, and with what weights.
+        reference: what the reference is frozen at: the policy that training starts from (``start``), the ``initial``
+            one, or ``none``.
+    """
 
     k: int
-    generate: "Sampling"
+    rollout: "Ahead | Given"
     judge: "Judge"
     dsl: "Labeller"
     objective: "Objective"
     npo: "Noise"
     trainer: "PairOptimisation"
+    start: Start = "previous"
+    prompts: "Prompts" = field(default_factory=All)
+    strength: "Strength" = field(default_factory=HardLabels)
+    curriculum: "Curriculum" = field(default_factory=NoCurriculum)
+    reference: Reference = "start"
 
 
 @dataclass(frozen=True)
@@ -81,6 +111,8 @@ class Run:
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        generate: how policies sample when they are measured.
+        judge: gives the scores of evaluations; labels may have another judge, see :class:`Plan`.
         sft_rows: number of training rows for fine-tuning only; 0: it uses the same rows as the iterations.
     """
 
@@ -102,15 +134,49 @@ class Run:
         """The maximum number of tokens of a response, human or generated."""
         return self.data.max_response_tokens
 
-    def policy(self, inputs: Mapping[str, Path]) -> "Policy":
-        """Load the policy among a stage's inputs, or the base model if there is none."""
+    def policy(self, inputs: Mapping[str, Path], name: str = "policy") -> "Policy":
+        """Load the policy of this name among a stage's inputs, or the base model if there is none."""
         from dnpo.policy.model import device_of
 
         folder = None
-        if "policy" in inputs:
-            folder = inputs["policy"] / "policy"
+        if name in inputs:
+            folder = inputs[name] / "policy"
             read_saved(folder)
         return self.model.load(inputs["prompts"] / "model", folder, device_of(self.device))
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """The stages of one iteration.
+
+    Attributes:
+        k: its number; ``BEFORE`` for fine-tuning.
+        policy: the policy that it trained.
+        labelled: the pairs that it made.
+        pairs: the pairs that it trained on: the same ones, unless there is a curriculum.
+        like: the training whose noise this one matches.
+    """
+
+    k: int
+    prompts: Stage
+    policy: Stage
+    evaluation: Stage
+    measures: tuple[Stage, ...] = ()
+    responses: Stage | None = None
+    verdicts: Stage | None = None
+    labelled: Stage | None = None
+    pairs: Stage | None = None
+    reference: Stage | None = None
+    like: Stage | None = None
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The iteration's own stages, in the order in which they run."""
+        first = [self.prompts] if self.k == BEFORE else []
+        arranged = self.pairs if self.pairs is not self.labelled else None
+        data = [*first, self.responses, self.verdicts, self.labelled, arranged]
+        own = [*data, self.reference, self.like, self.policy, self.evaluation, *self.measures]
+        return [stage for stage in own if stage is not None]
 
 
 class Task(NamedTuple):
@@ -138,8 +204,20 @@ class Verb(Protocol):
     def __call__(self, run: Run, plan: Any, /, *, aids: Mapping[str, Stage] = ..., **inputs: Stage | None) -> Stage: ...
 
 
+class OptionalVerb(Protocol):
+    """A verb that some plans do without: then it returns None."""
+
+    def __call__(
+        self, run: Run, plan: Any, /, *, aids: Mapping[str, Stage] = ..., **inputs: Stage | None
+    ) -> Stage | None: ...
+
+
 def verb(
-    name: str, version: int, settings: Callable[[Run, Any], Mapping[str, Any]], title: str = ""
+    name: str,
+    version: int,
+    settings: Callable[[Run, Any], Mapping[str, Any]],
+    title: str = "",
+    reads: Callable[[Any], Collection[str]] | None = None,
 ) -> Callable[[Callable[[Run, Any, Task], Facts]], Verb]:
     """Turn a function that does the work of a stage into one that lays the stage out.
 
@@ -148,6 +226,7 @@ def verb(
         version: must be raised whenever a change of the code changes results.
         settings: gives the settings of run and plan that decide the result, as plain values for the key.
         title: the stage's title for people; by default its name.
+        reads: gives the names of the inputs that a plan reads, of those it is offered; by default all of them.
     """
 
     def decorate(work: Callable[[Run, Any, Task], Facts]) -> Verb:
@@ -156,17 +235,31 @@ def verb(
             run: Run, plan: Any, /, *, aids: Mapping[str, Stage] | None = None, **inputs: Stage | None
         ) -> Stage:
             k = plan.k if isinstance(plan, Plan) else BEFORE if plan is None else int(plan)
+            read = inputs if reads is None else reads(plan)
             return Stage(
                 name=name,
                 title=f"iteration {k} · {title or name}" if k > BEFORE else title or name,
                 version=version,
                 settings=settings(run, plan),
-                inputs={each: stage for each, stage in inputs.items() if stage is not None},
+                inputs={each: stage for each, stage in inputs.items() if stage is not None and each in read},
                 work=lambda folder, found, report: work(run, plan, Task(k, folder, found, report)),
                 aids=aids or {},
                 device=run.device,
             )
 
         return lay_out
+
+    return decorate
+
+
+def only_if(needed: Callable[[Plan], bool]) -> Callable[[Verb], OptionalVerb]:
+    """Make a verb one that lays out nothing for a plan that does not need it."""
+
+    def decorate(lay_out: Verb) -> OptionalVerb:
+        @wraps(lay_out)
+        def perhaps(run: Run, plan: Plan, /, **inputs: Any) -> Stage | None:
+            return lay_out(run, plan, **inputs) if needed(plan) else None
+
+        return perhaps
 
     return decorate

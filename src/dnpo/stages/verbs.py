@@ -7,12 +7,14 @@ passes. Raise the version when a change of the code changes the results.
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnpo import dsl
+from dnpo.data.curriculum import Context, NoCurriculum
+from dnpo.data.prompts import All
 from dnpo.data.unusable import list_reasons
 from dnpo.errors import DataError, Declined, DnpoError, ModelError, SettingsError
 from dnpo.judges import judge_responses, tally
@@ -33,13 +35,17 @@ from dnpo.records import (
 )
 from dnpo.seeding import derive
 from dnpo.settings import part_key
-from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, verb
+from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, only_if, verb
 from dnpo.store import Report, Stage, manifest, write_json
 
 if TYPE_CHECKING:
     from dnpo.evaluate import Held
+    from dnpo.generate import Sampling
+    from dnpo.judges import Judge
     from dnpo.policy.model import Policy
 
+
+COMPARE = "compare_pairs"  # the method of judges that say how probably one response is better than another
 
 # --- before the first iteration
 
@@ -195,50 +201,134 @@ def fine_tune(run: Run, plan: None, task: Task) -> Facts:
 # --- one iteration
 
 
+def _prompts_of(plan: Plan) -> dict[str, Any]:
+    """The part of a key that says which prompts an iteration uses; nothing if it uses all."""
+    return {} if isinstance(plan.prompts, All) else {"prompts": part_key(plan.prompts)}
+
+
+@only_if(lambda plan: plan.rollout.generates)
 @verb(
     "generate",
     3,
-    lambda run, plan: {"generate": part_key(plan.generate), "seed": run.seed, "iteration": plan.k},
+    lambda run, plan: {"generate": part_key(plan.rollout), "seed": run.seed, "iteration": plan.k, **_selection(plan)},
 )
 def generate(run: Run, plan: Plan, task: Task) -> Facts:
-    """Generate a response of the current policy to each training prompt."""
-    from dnpo.generate import hf
+    """Generate the current policy's responses to the iteration's prompts."""
+    from dnpo.generate import Ahead, hf
 
+    assert isinstance(plan.rollout, Ahead), "a rollout that generates"
     responses = hf.generate(
         run.policy(task.inputs),
-        read(task.inputs["prompts"] / "train.parquet", Prompt),
-        plan.generate,
+        _read_train(plan, task.inputs["prompts"]).prompts,
+        plan.rollout,
         source=policy_source(plan.k),
         limit=run.limit,
         seed=derive(run.seed, "generate", plan.k),
         folder=task.folder,
         report=task.report,
     )
-    return {"responses": len(responses), "cut": sum(r.finish == "length" for r in responses)}
+    cut = sum(r.finish == "length" for r in responses)
+    return {"responses": len(responses), "cut": cut, "tokens": sum(r.tokens for r in responses)}
 
 
-@verb("judge", 1, lambda run, plan: {"judge": part_key(plan.judge)})
+def _selection(plan: Plan) -> dict[str, Any]:
+    """The part of a key that says which prompts an iteration uses; nothing if it uses all."""
+    return {} if isinstance(plan.prompts, All) else {"prompts": part_key(plan.prompts)}
+
+
+def _given(plan: Plan) -> dict[str, Any]:
+    """The part of a key that takes the place of generated responses; nothing if there are such."""
+    return {} if plan.rollout.generates else {**_selection(plan), "iteration": plan.k}
+
+
+@only_if(lambda plan: plan.dsl.needs_scores)
+@verb(
+    "judge",
+    1,
+    lambda run, plan: {
+        "judge": part_key(plan.judge),
+        **({} if plan.dsl.admits_human else {"human": False}),
+        **_given(plan),
+    },
+    reads=lambda plan: {"prompts", "responses", *plan.judge.reads_policies},
+)
 def judge(run: Run, plan: Plan, task: Task) -> Facts:
-    """Judge the human and the generated response to each training prompt."""
-    train = read_split(task.inputs["prompts"], "train")
-    generated = _read_responses(task.inputs["responses"])
-    verdicts = judge_responses(plan.judge, train.prompts, [*train.human, *generated], run.ledger, task.report)
+    """Judge the candidates for pairs: the iteration's responses, and the human ones if they are admitted."""
+    train = _read_train(plan, task.inputs["prompts"])
+    responses = [*(train.human if plan.dsl.admits_human else ()), *_read_candidates(plan, task.inputs)]
+    verdicts = judge_responses(_ready(run, plan, task), train.prompts, responses, run.ledger, task.report)
     write(task.folder / "verdicts.parquet", verdicts, Verdict)
     return tally(verdicts)
 
 
-@verb("pairs", 1, lambda run, plan: {"dsl": part_key(plan.dsl)}, title="label")
+def _ready(run: Run, plan: Plan, task: Task) -> "Judge":
+    """The judge with the policies that it reads, if it reads any."""
+    names = sorted(plan.judge.reads_policies)
+    return plan.judge.with_policies({name: run.policy(task.inputs, name) for name in names}) if names else plan.judge
+
+
+@verb(
+    "pairs",
+    1,
+    lambda run, plan: {
+        "dsl": part_key(plan.dsl),
+        **({} if isinstance(plan.strength, dsl.HardLabels) else {"strength": part_key(plan.strength)}),
+        **({"judge": part_key(plan.judge)} if plan.strength.asks else {}),
+        **_given(plan),
+    },
+    title="label",
+    reads=lambda plan: {"prompts", "responses", "verdicts", *(plan.judge.reads_policies if plan.strength.asks else ())},
+)
 def label(run: Run, plan: Plan, task: Task) -> Facts:
-    """Label pairs: which response is chosen, which is rejected."""
-    train = read_split(task.inputs["prompts"], "train")
+    """Label pairs: which response is chosen, which is rejected, and how sure that is."""
+    train = _read_train(plan, task.inputs["prompts"])
     verdicts = read(task.inputs["verdicts"] / "verdicts.parquet", Verdict) if "verdicts" in task.inputs else []
-    generated = _read_responses(task.inputs["responses"])
-    pairs, counts = dsl.label(plan.dsl, train.prompts, train.human, generated, verdicts)
+    generated = _read_candidates(plan, task.inputs)
+    pairs, counts = dsl.label(plan.dsl, train.prompts, train.human, generated, verdicts, plan.k)
     if not pairs:
         raise DataError(f"iteration {plan.k}: no pair is left to train on: {dsl.explain(counts)}")
+    if not isinstance(plan.strength, dsl.HardLabels):
+        compare = getattr(_ready(run, plan, task), COMPARE) if plan.strength.asks else None
+        pairs = dsl.with_strengths(pairs, plan.strength({row.id: row for row in train.prompts}, pairs, compare))
+        counts["strength"] = sum(pair.strength for pair in pairs) / len(pairs)
     write(task.folder / "pairs.parquet", pairs, Pair)
     write_preferences(task.folder / "pairs.jsonl", pairs)
     return dict(counts)
+
+
+@only_if(lambda plan: not isinstance(plan.curriculum, NoCurriculum))
+@verb(
+    "curriculum",
+    1,
+    lambda run, plan: {"curriculum": part_key(plan.curriculum), "seed": run.seed, "iteration": plan.k},
+    reads=lambda plan: {
+        *("prompts", "pairs", *map(name_earlier, range(1, plan.curriculum.reads_history + 1))),
+        *(["initial"] if plan.curriculum.embeds else []),
+    },
+)
+def arrange(run: Run, plan: Plan, task: Task) -> Facts:
+    """Choose what is trained on, and with what weights, of this iteration's pairs and those of earlier ones."""
+    inputs = task.inputs
+    pairs = read(inputs["pairs"] / "pairs.parquet", Pair)
+    earlier = map(name_earlier, range(1, plan.curriculum.reads_history + 1))
+    history = [read(inputs[name] / "pairs.parquet", Pair) for name in earlier if name in inputs]
+
+    def embed(some: Sequence[Pair]) -> Any:
+        from dnpo.optimise.reference import embed
+
+        return embed(run.policy(inputs, "initial"), some, task.report)
+
+    rows, facts = plan.curriculum(pairs, history, Context(derive(run.seed, "curriculum", plan.k), plan.k, embed))
+    if not rows:
+        raise DataError(f"iteration {plan.k}: curriculum=… leaves no pair to train on ({facts})")
+    write(task.folder / "pairs.parquet", rows, Pair)
+    write_preferences(task.folder / "pairs.jsonl", rows)
+    return {**facts, "trained": len(rows), "earlier": sum(pair.iteration != plan.k for pair in rows)}
+
+
+def name_earlier(number: int) -> str:
+    """The name of the input with the pairs of the iteration that lies this many back."""
+    return f"pairs_{number}"
 
 
 def _training_key(run: Run, plan: Plan) -> dict[str, Any]:
@@ -252,19 +342,33 @@ def _training_key(run: Run, plan: Plan) -> dict[str, Any]:
     }
 
 
-@verb("optimise", 4, _training_key)
+@verb(
+    "optimise",
+    4,
+    _training_key,
+    reads=lambda plan: {
+        *("prompts", "policy", "pairs", "reference", "like"),
+        *(["frozen"] if plan.reference != "start" and reads_frozen(plan) else []),
+    },
+)
 def optimise(run: Run, plan: Plan, task: Task) -> Facts:
-    """Train the policy on the pairs, with the policy it starts from as the reference."""
+    """Train the policy on the pairs, against the reference if the objective reads one."""
     from dnpo.optimise import preference
     from dnpo.optimise.reference import KeptHidden, read_scores
 
     inputs = task.inputs
     seed = derive(run.seed, "optimise", plan.k)
     start = run.policy(inputs)
+    frozen = run.policy(inputs, "frozen") if "frozen" in inputs else None
     for name in {"reference", "hidden"} & set(inputs):
-        _same_weights(start, inputs[name])
-    start.model = run.model.lora.on(start.model, derive(seed, "adapter"))
+        _same_weights(inputs[name], start if plan.reference == "start" else frozen)
     rows = read(inputs["pairs"] / "pairs.parquet", Pair)
+    reference = read_scores(inputs["reference"], len(rows)) if "reference" in inputs else None
+    expected = None
+    if reference is None or plan.reference != "start":
+        how = (plan.trainer, plan.objective)
+        expected = preference.score_first(start, rows, *how, seed=seed, folder=task.folder)
+    start.model = run.model.lora.on(start.model, derive(seed, "adapter"))
     entries, width = start.head.weight_VH.shape
     noise = plan.npo
     if isinstance(noise, MatchedOffset):
@@ -272,7 +376,7 @@ def optimise(run: Run, plan: Plan, task: Task) -> Facts:
     history = preference.optimise(
         start,
         rows,
-        read_scores(inputs["reference"], len(rows)),
+        reference,
         plan.trainer,
         noise=noise.module(width, entries),
         objective=plan.objective,
@@ -281,14 +385,23 @@ def optimise(run: Run, plan: Plan, task: Task) -> Facts:
         folder=task.folder,
         report=task.report,
         hidden=KeptHidden(inputs["hidden"]) if "hidden" in inputs else None,
+        frozen=frozen,
+        expected=expected,
     )
-    return _write_trained(start, history, task.folder, inputs["policy"] / "policy")
+    tokens = {"tokens": preference.count_tokens(rows, plan.trainer, plan.objective, seed)}
+    before = inputs["policy"] / "policy" if "policy" in inputs else None
+    return {**_write_trained(start, history, task.folder, before), **tokens}
 
 
-def _same_weights(policy: "Policy", folder: Path) -> None:
-    """Refuse an input that other weights have made, whatever its name."""
+def reads_frozen(plan: Plan) -> bool:
+    """Whether a training reads more of its reference than log-probabilities: hidden states, for noise or the loss."""
+    return plan.npo.reads_states or getattr(plan.objective, "needs_states", False)
+
+
+def _same_weights(folder: Path, policy: "Policy | None") -> None:
+    """Refuse an input of other weights than the reference's, if these are loaded."""
     made_by = manifest(folder)["facts"]["weights"]
-    if made_by != policy.fingerprint():
+    if policy is not None and made_by != policy.fingerprint():
         raise DnpoError(
             f"store: {folder} was made by other weights than this iteration starts from (theirs have the hash "
             f"{made_by[:16]}, these {policy.fingerprint()[:16]}); remove that folder to compute it again"
@@ -300,9 +413,21 @@ def _evaluation_key(run: Run, plan: Plan | None) -> dict[str, Any]:
         "eval": part_key(run.eval),
         "judge": part_key(run.judge),
         "generate": part_key(run.generate),
+        **(
+            {}
+            if part_key(sampling_of(run, plan)) == part_key(run.generate)
+            else {"new": part_key(sampling_of(run, plan))}
+        ),
         "seed": run.seed,
         "iteration": BEFORE if plan is None else plan.k,
     }
+
+
+def sampling_of(run: Run, plan: Plan | None) -> "Sampling":
+    """How new responses to training prompts are sampled, which are compared with the rejected ones: as these were."""
+    from dnpo.generate import Ahead
+
+    return replace(plan.rollout, samples=1) if plan and isinstance(plan.rollout, Ahead) else run.generate
 
 
 @verb("evaluate", 5, _evaluation_key)
@@ -318,6 +443,7 @@ def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
         run.judge,
         run.ledger,
         run.generate,
+        again=sampling_of(run, plan),
         pairs=read(inputs["pairs"] / "pairs.parquet", Pair) if "pairs" in inputs else None,
         train=read_split(inputs["prompts"], "train"),
         source=policy_source(task.k + 1),
@@ -333,9 +459,10 @@ def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
 # --- inputs of an iteration's training
 
 
+@only_if(lambda plan: plan.reference != "none" and getattr(plan.objective, "reads_reference", True))
 @verb("reference", 1, lambda run, plan: {"autocast": plan.trainer.autocast})
 def reference(run: Run, plan: Plan, task: Task) -> Facts:
-    """Compute the reference's log-probabilities of the pairs; the reference is the policy before training."""
+    """Compute the reference's log-probabilities of the pairs."""
     from dnpo.optimise.reference import score
 
     start, rows = run.policy(task.inputs), read(task.inputs["pairs"] / "pairs.parquet", Pair)
@@ -363,20 +490,24 @@ def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
     return {**facts, "weights": start.fingerprint()}
 
 
-def find_aids(run: Run, plan: Plan, prompts: Stage, policy: Stage, pairs: Stage) -> dict[str, Stage]:
-    """Lay out the stages that only save work in training: hidden states, if noise reads them and they are kept."""
+def find_aids(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pairs: Stage) -> dict[str, Stage]:
+    """Lay out the stages that only save work in training: hidden states, if noise reads them and they are kept.
+
+    Args:
+        frozen: the policy that the reference is; None for the base model.
+    """
     if plan.npo.cache_hidden == "off":
         return {}
-    return {"hidden": keep_hidden(run, plan, prompts=prompts, policy=policy, pairs=pairs)}
+    return {"hidden": keep_hidden(run, plan, prompts=prompts, policy=frozen, pairs=pairs)}
 
 
-def match(run: Run, plan: Plan, *, prompts: Stage, policy: Stage, pairs: Stage, reference: Stage) -> Stage | None:
+def match(run: Run, plan: Plan, *, prompts: Stage, pairs: Stage, **others: Stage | None) -> Stage | None:
     """Lay out the training whose mean shift ``plan.npo`` matches, if any; a run with that noise has the same stage."""
     noisy = with_matched_noise(plan)
     if noisy is None:
         return None
-    aids = find_aids(run, noisy, prompts, policy, pairs)
-    stage = optimise(run, noisy, prompts=prompts, policy=policy, pairs=pairs, reference=reference, aids=aids)
+    aids = find_aids(run, noisy, prompts, others["frozen"], pairs)
+    stage = optimise(run, noisy, prompts=prompts, pairs=pairs, aids=aids, **others)
     return replace(stage, title=f"iteration {plan.k} · match")
 
 
@@ -402,8 +533,22 @@ def read_given(folder: Path, split: str) -> list[Response]:
     return read(path, Response) if path.is_file() else []
 
 
-def _read_responses(folder: Path) -> list[Response]:
-    return read_all(sorted(folder.glob("shard-*.parquet")), Response)
+def _read_train(plan: Plan, folder: Path) -> "Held":
+    """Read the training prompts that an iteration uses, and the human responses to them."""
+    from dnpo.evaluate import Held
+
+    train = read_split(folder, "train")
+    used = {row.id for row in plan.prompts(train.prompts, plan.k)}
+    rows = [both for both in zip(*train, strict=True) if both[0].id in used]
+    return Held([prompt for prompt, _ in rows], [human for _, human in rows])
+
+
+def _read_candidates(plan: Plan, inputs: Mapping[str, Path]) -> list[Response]:
+    """Read an iteration's responses: generated ones, or those that the data's own pairs reject."""
+    if "responses" in inputs:
+        return read_all(sorted(inputs["responses"].glob("shard-*.parquet")), Response)
+    used = {row.id for row in _read_train(plan, inputs["prompts"]).prompts}
+    return [response for response in read_given(inputs["prompts"], "train") if response.id in used]
 
 
 def _write_trained(

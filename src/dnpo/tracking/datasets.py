@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dnpo.loop import Iteration
 from dnpo.records import Pair
+from dnpo.stages.plan import Iteration
 from dnpo.store import Stage, Store, manifest
 
 TRAINING, EVALUATION, UNUSED = "training", "evaluation", "not used"

@@ -6,11 +6,10 @@ file of its subject: ``chain.py``, ``judge.py``, ``rows.py``, ``text.py``, ``mac
 
 from collections.abc import Sequence
 
-from dnpo.loop import Iteration
 from dnpo.running.console import Console
 from dnpo.running.gate import chain
 from dnpo.running.gate.finding import Finding, Level
-from dnpo.stages.plan import Run
+from dnpo.stages.plan import Iteration, Run
 from dnpo.store import Store
 
 __all__ = ["Finding", "Level", "gate", "show"]
@@ -23,7 +22,7 @@ def gate(run: Run, iterations: Sequence[Iteration], store: Store, everything: bo
 
     If all stages are in the store, only the chain itself is checked, unless ``everything`` is asked for.
     """
-    found = [chain.reference(iterations)]
+    found = [chain.reference(iterations, run.plans)]
     todo = [stage for iteration in iterations for stage in iteration.stages if everything or not store.has(stage)]
     if not todo:
         return [*found, Finding("stages", "pass", "all are in the store, so there is nothing more to check")]

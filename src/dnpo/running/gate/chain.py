@@ -7,34 +7,46 @@ from typing import TYPE_CHECKING
 from dnpo.running.gate.finding import Finding
 
 if TYPE_CHECKING:
-    from dnpo.loop import Iteration
+    from dnpo.stages.plan import Iteration, Plan
+    from dnpo.store import Stage
 
 
-def reference(iterations: "Sequence[Iteration]") -> Finding:
-    """Check that samples, reference and training of every iteration start from the policy of the iteration before.
+def reference(iterations: "Sequence[Iteration]", plans: "Sequence[Plan]") -> Finding:
+    """Check that samples, reference and training of every iteration start from the policies that its plan names.
 
     With adapters stacked over iterations it is easy to compare with the fine-tuned model instead.
     """
-    wrong = []
-    for before, iteration in pairwise(iterations):
-        start = before.policy.key
+    wrong: list[str] = []
+    initial = iterations[0].policy
+    for (before, iteration), plan in zip(pairwise(iterations), plans, strict=False):
+        start = {"previous": before.policy, "initial": initial, "base": None}[plan.start]
+        frozen = {"start": start, "initial": initial, "none": None}[plan.reference]
         stages = {
-            "the samples": iteration.responses,
-            "the reference": iteration.reference,
-            "the training": iteration.policy,
-            "the hidden states": iteration.policy.aids.get("hidden"),
+            "the samples": (iteration.responses, before.policy),
+            "the reference": (iteration.reference, frozen),
+            "the training": (iteration.policy, start),
+            "the hidden states": (iteration.policy.aids.get("hidden"), frozen),
         }
-        wrong += [
-            f"iteration {iteration.k}: {what} should start from {before.policy.title} ({start}), but from "
-            f"{stage.inputs['policy'].title} ({stage.inputs['policy'].key})"
-            for what, stage in stages.items()
-            if stage is not None and stage.inputs["policy"].key != start
-        ]
+        for what, (stage, right) in stages.items():
+            found = None if stage is None else stage.inputs.get("policy")
+            if stage is not None and _key(found) != _key(right):
+                wrong.append(
+                    f"iteration {iteration.k}: {what} should start from {_describe(right)}, but from {_describe(found)}"
+                )
         read = iteration.policy.inputs.get("reference")
         if iteration.reference is not None and (read is None or read.key != iteration.reference.key):
             wrong.append(f"iteration {iteration.k}: the training does not read the reference of its iteration")
     if wrong:
         return Finding("reference", "stop", "; ".join(wrong), "none: the chain in dnpo.loop is laid out wrongly")
-    return Finding(
-        "reference", "pass", f"the reference of each of {len(iterations) - 1} iterations is the policy it starts from"
-    )
+    kinds = list(dict.fromkeys(plan.reference for plan in plans))
+    words = {"start": "the policy it starts from", "initial": "the initial policy", "none": "none"}
+    what = ", then ".join(words[kind] for kind in kinds) or words["start"]
+    return Finding("reference", "pass", f"the reference of each of {len(iterations) - 1} iterations is {what}")
+
+
+def _key(stage: "Stage | None") -> str | None:
+    return None if stage is None else stage.key
+
+
+def _describe(stage: "Stage | None") -> str:
+    return "the base model" if stage is None else f"{stage.title} ({stage.key})"

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dnpo.errors import ModelError
-from dnpo.loop import Iteration
+from dnpo.judges import Judge
 from dnpo.policy.model import Policy
+from dnpo.records import Prompt
 from dnpo.running.gate import judge, measures, needs, rows, text
 from dnpo.running.gate.finding import Finding, refuse
 from dnpo.running.gate.machine import Counts
-from dnpo.stages.plan import Run
+from dnpo.stages.plan import Iteration, Run
 from dnpo.store import Stage, Store
 
 LOOKED_AT = 256  # rows of a split that are rendered and encoded
@@ -34,10 +35,14 @@ def check(run: Run, iterations: Sequence[Iteration], store: Store, todo: Sequenc
         found.append(refuse("model", error, "model.…, as the message says"))
     found += measures.findings(run.eval, {stage.name for stage in todo})
     ahead = {stage.name for stage in todo}
-    asked = [(run.judge, {"judge", "evaluate"}), (run.second_judge, {"second"})]
+    asked = [(plan.judge, {"judge"}) for plan in run.plans if plan.dsl.needs_scores]
+    asked += [(run.judge, {"evaluate"}), (run.second_judge, {"second"})]
+    called: list[Judge] = []
     for who, stages in asked:
         # last, since a call costs money
-        if who.gives_scores and stages & ahead and not any(finding.level == "stop" for finding in found):
+        stopped = any(finding.level == "stop" for finding in found)
+        if who.gives_scores and stages & ahead and who not in called and not stopped:
+            called.append(who)
             found.append(judge.canary(who, run.ledger))
     return found
 
@@ -54,12 +59,13 @@ def _base(run: Run, prompts: Stage, data: rows.Rows, store: Store) -> Iterator[P
 
 
 def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
-    scored = [plan.k for plan in run.plans if plan.dsl.needs_scores]
+    scored = [plan for plan in run.plans if plan.dsl.needs_scores]
     measured = run.eval.split
     redrawn = run.data.drawn_with_replacement
     other = run.second_judge
     return [
-        judge.labels(scored[0] if scored else None, run.judge, data),
+        judge.labels(scored[0].k if scored else None, scored[0].judge if scored else run.judge, data),
+        *_given(run, data["train"]),
         *([judge.second(other, data[measured], measured)] if other.gives_scores else []),
         judge.judge_prompts(run.judge.prompts_seen, data[measured], measured),
         rows.ids(data),
@@ -69,6 +75,23 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
         rows.near_duplicates(data["train"], redrawn),
         *rows.overlap(data),
     ]
+
+
+def _given(run: Run, train: Sequence[Prompt]) -> list[Finding]:
+    """Check that the rows bring pairs where iterations train on such, and prompts for every iteration."""
+    found = []
+    for plan in run.plans:
+        some = plan.prompts(train, plan.k)
+        setting = "prompts=…"
+        if not some:
+            found.append(Finding("prompts", "stop", f"iteration {plan.k} has none of {len(train):,} prompts", setting))
+        elif not plan.rollout.generates and not any(row.rejected is not None for row in some):
+            text = (
+                f"iteration {plan.k} trains on the data's own pairs, and none of its {len(some):,} rows brings a "
+                "rejected response"
+            )
+            found.append(Finding("given pairs", "stop", text, "data.columns, other data, or rollout=ahead"))
+    return found
 
 
 def _users_rows(facts: Mapping[str, Any], count: int) -> list[Finding]:

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
-from dnpo.loop import Iteration
 from dnpo.optimise.npo import NoiseModule
 from dnpo.optimise.parts import MatchedOffset, Optimisation
 from dnpo.policy.model import Policy
 from dnpo.running.gate import machine
 from dnpo.running.gate.finding import Finding
 from dnpo.running.gate.machine import Counts, ModelShape
-from dnpo.stages.plan import Plan, Run
+from dnpo.stages.plan import Iteration, Plan, Run
 from dnpo.stages.verbs import with_matched_noise
 from dnpo.store import Stage, Store
 
