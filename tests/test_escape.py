@@ -1,5 +1,6 @@
 """Users' texts, such as families' names, in every place where characters mean something."""
 
+import ast
 import csv
 import io
 import json
@@ -19,7 +20,22 @@ from tests.commands import succeed, summary, train
 
 FAMILIES = ("C++", "Q&A", "[/b]x[b]", "a/b", "../c", "d//", ".", "é日", "=1+1", "$x_1$ % #", "<b>|`*", "a:2B:b", "a+b")
 SHORT = ("data.max_response_tokens=16", "data.max_prompt_tokens=90")
+PRINTED = {("escape.py", "for_terminal(text)"), ("catalogue.py", "write_markdown()")}
 CONTROLS = ("\x1b[31mred", "bell\x07", "\u202eturned", "back\rto the start")
+
+
+def test_nothing_is_printed_as_it_is() -> None:
+    """Texts of users pass through ``say``, or another function that makes control characters visible."""
+    for file in Path(escape.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                assert (file.name, ast.unparse(node.args[0])) in PRINTED, f"{file}:{node.lineno}"
+
+
+def test_what_is_said_shows_its_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    escape.say("\x1b[31mred[/b]\n")
+    escape.say("\x07", error=True)
+    assert capsys.readouterr() == ("␛[31mred[/b]\n\n", "␇\n")
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *CONTROLS, "", "x" * 300, "\ud800"])

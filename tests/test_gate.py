@@ -854,7 +854,7 @@ def test_lines_that_pass_are_shown_where_asked_for(capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "good" not in out
     assert "so [1] so → a.b" in out
-    assert "2 checks passed, 1 to know of" in out
+    assert "2 checks passed, 1 warning" in out
     show(Console(), [*lines, Finding("four", "stop", "bad", "c.d")], everything=True)
     out = capsys.readouterr().out
     assert [line.split()[:2] for line in out.splitlines()[:4]] == [
@@ -863,7 +863,7 @@ def test_lines_that_pass_are_shown_where_asked_for(capsys: pytest.CaptureFixture
         ["pass", "three"],
         ["stop", "four"],
     ]
-    assert out.splitlines()[-1] == "2 checks passed, 1 to know of, 1 to put right first"
+    assert out.splitlines()[-1] == "2 checks passed, 1 warning, 1 problem"
 
 
 # --- by the command
@@ -898,7 +898,7 @@ def test_stop_ends_a_run_before_any_stage(tmp_path: Path) -> None:
     done = train(tmp_path, "scale=smoke", "judge=off")
     assert done.returncode == 1
     assert "labels: dsl" in done.stderr
-    assert "1 to put right first" in done.stdout
+    assert "1 problem" in done.stdout
     assert computed(tmp_path) == []
     assert not (tmp_path / "mlflow.db").exists()
 

@@ -14,13 +14,16 @@ import pytest
 import torch
 
 from dnpo.errors import DataError, ModelError, SettingsError
+from dnpo.evaluate import Evaluation
 from dnpo.evaluate.leaderboard import BenchmarkItem, Leaderboard, LeaderboardResult, _item, harness, measure
 from dnpo.evaluate.leaderboard.rows import offline
 from dnpo.policy.loading import load
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import ATTENTION
+from dnpo.running.gate.measures import findings
+from dnpo.settings import rename_settings
 
-from .commands import run_command
+from .commands import run_command, train
 from .conftest import SHARED, Report
 
 SAMPLES, STORIES = SHARED / "data" / "bench_mini", SHARED / "models" / "stories260K"
@@ -47,6 +50,32 @@ def questions(count: int, start: int = 0, **more: Any) -> list[dict[str, Any]]:
 
 
 # Rows
+
+
+def test_settings_are_named_as_they_stand_in_a_run(tmp_path: Path) -> None:
+    there = ("scale=smoke", "tracking=off", "judge=off", "method=spin", "eval=leaderboard")
+    done = train(tmp_path, *there, "eval.leaderboard.source=nowhere")
+    assert done.stderr.startswith("error: eval.leaderboard.source=nowhere: there is no such folder; expected hub")
+    done = train(tmp_path, *there, "eval.leaderboard.benchmarks=[ark]")
+    assert done.stderr.startswith("error: eval.leaderboard.benchmarks: there is no ark. Did you mean arc")
+    (finding,) = findings(Evaluation(leaderboard=Leaderboard(source=str(tmp_path))), {"leaderboard"})
+    assert finding.text.startswith(f"eval.leaderboard.source={tmp_path}: has no arc_easy_test.jsonl")
+    assert "in eval.leaderboard.benchmarks=[…]" in finding.text
+    hub_only = Leaderboard(source=str(tmp_path), benchmarks=["ifeval"])
+    (finding,) = findings(Evaluation(leaderboard=hub_only), {"leaderboard"})
+    assert finding.text.startswith("eval.leaderboard.benchmarks: ifeval is only on the hub; leave it out, or give ")
+
+
+def test_a_setting_is_renamed_where_it_is_named_and_nowhere_else() -> None:
+    names = {"source": "eval.leaderboard.source", "judge": "second_judge"}
+    for text, wanted in {
+        "source=x: none; give source=hub": "eval.leaderboard.source=x: none; give eval.leaderboard.source=hub",
+        "judge.model: unknown": "second_judge.model: unknown",
+        "judge: it ends": "second_judge: it ends",
+        "the judge of a source. No": "the judge of a source. No",
+        "/judge.model my_source=x eval.source=y": "/judge.model my_source=x eval.source=y",
+    }.items():
+        assert rename_settings(text, names) == wanted
 
 
 def test_the_place_of_the_truth_tells_nothing(tmp_path: Path) -> None:

@@ -58,7 +58,6 @@ ELSEWHERE = {
     ),
     "lora": "the stages that train put it into their keys",
     "join": "it counts where a column is joined of several: test_files.py",
-    "trust_remote_code": "weights and code have one identity, their contents or their commit",
 }
 
 

@@ -2,14 +2,17 @@
 
 import json
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -21,10 +24,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dnpo.commands.quoting import quote
 from dnpo.commands.reward import main
 from dnpo.data.seen import hash_conversation
 from dnpo.errors import DataError, ModelError
 from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.reward import fitting
 from dnpo.judges.reward.fitting import fit, measure, spread
 from dnpo.judges.reward.models import load
 from dnpo.judges.reward.preferences import Preference, Preferences
@@ -403,6 +408,20 @@ def test_the_command(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert message in capsys.readouterr().err
     assert command(monkeypatch, tmp_path) == 2
     assert str(base) not in (tmp_path / "out" / "reward.json").read_text()
+
+
+@pytest.mark.parametrize("out", ["fitted", "a b", "set[v1]", "x=1", "it's", "\x1b[31mred"])
+def test_the_command_says_how_to_name_its_folder(out: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """So that a shell and Hydra read the folder's name as it is; and a terminal is not steered."""
+    monkeypatch.setattr(fitting, "fit", wraps(fit)(lambda data, **settings: {}))
+    given = quote(f"out={out}")
+    assert given is not None
+    arguments = ("fit", "data.path=p.jsonl", "base=base", *shlex.split(given))
+    assert command(monkeypatch, tmp_path, *arguments) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    (argument,) = shlex.split(said.partition("judge=reward ")[2].replace("␛", "\x1b"))
+    assert OverridesParser.create().parse_override(argument).value() == out
 
 
 def test_a_real_encoder(shared: Path, tmp_path: Path) -> None:

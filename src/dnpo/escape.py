@@ -5,6 +5,7 @@ HTML is escaped by the report's template, and by ``for_markdown`` where Markdown
 
 import hashlib
 import re
+import sys
 from typing import Any
 
 # Makes characters visible that are invisible, end a text, steer a terminal or turn their neighbours' direction.
@@ -48,6 +49,11 @@ LONGEST_KEY = 250  # characters of a name in MLflow
 def for_terminal(text: Any) -> str:
     """Make control characters visible; lines and tabulators stay."""
     return str(text).replace("\r\n", "\n").translate(HIDDEN)
+
+
+def say(text: Any = "", *, error: bool = False) -> None:
+    """Print a text, with its control characters visible, on the standard output or the standard error."""
+    print(for_terminal(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def for_mlflow(name: str) -> str:

@@ -11,7 +11,9 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast, get_type_hints
@@ -84,20 +86,24 @@ def neutral_names(target: Callable[..., Any], places: bool = True) -> list[str]:
 CONTENTS = "contents"  # added to a part's settings: a hash of all that decides its results
 
 
-def with_contents(settings: Mapping[str, Any], part: Any) -> dict[str, Any]:
+def with_contents(settings: Mapping[str, Any], part: Any, at: str = "") -> dict[str, Any]:
     """Add to the settings of every part that has locations, nested parts included, a hash of the contents there.
 
     The hash makes runs comparable: the same data in two folders are equal, different data under one name are not.
+
+    Args:
+        at: where the part stands in the run, such as ``eval``, for messages.
     """
     tree = dict(settings)
     for name, value in settings.items():
         inner = getattr(part, name, None)
         if is_part(value):
-            tree[name] = with_contents(value, inner)
+            tree[name] = with_contents(value, inner, _join_names(at, name))
         elif _are_parts(value) and isinstance(inner, Mapping):
-            tree[name] = {each: with_contents(some, inner[each]) for each, some in value.items()}
+            tree[name] = {each: with_contents(some, inner[each], f"{at}.{name}.{each}") for each, some in value.items()}
     if dataclasses.is_dataclass(part) and any(field.metadata.get(IS_PLACE) for field in dataclasses.fields(part)):
-        text = json.dumps(part_key(part), sort_keys=True)
+        with named_within({each: f"{at}.{each}" for each in _parameters(type(part))} if "." in at else {}):
+            text = json.dumps(part_key(part), sort_keys=True)
         tree[CONTENTS] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return tree
 
@@ -374,6 +380,30 @@ def locate(name: str, target: str) -> Callable[..., Any]:
     if not callable(value):
         raise SettingsError(f"{name}={target}: expected a class or function, found a {type(value).__name__}")
     return cast(Callable[..., Any], value)
+
+
+@contextmanager
+def named_within(names: Mapping[str, str]) -> Iterator[None]:
+    """Have errors name settings as they stand in a run.
+
+    Args:
+        names: names in the run by those that the errors have, such as ``{"source": "eval.leaderboard.source"}``.
+    """
+    try:
+        yield
+    except DnpoError as error:
+        if not names:
+            raise
+        text = rename_settings(str(error), names)
+        if text == str(error):
+            raise
+        raise type(error)(text) from error
+
+
+def rename_settings(text: str, names: Mapping[str, str]) -> str:
+    """Give the settings in a text other names, where a value, a part or a colon follows."""
+    pattern = rf"(?<![\w./])({'|'.join(map(re.escape, names))})(?=[=:]|\.\w)"
+    return re.sub(pattern, lambda found: names[found[1]], text)
 
 
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dnpo import disk
 from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
-from dnpo.escape import for_terminal
+from dnpo.escape import say
 from dnpo.former import up_to_date
 from dnpo.settings import conf_folder, flat, nearest
 
@@ -88,7 +88,7 @@ def run(
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_explain(error, config))
     except KeyboardInterrupt:
-        print(f"\nInterrupted. {interrupted}")
+        say(f"\nInterrupted. {interrupted}")
         sys.exit(130)
 
 
@@ -107,7 +107,7 @@ USUAL = ("jsonl", "openai", "local")  # options to offer first
 
 
 def _fail(message: str) -> None:
-    print(f"error: {for_terminal(message)}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     sys.exit(1)
 
 
@@ -196,7 +196,7 @@ def plain(cfg: DictConfig, shorthand: Mapping[str, str] = MappingProxyType({})) 
         raise SettingsError(f"{name}: needs a value; give {name}=…")
     tree, ignored = up_to_date(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
     if ignored:
-        print(f"warning: these settings no longer exist and are ignored: {', '.join(ignored)}", file=sys.stderr)
+        say(f"warning: these settings no longer exist and are ignored: {', '.join(ignored)}", error=True)
     return tree
 
 

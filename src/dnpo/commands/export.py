@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dnpo.errors import DnpoError
-from dnpo.escape import for_terminal
+from dnpo.escape import say
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,6 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         policy = export(given.run, given.to, given.iteration, given.store)
     except DnpoError as error:
-        print(f"error: {for_terminal(error)}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         sys.exit(1)
-    print(f"{policy.name} ({policy.stage}) is in {given.to}")
+    say(f"{policy.name} ({policy.stage}) is in {given.to}")

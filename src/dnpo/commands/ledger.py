@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dnpo.errors import LedgerError
-from dnpo.escape import for_terminal
+from dnpo.escape import say
 from dnpo.judges.asked.ledger import Ledger, sum_by
 from dnpo.screen import ScreenTable
 
@@ -19,16 +19,16 @@ def main() -> None:
     given = parser.parse_args().file
     path = Path(given or "ledger.sqlite")
     if not path.is_file() and given is None:
-        print(f"nothing yet: no judge has been asked here ({path}); give another ledger's path if you have one")
+        say(f"nothing yet: no judge has been asked here ({path}); give another ledger's path if you have one")
         return
     if not path.is_file():
-        print(f"error: {path}: there is no such file; give the ledger of your runs (setting ledger=…)", file=sys.stderr)
+        say(f"error: {path}: there is no such file; give the ledger of your runs (setting ledger=…)", error=True)
         sys.exit(1)
     try:
         with Ledger(path) as ledger:
             rows, endpoints = ledger.rows(), ledger.endpoints()
     except LedgerError as error:
-        print(f"error: {for_terminal(error)}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         sys.exit(1)
     console = Console(highlight=False)
     console = Console(highlight=False, width=max(console.width, 140))

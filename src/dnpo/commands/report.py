@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from dnpo.errors import DataError, DnpoError
-from dnpo.escape import for_terminal
+from dnpo.escape import say
 from dnpo.report.content import content
 from dnpo.report.page import html
 from dnpo.report.selection import Selection, select
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _report(given)
     except DnpoError as error:
-        print(f"error: {for_terminal(error)}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         sys.exit(1)
 
 
@@ -54,19 +54,19 @@ def _report(given: argparse.Namespace) -> None:
     except OSError as error:
         raise DataError(f"--out {out}: {error.strerror}; expected a file that can be written") from error
     took = time.monotonic() - clock
-    print(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {len(selection.runs)} runs, in {took:.1f} s")
+    say(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {len(selection.runs)} runs, in {took:.1f} s")
     if selection.left_out:
-        print(selection.left_out)
+        say(selection.left_out)
     if given.no_log:
         return
     if selection.own is None:
-        print("not kept in MLflow: these runs have no parent run of a sweep")
+        say("not kept in MLflow: these runs have no parent run of a sweep")
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / ARTIFACT
         path.write_text(text, encoding="utf-8")
         database.client.log_artifact(selection.own.id, str(path))
-    print(f"kept in MLflow as {ARTIFACT} of run {selection.own.id}")
+    say(f"kept in MLflow as {ARTIFACT} of run {selection.own.id}")
 
 
 def _slug(selection: Selection) -> str:

@@ -5,6 +5,7 @@
 The settings are ``conf/reward.yaml``.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dnpo.commands import common as command
+from dnpo.commands.quoting import quote
+from dnpo.escape import say
 from dnpo.judges.reward.preferences import Preferences
 from dnpo.settings import check_values
 
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] != ["fit"]:
-        print(USAGE, file=sys.stderr)
+        say(USAGE, error=True)
         sys.exit(2)
     command.run("reward", _fit, "Nothing is written.", arguments=given[1:])
 
@@ -43,3 +46,6 @@ def _fit(cfg: DictConfig, job: Any) -> None:
     settings = check_values("", fit, tree)
     command.prepare_torch(settings["threads"])
     fit(data, **settings)
+    given = f"judge.path={settings['out']}"
+    plain = re.fullmatch(r"judge\.path=[\w./~@%+-]+", given) is not None
+    say(f"use it with: judge=reward {given if plain else quote(given) or given}")

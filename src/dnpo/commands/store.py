@@ -1,12 +1,14 @@
 """List the stages in a store, verify them, and remove those that no run needs."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dnpo import disk
 from dnpo.errors import DnpoError, StoreError, TrackingError
+from dnpo.escape import say
 from dnpo.store import find_damage, inventory
 from dnpo.store.inventory import Entry
 from dnpo.tracking.client import default_uri
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     sys.exit(1)
 
 
@@ -73,7 +75,7 @@ def show(given: argparse.Namespace) -> int:
     try:
         needs = inventory.find_needs(entries, _tracked(given))
     except TrackingError as error:
-        print(f"who needs them is not known: {error}\n")
+        say(f"who needs them is not known: {error}\n")
         needs = {}
     _print(entries, needs)
     return 0
@@ -88,14 +90,15 @@ def verify(given: argparse.Namespace) -> int:
         damage = find_damage(entry.folder, digests=True)
         damaged += bool(damage)
         if damage:
-            print(f"damaged     {entry.name}: {'; '.join(damage)}")
+            say(f"damaged     {entry.name}: {'; '.join(damage)}")
         elif "files" not in entry.content:
             unknown += 1
-            print(f"unverified  {entry.name}: an earlier version of dnpo wrote it, without digests of its files")
+            say(f"unverified  {entry.name}: an earlier version of dnpo wrote it, without digests of its files")
     size = sum(entry.size for entry in chosen)
-    print(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others whole")
+    say(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others whole")
     if damaged:
-        print(f"python -m dnpo.store remove STAGE/KEY --store {given.store} --yes removes one; a run makes it again")
+        where = shlex.quote(str(given.store))
+        say(f"python -m dnpo.store remove STAGE/KEY --store {where} --yes removes one; a run makes it again")
     return int(damaged > 0)
 
 
@@ -104,19 +107,19 @@ def remove(given: argparse.Namespace) -> int:
     entries = inventory.read_store(given.store)
     chosen = _choose(given, entries)
     if not chosen:
-        print("nothing to remove: every stage is needed by a tracked run")
+        say("nothing to remove: every stage is needed by a tracked run")
         return 0
     _print(chosen, {})
     size = f"{_count(chosen)}, {_bytes(sum(entry.size for entry in chosen))}"
     if not (given.apply or given.yes):
-        print(f"\n{size}. Nothing was removed: --apply removes them after a question, --yes without one")
+        say(f"\n{size}. Nothing was removed: --apply removes them after a question, --yes without one")
         return 0
     if not given.yes and not _agrees(f"\nRemove {size}? [y/N] "):
-        print("nothing was removed")
+        say("nothing was removed")
         return 1
     for entry in chosen:
         inventory.remove(entry)
-    print(f"removed {size}")
+    say(f"removed {size}")
     return 0
 
 
@@ -180,7 +183,7 @@ def _agrees(question: str) -> bool:
     try:
         return input(question).strip().lower() in ("y", "yes")
     except EOFError:  # nobody there to answer
-        print()
+        say()
         return False
 
 
@@ -205,7 +208,7 @@ def _print(entries: Sequence[Entry], needs: Mapping[str, Sequence[str]]) -> None
         table.add_row(*map(Text, cells))
     Console().table(table)
     if needs:
-        print(f"{_count(entries)}, {_bytes(sum(entry.size for entry in entries))}")
+        say(f"{_count(entries)}, {_bytes(sum(entry.size for entry in entries))}")
 
 
 def _name(runs: Sequence[str]) -> str:

@@ -157,10 +157,10 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         ledger=Ledger(Path(top["ledger"]), name),
         sft_rows=top["sft_rows"],
     )
-    resolved = {**top, **{name: with_contents(settings[name], parts[name]) for name in parts}}
+    resolved = {**top, **{name: with_contents(settings[name], parts[name], name) for name in parts}}
     for name in VARYING:
-        part = getattr(plans[-1], name)
-        resolved[name] = with_contents(settings[name], part) if isinstance(settings[name], Mapping) else settings[name]
+        given, part = settings[name], getattr(plans[-1], name)
+        resolved[name] = with_contents(given, part, name) if isinstance(given, Mapping) else given
     for name, start in starts.items():
         if isinstance(resolved[name], Mapping):
             resolved[name] = {**resolved[name], "start": start}
@@ -248,7 +248,7 @@ def _go(
         _print_plan(console, store, iterations, find_shared_stages(sweep, folder, stages))
         _print_forecast(console, run, iterations, store)
         return None
-    pass_gate(run, iterations, store, console, settings["check"], settings["threads"])
+    pass_gate(run, iterations, store, console, settings["check"], settings["threads"], tracking)
     if settings["check"]:
         return None
     from dnpo.running import execute as running
@@ -290,18 +290,31 @@ def check_optimizers(run: "Run", iterations: "list[Iteration]", store: "Store") 
 
 
 def pass_gate(
-    run: "Run", iterations: "list[Iteration]", store: "Store", console: "Console", everything: bool, threads: int
+    run: "Run",
+    iterations: "list[Iteration]",
+    store: "Store",
+    console: "Console",
+    everything: bool,
+    threads: int,
+    tracking: "Tracking | None" = None,
 ) -> None:
     """Check a run before anything is computed: show the findings, and refuse a run that cannot work or means nothing.
+
+    Args:
+        everything: whether to make the checks of all stages, stored ones too, and to show those that pass.
+        tracking: tried if everything is checked; otherwise it is reached at once when the run begins.
 
     Raises:
         SettingsError: a finding stops the run.
     """
     from dnpo.running.gate import gate, show
+    from dnpo.running.gate.tracking import check_tracking
 
     if everything or not all(store.has(stage) for iteration in iterations for stage in iteration.stages):
         command.prepare_torch(threads)
     findings = gate(run, iterations, store, everything)
+    if everything and tracking is not None:
+        findings.append(check_tracking(tracking))
     show(console, findings, everything)
     stops = [finding.refusal for finding in findings if finding.level == "stop"]
     if stops:

@@ -1,12 +1,12 @@
 """Removes rows whose prompt repeats another, and shows two of them."""
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
 from dnpo.data import SPLITS
 from dnpo.data.duplicates import repeats
 from dnpo.data.unusable import shown
+from dnpo.escape import say
 from dnpo.records import Prompt
 
 EXAMPLES = 2
@@ -69,7 +69,7 @@ class _Clock:
         now = time.monotonic()
         if now >= self.next:
             self.next = now + INTERVAL
-            print(f"{what}: {done:,} of {of:,}", file=sys.stderr, flush=True)
+            say(f"{what}: {done:,} of {of:,}", error=True)
 
 
 def _describe(one: Prompt, other: Prompt, likeness: float) -> str:

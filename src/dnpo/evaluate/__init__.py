@@ -1,7 +1,7 @@
 """Measure a policy: always by ``metrics.py``, and by the optional measures of ``stages/measures.py``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from dnpo.evaluate.leaderboard import Leaderboard
@@ -11,6 +11,7 @@ from dnpo.records import Prompt, Response
 from dnpo.settings import Count, neutral
 
 Split = Literal["validation", "test"]
+LEADERBOARD = {field.name: f"eval.leaderboard.{field.name}" for field in fields(Leaderboard)}  # settings, in a run
 
 
 class Held(NamedTuple):

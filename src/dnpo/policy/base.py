@@ -155,7 +155,9 @@ class Pretrained:
     def identity(self) -> Mapping[str, Any]:
         """The values that decide the weights: the contents of the folder, or name and commit on the hub."""
         where = {"content": self._content} if self._local else {"name": self._location, "revision": self._commit}
-        more = {"template_arguments": self.template_arguments, "template_date": self.template_date}
+        more: dict[str, Any] = {"template_arguments": self.template_arguments, "template_date": self.template_date}
+        # a folder's own code may make another model of the same files than transformers' does
+        more["trust_remote_code"] = self.trust_remote_code
         given = {name: value for name, value in more.items() if value}
         return {**where, "dtype": self.dtype, "chat_template": self.chat_template, **given}
 

@@ -8,6 +8,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from dnpo.escape import say
+
 ADVICE = (
     "settings are written into files of the run, so give it by the environment, "
     "such as '${oc.env:NAME}', or in the variable that judge.key_from or judge.headers names"
@@ -41,7 +43,7 @@ def refuse(config: DictConfig) -> None:
     """Print what is wrong and exit; Hydra makes mere warnings of a callback's exceptions, but lets an exit pass."""
     found = dict.fromkeys(find_secrets(config))
     for message in found:
-        print(f"error: {message}", file=sys.stderr)
+        say(f"error: {message}", error=True)
     if found:
         sys.exit(1)
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from dnpo.catalogue import metric
 from dnpo.errors import DnpoError
-from dnpo.escape import for_terminal
+from dnpo.escape import for_terminal, say
 
 if TYPE_CHECKING:
     from dnpo.report.comparison import Items, MeasureComparison
@@ -29,7 +29,7 @@ _HELD: list[FileLock] = []  # not in the callback, since Hydra sends it to other
 
 def record_failure(folder: Path, message: str) -> None:
     """Print that a job failed, and record it for the sweep's report."""
-    print(f"error: {for_terminal(message)}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     (folder / ERROR).write_text(message + "\n")
 
 
@@ -72,10 +72,10 @@ class SweepReport(Callback):
             self._table(sweep, rows)
         for job, message in failed.items():
             shown = for_terminal(f"({' '.join(_overrides(sweep / job))}): {message}")
-            print(f"job {job} failed {shown}", file=sys.stderr)
+            say(f"job {job} failed {shown}", error=True)
         untracked = _track(config, sweep, jobs, failed)
         if untracked:
-            print(f"error: the comparison of the sweep is not tracked: {for_terminal(untracked)}", file=sys.stderr)
+            say(f"error: the comparison of the sweep is not tracked: {untracked}", error=True)
         while _HELD:
             held = _HELD.pop()
             held.release()

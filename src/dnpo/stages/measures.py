@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dnpo.evaluate import Evaluated
+from dnpo.evaluate import LEADERBOARD, Evaluated
 from dnpo.judges import judge_responses, tally
 from dnpo.records import Item, Pair, Prompt, Response, Verdict, read, write
 from dnpo.seeding import derive
-from dnpo.settings import part_key
+from dnpo.settings import named_within, part_key
 from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, Verb, verb
 from dnpo.stages.verbs import read_split, sampling_of
 from dnpo.store import Stage, write_json
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dnpo.generate import Sampling
 
 METRICS = "metrics.json"
+SECOND = {"judge": "second_judge"}  # the second judge's settings, as errors of a judge name them
 
 
 def measure(
@@ -120,7 +121,8 @@ def judge_again(run: Run, plan: Plan | None, task: Task) -> Facts:
     several = repeat_prompts(rows, run.eval.samples)
     samples = read(task.inputs["evaluation"] / "samples.parquet", Response)
     responses = [*rows.human, *samples[: len(rows.prompts) + len(several)]]
-    verdicts = judge_responses(run.second_judge, [*rows.prompts, *several], responses, run.ledger, task.report)
+    with named_within(SECOND):
+        verdicts = judge_responses(run.second_judge, [*rows.prompts, *several], responses, run.ledger, task.report)
     write(task.folder / "verdicts.parquet", verdicts, Verdict)
     items = read(task.inputs["evaluation"] / "items.parquet", Item)
     both = [replace(item, second=verdict.score) for item, verdict in zip(items, verdicts, strict=True)]
@@ -152,14 +154,20 @@ def compare_texts(run: Run, plan: Plan | None, task: Task) -> Facts:
     return _write_metrics(task.folder, {f"texts/{name}": value for name, value in measured.metrics.items()})
 
 
-@verb("leaderboard", 1, lambda run, plan: part_key(run.eval.leaderboard))
+def _leaderboard_key(run: Run, plan: Plan | None) -> Any:
+    with named_within(LEADERBOARD):
+        return part_key(run.eval.leaderboard)
+
+
+@verb("leaderboard", 1, _leaderboard_key)
 def leaderboard(run: Run, plan: Plan | None, task: Task) -> Facts:
     """Run the leaderboard's benchmarks."""
     from dnpo.evaluate import leaderboard
 
     how = run.eval.leaderboard
     assert how is not None
-    result = leaderboard.measure(run.policy(task.inputs), how, task.report)
+    with named_within(LEADERBOARD):
+        result = leaderboard.measure(run.policy(task.inputs), how, task.report)
     for note in result.notes():
         task.report.note(note)
     result.write(task.folder, {"notes": result.notes()})

@@ -1,14 +1,13 @@
 """Send a run's data to MLflow, and keep them in a file in the run's folder while MLflow does not answer."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dnpo.escape import for_database, for_mlflow, for_terminal
+from dnpo.escape import for_database, for_mlflow, say
 
 KEPT = "dnpo.kept"  # tag that names the file of what was kept
 FILE = "untracked.jsonl"
@@ -85,7 +84,7 @@ def send_kept(client: Any, experiment: str, run: str, messages: Iterable[Message
 
 def warn(text: str) -> None:
     """Print a warning, on one line."""
-    print(f"warning: {for_terminal(text)}", file=sys.stderr, flush=True)
+    say(f"warning: {text}", error=True)
 
 
 def read_kept(path: Path) -> list[Message]:

@@ -4,9 +4,9 @@ MLflow makes a new database in some seconds and many transactions; if its proces
 neither be used nor repaired. It would also change the tables of an older file where it lies. So both are done aside.
 """
 
+import os
 import re
 import sqlite3
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -16,8 +16,10 @@ from urllib.parse import quote
 from filelock import FileLock, Timeout
 
 from dnpo.errors import TrackingError
+from dnpo.escape import say
 
 SQLITE = "sqlite:///"
+PATIENCE = 20.0  # seconds to wait for a lock of another program
 REPAIR = "repair it, give another or run with tracking=off"
 
 
@@ -56,6 +58,25 @@ def prepare(uri: str) -> None:
             else:
                 _write_tables(aside)
                 aside.replace(file)
+
+
+def try_file(file: Path) -> None:
+    """Check that runs can be written to a file, or that it can be made; nothing changes.
+
+    Raises:
+        TrackingError: they cannot, or it is no database of MLflow.
+    """
+    with _explain(file):
+        if not file.exists():
+            folder = next(each for each in file.parents if each.exists())
+            if not os.access(folder, os.W_OK) or not folder.is_dir():
+                raise PermissionError(f"the folder {folder} is not writable: permission denied")
+            return
+        with _open(file) as database:
+            database.execute("begin immediate")
+            database.rollback()
+        if file.stat().st_size and not _has(file, "experiments"):
+            raise TrackingError(f"tracking.uri={SQLITE}{file}: it is no database of MLflow; give another")
 
 
 def _mlflow() -> Any:
@@ -101,10 +122,10 @@ def _upgrade(file: Path, aside: Path) -> None:
         done = f"it was written by another MLflow; its tables are now those of MLflow {VERSION}"
     aside.replace(file)
     _remove_journals(file)  # of the file that was replaced
-    print(
+    say(
         f"warning: {file}: {done}. As it was, it is kept as {kept.name}, which can be deleted once you see your runs "
         "and do not go back to the other MLflow; restart an mlflow ui that has it open",
-        file=sys.stderr,
+        error=True,
     )
 
 
@@ -150,7 +171,7 @@ def _copy(file: Path, to: Path) -> None:
 @contextmanager
 def _open(file: Path) -> Iterator[sqlite3.Connection]:
     """Open a database that exists, to read it; SQLite also takes back what a killed process has begun to write."""
-    with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=20)) as database:
+    with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=PATIENCE)) as database:
         yield database
 
 

@@ -23,7 +23,7 @@ from dnpo.tracking import end_note
 from dnpo.tracking.alive import ALIVE, NOTE, close_abandoned, free
 from dnpo.tracking.client import check_reachable, connect, is_server, make_absolute, strip_password
 from dnpo.tracking.outbox import KEPT, LATER, PATIENCE, Kind, Message, Outbox, Refused, send, warn
-from dnpo.tracking.sqlite import advise, file_of, lock_of, shorten
+from dnpo.tracking.sqlite import advise, file_of, lock_of, shorten, try_file
 
 if TYPE_CHECKING:
     from dnpo.tracking.datasets import Dataset
@@ -95,6 +95,13 @@ class Tracking:
 
         Raises:
             TrackingError: the store cannot be reached.
+        """
+
+    def check(self) -> None:
+        """Check that runs can be tracked, and make nothing that is not there.
+
+        Raises:
+            TrackingError: the store cannot be reached or written.
         """
 
     def resume(self, run: str, folder: Path | None = None) -> None:
@@ -208,6 +215,19 @@ class MLflowTracking(Tracking):
             for start in range(0, len(params), 100):
                 self._client.log_batch(self.id, params=params[start : start + 100])
 
+    def check(self) -> None:
+        """Try the store: a server is asked for the experiment, a file is locked to write and let go."""
+        file = file_of(self.uri)
+        if file is not None:
+            try_file(file)
+            return
+        try:
+            connect(self.uri).get_experiment_by_name(self.experiment)
+        except TrackingError:
+            raise
+        except Exception as error:  # servers and databases raise various errors
+            raise self._refuse(error) from error
+
     def resume(self, run: str, folder: Path | None = None) -> None:
         """Continue an existing run, with its note."""
         self._outbox = Outbox(folder)
@@ -228,9 +248,11 @@ class MLflowTracking(Tracking):
                 free(self._alive)
             if isinstance(error, TrackingError):
                 raise
-            raise TrackingError(
-                f"tracking.uri={strip_password(self.uri)}: cannot be used ({shorten(error)}); {advise(error)}"
-            ) from error
+            raise self._refuse(error) from error
+
+    def _refuse(self, error: Exception) -> TrackingError:
+        problem = f"tracking.uri={self.uri}: cannot be used ({shorten(error)})"
+        return TrackingError(f"{strip_password(problem)}; {advise(error)}")
 
     def _hold(self) -> str:
         """Take the lock that shows that this process is alive, and return its file."""

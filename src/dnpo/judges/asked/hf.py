@@ -114,7 +114,7 @@ class HF(Prompted):
         if question.key in reasons:
             return Canary(False, f"{self.respondent}: {reasons[question.key]}")
         value = ledger.answers([question.key])[question.key]
-        return Canary(True, f"{self.respondent} on {self._device} says {value:.1f} to a right answer")
+        return Canary(True, f"{self.respondent} on {self._device} gives a right answer {value:.1f} points")
 
     def ask(self, questions: Sequence[Question], ledger: Ledger, report: Report | None, total: int) -> dict[str, str]:
         """Load the model, and read the questions in batches, the longest first.

@@ -263,7 +263,8 @@ class OpenAI(Prompted):
         asked = "".join(f"; dnpo {each}, as the server refuses a parameter" for each in self.endpoint.concessions)
         new = [served for served in ledger.served(question) if served not in before]
         warning = tell_swap(self.endpoint, before[-1], new[-1]) if before and new else ""
-        text = f"{where} says {value:g} to a right answer ({shown}; {price}){asked}{self._elsewhere(question, ledger)}"
+        elsewhere = self._elsewhere(question, ledger)
+        text = f"{where} gives a right answer {value:g} points ({shown}; {price}){asked}{elsewhere}"
         return Canary(True, text, warning=warning)
 
     def _elsewhere(self, question: Question, ledger: Ledger) -> str:

@@ -20,6 +20,7 @@ from torch.nn.functional import softplus
 
 from dnpo.data.seen import hash_conversation
 from dnpo.errors import DataError, ModelError
+from dnpo.escape import say
 from dnpo.judges.reward.facts import FACTS, SEEN, Kind
 from dnpo.judges.reward.models import Embedding, Rewards, start_classifier
 from dnpo.judges.reward.preferences import Preference, Preferences
@@ -103,7 +104,7 @@ def fit(
             f"max_tokens={max_tokens}: no pair is left whose rows have at most {model.limit} tokens; raise it, or take "
             "another base"
         )
-    print(f"{len(rows):,} pairs to train on, {len(held_rows):,} held out by conversation", flush=True)
+    say(f"{len(rows):,} pairs to train on, {len(held_rows):,} held out by conversation")
     how = Optimisation(
         Bound("torch.optim.AdamW", {"lr": lr, "weight_decay": weight_decay}),
         epochs=epochs,
@@ -129,7 +130,7 @@ def fit(
         },
     }
     _write(model, facts, [hash_conversation(pair.messages) for pair in known], folder)
-    print(_describe(facts, folder))
+    say(_describe(facts))
     return facts
 
 
@@ -248,7 +249,7 @@ class _Epochs:
 
     def note(self, text: str) -> None:
         """Print it."""
-        print(text, flush=True)
+        say(text)
 
     def status(self, text: str) -> None:
         """Say nothing."""
@@ -259,7 +260,7 @@ class _Epochs:
             self.losses.append(row["loss"])
             if len(self.losses) == self.every:
                 self.epoch += 1
-                print(f"  epoch {self.epoch}: loss {sum(self.losses) / self.every:.4f}", flush=True)
+                say(f"  epoch {self.epoch}: loss {sum(self.losses) / self.every:.4f}")
                 self.losses.clear()
 
 
@@ -306,7 +307,7 @@ def _write(model: Rewards, facts: dict[str, Any], seen: Sequence[str], folder: P
         raise ModelError(f"out={folder}: cannot be written ({error.strerror or error})") from error
 
 
-def _describe(facts: dict[str, Any], folder: Path) -> str:
+def _describe(facts: dict[str, Any]) -> str:
     fitted = facts["fit"]
 
     def percent(name: str) -> str:
@@ -321,4 +322,4 @@ def _describe(facts: dict[str, Any], folder: Path) -> str:
     ]
     if fitted["too_long"]:
         lines.append(f"left out as too long   {fitted['too_long']:,} pairs")
-    return "\n".join([*lines, f"use it with: judge=reward judge.path={folder}"])
+    return "\n".join(lines)

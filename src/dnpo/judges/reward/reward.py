@@ -124,7 +124,7 @@ class Reward(Judge):
         (verdict,) = self._verdicts([prompt], [Response("canary", HUMAN, "Paris.", [], 0, "eos")], None)
         if verdict.score is None:
             return Canary(False, f"{self.weights.description}: {verdict.reason}")
-        return Canary(True, f"the reward model gives {verdict.score:.1f} to a right answer on {self._device}")
+        return Canary(True, f"the reward model on {self._device} gives a right answer {verdict.score:.1f} points")
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report

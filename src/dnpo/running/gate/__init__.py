@@ -14,7 +14,7 @@ from dnpo.store import Store
 
 __all__ = ["Finding", "Level", "gate", "show"]
 
-WORDS: dict[Level, str] = {"warn": "to know of", "stop": "to put right first"}
+WORDS: dict[Level, str] = {"warn": "warning", "stop": "problem"}
 
 
 def gate(run: Run, iterations: Sequence[Iteration], store: Store, everything: bool = False) -> list[Finding]:
@@ -47,5 +47,7 @@ def show(console: Console, findings: Sequence[Finding], everything: bool) -> Non
     if table.row_count:
         console.table(table)
     levels = [finding.level for finding in findings]
-    others = "".join(f", {levels.count(level)} {word}" for level, word in WORDS.items() if level in levels)
-    console.say(f"{levels.count('pass')} checks passed{others}")
+    counts = {word: levels.count(level) for level, word in WORDS.items() if level in levels}
+    others = "".join(f", {count} {word}{'s' * (count > 1)}" for word, count in counts.items())
+    passed = levels.count("pass")
+    console.say(f"{passed} check{'s' * (passed != 1)} passed{others}")

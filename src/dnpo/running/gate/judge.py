@@ -9,6 +9,8 @@ from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt
 from dnpo.running.gate.finding import Finding, refuse
 from dnpo.running.gate.rows import Rows
+from dnpo.settings import rename_settings
+from dnpo.stages.measures import SECOND
 
 
 def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
@@ -33,7 +35,8 @@ def second(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
     """Check that the second judge can judge the held-out rows."""
     problem = judge.accepts(held)
     if problem is not None:
-        return Finding("second judge", "stop", f"as second judge: {problem}", "judge@second_judge=…")
+        text = f"as second judge: {rename_settings(problem, SECOND)}"
+        return Finding("second judge", "stop", text, "judge@second_judge=…")
     return Finding("second judge", "pass", f"the second judge accepts all {len(held):,} {split} rows")
 
 

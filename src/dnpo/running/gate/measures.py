@@ -1,11 +1,13 @@
 """Check the base model's weights, and what is needed after training: benchmarks, a sentence encoder."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 
 from dnpo.errors import DnpoError
-from dnpo.evaluate import Evaluation
+from dnpo.evaluate import LEADERBOARD, Evaluation
 from dnpo.policy.model import Policy
 from dnpo.running.gate.finding import Finding, refuse
+from dnpo.settings import named_within
 
 
 def weights(policy: Policy, here: bool) -> Finding:
@@ -34,14 +36,23 @@ def findings(evaluation: Evaluation, ahead: Collection[str]) -> list[Finding]:
     if evaluation.leaderboard is not None and "leaderboard" in ahead:
         done = "lm-eval is installed, and the benchmarks can be read"
         result.append(
-            _try("leaderboard", evaluation.leaderboard.check, done, "eval.leaderboard.…, as the message says")
+            _try(
+                "leaderboard",
+                evaluation.leaderboard.check,
+                done,
+                "eval.leaderboard.…, as the message says",
+                LEADERBOARD,
+            )
         )
     return result
 
 
-def _try(name: str, check: Callable[[], None], done: str, setting: str) -> Finding:
+def _try(
+    name: str, check: Callable[[], None], done: str, setting: str, names: Mapping[str, str] = MappingProxyType({})
+) -> Finding:
     try:
-        check()
+        with named_within(names):
+            check()
     except DnpoError as error:
         return refuse(name, error, setting)
     return Finding(name, "pass", done)

@@ -8,7 +8,7 @@ import torch
 
 from dnpo.optimise.npo import NoiseModule
 from dnpo.optimise.parts import MatchedOffset, Optimisation
-from dnpo.policy.model import Policy
+from dnpo.policy.model import Policy, device_of
 from dnpo.running.gate import machine
 from dnpo.running.gate.finding import Finding
 from dnpo.running.gate.machine import Counts, ModelShape
@@ -56,6 +56,7 @@ def findings(
         folder: the folder of the base model in the prompts stage.
     """
     of = machine.shape(policy, run.model.lora)
+    device = str(device_of(run.device))  # auto is the GPU if there is one
     files = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     base, tokenizer = sum(files.values()), sum(size for file, size in files.items() if file.suffix != ".safetensors")
     trainings = [t for t in _trainings(run, of, counts) if iterations[t.k + 1].policy in todo]
@@ -66,16 +67,16 @@ def findings(
     result = [machine.disk(kept, passing, optional, store.root)]
     for name, what in (("sft", "fine-tuning"), ("trainer", "training")):
         needed = [
-            machine.training_bytes(of, t.how, counts, t.noise, t.needs_copy, run.device)
+            machine.training_bytes(of, t.how, counts, t.noise, t.needs_copy, device)
             for t in trainings
             if (t.noise is None) == (name == "sft")
         ]
         if needed:
             setting = f"{name}.micro_batch_size, {name}.checkpointing, model.lora.rank"
-            result.append(machine.memory(what, *max(needed, key=sum), run.device, setting))
+            result.append(machine.memory(what, *max(needed, key=sum), device, setting))
     if any(stage.name in ("generate", "evaluate") for stage in todo):
         need = machine.generating_bytes(of, run.generate, counts)
-        result.append(machine.memory("generating", *need, run.device, "generate.batch_size"))
+        result.append(machine.memory("generating", *need, device, "generate.batch_size"))
     return result
 
 
