@@ -55,6 +55,23 @@ def test_dated_versions(model: str, known: str | None, tmp_path: Path) -> None:
     assert (None if price is None else names[round(price.input * 1e6) - 1]) == known
 
 
+@pytest.mark.parametrize(
+    ("model", "tokens_in", "tokens_out", "batch"),
+    [
+        ("gpt-5-mini-2025-08-07", 0.25, 2.0, 1.0),
+        ("gpt-5.6-luna", 0.2, 1.2, 1.0),
+        ("claude-opus-5-5", 4.0, 20.0, 1.0),
+        ("claude-sonnet-4-20250514", 3.0, 15.0, 0.5),
+        ("gpt-4o-mini-2024-07-18", 0.15, 0.6, 0.5),
+    ],
+)
+def test_shipped_prices(model: str, tokens_in: float, tokens_out: float, batch: float) -> None:
+    """As the vendors' pages have them, whose addresses stand in the file."""
+    price = price_of(model, None)
+    assert price is not None
+    assert (price.input * 1e6, price.output * 1e6, price.batch) == pytest.approx((tokens_in, tokens_out, batch))
+
+
 def test_what_is_free_has_a_price(tmp_path: Path) -> None:
     assert price_of("m", table(tmp_path, "m: {input: 0, output: 0}")) == Price(0.0, 0.0, 1.0)
 
