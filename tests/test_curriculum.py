@@ -193,8 +193,9 @@ def test_parts_are_applied_in_turn() -> None:
     new, old = written(1, 5), written(0, 5)
     both = in_turn(add=ADD, last=LAST)
     assert (both.reads_history, both.needs_scores, both.embeds) == (2, True, False)
-    assert both(new, [old], context(1)) == (old[-3:], {"add_earlier": 5, "add_repeated": 0, "last_left": 3})
+    assert both(new, [old], context(1)) == (old[-3:], {"earlier": 5, "repeated": 0, "left": 3})
     assert in_turn(last=LAST, add=ADD)(new, [old], context(1))[0] == [*new[-3:], *old]
+    assert in_turn(once=LAST, again=LAST)(new, [old], context(1)) == (new[-3:], {"left": 6})
 
 
 def test_the_key_of_parts_in_turn_has_their_order_and_not_their_names() -> None:

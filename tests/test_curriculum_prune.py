@@ -29,7 +29,7 @@ from dnpo.errors import DataError, ModelError, SettingsError
 from dnpo.policy.model import Policy
 from dnpo.records import Pair
 from dnpo.settings import build, check, part_key
-from tests.conftest import World
+from tests.conftest import Report, World
 from tests.test_curriculum import pair
 
 RULES = ("outlying", "typical", "alike", "alike_typical", "random")
@@ -214,7 +214,9 @@ def test_refusals_name_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_policys_embedding_is_the_mean_over_all_tokens(world: World, make_policy: Callable[..., Policy]) -> None:
     pairs, policy = world.pairs(12), make_policy()
-    found = embed_by_policy(policy)(pairs)
+    report = Report()
+    found = embed_by_policy(policy, report)(pairs)
+    assert (report.total, report.done) == (12, 12)
     for each, own_H in zip(pairs, found, strict=True):
         ids = torch.tensor([[*each.prompt_ids, *each.chosen_ids]])
         plain = policy.causal_lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state

@@ -94,7 +94,7 @@ class InTurn(Curriculum):
     """Several curricula, each applied to the result of the one before, in the order in which they are given.
 
     Args:
-        parts: the curricula, by any names; the names stand before their counts.
+        parts: the curricula, by any names.
     """
 
     parts: Mapping[str, Any]
@@ -132,10 +132,11 @@ class InTurn(Curriculum):
     def __call__(
         self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
     ) -> tuple[list[Pair], Counts]:
-        """Apply the parts in turn."""
+        """Apply the parts in turn; what they count under one name is added up."""
         counts: Counts = {}
         rows = list(pairs)
-        for name, part in self.parts.items():
+        for part in self.parts.values():
             rows, own = part(rows, history, context)
-            counts |= {f"{name}_{what}": number for what, number in own.items()}
+            for name, number in own.items():
+                counts[name] = counts.get(name, 0) + number
         return rows, counts

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from dnpo.data.curriculum import Embed
 from dnpo.records import Pair
+from dnpo.store import Report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +33,12 @@ def embed_by_encoder(pairs: Sequence[Pair], path: str, device: str) -> "np.ndarr
     return np.asarray(encoder([text_of(pair) for pair in pairs]).numpy())
 
 
-def embed_by_policy(policy: "Policy") -> Embed:
-    """Embed by the mean of a policy's last hidden states over all tokens of prompt and chosen response."""
+def embed_by_policy(policy: "Policy", report: Report | None = None) -> Embed:
+    """Embed by the mean of a policy's last hidden states over all tokens of prompt and chosen response.
+
+    Args:
+        report: receives the progress.
+    """
 
     def embed(pairs: Sequence[Pair]) -> "np.ndarray":
         from dataclasses import replace
@@ -46,6 +51,8 @@ def embed_by_policy(policy: "Policy") -> Embed:
 
         rows = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
         embedding_NH = np.empty((len(rows), policy.head.weight_VH.shape[1]), np.float32)
+        if report is not None:
+            report.begin(len(rows), "embeddings")
         with torch.no_grad(), policy.evaluating():
             for some in by_length([len(prompt) + len(chosen) for prompt, chosen in rows]):
                 batch = pack([rows[i][0] for i in some], [rows[i][1] for i in some])
@@ -53,6 +60,8 @@ def embed_by_policy(policy: "Policy") -> Embed:
                 hidden_TH = policy.hidden(every.to(policy.device)).float()
                 for i, own_TH in zip(some, torch.split(hidden_TH, list(batch.lengths)), strict=True):
                     embedding_NH[i] = own_TH.mean(0).cpu().numpy()
+                if report is not None:
+                    report.advance(len(some))
         return embedding_NH
 
     return embed
