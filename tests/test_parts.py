@@ -22,6 +22,7 @@ GIVEN: dict[tuple[str, str], list[list[str]]] = {
     ("model", "hub"): [["revision=0123456789abcdef"]],
     ("data", "hub"): [["sample=1", "revision=0123456789abcdef"]],
     ("model", "local"): [["path=model"]],
+    ("curriculum", "prune"): [["encoder=model"]],
     ("model", "tiny"): [["lora.rank=4"]],
     ("npo", "offset"): [["shift=1"]],
     ("judge", "openai"): [["model=gpt-4o"]],

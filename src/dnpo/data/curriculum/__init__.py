@@ -94,7 +94,7 @@ class InTurn(Curriculum):
     """Several curricula, each applied to the result of the one before, in the order in which they are given.
 
     Args:
-        parts: the curricula, by any names.
+        parts: the curricula, by any names. What they count in common is added up.
     """
 
     parts: Mapping[str, Any]
@@ -132,11 +132,10 @@ class InTurn(Curriculum):
     def __call__(
         self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
     ) -> tuple[list[Pair], Counts]:
-        """Apply the parts in turn; what they count under one name is added up."""
+        """Apply the parts in turn."""
         counts: Counts = {}
         rows = list(pairs)
         for part in self.parts.values():
             rows, own = part(rows, history, context)
-            for name, number in own.items():
-                counts[name] = counts.get(name, 0) + number
+            counts |= {what: counts.get(what, 0) + number for what, number in own.items()}
         return rows, counts
