@@ -648,8 +648,8 @@ MUTATIONS = (
     Mutation(
         "a row of two forms that differ is read by one of them",
         "data/rows.py",
-        "    _check_forms(row)\n    if conversation:",
-        "    if conversation:",
+        "    _check_forms(row)\n    _refuse_half",
+        "    _refuse_half",
         "test_files.py",
     ),
     Mutation(
