@@ -115,6 +115,7 @@ class MetricGroup:
 
 
 SFT = MetricVariant("sft/", "in fine-tuning", "SFT")
+AUGMENT = MetricVariant("augment/", "in the judge's lessons", "lessons")
 LIKE = MetricVariant("like/", "in the training that npo=matched matches", "matched")
 ITERATION = MetricVariant("iteration/", "of an iteration as a whole", "iteration")
 AGAINST = MetricVariant("against/", "of the other model", "other model", needs="against=…")

@@ -24,6 +24,7 @@ from dnpo.stages.verbs import (
     optimise,
     prepare,
     reference,
+    teach,
 )
 from dnpo.store import Stage
 
@@ -33,7 +34,9 @@ def chain(run: Run) -> Iterator[Iteration]:
     prompts = prepare(run, None)
     initial = fine_tune(run, None, prompts=prompts)
     evaluation = evaluate(run, None, prompts=prompts, policy=initial)
-    done = [Iteration(BEFORE, prompts, initial, evaluation, measure(run, None, prompts, initial, evaluation))]
+    taught = teach(run, None, prompts=prompts, policy=initial) if run.teaches else initial
+    measures = measure(run, None, prompts, initial, evaluation)
+    done = [Iteration(BEFORE, prompts, initial, evaluation, measures, taught=taught)]
     yield done[0]
     for plan in run.plans:
         done.append(iterate(run, plan, prompts, done))
@@ -48,8 +51,10 @@ def iterate(run: Run, plan: Plan, prompts: Stage, done: Sequence[Iteration]) -> 
     """
     policy, initial = done[-1].policy, done[0].policy
     responses = generate(run, plan, prompts=prompts, policy=policy)
-    verdicts = judge(run, plan, prompts=prompts, responses=responses, policy=policy, initial=initial)
-    labelled = label(run, plan, prompts=prompts, responses=responses, verdicts=verdicts, policy=policy, initial=initial)
+    judges: dict[str, Any] = {"policy": policy, "initial": initial, "taught": done[0].taught}
+    verdicts = judge(run, plan, prompts=prompts, responses=responses, **judges)
+    labelled = label(run, plan, prompts=prompts, responses=responses, verdicts=verdicts, **judges)
+
     earlier: dict[str, Any] = {name_earlier(n): each.labelled for n, each in enumerate(reversed(done[1:]), 1)}
     pairs = arrange(run, plan, prompts=prompts, pairs=labelled, initial=initial, **earlier) or labelled
 

@@ -38,7 +38,7 @@ VARYING = (
     "npo",
     "trainer",
 )  # by iteration
-PARTS = ("model", "data", "sft", "generate", "second_judge", "eval", "tracking", *VARYING)
+PARTS = ("model", "data", "sft", "generate", "second_judge", "augment", "eval", "tracking", *VARYING)
 TYPICAL = "typical"  # values for interpolation, which no part is given
 WORDS = ("start", "reference")  # by iteration too, but plain words
 STARTING = ("dsl", "npo")  # parts that act from their ``start`` iteration on; ABSENT replaces them before it
@@ -156,6 +156,7 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         plans=plans,
         ledger=Ledger(Path(top["ledger"]), name),
         sft_rows=top["sft_rows"],
+        augment=parts["augment"],
     )
     resolved = {**top, **{name: with_contents(settings[name], parts[name], name) for name in parts}}
     for name in VARYING:

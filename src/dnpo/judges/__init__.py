@@ -18,7 +18,8 @@ from dnpo.store import Report
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
-PolicyName = Literal["policy", "initial"]  # the policy of the iteration, and the one after fine-tuning
+# The policy of the iteration, the one after fine-tuning, and that one taught to judge.
+PolicyName = Literal["policy", "initial", "taught"]
 
 MANY = 20  # equal scores that are no accident any more
 

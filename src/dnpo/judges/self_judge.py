@@ -46,7 +46,7 @@ class SelfJudge(Judge):
     """A policy of the run, asked which of two responses is better.
 
     Args:
-        asks: the ``initial`` policy (OSP), or the current ``policy`` (Self-Rewarding).
+        asks: the ``initial`` policy (OSP), taught first if ``augment=…`` says so, or the current ``policy`` (Self-Rewarding).
         template: the question, with ``{question}``, ``{y1}`` and ``{y2}``; it becomes the user's turn.
         max_unscored: share of responses that may lack a score.
 
@@ -67,7 +67,11 @@ class SelfJudge(Judge):
     @property
     def reads_policies(self) -> frozenset[PolicyName]:
         """The policy that is asked."""
-        return frozenset((self.asks,))
+        return frozenset((self._asked,))
+
+    @property
+    def _asked(self) -> PolicyName:
+        return "taught" if self.asks == "initial" else "policy"
 
     def accepts_model(self, policy: "Policy") -> str | None:
         """Refuse tokenizers in which a letter is not one token of its own."""
@@ -83,7 +87,7 @@ class SelfJudge(Judge):
         """The judge with the policy that it asks."""
         from dnpo.policy.choices import Choices
 
-        return AskedPolicy(Choices(policies[self.asks], self.template), self.max_unscored)
+        return AskedPolicy(Choices(policies[self._asked], self.template), self.max_unscored)
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report

@@ -63,7 +63,8 @@ def execute(
     tracking.note(f"{title}\n\n{RUNNING}\n\n{head}")
     for iteration in iterations:
         for stage in iteration.stages:
-            variant = catalogue.SFT if stage.name == "sft" else catalogue.LIKE if stage is iteration.like else None
+            variants = {"sft": catalogue.SFT, "augment": catalogue.AUGMENT}
+            variant = catalogue.LIKE if stage is iteration.like else variants.get(stage.name)
             prefix = variant.prefix if variant else ""
             reused = _get(stage, store, console, tracking, before, prefix)
             name = {"title": stage.title, "stage": stage.name, "key": stage.key}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dnpo.generate import Ahead, Given, Sampling
     from dnpo.judges import Judge
     from dnpo.judges.asked.ledger import Ledger
+    from dnpo.judges.augment import Augmentation
     from dnpo.optimise.parts import Noise, Objective, Optimisation, PairOptimisation
     from dnpo.policy.base import ModelPart
     from dnpo.policy.model import Policy
@@ -114,6 +115,7 @@ class Run:
         generate: how policies sample when they are measured.
         judge: gives the scores of evaluations; labels may have another judge, see :class:`Plan`.
         sft_rows: number of training rows for fine-tuning only; 0: it uses the same rows as the iterations.
+        augment: what a copy of the initial policy is taught before it judges.
     """
 
     seed: int
@@ -128,11 +130,18 @@ class Run:
     plans: Sequence[Plan]
     ledger: "Ledger"
     sft_rows: int = 0
+    augment: "Augmentation | None" = None
 
     @property
     def limit(self) -> int:
         """The maximum number of tokens of a response, human or generated."""
         return self.data.max_response_tokens
+
+    @property
+    def teaches(self) -> bool:
+        """Whether a judge asks a copy of the initial policy that is taught first."""
+        asked = [plan.judge for plan in self.plans if plan.dsl.needs_scores or plan.strength.asks]
+        return bool(self.augment and self.augment.rows and any("taught" in judge.reads_policies for judge in asked))
 
     def policy(self, inputs: Mapping[str, Path], name: str = "policy") -> "Policy":
         """Load the policy of this name among a stage's inputs, or the base model if there is none."""
@@ -152,6 +161,7 @@ class Iteration:
     Attributes:
         k: its number; ``BEFORE`` for fine-tuning.
         policy: the policy that it trained.
+        taught: before the first iteration, the copy of the policy that judges: the policy itself, or taught to judge.
         labelled: the pairs that it made.
         pairs: the pairs that it trained on: the same ones, unless there is a curriculum.
         like: the training whose noise this one matches.
@@ -168,6 +178,7 @@ class Iteration:
     pairs: Stage | None = None
     reference: Stage | None = None
     like: Stage | None = None
+    taught: Stage | None = None
 
     @property
     def stages(self) -> list[Stage]:
@@ -175,7 +186,8 @@ class Iteration:
         first = [self.prompts] if self.k == BEFORE else []
         arranged = self.pairs if self.pairs is not self.labelled else None
         data = [*first, self.responses, self.verdicts, self.labelled, arranged]
-        own = [*data, self.reference, self.like, self.policy, self.evaluation, *self.measures]
+        lessons = self.taught if self.taught is not self.policy else None
+        own = [*data, self.reference, self.like, self.policy, self.evaluation, *self.measures, lessons]
         return [stage for stage in own if stage is not None]
 
 

@@ -198,6 +198,25 @@ def fine_tune(run: Run, plan: None, task: Task) -> Facts:
     return _write_trained(policy, history, task.folder, None)
 
 
+@verb(
+    "augment",
+    1,
+    lambda run, plan: {"augment": part_key(run.augment), "lora": part_key(run.model.lora), "seed": run.seed},
+    title="lessons for the judge",
+)
+def teach(run: Run, plan: None, task: Task) -> Facts:
+    """Teach a copy of the initial policy to answer a judge's questions."""
+    from dnpo.judges.augment import augment
+
+    how, seed = run.augment, derive(run.seed, "augment")
+    assert how is not None, "lessons"
+    policy = run.policy(task.inputs)
+    rows = how.make_rows(policy, how.make_pairs(read_split(task.inputs["prompts"], "train").prompts, seed))
+    policy.model = run.model.lora.on(policy.model, derive(seed, "adapter"))
+    history = augment(policy, rows, how.optimisation, seed=seed, folder=task.folder, report=task.report)
+    return {"questions": len(rows), **_write_trained(policy, history, task.folder, task.inputs["policy"] / "policy")}
+
+
 # --- one iteration
 
 

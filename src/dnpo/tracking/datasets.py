@@ -85,7 +85,8 @@ def _pairs(k: int, stage: Stage, store: Store) -> Dataset:
     facts = manifest(store.folder(stage))["facts"]
     columns = [each.name for each in fields(Pair)]
     where = {"uri": f"{stage.name}/{stage.key}"}
-    return Dataset(f"pairs-{k}", stage.key, TRAINING, "local", where, facts["pairs"], columns, facts)
+    count = facts["trained"] if "trained" in facts else facts["pairs"]  # with a curriculum, or without
+    return Dataset(f"pairs-{k}", stage.key, TRAINING, "local", where, count, columns, facts)
 
 
 def _source(data: Mapping[str, Any], identity: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
