@@ -46,7 +46,8 @@ class SelfJudge(Judge):
     """A policy of the run, asked which of two responses is better.
 
     Args:
-        asks: the ``initial`` policy (OSP), taught first if ``augment=…`` says so, or the current ``policy`` (Self-Rewarding).
+        asks: the ``initial`` policy (OSP), taught first if ``augment=…`` says so, or the current ``policy``
+            (Self-Rewarding).
         template: the question, with ``{question}``, ``{y1}`` and ``{y2}``; it becomes the user's turn.
         max_unscored: share of responses that may lack a score.
 

@@ -95,8 +95,14 @@ class SavedPolicy:
         return revision
 
     def setting(self, part: str, key: str, default: Any = None) -> Any:
-        """Return a setting of the run; the default if the part lacks it or has null."""
-        value = self.summary["settings"].get(part, {}).get(key)
+        """Return a setting of the run; the default if the part lacks it or has null.
+
+        Where parts differ by iteration, it is that of the iteration which made this policy.
+        """
+        own = self.summary["settings"].get(part, {})
+        if isinstance(own, list):
+            own = own[min(max(self.k, 0), len(own) - 1)]
+        value = own.get(key)
         return default if value is None else value
 
 

@@ -95,7 +95,9 @@ def title(settings: Mapping[str, Any], choices: Mapping[str, str]) -> str:
 def _describe_part(settings: Mapping[str, Any], choices: Mapping[str, str], part: str) -> str:
     """Return the option of a part, with its name, path or model."""
     own = settings.get(part, {})
-    more = [own[key] for key in ("name", "path", "model") if isinstance(own, Mapping) and isinstance(own.get(key), str)]
+    if isinstance(own, list):  # one part an iteration
+        return escape(", then ".join(str(each["_target_"]).rpartition(".")[2] for each in own))
+    more = [own[key] for key in ("name", "path", "model") if isinstance(own.get(key), str)]
     return escape(" ".join([choices.get(part, ""), *more]))
 
 
@@ -105,7 +107,8 @@ def _commit(commit: str) -> str:
 
 
 def _describe_start(settings: Mapping[str, Any], part: str) -> str:
-    start = settings.get(part, {}).get("start", 0)
+    own = settings.get(part, {})
+    start = own.get("start", 0) if isinstance(own, Mapping) else 0
     return f", from iteration {start} on" if start else ""
 
 
