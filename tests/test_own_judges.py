@@ -26,12 +26,14 @@ from dnpo.judges.self_judge import AskedPolicy, SelfJudge, average_orders
 from dnpo.optimise.parts import Optimisation
 from dnpo.policy.base import Scratch
 from dnpo.policy.choices import Choices
+from dnpo.policy.loading import load
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import pack, pack_shared
 from dnpo.policy.question import TINY, ask, check_template, frame
 from dnpo.policy.tokenizer import encode, train_tokenizer
-from dnpo.records import GIVEN, HUMAN, Prompt, Response, Verdict
+from dnpo.records import GIVEN, HUMAN, Pair, Prompt, Response, Verdict, read, read_all
+from tests.commands import SMOKE, succeed
 from tests.conftest import Report, World, torch_optimizer, verdicts
 
 NEW = "policy@1"
@@ -385,6 +387,31 @@ def test_a_tokenizer_from_the_data_knows_the_letters_if_asked(world: World, tmp_
     assert len(Choices(policy, TINY).encode(world.prompts[0].messages, world.human[0].text, "")) <= 50
     with pytest.raises(ModelError):
         Choices(plain.load(tmp_path / "plain"), TINY)
+
+
+@pytest.mark.long
+def test_a_run_ranks_by_the_initial_policy_and_asks_it_about_its_pairs(tmp_path: Path) -> None:
+    """The sentence of OSP, ahead of training: four samples, two pairs of them, as sure as the initial policy says."""
+    words = ["method=spin", "iterations=1", "rollout.samples=4", "dsl=ranked", "judge=self", "strength=asked"]
+    succeed(tmp_path, *SMOKE, *words, "model.question=${judge.template}")
+
+    def find(stage: str, name: str) -> Path:
+        (found,) = (tmp_path / "store" / stage).glob(f"*/{name}")
+        return found
+
+    prompts = {p.id: p for p in read(find("prompts", "train.parquet"), Prompt)}
+    responses = read_all(find("generate", "shard-00000.parquet").parent.glob("shard-*.parquet"), Response)
+    given = read(find("judge", "verdicts.parquet"), Verdict)
+    pairs = read(find("pairs", "pairs.parquet"), Pair)
+    policy = load(str(find("prompts", "model")), find("sft", "policy"))
+    judge = SelfJudge().with_policies({"initial": policy})
+    assert isinstance(judge, AskedPolicy)
+    again = {(v.id, v.source, v.sample): v.score for v in verdicts(judge, list(prompts.values()), responses)}
+    assert [v.score for v in given] == pytest.approx([again[v.id, v.source, v.sample] for v in given], abs=1e-3)
+    strengths = judge.compare_pairs([prompts[p.id] for p in pairs], pairs)
+    assert [p.strength for p in pairs] == pytest.approx(strengths, abs=1e-5)
+    assert min(strengths) >= 0.5 - 1e-5
+    assert pairs[0].chosen_score == pytest.approx(again[pairs[0].id, "policy@0", pairs[0].chosen_sample], abs=1e-3)
 
 
 # --- teaching it
