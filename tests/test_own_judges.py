@@ -202,7 +202,7 @@ def ask_policy(asking: World, make_policy: MakePolicy) -> Callable[..., AskedPol
     def make(seed: int = 0, template: str = TINY, **config: int) -> AskedPolicy:
         policy = make_policy(seed, vocab_size=len(asking.tokenizer), **config)
         policy.tokenizer = asking.tokenizer
-        bound = SelfJudge(template=template).with_policies({"initial": policy})
+        bound = SelfJudge(template=template).with_policies({"taught": policy})
         assert isinstance(bound, AskedPolicy)
         return bound
 
@@ -320,7 +320,7 @@ def test_a_shared_prompt_has_the_gradient_of_separate_ones(world: World, make_po
 def test_letters_without_tokens_are_refused_by_name(world: World, make_policy: MakePolicy) -> None:
     policy = make_policy(0)
     with pytest.raises(ModelError, match=r"'A'.*model\.question"):
-        SelfJudge().with_policies({"initial": policy})
+        SelfJudge().with_policies({"taught": policy})
     assert "'A'" in (SelfJudge().accepts_model(policy) or "")
 
 
@@ -364,7 +364,7 @@ def test_questions_over_the_context_have_no_answer(asking: World, ask_policy: Ca
 
 
 def test_whom_the_judge_asks(asking: World, make_policy: MakePolicy) -> None:
-    assert SelfJudge().reads_policies == {"initial"}
+    assert SelfJudge().reads_policies == {"taught"}  # the initial policy, after its lessons
     assert SelfJudge(asks="policy").reads_policies == {"policy"}
     assert SelfJudge().accepts_policy(0, True) is None
     with pytest.raises(JudgeError, match="judge=self"):
@@ -404,7 +404,7 @@ def test_a_run_ranks_by_the_initial_policy_and_asks_it_about_its_pairs(tmp_path:
     given = read(find("judge", "verdicts.parquet"), Verdict)
     pairs = read(find("pairs", "pairs.parquet"), Pair)
     policy = load(str(find("prompts", "model")), find("sft", "policy"))
-    judge = SelfJudge().with_policies({"initial": policy})
+    judge = SelfJudge().with_policies({"taught": policy})
     assert isinstance(judge, AskedPolicy)
     again = {(v.id, v.source, v.sample): v.score for v in verdicts(judge, list(prompts.values()), responses)}
     assert [v.score for v in given] == pytest.approx([again[v.id, v.source, v.sample] for v in given], abs=1e-3)

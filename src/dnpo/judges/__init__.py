@@ -67,14 +67,12 @@ class Judge(ABC):
         measures_texts: whether its scores say how good texts are, whoever wrote them and whenever. If not, evaluations
             cannot use it; it still can label pairs.
         judges_generated: whether it can judge what policies generate.
-        takes_lessons: whether ``augment=…`` teaches the initial policy before this judge asks it.
         max_unscored: share of responses that may lack a score.
     """
 
     gives_scores: ClassVar[bool] = True
     measures_texts: ClassVar[bool] = True
     judges_generated: ClassVar[bool] = True
-    takes_lessons: ClassVar[bool] = False
     max_unscored: float = 0.02
 
     @property

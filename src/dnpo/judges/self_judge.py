@@ -56,7 +56,6 @@ class SelfJudge(Judge):
     """
 
     measures_texts: ClassVar[bool] = False
-    takes_lessons: ClassVar[bool] = True
 
     asks: Literal["initial", "policy"] = "initial"
     template: str = TINY
