@@ -12,9 +12,8 @@ import shutil
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +23,6 @@ from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
 from dnpo.records import Pair, ReferenceLogps, read_all, write
 from dnpo.store import Report
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 SHARD = 1024  # pairs in a shard; a killed run loses at most one shard
 SPARE = 2**30  # bytes that hidden states leave free on the disk
@@ -120,22 +116,6 @@ def keep_hidden(
         save_file({"hidden": torch.cat(states), "pair": torch.tensor(order), "length": lengths}, aside)
         disk.replace(aside, path)
     return {"tokens": tokens, "bytes": size}
-
-
-@torch.no_grad()
-def embed(policy: Policy, pairs: Sequence[Pair], report: Report) -> "npt.NDArray[np.float32]":
-    """The mean last hidden state over the tokens of each pair's prompt and chosen response, pairs × H."""
-    rows = np.zeros((len(pairs), policy.head.weight_VH.shape[1]), np.float32)
-    report.begin(len(pairs), "embeddings")
-    with policy.evaluating():
-        for some in by_length([len(pair.prompt_ids) + len(pair.chosen_ids) for pair in pairs]):
-            texts = [pairs[i].prompt_ids + pairs[i].chosen_ids for i in some]
-            batch = pack([ids[:1] for ids in texts], [ids[1:] for ids in texts])
-            states_NH = policy.hidden(batch.to(policy.device)).float().cpu()
-            lengths = [len(ids) - 1 for ids in texts]
-            rows[some] = torch.stack([part_NH.mean(0) for part_NH in torch.split(states_NH, lengths)]).numpy()
-            report.advance(len(some))
-    return rows
 
 
 class KeptHidden:

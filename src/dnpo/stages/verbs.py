@@ -333,9 +333,9 @@ def arrange(run: Run, plan: Plan, task: Task) -> Facts:
     history = [read(inputs[name] / "pairs.parquet", Pair) for name in earlier if name in inputs]
 
     def embed(some: Sequence[Pair]) -> Any:
-        from dnpo.optimise.reference import embed
+        from dnpo.data.curriculum.embedding import embed_by_policy
 
-        return embed(run.policy(inputs, "initial"), some, task.report)
+        return embed_by_policy(run.policy(inputs, "initial"), task.report)(some)
 
     rows, facts = plan.curriculum(pairs, history, Context(derive(run.seed, "curriculum", plan.k), plan.k, embed))
     if not rows:
