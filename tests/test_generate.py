@@ -560,6 +560,8 @@ def test_responses_that_are_cut_may_be_ended(make_policy: MakePolicy, world: Wor
             assert row.text == world.tokenizer.decode(expected, skip_special_tokens=True).strip()
         scores = policy.score([p.token_ids for p in world.prompts[:40]], [row.token_ids for row in rows])
         assert [row.logprob for row in rows] == pytest.approx(scores, abs=1e-4), "of what is trained on"
+        again = sample(policy, world.prompts[:40], rollout, "policy@0", 12, 1, Report())
+        assert again == rows, "so what is compared with them is made alike"
         cut = sum(row.finish == "length" for row in rows)
         assert 0 < cut < 40, "both kinds must occur for this test to mean anything"
         assert report.notes == [

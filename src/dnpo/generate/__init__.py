@@ -19,7 +19,7 @@ class Sampling:
         top_p: sample from the smallest set of tokens with at least this probability.
         batch_size: rows in a batch; the samples do not depend on it, up to the rounding of logits.
         shard_size: prompts in a shard; a killed run loses at most one shard.
-        append_eos: what ``rollout.append_eos`` takes by default; measuring a policy never appends anything.
+        append_eos: what ``rollout.append_eos`` takes by default; responses to held-out prompts never get one.
     """
 
     temperature: NonNegative = 1.0

@@ -14,6 +14,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -66,13 +67,9 @@ def generate(
     shards = [rows[first : first + size] for first in range(0, len(rows), size)]
     paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
     report.begin(len(rows), "responses", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
-    cut = min(rollout.max_tokens or limit, limit)
     for shard, path in zip(shards, paths, strict=True):
         if not path.is_file():
-            ended_within = limit if rollout.append_eos else 0
-            responses = _answer(
-                policy, shard, rollout, source, cut, seed, report, samples=rollout.samples, ended_within=ended_within
-            )
+            responses = _answer(policy, shard, rollout, source, limit, seed, report)
             write(path, responses, Response)
     found = read_all(paths, Response)
     ended = sum(response.finish == "length" for response in found)
@@ -89,9 +86,10 @@ def sample(
 ) -> list[Response]:
     """Generate a response to each prompt, with its log-probability under the policy (temperature 1, no truncation).
 
-    A prompt that occurs several times gets as many different samples.
+    A prompt that occurs several times gets as many different samples. ``samples`` of a rollout is not read here.
     """
-    return _answer(policy, _number(prompts), sampling, source, limit, seed, report)
+    rollout = replace(Ahead.like(sampling), samples=1)
+    return _answer(policy, _number(prompts), rollout, source, limit, seed, report)
 
 
 def _number(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
@@ -107,36 +105,31 @@ def _number(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
 def _answer(
     policy: Policy,
     rows: Sequence[tuple[Prompt, int]],
-    sampling: Sampling,
+    rollout: Ahead,
     source: str,
     limit: int,
     seed: int,
     report: Report,
-    *,
-    samples: int = 1,
-    ended_within: int = 0,
 ) -> list[Response]:
     """Sample, score and decode a response for each row.
 
     Args:
-        rows: prompts, each with the number of its sample.
-        limit: maximum number of tokens that are generated.
-        samples: so many consecutive rows have the same prompt.
-        ended_within: end responses that were cut, within so many tokens; 0: leave them without an end.
+        rows: prompts, each with the number of its sample; as many consecutive ones of each prompt as ``rollout`` says.
     """
+    cut_at = min(rollout.max_tokens or limit, limit)
     ids = [prompt.token_ids for prompt, _ in rows]
     streams = [derive(seed, "sample", prompt.id, number) for prompt, number in rows]
     stops = policy.stop_ids
     with policy.evaluating():
-        with _memory(sampling):
-            completions = complete(policy, ids, sampling, limit, streams, report)
+        with _memory(rollout):
+            completions = complete(policy, ids, rollout, cut_at, streams, report)
         whole = [bool(completion) and completion[-1] in stops for completion in completions]
-        if ended_within:
+        if rollout.append_eos:
             completions = [
-                completion if ends else [*completion[: ended_within - 1], stops[0]]
+                completion if ends else [*completion[: limit - 1], stops[0]]
                 for completion, ends in zip(completions, whole, strict=True)
             ]
-        logps = policy.score(ids, completions, samples=samples)
+        logps = policy.score(ids, completions, samples=rollout.samples)
     responses = []
     for (prompt, number), completion, ends, logp in zip(rows, completions, whole, logps, strict=True):
         finish: Finish = "eos" if ends else "length"
