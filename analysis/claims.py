@@ -29,6 +29,7 @@ from dnpo.errors import DnpoError, SettingsError, TrackingError
 from dnpo.escape import for_terminal
 from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import KIND, Database
+from dnpo.wording import plural
 
 SEEDS = "0,1,2,3,4"
 BRIEF = "claims-brief.md"
@@ -96,9 +97,11 @@ def _go(options: argparse.Namespace) -> int:
     began = time.monotonic()
     results = assess(book, tracked)
     print(
-        f"{len(results)} claims measured in {time.monotonic() - began:.0f} s; {time.monotonic() - clock:.0f} s in all"
+        f"{plural(len(results), 'claim')} measured in {time.monotonic() - began:.0f} s; "
+        f"{time.monotonic() - clock:.0f} s in all"
     )
-    about = f"Measured on: {book.scale}. {_about(book, tracked)}"
+    scale = f"Measured on: {book.scale}. " if any(tracked.runs.values()) else "No run was found. "
+    about = f"{scale}{_about(book, tracked)}"
     files = write(results, about, options.out)
     for place, result in enumerate(results, 1):
         effect = "" if result.effect is None else tables.format_effect(result)
@@ -137,7 +140,7 @@ def _about(book: Book, tracked: Tracked) -> str:
         runs, seeds = len(tracked.runs[sweep]), tracked.seeds(sweep)
         of = f" of seeds {', '.join(map(str, seeds))}" if seeds else ""
         short = f", {tracked.unfinished[sweep]} unfinished" if tracked.unfinished[sweep] else ""
-        sweeps.append(f"{sweep} ({runs} runs{of}{short})")
+        sweeps.append(f"{sweep} ({plural(runs, 'run')}{of}{short})")
     every = [run for runs in tracked.runs.values() for run in runs]
     options = {part: " and ".join(sorted({run.option(part) or "none" for run in every})) for part in SHOWN}
     shared = f"; all with {', '.join(f'{part}={value}' for part, value in options.items())}" if every else ""

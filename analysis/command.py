@@ -22,6 +22,7 @@ from dnpo.escape import for_terminal
 from dnpo.settings import nearest
 from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import Database
+from dnpo.wording import plural
 
 HERE = Path(__file__).parent
 ANY = "any"  # as a sweep: runs of every sweep and of none
@@ -63,10 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except DnpoError as error:
             print(f"error: {for_terminal(error)}", file=sys.stderr)
             return 1
-    outcomes = []
+    outcomes: list[Outcome] = []
     for name in names:
-        outcomes.append(_run(name, known[name], database, runs, asked.out, asked.log))
-        print(f"{outcomes[-1].name}: {outcomes[-1].text}", flush=True)
+        outcome = _run(name, known[name], database, runs, asked.out, asked.log)
+        same = next((each.name for each in outcomes if each.text == outcome.text), "")
+        print(f"{outcome.name}: {f'skipped as {same}' if same else outcome.text}", flush=True)
+        outcomes.append(outcome)
     return _report(outcomes)
 
 
@@ -202,7 +205,7 @@ def _read_aliases(path: Path) -> Sequence[str]:
 
 
 def _count(runs: int) -> str:
-    return f"{runs} run{'s' * (runs != 1)} in MLflow"
+    return f"{plural(runs, 'run')} in MLflow"
 
 
 def _pair(given: str) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from analysis.results import results as results_of
 from analysis.selection import Cells, Iteration, commits, describe, spell
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.table import Cell, Table, table
+from dnpo.wording import plural
 
 IN_WORDS = {
     True: "Benchmarks: the Open LLM Leaderboard's six, %.",
@@ -114,7 +115,7 @@ def detectable(comparisons: Sequence[Against], scale: float = 100.0, unit: str =
     median, least, most = (f"{value:.{digits}f}" for value in (np.median(known), min(known), max(known)))
     return (
         "Minimum detectable difference (found in 80 % of such comparisons at α = 0.05, before the correction): median "
-        f"{median}{unit}, from {least} to {most} over {len(known)} comparisons."
+        f"{median}{unit}, from {least} to {most} over {plural(len(known), 'comparison')}."
     )
 
 
@@ -122,7 +123,8 @@ def collect_notes(comparisons: Sequence[Against]) -> list[str]:
     """The notes of the comparisons, each once; :func:`describe_cells` has the one on a single seed."""
     counts = Counter(note for each in comparisons for note in each.notes if not note.startswith("one seed"))
     return [
-        f"{note[0].upper()}{note[1:]} ({count} of {len(comparisons)} comparisons)." for note, count in counts.items()
+        f"{note[0].upper()}{note[1:]} ({number} of {plural(len(comparisons), 'comparison')})."
+        for note, number in counts.items()
     ]
 
 
@@ -135,7 +137,7 @@ def describe_cells(cells: Cells, items: set[int]) -> str:
     counts = sorted(items - {1})
     over = f", {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} items" if counts else ""
     shared = {name: ", ".join(sorted({str(describe(run)[name]) for run in cells.used})) for name in ("data", "judge")}
-    runs = f"{len(cells.used)} run{'s' * (len(cells.used) != 1)}"
+    runs = plural(len(cells.used), "run")
     return f"{shown}{over}; data {shared['data']}, judge {shared['judge']}; {runs}, commit {commits(cells.used)}."
 
 

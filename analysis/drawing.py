@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from analysis.selection import Cells, Iteration, commits, describe
 from dnpo.palette import BREAK, FOOT, INK, METHODS, OTHER, OUTCOMES, PAPER, Look
 from dnpo.tracking.reading import SFT
+from dnpo.wording import plural
 
 STYLE: Any = {
     "font.size": 9,
@@ -70,9 +71,8 @@ def foot(cells: Cells, rows: Sequence[Mapping[str, Any]], shows: str, *more: str
     if counts and counts != [1]:
         parts.append(f"{counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} items")
     shared = {name: ", ".join(sorted({str(describe(run)[name]) for run in cells.used})) for name in ("data", "judge")}
-    parts.append(
-        f"data {shared['data']}, judge {shared['judge']}, {len(cells.used)} runs, commit {commits(cells.used)}"
-    )
+    runs = plural(len(cells.used), "run")
+    parts.append(f"data {shared['data']}, judge {shared['judge']}, {runs}, commit {commits(cells.used)}")
     unscored = max((row["unscored"] for row in rows), default=0)
     lacking = [f"up to {unscored} items that lack a score under some seed are left out"] if unscored else []
     sentences = [*more, *lacking, *cells.notes]

@@ -13,6 +13,7 @@ from dnpo import palette
 from dnpo.errors import DataError, DnpoError
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import FINISHED, SFT, Database, TrackedRun
+from dnpo.wording import plural
 
 Iteration = int | str
 
@@ -160,7 +161,8 @@ class Runs:
             )
         cells = self._cells(branched, lambda run: [run.last["iteration"]], differing_starts=True, matters=matters)
         if len(branched) < len(self.finished):
-            cells = replace(cells, notes=(*cells.notes, f"{len(self.finished) - len(branched)} chains left out"))
+            left_out = plural(len(self.finished) - len(branched), "chain")
+            cells = replace(cells, notes=(*cells.notes, f"{left_out} left out"))
         return cells
 
     def _cells(
@@ -182,7 +184,7 @@ class Runs:
                 chosen[place] = run
         notes = list(self.notes)
         if replaced := again - {run.id for run in chosen.values()}:
-            notes.append(f"{_runs(len(replaced))} left out: a newer one has the same settings and seed")
+            notes.append(f"{plural(len(replaced), 'run')} left out: a newer one has the same settings and seed")
         cells = Cells(chosen, tuple(notes))
         if cells.missing:
             shown = ", ".join(cells.missing[:SHOWN])
@@ -273,7 +275,8 @@ def refuse_mixture(runs: Sequence[TrackedRun], *, differing_starts: bool = False
             note(same, [name for name in among if name == "npo.shift"])
     if differing:
         lines = [
-            f"{name} is " + ", ".join(f"{value or 'absent'} ({_runs(count)})" for value, count in values.most_common(5))
+            f"{name} is "
+            + ", ".join(f"{value or 'absent'} ({plural(count, 'run')})" for value, count in values.most_common(5))
             for name, values in list(differing.items())[:SHOWN]
         ]
         more = f"; and {len(differing) - SHOWN} other settings" if len(differing) > SHOWN else ""
@@ -315,10 +318,6 @@ def _is_branch(run: TrackedRun) -> bool:
 def _starts(run: TrackedRun) -> list[int]:
     """The iterations at which labels by score and noise begin, as far as the run has them."""
     return [int(run.params.get(f"{part}.start", 0)) for part in ("dsl", "npo") if not _is_off(run, part)]
-
-
-def _runs(count: int) -> str:
-    return f"{count} run{'s' * (count != 1)}"
 
 
 def describe(run: TrackedRun) -> Mapping[str, Any]:

@@ -253,7 +253,7 @@ def test_of_a_half_finished_sweep_what_is_missing_is_listed(lab: Lab) -> None:
         table = [{"iteration": k, "eval/score": 60.0} for k in (0, 1)] if status == "FINISHED" else None
         lab.run(f"method=dnpo seed={seed}", table, seed=seed, tags={"dnpo.method": "dnpo"}, sweep="main", status=status)
     _, page = lab.page("main")
-    assert "3 of 4 runs count; not complete" in page.text
+    assert "3 of 4 runs used; not complete" in page.text
     assert re.search(r"method=dnpo seed=1 \(run \w{8}, seed 1\) failed\.", page.text)
     assert "dnpo has no finished run with seed 1." in page.text
     assert "dnpo and spin are compared over the seeds that both have." in page.text
@@ -301,7 +301,7 @@ def test_runs_are_told_apart_by_as_few_settings_as_do_and_a_rerun_counts_once(la
     groups = group_runs(select(Database(lab.uri), "alpha").runs)
     assert [group.label for group in groups.groups] == ["npo.alpha=0.01", "npo.alpha=0.1"]
     assert [group.seeds for group in groups.groups] == [[0, 1], [0, 1]]
-    assert groups.missing == ("2 runs were run again with the same settings and seed; the newest of each counts.",)
+    assert groups.missing == ("Left out, because a newer run has the same settings and seed: 2 runs.",)
 
 
 def test_an_unfinished_run_gets_a_page_of_what_is_known(lab: Lab) -> None:

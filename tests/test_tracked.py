@@ -165,7 +165,7 @@ def test_of_sweeps_of_one_name_the_newest_is_reported_and_the_others_are_named(m
     parent = database.parent(next(run for run in database.runs() if run.id == ids[0]))
     assert parent is not None
     assert f"{parent.id[:12]} (2 runs)" in found.left_out
-    assert "without a sweep of their own (1 runs)" in found.left_out
+    assert "without a sweep (1 run)" in found.left_out
     older = select(database, parent.id[:12])
     assert [run.option("scale") for run in older.runs] == ["smoke", "smoke"]
     assert older.left_out == ""

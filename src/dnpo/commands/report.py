@@ -14,6 +14,7 @@ from dnpo.report.page import html
 from dnpo.report.selection import Selection, select
 from dnpo.tracking.client import default_uri
 from dnpo.tracking.reading import Database
+from dnpo.wording import plural
 
 ARTIFACT = "report.html"
 
@@ -54,7 +55,7 @@ def _report(given: argparse.Namespace) -> None:
     except OSError as error:
         raise DataError(f"--out {out}: {error.strerror}; expected a file that can be written") from error
     took = time.monotonic() - clock
-    say(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {len(selection.runs)} runs, in {took:.1f} s")
+    say(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {plural(len(selection.runs), 'run')}, in {took:.1f} s")
     if selection.left_out:
         say(selection.left_out)
     if given.no_log:

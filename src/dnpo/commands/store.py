@@ -12,6 +12,7 @@ from dnpo.escape import say
 from dnpo.store import find_damage, inventory
 from dnpo.store.inventory import Entry
 from dnpo.tracking.client import default_uri
+from dnpo.wording import plural
 
 SHOWN = 3  # runs that are named with a stage
 
@@ -225,4 +226,4 @@ def _bytes(size: float) -> str:
 
 
 def _count(entries: Sequence[Entry]) -> str:
-    return f"{len(entries):,} stage{'s' * (len(entries) != 1)}"
+    return plural(len(entries), "stage")

@@ -13,6 +13,7 @@ from dnpo.report.page import day, strip_secrets
 from dnpo.report.pictures import find_analysis_pictures, pictures
 from dnpo.report.selection import Selection
 from dnpo.tracking.reading import SWEEP, TrackedRun
+from dnpo.wording import plural
 
 CLAIM = ("claim", "where", "measure", "outcome", "effect", "low", "high", "notes")
 LOOKS = {"supported": "good", "contradicted": "bad"}
@@ -73,8 +74,8 @@ def _state(selection: Selection, groups: Groups) -> tuple[str, str]:
         return ("good" if is_complete(run) else "bad"), describe_state(run)
     done = sum(len(group.members) for group in groups.groups)
     if groups.missing:
-        return "bad", f"{done} of {len(selection.runs)} runs count; not complete, see below"
-    return "good", f"{done} runs finished"
+        return "bad", f"{done} of {plural(len(selection.runs), 'run')} used; not complete, see below"
+    return "good", f"{plural(done, 'run')} finished"
 
 
 def _list_caveats(run: TrackedRun) -> list[str]:

@@ -9,6 +9,7 @@ from dnpo.errors import DataError
 from dnpo.settings import CONTENTS
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import SFT, TrackedRun
+from dnpo.wording import plural
 
 # Options that are tried first to tell runs apart.
 FIRST = ("dnpo.sweep/regime", "dnpo.method", "dnpo.dsl", "dnpo.npo", "dnpo.data", "dnpo.model", "dnpo.judge")
@@ -142,7 +143,7 @@ def group_runs(runs: Sequence[TrackedRun]) -> Groups:
         groups.append(Group(_label(names, values), tuple(_member(run, branching) for run in chosen)))
     missing = [*_list_unfinished(runs, finished), *_gaps(groups)]
     if repeated:
-        missing.append(f"{repeated} runs were run again with the same settings and seed; the newest of each counts.")
+        missing.append(f"Left out, because a newer run has the same settings and seed: {plural(repeated, 'run')}.")
     return Groups(tuple(groups), tuple(map(_short, names)), branching, tuple(missing))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from dnpo.errors import DataError
 from dnpo.settings import nearest
 from dnpo.tracking.reading import PARENT, SWEEP, Database, TrackedRun
+from dnpo.wording import plural
 
 SUMMARY = "summary.json"
 
@@ -60,7 +61,8 @@ def select(database: Database, given: str) -> Selection:
     offered = nearest(given, names) if names else " No run there is part of a named sweep."
     raise DataError(
         f"{given}: no run and no sweep of that name is tracked in {database.uri}, experiment {database.experiment} "
-        f"({len(runs)} runs). Give the id of a run or its beginning, the folder of a run or a sweep, or a sweep's name."
+        f"({plural(len(runs), 'run')}). Give the id of a run or its beginning, the folder of a run or a sweep, or a "
+        "sweep's name."
         f"{offered}"
     )
 
@@ -78,7 +80,7 @@ def _newest(database: Database, runs: Sequence[TrackedRun]) -> Selection:
     selection = _sweep(database, newest[1])
     if not older:
         return selection
-    names = ", ".join(f"{key[:12] or 'without a sweep of their own'} ({len(some)} runs)" for key, some in older)
+    names = ", ".join(f"{key[:12] or 'without a sweep'} ({plural(len(some), 'run')})" for key, some in older)
     left_out = f"Only the newest sweep of this name is shown. Older ones, which can be given by their ids: {names}."
     return replace(selection, left_out=left_out)
 

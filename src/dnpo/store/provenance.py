@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dnpo.wording import plural
+
 # packages that results depend on, if they are installed
 PACKAGES = (
     *("dnpo", "torch", "numpy", "transformers", "tokenizers", "safetensors", "peft", "pytorch-lightning", "datasets"),
@@ -78,7 +80,9 @@ def warn(differing: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
     for name, values in differing.items():
         usual, *others = sorted(values, key=lambda value: -len(values[value]))
         rest = ", ".join(f"{value or 'unknown'} ({', '.join(values[value])})" for value in others)
-        lines.append(f"{NAMES.get(name, name)} {usual or 'unknown'} ({len(values[usual])} stages), but {rest}")
+        lines.append(
+            f"{NAMES.get(name, name)} {usual or 'unknown'} ({plural(len(values[usual]), 'stage')}), but {rest}"
+        )
     return lines
 
 

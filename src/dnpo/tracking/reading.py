@@ -24,6 +24,7 @@ from dnpo.records import mean_over_steps
 from dnpo.settings import nearest
 from dnpo.tracking.client import connect, make_absolute
 from dnpo.tracking.sqlite import file_of
+from dnpo.wording import plural
 
 FINISHED = "FINISHED"
 SWEEP, KIND, PARENT = "dnpo.sweep_name", "dnpo.kind", "mlflow.parentRunId"
@@ -264,7 +265,7 @@ class Database:
         }
         found = [run for run in every if run.tags.get(SWEEP) == sweep or run.tags.get(PARENT) in parents]
         if not found:
-            known = ", ".join(f"{name} ({count} runs)" for name, count in self.sweeps().items())
+            known = ", ".join(f"{name} ({plural(runs, 'run')})" for name, runs in self.sweeps().items())
             raise DataError(
                 f"no run of sweep {sweep} is tracked in {self.uri}; {f'it has {known}' if known else 'it has none'}. "
                 f"python -m dnpo.train -m +sweep={sweep} makes them, where there is such a sweep"

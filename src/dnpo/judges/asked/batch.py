@@ -15,6 +15,7 @@ from dnpo.judges.asked.endpoint import Endpoint
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
 from dnpo.judges.asked.refusals import Refusal, read_refusal
 from dnpo.store import Report
+from dnpo.wording import plural
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -144,7 +145,8 @@ class _Batches:
             if self.max_cost is not None and spent + cost > self.max_cost:
                 raise JudgeError(
                     f"judge.max_cost={self.max_cost:g}: ${spent:.4f} is spent or on its way, and a batch of "
-                    f"{len(keys):,} questions would cost about ${cost:.4f}; nothing of it is sent. Raise the limit"
+                    f"{plural(len(keys), 'question')} would cost about ${cost:.4f}; nothing of it is sent. "
+                    "Raise the limit"
                 )
             upload = ("questions.jsonl", b"".join(map(self._line, keys)))
             file = await client.files.create(file=upload, purpose="batch")
@@ -157,7 +159,7 @@ class _Batches:
             found = made.id
             about = "" if self.endpoint.tariff is None else f", about ${cost:.2f}"
             self.report.note(
-                f"batch {found} submitted: {len(keys):,} questions{about}; it may take a day, and a rerun "
+                f"batch {found} submitted: {plural(len(keys), 'question')}{about}; it may take a day, and a rerun "
                 "finds it again"
             )
         self.ledger.remember_batch(self.endpoint.base_url, found, [self.questions[key] for key in keys])

@@ -19,6 +19,7 @@ from dnpo.policy.weights import Weights, context_of
 from dnpo.records import Prompt
 from dnpo.settings import Count, Dtype, Fraction, neutral, place
 from dnpo.store import Report
+from dnpo.wording import plural
 
 if TYPE_CHECKING:
     from dnpo.judges.asked.replies import Replies
@@ -188,8 +189,8 @@ class HF(Prompted):
             rows = reader.probabilities([ids for _, ids in fits]).tolist()
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
-                f"judge.batch_size={self.batch_size}: {len(fits)} questions of up to {max(len(i) for _, i in fits):,} "
-                f"tokens do not fit into the memory of {self._device}; lower it"
+                f"judge.batch_size={self.batch_size}: {plural(len(fits), 'question')} of up to "
+                f"{max(len(i) for _, i in fits):,} tokens do not fit into the memory of {self._device}; lower it"
             ) from error
         took = (time.monotonic() - began) / len(fits)
         for (question, ids), row in zip(fits, rows, strict=True):

@@ -33,6 +33,7 @@ from dnpo.policy.model import device_of
 from dnpo.policy.weights import Weights
 from dnpo.seeding import derive
 from dnpo.settings import Bound, Count, Natural, NonNegative, Positive
+from dnpo.wording import plural
 
 WARMUP, CLIP, RESAMPLES = 0.05, 1.0, 2000
 Row = tuple[list[Ids], list[Ids]]  # the chosen and the rejected response, each with its conversation
@@ -104,7 +105,7 @@ def fit(
             f"max_tokens={max_tokens}: no pair is left whose rows have at most {model.limit} tokens; raise it, or take "
             "another base"
         )
-    say(f"{len(rows):,} pairs to train on, {len(held_rows):,} held out by conversation")
+    say(f"{plural(len(rows), 'pair')} to train on, {len(held_rows):,} held out by conversation")
     how = Optimisation(
         Bound("torch.optim.AdamW", {"lr": lr, "weight_decay": weight_decay}),
         epochs=epochs,
