@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from rich.console import Console as RichConsole
 
 from dnpo import catalogue
 from dnpo.catalogue import GROUPS, OPEN, Metric, add, find, metric, name_by_iteration
@@ -125,6 +126,13 @@ def test_the_screen_has_a_column_for_each_metric_that_was_measured_and_cuts_none
     *_, first, last = capsys.readouterr().out.splitlines()
     assert last.split() == ["0", "1,234.5", "1,234.5", "50.0%", "25.0%", *["1,234.50"] * 3, "0.2500"]
     assert first.split()[-1] == "–"
+    terminal = Console(width=40)
+    terminal.rich = RichConsole(width=40, force_terminal=True)
+    terminal.table(table, split=True)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, shown)) <= 40
+    parts = [line.split() for line in shown if line.startswith("  0 ")]
+    assert [cell for part in parts for cell in part[1:]] == last.split()[1:]
 
 
 # --- what runs track

@@ -148,9 +148,9 @@ def test_choosing_a_part_beats_the_scale() -> None:
         (["+iteration=3"], r"iteration: unknown setting\. Did you mean iterations"),
         (["npo.cache_hidden=always"], r"npo\.cache_hidden='always': .*'auto', 'on' or 'off'"),
         (["npo=fixed", "npo.cache_hidden=3"], r"npo\.cache_hidden=3: .*'auto', 'on' or 'off'"),
-        (["trainer.share_prompt=2"], r"trainer\.share_prompt=2: .*boolean"),
-        (["trainer.checkpointing=sometimes"], r"trainer\.checkpointing='sometimes': .*boolean"),
-        (["sft.compile=1"], r"sft\.compile=1: .*boolean"),
+        (["trainer.share_prompt=2"], r"trainer\.share_prompt=2: .*true or false"),
+        (["trainer.checkpointing=sometimes"], r"trainer\.checkpointing='sometimes': .*true or false"),
+        (["sft.compile=1"], r"sft\.compile=1: .*true or false"),
         (["judge._target_=dnpo.judges.nobody"], r"judge\._target_=dnpo\.judges\.nobody: cannot be imported"),
     ],
 )

@@ -359,7 +359,7 @@ def _check_value(name: str, value: Any, hint: Any) -> Any:
         return adapter.validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        problem = first["msg"]
+        problem = "expected true or false" if first["type"].startswith("bool_") else first["msg"]
         quoted = first["type"] == "string_type" and isinstance(value, bool | int | float)
         advice = f"""; a text that looks like something else is quoted: '{name}="…"'""" if quoted else ""
         raise SettingsError(f"{name}={value!r}: {problem[0].lower()}{problem[1:]}{advice}") from None

@@ -58,11 +58,16 @@ class Console:
     def __init__(self, width: int | None = None) -> None:
         self.rich = RichConsole(width=width, highlight=False, soft_wrap=True, emoji=False)
 
-    def table(self, table: ScreenTable) -> None:
-        """Print a table at its full width, even beyond the terminal's, so that no number is cut."""
-        wide = RichConsole(width=1000)
-        needed = Measurement.get(wide, wide.options, table).maximum
-        RichConsole(width=max(self.rich.width, needed), highlight=False).print(table)
+    def table(self, table: ScreenTable, split: bool = False) -> None:
+        """Print a table at its full width, even beyond the terminal's, so that no number is cut.
+
+        Args:
+            table: the table.
+            split: print it in parts as wide as the terminal, each of which begins with the first column.
+        """
+        parts = _split(table, self.rich.width) if split and self.rich.is_terminal else [table]
+        for part in parts:
+            RichConsole(width=max(self.rich.width, _measure(part)), highlight=False).print(part)
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -146,6 +151,28 @@ class StageReport:
         rate = f", {done / (now - self.began):,.0f}/s" if done and now > self.began else ""
         what = f"{done:,} {self.unit}" if self.unit else "done"
         return f"{what} in {seconds:,.1f} s{rate}" + (f", {self.words}" if self.words else "")
+
+
+def _measure(table: ScreenTable) -> int:
+    """Return how many characters a table is wide if nothing of it is cut or wrapped."""
+    wide = RichConsole(width=1000)
+    return Measurement.get(wide, wide.options, table).maximum
+
+
+def _split(table: ScreenTable, width: int) -> list[ScreenTable]:
+    """Split a table into tables that are at most so wide; each begins with the first column."""
+    first, *others = table.columns
+    parts: list[ScreenTable] = []
+    for column in others:
+        if parts:
+            parts[-1].columns.append(column)
+            if _measure(parts[-1]) <= width:
+                continue
+            parts[-1].columns.pop()
+        part = ScreenTable(None if parts else str(table.title))
+        part.columns, part.rows = [first, column], table.rows
+        parts.append(part)
+    return parts or [table]
 
 
 def iteration_table(rows: Sequence[dict[str, Any]]) -> ScreenTable:

@@ -339,7 +339,7 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
     """Show the table, and where results, models and stages are."""
     rows = summary["table"]
     console.say("")
-    console.table(iteration_table(rows))
+    console.table(iteration_table(rows), split=True)
     if any("eval/score" in row for row in rows):
         console.say(
             "score: judge's mean on sampled held-out answers (0-100); the judge that labels the pairs also gives "
