@@ -20,7 +20,7 @@ def test_the_way_to_quote_is_shown_and_works(place: str, value: str, tmp_path: P
     chosen = ["data=jsonl"] if place == "data.path" else ["model=local"] if place == "model.path" else []
     done = train(tmp_path, *chosen, "plan=true", "tracking=off", f"{place}={value}")
     assert done.returncode == 1
-    assert f"error: {place}={value}: the value has a character with a meaning of its own; quote it: " in done.stderr
+    assert f"error: {place}={value}: the value has a character that means something to Hydra; quote it: " in done.stderr
     shown = re.search(r"quote it: (.*?)(; a list is .*)?\n", done.stderr)
     assert shown is not None
     (argument,) = shlex.split(shown.group(1))

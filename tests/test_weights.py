@@ -156,8 +156,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         r"DataParallel or DeepSpeed has put module\. .*every \*\.safetensors",
     ),
     "adapted": (prefix("base_model.model."), r"peft has put base_model\.model\. into the names"),
-    "in two modules": (prefix("model.policy."), r"model\.policy\. stands before the names; take it off"),
-    "unknown prefix": (prefix("student.inner."), r"student\.inner\. stands before the names; take it off"),
+    "in two modules": (prefix("model.policy."), r"model\.policy\. is at the beginning of the names; take it off"),
+    "unknown prefix": (prefix("student.inner."), r"student\.inner\. is at the beginning of the names; take it off"),
     "wrapped inside": (
         rename("self_attn", "_checkpoint_wrapped_module.self_attn"),
         "activation checkpointing has",

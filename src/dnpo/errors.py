@@ -1,4 +1,4 @@
-"""Errors that are messages to the user: printed as they stand, without a traceback."""
+"""Errors that are messages to the user, printed without a traceback."""
 
 
 class DnpoError(Exception):

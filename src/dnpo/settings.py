@@ -409,14 +409,14 @@ def rename_settings(text: str, names: Mapping[str, str]) -> str:
 def nearest(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Write a sentence that offers the known words nearest to ``word``, or lists them all.
 
-    A setting that has the same name and stands elsewhere, in the same part if there is one, comes before similar names.
+    Settings of the same name elsewhere, first in the same part, come before similar names.
     """
     known = sorted(key for key in known if not key.split(".")[-1].startswith("_"))
     names = [_join_names(prefix, key) for key in known]
     part, _, last = word.rpartition(".")
     same = [key for key in known if "." in key and key.split(".")[-1] == last]
-    beside = [key for key in same if part and key.split(".")[0] == part.split(".")[0]]
-    close = beside or same[:3] or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    related = [key for key in same if part and key.split(".")[0] == part.split(".")[0]]
+    close = related or same[:3] or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if close:
         return f" Did you mean {' or '.join(_join_names(prefix, key) for key in close)}?"
     return f" Known: {', '.join(sorted(names)) or 'none'}."

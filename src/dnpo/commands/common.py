@@ -49,7 +49,7 @@ def run(
         body: called with the composed tree and Hydra's settings of the job; its result is the objective of sweepers
             that search.
         interrupted: message after Ctrl-C.
-        arguments: arguments of the command; None takes those of the process.
+        arguments: arguments of the command; None takes the process's.
     """
     failed: list[str] = []
 

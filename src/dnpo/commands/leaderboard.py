@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dnpo.screen import ScreenTable
 
 PARTS = ("model", "tracking")
-BESIDE = ("device", "threads")
+COMMON = ("device", "threads")
 
 
 def top_settings(*, device: str, threads: Count) -> None:
@@ -32,8 +32,8 @@ def main() -> None:
 
 def _run(cfg: DictConfig, job: Any) -> None:
     tree = command.plain(cfg)
-    top = check_values("", top_settings, {key: tree[key] for key in BESIDE})
-    own = check_values("", Leaderboard, {key: tree[key] for key in tree if key not in (*BESIDE, *PARTS)})
+    top = check_values("", top_settings, {key: tree[key] for key in COMMON})
+    own = check_values("", Leaderboard, {key: tree[key] for key in tree if key not in (*COMMON, *PARTS)})
     settings = {name: check(name, tree[name]) for name in PARTS}
     leaderboard = Leaderboard(**own)
     from dnpo.evaluate.leaderboard.harness import available

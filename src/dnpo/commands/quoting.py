@@ -1,4 +1,4 @@
-"""Arguments that Hydra cannot read as they stand, such as paths with ``=``, and how to write them."""
+"""Arguments that Hydra cannot read without quotes, such as paths with ``=``, and how to write them."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ def explain_unreadable(error: Exception) -> str | None:
     if advice is None:
         return f"{argument}: cannot be read; expected setting=value ({str(error).strip().splitlines()[0]})"
     several = "; a list is written as [A,B], and a sweep needs -m" if unclear else ""
-    return f"{argument}: the value has a character with a meaning of its own; quote it: {advice}{several}"
+    return f"{argument}: the value has a character that means something to Hydra; quote it: {advice}{several}"
 
 
 def quote(argument: str) -> str | None:

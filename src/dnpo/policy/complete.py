@@ -293,7 +293,7 @@ def _explain_names(missing: set[str], unexpected: set[str], base: str) -> str:
     for name in unexpected:
         inner = next((each for each in missing if name.endswith(f".{each}")), None)
         if inner is not None:
-            return f". {name.removesuffix(inner)} stands before the names; take it off"
+            return f". {name.removesuffix(inner)} is at the beginning of the names; take it off"
     if missing == {HEAD}:
         return f". If the output head is the embedding, set tie_word_embeddings to true in {CONFIG}"
     return ""

@@ -19,7 +19,7 @@ OBJECTS = (
     *(CONFIG, GENERATION, ADAPTER, INDEX, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json"),
 )
-PARTS = {"tokenizer.json": ("model", "added_tokens")}  # what a file has whatever its author
+PARTS = {"tokenizer.json": ("model", "added_tokens")}  # what every such file has
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 TOKENS = tuple(
     f"{name}_token_id"

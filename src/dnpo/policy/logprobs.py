@@ -5,7 +5,7 @@ training, and they are read only twice. So they are computed one tile of the voc
 log-sum-exp, and recomputed in the backward pass. All tokens go through one matrix product per tile, so each row of the
 head's gradient is summed within one product, in float32.
 
-Sums are float32 whatever the precision of the matrix products: in bf16 the error of a sum over a few hundred tokens is
+Sums are float32 for any precision of the matrix products: in bf16 the error of a sum over a few hundred tokens is
 several times the early training signal. With float64 inputs everything is float64, for tests.
 
 Shapes: S sequences, N completion tokens of all sequences, H hidden size, V vocabulary, C entries of a tile of it.

@@ -221,7 +221,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], resp
     if not before.startswith(lead):
         raise ModelError(
             f"{SETTING}: writes {lead!r} before other responses and {before!r} before this one, {response[:40]!r}; "
-            "what stands before a response must not depend on it"
+            "the text before a response must not depend on it"
         )
     return Rendered(whole, len(prompt + lead), lead, whole.text[end:])
 

@@ -1,7 +1,7 @@
 """Means of scores over items and seeds, with intervals, computed in one of two ways.
 
 **Bootstrap** (``bootstrap``): resamples items and, where there are several, seeds; assumes no distribution. With few
-seeds it is too narrow where seeds vary more than items, whatever the number of resamples: three seeds can be drawn in
+seeds it is too narrow where seeds vary more than items, for any number of resamples: three seeds can be drawn in
 only ten different ways (``tests/test_comparisons.py`` measures the effect).
 
 **t** (``estimate_mean``): assumes means that are approximately normal; its intervals are wide where seeds are few.

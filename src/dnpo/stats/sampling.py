@@ -31,7 +31,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority(answers: Iterable[Answer | None]) -> Answer | None:
     """The most frequent answer (Wang et al. 2023, "Self-consistency").
 
-    None stands for a sample without an answer, which has no vote; without any votes the result is None. Among equally
+    A sample without an answer is None and has no vote; without any votes the result is None. Among equally
     frequent answers the first one wins. With independent samples that favours none of them, and it needs no randomness.
     """
     counts = Counter(answer for answer in answers if answer is not None)

@@ -38,7 +38,7 @@ def send(client: Any, experiment: str, run: str, message: Message, models: dict[
     """Send one message; what it made has this id.
 
     Args:
-        models: ids of models, by what stands for them in messages; a new one is added.
+        models: ids of models, by their placeholders in messages; a new one is added.
 
     Raises:
         Refused: MLflow will never take it.

@@ -111,15 +111,15 @@ def _upgrade(file: Path, aside: Path) -> None:
     except Exception as error:  # databases and their drivers raise various errors
         if _count_runs(file):
             raise TrackingError(
-                f"tracking.uri={SQLITE}{file}: its tables (version {_version(file) or 'none'}) cannot be brought to "
-                f"those of MLflow {VERSION} ({shorten(error)}). It is left as it was; install the MLflow that "
+                f"tracking.uri={SQLITE}{file}: its tables (version {_version(file) or 'none'}) cannot be migrated "
+                f"to MLflow {VERSION} ({shorten(error)}). It is left as it was; install the MLflow that "
                 "wrote it last, give another or run with tracking=off"
             ) from error
         _remove(aside)
         _write_tables(aside)
         done = "it was not whole and has no run (what made it was interrupted), so it is made anew"
     else:
-        done = f"it was written by another MLflow; its tables are now those of MLflow {VERSION}"
+        done = f"it was written by another MLflow; its tables are now migrated to MLflow {VERSION}"
     aside.replace(file)
     _remove_journals(file)  # of the file that was replaced
     say(

@@ -1,7 +1,7 @@
 """Track runs in MLflow, or not at all.
 
 Step metrics are buffered and sent in batches: one by one they would take longer than the training steps themselves. If
-MLflow stops answering, the run goes on: what it sends is kept beside it (``outbox.py``) and sent later.
+MLflow stops answering, the run goes on: what it sends is kept in its folder (``outbox.py``) and sent later.
 """
 
 import json

@@ -242,7 +242,7 @@ class _Round:
         self.flying += expected
         try:
             async with asyncio.timeout(min(self.limits.timeout, left)):
-                # all of it as an extra body: the client's own parameters are fewer than those of servers
+                # all of it as an extra body, since servers know more parameters than the client
                 async with client.chat.completions.with_streaming_response.create(
                     model=endpoint.model, messages=body["messages"], extra_body=body
                 ) as response:
@@ -259,8 +259,8 @@ class _Round:
         except (TimeoutError, openai.APITimeoutError):
             return _Trouble("no reply in time", again=True, billed=True)
         except openai.APIStatusError as error:
-            said = error.response
-            return self._judge_refusal(read_refusal(error.status_code, said.headers, said.content), body)
+            reply = error.response
+            return self._judge_refusal(read_refusal(error.status_code, reply.headers, reply.content), body)
         except (openai.APIConnectionError, httpx2.TransportError, httpx2.DecodingError, OSError) as error:
             return _Trouble(f"the connection failed ({type(error.__cause__ or error).__name__})", again=True)
         finally:

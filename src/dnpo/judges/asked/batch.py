@@ -89,8 +89,8 @@ class _Batches:
             await asyncio.sleep(seconds)
 
     def _explain(self, error: Exception) -> str:
-        said = _refusal_of(error)
-        message = self.endpoint.clean(said.text if said else "")[:300] or self.endpoint.clean(str(error))[:300]
+        refusal = _refusal_of(error)
+        message = self.endpoint.clean(refusal.text if refusal else "")[:300] or self.endpoint.clean(str(error))[:300]
         return (
             f"judge.batch=true: {self.endpoint.base_url} refuses ({message}). Every answer so far is kept; mend it, or "
             "ask one by one with judge.batch=false"

@@ -98,7 +98,7 @@ class Endpoint:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What decides an answer beside model and messages: all that is sent, and how the reply is read.
+        """What decides an answer in addition to model and messages: all that is sent, and how the reply is read.
 
         Of headers that look like secrets the names alone, of others a hash of the value.
         """
@@ -196,7 +196,7 @@ class Endpoint:
             return f"the reply was cut ({word}) at judge.max_tokens={self.max_tokens}"
         if word not in ENDED and BROKEN.search(word):
             return f"the reply ended by {self.clean(str(finish))[:100]}"
-        if word not in ENDED:  # not said, or in unknown words: then it must not have used up the room that it had
+        if word not in ENDED:  # absent or an unknown word: the reply must not have used all its tokens
             full = isinstance(tokens_out, int) and tokens_out >= self.max_tokens
             return f"the reply may have been cut at judge.max_tokens={self.max_tokens}" if full else ""
         return ""
@@ -243,7 +243,7 @@ def _text_of(content: Any) -> str | None:
     ]
     if not parts or any(part.get("type") not in ("text", "output_text") for part in parts):
         return None
-    # on lines of their own: where a number would have to be put together from two parts, none is read
+    # on separate lines, so that no number is put together from two parts
     return "\n".join(str(part["text"]) for part in parts)
 
 

@@ -32,7 +32,7 @@ from dnpo.store import Report
 OPENAI = "https://api.openai.com/v1"
 CANARY_SECONDS = 30.0  # after this time without an answer the check fails
 SHOWN = 300  # characters of a reply
-# What extra_body cannot hold: what makes up a question, and what has a setting of its own.
+# What extra_body cannot hold: what makes up a question, and what another setting sets.
 TAKEN = {
     **dict.fromkeys(("messages", "model", "n", "stream", "stream_options"), "it is what dnpo asks with"),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), "give judge.max_tokens"),
@@ -50,7 +50,7 @@ class OpenAI(Prompted):
         base_url: up to and with ``/v1``.
         key_from: environment variable with the key. Other endpoints than OpenAI's may need none.
         same_as: another address of the same judge, such as the one that its server had before it moved: answers and
-            stages of the one are those of the other.
+            stages are the same under both.
         version: any text; changed when the weights behind an address were, so that no answer of the old ones counts.
         read_old_ledger: take answers that were written down before keys knew addresses and all settings.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
@@ -137,7 +137,7 @@ class OpenAI(Prompted):
 
     @cached_property
     def setting(self) -> str:
-        """What decides an answer beside model and messages, as JSON: the address, and all that is sent there."""
+        """What decides an answer in addition to model and messages, as JSON: the address and all that is sent."""
         address = address_of(self.same_as or self.base_url)
         return json.dumps(
             {"address": address, "version": self.version or "", **self.endpoint.settings()},

@@ -65,7 +65,7 @@ class Template:
                 role: environment.from_string(content[role]) for role in ("system", "user") if role in content
             }
             trials = [self.messages([{"role": "user", "content": "?"}], *TRIAL, answer) for answer in (None, "7")]
-        except Exception as error:  # whatever the expressions in a template may raise
+        except Exception as error:  # expressions in a template can raise anything
             raise broken(f"{type(error).__name__}: {error}") from error
         for text in TRIAL[: 2 if mode == "pairwise" else 1]:
             if not all(any(text in turn["content"] for turn in trial) for trial in trials):
@@ -119,7 +119,7 @@ class Prompted(Judge):
 
     @property
     def setting(self) -> str:
-        """What decides an answer beside model and messages, as JSON; "" for nothing."""
+        """What decides an answer in addition to model and messages, as JSON; "" for nothing."""
         return ""
 
     @property

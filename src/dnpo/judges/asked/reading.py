@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 Mode = Literal["score", "pairwise"]
 
-# --- what stands around a reply
+# --- text around a reply
 
 _THOUGHTS = [
     (f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "thoughts", "reasoning", "seed:think")
@@ -85,8 +85,8 @@ _RIVAL = re.compile(r"final|overall|total|adjusted|revised|updated|corrected|new
 def read_score(reply: str, pattern: re.Pattern[str] | None = None) -> float:
     """The whole number from 0 to 100 that a reply consists of.
 
-    It may be ``83``, ``83.0`` or ``83/100``; stand alone, or follow the word score, rating or grade ("The score is
-    83."); or be that value of a JSON object (``{"score": 83, "reason": "…"}``). A leading thought that is closed, marks
+    It may be ``83``, ``83.0`` or ``83/100``, with nothing else or after the word score, rating or grade ("The score is
+    83."), or be that value of a JSON object (``{"score": 83, "reason": "…"}``). A leading thought that is closed, marks
     around the number and a code fence do not count. Anything else is a failure: two numbers, fractions, signs,
     numbers out of range, sentences that speak of a number.
 

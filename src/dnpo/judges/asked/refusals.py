@@ -35,7 +35,7 @@ _MEANS = {  # the status that codes stand for where a reply says 200
     429: ("rate_limit_exceeded", "rate_limit_error", "resource_exhausted", "too_many_requests"),
     503: ("unavailable", "overloaded", "overloaded_error", "server_error", "internal", "internal_error", "timeout"),
 }
-_SAYS = {  # the status that words stand for where a reply says 200 and no code tells: the first that they match
+_SAYS = {  # the status that words mean in a reply whose status is 200 without a code: the first match
     429: re.compile(r"rate.?limit|too.?many.?(?:\w+.?)?requests|throttl|resource.?exhausted", re.IGNORECASE),
     503: re.compile(
         _OVERLOADED.pattern + r"|unavailable|\bbusy\b|no (?:worker|capacity|instance|available)|capacity|timed? ?-?out|"
@@ -81,7 +81,7 @@ class Refusal:
 
     @property
     def is_overload(self) -> bool:
-        """Whether the server has too much to do, whatever its status: the same question can be answered later."""
+        """Whether the server is overloaded, under any status: the same question can be answered later."""
         return not _FLAGGED.search(self.words) and _OVERLOADED.search(self.words) is not None
 
 
@@ -99,7 +99,7 @@ def find_refusal(body: bytes, headers: Mapping[str, str] | None = None) -> Refus
     found = _parse(body)
     if isinstance(found, list) and len(found) == 1:
         found = found[0]
-    if isinstance(found, str):  # a page or a line of text: a refusal only where its words are those of one
+    if isinstance(found, str):  # a page or a line of text: a refusal only if it uses the words of one
         refusal = read_refusal(0, headers or {}, found.encode())
         status = _status_of("", refusal.text)
         return replace(refusal, status=status) if status else None
@@ -109,15 +109,15 @@ def find_refusal(body: bytes, headers: Mapping[str, str] | None = None) -> Refus
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     if choices and not choice.get("error"):
         return None
-    said: Any = {"error": choice["error"]} if choice else found
-    if not any(said.get(name) for name in _WHERE_TEXT_IS) and said.get("object") != "error":
+    content: Any = {"error": choice["error"]} if choice else found
+    if not any(content.get(name) for name in _WHERE_TEXT_IS) and content.get("object") != "error":
         return None
-    refusal = read_refusal(0, headers or {}, json.dumps(said).encode())
+    refusal = read_refusal(0, headers or {}, json.dumps(content).encode())
     return replace(refusal, status=_status_of(refusal.codes, refusal.text))
 
 
 def _status_of(codes: str, text: str) -> int:
-    """The status that codes stand for, or else the words; 0 if none is known."""
+    """The status that the codes mean, or else the words; 0 if none is known."""
     for code in codes.split():
         if re.fullmatch("[45][0-9][0-9]", code):
             return int(code)
@@ -140,35 +140,35 @@ def _parse(body: bytes) -> Any:
         return title.group(1) if title else text[:500]
 
 
-def _texts(said: Any, depth: int = 0) -> Iterator[str]:
+def _texts(content: Any, depth: int = 0) -> Iterator[str]:
     """The texts in a body, outer ones first."""
     if depth > 6:
         return
-    if isinstance(said, str) and said.strip():
-        inner = _parse(said.encode()) if said.lstrip().startswith(("{", "[")) else None
-        yield from _texts(inner, depth + 1) if isinstance(inner, dict | list) else [" ".join(said.split())]
-    elif isinstance(said, list):
-        for each in said[:5]:
+    if isinstance(content, str) and content.strip():
+        inner = _parse(content.encode()) if content.lstrip().startswith(("{", "[")) else None
+        yield from _texts(inner, depth + 1) if isinstance(inner, dict | list) else [" ".join(content.split())]
+    elif isinstance(content, list):
+        for each in content[:5]:
             yield from _texts(each, depth + 1)
-    elif isinstance(said, dict):
-        where = said.get("loc")  # FastAPI names the part of the request so
+    elif isinstance(content, dict):
+        where = content.get("loc")  # FastAPI names the part of the request so
         lead = f"{'.'.join(map(str, where))}: " if isinstance(where, list) else ""
         for name in _WHERE_TEXT_IS:
-            for text in _texts(said.get(name), depth + 1):
+            for text in _texts(content.get(name), depth + 1):
                 yield lead + text
-        yield from _texts(said.get("metadata"), depth + 1)
+        yield from _texts(content.get("metadata"), depth + 1)
 
 
-def _codes(said: Any, depth: int = 0) -> Iterator[str]:
-    if isinstance(said, list) and depth < 8:
-        for each in said[:5]:
+def _codes(content: Any, depth: int = 0) -> Iterator[str]:
+    if isinstance(content, list) and depth < 8:
+        for each in content[:5]:
             yield from _codes(each, depth + 1)
-    elif isinstance(said, dict) and depth < 8:
+    elif isinstance(content, dict) and depth < 8:
         for name in ("code", "status", "status_code", "type", "error_type", "param", "quotaId"):
-            if isinstance(said.get(name), str | int) and not isinstance(said[name], bool):
-                yield str(said[name])
+            if isinstance(content.get(name), str | int) and not isinstance(content[name], bool):
+                yield str(content[name])
         for name in ("error", "errors", "detail", "details", "violations", "base_resp"):
-            yield from _codes(said.get(name), depth + 1)
+            yield from _codes(content.get(name), depth + 1)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

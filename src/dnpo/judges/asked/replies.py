@@ -99,7 +99,7 @@ class Replies:
         self._text(example)  # so that a template that cannot render the question says so
         try:
             rendered = render(self.tokenizer, self._turns(example), reply)
-        except ModelError:  # the template shows past turns otherwise; nothing stands before the reply then
+        except ModelError:  # the template shows past turns otherwise, and puts nothing before the reply
             return "", ""
         return rendered.lead, rendered.rest.text[: rendered.rest.text.index(reply)]
 

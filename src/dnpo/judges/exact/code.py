@@ -1,16 +1,16 @@
 """A judge that runs code: the response's, and the unit tests that are the prompt's answer.
 
-The two run in processes of their own and talk by plain values: the answer's process evaluates calls and sends values
-back, the tests' process compares them. So an answer cannot see its tests, change what they hold, or decide what is
-equal. What tests can say stands in :mod:`dnpo.judges.exact.apart.form`; tests that cannot work so are refused by name.
+The two run in separate processes, which exchange plain values: the answer's process evaluates calls and sends values
+back, the tests' process compares them. So an answer can neither see its tests, nor change their values, nor decide what
+is equal. :mod:`dnpo.judges.exact.apart.form` says what tests can do; tests that cannot work so are refused by name.
 
 Both processes have an empty environment, an empty folder to work in, limits on processor time, address space, files
 and processes, and no capability; a new session is killed as a whole at the end or after ``timeout``. Where the system
-allows, they are in namespaces without network and processes of the machine, in a file system in which Python and
-nothing else is, read-only; as root of the machine, under users of their own. bubblewrap does the same where it is
-installed and the system lets only it. Where neither works nothing runs, unless ``isolation=none``: then limits are
-all, and what runs can read files of the user, use the network and leave its session. Even then nothing runs where an
-environment that it could read seems to hold a secret.
+allows it, they are in namespaces without the machine's network and processes, and in a read-only file system that holds
+Python alone; if dnpo runs as root, each process also gets a separate user. Where the system forbids this but has
+bubblewrap, bubblewrap does the same. Where neither works, nothing runs. With ``isolation=none`` there are only limits:
+an answer can read the user's files, use the network and leave its session. Even then nothing runs if the environment
+seems to hold a secret that an answer could read.
 
 To start and end all this takes about 35 ms of processor time for each answer, twice what one bare process took; a call
 of an answer's name takes about 30 µs.

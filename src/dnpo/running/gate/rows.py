@@ -30,7 +30,7 @@ def ids(rows: Rows) -> Finding:
     for split, some in rows.items():
         twice = [name for name, count in Counter(row.id for row in some).items() if count > 1]
         if twice:
-            text = f"{len(twice):,} ids stand for more than one {split} row, the first is {twice[0]!r}"
+            text = f"{len(twice):,} ids belong to more than one {split} row, the first is {twice[0]!r}"
             return Finding("ids", "stop", text, "the ids in the data")
     return Finding("ids", "pass", f"each of {sum(map(len, rows.values())):,} rows has a unique id")
 

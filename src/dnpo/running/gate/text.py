@@ -112,7 +112,7 @@ def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> F
     again = [r for r in rows if bos in [*r.prompt_ids[1:], *r.ids]] if bos != tokenizer.eos_token_id else []
     if again:
         text = (
-            f"{name} stands again inside {len(again):,} of {len(rows):,} rows, the first is {again[0].prompt.id}: the "
+            f"{name} is again inside {len(again):,} of {len(rows):,} rows, the first is {again[0].prompt.id}: the "
             "template puts it before every turn"
         )
         return Finding("one BOS", "warn", text, TEMPLATE)

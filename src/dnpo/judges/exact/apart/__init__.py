@@ -1,13 +1,13 @@
-"""How ``judge=code`` runs an answer and its tests, in two processes apart from everything else.
+"""How ``judge=code`` runs an answer and its tests, in two isolated processes.
 
-The modules here run in new Python processes, import the standard library and each other alone, and know nothing of
-dnpo. ``start`` closes the process off from the machine (``isolation``) and forks: ``answer`` runs the response's code
-and serves its names, ``testing`` runs the tests against them. ``wire`` is what passes between the two: plain values.
-``form`` says which names tests want of an answer, and which tests could not work this way.
+The modules here run in new Python processes, and import only the standard library and each other. ``start`` isolates
+the process from the machine (``isolation``) and forks it: in one, ``answer`` runs the response's code and evaluates
+calls of its names; in the other, ``testing`` runs the tests. ``wire`` is the connection between the two, which passes
+plain values. ``form`` finds which names tests need from an answer, and which tests cannot work this way.
 """
 
 PASSED, FAILED, NOT_ISOLATED = 0, 1, 3  # how a process that runs tests ends
-WORK = "/answer"  # the folder that an answer works in, in a file system of its own
+WORK = "/answer"  # the folder that an answer works in, in the file system that is made for it
 # What Python and its packages need besides their own folders.
 SYSTEM = (
     *("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin"),

@@ -1,4 +1,4 @@
-"""The answer's process: find the code in a response, run it, and do what the tests ask of its names."""
+"""The answer's process: find the code in a response, run it, and evaluate what the tests ask for."""
 
 import builtins
 import io
@@ -11,14 +11,14 @@ from typing import Any
 
 from dnpo.judges.exact.apart.wire import BrokenWire, Wire, decode, encode
 
-# Closed, and perhaps opened by the prompt's template.
+# A closed thought, which the prompt's template may have opened.
 _THOUGHT = re.compile(r"\A\s*<(think|thinking)>.*?</\1>|\A(?:(?!<think|```).)*?</think>", re.DOTALL)
 _FENCE = re.compile(
     r"(?P<fence>`{3,}|~{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)(?:(?:(?<=\n)|\n)[ \t]*(?P=fence)|\Z)", re.DOTALL
 )
 _ONE_LINE = re.compile(r"```(?:python3?|py3?)?[ \t]+([^\n`]+?)[ \t]*```", re.IGNORECASE)
 _PYTHON = re.compile(r"\W*(?:python|py|ipython|sage)[\d. ]*\b", re.IGNORECASE)
-# A line that begins a statement, and no sentence.
+# A line that begins a statement, not a sentence.
 _BEGINS = re.compile(
     r"(?:def|class|import|from|async def|if|for|while|try|with)\b.*\S|@\w|[A-Za-z_][\w.\[\], ]*\s*(?::[^=]+)?=[^=]"
 )
@@ -27,8 +27,8 @@ _BEGINS = re.compile(
 def find_code(text: str) -> list[str]:
     """The Python programs in a response, in order.
 
-    They are its fenced blocks that are marked as Python or not marked, and can be parsed; where it has no fence, all of
-    it, or those of its paragraphs that are code. A thought before the reply, closed by ``</think>``, is left out.
+    These are the fenced blocks that can be parsed and are marked as Python or not marked. Without any fence it is the
+    whole response, or the lines in it that are code. A thought before the reply, closed by ``</think>``, is left out.
     """
     text = _THOUGHT.sub("", text.replace("\r\n", "\n"), count=1)
     fenced = list(_FENCE.finditer(text))
@@ -42,13 +42,13 @@ def find_code(text: str) -> list[str]:
 
 
 def _dedent(code: str) -> str:
-    import textwrap  # most answers need it not, and every import delays them all
+    import textwrap  # here, because most answers do not need it, and every import takes time
 
     return textwrap.dedent(code) if code.startswith((" ", "\t")) else code
 
 
 def _unfenced(lines: list[str]) -> list[str]:
-    """The lines of code in a text without fences; all lines where none of them could begin code."""
+    """The lines of code in a text without fences; all lines if none of them begins code."""
     if _error("\n".join(lines)) is None:
         return lines
     found: list[str] = []
@@ -61,7 +61,7 @@ def _unfenced(lines: list[str]) -> list[str]:
 
 
 def _without_words(code: str) -> str:
-    """Code without what stands in it and does nothing, such as a line of one word."""
+    """Code without statements that have no effect, such as a line of one word."""
     if _error(code) is not None:
         return code
     import ast
@@ -77,7 +77,7 @@ def _without_words(code: str) -> str:
 
 
 def _code_end(lines: list[str], start: int) -> int:
-    """The line after the last one that can be parsed together with the first."""
+    """The line after the longest piece of code that begins at a line."""
     end = len(lines)
     while end > start:
         error = _error("\n".join(lines[start:end]))
@@ -101,10 +101,10 @@ def _error(code: str) -> int | None:
 def load(text: str) -> dict[str, Any]:
     """Run a response's programs one after another, and return the names they leave.
 
-    Where there are several, one that fails is passed over: it may show a use, or what is printed.
+    If there are several, those that fail are skipped: they may show how to use the code, or what it prints.
 
     Raises:
-        BaseException: what the only program raises, or the first of several that all fail.
+        BaseException: all programs fail; the exception is the first one's.
         ValueError: there is no program.
     """
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
@@ -126,24 +126,24 @@ def load(text: str) -> dict[str, Any]:
 
 
 class Callback:
-    """A function of the tests, which is called in their process."""
+    """A function of the tests, in the answer's process; calling it runs it in the tests' process."""
 
     def __init__(self, server: "Server", number: int) -> None:
         self._server, self._number = server, number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it with plain values, or what they refer to."""
+        """Call it with plain values or references."""
         return self._server.call_back(self._number, args, kwargs)
 
 
 class Server:
-    """Does what the tests ask, until they end."""
+    """Evaluates what the tests ask for, until they end."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self._space: dict[str, Any] = {}
-        self._objects: list[Any] = []  # what was referred to, by number
-        self._numbers: dict[int, int] = {}  # the numbers by identity
+        self._objects: list[Any] = []  # the objects that have been sent as references, by number
+        self._numbers: dict[int, int] = {}  # their numbers, by id()
         self._callbacks: dict[int, Callback] = {}
 
     def serve(self) -> None:
@@ -152,7 +152,7 @@ class Server:
             self._reply(self._wire.receive())
 
     def call_back(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Ask the tests to call one of their functions, and do meanwhile what they ask."""
+        """Ask the tests to call one of their functions, and answer their questions meanwhile."""
         self._wire.send(["ask", number, self._encode(list(args)), self._encode(kwargs)])
         while True:
             message = self._wire.receive()
@@ -195,7 +195,7 @@ class Server:
         return ["value", value]
 
     def _changes(self, inner: tuple[Any, ...], args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the arguments are after a call, where that is something else than before."""
+        """The arguments that a call has changed, as they are now."""
         before = {str(place): each for place, each in enumerate(inner[0])} | dict(inner[1].get("builtins.dict", []))
         after = {str(place): each for place, each in enumerate(args)} | kwargs
         kinds = (list, dict, set, bytearray)
@@ -203,7 +203,7 @@ class Server:
         return {name: value for name, value in now.items() if value != before[name]}
 
     def _describe(self, error: BaseException) -> list[Any]:
-        """The names of its classes up to Python's own, and its arguments or its text."""
+        """The names of an exception's classes up to the first built-in one, and its arguments or its text."""
         try:
             args = self._encode(list(error.args), plain=True)
         except BaseException:
@@ -239,13 +239,13 @@ def _refuse(value: Any) -> dict[str, Any]:
 
 
 def _function(verb: str) -> Any:
-    """What does a verb: a function of :mod:`operator`, or one of Python's own."""
+    """The function that does a verb, from :mod:`operator` or Python's built-in ones."""
     own = {"call": lambda function, *args, **kwargs: function(*args, **kwargs), "get": getattr, "set": setattr}
     return own.get(verb) or getattr(operator, verb, None) or getattr(builtins, verb)
 
 
 def _ancestors(kind: type) -> list[str]:
-    """The names of an exception's class and those it derives from, up to the first of Python's own."""
+    """The names of an exception's class and its base classes, up to the first built-in one."""
     names = []
     for each in kind.__mro__:
         names.append(each.__name__)

@@ -1,22 +1,22 @@
-"""What tests are: which names they want of the answer, and what in them could not work as they run.
+"""What tests can do: which names they need from the answer, and what in them cannot work.
 
-Tests are a Python program. Names that they use and neither define, import nor have from Python are the answer's: they
-stand for what lies in the answer's process. Calls, attributes, items, iteration, arithmetic and ``str``, ``len``,
-``bool`` and such on them are computed there. Plain values (None, numbers, texts, bytes, lists, tuples, sets, mappings,
-ranges, named tuples, and those of collections, decimal, fractions and datetime) come back as copies, of exactly these
-types; everything else, such as an instance of the answer's class or a generator, stays there and is referred to.
+Tests are a Python program. Names that they use without defining or importing them, and that Python does not have, are
+the answer's: they refer to objects in the answer's process. Calls, attributes, items, iteration, arithmetic, ``str``,
+``len``, ``bool`` and such on them are computed there. Plain values come back as copies of exactly their types: None,
+numbers, texts, bytes, lists, tuples, sets, mappings, ranges, named tuples, and types of collections, decimal, fractions
+and datetime. Everything else, such as an instance of the answer's class or a generator, stays there as a reference.
 
-- Only plain values are compared. ``==``, ``<`` or ``in`` on what stays there ends the tests, and so does arithmetic
-  with it and a plain value, such as ``f(1) - 3``: the answer would decide.
-- Arguments pass as copies. Where a call returns None, changes of its lists, sets and mappings are taken over, so that
-  what sorts in place can be tested; what returns a value cannot change what it was given.
+- Only plain values are compared. ``==``, ``<`` or ``in`` on a reference ends the tests, and so does arithmetic with a
+  reference and a plain value, such as ``f(1) - 3``, because the answer would decide the outcome.
+- Arguments pass as copies. If a call returns None, changes of its lists, sets and mappings are copied back, so that
+  sorting in place can be tested; a call that returns a value cannot change its arguments.
 - Functions of the tests can be passed, and are called in the tests' process.
-- An exception of the answer is raised in the tests by its name, Python's own or one that the answer defines.
+- An exception of the answer is raised in the tests under its name, which can be built-in or defined by the answer.
 - What a call prints is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it.
 - Functions ``test…()`` without parameters and classes of ``unittest.TestCase`` are run where nothing else runs them.
 - The answer's modules are not there: tests import what they use, except that ``math.…`` and other modules of the
   standard library need no import. The answer itself can be imported as ``solution`` or another name of ``ANSWERS``:
-  what is read from that module stands for what lies in the answer's process, as a name without an import does.
+  what is read from that module refers to an object in the answer's process, as a name without an import does.
 - Where tests name nothing but Python's functions, and call just one of them, such as ``sum``, it is the answer's.
 """
 

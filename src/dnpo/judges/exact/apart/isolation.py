@@ -1,4 +1,4 @@
-"""Close a process off from the machine, by what Linux has for it: namespaces, no capabilities, limits."""
+"""Isolate a process from the machine by namespaces, limits, and giving up capabilities."""
 
 import ctypes
 import os
@@ -7,7 +7,7 @@ import sys
 
 from dnpo.judges.exact.apart import SYSTEM, WORK
 
-# Of the system's headers.
+# Constants of the system's headers.
 _NEW_NS, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = (
     0x00020000,
     0x04000000,
@@ -17,7 +17,7 @@ _NEW_NS, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = (
     0x40000000,
 )
 _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-_KEPT_FLAGS, _RELATIME = 2 | 4 | 8 | 1024 | 2048, 1 << 21  # those of a mount that a new one must have as well
+_KEPT_FLAGS, _RELATIME = 2 | 4 | 8 | 1024 | 2048, 1 << 21  # flags that a new mount must share with the old one
 _DETACH = 2
 _SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_NO_NEW_PRIVILEGES = 1, 4, 38
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
@@ -65,7 +65,7 @@ def enter_namespaces() -> bool:
 
 
 def enter_root(folder: str, trees: list[str], size: int) -> None:
-    """Make a file system of a few folders, read-only, and an empty one to work in; nothing else is there, no ``/proc``.
+    """Make a file system of a few read-only folders and an empty one to work in, without anything else, even ``/proc``.
 
     Args:
         folder: an empty one, over which it is mounted for a moment.

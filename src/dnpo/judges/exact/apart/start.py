@@ -1,7 +1,7 @@
-"""Start the two processes that an answer and its tests run in; what ``python -c`` calls, with everything else on stdin.
+"""Start the two processes of an answer and its tests; ``python -c`` calls ``main`` and passes the task on stdin.
 
 The answer's process is started before the task is read, so that it never holds the tests, and closes every file that
-is not its connection. Only the tests' process can write the word that says that all went well.
+is not its connection. Only the tests' process can write the word that means success.
 """
 
 import json
@@ -14,7 +14,7 @@ from dnpo.judges.exact.apart import FAILED, NOT_ISOLATED, PASSED, isolation, tes
 from dnpo.judges.exact.apart.answer import Server
 from dnpo.judges.exact.apart.wire import Wire
 
-_USERS = 60_000  # users of answers' processes are counted from here; none of the machine's should be among them
+_USERS = 60_000  # ids of users for answers' processes begin here; the machine should not use them
 
 
 def main(how: dict[str, Any]) -> None:
@@ -43,9 +43,9 @@ def main(how: dict[str, Any]) -> None:
 
 
 def _enter(how: dict[str, Any]) -> int | None:
-    """Enter the namespaces; the user that the answer is to be, if it can be another."""
+    """Enter the namespaces; return the user for the answer's process, None if it cannot be another user."""
     root = isolation.enter_namespaces()
-    # by the number of this process, so that no two answers are one user at a time, whose processes are limited
+    # by this process's id, so that no two answers share a user at one time: processes are limited by user
     user = _USERS + os.getpid() * 2 % 5_000 if root else None
     if user is not None and not isolation.can_be(user + 1):
         user = None
@@ -62,7 +62,7 @@ def _answer(reads: int, writes: int, how: dict[str, Any], user: int | None) -> N
     """Serve the answer; never returns."""
     try:
         isolation.give_up_rights(user)
-        isolation.end_with_parent()  # after taking another user, which forgets it
+        isolation.end_with_parent()  # after the change of user, which clears it
         isolation.limit(how["limits"])
         _close_streams(0, 1, 2)
         for other in range(3, 64):
@@ -84,14 +84,14 @@ def _test(wire: Wire, answer: int, how: dict[str, Any], user: int | None) -> Non
     isolation.be_unreadable()
     isolation.limit({name: value for name, value in how["limits"].items() if name != "RLIMIT_NPROC"})
     _close_streams(0, 1, 2)
-    status, said = PASSED, task["word"]
+    status, message = PASSED, task["word"]
     try:
         client = testing.Client(wire)
         client.load(task["response"])
         testing.run(task["tests"], task["names"], task["modules"], task["answers"], client)
     except BaseException as error:
-        status, said = FAILED, _describe(error, answer)
-    os.write(out, said.encode(errors="replace"))
+        status, message = FAILED, _describe(error, answer)
+    os.write(out, message.encode(errors="replace"))
     os._exit(status)
 
 
@@ -102,8 +102,8 @@ def _describe(error: BaseException, answer: int) -> str:
         if gone and os.WIFSIGNALED(status):
             return f"the answer's process was killed by {signal.Signals(os.WTERMSIG(status)).name}"
         return f"the answer's process {error} before its tests were through"
-    said = str(error).strip().partition("\n")[0][:200]
-    return said if isinstance(error, testing.NotPlain) else f"{type(error).__name__}: {said}"
+    message = str(error).strip().partition("\n")[0][:200]
+    return message if isinstance(error, testing.NotPlain) else f"{type(error).__name__}: {message}"
 
 
 def _close_streams(*streams: int) -> None:

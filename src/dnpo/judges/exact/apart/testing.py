@@ -1,7 +1,6 @@
-"""The tests' process: run the tests, with the answer's names standing for what lies in the answer's process.
+"""The tests' process: run the tests, in which the answer's names are references to objects in the answer's process.
 
-See ``form`` for what tests can say. What an answer sends is taken as values alone, whatever it is: only values of
-Python's own types are compared, here.
+See ``form`` for what tests can do. What an answer sends is read only as plain values, and values are compared here.
 """
 
 import builtins
@@ -31,21 +30,21 @@ OWN_OBJECTS = (
 
 
 class NotPlain(BaseException):
-    """The tests compare or pass what is no plain value; no ``except Exception`` of theirs is to hide it."""
+    """Raised if tests compare or pass anything but plain values; an ``except Exception`` in them does not catch it."""
 
 
 class AnswerEnded(BaseException):
-    """The answer's process has ended or sends nonsense."""
+    """Raised if the answer's process has ended or sends nonsense."""
 
 
 class Remote:
-    """What lies in the answer's process: a function, a class, an object of a class."""
+    """A reference to an object in the answer's process, such as a function, a class or an instance."""
 
     def __init__(self, client: "Client", number: int, kind: str) -> None:
         vars(self).update(_client=client, _number=number, _kind=kind)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it there."""
+        """Call the object there."""
         return self._client.do("call", self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -65,11 +64,11 @@ class Remote:
         return self._client.do("call", self.__getattr__("__enter__"))
 
     def __exit__(self, *error: object) -> None:
-        """Leave the context there, told of no error: it cannot keep one from the tests."""
+        """Leave the context there, without the error, so that the answer cannot suppress it."""
         self._client.do("call", self.__getattr__("__exit__"), None, None, None)
 
     def __hash__(self) -> int:
-        """By identity: one object is one here too."""
+        """Hash by identity, since each object there has one reference here."""
         return id(self)
 
 
@@ -125,7 +124,7 @@ class Client:
         self._ask(["load", text], {}, "load")
 
     def names(self, names: list[str]) -> dict[str, Any]:
-        """What stands for the names that tests want of the answer; those that it lacks are left out."""
+        """The values of the names that tests need from the answer, without those that it lacks."""
         found: dict[str, Any] = {}
         for name in names:
             try:
@@ -151,7 +150,7 @@ class Client:
         raise LookupError(name)
 
     def do(self, verb: str, *args: Any, **kwargs: Any) -> Any:
-        """Have something done there, and return what comes back."""
+        """Evaluate a verb there, and return its value."""
         written = [encode(list(args), self._refer), encode(kwargs, self._refer)]
         given = {**{str(place): each for place, each in enumerate(args)}, **kwargs}
         return self._ask([verb, *written], given, verb)
@@ -172,7 +171,7 @@ class Client:
             raise raised.error from None
 
     def _read(self, reply: list[Any], given: dict[str, Any], verb: str) -> Any:
-        """The value of a reply; what it printed and what changed takes place here too."""
+        """The value of a reply; what was printed there is printed here, and changed arguments are changed here."""
         kind, value, more, printed = reply
         if not isinstance(printed, str):
             raise BrokenWire("sent what is no message")
@@ -208,7 +207,7 @@ class Client:
             return RuntimeError(f"the answer raised {names[0]}: {args}"[:200])
 
     def _error(self, names: list[str]) -> type[Exception]:
-        """The class of an exception; those that the answer defines are made here, by name."""
+        """The class of an exception; a class that the answer defines is made here under its name."""
         *own, last = names
         kind = getattr(builtins, last, RuntimeError)
         if not isinstance(kind, type) or not issubclass(kind, Exception):
@@ -244,7 +243,7 @@ class Client:
 
 
 class _Raised(Exception):
-    """Carries an exception that the answer raised, apart from those of reading its reply."""
+    """Carries an exception that the answer raised, to tell it from an error in reading the reply."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -285,8 +284,8 @@ def run(tests: str, names: list[str], modules: list[str], answers: list[str], cl
     """Run tests to their end.
 
     Args:
-        names: those that the tests want of the answer.
-        modules: those that they use without an import.
+        names: names that the tests need from the answer.
+        modules: modules that they use without an import.
         answers: the names by which they import the answer as a module.
 
     Raises:

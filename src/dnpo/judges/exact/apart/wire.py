@@ -1,7 +1,7 @@
 """Plain values as JSON, and the connection on which they pass between an answer and its tests.
 
-What is no plain value passes as a reference, a mapping that only the side it came from can resolve. Nothing that
-arrives is ever executed or unpickled.
+Any other value passes as a reference, a mapping that only its side of the connection can resolve. What arrives is never
+executed or unpickled.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 LIMIT = 16 << 20  # bytes of one message
 REFERENCES = ("object", "callback", "builtin", "iterator")
 if hasattr(sys, "set_int_max_str_digits"):
-    sys.set_int_max_str_digits(0)  # a right answer may be long; time is limited otherwise
+    sys.set_int_max_str_digits(0)  # a right answer may be long; the time is limited elsewhere
 
 
 def _items(mapping: dict[Any, Any]) -> list[list[Any]]:
@@ -26,8 +26,8 @@ def _isoformat(value: Any) -> Any:
     return value.isoformat()
 
 
-# How each type is written, and read again; the values within are written by the same rules. By name, so that a module
-# is imported only where a value needs it.
+# How each type is written and read; inner values are written by the same rules. Types are given by name, so that a
+# module is imported only if a value needs it.
 _WRITE: dict[str, Callable[[Any], Any]] = {
     "builtins.tuple": list,
     "builtins.set": list,
@@ -76,14 +76,14 @@ _READ: dict[str, Callable[[Any], Any]] = {
 
 
 class BrokenWire(Exception):
-    """The other side ended, or sent what is no message; the text goes on after "the answer's process"."""
+    """The other side ended or sent no message; the text continues "the answer's process"."""
 
 
 def encode(value: Any, refer: Callable[[Any], dict[str, Any]]) -> Any:
-    """Write a value as JSON has it.
+    """Write a value as JSON can hold it.
 
     Args:
-        refer: called with what is no plain value; returns a mapping from one of ``REFERENCES``.
+        refer: called with a value that is not plain; returns a mapping from one of ``REFERENCES``.
     """
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
@@ -105,10 +105,10 @@ def decode(written: Any, resolve: Callable[[str, Any], Any]) -> Any:
     """Read what :func:`encode` wrote.
 
     Args:
-        resolve: called with the name of a reference and what it holds.
+        resolve: called with the kind of a reference and its content.
 
     Raises:
-        BrokenWire: it is nothing that ``encode`` writes.
+        BrokenWire: ``encode`` does not write such a value.
     """
     if isinstance(written, list):
         return [decode(each, resolve) for each in written]
@@ -126,7 +126,7 @@ def decode(written: Any, resolve: Callable[[str, Any], Any]) -> Any:
 
 
 class Wire:
-    """One end of the connection: a JSON text a line."""
+    """One end of the connection, which sends a line of JSON for each message."""
 
     def __init__(self, reads: int, writes: int) -> None:
         self._in, self._out = os.fdopen(reads, "rb"), os.fdopen(writes, "wb")
