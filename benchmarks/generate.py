@@ -5,10 +5,10 @@
 
 The latter are whole stages, with log-probabilities and files: 8 samples a prompt, against 8 runs of one sample.
 
-One process a measurement, the variants in turn; prints a table and writes ``benchmarks/results/generate.json``. A ratio
-is one round's seconds over those of the load's first variant in the same round; its median stands with its quartiles.
-Seconds are the process's own on a CPU, which others may share, and the wall's on a GPU; it runs on the GPU if there is
-one.
+Each measurement runs in its own process, the variants in turn. The command prints a table and writes
+``benchmarks/results/generate.json``. A ratio divides one round's seconds by the seconds of the load's first variant in
+the same round; the table has its median with quartiles. It runs on the GPU if there is one. Seconds are CPU seconds of
+the process on a CPU, which others may share, and wall clock on a GPU.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
+
+from benchmarks.quiet import Quiet
 
 RESULTS = Path(__file__).parent / "results" / "generate.json"
 
@@ -140,21 +142,6 @@ def make_policy(load: Load) -> Any:
     torch.manual_seed(0)
     tokenizer: Any = NoText()
     return Stopping(LlamaForCausalLM(LlamaConfig(**load.shape)).eval().to(device_of("auto")), tokenizer)
-
-
-class Quiet:
-    """A report that is not read."""
-
-    def begin(self, *_: Any) -> None:
-        """Nothing."""
-
-    def advance(self, amount: int = 1) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    status = note
 
 
 def refill(policy: Any, load: Load, seed: int) -> list[list[int]]:
@@ -337,7 +324,7 @@ def main() -> None:
         runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
         for seed in range(options.rounds):
             for variant in variants[seed % len(variants) :] + variants[: seed % len(variants)]:
-                command = [sys.executable, __file__, "--one", variant, load, str(seed)]
+                command = [sys.executable, "-m", "benchmarks.generate", "--one", variant, load, str(seed)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode == 0:
                     runs[variant].append(json.loads(done.stdout.splitlines()[-1]))

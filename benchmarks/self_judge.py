@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
+from benchmarks.quiet import Quiet
 from dnpo.commands.common import plain
 from dnpo.data.tinyworld import FAMILIES, FLAWS, TinyWorld, problems, respond
 from dnpo.data.verifiable import correct, points
@@ -41,20 +42,6 @@ from dnpo.seeding import derive
 from dnpo.settings import build, check, conf_folder
 
 TRIES = 20  # draws of two responses, until their scores differ
-
-
-class Quiet:
-    """Says nothing."""
-
-    def begin(self, total: int, unit: str, done: int = 0) -> None: ...
-
-    def advance(self, amount: int = 1) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-    def status(self, text: str) -> None: ...
-
-    def steps(self, rows: list[dict[str, float]]) -> None: ...
 
 
 def read_part(group: str, option: str, *overrides: str) -> Any:

@@ -142,7 +142,7 @@ def _flops(given: argparse.Namespace, title: str) -> Facts:
 def _compare(flops: Facts) -> list[str]:
     """Make the cells of one variant, and add to its facts how far the formula is off."""
     counts, expected = flops["step"], flops["formula"]
-    # The blocks alone are counted forward and backward; those of the frozen reference are calculated by formula.
+    # The blocks alone are counted forward and backward; the frozen reference's blocks by formula.
     body, head = flops["body"]["linear"], counts["linear"] - flops["body"]["linear"] - expected["reference body"]
     flops["off_by"] = {"body": body - expected["body"], "head": head - expected["head"]}
     body, expected_body = (v + expected["reference body"] for v in (body, expected["body"]))

@@ -334,7 +334,7 @@ for _name in ("lt", "le", "gt", "ge"):
 def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str, text: str) -> None:
     """Refuse a template that uses the time in a rendering, unless its clock is stopped, or that draws by chance.
 
-    Whatever the time is: it is seen that the template does something with the time, not what it makes of it.
+    This holds at any time: any use of the time is refused, not only one that changes the text now.
 
     Args:
         text: the rendering by the clock as it is.

@@ -26,7 +26,7 @@ _FLAGGED = re.compile(r"flagged|moderat|content.?(?:policy|filter|management)|sa
 _PER_DAY = re.compile(r"per.?day|daily", re.IGNORECASE)
 _DELAY = re.compile(r"\"(?:retryDelay|retry_after|estimated_time)\":\s*\"?([0-9]+(?:\.[0-9]+)?)s?\"?\s*[,}\]]")
 _OVERLOADED = re.compile(r"over.?load|(?:over|at|exceed\w*) (?:\w+ )?capacity|server.?busy", re.IGNORECASE)
-_MEANS = {  # the status that codes stand for where a reply says 200
+_MEANS = {  # the status that codes mean in a reply whose status is 200
     401: ("invalid_api_key", "unauthenticated", "unauthorized", "authentication_error"),
     402: ("payment_required", "insufficient_quota", "insufficient_balance"),
     403: ("permission_denied", "forbidden", "permission_error"),

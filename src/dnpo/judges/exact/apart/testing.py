@@ -135,7 +135,7 @@ class Client:
         return found
 
     def name(self, name: str) -> Any:
-        """What stands for a name of the answer.
+        """The value of a name of the answer.
 
         Raises:
             LookupError: it has none.
@@ -265,7 +265,7 @@ def _take_over(old: Any, new: Any) -> None:
 
 
 def answer_module(name: str, client: Client) -> types.ModuleType:
-    """A module that stands for the answer: what is read from it is asked of the answer's process."""
+    """A module whose names are the answer's, and are asked of the answer's process."""
     module = types.ModuleType(name)
 
     def find(wanted: str) -> Any:
