@@ -1,17 +1,24 @@
-"""TRL's own training on pairs: a second witness of what training on them ends in."""
+"""TRL's own training on pairs: a second witness of what training on them ends in.
+
+``python -m tests.trl_training FOLDER`` compares a finished run of ``method=dpo`` in that folder.
+"""
 
 import copy
+import json
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader
 
 from dnpo.optimise.parts import PairOptimisation
 from dnpo.policy.model import Policy
 from dnpo.records import Pair
+from dnpo.seeding import derive
 
 
 def train_by_trl(
@@ -21,7 +28,6 @@ def train_by_trl(
 
     Args:
         start: the causal language model that both trainings begin with; it is copied.
-        pairs: as many as fill policy steps of one size, which is the only kind that TRL has.
         seed: seed of the order of the pairs.
     """
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TQDM_DISABLE="1")
@@ -34,13 +40,11 @@ def train_by_trl(
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
-        def _get_train_sampler(self, dataset: Any = None) -> Any:
-            return SequentialSampler(self.train_dataset)
+        def get_train_dataloader(self) -> Any:
+            return DataLoader(self.train_dataset, batch_sampler=groups, collate_fn=self.data_collator)
 
-    groups = optimisation.groups(len(pairs), seed)
-    (size,) = {len(group) for group in groups}
-    ordered = [pairs[i] for group in groups for i in group]
-    rows = [{"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in ordered]
+    groups: Any = optimisation.groups(len(pairs), seed)
+    rows = [{"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in pairs]
     model = copy.deepcopy(start)
     model.set_attn_implementation("eager")
     optimizer = optimisation.optimizer(list(model.parameters()))
@@ -49,7 +53,7 @@ def train_by_trl(
             output_dir=folder,
             beta=beta,
             num_train_epochs=1,
-            per_device_train_batch_size=size,
+            per_device_train_batch_size=len(groups[0]),
             max_grad_norm=optimisation.clip,
             max_length=None,
             precompute_ref_log_probs=False,
@@ -81,3 +85,47 @@ def differences(ours: Policy, theirs: Policy, pairs: Sequence[Pair]) -> list[flo
     responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
     both = zip(ours.score(prompts, responses), theirs.score(prompts, responses), strict=True)
     return [abs(one - other) for one, other in both]
+
+
+def compare_run(folder: Path) -> dict[str, float]:
+    """Repeat by TRL's trainer what a finished run with one iteration trained by the logistic loss, and compare.
+
+    Returns:
+        The greatest difference of final log-probabilities, in nats; their mean difference; by how much training moved
+        them at most; numbers of pairs and of policy steps.
+    """
+    from dnpo.records import read
+    from dnpo.settings import CONTENTS, build, check
+    from dnpo.store import manifest
+
+    (stage,) = (folder / "store" / "optimise").iterdir()
+    made = manifest(stage)
+    inputs = {name: folder / "store" / key for name, key in made["inputs"].items()}
+    settings = max(folder.glob("outputs/*/*/summary.json"), key=lambda path: path.stat().st_mtime_ns)
+    tree = json.loads(settings.read_text())["settings"]
+    parts = {"model": {name: value for name, value in tree["model"].items() if name != CONTENTS}}
+    model, how = (build(name, check(name, parts.get(name, tree[name]))) for name in ("model", "trainer"))
+    seed = derive(made["settings"]["seed"], "optimise", 0)
+
+    def load(at: Path) -> Policy:
+        policy: Policy = model.load(inputs["prompts"] / "model", at / "policy", "cpu")
+        return policy
+
+    pairs = read(inputs["pairs"] / "pairs.parquet", Pair)
+    start, ours = load(inputs["policy"]), load(stage)
+    theirs = train_by_trl(
+        load(inputs["policy"]).causal_lm, start.tokenizer, pairs, how, tree["objective"]["beta"], seed
+    )
+    off = differences(ours, theirs, pairs)
+    return {
+        "greatest difference": max(off),
+        "mean difference": sum(off) / len(off),
+        "greatest change by training": max(differences(ours, start, pairs)),
+        "pairs": len(pairs),
+        "policy steps": len(how.groups(len(pairs), seed)),
+    }
+
+
+if __name__ == "__main__":
+    for name, value in compare_run(Path(sys.argv[1])).items():
+        print(f"{name}: {value:.3g}")
