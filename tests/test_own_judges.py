@@ -390,10 +390,11 @@ def test_a_tokenizer_from_the_data_knows_the_letters_if_asked(world: World, tmp_
 
 
 @pytest.mark.long
-def test_a_run_ranks_by_the_initial_policy_and_asks_it_about_its_pairs(tmp_path: Path) -> None:
-    """The sentence of OSP, ahead of training: four samples, two pairs of them, as sure as the initial policy says."""
+def test_a_run_ranks_by_the_taught_policy_and_asks_it_about_its_pairs(tmp_path: Path) -> None:
+    """The sentence of OSP, ahead of training: four samples, two pairs of them, as sure as the taught policy says."""
     words = ["method=spin", "iterations=1", "rollout.samples=4", "dsl=ranked", "judge=self", "strength=asked"]
-    succeed(tmp_path, *SMOKE, *words, "model.question=${judge.template}")
+    taught = ["augment=tiny", "augment.rows=64", "augment.optimisation.epochs=2"]
+    succeed(tmp_path, *SMOKE, *words, "model.question=${judge.template}", *taught)
 
     def find(stage: str, name: str) -> Path:
         (found,) = (tmp_path / "store" / stage).glob(f"*/{name}")
@@ -403,7 +404,8 @@ def test_a_run_ranks_by_the_initial_policy_and_asks_it_about_its_pairs(tmp_path:
     responses = read_all(find("generate", "shard-00000.parquet").parent.glob("shard-*.parquet"), Response)
     given = read(find("judge", "verdicts.parquet"), Verdict)
     pairs = read(find("pairs", "pairs.parquet"), Pair)
-    policy = load(str(find("prompts", "model")), find("sft", "policy"))
+    policy = load(str(find("prompts", "model")), find("augment", "policy"))
+    assert policy.fingerprint() != load(str(find("prompts", "model")), find("sft", "policy")).fingerprint()
     judge = SelfJudge().with_policies({"taught": policy})
     assert isinstance(judge, AskedPolicy)
     again = {(v.id, v.source, v.sample): v.score for v in verdicts(judge, list(prompts.values()), responses)}
@@ -477,7 +479,7 @@ def test_the_weighted_loss_by_hand() -> None:
 
 
 def test_teaching_is_learnt_and_micro_batches_change_nothing(
-    asking: World, ask_policy: Callable[..., AskedPolicy], tmp_path: Path
+    asking: World, ask_policy: Callable[..., AskedPolicy], tmp_path: Path, report: Report
 ) -> None:
     """Short responses are better than long ones: a policy learns it, and says so of responses that it never saw."""
     texts = ["Yes.", "It is the number of all the letters in it."]
@@ -490,7 +492,8 @@ def test_teaching_is_learnt_and_micro_batches_change_nothing(
         made = how.make_rows(policy, how.make_pairs(rows, 0))
         optimisation = replace(how.optimisation, micro_batch_size=size)
         (tmp_path / str(size)).mkdir()
-        history = augment(policy, made, optimisation, seed=0, folder=tmp_path / str(size), report=Report())
+        history = augment(policy, made, optimisation, seed=0, folder=tmp_path / str(size), report=report)
+        assert "data.gold_pairs" in report.notes[-1]  # so few that they would be learnt by heart
         assert history[-1]["loss/policy"] < 0.1 < history[0]["loss/policy"]
         weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
         unseen = [replace(pair, chosen=texts[0], rejected=texts[1]) for pair in asking.pairs(80)[60:]]

@@ -292,7 +292,7 @@ GROUPS = (
             Metric("rows", "Rows of a training step", "rows", digits=0),
             Metric("tokens_per_second", "Speed of training", "speed", "tokens/s", 0),
         ),
-        (SFT, LIKE, ITERATION, AGAINST),
+        (SFT, AUGMENT, LIKE, ITERATION, AGAINST),
     ),
     MetricGroup("Time", (Metric("seconds", "Time of an iteration's stages, when they were computed", "seconds", "s"),)),
     MetricGroup(

@@ -24,7 +24,7 @@ from dnpo.store import Report
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
-FEWEST = 4800  # rows from which a tiny model learns to judge; of 160 it learns every single one by heart
+FEWEST = 4800  # questions from which a tiny model learned to judge; 160 it learned by heart
 
 
 class Gold(NamedTuple):
@@ -159,4 +159,10 @@ def augment(
     """
     from dnpo.judges.lessons import teach
 
+    if len(rows) < FEWEST:
+        report.note(
+            f"augment: {len(rows):,} questions; with fewer than about {FEWEST:,} a small model learns answers by heart "
+            "rather than to judge (python -m benchmarks.self_judge). More pairs give more: data.gold_pairs=1 in the "
+            "tiny world"
+        )
     return teach(policy, rows, optimisation, seed=seed, folder=folder, report=report)
