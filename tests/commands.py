@@ -27,6 +27,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 SMOKE = ("scale=smoke", "tracking=off")
+TINY = (
+    *("data.train=48", "data.validation=12", "data.test=12", "sft.steps=20", "eval.samples=1", "eval.sequences=24"),
+    *("generate.shard_size=16", "trainer.batch_size=16"),
+)
+"""Settings of a run that takes a third of the smoke scale's time, with as many stages, shards and checkpoints."""
 
 Done = subprocess.CompletedProcess[str]
 
@@ -37,7 +42,7 @@ _FORKS.set_forkserver_preload(
     [
         *("dnpo.commands.train", "dnpo.loop", "dnpo.policy.model", "dnpo.optimise.training", "dnpo.running.execute"),
         *("dnpo.data.tinyworld", "dnpo.running.sweep", "dnpo.evaluate.metrics", "mlflow", "matplotlib.figure"),
-        "mlflow.store.tracking.sqlalchemy_store",
+        *("mlflow.store.tracking.sqlalchemy_store", "tests.lighter"),
     ]
 )
 
@@ -93,6 +98,7 @@ def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], before: str, en
     os.chdir(cwd)
     sys.path.insert(0, str(cwd))
     sys.argv = ["python -m dnpo.train", *overrides]
+    importlib.import_module("tests.lighter")
     if before:
         module, _, function = before.rpartition(".")
         getattr(importlib.import_module(module), function)()
@@ -112,6 +118,7 @@ def run_command(cwd: Path, module: str, *arguments: str, **env: str) -> Done:
         cwd: the folder to stand in; modules that lie there can be imported, as with ``python -m``.
         env: variables of the environment, on top of those that are set.
     """
+    importlib.import_module("tests.lighter")
     main = importlib.import_module(module).main
     out, err = io.StringIO(), io.StringIO()
     with ExitStack() as stack:

@@ -26,7 +26,7 @@ from dnpo.policy.model import Policy
 from dnpo.policy.tokenizer import encode, human_response, train_tokenizer
 from dnpo.records import Pair, Prompt, Response, Verdict
 from dnpo.settings import Bound
-from tests.commands import succeed
+from tests.commands import SMOKE, TINY, succeed
 
 # When Hydra sets up logging, absl's handler closes its stream unless that is one of Python's own; pytest's is not.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
@@ -116,17 +116,18 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers read the mark
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With `--dist loadgroup`, keep on one worker the tests that share what takes long to make.
 
-    Long tests go first, so that at the end no worker waits for the other's last one.
+    The group is written behind the name, where the scheduler reads it. xdist 3.8 does so for its mark ``xdist_group``,
+    but in an attribute that pytest 9.2 no longer reads. Long tests go first, so that at the end no worker waits for the
+    other's last one.
     """
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
-    for item in items:
+    for item in items if getattr(config.option, "loadgroup", False) else ():
         shared = sorted(EXPENSIVE & set(getattr(item, "fixturenames", ())))
         if shared:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}.{shared[0]}"))
+            item._id = type(item._id).parse(f"{item.nodeid}@{item.path.stem}.{shared[0]}")
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +156,21 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which DNPO has run at the smoke scale under seed 0, tracked; to be read or copied, never changed."""
 
     def run(folder: Path) -> None:
-        (folder / "stdout.txt").write_text(succeed(folder, "scale=smoke"))
+        (folder / "stdout.txt").write_text(succeed(folder, "scale=smoke", TESTS_DRAW="all"))
 
     return make_once(tmp_path_factory, "smoke", run)
+
+
+@pytest.fixture(scope="session")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which DNPO has run with adapters; to be read or copied, never changed."""
+    return make_once(tmp_path_factory, "adapted", lambda folder: succeed(folder, *SMOKE, "model.lora.rank=4"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which DNPO has run under the settings ``TINY``; to be read or copied, never changed."""
+    return make_once(tmp_path_factory, "tiny", lambda folder: succeed(folder, *SMOKE, *TINY))
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from pathlib import Path
 from tests.commands import numbers, run_command, succeed, summary, train
 
 RUNS = {
-    "whole": ("scale=smoke", "tracking=off", "eval=default"),
-    "adapters": ("scale=smoke", "tracking=off", "model.lora.rank=2"),
+    "whole": ("scale=smoke", "tracking=off"),
+    "adapters": ("scale=smoke", "tracking=off", "model.lora.rank=4"),
 }
 # By the run that has it: pattern of a kind of file in the store.
 FILES = {

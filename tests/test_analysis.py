@@ -25,7 +25,7 @@ from mlflow.entities import Param
 from dnpo.errors import DataError
 from dnpo.stats.paired import compare_paired
 from dnpo.tracking.reading import PARENT, SFT, Database, iteration_name
-from tests.commands import run_command, succeed
+from tests.commands import TINY, run_command, succeed
 
 FAMILIES = ("arithmetic", "conversion", "reversal", "sorting", "counting", "facts")
 PARTS = {SPIN: ("off", "off"), DSL: ("score", "off"), NPO: ("off", "trainable"), DNPO: ("score", "trainable")}
@@ -668,10 +668,9 @@ def test_every_figure_and_table_asked_for_is_there(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.long
-def test_real_runs_are_drawn_with_the_numbers_of_their_summaries(smoke: Path, migrated: Path, tmp_path: Path) -> None:
-    shutil.copytree(smoke / "store", tmp_path / "store")
+def test_real_runs_are_drawn_with_the_numbers_of_their_summaries(migrated: Path, tmp_path: Path) -> None:
     shutil.copy(migrated, tmp_path / "mlflow.db")
-    succeed(tmp_path, "-m", "+sweep=main", "scale=smoke", "seed=0,1", "judge@second_judge=correct")
+    succeed(tmp_path, "-m", "+sweep=main", "scale=smoke", *TINY, "seed=0,1", "judge@second_judge=correct")
     drawn = run_command(tmp_path, "analysis.command", "all", "--out", "figures")
     assert drawn.returncode == 0, drawn.stdout + drawn.stderr
     assert "drawn" in drawn.stdout

@@ -22,6 +22,7 @@ from dnpo.running.execute import execute
 from dnpo.settings import conf_folder
 from dnpo.store import Store
 from dnpo.tracking.writing import MLflowTracking, Tracking
+from tests.commands import SMOKE, TINY
 
 ROOT = Path(catalogue.__file__).parents[2]
 METRICS = [each for group in GROUPS for each in group.metrics]
@@ -172,7 +173,7 @@ class Rhymes:
         ends = [text.strip()[-self.sound :] == other.strip()[-self.sound :] for text, other in zip(generated, positive)]
         return Measured({"rhymes": sum(ends) / len(ends)}, {"rhymes": [float(end) for end in ends]}, {})
 """
-SMALL = ("scale=smoke", "tracking=off", "data.train=96", "data.validation=12", "data.test=12", "eval.samples=2")
+SMALL = (*SMOKE, *TINY)
 
 
 @pytest.mark.long

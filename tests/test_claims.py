@@ -31,6 +31,7 @@ from dnpo.settings import conf_folder, flat
 from dnpo.stats.intervals import Estimate, Mean
 from dnpo.tracking.reading import Database, TrackedRun
 from dnpo.tracking.writing import MLflowTracking
+from tests.commands import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -684,7 +685,7 @@ def test_one_command_runs_the_sweep_and_tells_the_outcome(
         sweeps={"main": {"overrides": ["judge@second_judge=correct"]}},
     )
     command = ["--claims", str(path), "--run", "--seeds", "0", "--jobs", "1"]
-    for setting in ("scale=smoke", "iterations=1", "acts_from=0", "dsl=off", "method=spin,npo"):
+    for setting in (*TINY, "scale=smoke", "iterations=1", "acts_from=0", "dsl=off", "method=spin,npo"):
         command += ["--override", setting]
     monkeypatch.chdir(tmp_path)
     assert claims.main(command) == 0

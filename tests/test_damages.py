@@ -356,14 +356,10 @@ def test_remove_takes_what_no_tracked_run_needs_and_asks_first(
 # --- whole runs
 
 
-@pytest.fixture(scope="module")
-def undamaged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The runs whose stores are damaged."""
-    root = tmp_path_factory.mktemp("undamaged")
-    for name, overrides in damages.RUNS.items():
-        (root / name).mkdir()
-        succeed(root / name, *overrides)
-    return {name: root / name for name in damages.RUNS}
+@pytest.fixture(scope="session")
+def undamaged(smoke: Path, adapted: Path) -> dict[str, Path]:
+    """The runs of ``damages.RUNS``, whose stores are damaged in copies."""
+    return {"whole": smoke, "adapters": adapted}
 
 
 @pytest.mark.long
@@ -387,7 +383,11 @@ def test_a_chain_of_other_versions_is_warned_of(undamaged: dict[str, Path], tmp_
     makers = summary(here)["made_by"]
     assert sorted(len(maker["stages"]) for maker in makers) == [1, 15]
     assert numbers(summary(here)) == before
-    assert "warning: the stages" not in (succeed(undamaged["whole"], *damages.RUNS["whole"]))
+
+
+@pytest.mark.long
+def test_a_chain_of_one_version_is_not_warned_of(finished: Path) -> None:
+    assert "warning: the stages" not in succeed(finished, *damages.RUNS["whole"])
 
 
 @pytest.mark.long

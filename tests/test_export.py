@@ -408,14 +408,14 @@ def test_the_folders_of_a_run_generate_what_its_policies_generate(finished: Path
 
 
 @pytest.mark.long
-def test_a_run_with_adapters_leaves_adapters_that_load(tmp_path: Path) -> None:
-    succeed(tmp_path, *SMOKE, "model.lora.rank=4", "hydra.run.dir=run")
-    content = summary(tmp_path, "run/summary.json")
-    (prompts,) = (tmp_path / "store" / "prompts").iterdir()
-    expected = logits(load(str(prompts / "model"), tmp_path / "store" / content["policies"][2] / "policy").causal_lm)
-    ours = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "models" / "iteration-1")
+def test_a_run_with_adapters_leaves_adapters_that_load(adapted: Path, tmp_path: Path) -> None:
+    content = summary(adapted)
+    (run,) = adapted.glob("outputs/*/*")
+    (prompts,) = (adapted / "store" / "prompts").iterdir()
+    expected = logits(load(str(prompts / "model"), adapted / "store" / content["policies"][2] / "policy").causal_lm)
+    ours = AutoPeftModelForCausalLM.from_pretrained(run / "models" / "iteration-1")
     torch.testing.assert_close(logits(ours), expected, atol=1e-5, rtol=1e-5)
-    export(tmp_path / "run", tmp_path / "copy", "1")
+    export(run, tmp_path / "copy", "1")
     copy = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
     torch.testing.assert_close(logits(copy), expected, atol=1e-5, rtol=1e-5)
 

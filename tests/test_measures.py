@@ -1,6 +1,7 @@
 """What is measured beside the evaluation, on a whole run of seconds: each number again, from the rows it came from."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,10 +48,10 @@ class Done(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """A smoke run of one iteration, with a second judge."""
+def done(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A smoke run of one iteration, with a second judge; what it does not measure is there."""
     run, iterations = laid_out("iterations=1", "judge@second_judge=correct", "eval.samples=2")
-    store = Store(tmp_path_factory.mktemp("store"))
+    store = Store(shutil.copytree(smoke / "store", tmp_path_factory.mktemp("measured") / "store"))
     for iteration in iterations:
         for stage in iteration.stages:
             store.get(stage, Report())

@@ -159,8 +159,9 @@ def test_every_proper_answer_is_taken_and_none_invented(structured: str, tmp_pat
 
 
 @pytest.mark.long
-def test_ten_thousand_calls_under_a_mix_of_faults(tmp_path: Path) -> None:
-    check_mix(10_000, tmp_path, latency=0.02, forms="mixed", structured="ignore")
+def test_thousands_of_calls_under_a_mix_of_faults(tmp_path: Path) -> None:
+    """More than are under way, queued or written at once; ``python -m benchmarks.judge`` makes 10,000."""
+    check_mix(3_000, tmp_path, latency=0.02, forms="mixed", structured="ignore")
 
 
 def test_the_server_says_how_long_to_wait_and_is_obeyed(tmp_path: Path) -> None:
@@ -440,7 +441,7 @@ def test_what_was_written_down_before_a_kill_is_never_asked_again(tmp_path: Path
         keep: set[str] = set()
         for _ in range(3):
             before = len(server.requests())
-            process = judging(server, tmp_path, 1500)
+            process = judging(server, tmp_path, 600)
             while len(server.requests()) < before + 8:  # it is asking
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.02)
@@ -454,14 +455,14 @@ def test_what_was_written_down_before_a_kill_is_never_asked_again(tmp_path: Path
             stats = server.stats()
             assert stats["delivered"] - len(keys) - lost <= 8
             lost = stats["delivered"] - len(keys)
-        assert len(keep) < 1500, "the kills came too late to show anything"
-        last = judging(server, tmp_path, 1500)
+        assert len(keep) < 600, "the kills came too late to show anything"
+        last = judging(server, tmp_path, 600)
         out, err = last.communicate(timeout=120)
-        assert out == "scored 1500\n", err
+        assert out == "scored 600\n", err
         stats = server.stats()
-        assert stats["answered"] == 1500
+        assert stats["answered"] == 600
         # every answer that was written down was asked for once: what was paid twice was never written down before
-        assert stats["delivered"] - 1500 <= lost
+        assert stats["delivered"] - 600 <= lost
 
 
 def test_an_interrupt_waits_for_what_is_on_its_way(tmp_path: Path) -> None:

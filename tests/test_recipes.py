@@ -80,7 +80,7 @@ def test_a_method_with_a_labeller_and_an_objective_of_its_own(finished: Path) ->
 
 @pytest.mark.long
 def test_a_judge_a_data_source_and_a_measure(tmp_path: Path) -> None:
-    table = run(tmp_path, "data source", "judge", "measure", more=("iterations=1",))
+    table = run(tmp_path, "data source", "judge", "measure", more=("iterations=1", "sft.steps=20"))
     for row in table:
         assert row["eval/score_human"] == 100, "a human response shares all its words with itself"
         assert 0 <= row["eval/score"] <= 100

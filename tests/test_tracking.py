@@ -335,7 +335,7 @@ def test_a_stage_is_tracked_and_drawn_once(
     shutil.copy(migrated, tmp_path / "runs.db")
 
     def run() -> tuple[Any, dict[str, int], set[str]]:
-        done = train(tmp_path, "scale=smoke", MLFLOW_TRACKING_URI=DATABASE)
+        done = train(tmp_path, "scale=smoke", MLFLOW_TRACKING_URI=DATABASE, TESTS_DRAW="all")
         assert done.returncode == 0, done.stdout + done.stderr
         run = client(tmp_path).search_runs(["1"], order_by=["start_time DESC"])[0]
         names = ("loss/policy", "sft/loss/policy", "eval/loss")
@@ -519,6 +519,7 @@ def test_files_of_something_else_are_refused_and_left_alone(
 
 
 def test_no_picture_outlives_the_code_that_drew_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TESTS_DRAW", "all")
     store, drawn = Store(tmp_path / "store"), []
     store.open(print)
 

@@ -17,7 +17,7 @@ import pytest
 
 from dnpo.store import Store
 from tests import kills
-from tests.commands import SMOKE, Process, numbers, succeed, summary, train
+from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary, train
 
 pytestmark = pytest.mark.long
 
@@ -203,7 +203,8 @@ def test_an_offset_can_be_matched_to_a_tracked_run(finished: Path) -> None:
     assert summary(finished)["table"][-1]["npo/shift"] == pytest.approx(mean, abs=1e-5)
 
 
-def test_lora_runs_through_chained_iterations(tmp_path: Path) -> None:
+def test_lora_runs_through_chained_iterations(adapted: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapted / "store", tmp_path / "store")
     succeed(tmp_path, *SMOKE, "model.lora.rank=4", "iterations=3")
     table = summary(tmp_path)["table"]
     assert len(table) == 4
@@ -213,7 +214,7 @@ def test_lora_runs_through_chained_iterations(tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_compute_each_stage_once(tmp_path: Path) -> None:
-    both = [Process(tmp_path, *SMOKE) for _ in range(2)]
+    both = [Process(tmp_path, *SMOKE, *TINY) for _ in range(2)]
     outs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], outs
     tables = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/*/*/summary.json")]
@@ -233,12 +234,12 @@ def test_hidden_states_kept_on_disk_change_nothing_but_rounding(finished: Path) 
     (kept,) = finished.glob("store/hidden/*/hidden-00000.safetensors")  # of iteration 1: before it there is no noise
     assert kept.stat().st_size > 10_000
     one = summary(finished)
-    for stage in one["stages"][-2:]:
+    for stage in one["stages"][-3:]:  # the training, and what is measured of it
         shutil.rmtree(finished / "store" / stage["stage"] / stage["key"])
     assert "hidden states" not in succeed(finished, *settings, "npo.cache_hidden=off")
     other = summary(finished)
     assert [stage["key"] for stage in one["stages"]] == [stage["key"] for stage in other["stages"]]
-    assert [stage["reused"] for stage in other["stages"]] == [True] * (len(one["stages"]) - 2) + [False] * 2
+    assert [stage["reused"] for stage in other["stages"]] == [True] * (len(one["stages"]) - 3) + [False] * 3
     for name, value in one["table"][-1].items():
         if name.startswith(("loss/", "margin/", "npo/", "rewards/")) and value is not None:
             assert other["table"][-1][name] == pytest.approx(value, abs=1e-4), name
@@ -255,12 +256,12 @@ def test_no_epochs_leave_the_policy_as_it_was(finished: Path) -> None:
     assert after["eval/loss"] == before["eval/loss"]
 
 
-def test_kill_9_at_any_moment_changes_no_number(finished: Path, tmp_path: Path) -> None:
+def test_kill_9_at_any_moment_changes_no_number(tiny: Path, tmp_path: Path) -> None:
     """Killed again and again at random moments, the run ends with the very numbers of the undisturbed one."""
     moments = random.Random(5)
     hits = 0
     for attempt in range(40):
-        process = Process(tmp_path, *SMOKE)
+        process = Process(tmp_path, *SMOKE, *TINY)
         try:
             # later each time, so a slow machine ends too
             process.communicate(timeout=0.3 + moments.random() + attempt / 8)
@@ -272,14 +273,14 @@ def test_kill_9_at_any_moment_changes_no_number(finished: Path, tmp_path: Path) 
             assert process.returncode == 0
             break
     assert hits >= 1
-    assert numbers(summary(tmp_path)) == numbers(first(finished))
+    assert numbers(summary(tmp_path)) == numbers(first(tiny))
 
 
-def test_kills_in_short_stages_and_in_the_first_seconds_change_no_number(smoke: Path, tmp_path: Path) -> None:
+def test_kills_in_short_stages_and_in_the_first_seconds_change_no_number(tiny: Path, tmp_path: Path) -> None:
     """A few of ``python -m tests.kills``."""
-    expected, moments = numbers(first(smoke)), random.Random(1)
-    assert kills.kill_anywhere(tmp_path, 4, SMOKE, expected, moments) == 0
-    assert kills.kill_early(tmp_path, 2, ("scale=smoke",), expected, moments) == 0
+    expected, moments = numbers(first(tiny)), random.Random(1)
+    assert kills.kill_anywhere(tmp_path, 4, (*SMOKE, *TINY), expected, moments) == 0
+    assert kills.kill_early(tmp_path, 2, ("scale=smoke", *TINY), expected, moments) == 0
 
 
 def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(tmp_path: Path) -> None:
@@ -301,12 +302,11 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(tmp_path: Path) -> Non
 # --- sweeps
 
 
-def test_a_sweep_shares_stages_nests_its_runs_and_hides_no_failure(smoke: Path, migrated: Path, tmp_path: Path) -> None:
-    shutil.copytree(smoke / "store", tmp_path / "store")  # of one of its jobs, so that the others' remain
+def test_a_sweep_shares_stages_nests_its_runs_and_hides_no_failure(tiny: Path, migrated: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "store", tmp_path / "store")  # of one of its jobs, so that the others' remain
     shutil.copy(migrated, tmp_path / "runs.db")
-    done = train(
-        tmp_path, "-m", "scale=smoke", "npo.alpha=0.01,-1,0.1", "seed=0,1", MLFLOW_TRACKING_URI="sqlite:///runs.db"
-    )
+    jobs = ("npo.alpha=0.01,-1,0.1", "seed=0,1")
+    done = train(tmp_path, "-m", "scale=smoke", *TINY, *jobs, MLFLOW_TRACKING_URI="sqlite:///runs.db")
     assert done.returncode == 1
     assert "npo.alpha=-1: " in done.stderr
     assert done.stderr.count("failed") == 2
@@ -338,7 +338,7 @@ def test_the_plan_of_a_sweep_shows_what_its_jobs_share(tmp_path: Path) -> None:
 def test_labels_by_quality_beat_labels_by_origin(tmp_path: Path) -> None:
     """The default world and model, one iteration of each: SPIN against DSL. Over three seeds DSL was 4.1 to 5.2 points
     better here; half of the least of these is asked. The noise may win or lose, so nothing is asked of it."""
-    succeed(tmp_path, "-m", "tracking=off", "iterations=2", "method=spin,dsl", "eval.sequences=128")
+    succeed(tmp_path, "-m", "tracking=off", "iterations=2", "method=spin,dsl", "eval.sequences=128", "eval.samples=2")
     found = json.loads(next(tmp_path.glob("multirun/*/*/sweep.json")).read_text())
     score = {
         row["settings"].split("method=")[1].split()[0]: row["values"][0]
@@ -372,7 +372,7 @@ def test_a_method_is_one_yaml_and_one_small_file(finished: Path) -> None:
         "defaults:\n  - override /dsl: null\n  - override /npo: 'off'\n"
         "dsl:\n  _target_: longest.Longest\n  by: 2\n  start: 0\n"
     )
-    succeed(finished, "--config-dir=conf", *SMOKE, "method=longest")
+    succeed(finished, "--config-dir=conf", *SMOKE, "method=longest", "iterations=1")
     rows = summary(finished)["table"]
     assert all(row["pairs/flipped"] > 0 for row in rows[1:])
     wrong = train(finished, "--config-dir=conf", *SMOKE, "method=longest", "+dsl.bye=3")
@@ -426,7 +426,15 @@ def test_verifiable_rows_of_a_file_can_be_judged_by_rules(tmp_path: Path) -> Non
         {"id": i, "prompt": f"{i} plus {i}?", "response": f"It is {2 * i}.", "answer": str(2 * i)} for i in range(120)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    succeed(tmp_path, *SMOKE, "data=jsonl", "data.path=rows.jsonl", "data.max_response_tokens=16", "judge=rules")
+    succeed(
+        tmp_path,
+        *SMOKE,
+        "data=jsonl",
+        "data.path=rows.jsonl",
+        "data.max_response_tokens=16",
+        "judge=rules",
+        "sft.steps=20",
+    )
     last = summary(tmp_path)["table"][-1]
     assert 0 <= last["eval/score"] <= 100
     assert last["eval/score_human"] == 100
@@ -456,7 +464,7 @@ def test_real_data_and_a_real_model(shared: Path, tmp_path: Path) -> None:
             "model=local",
             f"model.path={shared / 'models' / 'stories260K'}",
         ),
-        *("data=jsonl", "data.path=rows.jsonl", "data.max_response_tokens=32", "eval.sequences=24"),
+        *("data=jsonl", "data.path=rows.jsonl", "data.max_response_tokens=32", "eval.sequences=24", "sft.steps=20"),
     )
     table = summary(tmp_path)["table"]
     assert all(np.isfinite(v) for row in table for v in row.values() if isinstance(v, float))
