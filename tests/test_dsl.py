@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from dnpo.dsl import (
     FirstTwo,
     HigherScoreChosen,
     HumanChosen,
+    Labelled,
     Labeller,
     Labels,
     RandomPairs,
@@ -331,6 +333,19 @@ def test_equal_scores_make_no_pair_and_are_counted(labeller: Labeller) -> None:
     found = labels_of(labeller, [50.0, 50.0, 50.0])
     assert found.pairs == []
     assert found.counts["tied"] == 1
+
+
+def test_a_labeller_sees_at_least_one_response() -> None:
+    """A prompt whose only sample equals the human response is counted, not shown."""
+
+    class Counts(HumanChosen):
+        def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Labelled]:
+            assert len(candidates) == 2
+            return super().__call__(prompt, candidates)
+
+    same = label(Counts(), [prompt("a")], [human("a", [7, 2])], [generated("a", [7, 2])], [])
+    assert (same.pairs, same.counts["identical"]) == ([], 1)
+    assert len(label(Counts(), [prompt("a")], [human("a")], [generated("a")], []).pairs) == 1
 
 
 @pytest.mark.parametrize("labeller", [BestWorst(), Ranked(), RandomPairs(), FirstTwo()])

@@ -149,7 +149,7 @@ def label(
         if labeller.right_from is not None:
             scores = [candidate(response).score or 0.0 for response in responses]
             right.append((len(scores), sum(score >= labeller.right_from for score in scores)))
-        labelled = labeller(prompt, [*fixed, *new])
+        labelled = labeller(prompt, [*fixed, *new]) if new else []
         if not labelled and labeller.nothing:
             counts["identical" if len(new) < labeller.fewest <= len(responses) else labeller.nothing] += 1
         pairs += [make_pair(prompt, chosen, rejected, iteration) for chosen, rejected in labelled]
