@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dnpo.commands.train import build, pass_gate
+from dnpo.data.prompts import All, Fresh
 from dnpo.data.seen import hash_conversation
 from dnpo.errors import JudgeError, ModelError, SettingsError
 from dnpo.generate import Sampling
@@ -334,6 +336,34 @@ def test_pairs_and_ratings_are_counted() -> None:
     fires(ratings, "warn", "in 1 (25.0%) the rejected response has the higher one; the first is odd", "data.columns")
     (alone,) = rows.pairs([replace(each, human_score=1.0) for each in PLAIN])
     fires(alone, "pass", "0 of 8 training rows bring a pair, 8 a rating")
+
+
+def plans(*parts: Any, generates: bool = True) -> Any:
+    """Plans that use these parts' prompts, in policy steps of three."""
+    rest = {"rollout": SimpleNamespace(generates=generates), "trainer": SimpleNamespace(batch_size=3)}
+    return [SimpleNamespace(k=k, prompts=part, **rest) for k, part in enumerate(parts)]
+
+
+def test_prompts_of_the_iterations_are_counted() -> None:
+    some = [row(str(i), f"What is {i} plus 2?") for i in range(40)]
+    assert rows.used(plans(All(), All()), some) == []
+    fresh = Fresh(shares=[1, 3])
+    (found,) = rows.used(plans(fresh, fresh), some)
+    fires(found, "pass", "of 40 training prompts the iterations use 10, 30")
+    paired = [replace(each, rejected="No.") if i < 36 else each for i, each in enumerate(some)]
+    seeded = Fresh(shares=[1, 1], seed_share=0.1)
+    (found,) = rows.used(plans(seeded, seeded, All()), paired)
+    fires(found, "warn", "use 36, 2, 40; those of 1 do not fill one policy step", "seed_pairs=share")
+    (found,) = rows.used(plans(All(), Fresh(shares=[1])), some)
+    fires(found, "stop", "prompts.shares=[1]: has 1 parts, and iterations=2 needs 2", "prompts=…")
+
+
+def test_iterations_on_given_pairs_need_some() -> None:
+    own = plans(All(), generates=False)
+    assert rows.used(own, [replace(PLAIN[0], rejected="No."), *PLAIN[1:]]) == []
+    (found,) = rows.used(own, PLAIN)
+    fires(found, "stop", "none of its 8 rows brings a rejected response", "data.columns")
+    fires(rows.used(own, [])[0], "stop", "iteration 0 has none of 0 training prompts")
 
 
 def test_many_removed_rows_are_said_with_examples() -> None:

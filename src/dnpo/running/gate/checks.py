@@ -9,7 +9,6 @@ from typing import Any
 from dnpo.errors import ModelError
 from dnpo.judges import Judge
 from dnpo.policy.model import Policy
-from dnpo.records import Prompt
 from dnpo.running.gate import judge, measures, needs, rows, text
 from dnpo.running.gate.finding import Finding, refuse
 from dnpo.running.gate.machine import Counts
@@ -65,7 +64,7 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
     other = run.second_judge
     return [
         judge.labels(scored[0].k if scored else None, scored[0].judge if scored else run.judge, data),
-        *_given(run, data["train"]),
+        *rows.used(run.plans, data["train"]),
         *([judge.second(other, data[measured], measured)] if other.gives_scores else []),
         judge.judge_prompts(run.judge.prompts_seen, data[measured], measured),
         rows.ids(data),
@@ -75,23 +74,6 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
         rows.near_duplicates(data["train"], redrawn),
         *rows.overlap(data),
     ]
-
-
-def _given(run: Run, train: Sequence[Prompt]) -> list[Finding]:
-    """Check that the rows bring pairs where iterations train on such, and prompts for every iteration."""
-    found = []
-    for plan in run.plans:
-        some = plan.prompts(train, plan.k)
-        setting = "prompts=…"
-        if not some:
-            found.append(Finding("prompts", "stop", f"iteration {plan.k} has none of {len(train):,} prompts", setting))
-        elif not plan.rollout.generates and not any(row.rejected is not None for row in some):
-            text = (
-                f"iteration {plan.k} trains on the data's own pairs, and none of its {len(some):,} rows brings a "
-                "rejected response"
-            )
-            found.append(Finding("given pairs", "stop", text, "data.columns, other data, or rollout=ahead"))
-    return found
 
 
 def _users_rows(facts: Mapping[str, Any], count: int) -> list[Finding]:

@@ -1,14 +1,18 @@
-"""Check the rows: ids, repeats, overlaps, lengths."""
+"""Check the rows: ids, repeats, overlaps, lengths, pairs, and which of them the iterations use."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dnpo.data import SPLITS
 from dnpo.data.duplicates import near, repeats
 from dnpo.data.unusable import list_reasons
+from dnpo.errors import DnpoError
 from dnpo.records import Prompt
-from dnpo.running.gate.finding import Finding
+from dnpo.running.gate.finding import Finding, refuse
+
+if TYPE_CHECKING:
+    from dnpo.stages.plan import Plan
 
 Rows = Mapping[str, Sequence[Prompt]]
 
@@ -118,6 +122,34 @@ def pairs(train: Sequence[Prompt]) -> list[Finding]:
         setting = "data.columns if these are no ratings of the responses, or the data"
         found.append(Finding("ratings", "warn" if against else "pass", text + such, setting))
     return found
+
+
+def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
+    """Check that every iteration has prompts, and pairs if it trains on the data's own; say how many prompts."""
+    found, sizes = [], []
+    for plan in plans:
+        try:
+            some = plan.prompts(train, plan.k)
+        except DnpoError as error:
+            return [refuse("prompts", error, "prompts=…, or the data")]
+        if not some:
+            text = f"iteration {plan.k} has none of {len(train):,} training prompts"
+            return [Finding("prompts", "stop", text, "prompts=…, or the data")]
+        if not plan.rollout.generates and not any(row.rejected is not None for row in some):
+            text = (
+                f"iteration {plan.k} trains on the data's own pairs, and none of its {len(some):,} rows brings a "
+                "rejected response"
+            )
+            found.append(Finding("given pairs", "stop", text, "data.columns, other data, or rollout=ahead"))
+        sizes.append(len(some))
+    if set(sizes) == {len(train)}:
+        return found
+    text = f"of {len(train):,} training prompts the iterations use {', '.join(f'{size:,}' for size in sizes)}"
+    few = [plan.k for plan, size in zip(plans, sizes, strict=True) if size < plan.trainer.batch_size]
+    if few:
+        text += f"; those of {', '.join(map(str, few))} do not fill one policy step"
+    setting = "prompts.shares; pairs=share and seed_pairs=share where nearly all rows bring pairs; or the data"
+    return [*found, Finding("prompts", "warn" if few else "pass", text, setting)]
 
 
 def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:
