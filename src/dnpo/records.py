@@ -64,7 +64,8 @@ class Response:
 
     Attributes:
         source: ``human``, ``given`` for the rejected one of the data's own pair, or ``policy@k``.
-        token_ids: completion tokens; the last is end-of-sequence if and only if ``finish`` is ``eos``.
+        token_ids: completion tokens; the last is end-of-sequence if ``finish`` is ``eos``, or if one was appended to a
+            response that was cut (``rollout.append_eos``).
         tokens: how many they are.
         finish: ``eos``, or ``length`` for one cut at the limit.
         logprob: log-probability of the completion under the policy that generated it, in nats; None for human ones.

@@ -81,15 +81,17 @@ def findings(
 
 
 def tables(name: str, run: Run, counts: Counts) -> int:
-    """Return the bytes of the tables that a stage of this name writes."""
+    """Return the bytes of the tables that a stage of this name writes, at most."""
     both, limit = counts.prompt + counts.response, counts.limit
+    most = max([plan.rollout.samples for plan in run.plans], default=1) or 1  # responses to a prompt
     samples = counts.held * (1 + run.eval.samples) + run.eval.sequences
     rows_and_tokens: dict[str, tuple[float, float]] = {
         "prompts": (2 * counts.all, both / 2),
-        "generate": (counts.train, limit),
-        "judge": (2 * counts.train, 0),
-        "pairs": (2 * counts.train, both + limit),  # once for dnpo, once as text for other trainers
-        "reference": (counts.train, 0),
+        "generate": (most * counts.train, limit),
+        "judge": ((1 + most) * counts.train, 0),
+        "pairs": (2 * most * counts.train, both + limit),  # once for dnpo, once as text for other trainers
+        "curriculum": (2 * most * counts.train, both + limit),
+        "reference": (most * counts.train, 0),
         "evaluate": (samples, limit),
     }
     return machine.table_bytes(*rows_and_tokens.get(name, (0, 0)))
