@@ -33,7 +33,7 @@ from dnpo.policy.packing import pack, pack_shared
 from dnpo.policy.question import TINY, ask, check_template, frame
 from dnpo.policy.tokenizer import encode, train_tokenizer
 from dnpo.records import GIVEN, HUMAN, Pair, Prompt, Response, Verdict, read, read_all
-from tests.commands import SMOKE, succeed
+from tests.commands import SMOKE, succeed, train
 from tests.conftest import Report, World, torch_optimizer, verdicts
 
 NEW = "policy@1"
@@ -414,6 +414,22 @@ def test_a_run_ranks_by_the_taught_policy_and_asks_it_about_its_pairs(tmp_path: 
     assert [p.strength for p in pairs] == pytest.approx(strengths, abs=1e-5)
     assert min(strengths) >= 0.5 - 1e-5
     assert pairs[0].chosen_score == pytest.approx(again[pairs[0].id, "policy@0", pairs[0].chosen_sample], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["judge=self"], ["'A'", "model.question"]),
+        (["judge=given"], ["GivenScores", "rollout=given"]),
+        (["judge=implicit"], ["judge=implicit", "iteration 0"]),
+        (["judge=rules", "judge@second_judge=implicit"], ["Implicit", "second_judge"]),
+    ],
+)
+def test_runs_that_cannot_judge_do_not_begin(words: list[str], named: list[str], tmp_path: Path) -> None:
+    done = train(tmp_path, *SMOKE, "method=spin", "iterations=1", "rollout.samples=2", "dsl=best_worst", *words)
+    assert done.returncode == 1
+    assert all(name in done.stdout + done.stderr for name in named)
+    assert not list(tmp_path.glob("store/*/*/manifest.json"))
 
 
 # --- teaching it

@@ -74,6 +74,11 @@ def _check_judge(plan: Plan) -> None:
     asks = plan.strength.asks
     if not (plan.dsl.needs_scores or asks):
         return
+    if plan.rollout.generates and plan.dsl.needs_scores and not plan.judge.judges_generated:
+        raise SettingsError(
+            f"judge: {type(plan.judge).__name__} knows ratings of the data's own responses alone, and rollout=ahead "
+            "generates others; take rollout=given, or a judge that reads texts"
+        )
     problem = plan.judge.accepts_policy(plan.k, is_initial=plan.k == 0)
     if problem is not None:
         raise SettingsError(problem)

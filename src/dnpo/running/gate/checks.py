@@ -26,6 +26,7 @@ def check(run: Run, iterations: Sequence[Iteration], store: Store, todo: Sequenc
         with _base(run, iterations[0].prompts, data, store) as folder:
             policy = run.model.outline(folder)
             found.append(measures.weights(policy, run.model.weights_are_here(folder)))
+            found += judge.models(run.plans, policy)
             tokens, counts = _tokens(run, data, policy)
             found += tokens
             if counts is not None:

@@ -1,6 +1,7 @@
 """Check the judge: whether it answers, and what it was fitted on."""
 
 from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
 from dnpo.data.seen import hash_conversation
 from dnpo.errors import DnpoError
@@ -11,6 +12,10 @@ from dnpo.running.gate.finding import Finding, refuse
 from dnpo.running.gate.rows import Rows
 from dnpo.settings import rename_settings
 from dnpo.stages.measures import SECOND
+from dnpo.stages.plan import Plan
+
+if TYPE_CHECKING:
+    from dnpo.policy.model import Policy
 
 
 def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
@@ -33,11 +38,31 @@ def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
 
 def second(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
     """Check that the second judge can judge the held-out rows."""
+    if not judge.measures_texts:
+        text = f"{type(judge).__name__} labels pairs of a run; it does not score texts alone, as measuring needs"
+        return Finding("second judge", "stop", text, "judge@second_judge=…")
     problem = judge.accepts(held)
     if problem is not None:
         text = f"as second judge: {rename_settings(problem, SECOND)}"
         return Finding("second judge", "stop", text, "judge@second_judge=…")
     return Finding("second judge", "pass", f"the second judge accepts all {len(held):,} {split} rows")
+
+
+def models(plans: Sequence[Plan], policy: "Policy") -> list[Finding]:
+    """Check that the judges that read the run's own policies can ask this model; nothing where there are none.
+
+    Args:
+        policy: the base model, which may have no weights.
+    """
+    judges: list[Judge] = []
+    for plan in plans:
+        asked = plan.dsl.needs_scores or plan.strength.asks
+        if asked and plan.judge.reads_policies and plan.judge not in judges:
+            judges.append(plan.judge)
+    problems = [problem for judge in judges if (problem := judge.accepts_model(policy)) is not None]
+    if problems:
+        return [Finding("judge's model", "stop", problems[0], "model.question, judge.template, or judge=…")]
+    return [Finding("judge's model", "pass", "the judge can ask policies of this model")] if judges else []
 
 
 def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> Finding:
