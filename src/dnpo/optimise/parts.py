@@ -237,7 +237,7 @@ class Statistics:
         return self.base(policy, reference, facts) + self.weight * facts.drift_B
 
 
-def watches(objective: Objective, total: int) -> "list[Watch]":
+def watches(objective: object, total: int) -> "list[Watch]":
     """What an objective measures besides log-probabilities in a training of so many policy steps; most: nothing."""
     make = getattr(objective, "watches", None)
     return [] if make is None else make(total)

@@ -6,7 +6,7 @@ chosen ones first.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -29,10 +29,12 @@ from dnpo.optimise.objective import (
     two_player,
     weighted_mean,
 )
-from dnpo.optimise.parts import Optimisation, PairOptimisation
+from dnpo.optimise.parts import Optimisation, PairOptimisation, watches
+from dnpo.optimise.reference import KeptHidden
 from dnpo.optimise.training import Batch, Training, fit, has_checkpoint, make_fused
+from dnpo.optimise.watch import Moments, Seen, States, Watch, measure_moments
 from dnpo.policy.logprobs import Head, token_logps
-from dnpo.policy.model import Policy
+from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import Packed, pack
 from dnpo.records import Pair, ReferenceLogps
 from dnpo.seeding import derive
@@ -70,6 +72,9 @@ class PairBatch(Batch):
         hidden_NH: these hidden states, if they have been kept.
         seeds: seeds of the noise, one for each pair.
         rejected_share: the weight of a mean over the batch's rejected tokens in its policy step.
+        numbers: the numbers of its pairs among all.
+        states_NH: the reference's hidden states of all its completion tokens, if the objective reads them and they have
+            been kept.
     """
 
     reference: PairLogps
@@ -79,6 +84,8 @@ class PairBatch(Batch):
     hidden_NH: Tensor | None
     seeds: tuple[int, ...]
     rejected_share: float
+    numbers: tuple[int, ...] = ()
+    states_NH: Tensor | None = None
 
     def to(self, device: torch.device) -> Self:
         """The same on another device."""
@@ -89,12 +96,13 @@ class PairBatch(Batch):
             facts=self.facts.to(device),
             rejected=None if self.rejected is None else self.rejected.to(device),
             hidden_NH=None if self.hidden_NH is None else self.hidden_NH.to(device),
+            states_NH=None if self.states_NH is None else self.states_NH.to(device),
         )
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The parts of the frozen reference that noise needs in addition to its log-probabilities.
+    """The parts of the frozen reference that noise or the objective needs besides its log-probabilities.
 
     Attributes:
         head: its output head.
@@ -109,10 +117,11 @@ class PreferenceTraining(Training):
     """Trains the policy against a frozen reference, and the noise on that reference against the policy.
 
     Args:
-        frozen: parts of the reference; None if the noise reads no states.
+        frozen: parts of the reference; None if nothing reads its hidden states in every step.
         noise: the noise; if it has no parameters, the policy is the only player.
         objective: (policy, reference, facts) → loss of each pair.
         beta: preference temperature of the noise term and of the reported margins and implicit rewards.
+        watches: what the objective measures besides log-probabilities.
     """
 
     policy: Policy
@@ -128,9 +137,10 @@ class PreferenceTraining(Training):
         noise: NoiseModule,
         objective: Objective,
         beta: float,
+        watches: Sequence[Watch] = (),
     ) -> None:
         super().__init__(policy, optimisation, total, report)
-        self.noise, self.objective, self.beta = noise, objective, beta
+        self.noise, self.objective, self.beta, self.watches = noise, objective, beta, watches
         self.frozen = frozen  # a plain object, so that its weights are neither registered nor saved
 
     @property
@@ -146,39 +156,87 @@ class PreferenceTraining(Training):
             optimizers.append(make_fused(Adam, list(self.noise.parameters()), {"lr": self.noise.learning_rate}))
         return optimizers, schedules
 
+    def training_step(self, batches: list[Any], batch_idx: int) -> None:
+        """One policy step, of which the watches take note."""
+        super().training_step(batches, batch_idx)
+        for watch in self.watches:
+            watch.end_step()
+
     def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The three terms of the two-player loss on one micro-batch of pairs."""
         pairs = cast(PairBatch, batch)
-        policy, reference = self._logps(pairs), pairs.reference
+        hidden_NH = self.policy.hidden(pairs.packed)
+        policy, reference = self._logps(pairs, hidden_NH), pairs.reference
         if self.policy_step == 0:
             self._check_step_zero(policy, pairs)
-        noisy, at_bound = self.noise(reference.rejected_B, self._prepare_rejected(pairs))
+        states = self._prepare_states(pairs)
+        facts, measured = self._measure(pairs, hidden_NH, policy, states)
+        noisy, at_bound = self.noise(reference.rejected_B, self._prepare_rejected(pairs, states))
         # Both are means over tokens, while the micro-batch is weighted by the weights of its pairs.
         weight = pairs.rejected_share / pairs.share
         noisy, at_bound = noisy._replace(variance=noisy.variance * weight), at_bound * weight
-        terms = two_player(self.objective, policy, reference, noisy, pairs.facts, self.noise.alpha, beta=self.beta)
+        terms = two_player(self.objective, policy, reference, noisy, facts, self.noise.alpha, beta=self.beta)
         with torch.no_grad():
-            metrics = self._metrics(policy.detach(), reference, noisy, pairs.facts.weight_B)
+            metrics = self._metrics(policy.detach(), reference, noisy, facts.weight_B)
+            metrics |= {name: weighted_mean(value_B, facts.weight_B) for name, value_B in measured.items()}
         metrics |= {"loss/policy": terms.policy}
         if self.noise.active:
             metrics |= {"loss/noise": terms.noise, "loss/variance": terms.variance, "npo/at_bound": at_bound}
         return terms.total, metrics
 
-    def _logps(self, batch: PairBatch) -> PairLogps:
+    def _logps(self, batch: PairBatch, hidden_NH: Tensor) -> PairLogps:
         """The policy's log-probabilities of both responses, or of the chosen ones if no rejected ones are read."""
-        logp_S = self.policy.logps(batch.packed)
+        logp_S = self.policy.sum_logps(hidden_NH, batch.packed)
         return split(logp_S) if len(logp_S) > len(batch.ids) else PairLogps(logp_S, torch.zeros_like(logp_S))
 
-    def _prepare_rejected(self, batch: PairBatch) -> Rejected | None:
-        """The reference's hidden states of the rejected tokens, read from disk or computed by a forward pass."""
+    def _measure(
+        self, batch: PairBatch, hidden_NH: Tensor, policy: PairLogps, states: States | None
+    ) -> tuple[Facts, dict[str, Tensor]]:
+        """Add what the watches measure to the facts; the metrics are one number for each pair."""
+        facts, metrics = batch.facts, dict[str, Tensor]()
+        own = States(hidden_NH, self.policy.head)
+        seen = Seen(self.policy_step, batch.numbers, batch.packed, policy, batch.reference, own, states)
+        for watch in self.watches:
+            facts, more = watch.measure(facts, seen)
+            metrics |= more
+        return facts, metrics
+
+    @torch.no_grad()
+    def _prepare_states(self, batch: PairBatch) -> States | None:
+        """The reference's hidden states of all completion tokens, if a watch reads them."""
+        if self.frozen is None or not any(watch.reads_states for watch in self.watches):
+            return None
+        return States(self._hidden(batch.states_NH, batch.packed), self.frozen.head)
+
+    def _prepare_rejected(self, batch: PairBatch, states: States | None) -> Rejected | None:
+        """The reference's hidden states of the rejected tokens, which may be among those of all tokens."""
         if self.frozen is None or batch.rejected is None:
             return None
-        packed, hidden_NH = batch.rejected, batch.hidden_NH
-        if hidden_NH is None:
-            assert self.frozen.body is not None, "hidden states are kept or can be made"
-            with torch.no_grad():
-                hidden_NH = self.frozen.body.hidden(packed)
+        packed = batch.rejected
+        hidden_NH = (
+            self._hidden(batch.hidden_NH, packed) if states is None else states.hidden_NH[-len(packed.target_N) :]
+        )
         return Rejected(hidden_NH, self.frozen.head, packed.target_N, packed.completions, batch.seeds)
+
+    @torch.no_grad()
+    def _hidden(self, kept_NH: Tensor | None, packed: Packed) -> Tensor:
+        """The reference's hidden states, read from disk or computed by a forward pass."""
+        if kept_NH is not None:
+            return kept_NH
+        assert self.frozen is not None
+        assert self.frozen.body is not None, "hidden states are kept or can be made"
+        return self.frozen.body.hidden(packed)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the watches remember."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["watches"] = [watch.state_dict() for watch in self.watches]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it."""
+        super().on_load_checkpoint(checkpoint)
+        for watch, state in zip(self.watches, checkpoint.get("watches", []), strict=True):
+            watch.load_state_dict(state)
 
     def _metrics(
         self, policy: PairLogps, reference: PairLogps, noisy: NoisyReference, weight_B: Tensor
@@ -220,7 +278,7 @@ class PreferenceTraining(Training):
         if off_by <= tolerance:
             return
         with self.policy.evaluating():
-            calm = self._logps(batch)
+            calm = self._logps(batch, self.policy.hidden(batch.packed))
         if _difference(calm, expected) <= tolerance:
             cause = "dropout is on: every dropout of the model has to be 0"
         elif hasattr(self.policy.model, "peft_config"):
@@ -285,7 +343,7 @@ def optimise(
     seed: int,
     folder: Path,
     report: Report,
-    hidden: Callable[[Sequence[int]], Tensor] | None = None,
+    hidden: KeptHidden | None = None,
     frozen: Policy | None = None,
     expected: Mapping[int, ReferenceLogps] | None = None,
 ) -> list[dict[str, float]]:
@@ -300,7 +358,8 @@ def optimise(
         objective: (policy, reference, facts) → loss of each pair.
         beta: preference temperature of the noise term and the reported margins.
         seed: seed of the order of the pairs and of the noise.
-        hidden: numbers of pairs → the reference's hidden states of their rejected tokens, if they have been kept.
+        hidden: the reference's hidden states of their rejected tokens, or of all completion tokens, if they have been
+            kept.
         frozen: the reference; None if it is the policy before training.
         expected: the policy's log-probabilities of the first step's pairs before training, by number, from
             :func:`score_first`; None if the reference has them, which is then the policy before training.
@@ -318,6 +377,9 @@ def optimise(
     nothing = ReferenceLogps(0, 0.0, 0.0)
     tokens = [len(p.rejected_ids) for p in pairs]
     weight, used = [p.weight for p in pairs], with_weight(pairs)
+    groups = optimisation.groups(len(used), seed)
+    watching = watches(objective, len(groups))
+    reads_all = any(watch.reads_states for watch in watching)
 
     def collate(numbers: Sequence[int], piece: Slice) -> PairBatch:
         some = [pairs[i] for i in numbers]
@@ -330,24 +392,53 @@ def optimise(
             else pack(prompts, chosen),
             ids=tuple(p.id for p in some),
             share=sum(weight[i] for i in numbers) / sum(weight[used[i]] for i in piece.group),
-            reference=to_tensors([nothing if reference is None else reference[i] for i in numbers]),
-            expected=to_tensors([start[i] for i in numbers]) if start and not piece.step else None,
+            reference=to_tensors([nothing if reference is None else reference[i] for i in numbers], both),
+            expected=to_tensors([start[i] for i in numbers], both) if start and not piece.step else None,
             facts=make_facts(some),
             rejected=pack(prompts, rejected) if noise.reads_states else None,
-            hidden_NH=hidden(numbers) if noise.reads_states and hidden is not None else None,
+            hidden_NH=hidden(numbers) if noise.reads_states and not reads_all and hidden is not None else None,
             seeds=tuple(derive(seed, "noise", piece.step, i) for i in numbers),
             rejected_share=sum(tokens[i] for i in numbers) / max(sum(tokens[used[i]] for i in piece.group), 1),
+            numbers=tuple(numbers),
+            states_NH=hidden.of_both(numbers) if reads_all and hidden is not None and hidden.both else None,
         )
 
     parts = None
-    if noise.reads_states:
-        body = (frozen or policy.reference()) if hidden is None else None
+    if noise.reads_states or reads_all:
+        body = (frozen or policy.reference()) if hidden is None or (reads_all and not hidden.both) else None
         parts = Frozen((body or frozen or policy).head.frozen(), body)
-    groups = optimisation.groups(len(used), seed)
+    moments = None
+    for watch in watching:
+        if watch.reads_moments:
+            moments = moments or _measure_moments(frozen or policy, pairs, used, optimisation)
+            watch.prepare(moments)
     module = PreferenceTraining(
-        policy, optimisation, len(groups), report, frozen=parts, noise=noise, objective=objective, beta=beta
+        policy,
+        optimisation,
+        len(groups),
+        report,
+        frozen=parts,
+        noise=noise,
+        objective=objective,
+        beta=beta,
+        watches=watching,
     )
     return fit(module, Batches(used, groups, optimisation.rows_at_once, collate), folder)
+
+
+def _measure_moments(
+    reference: Policy, pairs: Sequence[Pair], used: Sequence[int], optimisation: PairOptimisation
+) -> Moments:
+    """The reference's hidden states on the chosen responses of pairs, in means and variances."""
+    lengths = [len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids) for i in used]
+    batches = (
+        (numbers, pack([pairs[i].prompt_ids for i in numbers], [pairs[i].chosen_ids for i in numbers]))
+        for numbers in ([used[i] for i in some] for some in by_length(lengths))
+    )
+    device = reference.device
+    products = torch.autocast(device.type, torch.bfloat16, enabled=optimisation.autocast)
+    with reference.evaluating(), products:
+        return measure_moments(lambda packed: reference.hidden(packed.to(device)), batches, len(pairs))
 
 
 def score_first(
@@ -391,9 +482,11 @@ def reads_rejected(objective: Objective) -> bool:
     return bool(getattr(objective, "reads_rejected", True))
 
 
-def to_tensors(rows: Sequence[ReferenceLogps]) -> PairLogps:
-    """The log-probabilities of B pairs, on the CPU."""
-    return PairLogps(torch.tensor([row.chosen for row in rows]), torch.tensor([row.rejected for row in rows]))
+def to_tensors(rows: Sequence[ReferenceLogps], both: bool = True) -> PairLogps:
+    """The log-probabilities of B pairs, on the CPU; 0 for rejected responses unless both are read."""
+    return PairLogps(
+        torch.tensor([row.chosen for row in rows]), torch.tensor([row.rejected if both else 0.0 for row in rows])
+    )
 
 
 def split(logp_S: Tensor) -> PairLogps:

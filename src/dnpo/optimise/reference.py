@@ -69,7 +69,15 @@ def read_scores(folder: Path, count: int) -> list[ReferenceLogps]:
 
 @torch.no_grad()
 def keep_hidden(
-    policy: Policy, pairs: Sequence[Pair], *, autocast: bool, required: bool, folder: Path, report: Report
+    policy: Policy,
+    pairs: Sequence[Pair],
+    *,
+    autocast: bool,
+    required: bool,
+    folder: Path,
+    report: Report,
+    both: bool = False,
+    setting: str = "npo.cache_hidden",
 ) -> dict[str, int]:
     """Write the policy's hidden states that predict rejected tokens into memory-mapped shards in ``folder``.
 
@@ -77,6 +85,8 @@ def keep_hidden(
 
     Args:
         required: whether lack of room is an error; otherwise the states are recomputed in every step.
+        both: keep those of chosen tokens too; a pair's are then its chosen response's, followed by its rejected one's.
+        setting: the name of the setting that requires them.
 
     Raises:
         DiskError: there is no room and they are required.
@@ -85,18 +95,20 @@ def keep_hidden(
     from safetensors.torch import save_file
 
     dtype = torch.bfloat16 if autocast else policy.head.weight_VH.dtype
-    tokens = sum(len(p.rejected_ids) for p in pairs)
+    kept_of = [[*([p.chosen_ids] if both else []), p.rejected_ids] for p in pairs]
+    tokens = sum(len(ids) for responses in kept_of for ids in responses)
     size = tokens * policy.head.weight_VH.shape[1] * dtype.itemsize
     kept = sum(f.stat().st_size for f in folder.glob("hidden-*.safetensors"))
     free = shutil.disk_usage(folder).free
-    need = f"the reference's hidden states of {tokens:,} rejected tokens take {_human(size)}"
+    need = f"the reference's hidden states of {tokens:,} {'' if both else 'rejected '}tokens take {_human(size)}"
     if size - kept > free - SPARE:
         lack = f"{need}, and {folder} has {_human(free)} free, of which {_human(SPARE)} stay so"
         if required:
-            raise DiskError(f"npo.cache_hidden=on: {lack}; make room, move the store (store=…), or take auto or off")
+            raise DiskError(f"{setting}=on: {lack}; make room, move the store (store=…), or take auto or off")
         raise Declined(f"{lack}: they are computed again in every step instead")
     report.note(f"{need} on disk ({folder})")
-    shards = _shards([len(p.prompt_ids) + len(p.rejected_ids) for p in pairs])
+    lengths = [len(p.prompt_ids) + sum(map(len, ids)) for p, ids in zip(pairs, kept_of, strict=True)]
+    shards = _shards(lengths)
     paths = [folder / f"hidden-{number:05d}.safetensors" for number in range(len(shards))]
     report.begin(len(pairs), "pairs", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
     for shard, path in zip(shards, paths, strict=True):
@@ -104,40 +116,62 @@ def keep_hidden(
             continue
         states: list[Tensor] = []
         order: list[int] = []
-        for some in by_length([len(pairs[i].prompt_ids) + len(pairs[i].rejected_ids) for i in shard]):
+        for some in by_length([lengths[i] for i in shard]):
             these = [shard[i] for i in some]
-            batch = pack([pairs[i].prompt_ids for i in these], [pairs[i].rejected_ids for i in these])
+            prompts = [pairs[i].prompt_ids for i in these for _ in kept_of[i]]
+            batch = pack(prompts, [ids for i in these for ids in kept_of[i]])
             with policy.evaluating(), _products(policy, autocast):
                 states.append(policy.hidden(batch.to(policy.device)).to(dtype).cpu())
             order += these
             report.advance(len(these))
-        lengths = torch.tensor([len(pairs[i].rejected_ids) for i in order])
+        held = {
+            "hidden": torch.cat(states),
+            "pair": torch.tensor(order),
+            "length": torch.tensor([sum(map(len, kept_of[i])) for i in order]),
+        }
+        if both:
+            held["chosen"] = torch.tensor([len(pairs[i].chosen_ids) for i in order])
         aside = disk.name_aside(path)
-        save_file({"hidden": torch.cat(states), "pair": torch.tensor(order), "length": lengths}, aside)
+        save_file(held, aside)
         disk.replace(aside, path)
     return {"tokens": tokens, "bytes": size}
 
 
 class KeptHidden:
-    """The hidden states that :func:`keep_hidden` wrote, read from disk on demand."""
+    """The hidden states that :func:`keep_hidden` wrote, read from disk on demand.
+
+    Attributes:
+        both: whether those of chosen tokens are among them.
+    """
 
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
 
-        self.where: dict[int, tuple[int, int, int]] = {}  # pair → file, first row, one past the last
+        self.both = False
+        self.where: dict[
+            int, tuple[int, int, int, int]
+        ] = {}  # pair → file, first row, first rejected, one past the last
         self.files = []
         for number, path in enumerate(sorted(folder.glob("hidden-*.safetensors"))):
             file: Any = safe_open(path, framework="pt")
             lengths: list[int] = file.get_tensor("length").tolist()
+            self.both = "chosen" in file.keys()  # noqa: SIM118  # no mapping
+            chosen: list[int] = file.get_tensor("chosen").tolist() if self.both else [0] * len(lengths)
             starts = [0, *accumulate(lengths)]
             for i, pair in enumerate(file.get_tensor("pair").tolist()):
-                self.where[pair] = (number, starts[i], starts[i + 1])
+                self.where[pair] = (number, starts[i], starts[i] + chosen[i], starts[i + 1])
             self.files.append(file.get_slice("hidden"))
 
     def __call__(self, pairs: Sequence[int]) -> Tensor:
         """The states of these pairs' rejected tokens, pair after pair, shape N × H."""
         found = [self.where[pair] for pair in pairs]
-        return torch.cat([self.files[number][start:end] for number, start, end in found])
+        return torch.cat([self.files[number][middle:end] for number, _, middle, end in found])
+
+    def of_both(self, pairs: Sequence[int]) -> Tensor:
+        """The states of these pairs' chosen tokens, pair after pair, then those of their rejected tokens, N × H."""
+        found = [self.where[pair] for pair in pairs]
+        chosen = [self.files[number][start:middle] for number, start, middle, _ in found]
+        return torch.cat([*chosen, self(pairs)])
 
 
 def _shards(lengths: Sequence[int]) -> list[list[int]]:

@@ -4,7 +4,7 @@ A watch adds numbers to the :class:`Facts` that its objective reads. It may keep
 checkpoints. Shapes: B pairs, N completion tokens of their responses, the chosen ones first, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -198,7 +198,7 @@ def mean_by_sequence(value_NH: Tensor, lengths_S: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_moments(
-    hidden: Callable[[Packed], Tensor], batches: Sequence[tuple[Sequence[int], Packed]], pairs: int
+    hidden: Callable[[Packed], Tensor], batches: Iterable[tuple[Sequence[int], Packed]], pairs: int
 ) -> Moments:
     """Compute the :class:`Moments` of a model from batches of chosen responses.
 

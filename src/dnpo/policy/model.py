@@ -108,7 +108,11 @@ class Policy:
 
     def logps(self, batch: Packed) -> Tensor:
         """log p(completion | prompt) of each sequence, float32, shape S."""
-        return sum_by_sequence(token_logps(self.hidden(batch), self.head, batch.target_N), batch.completions_S)
+        return self.sum_logps(self.hidden(batch), batch)
+
+    def sum_logps(self, hidden_NH: Tensor, batch: Packed) -> Tensor:
+        """The same from the hidden states that predict the completion tokens."""
+        return sum_by_sequence(token_logps(hidden_NH, self.head, batch.target_N), batch.completions_S)
 
     @torch.no_grad()
     def score(self, prompts: Sequence[list[int]], completions: Sequence[list[int]], *, samples: int = 1) -> list[float]:
