@@ -1,6 +1,5 @@
 """dnpo's own training step: its Lightning modules' ``terms`` on its packed batches, and its optimizers."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +16,36 @@ from benchmarks.variant import (
     Variant,
 )
 from dnpo.optimise.npo import SilentModule, TrainableModule
-from dnpo.optimise.objective import Facts, PairLogps, logistic
-from dnpo.optimise.parts import PairOptimisation
+from dnpo.optimise.objective import Facts, PairLogps
+from dnpo.optimise.parts import (
+    Likelihood,
+    Logistic,
+    OddsRatio,
+    PairOptimisation,
+    PerToken,
+    Refined,
+    Squared,
+    Statistics,
+    watches,
+)
 from dnpo.optimise.preference import Frozen, PairBatch, PreferenceTraining, split
+from dnpo.optimise.watch import Moments, measure_moments
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed, pack
 from dnpo.settings import Bound
+
+LOSSES: dict[str, Any] = {
+    "ipo": Squared(beta=BETA),
+    "simpo": PerToken(),
+    "orpo": OddsRatio(),
+    "nll": Likelihood(),
+    "refined": Refined(beta=BETA, warmup=0.0),
+    "statistics": Statistics(base=Logistic(beta=BETA)),
+}
+
+
+def _pack_both(pairs: Pairs) -> Packed:
+    return pack(pairs.prompts * 2, pairs.chosen + pairs.rejected, share_prompt=True)
 
 
 class Ours(Variant):
@@ -32,6 +55,8 @@ class Ours(Variant):
     ``online``: for DPO the reference scores every batch, as in other implementations; for NPO its log-probabilities
     are cached and only the hidden states of rejected responses are computed in every step, as dnpo does where they
     do not fit on the disk.
+
+    Of other objectives all is kept that they read of the reference; ``soft`` and ``weighted`` are the logistic one.
     """
 
     def __init__(self, objective: str, reference: str, **setting: Any) -> None:
@@ -52,7 +77,13 @@ class Ours(Variant):
                 start_log_std=START_LOG_STD,
             ).to(self.device)
         self._online = None if cached else self.policy.reference()
-        frozen = Frozen((self._online or self.policy).head.frozen(), self._online) if noisy else None
+        loss = LOSSES.get(objective, Logistic(beta=BETA))
+        self._both = getattr(loss, "reads_rejected", True)
+        watching = watches(loss, len(self.batches))
+        reads_all = any(watch.reads_states for watch in watching)
+        frozen = None
+        if noisy or reads_all:
+            frozen = Frozen((self._online or self.policy).head.frozen(), self._online)
         optimizer = Bound("torch.optim.RMSprop", {"lr": LEARNING_RATE})
         self.training = PreferenceTraining(
             self.policy,
@@ -61,26 +92,45 @@ class Ours(Variant):
             Quiet(),
             frozen=frozen,
             noise=noise,
-            objective=partial(logistic, beta=BETA),
+            objective=loss,
             beta=BETA,
+            watches=watching,
         )
         self.training.policy_step = 1  # past the check that the policy starts as the reference
         self.optimizers, _ = self.training.configure_optimizers()
         with torch.no_grad():
-            logps = [split(self.policy.logps(self._pack(pairs).to(self.device))) for pairs in self.batches]
+            whole = [_pack_both(pairs).to(self.device) for pairs in self.batches]
+            logps = [split(self.policy.logps(packed)) for packed in whole]
             self._logps = [PairLogps(*(t.cpu() for t in both)) for both in logps]
+            if not self._both:
+                self._logps = [each._replace(rejected_B=torch.zeros_like(each.chosen_B)) for each in self._logps]
             self._hidden = [self._states(pairs) for pairs in self.batches] if noisy and cached else None
+            self._all = [self.policy.hidden(packed).cpu() for packed in whole] if reads_all else None
+            for watch in watching:
+                if watch.reads_moments:
+                    watch.prepare(self._measure_moments())
 
     def _pack(self, pairs: Pairs) -> Packed:
-        return pack(pairs.prompts * 2, pairs.chosen + pairs.rejected, share_prompt=True)
+        return _pack_both(pairs) if self._both else pack(pairs.prompts, pairs.chosen)
+
+    def _measure_moments(self) -> Moments:
+        chosen = [pack(pairs.prompts, pairs.chosen).to(self.device) for pairs in self.batches]
+        numbers = [self._numbers(index) for index in range(len(chosen))]
+        return measure_moments(self.policy.hidden, zip(numbers, chosen, strict=True), sum(map(len, numbers)))
+
+    def _numbers(self, index: int) -> tuple[int, ...]:
+        size = len(self.batches[index].prompts)
+        return tuple(range(index * size, (index + 1) * size))
 
     def _states(self, pairs: Pairs) -> torch.Tensor:
         return self.policy.hidden(pack(pairs.prompts, pairs.rejected).to(self.device)).cpu()
 
     def _facts(self, pairs: Pairs) -> Facts:
-        hard_B = torch.ones(len(pairs.prompts))
+        size = len(pairs.prompts)
+        strength_B = torch.linspace(0.5, 1.0, size) if self.objective == "soft" else torch.ones(size)
+        weight_B = torch.linspace(0.1, 2.0, size) if self.objective == "weighted" else torch.ones(size)
         lengths = (torch.tensor([float(len(row)) for row in rows]) for rows in (pairs.chosen, pairs.rejected))
-        return Facts(hard_B, hard_B, torch.zeros_like(hard_B), *lengths)
+        return Facts(strength_B, weight_B, torch.zeros(size), *lengths)
 
     def _batch(self, index: int) -> PairBatch:
         pairs, noisy = self.batches[index], self.objective == "npo"
@@ -89,11 +139,14 @@ class Ours(Variant):
             ids=tuple(map(str, range(len(pairs.prompts)))),
             share=1.0,
             reference=self._logps[index],
+            expected=None,
             facts=self._facts(pairs),
             rejected=pack(pairs.prompts, pairs.rejected) if noisy else None,
             hidden_NH=self._hidden[index] if self._hidden is not None else None,
             seeds=tuple(range(len(pairs.prompts))),
             rejected_share=1.0,
+            numbers=self._numbers(index),
+            states_NH=self._all[index] if self._all is not None else None,
         ).to(self.device)
         return batch
 
@@ -106,6 +159,8 @@ class Ours(Variant):
             batch = PairBatch(**{**vars(batch), "reference": scored})
         loss, metrics = self.training.terms(batch)
         loss.backward()
+        for watch in self.training.watches:
+            watch.end_step()
         return float(metrics["loss/policy"].detach())
 
     def body(self, index: int) -> None:

@@ -3,6 +3,7 @@
 python -m benchmarks.step                       # the head-heavy model; TRL where it is installed
 python -m benchmarks.step --shape body          # the body-heavy one
 python -m benchmarks.step --shape 7b --lora 16  # a Mistral 7B with random weights, on a GPU
+python -m benchmarks.step --objectives          # ours under other objectives over the logistic one, 20 rounds
 python -m benchmarks.step --flops               # counted matrix products against the closed formula
 """
 
@@ -15,6 +16,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Facts, Worker
 from benchmarks.problem import SHAPES, Pairs, Shape, batches
+from benchmarks.variant import OBJECTIVES
 from benchmarks.worker import NAMES, add_arguments, dtype_of, pass_on
 
 # numerator, denominator, target on the head-heavy model and on the body-heavy one
@@ -28,7 +30,17 @@ RATIOS: tuple[tuple[str, str, dict[str, float]], ...] = (
     ("naive-npo-cached", "naive-dpo-cached", {}),
     ("ours-npo-cached", "naive-npo-cached", {}),
 )
-DEFAULT = tuple(name for name in NAMES if name not in ("trl-dpo-online", "naive-npo-online"))
+LOGISTIC = ("ours-dpo-cached", "ours-dpo-online")
+LIMITS = {"soft": 1.05, "weighted": 1.05, "ipo": 1.05, "simpo": 1.05, "nll": 0.6, "refined": 1.35, "statistics": 1.1}
+OTHERS: tuple[tuple[str, str, dict[str, float]], ...] = (
+    *((f"ours-{name}-cached", LOGISTIC[0], {"head": limit, "body": limit}) for name, limit in LIMITS.items()),
+    ("ours-orpo-cached", LOGISTIC[1], {"head": 0.85, "body": 0.85}),
+)
+DEFAULT = tuple(
+    name
+    for name in NAMES
+    if name not in ("trl-dpo-online", "naive-npo-online") and name.split("-")[1] not in OBJECTIVES
+)
 TRL_NOTE = (
     "On a CPU TRL falls back to scoring every position of padded rows; on a GPU it tiles as dnpo does, but pads rows."
 )
@@ -38,13 +50,17 @@ def main() -> None:
     """Measure, print, write."""
     parser = harness.common_arguments("step", "Seconds of a training step, variant against variant.")
     add_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=6, help="measured steps of each variant (default: 6)")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=DEFAULT, metavar="VARIANT",
+    parser.add_argument("--rounds", type=int, help="measured steps of each variant (default: 6, of objectives 20)")
+    parser.add_argument("--objectives", action="store_true", help="ours under other objectives, over the logistic one")
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="VARIANT",
                         help=f"of {', '.join(NAMES)}")  # fmt: skip
     parser.add_argument("--flops", action="store_true", help="count matrix products instead of seconds")
     parser.add_argument("--one-at-a-time", action="store_true", help="start a worker anew for every run, so that only "
                         "one model is in memory (always so for 7b)")  # fmt: skip
     given = parser.parse_args()
+    given.rounds = given.rounds or (20 if given.objectives else 6)
+    others = [*LOGISTIC, *(name for name, _, _ in OTHERS)]
+    given.only = given.only or (others if given.objectives else DEFAULT)
     if given.flops and given.lora:
         parser.error("--flops: the formula is for models whose weights are all trained, not for --lora")
     shape = SHAPES[given.shape]
@@ -56,6 +72,7 @@ def main() -> None:
         f"-{given.shape}"
         + (f"-kept{given.kept}" if kept else "")
         + (f"-lora{given.lora}" if given.lora else "")
+        + ("-objectives" if given.objectives else "")
         + ("-flops" if given.flops else "")
     )
     out = given.out if given.out != harness.RESULTS / "step.json" else harness.RESULTS / f"step{suffix}.json"
@@ -89,7 +106,7 @@ def _seconds(given: argparse.Namespace, title: str) -> Facts:
         print(f"{name}: left out: {reason}")
     ratios = [
         harness.ratio(f"{over} / {under}", seconds[over], seconds[under], targets.get(given.shape))
-        for over, under, targets in RATIOS
+        for over, under, targets in (*RATIOS, *OTHERS)
         if over in seconds and under in seconds
     ]
     if ratios:

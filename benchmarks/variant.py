@@ -12,6 +12,7 @@ NOISE_LEARNING_RATE = 1e-3
 ALPHA = 0.1
 START_LOG_STD = -1.0
 MAX_VARIANCE = 1.0
+OBJECTIVES = ("soft", "weighted", "ipo", "simpo", "orpo", "nll", "refined", "statistics")
 
 
 class Skip(Exception):
@@ -22,7 +23,7 @@ class Variant:
     """One way to train on a batch of pairs, from token ids to updated weights.
 
     Args:
-        objective: ``dpo`` or ``npo``.
+        objective: ``dpo`` or ``npo``, or for ours one of ``OBJECTIVES``.
         reference: ``online`` runs the reference in every step, ``cached`` runs it before.
         shape, device, dtype, lora: of the model.
         batches: all training batches, from which a variant may compute things before the first step.

@@ -12,12 +12,13 @@ from benchmarks import harness
 from benchmarks.flops import count_flops, formula
 from benchmarks.harness import Facts
 from benchmarks.problem import SHAPES, batches
-from benchmarks.variant import Skip, Variant
+from benchmarks.variant import OBJECTIVES, Skip, Variant
 
 NAMES = (
     *(f"{who}-{objective}-{reference}" for who in ("naive", "ours") for objective in ("dpo", "npo")
       for reference in ("online", "cached")),
     *("trl-dpo-online", "trl-dpo-cached"),
+    *(f"ours-{objective}-cached" for objective in OBJECTIVES),
 )  # fmt: skip
 
 
@@ -114,8 +115,9 @@ def _serve(given: argparse.Namespace) -> None:
     warm: list[bool] = []
 
     def calculate_flops(index: int) -> Facts | None:
-        """The formula does not cover adapters."""
-        return None if given.lora else formula(given.variant, shape, some[index], device)
+        """The formula covers neither adapters nor other objectives."""
+        known = given.variant.split("-")[1] in ("dpo", "npo")
+        return None if given.lora or not known else formula(given.variant, shape, some[index], device)
 
     def handle(request: Facts) -> Facts:
         index = request["batch"] % len(some)
