@@ -34,6 +34,8 @@ class Objective(Protocol):
     - ``reads_rejected``: whether it reads those of rejected responses; True if absent. If not, only chosen responses go
       through the model, and 0 stands for the others.
     - ``needs_states``: whether it reads the reference's hidden states; False if absent.
+    - ``keeps_states``: whether those of both responses, if it reads them in every step, are kept, as
+      ``Noise.cache_hidden``; off if absent.
     - ``watches(total)``: what it measures besides log-probabilities in a training of so many policy steps, see
       ``watch.py``; nothing if absent.
 
@@ -166,6 +168,7 @@ class Refined:
         percentile: of the confidences of the last pairs, in percent.
         window: how many last pairs these are.
         warmup: share of the policy steps before labels become suspect.
+        cache_hidden: as in :class:`Noise`, of both responses.
     """
 
     beta: Positive
@@ -174,11 +177,17 @@ class Refined:
     percentile: Annotated[float, Range(ge=0, le=100)] = 10.0
     window: Count = 50
     warmup: Fraction = 0.2
+    cache_hidden: Cache = neutral("auto")
 
     @property
     def needs_states(self) -> bool:
         """Whether it reads the reference's hidden states."""
         return self.alpha > 0 and self.extrapolation > 0
+
+    @property
+    def keeps_states(self) -> Cache:
+        """Whether the reference's hidden states of both responses are kept."""
+        return self.cache_hidden if self.needs_states else "off"
 
     def watches(self, total: int) -> "list[Watch]":
         """What looks for suspect labels in a training of so many policy steps."""
@@ -224,6 +233,11 @@ class Statistics:
     def reads_rejected(self) -> bool:
         """Whether the other objective does."""
         return getattr(self.base, "reads_rejected", True)
+
+    @property
+    def keeps_states(self) -> Cache:
+        """As the other objective."""
+        return getattr(self.base, "keeps_states", "off")
 
     def watches(self, total: int) -> "list[Watch]":
         """What measures the distance, after what the other objective has."""

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dnpo.evaluate import Held
     from dnpo.generate import Sampling
     from dnpo.judges import Judge
+    from dnpo.optimise.parts import Cache
     from dnpo.policy.model import Policy
 
 
@@ -489,33 +490,48 @@ def reference(run: Run, plan: Plan, task: Task) -> Facts:
     return {"pairs": len(rows), "weights": start.fingerprint()}
 
 
-@verb("hidden", 1, lambda run, plan: {"autocast": plan.trainer.autocast}, title="hidden states")
+def keeping(plan: Plan) -> tuple["Cache", bool]:
+    """Whether the reference's hidden states are kept, and whether those of chosen tokens too."""
+    modes = {plan.npo.cache_hidden if plan.npo.reads_states else "off", getattr(plan.objective, "keeps_states", "off")}
+    mode: Cache = "on" if "on" in modes else "auto" if "auto" in modes else "off"
+    return mode, getattr(plan.objective, "keeps_states", "off") != "off"
+
+
+@verb(
+    "hidden",
+    1,
+    lambda run, plan: {"autocast": plan.trainer.autocast, **({"both": True} if keeping(plan)[1] else {})},
+    title="hidden states",
+)
 def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
-    """Keep the reference's hidden states of rejected tokens."""
+    """Keep the reference's hidden states of rejected tokens, or of all completion tokens."""
     from dnpo.optimise import reference
 
     rows = read(task.inputs["pairs"] / "pairs.parquet", Pair)
-    if plan.npo.cache_hidden == "auto" and plan.trainer.passes(len(rows)) <= 1:
+    mode, both = keeping(plan)
+    if mode == "auto" and plan.trainer.passes(len(rows)) <= 1:
         raise Declined  # a single epoch reads nothing twice
     start = run.policy(task.inputs)
     facts = reference.keep_hidden(
         start,
         rows,
         autocast=plan.trainer.autocast,
-        required=plan.npo.cache_hidden == "on",
+        required=mode == "on",
         folder=task.folder,
         report=task.report,
+        both=both,
+        setting="objective.cache_hidden" if both else "npo.cache_hidden",
     )
     return {**facts, "weights": start.fingerprint()}
 
 
 def find_aids(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pairs: Stage) -> dict[str, Stage]:
-    """Lay out the stages that only save work in training: hidden states, if noise reads them and they are kept.
+    """Lay out the stages that only save work in training: hidden states, if they are read and kept.
 
     Args:
         frozen: the policy that the reference is; None for the base model.
     """
-    if plan.npo.cache_hidden == "off":
+    if keeping(plan)[0] == "off":
         return {}
     return {"hidden": keep_hidden(run, plan, prompts=prompts, policy=frozen, pairs=pairs)}
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from dnpo.optimise.npo import NoiseModule
-from dnpo.optimise.parts import MatchedOffset, Optimisation
+from dnpo.optimise.parts import MatchedOffset, Optimisation, watches
 from dnpo.policy.model import Policy, device_of
 from dnpo.running.gate import machine
 from dnpo.running.gate.finding import Finding
 from dnpo.running.gate.machine import Counts, ModelShape
 from dnpo.stages.plan import Iteration, Plan, Run
-from dnpo.stages.verbs import with_matched_noise
+from dnpo.stages.verbs import keeping, with_matched_noise
 from dnpo.store import Stage, Store
 
 
@@ -106,6 +106,7 @@ class _Training:
         number: number of trainings behind its policy, including itself.
         how: settings of the training.
         noise: noise module on the meta device; None for fine-tuning.
+        reads: whether hidden states of a reference are read in every step.
         states: bytes of the hidden states that are kept for it.
         declines: whether it trains without kept states if there is no room.
     """
@@ -114,6 +115,7 @@ class _Training:
     number: int
     how: Optimisation
     noise: NoiseModule | None
+    reads: bool
     states: int
     declines: bool
 
@@ -125,13 +127,13 @@ class _Training:
     @property
     def needs_copy(self) -> bool:
         """Whether it needs a frozen copy of the model."""
-        return self.noise is not None and self.noise.reads_states and not self.states
+        return self.reads and not self.states
 
 
 def _trainings(run: Run, of: ModelShape, counts: Counts) -> list[_Training]:
     trainings = []
     if run.sft.groups(counts.train, 0):
-        trainings.append(_Training(-1, 1, run.sft, None, 0, False))
+        trainings.append(_Training(-1, 1, run.sft, None, False, 0, False))
     first = len(trainings) + 1
     plans = [plan for each in run.plans for plan in (with_matched_noise(each), each) if plan is not None]
     for plan in plans:
@@ -139,13 +141,15 @@ def _trainings(run: Run, of: ModelShape, counts: Counts) -> list[_Training]:
         part = plan.npo
         with torch.device("meta"):
             noise = (part.at(0.0) if isinstance(part, MatchedOffset) else part).module(of.width, of.vocabulary)
-        trainings.append(_Training(plan.k, first + plan.k, plan.trainer, noise, states, part.cache_hidden != "on"))
+        reads = noise.reads_states or any(w.reads_states for w in watches(plan.objective, 1))
+        declines = keeping(plan)[0] != "on"
+        trainings.append(_Training(plan.k, first + plan.k, plan.trainer, noise, reads, states, declines))
     return trainings
 
 
 def _states(plan: Plan, of: ModelShape, counts: Counts) -> int:
     """Return the bytes of the hidden states that are kept, by the rule of ``stages.hidden``."""
-    keep, trainer = plan.npo.cache_hidden, plan.trainer
+    (keep, both), trainer = keeping(plan), plan.trainer
     if keep == "off" or (keep == "auto" and trainer.passes(counts.train) <= 1):
         return 0
-    return machine.hidden_bytes(of, counts, trainer.autocast)
+    return (1 + both) * machine.hidden_bytes(of, counts, trainer.autocast)
