@@ -382,9 +382,9 @@ def test_drift_of_a_step_by_brute_force(
     monkeypatch.setattr(PreferenceTraining, "terms", priced)
     objective = Statistics(base=Logistic(beta=1.0), weight=0.5)
     history = train(policy, pairs, tmp_path, objective, sgd(epochs=2, batch_size=2))
-    assert [row["drift/chosen"] for row in history] == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    assert history[0]["drift/chosen"] == pytest.approx(0.0, abs=1e-9)
-    assert history[-1]["drift/chosen"] > 1e-5
+    assert [row["drift/states"] for row in history] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert history[0]["drift/states"] == pytest.approx(0.0, abs=1e-9)
+    assert history[-1]["drift/states"] > 1e-5
 
 
 def test_a_high_price_holds_the_policy_back(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_a_high_price_holds_the_policy_back(make_policy: MakePolicy, world: Worl
         objective = Statistics(base=Logistic(beta=1.0), weight=weight)
         settings = how(epochs=10, optimizer=torch_optimizer("Adam", lr=1e-3))
         history = train(make_policy(), world.pairs(8), tmp_path / str(weight), objective, settings)
-        moved.append(history[-1]["drift/chosen"])
+        moved.append(history[-1]["drift/states"])
     assert moved[0] > 2 * moved[1] > 4 * moved[2]
 
 
@@ -406,7 +406,7 @@ def test_moments_are_of_the_reference_that_is_given(make_policy: MakePolicy, wor
         others = {"reference": said_by(frozen or policy, pairs), "frozen": frozen}
         others["expected"] = dict(enumerate(said_by(policy, pairs)))
         objective = Statistics(base=Logistic(beta=1.0), weight=1.0)
-        first.append(train(policy, pairs, tmp_path / name, objective, **others)[0]["drift/chosen"])
+        first.append(train(policy, pairs, tmp_path / name, objective, **others)[0]["drift/states"])
     assert first[0] == pytest.approx(0.0, abs=1e-9)
     assert first[1] > 0.1
 
@@ -418,8 +418,8 @@ def test_drift_of_adapters(make_policy: MakePolicy, world: World, tmp_path: Path
     policy.model = Lora(rank=4).on(policy.model, seed=0)
     objective = Statistics(base=Logistic(beta=1.0), weight=0.1)
     history = train(policy, world.pairs(6), tmp_path, objective, how(epochs=3), reference=reference)
-    assert history[0]["drift/chosen"] == pytest.approx(0.0, abs=1e-9)
-    assert history[-1]["drift/chosen"] > 0
+    assert history[0]["drift/states"] == pytest.approx(0.0, abs=1e-9)
+    assert history[-1]["drift/states"] > 0
 
 
 def test_means_of_hidden_states_have_the_right_gradient(make_policy: MakePolicy, world: World) -> None:

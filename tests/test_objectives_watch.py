@@ -277,7 +277,7 @@ def test_drift_reads_the_chosen_responses_alone() -> None:
     expected = ((means - moments.mean_PH[[4, 1]]) ** 2 / moments.variance_H).mean(-1)
     assert facts.drift_B is not None
     torch.testing.assert_close(facts.drift_B, expected)
-    assert torch.equal(metrics["drift/chosen"], facts.drift_B.detach())
+    assert torch.equal(metrics["drift/states"], facts.drift_B.detach())
     (grad,) = torch.autograd.grad(facts.drift_B.sum(), policy.hidden_NH)
     assert bool((grad[:8] != 0).all())
     assert float(grad[8:].abs().max()) == 0.0

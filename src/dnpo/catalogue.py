@@ -283,7 +283,7 @@ GROUPS = (
             Metric("suspects/share", "Labels taken for doubtful", "suspects", "%"),
             Metric("suspects/share_plain", "Labels doubtful by the policy's own confidence", "plain suspects", "%"),
             Metric("suspects/share_both", "Labels doubtful by both confidences", "common suspects", "%"),
-            Metric("drift/chosen", "Drift of hidden states on chosen responses", "drift", "", 4, symbol="Δμ² / var"),
+            Metric("drift/states", "Drift of hidden states on chosen responses", "drift", "", 4, symbol="Δμ² / var"),
             Metric("rewards/chosen", "Implicit reward of chosen responses", "reward chosen", "", 3),
             Metric("rewards/rejected", "Implicit reward of rejected responses", "reward rejected", "", 3),
             Metric("rewards/accuracy", "Pairs with a margin above 0", "reward accuracy", "%"),

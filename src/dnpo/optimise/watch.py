@@ -163,7 +163,7 @@ class Drift(Watch):
         policy_BH = mean_by_sequence(seen.states.hidden_NH[: sum(lengths)], seen.packed.completions_S[:count])
         reference_BH = self.moments.mean_PH[list(seen.numbers)].to(policy_BH)
         drift_B = drift(policy_BH, reference_BH, self.moments.variance_H.to(policy_BH))
-        return facts._replace(drift_B=drift_B), {"drift/chosen": drift_B.detach()}
+        return facts._replace(drift_B=drift_B), {"drift/states": drift_B.detach()}
 
 
 @torch.no_grad()
