@@ -688,14 +688,31 @@ def laid_out(*overrides: str) -> tuple[Run, list[Iteration]]:
 
 
 def test_reference_is_the_policy_it_starts_from() -> None:
-    _, iterations = laid_out("npo.cache_hidden=on")
-    fires(chain_check.reference(iterations), "pass", "2 iterations")
+    run, iterations = laid_out("npo.cache_hidden=on")
+    fires(chain_check.reference(iterations, run.plans), "pass", "2 iterations", "the policy it starts from")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["reference=initial"], "the initial policy"),
+        (["reference=[start,initial]"], "the policy it starts from, then the initial policy"),
+        (["start=initial"], "the policy it starts from"),
+        (["method=dpo", "objective=orpo", "reference=none"], "none"),
+    ],
+)
+def test_references_are_those_of_the_plans(overrides: list[str], said: str) -> None:
+    run, iterations = laid_out(*overrides)
+    fires(chain_check.reference(iterations, run.plans), "pass", said)
+    wrong = [replace(plan, start="initial" if plan.start == "previous" else "previous") for plan in run.plans]
+    if len(iterations) > 2:
+        fires(chain_check.reference(iterations, wrong), "stop", "iteration 1: the training should start from")
 
 
 @pytest.mark.parametrize("which", ["responses", "reference", "hidden", "policy", "unread"])
 def test_chain_that_is_laid_out_wrongly_stops(which: str) -> None:
     """As with stacked adapters: iteration 1 is compared with the fine-tuned model instead."""
-    _, iterations = laid_out("npo.cache_hidden=on")
+    run, iterations = laid_out("npo.cache_hidden=on")
     iteration, sft = iterations[2], iterations[0].policy
     assert iteration.responses is not None
     assert iteration.reference is not None
@@ -708,7 +725,7 @@ def test_chain_that_is_laid_out_wrongly_stops(which: str) -> None:
         "unread": lambda: replace(iteration, policy=replace(iteration.policy, inputs={"policy": iterations[1].policy})),
     }[which]()
     said = "does not read" if which == "unread" else "should start from iteration 0 · optimise"
-    fires(chain_check.reference([*iterations[:2], wrong]), "stop", "iteration 1", said)
+    fires(chain_check.reference([*iterations[:2], wrong], run.plans), "stop", "iteration 1", said)
 
 
 def _from(stage: Any, policy: Any) -> Any:
