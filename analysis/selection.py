@@ -26,6 +26,16 @@ COMPARED = ("iterations", "seed")  # these may differ between the runs of a comp
 # Settings of measures that most figures do not show.
 MEASURES = ("second_judge.", "eval.texts", "eval.leaderboard")
 DISTINGUISHING = ("dsl.", "npo.")  # these may differ between methods, not within one
+# Where all methods are compared, only these must be the same in all: what they begin with, and how they are measured.
+COMMON = (
+    "data.",
+    "model.",
+    "sft.",
+    "sft_rows",
+    "eval.",
+    *(f"generate.{name}" for name in ("_target_", "temperature", "top_")),
+)
+JUDGED = "eval.judge"  # of these the judge that is in force counts, which may be the labelling one
 SHOWN = 6
 
 
@@ -43,7 +53,7 @@ class Cells:
     @property
     def methods(self) -> list[str]:
         """In the order of the paper, SPIN first."""
-        order = list(dict.fromkeys(METHODS.values()))
+        order = list(dict.fromkeys([*METHODS.values(), *palette.RIVALS]))
         names = dict.fromkeys(method for method, _, _ in self.runs)
         return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
@@ -84,6 +94,11 @@ class Cells:
     def seeds_of(self, *sides: tuple[str, Iteration]) -> list[int]:
         """The seeds that all of these methods have at these iterations."""
         return [seed for seed in self.seeds if all((*side, seed) in self.runs for side in sides)]
+
+    def at_end(self, method: str, seeds: Iterable[int] | None = None) -> list[TrackedRun]:
+        """A method's runs, in the order of their seeds, where only the last iteration of each run is a cell."""
+        of = {seed: run for (each, _, seed), run in self.runs.items() if each == method}
+        return [of[seed] for seed in (self.seeds if seeds is None else seeds) if seed in of]
 
     def only(
         self, methods: Sequence[str] | None = None, iterations: Callable[[Iteration], bool] | None = None
@@ -165,6 +180,24 @@ class Runs:
             cells = replace(cells, notes=(*cells.notes, f"{left_out} left out"))
         return cells
 
+    def rivals(self) -> Cells:
+        """The last iteration of every run, of any method, by the name of the method's option.
+
+        Raises:
+            DataError: the runs begin differently or are measured differently, or those of one method differ.
+        """
+        refuse_judges(self.finished)
+        cells = self._cells(
+            self.finished,
+            lambda run: [run.last["iteration"]],
+            differing_starts=False,
+            matters=(),
+            name=lambda run: run.option("method") or "?",
+            own=lambda setting: not setting.startswith(COMMON) or setting.startswith(JUDGED),
+        )
+        lacking = [f"{m} seed {s}" for m in cells.methods for s in cells.seeds if not cells.at_end(m, [s])]
+        return replace(cells, notes=(*cells.notes, f"missing: {', '.join(lacking)}")) if lacking else cells
+
     def _cells(
         self,
         runs: Sequence[TrackedRun],
@@ -172,13 +205,15 @@ class Runs:
         *,
         differing_starts: bool,
         matters: Sequence[str],
+        name: "Callable[[TrackedRun], str] | None" = None,
+        own: "Callable[[str], bool] | None" = None,
     ) -> Cells:
-        refuse_mixture(runs, differing_starts=differing_starts, matters=matters)
+        refuse_mixture(runs, differing_starts=differing_starts, matters=matters, name=name, own=own)
         chosen: dict[tuple[str, Iteration, int], TrackedRun] = {}
         again: set[str] = set()
         for run in sorted(runs, key=lambda run: run.started):
             for k in iterations(run):
-                place = (method_of(run), k, run.seed)
+                place = ((name or method_of)(run), k, run.seed)
                 if place in chosen and chosen[place].id != run.id:
                     again.add(chosen[place].id)
                 chosen[place] = run
@@ -186,7 +221,7 @@ class Runs:
         if replaced := again - {run.id for run in chosen.values()}:
             notes.append(f"{plural(len(replaced), 'run')} left out: a newer one has the same settings and seed")
         cells = Cells(chosen, tuple(notes))
-        if cells.missing:
+        if cells.missing and name is None:
             shown = ", ".join(cells.missing[:SHOWN])
             more = f" and {len(cells.missing) - SHOWN} more" if len(cells.missing) > SHOWN else ""
             cells = replace(cells, notes=(*cells.notes, f"missing: {shown}{more}"))
@@ -236,7 +271,36 @@ def targets(database: Database, runs: Iterable[TrackedRun]) -> list[str]:
     return list(dict.fromkeys(p.id if (p := database.parent(run)) else run.id for run in runs))
 
 
-def refuse_mixture(runs: Sequence[TrackedRun], *, differing_starts: bool = False, matters: Sequence[str] = ()) -> None:
+def refuse_judges(runs: Sequence[TrackedRun]) -> None:
+    """Refuse runs whose policies are measured by different judges.
+
+    Raises:
+        DataError: names the judges.
+    """
+    judges = Counter(str(_judge_in_force(run)) for run in runs)
+    if len(judges) > 1:
+        shown = ", ".join(f"{judge} ({plural(count, 'run')})" for judge, count in judges.most_common(SHOWN))
+        raise DataError(f"runs measured by different judges in one comparison: {shown}; set judge@eval.judge for all")
+
+
+def _judge_in_force(run: TrackedRun) -> dict[str, str]:
+    """The settings of the judge that measures a run's policies."""
+    skipped = find_neutral(run.params)
+    for prefix in (f"{JUDGED}.", "judge."):
+        found = {n.removeprefix(prefix): v for n, v in run.params.items() if n.startswith(prefix) and n not in skipped}
+        if found:
+            return dict(sorted(found.items()))
+    return {}
+
+
+def refuse_mixture(
+    runs: Sequence[TrackedRun],
+    *,
+    differing_starts: bool = False,
+    matters: Sequence[str] = (),
+    name: Callable[[TrackedRun], str] | None = None,
+    own: Callable[[str], bool] | None = None,
+) -> None:
     """Refuse runs that differ in more than what is compared.
 
     Labels (``dsl.*``) and noise (``npo.*``) may differ between methods but not within one. Every other setting that can
@@ -245,13 +309,16 @@ def refuse_mixture(runs: Sequence[TrackedRun], *, differing_starts: bool = False
     Args:
         differing_starts: whether runs of one method may start at different iterations, as branches do.
         matters: settings of measures that must agree too.
+        name: the method of a run; None: by its labels and its noise.
+        own: whether a setting may differ between methods; None: those of labels and noise.
 
     Raises:
         DataError: names the settings, their values, and how to narrow the selection.
     """
     groups: dict[str, list[TrackedRun]] = {}
     for run in runs:
-        groups.setdefault(method_of(run), []).append(run)
+        groups.setdefault((name or method_of)(run), []).append(run)
+    own = own or (lambda setting: setting.startswith(DISTINGUISHING))
     differing: dict[str, Counter[str]] = {}
 
     def note(among: Sequence[TrackedRun], names: Iterable[str]) -> None:
@@ -261,11 +328,11 @@ def refuse_mixture(runs: Sequence[TrackedRun], *, differing_starts: bool = False
                 differing[name] = values
 
     every = sorted({name for run in runs for name in run.params if name not in find_neutral(run.params)})
-    shared = [name for name in every if not name.startswith(DISTINGUISHING) and _counts(name, matters)]
-    note(runs, shared)
-    own = [name for name in every if name.startswith(DISTINGUISHING) and _counts(name, matters)]
+    counting = [name for name in every if _counts(name, matters)]
+    note(runs, [name for name in counting if not own(name)])
+    differs = [name for name in counting if own(name)]
     for members in groups.values():
-        among = [name for name in own if not (_is_start(name) and (differing_starts or _is_off(members[0], name)))]
+        among = [name for name in differs if not (_is_start(name) and (differing_starts or _is_off(members[0], name)))]
         by_seed: dict[tuple[int, str], list[TrackedRun]] = {}
         for run in members:
             by_seed.setdefault((run.seed, run.params.get("iterations", "")), []).append(run)
@@ -280,11 +347,11 @@ def refuse_mixture(runs: Sequence[TrackedRun], *, differing_starts: bool = False
             for name, values in list(differing.items())[:SHOWN]
         ]
         more = f"; and {len(differing) - SHOWN} other settings" if len(differing) > SHOWN else ""
-        name, values = next(iter(differing.items()))
+        first, values = next(iter(differing.items()))
         value = next(value for value, _ in values.most_common() if value)
         raise DataError(
             f"runs with different settings in one comparison: {'; '.join(lines)}{more}. Narrow the selection, for "
-            f"example with --tag {name}={value}"
+            f"example with --tag {first}={value}"
         )
 
 

@@ -1,34 +1,74 @@
-"""Table 2: DNPO, and the paper's numbers for PPO and α-SPIN, which this laboratory does not have yet."""
+"""Table 2: what each method reaches and spends, beside the numbers that the DNPO paper prints for some of them."""
 
 import sys
+from collections.abc import Iterator
 
 from analysis.command import alone
-from analysis.comparing import Comparisons
+from analysis.comparing import collect_notes, describe_cells, detectable
+from analysis.costs import COSTS, KL, LENGTH, end, quality, reached
 from analysis.keeping import DrawnTable
 from analysis.published import COLUMN, RIVALS
-from analysis.selection import BEGINNING, DNPO, SPIN, Runs
+from analysis.results import Against, PolicyMeasure, against, estimate, results, whole
+from analysis.selection import DNPO, Cells, Runs
 from dnpo.stats.intervals import Estimate
-from dnpo.stats.table import Cell
+from dnpo.stats.table import Cell, table
 
-TITLE = "DNPO and methods that mix or renew their data"
-SWEEP = "main"
+TITLE = "What each method reaches and what it spends"
+SWEEP = "methods"
+BASE = "spin"  # what the others are compared with
+PRINTED = {"dnpo": RIVALS[DNPO][-1], "alpha_spin": RIVALS["α-SPIN"][-1]}
 
 
 def make(runs: Runs) -> DrawnTable:
-    """Select, average DNPO and SPIN over the iterations after 0, tabulate."""
-    cells = runs.chains(matters=["eval.leaderboard"]).only([SPIN, DNPO], lambda k: k not in BEGINNING)
-    cells.needs(DNPO)
-    comparisons, ks = Comparisons.of(cells), cells.iterations
-    over = f"mean of k={ks[0]}..{ks[-1]}" if len(ks) > 1 else f"k={ks[0]}"
+    """Select, compare the last policies with SPIN's, add up what was spent, tabulate."""
+    cells = runs.rivals()
+    measures = (*quality(cells), KL, LENGTH)
+    rows: dict[str, dict[str, Cell]] = {}
+    differences: dict[str, list[Against]] = {measure.label: [] for measure in measures[:2]}
+    items: set[int] = set()
     for method in cells.methods:
-        comparisons.add(f"{method}, {over}", method, ks, SPIN, RIVALS[DNPO][-1] if method == DNPO else None)
-    for method in ("PPO", "α-SPIN"):
-        comparisons.rows[f"{method} (not run here)"] = {COLUMN: Cell(Estimate(RIVALS[method][-1]))}
-    notes = comparisons.notes(
-        f"Stars: against SPIN. {COLUMN}: arXiv 2502.05400, table 2, which does not say the iteration; DNPO's six "
-        "numbers there average 59.8. PPO and α-SPIN are not run here: the laboratory has neither."
-    )
-    return DrawnTable(comparisons.table(), TITLE, "method", notes, cells.used)
+        row = rows.setdefault(method, {})
+        for measure in measures:
+            x_SI = reached(cells, measure, method)
+            items.add(whole(x_SI).shape[1])
+            compared = list(_compare(cells, measure, method)) if measure.label in differences else []
+            differences.get(measure.label, []).extend(compared)
+            row[measure.label] = Cell(estimate(x_SI), compared[0].p if compared else None)
+        for cost in COSTS:
+            row[cost.metric.label] = Cell(estimate(cost(cells, method)))
+        if method in PRINTED:
+            row[COLUMN] = Cell(Estimate(PRINTED[method]))
+    rows["PPO (not run here)"] = {COLUMN: Cell(Estimate(RIVALS["PPO"][-1]))}
+    shown = [each.metric for each in (*measures, *COSTS)]
+    columns = [*(each.label for each in measures), *(each.metric.label for each in COSTS)]
+    digits = dict(zip(columns, (each.digits for each in shown), strict=True)) | {COLUMN: 1}
+    scale = dict(zip(columns, (each.scale for each in shown), strict=True)) | {COLUMN: 100.0}
+    notes = [
+        f"Stars: against {BASE}. {', '.join(columns[:4])}: of the last policy of each run. The rest: totals over its "
+        "iterations, without fine-tuning, which all share, and without measuring. Seconds are those of the machine "
+        "that computed a stage, whatever else it did.",
+        f"{columns[0]}: the judge's, points of 100. {columns[1]}: right greedy answers, %, benchmarks alike.",
+        f"{COLUMN}: arXiv 2502.05400, table 2; the iteration is not said, and DNPO's six numbers average 59.8.",
+        *(
+            f"{label}. {detectable(found, measure.metric.scale)}"
+            for (label, found), measure in zip(differences.items(), measures, strict=False)
+        ),
+        *collect_notes([each for found in differences.values() for each in found]),
+        describe_cells(cells, items),
+        *(f"{note[0].upper()}{note[1:]}." for note in cells.notes),
+    ]
+    return DrawnTable(table(rows, digits, scale), TITLE, "method", notes, cells.used)
+
+
+def _compare(cells: Cells, measure: PolicyMeasure, method: str) -> Iterator[Against]:
+    """The comparison with the base on common seeds, if there is one."""
+    if method == BASE or BASE not in cells.methods:
+        return
+    sides = [(method, end(cells, method)), (BASE, end(cells, BASE))]
+    if seeds := cells.seeds_of(*sides):
+        found = against(*(results(cells, measure, name, k, seeds) for name, k in sides))
+        if found is not None:
+            yield found
 
 
 if __name__ == "__main__":

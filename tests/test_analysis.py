@@ -22,6 +22,7 @@ from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN, Absent, Ru
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
+from dnpo import catalogue
 from dnpo.errors import DataError
 from dnpo.stats.paired import compare_paired
 from dnpo.tracking.reading import PARENT, SFT, Database, iteration_name
@@ -31,6 +32,7 @@ FAMILIES = ("arithmetic", "conversion", "reversal", "sorting", "counting", "fact
 PARTS = {SPIN: ("off", "off"), DSL: ("score", "off"), NPO: ("off", "trainable"), DNPO: ("score", "trainable")}
 PARTS |= {FIXED: ("off", "fixed"), CONSTANT: ("off", "matched")}
 GAIN = {SPIN: 0.0, DSL: 6.0, NPO: 0.5, DNPO: 6.5, FIXED: -0.5, CONSTANT: 0.2}
+RIVALS = {"spin": (SPIN, 3), "dnpo": (DNPO, 3), "dpo": (SPIN, 1), "mine": (DSL, 2)}  # parts and iterations
 TASKS = {
     "arc": {"arc_easy": 12, "arc_challenge": 8},
     "truthfulqa": {"truthfulqa_mc1": 9, "truthfulqa_mc2": 9},
@@ -156,7 +158,7 @@ class Recorder:
             if k != SFT:
                 steps = self._steps(PARTS[method][1] if in_force else "off", k, seed)
                 (folder / "steps" / f"{name}.json").write_text(json.dumps(steps))
-        (folder / "summary.json").write_text(json.dumps({"table": table}))
+        (folder / "summary.json").write_text(json.dumps({"table": table, "stages": stages_of(table)}))
         self.client.log_artifacts(run, str(folder))
 
     def _iteration(self, method: str, k: int | str, seed: int, unscored: int) -> tuple[dict[str, Any], pa.Table]:
@@ -195,6 +197,10 @@ class Recorder:
             found[f"eval/accuracy/{family}"] = float(np.mean([r["right"] for r in greedy if r["family"] == family]))
         found["eval/accuracy"] = float(np.mean([found[f"eval/accuracy/{family}"] for family in FAMILIES]))
         found["stagnation/ks_critical"] = 1.36 * (2 / self.sequences) ** 0.5
+        found |= {"drift/initial": 0.1 * (stage + 1) + 0.01 * seed, "eval/tokens": 9.0 + 0.1 * seed}
+        if stage >= 0:
+            found |= {"generated/tokens": 1000 + seed, "trained/tokens": 5000, "seconds": 3.0}
+            found |= {"judge/verdicts": 40} if method in (DSL, DNPO) else {}
         return found, pa.Table.from_pylist(rows, schema=ITEMS)
 
     def _leaderboard(self, method: str, seed: int) -> tuple[dict[str, float], pa.Table]:
@@ -240,12 +246,26 @@ class Recorder:
         return found
 
 
+def stages_of(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stages of a run: fine-tuning takes 100 s, and in each iteration training takes 2 s and measuring 1 s."""
+    found = [{"stage": "sft", "key": "sft", "iteration": SFT, "seconds": 100.0}]
+    for row in table:
+        found.append(
+            {"stage": "evaluate", "key": f"e{row['iteration']}", "iteration": row["iteration"], "seconds": 1.0}
+        )
+        if row["iteration"] != SFT:
+            found.append(
+                {"stage": "optimise", "key": f"o{row['iteration']}", "iteration": row["iteration"], "seconds": 2.0}
+            )
+    return found
+
+
 WORDS = {"win": 1, "tie": 0, "lose": -1}
 
 
 @pytest.fixture(scope="session")
 def recorder(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorder:
-    """A store with the sweeps ``main`` (three seeds), ``ablation`` (two) and ``fixed_vs_trainable`` (two)."""
+    """A store with the sweeps ``main`` (three seeds), and ``ablation``, ``fixed_vs_trainable``, ``methods`` (two)."""
     folder = tmp_path_factory.mktemp("tracked")
     shutil.copy(migrated, folder / "mlflow.db")
     found = Recorder(folder)
@@ -258,6 +278,9 @@ def recorder(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Record
                 found.run(method, seed, sweep="ablation", iterations=k + 1, start=k)
         for method in (SPIN, FIXED, NPO, CONSTANT):
             found.run(method, seed, sweep="fixed_vs_trainable", iterations=2)
+        for name, (method, iterations) in RIVALS.items():
+            settings = {"rollout.samples": str(iterations)}
+            found.run(method, seed, sweep="methods", iterations=iterations, params=settings, tags={"dnpo.method": name})
     return found
 
 
@@ -537,13 +560,14 @@ def test_all_draws_what_it_can_and_logs_it_to_the_sweeps(
     experiment = recorder.client.get_experiment_by_name("dnpo").experiment_id
     kept = {
         sweep: {each.path for each in recorder.client.list_artifacts(recorder.parents[experiment, sweep], "analysis")}
-        for sweep in ("main", "ablation", "fixed_vs_trainable")
+        for sweep in ("main", "ablation", "fixed_vs_trainable", "methods")
     }
     assert {"analysis/fig05_benchmark.png", "analysis/table01_main.tex"} <= kept["main"]
     assert kept["ablation"] == {f"analysis/fig08_ablation.{e}" for e in ("png", "svg", "csv")} | {
         f"analysis/table06_ablation.{e}" for e in ("csv", "md", "tex")
     }
     assert "analysis/fig13_fixed_vs_trainable.svg" in kept["fixed_vs_trainable"]
+    assert {"analysis/fig14_methods.png", "analysis/table02_rivals.md"} <= kept["methods"]
 
 
 def test_pictures_have_print_quality_and_the_numbers_drawn(recorder: Recorder, tmp_path: Path) -> None:
@@ -604,7 +628,7 @@ def test_measures_that_were_not_tracked_are_named(
 
 
 def test_tables_compare_with_spin_and_keep_the_papers_numbers_apart(recorder: Recorder, tmp_path: Path) -> None:
-    assert analysis(recorder, "table01", "table02", "table07", "--out", str(tmp_path), "--no-log") == 0
+    assert analysis(recorder, "table01", "table07", "--out", str(tmp_path), "--no-log") == 0
     rows = read(tmp_path / "table01_main.csv")
     assert {row["row"] for row in rows if row["p"]} == {"DNPO, k=1", "DNPO, k=2"}
     cells = chosen(recorder, sweeps=["main"]).chains()
@@ -616,9 +640,7 @@ def test_tables_compare_with_spin_and_keep_the_papers_numbers_apart(recorder: Re
     assert (cell["star"] == "1") == (float(cell["p_holm"]) <= 0.05)
     paper = [row for row in rows if row["column"] == published.COLUMN]
     assert {row["row"]: float(row["value"]) for row in paper}["DNPO, k=1"] == 0.604
-    text = (tmp_path / "table02_rivals.md").read_text()
-    assert "PPO (not run here)" in text
-    assert "Minimum detectable difference" in text
+    assert "Minimum detectable difference" in (tmp_path / "table01_main.md").read_text()
     text = (tmp_path / "table07_fixed_vs_trainable.tex").read_text()
     assert "+NPO $-$ constant, k=1" in text
     assert text.count(r"\\") == text.count("\n") - text.count("\n%") - text.count(r"\hline") - 3
@@ -626,11 +648,55 @@ def test_tables_compare_with_spin_and_keep_the_papers_numbers_apart(recorder: Re
 
 def test_without_spin_a_table_shows_what_there_is_and_compares_nothing(recorder: Recorder, tmp_path: Path) -> None:
     arguments = ["--tag", "dnpo.dsl=score", "--out", str(tmp_path), "--no-log"]
-    assert analysis(recorder, "table01", "table02", "table05", *arguments) == 0
-    for name in ("table01_main", "table02_rivals", "table05_text_metrics"):
+    assert analysis(recorder, "table01", "table05", *arguments) == 0
+    for name in ("table01_main", "table05_text_metrics"):
         rows = [row for row in read(tmp_path / f"{name}.csv") if row["low"]]
         assert any("DNPO" in row["row"] for row in rows)
         assert not any(row["p"] for row in rows)
+
+
+def test_all_methods_stand_beside_each_other_at_their_ends_with_what_they_spent(
+    recorder: Recorder, tmp_path: Path
+) -> None:
+    cells = chosen(recorder, sweeps=["methods"]).rivals()
+    assert cells.methods == ["spin", "dnpo", "dpo", "mine"]
+    assert cells.notes == ()
+    assert analysis(recorder, "table02", "fig14", "--out", str(tmp_path), "--no-log") == 0
+    rows = {(row["row"], row["column"]): row for row in read(tmp_path / "table02_rivals.csv")}
+    points = {row["method"]: row for row in read(tmp_path / "fig14_methods.csv")}
+    for name, (_, iterations) in RIVALS.items():
+        ends = [run.last for run in cells.at_end(name)]
+        assert [row["iteration"] for row in ends] == [iterations - 1] * 2
+        shares = {
+            "generated/tokens": 1000.5 * iterations,  # of seeds 0 and 1
+            "trained/tokens": 5000 * iterations,
+            "judge/verdicts": {"dnpo": 80, "mine": 40}.get(name, 0),  # not in iteration 0
+            "seconds": 2 * iterations,  # neither fine-tuning nor measuring
+            "drift/initial": 0.1 * iterations + 0.005,
+            "eval/score": np.mean([row["eval/score"] for row in ends]),
+        }
+        for column, expected in shares.items():
+            assert float(points[name][f"{column}_mean"]) == pytest.approx(expected)
+            assert float(rows[name, catalogue.metric(column).label]["value"]) == pytest.approx(expected)
+    assert rows["dnpo", "score"]["p"]
+    assert not rows["spin", "score"]["p"]
+    assert {name for name, column in rows if column == published.COLUMN} == {"dnpo", "PPO (not run here)"}
+
+
+def test_methods_may_differ_in_anything_but_their_beginning_and_measures(recorder: Recorder) -> None:
+    where = "beginnings"
+    of_mine = {"rollout.samples": "8", "judge._target_": "own", "eval.judge._target_": "rules"}
+    recorder.run(SPIN, 0, experiment=where, params={"judge._target_": "rules"})
+    recorder.run(SPIN, 0, experiment=where, params=of_mine, tags={"dnpo.method": "mine"})
+    assert chosen(recorder, where, sweeps=["main"]).rivals().methods == ["spin", "mine"]
+    recorder.run(SPIN, 1, experiment=where, params=of_mine, tags={"dnpo.method": "mine"})
+    assert chosen(recorder, where, sweeps=["main"]).rivals().notes == ("missing: spin seed 1",)
+    recorder.run(SPIN, 1, experiment=where, params={"judge._target_": "rules", "model.width": "8"})
+    with pytest.raises(DataError, match=r"model\.width is absent"):
+        chosen(recorder, where, sweeps=["main"]).rivals()
+    recorder.run(SPIN, 2, experiment=where, params={"judge._target_": "longer"})
+    with pytest.raises(DataError, match="different judges"):
+        chosen(recorder, where, sweeps=["main"]).rivals()
 
 
 def test_published_averages_are_those_of_the_cells() -> None:
@@ -658,7 +724,7 @@ def test_the_papers_curve_stands_beside_runs_of_its_setting_alone(recorder: Reco
 
 def test_every_figure_and_table_asked_for_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = {name.split("_")[0] for name in command.scripts()}
-    assert numbers == {f"fig{n:02}" for n in (1, 2, 5, 6, 7, 8, 9, 10, 11, 13)} | {
+    assert numbers == {f"fig{n:02}" for n in (1, 2, 5, 6, 7, 8, 9, 10, 11, 13, 14)} | {
         f"table{n:02}" for n in (1, 2, 5, 6, 7)
     }
     assert command.resolve(["fig12"]) == ["fig11_second_judge"]
@@ -677,7 +743,7 @@ def test_real_runs_are_drawn_with_the_numbers_of_their_summaries(migrated: Path,
     summaries = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("multirun/*/*/*/summary.json"))]
     assert len(summaries) == 4
     names = {path.stem for path in (tmp_path / "figures").glob("*.csv")}
-    wanted = {"fig01", "fig02", "fig05", "fig06", "fig07", "fig09", "fig10", "fig11", "table01", "table02"}
+    wanted = {"fig01", "fig02", "fig05", "fig06", "fig07", "fig09", "fig10", "fig11", "table01"}
     assert wanted <= {name.split("_")[0] for name in names}
     for name, metric, scale in (("fig05_benchmark", "eval/accuracy", 100), ("fig06_judge_score", "eval/score", 1)):
         for row in read(tmp_path / "figures" / f"{name}.csv"):

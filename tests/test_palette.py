@@ -68,6 +68,7 @@ def test_no_two_meanings_share_a_colour() -> None:
 def test_whatever_a_figure_may_tell_apart_looks_different() -> None:
     sets = {
         "methods": [method.colour for method in methods().values()],
+        "families": [*palette.FAMILIES.values(), *(palette.RIVALS[n].colour for n in ("spin", "dsl", "npo", "dnpo"))],
         "groups": [look.colour for look in SERIES],
         "samples": list(palette.SAMPLES.values()),
         "outcomes": list(palette.OUTCOMES.values()),
@@ -75,7 +76,7 @@ def test_whatever_a_figure_may_tell_apart_looks_different() -> None:
     }
     for name, colours in sets.items():
         assert min(apart(a, b) for a, b in combinations(colours, 2)) > 20, name
-    others = [colour for name, colours in sets.items() if name != "methods" for colour in colours]
+    others = [colour for name, colours in sets.items() if name not in ("methods", "families") for colour in colours]
     assert min(apart(method, other) for method in sets["methods"] for other in others) > 10
 
 
@@ -124,6 +125,7 @@ def test_methods_keep_their_look_and_other_groups_get_one_each() -> None:
 
 
 def test_marks_tell_apart_what_colours_do() -> None:
+    assert len({(look.colour, look.mark) for look in palette.RIVALS.values()}) == len(palette.RIVALS)
     for several in (list(methods().values()), list(SERIES)):
         assert len({look.mark for look in several}) == len(several)
         assert all(look.letter for look in several)

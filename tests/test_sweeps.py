@@ -80,7 +80,17 @@ def trainings(found: list[list[str]]) -> Counter[str]:
 
 
 def test_there_are_the_sweeps_that_are_asked_for() -> None:
-    assert SWEEPS == ["ablation", "alpha", "fixed_vs_trainable", "main", "noise_grid", "optuna", "saturation", "seeds"]
+    assert SWEEPS == [
+        "ablation",
+        "alpha",
+        "fixed_vs_trainable",
+        "main",
+        "methods",
+        "noise_grid",
+        "optuna",
+        "saturation",
+        "seeds",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +100,7 @@ def test_there_are_the_sweeps_that_are_asked_for() -> None:
         ("alpha", 5),
         ("fixed_vs_trainable", 3 * 4 * 5),
         ("main", 2 * 5),
+        ("methods", 19 * 5),
         ("noise_grid", 3 * 3 * 3),
         ("saturation", 3 * 4 * 5),
         ("seeds", 10),
@@ -155,6 +166,23 @@ def test_the_main_sweep_shares_iteration_0() -> None:
     found = jobs("main", "seed=0", "scale=smoke", "iterations=4")
     assert [in_force(job)[0] for job in found] == [SPIN, SPIN]
     assert trainings(found) == {f"iteration {k} · optimise": 1 if k == 0 else 2 for k in range(4)}
+
+
+def test_all_methods_share_fine_tuning_and_what_they_generate_alike() -> None:
+    found = jobs("methods", "seed=0")
+    assert sorted(each for job in found for each in job if each.startswith("method=")) == sorted(
+        f"method={path.stem}" for path in (CONF / "method").glob("*.yaml")
+    )
+    stages: dict[str, set[str]] = {}
+    for iteration in (iteration for job in found for iteration in laid_out(job)):
+        for stage in iteration.stages:
+            stages.setdefault(stage.title, set()).add(stage.key)
+    counts = {title: len(keys) for title, keys in stages.items()}
+    assert (counts["prompts"], counts["supervised fine-tuning"], counts["evaluate"]) == (1, 1, 1)
+    # At first one answer a prompt; one greedy one; four to a part of the prompts; eight; and eight at temperature 0.7.
+    assert counts["iteration 0 · generate"] == 5
+    # dsl, npo, dnpo, fixed_noise, scip … train as spin does before their parts begin.
+    assert counts["iteration 0 · optimise"] == 14
 
 
 def test_the_noise_grid_shares_all_but_the_last_training() -> None:

@@ -69,6 +69,26 @@ SERIES = (
 )
 OTHER = Look("#8A8A8A", "P")  # anything that METHODS and SERIES lack
 
+# Looks where all methods are compared, by the name of their option. Nineteen colours cannot be told apart: the methods
+# of a family share one, and their markers differ.
+FAMILIES = {"human": "#5E4FA2", "given": "#8C2D04", "own": "#C51B7D", "many": "#66A61E"}
+RIVALS: Mapping[str, Look] = {
+    "spin": SPIN,
+    "dsl": DSL,
+    "npo": NPO,
+    "dnpo": DNPO,
+    "fixed_noise": FIXED,
+    **{
+        name: Look(FAMILIES["human"], mark)
+        for name, mark in zip(("spin_paper", "spin_official", "alpha_spin", "scip"), "osDv", strict=True)
+    },
+    **{name: Look(FAMILIES["given"], mark) for name, mark in zip(("dpo", "ipo", "orpo", "simpo"), "os^D", strict=True)},
+    **{
+        name: Look(FAMILIES["own"], mark) for name, mark in zip(("spa", "robust", "self_rewarding"), "s^D", strict=True)
+    },
+    **{name: Look(FAMILIES["many"], mark) for name, mark in zip(("hg_dpo", "rest_em", "raft"), "o^v", strict=True)},
+}
+
 # Responses of a pair, and those that the trained policy generates to the same prompt.
 SAMPLES = {"chosen": "#1B2A6B", "rejected": "#B5485D", "new": "#44AA99"}
 OUTCOMES = {"win": "#01665E", "tie": "#C8C8C8", "lose": "#8C510A"}

@@ -67,27 +67,35 @@ class Table:
         return f"{shows} *: p ≤ {ALPHA}{over}."
 
 
-def table(cells: Mapping[str, Mapping[str, Cell]], digits: int = 1, scale: float = 1.0) -> Table:
+def table(
+    cells: Mapping[str, Mapping[str, Cell]],
+    digits: int | Mapping[str, int] = 1,
+    scale: float | Mapping[str, float] = 1.0,
+) -> Table:
     """Build a table, with Holm's correction over all cells that have a p. Rows and columns keep their order.
 
     A comparison in two cells, as a side and as a difference, would count twice: give only one of them its p.
 
     Args:
         cells: cells by row and column.
-        digits: number of decimals.
-        scale: factor for the numbers shown; 100 shows shares in percent.
+        digits: number of decimals, of all columns or of each.
+        scale: factor for the numbers shown, likewise; 100 shows shares in percent.
 
     Raises:
         DataError: a p is not a probability.
     """
     columns = tuple(dict.fromkeys(column for row in cells.values() for column in row))
+    digits_of = dict.fromkeys(columns, digits) if isinstance(digits, int) else digits
+    scale_of = scale if isinstance(scale, Mapping) else dict.fromkeys(columns, scale)
     tested = [(row, column) for row in cells for column, cell in cells[row].items() if cell.p is not None]
     ps = [p for row, column in tested if (p := cells[row][column].p) is not None]
     adjusted = dict(zip(tested, holm(ps), strict=True))
     rows = []
     for label, row in cells.items():
         shown = [
-            _format_cell(row[column], adjusted.get((label, column)), digits, scale) if column in row else None
+            _format_cell(row[column], adjusted.get((label, column)), digits_of[column], scale_of[column])
+            if column in row
+            else None
             for column in columns
         ]
         rows.append(Row(label, tuple(shown)))

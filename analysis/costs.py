@@ -1,0 +1,66 @@
+"""What methods reach and what they spend for it: the numbers of table 2 and figure 14.
+
+Totals are over the iterations of a run, without the fine-tuning that all runs share and without measuring.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from analysis.results import Array, PolicyMeasure, average, benchmarks, results, score
+from analysis.selection import Cells, Iteration
+from dnpo.catalogue import Metric, metric
+from dnpo.tracking.reading import SFT, TrackedRun
+
+MEASURING = ("evaluate", "drift", "initial", "second", "texts", "leaderboard", "measure")  # stages
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run has spent by its end."""
+
+    metric: Metric
+    of: Callable[[TrackedRun], float]
+
+    def __call__(self, cells: Cells, method: str) -> Array:
+        """What each seed of a method spent. Shape S × 1."""
+        return np.array([[self.of(run)] for run in cells.at_end(method)])
+
+
+def add_up(name: str) -> Cost:
+    """The sum of a count over iterations; an iteration that lacks it counts 0, as nothing was generated or judged."""
+
+    def total(run: TrackedRun) -> float:
+        return float(sum(row.get(name) or 0 for row in run.table if row["iteration"] != SFT))
+
+    return Cost(metric(name), total)
+
+
+def _work(run: TrackedRun) -> float:
+    stages = run.summary["stages"]
+    spent = {each["key"]: each["seconds"] for each in stages if each["iteration"] != SFT}
+    measured = {each["key"] for each in stages if each["stage"] in MEASURING}
+    return float(sum(seconds for key, seconds in spent.items() if key not in measured))
+
+
+SECONDS = Cost(replace(metric("seconds"), title="Time without measuring", digits=0), _work)
+COSTS = (add_up("generated/tokens"), add_up("trained/tokens"), add_up("judge/verdicts"), SECONDS)
+KL = PolicyMeasure(metric("drift/initial"))
+LENGTH = PolicyMeasure(metric("eval/tokens"))
+
+
+def quality(cells: Cells) -> tuple[PolicyMeasure, PolicyMeasure]:
+    """The judge's score, and the average of the benchmarks."""
+    return score(), average(benchmarks(cells))
+
+
+def end(cells: Cells, method: str) -> Iteration:
+    """The last iteration of a method."""
+    return max((k for each, k, _ in cells.runs if each == method), key=lambda k: -1 if k == SFT else int(k))
+
+
+def reached(cells: Cells, measure: PolicyMeasure, method: str) -> Array:
+    """A measure of a method's last policies. Shape S × I."""
+    k = end(cells, method)
+    return results(cells, measure, method, k, cells.seeds_of((method, k)))

@@ -1,0 +1,93 @@
+"""Figure 14: what each method reaches against what it spends, and how far it moves from the initial policy."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from textwrap import fill
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
+
+from analysis.command import alone
+from analysis.costs import COSTS, KL, LENGTH, end, quality, reached
+from analysis.drawing import canvas, finish, foot, spread
+from analysis.keeping import DrawnFigure
+from analysis.results import Array, estimate, numbers, size
+from analysis.selection import Cells, Runs
+from dnpo.palette import OTHER, RIVALS
+
+TITLE = "What each method reaches, by what it spends"
+SWEEP = "methods"
+ACROSS = (*(cost.metric for cost in COSTS), KL.metric, LENGTH.metric)
+SPENT = {cost.metric.name for cost in COSTS}
+
+
+def make(runs: Runs) -> DrawnFigure:
+    """Select, add up, draw score and accuracy over each of six quantities."""
+    cells = runs.rivals()
+    rows = [_row(cells, method) for method in cells.methods]
+    up = [measure.metric for measure in quality(cells)]
+    figure, panels = canvas(10.0, 11.6, 4, 3)
+    for place, axis in enumerate(panels):
+        over, measure = ACROSS[place % 3 + 3 * (place // 3 % 2)], up[place // 6]
+        _draw(axis, rows, over.name, measure.name)
+        axis.set_xlabel(fill(over.axis, 32))
+        if place % 3 == 0:
+            axis.set_ylabel(fill(measure.axis, 32))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+    bars = "Bars: 95 % t intervals over seeds, of score and accuracy over items too"
+    shows = (
+        bars if len(cells.seeds) > 1 else "Bars: 95 % t intervals of score and accuracy over items; the rest has none"
+    )
+    note = (
+        "totals are over the iterations of a run, without fine-tuning, which all share, and without measuring; seconds "
+        "are those of the machine that computed a stage, whatever else it did"
+    )
+    return DrawnFigure(finish(figure, TITLE, foot(cells, rows, shows, note)), rows, cells.used)
+
+
+def _row(cells: Cells, method: str) -> dict[str, Any]:
+    """All numbers of a method, each in the unit of its metric; items are those of the score."""
+    found: dict[str, tuple[float, Array]] = {}
+    for measure in (*quality(cells), KL, LENGTH):
+        found[measure.name] = measure.metric.scale, reached(cells, measure, method)
+    for cost in COSTS:
+        found[cost.metric.name] = cost.metric.scale, cost(cells, method)
+    row: dict[str, Any] = {"method": method, "iteration": end(cells, method)}
+    for name, (scale, x_SI) in found.items():
+        row |= numbers(estimate(scale * x_SI), f"{name}_")
+    return row | size(next(iter(found.values()))[1])
+
+
+def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
+    """Draw a point for each method, with the intervals that there are."""
+    for row in rows:
+        look = RIVALS.get(row["method"], OTHER)
+        axis.errorbar(
+            [row[f"{x}_mean"]],
+            [row[f"{y}_mean"]],
+            xerr=spread([row], f"{x}_"),
+            yerr=spread([row], f"{y}_"),
+            color=look.colour,
+            marker=look.mark,
+            markersize=6,
+            linestyle="none",
+            elinewidth=0.5,
+            label=row["method"],
+        )
+    if x in SPENT:
+        _scale(axis, [row[f"{x}_mean"] for row in rows])
+
+
+def _scale(axis: Axes, values: Sequence[float]) -> None:
+    """Choose the scale of what is spent: logarithmic where methods differ by more than ten times, with room for 0."""
+    least = min((value for value in values if value > 0), default=1.0)
+    if max(values) > 10 * least:
+        axis.set_xscale("symlog", linthresh=least)
+    if min(values) == 0:
+        axis.set_xlim(left=-0.2 * least)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+if __name__ == "__main__":
+    sys.exit(alone("fig14_methods"))
