@@ -127,7 +127,7 @@ class Ours(Variant):
 
     def _facts(self, pairs: Pairs) -> Facts:
         size = len(pairs.prompts)
-        strength_B = torch.linspace(0.5, 1.0, size) if self.objective == "soft" else torch.ones(size)
+        strength_B = torch.linspace(0.8, 1.0, size) if self.objective == "soft" else torch.ones(size)
         weight_B = torch.linspace(0.1, 2.0, size) if self.objective == "weighted" else torch.ones(size)
         lengths = (torch.tensor([float(len(row)) for row in rows]) for rows in (pairs.chosen, pairs.rejected))
         return Facts(strength_B, weight_B, torch.zeros(size), *lengths)
