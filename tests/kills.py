@@ -2,6 +2,7 @@
 
     python -m tests.kills                            # 200 kills of slowed runs, and 40 in the first two seconds
     python -m tests.kills --kills 20 --early 5 --tracking off
+    python -m tests.kills --kills 6 --early 0 --keep prompts sft -- method=spa     # later stages of other runs
 
 A run that ends is compared with the undisturbed one, and the next begins in an empty folder. Judge, labels and
 reference take a moment longer here, so that many kills hit them. A kill within the first two seconds hits a folder in
@@ -55,12 +56,21 @@ def finish(folder: Path, *overrides: str, before: str = "") -> dict[str, Any]:
     return summary(folder)
 
 
-def kill_anywhere(root: Path, count: int, overrides: tuple[str, ...], expected: Any, moments: random.Random) -> int:
-    """Kill runs so many times; return how many runs ended with other numbers."""
+def kill_anywhere(
+    root: Path, count: int, overrides: tuple[str, ...], expected: Any, moments: random.Random, keep: list[str]
+) -> int:
+    """Kill runs so many times; return how many runs ended with other numbers.
+
+    Args:
+        keep: stages of the undisturbed run that every run finds in its store.
+    """
     hit: Counter[str] = Counter()
     ended = wrong = attempts = 0
     folder = root / "killed"
     while sum(hit.values()) < count or folder.is_dir():
+        if not folder.is_dir():
+            for stage in keep:
+                shutil.copytree(root / "undisturbed" / "store" / stage, folder / "store" / stage)
         folder.mkdir(exist_ok=True)
         (folder / AT).unlink(missing_ok=True)
         process = Process(folder, *overrides, before="tests.delays.delay")
@@ -116,16 +126,18 @@ def main() -> None:
     parser.add_argument("--early", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--tracking", choices=("mlflow", "off"), default="mlflow")
+    parser.add_argument("--keep", nargs="+", default=[], metavar="STAGE", help="stages that need no kills")
+    parser.add_argument("overrides", nargs="*", help="of the runs, such as method=spa")
     given = parser.parse_args()
-    overrides, moments = (*RUN, f"tracking={given.tracking}"), random.Random(given.seed)
+    overrides, moments = (*RUN, f"tracking={given.tracking}", *given.overrides), random.Random(given.seed)
     clock = time.monotonic()
     with tempfile.TemporaryDirectory() as there:
         root = Path(there)
         (root / "undisturbed").mkdir()
         expected = numbers(finish(root / "undisturbed", *overrides))
-        wrong = kill_anywhere(root, given.kills, overrides, expected, moments) if given.kills else 0
+        wrong = kill_anywhere(root, given.kills, overrides, expected, moments, given.keep) if given.kills else 0
         wrong += kill_early(root, given.early, overrides, expected, moments) if given.early else 0
-    print(f"tracking={given.tracking}, {time.monotonic() - clock:,.0f} s")
+    print(f"{' '.join(overrides)}, {time.monotonic() - clock:,.0f} s")
     sys.exit(wrong > 0)
 
 

@@ -17,7 +17,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dnpo import disk
@@ -117,6 +117,9 @@ def _explain(error: Exception, config: str) -> str:
     unreadable = explain_unreadable(error)
     if unreadable is not None:
         return unreadable
+    unmerged = re.search(r"^In '(\w+)/([^']+)': .*\nCannot merge DictConfig with ListConfig", text)
+    if unmerged:
+        return _explain_list(unmerged.group(1), unmerged.group(2), sys.argv[1:])
     absent = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
     if absent:
         return f"{absent.group(1)}: no option of it is chosen by default; give +{absent.group(1)}=…"
@@ -151,6 +154,20 @@ def _explain(error: Exception, config: str) -> str:
         key = text.split("Missing mandatory value:")[-1].strip().split()[0]
         return f"{key}: needs a value; give {key}=…"
     return text
+
+
+def _explain_list(group: str, name: str, arguments: Sequence[str]) -> str:
+    """Say that a single option cannot replace a list, one part for each iteration, of an option such as method=spa."""
+    file = conf_folder() / group / f"{name}.yaml"
+    content = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+    lists = [str(key) for key, value in content.items() if isinstance(value, ListConfig)]
+    chosen = next((each for each in arguments if each.partition("=")[0] in lists), "")
+    part = chosen.partition("=")[0] or " or ".join(lists) or "a part"
+    return (
+        f"{chosen or part}: {group}={name} gives {part} as a list, one for each iteration, and a single option cannot "
+        f"take its place. Set one of the list by its number, such as {part}.1.…=…, or write a {group} of your own: a "
+        f"copy of conf/{group}/{name}.yaml with another {part}"
+    )
 
 
 def _options_with(key: str) -> list[str]:

@@ -74,4 +74,4 @@ def _takes_one(name: str, target: str, key: str, values: Sequence[Any]) -> bool:
         return key != "betas"
     kind = locate(f"{name.rpartition('.')[0]}._target_", target)
     parameter = inspect.signature(kind).parameters.get(key)
-    return parameter is not None and not accepts(kind, key, list(values))
+    return parameter is not None and not any(accepts(kind, key, each) for each in (list(values), []))

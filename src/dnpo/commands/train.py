@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from dnpo.commands import common as command
 from dnpo.commands.iterations import join, settings_at, value_at
 from dnpo.errors import SettingsError
+from dnpo.escape import say
 from dnpo.settings import Natural, check_values, neutral_names, require, with_contents
 from dnpo.settings import build as build_part
 from dnpo.settings import check as check_part
@@ -142,7 +143,8 @@ def build(cfg: DictConfig, name: str = "") -> "tuple[Run, Tracking, dict[str, An
         for k in range(top["iterations"])
     ]
     _require_parts(parts, by_iteration)
-    check_words(plans, parts["model"])
+    never = starts["npo"] >= top["iterations"]
+    check_words(plans, parts["model"], build_part("npo", by_iteration[-1]["npo"]) if never else None)
     run = Run(
         seed=top["seed"],
         device=top["device"],
@@ -220,7 +222,36 @@ def run_name(overrides: Sequence[str]) -> str:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+def warn_of_late_starts(settings: Mapping[str, Any]) -> None:
+    """Tell of parts that start after the run's last iteration, so that it does without them."""
+    starts = {name: settings[name].get("start", 0) for name in STARTING if isinstance(settings[name], Mapping)}
+    asked = {name: start for name, start in starts.items() if settings[name]["_target_"] != ABSENT[name]["_target_"]}
+    late = [f"{name}.start={start}" for name, start in asked.items() if start >= settings["iterations"]]
+    if late:
+        say(
+            f"warning: {' and '.join(late)}: the run has iterations={settings['iterations']}, numbered from 0, so it "
+            f"does without; {late[0].partition('=')[0]}=0 starts at once",
+            error=True,
+        )
+
+
+def refuse_lists(overrides: Sequence[str]) -> None:
+    """Refuse several options of a part: Hydra would mix the settings of all of them.
+
+    Raises:
+        SettingsError: names the part.
+    """
+    for override in overrides:
+        part, _, options = override.partition("=")
+        if part in VARYING and options.startswith("["):
+            raise SettingsError(
+                f"{override}: expected one option. One for each iteration is a list of parts in a method of your own, "
+                f"as in conf/method/spa.yaml; a setting takes a list here too ({part}.…=[…,…])"
+            )
+
+
 def _run(cfg: DictConfig, job: Any) -> float | None:
+    refuse_lists(job.overrides.task)
     folder, sweep = command.folders(job)
     run, tracking, settings = build(cfg, os.path.relpath(sweep or folder))
     with run.ledger:  # closed after every job, or later jobs would wait for the calls that this one has claimed
@@ -241,6 +272,7 @@ def _go(
     stages = [stage for iteration in iterations for stage in iteration.stages]
     if not settings["plan"]:
         store.open(console.say)
+    warn_of_late_starts(settings)
     store.check(stages, console.say, everything=not settings["plan"])
     check_optimizers(run, iterations, store)
     if settings["plan"]:

@@ -31,6 +31,12 @@ from dnpo.tracking.writing import TrackedSteps, Tracking
 SHOWN_PAIRS = 50
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
 
+LABELS = {  # who labels the pairs, beside the judge that gives the scores
+    "same": "the judge that labels the pairs also gives these scores",
+    "other": "another judge labels the pairs",
+    "nobody": "no judge labels the pairs",
+}
+
 
 def tags(choices: Mapping[str, str], settings: Mapping[str, Any], iterations: Sequence[Iteration]) -> dict[str, str]:
     """Return the tags by which a run can be found: chosen options, sweep, seed, git commit, and its stages' keys."""
@@ -82,6 +88,7 @@ def execute(
         "stages": used,
         "policies": [f"{iteration.policy.name}/{iteration.policy.key}" for iteration in iterations],
         "commit": commit(),
+        "labelled_by": find_labeller(iterations),
         "judge_agreement": read_agreement(store, iterations[-1].evaluation.settings["judge"], console.say),
         "versions": {**provenance.versions(), "mlflow": importlib.metadata.version("mlflow")},
         "made_by": list_makers(iterations, store),
@@ -96,6 +103,15 @@ def execute(
     tracking.note(f"{title}\n\n{ended}\n\n{head}")
     tracking.flush()
     return summary
+
+
+def find_labeller(iterations: Sequence[Iteration]) -> str:
+    """Say who labels the pairs, beside the judge of the evaluations; one of ``LABELS``."""
+    stages = [stage for each in iterations for stage in (each.verdicts, each.labelled) if stage is not None]
+    judges = [stage.settings["judge"] for stage in stages if "judge" in stage.settings]
+    if not judges:
+        return "nobody"
+    return "same" if iterations[-1].evaluation.settings["judge"] in judges else "other"
 
 
 def list_makers(iterations: Sequence[Iteration], store: Store) -> list[dict[str, Any]]:
@@ -342,8 +358,8 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
     console.table(iteration_table(rows), split=True)
     if any("eval/score" in row for row in rows):
         console.say(
-            "score: judge's mean on sampled held-out answers (0-100); the judge that labels the pairs also gives "
-            "these scores. Accuracies: greedy answers."
+            f"score: judge's mean on sampled held-out answers (0-100); {LABELS[summary['labelled_by']]}. Accuracies: "
+            "greedy answers."
         )
     if any("second/score" in row for row in rows):
         console.say("2nd: the second judge's mean on the same answers; it labels nothing.")

@@ -5,6 +5,7 @@ combinations have no meaning. The data, which are read later, are checked by the
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dnpo.errors import SettingsError
@@ -16,15 +17,17 @@ from dnpo.stages.verbs import COMPARE
 if TYPE_CHECKING:
     from dnpo.evaluate import Evaluation
     from dnpo.judges import Judge
+    from dnpo.optimise.parts import Noise
     from dnpo.policy.base import ModelPart
 
 
-def check_words(plans: Sequence[Plan], model: "ModelPart") -> None:
+def check_words(plans: Sequence[Plan], model: "ModelPart", never: "Noise | None" = None) -> None:
     """Refuse plans whose words contradict each other.
 
     Args:
         plans: the plans of all iterations.
         model: the model that the run begins with.
+        never: noise that is asked for, and starts after the last iteration.
 
     Raises:
         SettingsError: names the settings.
@@ -35,6 +38,8 @@ def check_words(plans: Sequence[Plan], model: "ModelPart") -> None:
         except SettingsError as error:
             where = f" (in iteration {plan.k} of {len(plans)})" if len(plans) > 1 else ""
             raise SettingsError(f"{error}{where}") from None
+    if never is not None:
+        _check_objective(replace(plans[-1], npo=never))
 
 
 def _check(plan: Plan, plans: Sequence[Plan], model: "ModelPart") -> None:
