@@ -6,8 +6,9 @@ the noise from ``npo.py``, the training loop from ``training.py``.
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from dnpo.errors import SettingsError
 from dnpo.settings import Bound, Count, Finite, Fraction, Natural, NonNegative, Positive, Range, neutral
@@ -64,6 +65,12 @@ class Logistic:
     beta: Positive
     smoothing: Fraction = 0.0
     xi_min: Positive = 0.05
+
+    def identity(self) -> Mapping[str, Any]:
+        """β, and the further settings where they differ from plain DPO, whose stage keys are older than these."""
+        own = {"smoothing": self.smoothing, "xi_min": self.xi_min}
+        plain = {"_target_": type(self).__name__, "beta": self.beta}
+        return plain | {name: value for name, value in own.items() if value != getattr(Logistic, name)}
 
     def __call__(self, policy: "PairLogps", reference: "PairLogps", facts: "Facts") -> "Tensor":
         """A loss for each of the B pairs. Shape B."""
