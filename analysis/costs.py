@@ -48,11 +48,17 @@ SECONDS = Cost(replace(metric("seconds"), title="Time without measuring", digits
 COSTS = (add_up("generated/tokens"), add_up("trained/tokens"), add_up("judge/verdicts"), SECONDS)
 KL = PolicyMeasure(metric("drift/initial"))
 LENGTH = PolicyMeasure(metric("eval/tokens"))
+BEGINNING = "fine-tuned"  # the policy that all methods begin with
 
 
 def quality(cells: Cells) -> tuple[PolicyMeasure, PolicyMeasure]:
     """The judge's score, and the average of the benchmarks."""
     return score(), average(benchmarks(cells))
+
+
+def beginning(cells: Cells) -> Cells:
+    """The policy that all methods begin with, as of the first run of each seed."""
+    return replace(cells, runs={(BEGINNING, SFT, run.seed): run for run in reversed(cells.used)})
 
 
 def end(cells: Cells, method: str) -> Iteration:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from analysis.command import alone
-from analysis.costs import COSTS, KL, LENGTH, end, quality, reached
+from analysis.costs import BEGINNING, COSTS, KL, LENGTH, beginning, end, quality, reached
 from analysis.drawing import canvas, finish, foot, spread
 from analysis.keeping import DrawnFigure
 from analysis.results import Array, estimate, numbers, size
@@ -27,9 +27,14 @@ def make(runs: Runs) -> DrawnFigure:
     cells = runs.rivals()
     rows = [_row(cells, method) for method in cells.methods]
     up = [measure.metric for measure in quality(cells)]
+    first = {
+        measure.name: measure.metric.scale * estimate(reached(beginning(cells), measure, BEGINNING)).value
+        for measure in quality(cells)
+    }
     figure, panels = canvas(10.0, 11.6, 4, 3)
     for place, axis in enumerate(panels):
         over, measure = ACROSS[place % 3 + 3 * (place // 3 % 2)], up[place // 6]
+        axis.axhline(first[measure.name], color=OTHER.colour, linewidth=1, linestyle=":", label=BEGINNING)
         _draw(axis, rows, over.name, measure.name)
         axis.set_xlabel(fill(over.axis, 32))
         if place % 3 == 0:

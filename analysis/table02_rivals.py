@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from analysis.command import alone
 from analysis.comparing import collect_notes, describe_cells, detectable
-from analysis.costs import COSTS, KL, LENGTH, end, quality, reached
+from analysis.costs import BEGINNING, COSTS, KL, LENGTH, beginning, end, quality, reached
 from analysis.keeping import DrawnTable
 from analysis.published import COLUMN, RIVALS
 from analysis.results import Against, PolicyMeasure, against, estimate, results, whole
@@ -26,6 +26,10 @@ def make(runs: Runs) -> DrawnTable:
     rows: dict[str, dict[str, Cell]] = {}
     differences: dict[str, list[Against]] = {measure.label: [] for measure in measures[:2]}
     items: set[int] = set()
+    first = beginning(cells)
+    for measure in measures:
+        value = Estimate(0.0) if measure is KL else estimate(reached(first, measure, BEGINNING))
+        rows.setdefault(BEGINNING, {})[measure.label] = Cell(value)
     for method in cells.methods:
         row = rows.setdefault(method, {})
         for measure in measures:

@@ -678,6 +678,8 @@ def test_all_methods_stand_beside_each_other_at_their_ends_with_what_they_spent(
         for column, expected in shares.items():
             assert float(points[name][f"{column}_mean"]) == pytest.approx(expected)
             assert float(rows[name, catalogue.metric(column).label]["value"]) == pytest.approx(expected)
+    begun = [run.row(SFT)["eval/score"] for run in cells.at_end("spin")]
+    assert float(rows["fine-tuned", "score"]["value"]) == pytest.approx(np.mean(begun))
     assert rows["dnpo", "score"]["p"]
     assert not rows["spin", "score"]["p"]
     assert {name for name, column in rows if column == published.COLUMN} == {"dnpo", "PPO (not run here)"}
