@@ -1,5 +1,6 @@
 """The words of a method: what does not go together is refused by name, and what does is as exact as it says."""
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -71,6 +72,13 @@ def computed(folder: Path) -> list[str]:
         ("method=spin prompts=fresh prompts.shares=[0,1]", r"prompts\.shares=\[0, 1\]: .*greater than 0"),
         ("method=spin judge=self strength=asked dsl=ranked rollout.samples=1", r"rollout\.samples=1"),
         ("method=spin judge=rules dsl=ranked rollout.samples=2 strength=asked", r"strength=asked: needs a judge"),
+        ("method=spin strength=implicit", r"strength: RewardStrength .*HumanChosen \(dsl\) makes pairs without scores"),
+        (
+            "method=spin strength=implicit judge=rules dsl=two rollout.samples=2",
+            r"strength: .*Rules \(judge\) are points",
+        ),
+        ("method=spin curriculum=robust", r"curriculum: Robust .*HumanChosen \(dsl\) makes pairs without scores"),
+        ("method=dnpo curriculum=robust dsl.start=0", r"curriculum: Robust .*points; take judge=implicit"),
         ("method=spin dsl=correct judge=correct", r"dsl: Right gives chosen responses alone.*objective=nll"),
         ("method=spin dsl=given", r"dsl=given: .*take rollout=given"),
         ("method=spin rollout=given dsl=ranked judge=rules", r"rollout=given: Ranked"),
@@ -88,6 +96,24 @@ def test_words_that_do_not_go_together_are_refused_by_name(overrides: str, named
     assert re.search(named, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
     assert not computed(tmp_path)
+
+
+def test_the_judge_of_evaluations_has_to_accept_the_rows_before_anything_is_computed(tmp_path: Path) -> None:
+    """Methods whose own judge cannot score texts measure by another one, which needs verifiable answers."""
+    rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"It is {i + 1}."} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = (
+        "method=spa",
+        "data=jsonl",
+        "data.path=rows.jsonl",
+        "data.max_response_tokens=24",
+        "data.max_prompt_tokens=48",
+    )
+    done = train(tmp_path, *SMOKE, *own)
+    assert done.returncode == 1
+    assert re.search(r"as judge of evaluations: .*verifiable answer.*Change eval\.judge", done.stderr), done.stderr
+    assert not computed(tmp_path)
+    assert train(tmp_path, *SMOKE, *own, "eval.judge=null", "check=true").returncode == 0
 
 
 def test_noise_that_never_starts_is_told_of(tmp_path: Path) -> None:
@@ -217,37 +243,53 @@ DOUBTS = """
 # @package _global_
 # conf/method/doubts.yaml
 defaults:
-  - override /dsl: ranked
-  - override /strength: implicit
-  - override /judge: rules
+  - override /dsl: null
+  - override /prompts: null
+  - override /rollout: null
+  - override /strength: null
+  - override /judge: implicit
   - override /curriculum: accumulate
   - override /objective: ipo
   - override /npo: trainable
-iterations: 2
+iterations: 3
 reference: [start, initial]
+prompts:
+  - {_target_: dnpo.data.prompts.Seed}
+  - {_target_: dnpo.data.prompts.Fresh, seed_share: 0.2, shares: [1, 1]}
 rollout:
-  samples: 4
-  temperature: 1.2
+  - {_target_: dnpo.generate.Given}
+  - {_target_: dnpo.generate.Ahead, samples: 4, temperature: 1.2}
+dsl:
+  - {_target_: dnpo.dsl.GivenPairs}
+  - {_target_: dnpo.dsl.Ranked}
+strength:
+  - {_target_: dnpo.dsl.HardLabels}
+  - {_target_: dnpo.dsl.RewardStrength}
 objective:
   beta: [0.1, 0.05]
 npo:
   start: 0
+typical:
+  gold_pairs: 0.2
+eval:
+  judge: ${typical.judge}
 """
 
 
 @pytest.mark.long
 def test_a_method_that_no_paper_has_is_one_file_of_words(tmp_path: Path) -> None:
-    """Ranked pairs with soft labels, those of the iteration before too, under a squared loss with noise."""
+    """Seed pairs, then ranked ones with soft labels, each time those before too, under a squared loss with noise."""
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "conf" / "method" / "doubts.yaml").write_text(DOUBTS.lstrip())
     given = ("--config-dir=conf", "method=doubts", *SMOKE, "data.train=64")
     printed = succeed(tmp_path, *given)
-    _, first, second = numbers(summary(tmp_path))
-    assert first["npo/variance"] > 0
-    assert 0.5 <= first["pairs/strength"] <= 1
-    assert second["curriculum/earlier"] > 0
-    assert second["curriculum/trained"] == second["curriculum/earlier"] + second["pairs/pairs"]
-    assert "the judge that labels the pairs also gives these scores" in printed
+    _, seed, *others = numbers(summary(tmp_path))
+    assert seed["npo/variance"] > 0
+    for row in others:
+        assert 0.5 <= row["pairs/strength"] < 1
+        assert row["curriculum/earlier"] > 0
+        assert row["curriculum/trained"] == row["curriculum/earlier"] + row["pairs/pairs"]
+    assert "another judge labels the pairs" in printed
     again = succeed(tmp_path, *given)
     assert again.count("there already") == len(computed(tmp_path))
 

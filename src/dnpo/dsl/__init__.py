@@ -83,9 +83,11 @@ class Strength(Protocol):
 
     Attributes:
         asks: whether it asks the judge to compare both sides.
+        reads_scores: whether it takes scores for rewards in nats.
     """
 
     asks: ClassVar[bool]
+    reads_scores: ClassVar[bool]
 
     def __call__(self, prompts: Mapping[str, Prompt], pairs: Sequence[Pair], compare: Compare | None) -> list[float]:
         """p(y⁺ ≻ y⁻) of each pair."""

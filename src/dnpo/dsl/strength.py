@@ -17,6 +17,7 @@ class HardLabels:
     """Labels are taken for certain."""
 
     asks: ClassVar[bool] = False
+    reads_scores: ClassVar[bool] = False
 
     def __call__(self, prompts: Mapping[str, Prompt], pairs: Sequence[Pair], compare: Compare | None) -> list[float]:
         """1 for each pair."""
@@ -28,6 +29,7 @@ class RewardStrength:
     """σ(r₁ − r₂) of the scores, for judges whose scores are rewards in nats (SPA, equation 7)."""
 
     asks: ClassVar[bool] = False
+    reads_scores: ClassVar[bool] = True
 
     def __call__(self, prompts: Mapping[str, Prompt], pairs: Sequence[Pair], compare: Compare | None) -> list[float]:
         """The Bradley-Terry probability of each pair.
@@ -51,6 +53,7 @@ class AskedStrength:
     """The probability that a judge gives when it is shown both responses (OSP paper, section 3)."""
 
     asks: ClassVar[bool] = True
+    reads_scores: ClassVar[bool] = False
 
     def __call__(self, prompts: Mapping[str, Prompt], pairs: Sequence[Pair], compare: Compare | None) -> list[float]:
         """The judge's probability of each pair."""

@@ -66,12 +66,14 @@ class Judge(ABC):
         gives_scores: false for ``judge=off``.
         measures_texts: whether its scores say how good texts are, whoever wrote them and whenever. If not, evaluations
             cannot use it; it still can label pairs.
+        in_nats: whether its scores are rewards in nats, and not points from 0 to 100.
         judges_generated: whether it can judge what policies generate.
         max_unscored: share of responses that may lack a score.
     """
 
     gives_scores: ClassVar[bool] = True
     measures_texts: ClassVar[bool] = True
+    in_nats: ClassVar[bool] = False
     judges_generated: ClassVar[bool] = True
     max_unscored: float = 0.02
 

@@ -60,6 +60,7 @@ class Implicit(Judge):
     """
 
     measures_texts: ClassVar[bool] = False
+    in_nats: ClassVar[bool] = True
 
     beta: Positive = 0.1
     length_penalty: NonNegative = 0.0
@@ -90,6 +91,7 @@ class _Rewarding(Judge):
     """:class:`Implicit` with its policies."""
 
     measures_texts: ClassVar[bool] = False
+    in_nats: ClassVar[bool] = True
 
     settings: Implicit
     policy: "Policy"

@@ -46,6 +46,7 @@ def _check(plan: Plan, plans: Sequence[Plan], model: "ModelPart") -> None:
     _check_start(plan, model)
     _check_labels(plan)
     _check_judge(plan)
+    _check_scores(plan)
     _check_objective(plan)
     plan.prompts.check(len(plans))
     plan.curriculum.check(plan.k, len(plans))
@@ -91,6 +92,24 @@ def _check_judge(plan: Plan) -> None:
         raise SettingsError(
             "strength=asked: needs a judge that compares two responses and says how sure it is, such as judge=self"
         )
+
+
+def _check_scores(plan: Plan) -> None:
+    """Refuse parts that take differences of scores for rewards, where there are no scores, or points from 0 to 100."""
+    readers = {"strength": plan.strength.reads_scores, "curriculum": plan.curriculum.needs_scores}
+    for name in (name for name, reads in readers.items() if reads):
+        what = (
+            f"{type(getattr(plan, name)).__name__} takes the difference of two responses' scores for a reward in nats"
+        )
+        if not plan.dsl.needs_scores:
+            raise SettingsError(
+                f"{name}: {what}, and {type(plan.dsl).__name__} (dsl) makes pairs without scores; take dsl=two or "
+                "ranked with judge=implicit, and none of it in iterations without such pairs"
+            )
+        if not plan.judge.in_nats:
+            raise SettingsError(
+                f"{name}: {what}, and the scores of {type(plan.judge).__name__} (judge) are points; take judge=implicit"
+            )
 
 
 def _check_objective(plan: Plan) -> None:

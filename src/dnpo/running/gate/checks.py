@@ -65,6 +65,7 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
     other = run.second_judge
     return [
         judge.labels(scored[0].k if scored else None, scored[0].judge if scored else run.judge, data),
+        *([judge.measuring(run.judge, data[measured], measured)] if scored and run.eval.judge is not None else []),
         *rows.used(run.plans, data["train"]),
         *([judge.second(other, data[measured], measured)] if other.gives_scores else []),
         judge.judge_prompts(run.judge.prompts_seen, data[measured], measured),

@@ -36,6 +36,15 @@ def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
     return Finding("labels", "pass", f"the judge accepts all {sum(map(len, rows.values())):,} rows")
 
 
+def measuring(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
+    """Check that the judge of evaluations, where it is not that of the labels, can judge the held-out rows."""
+    problem = judge.accepts(held)
+    if problem is not None:
+        setting = "eval.judge=…; null takes none where the method's own judge cannot score texts"
+        return Finding("scores", "stop", f"as judge of evaluations: {problem}", setting)
+    return Finding("scores", "pass", f"the judge of evaluations accepts all {len(held):,} {split} rows")
+
+
 def second(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
     """Check that the second judge can judge the held-out rows."""
     if not judge.measures_texts:
