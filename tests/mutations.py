@@ -447,8 +447,8 @@ MUTATIONS = (
     Mutation(
         "other pairs' hidden states come back",
         "optimise/reference.py",
-        "self.where[pair] = (number, starts[i], starts[i + 1])",
-        "self.where[i] = (number, starts[i], starts[i + 1])",
+        "self.where[pair] = (number, starts[i], starts[i] + chosen[i], starts[i + 1])",
+        "self.where[i] = (number, starts[i], starts[i] + chosen[i], starts[i + 1])",
         "test_reference.py::test_hidden_states_come_back_as_they_were",
     ),
     Mutation(

@@ -353,7 +353,7 @@ def test_fit_and_judge(world: World, tmp_path: Path, kind: str, capsys: pytest.C
     found = [fit(data, base=str(base), out=str(folder), device="cpu", **settings) for folder in folders]
     assert found[0] == found[1]
     assert found[0]["fit"]["accuracy"] > 0.9
-    assert "judge=reward judge.path=" in capsys.readouterr().out
+    assert "80 pairs to train on, 40 held out by conversation" in capsys.readouterr().out
     judges = [Reward(path=str(folder), device="cpu") for folder in folders]
     assert judges[0].identity() == judges[1].identity()
     assert judges[0].curve == (found[0]["center"], found[0]["scale"])

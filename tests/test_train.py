@@ -279,7 +279,7 @@ def test_kill_9_at_any_moment_changes_no_number(tiny: Path, tmp_path: Path) -> N
 def test_kills_in_short_stages_and_in_the_first_seconds_change_no_number(tiny: Path, tmp_path: Path) -> None:
     """A few of ``python -m tests.kills``."""
     expected, moments = numbers(first(tiny)), random.Random(1)
-    assert kills.kill_anywhere(tmp_path, 4, (*SMOKE, *TINY), expected, moments) == 0
+    assert kills.kill_anywhere(tmp_path, 4, (*SMOKE, *TINY), expected, moments, []) == 0
     assert kills.kill_early(tmp_path, 2, ("scale=smoke", *TINY), expected, moments) == 0
 
 

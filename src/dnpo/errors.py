@@ -30,7 +30,7 @@ class LedgerError(DnpoError):
 
 
 class StepZeroError(DnpoError):
-    """Before the first update the policy is not the reference."""
+    """Before the first update the policy is not the one that training starts from."""
 
 
 class NonFiniteLossError(DnpoError):
