@@ -41,8 +41,7 @@ from dnpo.running.gate import chain as chain_check
 from dnpo.running.gate import gate, judge, machine, needs, rows, show, text
 from dnpo.running.gate.finding import Finding, refuse
 from dnpo.settings import conf_folder
-from dnpo.stages.plan import Iteration
-from dnpo.stages.verbs import Run
+from dnpo.stages.plan import Iteration, Run
 from dnpo.store import Store
 from dnpo.store.manifests import seal
 

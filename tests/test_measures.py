@@ -17,8 +17,7 @@ from dnpo.judges.exact.rules import Correct
 from dnpo.loop import chain
 from dnpo.records import Item, Pair, Prompt, Response, read
 from dnpo.settings import conf_folder
-from dnpo.stages.plan import Iteration
-from dnpo.stages.verbs import Run
+from dnpo.stages.plan import Iteration, Run
 from dnpo.store import Store
 from tests.conftest import Report, verdicts
 

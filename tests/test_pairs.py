@@ -13,7 +13,8 @@ from dnpo.data.files import Csv, Files, JsonLines
 from dnpo.data.rows import SCORES
 from dnpo.errors import DataError
 from dnpo.records import GIVEN, Prompt, Response, read, write_preferences
-from dnpo.stages.verbs import prepare, read_given, read_split
+from dnpo.stages.before import prepare
+from dnpo.stages.files import read_given, read_split
 from dnpo.store import Stage, Store
 from dnpo.tracking.datasets import list_datasets
 from tests.conftest import SHARED, Report, World

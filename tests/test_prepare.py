@@ -12,7 +12,7 @@ from dnpo.data.files import JsonLines
 from dnpo.data.tinyworld import TinyWorld
 from dnpo.errors import DataError, ModelError
 from dnpo.records import Prompt, Response, read
-from dnpo.stages.verbs import prepare
+from dnpo.stages.before import prepare
 from dnpo.store import Stage
 from tests.conftest import Report, World
 

@@ -16,8 +16,8 @@ from dnpo.judges import Judge, judge_responses
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Prompt, Response, read, schema
 from dnpo.settings import part_key
+from dnpo.stages.files import read_split
 from dnpo.stages.plan import Facts, Run, Task, verb
-from dnpo.stages.verbs import read_split
 from dnpo.stats.length import LengthControlled, control_length
 from dnpo.stats.wins import Wins, preferences, wins
 from dnpo.store import Report

@@ -13,8 +13,9 @@ from dnpo.judges import judge_responses, tally
 from dnpo.records import Item, Pair, Prompt, Response, Verdict, read, write
 from dnpo.seeding import derive
 from dnpo.settings import named_within, part_key
+from dnpo.stages.files import read_split
 from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, Verb, verb
-from dnpo.stages.verbs import read_split, sampling_of
+from dnpo.stages.verbs import sampling_of
 from dnpo.store import Stage, write_json
 
 if TYPE_CHECKING:

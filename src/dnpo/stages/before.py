@@ -1,0 +1,189 @@
+"""What precedes the first iteration: encoding the data, fine-tuning, and teaching a judge.
+
+These are verbs like those in ``verbs.py``.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dnpo.data.unusable import list_reasons
+from dnpo.errors import DataError, ModelError, SettingsError
+from dnpo.records import GIVEN, Prompt, Response, write
+from dnpo.seeding import derive
+from dnpo.settings import part_key
+from dnpo.stages.files import read_split, write_trained
+from dnpo.stages.plan import Facts, Run, Task, verb
+from dnpo.store import Report
+
+if TYPE_CHECKING:
+    from dnpo.policy.model import Policy
+
+
+def _prompts_key(run: Run, plan: None) -> dict[str, Any]:
+    return {
+        "data": part_key(run.data),
+        "model": part_key(run.model),
+        "max_prompt_tokens": run.data.max_prompt_tokens,
+        "max_response_tokens": run.limit,
+        **({"long_responses": "drop"} if run.data.long_responses == "drop" else {}),
+        **({"sft_rows": run.sft_rows} if run.sft_rows else {}),
+    }
+
+
+@verb("prompts", 3, _prompts_key)
+def prepare(run: Run, plan: None, task: Task) -> Facts:
+    """Encode the prompts that fit the model, with their responses; write its tokenizer, and its weights if untrained.
+
+    The responses are the human ones, and the rejected ones of the data's own pairs where there are any.
+    """
+    rows, facts = run.data.read()
+    removed = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in facts.get("removed", {}).items() if n]
+    if removed:
+        such = "".join(f"; {example}" for example in facts.get("examples", []))
+        task.report.note(f"rows removed as duplicates: {', '.join(removed)}{such}")
+    if "unusable" in facts:
+        task.report.note(f"rows that cannot be used are left out: {'; '.join(list_reasons(facts['unusable']))}")
+    run.model.base(task.folder / "model", rows["train"])
+    policy = run.model.load(task.folder / "model", None, "cpu")
+    task.report.begin(sum(map(len, rows.values())), "prompts")
+    if run.sft_rows:
+        rows = {**rows, **_set_apart(rows["train"], run.sft_rows)}
+    for split, these in rows.items():
+        facts[split] = _encode(run, policy, these, split, task.folder, task.report)
+    return facts
+
+
+def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, list[Prompt]]:
+    """Set ``count`` rows apart for fine-tuning, chosen by a hash of their ids; the iterations get the others."""
+    if count >= len(rows):
+        raise SettingsError(f"sft_rows={count}: expected fewer than the {len(rows):,} training rows")
+    by_hash = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
+    apart = {row.id for row in by_hash[:count]}
+    return {"sft": [row for row in rows if row.id in apart], "train": [row for row in rows if row.id not in apart]}
+
+
+def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: Path, report: Report) -> dict[str, int]:
+    """Encode one split, without the prompts that are too long."""
+    from dnpo.policy.tokenizer import human_response
+
+    context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
+    longest = min(run.data.max_prompt_tokens, context - run.limit)
+    drop = run.data.long_responses == "drop"
+    prompts, human, given = [], [], []
+    too_long = over = given_over = given_same = 0
+    for row in rows:
+        prompt_ids, ids = _encode_response(policy, row, row.human, split)
+        report.advance()
+        if len(prompt_ids) > longest:
+            too_long += 1
+            continue
+        over += len(ids) > run.limit
+        if drop and len(ids) > run.limit:
+            continue
+        rejected = row.rejected
+        if rejected is not None:
+            rejected_ids = _encode_response(policy, row, rejected, split)[1]
+            given_over += len(rejected_ids) > run.limit
+            if drop and len(rejected_ids) > run.limit:
+                continue
+            if rejected_ids[: run.limit] == ids[: run.limit]:
+                given_same += 1
+                row = replace(row, rejected=None, rejected_score=None)
+            else:
+                other = replace(row, human=rejected)
+                given.append(replace(human_response(policy.tokenizer, other, rejected_ids, run.limit), source=GIVEN))
+        prompts.append(replace(row, token_ids=prompt_ids))
+        human.append(human_response(policy.tokenizer, row, ids, run.limit))
+    if too_long:
+        report.note(f"{too_long:,} of {len(rows):,} {split} prompts are longer than {longest} tokens: dropped")
+    if over:
+        report.note(
+            f"{over:,} of {len(rows):,} human responses of {split} are longer than {run.limit} tokens: "
+            f"{'dropped with their prompts' if drop else 'cut there'}"
+        )
+    paired = sum(row.rejected is not None for row in rows)
+    if given_over:
+        report.note(
+            f"{given_over:,} of {paired:,} rejected responses of {split} are longer than {run.limit} tokens: "
+            f"{'dropped with their prompts' if drop else 'cut there'}"
+        )
+    if given_same:
+        report.note(
+            f"{given_same:,} of {paired:,} pairs of {split} have the same tokens on both sides (within {run.limit}): "
+            "the rejected responses are left out"
+        )
+    if rows and not prompts and too_long < len(rows):
+        raise DataError(
+            f"data.long_responses=drop: all {over:,} human responses of {split} to prompts that fit are "
+            f"longer than data.max_response_tokens={run.limit}; raise it, or give data.long_responses=cut"
+            if not given_over
+            else f"data.long_responses=drop: no pair of {split} to a prompt that fits has both responses within "
+            f"data.max_response_tokens={run.limit}; raise it, or give data.long_responses=cut"
+        )
+    if not prompts:
+        raise DataError(
+            f"data: none of the {len(rows):,} {split} prompts fits into {longest} tokens (the smaller of "
+            f"data.max_prompt_tokens={run.data.max_prompt_tokens} and the model's context of {context} less "
+            f"data.max_response_tokens={run.limit}); change these, or take other data"
+            if rows
+            else f"data: there are no {split} prompts"
+        )
+    write(folder / f"{split}.parquet", prompts, Prompt)
+    write(folder / f"{split}-human.parquet", human, Response)
+    done = "dropped" if drop else "cut"
+    facts = {"rows": len(prompts), "too_long": too_long, f"human_{done}": over}
+    if paired:
+        write(folder / f"{split}-given.parquet", given, Response)
+        facts |= {"pairs": len(given), f"given_{done}": given_over, "given_same": given_same}
+    return facts
+
+
+def _encode_response(policy: "Policy", row: Prompt, response: str, split: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of a response to it; an error names the row."""
+    from dnpo.policy.tokenizer import encode
+
+    try:
+        return encode(policy.tokenizer, row.messages, response, policy.stop_ids)
+    except ModelError as error:
+        raise ModelError(f"row {row.id} of {split}: {error}") from error
+
+
+@verb(
+    "sft",
+    3,
+    lambda run, plan: {"sft": part_key(run.sft), "lora": part_key(run.model.lora), "seed": run.seed},
+    title="supervised fine-tuning",
+)
+def fine_tune(run: Run, plan: None, task: Task) -> Facts:
+    """Fine-tune the base model on the human responses."""
+    from dnpo.optimise import preference
+
+    rows = read_split(task.inputs["prompts"], "sft" if run.sft_rows else "train")
+    seed = derive(run.seed, "sft")
+    policy = run.policy(task.inputs)
+    policy.model = run.model.lora.on(policy.model, derive(seed, "adapter"))
+    triples = [(p.id, p.token_ids, r.token_ids) for p, r in zip(*rows, strict=True)]
+    history = preference.fine_tune(policy, triples, run.sft, seed=seed, folder=task.folder, report=task.report)
+    return write_trained(policy, history, task.folder, None)
+
+
+@verb(
+    "augment",
+    1,
+    lambda run, plan: {"augment": part_key(run.augment), "lora": part_key(run.model.lora), "seed": run.seed},
+    title="lessons for the judge",
+)
+def teach(run: Run, plan: None, task: Task) -> Facts:
+    """Teach a copy of the initial policy to answer a judge's questions."""
+    from dnpo.judges.augment import augment
+
+    how, seed = run.augment, derive(run.seed, "augment")
+    assert how is not None, "lessons"
+    policy = run.policy(task.inputs)
+    rows = how.make_rows(policy, how.make_pairs(read_split(task.inputs["prompts"], "train").prompts, seed))
+    policy.model = run.model.lora.on(policy.model, derive(seed, "adapter"))
+    history = augment(policy, rows, how.optimisation, seed=seed, folder=task.folder, report=task.report)
+    return {"questions": len(rows), **write_trained(policy, history, task.folder, task.inputs["policy"] / "policy")}
