@@ -12,7 +12,7 @@ V vocabulary in G groups of C entries, D size of a head.
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -62,7 +62,7 @@ def generate(
         report: receives the progress.
     """
     rollout = Ahead.like(sampling)
-    rows = _number([prompt for prompt in prompts for _ in range(rollout.samples)])
+    rows = number_samples([prompt for prompt in prompts for _ in range(rollout.samples)])
     size = rollout.shard_size * rollout.samples
     shards = [rows[first : first + size] for first in range(0, len(rows), size)]
     paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
@@ -89,10 +89,10 @@ def sample(
     A prompt that occurs several times gets as many different samples. ``samples`` of a rollout is not read here.
     """
     rollout = replace(Ahead.like(sampling), samples=1)
-    return _answer(policy, _number(prompts), rollout, source, limit, seed, report)
+    return _answer(policy, number_samples(prompts), rollout, source, limit, seed, report)
 
 
-def _number(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
+def number_samples(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
     """Each prompt with the number of its sample, by which the samples of a prompt are told apart."""
     earlier: Counter[str] = Counter()
     rows = []
@@ -121,7 +121,7 @@ def _answer(
     streams = [derive(seed, "sample", prompt.id, number) for prompt, number in rows]
     stops = policy.stop_ids
     with policy.evaluating():
-        with _memory(rollout):
+        with memory_for(rollout):
             completions = complete(policy, ids, rollout, cut_at, streams, report)
         whole = [bool(completion) and completion[-1] in stops for completion in completions]
         if rollout.append_eos:
@@ -129,7 +129,26 @@ def _answer(
                 completion if ends else [*completion[: limit - 1], stops[0]]
                 for completion, ends in zip(completions, whole, strict=True)
             ]
-        logps = policy.score(ids, completions, samples=rollout.samples)
+    return record(policy, rows, completions, whole, source, rollout.samples)
+
+
+def record(
+    policy: Policy,
+    rows: Sequence[tuple[Prompt, int]],
+    completions: Sequence[list[int]],
+    whole: Sequence[bool],
+    source: str,
+    samples: int = 1,
+) -> list[Response]:
+    """Make responses of completions: their log-probabilities and texts.
+
+    Args:
+        rows: the prompt of each, with the number of its sample.
+        whole: whether each ended, and was not cut.
+        samples: as many consecutive rows have the same prompt.
+    """
+    with policy.evaluating():
+        logps = policy.score([prompt.token_ids for prompt, _ in rows], completions, samples=samples)
     responses = []
     for (prompt, number), completion, ends, logp in zip(rows, completions, whole, logps, strict=True):
         finish: Finish = "eos" if ends else "length"
@@ -143,9 +162,10 @@ def complete(
     policy: Policy,
     prompts: Sequence[list[int]],
     sampling: Sampling,
-    limit: int,
+    limit: int | Sequence[int],
     streams: Sequence[int],
-    report: Report,
+    report: Report | None,
+    endless: Collection[int] = (),
 ) -> list[list[int]]:
     """Complete prompts, up to and including a stop token or cut at the limit, in the order of the prompts.
 
@@ -153,13 +173,16 @@ def complete(
         policy: a policy in evaluation mode.
         prompts: token ids; none may be empty.
         sampling: temperature, truncation and batch size.
-        limit: maximum number of completion tokens.
+        limit: maximum number of completion tokens, of all rows or of each; at least 1.
         streams: an integer for each row, which decides its draws.
-        report: receives the progress.
+        report: receives the progress, if there is one.
+        endless: numbers of the rows in which no stop token is drawn; they end at the limit.
     """
     completions: list[list[int]] = [[] for _ in prompts]
+    limits = [limit] * len(prompts) if isinstance(limit, int) else limit
     warp = _warp(sampling)
-    queue, stops = _queue(prompts, sampling.batch_size), set(policy.stop_ids)
+    queue, stop_ids = _queue(prompts, sampling.batch_size), policy.stop_ids
+    stops = set(stop_ids)
     live: list[int] = []  # numbers of the prompts in the batch
     batch = _Batch(policy, min(sampling.batch_size, len(prompts)))
     while queue or live:
@@ -169,15 +192,18 @@ def complete(
                 more += queue.pop()
             batch.admit([prompts[i] for i in more], prompts[queue[-1][0]] if queue else None)
             live += more
+        if endless and (held := [[r] for r, i in enumerate(live) if i in endless]):
+            batch.logits_RV[held, stop_ids] = -torch.inf
         places = [(streams[i], len(completions[i])) for i in live]
         tokens = _pick(batch.logits_RV, places, warp).tolist()  # the one wait for the device
         if -1 in tokens:
             raise ModelError("the policy's logits are NaN or infinite: there is nothing to sample from")
         for i, token in zip(live, tokens, strict=True):
             completions[i].append(token)
-        on = [r for r, i in enumerate(live) if tokens[r] not in stops and len(completions[i]) < limit]
+        on = [r for r, i in enumerate(live) if tokens[r] not in stops and len(completions[i]) < limits[i]]
         if len(on) < len(live):
-            report.advance(len(live) - len(on))
+            if report is not None:
+                report.advance(len(live) - len(on))
             on = batch.keep(on)
             live = [live[r] for r in on]
         if live:
@@ -463,7 +489,7 @@ def _queue(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
 
 
 @contextmanager
-def _memory(sampling: Sampling) -> Iterator[None]:
+def memory_for(sampling: Sampling) -> Iterator[None]:
     """Turn a lack of memory into an error that names the setting to change."""
     try:
         yield
