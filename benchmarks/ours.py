@@ -17,6 +17,7 @@ from benchmarks.variant import (
 )
 from dnpo.optimise.npo import SilentModule, TrainableModule
 from dnpo.optimise.objective import Facts, PairLogps
+from dnpo.optimise.pairs import PairBatch, split
 from dnpo.optimise.parts import (
     Likelihood,
     Logistic,
@@ -28,7 +29,7 @@ from dnpo.optimise.parts import (
     Statistics,
     watches,
 )
-from dnpo.optimise.preference import Frozen, PairBatch, PreferenceTraining, split
+from dnpo.optimise.preference import Frozen, PreferenceTraining
 from dnpo.optimise.watch import Moments, measure_moments
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed, pack

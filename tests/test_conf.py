@@ -101,6 +101,9 @@ def test_methods_are_what_they_say() -> None:
         ("hg_dpo", {"rollout": 8, "dsl": "BestWorst", "objective": "Statistics", "reference": "start"}),
         ("self_rewarding", {"rollout": 4, "dsl": "BestWorst", "judge": "SelfJudge", "reference": "start"}),
         ("scip", {"rollout": 1, "dsl": "HumanChosen", "curriculum": "Prune", "reference": "start"}),
+        ("online_dpo", {"rollout": 2, "dsl": "BestWorst", "objective": "Logistic", "reference": "initial"}),
+        ("osp", {"rollout": 4, "dsl": "Ranked", "judge": "SelfJudge", "strength": "AskedStrength"}),
+        ("sapo", {"rollout": 1, "dsl": "HumanChosen", "ema": "MovingAverage", "reference": "ema"}),
     ],
 )
 def test_methods_are_sentences_of_these_words(method: str, words: dict[str, Any]) -> None:

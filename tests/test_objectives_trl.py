@@ -19,7 +19,7 @@ from dnpo.optimise.objective import (
     surprise,
     without_reference,
 )
-from dnpo.optimise.preference import make_facts, split
+from dnpo.optimise.pairs import make_facts, split
 from dnpo.policy.packing import pack
 from dnpo.records import write_preferences
 from tests.conftest import World

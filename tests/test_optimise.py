@@ -22,8 +22,9 @@ from torch.optim import Adam, Optimizer
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError, StepZeroError
 from dnpo.optimise.npo import FixedModule, NoiseModule, OffsetModule, Rejected, SilentModule, TrainableModule, _Draw
 from dnpo.optimise.objective import logistic
+from dnpo.optimise.pairs import split
 from dnpo.optimise.parts import PairOptimisation
-from dnpo.optimise.preference import FineTuning, PreferenceTraining, fine_tune, optimise, split
+from dnpo.optimise.preference import FineTuning, PreferenceTraining, fine_tune, optimise
 from dnpo.optimise.reference import KeptHidden, keep_hidden
 from dnpo.optimise.training import CHECKPOINT, Batch, make_fused
 from dnpo.policy import logprobs

@@ -47,11 +47,14 @@ def iterate(run: Run, plan: Plan, prompts: Stage, done: Sequence[Iteration]) -> 
     pairs = arrange(run, plan, prompts=prompts, pairs=labelled, initial=initial, **earlier) or labelled
 
     start = {"previous": policy, "initial": initial, "base": None}[plan.start]
-    frozen = {"start": start, "initial": initial, "none": None}[plan.reference]
+    frozen = {"start": start, "initial": initial, "ema": None, "none": None}[plan.reference]
     scores = reference(run, plan, prompts=prompts, policy=frozen, pairs=pairs)
     given: dict[str, Any] = {"prompts": prompts, "policy": start, "frozen": frozen, "pairs": pairs, "reference": scores}
     like = match(run, plan, **given)
-    trained = optimise(run, plan, **given, like=like, aids=find_aids(run, plan, prompts, frozen, pairs))
+    aids = find_aids(run, plan, prompts, frozen, pairs)
+    trained = optimise(run, plan, **given, like=like, aids=aids, initial=initial, taught=done[0].taught)
+    if plan.rollout.live and plan.makes_pairs:
+        labelled = pairs = trained  # which has made them between its steps
     evaluation = evaluate(run, plan, prompts=prompts, policy=trained, pairs=pairs)
     measures = measure(run, plan, prompts, trained, evaluation, start=start, initial=initial, pairs=pairs)
     own = (responses, verdicts, labelled, pairs, scores, like)

@@ -69,9 +69,9 @@ SERIES = (
 )
 OTHER = Look("#8A8A8A", "P")  # anything that METHODS and SERIES lack
 
-# Looks where all methods are compared, by the name of their option. Nineteen colours cannot be told apart: the methods
+# Looks where all methods are compared, by the name of their option. So many colours cannot be told apart: the methods
 # of a family share one, and their markers differ.
-FAMILIES = {"human": "#5E4FA2", "given": "#8C2D04", "own": "#C51B7D", "many": "#66A61E"}
+FAMILIES = {"human": "#5E4FA2", "given": "#8C2D04", "own": "#C51B7D", "many": "#66A61E", "live": "#1F9EBA"}
 RIVALS: Mapping[str, Look] = {
     "spin": SPIN,
     "dsl": DSL,
@@ -87,6 +87,7 @@ RIVALS: Mapping[str, Look] = {
         name: Look(FAMILIES["own"], mark) for name, mark in zip(("spa", "robust", "self_rewarding"), "s^D", strict=True)
     },
     **{name: Look(FAMILIES["many"], mark) for name, mark in zip(("hg_dpo", "rest_em", "raft"), "o^v", strict=True)},
+    **{name: Look(FAMILIES["live"], mark) for name, mark in zip(("online_dpo", "osp", "sapo"), "os^", strict=True)},
 }
 
 # Responses of a pair, and those that the trained policy generates to the same prompt.

@@ -104,7 +104,7 @@ class Verdict:
 class Pair:
     """A chosen and a rejected response to one prompt, with the source, sample and score of each side.
 
-    Pairs are unique by id, iteration, and both samples.
+    Pairs are unique by id, iteration, step, and both samples.
 
     Attributes:
         rejected: "" with no ``rejected_ids`` where a labeller chooses responses without rejecting any.
@@ -113,6 +113,8 @@ class Pair:
         strength: p(y⁺ ≻ y⁻), how sure the label is; 1 for hard labels.
         weight: its weight in the loss of a step.
         shift: how far σ(margin) is lowered in the loss, for robust training.
+        step: the policy step before which it was made, where that happens in training (``rollout=live``).
+        draws: how many policy steps trained on it there.
     """
 
     id: str
@@ -133,6 +135,37 @@ class Pair:
     strength: float = 1.0
     weight: float = 1.0
     shift: float = 0.0
+    step: int = 0
+    draws: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A response that was made and judged while a policy was trained; fields as in :class:`Response`.
+
+    Attributes:
+        rollout: the number of the rollout that it belongs to.
+        step: the policy step before which that rollout was used first.
+        prompt_ids: the rendered prompt.
+        score: the judge's; None without a judge, or where it gave none.
+        reason: why there is no score.
+        disagreement: as in :class:`Verdict`.
+    """
+
+    id: str
+    source: str
+    text: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    tokens: int
+    finish: Finish
+    logprob: float | None
+    sample: int
+    score: float | None
+    reason: str
+    rollout: int
+    step: int
+    disagreement: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +206,7 @@ class Item:
     logprob: float | None
 
 
-Row = TypeVar("Row", Prompt, Response, Verdict, Pair, ReferenceLogps, Item)
+Row = TypeVar("Row", Prompt, Response, Verdict, Pair, ReferenceLogps, Item, Rollout)
 
 
 def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:

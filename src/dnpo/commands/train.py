@@ -35,6 +35,7 @@ VARYING = (
     "dsl",
     "strength",
     "curriculum",
+    "ema",
     "objective",
     "npo",
     "trainer",

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from dnpo.errors import SettingsError
 from dnpo.settings import Count, Fraction, Natural, NonNegative, neutral, part_key
@@ -51,6 +51,7 @@ class Ahead(Sampling):
     """
 
     generates: ClassVar[bool] = True
+    live: ClassVar[bool] = False
 
     samples: Count = 1
     max_tokens: Natural = 0
@@ -85,4 +86,59 @@ class Given:
     """Nobody responds: the iteration trains on the data's own pairs. Configured by ``rollout=given``."""
 
     generates: ClassVar[bool] = False
+    live: ClassVar[bool] = False
     samples: ClassVar[int] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live(Ahead):
+    """The policy in training responds to some prompts at a time, between policy steps. Configured by ``rollout=live``.
+
+    What it responds is judged and labelled at once, and the pairs enter a buffer, first in, first out.
+
+    Args:
+        prompts: prompts that are responded to at a time; 0: all of them.
+        every: policy steps from one rollout to the next; 0: a single rollout, which is trained on like one made ahead.
+        capacity: pairs in the buffer; 0: those of the last rollout alone, so that training is strictly on-policy. A
+            policy step draws its pairs with weight 1 / (1 + draws so far).
+        by: who responds: the ``policy`` in training, or the moving average of its weights (``ema``).
+        segment: tokens of the human response that are generated again in their place; 0: whole responses.
+        ahead_by: by how many rollouts responding is ahead of training, so that judging goes on meanwhile.
+
+    Raises:
+        SettingsError: settings that contradict each other.
+    """
+
+    live: ClassVar[bool] = True
+
+    prompts: Natural = 0
+    every: Natural = 1
+    capacity: Natural = 0
+    by: Literal["policy", "ema"] = "policy"
+    segment: Natural = 0
+    ahead_by: Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.every and self.prompts:
+            raise SettingsError(
+                f"every=0: there is a single rollout, of all prompts, and prompts={self.prompts} is a part of them; "
+                "expected every=1 or more, or prompts=0"
+            )
+        for name in ("capacity", "ahead_by"):
+            if not self.every and getattr(self, name):
+                raise SettingsError(f"{name}={getattr(self, name)}: has no meaning with a single rollout (every=0)")
+        if self.segment and self.samples > 1:
+            raise SettingsError(
+                f"samples={self.samples}: a segment is generated once for each prompt; expected samples=1"
+            )
+
+    def identity(self) -> Mapping[str, Any]:
+        """All settings that decide the responses, and when they are made."""
+        own = ("prompts", "every", "capacity", "by", "segment", "ahead_by")
+        return {**super().identity(), "_target_": type(self).__name__, **{name: getattr(self, name) for name in own}}
+
+    def ahead(self) -> Ahead:
+        """One whole response to each prompt ahead of training, sampled like these."""
+        names = [field.name for field in dataclasses.fields(Ahead) if field.name != "samples"]
+        return Ahead(**{name: getattr(self, name) for name in names})

@@ -78,6 +78,16 @@ class Judge(ABC):
     max_unscored: float = 0.02
 
     @property
+    def only_compares(self) -> bool:
+        """Whether a score says how a response compares with another one, so that it is no reward by itself."""
+        return False
+
+    @property
+    def spends_freely(self) -> bool:
+        """Whether its replies cost money and nothing limits how much."""
+        return False
+
+    @property
     def reads_policies(self) -> frozenset[PolicyName]:
         """The policies that it needs, which are then inputs of the judge stage; mostly none."""
         return frozenset()

@@ -45,6 +45,16 @@ class Ensemble(Judge):
                 )
 
     @property
+    def only_compares(self) -> bool:
+        """Whether members vote against the human response, or one of them only compares."""
+        return self.by == "majority" or any(member.only_compares for member in self.members.values())
+
+    @property
+    def spends_freely(self) -> bool:
+        """Whether a member does."""
+        return any(member.spends_freely for member in self.members.values())
+
+    @property
     def prompts_seen(self) -> frozenset[str]:
         """The conversations that any member was fitted on."""
         return frozenset(seen for member in self.members.values() for seen in member.prompts_seen)

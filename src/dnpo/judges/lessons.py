@@ -59,17 +59,16 @@ def teach(
     policy: Policy, rows: Sequence["JudgeRow"], optimisation: Optimisation, *, seed: int, folder: Path, report: Report
 ) -> list[dict[str, float]]:
     """Train the policy in place; see :func:`dnpo.judges.augment.augment`."""
-    total = [sum(row.weights) for row in rows]
 
-    def collate(numbers: Sequence[int], piece: Slice) -> LessonBatch:
-        some = [rows[i] for i in numbers]
+    def collate(piece: "Slice[JudgeRow]") -> LessonBatch:
+        some = piece.rows
         return LessonBatch(
             packed=pack([row.prompt_ids for row in some], [row.ids for row in some]),
             ids=tuple(row.id for row in some),
-            share=sum(total[i] for i in numbers) / sum(total[i] for i in piece.group),
+            share=sum(sum(row.weights) for row in some) / sum(sum(row.weights) for row in piece.group),
             weight_N=torch.tensor([weight for row in some for weight in row.weights]),
         )
 
     groups = optimisation.groups(len(rows), seed)
     module = Lessons(policy, optimisation, len(groups), report)
-    return fit(module, Batches(range(len(rows)), groups, optimisation.rows_at_once, collate), folder)
+    return fit(module, Batches(rows, groups, optimisation.rows_at_once, collate), folder)

@@ -65,6 +65,11 @@ class SelfJudge(Judge):
         check_template(self.template, "template")
 
     @property
+    def only_compares(self) -> bool:
+        """A score is how probably a response is better than an empty one."""
+        return True
+
+    @property
     def reads_policies(self) -> frozenset[PolicyName]:
         """The policy that is asked."""
         return frozenset((self._asked,))

@@ -7,11 +7,13 @@ just before its step, so their size does not affect the order. The number of the
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
+from dnpo.errors import SettingsError
 from dnpo.seeding import derive
 
 Row = TypeVar("Row")
@@ -19,18 +21,18 @@ Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
-class Slice:
+class Slice(Generic[Row]):
     """The rows of a micro-batch.
 
     Attributes:
         step: its policy step, from 0.
-        rows: indices of its rows.
-        group: indices of all rows of that step.
+        rows: its rows.
+        group: all rows of that step.
     """
 
     step: int
-    rows: tuple[int, ...]
-    group: tuple[int, ...]
+    rows: tuple[Row, ...]
+    group: tuple[Row, ...]
 
     @property
     def share(self) -> float:
@@ -65,43 +67,44 @@ def schedule(rows: int, batch_size: int, epochs: int, seed: int, steps: int | No
     return groups[:steps]
 
 
-class Batches(Generic[Row, Batch]):
-    """The policy steps as an iterable for Lightning, with its position as state. Every step is a list of micro-batches.
+class Steps(ABC, Generic[Row, Batch]):
+    """The policy steps of a training as an iterable for Lightning; every step is a list of micro-batches.
 
     Lightning saves ``state_dict`` in a checkpoint and restores it before iterating again, so iteration continues where
     the checkpoint was made.
 
+    Attributes:
+        next: the number of the next step.
+
     Args:
-        rows: the rows that the groups' indices refer to.
-        groups: the result of :func:`schedule`.
         micro_batch_size: maximum number of rows in a micro-batch.
         collate: makes a micro-batch of rows.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        groups: Sequence[tuple[int, ...]],
-        micro_batch_size: int,
-        collate: Callable[[Sequence[Row], Slice], Batch],
-    ) -> None:
-        self.rows, self.groups, self.micro_batch_size, self.collate = rows, groups, micro_batch_size, collate
+    def __init__(self, micro_batch_size: int, collate: Callable[[Slice[Row]], Batch]) -> None:
+        self.micro_batch_size, self.collate = micro_batch_size, collate
         self.next = 0
 
+    @abstractmethod
     def __len__(self) -> int:
-        return len(self.groups)
+        """The number of policy steps."""
+
+    @abstractmethod
+    def group(self, step: int) -> Sequence[Row]:
+        """All rows of a policy step: the next one, or the present one again."""
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        while self.next < len(self.groups):
+        while self.next < len(self):
             step = self.next
+            batch = self.step(step, self.micro_batch_size)
             self.next += 1
-            yield self.step(step, self.micro_batch_size)
+            yield batch
 
     def step(self, step: int, micro_batch_size: int) -> list[Batch]:
         """The micro-batches of one policy step."""
-        group = self.groups[step]
+        group = tuple(self.group(step))
         parts = [group[i : i + micro_batch_size] for i in range(0, len(group), micro_batch_size)]
-        return [self.collate([self.rows[i] for i in part], Slice(step, part, group)) for part in parts]
+        return [self.collate(Slice(step, part, group)) for part in parts]
 
     def state_dict(self) -> dict[str, Any]:
         """The position."""
@@ -110,3 +113,35 @@ class Batches(Generic[Row, Batch]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position."""
         self.next = state["next"]
+
+
+class Batches(Steps[Row, Batch]):
+    """The policy steps of a training whose rows are all there before it begins.
+
+    Args:
+        rows: the rows.
+        groups: the result of :func:`schedule`, indices of the rows of each step.
+        micro_batch_size, collate: as in :class:`Steps`.
+
+    Raises:
+        SettingsError: there are no rows.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        groups: Sequence[tuple[int, ...]],
+        micro_batch_size: int,
+        collate: Callable[[Slice[Row]], Batch],
+    ) -> None:
+        if not rows:
+            raise SettingsError("there is nothing to train on: no rows are left")
+        super().__init__(micro_batch_size, collate)
+        self.rows, self.groups = rows, groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def group(self, step: int) -> list[Row]:
+        """All rows of a policy step."""
+        return [self.rows[i] for i in self.groups[step]]

@@ -419,6 +419,33 @@ class MatchedOffset(Noise):
         return Offset(shift=shift)
 
 
+# --- moving average
+
+
+@dataclass(frozen=True)
+class NoAverage:
+    """No moving average of the policy's weights, configured by ``ema=off``."""
+
+    on: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """A moving average of the policy's weights, which responds or is the reference; configured by ``ema=on``.
+
+    θ_EMA ← a · θ_EMA + (1 − a) · θ, in float32, of what is trained.
+
+    Args:
+        decay: a; 0: the policy itself (with ``every`` 1), 1: the policy before training.
+        every: policy steps from one update to the next.
+    """
+
+    on: ClassVar[bool] = True
+
+    decay: Fraction = 0.9
+    every: Count = 1
+
+
 # --- training
 
 

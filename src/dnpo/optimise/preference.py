@@ -5,18 +5,19 @@ the first update the policy is the reference. Shapes as in ``objective.py`` and 
 chosen ones first.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from dnpo.errors import SettingsError, StepZeroError
+from dnpo.errors import StepZeroError
 from dnpo.optimise.batches import Batches, Slice
+from dnpo.optimise.ema import Average
+from dnpo.optimise.live import Clock, Live, Source
 from dnpo.optimise.npo import NoiseModule, Rejected
 from dnpo.optimise.objective import (
     Facts,
@@ -29,6 +30,15 @@ from dnpo.optimise.objective import (
     two_player,
     weighted_mean,
 )
+from dnpo.optimise.pairs import (
+    Collate,
+    PairBatch,
+    Reading,
+    Scored,
+    reads_rejected,
+    split,
+    with_weight,
+)
 from dnpo.optimise.parts import Optimisation, PairOptimisation, watches
 from dnpo.optimise.reference import KeptHidden
 from dnpo.optimise.training import Batch, Training, fit, has_checkpoint, make_fused
@@ -37,7 +47,6 @@ from dnpo.policy.logprobs import Head, token_logps
 from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import Packed, pack
 from dnpo.records import Pair, ReferenceLogps
-from dnpo.seeding import derive
 from dnpo.store import Report
 
 # Tolerance of log-ratios before the first update, in nats. The compared batches differ in shape, and with bf16
@@ -58,46 +67,6 @@ class FineTuning(Training):
         packed = batch.packed
         loss = negative_log_likelihood(token_logps(self.policy.hidden(packed), self.policy.head, packed.target_N))
         return loss, {"loss/policy": loss}
-
-
-@dataclass(frozen=True)
-class PairBatch(Batch):
-    """A micro-batch of B pairs with the reference's log-probabilities.
-
-    Attributes:
-        reference: the reference's log-probabilities; 0 if the objective reads none.
-        expected: what the policy's are before the first update; None in later steps.
-        facts: strengths, weights, shifts and lengths of the pairs; the share of the batch is that of its weights.
-        rejected: prompts and rejected responses only, if the noise reads hidden states.
-        hidden_NH: these hidden states, if they have been kept.
-        seeds: seeds of the noise, one for each pair.
-        rejected_share: the weight of a mean over the batch's rejected tokens in its policy step.
-        numbers: the numbers of its pairs among all.
-        states_NH: the reference's hidden states of all its completion tokens, if the objective reads them and they have
-            been kept.
-    """
-
-    reference: PairLogps
-    expected: PairLogps | None
-    facts: Facts
-    rejected: Packed | None
-    hidden_NH: Tensor | None
-    seeds: tuple[int, ...]
-    rejected_share: float
-    numbers: tuple[int, ...] = ()
-    states_NH: Tensor | None = None
-
-    def to(self, device: torch.device) -> Self:
-        """The same on another device."""
-        return replace(
-            super().to(device),
-            reference=PairLogps(*(t.to(device) for t in self.reference)),
-            expected=None if self.expected is None else PairLogps(*(t.to(device) for t in self.expected)),
-            facts=self.facts.to(device),
-            rejected=None if self.rejected is None else self.rejected.to(device),
-            hidden_NH=None if self.hidden_NH is None else self.hidden_NH.to(device),
-            states_NH=None if self.states_NH is None else self.states_NH.to(device),
-        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +91,8 @@ class PreferenceTraining(Training):
         objective: (policy, reference, facts) → loss of each pair.
         beta: preference temperature of the noise term and of the reported margins and implicit rewards.
         watches: what the objective measures besides log-probabilities.
+        average: the moving average of the policy's weights, if anything reads it.
+        reads_average: whether it is the reference, whose log-probabilities are then computed in every step.
     """
 
     policy: Policy
@@ -138,8 +109,11 @@ class PreferenceTraining(Training):
         objective: Objective,
         beta: float,
         watches: Sequence[Watch] = (),
+        average: Average | None = None,
+        reads_average: bool = False,
     ) -> None:
         super().__init__(policy, optimisation, total, report)
+        self.average, self.reads_average = average, reads_average
         self.noise, self.objective, self.beta, self.watches = noise, objective, beta, watches
         self.frozen = frozen  # a plain object, so that its weights are neither registered nor saved
 
@@ -157,14 +131,18 @@ class PreferenceTraining(Training):
         return optimizers, schedules
 
     def training_step(self, batches: list[Any], batch_idx: int) -> None:
-        """One policy step, of which the watches take note."""
+        """One policy step, of which the average and the watches take note."""
         super().training_step(batches, batch_idx)
+        if self.average is not None:
+            self.average.follow(self.policy_step - 1)
         for watch in self.watches:
             watch.end_step()
 
     def terms(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The three terms of the two-player loss on one micro-batch of pairs."""
         pairs = cast(PairBatch, batch)
+        if self.reads_average:
+            pairs = replace(pairs, reference=self._averaged_logps(pairs))
         hidden_NH = self.policy.hidden(pairs.packed)
         policy, reference = self._logps(pairs, hidden_NH), pairs.reference
         if self.policy_step == 0:
@@ -180,6 +158,7 @@ class PreferenceTraining(Training):
             metrics = self._metrics(policy.detach(), reference, noisy, facts.weight_B)
             metrics |= {name: weighted_mean(value_B, facts.weight_B) for name, value_B in measured.items()}
         metrics |= {"loss/policy": terms.policy}
+        metrics |= {name: terms.policy.new_tensor(value) for name, value in pairs.notes.items()}
         if self.noise.active:
             metrics |= {"loss/noise": terms.noise, "loss/variance": terms.variance, "npo/at_bound": at_bound}
         return terms.total, metrics
@@ -187,6 +166,13 @@ class PreferenceTraining(Training):
     def _logps(self, batch: PairBatch, hidden_NH: Tensor) -> PairLogps:
         """The policy's log-probabilities of both responses, or of the chosen ones if no rejected ones are read."""
         logp_S = self.policy.sum_logps(hidden_NH, batch.packed)
+        return split(logp_S) if len(logp_S) > len(batch.ids) else PairLogps(logp_S, torch.zeros_like(logp_S))
+
+    @torch.no_grad()
+    def _averaged_logps(self, batch: PairBatch) -> PairLogps:
+        """The log-probabilities under the average, as it is at this step."""
+        assert self.average is not None, "the reference is the average"
+        logp_S = self.average.policy.logps(batch.packed)
         return split(logp_S) if len(logp_S) > len(batch.ids) else PairLogps(logp_S, torch.zeros_like(logp_S))
 
     def _measure(
@@ -228,13 +214,17 @@ class PreferenceTraining(Training):
         return self.frozen.body.hidden(packed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the watches remember."""
+        """Add what the watches remember, and the average."""
         super().on_save_checkpoint(checkpoint)
+        if self.average is not None:
+            checkpoint["average"] = self.average.state_dict()
         checkpoint["watches"] = [watch.state_dict() for watch in self.watches]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it."""
         super().on_load_checkpoint(checkpoint)
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint["average"])
         for watch, state in zip(self.watches, checkpoint.get("watches", []), strict=True):
             watch.load_state_dict(state)
 
@@ -319,11 +309,10 @@ def fine_tune(
         A row of metrics for each policy step.
     """
 
-    lengths = [len(r[2]) for r in rows]
-
-    def collate(some: Sequence[tuple[str, list[int], list[int]]], piece: Slice) -> Batch:
+    def collate(piece: Slice[tuple[str, list[int], list[int]]]) -> Batch:
+        some = piece.rows
         # The loss is a mean over tokens, so a micro-batch is weighted by its tokens.
-        share = sum(len(r[2]) for r in some) / sum(lengths[i] for i in piece.group)
+        share = sum(len(r[2]) for r in some) / sum(len(r[2]) for r in piece.group)
         return Batch(pack([r[1] for r in some], [r[2] for r in some]), tuple(r[0] for r in some), share)
 
     groups = optimisation.groups(len(rows), seed)
@@ -346,6 +335,8 @@ def optimise(
     hidden: KeptHidden | None = None,
     frozen: Policy | None = None,
     expected: Mapping[int, ReferenceLogps] | None = None,
+    average: Average | None = None,
+    reads_average: bool = False,
 ) -> list[dict[str, float]]:
     """Train the policy in place on pairs.
 
@@ -363,6 +354,7 @@ def optimise(
         frozen: the reference; None if it is the policy before training.
         expected: the policy's log-probabilities of the first step's pairs before training, by number, from
             :func:`score_first`; None if the reference has them, which is then the policy before training.
+        average, reads_average: as in :class:`PreferenceTraining`.
 
     Returns:
         A row of metrics for each policy step.
@@ -373,38 +365,20 @@ def optimise(
         NonFiniteLossError: the loss became NaN or infinite.
         OutOfMemoryError: a step does not fit into memory.
     """
-    both = reads_rejected(objective)
-    nothing = ReferenceLogps(0, 0.0, 0.0)
-    tokens = [len(p.rejected_ids) for p in pairs]
-    weight, used = [p.weight for p in pairs], with_weight(pairs)
-    groups = optimisation.groups(len(used), seed)
+    used = with_weight(pairs)
+    first = reference if expected is None else expected
+    rows = [Scored(i, pairs[i], None if reference is None else reference[i]) for i in used]
+
+    def expect(some: Sequence[Scored]) -> list[ReferenceLogps] | None:
+        return [first[row.number] for row in some] if first else None
+
+    reads = Reading.of(objective, noise)
+    collate = Collate(reads, optimisation.share_prompt, seed, expect, hidden)
+    groups = optimisation.groups(len(rows), seed)
     watching = watches(objective, len(groups))
-    reads_all = any(watch.reads_states for watch in watching)
-
-    def collate(numbers: Sequence[int], piece: Slice) -> PairBatch:
-        some = [pairs[i] for i in numbers]
-        prompts, rejected = [p.prompt_ids for p in some], [p.rejected_ids for p in some]
-        chosen = [p.chosen_ids for p in some]
-        start = reference if expected is None else expected
-        return PairBatch(
-            packed=pack(prompts * 2, chosen + rejected, share_prompt=optimisation.share_prompt)
-            if both
-            else pack(prompts, chosen),
-            ids=tuple(p.id for p in some),
-            share=sum(weight[i] for i in numbers) / sum(weight[used[i]] for i in piece.group),
-            reference=to_tensors([nothing if reference is None else reference[i] for i in numbers], both),
-            expected=to_tensors([start[i] for i in numbers], both) if start and not piece.step else None,
-            facts=make_facts(some),
-            rejected=pack(prompts, rejected) if noise.reads_states else None,
-            hidden_NH=hidden(numbers) if noise.reads_states and not reads_all and hidden is not None else None,
-            seeds=tuple(derive(seed, "noise", piece.step, i) for i in numbers),
-            rejected_share=sum(tokens[i] for i in numbers) / max(sum(tokens[used[i]] for i in piece.group), 1),
-            numbers=tuple(numbers),
-            states_NH=hidden.of_both(numbers) if reads_all and hidden is not None and hidden.both else None,
-        )
-
     parts = None
-    if noise.reads_states or reads_all:
+    if reads.states:
+        reads_all = reads.all_states
         body = (frozen or policy.reference()) if hidden is None or (reads_all and not hidden.both) else None
         parts = Frozen((body or frozen or policy).head.frozen(), body)
     moments = None
@@ -422,8 +396,93 @@ def optimise(
         objective=objective,
         beta=beta,
         watches=watching,
+        average=average,
+        reads_average=reads_average,
     )
-    return fit(module, Batches(used, groups, optimisation.rows_at_once, collate), folder)
+    return fit(module, Batches(rows, groups, optimisation.rows_at_once, collate), folder)
+
+
+def optimise_live(
+    policy: Policy,
+    source: Source[Scored],
+    clock: Clock,
+    optimisation: PairOptimisation,
+    *,
+    noise: NoiseModule,
+    objective: Objective,
+    beta: float,
+    seed: int,
+    folder: Path,
+    report: Report,
+    frozen: Policy | None = None,
+    average: Average | None = None,
+    reads_average: bool = False,
+) -> "LiveTraining":
+    """Train the policy in place on pairs that are made while it is trained.
+
+    Args:
+        source: makes the pairs, with the reference's log-probabilities unless the reference is the average.
+        clock: when they are made.
+        policy, optimisation, noise, objective, beta, seed, folder, report, frozen: as in :func:`optimise`.
+        average, reads_average: as in :class:`PreferenceTraining`.
+
+    Raises:
+        DataError: a whole pass over the prompts gives no pair.
+        StepZeroError, NonFiniteLossError, OutOfMemoryError: as :func:`optimise`.
+    """
+    reads = Reading.of(objective, noise)
+    start = policy.switched_off()
+
+    def expect(some: Sequence[Scored]) -> list[ReferenceLogps]:
+        return _score_plainly(start, some, both=reads.rejected)
+
+    collate = Collate(reads, optimisation.share_prompt, seed, expect, None)
+    batches: Live[Scored, PairBatch] = Live(
+        source,
+        clock,
+        batch_size=optimisation.batch_size,
+        epochs=optimisation.epochs,
+        steps=optimisation.steps,
+        order=lambda count: optimisation.groups(count, seed),
+        seed=seed,
+        report=report,
+        micro_batch_size=optimisation.rows_at_once,
+        collate=collate,
+    )
+    collate.notes = lambda: batches.notes
+    parts = None
+    if reads.states:
+        body = average.policy if average is not None and reads_average else frozen or policy.reference()
+        parts = Frozen(body.head if reads_average else body.head.frozen(), body)
+    module = PreferenceTraining(
+        policy,
+        optimisation,
+        len(batches),
+        report,
+        frozen=parts,
+        noise=noise,
+        objective=objective,
+        beta=beta,
+        watches=watches(objective, len(batches)),
+        average=average,
+        reads_average=reads_average,
+    )
+    history = fit(module, batches, folder)
+    return LiveTraining(history, batches.draws, batches.rollouts)
+
+
+class LiveTraining(NamedTuple):
+    """What :func:`optimise_live` did.
+
+    Attributes:
+        history: a row of metrics for each policy step.
+        draws: how often each pair was trained on, in the order in which the pairs were made.
+        rollouts: for each rollout the number of its first pair, and the policy step before which it was made.
+    """
+
+    history: list[dict[str, float]]
+    draws: list[int]
+    rollouts: list[tuple[int, int]]
 
 
 def _measure_moments(
@@ -455,17 +514,22 @@ def score_first(
     Training checks by them that it begins with this policy. A training that continues from a checkpoint has passed the
     check, and needs none.
     """
-    groups = optimisation.groups(len(with_weight(pairs)), seed)
+    used = with_weight(pairs)
+    groups = optimisation.groups(len(used), seed)
     if has_checkpoint(folder) or not groups:
         return {}
-    used = with_weight(pairs)
-    some = [used[i] for i in groups[0]]
-    prompts = [pairs[i].prompt_ids for i in some]
-    chosen = policy.score(prompts, [pairs[i].chosen_ids for i in some])
-    rejected = [0.0] * len(some)
-    if reads_rejected(objective):
-        rejected = policy.score(prompts, [pairs[i].rejected_ids for i in some])
-    return {i: ReferenceLogps(i, c, r) for i, c, r in zip(some, chosen, rejected, strict=True)}
+    rows = [Scored(used[i], pairs[used[i]], None) for i in groups[0]]
+    scored = _score_plainly(policy, rows, both=reads_rejected(objective))
+    return {row.number: logps for row, logps in zip(rows, scored, strict=True)}
+
+
+def _score_plainly(policy: Policy, rows: Sequence[Scored], *, both: bool) -> list[ReferenceLogps]:
+    """Log-probabilities of pairs in evaluation mode; 0 for rejected responses unless both are read."""
+    prompts = [row.pair.prompt_ids for row in rows]
+    with policy.evaluating():
+        chosen = policy.score(prompts, [row.pair.chosen_ids for row in rows])
+        rejected = policy.score(prompts, [row.pair.rejected_ids for row in rows]) if both else [0.0] * len(rows)
+    return [ReferenceLogps(row.number, c, r) for row, c, r in zip(rows, chosen, rejected, strict=True)]
 
 
 def count_tokens(pairs: Sequence[Pair], optimisation: PairOptimisation, objective: Objective, seed: int) -> int:
@@ -475,47 +539,3 @@ def count_tokens(pairs: Sequence[Pair], optimisation: PairOptimisation, objectiv
         len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids) + (len(pairs[i].rejected_ids) if both else 0) for i in used
     ]
     return sum(lengths[i] for group in optimisation.groups(len(used), seed) for i in group)
-
-
-def reads_rejected(objective: Objective) -> bool:
-    """Whether an objective reads rejected responses."""
-    return bool(getattr(objective, "reads_rejected", True))
-
-
-def to_tensors(rows: Sequence[ReferenceLogps], both: bool = True) -> PairLogps:
-    """The log-probabilities of B pairs, on the CPU; 0 for rejected responses unless both are read."""
-    return PairLogps(
-        torch.tensor([row.chosen for row in rows]), torch.tensor([row.rejected if both else 0.0 for row in rows])
-    )
-
-
-def split(logp_S: Tensor) -> PairLogps:
-    """Split 2B values, the chosen first, into pairs."""
-    chosen_B, rejected_B = logp_S.chunk(2)
-    return PairLogps(chosen_B, rejected_B)
-
-
-def make_facts(pairs: Sequence[Pair]) -> Facts:
-    """What objectives know about pairs, on the CPU."""
-    return Facts(
-        strength_B=torch.tensor([pair.strength for pair in pairs]),
-        weight_B=torch.tensor([pair.weight for pair in pairs]),
-        shift_B=torch.tensor([pair.shift for pair in pairs]),
-        chosen_tokens_B=torch.tensor([float(len(pair.chosen_ids)) for pair in pairs]),
-        rejected_tokens_B=torch.tensor([float(len(pair.rejected_ids)) for pair in pairs]),
-    )
-
-
-def with_weight(pairs: Sequence[Pair]) -> list[int]:
-    """The numbers of the pairs whose weight is not 0; the others would be read for nothing.
-
-    Raises:
-        SettingsError: a weight is negative, or all are 0.
-    """
-    for pair in pairs:
-        if not 0 <= pair.weight < math.inf:
-            raise SettingsError(f"pair {pair.id}: weight {pair.weight}; expected a finite number that is not negative")
-    used = [number for number, pair in enumerate(pairs) if pair.weight > 0]
-    if pairs and not used:
-        raise SettingsError("all pairs have the weight 0; at least one has to have more")
-    return used

@@ -9,7 +9,7 @@ Shapes as in ``logprobs.py``; B pairs.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,37 @@ def score(policy: Policy, pairs: Sequence[Pair], *, autocast: bool, folder: Path
     for shard, path in zip(shards, paths, strict=True):
         if path.is_file():
             continue
-        rows: list[ReferenceLogps] = []
-        lengths = [len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids) for i in shard]
-        for some in by_length(lengths):
-            these = [shard[i] for i in some]
-            prompts = [pairs[i].prompt_ids for i in these]
-            completions = [pairs[i].chosen_ids for i in these] + [pairs[i].rejected_ids for i in these]
-            batch = pack(prompts * 2, completions, share_prompt=True).to(policy.device)
-            with policy.evaluating(), _products(policy, autocast):
-                chosen, rejected = policy.logps(batch).view(2, -1).tolist()
-            rows += [ReferenceLogps(i, c, r) for i, c, r in zip(these, chosen, rejected, strict=True)]
-            report.advance(len(these))
-        write(path, rows, ReferenceLogps)
+        write(path, _score_shard(policy, pairs, shard, autocast, report.advance), ReferenceLogps)
+
+
+@torch.no_grad()
+def score_now(policy: Policy, pairs: Sequence[Pair], *, autocast: bool) -> list[ReferenceLogps]:
+    """The numbers that :func:`score` writes, in the order of the pairs, without a file."""
+    shards = _shards([len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs])
+    rows = [row for shard in shards for row in _score_shard(policy, pairs, shard, autocast)]
+    return sorted(rows, key=lambda row: row.pair)
+
+
+def _score_shard(
+    policy: Policy,
+    pairs: Sequence[Pair],
+    shard: Sequence[int],
+    autocast: bool,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[ReferenceLogps]:
+    """Log-probabilities of the pairs of these numbers, in batches of similar length."""
+    rows: list[ReferenceLogps] = []
+    lengths = [len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids) for i in shard]
+    for some in by_length(lengths):
+        these = [shard[i] for i in some]
+        prompts = [pairs[i].prompt_ids for i in these]
+        completions = [pairs[i].chosen_ids for i in these] + [pairs[i].rejected_ids for i in these]
+        batch = pack(prompts * 2, completions, share_prompt=True).to(policy.device)
+        with policy.evaluating(), _products(policy, autocast):
+            chosen, rejected = policy.logps(batch).view(2, -1).tolist()
+        rows += [ReferenceLogps(i, c, r) for i, c, r in zip(these, chosen, rejected, strict=True)]
+        advance(len(these))
+    return rows
 
 
 def read_scores(folder: Path, count: int) -> list[ReferenceLogps]:

@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dnpo import disk
-from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError, StoreError
-from dnpo.optimise.batches import Batches
+from dnpo.errors import NonFiniteLossError, OutOfMemoryError, StoreError
+from dnpo.optimise.batches import Steps
 from dnpo.optimise.parts import Optimisation
 from dnpo.policy.packing import Packed
 from dnpo.store import Report
@@ -248,15 +248,13 @@ class _Checkpoints(pl.Callback):
             disk.replace(aside, self.path)
 
 
-def fit(module: Training, batches: Batches[Any, Any], folder: Path) -> list[dict[str, float]]:
+def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[str, float]]:
     """Run the training, from the checkpoint in ``folder`` if there is one, and return its history.
 
     Raises:
         OutOfMemoryError: a step does not fit into memory; gives the micro-batch size that fits, as tried on its rows.
     """
-    if not batches.rows:
-        raise SettingsError("there is nothing to train on: no rows are left")
-    if not batches.groups:
+    if not len(batches):
         return []
     checkpoint = _find_checkpoint(folder)
     optimisation, transformer = module.optimisation, module.transformer
@@ -308,9 +306,9 @@ def _out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _fitting(module: Training, batches: Batches[Any, Any]) -> int:
+def _fitting(module: Training, batches: Steps[Any, Any]) -> int:
     """Find the largest micro-batch size, by halving, with which the failed step fits into memory; 0 if none does."""
-    size = min(module.optimisation.rows_at_once, len(batches.groups[module.policy_step]))
+    size = min(module.optimisation.rows_at_once, len(batches.group(module.policy_step)))
     autocast = torch.autocast(module.policy.device.type, torch.bfloat16, enabled=module.optimisation.autocast)
     while size > 1:
         size //= 2

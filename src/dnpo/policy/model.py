@@ -161,6 +161,10 @@ class Policy:
         frozen.requires_grad_(False)
         return Policy(frozen, self.tokenizer)
 
+    def switched_off(self) -> "Policy":
+        """The policy before training, as long as no full weights have changed; with LoRA, at any time."""
+        return AdapterOff(self.model, self.tokenizer) if hasattr(self.model, "peft_config") else self
+
     def save(self, folder: Path, earlier: Path | None = None) -> None:
         """Write the policy so that ``loading.py`` finds it.
 

@@ -20,6 +20,7 @@ from dnpo.records import Pair, mean_over_steps
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.stages.agreement import read_agreement
+from dnpo.stages.files import count_labels
 from dnpo.stages.plan import Iteration
 from dnpo.store import Stage, Store, manifest, provenance, write_json
 from dnpo.store.provenance import commit
@@ -107,7 +108,8 @@ def execute(
 
 def find_labeller(iterations: Sequence[Iteration]) -> str:
     """Say who labels the pairs, beside the judge of the evaluations; one of ``LABELS``."""
-    stages = [stage for each in iterations for stage in (each.verdicts, each.labelled) if stage is not None]
+    trained = [each.policy for each in iterations]  # a training may judge and label itself
+    stages = [stage for each in iterations for stage in (each.verdicts, each.labelled) if stage is not None] + trained
     judges = [stage.settings["judge"] for stage in stages if "judge" in stage.settings]
     if not judges:
         return "nobody"
@@ -219,18 +221,20 @@ def _row(iteration: Iteration, store: Store) -> dict[str, Any]:
         for name in ("first", "last"):
             row[f"grad_norm/{name}"] = trained.get(f"grad_norm/policy ({name} tenth)")
     if iteration.labelled is not None:
-        row |= {f"pairs/{name}": count for name, count in manifest(store.folder(iteration.labelled))["facts"].items()}
+        row |= {f"pairs/{name}": count for name, count in count_labels(store.folder(iteration.labelled)).items()}
         row["pairs/flips"] = row["pairs/flipped"] / row["pairs/pairs"]
     if iteration.pairs is not None and iteration.pairs is not iteration.labelled:
         arranged = manifest(store.folder(iteration.pairs))["facts"]
         row |= {f"curriculum/{name}": value for name, value in arranged.items()}
     if "tokens" in trained:
         row["trained/tokens"] = trained["tokens"]
+    judged, made = trained.get("judged", {}), trained.get("generated", {})  # where training did both itself
     if iteration.verdicts is not None:
-        row |= {f"judge/{name}": value for name, value in manifest(store.folder(iteration.verdicts))["facts"].items()}
+        judged = manifest(store.folder(iteration.verdicts))["facts"]
     if iteration.responses is not None:
-        facts = manifest(store.folder(iteration.responses))["facts"]
-        row |= {f"generated/{name}": facts[name] for name in ("cut", "responses", "tokens") if name in facts}
+        made = manifest(store.folder(iteration.responses))["facts"]
+    row |= {f"judge/{name}": value for name, value in judged.items()}
+    row |= {f"generated/{name}": made[name] for name in ("cut", "responses", "tokens") if name in made}
     row["seconds"] = round(sum(manifest(store.folder(stage))["seconds"] for stage in iteration.stages), 1)
     return row
 

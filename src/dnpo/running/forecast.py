@@ -5,10 +5,13 @@ Responses that are not generated yet count as new, and as long as the human resp
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 
+from dnpo.generate import Live
 from dnpo.judges import Forecast, Judge
 from dnpo.records import HUMAN, Prompt, Response, policy_source, read, read_all
-from dnpo.stages.plan import Iteration, Run
+from dnpo.stages.live import Chunks, count_rollouts
+from dnpo.stages.plan import Iteration, Plan, Run
 from dnpo.store import Stage, Store
 
 
@@ -23,9 +26,7 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
     for iteration in iterations:
         if iteration.verdicts is not None and not store.has(iteration.verdicts) and iteration.responses is not None:
             plan = run.plans[iteration.k]
-            prompts, human = rows.split("train")
-            used = {prompt.id for prompt in plan.prompts(prompts, plan.k)}
-            prompts, human = [p for p in prompts if p.id in used], [r for r in human if r.id in used]
+            prompts, human = rows.used(plan)
             generated = _read_generated(store, iteration.responses) or [
                 replace(response, text=f"{number} {response.text}" if number else response.text, sample=number)
                 for response in _stand_in(prompts, human, policy_source(iteration.k))
@@ -33,6 +34,11 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
             ]
             asked = [*(human if plan.dsl.admits_human else ()), *generated]
             forecasts[iteration.verdicts.title] = plan.judge.forecast(prompts, asked, run.ledger, seen)
+        how = run.plans[iteration.k] if iteration.k >= 0 else None
+        if how is not None and isinstance(how.rollout, Live) and how.judges and not store.has(iteration.policy):
+            prompts, human = rows.used(how)
+            asked = _live_responses(how, how.rollout, prompts, human)
+            forecasts[iteration.policy.title] = how.judge.forecast(prompts, asked, run.ledger, seen)
         for stage, judge in _find_evaluations(run, iteration, store):
             prompts, human = rows.split(run.eval.split)
             source = policy_source(iteration.k + 1)
@@ -46,6 +52,18 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
             questions = [*prompts, *(p for p, _ in several)]
             forecasts[stage.title] = judge.forecast(questions, [*human, *greedy, *fresh], run.ledger, seen)
     return forecasts
+
+
+def _live_responses(plan: Plan, how: Live, prompts: Sequence[Prompt], human: Sequence[Response]) -> list[Response]:
+    """Make stand-ins for all responses of a live training; add the human ones if they are judged."""
+    chunks = Chunks(len(prompts), how.prompts, 0)
+    stand_in = _stand_in(prompts, human, policy_source(plan.k))
+    made: list[Response] = []
+    for rollout in range(count_rollouts(how, len(prompts), plan.trainer.epochs, plan.trainer.steps)):
+        for i, number in product(chunks.of(rollout), range(how.samples)):
+            text, sample = f"{rollout} {number} {stand_in[i].text}", rollout * how.samples + number
+            made.append(replace(stand_in[i], text=text, sample=sample))
+    return [*(human if plan.makes_pairs and plan.dsl.admits_human else ()), *made]
 
 
 def _find_evaluations(run: Run, iteration: Iteration, store: Store) -> Iterator[tuple[Stage, Judge]]:
@@ -65,6 +83,12 @@ class _Rows:
     def __init__(self, run: Run, prompts: Stage, store: Store) -> None:
         self.folder = store.folder(prompts) if store.has(prompts) else None
         self.raw = {} if self.folder else run.data.read()[0]
+
+    def used(self, plan: Plan) -> tuple[list[Prompt], list[Response]]:
+        """The training prompts that an iteration uses, and the human responses to them."""
+        prompts, human = self.split("train")
+        used = {prompt.id for prompt in plan.prompts(prompts, plan.k)}
+        return [p for p in prompts if p.id in used], [r for r in human if r.id in used]
 
     def split(self, name: str) -> tuple[list[Prompt], list[Response]]:
         if self.folder is not None:

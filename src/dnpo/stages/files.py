@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dnpo.policy.base import describe_saved
 from dnpo.records import Prompt, Response, mean_over_steps, read, read_all
 from dnpo.stages.plan import Plan
-from dnpo.store import write_json
+from dnpo.store import manifest, write_json
 
 if TYPE_CHECKING:
     from dnpo.evaluate import Held
@@ -44,6 +44,13 @@ def read_candidates(plan: Plan, inputs: Mapping[str, Path]) -> list[Response]:
         return read_all(sorted(inputs["responses"].glob("shard-*.parquet")), Response)
     used = {row.id for row in read_train(plan, inputs["prompts"]).prompts}
     return [response for response in read_given(inputs["prompts"], "train") if response.id in used]
+
+
+def count_labels(folder: Path) -> dict[str, Any]:
+    """The counts of labelling, from the stage that labelled: one of its own, or a training that labels meanwhile."""
+    facts = manifest(folder)["facts"]
+    counts: dict[str, Any] = facts.get("labels", facts)
+    return counts
 
 
 def write_trained(

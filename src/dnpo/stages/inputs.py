@@ -55,7 +55,7 @@ def name_earlier(number: int) -> str:
     return f"pairs_{number}"
 
 
-@only_if(lambda plan: plan.reference != "none" and getattr(plan.objective, "reads_reference", True))
+@only_if(lambda plan: plan.reads_reference and plan.reference != "ema" and not plan.rollout.live)
 @verb("reference", 1, lambda run, plan: {"autocast": plan.trainer.autocast})
 def reference(run: Run, plan: Plan, task: Task) -> Facts:
     """Compute the reference's log-probabilities of the pairs."""
@@ -101,18 +101,18 @@ def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
     return {**facts, "weights": start.fingerprint()}
 
 
-def find_aids(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pairs: Stage) -> dict[str, Stage]:
+def find_aids(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pairs: Stage | None) -> dict[str, Stage]:
     """Lay out the stages that only save work in training: hidden states, if they are read and kept.
 
     Args:
         frozen: the policy that the reference is; None for the base model.
     """
-    if keeping(plan)[0] == "off":
+    if keeping(plan)[0] == "off" or plan.rollout.live or plan.reference == "ema":
         return {}
     return {"hidden": keep_hidden(run, plan, prompts=prompts, policy=frozen, pairs=pairs)}
 
 
-def match(run: Run, plan: Plan, *, prompts: Stage, pairs: Stage, **others: Stage | None) -> Stage | None:
+def match(run: Run, plan: Plan, *, prompts: Stage, pairs: Stage | None, **others: Stage | None) -> Stage | None:
     """Lay out the training whose mean shift ``plan.npo`` matches, if any; a run with that noise has the same stage."""
     noisy = with_matched_noise(plan)
     if noisy is None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from dnpo.data.curriculum import NoCurriculum
 from dnpo.data.prompts import All
 from dnpo.dsl import HardLabels
+from dnpo.optimise.parts import NoAverage
 from dnpo.policy.base import read_saved
 from dnpo.settings import Count, Natural, neutral
 from dnpo.store import Report, Stage, Verify
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     from dnpo.judges import Judge
     from dnpo.judges.asked.ledger import Ledger
     from dnpo.judges.augment import Augmentation
-    from dnpo.optimise.parts import Noise, Objective, Optimisation, PairOptimisation
+    from dnpo.optimise.parts import MovingAverage, Noise, Objective, Optimisation, PairOptimisation
     from dnpo.policy.base import ModelPart
     from dnpo.policy.model import Policy
 
 Start = Literal["previous", "initial", "base"]
-Reference = Literal["start", "initial", "none"]
+Reference = Literal["start", "initial", "ema", "none"]
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,13 @@ class Plan:
         dsl: which pairs are made of them.
         strength: how sure their labels are.
         curriculum: what is trained on, and with what weights.
+        ema: a moving average of the policy in training, for those that read it.
         reference: what the reference is frozen at: the policy that training starts from (``start``), the ``initial``
-            one, or ``none``.
+            one, or ``none``. ``ema`` is not frozen: it is the moving average.
     """
 
     k: int
-    rollout: "Ahead | Given"
+    rollout: "Ahead | Given"  # Live is a kind of Ahead
     judge: "Judge"
     dsl: "Labeller"
     objective: "Objective"
@@ -103,7 +105,28 @@ class Plan:
     prompts: "Prompts" = field(default_factory=All)
     strength: "Strength" = field(default_factory=HardLabels)
     curriculum: "Curriculum" = field(default_factory=NoCurriculum)
+    ema: "NoAverage | MovingAverage" = field(default_factory=NoAverage)
     reference: Reference = "start"
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the objective reads a reference."""
+        return self.reference != "none" and bool(getattr(self.objective, "reads_reference", True))
+
+    @property
+    def reads_average(self) -> bool:
+        """Whether anything reads the moving average."""
+        return (self.reads_reference and self.reference == "ema") or getattr(self.rollout, "by", "policy") == "ema"
+
+    @property
+    def makes_pairs(self) -> bool:
+        """Whether pairs are made at all; some objectives learn from scored responses."""
+        return not hasattr(self.objective, "train")
+
+    @property
+    def judges(self) -> bool:
+        """Whether the judge scores responses."""
+        return self.dsl.needs_scores if self.makes_pairs else True
 
 
 @dataclass(frozen=True)
@@ -140,7 +163,7 @@ class Run:
     @property
     def teaches(self) -> bool:
         """Whether a judge asks a copy of the initial policy that is taught first."""
-        asked = [plan.judge for plan in self.plans if plan.dsl.needs_scores or plan.strength.asks]
+        asked = [plan.judge for plan in self.plans if plan.judges or plan.strength.asks]
         return bool(self.augment and self.augment.rows and any("taught" in judge.reads_policies for judge in asked))
 
     def policy(self, inputs: Mapping[str, Path], name: str = "policy") -> "Policy":
@@ -162,7 +185,7 @@ class Iteration:
         k: its number; ``BEFORE`` for fine-tuning.
         policy: the policy that it trained.
         taught: before the first iteration, the copy of the policy that judges: the policy itself, or taught to judge.
-        labelled: the pairs that it made.
+        labelled: the pairs that it made; the training itself where these are made in training.
         pairs: the pairs that it trained on: the same ones, unless there is a curriculum.
         like: the training whose noise this one matches.
     """
@@ -184,8 +207,9 @@ class Iteration:
     def stages(self) -> list[Stage]:
         """The iteration's own stages, in the order in which they run."""
         first = [self.prompts] if self.k == BEFORE else []
-        arranged = self.pairs if self.pairs is not self.labelled else None
-        data = [*first, self.responses, self.verdicts, self.labelled, arranged]
+        labelled = self.labelled if self.labelled is not self.policy else None  # pairs that were made in training
+        arranged = None if self.pairs is self.labelled or self.pairs is self.policy else self.pairs
+        data = [*first, self.responses, self.verdicts, labelled, arranged]
         lessons = self.taught if self.taught is not self.policy else None
         own = [*data, self.reference, self.like, self.policy, self.evaluation, *self.measures, lessons]
         return [stage for stage in own if stage is not None]

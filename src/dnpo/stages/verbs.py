@@ -13,10 +13,11 @@ from dnpo import dsl
 from dnpo.data.prompts import All
 from dnpo.errors import DataError, DnpoError
 from dnpo.judges import judge_responses, tally
-from dnpo.optimise.parts import MatchedOffset
+from dnpo.optimise.parts import MatchedOffset, MovingAverage
 from dnpo.records import Pair, Verdict, mean_over_steps, policy_source, read, write, write_preferences
 from dnpo.seeding import derive
 from dnpo.settings import part_key
+from dnpo.stages import live
 from dnpo.stages.files import read_candidates, read_split, read_train, write_trained
 from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, only_if, verb
 from dnpo.store import manifest, write_json
@@ -24,13 +25,16 @@ from dnpo.store import manifest, write_json
 if TYPE_CHECKING:
     from dnpo.generate import Sampling
     from dnpo.judges import Judge
+    from dnpo.optimise.ema import Average
+    from dnpo.optimise.npo import NoiseModule
+    from dnpo.optimise.parts import Noise
     from dnpo.policy.model import Policy
 
 
 COMPARE = "compare_pairs"  # the method of judges that say how probably one response is better than another
 
 
-@only_if(lambda plan: plan.rollout.generates)
+@only_if(lambda plan: plan.rollout.generates and not plan.rollout.live)
 @verb(
     "generate",
     3,
@@ -65,7 +69,7 @@ def _given(plan: Plan) -> dict[str, Any]:
     return {} if plan.rollout.generates else {**_selection(plan), "iteration": plan.k}
 
 
-@only_if(lambda plan: plan.dsl.needs_scores)
+@only_if(lambda plan: plan.dsl.needs_scores and not plan.rollout.live)
 @verb(
     "judge",
     1,
@@ -85,12 +89,18 @@ def judge(run: Run, plan: Plan, task: Task) -> Facts:
     return tally(verdicts)
 
 
-def _ready(run: Run, plan: Plan, task: Task) -> "Judge":
-    """The judge with the policies that it reads, if it reads any."""
-    names = sorted(plan.judge.reads_policies)
-    return plan.judge.with_policies({name: run.policy(task.inputs, name) for name in names}) if names else plan.judge
+def _ready(run: Run, plan: Plan, task: Task, policy: "Policy | None" = None) -> "Judge":
+    """The judge with the policies that it reads, if it reads any.
+
+    Args:
+        policy: the current policy, if it is at hand.
+    """
+    known = {} if policy is None else {"policy": policy}
+    found = {name: known.get(name) or run.policy(task.inputs, name) for name in sorted(plan.judge.reads_policies)}
+    return plan.judge.with_policies(found) if found else plan.judge
 
 
+@only_if(lambda plan: not plan.rollout.live)
 @verb(
     "pairs",
     1,
@@ -121,6 +131,7 @@ def label(run: Run, plan: Plan, task: Task) -> Facts:
 
 
 def _training_key(run: Run, plan: Plan) -> dict[str, Any]:
+    average = {"ema": part_key(plan.ema), "reference": plan.reference} if plan.reads_average else {}
     return {
         "trainer": part_key(plan.trainer),
         "objective": part_key(plan.objective),
@@ -128,37 +139,64 @@ def _training_key(run: Run, plan: Plan) -> dict[str, Any]:
         "lora": part_key(run.model.lora),
         "seed": run.seed,
         "iteration": plan.k,
+        **average,
+        **(_live_key(plan) if plan.rollout.live else {}),
     }
 
 
-@verb(
-    "optimise",
-    4,
-    _training_key,
-    reads=lambda plan: {
-        *("prompts", "policy", "pairs", "reference", "like"),
-        *(["frozen"] if plan.reference != "start" and reads_frozen(plan) else []),
-    },
-)
+def _live_key(plan: Plan) -> dict[str, Any]:
+    """What decides the pairs that are made in training."""
+    asked = plan.judges or plan.strength.asks
+    return {
+        "rollout": part_key(plan.rollout),
+        "reference": plan.reference,
+        **({"judge": part_key(plan.judge)} if asked else {}),
+        **({"dsl": part_key(plan.dsl), "strength": part_key(plan.strength)} if plan.makes_pairs else {}),
+        **_selection(plan),
+    }
+
+
+def _training_reads(plan: Plan) -> set[str]:
+    """The inputs of a training, of those that it is offered."""
+    always = {"prompts", "policy"}
+    if not plan.rollout.live:
+        own = reads_frozen(plan) and plan.reference not in ("start", "ema")
+        return always | {"pairs", "reference", "like"} | ({"frozen"} if own else set())
+    judging = plan.judge.reads_policies if plan.judges or plan.strength.asks else frozenset()
+    return always | judging | ({"frozen"} if plan.reads_reference and plan.reference == "initial" else set())
+
+
+@verb("optimise", 4, _training_key, reads=_training_reads)
 def optimise(run: Run, plan: Plan, task: Task) -> Facts:
     """Train the policy on the pairs, against the reference if the objective reads one."""
+    seed = derive(run.seed, "optimise", plan.k)
+    start = run.policy(task.inputs)
+    before = task.inputs["policy"] / "policy" if "policy" in task.inputs else None
+    train = _train_live if plan.rollout.live else _train_on_given
+    history, facts = train(run, plan, task, start, seed)
+    found = {**write_trained(start, history, task.folder, before), **facts}
+    live.clear(task.folder)
+    return found
+
+
+def _train_on_given(
+    run: Run, plan: Plan, task: Task, start: "Policy", seed: int
+) -> tuple[list[dict[str, float]], Facts]:
+    """Train on the pairs that are there."""
     from dnpo.optimise import preference
     from dnpo.optimise.reference import KeptHidden, read_scores
 
     inputs = task.inputs
-    seed = derive(run.seed, "optimise", plan.k)
-    start = run.policy(inputs)
     frozen = run.policy(inputs, "frozen") if "frozen" in inputs else None
     for name in {"reference", "hidden"} & set(inputs):
         _same_weights(inputs[name], start if plan.reference == "start" else frozen)
     rows = read(inputs["pairs"] / "pairs.parquet", Pair)
     reference = read_scores(inputs["reference"], len(rows)) if "reference" in inputs else None
     expected = None
-    if reference is None or plan.reference != "start":
+    if reference is None or plan.reference != "start":  # nobody else says what the policy is before training
         how = (plan.trainer, plan.objective)
         expected = preference.score_first(start, rows, *how, seed=seed, folder=task.folder)
     start.model = run.model.lora.on(start.model, derive(seed, "adapter"))
-    entries, width = start.head.weight_VH.shape
     noise = plan.npo
     if isinstance(noise, MatchedOffset):
         noise = noise.at(_mean_shift(inputs["like"]))
@@ -167,7 +205,7 @@ def optimise(run: Run, plan: Plan, task: Task) -> Facts:
         rows,
         reference,
         plan.trainer,
-        noise=noise.module(width, entries),
+        noise=_make(noise, start),
         objective=plan.objective,
         beta=float(plan.objective.beta),
         seed=seed,
@@ -176,10 +214,41 @@ def optimise(run: Run, plan: Plan, task: Task) -> Facts:
         hidden=KeptHidden(inputs["hidden"]) if "hidden" in inputs else None,
         frozen=frozen,
         expected=expected,
+        average=_average(plan, start),
+        reads_average=plan.reference == "ema",
     )
-    tokens = {"tokens": preference.count_tokens(rows, plan.trainer, plan.objective, seed)}
-    before = inputs["policy"] / "policy" if "policy" in inputs else None
-    return {**write_trained(start, history, task.folder, before), **tokens}
+    return history, {"tokens": preference.count_tokens(rows, plan.trainer, plan.objective, seed)}
+
+
+def _train_live(run: Run, plan: Plan, task: Task, start: "Policy", seed: int) -> tuple[list[dict[str, float]], Facts]:
+    """Train on what the policy generates in training."""
+    train = read_train(plan, task.inputs["prompts"])
+    judge = _ready(run, plan, task, start) if plan.judges or plan.strength.asks else plan.judge
+    start.model = run.model.lora.on(start.model, derive(seed, "adapter"))
+    frozen = None
+    if plan.reads_reference and plan.reference != "ema":
+        frozen = run.policy(task.inputs, "frozen") if plan.reference == "initial" else start.reference()
+    own: dict[str, Any] = {"judge": judge, "frozen": frozen, "seed": seed}
+    if not plan.makes_pairs:
+        return live.train_on_responses(run, plan, task, train, start, **own)
+    average, noise = _average(plan, start), _make(plan.npo, start)
+    return live.train_on_pairs(run, plan, task, train, start, **own, average=average, noise=noise)
+
+
+def _make(noise: "Noise", policy: "Policy") -> "NoiseModule":
+    """Noise on a reference of the policy's size."""
+    entries, width = policy.head.weight_VH.shape
+    return noise.module(width, entries)
+
+
+def _average(plan: Plan, policy: "Policy") -> "Average | None":
+    """The moving average of the policy in training, if anything reads it."""
+    from dnpo.optimise.ema import Average
+
+    if not plan.reads_average:
+        return None
+    assert isinstance(plan.ema, MovingAverage), "ema=on"
+    return Average(policy, plan.ema.decay, plan.ema.every)
 
 
 def reads_frozen(plan: Plan) -> bool:
@@ -220,9 +289,11 @@ def _evaluation_key(run: Run, plan: Plan | None) -> dict[str, Any]:
 
 def sampling_of(run: Run, plan: Plan | None) -> "Sampling":
     """How new responses to training prompts are sampled, which are compared with the rejected ones: as these were."""
-    from dnpo.generate import Ahead
+    from dnpo.generate import Ahead, Live
 
-    return replace(plan.rollout, samples=1) if plan and isinstance(plan.rollout, Ahead) else run.generate
+    if plan is None or not isinstance(plan.rollout, Ahead):
+        return run.generate
+    return plan.rollout.ahead() if isinstance(plan.rollout, Live) else replace(plan.rollout, samples=1)
 
 
 @verb("evaluate", 5, _evaluation_key)

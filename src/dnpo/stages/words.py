@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from dnpo.data.curriculum import NoCurriculum
+from dnpo.dsl import HardLabels, HumanChosen
 from dnpo.errors import SettingsError
-from dnpo.optimise.parts import NoNoise
+from dnpo.generate import Live
+from dnpo.optimise.parts import NoNoise, watches
 from dnpo.policy.base import Scratch
 from dnpo.stages.plan import Plan
 from dnpo.stages.verbs import COMPARE
@@ -44,6 +47,8 @@ def check_words(plans: Sequence[Plan], model: "ModelPart", never: "Noise | None"
 
 def _check(plan: Plan, plans: Sequence[Plan], model: "ModelPart") -> None:
     _check_start(plan, model)
+    _check_average(plan)
+    _check_live(plan)
     _check_labels(plan)
     _check_judge(plan)
     _check_scores(plan)
@@ -60,6 +65,86 @@ def _check_start(plan: Plan, model: "ModelPart") -> None:
         )
 
 
+def _check_average(plan: Plan) -> None:
+    if plan.reads_average and not plan.ema.on:
+        who = "rollout.by=ema" if getattr(plan.rollout, "by", "") == "ema" else "reference=ema"
+        raise SettingsError(f"{who}: there is no moving average of the weights; take ema=on")
+    if plan.ema.on and not plan.reads_average:
+        raise SettingsError(
+            f"ema=on: nobody reads the moving average (reference={plan.reference}, and the policy responds); take "
+            "reference=ema with an objective that reads a reference, rollout=live rollout.by=ema, or ema=off"
+        )
+
+
+def _check_live(plan: Plan) -> None:
+    """Refuse what needs all pairs before training, where they are made in training, and the other way round."""
+    how, objective = plan.rollout, type(plan.objective).__name__
+    if not isinstance(how, Live):
+        if not plan.makes_pairs:
+            raise SettingsError(
+                f"rollout: {objective} (objective) trains on responses that the policy generates meanwhile; take "
+                "rollout=live"
+            )
+        return
+    if not isinstance(plan.curriculum, NoCurriculum):
+        raise SettingsError(
+            f"curriculum: {type(plan.curriculum).__name__} chooses among all pairs of an iteration, and rollout=live "
+            "makes them in training; take curriculum=off, or rollout=ahead"
+        )
+    if plan.npo.like is not None:
+        raise SettingsError(
+            "npo=matched: matches the noise of another training on the same pairs, and rollout=live makes different "
+            "pairs in each; take npo=offset with a number"
+        )
+    if any(watch.reads_moments for watch in watches(plan.objective, 1)):
+        raise SettingsError(
+            f"objective: {objective} measures the reference on all pairs before training, and rollout=live makes them "
+            "in training; take rollout=ahead"
+        )
+    if 0 < how.capacity < plan.trainer.batch_size:
+        raise SettingsError(
+            f"rollout.capacity={how.capacity}: is less than a policy step needs (trainer.batch_size="
+            f"{plan.trainer.batch_size}); expected at least that, or 0 for the pairs of the last rollout alone"
+        )
+    if how.segment and not (plan.makes_pairs and plan.dsl.admits_human):
+        raise SettingsError(
+            f"rollout.segment={how.segment}: replaces a part of the human response, which "
+            f"{type(plan.dsl if plan.makes_pairs else plan.objective).__name__} does not compare it with; take dsl=off "
+            "or dsl=score, or rollout.segment=0"
+        )
+    asks = plan.judges or plan.strength.asks
+    if asks and how.ahead_by and plan.judge.reads_policies:
+        raise SettingsError(
+            f"rollout.ahead_by={how.ahead_by}: {type(plan.judge).__name__} (judge) asks policies of this run, which "
+            "share the machine with training; take rollout.ahead_by=0"
+        )
+    if asks and plan.judge.spends_freely:
+        raise SettingsError(
+            "judge.max_cost=null: with rollout=live a paid judge is asked all through training; give the greatest sum "
+            "in US dollars that it may spend"
+        )
+    if not plan.makes_pairs:
+        _check_rewards(plan)
+
+
+def _check_rewards(plan: Plan) -> None:
+    """Refuse parts that an objective on scored responses has no use for, and judges without scores of single texts."""
+    objective, judge = type(plan.objective).__name__, type(plan.judge).__name__
+    if not plan.judge.gives_scores or plan.judge.only_compares:
+        what = "compares responses with each other" if plan.judge.gives_scores else "gives no scores"
+        raise SettingsError(
+            f"judge: {judge} {what}, and {objective} (objective) takes the score of a single response for its reward; "
+            "take a judge that scores, such as judge=reward"
+        )
+    if not isinstance(plan.dsl, HumanChosen) or not isinstance(plan.strength, HardLabels):
+        place = "dsl" if not isinstance(plan.dsl, HumanChosen) else "strength"
+        off = "off" if place == "dsl" else "hard"
+        raise SettingsError(
+            f"{place}: {type(getattr(plan, place)).__name__} labels pairs, and {objective} (objective) makes none; "
+            f"take {place}={off}"
+        )
+
+
 def _check_labels(plan: Plan) -> None:
     have, needed = plan.rollout.samples, plan.dsl.fewest
     if plan.rollout.generates and have < needed:
@@ -73,19 +158,21 @@ def _check_labels(plan: Plan) -> None:
             "dsl=given, or rollout=ahead"
         )
     if plan.rollout.generates and not needed:
-        raise SettingsError("dsl=given: labels the data's own pairs, but rollout=ahead generates; take rollout=given")
+        word = "live" if plan.rollout.live else "ahead"
+        raise SettingsError(f"dsl=given: labels the data's own pairs, but rollout={word} generates; take rollout=given")
 
 
 def _check_judge(plan: Plan) -> None:
     asks = plan.strength.asks
-    if not (plan.dsl.needs_scores or asks):
+    if not (plan.judges or asks):
         return
     if plan.rollout.generates and plan.dsl.needs_scores and not plan.judge.judges_generated:
         raise SettingsError(
             f"judge: {type(plan.judge).__name__} knows ratings of the data's own responses alone, and rollout=ahead "
             "generates others; take rollout=given, or a judge that reads texts"
         )
-    problem = plan.judge.accepts_policy(plan.k, is_initial=plan.k == 0)
+    is_initial = plan.k == 0 or (plan.rollout.live and plan.start == "initial")
+    problem = plan.judge.accepts_policy(plan.k, is_initial=is_initial)
     if problem is not None:
         raise SettingsError(problem)
     if asks and not hasattr(plan.judge, COMPARE):

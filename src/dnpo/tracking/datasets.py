@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dnpo.records import Pair
+from dnpo.stages.files import count_labels
 from dnpo.stages.plan import Iteration
 from dnpo.store import Stage, Store, manifest
 
@@ -44,11 +45,9 @@ def list_datasets(iteration: Iteration, store: Store, settings: Mapping[str, Any
     Args:
         settings: nested settings of the run.
     """
-    return (
-        _splits(iteration, store.folder(iteration.prompts), settings)
-        if iteration.pairs is None
-        else [_pairs(iteration.k, iteration.pairs, store)]
-    )
+    if iteration.pairs is not None:
+        return [_pairs(iteration.k, iteration.pairs, store)]
+    return [] if iteration.k >= 0 else _splits(iteration, store.folder(iteration.prompts), settings)
 
 
 def _splits(iteration: Iteration, prompts: Path, settings: Mapping[str, Any]) -> list[Dataset]:
@@ -82,7 +81,7 @@ def _splits(iteration: Iteration, prompts: Path, settings: Mapping[str, Any]) ->
 
 def _pairs(k: int, stage: Stage, store: Store) -> Dataset:
     """Describe the pairs that iteration ``k`` trains on."""
-    facts = manifest(store.folder(stage))["facts"]
+    facts = count_labels(store.folder(stage))
     columns = [each.name for each in fields(Pair)]
     where = {"uri": f"{stage.name}/{stage.key}"}
     count = facts["trained"] if "trained" in facts else facts["pairs"]  # with a curriculum, or without

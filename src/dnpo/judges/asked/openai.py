@@ -125,6 +125,16 @@ class OpenAI(Prompted):
             )
 
     @property
+    def only_compares(self) -> bool:
+        """Whether it is asked for preferences over the human response."""
+        return self.mode == "pairwise"
+
+    @property
+    def spends_freely(self) -> bool:
+        """Whether its model has a price, and ``max_cost`` is not given."""
+        return self._tariff is not None and self.max_cost is None
+
+    @property
     def kind(self) -> str:
         """``openai``, the temperature if it is not 0, the mode and the reading if it is not of text."""
         temperature = f" t={self.temperature:g}" if self.temperature else ""

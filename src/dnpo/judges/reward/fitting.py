@@ -272,15 +272,15 @@ def _train(model: Rewards, rows: Sequence[Row], how: Optimisation, seed: int) ->
         seed: seed of the order of the rows.
     """
 
-    def collate(some: Sequence[Row], piece: Slice) -> PreferenceBatch:
-        return PreferenceBatch(tuple(some), tuple(map(str, piece.rows)), piece.share)
+    def collate(piece: Slice[tuple[int, Row]]) -> PreferenceBatch:
+        return PreferenceBatch(tuple(row for _, row in piece.rows), tuple(str(i) for i, _ in piece.rows), piece.share)
 
     groups = how.groups(len(rows), seed)
     training = BradleyTerry(model, how, len(groups), _Epochs(max(len(groups) // how.epochs, 1)))
     with TemporaryDirectory(
         prefix="dnpo-reward-"
     ) as folder:  # a fit takes minutes, so an interrupted one is not continued
-        train(training, Batches(rows, groups, how.rows_at_once, collate), Path(folder))
+        train(training, Batches(list(enumerate(rows)), groups, how.rows_at_once, collate), Path(folder))
 
 
 @torch.no_grad()

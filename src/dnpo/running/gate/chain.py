@@ -20,7 +20,7 @@ def reference(iterations: "Sequence[Iteration]", plans: "Sequence[Plan]") -> Fin
     initial = iterations[0].policy
     for (before, iteration), plan in zip(pairwise(iterations), plans, strict=False):
         start = {"previous": before.policy, "initial": initial, "base": None}[plan.start]
-        frozen = {"start": start, "initial": initial, "none": None}[plan.reference]
+        frozen = {"start": start, "initial": initial, "ema": None, "none": None}[plan.reference]
         stages = {
             "the samples": (iteration.responses, before.policy),
             "the reference": (iteration.reference, frozen),
@@ -40,6 +40,7 @@ def reference(iterations: "Sequence[Iteration]", plans: "Sequence[Plan]") -> Fin
         return Finding("reference", "stop", "; ".join(wrong), "none: the chain in dnpo.loop is laid out wrongly")
     kinds = list(dict.fromkeys(plan.reference for plan in plans))
     words = {"start": "the policy it starts from", "initial": "the initial policy", "none": "none"}
+    words["ema"] = "the moving average of its weights"
     what = ", then ".join(words[kind] for kind in kinds) or words["start"]
     return Finding("reference", "pass", f"the reference of each of {len(iterations) - 1} iterations is {what}")
 

@@ -1,0 +1,197 @@
+"""Rows that are made while a training goes on: before a policy step, the policy responds to the next prompts.
+
+``Live`` takes the place of ``Batches``. A source makes the rows of one rollout after another; they enter a buffer,
+first in, first out, from which every policy step draws its rows. What a source makes is on the disk before a checkpoint
+names it, so a checkpoint holds counts alone, and a killed training finds its rows again.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from dnpo.errors import DataError
+from dnpo.optimise.batches import Batch, Slice, Steps
+from dnpo.seeding import derive
+from dnpo.store import Report
+
+Row = TypeVar("Row")
+Made = TypeVar("Made", covariant=True)
+
+
+class Source(Protocol[Made]):
+    """Makes the rows of rollouts, which are numbered from 0.
+
+    Attributes:
+        per_pass: number of rollouts in one pass over the prompts.
+    """
+
+    @property
+    def per_pass(self) -> int: ...
+
+    def ask(self, rollout: int) -> None:
+        """Let the policy respond, as it is now. Judging may go on in the background."""
+
+    def take(self, rollout: int, first: int, step: int) -> Sequence[Made]:
+        """The rows of a rollout; once made, they are the same whenever they are taken.
+
+        Args:
+            first: the number of its first row among all rows.
+            step: the policy step before which they are made.
+        """
+
+    def measure(self, rollout: int) -> Mapping[str, float]:
+        """Metrics of a rollout that has been taken."""
+
+    def describe(self, rollout: int) -> str:
+        """A few words on the work so far, for the progress."""
+
+    def explain(self) -> str:
+        """Why the rollouts taken so far have no rows, for a message."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """When rows are made, and how long they are kept.
+
+    Attributes:
+        every: policy steps from one rollout to the next; 0: there is one rollout, which is trained on in epochs.
+        capacity: number of rows in the buffer; 0: the rows of the last rollout alone.
+        ahead_by: by how many rollouts responding is ahead of training, so that judging does not hold training up.
+    """
+
+    every: int = 1
+    capacity: int = 0
+    ahead_by: int = 0
+
+
+class Live(Steps[Row, Batch]):
+    """The policy steps of a training whose rows are made as it goes on.
+
+    Args:
+        source: makes the rows.
+        clock: when.
+        batch_size: number of rows of a policy step, or all if the buffer has fewer.
+        epochs: passes over the prompts.
+        steps: number of policy steps, over as many passes as needed; 0: by epochs.
+        order: gives the rows of every policy step if there is a single rollout, from the number of its rows.
+        seed: seed of the draws.
+        report: is told about the rollouts.
+        micro_batch_size, collate: as in :class:`~dnpo.optimise.batches.Steps`.
+    """
+
+    def __init__(
+        self,
+        source: Source[Row],
+        clock: Clock,
+        *,
+        batch_size: int,
+        epochs: int,
+        steps: int,
+        order: Callable[[int], Sequence[tuple[int, ...]]],
+        seed: int,
+        report: Report,
+        micro_batch_size: int,
+        collate: Callable[[Slice[Row]], Batch],
+    ) -> None:
+        super().__init__(micro_batch_size, collate)
+        self.source, self.clock, self.batch_size, self.seed, self.report = source, clock, batch_size, seed, report
+        self.buffer: dict[int, Row] = {}
+        self.draws: list[int] = []  # of every row so far, those that have left the buffer included
+        self.rollouts: list[tuple[int, int]] = []  # the number of its first row, and the policy step it was made for
+        self.asked = 0  # rollouts that the policy has responded to
+        self.measured: dict[str, float] = {}
+        self.drawn, self.numbers = -1, tuple[int, ...]()  # the present step, and the numbers of its rows
+        if clock.every:
+            self.order: Sequence[tuple[int, ...]] = ()
+            self.total = steps or epochs * source.per_pass * clock.every
+        else:
+            self._roll(0)
+            self.order = order(len(self.buffer))
+            self.total = len(self.order)
+
+    def __len__(self) -> int:
+        return self.total
+
+    def group(self, step: int) -> list[Row]:
+        """All rows of a policy step; new ones are made first if they are due."""
+        if step != self.drawn:
+            if self.clock.every and step % self.clock.every == 0:
+                self._roll(step)
+            self.numbers = self.order[step] if self.order else self._draw(step)
+            for number in self.numbers:
+                self.draws[number] += 1
+            self.drawn = step
+            self._tell()
+        return [self.buffer[number] for number in self.numbers]
+
+    @property
+    def notes(self) -> dict[str, float]:
+        """Metrics of the present policy step."""
+        first = self.rollouts[-1][0]
+        stale = sum(number < first for number in self.numbers)
+        return {
+            **self.measured,
+            "rollout/buffer": float(len(self.buffer)),
+            "rollout/stale": stale / max(len(self.numbers), 1),
+            "rollout/count": float(len(self.rollouts)),
+        }
+
+    def _roll(self, step: int) -> None:
+        """Take the next rollout that has rows, and let the oldest rows go."""
+        empty = 0
+        while True:
+            rollout = len(self.rollouts)
+            due = (self.total - 1 - step) // self.clock.every if self.clock.every else 0  # rollouts after this one
+            while self.asked <= rollout + min(self.clock.ahead_by, due):
+                self.source.ask(self.asked)
+                self.asked += 1
+            first = len(self.draws)
+            rows = self.source.take(rollout, first, step)
+            self.rollouts.append((first, step))
+            if rows:
+                break
+            empty += 1
+            if empty >= self.source.per_pass:
+                raise DataError(f"step {step}: no pair is left to train on: {self.source.explain()}")
+        self.draws += [0] * len(rows)
+        self.measured = dict(self.source.measure(rollout))
+        self.buffer |= dict(enumerate(rows, first))
+        oldest = len(self.draws) - self.clock.capacity if self.clock.capacity else first
+        self.buffer = {number: row for number, row in self.buffer.items() if number >= oldest}
+
+    def _draw(self, step: int) -> tuple[int, ...]:
+        """Draw the rows of a policy step without replacement, each with weight 1 / (1 + its draws so far).
+
+        The largest of u^(1/w), u uniform, are such a draw (Efraimidis and Spirakis 2006).
+        """
+        if len(self.buffer) <= self.batch_size:
+            return tuple(self.buffer)
+        uniform = random.Random(derive(self.seed, "draw", step))
+        keys = {number: uniform.random() ** (1 + self.draws[number]) for number in self.buffer}
+        return tuple(sorted(sorted(keys, key=lambda number: -keys[number])[: self.batch_size]))
+
+    def _tell(self) -> None:
+        """Show the rollouts, the buffer and the stale rows beside the progress of the policy steps."""
+        notes, room = self.notes, self.clock.capacity
+        fill = f"{len(self.buffer):,} of {room:,}" if room else f"{len(self.buffer):,}"
+        words = f"rollout {len(self.rollouts):,} · buffer {fill} · {notes['rollout/stale']:.0%} stale"
+        self.report.status(f"{words} · {self.source.describe(len(self.rollouts) - 1)}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and all counts; the rows themselves are on the disk."""
+        kept = {"draws": list(self.draws), "rollouts": [list(each) for each in self.rollouts], "asked": self.asked}
+        oldest = min(self.buffer, default=0)
+        return {**super().state_dict(), **kept, "oldest": oldest, "measured": dict(self.measured)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint: take the rows of the buffer again."""
+        super().load_state_dict(state)
+        self.draws, self.asked, self.measured = list(state["draws"]), state["asked"], dict(state["measured"])
+        self.rollouts = [(first, step) for first, step in state["rollouts"]]
+        ends = [*(first for first, _ in self.rollouts[1:]), len(self.draws)]
+        self.buffer = {}
+        for rollout, ((first, step), end) in enumerate(zip(self.rollouts, ends, strict=True)):
+            if end > max(first, state["oldest"]):
+                self.buffer |= dict(enumerate(self.source.take(rollout, first, step), first))
+        self.buffer = {number: row for number, row in self.buffer.items() if number >= state["oldest"]}

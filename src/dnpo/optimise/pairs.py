@@ -1,0 +1,207 @@
+"""Micro-batches of pairs: what the training of a policy on pairs reads of them and of its reference.
+
+Shapes as in ``objective.py`` and ``logprobs.py``: B pairs, N completion tokens, H hidden size.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from dnpo.errors import SettingsError
+from dnpo.optimise.batches import Slice
+from dnpo.optimise.npo import NoiseModule
+from dnpo.optimise.objective import Facts, Objective, PairLogps
+from dnpo.optimise.parts import watches
+from dnpo.optimise.reference import KeptHidden
+from dnpo.optimise.training import Batch
+from dnpo.policy.packing import Packed, pack
+from dnpo.records import Pair, ReferenceLogps
+from dnpo.seeding import derive
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A pair with what its training reads of the reference.
+
+    Attributes:
+        number: its number among all pairs of the training.
+        reference: the reference's log-probabilities; None if the objective reads none, or if they are computed at use.
+        made: the policy step before which it was made; 0 for pairs that were there before training.
+    """
+
+    number: int
+    pair: Pair
+    reference: ReferenceLogps | None
+    made: int = 0
+
+
+class Reading(NamedTuple):
+    """What a training reads of its pairs and of its reference.
+
+    Attributes:
+        rejected: rejected responses.
+        noisy: the reference's hidden states of rejected tokens, for noise.
+        all_states: those of all completion tokens, for the objective.
+    """
+
+    rejected: bool
+    noisy: bool
+    all_states: bool
+
+    @property
+    def states(self) -> bool:
+        """Whether it reads hidden states at all."""
+        return self.noisy or self.all_states
+
+    @classmethod
+    def of(cls, objective: Objective, noise: NoiseModule) -> "Reading":
+        """What this objective and this noise read."""
+        every_step = any(watch.reads_states for watch in watches(objective, 1))
+        return cls(reads_rejected(objective), noise.reads_states, every_step)
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """A micro-batch of B pairs with the reference's log-probabilities.
+
+    Attributes:
+        reference: the reference's log-probabilities; 0 if the objective reads none.
+        expected: what the policy's are before the first update; None in later steps.
+        facts: strengths, weights, shifts and lengths of the pairs; the share of the batch is that of its weights.
+        rejected: prompts and rejected responses only, if the noise reads hidden states.
+        hidden_NH: these hidden states, if they have been kept.
+        seeds: seeds of the noise, one for each pair.
+        rejected_share: the weight of a mean over the batch's rejected tokens in its policy step.
+        numbers: the numbers of its pairs among all.
+        states_NH: the reference's hidden states of all its completion tokens, if the objective reads them and they have
+            been kept.
+        notes: metrics of the policy step that its rows bring.
+    """
+
+    reference: PairLogps
+    expected: PairLogps | None
+    facts: Facts
+    rejected: Packed | None
+    hidden_NH: Tensor | None
+    seeds: tuple[int, ...]
+    rejected_share: float
+    numbers: tuple[int, ...] = ()
+    states_NH: Tensor | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return replace(
+            super().to(device),
+            reference=PairLogps(*(t.to(device) for t in self.reference)),
+            expected=None if self.expected is None else PairLogps(*(t.to(device) for t in self.expected)),
+            facts=self.facts.to(device),
+            rejected=None if self.rejected is None else self.rejected.to(device),
+            hidden_NH=None if self.hidden_NH is None else self.hidden_NH.to(device),
+            states_NH=None if self.states_NH is None else self.states_NH.to(device),
+        )
+
+
+class Collate:
+    """Makes micro-batches of pairs.
+
+    Attributes:
+        notes: metrics of the present policy step that the rows bring.
+
+    Args:
+        reads: what the training reads.
+        share_prompt: whether the prompt of a pair is computed once for both responses.
+        seed: seed of the noise.
+        expect: the policy's log-probabilities of rows before training; None if nothing is known of them.
+        hidden: the reference's hidden states, if they have been kept.
+    """
+
+    def __init__(
+        self,
+        reads: Reading,
+        share_prompt: bool,
+        seed: int,
+        expect: Callable[[Sequence[Scored]], list[ReferenceLogps] | None],
+        hidden: KeptHidden | None,
+    ) -> None:
+        self.reads, self.share_prompt, self.seed, self.expect, self.hidden = reads, share_prompt, seed, expect, hidden
+        self.notes: Callable[[], dict[str, float]] | None = None
+
+    def __call__(self, piece: Slice[Scored]) -> PairBatch:
+        """The micro-batch of these rows."""
+        reads, hidden, rows = self.reads, self.hidden, piece.rows
+        both, some, numbers = reads.rejected, [row.pair for row in rows], tuple(row.number for row in rows)
+        prompts, rejected = [p.prompt_ids for p in some], [p.rejected_ids for p in some]
+        chosen = [p.chosen_ids for p in some]
+        expected = self.expect(rows) if not piece.step else None
+        nothing = ReferenceLogps(0, 0.0, 0.0)
+        return PairBatch(
+            packed=pack(prompts * 2, chosen + rejected, share_prompt=self.share_prompt)
+            if both
+            else pack(prompts, chosen),
+            ids=tuple(p.id for p in some),
+            share=sum(p.weight for p in some) / sum(row.pair.weight for row in piece.group),
+            reference=to_tensors([row.reference or nothing for row in rows], both),
+            expected=None if expected is None else to_tensors(expected, both),
+            facts=make_facts(some),
+            rejected=pack(prompts, rejected) if reads.noisy else None,
+            hidden_NH=hidden(numbers) if reads.noisy and not reads.all_states and hidden is not None else None,
+            seeds=tuple(derive(self.seed, "noise", piece.step, i) for i in numbers),
+            rejected_share=sum(map(len, rejected)) / max(sum(len(row.pair.rejected_ids) for row in piece.group), 1),
+            numbers=numbers,
+            states_NH=hidden.of_both(numbers) if reads.all_states and hidden is not None and hidden.both else None,
+            notes=self._describe(piece) if self.notes is not None else {},
+        )
+
+    def _describe(self, piece: Slice[Scored]) -> dict[str, float]:
+        """The metrics of the step, and the mean number of policy steps since the micro-batch's pairs were made."""
+        assert self.notes is not None, "live rows"
+        return {**self.notes(), "rollout/age": sum(piece.step - row.made for row in piece.rows) / len(piece.rows)}
+
+
+def reads_rejected(objective: Objective) -> bool:
+    """Whether an objective reads rejected responses."""
+    return bool(getattr(objective, "reads_rejected", True))
+
+
+def to_tensors(rows: Sequence[ReferenceLogps], both: bool = True) -> PairLogps:
+    """The log-probabilities of B pairs, on the CPU; 0 for rejected responses unless both are read."""
+    return PairLogps(
+        torch.tensor([row.chosen for row in rows]), torch.tensor([row.rejected if both else 0.0 for row in rows])
+    )
+
+
+def split(logp_S: Tensor) -> PairLogps:
+    """Split 2B values, the chosen first, into pairs."""
+    chosen_B, rejected_B = logp_S.chunk(2)
+    return PairLogps(chosen_B, rejected_B)
+
+
+def make_facts(pairs: Sequence[Pair]) -> Facts:
+    """What objectives know about pairs, on the CPU."""
+    return Facts(
+        strength_B=torch.tensor([pair.strength for pair in pairs]),
+        weight_B=torch.tensor([pair.weight for pair in pairs]),
+        shift_B=torch.tensor([pair.shift for pair in pairs]),
+        chosen_tokens_B=torch.tensor([float(len(pair.chosen_ids)) for pair in pairs]),
+        rejected_tokens_B=torch.tensor([float(len(pair.rejected_ids)) for pair in pairs]),
+    )
+
+
+def with_weight(pairs: Sequence[Pair]) -> list[int]:
+    """The numbers of the pairs whose weight is not 0; the others would be read for nothing.
+
+    Raises:
+        SettingsError: a weight is negative, or all are 0.
+    """
+    for pair in pairs:
+        if not 0 <= pair.weight < math.inf:
+            raise SettingsError(f"pair {pair.id}: weight {pair.weight}; expected a finite number that is not negative")
+    used = [number for number, pair in enumerate(pairs) if pair.weight > 0]
+    if pairs and not used:
+        raise SettingsError("all pairs have the weight 0; at least one has to have more")
+    return used

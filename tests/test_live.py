@@ -1,0 +1,274 @@
+"""Rollouts in training: what is drawn from the buffer, the limits that equal training ahead, and kills."""
+
+import json
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dnpo.errors import DataError
+from dnpo.optimise.batches import Slice
+from dnpo.optimise.ema import Average
+from dnpo.optimise.live import Clock, Live
+from dnpo.policy.model import Policy
+from dnpo.records import Pair, Rollout, read
+from dnpo.stages.live import Chunks
+from tests.commands import SMOKE, TINY, numbers, succeed, summary
+from tests.conftest import Report
+
+# --- the buffer
+
+
+@dataclass
+class Numbers:
+    """Makes ``count`` rows of every rollout: (rollout, row), and remembers what was asked."""
+
+    count: Callable[[int], int] = lambda rollout: 4
+    per_pass: int = 5
+    asked: list[int] = field(default_factory=list)
+
+    def ask(self, rollout: int) -> None:
+        self.asked.append(rollout)
+
+    def take(self, rollout: int, first: int, step: int) -> Sequence[tuple[int, int]]:
+        assert rollout in self.asked
+        return [(rollout, i) for i in range(self.count(rollout))]
+
+    def measure(self, rollout: int) -> Mapping[str, float]:
+        return {"rollout/reward": float(rollout)}
+
+    def describe(self, rollout: int) -> str:
+        return ""
+
+    def explain(self) -> str:
+        return "5 prompts have candidates with equal scores"
+
+
+Group = tuple[tuple[int, int], ...]
+
+
+def live(source: Numbers, clock: Clock, batch_size: int = 4, steps: int = 0, epochs: int = 1) -> Live[Any, Group]:
+    def collate(piece: Slice[tuple[int, int]]) -> Group:
+        return piece.rows
+
+    def order(count: int) -> list[tuple[int, ...]]:
+        return [tuple(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
+
+    told: dict[str, Any] = {"order": order, "seed": 1, "report": Report(), "micro_batch_size": 100}
+    return Live(source, clock, batch_size=batch_size, epochs=epochs, steps=steps, collate=collate, **told)
+
+
+def groups(steps: Live[Any, Group]) -> list[Group]:
+    return [batch for (batch,) in steps]
+
+
+def test_a_buffer_of_one_batch_is_strictly_on_policy() -> None:
+    """Every step trains on all rows of the rollout just before it, by capacity 0 and by a capacity of one batch."""
+    own = [tuple((rollout, i) for i in range(4)) for rollout in range(5)]
+    assert groups(live(Numbers(), Clock(every=1, capacity=0))) == own
+    assert groups(live(Numbers(), Clock(every=1, capacity=4))) == own
+
+
+def test_the_oldest_rows_leave_first() -> None:
+    running = live(Numbers(), Clock(every=1, capacity=6))
+    seen = []
+    for _ in running:
+        seen.append(sorted(running.buffer.values()))
+    assert seen[0] == [(0, i) for i in range(4)]
+    assert seen[1] == [(0, 2), (0, 3), *((1, i) for i in range(4))]
+    assert seen[4] == [(3, 2), (3, 3), *((4, i) for i in range(4))]
+
+
+def test_rows_that_were_drawn_less_are_drawn_more() -> None:
+    """Two rows with d and 0 draws, one drawn: the second with probability (1) / (1 + 1/(1 + d))."""
+    for draws in (0, 1, 4):
+        picked = 0
+        for seed in range(4000):
+            running = live(Numbers(lambda rollout: 2), Clock(every=1, capacity=4), batch_size=1, steps=2)
+            running.seed = seed
+            running.group(0)
+            running.draws = [draws, 0]
+            (number,) = running._draw(1)
+            picked += number
+        expected = 1 / (1 + 1 / (1 + draws))
+        assert picked / 4000 == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 4000) ** 0.5)
+
+
+def test_a_step_draws_a_row_at_most_once_and_steps_between_rollouts_share_the_buffer() -> None:
+    running = live(Numbers(), Clock(every=3, capacity=8), batch_size=3)
+    found = groups(running)
+    assert len(found) == 15
+    assert all(len(set(group)) == 3 for group in found)
+    for step, group in enumerate(found):
+        assert {rollout for rollout, _ in group} <= {step // 3, step // 3 - 1}
+    counts = Counter(row for group in found for row in group)
+    assert sum(counts.values()) == sum(running.draws)
+    assert [counts[(number // 4, number % 4)] for number in range(20)] == running.draws
+
+
+def test_responding_ahead_uses_every_rollout_in_turn_and_asks_no_more_than_are_used() -> None:
+    source = Numbers()
+    running = live(source, Clock(every=1, capacity=0, ahead_by=2))
+    asked = []
+    for _ in running:
+        asked.append(list(source.asked))
+    assert [len(each) for each in asked] == [3, 4, 5, 5, 5]
+    assert asked[-1] == [0, 1, 2, 3, 4]
+
+
+def test_a_rollout_without_rows_is_followed_by_the_next_and_a_pass_of_them_ends_the_run() -> None:
+    source = Numbers(lambda rollout: 0 if rollout in (1, 2) else 4)
+    running = live(source, Clock(every=1))
+    assert [group[0][0] for group in groups(running)] == [0, 3, 4, 5, 6]
+    with pytest.raises(DataError, match="no pair is left to train on: 5 prompts have candidates with equal scores"):
+        groups(live(Numbers(lambda rollout: 0), Clock(every=1)))
+
+
+@pytest.mark.parametrize("clock", [Clock(), Clock(2, 9), Clock(3, 20, 1), Clock(1, 6, 3)], ids=str)
+@pytest.mark.parametrize("at", [1, 2, 5, 7])
+def test_a_training_that_goes_on_from_a_checkpoint_draws_the_same_rows(clock: Clock, at: int) -> None:
+    whole = live(Numbers(), clock, batch_size=3, epochs=3)
+    expected, states = [], {}
+    for step, (group,) in enumerate(whole):
+        expected.append(group)
+        states[step + 1] = json.loads(json.dumps(whole.state_dict()))  # plain values
+    source = Numbers(asked=list(range(100)))  # what was asked before the kill is on the disk
+    again = live(source, clock, batch_size=3, epochs=3)
+    again.load_state_dict(states[at])
+    assert groups(again) == expected[at:]
+    assert again.draws == whole.draws
+
+
+def test_passes_respond_to_every_prompt_once_each_in_a_new_order() -> None:
+    chunks = Chunks(prompts=50, size=8, seed=3)
+    assert chunks.per_pass == 7
+    passes = [[chunks.of(7 * each + i) for i in range(7)] for each in range(2)]
+    for one in passes:
+        assert sorted(i for chunk in one for i in chunk) == list(range(50))
+        assert all(chunk == sorted(chunk) for chunk in one)
+    assert passes[0] != passes[1]
+    assert Chunks(50, 0, 3).of(0) == list(range(50))
+
+
+# --- the moving average
+
+
+def shake(policy: Policy, seed: int) -> None:
+    draw = random.Random(seed)
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.add_(draw.gauss(0, 0.1))
+
+
+def test_an_average_follows_its_equation(make_policy: Callable[..., Policy]) -> None:
+    """θ_EMA ← a θ_EMA + (1 − a) θ at every n-th step, against float64; a = 0 is the policy, a = 1 its beginning."""
+    policy = make_policy()
+    averages = {(a, n): Average(policy, a, n) for a, n in [(0.9, 1), (0.5, 3), (0.0, 1), (1.0, 1)]}
+    wide = {key: [p.detach().double() for p in policy.model.parameters()] for key in averages}
+    for step in range(7):
+        shake(policy, step)
+        for (a, n), average in averages.items():
+            average.follow(step)
+            if step % n == n - 1:
+                new = [p.detach().double() for p in policy.model.parameters()]
+                wide[a, n] = [a * old + (1 - a) * p for old, p in zip(wide[a, n], new, strict=True)]
+    for key, average in averages.items():
+        for found, expected in zip(average.policy.model.parameters(), wide[key], strict=True):
+            torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
+    pairs = zip(averages[0.0, 1].policy.model.parameters(), policy.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    again = Average(make_policy(), 0.9, 1)
+    again.load_state_dict(averages[0.9, 1].state_dict())
+    pairs = zip(again.policy.model.parameters(), averages[0.9, 1].policy.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+# --- whole runs
+
+
+ONCE = ("rollout=live", "rollout.every=0", "rollout.prompts=0")
+RUN = (*SMOKE, *TINY, "iterations=1", "store=../store")
+
+
+@pytest.fixture
+def store(tiny: Path, tmp_path: Path) -> Path:
+    """A store with the fine-tuned policy, beside the folders of runs."""
+    return shutil.copytree(tiny / "store", tmp_path / "store")
+
+
+def run(root: Path, *overrides: str) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Run in a folder of its own: the summary, and the metrics of the last training's steps."""
+    folder = Path(tempfile.mkdtemp(dir=root))
+    succeed(folder, *RUN, *overrides)
+    found = summary(folder)
+    rows = json.loads((root / "store" / found["policies"][-1] / "steps.json").read_text())
+    return found, [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("method=spin",),
+        ("method=npo", "npo.start=0"),
+        ("method=dnpo", "acts_from=0", "trainer.epochs=2", "npo.cache_hidden=off"),
+        ("method=spin", "model.lora.rank=4"),
+        ("method=spin", "reference=initial", "objective=ipo"),
+    ],
+    ids=" ".join,
+)
+def test_one_rollout_of_all_prompts_equals_training_ahead_bit_for_bit(
+    words: tuple[str, ...], store: Path, tmp_path: Path
+) -> None:
+    (ahead, before), (once, rows) = run(tmp_path, *words), run(tmp_path, *words, *ONCE)
+    assert numbers(ahead) == numbers(once)
+    assert len(before) > 1
+    assert [{name: row[name] for name in before[0]} for row in rows] == before
+    assert ahead["policies"] != once["policies"]
+
+
+def test_an_average_with_decay_0_as_the_reference_has_margins_of_0(store: Path, tmp_path: Path) -> None:
+    _, rows = run(tmp_path, "method=spin", *ONCE, "reference=ema", "ema=on", "ema.decay=0")
+    assert all(abs(row["margin/clean"]) < 1e-5 for row in rows)
+    assert all(row["loss/policy"] == pytest.approx(0.693147, abs=1e-5) for row in rows)
+
+
+def test_an_average_that_never_moves_is_the_start_as_reference(store: Path, tmp_path: Path) -> None:
+    """a = 1: the numbers of reference=start, which are computed in other batches."""
+    _, start = run(tmp_path, "method=spin", *ONCE)
+    _, average = run(tmp_path, "method=spin", *ONCE, "reference=ema", "ema=on", "ema.decay=1")
+    for ours, theirs in zip(average, start, strict=True):
+        for name in ("loss/policy", "logps/chosen", "margin/clean"):
+            assert ours[name] == pytest.approx(theirs[name], abs=2e-3)
+
+
+def test_what_a_live_training_leaves(store: Path, tmp_path: Path) -> None:
+    """Pairs with the step that made them and their draws, responses with scores, and no file by rollout."""
+    own = ("method=online_dpo", "rollout.prompts=8", "rollout.capacity=32", "rollout.every=2", "rollout.temperature=2")
+    found, rows = run(tmp_path, *own)
+    folder = store / found["policies"][-1]
+    assert not [path for path in folder.iterdir() if path.is_dir() and path.name != "policy"]
+    pairs, rollouts = read(folder / "pairs.parquet", Pair), read(folder / "rollouts.parquet", Rollout)
+    assert len(rollouts) == 96
+    assert {row.step for row in rollouts} == set(range(0, 12, 2))
+    assert {pair.step for pair in pairs} <= set(range(0, 12, 2))
+    assert len({(p.id, p.step, p.chosen_sample, p.rejected_sample) for p in pairs}) == len(pairs)
+    assert sum(pair.draws for pair in pairs) == sum(row["rows"] for row in rows)
+    score_of = {(row.id, row.step, row.sample): row.score for row in rollouts}
+    for pair in pairs:
+        assert pair.chosen_score == score_of[pair.id, pair.step, pair.chosen_sample]
+        assert pair.chosen_score is not None
+        assert pair.rejected_score is not None
+        assert pair.chosen_score > pair.rejected_score
+    table = found["table"][-1]
+    assert table["pairs/pairs"] == len(pairs)
+    assert table["generated/responses"] == 96
+    assert table["judge/verdicts"] == 96
+    for name in ("reward", "kl", "entropy", "stale", "age", "buffer", "count"):
+        assert all(f"rollout/{name}" in row for row in rows), name
