@@ -18,6 +18,7 @@ MODULES = [
     "dnpo.policy.lora",
     "dnpo.policy.weights",
     "dnpo.optimise.parts",
+    "dnpo.methods.ppo",
     "dnpo.judges",
     "dnpo.judges.off",
     "dnpo.judges.longer",

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
-from dnpo.settings import conf_folder
+from dnpo.settings import conf_folder, locate
 
 CONF = conf_folder()
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text()
@@ -44,10 +45,12 @@ def test_a_method_has_its_command_its_words_and_an_expectation(method: str) -> N
     assert "\nExpected: " in section
     said, choices = words(section), config.hydra.runtime.choices
     assert (said["start"], said["reference"]) == (config.start, config.reference)
-    asked = choices.dsl not in ("off", "given")  # otherwise labels read no scores, whatever the judge
+    target = config.objective.get("_target_") if isinstance(config.objective, DictConfig) else None
+    rewards = target is not None and hasattr(locate("objective", target), "train")  # and no pairs, so no labels
+    asked = rewards or choices.dsl not in ("off", "given")  # otherwise labels read no scores, whatever the judge
     for place, part in PARTS.items():
         word = LOGISTIC.get(choices[part], choices[part])
-        if (part == "judge" and not asked) or (word == "off" and part != "dsl"):
+        if (part == "judge" and not asked) or (word == "off" and (part != "dsl" or rewards)):
             assert said[place] == "–"
         elif word not in (None, "null"):  # one for each iteration, which the page spells out
             assert said[place] == word, place

@@ -295,6 +295,14 @@ GROUPS = (
             Metric("rollout/stale", "Pairs of a step that are older than the last rollout", "stale", "%"),
             Metric("rollout/age", "Policy steps since the pairs of a step were made", "age", "steps", 1),
             Metric("rollout/count", "Rollouts so far", "rollouts", digits=0),
+            Metric("ratio/clipped", "Tokens whose importance ratio is clipped", "clipped", "%"),
+            Metric(
+                "ratio/kl", "KL from the policy that responded to the policy in training", "KL since", "nats a token", 5
+            ),
+            Metric("loss/value", "Loss of the value head", "value loss", "", 5, "lower"),
+            Metric(
+                "value/explained", "Variance of later rewards that values explain", "explained", "%", better="higher"
+            ),
             Metric("rewards/chosen", "Implicit reward of chosen responses", "reward chosen", "", 3),
             Metric("rewards/rejected", "Implicit reward of rejected responses", "reward rejected", "", 3),
             Metric("rewards/accuracy", "Pairs with a margin above 0", "reward accuracy", "%"),

@@ -17,6 +17,7 @@ from dnpo.errors import StoreError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from _typeshed import DataclassInstance
 
 Message = dict[str, str]
 Finish = Literal["eos", "length"]
@@ -206,7 +207,7 @@ class Item:
     logprob: float | None
 
 
-Row = TypeVar("Row", Prompt, Response, Verdict, Pair, ReferenceLogps, Item, Rollout)
+Row = TypeVar("Row", bound="DataclassInstance")
 
 
 def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:

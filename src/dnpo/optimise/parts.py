@@ -39,6 +39,8 @@ class Objective(Protocol):
       ``Noise.cache_hidden``; off if absent.
     - ``watches(total)``: what it measures besides log-probabilities in a training of so many policy steps, see
       ``watch.py``; nothing if absent.
+    - ``train``: a training of its own, on scored responses in place of pairs, which is called in place of the loss; see
+      :func:`dnpo.stages.live.train_on_responses`.
 
     Attributes:
         beta: the factor from a pair's log-ratio gap to its margin, for the noise term, reported margins and implicit
@@ -268,8 +270,8 @@ def check_objective(objective: Objective) -> None:
     """Raise unless an objective says what its callers have to know.
 
     Raises:
-        SettingsError: it has no number ``beta``, cannot be called with (policy, reference, facts), or one of its
-            optional attributes is not true or false.
+        SettingsError: it has no number ``beta``, cannot be called with (policy, reference, facts) and has no training
+            of its own, or one of its optional attributes is not true or false.
     """
     beta = getattr(objective, "beta", None)
     name = objective.target if isinstance(objective, Bound) else type(objective).__name__
@@ -282,6 +284,8 @@ def check_objective(objective: Objective) -> None:
         value = getattr(objective, flag, True)
         if not isinstance(value, bool):
             raise SettingsError(f"objective: {name}.{flag} is {value!r}; expected true or false")
+    if hasattr(objective, "train"):
+        return
     signature = inspect.signature(objective.resolve() if isinstance(objective, Bound) else objective)
     settings = objective.settings if isinstance(objective, Bound) else {}
     try:

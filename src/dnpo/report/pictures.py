@@ -15,10 +15,7 @@ from dnpo.report.groups import Group, Groups
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import SFT, TrackedRun, iteration_name
 
-STEPS = (
-    *("loss/policy", "loss/noise", "margin/saturation"),
-    *("rollout/reward", "rollout/kl", "rollout/entropy", "rollout/flips", "rollout/stale", "rollout/age"),
-)
+STEPS = ("loss/policy", "loss/noise", "margin/saturation")
 
 
 def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bool) -> list[tuple[str, list[Picture]]]:

@@ -136,6 +136,24 @@ def _check_rewards(plan: Plan) -> None:
             f"judge: {judge} {what}, and {objective} (objective) takes the score of a single response for its reward; "
             "take a judge that scores, such as judge=reward"
         )
+    how = plan.rollout
+    assert isinstance(how, Live), "_check_live has seen it"
+    if plan.reference == "ema" or plan.ema.on:
+        raise SettingsError(
+            f"ema: {objective} (objective) reads no moving average, neither for responses (rollout.by) nor as its "
+            "reference; take ema=off, rollout.by=policy, and reference=initial or start"
+        )
+    if how.ahead_by:
+        raise SettingsError(
+            f"rollout.ahead_by={how.ahead_by}: {objective} (objective) compares the policy with the one that "
+            "responded, as it is when responses are used first; take rollout.ahead_by=0"
+        )
+    plain = {"temperature": 1, "top_k": 0, "top_p": 1}
+    for name in (name for name, value in plain.items() if getattr(how, name) != value):
+        raise SettingsError(
+            f"rollout.{name}={getattr(how, name)}: {objective} (objective) has the right gradient for samples of the "
+            f"policy itself alone; take rollout.{name}={plain[name]}"
+        )
     if not isinstance(plan.dsl, HumanChosen) or not isinstance(plan.strength, HardLabels):
         place = "dsl" if not isinstance(plan.dsl, HumanChosen) else "strength"
         off = "off" if place == "dsl" else "hard"

@@ -1,0 +1,98 @@
+"""Proximal policy optimization: the policy learns from the scores of its responses (Schulman et al. 2017).
+
+Here are only settings. ``training.py`` has the training, ``equations.py`` the equations.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from dnpo.settings import Fraction, NonNegative, Positive
+
+if TYPE_CHECKING:
+    from dnpo.optimise.live import Clock, Source
+    from dnpo.optimise.parts import Optimisation
+    from dnpo.policy.model import Policy
+    from dnpo.records import Rollout
+    from dnpo.store import Report
+
+
+@dataclass(frozen=True)
+class ClippedRatio:
+    """The clipped loss of importance ratios, with a value head as a second player; for rollouts made during training.
+
+    The reward of a response is its score times ``reward_scale``, less β times the log-ratio of policy and reference,
+    token by token. Its gradient is exact for responses sampled at temperature 1 without truncation.
+
+    Args:
+        beta: weight of the log-ratio in the reward; the best policy is π_ref · exp(reward / β), normalised. 0: no
+            reference is read.
+        clip: how far a ratio may be from 1 before its token has no more gradient (ε); 0: no limit.
+        value_clip: the same of a value's distance from what it was when the policy responded; 0: no limit.
+        value_learning_rate: of Adam for the value head, constant; 0: there is none, all values are 0.
+        value_weight: weight of the value loss in the gradient of the policy's body; 0: only the head learns values.
+        discount: γ, the factor of a reward for each token that it is later.
+        trace: λ; 1: advantages are later rewards less the value, 0: only the next token's reward and value count.
+        whiten: shift and scale the advantages of a rollout's tokens to mean 0 and variance 1.
+        reward_scale: the reward of one point of the judge.
+    """
+
+    learns_from: ClassVar[str] = "rollouts"
+    reads_rejected: ClassVar[bool] = False
+
+    beta: NonNegative = 0.05
+    clip: NonNegative = 0.2
+    value_clip: NonNegative = 0.2
+    value_learning_rate: NonNegative = 1.0e-3
+    value_weight: NonNegative = 0.0
+    discount: Fraction = 1.0
+    trace: Fraction = 0.95
+    whiten: bool = True
+    reward_scale: Positive = 0.01
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it reads the reference's log-probabilities."""
+        return self.beta > 0
+
+    def train(
+        self,
+        policy: "Policy",
+        *,
+        source: "Source[Rollout]",
+        clock: "Clock",
+        reference: "Policy | None",
+        optimisation: "Optimisation",
+        seed: int,
+        folder: Path,
+        report: "Report",
+    ) -> list[dict[str, float]]:
+        """Train the policy in place on rollouts that are made as it is trained.
+
+        Args:
+            policy: the policy; its module is changed. With LoRA it has a fresh adapter.
+            source: makes the rollouts.
+            clock: when they are made.
+            reference: the frozen reference; None if β is 0.
+            optimisation: how to train.
+            seed: seed of the draws from the buffer.
+            folder: folder for checkpoints and for the tokens' log-probabilities, values and advantages; its subfolder
+                ``rollouts`` is of no use once the policy is written.
+            report: receives the progress.
+
+        Returns:
+            A row of metrics for each policy step.
+        """
+        from dnpo.methods.ppo.training import train
+
+        return train(
+            self,
+            policy,
+            source=source,
+            clock=clock,
+            reference=reference,
+            optimisation=optimisation,
+            seed=seed,
+            folder=folder,
+            report=report,
+        )
