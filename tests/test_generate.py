@@ -319,7 +319,7 @@ def test_what_has_no_probability_is_never_drawn() -> None:
     """Also with a large vocabulary, most of which has none, and of which the groups do not divide it evenly."""
     scores = torch.full((4000, 5003), -torch.inf)
     scores[:, 17], scores[:, 5002] = 0.3, -1.2
-    tokens = dnpo.generate.hf._pick(scores, [(row, 0) for row in range(4000)], dnpo.generate.hf._warp(Sampling()))
+    tokens = dnpo.generate.hf._pick(scores, [(row, 0) for row in range(4000)], dnpo.generate.hf.make_warp(Sampling()))
     rare = int((tokens == 5002).sum())
     assert set(tokens.tolist()) == {17, 5002}
     expected = float(torch.tensor([0.3, -1.2]).softmax(-1)[1])
@@ -347,7 +347,7 @@ def test_random_numbers_are_those_of_splitmix64() -> None:
 @pytest.mark.parametrize("vocabulary", [50, 3000])
 def test_probabilities_that_are_a_little_off_draw_another_token_about_as_often(vocabulary: int) -> None:
     """Rounding shall not become another run: at most twice the total-variation distance, once for each draw."""
-    warp, places = dnpo.generate.hf._warp(Sampling()), [(row, 3) for row in range(2000)]
+    warp, places = dnpo.generate.hf.make_warp(Sampling()), [(row, 3) for row in range(2000)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         logits = torch.randn(2000, vocabulary) * 3

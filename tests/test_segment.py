@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+import dnpo.generate.segment
 from dnpo.generate import Ahead, Sampling
 from dnpo.generate.hf import complete, sample
 from dnpo.generate.segment import REDRAWS, cut, regenerate
@@ -21,6 +22,7 @@ from dnpo.policy.loading import load
 from dnpo.policy.model import Policy
 from dnpo.policy.tokenizer import encode, human_response
 from dnpo.records import Prompt, Response
+from dnpo.seeding import derive
 from tests.conftest import Report, World
 
 MakePolicy = Callable[..., Policy]
@@ -241,6 +243,32 @@ def test_a_segment_that_comes_out_as_it_was_is_drawn_again(make_policy: MakePoli
     assert counts["segments"] == len(world.prompts) == len(rows) + counts["dropped"]
     assert counts["redrawn"] > counts["dropped"] * REDRAWS > 0
     check_rows(policy, human, rows, 3, 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}, {"max_tokens": 9}])
+def test_draws_are_those_of_one_after_the_other(
+    make_policy: MakePolicy, world: World, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each draw in full, by itself; also where memory holds the logits of few tokens."""
+    policy = lively(make_policy())
+    prompts, human = world.prompts[:60], own_words(policy, world)[:60]
+    expected, counts = [], Counter(segments=60, redrawn=0, dropped=0)
+    for prompt, old in zip(prompts, human, strict=True):
+        before, segment, after = cut(old, 3, 4)
+        streams = [derive(4, "sample", prompt.id, 0), *(derive(4, "redraw", prompt.id, 0, n) for n in range(1, 9))]
+        limit = 3 if after else settings.get("max_tokens", LIMIT) - len(before)
+        rest: Any = ([max(limit, 1)] * 9, streams, None, range(9) if after else ())
+        draws = complete(policy, [prompt.token_ids + before] * 9, Ahead(**settings), *rest)
+        differing = [n for n, new in enumerate(draws) if new != segment]
+        counts["redrawn"] += differing[0] if differing else REDRAWS
+        counts["dropped"] += not differing
+        expected += [before + draws[n] + after for n in differing[:1]]
+    assert counts["redrawn"] > 60
+    for logits in (2**26, 20 * len(world.tokenizer)):
+        monkeypatch.setattr(dnpo.generate.segment, "LOGITS", logits)
+        rows, found = go(policy, prompts, human, seed=4, **settings)
+        assert [row.token_ids for row in rows] == expected
+        assert found == counts
 
 
 def test_segments_follow_the_policys_probabilities_given_that_they_differ(

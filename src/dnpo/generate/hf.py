@@ -166,6 +166,7 @@ def complete(
     streams: Sequence[int],
     report: Report | None,
     endless: Collection[int] = (),
+    begun: Sequence[list[int]] | None = None,
 ) -> list[list[int]]:
     """Complete prompts, up to and including a stop token or cut at the limit, in the order of the prompts.
 
@@ -177,10 +178,12 @@ def complete(
         streams: an integer for each row, which decides its draws.
         report: receives the progress, if there is one.
         endless: numbers of the rows in which no stop token is drawn; they end at the limit.
+        begun: the first tokens of each completion, if some are drawn already, but not all.
     """
-    completions: list[list[int]] = [[] for _ in prompts]
+    completions = [list(tokens) for tokens in begun or [[]] * len(prompts)]
+    prompts = [ids + tokens for ids, tokens in zip(prompts, completions, strict=True)] if begun else prompts
     limits = [limit] * len(prompts) if isinstance(limit, int) else limit
-    warp = _warp(sampling)
+    warp = make_warp(sampling)
     queue, stop_ids = _queue(prompts, sampling.batch_size), policy.stop_ids
     stops = set(stop_ids)
     live: list[int] = []  # numbers of the prompts in the batch
@@ -195,9 +198,7 @@ def complete(
         if endless and (held := [[r] for r, i in enumerate(live) if i in endless]):
             batch.logits_RV[held, stop_ids] = -torch.inf
         places = [(streams[i], len(completions[i])) for i in live]
-        tokens = _pick(batch.logits_RV, places, warp).tolist()  # the one wait for the device
-        if -1 in tokens:
-            raise ModelError("the policy's logits are NaN or infinite: there is nothing to sample from")
+        tokens = draw(batch.logits_RV, places, warp)  # the one wait for the device
         for i, token in zip(live, tokens, strict=True):
             completions[i].append(token)
         on = [r for r, i in enumerate(live) if tokens[r] not in stops and len(completions[i]) < limits[i]]
@@ -414,6 +415,18 @@ class _Window(DynamicLayer):  # type: ignore[no-untyped-call]  # its base ships 
         self._show(rows, width)
 
 
+def draw(logits_RV: Tensor, places: Sequence[tuple[int, int]], warp: Any) -> list[int]:
+    """Draw the next token of each row, as :func:`_pick` does.
+
+    Raises:
+        ModelError: logits are NaN or infinite.
+    """
+    tokens = cast(list[int], _pick(logits_RV, places, warp).tolist())
+    if -1 in tokens:
+        raise ModelError("the policy's logits are NaN or infinite: there is nothing to sample from")
+    return tokens
+
+
 def _pick(logits_RV: Tensor, places: Sequence[tuple[int, int]], warp: Any) -> Tensor:
     """Draw the next token of each row, shape R; -1 where the logits are NaN or infinite.
 
@@ -462,7 +475,7 @@ def _shift(value: Tensor, by: int) -> Tensor:
     return shifted
 
 
-def _warp(sampling: Sampling) -> Any:
+def make_warp(sampling: Sampling) -> Any:
     """The sampler's changes to the probabilities, in transformers' order; None for greedy decoding."""
     if sampling.temperature == 0:
         return None

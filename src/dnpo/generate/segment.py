@@ -7,14 +7,18 @@ y⁻ = A ‖ B′ ‖ C. Everything is done on token ids; no text is tokenised a
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from dnpo.generate import Ahead
-from dnpo.generate.hf import complete, memory_for, number_samples, record
-from dnpo.policy.model import Policy
+from dnpo.generate.hf import complete, draw, make_warp, memory_for, number_samples, record
+from dnpo.policy.model import SCORED_TOKENS, Policy, by_length
+from dnpo.policy.packing import pack
 from dnpo.records import Prompt, Response
 from dnpo.seeding import derive
 from dnpo.store import Report
 
 REDRAWS = 8  # further draws of a segment that came out as it was
+LOGITS = 2**26  # entries of logits that are held at once
 
 
 class Cut(NamedTuple):
@@ -75,64 +79,115 @@ def regenerate(
         because all draws gave the human response.
     """
     response_of = {response.id: response for response in human}
-    rows = [_Row(*row, cut(response_of[row[0].id], length, seed)) for row in number_samples(prompts)]
-    made: dict[int, list[int]] = {}
-    draws, waiting = 0, list(range(len(rows)))
-    for attempt in range(1 + REDRAWS):
-        drawn = _draw(policy, [rows[i] for i in waiting], sampling, limit, seed, attempt, report)
-        made |= zip(waiting, drawn, strict=True)
-        draws += len(waiting)
-        waiting = [i for i in waiting if made[i] == rows[i].human and not rows[i].is_whole]
-        if not waiting:
-            break
-    ends = [made[i][-1] in policy.stop_ids for i in range(len(rows))]
+    cut_at = min(sampling.max_tokens or limit, limit)
+    rows = [
+        _Row(prompt, number, parts, len(parts.segment) if parts.after else max(cut_at - len(parts.before), 1))
+        for prompt, number in number_samples(prompts)
+        for parts in [cut(response_of[prompt.id], length, seed)]
+    ]
+    with policy.evaluating(), memory_for(sampling):
+        segments = _draw(policy, rows, sampling, seed, report)
+        same = [i for i, row in enumerate(rows) if segments[i] == row.parts.segment and not row.is_whole]
+        again = _redraw(policy, [rows[i] for i in same], sampling, seed)
+        for i, segment in zip(same, _draw(policy, again, sampling, seed, None), strict=True):
+            segments[i] = segment
+    made = [row.parts.before + new + row.parts.after for row, new in zip(rows, segments, strict=True)]
+    ends = [ids[-1] in policy.stop_ids for ids in made]
     if sampling.append_eos:
         for i, row in enumerate(rows):
             if not ends[i] and not row.parts.after:
                 made[i] = [*made[i][: limit - 1], policy.stop_ids[0]]
-    numbered = [(row.prompt, row.number) for row in rows]
-    responses = record(policy, numbered, [made[i] for i in range(len(rows))], ends, source)
-    new = [response for response, row in zip(responses, rows, strict=True) if response.token_ids != row.human]
-    return new, {"segments": len(rows), "redrawn": draws - len(rows), "dropped": len(rows) - len(new)}
+    responses = record(policy, [(row.prompt, row.number) for row in rows], made, ends, source)
+    new = [each for each in responses if each.token_ids != response_of[each.id].token_ids]
+    counts = {"segments": len(rows), "redrawn": sum(row.attempt for row in again), "dropped": len(rows) - len(new)}
+    return new, counts
 
 
 class _Row(NamedTuple):
-    """The human response to a prompt, cut; and the number of the sample that is to be made of it."""
+    """A draw of a segment.
+
+    Attributes:
+        prompt: the prompt.
+        number: the number of its sample.
+        parts: the human response.
+        limit: maximum number of tokens of the new segment.
+        attempt: how many draws there were before.
+        begun: the first tokens of the new segment, as far as they are drawn.
+    """
 
     prompt: Prompt
     number: int
     parts: Cut
-
-    @property
-    def human(self) -> list[int]:
-        """The tokens of the response."""
-        return self.parts.before + self.parts.segment + self.parts.after
+    limit: int
+    attempt: int = 0
+    begun: Sequence[int] = ()
 
     @property
     def is_whole(self) -> bool:
         """Whether the segment is the whole response."""
         return not self.parts.before and not self.parts.after
 
-    def stream(self, seed: int, attempt: int) -> int:
-        """The random stream of a draw; the first one is that of ``hf.sample``."""
-        if attempt:
-            return derive(seed, "redraw", self.prompt.id, self.number, attempt)
-        return derive(seed, "sample", self.prompt.id, self.number)
+    @property
+    def context(self) -> list[int]:
+        """The tokens that the policy continues."""
+        return self.prompt.token_ids + self.parts.before
+
+    def stream(self, seed: int) -> int:
+        """The random stream of the draw; that of the first draw is the one in ``hf.sample``."""
+        again = (self.attempt,) if self.attempt else ()
+        return derive(seed, "redraw" if again else "sample", self.prompt.id, self.number, *again)
 
 
-def _draw(
-    policy: Policy, rows: Sequence[_Row], sampling: Ahead, limit: int, seed: int, attempt: int, report: Report
-) -> list[list[int]]:
-    """Draw the segment of each row, and put it between the tokens before and after it."""
-    cut_at = min(sampling.max_tokens or limit, limit)
-    with policy.evaluating(), memory_for(sampling):
-        drawn = complete(
-            policy,
-            [row.prompt.token_ids + row.parts.before for row in rows],
-            sampling,
-            [len(row.parts.segment) if row.parts.after else max(cut_at - len(row.parts.before), 1) for row in rows],
-            [row.stream(seed, attempt) for row in rows],
-            None if attempt else report,
-            {i for i, row in enumerate(rows) if row.parts.after},
-        )
-    return [row.parts.before + segment + row.parts.after for row, segment in zip(rows, drawn, strict=True)]
+def _draw(policy: Policy, rows: Sequence[_Row], sampling: Ahead, seed: int, report: Report | None) -> list[list[int]]:
+    """Draw what is missing of each new segment."""
+    segments, stops = [list(row.begun) for row in rows], set(policy.stop_ids)
+    going = [i for i, new in enumerate(segments) if not new or (len(new) < rows[i].limit and new[-1] not in stops)]
+    some = [rows[i] for i in going]
+    drawn = complete(
+        policy,
+        [row.context for row in some],
+        sampling,
+        [row.limit for row in some],
+        [row.stream(seed) for row in some],
+        report,
+        endless={n for n, row in enumerate(some) if row.parts.after},
+        begun=[segments[i] for i in going],
+    )
+    for i, segment in zip(going, drawn, strict=True):
+        segments[i] = segment
+    return segments
+
+
+@torch.no_grad()
+def _redraw(policy: Policy, rows: Sequence[_Row], sampling: Ahead, seed: int) -> list[_Row]:
+    """Draw segments again, each until it differs from the old one, as far as the first token that differs.
+
+    While a draw repeats the old segment, the policy reads the tokens of the old segment. So one pass over that gives
+    the logits of all draws.
+
+    Returns:
+        The draws: those that differ, or the last ones.
+    """
+    found = [row._replace(attempt=REDRAWS, begun=row.parts.segment) for row in rows]
+    warp, head = make_warp(sampling), policy.head
+    tokens = min(SCORED_TOKENS, LOGITS // len(head.weight_VH))
+    for some in by_length([len(row.context) + len(row.parts.segment) for row in rows], tokens):
+        batch = pack([rows[i].context for i in some], [rows[i].parts.segment for i in some])
+        logits_NV = head.logits(policy.hidden(batch.to(policy.device)))
+        places = [(i, t) for i in some for t in range(len(rows[i].parts.segment))]
+        logits_NV[[[n] for n, (i, _) in enumerate(places) if rows[i].parts.after], policy.stop_ids] = -torch.inf
+        for attempt in range(1, 1 + REDRAWS):
+            row_of = {i: rows[i]._replace(attempt=attempt) for i, _ in places}
+            stream_of = {i: row.stream(seed) for i, row in row_of.items()}
+            drawn = draw(logits_NV, [(stream_of[i], t) for i, t in places], warp)
+            differing = set()
+            for (i, t), token in zip(places, drawn, strict=True):
+                old = rows[i].parts.segment
+                if token != old[t] and i not in differing:
+                    differing.add(i)
+                    found[i] = row_of[i]._replace(begun=[*old[:t], token])
+            keep = [n for n, (i, _) in enumerate(places) if i not in differing]
+            if not keep:
+                break
+            places, logits_NV = [places[n] for n in keep], logits_NV[keep]
+    return found

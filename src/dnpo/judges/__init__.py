@@ -156,7 +156,7 @@ def judge_responses(
     Raises:
         JudgeError: too many verdicts lack a score. The ledger has all replies, so a rerun asks only for the rest.
     """
-    verdicts = _match(judge(prompts, responses, ledger, report), responses)
+    verdicts = ask(judge, prompts, responses, ledger, report)
     missing = [v for v in verdicts if v.score is None]
     if judge.gives_scores and len(missing) > judge.max_unscored * len(verdicts):
         raise JudgeError(too_many(len(missing), len(verdicts), judge.max_unscored, [v.reason for v in missing]))
@@ -167,6 +167,17 @@ def judge_responses(
             "better than another. Look at some of them (check=true shows an answer of the judge)"
         )
     return verdicts
+
+
+def ask(
+    judge: Judge, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
+) -> list[Verdict]:
+    """Judge the responses, however many verdicts lack a score; the caller counts these.
+
+    Raises:
+        JudgeError: the verdicts are not in the order of the responses.
+    """
+    return _match(judge(prompts, responses, ledger, report), responses)
 
 
 def make_verdict(

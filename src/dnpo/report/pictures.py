@@ -15,7 +15,10 @@ from dnpo.report.groups import Group, Groups
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import SFT, TrackedRun, iteration_name
 
-STEPS = ("loss/policy", "loss/noise", "margin/saturation")
+STEPS = (
+    *("loss/policy", "loss/noise", "margin/saturation"),
+    *("rollout/reward", "rollout/kl", "rollout/entropy", "rollout/flips", "rollout/stale", "rollout/age"),
+)
 
 
 def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bool) -> list[tuple[str, list[Picture]]]:

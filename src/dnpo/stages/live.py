@@ -8,18 +8,18 @@ again after a kill; when training is over, the files become one of responses and
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
 
 from dnpo import dsl
-from dnpo.errors import SettingsError
+from dnpo.errors import JudgeError, SettingsError
 from dnpo.generate import Ahead, Live
-from dnpo.judges import Judge, judge_responses, make_verdict, tally
+from dnpo.judges import Judge, ask, make_verdict, tally, too_many
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.optimise.live import Clock
 from dnpo.records import (
@@ -89,7 +89,8 @@ class Responder:
         train: the iteration's prompts, with the human responses.
         writer: the policy that responds, as it is at that moment.
         judge: scores the responses; None: nobody does.
-        admits_human: whether the human responses are judged beside them.
+        admits_human: whether the human responses are judged too.
+        total: number of rollouts of the whole training.
         ledger: stores the judge's replies.
         source: ``source`` of the responses.
         limit: maximum number of completion tokens.
@@ -106,6 +107,7 @@ class Responder:
         judge: Judge | None,
         *,
         admits_human: bool,
+        total: int,
         ledger: Ledger,
         source: str,
         limit: int,
@@ -117,14 +119,21 @@ class Responder:
         self.ledger, self.source, self.limit, self.seed = ledger, source, limit, seed
         self.folder, self.report = folder / ROLLOUTS, Within(report)
         self.chunks = Chunks(len(train.prompts), how.prompts, seed)
-        self.pool = ThreadPoolExecutor(1, "judge") if how.ahead_by and judge is not None else None
+        self.total = total
         self.waiting: dict[int, Future[list[Verdict]]] = {}
+        self.unscored: list[str] = []  # the reasons
         self.folder.mkdir(exist_ok=True)
 
-    def close(self) -> None:
-        """Let the judge finish what it has been asked."""
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+    @property
+    def most(self) -> int:
+        """The greatest number of responses that are judged in the whole training."""
+        return self.count_until(self.total)
+
+    def count_until(self, rollouts: int) -> int:
+        """The greatest number of responses that are judged in the first so many rollouts."""
+        passes, rest = divmod(rollouts, self.chunks.per_pass)
+        prompts = passes * self.chunks.prompts + sum(len(self.chunks.of(rollout)) for rollout in range(rest))
+        return prompts * (self.how.samples + self.admits_human)
 
     def prompts(self, rollout: int) -> "Held":
         """The prompts of a rollout, with the human responses."""
@@ -138,8 +147,8 @@ class Responder:
         if self._file(rollout).is_file():
             return
         responses = self._respond(rollout)
-        if self.pool is not None:
-            self.waiting[rollout] = self.pool.submit(self._judge_apart, rollout, responses)
+        if self.how.ahead_by and self.judge is not None:
+            self._judge_meanwhile(rollout, responses)
 
     def take(self, rollout: int, step: int) -> list[Rollout]:
         """The scored responses of a rollout: human ones if they are judged, then the policy's.
@@ -155,6 +164,7 @@ class Responder:
             verdicts = self.waiting.pop(rollout).result()
         else:
             verdicts = self._judge(rollout, responses, self.ledger)
+        self._count_unscored(verdicts)
         prompts = {prompt.id: prompt.token_ids for prompt in self.prompts(rollout).prompts}
         rows = [
             Rollout(
@@ -212,12 +222,38 @@ class Responder:
         candidates = self._candidates(rollout, responses)
         if self.judge is None:
             return [make_verdict(response, None, "there is no judge") for response in candidates]
-        return judge_responses(self.judge, self.prompts(rollout).prompts, candidates, ledger, self.report)
+        return ask(self.judge, self.prompts(rollout).prompts, candidates, ledger, self.report)
 
-    def _judge_apart(self, rollout: int, responses: Sequence[Response]) -> list[Verdict]:
-        """Judge in another thread, which has to open the ledger itself."""
-        with Ledger(self.ledger.path, self.ledger.run) as ledger:
-            return self._judge(rollout, responses, ledger)
+    def _judge_meanwhile(self, rollout: int, responses: Sequence[Response]) -> None:
+        """Judge in a thread, after the rollouts before; it ends with the process, as a kill would end it."""
+        before = list(self.waiting.values())
+        done: Future[list[Verdict]] = Future()
+        self.waiting[rollout] = done
+
+        def work() -> None:
+            try:
+                for each in before:
+                    each.exception()
+                with Ledger(self.ledger.path, self.ledger.run) as ledger:  # a ledger serves one thread
+                    done.set_result(self._judge(rollout, responses, ledger))
+            except BaseException as error:  # raised again where the verdicts are taken
+                done.set_exception(error)
+
+        Thread(target=work, name=f"judge of rollout {rollout}", daemon=True).start()
+
+    def _count_unscored(self, verdicts: Sequence[Verdict]) -> None:
+        """Stop once more verdicts lack a score than the judge's ``max_unscored`` allows in the whole training.
+
+        Raises:
+            JudgeError: too many verdicts lack a score.
+        """
+        judge = self.judge
+        if judge is None or not judge.gives_scores:
+            return
+        self.unscored += [verdict.reason for verdict in verdicts if verdict.score is None]
+        if len(self.unscored) > judge.max_unscored * self.most:
+            what = "responses of the whole training"
+            raise JudgeError(too_many(len(self.unscored), self.most, judge.max_unscored, self.unscored, what))
 
     def _file(self, rollout: int) -> Path:
         return self.folder / f"{rollout:06d}.parquet"
@@ -237,14 +273,15 @@ class PairSource:
         plan: says how they are labelled.
         judge: compares the sides of a pair, where strengths are asked for.
         frozen: the reference; None if none is read, or if it is computed at use.
-        total: number of rollouts of the whole training, for the progress.
         folder: the training's folder.
     """
 
     def __init__(
-        self, responder: Responder, plan: Plan, judge: Judge | None, frozen: "Policy | None", total: int, folder: Path
+        self, responder: Responder, plan: Plan, judge: Judge | None, frozen: "Policy | None", folder: Path
     ) -> None:
-        self.responder, self.plan, self.judge, self.frozen, self.total = responder, plan, judge, frozen, total
+        self.responder, self.plan, self.judge, self.frozen = responder, plan, judge, frozen
+        self.most = responder.most
+        self.measured: dict[int, dict[str, float]] = {}
         self.folder = folder / PAIRS
         self.folder.mkdir(exist_ok=True)
         self.judged = int(self.count("judged").get("verdicts", 0))
@@ -278,8 +315,9 @@ class PairSource:
             for i, (number, pair) in enumerate(enumerate(pairs, first))
         ]
         if not known:
-            measured = describe(responses, rows)
-            write_json(self._facts(rollout), {"counts": counts, "judged": judged, "measured": measured})
+            self.measured = {rollout: describe(responses, rows)}
+            facts = {"counts": counts, "judged": judged, "measured": self.measured[rollout]}
+            write_json(self._facts(rollout), facts)
             self.judged += int(judged.get("verdicts", 0))
             write(path, pairs, Pair)
         return rows
@@ -297,19 +335,13 @@ class PairSource:
 
     def measure(self, rollout: int) -> Mapping[str, float]:
         """Reward, divergence from the reference, entropy and flips of a rollout."""
-        found: dict[str, dict[str, float]] = json.loads(self._facts(rollout).read_text())
-        return found["measured"]
+        if rollout not in self.measured:
+            self.measured = {rollout: json.loads(self._facts(rollout).read_text())["measured"]}
+        return self.measured[rollout]
 
     def describe(self, rollout: int) -> str:
         """How many responses were judged, and how many will be at most."""
         return f"{self.judged:,} of at most {self.most:,} responses judged" if self.judged else ""
-
-    @property
-    def most(self) -> int:
-        """The greatest number of responses that are judged in the whole training."""
-        responder = self.responder
-        each = responder.how.samples + responder.admits_human
-        return sum(len(responder.chunks.of(rollout)) for rollout in range(self.total)) * each
 
     def explain(self) -> str:
         """Why no rollout of the last pass has a pair."""
@@ -396,18 +428,17 @@ class Within:
         """Say nothing."""
 
 
-@contextmanager
-def responding(
-    run: Run, plan: Plan, task: Task, train: "Held", writer: "Policy", judge: Judge | None
-) -> Iterator[Responder]:
-    """Make the responder of a training, and let its judge finish at the end."""
-    assert isinstance(plan.rollout, Live), "a live rollout"
-    responder = Responder(
-        plan.rollout,
+def make_responder(run: Run, plan: Plan, task: Task, train: "Held", writer: "Policy", judge: Judge | None) -> Responder:
+    """Make the responder of a training."""
+    how, trainer = plan.rollout, plan.trainer
+    assert isinstance(how, Live), "a live rollout"
+    return Responder(
+        how,
         train,
         writer,
         judge,
         admits_human=plan.makes_pairs and plan.dsl.needs_scores and plan.dsl.admits_human,
+        total=count_rollouts(how, len(train.prompts), trainer.epochs, trainer.steps),
         ledger=run.ledger,
         source=policy_source(plan.k),
         limit=run.limit,
@@ -415,10 +446,6 @@ def responding(
         folder=task.folder,
         report=task.report,
     )
-    try:
-        yield responder
-    finally:
-        responder.close()
 
 
 def train_on_pairs(
@@ -453,26 +480,25 @@ def train_on_pairs(
     how, trainer = plan.rollout, plan.trainer
     assert isinstance(how, Live), "a live rollout"
     writer = average.policy if average is not None and how.by == "ema" else policy
-    with responding(run, plan, task, train, writer, judge if plan.dsl.needs_scores else None) as responder:
-        total = count_rollouts(how, len(train.prompts), trainer.epochs, trainer.steps)
-        source = PairSource(responder, plan, judge, frozen, total, task.folder)
-        if plan.dsl.needs_scores:
-            task.report.note(f"{total:,} rollouts; at most {source.most:,} responses are judged")
-        trained = preference.optimise_live(
-            policy,
-            source,
-            Clock(how.every, how.capacity, how.ahead_by),
-            trainer,
-            noise=noise,
-            objective=plan.objective,
-            beta=float(plan.objective.beta),
-            seed=seed,
-            folder=task.folder,
-            report=task.report,
-            frozen=frozen,
-            average=average,
-            reads_average=plan.reads_reference and plan.reference == "ema",
-        )
+    responder = make_responder(run, plan, task, train, writer, judge if plan.dsl.needs_scores else None)
+    source = PairSource(responder, plan, judge, frozen, task.folder)
+    if plan.dsl.needs_scores:
+        task.report.note(f"{responder.total:,} rollouts; at most {source.most:,} responses are judged")
+    trained = preference.optimise_live(
+        policy,
+        source,
+        Clock(how.every, how.capacity, how.ahead_by),
+        trainer,
+        noise=noise,
+        objective=plan.objective,
+        beta=float(plan.objective.beta),
+        seed=seed,
+        folder=task.folder,
+        report=task.report,
+        frozen=frozen,
+        average=average,
+        reads_average=plan.reads_reference and plan.reference == "ema",
+    )
     pairs = read_all(sorted((task.folder / PAIRS).glob("*.parquet")), Pair)
     pairs = [replace(pair, draws=draws) for pair, draws in zip(pairs, trained.draws, strict=True)]
     write(task.folder / "pairs.parquet", pairs, Pair)
@@ -520,17 +546,10 @@ class ResponseSource:
 
     Args:
         responder: makes the rollouts.
-        samples: responses to each prompt.
-        total: number of rollouts of the whole training, for the progress.
     """
 
-    def __init__(self, responder: Responder, samples: int, total: int) -> None:
-        self.responder, self.samples, self.total = responder, samples, total
-
-    @property
-    def most(self) -> int:
-        """The number of responses of the whole training."""
-        return self._until(self.total)
+    def __init__(self, responder: Responder) -> None:
+        self.responder = responder
 
     @property
     def per_pass(self) -> int:
@@ -551,13 +570,7 @@ class ResponseSource:
 
     def describe(self, rollout: int) -> str:
         """How many responses were judged, and how many will be."""
-        return f"{self._until(rollout + 1):,} of {self.most:,} responses judged"
-
-    def _until(self, rollouts: int) -> int:
-        """The number of responses of the first so many rollouts."""
-        passes, rest = divmod(rollouts, self.per_pass)
-        chunks = self.responder.chunks
-        return self.samples * (passes * chunks.prompts + sum(len(chunks.of(r)) for r in range(rest)))
+        return f"{self.responder.count_until(rollout + 1):,} of {self.responder.most:,} responses judged"
 
     def explain(self) -> str:
         """Why there is nothing to train on."""
@@ -594,19 +607,18 @@ def train_on_responses(
     """
     how = expect_live(plan.rollout)  # type: ignore[arg-type]
     learn: Any = plan.objective
-    with responding(run, plan, task, train, policy, judge) as responder:
-        total = count_rollouts(how, len(train.prompts), plan.trainer.epochs, plan.trainer.steps)
-        source = ResponseSource(responder, how.samples, total)
-        task.report.note(f"{total:,} rollouts; {source.most:,} responses are judged")
-        history = learn.train(
-            policy,
-            source=source,
-            clock=Clock(how.every, how.capacity, how.ahead_by),
-            reference=frozen,
-            optimisation=plan.trainer,
-            seed=seed,
-            folder=task.folder,
-            report=task.report,
-        )
+    responder = make_responder(run, plan, task, train, policy, judge)
+    total = responder.total
+    task.report.note(f"{total:,} rollouts; {responder.most:,} responses are judged")
+    history = learn.train(
+        policy,
+        source=ResponseSource(responder),
+        clock=Clock(how.every, how.capacity, how.ahead_by),
+        reference=frozen,
+        optimisation=plan.trainer,
+        seed=seed,
+        folder=task.folder,
+        report=task.report,
+    )
     generated = gather(task.folder)
     return history, {"generated": generated, "judged": {"verdicts": generated["responses"]}, "rollouts": total}
