@@ -3,7 +3,10 @@
 import json
 import random
 import shutil
+import signal
+import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +23,9 @@ from dnpo.optimise.live import Clock, Live
 from dnpo.policy.model import Policy
 from dnpo.records import Pair, Rollout, read
 from dnpo.stages.live import Chunks
-from tests.commands import SMOKE, TINY, numbers, succeed, summary
+from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary
 from tests.conftest import Report
+from tests.judge_server import judge_server
 
 # --- the buffer
 
@@ -272,3 +276,81 @@ def test_what_a_live_training_leaves(store: Path, tmp_path: Path) -> None:
     assert table["judge/verdicts"] == 96
     for name in ("reward", "kl", "entropy", "stale", "age", "buffer", "count"):
         assert all(f"rollout/{name}" in row for row in rows), name
+
+
+# --- kills, and judges that go away
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("method=online_dpo", "rollout.prompts=8", "rollout.every=2", "rollout.capacity=24", "rollout.temperature=2"),
+        ("method=sapo", "rollout.prompts=12", "rollout.capacity=20", "ema.every=2", "npo=trainable", "npo.start=0"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_kills_in_live_training_change_no_number(words: tuple[str, ...], store: Path, tmp_path: Path) -> None:
+    """At random moments, also between rollouts and checkpoints; the step metrics are the same too."""
+    own = (*words, "trainer.checkpoint_every=2")
+    whole, rows = run(tmp_path, *own)
+    shutil.rmtree(store / "optimise")
+    shutil.copytree(tmp_path / "store", tmp_path / "other" / "store")
+    draw, kills = random.Random(1), 0
+    folder = tmp_path / "other" / "killed"
+    folder.mkdir()
+    while True:
+        process = Process(folder, *RUN, *own, before="tests.delays.delay")
+        try:
+            out, err = process.communicate(timeout=4 + 6 * draw.random() + kills)
+        except subprocess.TimeoutExpired:
+            process.signal_group(signal.SIGKILL)
+            process.communicate(timeout=60)
+            kills += 1
+            continue
+        assert process.returncode == 0, out + err
+        break
+    assert kills
+    assert numbers(summary(folder)) == numbers(whole)
+    path = tmp_path / "other" / "store" / summary(folder)["policies"][-1]
+    again = json.loads((path / "steps.json").read_text())
+    assert [{name: row[name] for name in rows[0]} for row in again] == rows
+    assert not [each.name for each in path.iterdir() if each.is_dir() and each.name != "policy"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ahead_by", [0, 1])
+def test_a_judge_that_goes_away_in_training_ends_the_run_and_the_same_command_goes_on(
+    ahead_by: int, store: Path, tmp_path: Path
+) -> None:
+    words = ("method=online_dpo", "rollout.prompts=8", "rollout.temperature=2", "trainer.checkpoint_every=1")
+    rollout, asked = f"rollout.ahead_by={ahead_by}", ("judge=openai", "judge.model=judge", "judge.structured=off")
+    with judge_server(latency=0.1) as server:
+        own = (
+            *words,
+            rollout,
+            *asked,
+            f"judge.base_url={server.base_url}",
+            "judge.deadline=2",
+            "eval.judge=${typical.judge}",
+        )
+        whole, _ = run(tmp_path, *own, "ledger=whole.sqlite")
+        shutil.rmtree(store / "optimise")
+        folder, before = tmp_path / "left", server.stats()["attempts"]
+        folder.mkdir()
+        process = Process(folder, *RUN, *own)
+        while server.stats()["attempts"] < before + 60:  # of about 100
+            assert process.returncode is None, process.communicate(timeout=60)
+            time.sleep(0.05)
+        server.change(faults={"503": 1.0})
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "Traceback" not in err
+        assert "run the same command again" in err
+        (partial,) = (store / "optimise").glob("*.partial")
+        assert (partial / "checkpoint.ckpt").is_file()
+        server.change(faults="none")
+        again = server.stats()["delivered"]
+        succeed(folder, *RUN, *own)
+        assert numbers(summary(folder)) == numbers(whole)
+        assert server.stats()["delivered"] - again < 60  # the rest alone
