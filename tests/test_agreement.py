@@ -176,7 +176,7 @@ def test_what_cannot_be_measured_says_why() -> None:
         assert (found[name].value, found[name].low, found[name].high) == (None, None, None)
         assert found[name].reason, name
     assert found["ties_judge"].value == 1.0
-    assert "one and the same category" in found["kappa"].reason
+    assert "the same single category" in found["kappa"].reason
     assert "not applicable" in found["flips"].reason
     assert "no votes" in found["kappa_persons"].reason
     alone = estimates(measures(judged(votes_RV=VOTES[:, :1])), ROWS, 100, 0)

@@ -394,5 +394,5 @@ def test_implicit_strength_is_the_sigmoid_of_the_rewards_difference() -> None:
     assert RewardStrength()({}, pairs, None) == pytest.approx([1 / (1 + math.exp(-0.3))], abs=1e-15)
     extreme = [replace(pairs[0], chosen_score=s) for s in (-1e4, 1e4)]
     assert RewardStrength()({}, extreme, None) == [0.0, 1.0]
-    with pytest.raises(DataError, match="strength=implicit: the pair of a "):
+    with pytest.raises(DataError, match="strength=implicit: a response of the pair a "):
         RewardStrength()({}, [replace(pairs[0], rejected_score=None)], None)

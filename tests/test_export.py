@@ -300,7 +300,7 @@ def test_a_copy_needs_neither_store_nor_base(
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(copy)), expected, atol=1e-5, rtol=1e-5)
     assert AutoTokenizer.from_pretrained(copy).chat_template
     assert read_card(copy)[0]["library_name"] == "transformers"
-    assert "stands alone" in (copy / "README.md").read_text()
+    assert "needs nothing else" in (copy / "README.md").read_text()
     assert [path.name for path in copy.parent.iterdir()] == ["copy"], "nothing is left beside it"
 
 

@@ -431,7 +431,7 @@ def test_packed_files(kind: Any, suffix: str, tmp_path: Path, file: Path) -> Non
     for path in (packed, packed.parent, other):
         assert everything(kind(path=str(path), **LIMITS)) == expected
     shutil.copy(plain, packed.parent)
-    with pytest.raises(DataError, match=rf"^data\.path={packed.parent}: rows{suffix} is there plain and packed"):
+    with pytest.raises(DataError, match=rf"^data\.path={packed.parent}: rows{suffix} exists plain and packed"):
         kind(path=str(packed.parent), **LIMITS).read()
     packed.write_bytes(packed.read_bytes()[:-20])
     with pytest.raises(DataError, match=f"^{packed}: cannot be read to its end"):
@@ -763,7 +763,7 @@ def test_files_whose_columns_differ_in_type(tmp_path: Path) -> None:
         (b"id,prompt,response\n1,a,b,c\n", r"{}:2: 4 cells, but the header has 3"),
         (b'id,prompt,response\n1,"a"b,c\n', r"{}:2: not CSV \(.*expected comma-separated values with a header"),
         (b'id,prompt,response\n1,a,b\n2,"a\n,b\n', r"{}:3: not CSV \("),
-        (b"id,prompt,prompt\n1,a,b\n", r"{}:1: a column name stands twice"),
+        (b"id,prompt,prompt\n1,a,b\n", r"{}:1: a column name occurs twice"),
         (b"a;question, all;c\n1;a;b\n", r"{}:2: 1 cells, but the header has 2\. If ';' separates .*save the file"),
         (b"a;b, c;d\n1;a,x;b\n", r"data\.path={}: it has the columns a;b,  c;d; .*If ';' separates .*save the file"),
         (b"a|b,c|d\n1|a,b|c\n", r"data\.path={}: it has the columns .*If '|' separates"),

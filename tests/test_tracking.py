@@ -197,7 +197,7 @@ def test_a_run_is_told_by_its_table() -> None:
     assert "outputs/x\\_y/models" in said
     assert "    python -m dnpo.report abc" in said
     still = [{**ROWS[1], "stagnation/ks": 0.05}]
-    assert "the policy stood still" in notes.describe_results({**summary, "table": still}, Path("x"), "")
+    assert "the policy no longer changed" in notes.describe_results({**summary, "table": still}, Path("x"), "")
     lines = notes.results(ROWS).splitlines()
     assert lines[0] == "| after iteration | score | accuracy, % | flips, % | KS | held-out loss | seconds |"
     assert lines[2] == "| SFT | 50.0 | 50.0 | – | – | 2.000 | – |"

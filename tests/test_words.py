@@ -147,7 +147,7 @@ def test_noise_that_never_starts_is_told_of(tmp_path: Path) -> None:
     done = train(tmp_path, *SMOKE, "method=ipo", "npo=trainable", "plan=true")
     assert done.returncode == 0
     assert done.stderr == (
-        "warning: npo.start=1: the run has iterations=1, numbered from 0, so it does without; npo.start=0 starts at "
+        "warning: npo.start=1: the run has iterations=1, numbered from 0, so it never uses them; npo.start=0 starts at "
         "once\n"
     )
     assert train(tmp_path, *SMOKE, "method=ipo", "npo=trainable", "npo.start=0", "plan=true").stderr == ""

@@ -30,14 +30,14 @@ def top_settings(*, resamples: Count, seed: Natural, threads: Count, store: str,
         seed: seed of the bootstrap.
         threads: number of torch's CPU threads.
         store: folder of finished stages, shared with runs.
-        verify: what they are compared by at their first use: ``digests`` or ``sizes``.
+        verify: how they are checked at their first use: by ``digests`` or ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
     """
 
 
 def main() -> None:
     """Run ``python -m dnpo.judges.agreement``."""
-    # Hydra would look for data=FILE among the options in conf/data
+    # otherwise Hydra would look for data=FILE among the options in conf/data
     command.run(
         "agreement",
         _run,
@@ -107,7 +107,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
                 with console.stage(made.title, lambda _: None) as progress:
                     store.get(made, progress)
         found = {"judge": name, "key": part_key(judge), "stage": f"{stage.name}/{stage.key}"}
-        # as named now: the stage may have been computed from a copy of the file
+        # the name given now: the stage may have been computed from a copy of the file
         found |= {**manifest(store.folder(stage))["facts"], "data": data.path.name}
         points = json.loads((store.folder(stage) / agreement.POINTS).read_text())
         write_json(folder / "agreement.json", {**found, "settings": everything})

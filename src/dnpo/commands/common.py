@@ -46,8 +46,8 @@ def run(
 
     Args:
         config: name of the composed file, without its suffix.
-        body: called with the composed tree and Hydra's settings of the job; its result is the objective of sweepers
-            that search.
+        body: called with the composed tree and Hydra's settings of the job; its result is what a searching sweeper
+            optimises.
         interrupted: message after Ctrl-C.
         arguments: arguments of the command; None takes the process's.
     """
@@ -63,7 +63,7 @@ def run(
             if job.mode is RunMode.MULTIRUN:
                 record_failure(Path(job.runtime.output_dir), str(error))
             else:
-                failed.append(str(error))  # if raised here, Hydra would print more around it
+                failed.append(str(error))  # raised within Hydra, it would be printed with more text around it
         except Exception as error:
             words = disk.explain(error)
             if job.mode is RunMode.MULTIRUN:
@@ -157,7 +157,7 @@ def _explain(error: Exception, config: str) -> str:
 
 
 def _explain_list(group: str, name: str, arguments: Sequence[str]) -> str:
-    """Say that a single option cannot replace a list, one part for each iteration, of an option such as method=spa."""
+    """Explain that one option cannot replace a list of parts by iteration, as method=spa and others have it."""
     file = conf_folder() / group / f"{name}.yaml"
     content = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
     lists = [str(key) for key, value in content.items() if isinstance(value, ListConfig)]
@@ -165,13 +165,13 @@ def _explain_list(group: str, name: str, arguments: Sequence[str]) -> str:
     part = chosen.partition("=")[0] or " or ".join(lists) or "a part"
     return (
         f"{chosen or part}: {group}={name} gives {part} as a list, one for each iteration, and a single option cannot "
-        f"take its place. Set one of the list by its number, such as {part}.1.…=…, or write a {group} of your own: a "
+        f"replace it. Set one of the list by its number, such as {part}.1.…=…, or write a {group} of your own: a "
         f"copy of conf/{group}/{name}.yaml with another {part}"
     )
 
 
 def _options_with(key: str) -> list[str]:
-    """The options of a part that have a setting which the chosen option lacks; those made for it first."""
+    """The options of a part that have a setting which the chosen option lacks, the most specific ones first."""
     part, _, name = key.partition(".")
     folder = conf_folder() / ("judge" if part == "second_judge" else part)
     found = [file.stem for file in sorted(folder.glob("*.yaml")) if name and _has_setting(file, name)]
@@ -179,7 +179,7 @@ def _options_with(key: str) -> list[str]:
 
 
 def _has_setting(file: Path, name: str) -> bool:
-    """Whether an option has a setting, itself or from the options that it takes up."""
+    """Whether an option has a setting, its own or from an option that it includes."""
     content = OmegaConf.to_container(OmegaConf.load(file))
     if not isinstance(content, dict):
         return False

@@ -59,7 +59,7 @@ def top_settings(
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: number of torch's CPU threads.
         store: folder of finished stages, shared with runs.
-        verify: what they are compared by at their first use: ``digests`` or ``sizes``.
+        verify: how they are checked at their first use: by ``digests`` or ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
     """
 
@@ -158,7 +158,7 @@ def _measure(
     folder: Path,
     sweep: Path | None,
 ) -> None:
-    """Compute or find all stages, track the results and show them.
+    """Compute all stages that are not cached, track the results and show them.
 
     Args:
         runs: runs by name, the evaluated model's first.

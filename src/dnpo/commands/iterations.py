@@ -1,9 +1,9 @@
-"""Settings that change from iteration to iteration: a list in the place of a value, or of a part.
+"""Settings that change from iteration to iteration: a list in place of a value or a part.
 
     objective.beta=[0.1,0.1,5.0]    one value an iteration; the last one stays
 
-A list is read in this way where the setting takes a single value, and where a part is expected. Settings that take a
-list themselves stay as they are. No component sees any of this.
+A list is read in this way if the setting takes a single value, or if a part is expected. Settings whose value is a list
+stay as they are. Parts never see any of this.
 """
 
 import inspect
@@ -56,7 +56,7 @@ def value_at(name: str, values: Sequence[Any], k: int, iterations: int) -> Any:
 
 
 def join(trees: Sequence[Any]) -> Any:
-    """The settings of all iterations as one tree: a list stands where they differ."""
+    """The settings of all iterations as one tree, with a list where they differ."""
     first = trees[0]
     if all(tree == first for tree in trees):
         return first
@@ -67,10 +67,10 @@ def join(trees: Sequence[Any]) -> Any:
 
 
 def _takes_one(name: str, target: str, key: str, values: Sequence[Any]) -> bool:
-    """Whether a setting takes a single value, so that a list gives one an iteration."""
+    """Whether a setting takes a single value, so that a list has one for each iteration."""
     if values and all(map(is_part, values)):
         return True
-    if target.startswith("torch."):  # importing torch takes longer than all other checks; its lists are pairs of betas
+    if target.startswith("torch."):  # importing torch takes too long; its only lists are pairs of betas
         return key != "betas"
     kind = locate(f"{name.rpartition('.')[0]}._target_", target)
     parameter = inspect.signature(kind).parameters.get(key)

@@ -41,7 +41,7 @@ def _fail(message: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m dnpo.store", description="The finished stages of runs: what they are, whether they are whole."
+        prog="python -m dnpo.store", description="List the finished stages of runs, check their files, or remove them."
     )
     commands = parser.add_subparsers(required=True, metavar="list|verify|remove")
     listing = commands.add_parser("list", help="sizes, what made each stage, and which tracked runs need it")

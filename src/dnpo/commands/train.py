@@ -41,8 +41,8 @@ VARYING = (
     "trainer",
 )  # by iteration
 PARTS = ("model", "data", "sft", "generate", "second_judge", "augment", "eval", "tracking", *VARYING)
-TYPICAL = "typical"  # values for interpolation, which no part is given
-WORDS = ("start", "reference")  # by iteration too, but plain words
+TYPICAL = "typical"  # values for interpolation only; no part gets them
+WORDS = ("start", "reference")  # also by iteration, but plain words
 STARTING = ("dsl", "npo")  # parts that act from their ``start`` iteration on; ABSENT replaces them before it
 ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
@@ -64,7 +64,7 @@ class Checked(NamedTuple):
     Attributes:
         top: settings outside the parts.
         starts: the iteration at which each part of ``STARTING`` starts.
-        parts: the settings of each part; lists stand where iterations differ.
+        parts: the settings of each part, with lists where iterations differ.
         plans: the settings of the parts of ``VARYING``, and ``WORDS``, for each iteration.
     """
 
@@ -224,14 +224,14 @@ def run_name(overrides: Sequence[str]) -> str:
 
 
 def warn_of_late_starts(settings: Mapping[str, Any]) -> None:
-    """Tell of parts that start after the run's last iteration, so that it does without them."""
+    """Warn of parts that start after the run's last iteration, so that they are never used."""
     starts = {name: settings[name].get("start", 0) for name in STARTING if isinstance(settings[name], Mapping)}
     asked = {name: start for name, start in starts.items() if settings[name]["_target_"] != ABSENT[name]["_target_"]}
     late = [f"{name}.start={start}" for name, start in asked.items() if start >= settings["iterations"]]
     if late:
         say(
             f"warning: {' and '.join(late)}: the run has iterations={settings['iterations']}, numbered from 0, so it "
-            f"does without; {late[0].partition('=')[0]}=0 starts at once",
+            f"never uses them; {late[0].partition('=')[0]}=0 starts at once",
             error=True,
         )
 
@@ -255,7 +255,7 @@ def _run(cfg: DictConfig, job: Any) -> float | None:
     refuse_lists(job.overrides.task)
     folder, sweep = command.folders(job)
     run, tracking, settings = build(cfg, os.path.relpath(sweep or folder))
-    with run.ledger:  # closed after every job, or later jobs would wait for the calls that this one has claimed
+    with run.ledger:  # closed after every job; otherwise later jobs would wait for calls that this one has claimed
         return _go(run, tracking, settings, job, folder, sweep)
 
 
@@ -332,11 +332,11 @@ def pass_gate(
     threads: int,
     tracking: "Tracking | None" = None,
 ) -> None:
-    """Check a run before anything is computed: show the findings, and refuse a run that cannot work or means nothing.
+    """Check a run before anything is computed: show the findings, and refuse a run that cannot work or is pointless.
 
     Args:
         everything: whether to make the checks of all stages, stored ones too, and to show those that pass.
-        tracking: tried if everything is checked; otherwise it is reached at once when the run begins.
+        tracking: tried if everything is checked; otherwise the run tries it when it begins.
 
     Raises:
         SettingsError: a finding stops the run.
@@ -388,7 +388,7 @@ def _print_forecast(console: "Console", run: "Run", iterations: "list[Iteration]
         table.add_row(title, f"{some.calls:,}", f"{some.new:,}", cost)
     console.say("")
     console.table(table)
-    console.say("A question that several stages ask counts at the first. Responses not generated yet count as new.")
+    console.say("A question of several stages counts for the first. Responses that are not generated yet count as new.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Removes rows whose prompt repeats another, and shows two of them."""
+"""Remove rows whose prompt repeats another's, and show two examples."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ SILENT, INTERVAL = 5.0, 10.0  # seconds before the first line of progress, and b
 def remove_duplicates(
     rows: Mapping[str, Sequence[Prompt]], threshold: float
 ) -> tuple[dict[str, list[Prompt]], dict[str, int], list[str]]:
-    """Remove rows whose prompt is like an earlier one.
+    """Remove rows whose prompt resembles an earlier one.
 
     Test rows come before validation rows and these before training rows, so that nothing like a held-out prompt is
     trained on, and settings are not chosen on what is reported. Within a split, rows with pairs come before others.
@@ -60,7 +60,7 @@ def remove_duplicates(
 
 
 class _Clock:
-    """Says on the standard error how far a comparison is, where it takes long."""
+    """Reports on the standard error how far a long comparison is."""
 
     def __init__(self) -> None:
         self.next = time.monotonic() + SILENT
@@ -73,7 +73,7 @@ class _Clock:
 
 
 def _describe(one: Prompt, other: Prompt, likeness: float) -> str:
-    """Both rows and their likeness, with a few words from where they begin to differ."""
+    """Describe two rows and their likeness, with a few words from where they begin to differ."""
     texts = [" ".join(_text(prompt).split()) for prompt in (one, other)]
     pairs = enumerate(zip(*texts, strict=False))
     differs = next((i for i, (a, b) in pairs if a != b), min(map(len, texts)))

@@ -1,7 +1,7 @@
 """Find near-duplicate texts by the Jaccard index of their sets of three successive words.
 
 Words that more than one text in twenty has (``COMMON``), and more than ``MANY`` texts, belong to a form that many texts
-fill in rather than to a similarity. They count in no set, except in a text that has no others.
+fill in, and say nothing about similarity. They are left out of the sets, except of a text that has no others.
 
 The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
 two sets is at least t, a share t of the larger set is in the smaller one. So with all members in one fixed order, the
@@ -74,14 +74,14 @@ class _Sets(NamedTuple):
 
 
 class _Index:
-    """An index of texts by the members of their prefix: a similar text has at least one of them in its own."""
+    """An index of texts by the members of their prefixes: the prefixes of similar texts have a member in common."""
 
     def __init__(self, texts: Sequence[str], threshold: float, progress: Progress | None = None) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"threshold {threshold}: expected a number above 0, at most 1")
         self.threshold = threshold
         self.sets = _make_sets(texts, progress)
-        # By member; then by the size of the set that has it and its place there, which decide together.
+        # By member; then by the size of the set and the member's place in it, which together decide.
         self.meetings: defaultdict[int, dict[tuple[int, int], list[int]]] = defaultdict(dict)
 
     def add(self, i: int) -> None:
@@ -130,7 +130,7 @@ class _Index:
 
 
 def _make_sets(texts: Sequence[str], progress: Progress | None) -> _Sets:
-    """Number every three successive words; of a shorter text, all its words. Case, marks and spaces do not matter."""
+    """Number every three successive words, or all words of a shorter text; case, marks and spaces are ignored."""
     import numpy as np
 
     words, ends = _number_words(texts, progress)
@@ -177,7 +177,7 @@ def _number_words(texts: Sequence[str], progress: Progress | None) -> tuple["np.
 
 
 def _number_sequences(words: "np.ndarray") -> "np.ndarray":
-    """Number the sequence of words that begins at each word: two words as one, and this one with the third."""
+    """Number the three words that begin at each word: the first two as one number, then this with the third."""
     import numpy as np
 
     numbers = words

@@ -34,7 +34,7 @@ class Files(Rows):
 
     @property
     def setting(self) -> str:
-        """The setting as messages name it."""
+        """The setting, as messages name it."""
         return f"data.path={self.path}"
 
     @property
@@ -60,7 +60,7 @@ class Files(Rows):
                 )
             packed = next((file for file in found if file.suffix == ".gz" and file.with_suffix("") in found), None)
             if packed is not None:
-                raise DataError(f"{self.setting}: {packed.with_suffix('').name} is there plain and packed; remove one")
+                raise DataError(f"{self.setting}: {packed.with_suffix('').name} exists plain and packed; remove one")
         else:
             found = [path] if path.exists() else [Path(name) for name in glob.glob(self.path)]
         if not found:
@@ -93,7 +93,7 @@ class _Text(Files):
 
 
 def _texts(raw: Sequence[tuple[str, Any]], names: Collection[str]) -> list[str]:
-    """The columns, of those given, that contain text."""
+    """The given columns that contain text."""
     rows = [row for _, row in raw if isinstance(row, Mapping)]
     return [name for name in names if any(holds_text(row.get(name)) for row in rows)]
 
@@ -134,7 +134,7 @@ class _Columns(Files):
             schema, read = self._open_table(file)
             names = schema.names
             if len(set(names)) < len(names):
-                raise DataError(f"{file}: a column name stands twice among {', '.join(map(shown, names))}")
+                raise DataError(f"{file}: a column name occurs twice among {', '.join(map(shown, names))}")
             table, others = read(self._choose_columns(names)), may_hold_text(schema, self._choose_others(names))
             table.validate(full=True)  # otherwise invalid UTF-8 would be found only when it is used
             return names, table, columns_with_text(read(others)) if others else []

@@ -1,4 +1,4 @@
-"""Bring raw rows into one form: turns that are written as text are read, and roles of other names renamed."""
+"""Bring raw rows into one form: parse turns that are written as text, and rename roles."""
 
 import ast
 import json
@@ -15,11 +15,11 @@ NO_ROLES: Mapping[str, str] = MappingProxyType({})
 def plain_row(raw: Any, roles: Mapping[str, str] = NO_ROLES) -> Any:
     """Return a raw row with its turns as lists, and with roles under their usual names.
 
-    A conversation that is a text, as in CSV files, is read if it is a list in JSON or in Python's notation. So is a
-    prompt, and a response beside such a prompt, or without one, or that begins with the prompt's text.
+    A conversation that is a text, as in CSV files, is parsed if it is a list in JSON or in Python's notation. So is a
+    prompt; and a response if its prompt is such a text, if there is no prompt, or if it begins with the prompt's text.
 
     Args:
-        roles: what roles of other names are, such as ``{narrator: user}``.
+        roles: the usual names of other roles, such as ``{narrator: user}``.
     """
     if not isinstance(raw, Mapping):
         return raw
@@ -39,7 +39,7 @@ def plain_row(raw: Any, roles: Mapping[str, str] = NO_ROLES) -> Any:
 
 
 def _list_of(value: Any) -> list[Any] | None:
-    """The list that a text is, in JSON or in Python's notation; None if it is none."""
+    """Parse a list in JSON or in Python's notation; None if the text is no list."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     for read in (json.loads, ast.literal_eval):
@@ -53,7 +53,7 @@ def _list_of(value: Any) -> list[Any] | None:
 
 
 def _turns_of(value: Any) -> list[Any] | None:
-    """The turns that a text is; None unless each has a role and a content."""
+    """Parse turns written as text; None unless each has a role and a content."""
     turns = _list_of(value)
     return turns if turns and all(isinstance(turn, Mapping) and _is_turn(turn) for turn in turns) else None
 

@@ -52,7 +52,7 @@ class Hub(Rows):
 
         try:
             return HfApi().dataset_info(self.name, revision=self.revision, timeout=10).sha
-        except Exception:  # the same error is raised again, and reported, when the rows are loaded
+        except Exception:  # loading the rows raises the same error again, and reports it
             return self.revision
 
     def _table(self) -> RawTable:
@@ -87,7 +87,7 @@ class Hub(Rows):
         return rows
 
     def _explain(self, error: Exception) -> str:
-        """The error message; for an unknown split or config it has the library's text, which lists the known ones."""
+        """The error message; for an unknown split or config with the library's text, which lists the known ones."""
         text = f"({type(error).__name__}: {error})"
         marks = {
             f"data.config={self.config}": ("BuilderConfig", "Config name is missing"),

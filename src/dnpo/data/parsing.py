@@ -118,7 +118,7 @@ def parse_csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
         header = next(reader, [])
         if len(set(header)) < len(header):
             names = ", ".join(map(shown, header))
-            raise DataError(f"{where}: a column name stands twice in the header {names}")
+            raise DataError(f"{where}: a column name occurs twice in the header {names}")
         number = reader.line_num
         where = f"{file}:{number + 1}"
         for cells in reader:
@@ -138,7 +138,7 @@ def parse_csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _separator(head: str) -> str:
-    """The separator: a comma, unless it leaves the header one cell that contains another, or hides names of fields."""
+    """The separator: a comma, unless the header is then one cell with another separator, or hides fields' names."""
     cells = next(csv.reader([head]), [])
     others = [mark for mark in SEPARATORS if len(cells) == 1 and mark in cells[0]]
     if len(cells) > 1:
@@ -148,7 +148,7 @@ def _separator(head: str) -> str:
 
 
 def explain_separator(mark: str) -> str:
-    """What to do about a header that has a comma and perhaps another separator."""
+    """Advise on a header that has a comma and perhaps another separator."""
     return (
         f"If {mark!r} separates the cells, and the comma belongs to a name in the header: put that name in quotes "
         "without a comma, or save the file with commas between cells"

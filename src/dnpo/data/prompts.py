@@ -1,7 +1,7 @@
 """Which training prompts an iteration uses: the parts that ``prompts=…`` configures.
 
 Prompts are divided by a hash of their conversations, never of their ids: rows with the same conversation stay together,
-so that no part has the prompts of another under other ids.
+so that no part has another part's prompts under other ids.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ class Prompts(Protocol):
     """Chooses the prompts of an iteration, configured by ``prompts=…``."""
 
     def check(self, iterations: int) -> None:
-        """Raise if it has no prompts for one of this many iterations, whatever the data are.
+        """Raise if one of this many iterations would have no prompts with any data.
 
         Raises:
             SettingsError: names the setting.
         """
 
     def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
-        """The prompts of iteration ``k``, of all training prompts, in their order.
+        """Select the prompts of iteration ``k`` from all training prompts, in their order.
 
         Raises:
             DataError: there are none.
@@ -49,13 +49,13 @@ class All:
 
 @dataclass(frozen=True)
 class Seed:
-    """The seed: a few prompts, in every iteration the same ones.
+    """The seed: a few prompts, the same ones in every iteration.
 
-    Where a part of the prompts brings pairs, the seed is these prompts. Otherwise it is a share of all.
+    If some of the prompts have pairs in the data, these prompts are the seed; otherwise a share of all prompts is.
 
     Args:
-        share: of all training prompts, by a hash of the conversation.
-        pairs: which of the prompts with pairs: ``all``, or the same ``share`` of all training prompts at most.
+        share: size of the seed as a share of all training prompts, which are chosen by a hash of the conversation.
+        pairs: how many of the prompts with pairs: ``all``, or as many as ``share`` of all training prompts at most.
     """
 
     share: Fraction = 0.0333
@@ -94,7 +94,7 @@ class Seed:
 class Fresh:
     """New prompts in every iteration: part ``k`` of the training prompts, which no other iteration has.
 
-    With a seed, part 0 is the seed, and the other parts are of what is not in it.
+    With a seed, part 0 is the seed, and the other parts divide the remaining prompts.
 
     Args:
         shares: sizes of the parts in proportion, such as 8, 20 and 30.
@@ -114,7 +114,7 @@ class Fresh:
         """Refuse more iterations than parts."""
         parts = len(self.shares) + bool(self.seed_share)
         if iterations > parts:
-            beside = " beside the seed" if self.seed_share else ""
+            beside = " in addition to the seed" if self.seed_share else ""
             needed = iterations - bool(self.seed_share)
             raise SettingsError(
                 f"prompts.shares={self.shares}: has {len(self.shares)} parts{beside}, and iterations={iterations} "

@@ -8,7 +8,7 @@
   before ``messages``. ``rejected`` may be absent or an empty list, and ratings of both sides may be there, under any of
   the names in ``SCORES``.
 
-Turns may be written as JSON text (``forms.py``). A row of two forms that do not say the same is refused.
+Turns may be written as JSON text (``forms.py``). A row that has two forms with different contents is refused.
 
 A row may have an ``id`` (or a ``prompt_id``, as in UltraChat), a verifiable ``answer`` and a ``family``, as text or
 number. Null fields count as absent, and other fields are ignored.
@@ -31,7 +31,7 @@ Field = Literal[
 ]
 Turns = Literal["first", "all"]
 CONVERSATIONS = ("messages", "conversations", "conversation")
-# Ours (which the export of pairs has too), UltraFeedback's (binarised), and three of distilabel's.
+# The names here (also in exported pairs), in UltraFeedback (binarised), and three in distilabel.
 SCORES = {
     side: (f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating")
     for side in ("chosen", "rejected")
@@ -115,7 +115,7 @@ def prompt_of(raw: Any, turns: Turns) -> Prompt:
 
 
 def _conversation_field(row: Mapping[str, Any]) -> str:
-    """The field with the row's conversation, or ""; other forms take precedence over an empty one, or ShareGPT's."""
+    """The field with the row's conversation, or ""; other forms come before an empty conversation, or ShareGPT's."""
     sides = "chosen" in row or {"prompt", "response"} <= set(row)
     first, *others = CONVERSATIONS
     if row.get(first) not in (None, []):
@@ -124,7 +124,7 @@ def _conversation_field(row: Mapping[str, Any]) -> str:
 
 
 def _check_forms(row: Mapping[str, Any]) -> None:
-    """Refuse a row that has two forms which do not say the same, since only one of them would be read."""
+    """Refuse a row that has two forms with different contents, since only one of them would be read."""
     talks = {field: _texts(row[field]) for field in CONVERSATIONS if isinstance(row.get(field), list) and row[field]}
     sides = {field: texts[-1] for field in ("prompt", "response", "chosen") if (texts := _texts(row.get(field)))}
     for field, texts in talks.items():
@@ -151,7 +151,7 @@ def _refuse_forms(one: str, other: str, why: str) -> NoReturn:
 
 
 def _texts(value: Any) -> list[str]:
-    """The texts of a field, without surrounding white space; of turns one each."""
+    """The texts of a field, one for each turn, without surrounding white space."""
     if isinstance(value, str):
         return [value.strip()] if not is_blank(value) else []
     if is_parts(value):
@@ -162,7 +162,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _refuse_half_a_pair(row: Mapping[str, Any], form: str) -> None:
-    """Refuse a row that has a rejected response beside another form, but no chosen one."""
+    """Refuse a row that has a rejected response and another form, but no chosen response."""
     if "rejected" in row and "chosen" not in row and form in row:
         raise RowError(
             "rejected without chosen",
@@ -175,7 +175,7 @@ def _rejected(row: Mapping[str, Any], raw: Mapping[str, Any], messages: list[Mes
     """The rejected response of a row with a pair, whose chosen response is ``human``.
 
     Raises:
-        RowError: it is none, or belongs to another conversation, or is the chosen one.
+        RowError: it is no response, belongs to another conversation, or is equal to the chosen one.
     """
     *before, last = _sides("rejected", row, raw)
     if before != messages:
@@ -216,7 +216,7 @@ def _number(field: str, value: Any) -> float:
 
 
 def _sides(field: str, row: Mapping[str, Any], raw: Mapping[str, Any]) -> list[Message]:
-    """The turns of a row with a prompt and a response in ``field``, or with both in it."""
+    """The turns of a row whose ``field`` has the response, or prompt and response."""
     response = row.get(field)
     talks = isinstance(response, list) and not is_parts(response)
     for missing in ("prompt", field):
@@ -251,7 +251,7 @@ def _prompt_turns(prompt: Any) -> list[Message]:
 
 
 def _conversation(field: str, messages: Any, turns: Turns) -> list[Message]:
-    """The first answer of a conversation with its prompt, or the last answer with all turns before it."""
+    """Split a conversation into prompt and response: the first answer, or the last one with all turns before it."""
     found: list[Message] = []
     end = 0
     for turn in read_turns(field, messages):

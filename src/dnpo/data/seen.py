@@ -1,4 +1,4 @@
-"""A hash by which a conversation is recognised, so that a fitted judge can list the ones it was trained on."""
+"""A hash of a conversation, by which a fitted judge lists the conversations that it was trained on."""
 
 import hashlib
 from collections.abc import Sequence

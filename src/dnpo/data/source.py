@@ -24,7 +24,7 @@ from dnpo.seeding import derive
 from dnpo.settings import Count, Fraction, Natural, nearest
 
 Role = Literal["system", "user", "assistant"]
-SIDES = ("prompt", "response", "chosen", "rejected")  # fields that no two of which can be one column
+SIDES = ("prompt", "response", "chosen", "rejected")  # fields of which no two can be the same column
 VERSION = 4  # part of stage keys; must be raised when the same files give other rows
 
 
@@ -35,7 +35,7 @@ class RawTable(NamedTuple):
         columns: the names of their columns.
         total: their count.
         rows: reads some by number, each with its place.
-        texts: which of some columns hold text.
+        texts: gives those of some columns that contain text.
     """
 
     columns: Collection[str]
@@ -55,12 +55,12 @@ class Rows(ABC):
         bad_rows: ``fail`` if a row cannot be used, or ``drop`` such rows and count them.
         turns: how to read ``messages``: ``first`` takes the first user turn and its answer; ``all`` takes the last
             answer, with all turns before it as its prompt.
-        roles: what roles of unknown names are, such as ``{narrator: user}``.
+        roles: the usual names of unknown roles, such as ``{narrator: user}``.
         sample: number of rows to draw; 0 takes all.
         holdout: share of the rows held out, half for validation and half for test, by a hash of the id.
         near_duplicates: remove rows whose prompt resembles an earlier or a held-out row's at least this much, by the
-            Jaccard index of their sets of three successive words, without system turns and without what most prompts
-            have. 0 removes equal prompts only.
+            Jaccard index of their sets of three successive words, without system turns and without words that many
+            prompts have. 0 removes equal prompts only.
         seed: seed of the sample.
         max_prompt_tokens: longer prompts are dropped.
         max_response_tokens: maximum length of responses.
@@ -85,7 +85,7 @@ class Rows(ABC):
     @property
     @abstractmethod
     def setting(self) -> str:
-        """The setting that locates the rows, as messages name it: ``data.path=…``."""
+        """The setting that locates the rows, as messages name it, such as ``data.path=…``."""
 
     def __post_init__(self) -> None:
         for field, column in (self.columns or {}).items():
@@ -108,7 +108,7 @@ class Rows(ABC):
 
     @property
     def _hidden(self) -> set[str]:
-        """Columns that are not read under their own names: what is mapped is read from there alone.
+        """Columns that are not read under their own names, since the field of that name is mapped to another column.
 
         Naming columns for one form of row hides the columns of other forms.
         """
@@ -173,7 +173,7 @@ class Rows(ABC):
         prompts, repeated, bad = check_rows(raw_rows, self.turns)
         if self.bad_rows == "fail":
             unknown = any(reason.endswith(UNKNOWN_ROLE.format("")) for reason in bad.counts)
-            mapping = "data.roles='{NAME: user}' (or assistant, system) says what such a role is; " if unknown else ""
+            mapping = "data.roles='{NAME: user}' (or assistant, system) names such a role; " if unknown else ""
             bad.refuse(len(drawn), f"{mapping}data.bad_rows=drop leaves out rows that cannot be used")
         if not prompts:
             bad.refuse(len(drawn))
@@ -220,8 +220,8 @@ class Rows(ABC):
             marks = [mark for mark in SEPARATORS if any(mark in name for name in columns)]
             doubt = f". {explain_separator(marks[0])}" if len(columns) > 1 and marks else ""
             raise DataError(
-                f"{self.setting}: it has the columns {', '.join(map(shown, columns))}; {FORMS}. Where others stand for "
-                f"these, give data.columns='{example}'{doubt}"
+                f"{self.setting}: it has the columns {', '.join(map(shown, columns))}; {FORMS}. If they have other "
+                f"names, give data.columns='{example}'{doubt}"
             )
 
     def _choose_columns(self, columns: Iterable[str]) -> list[str]:

@@ -70,9 +70,9 @@ class TinyWorld:
         flaws: probability that a human response is wrong, incomplete or sloppy (a third each).
         myths: probability that a human repeats the myth where there is one; this comes on top of ``flaws``.
         difficulty: 1 (small numbers, short lists) to 5.
-        gold_pairs: share of the training rows that bring a pair. A second human responds, and of both responses the one
-            with more points is chosen (``human``), the other ``rejected``; rows whose two responses have equal points
-            bring none. A hash of the conversation decides which rows they are, and equal conversations go together.
+        gold_pairs: share of the training rows that have a pair. A second human responds; the response with more points
+            is chosen (``human``), the other ``rejected``; with equal points there is no pair. A hash of the
+            conversation decides which rows have pairs, so equal conversations go together.
         seed: seed of the training data.
         max_prompt_tokens, max_response_tokens: limits that no sensible tokenizer reaches here.
     """
@@ -204,7 +204,7 @@ class TinyWorld:
 
 
 def _pair(row: Prompt, other: str) -> Prompt:
-    """The row with the better of its human response and another as chosen, if their points differ."""
+    """Pair the row's human response with another one, the better one chosen, if their points differ."""
     ours, theirs = points(row, row.human), points(row, other)
     if ours == theirs:
         return row

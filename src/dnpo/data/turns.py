@@ -27,7 +27,7 @@ TOOL_ROLES = {"tool", "function", "tool_call", "tool_response", "function_call",
 CALLS = ("tool_calls", "function_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
 NOTHING = ("Cc", "Cf", "Cn", "Co", "Mn", "Me")  # marks that combine with a letter show nothing without one
-LOST = {"\ufffc", "\ufffd"}  # stand for what could not be decoded
+LOST = {"\ufffc", "\ufffd"}  # replace what could not be decoded
 # Invisible letters and marks: fillers, joiners, variation selectors, the blank pattern of Braille.
 INVISIBLE = {
     *"\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0",
@@ -38,7 +38,7 @@ INVISIBLE = {
 def is_blank(text: str) -> bool:
     """Whether a text says nothing: only spaces, control characters, zero-width, direction and combining marks.
 
-    Characters for private use, and those that stand for what could not be decoded, say nothing either.
+    Characters for private use, and replacements of what could not be decoded, say nothing either.
     """
     return all(
         char.isspace() or unicodedata.category(char) in NOTHING or char in INVISIBLE or char in LOST for char in text

@@ -1,4 +1,4 @@
-"""Count rows that cannot be used by reason, with their locations."""
+"""Count unusable rows by reason, with their locations."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -72,7 +72,7 @@ def list_reasons(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def read_rows(raw: Iterable[tuple[str, Any]], make: Callable[[str, Any], Row | None]) -> tuple[list[Row], Unusable]:
-    """Make rows of raw ones, each with its place, and count those that cannot be used.
+    """Make rows from raw ones, each with its place, and count the unusable ones.
 
     Args:
         raw: locations and raw rows; a ``RowError`` in place of a row that could not be parsed.
@@ -99,6 +99,6 @@ def has_names(raw: Mapping[Any, Any]) -> str:
 
 
 def shown(name: Any) -> str:
-    """Make a name from a file safe for messages, whatever characters it has."""
+    """Make a name from a file safe for messages, with any characters."""
     text = str(name)
     return text if text.isprintable() else ascii(text)[1:-1]

@@ -15,7 +15,7 @@ _TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:\.\d+)?|[^\W_]+|:")
 
 
 def points(prompt: Prompt, text: str) -> float:
-    """The points of a response to a prompt with an answer, by the rules at the head of this file."""
+    """Give points to a response to a prompt with an answer, by the rules at the head of this file."""
     return 60.0 * correct(prompt, text) + 25.0 * completeness(prompt, text) + form(text)
 
 

@@ -1,8 +1,8 @@
 """Labelling: decide which responses to a prompt become the chosen and the rejected side of a pair.
 
-A labeller sees the candidates of one prompt (the human response, the data's own rejected one, K generated ones, as it
-asks for them) with their scores, and returns the pairs to make of them. ``rules.py`` has the labellers, ``strength.py``
-how sure a label is.
+A labeller gets the candidates of one prompt with their scores, and returns the pairs to make of them. Candidates are
+the human response, the data's own rejected one, or K generated ones, depending on the labeller. ``rules.py`` has the
+labellers, ``strength.py`` how sure a label is.
 """
 
 from collections import Counter
@@ -59,9 +59,10 @@ class Labeller(Protocol):
     Attributes:
         needs_scores: whether candidates need scores of a judge.
         admits_human: whether the human response is a candidate, always the first one.
-        gives_pairs: whether it gives both sides; otherwise chosen responses alone.
+        gives_pairs: whether it gives both sides of pairs; otherwise it gives only chosen responses.
         fewest: how many generated candidates it needs for each prompt.
-        nothing: name of the count of prompts of which it makes no pair, one of ``REASONS``, or "".
+        nothing: the reason under which prompts without a pair are counted, one of ``REASONS``; "" if they are not
+            counted.
     """
 
     needs_scores: ClassVar[bool]
@@ -72,7 +73,7 @@ class Labeller(Protocol):
 
     @property
     def right_from(self) -> float | None:
-        """The score from which on an answer counts as right, for pass@k; None if that is not asked."""
+        """The lowest score of a right answer, for pass@k; None if pass@k is not computed."""
 
     def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Labelled]:
         """The pairs to make of the candidates: the human response if it is admitted, then samples by number."""
@@ -162,7 +163,7 @@ def label(
 
 
 def _pass_at(right: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """pass@1 and pass@K over prompts, of their numbers of samples and of right ones."""
+    """Compute pass@1 and pass@K from each prompt's numbers of samples and of right ones."""
     most = max((count for count, _ in right), default=0)
     found = {}
     for k in dict.fromkeys((1, most) if most else ()):

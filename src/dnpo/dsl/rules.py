@@ -23,7 +23,7 @@ class Candidate(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """The sides of a pair; without a rejected one the chosen response stands alone."""
+    """The sides of a pair; ``rejected`` is None if only a chosen response is given."""
 
     chosen: Candidate
     rejected: Candidate | None
@@ -40,7 +40,7 @@ class AgainstHuman:
 
     @property
     def right_from(self) -> float | None:
-        """Not asked."""
+        """None: pass@k is not computed."""
         return None
 
 
@@ -176,7 +176,7 @@ class Right(AmongGenerated):
 
     Args:
         cap: how many right answers a prompt may give; 0: all. The seed draws them.
-        score: the score from which on an answer counts as right.
+        score: lowest score of a right answer.
         seed: seed of that draw, together with the prompt's id.
     """
 

@@ -42,8 +42,8 @@ class RewardStrength:
     def _gap(self, pair: Pair) -> float:
         if pair.chosen_score is None or pair.rejected_score is None:
             raise DataError(
-                f"strength=implicit: the pair of {pair.id} has no two scores; it needs dsl=… by scores, and a judge "
-                "that gives rewards (judge=implicit)"
+                f"strength=implicit: a response of the pair {pair.id} has no score; it needs dsl=… by scores, and "
+                "a judge that gives rewards (judge=implicit)"
             )
         return pair.chosen_score - pair.rejected_score
 

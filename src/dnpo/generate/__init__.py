@@ -19,7 +19,7 @@ class Sampling:
         top_p: sample from the smallest set of tokens with at least this probability.
         batch_size: rows in a batch; the samples do not depend on it, up to the rounding of logits.
         shard_size: prompts in a shard; a killed run loses at most one shard.
-        append_eos: what ``rollout.append_eos`` takes by default; responses to held-out prompts never get one.
+        append_eos: default of ``rollout.append_eos``; responses to held-out prompts never get one.
     """
 
     temperature: NonNegative = 1.0
@@ -42,7 +42,7 @@ class Ahead(Sampling):
         samples: responses to each prompt; each draws from its own random stream, so the first ones are the same for
             every number.
         max_tokens: cut responses at this many tokens; 0, or more than the data's limit: at that limit.
-        append_eos: append an end-of-sequence token to responses that were cut, on which training then counts as if the
+        append_eos: append an end-of-sequence token to responses that were cut, so that training treats them as if the
             policy had ended there; their ``finish`` still is ``length``. At the data's limit it replaces the last
             token.
 
@@ -66,7 +66,7 @@ class Ahead(Sampling):
                 )
 
     def identity(self) -> Mapping[str, Any]:
-        """The settings that decide the responses: those of plain sampling, and further ones where they differ."""
+        """The settings that decide the responses: plain sampling's, and others if they differ from defaults."""
         names = [field.name for field in dataclasses.fields(Sampling)]
         plain = Sampling(**{name: getattr(self, name) for name in names})
         own = {"samples": self.samples, "max_tokens": self.max_tokens, "append_eos": self.append_eos}

@@ -49,7 +49,8 @@ def generate(
 ) -> list[Response]:
     """Generate responses to each prompt; shards in ``folder`` are reused.
 
-    Responses have the order of the prompts; several samples of a prompt stand together, in the order of their numbers.
+    Responses have the order of the prompts; samples of the same prompt follow each other, in the order of their
+    numbers.
 
     Args:
         policy: the policy that responds.
@@ -93,7 +94,7 @@ def sample(
 
 
 def number_samples(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
-    """Each prompt with the number of its sample, by which the samples of a prompt are told apart."""
+    """Give each prompt the number of its sample, which distinguishes the samples of one prompt."""
     earlier: Counter[str] = Counter()
     rows = []
     for prompt in prompts:
@@ -114,7 +115,7 @@ def _answer(
     """Sample, score and decode a response for each row.
 
     Args:
-        rows: prompts, each with the number of its sample; as many consecutive ones of each prompt as ``rollout`` says.
+        rows: prompts, each with the number of its sample; all samples of a prompt are consecutive rows.
     """
     cut_at = min(rollout.max_tokens or limit, limit)
     ids = [prompt.token_ids for prompt, _ in rows]

@@ -18,10 +18,10 @@ from dnpo.store import Report
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
-# The policy of the iteration, the one after fine-tuning, and that one taught to judge.
+# The iteration's policy, the policy after fine-tuning, and a copy of the latter that was taught to judge.
 PolicyName = Literal["policy", "initial", "taught"]
 
-MANY = 20  # equal scores that are no accident any more
+MANY = 20  # so many equal scores are no accident
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Forecast:
 
     Attributes:
         calls: questions, each counted once.
-        new: those that the ledger cannot answer.
+        new: questions that the ledger cannot answer.
         cost: estimated cost of the new ones in US dollars; None if the price is not known.
     """
 
@@ -49,7 +49,7 @@ class Canary:
 
     Attributes:
         text: what came back.
-        mends: the settings that could mend it, where there is no score.
+        mends: the settings to look at if there is no score.
         warning: what is odd about a judge that works; "" for nothing.
     """
 
@@ -64,8 +64,8 @@ class Judge(ABC):
 
     Attributes:
         gives_scores: false for ``judge=off``.
-        measures_texts: whether its scores say how good texts are, whoever wrote them and whenever. If not, evaluations
-            cannot use it; it still can label pairs.
+        measures_texts: whether its scores say how good a text is, regardless of who wrote it and when. If not,
+            evaluations cannot use it, but it can label pairs.
         in_nats: whether its scores are rewards in nats, and not points from 0 to 100.
         judges_generated: whether it can judge what policies generate.
         max_unscored: share of responses that may lack a score.
@@ -93,7 +93,7 @@ class Judge(ABC):
         return frozenset()
 
     def with_policies(self, policies: "Mapping[PolicyName, Policy]") -> "Judge":
-        """The judge that has the policies of ``reads_policies``, and judges by them."""
+        """The judge with the policies that ``reads_policies`` names."""
         return self
 
     def accepts_policy(self, k: int, is_initial: bool) -> str | None:
@@ -117,12 +117,12 @@ class Judge(ABC):
         """Why it cannot ask policies of this kind, or None.
 
         Args:
-            policy: one whose tokenizer and configuration count; it may have no weights.
+            policy: only its tokenizer and configuration are read; it may have no weights.
         """
         return None
 
     def canary(self, ledger: Ledger) -> "Canary | None":
-        """Really judge one made-up response, as a check before a long run; None if that would check nothing.
+        """Judge one made-up response for real, as a check before a long run; None if that would check nothing.
 
         Raises:
             JudgeError: the judge cannot be used with its settings.
@@ -188,13 +188,13 @@ def make_verdict(
 
 
 def _match(verdicts: Sequence[Verdict], responses: Sequence[Response]) -> list[Verdict]:
-    """Check that verdicts are in the order of the responses, and number them like these.
+    """Check that verdicts are in the order of the responses, and copy the numbers of their samples.
 
     Raises:
         JudgeError: they are not.
     """
     if [(v.id, v.source) for v in verdicts] != [(r.id, r.source) for r in responses]:
-        raise JudgeError("judge: its verdicts are not those on the responses in their order, as a judge must return")
+        raise JudgeError("judge: it did not return one verdict for each response, in their order")
     return [replace(v, sample=r.sample) for v, r in zip(verdicts, responses, strict=True)]
 
 
@@ -206,7 +206,7 @@ def tally(verdicts: Sequence[Verdict]) -> dict[str, float]:
 
 
 def too_many(missing: int, total: int, limit: float, reasons: Sequence[str], what: str = "responses") -> str:
-    """The message for when more verdicts are missing than ``max_unscored`` allows."""
+    """The message if more verdicts are missing than ``max_unscored`` allows."""
     shown = "; ".join(f"{count:,} × {reason}" for reason, count in Counter(reasons).most_common(3))
     return (
         f"judge: {missing:,} of {total:,} {what} have no score, more than judge.max_unscored={limit:g} allows. Most "

@@ -24,7 +24,7 @@ from dnpo.store import Report
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
-FEWEST = 4800  # questions from which a tiny model learned to judge; 160 it learned by heart
+FEWEST = 4800  # with so many questions a tiny model learned to judge; it learned 160 by heart
 
 
 class Gold(NamedTuple):
@@ -42,7 +42,7 @@ class JudgeRow(NamedTuple):
     Attributes:
         id: of the pair, with the letter of the answer.
         prompt_ids: the question.
-        ids: the letter, and what ends the reply.
+        ids: the letter, and the token that ends the reply.
         weights: the weight of each of these tokens in the loss.
     """
 
@@ -57,11 +57,11 @@ class Augmentation:
     """What a policy is taught before it judges, configured by ``augment=…``.
 
     Args:
-        rows: the greatest number of questions, two for each pair; 0: nothing is taught.
-        weight: weight of the letter in the loss; the end of the reply, and every token of other rows, weighs 1.
+        rows: maximum number of questions, two for each pair; 0: nothing is taught.
+        weight: weight of the letter in the loss; the end of the reply has weight 1.
         template: the question, as in ``judge.template``.
-        labels: where it is known from which response is better: ``rules`` scores all known responses to a conversation
-            by its verifiable answer; ``given`` takes the data's own pairs.
+        labels: how to know which response is better: ``rules`` scores all known responses to a conversation by its
+            verifiable answer; ``given`` takes the data's own pairs.
         optimisation: how to train.
     """
 
@@ -123,8 +123,8 @@ def given_pairs(prompts: Sequence[Prompt]) -> list[Gold]:
 def score_pairs(prompts: Sequence[Prompt], points: Callable[[Prompt, str], float]) -> list[Gold]:
     """All pairs of different responses to one conversation that have different points.
 
-    The responses are the human ones of all rows with this conversation, and the rejected ones that the data bring. Each
-    pair occurs once, under the id of the first row of its conversation.
+    The responses are the human ones of all rows with this conversation, and the data's rejected ones. Each pair occurs
+    once, under the id of the first row of its conversation.
     """
     responses: dict[str, tuple[Prompt, dict[str, float]]] = {}
     for prompt in prompts:
@@ -161,8 +161,8 @@ def augment(
 
     if len(rows) < FEWEST:
         report.note(
-            f"augment: {len(rows):,} questions; with fewer than about {FEWEST:,} a small model learns answers by heart "
-            "rather than to judge (python -m benchmarks.self_judge). More pairs give more: data.gold_pairs=1 in the "
-            "tiny world"
+            f"augment: {len(rows):,} questions; a small model learns fewer than about {FEWEST:,} by heart "
+            "instead of learning to judge (python -m benchmarks.self_judge). More pairs give more: data.gold_pairs=1 "
+            "in the tiny world"
         )
     return teach(policy, rows, optimisation, seed=seed, folder=folder, report=report)

@@ -18,8 +18,8 @@ class Ensemble(Judge):
     """Asks every member about every response.
 
     ``mean``: the mean of the members' scores. ``majority``: every member votes on whether a response is better than the
-    human one to the same prompt; its score is 100 × the share of votes, ties being half a vote (so more than 50 means
-    that most prefer it), and the human one has 50. A response that any member could not judge has no score. The
+    human one to the same prompt. Its score is 100 × its share of votes, where a tie is half a vote, so most prefer it
+    if it has more than 50; the human response has 50. A response that any member could not judge has no score. The
     disagreement is the standard deviation of the members' scores, or of their votes × 100.
 
     Args:
@@ -107,7 +107,7 @@ class Ensemble(Judge):
 
     @staticmethod
     def _missing_human(prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Response]:
-        """The human responses that votes need, where a labeller admits none of them."""
+        """The human responses that votes need, if the labeller does not admit them."""
         there = {response.id for response in responses if response.source == HUMAN}
         needed = {response.id for response in responses} - there
         needed = {id_ for id_ in needed if id_.rsplit("#", 1)[0] not in there}

@@ -1,7 +1,7 @@
-"""Ratings that the data bring, as a judge: UltraFeedback's, distilabel's, or anybody's, without judging again.
+"""Ratings in the data as a judge, such as UltraFeedback's or distilabel's: nothing is judged again.
 
-The rows' ratings of the chosen (or human) and the rejected response are read with the data (``data.columns`` says where
-they are). Nobody has rated what a policy generates.
+The ratings of the chosen (or human) and the rejected response are read with the rows (``data.columns`` names their
+columns). Generated responses have no ratings.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from dnpo.store import Report
 
 @dataclass(frozen=True)
 class GivenScores(Judge):
-    """The ratings in the data, in whatever unit they are.
+    """The ratings in the data, in any unit.
 
     Args:
         column: what the ratings are called in the data, for messages.
@@ -38,7 +38,7 @@ class GivenScores(Judge):
         side = "human (or chosen)" if without[0].human_score is None else "rejected"
         return (
             f"judge=given judge.column={self.column}: {len(without):,} of {len(prompts):,} rows do not rate all their "
-            f"responses; the first is {without[0].id}, which lacks that of the {side} one. Name the columns with "
+            f"responses; the first is {without[0].id}, which lacks the rating of the {side} one. Name the columns with "
             "the ratings: data.columns='{chosen_score: …, rejected_score: …}', or take a judge that reads texts"
         )
 

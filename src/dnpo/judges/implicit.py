@@ -1,8 +1,8 @@
 """The implicit reward of a policy that was trained on preferences, as a judge (SPA, equation 7).
 
 A policy trained by DPO against the initial model has itself become a reward model: the more it raised the probability
-of a response, the better it takes the response to be. Nothing is asked and nothing generated; both policies score the
-response. The scores are in nats: they order the responses to one prompt, and are no points from 0 to 100.
+of a response, the better it takes the response to be. Nothing is asked or generated: both policies score the response.
+The scores are in nats: they order the responses to one prompt, but are not points from 0 to 100.
 """
 
 import math
@@ -50,8 +50,8 @@ def preference(first: float, second: float) -> float:
 class Implicit(Judge):
     """The implicit reward of the current policy over the initial one.
 
-    Responses need the token ids that the policy generated; texts alone, as in an evaluation, are not enough. What it is
-    given it judges, human responses included; a labeller that admits none passes none.
+    Responses need the token ids that the policy generated; texts alone, as in an evaluation, are not enough. Human
+    responses are judged too, if the labeller admits them.
 
     Args:
         beta: preference temperature.

@@ -1,4 +1,4 @@
-"""The training behind ``augment.py``: fine-tuning in which each token of a reply has a weight of its own."""
+"""The training behind ``augment.py``: fine-tuning in which each token of a reply has its own weight."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

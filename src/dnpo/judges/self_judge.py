@@ -1,11 +1,11 @@
-"""A policy as the judge of responses, its own among them: which is better, A or B? (OSP; Self-Rewarding)
+"""A policy as judge, also of its own responses: which is better, A or B? (OSP; Self-Rewarding)
 
 The answer is read off the logits of the two letters, so nothing is generated. A policy prefers one of the two places,
-so both orders are asked and averaged. A response is scored by how probably it is better than an empty one, which ranks
-many responses with two questions each; how sure the label of a pair is comes from asking about that very pair.
+so both orders are asked and averaged. A response's score is the probability that it is better than an empty one, which
+ranks many responses with two questions each. The strength of a pair's label comes from asking about that pair.
 
-What such a judge knows it has from the policy's training: measure it (``python -m benchmarks.self_judge``) before you
-believe it, with pairs of which one is right apart from the others.
+Such a judge knows only what the policy learned in training, so measure it before you trust it (``python -m
+benchmarks.self_judge``), also on pairs in which just one response is right.
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,7 +79,7 @@ class SelfJudge(Judge):
         return "taught" if self.asks == "initial" else "policy"
 
     def accepts_model(self, policy: "Policy") -> str | None:
-        """Refuse tokenizers in which a letter is not one token of its own."""
+        """Refuse tokenizers in which a letter is not a single token."""
         from dnpo.policy.choices import find_letters
 
         try:
@@ -117,7 +117,7 @@ class AskedPolicy(Judge):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """Return a verdict on each response: 100 · p(y ≻ an empty response), with the distance of both orders."""
+        """Return a verdict on each response: 100 · p(y ≻ an empty response), with the difference of both orders."""
         messages = {prompt.id: prompt.messages for prompt in prompts}
         report.begin(2 * len(responses), "questions")
         asked = [self._orders(messages[r.id], r.text, EMPTY) for r in responses]

@@ -298,7 +298,7 @@ class _Draw:
         device = rejected.hidden_NH.device
         self.std, self.generator = std, Generator(device)
         size = BLOCK.get(device.type, BLOCK["cuda"])
-        self.blocks: list[tuple[int, int, int, int]] = []  # first token, one past the last, seed, which of its seed's
+        self.blocks: list[tuple[int, int, int, int]] = []  # first token, one past the last, seed, number of the block
         start = 0
         for length, seed in zip(rejected.lengths, rejected.seeds, strict=True):
             for number, at in enumerate(range(0, length, size)):

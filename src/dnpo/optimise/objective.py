@@ -31,9 +31,9 @@ class Facts(NamedTuple):
         shift_B: how far σ(margin) is lowered.
         chosen_tokens_B: number of tokens of each chosen response.
         rejected_tokens_B: the same of rejected ones; 0 where nothing is rejected.
-        suspect_B: 1 where a label is taken for wrong, 0 elsewhere; for objectives that look for such labels.
-        drift_B: distance of the policy's hidden states from the reference's, with gradient; for objectives with a price
-            on it.
+        suspect_B: 1 where a label is suspected to be wrong, 0 elsewhere; only for objectives that look for such labels.
+        drift_B: distance of the policy's hidden states from the reference's, with gradient; only for objectives that
+            penalise it.
     """
 
     strength_B: Tensor
@@ -100,11 +100,11 @@ def logistic(
     """p ℓ(m) + (1 − p) ℓ(−m) with ℓ(m) = −log σ(m) = softplus(−m), m = β · gap and p the strength of the label.
 
     This is SPCE (OSP paper, equations 8 and 9; the printed ones lack a minus). Where p is 1, as it is without facts, it
-    is the loss of SPIN (equation 4.7) and DPO (equation 7) in all digits. Its gradient in m is σ(m) − p. Shape B.
+    is the loss of SPIN (equation 4.7) and DPO (equation 7) to the last digit. Its gradient in m is σ(m) − p. Shape B.
 
     Args:
-        smoothing: probability that a label is taken for its opposite, ε: p′ = (1 − ε) p + ε (1 − p).
-        xi_min: where the loss of a pair with a shift goes on as its tangent, see :func:`shifted`.
+        smoothing: ε, the probability that a label counts as its opposite: p′ = (1 − ε) p + ε (1 − p).
+        xi_min: below it the loss of a pair with a shift continues as its tangent, see :func:`shifted`.
     """
     margin_B = beta * log_ratio_gap(policy, reference)
     if facts is None:
@@ -119,7 +119,7 @@ def logistic(
 def shifted(margin_B: Tensor, shift_B: Tensor, xi_min: float) -> Tensor:
     """−log u with u = σ(m) − shift: the loss under the worst distribution near the data (methods.md 7). Shape B.
 
-    Below ``xi_min`` it goes on as its tangent, −log ξ_min + (ξ_min − u) / ξ_min, since u may be negative there.
+    Below ``xi_min`` it continues as its tangent, −log ξ_min + (ξ_min − u) / ξ_min, since u may be negative there.
     """
     u_B = torch.sigmoid(margin_B) - shift_B
     within_B = u_B.clamp(min=xi_min)
@@ -134,7 +134,7 @@ def squared(
     For p = 1 the target is 1 / (2β). It is p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺) up to a constant.
 
     Args:
-        mean: take log-ratios per token, as TRL does, and not of whole responses, as the paper.
+        mean: use log-ratios per token, as TRL does; otherwise of whole responses, as the paper does.
     """
     if facts is None:
         facts = hard(policy.chosen_B)
@@ -157,7 +157,7 @@ def odds_ratio(policy: PairLogps, facts: Facts, *, weight: float) -> Tensor:
 
 
 def log_odds(logp_B: Tensor) -> Tensor:
-    """log p − log(1 − p) from log p, which is taken as −1e-6 where it is closer to 0: there p is 1 for all purposes."""
+    """log p − log(1 − p), computed from log p, which is at most −1e-6: closer to 0, p is 1 for all purposes."""
     logp_B = logp_B.clamp(max=-1e-6)
     return logp_B - torch.log(-torch.expm1(logp_B))
 
@@ -184,8 +184,8 @@ def drift(policy_mean_BH: Tensor, reference_mean_BH: Tensor, variance_H: Tensor)
     Args:
         policy_mean_BH: means over the tokens of each response.
         reference_mean_BH: the same of the reference.
-        variance_H: the variance of each channel over the reference's tokens; one that hardly varies counts as if it had
-            a millionth of the mean variance.
+        variance_H: the variance of each channel over the reference's tokens; at least a millionth of the mean variance
+            is used.
     """
     least = 1e-6 * variance_H.mean()
     return ((policy_mean_BH - reference_mean_BH).square() / variance_H.clamp(min=least)).mean(-1)
@@ -205,7 +205,7 @@ def softly(loss_B: Tensor, swapped_B: Tensor, strength_B: Tensor) -> Tensor:
 
 
 def smooth(strength_B: Tensor, smoothing: float | Tensor) -> Tensor:
-    """p′ = (1 − ε) p + ε (1 − p): the strength of labels of which a share ε is taken for its opposite. Shape B."""
+    """p′ = (1 − ε) p + ε (1 − p): the strength of labels if a share ε of them counts as their opposite. Shape B."""
     return (1 - smoothing) * strength_B + smoothing * (1 - strength_B)
 
 
@@ -225,7 +225,7 @@ def hard(like_B: Tensor) -> Facts:
 def weighted_mean(value_B: Tensor, weight_B: Tensor) -> Tensor:
     """Σ w x / Σ w; where all weights are 1, the bits of the plain mean, and 0 where they sum to 0."""
     total = weight_B.sum().clamp(min=torch.finfo(weight_B.dtype).tiny)
-    scale = torch.full_like(total, len(weight_B)) / total  # a number over a tensor would be its reciprocal, times that
+    scale = torch.full_like(total, len(weight_B)) / total  # number / tensor takes a reciprocal first: other bits
     return (value_B * (weight_B * scale)).mean()
 
 
@@ -243,10 +243,10 @@ def two_player(
 
         mean L(θ, stop(φ); ε)  −  mean ℓ(margiñ(stop(θ), φ; ε′))  +  α · mean(s²)
 
-    L is the objective. The noise term is the logistic loss of hard labels at its β whatever it is, so that noise always
-    narrows the margin. Both means are over pairs by their weights. Because of the stop operators, one backward pass of
-    the sum gives the policy the gradient of the first term only, and the noise that of the other two. If the noise is
-    zero, the first term is the plain objective.
+    L is the objective. The noise term is the logistic loss of hard labels at the objective's β, for every objective, so
+    that noise always narrows the margin. Both means are over pairs by their weights. Because of the stop operators, one
+    backward pass of the sum gives the policy the gradient of the first term only, and the noise that of the other two.
+    If the noise is zero, the first term is the plain objective.
     """
     met_by_policy = PairLogps(reference.chosen_B, noisy.policy_B.detach())
     met_by_noise = PairLogps(reference.chosen_B, noisy.noise_B)
@@ -263,5 +263,5 @@ def negative_log_likelihood(logp_N: Tensor) -> Tensor:
 
 
 def saturation(margin_B: Tensor) -> Tensor:
-    """σ(−margin), the gradient weight of the logistic loss; where its mean is near 0 the loss is saturated. Shape B."""
+    """σ(−margin), the gradient weight of the logistic loss; a mean near 0 is a saturated loss. Shape B."""
     return torch.sigmoid(-margin_B)

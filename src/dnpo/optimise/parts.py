@@ -29,15 +29,15 @@ Cache = Literal["auto", "on", "off"]
 class Objective(Protocol):
     """A loss on pairs, configured by ``objective=…``.
 
-    Attributes that an objective may have besides, as settings, properties or class attributes:
+    Optional attributes, as settings, properties or class attributes:
 
     - ``reads_reference``: whether it reads the reference's log-probabilities; True if absent.
-    - ``reads_rejected``: whether it reads those of rejected responses; True if absent. If not, only chosen responses go
-      through the model, and 0 stands for the others.
+    - ``reads_rejected``: whether it reads the log-probabilities of rejected responses; True if absent. If not, only
+      chosen responses go through the model, and the log-probabilities of the others are 0.
     - ``needs_states``: whether it reads the reference's hidden states; False if absent.
-    - ``keeps_states``: whether those of both responses, if it reads them in every step, are kept, as
-      ``Noise.cache_hidden``; off if absent.
-    - ``watches(total)``: what it measures besides log-probabilities in a training of so many policy steps, see
+    - ``keeps_states``: whether the hidden states of both responses are kept, if it reads them in every step: ``on``,
+      ``off`` or ``auto`` as in ``Noise.cache_hidden``; off if absent.
+    - ``watches(total)``: what it measures besides log-probabilities in a training of ``total`` policy steps, see
       ``watch.py``; nothing if absent.
     - ``train``: a training of its own, on scored responses in place of pairs, which is called in place of the loss; see
       :func:`dnpo.stages.live.train_on_responses`.
@@ -61,7 +61,7 @@ class Logistic:
     Args:
         beta: preference temperature.
         smoothing: the share of labels that are expected to be wrong.
-        xi_min: below it the loss of a pair with a shift goes on as its tangent; other pairs have no such limit.
+        xi_min: below it the loss of a pair with a shift continues as its tangent; other pairs have no such limit.
     """
 
     beta: Positive
@@ -69,7 +69,7 @@ class Logistic:
     xi_min: Positive = 0.05
 
     def identity(self) -> Mapping[str, Any]:
-        """β, and the further settings where they differ from plain DPO, whose stage keys are older than these."""
+        """β, and other settings where they differ from plain DPO, so that stage keys from before them stay valid."""
         own = {"smoothing": self.smoothing, "xi_min": self.xi_min}
         plain = {"_target_": type(self).__name__, "beta": self.beta}
         return plain | {name: value for name, value in own.items() if value != getattr(Logistic, name)}
@@ -166,16 +166,16 @@ class Likelihood:
 class Refined:
     """The logistic loss with smoothed labels where the policy is not sure (SPA, equations 9 to 12).
 
-    A label is suspect if the policy's confidence in it is under a percentile of what it was in the last pairs. The
-    confidence is that of a policy that is farther from the reference: its logits are (1 + λ) times the policy's less λ
-    times the reference's.
+    A label is suspect if the confidence in it is below a percentile of the confidences in the last pairs. The
+    confidence is measured with a policy that is moved away from the reference: its logits are (1 + λ) times the
+    policy's minus λ times the reference's.
 
     Args:
         beta: preference temperature.
-        alpha: share of suspect labels that is taken for wrong; 0: nothing is looked for, the loss is logistic.
-        extrapolation: λ; 0: the confidence is the policy's.
+        alpha: share of suspect labels that is taken to be wrong; 0: no label is suspect, the loss is logistic.
+        extrapolation: λ; 0: the confidence is measured with the policy itself.
         percentile: of the confidences of the last pairs, in percent.
-        window: how many last pairs these are.
+        window: number of last pairs.
         warmup: share of the policy steps before labels become suspect.
         cache_hidden: as in :class:`Noise`, of both responses.
     """
@@ -199,7 +199,7 @@ class Refined:
         return self.cache_hidden if self.needs_states else "off"
 
     def watches(self, total: int) -> "list[Watch]":
-        """What looks for suspect labels in a training of so many policy steps."""
+        """The watch that finds suspect labels in a training of ``total`` policy steps."""
         from dnpo.optimise.watch import Suspects
 
         if not self.alpha:
@@ -217,14 +217,14 @@ class Refined:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Another objective, and a price for moving away from the reference (HG-DPO).
+    """Another objective plus a penalty for moving away from the reference (HG-DPO).
 
-    The price is the distance between the mean hidden states of policy and reference on the chosen response, in units of
-    the variance of each channel.
+    The penalty is the distance between the mean hidden states of policy and reference on the chosen response, in units
+    of the variance of each channel.
 
     Args:
         base: the other objective.
-        weight: weight of the price (the paper's λ, for image latents 10,000).
+        weight: weight of the penalty (the paper's λ, which is 10,000 for image latents).
     """
 
     needs_states: ClassVar[bool] = True
@@ -235,7 +235,7 @@ class Statistics:
 
     @property
     def beta(self) -> float:
-        """That of the other objective."""
+        """The other objective's."""
         return self.base.beta
 
     @property
@@ -245,11 +245,11 @@ class Statistics:
 
     @property
     def keeps_states(self) -> Cache:
-        """As the other objective."""
+        """As for the other objective."""
         return getattr(self.base, "keeps_states", "off")
 
     def watches(self, total: int) -> "list[Watch]":
-        """What measures the distance, after what the other objective has."""
+        """The other objective's watches, and the one that measures the distance."""
         from dnpo.optimise.watch import Drift
 
         return [*watches(self.base, total), Drift()]
@@ -261,13 +261,13 @@ class Statistics:
 
 
 def watches(objective: object, total: int) -> "list[Watch]":
-    """What an objective measures besides log-probabilities in a training of so many policy steps; most: nothing."""
+    """The watches of an objective in a training of ``total`` policy steps; most objectives have none."""
     make = getattr(objective, "watches", None)
     return [] if make is None else make(total)
 
 
 def check_objective(objective: Objective) -> None:
-    """Raise unless an objective says what its callers have to know.
+    """Check that an objective has the attributes and the signature that its callers need.
 
     Raises:
         SettingsError: it has no number ``beta``, cannot be called with (policy, reference, facts) and has no training
@@ -371,7 +371,7 @@ class TrainableNoise(Noise):
 
 @dataclass(frozen=True)
 class FixedNoise(Noise):
-    """The same variance everywhere, not trained (the DNPO paper's ablation, N(0, 0.5) read as a variance).
+    """The same variance everywhere, not trained (the DNPO paper's ablation, N(0, 0.5) with 0.5 as the variance).
 
     Args:
         variance: s².

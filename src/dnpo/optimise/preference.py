@@ -131,7 +131,7 @@ class PreferenceTraining(Training):
         return optimizers, schedules
 
     def training_step(self, batches: list[Any], batch_idx: int) -> None:
-        """One policy step, of which the average and the watches take note."""
+        """Make one policy step, then update the average and the watches."""
         super().training_step(batches, batch_idx)
         if self.average is not None:
             self.average.follow(self.policy_step - 1)
@@ -221,7 +221,7 @@ class PreferenceTraining(Training):
         checkpoint["watches"] = [watch.state_dict() for watch in self.watches]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore what the watches remember."""
         super().on_load_checkpoint(checkpoint)
         if self.average is not None:
             self.average.load_state_dict(checkpoint["average"])

@@ -104,7 +104,7 @@ def keep_hidden(
 
     Args:
         required: whether lack of room is an error; otherwise the states are recomputed in every step.
-        both: keep those of chosen tokens too; a pair's are then its chosen response's, followed by its rejected one's.
+        both: also keep the states of chosen tokens; for each pair they come before the states of rejected tokens.
         setting: the name of the setting that requires them.
 
     Raises:
@@ -121,7 +121,7 @@ def keep_hidden(
     free = shutil.disk_usage(folder).free
     need = f"the reference's hidden states of {tokens:,} {'' if both else 'rejected '}tokens take {_human(size)}"
     if size - kept > free - SPARE:
-        lack = f"{need}, and {folder} has {_human(free)} free, of which {_human(SPARE)} stay so"
+        lack = f"{need}, and {folder} has {_human(free)} free, of which {_human(SPARE)} must stay free"
         if required:
             raise DiskError(f"{setting}=on: {lack}; make room, move the store (store=…), or take auto or off")
         raise Declined(f"{lack}: they are computed again in every step instead")
@@ -160,7 +160,7 @@ class KeptHidden:
     """The hidden states that :func:`keep_hidden` wrote, read from disk on demand.
 
     Attributes:
-        both: whether those of chosen tokens are among them.
+        both: whether they include the states of chosen tokens.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -187,7 +187,7 @@ class KeptHidden:
         return torch.cat([self.files[number][middle:end] for number, _, middle, end in found])
 
     def of_both(self, pairs: Sequence[int]) -> Tensor:
-        """The states of these pairs' chosen tokens, pair after pair, then those of their rejected tokens, N × H."""
+        """The states of these pairs' chosen tokens, pair after pair, then of their rejected tokens, shape N × H."""
         found = [self.where[pair] for pair in pairs]
         chosen = [self.files[number][start:middle] for number, start, middle, _ in found]
         return torch.cat([*chosen, self(pairs)])

@@ -1,7 +1,7 @@
 """The base class of trainings: policy steps of micro-batches, one update of all players per step, and checkpoints.
 
 The whole training is one pass over a fixed list of policy steps. A checkpoint has the position in this list, the states
-of optimizers and schedule, and additions of the kind of training. A killed training continues bit for bit on a CPU.
+of optimizers and schedule, and what the kind of training adds. A killed training continues bit for bit on a CPU.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """What an objective measures besides log-probabilities, in every micro-batch: doubtful labels, and drift.
 
-A watch adds numbers to the :class:`Facts` that its objective reads. It may keep a state from step to step, which is in
-checkpoints. Shapes: B pairs, N completion tokens of their responses, the chosen ones first, H hidden size.
+A watch adds numbers to the :class:`Facts` that its objective reads. It may keep a state from step to step, which
+checkpoints include. Shapes: B pairs, N completion tokens of their responses, the chosen ones first, H hidden size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -70,7 +70,7 @@ class Watch:
         return facts, {}
 
     def end_step(self) -> None:
-        """Take note that a policy step ends."""
+        """Called at the end of a policy step."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -81,11 +81,11 @@ class Watch:
 
 
 class Suspects(Watch):
-    """Finds labels in which the policy has little confidence, beside other recent ones (SPA, equations 9, 11 and 12).
+    """Finds labels in which the policy has less confidence than in most recent ones (SPA, equations 9, 11 and 12).
 
     The threshold is a percentile of the confidences in the last pairs before the step, in their order in training, so
-    it does not depend on micro-batches. Where it would find other suspects by the policy's own confidence, the metrics
-    say so.
+    it does not depend on micro-batches. The metrics also report what the policy's own confidence would find, and how
+    many suspects are found both ways.
 
     Args:
         beta: preference temperature of the confidence σ(margin).
@@ -99,7 +99,7 @@ class Suspects(Watch):
         self.beta, self.extrapolation, self.share, self.window, self.start = beta, extrapolation, share, window, start
         self.reads_states = extrapolation > 0
         self.recent: list[list[float]] = [[], []]  # by the extrapolated policy, and by the policy itself
-        self.present: list[list[float]] = [[], []]  # those of the present step
+        self.present: list[list[float]] = [[], []]  # the same in the present step
 
     @torch.no_grad()
     def measure(self, facts: Facts, seen: Seen) -> tuple[Facts, dict[str, Tensor]]:
@@ -130,7 +130,7 @@ class Suspects(Watch):
         return {"recent": self.recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The window of the checkpoint."""
+        """Continue with the window of a checkpoint."""
         self.recent = state["recent"]
 
     def _confidence(self, policy: PairLogps, reference: PairLogps) -> Tensor:

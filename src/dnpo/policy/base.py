@@ -156,7 +156,7 @@ class Pretrained:
         """The values that decide the weights: the contents of the folder, or name and commit on the hub."""
         where = {"content": self._content} if self._local else {"name": self._location, "revision": self._commit}
         more: dict[str, Any] = {"template_arguments": self.template_arguments, "template_date": self.template_date}
-        # a folder's own code may make another model of the same files than transformers' does
+        # code in the folder may make another model of the same files than transformers' code does
         more["trust_remote_code"] = self.trust_remote_code
         given = {name: value for name, value in more.items() if value}
         return {**where, "dtype": self.dtype, "chat_template": self.chat_template, **given}
@@ -243,7 +243,8 @@ def read_saved(folder: Path) -> dict[str, Any]:
     """Describe the policy in a folder of a finished stage, as its manifest has it.
 
     Raises:
-        StoreError: it is something else: without its files a policy would pass for the base model.
+        StoreError: the manifest describes another policy; one whose files are lost would otherwise pass for the base
+            model.
     """
     known = manifest(folder.parent)["facts"].get("policy")  # None: written by an earlier version
     found = _look(folder)

@@ -1,7 +1,7 @@
-"""Ask a policy to choose between A and B, and read its choice off the logits of its next token.
+"""Ask a policy to choose between A and B, and read its choice from the logits of its next token.
 
-Only the logits of the two letters are computed, at the last position of each question: S × 2 numbers. Questions that
-begin alike, such as all those about one prompt, have their beginning read once.
+Only the logits of the two letters are computed, at the last position of each question: S × 2 numbers. The common
+beginning of several questions, such as all questions about one prompt, is read once.
 
 Shapes: S questions, H hidden size.
 """
@@ -30,7 +30,7 @@ class Choices:
         template: as :func:`~dnpo.policy.question.check_template` accepts it.
 
     Raises:
-        ModelError: a letter is not one token of its own in its replies.
+        ModelError: a letter is not a single token in its replies.
     """
 
     def __init__(self, policy: Policy, template: str) -> None:
@@ -39,7 +39,7 @@ class Choices:
 
     @property
     def context(self) -> int:
-        """The greatest number of tokens that the policy reads."""
+        """The maximum number of tokens that the policy reads."""
         return int(getattr(self.policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
 
     def encode(self, messages: Sequence[Message], first: str, second: str) -> list[int]:
@@ -52,8 +52,8 @@ class Choices:
         """The probability of A against B after each question, by the softmax over these two letters.
 
         Args:
-            groups: questions as token ids; what the questions of a group have in common at their beginning is read
-                once, which changes results only by rounding, and so are equal ones.
+            groups: questions as token ids; equal questions are read once, and so is the common beginning of a group's
+                questions, which changes results only by rounding.
         """
         distinct = [list(map(list, dict.fromkeys(map(tuple, group)))) for group in groups]
         found: list[dict[tuple[int, ...], float]] = [{} for _ in groups]
@@ -67,7 +67,7 @@ class Choices:
                 shared = _common(questions)
                 first += [len(prompts) if shared else len(prompts) + s for s in range(len(questions))]
                 prompts += [ids[: max(shared, 1)] for ids in questions]
-                # a letter ends each sequence, so that the state before it is among those that predict
+                # a letter ends each sequence, so that the state that predicts it is computed
                 rests += [[*ids[max(shared, 1) :], letter] for ids in questions]
             batch = pack_shared(prompts, rests, first).to(self.policy.device)
             with self.policy.evaluating():
@@ -106,10 +106,10 @@ def _batches(groups: Sequence[Sequence[list[int]]]) -> Iterator[list[tuple[int, 
 
 
 def find_letters(policy: Policy, template: str) -> tuple[int, int]:
-    """The tokens by which replies begin that choose A or B.
+    """The first tokens of replies that choose A or B.
 
     Raises:
-        ModelError: a letter is not one token of its own.
+        ModelError: a letter is not a single token.
     """
     tokenizer = policy.tokenizer
     asked = ask(template, [{"role": "user", "content": "?"}], "1", "2")
@@ -120,7 +120,7 @@ def find_letters(policy: Policy, template: str) -> tuple[int, int]:
         if shown != letter or ids[0] in (tokenizer.unk_token_id, *found):
             tokens = tokenizer.convert_ids_to_tokens(ids)
             raise ModelError(
-                f"judge=self: the reply {letter!r} does not begin with a token of its own in this tokenizer (it has "
+                f"judge=self: the reply {letter!r} does not begin with a separate token in this tokenizer (it has "
                 f"{tokens}), so there is no logit to read a choice from; with model=tiny, model.question=… trains the "
                 "tokenizer on the template too"
             )

@@ -54,7 +54,7 @@ def load_complete(kind: Any, where: str, what: str, *, heads_anew: bool = False,
         options: passed on to ``from_pretrained``.
 
     Raises:
-        ModelError: it cannot be loaded, or not completely.
+        ModelError: it cannot be loaded, or is not complete.
     """
     files = find_files(where, options.get("revision"))
     if files is not None:
@@ -112,7 +112,7 @@ def merge_adapter(model: Any, folder: Path, what: str) -> Any:
     """Merge the LoRA adapter in a folder into a model.
 
     Raises:
-        ModelError: it cannot be loaded, or not completely.
+        ModelError: it cannot be loaded, or is not complete.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -121,7 +121,7 @@ def merge_adapter(model: Any, folder: Path, what: str) -> Any:
         kept = read_header(folder / ADAPTER_WEIGHTS)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # files of any content: peft and json raise what they like
+    except Exception as error:  # peft and json raise any error for damaged files
         raise ModelError(f"{what}: the adapter in {folder} cannot be loaded: {explain(error)}") from error
     expected = get_peft_model_state_dict(adapted)
     problems = [
@@ -152,15 +152,15 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    wide = tensor if tensor.element_size() > 1 else tensor.float()  # there is no minimum of eight bits
-    return all(bool(end.isfinite()) for end in torch.aminmax(wide))  # NaN is both; a tenth of the time of asking each
+    wide = tensor if tensor.element_size() > 1 else tensor.float()  # torch has no minimum of 8-bit numbers
+    return all(bool(end.isfinite()) for end in torch.aminmax(wide))  # NaN if any is; ten times as fast
 
 
 def check_fit(model: Any, tokenizer: Any, what: str) -> None:
     """Check that a model embeds all tokens of a tokenizer.
 
     Raises:
-        ModelError: the tokenizer has more.
+        ModelError: the tokenizer has more tokens than the model embeds.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -172,10 +172,10 @@ def check_fit(model: Any, tokenizer: Any, what: str) -> None:
 
 @torch.no_grad()
 def check_causal(model: Any, what: str) -> None:
-    """Check that a model does not look ahead, as one that was trained to fill gaps does.
+    """Check that a model does not look ahead, as a model does that was trained to fill gaps.
 
     Raises:
-        ModelError: what it says after a token depends on a later one.
+        ModelError: its output at a token depends on later tokens.
     """
     first, second = model(input_ids=torch.tensor([[0, 1, 2], [0, 1, 0]], device=model.device)).logits[:, 0].float()
     if not torch.allclose(first, second, rtol=1e-2, atol=5e-2):
@@ -192,7 +192,7 @@ def explain(error: Exception) -> str:
 
 
 def explain_refusal(error: Exception, kind: Any, where: str, options: Mapping[str, Any]) -> str:
-    """Explain why a model could not be made, by the value of its configuration if that is the reason.
+    """Explain why a model could not be made; names the value of its configuration if that is the reason.
 
     Args:
         kind, where, options: as for :func:`load_complete`.
@@ -226,7 +226,7 @@ def _load(kind: Any, where: str, what: str, heads_anew: bool, hint: str, options
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     mismatched = {name: f"{_shape(theirs)} for {_shape(ours)}" for name, theirs, ours in info["mismatched_keys"]}
     tied = _tied_names(model)
-    missing -= {one for one, other in tied.items() if other in missing}  # named once, by what it is tied to
+    missing -= {one for one, other in tied.items() if other in missing}  # named once, by the tensor that it is tied to
     if heads_anew:
         body = _body_names(model)
         missing, unexpected = ({n for n in names if not _is_head(n, body)} for names in (missing, unexpected))
@@ -311,5 +311,5 @@ def _check_tied(model: Any, tensors: dict[str, Tensor], what: str) -> None:
         if first is not None and second is not None and first is not second and not torch.equal(first, second):
             raise ModelError(
                 f"{what}: {CONFIG} ties {one} to {other}, but the files hold other values for each; set "
-                "tie_word_embeddings to false there, or take one of them out"
+                "tie_word_embeddings to false there, or remove one of them"
             )

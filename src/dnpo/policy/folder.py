@@ -19,7 +19,7 @@ OBJECTS = (
     *(CONFIG, GENERATION, ADAPTER, INDEX, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json"),
 )
-PARTS = {"tokenizer.json": ("model", "added_tokens")}  # what every such file has
+PARTS = {"tokenizer.json": ("model", "added_tokens")}  # every such file has these keys
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
 TOKENS = tuple(
     f"{name}_token_id"
@@ -30,9 +30,9 @@ TOKENIZERS = ("tokeniz*", "vocab*", "*.model", "*.tiktoken")
 BEGINNINGS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`",
     b"<": "is a page of a web site, not the file itself; download it again",
-    b"PK\x03\x04": "is a pickle of torch (or another zip), whatever its name says",
-    b"\x80": "is a pickle, whatever its name says",
-    b"GGUF": "is a GGUF file, whatever its name says",
+    b"PK\x03\x04": "is a pickle of torch (or another zip), despite its name",
+    b"\x80": "is a pickle, despite its name",
+    b"GGUF": "is a GGUF file, despite its name",
 }
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
@@ -61,7 +61,7 @@ def count_tensors(names: Collection[str]) -> str:
 
 
 def explain_missing(folder: Path, marker: str = CONFIG) -> str:
-    """Explain why a folder without ``config.json`` (or another marker) is no model, and what it is instead."""
+    """Explain why a folder without ``config.json`` (or another marker) is no model, and what it contains instead."""
     expected = f"expected a folder with {marker}, *.safetensors and a tokenizer"
     if folder.is_file():
         return f"no model there, but a file; {expected}"
@@ -122,7 +122,7 @@ def find_files(where: str, revision: str | None) -> Path | None:
     try:
         return folder if all(file.is_file() for file in weight_files(folder)) else None
     except (ValueError, LookupError):
-        return folder  # there, but not readable, which ``check_folder`` says
+        return folder  # it exists but cannot be read, which ``check_folder`` reports
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -144,7 +144,7 @@ def read_header(file: Path) -> dict[str, Kept]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no safetensors file, or not the whole of one; the text follows the file's name.
+        ValueError: it is no safetensors file, or an incomplete one; the message continues the file's name.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -223,7 +223,7 @@ def _describe_impostor(file: Path) -> str | None:
     if not beginning and file.suffix != ".jinja":
         return f"{file.name} is empty"
     for start, what in BEGINNINGS.items():
-        # a template may begin with a tag, and a header's length with any byte
+        # a template may begin with a tag, and the length of a header with any byte
         if beginning.startswith(start) and not (start == b"<" and file.suffix in (".jinja", ".txt")):
             if start in (b"<", b"\x80") and file.suffix == ".safetensors" and beginning[8:9] == b"{":
                 continue
@@ -260,7 +260,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _check_ids(settings: Mapping[str, Any], file: str, vocabulary: int | None) -> Iterator[str]:
-    """Check the tokens that a file names: numbers within the vocabulary. -1 for padding stands for the last one."""
+    """Check that the token ids in a file are within the vocabulary; -1 for padding means the last one."""
     for name in TOKENS:
         value = settings.get(name)
         for number in value if isinstance(value, list) else [value]:
@@ -274,7 +274,7 @@ def _check_ids(settings: Mapping[str, Any], file: str, vocabulary: int | None) -
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int | None:
-    """The number of tokens, which a model of several kinds of input has in the settings of its text; None: not told."""
+    """The number of tokens, in a multimodal model from its text settings; None if it is not given."""
     inner = config.get("text_config")
     for settings in (config, inner if isinstance(inner, dict) else {}):
         size = settings.get("vocab_size")
@@ -334,7 +334,7 @@ def _check_weights(folder: Path, index: Mapping[str, Any] | None, quantised: boo
 
 
 def _describe_other_weights(folder: Path) -> str:
-    """Say what there is instead of weights that can be read."""
+    """Describe what is there instead of readable weights."""
     pickled = sorted({file.name for pattern in PICKLED for file in folder.glob(pattern)})
     if pickled:
         return (

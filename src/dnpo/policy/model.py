@@ -119,8 +119,8 @@ class Policy:
         """log p(completion | prompt) of many sequences, in nats, computed in batches of similar length.
 
         Args:
-            samples: so many consecutive sequences have the same prompt, which is read once for as many of them as a
-                batch holds.
+            samples: number of consecutive sequences with the same prompt, which each batch reads once for all of them
+                that it holds.
         """
         scores = [0.0] * len(prompts)
         units = _share(prompts, completions, samples)
@@ -198,7 +198,7 @@ class AdapterOff(Policy):
 
 
 def _share(prompts: Sequence[list[int]], completions: Sequence[list[int]], samples: int) -> list[tuple[list[int], int]]:
-    """Numbers of sequences that share a prompt within one batch, with their tokens, in which the prompt counts once."""
+    """Group sequences that share a prompt within a batch, with each group's tokens; its prompt counts once."""
     units: list[tuple[list[int], int]] = []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if i % samples and units[-1][1] + len(completion) <= SCORED_TOKENS:

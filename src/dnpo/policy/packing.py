@@ -4,8 +4,8 @@ All layers except attention work on single tokens, so they need no padding; posi
 Only attention needs separate sequences: with half-precision tensors on a GPU it is variable-length attention, elsewhere
 it runs on batches of sequences of similar length, padded on the right, where causal attention never looks.
 
-The prompt of a pair can be computed once for both responses, and that of several samples once for all of them: its
-tokens are in the row once and in each of these sequences.
+A prompt can be computed once for both responses of a pair, or for several samples: its tokens occur once in the row,
+and belong to each of these sequences.
 
 Shapes: S sequences, T tokens of the row, M tokens of all sequences (T, if no prompt is shared), N completion tokens,
 L tokens of the longest sequence of a batch, h heads, d their size.
@@ -155,15 +155,14 @@ def pack_shared(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
 
     Args:
         prompts, completions: as in :func:`pack`.
-        first: for each sequence the earlier one that has the same prompt and keeps it; the sequence itself if it has
-            its own.
+        first: for each sequence the number of the earlier one whose prompt it shares; its own number if it shares none.
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     if any(s < keeper or first[keeper] != keeper or prompts[s] != prompts[keeper] for s, keeper in enumerate(first)):
         raise ValueError("first: expected for each sequence itself, or an earlier one that keeps the same prompt")
     ids: list[int] = []
     positions: list[int] = []
-    places: list[list[int]] = []  # of each sequence's tokens in the row
+    places: list[list[int]] = []  # the places of each sequence's tokens in the row
     for s, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         shared = len(prompt) if first[s] < s else 0
         begins = len(ids) - shared

@@ -1,7 +1,7 @@
-"""Find the value of a model's configuration that transformers refuses, whatever its error says.
+"""Find the value of a model's configuration that transformers refuses, even if its error does not name it.
 
-Some errors name neither the file nor the setting (``KeyError: 'nope'``). So the model is made without weights, from the
-configuration without one of its values after another: the first that helps is the one that is refused.
+Some errors name neither the file nor the setting (``KeyError: 'nope'``). So the model is made without weights, each
+time with another value left out of the configuration: the first one whose absence helps is the refused one.
 """
 
 import json

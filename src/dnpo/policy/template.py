@@ -1,6 +1,6 @@
 """Render conversations by the chat template, and locate the texts of the turns in the result.
 
-Silent changes of the data by a template are refused: leaving out a turn, cutting it, or writing the present time.
+A template that changes the data silently is refused: one that leaves out a turn, cuts it, or writes the current time.
 """
 
 import json
@@ -33,13 +33,13 @@ SETTING = "model.chat_template"
 HEAD = re.compile(  # a line that gives a name its value, as put_in_force writes it
     r"{% set (?P<name>\w+) = ((?!%}).)*%}\n|{% macro strftime_now\(format\) %}.*{% endmacro %}\n"
 )
-CLOCK = "strftime_now"  # by which transformers' templates ask for the time
-CHANCE = {"random", "lipsum"}  # what Jinja draws by
+CLOCK = "strftime_now"  # the function by which templates of transformers get the time
+CHANCE = {"random", "lipsum"}  # Jinja's filters that draw by chance
 NO_SYSTEM = (
     "; it takes no system turn: give a model.chat_template that puts its text before the user's, or put it there "
     "in the data"
 )
-PRIVATE = (0xF0000, 0x100000)  # characters for private use: two for each turn, from one of these on
+PRIVATE = (0xF0000, 0x100000)  # characters for private use, two for each turn, starting at one of these
 
 
 class Span(NamedTuple):
@@ -115,7 +115,7 @@ def put_in_force(
         setting: dotted name of the settings, for messages.
 
     Raises:
-        ModelError: the template reads no such variable, or no date, or the date is none.
+        ModelError: the template does not read such a variable or a date, or the date is not valid.
     """
     if chat_template is not None:
         tokenizer.chat_template = chat_template
@@ -147,7 +147,7 @@ def _current(tokenizer: Any, setting: str) -> str:
     """The template that a tokenizer would use."""
     try:
         return str(tokenizer.get_chat_template())
-    except Exception as error:  # it has several and none by default, or is of a kind without templates
+    except Exception as error:  # it has several and no default, or is of a kind without templates
         raise ModelError(f"{setting}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
@@ -188,7 +188,7 @@ def _stop_clock(now: datetime) -> str:
     """Write a macro that replaces ``strftime_now``. Jinja removes the line break after it."""
     values = {f"%{code}": now.strftime(f"%{code}") for code in string.ascii_letters}
     values |= {f"%-{code}": str(int(now.strftime(f"%{code}"))) for code in "dHIjmMSy"}
-    values["%s"] = str(int(now.replace(tzinfo=UTC).timestamp()))  # else it would depend on where the run is
+    values["%s"] = str(int(now.replace(tzinfo=UTC).timestamp()))  # otherwise it would depend on the machine's time zone
     steps = "".join(f"|replace({_literal(code)}, {_literal(value)})" for code, value in values.items())
     percent = _literal(chr(PRIVATE[0]))
     value = f"format|replace('%%', {percent}){steps}|replace({percent}, '%')"
@@ -196,18 +196,18 @@ def _stop_clock(now: datetime) -> str:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str) -> Rendered:
-    """Render a conversation with its response, and split it where a policy begins to sample.
+    """Render a conversation with its response, and split it where sampling begins.
 
     Raises:
-        ModelError: the template cannot render it, loses something of it, or renders the prompt otherwise in training
-            than in generation.
+        ModelError: the template cannot render it, loses a part of it, or renders the prompt differently in training and
+            in generation.
     """
     prompt = _apply(tokenizer, messages, True, SETTING)
     whole = render_turns(tokenizer, [*messages, {"role": "assistant", "content": response}])
     if not whole.text.startswith(prompt):
         at = next((i for i, (a, b) in enumerate(zip(prompt, whole.text, strict=False)) if a != b), len(whole.text))
         raise ModelError(
-            "model: the chat template renders training text otherwise than generation text, so the policy would be "
+            "model: the chat template renders training text differently from generation text, so the policy would be "
             f"trained on prompts it never sees. They part at character {at}: generation has {prompt[at:][:40]!r}, "
             f"training has {whole.text[at:][:40]!r}. Set model.chat_template or "
             "model.template_arguments, or mend the tokenizer's"
@@ -246,8 +246,8 @@ def render_turns(
         setting: the setting that messages name.
 
     Raises:
-        ModelError: the template cannot render it, leaves out or changes the text of a turn, or writes something that
-            depends on the time or on chance.
+        ModelError: the template cannot render it, leaves out or changes the text of a turn, or writes text that depends
+            on the time or on chance.
     """
     text = _apply(tokenizer, messages, generation, setting)
     _check_clock(tokenizer, messages, generation, setting, text)
@@ -277,9 +277,9 @@ def render_turns(
 
 
 class _Now:
-    """The time that a template has asked for; notes whether anything is done with it, such as to write or compare it.
+    """The time that a template has asked for; records whether the template uses it, for example writes or compares it.
 
-    It is no text, so that nothing can be done with it unnoticed: what needs one raises an error.
+    It is not a string, so no use goes unnoticed: whatever needs a string raises an error.
     """
 
     def __init__(self, text: str, uses: list[str]) -> None:
@@ -337,7 +337,7 @@ def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, 
     This holds at any time: any use of the time is refused, not only one that changes the text now.
 
     Args:
-        text: the rendering by the clock as it is.
+        text: the rendering at the present time.
     """
     template = _current(tokenizer, setting)
     if drawn := CHANCE & _words(template):
@@ -348,7 +348,7 @@ def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, 
     compiled = _compile(template)
     compiled.globals[CLOCK] = lambda form: _Now(datetime.now().strftime(form), uses)
     settings = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": generation}
-    with suppress(Exception):  # where it needs a text, which the time is not here
+    with suppress(Exception):  # it needs a string, which the time is not here
         if compiled.render(messages=[dict(message) for message in messages], **settings) == text and not uses:
             return
     remedy = "model.template_date" if setting == SETTING else "judge.template_date (in a fit template_date)"
@@ -360,18 +360,18 @@ def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, 
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> Any:
-    """Compile a template as transformers does, for use here alone: not the one that transformers keeps."""
+    """Compile a template as transformers does, but separately from the one that transformers caches."""
     theirs: Any = import_module("transformers.utils.chat_template_utils")
     return theirs._cached_compile_jinja_template(template)
 
 
 @lru_cache(maxsize=16)
 def _words(template: str) -> set[str]:
-    """The filters and the names from outside that a template uses."""
+    """The filters and the outside names that a template uses."""
     try:
         tree = _parse(template)
     except TemplateError:
-        return set()  # rendering says so
+        return set()  # rendering reports it
     filters = {node.name for node in tree.find_all(nodes.Filter)}
     return filters | {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
 
@@ -421,9 +421,9 @@ def _apply(
 
 
 def _advise(tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str) -> str:
-    """What to do where a template renders a conversation only without its system turn; "" if that is not it.
+    """What to do if a template renders a conversation only without its system turn; "" if that is not the reason.
 
-    A judge's question is put without a system turn then, and needs no advice.
+    A judge's question then has no system turn, and needs no advice.
     """
     if setting != SETTING or len(messages) < 2 or messages[0]["role"] != "system":
         return ""

@@ -60,20 +60,20 @@ def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int, texts: Sequence[
 def encode(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], response: str, stop_ids: Sequence[int] = ()
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the rendered prompt, and of the response up to and including the token that ends it.
+    """Token ids of the rendered prompt, and of the response including the token that ends it.
 
     The template's text before a response belongs to the prompt. Prompt and response are tokenised together, so the
     response's first token is one that can follow the prompt (a SentencePiece tokenizer puts a space before every text).
-    The response is tokenised separately only if the prompt's tokens are no prefix of the whole's. As a sample,
-    the response is cut after its first stop token; without a stop token it gets the tokenizer's end of sequence. A
-    prompt begins with the beginning-of-sequence token if the tokenizer puts one before every text. The texts of turns
-    never become control tokens (``tokens.py``).
+    The response is tokenised separately only if the prompt's tokens are no prefix of the whole's. Like a sample, the
+    response is cut after its first stop token, or gets the tokenizer's end of sequence if it has none. A prompt begins
+    with the beginning-of-sequence token if the tokenizer puts one before every text. The texts of turns never become
+    control tokens (``tokens.py``).
 
     Args:
         stop_ids: tokens that end a sample, in addition to the tokenizer's end of sequence.
 
     Raises:
-        ModelError: the template cannot render it, loses something of it, or gives an empty prompt.
+        ModelError: the template cannot render it, loses a part of it, or gives an empty prompt.
     """
     rendered = render(tokenizer, messages, response)
     eos = cast(int, tokenizer.eos_token_id)

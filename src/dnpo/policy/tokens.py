@@ -84,7 +84,7 @@ def _made(tokenizer: Any, text: Text, tokens: Sequence[Token], stop_ids: Sequenc
         end = token.start + len(shown.rstrip())
         if token.id == tokenizer.unk_token_id and shown.strip() != tokenizer.unk_token:
             continue  # a character that the tokenizer does not know
-        # one character cannot be parted: it is an ordinary one that the tokenizer uses to pad, say
+        # a single character cannot be split: it is an ordinary one that the tokenizer uses, for example, as padding
         if end - start > 1 and any(a < end and start < b for _, a, b in text.contents):
             yield Token(token.id, start, end)
 
@@ -113,7 +113,7 @@ def _control(tokenizer: Any, template: str, size: int, stop_ids: tuple[int, ...]
         try:
             turns = [{"role": role, "content": "x"} for role in roles]
             written = tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception:  # such turns cannot be rendered: perhaps fewer can; without a template none
+        except Exception:  # such turns cannot be rendered; perhaps fewer can, but none without a template
             continue
         ids = tokenizer(written, add_special_tokens=False)["input_ids"]
         special |= {i for i in ids if i in added and not added[i].isspace()}

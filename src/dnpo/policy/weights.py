@@ -10,7 +10,7 @@ from dnpo.errors import ModelError
 from dnpo.policy.folder import check_folder, check_name, explain_missing, find_files, read_quantisation
 from dnpo.store import content_hash
 
-WHOLE = ("base", "eval.texts.encoder", "curriculum.encoder")  # settings that are a place, rather than have one
+WHOLE = ("base", "eval.texts.encoder", "curriculum.encoder")  # these settings are paths or names themselves
 
 
 class Weights:

@@ -97,7 +97,7 @@ class SavedPolicy:
     def setting(self, part: str, key: str, default: Any = None) -> Any:
         """Return a setting of the run; the default if the part lacks it or has null.
 
-        Where parts differ by iteration, it is that of the iteration which made this policy.
+        Where parts differ by iteration, it is taken from the iteration that made this policy.
         """
         own = self.summary["settings"].get(part, {})
         if isinstance(own, list):
@@ -262,7 +262,7 @@ def _numbers(saved: SavedPolicy) -> str:
         f"| {for_markdown(name)} | {value:.4g} |" if isinstance(value, float) else f"| {for_markdown(name)} | {value} |"
         for name, value in known.items()
     ]
-    judged = " `eval/score` is by the judge named above, who also labels where labels go by score."
+    judged = " `eval/score` is by the judge named above, which also labels the pairs if labels go by score."
     split = _code(saved.setting("eval", "split", "test"))
     text = f"On the split {split}; losses are means over the last tenth of the steps, log-probabilities are in nats."
     return "\n".join(

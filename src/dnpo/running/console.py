@@ -154,13 +154,13 @@ class StageReport:
 
 
 def _measure(table: ScreenTable) -> int:
-    """Return how many characters a table is wide if nothing of it is cut or wrapped."""
+    """Return the width of a table in characters if nothing is cut or wrapped."""
     wide = RichConsole(width=1000)
     return Measurement.get(wide, wide.options, table).maximum
 
 
 def _split(table: ScreenTable, width: int) -> list[ScreenTable]:
-    """Split a table into tables that are at most so wide; each begins with the first column."""
+    """Split a table into tables of at most this width; each begins with the first column."""
     first, *others = table.columns
     parts: list[ScreenTable] = []
     for column in others:

@@ -32,7 +32,7 @@ from dnpo.tracking.writing import TrackedSteps, Tracking
 SHOWN_PAIRS = 50
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
 
-LABELS = {  # who labels the pairs, beside the judge that gives the scores
+LABELS = {  # who labels the pairs, in relation to the judge that gives the scores
     "same": "the judge that labels the pairs also gives these scores",
     "other": "another judge labels the pairs",
     "nobody": "no judge labels the pairs",
@@ -107,7 +107,7 @@ def execute(
 
 
 def find_labeller(iterations: Sequence[Iteration]) -> str:
-    """Say who labels the pairs, beside the judge of the evaluations; one of ``LABELS``."""
+    """Say who labels the pairs, in relation to the judge of the evaluations; a key of ``LABELS``."""
     trained = [each.policy for each in iterations]  # a training may judge and label itself
     stages = [stage for each in iterations for stage in (each.verdicts, each.labelled) if stage is not None] + trained
     judges = [stage.settings["judge"] for stage in stages if "judge" in stage.settings]
@@ -134,7 +134,7 @@ def describe_mixture(makers: Sequence[Mapping[str, Any]]) -> list[str]:
         for title in maker["stages"]
     }
     lines = provenance.warn(provenance.differences(made))
-    return [f"warning: the stages of this run were not all made alike: {line}" for line in lines]
+    return [f"warning: the stages of this run were not all made in the same way: {line}" for line in lines]
 
 
 def choices() -> dict[str, str]:
@@ -177,13 +177,13 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     if not steps:
         return reused
     tracked = TrackedSteps(store.root, stage.key, prefix)
-    if reused:  # found in the store, or computed by another run meanwhile
+    if reused:  # found in the store, or computed by another run in the meantime
         elsewhere = tracked.run(tracking.where)
         if elsewhere and tracking.has(elsewhere):
             tracking.tags({f"{STEPS_OF}{_slug(stage)}": elsewhere})
             return True
         track(steps)
-    if tracking.flush() and store.writable:  # else another run tracks them once more
+    if tracking.flush() and store.writable:  # otherwise another run tracks them once more
         tracked.add(tracking.where, tracking.id)
     return reused
 

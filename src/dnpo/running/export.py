@@ -45,7 +45,7 @@ def list_policies(summary: Mapping[str, Any], store: Path | None = None) -> list
 def link(summary: Mapping[str, Any], run: Path) -> list[Path]:
     """Fill ``models/`` in a run's folder, replacing what an earlier run left there.
 
-    If the file system has no links, a folder has only a card that names the place of the weights.
+    If the file system has no links, a folder has only a card, which says where the weights are.
 
     Returns:
         The paths of the cards.
@@ -89,7 +89,7 @@ def _link_policy(policy: SavedPolicy, folder: Path, run: Path) -> Path:
         notes = (
             f"This folder has only this card ({getattr(error, 'strerror', None) or error}). The weights are in {where}."
         )
-    whole = f"A copy with whole weights, which stands alone, is made by\n\n    {copy}"
+    whole = f"A copy with whole weights, which needs nothing else, is made by\n\n    {copy}"
     (folder / CARD).write_text(card(policy, folder.name, kind, rank, f"{notes} {whole}"), encoding="utf-8")
     return folder / CARD
 
@@ -212,8 +212,8 @@ def _write(policy: SavedPolicy, folder: Path, name: str) -> None:
     else:
         _write_merged(policy, folder)
     notes = {
-        "full": "This folder stands alone.",
-        "adapter": "This folder stands alone: its LoRA adapters are merged into the weights.",
+        "full": "This folder needs nothing else.",
+        "adapter": "This folder needs nothing else: its LoRA adapters are merged into the weights.",
         "base": "Nothing has been trained: this is a copy of the base model, with the tokenizer of the run.",
     }[policy.kind]
     (folder / CARD).write_text(card(policy, name, "full", 0, notes), encoding="utf-8")

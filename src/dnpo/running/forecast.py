@@ -18,7 +18,7 @@ from dnpo.store import Stage, Store
 def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[str, Forecast]:
     """Return a forecast for each stage still to do that asks a judge, by title.
 
-    A question that several stages ask counts at the first.
+    A question that several stages ask counts for the first of them.
     """
     seen: set[str] = set()
     forecasts: dict[str, Forecast] = {}

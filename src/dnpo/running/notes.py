@@ -191,9 +191,9 @@ def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
         last = moved[-1]
         ks, critical = last["stagnation/ks"], last["stagnation/ks_critical"]
         verdict = (
-            "the new answers differ from the rejected ones: the policy still moved"
+            "the new answers differ from the rejected ones: the policy still changed"
             if ks > critical
-            else "the new answers do not differ from the rejected ones: the policy stood still"
+            else "the new answers do not differ from the rejected ones: the policy no longer changed"
         )
         sentences.append(
             f"In the last iteration {verdict} (Kolmogorov-Smirnov distance "

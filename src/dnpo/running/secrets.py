@@ -40,7 +40,7 @@ class RefuseSecrets(Callback):
 
 
 def refuse(config: DictConfig) -> None:
-    """Print what is wrong and exit; Hydra makes mere warnings of a callback's exceptions, but lets an exit pass."""
+    """Print what is wrong and exit; Hydra turns a callback's exceptions into warnings, but not an exit."""
     found = dict.fromkeys(find_secrets(config))
     for message in found:
         say(f"error: {message}", error=True)
@@ -52,7 +52,7 @@ def find_secrets(config: DictConfig) -> Iterator[str]:
     """Yield a message for each setting that holds a secret; the secret itself is not in it.
 
     Args:
-        config: with Hydra's own node, which has the overrides of a sweep as they were given.
+        config: the tree with Hydra's own node, which has the overrides of a sweep as they were given.
     """
     given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     for override in given:

@@ -1,4 +1,4 @@
-"""Report on a multirun as a whole: stages that its jobs share, failed jobs, and a table that compares them."""
+"""Report on a whole multirun: the stages that its jobs share, failed jobs, and a table that compares the jobs."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ERROR, PLAN, PICTURE, TRAIN = "error.txt", "plan.json", "comparison.png", "train"
 SILENT = "it ended with neither a result nor an error; its process was probably killed"
-_HELD: list[FileLock] = []  # not in the callback, since Hydra sends it to other processes
+_HELD: list[FileLock] = []  # not kept in the callback, since Hydra sends it to other processes
 
 
 def record_failure(folder: Path, message: str) -> None:
@@ -159,7 +159,7 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
         finally:
             left = tracking.finish(status)
         return left
-    except Exception as error:  # drivers of databases raise many types; the jobs' results stand
+    except Exception as error:  # drivers of databases raise many types of errors; the jobs' results remain valid
         return str(error) if isinstance(error, DnpoError) else f"{type(error).__name__}: {error}"
 
 

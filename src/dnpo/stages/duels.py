@@ -57,7 +57,7 @@ Responses = Mapping[tuple[str, int], Response]  # by prompt and number
 
 @verb("duels", 1, lambda run, plan: {"judge": part_key(run.judge)})
 def fight_duels(run: Run, plan: None, task: Task) -> Facts:
-    """Compare every sample for a held-out prompt with the other side's of the same number, or the human response.
+    """Compare each sample for a held-out prompt with the other side's of the same number, or with the human response.
 
     The inputs are ``prompts`` and ``evaluation`` of the model, and ``their_prompts`` and ``their_evaluation`` of the
     other one; without the latter two, the model is compared with the human responses.

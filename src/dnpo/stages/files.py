@@ -1,4 +1,4 @@
-"""Reading and writing the files of a stage, where several verbs do it alike."""
+"""Read and write the files that several stages have in common."""
 
 import shutil
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def count_labels(folder: Path) -> dict[str, Any]:
 def write_trained(
     policy: "Policy", history: list[dict[str, float]], folder: Path, earlier: Path | None
 ) -> dict[str, Any]:
-    """Write a trained policy and its step metrics; after a training without steps, the policy it started from.
+    """Write a trained policy and its step metrics; if training made no step, write the policy that it started from.
 
     The checkpoint is removed last, so a stage that is killed while writing continues from it.
     """

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     },
 )
 def arrange(run: Run, plan: Plan, task: Task) -> Facts:
-    """Choose what is trained on, and with what weights, of this iteration's pairs and those of earlier ones."""
+    """Choose the pairs to train on, and their weights, from this iteration's pairs and earlier ones."""
     inputs = task.inputs
     pairs = read(inputs["pairs"] / "pairs.parquet", Pair)
     earlier = map(name_earlier, range(1, plan.curriculum.reads_history + 1))
@@ -66,8 +66,8 @@ def reference(run: Run, plan: Plan, task: Task) -> Facts:
     return {"pairs": len(rows), "weights": start.fingerprint()}
 
 
-def keeping(plan: Plan) -> tuple["Cache", bool]:
-    """Whether the reference's hidden states are kept, and whether those of chosen tokens too."""
+def cache_mode(plan: Plan) -> tuple["Cache", bool]:
+    """Whether the reference's hidden states are kept, and whether they include the states of chosen tokens."""
     modes = {plan.npo.cache_hidden if plan.npo.reads_states else "off", getattr(plan.objective, "keeps_states", "off")}
     mode: Cache = "on" if "on" in modes else "auto" if "auto" in modes else "off"
     return mode, getattr(plan.objective, "keeps_states", "off") != "off"
@@ -76,7 +76,7 @@ def keeping(plan: Plan) -> tuple["Cache", bool]:
 @verb(
     "hidden",
     1,
-    lambda run, plan: {"autocast": plan.trainer.autocast, **({"both": True} if keeping(plan)[1] else {})},
+    lambda run, plan: {"autocast": plan.trainer.autocast, **({"both": True} if cache_mode(plan)[1] else {})},
     title="hidden states",
 )
 def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
@@ -84,7 +84,7 @@ def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
     from dnpo.optimise import reference
 
     rows = read(task.inputs["pairs"] / "pairs.parquet", Pair)
-    mode, both = keeping(plan)
+    mode, both = cache_mode(plan)
     if mode == "auto" and plan.trainer.passes(len(rows)) <= 1:
         raise Declined  # a single epoch reads nothing twice
     start = run.policy(task.inputs)
@@ -107,13 +107,13 @@ def find_aids(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pairs:
     Args:
         frozen: the policy that the reference is; None for the base model.
     """
-    if keeping(plan)[0] == "off" or plan.rollout.live or plan.reference == "ema":
+    if cache_mode(plan)[0] == "off" or plan.rollout.live or plan.reference == "ema":
         return {}
     return {"hidden": keep_hidden(run, plan, prompts=prompts, policy=frozen, pairs=pairs)}
 
 
 def match(run: Run, plan: Plan, *, prompts: Stage, pairs: Stage | None, **others: Stage | None) -> Stage | None:
-    """Lay out the training whose mean shift ``plan.npo`` matches, if any; a run with that noise has the same stage."""
+    """Lay out the training whose mean shift ``plan.npo`` matches, if any; a run with that noise shares the stage."""
     noisy = with_matched_noise(plan)
     if noisy is None:
         return None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dnpo.generate import Sampling
 
 METRICS = "metrics.json"
-SECOND = {"judge": "second_judge"}  # the second judge's settings, as errors of a judge name them
+SECOND = {"judge": "second_judge"}  # its errors name the setting judge=…, here second_judge=…
 
 
 def measure(

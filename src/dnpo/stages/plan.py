@@ -51,7 +51,7 @@ class RunSettings:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: number of torch's CPU threads.
         store: folder of finished stages.
-        verify: what finished stages are compared by at their first use: ``digests`` (every file is read once) or
+        verify: how finished stages are checked at their first use: by ``digests`` (every file is read once) or
             ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
         plan: list the stages, whether they are stored and what the judge would cost, and run nothing.
@@ -184,7 +184,7 @@ class Iteration:
     Attributes:
         k: its number; ``BEFORE`` for fine-tuning.
         policy: the policy that it trained.
-        taught: before the first iteration, the copy of the policy that judges: the policy itself, or taught to judge.
+        taught: before the first iteration, the policy that can judge: a copy taught to judge, or the policy itself.
         labelled: the pairs that it made; the training itself where these are made in training.
         pairs: the pairs that it trained on: the same ones, unless there is a curriculum.
         like: the training whose noise this one matches.
@@ -241,7 +241,7 @@ class Verb(Protocol):
 
 
 class OptionalVerb(Protocol):
-    """A verb that some plans do without: then it returns None."""
+    """A verb that returns None for plans that do not need it."""
 
     def __call__(
         self, run: Run, plan: Any, /, *, aids: Mapping[str, Stage] = ..., **inputs: Stage | None
@@ -262,7 +262,7 @@ def verb(
         version: must be raised whenever a change of the code changes results.
         settings: gives the settings of run and plan that decide the result, as plain values for the key.
         title: the stage's title for people; by default its name.
-        reads: gives the names of the inputs that a plan reads, of those it is offered; by default all of them.
+        reads: gives the names of the inputs that a plan reads; by default all that ``loop.py`` passes.
     """
 
     def decorate(work: Callable[[Run, Any, Task], Facts]) -> Verb:

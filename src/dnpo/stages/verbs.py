@@ -65,7 +65,7 @@ def _selection(plan: Plan) -> dict[str, Any]:
 
 
 def _given(plan: Plan) -> dict[str, Any]:
-    """The part of a key that takes the place of generated responses; nothing if there are such."""
+    """The part of a key that replaces generated responses; nothing if responses are generated."""
     return {} if plan.rollout.generates else {**_selection(plan), "iteration": plan.k}
 
 
@@ -257,7 +257,7 @@ def reads_frozen(plan: Plan) -> bool:
 
 
 def _same_weights(folder: Path, policy: "Policy | None") -> None:
-    """Refuse an input of other weights than the reference's, if these are loaded."""
+    """Refuse an input that other weights than the reference's made, if the reference is loaded."""
     made_by = manifest(folder)["facts"]["weights"]
     if policy is not None and made_by != policy.fingerprint():
         raise DnpoError(
@@ -288,7 +288,7 @@ def _evaluation_key(run: Run, plan: Plan | None) -> dict[str, Any]:
 
 
 def sampling_of(run: Run, plan: Plan | None) -> "Sampling":
-    """How new responses to training prompts are sampled, which are compared with the rejected ones: as these were."""
+    """How to sample new responses to training prompts: like the rejected ones, with which they are compared."""
     from dnpo.generate import Ahead, Live
 
     if plan is None or not isinstance(plan.rollout, Ahead):

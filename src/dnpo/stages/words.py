@@ -1,7 +1,7 @@
 """Check that the words of a plan go together, before anything is computed.
 
-Every place of an iteration is filled by a part of its own choice (see :class:`dnpo.stages.plan.Plan`); some
-combinations have no meaning. The data, which are read later, are checked by the gate.
+Each place of an iteration can have any part (see :class:`dnpo.stages.plan.Plan`), but some combinations have no
+meaning. The data, which are read later, are checked by the gate.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def check_words(plans: Sequence[Plan], model: "ModelPart", never: "Noise | None"
     Args:
         plans: the plans of all iterations.
         model: the model that the run begins with.
-        never: noise that is asked for, and starts after the last iteration.
+        never: noise that is configured, but would start only after the last iteration.
 
     Raises:
         SettingsError: names the settings.
@@ -200,16 +200,14 @@ def _check_judge(plan: Plan) -> None:
 
 
 def _check_scores(plan: Plan) -> None:
-    """Refuse parts that take differences of scores for rewards, where there are no scores, or points from 0 to 100."""
+    """Refuse parts that read differences of scores as rewards, if scores are points from 0 to 100 or missing."""
     readers = {"strength": plan.strength.reads_scores, "curriculum": plan.curriculum.needs_scores}
     for name in (name for name, reads in readers.items() if reads):
-        what = (
-            f"{type(getattr(plan, name)).__name__} takes the difference of two responses' scores for a reward in nats"
-        )
+        what = f"{type(getattr(plan, name)).__name__} reads the difference of two responses' scores as a reward in nats"
         if not plan.dsl.needs_scores:
             raise SettingsError(
                 f"{name}: {what}, and {type(plan.dsl).__name__} (dsl) makes pairs without scores; take dsl=two or "
-                "ranked with judge=implicit, and none of it in iterations without such pairs"
+                f"ranked with judge=implicit, and leave {name} off in iterations without such pairs"
             )
         if not plan.judge.in_nats:
             raise SettingsError(

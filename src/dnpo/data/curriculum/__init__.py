@@ -1,7 +1,7 @@
 """What an iteration is trained on, and with what weight: the parts that ``curriculum=…`` configures.
 
-A curriculum takes the pairs that an iteration's label stage wrote, and those of earlier iterations' label stages, and
-returns the pairs to train on. It never sees what an earlier curriculum returned, and never labels anything again.
+A curriculum takes the pairs that this iteration and earlier ones labelled, and returns the pairs to train on. It never
+sees what an earlier curriculum returned, and never changes a label.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class Context(NamedTuple):
     Attributes:
         seed: seed of its random draws.
         iteration: number of the iteration that trains on the result.
-        embed: embeds pairs; it is called only by parts that say that they embed.
+        embed: embeds pairs; only parts whose ``embeds`` is true may call it.
     """
 
     seed: int
@@ -71,9 +71,9 @@ class Curriculum:
         """The pairs to train on, and what became of those given.
 
         Args:
-            pairs: those that this iteration has labelled.
-            history: those that each earlier iteration has labelled, the newest first; ``reads_history`` of them, or as
-                many as there are.
+            pairs: the pairs that this iteration labelled.
+            history: the pairs that each earlier iteration labelled, the newest iteration first; at most
+                ``reads_history`` iterations.
         """
         raise NotImplementedError
 
@@ -91,10 +91,10 @@ class NoCurriculum(Curriculum):
 
 @dataclass(frozen=True)
 class InTurn(Curriculum):
-    """Several curricula, each applied to the result of the one before, in the order in which they are given.
+    """Several curricula in a row, each applied to the result of the one before.
 
     Args:
-        parts: the curricula, by any names. What they count in common is added up.
+        parts: the curricula, in their order, under any names. Counts of the same name are added up.
     """
 
     parts: Mapping[str, Any]
@@ -107,7 +107,7 @@ class InTurn(Curriculum):
 
     @property
     def reads_history(self) -> int:
-        """As many earlier iterations as the part that reads most."""
+        """The largest number that any part reads."""
         return max(int(part.reads_history) for part in self.parts.values())
 
     @property
@@ -121,7 +121,7 @@ class InTurn(Curriculum):
         return any(part.embeds for part in self.parts.values())
 
     def identity(self) -> Mapping[str, Any]:
-        """The values that decide the result: the parts in their order, whatever their names."""
+        """The values that decide the result: the parts in their order, without their names."""
         return {"in turn": [part_key(part) for part in self.parts.values()]}
 
     def check(self, iteration: int, iterations: int) -> None:

@@ -60,7 +60,7 @@ def find_centres(embedding_NH: "Array", count: int, rounds: int, seed: int) -> "
 def assign(embedding_NH: "Array", centre_CH: "Array") -> Clusters:
     """Put every row into the cluster of the nearest centre.
 
-    The rows may be others than those that the centres were found on.
+    The rows may differ from the rows that the centres were found on.
     """
     import numpy as np
 
@@ -75,9 +75,9 @@ def assign(embedding_NH: "Array", centre_CH: "Array") -> Clusters:
 
 
 def outlying(clusters: Clusters, first: int, then: int) -> "Whole":
-    """Rows of the smallest clusters, then those farthest from the centres of theirs (SCIP, section 2.2).
+    """Rows of the smallest clusters, then the rows farthest from their centres (SCIP, section 2.2).
 
-    Clusters go one after the other, the smallest first; of one that is not left out whole the farthest rows go.
+    Clusters are left out one after the other, the smallest first; of the last one, only the farthest rows if need be.
 
     Args:
         first: how many to leave out by the size of their cluster.
@@ -99,9 +99,9 @@ def typical(clusters: Clusters, count: int) -> "Whole":
 
 
 def alike(embedding_NH: "Array", clusters: Clusters, count: int) -> "Whole":
-    """The rows most alike a row of their cluster that stays before them (SemDeDup: Abbas et al. 2023, algorithm A).
+    """The rows most similar to a row of their cluster that is kept (SemDeDup: Abbas et al. 2023, algorithm A).
 
-    The paper leaves out the rows above a threshold of likeness; here the threshold is whatever leaves out ``count``.
+    The paper leaves out the rows above a threshold of likeness; here the threshold follows from ``count``.
     """
     import numpy as np
 
@@ -125,13 +125,13 @@ def likeness(embedding_NH: "Array", clusters: Clusters) -> "Array":
         for start in range(0, len(rows), BLOCK):
             stop = min(start + BLOCK, len(rows))
             cosine = own_NH[start:stop] @ own_NH[:stop].T
-            cosine[np.triu_indices(stop - start, start, stop)] = -1  # itself, and those nearer to the centre
+            cosine[np.triu_indices(stop - start, start, stop)] = -1  # itself, and rows nearer to the centre
             likeness_N[rows[start:stop]] = cosine.max(1)
     return likeness_N
 
 
 def without(count: int, gone: "Whole | Sequence[int]") -> "Whole":
-    """The numbers of the rows that are left, in order."""
+    """The numbers of the remaining rows, in order."""
     import numpy as np
 
     left = np.ones(count, bool)

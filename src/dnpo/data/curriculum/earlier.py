@@ -13,13 +13,13 @@ from dnpo.settings import Count, NonNegative
 
 @dataclass(frozen=True)
 class Accumulate(Curriculum):
-    """The pairs of this iteration and of the last ones before it (SPIN paper, section 6.1: of the last one).
+    """The pairs of this iteration and of the last few before it (SPIN paper, section 6.1: of one before it).
 
     A pair of an earlier iteration that a newer one repeats token for token is left out, so that it counts once, with
     its newest label; ``repeated`` is the number of such pairs. Repeats within an iteration stay: they are in its data.
 
     Args:
-        last: how many earlier iterations; early iterations take those that there are.
+        last: how many earlier iterations; the first iterations use as many as exist.
     """
 
     last: Count = 1
@@ -32,7 +32,7 @@ class Accumulate(Curriculum):
     def __call__(
         self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
     ) -> tuple[list[Pair], Counts]:
-        """New pairs first, then those of earlier iterations, the newest of these first."""
+        """New pairs first, then pairs of earlier iterations, the newest iteration first."""
         kept, seen = list(pairs), {tokens_of(pair) for pair in pairs}
         repeated = 0
         for earlier in history[: self.last]:
@@ -47,11 +47,11 @@ class Accumulate(Curriculum):
 class Mix(Curriculum):
     """As many pairs as this iteration has, some of them replaced by pairs of earlier iterations (α-SPIN: half by half).
 
-    Each iteration gives its share. Which ids it gives pairs of is decided by a hash of the id, in one order for all
-    iterations, and each id is taken from one iteration only, as far as their ids are the same: with two halves, every
-    pair is then trained on once, in the iteration that wrote it or in the next one. Where an iteration has too few
-    pairs, the present one gives more (``short`` counts them). In early iterations the shares of those that exist are
-    scaled to a sum of 1: iteration 0 has its own pairs alone.
+    Each iteration gives its share of the pairs. A hash of the id decides from which iteration an id is taken, so
+    iterations with the same ids give different ones: with two halves, every pair is trained on once, in the iteration
+    that labelled it or in the next one. Where an earlier iteration has too few pairs, the present one gives more
+    (``short`` counts them). Where an earlier iteration does not exist, the other shares are scaled to a sum of 1:
+    iteration 0 uses only its own pairs.
 
     Args:
         shares: of the pairs, the newest iteration's first; they are scaled to a sum of 1.
@@ -83,7 +83,7 @@ class Mix(Curriculum):
         self._shares_of(iteration + 1, iteration)
 
     def _shares_of(self, count: int, iteration: int) -> list[float]:
-        """The shares of the ``count`` newest iterations, which sum to 1."""
+        """The shares of the ``count`` newest iterations, scaled to a sum of 1."""
         shares = self.shares[:count]
         if sum(shares) <= 0:
             raise SettingsError(
@@ -96,7 +96,7 @@ class Mix(Curriculum):
     def __call__(
         self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
     ) -> tuple[list[Pair], Counts]:
-        """The pairs that each iteration gives, in the order in which it labelled them, the newest iteration's first."""
+        """The pairs that each iteration gives, the newest iteration first, each in the order of its labels."""
         shares = self._shares_of(1 + len(history), context.iteration)
         wanted = apportion(len(pairs), shares)
         given: list[list[int]] = []
@@ -120,7 +120,7 @@ def _more(pairs: Sequence[Pair], taken: Sequence[int], number: int, used: set[st
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """Divide a number by shares that sum to 1, by largest remainders; the first of equal ones gets more.
+    """Divide a number by shares that sum to 1, by largest remainders; of equal remainders the first gets more.
 
     5 by ½ and ½ is 3 and 2; 10 by .55, .3 and .15 is 6 (5.5), 3 and 1 (1.5).
     """

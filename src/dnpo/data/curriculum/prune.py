@@ -1,4 +1,4 @@
-"""Leaving out pairs that lie badly among the others, by embeddings of prompt and chosen response."""
+"""Leave out pairs by their place among the others, as embeddings of prompt and chosen response show it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,22 +23,21 @@ if TYPE_CHECKING:
 class Prune(Curriculum):
     """Leaves out a share of the pairs (SCIP).
 
-    First, pairs whose prompt and chosen response repeat an earlier one's token for token are left out: ``duplicates``
-    counts them. ``pruned`` of the others follow, by one of these rules:
+    First, pairs whose prompt and chosen response repeat an earlier pair's token for token are left out (``duplicates``
+    counts them). Then a share of the others is left out (``pruned`` counts them), by one of these rules:
 
-    - ``outlying``: those of the smallest clusters, then those farthest from the centres of theirs (SCIP);
-    - ``typical``: those nearest to the centres of their clusters (SSL prototypes);
-    - ``alike``: those most alike another one of their cluster (SemDeDup);
-    - ``alike_typical``: ``alike``, then ``typical`` in clusters of the others (D4);
+    - ``outlying``: the pairs of the smallest clusters, then the pairs farthest from their centres (SCIP); -
+    ``typical``: the pairs nearest to their centres (SSL prototypes); - ``alike``: the pairs most similar to another one
+    of their cluster (SemDeDup); - ``alike_typical``: ``alike``, then ``typical`` in new clusters of the others (D4);
     - ``random``: any.
 
-    Clusters are of the embeddings as they come, not scaled to one length: those of a policy are the longer, the less
-    usual a text is. Likeness is the cosine.
+    Embeddings are clustered as they are, not scaled to one length: a policy's embeddings are longer for less usual
+    texts. Similarity is the cosine.
 
     Args:
         rule: which pairs are left out.
         share: of the pairs, without duplicates.
-        alpha: of the pairs that are left out, the share that the first step of ``outlying`` or ``alike_typical`` takes.
+        alpha: the share of the left-out pairs that the first step of ``outlying`` or ``alike_typical`` chooses.
         clusters: number of clusters; None: the square root of the number of pairs.
         rounds: maximum number of rounds of k-means.
         encoder: a folder with a sentence encoder; None: embeddings are the initial policy's mean last hidden state.
@@ -100,7 +99,7 @@ class Prune(Curriculum):
     def __call__(
         self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
     ) -> tuple[list[Pair], Counts]:
-        """The pairs that are left, in their order."""
+        """The remaining pairs, in their order."""
         from dnpo.data.curriculum.clusters import without
 
         first: dict[tuple[tuple[int, ...], ...], Pair] = {}

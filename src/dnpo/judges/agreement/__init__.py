@@ -53,8 +53,8 @@ def compare(
     """Compute measures and counts from rows and the verdicts on them, and the points for a histogram.
 
     The mode is ``score`` if single responses are scored, ``pairwise`` if two are compared in both orders, and
-    ``relative`` if one is scored against the other without known orders (ensembles and majorities of judges that
-    compare). The points are scores, differences between orders, or scores of ``b``, respectively.
+    ``relative`` if one is scored against the other but the orders are not known (ensembles of judges that compare). The
+    points are scores, differences between orders, or scores of ``b``, respectively.
 
     A row is left out, and counted by reason, if one of its responses lacks a score.
 
@@ -82,7 +82,7 @@ def compare(
         )
     scores = np.array([[a, b] for _, a, b, _ in scored])
     both = np.array([orders(b, apart) for _, _, b, apart in scored])
-    # A judge that compares gives the first response 50, so in all modes the better response has the higher score.
+    # A judge that compares gives ``a`` 50 points, so in all modes the better response has the higher score.
     against = bool((scores[:, 0] == 50.0).all() and (scores[:, 1] != 50.0).any())
     mode = "pairwise" if pairwise else "relative" if against else "score"
     judged = Judged(

@@ -1,8 +1,8 @@
-"""Rows that people have judged: a prompt, two responses, and which of them is better.
+"""Rows that people have judged: a prompt, two responses, and a label that says which one is better.
 
 JSON lines with ``prompt`` (text, or a list of turns with ``role`` and ``content``), ``a``, ``b`` and ``label`` (``A``,
-``B`` or ``tie``). A row may have ``votes``, one of these a person, the same number in every row and in the same order
-of persons; an ``id``; and a verifiable ``answer``, for judges that need one. Other fields are ignored.
+``B`` or ``tie``). A row may have ``votes``, one label for each person, with the same persons in the same order in every
+row; an ``id``; and a verifiable ``answer``, for judges that need one. Other fields are ignored.
 """
 
 import reprlib
@@ -29,9 +29,9 @@ class LabelledRow:
 
     Attributes:
         prompt: with ``a`` as its human response.
-        b: the text of the other one.
-        label: what people say as a whole.
-        votes: what each of them says; empty where only the label is known.
+        b: the text of the other response.
+        label: the label that people give as a whole.
+        votes: each person's label; empty if only the common one is known.
     """
 
     prompt: Prompt
@@ -51,7 +51,7 @@ class Labelled:
         self.path = Path(path)
 
     def content(self) -> str:
-        """What decides the rows, wherever the file lies.
+        """What decides the rows: the file's content, not its path.
 
         Raises:
             DataError: there is no such file.
@@ -120,7 +120,7 @@ def _read_row(where: str, raw: Any) -> LabelledRow:
 
 
 def _messages(prompt: Any) -> list[Message]:
-    """A text as one turn of the user, or turns as they are; the last is the user's, whom the responses answer."""
+    """Turn a text into one turn of the user; keep turns, of which the last must be the user's."""
     if isinstance(prompt, str) or is_parts(prompt):
         return [{"role": "user", "content": read_text("prompt", prompt)}]
     if not isinstance(prompt, list) or not prompt:
@@ -142,8 +142,8 @@ def _label(field: str, value: Any) -> int:
 
 
 def _response(field: str, value: Any) -> str:
-    """A text; responses may be empty, since judges meet such ones too.
+    """Read a response, which may be empty, since judges meet such ones too.
 
-    A bare true, false or number is a text that lost its quotes on the way through JSON: PandaLM's test set has some.
+    A bare true, false or number counts as a text that lost its quotes: PandaLM's test set has some.
     """
     return read_text(field, str(value) if isinstance(value, bool | int | float) else value, empty=True)

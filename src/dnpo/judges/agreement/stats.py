@@ -27,7 +27,7 @@ class AgreementMeasure:
     """A measure over rows.
 
     Attributes:
-        of: computes values (S) from weights (S × R); NaN where the measure is not defined.
+        of: computes values (shape S) from weights (S × R); NaN where the measure is not defined.
         rows: number of rows that it uses.
         undefined: the reason to report if the measure is not defined.
     """
@@ -71,7 +71,7 @@ def cohen(one_R: Labels, other_R: Labels) -> AgreementMeasure:
     """Cohen's κ = (p_o − p_e) / (1 − p_e) of two raters (Cohen 1960, equation 1).
 
     p_o is the share of rows in which they agree, p_e the expected share if each drew categories independently with its
-    own frequencies. Not defined if both use only one and the same category (p_e = 1).
+    own frequencies. Not defined if both use the same single category (p_e = 1).
     """
     joint = (_one_hot(one_R)[:, :, None] * _one_hot(other_R)[:, None, :]).reshape(len(one_R), -1)
     count = len(CATEGORIES)
@@ -84,7 +84,7 @@ def cohen(one_R: Labels, other_R: Labels) -> AgreementMeasure:
         # times rows²: whole numbers, so that 1 − p_e is exactly 0 where it must be
         return _divide(rows_S * agreed_S - expected_S, rows_S**2 - expected_S)
 
-    return AgreementMeasure(of, len(one_R), "both use only one and the same category, so chance explains everything")
+    return AgreementMeasure(of, len(one_R), "both use the same single category, so chance explains everything")
 
 
 def fleiss(votes_RV: Labels) -> AgreementMeasure:
@@ -251,8 +251,8 @@ def estimates(
 ) -> dict[str, AgreementEstimate]:
     """Estimate every measure with a percentile bootstrap interval over rows (Efron 1979), on the same resamples.
 
-    If a measure is not defined in some resamples, the interval uses the others; with fewer than 95 % of all there is
-    none.
+    If a measure is not defined in some resamples, the interval uses the others; if these are fewer than 95 %, there is
+    no interval.
     """
     rng = np.random.default_rng(seed)
     size = max(BATCH // rows, 1)

@@ -52,7 +52,7 @@ def format_value(value: float | None, metric: Metric) -> str:
 
 
 def cells(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """The rows of the table: measure, value, interval, number of rows, and a note, or why there is no value."""
+    """The rows of the table: measure, value, interval, number of rows, and a note or the reason for no value."""
     rows = []
     for line in LINES:
         estimate = report["measures"].get(line.name)

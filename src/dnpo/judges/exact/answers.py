@@ -1,8 +1,8 @@
 """Judges for prompts with a known answer: 100 points if a response gives it, 0 if not.
 
-A response without a recognisable answer is wrong: it gets 0 points, with the reason. If it had no score instead, its
-pair would be left out and the policy would never learn to answer. Prompts whose gold answer is unusable are refused
-before anything is computed.
+A response without a recognisable answer is wrong: it gets 0 points, with the reason. Without a score its pair would be
+left out, and the policy would never learn to answer. Prompts whose gold answer is unusable are refused before anything
+is computed.
 """
 
 import re
@@ -41,7 +41,7 @@ class Checker(Judge):
 
     @abstractmethod
     def check(self, gold: str, text: str) -> tuple[bool, str]:
-        """Whether a response is right; and why not, if there is more to report than a wrong answer."""
+        """Return whether a response is right, and a reason if there is more to report than a wrong answer."""
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
         """Accept prompts that all have a usable answer."""
@@ -241,7 +241,7 @@ class Exact(Checker):
         return "a text"
 
     def usable(self, gold: str) -> bool:
-        """Whether something is left of it after normalisation."""
+        """Whether it is not empty after normalisation."""
         return bool(self._form(gold))
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
@@ -256,7 +256,7 @@ class Exact(Checker):
 def normalise(text: str) -> str:
     """Reduce a text to the words and signs that :class:`Exact` compares."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    # unlike punctuation of a sentence, a sign or a point in a number is part of its value
+    # a sign or a point in a number is part of its value, unlike punctuation
     text = re.sub(r"(?<![\w.])[-−](?=\d)|(?<=\d)\.(?=\d)", lambda m: "\0" if m.group() == "." else "\1", text)
     text = "".join(c if c in "\0\1" or not unicodedata.category(c).startswith("P") else " " for c in text)
     words = [word for word in text.split() if word not in ("a", "an", "the")]

@@ -2,7 +2,8 @@
 
 The two run in separate processes, which exchange plain values: the answer's process evaluates calls and sends values
 back, the tests' process compares them. So an answer can neither see its tests, nor change their values, nor decide what
-is equal. :mod:`dnpo.judges.exact.apart.form` says what tests can do; tests that cannot work so are refused by name.
+is equal. :mod:`dnpo.judges.exact.apart.form` says what tests can do; tests that cannot work in this way are refused by
+name.
 
 Both processes have an empty environment, an empty folder to work in, limits on processor time, address space, files
 and processes, and no capability; a new session is killed as a whole at the end or after ``timeout``. Where the system
@@ -12,8 +13,8 @@ bubblewrap, bubblewrap does the same. Where neither works, nothing runs. With ``
 an answer can read the user's files, use the network and leave its session. Even then nothing runs if the environment
 seems to hold a secret that an answer could read.
 
-To start and end all this takes about 35 ms of processor time for each answer, twice what one bare process took; a call
-of an answer's name takes about 30 µs.
+Starting and ending all this takes about 35 ms of processor time for each answer, twice as much as one bare process; a
+call of an answer's function takes about 30 µs.
 """
 
 import math
@@ -42,18 +43,18 @@ COMPARED = re.compile(r"the tests compare \(\w+\) a \S+ of the answer with a ")
 class UnitTests(Checker):
     """100 points if the tests in the prompt's answer run through with the response's code; see the head of this file.
 
-    The response's code is its fenced blocks that are Python, one after another; where it has no fence, all of it, or
-    its paragraphs that are code. A response that takes too long on a busy machine fails, so scores near the limits
-    depend on the machine.
+    The response's code is all its fenced blocks of Python, one after another; without a fence, the whole response, or
+    its lines that are code. A response that takes too long on a busy machine fails, so scores near the limits depend on
+    the machine.
 
     Args:
         i_know_this_runs_code: nothing is run before this is true.
         isolation: ``namespaces``, ``bubblewrap``, the first of them that works (``auto``), or ``none``.
-        timeout: seconds of one response with its tests, by the clock; the same of processor time.
-        memory_mb: of address space, of each process.
-        file_mb: of any one file that it writes; of all together four times that, where it is isolated.
-        processes: maximum number of processes and threads, including its first; without isolation, of the user's, where
-            root is not limited.
+        timeout: seconds for one response with its tests, by the clock and of processor time.
+        memory_mb: address space of each process.
+        file_mb: size of a file that it writes; with isolation, all its files together can have four times that.
+        processes: maximum number of processes and threads, including the first; without isolation it counts all of the
+            user's, and root has no limit.
         workers: responses tested at once.
     """
 
@@ -85,7 +86,7 @@ class UnitTests(Checker):
         }
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """It may run code, on a system that closes it off, and every answer is a program whose tests can work."""
+        """Accept if running code is allowed and isolated, and every answer is a program whose tests can work."""
         if not self.i_know_this_runs_code:
             return (
                 "judge=code runs programs that a model wrote, with limits on time, memory, files and processes, and "
@@ -103,9 +104,9 @@ class UnitTests(Checker):
         return self._find_own_objects(prompts) if way else self._refusal(found)
 
     def _find_own_objects(self, prompts: Sequence[Prompt]) -> str | None:
-        """Whether tests compare objects of the answer with each other, which ends them: no answer could pass.
+        """Describe tests that compare an answer's objects, so that no answer could pass; None if there are none.
 
-        Tests that look so are run with the row's own response; a few of them.
+        A few tests that seem to do so are run with the row's own response.
         """
         seem = [
             (p, found) for p in prompts if p.answer is not None and (found := find_comparison(p.answer)) is not None
@@ -117,7 +118,7 @@ class UnitTests(Checker):
         return None
 
     def canary(self, ledger: Ledger) -> Canary | None:
-        """What is in force, tried with a real answer when the rows were accepted."""
+        """How answers are isolated, as tried with a real one when the rows were accepted."""
         way, found = find_isolation(self.isolation)
         return Canary(way is not None, found if way else self._refusal(found))
 
@@ -141,7 +142,7 @@ class UnitTests(Checker):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """One verdict a response, ``workers`` of them at once."""
+        """Return a verdict on each response, testing ``workers`` of them at once."""
         by_id = {p.id: p for p in prompts}
         report.begin(len(responses), "verdicts")
         with ThreadPoolExecutor(self.workers) as pool:
@@ -155,7 +156,7 @@ class UnitTests(Checker):
         if self.isolation == "none":
             return f"judge.isolation=none: {problem}; start the run without it, or isolate (judge.isolation=auto)"
         return (
-            f"judge.isolation={self.isolation}: this system does not close answers off ({problem}); allow namespaces, "
+            f"judge.isolation={self.isolation}: this system does not isolate answers ({problem}); allow namespaces, "
             "or install bubblewrap, or set judge.isolation=none if there is nothing to lose: answers can then read "
             "your files and use the network"
         )

@@ -1,4 +1,4 @@
-"""Run one answer and its tests in processes apart, and find out how far this machine can close them off."""
+"""Run one answer and its tests in separate processes, and find out how well this machine can isolate them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from dnpo.judges.exact.apart import NOT_ISOLATED, SYSTEM, WORK, form
 
 Isolation = Literal["namespaces", "bubblewrap", "none"]
 
-# The packages around are stood in for, so that nothing but what runs apart is imported.
+# Empty modules replace the packages around it, so that only what runs apart is imported.
 START = """
 import json, sys, types
 how = json.loads(sys.argv.pop())
@@ -42,7 +42,7 @@ IN_WORDS: Mapping[Isolation, str] = {
 # One thread for each library of numbers, since every thread counts as a process of the user.
 ENVIRONMENT = {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
 _APART = Path(form.__file__).parent
-# What an answer tries in order to find out what it can reach: names of variables alone, never what they hold.
+# Find the names of variables that an answer could reach, never their values.
 _TRY = """
 import os, re, socket
 def secrets():
@@ -66,7 +66,7 @@ class Ended:
 
     Attributes:
         passed: whether the tests ran through.
-        reason: why not, in a line; "" if they did.
+        reason: why they did not, in one line; "" if they did.
     """
 
     passed: bool
@@ -109,7 +109,7 @@ def run_tests(response: str, tests: str, how: Isolation, timeout: float, limits:
         raise JudgeError(f"judge.isolation={how}: this system does not allow it ({output})")
     if ended < 0:
         return Ended(False, f"killed by {signal.Signals(-ended).name}")
-    return Ended(False, output.splitlines()[0] if output else f"ended before its tests were through (status {ended})")
+    return Ended(False, output.splitlines()[0] if output else f"ended before its tests had finished (status {ended})")
 
 
 def _command(how: Isolation, folder: str, limits: Mapping[str, int], size: int) -> list[str]:
@@ -146,7 +146,7 @@ def _bubblewrap(trees: list[str], size: int) -> list[str]:
 
 
 def _wait(command: list[str], timeout: float, folder: str, stdin: IO[bytes], stdout: IO[bytes]) -> int | None:
-    """Run to the end, or to the timeout (None), and leave nothing of the session running."""
+    """Wait for the end, or until the timeout (returns None), and leave no process of the session running."""
     child = subprocess.Popen(
         command,
         stdin=stdin,
@@ -171,13 +171,13 @@ def _wait(command: list[str], timeout: float, folder: str, stdin: IO[bytes], std
 
 @cache
 def find_isolation(wanted: str) -> tuple[Isolation | None, str]:
-    """The way in which answers are closed off on this machine, tried with a real one.
+    """Find how answers can be isolated on this machine, trying it with a real one.
 
     Args:
-        wanted: the setting ``judge.isolation``; ``auto`` is the best that works, and never ``none``.
+        wanted: the setting ``judge.isolation``; ``auto`` takes the best way that works, never ``none``.
 
     Returns:
-        None and why nothing works; or the way, and in words what is in force.
+        The way and its description; or None and the reason why nothing works.
     """
     ways: dict[str, list[Isolation]] = {
         "auto": ["namespaces", "bubblewrap"],
@@ -195,7 +195,7 @@ def find_isolation(wanted: str) -> tuple[Isolation | None, str]:
 
 
 def _try(how: Isolation) -> str | None:
-    """Why answers cannot run in this way; None if they can."""
+    """Why answers cannot run this way; None if they can."""
     if how != "none" and sys.platform != "linux":
         return "only on Linux"
     if how == "bubblewrap" and shutil.which("bwrap") is None:

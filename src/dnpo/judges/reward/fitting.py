@@ -209,7 +209,7 @@ class PreferenceBatch:
         return sum(len(ids) for row in self.rows for side in row for ids in side)
 
     def to(self, device: torch.device) -> Self:
-        """Return the batch unchanged: the model puts the token ids on its device."""
+        """Return the batch unchanged; the model moves the token ids to its device."""
         return self
 
 

@@ -177,7 +177,7 @@ def load(
 
 
 def object_to(weights: Weights) -> str | None:
-    """Why the files of a reward model cannot be used; None where nothing speaks against them."""
+    """Why the files of a reward model cannot be used; None if they can, as far as is known."""
     try:
         if read_facts(weights).get("kind") == "embedding":
             assert weights.folder is not None
@@ -192,7 +192,7 @@ def object_to(weights: Weights) -> str | None:
 
 
 def object_to_rows(weights: Weights, template_date: str | None, rows: Sequence[Prompt]) -> str | None:
-    """Why the chat template of a reward model cannot show one of these rows; None where it can show each of some."""
+    """Why the chat template of a reward model cannot render one of these rows; None if it renders a few of them."""
     try:
         if read_facts(weights).get("kind") == "embedding":
             return None
@@ -213,7 +213,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], response: str) -> Text:
 
 def _advise(weights: Weights) -> str:
     return (
-        ". Without an output that was trained it is no reward model; fit one on it: python -m dnpo.judges.reward fit "
+        ". It is no reward model without a trained output; fit one on it: python -m dnpo.judges.reward fit "
         f"base={weights.folder or weights.name} data.path=… out=…"
     )
 

@@ -1,8 +1,8 @@
-"""Preferences: which of two responses to a conversation is better, from a JSON lines file.
+"""Preferences in a JSON lines file: which of two responses to a conversation is better.
 
 A row has ``chosen``, ``rejected`` and ``prompt``. The prompt is a text or a list of turns; a response is a text, or a
-list of turns that ends with the assistant's. Where the responses' lists begin with the conversation, it has to be the
-same in both, and ``prompt`` may be missing. Other fields are ignored.
+list of turns that ends with the assistant's. If the responses' lists begin with the conversation, it must be the same
+in both, and ``prompt`` may be missing. Other fields are ignored.
 """
 
 import json
@@ -34,7 +34,7 @@ class Preference:
 
     @property
     def conversation(self) -> str:
-        """The conversation as one text, to tell whether it is another's."""
+        """The conversation as one text, for comparisons."""
         return json.dumps([[turn["role"], turn["content"]] for turn in self.messages])
 
 
@@ -100,7 +100,7 @@ def _preference(raw: Any) -> Preference:
 
 
 def _turns(field: str, value: Any, last: str) -> list[Message]:
-    """A text as one turn, or turns of which the last has that role. A response may be empty, a prompt may not."""
+    """Read a text as one turn, or turns whose last has this role. A response may be empty, a prompt may not."""
     if isinstance(value, str) or is_parts(value):
         return [{"role": last, "content": read_text(field, value, empty=last == "assistant")}]
     if not isinstance(value, list) or not value:

@@ -31,7 +31,7 @@ class Reward(Judge):
     that does not fit into its context, together with the conversation, gets no score; nothing is cut.
 
     Args:
-        path: a folder with ``config.json``, safetensors weights and a tokenizer, or one of ``fit``; or
+        path: a folder with ``config.json``, safetensors weights and a tokenizer, or a folder that ``fit`` wrote; or
         name: a name on the hub, with ``revision``. Exactly one of the two.
         center: the reward worth 50 points; null takes the value of ``fit``, or else 0.
         scale: the increase of reward from 50 to 73 points; null takes the value of ``fit``, or else 1.
@@ -96,7 +96,7 @@ class Reward(Judge):
 
     @cached_property
     def prompts_seen(self) -> frozenset[str]:
-        """Hashes (``data/seen.py``) of the conversations it was fitted on; none where it comes from elsewhere."""
+        """Hashes (``data/seen.py``) of the conversations it was fitted on; none if ``fit`` did not write it."""
         if self.weights.folder is None or not (self.weights.folder / SEEN).is_file():
             return frozenset()
         return frozenset((self.weights.folder / SEEN).read_text(encoding="utf-8").split())
@@ -113,7 +113,7 @@ class Reward(Judge):
 
     @cached_property
     def _objection(self) -> str | None:
-        """Why the model cannot be used, by its files."""
+        """Why the model's files cannot be used; None if they can."""
         from dnpo.judges.reward.models import object_to
 
         return object_to(self.weights)

@@ -20,7 +20,7 @@ WORDS: dict[Level, str] = {"warn": "warning", "stop": "problem"}
 def gate(run: Run, iterations: Sequence[Iteration], store: Store, everything: bool = False) -> list[Finding]:
     """Run every check, in the order of the run's stages.
 
-    If all stages are in the store, only the chain itself is checked, unless ``everything`` is asked for.
+    If all stages are in the store, only the chain itself is checked, unless ``everything`` is true.
     """
     found = [chain.reference(iterations, run.plans)]
     todo = [stage for iteration in iterations for stage in iteration.stages if everything or not store.has(stage)]

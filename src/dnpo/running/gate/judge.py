@@ -37,7 +37,7 @@ def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
 
 
 def measuring(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
-    """Check that the judge of evaluations, where it is not that of the labels, can judge the held-out rows."""
+    """Check that the judge of evaluations, if it does not also label, can judge the held-out rows."""
     problem = judge.accepts(held)
     if problem is not None:
         setting = "eval.judge=…; null takes none where the method's own judge cannot score texts"
@@ -58,7 +58,7 @@ def second(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
 
 
 def models(plans: Sequence[Plan], policy: "Policy") -> list[Finding]:
-    """Check that the judges that read the run's own policies can ask this model; nothing where there are none.
+    """Check that judges which ask the run's own policies can ask this model; no finding without such judges.
 
     Args:
         policy: the base model, which may have no weights.
@@ -102,7 +102,7 @@ def canary(judge: Judge, ledger: Ledger) -> Finding:
     if asked is None:
         return Finding("judge", "pass", "this judge answers without a call")
     if not asked.scored:
-        mends = asked.mends or "the judge's settings: where it is, which model, what it is asked"
+        mends = asked.mends or "the judge's settings: its address, its model, its question"
         return Finding("judge", "stop", asked.text, mends)
     if asked.warning:
         return Finding("judge", "warn", f"{asked.text}; {asked.warning}", "judge.version=…, if they were")

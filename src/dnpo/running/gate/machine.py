@@ -24,7 +24,7 @@ from dnpo.running.gate.finding import Finding
 SMALL = 2**16  # bytes of the small files of a stage
 ID, TEXT = 2.0, 4.0  # bytes of a token's id and of its text in a table
 MIXED = 2.55  # measured bytes of a kept activation under autocast: norms and sums stay in float32
-USUAL = 2  # numbers per parameter that an optimizer keeps, as for Adam
+USUAL = 2  # numbers per parameter that an optimizer keeps, as Adam does
 TIGHT = 0.9  # share of free memory above which an estimate gets a warning
 
 
@@ -196,7 +196,7 @@ def training_bytes(
         fixed += of.trained
     elif copy:
         fixed += of.weights
-    if optimisation.autocast and of.value > 2:  # the backward pass needs the weights as the products had them
+    if optimisation.autocast and of.value > 2:  # the backward pass needs the weights in the type of the products
         fixed += of.weights * 2 / of.value
     if noise is not None:  # with its gradients and Adam's two states
         fixed += 4 * 4 * sum(p.numel() for p in noise.parameters())

@@ -11,7 +11,7 @@ from dnpo.settings import named_within
 
 
 def weights(policy: Policy, here: bool) -> Finding:
-    """Say whether the base model's weights were checked; what is wrong with them has stopped its outline already.
+    """Say whether the base model's weights were checked; if they were wrong, loading its outline has failed already.
 
     Args:
         policy: the base model on the meta device.
@@ -32,7 +32,7 @@ def findings(evaluation: Evaluation, ahead: Collection[str]) -> list[Finding]:
     """
     result = []
     if evaluation.texts is not None and "texts" in ahead:
-        result.append(_try("texts", evaluation.texts.check, "what it needs is here", "eval.texts.encoder"))
+        result.append(_try("texts", evaluation.texts.check, "everything it needs is here", "eval.texts.encoder"))
     if evaluation.leaderboard is not None and "leaderboard" in ahead:
         done = "lm-eval is installed, and the benchmarks can be read"
         result.append(

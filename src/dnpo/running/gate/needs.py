@@ -12,7 +12,7 @@ from dnpo.policy.model import Policy, device_of
 from dnpo.running.gate import machine
 from dnpo.running.gate.finding import Finding
 from dnpo.running.gate.machine import Counts, ModelShape
-from dnpo.stages.inputs import keeping, with_matched_noise
+from dnpo.stages.inputs import cache_mode, with_matched_noise
 from dnpo.stages.plan import Iteration, Plan, Run
 from dnpo.store import Stage, Store
 
@@ -142,14 +142,14 @@ def _trainings(run: Run, of: ModelShape, counts: Counts) -> list[_Training]:
         with torch.device("meta"):
             noise = (part.at(0.0) if isinstance(part, MatchedOffset) else part).module(of.width, of.vocabulary)
         reads = noise.reads_states or any(w.reads_states for w in watches(plan.objective, 1))
-        declines = keeping(plan)[0] != "on"
+        declines = cache_mode(plan)[0] != "on"
         trainings.append(_Training(plan.k, first + plan.k, plan.trainer, noise, reads, states, declines))
     return trainings
 
 
 def _states(plan: Plan, of: ModelShape, counts: Counts) -> int:
     """Return the bytes of the hidden states that are kept, by the rule of ``stages.hidden``."""
-    (keep, both), trainer = keeping(plan), plan.trainer
+    (keep, both), trainer = cache_mode(plan), plan.trainer
     if keep == "off" or (keep == "auto" and trainer.passes(counts.train) <= 1):
         return 0
     return (1 + both) * machine.hidden_bytes(of, counts, trainer.autocast)

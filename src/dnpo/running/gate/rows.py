@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 Rows = Mapping[str, Sequence[Prompt]]
 
 LIKE = 0.9  # texts with at least this Jaccard index of three-word shingles count as nearly the same
-MUCH = 0.1  # share of rows removed as duplicates from which on one should know why
-FEW = 0.01  # share of near duplicates that any data have
+MUCH = 0.1  # share of rows removed as duplicates that deserves a warning
+FEW = 0.01  # share of near duplicates that is usual in any data
 COMPARED = 5000  # evenly spaced rows that are compared for likeness, so that it takes seconds
 
 
@@ -59,11 +59,11 @@ def duplicates(train: Sequence[Prompt], by_design: bool, removed: Mapping[str, i
 
 
 def removed(counts: Mapping[str, int], examples: Sequence[str], left: int) -> Finding:
-    """Check how many rows the source has removed as duplicates: many may be no duplicates at all.
+    """Check how many rows the source has removed as duplicates: if many, they may be no duplicates at all.
 
     Args:
         counts: removed rows by kind.
-        examples: some of them, each with the row that it is like.
+        examples: some of them, each with the row that it resembles.
         left: how many rows are left.
     """
     gone = sum(counts.values())
@@ -90,7 +90,7 @@ def unusable(facts: Mapping[str, Mapping[str, Any]], total: int) -> Finding:
 
 
 def unread(columns: Sequence[str]) -> Finding:
-    """Check for columns that hold text and that nobody reads, such as Alpaca's ``input``."""
+    """Check for columns that hold text and are not read, such as Alpaca's ``input``."""
     if not columns:
         return Finding("columns", "pass", "no column that holds text is left unread")
     text = f"{', '.join(columns)}: unread text"
@@ -99,7 +99,7 @@ def unread(columns: Sequence[str]) -> Finding:
 
 
 def pairs(train: Sequence[Prompt]) -> list[Finding]:
-    """Say how many rows bring pairs and ratings, and whether ratings contradict pairs; nothing where there are none."""
+    """Report how many rows have pairs and ratings, and whether ratings contradict pairs; no finding without pairs."""
     paired = [row for row in train if row.rejected is not None]
     rated = [row for row in train if row.human_score is not None]
     if not paired and not rated:
@@ -147,8 +147,8 @@ def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
     text = f"of {len(train):,} training prompts the iterations use {', '.join(f'{size:,}' for size in sizes)}"
     few = [plan.k for plan, size in zip(plans, sizes, strict=True) if size < plan.trainer.batch_size]
     if few:
-        text += f"; those of {', '.join(map(str, few))} do not fill one policy step"
-    setting = "prompts.shares; pairs=share and seed_pairs=share where nearly all rows bring pairs; or the data"
+        text += f"; the prompts of {', '.join(map(str, few))} do not fill one policy step"
+    setting = "prompts.shares; pairs=share and seed_pairs=share if nearly all rows have pairs; or the data"
     return [*found, Finding("prompts", "warn" if few else "pass", text, setting)]
 
 
@@ -220,7 +220,7 @@ def room(asked: int, context: int | None, limit: int) -> Finding:
         return Finding("context", "pass", "the model's configuration limits no text")
     setting = f"data.max_response_tokens={limit} to less than {context:,}, or the model"
     if limit >= context:
-        text = f"the model's context of {context:,} tokens leaves none for prompts beside responses of {limit:,} tokens"
+        text = f"the model's context of {context:,} tokens leaves none for prompts with responses of {limit:,} tokens"
         return Finding("context", "stop", text, setting)
     text = f"prompts of up to {min(asked, context - limit):,} and responses of up to {limit:,} tokens fit into "
     return Finding("context", "pass", f"{text}the model's context of {context:,}")

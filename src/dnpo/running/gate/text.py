@@ -34,7 +34,7 @@ def encode_rows(
 
 
 def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Finding:
-    """Check that the training text begins with generation's prompt, and that no turn is lost in it."""
+    """Check that the training text begins with the prompt of generation, and that no turn is lost in it."""
     broken: list[tuple[Prompt, str]] = []
     for row in rows:
         try:
@@ -45,14 +45,12 @@ def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Find
         first, problem = broken[0]
         text = f"in {len(broken):,} of {len(rows):,} rows, the first is {first.id}: {problem}"
         return Finding("template", "stop", text, TEMPLATE)
-    text = (
-        f"generation's prompt is how training text begins, and the text of every turn is in it, in {len(rows):,} rows"
-    )
+    text = f"training text begins with the prompt of generation, and has the text of every turn, in {len(rows):,} rows"
     return Finding("template", "pass", text)
 
 
 def training_text(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: Sequence[Prompt]) -> Finding:
-    """Check that it is prompt, response and end, and nothing else: more would tell human responses from samples."""
+    """Check that it is prompt, response and end, and nothing else, which would mark human responses."""
     ends = [str(tokenizer.decode([i])) for i in stop_ids]
     special = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     more, leads = [], Counter[str]()
@@ -106,7 +104,7 @@ def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> F
     name = str(tokenizer.bos_token)
     twice = [row for row in rows if row.prompt_ids[:2] == [bos, bos]]
     if twice:
-        text = f"{len(twice):,} of {len(rows):,} prompts begin with {name} twice; the template has to put it once"
+        text = f"{len(twice):,} of {len(rows):,} prompts begin with {name} twice; the template must put it once"
         return Finding("one BOS", "stop", text, TEMPLATE)
     # If one token serves as both BOS and EOS, the other occurrences are ends.
     again = [r for r in rows if bos in [*r.prompt_ids[1:], *r.ids]] if bos != tokenizer.eos_token_id else []
@@ -131,7 +129,7 @@ def one_eos(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: S
             f"{wrong[0].prompt.id}, which ends with {tokenizer.decode(wrong[0].ids[-3:])!r}"
         )
         return Finding("one EOS", "stop", text, TEMPLATE)
-    # One that is no special token, a line break say, ends a response even in the middle of its text.
+    # An end that is no special token, such as a line break, ends a response even in the middle of its text.
     early = [row for row in rows if stops & set(_tokenize_content(tokenizer, row.prompt.human, stop_ids))]
     if early:
         text = (
@@ -165,8 +163,8 @@ def no_eos_where_cut(
                 break
     if wrong:
         text = (
-            f"{len(wrong):,} of {len(rows):,} human responses, the first is {wrong[0].prompt.id}, end otherwise than "
-            "samples do: a cut one must have no end-of-sequence token, and a whole one must have one"
+            f"{len(wrong):,} of {len(rows):,} human responses, the first is {wrong[0].prompt.id}, end differently "
+            "from samples: a cut one must have no end-of-sequence token, and a whole one must have one"
         )
         return Finding("no EOS where cut", "stop", text, "none: dnpo.policy.tokenizer.human_response is wrong")
     return Finding("no EOS where cut", "pass", f"{len(rows):,} responses, cut on purpose, end without one")
@@ -192,7 +190,7 @@ def ends_of_model(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], rows:
     if all(row.ids[-1] in ends for row in rows):
         text += "; the template ends responses with the model's, so nothing depends on the tokenizer's"
         return Finding("EOS of the model", "warn", text, setting)
-    text += ": human responses would end with one and the model's own with the other, which tells them apart for free"
+    text += ": human responses would end with one and the model's own with the other, which gives away who wrote them"
     return Finding("EOS of the model", "stop", text, setting)
 
 
@@ -213,7 +211,7 @@ def seam(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt], stop_ids: S
         text = (
             f"in {len(moved):,} of {len(rows):,} rows a token reaches over the end of the prompt (the first is "
             f"{first.id}, at token {at}); there the response is tokenised by itself, so the policy learns it after the "
-            "very prompt it samples from"
+            "same prompt tokens that it samples from"
         )
         return Finding("seam", "warn", text, f"{TEMPLATE} (let the prompt end with a special token or a new line)")
     if other:

@@ -6,7 +6,7 @@ from dnpo.tracking.writing import Tracking
 
 
 def check_tracking(tracking: Tracking) -> Finding:
-    """Try the tracking store; nothing is made that is not there."""
+    """Try the tracking store, without creating anything."""
     try:
         tracking.check()
     except TrackingError as error:

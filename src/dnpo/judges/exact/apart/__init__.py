@@ -6,8 +6,8 @@ calls of its names; in the other, ``testing`` runs the tests. ``wire`` is the co
 plain values. ``form`` finds which names tests need from an answer, and which tests cannot work this way.
 """
 
-PASSED, FAILED, NOT_ISOLATED = 0, 1, 3  # how a process that runs tests ends
-WORK = "/answer"  # the folder that an answer works in, in the file system that is made for it
+PASSED, FAILED, NOT_ISOLATED = 0, 1, 3  # exit codes of a process that runs tests
+WORK = "/answer"  # the folder in which an answer works, in its private file system
 # What Python and its packages need besides their own folders.
 SYSTEM = (
     *("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from dnpo.judges.exact.apart.wire import BrokenWire, Wire, decode, encode
 
-# A closed thought, which the prompt's template may have opened.
+# A thought that is closed; the prompt's template may have opened it.
 _THOUGHT = re.compile(r"\A\s*<(think|thinking)>.*?</\1>|\A(?:(?!<think|```).)*?</think>", re.DOTALL)
 _FENCE = re.compile(
     r"(?P<fence>`{3,}|~{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)(?:(?:(?<=\n)|\n)[ \t]*(?P=fence)|\Z)", re.DOTALL
@@ -42,7 +42,7 @@ def find_code(text: str) -> list[str]:
 
 
 def _dedent(code: str) -> str:
-    import textwrap  # here, because most answers do not need it, and every import takes time
+    import textwrap  # imported here, because most answers do not need it and every import takes time
 
     return textwrap.dedent(code) if code.startswith((" ", "\t")) else code
 
@@ -195,7 +195,7 @@ class Server:
         return ["value", value]
 
     def _changes(self, inner: tuple[Any, ...], args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that a call has changed, as they are now."""
+        """The arguments that a call has changed, with their new values."""
         before = {str(place): each for place, each in enumerate(inner[0])} | dict(inner[1].get("builtins.dict", []))
         after = {str(place): each for place, each in enumerate(args)} | kwargs
         kinds = (list, dict, set, bytearray)
@@ -239,7 +239,7 @@ def _refuse(value: Any) -> dict[str, Any]:
 
 
 def _function(verb: str) -> Any:
-    """The function that does a verb, from :mod:`operator` or Python's built-in ones."""
+    """The function for a verb, from :mod:`operator` or Python's built-in ones."""
     own = {"call": lambda function, *args, **kwargs: function(*args, **kwargs), "get": getattr, "set": setattr}
     return own.get(verb) or getattr(operator, verb, None) or getattr(builtins, verb)
 

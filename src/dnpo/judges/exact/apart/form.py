@@ -12,12 +12,12 @@ and datetime. Everything else, such as an instance of the answer's class or a ge
   sorting in place can be tested; a call that returns a value cannot change its arguments.
 - Functions of the tests can be passed, and are called in the tests' process.
 - An exception of the answer is raised in the tests under its name, which can be built-in or defined by the answer.
-- What a call prints is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it.
-- Functions ``test…()`` without parameters and classes of ``unittest.TestCase`` are run where nothing else runs them.
-- The answer's modules are not there: tests import what they use, except that ``math.…`` and other modules of the
-  standard library need no import. The answer itself can be imported as ``solution`` or another name of ``ANSWERS``:
-  what is read from that module refers to an object in the answer's process, as a name without an import does.
-- Where tests name nothing but Python's functions, and call just one of them, such as ``sum``, it is the answer's.
+- What a call prints is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it. - Functions
+``test…()`` without parameters and classes of ``unittest.TestCase`` are run if nothing else runs them. - The answer's
+imports are not available to tests: they import what they use, except that ``math.…`` and other modules of the standard
+library need no import. The answer itself can be imported as ``solution`` or another name of ``ANSWERS``: what is read
+from that module refers to an object in the answer's process, as a name without an import does. - If tests name only
+Python's functions, and call just one of them, such as ``sum``, that one is the answer's.
 """
 
 import ast
@@ -65,7 +65,7 @@ _REFUSED_NAMES = {"__import__", "breakpoint", "compile", "eval", "exec", "global
 
 
 def answer_names(tests: str) -> list[str]:
-    """The names that tests want of the answer.
+    """The names that tests need from the answer.
 
     Raises:
         SyntaxError, ValueError: they are no Python.
@@ -103,7 +103,7 @@ def _answer_imports(tree: ast.AST) -> Iterator[tuple[str, str, ast.AST]]:
 
 
 def find_fault(tests: str) -> str | None:
-    """What keeps these tests from being used, in words; None if nothing does."""
+    """Describe why these tests cannot be used; None if they can."""
     try:
         tree = ast.parse(tests)
         compile(tree, "tests", "exec")
@@ -161,7 +161,7 @@ def _fault(node: ast.AST) -> str | None:
 
 
 def _module_fault(tree: ast.AST) -> str | None:
-    """What is done with the answer as a module that cannot be: it is in another process."""
+    """Describe a use of the answer as a module that its separate process rules out."""
     bound = {name: module for name, module, _ in _answer_imports(tree) if name}
     allowed: set[int] = set()
     for node in ast.walk(tree):
@@ -185,9 +185,9 @@ def _module_fault(tree: ast.AST) -> str | None:
 
 
 def find_comparison(tests: str) -> str | None:
-    """Where tests seem to compare an instance of a class of the answer, in words; None if nowhere.
+    """Describe where tests seem to compare an instance of an answer's class; None if nowhere.
 
-    They do unless the class is one of plain values, such as a named tuple: only running them tells.
+    They do, unless the class is one of plain values, such as a named tuple; only running them shows which.
     """
     tree = ast.parse(tests)
     modules = {name for name, _, _ in _answer_imports(tree) if name}
@@ -210,7 +210,7 @@ def find_comparison(tests: str) -> str | None:
 
 
 def _class_name(function: ast.expr, names: set[str], modules: set[str]) -> str:
-    """The name of a class of the answer, by the way that classes are written; "" for anything else."""
+    """The name if it is written like a class of the answer; "" for anything else."""
     if isinstance(function, ast.Name) and function.id in names:
         name = function.id
     elif isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id in modules:

@@ -36,7 +36,7 @@ def _call(name: str, *args: object) -> None:
 
 
 def limit(limits: dict[str, int]) -> None:
-    """Set limits on this process, by their names in :mod:`resource`; none above what holds already."""
+    """Set limits on this process, by their names in :mod:`resource`; none is set above the present one."""
     for name, value in limits.items():
         kind = getattr(resource, name)
         hard = resource.getrlimit(kind)[1]
@@ -45,13 +45,13 @@ def limit(limits: dict[str, int]) -> None:
 
 
 def enter_namespaces() -> bool:
-    """Give this process, and those that it starts, namespaces without network, processes or names of the machine.
+    """Put this process and its children into namespaces without the machine's network, processes and names.
 
     Returns:
-        Whether it is the machine's root there, and can take another user.
+        Whether it is root on the machine, and can become another user.
 
     Raises:
-        OSError: the system does not let it.
+        OSError: the system does not allow it.
     """
     spaces = _NEW_NS | _NEW_UTS | _NEW_IPC | _NEW_PID | _NEW_NET
     user, group = os.geteuid(), os.getegid()
@@ -68,7 +68,7 @@ def enter_root(folder: str, trees: list[str], size: int) -> None:
     """Make a file system of a few read-only folders and an empty one to work in, without anything else, even ``/proc``.
 
     Args:
-        folder: an empty one, over which it is mounted for a moment.
+        folder: an empty folder, over which it is mounted for a moment.
         trees: folders that Python needs.
         size: bytes that can be written in all.
     """
@@ -116,7 +116,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 
 
 def give_up_rights(user: int | None) -> None:
-    """Take another user where one is given, and keep no capability in any case, not by starting a program either."""
+    """Become another user if one is given, and give up all capabilities, also for programs that are started later."""
     if user is not None:
         os.setgroups([])
         os.setgid(user)

@@ -1,7 +1,7 @@
 """Start the two processes of an answer and its tests; ``python -c`` calls ``main`` and passes the task on stdin.
 
-The answer's process is started before the task is read, so that it never holds the tests, and closes every file that
-is not its connection. Only the tests' process can write the word that means success.
+The answer's process is started before the task is read, so it never has the tests, and it closes every file but its
+connection. Only the tests' process can write the word that means success.
 """
 
 import json
@@ -45,7 +45,7 @@ def main(how: dict[str, Any]) -> None:
 def _enter(how: dict[str, Any]) -> int | None:
     """Enter the namespaces; return the user for the answer's process, None if it cannot be another user."""
     root = isolation.enter_namespaces()
-    # by this process's id, so that no two answers share a user at one time: processes are limited by user
+    # by this process's id, so that no two running answers share a user: processes are limited by user
     user = _USERS + os.getpid() * 2 % 5_000 if root else None
     if user is not None and not isolation.can_be(user + 1):
         user = None
@@ -101,7 +101,7 @@ def _describe(error: BaseException, answer: int) -> str:
         gone, status = os.waitpid(answer, os.WNOHANG)
         if gone and os.WIFSIGNALED(status):
             return f"the answer's process was killed by {signal.Signals(os.WTERMSIG(status)).name}"
-        return f"the answer's process {error} before its tests were through"
+        return f"the answer's process {error} before its tests had finished"
     message = str(error).strip().partition("\n")[0][:200]
     return message if isinstance(error, testing.NotPlain) else f"{type(error).__name__}: {message}"
 

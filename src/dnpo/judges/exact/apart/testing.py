@@ -30,7 +30,7 @@ OWN_OBJECTS = (
 
 
 class NotPlain(BaseException):
-    """Raised if tests compare or pass anything but plain values; an ``except Exception`` in them does not catch it."""
+    """Raised if tests compare or pass anything but plain values; ``except Exception`` does not catch it."""
 
 
 class AnswerEnded(BaseException):
@@ -171,7 +171,7 @@ class Client:
             raise raised.error from None
 
     def _read(self, reply: list[Any], given: dict[str, Any], verb: str) -> Any:
-        """The value of a reply; what was printed there is printed here, and changed arguments are changed here."""
+        """The value of a reply; print here what was printed there, and change the arguments that were changed there."""
         kind, value, more, printed = reply
         if not isinstance(printed, str):
             raise BrokenWire("sent what is no message")
@@ -254,7 +254,7 @@ def _no_reference(kind: str, inner: Any) -> Any:
 
 
 def _take_over(old: Any, new: Any) -> None:
-    """Change a list, set or mapping to what the answer made of it."""
+    """Change a list, set or mapping as the answer changed its copy."""
     if type(old) is not type(new):
         raise BrokenWire("sent another type of argument than it was given")
     if isinstance(old, list | bytearray):
@@ -265,7 +265,7 @@ def _take_over(old: Any, new: Any) -> None:
 
 
 def answer_module(name: str, client: Client) -> types.ModuleType:
-    """A module whose names are the answer's, and are asked of the answer's process."""
+    """A module whose names refer to the answer's, in the answer's process."""
     module = types.ModuleType(name)
 
     def find(wanted: str) -> Any:
@@ -298,7 +298,7 @@ def run(tests: str, names: list[str], modules: list[str], answers: list[str], cl
     space.update({name: importlib.import_module(name) for name in modules}, **client.names(names))
     try:
         exec(compile(tests, "tests", "exec"), space)
-    except SystemExit as end:  # as unittest.main() ends; an answer's never comes here
+    except SystemExit as end:  # unittest.main() ends so; an answer's SystemExit never comes here
         if end.code:
             raise AssertionError(f"the tests end with status {end.code}") from None
         return

@@ -15,7 +15,7 @@ from typing import Any
 LIMIT = 16 << 20  # bytes of one message
 REFERENCES = ("object", "callback", "builtin", "iterator")
 if hasattr(sys, "set_int_max_str_digits"):
-    sys.set_int_max_str_digits(0)  # a right answer may be long; the time is limited elsewhere
+    sys.set_int_max_str_digits(0)  # a right answer may have so many; the time is limited elsewhere
 
 
 def _items(mapping: dict[Any, Any]) -> list[list[Any]]:
