@@ -54,7 +54,7 @@ __all__ = [
 
 
 class Labeller(Protocol):
-    """What ``dsl=…`` configures.
+    """Makes pairs of candidates, configured by ``dsl=…``.
 
     Attributes:
         needs_scores: whether candidates need scores of a judge.
@@ -80,11 +80,11 @@ class Labeller(Protocol):
 
 
 class Strength(Protocol):
-    """What ``strength=…`` configures: how sure the labels are.
+    """Says how sure the labels are, configured by ``strength=…``.
 
     Attributes:
         asks: whether it asks the judge to compare both sides.
-        reads_scores: whether it takes scores for rewards in nats.
+        reads_scores: whether it reads scores as rewards in nats.
     """
 
     asks: ClassVar[bool]

@@ -126,7 +126,7 @@ class Ranked(AmongGenerated):
 
 @dataclass(frozen=True)
 class RandomPairs(AmongGenerated):
-    """Generated responses paired at random, the control of :class:`Ranked`: also ⌊K/2⌋ pairs, the better side chosen.
+    """Generated responses paired at random, a control for :class:`Ranked`: also ⌊K/2⌋ pairs, the better side chosen.
 
     Args:
         seed: seed of the pairing, together with the prompt's id.

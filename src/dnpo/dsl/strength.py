@@ -14,7 +14,7 @@ Compare = Callable[[Sequence[Prompt], Sequence[Pair]], Sequence[float]]
 
 @dataclass(frozen=True)
 class HardLabels:
-    """Labels are taken for certain."""
+    """Labels count as certain."""
 
     asks: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = False
@@ -64,7 +64,8 @@ class AskedStrength:
 def with_strengths(pairs: Sequence[Pair], strengths: Sequence[float]) -> list[Pair]:
     """The pairs with their strengths. A pair of less than ½ is turned around, so that p is at least ½.
 
-    The loss of a pair is the same for (y⁺, y⁻, p) and (y⁻, y⁺, 1 − p); hard labels and noise need the likelier order.
+    The loss of a pair is the same for (y⁺, y⁻, p) and (y⁻, y⁺, 1 − p); hard labels and noise need the more likely
+    order.
     """
     return [
         replace(pair, strength=p) if p >= 0.5 else replace(turn(pair), strength=1 - p)

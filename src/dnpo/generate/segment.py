@@ -17,7 +17,7 @@ from dnpo.records import Prompt, Response
 from dnpo.seeding import derive
 from dnpo.store import Report
 
-REDRAWS = 8  # further draws of a segment that came out as it was
+REDRAWS = 8  # further draws of a segment that comes out unchanged
 LOGITS = 2**26  # entries of logits that are held at once
 
 
@@ -57,7 +57,7 @@ def regenerate(
 ) -> tuple[list[Response], dict[str, int]]:
     """Regenerate a segment of the human response to each prompt.
 
-    A segment with tokens after it becomes one of as many tokens, none of which is a stop token. A segment at the end
+    A segment with tokens after it is replaced by as many tokens, none of which is a stop token. A segment at the end
     becomes a sample: up to a stop token, or cut at the limit. If the result is the human response, the segment is drawn
     again, up to ``REDRAWS`` times. A segment that is the whole response is drawn only once, and gives exactly what
     ``hf.sample`` gives.

@@ -26,7 +26,7 @@ from dnpo.policy.logprobs import Head, Tally, product, sum_by_sequence, target_i
 from dnpo.seeding import derive
 
 KEPT = {"cpu": 7 * 2**25, "cuda": 2**31}  # bytes that are kept for the backward pass, not recomputed
-HIGH = math.sqrt(0.9)  # of a standard deviation's bound
+HIGH = math.sqrt(0.9)  # as a share of a standard deviation's bound
 BLOCK = {"cpu": 32, "cuda": 128}  # tokens of a response whose noise comes from one seed, for each tile
 
 

@@ -196,7 +196,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return float(torch.tensor(list(values), dtype=torch.float64).quantile(share))
 
 
-# --- what several of them use
+# --- used by several of them
 
 
 def softly(loss_B: Tensor, swapped_B: Tensor, strength_B: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def hard(like_B: Tensor) -> Facts:
 
 
 def weighted_mean(value_B: Tensor, weight_B: Tensor) -> Tensor:
-    """Σ w x / Σ w; where all weights are 1, the bits of the plain mean, and 0 where they sum to 0."""
+    """Σ w x / Σ w: bit for bit the plain mean if all weights are 1, and 0 if they sum to 0."""
     total = weight_B.sum().clamp(min=torch.finfo(weight_B.dtype).tiny)
     scale = torch.full_like(total, len(weight_B)) / total  # number / tensor takes a reciprocal first: other bits
     return (value_B * (weight_B * scale)).mean()

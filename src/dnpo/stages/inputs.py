@@ -1,4 +1,4 @@
-"""What training reads: the pairs that a curriculum chooses, the reference, and a training whose noise is matched.
+"""What training reads: a curriculum's choice of pairs, the reference's numbers, and a training to match.
 
 These are verbs like those in ``verbs.py``; ``loop.py`` calls them between labelling and training.
 """
@@ -51,7 +51,7 @@ def arrange(run: Run, plan: Plan, task: Task) -> Facts:
 
 
 def name_earlier(number: int) -> str:
-    """The name of the input with the pairs of the iteration that lies this many back."""
+    """Name the input with the pairs of an earlier iteration, so many iterations back."""
     return f"pairs_{number}"
 
 
@@ -105,7 +105,7 @@ def find_aids(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pairs:
     """Lay out the stages that only save work in training: hidden states, if they are read and kept.
 
     Args:
-        frozen: the policy that the reference is; None for the base model.
+        frozen: the reference; None for the base model.
     """
     if cache_mode(plan)[0] == "off" or plan.rollout.live or plan.reference == "ema":
         return {}

@@ -257,7 +257,7 @@ def reads_frozen(plan: Plan) -> bool:
 
 
 def _same_weights(folder: Path, policy: "Policy | None") -> None:
-    """Refuse an input that other weights than the reference's made, if the reference is loaded."""
+    """Check that an input was made by the reference's weights, if these are loaded."""
     made_by = manifest(folder)["facts"]["weights"]
     if policy is not None and made_by != policy.fingerprint():
         raise DnpoError(

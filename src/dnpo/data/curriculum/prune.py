@@ -26,9 +26,10 @@ class Prune(Curriculum):
     First, pairs whose prompt and chosen response repeat an earlier pair's token for token are left out (``duplicates``
     counts them). Then a share of the others is left out (``pruned`` counts them), by one of these rules:
 
-    - ``outlying``: the pairs of the smallest clusters, then the pairs farthest from their centres (SCIP); -
-    ``typical``: the pairs nearest to their centres (SSL prototypes); - ``alike``: the pairs most similar to another one
-    of their cluster (SemDeDup); - ``alike_typical``: ``alike``, then ``typical`` in new clusters of the others (D4);
+    - ``outlying``: the pairs of the smallest clusters, then the pairs farthest from their centres (SCIP);
+    - ``typical``: the pairs nearest to their centres (SSL prototypes);
+    - ``alike``: the pairs most similar to another one of their cluster (SemDeDup);
+    - ``alike_typical``: ``alike``, then ``typical`` in new clusters of the others (D4);
     - ``random``: any.
 
     Embeddings are clustered as they are, not scaled to one length: a policy's embeddings are longer for less usual

@@ -12,12 +12,13 @@ and datetime. Everything else, such as an instance of the answer's class or a ge
   sorting in place can be tested; a call that returns a value cannot change its arguments.
 - Functions of the tests can be passed, and are called in the tests' process.
 - An exception of the answer is raised in the tests under its name, which can be built-in or defined by the answer.
-- What a call prints is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it. - Functions
-``test…()`` without parameters and classes of ``unittest.TestCase`` are run if nothing else runs them. - The answer's
-imports are not available to tests: they import what they use, except that ``math.…`` and other modules of the standard
-library need no import. The answer itself can be imported as ``solution`` or another name of ``ANSWERS``: what is read
-from that module refers to an object in the answer's process, as a name without an import does. - If tests name only
-Python's functions, and call just one of them, such as ``sum``, that one is the answer's.
+- What a call prints is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it.
+- Functions ``test…()`` without parameters and classes of ``unittest.TestCase`` are run if nothing else runs them.
+- The answer's imports are not available to tests: they import what they use, except that ``math.…`` and other modules
+  of the standard library need no import. The answer itself can be imported as ``solution`` or another name of
+  ``ANSWERS``: what is read from that module refers to an object in the answer's process, as a name without an import
+  does.
+- If tests name only Python's functions, and call just one of them, such as ``sum``, that one is the answer's.
 """
 
 import ast
