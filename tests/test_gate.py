@@ -327,14 +327,14 @@ def test_pairs_and_ratings_are_counted() -> None:
     assert rows.pairs(PLAIN) == []
     some = [replace(each, rejected="No.") for each in PLAIN[:3]]
     (pairs,) = rows.pairs([*some, *PLAIN[3:]])
-    fires(pairs, "pass", "3 of 8 training rows bring a pair", "0 a rating")
+    fires(pairs, "pass", "3 of 8 training rows have a pair", "0 a rating")
     rated = [replace(each, human_score=4.0, rejected_score=2.0 * i) for i, each in enumerate(some)]
     fires(rows.pairs(rated)[1], "pass", "of 3 pairs with two ratings 1 have equal ones, and in 0 (0.0%) the rejected")
     pairs, ratings = rows.pairs([*rated, replace(some[0], id="odd", human_score=-1.0, rejected_score=0.0), *PLAIN])
-    fires(pairs, "pass", "4 of 12 training rows bring a pair, 4 a rating")
+    fires(pairs, "pass", "4 of 12 training rows have a pair, 4 a rating")
     fires(ratings, "warn", "in 1 (25.0%) the rejected response has the higher one; the first is odd", "data.columns")
     (alone,) = rows.pairs([replace(each, human_score=1.0) for each in PLAIN])
-    fires(alone, "pass", "0 of 8 training rows bring a pair, 8 a rating")
+    fires(alone, "pass", "0 of 8 training rows have a pair, 8 a rating")
 
 
 def plans(*parts: Any, generates: bool = True) -> Any:
@@ -361,7 +361,7 @@ def test_iterations_on_given_pairs_need_some() -> None:
     own = plans(All(), generates=False)
     assert rows.used(own, [replace(PLAIN[0], rejected="No."), *PLAIN[1:]]) == []
     (found,) = rows.used(own, PLAIN)
-    fires(found, "stop", "none of its 8 rows brings a rejected response", "data.columns")
+    fires(found, "stop", "none of its 8 rows has a rejected response", "data.columns")
     fires(rows.used(own, [])[0], "stop", "iteration 0 has none of 0 training prompts")
 
 
@@ -520,7 +520,7 @@ def test_labels() -> None:
 def test_canary() -> None:
     fires(judge.canary(Rules(), LEDGER), "pass", "without a call")
     fires(judge.canary(Asked(Canary(True, "says 100 ($0.00002 a question)")), LEDGER), "pass", "$0.00002")
-    fires(judge.canary(Asked(Canary(False, "answers, but: no number")), LEDGER), "stop", "no number", "which model")
+    fires(judge.canary(Asked(Canary(False, "answers, but: no number")), LEDGER), "stop", "no number", "its model")
     unreachable = Asked(JudgeError("judge.base_url=http://x: does not answer"))
     fires(judge.canary(unreachable, LEDGER), "stop", "judge.base_url=http://x: does not answer")
 

@@ -178,7 +178,7 @@ def test_what_cannot_be_told_is_said() -> None:
         control_length([1.0, 0.0], [1, np.inf])
     won = control_length([1, 1, 1], [-9, 0, 3], resamples=200)
     assert won.rate.value == 1.0
-    assert "one side won every duel, whatever the length" in won.notes
+    assert "one side won every duel, at any length" in won.notes
     assert any("give no win rate at the same length" in note for note in won.notes)
     dropped = control_length([None, *EXAMPLE[0]], [500.0, *EXAMPLE[1]], resamples=200)
     assert dropped.rate.value == pytest.approx(0.5)

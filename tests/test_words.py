@@ -42,7 +42,7 @@ def computed(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        ("method=dpo data.gold_pairs=0", r"given pairs.*none of its 192 rows brings a rejected response"),
+        ("method=dpo data.gold_pairs=0", r"given pairs.*none of its 192 rows has a rejected response"),
         ("method=spin judge=implicit dsl=two rollout.samples=2", r"judge=implicit in iteration 0: .*seed pairs"),
         ("method=spin judge=rules dsl=ranked", r"rollout\.samples=1: Ranked \(dsl\).*needs 2 or more"),
         ("method=hg_dpo rollout.temperature=0", r"rollout\.samples=4: with temperature=0 .*all samples .* equal"),

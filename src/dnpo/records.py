@@ -1,7 +1,7 @@
 """The rows that flow through a run, and their Parquet files.
 
 ``Prompt`` → ``Response`` → ``Verdict`` → ``Pair``. A row is a frozen dataclass of plain values; a file of rows is one
-Parquet table whose schema is read off the dataclass, so that empty lists and missing scores keep their type.
+Parquet table whose schema follows from the dataclass, so that empty lists and missing scores keep their type.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Prompt:
         needs: words that a complete response has to mention (verifiable data).
         token_ids: the rendered prompt, beginning-of-sequence included; empty until a tokenizer has seen it.
         rejected: the text of the response that the data's own pair rejects; ``human`` is then the chosen one.
-        human_score: a rating of the human response that the data bring.
+        human_score: the data's rating of the human response.
         rejected_score: the same of the rejected one.
     """
 
@@ -88,7 +88,7 @@ class Verdict:
     """A judge's verdict on one response: a score, mostly 0-100, or None with the reason why there is none.
 
     Attributes:
-        sample: number of the response among those of its source to the prompt.
+        sample: number of the response among its source's responses to the prompt.
         disagreement: in points: between the two orders of a comparison, or between the members of an ensemble (their
             standard deviation); None where there is nothing to compare.
     """

@@ -92,7 +92,7 @@ def with_contents(settings: Mapping[str, Any], part: Any, at: str = "") -> dict[
     The hash makes runs comparable: the same data in two folders are equal, different data under one name are not.
 
     Args:
-        at: where the part stands in the run, such as ``eval``, for messages.
+        at: the place of the part in the run, such as ``eval``, for messages.
     """
     tree = dict(settings)
     for name, value in settings.items():
@@ -327,7 +327,7 @@ def check_values(
 
 
 def is_part(value: Any) -> bool:
-    """Whether plain settings are those of a part."""
+    """Whether plain settings describe a part."""
     return isinstance(value, Mapping) and "_target_" in value
 
 
@@ -384,7 +384,7 @@ def locate(name: str, target: str) -> Callable[..., Any]:
 
 @contextmanager
 def named_within(names: Mapping[str, str]) -> Iterator[None]:
-    """Have errors name settings as they stand in a run.
+    """Make errors name settings by their place in a run.
 
     Args:
         names: names in the run by those that the errors have, such as ``{"source": "eval.leaderboard.source"}``.

@@ -21,7 +21,7 @@ class Prompts(Protocol):
     """Chooses the prompts of an iteration, configured by ``prompts=…``."""
 
     def check(self, iterations: int) -> None:
-        """Raise if one of this many iterations would have no prompts with any data.
+        """Raise if one of this many iterations would have no prompts, regardless of the data.
 
         Raises:
             SettingsError: names the setting.

@@ -35,7 +35,7 @@ class RawTable(NamedTuple):
         columns: the names of their columns.
         total: their count.
         rows: reads some by number, each with its place.
-        texts: gives those of some columns that contain text.
+        texts: gives the columns, among some, that contain text.
     """
 
     columns: Collection[str]

@@ -92,7 +92,7 @@ class Augmentation:
             lack = "no two responses to one conversation have different scores"
         else:
             known = given_pairs(prompts)
-            lack = "no row brings a rejected response"
+            lack = "no row has a rejected response"
         if not known:
             raise DataError(f"augment.labels={self.labels}: {lack}, so there is nothing to teach a judge; augment=off")
         order = random.Random(derive(seed, "augment")).sample(range(len(known)), min(len(known), self.rows // 2))

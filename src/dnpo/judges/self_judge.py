@@ -1,6 +1,6 @@
 """A policy as judge, also of its own responses: which is better, A or B? (OSP; Self-Rewarding)
 
-The answer is read off the logits of the two letters, so nothing is generated. A policy prefers one of the two places,
+The answer is read from the logits of the two letters, so nothing is generated. A policy prefers one of the two places,
 so both orders are asked and averaged. A response's score is the probability that it is better than an empty one, which
 ranks many responses with two questions each. The strength of a pair's label comes from asking about that pair.
 

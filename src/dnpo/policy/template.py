@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from dnpo.errors import ModelError
 from dnpo.records import Message
 
-# For tokenizers that bring no chat template. The response begins on a new line.
+# For tokenizers without a chat template. The response begins on a new line.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -217,7 +217,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], resp
     before = whole.text[len(prompt) : start]
     lead = _lead(tokenizer, messages, prompt) if before else ""
     if not before.startswith(lead) and before.isspace():
-        lead = ""  # the response brings its own, after white space
+        lead = ""  # the response has its own, after white space
     if not before.startswith(lead):
         raise ModelError(
             f"{SETTING}: writes {lead!r} before other responses and {before!r} before this one, {response[:40]!r}; "

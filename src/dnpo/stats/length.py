@@ -238,4 +238,4 @@ def _check(
 def _notes(dropped: int, total: int, number: int, plain: float) -> list[str]:
     notes = [f"{dropped:,} of {total:,} duels have no preference and are left out"] if dropped else []
     notes += ["one prompt: no interval"] if number == 1 else []
-    return notes + (["one side won every duel, whatever the length"] if plain in (0.0, 1.0) else [])
+    return notes + (["one side won every duel, at any length"] if plain in (0.0, 1.0) else [])

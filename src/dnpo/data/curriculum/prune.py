@@ -1,4 +1,4 @@
-"""Leave out pairs by their place among the others, as embeddings of prompt and chosen response show it."""
+"""Leave out pairs by where their embeddings, of prompt and chosen response, lie among the others."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

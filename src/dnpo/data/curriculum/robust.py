@@ -8,8 +8,8 @@ the largest of K tangents ℓ_k this is a linear programme (methods.md, section 
     s.t.       (1/N) Σ_i Σ_k |q_ik| ≤ ε,   Σ_k a_ik = 1,   a ≥ 0,   ξ_i − q_ik/a_ik ∈ [ξ_min, 1]
 
 Moving mass down from ξ gains most per unit of the budget if it goes all the way to ξ_min, since ℓ is convex and
-decreasing; and the gain is the steeper, the smaller ξ is. So sorting solves the programme: in the order of rising ξ all
-mass goes to ξ_min until the budget is spent.
+decreasing; and the smaller ξ is, the more it gains. So sorting solves the programme: in the order of rising ξ all mass
+goes to ξ_min until the budget is spent.
 
 Shapes: N pairs, K tangents, P points.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[np.float64]
 
-ROUNDING = 1e-12  # a share of a pair's mass below which it is not worth a row of its own
+ROUNDING = 1e-12  # a smaller share of a pair's mass gets no separate row
 Pieces = Annotated[int, Range(ge=2)]
 
 
@@ -45,8 +45,8 @@ class Robust(Curriculum):
     Args:
         epsilon: how far the mean ξ may fall, the radius of the ball; 0 leaves all pairs as they are.
         xi_min: the smallest ξ. Without it the worst loss is infinite for any ``epsilon`` above 0.
-        pieces: number of tangents of −log ξ, at geometric points from ``xi_min`` to 1; the loss that is reported, and
-            not the rows, depends on it.
+        pieces: number of tangents of −log ξ, at geometric points from ``xi_min`` to 1; only the reported loss depends
+            on it, not the rows.
         reading: ``outside``: a is the weight of the loss, as training on the worst distribution means. ``inside``: a is
             inside the logarithm, as the paper prints it, where it has no gradient: all rows have weight 1.
 

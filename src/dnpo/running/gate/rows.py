@@ -104,9 +104,7 @@ def pairs(train: Sequence[Prompt]) -> list[Finding]:
     rated = [row for row in train if row.human_score is not None]
     if not paired and not rated:
         return []
-    text = (
-        f"{len(paired):,} of {len(train):,} training rows bring a pair, {len(rated):,} a rating of the human response"
-    )
+    text = f"{len(paired):,} of {len(train):,} training rows have a pair, {len(rated):,} a rating of the human response"
     found = [Finding("pairs", "pass", text)]
     above = {
         row.id: row.human_score - row.rejected_score
@@ -137,7 +135,7 @@ def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
             return [Finding("prompts", "stop", text, "prompts=…, or the data")]
         if not plan.rollout.generates and not any(row.rejected is not None for row in some):
             text = (
-                f"iteration {plan.k} trains on the data's own pairs, and none of its {len(some):,} rows brings a "
+                f"iteration {plan.k} trains on the data's own pairs, and none of its {len(some):,} rows has a "
                 "rejected response"
             )
             found.append(Finding("given pairs", "stop", text, "data.columns, other data, or rollout=ahead"))
