@@ -22,7 +22,7 @@ from dnpo.optimise.ema import Average
 from dnpo.optimise.live import Clock, Live
 from dnpo.policy.model import Policy
 from dnpo.records import Pair, Rollout, read
-from dnpo.stages.live import Chunks
+from dnpo.stages.rollouts import Chunks
 from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary
 from tests.conftest import Report
 from tests.judge_server import judge_server

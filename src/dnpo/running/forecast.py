@@ -10,8 +10,8 @@ from itertools import product
 from dnpo.generate import Live
 from dnpo.judges import Forecast, Judge
 from dnpo.records import HUMAN, Prompt, Response, policy_source, read, read_all
-from dnpo.stages.live import Chunks, count_rollouts
 from dnpo.stages.plan import Iteration, Plan, Run
+from dnpo.stages.rollouts import Chunks, count_rollouts
 from dnpo.store import Stage, Store
 
 
