@@ -239,7 +239,7 @@ GROUPS = (
             Metric("pairs/pairs", "Pairs", "pairs", digits=0),
             Metric("pairs/flipped", "Labels flipped, count", "flipped", digits=0),
             Metric("pairs/segments", "Segments of human responses regenerated", "segments", digits=0),
-            Metric("pairs/redrawn", "Segments drawn again, since they came out as they were", "redrawn", digits=0),
+            Metric("pairs/redrawn", "Segments drawn again, since they came out unchanged", "redrawn", digits=0),
             Metric("pairs/dropped", "Segments dropped, since no draw changed them", "dropped", digits=0),
             Metric("pairs/flips", "Labels flipped", "flips", "%"),
             Metric("pairs/identical", "Identical responses, left out", "identical", digits=0),

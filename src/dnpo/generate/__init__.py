@@ -94,16 +94,17 @@ class Given:
 class Live(Ahead):
     """The policy in training responds to some prompts at a time, between policy steps. Configured by ``rollout=live``.
 
-    What it responds is judged and labelled at once, and the pairs enter a buffer, first in, first out.
+    Its responses are judged and labelled at once, and the pairs enter a buffer, first in, first out.
 
     Args:
-        prompts: prompts that are responded to at a time; 0: all of them.
+        prompts: number of prompts to respond to at a time; 0: all of them.
         every: policy steps from one rollout to the next; 0: a single rollout, which is trained on like one made ahead.
-        capacity: pairs in the buffer; 0: those of the last rollout alone, so that training is strictly on-policy. A
+        capacity: pairs in the buffer; 0: only the pairs of the last rollout, so that training is strictly on-policy. A
             policy step draws its pairs with weight 1 / (1 + draws so far).
         by: who responds: the ``policy`` in training, or the moving average of its weights (``ema``).
         segment: tokens of the human response that are generated again in their place; 0: whole responses.
-        ahead_by: by how many rollouts responding is ahead of training, so that judging goes on meanwhile.
+        ahead_by: number of rollouts by which responding is ahead of training, so that training does not wait for the
+            judge.
 
     Raises:
         SettingsError: settings that contradict each other.

@@ -2,8 +2,8 @@
 
     θ_EMA ← a · θ_EMA + (1 − a) · θ    every n policy steps
 
-It is computed in float32, of what is trained alone; frozen weights are shared with the policy, not copied. With a = 0
-and n = 1 it is the policy itself, with a = 1 the policy before training.
+It is computed in float32, and only of trained weights; frozen weights are shared with the policy, not copied. With a =
+0 and n = 1 it is the policy itself, with a = 1 the policy before training.
 """
 
 import copy
@@ -35,7 +35,7 @@ class Average:
         self._own = {name: p for name, p in module.named_parameters() if name in self._live}
         for p in self._own.values():
             p.requires_grad_(False)
-        # In float32 the average is the parameter itself; of narrower ones a wide copy is kept.
+        # A float32 parameter holds the average itself; for narrower types a float32 copy is kept.
         self._wide: dict[str, Tensor] = {
             name: p if p.dtype == torch.float32 else p.detach().float() for name, p in self._own.items()
         }
@@ -43,7 +43,7 @@ class Average:
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
-        """Take note of the policy after its policy step of this number, from 0."""
+        """Update the average after the policy step of this number, from 0."""
         if (step + 1) % self.every:
             return
         for name, wide in self._wide.items():

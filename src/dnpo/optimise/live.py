@@ -1,8 +1,8 @@
-"""Rows that are made while a training goes on: before a policy step, the policy responds to the next prompts.
+"""Rows that are made during training: before a policy step, the policy responds to the next prompts.
 
 ``Live`` takes the place of ``Batches``. A source makes the rows of one rollout after another; they enter a buffer,
 first in, first out, from which every policy step draws its rows. What a source makes is on the disk before a checkpoint
-names it, so a checkpoint holds counts alone, and a killed training finds its rows again.
+names it, so a checkpoint holds only counts, and a killed training finds its rows again.
 """
 
 import random
@@ -30,7 +30,7 @@ class Source(Protocol[Made]):
     def per_pass(self) -> int: ...
 
     def ask(self, rollout: int) -> None:
-        """Let the policy respond, as it is now. Judging may go on in the background."""
+        """Let the policy respond, as it is now. Judging may continue in the background."""
 
     def take(self, rollout: int, first: int, step: int) -> Sequence[Made]:
         """The rows of a rollout; once made, they are the same whenever they are taken.
@@ -57,7 +57,8 @@ class Clock:
     Attributes:
         every: policy steps from one rollout to the next; 0: there is one rollout, which is trained on in epochs.
         capacity: number of rows in the buffer; 0: the rows of the last rollout alone.
-        ahead_by: by how many rollouts responding is ahead of training, so that judging does not hold training up.
+        ahead_by: number of rollouts by which responding is ahead of training, so that training does not wait for the
+            judge.
     """
 
     every: int = 1
@@ -66,7 +67,7 @@ class Clock:
 
 
 class Live(Steps[Row, Batch]):
-    """The policy steps of a training whose rows are made as it goes on.
+    """The policy steps of a training whose rows are made during it.
 
     Args:
         source: makes the rows.
@@ -76,7 +77,7 @@ class Live(Steps[Row, Batch]):
         steps: number of policy steps, over as many passes as needed; 0: by epochs.
         order: gives the rows of every policy step if there is a single rollout, from the number of its rows.
         seed: seed of the draws.
-        report: is told about the rollouts.
+        report: receives the state of the rollouts.
         micro_batch_size, collate: as in :class:`~dnpo.optimise.batches.Steps`.
     """
 
@@ -97,7 +98,7 @@ class Live(Steps[Row, Batch]):
         super().__init__(micro_batch_size, collate)
         self.source, self.clock, self.batch_size, self.seed, self.report = source, clock, batch_size, seed, report
         self.buffer: dict[int, Row] = {}
-        self.draws: list[int] = []  # of every row so far, those that have left the buffer included
+        self.draws: list[int] = []  # of every row so far, also of rows that have left the buffer
         self.rollouts: list[tuple[int, int]] = []  # the number of its first row, and the policy step it was made for
         self.asked = 0  # rollouts that the policy has responded to
         self.measured: dict[str, float] = {}
@@ -138,7 +139,7 @@ class Live(Steps[Row, Batch]):
         }
 
     def _roll(self, step: int) -> None:
-        """Take the next rollout that has rows, and let the oldest rows go."""
+        """Take the next rollout that has rows, and drop the oldest rows."""
         empty = 0
         while True:
             rollout = len(self.rollouts)
@@ -163,7 +164,7 @@ class Live(Steps[Row, Batch]):
     def _draw(self, step: int) -> tuple[int, ...]:
         """Draw the rows of a policy step without replacement, each with weight 1 / (1 + its draws so far).
 
-        The largest of u^(1/w), u uniform, are such a draw (Efraimidis and Spirakis 2006).
+        The rows with the largest u^(1/w), u uniform, are such a draw (Efraimidis and Spirakis 2006).
         """
         if len(self.buffer) <= self.batch_size:
             return tuple(self.buffer)
@@ -172,7 +173,7 @@ class Live(Steps[Row, Batch]):
         return tuple(sorted(sorted(keys, key=lambda number: -keys[number])[: self.batch_size]))
 
     def _tell(self) -> None:
-        """Show the rollouts, the buffer and the stale rows beside the progress of the policy steps."""
+        """Show the rollouts, the buffer and the stale rows next to the progress of the policy steps."""
         notes, room = self.notes, self.clock.capacity
         fill = f"{len(self.buffer):,} of {room:,}" if room else f"{len(self.buffer):,}"
         words = f"rollout {len(self.rollouts):,} · buffer {fill} · {notes['rollout/stale']:.0%} stale"

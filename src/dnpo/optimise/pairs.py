@@ -45,7 +45,7 @@ class Reading(NamedTuple):
     Attributes:
         rejected: rejected responses.
         noisy: the reference's hidden states of rejected tokens, for noise.
-        all_states: those of all completion tokens, for the objective.
+        all_states: the reference's hidden states of all completion tokens, for the objective.
     """
 
     rejected: bool
@@ -70,8 +70,8 @@ class PairBatch(Batch):
 
     Attributes:
         reference: the reference's log-probabilities; 0 if the objective reads none.
-        expected: what the policy's are before the first update; None in later steps.
-        facts: strengths, weights, shifts and lengths of the pairs; the share of the batch is that of its weights.
+        expected: the policy's log-probabilities before the first update; None in later steps.
+        facts: strengths, weights, shifts and lengths of the pairs; ``share`` is the batch's share of all weights.
         rejected: prompts and rejected responses only, if the noise reads hidden states.
         hidden_NH: these hidden states, if they have been kept.
         seeds: seeds of the noise, one for each pair.
@@ -79,7 +79,7 @@ class PairBatch(Batch):
         numbers: the numbers of its pairs among all.
         states_NH: the reference's hidden states of all its completion tokens, if the objective reads them and they have
             been kept.
-        notes: metrics of the policy step that its rows bring.
+        notes: metrics of the policy step that come with its rows.
     """
 
     reference: PairLogps
@@ -110,7 +110,7 @@ class Collate:
     """Makes micro-batches of pairs.
 
     Attributes:
-        notes: metrics of the present policy step that the rows bring.
+        notes: metrics of the present policy step that come with the rows.
 
     Args:
         reads: what the training reads.

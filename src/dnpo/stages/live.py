@@ -1,6 +1,6 @@
 """Training on what the policy generates while it is trained: rollouts, their judging and labelling, between steps.
 
-The functions are those of the stages that come before a training otherwise: ``generate``, ``judge``, ``label`` and
+The functions are the ones of the stages that otherwise come before training: ``generate``, ``judge``, ``label`` and
 ``reference``. Everything that is made is written before a checkpoint can name it, one file for each rollout, and read
 again after a kill; when training is over, the files become one of responses and one of pairs.
 """
@@ -137,7 +137,7 @@ class PairSource:
 
 
 def describe(responses: Sequence[Rollout], rows: "Sequence[Scored]") -> dict[str, float]:
-    """What a rollout says of its policy: mean score, entropy by token, and divergence from the reference.
+    """Describe the policy by a rollout: mean score, entropy by token, and divergence from the reference.
 
     The entropy is the mean of −log p over generated tokens, the divergence the mean of log p − log p_r over the
     generated sides of the pairs; both are estimates for samples at temperature 1, and show trends otherwise.
@@ -292,7 +292,7 @@ def train_on_responses(
     frozen: "Policy | None",
     seed: int,
 ) -> tuple[list[dict[str, float]], Facts]:
-    """Train the policy in place on scored responses, by the training that the objective brings.
+    """Train the policy in place on scored responses, by the objective's own training.
 
     Args:
         train, policy, judge, seed: as in :func:`train_on_pairs`.

@@ -67,7 +67,7 @@ class Responder:
         how: how the policy responds, and when.
         train: the iteration's prompts, with the human responses.
         writer: the policy that responds, as it is at that moment.
-        judge: scores the responses; None: nobody does.
+        judge: scores the responses; None if they need no scores.
         admits_human: whether the human responses are judged too.
         total: number of rollouts of the whole training.
         ledger: stores the judge's replies.
@@ -75,7 +75,7 @@ class Responder:
         limit: maximum number of completion tokens.
         seed: seed of the samples.
         folder: the training's folder.
-        report: hears of notes.
+        report: receives notes.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Responder:
 
     @property
     def most(self) -> int:
-        """The greatest number of responses that are judged in the whole training."""
+        """The maximum number of responses that are judged in the whole training."""
         return self.count_until(self.total)
 
     def count_until(self, rollouts: int) -> int:
@@ -169,7 +169,7 @@ class Responder:
         return rows
 
     def _respond(self, rollout: int) -> list[Response]:
-        """The policy's responses; those that are on the disk are not made again."""
+        """The policy's responses; responses on the disk are not made again."""
         from dnpo.generate import hf
 
         some, folder = self.prompts(rollout), self._responses(rollout)
@@ -204,7 +204,7 @@ class Responder:
         return ask(self.judge, self.prompts(rollout).prompts, candidates, ledger, self.report)
 
     def _judge_meanwhile(self, rollout: int, responses: Sequence[Response]) -> None:
-        """Judge in a thread, after the rollouts before; it ends with the process, as a kill would end it."""
+        """Judge in a thread, after the earlier rollouts; the thread ends with the process."""
         before = list(self.waiting.values())
         done: Future[list[Verdict]] = Future()
         self.waiting[rollout] = done
@@ -292,7 +292,7 @@ def as_verdict(row: Rollout) -> Verdict:
 
 
 class Within:
-    """Passes on notes, each once, of work that is done many times within a stage; its progress is the stage's own."""
+    """Reports work that is repeated within a stage: each note is passed on once, and progress not at all."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
