@@ -109,6 +109,20 @@ def test_text_and_log_probability_are_of_all_tokens(make_policy: MakePolicy, wor
         assert row.logprob == pytest.approx(brute, abs=1e-4)
 
 
+def test_only_a_segment_at_the_end_is_ended(make_policy: MakePolicy, world: World) -> None:
+    """``append_eos`` where human responses were cut too: what follows a segment stays."""
+    policy = make_policy()
+    human = [replace(old, token_ids=old.token_ids[:4], tokens=4, finish="length") for old in world.human[:60]]
+    assert not any(policy.stop_ids[0] in old.token_ids for old in human)
+    rows, _ = go(policy, world.prompts[:60], human, 2, limit=4, append_eos=True)
+    ends = [not cut(old, 2, 1).after for old in human]
+    assert len(rows) == 60
+    assert 0 < sum(ends) < 60
+    assert [row.token_ids[-1] in policy.stop_ids for row in rows] == ends
+    assert {row.tokens for row, end in zip(rows, ends, strict=True) if not end} == {4}
+    assert {row.finish for row, end in zip(rows, ends, strict=True) if not end} == {"length"}
+
+
 def test_tokens_are_kept_that_no_tokenizer_would_give(make_policy: MakePolicy, world: World) -> None:
     """Human tokens that their text would not be cut into come back unchanged."""
     letters = {world.tokenizer.decode([i]): i for i in range(len(world.tokenizer))}
@@ -250,7 +264,7 @@ def test_draws_are_those_of_one_after_the_other(
     make_policy: MakePolicy, world: World, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each draw in full, by itself; also where memory holds the logits of few tokens."""
-    policy = lively(make_policy())
+    policy = eager(lively(make_policy()), 10)
     prompts, human = world.prompts[:60], own_words(policy, world)[:60]
     expected, counts = [], Counter(segments=60, redrawn=0, dropped=0)
     for prompt, old in zip(prompts, human, strict=True):

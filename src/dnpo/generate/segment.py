@@ -92,11 +92,12 @@ def regenerate(
         for i, segment in zip(same, _draw(policy, again, sampling, seed, None), strict=True):
             segments[i] = segment
     made = [row.parts.before + new + row.parts.after for row, new in zip(rows, segments, strict=True)]
-    ends = [ids[-1] in policy.stop_ids for ids in made]
+    stops = policy.stop_ids
+    ends = [ids[-1] in stops for ids in made]
     if sampling.append_eos:
         for i, row in enumerate(rows):
             if not ends[i] and not row.parts.after:
-                made[i] = [*made[i][: limit - 1], policy.stop_ids[0]]
+                made[i] = [*made[i][: limit - 1], stops[0]]
     responses = record(policy, [(row.prompt, row.number) for row in rows], made, ends, source)
     new = [each for each in responses if each.token_ids != response_of[each.id].token_ids]
     counts = {"segments": len(rows), "redrawn": sum(row.attempt for row in again), "dropped": len(rows) - len(new)}

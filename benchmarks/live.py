@@ -1,0 +1,154 @@
+"""CPU seconds of generating while training, against the same work ahead of it.
+
+    python -m benchmarks.live                      # method=online_dpo at the default scale
+    python -m benchmarks.live -- data.train=1200   # anything after -- goes to both, as settings of dnpo.train
+
+Both respond twice to every prompt; live to as many prompts at a time as the batch has rows. Both judge and label all
+that, and train for as many policy steps of as many pairs. Ahead these are five stages; live it is one, the parts of which
+are timed too. They take turns in one process, from the same fine-tuned policy, after a round that is not measured.
+Seconds are CPU seconds of the process on a CPU, which others may share, and wall clock on a GPU.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from hydra import compose, initialize_config_dir
+
+from benchmarks import harness
+from benchmarks.harness import Facts
+from benchmarks.quiet import Quiet
+from dnpo import dsl
+from dnpo.commands.train import build
+from dnpo.generate import hf
+from dnpo.loop import chain
+from dnpo.optimise import reference
+from dnpo.optimise.preference import PreferenceTraining
+from dnpo.running.console import silence_libraries
+from dnpo.settings import conf_folder
+from dnpo.stages import live
+from dnpo.stages.plan import Iteration
+from dnpo.store import Store, manifest
+
+TARGET = 1.15
+LIVE = ("method=online_dpo", "iterations=1")
+AHEAD = (*LIVE, "rollout=ahead", "rollout.samples=2")
+ALL, REST = "all", "the rest"
+PARTS: dict[str, list[tuple[Any, str]]] = {
+    "respond": [(hf, "complete")],
+    "log-probabilities and texts of responses": [(hf, "record")],
+    "judge": [(live.Responder, "_judge")],
+    "label": [(dsl, "label")],
+    "log-probabilities under the reference": [(reference, "score_now")],
+    "measure rollouts": [(live, "describe")],
+    "write and read rows": [
+        *((hf, name) for name in ("write", "read_all")),
+        *((live, name) for name in ("write", "write_json", "write_preferences", "read", "read_all")),
+    ],
+    "policy steps": [(PreferenceTraining, "training_step")],
+}
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = harness.common_arguments("live", "CPU seconds of generating while training.")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("overrides", nargs="*", help="settings of dnpo.train, after --")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare(Path(folder), given)
+    harness.save(given.out, {"overrides": given.overrides, **found})
+
+
+def compare(folder: Path, given: argparse.Namespace) -> Facts:
+    """Run both in turns; print their seconds, and how much they did."""
+    common = [*given.overrides, "tracking=off", f"threads={given.threads}"]
+    base = Store(folder / "base")
+    base.get(lay_out(base.root, [*LIVE, *common])[0].policy, Quiet())
+    silence_libraries()  # not before: Lightning sets its log level when it is imported
+    variants = {"live": [*LIVE, *common]}
+    steps = run(folder, variants["live"])[1]["steps"]
+    variants["ahead"] = [*AHEAD, f"trainer.steps={steps}", *common]
+    run(folder, variants["ahead"])
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    amounts: dict[str, Facts] = {}
+    for i in range(given.rounds):
+        for name, settings in variants.items():
+            harness.progress(f"round {i + 1} of {given.rounds}: {name}")
+            took, amounts[name] = run(folder, settings)
+            seconds[name].append(took)
+    harness.progress("")
+    for name, rounds in seconds.items():
+        rows = [[part, harness.summary([took[part] for took in rounds])] for part in rounds[0]]
+        done = ", ".join(f"{amount:,} {unit}" for unit, amount in amounts[name].items())
+        print(f"{name}: {done}\n\n{harness.table(['part', f'seconds, median (quartiles) of {given.rounds}'], rows)}\n")
+    totals = {name: [took[ALL] for took in rounds] for name, rounds in seconds.items()}
+    ratios = [harness.ratio("live / ahead", totals["live"], totals["ahead"], TARGET)]
+    print(harness.table(harness.RATIO_HEADINGS, [harness.ratio_row(each) for each in ratios]))
+    return {"seconds": seconds, "amounts": amounts, "ratios": ratios}
+
+
+def lay_out(store: Path, settings: Sequence[str]) -> list[Iteration]:
+    """The stages of a run with these settings."""
+    with initialize_config_dir(str(conf_folder()), version_base=None):
+        cfg = compose("train", [*settings, f"store={store}", f"ledger={store.parent / 'ledger.sqlite'}"])
+    return list(chain(build(cfg)[0]))
+
+
+def run(folder: Path, settings: Sequence[str]) -> tuple[dict[str, float], Facts]:
+    """Compute an iteration from the fine-tuned policy on; return the seconds of its parts, and how much they did."""
+    shutil.rmtree(folder / "store", ignore_errors=True)
+    store = Store(shutil.copytree(folder / "base", folder / "store"))
+    iteration = lay_out(store.root, settings)[1]
+    stages = [iteration.responses, iteration.verdicts, iteration.labelled, iteration.reference, iteration.policy]
+    seconds: dict[str, float] = {}
+    with time_parts() as parts:
+        for stage in filter(None, stages):
+            if not store.has(stage):
+                seconds[stage.name] = measure(lambda stage=stage: store.get(stage, Quiet()))[0]
+    total = sum(seconds.values())
+    if len(seconds) == 1:  # live
+        seconds = {**parts, REST: total - sum(parts.values())}
+    facts = manifest(store.folder(iteration.responses or iteration.policy))["facts"]
+    steps = json.loads((store.folder(iteration.policy) / "steps.json").read_text())
+    rows = int(sum(step["rows"] for step in steps))
+    generated = facts.get("generated", facts)["tokens"]
+    return {**seconds, ALL: total}, {"tokens generated": generated, "pairs trained on": rows, "steps": len(steps)}
+
+
+def measure(work: Callable[[], Any]) -> tuple[float, Any]:
+    """The seconds that ``work`` takes, and its result."""
+    took, result = harness.measure_time(work, harness.default_device())
+    return took["seconds"], result
+
+
+@contextmanager
+def time_parts() -> Iterator[dict[str, float]]:
+    """Add up the seconds that the functions of ``PARTS`` take meanwhile."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+
+    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(work)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            took, result = measure(lambda: work(*args, **kwargs))
+            seconds[name] += took
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for name, places in PARTS.items():
+            for owner, attribute in places:
+                stack.enter_context(patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+        yield seconds
+
+
+if __name__ == "__main__":
+    main()
