@@ -4,8 +4,8 @@
     python -m benchmarks.live -- data.train=1200   # anything after -- goes to both, as settings of dnpo.train
 
 Both respond twice to every prompt; live to as many prompts at a time as the batch has rows. Both judge and label all
-that, and train for as many policy steps of as many pairs. Ahead these are five stages; live it is one, the parts of which
-are timed too. They take turns in one process, from the same fine-tuned policy, after a round that is not measured.
+that, and train for as many policy steps of as many pairs. Ahead these are five stages; live it is one, whose parts are
+timed too. They take turns in one process, from the same fine-tuned policy, after a round that is not measured.
 Seconds are CPU seconds of the process on a CPU, which others may share, and wall clock on a GPU.
 """
 
