@@ -193,7 +193,7 @@ def test_a_run_is_told_by_its_table() -> None:
     for change in ("50.0 to 53.2", "50.0 to 56.2 %", "2.000 to 2.125"):
         assert change in head
     assert "30 of 200" in said
-    assert re.search(r"moved .*0\.250.*0\.060", said)
+    assert re.search(r"changed .*0\.250.*0\.060", said)
     assert "outputs/x\\_y/models" in said
     assert "    python -m dnpo.report abc" in said
     still = [{**ROWS[1], "stagnation/ks": 0.05}]
