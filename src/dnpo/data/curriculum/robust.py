@@ -15,7 +15,8 @@ Shapes: N pairs, K tangents, P points.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from dnpo.data.curriculum import Context, Counts, Curriculum
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 ROUNDING = 1e-12  # a smaller share of a pair's mass gets no separate row
 Pieces = Annotated[int, Range(ge=2)]
+FIELDS = [field.name for field in fields(Pair)]
+values_of = attrgetter(*FIELDS)
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,11 @@ class Robust(Curriculum):
         mass_N = move(xi_N, self.epsilon, self.xi_min, lambda i: (hash_of(pairs[i].id), i))
         rows = list(pairs)
         split = np.flatnonzero((mass_N > 0) & (mass_N < 1))
-        for i in np.flatnonzero(mass_N == 1).tolist():
-            rows[i] = replace(pairs[i], shift=float(xi_N[i]) - self.xi_min)
+        moved, at = np.flatnonzero(mass_N == 1), FIELDS.index("shift")
+        for i, shift in zip(moved.tolist(), (xi_N[moved] - self.xi_min).tolist(), strict=True):
+            values = [*values_of(pairs[i])]
+            values[at] = shift
+            rows[i] = Pair(*values)  # as replace(), in half its time
         for i in split.tolist():  # at most one
             rows[i : i + 1] = self._split(pairs[i], float(mass_N[i]), float(xi_N[i]) - self.xi_min)
         points_K = tangent_points(self.xi_min, self.pieces)
