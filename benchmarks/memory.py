@@ -2,11 +2,16 @@
 
     python -m benchmarks.memory                     # the head-heavy model
     python -m benchmarks.memory --pairs 4 --lengths 512 --shape 7b --lora 16
+    python -m benchmarks.memory --objectives        # ours under every objective, over the logistic one
 
 A step adds what forward and backward allocate at their peak, see ``harness.measure_added_memory``. Weights, optimizer
 state and gradients exist before and are not part of it. Each implementation's blocks are also run alone: every loss
 needs their activations, so the ratio compares what is added beyond them. The reference is always cached. What does not
 fit into memory is ``nan``.
+
+With ``--objectives`` the model is narrow with a large vocabulary. A step may add what the logistic one does, and what
+the objective reads: a few tensors of hidden states; for the extrapolated policy one more tile of logits; for noise, the
+tiles that it keeps and the gradients of its weights.
 """
 
 import argparse
@@ -14,7 +19,8 @@ import math
 
 from benchmarks import harness
 from benchmarks.harness import Facts, Worker
-from benchmarks.problem import SHAPES
+from benchmarks.problem import SHAPES, Shape, batches
+from benchmarks.variant import NOISY, OBJECTIVES
 from benchmarks.worker import add_arguments, pass_on
 
 RATIO = {"head": 0.06}  # ours over naive beyond the blocks, at most, on pairs of lengths as they are drawn
@@ -27,6 +33,9 @@ MEASURED = (
     ("ours NPO", "ours-npo-cached", "memory"),
     ("naive NPO", "naive-npo-cached", "memory"),
 )
+OBJECTIVE_SHAPE = "wide-vocabulary"
+STATES = 4  # float32 tensors of all hidden states that an objective may add
+NOISE_TILES = 6  # of rejected tokens, besides those that are kept
 
 
 def main() -> None:
@@ -38,7 +47,12 @@ def main() -> None:
                         help="tokens of every sequence (default: 256 512 1024)")  # fmt: skip
     parser.add_argument("--only", nargs="+", choices=[m[0] for m in MEASURED], default=[m[0] for m in MEASURED],
                         metavar="WHAT", help=f"of {', '.join(m[0] for m in MEASURED)}")  # fmt: skip
+    parser.add_argument("--objectives", action="store_true", help="ours under every objective; the other options are "
+                        "--lora, --dtype, --device, --seed and --kept")  # fmt: skip
     given = parser.parse_args()
+    if given.objectives:
+        _objectives(given)
+        return
     drawn = (SHAPES[given.shape].pairs, None)
     found = _measure(given, [drawn, *((pairs, length) for pairs in given.pairs for length in given.lengths)])
     print(f"{given.shape} model: MB added by forward and backward\n")
@@ -59,6 +73,61 @@ def main() -> None:
         print("\n" + "\n".join(f"{'met' if c['met'] else 'MISSED'}: {c['what']}" for c in checks))
     out = given.out if given.shape == "head" else given.out.with_stem(f"{given.out.stem}-{given.shape}")
     harness.save(out, {"shape": vars(SHAPES[given.shape]), "lora": given.lora, "added": found, "checks": checks})
+
+
+def _objectives(given: argparse.Namespace) -> None:
+    """Measure ours under every objective, print, write."""
+    given.shape, given.pairs = OBJECTIVE_SHAPE, None
+    shape = SHAPES[OBJECTIVE_SHAPE]
+    (batch,) = batches(shape, 1, given.seed)
+    tokens, rejected = batch.completion_tokens, batch.rejected_tokens
+    logits = 4e-6 * tokens * shape.vocabulary
+    print(
+        f"{tokens:,} completion tokens, {shape.vocabulary:,} entries, width {shape.hidden}: all logits would be "
+        f"{logits:,.1f} MB in float32\n"
+    )
+    found: list[Facts] = []
+    for name in ("dpo", *OBJECTIVES, "npo", *NOISY):
+        harness.progress(name)
+        worker = Worker("benchmarks.worker", [f"ours-{name}-cached", *pass_on(given)], given.threads)
+        added = worker.ask(do="memory", batch=0).get("bytes", math.nan) / 1e6
+        worker.stop()
+        more = added - (found[0]["added"] if found else added)
+        found.append(
+            {"objective": name, "added": added, "more": more, "allowed": _allowed(name, shape, tokens, rejected)}
+        )
+    harness.progress("")
+    for row in found:
+        row["met"] = row["more"] <= row["allowed"]
+    cells = [
+        [
+            "logistic" if row["objective"] == "dpo" else row["objective"],
+            f"{row['added']:,.1f}",
+            f"{row['more']:+,.1f}",
+            f"{row['allowed']:,.1f}",
+            f"{row['added'] / logits:.1%}",
+            "met" if row["met"] else "MISSED",
+        ]
+        for row in found
+    ]
+    print(harness.table(("objective", "MB added", "over logistic", "at most", "of all logits", "target"), cells))
+    out = given.out.with_stem(f"{given.out.stem}-objectives")
+    harness.save(out, {"shape": vars(shape), "tokens": tokens, "logits": logits, "lora": given.lora, "added": found})
+
+
+def _allowed(name: str, shape: Shape, tokens: int, rejected: int) -> float:
+    """The MB that an objective may add to the logistic one."""
+    from dnpo.optimise.npo import KEPT
+    from dnpo.policy.logprobs import ROWS, TILE
+
+    device = harness.default_device().type
+    tile = min(TILE[device], shape.vocabulary)
+    allowed = STATES * tokens * shape.hidden * 4
+    if name.startswith("refined"):
+        allowed += 2 * min(tokens, ROWS) * tile * 4
+    if name.endswith("npo"):
+        allowed += KEPT[device] + NOISE_TILES * rejected * tile * 4 + 3 * shape.vocabulary * (shape.hidden + 1) * 4
+    return allowed / 1e6
 
 
 def _measure(given: argparse.Namespace, sizes: list[tuple[int, int | None]]) -> list[Facts]:

@@ -40,6 +40,7 @@ LOSSES: dict[str, Any] = {
     "simpo": PerToken(),
     "orpo": OddsRatio(),
     "nll": Likelihood(),
+    "confident": Refined(beta=BETA, warmup=0.0, extrapolation=0.0),
     "refined": Refined(beta=BETA, warmup=0.0),
     "statistics": Statistics(base=Logistic(beta=BETA)),
 }
@@ -57,7 +58,8 @@ class Ours(Variant):
     are cached and only the hidden states of rejected responses are computed in every step, as dnpo does where they
     do not fit on the disk.
 
-    Of other objectives all is kept that they read of the reference; ``soft`` and ``weighted`` are the logistic one.
+    Of other objectives all is kept that they read of the reference; ``soft`` and ``weighted`` are the logistic one,
+    ``confident`` is ``refined`` without extrapolation.
     """
 
     def __init__(self, objective: str, reference: str, **setting: Any) -> None:
@@ -66,7 +68,7 @@ class Ours(Variant):
         self.policy = Policy(self.model, tokenizer)
         head = self.policy.head
         vocabulary, hidden_size = head.weight_VH.shape
-        noisy, cached = objective == "npo", reference == "cached"
+        noisy, cached = self._noisy, reference == "cached"
         noise = SilentModule()
         if noisy:
             noise = TrainableModule(
@@ -78,7 +80,7 @@ class Ours(Variant):
                 start_log_std=START_LOG_STD,
             ).to(self.device)
         self._online = None if cached else self.policy.reference()
-        loss = LOSSES.get(objective, Logistic(beta=BETA))
+        loss = LOSSES.get(objective.removesuffix("+npo"), Logistic(beta=BETA))
         self._both = getattr(loss, "reads_rejected", True)
         watching = watches(loss, len(self.batches))
         reads_all = any(watch.reads_states for watch in watching)
@@ -105,11 +107,16 @@ class Ours(Variant):
             self._logps = [PairLogps(*(t.cpu() for t in both)) for both in logps]
             if not self._both:
                 self._logps = [each._replace(rejected_B=torch.zeros_like(each.chosen_B)) for each in self._logps]
-            self._hidden = [self._states(pairs) for pairs in self.batches] if noisy and cached else None
+            kept = noisy and cached and not reads_all  # or they are among those of all tokens
+            self._hidden = [self._states(pairs) for pairs in self.batches] if kept else None
             self._all = [self.policy.hidden(packed).cpu() for packed in whole] if reads_all else None
             for watch in watching:
                 if watch.reads_moments:
                     watch.prepare(self._measure_moments())
+
+    @property
+    def _noisy(self) -> bool:
+        return self.objective.endswith("npo")
 
     def _pack(self, pairs: Pairs) -> Packed:
         return _pack_both(pairs) if self._both else pack(pairs.prompts, pairs.chosen)
@@ -134,7 +141,7 @@ class Ours(Variant):
         return Facts(strength_B, weight_B, torch.zeros(size), *lengths)
 
     def _batch(self, index: int) -> PairBatch:
-        pairs, noisy = self.batches[index], self.objective == "npo"
+        pairs, noisy = self.batches[index], self._noisy
         batch = PairBatch(
             packed=self._pack(pairs),
             ids=tuple(map(str, range(len(pairs.prompts)))),

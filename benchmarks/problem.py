@@ -63,6 +63,19 @@ SHAPES = {
         longest=1024,
         shortest_prompt=64,
     ),
+    # narrow, with a large vocabulary: the logits of all tokens would be a hundred times their hidden states and more
+    "wide-vocabulary": Shape(
+        hidden=64,
+        layers=2,
+        mlp=172,
+        heads=4,
+        kv_heads=2,
+        vocabulary=32_000,
+        shortest=192,
+        longest=384,
+        shortest_prompt=16,
+        pairs=8,
+    ),
     # for the tests: a second in all
     "tiny": Shape(
         hidden=32, layers=2, mlp=64, heads=4, kv_heads=2, vocabulary=96, shortest=12, longest=32, shortest_prompt=4

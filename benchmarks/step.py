@@ -16,7 +16,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Facts, Worker
 from benchmarks.problem import SHAPES, Pairs, Shape, batches
-from benchmarks.variant import OBJECTIVES
+from benchmarks.variant import NOISY, OBJECTIVES
 from benchmarks.worker import NAMES, add_arguments, dtype_of, pass_on
 
 # numerator, denominator, target on the head-heavy model and on the body-heavy one
@@ -39,7 +39,7 @@ OTHERS: tuple[tuple[str, str, dict[str, float]], ...] = (
 DEFAULT = tuple(
     name
     for name in NAMES
-    if name not in ("trl-dpo-online", "naive-npo-online") and name.split("-")[1] not in OBJECTIVES
+    if name not in ("trl-dpo-online", "naive-npo-online") and name.split("-")[1] not in (*OBJECTIVES, *NOISY)
 )
 TRL_NOTE = (
     "On a CPU TRL falls back to scoring every position of padded rows; on a GPU it tiles as dnpo does, but pads rows."

@@ -12,7 +12,8 @@ NOISE_LEARNING_RATE = 1e-3
 ALPHA = 0.1
 START_LOG_STD = -1.0
 MAX_VARIANCE = 1.0
-OBJECTIVES = ("soft", "weighted", "ipo", "simpo", "orpo", "nll", "refined", "statistics")
+OBJECTIVES = ("soft", "weighted", "ipo", "simpo", "orpo", "nll", "confident", "refined", "statistics")
+NOISY = ("ipo+npo", "refined+npo", "statistics+npo")  # other objectives with trainable noise
 
 
 class Skip(Exception):
@@ -23,7 +24,7 @@ class Variant:
     """One way to train on a batch of pairs, from token ids to updated weights.
 
     Args:
-        objective: ``dpo`` or ``npo``, or for ours one of ``OBJECTIVES``.
+        objective: ``dpo`` or ``npo``, or for ours one of ``OBJECTIVES`` or ``NOISY``.
         reference: ``online`` runs the reference in every step, ``cached`` runs it before.
         shape, device, dtype, lora: of the model.
         batches: all training batches, from which a variant may compute things before the first step.

@@ -12,13 +12,13 @@ from benchmarks import harness
 from benchmarks.flops import count_flops, formula
 from benchmarks.harness import Facts
 from benchmarks.problem import SHAPES, batches
-from benchmarks.variant import OBJECTIVES, Skip, Variant
+from benchmarks.variant import NOISY, OBJECTIVES, Skip, Variant
 
 NAMES = (
     *(f"{who}-{objective}-{reference}" for who in ("naive", "ours") for objective in ("dpo", "npo")
       for reference in ("online", "cached")),
     *("trl-dpo-online", "trl-dpo-cached"),
-    *(f"ours-{objective}-cached" for objective in OBJECTIVES),
+    *(f"ours-{objective}-cached" for objective in (*OBJECTIVES, *NOISY)),
 )  # fmt: skip
 
 
