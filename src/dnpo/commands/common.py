@@ -145,10 +145,11 @@ def _explain(error: Exception, config: str) -> str:
     if plugin:
         group, kind, name = plugin.groups()
         return f"{group}={name}: there is no such option. It may come with pip install hydra-{name}-{kind}"
-    option = re.search(r"Could not find '([^'/]+)/([^']+)'", text)
+    option = re.search(r"Could not (?:find|load) '([^'/]+)/([^']+)'", text)
     if option:
         group, name = option.groups()
-        options = sorted(p.stem for p in (conf_folder() / group).glob("*.yaml"))
+        searched = map(Path, re.findall(r"path=file://(.+)", text))  # with the user's own folder
+        options = sorted({p.stem for folder in (conf_folder(), *searched) for p in (folder / group).glob("*.yaml")})
         return f"{group}={name}: there is no such option.{nearest(name, options)} Options: {', '.join(options)}."
     if "Missing mandatory value" in text:
         key = text.split("Missing mandatory value:")[-1].strip().split()[0]

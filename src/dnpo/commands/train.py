@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from dnpo.commands import common as command
 from dnpo.commands.iterations import join, settings_at, value_at
+from dnpo.commands.options import expand_options
 from dnpo.errors import SettingsError
 from dnpo.escape import say
 from dnpo.settings import Natural, check_values, neutral_names, require, with_contents
@@ -236,23 +237,8 @@ def warn_of_late_starts(settings: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_lists(overrides: Sequence[str]) -> None:
-    """Refuse several options of a part: Hydra would mix the settings of all of them.
-
-    Raises:
-        SettingsError: names the part.
-    """
-    for override in overrides:
-        part, _, options = override.partition("=")
-        if part in VARYING and options.startswith("["):
-            raise SettingsError(
-                f"{override}: expected one option. One for each iteration is a list of parts in a method of your own, "
-                f"as in conf/method/spa.yaml; a setting takes a list here too ({part}.…=[…,…])"
-            )
-
-
 def _run(cfg: DictConfig, job: Any) -> float | None:
-    refuse_lists(job.overrides.task)
+    expand_options(cfg, job, VARYING, STARTING)
     folder, sweep = command.folders(job)
     run, tracking, settings = build(cfg, os.path.relpath(sweep or folder))
     with run.ledger:  # closed after every job; otherwise later jobs would wait for calls that this one has claimed

@@ -1,0 +1,114 @@
+"""Names of options in a list in the place of a part, one an iteration: ``rollout=[given,ahead]``.
+
+A name on the command line stands for what the part would be if it were the only option there, with the settings of the
+method and of other arguments. In a file it stands for the option's own file, since the file's list replaces all other
+settings of the part.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from dnpo.errors import SettingsError
+from dnpo.settings import nearest
+
+
+def expand_options(cfg: DictConfig, job: Any, places: Sequence[str], starting: Sequence[str]) -> None:
+    """Replace names of options in lists by these options.
+
+    Args:
+        cfg: the composed tree, which is changed.
+        job: Hydra's settings of the job.
+        places: the parts that may change from iteration to iteration.
+        starting: those of them whose options have a ``start``, which a list takes the place of.
+
+    Raises:
+        SettingsError: a name is no option, a list is in a defaults list, or it is contradicted by a ``start``.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    arguments = cast(list[str], OmegaConf.to_container(job.overrides.task))  # interpolations stay as they are
+    overrides = OverridesParser.create().parse_overrides(arguments)
+    chosen = {
+        each.key_or_group: [str(name) for name in names]
+        for each in overrides
+        if each.key_or_group in places and isinstance(names := each.value(), list)
+    }
+    for each in overrides:
+        place, _, setting = each.key_or_group.partition(".")
+        if place in chosen and place in starting and setting == "start":
+            raise SettingsError(
+                f"{each.input_line}: {place} is a list, one option for each iteration, and this list says when each "
+                "of them acts; leave one of the two out"
+            )
+    for place in places:
+        if place in cfg and place not in job.runtime.choices and place not in chosen:
+            raise SettingsError(
+                f"{place}: has several options in a defaults list, whose settings would be mixed. Choose none there "
+                f"(- override /{place}: null), and give the list as a value ({place}: […, …])"
+            )
+    found = _compose_chosen(chosen, job.job.config_name, arguments) if chosen else {}
+    for place in places:
+        value = cfg.get(place)
+        if isinstance(value, ListConfig) and any(isinstance(each, str) for each in value):
+            values = cast(list[Any], OmegaConf.to_container(value))
+            found[place] = [_load(place, each) if isinstance(each, str) else each for each in values]
+    with open_dict(cfg):
+        for place, options in found.items():
+            cfg[place] = [_without_start(each) for each in options] if place in starting else options
+
+
+def _compose_chosen(chosen: Mapping[str, Sequence[str]], config: str, arguments: Sequence[str]) -> dict[str, list[Any]]:
+    """The options of lists on the command line, each as it is where it is the only one.
+
+    Arguments for its settings count for those options that have them.
+    """
+    from hydra import compose
+
+    own = [each for each in arguments if each.partition("=")[0].partition(".")[0] in chosen]
+    others = [each for each in arguments if each not in own]
+    settings = [each for each in own if each.partition("=")[0] not in chosen]
+    found: dict[str, list[Any]] = {place: [] for place in chosen}
+    for k in range(max(map(len, chosen.values()))):
+        now = [*others, *(f"{place}={names[min(k, len(names) - 1)]}" for place, names in chosen.items() if names)]
+        tree = compose(config, now)
+        if has := [each for each in settings if _has(tree, each.partition("=")[0])]:
+            tree = compose(config, [*now, *has])
+        for place, names in chosen.items():
+            if k < len(names):
+                found[place].append(OmegaConf.to_container(tree[place], resolve=True))
+    return found
+
+
+def _has(tree: DictConfig, name: str) -> bool:
+    place, *path = name.split(".")
+    node: Any = tree[place]
+    for key in path:
+        if not isinstance(node, DictConfig) or key not in node:
+            return False
+        node = node._get_node(key)
+    return True
+
+
+def _load(place: str, name: str) -> Any:
+    """An option, from this project's settings or from a folder of the user's."""
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+
+    known = GlobalHydra.instance().config_loader().get_group_options(place)
+    if name not in known:
+        raise SettingsError(
+            f"{place}={name}: there is no such option.{nearest(name, known)} Options: {', '.join(known)}."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Hydra's, of options that take up others
+        tree = compose(f"{place}/{name}")
+    if set(tree) != {place}:
+        raise SettingsError(f"{place}={name}: sets more than {place}, so it cannot stand in a list")
+    return OmegaConf.to_container(tree[place])
+
+
+def _without_start(option: Any) -> Any:
+    return {k: v for k, v in option.items() if k != "start"} if isinstance(option, Mapping) else option
