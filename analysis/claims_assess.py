@@ -13,7 +13,7 @@ import numpy as np
 from analysis.claims_book import Book, Claim, Premise, Term
 from analysis.claims_measures import BETWEEN, MEASURES, TrackedPolicy, Values
 from analysis.claims_rules import Effect, Outcome, Sample, decide, estimate_effect
-from analysis.selection import refuse_mixture
+from analysis.selection import refuse_mixture, refuse_unlike
 from dnpo.errors import DataError, DnpoError
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.significance import holm
@@ -143,7 +143,7 @@ def assess(book: Book, tracked: Tracked, say: Callable[[Claim], None] | None = N
         if say:
             say(claim)
         try:
-            results.append(_measure(claim, tracked))
+            results.append(_measure(claim, tracked, book.sweeps[claim.sweep].methods))
         except DnpoError as error:
             results.append(Result(claim, "not measured", reason=str(error)))
     adjusted = holm([result.effect.p if result.effect else 1.0 for result in results])
@@ -157,8 +157,11 @@ def _decide_one(result: Result, p_holm: float) -> Result:
     return replace(result, outcome=outcome, p_holm=p_holm)
 
 
-def _measure(claim: Claim, tracked: Tracked) -> Result:
+def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
     """Measure one claim, without the correction over all.
+
+    Args:
+        methods: whether its arms may differ in anything that methods choose.
 
     Raises:
         DataError: it cannot be measured; says why.
@@ -175,7 +178,10 @@ def _measure(claim: Claim, tracked: Tracked) -> Result:
         notes.append(note)
     chosen = [_find_policy(claim, tracked, arm, seed, k) for seed in seeds for arm, k in list_needed_policies(claim)]
     runs = tuple({policy.run.id: policy.run for policy in chosen}.values())
-    refuse_mixture(runs, differing_starts=True, matters=claim.matters)
+    if methods:
+        refuse_unlike(runs)
+    else:
+        refuse_mixture(runs, differing_starts=True, matters=claim.matters)
     a, b = claim.sides
     effect = estimate_effect(sample(claim, tracked, seeds, a, b), claim.region)
     by = _by_iteration(claim, tracked, seeds)

@@ -40,10 +40,12 @@ class Sweep(Strict):
     Attributes:
         overrides: settings that ``--run`` adds to its command.
         where_installed: more of them, by the packages that they need.
+        methods: whether its arms are methods, which may differ in more than labels and noise.
     """
 
     overrides: tuple[str, ...] = ()
     where_installed: Mapping[str, tuple[str, ...]] = {}
+    methods: bool = False
 
 
 class Claim(Strict):

@@ -1,12 +1,13 @@
 """Figure 14: what each method reaches against what it spends, and how far it moves from the initial policy."""
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from analysis.command import alone
 from analysis.costs import BEGINNING, COSTS, KL, LENGTH, beginning, end, quality, reached
@@ -19,7 +20,7 @@ from dnpo.palette import OTHER, RIVALS
 TITLE = "What each method reaches, by what it spends"
 SWEEP = "methods"
 ACROSS = (*(cost.metric for cost in COSTS), KL.metric, LENGTH.metric)
-SPENT = {cost.metric.name for cost in COSTS}
+LEVELS = (1, 2, 5)  # of each power of ten, on a logarithmic scale
 
 
 def make(runs: Runs) -> DrawnFigure:
@@ -80,18 +81,22 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None
             elinewidth=0.5,
             label=row["method"],
         )
-    if x in SPENT:
+    if x != LENGTH.name:
         _scale(axis, [row[f"{x}_mean"] for row in rows])
 
 
 def _scale(axis: Axes, values: Sequence[float]) -> None:
-    """Choose the scale of what is spent: logarithmic where methods differ by more than ten times, with room for 0."""
-    least = min((value for value in values if value > 0), default=1.0)
-    if max(values) > 10 * least:
+    """Choose a scale with room for 0, logarithmic where methods differ by more than ten times."""
+    least, most = min((value for value in values if value > 0), default=1.0), max(values)
+    if most > 10 * least:
         axis.set_xscale("symlog", linthresh=least)
+        powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
+        ticks = [level * 10.0**power for power in powers for level in LEVELS]
+        axis.set_xticks([0.0] * (min(values) == 0) + [tick for tick in ticks if least / 2 < tick <= 1.1 * most])
+        axis.set_xticks([], minor=True)
     if min(values) == 0:
         axis.set_xlim(left=-0.2 * least)
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_major_formatter(EngFormatter(sep="") if most >= 1000 else StrMethodFormatter("{x:g}"))
 
 
 if __name__ == "__main__":

@@ -192,8 +192,8 @@ class Runs:
             lambda run: [run.last["iteration"]],
             differing_starts=False,
             matters=(),
-            name=lambda run: run.option("method") or "?",
-            own=lambda setting: not setting.startswith(COMMON) or setting.startswith(JUDGED),
+            name=_option_of,
+            own=_is_own,
         )
         lacking = [f"{m} seed {s}" for m in cells.methods for s in cells.seeds if not cells.at_end(m, [s])]
         return replace(cells, notes=(*cells.notes, f"missing: {', '.join(lacking)}")) if lacking else cells
@@ -353,6 +353,26 @@ def refuse_mixture(
             f"runs with different settings in one comparison: {'; '.join(lines)}{more}. Narrow the selection, for "
             f"example with --tag {first}={value}"
         )
+
+
+def refuse_unlike(runs: Sequence[TrackedRun]) -> None:
+    """Refuse runs of any methods that begin differently or are measured differently, or unlike runs of one method.
+
+    Raises:
+        DataError: names the settings, their values, and how to narrow the selection.
+    """
+    refuse_judges(runs)
+    refuse_mixture(runs, name=_option_of, own=_is_own)
+
+
+def _option_of(run: TrackedRun) -> str:
+    """The name of the method's option."""
+    return run.option("method") or "?"
+
+
+def _is_own(setting: str) -> bool:
+    """Whether a setting is the method's choice."""
+    return not setting.startswith(COMMON) or setting.startswith(JUDGED)
 
 
 def _counts(name: str, matters: Sequence[str]) -> bool:

@@ -1,8 +1,15 @@
-"""Table 2: what each method reaches and spends, beside the numbers that the DNPO paper prints for some of them."""
+"""Table 2: what each method reaches and what it spends, with what its source claims and whether that holds here.
+
+The claims are in ``claims_methods.yaml``. For some methods there are numbers that the DNPO paper prints.
+"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from analysis.claims_assess import Result, Tracked, assess
+from analysis.claims_book import FILE, Book, read
+from analysis.claims_rules import Outcome, rule
+from analysis.claims_tables import format_effect
 from analysis.command import alone
 from analysis.comparing import collect_notes, describe_cells, detectable
 from analysis.costs import BEGINNING, COSTS, KL, LENGTH, beginning, end, quality, reached
@@ -11,11 +18,18 @@ from analysis.published import COLUMN, RIVALS
 from analysis.results import Against, PolicyMeasure, against, estimate, results, whole
 from analysis.selection import DNPO, Cells, Runs
 from dnpo.stats.intervals import Estimate
-from dnpo.stats.table import Cell, table
+from dnpo.stats.table import Cell, Table, table, with_words
 
 TITLE = "What each method reaches and what it spends"
 SWEEP = "methods"
 BASE = "spin"  # what the others are compared with
+CLAIMS = FILE.with_name("claims_methods.yaml")
+HERE: dict[Outcome, str] = {
+    "supported": "holds",
+    "contradicted": "does not hold",
+    "undecided": "undecided",
+    "not measured": "not measured",
+}
 PRINTED = {"dnpo": RIVALS[DNPO][-1], "alpha_spin": RIVALS["α-SPIN"][-1]}
 
 
@@ -61,7 +75,30 @@ def make(runs: Runs) -> DrawnTable:
         describe_cells(cells, items),
         *(f"{note[0].upper()}{note[1:]}." for note in cells.notes),
     ]
-    return DrawnTable(table(rows, digits, scale), TITLE, "method", notes, cells.used)
+    found = assess(book := read(CLAIMS), _track(book, cells))
+    notes.append(f"Claims: {rule(len(book.claims))}")
+    return DrawnTable(_add_claims(table(rows, digits, scale), found), TITLE, "method", notes, cells.used)
+
+
+def _track(book: Book, cells: Cells) -> Tracked:
+    """The selected runs as those of the claims."""
+    (sweep,) = book.sweeps
+    runs = sorted(cells.used, key=lambda run: -run.started)
+    return Tracked(book.arms, {sweep: runs}, {sweep: 0})
+
+
+def _add_claims(numbers: Table, found: Sequence[Result]) -> Table:
+    """Add what the source of each method claims, and whether it holds, one claim after the other."""
+    words: dict[str, dict[str, list[str]]] = {"claim": {}, "here": {}}
+    for result in found:
+        claim = result.claim
+        method = claim.sides[0][0].arm
+        effect = "" if result.effect is None else f": {claim.a} − {claim.b} {format_effect(result)}"
+        caveat = f"; {claim.caveat}" if claim.caveat else ""
+        words["claim"].setdefault(method, []).append(f"{claim.text} ({claim.paper}, {claim.where}{caveat})")
+        words["here"].setdefault(method, []).append(f"{HERE[result.outcome]}{effect}")
+    joined = {name: {row: "; ".join(each) for row, each in by.items()} for name, by in words.items()}
+    return with_words(numbers, joined)
 
 
 def _compare(cells: Cells, measure: PolicyMeasure, method: str) -> Iterator[Against]:

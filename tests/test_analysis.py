@@ -683,6 +683,12 @@ def test_all_methods_stand_beside_each_other_at_their_ends_with_what_they_spent(
     assert rows["dnpo", "score"]["p"]
     assert not rows["spin", "score"]["p"]
     assert {name for name, column in rows if column == published.COLUMN} == {"dnpo", "PPO (not run here)"}
+    here = {name: row["text"] for (name, column), row in rows.items() if column == "here"}
+    gain = np.mean([run.last["eval/score"] - run.row(SFT)["eval/score"] for run in cells.at_end("dpo")])
+    assert here["dpo"].startswith(f"undecided: dpo@0 − dpo@SFT {gain:+.1f} (".replace("-", "−"))  # two seeds
+    assert here["dnpo"] == "not measured"  # it has fewer iterations than the claim
+    assert here["mine"] == ""
+    assert "Rafailov" in rows["dpo", "claim"]["text"]
 
 
 def test_methods_may_differ_in_anything_but_their_beginning_and_measures(recorder: Recorder) -> None:

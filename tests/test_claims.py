@@ -234,6 +234,16 @@ def test_the_file_of_claims_is_well_formed() -> None:
         assert not claim.caveat.endswith(".")
 
 
+def test_every_method_of_its_sweep_has_a_claim_of_its_source() -> None:
+    """But for the one that is another's published code."""
+    book = read(FILE.with_name("claims_methods.yaml"))
+    (sweep,) = book.sweeps
+    content = yaml.safe_load((ROOT / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8"))
+    methods = set(content["hydra"]["sweeper"]["params"]["method"].split(","))
+    assert {claim.sides[0][0].arm for claim in book.claims} == methods - {"spin_official"}
+    assert book.arms == {name: {"method": name} for name in book.arms}
+
+
 def jobs(sweep: str, *overrides: str) -> list[TrackedRun]:
     """The runs that a sweep makes under one seed, as far as their settings tell, by composing its jobs."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):

@@ -22,7 +22,7 @@ from dnpo.stats.significance import (
     mcnemar_clustered,
     wilcoxon,
 )
-from dnpo.stats.table import Cell, latex, markdown, table, to_csv
+from dnpo.stats.table import Cell, latex, markdown, table, to_csv, with_words
 
 RNG = np.random.default_rng
 
@@ -438,6 +438,20 @@ def test_numbers_are_written_alike() -> None:
     assert (float(rows[0]["value"]), float(rows[0]["p"]), rows[0]["star"]) == (0.12345, 0.001, "1")
     assert rows[0]["text"] == "12.3 ± 2.1*"
     assert (rows[2]["low"], rows[2]["p_holm"]) == ("", "")
+
+
+def test_columns_of_words_follow_those_of_numbers() -> None:
+    numbers = table({"a": {"x": cell(1234.5)}, "b": {"x": Cell(Estimate(2.0))}})
+    found = with_words(numbers, {"claim": {"a": "5 % more"}, "here": {"a": "holds", "c": "of no row"}})
+    lines = markdown(found).splitlines()
+    assert lines[0] == "|  | x | claim | here |"
+    assert lines[2].startswith("| a | 1,234.5 ± ")
+    assert lines[2].endswith(" | 5 % more | holds |")
+    assert lines[3] == "| b | 2.0 |  |  |"
+    assert r"\begin{tabular}{lrll}" in latex(found)
+    assert r"& 5 \% more & holds \\" in latex(found)
+    rows = {(row["row"], row["column"]): row["text"] for row in csv.DictReader(io.StringIO(to_csv(found)))}
+    assert (rows["a", "claim"], rows["a", "here"], rows["b", "here"]) == ("5 % more", "holds", "")
 
 
 def test_labels_stay_labels() -> None:

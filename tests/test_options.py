@@ -71,7 +71,7 @@ def test_the_last_name_is_repeated_and_a_list_says_when_noise_starts(tmp_path: P
 @pytest.mark.parametrize(
     ("rollout", "words"),
     [
-        ("[given, twise]", ["rollout=twise", "Did you mean twice?", "ahead, given, twice"]),
+        ("[given, twise]", ["rollout=twise", "Did you mean twice?", "ahead, given", "twice"]),
         ("[given, twice, twice]", ["rollout", "3 values", "iterations=2"]),
     ],
 )

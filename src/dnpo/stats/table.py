@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dnpo.escape import for_csv, for_latex, for_markdown
 from dnpo.stats.intervals import LEVEL, Estimate
@@ -43,19 +43,26 @@ class Shown:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table; None where there is no cell."""
+    """A row of a table; None where there is no cell. ``words`` are its cells in the columns of words."""
 
     label: str
     shown: tuple[Shown | None, ...]
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with formatted cells; all writers read it, so their outputs agree."""
+    """A table with formatted cells; all writers read it, so their outputs agree.
+
+    Attributes:
+        tests: number of tests of Holm's correction.
+        words: headings of columns of words, after those of numbers.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     tests: int
+    words: tuple[str, ...] = ()
 
     @property
     def caption(self) -> str:
@@ -102,21 +109,27 @@ def table(
     return Table(columns, tuple(rows), len(ps))
 
 
+def with_words(table: Table, words: Mapping[str, Mapping[str, str]]) -> Table:
+    """Add columns of words, by column and row; a row without any has empty cells."""
+    rows = (replace(row, words=tuple(each.get(row.label, "") for each in words.values())) for row in table.rows)
+    return replace(table, rows=tuple(rows), words=tuple(words))
+
+
 def _format_cell(cell: Cell, adjusted: float | None, digits: int, scale: float) -> Shown:
     estimate = cell.estimate
     # z: what rounds to zero has no minus sign
-    number = format(scale * estimate.value, f"{'+' if cell.signed else ''}z.{digits}f").replace("-", "−")
-    half = "" if estimate.half is None else format(abs(scale) * estimate.half, f".{digits}f")
+    number = format(scale * estimate.value, f"{'+' if cell.signed else ''}z,.{digits}f").replace("-", "−")
+    half = "" if estimate.half is None else format(abs(scale) * estimate.half, f",.{digits}f")
     return Shown(cell, adjusted, adjusted is not None and adjusted <= ALPHA, number, half)
 
 
 def markdown(table: Table, corner: str = "") -> str:
     """Write a table in GitHub's Markdown, with its caption below."""
-    head = [corner, *table.columns]
-    lines = [[*map(for_markdown, head)], ["---", *("---:" for _ in table.columns)]]
+    head = [corner, *table.columns, *table.words]
+    lines = [[*map(for_markdown, head)], ["---", *("---:" for _ in table.columns), *("---" for _ in table.words)]]
     for row in table.rows:
         texts = ("" if shown is None else shown.text for shown in row.shown)
-        lines.append([*map(for_markdown, (row.label, *texts))])
+        lines.append([*map(for_markdown, (row.label, *texts, *row.words))])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{for_markdown(table.caption)}\n"
 
 
@@ -125,11 +138,12 @@ def latex(table: Table, corner: str = "") -> str:
 
     Non-ASCII letters in labels are not escaped; LuaTeX and XeTeX know all of them, pdfTeX does not.
     """
-    lines = [[*map(for_latex, (corner, *table.columns))]]
+    lines = [[*map(for_latex, (corner, *table.columns, *table.words))]]
     for row in table.rows:
-        lines.append([for_latex(row.label), *("" if shown is None else _number(shown) for shown in row.shown)])
+        numbers = ("" if shown is None else _number(shown) for shown in row.shown)
+        lines.append([for_latex(row.label), *numbers, *map(for_latex, row.words)])
     head, *body = [" & ".join(line) + r" \\" for line in lines]
-    begin, end = f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\end{tabular}"
+    begin, end = f"\\begin{{tabular}}{{l{'r' * len(table.columns)}{'l' * len(table.words)}}}", r"\end{tabular}"
     return "\n".join([f"% {table.caption}", begin, r"\hline", head, r"\hline", *body, r"\hline", end, ""])
 
 
@@ -144,6 +158,8 @@ def to_csv(table: Table) -> str:
                 of, p = shown.cell.estimate, shown.cell.p
                 numbers = [of.value, of.low, of.high, of.half, p, shown.adjusted]
                 writer.writerow([for_csv(row.label), for_csv(column), *numbers, int(shown.star), shown.text])
+        for column, text in zip(table.words, row.words, strict=True):
+            writer.writerow([for_csv(row.label), for_csv(column), *[""] * 7, for_csv(text)])
     return out.getvalue()
 
 
