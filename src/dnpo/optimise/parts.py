@@ -39,7 +39,7 @@ class Objective(Protocol):
       ``off`` or ``auto`` as in ``Noise.cache_hidden``; off if absent.
     - ``watches(total)``: what it measures besides log-probabilities in a training of ``total`` policy steps, see
       ``watch.py``; nothing if absent.
-    - ``train``: a training of its own, on scored responses in place of pairs, which is called in place of the loss; see
+    - ``train``: its own training, on scored responses in place of pairs, which is called in place of the loss; see
       :func:`dnpo.stages.live.train_on_responses`.
 
     Attributes:
@@ -270,8 +270,8 @@ def check_objective(objective: Objective) -> None:
     """Check that an objective has the attributes and the signature that its callers need.
 
     Raises:
-        SettingsError: it has no number ``beta``, cannot be called with (policy, reference, facts) and has no training
-            of its own, or one of its optional attributes is not true or false.
+        SettingsError: it has no number ``beta``, cannot be called with (policy, reference, facts) and has no ``train``,
+            or one of its optional attributes is not true or false.
     """
     beta = getattr(objective, "beta", None)
     name = objective.target if isinstance(objective, Bound) else type(objective).__name__

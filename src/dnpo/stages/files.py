@@ -47,7 +47,7 @@ def read_candidates(plan: Plan, inputs: Mapping[str, Path]) -> list[Response]:
 
 
 def count_labels(folder: Path) -> dict[str, Any]:
-    """The counts of labelling, from the stage that labelled: one of its own, or a training that labels meanwhile."""
+    """The counts of labelling, from the stage that labelled: a separate one, or a training that labels meanwhile."""
     facts = manifest(folder)["facts"]
     counts: dict[str, Any] = facts.get("labels", facts)
     return counts

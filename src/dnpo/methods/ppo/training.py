@@ -1,4 +1,4 @@
-"""Train a policy, and a value head beside it, on responses that it gave during the training.
+"""Train a policy, together with a value head, on responses that it gave during the training.
 
 Shapes as in ``equations.py``; B rollouts of a micro-batch, H hidden size.
 """
