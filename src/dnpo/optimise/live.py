@@ -176,8 +176,9 @@ class Live(Steps[Row, Batch]):
         """Show the rollouts, the buffer and the stale rows next to the progress of the policy steps."""
         notes, room = self.notes, self.clock.capacity
         fill = f"{len(self.buffer):,} of {room:,}" if room else f"{len(self.buffer):,}"
-        words = f"rollout {len(self.rollouts):,} · buffer {fill} · {notes['rollout/stale']:.0%} stale"
-        self.report.status(f"{words} · {self.source.describe(len(self.rollouts) - 1)}")
+        words = [f"rollout {len(self.rollouts):,}", f"buffer {fill}", f"{notes['rollout/stale']:.0%} stale"]
+        more = self.source.describe(len(self.rollouts) - 1)
+        self.report.status(" · ".join([*words, more] if more else words))
 
     def state_dict(self) -> dict[str, Any]:
         """The position and all counts; the rows themselves are on the disk."""
