@@ -109,6 +109,8 @@ LOADS = {
     # Questions of GSM8K for a tokenizer of 512 entries have 50-286 tokens, 139 on average.
     "8 samples, long prompts": Load(256, 1, (50, 230), 64, 0, 128, STORIES, samples=8),
     # Short instructions (rasbt's, Dolly's questions) have 8-123 tokens there, 33 on average.
+    # What the samples of a prompt share, its reading and its part of scoring, takes 11 % and 10 % of the CPU seconds of
+    # eight runs of one sample (with long prompts 38 % and 19 %). The rest is decoding, so the ratio is at least 0.82.
     "8 samples, short prompts": Load(256, 1, (16, 50), 64, 0, 128, STORIES, samples=8),
 }
 
