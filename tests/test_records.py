@@ -22,6 +22,7 @@ from dnpo.records import (
     schema,
     write,
 )
+from dnpo.running import execute
 
 # What people and models write: other scripts, markup, control characters, special tokens, quotes, nothing at all.
 TEXTS = (
@@ -101,6 +102,20 @@ def test_no_rows_keep_the_schema(tmp_path: Path, kind: type[Any], rows: list[Any
     assert none.equals(some)
     assert none.names == [f.name for f in dataclasses.fields(kind)]
     assert not any(pa.types.is_null(column.type) for column in none)
+
+
+def test_pairs_of_earlier_versions_are_read_and_shown(tmp_path: Path) -> None:
+    """They lack the columns of what came later."""
+    (pairs,) = (rows for kind, rows in KINDS if kind is Pair)
+    write(tmp_path / "pairs.parquet", pairs, Pair)
+    later = ["step", "draws"]
+    pq.write_table(pq.read_table(tmp_path / "pairs.parquet").drop_columns(later), tmp_path / "earlier.parquet")
+    earlier = [dataclasses.replace(pair, step=0, draws=0) for pair in pairs]
+    assert read(tmp_path / "earlier.parquet", Pair) == earlier
+    shown = execute._some_pairs(tmp_path / "earlier.parquet")
+    assert {row["id"] for row in shown} <= {pair.id for pair in pairs}
+    assert shown
+    assert not any(name in row for row in shown for name in [*later, "chosen_ids"])
 
 
 def test_schema_types() -> None:

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from dnpo import catalogue, disk
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
-from dnpo.records import Pair, mean_over_steps
+from dnpo.records import mean_over_steps
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.stages.agreement import read_agreement
@@ -349,7 +348,8 @@ def _some_pairs(path: Path) -> list[dict[str, Any]]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=[f.name for f in fields(Pair) if not f.name.endswith("_ids")])
+    # Files of earlier versions have fewer columns.
+    table = pq.read_table(path, columns=[name for name in pq.read_schema(path).names if not name.endswith("_ids")])
     flipped = table.filter(pc.field("flipped")).slice(0, SHOWN_PAIRS // 2)
     others = table.filter(~pc.field("flipped")).slice(0, SHOWN_PAIRS - len(flipped))
     return [*flipped.to_pylist(), *others.to_pylist()]
