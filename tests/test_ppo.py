@@ -263,6 +263,8 @@ def test_advantages_are_whitened_over_the_whole_rollout(make_policy: MakePolicy,
     every = wide(*(number for row in rows for number in row.advantages))
     assert float(every.mean()) == pytest.approx(0, abs=1e-12)
     assert float(every.var(correction=0)) == pytest.approx(1, rel=1e-4)
+    plain, _ = make_training(policy, ClippedRatio(whiten=False))
+    assert [row.returns for row in rows] == [row.returns for row in plain(respond(policy, world))]
 
 
 def test_responses_without_a_score_are_left_out(make_policy: MakePolicy, world: World) -> None:

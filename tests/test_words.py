@@ -315,7 +315,7 @@ def test_a_method_that_no_paper_has_is_one_file_of_words(tmp_path: Path) -> None
         assert 0.5 <= row["pairs/strength"] < 1
         assert row["curriculum/earlier"] > 0
         assert row["curriculum/trained"] == row["curriculum/earlier"] + row["pairs/pairs"]
-    assert "another judge labels the pairs" in printed
+    assert "training learns from another judge" in printed
     again = succeed(tmp_path, *given)
     assert again.count("there already") == len(computed(tmp_path))
 
@@ -328,7 +328,7 @@ def test_the_screen_says_who_labels(finished: Path) -> None:
     printed = succeed(
         finished, *SMOKE, "method=dsl", "dsl.start=0", "iterations=1", "judge=longer", "eval.judge=${typical.judge}"
     )
-    assert "(0-100); another judge labels the pairs." in printed
+    assert "(0-100); training learns from another judge." in printed
 
 
 # --- what cannot be known before

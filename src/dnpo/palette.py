@@ -87,7 +87,10 @@ RIVALS: Mapping[str, Look] = {
         name: Look(FAMILIES["own"], mark) for name, mark in zip(("spa", "robust", "self_rewarding"), "s^D", strict=True)
     },
     **{name: Look(FAMILIES["many"], mark) for name, mark in zip(("hg_dpo", "rest_em", "raft"), "o^v", strict=True)},
-    **{name: Look(FAMILIES["live"], mark) for name, mark in zip(("online_dpo", "osp", "sapo"), "os^", strict=True)},
+    **{
+        name: Look(FAMILIES["live"], mark)
+        for name, mark in zip(("online_dpo", "osp", "sapo", "ppo", "reinforce"), "os^Dv", strict=True)
+    },
 }
 
 # Responses of a pair, and those that the trained policy generates to the same prompt.

@@ -31,9 +31,9 @@ from dnpo.tracking.writing import TrackedSteps, Tracking
 SHOWN_PAIRS = 50
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
 
-LABELS = {  # who labels the pairs, in relation to the judge that gives the scores
-    "same": "the judge that labels the pairs also gives these scores",
-    "other": "another judge labels the pairs",
+LABELS = {  # whose scores training reads, in relation to the judge of evaluations
+    "same": "training learns from the judge that gives these scores",
+    "other": "training learns from another judge",
     "nobody": "no judge labels the pairs",
 }
 
@@ -106,7 +106,7 @@ def execute(
 
 
 def find_labeller(iterations: Sequence[Iteration]) -> str:
-    """Say who labels the pairs, in relation to the judge of the evaluations; a key of ``LABELS``."""
+    """Say whose scores training reads, in relation to the judge of the evaluations; a key of ``LABELS``."""
     trained = [each.policy for each in iterations]  # a training may judge and label itself
     stages = [stage for each in iterations for stage in (each.verdicts, each.labelled) if stage is not None] + trained
     judges = [stage.settings["judge"] for stage in stages if "judge" in stage.settings]

@@ -176,7 +176,7 @@ def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
         sentences.append(
             f"Scores are the judge's mean on sampled answers, 0-100; the human responses have "
             f"{metric('eval/score_human').format(human)}. "
-            "If it also labels the pairs, the policy is trained on this measure."
+            "If it also labels the pairs or rewards the responses, the policy is trained on this measure."
         )
     if any(_has(row, "pairs/flipped") for row in table):
         flips = "; ".join(
