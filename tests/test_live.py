@@ -37,6 +37,7 @@ class Numbers:
     count: Callable[[int], int] = lambda rollout: 4
     per_pass: int = 5
     asked: list[int] = field(default_factory=list)
+    words: str = ""
 
     def ask(self, rollout: int) -> None:
         self.asked.append(rollout)
@@ -49,7 +50,7 @@ class Numbers:
         return {"rollout/reward": float(rollout)}
 
     def describe(self, rollout: int) -> str:
-        return ""
+        return self.words
 
     def explain(self) -> str:
         return "5 prompts have candidates with equal scores"
@@ -148,6 +149,16 @@ def test_a_training_that_goes_on_from_a_checkpoint_draws_the_same_rows(clock: Cl
     again.load_state_dict(states[at])
     assert groups(again) == expected[at:]
     assert again.draws == whole.draws
+
+
+def test_the_progress_says_what_the_source_says_if_it_says_anything() -> None:
+    told = []
+    for words in ("", "3 responses judged"):
+        running = live(Numbers(words=words), Clock(every=1))
+        running.group(0)
+        assert isinstance(running.report, Report)
+        told.append(running.report.words)
+    assert told == ["rollout 1 · buffer 4 · 0% stale", "rollout 1 · buffer 4 · 0% stale · 3 responses judged"]
 
 
 def test_passes_respond_to_every_prompt_once_each_in_a_new_order() -> None:

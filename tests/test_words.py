@@ -111,6 +111,9 @@ def computed(folder: Path) -> list[str]:
             "method=online_dpo judge=openai judge.model=gpt-4o-mini eval.judge=${typical.judge}",
             r"judge\.max_cost=null: with rollout=live a paid judge",
         ),
+        ("method=online_dpo judge=given", r"judge: GivenScores .*rollout=live generates others"),
+        ("method=ppo rollout.append_eos=true", r"rollout\.append_eos=true: .*take rollout\.append_eos=false"),
+        ("method=ppo reference=ema ema=on", r"ema: ClippedRatio \(objective\) reads no moving average"),
         ("method=spin dsl=[score,off]", r"dsl=\[score,off\]: expected one option"),
         ("method=spin objective=[dpo,ipo]", r"objective=\[dpo,ipo\]: expected one option"),
     ],
@@ -189,6 +192,18 @@ def test_the_initial_policy_as_reference_changes_no_key_of_the_first_iteration()
     differing = {title for title, key in started[2].items() if initial[2][title] != key}
     assert differing == {f"iteration 1 · {name}" for name in ("reference", "optimise", "evaluate", "drift")}
     assert keys("reference=initial", "start=initial")[:2] == started[:2]
+
+
+def test_a_moving_average_is_kept_in_the_iterations_that_read_it() -> None:
+    """`reference=[start,ema] ema=on`: iteration 0 is that of a run without an average."""
+
+    def keys(*overrides: str) -> list[str]:
+        run, _, _ = build(composed("scale=smoke", "tracking=off", "method=spin", *overrides))
+        return [iteration.policy.key for iteration in chain(run)]
+
+    plain, own = keys(), keys("reference=[start,ema]", "ema=on")
+    assert own[:2] == plain[:2]
+    assert own[2] != keys("reference=[start,ema]", "ema=on", "ema.decay=0.5")[2]
 
 
 # --- identities

@@ -6,7 +6,7 @@ meaning. The data, which are read later, are checked by the gate.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dnpo.data.curriculum import NoCurriculum
 from dnpo.dsl import HardLabels, HumanChosen
@@ -47,7 +47,7 @@ def check_words(plans: Sequence[Plan], model: "ModelPart", never: "Noise | None"
 
 def _check(plan: Plan, plans: Sequence[Plan], model: "ModelPart") -> None:
     _check_start(plan, model)
-    _check_average(plan)
+    _check_average(plan, plans)
     _check_live(plan)
     _check_labels(plan)
     _check_judge(plan)
@@ -65,11 +65,11 @@ def _check_start(plan: Plan, model: "ModelPart") -> None:
         )
 
 
-def _check_average(plan: Plan) -> None:
+def _check_average(plan: Plan, plans: Sequence[Plan]) -> None:
     if plan.reads_average and not plan.ema.on:
         who = "rollout.by=ema" if getattr(plan.rollout, "by", "") == "ema" else "reference=ema"
         raise SettingsError(f"{who}: there is no moving average of the weights; take ema=on")
-    if plan.ema.on and not plan.reads_average:
+    if plan.ema.on and not any(each.reads_average for each in plans):  # some iterations may have no use for it
         raise SettingsError(
             f"ema=on: nobody reads the moving average (reference={plan.reference}, and the policy responds); take "
             "reference=ema with an objective that reads a reference, rollout=live rollout.by=ema, or ema=off"
@@ -138,7 +138,7 @@ def _check_rewards(plan: Plan) -> None:
         )
     how = plan.rollout
     assert isinstance(how, Live), "_check_live has seen it"
-    if plan.reference == "ema" or plan.ema.on:
+    if plan.reference == "ema" or plan.reads_average:
         raise SettingsError(
             f"ema: {objective} (objective) reads no moving average, neither for responses (rollout.by) nor as its "
             "reference; take ema=off, rollout.by=policy, and reference=initial or start"
@@ -148,11 +148,11 @@ def _check_rewards(plan: Plan) -> None:
             f"rollout.ahead_by={how.ahead_by}: {objective} (objective) compares the policy with the one that "
             "responded, as it is when responses are used first; take rollout.ahead_by=0"
         )
-    plain = {"temperature": 1, "top_k": 0, "top_p": 1}
+    plain = {"temperature": 1, "top_k": 0, "top_p": 1, "append_eos": False}
     for name in (name for name, value in plain.items() if getattr(how, name) != value):
         raise SettingsError(
-            f"rollout.{name}={getattr(how, name)}: {objective} (objective) has the right gradient for samples of the "
-            f"policy itself alone; take rollout.{name}={plain[name]}"
+            f"rollout.{name}={_say(getattr(how, name))}: {objective} (objective) has the right gradient for samples of "
+            f"the policy itself alone; take rollout.{name}={_say(plain[name])}"
         )
     if not isinstance(plan.dsl, HumanChosen) or not isinstance(plan.strength, HardLabels):
         place = "dsl" if not isinstance(plan.dsl, HumanChosen) else "strength"
@@ -161,6 +161,11 @@ def _check_rewards(plan: Plan) -> None:
             f"{place}: {type(getattr(plan, place)).__name__} labels pairs, and {objective} (objective) makes none; "
             f"take {place}={off}"
         )
+
+
+def _say(value: Any) -> str:
+    """A value as it is set."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_labels(plan: Plan) -> None:
@@ -184,9 +189,10 @@ def _check_judge(plan: Plan) -> None:
     asks = plan.strength.asks
     if not (plan.judges or asks):
         return
+    word = "live" if plan.rollout.live else "ahead"
     if plan.rollout.generates and plan.dsl.needs_scores and not plan.judge.judges_generated:
         raise SettingsError(
-            f"judge: {type(plan.judge).__name__} knows ratings of the data's own responses alone, and rollout=ahead "
+            f"judge: {type(plan.judge).__name__} knows ratings of the data's own responses alone, and rollout={word} "
             "generates others; take rollout=given, or a judge that reads texts"
         )
     is_initial = plan.k == 0 or (plan.rollout.live and plan.start == "initial")
