@@ -11,20 +11,24 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
-from dnpo.errors import DataError
+from dnpo.errors import DataError, JudgeError
+from dnpo.evaluate import Held
+from dnpo.generate import Live as Responding
+from dnpo.judges import Judge, make_verdict
+from dnpo.judges.asked.ledger import Ledger
 from dnpo.optimise.batches import Slice
 from dnpo.optimise.ema import Average
 from dnpo.optimise.live import Clock, Live
 from dnpo.policy.model import Policy
-from dnpo.records import Pair, Rollout, read
-from dnpo.stages.rollouts import Chunks
+from dnpo.records import Pair, Prompt, Response, Rollout, Verdict, read
+from dnpo.stages.rollouts import Chunks, Responder
 from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary
-from tests.conftest import Report
+from tests.conftest import Report, World
 from tests.judge_server import judge_server
 
 # --- the buffer
@@ -128,12 +132,45 @@ def test_responding_ahead_uses_every_rollout_in_turn_and_asks_no_more_than_are_u
     assert asked[-1] == [0, 1, 2, 3, 4]
 
 
-def test_a_rollout_without_rows_is_followed_by_the_next_and_a_pass_of_them_ends_the_run() -> None:
+def test_a_rollout_without_rows_is_followed_by_the_next_and_there_are_no_more_than_were_announced() -> None:
+    """Five are due in a pass over the prompts; a training that keeps older rows goes on with these."""
     source = Numbers(lambda rollout: 0 if rollout in (1, 2) else 4)
     running = live(source, Clock(every=1))
-    assert [group[0][0] for group in groups(running)] == [0, 3, 4, 5, 6]
+    assert [group[0][0] for group in groups(running)] == [0, 3, 4]
+    assert source.asked == [0, 1, 2, 3, 4]
+    assert isinstance(running.report, Report)
+    told = "2 of 5 rollouts had nothing to train on, so training ends after 3 of 5 policy steps"
+    assert running.report.notes == [told]
+    keeping = Numbers(source.count)
+    seen = [{rollout for rollout, _ in group} for group in groups(live(keeping, Clock(every=1, capacity=8)))]
+    assert len(seen) == 5
+    assert all(each <= {3, 4} for each in seen[2:])
+    assert keeping.asked == [0, 1, 2, 3, 4]
+    ahead = Numbers(source.count)
+    assert [group[0][0] for group in groups(live(ahead, Clock(every=1, ahead_by=2)))] == [0, 3, 4]
+    assert ahead.asked == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("steps", [0, 2, 12])
+def test_a_pass_without_rows_ends_the_run(steps: int) -> None:
     with pytest.raises(DataError, match="no pair is left to train on: 5 prompts have candidates with equal scores"):
-        groups(live(Numbers(lambda rollout: 0), Clock(every=1)))
+        groups(live(Numbers(lambda rollout: 0), Clock(every=1), steps=steps))
+
+
+def test_rows_know_the_step_before_which_the_policy_responded() -> None:
+    """Not the one before which they are used first, where responding is ahead of training."""
+    made: dict[int, int] = {}
+
+    @dataclass
+    class Noting(Numbers):
+        def take(self, rollout: int, first: int, step: int) -> Sequence[tuple[int, int]]:
+            made[rollout] = step
+            return super().take(rollout, first, step)
+
+    running = live(Noting(), Clock(every=2, ahead_by=1))
+    groups(running)
+    assert made == {0: 0, 1: 0, 2: 2, 3: 4, 4: 6}
+    assert [step for _, step in running.rollouts] == [0, 0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("clock", [Clock(), Clock(2, 9), Clock(3, 20, 1), Clock(1, 6, 3)], ids=str)
@@ -170,6 +207,37 @@ def test_passes_respond_to_every_prompt_once_each_in_a_new_order() -> None:
         assert all(chunk == sorted(chunk) for chunk in one)
     assert passes[0] != passes[1]
     assert Chunks(50, 0, 3).of(0) == list(range(50))
+
+
+class Half:
+    """A judge that has no score for every second response."""
+
+    gives_scores, max_unscored = True, 0.5
+
+    def __call__(self, prompts: Sequence[Prompt], responses: Sequence[Response], *_: Any) -> list[Verdict]:
+        return [make_verdict(r, None if i % 2 else 50.0, "no answer") for i, r in enumerate(responses)]
+
+
+def test_what_has_no_score_counts_after_a_kill_too(
+    make_policy: Callable[..., Policy], world: World, tmp_path: Path
+) -> None:
+    """Half of 4 rollouts' responses may lack a score; with a quarter, the third rollout is one too many."""
+
+    def make(share: float) -> Responder:
+        judge = Half()
+        judge.max_unscored = share
+        train = Held(world.prompts[:16], world.human[:16])
+        told: dict[str, Any] = {"admits_human": False, "total": 4, "source": "policy@0", "limit": 4, "seed": 1}
+        told |= {"ledger": Ledger(tmp_path / "ledger.sqlite"), "folder": tmp_path, "report": Report()}
+        return Responder(Responding(prompts=4), train, make_policy(), cast(Judge, judge), **told)
+
+    first = make(0.25)
+    for rollout in (0, 1):
+        first.take(rollout, rollout)
+    again = make(0.25)
+    assert again.unscored == first.unscored == ["no answer"] * 4
+    with pytest.raises(JudgeError, match="6 of 16 responses of the whole training have no score"):
+        again.take(2, 2)
 
 
 # --- the moving average

@@ -146,7 +146,7 @@ class Rollout:
 
     Attributes:
         rollout: the number of the rollout that it belongs to.
-        step: the policy step before which that rollout was used first.
+        step: the policy step before which that rollout was made.
         prompt_ids: the rendered prompt.
         score: the judge's; None without a judge, or where it gave none.
         reason: why there is no score.

@@ -6,7 +6,7 @@ names it, so a checkpoint holds only counts, and a killed training finds its row
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -37,7 +37,7 @@ class Source(Protocol[Made]):
 
         Args:
             first: the number of its first row among all rows.
-            step: the policy step before which they are made.
+            step: the policy step before which the policy responded.
         """
 
     def measure(self, rollout: int) -> Mapping[str, float]:
@@ -66,8 +66,15 @@ class Clock:
     ahead_by: int = 0
 
 
+class _UsedUp(Exception):
+    """All rollouts have been made, and no rows are left."""
+
+
 class Live(Steps[Row, Batch]):
     """The policy steps of a training whose rows are made during it.
+
+    A rollout without rows is followed by the next one at once. There are as many rollouts as would be due if all had
+    rows; once they are used up, a training without older rows in the buffer ends before its last policy step.
 
     Args:
         source: makes the rows.
@@ -99,20 +106,33 @@ class Live(Steps[Row, Batch]):
         self.source, self.clock, self.batch_size, self.seed, self.report = source, clock, batch_size, seed, report
         self.buffer: dict[int, Row] = {}
         self.draws: list[int] = []  # of every row so far, also of rows that have left the buffer
-        self.rollouts: list[tuple[int, int]] = []  # the number of its first row, and the policy step it was made for
-        self.asked = 0  # rollouts that the policy has responded to
+        self.rollouts: list[tuple[int, int]] = []  # the number of its first row, and the policy step it was made before
+        self.asked: list[int] = []  # the policy step before which the policy responded, for each rollout
         self.measured: dict[str, float] = {}
         self.drawn, self.numbers = -1, tuple[int, ...]()  # the present step, and the numbers of its rows
         if clock.every:
             self.order: Sequence[tuple[int, ...]] = ()
             self.total = steps or epochs * source.per_pass * clock.every
+            self.most = -(-self.total // clock.every)
         else:
+            self.most = 1
             self._roll(0)
             self.order = order(len(self.buffer))
             self.total = len(self.order)
 
     def __len__(self) -> int:
         return self.total
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        try:
+            yield from super().__iter__()
+        except _UsedUp:
+            ends = [*(first for first, _ in self.rollouts[1:]), len(self.draws)]
+            empty = sum(first == end for (first, _), end in zip(self.rollouts, ends, strict=True))
+            self.report.note(
+                f"{empty:,} of {self.most:,} rollouts had nothing to train on, so training ends after {self.next:,} of "
+                f"{self.total:,} policy steps"
+            )
 
     def group(self, step: int) -> list[Row]:
         """All rows of a policy step; new ones are made first if they are due."""
@@ -139,22 +159,29 @@ class Live(Steps[Row, Batch]):
         }
 
     def _roll(self, step: int) -> None:
-        """Take the next rollout that has rows, and drop the oldest rows."""
+        """Take the next rollout that has rows, and drop the oldest rows.
+
+        Raises:
+            DataError: a pass over the prompts, or the whole training, has no rows.
+        """
         empty = 0
-        while True:
-            rollout = len(self.rollouts)
+        while len(self.rollouts) < self.most:
+            rollout, first = len(self.rollouts), len(self.draws)
             due = (self.total - 1 - step) // self.clock.every if self.clock.every else 0  # rollouts after this one
-            while self.asked <= rollout + min(self.clock.ahead_by, due):
-                self.source.ask(self.asked)
-                self.asked += 1
-            first = len(self.draws)
-            rows = self.source.take(rollout, first, step)
-            self.rollouts.append((first, step))
+            while len(self.asked) <= min(rollout + min(self.clock.ahead_by, due), self.most - 1):
+                self.source.ask(len(self.asked))
+                self.asked.append(step)
+            rows = self.source.take(rollout, first, self.asked[rollout])
+            self.rollouts.append((first, self.asked[rollout]))
             if rows:
                 break
             empty += 1
-            if empty >= self.source.per_pass:
+            if empty >= self.source.per_pass or (len(self.rollouts) == self.most and not self.draws):
                 raise DataError(f"step {step}: no pair is left to train on: {self.source.explain()}")
+        else:
+            if not self.clock.capacity:
+                raise _UsedUp
+            return  # the buffer has older rows
         self.draws += [0] * len(rows)
         self.measured = dict(self.source.measure(rollout))
         self.buffer |= dict(enumerate(rows, first))
@@ -182,14 +209,15 @@ class Live(Steps[Row, Batch]):
 
     def state_dict(self) -> dict[str, Any]:
         """The position and all counts; the rows themselves are on the disk."""
-        kept = {"draws": list(self.draws), "rollouts": [list(each) for each in self.rollouts], "asked": self.asked}
+        rollouts, asked = [list(each) for each in self.rollouts], list(self.asked)
+        kept = {"draws": list(self.draws), "rollouts": rollouts, "asked": asked}
         oldest = min(self.buffer, default=0)
         return {**super().state_dict(), **kept, "oldest": oldest, "measured": dict(self.measured)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint: take the rows of the buffer again."""
         super().load_state_dict(state)
-        self.draws, self.asked, self.measured = list(state["draws"]), state["asked"], dict(state["measured"])
+        self.draws, self.asked, self.measured = list(state["draws"]), list(state["asked"]), dict(state["measured"])
         self.rollouts = [(first, step) for first, step in state["rollouts"]]
         ends = [*(first for first, _ in self.rollouts[1:]), len(self.draws)]
         self.buffer = {}

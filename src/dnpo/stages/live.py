@@ -127,8 +127,8 @@ class PairSource:
     def count(self, kind: Literal["counts", "judged"] = "counts") -> dict[str, float]:
         """Counts of labels, or of verdicts, over all rollouts so far."""
         total: Counter[str] = Counter()
-        for path in sorted(self.folder.glob("*.json")):
-            found = json.loads(path.read_text())[kind]
+        for path in sorted(self.folder.glob("*.parquet")):
+            found = json.loads(path.with_suffix(".json").read_text())[kind]
             total.update({name: found[name] for name in (*COUNTED, "verdicts") if name in found})
         return dict(total)
 

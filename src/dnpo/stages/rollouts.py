@@ -100,8 +100,9 @@ class Responder:
         self.chunks = Chunks(len(train.prompts), how.prompts, seed)
         self.total = total
         self.waiting: dict[int, Future[list[Verdict]]] = {}
-        self.unscored: list[str] = []  # the reasons
         self.folder.mkdir(exist_ok=True)
+        done = read_all(sorted(self.folder.glob("*.parquet")), Rollout)  # by a training that was killed
+        self.unscored = [row.reason for row in done if row.score is None]
 
     @property
     def most(self) -> int:
@@ -133,7 +134,7 @@ class Responder:
         """The scored responses of a rollout: human ones if they are judged, then the policy's.
 
         Args:
-            step: the policy step before which they are used first.
+            step: the policy step before which the policy responded.
         """
         path = self._file(rollout)
         if path.is_file():
