@@ -30,7 +30,7 @@ HERE: dict[Outcome, str] = {
     "undecided": "undecided",
     "not measured": "not measured",
 }
-PRINTED = {"dnpo": RIVALS[DNPO][-1], "alpha_spin": RIVALS["α-SPIN"][-1]}
+PRINTED = {"dnpo": RIVALS[DNPO][-1], "alpha_spin": RIVALS["α-SPIN"][-1], "ppo": RIVALS["PPO"][-1]}
 
 
 def make(runs: Runs) -> DrawnTable:
@@ -56,7 +56,8 @@ def make(runs: Runs) -> DrawnTable:
             row[cost.metric.label] = Cell(estimate(cost(cells, method)))
         if method in PRINTED:
             row[COLUMN] = Cell(Estimate(PRINTED[method]))
-    rows["PPO (not run here)"] = {COLUMN: Cell(Estimate(RIVALS["PPO"][-1]))}
+    if "ppo" not in cells.methods:
+        rows["PPO (not run here)"] = {COLUMN: Cell(Estimate(PRINTED["ppo"]))}
     shown = [each.metric for each in (*measures, *COSTS)]
     columns = [*(each.label for each in measures), *(each.metric.label for each in COSTS)]
     digits = dict(zip(columns, (each.digits for each in shown), strict=True)) | {COLUMN: 1}

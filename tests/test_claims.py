@@ -235,12 +235,12 @@ def test_the_file_of_claims_is_well_formed() -> None:
 
 
 def test_every_method_of_its_sweep_has_a_claim_of_its_source() -> None:
-    """But for the one that is another's published code."""
+    """But for one that is another's published code, and one whose source is older than language models."""
     book = read(FILE.with_name("claims_methods.yaml"))
     (sweep,) = book.sweeps
     content = yaml.safe_load((ROOT / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8"))
     methods = set(content["hydra"]["sweeper"]["params"]["method"].split(","))
-    assert {claim.sides[0][0].arm for claim in book.claims} == methods - {"spin_official"}
+    assert {claim.sides[0][0].arm for claim in book.claims} == methods - {"spin_official", "reinforce"}
     assert book.arms == {name: {"method": name} for name in book.arms}
 
 
