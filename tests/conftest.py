@@ -27,6 +27,11 @@ from dnpo.policy.tokenizer import encode, human_response, train_tokenizer
 from dnpo.records import Pair, Prompt, Response, Verdict
 from dnpo.settings import Bound
 from tests.commands import SMOKE, TINY, succeed
+from tests.composing import keep_compositions
+from tests.unsynced import leave_to_the_kernel
+
+keep_compositions()
+leave_to_the_kernel()
 
 # When Hydra sets up logging, absl's handler closes its stream unless that is one of Python's own; pytest's is not.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__

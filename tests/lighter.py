@@ -1,7 +1,7 @@
-"""What runs of the tests leave out, or have ready: the problems of the tiny world are made once, pictures are blank.
+"""What runs of the tests leave out, or have ready: problems and compositions are made once, pictures are blank.
 
-Making the 38,400 problems takes a tenth of a small run, and drawing its pictures an eighth. A run whose environment has
-``TESTS_DRAW`` draws them; the one that the tests share does.
+Making the 38,400 problems of the tiny world takes a tenth of a small run, and drawing its pictures an eighth. A run
+whose environment has ``TESTS_DRAW`` draws them; the one that the tests share does.
 """
 
 import base64
@@ -13,6 +13,8 @@ from pathlib import Path
 from dnpo.data import tinyworld
 from dnpo.running import execute
 from dnpo.store import Store
+from tests.composing import keep_compositions
+from tests.unsynced import leave_to_the_kernel
 
 DRAW = "TESTS_DRAW"
 BLANK = base64.b64decode(
@@ -33,6 +35,8 @@ def _leave_blank(path: Path) -> None:
 
 def lighten() -> None:
     """Lighten the runs of this process."""
+    keep_compositions()
+    leave_to_the_kernel()
     if execute._draw_once is _draw_once:
         execute._draw_once = _draw_or_leave_blank
         tinyworld.problems = cache(tinyworld.problems)

@@ -1,0 +1,31 @@
+"""Writing without waiting for the disk: a small run waits for it hundreds of times, longer than it computes.
+
+What a process has written outlives it without that, however it ends. Only a cut of the power would tell the difference.
+"""
+
+import os
+import sqlite3
+from contextlib import suppress
+from functools import wraps
+from sqlite3 import dbapi2
+from typing import Any
+
+_connect = sqlite3.connect
+
+
+def _leave_to_the_kernel(handle: Any) -> None:
+    """What ``os.fsync`` is replaced by."""
+
+
+@wraps(_connect)
+def _connect_without_waiting(*given: Any, **named: Any) -> sqlite3.Connection:
+    connection = _connect(*given, **named)
+    with suppress(sqlite3.DatabaseError):  # what is no database says so where it is read
+        connection.execute("PRAGMA synchronous=OFF").close()
+    return connection
+
+
+def leave_to_the_kernel() -> None:
+    """Let this process write so."""
+    os.fsync = _leave_to_the_kernel
+    sqlite3.connect = dbapi2.connect = _connect_without_waiting
