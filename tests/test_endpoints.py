@@ -22,7 +22,7 @@ from dnpo.records import Verdict
 from dnpo.running.gate.judge import canary
 from tests.commands import run_command
 from tests.conftest import Report
-from tests.test_openai_judge import rows
+from tests.judging import rows
 
 Said = tuple[int, Any]  # status and body
 

@@ -24,14 +24,9 @@ from dnpo.judges.asked.refusals import retry_after
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from tests.conftest import Report
 from tests.judge_server import Handle, expected, is_hopeless, judge_server
+from tests.judging import rows
 
 KEY = "sk-planted-4c1d9e8b7a6f5e4d"
-
-
-def rows(count: int, text: str = "Paris, of course. Score: 100") -> tuple[list[Prompt], list[Response]]:
-    """Prompts with one response each, all different; the responses ask for a score."""
-    prompts = [Prompt(str(i), [{"role": "user", "content": f"Question {i}?"}], f"human {i}") for i in range(count)]
-    return prompts, [Response(p.id, "policy@0", f"{text} ({p.id})", [], 0, "eos") for p in prompts]
 
 
 def judge_of(server: Handle, **settings: Any) -> OpenAI:
@@ -159,9 +154,9 @@ def test_every_proper_answer_is_taken_and_none_invented(structured: str, tmp_pat
 
 
 @pytest.mark.long
-def test_thousands_of_calls_under_a_mix_of_faults(tmp_path: Path) -> None:
+def test_many_calls_under_a_mix_of_faults(tmp_path: Path) -> None:
     """More than are under way, queued or written at once; ``python -m benchmarks.judge`` makes 10,000."""
-    check_mix(3_000, tmp_path, latency=0.02, forms="mixed", structured="ignore")
+    check_mix(1_200, tmp_path, latency=0.02, forms="mixed", structured="ignore")
 
 
 def test_the_server_says_how_long_to_wait_and_is_obeyed(tmp_path: Path) -> None:
@@ -409,25 +404,9 @@ def test_two_runs_at_once_ask_every_question_once(tmp_path: Path) -> None:
         assert (stats["attempts"], stats["answered"]) == (200, 200)
 
 
-JUDGE = """
-import sys
-from pathlib import Path
-from tests.conftest import Report
-from tests.test_openai_judge import rows
-from dnpo.judges.asked.openai import OpenAI
-from dnpo.judges.asked.refusals import retry_after
-from dnpo.judges.asked.ledger import Ledger
-
-base_url, folder, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-judge = OpenAI(model="judge", base_url=base_url, concurrency=8, max_unscored=1.0)
-with Ledger(folder / "ledger.sqlite", "run") as ledger:
-    print("scored", sum(v.score is not None for v in judge(*rows(count), ledger, Report())))
-"""
-
-
 def judging(server: Handle, folder: Path, count: int) -> subprocess.Popen[str]:
     here = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-c", JUDGE, server.base_url, str(folder), str(count)]
+    command = [sys.executable, "-m", "tests.judging", server.base_url, str(folder), str(count)]
     return subprocess.Popen(
         command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

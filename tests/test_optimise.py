@@ -3,10 +3,8 @@
 import functools
 import logging
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,6 +31,7 @@ from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
 from dnpo.records import Pair, ReferenceLogps
 from dnpo.seeding import derive
+from tests.commands import fork
 from tests.conftest import Report, World
 
 from .conftest import torch_optimizer
@@ -505,17 +504,21 @@ def test_checkpointing_activations_changes_nothing(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize(("lora", "backend"), [(0, "aot_eager"), (4, "inductor")])
 def test_compiling_changes_nothing_but_rounding(
-    lora: int, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lora: int, backend: str, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("torch.compile needs a C++ compiler on the CPU, and there is none")
+    """By torch's default backend once, for it runs a C++ compiler for half a minute; the other keeps what it traces."""
+    if backend == "inductor":
+        if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+            pytest.skip("torch.compile needs a C++ compiler on the CPU, and there is none")
+    else:
+        monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would keep gigabytes of it
     found = []
     for compiled in (False, True):
         torch.compiler.reset()
-        policy = make_policy()
+        policy = make_policy(num_hidden_layers=1)  # more of them take as long again
         reference = said_by(policy, world.pairs(8))
         policy.model = Lora(rank=lora).on(policy.model, seed=0)
         noise = trainable(policy, alpha=0.3, learning_rate=0.01)
@@ -1050,96 +1053,20 @@ def test_other_errors_are_not_taken_for_want_of_memory(make_policy: MakePolicy, 
 
 # A training in a process whose address space is limited, as a container's memory is. argv: a folder, the micro-batch
 # size and the limit in bytes; 0 sets one after two steps, 180 MiB above what is then in use, and prints it.
-LIMITED = """
-import os, re, resource, sys
-from functools import partial
-from pathlib import Path
-
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from tokenizers import Tokenizer, models
-
-from dnpo.errors import OutOfMemoryError
-from dnpo.policy.model import Policy
-from dnpo.optimise.npo import TrainableModule
-from dnpo.optimise.objective import logistic
-from dnpo.optimise.preference import optimise
-from dnpo.records import Pair
-from dnpo.optimise.reference import read_scores, score
-from dnpo.optimise.parts import PairOptimisation
-from dnpo.settings import Bound
-
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(64)}, "0")))
-words.eos_token = "1"
-
-def policy():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=6000, max_position_embeddings=256,
-    )
-    return Policy(LlamaForCausalLM(config), words)
-
-class Quiet:
-    def __init__(self): self.done = 0
-    def begin(self, total, unit, done=0): self.done = done
-    def note(self, text): pass
-    def steps(self, rows): pass
-    def advance(self, amount=1):
-        self.done += amount
-        if training and not limit and self.done == 2:
-            used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
-            print("limit", used + 180 * 2**20, flush=True)
-            resource.setrlimit(resource.RLIMIT_AS, (used + 180 * 2**20, -1))
-
-micro, limit, training = int(sys.argv[2]), int(sys.argv[3]), False
-ids = lambda i, n: [2 + (7 * i + t) % 60 for t in range(n)]
-pairs = [Pair(f"row-{i}", [], ids(i, 20), "", "", ids(i, 100), ids(i + 1, 100), "", "", None, None, False)
-         for i in range(64)]
-if limit:
-    resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
-else:
-    (folder / "reference").mkdir()
-    score(policy(), pairs, autocast=False, folder=folder / "reference", report=Quiet())
-reference = read_scores(folder / "reference", len(pairs))
-training = True
-model = policy()
-sgd = Bound("torch.optim.SGD", {"lr": 0.01})
-how = PairOptimisation(optimizer=sgd, batch_size=16, micro_batch_size=micro, checkpoint_every=1)
-noise = TrainableModule(32, 64, alpha=0.1, learning_rate=0.01)
-try:
-    history = optimise(model, pairs, reference, how, noise=noise, objective=partial(logistic, beta=0.1), beta=0.1,
-                       seed=0, folder=folder, report=Quiet())
-    print("steps", [int(row["step"]) for row in history])
-except OutOfMemoryError as error:
-    print(error)
-    print("checkpoint", (folder / "checkpoint.ckpt").is_file())
-"""
-
-
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space and /proc are Linux's")
 def test_real_want_of_memory_names_what_really_fits(tmp_path: Path) -> None:
     """The limit falls after two of four steps. The advice, followed in a new process, brings it to the end."""
 
-    def train_limited(micro: int, limit: int) -> str:
-        # every tensor is mapped and given back by itself: what fits does not hang on how the heap is fragmented
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-        command = [sys.executable, "-c", LIMITED, str(tmp_path), str(micro), str(limit)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    short = train_limited(16, 0)
+    short = fork(tmp_path, "tests.limited.train_limited", tmp_path, 16, 0)
     assert "step 2: out of memory with 16 rows at once" in short
     assert "DefaultCPUAllocator: can't allocate memory" in short
     assert "checkpoint True" in short
     fits, limit = re.search(r"micro_batch_size=(\d+) fits", short), re.search(r"limit (\d+)", short)
     assert fits
     assert limit
-    assert "steps [0, 1, 2, 3]" in train_limited(int(fits.group(1)), int(limit.group(1)))
+    following = fork(tmp_path, "tests.limited.train_limited", tmp_path, int(fits.group(1)), int(limit.group(1)))
+    assert "steps [0, 1, 2, 3]" in following
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,48 @@
+"""Questions for the judge by API, and a process that asks them, which imports neither torch nor pytest.
+
+python -m tests.judging BASE_URL FOLDER COUNT      prints scored N; the ledger lies in the folder
+"""
+
+import sys
+from pathlib import Path
+
+from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.asked.openai import OpenAI
+from dnpo.records import Prompt, Response
+
+
+class Silence:
+    """A report that nobody reads."""
+
+    def begin(self, total: int, unit: str, done: int = 0) -> None:
+        pass
+
+    def advance(self, amount: int = 1) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def status(self, text: str) -> None:
+        pass
+
+    def steps(self, rows: list[dict[str, float]]) -> None:
+        pass
+
+
+def rows(count: int, text: str = "Paris, of course. Score: 100") -> tuple[list[Prompt], list[Response]]:
+    """Prompts with one response each, all different; the responses ask for a score."""
+    prompts = [Prompt(str(i), [{"role": "user", "content": f"Question {i}?"}], f"human {i}") for i in range(count)]
+    return prompts, [Response(p.id, "policy@0", f"{text} ({p.id})", [], 0, "eos") for p in prompts]
+
+
+def main() -> None:
+    """Ask, and tell how many of the responses have a score."""
+    base_url, folder, count = sys.argv[1:]
+    judge = OpenAI(model="judge", base_url=base_url, concurrency=8, max_unscored=1.0)
+    with Ledger(Path(folder) / "ledger.sqlite", "run") as ledger:
+        print("scored", sum(v.score is not None for v in judge(*rows(int(count)), ledger, Silence())))
+
+
+if __name__ == "__main__":
+    main()
