@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -50,7 +51,7 @@ from dnpo.stages.agreement import read_agreement
 from dnpo.store import Report, Store, manifest
 from dnpo.store.manifests import seal
 from dnpo.tracking.writing import Tracking
-from tests.commands import succeed
+from tests.commands import SMOKE, TINY, succeed
 from tests.conftest import Report as Quiet
 from tests.conftest import verdicts
 
@@ -590,12 +591,12 @@ def test_a_title_holds_no_password() -> None:
 
 
 @pytest.mark.long
-def test_a_run_shows_what_is_known_of_its_judge(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_shows_what_is_known_of_its_judge(tiny: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On its screen and in its summary; of a judge that nobody has compared with people it says nothing."""
+    shutil.copytree(tiny / "store", here / "store")
     run(monkeypatch, "judge=longer", f"data={file_of(here, ROW)}", *SMALL)
     for judge, known in (("longer", 1), ("rules", 0)):
-        arguments = [f"judge={judge}", "scale=smoke", "iterations=1", "tracking=off", f"hydra.run.dir={judge}"]
-        printed = succeed(here, *arguments)
+        printed = succeed(here, *SMOKE, *TINY, f"judge={judge}", "iterations=1", f"hydra.run.dir={judge}")
         assert printed.count("rows.jsonl") == known
         found = json.loads((here / judge / "summary.json").read_text())["judge_agreement"]
         assert [entry["accuracy"]["value"] for entry in found] == [1.0] * known

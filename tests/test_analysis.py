@@ -742,7 +742,8 @@ def test_every_figure_and_table_asked_for_is_there(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.long
-def test_real_runs_are_drawn_with_the_numbers_of_their_summaries(migrated: Path, tmp_path: Path) -> None:
+def test_real_runs_are_drawn_with_the_numbers_of_their_summaries(tiny: Path, migrated: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "store", tmp_path / "store")
     shutil.copy(migrated, tmp_path / "mlflow.db")
     succeed(tmp_path, "-m", "+sweep=main", "scale=smoke", *TINY, "seed=0,1", "judge@second_judge=correct")
     drawn = run_command(tmp_path, "analysis.command", "all", "--out", "figures")

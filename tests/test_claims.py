@@ -677,8 +677,10 @@ def test_a_sweep_that_fails_is_said_and_what_is_there_is_told(
 
 @pytest.mark.long
 def test_one_command_runs_the_sweep_and_tells_the_outcome(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Path, migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shutil.copytree(tiny / "store", tmp_path / "store")
+    shutil.copy(migrated, tmp_path / "mlflow.db")
     path = write_claims(
         tmp_path / "claims.yaml",
         {"arguments": {"column": "score", "kind": "sample"}, "a": "new@0", "b": "old@SFT"},

@@ -47,12 +47,7 @@ def test_every_method_composes_with_every_scale(method: str, scale: str) -> None
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_binds_its_target(group: str, option: str) -> None:
-    check_settings(composed(f"{group}={option}", *NEEDED.get((group, option), [])))
-
-
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_setting_of_an_option_stands_in_its_file(group: str, option: str) -> None:
+def test_every_option_binds_its_target_and_its_file_shows_every_setting(group: str, option: str) -> None:
     """What can be set can be seen: no parameter of a target is missing from the composed settings."""
     import inspect
 

@@ -9,13 +9,13 @@ import pytest
 from dnpo.commands.quoting import quote
 from tests.commands import run_command, train
 
-PLACES = ["data.path", "model.path", "store", "ledger"]
 VALUES = ["/d/year=2024/x.jsonl", "/d/a,b.jsonl", "/d/a(1).jsonl", "/d/{a}.jsonl", "/d/set[1].jsonl"]
 VALUES += ['/d/"a"=1', "/d/'a'=1"]
+PLACES = [("data.path", value) for value in VALUES]  # every value in one place, and some in others
+PLACES += [(place, value) for place in ("model.path", "store", "ledger") for value in (VALUES[0], VALUES[-2])]
 
 
-@pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "value"), PLACES)
 def test_the_way_to_quote_is_shown_and_works(place: str, value: str, tmp_path: Path) -> None:
     chosen = ["data=jsonl"] if place == "data.path" else ["model=local"] if place == "model.path" else []
     done = train(tmp_path, *chosen, "plan=true", "tracking=off", f"{place}={value}")

@@ -25,7 +25,7 @@ from dnpo.running import execute as running
 from dnpo.settings import conf_folder
 from dnpo.stages.plan import Iteration, Run
 from dnpo.tracking.reading import Database
-from tests.commands import TINY, run_afresh, train
+from tests.commands import TINY, Process, train
 
 CONF = conf_folder()
 SWEEPS = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
@@ -253,12 +253,6 @@ def sweep(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return train(cwd, "-m", "scale=smoke", *arguments, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
 
 
-def sweep_side_by_side(cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The same with two jobs at a time, which are processes."""
-    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    return run_afresh(cwd, "-m", "scale=smoke", *arguments, *launcher, MLFLOW_TRACKING_URI="sqlite:///mlflow.db")
-
-
 def summaries(cwd: Path) -> dict[str, Any]:
     """The summaries of the newest sweep's jobs, by number."""
     newest = max(cwd.glob("multirun/*/*"))
@@ -294,23 +288,45 @@ def tracked(cwd: Path) -> dict[str, dict[str, Any]]:
     }
 
 
+ABLATION = ("+sweep=ablation", "seed=0", "iterations=2,0,3", "method=npo,dnpo", *TINY)
+"""Jobs that share the chain of SPIN; all have noise, half of them a judge, and two cannot run."""
+
+
 @pytest.fixture(scope="module")
-def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def serial(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which an ablation has run, one job after the other."""
     cwd = tmp_path_factory.mktemp("serial")
-    done = sweep(cwd, "+sweep=ablation", "seed=0", "iterations=2,3", *TINY)
-    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copy(migrated, cwd / "mlflow.db")
+    done = sweep(cwd, *ABLATION)
+    assert done.returncode == 1, done.stdout + done.stderr
     return cwd
 
 
-@pytest.mark.long
-def test_a_sweep_side_by_side_equals_the_same_in_turn(serial: Path, tmp_path: Path) -> None:
-    """Every number of every job; no stage computed twice; and nothing lost on the way to MLflow."""
+@pytest.fixture(scope="module")
+def side_by_side(serial: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """A folder in which the same has run with two jobs at a time, which are processes; exit status and errors.
+
+    It asks for the other, so that the tests of both run on one worker.
+    """
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = sweep_side_by_side(tmp_path, "+sweep=ablation", "seed=0", "iterations=2,3", *TINY)
-    assert done.returncode == 0, done.stdout + done.stderr
-    one, other = summaries(serial), summaries(tmp_path)
-    assert len(one) == len(other) == 8
+    cwd = tmp_path_factory.mktemp("side") / "by-side"
+    cwd.mkdir()
+    shutil.copy(migrated, cwd / "mlflow.db")
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    variables = {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+    process = Process(cwd, "-m", "scale=smoke", *ABLATION, *launcher, **variables)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode is not None
+    return cwd, process.returncode, err
+
+
+@pytest.mark.long
+def test_a_sweep_side_by_side_equals_the_same_in_turn(serial: Path, side_by_side: tuple[Path, int, str]) -> None:
+    """Every number of every job; no stage computed twice; and nothing lost on the way to MLflow."""
+    other_folder, status, err = side_by_side
+    assert status == 1, err
+    one, other = summaries(serial), summaries(other_folder)
+    assert len(one) == len(other) == 4
     for number, job in one.items():
         rows = zip(job["table"], other[number]["table"], strict=True)
         for row, same in rows:
@@ -319,10 +335,10 @@ def test_a_sweep_side_by_side_equals_the_same_in_turn(serial: Path, tmp_path: Pa
         assert len(computed(found)) == len(set(computed(found)))
         assert set(computed(found)) == {(s["stage"], s["key"]) for job in found.values() for s in job["stages"]}
     assert sorted(computed(one)) == sorted(computed(other))
-    in_turn, side_by_side = tracked(serial), tracked(tmp_path)
-    assert len(in_turn) == 8
-    assert in_turn == side_by_side
-    for run in in_turn.values():
+    runs = tracked(serial)
+    assert len(runs) == 4
+    assert runs == tracked(other_folder)
+    for run in runs.values():
         assert (run["status"], run["sweep"]) == ("FINISHED", ("ablation", True))
         assert len(run["metrics"]["sft/loss/policy"]) == 20
 
@@ -346,14 +362,14 @@ def test_a_constant_is_matched_to_the_noise_of_the_same_iteration(serial: Path) 
 
 
 @pytest.mark.long
-def test_a_failing_job_side_by_side_neither_stops_the_others_nor_hides(tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = sweep_side_by_side(tmp_path, "+sweep=alpha", "npo.alpha=0.1,-1,1", "plan=true")
-    assert done.returncode == 1
-    assert "job 1 failed" in done.stderr
-    assert "npo.alpha=-1" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(list(tmp_path.glob("multirun/*/*/*/plan.json"))) == 2
+def test_failing_jobs_side_by_side_neither_stop_the_others_nor_hide(side_by_side: tuple[Path, int, str]) -> None:
+    folder, status, err = side_by_side
+    assert status == 1
+    for job in (2, 3):
+        assert f"job {job} failed" in err
+    assert "iterations=0: " in err
+    assert "Traceback" not in err
+    assert sorted(summaries(folder)) == ["0", "1", "4", "5"]
 
 
 @pytest.mark.long

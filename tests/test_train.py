@@ -279,8 +279,8 @@ def test_kill_9_at_any_moment_changes_no_number(tiny: Path, tmp_path: Path) -> N
 def test_kills_in_short_stages_and_in_the_first_seconds_change_no_number(tiny: Path, tmp_path: Path) -> None:
     """A few of ``python -m tests.kills``."""
     expected, moments = numbers(first(tiny)), random.Random(1)
-    assert kills.kill_anywhere(tmp_path, 4, (*SMOKE, *TINY), expected, moments, []) == 0
-    assert kills.kill_early(tmp_path, 2, ("scale=smoke", *TINY), expected, moments) == 0
+    assert kills.kill_anywhere(tmp_path, 3, (*SMOKE, *TINY), expected, moments, []) == 0
+    assert kills.kill_early(tmp_path, 1, ("scale=smoke", *TINY), expected, moments) == 0
 
 
 def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(tmp_path: Path) -> None:
@@ -336,19 +336,20 @@ def test_the_plan_of_a_sweep_shows_what_its_jobs_share(tmp_path: Path) -> None:
 
 
 def test_labels_by_quality_beat_labels_by_origin(tmp_path: Path) -> None:
-    """The default world and model, one iteration of each: SPIN against DSL. Over three seeds DSL was 4.1 to 5.2 points
-    better here; half of the least of these is asked. The noise may win or lose, so nothing is asked of it."""
-    succeed(tmp_path, "-m", "tracking=off", "iterations=2", "method=spin,dsl", "eval.sequences=128", "eval.samples=2")
+    """The default world and model, the first iteration of each: SPIN against DSL. Over three seeds DSL was 3.6 to 6.2
+    points better here; half of the least of these is asked. The noise may win or lose, so nothing is asked of it."""
+    smaller = ("data.validation=60", "eval.sequences=64", "eval.samples=2")
+    succeed(tmp_path, "-m", "tracking=off", "iterations=1", "acts_from=0", "method=spin,dsl", *smaller)
     found = json.loads(next(tmp_path.glob("multirun/*/*/sweep.json")).read_text())
     score = {
         row["settings"].split("method=")[1].split()[0]: row["values"][0]
         for row in found
-        if row["metric"] == "eval/score" and row["iteration"] == 1
+        if row["metric"] == "eval/score" and row["iteration"] == 0
     }
-    assert score["dsl"] > score["spin"] + 2.0
+    assert score["dsl"] > score["spin"] + 1.8
     first, last = (json.loads(p.read_text())["table"] for p in sorted(tmp_path.glob("multirun/*/*/*/summary.json")))
     assert 0.25 < first[1]["eval/win"] + first[1]["eval/tie"] < 0.35, "about 30 % are as good as the human ones"
-    assert last[2]["pairs/flipped"] > 300
+    assert last[1]["pairs/flipped"] > 300
 
 
 # --- a method of one's own
