@@ -1,6 +1,6 @@
 """Does training on rollouts end where it should? One-token responses, whose best distribution has a closed form.
 
-    python -m benchmarks.bandit                    # 5 seeds, 600 policy steps each
+    python -m benchmarks.bandit                    # 5 seeds, 400 policy steps each
     python -m benchmarks.bandit --seeds 1 --steps 200
 
 A small random policy answers each prompt with one token of its vocabulary; every token has a known reward r. The policy
@@ -226,7 +226,7 @@ def main() -> None:
     """Run ``python -m benchmarks.bandit``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=600, help="policy steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="policy steps (default %(default)s)")
     parser.add_argument(
         "--rate", type=float, default=5e-3, help="learning rate, which falls to 0 (default %(default)s)"
     )

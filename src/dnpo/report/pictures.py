@@ -18,6 +18,7 @@ from dnpo.tracking.reading import SFT, TrackedRun, iteration_name
 STEPS = (
     *("loss/policy", "loss/noise", "margin/saturation"),
     *("rollout/reward", "rollout/kl", "rollout/entropy", "rollout/flips", "rollout/stale", "rollout/age"),
+    *("ratio/clipped", "ratio/kl", "value/explained"),
 )
 
 
