@@ -157,6 +157,14 @@ def test_a_pass_without_rows_ends_the_run(steps: int) -> None:
         groups(live(Numbers(lambda rollout: 0), Clock(every=1), steps=steps))
 
 
+def test_a_training_says_how_many_rows_it_never_used() -> None:
+    running = live(Numbers(lambda rollout: 10), Clock(every=1))
+    groups(running)
+    assert isinstance(running.report, Report)
+    (note,) = running.report.notes
+    assert note.startswith("30 of 50 that were made were never trained on: a policy step takes at most 4 ")
+
+
 def test_rows_know_the_step_before_which_the_policy_responded() -> None:
     """Not the one before which they are used first, where responding is ahead of training."""
     made: dict[int, int] = {}

@@ -133,6 +133,13 @@ class Live(Steps[Row, Batch]):
                 f"{empty:,} of {self.most:,} rollouts had nothing to train on, so training ends after {self.next:,} of "
                 f"{self.total:,} policy steps"
             )
+        unused = self.draws.count(0)
+        if unused:
+            self.report.note(
+                f"{unused:,} of {len(self.draws):,} that were made were never trained on: a policy step takes at most "
+                f"{self.batch_size:,} (trainer.batch_size); rollout.prompts, rollout.samples and rollout.every decide how "
+                "many there are for it"
+            )
 
     def group(self, step: int) -> list[Row]:
         """All rows of a policy step; new ones are made first if they are due."""
