@@ -141,6 +141,9 @@ class Answers:
             ]
         }
 
+    def check(self, rollouts: int) -> None:
+        """Nothing is on the disk."""
+
     def take(self, rollout: int, first: int, step: int) -> list[Rollout]:
         """Its responses."""
         return self.made[rollout]

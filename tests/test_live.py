@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ from dnpo.optimise.ema import Average
 from dnpo.optimise.live import Clock, Live
 from dnpo.policy.model import Policy
 from dnpo.records import Pair, Prompt, Response, Rollout, Verdict, read
+from dnpo.stages import live as live_stage
 from dnpo.stages.rollouts import Chunks, Responder
-from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary
+from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary, train
 from tests.conftest import Report, World
 from tests.judge_server import judge_server
 
@@ -45,6 +47,9 @@ class Numbers:
 
     def ask(self, rollout: int) -> None:
         self.asked.append(rollout)
+
+    def check(self, rollouts: int) -> None:
+        assert set(range(rollouts)) <= set(self.asked)
 
     def take(self, rollout: int, first: int, step: int) -> Sequence[tuple[int, int]]:
         assert rollout in self.asked
@@ -366,6 +371,59 @@ def test_what_a_live_training_leaves(store: Path, tmp_path: Path) -> None:
 
 
 # --- kills, and judges that go away
+
+
+class Killed(BaseException):
+    """What ends a run at a chosen moment, and leaves its files as a kill would."""
+
+
+@pytest.mark.parametrize("folder", ["pairs", "rollouts"])
+def test_a_training_that_is_killed_while_it_removes_its_files_loses_none_of_its_results(
+    folder: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ("method=sapo", "rollout.prompts=12", "rollout.capacity=20")
+    whole, rows = run(tmp_path, *own)
+    shutil.rmtree(store / "optimise")
+    remove = shutil.rmtree
+
+    def half(path: Path, *given: Any, **named: Any) -> None:
+        if Path(path).name.startswith(folder) and Path(path).is_dir():
+            for each in sorted(Path(path).glob("*"))[::2]:
+                each.unlink()
+            raise Killed
+        remove(path, *given, **named)
+
+    monkeypatch.setattr(live_stage.shutil, "rmtree", half)
+    with pytest.raises(Killed):
+        run(tmp_path, *own)
+    monkeypatch.undo()
+    again, same = run(tmp_path, *own)
+    assert numbers(again) == numbers(whole)
+    assert same == rows
+    files = {path.name for path in (store / again["policies"][-1]).iterdir() if path.is_dir()}
+    assert files == {"policy"}
+
+
+@pytest.mark.parametrize("folder", ["pairs", "rollouts", "rollouts/seen"])
+def test_a_rollout_that_a_checkpoint_counts_on_is_not_made_again_by_another_policy(
+    folder: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a file that was damaged and has been removed, which the message about damaged files asks for."""
+    method = ("method=ppo",) if folder == "rollouts/seen" else ("method=sapo", "rollout.capacity=20")
+    own = (*method, "rollout.prompts=12", "trainer.checkpoint_every=1")
+    whole, _ = run(tmp_path, *own)
+    shutil.rmtree(store / "optimise")
+    monkeypatch.setattr(live_stage, "gather", Mock(side_effect=Killed))
+    with pytest.raises(Killed):
+        run(tmp_path, *own)
+    monkeypatch.undo()
+    (partial,) = (store / "optimise").glob("*.partial")
+    (partial / folder / "000000.parquet").unlink()
+    done = train(tmp_path, *RUN[:-1], "store=store", *own)
+    assert done.returncode == 1
+    assert "000000.parquet: is not there" in done.stderr
+    (partial / "checkpoint.ckpt").unlink()
+    assert numbers(run(tmp_path, *own)[0]) == numbers(whole)
 
 
 @pytest.mark.long

@@ -385,6 +385,9 @@ class Some:
     def path(self, rollout: int) -> Path:
         return self.folder / f"responses-{rollout}.parquet"
 
+    def check(self, rollouts: int) -> None:
+        """Nothing is on the disk."""
+
     def take(self, rollout: int, first: int, step: int) -> list[Rollout]:
         return read(self.path(rollout), Rollout)
 

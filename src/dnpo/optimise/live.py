@@ -8,15 +8,29 @@ names it, so a checkpoint holds only counts, and a killed training finds its row
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from dnpo.errors import DataError
+from dnpo.errors import DataError, StoreError
 from dnpo.optimise.batches import Batch, Slice, Steps
 from dnpo.seeding import derive
 from dnpo.store import Report
 
 Row = TypeVar("Row")
 Made = TypeVar("Made", covariant=True)
+
+
+def require(paths: Sequence[Path]) -> None:
+    """Check that files of rollouts are there which a checkpoint counts on.
+
+    Raises:
+        StoreError: one is not.
+    """
+    for path in (path for path in paths if not path.is_file()):
+        raise StoreError(
+            f"{path}: is not there, and the policy that it was made by has been trained further since then; remove the "
+            "training's checkpoint.ckpt too, and the training begins again"
+        )
 
 
 class Source(Protocol[Made]):
@@ -38,6 +52,13 @@ class Source(Protocol[Made]):
         Args:
             first: the number of its first row among all rows.
             step: the policy step before which the policy responded.
+        """
+
+    def check(self, rollouts: int) -> None:
+        """Check that the first so many rollouts, which a checkpoint counts as taken, are on the disk.
+
+        Raises:
+            StoreError: one is not; the policy that made it is gone.
         """
 
     def measure(self, rollout: int) -> Mapping[str, float]:
@@ -137,8 +158,8 @@ class Live(Steps[Row, Batch]):
         if unused:
             self.report.note(
                 f"{unused:,} of {len(self.draws):,} that were made were never trained on: a policy step takes at most "
-                f"{self.batch_size:,} (trainer.batch_size); rollout.prompts, rollout.samples and rollout.every decide how "
-                "many there are for it"
+                f"{self.batch_size:,} (trainer.batch_size); rollout.prompts, rollout.samples and rollout.every decide "
+                "how many there are for it"
             )
 
     def group(self, step: int) -> list[Row]:
@@ -226,6 +247,7 @@ class Live(Steps[Row, Batch]):
         super().load_state_dict(state)
         self.draws, self.asked, self.measured = list(state["draws"]), list(state["asked"]), dict(state["measured"])
         self.rollouts = [(first, step) for first, step in state["rollouts"]]
+        self.source.check(len(self.rollouts))
         ends = [*(first for first, _ in self.rollouts[1:]), len(self.draws)]
         self.buffer = {}
         for rollout, ((first, step), end) in enumerate(zip(self.rollouts, ends, strict=True)):

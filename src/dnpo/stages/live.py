@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dnpo import dsl
 from dnpo.generate import Live
 from dnpo.judges import Judge, tally
-from dnpo.optimise.live import Clock
+from dnpo.optimise.live import Clock, require
 from dnpo.records import (
     HUMAN,
     Pair,
@@ -72,13 +72,18 @@ class PairSource:
         """Let the policy respond."""
         self.responder.ask(rollout)
 
+    def check(self, rollouts: int) -> None:
+        """Check that the files of the first so many rollouts are there."""
+        self.responder.check(rollouts)
+        require([self._file(rollout) for rollout in range(rollouts)])
+
     def take(self, rollout: int, first: int, step: int) -> "list[Scored]":
         """The pairs of a rollout, scored under the reference."""
         from dnpo.optimise.pairs import Scored
         from dnpo.optimise.reference import score_now
 
-        path = self.folder / f"{rollout:06d}.parquet"
-        known = path.is_file()
+        path = self._file(rollout)
+        known = path.is_file() and self.responder.has(rollout)
         responses: list[Rollout] = []
         if known:
             pairs = read(path, Pair)
@@ -95,7 +100,7 @@ class PairSource:
             self.measured = {rollout: describe(responses, rows)}
             facts = {"counts": counts, "judged": judged, "measured": self.measured[rollout]}
             write_json(self._facts(rollout), facts)
-            self.judged += int(judged.get("verdicts", 0))
+            self.judged += 0 if path.is_file() else int(judged.get("verdicts", 0))
             write(path, pairs, Pair)
         return rows
 
@@ -131,6 +136,9 @@ class PairSource:
             found = json.loads(path.with_suffix(".json").read_text())[kind]
             total.update({name: found[name] for name in (*COUNTED, "verdicts") if name in found})
         return dict(total)
+
+    def _file(self, rollout: int) -> Path:
+        return self.folder / f"{rollout:06d}.parquet"
 
     def _facts(self, rollout: int) -> Path:
         return self.folder / f"{rollout:06d}.json"
@@ -240,9 +248,17 @@ def count_tokens(pair: Pair) -> int:
 
 
 def clear(folder: Path) -> None:
-    """Remove the files by rollout, once the trained policy is written and no checkpoint names them any more."""
-    for name in (ROLLOUTS, PAIRS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    """Remove the files by rollout, once the trained policy is written and no checkpoint names them any more.
+
+    The pairs go first, since they can be made again from the rollouts, and each folder goes as a whole, so that a
+    training that is killed meanwhile begins again with files that belong together.
+    """
+    for name in (PAIRS, ROLLOUTS):
+        gone = folder / f"{name}.gone"
+        shutil.rmtree(gone, ignore_errors=True)  # left by a kill
+        if (folder / name).is_dir():
+            (folder / name).rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 class ResponseSource:
@@ -263,6 +279,10 @@ class ResponseSource:
     def ask(self, rollout: int) -> None:
         """Let the policy respond."""
         self.responder.ask(rollout)
+
+    def check(self, rollouts: int) -> None:
+        """Check that the first so many rollouts are there."""
+        self.responder.check(rollouts)
 
     def take(self, rollout: int, first: int, step: int) -> list[Rollout]:
         """The responses of a rollout, with their scores."""

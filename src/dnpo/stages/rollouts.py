@@ -17,6 +17,7 @@ from dnpo.errors import JudgeError
 from dnpo.generate import Live
 from dnpo.judges import Judge, ask, make_verdict, too_many
 from dnpo.judges.asked.ledger import Ledger
+from dnpo.optimise.live import require
 from dnpo.records import HUMAN, Response, Rollout, Verdict, policy_source, read, read_all, write
 from dnpo.seeding import derive
 from dnpo.stages.plan import Facts, Plan, Run, Task
@@ -124,7 +125,7 @@ class Responder:
 
     def ask(self, rollout: int) -> None:
         """Let the policy respond, and the judge begin if it works in the background."""
-        if self._file(rollout).is_file():
+        if self.has(rollout):
             return
         responses = self._respond(rollout)
         if self.how.ahead_by and self.judge is not None:
@@ -168,6 +169,14 @@ class Responder:
         write(path, rows, Rollout)
         shutil.rmtree(self._responses(rollout), ignore_errors=True)
         return rows
+
+    def has(self, rollout: int) -> bool:
+        """Whether a rollout is on the disk."""
+        return self._file(rollout).is_file()
+
+    def check(self, rollouts: int) -> None:
+        """Check that the first so many rollouts are on the disk; see :class:`dnpo.optimise.live.Source`."""
+        require([self._file(rollout) for rollout in range(rollouts)])
 
     def _respond(self, rollout: int) -> list[Response]:
         """The policy's responses; responses on the disk are not made again."""

@@ -25,7 +25,7 @@ from dnpo.methods.ppo.equations import (
     whiten,
 )
 from dnpo.optimise.batches import Slice
-from dnpo.optimise.live import Clock, Live, Source
+from dnpo.optimise.live import Clock, Live, Source, require
 from dnpo.optimise.parts import Optimisation
 from dnpo.optimise.training import Batch, Training, fit, make_fused
 from dnpo.policy.logprobs import token_logps
@@ -191,6 +191,11 @@ class Observed:
     def ask(self, rollout: int) -> None:
         """Let the policy respond, as it is now."""
         self.source.ask(rollout)
+
+    def check(self, rollouts: int) -> None:
+        """Check that the first so many rollouts are there, as they were seen when they were made."""
+        self.source.check(rollouts)
+        require([self._file(rollout) for rollout in range(rollouts)])
 
     def take(self, rollout: int, first: int, step: int) -> list[Experience]:
         """The experiences of a rollout."""
