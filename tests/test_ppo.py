@@ -413,7 +413,7 @@ def train(
     every: int = 3,
 ) -> list[dict[str, float]]:
     folder.mkdir(exist_ok=True, parents=True)
-    return settings.train(
+    history, tokens = settings.train(
         policy,
         source=Some(policy, world, folder),
         clock=Clock(every=every),
@@ -423,6 +423,8 @@ def train(
         folder=folder,
         report=report or Report(),
     )
+    assert tokens > 0
+    return history
 
 
 def whole(**settings: Any) -> Optimisation:
@@ -593,3 +595,5 @@ def test_a_run_keeps_what_it_trained_on(method: str, every: int, tiny: Path, tmp
     scores = [rollout.score for rollout in rollouts[:16]]
     assert steps[0]["rollout/reward"] == pytest.approx(sum(score or 0 for score in scores) / 16)
     assert not (made / "rollouts").exists()
+    trained = json.loads((made / "manifest.json").read_text())["facts"]["tokens"]
+    assert trained == every * sum(len(row.prompt_ids) + len(row.token_ids) for row in rows)

@@ -324,7 +324,7 @@ def train_on_responses(
     responder = make_responder(run, plan, task, train, policy, judge)
     total = responder.total
     task.report.note(f"{total:,} rollouts; {responder.most:,} responses are judged")
-    history = learn.train(
+    history, tokens = learn.train(
         policy,
         source=ResponseSource(responder),
         clock=Clock(how.every, how.capacity, how.ahead_by),
@@ -335,4 +335,5 @@ def train_on_responses(
         report=task.report,
     )
     generated = gather(task.folder)
-    return history, {"generated": generated, "judged": {"verdicts": generated["responses"]}, "rollouts": total}
+    judged = {"verdicts": generated["responses"]}
+    return history, {"generated": generated, "judged": judged, "tokens": tokens, "rollouts": total}

@@ -66,7 +66,7 @@ class ClippedRatio:
         seed: int,
         folder: Path,
         report: "Report",
-    ) -> list[dict[str, float]]:
+    ) -> tuple[list[dict[str, float]], int]:
         """Train the policy in place on rollouts that are made as it is trained.
 
         Args:
@@ -81,7 +81,7 @@ class ClippedRatio:
             report: receives the progress.
 
         Returns:
-            A row of metrics for each policy step.
+            A row of metrics for each policy step, and the number of tokens that went through the policy in training.
         """
         from dnpo.methods.ppo.training import train
 

@@ -324,7 +324,7 @@ def train(
     seed: int,
     folder: Path,
     report: Report,
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], int]:
     """Train the policy in place; see :meth:`ClippedRatio.train`."""
     observer = Observer(policy, reference, settings, optimisation.autocast)
     seen = Observed(source, observer, folder / "rollouts" / "seen")
@@ -342,5 +342,7 @@ def train(
     )
     training = RolloutTraining(observer, optimisation, len(live), report, lambda: live.notes)
     history = fit(training, live, folder)
-    write(folder / "experiences.parquet", read_all(sorted(seen.folder.glob("*.parquet")), Experience), Experience)
-    return history
+    rows = read_all(sorted(seen.folder.glob("*.parquet")), Experience)
+    write(folder / "experiences.parquet", rows, Experience)
+    tokens = [len(row.prompt_ids) + len(row.token_ids) for row in rows]
+    return history, sum(draws * count for draws, count in zip(live.draws, tokens, strict=True))
