@@ -418,6 +418,11 @@ def test_a_rollout_that_a_checkpoint_counts_on_is_not_made_again_by_another_poli
         run(tmp_path, *own)
     monkeypatch.undo()
     (partial,) = (store / "optimise").glob("*.partial")
+    if folder == "pairs":
+        (partial / "pairs" / "000000.json").write_text("{")
+        done = train(tmp_path, *RUN[:-1], "store=store", *own)
+        assert "000000.json: is damaged" in done.stderr
+        assert "Traceback" not in done.stderr
     (partial / folder / "000000.parquet").unlink()
     done = train(tmp_path, *RUN[:-1], "store=store", *own)
     assert done.returncode == 1

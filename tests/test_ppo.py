@@ -37,7 +37,7 @@ from dnpo.optimise.training import fit
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
 from dnpo.records import Rollout, read, write
-from tests.commands import SMOKE, TINY, succeed
+from tests.commands import SMOKE, TINY, succeed, summary
 from tests.commands import train as run
 from tests.conftest import Report, World, torch_optimizer
 from tests.test_optimise import Stop, Stopping, close, how, same, timeless, weights
@@ -597,3 +597,28 @@ def test_a_run_keeps_what_it_trained_on(method: str, every: int, tiny: Path, tmp
     assert not (made / "rollouts").exists()
     trained = json.loads((made / "manifest.json").read_text())["facts"]["tokens"]
     assert trained == every * sum(len(row.prompt_ids) + len(row.token_ids) for row in rows)
+
+
+def test_responses_without_a_score_are_left_out_and_counted(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "run", symlinks=True)
+    (folder / "holes.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from dnpo.judges import make_verdict\n"
+        "from dnpo.judges.exact.rules import Rules\n"
+        "@dataclass(frozen=True)\n"
+        "class Holes(Rules):\n"
+        "    max_unscored: float = 0.9\n"
+        "    def _judge(self, prompt, response):\n"
+        "        known = len(response.text) % 2 == 0\n"
+        "        return super()._judge(prompt, response) if known else make_verdict(response, None, 'odd')\n"
+    )
+    words = ("method=reinforce", "judge._target_=holes.Holes", "eval.judge=${typical.judge}")
+    succeed(folder, *SMOKE, *TINY, *words, "iterations=1")
+    found = summary(folder)
+    made = folder / "store" / found["policies"][-1]
+    rollouts, rows = read(made / "rollouts.parquet", Rollout), read(made / "experiences.parquet", Experience)
+    unscored = sum(rollout.score is None for rollout in rollouts)
+    assert 0 < unscored < 48
+    assert len(rows) == 48 - unscored
+    assert found["table"][-1]["judge/verdicts"] == 48
+    assert found["table"][-1]["judge/unscored"] == unscored

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dnpo import dsl
+from dnpo.errors import StoreError
 from dnpo.generate import Live
 from dnpo.judges import Judge, tally
 from dnpo.optimise.live import Clock, require
@@ -118,7 +119,7 @@ class PairSource:
     def measure(self, rollout: int) -> Mapping[str, float]:
         """Reward, divergence from the reference, entropy and flips of a rollout."""
         if rollout not in self.measured:
-            self.measured = {rollout: json.loads(self._facts(rollout).read_text())["measured"]}
+            self.measured = {rollout: _read_facts(self._facts(rollout))["measured"]}
         return self.measured[rollout]
 
     def describe(self, rollout: int) -> str:
@@ -133,7 +134,7 @@ class PairSource:
         """Counts of labels, or of verdicts, over all rollouts so far."""
         total: Counter[str] = Counter()
         for path in sorted(self.folder.glob("*.parquet")):
-            found = json.loads(path.with_suffix(".json").read_text())[kind]
+            found = _read_facts(path.with_suffix(".json"))[kind]
             total.update({name: found[name] for name in (*COUNTED, "verdicts") if name in found})
         return dict(total)
 
@@ -142,6 +143,19 @@ class PairSource:
 
     def _facts(self, rollout: int) -> Path:
         return self.folder / f"{rollout:06d}.json"
+
+
+def _read_facts(path: Path) -> Any:
+    """What is known of a rollout.
+
+    Raises:
+        StoreError: the file is damaged, or gone.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        beside = f"{path.stem}.parquet"
+        raise StoreError(f"{path}: is damaged ({error}); remove it and {beside}, and run the command again") from error
 
 
 def describe(responses: Sequence[Rollout], rows: "Sequence[Scored]") -> dict[str, float]:
@@ -335,5 +349,5 @@ def train_on_responses(
         report=task.report,
     )
     generated = gather(task.folder)
-    judged = {"verdicts": generated["responses"]}
+    judged = tally([as_verdict(row) for row in read(task.folder / "rollouts.parquet", Rollout)])
     return history, {"generated": generated, "judged": judged, "tokens": tokens, "rollouts": total}
