@@ -114,8 +114,6 @@ def computed(folder: Path) -> list[str]:
         ("method=online_dpo judge=given", r"judge: GivenScores .*rollout=live generates others"),
         ("method=ppo rollout.append_eos=true", r"rollout\.append_eos=true: .*take rollout\.append_eos=false"),
         ("method=ppo reference=ema ema=on", r"ema: ClippedRatio \(objective\) reads no moving average"),
-        ("method=spin dsl=[score,off]", r"dsl=\[score,off\]: expected one option"),
-        ("method=spin objective=[dpo,ipo]", r"objective=\[dpo,ipo\]: expected one option"),
     ],
     ids=lambda text: text.replace(" ", "_") if "method" in text else "",
 )
