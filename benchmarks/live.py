@@ -1,12 +1,13 @@
 """CPU seconds of generating while training, against the same work ahead of it.
 
     python -m benchmarks.live                      # method=online_dpo at the default scale
+    python -m benchmarks.live --prompts 64         # at a time, in place of as many as the batch has rows
     python -m benchmarks.live -- data.train=1200   # anything after -- goes to both, as settings of dnpo.train
 
-Both respond twice to every prompt; live to as many prompts at a time as the batch has rows. Both judge and label all
-that, and train for as many policy steps of as many pairs. Ahead these are five stages; live it is one, whose parts are
-timed too. They take turns in one process, from the same fine-tuned policy, after a round that is not measured.
-Seconds are CPU seconds of the process on a CPU, which others may share, and wall clock on a GPU.
+Both respond twice to every prompt. Both judge and label all that, and train for as many policy steps of as many pairs.
+Ahead these are five stages; live it is one, whose parts are timed too. They take turns in one process, from the same
+fine-tuned policy, after a round that is not measured. Seconds are CPU seconds of the process on a CPU, which others may
+share, and wall clock on a GPU.
 """
 
 import argparse
@@ -38,8 +39,8 @@ from dnpo.stages.plan import Iteration
 from dnpo.store import Store, manifest
 
 TARGET = 1.15
-LIVE = ("method=online_dpo", "iterations=1")
-AHEAD = (*LIVE, "rollout=ahead", "rollout.samples=2")
+METHOD = ("method=online_dpo", "iterations=1")
+AHEAD = ("rollout=ahead", "rollout.samples=2")
 ALL, REST = "all", "the rest"
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "respond": [(hf, "complete")],
@@ -60,22 +61,24 @@ def main() -> None:
     """Measure, print, write."""
     parser = harness.common_arguments("live", "CPU seconds of generating while training.")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--prompts", default="${generate.batch_size}", help="at a time (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="settings of dnpo.train, after --")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = compare(Path(folder), given)
-    harness.save(given.out, {"overrides": given.overrides, **found})
+    harness.save(given.out, {"prompts": given.prompts, "overrides": given.overrides, **found})
 
 
 def compare(folder: Path, given: argparse.Namespace) -> Facts:
     """Run both in turns; print their seconds, and how much they did."""
-    common = [*given.overrides, "tracking=off", f"threads={given.threads}"]
+    common = [*METHOD, *given.overrides, "tracking=off", f"threads={given.threads}"]
     base = Store(folder / "base")
-    base.get(lay_out(base.root, [*LIVE, *common])[0].policy, Quiet())
+    base.get(lay_out(base.root, common)[0].policy, Quiet())
     silence_libraries()  # not before: Lightning sets its log level when it is imported
-    variants = {"live": [*LIVE, *common]}
-    steps = run(folder, variants["live"])[1]["steps"]
-    variants["ahead"] = [*AHEAD, f"trainer.steps={steps}", *common]
+    variants = {"live": [*common, f"rollout.prompts={given.prompts}"]}
+    first = run(folder, variants["live"])[1]
+    rows = round(first["pairs trained on"] / first["steps"])
+    variants["ahead"] = [*common, *AHEAD, f"trainer.steps={first['steps']}", f"trainer.batch_size={rows}"]
     run(folder, variants["ahead"])
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     amounts: dict[str, Facts] = {}
