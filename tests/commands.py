@@ -105,29 +105,6 @@ def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], before: str, en
     importlib.import_module("dnpo.train").main()
 
 
-def fork(folder: Path, function: str, *arguments: Any) -> str:
-    """Call a function in a process that has imported what a run imports; what it prints.
-
-    Args:
-        function: its import path.
-        folder: for what it prints.
-    """
-    printed = folder / "printed.txt"
-    process = _FORKS.Process(target=_call, args=(printed, function, arguments))
-    process.start()
-    process.join(300)
-    process.kill()
-    assert process.exitcode == 0, printed.read_text()
-    return printed.read_text()
-
-
-def _call(printed: Path, function: str, arguments: tuple[Any, ...]) -> None:
-    for number in (1, 2):
-        os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if number == 1 else os.O_APPEND)), number)
-    module, _, name = function.rpartition(".")
-    getattr(importlib.import_module(module), name)(*arguments)
-
-
 def run_afresh(cwd: Path, *overrides: str, **env: str) -> Done:
     """Run the main job in a Python of its own, as users do: for variables that a library reads when it is imported."""
     command = [sys.executable, "-m", "dnpo.train", *overrides]

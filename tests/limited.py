@@ -1,6 +1,6 @@
 """A training whose address space gets a limit after two of four steps; what is left then is too little for a third.
 
-Forked from a process that has imported what it needs, by `tests.commands.fork`.
+It runs in a Python of its own, see test_optimise.py.
 """
 
 import ctypes

@@ -24,7 +24,7 @@ from dnpo.judges import Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.optimise.batches import Slice
 from dnpo.optimise.ema import Average
-from dnpo.optimise.live import Clock, Live
+from dnpo.optimise.live import Clock, LiveSteps
 from dnpo.policy.model import Policy
 from dnpo.records import Pair, Prompt, Response, Rollout, Verdict, read
 from dnpo.stages import live as live_stage
@@ -68,7 +68,7 @@ class Numbers:
 Group = tuple[tuple[int, int], ...]
 
 
-def live(source: Numbers, clock: Clock, batch_size: int = 4, steps: int = 0, epochs: int = 1) -> Live[Any, Group]:
+def live(source: Numbers, clock: Clock, batch_size: int = 4, steps: int = 0, epochs: int = 1) -> LiveSteps[Any, Group]:
     def collate(piece: Slice[tuple[int, int]]) -> Group:
         return piece.rows
 
@@ -76,10 +76,10 @@ def live(source: Numbers, clock: Clock, batch_size: int = 4, steps: int = 0, epo
         return [tuple(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
 
     told: dict[str, Any] = {"order": order, "seed": 1, "report": Report(), "micro_batch_size": 100}
-    return Live(source, clock, batch_size=batch_size, epochs=epochs, steps=steps, collate=collate, **told)
+    return LiveSteps(source, clock, batch_size=batch_size, epochs=epochs, steps=steps, collate=collate, **told)
 
 
-def groups(steps: Live[Any, Group]) -> list[Group]:
+def groups(steps: LiveSteps[Any, Group]) -> list[Group]:
     return [batch for (batch,) in steps]
 
 

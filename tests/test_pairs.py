@@ -332,7 +332,7 @@ def test_a_split_with_pairs_is_one_data_set_with_its_rejected_responses(
         stage = stage_of(world, file)
         store = Store(tmp_path / "store")
         store.get(stage, report)
-        iteration: Any = SimpleNamespace(prompts=stage, pairs=None)
+        iteration: Any = SimpleNamespace(prompts=stage, pairs=None, k=-1)
         settings = {"data": {"path": str(file)}, "eval": {"split": "test"}}
         found = {each.name: each for each in list_datasets(iteration, store, settings)}
         assert found.keys() == {"train", "validation", "test"}

@@ -88,6 +88,8 @@ def test_there_are_the_sweeps_that_are_asked_for() -> None:
         "methods",
         "noise_grid",
         "optuna",
+        "osp",
+        "sapo",
         "saturation",
         "seeds",
     ]
@@ -100,8 +102,10 @@ def test_there_are_the_sweeps_that_are_asked_for() -> None:
         ("alpha", 5),
         ("fixed_vs_trainable", 3 * 4 * 5),
         ("main", 2 * 5),
-        ("methods", 19 * 5),
+        ("methods", 24 * 5),
         ("noise_grid", 3 * 3 * 3),
+        ("osp", 2 * 2 * 5),
+        ("sapo", 2 * 2 * 5),
         ("saturation", 3 * 4 * 5),
         ("seeds", 10),
     ],
@@ -182,7 +186,7 @@ def test_all_methods_share_fine_tuning_and_what_they_generate_alike() -> None:
     # At first one answer a prompt; one greedy one; four to a part of the prompts; eight; and eight at temperature 0.7.
     assert counts["iteration 0 · generate"] == 5
     # dsl, npo, dnpo, fixed_noise, scip … train as spin does before their parts begin.
-    assert counts["iteration 0 · optimise"] == 14
+    assert counts["iteration 0 · optimise"] == 19
 
 
 def test_the_noise_grid_shares_all_but_the_last_training() -> None:

@@ -1,6 +1,6 @@
 """Rows that are made during training: before a policy step, the policy responds to the next prompts.
 
-``Live`` takes the place of ``Batches``. A source makes the rows of one rollout after another; they enter a buffer,
+``LiveSteps`` takes the place of ``Batches``. A source makes the rows of one rollout after another; they enter a buffer,
 first in, first out, from which every policy step draws its rows. What a source makes is on the disk before a checkpoint
 names it, so a checkpoint holds only counts, and a killed training finds its rows again.
 """
@@ -91,7 +91,7 @@ class _UsedUp(Exception):
     """All rollouts have been made, and no rows are left."""
 
 
-class Live(Steps[Row, Batch]):
+class LiveSteps(Steps[Row, Batch]):
     """The policy steps of a training whose rows are made during it.
 
     A rollout without rows is followed by the next one at once. There are as many rollouts as would be due if all had

@@ -17,7 +17,7 @@ from torch.optim import Adam
 from dnpo.errors import StepZeroError
 from dnpo.optimise.batches import Batches, Slice
 from dnpo.optimise.ema import Average
-from dnpo.optimise.live import Clock, Live, Source
+from dnpo.optimise.live import Clock, LiveSteps, Source
 from dnpo.optimise.npo import NoiseModule, Rejected
 from dnpo.optimise.objective import (
     Facts,
@@ -437,7 +437,7 @@ def optimise_live(
         return _score_plainly(start, some, both=reads.rejected)
 
     collate = Collate(reads, optimisation.share_prompt, seed, expect, None)
-    batches: Live[Scored, PairBatch] = Live(
+    batches: LiveSteps[Scored, PairBatch] = LiveSteps(
         source,
         clock,
         batch_size=optimisation.batch_size,

@@ -25,7 +25,7 @@ from dnpo.methods.ppo.equations import (
     whiten,
 )
 from dnpo.optimise.batches import Slice
-from dnpo.optimise.live import Clock, Live, Source, require
+from dnpo.optimise.live import Clock, LiveSteps, Source, require
 from dnpo.optimise.parts import Optimisation
 from dnpo.optimise.training import Batch, Training, fit, make_fused
 from dnpo.policy.logprobs import token_logps
@@ -328,7 +328,7 @@ def train(
     """Train the policy in place; see :meth:`ClippedRatio.train`."""
     observer = Observer(policy, reference, settings, optimisation.autocast)
     seen = Observed(source, observer, folder / "rollouts" / "seen")
-    live: Live[Experience, ExperienceBatch] = Live(
+    live: LiveSteps[Experience, ExperienceBatch] = LiveSteps(
         seen,
         clock,
         batch_size=optimisation.batch_size,
