@@ -110,7 +110,7 @@ def test_template_of_generation_begins_that_of_training(tokenizer: Any) -> None:
     [
         (
             TEMPLATE.replace("'<|assistant|>' }}{% endif", "'<|assistant|>Answer: ' }}{% endif"),
-            "They part at character",
+            "They differ from character",
         ),
         (TEMPLATE.replace("{{ bos_token }}", "{{ bos_token if add_generation_prompt else '' }}"), "character 1"),
         ("{{ messages[-1]['content'] }}{{ '' if add_generation_prompt else eos_token }}", "8 of 8 rows"),

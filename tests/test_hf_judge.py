@@ -353,7 +353,7 @@ def test_what_cannot_be_used(tmp_path: Path, report: Report) -> None:
     prompts, responses = rows(1)
     with (
         Ledger(tmp_path / "ledger.sqlite") as ledger,
-        pytest.raises(ModelError, match=r"judge.path=.*model\.safetensors is no safetensors file"),
+        pytest.raises(ModelError, match=r"judge.path=.*model\.safetensors is not a safetensors file"),
     ):
         HF(path=str(folder), device="cpu")(prompts, responses, ledger, report)
 

@@ -144,7 +144,7 @@ class Reversed(LlamaForCausalLM):
     [
         (
             Louder,
-            "model: Louder computes logits from its hidden states",
+            "model: Louder does not compute its logits",
         ),
         (Reversed, "model: Reversed attends across sequences that are packed without padding"),
     ],
@@ -226,7 +226,9 @@ def test_a_template_that_parts_training_from_generation_is_refused(saved: Path) 
         "{% if add_generation_prompt %}bot:{% endif %}"
     )
     policy = load(str(saved), None, chat_template=template)
-    with pytest.raises(ModelError, match=r"part at character 22: generation has 'bot:', training has 'assistant:4'"):
+    with pytest.raises(
+        ModelError, match=r"differ from character 22 on: generation has 'bot:', training has 'assistant:4'"
+    ):
         encode(policy.tokenizer, ASKED, "4")
 
 
@@ -360,7 +362,7 @@ def test_a_template_that_cannot_render_is_named(saved: Path) -> None:
 
 def test_a_broken_weight_file_is_named(saved: Path) -> None:
     (saved / "model.safetensors").write_bytes(b"not a tensor")
-    with pytest.raises(ModelError, match=r"model: .*: model\.safetensors is no safetensors file"):
+    with pytest.raises(ModelError, match=r"model: .*: model\.safetensors is not a safetensors file"):
         load(str(saved), None)
 
 

@@ -428,7 +428,7 @@ def test_time_in_the_hands_of_a_template_is_used_in_one_way_or_another() -> None
 
 @pytest.mark.parametrize("draws", ["['a', 'a']|random", "lipsum(n=1)", "range(9)|random"])
 def test_template_that_draws_by_chance_is_refused_at_once(draws: str) -> None:
-    with pytest.raises(ModelError, match=r"^model\.chat_template: draws by chance \((random|lipsum)\)"):
+    with pytest.raises(ModelError, match=r"^model\.chat_template: is random \((random|lipsum)\)"):
         render_turns(wrapped(template=f"{{{{ {draws} }}}}" + CHATML), ASKED)
 
 

@@ -145,32 +145,32 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "head gone": (without("lm_head.weight"), r"missing.*1 tensor \(lm_head\.weight\).*set tie_word_embeddings to true"),
     "layer gone": (
         without(DOWN),
-        r"missing, so that random ones would be drawn: 1 tensor \(model\.layers\.1",
+        r"missing \(they .*\): 1 tensor \(model\.layers\.1",
     ),
     "compiled": (
         prefix("_orig_mod."),
-        r"missing.*21 tensors \(lm_head.*, …\).*torch\.compile has put _orig_mod\.",
+        r"missing.*21 tensors \(lm_head.*, …\).*torch\.compile has added _orig_mod\.",
     ),
     "parallel": (
         prefix("module."),
-        r"DataParallel or DeepSpeed has put module\. .*every \*\.safetensors",
+        r"DataParallel or DeepSpeed has added module\. .*every \*\.safetensors",
     ),
-    "adapted": (prefix("base_model.model."), r"peft has put base_model\.model\. into the names"),
-    "in two modules": (prefix("model.policy."), r"model\.policy\. is at the beginning of the names; take it off"),
-    "unknown prefix": (prefix("student.inner."), r"student\.inner\. is at the beginning of the names; take it off"),
+    "adapted": (prefix("base_model.model."), r"peft has added base_model\.model\. to the names"),
+    "in two modules": (prefix("model.policy."), r"model\.policy\. is at the beginning of the names; remove it"),
+    "unknown prefix": (prefix("student.inner."), r"student\.inner\. is at the beginning of the names; remove it"),
     "wrapped inside": (
         rename("self_attn", "_checkpoint_wrapped_module.self_attn"),
         "activation checkpointing has",
     ),
     "adapter not merged": (
         change(lambda t: {**t, "model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 32)}),
-        r"no part of LlamaForCausalLM: 1 tensor.*adapter that is not merged; merge it",
+        r"not part of LlamaForCausalLM: 1 tensor.*adapter that is not merged; merge it",
     ),
     "left over": (
         change(lambda t: {**t, "v_head.weight": torch.ones(1, 32)}),
-        r"no part of .*1 tensor \(v_head\.weight",
+        r"not part of .*1 tensor \(v_head\.weight",
     ),
-    "fewer layers": (config(num_hidden_layers=1), r"no part of LlamaForCausalLM: 9 tensors \(model\.layers\.1\."),
+    "fewer layers": (config(num_hidden_layers=1), r"not part of LlamaForCausalLM: 9 tensors \(model\.layers\.1\."),
     "more layers": (config(num_hidden_layers=3), r"missing.*9 tensors \(model\.layers\.2\."),
     "another width": (
         config(hidden_size=64, head_dim=16),
@@ -182,7 +182,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         r"values that are not finite: 1 tensor \(model\.layers\.1",
     ),
     "infinite": (replaced(NORM, lambda t: t / 0), r"values that are not finite: 1 tensor \(model\.norm\.weight\)"),
-    "integers": (replaced(NORM, pack), r"no floating-point numbers, though .*1 tensor \(model\.norm\.weight \(I8\)\)"),
+    "integers": (replaced(NORM, pack), r"not floating-point, though .*1 tensor \(model\.norm\.weight \(I8\)\)"),
     "bitsandbytes": (
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         r"quantised \(bitsandbytes\)",
@@ -215,7 +215,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         r"eos_token_id in generation_.* '2'",
     ),
     "end beyond the vocabulary": (config(eos_token_id=9999), r"eos_token_id in config\.json is 9,999.*ends at 299"),
-    "ends beyond it": (config(eos_token_id=[2, 300]), r"eos_token_id in config\.json is 300.*expected the number of"),
+    "ends beyond it": (config(eos_token_id=[2, 300]), r"eos_token_id in config\.json is 300.*expected the id of"),
     "end before it": (config(eos_token_id=-3), r"eos_token_id in config\.json is -3"),
     "beginning beyond it": (config(bos_token_id=300), r"bos_token_id in config\.json is 300"),
     "padding beyond it": (config(pad_token_id=5000), r"pad_token_id in config\.json is 5,000"),
@@ -230,15 +230,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "binary tokenizer_config": (text("tokenizer_config.json", b"\xff\xfe"), r"tokenizer_config\.json cannot be read"),
     "empty tokenizer": (text("tokenizer.json", ""), r"tokenizer\.json is empty"),
     "no tokenizer": (without_tokenizer, r"it has no tokenizer: expected tokenizer\.json"),
-    "tokenizer that is none": (text("tokenizer.json", "{}"), r"tokenizer\.json is no tokenizer's: it has no model and"),
-    "binary template": (text("chat_template.jinja", b"\xff\xfe{"), r"chat_template\.jinja is no text"),
+    "tokenizer that is none": (
+        text("tokenizer.json", "{}"),
+        r"tokenizer\.json is not a tokenizer file: it has no model and",
+    ),
+    "binary template": (text("chat_template.jinja", b"\xff\xfe{"), r"chat_template\.jinja is not text"),
     "no context": (config(max_position_embeddings=-1), r"max_position_embeddings is -1 in config\.json"),
     "page": (text("tokenizer.json", "<!DOCTYPE html>"), r"tokenizer\.json is a page of a web site"),
     "pointer": (text(FILE, "version https://git-lfs.github.com/spec/v1\noid"), r"safetensors is a pointer of Git LFS"),
     "dangling link": (dangle, r"model\.safetensors is a link to \.\./\.\./blobs/gone, which is not there"),
     "empty weights": (text(FILE, b""), r"model\.safetensors is empty"),
     "cut weights": (cut(FILE, 0.9), r"model\.safetensors has [\d,]+ bytes where its header says"),
-    "cut header": (cut(FILE, 0.005), r"model\.safetensors is no safetensors file, or only the beginning"),
+    "cut header": (cut(FILE, 0.005), r"model\.safetensors is not a safetensors file, or only the beginning"),
     "pickle": (pickle, r"its weights are pickled \(pytorch_model\.bin\), which is not read here"),
     "pickle as safetensors": (pickle_as_safetensors, r"model\.safetensors is a pickle of torch"),
     "GGUF as safetensors": (text(FILE, b"GGUF\x03\x00\x00\x00"), r"model\.safetensors is a GGUF file"),
@@ -250,7 +253,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         without_shard,
         r"1 of the \d files of .*index\.json are not there: model-00001-of",
     ),
-    "tensor in another shard": (misplace, r"not in the file where .* says: 1 tensor \(lm_head\.weight\)"),
+    "tensor in another shard": (misplace, r"not in the file that .* names: 1 tensor \(lm_head\.weight\)"),
     "two sets": (two_sets, r"two sets of weights, model\.safetensors and the files of model\.safetensors\.index\.json"),
     "index without a map": (text(f"{FILE}.index.json", "{}"), r"index\.json has no weight_map"),
     "adapter beside a model": (
@@ -309,7 +312,9 @@ def test_a_tied_head_with_other_values_is_refused(make_policy: MakePolicy, tmp_p
 def test_tied_tensors_are_named_once(make_policy: MakePolicy, tmp_path: Path) -> None:
     make_policy(tie_word_embeddings=True).save(tmp_path)
     prefix("_orig_mod.")(tmp_path)
-    with pytest.raises(ModelError, match=r"drawn: 20 tensors \(model\.embed_tokens\.weight, .*no part .*: 20 tensors"):
+    with pytest.raises(
+        ModelError, match=r"random\): 20 tensors \(model\.embed_tokens\.weight, .*not part .*: 20 tensors"
+    ):
         outline(str(tmp_path))
 
 
@@ -334,7 +339,7 @@ def test_a_folder_that_is_no_model_says_what_it_is(saved: Path, make_policy: Mak
             r"no model there, but an adapter \(adapter_config\.json\) on .*merge",
         ),
         (tmp_path, r"no model there; .*its subfolders model have one"),
-        (saved / FILE, "no model there, but a file"),
+        (saved / FILE, "no model there, only a file"),
         (tmp_path / "nowhere", "no model there; expected a folder with config.json"),
     ):
         with pytest.raises(ModelError, match=f"^model.path={path}: {message}"):
@@ -380,11 +385,11 @@ def test_a_model_of_the_hub_is_checked_as_a_folder_is(saved: Path, tmp_path: Pat
 ADAPTER_DAMAGES: dict[str, tuple[Damage, str]] = {
     "tensor gone": (
         change(lambda t: dict(sorted(t.items())[1:]), "adapter_model.safetensors"),
-        r"is not complete: missing, so that random ones would be drawn: 1 tensor \(base_model\.model.*lora_A",
+        r"is not complete: missing \(they .*\): 1 tensor \(base_model\.model.*lora_A",
     ),
     "left over": (
         change(lambda t: {**t, "base_model.model.x.lora_A.weight": torch.ones(2, 2)}, "adapter_model.safetensors"),
-        r"is not complete: no part of it: 1 tensor \(base_model\.model\.x\.lora_A\.weight\)",
+        r"is not complete: not part of it: 1 tensor \(base_model\.model\.x\.lora_A\.weight\)",
     ),
     "another shape": (
         change(lambda t: {**t, min(t): torch.ones(2, 7)}, "adapter_model.safetensors"),
@@ -423,7 +428,7 @@ def test_a_reward_model_must_be_complete(world: World, tmp_path: Path) -> None:
     assert Reward(path=str(folder), device="cpu").accepts([]) is None
     for damage, message in (
         (without(NORM), r"missing.*model\.norm\.weight"),
-        (prefix("_orig_mod."), r"torch\.compile has put _orig_mod\."),
+        (prefix("_orig_mod."), r"torch\.compile has added _orig_mod\."),
         (config(num_labels=2, id2label=None, label2id=None), r"another shape .*score\.weight"),
     ):
         copy = shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True)
@@ -459,8 +464,8 @@ def test_an_encoder_needs_its_body_and_no_head(tmp_path: Path) -> None:
     check_encoder(str(folder))
     for damage, message in (
         (without("bert.encoder.layer.1.output.dense.weight"), r"missing.*encoder\.layer\.1\.output\.dense\.weight"),
-        (config(num_hidden_layers=1), r"no part of BertModel.*encoder\.layer\.1"),
-        (prefix("module."), r"DataParallel or DeepSpeed has put module\."),
+        (config(num_hidden_layers=1), r"not part of BertModel.*encoder\.layer\.1"),
+        (prefix("module."), r"DataParallel or DeepSpeed has added module\."),
         (config(hidden_size=64), "another shape"),
     ):
         copy = shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True)
@@ -491,7 +496,7 @@ def test_the_gate_refuses_before_anything_is_computed(saved: Path, tmp_path: Pat
         tmp_path, "scale=smoke", "tracking=off", "model=local", f"model.path={saved}", "npo=off", "judge=off", "dsl=off"
     )
     assert done.returncode == 1
-    told = f"model.path={saved}: its weights do not fit the model: missing, so that random ones would be drawn: "
+    told = f"model.path={saved}: its weights do not fit the model: missing (they would be initialised at random): "
     assert f"{told}1 tensor (lm_head.weight)" in done.stderr
     assert "model: model:" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -111,8 +111,8 @@ class Pretrained:
     """Any causal language model of transformers, from a local folder or by its name on the Hugging Face hub.
 
     Args:
-        path: a folder with ``config.json``, safetensors weights and a tokenizer; or
-        name: a name on the hub, with ``revision``. Exactly one of the two.
+        path: a folder with ``config.json``, safetensors weights and a tokenizer.
+        name: a name on the hub, with ``revision``. Give either this or ``path``.
         dtype: type of the weights.
         trust_remote_code: whether code that comes with the model may run.
         chat_template: overrides the tokenizer's template; if there is none, a plain one is used (``PLAIN_TEMPLATE``).
@@ -156,7 +156,7 @@ class Pretrained:
         """The values that decide the weights: the contents of the folder, or name and commit on the hub."""
         where = {"content": self._content} if self._local else {"name": self._location, "revision": self._commit}
         more: dict[str, Any] = {"template_arguments": self.template_arguments, "template_date": self.template_date}
-        # code in the folder may make another model of the same files than transformers' code does
+        # with the folder's own code, the same files can become another model
         more["trust_remote_code"] = self.trust_remote_code
         given = {name: value for name, value in more.items() if value}
         return {**where, "dtype": self.dtype, "chat_template": self.chat_template, **given}
@@ -204,7 +204,7 @@ class Pretrained:
         )
 
     def weights_are_here(self, base: Path) -> bool:
-        """Whether the weights are on this machine, or still on the hub."""
+        """Whether the weights are on this machine; if not, they are still to be downloaded from the hub."""
         return find_files(self._location, None if self._local else self._commit) is not None
 
     def outline(self, base: Path) -> "Policy":
@@ -226,7 +226,7 @@ class Pretrained:
 ModelPart = Scratch | Pretrained
 
 
-# --- the result of a training
+# --- saved policies
 
 
 def describe_saved(folder: Path) -> dict[str, Any]:
@@ -240,20 +240,18 @@ def describe_saved(folder: Path) -> dict[str, Any]:
 
 
 def read_saved(folder: Path) -> dict[str, Any]:
-    """Describe the policy in a folder of a finished stage, as its manifest has it.
+    """Describe the policy in a finished stage's folder, and check it against the manifest.
 
     Raises:
-        StoreError: the manifest describes another policy; one whose files are lost would otherwise pass for the base
-            model.
+        StoreError: the manifest describes another policy. Without this check, a policy whose files are lost would be
+            taken for the base model.
     """
     known = manifest(folder.parent)["facts"].get("policy")  # None: written by an earlier version
     found = _look(folder)
     if not folder.is_dir() or (known is not None and any(found[name] != known[name] for name in found)):
         expected = "another policy" if known is None else f"{known['kind']} ({known['adapters']} adapters)"
         there = f"{found['kind']} ({found['adapters']} adapters)" if folder.is_dir() else "nothing"
-        raise StoreError(
-            f"{folder}: {expected} was written, and {there} is there. {advise(folder.parents[2], [folder.parent])}"
-        )
+        raise StoreError(f"{folder}: expected {expected}, found {there}. {advise(folder.parents[2], [folder.parent])}")
     return found
 
 

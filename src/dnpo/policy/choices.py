@@ -67,7 +67,7 @@ class Choices:
                 shared = _common(questions)
                 first += [len(prompts) if shared else len(prompts) + s for s in range(len(questions))]
                 prompts += [ids[: max(shared, 1)] for ids in questions]
-                # a letter ends each sequence, so that the state that predicts it is computed
+                # each sequence ends with a letter, so that the hidden state that predicts it is computed
                 rests += [[*ids[max(shared, 1) :], letter] for ids in questions]
             batch = pack_shared(prompts, rests, first).to(self.policy.device)
             with self.policy.evaluating():
@@ -85,7 +85,7 @@ class Choices:
 
 
 def _common(questions: Sequence[list[int]]) -> int:
-    """The number of tokens with which all questions begin."""
+    """The number of tokens at the beginning that all questions share."""
     first, last = min(questions), max(questions)
     return next((t for t, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 

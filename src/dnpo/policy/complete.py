@@ -75,8 +75,8 @@ def outline_complete(
 ) -> Any:
     """Load a model without its weights, as :func:`load_complete` but onto the ``meta`` device.
 
-    The values in the files are read once, tensor by tensor, to see that they are finite, at the speed of the disk:
-    measured in memory, 0.14 seconds for each gigabyte on one core.
+    The values in the files are read once, tensor by tensor, to check that they are finite. This is as fast as the disk;
+    with files in memory it took 0.14 seconds per gigabyte on one core.
 
     Args:
         files: the folder of the files that are read.
@@ -92,7 +92,7 @@ def check_quantisation(files: Path, what: str) -> None:
     """Check that quantised weights can be used on this machine.
 
     Raises:
-        ModelError: what is missing.
+        ModelError: transformers does not know the quantisation, or lacks a package or a device for it.
     """
     from transformers import AutoConfig
 
@@ -102,7 +102,7 @@ def check_quantisation(files: Path, what: str) -> None:
         if not quantizers.AutoHfQuantizer.supports_quant_method(config.quantization_config):
             raise ValueError("transformers does not know it")
         quantizers.get_hf_quantizer(config, None, None, True, {})
-    except Exception as error:  # each kind asks for its packages in its own way
+    except Exception as error:  # each kind of quantisation raises errors of other types for missing packages
         kind = read_quantisation(files)
         text = f"its weights are quantised ({kind}), which cannot run here: {explain(error)}"
         raise ModelError(f"{what}: {text}") from error
@@ -127,8 +127,8 @@ def merge_adapter(model: Any, folder: Path, what: str) -> Any:
     problems = [
         f"{how}: {count_tensors(names)}"
         for how, names in (
-            ("missing, so that random ones would be drawn", set(expected) - set(kept)),
-            ("no part of it", set(kept) - set(expected)),
+            ("missing (they would be initialised at random)", set(expected) - set(kept)),
+            ("not part of it", set(kept) - set(expected)),
         )
         if names
     ]
@@ -139,10 +139,10 @@ def merge_adapter(model: Any, folder: Path, what: str) -> Any:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
-    """Check that weights are numbers.
+    """Check that weights are finite.
 
     Raises:
-        ModelError: names the tensors that hold NaN or infinite values.
+        ModelError: some are NaN or infinite; the message names their tensors.
     """
     broken = [name for name, tensor in tensors if not _is_finite(tensor)]
     if broken:
@@ -172,16 +172,14 @@ def check_fit(model: Any, tokenizer: Any, what: str) -> None:
 
 @torch.no_grad()
 def check_causal(model: Any, what: str) -> None:
-    """Check that a model does not look ahead, as a model does that was trained to fill gaps.
+    """Check that a model is causal. Models trained to fill gaps in a text are not.
 
     Raises:
         ModelError: its output at a token depends on later tokens.
     """
     first, second = model(input_ids=torch.tensor([[0, 1, 2], [0, 1, 0]], device=model.device)).logits[:, 0].float()
     if not torch.allclose(first, second, rtol=1e-2, atol=5e-2):
-        raise ModelError(
-            f"{what}: {type(model).__name__} reads a text in both directions; expected one that continues it"
-        )
+        raise ModelError(f"{what}: {type(model).__name__} reads a text in both directions; expected a causal model")
 
 
 def explain(error: Exception) -> str:
@@ -192,7 +190,7 @@ def explain(error: Exception) -> str:
 
 
 def explain_refusal(error: Exception, kind: Any, where: str, options: Mapping[str, Any]) -> str:
-    """Explain why a model could not be made; names the value of its configuration if that is the reason.
+    """Explain why a model could not be built, and name the value of its configuration if that is the reason.
 
     Args:
         kind, where, options: as for :func:`load_complete`.
@@ -221,7 +219,7 @@ def _load(kind: Any, where: str, what: str, heads_anew: bool, hint: str, options
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # with values that it does not expect, a model's code raises what it likes
+    except Exception as error:  # a model's code can raise any error if it does not expect a value
         raise ModelError(f"{what}: cannot be loaded: {explain_refusal(error, kind, where, options)}") from error
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     mismatched = {name: f"{_shape(theirs)} for {_shape(ours)}" for name, theirs, ours in info["mismatched_keys"]}
@@ -233,9 +231,9 @@ def _load(kind: Any, where: str, what: str, heads_anew: bool, hint: str, options
         mismatched = {name: shapes for name, shapes in mismatched.items() if not _is_head(name, body)}
     problems = []
     if missing:
-        problems.append(f"missing, so that random ones would be drawn: {count_tensors(missing)}")
+        problems.append(f"missing (they would be initialised at random): {count_tensors(missing)}")
     if unexpected:
-        problems.append(f"no part of {type(model).__name__}: {count_tensors(unexpected)}")
+        problems.append(f"not part of {type(model).__name__}: {count_tensors(unexpected)}")
     if mismatched:
         shapes = count_tensors([f"{name}: {shapes}" for name, shapes in mismatched.items()])
         problems.append(f"of another shape than {CONFIG} says: {shapes}")
@@ -275,7 +273,7 @@ def _is_head(name: str, body: set[str]) -> bool:
 
 
 def _explain_names(missing: set[str], unexpected: set[str], base: str) -> str:
-    """Explain why tensors have other names than the model's, and what to do; "" if the reason is unknown."""
+    """Explain why the tensors' names differ from the model's, and what to do; "" if the reason is unknown."""
     if any(".lora_A." in name or ".lora_B." in name for name in unexpected):
         return (
             ". The weights have an adapter that is not merged; merge it with peft (merge_and_unload) and save the "
@@ -285,22 +283,22 @@ def _explain_names(missing: set[str], unexpected: set[str], base: str) -> str:
         without = {name.replace(wrapper, "", 1) for name in unexpected if wrapper in name}
         if without & {*missing, *(f"{base}.{name}" for name in missing)}:
             return (
-                f". {who} has put {wrapper} into the names: save the module inside, or take it off the names in every "
-                "*.safetensors file (and in the index if there is one), with safetensors.torch: "
+                f". {who} has added {wrapper} to the names: save the module inside, or remove it from the names in "
+                "every *.safetensors file (and in the index if there is one), with safetensors.torch: "
                 f'save_file({{name.replace("{wrapper}", "", 1): tensor for name, tensor in load_file(OLD).items()}}, '
                 'NEW, {"format": "pt"})'
             )
     for name in unexpected:
         inner = next((each for each in missing if name.endswith(f".{each}")), None)
         if inner is not None:
-            return f". {name.removesuffix(inner)} is at the beginning of the names; take it off"
+            return f". {name.removesuffix(inner)} is at the beginning of the names; remove it"
     if missing == {HEAD}:
         return f". If the output head is the embedding, set tie_word_embeddings to true in {CONFIG}"
     return ""
 
 
 def _tied_names(model: Any) -> dict[str, str]:
-    """The tensors that the configuration ties; the model's list leaves out tied tensors with different values."""
+    """Map each tied tensor to the one it is tied to, by the configuration, whether or not their values agree."""
     return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
@@ -310,6 +308,6 @@ def _check_tied(model: Any, tensors: dict[str, Tensor], what: str) -> None:
         first, second = tensors.get(one), tensors.get(other)
         if first is not None and second is not None and first is not second and not torch.equal(first, second):
             raise ModelError(
-                f"{what}: {CONFIG} ties {one} to {other}, but the files hold other values for each; set "
+                f"{what}: {CONFIG} ties {one} to {other}, but their values in the files differ; set "
                 "tie_word_embeddings to false there, or remove one of them"
             )

@@ -54,8 +54,10 @@ class Encoder:
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Ids], at_once: int) -> dict[Ids, Tensor]:
-        """Embed token sequences. Only sequences of equal length share a batch, without padding, so other texts change
-        an embedding at most by rounding, and with ``at_once=1`` not at all.
+        """Embed token sequences in batches without padding.
+
+        Only sequences of equal length share a batch. So other texts change an embedding at most by rounding, and with
+        ``at_once=1`` not at all.
 
         Args:
             rows: token sequences. An empty one has the embedding 0.
@@ -90,7 +92,7 @@ class Encoder:
 class SentenceBert:
     """Embeddings of texts as in sentence-transformers for models such as all-MiniLM-L6-v2.
 
-    A folder of that library contains the maximum length of texts; any folder of transformers works too.
+    The folder can be one of sentence-transformers, which contains the maximum length of texts, or any of transformers.
 
     Args:
         path: the folder.

@@ -64,7 +64,7 @@ def explain_missing(folder: Path, marker: str = CONFIG) -> str:
     """Explain why a folder without ``config.json`` (or another marker) is no model, and what it contains instead."""
     expected = f"expected a folder with {marker}, *.safetensors and a tokenizer"
     if folder.is_file():
-        return f"no model there, but a file; {expected}"
+        return f"no model there, only a file; {expected}"
     if (folder / marker).is_symlink():
         return f"no model there: {_describe_link(folder / marker)}; {expected}"
     if (folder / ADAPTER).is_file():
@@ -75,7 +75,7 @@ def explain_missing(folder: Path, marker: str = CONFIG) -> str:
 
 
 def check_name(name: str, what: str) -> None:
-    """Check that a name on the hub is no folder here, which transformers would read instead.
+    """Check that a name on the hub is not also a local folder, which transformers would read instead.
 
     Raises:
         ModelError: there is such a folder.
@@ -101,7 +101,7 @@ def check_folder(folder: Path, what: str, *, trained: bool = False) -> None:
 
 
 def read_quantisation(folder: Path) -> str | None:
-    """The kind of quantisation that a configuration names; None without one."""
+    """The kind of quantisation that a configuration names; None if it names none."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     found = config.get("quantization_config") or config.get("compression_config")
     if not found:
@@ -144,13 +144,13 @@ def read_header(file: Path) -> dict[str, Kept]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no safetensors file, or an incomplete one; the message continues the file's name.
+        ValueError: it is not a complete safetensors file; the message continues a sentence that begins with its name.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > min(LONGEST_HEADER, size - 8):
-            raise ValueError("is no safetensors file, or only the beginning of one")
+            raise ValueError("is not a safetensors file, or only the beginning of one")
         try:
             header = json.loads(opened.read(length))
             header.pop("__metadata__", None)
@@ -158,11 +158,11 @@ def read_header(file: Path) -> dict[str, Kept]:
             spans = sorted((*each["data_offsets"], name) for name, each in header.items())
             sizes = {name: BYTES.get(each.dtype, 0) * math.prod(each.shape) for name, each in kept.items()}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"is no safetensors file: its header cannot be read ({error})") from error
+            raise ValueError(f"is not a safetensors file: its header cannot be read ({error})") from error
     end = 0
     for first, last, name in spans:
         if first != end or (sizes[name] and last - first != sizes[name]):
-            raise ValueError(f"is damaged: the place of {name} does not fit its type and shape")
+            raise ValueError(f"is damaged: the size of {name} does not match its type and shape")
         end = last
     if size != 8 + length + end:
         raise ValueError(f"has {size:,} bytes where its header says {8 + length + end:,}; copy or download it again")
@@ -179,7 +179,7 @@ def _find_problems(folder: Path, trained: bool) -> Iterator[str]:
             try:
                 found[name] = _read_object(file)
                 if lacking := [key for key in PARTS.get(name, ()) if key not in found[name]]:
-                    problem = f"{name} is no tokenizer's: it has no {' and no '.join(lacking)}"
+                    problem = f"{name} is not a tokenizer file: it has no {' and no '.join(lacking)}"
             except (OSError, ValueError) as error:
                 problem = f"{name} cannot be read ({error})"
         if problem is not None:
@@ -223,7 +223,7 @@ def _describe_impostor(file: Path) -> str | None:
     if not beginning and file.suffix != ".jinja":
         return f"{file.name} is empty"
     for start, what in BEGINNINGS.items():
-        # a template may begin with a tag, and the length of a header with any byte
+        # a template may begin with "<" as a web page does, and a safetensors header with any byte
         if beginning.startswith(start) and not (start == b"<" and file.suffix in (".jinja", ".txt")):
             if start in (b"<", b"\x80") and file.suffix == ".safetensors" and beginning[8:9] == b"{":
                 continue
@@ -232,7 +232,7 @@ def _describe_impostor(file: Path) -> str | None:
         try:
             file.read_text(encoding="utf-8")
         except ValueError as error:
-            return f"{file.name} is no text ({error})"
+            return f"{file.name} is not text ({error})"
     return None
 
 
@@ -267,10 +267,10 @@ def _check_ids(settings: Mapping[str, Any], file: str, vocabulary: int | None) -
             if number is None or (number == -1 and name == "pad_token_id"):
                 continue
             if not isinstance(number, int) or isinstance(number, bool):
-                yield f"{name} in {file} is {number!r}, expected a token's number"
+                yield f"{name} in {file} is {number!r}, expected a token id"
             elif number < 0 or (vocabulary is not None and number >= vocabulary):
                 end = "" if vocabulary is None else f", and the vocabulary in {CONFIG} ends at {vocabulary - 1:,}"
-                yield f"{name} in {file} is {number:,}{end}; expected the number of one of its tokens"
+                yield f"{name} in {file} is {number:,}{end}; expected the id of one of its tokens"
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int | None:
@@ -319,7 +319,7 @@ def _check_weights(folder: Path, index: Mapping[str, Any] | None, quantised: boo
             return
     amiss = {name for name, file in placed.items() if name not in headers.get(file, {})}
     if amiss:
-        yield f"not in the file where {INDEX} says: {count_tensors(amiss)}"
+        yield f"not in the file that {INDEX} names: {count_tensors(amiss)}"
     twice = {name for name, count in Counter(name for each in headers.values() for name in each).items() if count > 1}
     if twice:
         yield f"in several files: {count_tensors(twice)}"
@@ -330,11 +330,11 @@ def _check_weights(folder: Path, index: Mapping[str, Any] | None, quantised: boo
         if each.dtype not in FLOATS and name.endswith((".weight", ".bias"))
     }
     if packed and not quantised:
-        yield f"no floating-point numbers, though {CONFIG} names no quantisation: {count_tensors(packed)}"
+        yield f"not floating-point, though {CONFIG} names no quantisation: {count_tensors(packed)}"
 
 
 def _describe_other_weights(folder: Path) -> str:
-    """Describe what is there instead of readable weights."""
+    """Describe what the folder contains instead of readable weights."""
     pickled = sorted({file.name for pattern in PICKLED for file in folder.glob(pattern)})
     if pickled:
         return (

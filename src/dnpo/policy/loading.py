@@ -37,7 +37,7 @@ def load(
 
     Raises:
         ModelError: there is no usable model or tokenizer, or the two disagree; the weights are not complete; or the
-            output head is not one whose logits the log-probabilities here reproduce.
+            log-probabilities computed here would not be the model's.
     """
     whole = folder is not None and (folder / "config.json").is_file()
     weights = str(folder) if whole else base
@@ -103,7 +103,7 @@ def _load_parts(
     try:
         tokenizer = AutoTokenizer.from_pretrained(weights, **options)
         config = AutoConfig.from_pretrained(weights, **options)
-    except Exception as error:  # with values that it does not expect, a tokenizer's code raises what it likes
+    except Exception as error:  # a tokenizer's code can raise any error if it does not expect a value
         reason = explain_refusal(error, AutoModelForCausalLM, weights, options)
         raise ModelError(f"{what}: cannot be loaded: {reason}") from error
     put_in_force(tokenizer, *template)
@@ -189,7 +189,7 @@ def _check_logits(policy: Policy, ids: list[int]) -> None:
     # The model's last hidden states show whether the head or the packing differs.
     own = torch.cat([out.hidden_states[-1][0, :-1] for out in alone])
     if ours.shape == its.shape and torch.allclose(own, hidden_NH, rtol=2e-2, atol=2e-2):
-        what = "computes logits from its hidden states in another way than by its output head and configuration"
+        what = "does not compute its logits from its hidden states as its output head and configuration define"
     else:
         what = "attends across sequences that are packed without padding, or uses other positions"
     differ = f"logits differ by up to {float((ours - its).abs().max()):.3g}" if ours.shape == its.shape else "shapes"

@@ -111,7 +111,7 @@ class Policy:
         return self.sum_logps(self.hidden(batch), batch)
 
     def sum_logps(self, hidden_NH: Tensor, batch: Packed) -> Tensor:
-        """The same from the hidden states that predict the completion tokens."""
+        """As :meth:`logps`, from hidden states that are already computed."""
         return sum_by_sequence(token_logps(hidden_NH, self.head, batch.target_N), batch.completions_S)
 
     @torch.no_grad()
@@ -119,8 +119,8 @@ class Policy:
         """log p(completion | prompt) of many sequences, in nats, computed in batches of similar length.
 
         Args:
-            samples: number of consecutive sequences with the same prompt, which each batch reads once for all of them
-                that it holds.
+            samples: number of consecutive sequences with the same prompt; a batch computes a prompt once for all of
+                them.
         """
         scores = [0.0] * len(prompts)
         units = _share(prompts, completions, samples)
@@ -162,7 +162,7 @@ class Policy:
         return Policy(frozen, self.tokenizer)
 
     def switched_off(self) -> "Policy":
-        """The policy before training, as long as no full weights have changed; with LoRA, at any time."""
+        """The policy before training: with LoRA at any time, otherwise only until its weights change."""
         return AdapterOff(self.model, self.tokenizer) if hasattr(self.model, "peft_config") else self
 
     def save(self, folder: Path, earlier: Path | None = None) -> None:

@@ -15,7 +15,7 @@ def check_template(template: str, setting: str) -> None:
     """Check that a template shows the conversation and both responses.
 
     Args:
-        setting: its dotted name, for messages.
+        setting: dotted name of the template's setting, for messages.
 
     Raises:
         SettingsError: it does not, or has other fields.
@@ -43,5 +43,5 @@ def ask(template: str, messages: Sequence[Message], first: str, second: str) -> 
 
 
 def frame(template: str) -> str:
-    """The words of a template alone."""
+    """The text of a template without its fields."""
     return template.format(question="", y1="", y2="")

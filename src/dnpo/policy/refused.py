@@ -1,7 +1,8 @@
 """Find the value of a model's configuration that transformers refuses, even if its error does not name it.
 
-Some errors name neither the file nor the setting (``KeyError: 'nope'``). So the model is made without weights, each
-time with another value left out of the configuration: the first one whose absence helps is the refused one.
+Some errors name neither the file nor the setting (``KeyError: 'nope'``). So the model is built repeatedly without
+weights, each time with another value left out of the configuration. The first value without which this succeeds is the
+refused one.
 """
 
 import json
@@ -17,7 +18,7 @@ import torch
 
 from dnpo.policy.folder import CONFIG
 
-TRIES = 60  # a model of any size takes well under a second without its weights
+TRIES = 60  # maximum number of models built; without weights each takes well under a second
 
 
 def find_refused(folder: Path, kind: Any, error: Exception, trust_remote_code: bool = False) -> str | None:
@@ -56,7 +57,7 @@ def _makes(folder: Path, settings: Mapping[str, Any], kind: Any, trust_remote_co
             config = AutoConfig.from_pretrained(made, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
                 kind.from_config(config, trust_remote_code=trust_remote_code)
-        except Exception:  # a model's code raises what it likes
+        except Exception:  # a model's code can raise any error
             return False
     return True
 

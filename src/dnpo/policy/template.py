@@ -30,11 +30,11 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
 SETTING = "model.chat_template"
-HEAD = re.compile(  # a line that gives a name its value, as put_in_force writes it
+HEAD = re.compile(  # a line that sets a variable or the time, as put_in_force writes it
     r"{% set (?P<name>\w+) = ((?!%}).)*%}\n|{% macro strftime_now\(format\) %}.*{% endmacro %}\n"
 )
 CLOCK = "strftime_now"  # the function by which templates of transformers get the time
-CHANCE = {"random", "lipsum"}  # Jinja's filters that draw by chance
+CHANCE = {"random", "lipsum"}  # names in Jinja with random results
 NO_SYSTEM = (
     "; it takes no system turn: give a model.chat_template that puts its text before the user's, or put it there "
     "in the data"
@@ -147,7 +147,7 @@ def _current(tokenizer: Any, setting: str) -> str:
     """The template that a tokenizer would use."""
     try:
         return str(tokenizer.get_chat_template())
-    except Exception as error:  # it has several and no default, or is of a kind without templates
+    except Exception as error:  # the tokenizer has several templates but no default, or is of a kind without templates
         raise ModelError(f"{setting}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
@@ -161,7 +161,7 @@ def _without_head(template: str, names: Container[str]) -> str:
 
 
 def _variables(template: str, setting: str) -> set[str]:
-    """The names that a template takes from outside."""
+    """The variables that a template reads but does not set."""
     try:
         return meta.find_undeclared_variables(_parse(template))
     except TemplateError as error:
@@ -208,16 +208,16 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], resp
         at = next((i for i, (a, b) in enumerate(zip(prompt, whole.text, strict=False)) if a != b), len(whole.text))
         raise ModelError(
             "model: the chat template renders training text differently from generation text, so the policy would be "
-            f"trained on prompts it never sees. They part at character {at}: generation has {prompt[at:][:40]!r}, "
-            f"training has {whole.text[at:][:40]!r}. Set model.chat_template or "
-            "model.template_arguments, or mend the tokenizer's"
+            f"trained on prompts it never sees. They differ from character {at} on: generation has "
+            f"{prompt[at:][:40]!r}, training has {whole.text[at:][:40]!r}. Set model.chat_template or "
+            "model.template_arguments, or correct the tokenizer's template"
         )
     own = [span for span in whole.contents if span.turn == len(messages) and span.start >= len(prompt)]
     start, end = (own[0].start, own[0].end) if own else (len(prompt), len(prompt))
     before = whole.text[len(prompt) : start]
     lead = _lead(tokenizer, messages, prompt) if before else ""
     if not before.startswith(lead) and before.isspace():
-        lead = ""  # the response has its own, after white space
+        lead = ""  # only white space precedes the response, which contains the rest itself
     if not before.startswith(lead):
         raise ModelError(
             f"{SETTING}: writes {lead!r} before other responses and {before!r} before this one, {response[:40]!r}; "
@@ -247,7 +247,7 @@ def render_turns(
 
     Raises:
         ModelError: the template cannot render it, leaves out or changes the text of a turn, or writes text that depends
-            on the time or on chance.
+            on the time or is random.
     """
     text = _apply(tokenizer, messages, generation, setting)
     _check_clock(tokenizer, messages, generation, setting, text)
@@ -262,7 +262,7 @@ def render_turns(
     except ModelError:  # it refuses turns with such characters
         found = "", {}
     if found[0] != text and _apply(tokenizer, messages, generation, setting) != text:
-        raise ModelError(f"{setting}: renders one conversation in two ways, by chance or by the time")
+        raise ModelError(f"{setting}: renders the same conversation in two ways, at random or depending on the time")
     spans: list[Span] = []
     for i, core in enumerate(cores):
         if core and (found[0] != text or i in found[1]):
@@ -271,15 +271,15 @@ def render_turns(
             advice = _advise(tokenizer, messages, generation, setting) if i == 0 else ""
             raise ModelError(
                 f"{setting}: leaves out or changes the text of turn {i + 1} of {len(cores)} ({messages[i]['role']}): "
-                f"{core[:40]!r} with its {len(core):,} characters is not in what it renders{advice}"
+                f"{core[:40]!r} with its {len(core):,} characters is not in its output{advice}"
             )
     return Text(text, tuple(sorted(spans, key=lambda span: span.start)))
 
 
 class _Now:
-    """The time that a template has asked for; records whether the template uses it, for example writes or compares it.
+    """Stands in for the time when a template asks for it, and records each use, such as writing or comparing it.
 
-    It is not a string, so no use goes unnoticed: whatever needs a string raises an error.
+    No use goes unnoticed: it is not a string, so code that needs a string raises an error.
     """
 
     def __init__(self, text: str, uses: list[str]) -> None:
@@ -332,29 +332,29 @@ for _name in ("lt", "le", "gt", "ge"):
 
 
 def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str, text: str) -> None:
-    """Refuse a template that uses the time in a rendering, unless its clock is stopped, or that draws by chance.
+    """Refuse a template that uses the current time, unless a fixed date is set, or that is random.
 
-    This holds at any time: any use of the time is refused, not only one that changes the text now.
+    Any use of the time is refused, even one that does not change today's text.
 
     Args:
         text: the rendering at the present time.
     """
     template = _current(tokenizer, setting)
     if drawn := CHANCE & _words(template):
-        raise ModelError(f"{setting}: draws by chance ({', '.join(sorted(drawn))}), so prompts would change each time")
+        raise ModelError(f"{setting}: is random ({', '.join(sorted(drawn))}), so prompts would change each time")
     if CLOCK not in template or f"macro {CLOCK}(" in template:
         return
     uses: list[str] = []
     compiled = _compile(template)
     compiled.globals[CLOCK] = lambda form: _Now(datetime.now().strftime(form), uses)
     settings = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": generation}
-    with suppress(Exception):  # it needs a string, which the time is not here
+    with suppress(Exception):  # raised where a string is needed, which _Now is not
         if compiled.render(messages=[dict(message) for message in messages], **settings) == text and not uses:
             return
     remedy = "model.template_date" if setting == SETTING else "judge.template_date (in a fit template_date)"
     raise ModelError(
-        f"{setting}: reads the clock ({CLOCK}), so prompts would change from day to day and their stages would "
-        f"not; give {remedy}, such as 2026-01-31"
+        f"{setting}: reads the clock ({CLOCK}), so prompts would change from day to day without a change of "
+        f"stage keys; set {remedy}, for example to 2026-01-31"
     )
 
 
@@ -367,7 +367,7 @@ def _compile(template: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _words(template: str) -> set[str]:
-    """The filters and the outside names that a template uses."""
+    """The filters and the variables from outside that a template uses."""
     try:
         tree = _parse(template)
     except TemplateError:
@@ -415,7 +415,7 @@ def _apply(
         return cast(
             str, tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
         )
-    except Exception as error:  # a template can raise what it likes
+    except Exception as error:  # a template can raise any error
         advice = _advise(tokenizer, messages, generation, setting)
         raise ModelError(f"{setting}: cannot render {[m['role'] for m in messages]} ({error}){advice}") from error
 

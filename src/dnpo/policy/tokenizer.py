@@ -29,7 +29,7 @@ def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int, texts: Sequence[
     """Train a byte-pair encoding on prompts and their responses; words include a leading space, digits are single.
 
     Args:
-        texts: further texts to train on.
+        texts: further texts to train on, such as a judge's template.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

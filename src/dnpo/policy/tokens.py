@@ -29,7 +29,7 @@ class Token(NamedTuple):
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, stop_ids: Sequence[int] = ()) -> list[int]:
-    """The token ids of a text, without special tokens around it.
+    """Tokenise a text, without special tokens around it; returns the token ids.
 
     Args:
         stop_ids: tokens that end a sample, in addition to the tokenizer's special tokens.

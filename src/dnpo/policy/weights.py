@@ -14,16 +14,16 @@ WHOLE = ("base", "eval.texts.encoder", "curriculum.encoder")  # these settings a
 
 
 class Weights:
-    """A folder of transformers, or a name on the Hugging Face hub. Exactly one of the two.
+    """A model's files: a folder in the format of transformers, or a name on the Hugging Face hub.
 
     Args:
-        path: the folder.
+        path: the folder. Give either this or ``name``.
         name: name on the hub, with ``revision``: a commit, branch or tag; None takes the newest.
         setting: dotted name of the settings, such as ``judge``.
         marker: a file that the folder must have.
 
     Raises:
-        ModelError: both or neither is given, or there is no such folder.
+        ModelError: both or neither are given, or there is no such folder.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class Weights:
             check_folder(self.folder, self.description)
         try:
             return kind.from_pretrained(where, revision=revision)
-        except Exception as error:  # with values that it does not expect, a tokenizer's code raises what it likes
+        except Exception as error:  # a tokenizer's code can raise any error if it does not expect a value
             raise ModelError(f"{self.description}: cannot be loaded: {explain(error)}") from error
 
     def load_model(self, kind: Any, **options: Any) -> Any:
-        """Load the model, completely: ``complete.load_complete`` with one of transformers' Auto classes.
+        """Load the model by ``complete.load_complete``, with one of transformers' Auto classes.
 
         Raises:
             ModelError: it cannot.
@@ -125,7 +125,7 @@ class Weights:
         return load_complete(kind, where, self.description, revision=revision, **options)
 
     def outline(self, kind: Any, **options: Any) -> Any:
-        """Check the files, tokenizer and all, and load the model without its weights (``complete.outline_complete``).
+        """Check all files, including the tokenizer's, and load the model without its weights (``outline_complete``).
 
         Returns:
             The model on the ``meta`` device; None where that cannot be done: the files are not downloaded yet, or the
