@@ -137,7 +137,7 @@ def test_template_names_the_first_row_it_fails_for(with_template: Callable[[str]
         (TEMPLATE.replace("['content']", "['content']|upper"), "leaves out or changes"),
         (TEMPLATE.replace("['content'] }}", "['content'] if message['role'] != 'system' }}"), "turn 1 of 3 (system)"),
         ("{{ range(9)|random }}" + TEMPLATE, "of 10 rows"),
-        ("{{ strftime_now('%d %b %Y') }}" + TEMPLATE, "give model.template_date"),
+        ("{{ strftime_now('%d %b %Y') }}" + TEMPLATE, "set model.template_date"),
         ("{% if strftime_now('%H')|int > 12 %}Good evening.{% endif %}" + TEMPLATE, "reads the clock"),
     ],
 )
