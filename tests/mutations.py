@@ -724,7 +724,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an overload told in words with status 200 is no refusal",
-        "judges/asked/refusals.py",
+        "connection/refusals.py",
         "return next((status for status, pattern in _SAYS.items() if pattern.search(words)), 0)",
         "return 0",
         "test_endpoints.py",

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from dnpo import connection
+from dnpo.connection import address_of
+from dnpo.connection.refusals import find_refusal, read_refusal
 from dnpo.errors import JudgeError, SettingsError
-from dnpo.judges.asked import asking
-from dnpo.judges.asked.endpoint import address_of
 from dnpo.judges.asked.ledger import VERSION, Answer, Ledger, Question
 from dnpo.judges.asked.openai import OpenAI
-from dnpo.judges.asked.refusals import find_refusal, read_refusal
 from dnpo.records import Verdict
 from dnpo.running.gate.judge import canary
 from tests.commands import run_command
@@ -494,7 +494,7 @@ def test_an_overload_is_waited_for_whatever_its_status(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More often than an unreadable reply is asked for again (``max_replies``)."""
-    monkeypatch.setattr(asking, "FIRST_PAUSE", 1e-4)
+    monkeypatch.setattr(connection, "FIRST_PAUSE", 1e-4)
     with saying(lambda _, number: OVERLOADED[server] if number < 8 else completion("85")) as place:
         assert ask(judge_at(place.base_url, deadline=20.0), tmp_path)[0].score == 85.0
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
+from dnpo.connection.refusals import retry_after
 from dnpo.errors import JudgeError, SettingsError
 from dnpo.judges import judge_responses
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.asked.openai import OpenAI
-from dnpo.judges.asked.refusals import retry_after
 from dnpo.records import HUMAN, Prompt, Response, Verdict
 from tests.conftest import Report
 from tests.judge_server import Handle, expected, is_hopeless, judge_server

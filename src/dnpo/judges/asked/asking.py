@@ -5,7 +5,6 @@ attempts (as long as the server asks for, or twice as long each time) do not blo
 """
 
 import asyncio
-import random
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -13,22 +12,21 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from dnpo.connection import Failure, pause, receive
+from dnpo.connection.refusals import Refusal
 from dnpo.errors import JudgeError, SettingsError
 from dnpo.judges import too_many
 from dnpo.judges.asked.endpoint import Endpoint
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
 from dnpo.judges.asked.prices import tokens_about
-from dnpo.judges.asked.refusals import Refusal, find_refusal, read_refusal
 from dnpo.store import Report
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
 WORKERS = 16  # per slot
 LOOK = 0.3  # seconds between checks of questions that other runs are asking
-AGAIN = {408, 409, 425, 429}  # and 5xx
 MENDABLE = {400, 404, 405, 415, 422, 500, 501}  # how servers refuse a parameter
 FORBIDDEN = 5  # refusals of this kind in a round without an answer say that nothing will be answered
 
@@ -186,7 +184,7 @@ class _Round:
                     self._advance()
                     return
                 # no tokens were counted: it is no completion, and the server may need a moment
-                reason, wait = answer.reason, 0.0 if answer.tokens_in else _backoff(replies)
+                reason, wait = answer.reason, 0.0 if answer.tokens_in else pause(replies)
                 if replies >= limits.max_replies:
                     self._give_up(question, replace(answer, reason=f"{reason} ({replies} replies)"))
                     return
@@ -198,15 +196,13 @@ class _Round:
                 self._give_up(question, Answer(None, attempts=attempts, reason=outcome.text))
                 return
             else:
-                reason, wait = outcome.text, _backoff(attempts)
+                reason, wait = outcome.text, pause(attempts, outcome.wait)
                 if outcome.billed:
                     lost = Answer(
                         None, cost=self.endpoint.price(question), reason=f"{outcome.text}; it may have been billed"
                     )
                     self.spent += lost.cost or 0.0
                     self.ledger.note_cost(question, lost)
-                if outcome.wait is not None:
-                    wait = outcome.wait + random.uniform(0.0, min(wait, 1.0))
             if time.monotonic() + wait >= began + limits.deadline:
                 late = f"given up for judge.deadline={limits.deadline:g} s, at attempt {attempts}: {reason}"
                 self._give_up(question, Answer(None, attempts=attempts, reason=late))
@@ -234,43 +230,26 @@ class _Round:
 
     async def _attempt(self, client: "AsyncOpenAI", question: Question, left: float) -> "Answer | _Trouble":
         """Send a question once, and wait at most ``left`` seconds."""
-        import httpx2
-        import openai
-
         endpoint, started = self.endpoint, time.monotonic()
         body, expected = endpoint.body(question), endpoint.price(question) or 0.0
+        # all of it as an extra body, since servers know more parameters than the client
+        request = client.chat.completions.with_streaming_response.create(
+            model=endpoint.model, messages=body["messages"], extra_body=body
+        )
         self.flying += expected
         try:
-            async with asyncio.timeout(min(self.limits.timeout, left)):
-                # all of it as an extra body, since servers know more parameters than the client
-                async with client.chat.completions.with_streaming_response.create(
-                    model=endpoint.model, messages=body["messages"], extra_body=body
-                ) as response:
-                    raw = bytearray()
-                    async for piece in response.iter_bytes():
-                        raw += piece
-                        if len(raw) > LARGEST_REPLY:
-                            return _Trouble("a reply that does not end", again=True, billed=True)
-            may_refuse = b'"choices"' not in raw or b'"error"' in raw or b'"base_resp"' in raw
-            hidden = find_refusal(bytes(raw), response.headers) if may_refuse else None
-            if hidden is not None and hidden.status:
-                return self._judge_refusal(hidden, body)
-            return replace(endpoint.read(bytes(raw), question), latency=time.monotonic() - started)
-        except (TimeoutError, openai.APITimeoutError):
-            return _Trouble("no reply in time", again=True, billed=True)
-        except openai.APIStatusError as error:
-            reply = error.response
-            return self._judge_refusal(read_refusal(error.status_code, reply.headers, reply.content), body)
-        except (openai.APIConnectionError, httpx2.TransportError, httpx2.DecodingError, OSError) as error:
-            return _Trouble(f"the connection failed ({type(error.__cause__ or error).__name__})", again=True)
+            reply = await receive(request, min(self.limits.timeout, left), LARGEST_REPLY)
         finally:
             self.flying -= expected
+        if isinstance(reply, Refusal):
+            return self._judge_refusal(reply, body)
+        if isinstance(reply, Failure):
+            return _Trouble(reply.text, again=True, billed=reply.billed)
+        return replace(endpoint.read(reply, question), latency=time.monotonic() - started)
 
     def _judge_refusal(self, refusal: Refusal, body: Mapping[str, object]) -> "_Trouble":
         endpoint, status = self.endpoint, refusal.status
-        text = (
-            f"HTTP {status}: {endpoint.clean(refusal.text)[:300] or endpoint.clean(refusal.codes)[:100] or 'no text'}"
-        )
+        text = endpoint.describe(refusal)
         where = f"{endpoint.model} at {endpoint.base_url}"
         if refusal.is_about_money:
             return _Trouble(
@@ -289,7 +268,7 @@ class _Round:
                 "variable, or name another in judge.key_from. Every answer so far is kept",
                 stop=True,
             )
-        if status in AGAIN or status >= 500 or refusal.is_overload:
+        if refusal.passes:
             return _Trouble(text, again=True, wait=refusal.wait)
         return _Trouble(text)
 
@@ -356,8 +335,3 @@ def tell_swap(endpoint: Endpoint, before: str, now: str) -> str:
         f"the judge {endpoint.model} at {endpoint.base_url} calls itself {now!r} in its replies, and has called itself "
         f"{before!r}; if the weights there were swapped, judge.version=… keeps their answers apart"
     )
-
-
-def _backoff(attempts: int) -> float:
-    """Seconds to wait: doubled after every attempt, and randomised, so that simultaneous failures spread out."""
-    return min(FIRST_PAUSE * 2.0 ** min(attempts - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.0)

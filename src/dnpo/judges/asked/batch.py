@@ -10,10 +10,10 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dnpo.connection.refusals import Refusal, read_refusal
 from dnpo.errors import JudgeError
 from dnpo.judges.asked.endpoint import Endpoint
 from dnpo.judges.asked.ledger import Answer, Ledger, Question
-from dnpo.judges.asked.refusals import Refusal, read_refusal
 from dnpo.store import Report
 from dnpo.wording import plural
 

@@ -8,23 +8,19 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
+from dnpo.connection import Connection
+from dnpo.connection.refusals import find_refusal
 from dnpo.judges.asked.ledger import Answer, Question
 from dnpo.judges.asked.prices import Price, tokens_about
 from dnpo.judges.asked.questions import Reading
 from dnpo.judges.asked.reading import Mode, read_expected_score, read_expected_winner, read_score, read_winner
-from dnpo.judges.asked.refusals import find_refusal
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
 
 SCHEMAS: dict[Mode, dict[str, Any]] = {
     "score": {"score": {"type": "integer", "description": "a whole number from 0 to 100"}},
     "pairwise": {"better": {"type": "string", "enum": ["A", "B", "TIE"]}},
 }
-LONGEST_KEPT = 2000  # characters of a server's text
 # Why a reply ended, in the words of servers (lower case): by itself, for lack of room, or by something in its way.
 ENDED = {"stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "complete", "completed"}
 BROKEN = re.compile(
@@ -37,7 +33,7 @@ _SCHEMA_REFUSED = re.compile(
 _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|passw|signature", re.IGNORECASE)
 
 
-class Endpoint:
+class Endpoint(Connection):
     """One model at one address, and what the server has refused so far.
 
     Args:
@@ -78,24 +74,14 @@ class Endpoint:
         extra: Mapping[str, Any],
         tariff: Price | None,
     ) -> None:
-        self.model, self.base_url, self.key_from, self.timeout = model, base_url, key_from, timeout
-        self.headers, self.extra, self.pattern = headers, extra, pattern
+        super().__init__(base_url, key_from, headers=headers, timeout=timeout)
+        self.model, self.extra, self.pattern = model, extra, pattern
         self.mode, self.reading = mode, reading
         self.wants_schema = self.structured = structured
         self.temperature, self.max_tokens, self.tariff = temperature, max_tokens, tariff
         self.limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
         self.has_answered = False
         self.concessions: list[str] = []
-
-    def client(self) -> "AsyncOpenAI":
-        """A client for one event loop, without automatic retries."""
-        from openai import AsyncOpenAI
-
-        key = os.environ.get(self.key_from) or "none"
-        headers = {name: os.environ.get(variable, "") for name, variable in self.headers.items()}
-        return AsyncOpenAI(
-            api_key=key, base_url=self.base_url, max_retries=0, timeout=self.timeout, default_headers=headers
-        )
 
     def settings(self) -> dict[str, Any]:
         """What decides an answer in addition to model and messages: all that is sent, and how the reply is read.
@@ -216,22 +202,6 @@ class Endpoint:
     def price(self, question: Question, *, batch: bool = False) -> float | None:
         """The estimated cost of a question in US dollars; None if the price is not known."""
         return None if self.tariff is None else self.tariff.of(tokens_about(question), self.max_tokens, batch)
-
-    def clean(self, text: str) -> str:
-        """A server's text without the keys, which servers repeat in their errors; of a long one both ends."""
-        for variable in (self.key_from, *self.headers.values()):
-            key = os.environ.get(variable, "")
-            text = text.replace(key, "[key]") if len(key) > 3 else text
-        half = LONGEST_KEPT // 2
-        return text if len(text) <= LONGEST_KEPT else f"{text[:half]} … {text[-half:]}"
-
-
-def address_of(url: str) -> str:
-    """An address in one spelling: without slash at the end and without the port that goes without saying."""
-    parts = urlsplit(url)
-    port = "" if parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f":{parts.port}"
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
 
 
 def _text_of(content: Any) -> str | None:

@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
+from dnpo.connection import address_of, check_address, find_bad_key
 from dnpo.errors import SettingsError
 from dnpo.judges import Canary
 from dnpo.judges.asked.asking import Limits, ask_one_by_one, tell_swap
 from dnpo.judges.asked.batch import ask_in_batches
-from dnpo.judges.asked.endpoint import Endpoint, address_of
+from dnpo.judges.asked.endpoint import Endpoint
 from dnpo.judges.asked.ledger import Ledger, Question
 from dnpo.judges.asked.prices import Price, price_of
 from dnpo.judges.asked.questions import Prompted, Reading
@@ -111,7 +111,7 @@ class OpenAI(Prompted):
         super().__post_init__()
         for name in ("base_url", "same_as"):
             if getattr(self, name) is not None:
-                _check_address(name, getattr(self, name))
+                check_address(name, getattr(self, name), "judge", OPENAI)
         if self._pattern is not None and self.reading != "text":
             raise SettingsError("pattern: reads texts; with reading=logprobs nothing would read by it, so leave it out")
         for name in self.extra_body or {}:
@@ -230,18 +230,9 @@ class OpenAI(Prompted):
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
         """Accept any prompt, if the key is set where one is needed, and can be sent."""
-        for setting, variable in {"": self.key_from, **(self.headers or {})}.items():
-            held = os.environ.get(variable, "")
-            if setting and not held:
-                return (
-                    f"judge.headers.{setting}: there is no environment variable of the name given there; export the "
-                    "header's value, and give the variable's name"
-                )
-            if not held.isascii() or not held.isprintable() or (" " in held and not setting):
-                return (
-                    f"judge=openai: what environment variable {variable} holds is no {'header' if setting else 'key'} "
-                    "(it has blanks, line ends or letters beyond ASCII); export the value alone"
-                )
+        problem = find_bad_key("judge", "judge=openai", self.key_from, self.headers or {})
+        if problem is not None:
+            return problem
         if self.base_url.rstrip("/") == OPENAI and not os.environ.get(self.key_from):
             return (
                 f"judge=openai: the environment variable {self.key_from} is not set; export the key there "
@@ -303,21 +294,6 @@ class OpenAI(Prompted):
                 )
             )
         return asyncio.run(ask_one_by_one(self.endpoint, self.limits, questions, ledger, report, total))
-
-
-def _check_address(name: str, url: str) -> None:
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise SettingsError(
-            f"{name}: has a name, password or query in it ({parts.scheme}://…@{parts.hostname}); settings are "
-            "written down, so give the plain address, and the key in the environment (judge.key_from, judge.headers)"
-        )
-    try:
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
-        sound = False
-    if not sound:
-        raise SettingsError(f"{name}={url}: expected an address such as {OPENAI}")
 
 
 def advise(reason: str, max_tokens: int) -> str:

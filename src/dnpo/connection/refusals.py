@@ -48,6 +48,9 @@ _SAYS = {  # the status that words mean in a reply whose status is 200 without a
 }
 
 
+AGAIN = {408, 409, 425, 429}  # and 5xx: the same request may be answered later
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A server's refusal.
@@ -78,6 +81,11 @@ class Refusal:
             return False
         soon = self.wait is not None and not _PER_DAY.search(self.words)
         return not soon and _MONEY.search(self.words) is not None
+
+    @property
+    def passes(self) -> bool:
+        """Whether the same request may be answered later."""
+        return self.status in AGAIN or self.status >= 500 or self.is_overload
 
     @property
     def is_overload(self) -> bool:

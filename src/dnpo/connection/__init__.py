@@ -1,0 +1,170 @@
+"""Talk to an OpenAI-compatible server: addresses, keys, the client, and one request at a time.
+
+Judges and engines that generate share this; it knows nothing of either. Keys come from the environment and go nowhere
+but into requests.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from dnpo.connection.refusals import Refusal, find_refusal, read_refusal
+from dnpo.errors import SettingsError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+LONGEST_KEPT = 2000  # characters of a server's text
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
+
+
+class Connection:
+    """One address, with the environment variables that hold its keys.
+
+    Args:
+        base_url: up to and with ``/v1``.
+        key_from: environment variable with the key.
+        headers: further headers, each with the environment variable that holds its value.
+        timeout: seconds of one attempt.
+    """
+
+    def __init__(self, base_url: str, key_from: str, *, headers: Mapping[str, str], timeout: float) -> None:
+        self.base_url, self.key_from, self.headers, self.timeout = base_url, key_from, headers, timeout
+
+    def client(self) -> "AsyncOpenAI":
+        """A client for one event loop, without automatic retries."""
+        from openai import AsyncOpenAI
+
+        key = os.environ.get(self.key_from) or "none"
+        headers = {name: os.environ.get(variable, "") for name, variable in self.headers.items()}
+        return AsyncOpenAI(
+            api_key=key, base_url=self.base_url, max_retries=0, timeout=self.timeout, default_headers=headers
+        )
+
+    def clean(self, text: str) -> str:
+        """A server's text without the keys, which servers repeat in their errors; of a long one both ends."""
+        for variable in (self.key_from, *self.headers.values()):
+            key = os.environ.get(variable, "")
+            text = text.replace(key, "[key]") if len(key) > 3 else text
+        half = LONGEST_KEPT // 2
+        return text if len(text) <= LONGEST_KEPT else f"{text[:half]} … {text[-half:]}"
+
+    def describe(self, refusal: Refusal) -> str:
+        """A refusal in one line."""
+        text = self.clean(refusal.text)[:300] or self.clean(refusal.codes)[:100] or "no text"
+        return f"HTTP {refusal.status}: {text}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An attempt that got no reply at all.
+
+    Attributes:
+        text: what happened.
+        billed: whether the request was sent and may have been answered.
+    """
+
+    text: str
+    billed: bool = False
+
+
+async def receive(stream: AbstractAsyncContextManager[Any], seconds: float, largest: int) -> bytes | Refusal | Failure:
+    """Send a request once and read the whole reply, even if its status is 200 and its body an error.
+
+    Args:
+        stream: a request of the client, ``with_streaming_response``.
+        seconds: how long to wait for the last byte.
+        largest: maximum number of bytes of a reply.
+    """
+    import httpx2
+    import openai
+
+    try:
+        async with asyncio.timeout(seconds):
+            async with stream as response:
+                raw = bytearray()
+                async for piece in response.iter_bytes():
+                    raw += piece
+                    if len(raw) > largest:
+                        return Failure("a reply that does not end", billed=True)
+        may_refuse = b'"choices"' not in raw or b'"error"' in raw or b'"base_resp"' in raw
+        hidden = find_refusal(bytes(raw), response.headers) if may_refuse else None
+        return hidden if hidden is not None and hidden.status else bytes(raw)
+    except (TimeoutError, openai.APITimeoutError):
+        return Failure("no reply in time", billed=True)
+    except openai.APIStatusError as error:
+        reply = error.response
+        return read_refusal(error.status_code, reply.headers, reply.content)
+    except (openai.APIConnectionError, httpx2.TransportError, httpx2.DecodingError, OSError) as error:
+        return Failure(f"the connection failed ({type(error.__cause__ or error).__name__})")
+
+
+def pause(attempts: int, wait: float | None = None) -> float:
+    """Seconds to wait before the next attempt, randomised, so that simultaneous failures spread out.
+
+    Args:
+        attempts: number of attempts so far; the pause doubles after each.
+        wait: seconds that the server asks to wait, which then replace the doubled pause.
+    """
+    doubled = min(FIRST_PAUSE * 2.0 ** min(attempts - 1, 10), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+    return doubled if wait is None else wait + random.uniform(0.0, min(doubled, 1.0))
+
+
+def check_address(name: str, url: str, part: str, example: str) -> None:
+    """Refuse an address that is none, or that has a secret in it.
+
+    Args:
+        name: the setting within its part.
+        part: dotted name of the part, for the advice.
+        example: an address.
+
+    Raises:
+        SettingsError: names the setting, and shows no secret.
+    """
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise SettingsError(
+            f"{name}: has a name, password or query in it ({parts.scheme}://…@{parts.hostname}); settings are "
+            f"written down, so give the plain address, and the key in the environment ({part}.key_from, {part}.headers)"
+        )
+    try:
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        sound = False
+    if not sound:
+        raise SettingsError(f"{name}={url}: expected an address such as {example}")
+
+
+def find_bad_key(part: str, option: str, key_from: str, headers: Mapping[str, str]) -> str | None:
+    """What is wrong with the keys in the environment; None if they can be sent. An absent main key may be right.
+
+    Args:
+        part: dotted name of the part, such as ``judge``.
+        option: how the part was chosen, such as ``judge=openai``.
+    """
+    for setting, variable in {"": key_from, **headers}.items():
+        held = os.environ.get(variable, "")
+        if setting and not held:
+            return (
+                f"{part}.headers.{setting}: there is no environment variable of the name given there; export the "
+                "header's value, and give the variable's name"
+            )
+        if not held.isascii() or not held.isprintable() or (" " in held and not setting):
+            return (
+                f"{option}: what environment variable {variable} holds is no {'header' if setting else 'key'} "
+                "(it has blanks, line ends or letters beyond ASCII); export the value alone"
+            )
+    return None
+
+
+def address_of(url: str) -> str:
+    """An address in one spelling: without slash at the end and without the port that goes without saying."""
+    parts = urlsplit(url)
+    port = "" if parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f":{parts.port}"
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
