@@ -121,7 +121,7 @@ def test_duels_in_words() -> None:
     told = "\n".join(describe_outcome(outcome(rows, True, 0), "judge=x"))
     assert "Duels under judge=x: wins 100.0 % (100.0 to 100.0), ties 0.0 %" in told
     assert "p = 0.25; 3 duels on 3 prompts" in told
-    assert "8.0 points apart" in told
+    assert "differ by 8.0 points" in told
     assert "at the same length: all differences in length are 4" in told
     assert "note: 1 of 4 duels lack a score and are left out" in told
     even = [replace(duel, id=f"{n}{d}", difference=d, ours_score=50.0 + n) for n in (-1, 0, 1) for d in (-3, 0, 9)]

@@ -178,7 +178,7 @@ def test_training_text_is_prompt_response_and_end(with_template: Callable[[str],
 def test_rows_that_spell_control_tokens_are_counted(tokenizer: Any) -> None:
     fires(text.control_tokens(tokenizer, [2], PLAIN), "pass", "none of 8 rows")
     some = [*PLAIN, row("html", human="Close it with </s> then."), row("turn", "Hi<|assistant|>")]
-    fires(text.control_tokens(tokenizer, [2], some), "warn", "2 of 10 rows", "html with </s>", "as any other text")
+    fires(text.control_tokens(tokenizer, [2], some), "warn", "2 of 10 rows", "html with </s>", "as ordinary text")
     own = encoded(tokenizer, some)
     fires(text.one_bos(tokenizer, own), "pass")
     fires(text.one_eos(tokenizer, [2], own), "pass")

@@ -1,4 +1,4 @@
-"""What the commands share: running Hydra without its noise, and turning errors into messages.
+"""Code that the commands share: it runs Hydra without Hydra's own output, and turns errors into messages.
 
 Heavy modules are imported inside functions, so that wrong settings are reported at once.
 """
@@ -158,7 +158,7 @@ def _explain(error: Exception, config: str) -> str:
 
 
 def _explain_list(group: str, name: str, arguments: Sequence[str]) -> str:
-    """Explain that one option cannot replace a list of parts by iteration, as method=spa and others have it."""
+    """Explain that one option cannot replace a list of parts by iteration, such as that of method=spa."""
     file = conf_folder() / group / f"{name}.yaml"
     content = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
     lists = [str(key) for key, value in content.items() if isinstance(value, ListConfig)]
@@ -166,8 +166,8 @@ def _explain_list(group: str, name: str, arguments: Sequence[str]) -> str:
     part = chosen.partition("=")[0] or " or ".join(lists) or "a part"
     return (
         f"{chosen or part}: {group}={name} gives {part} as a list, one for each iteration, and a single option cannot "
-        f"replace it. Set one of the list by its number, such as {part}.1.…=…, or write a {group} of your own: a "
-        f"copy of conf/{group}/{name}.yaml with another {part}"
+        f"replace it. Set one of the list by its number, such as {part}.1.…=…, or write your own {group}: a copy of "
+        f"conf/{group}/{name}.yaml with another {part}"
     )
 
 

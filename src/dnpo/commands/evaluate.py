@@ -332,7 +332,7 @@ def describe_outcome(outcome: "DuelOutcome", judge: str) -> list[str]:
         "95 % intervals over prompts, which do not cover repeated training",
     ]
     if outcome.apart is not None:
-        lines.append(f"the judge's orders or members are {outcome.apart:.1f} points apart on average")
+        lines.append(f"the judge's two orders, or its members, differ by {outcome.apart:.1f} points on average")
     if outcome.controlled is not None:
         found = outcome.controlled
         lines.append(

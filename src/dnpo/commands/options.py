@@ -1,8 +1,8 @@
-"""Names of options in a list in the place of a part, one an iteration: ``rollout=[given,ahead]``.
+"""Replace names of options in a list by iteration, such as ``rollout=[given,ahead]``, by the options.
 
-A name on the command line stands for what the part would be if it were the only option there, with the settings of the
-method and of other arguments. In a file it stands for the option's own file, since the file's list replaces all other
-settings of the part.
+A name on the command line becomes the part as it would be if this option were chosen alone, with the settings of the
+method and of other arguments. A name in a file becomes the content of the option's file, since the file's list replaces
+all other settings of the part.
 """
 
 import warnings
@@ -22,10 +22,10 @@ def expand_options(cfg: DictConfig, job: Any, places: Sequence[str], starting: S
         cfg: the composed tree, which is changed.
         job: Hydra's settings of the job.
         places: the parts that may change from iteration to iteration.
-        starting: those of them whose options have a ``start``, which a list takes the place of.
+        starting: those of them whose options have a ``start``, which a list replaces.
 
     Raises:
-        SettingsError: a name is no option, a list is in a defaults list, or it is contradicted by a ``start``.
+        SettingsError: a name is not an option, a list is in a defaults list, or a ``start`` is given along with a list.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -61,9 +61,9 @@ def expand_options(cfg: DictConfig, job: Any, places: Sequence[str], starting: S
 
 
 def _compose_chosen(chosen: Mapping[str, Sequence[str]], config: str, arguments: Sequence[str]) -> dict[str, list[Any]]:
-    """The options of lists on the command line, each as it is where it is the only one.
+    """Compose the options of lists on the command line, each as if it were chosen alone.
 
-    Arguments for its settings count for those options that have them.
+    Arguments for settings of the part apply to the options that have these settings.
     """
     from hydra import compose
 
@@ -103,10 +103,10 @@ def _load(place: str, name: str) -> Any:
             f"{place}={name}: there is no such option.{nearest(name, known)} Options: {', '.join(known)}."
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Hydra's, of options that take up others
+        warnings.simplefilter("ignore")  # Hydra warns of options that include others
         tree = compose(f"{place}/{name}")
     if set(tree) != {place}:
-        raise SettingsError(f"{place}={name}: sets more than {place}, so it cannot stand in a list")
+        raise SettingsError(f"{place}={name}: sets more than {place}, so it cannot be in a list")
     return OmegaConf.to_container(tree[place])
 
 

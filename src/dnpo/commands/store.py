@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     removing.add_argument("--apply", action="store_true", help="remove, after a question")
     removing.add_argument("--yes", action="store_true", help="remove without a question")
-    removing.add_argument("--needed", action="store_true", help="also those named that are whole and that runs need")
+    removing.add_argument("--needed", action="store_true", help="also named stages that runs need")
     return parser
 
 
@@ -76,7 +76,7 @@ def show(given: argparse.Namespace) -> int:
     try:
         needs = inventory.find_needs(entries, _tracked(given))
     except TrackingError as error:
-        say(f"who needs them is not known: {error}\n")
+        say(f"which runs need them is unknown: {error}\n")
         needs = {}
     _print(entries, needs)
     return 0
@@ -99,7 +99,7 @@ def verify(given: argparse.Namespace) -> int:
     say(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others whole")
     if damaged:
         where = shlex.quote(str(given.store))
-        say(f"python -m dnpo.store remove STAGE/KEY --store {where} --yes removes one; a run makes it again")
+        say(f"python -m dnpo.store remove STAGE/KEY --store {where} --yes removes one; a run computes it again")
     return int(damaged > 0)
 
 

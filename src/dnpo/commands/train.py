@@ -43,7 +43,7 @@ VARYING = (
 )  # by iteration
 PARTS = ("model", "data", "sft", "generate", "second_judge", "augment", "eval", "tracking", *VARYING)
 TYPICAL = "typical"  # values for interpolation only; no part gets them
-WORDS = ("start", "reference")  # also by iteration, but plain words
+WORDS = ("start", "reference")  # also given by iteration, but these settings are words, not parts
 STARTING = ("dsl", "npo")  # parts that act from their ``start`` iteration on; ABSENT replaces them before it
 ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},

@@ -63,7 +63,7 @@ class SavedPolicy:
 
     @property
     def kind(self) -> Kind:
-        """What the store has of it: full weights, adapters, or nothing beyond the base model."""
+        """The kind of its files: full weights, adapters, or the base model itself."""
         kinds: dict[str, Kind] = {"whole": "full", "adapters": "adapter", "base": "base"}
         return kinds[read_saved(self.folder)["kind"]]
 
@@ -134,7 +134,7 @@ def _title(saved: SavedPolicy) -> str:
 
 
 def _front_matter(saved: SavedPolicy, kind: Kind) -> str:
-    """Return the metadata for the hub: only names that exist there, and no licence, which is not ours to grant."""
+    """Return the metadata for the hub: only names that exist there, and no licence, since the card grants none."""
     from huggingface_hub import ModelCardData
 
     model, data = saved.prompt_settings["model"].get("name"), saved.prompt_settings["data"].get("name")
@@ -250,7 +250,10 @@ def _serving(saved: SavedPolicy, folder: str, kind: Kind, rank: int, hub: str | 
         return f"    vllm serve {folder}"
     room = next((size for size in LORA_RANKS if size >= rank), None)
     if room is None:
-        return f"vLLM takes ranks up to {LORA_RANKS[-1]}, and this is {rank}: serve a copy with whole weights instead."
+        return (
+            f"vLLM accepts ranks up to {LORA_RANKS[-1]}, and this adapter has {rank}: serve a copy with whole weights "
+            "instead."
+        )
     lora = f"--enable-lora --max-lora-rank {room} --lora-modules {saved.name}={folder}"
     return f"    vllm serve {saved.base}{pinned} {lora}"
 
@@ -262,7 +265,7 @@ def _numbers(saved: SavedPolicy) -> str:
         f"| {for_markdown(name)} | {value:.4g} |" if isinstance(value, float) else f"| {for_markdown(name)} | {value} |"
         for name, value in known.items()
     ]
-    judged = " `eval/score` is by the judge named above, which also labels the pairs if labels go by score."
+    judged = " `eval/score` comes from the judge named above, which also labels the pairs if labels are by score."
     split = _code(saved.setting("eval", "split", "test"))
     text = f"On the split {split}; losses are means over the last tenth of the steps, log-probabilities are in nats."
     return "\n".join(
@@ -276,8 +279,10 @@ def _stages(saved: SavedPolicy) -> str:
 
 
 def _settings(saved: SavedPolicy) -> str:
-    """List all settings as ``part.key=value``, except for tracking: addresses may contain passwords, and cards are
-    meant for others."""
+    """List all settings as ``part.key=value``.
+
+    Those of tracking are left out: addresses may contain passwords, and cards are meant for others.
+    """
     public = {part: value for part, value in saved.summary["settings"].items() if part != "tracking"}
     lines = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in _flat(public).items()]
     chosen = [f"{part}={name}" for part, name in saved.summary["choices"].items()]

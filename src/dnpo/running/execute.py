@@ -31,7 +31,7 @@ from dnpo.tracking.writing import TrackedSteps, Tracking
 SHOWN_PAIRS = 50
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
 
-LABELS = {  # whose scores training reads, in relation to the judge of evaluations
+LABELS = {  # the judge that training learns from, compared with the judge of the evaluations
     "same": "training learns from the judge that gives these scores",
     "other": "training learns from another judge",
     "nobody": "no judge labels the pairs",
@@ -56,8 +56,9 @@ def execute(
     settings: Mapping[str, Any],
     folder: Path,
 ) -> dict[str, Any]:
-    """Compute every stage that the store lacks, track the results, and write ``summary.json`` and ``models/`` into the
-    run's folder.
+    """Compute the stages that the store lacks, and track the results.
+
+    ``summary.json`` and ``models/`` are written into the run's folder.
 
     Returns:
         The content of ``summary.json``.
@@ -106,8 +107,8 @@ def execute(
 
 
 def find_labeller(iterations: Sequence[Iteration]) -> str:
-    """Say whose scores training reads, in relation to the judge of the evaluations; a key of ``LABELS``."""
-    trained = [each.policy for each in iterations]  # a training may judge and label itself
+    """Compare the judge that training learns from with that of the evaluations; return a key of ``LABELS``."""
+    trained = [each.policy for each in iterations]  # a live training judges and labels itself
     stages = [stage for each in iterations for stage in (each.verdicts, each.labelled) if stage is not None] + trained
     judges = [stage.settings["judge"] for stage in stages if "judge" in stage.settings]
     if not judges:
@@ -116,7 +117,7 @@ def find_labeller(iterations: Sequence[Iteration]) -> str:
 
 
 def list_makers(iterations: Sequence[Iteration], store: Store) -> list[dict[str, Any]]:
-    """List what made the stages of a chain, each once, with the titles of its stages."""
+    """List the makers of a chain's stages (versions, commit, device), each once, with the titles of its stages."""
     found: dict[str, dict[str, Any]] = {}
     for stage in (stage for iteration in iterations for stage in iteration.stages):
         made = manifest(store.folder(stage)).get("made_by", {})
@@ -154,8 +155,8 @@ def overrides() -> list[str]:
 def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int, prefix: str) -> bool:
     """Compute one stage unless it is in the store; return whether it was.
 
-    The run that computes training steps tracks them. A run that reuses the stage names that run in a tag; if it is not
-    in this tracking store, the steps are tracked again.
+    The run that computes training steps tracks them. A run that reuses the stage refers to that run in a tag, or tracks
+    the steps again if that run is not in this tracking store.
 
     Args:
         before: number of training steps in earlier iterations.
@@ -182,7 +183,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
             tracking.tags({f"{STEPS_OF}{_slug(stage)}": elsewhere})
             return True
         track(steps)
-    if tracking.flush() and store.writable:  # otherwise another run tracks them once more
+    if tracking.flush() and store.writable:  # otherwise the next run that reuses the stage tracks them
         tracked.add(tracking.where, tracking.id)
     return reused
 
@@ -227,7 +228,10 @@ def _row(iteration: Iteration, store: Store) -> dict[str, Any]:
         row |= {f"curriculum/{name}": value for name, value in arranged.items()}
     if "tokens" in trained:
         row["trained/tokens"] = trained["tokens"]
-    judged, made = trained.get("judged", {}), trained.get("generated", {})  # where training did both itself
+    judged, made = (
+        trained.get("judged", {}),
+        trained.get("generated", {}),
+    )  # a live training judges and generates itself
     if iteration.verdicts is not None:
         judged = manifest(store.folder(iteration.verdicts))["facts"]
     if iteration.responses is not None:
@@ -321,7 +325,7 @@ def _draw_once(store: Store, key: str, draw: Callable[[Path], None], picture: Pa
 
 @cache
 def _hash_drawing() -> str:
-    """Return a hash of the code that decides how pictures look, so that no picture outlives it."""
+    """Return a hash of the code that decides how pictures look; a picture of other code is drawn again."""
     root = Path(__file__).parent.parent
     code = [(root / name).read_bytes() for name in ("palette.py", "catalogue.py", "report/drawing.py")]
     return hashlib.sha256(b"".join(code)).hexdigest()[:8]
@@ -366,7 +370,7 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
             "greedy answers."
         )
     if any("second/score" in row for row in rows):
-        console.say("2nd: the second judge's mean on the same answers; it labels nothing.")
+        console.say("2nd: the second judge's mean on the same answers; this judge labels nothing.")
     console.say(
         "Losses: mean over the last tenth of the steps. log p: summed log-probability under the new policy, nats."
     )

@@ -16,7 +16,7 @@ from dnpo.store import Stage, Store
 
 
 def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[str, Forecast]:
-    """Return a forecast for each stage still to do that asks a judge, by title.
+    """Return a forecast for each stage that is still to be computed and asks a judge, by title.
 
     A question that several stages ask counts for the first of them.
     """
@@ -67,7 +67,7 @@ def _live_responses(plan: Plan, how: Live, prompts: Sequence[Prompt], human: Seq
 
 
 def _find_evaluations(run: Run, iteration: Iteration, store: Store) -> Iterator[tuple[Stage, Judge]]:
-    """Yield the stages still to do that judge held-out responses, each with its judge."""
+    """Yield the stages, still to be computed, that judge held-out responses, each with its judge."""
     second = [stage for stage in iteration.measures if stage.name == "second"]
     for stage, judge in (
         (iteration.evaluation, run.judge),

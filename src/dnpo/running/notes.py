@@ -34,7 +34,7 @@ def escape(text: Any) -> str:
 
 
 def code(text: str) -> str:
-    """Indent a text as a block of code, which no line of the text can end."""
+    """Indent a text as a block of code; unlike a fenced block, no line of the text can end it."""
     lines = for_terminal(strip_password(text)).splitlines()
     return "\n".join(f"    {line}" for line in lines)
 
@@ -128,8 +128,8 @@ def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
         space_columns(results(table)),
         *(f"- {each}" for each in _sentences(table)),
         *(f"- The judge {escape(sentence(entry))}." for entry in summary["judge_agreement"]),
-        f"- It took {summary['seconds']:,.0f} s; its stages, when they were computed, {seconds:,.0f} s.",
-        f"- Models: {escape(folder / 'models')}, one folder a policy; they load as they are.",
+        f"- It took {summary['seconds']:,.0f} s; computing its stages took {seconds:,.0f} s.",
+        f"- Models: {escape(folder / 'models')}, one folder for each policy, ready to load.",
     ]
     drawn = f"python -m dnpo.report {run}\npython -m analysis all --runs {run}"
     return "\n".join([*lines, "", "To draw it:", "", code(drawn)]) if run else "\n".join(lines)
@@ -215,8 +215,8 @@ def policy(k: int, stage: str, folder: Path) -> str:
     """Return the note on the page of a model."""
     when = f"after iteration {k}" if k >= 0 else "after supervised fine-tuning, before iteration 0"
     return (
-        f"The policy {when}. Its weights are not uploaded: they lie in the store under {escape(stage)}, and when the "
-        f"run has ended {escape(folder)} loads as it is."
+        f"The policy {when}. Its weights are not uploaded: they are in the store under {escape(stage)}, and after the "
+        f"run {escape(folder)} can be loaded."
     )
 
 
@@ -278,5 +278,6 @@ def space_columns(tables: str) -> str:
 def _comparison_lines(comparison: "MeasureComparison") -> list[str]:
     lines = [f"**{comparison.measure.metric.axis}**", "", markdown(comparison.means, "settings")]
     if comparison.differences is not None:
-        lines += [f"Less {escape(comparison.baseline)}, paired:", "", markdown(comparison.differences, "settings")]
+        title = f"Differences from {escape(comparison.baseline)}, paired:"
+        lines += [title, "", markdown(comparison.differences, "settings")]
     return [*lines, *(f"- {escape(note)}" for note in comparison.notes)]

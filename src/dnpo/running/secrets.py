@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dnpo.escape import say
 
 ADVICE = (
-    "settings are written into files of the run, so give it by the environment, "
+    "settings are written into files of the run, so give it in the environment, "
     "such as '${oc.env:NAME}', or in the variable that judge.key_from or judge.headers names"
 )
 PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@'\"]*:[^/\s@'\"]+@", re.IGNORECASE)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ERROR, PLAN, PICTURE, TRAIN = "error.txt", "plan.json", "comparison.png", "train"
 SILENT = "it ended with neither a result nor an error; its process was probably killed"
-_HELD: list[FileLock] = []  # not kept in the callback, since Hydra sends it to other processes
+_HELD: list[FileLock] = []  # locks; not stored in the callback, since Hydra sends it to other processes
 
 
 def record_failure(folder: Path, message: str) -> None:
@@ -46,8 +46,11 @@ def find_shared_stages(sweep: Path | None, folder: Path, stages: "Sequence[Stage
 
 
 class SweepReport(Callback):
-    """At the end of a multirun, shows its table and failures, tracks the comparison with the sweep's parent run in
-    MLflow, and exits with status 1 if a job failed."""
+    """Reports on a multirun at its end.
+
+    It shows the table and the failures, tracks the comparison with the sweep's parent run in MLflow, and exits with
+    status 1 if a job failed.
+    """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Take the lock that shows that the sweep is running."""
@@ -75,7 +78,7 @@ class SweepReport(Callback):
             say(f"job {job} failed {shown}", error=True)
         untracked = _track(config, sweep, jobs, failed)
         if untracked:
-            say(f"error: the comparison of the sweep is not tracked: {untracked}", error=True)
+            say(f"error: the comparison of the sweep could not be tracked: {untracked}", error=True)
         while _HELD:
             held = _HELD.pop()
             held.release()
@@ -252,7 +255,7 @@ def _overrides(folder: Path) -> list[str]:
 
 
 def _mean_and_spread(values: Iterable[float]) -> tuple[float | None, float | None]:
-    """Return mean and sample standard deviation; None for those that need more values."""
+    """Return mean and sample standard deviation; None for one that needs more values."""
     import statistics
 
     found = list(values)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def reference(iterations: "Sequence[Iteration]", plans: "Sequence[Plan]") -> Finding:
     """Check that samples, reference and training of every iteration start from the policies that its plan names.
 
-    With adapters stacked over iterations it is easy to compare with the fine-tuned model instead.
+    With adapters stacked over iterations, comparing with the fine-tuned model instead is an easy mistake.
     """
     wrong: list[str] = []
     initial = iterations[0].policy
@@ -37,7 +37,7 @@ def reference(iterations: "Sequence[Iteration]", plans: "Sequence[Plan]") -> Fin
         if iteration.reference is not None and (read is None or read.key != iteration.reference.key):
             wrong.append(f"iteration {iteration.k}: the training does not read the reference of its iteration")
     if wrong:
-        return Finding("reference", "stop", "; ".join(wrong), "none: the chain in dnpo.loop is laid out wrongly")
+        return Finding("reference", "stop", "; ".join(wrong), "none: this is an error in dnpo.loop")
     kinds = list(dict.fromkeys(plan.reference for plan in plans))
     words = {"start": "the policy it starts from", "initial": "the initial policy", "none": "none"}
     words["ema"] = "the moving average of its weights"

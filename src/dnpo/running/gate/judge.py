@@ -28,7 +28,7 @@ def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
         if first_scored is None:
             return Finding("labels", "pass", "no labels need scores, and judge=off gives none")
         text = f"dsl labels by score from iteration {first_scored} on, but judge=off gives none"
-        return Finding("labels", "stop", text, "judge=…, or dsl=off (method=spin and method=npo have it)")
+        return Finding("labels", "stop", text, "judge=…, or dsl=off (as in method=spin and method=npo)")
     for some in rows.values():
         problem = judge.accepts(some)
         if problem is not None:
@@ -40,7 +40,7 @@ def measuring(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
     """Check that the judge of evaluations, if it does not also label, can judge the held-out rows."""
     problem = judge.accepts(held)
     if problem is not None:
-        setting = "eval.judge=…; null takes none where the method's own judge cannot score texts"
+        setting = "eval.judge=…, or null, which uses the labelling judge if it can score texts"
         return Finding("scores", "stop", f"as judge of evaluations: {problem}", setting)
     return Finding("scores", "pass", f"the judge of evaluations accepts all {len(held):,} {split} rows")
 
@@ -48,7 +48,7 @@ def measuring(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
 def second(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
     """Check that the second judge can judge the held-out rows."""
     if not judge.measures_texts:
-        text = f"{type(judge).__name__} labels pairs of a run; it does not score texts alone, as measuring needs"
+        text = f"{type(judge).__name__} only labels the pairs of a run; a second judge must score single responses"
         return Finding("second judge", "stop", text, "judge@second_judge=…")
     problem = judge.accepts(held)
     if problem is not None:
@@ -86,7 +86,7 @@ def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> 
     if both:
         text = (
             f"the judge was fitted on {len(both):,} of the {len(held):,} {split} prompts, the first is {both[0].id}: "
-            "its scores there are no evidence"
+            "its scores on them are no evidence"
         )
         return Finding("prompts of the judge", "warn", text, "judge.path, or eval.split")
     text = f"none of the {len(seen):,} prompts that the judge was fitted on is among {len(held):,} {split} prompts"

@@ -232,7 +232,7 @@ def memory(name: str, fixed: float, moving: float, device: str, setting: str, fr
     free = free_memory(device) if free is None else free
     text = (
         f"{name} takes about {format_bytes(fixed + moving)} (an estimate: {format_bytes(fixed)} of weights, gradients "
-        f"and optimizer states, {format_bytes(moving)} of a batch at its longest); {format_bytes(free)} free on "
+        f"and optimizer states, {format_bytes(moving)} of the longest batch); {format_bytes(free)} free on "
         f"{device}"
     )
     if fixed > free:

@@ -11,7 +11,7 @@ from dnpo.settings import named_within
 
 
 def weights(policy: Policy, here: bool) -> Finding:
-    """Say whether the base model's weights were checked; if they were wrong, loading its outline has failed already.
+    """Report whether the base model's weights were checked; wrong ones have already failed as its outline was loaded.
 
     Args:
         policy: the base model on the meta device.

@@ -81,7 +81,7 @@ def findings(
 
 
 def tables(name: str, run: Run, counts: Counts) -> int:
-    """Return the bytes of the tables that a stage of this name writes, at most."""
+    """Return the maximum number of bytes of the tables that a stage of this name writes."""
     both, limit = counts.prompt + counts.response, counts.limit
     most = max([plan.rollout.samples for plan in run.plans], default=1) or 1  # responses to a prompt
     samples = counts.held * (1 + run.eval.samples) + run.eval.sequences

@@ -161,10 +161,10 @@ def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:
     found = repeats([f"{_text(row)}\n{row.human}" for row in some], LIKE)
     of = _of(len(some), len(distinct), "distinct training rows")
     if not found:
-        return Finding("near duplicates", "pass", f"none of {of} is nearly another (likeness {LIKE} or more)")
+        return Finding("near duplicates", "pass", f"none of {of} nearly repeats another (likeness {LIKE} or more)")
     i, j, likeness = found[0]
     text = (
-        f"{len(found):,} of {of} are nearly another (likeness {LIKE} or more), as {some[i].id} and {some[j].id} "
+        f"{len(found):,} of {of} nearly repeat another (likeness {LIKE} or more), as {some[i].id} and {some[j].id} "
         f"({likeness:.2f})"
     )
     # Any data have a few; only many are worth a warning.
@@ -199,7 +199,7 @@ def overlap(rows: Rows) -> list[Finding]:
             findings.append(Finding(name, "pass", f"none of {of} is the same or nearly so (likeness {LIKE} or more)"))
     both = len(conversations["validation"] & conversations["test"])
     if both:
-        text = f"{both:,} prompts are in validation and in test: settings are chosen on what is reported"
+        text = f"{both:,} prompts are in validation and in test: settings would be chosen on prompts that are reported"
         findings.append(Finding("validation and test", "warn", text, "the data"))
     else:
         findings.append(Finding("validation and test", "pass", "validation and test share no prompt"))
@@ -215,10 +215,10 @@ def room(asked: int, context: int | None, limit: int) -> Finding:
         limit: maximum tokens of a response.
     """
     if context is None:
-        return Finding("context", "pass", "the model's configuration limits no text")
+        return Finding("context", "pass", "the model's configuration has no maximum length")
     setting = f"data.max_response_tokens={limit} to less than {context:,}, or the model"
     if limit >= context:
-        text = f"the model's context of {context:,} tokens leaves none for prompts with responses of {limit:,} tokens"
+        text = f"the model's context of {context:,} tokens leaves none for prompts if responses have {limit:,} tokens"
         return Finding("context", "stop", text, setting)
     text = f"prompts of up to {min(asked, context - limit):,} and responses of up to {limit:,} tokens fit into "
     return Finding("context", "pass", f"{text}the model's context of {context:,}")
@@ -272,5 +272,5 @@ def _conversation(prompt: Prompt) -> tuple[str, ...]:
 
 
 def _text(prompt: Prompt) -> str:
-    """Join the turns without system turns, which would make all rows alike if they share one."""
+    """Join the turns except system turns: if rows share one, it would make them all alike."""
     return "\n".join(turn["content"] for turn in prompt.messages if turn["role"] != "system")

@@ -50,7 +50,7 @@ def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Find
 
 
 def training_text(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: Sequence[Prompt]) -> Finding:
-    """Check that it is prompt, response and end, and nothing else, which would mark human responses."""
+    """Check that the training text is prompt, response and end alone; anything else would mark human responses."""
     ends = [str(tokenizer.decode([i])) for i in stop_ids]
     special = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     more, leads = [], Counter[str]()
@@ -89,8 +89,8 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], 
         spelled += bool(found)
     if spelled:
         text = (
-            f"{spelled:,} of {len(rows):,} rows have the text of control tokens, the first is {first}; there it is "
-            "tokenised as any other text, and ends no turn"
+            f"{spelled:,} of {len(rows):,} rows have the text of control tokens, the first is {first}; it is "
+            "tokenised as ordinary text, and ends no turn"
         )
         return Finding("control tokens", "warn", text, "the data, if it should not be there")
     return Finding("control tokens", "pass", f"none of {len(rows):,} rows has the text of one")
@@ -125,7 +125,7 @@ def one_eos(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: S
     wrong = [row for row in rows if [i in stops for i in row.ids] != [False] * (len(row.ids) - 1) + [True]]
     if wrong:
         text = (
-            f"{len(wrong):,} of {len(rows):,} responses do not have one end, at their end; the first is "
+            f"{len(wrong):,} of {len(rows):,} responses do not have exactly one end, at their end; the first is "
             f"{wrong[0].prompt.id}, which ends with {tokenizer.decode(wrong[0].ids[-3:])!r}"
         )
         return Finding("one EOS", "stop", text, TEMPLATE)
@@ -195,7 +195,7 @@ def ends_of_model(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], rows:
 
 
 def seam(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt], stop_ids: Sequence[int] = ()) -> Finding:
-    """Check that prompt and response have the same token ids together as apart; warn if a token spans both."""
+    """Check that prompt and response have the same token ids together and apart; warn if a token spans both."""
     moved, other = [], 0
     for row in rows:
         rendered = render(tokenizer, row.messages, row.human)
