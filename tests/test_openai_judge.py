@@ -535,7 +535,7 @@ def test_a_batch_the_server_has_forgotten_is_submitted_again(tmp_path: Path) -> 
         ledger.remember_batch(server.base_url, "batch_gone", questions)
         report = Report()
         assert [v.score for v in judge(prompts, responses, ledger, report)] == right(judge, prompts, responses)
-        assert any("batch_gone is not known there any more" in note for note in report.notes)
+        assert any("batch_gone is no longer known there" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # The iteration's policy, the policy after fine-tuning, and a copy of the latter that was taught to judge.
 PolicyName = Literal["policy", "initial", "taught"]
 
-MANY = 20  # so many equal scores are no accident
+MANY = 20  # so many equal scores cannot be a coincidence
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Canary:
     Attributes:
         text: what came back.
         mends: the settings to look at if there is no score.
-        warning: what is odd about a judge that works; "" for nothing.
+        warning: a doubt about a judge that works; "" for none.
     """
 
     scored: bool
@@ -89,7 +89,7 @@ class Judge(ABC):
 
     @property
     def reads_policies(self) -> frozenset[PolicyName]:
-        """The policies that it needs, which are then inputs of the judge stage; mostly none."""
+        """The policies that it needs, which become inputs of the judge stage; most judges need none."""
         return frozenset()
 
     def with_policies(self, policies: "Mapping[PolicyName, Policy]") -> "Judge":
@@ -132,7 +132,11 @@ class Judge(ABC):
     def forecast(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]
     ) -> Forecast:
-        """Estimate what these verdicts would need, without questions whose keys are in ``seen``; add the new keys."""
+        """Estimate the calls and the cost of these verdicts.
+
+        Args:
+            seen: keys of questions that do not count; the new keys are added.
+        """
         return Forecast()
 
     @abstractmethod

@@ -24,7 +24,7 @@ from dnpo.store import Report
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
-FEWEST = 4800  # with so many questions a tiny model learned to judge; it learned 160 by heart
+FEWEST = 4800  # with this many questions a tiny model learned to judge; it learned 160 questions by heart
 
 
 class Gold(NamedTuple):

@@ -51,7 +51,7 @@ class Ensemble(Judge):
 
     @property
     def spends_freely(self) -> bool:
-        """Whether a member does."""
+        """Whether the replies of a member cost money without a limit."""
         return any(member.spends_freely for member in self.members.values())
 
     @property

@@ -28,7 +28,7 @@ LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
 WORKERS = 16  # per slot
 LOOK = 0.3  # seconds between checks of questions that other runs are asking
 MENDABLE = {400, 404, 405, 415, 422, 500, 501}  # how servers refuse a parameter
-FORBIDDEN = 5  # refusals of this kind in a round without an answer say that nothing will be answered
+FORBIDDEN = 5  # after so many refusals of this kind and no answer, a round ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class _Round:
 
     async def _empty_row(self, client: "AsyncOpenAI") -> None:
         """Ask the questions in the queue."""
-        # Most of them may be waiting between attempts: there are more than slots, so that these are full.
+        # There are more workers than slots, so that the slots stay full while workers wait between attempts.
         count = min(WORKERS * self.limits.concurrency, len(self.row))
         workers = [asyncio.create_task(self._work(client)) for _ in range(count)]
         try:
@@ -183,7 +183,7 @@ class _Round:
                     self._see(answer)
                     self._advance()
                     return
-                # no tokens were counted: it is no completion, and the server may need a moment
+                # no tokens were counted, so this is not a completion; the server may need a moment
                 reason, wait = answer.reason, 0.0 if answer.tokens_in else pause(replies)
                 if replies >= limits.max_replies:
                     self._give_up(question, replace(answer, reason=f"{reason} ({replies} replies)"))
@@ -273,7 +273,7 @@ class _Round:
         return _Trouble(text)
 
     def _is_hopeless(self, status: int) -> bool:
-        """Whether a refusal is meant for all questions: after a first answer it is for its own alone."""
+        """Whether a refusal concerns all questions; after a first answer it concerns its own question alone."""
         if status == 401:
             return True
         self.forbidden += 1
@@ -286,7 +286,7 @@ class _Round:
         self.conceded = len(self.endpoint.concessions)
 
     def _see(self, answer: Answer) -> None:
-        """Say so where the server calls itself what it has not called itself before."""
+        """Warn if the server reports a model that it has not reported before."""
         if answer.served and answer.served not in self.served:
             if self.served:
                 self._note(f"warning: {tell_swap(self.endpoint, self.served[-1], answer.served)}")
@@ -330,7 +330,7 @@ class _Trouble:
 
 
 def tell_swap(endpoint: Endpoint, before: str, now: str) -> str:
-    """What to say where a server calls itself what it has not called itself before."""
+    """The warning that a server reports another model than before."""
     return (
         f"the judge {endpoint.model} at {endpoint.base_url} calls itself {now!r} in its replies, and has called itself "
         f"{before!r}; if the weights there were swapped, judge.version=… keeps their answers apart"

@@ -92,8 +92,8 @@ class _Batches:
         refusal = _refusal_of(error)
         message = self.endpoint.clean(refusal.text if refusal else "")[:300] or self.endpoint.clean(str(error))[:300]
         return (
-            f"judge.batch=true: {self.endpoint.base_url} refuses ({message}). Every answer so far is kept; mend it, or "
-            "ask one by one with judge.batch=false"
+            f"judge.batch=true: {self.endpoint.base_url} refuses ({message}). Every answer so far is kept. Correct "
+            "this, or ask one by one with judge.batch=false"
         )
 
     async def _look(self, client: "AsyncOpenAI") -> None:
@@ -188,7 +188,7 @@ class _Batches:
         try:
             batch = await client.batches.retrieve(name)
         except openai.NotFoundError:
-            self.report.note(f"batch {name} is not known there any more; what it asked is asked again")
+            self.report.note(f"batch {name} is no longer known there; its questions are asked again")
             self.ledger.forget_batch(self.endpoint.base_url, name)
             self.seen -= set(questions)
             return
@@ -227,7 +227,7 @@ class _Batches:
             status = f"HTTP {refusal.status}" if refusal.status else refusal.codes
             answer = Answer(None, reason=f"{status}: {text}")
         else:
-            question = self.questions.get(key, questions[key])  # with messages, should the server count no tokens
+            question = self.questions.get(key, questions[key])  # with messages, in case the server counts no tokens
             answer = self.endpoint.read(json.dumps(response["body"]).encode(), question, batch=True)
         self.ledger.record(questions[key], answer)
         reasons[key] = answer.reason

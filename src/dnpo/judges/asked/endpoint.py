@@ -1,6 +1,6 @@
 """An OpenAI-compatible endpoint: the request for a question, and how its reply is read.
 
-It knows nothing of judges. Keys come from the environment and go nowhere but into the request.
+It is independent of judges. Keys come from the environment and are used in requests only.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ SCHEMAS: dict[Mode, dict[str, Any]] = {
     "score": {"score": {"type": "integer", "description": "a whole number from 0 to 100"}},
     "pairwise": {"better": {"type": "string", "enum": ["A", "B", "TIE"]}},
 }
-# Why a reply ended, in the words of servers (lower case): by itself, for lack of room, or by something in its way.
+# Why a reply ended, as servers name it (lower case): it was complete, was cut, or was stopped for another reason.
 ENDED = {"stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "complete", "completed"}
 BROKEN = re.compile(
     r"filter|safety|recitation|block|prohibit|spii|error|fail|abort|cancel|refus|tool|function|interrupt|time|limit|max"
@@ -38,23 +38,23 @@ class Endpoint(Connection):
 
     Args:
         model: its name there.
-        base_url: up to and with ``/v1``.
+        base_url: its address, including ``/v1``.
         key_from: environment variable with the key.
         headers: further headers, each with the environment variable that holds its value.
         timeout: seconds of one attempt.
         mode: what questions ask for.
         reading: ``text``, or ``logprobs`` for expected values over the likeliest tokens.
         pattern: finds the value in a reply; None for the usual forms alone.
-        structured: whether to ask for JSON by a schema, for as long as the server takes that.
+        structured: whether to ask for JSON by a schema, unless the server refuses it.
         temperature: of the model; None leaves it to the server.
         max_tokens: of a reply.
-        extra: what else is sent in the body of every request.
-        tariff: what tokens cost; None where that is not known.
+        extra: further fields of the body of every request.
+        tariff: the price of tokens; None if it is not known.
 
     Attributes:
         limit_name: the parameter by which the server limits a reply's tokens.
         has_answered: whether it has answered anything so far.
-        concessions: what is done otherwise than was asked, since the server refuses it.
+        concessions: how requests differ from the settings because the server refuses a parameter.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Endpoint(Connection):
         self.concessions: list[str] = []
 
     def settings(self) -> dict[str, Any]:
-        """What decides an answer in addition to model and messages: all that is sent, and how the reply is read.
+        """What decides an answer in addition to model and messages: all that is sent, and how replies are read.
 
-        Of headers that look like secrets the names alone, of others a hash of the value.
+        Headers that look like secrets are included by name only, others with a hash of the value.
         """
         body = {"max_tokens": self.max_tokens, "temperature": self.temperature, **self.extra}
         shown = {
@@ -126,7 +126,7 @@ class Endpoint(Connection):
             self.structured = False
             return True
         if "max_tokens" in body and "max_completion_tokens" in message:
-            self._concede("says max_completion_tokens for max_tokens", self.limit_name == "max_tokens")
+            self._concede("sends max_completion_tokens instead of max_tokens", self.limit_name == "max_tokens")
             self.limit_name = "max_completion_tokens"
             return True
         return False
@@ -176,7 +176,7 @@ class Endpoint(Connection):
         return answer
 
     def _ended_badly(self, finish: Any, tokens_out: Any) -> str:
-        """Why a reply is not whole; "" for one that ended by itself, as far as the server says."""
+        """Why a reply is incomplete; "" if it is complete, as far as the server tells."""
         word = str(finish or "").casefold().removeprefix("finish_reason_")
         if word in CUT:
             return f"the reply was cut ({word}) at judge.max_tokens={self.max_tokens}"
@@ -205,7 +205,7 @@ class Endpoint(Connection):
 
 
 def _text_of(content: Any) -> str | None:
-    """A message's text: itself, or the text among its parts, of which thoughts are none."""
+    """The text of a message: its content, or the parts of its content that are text and not thoughts."""
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
     parts: Sequence[Any] = [

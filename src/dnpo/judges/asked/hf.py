@@ -36,8 +36,8 @@ class HF(Prompted):
     The model is loaded when it is asked and released afterwards, so that it takes no memory from training.
 
     Args:
-        path: a folder with ``config.json``, safetensors weights and a tokenizer; or
-        name: a name on the hub, with ``revision``. Exactly one of the two.
+        path: a folder with ``config.json``, safetensors weights and a tokenizer.
+        name: a name on the hub, with ``revision``. Give either this or ``path``.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
         template: a file with the question; null takes the shipped one for the mode.
         template_date: the current date for a chat template that reads the clock, such as ``2026-01-31``.

@@ -1,10 +1,10 @@
 """The ledger: the questions that judges were asked and their answers, so that no question is paid for twice.
 
-A SQLite file next to the store, written ahead (WAL) and shared by all runs that name it. A question has one key: a hash
-of who is asked, where and with which settings, with which template, in which order, and what. An answer is written the
-moment it arrives; a failure is
-written too, for what it cost, but never answers anything. A run that asks a question holds a claim on it, so that runs
-side by side wait for each other's answers; claims of a process that was killed fall back at once.
+It is a SQLite file next to the store, in write-ahead mode (WAL), and all runs that name it share it. The key of a
+question is a hash of the judge, its address and settings, the template, the order and the content. An answer is written
+as soon as it arrives. A failure is recorded too, because of its cost, but is never used as an answer. A run that asks a
+question holds a claim on it, so that concurrent runs wait for each other's answers; claims of a killed process lapse at
+once.
 
 ``python -m dnpo.ledger [FILE]`` shows calls, hits and spend by judge, run and month.
 """
@@ -55,7 +55,7 @@ CREATE TABLE IF NOT EXISTS served (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spent (run TEXT PRIMARY KEY, cost REAL NOT NULL) WITHOUT ROWID;
 """
-# From format 1, in which keys did not know where a judge was asked, and what was spent was added up whenever needed.
+# Convert format 1, whose keys did not include the judge's address, and which had no table of sums of costs.
 FROM_1 = """
 DROP INDEX IF EXISTS failures_by_run;
 DROP INDEX IF EXISTS calls_by_run;
@@ -74,14 +74,14 @@ class Question:
     """A question to a judge.
 
     Attributes:
-        judge: the kind of judge and what of its settings can change an answer.
+        judge: the kind of judge, with the settings that can change an answer.
         model: who is asked.
-        template: name and hash of the template the text was made with.
-        order: ``ab`` or ``ba`` where two responses are compared, "" elsewhere.
+        template: name and hash of the template of the text.
+        order: ``ab`` or ``ba`` if two responses are compared, otherwise "".
         content: SHA-256 of the messages.
-        setting: what else the judge is sent and where, as JSON; "" where nothing is. By it answers of one endpoint are
-            none of another.
-        messages: what is sent; empty where only the answer is of interest.
+        setting: the address and all else that is sent, as JSON; "" for nothing. So an answer of one endpoint does not
+            count for another.
+        messages: what is sent; empty if only the answer is needed.
     """
 
     judge: str
@@ -108,7 +108,7 @@ class Question:
 
     @cached_property
     def old_key(self) -> str:
-        """The key by the rule of format 1, which knew neither addresses nor settings."""
+        """The key in format 1, which included neither addresses nor settings."""
         return _digest([self.judge, self.model, self.template, self.order, self.content])
 
     @cached_property
@@ -126,11 +126,12 @@ class Answer:
             call failed.
         reply: the raw text.
         tokens_in, tokens_out: as the server counted them.
-        cost: in US dollars; None where the price is not known.
+        cost: in US dollars; None if the price is not known.
         latency: seconds of the attempt that brought the reply.
         attempts: how often it was sent.
         reason: why there is no value.
-        served: who answered, by the server's own words (``model``, ``system_fingerprint``); "" where it says nothing.
+        served: the model that answered, as the server reports it (``model``, ``system_fingerprint``); "" if it does
+            not.
     """
 
     value: float | None
@@ -149,7 +150,7 @@ class Ledger:
 
     Args:
         path: the file; created if it is not there.
-        run: the run, or the sweep, that new calls and hits are put down to.
+        run: the run, or the sweep, under which new calls and hits are recorded.
     """
 
     def __init__(self, path: Path, run: str = "") -> None:
@@ -197,11 +198,11 @@ class Ledger:
         db.execute("PRAGMA synchronous=NORMAL")
 
     def close(self) -> None:
-        """Give back what this run still claims, and close the file; a later use opens it again."""
+        """Release the claims of this run, and close the file; a later use opens it again."""
         if "_db" not in self.__dict__:
             return
         if self._alive is not None:
-            with suppress(LedgerError):  # claims not given back lapse as a killed process's do
+            with suppress(LedgerError):  # claims that are not released lapse when the process ends
                 self._write("DELETE FROM claims WHERE owner = ?", (self.owner,))
             self._alive.release()
             self._sign(self.owner).unlink(missing_ok=True)
@@ -237,7 +238,7 @@ class Ledger:
             for key in open_:
                 row = self._db.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
                 holder = self.owner if row is None else row[0]
-                # looked up under the write lock: every owner of a claim signed as alive before it claimed
+                # checked under the write lock; every owner locks its lock file before it claims
                 if holder not in alive:
                     alive[holder] = self._is_alive(holder)
                 if holder == self.owner or not alive[holder]:
@@ -285,7 +286,7 @@ class Ledger:
         self._spend(answer.cost)
 
     def _spend(self, cost: float | None) -> None:
-        """Add to the sum of the run, in the transaction that writes down what it was spent on."""
+        """Add to the run's sum of costs, in the transaction that records the call."""
         if cost:
             self._db.execute(
                 "INSERT INTO spent VALUES (?,?) ON CONFLICT (run) DO UPDATE SET cost = cost + excluded.cost",
@@ -293,7 +294,7 @@ class Ledger:
             )
 
     def _know(self, question: Question, answer: Answer, now: str) -> None:
-        """Keep the text of the setting, and who answered."""
+        """Record the text of the setting, and the model that answered."""
         asked = (question.judge, question.model, question.setting_id)
         if question.setting:
             self._db.execute("INSERT OR IGNORE INTO settings VALUES (?,?,?,?)", (*asked, question.setting))
@@ -302,7 +303,7 @@ class Ledger:
             self._db.execute("INSERT OR IGNORE INTO served VALUES (?,?,?,?,?)", served)
 
     def served(self, question: Question) -> list[str]:
-        """Who has answered questions to this judge so far, the first one first."""
+        """The models that have answered this judge's questions so far, the first one first."""
         rows = self._read(
             "SELECT served FROM served WHERE judge = ? AND model = ? AND setting = ? ORDER BY at",
             (question.judge, question.model, question.setting_id),
@@ -317,7 +318,7 @@ class Ledger:
         return [row[0] for row in rows]
 
     def endpoints(self) -> list[dict[str, str]]:
-        """Who has answered where: model, address and version of the setting, the server's own words, and since when."""
+        """The endpoints that have answered: model, address, version, the model the server reports, and since when."""
         rows = self._read(
             "SELECT s.model, json_extract(s.content, '$.address'), json_extract(s.content, '$.version'), w.served, w.at"
             " FROM settings s LEFT JOIN served w ON w.judge = s.judge AND w.model = s.model AND w.setting = s.id"
@@ -328,7 +329,7 @@ class Ledger:
         return [each for i, each in enumerate(found) if each not in found[:i]]
 
     def reply(self, key: str) -> str:
-        """The last reply to a question, be it an answer or not; "" if there is none."""
+        """The last reply to a question, whether it is an answer or not; "" if there is none."""
         rows = self._read(
             "SELECT reply, at FROM calls WHERE key = ? UNION ALL SELECT reply, at FROM failures WHERE key = ? "
             "ORDER BY at DESC",
@@ -343,7 +344,7 @@ class Ledger:
                 self._db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self.owner))
 
     def hit(self, question: Question, count: int) -> None:
-        """Count questions that were answered from here; they are of the judge, model and month of ``question``."""
+        """Count questions that the ledger answered, under the judge and model of ``question`` and the present month."""
         month = datetime.now(UTC).strftime("%Y-%m")
         self._write(
             "INSERT INTO hits VALUES (?,?,?,?,?) ON CONFLICT DO UPDATE SET hits = hits + excluded.hits",
@@ -356,7 +357,7 @@ class Ledger:
         return float(rows[0][0]) if rows else 0.0
 
     def cost_of(self, key: str) -> float:
-        """US dollars that an answer has cost; nothing where it is not there or its price is not known."""
+        """The cost of an answer in US dollars; 0 if there is no answer or its price is not known."""
         return float(self._read("SELECT TOTAL(cost) FROM calls WHERE key = ?", (key,))[0][0])
 
     # --- batches at a provider
@@ -377,7 +378,7 @@ class Ledger:
         self._write("UPDATE batches SET questions = '' WHERE endpoint = ? AND id = ?", (endpoint, batch))
 
     def was_collected(self, endpoint: str, batch: str) -> bool:
-        """Whether all that this batch brought has been written down: it has nothing more to give."""
+        """Whether all results of this batch have been recorded."""
         query = "SELECT 1 FROM batches WHERE endpoint = ? AND id = ? AND questions = ''"
         return bool(self._read(query, (endpoint, batch)))
 
@@ -444,8 +445,8 @@ class Ledger:
             raise  # not for users to fix
         except sqlite3.DatabaseError as error:
             raise LedgerError(
-                f"ledger={self.path}: {error}; every answer that was written is kept. See that the disk has room and "
-                "is a local one, and that nothing else holds the file, and run the same command again"
+                f"ledger={self.path}: {error}; every answer that was written is kept. Check that the disk has room and "
+                "is local, and that no other program holds the file; then run the same command again"
             ) from error
 
     def _read(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -460,7 +461,7 @@ class Ledger:
         return self.path.with_name(f"{self.path.name}.claims") / f"{owner}.lock"
 
     def _show_alive(self) -> None:
-        """Hold a lock for as long as this process lives; the system frees it."""
+        """Hold a lock as long as this process lives; the system releases it when the process ends."""
         if self._alive is not None:
             return
         _ = self._db  # creates the folder, or raises
@@ -494,7 +495,7 @@ def _digest(content: Any) -> str:
 
 
 def _drop_surrogates(text: str) -> str:
-    """Without halves of surrogate pairs: JSON can spell them, UTF-8 and so SQLite cannot."""
+    """Drop halves of surrogate pairs, which JSON can write, but UTF-8, and so SQLite, cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -32,9 +32,9 @@ from dnpo.store import Report
 OPENAI = "https://api.openai.com/v1"
 CANARY_SECONDS = 30.0  # after this time without an answer the check fails
 SHOWN = 300  # characters of a reply
-# What extra_body cannot hold: what makes up a question, and what another setting sets.
+# Fields that extra_body cannot set: they make up the question, or have a setting.
 TAKEN = {
-    **dict.fromkeys(("messages", "model", "n", "stream", "stream_options"), "it is what dnpo asks with"),
+    **dict.fromkeys(("messages", "model", "n", "stream", "stream_options"), "dnpo sets it itself"),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), "give judge.max_tokens"),
     **dict.fromkeys(("logprobs", "top_logprobs"), "give judge.reading=logprobs"),
     **{name: f"give judge.{name}" for name in ("temperature", "reasoning_effort", "chat_template_kwargs")},
@@ -47,23 +47,24 @@ class OpenAI(Prompted):
 
     Args:
         model: its name at the endpoint.
-        base_url: up to and with ``/v1``.
+        base_url: its address, including ``/v1``.
         key_from: environment variable with the key. Other endpoints than OpenAI's may need none.
         same_as: another address of the same judge, such as the one that its server had before it moved: answers and
             stages are the same under both.
-        version: any text; changed when the weights behind an address were, so that no answer of the old ones counts.
-        read_old_ledger: take answers that were written down before keys knew addresses and all settings.
+        version: any text. Change it when the weights behind an address change, so that earlier answers do not count.
+        read_old_ledger: use answers that were recorded before keys included addresses and all settings.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
-        reading: ``text``, or ``logprobs``: expected values over the likeliest tokens, where the server gives them.
-        structured: ``auto`` asks for JSON by a schema and goes without where the server refuses; ``off`` never asks.
-        pattern: a regular expression with one group that finds the score (or A, B or TIE) in replies of other forms
-            than the usual ones.
+        reading: ``text``, or ``logprobs``: expected values over the likeliest tokens, if the server gives their
+            log-probabilities.
+        structured: ``auto`` asks for JSON by a schema, unless the server refuses it; ``off`` never asks for it.
+        pattern: a regular expression with one group that finds the score (or A, B or TIE) in replies of an unusual
+            form.
         template: a file with the question; null takes the shipped one for the mode.
         temperature: temperature of the judge; null leaves it to the server.
         max_tokens: maximum number of tokens in a reply.
-        reasoning_effort: how long the judge thinks, where the server has that; null does not send it.
-        chat_template_kwargs: arguments of the chat template, where the server takes them (vLLM, SGLang).
-        extra_body: what else is sent in the body of every request.
+        reasoning_effort: how long the judge thinks, if the server has this parameter; null does not send it.
+        chat_template_kwargs: arguments of the chat template, if the server accepts them (vLLM, SGLang).
+        extra_body: further fields of the body of every request.
         headers: further headers, each with the environment variable that holds its value.
         concurrency: maximum number of questions in flight.
         requests_per_minute, tokens_per_minute: limits over all runs that share the ledger; null for none.
@@ -77,8 +78,8 @@ class OpenAI(Prompted):
         max_unscored: share of responses that may lack a score.
 
     Raises:
-        SettingsError: an address with a secret in it, a pattern that is none, a template or table of prices that cannot
-            be read, or a limit on the cost of a model whose price is not known.
+        SettingsError: the address has a secret in it, the pattern is not valid, the template or the table of prices
+            cannot be read, or ``max_cost`` limits a model whose price is not known.
     """
 
     model: str
@@ -113,14 +114,14 @@ class OpenAI(Prompted):
             if getattr(self, name) is not None:
                 check_address(name, getattr(self, name), "judge", OPENAI)
         if self._pattern is not None and self.reading != "text":
-            raise SettingsError("pattern: reads texts; with reading=logprobs nothing would read by it, so leave it out")
+            raise SettingsError("pattern: reads the text of a reply, which reading=logprobs does not use; leave it out")
         for name in self.extra_body or {}:
             if name in TAKEN or (name == "response_format" and self.structured == "auto"):
                 advice = TAKEN.get(name, "add judge.structured=off")
                 raise SettingsError(f"extra_body.{name}: cannot be given here; {advice}")
         if self._tariff is None and self.max_cost is not None:
             raise SettingsError(
-                f"max_cost={self.max_cost:g}: there is no price for {self.model}, so no spend to hold against it; add "
+                f"max_cost={self.max_cost:g}: there is no price for {self.model}, so its cost cannot be limited; add "
                 "it to a copy of the table and give that in judge.prices"
             )
 
@@ -147,7 +148,7 @@ class OpenAI(Prompted):
 
     @cached_property
     def setting(self) -> str:
-        """What decides an answer in addition to model and messages, as JSON: the address and all that is sent."""
+        """What else decides an answer besides model and messages, as JSON: the address and all that is sent."""
         address = address_of(self.same_as or self.base_url)
         return json.dumps(
             {"address": address, "version": self.version or "", **self.endpoint.settings()},
@@ -157,11 +158,11 @@ class OpenAI(Prompted):
 
     @property
     def takes_old_answers(self) -> bool:
-        """Whether answers count that were written down before keys knew addresses and all settings."""
+        """Whether answers count that were recorded before keys included addresses and all settings."""
         return self.read_old_ledger
 
     def identity(self) -> Mapping[str, Any]:
-        """The settings that decide the verdicts, the address without secrets among them."""
+        """The settings that decide the verdicts, including the address, without secrets."""
         old = {"old ledger": True} if self.read_old_ledger else {}
         return {**super().identity(), "setting": json.loads(self.setting), **old}
 
@@ -229,7 +230,7 @@ class OpenAI(Prompted):
     # --- before anything is asked
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Accept any prompt, if the key is set where one is needed, and can be sent."""
+        """Accept any prompt, unless the endpoint needs a key that is not set or cannot be sent."""
         problem = find_bad_key("judge", "judge=openai", self.key_from, self.headers or {})
         if problem is not None:
             return problem
@@ -297,7 +298,7 @@ class OpenAI(Prompted):
 
 
 def advise(reason: str, max_tokens: int) -> str:
-    """The settings that could mend a reply that gave no score."""
+    """The settings to change after a reply without a score."""
     if "thought" in reason or "cut" in reason:
         return (
             f"judge.max_tokens (it is {max_tokens}), or let it think less: judge.reasoning_effort=…, "
@@ -313,4 +314,4 @@ def advise(reason: str, max_tokens: int) -> str:
         return "judge.pattern='…(\\d+)…', judge.template or judge.structured"
     if "connection" in reason or "no reply" in reason or "deadline" in reason:
         return "judge.base_url, judge.timeout or judge.deadline"
-    return "the judge's settings: where it is, which model, what it is asked"
+    return "the judge's settings: its address, its model, its question"

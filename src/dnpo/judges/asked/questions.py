@@ -1,9 +1,9 @@
 """Language models as judges: rows → questions → answers → verdicts.
 
-In mode ``score`` every response is a separate question, answered by a whole number from 0 to 100. In mode
-``pairwise`` every generated response is compared with the human one, in both orders: its score is 100 × the mean
-probability that it is better, and the difference between the orders is kept. Questions are looked up in the ledger
-first, and only what it does not know is asked.
+In mode ``score`` every response is a separate question, answered by a whole number from 0 to 100. In mode ``pairwise``
+every generated response is compared with the human one, in both orders: its score is 100 × the mean probability that it
+is better, and the difference between the orders is kept. Questions are looked up in the ledger first, and only those
+without an answer are asked.
 """
 
 import hashlib
@@ -119,12 +119,12 @@ class Prompted(Judge):
 
     @property
     def setting(self) -> str:
-        """What decides an answer in addition to model and messages, as JSON; "" for nothing."""
+        """The settings that decide an answer in addition to model and messages, as JSON; "" for none."""
         return ""
 
     @property
     def takes_old_answers(self) -> bool:
-        """Whether answers under keys of the old form count, which knew no settings."""
+        """Whether answers count that were recorded under old keys, which did not include all settings."""
         return False
 
     @cached_property
@@ -162,8 +162,9 @@ class Prompted(Judge):
         open_ = {key: q for key, q in questions.items() if key not in known}
         if old := {} if self.takes_old_answers else self._look_up_old(open_, ledger):
             report.note(
-                f"{len(old):,} of these questions have answers from before keys knew the judge's address and all "
-                "settings; they are asked again. If it is the same judge, judge.read_old_ledger=true takes them"
+                f"{len(old):,} of these questions have answers that were recorded before keys included the judge's "
+                "address and all settings; they are asked again. If it is the same judge, "
+                "judge.read_old_ledger=true uses these answers"
             )
         reasons = self.ask(list(open_.values()), ledger, report, len(questions)) if open_ else {}
         values = self.look_up(questions, ledger)

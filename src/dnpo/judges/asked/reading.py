@@ -1,4 +1,4 @@
-"""How a judge's reply is read: what leaves no doubt is a value, and anything else a failure, never a guess."""
+"""Read a judge's reply: an unambiguous one gives a value, and any other is a failure, never a guess."""
 
 import json
 import math
@@ -21,12 +21,12 @@ _TAGGED = re.compile(r"<(score|rating|grade|winner|verdict)>([^<>]*)</\1>", re.I
 
 
 def drop_thought(reply: str) -> str:
-    """The reply after a closed thought with which it begins, as models write it that think aloud.
+    """Remove the thought from the beginning of a reply, as reasoning models write it.
 
-    The opening mark may be missing, since templates write it into the prompt.
+    Its opening mark may be missing, since some templates write it into the prompt.
 
     Raises:
-        ValueError: the thought does not end, or there is another one behind it.
+        ValueError: the thought does not end, nothing follows it, or there is another one.
     """
     for begins, ends in _THOUGHTS:
         opened = re.match(rf"\s*{re.escape(begins)}", reply, re.IGNORECASE)
@@ -51,7 +51,7 @@ def _has_marks(text: str) -> bool:
 
 
 def _strip(reply: str) -> str:
-    """Without what says nothing: marks of the end, a code fence, a box of LaTeX, a tag with the value's name."""
+    """Remove what adds no meaning: end marks, a code fence, a box of LaTeX, a tag with the value's name."""
     text = reply.strip()
     while mark := _END.search(text[-60:]):
         text = text[: -len(mark.group())].rstrip()
@@ -87,11 +87,11 @@ def read_score(reply: str, pattern: re.Pattern[str] | None = None) -> float:
 
     It may be ``83``, ``83.0`` or ``83/100``, with nothing else or after the word score, rating or grade ("The score is
     83."), or be that value of a JSON object (``{"score": 83, "reason": "…"}``). A leading thought that is closed, marks
-    around the number and a code fence do not count. Anything else is a failure: two numbers, fractions, signs,
-    numbers out of range, sentences that speak of a number.
+    around the number and a code fence do not count. Anything else is a failure: two numbers, fractions, signs, numbers
+    out of range, sentences that mention a number.
 
     Args:
-        pattern: where it matches, its group is the reply; all of its matches have to say the same.
+        pattern: if it matches, its group is read instead of the reply; all matches must give the same value.
 
     Raises:
         ValueError: says what is wrong.
@@ -168,7 +168,7 @@ def _read(reply: str, pattern: re.Pattern[str] | None, read: Any) -> float:
 
 
 class _Object(list[tuple[str, Any]]):
-    """A JSON object as its pairs, so that a name that is there twice shows."""
+    """A JSON object as a list of pairs, so that repeated names are noticed."""
 
 
 class _Literal(str):
@@ -179,8 +179,8 @@ def _value_of(text: str, names: set[str]) -> str:
     """The value of one of these names in a JSON object, as text.
 
     Raises:
-        ValueError: it is no such object, has none or several of the names, or something else in it makes the value
-            doubtful: a scale other than 0 to 100, or a rival such as ``final_score``.
+        ValueError: it is not such an object, has none or several of the names, or something else in it makes the value
+            ambiguous: a scale other than 0 to 100, or another name such as ``final_score``.
     """
     try:
         found = json.loads(text, object_pairs_hook=_Object, parse_int=_Literal, parse_float=_Literal)
@@ -192,7 +192,7 @@ def _value_of(text: str, names: set[str]) -> str:
     others = [(name, _plain(value)) for name, value in found if name.casefold() not in names]
     scales = {number for name, value in others if _SCALE.search(name) for number in re.findall("[0-9]+", value)}
     rivals = {value for name, value in others if _RIVAL.search(name) and _VERDICT.fullmatch(value)}
-    # Other numbers in prose ("3 out of 4 causes") are not the score; the score itself on another scale is a doubt.
+    # Other numbers in prose ("3 out of 4 causes") are not the score; a score on another scale is ambiguous.
     rescaled = re.search(rf"(?<![0-9.]){re.escape(values[0].strip())}{_OTHER_SCALE}", text, re.IGNORECASE)
     if scales - {"0", "100"} or rivals - {values[0]} or rescaled:
         raise ValueError("another value that may be meant, or another scale, in the reply")
@@ -207,7 +207,7 @@ def _plain(value: Any) -> str:
 
 
 def read_expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
-    """The expected score: the mean over the likeliest tokens at the place of the reply's number.
+    """The expected score: the mean over the likeliest tokens in the position of the reply's number.
 
     Args:
         tokens: for every token of the reply, the log-probabilities of the likeliest tokens there, the chosen one

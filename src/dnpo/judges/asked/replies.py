@@ -99,7 +99,7 @@ class Replies:
         self._text(example)  # so that a template that cannot render the question says so
         try:
             rendered = render(self.tokenizer, self._turns(example), reply)
-        except ModelError:  # the template shows past turns otherwise, and puts nothing before the reply
+        except ModelError:  # the template shows past turns differently, and puts nothing before the reply
             return "", ""
         return rendered.lead, rendered.rest.text[: rendered.rest.text.index(reply)]
 
@@ -109,8 +109,8 @@ class Replies:
     def _paths(self, example: Sequence[Message], replies: Sequence[str]) -> list[Path]:
         """The tokens of each reply, tokenised together with the text before it.
 
-        A SentencePiece tokenizer would begin a separate text with a space. Only where the prompt's last token melts
-        with a reply's first are the replies tokenised apart.
+        A SentencePiece tokenizer would begin a separate text with a space. Only if the prompt's last token would merge
+        with a reply's first are the replies tokenised separately.
         """
         text = self._text(example)
         before = self._ids(text)

@@ -50,7 +50,7 @@ class Checker(Judge):
             return None
         return (
             f"judge={self.option} needs {self.expects} as the answer of every prompt; {len(without):,} of "
-            f"{len(prompts):,} have none, the first is {without[0]}; mend the rows, or choose another judge"
+            f"{len(prompts):,} have none, the first is {without[0]}; correct the rows, or choose another judge"
         )
 
     def __call__(

@@ -41,7 +41,7 @@ COMPARED = re.compile(r"the tests compare \(\w+\) a \S+ of the answer with a ")
 
 @dataclass(frozen=True)
 class UnitTests(Checker):
-    """100 points if the tests in the prompt's answer run through with the response's code; see the head of this file.
+    """100 points if the response's code passes the tests in the prompt's answer; see the head of this file.
 
     The response's code is all its fenced blocks of Python, one after another; without a fence, the whole response, or
     its lines that are code. A response that takes too long on a busy machine fails, so scores near the limits depend on
@@ -114,20 +114,20 @@ class UnitTests(Checker):
         for prompt, found in seem[:TRIED]:
             _, reason = self.check(str(prompt.answer), prompt.human)
             if COMPARED.search(reason):
-                return f"the answer of {prompt.id}, {found} and could be passed by no answer: {reason}"
+                return f"the answer of {prompt.id}, {found}, which no answer could pass: {reason}"
         return None
 
     def canary(self, ledger: Ledger) -> Canary | None:
-        """How answers are isolated, as tried with a real one when the rows were accepted."""
+        """Report how answers are isolated, which was tried when the rows were accepted."""
         way, found = find_isolation(self.isolation)
         return Canary(way is not None, found if way else self._refusal(found))
 
     def usable(self, gold: str) -> bool:
-        """It is Python, and tests something of an answer."""
+        """Whether it is a Python program that tests something of an answer."""
         return find_fault(gold) is None
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
-        """The tests run through."""
+        """Whether the response's code passes the tests."""
         if not self.i_know_this_runs_code:
             raise JudgeError("judge=code: nothing is run unless judge.i_know_this_runs_code=true")
         way, found = find_isolation(self.isolation)

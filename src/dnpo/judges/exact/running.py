@@ -22,7 +22,7 @@ from dnpo.judges.exact.apart import NOT_ISOLATED, SYSTEM, WORK, form
 
 Isolation = Literal["namespaces", "bubblewrap", "none"]
 
-# Empty modules replace the packages around it, so that only what runs apart is imported.
+# Empty modules replace the parent packages, so that only the package ``apart`` is imported.
 START = """
 import json, sys, types
 how = json.loads(sys.argv.pop())
@@ -65,7 +65,7 @@ class Ended:
     """How an answer and its tests ended.
 
     Attributes:
-        passed: whether the tests ran through.
+        passed: whether the tests passed.
         reason: why they did not, in one line; "" if they did.
     """
 

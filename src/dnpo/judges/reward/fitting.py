@@ -243,17 +243,17 @@ class _Epochs:
         self.every, self.losses, self.epoch = every, list[float](), 0
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def advance(self, amount: int = 1) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def note(self, text: str) -> None:
         """Print it."""
         say(text)
 
     def status(self, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def steps(self, rows: list[dict[str, float]]) -> None:
         """Print a line at the end of an epoch."""
@@ -294,7 +294,7 @@ def _wins(first: Sequence[float], second: Sequence[float]) -> list[float]:
 
 
 def _write(model: Rewards, facts: dict[str, Any], seen: Sequence[str], folder: Path) -> None:
-    """Write the folder whole or not at all."""
+    """Write the complete folder, or nothing."""
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:

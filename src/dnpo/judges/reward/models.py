@@ -155,7 +155,8 @@ def load(
     """A reward model, in evaluation mode.
 
     Raises:
-        ModelError: it cannot be loaded, or is none: it has several outputs, or an output that was never trained.
+        ModelError: it cannot be loaded, or is not a reward model: it has several outputs, or an output that was never
+            trained.
     """
     facts = read_facts(weights)
     if facts.get("kind") == "embedding":
@@ -192,7 +193,7 @@ def object_to(weights: Weights) -> str | None:
 
 
 def object_to_rows(weights: Weights, template_date: str | None, rows: Sequence[Prompt]) -> str | None:
-    """Why the chat template of a reward model cannot render one of these rows; None if it renders a few of them."""
+    """Why the chat template of a reward model cannot render these rows; None if it can. Only a few are tried."""
     try:
         if read_facts(weights).get("kind") == "embedding":
             return None

@@ -31,8 +31,8 @@ class Reward(Judge):
     that does not fit into its context, together with the conversation, gets no score; nothing is cut.
 
     Args:
-        path: a folder with ``config.json``, safetensors weights and a tokenizer, or a folder that ``fit`` wrote; or
-        name: a name on the hub, with ``revision``. Exactly one of the two.
+        path: a folder with ``config.json``, safetensors weights and a tokenizer, or a folder that ``fit`` wrote.
+        name: a name on the hub, with ``revision``. Give either this or ``path``.
         center: the reward worth 50 points; null takes the value of ``fit``, or else 0.
         scale: the increase of reward from 50 to 73 points; null takes the value of ``fit``, or else 1.
         template_date: the current date for a chat template that reads the clock, such as ``2026-01-31``.

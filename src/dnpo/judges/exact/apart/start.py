@@ -18,7 +18,7 @@ _USERS = 60_000  # ids of users for answers' processes begin here; the machine s
 
 
 def main(how: dict[str, Any]) -> None:
-    """Isolate, start the answer's process, run the tests and end as ``__init__`` says.
+    """Isolate the process, start the answer's, run the tests, and exit with a code of ``__init__``.
 
     Args:
         how: ``isolation`` (``namespaces``, ``bubblewrap`` or ``none``), ``folder`` (an empty one), ``trees`` (that

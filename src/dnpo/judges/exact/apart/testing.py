@@ -34,7 +34,7 @@ class NotPlain(BaseException):
 
 
 class AnswerEnded(BaseException):
-    """Raised if the answer's process has ended or sends nonsense."""
+    """Raised if the answer's process has ended or sends an invalid message."""
 
 
 class Remote:
