@@ -167,7 +167,7 @@ def test_a_training_says_how_many_rows_it_never_used() -> None:
     groups(running)
     assert isinstance(running.report, Report)
     (note,) = running.report.notes
-    assert note.startswith("30 of 50 that were made were never trained on: a policy step takes at most 4 ")
+    assert note.startswith("30 of 50 rows that were made were never trained on: a policy step takes at most 4 ")
 
 
 def test_rows_know_the_step_before_which_the_policy_responded() -> None:
@@ -426,7 +426,7 @@ def test_a_rollout_that_a_checkpoint_counts_on_is_not_made_again_by_another_poli
     (partial / folder / "000000.parquet").unlink()
     done = train(tmp_path, *RUN[:-1], "store=store", *own)
     assert done.returncode == 1
-    assert "000000.parquet: is not there" in done.stderr
+    assert "000000.parquet: is missing" in done.stderr
     (partial / "checkpoint.ckpt").unlink()
     assert numbers(run(tmp_path, *own)[0]) == numbers(whole)
 

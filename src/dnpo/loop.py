@@ -54,7 +54,7 @@ def iterate(run: Run, plan: Plan, prompts: Stage, done: Sequence[Iteration]) -> 
     aids = find_aids(run, plan, prompts, frozen, pairs)
     trained = optimise(run, plan, **given, like=like, aids=aids, initial=initial, taught=done[0].taught)
     if plan.rollout.live and plan.makes_pairs:
-        labelled = pairs = trained  # which has made them between its steps
+        labelled = pairs = trained  # a live training makes its pairs between its steps
     evaluation = evaluate(run, plan, prompts=prompts, policy=trained, pairs=pairs)
     measures = measure(run, plan, prompts, trained, evaluation, start=start, initial=initial, pairs=pairs)
     own = (responses, verdicts, labelled, pairs, scores, like)

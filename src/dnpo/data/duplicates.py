@@ -1,7 +1,7 @@
 """Find near-duplicate texts by the Jaccard index of their sets of three successive words.
 
-Words that more than one text in twenty has (``COMMON``), and more than ``MANY`` texts, belong to a form that many texts
-fill in, and say nothing about similarity. They are left out of the sets, except of a text that has no others.
+Words that occur in more than one text in twenty (``COMMON``), and in more than ``MANY`` texts, belong to a template
+that many texts share, and show no similarity. They are left out of the sets, except for a text that has no others.
 
 The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
 two sets is at least t, a share t of the larger set is in the smaller one. So with all members in one fixed order, the

@@ -66,7 +66,7 @@ def open_text(setting: str, file: Path) -> BinaryIO:
     for mark, kind in KINDS.items():
         if start.startswith(mark):
             stream.close()
-            remedy = "; iconv -f UTF-16 -t UTF-8 FILE > NEW makes it so" if "UTF-16" in kind else ""
+            remedy = "; iconv -f UTF-16 -t UTF-8 FILE > NEW converts it" if "UTF-16" in kind else ""
             raise DataError(f"{file}: is {kind}; expected text in UTF-8, plain or gzip{remedy}")
     return cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if start.startswith(GZIP) else stream
 

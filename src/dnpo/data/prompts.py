@@ -108,7 +108,7 @@ class Fresh:
 
     def __post_init__(self) -> None:
         if not self.shares:
-            raise SettingsError(f"shares={self.shares}: expected the size of one part or more, such as [8, 20, 30]")
+            raise SettingsError(f"shares={self.shares}: expected at least one size, such as [8, 20, 30]")
 
     def check(self, iterations: int) -> None:
         """Refuse more iterations than parts."""
@@ -144,8 +144,8 @@ def divide(prompts: Sequence[Prompt], shares: Sequence[float]) -> list[list[Prom
     """Divide prompts into parts in proportion to ``shares``, counted in rows; each part keeps the order of the rows.
 
     Conversations come in the order of their hashes. A conversation with n rows of N, after b rows of earlier ones, is
-    in the part that has the place (b + n/2)/N: four conversations with 1, 1, 4 and 2 rows have the places 1/16, 3/16,
-    1/2 and 7/8, so for the shares 1:3 the first part has the first two.
+    in the part that contains the position (b + n/2)/N: four conversations with 1, 1, 4 and 2 rows have the positions
+    1/16, 3/16, 1/2 and 7/8, so for the shares 1:3 the first part has the first two.
     """
     rows: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):

@@ -34,8 +34,8 @@ class RawTable(NamedTuple):
     Attributes:
         columns: the names of their columns.
         total: their count.
-        rows: reads some by number, each with its place.
-        texts: gives the columns, among some, that contain text.
+        rows: reads some of them by number, each with its location.
+        texts: returns those of the given columns that contain text.
     """
 
     columns: Collection[str]
@@ -236,7 +236,7 @@ class Rows(ABC):
         return [name for name in columns if name not in read]
 
     def _rename(self, raw: Any) -> Any:
-        """Rename a raw row's columns to ours, and bring its turns into one form."""
+        """Rename a raw row's columns to the names of their fields, and bring its turns into one form."""
         roles = {name.strip().lower(): role for name, role in (self.roles or NO_ROLES).items()}
         if not (self._columns and isinstance(raw, Mapping)):
             return plain_row(raw, roles)

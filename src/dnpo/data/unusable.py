@@ -72,7 +72,7 @@ def list_reasons(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def read_rows(raw: Iterable[tuple[str, Any]], make: Callable[[str, Any], Row | None]) -> tuple[list[Row], Unusable]:
-    """Make rows from raw ones, each with its place, and count the unusable ones.
+    """Make rows from raw ones, and count those that cannot be used.
 
     Args:
         raw: locations and raw rows; a ``RowError`` in place of a row that could not be parsed.

@@ -32,8 +32,11 @@ def correct(prompt: Prompt, text: str) -> bool:
 
 
 def read_answer(text: str) -> str:
-    """Find the answer of a response: the words and numbers after its last "is", "are", "equals" or colon, or all of its
-    words and numbers if it has none of these; "" if it has none at all."""
+    """Find the answer of a response.
+
+    It is the words and numbers after the last "is", "are", "equals" or colon, or all words and numbers if there is none
+    of these; "" if there are no words or numbers at all.
+    """
     tokens = _tokens(text)
     last = max((place for place, token in enumerate(tokens) if token in _MARKERS), default=-1)
     return " ".join(tokens[last + 1 :])

@@ -1,8 +1,8 @@
 """Rows that are made during training: before a policy step, the policy responds to the next prompts.
 
-``LiveSteps`` takes the place of ``Batches``. A source makes the rows of one rollout after another; they enter a buffer,
-first in, first out, from which every policy step draws its rows. What a source makes is on the disk before a checkpoint
-names it, so a checkpoint holds only counts, and a killed training finds its rows again.
+``LiveSteps`` replaces ``Batches``. A source makes the rows of one rollout after another; they enter a buffer, first in,
+first out, from which every policy step draws its rows. Rows are on the disk before a checkpoint refers to them, so a
+checkpoint holds only counts, and a killed training finds its rows again.
 """
 
 import random
@@ -21,14 +21,14 @@ Made = TypeVar("Made", covariant=True)
 
 
 def require(paths: Sequence[Path]) -> None:
-    """Check that files of rollouts are there which a checkpoint counts on.
+    """Check that the files of rollouts that a checkpoint refers to are there.
 
     Raises:
         StoreError: one is not.
     """
     for path in (path for path in paths if not path.is_file()):
         raise StoreError(
-            f"{path}: is not there, and the policy that it was made by has been trained further since then; remove the "
+            f"{path}: is missing, and the policy that made it has been trained further since then; remove the "
             "training's checkpoint.ckpt too, and the training begins again"
         )
 
@@ -55,7 +55,7 @@ class Source(Protocol[Made]):
         """
 
     def check(self, rollouts: int) -> None:
-        """Check that the first so many rollouts, which a checkpoint counts as taken, are on the disk.
+        """Check that the first ``rollouts`` rollouts, which a checkpoint counts as taken, are on the disk.
 
         Raises:
             StoreError: one is not; the policy that made it is gone.
@@ -157,9 +157,9 @@ class LiveSteps(Steps[Row, Batch]):
         unused = self.draws.count(0)
         if unused:
             self.report.note(
-                f"{unused:,} of {len(self.draws):,} that were made were never trained on: a policy step takes at most "
-                f"{self.batch_size:,} (trainer.batch_size); rollout.prompts, rollout.samples and rollout.every decide "
-                "how many there are for it"
+                f"{unused:,} of {len(self.draws):,} rows that were made were never trained on: a policy step takes at "
+                f"most {self.batch_size:,} (trainer.batch_size); rollout.prompts, rollout.samples and rollout.every "
+                "decide how many rows there are for it"
             )
 
     def group(self, step: int) -> list[Row]:

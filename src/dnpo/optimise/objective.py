@@ -23,7 +23,7 @@ class PairLogps(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What objectives know about B pairs besides log-probabilities.
+    """What objectives read of B pairs in addition to log-probabilities.
 
     Attributes:
         strength_B: p(y⁺ ≻ y⁻), how sure each label is; 1 for hard labels.

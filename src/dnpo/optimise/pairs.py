@@ -182,7 +182,7 @@ def split(logp_S: Tensor) -> PairLogps:
 
 
 def make_facts(pairs: Sequence[Pair]) -> Facts:
-    """What objectives know about pairs, on the CPU."""
+    """The facts of pairs, on the CPU."""
     return Facts(
         strength_B=torch.tensor([pair.strength for pair in pairs]),
         weight_B=torch.tensor([pair.weight for pair in pairs]),

@@ -1,7 +1,7 @@
 """The settings of the two trainings: the parts for ``objective``, ``npo``, ``trainer`` and ``sft``.
 
-Here are only settings. The code that they configure is imported when it is needed: the equations from ``objective.py``,
-the noise from ``npo.py``, the training loop from ``training.py``.
+This file has only settings. The code that they configure is imported when it is needed: the equations from
+``objective.py``, the noise from ``npo.py``, the training loop from ``training.py``.
 """
 
 import inspect
@@ -235,17 +235,17 @@ class Statistics:
 
     @property
     def beta(self) -> float:
-        """The other objective's."""
+        """The ``beta`` of the other objective."""
         return self.base.beta
 
     @property
     def reads_rejected(self) -> bool:
-        """Whether the other objective does."""
+        """Whether the other objective reads rejected responses."""
         return getattr(self.base, "reads_rejected", True)
 
     @property
     def keeps_states(self) -> Cache:
-        """As for the other objective."""
+        """Which hidden states the other objective keeps."""
         return getattr(self.base, "keeps_states", "off")
 
     def watches(self, total: int) -> "list[Watch]":

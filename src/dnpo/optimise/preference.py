@@ -1,8 +1,8 @@
 """The two trainings of the loop: on human responses, and on pairs, where policy and noise have opposite losses.
 
-``training.py`` has the code that they share. Here are the loss of a micro-batch, its metrics, and the check that before
-the first update the policy is the reference. Shapes as in ``objective.py`` and ``logprobs.py``; S = 2B sequences, the
-chosen ones first.
+``training.py`` has the code that they share. This file has the loss of a micro-batch, its metrics, and the check that
+before the first update the policy is the reference. Shapes as in ``objective.py`` and ``logprobs.py``; S = 2B
+sequences, the chosen ones first.
 """
 
 from collections.abc import Mapping, Sequence

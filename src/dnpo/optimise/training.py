@@ -235,7 +235,7 @@ class Training(pl.LightningModule):
 
 
 class _Checkpoints(pl.Callback):
-    """Writes a checkpoint after every ``every`` policy steps; it replaces the last one whole or not at all."""
+    """Writes a checkpoint every ``every`` policy steps; it replaces the last one only when it is complete."""
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every

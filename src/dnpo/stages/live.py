@@ -1,8 +1,8 @@
 """Training on what the policy generates while it is trained: rollouts, their judging and labelling, between steps.
 
-The functions are the ones of the stages that otherwise come before training: ``generate``, ``judge``, ``label`` and
-``reference``. Everything that is made is written before a checkpoint can name it, one file for each rollout, and read
-again after a kill; when training is over, the files become one of responses and one of pairs.
+The functions are the same as in the stages that otherwise precede training: ``generate``, ``judge``, ``label`` and
+``reference``. Each rollout is written to a file before a checkpoint can refer to it, and is read again after a kill. At
+the end of training, these files are joined into one of responses and one of pairs.
 """
 
 import json
@@ -49,7 +49,7 @@ class PairSource:
     Args:
         responder: makes the rollouts.
         plan: says how they are labelled.
-        judge: compares the sides of a pair, where strengths are asked for.
+        judge: compares the sides of a pair, if strengths are asked for.
         frozen: the reference; None if none is read, or if it is computed at use.
         folder: the training's folder.
     """
@@ -74,7 +74,7 @@ class PairSource:
         self.responder.ask(rollout)
 
     def check(self, rollouts: int) -> None:
-        """Check that the files of the first so many rollouts are there."""
+        """Check that the files of the first ``rollouts`` rollouts are there."""
         self.responder.check(rollouts)
         require([self._file(rollout) for rollout in range(rollouts)])
 
@@ -146,7 +146,7 @@ class PairSource:
 
 
 def _read_facts(path: Path) -> Any:
-    """What is known of a rollout.
+    """Read the facts of a rollout.
 
     Raises:
         StoreError: the file is damaged, or gone.
@@ -264,8 +264,8 @@ def count_tokens(pair: Pair) -> int:
 def clear(folder: Path) -> None:
     """Remove the files by rollout, once the trained policy is written and no checkpoint names them any more.
 
-    The pairs go first, since they can be made again from the rollouts, and each folder goes as a whole, so that a
-    training that is killed meanwhile begins again with files that belong together.
+    The pairs are removed first, since they can be made again from the rollouts. Each folder is removed as a whole, so
+    that a training that is killed meanwhile begins again with consistent files.
     """
     for name in (PAIRS, ROLLOUTS):
         gone = folder / f"{name}.gone"
@@ -295,7 +295,7 @@ class ResponseSource:
         self.responder.ask(rollout)
 
     def check(self, rollouts: int) -> None:
-        """Check that the first so many rollouts are there."""
+        """Check that the first ``rollouts`` rollouts are there."""
         self.responder.check(rollouts)
 
     def take(self, rollout: int, first: int, step: int) -> list[Rollout]:
@@ -303,7 +303,7 @@ class ResponseSource:
         return self.responder.take(rollout, step)
 
     def measure(self, rollout: int) -> Mapping[str, float]:
-        """Mean score and entropy of a rollout, which is on the disk."""
+        """Mean score and entropy of a rollout that has been taken."""
         return describe(self.responder.take(rollout, 0), [])
 
     def describe(self, rollout: int) -> str:

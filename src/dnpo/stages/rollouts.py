@@ -36,7 +36,7 @@ class Chunks:
 
     Args:
         prompts: number of prompts.
-        size: prompts at a time; 0: all.
+        size: number of prompts of a rollout; 0: all.
         seed: seed of the orders.
     """
 
@@ -111,7 +111,7 @@ class Responder:
         return self.count_until(self.total)
 
     def count_until(self, rollouts: int) -> int:
-        """The greatest number of responses that are judged in the first so many rollouts."""
+        """The maximum number of responses that are judged in the first ``rollouts`` rollouts."""
         passes, rest = divmod(rollouts, self.chunks.per_pass)
         prompts = passes * self.chunks.prompts + sum(len(self.chunks.of(rollout)) for rollout in range(rest))
         return prompts * (self.how.samples + self.admits_human)
@@ -175,7 +175,7 @@ class Responder:
         return self._file(rollout).is_file()
 
     def check(self, rollouts: int) -> None:
-        """Check that the first so many rollouts are on the disk; see :class:`dnpo.optimise.live.Source`."""
+        """Check that the first ``rollouts`` rollouts are on the disk; see :class:`dnpo.optimise.live.Source`."""
         require([self._file(rollout) for rollout in range(rollouts)])
 
     def _respond(self, rollout: int) -> list[Response]:
@@ -184,7 +184,7 @@ class Responder:
 
         some, folder = self.prompts(rollout), self._responses(rollout)
         folder.mkdir(exist_ok=True)
-        seed = derive(self.seed, "rollout", rollout) if rollout else self.seed  # the first as if made ahead
+        seed = derive(self.seed, "rollout", rollout) if rollout else self.seed  # the first: as for one made ahead
         told: dict[str, Any] = {"source": self.source, "limit": self.limit, "seed": seed, "report": self.report}
         if not self.how.segment:
             return hf.generate(self.writer, some.prompts, self.how, **told, folder=folder)
@@ -309,19 +309,19 @@ class Within:
         self.told: set[str] = set()
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def advance(self, amount: int = 1) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def note(self, text: str) -> None:
-        """Pass on what has not been said yet."""
+        """Pass on a note that has not been passed on yet."""
         if text not in self.told:
             self.told.add(text)
             self.report.note(text)
 
     def status(self, text: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def steps(self, rows: list[dict[str, float]]) -> None:
-        """Say nothing."""
+        """Do nothing."""

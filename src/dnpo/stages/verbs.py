@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
 
-COMPARE = "compare_pairs"  # the method of judges that say how probably one response is better than another
+COMPARE = "compare_pairs"  # the method of judges that compute how probably one response is better than another
 
 
 @only_if(lambda plan: plan.rollout.generates and not plan.rollout.live)
@@ -145,7 +145,7 @@ def _training_key(run: Run, plan: Plan) -> dict[str, Any]:
 
 
 def _live_key(plan: Plan) -> dict[str, Any]:
-    """What decides the pairs that are made in training."""
+    """The settings that decide the pairs that are made in training."""
     asked = plan.judges or plan.strength.asks
     return {
         "rollout": part_key(plan.rollout),
@@ -157,7 +157,7 @@ def _live_key(plan: Plan) -> dict[str, Any]:
 
 
 def _training_reads(plan: Plan) -> set[str]:
-    """The inputs of a training, of those that it is offered."""
+    """The names of the inputs that a training reads, among those that ``loop.py`` passes."""
     always = {"prompts", "policy"}
     if not plan.rollout.live:
         own = reads_frozen(plan) and plan.reference not in ("start", "ema")
@@ -182,7 +182,7 @@ def optimise(run: Run, plan: Plan, task: Task) -> Facts:
 def _train_on_given(
     run: Run, plan: Plan, task: Task, start: "Policy", seed: int
 ) -> tuple[list[dict[str, float]], Facts]:
-    """Train on the pairs that are there."""
+    """Train on pairs that were made before training."""
     from dnpo.optimise import preference
     from dnpo.optimise.reference import KeptHidden, read_scores
 
@@ -193,7 +193,7 @@ def _train_on_given(
     rows = read(inputs["pairs"] / "pairs.parquet", Pair)
     reference = read_scores(inputs["reference"], len(rows)) if "reference" in inputs else None
     expected = None
-    if reference is None or plan.reference != "start":  # nobody else says what the policy is before training
+    if reference is None or plan.reference != "start":  # the check of step 0 needs the policy's numbers before training
         how = (plan.trainer, plan.objective)
         expected = preference.score_first(start, rows, *how, seed=seed, folder=task.folder)
     start.model = run.model.lora.on(start.model, derive(seed, "adapter"))

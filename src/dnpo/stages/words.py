@@ -71,13 +71,13 @@ def _check_average(plan: Plan, plans: Sequence[Plan]) -> None:
         raise SettingsError(f"{who}: there is no moving average of the weights; take ema=on")
     if plan.ema.on and not any(each.reads_average for each in plans):  # some iterations may have no use for it
         raise SettingsError(
-            f"ema=on: nobody reads the moving average (reference={plan.reference}, and the policy responds); take "
+            f"ema=on: nothing reads the moving average (reference={plan.reference}, and the policy responds); take "
             "reference=ema with an objective that reads a reference, rollout=live rollout.by=ema, or ema=off"
         )
 
 
 def _check_live(plan: Plan) -> None:
-    """Refuse what needs all pairs before training, where they are made in training, and the other way round."""
+    """Refuse parts that need all pairs before training if pairs are made in training, and the reverse."""
     how, objective = plan.rollout, type(plan.objective).__name__
     if not isinstance(how, Live):
         if not plan.makes_pairs:
@@ -120,7 +120,7 @@ def _check_live(plan: Plan) -> None:
         )
     if asks and plan.judge.spends_freely:
         raise SettingsError(
-            "judge.max_cost=null: with rollout=live a paid judge is asked all through training; give the greatest sum "
+            "judge.max_cost=null: with rollout=live a paid judge is asked all through training; give the maximum "
             "in US dollars that it may spend"
         )
     if not plan.makes_pairs:
@@ -137,7 +137,7 @@ def _check_rewards(plan: Plan) -> None:
             "take a judge that scores, such as judge=reward"
         )
     how = plan.rollout
-    assert isinstance(how, Live), "_check_live has seen it"
+    assert isinstance(how, Live), "_check_live has checked it"
     if plan.reference == "ema" or plan.reads_average:
         raise SettingsError(
             f"ema: {objective} (objective) reads no moving average, neither for responses (rollout.by) nor as its "
@@ -192,7 +192,7 @@ def _check_judge(plan: Plan) -> None:
     word = "live" if plan.rollout.live else "ahead"
     if plan.rollout.generates and plan.dsl.needs_scores and not plan.judge.judges_generated:
         raise SettingsError(
-            f"judge: {type(plan.judge).__name__} knows ratings of the data's own responses alone, and rollout={word} "
+            f"judge: {type(plan.judge).__name__} has ratings of the data's own responses alone, and rollout={word} "
             "generates others; take rollout=given, or a judge that reads texts"
         )
     is_initial = plan.k == 0 or (plan.rollout.live and plan.start == "initial")

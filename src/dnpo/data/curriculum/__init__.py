@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 Counts = dict[str, float]
-"""What became of the pairs, by name: whole numbers, and losses in nats."""
+"""Facts about the result, by name: counts of pairs, and losses in nats."""
 
 Embed = Callable[[Sequence[Pair]], "np.ndarray"]
 """Turns pairs into embeddings of their prompts with their chosen responses, pairs × width."""
 
 
 class Context(NamedTuple):
-    """What a curriculum may know besides pairs.
+    """What a curriculum may use in addition to pairs.
 
     Attributes:
         seed: seed of its random draws.
@@ -68,7 +68,7 @@ class Curriculum:
     def __call__(
         self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
     ) -> tuple[list[Pair], Counts]:
-        """The pairs to train on, and what became of those given.
+        """The pairs to train on, and facts about them.
 
         Args:
             pairs: the pairs that this iteration labelled.

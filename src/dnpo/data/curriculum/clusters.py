@@ -44,14 +44,14 @@ def unit_length(embedding_NH: "np.ndarray") -> "Array":
 def find_centres(embedding_NH: "Array", count: int, rounds: int, seed: int) -> "Array":
     """The centres of k-means (Lloyd's algorithm from k-means++, by scikit-learn); shape C × H.
 
-    On one thread, so that the same rows have the same centres bit for bit.
+    It runs on one thread, so that the same rows always have exactly the same centres.
     """
     import numpy as np
 
     cluster, threads = import_module("sklearn.cluster"), import_module("threadpoolctl")
     means = cluster.KMeans(count, n_init=1, max_iter=rounds, random_state=seed % 2**32)
     with threads.threadpool_limits(1), warnings.catch_warnings():
-        # fewer different rows than clusters: some stay empty, which harms nothing
+        # with fewer different rows than clusters some clusters stay empty, which is harmless
         warnings.simplefilter("ignore", import_module("sklearn.exceptions").ConvergenceWarning)
         means.fit(embedding_NH)
     return np.asarray(means.cluster_centers_, np.float32)

@@ -1,4 +1,4 @@
-"""Leave out pairs by where their embeddings, of prompt and chosen response, lie among the others."""
+"""Leave out pairs by the position of their embeddings, of prompt and chosen response, among the others."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Prune(Curriculum):
     - ``alike_typical``: ``alike``, then ``typical`` in new clusters of the others (D4);
     - ``random``: any.
 
-    Embeddings are clustered as they are, not scaled to one length: a policy's embeddings are longer for less usual
+    Embeddings are clustered without scaling them to one length, since a policy's embeddings are longer for unusual
     texts. Similarity is the cosine.
 
     Args:

@@ -8,8 +8,8 @@ the largest of K tangents ℓ_k this is a linear programme (methods.md, section 
     s.t.       (1/N) Σ_i Σ_k |q_ik| ≤ ε,   Σ_k a_ik = 1,   a ≥ 0,   ξ_i − q_ik/a_ik ∈ [ξ_min, 1]
 
 Moving mass down from ξ gains most per unit of the budget if it goes all the way to ξ_min, since ℓ is convex and
-decreasing; and the smaller ξ is, the more it gains. So sorting solves the programme: in the order of rising ξ all mass
-goes to ξ_min until the budget is spent.
+decreasing; and the smaller ξ is, the more it gains. So sorting solves the programme: in the order of rising ξ, all mass
+is moved to ξ_min until the budget is spent.
 
 Shapes: N pairs, K tangents, P points.
 """

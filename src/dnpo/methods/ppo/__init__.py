@@ -1,6 +1,6 @@
 """Proximal policy optimization: the policy learns from the scores of its responses (Schulman et al. 2017).
 
-Here are only settings. ``training.py`` has the training, ``equations.py`` the equations.
+This file has only the settings. ``training.py`` has the training, ``equations.py`` the equations.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,15 @@ class ClippedRatio:
         beta: weight of the log-ratio in the reward; the best policy is π_ref · exp(reward / β), normalised. 0: no
             reference is read.
         clip: how far a ratio may be from 1 before its token has no more gradient (ε); 0: no limit.
-        value_clip: the same of a value's distance from what it was when the policy responded; 0: no limit.
-        value_learning_rate: of Adam for the value head, constant; 0: there is none, all values are 0.
+        value_clip: how far a value may be from what it was when the policy responded before it has no more gradient; 0:
+            no limit.
+        value_learning_rate: constant learning rate of Adam for the value head; 0: there is no value head, and all
+            values are 0.
         value_weight: weight of the value loss in the gradient of the policy's body; 0: only the head learns values.
-        discount: γ, the factor of a reward for each token that it is later.
-        trace: λ; 1: advantages are later rewards less the value, 0: only the next token's reward and value count.
+        discount: γ, the factor of a later reward for each token in between.
+        trace: λ; 1: an advantage is the sum of later rewards less the value; 0: only the next reward and value count.
         whiten: shift and scale the advantages of a rollout's tokens to mean 0 and variance 1.
-        reward_scale: the reward of one point of the judge.
+        reward_scale: the reward for one point of the judge's score.
     """
 
     learns_from: ClassVar[str] = "rollouts"
@@ -77,7 +79,7 @@ class ClippedRatio:
             optimisation: how to train.
             seed: seed of the draws from the buffer.
             folder: folder for checkpoints and for the tokens' log-probabilities, values and advantages; its subfolder
-                ``rollouts`` is of no use once the policy is written.
+                ``rollouts`` is not needed once the policy is written.
             report: receives the progress.
 
         Returns:

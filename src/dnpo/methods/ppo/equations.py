@@ -88,7 +88,10 @@ def value_loss(value_N: Tensor, old_N: Tensor, return_N: Tensor, *, clip: float)
 
 
 def divergence(logp_N: Tensor, old_N: Tensor) -> Tensor:
-    """ρ − 1 − log ρ of each token: its mean over tokens of π_old estimates KL(π_old ‖ π), and it is never negative."""
+    """ρ − 1 − log ρ of each token, which is never negative; its mean over tokens of π_old estimates KL(π_old ‖ π).
+
+    Schulman 2020, "Approximating KL divergence", k₃.
+    """
     gap_N = logp_N - old_N
     return gap_N.expm1() - gap_N
 

@@ -37,7 +37,7 @@ from dnpo.store import Report
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with what is known of its tokens since it was made; lists have a number for each token.
+    """A rollout with the numbers that were computed for it when it was made; lists have a number for each token.
 
     Attributes:
         id: of the prompt.
@@ -45,9 +45,9 @@ class Experience:
         prompt_ids: the prompt's token ids.
         token_ids: the response's token ids.
         logps: log-probabilities under the policy that responded, in nats.
-        values: values before each token, by the value head of that time.
+        values: values before each token, by the value head as it was then.
         advantages: advantages, whitened over the rollout if the settings say so.
-        returns: what the value head should say: advantages before whitening, plus values.
+        returns: the targets of the value head: advantages before whitening, plus values.
         later: discounted sums of the rewards from each token on.
         log_ratio: log-probability under the policy that responded, less that under the reference; 0 without one.
     """
@@ -67,7 +67,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class ExperienceBatch(Batch):
-    """A micro-batch of rollouts with N tokens; its share is that of its tokens.
+    """A micro-batch of rollouts with N tokens; its share of a policy step is its share of the tokens.
 
     Attributes:
         logp_N, value_N, advantage_N, return_N: as in :class:`Experience`, in float64.
@@ -104,7 +104,7 @@ class ValueHead(nn.Module):
 
 
 class Observer:
-    """Computes what responses are worth, token by token, under the policy and value head as they are at the time.
+    """Computes values and advantages of the tokens of responses, by the policy and value head as they are at that time.
 
     Args:
         policy: the policy in training.
@@ -119,7 +119,7 @@ class Observer:
 
     @torch.no_grad()
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Experience]:
-        """Make experiences of a rollout's responses; those without a score teach nothing and are left out."""
+        """Make experiences of a rollout's responses, except responses without a score."""
         scored = [rollout for rollout in rollouts if rollout.score is not None]
         if not scored:
             return []
@@ -170,9 +170,9 @@ class Observer:
 
 
 class Observed:
-    """A source of experiences: another source's rollouts, as the observer sees them when they are taken.
+    """A source of experiences: they are made of another source's rollouts when these are taken.
 
-    Its files make a killed training find them again, since policy and value head have moved since then.
+    They are written to files, since a killed training could not make them again: policy and value head have changed.
 
     Args:
         source: makes the rollouts.
@@ -193,7 +193,7 @@ class Observed:
         self.source.ask(rollout)
 
     def check(self, rollouts: int) -> None:
-        """Check that the first so many rollouts are there, as they were seen when they were made."""
+        """Check that the first ``rollouts`` rollouts and their experiences are on the disk."""
         self.source.check(rollouts)
         require([self._file(rollout) for rollout in range(rollouts)])
 
@@ -206,7 +206,7 @@ class Observed:
         return read(path, Experience)
 
     def measure(self, rollout: int) -> dict[str, float]:
-        """Metrics of a rollout that has been taken: the source's, and what is known of its tokens."""
+        """Metrics of a rollout that has been taken: the source's, and means over its tokens."""
         rows = read(self._file(rollout), Experience)
         measured = dict(self.source.measure(rollout))
         if rows and self.observe.reference is not None:
@@ -231,7 +231,7 @@ class RolloutTraining(Training):
     """Trains the policy by the clipped loss of importance ratios, and the value head by squared errors.
 
     Args:
-        observer: has seen the rollouts; its value head is trained.
+        observer: makes the experiences; its value head is trained.
         notes: gives metrics of the present policy step that come with its rows.
     """
 
@@ -289,13 +289,13 @@ class RolloutTraining(Training):
 
 
 def _weigh_gradient(hidden_NH: Tensor, weight: float) -> Tensor:
-    """The same numbers, with ``weight`` times the gradient."""
+    """Return the same values; their gradient is multiplied by ``weight``."""
     still_NH = hidden_NH.detach()
     return still_NH + weight * (hidden_NH - still_NH) if weight else still_NH
 
 
 def _join(rows: Sequence[Experience], name: str) -> Tensor:
-    """The numbers of this name of all tokens."""
+    """Join a field of the experiences into one tensor over all tokens."""
     return torch.tensor([number for row in rows for number in getattr(row, name)], dtype=torch.float64)
 
 
