@@ -72,7 +72,7 @@ def test_a_run_on_a_locked_database_ends_with_a_message(file: Path, tmp_path: Pa
         with locked(file, kind), pytest.raises(TrackingError) as caught:
             tracker(file).start("name", {}, {}, None, tmp_path)
         assert str(caught.value).startswith(f"tracking.uri=sqlite:///{file}: cannot be used (")
-        assert "another program holds the database; wait until it lets go" in str(caught.value)
+        assert "another program holds the database; wait until it has finished" in str(caught.value)
 
 
 def test_trying_makes_nothing(tmp_path: Path, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Text of users (names, rows, answers, errors) where characters mean something: one function for each such place.
+"""Escape users' text (names, rows, answers, errors) where characters have a meaning: one function for each such place.
 
 HTML is escaped by the report's template, and by ``for_markdown`` where Markdown may contain HTML.
 """

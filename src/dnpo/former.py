@@ -34,7 +34,7 @@ MOVED: dict[str, str] = {
 MOVED_AT: dict[tuple[str, str], str] = {
     ("trainer", "dnpo.training.Optimisation"): "dnpo.optimise.parts.PairOptimisation",
 }
-"""The same, where the present path depends on the part's folder in ``conf/``."""
+"""Earlier import paths whose present path depends on the part's folder in ``conf/``."""
 
 REMOVED: dict[str, tuple[str, ...]] = {
     "dnpo.optimise.parts.Optimisation": ("share_prompt",),

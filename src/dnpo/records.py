@@ -26,13 +26,13 @@ GIVEN = "given"
 
 
 def policy_source(iteration: int) -> str:
-    """The source of what the policy of this iteration generated."""
+    """The source of responses that the policy of this iteration generated."""
     return f"policy@{iteration}"
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A conversation that waits for its next response, with the response a human gave.
+    """A conversation up to its next response, with the response that a human gave.
 
     Attributes:
         id: unique within its data.
@@ -211,7 +211,7 @@ Row = TypeVar("Row", bound="DataclassInstance")
 
 
 def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
-    """Write rows to a Parquet file, which appears whole or not at all."""
+    """Write rows to a Parquet file, which is complete or does not exist."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -242,7 +242,7 @@ def write_preferences(path: Path, pairs: Sequence[Pair]) -> None:
     """Write pairs as JSON lines in TRL's conversational preference format, which its trainers and others read as it is.
 
     Each line has ``prompt``, ``chosen`` and ``rejected`` as lists of messages, and the id, sources, samples, scores,
-    strength and weight of the pair. The file appears whole or not at all.
+    strength and weight of the pair. The file is complete or does not exist.
     """
     rows = [
         {

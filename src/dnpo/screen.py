@@ -1,4 +1,4 @@
-"""Tables on the terminal, with every text as it is: neither markup nor control characters in it mean anything."""
+"""Tables on the terminal that show every text literally, without effect of markup or control characters in it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Seeds derived from one seed by name, so that no two uses of chance share a stream."""
+"""Derive seeds from one seed by name, so that no two uses of randomness share a stream."""
 
 import hashlib
 

@@ -95,7 +95,7 @@ class Strength(Protocol):
 
 
 class Labels(NamedTuple):
-    """The pairs of an iteration, and counts of what happened."""
+    """The pairs of an iteration, and counts of what was dropped or flipped."""
 
     pairs: list[Pair]
     counts: dict[str, int | float]
@@ -110,7 +110,7 @@ REASONS = {
 
 
 def explain(counts: Mapping[str, int | float]) -> str:
-    """Say why :func:`label` made no pair, and what to do about it."""
+    """Explain why :func:`label` made no pair, and what to do about it."""
     found = [f"{counts[name]:,} {reason}" for name, reason in REASONS.items() if counts.get(name)]
     passed = [f"{name.replace('_at_', '@')} is {counts[name]:.3g} so far" for name in counts if "pass_at" in name]
     return "; ".join([*found, *passed]) or "the labeller (dsl=…) has dropped all of them"
@@ -124,11 +124,11 @@ def label(
     verdicts: Sequence[Verdict],
     iteration: int = 0,
 ) -> Labels:
-    """Make the pairs of every prompt that has responses, in the order of these, and count what happened.
+    """Make the pairs of every prompt that has responses, in the order of the responses, and count what is left out.
 
     ``generated`` has the responses of the policy, or the data's own rejected ones. A sample that repeats an earlier one
-    of its prompt token for token is no further candidate (``repeated``). Nor is one that equals the human response, if
-    that is a candidate, since equal token sequences carry no signal (``identical``). ``unscored`` counts the generated
+    of its prompt token for token is not another candidate (``repeated``). Nor is one that equals the human response, if
+    that is a candidate: equal token sequences carry no signal (``identical``). ``unscored`` counts the generated
     responses that lack a score, or whose human counterpart does, if the labeller needs scores.
     """
     prompt_of, human_of = {row.id: row for row in prompts}, {row.id: row for row in human}

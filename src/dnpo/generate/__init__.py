@@ -83,7 +83,7 @@ class Ahead(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """Nobody responds: the iteration trains on the data's own pairs. Configured by ``rollout=given``."""
+    """No responses are generated: the iteration trains on the data's own pairs. Configured by ``rollout=given``."""
 
     generates: ClassVar[bool] = False
     live: ClassVar[bool] = False

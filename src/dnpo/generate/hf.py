@@ -3,8 +3,8 @@
 A sample depends only on the policy, its prompt, its number and the seed: not on other prompts or their order, nor on
 how many samples of the prompt there are, nor on whether the run was killed in between, nor (up to the rounding of
 logits) on the batch size. Each row draws from its own random stream, so rows can join and leave the batch freely:
-prompts wait in a queue, the longest first; rows that finish leave the batch, and the next prompts take their places.
-A prompt is read once for all of its rows, also where they join at different times.
+prompts wait in a queue, the longest first; rows that finish leave the batch, and the next prompts take their places. A
+prompt is read once for all of its rows, even if they join at different times.
 
 Shapes: N prompts, R rows under way, P distinct prompts that are read at once, M rows that move, L columns of the cache,
 V vocabulary in G groups of C entries, D size of a head.
@@ -199,7 +199,7 @@ def complete(
         if endless and (held := [[r] for r, i in enumerate(live) if i in endless]):
             batch.logits_RV[held, stop_ids] = -torch.inf
         places = [(streams[i], len(completions[i])) for i in live]
-        tokens = draw(batch.logits_RV, places, warp)  # the one wait for the device
+        tokens = draw(batch.logits_RV, places, warp)  # only this waits for the device
         for i, token in zip(live, tokens, strict=True):
             completions[i].append(token)
         on = [r for r, i in enumerate(live) if tokens[r] not in stops and len(completions[i]) < limits[i]]

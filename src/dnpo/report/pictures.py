@@ -27,7 +27,7 @@ def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bo
 
     Args:
         looks: looks of the groups to be drawn, by label.
-        single: whether the page is on one run; then every policy's histogram is shown.
+        single: whether the page describes one run; then every policy's histogram is shown.
     """
     shown = [group for group in groups.groups if group.label in looks]
     sections = [

@@ -1,4 +1,4 @@
-"""Find the run or the runs of a sweep that the page is on."""
+"""Find the run, or the runs of a sweep, that the page describes."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -19,10 +19,10 @@ class Selection:
 
     Attributes:
         name: name of the sweep or run.
-        sweep: whether the page is on a sweep; otherwise it is on one run.
+        sweep: whether the page describes a sweep; otherwise it describes one run.
         runs: the runs, oldest first.
         own: the tracked run that the page belongs to: the run itself, or the sweep's parent run, if it has one.
-        left_out: what has the same name and is not shown, in a sentence; "" for nothing.
+        left_out: a sentence on sweeps of the same name that are not shown; "" if there are none.
     """
 
     name: str

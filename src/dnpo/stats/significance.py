@@ -53,8 +53,9 @@ def wilcoxon(difference_I: Array) -> float:
     """The two-sided p of Wilcoxon's signed-rank test, by scipy.
 
     Zeros are ranked with the other differences and then left out (Pratt 1959), so every difference keeps its rank among
-    all items; with very many zeros this approaches the sign test. Exact up to 50 items without zeros and ties and up to
-    13 with them, otherwise a normal approximation that accounts for both. 1 where all differences are zero.
+    all items; with very many zeros this approaches the sign test. The p is exact up to 50 items without zeros and ties
+    and up to 13 with them, otherwise from a normal approximation that accounts for both. It is 1 if all differences are
+    zero.
     """
     from scipy.stats import wilcoxon as exact_or_normal
 
@@ -89,7 +90,8 @@ def holm(ps: Sequence[float]) -> list[float]:
 def cohens_dz(difference_I: Array) -> float | None:
     """Cohen's d_z: mean divided by standard deviation of paired differences (Cohen 1988, section 2.3.5).
 
-    0.2, 0.5, 0.8: small, medium, large. 0 where all differences are zero; None where the deviation is zero otherwise.
+    0.2 is small, 0.5 medium and 0.8 large. It is 0 if all differences are zero, and None if they are all equal but not
+    zero.
     """
     if not difference_I.any():
         return 0.0
@@ -101,6 +103,6 @@ def cohens_dz(difference_I: Array) -> float | None:
 def cohens_g(only_a: int, only_b: int) -> float:
     """Cohen's g: a's share of the items that only one side has right, minus one half (Cohen 1988, chapter 5).
 
-    Between −0.5 and 0.5; 0.05, 0.15, 0.25: small, medium, large. 0 where the sides never differ.
+    It is between −0.5 and 0.5; 0.05 is small, 0.15 medium and 0.25 large. It is 0 if the sides never differ.
     """
     return only_a / (only_a + only_b) - 0.5 if only_a + only_b else 0.0

@@ -117,7 +117,7 @@ def with_words(table: Table, words: Mapping[str, Mapping[str, str]]) -> Table:
 
 def _format_cell(cell: Cell, adjusted: float | None, digits: int, scale: float) -> Shown:
     estimate = cell.estimate
-    # z: what rounds to zero has no minus sign
+    # z: a number that rounds to zero has no minus sign
     number = format(scale * estimate.value, f"{'+' if cell.signed else ''}z,.{digits}f").replace("-", "−")
     half = "" if estimate.half is None else format(abs(scale) * estimate.half, f",.{digits}f")
     return Shown(cell, adjusted, adjusted is not None and adjusted <= ALPHA, number, half)

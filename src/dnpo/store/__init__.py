@@ -2,8 +2,9 @@
 
 A stage is a pure function of its settings and inputs. Its key is a hash of its name, version, settings and the keys of
 its inputs, so a rerun finds what an earlier run finished, and runs that share a prefix share its work. A stage works in
-``<key>.partial`` (what a killed run left there is continued) and its folder gets its final name only when it is whole
-and on the disk. Its manifest lists every file, and what is no longer as it was written is named and never used.
+``<key>.partial``, where the work of a killed run is continued, and its folder gets its final name only when it is
+complete and on the disk. Its manifest lists every file; a stage that has changed since it was written is reported and
+never used.
 
     python -m dnpo.store list|verify|remove
 """
@@ -65,19 +66,19 @@ class Report(Protocol):
     """Receives the progress of a stage."""
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
-        """Say how many ``unit`` there are to do, and how many an earlier run has done."""
+        """Announce the total, in units of this name, and how many of them an earlier run has done."""
 
     def advance(self, amount: int = 1) -> None:
-        """Say that so many more are done."""
+        """Report that ``amount`` more units are done."""
 
     def note(self, text: str) -> None:
-        """Say something worth a line."""
+        """Print a line about the stage."""
 
     def status(self, text: str) -> None:
         """Show a few words next to the progress bar, until the next call."""
 
     def steps(self, rows: list[dict[str, float]]) -> None:
-        """Hand over metrics of training steps, each row with its ``step``."""
+        """Pass on metrics of training steps, each row with its ``step``."""
 
 
 Work = Callable[[Path, Mapping[str, Path], Report], dict[str, Any]]
@@ -158,7 +159,7 @@ class Store:
             )
 
     def check(self, stages: Iterable[Stage], note: Callable[[str], None], everything: bool = True) -> None:
-        """Compare stored stages with what was written, and note those that cannot be compared.
+        """Check that stored stages have not changed, and note those that cannot be checked.
 
         Args:
             everything: whether to compare digests too, if the store's setting says so.

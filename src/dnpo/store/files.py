@@ -21,7 +21,7 @@ def to_json(content: Any) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a file that appears whole or not at all."""
+    """Write JSON to a file that is complete or does not exist."""
     aside = disk.name_aside(path)
     aside.write_text(to_json(content), encoding="utf-8")
     disk.replace(aside, path)
@@ -75,7 +75,7 @@ def list_files(folder: Path, omitted: str) -> dict[str, dict[str, Any]]:
 
 
 def find_changes(folder: Path, listed: Mapping[str, Mapping[str, Any]], omitted: str, digests: bool) -> Iterator[str]:
-    """Say how the files of a folder differ from a list of them.
+    """Describe how the files of a folder differ from a list of them.
 
     Args:
         omitted: name of a file in the folder that is not listed.

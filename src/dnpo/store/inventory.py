@@ -13,7 +13,7 @@ from dnpo import disk
 from dnpo.errors import StoreError
 from dnpo.store.manifests import PARTIAL, find_damage, list_folders, manifest, path_of_lock
 
-REMOVED = ".removed"  # folder in a store: a stage goes there in one step before its files are deleted
+REMOVED = ".removed"  # folder in a store: a stage is moved there in one step before its files are deleted
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,6 @@ def _read(folder: Path) -> Entry:
     damage = tuple(find_damage(folder, digests=False))
     try:
         content = manifest(folder)
-    except StoreError:  # the damage says so
+    except StoreError:  # ``damage`` describes it
         content = {}
     return Entry(folder, name, size, damage, content)

@@ -92,7 +92,7 @@ def is_sealed(folder: Path) -> bool:
 
 
 def advise(root: Path, folders: list[Path]) -> str:
-    """Say what to do about damaged stages."""
+    """Advise on damaged stages."""
     names = " ".join(f"{folder.parent.name}/{folder.name}" for folder in folders)
     return (
         f"Nothing of {'it' if len(folders) == 1 else 'them'} is used: python -m dnpo.store remove {names} --store "

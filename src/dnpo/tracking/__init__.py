@@ -12,7 +12,7 @@ RUNNING = "*It is running; its results will appear here.*"  # in a run's note, u
 
 
 def end_note(note: str, text: str) -> str:
-    """Put how a run ended into its note, in place of the line that it is running."""
+    """Put how a run ended into its note, instead of the line that it is running."""
     return note.replace(RUNNING, text) if RUNNING in note else f"{note}\n\n{text}"
 
 

@@ -21,8 +21,8 @@ ABANDONED = "**Its process is gone**: it was killed. Finished stages are kept, a
 def close_abandoned(client: Any, experiment: str) -> list[str]:
     """End the runs that are marked as running although their process is gone, and return their ids.
 
-    What such a run kept in its folder because MLflow did not answer is sent first; that may include its state. A run
-    whose lock file is on another machine is left as it is, since its state is unknown here.
+    Data that such a run kept in its folder because MLflow did not answer are sent first; they may include its state. A
+    run whose lock file is on another machine is left as it is, since its state is unknown here.
     """
     closed = []
     for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):

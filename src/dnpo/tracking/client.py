@@ -1,4 +1,4 @@
-"""Connecting to a tracking store through MLflow's client, quickly and without its noise."""
+"""Connect to a tracking store through MLflow's client, without its long retries and its log output."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # by default it retries for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
 }
-# What they log, the errors that are raised say too.
+# The errors that are raised contain what these loggers print.
 SILENCED = {"alembic": logging.WARNING, "mlflow": logging.ERROR, "urllib3.connectionpool": logging.ERROR}
 SILENCED |= {"mlflow.store.db.utils": logging.CRITICAL}
 

@@ -35,7 +35,7 @@ class Refused(Exception):
 
 
 def send(client: Any, experiment: str, run: str, message: Message, models: dict[str, str]) -> str:
-    """Send one message; what it made has this id.
+    """Send one message, and return the id of what it created.
 
     Args:
         models: ids of models, by their placeholders in messages; a new one is added.
@@ -99,7 +99,7 @@ class Outbox:
 
     Attributes:
         folder: where the file lies; None keeps messages in memory alone.
-        down: which ways did not take the last message.
+        down: which of the two stores did not accept the last message.
     """
 
     folder: Path | None = None
@@ -120,14 +120,14 @@ class Outbox:
                 file.write(_line(message))
 
     def fail(self, way: str, took: float) -> bool:
-        """Note that a way takes nothing; return whether the other one still did."""
+        """Note that one of the two stores does not answer; return whether the other one still did."""
         first = not self.down
         self.down.add(way)
         self.next_attempt = time.monotonic() + max(PATIENCE, 5 * took)
         return first
 
     def empty(self, send: Callable[[Message], bool]) -> None:
-        """Try to send everything; what cannot be sent stays, and so does all that goes the same way after it."""
+        """Try to send everything; a message that cannot be sent stays, as do all later ones to the same store."""
         self.down.clear()
         left = []
         for message in self.messages:
@@ -142,7 +142,7 @@ class Outbox:
             self.path.unlink(missing_ok=True)
 
     def describe(self) -> str:
-        """Say what has not been sent."""
+        """Describe what has not been sent."""
         counts = {
             "metrics": sum(len(each.content) for each in self.messages if each.kind == "metrics"),
             "files": sum(each.kind == "artifact" for each in self.messages),

@@ -1,7 +1,8 @@
-"""The SQLite file of a tracking store: it appears whole or not at all, and is copied before its tables are changed.
+"""The SQLite file of a tracking store: it is created complete or not at all, and copied before its tables change.
 
 MLflow makes a new database in some seconds and many transactions; if its process is killed meanwhile, the file can
-neither be used nor repaired. It would also change the tables of an older file where it lies. So both are done aside.
+neither be used nor repaired. It would also change the tables of an older file in place. So both are done on another
+file, which then replaces it.
 """
 
 import os
@@ -52,7 +53,7 @@ def prepare(uri: str) -> None:
             if _is_current(file):  # another process has done it meanwhile
                 return
             aside = file.with_name(f"{file.name}.new")
-            _remove(aside)  # a process that was killed has left it
+            _remove(aside)  # left by a process that was killed
             if file.is_file() and file.stat().st_size:
                 _upgrade(file, aside)
             else:
@@ -117,14 +118,14 @@ def _upgrade(file: Path, aside: Path) -> None:
             ) from error
         _remove(aside)
         _write_tables(aside)
-        done = "it was not whole and has no run (what made it was interrupted), so it is made anew"
+        done = "it was incomplete and has no runs (its creation was interrupted), so it is created again"
     else:
         done = f"it was written by another MLflow; its tables are now migrated to MLflow {VERSION}"
     aside.replace(file)
     _remove_journals(file)  # of the file that was replaced
     say(
-        f"warning: {file}: {done}. As it was, it is kept as {kept.name}, which can be deleted once you see your runs "
-        "and do not go back to the other MLflow; restart an mlflow ui that has it open",
+        f"warning: {file}: {done}. The original is kept as {kept.name}; delete it once you see your runs and no longer "
+        "need the other MLflow; restart an mlflow ui that has the file open",
         error=True,
     )
 
@@ -209,10 +210,10 @@ def _explain(file: Path) -> Iterator[None]:
 
 
 def advise(error: BaseException) -> str:
-    """Say what to do about an error of a tracking store, by its words."""
+    """Advise on an error of a tracking store, by its text."""
     text = str(error).lower()
     if "locked" in text:
-        return "another program holds the database; wait until it lets go, then run the same command again"
+        return "another program holds the database; wait until it has finished, then run the same command again"
     if "full" in text or "no space" in text:
         return "make room, then run the same command again"
     if "readonly" in text or "read-only" in text or "permission" in text or "unable to open" in text:

@@ -98,7 +98,7 @@ class Tracking:
         """
 
     def check(self) -> None:
-        """Check that runs can be tracked, and make nothing that is not there.
+        """Check that runs can be tracked, without creating anything.
 
         Raises:
             TrackingError: the store cannot be reached or written.
@@ -216,7 +216,7 @@ class MLflowTracking(Tracking):
                 self._client.log_batch(self.id, params=params[start : start + 100])
 
     def check(self) -> None:
-        """Try the store: a server is asked for the experiment, a file is locked to write and let go."""
+        """Try the store: a server is asked for the experiment, a file is locked for writing and released."""
         file = file_of(self.uri)
         if file is not None:
             try_file(file)
@@ -294,7 +294,7 @@ class MLflowTracking(Tracking):
     # --- sending
 
     def _send(self, kind: Kind, content: Any) -> str:
-        """Send a message, or keep it where MLflow does not answer; what it made has this id."""
+        """Send a message, or keep it if MLflow does not answer; return the id of what it created."""
         message = Message(kind, content)
         self._retry()
         if message.way not in self._outbox.down:
@@ -325,7 +325,7 @@ class MLflowTracking(Tracking):
             warn(f"tracking.uri={strip_password(self.uri)}: MLflow answers again; what was kept is sent")
 
     def _try(self, message: Message, again: bool = False) -> tuple[bool, str]:
-        """Try to send a message; return whether that is done with, and the id of what it made."""
+        """Try to send a message; return whether it is settled, and the id of what it created."""
         began = time.monotonic()
         try:
             return True, send(self._client, self._experiment, self.id, message, self._models)
@@ -337,7 +337,7 @@ class MLflowTracking(Tracking):
             return False, ""
 
     def _note_failure(self, way: str, error: Exception, took: float, again: bool = False) -> None:
-        """Note that MLflow does not answer, and say it once."""
+        """Note that MLflow does not answer, and warn about it once."""
         if self._outbox.fail(way, took) and not again:
             what = "MLflow does not answer any more" if way == "runs" else "MLflow takes no artefacts any more"
             where = self._outbox.path or "memory"
@@ -414,7 +414,7 @@ class MLflowTracking(Tracking):
     def finish(self, status: Status) -> str:
         """Send buffered metrics, set the status and release the lock.
 
-        What MLflow does not take then, the next run that is tracked there sends.
+        The next run that is tracked there sends what MLflow does not accept now.
         """
         if not self.id:
             return ""
@@ -433,7 +433,7 @@ class MLflowTracking(Tracking):
         return left
 
     def _describe_rest(self, left: str) -> None:
-        """Say what is not tracked, and what will become of it."""
+        """Report what is not tracked, and how it can still be sent."""
         path = self._outbox.path
         later = "the next run that is tracked there from this machine sends them"
         if "runs" not in self._outbox.down:  # only the store of artefacts is away, and the run has its status

@@ -69,8 +69,10 @@ def _model(policy: Policy, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class Model(HFLM):  # type: ignore[misc]
-        """lm-eval's model, which records in ``cut`` the items whose prompt did not fit (by task and number), and
-        generates at most half of its context."""
+        """lm-eval's model; it generates at most half of its context.
+
+        ``cut`` records the items whose prompt did not fit, by task and number.
+        """
 
         def __init__(self) -> None:
             # a copy of the tokenizer, since lm-eval adds a padding token where there is none
