@@ -3,6 +3,7 @@
 A test that kills a command, interrupts it, or runs it beside another one needs a process: :class:`Process`.
 """
 
+import atexit
 import importlib
 import io
 import json
@@ -63,8 +64,8 @@ class Process:
         self._process = _FORKS.Process(
             target=_begin, args=(cwd, self._printed, overrides, before, {**os.environ, **env})
         )
-        self._process.daemon = True  # ended with the tests, should one of them fail and leave it running
         self._process.start()
+        atexit.register(self._process.kill)  # should a test fail and leave it running; a daemon could start no process
         assert self._process.pid is not None
         self.pid = self._process.pid
 

@@ -3,12 +3,20 @@
 python -m tests.judging BASE_URL FOLDER COUNT      prints scored N; the ledger lies in the folder
 """
 
+import os
+import signal
 import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from dnpo.errors import JudgeError
+from dnpo.judges import Judge, make_verdict
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.asked.openai import OpenAI
-from dnpo.records import Prompt, Response
+from dnpo.records import Prompt, Response, Verdict
 
 
 class Silence:
@@ -34,6 +42,37 @@ def rows(count: int, text: str = "Paris, of course. Score: 100") -> tuple[list[P
     """Prompts with one response each, all different; the responses ask for a score."""
     prompts = [Prompt(str(i), [{"role": "user", "content": f"Question {i}?"}], f"human {i}") for i in range(count)]
     return prompts, [Response(p.id, "policy@0", f"{text} ({p.id})", [], 0, "eos") for p in prompts]
+
+
+@dataclass(frozen=True)
+class Obedient(Judge):
+    """Scores by the number of its process, and does what the first response asks for."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Any
+    ) -> list[Verdict]:
+        asked = responses[0].text
+        if asked == "note":
+            report.note("a note")
+        if asked == "refuse":
+            raise JudgeError("judge: it will not")
+        if asked == "fail":
+            raise ZeroDivisionError("a fault of the judge")
+        if asked == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if asked == "sleep":
+            time.sleep(60)
+        return [make_verdict(response, float(os.getpid()), asked) for response in responses]
+
+
+@dataclass(frozen=True)
+class Stuck(Judge):
+    """Holds what cannot be sent to another process."""
+
+    how: Callable[[], int] = lambda: 1
+
+    def __call__(self, *_: Any) -> list[Verdict]:
+        return []
 
 
 def main() -> None:

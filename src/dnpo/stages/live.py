@@ -9,6 +9,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -227,21 +228,22 @@ def train_on_pairs(
     source = PairSource(responder, plan, judge, frozen, task.folder)
     if plan.dsl.needs_scores:
         task.report.note(f"{responder.total:,} rollouts; at most {source.most:,} responses are judged")
-    trained = preference.optimise_live(
-        policy,
-        source,
-        Clock(how.every, how.capacity, how.ahead_by),
-        trainer,
-        noise=noise,
-        objective=plan.objective,
-        beta=float(plan.objective.beta),
-        seed=seed,
-        folder=task.folder,
-        report=task.report,
-        frozen=frozen,
-        average=average,
-        reads_average=plan.reads_reference and plan.reference == "ema",
-    )
+    with closing(responder):
+        trained = preference.optimise_live(
+            policy,
+            source,
+            Clock(how.every, how.capacity, how.ahead_by),
+            trainer,
+            noise=noise,
+            objective=plan.objective,
+            beta=float(plan.objective.beta),
+            seed=seed,
+            folder=task.folder,
+            report=task.report,
+            frozen=frozen,
+            average=average,
+            reads_average=plan.reads_reference and plan.reference == "ema",
+        )
     pairs = read_all(sorted((task.folder / PAIRS).glob("*.parquet")), Pair)
     pairs = [replace(pair, draws=draws) for pair, draws in zip(pairs, trained.draws, strict=True)]
     write(task.folder / "pairs.parquet", pairs, Pair)
@@ -338,16 +340,17 @@ def train_on_responses(
     responder = make_responder(run, plan, task, train, policy, judge)
     total = responder.total
     task.report.note(f"{total:,} rollouts; {responder.most:,} responses are judged")
-    history, tokens = learn.train(
-        policy,
-        source=ResponseSource(responder),
-        clock=Clock(how.every, how.capacity, how.ahead_by),
-        reference=frozen,
-        optimisation=plan.trainer,
-        seed=seed,
-        folder=task.folder,
-        report=task.report,
-    )
+    with closing(responder):
+        history, tokens = learn.train(
+            policy,
+            source=ResponseSource(responder),
+            clock=Clock(how.every, how.capacity, how.ahead_by),
+            reference=frozen,
+            optimisation=plan.trainer,
+            seed=seed,
+            folder=task.folder,
+            report=task.report,
+        )
     generated = gather(task.folder)
     judged = tally([as_verdict(row) for row in read(task.folder / "rollouts.parquet", Rollout)])
     return history, {"generated": generated, "judged": judged, "tokens": tokens, "rollouts": total}

@@ -10,13 +10,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from dnpo.errors import JudgeError
 from dnpo.generate import Live
 from dnpo.judges import Judge, ask, make_verdict, too_many
 from dnpo.judges.asked.ledger import Ledger
+from dnpo.judges.meanwhile import Meanwhile
 from dnpo.optimise.live import require
 from dnpo.records import HUMAN, Response, Rollout, Verdict, policy_source, read, read_all, write
 from dnpo.seeding import derive
@@ -101,6 +101,7 @@ class Responder:
         self.chunks = Chunks(len(train.prompts), how.prompts, seed)
         self.total = total
         self.waiting: dict[int, Future[list[Verdict]]] = {}
+        self.meanwhile: Meanwhile | None = None
         self.folder.mkdir(exist_ok=True)
         done = read_all(sorted(self.folder.glob("*.parquet")), Rollout)  # by a training that was killed
         self.unscored = [row.reason for row in done if row.score is None]
@@ -141,10 +142,8 @@ class Responder:
         if path.is_file():
             return read(path, Rollout)
         responses = self._respond(rollout)
-        if rollout in self.waiting:
-            verdicts = self.waiting.pop(rollout).result()
-        else:
-            verdicts = self._judge(rollout, responses, self.ledger)
+        waiting = self.waiting.pop(rollout, None)
+        verdicts = self._judge(rollout, responses) if waiting is None else waiting.result()
         self._count_unscored(verdicts)
         prompts = {prompt.id: prompt.token_ids for prompt in self.prompts(rollout).prompts}
         rows = [
@@ -207,28 +206,23 @@ class Responder:
     def _candidates(self, rollout: int, responses: Sequence[Response]) -> list[Response]:
         return [*(self.prompts(rollout).human if self.admits_human else ()), *responses]
 
-    def _judge(self, rollout: int, responses: Sequence[Response], ledger: Ledger) -> list[Verdict]:
+    def _judge(self, rollout: int, responses: Sequence[Response]) -> list[Verdict]:
         candidates = self._candidates(rollout, responses)
         if self.judge is None:
             return [make_verdict(response, None, "there is no judge") for response in candidates]
-        return ask(self.judge, self.prompts(rollout).prompts, candidates, ledger, self.report)
+        return ask(self.judge, self.prompts(rollout).prompts, candidates, self.ledger, self.report)
 
     def _judge_meanwhile(self, rollout: int, responses: Sequence[Response]) -> None:
-        """Judge in a thread, after the earlier rollouts; the thread ends with the process."""
-        before = list(self.waiting.values())
-        done: Future[list[Verdict]] = Future()
-        self.waiting[rollout] = done
+        if self.meanwhile is None:
+            assert self.judge is not None, "somebody who judges"
+            self.meanwhile = Meanwhile(self.judge, self.ledger, self.report)
+        candidates = self._candidates(rollout, responses)
+        self.waiting[rollout] = self.meanwhile.ask(self.prompts(rollout).prompts, candidates)
 
-        def work() -> None:
-            try:
-                for each in before:
-                    each.exception()
-                with Ledger(self.ledger.path, self.ledger.run) as ledger:  # a ledger serves one thread
-                    done.set_result(self._judge(rollout, responses, ledger))
-            except BaseException as error:  # raised again where the verdicts are taken
-                done.set_exception(error)
-
-        Thread(target=work, name=f"judge of rollout {rollout}", daemon=True).start()
+    def close(self) -> None:
+        """End what judges in the background."""
+        if self.meanwhile is not None:
+            self.meanwhile.close()
 
     def _count_unscored(self, verdicts: Sequence[Verdict]) -> None:
         """Stop once more verdicts lack a score than the judge's ``max_unscored`` allows in the whole training.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dnpo.errors import SettingsError
 from dnpo.judges import Forecast, Judge, make_verdict
@@ -21,6 +21,9 @@ from dnpo.judges.asked.reading import Mode
 from dnpo.records import HUMAN, Message, Prompt, Response, Verdict
 from dnpo.settings import Fraction, neutral, place
 from dnpo.store import Report
+
+if TYPE_CHECKING:
+    import jinja2
 
 Reading = Literal["text", "logprobs"]
 SHIPPED = Path(__file__).parent / "templates"
@@ -36,8 +39,6 @@ class Template:
 
     def __init__(self, path: Path, mode: Mode) -> None:
         import yaml
-        from jinja2 import StrictUndefined
-        from jinja2.sandbox import SandboxedEnvironment
 
         def broken(problem: object) -> SettingsError:
             return SettingsError(
@@ -58,12 +59,9 @@ class Template:
             raise broken(f"unknown: {', '.join(sorted(map(str, unknown)))}")
         if content["mode"] != mode:
             raise broken(f"its mode is {content['mode']}")
-        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
         self.path, self.mode = path, mode
+        self._texts = {role: content[role] for role in ("system", "user") if role in content}
         try:
-            self._parts = {
-                role: environment.from_string(content[role]) for role in ("system", "user") if role in content
-            }
             trials = [self.messages([{"role": "user", "content": "?"}], *TRIAL, answer) for answer in (None, "7")]
         except Exception as error:  # expressions in a template can raise anything
             raise broken(f"{type(error).__name__}: {error}") from error
@@ -72,6 +70,18 @@ class Template:
                 raise broken("it does not show what is to be judged ({{ response }}, or {{ first }} and {{ second }})")
         digest = hashlib.sha256("\0".join(content.get(r, "") for r in ("system", "user")).encode()).hexdigest()
         self.name = f"{content['version']}/{digest[:12]}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the compiled form, which cannot be sent to another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_parts"}
+
+    @cached_property
+    def _parts(self) -> dict[str, "jinja2.Template"]:
+        from jinja2 import StrictUndefined
+        from jinja2.sandbox import SandboxedEnvironment
+
+        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        return {role: environment.from_string(text) for role, text in self._texts.items()}
 
     def messages(
         self, conversation: Sequence[Message], response: str, second: str = "", answer: str | None = None
