@@ -2,7 +2,7 @@
 
 Tags (``arms`` in the file of claims) decide which runs of a sweep belong to an arm. A run's iteration k belongs to its
 arm only if the parts that define the arm are in force at k. So the branches of a sweep such as ``ablation`` contribute
-their last iteration only, the chains of ``main`` all of theirs.
+their last iteration only, the chains of ``main`` all of their iterations.
 """
 
 from collections.abc import Callable, Mapping, Sequence

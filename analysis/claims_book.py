@@ -52,7 +52,7 @@ class Claim(Strict):
     """One claim of a paper.
 
     Attributes:
-        text: the claim, in our words.
+        text: the claim, paraphrased.
         measured: what is measured here, in words.
         scale: the data and model on which it is measured.
         measure: a name in ``claims_measures``.

@@ -114,7 +114,7 @@ def alone(name: str) -> int:
 
 
 def scripts(also: Sequence[Path] = ()) -> dict[str, Path]:
-    """The scripts by name: first ours, in the order of the paper, then the scripts in further folders.
+    """The scripts by name: first those of this folder, in the order of the paper, then those in further folders.
 
     Raises:
         SettingsError: there is no such folder, or two scripts have the same name.

@@ -1,4 +1,4 @@
-"""What methods reach and what they spend for it: the numbers of table 2 and figure 14.
+"""What methods achieve and what they spend: the numbers of table 2 and figure 14.
 
 Totals are over the iterations of a run, without the fine-tuning that all runs share and without measuring.
 """

@@ -47,7 +47,7 @@ def make(runs: Runs) -> DrawnFigure:
     )
     note = (
         "totals are over the iterations of a run, without fine-tuning, which all share, and without measuring; seconds "
-        "are those of the machine that computed a stage, whatever else it did"
+        "were measured on the machine that computed a stage, which may have been busy"
     )
     return DrawnFigure(finish(figure, TITLE, foot(cells, rows, shows, note)), rows, cells.used)
 

@@ -249,7 +249,7 @@ def row(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iteration)
 
 
 def size(x_SI: Array) -> dict[str, int]:
-    """Numbers of seeds, of items, and of items left out for want of a value under some seed, as columns."""
+    """Numbers of seeds, of items, and of items left out because they lack a value under some seed, as columns."""
     items = whole(x_SI).shape[1]
     return {"seeds": len(x_SI), "items": items, "unscored": x_SI.shape[1] - items}
 

@@ -35,7 +35,7 @@ COMMON = (
     "eval.",
     *(f"generate.{name}" for name in ("_target_", "temperature", "top_")),
 )
-JUDGED = "eval.judge"  # of these the judge that is in force counts, which may be the labelling one
+JUDGED = "eval.judge"  # only the judge in force counts, which may be the labelling one
 SHOWN = 6
 
 

@@ -65,9 +65,9 @@ def make(runs: Runs) -> DrawnTable:
     notes = [
         f"Stars: against {BASE}. {', '.join(columns[:4])}: of the last policy of each run. The rest: totals over its "
         "iterations, without fine-tuning, which all share, and without measuring. Seconds are those of the machine "
-        "that computed a stage, whatever else it did.",
-        f"{columns[0]}: the judge's, points of 100. {columns[1]}: right greedy answers, %, benchmarks alike.",
-        f"{COLUMN}: arXiv 2502.05400, table 2; the iteration is not said, and DNPO's six numbers average 59.8.",
+        "that computed a stage, which may have been busy.",
+        f"{columns[0]}: the judge's, points of 100. {columns[1]}: right greedy answers, %, mean over benchmarks.",
+        f"{COLUMN}: arXiv 2502.05400, table 2; without the iteration, and DNPO's six numbers average 59.8.",
         *(
             f"{label}. {detectable(found, measure.metric.scale)}"
             for (label, found), measure in zip(differences.items(), measures, strict=False)

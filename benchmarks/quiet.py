@@ -1,4 +1,4 @@
-"""A report that nobody reads, for stages and trainings that a benchmark runs."""
+"""A report that shows nothing, for stages and trainings that a benchmark runs."""
 
 
 class Quiet:

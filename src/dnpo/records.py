@@ -239,7 +239,7 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
 
 
 def write_preferences(path: Path, pairs: Sequence[Pair]) -> None:
-    """Write pairs as JSON lines in TRL's conversational preference format, which its trainers and others read as it is.
+    """Write pairs as JSON lines in TRL's conversational preference format, which TRL's and other trainers read.
 
     Each line has ``prompt``, ``chosen`` and ``rejected`` as lists of messages, and the id, sources, samples, scores,
     strength and weight of the pair. The file is complete or does not exist.

@@ -30,7 +30,7 @@ class Range:
     le: float | None = None
 
     __is_annotated_types_grouped_metadata__: ClassVar[Literal[True]] = (
-        True  # by this pydantic knows what __iter__ is for
+        True  # tells pydantic that __iter__ yields constraints
     )
 
     def __iter__(self) -> Iterator[Any]:

@@ -93,7 +93,7 @@ def _has(tree: DictConfig, name: str) -> bool:
 
 
 def _load(place: str, name: str) -> Any:
-    """An option, from this project's settings or from a folder of the user's."""
+    """Load an option, from this project's settings or from a folder of users' settings."""
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
 

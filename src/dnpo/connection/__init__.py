@@ -1,7 +1,7 @@
 """Talk to an OpenAI-compatible server: addresses, keys, the client, and one request at a time.
 
-Judges and engines that generate share this; it knows nothing of either. Keys come from the environment and go nowhere
-but into requests.
+Judges and engines that generate share this; it is independent of both. Keys come from the environment and are used in
+requests only.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class Connection:
     """One address, with the environment variables that hold its keys.
 
     Args:
-        base_url: up to and with ``/v1``.
+        base_url: the address, including ``/v1``.
         key_from: environment variable with the key.
         headers: further headers, each with the environment variable that holds its value.
         timeout: seconds of one attempt.
@@ -47,7 +47,7 @@ class Connection:
         )
 
     def clean(self, text: str) -> str:
-        """A server's text without the keys, which servers repeat in their errors; of a long one both ends."""
+        """A server's text without the keys, which servers repeat in their errors; long texts keep both ends."""
         for variable in (self.key_from, *self.headers.values()):
             key = os.environ.get(variable, "")
             text = text.replace(key, "[key]") if len(key) > 3 else text
@@ -116,7 +116,7 @@ def pause(attempts: int, wait: float | None = None) -> float:
 
 
 def check_address(name: str, url: str, part: str, example: str) -> None:
-    """Refuse an address that is none, or that has a secret in it.
+    """Refuse an invalid address, or one that has a secret in it.
 
     Args:
         name: the setting within its part.
@@ -141,7 +141,7 @@ def check_address(name: str, url: str, part: str, example: str) -> None:
 
 
 def find_bad_key(part: str, option: str, key_from: str, headers: Mapping[str, str]) -> str | None:
-    """What is wrong with the keys in the environment; None if they can be sent. An absent main key may be right.
+    """What is wrong with the keys in the environment; None if they can be sent. The main key may be absent.
 
     Args:
         part: dotted name of the part, such as ``judge``.
@@ -163,7 +163,7 @@ def find_bad_key(part: str, option: str, key_from: str, headers: Mapping[str, st
 
 
 def address_of(url: str) -> str:
-    """An address in one spelling: without slash at the end and without the port that goes without saying."""
+    """An address in one spelling: without a slash at the end, and without the default port of its scheme."""
     parts = urlsplit(url)
     port = "" if parts.port in (None, {"http": 80, "https": 443}.get(parts.scheme)) else f":{parts.port}"
     host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname

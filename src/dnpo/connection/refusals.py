@@ -1,7 +1,7 @@
-"""What a server says when it refuses: the text, what kind of refusal it is, and how long to wait.
+"""Read a server's refusal: its text, its kind, and how long to wait.
 
-Servers put it in many places: ``error.message`` (OpenAI), ``detail`` (FastAPI), a list with an ``error`` (Google),
-``error`` as a text (Ollama, TGI), ``message`` alone, and in a reply whose status is 200.
+Servers put the text in many places: ``error.message`` (OpenAI), ``detail`` (FastAPI), a list with an ``error``
+(Google), ``error`` as a text (Ollama, TGI), ``message`` alone, and in a reply whose status is 200.
 """
 
 import email.utils
@@ -56,8 +56,8 @@ class Refusal:
     """A server's refusal.
 
     Attributes:
-        status: of HTTP, or the one that the body speaks of; 0 where neither says.
-        text: what the body says, on one line; "" where it says nothing.
+        status: the HTTP status, or the one that the body gives; 0 if there is neither.
+        text: the text in the body, on one line; "" if there is none.
         codes: its ``code``, ``type``, ``status`` and ``param``, by which servers name what is wrong.
         wait: seconds that the server asks to wait.
     """
@@ -69,7 +69,7 @@ class Refusal:
 
     @property
     def words(self) -> str:
-        """All that it says."""
+        """The text and all codes."""
         return f"{self.text} {self.codes}"
 
     @property

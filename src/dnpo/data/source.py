@@ -32,8 +32,8 @@ class RawTable(NamedTuple):
     """Raw rows of a source.
 
     Attributes:
-        columns: the names of their columns.
-        total: their count.
+        columns: the names of the columns.
+        total: the number of rows.
         rows: reads some of them by number, each with its location.
         texts: returns those of the given columns that contain text.
     """

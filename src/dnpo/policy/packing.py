@@ -204,7 +204,7 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # its layout differs from batch to batch, and each would be compiled anew
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its layout differs from batch to batch, and each would be compiled again
 def attention(
     module: nn.Module,
     query: Tensor,

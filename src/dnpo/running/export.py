@@ -198,8 +198,8 @@ def _find(summary: Mapping[str, Any], iteration: str | None, store: Path | None)
     policy = policies[wanted]
     if not (policy.store / policy.stage / MANIFEST).is_file() or not (policy.prompts / MANIFEST).is_file():
         raise SettingsError(
-            f"{policy.store / policy.stage}: it, or the prompts stage it was made from, is gone; give --store if the "
-            "store has moved, or run the same command again"
+            f"{policy.store / policy.stage}: it, or the prompts stage it was made from, is missing; give --store if "
+            "the store has moved, or run the same command again"
         )
     expect_whole({policy.store / policy.stage: policy.name, policy.prompts: "prompts"})
     return policy

@@ -51,7 +51,7 @@ def arrange(run: Run, plan: Plan, task: Task) -> Facts:
 
 
 def name_earlier(number: int) -> str:
-    """Name the input with the pairs of an earlier iteration, so many iterations back."""
+    """Name the input with the pairs of the iteration that is ``number`` iterations back."""
     return f"pairs_{number}"
 
 

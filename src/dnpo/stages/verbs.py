@@ -261,7 +261,7 @@ def _same_weights(folder: Path, policy: "Policy | None") -> None:
     made_by = manifest(folder)["facts"]["weights"]
     if policy is not None and made_by != policy.fingerprint():
         raise DnpoError(
-            f"store: {folder} was made by other weights than this iteration starts from (theirs have the hash "
+            f"store: {folder} was made by other weights than this iteration starts from (their hash is "
             f"{made_by[:16]}, these {policy.fingerprint()[:16]}); remove that folder to compute it again"
         )
 

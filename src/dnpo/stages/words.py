@@ -164,7 +164,7 @@ def _check_rewards(plan: Plan) -> None:
 
 
 def _say(value: Any) -> str:
-    """A value as it is set."""
+    """A value in the form in which it is set."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

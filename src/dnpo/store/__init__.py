@@ -150,7 +150,7 @@ class Store:
         except OSError as error:
             raise SettingsError(f"store={self.root}: {error.strerror}; {ELSEWHERE}") from error
         if stages and known and not known.isdecimal():
-            note(f"store={self.root}: {LAYOUT} was damaged and has been written anew; stages are found by their keys")
+            note(f"store={self.root}: {LAYOUT} was damaged and has been written again; stages are found by their keys")
         elif stages and known != KEYS:
             note(
                 f"store={self.root}: its stages ({', '.join(stages)}) were stored by an earlier version of dnpo; those "

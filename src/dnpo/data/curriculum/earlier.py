@@ -78,7 +78,7 @@ class Mix(Curriculum):
         if len(self.shares) > iterations:
             raise SettingsError(
                 f"curriculum.shares={self.shares}: has shares of {len(self.shares)} iterations, but with "
-                f"iterations={iterations} there are never more than {iterations} to mix; give at most so many shares"
+                f"iterations={iterations} there are never more than {iterations} to mix; give at most that many shares"
             )
         self._shares_of(iteration + 1, iteration)
 

@@ -232,7 +232,7 @@ class _Round:
         """Send a question once, and wait at most ``left`` seconds."""
         endpoint, started = self.endpoint, time.monotonic()
         body, expected = endpoint.body(question), endpoint.price(question) or 0.0
-        # all of it as an extra body, since servers know more parameters than the client
+        # the whole body is an extra body, since servers take more parameters than the client
         request = client.chat.completions.with_streaming_response.create(
             model=endpoint.model, messages=body["messages"], extra_body=body
         )

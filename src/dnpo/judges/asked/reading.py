@@ -172,7 +172,7 @@ class _Object(list[tuple[str, Any]]):
 
 
 class _Literal(str):
-    """A number as it is written."""
+    """A number of a JSON object, as its text."""
 
 
 def _value_of(text: str, names: set[str]) -> str:
