@@ -38,3 +38,27 @@ def _wait(work: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return wait_and_work
+
+
+def delay_steps() -> None:
+    """Wait before each step of a training, and tell which is next."""
+    from dnpo.optimise.batches import Steps
+
+    delay_in = Store._compute
+    step = Steps.step
+    present = {"stage": ""}
+
+    def compute_and_tell(self: Store, stage: Stage, inputs: Mapping[str, Path], report: Report) -> None:
+        present["stage"] = stage.name
+        delay_in(self, stage, inputs, report)
+
+    def wait_and_step(self: Any, number: int, size: int) -> Any:
+        if present["stage"] == "optimise":
+            aside = Path(f"{AT}.aside")
+            aside.write_text(f"optimise step {number}")
+            aside.replace(AT)
+            time.sleep(SECONDS / 4)
+        return step(self, number, size)
+
+    Store._compute = compute_and_tell  # type: ignore[method-assign]
+    Steps.step = wait_and_step  # type: ignore[method-assign]

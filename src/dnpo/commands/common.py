@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dnpo import disk
+from dnpo import disk, interrupts
 from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import say
@@ -48,7 +48,7 @@ def run(
         config: name of the composed file, without its suffix.
         body: called with the composed tree and Hydra's settings of the job; its result is what a searching sweeper
             optimises.
-        interrupted: message after Ctrl-C.
+        interrupted: message after Ctrl-C, or a signal that asks the process to end.
         arguments: arguments of the command; None takes the process's.
     """
     failed: list[str] = []
@@ -58,7 +58,8 @@ def run(
 
         job = HydraConfig.get()
         try:
-            return body(cfg, job)
+            with interrupts.raised():  # here too, since launchers call it in processes of their own
+                return body(cfg, job)
         except DnpoError as error:
             if job.mode is RunMode.MULTIRUN:
                 record_failure(Path(job.runtime.output_dir), str(error))
@@ -79,7 +80,7 @@ def run(
         folder = conf_folder()
         if not (folder / f"{config}.yaml").is_file():
             raise SettingsError(f"{folder}: expected a {config}.yaml among the settings")
-        with _arguments(sys.argv[1:] if arguments is None else arguments):
+        with interrupts.raised(), _arguments(sys.argv[1:] if arguments is None else arguments):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=config)(task)()
         if failed:
             _fail(failed.pop())
@@ -87,9 +88,10 @@ def run(
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _fail(_explain(error, config))
-    except KeyboardInterrupt:
-        say(f"\nInterrupted. {interrupted}")
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        by = interrupts.name(interrupt)
+        say(f"\nInterrupted{f' by {by}' if by else ''}. {interrupted}")
+        sys.exit(interrupts.exit_status(interrupt))
 
 
 @contextmanager
@@ -243,7 +245,7 @@ def track(
     try:
         yield
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # a launcher that starts the job again exits
         status = "KILLED"
         raise
     finally:

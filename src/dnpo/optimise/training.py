@@ -6,7 +6,6 @@ of optimizers and schedule, and what the kind of training adds. A killed trainin
 
 import inspect
 import math
-import signal
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +16,14 @@ from typing import Any, ClassVar, Protocol, Self, cast
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dnpo import disk
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, StoreError
+from dnpo.interrupts import Held
 from dnpo.optimise.batches import Steps
 from dnpo.optimise.parts import Optimisation
 from dnpo.policy.packing import Packed
@@ -235,17 +236,26 @@ class Training(pl.LightningModule):
 
 
 class _Checkpoints(pl.Callback):
-    """Writes a checkpoint every ``every`` policy steps; it replaces the last one only when it is complete."""
+    """Writes a checkpoint every ``every`` policy steps, and when a signal asks the process to end.
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every = path, every
+    It replaces the last one only when it is complete.
+    """
+
+    def __init__(self, path: Path, every: int, signals: Held) -> None:
+        self.path, self.every, self.signals = path, every, signals
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take the signals from Lightning, which would end without a checkpoint."""
+        self.signals.hold()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
-        training = cast(Training, module)
-        if training.policy_step % self.every == 0 and training.policy_step < training.total:
+        """Write a checkpoint if one is due, then let signals end the training."""
+        step, total = cast(Training, module).policy_step, cast(Training, module).total
+        if self.signals.waiting or (step % self.every == 0 and step < total):
             aside = disk.name_aside(self.path)
             trainer.save_checkpoint(aside)
             disk.replace(aside, self.path)
+        self.signals.deliver()
 
 
 def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[str, float]]:
@@ -259,6 +269,7 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
     checkpoint = _find_checkpoint(folder)
     optimisation, transformer = module.optimisation, module.transformer
     device = module.policy.device
+    signals = Held("the training ends after a checkpoint at the end of this step")
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1 if device.index is None else [device.index],
@@ -269,7 +280,8 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[_Checkpoints(folder / CHECKPOINT, optimisation.checkpoint_every)],
+        plugins=[LightningEnvironment()],  # on SLURM Lightning would requeue the job by itself
+        callbacks=[_Checkpoints(folder / CHECKPOINT, optimisation.checkpoint_every, signals)],
     )
     module.policy.model.train()
     if optimisation.checkpointing:
@@ -277,7 +289,7 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
     if optimisation.compile:
         transformer.base_model.compile(dynamic=True)  # lengths differ from batch to batch
     short = ""
-    with _interruptible(trainer):
+    with _interruptible(signals):
         try:
             trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
         except RuntimeError as error:
@@ -358,18 +370,16 @@ def discard_checkpoint(folder: Path) -> None:
 
 
 @contextmanager
-def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Raise KeyboardInterrupt at Ctrl-C, which Lightning turns into a plain exit."""
-    handler = signal.getsignal(signal.SIGINT)
+def _interruptible(signals: Held) -> Iterator[None]:
+    """Raise the KeyboardInterrupt that Lightning turns into a plain exit, and put the handlers of signals back."""
     try:
         yield
-    except SystemExit:
-        if trainer.interrupted:
-            raise KeyboardInterrupt from None
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, KeyboardInterrupt):
+            raise stopped.__context__ from None
         raise
     finally:
-        if handler is not None and signal.getsignal(signal.SIGINT) is not handler:
-            signal.signal(signal.SIGINT, handler)
+        signals.release()
 
 
 def _as_list(value: Any) -> list[Any]:

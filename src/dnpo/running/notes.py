@@ -205,7 +205,7 @@ def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def describe_failure(stage: str, error: BaseException) -> str:
     """Say at which stage a run failed or was interrupted, and how to continue it."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt | SystemExit):
         return f"**Interrupted** at {escape(stage)}. {CONTINUES}"
     message = str(error) or type(error).__name__
     return f"**Failed** at {escape(stage)}: {escape(message[:LONGEST_MESSAGE])}\n\n{CONTINUES}"
