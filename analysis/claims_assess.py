@@ -70,7 +70,7 @@ class Tracked:
         return sorted({run.seed for run in self.runs[sweep]})
 
     def policy(self, sweep: str, arm: str, seed: int, iteration: int | str) -> TrackedPolicy | None:
-        """One policy of an arm, from the newest run that has it; None where no run has it."""
+        """One policy of an arm, from the newest run that has it; None if no run has it."""
         tags = self.arms[arm]
         for run in self.runs[sweep]:
             if (
@@ -121,7 +121,7 @@ class Result:
     """The outcome of a claim.
 
     Attributes:
-        by: the effect by iteration, where both sides have the same iterations.
+        by: the effect by iteration, if both sides have the same iterations.
         reason: why it was not measured.
         runs: the runs that it was measured on.
     """

@@ -29,7 +29,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 Row = Mapping[str, Any]
 Values = dict[str, float] | float
-"""Numbers by the id of a held-out prompt, NaN where one is missing; or a single number."""
+"""Numbers by the id of a held-out prompt, NaN if one is missing; or a single number."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TrackedPolicy:
 
 
 def by_prompt(items: Sequence[Row], column: str = "score", kind: str = "sample") -> dict[str, float]:
-    """The mean of a column over the responses of one kind to each prompt; NaN where none of them has a value.
+    """The mean of a column over the responses of one kind to each prompt; NaN if none of them has a value.
 
     Args:
         column: ``score`` or ``second`` (0-100) or ``right`` (0 or 1).
@@ -111,7 +111,7 @@ def as_good_as_human(items: Sequence[Row], column: str = "score") -> dict[str, f
 def duels(ours: Sequence[Row], theirs: Sequence[Row], column: str = "score") -> dict[str, float]:
     """For each prompt, ours' share of wins minus its share of losses, with every sample compared with every other.
 
-    Between −1 and 1; ties count for neither side. NaN where one side has no score.
+    Between −1 and 1; ties count for neither side. NaN if one side has no score.
     """
     a, b = _samples(ours, column), _samples(theirs, column)
     if a.keys() != b.keys():
@@ -166,7 +166,7 @@ def mean_over_steps(steps: Sequence[Row], name: str, otherwise: str = "") -> flo
     """The mean of a metric over the steps of one training, each weighted by its rows.
 
     Args:
-        otherwise: the metric to use where no step has the first; a training without noise has no noisy margin.
+        otherwise: the metric to use if no step has the first; a training without noise has no noisy margin.
     """
     chosen = otherwise if otherwise and all(name not in step for step in steps) else name
     _series(steps, chosen)

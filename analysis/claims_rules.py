@@ -2,13 +2,13 @@
 
 A claim says where an effect lies: above or below a target (``greater``, ``less``), not below or not above it by more
 than a margin (``at_least``, ``at_most``), or within a margin around it (``within``). This open interval is the claim's
-region. With the effect's 95 % t interval over seeds and items, which is wide where seeds are few, the claim is
+region. With the effect's 95 % t interval over seeds and items, which is wide if seeds are few, the claim is
 
     supported      if the interval lies inside the region, and p ≤ 0.05 after Holm's correction;
     contradicted   if it lies wholly outside the region, with the same p;
     undecided      otherwise, and always with fewer than three seeds.
 
-p comes from a two-sided test against the region's bound, the larger one where there are two bounds. A paired difference
+p comes from a two-sided test against the region's bound, the larger one if there are two bounds. A paired difference
 over items that is compared with 0 takes its p from ``dnpo.stats.paired``. Holm's correction is over all claims of the
 file. A claim that was not measured counts with p = 1, so measuring fewer claims makes none easier to support.
 
@@ -36,7 +36,7 @@ RULE = (
     "Supported: the whole 95 % interval lies where the claim says, and p ≤ {alpha} after Holm's correction over all "
     "{claims} claims (one that was not measured counts with p = 1). Contradicted: the whole interval lies elsewhere, "
     "with the same p. Undecided: everything else, and every claim measured with fewer than {least} seeds. Intervals "
-    "are t intervals over seeds and, where there are items, items; detectable is the smallest true difference from the "
+    "are t intervals over seeds and, if there are any, items; detectable is the smallest true difference from the "
     "bound that would be found in 80 % of such comparisons at α = {alpha}, before the correction."
 )
 
@@ -77,8 +77,8 @@ class Effect:
     """An effect with its uncertainty.
 
     Attributes:
-        p: before any correction; 1 where it cannot be tested.
-        detectable: smallest detectable difference; None where the values do not vary.
+        p: before any correction; 1 if it cannot be tested.
+        detectable: smallest detectable difference; None if the values do not vary.
         items: number of items; None for a measure without items.
     """
 

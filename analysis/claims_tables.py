@@ -156,7 +156,7 @@ def markdown(results: Sequence[Result], about: str) -> str:
 def brief(results: Sequence[Result], about: str) -> str:
     """The table without sources, sizes and remarks, for a README.
 
-    A claim's measure is given only where several claims have the same text.
+    A claim's measure is given only if several claims have the same text.
     """
     wanted = ("", "claim", "claimed", "effect (95 %)", "p", "outcome")
     places = [COLUMNS.index(column) for column in wanted]

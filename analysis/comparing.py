@@ -147,6 +147,6 @@ def label(method: str, iteration: Iteration) -> str:
 
 
 def last(paper: Mapping[tuple[str, Iteration], Sequence[float]], method: str, iteration: Iteration) -> float | None:
-    """The average that the paper prints; None where it prints none."""
+    """The average that the paper prints; None if it prints none."""
     row = paper.get((method, iteration))
     return None if row is None else row[-1]

@@ -115,7 +115,7 @@ def over_iterations(axis: Axes, iterations: Sequence[Iteration]) -> None:
 
 
 def spread(rows: Sequence[Mapping[str, Any]], prefix: str = "") -> Any:
-    """The intervals of rows as matplotlib's ``yerr``; None where no row has one."""
+    """The intervals of rows as matplotlib's ``yerr``; None if no row has one."""
     if all(row[f"{prefix}low"] is None for row in rows):
         return None
     ends = [

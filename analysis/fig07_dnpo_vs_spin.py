@@ -41,7 +41,7 @@ def table(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
 
 
 def draw(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw a bar for each iteration, with wins − losses next to it, starred where significant."""
+    """Draw a bar for each iteration, with wins − losses next to it, starred if significant."""
     outcomes(axis, rows, [spell(row["iteration"]) for row in rows])
     texts = [plus_minus(row, "win_less_lose_", signed=True) + "*" * (row["p_holm"] <= 0.05) for row in rows]
     write_beside_bars(axis, "win − lose", texts)

@@ -86,7 +86,7 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None
 
 
 def _scale(axis: Axes, values: Sequence[float]) -> None:
-    """Choose a scale with room for 0, logarithmic where methods differ by more than ten times."""
+    """Choose a scale with room for 0, logarithmic if methods differ by more than ten times."""
     least, most = min((value for value in values if value > 0), default=1.0), max(values)
     if most > 10 * least:
         axis.set_xscale("symlog", linthresh=least)

@@ -74,7 +74,7 @@ def _table(drawing: DrawnTable, path: Path) -> list[Path]:
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV with the columns of all of them; a cell is empty where its row lacks the column."""
+    """Rows as CSV with the columns of all of them; a cell is empty if its row lacks the column."""
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()

@@ -38,7 +38,7 @@ class PolicyMeasure:
     Attributes:
         metric: an entry of the catalogue, or one that runs do not track.
         items: gives the values whose mean it is, by item, weighted so that their plain mean is the number in the table;
-            None where a run has not kept them.
+            None if a run has not kept them.
     """
 
     metric: Metric
@@ -166,7 +166,7 @@ def duel(a: TrackedRun, b: TrackedRun, iteration: Iteration, column: str = "scor
 
 
 def results(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iteration, seeds: Iterable[int]) -> Array:
-    """A measure's values under some seeds; NaN where an item has none. Shape S × I.
+    """A measure's values under some seeds; NaN if an item has none. Shape S × I.
 
     Raises:
         Absent: a run does not have the measure.
@@ -270,7 +270,7 @@ def item_path(iteration: Iteration) -> str:
 
 
 def read_once(run: TrackedRun, path: str, read: Callable[[Path], Any]) -> Any:
-    """Read an artefact of a run, once; None where the run has none."""
+    """Read an artefact of a run, once; None if the run has none."""
     if (run.id, path) not in _KEPT:
         file = run.artifact(path)
         _KEPT[run.id, path] = None if file is None else read(file)

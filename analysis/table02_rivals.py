@@ -67,7 +67,7 @@ def make(runs: Runs) -> DrawnTable:
         "iterations, without fine-tuning, which all share, and without measuring. Seconds are those of the machine "
         "that computed a stage, which may have been busy.",
         f"{columns[0]}: the judge's, points of 100. {columns[1]}: right greedy answers, %, mean over benchmarks.",
-        f"{COLUMN}: arXiv 2502.05400, table 2; without the iteration, and DNPO's six numbers average 59.8.",
+        f"{COLUMN}: arXiv 2502.05400, table 2, which names no iteration; DNPO's six numbers average 59.8.",
         *(
             f"{label}. {detectable(found, measure.metric.scale)}"
             for (label, found), measure in zip(differences.items(), measures, strict=False)

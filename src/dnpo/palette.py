@@ -69,7 +69,7 @@ SERIES = (
 )
 OTHER = Look("#8A8A8A", "P")  # anything that METHODS and SERIES lack
 
-# Looks where all methods are compared, by the name of their option. So many colours cannot be told apart: the methods
+# Looks for comparisons of all methods, by the name of their option. So many colours cannot be told apart: the methods
 # of a family share one, and their markers differ.
 FAMILIES = {"human": "#5E4FA2", "given": "#8C2D04", "own": "#C51B7D", "many": "#66A61E", "live": "#1F9EBA"}
 RIVALS: Mapping[str, Look] = {

@@ -90,7 +90,7 @@ class Verdict:
     Attributes:
         sample: number of the response among its source's responses to the prompt.
         disagreement: in points: between the two orders of a comparison, or between the members of an ensemble (their
-            standard deviation); None where there is nothing to compare.
+            standard deviation); None if there is nothing to compare.
     """
 
     id: str
@@ -108,13 +108,13 @@ class Pair:
     Pairs are unique by id, iteration, step, and both samples.
 
     Attributes:
-        rejected: "" with no ``rejected_ids`` where a labeller chooses responses without rejecting any.
+        rejected: "" with no ``rejected_ids`` if a labeller chooses responses without rejecting any.
         flipped: whether a generated response was chosen over the human one.
         iteration: the iteration that labelled it.
         strength: p(y⁺ ≻ y⁻), how sure the label is; 1 for hard labels.
         weight: its weight in the loss of a step.
         shift: how far σ(margin) is lowered in the loss, for robust training.
-        step: the policy step before which it was made, where that happens in training (``rollout=live``).
+        step: the policy step before which it was made, if it was made in training (``rollout=live``).
         draws: how many policy steps trained on it there.
     """
 
@@ -148,7 +148,7 @@ class Rollout:
         rollout: the number of the rollout that it belongs to.
         step: the policy step before which that rollout was made.
         prompt_ids: the rendered prompt.
-        score: the judge's; None without a judge, or where it gave none.
+        score: the judge's; None without a judge, or if it gave none.
         reason: why there is no score.
         disagreement: as in :class:`Verdict`.
     """
@@ -190,9 +190,9 @@ class Item:
         id: of the prompt.
         kind: ``human``, ``greedy``, or ``sample``, of which there are several.
         sample: its number among the samples, 0 otherwise.
-        score: None where the judge gave none.
-        second: the second judge's score; None where there is none.
-        right: whether it gives the prompt's answer; None where prompts have none.
+        score: None if the judge gave none.
+        second: the second judge's score; None if there is none.
+        right: whether it gives the prompt's answer; None if prompts have none.
         logprob: in nats, under the policy that generated it; None for human ones.
     """
 

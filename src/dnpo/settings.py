@@ -72,7 +72,7 @@ def neutral_names(target: Callable[..., Any], places: bool = True) -> list[str]:
     """The names of a part's settings that cannot change a result.
 
     Args:
-        places: whether to include locations, which is right where their contents are compared in another way.
+        places: whether to include locations, which is right if their contents are compared in another way.
     """
     if not dataclasses.is_dataclass(target):
         return []

@@ -56,7 +56,7 @@ def value_at(name: str, values: Sequence[Any], k: int, iterations: int) -> Any:
 
 
 def join(trees: Sequence[Any]) -> Any:
-    """The settings of all iterations as one tree, with a list where they differ."""
+    """The settings of all iterations as one tree, with a list for each setting that differs."""
     first = trees[0]
     if all(tree == first for tree in trees):
         return first

@@ -65,7 +65,7 @@ class Checked(NamedTuple):
     Attributes:
         top: settings outside the parts.
         starts: the iteration at which each part of ``STARTING`` starts.
-        parts: the settings of each part, with lists where iterations differ.
+        parts: the settings of each part, with lists for settings that differ between iterations.
         plans: the settings of the parts of ``VARYING``, and ``WORDS``, for each iteration.
     """
 

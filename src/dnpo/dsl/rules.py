@@ -16,7 +16,7 @@ from dnpo.settings import Count, Natural
 
 
 class Candidate(NamedTuple):
-    """A response with its score; None where there is none."""
+    """A response with its score; None if there is none."""
 
     response: Response
     score: float | None
@@ -204,7 +204,7 @@ class Right(AmongGenerated):
 
 @dataclass(frozen=True)
 class GivenPairs(AgainstHuman):
-    """The data's own pair as it is, where nothing is generated (``rollout=given``)."""
+    """The data's own pair, unchanged, if nothing is generated (``rollout=given``)."""
 
     fewest: ClassVar[int] = 0
 

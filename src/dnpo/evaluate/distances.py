@@ -124,7 +124,7 @@ def _shares(first: Any, second: Any, bins: int) -> tuple[Array, Array, tuple[int
         raise DataError(f"bins={bins}: expected 1 or more")
     samples = _sample("first", first), _sample("second", second)
     low, high = min(map(np.min, samples)), max(map(np.max, samples))
-    # numpy's histogram fails where the values are almost equal.
+    # numpy's histogram fails if the values are almost equal.
     wide = (high - low) or 1.0
     places = [np.minimum(((x - low) / wide * bins).astype(int), bins - 1) for x in samples]
     p_b, q_b = (np.bincount(at, minlength=bins) / len(at) for at in places)

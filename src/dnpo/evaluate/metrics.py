@@ -58,7 +58,7 @@ def evaluate(
         sampling: how the policy samples.
         again: how it samples new responses to training prompts: as the responses there were sampled.
         pairs: the pairs that the policy was trained on, if any.
-        train: training prompts, for fresh samples where there are no pairs.
+        train: training prompts, for fresh samples if there are no pairs.
         source: ``source`` of the fresh samples.
         limit: maximum number of completion tokens.
         seed: seed of the samples.

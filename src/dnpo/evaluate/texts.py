@@ -115,7 +115,7 @@ class Texts:
 def similarity(generated: Sequence[str], positive: Sequence[str], encoder: "SentenceBert | None" = None) -> Measured:
     """Measure the similarity of each generated text to the positive sample of its row.
 
-    ``bleu``: corpus BLEU-4 (Papineni et al. 2002), with counts summed over all rows, by sacrebleu. It is 0 where no
+    ``bleu``: corpus BLEU-4 (Papineni et al. 2002), with counts summed over all rows, by sacrebleu. It is 0 if no
     text has four words.
 
     ``bleu_sentence``: BLEU of each row, over the n-gram orders that the text has. Both variants smooth precisions of 0
@@ -171,10 +171,10 @@ def diversity(texts: Sequence[str], *, seed: int = 0, sample: int = SAMPLE) -> M
 
     ``distinct_1``, ``distinct_2``: share of distinct n-grams of words over the whole set (Li et al. 2016). They fall as
     texts are added, so compare only sets of equal size. "a b a" and "a b c" have 3 distinct words of 6, and 3 distinct
-    pairs (a b, b a, b c) of 4. ``distinct_1_within``, ``distinct_2_within``: the same within one text, low where it
-    repeats itself; 1 where it has no n-gram.
+    pairs (a b, b a, b c) of 4. ``distinct_1_within``, ``distinct_2_within``: the same within one text, low if it
+    repeats itself; 1 if it has no n-gram.
 
-    ``self_bleu``: mean BLEU of each text with the others as references (Zhu et al. 2018, Texygen), high where texts are
+    ``self_bleu``: mean BLEU of each text with the others as references (Zhu et al. 2018, Texygen), high if texts are
     alike. It grows with the number of references, so it is computed on ``sample`` texts drawn at random;
     ``self_bleu_texts`` is their number. It is left out for a single text.
 
@@ -225,7 +225,7 @@ def _self_bleu(texts: Sequence[str]) -> tuple[float, str]:
 
 
 def _distinct(texts: Sequence[Sequence[Any]]) -> float:
-    """The share of distinct elements; 1 where there are none, since nothing repeats."""
+    """The share of distinct elements; 1 if there are none, since nothing repeats."""
     every = [one for text in texts for one in text]
     return len(set(every)) / len(every) if every else 1.0
 

@@ -429,7 +429,7 @@ def draw(logits_RV: Tensor, places: Sequence[tuple[int, int]], warp: Any) -> lis
 
 
 def _pick(logits_RV: Tensor, places: Sequence[tuple[int, int]], warp: Any) -> Tensor:
-    """Draw the next token of each row, shape R; -1 where the logits are NaN or infinite.
+    """Draw the next token of each row, shape R; -1 if the logits are NaN or infinite.
 
     This is Gumbel-max in its exponential form: with independent E ~ Exp(1), the largest p / E belongs to entry v with
     probability p_v. First a group of entries is drawn by its total, then an entry of that group, so a row needs G + C

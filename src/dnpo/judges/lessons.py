@@ -32,7 +32,7 @@ class LessonBatch(Batch):
     weight_N: Tensor
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Return it with all tensors on another device."""
         return replace(super().to(device), weight_N=self.weight_N.to(device))
 
 

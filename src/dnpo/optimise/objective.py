@@ -45,7 +45,7 @@ class Facts(NamedTuple):
     drift_B: Tensor | None = None
 
     def to(self, device: torch.device) -> "Facts":
-        """The same on another device."""
+        """Return it with all tensors on another device."""
         return self._replace(**{name: t.to(device) for name, t in self._asdict().items() if t is not None})
 
 

@@ -94,7 +94,7 @@ class PairBatch(Batch):
     notes: Mapping[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Return it with all tensors on another device."""
         return replace(
             super().to(device),
             reference=PairLogps(*(t.to(device) for t in self.reference)),

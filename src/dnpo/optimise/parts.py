@@ -69,7 +69,7 @@ class Logistic:
     xi_min: Positive = 0.05
 
     def identity(self) -> Mapping[str, Any]:
-        """β, and other settings where they differ from plain DPO, so that stage keys from before them stay valid."""
+        """β, and other settings if they differ from plain DPO, so that stage keys from before them stay valid."""
         own = {"smoothing": self.smoothing, "xi_min": self.xi_min}
         plain = {"_target_": type(self).__name__, "beta": self.beta}
         return plain | {name: value for name, value in own.items() if value != getattr(Logistic, name)}
@@ -83,7 +83,7 @@ class Logistic:
 
 @dataclass(frozen=True)
 class Squared:
-    """The squared loss of IPO: the gap should be 1 / (2β), and less where labels are not sure.
+    """The squared loss of IPO: the gap should be 1 / (2β), and less if labels are not sure.
 
     Args:
         beta: preference temperature (the paper's τ).
@@ -164,7 +164,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Refined:
-    """The logistic loss with smoothed labels where the policy is not sure (SPA, equations 9 to 12).
+    """The logistic loss with smoothed labels for pairs of which the policy is not sure (SPA, equations 9 to 12).
 
     A label is suspect if the confidence in it is below a percentile of the confidences in the last pairs. The
     confidence is measured with a policy that is moved away from the reference: its logits are (1 + λ) times the

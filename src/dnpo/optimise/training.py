@@ -60,7 +60,7 @@ class MicroBatch(Protocol):
         """The number of tokens that go through the model."""
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Return it with all tensors on another device."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Batch:
         return len(self.packed.ids_T)
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Return it with all tensors on another device."""
         return replace(self, packed=self.packed.to(device))
 
 

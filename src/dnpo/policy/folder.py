@@ -110,7 +110,7 @@ def read_quantisation(folder: Path) -> str | None:
 
 
 def find_files(where: str, revision: str | None) -> Path | None:
-    """The folder of a model's files on this machine; None where they are not downloaded from the hub yet."""
+    """The folder of a model's files on this machine; None if they are not downloaded from the hub yet."""
     if Path(where).is_dir():
         return Path(where)
     from huggingface_hub import try_to_load_from_cache
@@ -339,7 +339,7 @@ def _describe_other_weights(folder: Path) -> str:
     if pickled:
         return (
             f"its weights are pickled ({name_some(pickled)}), which is not read here, since a pickle can run any code; "
-            "load them with transformers where you trust them, and save_pretrained() writes safetensors"
+            "if you trust them, load them with transformers, and save_pretrained() writes safetensors"
         )
     others = sorted(file.name for end in ("safetensors", "gguf", "h5", "msgpack") for file in folder.glob(f"*.{end}"))
     there = f"; there is {name_some(others)}" if others else ""

@@ -85,7 +85,7 @@ class Head:
 def token_logps(hidden_NH: Tensor, head: Head, target_N: Tensor) -> Tensor:
     """log softmax(logits)[target] of each token, shape N, float32.
 
-    Gradients flow to the hidden states and, where they require it, to the head's weight and bias.
+    Gradients flow to the hidden states and, if they require it, to the head's weight and bias.
 
     Args:
         hidden_NH: the last hidden states that predict the tokens, in any floating type.
@@ -232,7 +232,7 @@ def target_in(value_NC: Tensor, target_N: Tensor, first: int) -> tuple[Tensor, T
 
 
 def subtract_one_at_(value_NC: Tensor, target_N: Tensor, first: int) -> None:
-    """Subtract 1 at the target where it lies in the tile that begins at entry ``first``."""
+    """Subtract 1 at the target if it is in the tile that begins at entry ``first``."""
     inside_N, at_N1 = target_in(value_NC, target_N, first)
     value_NC.scatter_add_(1, at_N1, -inside_N.unsqueeze(-1).to(value_NC.dtype))
 

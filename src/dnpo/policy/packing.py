@@ -65,7 +65,7 @@ class Packed:
         return len(self.lengths)
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Return it with all tensors on another device."""
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {n: v.to(device) for n, v in held.items() if isinstance(v, Tensor)}
         return replace(self, **moved)

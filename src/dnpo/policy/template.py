@@ -348,7 +348,7 @@ def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, 
     compiled = _compile(template)
     compiled.globals[CLOCK] = lambda form: _Now(datetime.now().strftime(form), uses)
     settings = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": generation}
-    with suppress(Exception):  # raised where a string is needed, which _Now is not
+    with suppress(Exception):  # raised if a string is needed, which _Now is not
         if compiled.render(messages=[dict(message) for message in messages], **settings) == text and not uses:
             return
     remedy = "model.template_date" if setting == SETTING else "judge.template_date (in a fit template_date)"

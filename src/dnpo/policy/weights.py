@@ -128,7 +128,7 @@ class Weights:
         """Check all files, including the tokenizer's, and load the model without its weights (``outline_complete``).
 
         Returns:
-            The model on the ``meta`` device; None where that cannot be done: the files are not downloaded yet, or the
+            The model on the ``meta`` device; None if that cannot be done: the files are not downloaded yet, or the
             weights are quantised.
 
         Raises:

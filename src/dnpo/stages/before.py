@@ -37,7 +37,7 @@ def _prompts_key(run: Run, plan: None) -> dict[str, Any]:
 def prepare(run: Run, plan: None, task: Task) -> Facts:
     """Encode the prompts that fit the model, with their responses; write its tokenizer, and its weights if untrained.
 
-    The responses are the human ones, and the rejected ones of the data's own pairs where there are any.
+    The responses are the human ones, and the rejected ones of the data's own pairs, if there are any.
     """
     rows, facts = run.data.read()
     removed = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in facts.get("removed", {}).items() if n]

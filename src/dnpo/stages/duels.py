@@ -33,8 +33,8 @@ class Duel:
         id: the prompt's id.
         sample: number of the sample.
         ours, theirs: the texts.
-        ours_score, theirs_score: points; theirs has 50 where the judge compares. None where a score is missing.
-        preference: 1 if ours wins, ½ for a tie, 0 if it loses; None where a score is missing.
+        ours_score, theirs_score: points; theirs has 50 if the judge compares. None if a score is missing.
+        preference: 1 if ours wins, ½ for a tie, 0 if it loses; None if a score is missing.
         disagreement: between both orders, or between members of an ensemble, in points.
         difference: length of ours minus length of theirs, in characters.
         reason: why a score is missing.

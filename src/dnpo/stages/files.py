@@ -23,7 +23,7 @@ def read_split(folder: Path, split: str) -> "Held":
 
 
 def read_given(folder: Path, split: str) -> list[Response]:
-    """Read the rejected responses of the data's own pairs in a split; none where the data have no pairs."""
+    """Read the rejected responses of the data's own pairs in a split; none if the data have no pairs."""
     path = folder / f"{split}-given.parquet"
     return read(path, Response) if path.is_file() else []
 

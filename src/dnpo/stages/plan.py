@@ -185,7 +185,7 @@ class Iteration:
         k: its number; ``BEFORE`` for fine-tuning.
         policy: the policy that it trained.
         taught: before the first iteration, the policy that can judge: a copy taught to judge, or the policy itself.
-        labelled: the pairs that it made; the training itself where these are made in training.
+        labelled: the pairs that it made; the training itself if they are made in training.
         pairs: the pairs that it trained on: the same ones, unless there is a curriculum.
         like: the training whose noise this one matches.
     """

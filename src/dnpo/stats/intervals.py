@@ -1,10 +1,10 @@
 """Means of scores over items and seeds, with intervals, computed in one of two ways.
 
-**Bootstrap** (``bootstrap``): resamples items and, where there are several, seeds; assumes no distribution. With few
-seeds it is too narrow where seeds vary more than items, for any number of resamples: three seeds can be drawn in
+**Bootstrap** (``bootstrap``): resamples items and, if there are several, seeds; assumes no distribution. With few
+seeds it is too narrow if seeds vary more than items, for any number of resamples: three seeds can be drawn in
 only ten different ways (``tests/test_comparisons.py`` measures the effect).
 
-**t** (``estimate_mean``): assumes means that are approximately normal; its intervals are wide where seeds are few.
+**t** (``estimate_mean``): assumes means that are approximately normal; its intervals are wide if seeds are few.
 
 Shapes: S seeds, I items, K different columns of items, B resamples, X sides.
 """
@@ -25,7 +25,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval; the ends are None where they cannot be computed."""
+    """A number and its 95 % interval; the ends are None if they cannot be computed."""
 
     value: float
     low: float | None = None

@@ -64,7 +64,7 @@ def control_length(
 
     whose θ and φ maximise Σ y log P + (1 − y) log(1 − P) over the duels: y is 1 for a win, 0 for a loss and ½ for a
     tie. Dividing by s makes the unit of length irrelevant, and tanh keeps a few very long responses from dominating φ.
-    The mean of the fitted probabilities is that of y, so where length has no effect the result is the plain win rate.
+    The mean of the fitted probabilities is that of y, so if length has no effect the result is the plain win rate.
 
     Example: in 75 of 100 duels our response is 10 characters longer, and 60 of these are won; in 25 it is 10 shorter,
     and 5 are won. Both kinds are fitted exactly, σ(θ + φt) = 0.8 and σ(θ − φt) = 0.2 (t = tanh(10/√75) = 0.819), so
@@ -181,7 +181,7 @@ def _separates(won_BK: Array, lost_BK: Array) -> Flags:
 
 
 def _limit(x_K: Array, won_K: Array, lost_K: Array) -> float:
-    """The limit of σ(θ) where length decides every duel; NaN where it is undetermined."""
+    """The limit of σ(θ) where length decides every duel; NaN if it is undetermined."""
     won, lost = x_K[won_K > 0], x_K[lost_K > 0]
     if not len(won) or not len(lost):  # equal length lies between the lengths that occur, or beyond them
         every = (won, lost)[len(lost) > 0]

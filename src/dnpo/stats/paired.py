@@ -28,9 +28,9 @@ class Comparison:
         kind: ``right`` for right/wrong, ``scores`` for all else.
         tests: p of every test, by name.
         p: the largest p of all tests, so a difference is significant only if it is in every test.
-        effect: effect size: Cohen's g for right/wrong, Cohen's d_z for scores; None where it cannot be computed.
+        effect: effect size: Cohen's g for right/wrong, Cohen's d_z for scores; None if it cannot be computed.
         detectable: the smallest true difference that would be found in 80 % of such comparisons at α = 0.05, before
-            any correction; None where all differences are the same.
+            any correction; None if all differences are the same.
         notes: caveats to report with the numbers.
     """
 

@@ -1,4 +1,4 @@
-"""Tables of comparisons: mean ± half interval, with a star where the test is significant after Holm's correction."""
+"""Tables of comparisons: mean ± half interval, with a star if the test is significant after Holm's correction."""
 
 import csv
 import io
@@ -43,7 +43,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table; None where there is no cell. ``words`` are its cells in the columns of words."""
+    """A row of a table; None if there is no cell. ``words`` are its cells in the columns of words."""
 
     label: str
     shown: tuple[Shown | None, ...]

@@ -20,7 +20,7 @@ class Wins:
     Attributes:
         win, tie, lose: shares of the first side; their sum is 1.
         rate: the win rate, win + tie/2.
-        p: two-sided p of the hypothesis that wins and losses are equally likely: the exact sign test where every prompt
+        p: two-sided p of the hypothesis that wins and losses are equally likely: the exact sign test if every prompt
             has one duel, otherwise McNemar's test clustered by prompt.
         duels: number of duels with a score on both sides.
         unscored: number of duels left out because a score is missing.
@@ -40,7 +40,7 @@ class Wins:
 
 
 def preferences(ours: Sequence[float | None], theirs: Sequence[float | None]) -> list[float | None]:
-    """For each duel: 1 if our score is higher, ½ for a tie, 0 if theirs is higher, None where a score is missing.
+    """For each duel: 1 if our score is higher, ½ for a tie, 0 if theirs is higher, None if a score is missing.
 
     To test over prompts and seeds at once, compare preferences (seeds × items) with ½ by ``compare_paired``.
 
@@ -117,7 +117,7 @@ def _numbers(scores: Sequence[float | None]) -> Array:
     try:
         numbers: Array = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(f"scores must be numbers, or None where one is missing ({error})") from error
+        raise DataError(f"scores must be numbers, or None if one is missing ({error})") from error
     return numbers
 
 

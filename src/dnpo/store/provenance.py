@@ -24,7 +24,7 @@ def describe(device: str = "") -> dict[str, str]:
     """Describe this process: versions and commit, and device and threads once torch is imported.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; "" where none is used.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; "" if none is used.
     """
     torch: Any = sys.modules.get("torch")
     found = {"python": platform.python_version(), **versions(), "commit": commit()}

@@ -237,7 +237,7 @@ class MLflowTracking(Tracking):
 
     @contextmanager
     def _connect(self) -> Iterator[None]:
-        """Connect to the store, where the experiment is made if there is none; errors name the setting to change."""
+        """Connect to the store, and create the experiment if there is none; errors name the setting to change."""
         try:
             self._client = connect(self.uri)
             with FileLock(self._lock()):  # two processes must not make the experiment at once
@@ -392,7 +392,7 @@ class MLflowTracking(Tracking):
         self.tags({NOTE: self._note})
 
     def end_note(self, text: str) -> None:
-        """Put how the run ended into the note, cutting the text before it where it is too long."""
+        """Put how the run ended into the note, cutting the text before it if it is too long."""
         self.note(end_note(self._note[: LONGEST - len(text) - 2], text))
 
     def tags(self, values: Mapping[str, str]) -> None:

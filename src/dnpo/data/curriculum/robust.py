@@ -143,10 +143,10 @@ def move(xi_N: "Array", epsilon: float, xi_min: float, tie: Callable[[int], Any]
 
     Args:
         xi_N: between ``xi_min`` and 1.
-        tie: a key that orders pairs of equal ξ, given their number; it is asked only where the budget ends among them.
+        tie: a key that orders pairs of equal ξ, given their number; used only if the budget ends among them.
 
     Returns:
-        m, shape N: 0 or 1 for all but at most one; 0 where ξ = ξ_min, where nothing can move.
+        m, shape N: 0 or 1 for all but at most one; 0 if ξ = ξ_min, since nothing can move.
     """
     import numpy as np
 

@@ -31,8 +31,8 @@ class Benchmark:
     Attributes:
         shots: number of examples before each question, as in Yang et al. 2025.
         tasks: names of lm-eval's tasks.
-        metric: lm-eval's metric; normalised accuracy where lm-eval has it.
-        filter: name of lm-eval's filter that extracts the answer, where it has several.
+        metric: lm-eval's metric; normalised accuracy if lm-eval has it.
+        filter: name of lm-eval's filter that extracts the answer, if it has several.
         pooled: whether the score is the mean over all items instead of the mean of the tasks' means.
     """
 

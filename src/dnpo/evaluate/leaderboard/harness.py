@@ -75,7 +75,7 @@ def _model(policy: Policy, batch_size: int) -> Any:
         """
 
         def __init__(self) -> None:
-            # a copy of the tokenizer, since lm-eval adds a padding token where there is none
+            # a copy of the tokenizer, since lm-eval adds a padding token if there is none
             tokenizer = copy.deepcopy(policy.tokenizer)
             super().__init__(policy.model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
             self.cut: set[tuple[str, int]] = set()
@@ -144,7 +144,7 @@ def of_hub(names: Sequence[str], shots: int) -> dict[str, Any]:
         loaded: dict[str, Any] = manager.load(list(names))["tasks"]
     except ImportError as error:
         raise SettingsError(f'{", ".join(names)}: {error}; pip install "dnpo[eval]"') from error
-    except (OSError, ValueError) as error:  # datasets raises either where it finds neither hub nor cache
+    except (OSError, ValueError) as error:  # datasets raises either if it finds neither hub nor cache
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"source=hub: {', '.join(names)} cannot be loaded ({reason}); give source=FOLDER") from error
     for task in loaded.values():
@@ -162,7 +162,7 @@ def _prepare(task: Any, shots: int) -> None:
 def mass_of_the_true(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
     """TruthfulQA's mc2: the probability of the true answers among all answers (Lin et al. 2022, section 3.2).
 
-    lm-eval computes 0/0 where all probabilities are too small for a float; here the largest is scaled to 1.
+    lm-eval computes 0/0 if all probabilities are too small for a float; here the largest is scaled to 1.
     """
     labels = np.array(doc["labels"] if "labels" in doc else doc["mc2_targets"]["labels"])
     logps = np.array([logp for logp, _ in results])

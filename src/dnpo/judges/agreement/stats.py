@@ -27,7 +27,7 @@ class AgreementMeasure:
     """A measure over rows.
 
     Attributes:
-        of: computes values (shape S) from weights (S × R); NaN where the measure is not defined.
+        of: computes values (shape S) from weights (S × R); NaN if the measure is not defined.
         rows: number of rows that it uses.
         undefined: the reason to report if the measure is not defined.
     """
@@ -107,7 +107,7 @@ def fleiss(votes_RV: Labels) -> AgreementMeasure:
 
 
 def mean(measures: Sequence[AgreementMeasure]) -> AgreementMeasure:
-    """The mean of several measures; defined where all of them are."""
+    """The mean of several measures; defined if all of them are."""
     first = measures[0]
     return AgreementMeasure(lambda w_SR: np.mean([m.of(w_SR) for m in measures], axis=0), first.rows, first.undefined)
 
@@ -140,7 +140,7 @@ class Judged:
         votes_RV: categories by person; no columns if only the label is known.
         longer_R: the longer response; ``TIE`` if they are equally long.
         scores_RN: scores of both responses, for a judge that scores single responses.
-        orders_RN: for a judge that compares, its scores of ``b`` in both orders, the lower first; NaN where it was not
+        orders_RN: for a judge that compares, its scores of ``b`` in both orders, the lower first; NaN if it was not
             asked because the responses are identical.
     """
 

@@ -234,7 +234,7 @@ class _Batches:
 
 
 def _refusal_of(error: Exception) -> Refusal | None:
-    """What the server says in an error of the client; None where there is no reply."""
+    """What the server says in an error of the client; None if there is no reply."""
     import openai
 
     if not isinstance(error, openai.APIStatusError):

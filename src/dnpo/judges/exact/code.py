@@ -90,7 +90,7 @@ class UnitTests(Checker):
         if not self.i_know_this_runs_code:
             return (
                 "judge=code runs programs that a model wrote, with limits on time, memory, files and processes, and "
-                "closed off from files and network where the system allows. Set judge.i_know_this_runs_code=true if "
+                "closed off from files and network if the system allows. Set judge.i_know_this_runs_code=true if "
                 "that is what you want"
             )
         if sys.platform == "win32":

@@ -79,7 +79,7 @@ def run_tests(response: str, tests: str, how: Isolation, timeout: float, limits:
     Args:
         timeout: seconds by the clock.
         limits: of each process, by their names in :mod:`resource`; sizes in bytes, times in seconds.
-        size: bytes that can be written in all where the file system is private.
+        size: bytes that can be written in all if the file system is private.
 
     Raises:
         JudgeError: the machine does not isolate them as it should.

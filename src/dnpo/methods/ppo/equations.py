@@ -97,6 +97,6 @@ def divergence(logp_N: Tensor, old_N: Tensor) -> Tensor:
 
 
 def explained_variance(value_N: Tensor, return_N: Tensor) -> float:
-    """1 − Var(R − V) / Var(R): 1 for exact values, 0 for constant ones; 0 also where R does not vary."""
+    """1 − Var(R − V) / Var(R): 1 for exact values, 0 for constant ones; 0 also if R does not vary."""
     variance = return_N.var(correction=0)
     return float(1 - (return_N - value_N).var(correction=0) / variance) if variance > 0 else 0.0

@@ -79,7 +79,7 @@ class ExperienceBatch(Batch):
     return_N: Tensor
 
     def to(self, device: torch.device) -> Self:
-        """The same on another device."""
+        """Return it with all tensors on another device."""
         return replace(
             super().to(device),
             logp_N=self.logp_N.to(device),
