@@ -7,8 +7,8 @@ The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and
 two sets is at least t, a share t of the larger set is in the smaller one. So with all members in one fixed order, the
 first few members of both sets have one in common, and only texts that share one of these are compared. Rare members
 come first in the order, so few texts are compared. If the first common members are the i-th and the j-th, the two texts
-can share at most as many members as the shorter rest has, and if that is too few they are not compared (positional
-filtering; Xiao, Wang, Lin and Yu 2008). MinHash would miss some pairs and cost more at such thresholds.
+share no more members than the shorter rest has; if these are too few, the texts are not compared (positional filtering;
+Xiao, Wang, Lin and Yu 2008). MinHash would miss some pairs and cost more at such thresholds.
 """
 
 import math

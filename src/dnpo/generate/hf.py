@@ -1,10 +1,10 @@
 """Generate responses to prompts, in shards.
 
-A sample depends only on the policy, its prompt, its number and the seed: not on other prompts or their order, nor on
-how many samples of the prompt there are, nor on whether the run was killed in between, nor (up to the rounding of
-logits) on the batch size. Each row draws from its own random stream, so rows can join and leave the batch freely:
-prompts wait in a queue, the longest first; rows that finish leave the batch, and the next prompts take their places. A
-prompt is read once for all of its rows, even if they join at different times.
+A sample depends only on the policy, its prompt, its number and the seed. Other prompts, their order, the number of
+samples of a prompt, a kill in between and (up to the rounding of logits) the batch size make no difference. Each row
+draws from its own random stream, so rows can join and leave the batch freely: prompts wait in a queue, the longest
+first; rows that finish leave the batch, and the next prompts take their places. A prompt is read once for all of its
+rows, even if they join at different times.
 
 Shapes: N prompts, R rows under way, P distinct prompts that are read at once, M rows that move, L columns of the cache,
 V vocabulary in G groups of C entries, D size of a head.
