@@ -304,7 +304,11 @@ def _parameters(kind: Callable[..., Any]) -> list[str]:
 def check_values(
     name: str, target: Callable[..., Any], values: Mapping[str, Any], *, types: bool = True
 ) -> dict[str, Any]:
-    """Check plain values against the settings of ``target``: names, and unless ``types=False`` their types."""
+    """Check plain values against the settings of ``target``: names, and unless ``types=False`` their types.
+
+    Raises:
+        SettingsError: a setting is unknown, missing, or has the wrong type.
+    """
     parameters = inspect.signature(target).parameters
     keywords = {key: parameters[key] for key in (_parameters(target) if types else parameters)}
     inner = [each for each in flat(values) if "." in each and each.split(".")[0] in keywords]
@@ -427,7 +431,11 @@ def _join_names(prefix: str, key: str) -> str:
 
 
 def conf_folder() -> Path:
-    """The folder of the settings: ``$DNPO_CONF``, else next to this file (a wheel), else in the checkout."""
+    """The folder of the settings: ``$DNPO_CONF``, else next to this file (a wheel), else in the checkout.
+
+    Raises:
+        SettingsError: there is no such folder.
+    """
     here = Path(__file__).resolve().parent
     if "DNPO_CONF" in os.environ:
         given = Path(os.environ["DNPO_CONF"]).absolute()

@@ -62,12 +62,20 @@ class Seed:
     pairs: SeedPairs = "all"
 
     def check(self, iterations: int) -> None:
-        """Refuse an empty seed."""
+        """Refuse an empty seed.
+
+        Raises:
+            SettingsError: the share is 0.
+        """
         if not self.share:
             raise SettingsError(f"prompts.share={self.share}: the seed would have no prompts; expected a share above 0")
 
     def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
-        """The seed."""
+        """The seed.
+
+        Raises:
+            DataError: the seed has no prompts.
+        """
         self.check(k + 1)
         seed, _ = self.divide(prompts)
         if not seed:
@@ -100,6 +108,9 @@ class Fresh:
         shares: sizes of the parts in proportion, such as 8, 20 and 30.
         seed_share: the ``share`` of :class:`Seed`; 0: there is no seed, and part 0 is the first of ``shares``.
         seed_pairs: its ``pairs``.
+
+    Raises:
+        SettingsError: there are no shares.
     """
 
     shares: list[Positive]
@@ -111,7 +122,11 @@ class Fresh:
             raise SettingsError(f"shares={self.shares}: expected at least one size, such as [8, 20, 30]")
 
     def check(self, iterations: int) -> None:
-        """Refuse more iterations than parts."""
+        """Refuse more iterations than parts.
+
+        Raises:
+            SettingsError: there are fewer parts than iterations.
+        """
         parts = len(self.shares) + bool(self.seed_share)
         if iterations > parts:
             beside = " in addition to the seed" if self.seed_share else ""
@@ -122,7 +137,11 @@ class Fresh:
             )
 
     def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
-        """Part ``k``."""
+        """Part ``k``.
+
+        Raises:
+            DataError: the part has no prompts.
+        """
         self.check(k + 1)
         parts = self.parts(prompts)
         if not parts[k]:

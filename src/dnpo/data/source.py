@@ -65,6 +65,9 @@ class Rows(ABC):
         max_prompt_tokens: longer prompts are dropped.
         max_response_tokens: maximum length of responses.
         long_responses: ``cut`` cuts longer human responses as samples are cut, ``drop`` drops their rows.
+
+    Raises:
+        SettingsError: the columns of a field are not valid, or belong to another field too.
     """
 
     drawn_with_replacement: ClassVar[bool] = False

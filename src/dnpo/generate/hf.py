@@ -504,7 +504,11 @@ def _queue(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
 
 @contextmanager
 def memory_for(sampling: Sampling) -> Iterator[None]:
-    """Turn a lack of memory into an error that names the setting to change."""
+    """Turn a lack of memory into an error that names the setting to change.
+
+    Raises:
+        SettingsError: there is too little memory; names ``generate.batch_size``.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -26,6 +26,9 @@ class Ensemble(Judge):
         members: judges, by any names.
         by: ``mean`` or ``majority``.
         max_unscored: share of responses that may lack a score.
+
+    Raises:
+        SettingsError: there are fewer than two members, or the scores of one cannot be combined.
     """
 
     members: Mapping[str, Judge]

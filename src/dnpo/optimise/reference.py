@@ -79,7 +79,11 @@ def _score_shard(
 
 
 def read_scores(folder: Path, count: int) -> list[ReferenceLogps]:
-    """Read the results of :func:`score`, in the order of the pairs."""
+    """Read the results of :func:`score`, in the order of the pairs.
+
+    Raises:
+        ValueError: the log-probabilities of some pairs are missing.
+    """
     rows = sorted(read_all(sorted(folder.glob("shard-*.parquet")), ReferenceLogps), key=lambda row: row.pair)
     if [row.pair for row in rows] != list(range(count)):
         raise ValueError(f"{folder}: expected the log-probabilities of {count} pairs, found {len(rows)}")

@@ -30,6 +30,10 @@ class Scratch:
         seed: seed of the initial weights.
         question: the template of a judge's question (``judge.template``); the tokenizer is then trained on it too, so
             that it has tokens for the letters.
+
+    Raises:
+        ModelError: ``width`` does not fit ``heads``.
+        SettingsError: the question is not a valid template.
     """
 
     lora: Lora
@@ -118,6 +122,9 @@ class Pretrained:
         chat_template: overrides the tokenizer's template; if there is none, a plain one is used (``PLAIN_TEMPLATE``).
         template_arguments: variables of the template, such as ``{enable_thinking: false}``.
         template_date: the current date for a template that reads the clock, such as ``2026-01-31``.
+
+    Raises:
+        ModelError: both or neither of ``path`` and ``name`` are given, or there is no model at ``path``.
     """
 
     lora: Lora

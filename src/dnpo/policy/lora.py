@@ -30,7 +30,11 @@ class Lora:
         return asdict(self) if self.rank else {"rank": 0}
 
     def on(self, model: "nn.Module", seed: int) -> "nn.Module":
-        """Return the model with a fresh adapter, whose update is still 0; at rank 0 the unchanged model."""
+        """Return the model with a fresh adapter, whose update is still 0; at rank 0 the unchanged model.
+
+        Raises:
+            ModelError: ``target_modules`` cannot be adapted in this model.
+        """
         if self.rank == 0:
             return model
         import torch

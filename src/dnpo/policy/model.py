@@ -56,7 +56,11 @@ class Policy:
 
     @property
     def head(self) -> Head:
-        """The output head, with the scale and cap that its model family applies to logits."""
+        """The output head, with the scale and cap that its model family applies to logits.
+
+        Raises:
+            ModelError: the output head is not a plain linear layer.
+        """
         linear = self.causal_lm.get_output_embeddings()
         if type(linear) is not nn.Linear:
             raise ModelError(

@@ -142,6 +142,9 @@ def pack(
         completions: S lists of token ids; they may be empty.
         share_prompt: whether to pack each prompt once; of 2B sequences, the second half must have the prompts of the
             first half. This changes results only by rounding.
+
+    Raises:
+        ValueError: the two halves have different prompts, although ``share_prompt`` is set.
     """
     pairs = len(prompts) // 2 if share_prompt else 0
     if share_prompt and list(prompts[:pairs]) != list(prompts[pairs:]):
@@ -156,6 +159,9 @@ def pack_shared(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence
     Args:
         prompts, completions: as in :func:`pack`.
         first: for each sequence the number of the earlier one whose prompt it shares; its own number if it shares none.
+
+    Raises:
+        ValueError: ``first`` names a later sequence, or one with another prompt.
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     if any(s < keeper or first[keeper] != keeper or prompts[s] != prompts[keeper] for s, keeper in enumerate(first)):

@@ -62,7 +62,11 @@ class Weights:
 
     @property
     def label(self) -> str:
-        """A short identity for people: the kind of model, and the beginning of its hash or commit."""
+        """A short identity for people: the kind of model, and the beginning of its hash or commit.
+
+        Raises:
+            ModelError: ``config.json`` cannot be read.
+        """
         if self.folder is None:
             # a tag is given in full, since two can begin with the same letters
             commit = self._commit[:12] if re.fullmatch("[0-9a-f]{40}", self._commit) else self._commit

@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     },
 )
 def arrange(run: Run, plan: Plan, task: Task) -> Facts:
-    """Choose the pairs to train on, and their weights, from this iteration's pairs and earlier ones."""
+    """Choose the pairs to train on, and their weights, from this iteration's pairs and earlier ones.
+
+    Raises:
+        DataError: the curriculum leaves no pair.
+    """
     inputs = task.inputs
     pairs = read(inputs["pairs"] / "pairs.parquet", Pair)
     earlier = map(name_earlier, range(1, plan.curriculum.reads_history + 1))

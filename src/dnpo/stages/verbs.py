@@ -114,7 +114,11 @@ def _ready(run: Run, plan: Plan, task: Task, policy: "Policy | None" = None) -> 
     reads=lambda plan: {"prompts", "responses", "verdicts", *(plan.judge.reads_policies if plan.strength.asks else ())},
 )
 def label(run: Run, plan: Plan, task: Task) -> Facts:
-    """Label pairs: which response is chosen, which is rejected, and how sure that is."""
+    """Label pairs: which response is chosen, which is rejected, and how sure that is.
+
+    Raises:
+        DataError: no pair is left.
+    """
     train = read_train(plan, task.inputs["prompts"])
     verdicts = read(task.inputs["verdicts"] / "verdicts.parquet", Verdict) if "verdicts" in task.inputs else []
     generated = read_candidates(plan, task.inputs)

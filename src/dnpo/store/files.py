@@ -28,7 +28,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's file names and contents; the same wherever it lies."""
+    """SHA-256 of a file, or of a folder's file names and contents; the same wherever it lies.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+    """
     if not path.exists():
         raise FileNotFoundError(path)
     digest = hashlib.sha256()

@@ -95,6 +95,9 @@ class InTurn(Curriculum):
 
     Args:
         parts: the curricula, in their order, under any names. Counts of the same name are added up.
+
+    Raises:
+        SettingsError: there are no parts.
     """
 
     parts: Mapping[str, Any]

@@ -74,7 +74,11 @@ class Mix(Curriculum):
         return len(self.shares) - 1
 
     def check(self, iteration: int, iterations: int) -> None:
-        """Refuse shares of iterations that the run does not have, and a first iteration without a share."""
+        """Refuse shares of iterations that the run does not have, and a first iteration without a share.
+
+        Raises:
+            SettingsError: the run has fewer iterations than shares, or only iterations without a share exist.
+        """
         if len(self.shares) > iterations:
             raise SettingsError(
                 f"curriculum.shares={self.shares}: has shares of {len(self.shares)} iterations, but with "

@@ -155,6 +155,9 @@ class Choice(Checker):
     Args:
         letters: the possible answers, such as ``ABCD``, or ``"1234"`` for numbered choices. Within a response's
             sentences only capitals and bracketed letters count.
+
+    Raises:
+        SettingsError: ``letters`` are not different letters or digits.
     """
 
     option: ClassVar[str] = "choice"

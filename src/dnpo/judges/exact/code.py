@@ -127,7 +127,11 @@ class UnitTests(Checker):
         return find_fault(gold) is None
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:
-        """Whether the response's code passes the tests."""
+        """Whether the response's code passes the tests.
+
+        Raises:
+            JudgeError: running code is not allowed, or this machine does not isolate it.
+        """
         if not self.i_know_this_runs_code:
             raise JudgeError("judge=code: nothing is run unless judge.i_know_this_runs_code=true")
         way, found = find_isolation(self.isolation)
