@@ -4,8 +4,8 @@
     python -m benchmarks.bandit --seeds 1 --steps 200
 
 A small random policy answers each prompt with one token of its vocabulary; every token has a known reward r. The policy
-with the largest expected reward less β times its KL to the reference is π* ∝ π_ref · exp(r / β). Printed and drawn is
-the total-variation distance of the policy to π*, the mean over prompts, as it is trained: by the clipped ratio with
+with the largest expected reward less β times its KL to the reference is π* ∝ π_ref · exp(r / β). The command prints and
+draws the total-variation distance of the policy to π* (mean over prompts) during training: by the clipped ratio with
 whitened advantages or plain ones, in 4 policy steps on each rollout, and by REINFORCE with a baseline, in one. The
 first row is the distance of the reference, where training starts.
 """
@@ -149,15 +149,15 @@ class Answers:
         return self.made[rollout]
 
     def measure(self, rollout: int) -> dict[str, float]:
-        """Nothing."""
+        """Return nothing to report."""
         return {}
 
     def describe(self, rollout: int) -> str:
-        """Nothing."""
+        """Return nothing to report."""
         return ""
 
     def explain(self) -> str:
-        """Nothing."""
+        """Return nothing to report."""
         return ""
 
 

@@ -41,7 +41,7 @@ from dnpo.data.tinyworld import FAMILIES, Problem, TinyWorld, problems, respond
 from dnpo.records import Pair
 
 Corruption = Callable[[random.Random, str], str | None]
-"""Corrupts a text; None where there is nothing to corrupt."""
+"""Corrupts a text; None if there is nothing to corrupt."""
 
 
 # --- of text ----------------------------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def reorder(draw: random.Random, text: str) -> str | None:
 
 
 def repeat(draw: random.Random, text: str) -> str | None:
-    """Say everything twice."""
+    """Repeat the text."""
     return f"{text} {text}"
 
 
@@ -129,7 +129,7 @@ def _read_tokens(code: str) -> Iterator[tokenize.TokenInfo]:
 
 
 def _change(code: str, change: Callable[[str], str]) -> str | None:
-    """Change tokens, and leave everything between them as it is; None where none changes."""
+    """Change tokens, and leave everything between them unchanged; None if no token changes."""
     lines, ends = code.splitlines(keepends=True), [0]
     for line in lines:
         ends.append(ends[-1] + len(line))

@@ -3,7 +3,7 @@
     python -m benchmarks.curriculum          # 1,000,000 pairs; 100,000 rows × 384 in 300 clusters
     python -m benchmarks.curriculum --pairs 10000 --rows 5000
 
-Printed are CPU seconds without the making of the pairs, the peak of memory in the process, and what became of them.
+It prints CPU seconds (without making the pairs), the peak memory of the process, and counts of the result.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def embed(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def timed(work: Callable[[], str], name: str) -> None:
-    """Do the work, and print its CPU seconds, the peak of memory so far, and what it says."""
+    """Do the work, and print its CPU seconds, the peak of memory so far, and the text that it returns."""
     before = time.process_time()
     said = work()
     took = time.process_time() - before
@@ -47,7 +47,7 @@ def timed(work: Callable[[], str], name: str) -> None:
 
 
 def weigh(pairs: Sequence[Pair], part: Robust) -> str:
-    """Weigh pairs, and say what became of them."""
+    """Weigh pairs, and describe the result."""
     rows, counts = part(pairs, [], Context(0, 1, embed))
     return f"{len(rows):,} rows, " + ", ".join(f"{name} {value:,.6g}" for name, value in counts.items())
 
@@ -62,7 +62,7 @@ def make_embeddings(rows: int, width: int, topics: int = 500, seed: int = 0) -> 
 
 
 def prune(pairs: Sequence[Pair], part: Prune, embedding_NH: np.ndarray) -> str:
-    """Prune pairs, whose embeddings are the rows, and say what became of them."""
+    """Prune pairs, whose embeddings are the rows, and describe the result."""
     rows, counts = part(pairs, [], Context(0, 1, lambda some: embedding_NH[[pair.prompt_ids[0] for pair in some]]))
     return f"{len(rows):,} pairs, " + ", ".join(f"{name} {value:,}" for name, value in counts.items())
 

@@ -3,10 +3,10 @@
     python -m benchmarks.self_judge                       # the tiny world: fine-tuned alone, then taught
     python -m benchmarks.self_judge --rows 1000 4800 9600 --seeds 3
 
-A tiny policy is fine-tuned as in a run and then taught by ``augment=tiny`` with so many questions. It is asked about
-pairs of human responses to test prompts, none of them seen in training, that the exact judge scores differently. The
-agreement is given for all pairs; for pairs of which both responses are right, or both wrong, so that only form differs;
-and for pairs of a right and a wrong one. Claims about ``judge=self`` are read on the last.
+A tiny policy is fine-tuned as in a run and then taught by ``augment=tiny`` with some number of questions. It is asked
+about pairs of human responses to test prompts, none of them seen in training, that the exact judge scores differently.
+The agreement is given for all pairs; for pairs of which both responses are right, or both wrong, so that only form
+differs; and for pairs of a right and a wrong one. Claims about ``judge=self`` are read on the last.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def sample_pairs(policy: Policy, prompts: Sequence[Prompt], samples: int, seed: 
 
 
 def measure(policy: Policy, template: str, held: Held, name: str) -> dict[str, float]:
-    """The share of pairs whose better response the policy prefers, apart by whether truth decides.
+    """The share of pairs whose better response the policy prefers, separately by whether truth decides.
 
     ``asked``: about the pair itself; ``ranked``: by each response's score, its comparison with an empty one.
     """

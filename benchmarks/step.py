@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="VARIANT",
                         help=f"of {', '.join(NAMES)}")  # fmt: skip
     parser.add_argument("--flops", action="store_true", help="count matrix products instead of seconds")
-    parser.add_argument("--one-at-a-time", action="store_true", help="start a worker anew for every run, so that only "
+    parser.add_argument("--one-at-a-time", action="store_true", help="start a new worker for every run, so that only "
                         "one model is in memory (always so for 7b)")  # fmt: skip
     given = parser.parse_args()
     given.rounds = given.rounds or (20 if given.objectives else 6)
