@@ -50,7 +50,7 @@ class Canary:
     Attributes:
         text: what came back.
         mends: the settings to look at if there is no score.
-        warning: a doubt about a judge that works; "" for none.
+        warning: a warning about a judge that works; "" for none.
     """
 
     scored: bool

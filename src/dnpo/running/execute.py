@@ -228,10 +228,7 @@ def _row(iteration: Iteration, store: Store) -> dict[str, Any]:
         row |= {f"curriculum/{name}": value for name, value in arranged.items()}
     if "tokens" in trained:
         row["trained/tokens"] = trained["tokens"]
-    judged, made = (
-        trained.get("judged", {}),
-        trained.get("generated", {}),
-    )  # a live training judges and generates itself
+    judged, made = trained.get("judged", {}), trained.get("generated", {})  # of a live training, which does both
     if iteration.verdicts is not None:
         judged = manifest(store.folder(iteration.verdicts))["facts"]
     if iteration.responses is not None:

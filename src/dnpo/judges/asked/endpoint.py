@@ -37,8 +37,8 @@ class Endpoint(Connection):
     """One model at one address, and what the server has refused so far.
 
     Args:
-        model: its name there.
-        base_url: its address, including ``/v1``.
+        model: its name at this address.
+        base_url: the address, including ``/v1``.
         key_from: environment variable with the key.
         headers: further headers, each with the environment variable that holds its value.
         timeout: seconds of one attempt.

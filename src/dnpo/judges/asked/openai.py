@@ -47,7 +47,7 @@ class OpenAI(Prompted):
 
     Args:
         model: its name at the endpoint.
-        base_url: its address, including ``/v1``.
+        base_url: the address, including ``/v1``.
         key_from: environment variable with the key. Other endpoints than OpenAI's may need none.
         same_as: another address of the same judge, such as the one that its server had before it moved: answers and
             stages are the same under both.

@@ -6,12 +6,12 @@ is equal. :mod:`dnpo.judges.exact.apart.form` says what tests can do; tests that
 name.
 
 Both processes have an empty environment, an empty folder to work in, limits on processor time, address space, files and
-processes, and no capability. They run in a new session, which is killed as a whole at the end or after ``timeout``.
-Where the system allows it, they are in namespaces without the machine's network and processes, and in a read-only file
-system that holds Python alone; if dnpo runs as root, each process also gets a separate user. Where the system forbids
-this but has bubblewrap, bubblewrap does the same. Where neither works, nothing runs. With ``isolation=none`` there are
-only limits: an answer can read the user's files, use the network and leave its session. Even then nothing runs if the
-environment seems to hold a secret that an answer could read.
+processes, and no capability. They run in a new session, which is killed as a whole at the end or after ``timeout``. If
+the system allows it, they are in namespaces without the machine's network and processes, and in a read-only file system
+that holds Python alone; if dnpo runs as root, each process also gets a separate user. If the system forbids this but
+has bubblewrap, bubblewrap does the same. If neither works, nothing runs. With ``isolation=none`` there are only limits:
+an answer can read the user's files, use the network and leave its session. Even then nothing runs if the environment
+seems to hold a secret that an answer could read.
 
 Starting and ending all this takes about 35 ms of processor time for each answer, twice as much as one bare process; a
 call of an answer's function takes about 30 µs.
