@@ -237,7 +237,7 @@ def test_a_sweep_is_compared_over_items_and_seeds_with_a_star_where_the_correcte
     assert "varies method" in page.text
     assert "seeds 0, 1, 2" in page.text
     assert "No claim was tested" in page.text
-    assert "Not there" not in page.text
+    assert "Missing:" not in page.text
 
 
 def test_of_one_seed_that_is_said(lab: Lab) -> None:
