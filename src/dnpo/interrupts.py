@@ -1,7 +1,7 @@
 """Signals that ask a process to end: raised as Ctrl-C is, or held back until a training has written a checkpoint.
 
 SLURM sends SIGTERM when a job is preempted, and a signal of choice (SIGUSR1, or submitit's SIGUSR2) some time before
-its limit. Handlers that a launcher has installed are called as they are, only later.
+its limit. Handlers that a launcher has installed are still called, only later.
 """
 
 import os
@@ -40,7 +40,7 @@ def name(interrupt: KeyboardInterrupt) -> str:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Raise :class:`Ended` at a signal that would end the process without a word, unless a launcher handles it."""
+    """Raise :class:`Ended` at a signal that would end the process without a message, unless a launcher handles it."""
     owner = os.getpid()
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -58,7 +58,7 @@ def run(
 
         job = HydraConfig.get()
         try:
-            with interrupts.raised():  # here too, since launchers call it in processes of their own
+            with interrupts.raised():  # here too, since launchers call it in separate processes
                 return body(cfg, job)
         except DnpoError as error:
             if job.mode is RunMode.MULTIRUN:

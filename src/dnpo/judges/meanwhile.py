@@ -1,7 +1,7 @@
-"""A judge in a process of its own, so that it works while this process trains.
+"""Run a judge in a separate process, so that it works while this process trains.
 
-A judge that asks an endpoint mostly waits, but each reply also takes some milliseconds of Python. In a thread the
-training would lose them, because threads share Python's lock.
+A judge that asks an endpoint mostly waits, but each reply also takes some milliseconds of Python. In a thread these
+would slow down training, because threads share Python's lock.
 """
 
 import os
@@ -46,7 +46,7 @@ class Meanwhile:
             ) from error
         self.report = report
         self._rounds: SimpleQueue[tuple[Round, Future[list[Verdict]]] | None] = SimpleQueue()
-        context = get_context("spawn")  # a fork would copy torch's threads, locked as they are at this moment
+        context = get_context("spawn")  # a fork would copy the present locks of torch's threads
         self._here, there = context.Pipe()
         self._process = context.Process(target=_judge, args=(there, judge, ledger.path, ledger.run), daemon=True)
         self._process.start()
@@ -54,7 +54,7 @@ class Meanwhile:
         Thread(target=self._exchange, name="judge", daemon=True).start()
 
     def ask(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> "Future[list[Verdict]]":
-        """Have responses judged after those of earlier calls.
+        """Have responses judged, after the responses of earlier calls.
 
         Returns:
             The verdicts, in the order of the responses; or the error with which the judge failed.
@@ -64,7 +64,7 @@ class Meanwhile:
         return verdicts
 
     def close(self) -> None:
-        """End the other process, whatever it does at this moment."""
+        """End the other process at once."""
         self._rounds.put(None)
         self._process.terminate()
         self._process.join()
@@ -98,24 +98,24 @@ class _Notes:
         self.connection = connection
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def advance(self, amount: int = 1) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def note(self, text: str) -> None:
         """Pass on the note."""
         self.connection.send(("note", text))
 
     def status(self, text: str) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
     def steps(self, rows: list[dict[str, float]]) -> None:
-        """Say nothing."""
+        """Do nothing."""
 
 
 def _judge(connection: Connection, judge: Judge, path: Any, run: str) -> None:
-    """Judge what arrives, in the other process, until there is nothing more."""
+    """Judge the responses that arrive, in the other process, until the connection ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that trains decides what Ctrl-C means, and ends this one
     Thread(target=_end_with_parent, daemon=True).start()
     while True:
@@ -129,7 +129,7 @@ def _judge(connection: Connection, judge: Judge, path: Any, run: str) -> None:
         except DnpoError as error:
             connection.send(("error", error))
         except Exception as error:
-            error.add_note(f"({type(judge).__name__} worked in a process of its own: rollout.ahead_by)")
+            error.add_note(f"({type(judge).__name__} worked in a separate process: rollout.ahead_by)")
             connection.send(("error", error))
 
 
