@@ -74,7 +74,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "manifest.json is missing"),
     "empty manifest": (lambda f: (f / MANIFEST).write_text(""), "manifest.json cannot be read"),
     "manifest of bytes": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), "manifest.json cannot be read"),
-    "no object": (lambda f: (f / MANIFEST).write_text("3"), "manifest.json is no manifest"),
+    "no object": (lambda f: (f / MANIFEST).write_text("3"), "manifest.json is not a manifest"),
     "manifest edited": (edit, "manifest.json has other contents"),
     "other stage": (copy_from_other, "manifest.json is that of generate/"),
     "nothing left": (lambda f: (shutil.rmtree(f), f.mkdir()), "manifest.json is missing"),

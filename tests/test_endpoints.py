@@ -264,7 +264,7 @@ def test_what_servers_want_is_sent_and_no_value_of_a_header_is_kept(
         ({"extra_body": {"stream": True}}, "extra_body.stream"),
         ({"extra_body": {"messages": []}}, "extra_body.messages"),
         ({"extra_body": {"response_format": {}}}, "extra_body.response_format: .*judge.structured=off"),
-        ({"pattern": "(8"}, "pattern=.*no regular expression"),
+        ({"pattern": "(8"}, "pattern=.*not a regular expression"),
         ({"pattern": "score"}, "pattern=score: has 0 groups; expected one"),
         ({"pattern": "(a)(b)"}, "has 2 groups"),
         ({"pattern": "(a)", "reading": "logprobs"}, "pattern: .*reading=logprobs"),

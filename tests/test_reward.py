@@ -204,7 +204,7 @@ def test_a_reward_that_is_no_number(world: World, tmp_path: Path) -> None:
 
 def test_what_is_no_reward_model(world: World, tmp_path: Path) -> None:
     causal = Reward(path=str(llama(world, tmp_path / "causal", LlamaForCausalLM)), device="cpu")
-    with pytest.raises(ModelError, match=r"missing.*\(score\.weight\).*no reward model without.*reward fit "):
+    with pytest.raises(ModelError, match=r"missing.*\(score\.weight\).*Without a trained output.*reward fit "):
         verdicts(causal, *rows())
     two = Reward(path=str(bert(tmp_path / "two", num_labels=2)), device="cpu")
     with pytest.raises(ModelError, match="2 outputs; expected one"):

@@ -500,7 +500,7 @@ def test_tables_that_cannot_be_brought_up_to_date_are_left_as_they_are(
     ("content", "message"),
     [
         (b"no database at all, but text", "file is not a database.*repair it, give another"),
-        (None, "no database of MLflow; give another"),
+        (None, "not a database of MLflow; give another"),
     ],
     ids=["text", "another database"],
 )

@@ -134,7 +134,7 @@ def check_address(name: str, url: str, part: str, example: str) -> None:
         )
     try:
         sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
+    except ValueError:  # a port that is not a number
         sound = False
     if not sound:
         raise SettingsError(f"{name}={url}: expected an address such as {example}")
@@ -156,7 +156,7 @@ def find_bad_key(part: str, option: str, key_from: str, headers: Mapping[str, st
             )
         if not held.isascii() or not held.isprintable() or (" " in held and not setting):
             return (
-                f"{option}: what environment variable {variable} holds is no {'header' if setting else 'key'} "
+                f"{option}: the value of environment variable {variable} is not a {'header' if setting else 'key'} "
                 "(it has blanks, line ends or letters beyond ASCII); export the value alone"
             )
     return None

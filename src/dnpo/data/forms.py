@@ -39,7 +39,7 @@ def plain_row(raw: Any, roles: Mapping[str, str] = NO_ROLES) -> Any:
 
 
 def _list_of(value: Any) -> list[Any] | None:
-    """Parse a list in JSON or in Python's notation; None if the text is no list."""
+    """Parse a list in JSON or in Python's notation; None if the text is not a list."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return None
     for read in (json.loads, ast.literal_eval):

@@ -58,7 +58,7 @@ def open_text(setting: str, file: Path) -> BinaryIO:
         setting: as in :func:`open_file`.
 
     Raises:
-        DataError: it cannot be opened, or is no text file.
+        DataError: it cannot be opened, or is not a text file.
     """
     stream = open_file(setting, file)
     start = stream.read(32)

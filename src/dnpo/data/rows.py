@@ -175,7 +175,7 @@ def _rejected(row: Mapping[str, Any], raw: Mapping[str, Any], messages: list[Mes
     """The rejected response of a row with a pair, whose chosen response is ``human``.
 
     Raises:
-        RowError: it is no response, belongs to another conversation, or is equal to the chosen one.
+        RowError: it is not a response, belongs to another conversation, or is equal to the chosen one.
     """
     *before, last = _sides("rejected", row, raw)
     if before != messages:
@@ -194,7 +194,7 @@ def _score(side: str, row: Mapping[str, Any]) -> float | None:
     """The rating of one side of a pair, if the row has one.
 
     Raises:
-        RowError: it is no number, or two columns have different ones.
+        RowError: it is not a number, or two columns have different ones.
     """
     found = {field: _number(field, row[field]) for field in SCORES[side] if field in row}
     if len(set(found.values())) > 1:
@@ -211,7 +211,7 @@ def _number(field: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise RowError(f"{field} is no number", f"{field} is {reprlib.repr(value)}; expected a number, or null")
+        raise RowError(f"{field} is not a number", f"{field} is {reprlib.repr(value)}; expected a number, or null")
     return number
 
 

@@ -60,7 +60,7 @@ def read_text(place: str, value: Any, *, field: str = "", empty: bool = False) -
     if is_parts(value):
         value = "".join(_read_part(f"{place}[{i}]", field, part) for i, part in enumerate(value))
     if not isinstance(value, str):
-        raise RowError(f"{field} is no text", f"{place} is {reprlib.repr(value)}; expected text")
+        raise RowError(f"{field} is not text", f"{place} is {reprlib.repr(value)}; expected text")
     if not empty and is_blank(value):
         raise RowError(f"{field} is empty", f"{place} is empty; expected text")
     try:
@@ -83,7 +83,7 @@ def _is_part(value: Any) -> bool:
 def _read_part(place: str, field: str, part: Mapping[str, Any]) -> str:
     if part["type"] not in TEXT_PARTS:
         text = f"{place} is of type {part['type']!r}; expected parts of type text"
-        raise RowError(f"{field} has parts that are no text", text)
+        raise RowError(f"{field} has parts that are not text", text)
     return read_text(f"{place}.text", part.get("text"), field=field, empty=True)
 
 
@@ -100,7 +100,7 @@ def read_turn(field: str, i: int, turn: Any, wanted: Sequence[str], *, empty: bo
     place = f"{field}[{i}]"
     if not isinstance(turn, Mapping):
         text = f"{place} is {reprlib.repr(turn)}; expected a turn with role and content"
-        raise RowError(f"{field} has something that is no turn", text)
+        raise RowError(f"{field} has something that is not a turn", text)
     key = "from" if turn.get("role") is None and turn.get("from") is not None else "role"
     given = turn.get(key)
     name = given.strip().lower() if isinstance(given, str) else ""
@@ -129,11 +129,13 @@ def read_turns(field: str, turns: Any, wanted: Sequence[str] = ("system", "user"
     """Yield turns one by one: a system turn if any, then user and assistant alternating.
 
     Raises:
-        RowError: the value is no list of such turns.
+        RowError: the value is not a list of such turns.
     """
     if not isinstance(turns, list):
         as_text = ", or such a list as JSON text" if isinstance(turns, str) else ""
-        raise RowError(f"{field} is no list of turns", f"{field} is {reprlib.repr(turns)}; expected {TURNS}{as_text}")
+        raise RowError(
+            f"{field} is not a list of turns", f"{field} is {reprlib.repr(turns)}; expected {TURNS}{as_text}"
+        )
     if not turns:
         raise RowError(f"{field} is empty", f"{field} is empty; expected {TURNS}")
     for i, turn in enumerate(turns):

@@ -61,7 +61,7 @@ def count_tensors(names: Collection[str]) -> str:
 
 
 def explain_missing(folder: Path, marker: str = CONFIG) -> str:
-    """Explain why a folder without ``config.json`` (or another marker) is no model, and what it contains instead."""
+    """Explain why a folder without ``config.json`` (or another marker) is not a model, and what it contains instead."""
     expected = f"expected a folder with {marker}, *.safetensors and a tokenizer"
     if folder.is_file():
         return f"no model there, only a file; {expected}"

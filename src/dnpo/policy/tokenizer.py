@@ -64,7 +64,7 @@ def encode(
 
     The template's text before a response belongs to the prompt. Prompt and response are tokenised together, so the
     response's first token is one that can follow the prompt (a SentencePiece tokenizer puts a space before every text).
-    The response is tokenised separately only if the prompt's tokens are no prefix of the whole's. Like a sample, the
+    The response is tokenised separately only if the prompt's tokens are not a prefix of the whole's. Like a sample, the
     response is cut after its first stop token, or gets the tokenizer's end of sequence if it has none. A prompt begins
     with the beginning-of-sequence token if the tokenizer puts one before every text. The texts of turns never become
     control tokens (``tokens.py``).

@@ -126,7 +126,7 @@ def _claims(own: TrackedRun | None) -> tuple[list[dict[str, Any]], str]:
     try:
         rows = [{name: row.get(name) for name in CLAIM} for row in json.loads(path.read_text())]
     except (ValueError, AttributeError, TypeError):
-        return [], "analysis/claims.json is no list of claims"
+        return [], "analysis/claims.json is not a list of claims"
     for row in rows:
         row["look"] = LOOKS.get(str(row["outcome"]), "open")
         notes = row["notes"] or ""

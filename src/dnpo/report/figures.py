@@ -157,7 +157,7 @@ def histogram(logprobs: Path, title: str, note: str) -> Picture:
 
 
 def png(path: Path) -> Picture | None:
-    """Read a PNG file as a picture; None if it is no PNG."""
+    """Read a PNG file as a picture; None if it is not a PNG."""
     content = path.read_bytes()
     title = path.stem.replace("_", " ").replace("-", " ")
     return Picture(_uri(content, ".png"), title, wide=True) if content.startswith(PNG) else None

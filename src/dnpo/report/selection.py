@@ -119,8 +119,8 @@ def _run_of_folder(folder: Path, runs: Iterable[TrackedRun]) -> TrackedRun:
     path = folder / SUMMARY
     if not path.is_file():
         raise DataError(
-            f"{folder}: it has no {SUMMARY}, so its run did not finish, and it is no folder of a tracked sweep. Give "
-            "the id of the run, which MLflow shows: a page can be written on an unfinished run too"
+            f"{folder}: it has no {SUMMARY}, so its run did not finish, and it is not the folder of a tracked sweep. "
+            "Give the id of the run, which MLflow shows: a page can be written on an unfinished run too"
         )
     content = path.read_bytes()
     try:

@@ -111,7 +111,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{MANIFEST} is no manifest")
+        raise ValueError(f"{MANIFEST} is not a manifest")
     if set(content) == EARLIER:
         return content
     whole = {name: value for name, value in content.items() if name != CHECKSUM}

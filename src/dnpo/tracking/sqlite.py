@@ -65,7 +65,7 @@ def try_file(file: Path) -> None:
     """Check that runs can be written to a file, or that it can be made; nothing changes.
 
     Raises:
-        TrackingError: they cannot, or it is no database of MLflow.
+        TrackingError: they cannot, or it is not a database of MLflow.
     """
     with _explain(file):
         if not file.exists():
@@ -77,7 +77,7 @@ def try_file(file: Path) -> None:
             database.execute("begin immediate")
             database.rollback()
         if file.stat().st_size and not _has(file, "experiments"):
-            raise TrackingError(f"tracking.uri={SQLITE}{file}: it is no database of MLflow; give another")
+            raise TrackingError(f"tracking.uri={SQLITE}{file}: it is not a database of MLflow; give another")
 
 
 def _mlflow() -> Any:
@@ -102,7 +102,7 @@ def _upgrade(file: Path, aside: Path) -> None:
             "which has other tables; wait until it has ended, or give another"
         )
     if not _has(file, "experiments"):
-        raise TrackingError(f"tracking.uri={SQLITE}{file}: it is no database of MLflow; give another")
+        raise TrackingError(f"tracking.uri={SQLITE}{file}: it is not a database of MLflow; give another")
     kept = file.with_name(f"{file.name}.before-{_mlflow()._get_latest_schema_revision()}")
     _copy(file, aside)
     _remove(kept)

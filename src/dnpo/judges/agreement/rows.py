@@ -107,7 +107,7 @@ def _read_row(where: str, raw: Any) -> LabelledRow:
     votes = row.get("votes", [])
     if not isinstance(votes, list):
         text = f"votes is {reprlib.repr(votes)}; expected a list of A, B or tie, one a person"
-        raise RowError("votes is no list", text)
+        raise RowError("votes is not a list", text)
     prompt = Prompt(
         id=read_text("id", str(row["id"])) if "id" in row else f"line {where.replace(' row ', ':').rpartition(':')[2]}",
         messages=_messages(row["prompt"]),
@@ -125,7 +125,7 @@ def _messages(prompt: Any) -> list[Message]:
         return [{"role": "user", "content": read_text("prompt", prompt)}]
     if not isinstance(prompt, list) or not prompt:
         text = f"prompt is {reprlib.repr(prompt)}; expected text, or turns with role and content"
-        raise RowError("prompt is no text and no turns", text)
+        raise RowError("prompt is neither text nor turns", text)
     read = [read_turn("prompt", i, turn, ("system", "user", "assistant")) for i, turn in enumerate(prompt)]
     turns = [turn for turn in read if turn is not None]
     if not turns or turns[-1]["role"] != "user":

@@ -173,7 +173,7 @@ class OpenAI(Prompted):
         try:
             found = re.compile(self.pattern)
         except re.error as error:
-            raise SettingsError(f"pattern={self.pattern}: is no regular expression ({error})") from None
+            raise SettingsError(f"pattern={self.pattern}: is not a regular expression ({error})") from None
         if found.groups != 1:
             raise SettingsError(
                 f"pattern={self.pattern}: has {found.groups} groups; expected one, around the value, as in "

@@ -51,10 +51,10 @@ class Template:
         except (OSError, ValueError, yaml.YAMLError) as error:  # a date that does not exist is a ValueError
             raise broken(error) from error
         if not isinstance(content, dict):
-            raise broken("it is no mapping")
+            raise broken("it is not a mapping")
         for name in ("version", "mode", "user", *(["system"] if "system" in content else [])):
             if not isinstance(content.get(name), str) or not content[name].strip():
-                raise broken(f"{name} is missing or no text")
+                raise broken(f"{name} is missing or not text")
         if unknown := set(content) - {"version", "mode", "user", "system"}:
             raise broken(f"unknown: {', '.join(sorted(map(str, unknown)))}")
         if content["mode"] != mode:

@@ -105,7 +105,7 @@ def _turns(field: str, value: Any, last: str) -> list[Message]:
         return [{"role": last, "content": read_text(field, value, empty=last == "assistant")}]
     if not isinstance(value, list) or not value:
         text = f"{field} is {reprlib.repr(value)}; expected text, or a list of turns"
-        raise RowError(f"{field} is no text and no turns", text)
+        raise RowError(f"{field} is neither text nor turns", text)
     turns: list[Message] = []
     for i, turn in enumerate(value):
         wanted = ("system", "user", "assistant") if i < len(value) - 1 else (last,)

@@ -129,7 +129,7 @@ def one_eos(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: S
             f"{wrong[0].prompt.id}, which ends with {tokenizer.decode(wrong[0].ids[-3:])!r}"
         )
         return Finding("one EOS", "stop", text, TEMPLATE)
-    # An end that is no special token, such as a line break, ends a response even in the middle of its text.
+    # An end that is not a special token, such as a line break, ends a response even in the middle of its text.
     early = [row for row in rows if stops & set(_tokenize_content(tokenizer, row.prompt.human, stop_ids))]
     if early:
         text = (

@@ -235,7 +235,7 @@ class Server:
 
 
 def _refuse(value: Any) -> dict[str, Any]:
-    raise TypeError(f"a {type(value).__name__} is no plain value")
+    raise TypeError(f"a {type(value).__name__} is not a plain value")
 
 
 def _function(verb: str) -> Any:

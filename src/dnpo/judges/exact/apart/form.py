@@ -69,7 +69,7 @@ def answer_names(tests: str) -> list[str]:
     """The names that tests need from the answer.
 
     Raises:
-        SyntaxError, ValueError: they are no Python.
+        SyntaxError, ValueError: they are not Python.
     """
     tree = ast.parse(tests)
     free = _free_names(tests) - _own_modules(tree, _free_names(tests))
@@ -110,9 +110,9 @@ def find_fault(tests: str) -> str | None:
         compile(tree, "tests", "exec")
         names = answer_names(tests)
     except SyntaxError as error:
-        return f"is no Python program (line {error.lineno}: {error.msg})"
+        return f"is not a Python program (line {error.lineno}: {error.msg})"
     except (ValueError, RecursionError, MemoryError) as error:
-        return f"is no Python program ({error})"
+        return f"is not a Python program ({error})"
     if not tree.body:
         return "is empty"
     refused = sorted(_REFUSED_NAMES & _free_names(tests))

@@ -166,7 +166,7 @@ class Client:
         except BrokenWire as error:
             raise AnswerEnded(str(error)) from error
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise AnswerEnded("sent what is no message") from error
+            raise AnswerEnded("sent something that is not a message") from error
         except _Raised as raised:
             raise raised.error from None
 
@@ -174,7 +174,7 @@ class Client:
         """The value of a reply; print here what was printed there, and change the arguments that were changed there."""
         kind, value, more, printed = reply
         if not isinstance(printed, str):
-            raise BrokenWire("sent what is no message")
+            raise BrokenWire("sent something that is not a message")
         sys.stdout.write(printed)
         if kind == "error":
             raise _Raised(self._exception(value, decode(more, _no_reference), verb))

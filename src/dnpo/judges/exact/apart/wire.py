@@ -147,7 +147,7 @@ class Wire:
         """Wait for a message.
 
         Raises:
-            BrokenWire: there will be none, it is longer than ``LIMIT``, or it is no list.
+            BrokenWire: there will be none, it is longer than ``LIMIT``, or it is not a list.
         """
         try:
             line = self._in.readline(LIMIT + 1)
@@ -160,7 +160,7 @@ class Wire:
         try:
             message = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BrokenWire("sent what is no message") from error
+            raise BrokenWire("sent something that is not a message") from error
         if not isinstance(message, list) or not message:
-            raise BrokenWire("sent what is no message")
+            raise BrokenWire("sent something that is not a message")
         return message
