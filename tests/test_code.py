@@ -285,7 +285,7 @@ def test_code_is_off_until_asked_for() -> None:
 @pytest.mark.parametrize(
     ("tests", "fault"),
     [
-        ("assert (", "no Python"),
+        ("assert (", "not a Python program"),
         ("", "empty"),
         ("assert True", "would pass"),
         ("def check(candidate):\n    assert candidate(1) == 2", "check(NAME)"),
