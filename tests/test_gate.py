@@ -563,7 +563,7 @@ def test_memory() -> None:
     what = partial(machine.memory, "training", 600.0, 300.0, "cpu", "trainer.micro_batch_size")
     fires(what(), "pass", "an estimate", "free on cpu")
     fires(what(free=1000.0), "pass", "900 bytes")
-    fires(what(free=999.0), "warn", "300 bytes of a batch", "trainer.micro_batch_size")
+    fires(what(free=999.0), "warn", "300 bytes of the longest batch", "trainer.micro_batch_size")
     fires(what(free=600.0), "warn")
     fires(what(free=599.0), "stop", "600 bytes of weights", "trainer.micro_batch_size")
 

@@ -19,9 +19,9 @@ CONF = conf_folder()
 HUB = ["path=null", "name=some/model", "revision=0123456789abcdef"]
 # What an option needs to be built, and to have every field matter; a second entry shows the other way to name a model.
 GIVEN: dict[tuple[str, str], list[list[str]]] = {
-    ("model", "hub"): [["revision=0123456789abcdef"]],
+    ("model", "hub"): [["revision=0123456789abcdef", "lora.rank=4"]],
     ("data", "hub"): [["sample=1", "revision=0123456789abcdef"]],
-    ("model", "local"): [["path=model"]],
+    ("model", "local"): [["path=model", "lora.rank=4"]],
     ("curriculum", "prune"): [["encoder=model"]],
     ("model", "tiny"): [["lora.rank=4"]],
     ("npo", "offset"): [["shift=1"]],

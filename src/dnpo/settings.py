@@ -47,6 +47,7 @@ Fraction = Annotated[float, Range(ge=0, le=1)]
 Count = Annotated[int, Range(ge=1)]
 Natural = Annotated[int, Range(ge=0)]
 Dtype = Literal["float32", "bfloat16"]  # of weights
+Quantisation = Literal["nf4", "int8"]  # of a base model's weights, in 4 or 8 bits
 
 SPECIAL = ("_target_", "_partial_")
 OWN = "dnpo."

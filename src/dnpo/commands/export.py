@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     silence_libraries()
     try:
-        policy = export(given.run, given.to, given.iteration, given.store)
+        policy = export(given.run, given.to, given.iteration, given.store, lambda text: say(f"warning: {text}"))
     except DnpoError as error:
         say(f"error: {error}", error=True)
         sys.exit(1)

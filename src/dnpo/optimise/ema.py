@@ -7,12 +7,14 @@ It is computed in float32, and only of trained weights; frozen weights are share
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dnpo.errors import StoreError
 from dnpo.policy.model import Policy
+from dnpo.policy.quantised import states
 
 
 class Average:
@@ -29,8 +31,8 @@ class Average:
 
     def __init__(self, trained: Policy, decay: float, every: int) -> None:
         self.decay, self.every = decay, every
-        frozen = {id(p): p for p in trained.model.parameters() if not p.requires_grad}
-        module = copy.deepcopy(trained.model, frozen).eval()
+        frozen: dict[int, Any] = {id(p): p for p in trained.model.parameters() if not p.requires_grad}
+        module = copy.deepcopy(trained.model, frozen | states(trained.model)).eval()
         self._live = {name: p for name, p in trained.model.named_parameters() if p.requires_grad}
         self._own = {name: p for name, p in module.named_parameters() if name in self._live}
         for p in self._own.values():

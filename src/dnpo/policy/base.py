@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from dnpo.errors import ModelError, StoreError
 from dnpo.policy.folder import CONFIG, check_name, explain_missing, find_files
@@ -12,7 +13,7 @@ from dnpo.policy.lora import Lora
 from dnpo.policy.question import check_template, frame
 from dnpo.records import Prompt
 from dnpo.seeding import derive
-from dnpo.settings import Count, Dtype, Natural, place
+from dnpo.settings import Count, Dtype, Natural, Quantisation, place
 from dnpo.store import advise, content_hash, fingerprint, manifest
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Scratch:
         ModelError: ``width`` does not fit ``heads``.
         SettingsError: the question is not a valid template.
     """
+
+    quantization: ClassVar[None] = None
 
     lora: Lora
     width: Count = 96
@@ -117,7 +120,8 @@ class Pretrained:
     Args:
         path: a folder with ``config.json``, safetensors weights and a tokenizer.
         name: a name on the hub, with ``revision``. Give either this or ``path``.
-        dtype: type of the weights.
+        dtype: type of the weights; of quantised weights, the type of their products.
+        quantization: quantise the weights when they are loaded, to train adapters on them: ``nf4`` or ``int8``.
         trust_remote_code: whether code that comes with the model may run.
         chat_template: overrides the tokenizer's template; if there is none, a plain one is used (``PLAIN_TEMPLATE``).
         template_arguments: variables of the template, such as ``{enable_thinking: false}``.
@@ -132,6 +136,7 @@ class Pretrained:
     name: str | None = None
     revision: str | None = None
     dtype: Dtype = "float32"
+    quantization: Quantisation | None = None
     trust_remote_code: bool = False
     chat_template: str | None = None
     template_arguments: Mapping[str, Any] | None = None
@@ -144,6 +149,17 @@ class Pretrained:
             raise ModelError(f"{self._setting}: {explain_missing(Path(self.path))}")
         if self.name is not None:
             check_name(self.name, self._setting)
+        if self.quantization is not None:
+            if not self.lora.rank:
+                raise ModelError(
+                    f"model.quantization={self.quantization}: quantised weights cannot be trained themselves; take "
+                    "adapters (model.lora.rank=16), or model.quantization=null"
+                )
+            if find_spec("bitsandbytes") is None:
+                raise ModelError(
+                    f"model.quantization={self.quantization}: needs bitsandbytes, which is not installed here: "
+                    'pip install "dnpo[qlora]"'
+                )
 
     @property
     def _setting(self) -> str:
@@ -165,6 +181,7 @@ class Pretrained:
         more: dict[str, Any] = {"template_arguments": self.template_arguments, "template_date": self.template_date}
         # with the folder's own code, the same files can become another model
         more["trust_remote_code"] = self.trust_remote_code
+        more["quantization"] = self.quantization
         given = {name: value for name, value in more.items() if value}
         return {**where, "dtype": self.dtype, "chat_template": self.chat_template, **given}
 
@@ -207,6 +224,7 @@ class Pretrained:
             template_arguments=self.template_arguments,
             template_date=self.template_date,
             device=device,
+            quantization=self.quantization,
             setting=self._setting,
         )
 

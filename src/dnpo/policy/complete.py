@@ -27,6 +27,7 @@ from dnpo.policy.folder import (
     read_quantisation,
     weight_files,
 )
+from dnpo.policy.quantised import TRAINED, activate, stacked
 from dnpo.policy.refused import find_refused
 
 WRAPPERS = {
@@ -114,16 +115,35 @@ def merge_adapter(model: Any, folder: Path, what: str) -> Any:
     Raises:
         ModelError: it cannot be loaded, or is not complete.
     """
+    return _add_adapter(model, folder, what, TRAINED).merge_and_unload()
+
+
+def stack_adapter(model: Any, folder: Path, what: str) -> Any:
+    """Put the LoRA adapter in a folder on top of those that a model has, without training it.
+
+    Raises:
+        ModelError: it cannot be loaded, or is not complete.
+    """
+    adapted = _add_adapter(model, folder, what, folder.name)
+    activate(adapted, stacked(adapted))
+    return adapted.requires_grad_(False)
+
+
+def _add_adapter(model: Any, folder: Path, what: str, name: str) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
-        adapted: Any = PeftModel.from_pretrained(model, folder)
+        adapted: Any = model
+        if stacked(model):
+            adapted.load_adapter(folder, name)
+        else:
+            adapted = PeftModel.from_pretrained(model, folder, name)
         kept = read_header(folder / ADAPTER_WEIGHTS)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # peft and json raise any error for damaged files
         raise ModelError(f"{what}: the adapter in {folder} cannot be loaded: {explain(error)}") from error
-    expected = get_peft_model_state_dict(adapted)
+    expected = get_peft_model_state_dict(adapted, adapter_name=name)
     problems = [
         f"{how}: {count_tensors(names)}"
         for how, names in (
@@ -135,7 +155,7 @@ def merge_adapter(model: Any, folder: Path, what: str) -> Any:
     if problems:
         raise ModelError(f"{what}: the adapter in {folder} is not complete: {'; '.join(problems)}")
     check_finite(expected.items(), f"{what}: the adapter in {folder}")
-    return adapted.merge_and_unload()
+    return adapted
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:

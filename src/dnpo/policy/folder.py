@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from dnpo.errors import ModelError
 
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
+STACK = "policy.json"  # of adapters on quantised weights
 WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 OBJECTS = (
     *(CONFIG, GENERATION, ADAPTER, INDEX, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -107,6 +108,37 @@ def read_quantisation(folder: Path) -> str | None:
     if not found:
         return None
     return str(found.get("quant_method", "of an unknown kind")) if isinstance(found, dict) else str(found)
+
+
+def adapters(folder: Path) -> list[Path]:
+    """The folders of a policy's LoRA adapters, in the order in which they were trained."""
+    return sorted(folder.glob("adapter-*"))
+
+
+def check_stack(folder: Path, quantisation: str | None) -> None:
+    """Check that a policy's adapters are all there, and were trained on weights that are quantised like the base.
+
+    Args:
+        quantisation: how the base is quantised; None if it is not.
+
+    Raises:
+        ModelError: they are not.
+    """
+    found = [adapter.name for adapter in adapters(folder)]
+    stack: dict[str, Any] = {"quantization": None, "adapters": found}
+    if (folder / STACK).is_file():
+        try:
+            stack |= _read_object(folder / STACK)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model: {folder / STACK} cannot be read ({error})") from error
+    if found and stack["quantization"] != quantisation:
+        made, asked = (kind or "weights that are not quantised" for kind in (stack["quantization"], quantisation))
+        raise ModelError(
+            f"model.quantization: the adapters in {folder} were trained on {made}, and the base is {asked}"
+        )
+    if stack["adapters"] != found:
+        named = ", ".join(map(str, stack["adapters"]))
+        raise ModelError(f"model: {folder / STACK} names {named}; there are {', '.join(found) or 'no adapters'}")
 
 
 def find_files(where: str, revision: str | None) -> Path | None:

@@ -9,12 +9,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dnpo.errors import ModelError
-from dnpo.policy.complete import check_fit, explain_refusal, load_complete, merge_adapter, outline_complete
-from dnpo.policy.folder import check_folder, find_files
-from dnpo.policy.model import Policy, adapters
+from dnpo.policy.complete import (
+    check_fit,
+    explain_refusal,
+    load_complete,
+    merge_adapter,
+    outline_complete,
+    stack_adapter,
+)
+from dnpo.policy.folder import adapters, check_folder, check_stack, find_files
+from dnpo.policy.model import Policy
 from dnpo.policy.packing import ATTENTION, pack
+from dnpo.policy.quantised import loading_options, use_one_kernel
 from dnpo.policy.template import put_in_force
-from dnpo.settings import Dtype
+from dnpo.settings import Dtype, Quantisation
 
 
 def load(
@@ -28,11 +36,13 @@ def load(
     template_arguments: Mapping[str, Any] | None = None,
     template_date: str | None = None,
     device: str = "cpu",
+    quantization: Quantisation | None = None,
     setting: str | None = None,
 ) -> Policy:
     """Load a policy: full weights from ``folder`` if it has them, else the base's with the folder's adapters merged in.
 
     Args:
+        quantization: how to quantise the weights; adapters are then stacked on them, not merged.
         setting: the setting that names the base, and its value, for messages.
 
     Raises:
@@ -44,11 +54,16 @@ def load(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": None if whole else revision}
     what = setting if setting is not None and not whole else f"model: {weights}"
     tokenizer, config = _load_parts(weights, (chat_template, template_arguments, template_date), options, what)
+    if quantization is not None:
+        options |= loading_options(quantization, dtype, device)
     model = load_complete(AutoModelForCausalLM, weights, what, config=config, dtype=dtype, **options)
+    if quantization is not None:
+        use_one_kernel(model)
     if folder is not None and not whole:
+        check_stack(folder, quantization)
         for adapter in adapters(folder):
-            model = merge_adapter(model, adapter, what)
-    policy = Policy(model.to(device), tokenizer)
+            model = (merge_adapter if quantization is None else stack_adapter)(model, adapter, what)
+    policy = Policy(model if quantization is not None else model.to(device), tokenizer)
     _check(policy, weights)
     return policy
 

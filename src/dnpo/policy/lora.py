@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class Lora:
     """Low-rank adapters: each training adds a fresh one to the weights, with earlier adapters merged in.
 
+    On quantised weights earlier adapters stay as they are, frozen, and the fresh one is put on top of them.
+
     Args:
         rank: rank of an adapter; 0 trains all weights instead.
         alpha: scale; the update is multiplied by alpha / rank.
@@ -40,6 +42,8 @@ class Lora:
         import torch
         from peft import LoraConfig, get_peft_model
 
+        from dnpo.policy.quantised import TRAINED, activate, stacked
+
         make: Any = LoraConfig  # it annotates lora_alpha as an integer but accepts any number
         config = make(
             r=self.rank,
@@ -50,7 +54,12 @@ class Lora:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
-                adapted: Any = get_peft_model(cast(Any, model), config)
+                adapted: Any = model
+                if earlier := stacked(model):
+                    adapted.add_adapter(TRAINED, config)
+                    activate(adapted, [*earlier, TRAINED])
+                else:
+                    adapted = get_peft_model(cast(Any, model), config)
             except ValueError as error:
                 raise ModelError(f"model.lora.target_modules={self.target_modules}: {error}") from error
         base = adapted.get_base_model()

@@ -2,7 +2,8 @@
 
 A policy is a causal language model, split into a body that computes hidden states and a head that computes logits. On
 disk it is a folder with either full weights, as transformers writes them, or LoRA adapters for the model part's base
-weights, numbered in the order in which they were trained.
+weights, numbered in the order in which they were trained. For quantised weights ``policy.json`` names base,
+quantisation and adapters.
 """
 
 import copy
@@ -21,8 +22,11 @@ from transformers import (
 )
 
 from dnpo.errors import ModelError, SettingsError
+from dnpo.policy.folder import STACK, adapters
 from dnpo.policy.logprobs import Head, sum_by_sequence, token_logps
 from dnpo.policy.packing import ATTENTION, Packed, pack_shared, register
+from dnpo.policy.quantised import TRAINED, is_adapted, kind_of, without_trained
+from dnpo.store import write_json
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -159,7 +163,7 @@ class Policy:
 
     def reference(self) -> "Policy":
         """A frozen copy of the present policy; with LoRA the same module with its adapter switched off."""
-        if hasattr(self.model, "peft_config"):
+        if is_adapted(self.model):
             return AdapterOff(self.model, self.tokenizer)
         frozen = copy.deepcopy(self.model).eval()
         frozen.requires_grad_(False)
@@ -167,7 +171,7 @@ class Policy:
 
     def switched_off(self) -> "Policy":
         """The policy before training: with LoRA at any time, otherwise only until its weights change."""
-        return AdapterOff(self.model, self.tokenizer) if hasattr(self.model, "peft_config") else self
+        return AdapterOff(self.model, self.tokenizer) if is_adapted(self.model) else self
 
     def save(self, folder: Path, earlier: Path | None = None) -> None:
         """Write the policy so that ``loading.py`` finds it.
@@ -184,12 +188,12 @@ class Policy:
         before = adapters(earlier) if earlier is not None else []
         for number, adapter in enumerate(before):
             shutil.copytree(adapter, folder / f"adapter-{number:02d}", dirs_exist_ok=True)
-        self.model.save_pretrained(folder / f"adapter-{len(before):02d}")  # type: ignore[operator]
-
-
-def adapters(folder: Path) -> list[Path]:
-    """The folders of a policy's LoRA adapters, in the order in which they were trained."""
-    return sorted(folder.glob("adapter-*"))
+        model: Any = self.model
+        model.save_pretrained(folder / f"adapter-{len(before):02d}", selected_adapters=[TRAINED])
+        if (kind := kind_of(self.causal_lm)) is not None:
+            base = model.peft_config[TRAINED].base_model_name_or_path
+            names = [adapter.name for adapter in adapters(folder)]
+            write_json(folder / STACK, {"base": base, "quantization": kind, "adapters": names})
 
 
 class AdapterOff(Policy):
@@ -197,7 +201,7 @@ class AdapterOff(Policy):
 
     def hidden(self, batch: Packed, **options: Any) -> Tensor:
         """The hidden states without the trained adapter, shape N × H."""
-        with self.evaluating(), self.model.disable_adapter():  # type: ignore[operator]
+        with self.evaluating(), without_trained(self.model):
             return super().hidden(batch, **options)
 
 

@@ -212,7 +212,10 @@ def _describe_start(saved: SavedPolicy, part: str) -> str:
 
 def _lora(saved: SavedPolicy) -> str:
     lora = saved.setting("model", "lora", {})
-    return f"rank {lora['rank']}, alpha {lora['alpha']:g}" if lora.get("rank") else "none: all weights were trained"
+    kind = saved.setting("model", "quantization")
+    under = f", on base weights quantised to {kind}" if kind else ""
+    rank = f"rank {lora['rank']}, alpha {lora['alpha']:g}{under}" if lora.get("rank") else ""
+    return rank or "none: all weights were trained"
 
 
 def _loading(saved: SavedPolicy, folder: str, kind: Kind, rank: int) -> str:
@@ -221,12 +224,15 @@ def _loading(saved: SavedPolicy, folder: str, kind: Kind, rank: int) -> str:
     options = [f'revision="{saved.revision}"'] if hub and saved.revision else []
     if kind != "full":  # the base model may be saved in another dtype
         options.append(f'dtype="{saved.setting("model", "dtype", "float32")}"')
+    quantised = saved.setting("model", "quantization") if kind == "adapter" else None
+    if quantised:
+        options.append(f"quantization_config=BitsAndBytesConfig({_quantisation(saved)})")
     code = ["trust_remote_code=True"] if saved.setting("model", "trust_remote_code", False) else []
     loader = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
     imports = {
         "AutoPeftModelForCausalLM": "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer",
         "AutoModelForCausalLM": "from transformers import AutoModelForCausalLM, AutoTokenizer",
-    }[loader]
+    }[loader] + (", BitsAndBytesConfig" if quantised else "")
     model = json.dumps(hub) if hub else "folder"
     python = f"""```python
 {imports}
@@ -242,12 +248,23 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
     return f"{python}\n\n{_serving(saved, folder, kind, rank, hub)}"
 
 
+def _quantisation(saved: SavedPolicy) -> str:
+    """The arguments of transformers' ``BitsAndBytesConfig`` that quantise the base as in training."""
+    if saved.setting("model", "quantization") == "int8":
+        return "load_in_8bit=True"
+    dtype = saved.setting("model", "dtype", "float32")
+    nested = "bnb_4bit_use_double_quant=True"
+    return f'load_in_4bit=True, bnb_4bit_quant_type="nf4", {nested}, bnb_4bit_compute_dtype="{dtype}"'
+
+
 def _serving(saved: SavedPolicy, folder: str, kind: Kind, rank: int, hub: str | None) -> str:
     pinned = f" --revision {saved.revision}" if saved.revision else ""
     if hub:
         return f"    vllm serve {hub}{pinned} --tokenizer {folder}"
     if kind != "adapter":
         return f"    vllm serve {folder}"
+    if saved.setting("model", "quantization"):
+        return "vLLM would put the adapter on weights that are not quantised: serve a copy with whole weights instead."
     room = next((size for size in LORA_RANKS if size >= rank), None)
     if room is None:
         return (

@@ -35,12 +35,14 @@ def silence_libraries() -> None:
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_utilities", "transformers", "httpx2", "mlflow"):
+    lightning = ("pytorch_lightning", "lightning.pytorch", "lightning_utilities")
+    for name in (*lightning, "transformers", "httpx2", "mlflow", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     silence: Any = transformers_logging.disable_progress_bar  # ships without annotations
     silence()
     disable_progress_bars()
     warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 class _Rate(ProgressColumn):

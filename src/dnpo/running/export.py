@@ -12,10 +12,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -23,8 +23,13 @@ from dnpo.errors import ModelError, SettingsError
 from dnpo.running.card import SavedPolicy, card
 from dnpo.store import MANIFEST, content_hash, expect_whole, write_json
 
+if TYPE_CHECKING:
+    from dnpo.policy.model import Policy
+    from dnpo.settings import Dtype, Quantisation
+
 CARD = "README.md"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+COMPARED = 16  # responses, to say how much a copy of a quantised policy differs from it
 OF_A_BASE = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 
 
@@ -111,7 +116,9 @@ def _describe_adapters(policy: SavedPolicy, rank: int) -> str:
     count = len(policy.adapters)
     joined = f", {count} adapters joined into one (the sum of their updates, exactly)" if count > 1 else ""
     revision = f" at {policy.revision}" if policy.revision else ""
-    return f"A LoRA adapter of rank {rank}{joined} for the base model {policy.base}{revision}."
+    kind = policy.setting("model", "quantization")
+    quantised = f", whose weights were quantised to {kind} in training and are to be in use" if kind else ""
+    return f"A LoRA adapter of rank {rank}{joined} for the base model {policy.base}{revision}{quantised}."
 
 
 def _join(policy: SavedPolicy, folder: Path) -> int:
@@ -144,10 +151,17 @@ def _join(policy: SavedPolicy, folder: Path) -> int:
 # --- a standalone copy
 
 
-def export(run: Path, to: Path, iteration: str | None = None, store: Path | None = None) -> SavedPolicy:
+def export(
+    run: Path,
+    to: Path,
+    iteration: str | None = None,
+    store: Path | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> SavedPolicy:
     """Write a policy of a finished run as a self-contained folder: whole weights, tokenizer, card.
 
     Args:
+        warn: is told if the copy differs from the policy, and by how much.
         run: the run's folder.
         to: a folder that does not exist yet, or is empty.
         iteration: ``sft`` or a number; None for the last.
@@ -163,7 +177,7 @@ def export(run: Path, to: Path, iteration: str | None = None, store: Path | None
     aside = to.absolute().with_name(f".{to.absolute().name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
-        _write(policy, aside, to.absolute().name)
+        _write(policy, aside, to.absolute().name, warn)
         aside.replace(to.absolute())
     except OSError as error:
         raise SettingsError(f"--to {to}: {error.strerror or error}; expected a folder to write to") from error
@@ -205,43 +219,87 @@ def _find(summary: Mapping[str, Any], iteration: str | None, store: Path | None)
     return policy
 
 
-def _write(policy: SavedPolicy, folder: Path, name: str) -> None:
+def _write(policy: SavedPolicy, folder: Path, name: str, warn: Callable[[str], None]) -> None:
+    differs = ""
     if policy.kind == "full":
         for path in policy.folder.iterdir():
             shutil.copyfile(path, folder / path.name)
     else:
-        _write_merged(policy, folder)
+        _check_base(policy)
+        if policy.setting("model", "quantization"):
+            differs = _write_dequantised(policy, folder)
+            warn(differs)
+        else:
+            _write_merged(policy, folder)
     notes = {
         "full": "This folder needs nothing else.",
         "adapter": "This folder needs nothing else: its LoRA adapters are merged into the weights.",
         "base": "Nothing has been trained: this is a copy of the base model, with the tokenizer of the run.",
     }[policy.kind]
-    (folder / CARD).write_text(card(policy, name, "full", 0, notes), encoding="utf-8")
+    text = f"{notes} {differs}".rstrip()
+    (folder / CARD).write_text(card(policy, name, "full", 0, text), encoding="utf-8")
 
 
-def _write_merged(policy: SavedPolicy, folder: Path) -> None:
-    """Write the base model with all adapters merged, computed in float32 to avoid intermediate rounding."""
-    import torch
-
-    from dnpo.policy.loading import load
-    from dnpo.settings import Dtype
-
+def _check_base(policy: SavedPolicy) -> None:
     content = policy.prompt_settings["model"].get("content")
     if content is not None and (not Path(policy.base).is_dir() or content_hash(Path(policy.base)) != content):
         raise ModelError(
             f"model.path={policy.base}: the base model is gone or has changed since this run (the hash of its "
             f"contents was {content[:16]}); put it back"
         )
-    whole = load(
+
+
+def _load(policy: SavedPolicy, folder: Path | None, dtype: "Dtype", quantization: "Quantisation | None") -> "Policy":
+    from dnpo.policy.loading import load
+
+    return load(
         policy.base,
-        policy.folder,
+        folder,
         revision=policy.revision,
-        dtype="float32",
+        dtype=dtype,
         trust_remote_code=policy.setting("model", "trust_remote_code", False),
         chat_template=policy.setting("model", "chat_template"),
         template_arguments=policy.setting("model", "template_arguments"),
         template_date=policy.setting("model", "template_date"),
+        quantization=quantization,
     )
+
+
+def _write_merged(policy: SavedPolicy, folder: Path) -> None:
+    """Write the base model with all adapters merged, computed in float32 to avoid intermediate rounding."""
+    import torch
+
+    whole = _load(policy, policy.folder, "float32", None)
     kept: Dtype = policy.setting("model", "dtype", "float32")
     whole.model.to(getattr(torch, kept))
     whole.save(folder)
+
+
+def _write_dequantised(policy: SavedPolicy, folder: Path) -> str:
+    """Write the weights that training saw: the quantised ones, dequantised, with all adapters merged, in bfloat16.
+
+    Returns:
+        How much the log-probabilities of held-out responses differ from the policy's.
+    """
+    import torch
+
+    from dnpo.policy.complete import merge_adapter
+    from dnpo.stages.files import read_split
+
+    kind, dtype = policy.setting("model", "quantization"), policy.setting("model", "dtype", "float32")
+    prompts, human = read_split(policy.prompts, policy.setting("eval", "split", "test"))
+    asked = [prompt.token_ids for prompt in prompts[:COMPARED]]
+    answers = [response.token_ids for response in human[:COMPARED]]
+    exact = _load(policy, policy.folder, dtype, kind).score(asked, answers)
+    whole = _load(policy, None, dtype, kind)
+    model = whole.causal_lm.dequantize(torch.float32)
+    for adapter in policy.adapters:
+        model = merge_adapter(model, adapter, f"model: {policy.base}")
+    whole.model = model.to(torch.bfloat16)
+    whole.save(folder)
+    differences = [abs(a - b) for a, b in zip(exact, whole.score(asked, answers), strict=True)]
+    return (
+        f"model.quantization={kind}: this copy has the dequantised weights with the adapters merged, rounded to "
+        f"bfloat16. Log-probabilities of {len(asked)} human responses differ from the trained policy's by "
+        f"{sum(differences) / len(differences):.2g} nats on average, and by up to {max(differences):.2g}."
+    )

@@ -14,7 +14,7 @@ from dnpo.errors import SettingsError
 from dnpo.generate import Live
 from dnpo.optimise.parts import NoNoise, watches
 from dnpo.policy.base import Scratch
-from dnpo.stages.plan import Plan
+from dnpo.stages.plan import Plan, Run
 from dnpo.stages.verbs import COMPARE
 
 if TYPE_CHECKING:
@@ -43,6 +43,24 @@ def check_words(plans: Sequence[Plan], model: "ModelPart", never: "Noise | None"
             raise SettingsError(f"{error}{where}") from None
     if never is not None:
         _check_objective(replace(plans[-1], npo=never))
+
+
+def check_quantised(run: Run) -> None:
+    """Refuse what quantised weights do not go together with.
+
+    Raises:
+        SettingsError: names the settings.
+    """
+    kind = run.model.quantization
+    if kind is None:
+        return
+    trainings = {"sft": run.sft, **({"augment.optimisation": run.augment.optimisation} if run.augment else {})}
+    for name, how in [*trainings.items(), *(("trainer", plan.trainer) for plan in run.plans)]:
+        if how.compile:
+            raise SettingsError(
+                f"{name}.compile=true: layers with quantised weights (model.quantization={kind}) are not compiled; "
+                f"take {name}.compile=false"
+            )
 
 
 def _check(plan: Plan, plans: Sequence[Plan], model: "ModelPart") -> None:

@@ -14,7 +14,7 @@ from dnpo.wording import plural
 # packages that results depend on, if they are installed
 PACKAGES = (
     *("dnpo", "torch", "numpy", "transformers", "tokenizers", "safetensors", "peft", "pytorch-lightning", "datasets"),
-    *("pyarrow", "scipy", "huggingface-hub", "jinja2", "openai"),
+    *("bitsandbytes", "pyarrow", "scipy", "huggingface-hub", "jinja2", "openai"),
     *("lm_eval", "sacrebleu", "rouge-score", "sentence-transformers"),
 )
 NAMES = {"python": "Python", "commit": "commit", "device": "device", "threads": "threads"}

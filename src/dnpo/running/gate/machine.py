@@ -19,7 +19,9 @@ from dnpo.optimise.reference import SPARE
 from dnpo.policy import logprobs
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
+from dnpo.policy.quantised import count_bytes
 from dnpo.running.gate.finding import Finding
+from dnpo.settings import Quantisation
 
 SMALL = 2**16  # bytes of the small files of a stage
 ID, TEXT = 2.0, 4.0  # bytes of a token's id and of its text in a table
@@ -33,13 +35,14 @@ class ModelShape:
     """The sizes of a model.
 
     Attributes:
-        weights: bytes of all weights.
+        weights: bytes of all weights, as they are quantised.
         trained: bytes of the trained weights: the adapter's if there is one.
-        value: bytes of one weight, and of one activation.
+        value: bytes of one weight that is not quantised, and of one activation.
         width, layers, inner, heads: hidden size, number of blocks, inner size of the MLP, size of a token's keys in one
             block.
         vocabulary: number of rows of the head.
         adapted: whether only an adapter is trained.
+        quantised: whether the base weights are quantised, so that adapters of all trainings are in memory.
     """
 
     weights: int
@@ -51,6 +54,7 @@ class ModelShape:
     heads: int
     vocabulary: int
     adapted: bool
+    quantised: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,17 @@ class Counts:
     limit: int
 
 
-def shape(policy: Policy, lora: Lora) -> ModelShape:
-    """Return the sizes of a model on the meta device, and of its adapter if it gets one. Changes the model."""
+def shape(policy: Policy, lora: Lora, quantisation: Quantisation | None = None) -> ModelShape:
+    """Return the sizes of a model on the meta device, and of its adapter if it gets one. Changes the model.
+
+    Args:
+        quantisation: how the weights are quantised when they are loaded.
+    """
     config = policy.causal_lm.config.get_text_config()
     rows, width = policy.head.weight_VH.shape
     value = policy.head.weight_VH.element_size()
     model: Any = policy.model
-    weights = _bytes(model.parameters())
+    weights = _bytes(model.parameters()) if quantisation is None else count_bytes(model, quantisation)
     adapted: Any = lora.on(model, 0)  # changes the model in place, so everything else is read before
     trained = [p for p in adapted.parameters() if p.requires_grad]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -95,6 +103,7 @@ def shape(policy: Policy, lora: Lora) -> ModelShape:
         heads=heads * size,
         vocabulary=rows,
         adapted=lora.rank > 0,
+        quantised=quantisation is not None,
     )
 
 
@@ -181,11 +190,18 @@ def activations(of: ModelShape, optimisation: Optimisation, tokens: int) -> floa
 
 
 def training_bytes(
-    of: ModelShape, optimisation: Optimisation, rows: Counts, noise: NoiseModule | None, copy: bool, device: str
+    of: ModelShape,
+    optimisation: Optimisation,
+    rows: Counts,
+    noise: NoiseModule | None,
+    copy: bool,
+    device: str,
+    number: int = 1,
 ) -> tuple[float, float]:
     """Return the bytes of weights, gradients and optimizer states, and of a micro-batch of the longest rows.
 
     Args:
+        number: number of trainings behind the policy, including this one.
         noise: noise module on the meta device; None for fine-tuning, which has no pairs.
         copy: whether a frozen copy of the model is needed to compute hidden states in every step.
         device: ``cpu`` or ``cuda…``.
@@ -193,10 +209,12 @@ def training_bytes(
     kind = "cuda" if device.startswith("cuda") else "cpu"
     fixed = float(of.weights + of.trained * (1 + state_copies(optimisation.optimizer)))  # with gradients and states
     if of.adapted:
-        fixed += of.trained
+        fixed += of.trained * (number if of.quantised else 1)
     elif copy:
         fixed += of.weights
-    if optimisation.autocast and of.value > 2:  # the backward pass needs the weights in the type of the products
+    if (
+        optimisation.autocast and of.value > 2 and not of.quantised
+    ):  # the backward pass needs the weights in the type of the products
         fixed += of.weights * 2 / of.value
     if noise is not None:  # with its gradients and Adam's two states
         fixed += 4 * 4 * sum(p.numel() for p in noise.parameters())
@@ -212,10 +230,15 @@ def training_bytes(
     return fixed, moving
 
 
-def generating_bytes(of: ModelShape, sampling: Sampling, rows: Counts) -> tuple[float, float]:
-    """Return the bytes of the weights, and of keys, values and logits of a batch of the longest rows."""
+def generating_bytes(of: ModelShape, sampling: Sampling, rows: Counts, number: int = 0) -> tuple[float, float]:
+    """Return the bytes of the weights, and of keys, values and logits of a batch of the longest rows.
+
+    Args:
+        number: number of trainings behind the policy.
+    """
     tokens = sampling.batch_size * (rows.longest_prompt + rows.limit)
-    return of.weights, 2.0 * tokens * of.layers * of.heads * of.value + sampling.batch_size * of.vocabulary * 4
+    weights = of.weights + (number * of.trained if of.quantised else 0)
+    return weights, 2.0 * tokens * of.layers * of.heads * of.value + sampling.batch_size * of.vocabulary * 4
 
 
 def memory(name: str, fixed: float, moving: float, device: str, setting: str, free: float | None = None) -> Finding:

@@ -55,7 +55,7 @@ def findings(
         policy: the base model on the meta device.
         folder: the folder of the base model in the prompts stage.
     """
-    of = machine.shape(policy, run.model.lora)
+    of = machine.shape(policy, run.model.lora, run.model.quantization)
     device = str(device_of(run.device))  # auto is the GPU if there is one
     files = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     base, tokenizer = sum(files.values()), sum(size for file, size in files.items() if file.suffix != ".safetensors")
@@ -67,7 +67,7 @@ def findings(
     result = [machine.disk(kept, passing, optional, store.root)]
     for name, what in (("sft", "fine-tuning"), ("trainer", "training")):
         needed = [
-            machine.training_bytes(of, t.how, counts, t.noise, t.needs_copy, device)
+            machine.training_bytes(of, t.how, counts, t.noise, t.needs_copy, device, t.number)
             for t in trainings
             if (t.noise is None) == (name == "sft")
         ]
@@ -75,7 +75,7 @@ def findings(
             setting = f"{name}.micro_batch_size, {name}.checkpointing, model.lora.rank"
             result.append(machine.memory(what, *max(needed, key=sum), device, setting))
     if any(stage.name in ("generate", "evaluate") for stage in todo):
-        need = machine.generating_bytes(of, run.generate, counts)
+        need = machine.generating_bytes(of, run.generate, counts, max((t.number for t in trainings), default=0))
         result.append(machine.memory("generating", *need, device, "generate.batch_size"))
     return result
 
