@@ -467,7 +467,7 @@ def test_older_tables_are_changed_in_a_copy_and_the_old_ones_are_kept(
     assert query(older, "select * from alembic_version") == before, "a kill changes nothing"
     database.prepare(f"sqlite:///{older}")
     (kept,) = older.parent.glob("runs.db.before-*[0-9a-f]")
-    assert re.search(rf"runs\.db: .*another MLflow.*{kept.name}, which can be deleted once", capsys.readouterr().err)
+    assert re.search(rf"runs\.db: .*another MLflow.*{kept.name}; delete it once", capsys.readouterr().err)
     assert query(kept, "select * from alembic_version") == before
     assert run.id in {found.info.run_id for found in client(older.parent).search_runs(["1"])}
     database.prepare(f"sqlite:///{older}")
@@ -492,7 +492,7 @@ def test_tables_that_cannot_be_brought_up_to_date_are_left_as_they_are(
     assert older.read_bytes() == before
     query(older, "delete from runs")
     database.prepare(f"sqlite:///{older}")
-    assert re.search(r"not whole.*made anew", capsys.readouterr().err)
+    assert re.search(r"incomplete.*created again", capsys.readouterr().err)
     assert client(older.parent).search_experiments()
 
 
