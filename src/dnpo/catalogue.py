@@ -124,7 +124,8 @@ TRAIN = MetricVariant("judge/", "for training pairs", "training", of="eval/")
 LOW = MetricVariant("agreement/", "lower end of the 95 % interval", "low", of="agreement/", suffix="_low")
 HIGH = MetricVariant("agreement/", "upper end of the 95 % interval", "high", of="agreement/", suffix="_high")
 
-BOARD, TEXTS, DUELS = "eval=leaderboard", "eval=texts", "against=…"
+BOARD, TEXTS, DUELS, SERVER = "eval=leaderboard", "eval=texts", "against=…", "generate=server"
+_ENGINE: tuple[str, int, Literal["lower"]] = ("nats", 6, "lower")  # differences of log-probabilities
 
 GROUPS = (
     MetricGroup(
@@ -161,6 +162,8 @@ GROUPS = (
             Metric("eval/tokens", "Length of sampled answers", "tokens", "tokens"),
             Metric("eval/human_tokens", "Length of human responses", "human tokens", "tokens"),
             Metric("eval/cut", "Sampled answers cut at the limit", "cut", "%", better="lower"),
+            Metric("eval/engine_mean", "Engine against this process, mean by token", "engine", *_ENGINE, needs=SERVER),
+            Metric("eval/engine_max", "Engine against this process, greatest", "engine max", *_ENGINE, needs=SERVER),
         ),
         (AGAINST,),
     ),
@@ -265,6 +268,20 @@ GROUPS = (
             Metric("trained/tokens", "Tokens trained on, over all epochs", "trained tokens", digits=0),
             Metric("generated/responses", "Responses generated for training", "generated", digits=0),
             Metric("generated/tokens", "Tokens generated for training", "generated tokens", digits=0),
+            Metric(
+                "generated/engine_mean",
+                "Engine against this process, mean by token, in training samples",
+                "generated engine",
+                *_ENGINE,
+                needs=SERVER,
+            ),
+            Metric(
+                "generated/engine_max",
+                "Engine against this process, greatest, in training samples",
+                "generated engine max",
+                *_ENGINE,
+                needs=SERVER,
+            ),
         ),
     ),
     MetricGroup(

@@ -25,6 +25,10 @@ class JudgeError(DnpoError):
     """A judge cannot be reached, or too many of its verdicts are missing."""
 
 
+class EngineError(DnpoError):
+    """A server that generates cannot be reached, or what it returned cannot be used."""
+
+
 class LedgerError(DnpoError):
     """The file of judge calls cannot be opened or read."""
 

@@ -156,6 +156,11 @@ def part_key(part: Any) -> dict[str, Any]:
         return dict(part.identity())
     if isinstance(part, Bound):
         return {"_target_": _name_in_key(part.target), **{key: _in_key(value) for key, value in part.settings.items()}}
+    return settings_key(part)
+
+
+def settings_key(part: Any) -> dict[str, Any]:
+    """A part's class and the settings that can change a result, for its ``identity()`` to build on."""
     kind, gone = type(part), neutral_names(type(part))
     values = {each: _in_key(getattr(part, each)) for each in _parameters(kind) if each not in gone}
     return {"_target_": _name_in_key(f"{kind.__module__}.{kind.__qualname__}"), **values}

@@ -21,6 +21,7 @@ from dnpo.data.verifiable import correct, read_answer
 from dnpo.evaluate import Evaluation, Held
 from dnpo.evaluate.distances import ks, overlap, overlap_by_chance, wasserstein
 from dnpo.generate import Sampling
+from dnpo.generate.engines import Engines
 from dnpo.generate.hf import sample
 from dnpo.judges import Judge, judge_responses, tally
 from dnpo.judges.asked.ledger import Ledger
@@ -47,6 +48,7 @@ def evaluate(
     seed: int,
     folder: Path,
     report: Report,
+    engines: Engines | None = None,
 ) -> dict[str, float]:
     """Measure a policy: scores, accuracy, held-out loss, stagnation.
 
@@ -64,14 +66,17 @@ def evaluate(
         seed: seed of the samples.
         folder: where ``samples.parquet``, ``verdicts.parquet``, ``items.parquet`` and ``logprobs.npz`` are written.
         report: receives the progress.
+        engines: what samples; None samples in this process.
     """
     copies = evaluation.samples
     several = repeat_prompts(held, copies)
     known = _choose_known(train, pairs, evaluation.sequences, seed)
     report.begin(len(held.prompts) * (1 + copies) + len(known.prompts), "responses")
-    greedy = sample(policy, held.prompts, sampling.greedy(), source, limit, 0, report)
-    fresh = sample(policy, several, sampling, source, limit, derive(seed, "held out"), report)
-    new = sample(policy, known.prompts, again, source, limit, derive(seed, "new"), report)
+    with engines or Engines(policy, folder, None, report) as engines:
+        engine, other = engines.of(sampling), engines.of(again)
+        greedy = sample(policy, held.prompts, sampling.greedy(), source, limit, 0, report, engine)
+        fresh = sample(policy, several, sampling, source, limit, derive(seed, "held out"), report, engine)
+        new = sample(policy, known.prompts, again, source, limit, derive(seed, "new"), report, other)
 
     human_logps = policy.score([p.token_ids for p in held.prompts], [r.token_ids for r in held.human])
     metrics: dict[str, float] = {

@@ -1,4 +1,4 @@
-"""Generate a policy's responses. ``hf.py`` is the engine, which samples with transformers."""
+"""Generate a policy's responses. ``hf.py`` samples with transformers, ``server/`` asks an engine behind a server."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from dnpo.errors import SettingsError
-from dnpo.settings import Count, Fraction, Natural, NonNegative, neutral, part_key
+from dnpo.generate.server import Server
+from dnpo.settings import Count, Fraction, Natural, NonNegative, neutral, part_key, settings_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Sampling:
         batch_size: rows in a batch; the samples do not depend on it, up to the rounding of logits.
         shard_size: prompts in a shard; a killed run loses at most one shard.
         append_eos: default of ``rollout.append_eos``; responses to held-out prompts never get one.
+        engine: the server that samples; None samples in this process.
     """
 
     temperature: NonNegative = 1.0
@@ -28,10 +30,15 @@ class Sampling:
     batch_size: Count = neutral(64)
     shard_size: Count = 512
     append_eos: bool = neutral(False)
+    engine: Server | None = None
+
+    def identity(self) -> Mapping[str, Any]:
+        """The settings that decide the samples; an engine only if it is another one than this process."""
+        return {name: value for name, value in settings_key(self).items() if name != "engine" or value is not None}
 
     def greedy(self) -> "Sampling":
         """The same settings with greedy decoding."""
-        return Sampling(temperature=0.0, batch_size=self.batch_size, shard_size=self.shard_size)
+        return Sampling(temperature=0.0, batch_size=self.batch_size, shard_size=self.shard_size, engine=self.engine)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +128,11 @@ class Live(Ahead):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine is not None:
+            raise SettingsError(
+                "engine: with rollout=live the policy in training responds, and its weights cannot be sent to a "
+                "server at each step; take rollout.engine=null to sample in this process, or rollout=ahead"
+            )
         if not self.every and self.prompts:
             raise SettingsError(
                 f"every=0: there is a single rollout, of all prompts, and prompts={self.prompts} is a part of them; "

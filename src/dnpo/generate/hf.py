@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,31 @@ FREE = 0.25  # share of a batch that must be free before more prompts are read, 
 GROUP = 64  # vocabulary entries that draw together, see _pick
 
 
+class Engine(Protocol):
+    """Samples the responses of one policy in another process."""
+
+    def complete(
+        self, rows: Sequence[tuple[Prompt, int]], sampling: Sampling, limit: int, seed: int, report: Report
+    ) -> list[list[int]]:
+        """Complete each prompt, up to and including a stop token or cut at the limit.
+
+        Args:
+            rows: prompts, each with the number of its sample; all samples of a prompt are consecutive rows.
+            sampling: temperature and truncation.
+            limit: maximum number of completion tokens.
+            seed: decides the samples, together with the prompts' ids.
+            report: receives the progress.
+        """
+
+    def compare(self, responses: Sequence[Response], scores: Sequence[Sequence[float]]) -> None:
+        """Compare its log-probabilities of the last responses with those of the policy in this process.
+
+        Args:
+            responses: the responses that were made of the completions; a last token may have been replaced.
+            scores: the policy's log-probability of each of their tokens.
+        """
+
+
 def generate(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -46,6 +71,7 @@ def generate(
     seed: int,
     folder: Path,
     report: Report,
+    engine: Engine | None = None,
 ) -> list[Response]:
     """Generate responses to each prompt; shards in ``folder`` are reused.
 
@@ -61,6 +87,7 @@ def generate(
         seed: decides the samples, together with the prompts' ids.
         folder: folder for the shards, in Parquet.
         report: receives the progress.
+        engine: samples; None samples in this process.
     """
     rollout = Ahead.like(sampling)
     rows = number_samples([prompt for prompt in prompts for _ in range(rollout.samples)])
@@ -70,7 +97,7 @@ def generate(
     report.begin(len(rows), "responses", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
     for shard, path in zip(shards, paths, strict=True):
         if not path.is_file():
-            responses = _answer(policy, shard, rollout, source, limit, seed, report)
+            responses = _answer(policy, shard, rollout, source, limit, seed, report, engine)
             write(path, responses, Response)
     found = read_all(paths, Response)
     ended = sum(response.finish == "length" for response in found)
@@ -83,14 +110,21 @@ def generate(
 
 
 def sample(
-    policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, source: str, limit: int, seed: int, report: Report
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    source: str,
+    limit: int,
+    seed: int,
+    report: Report,
+    engine: Engine | None = None,
 ) -> list[Response]:
     """Generate a response to each prompt, with its log-probability under the policy (temperature 1, no truncation).
 
     A prompt that occurs several times gets as many different samples. ``samples`` of a rollout is not read here.
     """
     rollout = replace(Ahead.like(sampling), samples=1)
-    return _answer(policy, number_samples(prompts), rollout, source, limit, seed, report)
+    return _answer(policy, number_samples(prompts), rollout, source, limit, seed, report, engine)
 
 
 def number_samples(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
@@ -111,6 +145,7 @@ def _answer(
     limit: int,
     seed: int,
     report: Report,
+    engine: Engine | None,
 ) -> list[Response]:
     """Sample, score and decode a response for each row.
 
@@ -118,19 +153,21 @@ def _answer(
         rows: prompts, each with the number of its sample; all samples of a prompt are consecutive rows.
     """
     cut_at = min(rollout.max_tokens or limit, limit)
-    ids = [prompt.token_ids for prompt, _ in rows]
-    streams = [derive(seed, "sample", prompt.id, number) for prompt, number in rows]
-    stops = policy.stop_ids
-    with policy.evaluating():
-        with memory_for(rollout):
+    if engine is None:
+        ids = [prompt.token_ids for prompt, _ in rows]
+        streams = [derive(seed, "sample", prompt.id, number) for prompt, number in rows]
+        with policy.evaluating(), memory_for(rollout):
             completions = complete(policy, ids, rollout, cut_at, streams, report)
-        whole = [bool(completion) and completion[-1] in stops for completion in completions]
-        if rollout.append_eos:
-            completions = [
-                completion if ends else [*completion[: limit - 1], stops[0]]
-                for completion, ends in zip(completions, whole, strict=True)
-            ]
-    return record(policy, rows, completions, whole, source, rollout.samples)
+    else:
+        completions = engine.complete(rows, rollout, cut_at, seed, report)
+    stops = policy.stop_ids
+    whole = [bool(completion) and completion[-1] in stops for completion in completions]
+    if rollout.append_eos:
+        completions = [
+            completion if ends else [*completion[: limit - 1], stops[0]]
+            for completion, ends in zip(completions, whole, strict=True)
+        ]
+    return record(policy, rows, completions, whole, source, rollout.samples, engine)
 
 
 def record(
@@ -140,6 +177,7 @@ def record(
     whole: Sequence[bool],
     source: str,
     samples: int = 1,
+    engine: Engine | None = None,
 ) -> list[Response]:
     """Make responses of completions: their log-probabilities and texts.
 
@@ -147,14 +185,22 @@ def record(
         rows: the prompt of each, with the number of its sample.
         whole: whether each ended, and was not cut.
         samples: as many consecutive rows have the same prompt.
+        engine: what sampled them, if it was not this process.
     """
+    prompts = [prompt.token_ids for prompt, _ in rows]
+    by_token: list[list[float]] = []
     with policy.evaluating():
-        logps = policy.score([prompt.token_ids for prompt, _ in rows], completions, samples=samples)
+        if engine is None:
+            logps = policy.score(prompts, completions, samples=samples)
+        else:
+            logps, by_token = policy.score_tokens(prompts, completions, samples=samples)
     responses = []
     for (prompt, number), completion, ends, logp in zip(rows, completions, whole, logps, strict=True):
         finish: Finish = "eos" if ends else "length"
         text = str(policy.tokenizer.decode(completion, skip_special_tokens=True)).strip()
         responses.append(Response(prompt.id, source, text, completion, len(completion), finish, logp, number))
+    if engine is not None:
+        engine.compare(responses, by_token)
     return responses
 
 

@@ -122,7 +122,6 @@ class Policy:
         """As :meth:`logps`, from hidden states that are already computed."""
         return sum_by_sequence(token_logps(hidden_NH, self.head, batch.target_N), batch.completions_S)
 
-    @torch.no_grad()
     def score(self, prompts: Sequence[list[int]], completions: Sequence[list[int]], *, samples: int = 1) -> list[float]:
         """log p(completion | prompt) of many sequences, in nats, computed in batches of similar length.
 
@@ -131,6 +130,24 @@ class Policy:
                 them.
         """
         scores = [0.0] * len(prompts)
+        for i, logp, _ in self._score(prompts, completions, samples):
+            scores[i] = logp
+        return scores
+
+    def score_tokens(
+        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], *, samples: int = 1
+    ) -> tuple[list[float], list[list[float]]]:
+        """As :meth:`score`, and log p of each token of each completion."""
+        scores, tokens = [0.0] * len(prompts), [[0.0]] * len(prompts)
+        for i, logp, logp_n in self._score(prompts, completions, samples):
+            scores[i], tokens[i] = logp, logp_n.tolist()
+        return scores, tokens
+
+    @torch.no_grad()
+    def _score(
+        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], samples: int
+    ) -> Iterator[tuple[int, float, Tensor]]:
+        """Yield each sequence's index, log-probability and log-probabilities by token."""
         units = _share(prompts, completions, samples)
         for some in by_length([tokens for _, tokens in units]):
             rows: list[int] = []
@@ -138,10 +155,10 @@ class Policy:
             for unit in some:
                 first += [len(rows)] * len(units[unit][0])
                 rows += units[unit][0]
-            batch = pack_shared([prompts[i] for i in rows], [completions[i] for i in rows], first)
-            for i, logp in zip(rows, self.logps(batch.to(self.device)).tolist(), strict=True):
-                scores[i] = logp
-        return scores
+            batch = pack_shared([prompts[i] for i in rows], [completions[i] for i in rows], first).to(self.device)
+            logp_N = token_logps(self.hidden(batch), self.head, batch.target_N)
+            logp_S = sum_by_sequence(logp_N, batch.completions_S)
+            yield from zip(rows, logp_S.tolist(), torch.split(logp_N, list(batch.completions)), strict=True)
 
     def fingerprint(self) -> str:
         """SHA-256 of all weights, with adapters and frozen weights: names, types, shapes and values."""

@@ -29,6 +29,7 @@ from dnpo.tracking.reading import STEPS_OF
 from dnpo.tracking.writing import TrackedSteps, Tracking
 
 SHOWN_PAIRS = 50
+GENERATED = ("cut", "responses", "tokens", "engine_mean", "engine_max")  # what generation counts and measures
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
 
 LABELS = {  # the judge that training learns from, compared with the judge of the evaluations
@@ -234,7 +235,7 @@ def _row(iteration: Iteration, store: Store) -> dict[str, Any]:
     if iteration.responses is not None:
         made = manifest(store.folder(iteration.responses))["facts"]
     row |= {f"judge/{name}": value for name, value in judged.items()}
-    row |= {f"generated/{name}": made[name] for name in ("cut", "responses", "tokens") if name in made}
+    row |= {f"generated/{name}": made[name] for name in GENERATED if name in made}
     row["seconds"] = round(sum(manifest(store.folder(stage))["seconds"] for stage in iteration.stages), 1)
     return row
 

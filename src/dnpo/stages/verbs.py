@@ -24,6 +24,7 @@ from dnpo.store import manifest, write_json
 
 if TYPE_CHECKING:
     from dnpo.generate import Sampling
+    from dnpo.generate.engines import Engines
     from dnpo.judges import Judge
     from dnpo.optimise.ema import Average
     from dnpo.optimise.npo import NoiseModule
@@ -45,18 +46,30 @@ def generate(run: Run, plan: Plan, task: Task) -> Facts:
     from dnpo.generate import Ahead, hf
 
     assert isinstance(plan.rollout, Ahead), "a rollout that generates"
-    responses = hf.generate(
-        run.policy(task.inputs),
-        read_train(plan, task.inputs["prompts"]).prompts,
-        plan.rollout,
-        source=policy_source(plan.k),
-        limit=run.limit,
-        seed=derive(run.seed, "generate", plan.k),
-        folder=task.folder,
-        report=task.report,
-    )
+    policy = run.policy(task.inputs)
+    with _engines(policy, task) as engines:
+        responses = hf.generate(
+            policy,
+            read_train(plan, task.inputs["prompts"]).prompts,
+            plan.rollout,
+            source=policy_source(plan.k),
+            limit=run.limit,
+            seed=derive(run.seed, "generate", plan.k),
+            folder=task.folder,
+            report=task.report,
+            engine=engines.of(plan.rollout),
+        )
     cut = sum(r.finish == "length" for r in responses)
-    return {"responses": len(responses), "cut": cut, "tokens": sum(r.tokens for r in responses)}
+    counts = {"responses": len(responses), "cut": cut, "tokens": sum(r.tokens for r in responses)}
+    return counts | engines.finish()
+
+
+def _engines(policy: "Policy", task: Task) -> "Engines":
+    """What samples the policy's responses in a stage."""
+    from dnpo.generate.engines import Engines
+
+    saved = task.inputs["policy"] / "policy" if "policy" in task.inputs else None
+    return Engines(policy, task.folder, saved, task.report)
 
 
 def _selection(plan: Plan) -> dict[str, Any]:
@@ -306,8 +319,10 @@ def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
     from dnpo.evaluate import metrics
 
     inputs = task.inputs
+    policy = run.policy(inputs)
+    engines = _engines(policy, task)
     values = metrics.evaluate(
-        run.policy(inputs),
+        policy,
         run.eval,
         read_split(inputs["prompts"], run.eval.split),
         run.judge,
@@ -321,6 +336,8 @@ def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
         seed=derive(run.seed, "evaluate"),
         folder=task.folder,
         report=task.report,
+        engines=engines,
     )
+    values |= {f"eval/{name}": value for name, value in engines.finish().items()}
     write_json(task.folder / "metrics.json", values)
     return values

@@ -27,8 +27,9 @@ def gate(run: Run, iterations: Sequence[Iteration], store: Store, everything: bo
     if not todo:
         return [*found, Finding("stages", "pass", "all are in the store, so there is nothing more to check")]
     from dnpo.running.gate.checks import check
+    from dnpo.running.gate.engine import findings
 
-    return found + check(run, iterations, store, todo)
+    return found + findings(run, iterations, todo) + check(run, iterations, store, todo)
 
 
 def show(console: Console, findings: Sequence[Finding], everything: bool) -> None:

@@ -74,7 +74,7 @@ def findings(
         if needed:
             setting = f"{name}.micro_batch_size, {name}.checkpointing, model.lora.rank"
             result.append(machine.memory(what, *max(needed, key=sum), device, setting))
-    if any(stage.name in ("generate", "evaluate") for stage in todo):
+    if run.generate.engine is None and any(stage.name in ("generate", "evaluate") for stage in todo):
         need = machine.generating_bytes(of, run.generate, counts, max((t.number for t in trainings), default=0))
         result.append(machine.memory("generating", *need, device, "generate.batch_size"))
     return result
