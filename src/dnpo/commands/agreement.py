@@ -22,14 +22,24 @@ from dnpo.store import Verify
 PARTS = ("judge", "tracking")
 
 
-def top_settings(*, resamples: Count, seed: Natural, threads: Count, store: str, verify: Verify, ledger: str) -> None:
+def top_settings(
+    *,
+    resamples: Count,
+    seed: Natural,
+    threads: Count,
+    store: str,
+    remote: str | None = None,
+    verify: Verify,
+    ledger: str,
+) -> None:
     """The settings outside the parts.
 
     Args:
         resamples: number of bootstrap resamples.
         seed: seed of the bootstrap.
         threads: number of torch's CPU threads.
-        store: folder of finished stages, shared with runs.
+        store: folder of finished stages, shared with runs (setting ``store.root``).
+        remote: address of a store shared with other machines (setting ``store.remote``).
         verify: how they are checked at their first use: by ``digests`` or ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
     """
@@ -78,11 +88,11 @@ def _run(cfg: DictConfig, job: Any) -> None:
     from dnpo.running.console import Console
     from dnpo.seeding import derive
     from dnpo.stages import agreement
-    from dnpo.store import Store, manifest, write_json
+    from dnpo.store import manifest, write_json
     from dnpo.store.provenance import commit
 
     command.prepare_torch(top["threads"])
-    console, store = Console(), Store(Path(top["store"]), top["verify"])
+    console, store = Console(), command.make_store(top)
     store.open(console.say)
     ledger = Ledger(Path(top["ledger"]), os.path.relpath(sweep or folder))
     verdicts = agreement.verdicts(judge, data, rows, ledger)

@@ -25,9 +25,10 @@ from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import say
 from dnpo.former import up_to_date
-from dnpo.settings import conf_folder, flat, nearest
+from dnpo.settings import check_values, conf_folder, flat, nearest
 
 if TYPE_CHECKING:
+    from dnpo.store import Store
     from dnpo.tracking.writing import Status, Tracking
 
 KEPT = "Finished stages are kept and an unfinished one continues: run the same command again."
@@ -96,9 +97,12 @@ def run(
 
 @contextmanager
 def _arguments(given: Sequence[str]) -> Iterator[None]:
-    """Put the arguments into ``sys.argv``, where Hydra reads them, and restore it afterwards."""
+    """Put the arguments into ``sys.argv``, where Hydra reads them, and restore it afterwards.
+
+    ``store=PATH`` is short for ``store.root=PATH``.
+    """
     before = sys.argv
-    sys.argv = [before[0], *given]
+    sys.argv = [before[0], *(re.sub(r"^store=", "store.root=", each) for each in given)]
     try:
         yield
     finally:
@@ -217,7 +221,26 @@ def plain(cfg: DictConfig, shorthand: Mapping[str, str] = MappingProxyType({})) 
     tree, ignored = up_to_date(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
     if ignored:
         say(f"warning: these settings no longer exist and are ignored: {', '.join(ignored)}", error=True)
+    if isinstance(tree.get("store"), dict):  # a file of settings may have a path there
+        store = check_values("store", _store, tree["store"])
+        tree |= {"store": store["root"], "remote": store.get("remote")}
     return tree
+
+
+def _store(*, root: str, remote: str | None = None) -> None:
+    """The settings of ``store``."""
+
+
+def make_store(settings: Mapping[str, Any]) -> "Store":
+    """Make the store of a command, which has the settings ``store``, ``verify`` and ``remote``.
+
+    Raises:
+        SettingsError: the remote store cannot be used.
+    """
+    from dnpo.store import Remote, Store
+
+    remote = Remote(settings["remote"]) if settings.get("remote") else None
+    return Store(Path(settings["store"]), settings["verify"], remote)
 
 
 def prepare_torch(threads: int) -> None:

@@ -47,6 +47,7 @@ def top_settings(
     device: str,
     threads: Count,
     store: str,
+    remote: str | None = None,
     verify: Verify,
     ledger: str,
 ) -> None:
@@ -58,7 +59,8 @@ def top_settings(
         seed: seed of the samples and of the bootstrap.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: number of torch's CPU threads.
-        store: folder of finished stages, shared with runs.
+        store: folder of finished stages, shared with runs (setting ``store.root``).
+        remote: address of a store shared with other machines (setting ``store.remote``).
         verify: how they are checked at their first use: by ``digests`` or ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
     """
@@ -167,10 +169,10 @@ def _measure(
     from dnpo.running import execute as running
     from dnpo.running.console import Console
     from dnpo.stages.agreement import read_agreement
-    from dnpo.store import Store, write_json
+    from dnpo.store import write_json
     from dnpo.store.provenance import commit
 
-    console, store = Console(), Store(Path(top["store"]), top["verify"])
+    console, store = Console(), command.make_store(top)
     iterations = _lay_out(runs, top, store, console)
     fight = None if top["against"] is None else _duels(runs, iterations)
     store.check([] if fight is None else [fight], console.say)

@@ -1,4 +1,4 @@
-"""List the stages in a store, verify them, and remove those that no run needs."""
+"""List the stages in a store, verify them, remove those that no run needs, and publish them in a remote store."""
 
 import argparse
 import shlex
@@ -9,8 +9,9 @@ from pathlib import Path
 from dnpo import disk
 from dnpo.errors import DnpoError, StoreError, TrackingError
 from dnpo.escape import say
-from dnpo.store import find_damage, inventory
+from dnpo.store import Remote, find_damage, inventory
 from dnpo.store.inventory import Entry
+from dnpo.store.remote import Gone
 from dnpo.tracking.client import default_uri
 from dnpo.wording import plural
 
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if words is None:
             raise
         _fail(f"--store {given.store}: {words}")
+    except Gone as error:
+        _fail(f"--remote {given.remote}: {error}")
     except KeyboardInterrupt:
         _fail("interrupted")
     sys.exit(status)
@@ -43,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dnpo.store", description="List the finished stages of runs, check their files, or remove them."
     )
-    commands = parser.add_subparsers(required=True, metavar="list|verify|remove")
+    commands = parser.add_subparsers(required=True, metavar="list|verify|remove|publish")
     listing = commands.add_parser("list", help="sizes, what made each stage, and which tracked runs need it")
     verifying = commands.add_parser(
         "verify", help="compare every file with the size and SHA-256 in its stage's manifest"
@@ -54,10 +57,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Without names: every stage that no tracked run needs, unfinished ones too (runs with tracking=off "
         "are not known here, and their stages count as needed by nobody). Without --apply or --yes nothing is removed.",
     )
-    for command, do in ((listing, show), (verifying, verify), (removing, remove)):
+    publishing = commands.add_parser("publish", help="publish finished stages that the remote store does not have")
+    for command, do in ((listing, show), (verifying, verify), (removing, remove), (publishing, publish)):
         command.set_defaults(do=do)
         command.add_argument("--store", type=Path, default=Path("store"), help="default: %(default)s")
-    for command in (verifying, removing):
+        command.add_argument(
+            "--remote",
+            metavar="ADDRESS",
+            required=command is publishing,
+            help="s3://… or file:///…, as in store.remote" + ("" if command is publishing else "; instead of --store"),
+        )
+    for command in (verifying, removing, publishing):
         command.add_argument("names", nargs="*", metavar="STAGE/KEY", help="as list shows them; all if none is given")
     uri = default_uri()
     for command in (listing, removing):
@@ -72,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def show(given: argparse.Namespace) -> int:
     """Print all stages."""
+    if given.remote:
+        entries = inventory.read_remote(Remote(given.remote), [], digests=False)
+        _print(entries, {})
+        say(f"{_count(entries)}, {_bytes(sum(entry.size for entry in entries))}")
+        return 0
     entries = inventory.read_store(given.store)
     try:
         needs = inventory.find_needs(entries, _tracked(given))
@@ -84,11 +99,14 @@ def show(given: argparse.Namespace) -> int:
 
 def verify(given: argparse.Namespace) -> int:
     """Read all files of the stages and compare them with their manifests; 1 if some are damaged."""
-    entries = inventory.read_store(given.store)
-    chosen = [each for each in inventory.select(entries, given.names) or entries if each.finished]
+    if given.remote:
+        chosen = inventory.read_remote(Remote(given.remote), given.names, digests=True)
+    else:
+        entries = inventory.read_store(given.store)
+        chosen = [each for each in inventory.select(entries, given.names) or entries if each.finished]
     damaged, unknown = 0, 0
     for entry in chosen:
-        damage = find_damage(entry.folder, digests=True)
+        damage = entry.damage if given.remote else find_damage(entry.folder, digests=True)
         damaged += bool(damage)
         if damage:
             say(f"damaged     {entry.name}: {'; '.join(damage)}")
@@ -98,15 +116,20 @@ def verify(given: argparse.Namespace) -> int:
     size = sum(entry.size for entry in chosen)
     say(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others whole")
     if damaged:
-        where = shlex.quote(str(given.store))
-        say(f"python -m dnpo.store remove STAGE/KEY --store {where} --yes removes one; a run computes it again")
+        where = f"--remote {given.remote}" if given.remote else f"--store {shlex.quote(str(given.store))}"
+        say(f"python -m dnpo.store remove STAGE/KEY {where} --yes removes one; a run computes it again")
     return int(damaged > 0)
 
 
 def remove(given: argparse.Namespace) -> int:
     """Remove stages, or show which would be removed."""
-    entries = inventory.read_store(given.store)
-    chosen = _choose(given, entries)
+    remote = Remote(given.remote) if given.remote else None
+    if remote is not None and not given.names:
+        raise StoreError("--remote: name the stages to remove; which of them runs elsewhere need is not known here")
+    if remote is not None:
+        chosen = inventory.read_remote(remote, given.names, digests=False)
+    else:
+        chosen = _choose(given, inventory.read_store(given.store))
     if not chosen:
         say("nothing to remove: every stage is needed by a tracked run")
         return 0
@@ -119,9 +142,29 @@ def remove(given: argparse.Namespace) -> int:
         say("nothing was removed")
         return 1
     for entry in chosen:
-        inventory.remove(entry)
+        if remote is not None:
+            remote.remove(entry.name)
+        else:
+            inventory.remove(entry)
     say(f"removed {size}")
     return 0
+
+
+def publish(given: argparse.Namespace) -> int:
+    """Publish finished stages that the remote store does not have; 1 if some are damaged here."""
+    entries, remote = inventory.read_store(given.store), Remote(given.remote)
+    chosen = [each for each in inventory.select(entries, given.names) or entries if each.finished]
+    damaged = new = 0
+    for entry in chosen:
+        damage = find_damage(entry.folder, digests=True)
+        if damage:
+            damaged += 1
+            say(f"damaged     {entry.name}: {'; '.join(damage)}")
+        elif "files" in entry.content and remote.publish(entry.name, entry.content, entry.folder):
+            new += 1
+            say(f"published   {entry.name}")
+    say(f"{_count(chosen)}: {new} published, {damaged} damaged, the others are there or have no digests")
+    return int(damaged > 0)
 
 
 def _choose(given: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:

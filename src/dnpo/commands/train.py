@@ -253,13 +253,14 @@ def _go(
     from dnpo import catalogue
     from dnpo.loop import chain
     from dnpo.running.console import Console
-    from dnpo.store import Store
 
-    console, store = Console(), Store(Path(settings["store"]), settings["verify"])
+    console, store = Console(), command.make_store(settings)
     iterations = list(chain(run))
     stages = [stage for iteration in iterations for stage in iteration.stages]
     if not settings["plan"]:
         store.open(console.say)
+        if not settings["check"]:
+            store.exchange(stages, console.say)
     warn_of_late_starts(settings)
     store.check(stages, console.say, everything=not settings["plan"])
     check_optimizers(run, iterations, store)
@@ -276,8 +277,11 @@ def _go(
 
     name = run_name(job.overrides.task)
     tags = running.tags(dict(job.runtime.choices), settings, iterations)
-    with command.track(tracking, name, settings, tags, sweep, folder):
-        summary = running.execute(iterations, store, console, tracking, settings, folder)
+    try:
+        with command.track(tracking, name, settings, tags, sweep, folder):
+            summary = running.execute(iterations, store, console, tracking, settings, folder)
+    finally:
+        store.close(console.say)
     running.show(console, summary, folder, store, tracking)
     last = summary["table"][-1]
     best = "eval/score" if "eval/score" in last else "eval/loss"
@@ -351,6 +355,8 @@ def _print_plan(console: "Console", store: "Store", iterations: "list[Iteration]
     for iteration in iterations:
         for stage in iteration.stages:
             state = shared.get(stage.key, "to do")
+            if store.is_remote(stage):
+                state = "in store.remote"
             if store.partial(stage).is_dir():
                 state = "begun"
             if store.has(stage):

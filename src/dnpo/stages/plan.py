@@ -50,7 +50,8 @@ class RunSettings:
             of ``dsl.start`` and ``npo.start``, and affects results only through them.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: number of torch's CPU threads.
-        store: folder of finished stages.
+        store: folder of finished stages (setting ``store.root``).
+        remote: address of a store shared with other machines (setting ``store.remote``).
         verify: how finished stages are checked at their first use: by ``digests`` (every file is read once) or
             ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
@@ -71,6 +72,7 @@ class RunSettings:
     reference: Reference | list[Reference] = "start"
     acts_from: Natural | Literal["last"] = neutral(1)
     verify: Verify = neutral("digests")
+    remote: str | None = neutral(None)
 
 
 BEFORE = -1  # in place of an iteration's number, for the stages before the first

@@ -6,7 +6,7 @@ its inputs, so a rerun finds what an earlier run finished, and runs that share a
 complete and on the disk. Its manifest lists every file; a stage that has changed since it was written is reported and
 never used.
 
-    python -m dnpo.store list|verify|remove
+    python -m dnpo.store list|verify|remove|publish
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 from filelock import FileLock, Timeout
 
 from dnpo import disk
-from dnpo.errors import Declined, DiskError, DnpoError, SettingsError
+from dnpo.errors import Declined, DiskError, DnpoError, SettingsError, StoreError
 from dnpo.store import provenance
 from dnpo.store.files import content_hash, fingerprint, write_json
 from dnpo.store.manifests import (
@@ -39,9 +39,11 @@ from dnpo.store.manifests import (
     path_of_lock,
     seal,
 )
+from dnpo.store.remote import Gone, Remote, bring_into
 
 __all__ = [
     "MANIFEST",
+    "Remote",
     "Report",
     "Stage",
     "Store",
@@ -128,10 +130,14 @@ class Store:
     Args:
         root: the folder.
         verify: what is compared when a process first uses a stage; names and sizes are compared at every use.
+        remote: a store shared with other machines: what it has is fetched, and what is computed is published there.
     """
 
-    def __init__(self, root: Path, verify: Verify = "digests") -> None:
-        self.root, self.verify = root.absolute(), verify
+    def __init__(self, root: Path, verify: Verify = "digests", remote: Remote | None = None) -> None:
+        self.root, self.verify, self.remote = root.absolute(), verify, remote
+        self._unpublished: dict[str, None] = {}  # names of stages that the remote store did not take, in order
+        self._damaged: set[str] = set()  # names of stages that are damaged in the remote store
+        self._warned = False
         self.computed: set[str] = set()  # keys of the stages that this object computed instead of reusing
 
     def open(self, note: Callable[[str], None]) -> None:
@@ -156,6 +162,35 @@ class Store:
                 f"store={self.root}: its stages ({', '.join(stages)}) were stored by an earlier version of dnpo; those "
                 f"whose keys have changed are computed again. python -m dnpo.store remove --store {self.root} shows "
                 "which folders no tracked run needs"
+            )
+
+    def exchange(self, stages: Iterable[Stage], note: Callable[[str], None]) -> None:
+        """Fetch the stages that only the remote store has, and publish those that only this one has."""
+        fetched = published = 0
+        for stage in {stage.key: stage for stage in stages}.values():
+            if self.remote is None or self.remote.lost:
+                break
+            if self.folder(stage).exists():
+                published += self._publish(stage, note)
+            elif self.writable:
+                with self._explain(stage), self._lock(stage, note):
+                    fetched += not self.folder(stage).exists() and self._fetch(stage, note)
+        if self.remote is not None and fetched + published:
+            note(f"store.remote={self.remote.address}: fetched {fetched}, published {published} finished stages")
+
+    def is_remote(self, stage: Stage) -> bool:
+        """Whether the remote store has the result; False if there is none, or if it does not answer."""
+        try:
+            return self.remote is not None and self.remote.read_manifest(f"{stage.name}/{stage.key}") is not None
+        except (Gone, StoreError):
+            return False
+
+    def close(self, note: Callable[[str], None]) -> None:
+        """Note what could not be published, and how to publish it later."""
+        if self.remote is not None and self._unpublished:
+            note(
+                f"store.remote={self.remote.address}: not published: {', '.join(self._unpublished)}. Publish later "
+                f"with python -m dnpo.store publish --store {self.root} --remote {self.remote.address}"
             )
 
     def check(self, stages: Iterable[Stage], note: Callable[[str], None], everything: bool = True) -> None:
@@ -224,6 +259,10 @@ class Store:
         if folder.exists():
             expect_whole({folder: stage.title}, digests=self.verify == "digests")
             return folder
+        if self.remote is not None and not self.remote.lost:
+            with self._explain(stage), self._lock(stage, report.note):
+                if self.has(stage) or self._fetch(stage, report.note):
+                    return folder
         inputs = {name: self.get(needed, report) for name, needed in stage.inputs.items()}
         for name, aid in stage.aids.items():
             try:
@@ -233,10 +272,53 @@ class Store:
                     self.partial(aid).rmdir()
                 if str(why):
                     report.note(str(why))
-        with self._explain(stage), self._lock(stage, report):
-            if not self.has(stage):
+        with self._explain(stage), self._lock(stage, report.note), self._lease(stage, report.note):
+            if not self.has(stage) and not self._fetch(stage, report.note):
                 self._compute(stage, inputs, report)
+                self._publish(stage, report.note)
         return folder
+
+    def _lease(self, stage: Stage, note: Callable[[str], None]) -> AbstractContextManager[None]:
+        if self.remote is None or self.remote.lost or self.has(stage):
+            return nullcontext()
+        return self.remote.lease(f"{stage.name}/{stage.key}", note)
+
+    def _fetch(self, stage: Stage, note: Callable[[str], None]) -> bool:
+        """Fetch a stage from the remote store if it has it; return whether it was fetched."""
+        name = f"{stage.name}/{stage.key}"
+        if self.remote is None or name in self._damaged:
+            return False
+        try:
+            content = self.remote.read_manifest(name)
+            if content is not None:
+                bring_into(self.folder(stage), self.root, name, self.remote, content)
+            return content is not None
+        except StoreError as damage:
+            self._damaged.add(name)
+            note(f"{damage}. It is computed here, and not published")
+        except Gone:
+            self._warn(note)
+        return False
+
+    def _publish(self, stage: Stage, note: Callable[[str], None]) -> bool:
+        """Publish a finished stage in the remote store; return whether it was the first to do so."""
+        name, content = f"{stage.name}/{stage.key}", manifest(self.folder(stage))
+        if self.remote is None or "files" not in content:
+            return False
+        try:
+            return self.remote.publish(name, content, self.folder(stage))
+        except Gone:
+            self._unpublished[name] = None
+            self._warn(note)
+            return False
+
+    def _warn(self, note: Callable[[str], None]) -> None:
+        if not self._warned and self.remote is not None:
+            self._warned = True
+            note(
+                f"warning: store.remote={self.remote.address} cannot be used ({self.remote.lost}). The run goes on "
+                "with its local store, and says at its end what is not published"
+            )
 
     def _compute(self, stage: Stage, inputs: Mapping[str, Path], report: Report) -> None:
         partial = self.partial(stage)
@@ -277,14 +359,14 @@ class Store:
             ) from error
 
     @contextmanager
-    def _lock(self, stage: Stage, report: Report) -> Iterator[None]:
+    def _lock(self, stage: Stage, note: Callable[[str], None]) -> Iterator[None]:
         path = path_of_lock(self.root, stage.name, stage.key)
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)  # an flock: the system frees it when its holder is killed
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            report.note(f"another run is computing {stage.title} ({stage.key}); waiting for it")
+            note(f"another run is computing {stage.title} ({stage.key}); waiting for it")
             lock.acquire()
         try:
             yield

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from dnpo import disk
 from dnpo.errors import StoreError
 from dnpo.store.manifests import PARTIAL, find_damage, list_folders, manifest, path_of_lock
+from dnpo.store.remote import Remote
 
 REMOVED = ".removed"  # folder in a store: a stage is moved there in one step before its files are deleted
 
@@ -58,6 +59,27 @@ def read_store(root: Path) -> list[Entry]:
     if not root.is_dir():
         raise StoreError(f"--store {root}: there is no such folder; expected the store of your runs (setting store=…)")
     return [_read(folder) for folder in list_folders(root)]
+
+
+def read_remote(remote: Remote, names: Collection[str], digests: bool) -> list[Entry]:
+    """Read the entries of a remote store, by name.
+
+    Args:
+        names: those to read; empty for all.
+        digests: whether to read all files, or only compare sizes.
+
+    Raises:
+        StoreError: the store has no stage of a name.
+        Gone: it does not answer.
+    """
+    there, entries = remote.names(), []
+    for name in names or there:
+        if name not in there:
+            raise StoreError(f"{name}: {remote.address} has no such stage; expected STAGE/KEY, as list shows it")
+        content, damage = remote.find_damage(name, digests)
+        size = sum(file["size"] for file in content.get("files", {}).values())
+        entries.append(Entry(Path(name), name, size, tuple(damage), content))
+    return entries
 
 
 def select(entries: Iterable[Entry], names: Iterable[str]) -> list[Entry]:

@@ -101,14 +101,11 @@ def advise(root: Path, folders: list[Path]) -> str:
     )
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """Read a manifest; a ValueError says what is wrong with it."""
+def parse(text: str) -> dict[str, Any]:
+    """Parse a manifest; a ValueError says what is wrong with it."""
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
         content = json.loads(text)
-    except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{MANIFEST} is not a manifest")
@@ -118,6 +115,17 @@ def _read(folder: Path) -> dict[str, Any]:
     if content.get(CHECKSUM) != _checksum(whole) or to_json(content) != text:
         raise ValueError(f"{MANIFEST} has other contents than were written (its checksum differs)")
     return content
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """Read a manifest; a ValueError says what is wrong with it."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
+    return parse(text)
 
 
 def _compare(folder: Path, content: Mapping[str, Any], digests: bool) -> Iterator[str]:
