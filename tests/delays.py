@@ -17,8 +17,8 @@ def delay() -> None:
     from dnpo import dsl
     from dnpo.optimise import reference
 
-    verbs.judge_responses = _wait(verbs.judge_responses)
-    dsl.label = _wait(dsl.label)
+    verbs.ask = _wait(verbs.ask)
+    dsl.label_some = _wait(dsl.label_some)
     reference.score = _wait(reference.score)
     compute = Store._compute
 

@@ -135,7 +135,7 @@ def test_label_noise_is_the_share_of_pairs_with_the_right_answer_rejected(world:
         )
         for p, (chosen, rejected) in zip(prompts, texts, strict=True)
     ]
-    assert _labels(pairs, prompts) == {"labels/decided": 0.5, "labels/noise": 0.25}
+    assert _labels(pairs, {p.id: p.answer for p in prompts}) == {"labels/decided": 0.5, "labels/noise": 0.25}
 
 
 def test_items_are_what_the_metrics_are_means_of(measured: tuple[dict[str, float], Path], world: World) -> None:

@@ -47,8 +47,10 @@ def go(
 ) -> list[Response]:
     folder.mkdir(exist_ok=True)
     prompts = world.prompts[:count]
-    return generate(
-        policy, prompts, LAYOUT, source="policy@3", limit=12, seed=seed, folder=folder, report=report or Report()
+    return list(
+        generate(
+            policy, prompts, LAYOUT, source="policy@3", limit=12, seed=seed, folder=folder, report=report or Report()
+        )
     )
 
 
@@ -450,7 +452,7 @@ def roll(
     report: Report | None = None,
 ) -> list[Response]:
     folder.mkdir(exist_ok=True)
-    return generate(
+    made = generate(
         policy,
         world.prompts[:count],
         rollout,
@@ -460,6 +462,7 @@ def roll(
         folder=folder,
         report=report or Report(),
     )
+    return list(made)
 
 
 @pytest.mark.parametrize("batch_size", [2, 8, 64])

@@ -14,7 +14,7 @@ from dnpo.data.rows import SCORES
 from dnpo.errors import DataError
 from dnpo.records import GIVEN, Prompt, Response, read, write_preferences
 from dnpo.stages.before import prepare
-from dnpo.stages.files import read_given, read_split
+from dnpo.stages.files import open_given, read_split
 from dnpo.store import Stage, Store
 from dnpo.tracking.datasets import list_datasets
 from tests.conftest import SHARED, Report, World
@@ -280,8 +280,8 @@ def test_rejected_responses_are_encoded_as_chosen_ones(world: World, tmp_path: P
     write(file, [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows])
     prepared(world, file, tmp_path / "other", Report(), long_responses=way)
     for split in ("train", "validation", "test"):
-        held, given = read_split(tmp_path / "one", split), read_given(tmp_path / "one", split)
-        other, swapped = read_split(tmp_path / "other", split), read_given(tmp_path / "other", split)
+        held, given = read_split(tmp_path / "one", split), open_given(tmp_path / "one", split)
+        other, swapped = read_split(tmp_path / "other", split), open_given(tmp_path / "other", split)
         assert [r.id for r in given] == [p.id for p in held.prompts] == [r.id for r in held.human]
         assert {r.source for r in given} <= {GIVEN}
         assert contents(given) == contents(other.human)
@@ -305,7 +305,7 @@ def test_pairs_with_the_same_tokens_on_both_sides_are_left_out(world: World, tmp
     for row in rows[::4]:
         row |= {"chosen": f"{WORDS} yes", "rejected": f"{WORDS} no"}
     facts = prepared(world, write(tmp_path / "rows.jsonl", rows), tmp_path / "one", report)
-    held, given = read_split(tmp_path / "one", "train"), {r.id for r in read_given(tmp_path / "one", "train")}
+    held, given = read_split(tmp_path / "one", "train"), {r.id for r in open_given(tmp_path / "one", "train")}
     same = {p.id for p in held.prompts if int(p.id[1:]) % 4 == 0}
     assert facts["train"]["given_same"] == len(same) > 0
     assert given == {p.id for p in held.prompts} - same
@@ -318,7 +318,7 @@ def test_data_without_pairs_leave_nothing_new(world: World, tmp_path: Path, repo
     facts = prepared(world, write(tmp_path / "rows.jsonl", rows), tmp_path / "one", report)
     assert set(facts["train"]) == {"rows", "too_long", "human_cut"}
     assert not list((tmp_path / "one").glob("*given*"))
-    assert read_given(tmp_path / "one", "train") == []
+    assert not open_given(tmp_path / "one", "train")
     assert read(tmp_path / "one" / "train-human.parquet", Response)
 
 

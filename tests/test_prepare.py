@@ -127,7 +127,7 @@ def test_a_limit_that_drops_everything_is_named(world: World, file: Path, tmp_pa
     ):
         stage(world, source(file, long_responses="drop", max_response_tokens=1)).work(tmp_path, {}, report)
     with pytest.raises(DataError, match=r"^data: none of the .* fits into 2 tokens"):
-        stage(world, source(file, max_prompt_tokens=2)).work(tmp_path, {}, report)
+        stage(world, source(file, max_prompt_tokens=2)).work(tmp_path / "other", {}, report)
 
 
 def test_what_becomes_of_long_responses_is_in_the_key_where_it_is_not_the_default(world: World, file: Path) -> None:

@@ -160,11 +160,10 @@ def test_a_write_that_is_killed_leaves_the_old_file(tmp_path: Path, monkeypatch:
     path = tmp_path / "rows.parquet"
     write(path, VERDICTS, Verdict)
 
-    def stop_halfway(table: pa.Table, where: Path, **options: Any) -> None:
-        where.write_bytes(b"PAR1 and no more")
+    def stop_halfway(self: pq.ParquetWriter, table: pa.Table) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pq, "write_table", stop_halfway)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", stop_halfway)
     with pytest.raises(KeyboardInterrupt):
         write(path, VERDICTS[:1], Verdict)
     assert read(path, Verdict) == VERDICTS

@@ -7,7 +7,8 @@ Parquet table whose schema follows from the dataclass, so that empty lists and m
 import dataclasses
 import json
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 Finish = Literal["eos", "length"]
+GROUP = 4096  # rows in a row group of a file, which is read at once
 HUMAN = "human"
 GIVEN = "given"
 
@@ -212,13 +214,25 @@ Row = TypeVar("Row", bound="DataclassInstance")
 
 def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
     """Write rows to a Parquet file, which is complete or does not exist."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = {f.name: [getattr(row, f.name) for row in rows] for f in dataclasses.fields(kind)}
     aside = disk.name_aside(path)
-    pq.write_table(pa.table(columns, schema=schema(kind)), aside, write_page_checksum=True)
+    try:
+        with pq.ParquetWriter(aside, schema(kind), write_page_checksum=True) as file:
+            for first in range(0, max(len(rows), 1), GROUP):
+                file.write_table(to_table(rows[first : first + GROUP], kind))
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     disk.replace(aside, path)
+
+
+def to_table(rows: Sequence[Row], kind: type[Row]) -> "pa.Table":
+    """The Arrow table of rows."""
+    import pyarrow as pa
+
+    columns = {f.name: [getattr(row, f.name) for row in rows] for f in dataclasses.fields(kind)}
+    return pa.table(columns, schema=schema(kind))
 
 
 def read(path: Path, kind: type[Row]) -> list[Row]:
@@ -227,24 +241,36 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
     Raises:
         StoreError: the file is damaged.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with undamaged(path):
         return [kind(**row) for row in pq.read_table(path, page_checksum_verification=True).to_pylist()]
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Turn what Arrow says of a damaged file into an error that names it.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, TypeError) as error:  # OSError: a checksum differs
         raise StoreError(f"{path}: is damaged ({error}); remove it, and the same command makes it again") from error
 
 
-def write_preferences(path: Path, pairs: Sequence[Pair]) -> None:
+def write_preferences(path: Path, pairs: Iterable[Pair]) -> None:
     """Write pairs as JSON lines in TRL's conversational preference format, which TRL's and other trainers read.
 
     Each line has ``prompt``, ``chosen`` and ``rejected`` as lists of messages, and the id, sources, samples, scores,
     strength and weight of the pair. The file is complete or does not exist.
     """
-    rows = [
+    rows = (
         {
             "id": pair.id,
             "prompt": pair.messages,
@@ -262,9 +288,10 @@ def write_preferences(path: Path, pairs: Sequence[Pair]) -> None:
             "shift": pair.shift,
         }
         for pair in pairs
-    ]
+    )
     aside = disk.name_aside(path)
-    aside.write_text("".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows), encoding="ascii")
+    with aside.open("w", encoding="ascii") as stream:
+        stream.writelines(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
     disk.replace(aside, path)
 
 

@@ -4,7 +4,7 @@ A source has two methods: ``identity()`` gives the plain values that decide what
 ``read()`` gives its rows by split: ``train``, ``validation`` (for choosing settings) and ``test`` (for reporting).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from dnpo.records import Prompt
@@ -33,5 +33,5 @@ class Source(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """Plain values that decide the rows: contents, never paths."""
 
-    def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+    def read(self) -> tuple[Mapping[str, Sequence[Prompt]], dict[str, Any]]:
         """Return the rows by split, and facts about them; ``removed`` counts the rows left out, by reason."""

@@ -2,21 +2,24 @@
 
 import glob
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, TypeVar
 
 from dnpo.data.parsing import open_file, open_text, parse_csv, parse_json
 from dnpo.data.source import RawTable, Rows
 from dnpo.data.unread import columns_with_text, holds_text, may_hold_text
 from dnpo.data.unusable import shown
 from dnpo.errors import DataError
+from dnpo.records import GROUP
 from dnpo.settings import place
 from dnpo.store import content_hash
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+Each = TypeVar("Each")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +87,33 @@ class _Text(Files):
         """Yield the raw rows of a file, each with its location."""
 
     def _table(self) -> RawTable:
-        raw: list[tuple[str, Any]] = []
-        for file in self._files():
+        """Read the files for their columns; they are read again for the rows, since all at once would fill memory."""
+        files = self._files()
+        columns: dict[str, None] = {}
+        texts: set[str] = set()
+        total = 0
+        for _, row in self._read(files):
+            total += 1
+            for name, value in row.items() if isinstance(row, Mapping) else ():
+                columns[str(name)] = None
+                if name not in texts and holds_text(value):
+                    texts.add(name)
+        return RawTable(columns, total, lambda drawn: _choose(self._read(files), drawn), texts.intersection)
+
+    def _read(self, files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+        for file in files:
             with open_text(self.setting, file) as stream:
-                raw += self._parse(file, stream)
-        columns = {str(name): None for _, row in raw if isinstance(row, Mapping) for name in row}
-        return RawTable(columns, len(raw), lambda drawn: [raw[i] for i in drawn], lambda names: _texts(raw, names))
+                yield from self._parse(file, stream)
 
 
-def _texts(raw: Sequence[tuple[str, Any]], names: Collection[str]) -> list[str]:
-    """The given columns that contain text."""
-    rows = [row for _, row in raw if isinstance(row, Mapping)]
-    return [name for name in names if any(holds_text(row.get(name)) for row in rows)]
+def _choose(rows: Iterable[Each], drawn: Sequence[int]) -> Iterator[Each]:
+    """The rows of these numbers, in ascending order."""
+    wanted = iter(drawn)
+    number = next(wanted, None)
+    for i, row in enumerate(rows):
+        if i == number:
+            yield row
+            number = next(wanted, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,22 +163,23 @@ class _Columns(Files):
         import pyarrow as pa
 
         columns: dict[str, None] = {}
-        places: list[str] = []
+        files = self._files()
         tables = []
         texts: dict[str, None] = {}
-        for file in self._files():
+        for file in files:
             names, part, others = self._read_file(file)
             columns |= dict.fromkeys(names)
             texts |= dict.fromkeys(others)
             tables.append(part)
-            places += [f"{file} row {i}" for i in range(len(part))]
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
             raise DataError(f"{self.setting}: its files differ in the types of their columns ({error})") from error
 
-        def rows(drawn: Sequence[int]) -> Iterable[tuple[str, Any]]:
-            return zip((places[i] for i in drawn), table.take(drawn).to_pylist(), strict=True)
+        def rows(drawn: Sequence[int]) -> Iterator[tuple[str, Any]]:
+            places = (f"{file} row {i}" for file, part in zip(files, tables, strict=True) for i in range(len(part)))
+            raw = (row for batch in table.to_batches(GROUP) for row in batch.to_pylist())
+            return _choose(zip(places, raw, strict=True), drawn)
 
         return RawTable(columns, len(table), rows, lambda names: [name for name in names if name in texts])
 

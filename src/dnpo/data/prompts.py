@@ -13,6 +13,7 @@ from dnpo.data.seen import hash_conversation
 from dnpo.errors import DataError, SettingsError
 from dnpo.records import Prompt
 from dnpo.settings import Fraction, Positive
+from dnpo.tables import take, values
 
 SeedPairs = Literal["all", "share"]
 
@@ -27,7 +28,7 @@ class Prompts(Protocol):
             SettingsError: names the setting.
         """
 
-    def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
+    def __call__(self, prompts: Sequence[Prompt], k: int) -> Sequence[Prompt]:
         """Select the prompts of iteration ``k`` from all training prompts, in their order.
 
         Raises:
@@ -42,9 +43,9 @@ class All:
     def check(self, iterations: int) -> None:
         """It has prompts for any number of iterations."""
 
-    def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
+    def __call__(self, prompts: Sequence[Prompt], k: int) -> Sequence[Prompt]:
         """All of them."""
-        return list(prompts)
+        return prompts
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Seed:
         if not self.share:
             raise SettingsError(f"prompts.share={self.share}: the seed would have no prompts; expected a share above 0")
 
-    def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
+    def __call__(self, prompts: Sequence[Prompt], k: int) -> Sequence[Prompt]:
         """The seed.
 
         Raises:
@@ -85,17 +86,19 @@ class Seed:
             )
         return seed
 
-    def divide(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    def divide(self, prompts: Sequence[Prompt]) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
         """The seed, and the prompts whose conversations are not in it."""
-        paired = [prompt for prompt in prompts if prompt.rejected is not None]
+        paired = take(prompts, [i for i, other in enumerate(values(prompts, "rejected")) if other is not None])
+        seed: Sequence[Prompt]
         if self.pairs == "all" and 0 < len(paired) < len(prompts):
             seed = paired
         else:
             some = paired or prompts
             share = min(self.share * len(prompts) / max(len(some), 1), 1.0)
             seed = divide(some, [share, 1 - share])[0]
-        used = {hash_conversation(prompt.messages) for prompt in seed}
-        return seed, [prompt for prompt in prompts if hash_conversation(prompt.messages) not in used]
+        used = {hash_conversation(messages) for messages in values(seed, "messages")}
+        others = (hash_conversation(messages) not in used for messages in values(prompts, "messages"))
+        return seed, take(prompts, [i for i, other in enumerate(others) if other])
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Fresh:
                 f"needs {needed}; add shares, or run at most {parts} iterations"
             )
 
-    def __call__(self, prompts: Sequence[Prompt], k: int) -> list[Prompt]:
+    def __call__(self, prompts: Sequence[Prompt], k: int) -> Sequence[Prompt]:
         """Part ``k``.
 
         Raises:
@@ -151,7 +154,7 @@ class Fresh:
             )
         return parts[k]
 
-    def parts(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    def parts(self, prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
         """All parts, the seed first if there is one."""
         if not self.seed_share:
             return divide(prompts, self.shares)
@@ -159,7 +162,7 @@ class Fresh:
         return [seed, *divide(others, self.shares)]
 
 
-def divide(prompts: Sequence[Prompt], shares: Sequence[float]) -> list[list[Prompt]]:
+def divide(prompts: Sequence[Prompt], shares: Sequence[float]) -> list[Sequence[Prompt]]:
     """Divide prompts into parts in proportion to ``shares``, counted in rows; each part keeps the order of the rows.
 
     Conversations come in the order of their hashes. A conversation with n rows of N, after b rows of earlier ones, is
@@ -167,8 +170,8 @@ def divide(prompts: Sequence[Prompt], shares: Sequence[float]) -> list[list[Prom
     1/16, 3/16, 1/2 and 7/8, so for the shares 1:3 the first part has the first two.
     """
     rows: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        rows.setdefault(hash_conversation(prompt.messages), []).append(i)
+    for i, messages in enumerate(values(prompts, "messages")):
+        rows.setdefault(hash_conversation(messages), []).append(i)
     ends = [end / sum(shares) for end in accumulate(shares)]
     parts: list[list[int]] = [[] for _ in shares]
     before = 0
@@ -176,9 +179,9 @@ def divide(prompts: Sequence[Prompt], shares: Sequence[float]) -> list[list[Prom
         place = (before + len(some) / 2) / len(prompts)
         parts[sum(end <= place for end in ends[:-1])] += some
         before += len(some)
-    return [[prompts[i] for i in sorted(part)] for part in parts]
+    return [take(prompts, sorted(part)) for part in parts]
 
 
 def _count(prompts: Sequence[Prompt]) -> int:
     """The number of different conversations."""
-    return len({hash_conversation(prompt.messages) for prompt in prompts})
+    return len({hash_conversation(messages) for messages in values(prompts, "messages")})

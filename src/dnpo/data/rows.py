@@ -23,8 +23,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NoReturn
 
 from dnpo.data.turns import TURNS, is_blank, is_parts, read_text, read_turns
-from dnpo.data.unusable import RowError, Unusable, has_names, read_rows
+from dnpo.data.unusable import RowError, Unusable, has_names, make_rows
 from dnpo.records import Message, Prompt
+from dnpo.tables import Collector, Rows
 
 Field = Literal[
     "id", "prompt", "response", "messages", "chosen", "rejected", "chosen_score", "rejected_score", "answer", "family"
@@ -41,7 +42,7 @@ FIELDS = ("id", "prompt_id", "prompt", "response", *CONVERSATIONS, "chosen", *PA
 FORMS = "expected prompt and response, messages, or prompt and chosen"
 
 
-def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prompt], int, Unusable]:
+def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[Rows[Prompt], int, Unusable]:
     """Turn raw rows, each with its location such as ``some.jsonl:3``, into prompts with unique ids.
 
     A row that repeats an earlier row with the same id is left out; one that differs from it cannot be used. A
@@ -50,23 +51,25 @@ def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prom
     Returns:
         The prompts, the number of repeated rows left out, and the rows that cannot be used.
     """
-    prompts: dict[str, Prompt] = {}
-    places: dict[str, str] = {}
+    known: dict[str, tuple[bytes, str]] = {}  # by id: hash and place of the row
     repeated = 0
 
     def make(where: str, raw: Any) -> Prompt | None:
         nonlocal repeated
         prompt = prompt_of(raw, turns)
-        if prompts.get(prompt.id, prompt) != prompt and raw.get("id") is None and raw.get("prompt_id") is not None:
-            content = _content_id(prompt.messages, prompt.human, prompt.rejected)
-            prompt = dataclasses.replace(prompt, id=f"{prompt.id}-{content}")
-        if prompt.id not in prompts:
-            prompts[prompt.id], places[prompt.id] = prompt, where
+        content = _hash(prompt)
+        other = known.get(prompt.id, (content, ""))[0] != content
+        if other and raw.get("id") is None and raw.get("prompt_id") is not None:
+            own = _content_id(prompt.messages, prompt.human, prompt.rejected)
+            prompt = dataclasses.replace(prompt, id=f"{prompt.id}-{own}")
+            content = _hash(prompt)
+        mine = content, where
+        earlier, there = known.setdefault(prompt.id, mine)
+        if known[prompt.id] is mine:
             return prompt
-        if prompts[prompt.id] == prompt:
+        if earlier == content:
             repeated += 1
             return None
-        there = places[prompt.id]
         raise RowError(
             "the id of another row",
             f"{there} has the same id {prompt.id!r} but other contents; expected another id{_hint('id')}"
@@ -75,8 +78,16 @@ def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[list[Prom
             "or give both an id",
         )
 
-    found, bad = read_rows(rows, make)
-    return found, repeated, bad
+    bad = Unusable()
+    found: Collector[Prompt] = Collector(Prompt)
+    for prompt in make_rows(rows, make, bad):
+        found.add(prompt)
+    return found.finish(), repeated, bad
+
+
+def _hash(prompt: Prompt) -> bytes:
+    """A hash of a whole row, which takes less memory than the row."""
+    return hashlib.blake2b(repr(prompt).encode(), digest_size=16).digest()
 
 
 def prompt_of(raw: Any, turns: Turns) -> Prompt:

@@ -157,17 +157,17 @@ class Rows(ABC):
             **({"roles": dict(self.roles)} if self.roles else {}),
         }
 
-    def read(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+    def read(self) -> tuple[dict[str, Sequence[Prompt]], dict[str, Any]]:
         """Return the rows by split, and the numbers of rows and of duplicates removed.
 
         Raises:
             DataError: there are no rows or fewer than ``sample``, a row cannot be used, or a split gets no rows.
         """
         rows, facts = self._by_split
-        return {split: list(some) for split, some in rows.items()}, dict(facts)
+        return dict(rows), dict(facts)
 
     @cached_property
-    def _by_split(self) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
+    def _by_split(self) -> tuple[dict[str, Sequence[Prompt]], dict[str, Any]]:
         """Split the rows by their ids, so that adding rows moves none to another split."""
         table = self._table()
         drawn = self._draw(table.total)
@@ -180,12 +180,13 @@ class Rows(ABC):
             bad.refuse(len(drawn), f"{mapping}data.bad_rows=drop leaves out rows that cannot be used")
         if not prompts:
             bad.refuse(len(drawn))
-        rows: dict[str, list[Prompt]] = {split: [] for split in SPLITS}
-        for prompt in prompts:
-            place = _fraction(prompt.id)
+        numbers: dict[str, list[int]] = {split: [] for split in SPLITS}
+        for number, id in enumerate(prompts.values("id")):
+            place = _fraction(id)
             held = "validation" if place < self.holdout / 2 else "test"
-            rows[held if place < self.holdout else "train"].append(prompt)
-        rows, removed, examples = remove_duplicates(rows, self.near_duplicates)
+            numbers[held if place < self.holdout else "train"].append(number)
+        split_rows = {split: prompts.take(some) for split, some in numbers.items()}
+        rows, removed, examples = remove_duplicates(split_rows, self.near_duplicates)
         lost = sum(removed.values())
         cause = f"data.near_duplicates={self.near_duplicates}"
         such = f", as {'; '.join(examples)}" if examples else ""
@@ -262,14 +263,14 @@ class Rows(ABC):
                 texts.append(read_text(column, value, empty=True))
         return self.join.join(text for text in texts if not is_blank(text)) or None
 
-    def _draw(self, total: int) -> list[int]:
+    def _draw(self, total: int) -> Sequence[int]:
         """Draw the numbers of the rows to take, in ascending order."""
         if not total:
             raise DataError(f"{self.setting}: there are no rows in it; {FORMS}")
         if self.sample > total:
             raise DataError(f"data.sample={self.sample}: more than the {total:,} rows in {self.setting}; 0 takes all")
         if not self.sample:
-            return list(range(total))
+            return range(total)
         return sorted(random.Random(derive(self.seed, "sample")).sample(range(total), self.sample))
 
 

@@ -1,6 +1,6 @@
 """Count unusable rows by reason, with their locations."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -78,8 +78,12 @@ def read_rows(raw: Iterable[tuple[str, Any]], make: Callable[[str, Any], Row | N
         raw: locations and raw rows; a ``RowError`` in place of a row that could not be parsed.
         make: makes a row, or returns None to leave it out; raises a ``RowError`` if it cannot be used.
     """
-    rows: list[Row] = []
     bad = Unusable()
+    return list(make_rows(raw, make, bad)), bad
+
+
+def make_rows(raw: Iterable[tuple[str, Any]], make: Callable[[str, Any], Row | None], bad: Unusable) -> Iterator[Row]:
+    """The same one by one; ``bad`` counts the unusable ones."""
     for where, each in raw:
         try:
             if isinstance(each, RowError):
@@ -89,8 +93,7 @@ def read_rows(raw: Iterable[tuple[str, Any]], make: Callable[[str, Any], Row | N
             bad.add(where, error)
         else:
             if made is not None:
-                rows.append(made)
-    return rows, bad
+                yield made
 
 
 def has_names(raw: Mapping[Any, Any]) -> str:

@@ -20,13 +20,18 @@ def points(prompt: Prompt, text: str) -> float:
 
 
 def correct(prompt: Prompt, text: str) -> bool:
-    """Whether the response is the right answer, or ends with it directly after "is", "are", "equals" or a colon.
+    """Whether the response is the prompt's answer, see :func:`is_right`."""
+    return is_right(prompt.answer, text)
+
+
+def is_right(expected: str | None, text: str) -> bool:
+    """Whether a text is the expected answer, or ends with it directly after "is", "are", "equals" or a colon.
 
     Only words and numbers are compared, in lower case.
     """
-    if prompt.answer is None:
+    if expected is None:
         return False
-    tokens, answer = _tokens(text), _tokens(prompt.answer)
+    tokens, answer = _tokens(text), _tokens(expected)
     before = tokens[: len(tokens) - len(answer)]
     return bool(answer) and tokens[len(before) :] == answer and (not before or before[-1] in _MARKERS)
 

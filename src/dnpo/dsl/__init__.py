@@ -35,6 +35,7 @@ __all__ = [
     "Best",
     "BestWorst",
     "Candidate",
+    "Counts",
     "FirstTwo",
     "GivenPairs",
     "HardLabels",
@@ -47,8 +48,10 @@ __all__ = [
     "RewardStrength",
     "Right",
     "Strength",
+    "add_up",
     "explain",
     "label",
+    "label_some",
     "with_strengths",
 ]
 
@@ -101,6 +104,18 @@ class Labels(NamedTuple):
     counts: dict[str, int | float]
 
 
+class Counts(NamedTuple):
+    """What happened to some prompts of an iteration.
+
+    Attributes:
+        events: how often each thing happened.
+        right: of each prompt the numbers of samples and of right ones, for pass@k.
+    """
+
+    events: dict[str, int]
+    right: list[tuple[int, int]]
+
+
 REASONS = {
     "identical": "responses are identical (a higher generate.temperature varies them)",
     "unscored": "pairs lack a score (look at judge.…; dsl.unscored=keep_human keeps them, labelled by origin)",
@@ -124,7 +139,20 @@ def label(
     verdicts: Sequence[Verdict],
     iteration: int = 0,
 ) -> Labels:
-    """Make the pairs of every prompt that has responses, in the order of the responses, and count what is left out.
+    """Make the pairs of every prompt that has responses, in the order of the responses, and count what is left out."""
+    pairs, counts = label_some(labeller, prompts, human, generated, verdicts, iteration)
+    return Labels(pairs, add_up([counts]))
+
+
+def label_some(
+    labeller: Labeller,
+    prompts: Sequence[Prompt],
+    human: Sequence[Response],
+    generated: Sequence[Response],
+    verdicts: Sequence[Verdict],
+    iteration: int,
+) -> tuple[list[Pair], Counts]:
+    """The same for some prompts of an iteration, whose counts :func:`add_up` adds up.
 
     ``generated`` has the responses of the policy, or the data's own rejected ones. A sample that repeats an earlier one
     of its prompt token for token is not another candidate (``repeated``). Nor is one that equals the human response, if
@@ -157,9 +185,17 @@ def label(
             counts["identical" if len(new) < labeller.fewest <= len(responses) else labeller.nothing] += 1
         pairs += [make_pair(prompt, chosen, rejected, iteration) for chosen, rejected in labelled]
     counts["pairs"], counts["flipped"] = len(pairs), sum(pair.flipped for pair in pairs)
+    return pairs, Counts(dict(counts), right)
+
+
+def add_up(some: Sequence[Counts]) -> dict[str, int | float]:
+    """The counts of an iteration from the counts of its prompts, in their order."""
+    counts: Counter[str] = Counter()
+    for each in some:
+        counts.update(each.events)
     always = {name: counts[name] for name in ("pairs", "flipped", "identical", "unscored")}
     more = {name: counts[name] for name in (*REASONS, "repeated") if counts[name]}
-    return Labels(pairs, {**always, **more, **_pass_at(right)})
+    return {**always, **more, **_pass_at([prompt for each in some for prompt in each.right])}
 
 
 def _pass_at(right: Sequence[tuple[int, int]]) -> dict[str, float]:

@@ -10,14 +10,14 @@ read the files written here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dnpo.data.verifiable import correct, read_answer
+from dnpo.data.verifiable import correct, is_right, read_answer
 from dnpo.evaluate import Evaluation, Held
 from dnpo.evaluate.distances import ks, overlap, overlap_by_chance, wasserstein
 from dnpo.generate import Sampling
@@ -30,6 +30,7 @@ from dnpo.records import Item, Pair, Prompt, Response, Verdict, write
 from dnpo.seeding import derive
 from dnpo.stats.sampling import majority, pass_at_k
 from dnpo.store import Report
+from dnpo.tables import column, take, with_ids
 
 
 def evaluate(
@@ -88,8 +89,9 @@ def evaluate(
     checkable = all(p.answer is not None for p in held.prompts)
     if checkable:
         metrics |= _accuracy(held.prompts, greedy) | _several(several, fresh, copies)
-    if pairs is not None and all(p.answer is not None for p in train.prompts):
-        metrics |= _labels(pairs, train.prompts)
+    answers = column(train.prompts, "answer")
+    if pairs is not None and None not in answers:
+        metrics |= _labels(pairs, dict(zip(column(train.prompts, "id"), answers, strict=True)))
     verdicts: list[Verdict] = []
     if judge.gives_scores:
         responses = [*held.human, *greedy, *fresh]
@@ -122,14 +124,14 @@ class _Known(NamedTuple):
 def _choose_known(train: Held, pairs: Sequence[Pair] | None, count: int, seed: int) -> _Known:
     """Draw the prompts whose chosen (and rejected) responses are compared with new ones."""
     draw = np.random.default_rng(derive(seed, "sequences"))
-    human_of = {r.id: r.token_ids for r in train.human}
     if pairs is None:
         some = sorted(draw.permutation(len(train.prompts))[:count].tolist())
-        prompts = [train.prompts[i] for i in some]
-        human = [human_of[p.id] for p in prompts]
-        return _Known(prompts, human, human, [])
-    prompt_of = {p.id: p for p in train.prompts}
-    those = [pairs[i] for i in sorted(draw.permutation(len(pairs))[:count].tolist())]
+        human = [response.token_ids for response in take(train.human, some)]
+        return _Known(list(take(train.prompts, some)), human, human, [])
+    those = list(take(pairs, sorted(draw.permutation(len(pairs))[:count].tolist())))
+    ids = {p.id for p in those}
+    prompt_of = {p.id: p for p in with_ids(train.prompts, ids)}
+    human_of = {r.id: r.token_ids for r in with_ids(train.human, ids)}
     return _Known(
         [prompt_of[p.id] for p in those],
         [human_of[p.id] for p in those],
@@ -159,11 +161,10 @@ def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) 
     return metrics | {"eval/majority": _mean(vote == ("right", "") for vote in votes)}
 
 
-def _labels(pairs: Sequence[Pair], prompts: Sequence[Prompt]) -> dict[str, float]:
+def _labels(pairs: Sequence[Pair], answers: Mapping[str, str | None]) -> dict[str, float]:
     """Shares of pairs with exactly one right answer, and of these with the right answer rejected: label noise."""
-    prompt_of = {p.id: p for p in prompts}
-    both = [p for p in pairs if p.rejected_ids]
-    right = [(correct(prompt_of[p.id], p.chosen), correct(prompt_of[p.id], p.rejected)) for p in both]
+    both = (p for p in pairs if p.rejected_ids)
+    right = [(is_right(answers[p.id], p.chosen), is_right(answers[p.id], p.rejected)) for p in both]
     return (
         {}
         if not right

@@ -28,9 +28,10 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from dnpo.errors import ModelError, SettingsError
 from dnpo.generate import Ahead, Sampling
 from dnpo.policy.model import Policy
-from dnpo.records import Finish, Prompt, Response, read_all, write
+from dnpo.records import Finish, Prompt, Response, write
 from dnpo.seeding import derive
 from dnpo.store import Report
+from dnpo.tables import Rows, values
 
 FREE = 0.25  # share of a batch that must be free before more prompts are read, since each read has a fixed cost
 GROUP = 64  # vocabulary entries that draw together, see _pick
@@ -72,7 +73,7 @@ def generate(
     folder: Path,
     report: Report,
     engine: Engine | None = None,
-) -> list[Response]:
+) -> Rows[Response]:
     """Generate responses to each prompt; shards in ``folder`` are reused.
 
     Responses have the order of the prompts; samples of the same prompt follow each other, in the order of their
@@ -90,17 +91,20 @@ def generate(
         engine: samples; None samples in this process.
     """
     rollout = Ahead.like(sampling)
-    rows = number_samples([prompt for prompt in prompts for _ in range(rollout.samples)])
-    size = rollout.shard_size * rollout.samples
-    shards = [rows[first : first + size] for first in range(0, len(rows), size)]
+    shards = [prompts[first : first + rollout.shard_size] for first in range(0, len(prompts), rollout.shard_size)]
     paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
-    report.begin(len(rows), "responses", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
+    done = sum(len(shard) for shard, path in zip(shards, paths, strict=True) if path.is_file())
+    report.begin(len(prompts) * rollout.samples, "responses", done * rollout.samples)
+    earlier: Counter[str] = Counter()
     for shard, path in zip(shards, paths, strict=True):
-        if not path.is_file():
-            responses = _answer(policy, shard, rollout, source, limit, seed, report, engine)
+        if path.is_file():
+            earlier.update(id for id in values(shard, "id") for _ in range(rollout.samples))
+        else:
+            rows = number_samples([prompt for prompt in shard for _ in range(rollout.samples)], earlier)
+            responses = _answer(policy, rows, rollout, source, limit, seed, report, engine)
             write(path, responses, Response)
-    found = read_all(paths, Response)
-    ended = sum(response.finish == "length" for response in found)
+    found = Rows.open(paths, Response)
+    ended = sum(finish == "length" for finish in found.column("finish"))
     if rollout.append_eos and ended:
         report.note(
             f"append_eos=true: {ended:,} of {len(found):,} responses were cut and end with an end-of-sequence token "
@@ -127,9 +131,13 @@ def sample(
     return _answer(policy, number_samples(prompts), rollout, source, limit, seed, report, engine)
 
 
-def number_samples(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
-    """Give each prompt the number of its sample, which distinguishes the samples of one prompt."""
-    earlier: Counter[str] = Counter()
+def number_samples(prompts: Sequence[Prompt], earlier: Counter[str] | None = None) -> list[tuple[Prompt, int]]:
+    """Give each prompt the number of its sample, which distinguishes the samples of one prompt.
+
+    Args:
+        earlier: how many samples of each prompt there are already, by id; these are added.
+    """
+    earlier = Counter() if earlier is None else earlier
     rows = []
     for prompt in prompts:
         rows.append((prompt, earlier[prompt.id]))

@@ -14,6 +14,7 @@ from dnpo.errors import JudgeError
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.store import Report
+from dnpo.tables import column
 
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
@@ -81,6 +82,14 @@ class Judge(ABC):
     def only_compares(self) -> bool:
         """Whether a score says how a response compares with another one, so that it is no reward by itself."""
         return False
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether it may be called for some thousand prompts at a time, with all responses to them.
+
+        A judge whose replies are in the ledger loses none of them, and is called once for all.
+        """
+        return True
 
     @property
     def spends_freely(self) -> bool:
@@ -161,16 +170,27 @@ def judge_responses(
         JudgeError: too many verdicts lack a score. The ledger has all replies, so a rerun asks only for the rest.
     """
     verdicts = ask(judge, prompts, responses, ledger, report)
-    missing = [v for v in verdicts if v.score is None]
-    if judge.gives_scores and len(missing) > judge.max_unscored * len(verdicts):
-        raise JudgeError(too_many(len(missing), len(verdicts), judge.max_unscored, [v.reason for v in missing]))
-    scores = [v.score for v in verdicts if v.score is not None]
-    if len(scores) >= MANY and len(set(scores)) == 1:
+    check_verdicts(judge, verdicts, report)
+    return verdicts
+
+
+def check_verdicts(judge: Judge, verdicts: Sequence[Verdict], report: Report) -> None:
+    """Check that enough verdicts have a score, and note if all scores are equal.
+
+    Raises:
+        JudgeError: too many verdicts lack a score.
+    """
+    scores = column(verdicts, "score")
+    missing = sum(score is None for score in scores)
+    if judge.gives_scores and missing > judge.max_unscored * len(scores):
+        reasons = [reason for reason, score in zip(column(verdicts, "reason"), scores, strict=True) if score is None]
+        raise JudgeError(too_many(missing, len(scores), judge.max_unscored, reasons))
+    given = [score for score in scores if score is not None]
+    if len(given) >= MANY and len(set(given)) == 1:
         report.note(
-            f"judge: all {len(scores):,} responses have the same score, {scores[0]:g}: by these verdicts none is "
+            f"judge: all {len(given):,} responses have the same score, {given[0]:g}: by these verdicts none is "
             "better than another. Look at some of them (check=true shows an answer of the judge)"
         )
-    return verdicts
 
 
 def ask(
@@ -204,8 +224,9 @@ def _match(verdicts: Sequence[Verdict], responses: Sequence[Response]) -> list[V
 
 def tally(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """Count verdicts, and average their disagreement if it is known."""
-    apart = [v.disagreement for v in verdicts if v.disagreement is not None]
-    counts: dict[str, float] = {"verdicts": len(verdicts), "unscored": sum(v.score is None for v in verdicts)}
+    apart = [points for points in column(verdicts, "disagreement") if points is not None]
+    unscored = sum(score is None for score in column(verdicts, "score"))
+    counts: dict[str, float] = {"verdicts": len(verdicts), "unscored": unscored}
     return counts | ({"disagreement": sum(apart) / len(apart)} if apart else {})
 
 

@@ -53,6 +53,11 @@ class Ensemble(Judge):
         return self.by == "majority" or any(member.only_compares for member in self.members.values())
 
     @property
+    def in_shards(self) -> bool:
+        """Whether all members may be called for some prompts at a time."""
+        return all(member.in_shards for member in self.members.values())
+
+    @property
     def spends_freely(self) -> bool:
         """Whether the replies of a member cost money without a limit."""
         return any(member.spends_freely for member in self.members.values())

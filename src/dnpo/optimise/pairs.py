@@ -21,6 +21,7 @@ from dnpo.optimise.training import Batch
 from dnpo.policy.packing import Packed, pack
 from dnpo.records import Pair, ReferenceLogps
 from dnpo.seeding import derive
+from dnpo.tables import column
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,12 @@ def with_weight(pairs: Sequence[Pair]) -> list[int]:
     Raises:
         SettingsError: a weight is negative, or all are 0.
     """
-    for pair in pairs:
-        if not 0 <= pair.weight < math.inf:
-            raise SettingsError(f"pair {pair.id}: weight {pair.weight}; expected a finite number that is not negative")
-    used = [number for number, pair in enumerate(pairs) if pair.weight > 0]
+    weights = column(pairs, "weight")
+    for number, weight in enumerate(weights):
+        if not 0 <= weight < math.inf:
+            pair = pairs[number]
+            raise SettingsError(f"pair {pair.id}: weight {weight}; expected a finite number that is not negative")
+    used = [number for number, weight in enumerate(weights) if weight > 0]
     if pairs and not used:
         raise SettingsError("all pairs have the weight 0; at least one has to have more")
     return used

@@ -48,6 +48,7 @@ from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import Packed, pack
 from dnpo.records import Pair, ReferenceLogps
 from dnpo.store import Report
+from dnpo.tables import Made, lengths
 
 # Tolerance of log-ratios before the first update, in nats. The compared batches differ in shape, and with bf16
 # products the error of each token is about a hundredth.
@@ -367,7 +368,7 @@ def optimise(
     """
     used = with_weight(pairs)
     first = reference if expected is None else expected
-    rows = [Scored(i, pairs[i], None if reference is None else reference[i]) for i in used]
+    rows = Made(len(used), lambda n: Scored(used[n], pairs[used[n]], reference[used[n]] if reference else None))
 
     def expect(some: Sequence[Scored]) -> list[ReferenceLogps] | None:
         return [first[row.number] for row in some] if first else None
@@ -489,11 +490,14 @@ def _measure_moments(
     reference: Policy, pairs: Sequence[Pair], used: Sequence[int], optimisation: PairOptimisation
 ) -> Moments:
     """The reference's hidden states on the chosen responses of pairs, in means and variances."""
-    lengths = [len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids) for i in used]
-    batches = (
-        (numbers, pack([pairs[i].prompt_ids for i in numbers], [pairs[i].chosen_ids for i in numbers]))
-        for numbers in ([used[i] for i in some] for some in by_length(lengths))
-    )
+    tokens = [p + c for p, c in zip(lengths(pairs, "prompt_ids"), lengths(pairs, "chosen_ids"), strict=True)]
+
+    def pack_some(numbers: Sequence[int]) -> Packed:
+        some = [pairs[i] for i in numbers]
+        return pack([pair.prompt_ids for pair in some], [pair.chosen_ids for pair in some])
+
+    chosen = ([used[i] for i in some] for some in by_length([tokens[i] for i in used]))
+    batches = ((numbers, pack_some(numbers)) for numbers in chosen)
     device = reference.device
     products = torch.autocast(device.type, torch.bfloat16, enabled=optimisation.autocast)
     with reference.evaluating(), products:
@@ -535,7 +539,6 @@ def _score_plainly(policy: Policy, rows: Sequence[Scored], *, both: bool) -> lis
 def count_tokens(pairs: Sequence[Pair], optimisation: PairOptimisation, objective: Objective, seed: int) -> int:
     """The number of tokens that a whole training reads: prompts, and the responses that the objective reads."""
     used, both = with_weight(pairs), reads_rejected(objective)
-    lengths = [
-        len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids) + (len(pairs[i].rejected_ids) if both else 0) for i in used
-    ]
-    return sum(lengths[i] for group in optimisation.groups(len(used), seed) for i in group)
+    read = [lengths(pairs, name) for name in ("prompt_ids", "chosen_ids", *(["rejected_ids"] if both else []))]
+    tokens = [sum(part[i] for part in read) for i in used]
+    return sum(tokens[i] for group in optimisation.groups(len(used), seed) for i in group)

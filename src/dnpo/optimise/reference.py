@@ -23,6 +23,7 @@ from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
 from dnpo.records import Pair, ReferenceLogps, read_all, write
 from dnpo.store import Report
+from dnpo.tables import lengths
 
 SHARD = 1024  # pairs in a shard; a killed run loses at most one shard
 SPARE = 2**30  # bytes that hidden states leave free on the disk
@@ -39,7 +40,7 @@ def score(policy: Policy, pairs: Sequence[Pair], *, autocast: bool, folder: Path
         folder: folder for the shards; existing ones are reused.
         report: receives the progress.
     """
-    shards = _shards([len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs])
+    shards = _shards(_count_tokens(pairs))
     paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
     report.begin(len(pairs), "pairs", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
     for shard, path in zip(shards, paths, strict=True):
@@ -51,7 +52,7 @@ def score(policy: Policy, pairs: Sequence[Pair], *, autocast: bool, folder: Path
 @torch.no_grad()
 def score_now(policy: Policy, pairs: Sequence[Pair], *, autocast: bool) -> list[ReferenceLogps]:
     """The numbers that :func:`score` writes, in the order of the pairs, without a file."""
-    shards = _shards([len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs])
+    shards = _shards(_count_tokens(pairs))
     rows = [row for shard in shards for row in _score_shard(policy, pairs, shard, autocast)]
     return sorted(rows, key=lambda row: row.pair)
 
@@ -65,11 +66,11 @@ def _score_shard(
 ) -> list[ReferenceLogps]:
     """Log-probabilities of the pairs of these numbers, in batches of similar length."""
     rows: list[ReferenceLogps] = []
-    lengths = [len(pairs[i].prompt_ids) + len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids) for i in shard]
-    for some in by_length(lengths):
+    read = [pairs[i] for i in shard]
+    for some in by_length(_count_tokens(read)):
         these = [shard[i] for i in some]
-        prompts = [pairs[i].prompt_ids for i in these]
-        completions = [pairs[i].chosen_ids for i in these] + [pairs[i].rejected_ids for i in these]
+        prompts = [read[i].prompt_ids for i in some]
+        completions = [read[i].chosen_ids for i in some] + [read[i].rejected_ids for i in some]
         batch = pack(prompts * 2, completions, share_prompt=True).to(policy.device)
         with policy.evaluating(), _products(policy, autocast):
             chosen, rejected = policy.logps(batch).view(2, -1).tolist()
@@ -118,20 +119,20 @@ def keep_hidden(
     from safetensors.torch import save_file
 
     dtype = torch.bfloat16 if autocast else policy.head.weight_VH.dtype
-    kept_of = [[*([p.chosen_ids] if both else []), p.rejected_ids] for p in pairs]
-    tokens = sum(len(ids) for responses in kept_of for ids in responses)
+    count = {name: lengths(pairs, f"{name}_ids") for name in ("prompt", "chosen", "rejected")}
+    kept = [c * both + r for c, r in zip(count["chosen"], count["rejected"], strict=True)]
+    tokens = sum(kept)
     size = tokens * policy.head.weight_VH.shape[1] * dtype.itemsize
-    kept = sum(f.stat().st_size for f in folder.glob("hidden-*.safetensors"))
+    written = sum(f.stat().st_size for f in folder.glob("hidden-*.safetensors"))
     free = shutil.disk_usage(folder).free
     need = f"the reference's hidden states of {tokens:,} {'' if both else 'rejected '}tokens take {_human(size)}"
-    if size - kept > free - SPARE:
+    if size - written > free - SPARE:
         lack = f"{need}, and {folder} has {_human(free)} free, of which {_human(SPARE)} must stay free"
         if required:
             raise DiskError(f"{setting}=on: {lack}; make room, move the store (store=…), or take auto or off")
         raise Declined(f"{lack}: they are computed again in every step instead")
     report.note(f"{need} on disk ({folder})")
-    lengths = [len(p.prompt_ids) + sum(map(len, ids)) for p, ids in zip(pairs, kept_of, strict=True)]
-    shards = _shards(lengths)
+    shards = _shards([p + k for p, k in zip(count["prompt"], kept, strict=True)])
     paths = [folder / f"hidden-{number:05d}.safetensors" for number in range(len(shards))]
     report.begin(len(pairs), "pairs", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
     for shard, path in zip(shards, paths, strict=True):
@@ -139,10 +140,14 @@ def keep_hidden(
             continue
         states: list[Tensor] = []
         order: list[int] = []
-        for some in by_length([lengths[i] for i in shard]):
+        for some in by_length([count["prompt"][i] + kept[i] for i in shard]):
             these = [shard[i] for i in some]
-            prompts = [pairs[i].prompt_ids for i in these for _ in kept_of[i]]
-            batch = pack(prompts, [ids for i in these for ids in kept_of[i]])
+            responses = [
+                (pair.prompt_ids, ids)
+                for pair in (pairs[i] for i in these)
+                for ids in ([pair.chosen_ids, pair.rejected_ids] if both else [pair.rejected_ids])
+            ]
+            batch = pack([prompt for prompt, _ in responses], [ids for _, ids in responses])
             with policy.evaluating(), _products(policy, autocast):
                 states.append(policy.hidden(batch.to(policy.device)).to(dtype).cpu())
             order += these
@@ -150,10 +155,10 @@ def keep_hidden(
         held = {
             "hidden": torch.cat(states),
             "pair": torch.tensor(order),
-            "length": torch.tensor([sum(map(len, kept_of[i])) for i in order]),
+            "length": torch.tensor([kept[i] for i in order]),
         }
         if both:
-            held["chosen"] = torch.tensor([len(pairs[i].chosen_ids) for i in order])
+            held["chosen"] = torch.tensor([count["chosen"][i] for i in order])
         aside = disk.name_aside(path)
         save_file(held, aside)
         disk.replace(aside, path)
@@ -195,6 +200,12 @@ class KeptHidden:
         found = [self.where[pair] for pair in pairs]
         chosen = [self.files[number][start:middle] for number, start, middle, _ in found]
         return torch.cat([*chosen, self(pairs)])
+
+
+def _count_tokens(pairs: Sequence[Pair]) -> list[int]:
+    """The number of tokens of each pair."""
+    parts = (lengths(pairs, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return [sum(part) for part in zip(*parts, strict=True)]
 
 
 def _shards(lengths: Sequence[int]) -> list[list[int]]:

@@ -252,7 +252,7 @@ def render_turns(
     text = _apply(tokenizer, messages, generation, setting)
     _check_clock(tokenizer, messages, generation, setting, text)
     cores = [message["content"].strip() for message in messages]
-    base = next((b for b in PRIVATE if not any(b <= ord(c) <= b + 2 * len(cores) for core in cores for c in core)), 0)
+    base = next((b for b in PRIVATE if not _has_between(cores, b, b + 2 * len(cores))), 0)
     marked = [
         {**message, "content": message["content"].replace(core, f"{chr(base + 2 * i)}{core}{chr(base + 2 * i + 1)}", 1)}
         for i, (message, core) in enumerate(zip(messages, cores, strict=True))
@@ -374,6 +374,11 @@ def _words(template: str) -> set[str]:
         return set()  # rendering reports it
     filters = {node.name for node in tree.find_all(nodes.Filter)}
     return filters | {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
+
+
+def _has_between(texts: Sequence[str], first: int, last: int) -> bool:
+    """Whether texts have a character between two others; plain ASCII has none as high as these."""
+    return any(first <= ord(char) <= last for text in texts if not text.isascii() for char in text)
 
 
 def _marks(marked: str, base: int, turns: int) -> tuple[str, dict[int, list[tuple[int, int]]]]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dnpo.errors import ModelError
 from dnpo.policy.template import render
-from dnpo.policy.tokens import begin, tokenize
+from dnpo.policy.tokens import begin, tokenize, tokenize_many
 from dnpo.records import HUMAN, Message, Prompt, Response
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
@@ -75,18 +75,34 @@ def encode(
     Raises:
         ModelError: the template cannot render it, loses a part of it, or gives an empty prompt.
     """
-    rendered = render(tokenizer, messages, response)
+    return encode_many(tokenizer, [(messages, response)], stop_ids)[0]
+
+
+def encode_many(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[tuple[list[Message], str]],
+    stop_ids: Sequence[int] = (),
+) -> list[tuple[list[int], list[int]]]:
+    """The same for many conversations with their responses, in few calls of the tokenizer.
+
+    Raises:
+        ModelError: as :func:`encode`, for the first conversation that the template cannot render.
+    """
+    rendered = [render(tokenizer, messages, response) for messages, response in conversations]
     eos = cast(int, tokenizer.eos_token_id)
-    prompt_ids = tokenize(tokenizer, rendered.prompt, stop_ids)
-    ids = tokenize(tokenizer, rendered.whole, stop_ids)
-    follows = ids[: len(prompt_ids)] == prompt_ids
-    ids = ids[len(prompt_ids) :] if follows else tokenize(tokenizer, rendered.rest, stop_ids)
-    end = next((i for i, token in enumerate(ids) if token == eos or token in stop_ids), None)
-    ids = [*ids, eos] if end is None else ids[: end + 1]
-    prompt_ids = begin(tokenizer, prompt_ids)
-    if not prompt_ids:
-        raise ModelError("model.chat_template: renders an empty prompt, after which nothing can be sampled")
-    return prompt_ids, ids
+    prompts = tokenize_many(tokenizer, [each.prompt for each in rendered], stop_ids)
+    wholes = tokenize_many(tokenizer, [each.whole for each in rendered], stop_ids)
+    found = []
+    for each, prompt_ids, whole_ids in zip(rendered, prompts, wholes, strict=True):
+        follows = whole_ids[: len(prompt_ids)] == prompt_ids
+        ids = whole_ids[len(prompt_ids) :] if follows else tokenize(tokenizer, each.rest, stop_ids)
+        end = next((i for i, token in enumerate(ids) if token == eos or token in stop_ids), None)
+        ids = [*ids, eos] if end is None else ids[: end + 1]
+        prompt_ids = begin(tokenizer, prompt_ids)
+        if not prompt_ids:
+            raise ModelError("model.chat_template: renders an empty prompt, after which nothing can be sampled")
+        found.append((prompt_ids, ids))
+    return found
 
 
 def human_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int], limit: int) -> Response:

@@ -37,6 +37,20 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, stop_ids: Sequence[
     return [token.id for token in _part(tokenizer, text, stop_ids)[1]]
 
 
+def tokenize_many(tokenizer: Any, texts: Sequence[Text], stop_ids: Sequence[int] = ()) -> list[list[int]]:
+    """The same of many texts, in one call of the tokenizer; those that have to be split are tokenised one by one."""
+    if not texts or not tokenizer.is_fast:
+        return [tokenize(tokenizer, text, stop_ids) for text in texts]
+    control = _control(tokenizer, str(tokenizer.chat_template), len(tokenizer), tuple(stop_ids))
+    encoded = tokenizer([text.text for text in texts], add_special_tokens=False)
+    found: list[list[int]] = []
+    for text, encoding, ids in zip(texts, encoded.encodings, encoded["input_ids"], strict=True):
+        special = [Token(id, *encoding.token_to_chars(i)) for i, id in enumerate(ids) if id in control]
+        made = any(True for _ in _made(tokenizer, text, special, stop_ids))
+        found.append(tokenize(tokenizer, text, stop_ids) if made else ids)
+    return found
+
+
 def wrap(tokenizer: Any, *texts: str, **options: Any) -> Any:
     """Tokenise a text or a pair, with the special tokens that the tokenizer puts around it but none within it."""
     cuts = [_part(tokenizer, Text(text, (Span(0, 0, len(text)),)), ())[0] for text in texts]

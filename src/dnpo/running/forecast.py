@@ -84,13 +84,13 @@ class _Rows:
         self.folder = store.folder(prompts) if store.has(prompts) else None
         self.raw = {} if self.folder else run.data.read()[0]
 
-    def used(self, plan: Plan) -> tuple[list[Prompt], list[Response]]:
+    def used(self, plan: Plan) -> tuple[Sequence[Prompt], Sequence[Response]]:
         """The training prompts that an iteration uses, and the human responses to them."""
         prompts, human = self.split("train")
         used = {prompt.id for prompt in plan.prompts(prompts, plan.k)}
         return [p for p in prompts if p.id in used], [r for r in human if r.id in used]
 
-    def split(self, name: str) -> tuple[list[Prompt], list[Response]]:
+    def split(self, name: str) -> tuple[Sequence[Prompt], Sequence[Response]]:
         if self.folder is not None:
             prompts = read(self.folder / f"{name}.parquet", Prompt)
             return prompts, read(self.folder / f"{name}-human.parquet", Response)

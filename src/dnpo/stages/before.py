@@ -4,6 +4,7 @@ These are verbs like those in ``verbs.py``.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from dnpo.data.unusable import list_reasons
 from dnpo.errors import DataError, ModelError, SettingsError
-from dnpo.records import GIVEN, Prompt, Response, write
+from dnpo.records import GIVEN, Prompt, Response
 from dnpo.seeding import derive
 from dnpo.settings import part_key
-from dnpo.stages.files import read_split, write_trained
+from dnpo.stages import shards
+from dnpo.stages.files import load_sequences, read_split, write_trained
 from dnpo.stages.plan import Facts, Run, Task, verb
 from dnpo.store import Report
+from dnpo.tables import column, take
 
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
@@ -56,47 +59,42 @@ def prepare(run: Run, plan: None, task: Task) -> Facts:
     return facts
 
 
-def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, list[Prompt]]:
+def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, Sequence[Prompt]]:
     """Set ``count`` rows apart for fine-tuning, chosen by a hash of their ids; the iterations get the others."""
     if count >= len(rows):
         raise SettingsError(f"sft_rows={count}: expected fewer than the {len(rows):,} training rows")
-    by_hash = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    apart = {row.id for row in by_hash[:count]}
-    return {"sft": [row for row in rows if row.id in apart], "train": [row for row in rows if row.id not in apart]}
+    ids = column(rows, "id")
+    by_hash = sorted(ids, key=lambda id: hashlib.sha256(id.encode()).digest())
+    apart = set(by_hash[:count])
+    numbers = {
+        "sft": [i for i, id in enumerate(ids) if id in apart],
+        "train": [i for i, id in enumerate(ids) if id not in apart],
+    }
+    return {split: take(rows, some) for split, some in numbers.items()}
 
 
-def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: Path, report: Report) -> dict[str, int]:
+def _encode(
+    run: Run, policy: "Policy", rows: Sequence[Prompt], split: str, folder: Path, report: Report
+) -> dict[str, int]:
     """Encode one split, without the prompts that are too long."""
-    from dnpo.policy.tokenizer import human_response
-
     context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
     longest = min(run.data.max_prompt_tokens, context - run.limit)
     drop = run.data.long_responses == "drop"
-    prompts, human, given = [], [], []
-    too_long = over = given_over = given_same = 0
-    for row in rows:
-        prompt_ids, ids = _encode_response(policy, row, row.human, split)
-        report.advance()
-        if len(prompt_ids) > longest:
-            too_long += 1
-            continue
-        over += len(ids) > run.limit
-        if drop and len(ids) > run.limit:
-            continue
-        rejected = row.rejected
-        if rejected is not None:
-            rejected_ids = _encode_response(policy, row, rejected, split)[1]
-            given_over += len(rejected_ids) > run.limit
-            if drop and len(rejected_ids) > run.limit:
-                continue
-            if rejected_ids[: run.limit] == ids[: run.limit]:
-                given_same += 1
-                row = replace(row, rejected=None, rejected_score=None)
-            else:
-                other = replace(row, human=rejected)
-                given.append(replace(human_response(policy.tokenizer, other, rejected_ids, run.limit), source=GIVEN))
-        prompts.append(replace(row, token_ids=prompt_ids))
-        human.append(human_response(policy.tokenizer, row, ids, run.limit))
+    files = {split: Prompt, f"{split}-human": Response, f"{split}-given": Response}
+
+    def work(some: Sequence[Prompt]) -> shards.Made:
+        prompts, human, given, counts = _encode_some(policy, some, split, longest, run.limit, drop, report)
+        return dict(zip(files, (prompts, human, given), strict=True)), counts
+
+    made = shards.Shards(folder, split, files)
+    report.advance(min(made.done * shards.SIZE, len(rows)))
+    parts = (rows[first : first + shards.SIZE] for first in range(0, len(rows), shards.SIZE))
+    found = made.make(parts, work)
+    counts: Counter[str] = Counter()
+    for each in found:
+        counts.update(each)
+    too_long, over, paired = counts["too_long"], counts["over"], counts["paired"]
+    given_over, given_same, kept = counts["given_over"], counts["given_same"], counts["kept"]
     if too_long:
         report.note(f"{too_long:,} of {len(rows):,} {split} prompts are longer than {longest} tokens: dropped")
     if over:
@@ -104,7 +102,6 @@ def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: 
             f"{over:,} of {len(rows):,} human responses of {split} are longer than {run.limit} tokens: "
             f"{'dropped with their prompts' if drop else 'cut there'}"
         )
-    paired = sum(row.rejected is not None for row in rows)
     if given_over:
         report.note(
             f"{given_over:,} of {paired:,} rejected responses of {split} are longer than {run.limit} tokens: "
@@ -115,7 +112,7 @@ def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: 
             f"{given_same:,} of {paired:,} pairs of {split} have the same tokens on both sides (within {run.limit}): "
             "the rejected responses are left out"
         )
-    if rows and not prompts and too_long < len(rows):
+    if rows and not kept and too_long < len(rows):
         raise DataError(
             f"data.long_responses=drop: all {over:,} human responses of {split} to prompts that fit are "
             f"longer than data.max_response_tokens={run.limit}; raise it, or give data.long_responses=cut"
@@ -123,7 +120,7 @@ def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: 
             else f"data.long_responses=drop: no pair of {split} to a prompt that fits has both responses within "
             f"data.max_response_tokens={run.limit}; raise it, or give data.long_responses=cut"
         )
-    if not prompts:
+    if not kept:
         raise DataError(
             f"data: none of the {len(rows):,} {split} prompts fits into {longest} tokens (the smaller of "
             f"data.max_prompt_tokens={run.data.max_prompt_tokens} and the model's context of {context} less "
@@ -131,24 +128,77 @@ def _encode(run: Run, policy: "Policy", rows: list[Prompt], split: str, folder: 
             if rows
             else f"data: there are no {split} prompts"
         )
-    write(folder / f"{split}.parquet", prompts, Prompt)
-    write(folder / f"{split}-human.parquet", human, Response)
     done = "dropped" if drop else "cut"
-    facts = {"rows": len(prompts), "too_long": too_long, f"human_{done}": over}
-    if paired:
-        write(folder / f"{split}-given.parquet", given, Response)
-        facts |= {"pairs": len(given), f"given_{done}": given_over, "given_same": given_same}
-    return facts
+    facts = {"rows": kept, "too_long": too_long, f"human_{done}": over}
+    if not paired:
+        (folder / f"{split}-given.parquet").unlink(missing_ok=True)
+        return facts
+    return facts | {"pairs": counts["given"], f"given_{done}": given_over, "given_same": given_same}
 
 
-def _encode_response(policy: "Policy", row: Prompt, response: str, split: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of a response to it; an error names the row."""
-    from dnpo.policy.tokenizer import encode
+def _encode_some(
+    policy: "Policy", rows: Sequence[Prompt], split: str, longest: int, limit: int, drop: bool, report: Report
+) -> tuple[list[Prompt], list[Response], list[Response], dict[str, int]]:
+    """Encode some rows of a split.
 
+    Args:
+        longest, limit: maximum tokens of a prompt and of a response.
+        drop: whether rows with longer responses are dropped.
+
+    Returns:
+        The prompts that fit, the human responses, the rejected ones of the data's own pairs, and counts.
+    """
+    from dnpo.policy.tokenizer import human_response
+
+    prompts, human, given = [], [], []
+    counts: Counter[str] = Counter()
+    kept: list[tuple[Prompt, list[int], list[int]]] = []
+    for row, (prompt_ids, ids) in zip(rows, _encode_responses(policy, rows, split, "human"), strict=True):
+        report.advance()
+        counts["paired"] += row.rejected is not None
+        if len(prompt_ids) > longest:
+            counts["too_long"] += 1
+            continue
+        counts["over"] += len(ids) > limit
+        if not (drop and len(ids) > limit):
+            kept.append((row, prompt_ids, ids))
+    paired = [row for row, *_ in kept if row.rejected is not None]
+    encoded = _encode_responses(policy, paired, split, "rejected")
+    of_rejected = {row.id: ids for row, (_, ids) in zip(paired, encoded, strict=True)}
+    for row, prompt_ids, ids in kept:
+        rejected = row.rejected
+        if rejected is not None:
+            rejected_ids = of_rejected[row.id]
+            counts["given_over"] += len(rejected_ids) > limit
+            if drop and len(rejected_ids) > limit:
+                continue
+            if rejected_ids[:limit] == ids[:limit]:
+                counts["given_same"] += 1
+                row = replace(row, rejected=None, rejected_score=None)
+            else:
+                other = replace(row, human=rejected)
+                given.append(replace(human_response(policy.tokenizer, other, rejected_ids, limit), source=GIVEN))
+        prompts.append(replace(row, token_ids=prompt_ids))
+        human.append(human_response(policy.tokenizer, row, ids, limit))
+    return prompts, human, given, {**counts, "kept": len(prompts), "given": len(given)}
+
+
+def _encode_responses(
+    policy: "Policy", rows: Sequence[Prompt], split: str, side: str
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids of prompts and of a response to each, the human or the rejected one; an error names the row."""
+    from dnpo.policy.tokenizer import encode, encode_many
+
+    tokenizer, stop_ids = policy.tokenizer, policy.stop_ids
     try:
-        return encode(policy.tokenizer, row.messages, response, policy.stop_ids)
-    except ModelError as error:
-        raise ModelError(f"row {row.id} of {split}: {error}") from error
+        return encode_many(tokenizer, [(row.messages, getattr(row, side)) for row in rows], stop_ids)
+    except ModelError:
+        for row in rows:
+            try:
+                encode(tokenizer, row.messages, getattr(row, side), stop_ids)
+            except ModelError as error:
+                raise ModelError(f"row {row.id} of {split}: {error}") from error
+        raise
 
 
 @verb(
@@ -161,12 +211,11 @@ def fine_tune(run: Run, plan: None, task: Task) -> Facts:
     """Fine-tune the base model on the human responses."""
     from dnpo.optimise import preference
 
-    rows = read_split(task.inputs["prompts"], "sft" if run.sft_rows else "train")
+    rows = load_sequences(task.inputs["prompts"], "sft" if run.sft_rows else "train")
     seed = derive(run.seed, "sft")
     policy = run.policy(task.inputs)
     policy.model = run.model.lora.on(policy.model, derive(seed, "adapter"))
-    triples = [(p.id, p.token_ids, r.token_ids) for p, r in zip(*rows, strict=True)]
-    history = preference.fine_tune(policy, triples, run.sft, seed=seed, folder=task.folder, report=task.report)
+    history = preference.fine_tune(policy, rows, run.sft, seed=seed, folder=task.folder, report=task.report)
     return write_trained(policy, history, task.folder, None)
 
 

@@ -1,18 +1,24 @@
 """Read and write the files that several stages have in common."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dnpo.data.prompts import All
 from dnpo.policy.base import describe_saved
-from dnpo.records import Prompt, Response, mean_over_steps, read, read_all
+from dnpo.records import Pair, Prompt, Response, mean_over_steps, read
 from dnpo.stages.plan import Plan
+from dnpo.stages.shards import SIZE
 from dnpo.store import manifest, write_json
+from dnpo.tables import Made, Rows, column, take
 
 if TYPE_CHECKING:
     from dnpo.evaluate import Held
     from dnpo.policy.model import Policy
+
+# What training reads of a pair; an objective that reads more has to add it.
+TRAINED_ON = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "strength", "weight", "shift")
 
 
 def read_split(folder: Path, split: str) -> "Held":
@@ -22,28 +28,54 @@ def read_split(folder: Path, split: str) -> "Held":
     return Held(read(folder / f"{split}.parquet", Prompt), read(folder / f"{split}-human.parquet", Response))
 
 
-def read_given(folder: Path, split: str) -> list[Response]:
-    """Read the rejected responses of the data's own pairs in a split; none if the data have no pairs."""
-    path = folder / f"{split}-given.parquet"
-    return read(path, Response) if path.is_file() else []
-
-
-def read_train(plan: Plan, folder: Path) -> "Held":
-    """Read the training prompts that an iteration uses, and the human responses to them."""
+def open_split(folder: Path, split: str) -> "Held":
+    """The same as :func:`read_split`, read when it is used: for training prompts, which may be many."""
     from dnpo.evaluate import Held
 
-    train = read_split(folder, "train")
-    used = {row.id for row in plan.prompts(train.prompts, plan.k)}
-    rows = [both for both in zip(*train, strict=True) if both[0].id in used]
-    return Held([prompt for prompt, _ in rows], [human for _, human in rows])
+    prompts, human = folder / f"{split}.parquet", folder / f"{split}-human.parquet"
+    return Held(Rows.open([prompts], Prompt), Rows.open([human], Response))
 
 
-def read_candidates(plan: Plan, inputs: Mapping[str, Path]) -> list[Response]:
-    """Read an iteration's responses: generated ones, or those that the data's own pairs reject."""
+def open_given(folder: Path, split: str) -> Rows[Response]:
+    """The rejected responses of the data's own pairs in a split; none where the data have no pairs."""
+    path = folder / f"{split}-given.parquet"
+    return Rows.open([path] if path.is_file() else [], Response)
+
+
+def open_train(plan: Plan, folder: Path) -> "Held":
+    """The training prompts that an iteration uses, and the human responses to them."""
+    from dnpo.evaluate import Held
+
+    train = open_split(folder, "train")
+    if isinstance(plan.prompts, All):
+        return train
+    used = set(column(plan.prompts(train.prompts, plan.k), "id"))
+    numbers = [i for i, id in enumerate(column(train.prompts, "id")) if id in used]
+    return Held(take(train.prompts, numbers), take(train.human, numbers))
+
+
+def open_candidates(plan: Plan, inputs: Mapping[str, Path]) -> Sequence[Response]:
+    """An iteration's responses, in the order of its prompts: generated ones, or those that the data's pairs reject."""
     if "responses" in inputs:
-        return read_all(sorted(inputs["responses"].glob("shard-*.parquet")), Response)
-    used = {row.id for row in read_train(plan, inputs["prompts"]).prompts}
-    return [response for response in read_given(inputs["prompts"], "train") if response.id in used]
+        return Rows.open(sorted(inputs["responses"].glob("shard-*.parquet")), Response)
+    used = set(column(open_train(plan, inputs["prompts"]).prompts, "id"))
+    given = open_given(inputs["prompts"], "train")
+    return given.take([i for i, id in enumerate(given.column("id")) if id in used])
+
+
+def load_pairs(folder: Path) -> Sequence[Pair]:
+    """The pairs of a stage in memory: if they are many, without texts, as training reads only token ids and weights."""
+    pairs = Rows.open([folder / "pairs.parquet"], Pair)
+    return list(pairs) if len(pairs) <= SIZE else pairs.load(TRAINED_ON)
+
+
+def load_sequences(folder: Path, split: str) -> Sequence[tuple[str, list[int], list[int]]]:
+    """The ids of a split's prompts, with the token ids of prompts and human responses."""
+    prompts, human = open_split(folder, split)
+    if len(prompts) > SIZE and isinstance(prompts, Rows) and isinstance(human, Rows):
+        prompts, human = prompts.load(["id", "token_ids"]), human.load(["token_ids"])
+        return Made(len(prompts), lambda i: (prompts[i].id, prompts[i].token_ids, human[i].token_ids))
+    return [(prompt.id, prompt.token_ids, response.token_ids) for prompt, response in zip(prompts, human, strict=True)]
 
 
 def count_labels(folder: Path) -> dict[str, Any]:

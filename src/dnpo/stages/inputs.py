@@ -12,6 +12,7 @@ from dnpo.errors import DataError, Declined
 from dnpo.records import Pair, read, write, write_preferences
 from dnpo.seeding import derive
 from dnpo.settings import part_key
+from dnpo.stages.files import load_pairs
 from dnpo.stages.plan import Facts, Plan, Run, Task, only_if, verb
 from dnpo.stages.verbs import optimise
 from dnpo.store import Stage
@@ -65,7 +66,7 @@ def reference(run: Run, plan: Plan, task: Task) -> Facts:
     """Compute the reference's log-probabilities of the pairs."""
     from dnpo.optimise.reference import score
 
-    start, rows = run.policy(task.inputs), read(task.inputs["pairs"] / "pairs.parquet", Pair)
+    start, rows = run.policy(task.inputs), load_pairs(task.inputs["pairs"])
     score(start, rows, autocast=plan.trainer.autocast, folder=task.folder, report=task.report)
     return {"pairs": len(rows), "weights": start.fingerprint()}
 
@@ -87,7 +88,7 @@ def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
     """Keep the reference's hidden states of rejected tokens, or of all completion tokens."""
     from dnpo.optimise import reference
 
-    rows = read(task.inputs["pairs"] / "pairs.parquet", Pair)
+    rows = load_pairs(task.inputs["pairs"])
     mode, both = cache_mode(plan)
     if mode == "auto" and plan.trainer.passes(len(rows)) <= 1:
         raise Declined  # a single epoch reads nothing twice

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from dnpo.evaluate import LEADERBOARD, Evaluated
 from dnpo.judges import judge_responses, tally
-from dnpo.records import Item, Pair, Prompt, Response, Verdict, read, write
+from dnpo.records import Item, Pair, Response, Verdict, read, write
 from dnpo.seeding import derive
 from dnpo.settings import named_within, part_key
-from dnpo.stages.files import read_split
+from dnpo.stages.files import open_split, read_split
 from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, Verb, verb
 from dnpo.stages.verbs import sampling_of
 from dnpo.store import Stage, write_json
+from dnpo.tables import Rows, with_ids
 
 if TYPE_CHECKING:
     from dnpo.evaluate import Measure
@@ -85,9 +86,9 @@ def drift(run: Run, plan: Plan, task: Task) -> Facts:
     """Estimate KL(policy ‖ reference) from the policy's samples. Only the reference is loaded."""
     from dnpo.evaluate.distances import kl
 
-    train = read_split(task.inputs["prompts"], "train").prompts
     new = _read_new(task.inputs["evaluation"], run, task.inputs["prompts"])
-    ids = {p.id: p.token_ids for p in train}
+    train = open_split(task.inputs["prompts"], "train").prompts
+    ids = {p.id: p.token_ids for p in with_ids(train, {r.id for r in new})}
     reference = run.policy(task.inputs)
     logps = reference.score([ids[r.id] for r in new], [r.token_ids for r in new])
     divergence = kl([r.logprob for r in new], logps, [r.tokens for r in new])
@@ -144,10 +145,11 @@ def compare_texts(run: Run, plan: Plan | None, task: Task) -> Facts:
     how = run.eval.texts
     assert how is not None
     new = _read_new(task.inputs["evaluation"], run, task.inputs["prompts"])[: how.rows]
+    ids = {r.id for r in new}
     if "pairs" in task.inputs:
-        positive = {p.id: p.chosen for p in read(task.inputs["pairs"] / "pairs.parquet", Pair)}
+        positive = {p.id: p.chosen for p in with_ids(Rows.open([task.inputs["pairs"] / "pairs.parquet"], Pair), ids)}
     else:
-        positive = {p.id: p.human for p in read_split(task.inputs["prompts"], "train").prompts}
+        positive = {p.id: p.human for p in with_ids(open_split(task.inputs["prompts"], "train").prompts, ids)}
     texts, wanted = [r.text for r in new], [positive[r.id] for r in new]
     measured = how.measure(texts, wanted, device_of(run.device), derive(run.seed, task.k))
     _write_table(task.folder / "texts.parquet", {"id": [r.id for r in new], **measured.items})
@@ -177,8 +179,8 @@ def leaderboard(run: Run, plan: Plan | None, task: Task) -> Facts:
 
 def _read_new(evaluation: Path, run: Run, prompts: Path) -> list[Response]:
     """Read the evaluation's samples for training prompts, which follow those for held-out prompts."""
-    count = len(read(prompts / f"{run.eval.split}.parquet", Prompt))
-    return read(evaluation / "samples.parquet", Response)[count * (1 + run.eval.samples) :]
+    count = len(open_split(prompts, run.eval.split).prompts)
+    return list(Rows.open([evaluation / "samples.parquet"], Response)[count * (1 + run.eval.samples) :])
 
 
 def _write_metrics(folder: Path, metrics: dict[str, float]) -> dict[str, float]:

@@ -186,7 +186,7 @@ class Responder:
         seed = derive(self.seed, "rollout", rollout) if rollout else self.seed  # the first: as for one made ahead
         told: dict[str, Any] = {"source": self.source, "limit": self.limit, "seed": seed, "report": self.report}
         if not self.how.segment:
-            return hf.generate(self.writer, some.prompts, self.how, **told, folder=folder)
+            return list(hf.generate(self.writer, some.prompts, self.how, **told, folder=folder))
         path = folder / "segments.parquet"
         if not path.is_file():
             from dnpo.generate.segment import regenerate

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from dnpo import dsl
 from dnpo.data.prompts import All
-from dnpo.errors import DataError, DnpoError
-from dnpo.judges import judge_responses, tally
+from dnpo.errors import DataError, DnpoError, JudgeError
+from dnpo.judges import ask, check_verdicts, tally
 from dnpo.optimise.parts import MatchedOffset, MovingAverage
-from dnpo.records import Pair, Verdict, mean_over_steps, policy_source, read, write, write_preferences
+from dnpo.records import HUMAN, Pair, Verdict, mean_over_steps, policy_source, write_preferences
 from dnpo.seeding import derive
 from dnpo.settings import part_key
-from dnpo.stages import live
-from dnpo.stages.files import read_candidates, read_split, read_train, write_trained
+from dnpo.stages import live, shards
+from dnpo.stages.files import load_pairs, open_candidates, open_split, open_train, read_split, write_trained
 from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, only_if, verb
 from dnpo.store import manifest, write_json
+from dnpo.tables import Rows
 
 if TYPE_CHECKING:
     from dnpo.generate import Sampling
@@ -50,7 +51,7 @@ def generate(run: Run, plan: Plan, task: Task) -> Facts:
     with _engines(policy, task) as engines:
         responses = hf.generate(
             policy,
-            read_train(plan, task.inputs["prompts"]).prompts,
+            open_train(plan, task.inputs["prompts"]).prompts,
             plan.rollout,
             source=policy_source(plan.k),
             limit=run.limit,
@@ -59,8 +60,8 @@ def generate(run: Run, plan: Plan, task: Task) -> Facts:
             report=task.report,
             engine=engines.of(plan.rollout),
         )
-    cut = sum(r.finish == "length" for r in responses)
-    counts = {"responses": len(responses), "cut": cut, "tokens": sum(r.tokens for r in responses)}
+    cut = sum(finish == "length" for finish in responses.column("finish"))
+    counts = {"responses": len(responses), "cut": cut, "tokens": sum(responses.column("tokens"))}
     return counts | engines.finish()
 
 
@@ -95,10 +96,24 @@ def _given(plan: Plan) -> dict[str, Any]:
 )
 def judge(run: Run, plan: Plan, task: Task) -> Facts:
     """Judge the candidates for pairs: the iteration's responses, and the human ones if they are admitted."""
-    train = read_train(plan, task.inputs["prompts"])
-    responses = [*(train.human if plan.dsl.admits_human else ()), *read_candidates(plan, task.inputs)]
-    verdicts = judge_responses(_ready(run, plan, task), train.prompts, responses, run.ledger, task.report)
-    write(task.folder / "verdicts.parquet", verdicts, Verdict)
+    train, candidates = open_train(plan, task.inputs["prompts"]), open_candidates(plan, task.inputs)
+    judge, total = _ready(run, plan, task), len(candidates) + len(train.human) * plan.dsl.admits_human
+    size = shards.SIZE if judge.in_shards else len(train.prompts)
+
+    def work(some: shards.Candidates) -> shards.Made:
+        responses = [*(some.human if plan.dsl.admits_human else ()), *some.others[0]]
+        report = task.report if len(responses) == total else shards.Portion(task.report, len(responses))
+        return {"verdicts": ask(judge, some.prompts, responses, run.ledger, report)}, {}
+
+    made = shards.Shards(task.folder, "verdicts", {"verdicts": Verdict})
+    task.report.begin(total, "verdicts", total * min(made.done * size, len(train.prompts)) // len(train.prompts))
+    made.make(shards.divide(train, size, candidates), work)
+    verdicts = Rows.open([task.folder / "verdicts.parquet"], Verdict)
+    try:
+        check_verdicts(judge, verdicts, task.report)
+    except JudgeError:
+        made.discard()  # what lacks a score is asked again
+        raise
     return tally(verdicts)
 
 
@@ -132,17 +147,31 @@ def label(run: Run, plan: Plan, task: Task) -> Facts:
     Raises:
         DataError: no pair is left.
     """
-    train = read_train(plan, task.inputs["prompts"])
-    verdicts = read(task.inputs["verdicts"] / "verdicts.parquet", Verdict) if "verdicts" in task.inputs else []
-    generated = read_candidates(plan, task.inputs)
-    pairs, counts = dsl.label(plan.dsl, train.prompts, train.human, generated, verdicts, plan.k)
+    train, generated = open_train(plan, task.inputs["prompts"]), open_candidates(plan, task.inputs)
+    judged = [task.inputs["verdicts"] / "verdicts.parquet"] if "verdicts" in task.inputs else []
+    verdicts = shards.split_by_source(Rows.open(judged, Verdict), HUMAN)
+    hard = isinstance(plan.strength, dsl.HardLabels)
+    compare = getattr(_ready(run, plan, task), COMPARE) if plan.strength.asks else None
+
+    def work(some: shards.Candidates) -> shards.Made:
+        responses, *scored = some.others
+        judged = [verdict for part in scored for verdict in part]
+        pairs, counts = dsl.label_some(plan.dsl, some.prompts, some.human, responses, judged, plan.k)
+        if not hard:
+            of = {prompt.id: prompt for prompt in some.prompts}
+            pairs = dsl.with_strengths(pairs, plan.strength(of, pairs, compare))
+        task.report.advance(len(some.prompts))
+        return {"pairs": pairs}, counts._asdict()
+
+    made = shards.Shards(task.folder, "pairs", {"pairs": Pair})
+    task.report.begin(len(train.prompts), "prompts", min(made.done * shards.SIZE, len(train.prompts)))
+    found = made.make(shards.divide(train, shards.SIZE, generated, *verdicts), work)
+    counts = dsl.add_up([dsl.Counts(**each) for each in found])
+    pairs = Rows.open([task.folder / "pairs.parquet"], Pair)
     if not pairs:
         raise DataError(f"iteration {plan.k}: no pair is left to train on: {dsl.explain(counts)}")
-    if not isinstance(plan.strength, dsl.HardLabels):
-        compare = getattr(_ready(run, plan, task), COMPARE) if plan.strength.asks else None
-        pairs = dsl.with_strengths(pairs, plan.strength({row.id: row for row in train.prompts}, pairs, compare))
-        counts["strength"] = sum(pair.strength for pair in pairs) / len(pairs)
-    write(task.folder / "pairs.parquet", pairs, Pair)
+    if not hard:
+        counts["strength"] = sum(pairs.column("strength")) / len(pairs)
     write_preferences(task.folder / "pairs.jsonl", pairs)
     return dict(counts)
 
@@ -207,7 +236,7 @@ def _train_on_given(
     frozen = run.policy(inputs, "frozen") if "frozen" in inputs else None
     for name in {"reference", "hidden"} & set(inputs):
         _same_weights(inputs[name], start if plan.reference == "start" else frozen)
-    rows = read(inputs["pairs"] / "pairs.parquet", Pair)
+    rows = load_pairs(inputs["pairs"])
     reference = read_scores(inputs["reference"], len(rows)) if "reference" in inputs else None
     expected = None
     if reference is None or plan.reference != "start":  # the check of step 0 needs the policy's numbers before training
@@ -239,7 +268,8 @@ def _train_on_given(
 
 def _train_live(run: Run, plan: Plan, task: Task, start: "Policy", seed: int) -> tuple[list[dict[str, float]], Facts]:
     """Train on what the policy generates in training."""
-    train = read_train(plan, task.inputs["prompts"])
+    opened = open_train(plan, task.inputs["prompts"])
+    train = opened._replace(prompts=list(opened.prompts), human=list(opened.human))  # read in another order
     judge = _ready(run, plan, task, start) if plan.judges or plan.strength.asks else plan.judge
     start.model = run.model.lora.on(start.model, derive(seed, "adapter"))
     frozen = None
@@ -329,8 +359,8 @@ def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
         run.ledger,
         run.generate,
         again=sampling_of(run, plan),
-        pairs=read(inputs["pairs"] / "pairs.parquet", Pair) if "pairs" in inputs else None,
-        train=read_split(inputs["prompts"], "train"),
+        pairs=Rows.open([inputs["pairs"] / "pairs.parquet"], Pair) if "pairs" in inputs else None,
+        train=open_split(inputs["prompts"], "train"),
         source=policy_source(task.k + 1),
         limit=run.limit,
         seed=derive(run.seed, "evaluate"),

@@ -114,6 +114,11 @@ class Prompted(Judge):
     template: str | None = place(None)
     max_unscored: Fraction = neutral(0.02)
 
+    @property
+    def in_shards(self) -> bool:
+        """False: all questions are asked at once, and the ledger has the replies."""
+        return False
+
     def __post_init__(self) -> None:
         _ = self.wording  # refuse a bad template at once
 

@@ -1,0 +1,368 @@
+"""Rows by the million: sequences over Parquet, whose rows become objects when they are read.
+
+A row as an object takes some kilobytes, so a million of them do not fit into memory. :class:`Rows` reads one row group
+at a time, and only the columns that are asked for. :class:`Writer` writes rows as they come.
+"""
+
+import dataclasses
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import accumulate, islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+
+from dnpo import disk
+from dnpo.records import GROUP, Row, schema, to_table, undamaged
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+Each = TypeVar("Each")
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A row group: how many rows it has, and a function that reads some columns of it."""
+
+    rows: int
+    read: "Callable[[Sequence[str] | None], pa.Table]"
+
+
+class Rows(Sequence[Row]):
+    """A sequence of rows in Parquet files or in memory; reading one in order holds one row group at a time.
+
+    Args:
+        kind: the type of a row. Fields without a column get their defaults; required ones are empty.
+        groups: the row groups.
+        numbers: the numbers of the rows that belong to the sequence, among all in the groups; None: all.
+        at_hand: whether reading a group costs nothing, so that single rows are read from it.
+    """
+
+    def __init__(
+        self,
+        kind: type[Row],
+        groups: Sequence[_Group],
+        numbers: "range | np.ndarray | None" = None,
+        at_hand: bool = False,
+    ) -> None:
+        self.kind, self._groups, self._at_hand = kind, groups, at_hand
+        self._ends = list(accumulate(group.rows for group in groups))
+        total = self._ends[-1] if groups else 0
+        self._numbers: range | np.ndarray = range(total) if numbers is None else numbers
+        self._last: tuple[int, list[Row]] = (-1, [])
+
+    @classmethod
+    def open(cls, paths: Iterable[Path], kind: type[Row], columns: Sequence[str] | None = None) -> Self:
+        """The rows of several files, in the order given.
+
+        Args:
+            columns: the fields to read; None: all.
+        """
+        import pyarrow.parquet as pq
+
+        groups = []
+        for path in paths:
+            with undamaged(path):
+                found = pq.read_metadata(path)
+            for number in range(found.num_row_groups):
+                read = partial(_read_group, path, number, columns)
+                groups.append(_Group(found.row_group(number).num_rows, read))
+        return cls(kind, groups)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Rows[Row]": ...
+
+    def __getitem__(self, index: int | slice) -> "Row | Rows[Row]":
+        if isinstance(index, slice):
+            return self._view(self._numbers[index])
+        number = int(self._numbers[index])
+        group = bisect_right(self._ends, number)
+        at = number - self._ends[group] + self._groups[group].rows
+        if self._at_hand:
+            return _make(self._groups[group].read(None).slice(at, 1), self.kind)[0]
+        if self._last[0] != group:
+            self._last = (-1, [])  # free the memory first
+            self._last = (group, _make(self._groups[group].read(None), self.kind))
+        return self._last[1][at]
+
+    def __iter__(self) -> Iterator[Row]:
+        for table in self._tables(None):
+            yield from _make(table, self.kind)
+
+    def take(self, numbers: "Sequence[int] | np.ndarray") -> "Rows[Row]":
+        """The rows of these numbers, in this order."""
+        import numpy as np
+
+        return self._view(np.asarray(self._numbers)[np.asarray(numbers, np.int64)])
+
+    def values(self, name: str) -> Iterator[Any]:
+        """A field of one row after the other."""
+        return (value for table in self._tables([name]) for value in _values(table.column(name)))
+
+    def column(self, name: str) -> list[Any]:
+        """A field of all rows."""
+        return list(self.values(name))
+
+    def lengths(self, name: str) -> "np.ndarray":
+        """The lengths of a list in all rows."""
+        import numpy as np
+        import pyarrow.compute as pc
+
+        parts = [pc.list_value_length(table.column(name)).to_numpy() for table in self._tables([name])]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def load(self, columns: Sequence[str]) -> "Rows[Row]":
+        """The same rows in memory, with these fields alone; single rows are read fast, in any order."""
+
+        def keep(table: "pa.Table") -> _Group:
+            return _Group(len(table), lambda names: table if names is None else table.select(names))
+
+        return Rows(self.kind, [keep(_narrow(table)) for table in self._tables(columns)], at_hand=True)
+
+    def _view(self, numbers: "range | np.ndarray") -> "Rows[Row]":
+        return Rows(self.kind, self._groups, numbers, self._at_hand)
+
+    def _tables(self, columns: Sequence[str] | None) -> "Iterator[pa.Table]":
+        """The rows as Arrow tables, each from one row group."""
+        import numpy as np
+
+        if not len(self):
+            return
+        if isinstance(self._numbers, range) and self._numbers.step == 1:
+            for group, end in zip(self._groups, self._ends, strict=True):
+                first = max(self._numbers.start - (end - group.rows), 0)
+                last = min(self._numbers.stop - (end - group.rows), group.rows)
+                if first < last:
+                    yield group.read(columns).slice(first, last - first)
+            return
+        numbers = np.asarray(self._numbers)
+        where = np.searchsorted(self._ends, numbers, side="right")
+        borders = [0, *(np.flatnonzero(np.diff(where)) + 1).tolist(), len(numbers)]
+        for first, last in pairwise(borders):
+            group = self._groups[where[first]]
+            yield group.read(columns).take(numbers[first:last] - (self._ends[where[first]] - group.rows))
+
+
+def _read_group(path: Path, number: int, among: Sequence[str] | None, columns: Sequence[str] | None) -> "pa.Table":
+    """Read a row group, its pages verified.
+
+    Args:
+        among: the fields that are read at all.
+        columns: the fields to read now; None: all of these.
+    """
+    import pyarrow.parquet as pq
+
+    with undamaged(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        names = [name for name in columns or among or file.schema_arrow.names if name in file.schema_arrow.names]
+        return file.read_row_group(number, columns=names)
+
+
+def _narrow(table: "pa.Table") -> "pa.Table":
+    """The table with token ids of 32 bits."""
+    import pyarrow as pa
+
+    wide, short = pa.list_(pa.int64()), pa.list_(pa.int32())
+    return table.cast(pa.schema([field.with_type(short) if field.type == wide else field for field in table.schema]))
+
+
+def _make(table: "pa.Table", kind: type[Row]) -> list[Row]:
+    """Make the rows of a table."""
+    known = set(table.column_names)
+    columns = [
+        _values(table.column(name)) if name in known else [empty() for _ in range(len(table))]
+        for name, empty in _empty(kind)
+    ]
+    return [kind(*values) for values in zip(*columns, strict=True)]
+
+
+@cache
+def _empty(kind: type) -> list[tuple[str, Callable[[], Any]]]:
+    """For each field of a row, what makes a value where there is none: its default, or an empty one of its type."""
+    import pyarrow as pa
+
+    made: list[tuple[str, Callable[[], Any]]] = []
+    for field, column in zip(dataclasses.fields(kind), schema(kind), strict=True):
+        value: Any = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            made.append((field.name, field.default_factory))
+            continue
+        if value is dataclasses.MISSING:
+            value = "" if pa.types.is_string(column.type) else False if pa.types.is_boolean(column.type) else None
+        if value is None and pa.types.is_list(column.type):
+            made.append((field.name, list))
+        else:
+            made.append((field.name, partial(lambda value: value, value)))
+    return made
+
+
+def _values(column: "pa.ChunkedArray") -> list[Any]:
+    """The values of a column. Arrow makes an object of every element of a list first, which takes ten times as long."""
+    return [value for chunk in column.chunks for value in _plain(chunk)]
+
+
+def _plain(array: Any) -> list[Any]:
+    import pyarrow as pa
+
+    kind = array.type
+    if array.null_count:
+        return list(array.to_pylist())
+    if pa.types.is_list(kind):
+        elements, borders = _plain(array.flatten()), array.offsets.to_numpy()
+        starts = (borders - borders[0]).tolist()
+        return [elements[first:end] for first, end in pairwise(starts)]
+    if pa.types.is_struct(kind):
+        names = [kind.field(i).name for i in range(kind.num_fields)]
+        return [
+            dict(zip(names, values, strict=True))
+            for values in zip(*(_plain(array.field(i)) for i in range(kind.num_fields)), strict=True)
+        ]
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return list(array.to_numpy().tolist())
+    return list(array.to_pylist())
+
+
+class Writer(Generic[Row]):
+    """Writes rows into a Parquet file as they come; the file appears when the block ends, whole or not at all."""
+
+    def __init__(self, path: Path, kind: type[Row]) -> None:
+        self.path, self.kind = path, kind
+        self._rows: list[Row] = []
+
+    def __enter__(self) -> Self:
+        import pyarrow.parquet as pq
+
+        self._aside = disk.name_aside(self.path)
+        self._file = pq.ParquetWriter(self._aside, schema(self.kind), write_page_checksum=True)
+        return self
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Write rows."""
+        self._rows += rows
+        while len(self._rows) >= GROUP:
+            self._write()
+
+    def copy(self, path: Path) -> None:
+        """Write the rows of another file."""
+        self._write()
+        for table in Rows.open([path], self.kind)._tables(None):
+            self._file.write_table(table)
+
+    def _write(self) -> None:
+        if self._rows:
+            self._file.write_table(to_table(self._rows[:GROUP], self.kind))
+            del self._rows[:GROUP]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._write()
+        self._file.close()
+        if kind is None:
+            disk.replace(self._aside, self.path)
+        else:
+            self._aside.unlink(missing_ok=True)
+
+
+class Collector(Generic[Row]):
+    """Keeps rows in memory as compressed Parquet, in which they take a tenth of the memory of objects."""
+
+    def __init__(self, kind: type[Row]) -> None:
+        self.kind = kind
+        self._rows: list[Row] = []
+        self._groups: list[_Group] = []
+
+    def add(self, row: Row) -> None:
+        """Keep a row."""
+        self._rows.append(row)
+        if len(self._rows) == GROUP:
+            self._pack()
+
+    def finish(self) -> Rows[Row]:
+        """All rows, in the order in which they came."""
+        if self._rows:
+            self._pack()
+        return Rows(self.kind, self._groups)
+
+    def _pack(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        packed = pa.BufferOutputStream()
+        pq.write_table(to_table(self._rows, self.kind), packed, compression="zstd")
+        self._groups.append(_Group(len(self._rows), partial(_unpack, packed.getvalue())))
+        self._rows = []
+
+
+def _unpack(packed: "pa.Buffer", columns: Sequence[str] | None) -> "pa.Table":
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.read_table(pa.BufferReader(packed), columns=columns)
+
+
+class Made(Sequence[Each]):
+    """A sequence whose items are made when they are read.
+
+    Args:
+        count: number of items.
+        make: makes the item of a number.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Each]) -> None:
+        self._numbers, self._make = range(count), make
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Each: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Each]: ...
+
+    def __getitem__(self, index: int | slice) -> Each | list[Each]:
+        if isinstance(index, slice):
+            return [self._make(i) for i in self._numbers[index]]
+        return self._make(self._numbers[index])
+
+
+def take(rows: Sequence[Each], numbers: "Sequence[int] | np.ndarray") -> Sequence[Each]:
+    """The rows of these numbers, in this order."""
+    if isinstance(rows, Rows):
+        return rows.take(numbers)
+    return [rows[i] for i in numbers]
+
+
+def values(rows: Sequence[Any], name: str) -> Iterator[Any]:
+    """A field of one row after the other."""
+    return rows.values(name) if isinstance(rows, Rows) else (getattr(row, name) for row in rows)
+
+
+def column(rows: Sequence[Any], name: str) -> list[Any]:
+    """A field of all rows."""
+    return list(values(rows, name))
+
+
+def lengths(rows: Sequence[Any], name: str) -> list[int]:
+    """The lengths of a list in all rows."""
+    return list(rows.lengths(name).tolist()) if isinstance(rows, Rows) else [len(getattr(row, name)) for row in rows]
+
+
+def with_ids(rows: Sequence[Each], ids: Collection[str]) -> Sequence[Each]:
+    """The rows with one of these ids."""
+    return take(rows, [i for i, id in enumerate(column(rows, "id")) if id in ids])
+
+
+def in_parts(rows: Iterable[Each], size: int) -> Iterator[list[Each]]:
+    """Cut rows into lists of at most this many."""
+    left = iter(rows)
+    while part := list(islice(left, size)):
+        yield part
