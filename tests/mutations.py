@@ -519,7 +519,7 @@ MUTATIONS = (
     Mutation(
         "two runs compute a stage twice",
         "store/__init__.py",
-        "            if not self.has(stage):\n                self._compute",
+        "            if not self.has(stage) and not self._fetch(stage, report.note):\n                self._compute",
         "            if True:\n                self._compute",
         "test_store.py::test_two_processes_compute_a_stage_once",
     ),

@@ -1,4 +1,4 @@
-"""Choose what samples a stage's responses: this process, or servers, which live no longer than they are needed."""
+"""Choose what samples a stage's responses: this process, or servers, which run only as long as they are needed."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ class Engines:
     Args:
         policy: the policy that responds.
         folder: the stage's folder.
-        saved: a folder with the policy's whole weights; one without, or None: they are written where needed.
+        saved: a folder with the policy's whole weights; if it has none, or is None, they are written when needed.
         report: receives notes.
     """
 

@@ -5,8 +5,8 @@ Every linear layer but the output head is stored in 4 bits (``nf4``, with scales
 on the mode of the model nor on other rows of the batch: bitsandbytes' own layers change the kernel in evaluation mode
 on a CPU, and for 8 bits also quantise activations by the largest values in the batch.
 
-The adapters of earlier trainings cannot be merged into such weights, which would be rounded again. They are stacked:
-all are active, and only the newest is trained.
+The adapters of earlier trainings are not merged into such weights, since the sum would be rounded again. They are
+stacked: all are active, and only the newest is trained.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dnpo.settings import Quantisation
 
 TRAINED = "default"  # peft's name for the adapter in training
-BLOCK, NESTED = 64, 256  # weights that share a scale, and scales that share one, as bitsandbytes has them for nf4
+BLOCK, NESTED = 64, 256  # weights that share a scale, and scales that share one, as in bitsandbytes for nf4
 
 
 def loading_options(kind: Quantisation, dtype: str, device: str) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def activate(model: Any, names: Sequence[str]) -> None:
 
 @contextmanager
 def without_trained(model: Any) -> Iterator[None]:
-    """Switch the adapter in training off; those that it was put on top of stay."""
+    """Switch the adapter in training off; the earlier ones stay active."""
     earlier = stacked(model)
     if not earlier:
         with model.disable_adapter():

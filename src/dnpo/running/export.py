@@ -117,7 +117,7 @@ def _describe_adapters(policy: SavedPolicy, rank: int) -> str:
     joined = f", {count} adapters joined into one (the sum of their updates, exactly)" if count > 1 else ""
     revision = f" at {policy.revision}" if policy.revision else ""
     kind = policy.setting("model", "quantization")
-    quantised = f", whose weights were quantised to {kind} in training and are to be in use" if kind else ""
+    quantised = f", whose weights were quantised to {kind} in training and must be in use" if kind else ""
     return f"A LoRA adapter of rank {rank}{joined} for the base model {policy.base}{revision}{quantised}."
 
 
@@ -161,7 +161,7 @@ def export(
     """Write a policy of a finished run as a self-contained folder: whole weights, tokenizer, card.
 
     Args:
-        warn: is told if the copy differs from the policy, and by how much.
+        warn: receives a text if the copy differs from the policy.
         run: the run's folder.
         to: a folder that does not exist yet, or is empty.
         iteration: ``sft`` or a number; None for the last.

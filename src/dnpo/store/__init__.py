@@ -317,7 +317,7 @@ class Store:
             self._warned = True
             note(
                 f"warning: store.remote={self.remote.address} cannot be used ({self.remote.lost}). The run goes on "
-                "with its local store, and says at its end what is not published"
+                "with its local store, and lists at its end what is not published"
             )
 
     def _compute(self, stage: Stage, inputs: Mapping[str, Path], report: Report) -> None:

@@ -1,9 +1,9 @@
 """A store that machines share, next to their local ones: object storage, or a folder that all can see.
 
-A stage is there if its manifest is. Its files are published first, each under the name of its SHA-256, so that machines
+A stage exists if its manifest does. Its files are published first, each under the name of its SHA-256, so that machines
 that publish the same stage at the same time do not disturb each other; then the manifest, which only the first of them
-can create. What is fetched is compared with the manifest. A lease that is renewed as long as its owner lives says that
-a stage is being computed; it only saves work, since equal keys have equal results.
+can create. What is fetched is compared with the manifest. A lease, renewed as long as its owner lives, shows that a
+stage is being computed. It only saves work, since equal keys have equal results.
 """
 
 import hashlib
@@ -40,12 +40,12 @@ class Gone(Exception):
 class Remote:
     """Finished stages in object storage or in a folder, by ``STAGE/KEY``.
 
-    Once it has refused something or not answered, nothing more is asked of it: ``lost`` says why.
+    After its first refusal or failure it is not used any more; ``lost`` gives the reason.
 
     Args:
         address: ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``. Credentials and endpoints come from where the provider's
             tools look for them, never from an address.
-        expiry: seconds after which a lease that is not renewed counts for nothing.
+        expiry: seconds after which a lease that is not renewed expires.
 
     Raises:
         SettingsError: the address cannot be used.
@@ -179,7 +179,7 @@ class Remote:
         return content, damage
 
     def remove(self, name: str) -> None:
-        """Remove a stage: its manifest first, so that what a killed removal leaves counts for nothing.
+        """Remove a stage: its manifest first, so that files left by a killed removal belong to no stage.
 
         Raises:
             Gone: the store does not answer.
@@ -194,7 +194,7 @@ class Remote:
 
     @contextmanager
     def lease(self, name: str, note: Note) -> Iterator[None]:
-        """Wait until no other machine computes a stage, or it is there; renew an own lease meanwhile.
+        """Wait until no other machine computes a stage, or it exists; then hold and renew a lease on it.
 
         A remote store that does not answer is not waited for.
         """
@@ -222,7 +222,7 @@ class Remote:
                 pass  # it expires
 
     def _acquire(self, path: str, name: str, note: Note) -> bool:
-        """Take the lease; False if the stage is there meanwhile."""
+        """Take the lease; False if the stage exists by then."""
         seen, since, told = "", time.monotonic(), False
         while True:
             with self._asking():
@@ -262,7 +262,7 @@ class Remote:
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Turn every refusal and failure of the store into :class:`Gone`, and ask nothing more of it afterwards."""
+        """Turn every refusal and failure of the store into :class:`Gone`, and do not use the store afterwards."""
         if self.lost:
             raise Gone(self.lost)
         try:
@@ -315,7 +315,7 @@ class Remote:
         disk.replace(aside, Path(path))
 
     def _create(self, path: str, content: bytes) -> bool:
-        """Create an object that appears complete, unless there is one; return whether it was created."""
+        """Create a complete object unless it exists; return whether it was created."""
         try:
             if not self.local:
                 self._fs.pipe_file(path, content, mode="create")  # If-None-Match: *
@@ -345,7 +345,7 @@ class Remote:
 
 
 def bring_into(folder: Path, root: Path, name: str, remote: Remote, content: Mapping[str, Any]) -> None:
-    """Fetch a stage into a local store, where its folder appears complete or not at all.
+    """Fetch a stage into a local store, where its folder is complete or does not exist.
 
     Args:
         folder: the stage's folder in the store ``root``.

@@ -12,7 +12,7 @@ from dnpo.connection import check_address, find_bad_key
 from dnpo.errors import SettingsError
 from dnpo.settings import Count, Positive, neutral
 
-PLACES = ("{policy}", "{port}")  # what a command has in place of the policy's folder and a free port
+PLACES = ("{policy}", "{port}")  # placeholders in a command, for the policy's folder and a free port
 EXAMPLE = "http://127.0.0.1:8000/v1"
 PART = "generate.engine"  # the name of these settings, for messages
 
@@ -23,20 +23,20 @@ class Server:
 
     Args:
         launch: the command that starts it, with ``{policy}`` for a folder with the policy's weights and ``{port}`` for
-            a free port. A stage starts it when it first needs it, and ends it; or
-        base_url: the address of one that is running, up to and with ``/v1``. It must have the very policy that
-            responds, so a run in which several policies respond needs ``launch``. Exactly one of the two.
-        model: its name there; None takes the only one.
-        version: any text; changed when the engine was, so that responses of the old one are not reused.
+            a free port. A stage starts it when it first needs it, and ends it.
+        base_url: the address of a running server, including ``/v1``. It must have the policy that responds, so a run in
+            which several policies respond needs ``launch``. Give either this or ``launch``.
+        model: its name at the server; None takes the only one.
+        version: any text. Change it when the engine changes, so that responses of the old one are not reused.
         key_from: environment variable with the key; vLLM reads the same one. A server may need none.
         headers: further headers, each with the environment variable that holds its value.
         concurrency: maximum number of requests in flight, each of them for all responses to a prompt.
         timeout: seconds of one attempt.
         deadline: seconds from the first attempt at a request to the last.
         start_timeout: seconds until a launched server answers.
-        max_mean_difference: mean difference of log-probabilities, engine against this process, in nats a token, beyond
+        max_mean_difference: mean difference of log-probabilities, engine against this process, in nats per token, above
             which a stage stops.
-        max_difference: the same for the greatest difference of a token; None for no limit.
+        max_difference: the same for the largest difference of a token; None for no limit.
 
     Raises:
         SettingsError: settings that contradict each other, an address with a secret in it, or a command without the

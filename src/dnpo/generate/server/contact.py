@@ -1,4 +1,4 @@
-"""Find a server's model, and say what to do where it refuses."""
+"""Find a server's model, and advise on its refusals."""
 
 import asyncio
 import json
@@ -12,8 +12,8 @@ from dnpo.generate.server import PART, Server
 from dnpo.generate.server.launching import Launched
 
 LARGEST_REPLY = 1 << 28  # bytes
-LOOK = 0.2  # seconds between looks at a server that starts
-QUIET = 10.0  # seconds of one such look
+LOOK = 0.2  # seconds between checks of a server that starts
+QUIET = 10.0  # seconds that one such check may take
 KEPT = "What came is kept: the same command asks only for the rest"
 
 
@@ -69,7 +69,7 @@ def _read_names(raw: bytes) -> list[str]:
 
 
 def explain(server: Server, connection: Connection, refusal: Refusal, model: str = "the server") -> str:
-    """What to do about a refusal that does not pass."""
+    """Explain a refusal that is not temporary, and what to do about it."""
     where, text = f"{model} at {connection.base_url}", connection.describe(refusal)
     if refusal.status in (401, 403):
         return (

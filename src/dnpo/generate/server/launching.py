@@ -1,4 +1,4 @@
-"""Start a server by a command, and end it with everything that it started, however this process ends."""
+"""Start a server by a command, and end it with everything that it started, even if this process is killed."""
 
 import shlex
 import subprocess
@@ -21,13 +21,13 @@ class Launched:
     Args:
         command: the words of the command.
         log: the file for all that it prints.
-        connection: knows the keys, which no message may have.
+        connection: has the keys, which messages must not contain.
     """
 
     def __init__(self, command: Sequence[str], log: Path, connection: Connection) -> None:
         self.log, self.command, self.connection = log, shlex.join(command), connection
         with log.open("ab") as stream:
-            # in a session of its own, so that Ctrl-C on the terminal reaches this process alone, which then ends it
+            # in a separate session, so that Ctrl-C on the terminal reaches this process alone, which then ends it
             self._process = subprocess.Popen(
                 [sys.executable, str(warden.__file__), *command],
                 stdin=subprocess.PIPE,

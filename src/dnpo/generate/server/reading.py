@@ -1,7 +1,7 @@
 """Read the replies of an engine, and refuse those that training could not rely on.
 
-Every fault is named: what came, what was asked for, and what to change. Nothing is repaired, since a token more or less
-would make training read what was not sampled.
+An error names what was received, what was asked for, and what to change. Nothing is repaired: with one token more or
+less, training would read something that was not sampled.
 """
 
 import json
@@ -24,7 +24,7 @@ class Asked:
         count: number of completions.
         limit: maximum number of tokens of each.
         stops: tokens that end a completion.
-        vocabulary: number of tokens that there are.
+        vocabulary: size of the policy's vocabulary.
         model: the model's name.
     """
 
@@ -45,7 +45,7 @@ class Drawn:
 
 
 class Unfinished(Exception):
-    """A reply that says that the engine did not finish, or that was cut on its way: the same can be asked again."""
+    """A reply that is incomplete or reports that the engine did not finish; the request can be sent again."""
 
 
 def read_reply(raw: bytes, asked: Asked) -> list[Drawn]:

@@ -1,8 +1,8 @@
 """Ask a server for the responses of one stage, all with the weights of one policy.
 
-A reply is written down when it comes, so a killed stage asks only for what is missing. What came is scored by the
-policy here, in the pass that all responses need; the difference, engine against this process, is measured token by
-token. It shows a server with other weights, such as those of an earlier iteration.
+A reply is written to disk when it arrives, so a killed stage asks only for what is missing. The policy in this process
+scores the responses, in the pass that all responses need. The difference between engine and this process is measured
+token by token; it shows if the server has other weights, such as those of an earlier iteration.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 PROBES, PROBE_TOKENS = 4, 8  # prompts of the check at the start, and tokens after each
-PROBE_SLACK = 4.0  # the check's tokens are few, and unlikely ones, so they may differ by so much more
+PROBE_SLACK = 4.0  # factor for the check at the start, whose tokens are few and unlikely
 ENOUGH = 256  # tokens of which the mean difference is judged alone; fewer are judged with all before
 # What the model's folder may set otherwise on the server (generation_config.json); these values change nothing.
 PLAIN = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -42,12 +42,12 @@ PLAIN = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "freq
 
 @dataclass(frozen=True)
 class Differences:
-    """Log-probabilities, engine against this process: how many tokens, and their absolute differences in nats.
+    """Absolute differences of log-probabilities, engine against this process, in nats.
 
     Attributes:
         tokens: number of tokens.
         total: sum over the tokens.
-        greatest: the greatest of a token.
+        greatest: the largest of a token.
     """
 
     tokens: int = 0
@@ -136,7 +136,7 @@ class Session:
             scores: the policy's log-probability of each of their tokens.
 
         Raises:
-            EngineError: they differ by more than the settings allow; the completions are forgotten.
+            EngineError: they differ by more than the settings allow; the completions are discarded.
         """
         differences = [
             abs(theirs - ours)
@@ -329,7 +329,7 @@ class Session:
         return f"{place} ({self._model})" if self._model else place
 
     def _warn_of_equal_samples(self, rows: Sequence[tuple[Prompt, int]], sampling: Sampling) -> None:
-        """Note if all samples of each prompt are equal, as where a server gives all of a request the same seed."""
+        """Warn if all samples of each prompt are equal, for example because a server uses one seed for a request."""
         by_prompt: dict[str, set[tuple[int, ...]]] = {}
         for (prompt, _), drawn in zip(rows, self._drawn, strict=True):
             by_prompt.setdefault(prompt.id, set()).add(tuple(drawn.tokens))
@@ -370,7 +370,7 @@ def _append(path: Path, number: int, drawn: Sequence[Drawn]) -> None:
 
 
 def _read(path: Path) -> dict[int, list[Drawn]]:
-    """The replies in a file by request; a last line that was not written whole is cut off."""
+    """The replies in a file by request; an incomplete last line is removed."""
     if not path.is_file():
         return {}
     content = path.read_bytes()

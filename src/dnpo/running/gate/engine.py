@@ -75,7 +75,7 @@ def _servers(
 def _can_start(server: Server) -> Finding:
     program = server.command("", 0)[0]
     if shutil.which(program) is None:
-        text = f"{PART}.launch: there is no program {program}; give its path, such as that in an environment of its own"
+        text = f"{PART}.launch: there is no program {program}; give its path, such as the one in a separate environment"
         return Finding("engine", "stop", text, f"{PART}.launch")
     return Finding("engine", "pass", f"each stage that samples starts {program} with its policy")
 
