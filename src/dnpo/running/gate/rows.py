@@ -1,8 +1,9 @@
 """Check the rows: ids, repeats, overlaps, lengths, pairs, and which of them the iterations use."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dnpo.data import SPLITS
 from dnpo.data.duplicates import near, repeats
@@ -10,11 +11,13 @@ from dnpo.data.unusable import list_reasons
 from dnpo.errors import DnpoError
 from dnpo.records import Prompt
 from dnpo.running.gate.finding import Finding, refuse
+from dnpo.tables import values
 
 if TYPE_CHECKING:
     from dnpo.stages.plan import Plan
 
 Rows = Mapping[str, Sequence[Prompt]]
+Each = TypeVar("Each")
 
 LIKE = 0.9  # texts with at least this Jaccard index of three-word shingles count as nearly the same
 MUCH = 0.1  # share of rows removed as duplicates that deserves a warning
@@ -22,7 +25,7 @@ FEW = 0.01  # share of near duplicates that is usual in any data
 COMPARED = 5000  # evenly spaced rows that are compared for likeness, so that it takes seconds
 
 
-def evenly(rows: Sequence[Prompt], most: int) -> list[Prompt]:
+def evenly(rows: Sequence[Each], most: int) -> list[Each]:
     """Return at most ``most`` rows, evenly spaced."""
     if len(rows) <= most:
         return list(rows)
@@ -32,7 +35,7 @@ def evenly(rows: Sequence[Prompt], most: int) -> list[Prompt]:
 def ids(rows: Rows) -> Finding:
     """Check that ids are unique, since responses, verdicts and pairs are joined by them."""
     for split, some in rows.items():
-        twice = [name for name, count in Counter(row.id for row in some).items() if count > 1]
+        twice = [name for name, count in Counter(values(some, "id")).items() if count > 1]
         if twice:
             text = f"{len(twice):,} ids belong to more than one {split} row, the first is {twice[0]!r}"
             return Finding("ids", "stop", text, "the ids in the data")
@@ -47,7 +50,7 @@ def duplicates(train: Sequence[Prompt], by_design: bool, removed: Mapping[str, i
         by_design: whether the source draws its rows with replacement (``drawn_with_replacement``).
         removed: how many rows the source has left out already, by reason.
     """
-    exact = len(train) - len({(_conversation(row), row.human) for row in train})
+    exact = len(train) - len({_hash(row, row.human) for row in train})
     what = f"{exact:,} of {len(train):,} training rows repeat another word for word ({exact / max(len(train), 1):.1%})"
     if not exact:
         gone = ", ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in removed.items() if count)
@@ -100,16 +103,16 @@ def unread(columns: Sequence[str]) -> Finding:
 
 def pairs(train: Sequence[Prompt]) -> list[Finding]:
     """Report how many rows have pairs and ratings, and whether ratings contradict pairs; no finding without pairs."""
-    paired = [row for row in train if row.rejected is not None]
-    rated = [row for row in train if row.human_score is not None]
+    paired = sum(rejected is not None for rejected in values(train, "rejected"))
+    rated = sum(score is not None for score in values(train, "human_score"))
     if not paired and not rated:
         return []
-    text = f"{len(paired):,} of {len(train):,} training rows have a pair, {len(rated):,} a rating of the human response"
+    text = f"{paired:,} of {len(train):,} training rows have a pair, {rated:,} a rating of the human response"
     found = [Finding("pairs", "pass", text)]
     above = {
         row.id: row.human_score - row.rejected_score
-        for row in paired
-        if row.human_score is not None and row.rejected_score is not None
+        for row in train
+        if row.rejected is not None and row.human_score is not None and row.rejected_score is not None
     }
     if above:
         against = [name for name, gap in above.items() if gap < 0]
@@ -156,8 +159,8 @@ def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:
     Args:
         train, by_design: as in :func:`duplicates`.
     """
-    distinct = list({(_conversation(row), row.human): row for row in train}.values())
-    some = evenly(distinct, COMPARED)
+    distinct = list({_hash(row, row.human): number for number, row in enumerate(train)}.values())
+    some = [train[number] for number in evenly(distinct, COMPARED)]
     found = repeats([f"{_text(row)}\n{row.human}" for row in some], LIKE)
     of = _of(len(some), len(distinct), "distinct training rows")
     if not found:
@@ -174,11 +177,11 @@ def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:
 
 def overlap(rows: Rows) -> list[Finding]:
     """Check for prompts in more than one split: measuring on them would measure memory."""
-    conversations = {split: {_conversation(row) for row in rows[split]} for split in SPLITS}
+    conversations = {split: {_hash(row) for row in rows[split]} for split in SPLITS}
     findings = []
     for held in ("validation", "test"):
         name = f"overlap with {held}"
-        same = sum(_conversation(row) in conversations["train"] for row in rows[held])
+        same = sum(_hash(row) in conversations["train"] for row in rows[held])
         if same:
             text = f"{same:,} of {len(rows[held]):,} {held} prompts are training prompts too"
             findings.append(Finding(name, "stop", text, "data=…: its splits must not share prompts"))
@@ -267,8 +270,10 @@ def _of(some: int, total: int, what: str) -> str:
     return f"{total:,} {what}" if some == total else f"{some:,} of {total:,} {what}"
 
 
-def _conversation(prompt: Prompt) -> tuple[str, ...]:
-    return tuple(text for turn in prompt.messages for text in (turn["role"], turn["content"]))
+def _hash(prompt: Prompt, *texts: str) -> bytes:
+    """A hash of a conversation and of further texts, which takes less memory than they do."""
+    found = [text for turn in prompt.messages for text in (turn["role"], turn["content"])]
+    return hashlib.blake2b(repr([*found, *texts]).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _text(prompt: Prompt) -> str:
