@@ -1,4 +1,4 @@
-"""Measure what rows cost apart from models: memory and time of every stage that passes them on.
+"""Measure what rows cost without models: memory and time of every stage that passes them on.
 
     python -m benchmarks.plumbing                          # 100,000 rows, then 1,000,000
     python -m benchmarks.plumbing --rows 20000 50000       # other sizes
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _run(rows: int, given: argparse.Namespace) -> list[Facts]:
-    """Measure one size in a process of its own."""
+    """Measure one size in a separate process."""
     harness.progress(f"{rows:,} rows")
     options = ["--near", str(given.near), "--holdout", str(given.holdout), "--train", str(given.train)]
     command = [sys.executable, "-m", "benchmarks.plumbing", "--inside", "--rows", str(rows), *options]
@@ -214,7 +214,7 @@ class _Silent:
 
 
 def _forget_peak() -> None:
-    """Begin to count the peak anew."""
+    """Reset the peak."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -249,7 +249,7 @@ def read(path: Path, kind: type[Row]) -> list[Row]:
 
 @contextmanager
 def undamaged(path: Path) -> Iterator[None]:
-    """Turn what Arrow says of a damaged file into an error that names it.
+    """Turn Arrow's errors for a damaged file into an error that names the file.
 
     Raises:
         StoreError: the file is damaged.

@@ -105,10 +105,10 @@ class Labels(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What happened to some prompts of an iteration.
+    """Counts for some prompts of an iteration.
 
     Attributes:
-        events: how often each thing happened.
+        events: how often each event occurred.
         right: of each prompt the numbers of samples and of right ones, for pass@k.
     """
 
@@ -152,7 +152,7 @@ def label_some(
     verdicts: Sequence[Verdict],
     iteration: int,
 ) -> tuple[list[Pair], Counts]:
-    """The same for some prompts of an iteration, whose counts :func:`add_up` adds up.
+    """As :func:`label`, for some prompts of an iteration; :func:`add_up` adds up the counts.
 
     ``generated`` has the responses of the policy, or the data's own rejected ones. A sample that repeats an earlier one
     of its prompt token for token is not another candidate (``repeated``). Nor is one that equals the human response, if

@@ -83,7 +83,7 @@ def encode_many(
     conversations: Sequence[tuple[list[Message], str]],
     stop_ids: Sequence[int] = (),
 ) -> list[tuple[list[int], list[int]]]:
-    """The same for many conversations with their responses, in few calls of the tokenizer.
+    """As :func:`encode`, for many conversations with their responses, in few calls of the tokenizer.
 
     Raises:
         ModelError: as :func:`encode`, for the first conversation that the template cannot render.

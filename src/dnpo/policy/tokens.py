@@ -38,7 +38,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, stop_ids: Sequence[
 
 
 def tokenize_many(tokenizer: Any, texts: Sequence[Text], stop_ids: Sequence[int] = ()) -> list[list[int]]:
-    """The same of many texts, in one call of the tokenizer; those that have to be split are tokenised one by one."""
+    """Tokenise many texts in one call of the tokenizer, and texts that have to be split one by one."""
     if not texts or not tokenizer.is_fast:
         return [tokenize(tokenizer, text, stop_ids) for text in texts]
     control = _control(tokenizer, str(tokenizer.chat_template), len(tokenizer), tuple(stop_ids))

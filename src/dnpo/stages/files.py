@@ -37,7 +37,7 @@ def open_split(folder: Path, split: str) -> "Held":
 
 
 def open_given(folder: Path, split: str) -> Rows[Response]:
-    """The rejected responses of the data's own pairs in a split; none where the data have no pairs."""
+    """The rejected responses of the data's own pairs in a split; none if the data have no pairs."""
     path = folder / f"{split}-given.parquet"
     return Rows.open([path] if path.is_file() else [], Response)
 
