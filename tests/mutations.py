@@ -590,8 +590,8 @@ MUTATIONS = (
     Mutation(
         "a table is written in place, and a killed run leaves half of it",
         "records.py",
-        "    aside = disk.name_aside(path)\n    pq.write_table",
-        "    aside = path\n    pq.write_table",
+        "    aside = disk.name_aside(path)\n    try:\n        with pq.ParquetWriter",
+        "    aside = path\n    try:\n        with pq.ParquetWriter",
         "test_records.py",
     ),
     # --- generation
