@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -47,6 +46,7 @@ class Engine:
     after: int = 0
     log: Path | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    closing: threading.Event = field(default_factory=threading.Event)
     asked: int = 0
 
     def __post_init__(self) -> None:
@@ -66,13 +66,13 @@ class Engine:
         passing = self.fault in ("503", "429", "error_200", "broken", "abort")
         return self.fault if begun > 0 and not (passing and begun > 2) else ""
 
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+    def complete(self, body: dict[str, Any], fault: str) -> dict[str, Any]:
         """The reply to a request."""
         from dnpo.generate import Sampling
         from dnpo.generate.hf import complete
 
         prompt, count, limit = list(body["prompt"]), body["n"], body["max_tokens"]
-        sent, fault = list(prompt), self.now
+        sent = list(prompt)
         if fault in ("cut_prompt", "cut_prompt_silent"):
             prompt = prompt[1:]
         if fault == "truncated":
@@ -167,12 +167,12 @@ class Handler(BaseHTTPRequestHandler):
         with engine.lock:
             engine.asked += 1
             fault = engine.now
-            if fault == "die":
-                os._exit(3)
-            if fault == "hang":
-                engine.lock.release()
-                time.sleep(60)
-                engine.lock.acquire()
+        if fault == "hang":
+            engine.closing.wait(60)
+            return
+        if fault == "die":
+            os._exit(3)
+        with engine.lock:
             refused: dict[str, tuple[int, dict[str, Any]]] = {
                 "503": (503, {"error": {"message": "the engine is starting"}}),
                 "429": (429, {"error": {"message": "slow down"}}),
@@ -183,7 +183,7 @@ class Handler(BaseHTTPRequestHandler):
             if fault in refused:
                 self._send(*refused[fault], **({"Retry-After": "0.05"} if fault in ("503", "429") else {}))
                 return
-            reply = engine.complete(body)
+            reply = engine.complete(body, fault)
             if engine.log is not None:
                 probe = body.get("prompt_logprobs") is not None
                 row = {"prompt": body["prompt"], "n": body["n"], "seed": body["seed"], "probe": probe}
@@ -217,13 +217,15 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(folder: Path, **settings: Any) -> Iterator[str]:
     """The address of a server in a thread of this process."""
-    handler = type("Handler", (Handler,), {"engine": Engine(folder, **settings)})
+    engine = Engine(folder, **settings)
+    handler = type("Handler", (Handler,), {"engine": engine})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     finally:
+        engine.closing.set()
         server.shutdown()
         server.server_close()
 

@@ -858,6 +858,48 @@ MUTATIONS = (
         "len(ps) * ps[i]",
         "test_comparisons.py::test_holm_by_hand",
     ),
+    Mutation(
+        "a server may return fewer samples than were asked for",
+        "generate/server/reading.py",
+        "    if len(choices) != asked.count:",
+        "    if len(choices) > asked.count:",
+        "test_engine.py::test_a_fault_is_named_with_the_setting",
+    ),
+    Mutation(
+        "a server may cut responses for lack of context",
+        "generate/server/reading.py",
+        'if finish == "length" and stop is None and len(tokens) < asked.limit:',
+        'if finish == "length" and stop is None and len(tokens) < 1:',
+        "test_engine.py::test_a_fault_is_named_with_the_setting",
+    ),
+    Mutation(
+        "responses of an earlier policy are kept for the next run",
+        "generate/server/session.py",
+        "                path.unlink(missing_ok=True)",
+        "                path.touch()",
+        "test_engine.py::test_an_earlier_policy_is_found",
+    ),
+    Mutation(
+        "log-probabilities of an engine are not compared",
+        "generate/server/session.py",
+        "        if max(each.mean for each in judged) > server.max_mean_difference:",
+        "        if max(each.mean for each in judged) > 1e9:",
+        "test_engine.py::test_an_earlier_policy_is_found",
+    ),
+    Mutation(
+        "a launched server outlives a run that is killed",
+        "generate/server/warden.py",
+        "        while os.read(0, 1 << 16):\n            pass\n        end(child)",
+        "        while os.read(0, 1 << 16):\n            pass",
+        "test_engine.py::test_a_launched_server_ends_with_the_run",
+    ),
+    Mutation(
+        "several policies respond by a server that has one",
+        "running/gate/engine.py",
+        "    if len(policies) > 1:",
+        "    if len(policies) > 99:",
+        "test_engine.py::test_a_run_that_cannot_work_does_not_begin",
+    ),
 )
 
 

@@ -67,10 +67,12 @@ class Failure:
     Attributes:
         text: what happened.
         billed: whether the request was sent and may have been answered.
+        late: whether the time was over.
     """
 
     text: str
     billed: bool = False
+    late: bool = False
 
 
 async def receive(stream: AbstractAsyncContextManager[Any], seconds: float, largest: int) -> bytes | Refusal | Failure:
@@ -96,7 +98,7 @@ async def receive(stream: AbstractAsyncContextManager[Any], seconds: float, larg
         hidden = find_refusal(bytes(raw), response.headers) if may_refuse else None
         return hidden if hidden is not None and hidden.status else bytes(raw)
     except (TimeoutError, openai.APITimeoutError):
-        return Failure("no reply in time", billed=True)
+        return Failure("no reply in time", billed=True, late=True)
     except openai.APIStatusError as error:
         reply = error.response
         return read_refusal(error.status_code, reply.headers, reply.content)

@@ -12,6 +12,7 @@ from typing import Any
 
 from dnpo.errors import EngineError
 
+DIGITS = 8  # of a log-probability that are kept
 SLACK = 1e-3  # how far above 0 rounding may put a log-probability
 
 
@@ -44,12 +45,25 @@ class Drawn:
     logps: list[float]
 
 
+@dataclass(frozen=True)
+class Reply:
+    """A reply to one request.
+
+    Attributes:
+        drawn: the completions, in the order of their numbers.
+        prompt: the engine's log-probabilities of the prompt's tokens but the first, where it gives them.
+    """
+
+    drawn: list[Drawn]
+    prompt: list[float]
+
+
 class Unfinished(Exception):
     """A reply that is incomplete or reports that the engine did not finish; the request can be sent again."""
 
 
-def read_reply(raw: bytes, asked: Asked) -> list[Drawn]:
-    """The completions of a reply, in the order of their numbers.
+def read_reply(raw: bytes, asked: Asked) -> Reply:
+    """Read a reply.
 
     Raises:
         Unfinished: the reply is broken, or the engine gave up.
@@ -66,16 +80,11 @@ def read_reply(raw: bytes, asked: Asked) -> list[Drawn]:
     read = _whole(usage.get("prompt_tokens")) if isinstance(usage, Mapping) else None
     if read is not None and read != len(asked.prompt):
         raise EngineError(_other_prompt(f"{read:,} tokens", len(asked.prompt)))
-    return [_read_choice(choice, asked) for choice in choices]
+    return Reply([_read_choice(choice, asked) for choice in choices], _read_prompt(choices[0], asked.prompt))
 
 
-def prompt_logps(raw: bytes, prompt: Sequence[int]) -> list[float]:
-    """The engine's log-probabilities of a prompt's tokens but the first; empty if it gives none.
-
-    Raises:
-        EngineError: they are of other tokens.
-    """
-    rows = _parse(raw)["choices"][0].get("prompt_logprobs")
+def _read_prompt(choice: Mapping[str, Any], prompt: Sequence[int]) -> list[float]:
+    rows = choice.get("prompt_logprobs")
     if not isinstance(rows, list):
         return []
     if len(rows) != len(prompt):
@@ -116,7 +125,7 @@ def _read_choice(choice: Mapping[str, Any], asked: Asked) -> Drawn:
     for token, logp in zip(tokens, logps, strict=True):
         if not isinstance(logp, int | float) or not math.isfinite(logp) or logp > SLACK:
             raise EngineError(f"the log-probability of token {token} is {logp!r}; expected a number of at most 0")
-    return Drawn(tokens, [float(logp) for logp in logps])
+    return Drawn(tokens, [float(f"{logp:.{DIGITS}g}") for logp in logps])
 
 
 def _read_tokens(choice: Mapping[str, Any], asked: Asked) -> list[int]:

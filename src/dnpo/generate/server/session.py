@@ -5,35 +5,31 @@ scores the responses, in the pass that all responses need. The difference betwee
 token by token; it shows if the server has other weights, such as those of an earlier iteration.
 """
 
-import asyncio
 import hashlib
 import json
 import os
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dnpo import disk
-from dnpo.connection import Connection, Failure, pause, receive
+from dnpo.connection import Connection
 from dnpo.errors import EngineError
 from dnpo.generate import Ahead, Sampling
 from dnpo.generate.server import PART, Server
-from dnpo.generate.server.contact import KEPT, LARGEST_REPLY, explain, find_model
+from dnpo.generate.server.asking import Asker
+from dnpo.generate.server.contact import find_model
 from dnpo.generate.server.launching import Launched, free_port
-from dnpo.generate.server.reading import Asked, Drawn, Unfinished, prompt_logps, read_reply
+from dnpo.generate.server.reading import Drawn, Reply
 from dnpo.policy.model import Policy
 from dnpo.records import Prompt, Response
 from dnpo.seeding import derive
 from dnpo.store import Report, write_json
 
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
-
-PROBES, PROBE_TOKENS = 4, 8  # prompts of the check at the start, and tokens after each
+PROBES, PROBE_TOKENS = 4, 8  # prompts of the check at the start, and at most so many tokens after each
 PROBE_SLACK = 4.0  # factor for the check at the start, whose tokens are few and unlikely
 ENOUGH = 256  # tokens of which the mean difference is judged alone; fewer are judged with all before
 # What the model's folder may set otherwise on the server (generation_config.json); these values change nothing.
@@ -82,8 +78,7 @@ class Session:
         self.stops = frozenset(policy.stop_ids)
         self.vocabulary = len(policy.head.weight_VH)
         self._launched: Launched | None = None
-        self._connection: Connection | None = None  # once it has passed the check
-        self._model = ""
+        self._asker: Asker | None = None  # once the server has passed the check
         self._drawn: list[Drawn] = []  # that were not compared yet
         self._files: list[Path] = []  # where they are
         folder.mkdir(exist_ok=True)
@@ -92,8 +87,7 @@ class Session:
         """End the server, if this session started one."""
         if self._launched is not None:
             self._launched.close()
-            self._launched = None
-        self._connection = None
+        self._launched = self._asker = None
 
     # --- what a stage calls
 
@@ -121,8 +115,13 @@ class Session:
             report.advance(sum(len(found[i]) for i in found))
             missing = {i: request for i, request in enumerate(some) if i not in found}
             if missing:
-                self._start([request["prompt"] for request in some][:PROBES])
-                found |= self._ask(missing, path, report)
+
+                def keep(number: int, reply: Reply, path: Path = path) -> None:
+                    _append(path, number, reply.drawn)
+                    report.advance(len(reply.drawn))
+
+                asker = self._start([request["prompt"] for request in some[:PROBES]], min(limit, PROBE_TOKENS))
+                found |= {i: reply.drawn for i, reply in asker.ask(missing, keep).items()}
             self._drawn += [each for i in range(len(some)) for each in found[i]]
             self._files.append(path)
         self._warn_of_equal_samples(rows, sampling)
@@ -155,7 +154,7 @@ class Session:
             for path in self._files:
                 path.unlink(missing_ok=True)
             raise EngineError(
-                f"{PART}.{problem}: log-probabilities of {self._where()} differ from this policy's by {here}; "
+                f"{PART}.{problem}: log-probabilities of {self._name()} differ from this policy's by {here}; "
                 f"{_REASONS} These responses are not used"
             )
         name = _hash([path.name for path in self._files])
@@ -168,23 +167,21 @@ class Session:
 
     # --- the server
 
-    def _start(self, prompts: Sequence[list[int]]) -> None:
-        """Start the server or connect to it, and check that it has the policy, once."""
-        if self._connection is not None:
-            return
+    def _start(self, prompts: Sequence[list[int]], limit: int) -> Asker:
+        """Start the server or find it, and check by some prompts that it has the policy; once."""
+        if self._asker is not None:
+            return self._asker
         server, port = self.server, free_port()
         base_url = server.base_url or f"http://127.0.0.1:{port}/v1"
         connection = Connection(base_url, server.key_from, headers=server.headers or {}, timeout=server.timeout)
         if server.launch is not None:
             command = server.command(str(self._whole()), port)
             self._launched = Launched(command, self.folder / "server.log", connection)
-        self._model = find_model(server, connection, self._launched)
-        self._connection = connection
-        try:
-            self._probe(prompts)
-        except BaseException:
-            self._connection = None
-            raise
+        model = find_model(server, connection, self._launched)
+        asker = Asker(server, connection, self._launched, model, self.stops, self.vocabulary)
+        self._probe(asker, prompts, limit)
+        self._asker = asker
+        return asker
 
     def _whole(self) -> Path:
         """A folder with the policy's whole weights, written if there is none."""
@@ -199,31 +196,23 @@ class Session:
         self.policy.save(folder)
         return folder
 
-    def _probe(self, prompts: Sequence[list[int]]) -> None:
-        """Check that the server has the policy: log-probabilities of known prompts, and of some tokens after them."""
+    def _probe(self, asker: Asker, prompts: Sequence[list[int]], limit: int) -> None:
+        """Check that the server has the policy: log-probabilities of prompts, and of so many tokens after them."""
         found, greedy = Differences(), Sampling(temperature=0.0)
-        requests = [{**self._request(ids, 1, greedy, PROBE_TOKENS, 0), "prompt_logprobs": 1} for ids in prompts]
-        raws = asyncio.run(self._round(dict(enumerate(requests)), None, None))
-        drawn = {i: read_reply(raw, self._asked(requests[i]))[0] for i, raw in raws.items()}
-        rows = [ids[1:] + drawn[i].tokens for i, ids in enumerate(prompts)]
+        requests = [{**self._request(ids, 1, greedy, limit, 0), "prompt_logprobs": 1} for ids in prompts]
+        replies = asker.ask(dict(enumerate(requests)), lambda _number, _reply: None)
+        rows = [ids[1:] + replies[i].drawn[0].tokens for i, ids in enumerate(prompts)]
         with self.policy.evaluating():
             _, scores = self.policy.score_tokens([ids[:1] for ids in prompts], rows)
-        for i, ids in enumerate(prompts):
-            theirs = [*(self._of_prompt(raws[i], ids)), *drawn[i].logps]
-            ours = scores[i][len(scores[i]) - len(theirs) :]
-            each = [abs(one - other) for one, other in zip(theirs, ours, strict=True)]
+        for i, row in enumerate(scores):
+            theirs = replies[i].prompt + replies[i].drawn[0].logps
+            each = [abs(one - other) for one, other in zip(theirs, row[len(row) - len(theirs) :], strict=True)]
             found += Differences(len(each), sum(each), max(each))
         if found.mean > PROBE_SLACK * self.server.max_mean_difference:
             raise EngineError(
-                f"{PART}: {self._where()} has another model than the policy that responds: its log-probabilities of "
+                f"{PART}: {asker.name} has another model than the policy that responds: its log-probabilities of "
                 f"the first prompts differ by {found}; {_REASONS}"
             )
-
-    def _of_prompt(self, raw: bytes, prompt: list[int]) -> list[float]:
-        try:
-            return prompt_logps(raw, prompt)
-        except EngineError as error:
-            raise self._named(error) from None
 
     # --- requests
 
@@ -244,89 +233,8 @@ class Session:
             "add_special_tokens": False,
         }
 
-    def _asked(self, request: Mapping[str, Any]) -> Asked:
-        return Asked(request["prompt"], request["n"], request["max_tokens"], self.stops, self.vocabulary, self._model)
-
-    def _ask(self, requests: Mapping[int, dict[str, Any]], path: Path, report: Report) -> dict[int, list[Drawn]]:
-        """Ask until everything is answered; replies are appended to a file as they come."""
-        raws = asyncio.run(self._round(requests, path, report))
-        return {i: read_reply(raw, self._asked(requests[i])) for i, raw in raws.items()}
-
-    async def _round(
-        self, requests: Mapping[int, dict[str, Any]], path: Path | None, report: Report | None
-    ) -> dict[int, bytes]:
-        """Send requests, many at once, and return the replies, each of which can be read."""
-        connection = self._connection
-        assert connection is not None, "_start has been called"
-        waiting, raws = list(requests.items())[::-1], dict[int, bytes]()
-
-        async def work(client: "AsyncOpenAI") -> None:
-            while waiting:
-                i, request = waiting.pop()
-                raws[i] = await self._send(client, connection, request)
-                if path is not None and report is not None:
-                    drawn = read_reply(raws[i], self._asked(request))
-                    _append(path, i, drawn)
-                    report.advance(len(drawn))
-
-        async with connection.client() as client:
-            workers = [asyncio.create_task(work(client)) for _ in range(min(self.server.concurrency, len(waiting)))]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-        return raws
-
-    async def _send(self, client: "AsyncOpenAI", connection: Connection, request: Mapping[str, Any]) -> bytes:
-        """Send one request until its reply can be read.
-
-        Raises:
-            EngineError: the reply cannot be used, the server refuses, has ended, or does not answer in time.
-        """
-        server, began, attempts = self.server, time.monotonic(), 0
-        body = {"model": self._model, **request}
-        while True:
-            attempts += 1
-            left = began + server.deadline - time.monotonic()
-            call = client.completions.with_streaming_response.create(
-                model=self._model, prompt=request["prompt"], extra_body=body
-            )
-            reply = await receive(call, min(server.timeout, left), LARGEST_REPLY)
-            wait = None
-            if isinstance(reply, bytes):
-                try:
-                    read_reply(reply, self._asked(request))
-                    return reply
-                except Unfinished as why:
-                    reason = str(why)
-                except EngineError as error:
-                    raise self._named(error) from None
-            elif isinstance(reply, Failure):
-                reason = reply.text
-                if reason == "no reply in time":
-                    reason = f"no reply within {PART}.timeout={server.timeout:g} s"
-            elif reply.passes:
-                reason, wait = connection.describe(reply), reply.wait
-            else:
-                raise EngineError(explain(server, connection, reply, self._model))
-            if self._launched is not None:
-                self._launched.check()
-            rest = pause(attempts, wait)
-            if time.monotonic() + rest >= began + server.deadline:
-                raise EngineError(
-                    f"{PART}.deadline={server.deadline:g}: given up after {attempts} attempt"
-                    f"{'s' * (attempts != 1)} at a request to {self._where()}: {reason}. {KEPT}"
-                )
-            await asyncio.sleep(rest)
-
-    def _named(self, error: EngineError) -> EngineError:
-        return EngineError(f"{PART}: {self._where()}: {error}. {KEPT}")
-
-    def _where(self) -> str:
-        place = "the launched server" if self.server.launch is not None else f"the server at {self.server.base_url}"
-        return f"{place} ({self._model})" if self._model else place
+    def _name(self) -> str:
+        return "the server" if self._asker is None else self._asker.name  # all replies may be there already
 
     def _warn_of_equal_samples(self, rows: Sequence[tuple[Prompt, int]], sampling: Sampling) -> None:
         """Warn if all samples of each prompt are equal, for example because a server uses one seed for a request."""
@@ -337,7 +245,7 @@ class Session:
         several = [id for id, count in counts.items() if count > 1]
         if sampling.temperature > 0 and len(several) > 1 and all(len(by_prompt[id]) == 1 for id in several):
             self.report.note(
-                f"warning: all samples of each of {len(several):,} prompts are equal: {self._where()} may use one seed "
+                f"warning: all samples of each of {len(several):,} prompts are equal: {self._name()} may use one seed "
                 "for all completions of a request (n)"
             )
 
@@ -361,7 +269,7 @@ def _hash(content: Any) -> str:
 
 def _append(path: Path, number: int, drawn: Sequence[Drawn]) -> None:
     """Add the reply to one request to a file, at once and in one write."""
-    row = [number, [each.tokens for each in drawn], [[float(f"{x:.8g}") for x in each.logps] for each in drawn]]
+    row = [number, [each.tokens for each in drawn], [each.logps for each in drawn]]
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(handle, f"{json.dumps(row)}\n".encode())
