@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast, get_type_hints
 
@@ -381,15 +382,23 @@ def locate(name: str, target: str) -> Callable[..., Any]:
     Raises:
         SettingsError: it cannot be imported; names the setting.
     """
-    from hydra.utils import get_object
-
     try:
-        value: Any = get_object(target)
+        value = _import(target)
     except Exception as error:
         raise SettingsError(f"{name}={target}: cannot be imported ({error})") from None
     if not callable(value):
         raise SettingsError(f"{name}={target}: expected a class or function, found a {type(value).__name__}")
     return cast(Callable[..., Any], value)
+
+
+def _import(target: str) -> Any:
+    """Import the modules of a dotted path, and take the attributes that follow."""
+    path, *rest = target.split(".")
+    found: Any = import_module(path)
+    for name in rest:
+        path = f"{path}.{name}"
+        found = getattr(found, name) if hasattr(found, name) else import_module(path)
+    return found
 
 
 @contextmanager
