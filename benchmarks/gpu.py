@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -82,7 +83,8 @@ class Part:
         if left <= 0:
             self.skip(name, "no time left")
             return []
-        command = [sys.executable, "-m", "benchmarks.gpu", "--one", *arguments, *(["--tiny"] if self.tiny else [])]
+        tiny = ["--tiny"] if self.tiny else []
+        command = [sys.executable, *harness.modules("benchmarks.gpu"), "--one", *arguments, *tiny]
         with tempfile.TemporaryFile("w+") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
             timer = threading.Timer(left, process.kill)
@@ -151,7 +153,9 @@ def run(name: str, folder: Path, tiny: bool) -> bool:
         checks = part.measure("correctness", "correctness")
         for check in checks:
             within = "ok" if check["ok"] else "FAILED"
-            print(f"{check['check']:48} {check['value']:.3g} of {check['limit']:.3g}  {within}")
+            print(f"{check['check']:56} {check['value']:.3g} of {check['limit']:.3g}  {within}")
+            if "error" in check:
+                print(check["error"])
         good = bool(checks) and all(check["ok"] for check in checks) and "correctness" not in part.content["skipped"]
     elif name == "generation":
         good = _generation(part)
@@ -336,8 +340,10 @@ def check_all(tiny: bool) -> Iterator[Facts]:
     for check in CHECKS:
         try:
             yield from check(tiny)
-        except (Skip, ImportError) as reason:
+        except Skip as reason:
             yield {"name": check.__name__, "skip": str(reason)}
+        except Exception:  # a kernel that does not run here must not hide what the others say
+            yield {"check": check.__name__, "value": 1, "limit": 0, "ok": False, "error": traceback.format_exc()}
 
 
 ONE: dict[str, Callable[..., Iterator[Facts]]] = {

@@ -39,7 +39,7 @@ def _label(dtype: torch.dtype) -> str:
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found.double().cpu() - expected.double().cpu()).abs().max())
+    return float((found.detach().double().cpu() - expected.detach().double().cpu()).abs().max())
 
 
 def _relative(found: list[Tensor], expected: list[Tensor]) -> float:

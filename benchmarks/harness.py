@@ -46,7 +46,7 @@ class Worker:
         path = [str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(path)}
         self._process = subprocess.Popen(
-            [sys.executable, *_modules(module), *arguments, "--threads", str(threads)],
+            [sys.executable, *modules(module), *arguments, "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -85,7 +85,8 @@ class Worker:
         return answer
 
 
-def _modules(module: str) -> list[str]:
+def modules(module: str) -> list[str]:
+    """The arguments of Python that run a module, with packages hidden if they are hidden here."""
     return ["-m", "benchmarks.bare", module] if bare.is_hidden() else ["-m", module]
 
 
@@ -95,12 +96,12 @@ def answer(handle: Callable[[Facts], Facts], facts: Facts) -> None:
     Call :func:`claim_output` before anything that may print. A request that does not fit into memory is
     answered with ``skip``.
     """
-    _say(facts)
+    say(facts)
     for line in sys.stdin:
         try:
-            _say(handle(json.loads(line)))
+            say(handle(json.loads(line)))
         except torch.OutOfMemoryError as error:
-            _say({"skip": f"out of memory: {str(error).splitlines()[0]}"})
+            say({"skip": f"out of memory: {str(error).splitlines()[0]}"})
 
 
 _output = sys.stdout
@@ -113,7 +114,8 @@ def claim_output() -> None:
     os.dup2(2, 1)
 
 
-def _say(facts: Facts) -> None:
+def say(facts: Facts) -> None:
+    """Send a line of JSON from a worker."""
     _output.write(json.dumps(facts) + "\n")
     _output.flush()
 

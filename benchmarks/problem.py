@@ -151,8 +151,19 @@ def _batch(shape: Shape, draw: random.Random, pairs: int, length: int | None) ->
     return found
 
 
-def model(shape: Shape, device: torch.device, dtype: torch.dtype, lora: int = 0, seed: int = 0) -> nn.Module:
-    """Make a model with random weights, in training mode; with ``lora`` they are frozen under new adapters."""
+def model(
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    lora: int = 0,
+    seed: int = 0,
+    quantization: str | None = None,
+) -> nn.Module:
+    """Make a model with random weights, in training mode; with ``lora`` they are frozen under new adapters.
+
+    Args:
+        quantization: quantise the weights under the adapters: ``nf4`` or ``int8``.
+    """
     config = MistralConfig(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
@@ -171,6 +182,8 @@ def model(shape: Shape, device: torch.device, dtype: torch.dtype, lora: int = 0,
     make: Any = MistralForCausalLM._from_config
     with device:
         found: Any = make(config, dtype=dtype)
+    if quantization:
+        quantise(found, quantization)
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -179,3 +192,25 @@ def model(shape: Shape, device: torch.device, dtype: torch.dtype, lora: int = 0,
     found.train()
     assert isinstance(found, nn.Module)
     return found
+
+
+def quantise(found: Any, kind: str) -> None:
+    """Quantise a model's linear layers but the head in place, with the settings and the kernels of dnpo."""
+    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    from dnpo.policy.quantised import use_one_kernel
+
+    for name, layer in list(found.named_modules()):
+        if type(layer) is not nn.Linear or layer is found.get_output_embeddings():
+            continue
+        sizes, device = (layer.in_features, layer.out_features), layer.weight.device
+        if kind == "int8":
+            packed: Any = Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, device="meta")
+            weight: Any = Int8Params(layer.weight.data.cpu(), has_fp16_weights=False, requires_grad=False)
+        else:
+            packed = Linear4bit(*sizes, bias=False, compute_dtype=layer.weight.dtype, device="meta")
+            weight = Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+        packed.weight = weight.to(device)
+        found.set_submodule(name, packed)
+    setattr(found, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # peft reads it
+    use_one_kernel(found)

@@ -26,7 +26,7 @@ class Variant:
     Args:
         objective: ``dpo`` or ``npo``, or for ours one of ``OBJECTIVES`` or ``NOISY``.
         reference: ``online`` runs the reference in every step, ``cached`` runs it before.
-        shape, device, dtype, lora: of the model.
+        shape, device, dtype, lora, quantization: of the model.
         batches: all training batches, from which a variant may compute things before the first step.
     """
 
@@ -40,6 +40,7 @@ class Variant:
         dtype: torch.dtype,
         lora: int,
         batches: list[Pairs],
+        quantization: str | None = None,
     ) -> None:
         self.objective, self.reference, self.shape, self.device, self.batches = (
             objective,
@@ -48,7 +49,7 @@ class Variant:
             device,
             batches,
         )
-        self.model = model(shape, device, dtype, lora)
+        self.model = model(shape, device, dtype, lora, quantization=quantization)
         self.optimizers: list[Optimizer] = [RMSprop(find_trained(self.model), lr=LEARNING_RATE)]
 
     def forward_backward(self, index: int) -> float:
