@@ -206,3 +206,18 @@ def test_rows_cannot_be_changed() -> None:
     """Rows are shared between stages and cached; nobody may write into one."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         VERDICTS[0].score = 1.0  # type: ignore[misc]
+
+
+def test_shown_pairs_are_the_first_flipped_ones_and_the_first_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of them are flipped if there are so many; looked for batch by batch."""
+    monkeypatch.setattr(execute, "GROUP", 7)
+    monkeypatch.setattr(execute, "SHOWN_PAIRS", 10)
+    pairs = [dataclasses.replace(PAIRS[0], id=f"p{i}", flipped=i % 4 == 3) for i in range(60)]
+    write(tmp_path / "pairs.parquet", pairs, Pair)
+    shown = [row["id"] for row in execute._some_pairs(tmp_path / "pairs.parquet")]
+    assert shown == ["p3", "p7", "p11", "p15", "p19", "p0", "p1", "p2", "p4", "p5"]
+    write(tmp_path / "pairs.parquet", pairs[:9], Pair)
+    shown = [row["id"] for row in execute._some_pairs(tmp_path / "pairs.parquet")]
+    assert shown == ["p3", "p7", "p0", "p1", "p2", "p4", "p5", "p6", "p8"]

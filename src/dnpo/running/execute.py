@@ -15,7 +15,7 @@ from typing import Any
 from dnpo import catalogue, disk
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
-from dnpo.records import mean_over_steps
+from dnpo.records import GROUP, mean_over_steps
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.stages.agreement import read_agreement
@@ -347,14 +347,18 @@ def rows_behind(iteration: Iteration, store: Store) -> Iterator[tuple[str, Path]
 
 def _some_pairs(path: Path) -> list[dict[str, Any]]:
     """Return some pairs as examples: the first flipped ones, then the first others."""
-    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    # Files of earlier versions have fewer columns.
-    table = pq.read_table(path, columns=[name for name in pq.read_schema(path).names if not name.endswith("_ids")])
-    flipped = table.filter(pc.field("flipped")).slice(0, SHOWN_PAIRS // 2)
-    others = table.filter(~pc.field("flipped")).slice(0, SHOWN_PAIRS - len(flipped))
-    return [*flipped.to_pylist(), *others.to_pylist()]
+    found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    with pq.ParquetFile(path) as file:
+        # Files of earlier versions have fewer columns.
+        names = [name for name in file.schema_arrow.names if not name.endswith("_ids")]
+        for batch in file.iter_batches(GROUP, columns=names):
+            for flipped, some in found.items():
+                numbers = [i for i, each in enumerate(batch.column("flipped").to_pylist()) if each == flipped]
+                some += [row for i in numbers[: SHOWN_PAIRS - len(some)] for row in batch.slice(i, 1).to_pylist()]
+    first = found[True][: SHOWN_PAIRS // 2]
+    return [*first, *found[False][: SHOWN_PAIRS - len(first)]]
 
 
 def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Store, tracking: Tracking) -> None:
