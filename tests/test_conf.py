@@ -29,6 +29,7 @@ OPTIONS = sorted((group, p.stem) for group in PARTS for p in (CONF / group).glob
 NEEDED = {
     ("model", "local"): ["model.path=x"],
     ("npo", "offset"): ["npo.shift=1"],
+    ("launch", "torchrun"): ["launch.devices=2"],
     ("judge", "openai"): ["judge.model=x"],
     ("judge", "hf"): ["judge.path=x"],
     ("judge", "reward"): ["judge.path=x"],

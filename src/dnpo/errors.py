@@ -53,5 +53,9 @@ class StoreError(DnpoError):
     """A finished stage has changed since it was written, or cannot be checked."""
 
 
+class RankError(DnpoError):
+    """One of the processes that share a stage's work has ended."""
+
+
 class Declined(Exception):
     """Raised by an optional stage (a cache) that declines to run; dependents go on without it, the message says why."""

@@ -28,7 +28,7 @@ from dnpo.former import up_to_date
 from dnpo.settings import check_values, conf_folder, flat, nearest
 
 if TYPE_CHECKING:
-    from dnpo.store import Store
+    from dnpo.store import Compute, Store
     from dnpo.tracking.writing import Status, Tracking
 
 KEPT = "Finished stages are kept and an unfinished one continues: run the same command again."
@@ -231,16 +231,19 @@ def _store(*, root: str, remote: str | None = None) -> None:
     """The settings of ``store``."""
 
 
-def make_store(settings: Mapping[str, Any]) -> "Store":
+def make_store(settings: Mapping[str, Any], compute: "Compute | None" = None) -> "Store":
     """Make the store of a command, which has the settings ``store``, ``verify`` and ``remote``.
+
+    Args:
+        compute: does the work of a stage; by default this process.
 
     Raises:
         SettingsError: the remote store cannot be used.
     """
-    from dnpo.store import Remote, Store
+    from dnpo.store import Remote, Store, compute_here
 
     remote = Remote(settings["remote"]) if settings.get("remote") else None
-    return Store(Path(settings["store"]), settings["verify"], remote)
+    return Store(Path(settings["store"]), settings["verify"], remote, compute or compute_here)
 
 
 def prepare_torch(threads: int) -> None:

@@ -9,10 +9,11 @@ inside functions, so that wrong settings are reported at once.
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dnpo.commands import common as command
 from dnpo.commands.iterations import join, settings_at, value_at
@@ -25,8 +26,9 @@ from dnpo.settings import check as check_part
 
 if TYPE_CHECKING:
     from dnpo.running.console import Console
+    from dnpo.running.launch import Launch
     from dnpo.stages.plan import Iteration, Run
-    from dnpo.store import Store
+    from dnpo.store import Compute, Store
     from dnpo.tracking.writing import Tracking
 
 VARYING = (
@@ -41,7 +43,7 @@ VARYING = (
     "npo",
     "trainer",
 )  # by iteration
-PARTS = ("model", "data", "sft", "generate", "second_judge", "augment", "eval", "tracking", *VARYING)
+PARTS = ("model", "data", "sft", "generate", "second_judge", "augment", "eval", "tracking", "launch", *VARYING)
 TYPICAL = "typical"  # values for interpolation only; no part gets them
 WORDS = ("start", "reference")  # also given by iteration, but these settings are words, not parts
 STARTING = ("dsl", "npo")  # parts that act from their ``start`` iteration on; ABSENT replaces them before it
@@ -49,6 +51,7 @@ ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
     "npo": {"_target_": "dnpo.optimise.parts.NoNoise"},
 }
+UNTRACKED = {"_target_": "dnpo.tracking.NoTracking"}
 
 
 def main() -> None:
@@ -212,7 +215,7 @@ def run_name(overrides: Sequence[str]) -> str:
     from dnpo.stages.plan import RunSettings
 
     words = []
-    aside = {*neutral_names(RunSettings), "tracking"} - {"acts_from"}
+    aside = {*neutral_names(RunSettings), "tracking", "launch"} - {"acts_from"}
     for override in overrides:
         setting, equals, value = override.partition("=")
         if setting.lstrip("+").split(".")[0] in aside:
@@ -241,20 +244,37 @@ def warn_of_late_starts(settings: Mapping[str, Any]) -> None:
 def _run(cfg: DictConfig, job: Any) -> float | None:
     expand_options(cfg, job, VARYING, STARTING)
     folder, sweep = command.folders(job)
-    run, tracking, settings = build(cfg, os.path.relpath(sweep or folder))
+    name = os.path.relpath(sweep or folder)
+    run, tracking, settings = build(cfg, name)
+    launch: Launch = build_part("launch", settings["launch"])
+    launch.check(run)
+    run = replace(run, ranks=launch.world)
+    compute = launch.open(settings_for_ranks(cfg), name)
     with run.ledger:  # closed after every job; otherwise later jobs would wait for calls that this one has claimed
-        return _go(run, tracking, settings, job, folder, sweep)
+        return _go(run, tracking, settings, compute, job, folder, sweep)
+
+
+def settings_for_ranks(cfg: DictConfig) -> dict[str, Any]:
+    """Return the composed settings as plain values, from which another process builds the same run, untracked."""
+    tree = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    return {**tree, "npo": resolve_shift(tree["npo"], tree["tracking"]), "tracking": UNTRACKED}
 
 
 def _go(
-    run: "Run", tracking: "Tracking", settings: dict[str, Any], job: Any, folder: Path, sweep: Path | None
+    run: "Run",
+    tracking: "Tracking",
+    settings: dict[str, Any],
+    compute: "Compute",
+    job: Any,
+    folder: Path,
+    sweep: Path | None,
 ) -> float | None:
     """Plan, check or execute the run. Return how good its last policy is, higher being better, if it was executed."""
     from dnpo import catalogue
     from dnpo.loop import chain
     from dnpo.running.console import Console
 
-    console, store = Console(), command.make_store(settings)
+    console, store = Console(), command.make_store(settings, compute)
     iterations = list(chain(run))
     stages = [stage for iteration in iterations for stage in iteration.stages]
     if not settings["plan"]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dnpo import ranks
 from dnpo.data.verifiable import correct, is_right, read_answer
 from dnpo.evaluate import Evaluation, Held
 from dnpo.evaluate.distances import ks, overlap, overlap_by_chance, wasserstein
@@ -53,6 +54,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a policy: scores, accuracy, held-out loss, stagnation.
 
+    Where several processes share the work, one of them judges and writes, and the others return nothing.
+
     Args:
         policy: the policy to measure.
         held: the held-out split.
@@ -79,7 +82,12 @@ def evaluate(
         fresh = sample(policy, several, sampling, source, limit, derive(seed, "held out"), report, engine)
         new = sample(policy, known.prompts, again, source, limit, derive(seed, "new"), report, other)
 
-    human_logps = policy.score([p.token_ids for p in held.prompts], [r.token_ids for r in held.human])
+    human_logps = _score(policy, held.prompts, [r.token_ids for r in held.human])
+    both = pairs is not None and all(known.rejected)  # responses chosen alone have no counterpart
+    chosen = _score(policy, known.prompts, known.chosen)
+    rejected = _score(policy, known.prompts, known.rejected) if both else None
+    if not ranks.leads():  # the rest needs no policy
+        return {}
     metrics: dict[str, float] = {
         "eval/loss": -sum(human_logps) / sum(r.tokens for r in held.human),
         "eval/tokens": _mean(r.tokens for r in fresh),
@@ -101,8 +109,14 @@ def evaluate(
         metrics |= {f"eval/{name}": value for name, value in tally(verdicts).items()}
     write(folder / "samples.parquet", [*greedy, *fresh, *new], Response)
     write(folder / "items.parquet", _items(held, greedy, fresh, verdicts, checkable), Item)
-    metrics |= _distributions(policy, known, pairs is not None, new, folder)
+    metrics |= _distributions(known, chosen, rejected, new, folder)
     return metrics
+
+
+def _score(policy: Policy, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[float]:
+    """Log-probabilities of completions under the policy, each computed by one rank and known to all."""
+    rows = ranks.share(list(zip(prompts, completions, strict=True)))
+    return ranks.join_shares(policy.score([p.token_ids for p, _ in rows], [ids for _, ids in rows]))
 
 
 def repeat_prompts(held: Held, copies: int) -> list[Prompt]:
@@ -221,20 +235,22 @@ def _items(
 
 
 def _distributions(
-    policy: Policy, known: _Known, has_pairs: bool, new: Sequence[Response], folder: Path
+    known: _Known, chosen: list[float], rejected: list[float] | None, new: Sequence[Response], folder: Path
 ) -> dict[str, float]:
-    """Write the log-probabilities of chosen, rejected and new responses under this policy; return summary metrics."""
-    prompt_ids = [p.token_ids for p in known.prompts]
+    """Write the log-probabilities of chosen, rejected and new responses under the policy; return summary metrics.
+
+    Args:
+        rejected: None if there are no rejected responses.
+    """
     logps: dict[str, Any] = {
-        "chosen": policy.score(prompt_ids, known.chosen),
+        "chosen": chosen,
         "chosen_tokens": [len(ids) for ids in known.chosen],
         "new": [r.logprob for r in new],
         "new_tokens": [r.tokens for r in new],
     }
     metrics = {"logps/chosen": _mean(logps["chosen"]), "logps/new": _mean(logps["new"])}
-    has_pairs = has_pairs and all(known.rejected)  # responses chosen alone have no counterpart
-    if has_pairs:
-        logps["rejected"] = policy.score(prompt_ids, known.rejected)
+    if rejected is not None:
+        logps["rejected"] = rejected
         logps["rejected_tokens"] = [len(ids) for ids in known.rejected]
         metrics["logps/rejected"] = _mean(logps["rejected"])
         # Pairs of identical responses are dropped, so no rejected response equals the human one. New samples that do
@@ -242,7 +258,7 @@ def _distributions(
         compared = [r.token_ids != human for r, human in zip(new, known.human, strict=True)]
         logps["compared"] = compared
     arrays: dict[str, Any] = {name: np.asarray(values) for name, values in logps.items()}
-    if has_pairs and any(logps["compared"]):
+    if rejected is not None and any(logps["compared"]):
         metrics |= _stagnation(arrays)
     with (folder / "logprobs.npz").open("wb") as stream:
         np.savez(stream, **arrays)

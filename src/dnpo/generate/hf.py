@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from dnpo import ranks
 from dnpo.errors import ModelError, SettingsError
 from dnpo.generate import Ahead, Sampling
 from dnpo.policy.model import Policy
@@ -95,14 +96,17 @@ def generate(
     paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
     done = sum(len(shard) for shard, path in zip(shards, paths, strict=True) if path.is_file())
     report.begin(len(prompts) * rollout.samples, "responses", done * rollout.samples)
+    ranks.wait()  # before one of them writes a shard
     earlier: Counter[str] = Counter()
+    own = ranks.share(paths)
     for shard, path in zip(shards, paths, strict=True):
-        if path.is_file():
+        if path.is_file() or path not in own:
             earlier.update(id for id in values(shard, "id") for _ in range(rollout.samples))
         else:
             rows = number_samples([prompt for prompt in shard for _ in range(rollout.samples)], earlier)
             responses = _answer(policy, rows, rollout, source, limit, seed, report, engine)
             write(path, responses, Response)
+    ranks.wait()
     found = Rows.open(paths, Response)
     ended = sum(finish == "length" for finish in found.column("finish"))
     if rollout.append_eos and ended:
@@ -128,7 +132,8 @@ def sample(
     A prompt that occurs several times gets as many different samples. ``samples`` of a rollout is not read here.
     """
     rollout = replace(Ahead.like(sampling), samples=1)
-    return _answer(policy, number_samples(prompts), rollout, source, limit, seed, report, engine)
+    rows = ranks.share(number_samples(prompts))
+    return ranks.join_shares(_answer(policy, rows, rollout, source, limit, seed, report, engine))
 
 
 def number_samples(prompts: Sequence[Prompt], earlier: Counter[str] | None = None) -> list[tuple[Prompt, int]]:

@@ -2,7 +2,8 @@
 
 The whole training is one pass over a fixed list of groups. Epochs are permutations drawn from the seed, and each group
 makes one policy step of ``batch_size`` rows, or fewer if they do not divide evenly. A group is cut into micro-batches
-just before its step, so their size does not affect the order. The number of the next step is the only state.
+just before its step, so their size does not affect the order. The number of the next step is the only state. Where
+several processes train together (``ranks.py``), each takes its share of every group.
 """
 
 import math
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
+from dnpo import ranks
 from dnpo.errors import SettingsError
 from dnpo.seeding import derive
 
@@ -67,6 +69,13 @@ def schedule(rows: int, batch_size: int, epochs: int, seed: int, steps: int | No
     return groups[:steps]
 
 
+@dataclass(frozen=True)
+class Idle(Generic[Batch]):
+    """A micro-batch with rows of another rank, which only keeps a rank busy while the others still compute."""
+
+    batch: Batch
+
+
 class Steps(ABC, Generic[Row, Batch]):
     """The policy steps of a training as an iterable for Lightning; every step is a list of micro-batches.
 
@@ -75,6 +84,7 @@ class Steps(ABC, Generic[Row, Batch]):
 
     Attributes:
         next: the number of the next step.
+        even: whether all ranks have as many micro-batches in a step; some are :class:`Idle` then.
 
     Args:
         micro_batch_size: maximum number of rows in a micro-batch.
@@ -83,7 +93,7 @@ class Steps(ABC, Generic[Row, Batch]):
 
     def __init__(self, micro_batch_size: int, collate: Callable[[Slice[Row]], Batch]) -> None:
         self.micro_batch_size, self.collate = micro_batch_size, collate
-        self.next = 0
+        self.next, self.even = 0, False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -93,18 +103,23 @@ class Steps(ABC, Generic[Row, Batch]):
     def group(self, step: int) -> Sequence[Row]:
         """All rows of a policy step: the next one, or the present one again."""
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[list[Batch | Idle[Batch]]]:
         while self.next < len(self):
             step = self.next
             batch = self.step(step, self.micro_batch_size)
             self.next += 1
             yield batch
 
-    def step(self, step: int, micro_batch_size: int) -> list[Batch]:
-        """The micro-batches of one policy step."""
+    def step(self, step: int, micro_batch_size: int) -> list[Batch | Idle[Batch]]:
+        """The micro-batches of one policy step: of this rank's share of its rows, which may be empty."""
         group = tuple(self.group(step))
-        parts = [group[i : i + micro_batch_size] for i in range(0, len(group), micro_batch_size)]
-        return [self.collate(Slice(step, part, group)) for part in parts]
+        own = tuple(ranks.share(group))
+        parts = [own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]
+        batches: list[Batch | Idle[Batch]] = [self.collate(Slice(step, part, group)) for part in parts]
+        if self.even:
+            most = math.ceil(math.ceil(len(group) / ranks.world()) / micro_batch_size)  # on rank 0
+            batches += [Idle(self.collate(Slice(step, group[:1], group)))] * (most - len(batches))
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         """The position."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dnpo.errors import DataError, StoreError
-from dnpo.optimise.batches import Batch, Slice, Steps
+from dnpo.optimise.batches import Batch, Idle, Slice, Steps
 from dnpo.seeding import derive
 from dnpo.store import Report
 
@@ -144,7 +144,7 @@ class LiveSteps(Steps[Row, Batch]):
     def __len__(self) -> int:
         return self.total
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[list[Batch | Idle[Batch]]]:
         try:
             yield from super().__iter__()
         except _UsedUp:

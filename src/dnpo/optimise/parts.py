@@ -472,6 +472,8 @@ class Optimisation:
         checkpointing: keep one hidden state a layer for the backward pass and compute the rest again: less memory, a
             third more time.
         compile: compile the model's body by torch.compile.
+        parallel: with several processes (``launch=torchrun``) each has all weights (``replicated``) or a part of them,
+            with its gradients and optimizer states (``sharded``).
     """
 
     optimizer: Bound
@@ -486,6 +488,7 @@ class Optimisation:
     checkpoint_every: Count = neutral(50)
     checkpointing: bool = neutral(False)
     compile: bool = neutral(False)
+    parallel: Literal["replicated", "sharded"] = neutral("replicated")
 
     @property
     def rows_at_once(self) -> int:

@@ -119,6 +119,13 @@ class PreferenceTraining(Training):
         self.frozen = frozen  # a plain object, so that its weights are neither registered nor saved
 
     @property
+    def shared_policies(self) -> list[Policy]:
+        """The policy, and a copy of the reference if there is one."""
+        body = None if self.frozen is None else self.frozen.body
+        copied = body is not None and body.model is not self.policy.model
+        return [*super().shared_policies, *([body] if body is not None and copied else [])]
+
+    @property
     def players(self) -> list[tuple[str, nn.Module]]:
         """The policy, and the noise if it can be trained."""
         trainable = any(True for _ in self.noise.parameters())
@@ -181,6 +188,8 @@ class PreferenceTraining(Training):
     ) -> tuple[Facts, dict[str, Tensor]]:
         """Add what the watches measure to the facts; the metrics are one number for each pair."""
         facts, metrics = batch.facts, dict[str, Tensor]()
+        if not self.watches:
+            return facts, metrics
         own = States(hidden_NH, self.policy.head)
         seen = Seen(self.policy_step, batch.numbers, batch.packed, policy, batch.reference, own, states)
         for watch in self.watches:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnpo import disk
+from dnpo import disk, ranks
 from dnpo.errors import Declined, DiskError
 from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
@@ -43,10 +43,12 @@ def score(policy: Policy, pairs: Sequence[Pair], *, autocast: bool, folder: Path
     shards = _shards(_count_tokens(pairs))
     paths = [folder / f"shard-{number:05d}.parquet" for number in range(len(shards))]
     report.begin(len(pairs), "pairs", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
-    for shard, path in zip(shards, paths, strict=True):
+    ranks.wait()  # before one of them writes a shard
+    for shard, path in ranks.share(list(zip(shards, paths, strict=True))):
         if path.is_file():
             continue
         write(path, _score_shard(policy, pairs, shard, autocast, report.advance), ReferenceLogps)
+    ranks.wait()
 
 
 @torch.no_grad()
@@ -124,7 +126,7 @@ def keep_hidden(
     tokens = sum(kept)
     size = tokens * policy.head.weight_VH.shape[1] * dtype.itemsize
     written = sum(f.stat().st_size for f in folder.glob("hidden-*.safetensors"))
-    free = shutil.disk_usage(folder).free
+    free = min(ranks.gather(lambda: shutil.disk_usage(folder).free))
     need = f"the reference's hidden states of {tokens:,} {'' if both else 'rejected '}tokens take {_human(size)}"
     if size - written > free - SPARE:
         lack = f"{need}, and {folder} has {_human(free)} free, of which {_human(SPARE)} must stay free"
@@ -135,7 +137,8 @@ def keep_hidden(
     shards = _shards([p + k for p, k in zip(count["prompt"], kept, strict=True)])
     paths = [folder / f"hidden-{number:05d}.safetensors" for number in range(len(shards))]
     report.begin(len(pairs), "pairs", sum(len(s) for s, p in zip(shards, paths, strict=True) if p.is_file()))
-    for shard, path in zip(shards, paths, strict=True):
+    ranks.wait()  # before one of them writes a shard
+    for shard, path in ranks.share(list(zip(shards, paths, strict=True))):
         if path.is_file():
             continue
         states: list[Tensor] = []
@@ -162,6 +165,7 @@ def keep_hidden(
         aside = disk.name_aside(path)
         save_file(held, aside)
         disk.replace(aside, path)
+    ranks.wait()
     return {"tokens": tokens, "bytes": size}
 
 

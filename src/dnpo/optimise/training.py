@@ -2,6 +2,9 @@
 
 The whole training is one pass over a fixed list of policy steps. A checkpoint has the position in this list, the states
 of optimizers and schedule, and what the kind of training adds. A killed training continues bit for bit on a CPU.
+
+Several processes can train together (``ranks.py``): each computes the gradients of its share of the rows, which are
+summed over all before the update, so that the weights stay equal. A checkpoint knows nothing of their number.
 """
 
 import inspect
@@ -12,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, cast
 
 import pytorch_lightning as pl
 import torch
@@ -21,12 +24,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dnpo import disk
+from dnpo import disk, ranks
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, StoreError
 from dnpo.interrupts import Held
-from dnpo.optimise.batches import Steps
+from dnpo.optimise.batches import Idle, Steps
 from dnpo.optimise.parts import Optimisation
+from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed
+from dnpo.policy.sharded import gather_weight, is_part, shard
 from dnpo.store import Report
 
 CHECKPOINT = "checkpoint.ckpt"
@@ -87,6 +92,22 @@ class Batch:
         return replace(self, packed=self.packed.to(device))
 
 
+class _Part(NamedTuple):
+    """What one rank has of a policy step, besides gradients.
+
+    Attributes:
+        row: its part of each metric.
+        ids: ids of its rows.
+        tokens: number of tokens that went through the model.
+        graded: for each trained parameter, whether it has a gradient.
+    """
+
+    row: dict[str, float]
+    ids: list[str]
+    tokens: int
+    graded: bytes
+
+
 class Training(pl.LightningModule):
     """Manual optimisation of one or more players on micro-batches in a fixed order.
 
@@ -122,6 +143,23 @@ class Training(pl.LightningModule):
         raise NotImplementedError
 
     @property
+    def sharded(self) -> bool:
+        """Whether ranks share the weights of the policy."""
+        return self.optimisation.parallel == "sharded"
+
+    def configure_model(self) -> None:
+        """Share the policy's weights among the ranks, if they are to be shared."""
+        if self.sharded and self.device_mesh is not None:
+            for policy in self.shared_policies:
+                shard(policy, self.device_mesh["data_parallel"])
+
+    @property
+    def shared_policies(self) -> list[Policy]:
+        """The policies whose weights can be shared."""
+        assert isinstance(self.policy, Policy), "only policies are sharded"
+        return [self.policy]
+
+    @property
     def players(self) -> list[tuple[str, nn.Module]]:
         """The players by name: the policy, and other modules with parameters."""
         return [("policy", self.policy_module)]
@@ -140,17 +178,60 @@ class Training(pl.LightningModule):
         """Leave the batch on the CPU; each micro-batch is moved just before its forward pass."""
         return batch
 
-    def training_step(self, batches: list[MicroBatch], batch_idx: int) -> None:
+    def training_step(self, batches: list[MicroBatch | Idle[MicroBatch]], batch_idx: int) -> None:
         """Backward through the micro-batches of one policy step, then clip and step every player."""
+        if self.sharded:  # ranks wait for each other all the time, so a failing one is not waited for
+            part = self._backward(batches)
+            parts = ranks.gather(lambda: part)
+        else:
+            parts = ranks.gather(lambda: self._backward(batches))
         row: dict[str, float] = {}
-        ids = [i for batch in batches for i in batch.ids]
-        for batch in batches:
+        for each in parts:
+            for name, value in each.row.items():
+                row[name] = row.get(name, 0.0) + value
+        if ranks.world() > 1:
+            self._sum_gradients([each.graded for each in parts])
+        self._step(row, [i for each in parts for i in each.ids], sum(each.tokens for each in parts))
+
+    def _backward(self, given: "Sequence[MicroBatch | Idle[MicroBatch]]") -> "_Part":
+        """Backward through this rank's micro-batches."""
+        row: dict[str, float] = {}
+        factor = ranks.world() if self.sharded else 1  # gradients of shared weights are averaged over ranks
+        for each in given:
+            idle, batch = isinstance(each, Idle), each.batch if isinstance(each, Idle) else each
             loss, metrics = self.terms(batch.to(self.device))
+            if idle:
+                self.manual_backward(loss * 0.0)
+                continue
             self._finite("loss", float(loss.detach()), batch.ids)
-            self.manual_backward(loss * batch.share)
+            self.manual_backward(loss * (batch.share * factor))
             for name, value in metrics.items():
                 row[name] = row.get(name, 0.0) + float(value.detach()) * batch.share
-        self._step(row, ids, sum(batch.tokens for batch in batches))
+        batches = [each for each in given if not isinstance(each, Idle)]
+        ids = [i for batch in batches for i in batch.ids]
+        graded = bytes(p.grad is not None for p in self._trained())
+        return _Part(row, ids, sum(batch.tokens for batch in batches), graded)
+
+    def _trained(self) -> list[nn.Parameter]:
+        """The parameters of all players that are trained."""
+        return [p for _, player in self.players for p in player.parameters() if p.requires_grad]
+
+    def _sum_gradients(self, graded: Sequence[bytes]) -> None:
+        """Sum the gradients over all ranks, except those of shared weights; a rank without rows adds zeros.
+
+        Args:
+            graded: which parameters have a gradient, on each rank.
+        """
+        found = zip(self._trained(), zip(*graded, strict=True), strict=True)
+        anywhere = [p for p, has in found if any(has) and not is_part(p)]
+        for p in anywhere:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in anywhere if p.grad is not None]
+        ranks.sum_(grads)
+        if self.sharded:
+            for grad in grads:
+                grad /= ranks.world()
 
     def _step(self, row: dict[str, float], ids: Sequence[str], tokens: int) -> None:
         optimizers = _as_list(self.optimizers())
@@ -158,7 +239,7 @@ class Training(pl.LightningModule):
         for (name, module), optimizer in zip(self.players, plain, strict=True):
             limit = self.optimisation.clip or math.inf
             trained = [p for p in module.parameters() if p.requires_grad]
-            norm = float(nn.utils.clip_grad_norm_(trained, limit))
+            norm = float(gather_weight(nn.utils.clip_grad_norm_(trained, limit)))
             self._finite(f"gradient norm of the {name}", norm, ids)
             row[f"grad_norm/{name}"] = norm
             row[f"lr/{name}"] = optimizer.param_groups[0]["lr"]
@@ -174,8 +255,9 @@ class Training(pl.LightningModule):
         row = {"step": float(self.policy_step), "rows": float(len(ids)), **row}
         self.history.append(row)
         self.policy_step += 1
-        self.report.advance()
-        self.report.steps([row])
+        if ranks.leads():
+            self.report.advance()
+            self.report.steps([row])
 
     def _finite(self, what: str, value: float, ids: Sequence[str]) -> None:
         """Stop before an update that would put NaN into the weights and the next checkpoint."""
@@ -238,7 +320,7 @@ class Training(pl.LightningModule):
 class _Checkpoints(pl.Callback):
     """Writes a checkpoint every ``every`` policy steps, and when a signal asks the process to end.
 
-    It replaces the last one only when it is complete.
+    It replaces the last one only when it is complete. Rank 0 writes it.
     """
 
     def __init__(self, path: Path, every: int, signals: Held) -> None:
@@ -251,11 +333,24 @@ class _Checkpoints(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         """Write a checkpoint if one is due, then let signals end the training."""
         step, total = cast(Training, module).policy_step, cast(Training, module).total
-        if self.signals.waiting or (step % self.every == 0 and step < total):
-            aside = disk.name_aside(self.path)
+        ending = any(ranks.gather(lambda: bool(self.signals.waiting)))  # all end if one is to end
+        if ending or (step % self.every == 0 and step < total):
+            self._write(trainer, everyone=cast(Training, module).sharded)
+            ranks.wait()
+        if ending:
+            self.signals.deliver()
+
+    def _write(self, trainer: pl.Trainer, everyone: bool) -> None:
+        """Write a checkpoint.
+
+        Args:
+            everyone: whether all ranks have parts of what rank 0 writes.
+        """
+        aside = disk.name_aside(self.path)
+        if everyone or ranks.leads():
             trainer.save_checkpoint(aside)
+        if ranks.leads():
             disk.replace(aside, self.path)
-        self.signals.deliver()
 
 
 def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[str, float]]:
@@ -272,7 +367,7 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
     signals = Held("the training ends after a checkpoint at the end of this step")
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
-        devices=1 if device.index is None else [device.index],
+        **_devices(module.sharded, device),
         max_epochs=1,
         precision="bf16-mixed" if optimisation.autocast else "32-true",
         logger=False,
@@ -283,6 +378,7 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
         plugins=[LightningEnvironment()],  # on SLURM Lightning would requeue the job by itself
         callbacks=[_Checkpoints(folder / CHECKPOINT, optimisation.checkpoint_every, signals)],
     )
+    batches.even = module.sharded
     module.policy.model.train()
     if optimisation.checkpointing:
         transformer.gradient_checkpointing_enable({"use_reentrant": False})
@@ -296,13 +392,31 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
             if not _out_of_memory(error):
                 raise
             short = str(error).strip().splitlines()[-1]
+    if short and module.sharded:  # trying would need all ranks
+        raise OutOfMemoryError(
+            f"step {module.policy_step}: out of memory ({short}). Try a smaller trainer.micro_batch_size, "
+            "trainer.checkpointing=true or more devices. The last checkpoint is kept"
+        )
     if short:  # outside the handler, which keeps the step's tensors alive
-        fits = _fitting(module.to(device), batches)  # Lightning has moved it to the CPU
+        module.to(device)  # Lightning has moved it to the CPU
+        fits = min(ranks.gather(lambda: _fitting(module, batches)))
         raise OutOfMemoryError(module.advise(short, fits))
     if optimisation.checkpointing:
         transformer.gradient_checkpointing_disable()
     module.policy.model.eval()
     return module.history
+
+
+def _devices(sharded: bool, device: torch.device) -> dict[str, Any]:
+    """Lightning's settings of the devices: this one, or those of all ranks that share weights."""
+    if not sharded:
+        return {"devices": 1 if device.index is None else [device.index]}
+    from pytorch_lightning.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(
+        data_parallel_size=ranks.world(), tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
+    return {"devices": ranks.here(), "num_nodes": ranks.world() // ranks.here(), "strategy": strategy}
 
 
 def make_fused(
@@ -311,6 +425,7 @@ def make_fused(
     """Make the optimizer in torch's fused form if it has one: one kernel over all parameters, the same update."""
     known = inspect.signature(optimizer).parameters
     fuse = "fused" in known and not {"fused", "foreach", "differentiable"} & set(settings)
+    fuse = fuse and not any(map(is_part, parameters))  # for parts not every optimizer has that form
     return optimizer(parameters, **settings, **({"fused": True} if fuse else {}))
 
 
@@ -320,7 +435,10 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 def _fitting(module: Training, batches: Steps[Any, Any]) -> int:
     """Find the largest micro-batch size, by halving, with which the failed step fits into memory; 0 if none does."""
-    size = min(module.optimisation.rows_at_once, len(batches.group(module.policy_step)))
+    rows = len(ranks.share(batches.group(module.policy_step)))
+    size = min(module.optimisation.rows_at_once, rows)
+    if not rows:
+        return module.optimisation.rows_at_once
     autocast = torch.autocast(module.policy.device.type, torch.bfloat16, enabled=module.optimisation.autocast)
     while size > 1:
         size //= 2
@@ -330,7 +448,7 @@ def _fitting(module: Training, batches: Steps[Any, Any]) -> int:
             torch.cuda.empty_cache()
         try:
             with autocast:
-                for batch in batches.step(module.policy_step, size):
+                for batch in (each for each in batches.step(module.policy_step, size) if not isinstance(each, Idle)):
                     loss, _ = module.terms(batch.to(module.policy.device))
                     (loss * batch.share).backward()
             return size

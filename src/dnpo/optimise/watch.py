@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import sigmoid
 
+from dnpo import ranks
 from dnpo.optimise.objective import Facts, PairLogps, drift, log_ratio_gap, percentile
 from dnpo.policy.logprobs import ROWS, Head, Tally, sum_by_sequence, tiles
 from dnpo.policy.packing import Packed
@@ -121,7 +122,9 @@ class Suspects(Watch):
         return facts._replace(suspect_B=suspect_B), metrics
 
     def end_step(self) -> None:
-        """Move the window on."""
+        """Move the window on, by the confidences of all ranks' pairs in their order."""
+        if ranks.world() > 1:
+            self.present = [ranks.join_shares(present) for present in self.present]
         self.recent = [(old + new)[-self.window :] for old, new in zip(self.recent, self.present, strict=True)]
         self.present = [[], []]
 

@@ -21,11 +21,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dnpo import ranks
 from dnpo.errors import ModelError, SettingsError
 from dnpo.policy.folder import STACK, adapters
 from dnpo.policy.logprobs import Head, sum_by_sequence, token_logps
 from dnpo.policy.packing import ATTENTION, Packed, pack_shared, register
 from dnpo.policy.quantised import TRAINED, is_adapted, kind_of, without_trained
+from dnpo.policy.sharded import gather_state, gather_weight, is_sharded
 from dnpo.store import write_json
 
 Dtype = Literal["float32", "bfloat16"]
@@ -76,7 +78,8 @@ class Policy:
         scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         cap = getattr(config, "final_logit_softcapping", None) or float("inf")  # Gemma
-        return Head(linear.weight, linear.bias, scale, cap)
+        bias = None if linear.bias is None else gather_weight(linear.bias)
+        return Head(gather_weight(linear.weight), bias, scale, cap)
 
     @property
     def pad_id(self) -> int:
@@ -191,22 +194,26 @@ class Policy:
         return AdapterOff(self.model, self.tokenizer) if is_adapted(self.model) else self
 
     def save(self, folder: Path, earlier: Path | None = None) -> None:
-        """Write the policy so that ``loading.py`` finds it.
+        """Write the policy so that ``loading.py`` finds it; of several processes that share it, all have to call this.
 
         Args:
             folder: the folder to write.
             earlier: with LoRA, the folder of the policy that this one started from; its adapters are copied.
         """
+        adapted = hasattr(self.model, "peft_config")
+        whole = {"state_dict": gather_state(self.model, trained=adapted)} if is_sharded(self.model) else {}
+        if not ranks.leads():
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        if not hasattr(self.model, "peft_config"):
-            self.causal_lm.save_pretrained(folder)
+        if not adapted:
+            self.causal_lm.save_pretrained(folder, **whole)
             self.tokenizer.save_pretrained(folder)
             return
         before = adapters(earlier) if earlier is not None else []
         for number, adapter in enumerate(before):
             shutil.copytree(adapter, folder / f"adapter-{number:02d}", dirs_exist_ok=True)
         model: Any = self.model
-        model.save_pretrained(folder / f"adapter-{len(before):02d}", selected_adapters=[TRAINED])
+        model.save_pretrained(folder / f"adapter-{len(before):02d}", selected_adapters=[TRAINED], **whole)
         if (kind := kind_of(self.causal_lm)) is not None:
             base = model.peft_config[TRAINED].base_model_name_or_path
             names = [adapter.name for adapter in adapters(folder)]

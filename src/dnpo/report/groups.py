@@ -13,7 +13,7 @@ from dnpo.wording import plural
 
 # Options that are tried first to tell runs apart.
 FIRST = ("dnpo.sweep/regime", "dnpo.method", "dnpo.dsl", "dnpo.npo", "dnpo.data", "dnpo.model", "dnpo.judge")
-NO_PARTS = ("dnpo.tracking", "dnpo.sweep")
+NO_PARTS = ("dnpo.tracking", "dnpo.launch", "dnpo.sweep")
 STARTS = ("dsl.start", "npo.start")
 
 # Metrics that an unfinished run has tracked by iteration. The table names them without the prefix iteration/.

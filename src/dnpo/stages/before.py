@@ -206,6 +206,7 @@ def _encode_responses(
     3,
     lambda run, plan: {"sft": part_key(run.sft), "lora": part_key(run.model.lora), "seed": run.seed},
     title="supervised fine-tuning",
+    shared=True,
 )
 def fine_tune(run: Run, plan: None, task: Task) -> Facts:
     """Fine-tune the base model on the human responses."""
@@ -224,6 +225,7 @@ def fine_tune(run: Run, plan: None, task: Task) -> Facts:
     1,
     lambda run, plan: {"augment": part_key(run.augment), "lora": part_key(run.model.lora), "seed": run.seed},
     title="lessons for the judge",
+    shared=True,
 )
 def teach(run: Run, plan: None, task: Task) -> Facts:
     """Teach a copy of the initial policy to answer a judge's questions."""

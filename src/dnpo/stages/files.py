@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dnpo import ranks
 from dnpo.data.prompts import All
 from dnpo.policy.base import describe_saved
 from dnpo.records import Pair, Prompt, Response, mean_over_steps, read
@@ -90,15 +91,18 @@ def write_trained(
 ) -> dict[str, Any]:
     """Write a trained policy and its step metrics; if training made no step, write the policy that it started from.
 
-    The checkpoint is removed last, so a stage that is killed while writing continues from it.
+    Where several processes have trained it, one of them writes it, and the facts of the others are empty. The
+    checkpoint is removed last, so a stage that is killed while writing continues from it.
     """
     from dnpo.optimise.training import discard_checkpoint
 
     if history:
         policy.save(folder / "policy", earlier)
-    elif earlier is not None:
+    if not ranks.leads():
+        return {}
+    if not history and earlier is not None:
         shutil.copytree(earlier, folder / "policy", dirs_exist_ok=True)
-    else:
+    elif not history:
         (folder / "policy").mkdir(exist_ok=True)  # empty: the base model itself
     write_json(folder / "steps.json", history)
     discard_checkpoint(folder)

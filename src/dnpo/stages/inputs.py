@@ -61,7 +61,7 @@ def name_earlier(number: int) -> str:
 
 
 @only_if(lambda plan: plan.reads_reference and plan.reference != "ema" and not plan.rollout.live)
-@verb("reference", 1, lambda run, plan: {"autocast": plan.trainer.autocast})
+@verb("reference", 1, lambda run, plan: {"autocast": plan.trainer.autocast}, shared=True)
 def reference(run: Run, plan: Plan, task: Task) -> Facts:
     """Compute the reference's log-probabilities of the pairs."""
     from dnpo.optimise.reference import score
@@ -83,6 +83,7 @@ def cache_mode(plan: Plan) -> tuple["Cache", bool]:
     1,
     lambda run, plan: {"autocast": plan.trainer.autocast, **({"both": True} if cache_mode(plan)[1] else {})},
     title="hidden states",
+    shared=True,
 )
 def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
     """Keep the reference's hidden states of rejected tokens, or of all completion tokens."""

@@ -4,7 +4,7 @@ A verb is a function that does the work of one stage. ``loop.py`` calls it with 
 computing anything. Only when the store computes the stage is the function itself called, with its inputs' folders.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -141,6 +141,7 @@ class Run:
         judge: gives the scores of evaluations; labels may have another judge, see :class:`Plan`.
         sft_rows: number of training rows for fine-tuning only; 0: it uses the same rows as the iterations.
         augment: what a copy of the initial policy is taught before it judges.
+        ranks: number of processes that share the work of a stage.
     """
 
     seed: int
@@ -156,6 +157,7 @@ class Run:
     ledger: "Ledger"
     sft_rows: int = 0
     augment: "Augmentation | None" = None
+    ranks: int = 1
 
     @property
     def limit(self) -> int:
@@ -167,6 +169,13 @@ class Run:
         """Whether a judge asks a copy of the initial policy that is taught first."""
         asked = [plan.judge for plan in self.plans if plan.judges or plan.strength.asks]
         return bool(self.augment and self.augment.rows and any("taught" in judge.reads_policies for judge in asked))
+
+    def trainings(self) -> "Iterator[tuple[str, Optimisation]]":
+        """The settings of every training, each with its name."""
+        yield "sft", self.sft
+        if self.augment is not None:
+            yield "augment.optimisation", self.augment.optimisation
+        yield from (("trainer", plan.trainer) for plan in self.plans)
 
     def policy(self, inputs: Mapping[str, Path], name: str = "policy") -> "Policy":
         """Load the policy of this name among a stage's inputs, or the base model if there is none."""
@@ -256,6 +265,7 @@ def verb(
     settings: Callable[[Run, Any], Mapping[str, Any]],
     title: str = "",
     reads: Callable[[Any], Collection[str]] | None = None,
+    shared: bool = False,
 ) -> Callable[[Callable[[Run, Any, Task], Facts]], Verb]:
     """Turn a function that does the work of a stage into one that lays the stage out.
 
@@ -265,6 +275,7 @@ def verb(
         settings: gives the settings of run and plan that decide the result, as plain values for the key.
         title: the stage's title for people; by default its name.
         reads: gives the names of the inputs that a plan reads; by default all that ``loop.py`` passes.
+        shared: whether several processes can share the work, see ``ranks.py``.
     """
 
     def decorate(work: Callable[[Run, Any, Task], Facts]) -> Verb:
@@ -283,6 +294,7 @@ def verb(
                 work=lambda folder, found, report: work(run, plan, Task(k, folder, found, report)),
                 aids=aids or {},
                 device=run.device,
+                shared=shared,
             )
 
         return lay_out

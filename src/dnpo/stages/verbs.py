@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dnpo import dsl
+from dnpo import dsl, ranks
 from dnpo.data.prompts import All
 from dnpo.errors import DataError, DnpoError, JudgeError
 from dnpo.judges import ask, check_verdicts, tally
@@ -41,6 +41,7 @@ COMPARE = "compare_pairs"  # the method of judges that compute how probably one 
     "generate",
     3,
     lambda run, plan: {"generate": part_key(plan.rollout), "seed": run.seed, "iteration": plan.k, **_selection(plan)},
+    shared=True,
 )
 def generate(run: Run, plan: Plan, task: Task) -> Facts:
     """Generate the current policy's responses to the iteration's prompts."""
@@ -212,7 +213,7 @@ def _training_reads(plan: Plan) -> set[str]:
     return always | judging | ({"frozen"} if plan.reads_reference and plan.reference == "initial" else set())
 
 
-@verb("optimise", 4, _training_key, reads=_training_reads)
+@verb("optimise", 4, _training_key, reads=_training_reads, shared=True)
 def optimise(run: Run, plan: Plan, task: Task) -> Facts:
     """Train the policy on the pairs, against the reference if the objective reads one."""
     seed = derive(run.seed, "optimise", plan.k)
@@ -343,7 +344,7 @@ def sampling_of(run: Run, plan: Plan | None) -> "Sampling":
     return plan.rollout.ahead() if isinstance(plan.rollout, Live) else replace(plan.rollout, samples=1)
 
 
-@verb("evaluate", 5, _evaluation_key)
+@verb("evaluate", 5, _evaluation_key, shared=True)
 def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
     """Measure the policy that this iteration, or fine-tuning, trained."""
     from dnpo.evaluate import metrics
@@ -368,6 +369,7 @@ def evaluate(run: Run, plan: Plan | None, task: Task) -> Facts:
         report=task.report,
         engines=engines,
     )
-    values |= {f"eval/{name}": value for name, value in engines.finish().items()}
-    write_json(task.folder / "metrics.json", values)
+    if ranks.leads():
+        values |= {f"eval/{name}": value for name, value in engines.finish().items()}
+        write_json(task.folder / "metrics.json", values)
     return values

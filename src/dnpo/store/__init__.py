@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -43,6 +43,8 @@ from dnpo.store.remote import Gone, Remote, bring_into
 
 __all__ = [
     "MANIFEST",
+    "Compute",
+    "Made",
     "Remote",
     "Report",
     "Stage",
@@ -50,6 +52,7 @@ __all__ = [
     "Verify",
     "Work",
     "advise",
+    "compute_here",
     "content_hash",
     "expect_whole",
     "find_damage",
@@ -98,6 +101,7 @@ class Stage:
         inputs: stages whose results it reads.
         aids: stages whose results only save work. Not in the key; the stage runs without one that declines.
         device: the device that computes it, as in ``device=…``; not in the key.
+        shared: whether several processes can share the work, see ``ranks.py``; not in the key.
         work: called with its folder, the folders of its inputs and a report; writes results into its folder and
             returns facts worth keeping in the manifest. Called again after a kill, it finds what it left there.
     """
@@ -110,6 +114,7 @@ class Stage:
     work: Work
     aids: Mapping[str, "Stage"] = field(default_factory=dict)
     device: str = ""
+    shared: bool = False
 
     @cached_property
     def key(self) -> str:
@@ -124,6 +129,22 @@ class Stage:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+class Made(NamedTuple):
+    """What came of a stage's work: facts worth keeping in the manifest, and what made them."""
+
+    facts: dict[str, Any]
+    made_by: dict[str, str]
+
+
+Compute = Callable[[Stage, Path, Mapping[str, Path], Report], Made]
+
+
+def compute_here(stage: Stage, folder: Path, inputs: Mapping[str, Path], report: Report) -> Made:
+    """Do a stage's work in this process."""
+    facts = stage.work(folder, inputs, report)
+    return Made(facts, provenance.describe(stage.device))
+
+
 class Store:
     """A folder of finished stages, safe for several runs at once.
 
@@ -131,10 +152,17 @@ class Store:
         root: the folder.
         verify: what is compared when a process first uses a stage; names and sizes are compared at every use.
         remote: a store shared with other machines: what it has is fetched, and what is computed is published there.
+        compute: does the work of a stage.
     """
 
-    def __init__(self, root: Path, verify: Verify = "digests", remote: Remote | None = None) -> None:
-        self.root, self.verify, self.remote = root.absolute(), verify, remote
+    def __init__(
+        self,
+        root: Path,
+        verify: Verify = "digests",
+        remote: Remote | None = None,
+        compute: Compute = compute_here,
+    ) -> None:
+        self.root, self.verify, self.remote, self.compute = root.absolute(), verify, remote, compute
         self._unpublished: dict[str, None] = {}  # names of stages that the remote store did not take, in order
         self._damaged: set[str] = set()  # names of stages that are damaged in the remote store
         self._warned = False
@@ -324,7 +352,7 @@ class Store:
         partial = self.partial(stage)
         partial.mkdir(parents=True, exist_ok=True)
         started, clock = datetime.now(UTC), time.monotonic()
-        facts = stage.work(partial, inputs, report)
+        made = self.compute(stage, partial, inputs, report)
         content = {
             "stage": stage.name,
             "title": stage.title,
@@ -332,10 +360,10 @@ class Store:
             "version": stage.version,
             "settings": stage.settings,
             "inputs": {name: f"{needed.name}/{needed.key}" for name, needed in stage.inputs.items()},
-            "facts": facts,
+            "facts": made.facts,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 3),
-            "made_by": provenance.describe(stage.device),
+            "made_by": made.made_by,
         }
         seal(partial, content)
         partial.replace(self.folder(stage))

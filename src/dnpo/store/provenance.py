@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dnpo import ranks
 from dnpo.wording import plural
 
 # packages that results depend on, if they are installed
@@ -17,11 +18,11 @@ PACKAGES = (
     *("bitsandbytes", "pyarrow", "scipy", "huggingface-hub", "jinja2", "openai"),
     *("lm_eval", "sacrebleu", "rouge-score", "sentence-transformers"),
 )
-NAMES = {"python": "Python", "commit": "commit", "device": "device", "threads": "threads"}
+NAMES = {"python": "Python", "commit": "commit", "device": "device", "threads": "threads", "ranks": "ranks"}
 
 
 def describe(device: str = "") -> dict[str, str]:
-    """Describe this process: versions and commit, and device and threads once torch is imported.
+    """Describe this process: versions and commit, device and threads once torch is imported, and ranks if several.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; "" if none is used.
@@ -30,6 +31,8 @@ def describe(device: str = "") -> dict[str, str]:
     found = {"python": platform.python_version(), **versions(), "commit": commit()}
     if torch is not None and device:
         found |= {"device": _device(torch, device), "threads": str(torch.get_num_threads())}
+    if ranks.world() > 1:
+        found["ranks"] = str(ranks.world())
     return found
 
 

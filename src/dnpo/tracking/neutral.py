@@ -19,7 +19,7 @@ def find_neutral(params: Mapping[str, str]) -> frozenset[str]:
     Args:
         params: the run's settings under dotted names.
     """
-    names = {*neutral_names(RunSettings), *(name for name in params if name.startswith("tracking."))}
+    names = {*neutral_names(RunSettings), *(name for name in params if name.startswith(("tracking.", "launch.")))}
     for name, value in params.items():
         prefix, _, last = name.rpartition(".")
         if last == TARGET and value.startswith(OWN):

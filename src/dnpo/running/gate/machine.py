@@ -197,10 +197,12 @@ def training_bytes(
     copy: bool,
     device: str,
     number: int = 1,
+    parts: int = 1,
 ) -> tuple[float, float]:
     """Return the bytes of weights, gradients and optimizer states, and of a micro-batch of the longest rows.
 
     Args:
+        parts: number of processes that share these; each has all weights before it begins.
         number: number of trainings behind the policy, including this one.
         noise: noise module on the meta device; None for fine-tuning, which has no pairs.
         copy: whether a frozen copy of the model is needed to compute hidden states in every step.
@@ -216,6 +218,8 @@ def training_bytes(
         optimisation.autocast and of.value > 2 and not of.quantised
     ):  # the backward pass needs the weights in the type of the products
         fixed += of.weights * 2 / of.value
+    if parts > 1:
+        fixed = max(fixed / parts, of.weights)
     if noise is not None:  # with its gradients and Adam's two states
         fixed += 4 * 4 * sum(p.numel() for p in noise.parameters())
     responses = rows.longest_response if noise is None else rows.longest_response + rows.limit

@@ -67,7 +67,7 @@ def findings(
     result = [machine.disk(kept, passing, optional, store.root)]
     for name, what in (("sft", "fine-tuning"), ("trainer", "training")):
         needed = [
-            machine.training_bytes(of, t.how, counts, t.noise, t.needs_copy, device, t.number)
+            machine.training_bytes(of, t.how, counts, t.noise, t.needs_copy, device, t.number, _parts(run, t.how))
             for t in trainings
             if (t.noise is None) == (name == "sft")
         ]
@@ -78,6 +78,11 @@ def findings(
         need = machine.generating_bytes(of, run.generate, counts, max((t.number for t in trainings), default=0))
         result.append(machine.memory("generating", *need, device, "generate.batch_size"))
     return result
+
+
+def _parts(run: Run, how: Optimisation) -> int:
+    """The number of processes that share the weights of a training."""
+    return run.ranks if how.parallel == "sharded" else 1
 
 
 def tables(name: str, run: Run, counts: Counts) -> int:
