@@ -1,6 +1,7 @@
 """A judge that works in another process while this one trains."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dnpo.errors import JudgeError, SettingsError
+from dnpo.interrupts import ENDING
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.asked.openai import OpenAI
 from dnpo.judges.meanwhile import Meanwhile
@@ -53,6 +55,13 @@ def test_errors_arrive_where_the_verdicts_are_taken_and_the_next_round_is_judged
         judge.ask(*told("refuse")).result(60)
     with pytest.raises(ZeroDivisionError, match="a fault of the judge"):
         judge.ask(*told("fail")).result(60)
+    assert judge.ask(*told("again")).result(60)[0].reason == "again"
+
+
+def test_signals_that_a_scheduler_sends_to_all_processes_are_left_to_the_training(judge: Meanwhile) -> None:
+    judge.ask(*told("one")).result(60)
+    for number in (signal.SIGINT, *ENDING):
+        os.kill(judge._process.pid or 0, number)
     assert judge.ask(*told("again")).result(60)[0].reason == "again"
 
 

@@ -93,6 +93,11 @@ def run(
         by = interrupts.name(interrupt)
         say(f"\nInterrupted{f' by {by}' if by else ''}. {interrupted}")
         sys.exit(interrupts.exit_status(interrupt))
+    except Exception as error:
+        from dnpo.running.sweep import report_stopped
+
+        if not report_stopped(error):
+            raise
 
 
 @contextmanager
@@ -150,7 +155,9 @@ def _explain(error: Exception, config: str) -> str:
     plugin = re.search(r"Could not find '(hydra/(\w+))/(\w+)'", text)
     if plugin:
         group, kind, name = plugin.groups()
-        return f"{group}={name}: there is no such option. It may come with pip install hydra-{name}-{kind}"
+        return (
+            f"{group}={name}: there is no such option. It may come with pip install hydra-{name.split('_')[0]}-{kind}"
+        )
     option = re.search(r"Could not (?:find|load) '([^'/]+)/([^']+)'", text)
     if option:
         group, name = option.groups()

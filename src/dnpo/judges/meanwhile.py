@@ -16,6 +16,7 @@ from threading import Thread
 from typing import Any
 
 from dnpo.errors import DnpoError, JudgeError, SettingsError
+from dnpo.interrupts import ENDING
 from dnpo.judges import Judge, ask
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import Prompt, Response, Verdict
@@ -66,7 +67,7 @@ class Meanwhile:
     def close(self) -> None:
         """End the other process at once."""
         self._rounds.put(None)
-        self._process.terminate()
+        self._process.kill()
         self._process.join()
 
     def _exchange(self) -> None:
@@ -116,7 +117,8 @@ class _Notes:
 
 def _judge(connection: Connection, judge: Judge, path: Any, run: str) -> None:
     """Judge the responses that arrive, in the other process, until the connection ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that trains decides what Ctrl-C means, and ends this one
+    for number in (signal.SIGINT, *ENDING):  # the process that trains decides what they mean, and ends this one
+        signal.signal(number, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

@@ -24,13 +24,34 @@ if TYPE_CHECKING:
 
 ERROR, PLAN, PICTURE, TRAIN = "error.txt", "plan.json", "comparison.png", "train"
 SILENT = "it ended with neither a result nor an error; its process was probably killed"
-_HELD: list[FileLock] = []  # locks; not stored in the callback, since Hydra sends it to other processes
+# not in the callback, since Hydra sends it to other processes
+_HELD: list[FileLock] = []
+_STARTED: list[tuple["SweepReport", DictConfig]] = []
 
 
 def record_failure(folder: Path, message: str) -> None:
     """Print that a job failed, and record it for the sweep's report."""
     say(f"error: {message}", error=True)
     (folder / ERROR).write_text(message + "\n")
+
+
+def report_stopped(error: Exception) -> bool:
+    """Report on a sweep whose launcher has stopped, as it does when the process of a job was killed.
+
+    Returns:
+        Whether there is such a sweep; it then exits with status 1.
+    """
+    if not _STARTED:
+        return False
+    callback, config = _STARTED.pop()
+    words = (str(error).strip() or type(error).__name__).splitlines()[0]
+    say(
+        f"error: the launcher stopped ({type(error).__name__}: {words}). Jobs that it has started may still run. This "
+        "is the report on those that have ended; the same command again goes on with the others",
+        error=True,
+    )
+    callback.on_multirun_end(config)
+    sys.exit(1)
 
 
 def find_shared_stages(sweep: Path | None, folder: Path, stages: "Sequence[Stage]") -> dict[str, str]:
@@ -60,11 +81,14 @@ class SweepReport(Callback):
         sweep.mkdir(parents=True, exist_ok=True)
         _HELD.append(FileLock(sweep / HELD))
         _HELD[-1].acquire()
+        _STARTED.append((self, config))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Gather the jobs' results from the sweep's folder, report them and release the lock."""
+        _STARTED.clear()
         sweep = Path(config.hydra.sweep.dir)
-        jobs = sorted((p for p in sweep.iterdir() if p.is_dir()), key=lambda p: (len(p.name), p.name))
+        folders = (p for p in sweep.iterdir() if p.is_dir() and not p.name.startswith("."))  # launchers keep logs there
+        jobs = sorted(folders, key=lambda p: (len(p.name), p.name))
         failed = {job.name: (job / ERROR).read_text().strip() for job in jobs if (job / ERROR).is_file()}
         rows = [
             (_overrides(job), json.loads((job / "summary.json").read_text()))

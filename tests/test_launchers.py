@@ -1,0 +1,99 @@
+"""Launchers that start processes of their own, for real; SLURM's by the batch file that SLURM would get."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher
+from omegaconf import OmegaConf
+
+from dnpo.optimise.training import CHECKPOINT
+from dnpo.settings import conf_folder
+from tests.commands import SMOKE, TINY, Process
+
+LOCAL = ("hydra/launcher=local", "hydra.sweeper.max_batch_size=2")
+
+
+def wait_until(what: Any, process: Process) -> Any:
+    """Wait for a value that is not empty."""
+    deadline = time.monotonic() + 240
+    while not (found := what()):
+        assert process.returncode is None, process.communicate(1)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def tasks(sweep: Path) -> list[int]:
+    """The processes that compute jobs, in the order of the jobs; submitit names folders by the processes that wait."""
+    waiting = sorted(int(path.name) for path in sweep.glob(".submitit/[0-9]*"))
+    listed = subprocess.run(["ps", "-eo", "ppid,pid"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()[1:]]
+    children = {int(parent): int(pid) for parent, pid in rows}
+    return [children[each] for each in waiting if each in children]
+
+
+@pytest.mark.long
+def test_four_jobs_on_two_workers_compute_nothing_twice_and_survive_a_preemption(tmp_path: Path) -> None:
+    """The signal comes in a fine-tuning, for which the other job waits: both start again by themselves."""
+    slow = ("sft.steps=400", "sft.checkpoint_every=20")
+    process = Process(tmp_path, "-m", *SMOKE, *TINY, *slow, "seed=0,1", "npo.alpha=0.1,1", *LOCAL)
+    wait_until(lambda: list((tmp_path / "store").glob(f"sft/*.partial/{CHECKPOINT}")), process)
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    preempted = tasks(sweep)
+    assert len(preempted) == 2
+    for task in preempted:
+        os.kill(task, signal.SIGUSR2)
+    out, err = process.communicate(500)
+    assert process.returncode == 0, out + err
+    logs = "".join(path.read_text() for path in sweep.glob(".submitit/*/*_log.err"))
+    assert logs.count("the training ends after a checkpoint") == 1
+    assert "".join(path.read_text() for path in sweep.glob(".submitit/*/*_log.out")).count("Starting with") == 4 + 2
+    summaries = [json.loads((sweep / f"{job}" / "summary.json").read_text()) for job in range(4)]
+    computed = [stage["key"] for each in summaries for stage in each["stages"] if not stage["reused"]]
+    assert len(computed) == len(set(computed)) == len({stage["key"] for each in summaries for stage in each["stages"]})
+    assert re.search(r"npo.alpha=0.1 +2 ", out)
+    assert "failed" not in err
+
+
+@pytest.mark.long
+def test_a_job_that_is_killed_does_not_hide_the_others(tmp_path: Path) -> None:
+    process = Process(tmp_path, "-m", *SMOKE, *TINY, "sft.steps=1,100000", *LOCAL)
+    wait_until(lambda: list(tmp_path.glob("multirun/*/*/0/summary.json")), process)
+    (sweep,) = tmp_path.glob("multirun/*/*")
+    os.kill(tasks(sweep)[-1], signal.SIGKILL)
+    out, err = process.communicate(300)
+    assert process.returncode == 1
+    assert "the launcher stopped" in err
+    assert "the same command again" in err
+    assert re.search(r"sft.steps=1 +1 |defaults +1 ", out)
+
+
+def test_slurm_gets_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Submitit writes the batch file from the composed settings; SLURM itself is not there."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose("train", ["hydra/launcher=slurm", "hydra.launcher.partition=gpu"], return_hydra_config=True)
+    raw = OmegaConf.to_container(cfg.hydra.launcher, resolve=False)
+    assert isinstance(raw, dict)
+    assert raw.pop("_target_").endswith(SlurmLauncher.__name__)
+    assert hasattr(SlurmLauncher, "checkpoint"), "by which submitit queues a job again after its time is over"
+    assert raw.pop("max_num_timeout") > 0
+    assert raw["signal_delay_s"] <= 600, "submitit takes an earlier signal for a preemption and never counts it"
+    raw.pop("submitit_folder")
+    renamed = {"timeout_min": "time", "mem_gb": "mem", "name": "job_name", "tasks_per_node": "ntasks_per_node"}
+    given = {renamed.get(str(name), str(name)): value for name, value in raw.items() if value is not None}
+    text = _make_sbatch_string("python", tmp_path, map_count=10, **given)
+    for line in (
+        *("--requeue", "--signal=USR2@300", "--open-mode=append", "--partition=gpu", "--array=0-9%8", "--time=1440"),
+        *("--gpus-per-node=1", "--ntasks-per-node=1"),
+    ):
+        assert f"#SBATCH {line}\n" in text
