@@ -32,8 +32,8 @@ def wait_until(what: Any, process: Process) -> Any:
 
 
 def tasks(sweep: Path) -> list[int]:
-    """The processes that compute jobs, in the order of the jobs; submitit names folders by the processes that wait."""
-    waiting = sorted(int(path.name) for path in sweep.glob(".submitit/[0-9]*"))
+    """The processes that compute jobs; submitit names folders by the processes that wait for them."""
+    waiting = [int(path.name) for path in sweep.glob(".submitit/[0-9]*")]
     listed = subprocess.run(["ps", "-eo", "ppid,pid"], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in listed.splitlines()[1:]]
     children = {int(parent): int(pid) for parent, pid in rows}
@@ -43,7 +43,7 @@ def tasks(sweep: Path) -> list[int]:
 @pytest.mark.long
 def test_four_jobs_on_two_workers_compute_nothing_twice_and_survive_a_preemption(tmp_path: Path) -> None:
     """The signal comes in a fine-tuning, for which the other job waits: both start again by themselves."""
-    slow = ("sft.steps=400", "sft.checkpoint_every=20")
+    slow = ("sft.steps=200", "sft.checkpoint_every=20", "sft.optimizer.lr=1e-5")  # many steps, with little effect
     process = Process(tmp_path, "-m", *SMOKE, *TINY, *slow, "seed=0,1", "npo.alpha=0.1,1", *LOCAL)
     wait_until(lambda: list((tmp_path / "store").glob(f"sft/*.partial/{CHECKPOINT}")), process)
     (sweep,) = tmp_path.glob("multirun/*/*")
@@ -68,7 +68,8 @@ def test_a_job_that_is_killed_does_not_hide_the_others(tmp_path: Path) -> None:
     process = Process(tmp_path, "-m", *SMOKE, *TINY, "sft.steps=1,100000", *LOCAL)
     wait_until(lambda: list(tmp_path.glob("multirun/*/*/0/summary.json")), process)
     (sweep,) = tmp_path.glob("multirun/*/*")
-    os.kill(tasks(sweep)[-1], signal.SIGKILL)
+    (other,) = wait_until(lambda: len(left := tasks(sweep)) == 1 and left, process)
+    os.kill(other, signal.SIGKILL)
     out, err = process.communicate(300)
     assert process.returncode == 1
     assert "the launcher stopped" in err
