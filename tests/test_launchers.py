@@ -47,6 +47,7 @@ def test_four_jobs_on_two_workers_compute_nothing_twice_and_survive_a_preemption
     process = Process(tmp_path, "-m", *SMOKE, *TINY, *slow, "seed=0,1", "npo.alpha=0.1,1", *LOCAL)
     wait_until(lambda: list((tmp_path / "store").glob(f"sft/*.partial/{CHECKPOINT}")), process)
     (sweep,) = tmp_path.glob("multirun/*/*")
+    finished = {path.name for path in (tmp_path / "store").glob("[a-z]*/*") if not path.name.endswith(".partial")}
     preempted = tasks(sweep)
     assert len(preempted) == 2
     for task in preempted:
@@ -58,7 +59,9 @@ def test_four_jobs_on_two_workers_compute_nothing_twice_and_survive_a_preemption
     assert "".join(path.read_text() for path in sweep.glob(".submitit/*/*_log.out")).count("Starting with") == 4 + 2
     summaries = [json.loads((sweep / f"{job}" / "summary.json").read_text()) for job in range(4)]
     computed = [stage["key"] for each in summaries for stage in each["stages"] if not stage["reused"]]
-    assert len(computed) == len(set(computed)) == len({stage["key"] for each in summaries for stage in each["stages"]})
+    assert len(computed) == len(set(computed)), "none twice"
+    assert finished.isdisjoint(computed), "nor again after the signal"
+    assert {stage["key"] for each in summaries for stage in each["stages"]} == finished | set(computed)
     assert re.search(r"npo.alpha=0.1 +2 ", out)
     assert "failed" not in err
 
