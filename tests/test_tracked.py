@@ -5,13 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from dnpo.commands.report import main as report
 from dnpo.errors import DataError, TrackingError
 from dnpo.report.selection import select
+from dnpo.settings import flat
+from dnpo.tracking.earlier import complete
 from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import STEPS_OF, Database, iteration_name
 from dnpo.tracking.writing import MLflowTracking
+from tests.test_building import composed
 
 Made = dict[str, str]
 
@@ -144,6 +148,23 @@ def test_what_parts_say_of_their_settings_is_what_comparisons_read() -> None:
     unknown = find_neutral({name: value for name, value in params.items() if name != "model.contents"})
     assert neutral - unknown == {"model.path"}
     assert not {name for name in find_neutral({"npo._target_": "dnpo.no.longer.There"}) if name.startswith("npo.")}
+
+
+def test_a_run_from_before_a_setting_existed_had_its_default() -> None:
+    """Otherwise a comparison would refuse runs of two versions, although they share their stages."""
+    params = {
+        name: str(value) for name, value in flat(OmegaConf.to_container(composed("method=dnpo"), resolve=True)).items()
+    }
+    whole = complete(params)
+    assert {name: whole[name] for name in params} == params
+    later = ("generate.engine", "rollout.engine", "reference", "strength._target_", "ema._target_", "generate.top_p")
+    assert set(later) <= set(params)
+    before = {name: value for name, value in params.items() if name not in later}
+    assert {name: complete(before)[name] for name in params} == params
+    other = complete({**before, "reference": "initial", "ema._target_": "dnpo.optimise.parts.MovingAverage"})
+    assert (other["reference"], other["ema._target_"]) == ("initial", "dnpo.optimise.parts.MovingAverage")
+    assert "generate.engine" not in complete({**before, "generate.engine._target_": "dnpo.generate.server.Server"})
+    assert complete({"a": "b"}) == {"a": "b"}
 
 
 def test_of_sweeps_of_one_name_the_newest_is_reported_and_the_others_are_named(migrated: Path, tmp_path: Path) -> None:

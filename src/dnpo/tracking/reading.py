@@ -23,6 +23,7 @@ from dnpo.former import MOVED
 from dnpo.records import mean_over_steps
 from dnpo.settings import nearest
 from dnpo.tracking.client import connect, make_absolute
+from dnpo.tracking.earlier import complete
 from dnpo.tracking.sqlite import file_of
 from dnpo.wording import plural
 
@@ -319,7 +320,7 @@ def _run(found: Any, client: Any) -> TrackedRun:
         info.start_time,
         seconds,
         found.data.tags,
-        {name: MOVED.get(value, value) for name, value in found.data.params.items()},
+        complete({name: MOVED.get(value, value) for name, value in found.data.params.items()}),
         info.artifact_uri,
         client,
     )
