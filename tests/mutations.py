@@ -320,7 +320,7 @@ MUTATIONS = (
     Mutation(
         "micro-batches weigh the same whatever they hold",
         "optimise/training.py",
-        "self.manual_backward(loss * batch.share)",
+        "self.manual_backward(loss * (batch.share * factor))",
         "self.manual_backward(loss / len(batches))",
         "test_optimise.py::test_micro_batches_change_nothing_but_rounding",
     ),

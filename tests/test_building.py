@@ -256,7 +256,7 @@ def another(hint: Any, value: Any) -> Any:
 
 FROZEN = [
     kind
-    for kind in dict.fromkeys(options().values())
+    for kind in dict.fromkeys(part for (group, _), part in options().items() if group != "launch")  # in no stage
     if dataclasses.is_dataclass(kind) and not hasattr(kind, "identity")
 ]
 
@@ -284,9 +284,9 @@ def test_neutral_fields_are_in_no_key_and_all_others_are(kind: type) -> None:
 
 def test_the_neutral_settings_of_the_engine() -> None:
     """Memory, time, and how much a killed run repeats; nothing that changes more than rounding."""
-    training = ["micro_batch_size", "checkpoint_every", "checkpointing", "compile"]
-    assert neutral_names(Optimisation) == training
-    assert neutral_names(PairOptimisation) == [*training, "share_prompt"]
+    training = {"micro_batch_size", "parallel", "checkpoint_every", "checkpointing", "compile"}
+    assert set(neutral_names(Optimisation)) == training
+    assert set(neutral_names(PairOptimisation)) == {*training, "share_prompt"}
     assert neutral_names(TrainableNoise) == neutral_names(FixedNoise) == ["cache_hidden"]
     assert neutral_names(MatchedOffset) == ["like"]
     assert neutral_names(Logistic) == neutral_names(Offset) == neutral_names(Scratch) == []

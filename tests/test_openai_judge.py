@@ -352,7 +352,7 @@ def test_openai_itself_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     for broken in (f"{KEY}\n", f"Bearer {KEY}", f"{KEY}é"):
         monkeypatch.setenv("OPENAI_API_KEY", broken)
         said = str(OpenAI(model="gpt-4o-mini").accepts([]))
-        assert "is no key" in said
+        assert "is not a key" in said
         assert KEY not in said
 
 

@@ -183,10 +183,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "infinite": (replaced(NORM, lambda t: t / 0), r"values that are not finite: 1 tensor \(model\.norm\.weight\)"),
     "integers": (replaced(NORM, pack), r"not floating-point, though .*1 tensor \(model\.norm\.weight \(I8\)\)"),
-    "bitsandbytes": (
-        config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        r"quantised \(bitsandbytes\)",
-    ),
+    "quantisation": (config(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq\)"),
     "unknown quantisation": (config(quantization_config={"quant_method": "zip"}), r"quantised \(zip\)"),
     "a number as text": (config(hidden_size="32"), r"'hidden_size'.*expected int, got str"),
     "no heads": (config(num_attention_heads=0), r"num_attention_heads is 0 in config\.json, expected 1 or more"),

@@ -290,9 +290,12 @@ def write_preferences(path: Path, pairs: Iterable[Pair]) -> None:
         for pair in pairs
     )
     aside = disk.name_aside(path)
-    with aside.open("w", encoding="ascii") as stream:
-        stream.writelines(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
-    disk.replace(aside, path)
+    try:
+        with aside.open("w", encoding="ascii") as stream:
+            stream.writelines(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
+        disk.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_all(paths: Iterable[Path], kind: type[Row]) -> list[Row]:

@@ -107,7 +107,8 @@ def _arguments(given: Sequence[str]) -> Iterator[None]:
     ``store=PATH`` is short for ``store.root=PATH``.
     """
     before = sys.argv
-    sys.argv = [before[0], *(re.sub(r"^store=", "store.root=", each) for each in given)]
+    several = any(each.startswith("store.") for each in given)  # then store=PATH would replace the others
+    sys.argv = [before[0], *(re.sub(r"^store=", "store.root=", each) if several else each for each in given)]
     try:
         yield
     finally:

@@ -315,8 +315,8 @@ class _Listener:
             if failure["errno"]:
                 raise OSError(failure["errno"], failure["text"], *failure["files"])
         killed = re.findall(r"rank +: (\d+).*\n +exitcode +: -(\d+)", printed)  # as torchrun reports it
-        if killed:
-            rank, number = killed[0]
+        if killed:  # torchrun ends the others by SIGTERM
+            rank, number = min(killed, key=lambda found: int(found[1]) == signal.SIGTERM)
             lack = ", perhaps for lack of memory" if int(number) == signal.SIGKILL else ""
             raise errors.RankError(
                 f"launch=torchrun: rank {rank} was ended by {signal.Signals(int(number)).name}{lack}. Finished stages "

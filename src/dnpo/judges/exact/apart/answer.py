@@ -128,7 +128,7 @@ def load(text: str) -> dict[str, Any]:
 class Callback:
     """A function of the tests, in the answer's process; calling it runs it in the tests' process."""
 
-    def __init__(self, server: "Server", number: int) -> None:
+    def __init__(self, server: "Doorkeeper", number: int) -> None:
         self._server, self._number = server, number
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ class Callback:
         return self._server.call_back(self._number, args, kwargs)
 
 
-class Server:
+class Doorkeeper:
     """Evaluates what the tests ask for, until they end."""
 
     def __init__(self, wire: Wire) -> None:

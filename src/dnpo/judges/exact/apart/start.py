@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from dnpo.judges.exact.apart import FAILED, NOT_ISOLATED, PASSED, isolation, testing
-from dnpo.judges.exact.apart.answer import Server
+from dnpo.judges.exact.apart.answer import Doorkeeper
 from dnpo.judges.exact.apart.wire import Wire
 
 _USERS = 60_000  # ids of users for answers' processes begin here; the machine should not use them
@@ -68,7 +68,7 @@ def _answer(reads: int, writes: int, how: dict[str, Any], user: int | None) -> N
         for other in range(3, 64):
             if other not in (reads, writes):
                 os.closerange(other, other + 1)
-        Server(Wire(reads, writes)).serve()
+        Doorkeeper(Wire(reads, writes)).serve()
     finally:
         os._exit(1)
 
