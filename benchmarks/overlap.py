@@ -19,7 +19,7 @@ from tests.judge_server import judge_server
 
 RUN = (
     *("scale=smoke", "tracking=off", "method=online_dpo", "iterations=1", "judge=openai", "judge.model=judge"),
-    *("judge.structured=off", "judge.concurrency=32", "eval.judge=${typical.judge}", "rollout.temperature=2"),
+    *("judge.structured=off", "judge.concurrency=64", "eval.judge=${typical.judge}", "rollout.temperature=2"),
     # judging a rollout takes about as long as making it and training on it: then there is most to gain
     *("data.train=768", "trainer.batch_size=32", "rollout.prompts=32", "rollout.every=6"),
 )
