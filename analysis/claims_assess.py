@@ -1,8 +1,8 @@
 """Compute the outcome of every claim from tracked runs.
 
-Tags (``arms`` in the file of claims) decide which runs of a sweep belong to an arm. A run's iteration k belongs to its
-arm only if the parts that define the arm are in force at k. So the branches of a sweep such as ``ablation`` contribute
-their last iteration only, the chains of ``main`` all of their iterations.
+Options and settings (``arms`` in the file of claims) decide which runs of a sweep belong to an arm. A run's iteration k
+belongs to its arm only if the parts that define the arm are in force at k. So the branches of a sweep such as
+``ablation`` contribute their last iteration only, the chains of ``main`` all of their iterations.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +75,7 @@ class Tracked:
         for run in self.runs[sweep]:
             if (
                 run.seed == seed
-                and all(run.option(tag) == value for tag, value in tags.items())
+                and all(_has(run, name, value) for name, value in tags.items())
                 and in_force(run, iteration)
             ):
                 return self._policies.setdefault((run.id, iteration), TrackedPolicy(run, iteration))
@@ -95,6 +95,11 @@ class Tracked:
         return [
             f"{arm}@{k}" for arm, k in list_needed_policies(claim) if self.policy(claim.sweep, arm, seed, k) is None
         ]
+
+
+def _has(run: TrackedRun, name: str, value: str) -> bool:
+    """Whether a run was made with an option, such as ``dsl: score``, or a setting, such as ``rollout.segment: 3``."""
+    return run.option(name) == value or run.params.get(name) == value
 
 
 def in_force(run: TrackedRun, iteration: int | str) -> bool:

@@ -111,7 +111,7 @@ class Book:
     Attributes:
         scale: the data and model on which claims are measured, unless a claim gives another.
         sweeps: by name, in the order in which they are run.
-        arms: the tags by which the runs of each arm are recognised.
+        arms: the options and settings by which the runs of each arm are recognised.
     """
 
     scale: str

@@ -267,6 +267,21 @@ def jobs(sweep: str, *overrides: str) -> list[TrackedRun]:
 
 
 @pytest.mark.long
+def test_the_commands_of_live_methods_make_every_run_that_their_claims_need() -> None:
+    """The commands are those in the headers of the two sweeps; arms are recognised by settings as well as options."""
+    book = read(FILE.with_name("claims_live.yaml"))
+    for sweep in book.sweeps:
+        header = (ROOT / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8").split("are enough:")[1]
+        commands = re.findall(rf"#   python -m dnpo.train -m \+sweep={sweep}(.*)", header)
+        assert commands
+        made = [run for given in commands for run in jobs(sweep, *given.split())]
+        tracked = Tracked(book.arms, {sweep: made})
+        for claim in (claim for claim in book.claims if claim.sweep == sweep):
+            assert tracked.missing(claim, 0) == []
+    assert not Tracked(book.arms, {"osp": jobs("osp", "dsl=ranked", "strength=asked")}).policy("osp", "hard", 0, 0)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("sweep", ["main", "ablation", "fixed_vs_trainable", "saturation"])
 def test_every_claim_finds_all_that_it_needs_in_its_sweep(sweep: str) -> None:
     book = read(FILE)
