@@ -75,7 +75,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class MetricVariant:
-    """Further names for the metrics of a group, for the same quantities measured in another place.
+    """Further names for a group's metrics: the same quantities, measured elsewhere.
 
     Attributes:
         prefix, suffix: added to the names of the group.
@@ -253,11 +253,11 @@ GROUPS = (
             Metric("pairs/pass_at_<k>", "Training prompts with a right answer among <k> samples", "pass@<k>", "%"),
             Metric("curriculum/earlier", "Pairs of earlier iterations trained on again", "earlier pairs", digits=0),
             Metric("curriculum/repeated", "Earlier pairs that a newer one repeats, left out", "repeated", digits=0),
-            Metric("curriculum/short", "Pairs that earlier iterations lack for their share", "short", digits=0),
-            Metric("curriculum/moved", "Pairs that the worst distribution moves", "moved", digits=0),
-            Metric("curriculum/split", "Pairs that it moves partly", "split", digits=0),
-            Metric("curriculum/loss", "Mean loss of the pairs under their rewards", "loss of pairs", "nats", 4),
-            Metric("curriculum/worst_loss", "The same under the worst distribution", "worst loss", "nats", 4),
+            Metric("curriculum/short", "Pairs missing from the shares of earlier iterations", "short", digits=0),
+            Metric("curriculum/moved", "Pairs moved in the worst distribution", "moved", digits=0),
+            Metric("curriculum/split", "Pairs moved in part", "split", digits=0),
+            Metric("curriculum/loss", "Mean loss of the pairs", "loss of pairs", "nats", 4),
+            Metric("curriculum/worst_loss", "Mean loss under the worst distribution", "worst loss", "nats", 4),
             Metric("curriculum/duplicates", "Pairs that repeat another, left out", "duplicates", digits=0),
             Metric("curriculum/pruned", "Pairs pruned by the position of their embeddings", "pruned", digits=0),
             Metric("curriculum/trained", "Pairs trained on", "trained pairs", digits=0),
@@ -448,7 +448,7 @@ def check(names: Iterable[str]) -> None:
 
 
 def name_by_iteration(name: str) -> str:
-    """The name under which a metric is tracked by iteration; those also tracked by training step have a prefix."""
+    """The name of a metric tracked by iteration; metrics that are also tracked by training step get a prefix."""
     entry = _locate(name)
     return ITERATION.prefix + name if entry is not None and ITERATION in entry[1].variants else name
 
@@ -472,7 +472,7 @@ def _in_families(groups: Iterable[MetricGroup], name: str) -> Iterator[tuple[Met
     for group in groups:
         for family in group.metrics:
             before, *rest = OPEN.split(family.name)
-            # what ends a name may be a user's, such as a family a/b
+            # the end of a name may be a user's word, such as a family a/b
             open_part = "[^/]+" if rest and rest[1] else ".+"
             pattern = f"{re.escape(before)}({open_part}){re.escape(rest[1])}" if rest else ""
             match = re.fullmatch(pattern, name, re.DOTALL) if rest else None

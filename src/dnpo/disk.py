@@ -1,4 +1,4 @@
-"""Write files so that those with their final names are complete, even after a power cut; explain errors of the disk."""
+"""Write files under a hidden name until they are complete, even after a power cut; explain errors of the disk."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 REFUSED = FULL | {errno.EROFS, errno.EIO}
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-# safetensors and tokenizers, torch, sqlite raise other errors, or none that give the reason
+# safetensors, tokenizers, torch and sqlite raise other errors, some of which do not give the reason
 OF_LIBRARIES = re.compile(
     r"\(os error (?P<number>\d+)\)|PytorchStreamWriter failed|iostream error|\.cc:\d+\] \. unexpected pos|disk is full"
 )
@@ -40,10 +40,10 @@ def flush(path: Path) -> None:
 
 
 def explain(error: BaseException, root: Path | None = None) -> str | None:
-    """Return what the system refused to write or read, with the file and what to do; None for any other error.
+    """Explain an error of writing or reading: the reason, the file and what to do; None for any other error.
 
     Args:
-        root: a folder in which every error of the system on a file counts; elsewhere only a full or broken disk counts.
+        root: in this folder, every error of the system on a file is explained; elsewhere, only a full or broken disk.
     """
     for each in _causes(error):
         if isinstance(each, OSError) and each.errno is not None:

@@ -34,7 +34,7 @@ class LedgerError(DnpoError):
 
 
 class StepZeroError(DnpoError):
-    """Before the first update the policy is not the one that training starts from."""
+    """Before the first update, the policy differs from the one that training starts from."""
 
 
 class NonFiniteLossError(DnpoError):
@@ -46,7 +46,7 @@ class OutOfMemoryError(DnpoError):
 
 
 class DiskError(DnpoError):
-    """The disk is too small for what is to be kept on it, or refuses to write."""
+    """The disk is too small, or refuses to write."""
 
 
 class StoreError(DnpoError):

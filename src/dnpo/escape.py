@@ -1,4 +1,4 @@
-"""Escape users' text (names, rows, answers, errors) where characters have a meaning: one function for each such place.
+"""Escape users' text (names, rows, answers, errors) where some characters are special: one function for each place.
 
 HTML is escaped by the report's template, and by ``for_markdown`` where Markdown may contain HTML.
 """
@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-# Makes characters visible that are invisible, end a text, steer a terminal or turn their neighbours' direction.
+# Makes visible: characters that are invisible, end a text, control a terminal or change the direction of writing.
 HIDDEN = {
     **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
     0x7F: "␡",
@@ -57,7 +57,7 @@ def say(text: Any = "", *, error: bool = False) -> None:
 
 
 def for_mlflow(name: str) -> str:
-    """Return a name of a metric, setting or tag as MLflow takes it: ``C++`` as ``C:2B::2B:``, the long ones cut.
+    """Return a name of a metric, setting or tag that MLflow accepts: ``C++`` as ``C:2B::2B:``; long names are cut.
 
     Different names stay different.
     """
@@ -95,7 +95,7 @@ def for_latex(text: Any) -> str:
 
 
 def for_csv(value: Any) -> Any:
-    """Keep a cell of text from being a formula in a spreadsheet; numbers stay."""
+    """Keep a spreadsheet from reading a text as a formula; numbers are unchanged."""
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")) or _is_number(value):
         return value
     return f"'{value}"

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: raised as Ctrl-C is, or held back until a training has written a checkpoint.
+"""Signals that ask a process to end: raised like Ctrl-C, or held back until a training has written a checkpoint.
 
 SLURM sends SIGTERM when a job is preempted, and a signal of choice (SIGUSR1, or submitit's SIGUSR2) some time before
 its limit. Handlers that a launcher has installed are still called, only later.
@@ -69,7 +69,7 @@ class Held:
     held.
 
     Args:
-        what: what is done before the process ends, for the message that answers a signal at once.
+        what: what the process does before it ends; the message shown at the signal says so.
     """
 
     def __init__(self, what: str) -> None:
@@ -87,7 +87,7 @@ class Held:
             signal.signal(each, self._note)
 
     def deliver(self) -> None:
-        """Call the handlers of the signals that have arrived, which may raise; go on if they do not."""
+        """Call the handlers of the signals that have arrived. They may raise; otherwise the caller continues."""
         while self.waiting:
             number = self.waiting.pop(0)
             self._handlers[number](number, None)

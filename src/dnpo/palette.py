@@ -67,10 +67,10 @@ SERIES = (
     Look("#AA4499", "P"),
     Look("#999933", "*"),
 )
-OTHER = Look("#8A8A8A", "P")  # anything that METHODS and SERIES lack
+OTHER = Look("#8A8A8A", "P")  # for groups without a look in METHODS or SERIES
 
-# Looks for comparisons of all methods, by the name of their option. So many colours cannot be told apart: the methods
-# of a family share one, and their markers differ.
+# Looks for comparisons of all methods, by the name of their option. There are too many for different colours: the
+# methods of a family share one, and their markers differ.
 FAMILIES = {"human": "#5E4FA2", "given": "#8C2D04", "own": "#C51B7D", "many": "#66A61E", "live": "#1F9EBA"}
 RIVALS: Mapping[str, Look] = {
     "spin": SPIN,
@@ -137,7 +137,7 @@ DARK = {
 
 
 def choose_looks(options: Mapping[str, tuple[str, str]]) -> dict[str, Look]:
-    """Choose a look for each group: that of its method if every group has another method, else the next of a series.
+    """Choose a look for each group: its method's if all methods differ, else the next one of ``SERIES``.
 
     Args:
         options: the options of dsl and npo, by label.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
-PATIENCE = timedelta(days=7)  # the launcher ends all ranks as soon as one fails, so nobody waits in vain
+PATIENCE = timedelta(days=7)  # the launcher ends all ranks as soon as one fails, so no rank waits in vain
 BUCKET = 2**28  # bytes that are summed over ranks at once
 _place = (0, 1, 1)
 
@@ -51,7 +51,7 @@ def world() -> int:
 
 
 def here() -> int:
-    """The number of these processes that are on this machine."""
+    """How many of these processes run on this machine."""
     return _place[2]
 
 
@@ -61,15 +61,15 @@ def leads() -> bool:
 
 
 def share(rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows that this rank works on: every so many-th."""
+    """The rows that this rank works on: of ``world()`` successive rows, one."""
     return rows if world() == 1 else rows[rank() :: world()]
 
 
 def gather(compute: Callable[[], Result]) -> list[Result]:
-    """Compute a small value on every rank, and give the values of all to all, in the order of the ranks.
+    """Compute a small value on every rank, and return the values of all ranks, in their order.
 
     Raises:
-        DnpoError, RuntimeError: what ``compute`` raised on any rank, raised on all.
+        DnpoError, RuntimeError: ``compute`` raised it on some rank; every rank raises it.
         FailedElsewhere: it raised another error on another rank.
     """
     if world() == 1:
@@ -93,7 +93,7 @@ def gather(compute: Callable[[], Result]) -> list[Result]:
 
 
 def join_shares(values: Sequence[Result]) -> list[Result]:
-    """Give the values of all ranks' rows to all, in the order of the rows, from those of this rank's share."""
+    """Return the values of all rows, in their order, from the values of each rank's share."""
     parts = gather(lambda: list(values))
     found: list[Any] = [None] * sum(map(len, parts))
     for number, part in enumerate(parts):

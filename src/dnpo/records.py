@@ -44,9 +44,9 @@ class Prompt:
         answer: the verifiable answer, if there is one.
         needs: words that a complete response has to mention (verifiable data).
         token_ids: the rendered prompt, beginning-of-sequence included; empty until a tokenizer has seen it.
-        rejected: the text of the response that the data's own pair rejects; ``human`` is then the chosen one.
+        rejected: the rejected text, if the data have a pair; ``human`` is then the chosen one.
         human_score: the data's rating of the human response.
-        rejected_score: the same of the rejected one.
+        rejected_score: the data's rating of the rejected response.
     """
 
     id: str
@@ -66,10 +66,10 @@ class Response:
     """One response to the prompt of the same id.
 
     Attributes:
-        source: ``human``, ``given`` for the rejected one of the data's own pair, or ``policy@k``.
+        source: ``human``, ``given`` for the rejected response of a pair in the data, or ``policy@k``.
         token_ids: completion tokens; the last is end-of-sequence if ``finish`` is ``eos``, or if one was appended to a
             response that was cut (``rollout.append_eos``).
-        tokens: how many they are.
+        tokens: number of completion tokens.
         finish: ``eos``, or ``length`` for one cut at the limit.
         logprob: log-probability of the completion under the policy that generated it, in nats; None for human ones.
         sample: its number among the responses of this source to the prompt, from 0.
@@ -116,8 +116,8 @@ class Pair:
         strength: p(y⁺ ≻ y⁻), how sure the label is; 1 for hard labels.
         weight: its weight in the loss of a step.
         shift: how far σ(margin) is lowered in the loss, for robust training.
-        step: the policy step before which it was made, if it was made in training (``rollout=live``).
-        draws: how many policy steps trained on it there.
+        step: the policy step that followed when it was made, if that was during training (``rollout=live``).
+        draws: how many policy steps trained on it, with ``rollout=live``.
     """
 
     id: str
@@ -148,7 +148,7 @@ class Rollout:
 
     Attributes:
         rollout: the number of the rollout that it belongs to.
-        step: the policy step before which that rollout was made.
+        step: the policy step that followed when that rollout was made.
         prompt_ids: the rendered prompt.
         score: the judge's; None without a judge, or if it gave none.
         reason: why there is no score.

@@ -53,7 +53,7 @@ Quantisation = Literal["nf4", "int8"]  # of a base model's weights, in 4 or 8 bi
 SPECIAL = ("_target_", "_partial_")
 OWN = "dnpo."
 CHANGES_RESULT = "changes result"  # a field's metadata; true by default
-IS_PLACE = "is a place"  # the same; false by default
+IS_PLACE = "is a place"  # another key of metadata; false by default
 
 
 def neutral(default: Any = dataclasses.MISSING) -> Any:

@@ -1,4 +1,4 @@
-"""Rows by the million: sequences over Parquet, whose rows become objects when they are read.
+"""Sequences of millions of rows in Parquet files. A row becomes an object only when it is read.
 
 A row as an object takes some kilobytes, so a million of them do not fit into memory. :class:`Rows` reads one row group
 at a time, and only the columns that are asked for. :class:`Writer` writes rows as they come.
@@ -37,8 +37,8 @@ class Rows(Sequence[Row]):
     Args:
         kind: the type of a row. Fields without a column get their defaults; required ones are empty.
         groups: the row groups.
-        numbers: the numbers of the rows that belong to the sequence, among all in the groups; None: all.
-        at_hand: whether reading a group costs nothing, so that single rows are read from it.
+        numbers: which rows of the groups belong to the sequence, by number; None: all.
+        at_hand: whether the groups are in memory, so that reading a single row is cheap.
     """
 
     def __init__(
@@ -156,8 +156,8 @@ def _read_group(path: Path, number: int, among: Sequence[str] | None, columns: S
     """Read a row group, its pages verified.
 
     Args:
-        among: the fields that are read at all.
-        columns: the fields to read now; None: all of these.
+        among: the fields that the sequence has.
+        columns: the fields to read now; None: all of ``among``.
     """
     import pyarrow.parquet as pq
 
@@ -186,7 +186,7 @@ def _make(table: "pa.Table", kind: type[Row]) -> list[Row]:
 
 @cache
 def _empty(kind: type) -> list[tuple[str, Callable[[], Any]]]:
-    """For each field of a row, what makes a value where there is none: its default, or an empty one of its type."""
+    """For each field of a row, a function that makes a missing value: the default, or an empty value of its type."""
     import pyarrow as pa
 
     made: list[tuple[str, Callable[[], Any]]] = []
@@ -205,7 +205,7 @@ def _empty(kind: type) -> list[tuple[str, Callable[[], Any]]]:
 
 
 def _values(column: "pa.ChunkedArray") -> list[Any]:
-    """The values of a column. Arrow makes an object of every element of a list first, which takes ten times as long."""
+    """The values of a column. Arrow's own way makes an object of every element first and takes ten times as long."""
     return [value for chunk in column.chunks for value in _plain(chunk)]
 
 
@@ -231,7 +231,7 @@ def _plain(array: Any) -> list[Any]:
 
 
 class Writer(Generic[Row]):
-    """Writes rows into a Parquet file as they come; the file appears when the block ends, whole or not at all."""
+    """Writes rows into a Parquet file as they arrive. The file appears only when the block ends without an error."""
 
     def __init__(self, path: Path, kind: type[Row]) -> None:
         self.path, self.kind = path, kind
@@ -272,7 +272,7 @@ class Writer(Generic[Row]):
 
 
 class Collector(Generic[Row]):
-    """Keeps rows in memory as compressed Parquet, in which they take a tenth of the memory of objects."""
+    """Keeps rows in memory as compressed Parquet, which takes a tenth of the memory of objects."""
 
     def __init__(self, kind: type[Row]) -> None:
         self.kind = kind
@@ -286,7 +286,7 @@ class Collector(Generic[Row]):
             self._pack()
 
     def finish(self) -> Rows[Row]:
-        """All rows, in the order in which they came."""
+        """All rows, in the order in which they were added."""
         if self._rows:
             self._pack()
         return Rows(self.kind, self._groups)

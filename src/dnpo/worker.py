@@ -76,7 +76,7 @@ def _own_device(setting: str) -> str:
 
 
 def _end_with_starter() -> None:
-    """End this process as soon as the one that started it closes its end of the pipe, or is gone."""
+    """End this process as soon as its starter closes the pipe or ends."""
     while os.read(0, 1):
         pass
     os._exit(1)
@@ -85,7 +85,7 @@ def _end_with_starter() -> None:
 class Lines:
     """Writes what a stage reports as lines; implements :class:`dnpo.store.Report`.
 
-    Rank 0 reports everything, the others only how much they did.
+    Rank 0 reports everything, the other ranks only the amount of work they did.
     """
 
     def __init__(self, rank: int) -> None:
@@ -99,15 +99,15 @@ class Lines:
             os.write(1, f"{MARK}{self.rank} {more} {text[first : first + LONGEST]}\n".encode())
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
-        """Say how many there are to do."""
+        """Report the amount of work."""
         self._lead("begin", total, unit, done)
 
     def advance(self, amount: int = 1) -> None:
-        """Say that so many more are done."""
+        """Report that this amount more is done."""
         self.send("advance", amount)
 
     def note(self, text: str) -> None:
-        """Say something worth a line."""
+        """Report a line of text."""
         self._lead("note", text)
 
     def status(self, text: str) -> None:
@@ -119,7 +119,7 @@ class Lines:
         self._lead("steps", rows)
 
     def report_error(self, error: BaseException) -> None:
-        """Say what ended the work."""
+        """Report the error that ended the work."""
         interrupted = isinstance(error, KeyboardInterrupt)
         if isinstance(error, KeyboardInterrupt):
             error = RankError(f"launch=torchrun: rank {self.rank} was ended by {interrupts.name(error) or 'SIGINT'}")

@@ -40,7 +40,7 @@ def top_settings(
         threads: number of torch's CPU threads.
         store: folder of finished stages, shared with runs (setting ``store.root``).
         remote: address of a store shared with other machines (setting ``store.remote``).
-        verify: how they are checked at their first use: by ``digests`` or ``sizes``.
+        verify: how stages are checked at their first use: by ``digests`` or ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
     """
 
@@ -117,7 +117,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
                 with console.stage(made.title, lambda _: None) as progress:
                     store.get(made, progress)
         found = {"judge": name, "key": part_key(judge), "stage": f"{stage.name}/{stage.key}"}
-        # the name given now: the stage may have been computed from a copy of the file
+        # the present name of the file: the stage may have been computed from a copy with another name
         found |= {**manifest(store.folder(stage))["facts"], "data": data.path.name}
         points = json.loads((store.folder(stage) / agreement.POINTS).read_text())
         write_json(folder / "agreement.json", {**found, "settings": everything})

@@ -162,7 +162,7 @@ def _explain(error: Exception, config: str) -> str:
     option = re.search(r"Could not (?:find|load) '([^'/]+)/([^']+)'", text)
     if option:
         group, name = option.groups()
-        searched = map(Path, re.findall(r"path=file://(.+)", text))  # with the user's own folder
+        searched = map(Path, re.findall(r"path=file://(.+)", text))  # including the user's folder
         options = sorted({p.stem for folder in (conf_folder(), *searched) for p in (folder / group).glob("*.yaml")})
         return f"{group}={name}: there is no such option.{nearest(name, options)} Options: {', '.join(options)}."
     if "Missing mandatory value" in text:
@@ -194,7 +194,7 @@ def _options_with(key: str) -> list[str]:
 
 
 def _has_setting(file: Path, name: str) -> bool:
-    """Whether an option has a setting, its own or from an option that it includes."""
+    """Whether an option has a setting, in its file or in the file of an option that it includes."""
     content = OmegaConf.to_container(OmegaConf.load(file))
     if not isinstance(content, dict):
         return False
@@ -279,7 +279,7 @@ def track(
     try:
         yield
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):  # a launcher that starts the job again exits
+    except (KeyboardInterrupt, SystemExit):  # a launcher exits when it restarts the job
         status = "KILLED"
         raise
     finally:

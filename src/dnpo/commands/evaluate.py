@@ -1,6 +1,6 @@
 """Evaluate a model: check ``conf/evaluate.yaml``, measure the model with the stages of a run, report the result.
 
-The model is treated as a run without fine-tuning and iterations. It has the stages of a run before iteration 0, so
+The model is treated as a run without fine-tuning and iterations. Its stages are those of a run before iteration 0, so
 earlier measurements are reused, and every number is computed as in a run.
 """
 
@@ -61,7 +61,7 @@ def top_settings(
         threads: number of torch's CPU threads.
         store: folder of finished stages, shared with runs (setting ``store.root``).
         remote: address of a store shared with other machines (setting ``store.remote``).
-        verify: how they are checked at their first use: by ``digests`` or ``sizes``.
+        verify: how stages are checked at their first use: by ``digests`` or ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
     """
 
@@ -277,7 +277,7 @@ def read_metrics(iteration: "Iteration", store: "Store") -> dict[str, float]:
 
 
 def _keep(rows: "Iterable[tuple[str, Path]]", name: str, tracking: "Tracking", folder: Path) -> None:
-    """Copy and track the files behind a model's metrics, laid out as runs lay out theirs."""
+    """Copy and track the files behind a model's metrics, in the same layout as for runs."""
     for kind, path in rows:
         copy = folder / kind / f"{name}{path.suffix}"
         copy.parent.mkdir(exist_ok=True)

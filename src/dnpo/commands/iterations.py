@@ -3,7 +3,7 @@
     objective.beta=[0.1,0.1,5.0]    one value an iteration; the last one stays
 
 A list is read in this way if the setting takes a single value, or if a part is expected. Settings whose value is a list
-stay as they are. Parts never see any of this.
+are unchanged. Parts get a single value and never such a list.
 """
 
 import inspect

@@ -1,8 +1,8 @@
 """Replace names of options in a list by iteration, such as ``rollout=[given,ahead]``, by the options.
 
-A name on the command line becomes the part as it would be if this option were chosen alone, with the settings of the
-method and of other arguments. A name in a file becomes the content of the option's file, since the file's list replaces
-all other settings of the part.
+A name on the command line is replaced by the part that choosing this option alone would give, with the settings of the
+method and of other arguments. A name in a file is replaced by the content of the option's file only, since the file's
+list replaces all other settings of the part.
 """
 
 import warnings
@@ -103,7 +103,7 @@ def _load(place: str, name: str) -> Any:
             f"{place}={name}: there is no such option.{nearest(name, known)} Options: {', '.join(known)}."
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Hydra warns of options that include others
+        warnings.simplefilter("ignore")  # Hydra warns about options that include others
         tree = compose(f"{place}/{name}")
     if set(tree) != {place}:
         raise SettingsError(f"{place}={name}: sets more than {place}, so it cannot be in a list")

@@ -21,7 +21,7 @@ def explain_unreadable(error: Exception) -> str | None:
 
 
 def quote(argument: str) -> str | None:
-    """Return ``setting=value`` as a shell passes it on with the value as text; None if no quotes can do that."""
+    """Quote ``setting=value`` for a shell, so that Hydra reads the value as text; None if no quotes can do that."""
     setting, equals, value = argument.partition("=")
     quoted = '{}="{}"'.format(setting, value.replace('"', '\\"'))
     try:

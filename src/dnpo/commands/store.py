@@ -15,7 +15,7 @@ from dnpo.store.remote import Gone
 from dnpo.tracking.client import default_uri
 from dnpo.wording import plural
 
-SHOWN = 3  # runs that are named with a stage
+SHOWN = 3  # runs named with each stage
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "remove",
         help="remove stages that no tracked run needs, or the stages named; without --apply or --yes only list them",
         description="Without names: every stage that no tracked run needs, unfinished ones too (runs with tracking=off "
-        "are not known here, and their stages count as needed by nobody). Without --apply or --yes nothing is removed.",
+        "are not known here, and their stages count as not needed). Without --apply or --yes nothing is removed.",
     )
     publishing = commands.add_parser("publish", help="publish finished stages that the remote store does not have")
     for command, do in ((listing, show), (verifying, verify), (removing, remove), (publishing, publish)):
@@ -168,10 +168,10 @@ def publish(given: argparse.Namespace) -> int:
 
 
 def _choose(given: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:
-    """Return what is to be removed.
+    """Return the stages to remove.
 
     Raises:
-        DnpoError: a stage that is named is whole and a run needs it; or nothing is named and not all runs are known.
+        DnpoError: a named stage is undamaged and a run needs it; or no stage is named and not all runs are known.
     """
     if given.names:
         named = inventory.select(entries, given.names)
@@ -215,7 +215,7 @@ def _uris(given: argparse.Namespace) -> list[str]:
 
 
 def _other_places(given: argparse.Namespace) -> list[str]:
-    """Return the tracking stores in which stages of this store are tracked, and which are not given."""
+    """Return the tracking stores that track stages of this store but are not given."""
     from dnpo.tracking.client import make_absolute, strip_password
     from dnpo.tracking.writing import TrackedSteps
 
@@ -226,7 +226,7 @@ def _other_places(given: argparse.Namespace) -> list[str]:
 def _agrees(question: str) -> bool:
     try:
         return input(question).strip().lower() in ("y", "yes")
-    except EOFError:  # nobody there to answer
+    except EOFError:  # the standard input is closed
         say()
         return False
 

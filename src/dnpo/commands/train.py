@@ -44,8 +44,8 @@ VARYING = (
     "trainer",
 )  # by iteration
 PARTS = ("model", "data", "sft", "generate", "second_judge", "augment", "eval", "tracking", "launch", *VARYING)
-TYPICAL = "typical"  # values for interpolation only; no part gets them
-WORDS = ("start", "reference")  # also given by iteration, but these settings are words, not parts
+TYPICAL = "typical"  # values used only in interpolations; no part gets them
+WORDS = ("start", "reference")  # they may change by iteration too, but their values are words, not parts
 STARTING = ("dsl", "npo")  # parts that act from their ``start`` iteration on; ABSENT replaces them before it
 ABSENT: dict[str, dict[str, Any]] = {
     "dsl": {"_target_": "dnpo.dsl.HumanChosen"},
@@ -250,7 +250,7 @@ def _run(cfg: DictConfig, job: Any) -> float | None:
     launch.check(run)
     run = replace(run, ranks=launch.world)
     compute = launch.open(settings_for_ranks(cfg), name)
-    with run.ledger:  # closed after every job; otherwise later jobs would wait for calls that this one has claimed
+    with run.ledger:  # closed after every job, so that later jobs do not wait for calls that this job has claimed
         return _go(run, tracking, settings, compute, job, folder, sweep)
 
 
@@ -269,7 +269,7 @@ def _go(
     folder: Path,
     sweep: Path | None,
 ) -> float | None:
-    """Plan, check or execute the run. Return how good its last policy is, higher being better, if it was executed."""
+    """Plan, check or execute the run. Return the quality of its last policy (higher is better) if it was executed."""
     from dnpo import catalogue
     from dnpo.loop import chain
     from dnpo.running.console import Console
@@ -343,10 +343,10 @@ def pass_gate(
     threads: int,
     tracking: "Tracking | None" = None,
 ) -> None:
-    """Check a run before anything is computed: show the findings, and refuse a run that cannot work or is pointless.
+    """Check a run before anything is computed: show the findings, and refuse a run that cannot work or has no use.
 
     Args:
-        everything: whether to make the checks of all stages, stored ones too, and to show those that pass.
+        everything: whether to make the checks of all stages, stored ones too, and to show passed checks.
         tracking: tried if everything is checked; otherwise the run tries it when it begins.
 
     Raises:

@@ -1,7 +1,6 @@
-"""Talk to an OpenAI-compatible server: addresses, keys, the client, and one request at a time.
+"""Connect to an OpenAI-compatible server: addresses, keys, the client, and a single request.
 
-Judges and engines that generate share this; it is independent of both. Keys come from the environment and are used in
-requests only.
+Judges and engines share this code. Keys come from the environment and are used in requests only.
 """
 
 import asyncio
@@ -47,7 +46,7 @@ class Connection:
         )
 
     def clean(self, text: str) -> str:
-        """A server's text without the keys, which servers repeat in their errors; long texts keep both ends."""
+        """A server's text without the keys, which servers may repeat in errors; a long text loses its middle."""
         for variable in (self.key_from, *self.headers.values()):
             key = os.environ.get(variable, "")
             text = text.replace(key, "[key]") if len(key) > 3 else text
@@ -67,7 +66,7 @@ class Failure:
     Attributes:
         text: what happened.
         billed: whether the request was sent and may have been answered.
-        late: whether the time was over.
+        late: whether time ran out.
     """
 
     text: str
@@ -76,7 +75,7 @@ class Failure:
 
 
 async def receive(stream: AbstractAsyncContextManager[Any], seconds: float, largest: int) -> bytes | Refusal | Failure:
-    """Send a request once and read the whole reply, even if its status is 200 and its body an error.
+    """Send a request once and read the whole reply; an error in the body of a status 200 counts as a refusal.
 
     Args:
         stream: a request of the client, ``with_streaming_response``.
@@ -118,7 +117,7 @@ def pause(attempts: int, wait: float | None = None) -> float:
 
 
 def check_address(name: str, url: str, part: str, example: str) -> None:
-    """Refuse an invalid address, or one that has a secret in it.
+    """Refuse an address that is invalid or contains a secret.
 
     Args:
         name: the setting within its part.

@@ -35,7 +35,7 @@ _MEANS = {  # the status that codes mean in a reply whose status is 200
     429: ("rate_limit_exceeded", "rate_limit_error", "resource_exhausted", "too_many_requests"),
     503: ("unavailable", "overloaded", "overloaded_error", "server_error", "internal", "internal_error", "timeout"),
 }
-_SAYS = {  # the status that words mean in a reply whose status is 200 without a code: the first match
+_SAYS = {  # the status that words mean, if the status is 200 and there is no code; the first match counts
     429: re.compile(r"rate.?limit|too.?many.?(?:\w+.?)?requests|throttl|resource.?exhausted", re.IGNORECASE),
     503: re.compile(
         _OVERLOADED.pattern + r"|unavailable|\bbusy\b|no (?:worker|capacity|instance|available)|capacity|timed? ?-?out|"
@@ -58,7 +58,7 @@ class Refusal:
     Attributes:
         status: the HTTP status, or the one that the body gives; 0 if there is neither.
         text: the text in the body, on one line; "" if there is none.
-        codes: its ``code``, ``type``, ``status`` and ``param``, by which servers name what is wrong.
+        codes: its ``code``, ``type``, ``status`` and ``param``, in which servers name the problem.
         wait: seconds that the server asks to wait.
     """
 
@@ -74,7 +74,7 @@ class Refusal:
 
     @property
     def is_about_money(self) -> bool:
-        """Whether the account has to be paid for before anything else is answered."""
+        """Whether the server answers nothing until the account is paid."""
         if self.status == 402 or "insufficient_quota" in self.codes:
             return True
         if self.status not in (400, 403, 429) or _FLAGGED.search(self.words):
@@ -107,7 +107,7 @@ def find_refusal(body: bytes, headers: Mapping[str, str] | None = None) -> Refus
     found = _parse(body)
     if isinstance(found, list) and len(found) == 1:
         found = found[0]
-    if isinstance(found, str):  # a page or a line of text: a refusal only if it uses the words of one
+    if isinstance(found, str):  # a page or a line of text is a refusal only if it has the words of one
         refusal = read_refusal(0, headers or {}, found.encode())
         status = _status_of("", refusal.text)
         return replace(refusal, status=status) if status else None
@@ -159,7 +159,7 @@ def _texts(content: Any, depth: int = 0) -> Iterator[str]:
         for each in content[:5]:
             yield from _texts(each, depth + 1)
     elif isinstance(content, dict):
-        where = content.get("loc")  # FastAPI names the part of the request so
+        where = content.get("loc")  # FastAPI's name of the part of the request
         lead = f"{'.'.join(map(str, where))}: " if isinstance(where, list) else ""
         for name in _WHERE_TEXT_IS:
             for text in _texts(content.get(name), depth + 1):
@@ -193,6 +193,6 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
                 seconds = email.utils.parsedate_to_datetime(given).timestamp() - time.time()
             except ValueError:
                 continue
-        if 0 < seconds < float("inf"):  # a time that is over says nothing about how long to wait
+        if 0 < seconds < float("inf"):  # a time in the past does not say how long to wait
             return seconds
     return None

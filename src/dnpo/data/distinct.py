@@ -23,8 +23,8 @@ def remove_duplicates(
 ) -> tuple[dict[str, Sequence[Prompt]], dict[str, int], list[str]]:
     """Remove rows whose prompt resembles an earlier one.
 
-    Test rows come before validation rows and these before training rows, so that nothing like a held-out prompt is
-    trained on, and settings are not chosen on what is reported. Within a split, rows with pairs come before others.
+    Test rows come first, then validation rows, then training rows. So no prompt like a held-out one is trained on, and
+    settings are not chosen on prompts like the reported ones. Within a split, rows with pairs come before others.
 
     Returns:
         The rows that are left; how many were removed, by kind; and two examples, the near ones first.
@@ -75,7 +75,7 @@ def remove_duplicates(
 
 
 class _Clock:
-    """Reports on the standard error how far a long comparison is."""
+    """Reports the progress of a long comparison on the standard error."""
 
     def __init__(self) -> None:
         self.next = time.monotonic() + SILENT
@@ -88,7 +88,7 @@ class _Clock:
 
 
 def _describe(one: Prompt, other: Prompt, likeness: float) -> str:
-    """Describe two rows and their likeness, with a few words from where they begin to differ."""
+    """Describe two rows and their likeness, with the words at which they begin to differ."""
     texts = [" ".join(_text(prompt.messages).split()) for prompt in (one, other)]
     pairs = enumerate(zip(*texts, strict=False))
     differs = next((i for i, (a, b) in pairs if a != b), min(map(len, texts)))

@@ -1,14 +1,16 @@
 """Find near-duplicate texts by the Jaccard index of their sets of three successive words.
 
-Words that occur in more than one text in twenty (``COMMON``), and in more than ``MANY`` texts, belong to a template
-that many texts share, and show no similarity. They are left out of the sets, except for a text that has no others.
+Words that occur in more than one of twenty texts (``COMMON``) and in more than ``MANY`` texts belong to a template that
+many texts share, so they do not show similarity. They are left out of the sets, except in a text that has no other
+words.
 
 The search is exact and deterministic, by prefix filtering (Chaudhuri, Ganti and Kaushik 2006). If the Jaccard index of
-two sets is at least t, a share t of the larger set is in the smaller one. So with all members in one fixed order, the
-first few members of both sets have one in common, and only texts that share one of these are compared. Rare members
-come first in the order, so few texts are compared. If the first common members are the i-th and the j-th, the two texts
-share no more members than the shorter rest has; if these are too few, the texts are not compared (positional filtering;
-Xiao, Wang, Lin and Yu 2008). MinHash would miss some pairs and cost more at such thresholds.
+two sets is at least t, a share t of the larger set is in the smaller one. So if all members have one fixed order, the
+first few members of both sets have one in common, and only texts with a common first member are compared. Rare members
+come first in the order, so few texts are compared. If the first common members are the i-th of one text and the j-th of
+the other, the texts can share at most as many members as the shorter rest has. If that is too few, they are not
+compared (positional filtering; Xiao, Wang, Lin and Yu 2008). MinHash would miss some pairs and cost more at such
+thresholds.
 """
 
 import math
@@ -33,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def near(ours: Sequence[str], others: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """All pairs of one of ``ours`` and one of ``others`` at or above the threshold, as (ours, others, Jaccard index).
+    """All pairs of a text in ``ours`` and one in ``others`` at or above the threshold: (ours, others, Jaccard index).
 
     Args:
         threshold: above 0, and at most 1.
@@ -45,7 +47,7 @@ def near(ours: Sequence[str], others: Sequence[str], threshold: float) -> list[t
 
 
 def repeats(texts: Sequence[str], threshold: float, progress: Progress | None = None) -> list[tuple[int, int, float]]:
-    """Every text that resembles an earlier one, with the first such text that is not itself a repeat."""
+    """Every text that resembles an earlier one, with the first similar text that is not a repetition itself."""
     index = _Index(texts, threshold, progress)
     found = []
     for i in range(len(texts)):
@@ -64,8 +66,8 @@ class _Sets(NamedTuple):
 
     Attributes:
         members: numbers of three-word sequences, the rarest first, sorted within each text.
-        starts: where each text begins, and the end of all.
-        shared: the first number of a sequence that more than one text has.
+        starts: where each text begins, and where the last one ends.
+        shared: the smallest number of a sequence that is in more than one text.
     """
 
     members: "np.ndarray"
@@ -81,7 +83,7 @@ class _Index:
             raise ValueError(f"threshold {threshold}: expected a number above 0, at most 1")
         self.threshold = threshold
         self.sets = _make_sets(texts, progress)
-        # By member; then by the size of the set and the member's place in it, which together decide.
+        # By member, then by the size of the set and the member's place in it: both decide whether texts are compared.
         self.meetings: defaultdict[int, dict[tuple[int, int], list[int]]] = defaultdict(dict)
 
     def add(self, i: int) -> None:
@@ -119,7 +121,7 @@ class _Index:
         return found
 
     def _prefix(self, i: int) -> list[tuple[int, int]]:
-        """The first members in the common order that other texts have too, each with its place.
+        """The first members, in the common order, that other texts have too, each with its place.
 
         The prefix is long enough that any two similar texts share one of its members.
         """
@@ -130,7 +132,7 @@ class _Index:
 
 
 def _make_sets(texts: Sequence[str], progress: Progress | None) -> _Sets:
-    """Number every three successive words, or all words of a shorter text; case, marks and spaces are ignored."""
+    """Number every sequence of three words, or all words of a shorter text. Case, marks and spaces are ignored."""
     import numpy as np
 
     words, ends = _number_words(texts, progress)
@@ -177,7 +179,7 @@ def _number_words(texts: Sequence[str], progress: Progress | None) -> tuple["np.
 
 
 def _number_sequences(words: "np.ndarray") -> "np.ndarray":
-    """Number the three words that begin at each word: the first two as one number, then this with the third."""
+    """Number the three words that begin at each word: first the first two, then their number with the third."""
     import numpy as np
 
     numbers = words

@@ -87,7 +87,7 @@ class _Text(Files):
         """Yield the raw rows of a file, each with its location."""
 
     def _table(self) -> RawTable:
-        """Read the files for their columns; they are read again for the rows, since all at once would fill memory."""
+        """Read the files to find their columns. The rows are read again later, since all at once would fill memory."""
         files = self._files()
         columns: dict[str, None] = {}
         texts: set[str] = set()
@@ -107,7 +107,7 @@ class _Text(Files):
 
 
 def _choose(rows: Iterable[Each], drawn: Sequence[int]) -> Iterator[Each]:
-    """The rows of these numbers, in ascending order."""
+    """The rows with these numbers, in ascending order."""
     wanted = iter(drawn)
     number = next(wanted, None)
     for i, row in enumerate(rows):
@@ -145,7 +145,7 @@ class _Columns(Files):
         """The schema of a file, and a function that reads some of its columns."""
 
     def _read_file(self, file: Path) -> tuple[list[str], "pa.Table", list[str]]:
-        """Return the names of all columns, a table of those that are read, and the other columns with text."""
+        """Return the names of all columns, a table of the columns that are read, and the unread columns with text."""
         import pyarrow as pa
 
         try:

@@ -15,8 +15,9 @@ NO_ROLES: Mapping[str, str] = MappingProxyType({})
 def plain_row(raw: Any, roles: Mapping[str, str] = NO_ROLES) -> Any:
     """Return a raw row with its turns as lists, and with roles under their usual names.
 
-    A conversation that is a text, as in CSV files, is parsed if it is a list in JSON or in Python's notation. So is a
-    prompt; and a response if its prompt is such a text, if there is no prompt, or if it begins with the prompt's text.
+    In CSV files, a conversation is a text. It is parsed if it is a list in JSON or in Python's notation. A prompt is
+    parsed likewise. A response is parsed if its prompt is such a text, if there is no prompt, or if it begins with the
+    prompt's text.
 
     Args:
         roles: the usual names of other roles, such as ``{narrator: user}``.

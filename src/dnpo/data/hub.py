@@ -47,7 +47,7 @@ class Hub(Rows):
 
     @cached_property
     def _commit(self) -> str | None:
-        """The commit that is read; offline the given revision, or None for any commit in the cache."""
+        """The commit that is read. Offline: the given revision, or None for any commit in the cache."""
         from huggingface_hub import HfApi
 
         try:
@@ -87,7 +87,7 @@ class Hub(Rows):
         return rows
 
     def _explain(self, error: Exception) -> str:
-        """The error message; for an unknown split or config with the library's text, which lists the known ones."""
+        """The error message. For an unknown split or config it has the library's text, which lists the known ones."""
         text = f"({type(error).__name__}: {error})"
         marks = {
             f"data.config={self.config}": ("BuilderConfig", "Config name is missing"),

@@ -1,4 +1,4 @@
-"""Parse text files into raw rows, each with its location. The first bytes of a file decide its kind, not its name."""
+"""Parse text files into raw rows, each with its location. A file's kind is found from its first bytes, not its name."""
 
 import csv
 import gzip
@@ -100,7 +100,7 @@ def parse_json(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def parse_csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """Parse values with a header, separated by commas, or by another separator if the header has it and no comma.
+    """Parse values with a header. The separator is the comma, or another one if the header has that and no comma.
 
     Yields:
         Locations and raw rows, whose empty cells count as absent; for a row with more or fewer cells than the header a
@@ -138,7 +138,7 @@ def parse_csv(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
 
 
 def _separator(head: str) -> str:
-    """The separator: a comma, unless the header is then one cell with another separator, or hides fields' names."""
+    """The separator: a comma, unless the header is then one cell with another separator or without known names."""
     cells = next(csv.reader([head]), [])
     others = [mark for mark in SEPARATORS if len(cells) == 1 and mark in cells[0]]
     if len(cells) > 1:

@@ -1,7 +1,7 @@
-"""Which training prompts an iteration uses: the parts that ``prompts=…`` configures.
+"""Choose the training prompts of an iteration: the parts that ``prompts=…`` configures.
 
-Prompts are divided by a hash of their conversations, never of their ids: rows with the same conversation stay together,
-so that no part has another part's prompts under other ids.
+Prompts are divided by a hash of their conversations, not of their ids. So rows with the same conversation are always in
+the same part, even if their ids differ.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class Prompts(Protocol):
     """Chooses the prompts of an iteration, configured by ``prompts=…``."""
 
     def check(self, iterations: int) -> None:
-        """Raise if one of this many iterations would have no prompts, regardless of the data.
+        """Raise if, for any data, one of the iterations would have no prompts.
 
         Raises:
             SettingsError: names the setting.
@@ -41,7 +41,7 @@ class All:
     """All training prompts, in every iteration."""
 
     def check(self, iterations: int) -> None:
-        """It has prompts for any number of iterations."""
+        """Accept any number of iterations."""
 
     def __call__(self, prompts: Sequence[Prompt], k: int) -> Sequence[Prompt]:
         """All of them."""
@@ -52,11 +52,12 @@ class All:
 class Seed:
     """The seed: a few prompts, the same ones in every iteration.
 
-    If some of the prompts have pairs in the data, these prompts are the seed; otherwise a share of all prompts is.
+    If some of the prompts have pairs in the data, these prompts are the seed. Otherwise the seed is a share of all
+    prompts.
 
     Args:
         share: size of the seed as a share of all training prompts, which are chosen by a hash of the conversation.
-        pairs: how many of the prompts with pairs: ``all``, or as many as ``share`` of all training prompts at most.
+        pairs: how many of the prompts with pairs to use: ``all``, or at most ``share`` of all training prompts.
     """
 
     share: Fraction = 0.0333
@@ -103,7 +104,7 @@ class Seed:
 
 @dataclass(frozen=True)
 class Fresh:
-    """New prompts in every iteration: part ``k`` of the training prompts, which no other iteration has.
+    """New prompts in every iteration: iteration ``k`` has part ``k`` of the training prompts.
 
     With a seed, part 0 is the seed, and the other parts divide the remaining prompts.
 
@@ -165,9 +166,9 @@ class Fresh:
 def divide(prompts: Sequence[Prompt], shares: Sequence[float]) -> list[Sequence[Prompt]]:
     """Divide prompts into parts in proportion to ``shares``, counted in rows; each part keeps the order of the rows.
 
-    Conversations come in the order of their hashes. A conversation with n rows of N, after b rows of earlier ones, is
-    in the part that contains the position (b + n/2)/N: four conversations with 1, 1, 4 and 2 rows have the positions
-    1/16, 3/16, 1/2 and 7/8, so for the shares 1:3 the first part has the first two.
+    Conversations are sorted by their hashes. If a conversation has n of N rows and the earlier conversations have b
+    rows, it is in the part that contains the position (b + n/2)/N. Example: conversations with 1, 1, 4 and 2 rows have
+    the positions 1/16, 3/16, 1/2 and 7/8, so with the shares 1:3 the first two are in the first part.
     """
     rows: dict[str, list[int]] = {}
     for i, messages in enumerate(values(prompts, "messages")):

@@ -1,12 +1,11 @@
 """Turn raw rows of any supported form into prompts with human responses.
 
-* ``prompt`` and ``response``: each a text, or turns with role and content.
-* ``messages``: a conversation, of which ``turns`` selects prompt and response. If a row has none of these forms,
-  ``conversations`` (as in ShareGPT, with from and value) or ``conversation`` is used instead.
-* ``prompt``, ``chosen`` and ``rejected``, plain or conversational (TRL's preference formats): ``chosen`` is taken as
-  the human response. Conversational ones may hold the whole conversation, and then need no ``prompt``. A pair is read
-  before ``messages``. ``rejected`` may be absent or an empty list. Both sides may have ratings, under any of the names
-  in ``SCORES``.
+* ``prompt`` and ``response``: each a text, or turns with role and content. * ``messages``: a conversation, of which
+``turns`` selects prompt and response. If a row has none of these forms, ``conversations`` (as in ShareGPT, with from
+and value) or ``conversation`` is used instead. * ``prompt``, ``chosen`` and ``rejected``, plain or conversational
+(TRL's preference formats): ``chosen`` is taken as the human response. Conversational ones may hold the whole
+conversation, and then need no ``prompt``. If a row has a pair and ``messages``, the pair is read. ``rejected`` may be
+absent or an empty list. Both sides may have ratings, under any of the names in ``SCORES``.
 
 Turns may be written as JSON text (``forms.py``). A row that has two forms with different contents is refused.
 
@@ -32,7 +31,7 @@ Field = Literal[
 ]
 Turns = Literal["first", "all"]
 CONVERSATIONS = ("messages", "conversations", "conversation")
-# The names here (also in exported pairs), in UltraFeedback (binarised), and three in distilabel.
+# The names in dnpo (also in exported pairs), in UltraFeedback (binarised), and three in distilabel.
 SCORES = {
     side: (f"{side}_score", f"score_{side}", f"{side}_rating", f"rating_{side}", f"{side}-rating")
     for side in ("chosen", "rejected")
@@ -45,8 +44,8 @@ FORMS = "expected prompt and response, messages, or prompt and chosen"
 def check_rows(rows: Iterable[tuple[str, Any]], turns: Turns) -> tuple[Rows[Prompt], int, Unusable]:
     """Turn raw rows, each with its location such as ``some.jsonl:3``, into prompts with unique ids.
 
-    A row that repeats an earlier row with the same id is left out; one that differs from it cannot be used. A
-    ``prompt_id`` identifies a prompt rather than a row, so a hash of the row is added to it.
+    A row with the id of an earlier row is left out if the rows are equal; otherwise it cannot be used. A ``prompt_id``
+    identifies a prompt rather than a row, so a hash of the row is added to it.
 
     Returns:
         The prompts, the number of repeated rows left out, and the rows that cannot be used.
@@ -126,7 +125,7 @@ def prompt_of(raw: Any, turns: Turns) -> Prompt:
 
 
 def _conversation_field(row: Mapping[str, Any]) -> str:
-    """The field with the row's conversation, or ""; other forms come before an empty conversation, or ShareGPT's."""
+    """The field with the row's conversation, or "" if the row has another form, which precedes ShareGPT's fields."""
     sides = "chosen" in row or {"prompt", "response"} <= set(row)
     first, *others = CONVERSATIONS
     if row.get(first) not in (None, []):
@@ -216,7 +215,7 @@ def _score(side: str, row: Mapping[str, Any]) -> float | None:
 
 
 def _number(field: str, value: Any) -> float:
-    """A finite number, which CSV has as text."""
+    """A finite number, given as a number or (in CSV) as text."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""A hash of a conversation, by which a fitted judge lists the conversations that it was trained on."""
+"""Hash a conversation. A fitted judge keeps the hashes of the conversations that it was trained on."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The base class of sources that read users' rows: columns, sampling, splits and duplicates.
 
-:mod:`dnpo.data.rows` defines the forms of rows. Only rows that are drawn are checked.
+:mod:`dnpo.data.rows` defines the forms of rows. Rows that are not drawn are not checked.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from dnpo.seeding import derive
 from dnpo.settings import Count, Fraction, Natural, nearest
 
 Role = Literal["system", "user", "assistant"]
-SIDES = ("prompt", "response", "chosen", "rejected")  # fields of which no two can be the same column
-VERSION = 4  # part of stage keys; must be raised when the same files give other rows
+SIDES = ("prompt", "response", "chosen", "rejected")  # fields that must have different columns
+VERSION = 4  # part of stage keys; must be raised when a change of the code gives other rows for the same files
 
 
 class RawTable(NamedTuple):
@@ -34,8 +34,8 @@ class RawTable(NamedTuple):
     Attributes:
         columns: the names of the columns.
         total: the number of rows.
-        rows: reads some of them by number, each with its location.
-        texts: returns those of the given columns that contain text.
+        rows: reads some rows by number, each with its location. texts: returns the columns, among the given ones, that
+            contain text.
     """
 
     columns: Collection[str]
@@ -50,7 +50,7 @@ class Rows(ABC):
 
     Args:
         columns: the columns of fields that have other names in the data, such as ``{prompt: instruction}``; a list of
-            columns is joined; null leaves the column of that name unread.
+            columns is joined; with null, the column of the field's name is not read.
         join: text between the parts of a list of columns; parts without text are left out.
         bad_rows: ``fail`` if a row cannot be used, or ``drop`` such rows and count them.
         turns: how to read ``messages``: ``first`` takes the first user turn and its answer; ``all`` takes the last
@@ -111,9 +111,9 @@ class Rows(ABC):
 
     @property
     def _hidden(self) -> set[str]:
-        """Columns that are not read under their own names, since the field of that name is mapped to another column.
+        """Columns that are not read as the field of their name, since that field is mapped to another column.
 
-        Naming columns for one form of row hides the columns of other forms.
+        If columns are given for one form of row, the columns of other forms are hidden too.
         """
         mapped = self._columns
         named = {field for field, columns in mapped.items() if columns}
@@ -135,7 +135,7 @@ class Rows(ABC):
 
     @abstractmethod
     def _contents(self) -> Mapping[str, Any]:
-        """The values that decide the rows before any are drawn."""
+        """The values that determine the rows before any are drawn."""
 
     @abstractmethod
     def _table(self) -> RawTable:
@@ -234,7 +234,7 @@ class Rows(ABC):
         return [name for name in columns if name in wanted]
 
     def _choose_others(self, columns: Collection[str]) -> list[str]:
-        """The unread columns, without those that are unread on purpose: set to null, or ``rejected`` alone."""
+        """The unread columns, without columns that are unread on purpose: set to null, or ``rejected`` alone."""
         unplugged = {field for field, columns in self._columns.items() if not columns}
         read = {*self._choose_columns(columns), *unplugged, "rejected"}
         return [name for name in columns if name not in read]

@@ -1,11 +1,11 @@
-"""A made-up world: six families of short instructions with verifiable answers, and fallible humans who answer them.
+"""An invented world: six families of short instructions with verifiable answers, and humans who make mistakes.
 
 The families stand in for the six benchmarks of the DNPO paper: small arithmetic, unit conversion, reversing words,
-sorting numbers, counting letters, and a fixed table of invented facts. For a third of the facts there is a *myth*, a
-wrong answer that most human annotators repeat (the stand-in for TruthfulQA).
+sorting numbers, counting letters, and a fixed table of invented facts. A third of the facts have a *myth*, a wrong
+answer that most human annotators give (in place of TruthfulQA).
 
 The facts of this world, its problems and the held-out prompts are fixed. The seed only draws the training data: which
-problems are asked, in which wording, and how well the human answers. So runs with different seeds are tested on the
+problems are asked, in which wording, and how well the human answers. So runs with different seeds are evaluated on the
 same prompts.
 """
 
@@ -65,16 +65,16 @@ class TinyWorld:
 
     Args:
         train: number of training rows, spread evenly over the families.
-        validation, test: numbers of held-out prompts, spread evenly; together at most a quarter of any family's
-            distinct prompts. None of them occurs in training.
+        validation, test: numbers of held-out prompts, spread evenly over the families; together at most a quarter of
+            any family's distinct prompts. No held-out prompt occurs in training.
         flaws: probability that a human response is wrong, incomplete or sloppy (a third each).
-        myths: probability that a human repeats the myth where there is one; this comes on top of ``flaws``.
+        myths: probability that a human gives the myth, if there is one; in addition to ``flaws``.
         difficulty: 1 (small numbers, short lists) to 5.
         gold_pairs: share of the training rows that have a pair. A second human responds; the response with more points
             is chosen (``human``), the other ``rejected``; with equal points there is no pair. A hash of the
             conversation decides which rows have pairs, so equal conversations go together.
         seed: seed of the training data.
-        max_prompt_tokens, max_response_tokens: limits that no sensible tokenizer reaches here.
+        max_prompt_tokens, max_response_tokens: limits; the rows here are far shorter with any usual tokenizer.
     """
 
     long_responses: ClassVar[LongResponses] = "cut"
@@ -186,7 +186,7 @@ class TinyWorld:
         return respond(draw, problem, answer, flaw), flaw is not None or answer != problem.answer
 
     def _add_pairs(self, rows: list[Prompt], problem_of: Mapping[str, Problem]) -> tuple[list[Prompt], dict[str, int]]:
-        """Give rows pairs, conversation by conversation until enough have one, and count pairs and ties."""
+        """Add pairs to rows, one conversation after the other, until enough rows have one; count pairs and ties."""
         same: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
             same.setdefault(hash_conversation(row.messages), []).append(i)
@@ -204,7 +204,7 @@ class TinyWorld:
 
 
 def _pair(row: Prompt, other: str) -> Prompt:
-    """Pair the row's human response with another one, the better one chosen, if their points differ."""
+    """Pair the row's human response with another response if their points differ; the better one is chosen."""
     ours, theirs = points(row, row.human), points(row, other)
     if ours == theirs:
         return row
@@ -227,7 +227,7 @@ def respond(draw: random.Random, problem: Problem, answer: str, flaw: Flaw | Non
 
 
 def _sloppy(draw: random.Random, text: str) -> str:
-    """Make two of these mistakes, or the one that is possible: no initial capital, no full stop, a repeated word."""
+    """Make two of these mistakes, or one if only one is possible: no initial capital, no full stop, a repeated word."""
     habits: list[Callable[[str], str]] = [lambda s: s.removesuffix(".")]
     if text[0].isalpha():
         habits.append(lambda s: s[0].lower() + s[1:])

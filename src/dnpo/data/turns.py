@@ -26,8 +26,8 @@ VERSIONS = re.compile(r"(?:chat)?gpt[-_ ]?\d.*")  # gpt4, gpt-3.5-turbo: an assi
 TOOL_ROLES = {"tool", "function", "tool_call", "tool_response", "function_call", "function_response", "observation"}
 CALLS = ("tool_calls", "function_call")
 TEXT_PARTS = ("text", "input_text", "output_text")
-NOTHING = ("Cc", "Cf", "Cn", "Co", "Mn", "Me")  # marks that combine with a letter show nothing without one
-LOST = {"\ufffc", "\ufffd"}  # replace what could not be decoded
+NOTHING = ("Cc", "Cf", "Cn", "Co", "Mn", "Me")  # combining marks are invisible without a letter
+LOST = {"\ufffc", "\ufffd"}  # replacements of undecodable bytes
 # Invisible letters and marks: fillers, joiners, variation selectors, the blank pattern of Braille.
 INVISIBLE = {
     *"\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0",
@@ -36,9 +36,9 @@ INVISIBLE = {
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text says nothing: only spaces, control characters, zero-width, direction and combining marks.
+    """Whether a text has no content: only spaces, control characters, zero-width, direction and combining marks.
 
-    Characters for private use, and replacements of what could not be decoded, say nothing either.
+    Characters for private use, and replacements of undecodable bytes, are no content either.
     """
     return all(
         char.isspace() or unicodedata.category(char) in NOTHING or char in INVISIBLE or char in LOST for char in text
@@ -72,7 +72,7 @@ def read_text(place: str, value: Any, *, field: str = "", empty: bool = False) -
 
 
 def is_parts(value: Any) -> bool:
-    """Whether a value is a list of parts, which have a type, rather than of turns, which have a role."""
+    """Whether a value is a list of parts, which have a type. (Turns have a role instead.)"""
     return isinstance(value, list) and bool(value) and all(_is_part(each) for each in value)
 
 

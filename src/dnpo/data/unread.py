@@ -22,7 +22,7 @@ def holds_text(value: Any) -> bool:
 
 
 def may_hold_text(schema: "pa.Schema", names: Collection[str]) -> list[str]:
-    """The given columns of an Arrow schema that have strings and nothing binary, such as pictures."""
+    """The given columns of an Arrow schema that have strings, and no binary values such as pictures."""
     return [name for name in names if "binary" not in str(kind := schema.field(name).type) and "string" in str(kind)]
 
 

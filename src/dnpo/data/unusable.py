@@ -14,7 +14,7 @@ class RowError(DataError):
     """A row cannot be used.
 
     Attributes:
-        reason: the problem without values of the row, so that rows with the same problem are counted together.
+        reason: the problem, without the row's values, so that rows with the same problem are counted together.
     """
 
     def __init__(self, reason: str, text: str) -> None:
@@ -75,7 +75,7 @@ def read_rows(raw: Iterable[tuple[str, Any]], make: Callable[[str, Any], Row | N
     """Make rows from raw ones, and count those that cannot be used.
 
     Args:
-        raw: locations and raw rows; a ``RowError`` in place of a row that could not be parsed.
+        raw: locations and raw rows; a row that could not be parsed is a ``RowError``.
         make: makes a row, or returns None to leave it out; raises a ``RowError`` if it cannot be used.
     """
     bad = Unusable()
@@ -83,7 +83,7 @@ def read_rows(raw: Iterable[tuple[str, Any]], make: Callable[[str, Any], Row | N
 
 
 def make_rows(raw: Iterable[tuple[str, Any]], make: Callable[[str, Any], Row | None], bad: Unusable) -> Iterator[Row]:
-    """The same one by one; ``bad`` counts the unusable ones."""
+    """Make rows one by one, as :func:`read_rows` does; ``bad`` counts the rows that cannot be used."""
     for where, each in raw:
         try:
             if isinstance(each, RowError):

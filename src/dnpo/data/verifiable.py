@@ -15,7 +15,7 @@ _TOKEN = re.compile(r"(?<!\w)[-−]?\d+(?:\.\d+)?|[^\W_]+|:")
 
 
 def points(prompt: Prompt, text: str) -> float:
-    """Give points to a response to a prompt with an answer, by the rules at the head of this file."""
+    """Give points to a response by the rules at the head of this file; the prompt must have an answer."""
     return 60.0 * correct(prompt, text) + 25.0 * completeness(prompt, text) + form(text)
 
 
@@ -39,8 +39,8 @@ def is_right(expected: str | None, text: str) -> bool:
 def read_answer(text: str) -> str:
     """Find the answer of a response.
 
-    It is the words and numbers after the last "is", "are", "equals" or colon, or all words and numbers if there is none
-    of these; "" if there are no words or numbers at all.
+    The answer is the words and numbers after the last "is", "are", "equals" or colon. If there is none of these, it is
+    all words and numbers; without any words or numbers it is "".
     """
     tokens = _tokens(text)
     last = max((place for place, token in enumerate(tokens) if token in _MARKERS), default=-1)

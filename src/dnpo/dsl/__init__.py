@@ -1,4 +1,4 @@
-"""Labelling: decide which responses to a prompt become the chosen and the rejected side of a pair.
+"""Labelling: decide which response of a pair is chosen and which is rejected.
 
 A labeller gets the candidates of one prompt with their scores, and returns the pairs to make of them. Candidates are
 the human response, the data's own rejected one, or K generated ones, depending on the labeller. ``rules.py`` has the
@@ -109,7 +109,7 @@ class Counts(NamedTuple):
 
     Attributes:
         events: how often each event occurred.
-        right: of each prompt the numbers of samples and of right ones, for pass@k.
+        right: for each prompt, the number of samples and the number of right ones, for pass@k.
     """
 
     events: dict[str, int]
@@ -152,12 +152,13 @@ def label_some(
     verdicts: Sequence[Verdict],
     iteration: int,
 ) -> tuple[list[Pair], Counts]:
-    """As :func:`label`, for some prompts of an iteration; :func:`add_up` adds up the counts.
+    """Do the work of :func:`label` for some prompts of an iteration; :func:`add_up` adds up the counts.
 
-    ``generated`` has the responses of the policy, or the data's own rejected ones. A sample that repeats an earlier one
-    of its prompt token for token is not another candidate (``repeated``). Nor is one that equals the human response, if
-    that is a candidate: equal token sequences carry no signal (``identical``). ``unscored`` counts the generated
-    responses that lack a score, or whose human counterpart does, if the labeller needs scores.
+    ``generated`` has the responses of the policy, or the data's own rejected ones. Two kinds of samples are left out
+    and counted: a sample with the same tokens as an earlier one (``repeated``), and a sample with the same tokens as
+    the human response, if that is a candidate (``identical``): such a pair carries no signal. If the labeller needs
+    scores, ``unscored`` counts the generated responses without a score, and also those whose human counterpart has
+    none.
     """
     prompt_of, human_of = {row.id: row for row in prompts}, {row.id: row for row in human}
     score_of = {(v.id, v.source, v.sample): v.score for v in verdicts}
@@ -167,7 +168,7 @@ def label_some(
 
     counts: Counter[str] = Counter()
     pairs: list[Pair] = []
-    right: list[tuple[int, int]] = []  # of each prompt: samples, right ones
+    right: list[tuple[int, int]] = []  # for each prompt: samples, right ones
     for id, responses in _by_prompt(generated).items():
         prompt, distinct = prompt_of[id], _distinct(responses)
         fixed = [candidate(human_of[id])] if labeller.admits_human else []
@@ -209,7 +210,7 @@ def _pass_at(right: Sequence[tuple[int, int]]) -> dict[str, float]:
 
 
 def _distinct(responses: Iterable[Response]) -> list[Response]:
-    """The responses without those that repeat an earlier one token for token."""
+    """The responses, without repetitions of an earlier one token for token."""
     found: dict[tuple[int, ...], Response] = {}
     for response in responses:
         found.setdefault(tuple(response.token_ids), response)

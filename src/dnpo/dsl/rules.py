@@ -30,7 +30,7 @@ class Labelled(NamedTuple):
 
 
 class AgainstHuman:
-    """The base of labellers that compare each generated response with the human one."""
+    """Base class of labellers that compare each generated response with the human one."""
 
     needs_scores: ClassVar[bool] = False
     admits_human: ClassVar[bool] = True
@@ -45,7 +45,7 @@ class AgainstHuman:
 
 
 class AmongGenerated(AgainstHuman):
-    """The base of labellers that compare generated responses with each other, by their scores."""
+    """Base class of labellers that compare generated responses with each other, by their scores."""
 
     needs_scores: ClassVar[bool] = True
     admits_human: ClassVar[bool] = False
@@ -97,8 +97,8 @@ class BestWorst(AmongGenerated):
     """The best generated response against one of the worst (HG-DPO paper, section 3; Self-Rewarding).
 
     Args:
-        loser_rank: which one is rejected: 1 for the worst, 2 for the second worst, … If there are too few, the one
-            after the best.
+        loser_rank: which response is rejected: 1 for the worst, 2 for the second worst, … If there are too few
+            responses, the second best is rejected.
     """
 
     loser_rank: Count = 1
@@ -126,7 +126,7 @@ class Ranked(AmongGenerated):
 
 @dataclass(frozen=True)
 class RandomPairs(AmongGenerated):
-    """Generated responses paired at random, a control for :class:`Ranked`: also ⌊K/2⌋ pairs, the better side chosen.
+    """Random pairs of generated responses, as a control for :class:`Ranked`: also ⌊K/2⌋ pairs, the better side chosen.
 
     Args:
         seed: seed of the pairing, together with the prompt's id.
@@ -144,7 +144,7 @@ class RandomPairs(AmongGenerated):
 
 @dataclass(frozen=True)
 class FirstTwo(AmongGenerated):
-    """Two samples, the one with the higher score chosen and at a tie the second one (SPA, equation 8)."""
+    """Two samples. The one with the higher score is chosen; at a tie, the second one (SPA, equation 8)."""
 
     nothing: ClassVar[str] = "identical"
 
@@ -204,18 +204,18 @@ class Right(AmongGenerated):
 
 @dataclass(frozen=True)
 class GivenPairs(AgainstHuman):
-    """The data's own pair, unchanged, if nothing is generated (``rollout=given``)."""
+    """The pair that the data have, unchanged, if nothing is generated (``rollout=given``)."""
 
     fewest: ClassVar[int] = 0
 
     def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Labelled]:
-        """The human response, which the data choose, against the one that they reject."""
+        """The human response, which is the chosen one in the data, against the rejected one."""
         human, *given = candidates
         return [Labelled(human, each) for each in given if each.response.source == GIVEN]
 
 
 def by_score(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that have a score, the best first; of equal ones the earlier first."""
+    """The candidates that have a score, the best first; candidates with equal scores keep their order."""
     return sorted((each for each in candidates if each.score is not None), key=lambda each: -(each.score or 0.0))
 
 

@@ -26,7 +26,7 @@ class HardLabels:
 
 @dataclass(frozen=True)
 class RewardStrength:
-    """σ(r₁ − r₂) of the scores, for judges whose scores are rewards in nats (SPA, equation 7)."""
+    """The strength σ(r₁ − r₂), for judges whose scores r are rewards in nats (SPA, equation 7)."""
 
     asks: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = True

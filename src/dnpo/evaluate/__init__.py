@@ -1,4 +1,4 @@
-"""Measure a policy: always by ``metrics.py``, and by the optional measures of ``stages/measures.py``."""
+"""Measure a policy: ``metrics.py`` has the metrics of every run, ``stages/measures.py`` the optional ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -27,7 +27,7 @@ class Evaluated(NamedTuple):
     Attributes:
         held: the held-out prompts, with the human responses.
         greedy: the policy's greedy response to each prompt, in the same order.
-        samples: its samples: number 0 for all prompts, then number 1 for all prompts, …; each in the same order.
+        samples: its samples, in the same order of prompts: sample 0 for all prompts, then sample 1 for all prompts, …
     """
 
     held: Held
@@ -50,13 +50,13 @@ class Evaluation:
     Args:
         split: ``validation`` for choosing settings, ``test`` for reporting.
         samples: number of fresh samples for each held-out prompt.
-        sequences: number of the iteration's pairs whose log-probabilities are kept, and of fresh samples for the same
-            prompts. The Kolmogorov-Smirnov distance compares the pairs whose fresh sample differs from the human
-            response; it needs 1,200 or more to rise above chance.
+        sequences: number of the iteration's pairs whose log-probabilities are kept; each of their prompts gets one
+            fresh sample. The Kolmogorov-Smirnov distance compares the pairs whose fresh sample differs from the human
+            response; it needs 1,200 pairs or more to rise above chance.
         texts: compares new texts with the positive samples, in a separate stage; None: no comparison.
         leaderboard: benchmarks by lm-eval after every iteration, in a separate stage; None: no benchmarks.
         measures: further measures by name, each in a separate stage.
-        judge: gives the scores; None: the judge that labels does, if its scores say how good texts are.
+        judge: gives the scores; None: the judge that labels pairs gives them, if its scores measure quality.
         initial: whether to estimate the KL divergence from the initial policy, in a separate stage.
     """
 

@@ -22,8 +22,8 @@ Array = npt.NDArray[np.float64]
 def ks(first: Any, second: Any) -> float:
     """The Kolmogorov-Smirnov distance: the largest difference between the two cumulative shares, 0 to 1.
 
-    It has no unit: it is 1 for samples without overlap, however far apart they are. For [1, 2, 3, 4] and [3, 4, 5, 6]
-    it is 0.5: half of the first values are at most 2, and none of the second.
+    It has no unit. For samples without overlap it is 1 at any distance. For [1, 2, 3, 4] and [3, 4, 5, 6] it is 0.5:
+    half of the first values are at most 2, and none of the second.
     """
     return float(ks_2samp(_sample("first", first), _sample("second", second)).statistic)
 
@@ -55,7 +55,7 @@ def overlap(first: Any, second: Any, bins: int = BINS) -> float:
 
 
 def overlap_by_chance(first: Any, second: Any, bins: int = BINS) -> float:
-    """The expected overlap if both samples were drawn from the same distribution, that of the pooled samples.
+    """The expected overlap of two such samples from one distribution, the distribution of the pooled samples.
 
     1 − ½ Σ_b E|p_b − q_b|. The difference of two shares is approximately normal with variance v_b = r_b (1 − r_b) (1/n
     + 1/m), where r_b is the pooled share, so E|p_b − q_b| = √(2 v_b / π). For two samples of 1,000 over 30 equally full

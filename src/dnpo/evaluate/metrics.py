@@ -1,9 +1,10 @@
 """Measure a policy: metrics, and the rows and log-probabilities behind them.
 
-With a judge: scores of greedy and of sampled responses, and fresh samples against human responses. With verifiable
-answers: accuracy by family (greedy), pass@k and majority vote of the samples, and the number of pairs with the wrong
-answer chosen. Always: held-out loss of human responses, lengths, and log-probabilities of chosen, rejected and newly
-generated responses under the new policy; the distances between the last two measure stagnation.
+With a judge: scores of greedy and of sampled responses, and duels of fresh samples with human responses. With
+verifiable answers: accuracy of greedy responses by family, pass@k and majority vote of the samples, and the number of
+pairs with the wrong answer chosen. Always: held-out loss of human responses, lengths, and log-probabilities of chosen,
+rejected and new responses under the new policy. Distances between the log-probabilities of rejected and of new
+responses measure stagnation.
 
 Further measures (texts, drift, a second judge, the leaderboard) are separate stages, in ``stages/measures.py``, that
 read the files written here.
@@ -54,7 +55,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a policy: scores, accuracy, held-out loss, stagnation.
 
-    Where several processes share the work, one of them judges and writes, and the others return nothing.
+    If several processes share the work, one of them judges and writes, and the others return no metrics.
 
     Args:
         policy: the policy to measure.
@@ -62,7 +63,7 @@ def evaluate(
         judge: gives the scores; without a judge the metrics that need scores are left out.
         ledger: stores the judge's replies, so that no question is asked twice.
         sampling: how the policy samples.
-        again: how it samples new responses to training prompts: as the responses there were sampled.
+        again: how it samples new responses to training prompts: in the same way as for training.
         pairs: the pairs that the policy was trained on, if any.
         train: training prompts, for fresh samples if there are no pairs.
         source: ``source`` of the fresh samples.
@@ -70,7 +71,7 @@ def evaluate(
         seed: seed of the samples.
         folder: where ``samples.parquet``, ``verdicts.parquet``, ``items.parquet`` and ``logprobs.npz`` are written.
         report: receives the progress.
-        engines: what samples; None samples in this process.
+        engines: the engines that sample; None: this process samples.
     """
     copies = evaluation.samples
     several = repeat_prompts(held, copies)
@@ -114,7 +115,7 @@ def evaluate(
 
 
 def _score(policy: Policy, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> list[float]:
-    """Log-probabilities of completions under the policy, each computed by one rank and known to all."""
+    """Log-probabilities of completions under the policy. Each is computed by one rank; all ranks return all."""
     rows = ranks.share(list(zip(prompts, completions, strict=True)))
     return ranks.join_shares(policy.score([p.token_ids for p, _ in rows], [ids for _, ids in rows]))
 
@@ -164,10 +165,10 @@ def _accuracy(prompts: Sequence[Prompt], greedy: Sequence[Response]) -> dict[str
 
 
 def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) -> dict[str, float]:
-    """pass@1 and pass@n of the n samples for each prompt, and how often their most frequent answer is right."""
+    """pass@1 and pass@n from n samples for each prompt, and how often the most frequent answer is right."""
     count = len(prompts) // copies
     right = [correct(p, r.text) for p, r in zip(prompts, fresh, strict=True)]
-    # An answer that contains a word which introduces answers is extracted in part, so all right ones get one name.
+    # If an answer contains "is" or a similar word, only a part of it is extracted; so all right answers get one name.
     answers = [("right", "") if ok else ("", read_answer(r.text)) for ok, r in zip(right, fresh, strict=True)]
     hits = [sum(right[i::count]) for i in range(count)]
     metrics = {f"eval/pass_at_{k}": _mean(pass_at_k(copies, n, k) for n in hits) for k in dict.fromkeys((1, copies))}
@@ -176,7 +177,7 @@ def _several(prompts: Sequence[Prompt], fresh: Sequence[Response], copies: int) 
 
 
 def _labels(pairs: Sequence[Pair], answers: Mapping[str, str | None]) -> dict[str, float]:
-    """Shares of pairs with exactly one right answer, and of these with the right answer rejected: label noise."""
+    """Share of pairs with exactly one right answer; among these, share with the right one rejected (label noise)."""
     both = (p for p in pairs if p.rejected_ids)
     right = [(is_right(answers[p.id], p.chosen), is_right(answers[p.id], p.rejected)) for p in both]
     return (
@@ -253,8 +254,8 @@ def _distributions(
         logps["rejected"] = rejected
         logps["rejected_tokens"] = [len(ids) for ids in known.rejected]
         metrics["logps/rejected"] = _mean(logps["rejected"])
-        # Pairs of identical responses are dropped, so no rejected response equals the human one. New samples that do
-        # are left out too, with their prompts: an unchanged policy must show no distance.
+        # Pairs of identical responses are dropped, so no rejected response equals the human one. New samples that
+        # equal it are left out too, with their prompts: an unchanged policy must show no distance.
         compared = [r.token_ids != human for r, human in zip(new, known.human, strict=True)]
         logps["compared"] = compared
     arrays: dict[str, Any] = {name: np.asarray(values) for name, values in logps.items()}
@@ -284,7 +285,7 @@ def _stagnation(logps: dict[str, Any]) -> dict[str, float]:
 
 
 def ks_critical(first: int, second: int) -> float:
-    """The distance exceeded by 5 % of pairs of samples from one distribution (large-sample Kolmogorov-Smirnov)."""
+    """The distance that two samples of one distribution exceed in 5 % of cases (large-sample Kolmogorov-Smirnov)."""
     return math.sqrt(-math.log(0.05 / 2) / 2 * (first + second) / (first * second))
 
 

@@ -119,8 +119,8 @@ def similarity(generated: Sequence[str], positive: Sequence[str], encoder: "Sent
     text has four words.
 
     ``bleu_sentence``: BLEU of each row, over the n-gram orders that the text has. Both variants smooth precisions of 0
-    to 1/2, 1/4, … of a match, unless all are 0. For "the cat sat on the mat" against "the cat is on the mat" it is
-    (5/6 · 3/5 · 1/4 · 1/6)^¼ = 0.380.
+    to 1/2, 1/4, … of a match, unless all are 0. Example: for "the cat sat on the mat" against "the cat is on the mat"
+    it is (5/6 · 3/5 · 1/4 · 1/6)^¼ = 0.380.
 
     ``rouge_l``: F of the longest common subsequence of words (Lin 2004), by rouge-score without stemming; in the same
     example 5 of 6 words, 0.833. It sees only words of a-z and 0-9; text in other scripts counts as empty.
@@ -167,12 +167,12 @@ def similarity(generated: Sequence[str], positive: Sequence[str], encoder: "Sent
 
 
 def diversity(texts: Sequence[str], *, seed: int = 0, sample: int = SAMPLE) -> Measured:
-    """Measure how much texts differ from each other and within themselves, and their lengths.
+    """Measure the diversity of texts, between texts and within each text, and their lengths.
 
     ``distinct_1``, ``distinct_2``: share of distinct n-grams of words over the whole set (Li et al. 2016). They fall as
     texts are added, so compare only sets of equal size. "a b a" and "a b c" have 3 distinct words of 6, and 3 distinct
-    pairs (a b, b a, b c) of 4. ``distinct_1_within``, ``distinct_2_within``: the same within one text, low if it
-    repeats itself; 1 if it has no n-gram.
+    pairs (a b, b a, b c) of 4. ``distinct_1_within``, ``distinct_2_within``: the same share within one text, low if the
+    text repeats words; 1 if it has no n-gram.
 
     ``self_bleu``: mean BLEU of each text with the others as references (Zhu et al. 2018, Texygen), high if texts are
     alike. It grows with the number of references, so it is computed on ``sample`` texts drawn at random;

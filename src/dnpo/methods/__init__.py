@@ -1,1 +1,1 @@
-"""Code that a further method needs in addition to the parts, one small file for each; nothing else imports it."""
+"""Code of methods that need more than the parts: one small file for each method. No other code imports it."""

@@ -1,4 +1,4 @@
-"""``python -m dnpo.report RUN_OR_SWEEP``: write one HTML page on what a run or a sweep did and its results.
+"""``python -m dnpo.report RUN_OR_SWEEP``: write one HTML page about a run or a sweep.
 
 The page is self-contained: no scripts, no network, inlined pictures. All content of a run (prompts, responses, names,
 settings, notes) is shown as plain text. ``selection.py`` finds the runs, ``groups.py`` groups them by what varies,

@@ -22,7 +22,7 @@ class ReportMeasure:
     """A metric by which runs are compared.
 
     Attributes:
-        kind, column: kind of the items and the column that the metric averages; "" if it has no items.
+        kind, column: the kind of items and the column whose mean is the metric; "" if it has no items.
     """
 
     metric: Metric
@@ -135,7 +135,7 @@ def mean_of(group: Group, iteration: int | str, measure: ReportMeasure, items: I
 
 
 def matrix(group: Group, iteration: int | str, seeds: list[int], measure: ReportMeasure, items: Items) -> Array | None:
-    """Return the results as seeds × items; None if a run has no items, or others than the first run."""
+    """Return the results as seeds × items; None if a run has no items, or not those of the first run."""
     results = [items.of(group.at(iteration)[seed].run, iteration, measure) for seed in seeds]
     if not results or not all(results) or any(each.keys() != results[0].keys() for each in results):
         return None
@@ -194,7 +194,7 @@ def _policy(run: TrackedRun, iteration: int | str) -> str:
 
 
 def gain(member: Member, measure: ReportMeasure, items: Items) -> tuple[Estimate, str] | None:
-    """Return the last policy's mean minus the first's, and in words what its interval is over; None without both."""
+    """Return the last policy's mean minus the first's, and what the interval covers; None if one is missing."""
     values = member.values_by_iteration(measure.metric.name)
     if len(values) < 2:
         return None

@@ -119,7 +119,7 @@ def _facts(selection: Selection, groups: Groups, lineage: Mapping[str, Any]) -> 
 
 
 def _claims(own: TrackedRun | None) -> tuple[list[dict[str, Any]], str]:
-    """Return the claim table that was tracked with the sweep, and why there is none, if so."""
+    """Return the claim table that was tracked with the sweep; if there is none, the reason."""
     path = own.artifact("analysis/claims.json") if own is not None else None
     if path is None:
         return [], "No claim was tested on this sweep yet"

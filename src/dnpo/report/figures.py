@@ -1,4 +1,4 @@
-"""Draw the page's pictures as SVG, with letters as outlines so that they look the same everywhere."""
+"""Draw the page's pictures as SVG. Letters are outlines, so that they look the same everywhere."""
 
 import base64
 import io
@@ -46,7 +46,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a ``data:`` address, with its title and caption."""
+    """A picture, as a ``data:`` address, with title and caption."""
 
     uri: str
     title: str

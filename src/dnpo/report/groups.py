@@ -11,7 +11,7 @@ from dnpo.tracking.neutral import find_neutral
 from dnpo.tracking.reading import SFT, TrackedRun
 from dnpo.wording import plural
 
-# Options that are tried first to tell runs apart.
+# The options that distinguish runs are sought in this order.
 FIRST = ("dnpo.sweep/regime", "dnpo.method", "dnpo.dsl", "dnpo.npo", "dnpo.data", "dnpo.model", "dnpo.judge")
 NO_PARTS = ("dnpo.tracking", "dnpo.launch", "dnpo.sweep")
 STARTS = ("dsl.start", "npo.start")
@@ -30,7 +30,7 @@ BY_ITERATION = (
 
 @dataclass(frozen=True)
 class Member:
-    """A run and the rows of its table that count, one per policy."""
+    """A run, and the rows of its table that are used: one per policy."""
 
     run: TrackedRun
     rows: tuple[Mapping[str, Any], ...]
@@ -85,7 +85,7 @@ class Groups:
 
     Attributes:
         varies: names of the options and settings that differ between groups.
-        branching: whether only the last iteration of each run counts, as it branches off a common chain.
+        branching: whether only the last iteration of each run is used, because it branches off a common chain.
         missing: sentences about runs and iterations that are missing.
     """
 
@@ -168,7 +168,7 @@ def _value(run: TrackedRun, name: str) -> str:
 
 
 def _choose_names(runs: Sequence[TrackedRun], left_out: set[str]) -> list[str]:
-    """Choose few options and settings that together tell apart all runs that differ, the best known first."""
+    """Choose a few options and settings that together distinguish all different runs, the best known first."""
     options = {f"dnpo.{part.split('@')[-1]}" for run in runs for part in run.summary.get("choices", {})}
     tags = sorted(options - set(FIRST) - set(NO_PARTS))
     params = sorted({name for run in runs for name in run.params})
@@ -184,7 +184,7 @@ def _choose_names(runs: Sequence[TrackedRun], left_out: set[str]) -> list[str]:
     for name in contents:
         with_it = _parts(runs, [*chosen, name])
         if with_it > _parts(runs, chosen):
-            # prefer a path to a content hash if it tells the same runs apart
+            # prefer a path to a content hash if it distinguishes the same runs
             neighbours = [
                 each for each in params if each.rpartition(".")[0] == name.rpartition(".")[0] and each in neutral
             ]
@@ -214,7 +214,7 @@ def _label(names: Sequence[str], values: Sequence[str]) -> str:
 
 
 def _list_unfinished(runs: Iterable[TrackedRun], finished: Sequence[TrackedRun]) -> list[str]:
-    """Describe the unfinished runs of which no finished repetition exists."""
+    """Describe the unfinished runs that were not repeated and finished."""
     ids, done = {run.id for run in finished}, [_identity(run) for run in finished]
     left = [run for run in runs if run.id not in ids and _identity(run) not in done]
     return [

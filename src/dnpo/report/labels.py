@@ -1,4 +1,4 @@
-"""Show how pairs were labelled: examples, and what is known about the judges."""
+"""Show how pairs were labelled: examples, and facts about the judges."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ class Examples:
 
 
 def examples(groups: Groups, single: bool) -> list[Examples]:
-    """Return some flipped and some other pairs of every iteration; for a group, of its first seed."""
+    """Return some flipped and some other pairs of every iteration; for a group, from its first seed's run."""
     result = []
     for group in groups.groups:
         for member in group.members if groups.branching or single else group.members[:1]:
@@ -114,7 +114,7 @@ TRUST = (
 
 
 def judges(groups: Groups, items: Items) -> dict[str, Any]:
-    """Return what is known about the runs' judges: options, agreement with people, missing scores, ties."""
+    """Return facts about the runs' judges: options, agreement with people, missing scores, ties."""
     runs = [member.run for group in groups.groups for member in group.members]
     names = sorted({_name_judge(run) for run in runs})
     entries = {

@@ -73,8 +73,8 @@ def stages(runs: Sequence[TrackedRun]) -> list[dict[str, Any]]:
     """List every stage once, in the order of the first run that has it.
 
     Each has ``title``, ``key``, ``iteration``, ``seconds`` (None if not recorded), ``inputs`` (names and keys), and the
-    indices in ``runs`` of the runs that ``computed`` or ``reused`` it. Runs without a summary, of which only the keys
-    are known, count as ``planned``.
+    indices in ``runs`` of the runs that ``computed`` or ``reused`` it. For a run without a summary only the keys are
+    known; its stages count as ``planned``.
     """
     by_key: dict[str, dict[str, Any]] = {}
     for place, run in enumerate(runs):

@@ -33,7 +33,7 @@ class Selection:
 
 
 def select(database: Database, given: str) -> Selection:
-    """Find a run or a sweep; of several sweeps of one name the newest, since they may differ in anything.
+    """Find a run or a sweep. If several sweeps have the name, select the newest: others may have other settings.
 
     Args:
         given: a run's id or its beginning, a run's folder, a sweep's name or folder, or the id of a sweep's parent run
@@ -72,7 +72,7 @@ def _single(run: TrackedRun) -> Selection:
 
 
 def _newest(database: Database, runs: Sequence[TrackedRun]) -> Selection:
-    """Select the newest of the sweeps that the runs of one name belong to, and say which others there are."""
+    """Select the newest sweep among those that have the name, and list the others."""
     by_sweep: dict[str, list[TrackedRun]] = {}
     for run in sorted(runs, key=lambda run: run.started):
         by_sweep.setdefault(run.tags.get(PARENT, ""), []).append(run)

@@ -1,1 +1,1 @@
-"""Paired statistics: intervals, tests, win rates, tables of comparisons."""
+"""Paired statistics: intervals, tests, win rates and tables of comparisons."""

@@ -1,4 +1,4 @@
-"""Means of scores over items and seeds, with intervals, computed in one of two ways.
+"""Means of scores over items and seeds, with intervals from a bootstrap or a t distribution.
 
 **Bootstrap** (``bootstrap``): resamples items and, if there are several, seeds; assumes no distribution. With few
 seeds it is too narrow if seeds vary more than items, for any number of resamples: three seeds can be drawn in
@@ -72,7 +72,7 @@ class Mean:
 
 
 def estimate_mean(x_SI: Array) -> Mean | None:
-    """Estimate the mean over items and seeds, both treated as samples, so that it generalises to new items and seeds.
+    """Estimate the mean over items and seeds. Both are samples, so the interval generalises to new items and seeds.
 
     Clark (1973), "The language-as-fixed-effect fallacy": with V₁ the variance of the mean computed from the items'
     means and V₂ the one computed from the seeds' means, the error is √(V₁ + V₂) and the degrees of freedom are

@@ -29,8 +29,8 @@ class Comparison:
         tests: p of every test, by name.
         p: the largest p of all tests, so a difference is significant only if it is in every test.
         effect: effect size: Cohen's g for right/wrong, Cohen's d_z for scores; None if it cannot be computed.
-        detectable: the smallest true difference that would be found in 80 % of such comparisons at α = 0.05, before
-            any correction; None if all differences are the same.
+        detectable: the smallest true difference that 80 % of such comparisons would find at α = 0.05, without
+            correction for multiple tests; None if all differences are the same.
         notes: caveats to report with the numbers.
     """
 
@@ -61,8 +61,9 @@ def compare_paired(
 
     With one seed, McNemar's exact test is used for right/wrong and Wilcoxon's signed-rank test for scores; both
     generalise to new items, for the two given models. With several seeds there are two tests, and ``p`` is the larger
-    p of both: the same test over items, with an item's seeds combined (McNemar's clustered test, or Wilcoxon's on means
-    over seeds), and min F′ over items and seeds, which also generalises to repeated trainings.
+    of their p values. One is the same test over items, with an item's seeds combined (McNemar's clustered test, or
+    Wilcoxon's on means over seeds). The other is min F′ over items and seeds, which also generalises to repeated
+    trainings.
 
     Args:
         a, b: results of both sides, by item (I) or by seed and item (S × I). Items and seeds must be in the same order
@@ -141,7 +142,7 @@ def _align(a: Any, b: Any, missing: str) -> tuple[Array, Array, int]:
 
 
 def _differences(a_SI: Array, b_SI: Array) -> Array:
-    """a − b without rounding errors, which would turn ties and zeros into differences."""
+    """a − b, rounded: rounding errors would turn ties and zeros into differences."""
     scale = float(max(np.abs(a_SI).max(), np.abs(b_SI).max())) or 1.0
     rounded_SI: Array = scale * np.round((a_SI - b_SI) / scale, DIGITS)
     return rounded_SI

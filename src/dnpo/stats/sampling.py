@@ -31,8 +31,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority(answers: Iterable[Answer | None]) -> Answer | None:
     """The most frequent answer (Wang et al. 2023, "Self-consistency").
 
-    A sample without an answer is None and has no vote; without any votes the result is None. Among equally
-    frequent answers the first one wins. With independent samples that favours none of them, and it needs no randomness.
+    A sample without an answer is None and does not vote; if no sample votes, the result is None. Among equally frequent
+    answers the first one wins. If samples are independent, this rule favours no answer, and it needs no random draw.
     """
     counts = Counter(answer for answer in answers if answer is not None)
     return max(counts, key=counts.__getitem__, default=None)  # a Counter keeps the order of first appearance

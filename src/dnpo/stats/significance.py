@@ -69,8 +69,8 @@ def wilcoxon(difference_I: Array) -> float:
 def holm(ps: Sequence[float]) -> list[float]:
     """Adjust p values for multiple tests (Holm 1979): the running maximum of (m − i + 1) · p₍ᵢ₎, at most 1.
 
-    If every adjusted p up to α is called significant, the probability of even one false positive is at most α, however
-    the tests depend on one another.
+    If every adjusted p up to α is called significant, the probability of one or more false positives is at most α, for
+    any dependence between the tests.
 
     Args:
         ps: p values; the adjusted ones have the same order.

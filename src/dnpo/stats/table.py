@@ -43,7 +43,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table; None if there is no cell. ``words`` are its cells in the columns of words."""
+    """A row of a table. A missing cell is None; ``words`` are the cells in the columns of words."""
 
     label: str
     shown: tuple[Shown | None, ...]
@@ -56,7 +56,7 @@ class Table:
 
     Attributes:
         tests: number of tests of Holm's correction.
-        words: headings of columns of words, after those of numbers.
+        words: headings of the columns of words, which follow the columns of numbers.
     """
 
     columns: tuple[str, ...]
@@ -81,7 +81,8 @@ def table(
 ) -> Table:
     """Build a table, with Holm's correction over all cells that have a p. Rows and columns keep their order.
 
-    A comparison in two cells, as a side and as a difference, would count twice: give only one of them its p.
+    A comparison in two cells, as a side and as a difference, would count twice in the correction: give a p to one cell
+    only.
 
     Args:
         cells: cells by row and column.

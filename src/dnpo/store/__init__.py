@@ -1,10 +1,10 @@
 """Finished stages, stored under a hash of their settings and inputs.
 
 A stage is a pure function of its settings and inputs. Its key is a hash of its name, version, settings and the keys of
-its inputs, so a rerun finds what an earlier run finished, and runs that share a prefix share its work. A stage works in
-``<key>.partial``, where the work of a killed run is continued, and its folder gets its final name only when it is
-complete and on the disk. Its manifest lists every file; a stage that has changed since it was written is reported and
-never used.
+its inputs. So a rerun finds the stages that an earlier run finished, and runs with the same first stages share them. A
+stage works in ``<key>.partial``, where the work of a killed run is continued. The folder gets its final name only when
+it is complete and on the disk. Its manifest lists every file; a stage that has changed since it was written is reported
+and never used.
 
     python -m dnpo.store list|verify|remove|publish
 """
@@ -61,10 +61,10 @@ __all__ = [
     "write_json",
 ]
 
-Verify = Literal["digests", "sizes"]  # what is compared of a finished stage's files, in addition to their names
+Verify = Literal["digests", "sizes"]  # what is compared for a finished stage's files, in addition to their names
 LARGE = 10**10  # bytes whose reading is announced
 ELSEWHERE = "expected a folder to write to"
-LAYOUT, KEYS = ".layout", "2"  # file in a store that says how its keys are made; raised when all keys change at once
+LAYOUT, KEYS = ".layout", "2"  # file with the version of the store's keys; raised when all change
 
 
 class Report(Protocol):
@@ -95,15 +95,15 @@ class Stage:
 
     Attributes:
         name: the verb, such as ``generate``; also the folder in the store.
-        title: what people read; not part of the key.
+        title: its name for people; not in the key.
         version: must be raised whenever a change of the code changes results.
-        settings: plain values that can change the result, and no others.
+        settings: the plain values that can change the result, and only these.
         inputs: stages whose results it reads.
         aids: stages whose results only save work. Not in the key; the stage runs without one that declines.
         device: the device that computes it, as in ``device=…``; not in the key.
         shared: whether several processes can share the work, see ``ranks.py``; not in the key.
-        work: called with its folder, the folders of its inputs and a report; writes results into its folder and
-            returns facts worth keeping in the manifest. Called again after a kill, it finds what it left there.
+        work: called with its folder, the folders of its inputs and a report; writes results into its folder and returns
+            facts for the manifest. After a kill it is called again, and finds the files that it left there.
     """
 
     name: str
@@ -130,7 +130,7 @@ class Stage:
 
 
 class Made(NamedTuple):
-    """What came of a stage's work: facts worth keeping in the manifest, and what made them."""
+    """The outcome of a stage's work: facts for the manifest, and the origin of the result."""
 
     facts: dict[str, Any]
     made_by: dict[str, str]
@@ -151,7 +151,7 @@ class Store:
     Args:
         root: the folder.
         verify: what is compared when a process first uses a stage; names and sizes are compared at every use.
-        remote: a store shared with other machines: what it has is fetched, and what is computed is published there.
+        remote: a store shared with other machines: its stages are fetched, and computed stages are published there.
         compute: does the work of a stage.
     """
 
@@ -163,7 +163,7 @@ class Store:
         compute: Compute = compute_here,
     ) -> None:
         self.root, self.verify, self.remote, self.compute = root.absolute(), verify, remote, compute
-        self._unpublished: dict[str, None] = {}  # names of stages that the remote store did not take, in order
+        self._unpublished: dict[str, None] = {}  # names of stages that the remote store did not accept, in order
         self._damaged: set[str] = set()  # names of stages that are damaged in the remote store
         self._warned = False
         self.computed: set[str] = set()  # keys of the stages that this object computed instead of reusing
@@ -251,7 +251,7 @@ class Store:
 
     @property
     def writable(self) -> bool:
-        """Whether new stages can be written; a store that has all of a run's need not be."""
+        """Whether new stages can be written. A store that has all stages of a run need not be writable."""
         return os.access(self.root, os.W_OK)
 
     def folder(self, stage: Stage) -> Path:
@@ -390,7 +390,7 @@ class Store:
     def _lock(self, stage: Stage, note: Callable[[str], None]) -> Iterator[None]:
         path = path_of_lock(self.root, stage.name, stage.key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)  # an flock: the system frees it when its holder is killed
+        lock = FileLock(path)  # an flock: the system frees it when its owner is killed
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -28,7 +28,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's file names and contents; the same wherever it lies.
+    """SHA-256 of a file's contents, or of a folder's file names and contents; the folder's own path does not count.
 
     Raises:
         FileNotFoundError: there is no such file or folder.

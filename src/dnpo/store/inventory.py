@@ -65,11 +65,11 @@ def read_remote(remote: Remote, names: Collection[str], digests: bool) -> list[E
     """Read the entries of a remote store, by name.
 
     Args:
-        names: those to read; empty for all.
+        names: names of the entries to read; empty: all.
         digests: whether to read all files, or only compare sizes.
 
     Raises:
-        StoreError: the store has no stage of a name.
+        StoreError: the store has no stage with one of the names.
         Gone: it does not answer.
     """
     there, entries = remote.names(), []
@@ -116,7 +116,7 @@ def find_needs(entries: Collection[Entry], runs: Mapping[str, Collection[str]]) 
 
 
 def remove(entry: Entry) -> None:
-    """Remove an entry, in one step for other runs, so that a killed removal leaves no damaged stage.
+    """Remove an entry. It disappears from the store in one step, so a killed removal leaves no damaged stage.
 
     Raises:
         StoreError: a run is computing it.
@@ -132,7 +132,7 @@ def remove(entry: Entry) -> None:
             disk.flush(entry.folder.parent)
     except Timeout:
         raise StoreError(f"{entry.name}: a run is computing it; it was not removed") from None
-    for left in aside.parent.iterdir():  # also what a killed removal left
+    for left in aside.parent.iterdir():  # including the remains of a killed removal
         shutil.rmtree(left)
 
 

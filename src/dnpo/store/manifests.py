@@ -87,7 +87,7 @@ def expect_whole(stages: Mapping[Path, str], digests: bool = True) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether the manifest lists the stage's files. Manifests of earlier versions do not, and cannot be verified."""
+    """Whether the manifest lists the stage's files. Earlier manifests do not, so the files cannot be verified."""
     return "files" in manifest(folder)
 
 

@@ -1,4 +1,4 @@
-"""The origin of a result: versions, commit, device, threads. They are not in keys, so each result records them."""
+"""The origin of a result: versions, commit, device, threads. Keys do not include it, so each result records it."""
 
 import importlib.metadata
 import platform
@@ -68,7 +68,8 @@ def differences(made_by: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str,
     """Return the differences between the origins of several stages: stages' titles by name and value.
 
     Args:
-        made_by: the origin of each stage, as :func:`describe` recorded it, by title. Names that it lacks are ignored.
+        made_by: the origin of each stage, as :func:`describe` recorded it, by title. Names that an origin lacks are
+            ignored.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for title, made in made_by.items():

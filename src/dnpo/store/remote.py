@@ -1,8 +1,8 @@
-"""A store that machines share, next to their local ones: object storage, or a folder that all can see.
+"""A store that machines share, in addition to their local ones: object storage, or a shared folder.
 
-A stage exists if its manifest does. Its files are published first, each under the name of its SHA-256, so that machines
-that publish the same stage at the same time do not disturb each other; then the manifest, which only the first of them
-can create. What is fetched is compared with the manifest. A lease, renewed as long as its owner lives, shows that a
+A stage exists if its manifest does. Its files are published first. Each has its SHA-256 as its name, so machines that
+publish the same stage at the same time do not disturb each other. Then the manifest is published, which only the first
+machine can create. Fetched files are compared with the manifest. A lease, renewed while its owner lives, shows that a
 stage is being computed. It only saves work, since equal keys have equal results.
 """
 
@@ -29,7 +29,7 @@ FETCHED = ".fetched"  # folder in a local store where a stage is put together
 EXPECTED = "expected s3://BUCKET/FOLDER or file:///FOLDER"
 TAKEN = {"PreconditionFailed", "ConditionalRequestConflict", "409", "412"}
 LONGEST_REASON = 200
-TIMEOUT = 20.0  # seconds that a server may be silent, before it is asked again
+TIMEOUT = 20.0  # seconds without an answer before a server is asked again
 Note = Callable[[str], None]
 
 
@@ -40,11 +40,11 @@ class Gone(Exception):
 class Remote:
     """Finished stages in object storage or in a folder, by ``STAGE/KEY``.
 
-    After its first refusal or failure it is not used any more; ``lost`` gives the reason.
+    After its first refusal or failure it is not used again; ``lost`` gives the reason.
 
     Args:
-        address: ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``. Credentials and endpoints come from where the provider's
-            tools look for them, never from an address.
+        address: ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``. Credentials and endpoints are read where the provider's
+            tools read them, never from an address.
         expiry: seconds after which a lease that is not renewed expires.
 
     Raises:
@@ -194,9 +194,9 @@ class Remote:
 
     @contextmanager
     def lease(self, name: str, note: Note) -> Iterator[None]:
-        """Wait until no other machine computes a stage, or it exists; then hold and renew a lease on it.
+        """Wait until a stage exists or no other machine computes it; then hold and renew a lease on it.
 
-        A remote store that does not answer is not waited for.
+        If the remote store does not answer, the caller continues without a lease.
         """
         path = f"{self._root}/{LEASES}/{name.replace('/', '-')}"
         try:
@@ -222,7 +222,7 @@ class Remote:
                 pass  # it expires
 
     def _acquire(self, path: str, name: str, note: Note) -> bool:
-        """Take the lease; False if the stage exists by then."""
+        """Take the lease; return False if the stage exists in the meantime."""
         seen, since, told = "", time.monotonic(), False
         while True:
             with self._asking():
@@ -245,7 +245,7 @@ class Remote:
     def _is_there(self, name: str) -> bool:
         try:
             return self.read_manifest(name) is not None
-        except StoreError:  # what the other machine computes will not replace it
+        except StoreError:  # the damaged stage is not replaced by what the other machine computes
             return False
 
     def _renew(self, path: str, ended: threading.Event) -> None:
@@ -345,7 +345,7 @@ class Remote:
 
 
 def bring_into(folder: Path, root: Path, name: str, remote: Remote, content: Mapping[str, Any]) -> None:
-    """Fetch a stage into a local store, where its folder is complete or does not exist.
+    """Fetch a stage into a local store. Its folder appears there only when it is complete.
 
     Args:
         folder: the stage's folder in the store ``root``.
@@ -389,6 +389,6 @@ def _code(error: BaseException) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Return what went wrong in a line, without names and passwords of addresses."""
+    """Describe an error in one line, without names and passwords of addresses."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"://[^/@\s]+@", "://…@", f"{_code(error) or type(error).__name__}: {text}"[:LONGEST_REASON])

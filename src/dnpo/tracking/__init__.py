@@ -1,4 +1,4 @@
-"""Writing to MLflow (``writing.py``), and reading it back (``reading.py``)."""
+"""Write runs to MLflow (``writing.py``), and read them (``reading.py``)."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,13 +12,13 @@ RUNNING = "*It is running; its results will appear here.*"  # in a run's note, u
 
 
 def end_note(note: str, text: str) -> str:
-    """Put how a run ended into its note, instead of the line that it is running."""
+    """Replace the line in a run's note that it is running by how it ended."""
     return note.replace(RUNNING, text) if RUNNING in note else f"{note}\n\n{text}"
 
 
 @dataclass(frozen=True)
 class NoTracking:
-    """Turns tracking off."""
+    """Settings of ``tracking=off``: nothing is tracked."""
 
     def open(self) -> "Tracking":
         """Return a tracker that discards everything."""

@@ -1,4 +1,4 @@
-"""Which runs are alive: MLflow would show a run whose process was killed as running for ever.
+"""Find runs whose process was killed: MLflow would show them as running for ever.
 
 So each run locks a file while it is alive and names the file in a tag. The operating system frees the lock when the
 process ends, and the next run on the same store and machine closes all runs whose lock is free.
@@ -21,8 +21,8 @@ ABANDONED = "**Its process is gone**: it was killed. Finished stages are kept, a
 def close_abandoned(client: Any, experiment: str) -> list[str]:
     """End the runs that are marked as running although their process is gone, and return their ids.
 
-    Data that such a run kept in its folder because MLflow did not answer are sent first; they may include its state. A
-    run whose lock file is on another machine is left as it is, since its state is unknown here.
+    If MLflow did not answer such a run, its folder has the unsent data. They are sent first; they may include its
+    state. A run whose lock file is on another machine is not changed, since its state is unknown here.
     """
     closed = []
     for run in client.search_runs([experiment], "attributes.status = 'RUNNING'"):
@@ -39,7 +39,7 @@ def close_abandoned(client: Any, experiment: str) -> list[str]:
             lock.release()
             continue
         found = client.get_run(run.info.run_id)
-        if found.info.status == "RUNNING":  # it may have ended just now
+        if found.info.status == "RUNNING":  # it may have ended in the meantime
             client.set_tag(run.info.run_id, NOTE, end_note(found.data.tags.get(NOTE, ""), ABANDONED))
             client.set_terminated(run.info.run_id, "KILLED")
             closed.append(run.info.run_id)
@@ -48,10 +48,10 @@ def close_abandoned(client: Any, experiment: str) -> list[str]:
 
 
 def _send(client: Any, experiment: str, run: str, kept: Path) -> bool:
-    """Send what a run kept, and return whether that was possible; otherwise it stays for the next start."""
+    """Send the data that a run kept, and return whether that was possible; if not, the next run tries again."""
     try:
         send_kept(client, experiment, run, read_kept(kept))
-    except Exception as error:  # stores raise various errors; this start is about another run
+    except Exception as error:  # stores raise various errors, which must not stop the new run
         warn(f"{kept}: cannot be sent to run {run} ({shorten(error)}); it is kept")
         return False
     kept.unlink()

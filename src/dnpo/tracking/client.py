@@ -64,7 +64,7 @@ def check_reachable(uri: str, seconds: float = 10) -> None:
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=seconds).close()
     except HTTPError:
-        pass  # a server answers; whether it accepts requests shows later
+        pass  # a server answers; whether it accepts requests is seen later
     except (URLError, OSError) as error:
         problem = getattr(error, "reason", error)
         raise TrackingError(

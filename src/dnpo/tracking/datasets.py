@@ -40,7 +40,7 @@ class Dataset:
 
 
 def list_datasets(iteration: Iteration, store: Store, settings: Mapping[str, Any]) -> list[Dataset]:
-    """List the data sets that an iteration is the first to read: all prompt splits before iteration 0, then its pairs.
+    """List the data sets that no earlier iteration reads: all prompt splits before iteration 0, then the pairs.
 
     Args:
         settings: nested settings of the run.
@@ -84,7 +84,7 @@ def _pairs(k: int, stage: Stage, store: Store) -> Dataset:
     facts = count_labels(store.folder(stage))
     columns = [each.name for each in fields(Pair)]
     where = {"uri": f"{stage.name}/{stage.key}"}
-    count = facts["trained"] if "trained" in facts else facts["pairs"]  # with a curriculum, or without
+    count = facts["trained"] if "trained" in facts else facts["pairs"]  # with a curriculum; otherwise all pairs
     return Dataset(f"pairs-{k}", stage.key, TRAINING, "local", where, count, columns, facts)
 
 

@@ -1,7 +1,7 @@
-"""Complete the settings of runs that were tracked before dnpo's parts had all the settings of today.
+"""Complete the settings of runs that were tracked when dnpo's parts had fewer settings.
 
-The default of a setting that is added later does what was done before, so a run without the setting had that default.
-Otherwise runs of two versions could not be compared although they share their stages.
+The default of a new setting does what dnpo did before, so a run without the setting had that default. Without this,
+runs of two versions could not be compared, although they share their stages.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ TARGET = "_target_"
 
 
 def complete(params: Mapping[str, str]) -> dict[str, str]:
-    """Add to a run's settings the defaults of those that it did not record.
+    """Add the defaults of settings that a run did not record.
 
     Args:
         params: the run's settings under dotted names, with the present import paths of parts.
     """
-    if not any(name.endswith(f".{TARGET}") for name in params):  # no run of dnpo, or one that recorded nothing
+    if not any(name.endswith(f".{TARGET}") for name in params):  # not a run of dnpo, or a run that recorded nothing
         return dict(params)
     given = dict(params)
     begun = {name[: i + 1] for name in params for i, sign in enumerate(name) if sign == "."}
@@ -69,7 +69,7 @@ def _default_parts() -> tuple[tuple[str, str], ...]:
 
 
 def _path_of(part: type) -> str:
-    """The import path of a part as ``conf/`` has it: of the package, where that offers it."""
+    """The import path of a part as written in ``conf/``: through its package if that exports the part."""
     package = part.__module__.rpartition(".")[0]
     offered = getattr(sys.modules[package], part.__name__, None) is part
     return f"{package if offered else part.__module__}.{part.__name__}"

@@ -14,7 +14,7 @@ TARGET = "_target_"
 def find_neutral(params: Mapping[str, str]) -> frozenset[str]:
     """Return the names of a run's settings that cannot have changed its results.
 
-    A path counts as such a setting only if the run also recorded the contents of what it points to.
+    A path counts as such a setting only if the run also recorded a hash of the contents there.
 
     Args:
         params: the run's settings under dotted names.

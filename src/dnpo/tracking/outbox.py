@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from dnpo.escape import for_database, for_mlflow, say
 
-KEPT = "dnpo.kept"  # tag that names the file of what was kept
+KEPT = "dnpo.kept"  # tag with the name of the file of unsent data
 FILE = "untracked.jsonl"
-LATER = "later:"  # instead of the id of a model that is still to be made
-PATIENCE = 30  # seconds between two attempts, at least
+LATER = "later:"  # placeholder for the id of a model that does not exist yet
+PATIENCE = 30  # minimum seconds between two attempts
 
 Kind = Literal["metrics", "tags", "artifact", "inputs", "model", "end"]
 
@@ -26,12 +26,12 @@ class Message:
 
     @property
     def way(self) -> str:
-        """Which store takes it; one may answer while the other does not."""
+        """Which of the two stores takes the message; one may answer while the other does not."""
         return "artefacts" if self.kind == "artifact" else "runs"
 
 
 class Refused(Exception):
-    """MLflow answers and will never take this message."""
+    """MLflow answers, but will never accept this message."""
 
 
 def send(client: Any, experiment: str, run: str, message: Message, models: dict[str, str]) -> str:
@@ -41,7 +41,7 @@ def send(client: Any, experiment: str, run: str, message: Message, models: dict[
         models: ids of models, by their placeholders in messages; a new one is added.
 
     Raises:
-        Refused: MLflow will never take it.
+        Refused: MLflow will never accept it.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, ErrorCode
@@ -73,7 +73,7 @@ def send(client: Any, experiment: str, run: str, message: Message, models: dict[
 
 
 def send_kept(client: Any, experiment: str, run: str, messages: Iterable[Message]) -> None:
-    """Send the data that an ended run kept; data that MLflow will never accept are skipped, as that run reported."""
+    """Send the data that an ended run kept. Data that MLflow will never accept are skipped with a warning."""
     models: dict[str, str] = {}
     for message in messages:
         try:
@@ -88,17 +88,17 @@ def warn(text: str) -> None:
 
 
 def read_kept(path: Path) -> list[Message]:
-    """Read what a run kept; a last line that a kill cut off is left out."""
+    """Read the data that a run kept; an incomplete last line, left by a kill, is ignored."""
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
     return [Message(**json.loads(line)) for line in whole]
 
 
 @dataclass
 class Outbox:
-    """Data to be sent, in order, also in a file in the run's folder.
+    """Unsent data, in order. They are also in a file in the run's folder.
 
     Attributes:
-        folder: where the file lies; None keeps messages in memory alone.
+        folder: folder of the file; None: messages are kept in memory only.
         down: which of the two stores did not accept the last message.
     """
 
@@ -127,7 +127,7 @@ class Outbox:
         return first
 
     def empty(self, send: Callable[[Message], bool]) -> None:
-        """Try to send everything; a message that cannot be sent stays, as do all later ones to the same store."""
+        """Try to send everything. A message that cannot be sent is kept, like all later ones to the same store."""
         self.down.clear()
         left = []
         for message in self.messages:
@@ -175,7 +175,7 @@ def _send_tags(client: Any, run: str, tags: Mapping[str, str]) -> None:
 
 
 def _send_inputs(client: Any, run: str, datasets: Sequence[Mapping[str, Any]]) -> None:
-    """Log the data sets as inputs of the run, again if a concurrent run adds the same one."""
+    """Log the data sets as inputs of the run; try again if a concurrent run adds the same one."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.exceptions import MlflowException
 

@@ -1,8 +1,8 @@
-"""Read back what was tracked in MLflow: runs, their metrics and their artefacts.
+"""Read tracked runs from MLflow, with their metrics and artefacts.
 
-Everything that compares or draws runs (``analysis/``, ``dnpo.report``) reads them from here and needs neither a run's
-folder nor the store of stages. A run's ``summary.json`` holds its table, one row per policy: ``iteration`` is ``SFT``
-or the iteration's number, and the other columns are the metrics that ``running/execute.py`` gathers.
+``analysis/`` and ``dnpo.report`` read runs only through this module, so they need neither a run's folder nor the store
+of stages. A run's ``summary.json`` holds its table, one row per policy: ``iteration`` is ``SFT`` or the iteration's
+number, and the other columns are the metrics that ``running/execute.py`` gathers.
 """
 
 import json
@@ -39,7 +39,8 @@ class TrackedRun:
     """One tracked run.
 
     Attributes:
-        status: MLflow's: ``FINISHED``, ``RUNNING`` (also after its process was killed), ``FAILED`` or ``KILLED``.
+        status: the status in MLflow: ``FINISHED``, ``RUNNING`` (also after its process was killed), ``FAILED`` or
+            ``KILLED``.
         started: start time in milliseconds since 1970.
         seconds: duration; None if the run has not ended.
         params: settings by dotted name, as text.
@@ -99,7 +100,7 @@ class TrackedRun:
         return self.table[-1]
 
     def history(self, metric: str) -> list[tuple[int, float]]:
-        """Return the steps and values of a metric, ordered by step; of a step logged twice the later value counts."""
+        """Return the steps and values of a metric, ordered by step; if a step was logged twice, the later value."""
         points = self._client.get_metric_history(self.id, metric)
         by_step = dict(self._read_cached_steps(metric))
         by_step |= {int(p.step): float(p.value) for p in sorted(points, key=lambda p: p.timestamp)}
@@ -124,7 +125,7 @@ class TrackedRun:
             before += len(trained)
 
     def _rows(self, kind: str, iteration: int | str) -> list[dict[str, float]] | None:
-        """Return the rows of a training's steps; None if this iteration has none."""
+        """Return the rows of a training's steps; None if this iteration has no training."""
         path = self.artifact(f"{kind}/{iteration_name(iteration)}.json")
         rows: list[dict[str, float]] | None = None if path is None else json.loads(path.read_text())
         return rows
@@ -185,7 +186,7 @@ def iteration_name(iteration: int | str) -> str:
 
 
 def _values(rows: Sequence[Mapping[str, float]], metric: str, before: int) -> Iterator[tuple[int, float]]:
-    """Steps and values of a metric, counted on from ``before`` steps."""
+    """Steps and values of a metric; the steps are numbered from ``before``."""
     for row in rows:
         if metric in row:
             yield before + int(row["step"]), float(row[metric])
@@ -202,7 +203,7 @@ def _scratch() -> Path:
 
 
 class Database:
-    """An MLflow tracking store, to read runs from and to add to them.
+    """An MLflow tracking store, from which runs are read and to which results are added.
 
     Args:
         uri: as in ``tracking.uri``.
@@ -288,11 +289,7 @@ class Database:
 
 
 def _connect(uri: str) -> Any:
-    """Connect to a tracking store that is there.
-
-    Raises:
-        TrackingError: it is not.
-    """
+    """Connect to a tracking store. Raises: TrackingError: there is none."""
     file = file_of(make_absolute(uri))
     if file is not None and not file.is_file():
         raise TrackingError(f"{uri}: there is no such database; say with --uri where runs were tracked")

@@ -1,7 +1,7 @@
 """The SQLite file of a tracking store: it is created complete or not at all, and copied before its tables change.
 
-MLflow makes a new database in some seconds and many transactions; if its process is killed meanwhile, the file can
-neither be used nor repaired. It would also change the tables of an older file in place. So both are done on another
+MLflow takes seconds and many transactions to create a database. If its process is killed meanwhile, the file can
+neither be used nor repaired. MLflow would also change the tables of an older file in place. So both are done on another
 file, which then replaces it.
 """
 
@@ -35,12 +35,12 @@ def lock_of(file: Path) -> Path:
 
 
 def prepare(uri: str) -> None:
-    """Make the SQLite file of this address if there is none, and bring an older one to this MLflow's tables.
+    """Make the SQLite file of this address if there is none, and migrate an older one to this MLflow's tables.
 
-    An address of anything else is left alone.
+    An address that is not of an SQLite file is ignored.
 
     Raises:
-        TrackingError: the file is no such database or cannot be brought to this MLflow's tables; it is left as it is.
+        TrackingError: the file is not such a database or cannot be migrated to this MLflow's tables; it is not changed.
     """
     file = file_of(uri)
     if file is None:
@@ -62,7 +62,7 @@ def prepare(uri: str) -> None:
 
 
 def try_file(file: Path) -> None:
-    """Check that runs can be written to a file, or that it can be made; nothing changes.
+    """Check that runs can be written to a file, or that the file can be made, without changing anything.
 
     Raises:
         TrackingError: they cannot, or it is not a database of MLflow.
@@ -131,7 +131,7 @@ def _upgrade(file: Path, aside: Path) -> None:
 
 
 def _write_tables(file: Path) -> None:
-    """Create the tables, or bring them to the version of the installed MLflow."""
+    """Create the tables, or migrate them to the version of the installed MLflow."""
     engine = _mlflow().create_sqlalchemy_engine(f"{SQLITE}{file}")
     try:
         _mlflow()._initialize_tables(engine)
@@ -171,7 +171,7 @@ def _copy(file: Path, to: Path) -> None:
 
 @contextmanager
 def _open(file: Path) -> Iterator[sqlite3.Connection]:
-    """Open a database that exists, to read it; SQLite also takes back what a killed process has begun to write."""
+    """Open an existing database for reading. SQLite also reverts the unfinished writes of a killed process."""
     with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=rw", uri=True, timeout=PATIENCE)) as database:
         yield database
 
@@ -222,6 +222,6 @@ def advise(error: BaseException) -> str:
 
 
 def shorten(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type; of a failed connection, the reason."""
+    """Return the first line of an error's message, or its type; for a failed connection, the reason."""
     reason = re.search(r"\[Errno -?\d+\] ([^\"')\]]+)", str(error)) if "HTTPConnection" in str(error) else None
     return reason[1] if reason else next(iter(str(error).strip().splitlines()), type(error).__name__)

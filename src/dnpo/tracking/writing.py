@@ -1,7 +1,7 @@
 """Track runs in MLflow, or not at all.
 
 Step metrics are buffered and sent in batches: one by one they would take longer than the training steps themselves. If
-MLflow stops answering, the run goes on: what it sends is kept in its folder (``outbox.py``) and sent later.
+MLflow stops answering, the run continues: its data are kept in its folder (``outbox.py``) and sent later.
 """
 
 import json
@@ -39,7 +39,7 @@ class TrackedSteps:
     Args:
         store: folder of the store.
         key: key of the stage.
-        prefix: prefix of its metrics' names; one training can be tracked under several.
+        prefix: prefix of its metrics' names; one training can be tracked under several prefixes.
     """
 
     def __init__(self, store: Path, key: str, prefix: str = "") -> None:
@@ -91,7 +91,7 @@ class Tracking:
 
         Args:
             sweep: the folder shared by a multirun's jobs; the run is nested in the sweep's parent run.
-            folder: the run's folder, for what cannot be sent.
+            folder: the run's folder, which keeps data that cannot be sent.
 
         Raises:
             TrackingError: the store cannot be reached.
@@ -112,7 +112,7 @@ class Tracking:
         """
 
     def metrics(self, values: Mapping[str, float], step: int, model: str = "", data: "Dataset | None" = None) -> None:
-        """Log metrics, possibly buffered, of ``model`` (an id from :meth:`model`) on ``data`` if these are given.
+        """Log metrics, possibly buffered; ``model`` (an id from :meth:`model`) and ``data`` say to what they belong.
 
         Raises:
             DnpoError: a metric is not in the catalogue.
@@ -150,11 +150,11 @@ class Tracking:
         return ""
 
     def finish(self, status: Status) -> str:
-        """End the run; return what could not be sent, "" for nothing. It raises nothing that would hide an error."""
+        """End the run, and return what could not be sent ("" for nothing). It never raises an error."""
         return ""
 
     def whereabouts(self) -> list[str]:
-        """Return lines for the screen that say where the run can be viewed."""
+        """Return lines for the screen: where the run can be viewed."""
         return []
 
 
@@ -303,7 +303,7 @@ class MLflowTracking(Tracking):
                 return made
         try:
             self._outbox.keep(message)
-        except OSError as error:  # it is still in memory
+        except OSError as error:  # the message is still in memory
             warn(f"{self._outbox.path}: cannot be written ({error.strerror}); a kill would lose what is to be sent")
             self._outbox.folder = None
         return ""
@@ -357,7 +357,7 @@ class MLflowTracking(Tracking):
             self.flush()
 
     def has(self, run: str) -> bool:
-        """Look up the run; a deleted one does not count, nor one that cannot be looked up now."""
+        """Look up the run. It does not count if it is deleted, or cannot be looked up now."""
         from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
         began = time.monotonic()
@@ -392,7 +392,7 @@ class MLflowTracking(Tracking):
         self.tags({NOTE: self._note})
 
     def end_note(self, text: str) -> None:
-        """Put how the run ended into the note, cutting the text before it if it is too long."""
+        """Put how the run ended into the note; if the note is too long, cut the text before it."""
         self.note(end_note(self._note[: LONGEST - len(text) - 2], text))
 
     def tags(self, values: Mapping[str, str]) -> None:
@@ -414,7 +414,7 @@ class MLflowTracking(Tracking):
     def finish(self, status: Status) -> str:
         """Send buffered metrics, set the status and release the lock.
 
-        The next run that is tracked there sends what MLflow does not accept now.
+        The next run that is tracked there sends the data that MLflow does not accept now.
         """
         if not self.id:
             return ""
@@ -424,7 +424,7 @@ class MLflowTracking(Tracking):
         left, self._marked = self._outbox.describe(), False
         if self._alive is not None:  # only after the status is written, see close_abandoned
             if left:
-                self._alive.release()  # the file stays: it shows the next run that this one is gone
+                self._alive.release()  # the file remains: it shows the next run that this one has ended
             else:
                 free(self._alive)
             self._alive = None
@@ -436,7 +436,7 @@ class MLflowTracking(Tracking):
         """Report what is not tracked, and how it can still be sent."""
         path = self._outbox.path
         later = "the next run that is tracked there from this machine sends them"
-        if "runs" not in self._outbox.down:  # only the store of artefacts is away, and the run has its status
+        if "runs" not in self._outbox.down:  # only the store of artefacts does not answer, and the run has its status
             later = "run the same command again when it answers: it finds its stages and tracks them"
         kept = f"They are kept in {path}; " if path is not None and "runs" in self._outbox.down else ""
         where = strip_password(self.uri)
@@ -453,7 +453,7 @@ class MLflowTracking(Tracking):
 
 
 def _input(given: "Dataset") -> dict[str, Any]:
-    """Convert a data set to MLflow's form, with the row count and columns that its page shows."""
+    """Convert a data set to MLflow's form, with the number of rows and the columns that its page shows."""
     columns = [{"name": name, "type": "string", "required": True} for name in given.columns]
     return {
         "name": given.name,

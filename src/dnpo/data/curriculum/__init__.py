@@ -1,7 +1,7 @@
-"""What an iteration is trained on, and with what weight: the parts that ``curriculum=…`` configures.
+"""Choose and weigh the pairs that an iteration is trained on: the parts that ``curriculum=…`` configures.
 
 A curriculum takes the pairs that this iteration and earlier ones labelled, and returns the pairs to train on. It never
-sees what an earlier curriculum returned, and never changes a label.
+gets the result of an earlier iteration's curriculum, and never changes a label.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ class Curriculum:
 
     @property
     def reads_history(self) -> int:
-        """How many earlier iterations' pairs it reads."""
+        """The number of earlier iterations whose pairs it reads."""
         return 0
 
     @property
@@ -80,7 +80,7 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class NoCurriculum(Curriculum):
-    """The pairs of the iteration as they were labelled."""
+    """The iteration's pairs, unchanged."""
 
     def __call__(
         self, pairs: Sequence[Pair], history: Sequence[Sequence[Pair]], context: Context
@@ -124,7 +124,7 @@ class InTurn(Curriculum):
         return any(part.embeds for part in self.parts.values())
 
     def identity(self) -> Mapping[str, Any]:
-        """The values that decide the result: the parts in their order, without their names."""
+        """The values that determine the result: the parts in their order, without their names."""
         return {"in turn": [part_key(part) for part in self.parts.values()]}
 
     def check(self, iteration: int, iterations: int) -> None:

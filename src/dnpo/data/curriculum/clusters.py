@@ -1,4 +1,4 @@
-"""Clusters of embeddings, and which rows of them to leave out.
+"""Cluster embeddings, and choose rows to leave out by the clusters.
 
 Shapes: N rows, H width of an embedding, C clusters.
 """
@@ -51,7 +51,7 @@ def find_centres(embedding_NH: "Array", count: int, rounds: int, seed: int) -> "
     cluster, threads = import_module("sklearn.cluster"), import_module("threadpoolctl")
     means = cluster.KMeans(count, n_init=1, max_iter=rounds, random_state=seed % 2**32)
     with threads.threadpool_limits(1), warnings.catch_warnings():
-        # with fewer different rows than clusters some clusters stay empty, which is harmless
+        # with fewer different rows than clusters, some clusters are empty, which is harmless
         warnings.simplefilter("ignore", import_module("sklearn.exceptions").ConvergenceWarning)
         means.fit(embedding_NH)
     return np.asarray(means.cluster_centers_, np.float32)
@@ -77,11 +77,12 @@ def assign(embedding_NH: "Array", centre_CH: "Array") -> Clusters:
 def outlying(clusters: Clusters, first: int, then: int) -> "Whole":
     """Rows of the smallest clusters, then the rows farthest from their centres (SCIP, section 2.2).
 
-    Clusters are left out one after the other, the smallest first; of the last one, only the farthest rows if need be.
+    Clusters are left out one by one, the smallest first. If only a part of the last one is needed, its farthest rows
+    are left out.
 
     Args:
-        first: how many to leave out by the size of their cluster.
-        then: how many of the others by their distance.
+        first: number of rows to leave out by the size of their cluster. then: number of other rows to leave out by
+            their distance.
     """
     import numpy as np
 
@@ -99,7 +100,7 @@ def typical(clusters: Clusters, count: int) -> "Whole":
 
 
 def alike(embedding_NH: "Array", clusters: Clusters, count: int) -> "Whole":
-    """The rows most similar to a row of their cluster that is kept (SemDeDup: Abbas et al. 2023, algorithm A).
+    """The rows that are most similar to a kept row of their cluster (SemDeDup: Abbas et al. 2023, algorithm A).
 
     The paper leaves out the rows above a threshold of likeness; here the threshold follows from ``count``.
     """
@@ -109,11 +110,11 @@ def alike(embedding_NH: "Array", clusters: Clusters, count: int) -> "Whole":
 
 
 def likeness(embedding_NH: "Array", clusters: Clusters) -> "Array":
-    """The largest cosine of each row with a row of its cluster that is farther from the centre; shape N.
+    """The largest cosine of each row with the rows of its cluster that are farther from the centre; shape N.
 
-    Of rows at the same distance the earlier one counts as farther. −1 for the farthest row. Of three rows at distances
-    .3, .2 and .1 with cosines .9 (first, second), .5 (first, third) and .8 (second, third) the first has −1, the second
-    .9 and the third .8.
+    The farthest row has −1. Of rows at the same distance, the earlier one counts as farther. Example: three rows at
+    distances .3, .2 and .1 have the cosines .9 (first, second), .5 (first, third) and .8 (second, third). Then the
+    first row has −1, the second .9 and the third .8.
     """
     import numpy as np
 

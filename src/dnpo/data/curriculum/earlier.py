@@ -1,4 +1,4 @@
-"""Training on the pairs of earlier iterations too: added to the new ones, or in place of some of them."""
+"""Train on pairs of earlier iterations too: in addition to the new ones, or in place of some of them."""
 
 import hashlib
 import math
@@ -13,10 +13,11 @@ from dnpo.settings import Count, NonNegative
 
 @dataclass(frozen=True)
 class Accumulate(Curriculum):
-    """The pairs of this iteration and of the last few before it (SPIN paper, section 6.1: of one before it).
+    """The pairs of this iteration and of the last few before it (SPIN paper, section 6.1: of the last one).
 
     A pair of an earlier iteration that a newer one repeats token for token is left out, so that it counts once, with
-    its newest label; ``repeated`` is the number of such pairs. Repeats within an iteration stay: they are in its data.
+    its newest label; ``repeated`` is the number of such pairs. Repetitions within an iteration are kept: the data
+    contain them.
 
     Args:
         last: how many earlier iterations; the first iterations use as many as exist.
@@ -45,16 +46,16 @@ class Accumulate(Curriculum):
 
 @dataclass(frozen=True)
 class Mix(Curriculum):
-    """As many pairs as this iteration has, some of them replaced by pairs of earlier iterations (α-SPIN: half by half).
+    """The iteration's pairs, some of them replaced by as many pairs of earlier iterations (α-SPIN: half of them).
 
-    Each iteration gives its share of the pairs. A hash of the id decides from which iteration an id is taken, so
-    iterations with the same ids give different ones: with two halves, every pair is trained on once, in the iteration
-    that labelled it or in the next one. Where an earlier iteration has too few pairs, the present one gives more
-    (``short`` counts them). Where an earlier iteration does not exist, the other shares are scaled to a sum of 1:
+    Each iteration gives its share of the pairs. A hash of the id decides which iteration gives the pairs of this id, so
+    iterations with the same ids give pairs of different ids. With two halves, every pair is trained on once: in the
+    iteration that labelled it, or in the next one. If an earlier iteration has too few pairs, the present one gives
+    more (``short`` counts these). If an earlier iteration does not exist, the other shares are scaled to a sum of 1:
     iteration 0 uses only its own pairs.
 
     Args:
-        shares: of the pairs, the newest iteration's first; they are scaled to a sum of 1.
+        shares: the iterations' shares of the pairs, the newest iteration's first; they are scaled to a sum of 1.
 
     Raises:
         SettingsError: the shares sum to 0.
@@ -118,15 +119,15 @@ class Mix(Curriculum):
 
 
 def _more(pairs: Sequence[Pair], taken: Sequence[int], number: int, used: set[str]) -> list[int]:
-    """Take further pairs, first those whose ids no iteration has given yet."""
+    """Take further pairs; first the pairs whose ids no iteration has given yet."""
     left = sorted(set(range(len(pairs))) - set(taken), key=lambda i: (pairs[i].id in used, hash_of(pairs[i].id), i))
     return [*taken, *left[:number]]
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """Divide a number by shares that sum to 1, by largest remainders; of equal remainders the first gets more.
+    """Divide a number by shares that sum to 1, by largest remainders; at equal remainders the first gets more.
 
-    5 by ½ and ½ is 3 and 2; 10 by .55, .3 and .15 is 6 (5.5), 3 and 1 (1.5).
+    Shares of ½ and ½ divide 5 into 3 and 2; shares of .55, .3 and .15 divide 10 into 6 (5.5), 3 and 1 (1.5).
     """
     exact = [total * share for share in shares]
     parts = [math.floor(each) for each in exact]
@@ -137,7 +138,7 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
 
 
 def tokens_of(pair: Pair) -> tuple[tuple[int, ...], ...]:
-    """The tokens that decide what a pair teaches: prompt, chosen and rejected response."""
+    """The tokens of a pair: prompt, chosen and rejected response. Pairs with the same tokens train the same."""
     return tuple(pair.prompt_ids), tuple(pair.chosen_ids), tuple(pair.rejected_ids)
 
 

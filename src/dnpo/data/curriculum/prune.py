@@ -1,4 +1,4 @@
-"""Leave out pairs by the position of their embeddings, of prompt and chosen response, among the others."""
+"""Leave out pairs by the position of their embeddings (of prompt and chosen response) among all embeddings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Prune(Curriculum):
     counts them). Then a share of the others is left out (``pruned`` counts them), by one of these rules:
 
     - ``outlying``: the pairs of the smallest clusters, then the pairs farthest from their centres (SCIP);
-    - ``typical``: the pairs nearest to their centres (SSL prototypes);
-    - ``alike``: the pairs most similar to another one of their cluster (SemDeDup);
+    - ``typical``: the pairs nearest to their centres (SSL prototypes); - ``alike``: the pairs most similar to another
+    pair of their cluster (SemDeDup);
     - ``alike_typical``: ``alike``, then ``typical`` in new clusters of the others (D4);
     - ``random``: any.
 
@@ -37,8 +37,8 @@ class Prune(Curriculum):
 
     Args:
         rule: which pairs are left out.
-        share: of the pairs, without duplicates.
-        alpha: the share of the left-out pairs that the first step of ``outlying`` or ``alike_typical`` chooses.
+        share: share of the pairs to leave out, duplicates not counted.
+        alpha: share of the left-out pairs that the first step of ``outlying`` or ``alike_typical`` chooses.
         clusters: number of clusters; None: the square root of the number of pairs.
         rounds: maximum number of rounds of k-means.
         encoder: a folder with a sentence encoder; None: embeddings are the initial policy's mean last hidden state.

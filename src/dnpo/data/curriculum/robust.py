@@ -7,9 +7,9 @@ the largest of K tangents ℓ_k this is a linear programme (methods.md, section 
     max_{a,q}  (1/N) Σ_i Σ_k a_ik ℓ_k(ξ_i − q_ik/a_ik)
     s.t.       (1/N) Σ_i Σ_k |q_ik| ≤ ε,   Σ_k a_ik = 1,   a ≥ 0,   ξ_i − q_ik/a_ik ∈ [ξ_min, 1]
 
-Moving mass down from ξ gains most per unit of the budget if it goes all the way to ξ_min, since ℓ is convex and
-decreasing; and the smaller ξ is, the more it gains. So sorting solves the programme: in the order of rising ξ, all mass
-is moved to ξ_min until the budget is spent.
+ℓ is convex and decreasing. So moving mass from ξ to ξ_min increases the loss more, per unit of the budget, than moving
+it a part of the way; and it increases the loss more for smaller ξ. So sorting solves the programme: in the order of
+rising ξ, all mass is moved to ξ_min until the budget is spent.
 
 Shapes: N pairs, K tangents, P points.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[np.float64]
 
-ROUNDING = 1e-12  # a smaller share of a pair's mass gets no separate row
+ROUNDING = 1e-12  # a share of a pair's mass below this gets no separate row
 Pieces = Annotated[int, Range(ge=2)]
 FIELDS = [field.name for field in fields(Pair)]
 values_of = attrgetter(*FIELDS)
@@ -39,19 +39,19 @@ values_of = attrgetter(*FIELDS)
 
 @dataclass(frozen=True)
 class Robust(Curriculum):
-    """Weighs and shifts pairs so that training on them is training on the worst distribution near them.
+    """Weighs and shifts pairs, so that the loss becomes the loss of the worst distribution near them.
 
-    A pair of which the share m moves to ξ_min becomes two rows: weight 1 − m with shift 0, and weight m with shift
-    ξ − ξ_min; a row of weight 0 is left out. At most one pair is split. The scores of the pairs have to be implicit
-    rewards, in nats, of the current policy against the *initial* one.
+    If the share m of a pair moves to ξ_min, the pair becomes two rows: weight 1 − m with shift 0, and weight m with
+    shift ξ − ξ_min. A row of weight 0 is left out. At most one pair is split. The scores of the pairs have to be
+    implicit rewards, in nats, of the current policy against the *initial* one.
 
     Args:
         epsilon: how far the mean ξ may fall, the radius of the ball; 0 leaves all pairs as they are.
         xi_min: the smallest ξ. Without it the worst loss is infinite for any ``epsilon`` above 0.
         pieces: number of tangents of −log ξ, at geometric points from ``xi_min`` to 1; only the reported loss depends
             on it, not the rows.
-        reading: ``outside``: a is the weight of the loss, as training on the worst distribution means. ``inside``: a is
-            inside the logarithm, as the paper prints it, where it has no gradient: all rows have weight 1.
+        reading: ``outside``: a is the weight of the loss, as the worst distribution requires. ``inside``: a is inside
+            the logarithm, as printed in the paper; there it has no gradient, so all rows have weight 1.
 
     Raises:
         SettingsError: ``xi_min`` is not below 1.
@@ -136,17 +136,18 @@ def sigmoid(x_N: "Array") -> "Array":
 
 
 def move(xi_N: "Array", epsilon: float, xi_min: float, tie: Callable[[int], Any]) -> "Array":
-    """Solve the programme: m, the share of every pair's mass that goes from ξ to ξ_min.
+    """Solve the programme: compute m, the share of every pair's mass that moves from ξ to ξ_min.
 
-    In the order of rising ξ, m is 1 until (1/N) Σ m (ξ − ξ_min) = ε. For ξ = .9, .3 and .6 with ξ_min = .05 and ε = .2
-    the budget is N ε = .6: moving .3 costs .25, and what is left moves .35/.55 of .6, so m = 0, 1, .636.
+    In the order of rising ξ, m is 1 until (1/N) Σ m (ξ − ξ_min) = ε. Example: for ξ = .9, .3 and .6 with ξ_min = .05
+    and ε = .2, the budget is N ε = .6. Moving .3 costs .25; the remaining .35 moves the share .35/.55 of .6, so m = 0,
+    1, .636.
 
     Args:
         xi_N: between ``xi_min`` and 1.
-        tie: a key that orders pairs of equal ξ, given their number; used only if the budget ends among them.
+        tie: returns a sorting key for the number of a pair; it orders pairs of equal ξ if the budget ends among them.
 
     Returns:
-        m, shape N: 0 or 1 for all but at most one; 0 if ξ = ξ_min, since nothing can move.
+        m, shape N. At most one value is neither 0 nor 1; pairs with ξ = ξ_min cannot move and have 0.
     """
     import numpy as np
 
@@ -168,7 +169,7 @@ def move(xi_N: "Array", epsilon: float, xi_min: float, tie: Callable[[int], Any]
 
 
 def tangent_points(xi_min: float, pieces: int) -> "Array":
-    """The points of the tangents, geometric from ξ_min to 1; .05, .224, 1 for three from .05. Shape K."""
+    """The points of the tangents, geometric from ξ_min to 1, such as .05, .224, 1. Shape K."""
     import numpy as np
 
     return np.geomspace(xi_min, 1.0, pieces)
@@ -181,7 +182,7 @@ def tangent_loss(xi_P: "Array", points_K: "Array") -> "Array":
     """
     import numpy as np
 
-    # The tangents at neighbouring points s < t meet at log(t/s) / (1/s − 1/t); each is largest between two such places.
+    # The tangents at neighbouring points s < t meet at log(t/s) / (1/s − 1/t); between two such points one is largest.
     s_k, t_k = points_K[:-1], points_K[1:]
     meet_k = np.log(t_k / s_k) / (1 / s_k - 1 / t_k)
     t_P = points_K[np.searchsorted(meet_k, xi_P)]

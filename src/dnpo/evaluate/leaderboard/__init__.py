@@ -63,7 +63,7 @@ class Leaderboard:
     Args:
         source: ``hub``, or a folder of JSON lines as ``rows.py`` describes it.
         benchmarks: some of ``arc``, ``truthfulqa``, ``winogrande``, ``gsm8k``, ``hellaswag``, ``mmlu`` and ``ifeval``;
-            by default all but ``ifeval``. The average is over these six and needs them all.
+            by default all but ``ifeval``. The average needs these six.
         shots: number of examples before each question, by benchmark; by default the paper's.
         limit: use only this number of items of each of lm-eval's tasks (MMLU has 57); by default all.
         batch_size: sequences in a batch.
@@ -133,8 +133,8 @@ class BenchmarkItem:
         prompt_hash: SHA-256 of the text before the (first) answer; the same for the same question and examples.
         score: 0 or 1; for TruthfulQA's mc2 the probability of the true answers.
         accuracy: the score without normalisation by length.
-        gold: index of the right choice, or the right answer. For Winogrande the words after either beginning; for
-            TruthfulQA's mc2, where several choices are true, 0.
+        gold: index of the right choice, or the right answer. For Winogrande, the words after both beginnings; for
+            TruthfulQA's mc2, 0, since several choices are true.
         logps: log-likelihood of every choice, in nats; empty for generated answers.
         response: the generated answer; "" for choices.
         cut: whether the prompt was longer than the model's context and lost its beginning.
@@ -177,7 +177,7 @@ class Score:
 
 @dataclass(frozen=True)
 class LeaderboardResult:
-    """The scores, their average (None without all of the six), seconds, and the result of every item."""
+    """The scores, their average (None if one of the six is missing), the seconds, and the result of every item."""
 
     scores: dict[str, Score]
     average: float | None

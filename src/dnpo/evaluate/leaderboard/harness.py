@@ -37,7 +37,7 @@ def available() -> None:
     """Raise if lm-eval is not installed.
 
     Raises:
-        SettingsError: lm-eval is missing; the message tells how to install it.
+        SettingsError: lm-eval is missing; the message has the command that installs it.
     """
     if find_spec("lm_eval") is None:
         raise SettingsError('the leaderboard needs lm-eval, which is not installed: pip install "dnpo[eval]"')
@@ -109,7 +109,7 @@ def _model(policy: Policy, batch_size: int) -> Any:
 
 
 def of_rows(tasks: Sequence[BenchmarkTask], shots: int) -> dict[str, Any]:
-    """Build lm-eval's tasks over rows, with as many examples as there are, up to ``shots``."""
+    """Build lm-eval's tasks over rows, with ``shots`` examples, or all if there are fewer."""
     from lm_eval.tasks import TaskManager
 
     loaded: dict[str, Any] = TaskManager(include_defaults=False).load([_define(task) for task in tasks])["tasks"]
@@ -144,7 +144,7 @@ def of_hub(names: Sequence[str], shots: int) -> dict[str, Any]:
         loaded: dict[str, Any] = manager.load(list(names))["tasks"]
     except ImportError as error:
         raise SettingsError(f'{", ".join(names)}: {error}; pip install "dnpo[eval]"') from error
-    except (OSError, ValueError) as error:  # datasets raises either if it finds neither hub nor cache
+    except (OSError, ValueError) as error:  # datasets raises one of these if neither the hub nor the cache has the data
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"source=hub: {', '.join(names)} cannot be loaded ({reason}); give source=FOLDER") from error
     for task in loaded.values():

@@ -5,11 +5,10 @@ examples in ``TASK_fewshot.jsonl`` or ``TASK_train_fewshot.jsonl``. Every row ma
 
 ==============  ====================================================================================================
 arc_easy        question, choices, answer (number of the right choice); arc_challenge, mmlu too, mmlu with subject
-winogrande      context_options (two beginnings), continuation, answer
-hellaswag       activity_label, endings, label, and ctx or lm-eval's ctx_a and ctx_b (it capitalises the latter)
-gsm8k           question, answer (ending in ``#### NUMBER``)
-truthfulqa      question, mc1 and mc2, both with choices and labels (1 is true)
-==============  ====================================================================================================
+winogrande      context_options (two beginnings), continuation, answer hellaswag       activity_label, endings, label,
+and ctx or lm-eval's ctx_a and ctx_b (it capitalises ctx_b) gsm8k           question, answer (ending in ``#### NUMBER``)
+truthfulqa      question, mc1 and mc2, both with choices and labels (1 is true) ==============
+====================================================================================================
 """
 
 import json
@@ -90,7 +89,7 @@ def _first(folder: Path, stems: list[str]) -> Path | None:
 
 
 def _question(row: Row) -> str:
-    """The text that identifies an item, so that no question is its own example."""
+    """The text that identifies an item, so that a question is never an example for itself."""
     return json.dumps([row.get(name) for name in ("question", "query", "context_options", "choices")])
 
 
@@ -181,7 +180,7 @@ def _gsm8k(row: Row) -> Row:
 
 
 def _truthfulqa(form: str) -> Callable[[Row], Row]:
-    """Order the choices, with their labels, by a hash, so that their position carries no information."""
+    """Sort the choices, with their labels, by a hash, so that their position gives no information."""
 
     def convert(row: Row) -> Row:
         question = _text(row, "question")

@@ -21,20 +21,19 @@ if TYPE_CHECKING:
 class ClippedRatio:
     """The clipped loss of importance ratios, with a value head as a second player; for rollouts made during training.
 
-    The reward of a response is its score times ``reward_scale``, less β times the log-ratio of policy and reference,
-    token by token. Its gradient is exact for responses sampled at temperature 1 without truncation.
+    The reward of a response is its score times ``reward_scale``, minus β times the log-ratio of policy and reference,
+    token by token. The gradient is exact for responses sampled at temperature 1 without truncation.
 
     Args:
         beta: weight of the log-ratio in the reward; the best policy is π_ref · exp(reward / β), normalised. 0: no
             reference is read.
-        clip: how far a ratio may be from 1 before its token has no more gradient (ε); 0: no limit.
-        value_clip: how far a value may be from what it was when the policy responded before it has no more gradient; 0:
-            no limit.
+        clip: ε. A token whose ratio differs from 1 by more than this has no gradient; 0: no limit.
+        value_clip: a value that has changed by more than this since the policy responded has no gradient; 0: no limit.
         value_learning_rate: constant learning rate of Adam for the value head; 0: there is no value head, and all
             values are 0.
         value_weight: weight of the value loss in the gradient of the policy's body; 0: only the head learns values.
-        discount: γ, the factor of a later reward for each token in between.
-        trace: λ; 1: an advantage is the sum of later rewards less the value; 0: only the next reward and value count.
+        discount: γ; a reward n tokens later counts γⁿ.
+        trace: λ; 1: an advantage is the sum of later rewards minus the value; 0: only the next reward and value count.
         whiten: shift and scale the advantages of a rollout's tokens to mean 0 and variance 1.
         reward_scale: the reward for one point of the judge's score.
     """
@@ -73,8 +72,7 @@ class ClippedRatio:
 
         Args:
             policy: the policy; its module is changed. With LoRA it has a fresh adapter.
-            source: makes the rollouts.
-            clock: when they are made.
+            source: makes the rollouts. clock: decides when rollouts are made.
             reference: the frozen reference; None if β is 0.
             optimisation: how to train.
             seed: seed of the draws from the buffer.

@@ -13,7 +13,7 @@ TINY = 1e-8  # keeps a variance of 0 from dividing by 0
 def token_rewards(score_S: Tensor, logp_SL: Tensor, reference_SL: Tensor, length_S: Tensor, *, beta: float) -> Tensor:
     """The score at the last token, and at every token −β (log π − log π_ref). Shape S × L.
 
-    A response's rewards add up to its score less β times its log-ratio, so the policy with the largest expected sum is
+    A response's rewards add up to its score minus β times its log-ratio, so the policy with the largest expected sum is
     π_ref · exp(score / β), normalised.
 
     Args:
@@ -31,7 +31,7 @@ def advantages(reward_SL: Tensor, value_SL: Tensor, *, discount: float, trace: f
     """Generalized advantage estimates: A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t. Shape S × L.
 
     Schulman et al. 2016, equation 16. After the last token the value is 0, also of a response that was cut. With λ = 1
-    they are the discounted sums of later rewards, less the values; with λ = 0 they are the δ.
+    an advantage is the discounted sum of later rewards, minus the value; with λ = 0 it is δ.
 
     Args:
         reward_SL: rewards; 0 in the padding.
@@ -50,7 +50,7 @@ def advantages(reward_SL: Tensor, value_SL: Tensor, *, discount: float, trace: f
 
 
 def whiten(value_N: Tensor) -> Tensor:
-    """Shift to mean 0 and scale to variance 1; equal values become 0. Shape N."""
+    """Shift values to mean 0 and scale them to variance 1; equal values become 0. Shape N."""
     return (value_N - value_N.mean()) * (value_N.var(correction=0) + TINY).rsqrt()
 
 

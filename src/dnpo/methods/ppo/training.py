@@ -37,7 +37,7 @@ from dnpo.store import Report
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with the numbers that were computed for it when it was made; lists have a number for each token.
+    """A rollout, with numbers that were computed when it was made. Lists have one number for each token.
 
     Attributes:
         id: of the prompt.
@@ -48,8 +48,9 @@ class Experience:
         values: values before each token, by the value head as it was then.
         advantages: advantages, whitened over the rollout if the settings say so.
         returns: the targets of the value head: advantages before whitening, plus values.
-        later: discounted sums of the rewards from each token on.
-        log_ratio: log-probability under the policy that responded, less that under the reference; 0 without one.
+        later: the discounted sum of rewards from each token to the end.
+        log_ratio: log-probability under the policy that responded, minus the one under the reference; 0 without a
+            reference.
     """
 
     id: str
@@ -104,7 +105,7 @@ class ValueHead(nn.Module):
 
 
 class Observer:
-    """Computes values and advantages of the tokens of responses, by the policy and value head as they are at that time.
+    """Computes values and advantages of responses' tokens, with the present policy and value head.
 
     Args:
         policy: the policy in training.
@@ -170,13 +171,14 @@ class Observer:
 
 
 class Observed:
-    """A source of experiences: they are made of another source's rollouts when these are taken.
+    """A source of experiences. It takes rollouts from another source and computes their experiences.
 
-    They are written to files, since a killed training could not make them again: policy and value head have changed.
+    Experiences are written to files: a killed training could not compute them again, with the policy and value head
+    changed.
 
     Args:
         source: makes the rollouts.
-        observe: makes experiences of them.
+        observe: makes experiences from rollouts.
         folder: folder for the files.
     """
 
@@ -232,7 +234,7 @@ class RolloutTraining(Training):
 
     Args:
         observer: makes the experiences; its value head is trained.
-        notes: gives metrics of the present policy step that come with its rows.
+        notes: returns further metrics of the present policy step, known with its rows.
     """
 
     title = "training on rollouts"
