@@ -1,1 +1,1 @@
-"""Execute a chain of stages: checks before it, screen output, notes, model cards, sweeps."""
+"""Execute a chain of stages: the checks before it, screen output, notes, model cards and sweeps."""

@@ -1,4 +1,4 @@
-"""Write model cards from a finished run: what a policy is, which run made it and how to load it."""
+"""Write the model cards of a finished run: each describes a policy, its origin and how to load it."""
 
 import json
 import re
@@ -97,7 +97,7 @@ class SavedPolicy:
     def setting(self, part: str, key: str, default: Any = None) -> Any:
         """Return a setting of the run; the default if the part lacks it or has null.
 
-        Where parts differ by iteration, it is taken from the iteration that made this policy.
+        If parts differ by iteration, the setting is taken from the iteration that made this policy.
         """
         own = self.summary["settings"].get(part, {})
         if isinstance(own, list):
@@ -134,7 +134,7 @@ def _title(saved: SavedPolicy) -> str:
 
 
 def _front_matter(saved: SavedPolicy, kind: Kind) -> str:
-    """Return the metadata for the hub: only names that exist there, and no licence, since the card grants none."""
+    """Return the metadata for the hub: only names that exist there, and no licence, since the card gives none."""
     from huggingface_hub import ModelCardData
 
     model, data = saved.prompt_settings["model"].get("name"), saved.prompt_settings["data"].get("name")
@@ -298,7 +298,7 @@ def _stages(saved: SavedPolicy) -> str:
 def _settings(saved: SavedPolicy) -> str:
     """List all settings as ``part.key=value``.
 
-    Those of tracking are left out: addresses may contain passwords, and cards are meant for others.
+    The settings of tracking are left out: addresses may contain passwords, and cards are meant for other people.
     """
     public = {part: value for part, value in saved.summary["settings"].items() if part != "tracking"}
     lines = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in _flat(public).items()]

@@ -16,7 +16,7 @@ from dnpo.catalogue import Metric, metric
 from dnpo.escape import for_terminal
 from dnpo.screen import ScreenTable
 
-# Columns of a run's table; those that no row has are left out.
+# Columns of a run's table; a column that no row has is left out.
 FAMILIES = "eval/accuracy/<family>"
 COLUMNS = (
     *("eval/score", "second/score", "leaderboard/average", FAMILIES, "eval/accuracy", "eval/win", "eval/tie"),
@@ -55,7 +55,7 @@ class _Rate(ProgressColumn):
 
 
 class Console:
-    """Prints to standard output: with a progress bar on a terminal, otherwise one line per stage."""
+    """Prints to the standard output: a progress bar on a terminal, otherwise one line per stage."""
 
     def __init__(self, width: int | None = None) -> None:
         self.rich = RichConsole(width=width, highlight=False, soft_wrap=True, emoji=False)
@@ -65,7 +65,7 @@ class Console:
 
         Args:
             table: the table.
-            split: print it in parts as wide as the terminal, each of which begins with the first column.
+            split: whether to print it in parts as wide as the terminal; each part begins with the first column.
         """
         parts = _split(table, self.rich.width) if split and self.rich.is_terminal else [table]
         for part in parts:
@@ -147,7 +147,7 @@ class StageReport:
         self.sink(rows)
 
     def summary(self) -> str:
-        """Return what was done, how long it took and how fast it was."""
+        """Return the amount of work done, its time and its speed."""
         now = time.monotonic()
         seconds, done = now - self.started, self.done - self.before
         rate = f", {done / (now - self.began):,.0f}/s" if done and now > self.began else ""

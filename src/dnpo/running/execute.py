@@ -29,10 +29,10 @@ from dnpo.tracking.reading import STEPS_OF
 from dnpo.tracking.writing import TrackedSteps, Tracking
 
 SHOWN_PAIRS = 50
-GENERATED = ("cut", "responses", "tokens", "engine_mean", "engine_max")  # what generation counts and measures
+GENERATED = ("cut", "responses", "tokens", "engine_mean", "engine_max")  # counts and measurements of generation
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
 
-LABELS = {  # the judge that training learns from, compared with the judge of the evaluations
+LABELS = {  # how the judge that training learns from compares with the judge of the evaluations
     "same": "training learns from the judge that gives these scores",
     "other": "training learns from another judge",
     "nobody": "no judge labels the pairs",
@@ -43,7 +43,7 @@ def tags(choices: Mapping[str, str], settings: Mapping[str, Any], iterations: Se
     """Return the tags by which a run can be found: chosen options, sweep, seed, git commit, and its stages' keys."""
     groups = {group.split("@")[-1]: str(name) for group, name in choices.items() if not group.startswith("hydra/")}
     chosen = {f"dnpo.{group}": name for group, name in groups.items()}
-    if "dnpo.sweep" in chosen:  # on a sweep's parent run, dnpo.sweep is its folder
+    if "dnpo.sweep" in chosen:  # on a sweep's parent run, dnpo.sweep is the sweep's folder
         chosen["dnpo.sweep_name"] = chosen.pop("dnpo.sweep")
     keys = {f"stage.{_slug(stage)}": stage.key for iteration in iterations for stage in iteration.stages}
     return {**chosen, "dnpo.seed": str(settings["seed"]), "dnpo.kind": "run", "dnpo.commit": commit(), **keys}
@@ -108,7 +108,7 @@ def execute(
 
 
 def find_labeller(iterations: Sequence[Iteration]) -> str:
-    """Compare the judge that training learns from with that of the evaluations; return a key of ``LABELS``."""
+    """Compare the judge that training learns from with the judge of the evaluations; return a key of ``LABELS``."""
     trained = [each.policy for each in iterations]  # a live training judges and labels itself
     stages = [stage for each in iterations for stage in (each.verdicts, each.labelled) if stage is not None] + trained
     judges = [stage.settings["judge"] for stage in stages if "judge" in stage.settings]
@@ -128,7 +128,7 @@ def list_makers(iterations: Sequence[Iteration], store: Store) -> list[dict[str,
 
 
 def describe_mixture(makers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return lines that warn of a chain whose stages were not made by the same versions, commit, device and threads."""
+    """Return warnings if the stages were made by different versions, commits, devices or numbers of threads."""
     made = {
         title: {name: value for name, value in maker.items() if name != "stages"}
         for maker in makers
@@ -154,10 +154,10 @@ def overrides() -> list[str]:
 
 
 def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, before: int, prefix: str) -> bool:
-    """Compute one stage unless it is in the store; return whether it was.
+    """Compute one stage unless it is in the store; return whether it was in the store.
 
-    The run that computes training steps tracks them. A run that reuses the stage refers to that run in a tag, or tracks
-    the steps again if that run is not in this tracking store.
+    The run that computes a training stage tracks its steps. A run that reuses the stage names that run in a tag, or
+    tracks the steps again if that run is not in this tracking store.
 
     Args:
         before: number of training steps in earlier iterations.
@@ -184,7 +184,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
             tracking.tags({f"{STEPS_OF}{_slug(stage)}": elsewhere})
             return True
         track(steps)
-    if tracking.flush() and store.writable:  # otherwise the next run that reuses the stage tracks them
+    if tracking.flush() and store.writable:  # if not, the next run that reuses the stage tracks them
         tracked.add(tracking.where, tracking.id)
     return reused
 
@@ -248,7 +248,7 @@ def _track(
     settings: Mapping[str, Any],
     folder: Path,
 ) -> None:
-    """Track an iteration: data sets read, model, metrics, histogram, the rows behind the metrics, steps, some pairs."""
+    """Track an iteration: its data sets, model, metrics, histogram, the rows behind the metrics, steps, some pairs."""
     numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "iteration"}
     renamed = {catalogue.name_by_iteration(name): value for name, value in numbers.items()}
     name = "sft" if iteration.k < 0 else f"iteration-{iteration.k}"
@@ -308,7 +308,7 @@ def _track_results(summary: Mapping[str, Any], store: Store, tracking: Tracking,
 
 
 def _draw_once(store: Store, key: str, draw: Callable[[Path], None], picture: Path) -> None:
-    """Copy a picture that an earlier run drew from the same numbers, or draw it and keep it for later ones."""
+    """Copy a picture that an earlier run drew from the same numbers, or draw it and keep it for later runs."""
     drawn = store.root / ".pictures" / f"{key}-{_hash_drawing()}.png"
     if not drawn.is_file() and not store.writable:
         draw(picture)
@@ -323,7 +323,7 @@ def _draw_once(store: Store, key: str, draw: Callable[[Path], None], picture: Pa
 
 @cache
 def _hash_drawing() -> str:
-    """Return a hash of the code that decides how pictures look; a picture of other code is drawn again."""
+    """Return a hash of the code that draws pictures; a picture drawn by other code is drawn again."""
     root = Path(__file__).parent.parent
     code = [(root / name).read_bytes() for name in ("palette.py", "catalogue.py", "report/drawing.py")]
     return hashlib.sha256(b"".join(code)).hexdigest()[:8]
@@ -362,7 +362,7 @@ def _some_pairs(path: Path) -> list[dict[str, Any]]:
 
 
 def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Store, tracking: Tracking) -> None:
-    """Show the table, and where results, models and stages are."""
+    """Show the table, and the folders of results, models and stages."""
     rows = summary["table"]
     console.say("")
     console.table(iteration_table(rows), split=True)

@@ -1,11 +1,12 @@
-"""Lay out the policies of a finished run as folders that transformers and vLLM load, and write standalone copies.
+"""Write the policies of a finished run as folders that transformers and vLLM load: with links, or as full copies.
 
     python -m dnpo.export outputs/DATE/TIME --iteration 3 --to FOLDER
 
 At its end a run creates ``models/sft``, ``models/iteration-0``, …, each with a model card and links to the weights in
-the store. The card cannot be in the store, where runs of different methods share stages. The links are relative, so
-they stay valid if the folder around runs and store is moved or mounted elsewhere. LoRA adapters of several iterations
-are joined into one, whose rank is the sum of theirs. The command writes whole weights instead, with adapters merged.
+the store. The card is not in the store, because runs of different methods share stages there. The links are relative,
+so they stay valid if the folder that has runs and store is moved or mounted elsewhere. LoRA adapters of several
+iterations are joined into one; its rank is the sum of their ranks. The command writes whole weights instead, with
+adapters merged.
 """
 
 import json
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
-COMPARED = 16  # responses, to say how much a copy of a quantised policy differs from it
+COMPARED = 16  # responses on which a copy of a quantised policy is compared with it
 OF_A_BASE = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.py")
 
 
@@ -50,7 +51,7 @@ def list_policies(summary: Mapping[str, Any], store: Path | None = None) -> list
 def link(summary: Mapping[str, Any], run: Path) -> list[Path]:
     """Fill ``models/`` in a run's folder, replacing what an earlier run left there.
 
-    If the file system has no links, a folder has only a card, which says where the weights are.
+    If the file system has no links, a folder has only a card, which gives the path of the weights.
 
     Returns:
         The paths of the cards.
@@ -169,7 +170,7 @@ def export(
 
     Raises:
         SettingsError: there is no such run, iteration or stage, or ``to`` cannot be written.
-        ModelError: the base model is gone or has changed.
+        ModelError: the base model no longer exists or has changed.
     """
     policy = _find(_summary(run), iteration, store)
     if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
@@ -276,10 +277,10 @@ def _write_merged(policy: SavedPolicy, folder: Path) -> None:
 
 
 def _write_dequantised(policy: SavedPolicy, folder: Path) -> str:
-    """Write the weights that training saw: the quantised ones, dequantised, with all adapters merged, in bfloat16.
+    """Write the weights as training used them: quantised and dequantised, with all adapters merged, in bfloat16.
 
     Returns:
-        How much the log-probabilities of held-out responses differ from the policy's.
+        A sentence on how much the copy's log-probabilities of held-out responses differ from the policy's.
     """
     import torch
 

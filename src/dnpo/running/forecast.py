@@ -1,6 +1,6 @@
-"""Estimate how many calls a run's judges need and what they cost, before anything is sent.
+"""Estimate the number and the cost of a run's calls of judges, before anything is sent.
 
-Responses that are not generated yet count as new, and as long as the human response to the same prompt.
+A response that is not generated yet counts as new; its length is estimated by the human response to its prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from dnpo.store import Stage, Store
 def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[str, Forecast]:
     """Return a forecast for each stage that is still to be computed and asks a judge, by title.
 
-    A question that several stages ask counts for the first of them.
+    If several stages ask a question, it counts for the first of them.
     """
     seen: set[str] = set()
     forecasts: dict[str, Forecast] = {}
@@ -55,7 +55,7 @@ def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[st
 
 
 def _live_responses(plan: Plan, how: Live, prompts: Sequence[Prompt], human: Sequence[Response]) -> list[Response]:
-    """Make stand-ins for all responses of a live training; add the human ones if they are judged."""
+    """Make placeholders for all responses of a live training; add the human responses if they are judged."""
     chunks = Chunks(len(prompts), how.prompts, 0)
     stand_in = _stand_in(prompts, human, policy_source(plan.k))
     made: list[Response] = []
@@ -67,7 +67,7 @@ def _live_responses(plan: Plan, how: Live, prompts: Sequence[Prompt], human: Seq
 
 
 def _find_evaluations(run: Run, iteration: Iteration, store: Store) -> Iterator[tuple[Stage, Judge]]:
-    """Yield the stages, still to be computed, that judge held-out responses, each with its judge."""
+    """Yield the uncomputed stages that judge held-out responses, each with its judge."""
     second = [stage for stage in iteration.measures if stage.name == "second"]
     for stage, judge in (
         (iteration.evaluation, run.judge),
@@ -104,7 +104,7 @@ def _read_generated(store: Store, responses: Stage) -> list[Response]:
 
 
 def _stand_in(prompts: Sequence[Prompt], human: Sequence[Response], source: str) -> list[Response]:
-    """Make stand-ins for responses not generated yet: all different, and as long as the human ones."""
+    """Make placeholders for responses not generated yet: all different, and as long as the human responses."""
     return [
         Response(p.id, source, f"{source} {p.id} {r.text}"[: max(len(r.text), 1) + 24], [], 0, "eos")
         for p, r in zip(prompts, human, strict=True)

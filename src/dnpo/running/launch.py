@@ -1,8 +1,8 @@
-"""Where the work of stages is done, configured by ``launch=…``: in this process, or in several that torchrun starts.
+"""Do the work of stages in this process, or in several that torchrun starts, as ``launch=…`` says.
 
 This process keeps the stage's lock, starts ``dnpo.worker`` for each rank, and shows the progress that they report as
-lines. They end when their standard input does, so also when this process is killed. An error on a rank is raised here
-as if it had happened here.
+lines. The ranks end when their standard input is closed, so they also end when this process is killed. An error on a
+rank is raised again in this process.
 """
 
 import json
@@ -28,17 +28,17 @@ from dnpo.store import Compute, Made, Report, Stage, compute_here, write_json
 if TYPE_CHECKING:
     from dnpo.stages.plan import Run
 
-FOLDER = ".launch"  # folder in the store for what ranks are to do
+FOLDER = ".launch"  # folder in the store for the jobs of ranks
 MARK = "dnpo:"  # begins every line from a rank; other lines come from libraries
-LONGEST = 3000  # characters of a line, which a pipe takes at once, so that lines of several ranks do not mix
-GRACE = 20.0  # seconds in which processes are to end
-SHOWN = 2000  # last characters of what a process that failed has printed
+LONGEST = 3000  # characters of a line; a pipe takes so short a line at once, so lines of several ranks do not mix
+GRACE = 20.0  # seconds that processes have to end
+SHOWN = 2000  # number of last characters shown of the output of a failed process
 
 Kind = Literal["begin", "advance", "note", "status", "steps", "made", "error"]
 
 
 class Job(TypedDict):
-    """What ranks are to do.
+    """The work of ranks.
 
     Attributes:
         settings: the composed settings of the run.
@@ -56,24 +56,22 @@ class Job(TypedDict):
 
 
 class Launch(Protocol):
-    """Where the work of stages is done.
-
-    Attributes:
-        world: number of processes that share the work of a stage.
+    """The place where the work of stages is done. Attributes: world: number of processes that share the work of a
+    stage.
     """
 
     @property
     def world(self) -> int: ...
 
     def check(self, run: "Run") -> None:
-        """Refuse a run that cannot be computed there.
+        """Refuse a run that cannot be computed in this way.
 
         Raises:
             SettingsError: names the settings.
         """
 
     def open(self, settings: Mapping[str, Any], name: str) -> Compute:
-        """Return what does the work of a run's stages.
+        """Return the function that does the work of a run's stages.
 
         Args:
             settings: the run's composed settings.
@@ -97,13 +95,13 @@ class Here:
                 )
 
     def open(self, settings: Mapping[str, Any], name: str) -> Compute:
-        """Return what does the work in this process."""
+        """Return the function that does the work in this process."""
         return compute_here
 
 
 @dataclass(frozen=True)
 class Torchrun:
-    """Stages whose work can be shared are computed by several processes (ranks), one a device.
+    """Stages whose work can be shared are computed by several processes (ranks), one for each device.
 
     Args:
         devices: number of processes on each machine.
@@ -129,7 +127,7 @@ class Torchrun:
         return self.devices * self.nodes
 
     def check(self, run: "Run") -> None:
-        """Refuse what one process alone can do, and trainings whose steps have fewer rows than there are ranks."""
+        """Refuse work that only one process can do, and training steps with fewer rows than ranks."""
         if run.device not in ("auto", "cpu", "cuda"):
             raise SettingsError(
                 f"device={run.device}: is one device, and launch=torchrun gives every process its own; take device=cuda"
@@ -171,7 +169,7 @@ class Torchrun:
         self._check_gpus(run)
 
     def _check_gpus(self, run: "Run") -> None:
-        """Refuse more processes than this machine has GPUs, if they are to compute on GPUs."""
+        """Refuse more processes than GPUs of this machine, if they compute on GPUs."""
         if run.device == "cpu" or self.nodes > 1:
             return
         import torch
@@ -183,7 +181,7 @@ class Torchrun:
             )
 
     def open(self, settings: Mapping[str, Any], name: str) -> Compute:
-        """Return what has the work done by ranks, where it can be shared."""
+        """Return the function that lets ranks do the work if it can be shared."""
 
         def compute(stage: Stage, folder: Path, inputs: Mapping[str, Path], report: Report) -> Made:
             if not stage.shared:
@@ -219,7 +217,7 @@ class Torchrun:
 
 
 def _run(command: list[str], threads: int, report: Report) -> Made:
-    """Run the ranks to their end, pass on what they report, and raise what one of them raised."""
+    """Run the ranks until they end, pass on their reports, and raise the error that one of them raised."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     listener = _Listener(report)
     with tempfile.TemporaryFile("w+", errors="replace") as printed:
@@ -247,7 +245,7 @@ def _run(command: list[str], threads: int, report: Report) -> Made:
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """End the ranks, if they have not ended."""
+    """End the ranks that have not ended."""
     assert process.stdin is not None, "a pipe"
     with suppress(OSError):
         process.stdin.close()
@@ -259,7 +257,7 @@ def _end(process: "subprocess.Popen[str]") -> None:
 
 
 class _Listener:
-    """Understands the lines of all ranks.
+    """Parses the lines of all ranks.
 
     Args:
         report: receives the progress.
@@ -268,13 +266,13 @@ class _Listener:
     def __init__(self, report: Report) -> None:
         self.report = report
         self.parts: dict[int, str] = {}  # the beginning of each rank's present message
-        self.begun, self.early = False, 0  # whether the total is known, and what was done before it was
+        self.begun, self.early = False, 0  # whether the total is known, and the amount done before it was known
         self.made: Made | None = None
         self.failures: list[Mapping[str, Any]] = []
-        self.other = ""  # what else was printed
+        self.other = ""  # all other output
 
     def hear_all(self, process: "subprocess.Popen[str]") -> None:
-        """Take in what ranks report until they have ended."""
+        """Read the ranks' lines until they have ended."""
         assert process.stdout is not None, "a pipe"
         for line in process.stdout:
             self._hear(line)
@@ -295,7 +293,7 @@ class _Listener:
         if kind == "made":
             self.made = Made(*values)
         elif kind == "error":
-            if not (self.failures and values[0]["interrupted"]):  # where one fails, the others are ended
+            if not (self.failures and values[0]["interrupted"]):  # when one rank fails, the others are ended
                 self.failures += values
         elif kind == "advance" and not self.begun:
             self.early += values[0]
@@ -307,7 +305,7 @@ class _Listener:
                 self.report.advance(self.early)
 
     def finish(self, status: int, printed: str) -> Made:
-        """Return what was made, or raise what went wrong."""
+        """Return what was made, or raise the ranks' error."""
         named = [failure for failure in self.failures if failure["kind"] in NAMED]
         if named:
             raise NAMED[named[0]["kind"]](named[0]["text"])
@@ -334,4 +332,4 @@ NAMED: dict[str, Callable[[str], Exception]] = {
     "Declined": Declined,
     **{name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, DnpoError)},
 }
-"""The errors that have the same meaning in every process, by name."""
+"""The errors of dnpo by name: they mean the same in every process."""

@@ -1,4 +1,4 @@
-"""Write the Markdown note of a tracked run: what the run is, and at its end its results.
+"""Write the Markdown note of a tracked run: a description, and at the end the results.
 
 Text from settings, data or errors is escaped, so that Markdown shows it literally.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CONTINUES = "Finished stages are kept: the same command continues it."
 LONGEST_MESSAGE, LONGEST_OF_A_JOB = 1500, 300  # characters of an error
 MOST_MISSING = 12
-# Columns of the table; those that no row has are left out.
+# Columns of the table; a column that no row has is left out.
 COLUMNS = (
     *("eval/score", "second/score", "eval/accuracy", "eval/win", "pairs/flips", "stagnation/ks", "eval/loss"),
     "seconds",
@@ -169,7 +169,7 @@ def _cell(row: Mapping[str, Any], column: Metric) -> str:
 
 
 def _sentences(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return remarks that help to read a run's table."""
+    """Return remarks on how to read a run's table."""
     sentences = []
     human = next((row["eval/score_human"] for row in table if _has(row, "eval/score_human")), None)
     if human is not None:
@@ -264,7 +264,7 @@ def describe_sweep(
 
 
 def comparison(compared: "Sequence[MeasureComparison]") -> str:
-    """Return the tables of a sweep, measure by measure."""
+    """Return the tables of a sweep, one after the other by measure."""
     return "\n".join(line for each in compared for line in [*_comparison_lines(each), ""])
 
 

@@ -1,4 +1,4 @@
-"""Refuse settings that hold a secret before anything is written: Hydra copies all settings into files of the run."""
+"""Refuse settings that contain a secret before anything is written: Hydra copies all settings into files of the run."""
 
 import re
 import sys
@@ -28,19 +28,19 @@ INTERPOLATION = re.compile(r"\$\{[^{}]*\}")
 
 
 class RefuseSecrets(Callback):
-    """Ends the command with status 1 before Hydra makes a folder, if a setting holds a secret."""
+    """If a setting contains a secret, ends the command with status 1 before Hydra makes a folder."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Look at the settings of a run."""
         refuse(config)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Look at the settings of a sweep, and at all values that it will try."""
+        """Look at the settings of a sweep, including all values that it will try."""
         refuse(config)
 
 
 def refuse(config: DictConfig) -> None:
-    """Print what is wrong and exit; Hydra turns a callback's exceptions into warnings, but not an exit."""
+    """Print the problems and exit. (Hydra turns exceptions of a callback into warnings, but not an exit.)"""
     found = dict.fromkeys(find_secrets(config))
     for message in found:
         say(f"error: {message}", error=True)
@@ -49,10 +49,10 @@ def refuse(config: DictConfig) -> None:
 
 
 def find_secrets(config: DictConfig) -> Iterator[str]:
-    """Yield a message for each setting that holds a secret; the secret itself is not in it.
+    """Yield a message for each setting that contains a secret. The message does not contain the secret.
 
     Args:
-        config: the tree with Hydra's own node, which has the overrides of a sweep as they were given.
+        config: the tree including Hydra's own node, which has the overrides of a sweep as they were given.
     """
     given: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     for override in given:

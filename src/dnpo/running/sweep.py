@@ -1,4 +1,4 @@
-"""Report on a whole multirun: the stages that its jobs share, failed jobs, and a table that compares the jobs."""
+"""Report on a whole multirun: shared stages, failed jobs, and a table that compares the jobs."""
 
 import csv
 import io
@@ -36,7 +36,7 @@ def record_failure(folder: Path, message: str) -> None:
 
 
 def report_stopped(error: Exception) -> bool:
-    """Report on a sweep whose launcher has stopped, as it does when the process of a job was killed.
+    """Report on a sweep whose launcher has stopped, for instance because the process of a job was killed.
 
     Returns:
         Whether there is such a sweep; it then exits with status 1.
@@ -55,7 +55,7 @@ def report_stopped(error: Exception) -> bool:
 
 
 def find_shared_stages(sweep: Path | None, folder: Path, stages: "Sequence[Stage]") -> dict[str, str]:
-    """Return the stages that an earlier job of the sweep computes too, and record this job's stages for later jobs."""
+    """Return the stages that an earlier job of the sweep also computes, and record this job's stages for later jobs."""
     if sweep is None:
         return {}
     shared: dict[str, str] = {}
@@ -161,7 +161,7 @@ class SweepReport(Callback):
 def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mapping[str, str]) -> str:
     """Track the comparison with the sweep's parent run and end that run; return an error message, "" for success.
 
-    If no job was tracked, there is no parent run, and nothing is done.
+    If no job was tracked, there is no parent run, so nothing is done.
     """
     from omegaconf import OmegaConf
 
@@ -257,7 +257,7 @@ def _csv(compared: "Sequence[MeasureComparison]") -> str:
 
 
 def _table_for_mlflow(compared: "Sequence[MeasureComparison]") -> dict[str, Any]:
-    """Join the tables into one of the form that MLflow shows."""
+    """Join the tables into one table in MLflow's form."""
     columns = list(dict.fromkeys(column for one in compared for column in one.means.columns))
     data = []
     for one in compared:
@@ -279,7 +279,7 @@ def _overrides(folder: Path) -> list[str]:
 
 
 def _mean_and_spread(values: Iterable[float]) -> tuple[float | None, float | None]:
-    """Return mean and sample standard deviation; None for one that needs more values."""
+    """Return mean and sample standard deviation; a number that needs more values is None."""
     import statistics
 
     found = list(values)

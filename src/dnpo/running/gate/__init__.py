@@ -1,7 +1,7 @@
-"""The gate: check a run before it spends time. Each check gives one line: pass, warn or stop.
+"""The gate: check a run before its first stage. Each check gives one line: pass, warn or stop.
 
-``checks.py`` runs the checks in the order of the run's stages. Each check is a small function of plain values, in the
-file of its subject: ``chain.py``, ``judge.py``, ``rows.py``, ``text.py``, ``machine.py``.
+``checks.py`` runs the checks in the order of the run's stages. Each check is a small function of plain values. The
+files are named by subject: ``chain.py``, ``judge.py``, ``rows.py``, ``text.py``, ``machine.py``.
 """
 
 from collections.abc import Sequence

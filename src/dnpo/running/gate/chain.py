@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def reference(iterations: "Sequence[Iteration]", plans: "Sequence[Plan]") -> Finding:
     """Check that samples, reference and training of every iteration start from the policies that its plan names.
 
-    With adapters stacked over iterations, comparing with the fine-tuned model instead is an easy mistake.
+    When each iteration adds an adapter, it is an easy mistake to use the fine-tuned model as reference.
     """
     wrong: list[str] = []
     initial = iterations[0].policy

@@ -87,7 +87,7 @@ def _users_rows(facts: Mapping[str, Any], count: int) -> list[Finding]:
 
 
 def _tokens(run: Run, data: rows.Rows, policy: Policy) -> tuple[list[Finding], Counts | None]:
-    """Check template and tokens, and count the tokens; None in place of the counts if a check stops the run."""
+    """Check template and tokens, and count the tokens; the counts are None if a check stops the run."""
     some = {split: rows.evenly(data[split], LOOKED_AT) for split in data}
     everything = [row for split in some.values() for row in split]
     tokenizer, stop_ids = policy.tokenizer, policy.stop_ids

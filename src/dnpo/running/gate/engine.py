@@ -1,4 +1,4 @@
-"""Check the servers that generate: whether they can have the policies that respond, and answer."""
+"""Check the servers that generate: whether they answer, and whether they can serve the policies that respond."""
 
 import shutil
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def findings(run: "Run", iterations: "Sequence[Iteration]", todo: "Sequence[Stag
 def _servers(
     run: "Run", iterations: "Sequence[Iteration]", todo: "Sequence[Stage]"
 ) -> list[tuple[Server, dict[str, str]]]:
-    """The servers of some stages, each with the titles of the stages whose policies respond, by their keys."""
+    """The servers of some stages. Each has the stages whose policies respond: their titles by their keys."""
     keys = {stage.key for stage in todo}
     asking: list[tuple[Sampling, Stage]] = []
     for iteration in iterations:

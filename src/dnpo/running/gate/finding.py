@@ -10,11 +10,11 @@ Level = Literal["pass", "warn", "stop"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Attributes:
         name: name of the check.
-        level: ``pass``, ``warn``, or ``stop`` if the run would be pointless or impossible.
+        level: ``pass``, ``warn``, or ``stop`` if the run would be useless or impossible.
         text: what was checked and found, with figures.
         setting: what to change; "" if nothing.
     """

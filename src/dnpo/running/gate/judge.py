@@ -1,4 +1,4 @@
-"""Check the judge: whether it answers, and what it was fitted on."""
+"""Check the judge: whether it answers, and on which prompts it was fitted."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -37,7 +37,7 @@ def labels(first_scored: int | None, judge: Judge, rows: Rows) -> Finding:
 
 
 def measuring(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
-    """Check that the judge of evaluations, if it does not also label, can judge the held-out rows."""
+    """Check that the judge of evaluations can judge the held-out rows, if it is not the labelling judge."""
     problem = judge.accepts(held)
     if problem is not None:
         setting = "eval.judge=…, or null, which uses the labelling judge if it can score texts"
@@ -58,7 +58,7 @@ def second(judge: Judge, held: Sequence[Prompt], split: str) -> Finding:
 
 
 def models(plans: Sequence[Plan], policy: "Policy") -> list[Finding]:
-    """Check that judges which ask the run's own policies can ask this model; no finding without such judges.
+    """Check that judges that ask a policy of the run can ask this model; no finding without such judges.
 
     Args:
         policy: the base model, which may have no weights.
@@ -75,7 +75,7 @@ def models(plans: Sequence[Plan], policy: "Policy") -> list[Finding]:
 
 
 def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> Finding:
-    """Check that the judge was not fitted on prompts that the policy is measured on.
+    """Check that the judge was not fitted on prompts of the evaluation.
 
     Args:
         seen: :func:`hash_conversation` of the prompts that the judge was fitted on.
@@ -94,7 +94,7 @@ def judge_prompts(seen: Collection[str], held: Sequence[Prompt], split: str) -> 
 
 
 def canary(judge: Judge, ledger: Ledger) -> Finding:
-    """Ask the judge one real question, to check that it answers and what a question costs."""
+    """Ask the judge one real question, to check that it answers and to measure the cost."""
     try:
         asked = judge.canary(ledger)
     except DnpoError as error:

@@ -25,7 +25,7 @@ from dnpo.settings import Quantisation
 
 SMALL = 2**16  # bytes of the small files of a stage
 ID, TEXT = 2.0, 4.0  # bytes of a token's id and of its text in a table
-MIXED = 2.55  # measured bytes of a kept activation under autocast: norms and sums stay in float32
+MIXED = 2.55  # bytes of a kept activation under autocast, measured: norms and sums are in float32
 USUAL = 2  # numbers per parameter that an optimizer keeps, as Adam does
 TIGHT = 0.9  # share of free memory above which an estimate gets a warning
 
@@ -35,7 +35,7 @@ class ModelShape:
     """The sizes of a model.
 
     Attributes:
-        weights: bytes of all weights, as they are quantised.
+        weights: bytes of all weights, after quantisation.
         trained: bytes of the trained weights: the adapter's if there is one.
         value: bytes of one weight that is not quantised, and of one activation.
         width, layers, inner, heads: hidden size, number of blocks, inner size of the MLP, size of a token's keys in one
@@ -108,7 +108,7 @@ def shape(policy: Policy, lora: Lora, quantisation: Quantisation | None = None) 
 
 
 def state_copies(make: Any) -> int:
-    """Count the numbers that an optimizer keeps per parameter, by one step on four parameters."""
+    """Count the numbers that an optimizer keeps per parameter. A step on four parameters is tried."""
     parameter = nn.Parameter(torch.zeros(2, 2))
     parameter.grad = torch.zeros(2, 2)
     try:
@@ -144,7 +144,7 @@ def table_bytes(rows: float, tokens: float) -> int:
 
 
 def hidden_bytes(of: ModelShape, rows: Counts, autocast: bool) -> int:
-    """Return the bytes of the reference's hidden states of rejected tokens, assumed as many as in human responses."""
+    """Return the bytes of the reference's hidden states; a rejected response is assumed as long as a human one."""
     return round(rows.train * rows.response * of.width * (2 if autocast else of.value))
 
 
@@ -152,7 +152,7 @@ def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None 
     """Check that the disk has room for what the run will write.
 
     Args:
-        kept: estimated bytes that stay.
+        kept: estimated bytes that are kept.
         passing: bytes of the largest checkpoint, which is deleted when its training ends.
         optional: bytes of hidden states, which are kept only if there is room.
         folder: the store.
@@ -202,7 +202,8 @@ def training_bytes(
     """Return the bytes of weights, gradients and optimizer states, and of a micro-batch of the longest rows.
 
     Args:
-        parts: number of processes that share these; each has all weights before it begins.
+        parts: number of processes that share weights, gradients and states; each has all weights before training
+            begins.
         number: number of trainings behind the policy, including this one.
         noise: noise module on the meta device; None for fine-tuning, which has no pairs.
         copy: whether a frozen copy of the model is needed to compute hidden states in every step.
@@ -235,7 +236,7 @@ def training_bytes(
 
 
 def generating_bytes(of: ModelShape, sampling: Sampling, rows: Counts, number: int = 0) -> tuple[float, float]:
-    """Return the bytes of the weights, and of keys, values and logits of a batch of the longest rows.
+    """Return two numbers: bytes of the weights, and bytes of keys, values and logits of a batch of the longest rows.
 
     Args:
         number: number of trainings behind the policy.
@@ -268,7 +269,7 @@ def memory(name: str, fixed: float, moving: float, device: str, setting: str, fr
 
 
 def free_memory(device: str) -> float:
-    """Return the free bytes of the device; on a CPU, what the system can give without swapping."""
+    """Return the free bytes of the device; on a CPU, the bytes that are available without swapping."""
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(torch.device(device))[0])
     try:

@@ -1,4 +1,4 @@
-"""Check the base model's weights, and what is needed after training: benchmarks, a sentence encoder."""
+"""Check the base model's weights, and the files needed after training: benchmarks, a sentence encoder."""
 
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
@@ -11,7 +11,7 @@ from dnpo.settings import named_within
 
 
 def weights(policy: Policy, here: bool) -> Finding:
-    """Report whether the base model's weights were checked; wrong ones have already failed as its outline was loaded.
+    """Report whether the base model's weights were checked; loading its outline has already refused wrong weights.
 
     Args:
         policy: the base model on the meta device.

@@ -111,7 +111,7 @@ class _Training:
         number: number of trainings behind its policy, including itself.
         how: settings of the training.
         noise: noise module on the meta device; None for fine-tuning.
-        reads: whether hidden states of a reference are read in every step.
+        reads: whether every step reads hidden states of a reference.
         states: bytes of the hidden states that are kept for it.
         declines: whether it trains without kept states if there is no room.
     """
@@ -153,7 +153,7 @@ def _trainings(run: Run, of: ModelShape, counts: Counts) -> list[_Training]:
 
 
 def _states(plan: Plan, of: ModelShape, counts: Counts) -> int:
-    """Return the bytes of the hidden states that are kept, by the rule of ``stages.hidden``."""
+    """Return the bytes of the hidden states that are kept, by the same rule as ``stages.hidden``."""
     (keep, both), trainer = cache_mode(plan), plan.trainer
     if keep == "off" or (keep == "auto" and trainer.passes(counts.train) <= 1):
         return 0

@@ -1,4 +1,4 @@
-"""Check the rows: ids, repeats, overlaps, lengths, pairs, and which of them the iterations use."""
+"""Check the rows: ids, repetitions, overlaps, lengths, pairs, and the prompts that the iterations use."""
 
 import hashlib
 from collections import Counter
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 Rows = Mapping[str, Sequence[Prompt]]
 Each = TypeVar("Each")
 
-LIKE = 0.9  # texts with at least this Jaccard index of three-word shingles count as nearly the same
+LIKE = 0.9  # texts with at least this Jaccard index of their three-word sequences count as nearly the same
 MUCH = 0.1  # share of rows removed as duplicates that deserves a warning
 FEW = 0.01  # share of near duplicates that is usual in any data
-COMPARED = 5000  # evenly spaced rows that are compared for likeness, so that it takes seconds
+COMPARED = 5000  # evenly spaced rows that are compared for likeness, so that the check takes seconds
 
 
 def evenly(rows: Sequence[Each], most: int) -> list[Each]:
@@ -62,7 +62,7 @@ def duplicates(train: Sequence[Prompt], by_design: bool, removed: Mapping[str, i
 
 
 def removed(counts: Mapping[str, int], examples: Sequence[str], left: int) -> Finding:
-    """Check how many rows the source has removed as duplicates: if many, they may be no duplicates at all.
+    """Check how many rows the source has removed as duplicates: if there are many, they may not be duplicates.
 
     Args:
         counts: removed rows by kind.
@@ -82,7 +82,7 @@ def unusable(facts: Mapping[str, Mapping[str, Any]], total: int) -> Finding:
     """Check for rows that cannot be used.
 
     Args:
-        facts: for each reason how many rows there are and where the first is.
+        facts: for each reason, the number of rows and the location of the first.
         total: how many rows can be used.
     """
     count = sum(some["rows"] for some in facts.values())
@@ -102,7 +102,7 @@ def unread(columns: Sequence[str]) -> Finding:
 
 
 def pairs(train: Sequence[Prompt]) -> list[Finding]:
-    """Report how many rows have pairs and ratings, and whether ratings contradict pairs; no finding without pairs."""
+    """Report how many rows have pairs and ratings, and if ratings contradict pairs; no finding without pairs."""
     paired = sum(rejected is not None for rejected in values(train, "rejected"))
     rated = sum(score is not None for score in values(train, "human_score"))
     if not paired and not rated:
@@ -126,7 +126,7 @@ def pairs(train: Sequence[Prompt]) -> list[Finding]:
 
 
 def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
-    """Check that every iteration has prompts, and pairs if it trains on the data's own; say how many prompts."""
+    """Check that every iteration has prompts, and pairs if it trains on pairs of the data; report the numbers."""
     found, sizes = [], []
     for plan in plans:
         try:
@@ -154,7 +154,7 @@ def used(plans: "Sequence[Plan]", train: Sequence[Prompt]) -> list[Finding]:
 
 
 def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:
-    """Check for training rows that nearly repeat another; exact repeats count once here.
+    """Check for training rows that nearly repeat another. Rows that are exactly equal count as one row.
 
     Args:
         train, by_design: as in :func:`duplicates`.
@@ -176,7 +176,7 @@ def near_duplicates(train: Sequence[Prompt], by_design: bool) -> Finding:
 
 
 def overlap(rows: Rows) -> list[Finding]:
-    """Check for prompts in more than one split: measuring on them would measure memory."""
+    """Check for prompts in more than one split: an evaluation on training prompts would measure memory."""
     conversations = {split: {_hash(row) for row in rows[split]} for split in SPLITS}
     findings = []
     for held in ("validation", "test"):
@@ -271,11 +271,11 @@ def _of(some: int, total: int, what: str) -> str:
 
 
 def _hash(prompt: Prompt, *texts: str) -> bytes:
-    """A hash of a conversation and of further texts, which takes less memory than they do."""
+    """A hash of a conversation and of further texts, which takes less memory than the texts."""
     found = [text for turn in prompt.messages for text in (turn["role"], turn["content"])]
     return hashlib.blake2b(repr([*found, *texts]).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _text(prompt: Prompt) -> str:
-    """Join the turns except system turns: if rows share one, it would make them all alike."""
+    """Join the turns without system turns: a shared system turn would make all rows similar."""
     return "\n".join(turn["content"] for turn in prompt.messages if turn["role"] != "system")

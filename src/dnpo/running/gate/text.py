@@ -34,7 +34,7 @@ def encode_rows(
 
 
 def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Finding:
-    """Check that the training text begins with the prompt of generation, and that no turn is lost in it."""
+    """Check that the training text begins with the prompt used in generation, and contains every turn."""
     broken: list[tuple[Prompt, str]] = []
     for row in rows:
         try:
@@ -50,7 +50,7 @@ def template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt]) -> Find
 
 
 def training_text(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: Sequence[Prompt]) -> Finding:
-    """Check that the training text is prompt, response and end alone; anything else would mark human responses."""
+    """Check that the training text is only prompt, response and end: other text would reveal human responses."""
     ends = [str(tokenizer.decode([i])) for i in stop_ids]
     special = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     more, leads = [], Counter[str]()
@@ -81,7 +81,7 @@ def training_text(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], r
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], rows: Sequence[Prompt]) -> Finding:
-    """Count the rows whose own text spells control tokens."""
+    """Count the rows whose text contains the text of control tokens."""
     spelled, first = 0, ""
     for row in rows:
         found = control_texts(tokenizer, render(tokenizer, row.messages, row.human).whole, stop_ids)
@@ -106,7 +106,7 @@ def one_bos(tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedRow]) -> F
     if twice:
         text = f"{len(twice):,} of {len(rows):,} prompts begin with {name} twice; the template must put it once"
         return Finding("one BOS", "stop", text, TEMPLATE)
-    # If one token serves as both BOS and EOS, the other occurrences are ends.
+    # If BOS and EOS are the same token, the other occurrences are ends.
     again = [r for r in rows if bos in [*r.prompt_ids[1:], *r.ids]] if bos != tokenizer.eos_token_id else []
     if again:
         text = (
@@ -148,9 +148,9 @@ def no_eos_where_cut(
     limit: int,
     cut: Cut = human_response,
 ) -> Finding:
-    """Check that cut responses have no end token and whole ones do; otherwise the end would reveal who wrote them.
+    """Check that only complete responses have an end token; otherwise the end would reveal who wrote them.
 
-    Every row is cut, at the limit and at half its length, since a limit that no row reaches tests nothing.
+    Every row is tried twice, cut at the limit and at half its length: no row may reach the limit.
     """
     wrong = []
     for row in rows:
@@ -195,7 +195,7 @@ def ends_of_model(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], rows:
 
 
 def seam(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Prompt], stop_ids: Sequence[int] = ()) -> Finding:
-    """Check that prompt and response have the same token ids together and apart; warn if a token spans both."""
+    """Check that prompt and response have the same tokens together and separately; warn if a token spans both."""
     moved, other = [], 0
     for row in rows:
         rendered = render(tokenizer, row.messages, row.human)
