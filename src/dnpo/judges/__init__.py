@@ -1,7 +1,8 @@
-"""Judges: rows in, verdicts out, independent of training.
+"""Judges: they return verdicts on responses, and do not depend on training.
 
-A judge is called with prompts and with responses to them (of any source, in any order) and returns a verdict on each
-response, in the same order. A response that it cannot judge gets no score but a reason; a failure is never a score.
+A judge is called with prompts and with responses to them, of any source and in any order. It returns a verdict on each
+response, in the same order. A response that it cannot judge gets a reason in place of a score; a failure is never a
+score.
 """
 
 from abc import ABC, abstractmethod
@@ -19,10 +20,10 @@ from dnpo.tables import column
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
-# The iteration's policy, the policy after fine-tuning, and a copy of the latter that was taught to judge.
+# The iteration's policy, the policy after fine-tuning, and a copy of the fine-tuned one that was taught to judge.
 PolicyName = Literal["policy", "initial", "taught"]
 
-MANY = 20  # so many equal scores cannot be a coincidence
+MANY = 20  # this many equal scores cannot be a coincidence
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Forecast:
     """The calls and the cost that judging would need.
 
     Attributes:
-        calls: questions, each counted once.
+        calls: number of different questions.
         new: questions that the ledger cannot answer.
         cost: estimated cost of the new ones in US dollars; None if the price is not known.
     """
@@ -46,10 +47,10 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Canary:
-    """The outcome of one trial call, made before a run to see whether the judge works.
+    """The outcome of a trial call, which is made before a run to see whether the judge works.
 
     Attributes:
-        text: what came back.
+        text: the reply, in words.
         mends: the settings to look at if there is no score.
         warning: a warning about a judge that works; "" for none.
     """
@@ -65,10 +66,10 @@ class Judge(ABC):
 
     Attributes:
         gives_scores: false for ``judge=off``.
-        measures_texts: whether its scores say how good a text is, regardless of who wrote it and when. If not,
-            evaluations cannot use it, but it can label pairs.
-        in_nats: whether its scores are rewards in nats, and not points from 0 to 100.
-        judges_generated: whether it can judge what policies generate.
+        measures_texts: whether its scores measure the quality of a text, whoever wrote it. If not, evaluations cannot
+            use it, but it can label pairs.
+        in_nats: whether its scores are rewards in nats instead of points from 0 to 100.
+        judges_generated: whether it can judge generated responses.
         max_unscored: share of responses that may lack a score.
     """
 
@@ -80,20 +81,20 @@ class Judge(ABC):
 
     @property
     def only_compares(self) -> bool:
-        """Whether a score says how a response compares with another one, so that it is no reward by itself."""
+        """Whether a score compares a response with another one, so that it cannot serve as a reward."""
         return False
 
     @property
     def in_shards(self) -> bool:
         """Whether it may be called for some thousand prompts at a time, with all responses to them.
 
-        A judge whose replies are in the ledger loses none of them, and is called once for all.
+        A judge that keeps its replies in the ledger loses none of them, so it is called once for all prompts.
         """
         return True
 
     @property
     def spends_freely(self) -> bool:
-        """Whether its replies cost money and nothing limits how much."""
+        """Whether its replies cost money, without a limit."""
         return False
 
     @property
@@ -106,7 +107,7 @@ class Judge(ABC):
         return self
 
     def accepts_policy(self, k: int, is_initial: bool) -> str | None:
-        """Why it cannot judge what the policy of iteration ``k`` generated, or None; asked before all computation.
+        """Why it cannot judge responses of iteration ``k``'s policy, or None; asked before anything is computed.
 
         Args:
             is_initial: whether that policy is still the initial one.
@@ -131,7 +132,7 @@ class Judge(ABC):
         return None
 
     def canary(self, ledger: Ledger) -> "Canary | None":
-        """Judge one made-up response for real, as a check before a long run; None if that would check nothing.
+        """Judge one invented response, as a check before a long run; None if that would check nothing.
 
         Raises:
             JudgeError: the judge cannot be used with its settings.
@@ -196,7 +197,7 @@ def check_verdicts(judge: Judge, verdicts: Sequence[Verdict], report: Report) ->
 def ask(
     judge: Judge, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
 ) -> list[Verdict]:
-    """Judge the responses, however many verdicts lack a score; the caller counts these.
+    """Judge the responses; any number of verdicts may lack a score, which the caller counts.
 
     Raises:
         JudgeError: the verdicts are not in the order of the responses.

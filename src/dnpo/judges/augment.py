@@ -1,8 +1,8 @@
 """Preference augmentation: teach a policy to answer the A/B questions that ``judge=self`` asks it (OSP, section 3.3).
 
-Pairs whose better response is known become questions in both orders, each answered by the letter of the better one. A
-copy of the fine-tuned policy is trained further on them; it only judges, while every iteration's policy still starts
-from the plain one.
+Pairs whose better response is known become questions in both orders; the answer is the letter of the better response. A
+copy of the fine-tuned policy is trained on these questions, and is used only to judge. The policies of all iterations
+start from the fine-tuned policy without this training.
 """
 
 import random
@@ -24,7 +24,7 @@ from dnpo.store import Report
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
-FEWEST = 4800  # with this many questions a tiny model learned to judge; it learned 160 questions by heart
+FEWEST = 4800  # a tiny model learned to judge from this many questions; it memorised 160 questions
 
 
 class Gold(NamedTuple):
@@ -42,7 +42,7 @@ class JudgeRow(NamedTuple):
     Attributes:
         id: of the pair, with the letter of the answer.
         prompt_ids: the question.
-        ids: the letter, and the token that ends the reply.
+        ids: the letter's token, and the token that ends the reply.
         weights: the weight of each of these tokens in the loss.
     """
 
@@ -54,14 +54,14 @@ class JudgeRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What a policy is taught before it judges, configured by ``augment=…``.
+    """The training of a policy as a judge, configured by ``augment=…``.
 
     Args:
         rows: maximum number of questions, two for each pair; 0: nothing is taught.
         weight: weight of the letter in the loss; the end of the reply has weight 1.
         template: the question, as in ``judge.template``.
-        labels: how to know which response is better: ``rules`` scores all known responses to a conversation by its
-            verifiable answer; ``given`` takes the data's own pairs.
+        labels: how the better response is known: ``rules`` scores all known responses to a conversation by its
+            verifiable answer; ``given`` takes the pairs of the data.
         optimisation: how to train.
     """
 
@@ -75,7 +75,7 @@ class Augmentation:
         check_template(self.template, "template")
 
     def make_pairs(self, prompts: Sequence[Prompt], seed: int) -> list[Gold]:
-        """The pairs that the questions are about, at most half as many as ``rows``, drawn by the seed.
+        """The pairs for the questions: at most half as many as ``rows``, drawn with the seed.
 
         Raises:
             DataError: there are none.
@@ -116,7 +116,7 @@ class Augmentation:
 
 
 def given_pairs(prompts: Sequence[Prompt]) -> list[Gold]:
-    """The data's own pairs."""
+    """The pairs of the data."""
     return [Gold(p.id, p.messages, p.human, p.rejected) for p in prompts if p.rejected is not None]
 
 

@@ -1,4 +1,4 @@
-"""Several judges as one: their mean score or the preference of the majority, with their disagreement."""
+"""Several judges as one: their mean score or their majority's preference, with their disagreement."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ class Ensemble(Judge):
     """Asks every member about every response.
 
     ``mean``: the mean of the members' scores. ``majority``: every member votes on whether a response is better than the
-    human one to the same prompt. Its score is 100 × its share of votes, where a tie is half a vote, so most prefer it
-    if it has more than 50; the human response has 50. A response that any member could not judge has no score. The
+    human one to the same prompt. Its score is 100 × its share of votes; a tie is half a vote. So above 50 points the
+    majority prefers it; the human response has 50. A response that any member could not judge has no score. The
     disagreement is the standard deviation of the members' scores, or of their votes × 100.
 
     Args:
@@ -49,7 +49,7 @@ class Ensemble(Judge):
 
     @property
     def only_compares(self) -> bool:
-        """Whether members vote against the human response, or one of them only compares."""
+        """Whether members compare with the human response by votes, or one of them only compares."""
         return self.by == "majority" or any(member.only_compares for member in self.members.values())
 
     @property
@@ -68,7 +68,7 @@ class Ensemble(Judge):
         return frozenset(seen for member in self.members.values() for seen in member.prompts_seen)
 
     def identity(self) -> Mapping[str, Any]:
-        """The values that decide the verdicts: the members, regardless of their names, and how they are combined."""
+        """The values that determine the verdicts: the members, without their names, and how they are combined."""
         kinds = [part_key(member) for member in self.members.values()]
         return {"ensemble": sorted(kinds, key=str), "by": self.by}
 
@@ -78,7 +78,7 @@ class Ensemble(Judge):
         return next((objection for objection in objections if objection), None)
 
     def canary(self, ledger: Ledger) -> Canary | None:
-        """Every member's call, in one line."""
+        """The outcome of every member's trial call, in one line."""
         found = {name: member.canary(ledger) for name, member in self.members.items()}
         called = {name: canary for name, canary in found.items() if canary is not None}
         if not called:

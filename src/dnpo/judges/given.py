@@ -1,4 +1,4 @@
-"""Ratings in the data as a judge, such as UltraFeedback's or distilabel's: nothing is judged again.
+"""The ratings in the data, such as UltraFeedback's or distilabel's, as a judge. Nothing is judged again.
 
 The ratings of the chosen (or human) and the rejected response are read with the rows (``data.columns`` names their
 columns). Generated responses have no ratings.
@@ -20,7 +20,7 @@ class GivenScores(Judge):
     """The ratings in the data, in any unit.
 
     Args:
-        column: what the ratings are called in the data, for messages.
+        column: the name of the ratings in the data, for messages.
         max_unscored: share of responses that may lack a score.
     """
 

@@ -1,8 +1,8 @@
 """The implicit reward of a policy that was trained on preferences, as a judge (SPA, equation 7).
 
-A policy trained by DPO against the initial model has itself become a reward model: the more it raised the probability
-of a response, the better it takes the response to be. Nothing is asked or generated: both policies score the response.
-The scores are in nats: they order the responses to one prompt, but are not points from 0 to 100.
+A policy trained by DPO against the initial model is also a reward model: the more training raised the probability of a
+response, the higher its reward. Nothing is asked or generated: log-probabilities under both policies suffice. The
+scores are in nats: they order the responses to one prompt, but are not points from 0 to 100.
 """
 
 import math
@@ -41,7 +41,7 @@ def implicit_reward(policy: float, initial: float, tokens: int, *, beta: float, 
 
 
 def preference(first: float, second: float) -> float:
-    """p(y₁ ≻ y₂) = σ(r₁ − r₂) (SPA, equation 7). Rewards of 0.4 and 0.1: σ(0.3) = 0.574…; equal ones: ½."""
+    """p(y₁ ≻ y₂) = σ(r₁ − r₂) (SPA, equation 7). For rewards 0.4 and 0.1: σ(0.3) = 0.574…; for equal rewards: ½."""
     gap = first - second
     return 1 / (1 + math.exp(-gap)) if gap >= 0 else math.exp(gap) / (1 + math.exp(gap))
 
@@ -50,12 +50,12 @@ def preference(first: float, second: float) -> float:
 class Implicit(Judge):
     """The implicit reward of the current policy over the initial one.
 
-    Responses need the token ids that the policy generated; texts alone, as in an evaluation, are not enough. Human
-    responses are judged too, if the labeller admits them.
+    Responses need the token ids that the policy generated. Texts, as in an evaluation, are not enough. Human responses
+    are judged too, if the labeller admits them.
 
     Args:
         beta: preference temperature.
-        length_penalty: points off for each token, in nats.
+        length_penalty: reduction of the reward for each token, in nats.
         max_unscored: share of responses that may lack a score.
     """
 

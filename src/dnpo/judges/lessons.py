@@ -1,4 +1,4 @@
-"""The training behind ``augment.py``: fine-tuning in which each token of a reply has its own weight."""
+"""The training for ``augment.py``: fine-tuning with a separate weight for each token of a reply."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def weighted_nll(logp_N: Tensor, weight_N: Tensor) -> Tensor:
-    """−Σ w log p / Σ w. Log-probabilities −1 and −3 of weights 3 and 1: 6 / 4 = 1.5; equal weights: the plain mean."""
+    """−Σ w log p / Σ w. For log-probabilities −1 and −3 with weights 3 and 1: 6 / 4 = 1.5."""
     return -(weight_N * logp_N).sum() / weight_N.sum()
 
 

@@ -1,7 +1,7 @@
 """The baseline for judges: the longer response is the better one.
 
-People prefer longer answers more often than not, and judges are known to exaggerate this, so every judge should be
-compared with this one. It needs no answers, no model and no money, and works for any prompt.
+People often prefer longer answers, and judges are known to do so even more. So every judge should be compared with this
+one. It needs no known answers, no model and no money, and works for any prompt.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""Run a judge in a separate process, so that it works while this process trains.
+"""Run a judge in a separate process, so that it can judge while this process trains.
 
-A judge that asks an endpoint mostly waits, but each reply also takes some milliseconds of Python. In a thread these
+A judge that asks an endpoint mostly waits, but each reply also takes some milliseconds of Python. In a thread this
 would slow down training, because threads share Python's lock.
 """
 
@@ -51,7 +51,7 @@ class Meanwhile:
         self._here, there = context.Pipe()
         self._process = context.Process(target=_judge, args=(there, judge, ledger.path, ledger.run), daemon=True)
         self._process.start()
-        there.close()  # so that the end of the other process is noticed
+        there.close()  # so that this process notices the end of the other one
         Thread(target=self._exchange, name="judge", daemon=True).start()
 
     def ask(self, prompts: Sequence[Prompt], responses: Sequence[Response]) -> "Future[list[Verdict]]":
@@ -117,7 +117,7 @@ class _Notes:
 
 def _judge(connection: Connection, judge: Judge, path: Any, run: str) -> None:
     """Judge the responses that arrive, in the other process, until the connection ends."""
-    for number in (signal.SIGINT, *ENDING):  # the process that trains decides what they mean, and ends this one
+    for number in (signal.SIGINT, *ENDING):  # the process that trains handles these signals, and ends this one
         signal.signal(number, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()
     while True:
@@ -136,7 +136,7 @@ def _judge(connection: Connection, judge: Judge, path: Any, run: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process at once when the one that trains has ended, also by a kill."""
+    """End this process at once when the process that trains has ended or was killed."""
     parent = parent_process()
     assert parent is not None, "a process started by another one"
     parent.join()

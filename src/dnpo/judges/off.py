@@ -12,7 +12,7 @@ from dnpo.store import Report
 
 @dataclass(frozen=True)
 class NoJudge(Judge):
-    """The absent judge, for methods that need no scores."""
+    """No judge, for methods that need no scores."""
 
     gives_scores: ClassVar[bool] = False
 

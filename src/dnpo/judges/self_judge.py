@@ -1,11 +1,12 @@
-"""A policy as judge, also of its own responses: which is better, A or B? (OSP; Self-Rewarding)
+"""A policy as judge, even of its own responses: which is better, A or B? (OSP; Self-Rewarding)
 
-The answer is read from the logits of the two letters, so nothing is generated. A policy prefers one of the two places,
-so both orders are asked and averaged. A response's score is the probability that it is better than an empty one, which
-ranks many responses with two questions each. The strength of a pair's label comes from asking about that pair.
+The answer is read from the logits of the two letters, so nothing is generated. A policy prefers one of the two
+positions, so both orders are asked and averaged. A response's score is the probability that it is better than an empty
+response. So two questions for each response are enough to rank many responses. For the strength of a label, the policy
+is asked about the two responses of the pair.
 
-Such a judge knows only what the policy learned in training, so measure it before you trust it (``python -m
-benchmarks.self_judge``), also on pairs in which just one response is right.
+Such a judge can do only what the policy learned in training. Measure it before you trust it (``python -m
+benchmarks.self_judge``), also on pairs in which exactly one response is right.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,14 +32,13 @@ UNBOUND = "judge=self: asks a policy, so it labels pairs in a run and judges now
 def average_orders(a_first: float, a_second: float) -> float:
     """p(y₁ ≻ y₂), the mean over both orders: (P(A | y₁, y₂) + 1 − P(A | y₂, y₁)) / 2.
 
-    With P(A) = 0.9 for y₁ in the first place and 0.6 for y₂ there: (0.9 + 0.4) / 2 = 0.65. A judge that always says A
-    gives ½.
+    Example: P(A) is 0.9 with y₁ in the first position, and 0.6 with y₂ there: (0.9 + 0.4) / 2 = 0.65. For a judge that
+    always answers A the result is ½.
 
     Args:
-        a_first: P(A) where A is y₁.
-        a_second: P(A) where A is y₂.
+        a_first: P(A) if A is y₁. a_second: P(A) if A is y₂.
     """
-    return 0.5 + (a_first - a_second) / 2  # exactly ½ for a response against itself
+    return 0.5 + (a_first - a_second) / 2  # exactly ½ if both responses are the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class SelfJudge(Judge):
 
     @property
     def only_compares(self) -> bool:
-        """A score is how probably a response is better than an empty one."""
+        """True: a score is the probability that a response is better than an empty one."""
         return True
 
     @property
@@ -97,7 +97,7 @@ class SelfJudge(Judge):
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Report
     ) -> list[Verdict]:
-        """Refuse: without a policy there is nobody to ask."""
+        """Refuse: there is no policy to ask."""
         raise JudgeError(UNBOUND)
 
     def compare_pairs(self, prompts: Sequence[Prompt], pairs: Sequence[Pair]) -> list[float]:

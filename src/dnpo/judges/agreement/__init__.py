@@ -32,11 +32,11 @@ from dnpo.judges.asked.ledger import Ledger
 from dnpo.records import HUMAN, Response, Verdict, policy_source
 from dnpo.store import Report
 
-OTHER = policy_source(0)  # the source of ``b``, as judges that compare expect it
+OTHER = policy_source(0)  # the source of ``b``: judges that compare expect a policy's response
 
 
 def judge_both(judge: Judge, rows: Sequence[LabelledRow], ledger: Ledger, report: Report) -> list[Verdict]:
-    """Judge both responses of every row: first all ``a``, in place of human ones, then all ``b``.
+    """Judge both responses of every row: first all ``a``, which count as human, then all ``b``.
 
     Raises:
         JudgeError: too many responses lack a score.
@@ -52,9 +52,10 @@ def compare(
 ) -> tuple[dict[str, Any], list[float]]:
     """Compute measures and counts from rows and the verdicts on them, and the points for a histogram.
 
-    The mode is ``score`` if single responses are scored, ``pairwise`` if two are compared in both orders, and
-    ``relative`` if one is scored against the other but the orders are not known (ensembles of judges that compare). The
-    points are scores, differences between orders, or scores of ``b``, respectively.
+    There are three modes. ``score``: single responses are scored, and the points are scores. ``pairwise``: two
+    responses are compared in both orders, and the points are differences between the orders. ``relative``: one response
+    is scored against the other in orders that are not known (ensembles of judges that compare), and the points are
+    scores of ``b``.
 
     A row is left out, and counted by reason, if one of its responses lacks a score.
 

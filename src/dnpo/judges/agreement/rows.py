@@ -25,12 +25,12 @@ _LABELS = {name.lower(): number for number, name in enumerate(CATEGORIES)}
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow:
-    """One row. Labels are places in :data:`~dnpo.judges.agreement.stats.CATEGORIES`.
+    """One row. Labels are indices of :data:`~dnpo.judges.agreement.stats.CATEGORIES`.
 
     Attributes:
         prompt: with ``a`` as its human response.
         b: the text of the other response.
-        label: the label that people give as a whole.
+        label: the common label of all persons.
         votes: each person's label; empty if only the common one is known.
     """
 
@@ -51,7 +51,7 @@ class Labelled:
         self.path = Path(path)
 
     def content(self) -> str:
-        """What decides the rows: the file's content, not its path.
+        """A hash of the file's content, which determines the rows; the path does not.
 
         Raises:
             DataError: there is no such file.
@@ -120,7 +120,7 @@ def _read_row(where: str, raw: Any) -> LabelledRow:
 
 
 def _messages(prompt: Any) -> list[Message]:
-    """Turn a text into one turn of the user; keep turns, of which the last must be the user's."""
+    """Turn a text into one turn of the user; keep a list of turns, whose last must be the user's."""
     if isinstance(prompt, str) or is_parts(prompt):
         return [{"role": "user", "content": read_text("prompt", prompt)}]
     if not isinstance(prompt, list) or not prompt:
@@ -142,8 +142,8 @@ def _label(field: str, value: Any) -> int:
 
 
 def _response(field: str, value: Any) -> str:
-    """Read a response, which may be empty, since judges meet such ones too.
+    """Read a response. It may be empty, since judges get such responses too.
 
-    A bare true, false or number counts as a text that lost its quotes: PandaLM's test set has some.
+    A bare true, false or number is read as a text without its quotes: PandaLM's test set has some.
     """
     return read_text(field, str(value) if isinstance(value, bool | int | float) else value, empty=True)

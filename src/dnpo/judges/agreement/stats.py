@@ -1,7 +1,7 @@
 """Measures of a judge's agreement with people, as functions of arrays.
 
-Every measure is a function of weights, the number of times that each row occurs in each of several samples. Weights of
-1 give the measure itself, and multinomial draws its bootstrap, with one matrix product for all resamples.
+Every measure is a function of weights: how often each row occurs in each of several samples. Weights of 1 give the
+measure itself. Multinomial draws give its bootstrap, with one matrix product for all resamples.
 
 Shapes: S samples, R rows, V persons, C categories, N responses.
 """
@@ -28,7 +28,7 @@ class AgreementMeasure:
 
     Attributes:
         of: computes values (shape S) from weights (S × R); NaN if the measure is not defined.
-        rows: number of rows that it uses.
+        rows: number of rows that the measure uses.
         undefined: the reason to report if the measure is not defined.
     """
 
@@ -140,8 +140,8 @@ class Judged:
         votes_RV: categories by person; no columns if only the label is known.
         longer_R: the longer response; ``TIE`` if they are equally long.
         scores_RN: scores of both responses, for a judge that scores single responses.
-        orders_RN: for a judge that compares, its scores of ``b`` in both orders, the lower first; NaN if it was not
-            asked because the responses are identical.
+        orders_RN: for a judge that compares, its scores of ``b`` in both orders, the lower first; NaN if the responses
+            are identical, so that it was not asked.
     """
 
     judge_R: Labels
@@ -251,8 +251,8 @@ def estimates(
 ) -> dict[str, AgreementEstimate]:
     """Estimate every measure with a percentile bootstrap interval over rows (Efron 1979), on the same resamples.
 
-    If a measure is not defined in some resamples, the interval uses the others; if these are fewer than 95 %, there is
-    no interval.
+    If a measure is not defined in some resamples, the interval uses the other resamples; if these are fewer than 95 %,
+    there is no interval.
     """
     rng = np.random.default_rng(seed)
     size = max(BATCH // rows, 1)

@@ -1,4 +1,4 @@
-"""Show a judge's agreement with people: as a table on the console, in Markdown, and as metrics."""
+"""Show a judge's agreement with people: as a table on the screen, in Markdown, and as metrics."""
 
 import math
 from collections.abc import Mapping

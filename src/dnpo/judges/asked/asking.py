@@ -1,7 +1,7 @@
 """Ask an endpoint a round of questions: many in parallel, each until it is answered or fails.
 
 Workers take questions from a queue. A slot is held only while a question is in flight, so workers that wait between
-attempts (as long as the server asks for, or twice as long each time) do not block others.
+attempts do not block others. They wait as long as the server asks, or twice as long after each attempt.
 """
 
 import asyncio
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 LARGEST_REPLY = 1 << 20  # bytes; a verdict has a few hundred
 WORKERS = 16  # per slot
 LOOK = 0.3  # seconds between checks of questions that other runs are asking
-MENDABLE = {400, 404, 405, 415, 422, 500, 501}  # how servers refuse a parameter
-FORBIDDEN = 5  # after so many refusals of this kind and no answer, a round ends
+MENDABLE = {400, 404, 405, 415, 422, 500, 501}  # statuses with which servers refuse a parameter
+FORBIDDEN = 5  # a round ends after this many refusals of this kind, if there was no answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ async def ask_one_by_one(
         questions: one or more different questions.
         ledger: stores answers as they arrive.
         report: advanced with every finished question; None: no display.
-        total: number of questions including answered ones, for ``max_unscored``.
+        total: number of all questions, including answered ones, for ``max_unscored``.
 
     Raises:
         SettingsError: a question has more tokens than ``tokens_per_minute``.
@@ -69,7 +69,7 @@ async def ask_one_by_one(
 
 
 class _Round:
-    """A round of questions: workers take them from a queue, and share slots and budget."""
+    """A round of questions. Workers take questions from a queue, and share slots and budget."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class _Round:
             self.stopped.set()
             raise
         finally:
-            # Interrupted, stopped or done: replies on their way are paid for, so wait a moment for them.
+            # Interrupted, stopped or done: replies in flight are paid for, so wait a moment for them.
             _, late = await asyncio.wait(workers, timeout=10)
             for worker in late:
                 worker.cancel()
@@ -147,7 +147,7 @@ class _Round:
         self.stopped.set()
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleep, or return at once when nothing is left to wait for."""
+        """Sleep; return at once when there is nothing more to wait for."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self.stopped.wait(), seconds)
 
@@ -183,7 +183,7 @@ class _Round:
                     self._see(answer)
                     self._advance()
                     return
-                # no tokens were counted, so this is not a completion; the server may need a moment
+                # without counted tokens this is not a completion; the server may need a moment
                 reason, wait = answer.reason, 0.0 if answer.tokens_in else pause(replies)
                 if replies >= limits.max_replies:
                     self._give_up(question, replace(answer, reason=f"{reason} ({replies} replies)"))
@@ -215,7 +215,7 @@ class _Round:
         if limits.requests_per_minute is not None or limits.tokens_per_minute is not None:
             request = 60.0 / limits.requests_per_minute if limits.requests_per_minute else 0.0
             size = tokens_about(question) + endpoint.max_tokens
-            # minus the largest question, so that a minute's last question is still within the limit
+            # minus the largest question, so that the last question of a minute is within the limit
             tokens = 60.0 * size / (limits.tokens_per_minute - self.largest) if limits.tokens_per_minute else 0.0
             await self._sleep(self.ledger.slot(f"{endpoint.base_url} {endpoint.model}", request, tokens))
         if limits.max_cost is None:
@@ -232,7 +232,7 @@ class _Round:
         """Send a question once, and wait at most ``left`` seconds."""
         endpoint, started = self.endpoint, time.monotonic()
         body, expected = endpoint.body(question), endpoint.price(question) or 0.0
-        # the whole body is an extra body, since servers take more parameters than the client
+        # the whole body is an extra body, since servers accept more parameters than the client
         request = client.chat.completions.with_streaming_response.create(
             model=endpoint.model, messages=body["messages"], extra_body=body
         )
@@ -273,7 +273,7 @@ class _Round:
         return _Trouble(text)
 
     def _is_hopeless(self, status: int) -> bool:
-        """Whether a refusal concerns all questions; after a first answer it concerns its own question alone."""
+        """Whether a refusal concerns all questions. After a first answer it concerns only its question."""
         if status == 401:
             return True
         self.forbidden += 1
@@ -313,7 +313,7 @@ class _Round:
 
 @dataclass(frozen=True)
 class _Trouble:
-    """Why an attempt failed, and what to do next.
+    """The reason why an attempt failed, and what to do next.
 
     Attributes:
         again: whether to try this question again.

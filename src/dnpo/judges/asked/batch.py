@@ -1,7 +1,7 @@
 """Judge by a provider's batch API: all questions at once, within a day, at a lower price.
 
-The ledger records a batch as soon as the provider has it, with a hash of its questions. So a killed run, or another run
-that needs the same answers, finds it again and submits nothing twice.
+The ledger records a batch as soon as the provider has it, with a hash of its questions. So the batch is found again
+after a kill, or by another run that needs the same answers, and nothing is submitted twice.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ async def ask_in_batches(
     seconds: float,
     max_cost: float | None,
 ) -> dict[str, str]:
-    """Submit questions that no run has submitted, wait for all batches, and return the reasons of failures by key.
+    """Submit the questions that no run has submitted, wait for all batches, and return the failures' reasons by key.
 
     Args:
         questions: different questions without an answer.
@@ -176,7 +176,7 @@ class _Batches:
         """Find the batch with these questions that a run submitted before it was killed, if there is one."""
         async for batch in client.batches.list(limit=100):
             if self.ledger.was_collected(self.endpoint.base_url, str(batch.id)):
-                continue  # its failed questions are asked again in another batch
+                continue  # its failed questions are asked again, in another batch
             if (batch.metadata or {}).get("dnpo") == digest[:64]:
                 return None if batch.status in OVER[1:] else str(batch.id)
         return None
@@ -234,7 +234,7 @@ class _Batches:
 
 
 def _refusal_of(error: Exception) -> Refusal | None:
-    """What the server says in an error of the client; None if there is no reply."""
+    """The server's refusal within an error of the client; None if there is no reply."""
     import openai
 
     if not isinstance(error, openai.APIStatusError):

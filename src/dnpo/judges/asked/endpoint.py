@@ -1,6 +1,6 @@
-"""An OpenAI-compatible endpoint: the request for a question, and how its reply is read.
+"""An OpenAI-compatible endpoint: make the request for a question, and read the reply.
 
-It is independent of judges. Keys come from the environment and are used in requests only.
+It does not depend on judges. Keys come from the environment and are used in requests only.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ SCHEMAS: dict[Mode, dict[str, Any]] = {
     "score": {"score": {"type": "integer", "description": "a whole number from 0 to 100"}},
     "pairwise": {"better": {"type": "string", "enum": ["A", "B", "TIE"]}},
 }
-# Why a reply ended, as servers name it (lower case): it was complete, was cut, or was stopped for another reason.
+# Servers' words for why a reply ended (lower case): complete, cut, or stopped for another reason.
 ENDED = {"stop", "eos", "eos_token", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "complete", "completed"}
 BROKEN = re.compile(
     r"filter|safety|recitation|block|prohibit|spii|error|fail|abort|cancel|refus|tool|function|interrupt|time|limit|max"
@@ -34,7 +34,7 @@ _SECRET_HEADER = re.compile(r"auth|key|token|secret|cookie|passw|signature", re.
 
 
 class Endpoint(Connection):
-    """One model at one address, and what the server has refused so far.
+    """One model at one address, with the parameters that the server has refused so far.
 
     Args:
         model: its name at this address.
@@ -42,9 +42,9 @@ class Endpoint(Connection):
         key_from: environment variable with the key.
         headers: further headers, each with the environment variable that holds its value.
         timeout: seconds of one attempt.
-        mode: what questions ask for.
+        mode: ``score`` or ``pairwise``.
         reading: ``text``, or ``logprobs`` for expected values over the likeliest tokens.
-        pattern: finds the value in a reply; None for the usual forms alone.
+        pattern: finds the value in a reply; None: only the usual forms are read.
         structured: whether to ask for JSON by a schema, unless the server refuses it.
         temperature: of the model; None leaves it to the server.
         max_tokens: of a reply.
@@ -54,7 +54,7 @@ class Endpoint(Connection):
     Attributes:
         limit_name: the parameter by which the server limits a reply's tokens.
         has_answered: whether it has answered anything so far.
-        concessions: how requests differ from the settings because the server refuses a parameter.
+        concessions: the differences between requests and settings, because the server refuses a parameter.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Endpoint(Connection):
         self.concessions: list[str] = []
 
     def settings(self) -> dict[str, Any]:
-        """What decides an answer in addition to model and messages: all that is sent, and how replies are read.
+        """The settings that determine an answer, besides model and messages: everything sent, and how replies are read.
 
         Headers that look like secrets are included by name only, others with a hash of the value.
         """
@@ -120,7 +120,7 @@ class Endpoint(Connection):
         return {**body, **self.extra}
 
     def give_way(self, message: str, body: Mapping[str, Any]) -> bool:
-        """Stop sending the parameter that the server's message refuses; false if none that was sent is named."""
+        """Stop sending the parameter that the server's message names; false if it names no parameter that was sent."""
         if "response_format" in body and "response_format" not in self.extra and _SCHEMA_REFUSED.search(message):
             self._concede("asks without a JSON schema (judge.structured)", self.structured)
             self.structured = False
@@ -136,11 +136,11 @@ class Endpoint(Connection):
             self.concessions.append(what)
 
     def read(self, raw: bytes, question: Question, *, batch: bool = False) -> Answer:
-        """Read a server's reply; an unreadable one gives an answer without a value, with the reason.
+        """Read a server's reply. If it cannot be read, the answer has a reason and no value.
 
         Args:
             raw: the body of the reply.
-            question: its tokens are estimated if the server does not count them.
+            question: the question; its tokens are estimated if the server does not count them.
             batch: whether the reply came from the batch API, at its price.
         """
         try:
@@ -176,13 +176,13 @@ class Endpoint(Connection):
         return answer
 
     def _ended_badly(self, finish: Any, tokens_out: Any) -> str:
-        """Why a reply is incomplete; "" if it is complete, as far as the server tells."""
+        """Why a reply is incomplete; "" if the server reports no reason."""
         word = str(finish or "").casefold().removeprefix("finish_reason_")
         if word in CUT:
             return f"the reply was cut ({word}) at judge.max_tokens={self.max_tokens}"
         if word not in ENDED and BROKEN.search(word):
             return f"the reply ended by {self.clean(str(finish))[:100]}"
-        if word not in ENDED:  # absent or an unknown word: the reply must not have used all its tokens
+        if word not in ENDED:  # no known word: complete only if it did not use all its tokens
             full = isinstance(tokens_out, int) and tokens_out >= self.max_tokens
             return f"the reply may have been cut at judge.max_tokens={self.max_tokens}" if full else ""
         return ""
@@ -213,7 +213,7 @@ def _text_of(content: Any) -> str | None:
     ]
     if not parts or any(part.get("type") not in ("text", "output_text") for part in parts):
         return None
-    # on separate lines, so that no number is put together from two parts
+    # on separate lines, so that no number is joined from two parts
     return "\n".join(str(part["text"]) for part in parts)
 
 

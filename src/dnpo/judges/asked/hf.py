@@ -1,4 +1,4 @@
-"""A language model on this machine as judge, asked the same questions as a judge by API.
+"""A language model on this machine as judge. It is asked the same questions as a judge by API.
 
 Nothing is sampled. The score is the expected value of the number that the model would write, and the result of a
 comparison is P(A) / (P(A) + P(B)), both computed from the exact probabilities of these replies (``replies.py``).
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dnpo.judges.asked.replies import Replies
 
 NUMBERS = [str(number) for number in range(101)]
-WINNERS = ["A", "B", "TIE"]  # the third counts only for the total probability
+WINNERS = ["A", "B", "TIE"]  # TIE counts only in the total probability
 POLL = 0.5  # seconds between checks of questions that another run is asking
 
 
@@ -41,8 +41,8 @@ class HF(Prompted):
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
         template: a file with the question; null takes the shipped one for the mode.
         template_date: the current date for a chat template that reads the clock, such as ``2026-01-31``.
-        min_mass: minimum total probability of the replies that the question asks for. Below it the model does not
-            follow the instruction, so its numbers mean little, and the question fails.
+        min_mass: minimum total probability of the replies that the question asks for. With less, the model does not
+            follow the instruction and its numbers mean little, so the question fails.
         dtype: type of the weights. bfloat16 takes half the memory, and scores depend slightly on the batch.
         device: ``auto`` is the GPU if there is one, as for the policy.
         batch_size: questions in a batch; changes only speed and memory. If numbers take several tokens, the keys and
@@ -65,7 +65,7 @@ class HF(Prompted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.weights  # a folder that is not there is refused at once
+        _ = self.weights  # a missing folder is refused at once
 
     @cached_property
     def weights(self) -> Weights:
@@ -75,7 +75,7 @@ class HF(Prompted):
     @property
     def kind(self) -> str:
         """``hf``, how the model is read, and the mode."""
-        # min_mass decides which questions have an answer, so answers under another value cannot be used
+        # min_mass decides which questions have an answer, so answers with another value cannot be used
         date = f" {self.template_date}" if self.template_date else ""
         return f"hf {self.dtype} m={self.min_mass:g} {self.mode} logprobs, plain content{date}"
 
@@ -100,7 +100,7 @@ class HF(Prompted):
 
     @cached_property
     def _objection(self) -> str | None:
-        """Why the model cannot be used, by its files."""
+        """Why the model's files cannot be used; None if they can."""
         from transformers import AutoModelForCausalLM
 
         return self.weights.object_to(AutoModelForCausalLM)
@@ -127,7 +127,7 @@ class HF(Prompted):
         """
         reader = self._reader(questions[0])
         prompts = {q.key: reader.encode(q.messages) for q in questions}
-        # the longest first, so that a lack of memory shows at once and batches have little padding
+        # the longest first, so that a lack of memory is seen at once and batches have little padding
         row = deque(sorted(questions, key=lambda q: -len(prompts[q.key])))
         elsewhere: deque[Question] = deque()  # another run is asking these now
         reasons: dict[str, str] = {}

@@ -1,10 +1,10 @@
 """The ledger: the questions that judges were asked and their answers, so that no question is paid for twice.
 
-It is a SQLite file next to the store, in write-ahead mode (WAL), and all runs that name it share it. The key of a
-question is a hash of the judge, its address and settings, the template, the order and the content. An answer is written
-as soon as it arrives. A failure is recorded too, because of its cost, but is never used as an answer. A run that asks a
-question holds a claim on it, so that concurrent runs wait for each other's answers; claims of a killed process lapse at
-once.
+It is a SQLite file next to the store, in write-ahead mode (WAL), shared by all runs that name it. The key of a question
+is a hash of the judge, its address and settings, the template, the order and the content. An answer is written as soon
+as it arrives. A failure is recorded too, because of its cost, but is never used as an answer. A run that asks a
+question holds a claim on it, so that concurrent runs wait for each other's answers. When a process is killed, its
+claims expire at once.
 
 ``python -m dnpo.ledger [FILE]`` shows calls, hits and spend by judge, run and month.
 """
@@ -75,13 +75,13 @@ class Question:
 
     Attributes:
         judge: the kind of judge, with the settings that can change an answer.
-        model: who is asked.
+        model: the model that is asked.
         template: name and hash of the template of the text.
         order: ``ab`` or ``ba`` if two responses are compared, otherwise "".
         content: SHA-256 of the messages.
-        setting: the address and all else that is sent, as JSON; "" for nothing. So an answer of one endpoint does not
-            count for another.
-        messages: what is sent; empty if only the answer is needed.
+        setting: the address and everything else that is sent, as JSON; "" for nothing. So an answer of one endpoint
+            does not count for another one.
+        messages: the messages to send; empty if only the answer is needed.
     """
 
     judge: str
@@ -101,7 +101,7 @@ class Question:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of all of it: the same question has the same key in every run."""
+        """SHA-256 of the whole question: the same question has the same key in every run."""
         if not self.setting:
             return self.old_key
         return _digest([self.judge, self.model, self.template, self.order, self.content, self.setting])
@@ -113,7 +113,7 @@ class Question:
 
     @cached_property
     def setting_id(self) -> str:
-        """The beginning of the setting's hash, under which the ledger keeps its text; "" for none."""
+        """The beginning of the setting's hash, under which the ledger keeps the setting's text; "" for no setting."""
         return _digest(self.setting)[:16] if self.setting else ""
 
 
@@ -125,13 +125,13 @@ class Answer:
         value: a score from 0 to 100, or 100 × the probability that the first of two responses is better; None if the
             call failed.
         reply: the raw text.
-        tokens_in, tokens_out: as the server counted them.
+        tokens_in, tokens_out: number of tokens by the server's count.
         cost: in US dollars; None if the price is not known.
         latency: seconds of the attempt that brought the reply.
         attempts: how often it was sent.
         reason: why there is no value.
-        served: the model that answered, as the server reports it (``model``, ``system_fingerprint``); "" if it does
-            not.
+        served: the model that answered, by the server's report (``model``, ``system_fingerprint``); "" without a
+            report.
     """
 
     value: float | None
@@ -146,15 +146,15 @@ class Answer:
 
 
 class Ledger:
-    """The calls of all runs in one file. Opened at first use; used by one thread of one process.
+    """The calls of all runs in one file. It is opened at first use, and used by one thread of one process.
 
     Args:
-        path: the file; created if it is not there.
+        path: the file; created if it does not exist.
         run: the run, or the sweep, under which new calls and hits are recorded.
     """
 
     def __init__(self, path: Path, run: str = "") -> None:
-        self.path, self.run = path.resolve(), run  # resolved, because claims and locks lie next to the file itself
+        self.path, self.run = path.resolve(), run  # resolved, because claims and locks are next to the file itself
         self.owner = uuid.uuid4().hex
         self._alive: FileLock | None = None
 
@@ -191,10 +191,10 @@ class Ledger:
                 raise LedgerError(f"ledger={self.path}: is a database of another program; give another file")
             db.execute("PRAGMA journal_mode=WAL")
         if version != VERSION:
-            # whole or not at all: a file with half of the tables would look like another program's
+            # in one transaction: a file with half of the tables would look like another program's
             change = FROM_1 if version == 1 else ""
             db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {change} PRAGMA user_version={VERSION}; COMMIT;")
-        # what was written survives kill -9; only a power cut can take the last answers
+        # answers survive kill -9; only a power cut can lose the last ones
         db.execute("PRAGMA synchronous=NORMAL")
 
     def close(self) -> None:
@@ -202,7 +202,7 @@ class Ledger:
         if "_db" not in self.__dict__:
             return
         if self._alive is not None:
-            with suppress(LedgerError):  # claims that are not released lapse when the process ends
+            with suppress(LedgerError):  # claims that are not released expire when the process ends
                 self._write("DELETE FROM claims WHERE owner = ?", (self.owner,))
             self._alive.release()
             self._sign(self.owner).unlink(missing_ok=True)
@@ -222,14 +222,14 @@ class Ledger:
         """The values of the questions that have been answered."""
         found: dict[str, float] = {}
         if "_db" not in self.__dict__ and not self.path.exists():
-            return found  # looking up leaves no file behind
+            return found  # looking up creates no file
         for some in _chunks(keys):
             marks = ",".join("?" * len(some))
             found |= dict(self._read(f"SELECT key, value FROM calls WHERE key IN ({marks})", some))
         return found
 
     def claim(self, keys: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-        """Split questions into those that this run must ask, answered ones, and those that another run is asking."""
+        """Split questions into three lists: this run must ask them, they are answered, another run is asking them."""
         self._show_alive()
         with self._transaction():
             answered = self.answers(keys)
@@ -238,7 +238,7 @@ class Ledger:
             for key in open_:
                 row = self._db.execute("SELECT owner FROM claims WHERE key = ?", (key,)).fetchone()
                 holder = self.owner if row is None else row[0]
-                # checked under the write lock; every owner locks its lock file before it claims
+                # checked under the write lock; every owner locks its lock file before its first claim
                 if holder not in alive:
                     alive[holder] = self._is_alive(holder)
                 if holder == self.owner or not alive[holder]:
@@ -311,14 +311,14 @@ class Ledger:
         return [row[0] for row in rows]
 
     def settings(self, question: Question) -> list[str]:
-        """The settings with which this judge and model have answered so far, this question's own among them."""
+        """The settings with which this judge and model have answered so far, including this question's."""
         rows = self._read(
             "SELECT content FROM settings WHERE judge = ? AND model = ?", (question.judge, question.model)
         )
         return [row[0] for row in rows]
 
     def endpoints(self) -> list[dict[str, str]]:
-        """The endpoints that have answered: model, address, version, the model the server reports, and since when."""
+        """The endpoints that have answered: model, address, version, reported model, and time of its first answer."""
         rows = self._read(
             "SELECT s.model, json_extract(s.content, '$.address'), json_extract(s.content, '$.version'), w.served, w.at"
             " FROM settings s LEFT JOIN served w ON w.judge = s.judge AND w.model = s.model AND w.setting = s.id"
@@ -329,7 +329,7 @@ class Ledger:
         return [each for i, each in enumerate(found) if each not in found[:i]]
 
     def reply(self, key: str) -> str:
-        """The last reply to a question, whether it is an answer or not; "" if there is none."""
+        """The last reply to a question, even if it is not an answer; "" if there is none."""
         rows = self._read(
             "SELECT reply, at FROM calls WHERE key = ? UNION ALL SELECT reply, at FROM failures WHERE key = ? "
             "ORDER BY at DESC",
@@ -363,7 +363,7 @@ class Ledger:
     # --- batches at a provider
 
     def batches(self, endpoint: str) -> dict[str, list[Question]]:
-        """Batches that were submitted there and not collected, by id, with their questions (without messages)."""
+        """The submitted batches that are not collected, by id, with their questions (without messages)."""
         rows = self._read("SELECT id, questions FROM batches WHERE endpoint = ? AND questions != ''", (endpoint,))
         return {row[0]: [Question(*fields) for fields in json.loads(row[1])] for row in rows}
 
@@ -389,7 +389,7 @@ class Ledger:
 
         Args:
             request_seconds: 60 over the requests allowed in a minute.
-            token_seconds: seconds that the tokens of this call take up.
+            token_seconds: the same for the tokens of this call.
 
         Returns:
             Seconds to wait before sending.
@@ -433,7 +433,7 @@ class Ledger:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                if self._db.in_transaction:  # a full disk ends it by itself
+                if self._db.in_transaction:  # a full disk has ended it already
                     self._db.execute("ROLLBACK")
                 raise
 
@@ -442,7 +442,7 @@ class Ledger:
         try:
             yield
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
-            raise  # not for users to fix
+            raise  # not an error that users can fix
         except sqlite3.DatabaseError as error:
             raise LedgerError(
                 f"ledger={self.path}: {error}; every answer that was written is kept. Check that the disk has room and "
@@ -461,14 +461,14 @@ class Ledger:
         return self.path.with_name(f"{self.path.name}.claims") / f"{owner}.lock"
 
     def _show_alive(self) -> None:
-        """Hold a lock as long as this process lives; the system releases it when the process ends."""
+        """Hold a lock while this process lives; the system releases it when the process ends."""
         if self._alive is not None:
             return
         _ = self._db  # creates the folder, or raises
         sign = self._sign(self.owner)
         try:
             sign.parent.mkdir(exist_ok=True)
-            # locked under another name first, so that no process finds the file unlocked
+            # locked under another name first, so that other processes never find the file unlocked
             lock = FileLock(sign.with_suffix(".new"))
             lock.acquire()
             sign.with_suffix(".new").replace(sign)
@@ -495,7 +495,7 @@ def _digest(content: Any) -> str:
 
 
 def _drop_surrogates(text: str) -> str:
-    """Drop halves of surrogate pairs, which JSON can write, but UTF-8, and so SQLite, cannot."""
+    """Drop halves of surrogate pairs. JSON can contain them; UTF-8, and therefore SQLite, cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

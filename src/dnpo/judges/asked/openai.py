@@ -1,8 +1,8 @@
-"""A judge behind any OpenAI-compatible endpoint, asked many questions in parallel.
+"""A judge behind an OpenAI-compatible endpoint, which is asked many questions in parallel.
 
-Every question is sent until it is answered or its deadline has passed; a reply is an answer only if it is unambiguous.
-Answers are written to the ledger one by one as they arrive, so nothing that was paid for is lost. The settings are
-here; requests and replies are in ``endpoint.py``, parallel questions in ``asking.py``, the batch API in ``batch.py``.
+Every question is sent until it is answered or its deadline has passed. A reply is an answer only if it is unambiguous.
+Answers are written to the ledger as they arrive, so no paid answer is lost. The settings are here; requests and replies
+are in ``endpoint.py``, parallel questions in ``asking.py``, the batch API in ``batch.py``.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from dnpo.store import Report
 OPENAI = "https://api.openai.com/v1"
 CANARY_SECONDS = 30.0  # after this time without an answer the check fails
 SHOWN = 300  # characters of a reply
-# Fields that extra_body cannot set: they make up the question, or have a setting.
+# Fields that extra_body cannot set: they are part of the question, or have a setting.
 TAKEN = {
     **dict.fromkeys(("messages", "model", "n", "stream", "stream_options"), "dnpo sets it itself"),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), "give judge.max_tokens"),
@@ -48,17 +48,16 @@ class OpenAI(Prompted):
     Args:
         model: its name at the endpoint.
         base_url: the address, including ``/v1``.
-        key_from: environment variable with the key. Other endpoints than OpenAI's may need none.
-        same_as: another address of the same judge, such as the one that its server had before it moved: answers and
-            stages are the same under both.
-        version: any text. Change it when the weights behind an address change, so that earlier answers do not count.
+        key_from: environment variable with the key. Endpoints other than OpenAI's may need no key.
+        same_as: another address of the same judge, such as its server's earlier one. Answers and stages are the same
+            under both addresses.
+        version: any text. Change it when the weights behind an address change, so that earlier answers are not used.
         read_old_ledger: use answers that were recorded before keys included addresses and all settings.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
         reading: ``text``, or ``logprobs``: expected values over the likeliest tokens, if the server gives their
             log-probabilities.
         structured: ``auto`` asks for JSON by a schema, unless the server refuses it; ``off`` never asks for it.
-        pattern: a regular expression with one group that finds the score (or A, B or TIE) in replies of an unusual
-            form.
+        pattern: a regular expression for replies of an unusual form; its one group is the score (or A, B or TIE).
         template: a file with the question; null takes the shipped one for the mode.
         temperature: temperature of the judge; null leaves it to the server.
         max_tokens: maximum number of tokens in a reply.
@@ -67,7 +66,7 @@ class OpenAI(Prompted):
         extra_body: further fields of the body of every request.
         headers: further headers, each with the environment variable that holds its value.
         concurrency: maximum number of questions in flight.
-        requests_per_minute, tokens_per_minute: limits over all runs that share the ledger; null for none.
+        requests_per_minute, tokens_per_minute: limits for all runs that share the ledger together; null for none.
         timeout: seconds of one attempt.
         deadline: seconds from the first attempt at a question to the last.
         max_replies: maximum number of unreadable replies to a question before it fails.
@@ -148,7 +147,7 @@ class OpenAI(Prompted):
 
     @cached_property
     def setting(self) -> str:
-        """What else decides an answer besides model and messages, as JSON: the address and all that is sent."""
+        """The settings that determine an answer, as JSON: address and everything sent, without model and messages."""
         address = address_of(self.same_as or self.base_url)
         return json.dumps(
             {"address": address, "version": self.version or "", **self.endpoint.settings()},
@@ -158,7 +157,7 @@ class OpenAI(Prompted):
 
     @property
     def takes_old_answers(self) -> bool:
-        """Whether answers count that were recorded before keys included addresses and all settings."""
+        """Whether old answers are used, recorded before keys included addresses and all settings."""
         return self.read_old_ledger
 
     def identity(self) -> Mapping[str, Any]:
@@ -187,7 +186,7 @@ class OpenAI(Prompted):
 
     @cached_property
     def endpoint(self) -> Endpoint:
-        """The endpoint, created once, so that parameters refused in the check before a run are not sent in the run."""
+        """The endpoint. It is created once, so that a parameter refused in the check is not sent in the run."""
         return Endpoint(
             self.model,
             self.base_url,
@@ -242,7 +241,7 @@ class OpenAI(Prompted):
         return None
 
     def canary(self, ledger: Ledger) -> Canary:
-        """Ask a question that was never asked before, directly even if the run uses batches."""
+        """Ask a new question, directly even if the run uses batches."""
         stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {secrets.token_hex(4)}"  # never asked before
         prompt = Prompt("canary", [{"role": "user", "content": f"(check of {stamp}) Name the capital of France."}], "")
         question = (
@@ -270,7 +269,7 @@ class OpenAI(Prompted):
         return Canary(True, text, warning=warning)
 
     def _elsewhere(self, question: Question, ledger: Ledger) -> str:
-        """The other addresses of which the ledger has answers by this judge, asked in the same way."""
+        """The other addresses from which the ledger has answers of this judge to the same kind of questions."""
         own = json.loads(self.setting)
         found = [json.loads(setting) for setting in ledger.settings(question)]
         others = sorted(each["address"] for each in found if {**each, "address": own["address"]} == own)

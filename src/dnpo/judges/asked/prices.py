@@ -12,7 +12,7 @@ SHIPPED = Path(__file__).with_name("prices.yaml")
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars per input and per output token, and the fraction of these that the batch API costs."""
+    """US dollars per input and per output token, and the batch API's price as a fraction of these."""
 
     input: float
     output: float
@@ -24,7 +24,7 @@ class Price:
 
 
 def price_of(model: str, path: str | None) -> Price | None:
-    """The price of a model, or of the undated model that it is a version of; None if the table has neither.
+    """The price of a model or, for a dated version, of the undated model; None if the table has neither.
 
     Raises:
         SettingsError: the table cannot be read.

@@ -1,9 +1,9 @@
 """Language models as judges: rows → questions → answers → verdicts.
 
 In mode ``score`` every response is a separate question, answered by a whole number from 0 to 100. In mode ``pairwise``
-every generated response is compared with the human one, in both orders: its score is 100 × the mean probability that it
-is better, and the difference between the orders is kept. Questions are looked up in the ledger first, and only those
-without an answer are asked.
+every generated response is compared with the human one, in both orders. Its score is 100 × the mean probability that it
+is better; the difference between the orders is kept too. Questions are looked up in the ledger first, and only
+unanswered ones are asked.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Reading = Literal["text", "logprobs"]
 SHIPPED = Path(__file__).parent / "templates"
-TRIAL = ("5028841971", "6939937510")  # two responses whose text occurs in no template
+TRIAL = ("5028841971", "6939937510")  # two responses with texts that no template contains
 
 
 class Template:
@@ -72,7 +72,7 @@ class Template:
         self.name = f"{content['version']}/{digest[:12]}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the compiled form, which cannot be sent to another process."""
+        """Leave out the compiled template, which cannot be sent to another process."""
         return {name: value for name, value in self.__dict__.items() if name != "_parts"}
 
     @cached_property
@@ -99,7 +99,7 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompted(Judge):
-    """The base class of judges that are language models, as the head of this file describes.
+    """Base class of judges that are language models; see the head of this file.
 
     Args:
         mode: ``score`` or ``pairwise``.
@@ -116,7 +116,7 @@ class Prompted(Judge):
 
     @property
     def in_shards(self) -> bool:
-        """False: all questions are asked at once, and the ledger has the replies."""
+        """False: all questions are asked at once, and the ledger keeps the replies."""
         return False
 
     def __post_init__(self) -> None:
@@ -134,12 +134,12 @@ class Prompted(Judge):
 
     @property
     def setting(self) -> str:
-        """The settings that decide an answer in addition to model and messages, as JSON; "" for none."""
+        """The settings that determine an answer, besides model and messages, as JSON; "" for none."""
         return ""
 
     @property
     def takes_old_answers(self) -> bool:
-        """Whether answers count that were recorded under old keys, which did not include all settings."""
+        """Whether old answers are used, recorded under keys that did not include all settings."""
         return False
 
     @cached_property
@@ -195,14 +195,14 @@ class Prompted(Judge):
         return found
 
     def _look_up_old(self, questions: Mapping[str, Question], ledger: Ledger) -> dict[str, float]:
-        """The answers under keys of the old form, by today's key."""
+        """The answers under keys of the old form, by the present key."""
         new = {q.old_key: key for key, q in questions.items() if q.old_key != key}
         return {new[old]: value for old, value in ledger.answers(list(new)).items()}
 
     def forecast(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, seen: set[str]
     ) -> Forecast:
-        """Count the questions that these verdicts need, and price those that the ledger cannot answer."""
+        """Count the questions that these verdicts need, and estimate the cost of those that are not in the ledger."""
         questions = {q.key: q for some in self.make_questions(prompts, responses) for q in some if q.key not in seen}
         seen |= set(questions)
         known = self.look_up(questions, ledger)
@@ -244,7 +244,7 @@ class Prompted(Judge):
             return make_verdict(response, None, reasons.get(missing[0].key, "not asked"))
         if self.mode == "score":
             return make_verdict(response, values[questions[0].key])
-        if not questions:  # the human response against itself
+        if not questions:  # the human response compared with itself
             return make_verdict(response, 50.0)
         first, second = 100.0 - values[questions[0].key], values[questions[1].key]
         return make_verdict(response, (first + second) / 2, disagreement=abs(first - second))

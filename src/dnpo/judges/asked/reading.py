@@ -1,4 +1,4 @@
-"""Read a judge's reply: an unambiguous one gives a value, and any other is a failure, never a guess."""
+"""Read a judge's reply. An unambiguous reply gives a value; any other is a failure, and nothing is guessed."""
 
 import json
 import math
@@ -23,7 +23,7 @@ _TAGGED = re.compile(r"<(score|rating|grade|winner|verdict)>([^<>]*)</\1>", re.I
 def drop_thought(reply: str) -> str:
     """Remove the thought from the beginning of a reply, as reasoning models write it.
 
-    Its opening mark may be missing, since some templates write it into the prompt.
+    The thought's opening mark may be missing, since some templates write it into the prompt.
 
     Raises:
         ValueError: the thought does not end, nothing follows it, or there is another one.
@@ -51,7 +51,7 @@ def _has_marks(text: str) -> bool:
 
 
 def _strip(reply: str) -> str:
-    """Remove what adds no meaning: end marks, a code fence, a box of LaTeX, a tag with the value's name."""
+    """Remove marks without meaning: end marks, a code fence, a box of LaTeX, a tag with the value's name."""
     text = reply.strip()
     while mark := _END.search(text[-60:]):
         text = text[: -len(mark.group())].rstrip()
@@ -83,15 +83,15 @@ _RIVAL = re.compile(r"final|overall|total|adjusted|revised|updated|corrected|new
 
 
 def read_score(reply: str, pattern: re.Pattern[str] | None = None) -> float:
-    """The whole number from 0 to 100 that a reply consists of.
+    """The whole number from 0 to 100 that a reply gives.
 
-    It may be ``83``, ``83.0`` or ``83/100``, with nothing else or after the word score, rating or grade ("The score is
-    83."), or be that value of a JSON object (``{"score": 83, "reason": "…"}``). A leading thought that is closed, marks
-    around the number and a code fence do not count. Anything else is a failure: two numbers, fractions, signs, numbers
-    out of range, sentences that mention a number.
+    The number is written as ``83``, ``83.0`` or ``83/100``: alone, after the word score, rating or grade ("The score is
+    83."), or as that value of a JSON object (``{"score": 83, "reason": "…"}``). A closed thought at the beginning,
+    marks around the number and a code fence are ignored. Anything else is a failure: two numbers, fractions, signs,
+    numbers out of range, sentences that mention a number.
 
     Args:
-        pattern: if it matches, its group is read instead of the reply; all matches must give the same value.
+        pattern: if it matches, its group is read instead of the whole reply; all matches must give the same value.
 
     Raises:
         ValueError: says what is wrong.
@@ -131,13 +131,13 @@ _WINNERS = {"better", "winner", "verdict"}
 
 
 def read_winner(reply: str, pattern: re.Pattern[str] | None = None) -> float:
-    """100 for A, 0 for B, 50 for a tie: the reply is that word alone, named ("The better answer is A."), or JSON.
+    """100 for A, 0 for B, 50 for a tie. The reply is that word, a sentence ("The better answer is A.") or JSON.
 
     Args:
         pattern: as for :func:`read_score`.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: the reply has another form.
     """
     return _read(reply, pattern, _read_letter)
 
@@ -176,11 +176,11 @@ class _Literal(str):
 
 
 def _value_of(text: str, names: set[str]) -> str:
-    """The value of one of these names in a JSON object, as text.
+    """The value of a JSON object under one of these names, as text.
 
     Raises:
-        ValueError: it is not such an object, has none or several of the names, or something else in it makes the value
-            ambiguous: a scale other than 0 to 100, or another name such as ``final_score``.
+        ValueError: the text is not such an object, the object has none or several of the names, or the value is
+            ambiguous because of another scale than 0 to 100 or another name such as ``final_score``.
     """
     try:
         found = json.loads(text, object_pairs_hook=_Object, parse_int=_Literal, parse_float=_Literal)
@@ -207,14 +207,13 @@ def _plain(value: Any) -> str:
 
 
 def read_expected_score(tokens: Sequence[Mapping[str, float]]) -> float:
-    """The expected score: the mean over the likeliest tokens in the position of the reply's number.
+    """The expected score: the mean over the likeliest tokens at the position of the number in the reply.
 
     Args:
-        tokens: for every token of the reply, the log-probabilities of the likeliest tokens there, the chosen one
-            first.
+        tokens: for each position of the reply, the log-probabilities of the likeliest tokens, the chosen one first.
 
     Raises:
-        ValueError: the reply is not what :func:`read_score` reads, or does not begin with a number that is one token.
+        ValueError: :func:`read_score` cannot read the reply, or it does not begin with a number that is one token.
     """
     reply = [next(iter(top)) for top in tokens]
     number = read_score("".join(reply))
@@ -237,7 +236,7 @@ def read_expected_winner(tokens: Sequence[Mapping[str, float]]) -> float:
     """100 × P(A) / (P(A) + P(B)), from the likeliest tokens at the reply's first word.
 
     Raises:
-        ValueError: the reply is not what :func:`read_winner` reads, or neither is among the likeliest tokens.
+        ValueError: :func:`read_winner` cannot read the reply, or neither A nor B is among the likeliest tokens.
     """
     reply = [next(iter(top)) for top in tokens]
     read_winner("".join(reply))

@@ -5,9 +5,9 @@ the prompt x,
 
     P(reply) = ∏ᵢ p(tᵢ | x, t₁…tᵢ₋₁) · (1 − Σ p(c | x, t₁…tₗ))
 
-where c are the tokens that would continue a longer word or number: after "8" the reply may become 85. The last factor
-is computed at inner nodes of the trie only; at a leaf no continuation is among the replies. Each prompt is read once,
-and the inner nodes are read from its keys and values, for a batch of prompts at once.
+where c are the tokens that would make a longer word or number: after "8" the reply may become 85. The last factor is
+computed at inner nodes of the trie only; at a leaf no continuation is among the replies. The model reads each prompt
+once, and then the inner nodes with the prompt's keys and values, for a batch of prompts at once.
 
 Shapes: B prompts, T tokens, K inner nodes below the root, L tokens of the longest path to one, V vocabulary, R replies.
 """
@@ -33,7 +33,8 @@ class Replies:
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        tokenizer: with its chat template; one that has none gets :data:`~dnpo.policy.template.PLAIN_TEMPLATE`.
+        tokenizer: the tokenizer with its chat template; without one it gets
+            :data:`~dnpo.policy.template.PLAIN_TEMPLATE`.
         replies: the replies; none may be empty.
         goes_on: matches the texts of tokens that could continue a reply.
         example: an example of the conversations; all of them must end in the same way.
@@ -64,7 +65,7 @@ class Replies:
     # --- text
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation as the model reads it, up to where its reply begins.
+        """The token ids of a conversation, up to the beginning of the model's reply.
 
         Raises:
             ModelError: the template cannot render it, or loses something of it.
@@ -92,14 +93,14 @@ class Replies:
         return text.then(self.lead)
 
     def _lead(self, example: Sequence[Message], reply: str) -> tuple[str, str]:
-        """What the template puts before a reply: text, which joins the prompt, and spaces, which join the reply.
+        """What the template writes before a reply: a text, which joins the prompt, and spaces, which join the reply.
 
         Llama 2 writes a space there; templates of models that think may write an empty thought.
         """
-        self._text(example)  # so that a template that cannot render the question says so
+        self._text(example)  # raises if the template cannot render the question
         try:
             rendered = render(self.tokenizer, self._turns(example), reply)
-        except ModelError:  # the template shows past turns differently, and puts nothing before the reply
+        except ModelError:  # the template shows past turns differently, and writes nothing before the reply
             return "", ""
         return rendered.lead, rendered.rest.text[: rendered.rest.text.index(reply)]
 
@@ -109,8 +110,8 @@ class Replies:
     def _paths(self, example: Sequence[Message], replies: Sequence[str]) -> list[Path]:
         """The tokens of each reply, tokenised together with the text before it.
 
-        A SentencePiece tokenizer would begin a separate text with a space. Only if the prompt's last token would merge
-        with a reply's first are the replies tokenised separately.
+        A SentencePiece tokenizer would begin a separate text with a space. The replies are tokenised separately only if
+        the prompt's last token would merge with the first token of a reply.
         """
         text = self._text(example)
         before = self._ids(text)
@@ -121,7 +122,7 @@ class Replies:
         return [tuple(ids) for ids in apart]
 
     def _tokens_like(self, pattern: re.Pattern[str]) -> Tensor:
-        """Ids of the tokens whose text, taken as it is within a word, matches. Bytes count as what they spell."""
+        """Ids of the tokens whose text, as it is within a word, matches. Byte tokens are read as their characters."""
         names = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
         special = set(self.tokenizer.all_special_ids)
 

@@ -1,8 +1,8 @@
 """Judges for prompts with a known answer: 100 points if a response gives it, 0 if not.
 
-A response without a recognisable answer is wrong: it gets 0 points, with the reason. Without a score its pair would be
-left out, and the policy would never learn to answer. Prompts whose gold answer is unusable are refused before anything
-is computed.
+A response without a recognisable answer is wrong: it gets 0 points, with the reason. If it had no score, its pair would
+be left out, and the policy would never learn to answer. Prompts whose gold answer is unusable are refused before
+anything is computed.
 """
 
 import re
@@ -22,7 +22,7 @@ from dnpo.store import Report
 
 
 class Checker(Judge):
-    """The base class of judges that check whether a response gives the gold answer.
+    """Base class of judges that check whether a response gives the gold answer.
 
     Attributes:
         option: the judge's name in ``judge=…``.
@@ -92,10 +92,10 @@ class Numeric(Checker):
     """A number as the final answer, as in GSM8K.
 
     The gold answer is the number after ``####``, or its last number if there is no such mark. A response's answer is
-    the first number after its last ``####``, in its last ``\\boxed{…}``, or after its last "answer is" or "answer:" (or
-    after the last equals sign following that); if it has none of these, its last number. Commas between thousands,
-    currency signs, percent signs, a full stop at the end and other notations of the same value make no difference;
-    ``1/2`` is 0.5. Numbers are compared exactly, without rounding.
+    the first number after its last ``####``, in its last ``\\boxed{…}``, or after its last "answer is" or "answer:" (if
+    an equals sign follows that, after the last one). Without any of these it is the response's last number. Commas
+    between thousands, currency signs, percent signs, a full stop at the end and other notations of the same value make
+    no difference; ``1/2`` is 0.5. Numbers are compared exactly, without rounding.
     """
 
     option: ClassVar[str] = "numeric"
@@ -148,13 +148,13 @@ def gold_number(answer: str) -> Fraction | None:
 class Choice(Checker):
     """The letter of one of several choices that the prompt lists.
 
-    A response's letter is the first of these that exists: the last one after "answer is", "answer:" or ``\\boxed{``;
-    the one that is the whole response or begins it (``B``, ``(B)``, ``B.``, ``B) blue``); the last one in brackets; the
-    one that is its whole last line. A letter within a sentence is a word ("A dog") and does not count.
+    A response's letter is the first of these that exists: the last letter after "answer is", "answer:" or ``\\boxed{``;
+    the letter that is the whole response or begins it (``B``, ``(B)``, ``B.``, ``B) blue``); the last letter in
+    brackets; the letter that is the whole last line. A letter within a sentence is a word ("A dog") and does not count.
 
     Args:
-        letters: the possible answers, such as ``ABCD``, or ``"1234"`` for numbered choices. Within a response's
-            sentences only capitals and bracketed letters count.
+        letters: the possible answers, such as ``ABCD``, or ``"1234"`` for numbered choices. Within sentences, only
+            capitals and letters in brackets count.
 
     Raises:
         SettingsError: ``letters`` are not different letters or digits.
@@ -180,7 +180,7 @@ class Choice(Checker):
 
     @cached_property
     def _named(self) -> re.Pattern[str]:
-        # in a sentence a small letter is a word ("the answer is a dog"), unless in brackets or at the very end
+        # in a sentence a small letter is a word ("the answer is a dog"), unless it is in brackets or at the very end
         one, small = self._one, self._one.lower()
         return re.compile(
             r"(?i:\banswer\b[*_]*(?:\s+is\b|\s*:)+|\\boxed\{)\s*(?:(?i:option|choice)\s+)?[\s*_`\"'(\[]*(?:\\text\{)?"

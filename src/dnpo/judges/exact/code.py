@@ -1,17 +1,16 @@
-"""A judge that runs code: the response's, and the unit tests that are the prompt's answer.
+"""A judge that runs code: the code of a response, and the unit tests that are the prompt's answer.
 
-The two run in separate processes, which exchange plain values: the answer's process evaluates calls and sends values
-back, the tests' process compares them. So an answer can neither see its tests, nor change their values, nor decide what
-is equal. :mod:`dnpo.judges.exact.apart.form` says what tests can do; tests that cannot work in this way are refused by
-name.
+They run in separate processes, which exchange plain values: the answer's process evaluates calls and returns values,
+and the tests' process compares them. So an answer cannot see its tests, change their values, or decide what is equal.
+:mod:`dnpo.judges.exact.apart.form` describes what tests can do; tests that cannot work in this way are refused by name.
 
 Both processes have an empty environment, an empty folder to work in, limits on processor time, address space, files and
 processes, and no capability. They run in a new session, which is killed as a whole at the end or after ``timeout``. If
 the system allows it, they are in namespaces without the machine's network and processes, and in a read-only file system
-that holds Python alone; if dnpo runs as root, each process also gets a separate user. If the system forbids this but
+that contains only Python. If dnpo runs as root, each process also gets a separate user. If the system forbids this but
 has bubblewrap, bubblewrap does the same. If neither works, nothing runs. With ``isolation=none`` there are only limits:
 an answer can read the user's files, use the network and leave its session. Even then nothing runs if the environment
-seems to hold a secret that an answer could read.
+seems to contain a secret that an answer could read.
 
 Starting and ending all this takes about 35 ms of processor time for each answer, twice as much as one bare process; a
 call of an answer's function takes about 30 µs.
@@ -35,7 +34,7 @@ from dnpo.records import Prompt, Response, Verdict
 from dnpo.settings import Count, Positive, neutral
 from dnpo.store import Report
 
-TRIED = 8  # rows whose tests seem to compare the answer's own objects
+TRIED = 8  # number of rows tried whose tests seem to compare objects of the answer
 COMPARED = re.compile(r"the tests compare \(\w+\) a \S+ of the answer with a ")
 
 
@@ -43,18 +42,19 @@ COMPARED = re.compile(r"the tests compare \(\w+\) a \S+ of the answer with a ")
 class UnitTests(Checker):
     """100 points if the response's code passes the tests in the prompt's answer; see the head of this file.
 
-    The response's code is all its fenced blocks of Python, one after another; without a fence, the whole response, or
-    its lines that are code. A response that takes too long on a busy machine fails, so scores near the limits depend on
-    the machine.
+    The response's code is all its fenced blocks of Python, one after another; without a fence, it is the whole
+    response, or its lines of code. A response that takes too long on a busy machine fails, so scores near the limits
+    depend on the machine.
 
     Args:
-        i_know_this_runs_code: nothing is run before this is true.
-        isolation: ``namespaces``, ``bubblewrap``, the first of them that works (``auto``), or ``none``.
-        timeout: seconds for one response with its tests, by the clock and of processor time.
+        i_know_this_runs_code: must be true; otherwise nothing is run.
+        isolation: ``namespaces``, ``bubblewrap``, ``auto`` for the first of these that works, or ``none``.
+        timeout: seconds for one response with its tests, of wall-clock time and of processor time.
         memory_mb: address space of each process.
-        file_mb: size of a file that it writes; with isolation, all its files together can have four times that.
-        processes: maximum number of processes and threads, including the first; without isolation it counts all of the
-            user's, and root has no limit.
+        file_mb: maximum size of a file that it writes; with isolation, all its files together can have four times that
+            size.
+        processes: maximum number of processes and threads, including the first. Without isolation, all processes of the
+            user count, and root has no limit.
         workers: responses tested at once.
     """
 
@@ -123,7 +123,7 @@ class UnitTests(Checker):
         return Canary(way is not None, found if way else self._refusal(found))
 
     def usable(self, gold: str) -> bool:
-        """Whether it is a Python program that tests something of an answer."""
+        """Whether it is a Python program that tests an answer."""
         return find_fault(gold) is None
 
     def check(self, gold: str, text: str) -> tuple[bool, str]:

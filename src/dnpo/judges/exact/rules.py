@@ -13,7 +13,7 @@ from dnpo.store import Report
 
 @dataclass(frozen=True)
 class Rules(Judge):
-    """0-100 points for correctness, completeness and form. In the tiny world it is both judge and measure."""
+    """0-100 points for correctness, completeness and form. In the tiny world it judges and measures."""
 
     option: ClassVar[str] = "rules"
 
@@ -48,7 +48,7 @@ class Rules(Judge):
 
 @dataclass(frozen=True)
 class Correct(Rules):
-    """100 points for the right answer in any wording, otherwise 0: a second, stricter measure."""
+    """100 points for the right answer in any wording, otherwise 0; a second measure, stricter than :class:`Rules`."""
 
     option: ClassVar[str] = "correct"
 

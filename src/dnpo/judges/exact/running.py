@@ -1,4 +1,4 @@
-"""Run one answer and its tests in separate processes, and find out how well this machine can isolate them."""
+"""Run an answer and its tests in separate processes, and find out how this machine can isolate them."""
 
 import json
 import os
@@ -39,10 +39,10 @@ IN_WORDS: Mapping[Isolation, str] = {
     "bubblewrap": "answers run in bubblewrap, without network and with a private file system",
     "none": "answers run with limits alone (judge.isolation=none): they can read this user's files and use the network",
 }
-# One thread for each library of numbers, since every thread counts as a process of the user.
+# One thread for each numerical library, since every thread counts as a process of the user.
 ENVIRONMENT = {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
 _APART = Path(form.__file__).parent
-# Find the names of variables that an answer could reach, never their values.
+# Finds the names, never the values, of variables that an answer could read.
 _TRY = """
 import os, re, socket
 def secrets():
@@ -79,15 +79,15 @@ def run_tests(response: str, tests: str, how: Isolation, timeout: float, limits:
     Args:
         timeout: seconds by the clock.
         limits: of each process, by their names in :mod:`resource`; sizes in bytes, times in seconds.
-        size: bytes that can be written in all if the file system is private.
+        size: total bytes that can be written if the file system is private.
 
     Raises:
-        JudgeError: the machine does not isolate them as it should.
+        JudgeError: the machine does not isolate them as required.
     """
     if how == "none":
-        from dnpo.judges.exact.apart.isolation import be_unreadable  # not there on every system
+        from dnpo.judges.exact.apart.isolation import be_unreadable  # does not exist on every system
 
-        be_unreadable()  # this process holds the tests, and may hold keys
+        be_unreadable()  # this process has the tests, and may have keys
     word = secrets.token_hex(16)
     with (
         tempfile.TemporaryDirectory(prefix="dnpo-code-", ignore_cleanup_errors=True) as folder,
@@ -158,7 +158,7 @@ def _wait(command: list[str], timeout: float, folder: str, stdin: IO[bytes], std
     )
     end = time.monotonic() + timeout
     try:
-        # Waited for without reaping: until it is reaped its process id cannot be reused, so the kill hits no other.
+        # Wait without reaping: until it is reaped, its process id is not reused, so no other process can be killed.
         looks = os.WEXITED | os.WNOWAIT | os.WNOHANG
         while not (done := os.waitid(os.P_PID, child.pid, looks) is not None) and time.monotonic() < end:
             time.sleep(0.002)
@@ -171,13 +171,13 @@ def _wait(command: list[str], timeout: float, folder: str, stdin: IO[bytes], std
 
 @cache
 def find_isolation(wanted: str) -> tuple[Isolation | None, str]:
-    """Find how answers can be isolated on this machine, trying it with a real one.
+    """Find how answers can be isolated on this machine, by running a real answer.
 
     Args:
-        wanted: the setting ``judge.isolation``; ``auto`` takes the best way that works, never ``none``.
+        wanted: the setting ``judge.isolation``; ``auto`` takes the best isolation that works, never ``none``.
 
     Returns:
-        The way and its description; or None and the reason why nothing works.
+        The isolation and its description, or None and the reason why none works.
     """
     ways: dict[str, list[Isolation]] = {
         "auto": ["namespaces", "bubblewrap"],

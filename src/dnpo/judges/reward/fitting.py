@@ -1,4 +1,4 @@
-"""Fit a reward model to preferences (Bradley and Terry), so that the chosen response gets the higher reward.
+"""Fit a reward model to preferences (Bradley and Terry): the chosen response should get the higher reward.
 
 The loss of a pair is −log σ(r⁺ − r⁻). The fitted model is measured on held-out conversations, together with the
 simplest judge, which prefers the longer response.
@@ -138,7 +138,7 @@ def fit(
 def measure(
     pairs: Sequence[Preference], chosen: Sequence[float], rejected: Sequence[float], seed: int
 ) -> dict[str, Any]:
-    """The share of pairs whose chosen response has the higher reward, and the same for length in characters.
+    """The share of pairs whose chosen response has the higher reward, and the share whose chosen response is longer.
 
     Ties count half. The 95 % intervals are bootstrapped over conversations.
     """
@@ -214,7 +214,7 @@ class PreferenceBatch:
 
 
 class BradleyTerry(Training):
-    """Training that raises the chosen response's reward over the other's: −log σ(r⁺ − r⁻) (Bradley and Terry 1952)."""
+    """Trains rewards r so that the chosen response has the higher one: −log σ(r⁺ − r⁻) (Bradley and Terry 1952)."""
 
     policy: Rewards
     remedy: ClassVar[str] = "lower lr, or look at these pairs"
@@ -294,14 +294,14 @@ def _wins(first: Sequence[float], second: Sequence[float]) -> list[float]:
 
 
 def _write(model: Rewards, facts: dict[str, Any], seen: Sequence[str], folder: Path) -> None:
-    """Write the complete folder, or nothing."""
+    """Write the folder; if that fails, nothing is left."""
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         model.save(aside)
         (aside / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        # as hashes, so that a run can check whether it measures on prompts that its judge was fitted on
+        # hashes, so that a run can check whether its evaluation has prompts that its judge was fitted on
         (aside / SEEN).write_text("".join(f"{name}\n" for name in sorted(set(seen))), encoding="utf-8")
         aside.replace(folder)
     except OSError as error:

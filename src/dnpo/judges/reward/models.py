@@ -1,7 +1,7 @@
-"""Models that give a response a reward, an unbounded number: classifiers, and heads on sentence embeddings.
+"""Models that compute the reward of a response, an unbounded number: classifiers, and heads on sentence embeddings.
 
-Both compute a tensor of rewards with gradients from encoded rows, so the same code fits and judges.
-Shapes: B rows, T tokens, H width of an embedding.
+Both compute rewards with gradients from encoded rows, so the same code is used to fit and to judge. Shapes: B rows, T
+tokens, H width of an embedding.
 """
 
 from abc import ABC, abstractmethod
@@ -58,10 +58,10 @@ class Rewards(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write it so that :func:`load` can read it, without the facts."""
+        """Write the model so that :func:`load` can read it. The facts are written separately."""
 
     def too_long(self, row: list[Ids]) -> bool:
-        """Whether a row is over the limit. Rows are never cut: half a response is another response."""
+        """Whether a row is over the limit. Rows are never cut, since a part of a response is another response."""
         return self.limit is not None and max(map(len, row)) > self.limit
 
 
@@ -110,7 +110,7 @@ class Embedding(Rewards):
     """A small head on embeddings of the conversation and of the response, by a frozen encoder.
 
     The head is a network with one hidden layer on e(x), e(y), e(x)·e(y) and |e(x) − e(y)|, concatenated. Embeddings are
-    cached, since prompts recur and training reads them many times.
+    cached, since prompts are repeated and training reads them many times.
 
     Args:
         encoder: embeds the texts, one at a time, so batches never change an embedding.
@@ -178,7 +178,7 @@ def load(
 
 
 def object_to(weights: Weights) -> str | None:
-    """Why the files of a reward model cannot be used; None if they can, as far as is known."""
+    """Why the files of a reward model cannot be used; None if no reason is known."""
     try:
         if read_facts(weights).get("kind") == "embedding":
             assert weights.folder is not None
@@ -193,7 +193,7 @@ def object_to(weights: Weights) -> str | None:
 
 
 def object_to_rows(weights: Weights, template_date: str | None, rows: Sequence[Prompt]) -> str | None:
-    """Why the chat template of a reward model cannot render these rows; None if it can. Only a few are tried."""
+    """Why the chat template of a reward model cannot render these rows; None if it can. Only a few rows are tried."""
     try:
         if read_facts(weights).get("kind") == "embedding":
             return None
@@ -234,7 +234,7 @@ def _load_tokenizer(weights: Weights, template_date: str | None) -> Any:
 def start_classifier(
     weights: Weights, device: str, max_tokens: int | None, template_date: str | None = None
 ) -> Classifier:
-    """Load a base model with its output, or an untrained one if it has none; without dropout.
+    """Load a base model with its output layer, or with a new one if it has none; without dropout.
 
     Raises:
         ModelError: it cannot be loaded, or has no token to pad with.

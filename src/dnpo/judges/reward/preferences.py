@@ -39,7 +39,7 @@ class Preference:
 
 
 class Preferences:
-    """A file of preferences, split by a hash of the conversation, so that none is on both sides.
+    """A file of preferences, split by a hash of the conversation, so that no conversation is in both parts.
 
     Args:
         path: the file, in UTF-8.
@@ -53,8 +53,8 @@ class Preferences:
         """Rows to train on, and rows held out.
 
         Raises:
-            DataError: the file cannot be read, a row cannot be used (they are counted by reason), or one of the two
-                sides has no rows.
+            DataError: the file cannot be read, a row cannot be used (such rows are counted by reason), or one of the
+                two parts has no rows.
         """
         with open_text(f"data.path={self.path}", self.path) as stream:
             raw = list(parse_json(self.path, stream))
@@ -100,7 +100,7 @@ def _preference(raw: Any) -> Preference:
 
 
 def _turns(field: str, value: Any, last: str) -> list[Message]:
-    """Read a text as one turn, or turns whose last has this role. A response may be empty, a prompt may not."""
+    """Read a text as one turn, or turns of which the last has this role. Only a response may be empty."""
     if isinstance(value, str) or is_parts(value):
         return [{"role": last, "content": read_text(field, value, empty=last == "assistant")}]
     if not isinstance(value, list) or not value:

@@ -1,7 +1,7 @@
 """A judge that is a reward model; ``fitting.py`` fits one to preferences.
 
-A reward r is unbounded; its score is 100 · σ((r − center) / scale). The score increases strictly with r (up to about 36
-scales from the center, the limit of floating point), so responses have the same order by score as by reward.
+A reward r is unbounded; its score is 100 · σ((r − center) / scale). The score increases strictly with r (within about
+36 scales of the center, the limit of floating point), so scores order responses as rewards do.
 """
 
 import math
@@ -43,8 +43,8 @@ class Reward(Judge):
         max_unscored: share of responses that may lack a score.
 
     Raises:
-        ModelError: there is no such folder, what ``fit`` wrote there cannot be read, or not exactly one of ``path`` and
-            ``name`` is given.
+        ModelError: there is no such folder, the facts that ``fit`` wrote there cannot be read, or not exactly one of
+            ``path`` and ``name`` is given.
     """
 
     path: str | None = place(None)
@@ -102,7 +102,7 @@ class Reward(Judge):
         return frozenset((self.weights.folder / SEEN).read_text(encoding="utf-8").split())
 
     def accepts(self, prompts: Sequence[Prompt]) -> str | None:
-        """Accept what the chat template can show, if the device exists and the model's files are complete."""
+        """Accept prompts that the chat template can render, if the device exists and the model's files are complete."""
         from dnpo.judges.reward.models import object_to_rows
 
         try:
@@ -155,7 +155,7 @@ class Reward(Judge):
 
         for i in (i for i, row in enumerate(rows) if model.too_long(row)):
             settle(i, None, f"longer than the {model.limit:,} tokens that the reward model reads (judge.max_tokens)")
-        # the longest first, so that a lack of memory shows at once and batches have little padding
+        # the longest first, so that a lack of memory is seen at once and batches have little padding
         row = sorted(set(range(len(rows))) - set(verdicts), key=lambda i: -sum(map(len, rows[i])))
         size = self.batch_size if model.batches else 1
         for some in (row[start : start + size] for start in range(0, len(row), size)):

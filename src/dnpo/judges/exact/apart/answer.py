@@ -1,4 +1,4 @@
-"""The answer's process: find the code in a response, run it, and evaluate what the tests ask for."""
+"""The answer's process: find the code in a response, run it, and evaluate the requests of the tests."""
 
 import builtins
 import io
@@ -11,7 +11,7 @@ from typing import Any
 
 from dnpo.judges.exact.apart.wire import BrokenWire, Wire, decode, encode
 
-# A thought that is closed; the prompt's template may have opened it.
+# A closed thought; the prompt's template may have opened it.
 _THOUGHT = re.compile(r"\A\s*<(think|thinking)>.*?</\1>|\A(?:(?!<think|```).)*?</think>", re.DOTALL)
 _FENCE = re.compile(
     r"(?P<fence>`{3,}|~{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)(?:(?:(?<=\n)|\n)[ \t]*(?P=fence)|\Z)", re.DOTALL
@@ -27,8 +27,9 @@ _BEGINS = re.compile(
 def find_code(text: str) -> list[str]:
     """The Python programs in a response, in order.
 
-    These are the fenced blocks that can be parsed and are marked as Python or not marked. Without any fence it is the
-    whole response, or the lines in it that are code. A thought before the reply, closed by ``</think>``, is left out.
+    The programs are the fenced blocks that can be parsed and are marked as Python or not marked. Without any fence, the
+    program is the whole response, or its lines of code. A thought before the reply, closed by ``</think>``, is left
+    out.
     """
     text = _THOUGHT.sub("", text.replace("\r\n", "\n"), count=1)
     fenced = list(_FENCE.finditer(text))
@@ -48,7 +49,7 @@ def _dedent(code: str) -> str:
 
 
 def _unfenced(lines: list[str]) -> list[str]:
-    """The lines of code in a text without fences; all lines if none of them begins code."""
+    """The lines of code in a text without fences; all lines if no code begins in any of them."""
     if _error("\n".join(lines)) is None:
         return lines
     found: list[str] = []
@@ -61,7 +62,7 @@ def _unfenced(lines: list[str]) -> list[str]:
 
 
 def _without_words(code: str) -> str:
-    """Code without statements that have no effect, such as a line of one word."""
+    """The code without its statements that have no effect, such as a line of one word."""
     if _error(code) is not None:
         return code
     import ast
@@ -99,12 +100,12 @@ def _error(code: str) -> int | None:
 
 
 def load(text: str) -> dict[str, Any]:
-    """Run a response's programs one after another, and return the names they leave.
+    """Run a response's programs one after another, and return the names that they define.
 
-    If there are several, those that fail are skipped: they may show how to use the code, or what it prints.
+    If there are several, programs that fail are skipped: they may show how to use the code, or its output.
 
     Raises:
-        BaseException: all programs fail; the exception is the first one's.
+        BaseException: all programs fail; this is the exception of the first one.
         ValueError: there is no program.
     """
     builtins.exit = builtins.quit = sys.exit  # type: ignore[assignment]
@@ -137,12 +138,12 @@ class Callback:
 
 
 class Doorkeeper:
-    """Evaluates what the tests ask for, until they end."""
+    """Evaluates the requests of the tests, until the tests end."""
 
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self._space: dict[str, Any] = {}
-        self._objects: list[Any] = []  # the objects that have been sent as references, by number
+        self._objects: list[Any] = []  # the objects sent as references, by number
         self._numbers: dict[int, int] = {}  # their numbers, by id()
         self._callbacks: dict[int, Callback] = {}
 
@@ -203,7 +204,7 @@ class Doorkeeper:
         return {name: value for name, value in now.items() if value != before[name]}
 
     def _describe(self, error: BaseException) -> list[Any]:
-        """The names of an exception's classes up to the first built-in one, and its arguments or its text."""
+        """The names of an exception's classes, up to the first built-in one, and its arguments or its text."""
         try:
             args = self._encode(list(error.args), plain=True)
         except BaseException:

@@ -1,24 +1,24 @@
-"""What tests can do: which names they need from the answer, and what in them cannot work.
+"""Read tests: find the names that they need from the answer, and what cannot work.
 
-Tests are a Python program. Names that they use without defining or importing them, and that Python does not have, are
-the answer's: they refer to objects in the answer's process. Calls, attributes, items, iteration, arithmetic, ``str``,
-``len``, ``bool`` and such on them are computed there. Plain values come back as copies of exactly their types: None,
-numbers, texts, bytes, lists, tuples, sets, mappings, ranges, named tuples, and types of collections, decimal, fractions
-and datetime. Everything else, such as an instance of the answer's class or a generator, stays there as a reference.
+Tests are a Python program. A name that they use without a definition or an import, and that is not built into Python,
+is the answer's: it refers to an object in the answer's process. Calls, attributes, items, iteration, arithmetic,
+``str``, ``len``, ``bool`` and similar operations on it are computed there. Plain values are returned as copies of
+exactly the same type: None, numbers, texts, bytes, lists, tuples, sets, mappings, ranges, named tuples, and types of
+collections, decimal, fractions and datetime. Any other value, such as an instance of the answer's class or a generator,
+stays in the answer's process, and the tests get a reference.
 
 - Only plain values are compared. ``==``, ``<`` or ``in`` on a reference ends the tests, and so does arithmetic with a
-  reference and a plain value, such as ``f(1) - 3``, because the answer would decide the outcome.
-- Arguments pass as copies. If a call returns None, changes of its lists, sets and mappings are copied back, so that
-  sorting in place can be tested; a call that returns a value cannot change its arguments.
-- Functions of the tests can be passed, and are called in the tests' process.
-- An exception of the answer is raised in the tests under its name, which can be built-in or defined by the answer.
-- What a call prints is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it.
-- Functions ``test…()`` without parameters and classes of ``unittest.TestCase`` are run if nothing else runs them.
-- The answer's imports are not available to tests: they import what they use, except that ``math.…`` and other modules
-  of the standard library need no import. The answer itself can be imported as ``solution`` or another name of
-  ``ANSWERS``: what is read from that module refers to an object in the answer's process, as a name without an import
-  does.
-- If tests name only Python's functions, and call just one of them, such as ``sum``, that one is the answer's.
+  reference and a plain value, such as ``f(1) - 3``, because the answer would decide the outcome. - Arguments are passed
+  as copies. If a call returns None, changes of its lists, sets and mappings are copied back, so that sorting in place
+  can be tested. A call that returns a value cannot change its arguments. - Functions of the tests can be passed as
+  arguments; they are called in the tests' process.
+- An exception of the answer is raised in the tests under its name, which can be built-in or defined by the answer. -
+The output of a call is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it.
+- Functions ``test…()`` without parameters and classes of ``unittest.TestCase`` are run if nothing else runs them. - The
+answer's imports are not available to tests, so tests import the modules that they use; only modules of the standard
+library, such as ``math``, need no import. The answer itself can be imported as ``solution`` or another name of
+``ANSWERS``; names of this module refer to objects in the answer's process, like names without an import. - If tests use
+only built-in functions and call just one of them, such as ``sum``, this function is the answer's.
 """
 
 import ast
@@ -41,7 +41,7 @@ _ASSERTIONS = {
     *("assertSequenceEqual", "assertCountEqual", "assertAlmostEqual"),
 }
 _PYTHONS = frozenset(dir(builtins))
-# What needs the answer in the same process, or would run the answer's text among the tests.
+# Names that need the answer in the same process, or would run the answer's text among the tests.
 _REFUSED_MODULES = {
     "asyncio",
     "concurrent",
@@ -54,7 +54,7 @@ _REFUSED_MODULES = {
     "threading",
     "unittest.mock",
 }
-# By these names tests may import the answer; some are modules that nobody means to test.
+# Names by which tests may import the answer; some are also modules, which tests of an answer do not use.
 ANSWERS = frozenset(
     [
         *("solution", "solutions", "answer", "answers", "response", "submission", "candidate", "main", "program"),
@@ -69,7 +69,7 @@ def answer_names(tests: str) -> list[str]:
     """The names that tests need from the answer.
 
     Raises:
-        SyntaxError, ValueError: they are not Python.
+        SyntaxError, ValueError: the tests are not Python.
     """
     tree = ast.parse(tests)
     free = _free_names(tests) - _own_modules(tree, _free_names(tests))
@@ -85,7 +85,7 @@ def answer_names(tests: str) -> list[str]:
 
 
 def own_modules(tests: str) -> list[str]:
-    """The modules of the standard library that tests use without an import: names with nothing but attributes."""
+    """The modules of the standard library that tests use without an import: names used only for their attributes."""
     return sorted(_own_modules(ast.parse(tests), _free_names(tests)))
 
 
@@ -95,7 +95,7 @@ def answer_modules(tests: str) -> list[str]:
 
 
 def _answer_imports(tree: ast.AST) -> Iterator[tuple[str, str, ast.AST]]:
-    """The imports of the answer: the name that a module is bound to ("" where only its names are), module, and node."""
+    """The imports of the answer: the module's name in the tests ("" if only names are imported), module, and node."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((each.asname or each.name, each.name, node) for each in node.names if each.name in ANSWERS)
@@ -162,7 +162,7 @@ def _fault(node: ast.AST) -> str | None:
 
 
 def _module_fault(tree: ast.AST) -> str | None:
-    """Describe a use of the answer as a module that its separate process rules out."""
+    """Describe a use of the answer as a module that is impossible, as the answer is in another process."""
     bound = {name: module for name, module, _ in _answer_imports(tree) if name}
     allowed: set[int] = set()
     for node in ast.walk(tree):
@@ -186,9 +186,9 @@ def _module_fault(tree: ast.AST) -> str | None:
 
 
 def find_comparison(tests: str) -> str | None:
-    """Describe where tests seem to compare an instance of an answer's class; None if nowhere.
+    """Describe where tests seem to compare an instance of an answer's class; None if they do not.
 
-    They do, unless the class is one of plain values, such as a named tuple; only running them shows which.
+    The class may also be one of plain values, such as a named tuple; only running the tests shows this.
     """
     tree = ast.parse(tests)
     modules = {name for name, _, _ in _answer_imports(tree) if name}
@@ -211,7 +211,7 @@ def find_comparison(tests: str) -> str | None:
 
 
 def _class_name(function: ast.expr, names: set[str], modules: set[str]) -> str:
-    """The name if it is written like a class of the answer; "" for anything else."""
+    """The name of a function if it is written like a class of the answer, else ""."""
     if isinstance(function, ast.Name) and function.id in names:
         name = function.id
     elif isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id in modules:
@@ -226,7 +226,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _free_names(tests: str) -> set[str]:
-    """Names that are used and never bound at the level of the module."""
+    """The names that are used but never bound at the level of the module."""
     top = symtable.symtable(tests, "tests", "exec")
     bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
     used: set[str] = set()

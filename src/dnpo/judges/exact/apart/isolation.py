@@ -1,4 +1,4 @@
-"""Isolate a process from the machine by namespaces, limits, and giving up capabilities."""
+"""Isolate a process from the machine: by namespaces, by limits, and by giving up capabilities."""
 
 import ctypes
 import os
@@ -36,7 +36,7 @@ def _call(name: str, *args: object) -> None:
 
 
 def limit(limits: dict[str, int]) -> None:
-    """Set limits on this process, by their names in :mod:`resource`; none is set above the present one."""
+    """Set limits on this process, by their names in :mod:`resource`; no limit is raised."""
     for name, value in limits.items():
         kind = getattr(resource, name)
         hard = resource.getrlimit(kind)[1]
@@ -65,10 +65,10 @@ def enter_namespaces() -> bool:
 
 
 def enter_root(folder: str, trees: list[str], size: int) -> None:
-    """Make a file system of a few read-only folders and an empty one to work in, without anything else, even ``/proc``.
+    """Make a file system with only a few read-only folders and an empty one to work in, even without ``/proc``.
 
     Args:
-        folder: an empty folder, over which it is mounted for a moment.
+        folder: an empty folder, where the file system is mounted for a moment.
         trees: folders that Python needs.
         size: bytes that can be written in all.
     """
@@ -116,7 +116,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 
 
 def give_up_rights(user: int | None) -> None:
-    """Become another user if one is given, and give up all capabilities, also for programs that are started later."""
+    """Become another user if one is given, and give up all capabilities, for programs started later too."""
     if user is not None:
         os.setgroups([])
         os.setgid(user)
@@ -128,13 +128,13 @@ def give_up_rights(user: int | None) -> None:
 
 
 def end_with_parent() -> None:
-    """Be killed when the process that started this one ends."""
+    """Let the system kill this process when its parent ends."""
     if sys.platform == "linux":
         _call("prctl", _SET_DEATH_SIGNAL, _KILL, 0, 0, 0)
 
 
 def be_unreadable() -> None:
-    """Keep other processes of the user from reading this one's memory, files and environment, or from tracing it."""
+    """Prevent other processes of the user from tracing this one, or from reading its memory, files and environment."""
     if sys.platform == "linux":
         _call("prctl", _SET_DUMPABLE, 0, 0, 0, 0)
 

@@ -1,6 +1,6 @@
 """Start the two processes of an answer and its tests; ``python -c`` calls ``main`` and passes the task on stdin.
 
-The answer's process is started before the task is read, so it never has the tests, and it closes every file but its
+The answer's process is started before the task is read, so it never has the tests. It closes every file except its
 connection. Only the tests' process can write the word that means success.
 """
 
@@ -14,15 +14,16 @@ from dnpo.judges.exact.apart import FAILED, NOT_ISOLATED, PASSED, isolation, tes
 from dnpo.judges.exact.apart.answer import Doorkeeper
 from dnpo.judges.exact.apart.wire import Wire
 
-_USERS = 60_000  # ids of users for answers' processes begin here; the machine should not use them
+_USERS = 60_000  # first id of the users of answers' processes; the machine should not use these ids
 
 
 def main(how: dict[str, Any]) -> None:
     """Isolate the process, start the answer's, run the tests, and exit with a code of ``__init__``.
 
     Args:
-        how: ``isolation`` (``namespaces``, ``bubblewrap`` or ``none``), ``folder`` (an empty one), ``trees`` (that
-            Python needs), ``path`` (of Python's packages), ``size`` (bytes to write in all) and ``limits``.
+        how: ``isolation`` (``namespaces``, ``bubblewrap`` or ``none``), ``folder`` (an empty folder), ``trees``
+            (folders that Python needs), ``path`` (of Python's packages), ``size`` (total bytes that can be written) and
+            ``limits``.
     """
     sys.path += how["path"]
     user = None
@@ -45,11 +46,11 @@ def main(how: dict[str, Any]) -> None:
 def _enter(how: dict[str, Any]) -> int | None:
     """Enter the namespaces; return the user for the answer's process, None if it cannot be another user."""
     root = isolation.enter_namespaces()
-    # by this process's id, so that no two running answers share a user: processes are limited by user
+    # by this process's id, so that two running answers never share a user: processes are limited by user
     user = _USERS + os.getpid() * 2 % 5_000 if root else None
     if user is not None and not isolation.can_be(user + 1):
         user = None
-    child = os.fork()  # the first of the new process ids; all others end with it
+    child = os.fork()  # the first process of the new namespace; all others end with it
     if child:
         os.close(0)
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)

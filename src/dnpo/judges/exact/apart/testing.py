@@ -1,6 +1,6 @@
 """The tests' process: run the tests, in which the answer's names are references to objects in the answer's process.
 
-See ``form`` for what tests can do. What an answer sends is read only as plain values, and values are compared here.
+``form`` describes what tests can do. Messages of an answer are read only as plain values, and values are compared here.
 """
 
 import builtins
@@ -56,7 +56,7 @@ class Remote:
         self._client.do("set", self, name, value)
 
     def __instancecheck__(self, value: Any) -> bool:
-        """Whether something is of the answer's class; plain values are not."""
+        """Whether an object is an instance of the answer's class; plain values are not."""
         return isinstance(value, Remote) and bool(self._client.do("isinstance", value, self))
 
     def __enter__(self) -> Any:
@@ -78,7 +78,7 @@ def _forward(verb: str) -> Callable[..., Any]:
 
 def _forward_pair(verb: str) -> Callable[..., Any]:
     def compute(self: Remote, other: object) -> Any:
-        if not isinstance(other, Remote):  # "f(1) - 3" would tell the answer what is expected, and have it decide
+        if not isinstance(other, Remote):  # "f(1) - 3" would show the answer what is expected, and let it decide
             raise NotPlain(f"the tests compute ({verb}) with a {self._kind} of the answer and a plain value of theirs")
         return self._client.do(verb, self, other)
 
@@ -119,12 +119,12 @@ class Client:
         """Run the response there.
 
         Raises:
-            Exception: what it raises there.
+            Exception: the response raises it there.
         """
         self._ask(["load", text], {}, "load")
 
     def names(self, names: list[str]) -> dict[str, Any]:
-        """The values of the names that tests need from the answer, without those that it lacks."""
+        """The values of the names that tests need from the answer, as far as the answer has them."""
         found: dict[str, Any] = {}
         for name in names:
             try:
@@ -171,7 +171,7 @@ class Client:
             raise raised.error from None
 
     def _read(self, reply: list[Any], given: dict[str, Any], verb: str) -> Any:
-        """The value of a reply; print here what was printed there, and change the arguments that were changed there."""
+        """The value of a reply; output that was printed there is printed here, and arguments are changed as there."""
         kind, value, more, printed = reply
         if not isinstance(printed, str):
             raise BrokenWire("sent something that is not a message")
@@ -196,7 +196,7 @@ class Client:
             self._wire.send(["done", done])
 
     def _exception(self, names: list[str], args: list[Any], verb: str) -> Exception:
-        """An exception of the answer's, by the names of its classes."""
+        """An exception of the answer, from the names of its classes."""
         kind = self._error(names)
         ends_loops = issubclass(kind, StopIteration | StopAsyncIteration)
         if ends_loops and verb != "next":
@@ -207,7 +207,7 @@ class Client:
             return RuntimeError(f"the answer raised {names[0]}: {args}"[:200])
 
     def _error(self, names: list[str]) -> type[Exception]:
-        """The class of an exception; a class that the answer defines is made here under its name."""
+        """The class of an exception; for a class that the answer defines, a class of the same name is made."""
         *own, last = names
         kind = getattr(builtins, last, RuntimeError)
         if not isinstance(kind, type) or not issubclass(kind, Exception):
@@ -243,7 +243,7 @@ class Client:
 
 
 class _Raised(Exception):
-    """Carries an exception that the answer raised, to tell it from an error in reading the reply."""
+    """Carries an exception that the answer raised, to distinguish it from an error in reading the reply."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -265,7 +265,7 @@ def _take_over(old: Any, new: Any) -> None:
 
 
 def answer_module(name: str, client: Client) -> types.ModuleType:
-    """A module whose names refer to the answer's, in the answer's process."""
+    """A module whose names refer to objects in the answer's process."""
     module = types.ModuleType(name)
 
     def find(wanted: str) -> Any:
@@ -289,7 +289,7 @@ def run(tests: str, names: list[str], modules: list[str], answers: list[str], cl
         answers: the names by which they import the answer as a module.
 
     Raises:
-        BaseException: a test fails; what it raises.
+        BaseException: a test raised it and has failed.
     """
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
@@ -298,7 +298,7 @@ def run(tests: str, names: list[str], modules: list[str], answers: list[str], cl
     space.update({name: importlib.import_module(name) for name in modules}, **client.names(names))
     try:
         exec(compile(tests, "tests", "exec"), space)
-    except SystemExit as end:  # unittest.main() ends so; an answer's SystemExit never comes here
+    except SystemExit as end:  # unittest.main() raises it; an answer's SystemExit never arrives here
         if end.code:
             raise AssertionError(f"the tests end with status {end.code}") from None
         return

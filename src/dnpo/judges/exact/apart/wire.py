@@ -1,7 +1,7 @@
-"""Plain values as JSON, and the connection on which they pass between an answer and its tests.
+"""Write plain values as JSON, and connect an answer with its tests.
 
-Any other value passes as a reference, a mapping that only its side of the connection can resolve. What arrives is never
-executed or unpickled.
+Any other value is sent as a reference: a mapping that only the sender can resolve. Received messages are never executed
+or unpickled.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 LIMIT = 16 << 20  # bytes of one message
 REFERENCES = ("object", "callback", "builtin", "iterator")
 if hasattr(sys, "set_int_max_str_digits"):
-    sys.set_int_max_str_digits(0)  # a right answer may have so many; the time is limited elsewhere
+    sys.set_int_max_str_digits(0)  # a right answer may have any number of digits; the time is limited elsewhere
 
 
 def _items(mapping: dict[Any, Any]) -> list[list[Any]]:
@@ -76,11 +76,11 @@ _READ: dict[str, Callable[[Any], Any]] = {
 
 
 class BrokenWire(Exception):
-    """The other side ended or sent no message; the text continues "the answer's process"."""
+    """The other side ended or sent no message; the text is a predicate of "the answer's process"."""
 
 
 def encode(value: Any, refer: Callable[[Any], dict[str, Any]]) -> Any:
-    """Write a value as JSON can hold it.
+    """Convert a value to values that JSON can represent.
 
     Args:
         refer: called with a value that is not plain; returns a mapping from one of ``REFERENCES``.
@@ -102,7 +102,7 @@ def encode(value: Any, refer: Callable[[Any], dict[str, Any]]) -> Any:
 
 
 def decode(written: Any, resolve: Callable[[str, Any], Any]) -> Any:
-    """Read what :func:`encode` wrote.
+    """Convert the result of :func:`encode` back to a value.
 
     Args:
         resolve: called with the kind of a reference and its content.
@@ -135,7 +135,7 @@ class Wire:
         """Send a message.
 
         Raises:
-            BrokenWire: nobody is there to read it.
+            BrokenWire: the other side has ended.
         """
         try:
             self._out.write(json.dumps(message).encode() + b"\n")
@@ -147,7 +147,7 @@ class Wire:
         """Wait for a message.
 
         Raises:
-            BrokenWire: there will be none, it is longer than ``LIMIT``, or it is not a list.
+            BrokenWire: the other side has ended, or the message is longer than ``LIMIT`` or not a list.
         """
         try:
             line = self._in.readline(LIMIT + 1)
