@@ -25,6 +25,7 @@ from analysis.claims_assess import Result, Tracked, assess
 from analysis.claims_book import FILE, Book, Sweep, read
 from analysis.claims_rules import OUTCOMES
 from analysis.keeping import log as keep
+from dnpo.commands.grammar import parse, program
 from dnpo.errors import DnpoError, SettingsError, TrackingError
 from dnpo.escape import for_terminal
 from dnpo.tracking.client import default_uri
@@ -39,7 +40,7 @@ LAUNCHER = "hydra_plugins.hydra_joblib_launcher"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     try:
         return _go(options)
     except DnpoError as error:
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     options = argparse.ArgumentParser(
-        prog="python -m analysis.claims", description="The papers' claims, measured here."
+        prog=program("analysis.claims", "claims"), description="The papers' claims, measured here."
     )
     options.add_argument(
         "--uri",
@@ -84,7 +85,6 @@ def _go(options: argparse.Namespace) -> int:
     book = read(options.claims)
     seeds = _seeds(options.seeds or (SEEDS if options.run else ""))
     where = _pairs(options.tag)
-    options.out.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
     clock = time.monotonic()
     if options.run:
@@ -163,6 +163,7 @@ def run_missing(book: Book, options: argparse.Namespace, where: Mapping[str, str
         command = sweep_command(name, sweep, lacking, options)
         print(f"sweep {name}: {' '.join(command[1:])}", flush=True)
         began = time.monotonic()
+        options.out.mkdir(parents=True, exist_ok=True)
         with (options.out / f"{name}.log").open("w") as stream:
             status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
         took = f"{time.monotonic() - began:.0f} s"
@@ -218,6 +219,7 @@ def _meant(override: str, sweep: str) -> bool:
 
 def write(results: Sequence[Result], about: str, folder: Path) -> list[Path]:
     """Write the results in all formats and return the files."""
+    folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "claims.md": tables.markdown(results, about),
         BRIEF: tables.brief(results, about),

@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from analysis.drawing import STYLE
 from analysis.keeping import log, write
 from analysis.selection import Runs, select
+from dnpo.commands.grammar import parse, program
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import for_terminal
 from dnpo.settings import nearest
@@ -40,7 +41,7 @@ class Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``python -m analysis`` and return its exit status: 1 if nothing could be drawn or a script has a bug."""
-    asked = parser().parse_args(arguments)
+    asked = parse(parser(), arguments)
     try:
         known = scripts(asked.also)
         if asked.list or not asked.names:
@@ -75,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    options = argparse.ArgumentParser(prog="python -m analysis", description="Figures and tables from tracked runs.")
+    options = argparse.ArgumentParser(
+        prog=program("analysis", "figures"), description="Figures and tables from tracked runs."
+    )
     options.add_argument("names", nargs="*", metavar="NAME", help="fig05, table01, …, or all")
     options.add_argument("--list", action="store_true", help="list the scripts, each with its sweep")
     options.add_argument(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,16 @@ def top_settings(
     """
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.judges.agreement``."""
+    given = sys.argv[1:] if arguments is None else arguments
     # otherwise Hydra would look for data=FILE among the options in conf/data
     command.run(
         "agreement",
+        ("dnpo.judges.agreement", "judge agreement"),
         _run,
         "The judge's replies are kept: run the same command again.",
-        arguments=[re.sub(r"^data=", "data.path=", argument) for argument in sys.argv[1:]],
+        arguments=[re.sub(r"^data=", "data.path=", argument) for argument in given],
     )
 
 

@@ -6,6 +6,7 @@ Heavy modules are imported inside functions, so that wrong settings are reported
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dnpo import disk, interrupts
+from dnpo import __version__, disk, interrupts
+from dnpo.commands.grammar import HELP, VERSION, program, refuse_dashes
 from dnpo.commands.quoting import explain_unreadable
 from dnpo.errors import DnpoError, SettingsError
 from dnpo.escape import say
@@ -36,6 +38,7 @@ KEPT = "Finished stages are kept and an unfinished one continues: run the same c
 
 def run(
     config: str,
+    called: tuple[str, str],
     body: Callable[[DictConfig, Any], Any],
     interrupted: str = KEPT,
     arguments: Sequence[str] | None = None,
@@ -47,6 +50,7 @@ def run(
 
     Args:
         config: name of the composed file, without its suffix.
+        called: the module that is the command (``python -m MODULE``), and its name (``dnpo NAME``), for messages.
         body: called with the composed tree and Hydra's settings of the job; its result is what a searching sweeper
             optimises.
         interrupted: message after Ctrl-C, or a signal that asks the process to end.
@@ -76,12 +80,22 @@ def run(
                 failed.append(f"{words}. {interrupted}")
         return None
 
+    given = sys.argv[1:] if arguments is None else list(arguments)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise errors instead of printing them
     try:
         folder = conf_folder()
         if not (folder / f"{config}.yaml").is_file():
             raise SettingsError(f"{folder}: expected a {config}.yaml among the settings")
-        with interrupts.raised(), _arguments(sys.argv[1:] if arguments is None else arguments):
+        if HELP & set(given):
+            from dnpo.commands.explain import show
+
+            show(config, program(*called), given)
+            return
+        if VERSION & set(given):
+            say(f"dnpo {__version__}")
+            return
+        refuse_dashes(given)
+        with interrupts.raised(), _without_folders(given) as final, _arguments(final):
             hydra.main(version_base="1.3", config_path=str(folder), config_name=config)(task)()
         if failed:
             _fail(failed.pop())
@@ -98,6 +112,17 @@ def run(
 
         if not report_stopped(error):
             raise
+
+
+@contextmanager
+def _without_folders(given: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Let Hydra make its folders where they are removed at the end, if nothing is going to be run."""
+    if not {"plan=true", "check=true"} & set(given):
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="dnpo-") as folder:
+        place = next(n for n, each in enumerate(given) if "=" in each and not each.startswith("-"))
+        yield [*given[:place], f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}", *given[place:]]
 
 
 @contextmanager

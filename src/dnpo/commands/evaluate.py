@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -66,9 +66,9 @@ def top_settings(
     """
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.evaluate``."""
-    command.run("evaluate", _run)
+    command.run("evaluate", ("dnpo.evaluate", "evaluate"), _run, arguments=arguments)
 
 
 # --- settings

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dnpo.commands.grammar import parse, program
 from dnpo.errors import DnpoError
 from dnpo.escape import say
 
@@ -12,7 +13,7 @@ from dnpo.escape import say
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.export``. Errors that the user can correct become one line and exit status 1."""
     parser = argparse.ArgumentParser(
-        prog="python -m dnpo.export",
+        prog=program("dnpo.export", "export"),
         description="Write a policy of a finished run as a folder that needs nothing else: whole weights (LoRA "
         "adapters merged in), tokenizer, model card.",
     )
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--iteration", help="sft, or a number; the last one if not given")
     parser.add_argument("--to", type=Path, required=True, help="a folder that does not exist yet, or is empty")
     parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
-    given = parser.parse_args(arguments)
+    given = parse(parser, arguments)
     from dnpo.running.console import silence_libraries
     from dnpo.running.export import export
 

@@ -1,5 +1,6 @@
 """Measure a model on the benchmarks: check ``conf/leaderboard.yaml``, run them, report the result."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
@@ -25,9 +26,10 @@ def top_settings(*, device: str, threads: Count) -> None:
     """
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.leaderboard``."""
-    command.run("leaderboard", _run, "Nothing is kept: the same command starts again.")
+    nothing = "Nothing is kept: the same command starts again."
+    command.run("leaderboard", ("dnpo.leaderboard", "leaderboard"), _run, nothing, arguments)
 
 
 def _run(cfg: DictConfig, job: Any) -> None:

@@ -2,21 +2,25 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from dnpo.commands.grammar import parse, program
 from dnpo.errors import LedgerError
 from dnpo.escape import say
 from dnpo.judges.asked.ledger import Ledger, sum_by
 from dnpo.screen import ScreenTable
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m dnpo.ledger", description="Calls, hits and spend of the judges.")
+    parser = argparse.ArgumentParser(
+        prog=program("dnpo.ledger", "judge ledger"), description="Calls, hits and spend of the judges."
+    )
     parser.add_argument("file", nargs="?", help="the ledger (default: ledger.sqlite)")
-    given = parser.parse_args().file
+    given = parse(parser, arguments).file
     path = Path(given or "ledger.sqlite")
     if not path.is_file() and given is None:
         say(f"nothing yet: no judge has been asked here ({path}); give another ledger's path if you have one")

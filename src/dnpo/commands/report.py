@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from dnpo.commands.grammar import parse, program
 from dnpo.errors import DataError, DnpoError
 from dnpo.escape import say
 from dnpo.report.content import content
@@ -22,7 +23,7 @@ ARTIFACT = "report.html"
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, and track it with the run unless ``--no-log`` is given."""
     parser = argparse.ArgumentParser(
-        prog="python -m dnpo.report", description="One self-contained HTML page on a run or a sweep."
+        prog=program("dnpo.report", "report"), description="One self-contained HTML page on a run or a sweep."
     )
     parser.add_argument(
         "run_or_sweep",
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--experiment", default="dnpo", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="the file to write (default: report-NAME.html)")
     parser.add_argument("--no-log", action="store_true", help=f"do not keep it in MLflow as {ARTIFACT}")
-    given = parser.parse_args(arguments)
+    given = parse(parser, arguments)
     try:
         _report(given)
     except DnpoError as error:

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given[:1] != ["fit"]:
         say(USAGE, error=True)
         sys.exit(2)
-    command.run("reward", _fit, "Nothing is written.", arguments=given[1:])
+    command.run("reward", ("dnpo.judges.reward fit", "judge fit"), _fit, "Nothing is written.", arguments=given[1:])
 
 
 def _fit(cfg: DictConfig, job: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dnpo import disk
+from dnpo.commands.grammar import parse, program
 from dnpo.errors import DnpoError, StoreError, TrackingError
 from dnpo.escape import say
 from dnpo.store import Remote, find_damage, inventory
@@ -20,7 +21,7 @@ SHOWN = 3  # runs named with each stage
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.store``. Errors that the user can correct become one line and exit status 1."""
-    given = _parser().parse_args(arguments)
+    given = parse(_parser(), arguments)
     try:
         status = given.do(given)
     except DnpoError as error:
@@ -44,7 +45,8 @@ def _fail(message: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m dnpo.store", description="List the finished stages of runs, check their files, or remove them."
+        prog=program("dnpo.store", "store"),
+        description="List the finished stages of runs, check their files, or remove them.",
     )
     commands = parser.add_subparsers(required=True, metavar="list|verify|remove|publish")
     listing = commands.add_parser("list", help="sizes, what made each stage, and which tracked runs need it")

@@ -54,9 +54,9 @@ ABSENT: dict[str, dict[str, Any]] = {
 UNTRACKED = {"_target_": "dnpo.tracking.NoTracking"}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.train``."""
-    command.run("train", _run)
+    command.run("train", ("dnpo.train", "train"), _run, arguments=arguments)
 
 
 # --- from the config tree to plain values -----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ class Scratch:
         vocabulary: maximum number of tokens, including special ones; every digit is a separate token.
         context: maximum number of positions.
         seed: seed of the initial weights.
+        lora: adapters to train instead of the weights.
         question: the template of a judge's question (``judge.template``); the tokenizer is then trained on it too, so
             that it has tokens for the letters.
 
@@ -118,8 +119,10 @@ class Pretrained:
     """Any causal language model of transformers, from a local folder or by its name on the Hugging Face hub.
 
     Args:
+        lora: adapters to train instead of the weights.
         path: a folder with ``config.json``, safetensors weights and a tokenizer.
-        name: a name on the hub, with ``revision``. Give either this or ``path``.
+        name: a name on the hub. Give either this or ``path``.
+        revision: a branch, tag or commit of the model on the hub.
         dtype: type of the weights; of quantised weights, the type of their products.
         quantization: quantise the weights when they are loaded, to train adapters on them: ``nf4`` or ``int8``.
         trust_remote_code: whether code that comes with the model may run.

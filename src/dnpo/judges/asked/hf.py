@@ -37,7 +37,8 @@ class HF(Prompted):
 
     Args:
         path: a folder with ``config.json``, safetensors weights and a tokenizer.
-        name: a name on the hub, with ``revision``. Give either this or ``path``.
+        name: a name on the hub. Give either this or ``path``.
+        revision: a branch, tag or commit of the model on the hub.
         mode: ``score``, or ``pairwise``: the generated against the human response, in both orders.
         template: a file with the question; null takes the shipped one for the mode.
         template_date: the current date for a chat template that reads the clock, such as ``2026-01-31``.

@@ -32,7 +32,8 @@ class Reward(Judge):
 
     Args:
         path: a folder with ``config.json``, safetensors weights and a tokenizer, or a folder that ``fit`` wrote.
-        name: a name on the hub, with ``revision``. Give either this or ``path``.
+        name: a name on the hub. Give either this or ``path``.
+        revision: a branch, tag or commit of the model on the hub.
         center: the reward worth 50 points; null takes the value of ``fit``, or else 0.
         scale: the increase of reward from 50 to 73 points; null takes the value of ``fit``, or else 1.
         template_date: the current date for a chat template that reads the clock, such as ``2026-01-31``.

@@ -1,0 +1,125 @@
+"""``dnpo VERB …``: every command of the laboratory under one name.
+
+Each verb is a function that is imported only when it is asked for, so that ``dnpo --help`` comes at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+from dnpo import __version__
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command.
+
+    Attributes:
+        purpose: what it does, in a line.
+        module: where its function ``main(arguments)`` is.
+        before: arguments that precede the user's.
+    """
+
+    purpose: str
+    module: str
+    before: tuple[str, ...] = ()
+
+
+VERBS = {
+    "train": Verb("one run: dnpo train method=spin seed=1", "dnpo.commands.train"),
+    "sweep": Verb("many runs: dnpo sweep main, dnpo sweep npo.alpha=0.01,0.1", "dnpo.commands.sweep"),
+    "methods": Verb("the methods and their sources; dnpo methods osp explains one", "dnpo.commands.methods"),
+    "evaluate": Verb("measure one model, or two against each other", "dnpo.commands.evaluate"),
+    "leaderboard": Verb("measure a model on public benchmarks", "dnpo.commands.leaderboard"),
+    "judge agreement": Verb("compare a judge with people", "dnpo.commands.agreement"),
+    "judge fit": Verb("fit a reward model to preferences", "dnpo.commands.reward", ("fit",)),
+    "judge ledger": Verb("questions to judges, and what they cost", "dnpo.commands.ledger"),
+    "report": Verb("one HTML page on a run or a sweep", "dnpo.commands.report"),
+    "figures": Verb("figures and tables of the papers, from tracked runs", "analysis.command"),
+    "claims": Verb("the claims of the papers: which of them hold here", "analysis.claims"),
+    "export": Verb("write a policy of a run as a folder that needs nothing else", "dnpo.commands.export"),
+    "store": Verb("list, verify, remove or publish finished stages", "dnpo.commands.store"),
+    "doctor": Verb("what is installed, which device there is, what is missing", "dnpo.commands.doctor"),
+}
+USAGE = """usage: dnpo VERB [setting=value] …
+
+A laboratory for LLM self-improvement with synthetic preference data.
+"""
+ADVICE = """
+dnpo VERB --help explains the settings of a verb, each written setting=value.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``dnpo``.
+
+    Args:
+        arguments: None takes the process's.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if given[0] in ("-V", "--version"):
+        print(f"dnpo {__version__}")
+        return
+    name = next((name for name in (" ".join(given[:2]), given[0]) if name in VERBS), "")
+    if not name:
+        _refuse(given)
+    verb = VERBS[name]
+    rest = given[len(name.split()) :]
+    try:
+        status = _function(verb.module)([*verb.before, *rest])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(status)
+
+
+def usage() -> str:
+    """The help of the command, one screen."""
+    wide = max(map(len, VERBS))
+    lines = [f"  {name:{wide}}  {verb.purpose}" for name, verb in VERBS.items()]
+    return USAGE + "\n" + "\n".join(lines) + "\n" + ADVICE.rstrip()
+
+
+def _function(module: str) -> Callable[[Sequence[str]], int | None]:
+    if module.startswith("analysis"):
+        _find_analysis()
+    found: Callable[[Sequence[str]], int | None] = import_module(module).main
+    return found
+
+
+def _find_analysis() -> None:
+    """Make figures and claims importable: they are beside ``src/`` in a checkout, in ``dnpo/checkout`` in a wheel."""
+    here = Path(__file__).resolve().parent
+    for folder in (here / "checkout", here.parent.parent):
+        if (folder / "analysis" / "__init__.py").is_file():
+            sys.path.insert(0, str(folder))
+            return
+
+
+def _refuse(given: Sequence[str]) -> None:
+    """Name the verb that does not exist, with the likeliest one."""
+    group = [name for name in VERBS if name.startswith(f"{given[0]} ")]
+    if group:
+        print(
+            f"usage: dnpo {given[0]} {'|'.join(name.split()[1] for name in group)} [setting=value] …", file=sys.stderr
+        )
+        sys.exit(2)
+    if "=" in given[0] or given[0].startswith("-"):
+        advice = f" For a run: dnpo train {' '.join(given)}"
+    else:
+        near = get_close_matches(given[0], VERBS, 1)
+        advice = f" Did you mean {near[0]}?" if near else ""
+    print(f"error: {given[0]}: there is no such verb.{advice}\n       dnpo --help lists them.", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""One way to write arguments for every command: ``setting=value``.
+
+Training, evaluating and the other commands whose settings are files in ``conf/`` leave their arguments to Hydra, which
+reads ``setting=value`` itself. The commands here read their own, from an ``argparse`` parser: ``to=FOLDER`` and
+``--to FOLDER`` mean the same.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dnpo.errors import SettingsError
+from dnpo.escape import say
+from dnpo.settings import nearest
+
+HYDRA = {  # what Hydra itself takes with dashes
+    "--hydra-help",
+    "--cfg",
+    "-c",
+    "--resolve",
+    "--package",
+    "-p",
+    "--run",
+    "-r",
+    "--multirun",
+    "-m",
+    "--shell-completion",
+    "-sc",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+    "--experimental-rerun",
+    "--info",
+    "-i",
+}
+HELP = {"--help", "-h"}
+VERSION = {"--version", "-V"}
+ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
+
+
+def program(module: str, verb: str) -> str:
+    """How the user called a command: as ``dnpo VERB`` or as ``python -m MODULE``."""
+    called = Path(sys.argv[0])
+    ours = called.stem == "dnpo" or (called.stem == "__main__" and called.parent.name == "dnpo")
+    return f"dnpo {verb}" if ours else f"python -m {module}"
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse arguments of which some may be written ``setting=value``.
+
+    A setting that can be given several times takes commas: ``sweep=main,ablation``. A switch takes true or false.
+    Errors end the process with a message and status 1, or argparse's own status 2.
+
+    Args:
+        arguments: the arguments of the command; None takes the process's.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return parser.parse_args(list(_with_dashes(parser, given)))
+    except SettingsError as error:
+        say(f"error: {error}", error=True)
+        sys.exit(1)
+
+
+def _with_dashes(parser: argparse.ArgumentParser, given: Sequence[str]) -> Iterator[str]:
+    """Rewrite every ``setting=value`` as argparse reads it.
+
+    Raises:
+        SettingsError: there is no such setting, or a switch has another value than true or false.
+    """
+    options = _options(parser, given)
+    value_of_option = False
+    for argument in given:
+        match = ASSIGNMENT.fullmatch(argument)
+        if match is None or value_of_option or _is_path(argument, options):
+            value_of_option = argument.startswith("--") and "=" not in argument and _takes_values(options.get(argument))
+            yield argument
+            continue
+        yield from _option(options, match[1], match[2], argument)
+
+
+def _options(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, argparse.Action]:
+    """The options of a parser, and of the subcommand that the arguments name, by how they are written."""
+    options: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            named: Mapping[str, argparse.ArgumentParser] = action.choices
+            chosen = next((each for each in given if each in named), None)
+            options |= _options(named[chosen], []) if chosen is not None else {}
+        options |= dict.fromkeys(action.option_strings, action)
+    return options
+
+
+def _is_path(argument: str, options: Mapping[str, argparse.Action]) -> bool:
+    """Whether an argument with = is a file or folder that exists, and not a setting."""
+    return f"--{argument.partition('=')[0].replace('_', '-')}" not in options and Path(argument).exists()
+
+
+def _takes_values(action: argparse.Action | None) -> bool:
+    return action is not None and action.nargs != 0
+
+
+def _option(options: Mapping[str, argparse.Action], name: str, value: str, written: str) -> Iterator[str]:
+    long, negative = f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"
+    action = options.get(long) or options.get(negative)
+    if action is None:
+        known = sorted(
+            each.removeprefix("--").removeprefix("no-").replace("-", "_")
+            for each in options
+            if each.startswith("--") and each not in HELP
+        )
+        raise SettingsError(
+            f"{written}: there is no setting {name} here.{nearest(name, known)} Known: {', '.join(known)}"
+        )
+    if not _takes_values(action):
+        if value.lower() not in ("true", "false"):
+            raise SettingsError(f"{written}: expected {name}=true or {name}=false")
+        if (value.lower() == "true") == (long in options):
+            yield long if long in options else negative
+        return
+    yield long
+    pairs = "=" in str(action.metavar)  # such as NAME=VALUE, whose value may have commas
+    several = action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction)
+    values = value.split(",") if several and not pairs else [value]
+    yield values[0]
+    for further in values[1:]:
+        if isinstance(action, argparse._AppendAction):
+            yield long
+        yield further
+
+
+def refuse_dashes(arguments: Sequence[str]) -> None:
+    """Refuse ``--seed 1``, ``--seed=1`` and ``--plan``, and show how it is written here.
+
+    Args:
+        arguments: what Hydra is about to read.
+
+    Raises:
+        SettingsError: an argument has dashes and is not one of Hydra's own.
+    """
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or name in HYDRA | HELP | VERSION or len(name) < 3:
+            continue
+        following = arguments[place + 1 : place + 2]
+        if not equals and following and "=" not in following[0] and not following[0].startswith("-"):
+            value, argument = following[0], f"{argument} {following[0]}"
+        setting = name.lstrip("-").replace("-", "_")
+        better = f"{setting}={shlex.quote(value) if value else 'true'}"
+        raise SettingsError(f"{argument}: settings are written without dashes: {better}")

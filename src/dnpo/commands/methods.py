@@ -1,0 +1,92 @@
+"""List the methods, or explain one of them, from the comments of their files in ``conf/method/``."""
+
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dnpo.escape import say
+from dnpo.settings import conf_folder, nearest
+
+USAGE = "usage: dnpo methods [NAME]"
+SOURCE = re.compile(r"\(([^()]*(?:19|20)\d\d[^()]*|[^()]*paper[^()]*)\)")
+
+
+@dataclass(frozen=True)
+class Header:
+    """The comment of a method's file.
+
+    Attributes:
+        summary: what it is, in a sentence.
+        source: the paper in brackets, if the summary names one.
+        lines: the whole comment.
+        commands: how it is run.
+    """
+
+    summary: str
+    source: str
+    lines: tuple[str, ...]
+    commands: tuple[str, ...]
+
+    @classmethod
+    def read(cls, file: Path) -> "Header":
+        """Read the comment at the head of a file."""
+        lines = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("#"):
+                break
+            if not line.startswith("# @package"):
+                lines.append(line[1:].removeprefix(" "))
+        text = " ".join(lines[: lines.index("")] if "" in lines else lines)
+        summary = re.split(r"(?<=[.])\s+(?=[A-Z])", text)[0]
+        source = SOURCE.search(summary)
+        commands = tuple(line.strip() for line in lines if line.strip().startswith("python -m dnpo.train"))
+        without = summary if source is None else SOURCE.sub("", summary, count=1)
+        return cls(re.sub(r"\s+([:.,])", r"\1", without), source[1] if source else "", tuple(lines), commands)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``dnpo methods``.
+
+    Args:
+        arguments: None takes the process's.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    files = {file.stem: file for file in sorted((conf_folder() / "method").glob("*.yaml"))}
+    if {"-h", "--help"} & set(given) or len(given) > 1:
+        say(f"{USAGE}\n\nWithout a name: all methods, with their sources. With one: its words, deviations, commands.")
+        sys.exit(0 if len(given) == 1 else 2)
+    if not given:
+        _list(files)
+    elif given[0] in files:
+        say("\n".join(Header.read(files[given[0]]).lines))
+        say("\nIts words:\n")
+        say("\n".join(_words(files[given[0]])))
+    else:
+        say(f"error: {given[0]}: there is no such method.{nearest(given[0], list(files))}", error=True)
+        sys.exit(1)
+
+
+def _list(files: dict[str, Path]) -> None:
+    width = max(60, min(120, shutil.get_terminal_size().columns - 1))
+    wide = max(map(len, files))
+    for name, file in files.items():
+        header = Header.read(file)
+        text = header.summary + (f" [{header.source}]" if header.source else "")
+        lines = textwrap.wrap(text, width - wide - 2)
+        say(f"{name:{wide}}  {lines[0]}")
+        for line in lines[1:]:
+            say(f"{'':{wide}}  {line}")
+    say("\nRun one:        dnpo train method=NAME")
+    say("Compare some:   dnpo sweep method=spin,dnpo seed=0,1,2")
+    say("Explain one:    dnpo methods NAME")
+
+
+def _words(file: Path) -> list[str]:
+    """The settings of a method's file, without its comment."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    start = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [f"    {line}" for line in lines[start:] if line.strip()]

@@ -1,0 +1,301 @@
+"""``dnpo VERB …``: one command, one grammar, its help."""
+
+import argparse
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dnpo import __version__
+from dnpo.cli import VERBS
+from dnpo.commands.explain import describe
+from dnpo.commands.grammar import parse, refuse_dashes
+from dnpo.errors import SettingsError
+from dnpo.settings import _parameters, is_part, locate
+from tests.commands import run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 79
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def dnpo(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_command(cwd, "dnpo.cli", *arguments)
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
+def test_help_is_one_screen_and_names_every_verb(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = dnpo(tmp_path, *arguments)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= WIDTH
+    for verb in VERBS:
+        assert any(line.strip().startswith(f"{verb} ") for line in lines), verb
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(tmp_path: Path, verb: str, narrow: None) -> None:
+    done = dnpo(tmp_path, *verb.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def shown_settings(text: str) -> dict[str, str]:
+    """The description of each setting in a help text."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in text.splitlines():
+        if line.startswith("  ") and " = " in line[:60] and not line.startswith("   "):
+            name, _, rest = line.strip().partition(" = ")
+            found[name] = rest
+        elif line.startswith(" " * 30) and name:
+            found[name] += " " + line.strip()
+        else:
+            name = ""
+    return found
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        (),
+        ("judge=openai", "rollout=live", "npo=off"),
+        ("method=spa",),
+        ("data=jsonl", "model=local", "launch=torchrun"),
+    ],
+)
+def test_help_of_a_run_explains_every_setting_of_the_chosen_options(
+    tmp_path: Path, choices: tuple[str, ...], narrow: None
+) -> None:
+    done = dnpo(tmp_path, "train", *choices, "--help")
+    assert done.returncode == 0, done.stderr
+    shown = shown_settings(done.stdout)
+    for choice in choices:
+        place, _, option = choice.partition("=")
+        if place == "method":
+            continue
+        assert f"\n{choice}\n" in done.stdout
+        settings = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / place / f"{option}.yaml"))
+        assert isinstance(settings, dict)
+        for setting, value in settings.items():
+            if setting not in ("_target_", "defaults", "start") and not is_part(value):
+                assert any(name == f"{place}.{setting}" or name.startswith(f"{place}.{setting}.") for name in shown), (
+                    setting
+                )
+    unexplained = [
+        name
+        for name, text in shown.items()
+        if len(text.split()) < 3 and not name.startswith(("typical.", "sft.optimizer"))
+    ]
+    assert [name for name in unexplained if ".optimizer." not in name] == []
+    assert max(map(len, done.stdout.splitlines())) <= 100  # long addresses and lists of numbers are not broken
+
+
+def test_a_sweep_of_values_is_explained_too(tmp_path: Path) -> None:
+    done = dnpo(tmp_path, "train", "judge=longer", "npo.alpha=0.1,0.2", "--help")
+    assert "\njudge=longer\n" in done.stdout
+
+
+def test_the_docstring_of_every_part_in_conf_describes_all_of_its_settings() -> None:
+    lacking = []
+    for file in (ROOT / "conf").glob("*/**/*.yaml"):
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+        targets = [tree["_target_"]] if isinstance(tree, dict) and "_target_" in tree else []
+        for target in targets:
+            if str(target).startswith("dnpo."):
+                part = locate("part", str(target))
+                lacking += [(target, name) for name in _parameters(part) if not describe(part).get(name)]
+    assert sorted(set(lacking)) == []
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_a_sweep_are_those_of_the_main_job_and_leave_no_folder_with_plan(tmp_path: Path) -> None:
+    settings = ("scale=smoke", "plan=true")
+    one = dnpo(tmp_path, "train", *settings)
+    assert one.returncode == 0
+    assert one.stdout == run_command(tmp_path, "dnpo.train", *settings).stdout
+    several = dnpo(tmp_path, "sweep", "alpha", *settings)
+    assert several.stdout.count("Plan") == 5  # the values of α in sweeps/alpha.yaml
+    given = dnpo(tmp_path, "sweep", "npo.alpha=0.01,0.1", *settings)
+    assert given.stdout.count("Plan") == 2
+    checked = dnpo(tmp_path, "train", "scale=smoke", "check=true", "tracking=off")
+    assert checked.returncode == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("store",)] == []
+
+
+def test_methods_are_listed_with_their_sources_and_explained(tmp_path: Path, narrow: None) -> None:
+    text = dnpo(tmp_path, "methods").stdout
+    assert max(map(len, text.splitlines())) <= WIDTH
+    for file in (ROOT / "conf" / "method").glob("*.yaml"):
+        assert f"\n{file.stem} " in f"\n{text}"
+        one = dnpo(tmp_path, "methods", file.stem).stdout
+        assert f"python -m dnpo.train method={file.stem}" in one
+        assert "Expected" in one
+    assert "[Chen et al. 2024]" in text
+    wrong = dnpo(tmp_path, "methods", "spinn")
+    assert wrong.returncode == 1
+    assert "Did you mean spin" in wrong.stderr
+
+
+def test_the_doctor_names_what_is_installed_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    well = dnpo(tmp_path, "doctor")
+    assert well.returncode == 0, well.stdout
+    assert "torch" in well.stdout
+    assert "sk-secret" not in well.stdout
+    assert "OPENAI_API_KEY       set" in well.stdout
+    from dnpo.commands import doctor
+
+    found = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: {"peft": None, "mlflow": "2.0"}.get(name, found(name)))
+    ill = dnpo(tmp_path, "doctor")
+    assert ill.returncode == 1
+    assert "peft: missing" in ill.stdout
+    assert "mlflow: unsuitable" in ill.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("swep",), "Did you mean sweep?"),
+        (("method=spin",), "dnpo train method=spin"),
+        (("judge",), "dnpo judge agreement|fit|ledger"),
+        (("judge", "agre"), "dnpo judge agreement|fit|ledger"),
+    ],
+)
+def test_a_verb_that_does_not_exist_gets_advice(tmp_path: Path, given: tuple[str, ...], message: str) -> None:
+    done = dnpo(tmp_path, *given)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("given", [("--version",), ("train", "--version"), ("evaluate", "--version")])
+def test_the_version_is_ours(tmp_path: Path, given: tuple[str, ...]) -> None:
+    assert dnpo(tmp_path, *given).stdout == f"dnpo {__version__}\n"
+
+
+# --- one grammar ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--seed", "1"], "--seed 1: settings are written without dashes: seed=1"),
+        (["--seed=1"], "--seed=1: settings are written without dashes: seed=1"),
+        (["--plan"], "--plan: settings are written without dashes: plan=true"),
+        (["method=spin", "--npo.alpha", "0.1"], "npo.alpha=0.1"),
+        (["--run-name", "a b"], "run_name='a b'"),
+        (["--plan", "method=spin"], "plan=true"),
+    ],
+)
+def test_settings_with_dashes_get_a_hint(given: list[str], message: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        refuse_dashes(given)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "given", [["-m", "a=1"], ["--multirun", "a=1"], ["--config-dir", "x"], ["--cfg", "job"], ["a=--b"]]
+)
+def test_what_hydra_takes_with_dashes_passes(given: list[str]) -> None:
+    refuse_dashes(given)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser()
+    found.add_argument("names", nargs="*")
+    found.add_argument("--out", type=Path)
+    found.add_argument("--no-log", action="store_true")
+    found.add_argument("--apply", action="store_true")
+    found.add_argument("--sweep", action="append", default=[])
+    found.add_argument("--tag", action="append", default=[], metavar="NAME=VALUE")
+    found.add_argument("--runs", nargs="+", default=[])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("with_equals", "with_dashes"),
+    [
+        (["out=folder"], ["--out", "folder"]),
+        (["out=a=b"], ["--out", "a=b"]),
+        (["apply=true"], ["--apply"]),
+        (["apply=false"], []),
+        (["log=false"], ["--no-log"]),
+        (["log=true"], []),
+        (["sweep=main,alpha"], ["--sweep", "main", "--sweep", "alpha"]),
+        (["runs=a,b"], ["--runs", "a", "b"]),
+        (["tag=npo.alpha=0.1,0.2"], ["--tag", "npo.alpha=0.1,0.2"]),
+        (["one", "two", "out=x"], ["one", "two", "--out", "x"]),
+        (["--tag", "data.train=4800"], ["--tag", "data.train=4800"]),
+    ],
+)
+def test_both_ways_of_writing_mean_the_same(with_equals: list[str], with_dashes: list[str]) -> None:
+    assert parse(parser(), with_equals) == parse(parser(), with_dashes)
+
+
+def test_a_file_with_an_equals_sign_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seed=1").mkdir()
+    assert parse(parser(), ["seed=1"]).names == ["seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("ou=x", "Did you mean out?"), ("apply=perhaps", "apply=true or apply=false"), ("seed=1", "no setting seed here")],
+)
+def test_wrong_settings_are_named(given: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(parser(), [given])
+    assert ended.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_settings_of_a_subcommand_are_known(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    assert dnpo(tmp_path, "store", "list", "store=store").returncode == 0
+    wrong = dnpo(tmp_path, "store", "list", "apply=true")
+    assert "there is no setting apply here" in wrong.stderr
+
+
+# --- the wheel --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+def test_figures_claims_and_sweeps_work_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
+    built, site, empty = (tmp_path / name for name in ("built", "site", "empty"))
+    empty.mkdir()
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(built)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        content.extractall(site)
+    assert sorted(path.name.split("-")[0] for path in site.iterdir()) == ["dnpo", "dnpo"]  # itself and its metadata
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "DNPO_CONF"}
+        environment |= {"PYTHONPATH": str(site)}
+        command = [sys.executable, "-m", "dnpo", *arguments]
+        return subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True, timeout=120)
+
+    figures = run("figures", "list=true")
+    assert "fig05_benchmark" in figures.stdout, figures.stderr
+    claims = run("claims")
+    assert "there is no such database" in claims.stderr
+    sweep = run("sweep", "alpha", "plan=true", "scale=smoke")
+    assert sweep.stdout.count("Plan") == 5, sweep.stderr
+    assert list(empty.iterdir()) == []
