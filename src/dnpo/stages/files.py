@@ -75,7 +75,12 @@ def load_sequences(folder: Path, split: str) -> Sequence[tuple[str, list[int], l
     prompts, human = open_split(folder, split)
     if len(prompts) > SIZE and isinstance(prompts, Rows) and isinstance(human, Rows):
         prompts, human = prompts.load(["id", "token_ids"]), human.load(["token_ids"])
-        return Made(len(prompts), lambda i: (prompts[i].id, prompts[i].token_ids, human[i].token_ids))
+
+        def make(number: int) -> tuple[str, list[int], list[int]]:
+            prompt = prompts[number]
+            return prompt.id, prompt.token_ids, human[number].token_ids
+
+        return Made(len(prompts), make)
     return [(prompt.id, prompt.token_ids, response.token_ids) for prompt, response in zip(prompts, human, strict=True)]
 
 
