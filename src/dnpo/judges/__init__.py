@@ -51,13 +51,13 @@ class Canary:
 
     Attributes:
         text: the reply, in words.
-        mends: the settings to look at if there is no score.
+        settings: the settings to look at if there is no score.
         warning: a warning about a judge that works; "" for none.
     """
 
     scored: bool
     text: str
-    mends: str = ""
+    settings: str = ""
     warning: str = ""
 
 

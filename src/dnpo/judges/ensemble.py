@@ -85,7 +85,7 @@ class Ensemble(Judge):
             return None
         parts = {
             name: "; ".join(f"{member}: {getattr(c, name)}" for member, c in called.items() if getattr(c, name))
-            for name in ("text", "mends", "warning")
+            for name in ("text", "settings", "warning")
         }
         return Canary(all(c.scored for c in called.values()), **parts)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scratch:
-    """A small untrained Llama-shaped model, with a byte-pair tokenizer trained on the data.
+    """A small untrained model of Llama's architecture, with a byte-pair tokenizer trained on the data.
 
     Args:
         width, layers, heads, mlp: hidden size, number of blocks, attention heads, inner size of the MLP.
@@ -30,8 +30,8 @@ class Scratch:
         context: maximum number of positions.
         seed: seed of the initial weights.
         lora: adapters to train instead of the weights.
-        question: the template of a judge's question (``judge.template``); the tokenizer is then trained on it too, so
-            that it has tokens for the letters.
+        question: the template of a judge's question (``judge.template``). If it is given, the tokenizer is trained on
+            it too, so that it has tokens for the letters.
 
     Raises:
         ModelError: ``width`` does not fit ``heads``.
@@ -59,7 +59,7 @@ class Scratch:
             )
 
     def identity(self) -> Mapping[str, Any]:
-        """The values that decide the initial weights and the tokenizer."""
+        """The values that determine the initial weights and the tokenizer."""
         question = {} if self.question is None else {"question": self.question}
         return {**self._shape, "vocabulary": self.vocabulary, "seed": self.seed, **question}
 
@@ -98,7 +98,7 @@ class Scratch:
         Policy(model, tokenizer).save(folder)
 
     def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> "Policy":
-        """Load the policy in ``folder``, or without a folder the untrained one."""
+        """Load the policy in ``folder``, or the untrained policy if no folder is given."""
         from dnpo.policy.loading import load
 
         return load(str(base), folder, device=device)
@@ -108,7 +108,7 @@ class Scratch:
         return True
 
     def outline(self, base: Path) -> "Policy":
-        """The untrained model without its weights: tokenizer and settings only, for checks."""
+        """The untrained model without weights, for checks: only tokenizer and settings."""
         from dnpo.policy.loading import outline
 
         return outline(str(base))
@@ -123,7 +123,7 @@ class Pretrained:
         path: a folder with ``config.json``, safetensors weights and a tokenizer.
         name: a name on the hub. Give either this or ``path``.
         revision: a branch, tag or commit of the model on the hub.
-        dtype: type of the weights; of quantised weights, the type of their products.
+        dtype: type of the weights; if they are quantised, the type of matrix products.
         quantization: quantise the weights when they are loaded, to train adapters on them: ``nf4`` or ``int8``.
         trust_remote_code: whether code that comes with the model may run.
         chat_template: overrides the tokenizer's template; if there is none, a plain one is used (``PLAIN_TEMPLATE``).
@@ -182,7 +182,7 @@ class Pretrained:
         """The values that decide the weights: the contents of the folder, or name and commit on the hub."""
         where = {"content": self._content} if self._local else {"name": self._location, "revision": self._commit}
         more: dict[str, Any] = {"template_arguments": self.template_arguments, "template_date": self.template_date}
-        # with the folder's own code, the same files can become another model
+        # with the code in the folder, the same files can become another model
         more["trust_remote_code"] = self.trust_remote_code
         more["quantization"] = self.quantization
         given = {name: value for name, value in more.items() if value}
@@ -202,7 +202,7 @@ class Pretrained:
         try:
             return cast(str, HfApi().model_info(self._location, revision=self.revision).sha)
         except (HfHubHTTPError, HTTPError, OSError) as error:
-            if self.revision is not None:  # offline, but pinned: the cache is sufficient
+            if self.revision is not None:  # offline with a given revision: the cache is sufficient
                 return self.revision
             raise ModelError(
                 f"model.name={self._location}: the hub does not answer ({type(error).__name__}); give model.revision=… "
@@ -210,11 +210,11 @@ class Pretrained:
             ) from error
 
     def base(self, folder: Path, prompts: Sequence[Prompt]) -> None:
-        """Write the tokenizer with the template in force; the weights stay where they are."""
+        """Write the tokenizer with the template that is used; the weights are not copied."""
         self.outline(folder).tokenizer.save_pretrained(folder)
 
     def load(self, base: Path, folder: Path | None = None, device: str = "cpu") -> "Policy":
-        """Load the policy in ``folder``, or without a folder the base model."""
+        """Load the policy in ``folder``, or the base model if no folder is given."""
         from dnpo.policy.loading import load
 
         return load(
@@ -236,7 +236,7 @@ class Pretrained:
         return find_files(self._location, None if self._local else self._commit) is not None
 
     def outline(self, base: Path) -> "Policy":
-        """The base model without its weights: tokenizer and settings only, for checks."""
+        """The base model without weights, for checks: only tokenizer and settings."""
         from dnpo.policy.loading import outline
 
         return outline(
@@ -261,8 +261,8 @@ def describe_saved(folder: Path) -> dict[str, Any]:
     """Describe the policy in a folder, for the manifest of its stage.
 
     Returns:
-        ``kind``: ``whole`` weights, ``adapters`` on the base model, or ``base``, the base model itself; how many
-        ``adapters``; and a ``fingerprint``, the SHA-256 of all its files.
+        ``kind``: ``whole`` weights, ``adapters`` on the base model, or ``base``, the base model itself. ``adapters``:
+            the number of adapters. ``fingerprint``: the SHA-256 of all files.
     """
     return {**_look(folder), "fingerprint": fingerprint(folder)}
 

@@ -43,17 +43,17 @@ class Choices:
         return int(getattr(self.policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
 
     def encode(self, messages: Sequence[Message], first: str, second: str) -> list[int]:
-        """The token ids of a question, up to where the reply begins."""
+        """The token ids of a question, up to the beginning of the reply."""
         asked = ask(self.template, messages, first, second)
         return encode(self.policy.tokenizer, asked, LETTERS[0], self.policy.stop_ids)[0]
 
     @torch.no_grad()
     def probabilities(self, groups: Sequence[Sequence[list[int]]]) -> list[list[float]]:
-        """The probability of A against B after each question, by the softmax over these two letters.
+        """The probability of A after each question, by the softmax over the logits of A and B.
 
         Args:
-            groups: questions as token ids; equal questions are read once, and so is the common beginning of a group's
-                questions, which changes results only by rounding.
+            groups: questions as token ids. Equal questions are read once. The common beginning of a group's questions
+                is read once too, which changes results only by rounding.
         """
         distinct = [list(map(list, dict.fromkeys(map(tuple, group)))) for group in groups]
         found: list[dict[tuple[int, ...], float]] = [{} for _ in groups]
@@ -67,7 +67,7 @@ class Choices:
                 shared = _common(questions)
                 first += [len(prompts) if shared else len(prompts) + s for s in range(len(questions))]
                 prompts += [ids[: max(shared, 1)] for ids in questions]
-                # each sequence ends with a letter, so that the hidden state that predicts it is computed
+                # a letter is appended to each sequence, so that the hidden state that predicts it is computed
                 rests += [[*ids[max(shared, 1) :], letter] for ids in questions]
             batch = pack_shared(prompts, rests, first).to(self.policy.device)
             with self.policy.evaluating():

@@ -1,7 +1,7 @@
 """Load a model completely: every tensor is in the files and in the model, has the right shape, and is finite.
 
-transformers initialises tensors that the files lack at random, and ignores tensors that the model lacks. Its report on
-them is checked here, after a real load or after one onto torch's ``meta`` device, which takes no memory and reads only
+transformers initialises missing tensors at random, and ignores tensors that the model does not have. Its report on both
+is checked here: after a real load, or after a load onto torch's ``meta`` device, which takes no memory and reads only
 headers.
 """
 
@@ -42,16 +42,18 @@ WRAPPERS = {
 HEAD = "lm_head.weight"
 
 
-def load_complete(kind: Any, where: str, what: str, *, heads_anew: bool = False, hint: str = "", **options: Any) -> Any:
+def load_complete(
+    kind: Any, where: str, what: str, *, ignore_head: bool = False, hint: str = "", **options: Any
+) -> Any:
     """Load a model with one of transformers' Auto classes.
 
     Args:
         kind: the class.
         where: a folder, or a name on the hub.
         what: the setting and its value, for messages.
-        heads_anew: whether tensors outside the model's body may be missing, left over or of another shape, because the
-            caller trains a new head or uses none.
-        hint: what to do about weights that are not complete; appended to the message.
+        ignore_head: whether tensors outside the model's body may be missing, unexpected or of another shape, because
+            the caller trains a new head or uses none.
+        hint: advice on weights that are not complete; appended to the message.
         options: passed on to ``from_pretrained``.
 
     Raises:
@@ -60,7 +62,7 @@ def load_complete(kind: Any, where: str, what: str, *, heads_anew: bool = False,
     files = find_files(where, options.get("revision"))
     if files is not None:
         check_folder(files, what)
-    model = _load(kind, where, what, heads_anew, hint, options)
+    model = _load(kind, where, what, ignore_head, hint, options)
     if getattr(model.config, "quantization_config", None) is not None and not getattr(model, "is_quantized", False):
         raise ModelError(f"{what}: transformers does not know the quantisation that its {CONFIG} names")
     downloaded = find_files(where, options.get("revision"))
@@ -72,9 +74,9 @@ def load_complete(kind: Any, where: str, what: str, *, heads_anew: bool = False,
 
 
 def outline_complete(
-    kind: Any, where: str, what: str, *, files: Path, heads_anew: bool = False, hint: str = "", **options: Any
+    kind: Any, where: str, what: str, *, files: Path, ignore_head: bool = False, hint: str = "", **options: Any
 ) -> Any:
-    """Load a model without its weights, as :func:`load_complete` but onto the ``meta`` device.
+    """Load a model without its weights: as :func:`load_complete`, but onto the ``meta`` device.
 
     The values in the files are read once, tensor by tensor, to check that they are finite. This is as fast as the disk;
     with files in memory it took 0.14 seconds per gigabyte on one core.
@@ -82,7 +84,7 @@ def outline_complete(
     Args:
         files: the folder of the files that are read.
     """
-    model = _load(kind, where, what, heads_anew, hint, {**options, "device_map": "meta"})
+    model = _load(kind, where, what, ignore_head, hint, {**options, "device_map": "meta"})
     check_finite(_read_tensors(files), what)
     tied = {name for pair in _tied_names(model).items() for name in pair}
     _check_tied(model, dict(_read_tensors(files, tied)), what)
@@ -119,7 +121,7 @@ def merge_adapter(model: Any, folder: Path, what: str) -> Any:
 
 
 def stack_adapter(model: Any, folder: Path, what: str) -> Any:
-    """Put the LoRA adapter in a folder on top of those that a model has, without training it.
+    """Add the LoRA adapter in a folder to the adapters of a model, frozen.
 
     Raises:
         ModelError: it cannot be loaded, or is not complete.
@@ -173,7 +175,7 @@ def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     wide = tensor if tensor.element_size() > 1 else tensor.float()  # torch has no minimum of 8-bit numbers
-    return all(bool(end.isfinite()) for end in torch.aminmax(wide))  # NaN if any is; ten times as fast
+    return all(bool(end.isfinite()) for end in torch.aminmax(wide))  # NaN if any value is NaN; ten times as fast
 
 
 def check_fit(model: Any, tokenizer: Any, what: str) -> None:
@@ -231,7 +233,7 @@ def _read_tensors(files: Path, names: set[str] | None = None) -> Iterator[tuple[
                     yield name, opened.get_tensor(name)
 
 
-def _load(kind: Any, where: str, what: str, heads_anew: bool, hint: str, options: dict[str, Any]) -> Any:
+def _load(kind: Any, where: str, what: str, ignore_head: bool, hint: str, options: dict[str, Any]) -> Any:
     try:
         with _without_report():
             model, info = kind.from_pretrained(
@@ -244,8 +246,8 @@ def _load(kind: Any, where: str, what: str, heads_anew: bool, hint: str, options
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     mismatched = {name: f"{_shape(theirs)} for {_shape(ours)}" for name, theirs, ours in info["mismatched_keys"]}
     tied = _tied_names(model)
-    missing -= {one for one, other in tied.items() if other in missing}  # named once, by the tensor that it is tied to
-    if heads_anew:
+    missing -= {one for one, other in tied.items() if other in missing}  # reported under one name only
+    if ignore_head:
         body = _body_names(model)
         missing, unexpected = ({n for n in names if not _is_head(n, body)} for names in (missing, unexpected))
         mismatched = {name: shapes for name, shapes in mismatched.items() if not _is_head(name, body)}
@@ -265,7 +267,7 @@ def _load(kind: Any, where: str, what: str, heads_anew: bool, hint: str, options
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keep transformers from printing its table of missing and unexpected tensors, which are refused here."""
+    """Suppress transformers' table of missing and unexpected tensors, since such tensors are refused here."""
 
     def passes(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -318,12 +320,12 @@ def _explain_names(missing: set[str], unexpected: set[str], base: str) -> str:
 
 
 def _tied_names(model: Any) -> dict[str, str]:
-    """Map each tied tensor to the one it is tied to, by the configuration, whether or not their values agree."""
+    """Map each tensor that the configuration ties to the tensor that it is tied to; values are not compared."""
     return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
 
 
 def _check_tied(model: Any, tensors: dict[str, Tensor], what: str) -> None:
-    """Check that tensors which the configuration ties hold the same values."""
+    """Check that tensors that the configuration ties have the same values."""
     for one, other in _tied_names(model).items():
         first, second = tensors.get(one), tensors.get(other)
         if first is not None and second is not None and first is not second and not torch.equal(first, second):

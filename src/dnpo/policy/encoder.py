@@ -38,8 +38,8 @@ class Encoder:
     """
 
     def __init__(self, weights: Weights, dtype: Dtype = "float32", device: str = "cpu") -> None:
-        # only the last hidden states are read, so no head is needed, nor a pooler
-        loaded = weights.load_model(AutoModel, heads_anew=True, dtype=getattr(torch, dtype))
+        # only the last hidden states are read, so neither a head nor a pooler is needed
+        loaded = weights.load_model(AutoModel, ignore_head=True, dtype=getattr(torch, dtype))
         self.model, self.tokenizer = loaded.to(device).eval().requires_grad_(False), weights.load(AutoTokenizer)
         self.limit = context_of(self.model, self.tokenizer)
 
@@ -56,8 +56,8 @@ class Encoder:
     def embed(self, rows: Sequence[Ids], at_once: int) -> dict[Ids, Tensor]:
         """Embed token sequences in batches without padding.
 
-        Only sequences of equal length share a batch. So other texts change an embedding at most by rounding, and with
-        ``at_once=1`` not at all.
+        Only sequences of equal length share a batch. So other texts change an embedding only by rounding, and not at
+        all with ``at_once=1``.
 
         Args:
             rows: token sequences. An empty one has the embedding 0.
@@ -92,7 +92,8 @@ class Encoder:
 class SentenceBert:
     """Embeddings of texts as in sentence-transformers for models such as all-MiniLM-L6-v2.
 
-    The folder can be one of sentence-transformers, which contains the maximum length of texts, or any of transformers.
+    The folder can be in the format of sentence-transformers, which gives the maximum length of texts, or of
+    transformers.
 
     Args:
         path: the folder.
@@ -133,7 +134,7 @@ def check_encoder(path: str, name: str = "eval.texts.encoder") -> None:
     """
     weights = Weights(path, None, None, name)
     _check_pooling(weights)
-    weights.outline(AutoModel, heads_anew=True)
+    weights.outline(AutoModel, ignore_head=True)
 
 
 def _check_pooling(weights: Weights) -> None:

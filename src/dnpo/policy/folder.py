@@ -1,7 +1,7 @@
 """Check a model's folder by its files, without reading weights or importing heavy modules.
 
-This finds files whose contents do not match their names, and files that contradict each other. ``complete.py`` checks
-whether the tensors fit the model, for which it needs the model's code.
+The check finds files whose contents do not match their names, and files that contradict each other. ``complete.py``
+checks whether the tensors fit the model, with the model's code.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dnpo.errors import ModelError
 
 CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
-STACK = "policy.json"  # of adapters on quantised weights
+STACK = "policy.json"  # describes adapters on quantised weights
 WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 OBJECTS = (
     *(CONFIG, GENERATION, ADAPTER, INDEX, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -38,7 +38,7 @@ BEGINNINGS = {
 BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
 FLOATS = {"F16", "BF16", "F32", "F64"}
-LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
+LONGEST_HEADER = 100_000_000  # bytes; safetensors has the same limit
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 NAMED = 3  # examples in a message
 
@@ -91,7 +91,7 @@ def check_folder(folder: Path, what: str, *, trained: bool = False) -> None:
 
     Args:
         what: the setting and its value, for the message.
-        trained: whether the weights are to be trained and saved, so that they must not be quantised.
+        trained: whether the weights will be trained and saved; then they must not be quantised.
 
     Raises:
         ModelError: names every file that cannot be used, or that contradicts another.
@@ -116,13 +116,13 @@ def adapters(folder: Path) -> list[Path]:
 
 
 def check_stack(folder: Path, quantisation: str | None) -> None:
-    """Check that a policy's adapters are all there, and were trained on weights that are quantised like the base.
+    """Check that no adapter of a policy is missing, and that they were trained on weights quantised like the base.
 
     Args:
         quantisation: how the base is quantised; None if it is not.
 
     Raises:
-        ModelError: they are not.
+        ModelError: an adapter is missing, or the quantisation differs.
     """
     found = [adapter.name for adapter in adapters(folder)]
     stack: dict[str, Any] = {"quantization": None, "adapters": found}
@@ -154,7 +154,7 @@ def find_files(where: str, revision: str | None) -> Path | None:
     try:
         return folder if all(file.is_file() for file in weight_files(folder)) else None
     except (ValueError, LookupError):
-        return folder  # it exists but cannot be read, which ``check_folder`` reports
+        return folder  # the folder exists but cannot be read; ``check_folder`` reports that
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -176,7 +176,7 @@ def read_header(file: Path) -> dict[str, Kept]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not a complete safetensors file; the message continues a sentence that begins with its name.
+        ValueError: it is not a complete safetensors file; the message is a predicate of the file's name.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -255,7 +255,7 @@ def _describe_impostor(file: Path) -> str | None:
     if not beginning and file.suffix != ".jinja":
         return f"{file.name} is empty"
     for start, what in BEGINNINGS.items():
-        # a template may begin with "<" as a web page does, and a safetensors header with any byte
+        # like a web page, a template may begin with "<"; a safetensors header may begin with any byte
         if beginning.startswith(start) and not (start == b"<" and file.suffix in (".jinja", ".txt")):
             if start in (b"<", b"\x80") and file.suffix == ".safetensors" and beginning[8:9] == b"{":
                 continue
@@ -306,7 +306,7 @@ def _check_ids(settings: Mapping[str, Any], file: str, vocabulary: int | None) -
 
 
 def _vocabulary(config: Mapping[str, Any]) -> int | None:
-    """The number of tokens, in a multimodal model from its text settings; None if it is not given."""
+    """The number of tokens (for a multimodal model, in its text settings); None if it is not given."""
     inner = config.get("text_config")
     for settings in (config, inner if isinstance(inner, dict) else {}):
         size = settings.get("vocab_size")

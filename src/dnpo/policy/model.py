@@ -1,9 +1,9 @@
 """The policy, its frozen reference and their tokenizer.
 
 A policy is a causal language model, split into a body that computes hidden states and a head that computes logits. On
-disk it is a folder with either full weights, as transformers writes them, or LoRA adapters for the model part's base
-weights, numbered in the order in which they were trained. For quantised weights ``policy.json`` names base,
-quantisation and adapters.
+disk it is a folder, either with full weights, as transformers writes them, or with LoRA adapters on the base model's
+weights, numbered in the order of their training. If the base is quantised, ``policy.json`` names base, quantisation and
+adapters.
 """
 
 import copy
@@ -56,7 +56,7 @@ class Policy:
 
     @property
     def causal_lm(self) -> Any:
-        """The transformers model, inside its adapters if it has any."""
+        """The transformers model, without its wrapper for adapters."""
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "peft_config") else model
 
@@ -108,7 +108,7 @@ class Policy:
         ids_1T = batch.ids_T.unsqueeze(0)
         hidden_1TH = self.causal_lm.base_model(
             input_ids=ids_1T,
-            # With four dimensions transformers takes the mask as it is; the attention of ``packing.py`` ignores it.
+            # transformers does not change a mask with four dimensions; the attention of ``packing.py`` ignores it.
             attention_mask=ids_1T.new_ones(1, 1, 1, 1),
             position_ids=batch.position_T.unsqueeze(0),
             use_cache=False,
@@ -122,7 +122,7 @@ class Policy:
         return self.sum_logps(self.hidden(batch), batch)
 
     def sum_logps(self, hidden_NH: Tensor, batch: Packed) -> Tensor:
-        """As :meth:`logps`, from hidden states that are already computed."""
+        """The result of :meth:`logps`, from hidden states that are already computed."""
         return sum_by_sequence(token_logps(hidden_NH, self.head, batch.target_N), batch.completions_S)
 
     def score(self, prompts: Sequence[list[int]], completions: Sequence[list[int]], *, samples: int = 1) -> list[float]:
@@ -140,7 +140,7 @@ class Policy:
     def score_tokens(
         self, prompts: Sequence[list[int]], completions: Sequence[list[int]], *, samples: int = 1
     ) -> tuple[list[float], list[list[float]]]:
-        """As :meth:`score`, and log p of each token of each completion."""
+        """The result of :meth:`score`, and log p of each token of each completion."""
         scores, tokens = [0.0] * len(prompts), [[0.0]] * len(prompts)
         for i, logp, logp_n in self._score(prompts, completions, samples):
             scores[i], tokens[i] = logp, logp_n.tolist()
@@ -190,11 +190,11 @@ class Policy:
         return Policy(frozen, self.tokenizer)
 
     def switched_off(self) -> "Policy":
-        """The policy before training: with LoRA at any time, otherwise only until its weights change."""
+        """The policy before training. Without LoRA, this is valid only until its weights change."""
         return AdapterOff(self.model, self.tokenizer) if is_adapted(self.model) else self
 
     def save(self, folder: Path, earlier: Path | None = None) -> None:
-        """Write the policy so that ``loading.py`` finds it; of several processes that share it, all have to call this.
+        """Write the policy so that ``loading.py`` can load it; if several processes share it, all must call this.
 
         Args:
             folder: the folder to write.

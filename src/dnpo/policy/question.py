@@ -18,7 +18,7 @@ def check_template(template: str, setting: str) -> None:
         setting: dotted name of the template's setting, for messages.
 
     Raises:
-        SettingsError: it does not, or has other fields.
+        SettingsError: a field is missing, or there are other fields.
     """
     expected = f"expected a text with {', '.join(f'{{{field}}}' for field in FIELDS)}, such as {TINY!r}"
     try:
@@ -33,7 +33,7 @@ def check_template(template: str, setting: str) -> None:
 def ask(template: str, messages: Sequence[Message], first: str, second: str) -> list[Message]:
     """The conversation that asks which of two responses to ``messages`` is the better one.
 
-    A single turn is shown as it is; of several, each is shown with its role.
+    A single turn is shown as it is; several turns are shown with their roles.
     """
     if len(messages) == 1:
         shown = messages[0]["content"]

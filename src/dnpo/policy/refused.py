@@ -1,7 +1,7 @@
 """Find the value of a model's configuration that transformers refuses, even if its error does not name it.
 
 Some errors name neither the file nor the setting (``KeyError: 'nope'``). So the model is built repeatedly without
-weights, each time with another value left out of the configuration. The first value without which this succeeds is the
+weights, each time without another value of the configuration. The first value whose removal makes this succeed is the
 refused one.
 """
 
@@ -18,19 +18,19 @@ import torch
 
 from dnpo.policy.folder import CONFIG
 
-TRIES = 60  # maximum number of models built; without weights each takes well under a second
+TRIES = 60  # maximum number of models built; without weights each takes much less than a second
 
 
 def find_refused(folder: Path, kind: Any, error: Exception, trust_remote_code: bool = False) -> str | None:
-    """Name the value of ``config.json`` that keeps a model from being made.
+    """Name the value of ``config.json`` because of which a model cannot be made.
 
     Args:
         kind: one of transformers' Auto classes.
-        error: what was raised; values that it mentions are tried first.
+        error: the error that was raised; values that it mentions are tried first.
 
     Returns:
-        ``hidden_act='nope' in config.json``; the name of the file alone if no single value is to blame; None if the
-        configuration is not to blame.
+        A text such as ``hidden_act='nope' in config.json``; only the file's name if no single value is the reason; None
+            if the configuration is not the reason.
     """
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""Render conversations by the chat template, and locate the texts of the turns in the result.
+"""Render conversations with the chat template, and locate the texts of the turns in the result.
 
-A template that changes the data silently is refused: one that leaves out a turn, cuts it, or writes the current time.
+Templates that change the data silently are refused: they leave out a turn, cut it, or write the current time.
 """
 
 import json
@@ -33,13 +33,13 @@ SETTING = "model.chat_template"
 HEAD = re.compile(  # a line that sets a variable or the time, as put_in_force writes it
     r"{% set (?P<name>\w+) = ((?!%}).)*%}\n|{% macro strftime_now\(format\) %}.*{% endmacro %}\n"
 )
-CLOCK = "strftime_now"  # the function by which templates of transformers get the time
+CLOCK = "strftime_now"  # the function with which templates of transformers read the time
 CHANCE = {"random", "lipsum"}  # names in Jinja with random results
 NO_SYSTEM = (
     "; it takes no system turn: give a model.chat_template that puts its text before the user's, or put it there "
     "in the data"
 )
-PRIVATE = (0xF0000, 0x100000)  # characters for private use, two for each turn, starting at one of these
+PRIVATE = (0xF0000, 0x100000)  # first of the private-use characters that mark turns, two for each turn
 
 
 class Span(NamedTuple):
@@ -77,9 +77,9 @@ class Rendered(NamedTuple):
 
     Attributes:
         whole: the whole rendering.
-        at: the end of the prompt, after which a policy samples, and the start of the response.
-        lead: text that the template writes before every response but not in the generation prompt, such as an empty
-            thought; the prompt ends with it.
+        at: the end of the prompt, where a policy begins to sample, and the start of the response.
+        lead: text, such as an empty thought, that the template writes before every response but not in the generation
+            prompt; here it is the end of the prompt.
         after: the text after the response.
     """
 
@@ -90,7 +90,7 @@ class Rendered(NamedTuple):
 
     @property
     def prompt(self) -> Text:
-        """The prompt, after which a policy samples."""
+        """The prompt, up to where a policy begins to sample."""
         return self.whole.cut(0, self.at)
 
     @property
@@ -109,7 +109,7 @@ def put_in_force(
     """Set a tokenizer's chat template, with arguments and date written into it, so that they are saved with it.
 
     Args:
-        chat_template: overrides the tokenizer's; one that has none gets :data:`PLAIN_TEMPLATE`.
+        chat_template: replaces the tokenizer's template; a tokenizer without any gets :data:`PLAIN_TEMPLATE`.
         arguments: variables of the template, such as ``enable_thinking``.
         date: the present date for the template, in ISO format, optionally with a time.
         setting: dotted name of the settings, for messages.
@@ -147,12 +147,12 @@ def _current(tokenizer: Any, setting: str) -> str:
     """The template that a tokenizer would use."""
     try:
         return str(tokenizer.get_chat_template())
-    except Exception as error:  # the tokenizer has several templates but no default, or is of a kind without templates
+    except Exception as error:  # the tokenizer has several templates but no default, or its class has no templates
         raise ModelError(f"{setting}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
 
 
 def _without_head(template: str, names: Container[str]) -> str:
-    """A template without the lines at its head that set these names, for example in an earlier run."""
+    """A template without the lines at its head that set these names, which an earlier run may have added."""
     kept = ""
     while line := HEAD.match(template):
         kept += line[0] if (line["name"] or CLOCK) not in names else ""
@@ -169,7 +169,7 @@ def _variables(template: str, setting: str) -> set[str]:
 
 
 def _parse(template: str) -> nodes.Template:
-    known = Environment(extensions=["jinja2.ext.loopcontrols"])  # parses only; transformers adds one more tag
+    known = Environment(extensions=["jinja2.ext.loopcontrols"])  # only for parsing; transformers adds one more tag
     return known.parse(re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template))
 
 
@@ -188,7 +188,7 @@ def _stop_clock(now: datetime) -> str:
     """Write a macro that replaces ``strftime_now``. Jinja removes the line break after it."""
     values = {f"%{code}": now.strftime(f"%{code}") for code in string.ascii_letters}
     values |= {f"%-{code}": str(int(now.strftime(f"%{code}"))) for code in "dHIjmMSy"}
-    values["%s"] = str(int(now.replace(tzinfo=UTC).timestamp()))  # otherwise it would depend on the machine's time zone
+    values["%s"] = str(int(now.replace(tzinfo=UTC).timestamp()))  # independent of the machine's time zone
     steps = "".join(f"|replace({_literal(code)}, {_literal(value)})" for code, value in values.items())
     percent = _literal(chr(PRIVATE[0]))
     value = f"format|replace('%%', {percent}){steps}|replace({percent}, '%')"
@@ -217,7 +217,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], resp
     before = whole.text[len(prompt) : start]
     lead = _lead(tokenizer, messages, prompt) if before else ""
     if not before.startswith(lead) and before.isspace():
-        lead = ""  # only white space precedes the response, which contains the rest itself
+        lead = ""  # only white space precedes the response, which contains the rest of the lead
     if not before.startswith(lead):
         raise ModelError(
             f"{SETTING}: writes {lead!r} before other responses and {before!r} before this one, {response[:40]!r}; "
@@ -229,7 +229,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], resp
 def _lead(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str) -> str:
     """The text that the template writes between the generation prompt and every response.
 
-    Spaces at its end belong to the response: the first word's token includes its space, in samples too.
+    Spaces at the end of this text belong to the response: as in samples, the first word's token includes its space.
     """
     whole = render_turns(tokenizer, [*messages, {"role": "assistant", "content": "x"}])
     start = next((s.start for s in whole.contents if s.turn == len(messages) and s.start >= len(prompt)), len(prompt))
@@ -259,7 +259,7 @@ def render_turns(
     ]
     try:
         found = _marks(_apply(tokenizer, marked, generation, setting), base, len(cores))
-    except ModelError:  # it refuses turns with such characters
+    except ModelError:  # the template refuses turns with such characters
         found = "", {}
     if found[0] != text and _apply(tokenizer, messages, generation, setting) != text:
         raise ModelError(f"{setting}: renders the same conversation in two ways, at random or depending on the time")
@@ -277,9 +277,9 @@ def render_turns(
 
 
 class _Now:
-    """Stands in for the time when a template asks for it, and records each use, such as writing or comparing it.
+    """Replaces the time when a template asks for it, and records each use, such as writing or comparing it.
 
-    No use goes unnoticed: it is not a string, so code that needs a string raises an error.
+    It is not a string, so code that needs a string raises an error, and every use is noticed.
     """
 
     def __init__(self, text: str, uses: list[str]) -> None:
@@ -334,7 +334,7 @@ for _name in ("lt", "le", "gt", "ge"):
 def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str, text: str) -> None:
     """Refuse a template that uses the current time, unless a fixed date is set, or that is random.
 
-    Any use of the time is refused, even one that does not change today's text.
+    Any use of the time is refused, even if it does not change the present text.
 
     Args:
         text: the rendering at the present time.
@@ -348,7 +348,7 @@ def _check_clock(tokenizer: Any, messages: Sequence[Message], generation: bool, 
     compiled = _compile(template)
     compiled.globals[CLOCK] = lambda form: _Now(datetime.now().strftime(form), uses)
     settings = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": generation}
-    with suppress(Exception):  # raised if a string is needed, which _Now is not
+    with suppress(Exception):  # raised if a string is needed, since _Now is not a string
         if compiled.render(messages=[dict(message) for message in messages], **settings) == text and not uses:
             return
     remedy = "model.template_date" if setting == SETTING else "judge.template_date (in a fit template_date)"
@@ -367,22 +367,22 @@ def _compile(template: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _words(template: str) -> set[str]:
-    """The filters and the variables from outside that a template uses."""
+    """The filters and undefined variables that a template uses."""
     try:
         tree = _parse(template)
     except TemplateError:
-        return set()  # rendering reports it
+        return set()  # rendering reports the error
     filters = {node.name for node in tree.find_all(nodes.Filter)}
     return filters | {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
 
 
 def _has_between(texts: Sequence[str], first: int, last: int) -> bool:
-    """Whether texts have a character between two others; plain ASCII has none as high as these."""
+    """Whether texts have a character between two others, which are beyond ASCII."""
     return any(first <= ord(char) <= last for text in texts if not text.isascii() for char in text)
 
 
 def _marks(marked: str, base: int, turns: int) -> tuple[str, dict[int, list[tuple[int, int]]]]:
-    """Remove the marks from a rendering of marked turns; return it with the spans between marks, by turn."""
+    """Remove the marks from a rendering of marked turns; return the text and the spans between marks, by turn."""
     plain: list[str] = []
     at, opened = 0, {}
     found: dict[int, list[tuple[int, int]]] = {}
@@ -402,7 +402,7 @@ def _marks(marked: str, base: int, turns: int) -> tuple[str, dict[int, list[tupl
 
 
 def _find(text: str, core: str, turn: int, marks: Sequence[tuple[int, int]], before: Sequence[Span]) -> list[Span]:
-    """Locate a turn's text by its marks, or else by its first occurrence after the earlier turns."""
+    """Locate a turn's text by its marks, or by its first occurrence after the earlier turns."""
     spans = [Span(turn, start, end) for start, end in marks]
     if any(text[span.start : span.end] == core for span in spans):
         return spans
@@ -426,7 +426,7 @@ def _apply(
 
 
 def _advise(tokenizer: Any, messages: Sequence[Message], generation: bool, setting: str) -> str:
-    """What to do if a template renders a conversation only without its system turn; "" if that is not the reason.
+    """Advice if a template can render a conversation only without its system turn; "" if it cannot even then.
 
     A judge's question then has no system turn, and needs no advice.
     """

@@ -26,7 +26,7 @@ TEMPLATE = (
 
 
 def train_tokenizer(prompts: Sequence[Prompt], vocabulary: int, texts: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """Train a byte-pair encoding on prompts and their responses; words include a leading space, digits are single.
+    """Train a byte-pair encoding on prompts and responses. Words include a leading space; each digit is a token.
 
     Args:
         texts: further texts to train on, such as a judge's template.
@@ -62,12 +62,12 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Token ids of the rendered prompt, and of the response including the token that ends it.
 
-    The template's text before a response belongs to the prompt. Prompt and response are tokenised together, so the
-    response's first token is one that can follow the prompt (a SentencePiece tokenizer puts a space before every text).
-    The response is tokenised separately only if the prompt's tokens are not a prefix of the whole's. Like a sample, the
-    response is cut after its first stop token, or gets the tokenizer's end of sequence if it has none. A prompt begins
-    with the beginning-of-sequence token if the tokenizer puts one before every text. The texts of turns never become
-    control tokens (``tokens.py``).
+    The template's text before a response belongs to the prompt. Prompt and response are tokenised together, so that the
+    response's first token can follow the prompt: a SentencePiece tokenizer puts a space before a separate text. The
+    response is tokenised separately only if the prompt's tokens are not a prefix of the tokens of the whole. Like a
+    sample, the response is cut after its first stop token; if it has none, the tokenizer's end-of-sequence token is
+    appended. A prompt begins with the beginning-of-sequence token if the tokenizer puts one before every text. The
+    texts of turns never become control tokens (``tokens.py``).
 
     Args:
         stop_ids: tokens that end a sample, in addition to the tokenizer's end of sequence.
@@ -83,7 +83,7 @@ def encode_many(
     conversations: Sequence[tuple[list[Message], str]],
     stop_ids: Sequence[int] = (),
 ) -> list[tuple[list[int], list[int]]]:
-    """As :func:`encode`, for many conversations with their responses, in few calls of the tokenizer.
+    """Do the work of :func:`encode` for many conversations with their responses, in a few calls of the tokenizer.
 
     Raises:
         ModelError: as :func:`encode`, for the first conversation that the template cannot render.
@@ -106,9 +106,9 @@ def encode_many(
 
 
 def human_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int], limit: int) -> Response:
-    """Make a row of the human response.
+    """Make the row of a human response.
 
-    If it is over the limit, tokens and text are cut as in a sample: without an end-of-sequence token.
+    A response over the limit is cut as a sample is: in tokens and text, and without an end-of-sequence token.
     """
     if len(ids) <= limit:
         return Response(prompt.id, HUMAN, prompt.human, ids, len(ids), "eos")

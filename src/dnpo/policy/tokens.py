@@ -1,9 +1,9 @@
 """Tokenise text so that text from the data can never become a control token.
 
-A tokenizer recognises its special tokens anywhere, even in a question or a response: there ``<|im_end|>`` would end the
-turn, and a forged turn could follow. So a rendering is first tokenised as a whole. If a control token lies in the text
-of a turn, the text is split inside the token and the parts are tokenised separately. Text without control tokens is not
-split.
+A tokenizer recognises special tokens everywhere, even in a question or a response: ``<|im_end|>`` in the data would end
+the turn, and a forged turn could follow. So a rendering is first tokenised as a whole. If a control token is found in
+the text of a turn, the text is split inside this token, and the parts are tokenised separately. Text without control
+tokens is not split.
 """
 
 import re
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dnpo.policy.template import Span, Text
 
-ANCHOR = "\n"  # put before a part within a text, since SentencePiece adds a space at the beginning of a text
+ANCHOR = "\n"  # written before every part but the first: SentencePiece adds a space at the start of a text
 TURNS = ("user", "assistant", "user")
 
 
@@ -29,7 +29,7 @@ class Token(NamedTuple):
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, stop_ids: Sequence[int] = ()) -> list[int]:
-    """Tokenise a text, without special tokens around it; returns the token ids.
+    """Tokenise a text without special tokens around it, and return the token ids.
 
     Args:
         stop_ids: tokens that end a sample, in addition to the tokenizer's special tokens.
@@ -38,7 +38,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: Text, stop_ids: Sequence[
 
 
 def tokenize_many(tokenizer: Any, texts: Sequence[Text], stop_ids: Sequence[int] = ()) -> list[list[int]]:
-    """Tokenise many texts in one call of the tokenizer, and texts that have to be split one by one."""
+    """Tokenise many texts in one call of the tokenizer; texts that must be split are tokenised one by one."""
     if not texts or not tokenizer.is_fast:
         return [tokenize(tokenizer, text, stop_ids) for text in texts]
     control = _control(tokenizer, str(tokenizer.chat_template), len(tokenizer), tuple(stop_ids))
@@ -52,7 +52,7 @@ def tokenize_many(tokenizer: Any, texts: Sequence[Text], stop_ids: Sequence[int]
 
 
 def wrap(tokenizer: Any, *texts: str, **options: Any) -> Any:
-    """Tokenise a text or a pair, with the special tokens that the tokenizer puts around it but none within it."""
+    """Tokenise a text or a pair of texts, with the tokenizer's special tokens around but not within the texts."""
     cuts = [_part(tokenizer, Text(text, (Span(0, 0, len(text)),)), ())[0] for text in texts]
     if not any(cuts):
         return tokenizer(*texts, **options)
@@ -88,7 +88,7 @@ def begin(tokenizer: Any, ids: list[int]) -> list[int]:
 def _made(tokenizer: Any, text: Text, tokens: Sequence[Token], stop_ids: Sequence[int]) -> Iterator[Token]:
     """The control tokens that overlap the texts of turns, without surrounding white space."""
     control = _control(tokenizer, str(tokenizer.chat_template), len(tokenizer), tuple(stop_ids))
-    if not tokenizer.is_fast:  # it does not give the positions of its tokens
+    if not tokenizer.is_fast:  # a slow tokenizer does not give the positions of tokens
         tokens = list(_spelled(text, control))
     for token in tokens:
         if token.id not in control:
@@ -97,14 +97,14 @@ def _made(tokenizer: Any, text: Text, tokens: Sequence[Token], stop_ids: Sequenc
         start = token.start + len(shown) - len(shown.lstrip())
         end = token.start + len(shown.rstrip())
         if token.id == tokenizer.unk_token_id and shown.strip() != tokenizer.unk_token:
-            continue  # a character that the tokenizer does not know
-        # a single character cannot be split: it is an ordinary one that the tokenizer uses, for example, as padding
+            continue  # an unknown character
+        # a single character cannot be split; it is an ordinary character that the tokenizer also uses, say, as padding
         if end - start > 1 and any(a < end and start < b for _, a, b in text.contents):
             yield Token(token.id, start, end)
 
 
 def _spelled(text: Text, control: Mapping[int, str]) -> Iterator[Token]:
-    """The texts of control tokens in the texts of turns; if two overlap, the longer one, or else the first."""
+    """The texts of control tokens in the texts of turns. Of two that overlap, the longer one counts, or the first."""
     longest_first = sorted(control, key=lambda i: -len(control[i]))
     ids = {control[i]: i for i in reversed(longest_first)}
     pattern = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))) or "(?!)")
@@ -115,10 +115,10 @@ def _spelled(text: Text, control: Mapping[int, str]) -> Iterator[Token]:
 
 @lru_cache(maxsize=8)
 def _control(tokenizer: Any, template: str, size: int, stop_ids: tuple[int, ...]) -> Mapping[int, str]:
-    """The texts of tokens that are special, end a sample, or are written by the template around turns; by id.
+    """The texts, by id, of tokens that are special, end a sample, or are written by the template around turns.
 
     Args:
-        template, size: the tokenizer's template and number of tokens, so that cached results are distinguished.
+        template, size: the tokenizer's template and number of tokens, to distinguish cached results.
     """
     added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -127,7 +127,7 @@ def _control(tokenizer: Any, template: str, size: int, stop_ids: tuple[int, ...]
         try:
             turns = [{"role": role, "content": "x"} for role in roles]
             written = tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception:  # such turns cannot be rendered; perhaps fewer can, but none without a template
+        except Exception:  # such turns cannot be rendered; fewer turns may be
             continue
         ids = tokenizer(written, add_special_tokens=False)["input_ids"]
         special |= {i for i in ids if i in added and not added[i].isspace()}

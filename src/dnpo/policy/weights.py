@@ -1,4 +1,4 @@
-"""Locate and identify models that judge on this machine."""
+"""Locate and identify models that run on this machine, other than the policy."""
 
 import json
 import re
@@ -14,7 +14,7 @@ WHOLE = ("base", "eval.texts.encoder", "curriculum.encoder")  # these settings a
 
 
 class Weights:
-    """A model's files: a folder in the format of transformers, or a name on the Hugging Face hub.
+    """A model's files, in a folder in the format of transformers or on the Hugging Face hub.
 
     Args:
         path: the folder. Give either this or ``name``.
@@ -57,7 +57,7 @@ class Weights:
 
     @cached_property
     def identity(self) -> str:
-        """The values that decide the weights: a hash of the folder's contents, or name and commit on the hub."""
+        """The values that determine the weights: a hash of the folder's contents, or name and commit on the hub."""
         return content_hash(self.folder) if self.folder is not None else f"{self.name}@{self._commit}"
 
     @property
@@ -68,7 +68,7 @@ class Weights:
             ModelError: ``config.json`` cannot be read.
         """
         if self.folder is None:
-            # a tag is given in full, since two can begin with the same letters
+            # a tag is not cut, since two tags can begin with the same letters
             commit = self._commit[:12] if re.fullmatch("[0-9a-f]{40}", self._commit) else self._commit
             return f"{self.name}@{commit}"
         try:
@@ -88,7 +88,7 @@ class Weights:
         try:
             return str(HfApi().model_info(str(self.name), revision=self.revision).sha)
         except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:  # ValueError: not a valid name on the hub
-            if self.revision is not None:  # offline, but pinned: the cache is sufficient
+            if self.revision is not None:  # offline with a given revision: the cache is sufficient
                 return self.revision
             prefix = "" if self.setting == "base" else f"{self.setting}."
             raise ModelError(
@@ -98,7 +98,7 @@ class Weights:
 
     @property
     def _place(self) -> tuple[str, str | None]:
-        """Folder or name, and revision, as transformers takes them."""
+        """Folder or name, and revision, as arguments for transformers."""
         return (str(self.name), self._commit) if self.folder is None else (str(self.folder), None)
 
     def load(self, kind: Any) -> Any:
@@ -132,8 +132,7 @@ class Weights:
         """Check all files, including the tokenizer's, and load the model without its weights (``outline_complete``).
 
         Returns:
-            The model on the ``meta`` device; None if that cannot be done: the files are not downloaded yet, or the
-            weights are quantised.
+            The model on the ``meta`` device; None if the files are not downloaded yet or the weights are quantised.
 
         Raises:
             ModelError: the files do not belong to such a model, or their quantisation cannot run here.
@@ -168,5 +167,5 @@ def context_of(model: Any, tokenizer: Any) -> int | None:
     """The maximum number of tokens that a model can read; None if unknown."""
     config = model.config.get_text_config()
     limits = [getattr(config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
-    # a tokenizer without a limit has an astronomical one
+    # a tokenizer without a limit reports an astronomical number
     return min((limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 30), default=None)

@@ -182,7 +182,7 @@ def object_to(weights: Weights) -> str | None:
     try:
         if read_facts(weights).get("kind") == "embedding":
             assert weights.folder is not None
-            Weights(str(weights.folder / ENCODER), None, None).outline(AutoModel, heads_anew=True)
+            Weights(str(weights.folder / ENCODER), None, None).outline(AutoModel, ignore_head=True)
             return None
         model = weights.outline(AutoModelForSequenceClassification, hint=_advise(weights))
         if model is not None:
@@ -241,7 +241,7 @@ def start_classifier(
     """
     tokenizer = _load_tokenizer(weights, template_date)
     model = weights.load_model(
-        AutoModelForSequenceClassification, heads_anew=True, num_labels=1, dtype=torch.float32
+        AutoModelForSequenceClassification, ignore_head=True, num_labels=1, dtype=torch.float32
     ).to(device)
     without_dropout(model.config)
     for part in model.modules():

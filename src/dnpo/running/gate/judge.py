@@ -102,8 +102,8 @@ def canary(judge: Judge, ledger: Ledger) -> Finding:
     if asked is None:
         return Finding("judge", "pass", "this judge answers without a call")
     if not asked.scored:
-        mends = asked.mends or "the judge's settings: its address, its model, its question"
-        return Finding("judge", "stop", asked.text, mends)
+        settings = asked.settings or "the judge's settings: its address, its model, its question"
+        return Finding("judge", "stop", asked.text, settings)
     if asked.warning:
         return Finding("judge", "warn", f"{asked.text}; {asked.warning}", "judge.version=…, if they were")
     return Finding("judge", "pass", asked.text)
