@@ -17,7 +17,7 @@ from benchmarks.variant import (
 )
 from dnpo.optimise.npo import SilentModule, TrainableModule
 from dnpo.optimise.objective import Facts, PairLogps
-from dnpo.optimise.pairs import PairBatch, split
+from dnpo.optimise.pairs import PairBatch
 from dnpo.optimise.parts import (
     Likelihood,
     Logistic,
@@ -103,7 +103,7 @@ class Ours(Variant):
         self.optimizers, _ = self.training.configure_optimizers()
         with torch.no_grad():
             whole = [_pack_both(pairs).to(self.device) for pairs in self.batches]
-            logps = [split(self.policy.logps(packed)) for packed in whole]
+            logps = [PairLogps(*self.policy.logps(packed).chunk(2)) for packed in whole]
             self._logps = [PairLogps(*(t.cpu() for t in both)) for both in logps]
             if not self._both:
                 self._logps = [each._replace(rejected_B=torch.zeros_like(each.chosen_B)) for each in self._logps]
@@ -163,7 +163,7 @@ class Ours(Variant):
         batch = self._batch(index)
         if self.objective == "dpo" and self._online is not None:
             with torch.no_grad():
-                scored = split(self._online.logps(batch.packed))
+                scored = PairLogps(*self._online.logps(batch.packed).chunk(2))
             batch = PairBatch(**{**vars(batch), "reference": scored})
         loss, metrics = self.training.terms(batch)
         loss.backward()

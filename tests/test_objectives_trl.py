@@ -19,7 +19,7 @@ from dnpo.optimise.objective import (
     surprise,
     without_reference,
 )
-from dnpo.optimise.pairs import make_facts, split
+from dnpo.optimise.pairs import make_facts
 from dnpo.policy.packing import pack
 from dnpo.records import write_preferences
 from tests.conftest import World
@@ -139,7 +139,7 @@ def test_losses_are_those_of_trls_trainer(
         theirs = float(trainer.compute_loss(trainer.model, batch))
         packed = pack([p.prompt_ids for p in written] * 2, [p.chosen_ids for p in written] + [
             p.rejected_ids for p in written])  # fmt: skip
-        logps = [split(models[name].logps(packed)) for name in ("policy", "reference")]
+        logps = [PairLogps.split(models[name].logps(packed), len(written)) for name in ("policy", "reference")]
         known = make_facts(written)
         loss_B = logistic(*logps, known, beta=0.1) if kind == "sigmoid" else squared(*logps, known, beta=0.1, mean=True)
     assert float(loss_B.mean()) == pytest.approx(theirs, rel=1e-6)

@@ -20,8 +20,7 @@ from torch.optim import Adam, Optimizer
 
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError, StepZeroError
 from dnpo.optimise.npo import FixedModule, NoiseModule, OffsetModule, Rejected, SilentModule, TrainableModule, _Draw
-from dnpo.optimise.objective import logistic
-from dnpo.optimise.pairs import split
+from dnpo.optimise.objective import PairLogps, logistic
 from dnpo.optimise.parts import PairOptimisation
 from dnpo.optimise.preference import FineTuning, PreferenceTraining, fine_tune, optimise
 from dnpo.optimise.reference import KeptHidden, keep_hidden
@@ -879,9 +878,11 @@ def test_no_rows_is_an_error_and_no_epochs_is_not(make_policy: MakePolicy, world
 
 
 def test_split_puts_the_chosen_first() -> None:
-    pairs = split(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    pairs = PairLogps.split(torch.tensor([1.0, 2.0, 3.0, 4.0]), 2)
     assert pairs.chosen_B.tolist() == [1.0, 2.0]
     assert pairs.rejected_B.tolist() == [3.0, 4.0]
+    alone = PairLogps.split(torch.tensor([1.0, 2.0]), 2)
+    assert (alone.chosen_B.tolist(), alone.rejected_B.tolist()) == ([1.0, 2.0], [0.0, 0.0])
 
 
 def test_fine_tuning_weighs_micro_batches_by_their_tokens(

@@ -1,9 +1,9 @@
 """The training for ``augment.py``: fine-tuning with a separate weight for each token of a reply."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -30,10 +30,6 @@ class LessonBatch(Batch):
     """A micro-batch of questions; ``weight_N`` are the weights of the tokens of all replies."""
 
     weight_N: Tensor
-
-    def to(self, device: torch.device) -> Self:
-        """Return it with all tensors on another device."""
-        return replace(super().to(device), weight_N=self.weight_N.to(device))
 
 
 class Lessons(Training):

@@ -17,6 +17,16 @@ class PairLogps(NamedTuple):
     chosen_B: Tensor
     rejected_B: Tensor
 
+    @classmethod
+    def split(cls, logp_S: Tensor, pairs: int) -> "PairLogps":
+        """Split the values of all sequences, the chosen ones first; if there are no rejected ones, theirs are 0."""
+        chosen_B, *rejected = torch.split(logp_S, pairs)
+        return cls(chosen_B, rejected[0] if rejected else torch.zeros_like(chosen_B))
+
+    def to(self, device: torch.device) -> "PairLogps":
+        """Return it with both tensors on another device."""
+        return PairLogps(self.chosen_B.to(device), self.rejected_B.to(device))
+
     def detach(self) -> "PairLogps":
         """The same numbers, detached: no gradient flows through them."""
         return PairLogps(self.chosen_B.detach(), self.rejected_B.detach())

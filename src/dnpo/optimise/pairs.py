@@ -5,8 +5,8 @@ Shapes as in ``objective.py`` and ``logprobs.py``: B pairs, N completion tokens,
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Self
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,18 +94,6 @@ class PairBatch(Batch):
     states_NH: Tensor | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Self:
-        """Return it with all tensors on another device."""
-        return replace(
-            super().to(device),
-            reference=PairLogps(*(t.to(device) for t in self.reference)),
-            expected=None if self.expected is None else PairLogps(*(t.to(device) for t in self.expected)),
-            facts=self.facts.to(device),
-            rejected=None if self.rejected is None else self.rejected.to(device),
-            hidden_NH=None if self.hidden_NH is None else self.hidden_NH.to(device),
-            states_NH=None if self.states_NH is None else self.states_NH.to(device),
-        )
-
 
 class Collate:
     """Makes micro-batches of pairs.
@@ -174,12 +162,6 @@ def to_tensors(rows: Sequence[ReferenceLogps], both: bool = True) -> PairLogps:
     return PairLogps(
         torch.tensor([row.chosen for row in rows]), torch.tensor([row.rejected if both else 0.0 for row in rows])
     )
-
-
-def split(logp_S: Tensor) -> PairLogps:
-    """Split 2B values, the chosen first, into pairs."""
-    chosen_B, rejected_B = logp_S.chunk(2)
-    return PairLogps(chosen_B, rejected_B)
 
 
 def make_facts(pairs: Sequence[Pair]) -> Facts:

@@ -36,7 +36,6 @@ from dnpo.optimise.pairs import (
     Reading,
     Scored,
     reads_rejected,
-    split,
     with_weight,
 )
 from dnpo.optimise.parts import Optimisation, PairOptimisation, watches
@@ -173,15 +172,13 @@ class PreferenceTraining(Training):
 
     def _logps(self, batch: PairBatch, hidden_NH: Tensor) -> PairLogps:
         """The policy's log-probabilities of both responses, or of the chosen ones if no rejected ones are read."""
-        logp_S = self.policy.sum_logps(hidden_NH, batch.packed)
-        return split(logp_S) if len(logp_S) > len(batch.ids) else PairLogps(logp_S, torch.zeros_like(logp_S))
+        return PairLogps.split(self.policy.sum_logps(hidden_NH, batch.packed), len(batch.ids))
 
     @torch.no_grad()
     def _averaged_logps(self, batch: PairBatch) -> PairLogps:
         """The log-probabilities under the average, as it is at this step."""
         assert self.average is not None, "the reference is the average"
-        logp_S = self.average.policy.logps(batch.packed)
-        return split(logp_S) if len(logp_S) > len(batch.ids) else PairLogps(logp_S, torch.zeros_like(logp_S))
+        return PairLogps.split(self.average.policy.logps(batch.packed), len(batch.ids))
 
     def _measure(
         self, batch: PairBatch, hidden_NH: Tensor, policy: PairLogps, states: States | None

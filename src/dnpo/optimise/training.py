@@ -13,7 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, cast
 
@@ -89,23 +89,22 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """Return it with all tensors on another device."""
-        return replace(self, packed=self.packed.to(device))
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in held.items() if hasattr(value, "to")})
 
 
-class _Part(NamedTuple):
-    """What one rank has of a policy step, besides gradients.
+class _Passed(NamedTuple):
+    """What the forward and backward passes of a policy step give besides gradients.
 
     Attributes:
-        row: its part of each metric.
-        ids: ids of its rows.
+        row: each metric, or one rank's part of it.
+        ids: ids of the rows.
         tokens: number of tokens that went through the model.
-        graded: for each trained parameter, whether it has a gradient.
     """
 
     row: dict[str, float]
     ids: list[str]
     tokens: int
-    graded: bytes
 
 
 class Training(pl.LightningModule):
@@ -134,6 +133,7 @@ class Training(pl.LightningModule):
         self.strict_loading = False  # checkpoints hold what is trained, not frozen base weights
         self.policy_module = policy.model
         self.policy, self.optimisation, self.total, self.report = policy, optimisation, total, report
+        self.ranks, self.leads = ranks.world(), ranks.leads()
         self.policy_step = 0
         self.history: list[dict[str, float]] = []
         self._clock = time.monotonic()
@@ -180,23 +180,13 @@ class Training(pl.LightningModule):
 
     def training_step(self, batches: list[MicroBatch | Idle[MicroBatch]], batch_idx: int) -> None:
         """Backward through the micro-batches of one policy step, then clip and step every player."""
-        if self.sharded:  # ranks wait for each other all the time, so a failing one is not waited for
-            part = self._backward(batches)
-            parts = ranks.gather(lambda: part)
-        else:
-            parts = ranks.gather(lambda: self._backward(batches))
-        row: dict[str, float] = {}
-        for each in parts:
-            for name, value in each.row.items():
-                row[name] = row.get(name, 0.0) + value
-        if ranks.world() > 1:
-            self._sum_gradients([each.graded for each in parts])
-        self._step(row, [i for each in parts for i in each.ids], sum(each.tokens for each in parts))
+        passed = self._backward(batches) if self.ranks == 1 else self._backward_together(batches)
+        self._step(*passed)
 
-    def _backward(self, given: "Sequence[MicroBatch | Idle[MicroBatch]]") -> "_Part":
-        """Backward through this rank's micro-batches."""
+    def _backward(self, given: "Sequence[MicroBatch | Idle[MicroBatch]]") -> _Passed:
+        """Backward through this process's micro-batches."""
         row: dict[str, float] = {}
-        factor = ranks.world() if self.sharded else 1  # gradients of shared weights are averaged over ranks
+        factor = self.ranks if self.sharded else 1  # gradients of shared weights are averaged over ranks
         for each in given:
             idle, batch = isinstance(each, Idle), each.batch if isinstance(each, Idle) else each
             loss, metrics = self.terms(batch.to(self.device))
@@ -208,22 +198,36 @@ class Training(pl.LightningModule):
             for name, value in metrics.items():
                 row[name] = row.get(name, 0.0) + float(value.detach()) * batch.share
         batches = [each for each in given if not isinstance(each, Idle)]
-        ids = [i for batch in batches for i in batch.ids]
-        graded = bytes(p.grad is not None for p in self._trained())
-        return _Part(row, ids, sum(batch.tokens for batch in batches), graded)
+        return _Passed(row, [i for batch in batches for i in batch.ids], sum(batch.tokens for batch in batches))
 
-    def _trained(self) -> list[nn.Parameter]:
-        """The parameters of all players that are trained."""
-        return [p for _, player in self.players for p in player.parameters() if p.requires_grad]
+    def _backward_together(self, given: "Sequence[MicroBatch | Idle[MicroBatch]]") -> _Passed:
+        """Backward through the micro-batches of all ranks, and add up their metrics and gradients."""
+        trained = [p for _, player in self.players for p in player.parameters() if p.requires_grad]
 
-    def _sum_gradients(self, graded: Sequence[bytes]) -> None:
+        def compute() -> tuple[_Passed, bytes]:
+            passed = self._backward(given)
+            return passed, bytes(p.grad is not None for p in trained)
+
+        if self.sharded:  # ranks wait for each other all the time, so a failing one is not waited for
+            own = compute()
+            found = ranks.gather(lambda: own)
+        else:
+            found = ranks.gather(compute)
+        self._sum_gradients(trained, [graded for _, graded in found])
+        row: dict[str, float] = {}
+        for passed, _ in found:
+            for name, value in passed.row.items():
+                row[name] = row.get(name, 0.0) + value
+        return _Passed(row, [i for each, _ in found for i in each.ids], sum(each.tokens for each, _ in found))
+
+    def _sum_gradients(self, trained: Sequence[nn.Parameter], graded: Sequence[bytes]) -> None:
         """Sum the gradients over all ranks, except those of shared weights; a rank without rows adds zeros.
 
         Args:
-            graded: which parameters have a gradient, on each rank.
+            trained: the parameters of all players that are trained.
+            graded: which of them have a gradient, on each rank.
         """
-        found = zip(self._trained(), zip(*graded, strict=True), strict=True)
-        anywhere = [p for p, has in found if any(has) and not is_part(p)]
+        anywhere = [p for p, *has in zip(trained, *graded, strict=True) if any(has) and not is_part(p)]
         for p in anywhere:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -231,7 +235,7 @@ class Training(pl.LightningModule):
         ranks.sum_(grads)
         if self.sharded:
             for grad in grads:
-                grad /= ranks.world()
+                grad /= self.ranks
 
     def _step(self, row: dict[str, float], ids: Sequence[str], tokens: int) -> None:
         optimizers = _as_list(self.optimizers())
@@ -239,7 +243,8 @@ class Training(pl.LightningModule):
         for (name, module), optimizer in zip(self.players, plain, strict=True):
             limit = self.optimisation.clip or math.inf
             trained = [p for p in module.parameters() if p.requires_grad]
-            norm = float(gather_weight(nn.utils.clip_grad_norm_(trained, limit)))
+            total = nn.utils.clip_grad_norm_(trained, limit)
+            norm = float(gather_weight(total) if self.sharded else total)
             self._finite(f"gradient norm of the {name}", norm, ids)
             row[f"grad_norm/{name}"] = norm
             row[f"lr/{name}"] = optimizer.param_groups[0]["lr"]
@@ -255,7 +260,7 @@ class Training(pl.LightningModule):
         row = {"step": float(self.policy_step), "rows": float(len(ids)), **row}
         self.history.append(row)
         self.policy_step += 1
-        if ranks.leads():
+        if self.leads:
             self.report.advance()
             self.report.steps([row])
 
@@ -270,7 +275,9 @@ class Training(pl.LightningModule):
         """The policy's optimizer with its schedule by policy steps."""
         trained = [p for p in self.policy_module.parameters() if p.requires_grad]
         how = self.optimisation.optimizer
-        optimizer = make_fused(cast(Callable[..., Optimizer], how.resolve()), trained, how.settings)
+        make = cast(Callable[..., Optimizer], how.resolve())
+        # Not every optimizer has its fused form for parts of weights.
+        optimizer = make(trained, **how.settings) if self.sharded else make_fused(make, trained, how.settings)
         schedule_ = LambdaLR(optimizer, lambda step: self.optimisation.factor(step, self.total))
         return [optimizer], [schedule_]
 
@@ -425,7 +432,6 @@ def make_fused(
     """Make the optimizer in torch's fused form if it has one: one kernel over all parameters, the same update."""
     known = inspect.signature(optimizer).parameters
     fuse = "fused" in known and not {"fused", "foreach", "differentiable"} & set(settings)
-    fuse = fuse and not any(map(is_part, parameters))  # for parts not every optimizer has that form
     return optimizer(parameters, **settings, **({"fused": True} if fuse else {}))
 
 

@@ -78,8 +78,11 @@ class Policy:
         scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon-H1
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         cap = getattr(config, "final_logit_softcapping", None) or float("inf")  # Gemma
-        bias = None if linear.bias is None else gather_weight(linear.bias)
-        return Head(gather_weight(linear.weight), bias, scale, cap)
+        weight: Tensor = linear.weight
+        bias: Tensor | None = linear.bias
+        if type(weight) is not nn.Parameter:  # this process has a part of it
+            weight, bias = gather_weight(weight), None if bias is None else gather_weight(bias)
+        return Head(weight, bias, scale, cap)
 
     @property
     def pad_id(self) -> int:

@@ -4,9 +4,9 @@ Shapes as in ``equations.py``; B rollouts of a micro-batch, H hidden size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,16 +78,6 @@ class ExperienceBatch(Batch):
     value_N: Tensor
     advantage_N: Tensor
     return_N: Tensor
-
-    def to(self, device: torch.device) -> Self:
-        """Return it with all tensors on another device."""
-        return replace(
-            super().to(device),
-            logp_N=self.logp_N.to(device),
-            value_N=self.value_N.to(device),
-            advantage_N=self.advantage_N.to(device),
-            return_N=self.return_N.to(device),
-        )
 
 
 class ValueHead(nn.Module):
