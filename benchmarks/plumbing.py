@@ -143,8 +143,7 @@ def lay_out(folder: Path, near: float, holdout: float, steps: int, threads: int)
     from dnpo.commands.train import build
     from dnpo.settings import conf_folder
     from dnpo.stages.before import fine_tune, prepare
-    from dnpo.stages.inputs import reference
-    from dnpo.stages.verbs import evaluate, generate, judge, label, optimise
+    from dnpo.stages.verbs import evaluate, generate, judge, label, optimise, reference
     from dnpo.store import Store
 
     torch.set_num_threads(threads)

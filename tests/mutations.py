@@ -461,14 +461,14 @@ MUTATIONS = (
     # --- labels
     Mutation(
         "a tie prefers the generated response",
-        "dsl/rules.py",
+        "dsl/__init__.py",
         "if new.score > human.score else",
         "if new.score >= human.score else",
         "test_dsl.py",
     ),
     Mutation(
         "the lower score is chosen",
-        "dsl/rules.py",
+        "dsl/__init__.py",
         "if new.score > human.score else",
         "if new.score < human.score else",
         "test_dsl.py",
@@ -482,7 +482,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a pair without a score keeps the human response whatever is asked for",
-        "dsl/rules.py",
+        "dsl/__init__.py",
         'return [] if self.unscored == "drop" else [Labelled(human, new)]',
         "return [Labelled(human, new)]",
         "test_dsl.py",

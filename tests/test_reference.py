@@ -26,7 +26,7 @@ from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
 from dnpo.records import Pair, ReferenceLogps, read
 from dnpo.settings import Bound
-from dnpo.stages import inputs, verbs
+from dnpo.stages import verbs
 from dnpo.stages.plan import Plan, Run
 from dnpo.store import Stage, Store, manifest
 from dnpo.store.manifests import seal
@@ -330,8 +330,8 @@ def run_of(
     prompts = Stage("prompts", "prompts", 1, {"weights": weights}, {}, write_base)
     policy = Stage("sft", "sft", 1, {}, {"prompts": prompts}, write_policy)
     labelled = Stage("pairs", "pairs", 1, {"dsl": dsl or {}}, {}, write_pairs)
-    scores = inputs.reference(run, plan, prompts=prompts, policy=policy, pairs=labelled)
-    aids = inputs.find_aids(run, plan, prompts, policy, labelled)
+    scores = verbs.reference(run, plan, prompts=prompts, policy=policy, pairs=labelled)
+    aids = verbs.find_aids(run, plan, prompts, policy, labelled)
     train = verbs.optimise(run, plan, prompts=prompts, policy=policy, pairs=labelled, reference=scores, aids=aids)
     return run, scores, train, policy, labelled
 

@@ -17,11 +17,10 @@ from dnpo.optimise import reference as references
 from dnpo.policy import tokenizer
 from dnpo.records import Verdict, read
 from dnpo.settings import conf_folder
-from dnpo.stages import shards, verbs
+from dnpo.stages import files, verbs
 from dnpo.stages.before import fine_tune, prepare
-from dnpo.stages.inputs import reference
-from dnpo.stages.shards import Portion, Shards, divide
-from dnpo.stages.verbs import evaluate, generate, judge, label
+from dnpo.stages.files import Portion, Shards, divide
+from dnpo.stages.verbs import evaluate, generate, judge, label, reference
 from dnpo.store import MANIFEST, Stage, Store, manifest
 from tests.conftest import Report, World
 
@@ -75,7 +74,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Stage], Store]
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows in a shard and in a row group."""
-    monkeypatch.setattr(shards, "SIZE", ROWS)
+    monkeypatch.setattr(files, "SIZE", ROWS)
     monkeypatch.setattr(references, "SHARD", ROWS)
     for module in (records, tables):
         monkeypatch.setattr(module, "GROUP", ROWS)
@@ -164,7 +163,7 @@ def test_a_kill_at_any_moment_loses_one_shard(tmp_path: Path, small: None, monke
     parts = list(tables.in_parts(rows, ROWS))
     replace, made = disk.replace, [0]
 
-    def work(some: list[Verdict]) -> shards.Made:
+    def work(some: list[Verdict]) -> files.Shard:
         made[0] += 1
         return {"one": some, "other": some[:1]}, {"rows": len(some)}
 

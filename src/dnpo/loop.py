@@ -10,10 +10,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dnpo.stages.before import fine_tune, prepare, teach
-from dnpo.stages.inputs import arrange, find_aids, match, name_earlier, reference
 from dnpo.stages.measures import measure
 from dnpo.stages.plan import BEFORE, Iteration, Plan, Run
-from dnpo.stages.verbs import evaluate, generate, judge, label, optimise
+from dnpo.stages.verbs import (
+    arrange,
+    evaluate,
+    find_aids,
+    generate,
+    judge,
+    label,
+    match,
+    name_earlier,
+    optimise,
+    reference,
+)
 from dnpo.store import Stage
 
 

@@ -15,7 +15,7 @@ from dnpo.errors import DataError, ModelError, SettingsError
 from dnpo.records import GIVEN, Prompt, Response
 from dnpo.seeding import derive
 from dnpo.settings import part_key
-from dnpo.stages import shards
+from dnpo.stages import files
 from dnpo.stages.files import load_sequences, read_split, write_trained
 from dnpo.stages.plan import Facts, Run, Task, verb
 from dnpo.store import Report
@@ -80,15 +80,15 @@ def _encode(
     context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
     longest = min(run.data.max_prompt_tokens, context - run.limit)
     drop = run.data.long_responses == "drop"
-    files = {split: Prompt, f"{split}-human": Response, f"{split}-given": Response}
+    kinds = {split: Prompt, f"{split}-human": Response, f"{split}-given": Response}
 
-    def work(some: Sequence[Prompt]) -> shards.Made:
+    def work(some: Sequence[Prompt]) -> files.Shard:
         prompts, human, given, counts = _encode_some(policy, some, split, longest, run.limit, drop, report)
-        return dict(zip(files, (prompts, human, given), strict=True)), counts
+        return dict(zip(kinds, (prompts, human, given), strict=True)), counts
 
-    made = shards.Shards(folder, split, files)
-    report.advance(min(made.done * shards.SIZE, len(rows)))
-    parts = (rows[first : first + shards.SIZE] for first in range(0, len(rows), shards.SIZE))
+    made = files.Shards(folder, split, kinds)
+    report.advance(min(made.done * files.SIZE, len(rows)))
+    parts = (rows[first : first + files.SIZE] for first in range(0, len(rows), files.SIZE))
     found = made.make(parts, work)
     counts: Counter[str] = Counter()
     for each in found:

@@ -1,26 +1,31 @@
-"""The five verbs of an iteration: each reads its inputs, calls one part, and writes the results.
+"""The verbs of an iteration: each reads its inputs, calls one part, and writes the results.
+
+There are the five of ``loop.py``, and three that prepare what training reads: ``arrange`` chooses and weighs pairs,
+``reference`` and ``keep_hidden`` compute the reference's numbers.
 
 A stage's result depends only on the settings in the decorator above its function and on the inputs that ``loop.py``
 passes. Raise the version when a change of the code changes the results.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnpo import dsl, ranks
+from dnpo.data.curriculum import Context, NoCurriculum
 from dnpo.data.prompts import All
-from dnpo.errors import DataError, DnpoError, JudgeError
+from dnpo.errors import DataError, Declined, DnpoError, JudgeError
 from dnpo.judges import ask, check_verdicts, tally
 from dnpo.optimise.parts import MatchedOffset, MovingAverage
-from dnpo.records import HUMAN, Pair, Verdict, mean_over_steps, policy_source, write_preferences
+from dnpo.records import HUMAN, Pair, Verdict, mean_over_steps, policy_source, read, write, write_preferences
 from dnpo.seeding import derive
 from dnpo.settings import part_key
-from dnpo.stages import live, shards
+from dnpo.stages import files, live
 from dnpo.stages.files import load_pairs, open_candidates, open_split, open_train, read_split, write_trained
 from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, only_if, verb
-from dnpo.store import manifest, write_json
+from dnpo.store import Stage, manifest, write_json
 from dnpo.tables import Rows
 
 if TYPE_CHECKING:
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
     from dnpo.judges import Judge
     from dnpo.optimise.ema import Average
     from dnpo.optimise.npo import NoiseModule
-    from dnpo.optimise.parts import Noise
+    from dnpo.optimise.parts import Cache, Noise
     from dnpo.policy.model import Policy
 
 
@@ -99,16 +104,16 @@ def judge(run: Run, plan: Plan, task: Task) -> Facts:
     """Judge the candidates for pairs: the iteration's responses, and the human ones if they are admitted."""
     train, candidates = open_train(plan, task.inputs["prompts"]), open_candidates(plan, task.inputs)
     judge, total = _ready(run, plan, task), len(candidates) + len(train.human) * plan.dsl.admits_human
-    size = shards.SIZE if judge.in_shards else len(train.prompts)
+    size = files.SIZE if judge.in_shards else len(train.prompts)
 
-    def work(some: shards.Candidates) -> shards.Made:
+    def work(some: files.Candidates) -> files.Shard:
         responses = [*(some.human if plan.dsl.admits_human else ()), *some.others[0]]
-        report = task.report if len(responses) == total else shards.Portion(task.report, len(responses))
+        report = task.report if len(responses) == total else files.Portion(task.report, len(responses))
         return {"verdicts": ask(judge, some.prompts, responses, run.ledger, report)}, {}
 
-    made = shards.Shards(task.folder, "verdicts", {"verdicts": Verdict})
+    made = files.Shards(task.folder, "verdicts", {"verdicts": Verdict})
     task.report.begin(total, "verdicts", total * min(made.done * size, len(train.prompts)) // len(train.prompts))
-    made.make(shards.divide(train, size, candidates), work)
+    made.make(files.divide(train, size, candidates), work)
     verdicts = Rows.open([task.folder / "verdicts.parquet"], Verdict)
     try:
         check_verdicts(judge, verdicts, task.report)
@@ -150,11 +155,11 @@ def label(run: Run, plan: Plan, task: Task) -> Facts:
     """
     train, generated = open_train(plan, task.inputs["prompts"]), open_candidates(plan, task.inputs)
     judged = [task.inputs["verdicts"] / "verdicts.parquet"] if "verdicts" in task.inputs else []
-    verdicts = shards.split_by_source(Rows.open(judged, Verdict), HUMAN)
+    verdicts = files.split_by_source(Rows.open(judged, Verdict), HUMAN)
     hard = isinstance(plan.strength, dsl.HardLabels)
     compare = getattr(_ready(run, plan, task), COMPARE) if plan.strength.asks else None
 
-    def work(some: shards.Candidates) -> shards.Made:
+    def work(some: files.Candidates) -> files.Shard:
         responses, *scored = some.others
         judged = [verdict for part in scored for verdict in part]
         pairs, counts = dsl.label_some(plan.dsl, some.prompts, some.human, responses, judged, plan.k)
@@ -164,9 +169,9 @@ def label(run: Run, plan: Plan, task: Task) -> Facts:
         task.report.advance(len(some.prompts))
         return {"pairs": pairs}, counts._asdict()
 
-    made = shards.Shards(task.folder, "pairs", {"pairs": Pair})
-    task.report.begin(len(train.prompts), "prompts", min(made.done * shards.SIZE, len(train.prompts)))
-    found = made.make(shards.divide(train, shards.SIZE, generated, *verdicts), work)
+    made = files.Shards(task.folder, "pairs", {"pairs": Pair})
+    task.report.begin(len(train.prompts), "prompts", min(made.done * files.SIZE, len(train.prompts)))
+    found = made.make(files.divide(train, files.SIZE, generated, *verdicts), work)
     counts = dsl.add_up([dsl.Counts(**each) for each in found])
     pairs = Rows.open([task.folder / "pairs.parquet"], Pair)
     if not pairs:
@@ -175,6 +180,92 @@ def label(run: Run, plan: Plan, task: Task) -> Facts:
         counts["strength"] = sum(pairs.column("strength")) / len(pairs)
     write_preferences(task.folder / "pairs.jsonl", pairs)
     return dict(counts)
+
+
+@only_if(lambda plan: not isinstance(plan.curriculum, NoCurriculum))
+@verb(
+    "curriculum",
+    1,
+    lambda run, plan: {"curriculum": part_key(plan.curriculum), "seed": run.seed, "iteration": plan.k},
+    reads=lambda plan: {
+        *("prompts", "pairs", *map(name_earlier, range(1, plan.curriculum.reads_history + 1))),
+        *(["initial"] if plan.curriculum.embeds else []),
+    },
+)
+def arrange(run: Run, plan: Plan, task: Task) -> Facts:
+    """Choose the pairs to train on, and their weights, from this iteration's pairs and earlier ones.
+
+    Raises:
+        DataError: the curriculum leaves no pair.
+    """
+    inputs = task.inputs
+    pairs = read(inputs["pairs"] / "pairs.parquet", Pair)
+    earlier = map(name_earlier, range(1, plan.curriculum.reads_history + 1))
+    history = [read(inputs[name] / "pairs.parquet", Pair) for name in earlier if name in inputs]
+
+    def embed(some: Sequence[Pair]) -> Any:
+        from dnpo.data.curriculum.embedding import embed_by_policy
+
+        return embed_by_policy(run.policy(inputs, "initial"), task.report)(some)
+
+    rows, facts = plan.curriculum(pairs, history, Context(derive(run.seed, "curriculum", plan.k), plan.k, embed))
+    if not rows:
+        raise DataError(f"iteration {plan.k}: curriculum=… leaves no pair to train on ({facts})")
+    write(task.folder / "pairs.parquet", rows, Pair)
+    write_preferences(task.folder / "pairs.jsonl", rows)
+    return {**facts, "trained": len(rows), "earlier": sum(pair.iteration != plan.k for pair in rows)}
+
+
+def name_earlier(number: int) -> str:
+    """Name the input with the pairs of the iteration that is ``number`` iterations back."""
+    return f"pairs_{number}"
+
+
+@only_if(lambda plan: plan.reads_reference and plan.reference != "ema" and not plan.rollout.live)
+@verb("reference", 1, lambda run, plan: {"autocast": plan.trainer.autocast}, shared=True)
+def reference(run: Run, plan: Plan, task: Task) -> Facts:
+    """Compute the reference's log-probabilities of the pairs."""
+    from dnpo.optimise.reference import score
+
+    start, rows = run.policy(task.inputs), load_pairs(task.inputs["pairs"])
+    score(start, rows, autocast=plan.trainer.autocast, folder=task.folder, report=task.report)
+    return {"pairs": len(rows), "weights": start.fingerprint()}
+
+
+def cache_mode(plan: Plan) -> tuple["Cache", bool]:
+    """Whether the reference's hidden states are kept, and whether they include the states of chosen tokens."""
+    modes = {plan.npo.cache_hidden if plan.npo.reads_states else "off", getattr(plan.objective, "keeps_states", "off")}
+    mode: Cache = "on" if "on" in modes else "auto" if "auto" in modes else "off"
+    return mode, getattr(plan.objective, "keeps_states", "off") != "off"
+
+
+@verb(
+    "hidden",
+    1,
+    lambda run, plan: {"autocast": plan.trainer.autocast, **({"both": True} if cache_mode(plan)[1] else {})},
+    title="hidden states",
+    shared=True,
+)
+def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
+    """Keep the reference's hidden states of rejected tokens, or of all completion tokens."""
+    from dnpo.optimise import reference
+
+    rows = load_pairs(task.inputs["pairs"])
+    mode, both = cache_mode(plan)
+    if mode == "auto" and plan.trainer.passes(len(rows)) <= 1:
+        raise Declined  # a single epoch reads nothing twice
+    start = run.policy(task.inputs)
+    facts = reference.keep_hidden(
+        start,
+        rows,
+        autocast=plan.trainer.autocast,
+        required=mode == "on",
+        folder=task.folder,
+        report=task.report,
+        both=both,
+        setting="objective.cache_hidden" if both else "npo.cache_hidden",
+    )
+    return {**facts, "weights": start.fingerprint()}
 
 
 def _training_key(run: Run, plan: Plan) -> dict[str, Any]:
@@ -318,6 +409,33 @@ def _mean_shift(folder: Path) -> float:
     """By how much noise lowered the reference's log-probability of rejected responses, averaged over training steps."""
     steps = json.loads((folder / "steps.json").read_text())
     return mean_over_steps(steps, "npo/shift") if steps else 0.0
+
+
+def find_aids(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pairs: Stage | None) -> dict[str, Stage]:
+    """Lay out the stages that only save work in training: hidden states, if they are read and kept.
+
+    Args:
+        frozen: the reference; None for the base model.
+    """
+    if cache_mode(plan)[0] == "off" or plan.rollout.live or plan.reference == "ema":
+        return {}
+    return {"hidden": keep_hidden(run, plan, prompts=prompts, policy=frozen, pairs=pairs)}
+
+
+def match(run: Run, plan: Plan, *, prompts: Stage, pairs: Stage | None, **others: Stage | None) -> Stage | None:
+    """Lay out the training whose mean shift ``plan.npo`` matches, if any; a run with that noise shares the stage."""
+    noisy = with_matched_noise(plan)
+    if noisy is None:
+        return None
+    aids = find_aids(run, noisy, prompts, others["frozen"], pairs)
+    stage = optimise(run, noisy, prompts=prompts, pairs=pairs, aids=aids, **others)
+    return replace(stage, title=f"iteration {plan.k} · match")
+
+
+def with_matched_noise(plan: Plan) -> Plan | None:
+    """The same plan with the noise that its ``npo`` matches; None if it matches none."""
+    like = plan.npo.like
+    return None if like is None else replace(plan, npo=like)
 
 
 def _evaluation_key(run: Run, plan: Plan | None) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from dnpo.policy.model import Policy, device_of
 from dnpo.running.gate import machine
 from dnpo.running.gate.finding import Finding
 from dnpo.running.gate.machine import Counts, ModelShape
-from dnpo.stages.inputs import cache_mode, with_matched_noise
 from dnpo.stages.plan import Iteration, Plan, Run
+from dnpo.stages.verbs import cache_mode, with_matched_noise
 from dnpo.store import Stage, Store
 
 
