@@ -1,8 +1,8 @@
 """Figures and tables of the DNPO paper, drawn from tracked runs. ``python -m analysis --list`` lists them.
 
-Each has a script that selects runs, computes numbers and draws. The scripts share ``selection.py`` (which runs are
-compared, and notes on the others), ``results.py`` (numbers with intervals), ``comparing.py`` (rows of tables),
-``densities.py`` and ``branching.py`` (each shared by two figures), ``drawing.py`` (the style of all figures),
+Each figure or table has a script that selects runs, computes numbers and draws. The scripts share ``selection.py`` (the
+runs that are compared, and notes on the others), ``results.py`` (numbers with intervals), ``comparing.py`` (rows of
+tables), ``densities.py`` and ``branching.py`` (each shared by two figures), ``drawing.py`` (the style of all figures),
 ``published.py`` (the numbers that the paper prints), ``keeping.py`` (files and MLflow) and ``command.py`` (the command
 line).
 """

@@ -1,4 +1,4 @@
-"""Figures 8 and 13: benchmark scores of methods that branch off the SPIN chain, as bars."""
+"""Figures 8 and 13: bars with benchmark scores of methods that branch off the SPIN chain."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -8,7 +8,7 @@ Writes ``claims.md``, ``claims.csv``, ``claims.json`` and ``claims.tex`` and log
 ``claims.json`` is also logged with the sweeps that were read. The exit status is 1 if no claim could be measured, or if
 a sweep failed.
 
-``claims_book.py`` explains the file of claims and ``claims_rules.py`` the rule that decides. ``claims_measures.py`` has
+``claims_book.py`` explains the file of claims, and ``claims_rules.py`` the decision rule. ``claims_measures.py`` has
 the measures, and ``claims_assess.py`` computes them from runs.
 """
 
@@ -178,11 +178,11 @@ def run_missing(book: Book, options: argparse.Namespace, where: Mapping[str, str
 def missing_seeds(
     book: Book, sweep: str, options: argparse.Namespace, where: Mapping[str, str], seeds: Sequence[int]
 ) -> list[int]:
-    """The seeds for which a claim on this sweep lacks a finished run."""
+    """The seeds without a finished run that a claim on this sweep needs."""
     try:
         database = Database(options.uri, options.experiment)
     except TrackingError:
-        database = None  # nothing has been tracked there yet
+        database = None  # nothing is tracked there yet
     tracked = Tracked.of(book, database, where, seeds)
     claims = [claim for claim in book.claims if claim.sweep == sweep]
     return [seed for seed in seeds if any(tracked.missing(claim, seed) for claim in claims)]

@@ -1,8 +1,8 @@
 """Compute the outcome of every claim from tracked runs.
 
 Options and settings (``arms`` in the file of claims) decide which runs of a sweep belong to an arm. A run's iteration k
-belongs to its arm only if the parts that define the arm are in force at k. So the branches of a sweep such as
-``ablation`` contribute their last iteration only, the chains of ``main`` all of their iterations.
+belongs to its arm only if the parts that define the arm have started at k. So a branch in a sweep such as ``ablation``
+contributes only its last iteration, and a chain of ``main`` all of its iterations.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from dnpo.stats.intervals import Estimate
 from dnpo.stats.significance import holm
 from dnpo.tracking.reading import SFT, Database, TrackedRun
 
-PARTS = ("dsl", "npo")  # each is in force from its `start` on
+PARTS = ("dsl", "npo")  # each acts from its `start` on
 
 
 # --- the runs --------------------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class Tracked:
         return sorted({run.seed for run in self.runs[sweep]})
 
     def policy(self, sweep: str, arm: str, seed: int, iteration: int | str) -> TrackedPolicy | None:
-        """One policy of an arm, from the newest run that has it; None if no run has it."""
+        """One policy of an arm, from the newest run that has it; None if there is none."""
         tags = self.arms[arm]
         for run in self.runs[sweep]:
             if (
@@ -103,7 +103,7 @@ def _has(run: TrackedRun, name: str, value: str) -> bool:
 
 
 def in_force(run: TrackedRun, iteration: int | str) -> bool:
-    """Whether a run has the iteration, and all parts that define its arm are in force there; always true of SFT."""
+    """Whether a run has the iteration, and all parts that define its arm have started there; always true of SFT."""
     if iteration == SFT:
         return True
     k = int(iteration)
@@ -127,8 +127,7 @@ class Result:
 
     Attributes:
         by: the effect by iteration, if both sides have the same iterations.
-        reason: why it was not measured.
-        runs: the runs that it was measured on.
+        reason: why it was not measured. runs: the runs that the measurement used.
     """
 
     claim: Claim
@@ -163,13 +162,13 @@ def _decide_one(result: Result, p_holm: float) -> Result:
 
 
 def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
-    """Measure one claim, without the correction over all.
+    """Measure one claim, without the correction over all claims.
 
     Args:
-        methods: whether its arms may differ in anything that methods choose.
+        methods: whether its arms may differ in all settings of methods.
 
     Raises:
-        DataError: it cannot be measured; says why.
+        DataError: it cannot be measured; the message gives the reason.
     """
     tracked_seeds = tracked.seeds(claim.sweep)
     lacking = {seed: missing for seed in tracked_seeds if (missing := tracked.missing(claim, seed))}
@@ -203,7 +202,7 @@ def _lacking(sweep: str, lacking: Mapping[int, Sequence[str]], unfinished: int) 
 
 
 def _with_premise(claim: Claim, premise: Premise, tracked: Tracked, seeds: Sequence[int]) -> tuple[list[int], str]:
-    """The seeds for which the premise holds, and a note on how many they are."""
+    """The seeds for which the premise holds, and a note on their number."""
     iteration = claim.sides[0][0].iterations[-1]
     valid = []
     for seed in seeds:
@@ -284,7 +283,7 @@ def _combine(values: Sequence[Values], times: float) -> Values:
 
 
 def _by_iteration(claim: Claim, tracked: Tracked, seeds: Sequence[int]) -> dict[str, Estimate]:
-    """The effect at each iteration, as a description without a test."""
+    """The effect at each iteration, without a test."""
     a, b = claim.sides
     if len(a) != 1 or len(b) > 1 or len(a[0].iterations) < 2 or (b and b[0].iterations != a[0].iterations):
         return {}

@@ -39,8 +39,8 @@ class Sweep(Strict):
 
     Attributes:
         overrides: settings that ``--run`` adds to its command.
-        where_installed: more of them, by the packages that they need.
-        methods: whether its arms are methods, which may differ in more than labels and noise.
+        where_installed: further settings, by the packages that they need. methods: whether its arms are methods, which
+            may differ in more than labels and noise.
     """
 
     overrides: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Claim(Strict):
         measure: a name in ``claims_measures``.
         a, b: an arm and iterations, such as ``dnpo@1,2,3``, for the mean over these iterations; ``+`` adds several. The
             effect is a − b.
-        relation, target, margin: where the effect lies according to the claim, in its unit.
+        relation, target, margin: the region of the effect according to the claim, in its unit.
         times: factor that converts values to the unit.
         matters: settings of optional measures, such as ``second_judge.``, in which its runs must agree.
         caveat: a limitation of the measure that a reader must know.
@@ -87,7 +87,7 @@ class Claim(Strict):
 
     @property
     def region(self) -> Region:
-        """Where the effect lies according to the claim."""
+        """The region of the effect according to the claim."""
         return region(self.relation, self.target, self.margin)
 
     @property
@@ -110,7 +110,7 @@ class Book:
 
     Attributes:
         scale: the data and model on which claims are measured, unless a claim gives another.
-        sweeps: by name, in the order in which they are run.
+        sweeps: the sweeps by name, in the order in which they are run.
         arms: the options and settings by which the runs of each arm are recognised.
     """
 

@@ -1,8 +1,8 @@
-"""Measures for claims: each gives one number for a policy of a tracked run, or one number for each held-out prompt.
+"""Measures for claims: each computes one number for a policy of a tracked run, or one for each held-out prompt.
 
-Every measure is a pure function of data that a run has tracked. ``MEASURES`` and ``BETWEEN`` give them the names that
-``claims.yaml`` uses. ``claims_assess.py`` takes differences and means over iterations and seeds, the same way for all
-measures. Missing data raise :class:`~dnpo.errors.DataError`, and the claim is then not measured.
+Every measure is a pure function of data that a run has tracked. ``MEASURES`` and ``BETWEEN`` have the names that
+``claims.yaml`` uses. ``claims_assess.py`` computes differences and means over iterations and seeds, in the same way for
+all measures. If data are missing, a measure raises :class:`~dnpo.errors.DataError`, and the claim is not measured.
 
 Items are rows of ``items/NAME.parquet``; steps are the metrics of each training step.
 """
@@ -78,7 +78,7 @@ class TrackedPolicy:
 
 
 def by_prompt(items: Sequence[Row], column: str = "score", kind: str = "sample") -> dict[str, float]:
-    """The mean of a column over the responses of one kind to each prompt; NaN if none of them has a value.
+    """The mean of a column over the responses of one kind to each prompt; NaN if no response has a value.
 
     Args:
         column: ``score`` or ``second`` (0-100) or ``right`` (0 or 1).
@@ -109,7 +109,7 @@ def as_good_as_human(items: Sequence[Row], column: str = "score") -> dict[str, f
 
 
 def duels(ours: Sequence[Row], theirs: Sequence[Row], column: str = "score") -> dict[str, float]:
-    """For each prompt, ours' share of wins minus its share of losses, with every sample compared with every other.
+    """For each prompt, our share of wins minus our share of losses, over all pairs of our and their samples.
 
     Between −1 and 1; ties count for neither side. NaN if one side has no score.
     """
@@ -166,7 +166,7 @@ def mean_over_steps(steps: Sequence[Row], name: str, otherwise: str = "") -> flo
     """The mean of a metric over the steps of one training, each weighted by its rows.
 
     Args:
-        otherwise: the metric to use if no step has the first; a training without noise has no noisy margin.
+        otherwise: the metric to use if no step has ``name``; for example, a training without noise has no noisy margin.
     """
     chosen = otherwise if otherwise and all(name not in step for step in steps) else name
     _series(steps, chosen)
@@ -189,7 +189,7 @@ def correlation(steps: Sequence[Row], first: str, second: str, detrended: bool =
 
 
 def rise_within_epochs(steps: Sequence[Row], name: str, epochs: int) -> float:
-    """The rise of a metric within an epoch: that of its least-squares line, averaged over epochs."""
+    """The rise of a metric's least-squares line within an epoch, averaged over epochs."""
     series = _epochs(steps, name, epochs)
     place = np.arange(series.shape[1])
     slopes = [float(np.polyfit(place, epoch, 1)[0]) for epoch in series]

@@ -1,16 +1,16 @@
 """Decide whether a claim is supported, contradicted or undecided: the rule, as pure functions.
 
-A claim says where an effect lies: above or below a target (``greater``, ``less``), not below or not above it by more
-than a margin (``at_least``, ``at_most``), or within a margin around it (``within``). This open interval is the claim's
-region. With the effect's 95 % t interval over seeds and items, which is wide if seeds are few, the claim is
+A claim states a region for an effect, an open interval: above or below a target (``greater``, ``less``), not below or
+not above it by more than a margin (``at_least``, ``at_most``), or within a margin around it (``within``). The effect
+has a 95 % t interval over seeds and items, which is wide if there are few seeds. The claim is
 
-    supported      if the interval lies inside the region, and p ≤ 0.05 after Holm's correction;
-    contradicted   if it lies wholly outside the region, with the same p;
-    undecided      otherwise, and always with fewer than three seeds.
+    supported      if the interval lies inside the region, and p ≤ 0.05 after Holm's correction; contradicted if the
+    interval lies outside the region, with the same p; undecided      otherwise, and always with fewer than three seeds.
 
-p comes from a two-sided test against the region's bound, the larger one if there are two bounds. A paired difference
-over items that is compared with 0 takes its p from ``dnpo.stats.paired``. Holm's correction is over all claims of the
-file. A claim that was not measured counts with p = 1, so measuring fewer claims makes none easier to support.
+p comes from a two-sided test against the region's bound; with two bounds it is the larger p. If a paired difference
+over items is compared with 0, p comes from ``dnpo.stats.paired``. Holm's correction is over all claims of the file. A
+claim that was not measured counts with p = 1, so a claim does not become easier to support if fewer claims are
+measured.
 
 Shapes: S seeds, I items.
 """
@@ -43,7 +43,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Region:
-    """Where an effect lies according to a claim: between low and high, both excluded."""
+    """The region of an effect according to a claim: between low and high, both excluded."""
 
     low: float
     high: float
@@ -59,7 +59,7 @@ class Sample:
     """The values of both sides, seeds × items; the effect is a − b.
 
     Attributes:
-        by_item: whether the columns are items; if not, there is one column, with one value for each seed.
+        by_item: whether the columns are items; otherwise there is one column, with one value for each seed.
     """
 
     a_SI: Array

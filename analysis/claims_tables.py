@@ -90,7 +90,7 @@ def format_effect(result: Result) -> str:
 
 
 def format_claim(claim: Claim) -> str:
-    """Where the effect lies according to the claim, such as ``≥ 0 (margin 1)``."""
+    """The region of the effect according to the claim, such as ``≥ 0 (margin 1)``."""
     target, margin = f"{claim.target:g}".replace("-", "−"), f"{claim.margin:g}"
     if claim.relation == "within":
         return f"{target} ± {margin}"
@@ -107,7 +107,7 @@ def interval(estimate: Estimate, digits: int, signed: bool) -> str:
 
 
 def number(value: float, digits: int, signed: bool = False) -> str:
-    """Format a number with ``digits`` decimals; what rounds to zero has no minus sign."""
+    """Format a number with ``digits`` decimals; a number that rounds to zero has no minus sign."""
     return format(value, f"{'+' if signed else ''}z.{digits}f").replace("-", "−")
 
 
@@ -138,7 +138,7 @@ def ranges(places: Sequence[int]) -> str:
 
 
 def caption(results: Sequence[Result], about: str) -> list[str]:
-    """The counts of outcomes with what was read, and the rule."""
+    """The counts of outcomes, the runs that were read, and the rule."""
     return [f"{count_outcomes([r.outcome for r in results]).capitalize()}. {about}", rule(len(results))]
 
 

@@ -26,7 +26,7 @@ from dnpo.tracking.reading import Database
 from dnpo.wording import plural
 
 HERE = Path(__file__).parent
-ANY = "any"  # as a sweep: runs of every sweep and of none
+ANY = "any"  # in place of a sweep: all runs, in any sweep or in none
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sweeps = asked.sweep or ([] if asked.runs else [sweep])
         return select(database, [name for name in sweeps if name != ANY], asked.runs, tags)
 
-    if asked.sweep or asked.runs:  # then all scripts have the same selection
+    if asked.sweep or asked.runs:  # if given, all scripts have the same selection
         try:
             runs("")
         except DnpoError as error:
@@ -203,7 +203,7 @@ def _title(path: Path) -> str:
 
 
 def _read_aliases(path: Path) -> Sequence[str]:
-    """Other names of a script, such as that of a second figure it contains."""
+    """Other names of a script, such as the name of a second figure in it."""
     return getattr(load(path), "ALSO", ())
 
 

@@ -42,7 +42,7 @@ class Comparisons:
 
     @classmethod
     def of(cls, cells: Cells) -> "Comparisons":
-        """Begin a table of the benchmarks that all cells have, and their average."""
+        """Begin a table of the benchmarks that all cells have, and of their average."""
         those = benchmarks(cells)
         return cls(cells, [*those, average(those)])
 
@@ -120,7 +120,7 @@ def detectable(comparisons: Sequence[Against], scale: float = 100.0, unit: str =
 
 
 def collect_notes(comparisons: Sequence[Against]) -> list[str]:
-    """The notes of the comparisons, each once; :func:`describe_cells` has the one on a single seed."""
+    """The notes of the comparisons, each once; :func:`describe_cells` has the note on a single seed."""
     counts = Counter(note for each in comparisons for note in each.notes if not note.startswith("one seed"))
     return [
         f"{note[0].upper()}{note[1:]} ({number} of {plural(len(comparisons), 'comparison')})."
@@ -147,6 +147,6 @@ def label(method: str, iteration: Iteration) -> str:
 
 
 def last(paper: Mapping[tuple[str, Iteration], Sequence[float]], method: str, iteration: Iteration) -> float | None:
-    """The average that the paper prints; None if it prints none."""
+    """The average in the paper; None if there is none."""
     row = paper.get((method, iteration))
     return None if row is None else row[-1]

@@ -1,4 +1,4 @@
-"""What methods achieve and what they spend: the numbers of table 2 and figure 14.
+"""Results and costs of methods: the numbers of table 2 and figure 14.
 
 Totals are over the iterations of a run, without the fine-tuning that all runs share and without measuring.
 """
@@ -18,18 +18,18 @@ MEASURING = ("evaluate", "drift", "initial", "second", "texts", "leaderboard", "
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run has spent by its end."""
+    """A total cost of a run."""
 
     metric: Metric
     of: Callable[[TrackedRun], float]
 
     def __call__(self, cells: Cells, method: str) -> Array:
-        """What each seed of a method spent. Shape S × 1."""
+        """The cost of each seed of a method. Shape S × 1."""
         return np.array([[self.of(run)] for run in cells.at_end(method)])
 
 
 def add_up(name: str) -> Cost:
-    """The sum of a count over iterations; an iteration that lacks it counts 0, as nothing was generated or judged."""
+    """The sum of a count over iterations; an iteration without it counts 0, since nothing was generated or judged."""
 
     def total(run: TrackedRun) -> float:
         return float(sum(row.get(name) or 0 for row in run.table if row["iteration"] != SFT))
@@ -48,7 +48,7 @@ SECONDS = Cost(replace(metric("seconds"), title="Time without measuring", digits
 COSTS = (add_up("generated/tokens"), add_up("trained/tokens"), add_up("judge/verdicts"), SECONDS)
 KL = PolicyMeasure(metric("drift/initial"))
 LENGTH = PolicyMeasure(metric("eval/tokens"))
-BEGINNING = "fine-tuned"  # the policy that all methods begin with
+BEGINNING = "fine-tuned"  # label of the policy that all methods begin with
 
 
 def quality(cells: Cells) -> tuple[PolicyMeasure, PolicyMeasure]:
@@ -57,7 +57,7 @@ def quality(cells: Cells) -> tuple[PolicyMeasure, PolicyMeasure]:
 
 
 def beginning(cells: Cells) -> Cells:
-    """The policy that all methods begin with, as of the first run of each seed."""
+    """The policy that all methods begin with, from the first run of each seed."""
     return replace(cells, runs={(BEGINNING, SFT, run.seed): run for run in reversed(cells.used)})
 
 

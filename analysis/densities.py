@@ -20,7 +20,7 @@ QUANTITIES = {"per token": "log-probability per token, nats", "summed": "log-pro
 
 
 def draw(runs: Runs, method: str, title: str) -> DrawnFigure:
-    """Draw one method's samples, pooled over seeds: a column for each iteration, per token above and summed below."""
+    """Draw one method's samples, pooled over seeds: a column for each iteration; per token above, summed below."""
     cells = runs.chains().only([method], lambda k: k != SFT)
     iterations = cells.iterations
     samples = {k: _samples(cells, method, k) for k in iterations}
@@ -95,7 +95,7 @@ def _values(loaded: dict[str, Array], name: str, quantity: str) -> Array:
 
 
 def _distances(samples: Sequence[dict[str, Array]], quantity: str) -> list[float]:
-    """The distance for each seed, without new samples equal to the human response; training leaves out such pairs."""
+    """The distance for each seed, without new samples equal to the human response, since training omits such pairs."""
     distances = []
     for loaded in samples:
         compared = loaded["compared"].astype(bool)

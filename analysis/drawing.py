@@ -21,7 +21,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "figure.titlesize": 11,
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # show $ in names literally
     "svg.hashsalt": "dnpo",  # the same numbers give the same file
 }
 DPI = 300
@@ -40,7 +40,7 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 
 def finish(figure: Figure, title: str, foot: str, key: Axes | None = None) -> Figure:
-    """Add the title above and the footer below; with ``key``, that panel's legend under the title."""
+    """Add the title above and the footer below; if ``key`` is a panel, also its legend under the title."""
     wide = int(figure.get_figwidth() * 72 / (STYLE["figure.titlesize"] * 0.5))
     lines = textwrap.wrap(title, wide)
     figure.suptitle("\n".join(lines) + "\n " * (key is not None))
@@ -80,13 +80,13 @@ def foot(cells: Cells, rows: Sequence[Mapping[str, Any]], shows: str, *more: str
 
 
 def whiskers(cells: Cells, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Say what the intervals are over."""
+    """A sentence on the intervals: over items, seeds or both."""
     over = ["items"] * any(row["items"] > 1 for row in rows) + ["seeds"] * (len(cells.seeds) > 1)
     return f"Whiskers: 95 % t intervals over {' and '.join(over)}" if over else "No intervals: one seed, and no items"
 
 
 def lines(axis: Axes, rows: Sequence[Mapping[str, Any]], iterations: Sequence[Iteration]) -> None:
-    """Draw a line over iterations for each method, with intervals, shifted a little so that none hides another."""
+    """Draw a line over iterations for each method, with intervals; lines are shifted so that all are visible."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     place = {k: i for i, k in enumerate(iterations)}
     for number, method in enumerate(methods):

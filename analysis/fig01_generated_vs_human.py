@@ -1,4 +1,4 @@
-"""Figure 1: how often a generated response is as good as the human one, or better, after each iteration."""
+"""Figure 1: how often a generated response is at least as good as the human one, after each iteration."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""Figure 2: SPIN stagnates. Its next samples have the same log-probabilities as those that it just rejected."""
+"""Figure 2: SPIN stagnates. Its next samples have the same log-probabilities as the samples just rejected."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Figure 6: the judge's mean score of generated responses after each iteration, and of the human ones."""
+"""Figure 6: the judge's mean score of generated responses after each iteration, and of human responses."""
 
 import sys
 import textwrap
@@ -19,7 +19,7 @@ SWEEP = "main"
 
 
 def numbers(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
-    """A row for each method and iteration, and a last one for the human responses."""
+    """A row for each method and iteration; the last row is for the human responses."""
     measure = score(column)
     human = {"method": "human responses", "measure": measure.label, "mean": human_score(cells, column)}
     return [*over_iterations(cells, measure), human]

@@ -1,4 +1,4 @@
-"""Figure 8: one iteration of labels by quality, of noise and of both, each from the same SPIN model."""
+"""Figure 8: one iteration with labels by quality, with noise, and with both, each from the same SPIN model."""
 
 import sys
 

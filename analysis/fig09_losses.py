@@ -105,7 +105,7 @@ def _draw(axis: Any, x_ST: Array, shade: str) -> None:
     axis.plot(at, [each.value for each in estimates], color=shade, linewidth=1.8)
     low, high = float(x_ST.min()), float(x_ST.max())
     room = 0.05 * (high - low or 1.0)
-    axis.set_ylim(low - room, high + room)  # with few seeds the band may be far wider
+    axis.set_ylim(low - room, high + room)  # with few seeds the band may be much wider
     if estimates[0].low is not None:
         axis.fill_between(
             at, [e.low for e in estimates], [e.high for e in estimates], color=shade, alpha=0.15, linewidth=0
@@ -113,7 +113,7 @@ def _draw(axis: Any, x_ST: Array, shade: str) -> None:
 
 
 def _epochs(run: TrackedRun, steps: int) -> list[float]:
-    """The steps between one epoch and the next."""
+    """The steps at which a new epoch begins."""
     count = int(run.params.get("trainer.epochs", 1))
     return [] if int(run.params.get("trainer.steps", 0)) else [steps * i / count - 0.5 for i in range(1, count)]
 

@@ -1,4 +1,4 @@
-"""Figure 10: as figure 2, for DNPO, whose samples keep changing."""
+"""Figure 10: the same as figure 2 for DNPO, whose samples keep changing."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Figure 13: fixed against trainable noise (+NPO), and a constant of the same mean effect, which the paper lacks."""
+"""Figure 13: fixed against trainable noise (+NPO), and (not in the paper) a constant with the same mean effect."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Figure 14: what each method reaches against what it spends, and how far it moves from the initial policy."""
+"""Figure 14: the results of each method against its costs, and its distance from the initial policy."""
 
 import math
 import sys
@@ -53,7 +53,7 @@ def make(runs: Runs) -> DrawnFigure:
 
 
 def _row(cells: Cells, method: str) -> dict[str, Any]:
-    """All numbers of a method, each in the unit of its metric; items are those of the score."""
+    """All numbers of a method, each in the unit of its metric; the number of items is the score's."""
     found: dict[str, tuple[float, Array]] = {}
     for measure in (*quality(cells), KL, LENGTH):
         found[measure.name] = measure.metric.scale, reached(cells, measure, method)
@@ -66,7 +66,7 @@ def _row(cells: Cells, method: str) -> dict[str, Any]:
 
 
 def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
-    """Draw a point for each method, with the intervals that there are."""
+    """Draw a point for each method, with intervals if there are any."""
     for row in rows:
         look = RIVALS.get(row["method"], OTHER)
         axis.errorbar(
@@ -86,7 +86,7 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None
 
 
 def _scale(axis: Axes, values: Sequence[float]) -> None:
-    """Choose a scale with room for 0, logarithmic if methods differ by more than ten times."""
+    """Choose a linear scale with room for 0, or a logarithmic one if methods differ by more than ten times."""
     least, most = min((value for value in values if value > 0), default=1.0), max(values)
     if most > 10 * least:
         axis.set_xscale("symlog", linthresh=least)

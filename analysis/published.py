@@ -1,7 +1,7 @@
 """Numbers that the DNPO paper prints (arXiv 2502.05400), as shares, each with its table or figure.
 
-They were measured with a model of 7 billion parameters on the six benchmarks of the Open LLM Leaderboard. Figures
-overlay them only on runs in that setting. Tables show them in a separate column.
+They were measured with a model of 7 billion parameters on the six benchmarks of the Open LLM Leaderboard. Figures show
+them only with runs in that setting. Tables show them in a separate column.
 """
 
 from collections.abc import Iterable
@@ -64,5 +64,5 @@ DUEL = {3: (0.5751, 0.2807)}
 
 
 def comparable(runs: Iterable[TrackedRun]) -> bool:
-    """Whether all runs have the paper's setting, so that its numbers can be compared with theirs."""
+    """Whether all runs have the paper's setting, so that their numbers are comparable with the paper's."""
     return all(run.option("scale") == "7b" and run.params.get("eval.leaderboard", "None") != "None" for run in runs)

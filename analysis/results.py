@@ -1,6 +1,6 @@
 """Numbers with intervals over items and seeds, and paired comparisons of methods.
 
-Shapes: S seeds, I items. Where runs kept no items of a measure, I = 1 and its intervals are over seeds alone.
+Shapes: S seeds, I items. If runs kept no items of a measure, I = 1 and its intervals are over seeds only.
 """
 
 import os
@@ -36,9 +36,8 @@ class PolicyMeasure:
     """A quantity measured for each policy.
 
     Attributes:
-        metric: an entry of the catalogue, or one that runs do not track.
-        items: gives the values whose mean it is, by item, weighted so that their plain mean is the number in the table;
-            None if a run has not kept them.
+        metric: an entry of the catalogue, or a metric that runs do not track. items: returns the measure's values by
+            item, weighted so that their plain mean is the number in the table; None if a run has not kept them.
     """
 
     metric: Metric
@@ -84,7 +83,7 @@ def outcome(which: str, column: str = "score") -> PolicyMeasure:
 
 
 def benchmarks(cells: Cells) -> list[PolicyMeasure]:
-    """The benchmarks that every cell has: some of the paper's six, or else the families of the tiny world.
+    """The benchmarks that every cell has: some of the paper's six, or the families of the tiny world if there are none.
 
     Raises:
         Absent: no benchmark is tracked.
@@ -102,7 +101,7 @@ def benchmarks(cells: Cells) -> list[PolicyMeasure]:
 
 
 def average(measures: Sequence[PolicyMeasure]) -> PolicyMeasure:
-    """The mean over benchmarks. Each counts the same, however many items it has."""
+    """The mean over benchmarks. Each counts the same, for any number of items."""
 
     def items(run: TrackedRun, k: Iteration) -> Items | None:
         parts = [each.items(run, k) for each in measures]
@@ -194,7 +193,7 @@ def stack(items: Sequence[Items]) -> Array:
 
 
 def estimate(x_SI: Array) -> Estimate:
-    """The mean with its 95 % t interval, over items and seeds, or over seeds alone where there is one item.
+    """The mean with its 95 % t interval, over items and seeds, or only over seeds if there is one item.
 
     Items that lack a value under some seed are left out.
     """
@@ -278,7 +277,7 @@ def read_once(run: TrackedRun, path: str, read: Callable[[Path], Any]) -> Any:
 
 
 def _items(run: TrackedRun, iteration: Iteration) -> pa.Table | None:
-    """One row for each held-out response. It stays a table: Python objects would need a hundred times the memory."""
+    """One row for each held-out response, as a table: Python objects would take a hundred times the memory."""
     return read_once(run, item_path(iteration), pq.read_table)
 
 
@@ -290,7 +289,7 @@ def _columns(table: pa.Table, names: Sequence[str], **wanted: str) -> list[tuple
 
 
 def _read_samples(run: TrackedRun, iteration: Iteration, column: str, wanted: Sequence[int] | None) -> Items | None:
-    """By prompt, the mean score of its samples, or the share of them whose outcome against the human is wanted."""
+    """By prompt, the samples' mean score, or the share of samples with a wanted outcome against the human response."""
     table = _items(run, iteration)
     if table is None or column not in table.column_names or table[column].null_count == len(table):
         return None

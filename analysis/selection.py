@@ -20,13 +20,13 @@ Iteration = int | str
 SPIN, DSL, NPO, DNPO = palette.SPIN.name, palette.DSL.name, palette.NPO.name, palette.DNPO.name
 FIXED, CONSTANT = palette.FIXED.name, palette.CONSTANT.name
 METHODS = {options: method.name for options, method in palette.METHODS.items()}
-BEGINNING = (SFT, 0)  # what every method shares with SPIN
+BEGINNING = (SFT, 0)  # iterations that every method shares with SPIN
 
 COMPARED = ("iterations", "seed")  # these may differ between the runs of a comparison
-# Settings of measures that most figures do not show.
+# Settings of measures that few figures show.
 MEASURES = ("second_judge.", "eval.texts", "eval.leaderboard")
 DISTINGUISHING = ("dsl.", "npo.")  # these may differ between methods, not within one
-# Where all methods are compared, only these must be the same in all: what they begin with, and how they are measured.
+# If all methods are compared, only these settings must agree: they decide the first policy and the measurements.
 COMMON = (
     "data.",
     "model.",
@@ -35,7 +35,7 @@ COMMON = (
     "eval.",
     *(f"generate.{name}" for name in ("_target_", "temperature", "top_")),
 )
-JUDGED = "eval.judge"  # only the judge in force counts, which may be the labelling one
+JUDGED = "eval.judge"  # only the judge that evaluates counts, which may be the labelling one
 SHOWN = 6
 
 
@@ -45,21 +45,21 @@ class Absent(DnpoError):
 
 @dataclass(frozen=True)
 class Cells:
-    """The runs that count, by method, iteration and seed, and notes on those left out."""
+    """The runs that are used, by method, iteration and seed, and notes on the runs left out."""
 
     runs: Mapping[tuple[str, Iteration, int], TrackedRun]
     notes: tuple[str, ...] = ()
 
     @property
     def methods(self) -> list[str]:
-        """In the order of the paper, SPIN first."""
+        """The methods in the order of the paper, SPIN first."""
         order = list(dict.fromkeys([*METHODS.values(), *palette.RIVALS]))
         names = dict.fromkeys(method for method, _, _ in self.runs)
         return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
     @property
     def iterations(self) -> list[Iteration]:
-        """SFT, then 0, 1, …"""
+        """The iterations: SFT, then 0, 1, …"""
         return sorted({k for _, k, _ in self.runs}, key=lambda k: -1 if k == SFT else int(k))
 
     @property
@@ -96,7 +96,7 @@ class Cells:
         return [seed for seed in self.seeds if all((*side, seed) in self.runs for side in sides)]
 
     def at_end(self, method: str, seeds: Iterable[int] | None = None) -> list[TrackedRun]:
-        """A method's runs, in the order of their seeds, where only the last iteration of each run is a cell."""
+        """A method's runs, in the order of their seeds, if only the last iteration of each run is a cell."""
         of = {seed: run for (each, _, seed), run in self.runs.items() if each == method}
         return [of[seed] for seed in (self.seeds if seeds is None else seeds) if seed in of]
 
@@ -137,7 +137,7 @@ class Runs:
 
     Attributes:
         finished: the finished runs.
-        notes: on the runs left out.
+        notes: notes on the runs left out.
         asked: the selection in words.
     """
 
@@ -149,7 +149,7 @@ class Runs:
         """All iterations of every run.
 
         Args:
-            matters: settings of measures (some of ``MEASURES``) that must agree too because the measures are shown.
+            matters: settings of measures (some of ``MEASURES``) that must agree too, because the measures are shown.
 
         Raises:
             DataError: the runs differ in other settings than those that are compared.
@@ -184,7 +184,7 @@ class Runs:
         """The last iteration of every run, of any method, by the name of the method's option.
 
         Raises:
-            DataError: the runs begin differently or are measured differently, or those of one method differ.
+            DataError: the runs begin differently or are measured differently, or runs of one method differ.
         """
         refuse_judges(self.finished)
         cells = self._cells(
@@ -250,7 +250,7 @@ def select(
 
 
 def method_of(run: TrackedRun) -> str:
-    """The method of a run, by its labels and its noise; works in every sweep."""
+    """The method of a run, found from its labels and noise, in any sweep."""
     labels, noise = run.option("dsl") or "off", run.option("npo") or "off"
     return METHODS.get((labels, noise), f"{labels} labels, {noise} noise")
 
@@ -301,7 +301,7 @@ def refuse_mixture(
     name: Callable[[TrackedRun], str] | None = None,
     own: Callable[[str], bool] | None = None,
 ) -> None:
-    """Refuse runs that differ in more than what is compared.
+    """Refuse runs that differ in settings that are not compared.
 
     Labels (``dsl.*``) and noise (``npo.*``) may differ between methods but not within one. Every other setting that can
     change a result must be the same in all runs, except the seed.
@@ -309,8 +309,8 @@ def refuse_mixture(
     Args:
         differing_starts: whether runs of one method may start at different iterations, as branches do.
         matters: settings of measures that must agree too.
-        name: the method of a run; None: by its labels and its noise.
-        own: whether a setting may differ between methods; None: those of labels and noise.
+        name: returns the method of a run; None: found from labels and noise. own: returns whether a setting may differ
+            between methods; None: only settings of labels and noise may.
 
     Raises:
         DataError: names the settings, their values, and how to narrow the selection.
@@ -336,7 +336,7 @@ def refuse_mixture(
         by_seed: dict[tuple[int, str], list[TrackedRun]] = {}
         for run in members:
             by_seed.setdefault((run.seed, run.params.get("iterations", "")), []).append(run)
-        # A constant that matches a run differs between seeds, as that run does.
+        # A constant that matches a run differs between seeds, because the run does.
         note(members, [name for name in among if name != "npo.shift"])
         for same in by_seed.values():
             note(same, [name for name in among if name == "npo.shift"])
@@ -356,7 +356,7 @@ def refuse_mixture(
 
 
 def refuse_unlike(runs: Sequence[TrackedRun]) -> None:
-    """Refuse runs of any methods that begin differently or are measured differently, or unlike runs of one method.
+    """Refuse runs that begin differently or are measured differently, and different runs of one method.
 
     Raises:
         DataError: names the settings, their values, and how to narrow the selection.
@@ -371,7 +371,7 @@ def _option_of(run: TrackedRun) -> str:
 
 
 def _is_own(setting: str) -> bool:
-    """Whether a setting is the method's choice."""
+    """Whether a method chooses this setting."""
     return not setting.startswith(COMMON) or setting.startswith(JUDGED)
 
 
@@ -403,7 +403,7 @@ def _is_branch(run: TrackedRun) -> bool:
 
 
 def _starts(run: TrackedRun) -> list[int]:
-    """The iterations at which labels by score and noise begin, as far as the run has them."""
+    """The iterations at which labels by score and noise begin, if the run has them."""
     return [int(run.params.get(f"{part}.start", 0)) for part in ("dsl", "npo") if not _is_off(run, part)]
 
 

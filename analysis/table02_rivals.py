@@ -1,6 +1,6 @@
-"""Table 2: what each method reaches and what it spends, with what its source claims and whether that holds here.
+"""Table 2: results and costs of each method, with the claims of its source and whether they hold here.
 
-The claims are in ``claims_methods.yaml``. For some methods there are numbers that the DNPO paper prints.
+The claims are in ``claims_methods.yaml``. For some methods the table also has the DNPO paper's numbers.
 """
 
 import sys
@@ -22,7 +22,7 @@ from dnpo.stats.table import Cell, Table, table, with_words
 
 TITLE = "What each method reaches and what it spends"
 SWEEP = "methods"
-BASE = "spin"  # what the others are compared with
+BASE = "spin"  # the method that others are compared with
 CLAIMS = FILE.with_name("claims_methods.yaml")
 HERE: dict[Outcome, str] = {
     "supported": "holds",
@@ -34,7 +34,7 @@ PRINTED = {"dnpo": RIVALS[DNPO][-1], "alpha_spin": RIVALS["α-SPIN"][-1], "ppo":
 
 
 def make(runs: Runs) -> DrawnTable:
-    """Select, compare the last policies with SPIN's, add up what was spent, tabulate."""
+    """Select, compare the last policies with SPIN's, add up the costs, tabulate."""
     cells = runs.rivals()
     measures = (*quality(cells), KL, LENGTH)
     rows: dict[str, dict[str, Cell]] = {}
@@ -82,14 +82,14 @@ def make(runs: Runs) -> DrawnTable:
 
 
 def _track(book: Book, cells: Cells) -> Tracked:
-    """The selected runs as those of the claims."""
+    """The selected runs, in the form that claims read."""
     (sweep,) = book.sweeps
     runs = sorted(cells.used, key=lambda run: -run.started)
     return Tracked(book.arms, {sweep: runs}, {sweep: 0})
 
 
 def _add_claims(numbers: Table, found: Sequence[Result]) -> Table:
-    """Add what the source of each method claims, and whether it holds, one claim after the other."""
+    """Add the claims of each method's source, and whether they hold."""
     words: dict[str, dict[str, list[str]]] = {"claim": {}, "here": {}}
     for result in found:
         claim = result.claim

@@ -1,4 +1,4 @@
-"""Table 6: one iteration of labels by quality, of noise and of both, each from the same SPIN model."""
+"""Table 6: one iteration with labels by quality, with noise, and with both, each from the same SPIN model."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Table 7: fixed against trainable noise (+NPO), and a constant of the same mean effect, which the paper lacks."""
+"""Table 7: fixed against trainable noise (+NPO), and (not in the paper) a constant with the same mean effect."""
 
 import sys
 
@@ -13,7 +13,7 @@ SWEEP = "fixed_vs_trainable"
 
 
 def make(runs: Runs) -> DrawnTable:
-    """Select, compare with SPIN and trainable noise with both others in the same iteration, tabulate."""
+    """Select; compare all with SPIN, and trainable noise with both others, in the same iteration; tabulate."""
     cells = runs.branches(matters=["eval.leaderboard"]).only([SPIN, FIXED, NPO, CONSTANT])
     comparisons = Comparisons.of(cells)
     for k in cells.iterations:

@@ -1,1 +1,1 @@
-"""Speed and memory, against the obvious implementation and against TRL. One command each; see README.md."""
+"""Speed and memory, compared with a plain implementation and with TRL. Each has one command; see README.md."""

@@ -1,13 +1,13 @@
-"""Does training on rollouts end where it should? One-token responses, whose best distribution has a closed form.
+"""Does training on rollouts find the best policy? For responses of one token, the best policy has a closed form.
 
     python -m benchmarks.bandit                    # 5 seeds, 400 policy steps each
     python -m benchmarks.bandit --seeds 1 --steps 200
 
 A small random policy answers each prompt with one token of its vocabulary; every token has a known reward r. The policy
-with the largest expected reward less β times its KL to the reference is π* ∝ π_ref · exp(r / β). The command prints and
-draws the total-variation distance of the policy to π* (mean over prompts) during training: by the clipped ratio with
-whitened advantages or plain ones, in 4 policy steps on each rollout, and by REINFORCE with a baseline, in one. The
-first row is the distance of the reference, where training starts.
+π* ∝ π_ref · exp(r / β) has the largest expected reward minus β times its KL to the reference. The command prints and
+draws the total-variation distance from the policy to π* (mean over prompts) during training. There are three trainings:
+the clipped ratio with whitened or plain advantages, with 4 policy steps on each rollout; and REINFORCE with a baseline,
+with one step. The first row is the distance of the reference, where training starts.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Bandit:
 
     @classmethod
     def draw(cls, seed: int) -> "Bandit":
-        """A policy and normal rewards, 0 ± 1, in points of 0.01."""
+        """A policy, and rewards drawn from N(0, 1), in points of 0.01."""
         words = {f"w{i}": i for i in range(TOKENS)}
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), eos_token="w1", pad_token="w1"
@@ -83,7 +83,7 @@ class Bandit:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """The prompts, each as often as it is answered in a rollout."""
+        """The prompts, each repeated for its number of responses in a rollout."""
         return [Prompt(str(i), [], "", token_ids=[2 + i]) for i in range(PROMPTS) for _ in range(SAMPLES)]
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ def total_variation(one_PV: Tensor, other_PV: Tensor) -> float:
 
 
 class Answers:
-    """A source of rollouts: the policy answers every prompt some times, and the world knows the points."""
+    """A source of rollouts: the policy answers every prompt several times, and ``points_PV`` gives the points."""
 
     per_pass = 1
 

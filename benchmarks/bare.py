@@ -37,7 +37,7 @@ class Finder(PathFinder):
 
 
 def hide() -> None:
-    """Hide the packages from now on.
+    """Hide the packages.
 
     Raises:
         RuntimeError: one of them has been imported.

@@ -1,19 +1,18 @@
-"""Do the measures by which pairs are pruned find corrupted ones? Areas under the ROC curve, corruption by corruption.
+"""Do the measures that prune pairs find corrupted pairs? It prints areas under the ROC curve for each corruption.
 
     python -m benchmarks.corruption                             # by a sentence encoder
     python -m benchmarks.corruption --policy store/sft/…/policy # by the mean last hidden state of a policy
 
-The corrupted texts are made in matched pairs with the original ones: responses of the tiny world to questions that stay
-as they are, and functions of Python's standard library. The clusters are found on original texts and stay fixed, so a
-corrupted text can go to another cluster, but changes none. For each corruption the table has areas under the ROC curve,
-the probability that of a corrupted and an original text the corrupted one
+Each corrupted text is made from an original one: responses of the tiny world, whose questions are not changed, and
+functions of Python's standard library. The clusters are found on original texts and then fixed, so a corrupted text can
+be in another cluster, but does not change the clusters. For each corruption the table has areas under the ROC curve:
+the probability that, of a corrupted and an original text, the corrupted one
 
 - lies in the smaller cluster (``size``), or farther from the centre of its cluster (``distance``), with clusters of
-  other texts;
-- lies farther than its own original (``matched``);
-- lies farther with clusters of these very originals (``among``), as where few of many rows are corrupted.
+  other texts; - lies farther than the original that it is made from (``matched``); - lies farther, with clusters of
+  these originals (``among``), as if few of many rows were corrupted.
 
-0.5 is chance. The last table has the families of the tiny world that pruning takes.
+0.5 is chance. The last table shows how much of each family of the tiny world pruning removes.
 """
 
 import argparse
@@ -69,7 +68,7 @@ TEXT: dict[str, Corruption] = {"truncated": truncate, "words reordered": reorder
 
 
 def respond_in_pairs(problem: Problem, seed: int) -> dict[str, str]:
-    """A flawless response, under "", and the same with each flaw of the tiny world's humans."""
+    """A response without flaws, under "", and the same response with each flaw of the tiny world's humans."""
     right = respond(random.Random(seed), problem, problem.answer, None)
     wrong = random.Random(seed).choice(problem.wrong)
     return {
@@ -129,7 +128,7 @@ def _read_tokens(code: str) -> Iterator[tokenize.TokenInfo]:
 
 
 def _change(code: str, change: Callable[[str], str]) -> str | None:
-    """Change tokens, and leave everything between them unchanged; None if no token changes."""
+    """Change tokens, and keep everything between them; None if no token changes."""
     lines, ends = code.splitlines(keepends=True), [0]
     for line in lines:
         ends.append(ends[-1] + len(line))
@@ -174,13 +173,13 @@ def auc(corrupted: Sequence[float], original: Sequence[float]) -> float:
 
 
 def make_pair(number: int, asked: str, said: str) -> Pair:
-    """A pair of which only the question and the chosen response count."""
+    """A pair, of which only the question and the chosen response are used."""
     messages = [{"role": "user", "content": asked}] if asked else []
     return Pair(str(number), messages, [number], said, "", [number], [], "human", "", None, None, False)
 
 
 def measure(embed: Embed, fit: list[Pair], kinds: dict[str, tuple[list[Pair], list[Pair]]], clusters: int) -> list[str]:
-    """A line for each corruption: of how many texts, and the areas."""
+    """A line for each corruption: the number of texts, and the areas."""
     others_NH = np.asarray(embed(fit), np.float32)
     centre_CH = find_centres(others_NH, clusters, 25, seed=0)
     sizes_C = np.bincount(assign(others_NH, centre_CH).label_N, minlength=clusters)
@@ -200,7 +199,7 @@ def measure(embed: Embed, fit: list[Pair], kinds: dict[str, tuple[list[Pair], li
 
 
 def corrupt(texts: Sequence[tuple[str, str]], corruption: Corruption, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """The corrupted and the original ones of those questions and responses that can be corrupted."""
+    """The corrupted and the original pairs, for questions and responses that can be corrupted."""
     both: tuple[list[Pair], list[Pair]] = ([], [])
     for i, (asked, said) in enumerate(texts):
         other = corruption(random.Random(seed + i), said)
@@ -220,7 +219,7 @@ def tiny_texts(count: int) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def families(embed: Embed, rows: int) -> list[str]:
-    """What pruning takes of the tiny world's training rows, by family and step."""
+    """The share of the tiny world's training rows that pruning removes, by family and step."""
     prompts = TinyWorld(train=rows).read()[0]["train"]
     pairs = [make_pair(i, row.messages[-1]["content"], row.human) for i, row in enumerate(prompts)]
     lines = []
@@ -257,7 +256,7 @@ def by_encoder(folder: str) -> Embed:
 
 
 def by_policy(folder: str) -> Embed:
-    """Embed by a policy, which reads the questions and responses as its own tokens."""
+    """Embed by a policy, with the questions and responses in its tokens."""
     from dataclasses import replace
 
     from dnpo.policy.loading import load
@@ -300,7 +299,7 @@ def main() -> None:
     flawless = [(asked, said[""]) for asked, said in tried]
     kinds = {name: corrupt(flawless, corruption, 1) for name, corruption in TEXT.items()}
     print("the tiny world's responses\n" + "\n".join([head, *measure(embed, fit, flaws | kinds, given.clusters)]))
-    if not given.policy:  # whose tokens would hardly be those of code
+    if not given.policy:  # a policy's tokenizer is hardly made for code
         code = functions(given.functions)
         half = [make_pair(i, "", text) for i, text in enumerate(code[: len(code) // 2])]
         others = [("", text) for text in code[len(code) // 2 :]]

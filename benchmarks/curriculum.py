@@ -1,4 +1,4 @@
-"""How long curricula take: weights against the worst distribution for a million pairs, clusters of many embeddings.
+"""Time of curricula: weights of the worst distribution for a million pairs, and clusters of many embeddings.
 
     python -m benchmarks.curriculum          # 1,000,000 pairs; 100,000 rows × 384 in 300 clusters
     python -m benchmarks.curriculum --pairs 10000 --rows 5000
@@ -22,7 +22,7 @@ from dnpo.records import Pair
 
 
 def make_pairs(count: int, seed: int = 0) -> list[Pair]:
-    """Pairs with implicit rewards whose differences are normal, 1 ± 2 nats; every tenth of them has the same one."""
+    """Pairs with implicit rewards whose differences are drawn from N(1, 2²) nats; every tenth pair has the same one."""
     draw = random.Random(seed)
     messages, ids = [{"role": "user", "content": "?"}], [1, 2]
     margins = [0.5 if i % 10 == 0 else draw.gauss(1, 2) for i in range(count)]
@@ -33,7 +33,7 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
 
 
 def embed(pairs: Sequence[Pair]) -> np.ndarray:
-    """No embeddings: nothing here asks for them."""
+    """No embeddings, since they are not needed here."""
     raise NotImplementedError
 
 
@@ -53,7 +53,7 @@ def weigh(pairs: Sequence[Pair], part: Robust) -> str:
 
 
 def make_embeddings(rows: int, width: int, topics: int = 500, seed: int = 0) -> np.ndarray:
-    """Embeddings around topics of different sizes, as loosely as sentences are."""
+    """Embeddings around topics of different sizes, with the spread of sentences."""
     draw = np.random.default_rng(seed)
     weights = 1 / np.arange(1, topics + 1)
     topic_N = draw.choice(topics, rows, p=weights / weights.sum())

@@ -3,8 +3,8 @@
     python -m benchmarks.duplicates
     python -m benchmarks.duplicates --rows 20000 --share 0.4
 
-A prompt is the form's words followed by random words. Prints CPU seconds, the peak memory of the process, and how many
-rows are removed.
+A prompt is the form's words followed by random words. Prints CPU seconds, the peak memory of the process, and the
+number of rows removed.
 """
 
 import argparse

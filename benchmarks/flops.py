@@ -1,4 +1,4 @@
-"""The FLOPs of a training step, counted by torch and calculated by formula.
+"""The FLOPs of a training step, counted by torch and computed by a formula.
 
 Torch's ``FlopCounterMode`` counts matrix products, two FLOPs for each multiply-add. The formula is for models whose
 weights are all trained, with P the entries of the blocks' matrices, H the hidden size and V the vocabulary:
@@ -6,7 +6,7 @@ weights are all trained, with P the entries of the blocks' matrices, H the hidde
     blocks  2·P a token for a forward pass, twice as much again for the backward pass
     head    2·H·V a token for each product with the head: logits, their recomputation, two gradients
 
-The formula leaves out attention and rotary positions, which depend on how a variant lays out its rows.
+The formula does not include attention and rotary positions, which depend on the layout of a variant's rows.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any
 
 aten = torch.ops.aten
 LINEAR = (aten.mm, aten.addmm, aten.addmm_)  # the operations of linear layers and of the head
-# Operations that torch's table lacks.
+# Operations that are missing in torch's table.
 MORE: dict[Any, Any] = {
     aten.addmm_: _addmm,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
@@ -75,7 +75,7 @@ def formula(name: str, shape: Shape, pairs: Pairs, device: torch.device, *, trai
         tokens, frozen_tokens = pairs.padded_tokens, online * pairs.padded_tokens
         head = (1 + gradients + online) * product * tokens
         head += noisy * (2 if online else 3) * product * pairs.rejected_tokens  # W h and dW; cached: logits as well
-    elif who == "trl":  # on a CPU like naive, but without each row's last position and with logits computed once more
+    elif who == "trl":  # on a CPU like naive, but without each row's last position, and logits are computed once more
         tokens, frozen_tokens = pairs.padded_tokens, online * pairs.padded_tokens
         head = (2 + gradients + online) * product * (tokens - 2 * len(pairs.prompts))
     else:
@@ -111,7 +111,7 @@ def ours_noise(shape: Shape, tokens: int, device: torch.device) -> int:
 
 
 def _sum_tiles(shape: Shape, tokens: int, tile: int, room: int, tensors: int, products: tuple[int, int]) -> int:
-    """Sum the FLOPs of all tiles; a tile whose float32 tensors may be kept takes the smaller number of products."""
+    """Sum the FLOPs of all tiles; if a tile's float32 tensors can be kept, it takes the smaller number of products."""
     found = 0
     for first in range(0, shape.vocabulary, tile):
         entries = min(tile, shape.vocabulary - first)

@@ -7,15 +7,15 @@
     benchmarks/gpu.sh generation    # tokens/s of sampling, dnpo and transformers
     benchmarks/gpu.sh all
 
-Each part writes ``benchmarks/results/gpu-PART.json`` (``--out`` changes the folder), again after every figure, so that
-a part that runs out of time keeps what it has. Every model is measured in its own process, which is ended when the
-part's time is over. What is missing or does not fit is named in ``skipped``, and the part goes on.
+Each part writes ``benchmarks/results/gpu-PART.json`` (``--out`` changes the folder) after every figure, so that a part
+that runs out of time keeps its figures. Every model is measured in a separate process, which is ended when the part's
+time is over. If something is missing or does not fit, ``skipped`` names it, and the part continues.
 
 It needs torch, transformers, peft, accelerate, Lightning and safetensors, and none of dnpo's other dependencies. TRL
-(with datasets) and bitsandbytes are used where they are installed. On a machine without network, carry what is missing
-as wheels: ``pip download --no-deps -d wheels peft==0.21.2 trl==1.16.0 bitsandbytes==0.50.2 …`` where there is network
-(with ``--python-version`` of the other machine), then there ``pip install --no-index --no-deps --target site wheels/*``
-and ``PYTHONPATH=site benchmarks/gpu.sh PART``.
+(with datasets) and bitsandbytes are used where they are installed. For a machine without network, bring missing
+packages as wheels. With network, run ``pip download --no-deps -d wheels peft==0.21.2 trl==1.16.0 bitsandbytes==0.50.2
+…`` (with ``--python-version`` of the other machine); on the other machine, ``pip install --no-index --no-deps --target
+site wheels/*`` and ``PYTHONPATH=site benchmarks/gpu.sh PART``.
 """
 
 import argparse
@@ -55,8 +55,7 @@ class Part:
 
     Args:
         name: the part.
-        folder: where its file goes.
-        tiny: whether the size is that of a rehearsal.
+        folder: the folder of its file. tiny: whether this is a rehearsal at a tiny size.
     """
 
     def __init__(self, name: str, folder: Path, tiny: bool) -> None:
@@ -67,17 +66,17 @@ class Part:
         self.save()
 
     def save(self) -> None:
-        """Write the file whole, or leave the earlier one."""
+        """Write the file; if that fails, the earlier one is kept."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         aside = self.path.with_suffix(".partial")
         aside.write_text(json.dumps({**self.content, "machine": harness.machine()}, indent=2) + "\n")
         aside.replace(self.path)
 
     def measure(self, name: str, *arguments: str) -> list[Facts]:
-        """Run a measurement in its own process, and keep each of its lines as soon as it comes.
+        """Run a measurement in a separate process, and save each result as soon as it arrives.
 
         Returns:
-            Its results; fewer than it has if the part's time is over, or the process ended early.
+            Its results so far, if the part's time is over or the process ended early.
         """
         left, found = self.end - time.monotonic(), []
         if left <= 0:
@@ -202,14 +201,14 @@ def _size(tiny: bool) -> tuple[Shape, torch.device, torch.dtype]:
 
 
 def measure_matmul(tiny: bool) -> Iterator[Facts]:
-    """The rate of large square products, which the others are relative to."""
+    """The rate of large square products, to which other rates are relative."""
     _, device, dtype = _size(tiny)
     rate = harness.matmul_rate(device, dtype, *((256, 4) if tiny else ()))
     yield {"flops_per_second": rate, "dtype": str(dtype), "device": str(device)}
 
 
 def measure_step(tiny: bool, part: str, variant: str) -> Iterator[Facts]:
-    """Steps of one variant on as many batches, after one that is not measured."""
+    """Steps of one variant, each on another batch, after a step that is not measured."""
     from benchmarks.worker import build
 
     shape, device, dtype = _size(tiny)
@@ -232,8 +231,8 @@ def count_needed(shape: Shape, pairs: Pairs, noisy: bool, adapted: bool) -> int:
     """The FLOP of the matrix products that a step needs, in blocks, head and noise.
 
     A prompt counts once for both responses. Frozen weights need no gradient, so they take two products for each entry
-    and token, and trained ones three. Attention, adapters and the reference are left out, so the share of the measured
-    rate that is computed from it is a lower bound.
+    and token; trained weights take three. Attention, adapters and the reference are not counted, so the share of the
+    measured rate is a lower bound.
     """
     products = 2 if adapted else 3
     head = shape.hidden * shape.vocabulary
@@ -242,7 +241,7 @@ def count_needed(shape: Shape, pairs: Pairs, noisy: bool, adapted: bool) -> int:
 
 
 def measure_generation(tiny: bool, sampler: str, copies: str) -> Iterator[Facts]:
-    """Rounds of sampling from random weights, whose completions end by chance."""
+    """Rounds of sampling from random weights, so that completions end at random."""
     from benchmarks.generate import NoText
     from dnpo.policy.model import Policy
 
@@ -342,7 +341,7 @@ def check_all(tiny: bool) -> Iterator[Facts]:
             yield from check(tiny)
         except Skip as reason:
             yield {"name": check.__name__, "skip": str(reason)}
-        except Exception:  # a kernel that does not run here must not hide what the others say
+        except Exception:  # a kernel that does not run here must not hide the results of others
             yield {"check": check.__name__, "value": 1, "limit": 0, "ok": False, "error": traceback.format_exc()}
 
 

@@ -1,4 +1,4 @@
-"""Check what runs on a GPU against the documented definitions, computed in float64 without packing or tiles.
+"""Check the code that runs on a GPU against its definitions, computed in float64 without packing or tiles.
 
 Each check yields its value and the limit that it must not exceed. Shapes as in ``dnpo.policy.logprobs``.
 """
@@ -183,7 +183,7 @@ def _score_plainly(plain: Any, prompt: list[int], completion: list[int]) -> Tens
 
 @torch.no_grad()
 def _own_error(policy: Any, prompts: list[list[int]], completions: list[list[int]], exact: Tensor) -> float:
-    """What rounding in every layer costs transformers' own forward of each sequence alone, in nats."""
+    """The error, in nats, of transformers' forward pass of single sequences, because every layer rounds."""
     policy.causal_lm.set_attn_implementation(policy.own_attention)
     rows = zip(prompts, completions, strict=True)
     found = [_score_plainly(policy.causal_lm, prompt, completion) for prompt, completion in rows]
@@ -217,7 +217,7 @@ def check_model(tiny: bool) -> Iterator[Facts]:
             NATS[dtype] if dtype == FULL else 2 * _own_error(policy, prompts * 2, chosen + rejected, torch.cat(both))
         )
         yield _result(f"log-probability of a packed response, {_label(dtype)}", error, limit)
-        # in bf16 every layer rounds, and the definition does not
+        # in bf16 every layer rounds, but the definition does not
         limit = RELATIVE[dtype] if dtype == FULL else 0.3
         yield _result(
             f"gradient of a DPO loss in all weights, {_label(dtype)}", _relative([*found], [*expected]), limit

@@ -1,4 +1,4 @@
-"""Measure variants against one another, each in its own process and in turns, and report the figures.
+"""Measure variants in turns, each in a separate process, and report the figures.
 
 A worker is a Python process that answers a line of JSON on its standard input with a line of JSON on its standard
 output; ``worker.py`` is the worker for training steps. Only the standard library and torch are needed.
@@ -108,7 +108,7 @@ _output = sys.stdout
 
 
 def claim_output() -> None:
-    """Reserve standard output for answers; what libraries print goes to standard error."""
+    """Reserve the standard output for answers; output of libraries goes to the standard error."""
     global _output
     _output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -129,13 +129,13 @@ def interleave(
     """Run all variants in turns, A B C A B C …; in round i every worker is asked to run batch i.
 
     Args:
-        start: how to start each variant's worker; one that answers ``{"skip": reason}`` is left out.
-        rounds: measured runs of each, after one that is not measured.
-        keep: keep all workers alive between rounds. Otherwise each is started and warmed up for every run, for models
-            of which only one fits into memory.
+        start: starts each variant's worker; a worker that answers ``{"skip": reason}`` is left out. rounds: number of
+            measured runs of each variant, after one that is not measured.
+        keep: keep all workers alive between rounds. Otherwise each is started and warmed up for every run, in case only
+            one model fits into memory.
 
     Returns:
-        The measurements of each variant by round, and the reasons of variants that are left out.
+        The measurements of each variant by round, and the reasons why variants are left out.
     """
     alive: dict[str, Worker] = {}
     skipped: dict[str, str] = {}
@@ -179,7 +179,7 @@ def interleave(
 
 
 def progress(text: str) -> None:
-    """Show what is going on, on a terminal only."""
+    """Show the progress, only on a terminal."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
@@ -202,7 +202,7 @@ def summary(values: Sequence[float], pattern: str = "{:.3g}") -> str:
 
 
 def ratio(name: str, over: Sequence[float], under: Sequence[float], target: float | None = None) -> Facts:
-    """The ratio of the medians of two variants, with the quartiles of the ratio round by round."""
+    """The ratio of two variants' medians, with the quartiles of the rounds' ratios."""
     low, middle, high = quartiles([a / b for a, b in zip(over, under, strict=True)])
     found = statistics.median(over) / statistics.median(under)
     facts: Facts = {"name": name, "ratio": found, "by_round": {"lower": low, "median": middle, "upper": high}}
@@ -304,7 +304,7 @@ def measure_time(work: Callable[[], Any], device: torch.device) -> tuple[Facts, 
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, times: int = 20) -> float:
-    """Measure how many FLOP a second the device reaches on large square products."""
+    """Measure the FLOP per second that the device reaches on large square products."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     a @ b
     facts, _ = measure_time(lambda: [a @ b for _ in range(times)], device)
@@ -312,10 +312,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, time
 
 
 def measure_added_memory(work: Callable[[], Any], device: torch.device) -> int:
-    """Measure how many bytes ``work`` allocates at its peak, in addition to what was allocated before.
+    """Measure the peak of the bytes that ``work`` allocates, in addition to those allocated before.
 
     On a GPU the caching allocator counts them. On a CPU torch's profiler reports every allocation and release in order,
-    and the peak is the maximum of their running sum. Both count tensors alone: neither scratch memory of BLAS nor
+    and the peak is the maximum of their running sum. Both count only tensors: neither BLAS's scratch memory nor
     Python's objects.
     """
     if device.type == "cuda":

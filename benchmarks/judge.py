@@ -1,10 +1,10 @@
-"""Judging by API under faults: are the verdicts right, is nothing paid twice, are the slots full, is memory flat?
+"""Judging by API under faults: are verdicts right, is no question paid for twice, are slots full, is memory constant?
 
     python -m benchmarks.judge                                  # 10,000 calls, a mix of faults
     python -m benchmarks.judge --faults none --concurrency 64
 
-The tests' server runs in another process. Throughput is attempts a second, divided by what full slots would reach: the
-concurrency over the mean seconds of an attempt, which the server measures.
+The tests' server runs in another process. Throughput is attempts per second, divided by the maximum with full slots:
+the concurrency divided by the mean seconds of an attempt, which the server measures.
 """
 
 import argparse

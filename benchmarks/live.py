@@ -1,13 +1,13 @@
-"""CPU seconds of generating while training, against the same work ahead of it.
+"""CPU seconds of generating during training, compared with the same work before training.
 
     python -m benchmarks.live                      # method=online_dpo at the default scale
     python -m benchmarks.live --prompts 64         # at a time, in place of as many as the batch has rows
     python -m benchmarks.live -- data.train=1200   # anything after -- goes to both, as settings of dnpo.train
 
-Both respond twice to every prompt. Both judge and label all that, and train for as many policy steps of as many pairs.
-Ahead these are five stages; live it is one, whose parts are timed too. They take turns in one process, from the same
-fine-tuned policy, after a round that is not measured. Seconds are CPU seconds of the process on a CPU, which others may
-share, and wall clock on a GPU.
+Both variants respond twice to every prompt, judge and label all responses, and train for the same number of policy
+steps with the same number of pairs. ``ahead`` has five stages; ``live`` has one, whose parts are timed too. They take
+turns in one process, from the same fine-tuned policy, after a round that is not measured. Seconds are CPU seconds of
+the process on a CPU, which others may share, and wall clock on a GPU.
 """
 
 import argparse
@@ -70,11 +70,11 @@ def main() -> None:
 
 
 def compare(folder: Path, given: argparse.Namespace) -> Facts:
-    """Run both in turns; print their seconds, and how much they did."""
+    """Run both in turns; print their seconds and the amount of work."""
     common = [*METHOD, *given.overrides, "tracking=off", f"threads={given.threads}"]
     base = Store(folder / "base")
     base.get(lay_out(base.root, common)[0].policy, Quiet())
-    silence_libraries()  # not before: Lightning sets its log level when it is imported
+    silence_libraries()  # here, because Lightning sets its log level when it is imported
     variants = {"live": [*common, f"rollout.prompts={given.prompts}"]}
     first = run(folder, variants["live"])[1]
     rows = round(first["pairs trained on"] / first["steps"])
@@ -106,7 +106,7 @@ def lay_out(store: Path, settings: Sequence[str]) -> list[Iteration]:
 
 
 def run(folder: Path, settings: Sequence[str]) -> tuple[dict[str, float], Facts]:
-    """Compute an iteration from the fine-tuned policy on; return the seconds of its parts, and how much they did."""
+    """Compute an iteration after fine-tuning; return the seconds of its parts, and the amount of work."""
     shutil.rmtree(folder / "store", ignore_errors=True)
     store = Store(shutil.copytree(folder / "base", folder / "store"))
     iteration = lay_out(store.root, settings)[1]
@@ -134,7 +134,7 @@ def measure(work: Callable[[], Any]) -> tuple[float, Any]:
 
 @contextmanager
 def time_parts() -> Iterator[dict[str, float]]:
-    """Add up the seconds that the functions of ``PARTS`` take meanwhile."""
+    """Add up the seconds that the functions of ``PARTS`` take within the block."""
     seconds = dict.fromkeys(PARTS, 0.0)
 
     def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:

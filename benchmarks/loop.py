@@ -1,4 +1,4 @@
-"""Seconds of every stage of the default run, and what sharing stages saves in sweeps.
+"""Seconds of every stage of the default run, and the saving by shared stages in sweeps.
 
     python -m benchmarks.loop                              # a whole run into an empty store
     python -m benchmarks.loop --against ../other/src       # before and after, in turns

@@ -1,17 +1,17 @@
-"""Memory added by a training step: ours against the obvious implementation, over batch size and length.
+"""Memory added by a training step, by batch size and length: ours compared with a plain implementation.
 
     python -m benchmarks.memory                     # the head-heavy model
     python -m benchmarks.memory --pairs 4 --lengths 512 --shape 7b --lora 16
     python -m benchmarks.memory --objectives        # ours under every objective, over the logistic one
 
-A step adds what forward and backward allocate at their peak, see ``harness.measure_added_memory``. Weights, optimizer
-state and gradients exist before and are not part of it. Each implementation's blocks are also run alone: every loss
-needs their activations, so the ratio compares what is added beyond them. The reference is always cached. What does not
-fit into memory is ``nan``.
+The added memory is the peak of allocations in forward and backward, see ``harness.measure_added_memory``. Weights,
+optimizer state and gradients exist before the step and do not count. Each implementation's blocks are also run alone:
+every loss needs their activations, so the ratio compares the memory beyond them. The reference is always cached. A size
+that does not fit into memory is ``nan``.
 
-With ``--objectives`` the model is narrow with a large vocabulary. A step may add what the logistic one does, and what
-the objective reads: a few tensors of hidden states; for the extrapolated policy one more tile of logits; for noise, the
-tiles that it keeps and the gradients of its weights.
+With ``--objectives`` the model is narrow and has a large vocabulary. Compared with the logistic objective, a step may
+add only the data that the objective reads: a few tensors of hidden states; for the extrapolated policy, one more tile
+of logits; for noise, the kept tiles and the gradients of its weights.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.problem import SHAPES, Shape, batches
 from benchmarks.variant import NOISY, OBJECTIVES
 from benchmarks.worker import add_arguments, pass_on
 
-RATIO = {"head": 0.06}  # ours over naive beyond the blocks, at most, on pairs of lengths as they are drawn
+RATIO = {"head": 0.06}  # maximum of ours over naive beyond the blocks, for pairs with drawn lengths
 NOISE = {"head": 260.0}  # MB that NPO may add to DPO
 MEASURED = (
     ("naive", "naive-dpo-cached", "memory"),
@@ -35,7 +35,7 @@ MEASURED = (
 )
 OBJECTIVE_SHAPE = "wide-vocabulary"
 STATES = 4  # float32 tensors of all hidden states that an objective may add
-NOISE_TILES = 6  # of rejected tokens, besides those that are kept
+NOISE_TILES = 6  # tiles of rejected tokens, besides kept ones
 
 
 def main() -> None:
@@ -131,7 +131,7 @@ def _allowed(name: str, shape: Shape, tokens: int, rejected: int) -> float:
 
 
 def _measure(given: argparse.Namespace, sizes: list[tuple[int, int | None]]) -> list[Facts]:
-    """Measure the MB of everything asked for at every size, with one process for each variant."""
+    """Measure the MB of every requested variant at every size, with one process for each variant."""
     found: list[Facts] = [{"pairs": pairs, "length": length, "megabytes": {}} for pairs, length in sizes]
     names = [f"{pairs}x{length}" if length else str(pairs) for pairs, length in sizes]
     for variant in dict.fromkeys(variant for name, variant, _ in MEASURED if name in given.only):
@@ -148,7 +148,7 @@ def _measure(given: argparse.Namespace, sizes: list[tuple[int, int | None]]) -> 
 
 
 def _ratios(megabytes: dict[str, float]) -> tuple[float, float]:
-    """Ours over naive: all that a step adds, and what it adds beyond its blocks."""
+    """Ours over naive: the whole memory that a step adds, and the memory beyond its blocks."""
     beyond = megabytes["ours"] - megabytes["blocks alone"], megabytes["naive"] - megabytes["naive blocks"]
     return megabytes["ours"] / megabytes["naive"], beyond[0] / beyond[1]
 

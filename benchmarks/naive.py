@@ -1,4 +1,4 @@
-"""The obvious implementation: pad, run the whole model, full float32 logits, log-softmax, gather.
+"""A plain implementation: pad, run the whole model, full float32 logits, log-softmax, gather.
 
 It covers DPO, and NPO with the mathematics of ``dnpo.optimise.npo`` (log s = W h + b, s² = u·m / (u + m)), and does not
 save memory. Shapes: S = 2B sequences, the chosen ones first; L tokens of the longest; N completion tokens;
@@ -25,7 +25,7 @@ class Padded:
 
     Attributes:
         ids_SL: token ids.
-        mask_SL: 1 where there is a token.
+        mask_SL: 1 at tokens, 0 at padding.
         completion_SL: true on completion tokens.
     """
 
@@ -96,7 +96,7 @@ class Naive(Variant):
 
     @torch.no_grad()
     def _reference(self, batch: Padded) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The frozen reference: log-probabilities, and for the noise hidden states and logits of rejected responses."""
+        """The frozen reference's log-probabilities; for noise also hidden states and logits of rejected responses."""
         with self._off():
             logps_S, hidden_SLH, logits_SLV = self._logps(self._frozen, batch)
         if self.noise is None:

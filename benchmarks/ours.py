@@ -1,4 +1,4 @@
-"""dnpo's own training step: its Lightning modules' ``terms`` on its packed batches, and its optimizers."""
+"""dnpo's training step: its Lightning modules' ``terms`` on its packed batches, and its optimizers."""
 
 from typing import Any
 
@@ -53,12 +53,12 @@ def _pack_both(pairs: Pairs) -> Packed:
 class Ours(Variant):
     """dnpo's training step.
 
-    ``cached``: the reference's log-probabilities, and for NPO its hidden states, are computed before.
-    ``online``: for DPO the reference scores every batch, as in other implementations; for NPO its log-probabilities
-    are cached and only the hidden states of rejected responses are computed in every step, as dnpo does where they
-    do not fit on the disk.
+    ``cached``: the reference's log-probabilities, and for NPO its hidden states, are computed before. ``online``: for
+    DPO the reference scores every batch, as in other implementations. For NPO its log-probabilities are cached, and
+    only the hidden states of rejected responses are computed in every step, as dnpo does if they do not fit on the
+    disk.
 
-    Of other objectives all is kept that they read of the reference; ``soft`` and ``weighted`` are the logistic one,
+    For other objectives all data of the reference are cached. ``soft`` and ``weighted`` are the logistic objective;
     ``confident`` is ``refined`` without extrapolation.
     """
 
@@ -99,7 +99,7 @@ class Ours(Variant):
             beta=BETA,
             watches=watching,
         )
-        self.training.policy_step = 1  # past the check that the policy starts as the reference
+        self.training.policy_step = 1  # after the check that the policy starts as the reference
         self.optimizers, _ = self.training.configure_optimizers()
         with torch.no_grad():
             whole = [_pack_both(pairs).to(self.device) for pairs in self.batches]
@@ -107,7 +107,7 @@ class Ours(Variant):
             self._logps = [PairLogps(*(t.cpu() for t in both)) for both in logps]
             if not self._both:
                 self._logps = [each._replace(rejected_B=torch.zeros_like(each.chosen_B)) for each in self._logps]
-            kept = noisy and cached and not reads_all  # or they are among those of all tokens
+            kept = noisy and cached and not reads_all  # otherwise they are a part of the states of all tokens
             self._hidden = [self._states(pairs) for pairs in self.batches] if kept else None
             self._all = [self.policy.hidden(packed).cpu() for packed in whole] if reads_all else None
             for watch in watching:

@@ -1,10 +1,10 @@
-"""Live training with a judge far away: what is gained if one rollout is judged while the policy trains on another?
+"""Live training with a slow judge: how much faster is it to judge one rollout while the policy trains on another?
 
     python -m benchmarks.overlap                 # 0.3 s a call
     python -m benchmarks.overlap --latency 1 --rounds 5
 
-Runs of ``method=online_dpo`` with the tests' judge server, with rollout.ahead_by=0 and 1 by turns, each with a new
-ledger. The time is the wall clock of the training stage. Every run with one setting has to end with the same numbers.
+It runs ``method=online_dpo`` with the tests' judge server, with rollout.ahead_by=0 and 1 in turns, each with a new
+ledger. The time is the wall clock of the training stage. All runs with the same setting must end with the same numbers.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tests.judge_server import judge_server
 RUN = (
     *("scale=smoke", "tracking=off", "method=online_dpo", "iterations=1", "judge=openai", "judge.model=judge"),
     *("judge.structured=off", "judge.concurrency=64", "eval.judge=${typical.judge}", "rollout.temperature=2"),
-    # judging a rollout takes about as long as making it and training on it: then there is most to gain
+    # judging a rollout takes about as long as making it and training on it, which gives the largest gain
     *("data.train=768", "trainer.batch_size=32", "rollout.prompts=32", "rollout.every=6"),
 )
 

@@ -1,16 +1,16 @@
-"""Measure what rows cost without models: memory and time of every stage that passes them on.
+"""Measure the cost of rows without models: memory and time of every stage that reads and writes them.
 
     python -m benchmarks.plumbing                          # 100,000 rows, then 1,000,000
     python -m benchmarks.plumbing --rows 20000 50000       # other sizes
     python -m benchmarks.plumbing --rows 200000 --near 0.9 # with near-duplicates removed
     python -m benchmarks.plumbing --rows 100000 --train 50 # and 50 policy steps
 
-Rows are JSON lines with made-up words: prompts of about 60 tokens and responses of about 40. Each size is one process,
-which computes the real stages into a real store. Only what the model computes is constant: the tokens that it
-generates, and log-probabilities. ``--train`` trains a tiny model for real, without the check of step 0, since the
-reference's numbers are made up.
+Rows are JSON lines with invented words: prompts of about 60 tokens and responses of about 40. Each size is measured in
+a separate process, which computes the real stages into a real store. Only the results of the model (generated tokens
+and log-probabilities) are replaced by constants. ``--train`` really trains a tiny model, without the check of step 0,
+since the reference's numbers are invented.
 
-Memory is the peak of the resident set while a stage was computed, which Linux counts.
+Memory is the peak of the resident set during a stage, as counted by Linux.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def measure(rows: int, near: float, holdout: float, steps: int, threads: int) ->
 
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:
-    """Write rows of made-up words."""
+    """Write rows of invented words."""
     draw = random.Random(seed)
     words = make_words()
     with path.open("w") as stream:
@@ -125,7 +125,7 @@ def make_words() -> list[str]:
 
 
 def write_model(folder: Path) -> None:
-    """Write a model of some thousand weights, with a tokenizer that knows the words."""
+    """Write a model of some thousand weights, with a tokenizer for these words."""
     from dnpo.policy.base import Scratch
     from dnpo.policy.lora import Lora
     from dnpo.records import Prompt
@@ -181,7 +181,7 @@ def lay_out(folder: Path, near: float, holdout: float, steps: int, threads: int)
 
 
 def compute_constants(first: Sequence[Any]) -> None:
-    """Let the model generate the same tokens everywhere, and give every sequence the same log-probability."""
+    """Let the model always generate the same tokens, and give every sequence the same log-probability."""
     import torch
 
     from dnpo.generate import hf
@@ -218,7 +218,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> float:
-    """The peak of the resident set since then, in GB."""
+    """The peak of the resident set since the reset, in GB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e9
 

@@ -14,12 +14,12 @@ from transformers import MistralConfig, MistralForCausalLM
 
 @dataclass(frozen=True)
 class Shape:
-    """A Mistral-shaped model and the lengths of the pairs that it is trained on.
+    """A model of Mistral's architecture, and the lengths of the pairs that it is trained on.
 
     Attributes:
         hidden, layers, mlp, heads, kv_heads, vocabulary: sizes of the model, whose head is not tied to its embeddings.
         shortest, longest: tokens of prompt and response together, drawn uniformly for each response.
-        shortest_prompt: fewest tokens of a prompt; the most are half of the shorter sequence of its pair.
+        shortest_prompt: minimum tokens of a prompt; the maximum is half of the shorter sequence of its pair.
         pairs: pairs in a batch.
     """
 
@@ -41,7 +41,7 @@ class Shape:
 
     @property
     def body_weights(self) -> int:
-        """Entries of the matrices that every token goes through on its way to the head."""
+        """Number of entries of the matrices that every token goes through before the head."""
         attention = 2 * self.hidden * self.hidden + 2 * self.hidden * self.kv_heads * self.head_dim
         return self.layers * (attention + 3 * self.hidden * self.mlp)
 
@@ -63,7 +63,7 @@ SHAPES = {
         longest=1024,
         shortest_prompt=64,
     ),
-    # narrow, with a large vocabulary: the logits of all tokens would be a hundred times their hidden states and more
+    # narrow, with a large vocabulary: the logits of all tokens are more than a hundred times as large as hidden states
     "wide-vocabulary": Shape(
         hidden=64,
         layers=2,
@@ -98,17 +98,17 @@ class Pairs:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences, prompts counted with both responses, padding not counted."""
+        """Tokens of all sequences, without padding; a prompt counts with each of its two responses."""
         return sum(len(prompt) + len(response) for prompt, response in self.sequences)
 
     @property
     def shared_tokens(self) -> int:
-        """The same, with the prompt of a pair counted once."""
+        """Tokens of all sequences, with the prompt of a pair counted once."""
         return self.tokens - sum(map(len, self.prompts))
 
     @property
     def padded_tokens(self) -> int:
-        """The same, with every sequence as long as the longest."""
+        """Tokens of all sequences, padded to the longest."""
         return 2 * len(self.prompts) * max(len(prompt) + len(response) for prompt, response in self.sequences)
 
     @property
@@ -128,9 +128,7 @@ def batches(
     """Random batches.
 
     Args:
-        shape: says how long sequences are.
-        count: how many batches.
-        seed: of lengths and tokens.
+        shape: gives the lengths of sequences. count: number of batches. seed: seed of lengths and tokens.
         pairs: pairs in a batch; None takes the shape's number.
         length: tokens of every sequence, a quarter of them in the prompt; None draws lengths.
     """
@@ -159,7 +157,7 @@ def model(
     seed: int = 0,
     quantization: str | None = None,
 ) -> nn.Module:
-    """Make a model with random weights, in training mode; with ``lora`` they are frozen under new adapters.
+    """Make a model with random weights, in training mode; with ``lora`` the weights are frozen and adapters are added.
 
     Args:
         quantization: quantise the weights under the adapters: ``nf4`` or ``int8``.
@@ -195,7 +193,7 @@ def model(
 
 
 def quantise(found: Any, kind: str) -> None:
-    """Quantise a model's linear layers but the head in place, with the settings and the kernels of dnpo."""
+    """Quantise a model's linear layers, except the head, in place, with dnpo's settings and kernels."""
     from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
     from dnpo.policy.quantised import use_one_kernel

@@ -1,10 +1,10 @@
-"""How much faster do several processes train than one, each with one thread? DPO steps with all weights, on the CPU.
+"""Compare the speed of training in several processes and in one, each with one thread: DPO of all weights on the CPU.
 
     python -m benchmarks.ranks                        # one process and two, 29M parameters, 8 pairs a step
     python -m benchmarks.ranks --ranks 1 2 4 --parallel sharded
 
-Each round trains the same steps with every number of processes, one after the other. The first step of a training is
-not counted. Wall clock: the machine has to have a core for each process, and nothing else to do.
+Each round trains the same steps with every number of processes, one after the other. The first step of a training does
+not count. The time is wall clock: the machine must have a core for each process and no other work.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Count how many samples the rounding of weights changes: train twice in different micro-batches, then sample.
+"""Count the samples that change by the rounding of weights: train twice with different micro-batches, then sample.
 
     python -m benchmarks.rounding                         # this checkout
     python -m benchmarks.rounding --checkout ../other     # another version of the code
     python -m benchmarks.rounding --samples 480           # fewer, for a quick look
 
 The default model is fine-tuned twice as in the default run, once in whole batches and once in micro-batches of 8. The
-two differ by rounding alone: dropout, order and everything else are the same. Both then sample the same prompts with
-the same seed; a response counts as changed if its token ids differ.
+two differ only by rounding: order and everything else are the same. Both then sample the same prompts with the same
+seed; a response counts as changed if its token ids differ.
 """
 
 import argparse

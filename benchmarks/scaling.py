@@ -1,4 +1,4 @@
-"""How the cost of log-probabilities and noise grows with tokens and vocabulary, and the reference's with the pairs.
+"""How costs grow: of log-probabilities and noise with tokens and vocabulary, of the reference with pairs.
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --only noise/vocabulary
@@ -21,7 +21,7 @@ from benchmarks.problem import SHAPES, batches, model
 from benchmarks.quiet import Quiet
 
 HIDDEN = 256
-TOKENS, VOCABULARY = 512, 32_000  # what stays the same while the other one grows
+TOKENS, VOCABULARY = 512, 32_000  # the constant value of one while the other grows
 GRID: dict[str, tuple[int, ...]] = {
     "log-probabilities/tokens": (256, 512, 1024, 2048),
     "log-probabilities/vocabulary": (4_000, 8_000, 16_000, 32_000, 64_000),
@@ -32,7 +32,7 @@ GRID: dict[str, tuple[int, ...]] = {
 
 
 def main() -> None:
-    """Measure, print, write; with ``--worker`` do the work that is measured."""
+    """Measure, print, write; with ``--worker``, do the measured work."""
     parser = harness.common_arguments("scaling", "How the cost grows.")
     parser.add_argument("--rounds", type=int, default=3, help="measured runs at each size (default: 3)")
     parser.add_argument("--only", nargs="+", choices=GRID, default=list(GRID), metavar="WHAT",
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _measure(what: str, given: argparse.Namespace) -> dict[int, Facts]:
-    """Measure every size in turn, round by round, in a process that does nothing else."""
+    """Measure all sizes in turn, round by round, in a separate process."""
     device = ["--device", given.device] if given.device else []
     worker = Worker("benchmarks.scaling", ["--worker", what, *device], given.threads)
     found: dict[int, Facts] = {size: {"runs": []} for size in GRID[what]}

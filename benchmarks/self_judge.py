@@ -1,12 +1,12 @@
-"""How well a policy judges (``judge=self``): agreement with the exact judge, where truth counts and where form does.
+"""How well a policy judges (``judge=self``): its agreement with the exact judge, on correctness and on form.
 
     python -m benchmarks.self_judge                       # the tiny world: fine-tuned alone, then taught
     python -m benchmarks.self_judge --rows 1000 4800 9600 --seeds 3
 
 A tiny policy is fine-tuned as in a run and then taught by ``augment=tiny`` with some number of questions. It is asked
-about pairs of human responses to test prompts, none of them seen in training, that the exact judge scores differently.
-The agreement is given for all pairs; for pairs of which both responses are right, or both wrong, so that only form
-differs; and for pairs of a right and a wrong one. Claims about ``judge=self`` are read on the last.
+about pairs of human responses to test prompts, which are not in the training data; the exact judge scores the two
+responses differently. The agreement is computed for all pairs, for pairs with two right or two wrong responses (which
+differ only in form), and for pairs of a right and a wrong response. Claims about ``judge=self`` use the last kind.
 """
 
 import argparse
@@ -83,7 +83,7 @@ Held = Sequence[tuple[Prompt, Gold]]  # pairs with their prompts
 
 
 def sample_pairs(policy: Policy, prompts: Sequence[Prompt], samples: int, seed: int) -> Held:
-    """Pairs of a policy's own responses at temperature 0.7 with different scores."""
+    """Pairs of a policy's responses at temperature 0.7 with different scores."""
     asked = [replace(p, token_ids=encode(policy.tokenizer, p.messages, p.human, policy.stop_ids)[0]) for p in prompts]
     several = [p for p in asked for _ in range(samples)]
     found = sample(policy, several, Sampling(temperature=0.7), "policy@0", 24, derive(seed, "own"), Quiet())
@@ -93,9 +93,10 @@ def sample_pairs(policy: Policy, prompts: Sequence[Prompt], samples: int, seed: 
 
 
 def measure(policy: Policy, template: str, held: Held, name: str) -> dict[str, float]:
-    """The share of pairs whose better response the policy prefers, separately by whether truth decides.
+    """The share of pairs whose better response the policy prefers, for the three kinds of pairs.
 
-    ``asked``: about the pair itself; ``ranked``: by each response's score, its comparison with an empty one.
+    ``asked``: the policy is asked about the pair; ``ranked``: by each response's score, from a comparison with an empty
+    one.
     """
     judge = AskedPolicy(Choices(policy, template), 0.0)
     p = np.array(judge.compare_pairs([prompt for prompt, _ in held], [as_pair(gold) for _, gold in held]))
@@ -110,7 +111,7 @@ def measure(policy: Policy, template: str, held: Held, name: str) -> dict[str, f
 
 
 def score(judge: AskedPolicy, held: Held, side: int) -> Any:
-    """The scores of the better (0) or worse (1) responses: how probably each is better than an empty one."""
+    """The scores of the better (0) or worse (1) responses: the probability that each is better than an empty one."""
     texts = [(g.better, g.worse)[side] for _, g in held]
     asked = [replace(prompt, id=str(i)) for i, (prompt, _) in enumerate(held)]
     responses = [Response(str(i), "policy@0", text, [], 0, "eos") for i, text in enumerate(texts)]
@@ -126,7 +127,7 @@ def as_pair(gold: Gold) -> Pair:
 
 
 def make_policy(how: Augmentation, rows: Sequence[Prompt], seed: int, folder: Path) -> Policy:
-    """A tiny policy, fine-tuned as in a run, whose tokenizer knows the letters."""
+    """A tiny policy, fine-tuned as in a run, whose tokenizer has tokens for the letters."""
     model: Scratch = replace(read_part("model", "tiny", f"seed={seed}"), question=how.template)
     model.base(folder / "base", rows)
     policy = model.load(folder / "base")
@@ -165,7 +166,7 @@ def main() -> None:
 
 
 def teach(how: Augmentation, seed: int, given: Any) -> list[dict[str, Any]]:
-    """The figures of one seed: of the policy as it is, and of copies taught with more and more questions."""
+    """The figures of one seed: of the fine-tuned policy, and of copies taught with more and more questions."""
     world = TinyWorld(seed=seed)
     splits, _ = world.read()
     known = score_pairs(add_responses(world, splits["train"], given.more, seed), points)

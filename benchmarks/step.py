@@ -1,4 +1,4 @@
-"""Seconds of a training step: ours, the obvious implementation and TRL's ``DPOTrainer``; then NPO over DPO.
+"""Seconds of a training step: ours, a plain implementation and TRL's ``DPOTrainer``; and NPO relative to DPO.
 
 python -m benchmarks.step                       # the head-heavy model; TRL where it is installed
 python -m benchmarks.step --shape body          # the body-heavy one
@@ -121,7 +121,7 @@ def _seconds(given: argparse.Namespace, title: str) -> Facts:
 
 
 def _share(runs: list[Facts], rate: float) -> str:
-    """The rate of the matrix products of blocks and head, relative to what the device reaches on large ones."""
+    """The rate of the matrix products of blocks and head, relative to the device's rate on large products."""
     if runs[0]["flops"] is None:
         return ""
     return f"{statistics.median(sum(run['flops'].values()) / run['seconds'] for run in runs) / rate:.0%}"
@@ -157,7 +157,7 @@ def _flops(given: argparse.Namespace, title: str) -> Facts:
 
 
 def _compare(flops: Facts) -> list[str]:
-    """Make the cells of one variant, and add to its facts how far the formula is off."""
+    """Make the cells of one variant, and add the error of the formula to its facts."""
     counts, expected = flops["step"], flops["formula"]
     # The blocks alone are counted forward and backward; the frozen reference's blocks by formula.
     body, head = flops["body"]["linear"], counts["linear"] - flops["body"]["linear"] - expected["reference body"]

@@ -8,18 +8,18 @@ The script runs one iteration at smoke scale, with a judge, labels by score and 
 records every Python function that is called in the main thread. A file of ``src/dnpo`` counts if one of its functions
 is called
 
-- **from disk to the optimizer**: from the request for the iteration's training until the optimizer's first step. Before
-  the request, prompts and the first policy are computed and every key is known; after it, responses, verdicts, pairs
-  and the reference's log-probabilities are computed first. With ``--prepare`` the ``prompts`` stage counts too, which
-  reads and encodes the rows.
+- **from disk to the optimizer**: from the request for the iteration's training to the optimizer's first step. Before
+the request, prompts and the first policy are computed and every key is known. After it, responses, verdicts, pairs and
+the reference's log-probabilities are computed first. With ``--prepare`` the ``prompts`` stage, which reads and encodes
+the rows, counts too.
 - **in one step**: from the call of ``training_step`` until the optimizer has made that step.
 
-Two things do not count: the bodies of classes and modules, because no data flow through an import; and the store, which
-names, locks, checks and renames the folders of stages, while ``records.py``, which counts, reads and writes their rows.
-Progress and tracking are off.
+Two things do not count. The bodies of classes and modules do not, because no data flow through an import. The store
+does not either: it names, locks, checks and renames the folders of stages. ``records.py``, which reads and writes their
+rows, counts. Progress and tracking are off.
 
-A file marked with * handles rows: one of its functions is given, keeps or returns a row, a packed batch, a tensor, or a
-list of such. The others load the policy, derive a seed, or name an optimizer.
+A file marked with * handles rows: one of its functions receives, keeps or returns a row, a packed batch, a tensor, or a
+list of these. The other files load the policy, derive a seed, or name an optimizer.
 """
 
 import argparse
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ("scale=smoke", "method=dnpo", "tracking=off", "device=cpu", "iterations=1", "dsl.start=0", "npo.start=0")
 STORE = ("store.py", "store/")  # a module in earlier versions, then a package
 FIRST = "training_step"
-MADE_UP = "_check_logits"  # tries a loaded model on two made-up sequences, which are no rows
+MADE_UP = "_check_logits"  # tries a loaded model on two invented sequences, which are not rows
 ROWS = {
     "Prompt",
     "Response",
@@ -90,7 +90,7 @@ class Recorder:
 
     Attributes:
         way: functions of each file, in the order of their first calls.
-        step: the same from when ``training_step`` was called.
+        step: functions of each file after ``training_step`` was called.
         with_rows: files with a function that handled rows.
     """
 
@@ -103,7 +103,7 @@ class Recorder:
         self._in_step = False
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        """What ``sys.setprofile`` calls."""
+        """The function that ``sys.setprofile`` calls."""
         code = frame.f_code
         if event not in ("call", "return") or not code.co_flags & CO_NEWLOCALS:  # a module's or class's body has it not
             return
@@ -145,7 +145,7 @@ def trace(package: Path, prepare: bool) -> Recorder:
     """Run an iteration until its optimizer has made a step, and record what is called.
 
     Args:
-        package: where dnpo has to be imported from.
+        package: folder from which dnpo must be imported.
         prepare: whether the ``prompts`` stage counts too.
     """
     from hydra import compose, initialize_config_dir
@@ -162,7 +162,7 @@ def trace(package: Path, prepare: bool) -> Recorder:
         with initialize_config_dir(os.environ["DNPO_CONF"], version_base="1.3"):
             run = train.build(compose("train", overrides=[*SETTINGS, f"ledger={folder}/ledger.sqlite"]))[0]
         before, iteration = chain(run)
-        assert iteration.policy.key  # every key behind it is known from here on
+        assert iteration.policy.key  # now the keys of all its inputs are known
         store = store_of(Path(folder) / "store")
         if prepare:
             sys.setprofile(recorder)

@@ -1,8 +1,9 @@
-"""TRL's own training step: ``DPOTrainer`` of the installed version, on the same pairs.
+"""TRL's training step: ``DPOTrainer`` of the installed version, on the same pairs.
 
-Batches go through the trainer's collator into its ``training_step`` (forward and backward), then the optimizer steps;
-only data loading is left out. Precision and optimizer are the other variants', without gradient checkpointing. TRL
-tiles the log-probabilities with Triton on a GPU; on a CPU it falls back to scoring prompts and padding too.
+Batches go through the trainer's collator into its ``training_step`` (forward and backward); then the optimizer makes
+its step. Only data loading is left out. Precision and optimizer are the same as for other variants, without gradient
+checkpointing. On a GPU, TRL computes log-probabilities in tiles with Triton; on a CPU it also scores prompts and
+padding.
 """
 
 import copy
@@ -32,7 +33,7 @@ class Trl(Variant):
         super().__init__(objective, reference, **setting)
 
         class Encoded(DPOTrainer):
-            """Takes pairs that are token ids already."""
+            """Accepts pairs that are already token ids."""
 
             def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
                 return dataset

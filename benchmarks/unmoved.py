@@ -1,10 +1,10 @@
-"""Does a change of the code's layout change a result? Compare the same seeded runs under two versions of the code.
+"""Does a change of the code change a result? Compare the same seeded runs with two versions of the code.
 
     python -m benchmarks.unmoved --against FOLDER          # another checkout
     python -m benchmarks.unmoved --against FOLDER --keys   # stage keys have to be equal too
 
-Each runs in an empty folder. All digits of a run's table except seconds are compared, and with ``--keys`` the keys of
-its stages. The exit status is 1 if they differ.
+Each run is in an empty folder. All digits of a run's table except seconds are compared and, with ``--keys``, the keys
+of its stages. The exit status is 1 if they differ.
 """
 
 import argparse

@@ -24,9 +24,9 @@ class Variant:
     """One way to train on a batch of pairs, from token ids to updated weights.
 
     Args:
-        objective: ``dpo`` or ``npo``, or for ours one of ``OBJECTIVES`` or ``NOISY``.
-        reference: ``online`` runs the reference in every step, ``cached`` runs it before.
-        shape, device, dtype, lora, quantization: of the model.
+        objective: ``dpo`` or ``npo``; for ours also one of ``OBJECTIVES`` or ``NOISY``. reference: ``online`` runs the
+            reference in every step, ``cached`` before all steps. shape, device, dtype, lora, quantization: settings of
+            the model.
         batches: all training batches, from which a variant may compute things before the first step.
     """
 
@@ -53,11 +53,11 @@ class Variant:
         self.optimizers: list[Optimizer] = [RMSprop(find_trained(self.model), lr=LEARNING_RATE)]
 
     def forward_backward(self, index: int) -> float:
-        """Compute the gradients of one batch; return the policy's term of the loss, which all variants share."""
+        """Compute the gradients of one batch; return the policy's term of the loss, equal for all variants."""
         raise NotImplementedError
 
     def body(self, index: int) -> None:
-        """Forward and backward of the blocks alone, with rows laid out as in the step."""
+        """Forward and backward pass of the blocks alone, with the same layout of rows as in the step."""
         raise NotImplementedError
 
     def step(self, index: int) -> float:
@@ -69,7 +69,7 @@ class Variant:
         return loss
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained."""
+        """All trained parameters."""
         return [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
 
     def prepare_gradients(self) -> None:

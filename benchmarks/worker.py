@@ -23,7 +23,7 @@ NAMES = (
 
 
 def build(name: str, **setting: Any) -> Variant:
-    """Build a variant by its name: implementation, objective, and where the reference comes from."""
+    """Build a variant by its name: implementation, objective, and ``online`` or ``cached`` reference."""
     who, objective, reference = name.split("-")
     if who == "naive":
         from benchmarks.naive import Naive
@@ -39,11 +39,11 @@ def build(name: str, **setting: Any) -> Variant:
 
 
 def add_arguments(parser: argparse.ArgumentParser, sizes: bool = True) -> None:
-    """Add the options that say what is trained, which commands pass on to their workers.
+    """Add the options that define the training; commands pass them on to their workers.
 
     Args:
         parser: gets them.
-        sizes: whether batch size and length are among them.
+        sizes: whether to include batch size and length.
     """
     parser.add_argument("--shape", choices=SHAPES, default="head", help="of the model and the pairs (default: head)")
     parser.add_argument("--lora", type=int, default=0, metavar="R", help="rank of adapters; 0 trains all weights")
@@ -131,7 +131,7 @@ def _serve(given: argparse.Namespace) -> None:
             return {**count_flops(variant, index), "formula": calculate_flops(index)}
         work = variant.forward_backward if request["do"] == "memory" else variant.body
         if not warm:
-            work(0)  # the first run also allocates what stays, which is no part of a step
+            work(0)  # the first run also allocates memory that is kept, which is not part of a step
             warm.append(True)
         variant.prepare_gradients()
         return {"bytes": harness.measure_added_memory(lambda: work(index), device)}
