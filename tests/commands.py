@@ -1,4 +1,4 @@
-"""Commands without the seconds that importing torch and MLflow takes: in the test's own process, or in a forked one.
+"""Run commands without the seconds of importing torch and MLflow: in the test's process, or in a forked one.
 
 A test that kills a command, interrupts it, or runs it beside another one needs a process: :class:`Process`.
 """
@@ -32,12 +32,12 @@ TINY = (
     *("data.train=48", "data.validation=12", "data.test=12", "sft.steps=20", "eval.samples=1", "eval.sequences=24"),
     *("generate.shard_size=16", "trainer.batch_size=16"),
 )
-"""Settings of a run that takes a third of the smoke scale's time, with as many stages, shards and checkpoints."""
+"""Settings of a run in a third of the smoke scale's time, with the same numbers of stages, shards and checkpoints."""
 
 Done = subprocess.CompletedProcess[str]
 
 
-# Where processes are forked from: what a run imports, so that none of them has to.
+# The process from which others are forked: it has imported everything that a run imports.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
@@ -49,9 +49,9 @@ _FORKS.set_forkserver_preload(
 
 
 class Process:
-    """``python -m dnpo.train`` in a process and a group of its own; behaves as :class:`subprocess.Popen` does.
+    """``python -m dnpo.train`` in a separate process and process group; behaves like :class:`subprocess.Popen`.
 
-    Variables that a library reads when it is imported come too late for it.
+    Environment variables that a library reads at its import have no effect here.
 
     Args:
         before: import path of a function that is called in the process first.
@@ -59,7 +59,7 @@ class Process:
 
     def __init__(self, cwd: Path, *overrides: str, before: str = "", **env: str) -> None:
         self._printed = Path(tempfile.mkdtemp(dir=cwd.parent))
-        for name in ("out", "err"):  # they are there also where it is killed before it has printed anything
+        for name in ("out", "err"):  # the files exist even if the process is killed before it prints anything
             (self._printed / name).touch()
         self._process = _FORKS.Process(
             target=_begin, args=(cwd, self._printed, overrides, before, {**os.environ, **env})
@@ -71,11 +71,11 @@ class Process:
 
     @property
     def returncode(self) -> int | None:
-        """The exit status, negative after a signal; None as long as it runs."""
+        """The exit status, negative after a signal; None while it runs."""
         return self._process.exitcode
 
     def communicate(self, timeout: float) -> tuple[str, str]:
-        """Wait for its end; what it printed and its errors."""
+        """Wait for its end; return its output and its errors."""
         self._process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired("dnpo.train", timeout)
@@ -83,10 +83,10 @@ class Process:
         return out, err
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to it and to all that it has started."""
+        """Send a signal to it and to all processes that it has started."""
         try:
             os.killpg(self.pid, number)
-        except ProcessLookupError:  # it has begun just now, and has no group yet
+        except ProcessLookupError:  # it has just begun and has no group yet
             os.kill(self.pid, number)
 
 
@@ -107,16 +107,16 @@ def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], before: str, en
 
 
 def run_afresh(cwd: Path, *overrides: str, **env: str) -> Done:
-    """Run the main job in a Python of its own, as users do: for variables that a library reads when it is imported."""
+    """Run the main job in a new Python, as users do: needed for variables that a library reads at its import."""
     command = [sys.executable, "-m", "dnpo.train", *overrides]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
 
 
 def run_command(cwd: Path, module: str, *arguments: str, **env: str) -> Done:
-    """Run ``python -m MODULE ARGUMENTS`` in this process, as if it had one of its own.
+    """Run ``python -m MODULE ARGUMENTS`` in this process, as if in a separate one.
 
     Args:
-        cwd: the folder to stand in; modules that lie there can be imported, as with ``python -m``.
+        cwd: the working directory; its modules can be imported, as with ``python -m``.
         env: variables of the environment, on top of those that are set.
     """
     importlib.import_module("tests.lighter")
@@ -148,7 +148,7 @@ def train(cwd: Path, *overrides: str, **env: str) -> Done:
 
 
 def succeed(cwd: Path, *overrides: str, **env: str) -> str:
-    """Run the main job, which has to end well; what it prints."""
+    """Run the main job, which must succeed; return its output."""
     done = train(cwd, *overrides, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -193,7 +193,7 @@ def _imports(cwd: Path) -> Iterator[None]:
 
 @contextmanager
 def _logging() -> Iterator[None]:
-    """Put back every logger's handlers and level; close what a command opened."""
+    """Restore every logger's handlers and level; close the files that a command opened."""
     named = logging.root.manager.loggerDict.values()
     known = [logging.root, *(each for each in named if isinstance(each, logging.Logger))]
     before = [(logger, logger.level, list(logger.handlers)) for logger in known]
@@ -209,7 +209,7 @@ def _logging() -> Iterator[None]:
 
 @contextmanager
 def _randomness() -> Iterator[None]:
-    """Put back the global generators and the number of torch's threads."""
+    """Restore the global random generators and the number of torch's threads."""
     states, threads = (random.getstate(), np.random.get_state(), torch.get_rng_state()), torch.get_num_threads()
     try:
         yield
@@ -222,7 +222,7 @@ def _randomness() -> Iterator[None]:
 
 @contextmanager
 def _hydra() -> Iterator[None]:
-    """Hydra keeps the run that it is about in two singletons."""
+    """Clear the two singletons in which Hydra keeps the present run."""
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""Hydra's composition, made once for each choice of options: it is most of the time of a command that is refused.
+"""Cache Hydra's compositions for each choice of options: they take most of the time of a refused command.
 
-A composition without the values that a command gives is kept, and they are set on a copy of it. Names, sizes and times
-of the files of settings belong to what it is kept under, so a test can write settings and change them.
+The composition is cached without the values of a command, which are set on a copy. The cache's key includes names,
+sizes and times of the files of settings, so a test can write and change settings.
 """
 
 import copy
@@ -15,7 +15,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.defaults_list import DefaultsList, ResultDefault
 from omegaconf import DictConfig
 
-LIMIT = 100  # compositions that are kept: the newest, some of which are used again and again
+LIMIT = 100  # number of cached compositions; the oldest are dropped
 
 _create_defaults_list = config_loader_impl.create_defaults_list
 _compose = ConfigLoaderImpl._compose_config_from_defaults_list
@@ -43,7 +43,7 @@ def _find_defaults_list(
 
 
 def _files(source: str) -> Hashable:
-    """What lies in a folder of settings; other sources are packages, which do not change."""
+    """The files in a folder of settings; other sources are packages, which do not change."""
     if not source.startswith("file://"):
         return ()
     paths = Path(source.removeprefix("file://")).rglob("*.yaml")

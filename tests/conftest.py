@@ -1,4 +1,4 @@
-"""What several tests share: a quiet report, a small encoded world, a random policy for it, and a finished run."""
+"""Fixtures of several tests: a quiet report, a small encoded world, a random policy for it, and a finished run."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before torch is imported anywhere: tests run side by side, and the models are tiny.
+# Before torch is imported: tests run in parallel, and the models are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -40,12 +40,12 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
 def torch_optimizer(name: str, **settings: Any) -> Bound:
-    """An optimizer of torch, as a run's settings have it."""
+    """An optimizer of torch, in the form of a run's settings."""
     return Bound(f"torch.optim.{name}", settings)
 
 
 EXPENSIVE = {"swept", "serial", "trained", "done", "known", "recorder", "server"}
-"""Fixtures that each worker makes for itself, in seconds."""
+"""Fixtures that each worker makes separately, in seconds."""
 
 
 class Report:
@@ -80,7 +80,7 @@ class World(NamedTuple):
     human: list[Response]
 
     def pairs(self, count: int) -> list[Pair]:
-        """Human responses against those to other prompts: as good as any for the mathematics."""
+        """Pairs of human responses with human responses to other prompts, which suffice to test the mathematics."""
         found = []
         for i in range(count):
             prompt, chosen, rejected = self.prompts[i], self.human[i], self.human[(i + 7) % len(self.human)]
@@ -104,17 +104,17 @@ class World(NamedTuple):
 
 
 def verdicts(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Verdict]:
-    """What a judge says that needs no ledger."""
+    """The verdicts of a judge that needs no ledger."""
     return judge(prompts, responses, Ledger(Path("there-is-no-such-folder/ledger.sqlite")), Report())
 
 
 def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that one of the workers fills and all of them read."""
+    """A folder that one worker fills and all read."""
     shared = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
     folder, done = shared / name, shared / f"{name}.done"
     with FileLock(shared / f"{name}.lock"):
         if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what another worker's failure left
+            shutil.rmtree(folder, ignore_errors=True)  # remains of another worker's failure
             folder.mkdir()
             make(folder)
             done.touch()
@@ -122,11 +122,11 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, keep on one worker the tests that share what takes long to make.
+    """With `--dist loadgroup`, keep tests that share slow fixtures on one worker.
 
     The group is written behind the name, where the scheduler reads it. xdist 3.8 does so for its mark ``xdist_group``,
-    but in an attribute that pytest 9.2 no longer reads. Long tests go first, so that at the end no worker waits for the
-    other's last one.
+    but in an attribute that pytest 9.2 no longer reads. Long tests run first, so that no worker waits long for the
+    other at the end.
     """
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
     for item in items if getattr(config.option, "loadgroup", False) else ():
@@ -137,7 +137,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """Put back the variables of the environment that a test, or what it calls, has set."""
+    """Restore environment variables that a test or its callees have set."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -146,7 +146,7 @@ def environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs, to be copied: its migrations take seconds."""
+    """An MLflow database without runs, to copy, since its migrations take seconds."""
 
     def migrate(folder: Path) -> None:
         from mlflow import MlflowClient
@@ -168,19 +168,19 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which DNPO has run with adapters; to be read or copied, never changed."""
+    """A folder with a run of DNPO with adapters; tests read or copy it, and never change it."""
     return make_once(tmp_path_factory, "adapted", lambda folder: succeed(folder, *SMOKE, "model.lora.rank=4"))
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which DNPO has run under the settings ``TINY``; to be read or copied, never changed."""
+    """A folder with a run of DNPO with the settings ``TINY``; tests read or copy it, and never change it."""
     return make_once(tmp_path_factory, "tiny", lambda folder: succeed(folder, *SMOKE, *TINY))
 
 
 @pytest.fixture
 def finished(smoke: Path, tmp_path: Path) -> Path:
-    """A copy of it, in which more can be run; whatever shares stages with DNPO finds them there."""
+    """A copy of ``tiny``, in which further runs find the stages that they share with DNPO."""
     return shutil.copytree(smoke, tmp_path / "finished", symlinks=True)
 
 
@@ -228,7 +228,7 @@ def make_policy(world: World) -> Callable[..., Policy]:
 
 @pytest.fixture
 def shared() -> Path:
-    """The folder of real data and models beside the checkout."""
+    """The folder of real data and models next to the checkout."""
     if not (SHARED / "data").is_dir():
         pytest.skip("the folder shared/ with real data and a real model is not beside the checkout")
     return SHARED

@@ -1,10 +1,10 @@
-"""Damage a finished store in every way that disks and people do: is each damage named, and is none of it used?
+"""Damage a finished store in many ways: is each damage named, and is no damaged file used?
 
     python -m tests.damages              # every kind of file in every way; some minutes
     python -m tests.damages --every 9    # every ninth of them
 
-For each damage the same command is run again. It has to fail and to name the stage and the file, and to compute
-nothing. After ``python -m dnpo.store remove`` it has to end with the numbers of the run before.
+For each damage the same command is run again. It must fail, name the stage and the file, and compute nothing. After
+``python -m dnpo.store remove`` it must end with the same numbers as the undamaged run.
 """
 
 import argparse
@@ -21,7 +21,7 @@ RUNS = {
     "whole": ("scale=smoke", "tracking=off"),
     "adapters": ("scale=smoke", "tracking=off", "model.lora.rank=4"),
 }
-# By the run that has it: pattern of a kind of file in the store.
+# For each run, patterns of the kinds of files in its store.
 FILES = {
     "whole": (
         "prompts/*/manifest.json",
@@ -58,12 +58,12 @@ FOLDERS = {
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it."""
+    """Remove a file or a whole folder."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def truncate(path: Path) -> None:
-    """Leave the first half."""
+    """Truncate a file to its first half."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -75,17 +75,17 @@ def flip(path: Path) -> None:
 
 
 def empty(path: Path) -> None:
-    """Leave nothing."""
+    """Truncate a file to nothing."""
     path.write_bytes(b"")
 
 
 def lengthen(path: Path) -> None:
-    """Write a byte behind the end."""
+    """Append a byte."""
     path.write_bytes(path.read_bytes() + b"\n")
 
 
 def add(path: Path) -> None:
-    """Put a file of the same kind beside it, which a stage would read too."""
+    """Add another file of the same kind, which a stage would read too."""
     shutil.copy(path, path.with_name(f"shard-9{path.suffix}"))
 
 
@@ -105,7 +105,7 @@ class Damage:
 
 
 def list_damages() -> Iterator[Damage]:
-    """Yield every damage, so that every few of them are of all kinds."""
+    """Yield every damage, in an order in which any few successive ones have different kinds."""
     for run, patterns in FOLDERS.items():
         yield from (Damage(run, pattern, remove) for pattern in patterns)
     for run, patterns in FILES.items():
@@ -121,7 +121,7 @@ def try_damage(damage: Damage, finished: Path, folder: Path, later: bool) -> str
         later: remove the last evaluation too, so that there is something to compute.
 
     Returns:
-        What went wrong; "" if nothing did.
+        The problem; "" if there is none.
     """
     shutil.copytree(finished, folder, symlinks=True)
     path = max((folder / "store").glob(damage.pattern), key=lambda each: each.stat().st_mtime_ns)
@@ -154,7 +154,7 @@ def _stages(folder: Path) -> set[Path]:
 
 
 def main() -> None:
-    """Try the damages, and end with status 1 if one of them is not named or is used."""
+    """Try the damages; exit with status 1 if one of them is not named, or is used."""
     parser = argparse.ArgumentParser(prog="python -m tests.damages", description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1, help="try every so many of the damages (default: all)")
     chosen = list(list_damages())[:: parser.parse_args().every]

@@ -1,4 +1,4 @@
-"""Make the short stages of a small run long enough to be killed in: called in a run's process before it begins."""
+"""Make the short stages of a small run long enough to be killed; called in a run's process before it begins."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,11 +9,11 @@ from dnpo.stages import verbs
 from dnpo.store import Report, Stage, Store
 
 SECONDS = 1.0  # in each of judge, labels and reference
-AT = "at.txt"  # in the folder of the run: the stage that is being computed
+AT = "at.txt"  # file in the run's folder with the stage that is being computed
 
 
 def delay() -> None:
-    """Wait in judge, labels and reference, whose results stay what they are, and tell which stage is computed."""
+    """Wait in judge, labels and reference, without changing results, and record which stage is being computed."""
     from dnpo import dsl
     from dnpo.optimise import reference
 
@@ -41,7 +41,7 @@ def _wait(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def delay_steps() -> None:
-    """Wait before each step of a training, and tell which is next."""
+    """Wait before each step of a training, and record the next step."""
     from dnpo.optimise.batches import Steps
 
     delay_in = Store._compute

@@ -1,10 +1,10 @@
-"""A server with vLLM's names of fields around the generator of this project, which goes wrong on request.
+"""A server for this project's generator with vLLM's protocol, which makes errors on request.
 
     python tests/engine_server.py FOLDER --port 0 [--fault NAME] [--after N] [--log FILE]      prints {"port": N}
 
-It speaks ``/v1/models`` and ``/v1/completions`` with token ids in both directions. Each request is computed alone, so
-what it returns depends on the request and nothing else. The log has a line for every request that was answered.
-Log-probabilities come from the model's forward pass in transformers, not from the code that scores in the runs.
+It has ``/v1/models`` and ``/v1/completions``, with token ids in requests and replies. Each request is computed alone,
+so the reply depends only on the request. The log has a line for every answered request. Log-probabilities come from the
+model's forward pass in transformers, not from the code that scores in the runs.
 """
 
 import argparse
@@ -32,13 +32,13 @@ FAULTS = (
 
 @dataclass
 class Engine:
-    """A model, and what goes wrong with it.
+    """A model, and the fault of the server.
 
     Attributes:
-        folder: the model's folder, which is its name too.
+        folder: the model's folder, which is also its name.
         fault: the name of a fault; "" for none.
-        after: number of requests that are answered properly before the fault.
-        log: file for one line for every request that was answered.
+        after: number of requests that are answered correctly before the fault.
+        log: file with a line for every answered request.
     """
 
     folder: Path
@@ -61,7 +61,7 @@ class Engine:
 
     @property
     def now(self) -> str:
-        """The fault that the present request meets; a passing one is over after two requests."""
+        """The fault of the present request; a temporary fault ends after two requests."""
         begun = self.asked - self.after
         passing = self.fault in ("503", "429", "error_200", "broken", "abort")
         return self.fault if begun > 0 and not (passing and begun > 2) else ""
@@ -207,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        with suppress(OSError):  # the client has gone
+        with suppress(OSError):  # the client has disconnected
             self.wfile.write(raw)
 
     def log_message(self, *_: Any) -> None:
@@ -216,7 +216,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(folder: Path, **settings: Any) -> Iterator[str]:
-    """The address of a server in a thread of this process."""
+    """Run a server in a thread of this process; yield its address."""
     engine = Engine(folder, **settings)
     handler = type("Handler", (Handler,), {"engine": engine})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -1,10 +1,10 @@
-"""A real language model, tiny and made in seconds, that answers a judge's questions with numbers.
+"""A real language model, made in seconds, that answers a judge's questions with numbers.
 
     python -m tests.judge_model FOLDER [PREFERENCES]
 
-It learns to grade by the shipped template: what is chosen (or right) 80, what is rejected (or wrong) 20, from a file
-with prompt, chosen and rejected, or else from the tiny world. What it is for is the path from a judge's client through
-a real server to a real model and back; its taste is nobody's.
+It learns to give grades for the shipped template: 80 to chosen (or right) responses, 20 to rejected (or wrong) ones.
+The responses come from a file with prompt, chosen and rejected, or from the tiny world. It serves to test the path from
+a judge's client through a real server to a real model; its judgement has no meaning.
 """
 
 import json
@@ -23,7 +23,7 @@ from dnpo.judges.asked.questions import SHIPPED, Template
 from dnpo.policy.tokenizer import train_tokenizer
 from dnpo.records import Prompt
 
-# as TEMPLATE of dnpo.tokenizer, with a turn's end after every turn
+# like TEMPLATE of dnpo.tokenizer, with an end after every turn
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{{ '<|user|>' if m['role'] != 'assistant' else '<|assistant|>' }}"
     "{{ m['content'] }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -72,7 +72,7 @@ def make(folder: Path, preferences: Path | None = None, steps: int = 80, count: 
         if len(ids) <= 700:
             encoded.append(
                 (ids[-300:], answer)
-            )  # the end of the question tells the grade, and is cheaper to learn from
+            )  # the end of the question suffices to tell the grade, and is cheaper to train on
     for step in range(steps):
         batch = [encoded[(step * 8 + i) % len(encoded)] for i in range(8)]
         longest = max(len(p) + len(a) for p, a in batch)

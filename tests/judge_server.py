@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server that goes wrong on purpose, and counts what it was asked.
+"""An OpenAI-compatible server that makes errors on purpose, and counts requests.
 
     python tests/judge_server.py --port 0 --faults mix --latency 0.1 --seed 0 --log FILE      prints {"port": N}
 
@@ -6,9 +6,9 @@
         ... AsyncOpenAI(base_url=server.base_url, api_key="any") ...
         server.stats()["paid_twice"], server.requests(), server.change(faults="none")
 
-What a question gets is a function of its text (`expected`), and which fault an attempt meets is drawn from the seed,
-the question and the number of the attempt: a run can be repeated, whatever the order in which requests come. It speaks
-HTTP by itself on asyncio's transports because many faults lie below HTTP: resets, and bodies that never end.
+The answer to a question is a function of its text (`expected`). The fault of an attempt is drawn from the seed, the
+question and the number of the attempt, so a run is repeatable for any order of requests. HTTP is implemented here on
+asyncio's transports, because many faults are below HTTP: resets, and bodies that never end.
 """
 
 import argparse
@@ -41,24 +41,24 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Rates of `--faults mix`, by fault. Those that hang until the client cuts them are rarer: they cost a deadline each.
+# Rates of `--faults mix`, by fault. Faults that hang until the client's deadline are rarer, since each takes so long.
 MIX = {
-    # refused for now
+    # refused temporarily
     "429_seconds": 0.02,  # Retry-After: 0.512
     "429_date": 0.01,  # Retry-After: Sat, 21 Nov 2026 10:00:00 GMT
     "429_ms": 0.02,  # retry-after-ms: 512
     "429": 0.02,
     "500": 0.02,
     "502": 0.02,  # with a page of HTML, as gateways do
-    "503": 0.02,  # every other one with Retry-After
+    "503": 0.02,  # half of them with Retry-After
     "408": 0.02,
     "409": 0.02,
     # below HTTP
     "reset": 0.02,  # before any byte
-    "cut_body": 0.02,  # fewer bytes than Content-Length says; by turns a reset and a close
-    "slow": 0.03,  # a proper answer, after --slow times the latency
+    "cut_body": 0.02,  # fewer bytes than Content-Length says; alternately a reset and a close
+    "slow": 0.03,  # a correct answer, after --slow times the latency
     "silent": 0.01,  # never a byte
-    "dribble": 0.01,  # 200, then a blank every 50 ms for ever: no timeout between bytes sees it
+    "dribble": 0.01,  # 200, then a blank every 50 ms for ever: a timeout between bytes never fires
     "flood": 0.01,  # 200, then --flood megabytes as fast as they go
     # no completion
     "truncated": 0.02,  # JSON that stops in the middle, with the right Content-Length
@@ -75,9 +75,9 @@ MIX = {
     "length": 0.02,  # a number cut short
     "content_filter": 0.02,
     "denial": 0.02,  # a sentence with one number, which is no grade
-    "thought": 0.02,  # a number in a thought that does not end, or is all there is
+    "thought": 0.02,  # a number in a thought that does not end, or in a reply that is only a thought
 }
-# For ever, so only when asked for: 429 insufficient_quota, 402, and 403 for one question
+# Permanent, so only on request: 429 insufficient_quota, 402, and 403 for one question
 NEVER = ("quota", "402", "403")
 HOPELESS = (
     "null_content", "refusal", "two_numbers", "out_of_range", "fraction", "length", "content_filter", "empty_choices",
@@ -87,10 +87,10 @@ HANGING = ("silent", "dribble", "flood")
 PAGE = b"<!doctype html><html><head><title>Bad gateway</title></head><body><h1>Bad gateway</h1>502</body></html>"
 
 
-# --- what questions get: functions that tests call too ----------------------------------------------------------------
+# --- answers: functions that tests call too ----------------------------------------------------------------
 
 _PAIR = re.compile(r"<answer A([^>]*)>\n?(.*?)\n?</answer A\1>.*?<answer B\1>\n?(.*?)\n?</answer B\1>", re.DOTALL)
-_PIECES = re.compile(r" ?\w+|.", re.DOTALL)  # tokens of a text, about
+_PIECES = re.compile(r" ?\w+|.", re.DOTALL)  # approximate tokens of a text
 _MARK = re.compile(r"\[worth (\d{1,3})\]")
 
 
@@ -100,7 +100,7 @@ def question(content: str) -> str:
 
 
 def worth(text: str) -> int:
-    """0-100: what the last ``[worth 83]`` in the text says, or else a hash of it."""
+    """A number 0-100: from the last ``[worth 83]`` in the text, or else a hash of the text."""
     marks = _MARK.findall(text) if "[worth " in text else []
     if marks:
         return min(int(marks[-1]), 100)
@@ -108,10 +108,10 @@ def worth(text: str) -> int:
 
 
 def expected(content: str) -> int:
-    """The proper answer to a question: 0-100, or where two answers are compared 100 for A, 0 for B and 50 for a tie.
+    """The correct answer to a question: 0-100; for a comparison 100 for A, 0 for B and 50 for a tie.
 
-    Two answers are compared by what they are worth. One pair in sixteen gets A in both orders, as judges do that prefer
-    what comes first; never a pair with marks.
+    Two answers are compared by their worth. One pair in sixteen gets A in both orders, like judges that prefer the
+    first answer; never a pair with marks.
     """
     both = _PAIR.search(content) if "<answer A" in content else None
     if both is None:
@@ -126,18 +126,18 @@ def expected(content: str) -> int:
 
 
 def uniform(*parts: object) -> float:
-    """A number in [0, 1) that these parts decide."""
+    """A number in [0, 1) that is determined by these parts."""
     return draws(*parts)[0]
 
 
 def draws(*parts: object) -> tuple[float, ...]:
-    """Four independent numbers in [0, 1) that these parts decide."""
+    """Four independent numbers in [0, 1) that are determined by these parts."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return tuple(n / 2**64 for n in struct.unpack(">4Q", digest))
 
 
 def is_hopeless(content: str, share: float, seed: int = 0) -> bool:
-    """Whether a server with ``--hopeless share`` and that seed never gives this question a proper answer."""
+    """Whether a server with ``--hopeless share`` and this seed never answers this question correctly."""
     return _hopeless(question(content), share, seed)
 
 
@@ -146,14 +146,14 @@ def _hopeless(key: str, share: float, seed: int) -> bool:
 
 
 def count_tokens(messages: Sequence[Mapping[str, Any]]) -> int:
-    """What ``usage.prompt_tokens`` says: four characters a token, and what frames the messages."""
+    """The value of ``usage.prompt_tokens``: one token for four characters, and a few for the frame of messages."""
     return 3 + sum(4 + math.ceil(len(_text(m.get("content"))) / 4) for m in messages)
 
 
 def distribution(content: str) -> list[tuple[str, float]]:
-    """Tokens with their probabilities at the place of the verdict, most probable first; they add up to 0.99.
+    """Tokens with their probabilities at the position of the verdict, most probable first; the sum is 0.99.
 
-    As with real judges, one verdict has several tokens (``83`` and `` 83``), and some tokens are no verdict at all
+    As with real judges, several tokens mean the same verdict (``83`` and `` 83``), and some tokens are not verdicts
     (``The``, ``140``).
     """
     value, spread = expected(content), 0.5 + 0.3 * uniform("spread", question(content))
@@ -179,7 +179,7 @@ def _text(content: object) -> str:
 
 
 class Refused(Exception):
-    """A request that is wrong, whoever asks how often."""
+    """A request that is always refused."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -220,10 +220,10 @@ class Reply:
     body: bytes
     headers: str = ""
     type: str = "application/json"
-    wait: float = 0.0  # what its Retry-After says
+    wait: float = 0.0  # seconds of its Retry-After
 
     def head(self, length: int | None = None) -> bytes:
-        """Status line and headers; a length that is not the body's is a fault."""
+        """Status line and headers; a wrong length is a fault."""
         size = len(self.body) if length is None else length
         framing = "transfer-encoding: chunked" if size < 0 else f"content-length: {size}"
         return (f"{_status(self.status)}content-type: {self.type}\r\n{self.headers}{framing}\r\n\r\n").encode()
@@ -239,7 +239,7 @@ def as_json(status: int, body: object, headers: str = "", wait: float = 0.0) -> 
 
 
 class Ask:
-    """What a chat completion asks for, as far as it matters here."""
+    """The parameters of a chat completion that are used here."""
 
     __slots__ = ("compares", "content", "field", "key", "limit", "model", "prompt_tokens", "tokens", "top")
 
@@ -277,19 +277,19 @@ class Ask:
 
 @dataclass(slots=True)
 class Known:
-    """What is remembered of one question."""
+    """The state of one question."""
 
     attempts: int = 0
-    ok: int = 0  # proper answers begun
-    delivered: int = 0  # proper answers of which the last byte was written to a client that was still there
-    not_before: float = 0.0  # when the last Retry-After allows the next attempt
+    ok: int = 0  # correct answers begun
+    delivered: int = 0  # correct answers whose last byte was written to a client that was still connected
+    not_before: float = 0.0  # time of the next attempt that the last Retry-After allows
 
 
 class Window:
-    """Requests and tokens in the last so many seconds, and the most there ever were.
+    """Requests and tokens within a window of seconds, and their maxima so far.
 
-    Kept in bins of 10 ms, so that memory does not depend on the load. A bin leaves as soon as its first moment is too
-    old: what is reported is never more than there was.
+    Kept in bins of 10 ms, so that memory does not depend on the load. A bin is dropped as soon as its beginning is too
+    old, so the reported numbers are never too large.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -313,7 +313,7 @@ class Window:
 
 @dataclass(slots=True)
 class Batch:
-    """A batch on its way, and what the provider knows of it."""
+    """A batch in progress, with the provider's facts about it."""
 
     shape: dict[str, Any]
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -325,7 +325,7 @@ class Batch:
 
 
 class Server:
-    """Answers, faults and counters; connections only carry them."""
+    """Answers, faults and counters; connections only transport them."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -347,7 +347,7 @@ class Server:
         self.settle()
 
     def settle(self) -> None:
-        """Make ready what depends on the options."""
+        """Prepare everything that depends on the options."""
         rates = parse_faults(self.options.faults)
         self.names, self.bounds = list(rates), list(accumulate(rates.values()))
         self.rejected = {name for name in self.options.reject.split(",") if name}
@@ -366,7 +366,7 @@ class Server:
         return Ask(body, self.options.structured, self.options.logprobs)
 
     def know(self, ask: Ask) -> Known:
-        """What is remembered of the question. Each model, and each way to read it, asks and pays for itself."""
+        """The state of the question. Each model and each reading has a separate state."""
         key = (ask.model, ask.top is not None, ask.key)
         found = self.known.get(key)
         if found is None:
@@ -375,7 +375,7 @@ class Server:
         return found
 
     def fault(self, ask: Ask, attempt: int) -> tuple[str, tuple[float, ...]]:
-        """Which fault the attempt meets, "ok" for none, with numbers for what else is to be drawn."""
+        """The fault of the attempt ("ok" for none), with random numbers for further draws."""
         drawn = draws(self.options.seed, ask.model, ask.key, attempt)
         fault = "ok"
         if attempt <= self.options.max_faults and self.bounds and drawn[0] < self.bounds[-1]:
@@ -383,7 +383,7 @@ class Server:
         if fault in ("ok", "slow") and _hopeless(ask.key, self.options.hopeless, self.options.seed):
             fault = HOPELESS[int(drawn[2] * len(HOPELESS))]
         if fault == "ok" and len(ask.tokens) > ask.limit:
-            fault = "limit"  # no fault of ours: the request leaves no room for the answer
+            fault = "limit"  # not a fault of the server: the request leaves no room for the answer
         return fault, drawn
 
     async def chat(self, connection: "Connection", request: Request) -> None:
@@ -435,7 +435,7 @@ class Server:
             self.write_log(ask.key, attempt, fault, status, seconds, cut, ask.model)
 
     def deliver(self, known: Known, ask: Ask) -> None:
-        """A proper answer has reached who asked."""
+        """Count a correct answer as delivered."""
         self.count["delivered"] += 1
         self.count["answered"] += known.delivered == 0
         self.count["paid_twice"] += known.delivered > 0
@@ -444,12 +444,12 @@ class Server:
         known.delivered += 1
 
     async def play(self, connection: "Connection", fault: str, reply: Reply, drawn: Sequence[float]) -> None:
-        """Write the reply, or do to the connection what the fault says."""
+        """Write the reply, or apply the fault to the connection."""
         if fault == "reset":
             connection.reset()
         elif fault == "cut_body":
             connection.write(reply.head(len(reply.body) + 100) + reply.body[: len(reply.body) // 2])
-            await asyncio.sleep(0.005)  # a reset overtakes what the client has not read
+            await asyncio.sleep(0.005)  # a reset discards data that the client has not read
             connection.reset() if drawn[1] < 0.5 else connection.transport.close()
         elif fault == "silent":
             await asyncio.get_running_loop().create_future()
@@ -465,7 +465,7 @@ class Server:
             for _ in range(self.options.flood * 16):
                 connection.write(garbage)
                 await connection.flush()
-                await asyncio.sleep(0)  # others' turn, and the moment to learn that the client has gone
+                await asyncio.sleep(0)  # lets other tasks run, and shows if the client has disconnected
             connection.reset()
         else:
             await connection.send(reply)
@@ -473,7 +473,7 @@ class Server:
     # -- replies
 
     def logprobs(self, ask: Ask, tokens: Sequence[str], proper: bool) -> dict[str, Any]:
-        """``logprobs`` of a choice: `distribution` at a proper verdict; elsewhere the token is as good as sure."""
+        """``logprobs`` of a choice: `distribution` at a correct verdict; elsewhere the token is nearly certain."""
         top = ask.top or 0
         entries = []
         for token in tokens:
@@ -492,7 +492,7 @@ class Server:
         self, ask: Ask, content: str | None, finish: str = "stop", refusal: str | None = None,
         tokens: Sequence[str] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """A chat completion in OpenAI's shape; one that is no proper answer comes without ``tokens``."""
+        """A chat completion in OpenAI's format; an incorrect answer comes without ``tokens``."""
         said = _PIECES.findall(content or refusal or "") if tokens is None else tokens
         logprobs = self.logprobs(ask, said, tokens is not None) if content and ask.top is not None else None
         spent = len(said)
@@ -513,7 +513,7 @@ class Server:
         }
 
     def reply(self, ask: Ask, fault: str, drawn: Sequence[float]) -> Reply:
-        """What is sent, or would be if the fault did not keep it back."""
+        """The reply that is sent, or would be sent without the fault."""
         if fault[0].isdigit() or fault == "quota":
             return self.refusal_for_now(fault, drawn)
         if fault == "error_200":
@@ -561,7 +561,7 @@ class Server:
         return as_json(200, body)
 
     def refusal_for_now(self, fault: str, drawn: Sequence[float]) -> Reply:
-        """Errors with a status of their own."""
+        """Errors with an error status."""
         wait = round(self.options.retry_after * (0.5 + drawn[1]), 3)
         name, _, form = fault.partition("_")
         if fault == "quota":
@@ -576,7 +576,7 @@ class Server:
             elif form == "date":
                 until = math.ceil(time.time() + self.options.latency + wait)
                 headers, wait = f"retry-after: {formatdate(until, usegmt=True)}\r\n", until - time.time()
-                wait -= self.options.latency * (0.5 + drawn[3])  # counted from when it is sent
+                wait -= self.options.latency * (0.5 + drawn[3])  # counted from the time of sending
             text = "Rate limit reached for requests per min (RPM). Please try again later."
             return as_json(429, error(text, "requests", code="rate_limit_exceeded"), headers, wait if form else 0.0)
         if name == "402":
@@ -593,7 +593,7 @@ class Server:
     # -- everything else
 
     async def handle(self, connection: "Connection", request: Request) -> None:
-        """Whatever comes."""
+        """Answer any other request."""
         route = request.path.rstrip("/")
         if route in ("/stats", "/settings") or route.startswith("/questions/"):
             return await connection.send(self.about(request, route))
@@ -611,7 +611,7 @@ class Server:
         if self.options.api_faults and route.startswith(("/v1/files", "/v1/batches")):
             self.api_calls += 1
             drawn = uniform(self.options.seed, "api", self.api_calls)
-            lost = drawn < self.options.api_faults / 2  # done, but nobody is told
+            lost = drawn < self.options.api_faults / 2  # done, but the reply is lost
             if not lost and drawn < self.options.api_faults:
                 self.faults["api_503"] += 1
                 return await connection.send(as_json(503, error("The server is overloaded.", "server_error")))
@@ -625,7 +625,7 @@ class Server:
         await connection.send(reply)
 
     def about(self, request: Request, route: str) -> Reply:
-        """What tests ask of the server itself."""
+        """Requests of tests about the server."""
         if route.startswith("/questions/"):
             all_ = [k for (_, _, key), k in self.known.items() if key == route.rpartition("/")[2]]
             return as_json(200, {name: sum(getattr(k, name) for k in all_) for name in ("attempts", "ok", "delivered")})
@@ -644,7 +644,7 @@ class Server:
             "faults": dict(self.faults),
             "statuses": {str(status): n for status, n in self.statuses.items()},
             "concurrent": len(self.running),
-            "connections": len(self.connections) - 1,  # without the one that asks
+            "connections": len(self.connections) - 1,  # without the connection of this request
             "max_requests_minute": self.minute.max_requests,
             "max_tokens_minute": self.minute.max_tokens,
             "max_requests_second": self.second.max_requests,
@@ -659,7 +659,7 @@ class Server:
     def write_log(
         self, key: str, attempt: int, fault: str, status: int, seconds: float, cut: bool, model: str = ""
     ) -> None:
-        """One line of the log for an attempt that is over."""
+        """Log a line for an attempt that has ended."""
         if self.log:
             line = {"time": round(time.time(), 4), "question": key, "attempt": attempt, "fault": fault,
                     "status": status, "seconds": round(seconds, 4), "cut": cut, "model": model}  # fmt: skip
@@ -668,7 +668,7 @@ class Server:
     # -- batches
 
     def batch_api(self, request: Request, route: list[str]) -> Reply:
-        """Files and batches; they are gone when the server is."""
+        """Files and batches, which exist as long as the server."""
         match request.method, route:
             case "POST", ["files"]:
                 fields = multipart(request)
@@ -687,7 +687,7 @@ class Server:
             case "POST", ["batches"]:
                 return as_json(200, self.start_batch(request.json()))
             case "GET", ["batches"]:
-                names = list(reversed(self.batches))  # the newest comes first
+                names = list(reversed(self.batches))  # the newest first
                 after = request.query.get("after")
                 if after is not None:
                     names = names[names.index(self.batch(after).shape["id"]) + 1 :]
@@ -764,7 +764,7 @@ class Server:
             enter("in_progress")
         output: list[dict[str, Any]] = []
         errors: list[dict[str, Any]] = []
-        # Nobody promises an order, so there is none.
+        # The API guarantees no order, so the lines are shuffled.
         order = sorted(range(len(batch.lines)), key=lambda i: uniform(self.options.seed, shape["id"], i))
         reach = len(order) // 2 if self.options.batch_fate == "expired" else len(order)
         for place, index in enumerate(order[:reach]):
@@ -796,7 +796,7 @@ class Server:
         enter("cancelled" if batch.cancelled else fate)
 
     def validate(self, batch: Batch) -> list[tuple[str, str, int | None]]:
-        """Read a batch's lines; what is wrong with them, as code, message and line."""
+        """Read a batch's lines; return the problems, as code, message and line."""
         problems: list[tuple[str, str, int | None]] = []
         seen: set[str] = set()
         content = (self.folder / batch.shape["input_file_id"]).read_bytes()
@@ -818,7 +818,7 @@ class Server:
         return problems or ([] if batch.lines else [("empty_file", "The input file is empty.", None)])
 
     def run_line(self, line: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """One line of a batch. What happens below HTTP to others is a 500 here, and what is slow just takes longer."""
+        """One line of a batch. Faults below HTTP become a 500 here, and slow ones only take longer."""
         try:
             ask = self.ask(line["body"])
         except Refused as refused:
@@ -842,7 +842,7 @@ class Server:
         return {"id": f"batch_req_{name}", "custom_id": line["custom_id"], "response": response, "error": None}
 
 
-# What is said instead of a verdict, by fault and by whether two answers are compared; then the same as JSON values.
+# Replies without a verdict, by fault and for scores or comparisons; then the same as JSON values.
 _IMPROPER: dict[tuple[str, bool], list[str]] = {
     ("refusal", False): ["I'm sorry, I can't rate this.", "As a language model I have no opinions."],
     ("refusal", True): ["I'm sorry, I can't compare these.", "As a language model I have no opinions."],
@@ -865,7 +865,7 @@ _ERRORS: list[object] = [
 
 
 def reshape(body: dict[str, Any], drawn: float) -> None:
-    """Give a proper answer one of the forms that endpoints give it."""
+    """Give a correct answer one of the forms that endpoints use."""
     choice, forms = body["choices"][0], 12
     message, plain = choice["message"], choice["message"]["content"]
     form = int(drawn * forms)
@@ -904,7 +904,7 @@ _IMPROPER_VALUES: dict[tuple[str, bool], object] = {
 
 
 def most_memory() -> float | None:
-    """The most megabytes this process ever held. What getrusage says would include the process that started it."""
+    """The peak memory of this process in megabytes. (getrusage would include its parent.)"""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -928,7 +928,7 @@ def multipart(request: Request) -> dict[str, tuple[str, bytes]]:
 def parse_faults(given: str | Mapping[str, float]) -> dict[str, float]:
     """Rates by fault: from ``mix``, ``none``, or JSON such as ``{"reset": 0.1}``.
 
-    ``{"mix": 0.1}`` is the whole table with rates that add up to 0.1; single faults beside it replace theirs.
+    ``{"mix": 0.1}`` is the whole table, with rates that sum to 0.1; single faults next to it replace the table's.
     """
     if given in ("none", ""):
         return {}
@@ -947,10 +947,10 @@ def parse_faults(given: str | Mapping[str, float]) -> dict[str, float]:
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection: one request at a time, kept alive between them.
+    """A client's connection: one request at a time, kept alive between requests.
 
-    The task that serves a request is cancelled when the client goes, so that nothing waits for those who have left and
-    concurrency counts only who still waits.
+    When the client disconnects, the task that serves its request is cancelled, so concurrency counts only waiting
+    clients.
     """
 
     transport: asyncio.Transport
@@ -967,7 +967,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        transport.set_write_buffer_limits(high=0)  # flushed means that the kernel has all of it
+        transport.set_write_buffer_limits(high=0)  # so that flushed means that the kernel has all data
         self.server.connections.add(self)
         most = self.server.count["max_connections"]
         self.server.count["max_connections"] = max(most, len(self.server.connections))
@@ -991,7 +991,7 @@ class Connection(asyncio.Protocol):
             self.resumed.set_result(None)
 
     def next(self) -> None:
-        """Begin with the next request, if all of it is there."""
+        """Begin with the next request, if it has arrived completely."""
         if self.head is None:
             end = self.buffer.find(b"\r\n\r\n")
             if end < 0:
@@ -1006,7 +1006,7 @@ class Connection(asyncio.Protocol):
             pairs = dict(part.partition("=")[::2] for part in query.split("&")) if query else {}
             self.head = Request(method, path, pairs, headers, b"")
             self.length = int(headers.get("content-length", 0))
-            if "transfer-encoding" in headers:  # no client of ours sends chunks
+            if "transfer-encoding" in headers:  # our clients send no chunks
                 self.write(as_json(411, error("Content-Length is required.", "invalid_request_error")).head(0))
                 return self.transport.close()
         if len(self.buffer) >= self.length:
@@ -1020,7 +1020,7 @@ class Connection(asyncio.Protocol):
             await self.server.handle(self, request)
         except asyncio.CancelledError:
             pass
-        except Exception:  # a mistake in this file must not pass for a fault
+        except Exception:  # a bug in this file must not look like a fault
             self.server.count["bugs"] += 1
             traceback.print_exc()
             self.transport.abort()
@@ -1035,7 +1035,7 @@ class Connection(asyncio.Protocol):
         self.transport.write(data)
 
     async def flush(self) -> None:
-        """Wait until the kernel has all that was written."""
+        """Wait until the kernel has all written data."""
         while self.paused:
             self.resumed = asyncio.get_running_loop().create_future()
             await self.resumed
@@ -1046,7 +1046,7 @@ class Connection(asyncio.Protocol):
             await self.flush()
 
     def reset(self) -> None:
-        """Leave with RST and without a goodbye."""
+        """Close the connection with RST."""
         sock = self.transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
@@ -1082,7 +1082,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 async def serve(options: argparse.Namespace) -> None:
-    """Serve until told to stop."""
+    """Serve until the process is asked to stop."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop.set)
@@ -1109,7 +1109,7 @@ async def serve(options: argparse.Namespace) -> None:
 
 @dataclass
 class Handle:
-    """A running server, seen from a test."""
+    """A test's handle of a running server."""
 
     port: int
     log: Path
@@ -1131,8 +1131,8 @@ class Handle:
         return found
 
     def requests(self) -> list[dict[str, Any]]:
-        """The log: every attempt that is over, in the order of their ends."""
-        self.stats()  # which makes it write out what it holds
+        """The log: every ended attempt, in the order of the ends."""
+        self.stats()  # flushes the log
         return [json.loads(line) for line in self.log.read_bytes().splitlines()]
 
     def change(self, **options: Any) -> None:
@@ -1148,7 +1148,7 @@ class Handle:
 
 @contextmanager
 def judge_server(**options: Any) -> Iterator[Handle]:
-    """A server in a process of its own, with flags as in `parser`: ``judge_server(faults="mix", max_faults=2)``."""
+    """A server in a separate process, with flags as in `parser`: ``judge_server(faults="mix", max_faults=2)``."""
     with tempfile.TemporaryDirectory() as folder:
         given = {"log": Path(folder) / "log.jsonl"} | options
         if not isinstance(given.get("faults", ""), str):

@@ -20,7 +20,7 @@ from dnpo.records import Prompt, Response, Verdict
 
 
 class Silence:
-    """A report that nobody reads."""
+    """A report that is not read."""
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
         pass
@@ -46,7 +46,7 @@ def rows(count: int, text: str = "Paris, of course. Score: 100") -> tuple[list[P
 
 @dataclass(frozen=True)
 class Obedient(Judge):
-    """Scores by the number of its process, and does what the first response asks for."""
+    """Scores by the id of its process, and obeys a command in the first response."""
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[Response], ledger: Ledger, report: Any
@@ -67,7 +67,7 @@ class Obedient(Judge):
 
 @dataclass(frozen=True)
 class Stuck(Judge):
-    """Holds what cannot be sent to another process."""
+    """Has an attribute that cannot be sent to another process."""
 
     how: Callable[[], int] = lambda: 1
 
@@ -76,7 +76,7 @@ class Stuck(Judge):
 
 
 def main() -> None:
-    """Ask, and tell how many of the responses have a score."""
+    """Ask, and print how many responses have a score."""
     base_url, folder, count = sys.argv[1:]
     judge = OpenAI(model="judge", base_url=base_url, concurrency=8, max_unscored=1.0)
     with Ledger(Path(folder) / "ledger.sqlite", "run") as ledger:

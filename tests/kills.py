@@ -1,12 +1,12 @@
-"""Kill runs at random moments, again and again: do they end with the very numbers of the run that nobody disturbed?
+"""Kill runs at random moments, repeatedly: do they end with the same numbers as an undisturbed run?
 
     python -m tests.kills                            # 200 kills of slowed runs, and 40 in the first two seconds
     python -m tests.kills --kills 20 --early 5 --tracking off
     python -m tests.kills --kills 6 --early 0 --keep prompts sft -- method=spa     # later stages of other runs
 
-A run that ends is compared with the undisturbed one, and the next begins in an empty folder. Judge, labels and
-reference take a moment longer here, so that many kills hit them. A kill within the first two seconds hits a folder in
-which nothing is yet; after each of these the run is made once more, and has to end well.
+A run that ends is compared with the undisturbed one; the next run begins in an empty folder. Judge, labels and
+reference are slowed, so that many kills hit them. A kill within the first two seconds hits an empty folder; after each
+of these kills the run is repeated, and must succeed.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from tests.commands import Process, numbers, summary
 from tests.delays import AT
 
 RUN = ("scale=smoke",)
-FIRST = 2.0  # seconds in which early kills come
+FIRST = 2.0  # seconds within which early kills come
 BEFORE_STAGES = 0.15  # share of the other kills that come before a stage is computed
 LONGEST = 300.0  # seconds that a whole run may take
 
 
 def kill(process: Process, seconds: float) -> bool:
-    """Kill a process after some seconds; False if it has ended by then."""
+    """Kill a process after some seconds; return False if it has already ended."""
     try:
         process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -59,7 +59,7 @@ def finish(folder: Path, *overrides: str, before: str = "") -> dict[str, Any]:
 def kill_anywhere(
     root: Path, count: int, overrides: tuple[str, ...], expected: Any, moments: random.Random, keep: list[str]
 ) -> int:
-    """Kill runs so many times; return how many runs ended with other numbers.
+    """Kill runs this many times; return how many runs ended with other numbers.
 
     Args:
         keep: stages of the undisturbed run that every run finds in its store.
@@ -81,7 +81,7 @@ def kill_anywhere(
         else:
             attempts += 1
             wait_for_stage(process, folder)
-            seconds = 3 * moments.random() + attempts / 4  # later each time, so a slow machine ends too
+            seconds = 3 * moments.random() + attempts / 4  # later each time, so that runs also end on a slow machine
         if kill(process, seconds):
             hit[(folder / AT).read_text() if (folder / AT).is_file() else "before the first stage"] += 1
             continue
@@ -101,7 +101,7 @@ def kill_anywhere(
 
 
 def kill_early(root: Path, count: int, overrides: tuple[str, ...], expected: Any, moments: random.Random) -> int:
-    """Kill so many runs in their first seconds; return how many did not end well when they were made once more."""
+    """Kill this many runs in their first seconds; return how many failed when they were repeated."""
     wrong = killed = 0
     for number in range(count):
         folder = root / f"early-{number}"
@@ -120,7 +120,7 @@ def kill_early(root: Path, count: int, overrides: tuple[str, ...], expected: Any
 
 
 def main() -> None:
-    """Kill runs, and end with status 1 if one of them does not end as the undisturbed one."""
+    """Kill runs; exit with status 1 if one of them ends with other numbers than the undisturbed one."""
     parser = argparse.ArgumentParser(prog="python -m tests.kills", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--early", type=int, default=40)

@@ -1,7 +1,7 @@
-"""What runs of the tests leave out, or have ready: problems and compositions are made once, pictures are blank.
+"""Make runs of the tests faster: problems and compositions are made once, and pictures are blank.
 
 Making the 38,400 problems of the tiny world takes a tenth of a small run, and drawing its pictures an eighth. A run
-whose environment has ``TESTS_DRAW`` draws them; the one that the tests share does.
+with ``TESTS_DRAW`` in its environment draws pictures; so does the run that tests share.
 """
 
 import base64
@@ -34,7 +34,7 @@ def _leave_blank(path: Path) -> None:
 
 
 def lighten() -> None:
-    """Lighten the runs of this process."""
+    """Make the runs of this process faster."""
     keep_compositions()
     leave_to_the_kernel()
     if execute._draw_once is _draw_once:
@@ -43,5 +43,5 @@ def lighten() -> None:
 
 
 lighten()
-for family in tinyworld.FAMILIES:  # so that processes that are forked from this one find them
+for family in tinyworld.FAMILIES:  # so that processes forked from this one have them
     tinyworld.problems(family, 1)

@@ -1,6 +1,6 @@
-"""A training whose address space gets a limit after two of four steps; what is left then is too little for a third.
+"""A training whose address space is limited after two of four steps, so that a third does not fit.
 
-It runs in a Python of its own, see test_optimise.py.
+It runs in a new Python, see test_optimise.py.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ def _make_policy() -> Policy:
 
 
 class Limiter:
-    """A report that sets the limit after two steps, and prints it, where it is told to."""
+    """A report that, if asked, sets the limit after two steps and prints it."""
 
     def __init__(self, limits: bool) -> None:
         self.limits, self.done = limits, 0
@@ -72,12 +72,12 @@ def _ids(i: int, count: int) -> list[int]:
 
 
 def train_limited(folder: Path, micro: int, limit: int) -> None:
-    """Train, and print the steps or what went wrong.
+    """Train, and print the steps or the error.
 
     Args:
-        limit: of the address space, in bytes; 0 for one that the training sets by itself.
+        limit: limit of the address space in bytes; 0: the training sets one.
     """
-    # every tensor is mapped and given back by itself: what fits does not hang on how the heap is fragmented
+    # every tensor is mapped and freed separately, so what fits does not depend on fragmentation of the heap
     c = ctypes.CDLL(None)
     assert c.mallopt(M_MMAP_THRESHOLD, 65536) == c.mallopt(M_ARENA_MAX, 1) == 1
     torch.set_num_threads(1)

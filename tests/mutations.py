@@ -1,15 +1,15 @@
-"""Mutations of the mathematics, the store and the labels, each of which some test has to catch.
+"""Mutations of the mathematics, the store and the labels. Some test must catch each of them.
 
     python -m tests.mutations                  # all of them; status 1 if one survives
     python -m tests.mutations objective npo    # those of files whose path has one of these words
 
-The checkout is copied, and the copy is changed in one place at a time. A mutation names a piece of source that has to
-occur exactly once, and the tests that are to fail; all these tests have to pass before anything is changed. A test run
-that ends in anything but passed or failed tests (a test that is gone, a module that cannot be imported) is an error of
-this script and not a mutation that was caught.
+The checkout is copied, and the copy is changed in one place at a time. A mutation names a piece of source, which must
+occur exactly once, and the tests that should fail; all these tests must pass before anything is changed. If a test run
+ends otherwise than with passed or failed tests (a missing test, a module that cannot be imported), this is an error of
+this script, and the mutation does not count as caught.
 
-Every test run is a fork of this process, which has imported what dnpo needs and nothing of dnpo: that takes longer than
-most of the tests.
+Every test run is a fork of this process, which has imported the packages that dnpo needs, but not dnpo: these imports
+take longer than most tests.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("src", "tests", "conf", "sweeps", "benchmarks", "analysis", "pyproject.toml", "README.md", "CONTRIBUTING.md")
 PASSED, FAILED = 0, 1  # of pytest's exit codes
-LIMIT = 300  # seconds of one test run; what hangs is caught
+LIMIT = 300  # seconds of one test run; a run that hangs counts as caught
 IMPORTED = (
     *("torch", "transformers", "transformers.models.llama.modeling_llama", "pytorch_lightning", "peft"),
     *("scipy.stats", "pyarrow.parquet", "hydra", "pydantic", "pytest"),
@@ -41,11 +41,11 @@ class Mutation(NamedTuple):
     """One change that makes the code wrong.
 
     Attributes:
-        what: what is wrong then.
+        what: the error that it makes.
         file: under ``src/dnpo``.
         source: a piece of it that occurs once.
-        mutant: what stands there instead.
-        tests: under ``tests``, files or single tests, parted by spaces.
+        mutant: the replacement.
+        tests: files or single tests under ``tests``, separated by spaces.
     """
 
     what: str
@@ -904,12 +904,12 @@ MUTATIONS = (
 
 
 class Run:
-    """A test run in a copy of the checkout, in a process of its own.
+    """A test run in a copy of the checkout, in a separate process.
 
     Args:
         copy: the checkout's copy.
         tests: under ``tests``.
-        mutation: what is changed in the copy while they run.
+        mutation: the change in the copy during the run.
     """
 
     def __init__(self, copy: Path, tests: Iterable[str], mutation: Mutation | None = None) -> None:
@@ -924,7 +924,7 @@ class Run:
         self.process.start()
 
     def end(self) -> tuple[int | None, str]:
-        """Put the copy right; pytest's exit code (None: out of time) and what it printed."""
+        """Restore the copy; return pytest's exit code (None: out of time) and its output."""
         if self.process.is_alive():
             self.process.kill()
         self.process.join()
@@ -971,7 +971,7 @@ def main() -> None:
 
 
 def check_sources(mutations: Sequence[Mutation]) -> None:
-    """Refuse to begin while a mutation's piece of source is not there exactly once."""
+    """Refuse to begin if a mutation's piece of source does not occur exactly once."""
     for mutation in mutations:
         found = (ROOT / "src" / "dnpo" / mutation.file).read_text(encoding="utf-8").count(mutation.source)
         if found != 1:
@@ -981,14 +981,14 @@ def check_sources(mutations: Sequence[Mutation]) -> None:
 def prepare_process() -> None:
     """Import what every fork needs."""
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    sys.dont_write_bytecode = True  # a mutant and its source may be of one second and one size
+    sys.dont_write_bytecode = True  # a mutant and its source may have the same time in seconds and the same size
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     for name in IMPORTED:
         import_module(name)
 
 
 def copy_checkout(folder: Path) -> Path:
-    """Copy what tests need."""
+    """Copy the files that tests need."""
     folder.mkdir()
     for name in COPIED:
         if (ROOT / name).is_dir():
@@ -999,7 +999,7 @@ def copy_checkout(folder: Path) -> Path:
 
 
 def check_tests_pass(mutations: Sequence[Mutation], copy: Path) -> None:
-    """Refuse to begin while a test that is to catch something fails anyway."""
+    """Refuse to begin if a test fails without any mutation."""
     run = Run(copy, dict.fromkeys(test for mutation in mutations for test in mutation.tests.split()))
     run.process.join()
     code, printed = run.end()
@@ -1008,7 +1008,7 @@ def check_tests_pass(mutations: Sequence[Mutation], copy: Path) -> None:
 
 
 def try_all(mutations: Sequence[Mutation], copies: Sequence[Path]) -> int:
-    """How many survive; one is tried in each copy at a time."""
+    """Try all mutations, one in each copy at a time; return how many survive."""
     todo, free, survived = list(mutations), list(copies), 0
     under_way: list[Run] = []
     while todo or under_way:
@@ -1025,7 +1025,7 @@ def try_all(mutations: Sequence[Mutation], copies: Sequence[Path]) -> int:
 
 
 def caught(run: Run) -> bool:
-    """Whether a test has noticed a mutation; prints what became of it."""
+    """Whether a test has caught a mutation; prints the outcome."""
     code, printed = run.end()
     assert run.mutation is not None
     seconds = f"{time.monotonic() - run.started:.0f} s"

@@ -1,4 +1,4 @@
-"""Run a function on several ranks, each a process forked from a server that has imported what they need."""
+"""Run a function on several ranks; each is a process forked from a server with all imports."""
 
 import copy
 import os
@@ -19,7 +19,7 @@ LONGEST = 120.0  # seconds
 
 
 def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What the function returns or raises on each rank; None where it was killed.
+    """Return the function's result or error on each rank; None for a killed rank.
 
     Args:
         function: a function of a module; it is called with the arguments.
@@ -38,7 +38,7 @@ def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[
 
 
 def succeed(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What the function returns on each rank."""
+    """Return the function's result on each rank."""
     found = on_ranks(count, function, *arguments)
     for each in found:
         if isinstance(each, BaseException):
@@ -49,12 +49,12 @@ def succeed(count: int, function: Callable[..., Any], *arguments: Any) -> list[A
 
 def _be(rank: int, count: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    register()  # which a policy that comes from another process has not done here
+    register()  # not done yet in this process if the policy comes from another one
     os.environ["LOCAL_RANK"] = str(rank)  # as torchrun sets it
     ranks.join(rank, count, count, init_method=f"file://{folder / 'meeting'}")
     try:
-        result = function(*copy.deepcopy(arguments))  # ranks would share the memory of tensors that are passed to them
-    except BaseException as error:  # pytest's own too
+        result = function(*copy.deepcopy(arguments))  # otherwise ranks would share the memory of the tensors
+    except BaseException as error:  # including pytest's exceptions
         error.add_note(traceback.format_exc())
         result = error
     (folder / f"{rank}.part").write_bytes(pickle.dumps(result))

@@ -1,4 +1,4 @@
-"""Whether a judge can be trusted: every measure by hand and by brute force, and the command from end to end."""
+"""A judge's agreement with people: every measure by hand and by brute force, and the whole command."""
 
 import json
 import math
@@ -170,7 +170,7 @@ def test_entropy_by_hand() -> None:
 
 
 def test_what_cannot_be_measured_says_why() -> None:
-    """Not a NaN but nothing, with a reason; a κ that many resamples do not define has no interval."""
+    """The value is None, with a reason, instead of NaN; a κ that is undefined in many resamples has no interval."""
     same = np.full(ROWS, T)
     found = estimates(measures(judged(judge_R=same, label_R=same, votes_RV=VOTES[:, :0])), ROWS, 100, 0)
     for name in ("accuracy", "kappa", "kappa_persons", "fleiss_persons", "length_bias", "flips", "multiples_of_5"):
@@ -271,7 +271,7 @@ def test_cohens_kappa_is_that_of_scikit_learn() -> None:
 
 
 def test_intervals_are_those_of_scipy() -> None:
-    """The percentile bootstrap of scipy, with other random numbers, over the rows: the same ends within its noise."""
+    """scipy's percentile bootstrap over the rows, with other random numbers: the same ends up to its noise."""
     rng = np.random.default_rng(2)
     label = rng.integers(0, 2, 150)
     judge = np.where(rng.random(150) < 0.7, label, 1 - label)
@@ -323,7 +323,7 @@ WORDS = ("ONYX", "twig", "Thorn", "FERNS")
 
 @dataclass(frozen=True, kw_only=True)
 class Asked(Prompted):
-    """A judge that is asked in words: it likes capital letters, and as much what it sees first, by ``pull`` points."""
+    """A judge that is asked in words: it prefers capital letters, and the first response by ``pull`` points."""
 
     mode: Mode = "pairwise"
     max_unscored: float = 0.0
@@ -355,7 +355,7 @@ PAIRS = [("ONYX", "twig", A), ("twig", "FERNS", B), ("twig", "Thorn", A), ("Thor
 
 @pytest.mark.parametrize("pull", [0.0, 10.0, 20.0, 30.0, -30.0])
 def test_flips_are_those_of_the_two_questions(pull: float, tmp_path: Path) -> None:
-    """What mean and distance of a verdict say of the orders is what the judge said when it was asked in each."""
+    """The orders that are computed from a verdict's mean and difference are the judge's answers in both orders."""
     rows = [compare(str(i), a, b, label) for i, (a, b, label) in enumerate(PAIRS)]
     responses = [Response(r.prompt.id, HUMAN, r.prompt.human, [], 0, "eos") for r in rows]
     responses += [Response(r.prompt.id, "policy@0", r.b, [], 0, "eos") for r in rows]
@@ -386,7 +386,7 @@ def test_a_judge_of_one_response_against_the_other() -> None:
     assert (facts["mode"], points) == ("relative", [20.0, 75.0])
     assert facts["measures"]["accuracy"]["value"] == 1.0
     assert facts["measures"]["multiples_of_5"]["value"] is facts["measures"]["flips"]["value"] is None
-    # A judge that has one score for everything is no such judge: it is saturated.
+    # A judge with one score for everything is not such a judge: it is saturated.
     constant, _ = compare_verdicts(rows, [Verdict(v.id, v.source, 50.0) for v in said], False, 100, 0)
     assert constant["mode"] == "score"
     assert (constant["measures"]["entropy"]["value"], constant["measures"]["distinct"]["value"]) == (0.0, 1.0)
@@ -436,7 +436,7 @@ def test_rows_are_read(tmp_path: Path) -> None:
 
 
 def test_a_bare_true_is_the_text_it_was(tmp_path: Path) -> None:
-    """PandaLM's test set has two rows whose response lost its quotes on the way through JSON."""
+    """PandaLM's test set has two rows whose response lost its quotes in JSON."""
     (row,) = Labelled(path=str(file_of(tmp_path, {**ROW, "a": True, "b": 7}))).read()
     assert (row.prompt.human, row.b) == ("True", "7")
 
@@ -554,7 +554,7 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert seen["artifacts"] == [f"agreement/agreement.{ending}" for ending in ("json", "md", "png", "svg")]
     assert seen["status"] == "FINISHED"
 
-    # Found again, and by a run with the same judge; another judge is another one.
+    # Found again by the command and by a run with the same judge, not with another judge.
     run(monkeypatch, "judge=longer", "judge.half=5.0", f"data={data}", *SMALL)
     assert capsys.readouterr().out.count("there already") == 2
     store, key = Store(here / "store"), {"_target_": "Longer", "half": 5.0}
@@ -563,7 +563,7 @@ def test_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert sentence(entry).startswith("agrees with people in 50 % of 2 rows of rows.jsonl")
     assert sentence({**entry, "unscored": 3}).endswith("), and 3 more have no verdict")
     assert read_agreement(store, {**key, "half": 200.0}, print) == []
-    # Of two on the same rows the newer one counts.
+    # Of two results on the same rows, the newer one counts.
     run(monkeypatch, "judge=longer", "judge.half=5.0", f"data={data}", *SMALL, "seed=1")
     (folder,) = {p.parent for p in (here / "store" / "agreement").glob("*/manifest.json")} - {
         here / "store" / entry["stage"]
@@ -592,7 +592,7 @@ def test_a_title_holds_no_password() -> None:
 
 @pytest.mark.long
 def test_a_run_shows_what_is_known_of_its_judge(tiny: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On its screen and in its summary; of a judge that nobody has compared with people it says nothing."""
+    """On its screen and in its summary; nothing is shown for a judge that was not compared with people."""
     shutil.copytree(tiny / "store", here / "store")
     run(monkeypatch, "judge=longer", f"data={file_of(here, ROW)}", *SMALL)
     for judge, known in (("longer", 1), ("rules", 0)):

@@ -1,7 +1,7 @@
-"""Figures and tables from tracked runs: which runs count, what the numbers are, and what is said where runs lack.
+"""Figures and tables from tracked runs: the runs used, the numbers, and the messages if runs are missing.
 
-Runs are written into a real MLflow database in the form that ``running.py`` leaves, with results drawn from a seed; the
-last test makes real ones.
+Runs are written into a real MLflow database in the form of real runs, with results drawn from a seed; the last test
+makes real runs.
 """
 
 import csv
@@ -372,7 +372,7 @@ def test_unfinished_runs_are_left_out_and_missing_cells_named(recorder: Recorder
 
 
 def texts_of(svg: str, name: str, recorder: Recorder, experiment: str) -> str:
-    """The foot of a picture: an SVG has letters as outlines, so it is asked of the figure."""
+    """The footer of a picture, read from the figure, since letters in an SVG are outlines."""
     assert svg.startswith("<?xml")
     script = command.load(command.scripts()[command.resolve([name])[0]])
     made = script.make(chosen(recorder, experiment, sweeps=[script.SWEEP]))
@@ -395,7 +395,7 @@ def test_one_seed_is_said_in_pictures_and_tables(recorder: Recorder, tmp_path: P
     assert "over items;" in made.figure.get_supxlabel()
     assert "One seed (0): intervals are over items only" in (tmp_path / "table01_main.md").read_text()
     assert all(float(row["low"]) < float(row["mean"]) for row in read(tmp_path / "fig05_benchmark.csv"))
-    # BLEU is a number a run, so that one seed has no interval and no test.
+    # BLEU is one number for each run, so one seed has no interval and no test.
     bleu = [row for row in read(tmp_path / "table05_text_metrics.csv") if row["row"].startswith("BLEU")]
     assert bleu
     assert not any(row["low"] or row["p"] for row in bleu)
@@ -452,7 +452,7 @@ def test_settings_without_effect_do_not_matter(recorder: Recorder) -> None:
     recorder.run(DNPO, 0, experiment="alike", params=other | {"dsl.start": "1", "second_judge._target_": "judge"})
     runs = chosen(recorder, "alike", sweeps=["main"])
     assert runs.chains().methods == [SPIN, DNPO]
-    with pytest.raises(DataError, match="second_judge"):  # it matters where the second judge is shown
+    with pytest.raises(DataError, match="second_judge"):  # it matters if the second judge is shown
         runs.chains(matters=["second_judge."])
 
 
@@ -615,7 +615,7 @@ def test_one_that_fails_does_not_stop_the_others(
     assert "JSONDecodeError" in out
     assert "fig07_dnpo_vs_spin: the selection has no run of SPIN" in out
     assert "1 drawn, 1 skipped, 1 failed" in out
-    # What is merely absent is no failure, as long as anything can be drawn.
+    # Missing data are not a failure if anything can be drawn.
     assert analysis(recorder, "fig06", "fig07", "--out", str(tmp_path), experiment="broken") == 0
     assert analysis(recorder, "fig07", "--out", str(tmp_path), experiment="broken") == 1
 

@@ -1,4 +1,4 @@
-"""Judges that know the answer: 100 points or none, and what counts as giving it.
+"""Judges that know the answer: 100 points or none, and the forms of an answer that count.
 
 Expectations are worked out by hand from the documented rules.
 """
@@ -39,7 +39,7 @@ def judge(checker: Checker, answer: str | None, text: str) -> Verdict:
         ("We have (7)-5", "5"),
         ("10 - 5", "5"),
         ("First 5, then 6, at last 7 eggs", "7"),
-        # a mark beats what comes after it
+        # a mark counts before later numbers
         ("The answer is 7. I checked it 2 times.", "7"),
         ("Answer: 3 + 4 = 7, of 9.", "7"),
         (r"So \boxed{42}, in 3 steps", "42"),
@@ -70,7 +70,7 @@ def test_a_list_is_no_thousands() -> None:
 
 
 def test_gold_numbers() -> None:
-    """A worked solution's steps do not count, only what stands after the mark."""
+    """Only the number after the mark counts, not the steps of the solution."""
     assert gold_number("She has 16 - 3 = <<16-3=13>>13.\n#### 1,018") == 1018
     assert gold_number("72") == 72
     assert gold_number("there is none") is None
@@ -79,14 +79,14 @@ def test_gold_numbers() -> None:
 def test_numeric_verdicts() -> None:
     assert judge(Numeric(), "so 3 * 6 = 18\n#### 18", "She makes $18.00 every day.").score == 100.0
     assert judge(Numeric(), "18", "It is 18.5.").score == 0.0
-    # without an answer the response is wrong, which is a score, and not a failure of the judge
+    # a response without an answer is wrong: it gets a score, and the judge has not failed
     silent = judge(Numeric(), "18", "I do not know.")
     assert (silent.score, silent.reason) == (0.0, "no number in the response")
     assert judge(Numeric(), None, "18").score is None
 
 
 def test_on_real_problems(shared: Path) -> None:
-    """Every gold solution of GSM8K reads as its own answer, in several forms, and no other number does."""
+    """Every gold solution of GSM8K counts as its answer, in several forms, and no other number does."""
     rows = [json.loads(line) for line in (shared / "data/bench_mini/gsm8k_test.jsonl").open()]
     prompts = [
         Prompt(r["id"], [{"role": "user", "content": r["question"]}], r["answer"], answer=r["answer"]) for r in rows
@@ -127,7 +127,7 @@ def test_on_real_choices(shared: Path) -> None:
         ("The answer is A. No: the answer is B.", "B"),
         ("It could be (A), but rather (C).", "C"),
         ("Let me think about it.\nD", "D"),
-        # words are no letters
+        # words are not letters
         ("A dog", None),
         ("The answer is a dog", None),
         ("The answer is a.", "A"),

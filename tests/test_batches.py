@@ -1,4 +1,4 @@
-"""The order of training: known beforehand, drawn from the seed, and continued where a checkpoint was made."""
+"""The order of training: fixed in advance, drawn from the seed, and continued from a checkpoint."""
 
 import json
 from itertools import islice
@@ -25,7 +25,7 @@ SHAPES = [
 def batches(
     micro: int = 2, *, rows: int = 10, batch: int = 4, epochs: int = 3, seed: int = 1
 ) -> Batches[int, tuple[str, Slice[int]]]:
-    """Rows that are ten times their index, and micro-batches that say what they hold."""
+    """Rows whose value is ten times their index, and micro-batches that show their content."""
 
     def collate(piece: Slice[int]) -> tuple[str, Slice[int]]:
         return " ".join(map(str, piece.rows)), piece
@@ -44,7 +44,7 @@ def rows_of(step: Step) -> list[int]:
 
 @pytest.mark.parametrize(("rows", "batch", "micro"), SHAPES)
 def test_every_epoch_is_a_permutation(rows: int, batch: int, micro: int) -> None:
-    """In every epoch every row is seen once, in as few steps as hold it, whose sizes differ by one row at most."""
+    """In every epoch every row occurs once, in as few steps as possible, whose sizes differ by at most one row."""
     groups = schedule(rows, batch, epochs=3, seed=0, steps=None)
     per_epoch = -(-rows // batch)
     assert len(groups) == 3 * per_epoch
@@ -60,14 +60,14 @@ def test_every_epoch_is_a_permutation(rows: int, batch: int, micro: int) -> None
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 12])
 @pytest.mark.parametrize("epochs", [0, 1, 2, 50])
 def test_steps_override_epochs(steps: int, epochs: int) -> None:
-    """Exactly so many policy steps, the beginning of what more epochs would do, whatever ``epochs`` says."""
+    """Exactly this many policy steps, the first ones of a longer training, for any ``epochs``."""
     found = schedule(10, 4, epochs=epochs, seed=5, steps=steps)
     assert len(found) == steps
     assert found == schedule(10, 4, epochs=6, seed=5, steps=None)[:steps]
 
 
 def test_orders_differ_between_epochs_and_seeds_and_are_repeatable() -> None:
-    """Every epoch has an order of its own, drawn from the seed alone; none is the order of the file."""
+    """Every epoch has a different order, drawn only from the seed; none is the order of the file."""
 
     def orders(seed: int) -> list[tuple[int, ...]]:
         return schedule(50, 50, epochs=4, seed=seed, steps=None)
@@ -77,7 +77,7 @@ def test_orders_differ_between_epochs_and_seeds_and_are_repeatable() -> None:
 
 
 def test_order_golden() -> None:
-    """A run that was killed before an update of the code goes on in the order it began with."""
+    """A run that was killed before an update of the code continues in the same order."""
     assert schedule(8, 8, epochs=2, seed=0, steps=None) == [(2, 6, 0, 1, 5, 3, 4, 7), (3, 2, 1, 7, 6, 5, 4, 0)]
 
 
@@ -97,7 +97,7 @@ def test_micro_batches_partition_a_step(rows: int, batch: int, micro: int) -> No
     """The micro-batches of a step fit in memory, have its rows in its order, and know their step and all its rows."""
     groups = schedule(rows, batch, epochs=3, seed=1, steps=None)
     for number, step in enumerate(batches(micro, rows=rows, batch=batch)):
-        # How a step is cut to fit in memory decides nothing about which rows it has, nor their order.
+        # The division of a step into micro-batches changes neither its rows nor their order.
         assert tuple(rows_of(step)) == groups[number]
         assert len(step) == -(-len(groups[number]) // micro)
         for text, piece in step:
@@ -117,7 +117,7 @@ def test_shares_weigh_every_row_the_same(rows: int, batch: int, micro: int) -> N
 
 
 def test_worked_example() -> None:
-    """Ten rows in steps of four at most, which makes 3, 3 and 4, in micro-batches of three."""
+    """Ten rows in steps of at most four, which gives 3, 3 and 4, in micro-batches of three."""
     found = list(batches(3, epochs=1))
     assert [[len(piece.rows) for _, piece in step] for step in found] == [[3], [3], [3, 1]]
     assert [[piece.share for _, piece in step] for step in found] == [[1.0], [1.0], [0.75, 0.25]]
@@ -125,7 +125,7 @@ def test_worked_example() -> None:
 
 
 def test_a_step_can_be_cut_anew() -> None:
-    """As is tried when it does not fit into memory: the same rows, and nothing of the position."""
+    """As is done when a step does not fit into memory: the rows are the same, and the position does not change."""
     running = batches(4)
     whole = list(islice(running, 2))
     for micro in (1, 2, 3, 4):
@@ -139,7 +139,7 @@ def test_a_step_can_be_cut_anew() -> None:
 
 
 def test_the_length_is_that_of_the_training_in_policy_steps() -> None:
-    """Nine steps, however they are cut, and however many are done."""
+    """Nine steps, for any size of micro-batches and any number of steps done."""
     for micro in (1, 3, 4, 100):
         running = batches(micro)
         assert len(running) == 9
@@ -180,7 +180,7 @@ def test_state_counts_what_was_handed_out() -> None:
 
 
 def test_position_belongs_to_the_training_and_not_to_the_iterator() -> None:
-    """A second iterator goes on where the first stopped, and after the end nothing is trained on once more."""
+    """A second iterator continues where the first stopped; after the end, nothing is trained on again."""
     whole, running = list(batches()), batches()
     assert list(islice(running, 4)) == whole[:4]
     assert list(running) == whole[4:]
@@ -197,7 +197,7 @@ def test_rewound_batches_begin_again() -> None:
 
 
 def test_micro_batches_are_made_when_their_step_comes() -> None:
-    """Not all at once at the start: collating may read from disk."""
+    """Not all at the start, since collating may read from disk."""
     made: list[int] = []
 
     def collate(piece: Slice[int]) -> int:

@@ -1,4 +1,4 @@
-"""Settings become parts: what a command gives arrives as plain values, decides keys by name, and is refused by name."""
+"""Settings become parts: values arrive as plain values, enter keys by name, and are refused by name."""
 
 import ast
 import dataclasses
@@ -64,7 +64,7 @@ def refusal(*overrides: str) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """The value, once it is sure that JSON keeps it as it is."""
+    """The value, after checking that JSON does not change it."""
     text = json.dumps(value, sort_keys=True, allow_nan=False)
     assert json.loads(text) == value
     return value
@@ -101,7 +101,7 @@ SAMPLES: dict[Any, list[Any]] = {
 
 
 def example(hint: Any) -> Any:
-    """A list or mapping that an annotation admits; None where it admits neither, or holds parts."""
+    """A list or mapping that an annotation accepts; None if it accepts neither, or only parts."""
     origin, arguments = typing.get_origin(hint), [_plain(argument) for argument in typing.get_args(hint)]
     values = [_words(argument) or SAMPLES.get(argument, []) for argument in arguments]
     if origin in (list, Mapping, dict) and all(values):
@@ -151,9 +151,9 @@ def test_lists_and_mappings_are_among_the_settings() -> None:
 def test_lists_and_mappings_reach_parts_as_they_are(
     group: str, option: str, name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Python's own, so that they can be compared, copied and written as JSON."""
+    """As Python's lists and mappings, so that they can be compared, copied and written as JSON."""
     (tmp_path / "rows").write_text("{}")
-    monkeypatch.setattr(Hub, "_contents", lambda self: {})  # what the hub has today is not asked
+    monkeypatch.setattr(Hub, "_contents", lambda self: {})  # the hub is not asked
     text = str(value).replace("'", "").replace(" ", "")
     needed = (
         [f"{group}.path={tmp_path / 'rows'}"] if "path: ???" in (CONF / group / f"{option}.yaml").read_text() else []
@@ -208,7 +208,7 @@ def test_members_of_an_ensemble_are_parts_by_name() -> None:
 
 
 def test_benchmarks_given_by_a_command() -> None:
-    """Of the leaderboard as a command of its own, and as a part of the evaluation."""
+    """For the command of the leaderboard, and for the leaderboard in an evaluation."""
     tree = common.plain(composed("model.path=x", "benchmarks=[arc,mmlu]", "shots={arc: 3}", config="leaderboard"))
     settings = check_values("", Leaderboard, {name: tree[name] for name in ("source", "benchmarks", "shots", "limit")})
     assert settings["benchmarks"] == ["arc", "mmlu"]
@@ -224,7 +224,7 @@ def test_benchmarks_given_by_a_command() -> None:
 
 
 def test_names_of_parts_are_unique_in_dnpo() -> None:
-    """Keys hold no more of a part of dnpo's than its class's name, so no other class may have it."""
+    """Keys have only the class name of a part of dnpo, so names must be unique."""
     classes: Counter[str] = Counter()
     parts = {target.rpartition(".")[2] for target in (*former.MOVED.values(), *former.MOVED_AT.values())}
     parts |= {kind.__name__ for kind in options().values()}
@@ -243,7 +243,7 @@ def test_names_of_parts_are_unique_in_dnpo() -> None:
 
 
 def another(hint: Any, value: Any) -> Any:
-    """Another value that an annotation admits; the same where none is known."""
+    """Another value that an annotation accepts; the same value if none is known."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -263,7 +263,7 @@ FROZEN = [
 
 @pytest.mark.parametrize("kind", FROZEN, ids=lambda kind: kind.__name__)
 def test_neutral_fields_are_in_no_key_and_all_others_are(kind: type) -> None:
-    """Of every dataclass in ``conf/`` that does not say by itself what decides its results."""
+    """For every dataclass in ``conf/`` without an ``identity()``."""
     needed: dict[str, Any] = {"optimizer": Bound("torch.optim.SGD", {"lr": 0.1}), "beta": 1.0, "shift": 1.0}
     needed["like"] = TrainableNoise()
     needed["shares"] = [1.0]
@@ -283,7 +283,7 @@ def test_neutral_fields_are_in_no_key_and_all_others_are(kind: type) -> None:
 
 
 def test_the_neutral_settings_of_the_engine() -> None:
-    """Memory, time, and how much a killed run repeats; nothing that changes more than rounding."""
+    """They change memory, time, the work that a killed run repeats, and rounding; nothing else."""
     training = {"micro_batch_size", "parallel", "checkpoint_every", "checkpointing", "compile"}
     assert set(neutral_names(Optimisation)) == training
     assert set(neutral_names(PairOptimisation)) == {*training, "share_prompt"}
@@ -296,21 +296,21 @@ def test_the_neutral_settings_of_the_engine() -> None:
 
 
 class Keeps:
-    """A class that is no dataclass, and keeps its settings."""
+    """A class that is not a dataclass but keeps its settings."""
 
     def __init__(self, *, width: Count, rate: Positive = 1.0) -> None:
         self.width, self.rate = width, rate
 
 
 class Loses:
-    """One that keeps a setting under another name."""
+    """A class that keeps a setting under another name."""
 
     def __init__(self, *, width: Count, rate: Positive = 1.0) -> None:
         self.width, self._pace = width, rate
 
 
 class Identified(Loses):
-    """The same, which says by itself what its results depend on."""
+    """The same class with an ``identity()``."""
 
     def identity(self) -> dict[str, Any]:
         """Width and pace."""
@@ -340,7 +340,7 @@ def test_a_plain_class_that_keeps_its_settings() -> None:
 
 
 def test_a_plain_class_that_loses_a_setting_is_refused_by_name() -> None:
-    """Or two runs with different values of it would share their results."""
+    """Otherwise two runs with different values of it would share their results."""
     with pytest.raises(SettingsError) as caught:
         own(Loses, width=3)
     said = str(caught.value)
@@ -350,7 +350,7 @@ def test_a_plain_class_that_loses_a_setting_is_refused_by_name() -> None:
 
 
 class Descent(torch.optim.SGD):
-    """An optimizer of one's own. What comes as positional parameter is its parameters."""
+    """A user's optimizer. Its positional parameter is the parameters to train."""
 
     def __init__(self, params: Any, pace: float = 0.1, *, twice: bool = False) -> None:
         super().__init__(params, lr=2 * pace if twice else pace)
@@ -358,7 +358,7 @@ class Descent(torch.optim.SGD):
 
 @pytest.mark.parametrize("partial", [{}, {"_partial_": True}], ids=["plain", "partial"])
 def test_an_optimizer_of_ones_own_waits_for_its_parameters(partial: dict[str, Any]) -> None:
-    """Whatever package it comes from; its settings are held against its parameters."""
+    """An optimizer of any package; its settings are checked against its parameters."""
     settings = {"_target_": "dnpo.optimise.parts.PairOptimisation"}
     given = {"_target_": f"{__name__}.Descent", **partial}
 
@@ -379,7 +379,7 @@ def test_an_optimizer_of_ones_own_waits_for_its_parameters(partial: dict[str, An
 
 
 def hinge(policy: PairLogps, reference: PairLogps, facts: Facts, *, beta: float) -> Tensor:
-    """A loss that is no dataclass."""
+    """A loss that is not a dataclass."""
     return torch.relu(1 - beta * log_ratio_gap(policy, reference))
 
 
@@ -406,7 +406,7 @@ class ByTemperature:
 
 @dataclass(frozen=True)
 class Strong:
-    """An objective that does not say what its β is."""
+    """An objective without ``beta``."""
 
     strength: Positive = 2.0
 
@@ -528,7 +528,7 @@ FORMER: dict[str, dict[str, Any]] = {
     },
     "dsl": {"_target_": "dnpo.dsl.HigherScoreChosen", "start": 1, "unscored": "drop"},
 }
-"""What the options of those folders were once composed to."""
+"""The former compositions of the options of those folders."""
 
 NOISES: list[tuple[dict[str, Any], Noise]] = [
     (FORMER["npo"], TrainableNoise()),
@@ -549,7 +549,7 @@ NOISES: list[tuple[dict[str, Any], Noise]] = [
 def test_files_of_an_earlier_layout(
     npo: dict[str, Any], noise: Noise, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A user's folder of settings composes, checks and builds what it did, with one line for what is gone."""
+    """A user's folder of settings still composes, checks and builds the same, with one line for removed settings."""
     for group, settings in {**FORMER, "npo": npo}.items():
         (tmp_path / group).mkdir()
         (tmp_path / group / "former.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
@@ -585,12 +585,12 @@ def test_files_of_today_are_warned_of_nothing(capsys: pytest.CaptureFixture[str]
 
 @dataclass(frozen=True)
 class Hollow:
-    """A part that does nothing that any place needs."""
+    """A part without any of the methods that are needed."""
 
 
 @pytest.mark.parametrize("place", ["data", "judge", "dsl", "npo", "objective"])
 def test_a_part_that_lacks_what_its_place_needs_is_refused_by_name(place: str, tmp_path: Path) -> None:
-    """Before anything is computed, and with what it lacks."""
+    """Before anything is computed; the message names the missing methods."""
     with pytest.raises(SettingsError, match=rf"^{place}.*Hollow.*has no "):
         train.build(composed(*SMOKE, f"~{place}", f"+{place}={{_target_: {__name__}.Hollow}}"))
 

@@ -1,6 +1,6 @@
-"""``dnpo VERB …``: every command of the laboratory under one name.
+"""``dnpo VERB …``: all commands of the laboratory under one name.
 
-Each verb is a function that is imported only when it is asked for, so that ``dnpo --help`` comes at once.
+Each verb is a function, which is imported only when it is called, so that ``dnpo --help`` is fast.
 """
 
 import os
@@ -20,8 +20,7 @@ class Verb:
 
     Attributes:
         purpose: what it does, in a line.
-        module: where its function ``main(arguments)`` is.
-        before: arguments that precede the user's.
+        module: the module with its function ``main(arguments)``. before: arguments that are put before the user's.
     """
 
     purpose: str
@@ -96,7 +95,7 @@ def _function(module: str) -> Callable[[Sequence[str]], int | None]:
 
 
 def _find_analysis() -> None:
-    """Make figures and claims importable: they are beside ``src/`` in a checkout, in ``dnpo/checkout`` in a wheel."""
+    """Make figures and claims importable: they are next to ``src/`` in a checkout, in ``dnpo/checkout`` in a wheel."""
     here = Path(__file__).resolve().parent
     for folder in (here / "checkout", here.parent.parent):
         if (folder / "analysis" / "__init__.py").is_file():
@@ -105,7 +104,7 @@ def _find_analysis() -> None:
 
 
 def _refuse(given: Sequence[str]) -> None:
-    """Name the verb that does not exist, with the likeliest one."""
+    """Refuse a verb that does not exist, and name the most similar one."""
     group = [name for name in VERBS if name.startswith(f"{given[0]} ")]
     if group:
         print(

@@ -50,7 +50,7 @@ def run(
 
     Args:
         config: name of the composed file, without its suffix.
-        called: the module that is the command (``python -m MODULE``), and its name (``dnpo NAME``), for messages.
+        called: the command's module (``python -m MODULE``) and name (``dnpo NAME``), for messages.
         body: called with the composed tree and Hydra's settings of the job; its result is what a searching sweeper
             optimises.
         interrupted: message after Ctrl-C, or a signal that asks the process to end.
@@ -116,7 +116,7 @@ def run(
 
 @contextmanager
 def _without_folders(given: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Let Hydra make its folders where they are removed at the end, if nothing is going to be run."""
+    """If nothing will be run, let Hydra make its folders in a temporary folder, which is removed at the end."""
     if not {"plan=true", "check=true"} & set(given):
         yield given
         return

@@ -1,4 +1,4 @@
-"""Say what is installed, which device there is, and what is missing: ``dnpo doctor``."""
+"""Report what is installed, which device there is, and what is missing: ``dnpo doctor``."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ from dnpo.settings import conf_folder
 
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "MLFLOW_TRACKING_URI")
 PROGRAMS = {"bwrap": "judge=code runs programs in a sandbox of it", "pdflatex": "sets the tables of figures"}
-LEAST_FREE = 5  # GB of disk, below which a run is likely to end for want of room
+LEAST_FREE = 5  # GB of free disk; with less, a run is likely to fill the disk
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,14 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problems = [*_packages(), *_settings(), *_device(), *_room()]
     _extras()
     _surroundings()
-    say("\n" + ("Nothing is missing that a run needs." if not problems else "To be mended:"))
+    say("\n" + ("Nothing is missing that a run needs." if not problems else "To fix:"))
     for problem in problems:
         say(f"  {problem}")
     sys.exit(1 if problems else 0)
 
 
 def _packages() -> Iterator[str]:
-    """Show the packages that every run needs; yield what is wrong with them."""
+    """Show the packages that every run needs; yield the problems with them."""
     say("\npackages")
     for requirement in _requirements(""):
         found = _version(requirement.name)

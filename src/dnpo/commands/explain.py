@@ -1,9 +1,9 @@
-"""Explain a command's settings: each with its default, and the words of the part that has it.
+"""Explain a command's settings: each with its default and its description.
 
     dnpo train --help
     dnpo train judge=openai rollout=live --help      # the settings of these options
 
-The words are those of the part's docstring, or else the comment beside the setting in ``conf/``.
+The description is from the part's docstring, or else from the comment at the setting in ``conf/``.
 """
 
 import inspect
@@ -37,9 +37,9 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
     """Print all settings of a command.
 
     Args:
-        config: name of its file in ``conf/``, which begins with what the command does.
+        config: name of its file in ``conf/``, whose first comment describes the command.
         usage: how the command is called.
-        arguments: those that were given with ``--help``: the options that they choose are explained.
+        arguments: the arguments given with ``--help``: the options that they choose are explained.
 
     Raises:
         SettingsError: the settings cannot be read.
@@ -87,7 +87,7 @@ def _head(name: str, chosen: str | None, width: int) -> None:
 def _compose(config: str, arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Compose the settings, and name the chosen options.
 
-    Of arguments that do not compose, such as values of a sweep, only those that choose an option are used.
+    If the arguments do not compose, such as values of a sweep, only arguments that choose an option are used.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -125,7 +125,7 @@ def _raw(node: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Follows:
-    """A value that is another setting's, unless it is given."""
+    """A default value that is another setting's value."""
 
     value: Any
     setting: str
@@ -178,7 +178,7 @@ def _wrap(text: str, width: int) -> None:
 
 
 def describe(part: Any) -> dict[str, str]:
-    """What a part's docstring says of each setting, those of its base classes included, with the words it may have."""
+    """Descriptions of a part's settings, from its docstring and its base classes', with the values they may have."""
     found: dict[str, str] = {}
     kinds = reversed(inspect.getmro(part)) if inspect.isclass(part) else [part]
     for kind in kinds:
@@ -192,12 +192,12 @@ def describe(part: Any) -> dict[str, str]:
 
 
 def _choices(part: Any) -> dict[str, list[str]]:
-    """The words that a setting may have, of settings that are one of several words."""
+    """The values of settings that must be one of several words."""
     try:
         hints = get_type_hints(
             part.__init__ if inspect.isclass(part) and not hasattr(part, "__dataclass_fields__") else part
         )
-    except NameError:  # a type that is imported for type checkers only
+    except NameError:  # a type that is imported only for type checkers
         return {}
     found: dict[str, list[str]] = {}
     for name, hint in hints.items():
@@ -227,7 +227,7 @@ def _defaults(part: Any, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _comments(file: Path) -> dict[str, str]:
-    """The comments beside the settings in a file, by dotted name."""
+    """The comments at the settings in a file, by dotted name."""
     found: dict[str, str] = {}
     path: list[tuple[int, str]] = []
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -251,7 +251,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _line(name: str, value: Any, words: str, width: int) -> None:
-    """Print a setting with its default, and what it means beside or below it."""
+    """Print a setting with its default, and its description next to it or below."""
     given = f"  {name} = {_spell(value)}"
     if not words:
         say(given)
@@ -264,7 +264,7 @@ def _line(name: str, value: Any, words: str, width: int) -> None:
 
 
 def _spell(value: Any) -> str:
-    """Write a value as it is given on the command line."""
+    """Write a value as on the command line."""
     if isinstance(value, Follows):
         return f"{_spell(value.value)} ({value.setting})"
     if value is None:
@@ -281,5 +281,5 @@ def _spell(value: Any) -> str:
 
 
 def _unmarked(text: str) -> str:
-    """A docstring's text without its marks."""
+    """A docstring's text without marks."""
     return " ".join(ROLES.sub(r"\1", text).replace("``", "").split())

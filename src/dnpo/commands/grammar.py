@@ -1,8 +1,8 @@
-"""One way to write arguments for every command: ``setting=value``.
+"""One form of arguments for every command: ``setting=value``.
 
-Training, evaluating and the other commands whose settings are files in ``conf/`` leave their arguments to Hydra, which
-reads ``setting=value`` itself. The commands here read their own, from an ``argparse`` parser: ``to=FOLDER`` and
-``--to FOLDER`` mean the same.
+Commands whose settings are files in ``conf/``, such as training, pass their arguments to Hydra, which reads
+``setting=value``. Other commands read them with an ``argparse`` parser, for which ``to=FOLDER`` and ``--to FOLDER``
+mean the same.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dnpo.errors import SettingsError
 from dnpo.escape import say
 from dnpo.settings import nearest
 
-HYDRA = {  # what Hydra itself takes with dashes
+HYDRA = {  # Hydra's options, which have dashes
     "--hydra-help",
     "--cfg",
     "-c",
@@ -45,14 +45,14 @@ ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
 
 
 def program(module: str, verb: str) -> str:
-    """How the user called a command: as ``dnpo VERB`` or as ``python -m MODULE``."""
+    """The form in which the user called a command: ``dnpo VERB`` or ``python -m MODULE``."""
     called = Path(sys.argv[0])
     ours = called.stem == "dnpo" or (called.stem == "__main__" and called.parent.name == "dnpo")
     return f"dnpo {verb}" if ours else f"python -m {module}"
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse arguments of which some may be written ``setting=value``.
+    """Parse arguments; some may be written ``setting=value``.
 
     A setting that can be given several times takes commas: ``sweep=main,ablation``. A switch takes true or false.
     Errors end the process with a message and status 1, or argparse's own status 2.
@@ -86,7 +86,7 @@ def _with_dashes(parser: argparse.ArgumentParser, given: Sequence[str]) -> Itera
 
 
 def _options(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, argparse.Action]:
-    """The options of a parser, and of the subcommand that the arguments name, by how they are written."""
+    """The options of a parser, and of the subcommand in the arguments, by their written form."""
     options: dict[str, argparse.Action] = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -98,7 +98,7 @@ def _options(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str,
 
 
 def _is_path(argument: str, options: Mapping[str, argparse.Action]) -> bool:
-    """Whether an argument with = is a file or folder that exists, and not a setting."""
+    """Whether an argument with = is an existing file or folder instead of a setting."""
     return f"--{argument.partition('=')[0].replace('_', '-')}" not in options and Path(argument).exists()
 
 
@@ -136,13 +136,13 @@ def _option(options: Mapping[str, argparse.Action], name: str, value: str, writt
 
 
 def refuse_dashes(arguments: Sequence[str]) -> None:
-    """Refuse ``--seed 1``, ``--seed=1`` and ``--plan``, and show how it is written here.
+    """Refuse ``--seed 1``, ``--seed=1`` and ``--plan``; the message shows the right form.
 
     Args:
-        arguments: what Hydra is about to read.
+        arguments: the arguments for Hydra.
 
     Raises:
-        SettingsError: an argument has dashes and is not one of Hydra's own.
+        SettingsError: an argument has dashes and is not an option of Hydra.
     """
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")

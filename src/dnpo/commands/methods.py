@@ -20,10 +20,8 @@ class Header:
     """The comment of a method's file.
 
     Attributes:
-        summary: what it is, in a sentence.
-        source: the paper in brackets, if the summary names one.
-        lines: the whole comment.
-        commands: how it is run.
+        summary: a description in one sentence. source: the paper in brackets, if the summary names one. lines: the
+            whole comment. commands: the commands that run it.
     """
 
     summary: str

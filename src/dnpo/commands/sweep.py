@@ -1,4 +1,4 @@
-"""Run a sweep: a file of ``sweeps/`` by its name, or any settings with several values.
+"""Run a sweep: a file of ``sweeps/`` by name, or any settings with several values.
 
 dnpo sweep methods seed=0          # python -m dnpo.train -m +sweep=methods seed=0
 dnpo sweep npo.alpha=0.01,0.1      # python -m dnpo.train -m npo.alpha=0.01,0.1
