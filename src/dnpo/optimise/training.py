@@ -1,7 +1,8 @@
 """The base class of trainings: policy steps of micro-batches, one update of all players per step, and checkpoints.
 
 The whole training is one pass over a fixed list of policy steps. A checkpoint has the position in this list, the states
-of optimizers and schedule, and what the kind of training adds. A killed training continues bit for bit on a CPU.
+of optimizers and schedule, and what the kind of training adds; the metrics of all steps are in a file next to it
+(``history.py``). A killed training continues bit for bit on a CPU.
 
 Several processes can train together (``ranks.py``): each computes the gradients of its share of the rows, which are
 summed over all before the update, so that the weights stay equal. A checkpoint knows nothing of their number.
@@ -28,13 +29,14 @@ from dnpo import disk, ranks
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, StoreError
 from dnpo.interrupts import Held
 from dnpo.optimise.batches import Idle, Steps
+from dnpo.optimise.history import History
 from dnpo.optimise.parts import Optimisation
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import Packed
 from dnpo.policy.sharded import gather_weight, is_part, shard
 from dnpo.store import Report
 
-CHECKPOINT = "checkpoint.ckpt"
+CHECKPOINT, HISTORY = "checkpoint.ckpt", "steps.jsonl"
 
 
 class Trainee(Protocol):
@@ -307,15 +309,14 @@ class Training(pl.LightningModule):
     # --- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters and the history; leave out what is not trained."""
+        """Add the number of the next step; leave out what is not trained."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
-        checkpoint["training"] = {"policy_step": self.policy_step, "history": self.history}
+        checkpoint["training"] = {"policy_step": self.policy_step}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters and the history."""
+        """Restore the number of the next step."""
         self.policy_step = checkpoint["training"]["policy_step"]
-        self.history = checkpoint["training"]["history"]
 
     def on_train_start(self) -> None:
         """Report the progress, after a checkpoint is loaded."""
@@ -330,11 +331,22 @@ class _Checkpoints(pl.Callback):
     It replaces the last one only when it is complete. Rank 0 writes it.
     """
 
-    def __init__(self, path: Path, every: int, signals: Held) -> None:
-        self.path, self.every, self.signals = path, every, signals
+    def __init__(self, folder: Path, every: int, signals: Held) -> None:
+        self.path, self.every, self.signals = folder / CHECKPOINT, every, signals
+        self.history = History(folder / HISTORY)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has of the history."""
+        return {"checksum": self.history.checksum}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self.history.checksum = state_dict["checksum"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take the signals from Lightning, which would end without a checkpoint."""
+        """Read the history; take the signals from Lightning, which would end without a checkpoint."""
+        training = cast(Training, module)
+        training.history = self.history.load(training.policy_step, cut=ranks.leads())
         self.signals.hold()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
@@ -342,6 +354,8 @@ class _Checkpoints(pl.Callback):
         step, total = cast(Training, module).policy_step, cast(Training, module).total
         ending = any(ranks.gather(lambda: bool(self.signals.waiting)))  # all end if one is to end
         if ending or (step % self.every == 0 and step < total):
+            if ranks.leads():
+                self.history.save(cast(Training, module).history)
             self._write(trainer, everyone=cast(Training, module).sharded)
             ranks.wait()
         if ending:
@@ -383,7 +397,7 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
         enable_model_summary=False,
         use_distributed_sampler=False,
         plugins=[LightningEnvironment()],  # on SLURM Lightning would requeue the job by itself
-        callbacks=[_Checkpoints(folder / CHECKPOINT, optimisation.checkpoint_every, signals)],
+        callbacks=[_Checkpoints(folder, optimisation.checkpoint_every, signals)],
     )
     batches.even = module.sharded
     module.policy.model.train()
@@ -489,8 +503,9 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def discard_checkpoint(folder: Path) -> None:
-    """Remove the checkpoint that :func:`fit` leaves, once the trained weights are written."""
+    """Remove the checkpoint and the history that :func:`fit` leaves, once the trained weights are written."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
+    History(folder / HISTORY).discard()
 
 
 @contextmanager
