@@ -9,7 +9,9 @@ from omegaconf import OmegaConf
 
 from dnpo.commands.report import main as report
 from dnpo.errors import DataError, TrackingError
+from dnpo.records import mean_over_steps
 from dnpo.report.selection import select
+from dnpo.running.execute import TRACKED, thin
 from dnpo.settings import flat
 from dnpo.tracking.earlier import complete
 from dnpo.tracking.neutral import find_neutral
@@ -99,6 +101,16 @@ def test_steps_that_another_run_tracked_are_read_from_the_rows(migrated: Path, t
     assert run.history("sft/loss/policy") == [(0, 2.0), (1, 1.9)]
     assert run.history("like/loss/policy") == [(2, 0.4)]
     assert run.history("loss/noise") == []
+
+
+@pytest.mark.parametrize(("total", "every"), [(TRACKED, 1), (TRACKED + 1, 2), (3 * TRACKED, 3)])
+def test_of_a_long_training_evenly_spaced_steps_are_tracked_and_means_stay_exact(total: int, every: int) -> None:
+    rows = [{"step": float(i), "rows": 1.0 + i % 3, "loss/policy": 1.0, "npo/shift": 0.1 * i} for i in range(total)]
+    tracked = [thin(row, total) for row in rows]
+    whole = [int(row["step"]) for row in tracked if "loss/policy" in row]
+    assert whole == sorted({*range(0, total, every), total - 1})
+    assert len(whole) <= TRACKED + 1
+    assert mean_over_steps(tracked, "npo/shift") == mean_over_steps(rows, "npo/shift")
 
 
 @pytest.mark.parametrize(

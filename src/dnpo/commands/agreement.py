@@ -117,7 +117,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
             if store.has(made):
                 console.report_reuse(made.title, made.key)
             else:
-                with console.stage(made.title, lambda _: None) as progress:
+                with console.stage(made.title, lambda *_: None) as progress:
                     store.get(made, progress)
         found = {"judge": name, "key": part_key(judge), "stage": f"{stage.name}/{stage.key}"}
         # the present name of the file: the stage may have been computed from a copy with another name

@@ -264,7 +264,7 @@ def _get(stage: "Stage", store: "Store", console: "Console", prefix: str) -> Non
     if store.has(stage):
         console.report_reuse(title, stage.key)
         return
-    with console.stage(title, lambda _: None) as report:
+    with console.stage(title, lambda *_: None) as report:
         store.get(stage, report)
 
 

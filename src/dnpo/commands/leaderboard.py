@@ -55,7 +55,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     everything = {**top, **own, **settings}
     tags = {"dnpo.kind": "leaderboard", "dnpo.model": str(name), "dnpo.commit": commit()}
     with command.track(tracking, f"leaderboard of {name}", everything, tags, sweep, folder):
-        with console.stage("leaderboard", lambda _: None) as progress:
+        with console.stage("leaderboard", lambda *_: None) as progress:
             result = measure(policy, leaderboard, progress)
         result.write(folder, {"model": model.identity(), "settings": everything})
         tracking.metrics(result.metrics(), 0)

@@ -25,7 +25,7 @@ COLUMNS = (
 )
 LONGEST_FAMILY = 6  # letters of a family's name in a heading
 
-StepSink = Callable[[list[dict[str, float]]], None]
+StepSink = Callable[[list[dict[str, float]], int], None]
 
 
 def silence_libraries() -> None:
@@ -81,7 +81,7 @@ class Console:
 
         Args:
             title: title of the stage.
-            steps: receives the metrics of training steps.
+            steps: receives the metrics of training steps, and how many steps there are in all.
         """
         with Progress(
             SpinnerColumn(),
@@ -144,7 +144,7 @@ class StageReport:
 
     def steps(self, rows: list[dict[str, float]]) -> None:
         """Pass the metrics of training steps on to be tracked."""
-        self.sink(rows)
+        self.sink(rows, self.total)
 
     def summary(self) -> str:
         """Return the amount of work done, its time and its speed."""

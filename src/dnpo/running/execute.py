@@ -25,11 +25,12 @@ from dnpo.store import Stage, Store, manifest, provenance, write_json
 from dnpo.store.provenance import commit
 from dnpo.tracking import RUNNING
 from dnpo.tracking import datasets as inputs
-from dnpo.tracking.reading import STEPS_OF
+from dnpo.tracking.reading import AVERAGED, STEPS_OF
 from dnpo.tracking.writing import TrackedSteps, Tracking
 
 SHOWN_PAIRS = 50
 GENERATED = ("cut", "responses", "tokens", "engine_mean", "engine_max")  # counts and measurements of generation
+TRACKED = 5000  # steps of a training that are tracked with all metrics; MLflow takes milliseconds for each
 SATURATED = 0.15  # a step whose mean σ(−margin) is below this counts as saturated
 
 LABELS = {  # how the judge that training learns from compares with the judge of the evaluations
@@ -164,9 +165,9 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
         prefix: prefix of the metrics' names.
     """
 
-    def track(rows: list[dict[str, float]]) -> None:
+    def track(rows: list[dict[str, float]], total: int) -> None:
         for row in rows:
-            values = {f"{prefix}{name}": value for name, value in row.items() if name != "step"}
+            values = {f"{prefix}{name}": value for name, value in thin(row, total).items() if name != "step"}
             tracking.metrics(values, before + int(row["step"]))
 
     if store.has(stage):
@@ -183,10 +184,22 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
         if elsewhere and tracking.has(elsewhere):
             tracking.tags({f"{STEPS_OF}{_slug(stage)}": elsewhere})
             return True
-        track(steps)
+        track(steps, len(steps))
     if tracking.flush() and store.writable:  # if not, the next run that reuses the stage tracks them
         tracked.add(tracking.where, tracking.id)
     return reused
+
+
+def thin(row: dict[str, float], total: int) -> dict[str, float]:
+    """Return what is tracked of a training step: of the steps between regular ones, only what others average.
+
+    Args:
+        total: number of steps of the training.
+    """
+    step, every = int(row["step"]), -(-total // TRACKED)
+    if step % every == 0 or step == total - 1:
+        return row
+    return {name: value for name, value in row.items() if name in ("step", *AVERAGED)}
 
 
 @contextmanager

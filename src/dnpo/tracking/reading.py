@@ -31,6 +31,7 @@ FINISHED = "FINISHED"
 SWEEP, KIND, PARENT = "dnpo.sweep_name", "dnpo.kind", "mlflow.parentRunId"
 SFT = "SFT"
 STAGE = "stage."  # prefix of the tags that name a run's stages by their keys
+AVERAGED = ("rows", "npo/shift")  # metrics that mean_of_metric needs of every step
 STEPS_OF = "steps."  # prefix of the tag that names the run which tracked the training steps of a reused stage
 
 
