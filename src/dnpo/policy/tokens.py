@@ -42,7 +42,8 @@ def tokenize_many(tokenizer: Any, texts: Sequence[Text], stop_ids: Sequence[int]
     if not texts or not tokenizer.is_fast:
         return [tokenize(tokenizer, text, stop_ids) for text in texts]
     control = _control(tokenizer, str(tokenizer.chat_template), len(tokenizer), tuple(stop_ids))
-    encoded = tokenizer([text.text for text in texts], add_special_tokens=False)
+    none = {"return_token_type_ids": False, "return_attention_mask": False}
+    encoded = tokenizer([text.text for text in texts], add_special_tokens=False, **none)
     found: list[list[int]] = []
     for text, encoding, ids in zip(texts, encoded.encodings, encoded["input_ids"], strict=True):
         special = [Token(id, *encoding.token_to_chars(i)) for i, id in enumerate(ids) if id in control]
