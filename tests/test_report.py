@@ -22,12 +22,13 @@ from dnpo.errors import DataError
 from dnpo.escape import HIDDEN
 from dnpo.report.content import content
 from dnpo.report.groups import group_runs
-from dnpo.report.page import duration, html, make_visible, number, strip_secrets
+from dnpo.report.page import html, make_visible, number, strip_secrets
 from dnpo.report.selection import select
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.significance import holm
 from dnpo.tracking.reading import Database
 from dnpo.tracking.writing import MLflowTracking
+from dnpo.wording import duration
 from tests.commands import succeed
 
 EVIL = (

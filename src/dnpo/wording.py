@@ -1,6 +1,20 @@
-"""Words of messages that depend on a number."""
+"""Words that depend on a number."""
 
 
 def plural(number: int, noun: str) -> str:
     """Return a number with its noun, such as ``1 run`` or ``2,400 runs``; the plural adds an s."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def duration(seconds: float | None) -> str:
+    """Format a duration, such as ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from dnpo import __version__
 from dnpo.commands import common as command
 from dnpo.commands.iterations import join, settings_at, value_at
 from dnpo.commands.options import expand_options
@@ -245,6 +246,8 @@ def _run(cfg: DictConfig, job: Any) -> float | None:
     expand_options(cfg, job, VARYING, STARTING)
     folder, sweep = command.folders(job)
     name = os.path.relpath(sweep or folder)
+    if not (cfg.plan or cfg.check):  # at once, since importing the libraries takes seconds
+        say(f"dnpo {__version__}: {run_name(job.overrides.task)}")
     run, tracking, settings = build(cfg, name)
     launch: Launch = build_part("launch", settings["launch"])
     launch.check(run)
@@ -302,7 +305,7 @@ def _go(
             summary = running.execute(iterations, store, console, tracking, settings, folder)
     finally:
         store.close(console.say)
-    running.show(console, summary, folder, store, tracking)
+    running.show(console, summary, iterations, folder, store, tracking, settings["wide"])
     last = summary["table"][-1]
     best = "eval/score" if "eval/score" in last else "eval/loss"
     return float(last[best] if catalogue.metric(best).better == "higher" else -last[best])

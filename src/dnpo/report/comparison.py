@@ -6,13 +6,14 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dnpo.catalogue import Metric, metric
 from dnpo.report.groups import Group, Groups, Member, iteration_title
 from dnpo.stats.intervals import Array, Estimate, estimate_mean
 from dnpo.stats.paired import compare_paired
+from dnpo.stats.prompts import by_prompt, change
+from dnpo.stats.prompts import mean as estimate
 from dnpo.stats.table import Cell, Table, table
 from dnpo.tracking.reading import TrackedRun, iteration_name
 
@@ -59,11 +60,7 @@ class Items:
         rows = self.table(run, iteration) if measure.kind else None
         if rows is None or measure.column not in rows.column_names:
             return {}
-        rows = rows.filter(pc.field("kind") == measure.kind)
-        values_by_id = pa.table({"id": rows["id"], "value": rows[measure.column].cast(pa.float64())})
-        means = values_by_id.group_by("id").aggregate([("value", "mean")])
-        values = [float("nan") if value is None else value for value in means["value_mean"].to_pylist()]
-        return {} if np.isnan(values).all() else dict(zip(means["id"].to_pylist(), values, strict=True))
+        return by_prompt(rows, measure.kind, measure.column)
 
 
 @dataclass(frozen=True)
@@ -129,9 +126,9 @@ def mean_of(group: Group, iteration: int | str, measure: ReportMeasure, items: I
     seeds = sorted(group.at(iteration))
     by_item = matrix(group, iteration, seeds, measure, items)
     if by_item is not None:
-        return _estimate(by_item)
+        return estimate(by_item)
     values = group.values(iteration, measure.metric.name)
-    return _estimate(np.asarray([values])) if values else None
+    return estimate(np.asarray([values])) if values else None
 
 
 def matrix(group: Group, iteration: int | str, seeds: list[int], measure: ReportMeasure, items: Items) -> Array | None:
@@ -142,12 +139,6 @@ def matrix(group: Group, iteration: int | str, seeds: list[int], measure: Report
     ids = list(results[0])
     x_SI: Array = np.asarray([[each[key] for key in ids] for each in results], float)
     return x_SI
-
-
-def _estimate(x_SI: Array) -> Estimate:
-    whole = x_SI[:, ~np.isnan(x_SI).any(0)]
-    mean = estimate_mean(whole)
-    return Estimate(float(np.nanmean(x_SI))) if mean is None else mean.estimate()
 
 
 def _difference(
@@ -199,10 +190,7 @@ def gain(member: Member, measure: ReportMeasure, items: Items) -> tuple[Estimate
     if len(values) < 2:
         return None
     (first, before), (last, after) = values[0], values[-1]
-    a, b = items.of(member.run, last, measure), items.of(member.run, first, measure)
-    if len(a) > 1 and a.keys() == b.keys():
-        comparison = compare_paired(
-            [a[key] for key in a], [b[key] for key in a], kind="scores", interval="t", missing="drop"
-        )
+    comparison = change(items.of(member.run, last, measure), items.of(member.run, first, measure))
+    if comparison is not None:
         return comparison.difference, f"over {comparison.items} held-out prompts"
     return Estimate(after - before), ""

@@ -6,8 +6,9 @@ from typing import Any
 from dnpo import catalogue
 from dnpo.report.comparison import FLIPS, MEASURES, Items, MeasureComparison, ReportMeasure, gain
 from dnpo.report.groups import Group, Groups, Member, iteration_title
-from dnpo.report.page import duration, format_value, number
+from dnpo.report.page import format_value, number
 from dnpo.tracking.reading import SFT
+from dnpo.wording import duration
 
 # The tables of one run.
 QUALITY = (

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from dnpo import palette
 from dnpo.catalogue import Metric
 from dnpo.escape import for_terminal
+from dnpo.wording import duration
 
 SECRET = re.compile(r"(\w+://)[^/@\s]*@")
 
@@ -40,20 +41,6 @@ def format_value(value: Any, metric: Metric, signed: bool = False) -> str:
     """Format a value of a metric for a table; – if there is none."""
     is_number = isinstance(value, int | float) and math.isfinite(value)
     return metric.format(value, signed) if is_number else "–"
-
-
-def duration(seconds: float | None) -> str:
-    """Format a duration, such as ``0.4 s``, ``12 s``, ``3 min 20 s``, ``2 h 5 min``."""
-    if seconds is None:
-        return "–"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min" + (f" {whole % 60} s" if whole % 60 else "")
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def day(milliseconds: float) -> str:

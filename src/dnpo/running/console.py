@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +15,23 @@ from rich.text import Text
 from dnpo.catalogue import Metric, metric
 from dnpo.escape import for_terminal
 from dnpo.screen import ScreenTable
+from dnpo.wording import duration
 
-# Columns of a run's table; a column that no row has is left out.
+NARROW = 79  # columns of the table that a run ends with
+COMPACT = (  # its metrics, the most important ones first; those that do not fit are left out
+    *("eval/score", "second/score", "leaderboard/average", "eval/accuracy", "eval/win", "eval/lose", "pairs/flips"),
+    *("drift/kl", "eval/loss", "stagnation/ks", "loss/policy", "seconds"),
+)
+# Columns of the wide table; a column that no row has is left out.
 FAMILIES = "eval/accuracy/<family>"
 COLUMNS = (
     *("eval/score", "second/score", "leaderboard/average", FAMILIES, "eval/accuracy", "eval/win", "eval/tie"),
     *("eval/lose", "pairs/flips", "logps/chosen", "logps/rejected", "logps/new", "stagnation/ks", "eval/loss"),
     *("loss/policy", "loss/noise", "seconds"),
 )
+BEST = "▸"
+WIDE = 28  # letters of a stage's title
+HEARTBEAT = 60  # seconds between two lines of a stage, without a terminal
 LONGEST_FAMILY = 6  # letters of a family's name in a heading
 
 StepSink = Callable[[list[dict[str, float]], int], None]
@@ -59,6 +68,30 @@ class Console:
 
     def __init__(self, width: int | None = None) -> None:
         self.rich = RichConsole(width=width, highlight=False, soft_wrap=True, emoji=False)
+        self._kinds: Sequence[str] = ()
+        self._place = 0
+        self._took: dict[str, float] = {}
+
+    def begin(self, kinds: Sequence[str], there: Collection[int]) -> None:
+        """Number the stages of a run from now on, and forecast the time that is left.
+
+        Args:
+            kinds: the kind of each stage, such as ``generate``, in the order in which they are computed.
+            there: numbers of the stages that are stored already, which take no time.
+        """
+        self._kinds, self._place = ["" if number in there else kind for number, kind in enumerate(kinds)], 0
+
+    def _number(self) -> str:
+        """The number of the current stage in the run; empty outside a run."""
+        wide = len(str(len(self._kinds)))
+        return f"{self._place:>{wide}}/{len(self._kinds)} " if self._kinds else ""
+
+    def left(self) -> str:
+        """How long the stages after the current one take, if each kind has been computed before; else empty."""
+        kinds = [kind for kind in self._kinds[self._place :] if kind]
+        if not kinds or not all(kind in self._took for kind in kinds):
+            return ""
+        return f"further stages: about {duration(sum(self._took[kind] for kind in kinds))}"
 
     def table(self, table: ScreenTable, split: bool = False) -> None:
         """Print a table at its full width, even beyond the terminal's, so that no number is cut.
@@ -83,25 +116,32 @@ class Console:
             title: title of the stage.
             steps: receives the metrics of training steps, and how many steps there are in all.
         """
+        self._place += 1
+        began = time.monotonic()
         with Progress(
             SpinnerColumn(),
+            TextColumn(self._number(), markup=False),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False),
             _Rate(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[status]}", markup=False),
+            TextColumn(self.left(), markup=False),
             console=self.rich,
             transient=True,
             disable=not self.rich.is_terminal,
         ) as progress:
             report = StageReport(self, progress, title, steps)
             yield report
-        self.say(f"  {title:<28}{report.summary()}")
+        if self._kinds:
+            self._took[self._kinds[self._place - 1]] = time.monotonic() - began
+        self.say(f"  {self._number()}{title:<{WIDE}} {report.summary()}")
 
     def report_reuse(self, title: str, key: str) -> None:
         """Print that a stage was found in the store."""
-        self.say(f"  {title:<28}there already ({key})")
+        self._place += 1
+        self.say(f"  {self._number()}{title:<{WIDE}} there already ({key})")
 
 
 class StageReport:
@@ -122,15 +162,15 @@ class StageReport:
             self.note(f"continues: {done:,} of {total:,} {unit} are there already")
 
     def advance(self, amount: int = 1) -> None:
-        """Move the bar on; without a bar, print a line every half minute."""
+        """Move the bar on; without a bar, print a line every minute."""
         self.done += amount
         self.progress.advance(self.task, amount)
         now = time.monotonic()
-        if not self.console.rich.is_terminal and now - self.spoke > 30:
+        if not self.console.rich.is_terminal and now - self.spoke > HEARTBEAT:
             self.spoke = now
             rate = (self.done - self.before) / (now - self.began)
             left = (self.total - self.done) / rate if rate else math.nan
-            words = f", {self.words}" if self.words else ""
+            words = "".join(f", {text}" for text in (self.words, self.console.left()) if text)
             self.note(f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, about {left:,.0f} s left{words}")
 
     def note(self, text: str) -> None:
@@ -190,6 +230,46 @@ def iteration_table(rows: Sequence[dict[str, Any]]) -> ScreenTable:
     for row in rows:
         table.add_row(str(row["iteration"]), *(_cell(row.get(column.name), column) for column in shown))
     return table
+
+
+def compact_table(
+    rows: Sequence[dict[str, Any]], around: Mapping[str, Sequence[float | None]], best: int | None
+) -> ScreenTable:
+    """Build a run's table, one row per iteration, at most ``NARROW`` characters wide.
+
+    Args:
+        around: by metric, half of each row's 95 % interval; None where there is none.
+        best: number of the row to mark; None for none.
+    """
+    shown = [metric(name) for name in COMPACT if any(row.get(name) is not None for row in rows)]
+    while len(shown) > 1 and _measure(table := _compact(rows, shown, around, best)) > NARROW:
+        shown.pop()
+    return table if len(shown) > 1 else _compact(rows, shown, around, best)
+
+
+def _compact(
+    rows: Sequence[dict[str, Any]],
+    shown: Sequence[Metric],
+    around: Mapping[str, Sequence[float | None]],
+    best: int | None,
+) -> ScreenTable:
+    table = ScreenTable("Results by iteration")
+    table.add_column("", no_wrap=True)
+    table.add_column("it.", justify="right", no_wrap=True)
+    for column in shown:
+        table.add_column(column.label, justify="right", no_wrap=True)
+    for number, row in enumerate(rows):
+        cells = [
+            _cell(row.get(column.name), column) + _around(column, around.get(column.name), number) for column in shown
+        ]
+        style = "bold" if number == best else None
+        table.add_row(BEST if number == best else "", str(row["iteration"]), *cells, style=style)
+    return table
+
+
+def _around(column: Metric, halves: Sequence[float | None] | None, number: int) -> str:
+    half = halves[number] if halves else None
+    return "" if half is None else f" ±{column.format(half)}"
 
 
 def _cell(value: float | None, column: Metric) -> str:

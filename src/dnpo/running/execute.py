@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from dnpo.judges.agreement import sentence
 from dnpo.records import GROUP, mean_over_steps
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
+from dnpo.running.ending import show_briefly
 from dnpo.stages.agreement import read_agreement
 from dnpo.stages.files import count_labels
 from dnpo.stages.plan import Iteration
@@ -70,6 +72,8 @@ def execute(
     used: list[dict[str, Any]] = []
     title, head = notes.title(settings, choices()), notes.describe_run(settings, choices(), overrides(), commit())
     tracking.note(f"{title}\n\n{RUNNING}\n\n{head}")
+    stages = [stage for iteration in iterations for stage in iteration.stages]
+    console.begin([stage.name for stage in stages], {n for n, stage in enumerate(stages) if store.has(stage)})
     for iteration in iterations:
         for stage in iteration.stages:
             variants = {"sft": catalogue.SFT, "augment": catalogue.AUGMENT}
@@ -374,11 +378,26 @@ def _some_pairs(path: Path) -> list[dict[str, Any]]:
     return [*first, *found[False][: SHOWN_PAIRS - len(first)]]
 
 
-def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Store, tracking: Tracking) -> None:
-    """Show the table, and the folders of results, models and stages."""
+def show(
+    console: Console,
+    summary: Mapping[str, Any],
+    iterations: Sequence[Iteration],
+    folder: Path,
+    store: Store,
+    tracking: Tracking,
+    wide: bool = False,
+) -> None:
+    """Show the table, what became better by how much, the folders, and what to do next.
+
+    Args:
+        wide: whether to show all columns, in as many parts as the terminal needs.
+    """
     rows = summary["table"]
     console.say("")
-    console.table(iteration_table(rows), split=True)
+    if wide:
+        console.table(iteration_table(rows), split=True)
+    else:
+        show_briefly(console, rows, [store.folder(iteration.evaluation) for iteration in iterations])
     if any("eval/score" in row for row in rows):
         console.say(
             f"score: judge's mean on sampled held-out answers (0-100); {LABELS[summary['labelled_by']]}. Accuracies: "
@@ -386,9 +405,10 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
         )
     if any("second/score" in row for row in rows):
         console.say("2nd: the second judge's mean on the same answers; this judge labels nothing.")
-    console.say(
-        "Losses: mean over the last tenth of the steps. log p: summed log-probability under the new policy, nats."
-    )
+    if wide:
+        console.say(
+            "Losses: mean over the last tenth of the steps. log p: summed log-probability under the new policy, nats."
+        )
     for entry in summary["judge_agreement"]:
         console.say(f"The judge {sentence(entry)}.")
     for line in describe_mixture(summary["made_by"]):
@@ -399,6 +419,9 @@ def show(console: Console, summary: Mapping[str, Any], folder: Path, store: Stor
     console.say(f"stages      {store.root}")
     for line in tracking.whereabouts():
         console.say(line)
+    shown = shlex.quote(os.path.relpath(folder))
+    console.say(f"next        dnpo report {shown}")
+    console.say(f"            dnpo browse {shown}")
 
 
 def _slug(stage: Stage) -> str:

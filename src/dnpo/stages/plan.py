@@ -57,6 +57,7 @@ class RunSettings:
         ledger: file of judge calls, so that none is paid for twice.
         plan: list the stages, whether they are stored and what the judge would cost, and run nothing.
         check: run the checks that precede a run, and nothing else.
+        wide: show all columns of the results at the end.
     """
 
     iterations: Count
@@ -73,6 +74,7 @@ class RunSettings:
     acts_from: Natural | Literal["last"] = neutral(1)
     verify: Verify = neutral("digests")
     remote: str | None = neutral(None)
+    wide: bool = neutral(False)
 
 
 BEFORE = -1  # in place of an iteration's number, for the stages before the first

@@ -1,0 +1,98 @@
+"""Show how a run ended: a narrow table with intervals, and what became better by how much."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dnpo.catalogue import metric
+from dnpo.running.console import BEST, Console, compact_table
+from dnpo.stats.prompts import by_prompt, change, mean
+
+MEASURED = {
+    "eval/score": ("sample", "score"),
+    "second/score": ("sample", "second"),
+    "eval/accuracy": ("greedy", "right"),
+}
+
+
+def show_briefly(console: Console, rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Path]) -> None:
+    """Show the narrow table and the sentences below it.
+
+    Args:
+        rows: the run's table, a row per policy.
+        evaluations: the evaluation of each policy, a finished stage's folder.
+    """
+    results = {name: [_read(folder, *MEASURED[name]) for folder in evaluations] for name in MEASURED}
+    around = {name: [_half(values) for values in results[name]] for name in MEASURED if any(results[name])}
+    best = find_best(rows)
+    console.table(compact_table([dict(row) for row in rows], around, best))
+    console.say("")
+    for text in sentences(rows, results, best):
+        console.say(text)
+
+
+def find_best(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The number of the row with the best score, or the lowest held-out loss if nothing is scored; None of one row."""
+    name = "eval/score" if any(row.get("eval/score") is not None for row in rows) else "eval/loss"
+    sign = 1 if metric(name).better == "higher" else -1
+    values = [(sign * row[name], number) for number, row in enumerate(rows) if row.get(name) is not None]
+    return max(values, key=lambda pair: pair[0])[1] if len(values) > 1 else None
+
+
+def sentences(
+    rows: Sequence[Mapping[str, Any]], results: Mapping[str, Sequence[Mapping[str, float]]], best: int | None
+) -> list[str]:
+    """Say of each measure how the last policy compares with the first, and which policy is marked.
+
+    Args:
+        results: by metric, each policy's results by prompt; empty where there are none.
+    """
+    said = []
+    over = ""
+    for name, by_policy in results.items():
+        column, first, last = metric(name), rows[0].get(name), rows[-1].get(name)
+        found = change(dict(by_policy[-1]), dict(by_policy[0])) if len(rows) > 1 else None
+        if (
+            first is None
+            or last is None
+            or found is None
+            or found.difference.low is None
+            or found.difference.high is None
+        ):
+            continue
+        if found.difference.low == found.difference.high == 0:
+            said.append(f"{column.title}: {column.format(last)} {column.unit}, the same on every prompt.")
+            over = f"over {found.items} held-out prompts"
+            continue
+        low, high = (column.format(end, signed=True) for end in (found.difference.low, found.difference.high))
+        ends = f"{column.format(first)} → {column.format(last)}"
+        verdict = "better" if found.difference.low > 0 else "worse" if found.difference.high < 0 else "no clear change"
+        gained = column.format(last - first, signed=True)
+        said.append(f"{column.title}: {ends} {column.unit}, {verdict} ({gained}; 95 % interval {low} to {high}).")
+        over = f"over {found.items} held-out prompts"
+    if over:
+        ends = f"from {rows[0]['iteration']} to {rows[-1]['iteration']}"
+        said.append(f"Changes are {ends}; ± and intervals are {over}. Another seed may give other numbers.")
+    if best is not None:
+        name = "score" if rows[best].get("eval/score") is not None else "held-out loss"
+        said.append(f"{BEST} marks the best {name}. All columns: table.md among the results, or wide=true.")
+    return said
+
+
+def _read(evaluation: Path, kind: str, column: str) -> dict[str, float]:
+    import pyarrow.parquet as pq
+
+    path = evaluation / "items.parquet"
+    if not path.is_file():
+        return {}
+    items = pq.read_table(path, columns=["id", "kind", column])
+    return by_prompt(items, kind, column)
+
+
+def _half(values: Mapping[str, float]) -> float | None:
+    if not values:
+        return None
+    found = mean(np.asarray([list(values.values())]))
+    return None if found.low is None or found.high is None else (found.high - found.low) / 2

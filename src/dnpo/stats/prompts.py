@@ -1,0 +1,47 @@
+"""Results by held-out prompt: the mean of a policy, and its change from another, each with its interval over prompts.
+
+Screen and report use these, so that they show the same numbers.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dnpo.stats.intervals import Array, Estimate, estimate_mean
+from dnpo.stats.paired import Comparison, compare_paired
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def by_prompt(items: "pa.Table", kind: str, column: str) -> dict[str, float]:
+    """Return the mean over a prompt's samples: NaN for prompts without one, empty if no prompt has one.
+
+    Args:
+        items: rows of :class:`dnpo.records.Item`.
+        kind: the kind of responses that count: ``human``, ``greedy`` or ``sample``.
+        column: what is averaged, such as ``score``.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    rows = items.filter(pc.field("kind") == kind)
+    values_by_id = pa.table({"id": rows["id"], "value": rows[column].cast(pa.float64())})
+    means = values_by_id.group_by("id").aggregate([("value", "mean")])
+    values = [float("nan") if value is None else value for value in means["value_mean"].to_pylist()]
+    return {} if np.isnan(values).all() else dict(zip(means["id"].to_pylist(), values, strict=True))
+
+
+def mean(x_SI: Array) -> Estimate:
+    """Estimate a mean over seeds and prompts (S × I); prompts without a value under some seed are left out."""
+    whole = x_SI[:, ~np.isnan(x_SI).any(0)]
+    found = estimate_mean(whole)
+    return Estimate(float(np.nanmean(x_SI))) if found is None else found.estimate()
+
+
+def change(after: dict[str, float], before: dict[str, float]) -> Comparison | None:
+    """Compare two policies on the same prompts; None if there are fewer than two prompts, or not the same ones."""
+    if len(after) < 2 or after.keys() != before.keys():
+        return None
+    a, b = list(after.values()), [before[key] for key in after]
+    return compare_paired(a, b, kind="scores", interval="t", missing="drop")

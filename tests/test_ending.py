@@ -1,0 +1,154 @@
+"""What a run shows at its end, and how far it is while it computes."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console as RichConsole
+from scipy import stats
+
+from dnpo.catalogue import metric
+from dnpo.records import Item, write
+from dnpo.running import console as module
+from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table
+from dnpo.running.ending import find_best, sentences, show_briefly
+from dnpo.stats.paired import compare_paired
+from dnpo.stats.prompts import by_prompt, change, mean
+
+
+def printed(table: Any) -> str:
+    stream = io.StringIO()
+    RichConsole(file=stream, width=200).print(table)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_table_fits_any_terminal_whatever_was_measured(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    names = [name for name in COMPACT if random.random() < 0.8] or ["eval/loss"]
+    rows = [
+        {
+            "iteration": "SFT" if k == 0 else k,
+            **{
+                name: None if random.random() < 0.2 else random.choice([1, 100, 1e4]) * random.random()
+                for name in names
+            },
+        }
+        for k in range(4)
+    ]
+    around = {"eval/score": [1.0, None, 22.2, 3.0], "eval/accuracy": [0.02] * 4}
+    text = printed(compact_table(rows, around, 2))
+    lines = text.splitlines()
+    assert max(map(len, (line.rstrip() for line in lines))) <= NARROW
+    assert [line[0] for line in lines[2:]] == [" ", " ", BEST, " "]
+    first = next((name for name in COMPACT if any(row.get(name) is not None for row in rows)), "")
+    assert metric(first).label in lines[1]
+
+
+def items(folder: Path, scores: np.ndarray, right: np.ndarray) -> Path:
+    """An evaluation: two samples and a greedy response to each prompt."""
+    folder.mkdir()
+    rows = [
+        Item(str(i), "all", kind, sample, float(score), None, bool(right[i]), 5, -1.0)
+        for i, pair in enumerate(scores)
+        for kind, sample, score in (("sample", 0, pair[0]), ("sample", 1, pair[1]), ("greedy", 0, 0.0))
+    ]
+    write(folder / "items.parquet", rows, Item)
+    return folder
+
+
+def test_the_end_says_what_became_better_by_how_much(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    before, after = random.uniform(20, 40, (40, 2)), random.uniform(30, 60, (40, 2))
+    right = random.random(40) < 0.5
+    folders = [items(tmp_path / "sft", before, right), items(tmp_path / "0", after, right)]
+    rows = [
+        {"iteration": "SFT", "eval/score": before.mean(), "eval/accuracy": right.mean()},
+        {"iteration": 0, "eval/score": after.mean(), "eval/accuracy": right.mean()},
+    ]
+    out = io.StringIO()
+    console = Console(width=79)
+    console.rich = RichConsole(file=out, width=79, soft_wrap=True, highlight=False)
+    shown: list[str] = []
+    console.table = lambda table, split=False: shown.append(printed(table))  # type: ignore[method-assign]
+    show_briefly(console, rows, folders)
+    difference = compare_paired(after.mean(1), before.mean(1), kind="scores", interval="t").difference
+    low, high = f"{difference.low:+.1f}", f"{difference.high:+.1f}"
+    gained = f"{after.mean() - before.mean():+.1f}"
+    assert f"better ({gained}; 95 % interval {low} to {high})" in out.getvalue()
+    assert "the same on every prompt" in out.getvalue()
+    half = stats.t.ppf(0.975, 39) * stats.sem(before.mean(1))
+    assert f"{before.mean():.1f} ±{half:.1f}" in shown[0]
+    assert shown[0].splitlines()[-1].startswith(BEST)
+
+
+def test_half_an_interval_is_that_of_a_t_test_over_prompts() -> None:
+    values = np.random.default_rng(1).normal(50, 10, 30)
+    found = mean(values[None])
+    low, high = stats.t.interval(0.95, 29, values.mean(), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_results_by_prompt_are_means_over_samples_and_lack_what_was_not_scored() -> None:
+    import pyarrow as pa
+
+    table = pa.table({"id": ["a", "a", "b", "b"], "kind": ["sample"] * 3 + ["greedy"], "score": [1.0, 3.0, None, 9.0]})
+    found = by_prompt(table, "sample", "score")
+    assert found["a"] == 2.0
+    assert np.isnan(found["b"])
+    assert by_prompt(table, "human", "score") == {}
+    assert change({"a": 1.0, "b": 2.0}, {"a": 1.0, "c": 2.0}) is None
+    assert change({"a": 1.0}, {"a": 2.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "best"),
+    [
+        ([{"eval/score": 1.0}, {"eval/score": 3.0}, {"eval/score": 2.0}], 1),
+        ([{"eval/loss": 1.0}, {"eval/loss": 3.0}, {"eval/loss": 0.5}], 2),
+        ([{"eval/score": None, "eval/loss": 1.0}, {"eval/score": 3.0, "eval/loss": 0.1}], None),
+        ([{"eval/score": 1.0}], None),
+    ],
+)
+def test_the_best_row_is_that_of_the_score_or_else_of_the_loss(rows: list[dict[str, Any]], best: int | None) -> None:
+    assert find_best([{"iteration": k, **row} for k, row in enumerate(rows)]) == best
+
+
+def test_without_results_by_prompt_there_is_no_interval() -> None:
+    rows = [{"iteration": "SFT", "eval/score": 1.0}, {"iteration": 0, "eval/score": 2.0}]
+    assert sentences(rows, {"eval/score": [{}, {}]}, 1) == [
+        f"{BEST} marks the best score. All columns: table.md among the results, or wide=true."
+    ]
+
+
+def test_stages_are_numbered_and_the_time_that_is_left_is_forecast(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    console = Console(width=79)
+    console.begin(["generate", "optimise", "generate", "optimise"], there={0})
+    console.report_reuse("a", "key")
+    with console.stage("b", lambda rows: None) as report:
+        now[0] += 30
+        assert console.left() == ""  # how long generating takes is not known yet
+        report.begin(10, "steps")
+        report.advance()
+    with console.stage("c", lambda rows: None):
+        assert console.left() == "further stages: about 30 s"
+        now[0] += 5
+    with console.stage("d", lambda rows: None) as report:
+        assert console.left() == ""
+        report.begin(10, "steps")
+        now[0] += module.HEARTBEAT + 1
+        report.advance()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if "/4" in line] == [
+        ["1/4", "a"],
+        ["2/4", "b"],
+        ["3/4", "c"],
+        ["4/4", "d"],
+    ]
+    assert any("d: 1/10 steps" in line for line in lines)
