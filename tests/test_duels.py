@@ -1,4 +1,4 @@
-"""Win, tie or loss: counts and intervals against loops, and duels under real judges of every kind."""
+"""Win, tie or loss: counts and intervals against brute force, and duels under real judges of every kind."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_the_example_of_the_docstring() -> None:
 
 
 def drawn(seed: int, prompts: int = 30, samples: int = 4) -> tuple[list[Any], list[Any], list[str]]:
-    """Scores of both sides, samples of a prompt alike, some without a score."""
+    """Scores of both sides; samples of one prompt are similar, and some have no score."""
     rng = np.random.default_rng(seed)
     ease = rng.normal(0, 12, prompts).repeat(samples)
     ours = (60 + ease + rng.normal(0, 6, prompts * samples)).round(-1)
@@ -75,7 +75,7 @@ def test_samples_of_one_prompt_are_not_independent() -> None:
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """60 prompts that differ, three duels each; the true win rate is that of very many."""
+    """60 different prompts with three duels each; the true win rate is that of the population."""
     rng, held = np.random.default_rng(3), 0
     truth = 0.55
     for seed in range(300):
@@ -121,7 +121,7 @@ COUNT, SAMPLES = 6, 2
 
 
 def sides(world: World) -> tuple[list[Prompt], Responses, Responses]:
-    """Human responses to the same and to other prompts, as two models' samples; the first of each are the same."""
+    """Human responses to the same and to other prompts, as samples of two models; the first samples are equal."""
     prompts = world.prompts[:COUNT]
     keys = [(p.id, n) for n in range(SAMPLES) for p in prompts]
     ours = {key: _said(key, world.human[i // 2].text) for i, key in enumerate(keys)}
@@ -157,7 +157,7 @@ def test_under_a_judge_that_scores_each_for_itself(world: World, tmp_path: Path)
 
 
 def test_under_a_judge_that_compares(world: World, tmp_path: Path) -> None:
-    """The other side stands where the human response does; both orders are asked; swapped sides have 100 less."""
+    """The other side is put in place of the human response; both orders are asked; swapped sides get 100 − score."""
     judge = HF(path=str(saved(tmp_path / "model")), mode="pairwise", min_mass=0.0, device="cpu")
     found = fight(judge, world, tmp_path)
     prompts, ours, theirs = sides(world)
@@ -196,7 +196,7 @@ def test_under_a_majority_of_judges(world: World, tmp_path: Path) -> None:
 
 
 def test_a_response_without_a_score_is_left_out(world: World, tmp_path: Path) -> None:
-    """A judge whose context holds no question at all, and one that may leave half of all unscored."""
+    """A judge whose context is too short for any question, and one that may leave half of all unscored."""
     short = HF(path=str(saved(tmp_path / "model", context=64)), min_mass=0.0, max_unscored=1.0, device="cpu")
     found = fight(short, world, tmp_path)
     assert all(d.preference is None and "longer than the judge's context" in d.reason for d in found)
@@ -226,7 +226,7 @@ def test_duels_are_kept_as_they_are(world: World, tmp_path: Path) -> None:
 
 
 def test_the_same_length(world: World, tmp_path: Path) -> None:
-    """Where length is the judge, nothing is said about responses of the same length; and it is no error."""
+    """If the judge is length, responses of equal length have no result; this is no error."""
     told = outcome(fight(Longer(), world, tmp_path), True, 0)
     assert told.controlled is None
     assert told.why.startswith("length alone decides all 12 duels")

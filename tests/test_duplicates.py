@@ -1,4 +1,4 @@
-"""Near duplicates: worked numbers, and the same pairs as every text compared with every other."""
+"""Near duplicates: worked numbers, and the same pairs as by a comparison of all texts with all others."""
 
 import json
 import random
@@ -25,7 +25,7 @@ def jaccard(one: frozenset[str], other: frozenset[str]) -> float:
 
 
 def own_shingles(texts: list[str]) -> list[frozenset[str]]:
-    """Without those of more than one text in twenty, where something is left."""
+    """Without shingles of more than one text in twenty, unless none would remain."""
     sets = [shingles(text) for text in texts]
     counts = Counter(shingle for some in sets for shingle in some)
     form = {shingle for shingle, count in counts.items() if count > max(len(texts) * COMMON, MANY)}
@@ -33,7 +33,7 @@ def own_shingles(texts: list[str]) -> list[frozenset[str]]:
 
 
 def test_shingles() -> None:
-    """Of the plain rules that the index is compared with below."""
+    """The plain rules to which the index is compared below."""
     assert shingles("The cat, the CAT sat!") == {"the cat the", "cat the cat", "the cat sat"}
     assert shingles("the cat   (the cat)\nsat") == shingles("The cat, the CAT sat!")
     assert shingles("Hi there!") == {"hi there"}
@@ -57,7 +57,7 @@ def test_what_makes_a_text_another(one: str, other: str, same: bool) -> None:
 
 
 def test_worked_numbers() -> None:
-    """Ten words have eight shingles, and another last word is in one: 7 are common, of 9."""
+    """Ten words have eight shingles. Another last word changes one: 7 of 9 are common."""
     one, other = "a b c d e f g h i j", "a b c d e f g h i k"
     assert jaccard(shingles(one), shingles(other)) == 7 / 9
     assert near([one], ["x", other, one], 7 / 9) == [(0, 1, 7 / 9), (0, 2, 1.0)]
@@ -67,7 +67,7 @@ def test_worked_numbers() -> None:
 
 
 def texts(count: int, seed: int) -> list[str]:
-    """Texts of few words, some of them changed copies of others: many pairs of every likeness."""
+    """Texts with few different words, some of them changed copies of others: many pairs of every similarity."""
     rng = random.Random(seed)
     found = [" ".join(rng.choices("abcdefg", k=rng.randint(0, 14))) for _ in range(count // 2)]
     while len(found) < count:
@@ -79,7 +79,7 @@ def texts(count: int, seed: int) -> list[str]:
 
 
 def filled(count: int, seed: int) -> list[str]:
-    """Such texts, in one of three forms or in none: two thirds have the first form, and some nothing else."""
+    """Such texts in one of three templates or in none. Two thirds use the first; some consist of a template alone."""
     rng = random.Random(seed)
     forms = ["please " + " ".join(f"{name}{i}" for i in range(12)) for name in "xyz"]
     some = texts(count, seed)
@@ -121,17 +121,17 @@ def test_what_comes_later_changes_nothing_of_what_came_before() -> None:
 
 
 def test_a_form_that_most_fill_in_is_no_likeness() -> None:
-    """Eight words after 151 that all have; before, all but the first were taken for repeats."""
+    """Eight different words after 151 common ones; an earlier version took all but the first for repeats."""
     form = " ".join(f"form{i}" for i in range(151))
     own = [" ".join(f"{i}x{n}" for n in range(8)) for i in range(100)]
     assert repeats([f"{form} {text}" for text in own], 0.9) == []
-    # What has nothing of its own is compared as it stands, and so are few texts.
+    # A text of the template alone is compared whole, and so are a few texts.
     assert [i for i, *_ in repeats([*own, *[f"{form} {'!' * i}" for i in range(150)]], 0.9)] == [*range(101, 250)]
     assert len(repeats([f"{form} {text}" for text in own[:MANY]], 0.9)) == MANY - 1
 
 
 def test_texts_that_share_a_form_are_not_compared_one_with_another() -> None:
-    """Where too few have the form to leave it out, its place in the sets tells that no more can be common."""
+    """If too few texts have the template to leave it out, the order in the sets bounds the common part."""
     form = " ".join(f"form{i}" for i in range(151))
     rng = random.Random(0)
     some = [f"{form} {' '.join(str(rng.random()) for _ in range(6))}" for _ in range(400)]
@@ -165,7 +165,7 @@ def test_thresholds_that_mean_nothing(threshold: float) -> None:
 
 
 def test_real_prompts(shared: Path) -> None:
-    """The default is above the likeness of two questions that fill one form otherwise, however long it is."""
+    """The default is above the similarity of two questions from one template with other fillings, of any length."""
     rows = [json.loads(line)["prompt"] for line in (shared / "data" / "sft_dolly.jsonl").read_text().splitlines()]
     found = repeats(rows, 0.9)
     assert 15 < len(found) < 30
@@ -176,7 +176,7 @@ def test_real_prompts(shared: Path) -> None:
 
 
 def test_forms_of_several_kinds_are_no_likeness() -> None:
-    """As where a data set holds a few templates, each of them filled in by many rows."""
+    """As in a data set of a few templates with many fillings each."""
     rng = random.Random(5)
     forms = [" ".join(f"w{form}x{n}" for n in range(60)) for form in range(6)]
     texts = [f"{forms[n % 6]} " + " ".join(f"o{rng.randrange(10**6)}" for _ in range(4)) for n in range(600)]

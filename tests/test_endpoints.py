@@ -1,4 +1,4 @@
-"""Endpoints as there are: what they are sent, what they say, and whose answers the ledger takes for whose."""
+"""Real endpoints: what is sent to them, what they answer, and for which endpoints the ledger's answers count."""
 
 import json
 import sqlite3
@@ -29,7 +29,7 @@ Said = tuple[int, Any]  # status and body
 
 @dataclass
 class Place:
-    """A server, with the requests that it has got."""
+    """A server, with the requests that it has received."""
 
     base_url: str
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Place:
 
 @contextmanager
 def saying(say: Callable[[dict[str, Any], int], Said]) -> Iterator[Place]:
-    """A server that says to each request what ``say`` makes of its body and number."""
+    """A server that answers each request by ``say``, a function of the request's body and number."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -87,7 +87,7 @@ def ask(judge: OpenAI, folder: Path, count: int = 1, report: Report | None = Non
 
 
 class Notes(Report):
-    """Keeps what is said."""
+    """Keeps the messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def test_an_address_has_one_spelling() -> None:
     assert address_of("http://[::1]:8000/v1") == "http://[::1]:8000/v1"
 
 
-# format 1, as it was written before keys knew addresses
+# format 1, written before keys contained addresses
 OLD = """
 CREATE TABLE calls (
     key TEXT PRIMARY KEY, judge TEXT NOT NULL, model TEXT NOT NULL, template TEXT NOT NULL, "order" TEXT NOT NULL,
@@ -443,7 +443,7 @@ def test_a_flagged_question_fails_alone(flagged: Said, tmp_path: Path) -> None:
         return flagged if "Question 7?" in str(body["messages"]) else completion("85")
 
     with saying(say) as place:
-        for _ in range(2):  # a rerun asks for this one alone, and goes on too
+        for _ in range(2):  # a rerun asks for this one alone, and continues too
             verdicts = ask(judge_at(place.base_url, concurrency=4), tmp_path, 20)
             assert [v.score for v in verdicts] == [None if v.id == "7" else 85.0 for v in verdicts]
         assert f"HTTP {403 if flagged[0] == 200 else flagged[0]}" in verdicts[7].reason
@@ -493,7 +493,7 @@ OVERLOADED: dict[str, Said] = {
 def test_an_overload_is_waited_for_whatever_its_status(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More often than an unreadable reply is asked for again (``max_replies``)."""
+    """More often than ``max_replies``, the limit for unreadable replies."""
     monkeypatch.setattr(connection, "FIRST_PAUSE", 1e-4)
     with saying(lambda _, number: OVERLOADED[server] if number < 8 else completion("85")) as place:
         assert ask(judge_at(place.base_url, deadline=20.0), tmp_path)[0].score == 85.0
@@ -538,7 +538,7 @@ def test_the_sum_of_a_run_takes_no_longer_the_more_there_is(tmp_path: Path) -> N
         for number in range(300):
             question = Question.make("j", "m", "t", "", [{"role": "user", "content": str(number)}])
             ledger.record(question, Answer(1.0, cost=0.5))
-            ledger.record(question, Answer(2.0, cost=9.0))  # there already: it costs nothing more
+            ledger.record(question, Answer(2.0, cost=9.0))  # already there: no further cost
             ledger.note_cost(question, Answer(None, cost=0.25))
         assert ledger.sum_costs() == 225.0
         plan = ledger._db.execute("EXPLAIN QUERY PLAN SELECT cost FROM spent WHERE run = 'run'").fetchall()

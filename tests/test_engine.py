@@ -1,4 +1,4 @@
-"""An engine behind a server: what it is asked, what it returns, what goes wrong, and what is kept of it."""
+"""An engine behind a server: its requests, its replies, its faults, and what is kept of its replies."""
 
 import json
 import os
@@ -39,7 +39,7 @@ SERVE = f"{sys.executable} {Path(__file__).with_name('engine_server.py')} {{poli
 
 @pytest.fixture
 def policy(make_policy: MakePolicy) -> Policy:
-    """A policy that is somewhat sure of itself, so that greedy decoding has no near ties, with many stop tokens."""
+    """A policy with clear preferences, so that greedy decoding has no near ties, and with many stop tokens."""
     found = make_policy(initializer_range=0.5)
     found.causal_lm.generation_config.eos_token_id = list(range(0, len(found.tokenizer), 15))
     return found
@@ -67,7 +67,7 @@ def draw(
 
 
 def requests(log: Path) -> list[dict[str, Any]]:
-    """What a server was asked and has answered, but for the checks at the start."""
+    """The requests that a server has answered, without the checks at the start."""
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     return [row for row in rows if not row["probe"]]
 
@@ -95,7 +95,7 @@ def test_responses_equal_those_of_this_process(
 
 
 def test_several_samples_are_one_request(policy: Policy, saved: Path, world: World, tmp_path: Path) -> None:
-    """Each has a random stream, and the first ones are the same for every number of samples."""
+    """Each sample has a random stream; the first samples are the same for every number of samples."""
     found = {}
     for samples in (1, 3):
         log, folder = tmp_path / f"log-{samples}", tmp_path / f"shards-{samples}"
@@ -113,7 +113,7 @@ def test_several_samples_are_one_request(policy: Policy, saved: Path, world: Wor
 
 
 def test_an_appended_token_is_not_compared(policy: Policy, saved: Path, world: World, tmp_path: Path) -> None:
-    """It replaces the last one at the limit; the server has no log-probability of it."""
+    """It replaces the last token at the limit; the server reports no log-probability for it."""
     with serving(saved) as url, session(policy, tmp_path / "work", base_url=url) as engine:
         found = draw(policy, world, engine, Ahead(append_eos=True))
         plain = draw(policy, world, None, Ahead())
@@ -152,7 +152,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
 def test_a_fault_is_named_with_the_setting(
     fault: str, policy: Policy, saved: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing of what it returned is used."""
+    """And nothing that it returned is used."""
     monkeypatch.setenv("VLLM_API_KEY", "a-secret-key")
     monkeypatch.setattr(connection, "FIRST_PAUSE", 0.01)
     server: dict[str, Any] = {"timeout": 0.3, "deadline": 0.8} if fault == "hang" else {}
@@ -201,7 +201,7 @@ def test_a_server_with_another_model_is_refused_before_anything_is_asked(
 def test_an_earlier_policy_is_found(
     fault: str, found_by: str, policy: Policy, saved: Path, world: World, tmp_path: Path
 ) -> None:
-    """By log-probabilities of prompts, or else of its samples, which are then asked again of the right policy."""
+    """It is detected by log-probabilities of prompts or of its samples, which the right policy then generates again."""
     with torch.no_grad():
         for weight in policy.model.parameters():
             weight.mul_(1.01)
@@ -227,7 +227,7 @@ def test_the_greatest_difference_has_a_limit(policy: Policy, saved: Path, world:
 
 
 def test_equal_samples_are_said(policy: Policy, saved: Path, world: World, tmp_path: Path) -> None:
-    """A server that gives every completion of a request the same seed makes K samples that are one."""
+    """With one seed for all completions of a request, a server returns K equal samples."""
     report = Report()
     rows = [(prompt, number) for prompt in world.prompts[:4] for number in range(2)]
     with (
@@ -242,7 +242,7 @@ def test_equal_samples_are_said(policy: Policy, saved: Path, world: World, tmp_p
 
 
 def test_only_what_is_missing_is_asked(policy: Policy, saved: Path, world: World, tmp_path: Path) -> None:
-    """Also within a shard: a server that fails after some requests is asked for the others alone."""
+    """Also within a shard: after a failure only the missing requests are sent."""
     log, sampling = tmp_path / "log", Sampling(shard_size=3)
     with (
         serving(saved, fault="404", after=3 + 5, log=log) as url,
@@ -265,7 +265,7 @@ def test_only_what_is_missing_is_asked(policy: Policy, saved: Path, world: World
 def test_differences_are_reported_once_and_replies_removed(
     policy: Policy, saved: Path, world: World, tmp_path: Path
 ) -> None:
-    """Also if the stage is killed after that: the numbers are written before the replies are removed."""
+    """Also if the stage is killed later: the numbers are written before the replies are removed."""
     report, folder = Report(), tmp_path / "stage"
     folder.mkdir()
     with serving(saved) as url:
@@ -359,7 +359,7 @@ def test_a_run_that_cannot_work_does_not_begin(case: str, tmp_path: Path) -> Non
 
 
 def test_a_quantised_policy_samples_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its adapters are stacked, not merged, so there are no whole weights to give."""
+    """Its adapters are stacked, not merged, so the engine cannot get full weights."""
     from dnpo.policy.base import Scratch
 
     monkeypatch.setattr(Scratch, "quantization", "nf4")
@@ -389,7 +389,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=str)
 def test_a_launched_server_ends_with_the_run(number: signal.Signals, tmp_path: Path) -> None:
-    """However the run ends, and though the server is in a group of its own."""
+    """For every end of the run, although the server is in another process group."""
     run = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -473,7 +473,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 def test_a_whole_run_gives_the_policies_of_this_process(whole: Path, tmp_path: Path) -> None:
-    """The same greedy responses token by token, the same policies, and the differences on the screen and as metrics."""
+    """The greedy responses and the policies are the same; differences are on the screen and in the metrics."""
     from dnpo.records import read
     from dnpo.store import manifest
 
@@ -500,7 +500,7 @@ def test_a_whole_run_gives_the_policies_of_this_process(whole: Path, tmp_path: P
 
 @pytest.mark.long
 def test_a_killed_run_asks_nothing_twice(whole: Path, tmp_path: Path) -> None:
-    """Killed in the middle of its samples: the server ends too, and the same command gives the same numbers."""
+    """The run is killed within its samples: the server ends too, and the same command gives the same numbers."""
     log = tmp_path / "log"
     for stage in ("prompts", "sft", "evaluate"):
         shutil.copytree(whole / "store" / stage, tmp_path / "store" / stage)
@@ -533,7 +533,7 @@ def without_engine(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_real_engine_keeps_the_contract(tmp_path: Path) -> None:
-    """With DNPO_ENGINE_URL (…/v1) of a server and DNPO_ENGINE_MODEL, the folder of the weights that it serves."""
+    """Needs DNPO_ENGINE_URL, a server's address (…/v1), and DNPO_ENGINE_MODEL, the folder of the weights it serves."""
     from dnpo.policy.loading import load
     from dnpo.policy.tokenizer import encode
     from dnpo.records import Prompt

@@ -28,7 +28,7 @@ NEW = "policy@0"
 
 
 class Table(Judge):
-    """Gives the scores that it was given, by id and source."""
+    """Returns fixed scores, by id and source."""
 
     def __init__(self, scores: Scores, objection: str | None = None, canary: Canary | None = None) -> None:
         self.scores, self._objection, self._canary = scores, objection, canary
@@ -59,7 +59,7 @@ def say(by: Any, members: Sequence[Scores], responses: Sequence[Response]) -> li
 
 
 def test_the_mean_by_hand() -> None:
-    """Of 10, 20 and 60: mean 30, deviations 20, 10 and 30, so the root of 1400 / 3."""
+    """Scores 10, 20 and 60: mean 30, deviations 20, 10 and 30, so a standard deviation of √(1400 / 3)."""
     (verdict,) = say("mean", [{("a", NEW): score} for score in (10.0, 20.0, 60.0)], [response("a")])
     assert verdict == Verdict("a", NEW, 30.0, disagreement=pytest.approx(math.sqrt(1400 / 3)))
 
@@ -89,7 +89,7 @@ def test_the_mean_needs_no_human_response_and_keeps_the_order() -> None:
     ],
 )
 def test_the_majority_by_hand(new: Sequence[float], old: Sequence[float], score: float, apart: float) -> None:
-    """Shares of votes, ties being half a vote; how far a member prefers one does not count."""
+    """Shares of votes; a tie is half a vote, and the size of a preference does not count."""
     members: list[Scores] = [{("a", NEW): n, ("a", HUMAN): o} for n, o in zip(new, old, strict=True)]
     found = say("majority", members, [response("a"), response("a", HUMAN)])
     assert found[0] == Verdict("a", NEW, pytest.approx(score), disagreement=pytest.approx(apart))
@@ -181,7 +181,7 @@ def test_identity_is_of_the_members_and_not_of_their_names_or_order() -> None:
 
 
 def test_what_a_member_leaves_out_of_its_key_is_left_out_here() -> None:
-    """Unit tests give the same verdicts whatever the number tested at once."""
+    """Unit tests give the same verdicts for every number of parallel tests."""
     code = {"_target_": "dnpo.judges.exact.code.UnitTests", "i_know_this_runs_code": True}
     assert ensemble(a=RULES, b=code).identity() == ensemble(a=RULES, b={**code, "workers": 4}).identity()
     assert ensemble(a=RULES, b=code).identity() != ensemble(a=RULES, b={**code, "timeout": 3.0}).identity()

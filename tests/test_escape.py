@@ -1,4 +1,4 @@
-"""Users' texts, such as families' names, in every place where characters mean something."""
+"""Users' texts, such as families' names, in every place with special characters."""
 
 import ast
 import csv
@@ -25,7 +25,7 @@ CONTROLS = ("\x1b[31mred", "bell\x07", "\u202eturned", "back\rto the start")
 
 
 def test_nothing_is_printed_as_it_is() -> None:
-    """Texts of users pass through ``say``, or another function that makes control characters visible."""
+    """Users' texts pass through ``say`` or another function that makes control characters visible."""
     for file in Path(escape.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
@@ -80,7 +80,7 @@ def test_code_in_markdown_ends_where_it_should() -> None:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows whose families, prompts and file name mean something to somebody."""
+    """A folder with rows whose families, prompts and file name contain special characters."""
     folder = tmp_path_factory.mktemp("hostile")
     names = [*FAMILIES, *CONTROLS]
     rows = [

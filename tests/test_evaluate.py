@@ -1,4 +1,4 @@
-"""Evaluation: every metric against a count by hand or a brute force, on the rows it was computed from."""
+"""Evaluation: every metric against a count by hand or by brute force on the same rows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_held_out_loss_is_the_mean_over_tokens(
 
 
 def test_accuracy_is_the_mean_over_families_of_right_greedy_answers(make_policy: MakePolicy, world: World) -> None:
-    """Responses written here: two families, one right in 2 of 3, the other in 0 of 1: mean 1/3, not 2/4."""
+    """Fixed responses of two families: 2 of 3 and 0 of 1 are right, so the mean is 1/3, not 2/4."""
     from dnpo.evaluate.metrics import _accuracy
 
     by_family: dict[str, list[int]] = {}
@@ -171,7 +171,7 @@ def test_distributions_are_kept_whole_and_their_distance_is_kolmogorov_smirnov(
     assert 0 <= metrics["stagnation/overlap"] <= 1
     for name in ("chosen", "rejected", "new"):
         assert metrics[f"logps/{name}"] == pytest.approx(kept[name].mean())
-    # What is called chosen is chosen: the same rows of the pairs, scored again.
+    # The chosen responses really are the chosen ones: the same rows, scored again.
     policy, pairs = make_policy(), world.pairs(30)
     again = policy.score([p.prompt_ids for p in pairs], [p.chosen_ids for p in pairs])
     assert all(np.isclose(again, value, atol=1e-4).any() for value in kept["chosen"])
@@ -210,9 +210,9 @@ def test_without_judge_answers_and_pairs_there_is_still_something_to_say(
 
 @pytest.mark.long
 def test_a_policy_that_did_not_move_shows_no_stagnation_distance(world: World, tmp_path: Path) -> None:
-    """Pairs from a policy, and fresh samples of the same policy: under the critical value in most of several draws.
+    """Pairs and fresh samples of one policy: the statistic is below the critical value in most draws.
 
-    The policy is one that often gives the human response itself, which is what pairs leave out.
+    The policy often generates the human response, which pairs leave out.
     """
 
     from transformers import LlamaConfig, LlamaForCausalLM

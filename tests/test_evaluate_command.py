@@ -1,4 +1,4 @@
-"""The command that measures one model: what runs measure of it, found again, and who wins against another."""
+"""The command that evaluates one model: the same numbers as the run's, and win rates against another model."""
 
 import io
 import json
@@ -97,7 +97,7 @@ def lines(rows: dict[str, dict[str, float]]) -> list[str]:
 
 
 def test_metrics_stand_in_groups() -> None:
-    """Shares in percent, counts whole, and a dash for what one model does not have."""
+    """Shares in percent, whole counts, and a dash for a missing value."""
     ours = {"eval/accuracy/facts": 0.125, "eval/accuracy": 0.25, "eval/score": 61.25, "leaderboard/arc": 0.3}
     shown = lines({"model": ours | {"drift/kl": 1.23456}, "against": {"eval/score": 50.0, "eval/unscored": 3}})
     assert [re.split(r"  +", line.strip()) for line in shown[1:]] == [
@@ -157,7 +157,7 @@ def trained(smoke: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.long
 def test_a_model_of_a_run_has_the_runs_numbers(trained: Path) -> None:
-    """Loss, accuracy, greedy and sampled scores are computed again, from the folder that the run left."""
+    """Loss, accuracy, greedy and sampled scores are computed again from the run's folder."""
     place = ("model.path=run/models/iteration-1", *SMALL, "eval.samples=2", "store=elsewhere")
     done = evaluate(trained, *place, "hydra.run.dir=first", "tracking.uri=sqlite:///t.db")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Model folders and their cards: made of a small run by hand, and at the end left by whole runs."""
+"""Model folders and their cards: from a small run made by hand, and from whole runs."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ IDS = torch.tensor([[1, 40, 41, 42, 50, 60, 61, 70]])
 
 
 def finish(store: Path, name: str, settings: dict[str, Any], prompts: str) -> None:
-    """Write as much of a manifest as the export reads."""
+    """Write the parts of a manifest that the export reads."""
     kind, key = name.split("/")
     policy = {"policy": describe_saved(store / name / "policy")} if prompts else {}
     content = {"stage": kind, "key": key, "settings": settings, "inputs": {"prompts": prompts}, "facts": policy}
@@ -39,7 +39,7 @@ def finish(store: Path, name: str, settings: dict[str, Any], prompts: str) -> No
 
 @pytest.fixture
 def left(tmp_path: Path, make_policy: Callable[..., Policy]) -> Callable[..., Any]:
-    """Makes what a run of fine-tuning and two iterations leaves: full weights, adapters, or nothing trained."""
+    """Makes the files of a run with fine-tuning and two iterations: full weights, adapters, or nothing trained."""
 
     def make(rank: int = 0, trained: bool = True, base: str = "scratch", dtype: str = "float32") -> Any:
         project, outside = tmp_path / "project", tmp_path / "base"
@@ -111,7 +111,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def chained(left: Any, place: int, base: Path) -> torch.Tensor:
-    """The logits of the policy as the next iteration of the run reads it."""
+    """The logits of the policy that the next iteration of the run reads."""
     return logits(load(str(base), left.store / left.summary["policies"][place] / "policy").causal_lm)
 
 

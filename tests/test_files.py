@@ -1,4 +1,4 @@
-"""Rows of files of every format and of the hub: every error with its place and field, splits, samples, identity."""
+"""Rows of files in every format and of the hub: every error with its line and field, splits, samples, identity."""
 
 import csv
 import gzip
@@ -47,7 +47,7 @@ def everything(source: Files | Hub) -> dict[str, Prompt]:
 
 
 def whole(source: Any) -> tuple[dict[str, list[Prompt]], dict[str, Any]]:
-    """Everything that a source reads, with its rows as lists."""
+    """The result of a source, with its rows as lists."""
     rows, facts = source.read()
     return {split: list(some) for split, some in rows.items()}, facts
 
@@ -263,7 +263,7 @@ def test_a_row_that_says_the_same_again_is_left_out(file: Path) -> None:
 
 
 def test_a_prompt_id_names_a_prompt_and_no_row(file: Path) -> None:
-    """Two conversations may begin with one prompt; both have a name of their own, and the first keeps the prompt's."""
+    """Two conversations may begin with one prompt; their ids differ, and the first has the prompt's id."""
     more = [USER, {"role": "assistant", "content": "Go on."}, {"role": "user", "content": "More."}, ASSISTANT]
     rows = [{"prompt_id": "x", "messages": [USER, ASSISTANT]}, {"prompt_id": "x", "messages": more}]
     names = set(everything(jsonl(write(file, [*pairs(100), *rows, rows[1]]), turns="all")))
@@ -273,7 +273,7 @@ def test_a_prompt_id_names_a_prompt_and_no_row(file: Path) -> None:
 
 
 def test_trl_preference_rows(file: Path) -> None:
-    """Plain and conversational, with the prompt apart or within: chosen is the human response, beside the rejected."""
+    """Plain and conversational rows, with the prompt in its own field or within; chosen is the human response."""
     system = {"role": "system", "content": "Be brief."}
     rude = {"role": "assistant", "content": "Who cares?"}
     earlier = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello, you."}]
@@ -297,7 +297,7 @@ def sharegpt(*texts: str) -> list[dict[str, str]]:
 
 
 def test_forms_that_leave_no_doubt(file: Path) -> None:
-    """ShareGPT's turns, contents in parts, empty system turns, numbers as labels, empty lists beside another form."""
+    """ShareGPT's turns, contents in parts, empty system turns, numbers as labels, empty lists in other rows."""
     silent, brief = ({"role": "system", "content": text} for text in ("", "Be brief."))
     parts = [{"type": "text", "text": "Why "}, {"type": "text", "text": "so?"}]
     rows = [
@@ -334,7 +334,7 @@ def test_forms_that_leave_no_doubt(file: Path) -> None:
 
 
 def test_turns_that_are_written_as_text(tmp_path: Path) -> None:
-    """As they are where conversations went through a CSV file: JSON, or Python's notation."""
+    """Conversations that went through a CSV file: in JSON, or in Python's notation."""
     talk = [{"role": "user", "content": 'Why "so"?'}, {"role": "assistant", "content": "It's so."}]
     wanted = Prompt("x", talk[:1], talk[1]["content"])
     written = [json.dumps(talk), json.dumps(talk, indent=1), str(talk)]
@@ -347,9 +347,9 @@ def test_turns_that_are_written_as_text(tmp_path: Path) -> None:
         save_csv(
             tmp_path / "rows.csv", [{**dict.fromkeys(pairs(1)[0]), **dict.fromkeys(row), **each} for each in [row]]
         )
-        with pytest.raises(DataError, match="none of the 1 rows"):  # they are read, and are too few
+        with pytest.raises(DataError, match="none of the 1 rows"):  # they are read, but there are too few
             Csv(path=str(tmp_path / "rows.csv"), **LIMITS).read()
-    # what is no conversation stays a text
+    # a text that is no conversation stays a text
     for text in ('["a", "b"]', "[1] says so", '[{"role": "user"}]'):
         row = {"id": "x", "prompt": "Write a list.", "response": text}
         assert everything(jsonl(write(tmp_path / "rows.jsonl", [row, *pairs(100)])))["x"].human == text
@@ -389,7 +389,7 @@ def test_roles_that_a_setting_names(file: Path) -> None:
 
 
 def test_two_forms_that_say_the_same(file: Path) -> None:
-    """As UltraChat, UltraFeedback and others have them."""
+    """The form of UltraChat, UltraFeedback and others."""
     later = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "So."}]
     rows = [
         {"id": "a", "prompt": "Why? ", "messages": [USER, ASSISTANT, *later]},
@@ -426,7 +426,7 @@ def test_one_list_of_rows(tmp_path: Path, file: Path, indent: int | None) -> Non
 
 @pytest.mark.parametrize(("kind", "suffix"), [(JsonLines, ".jsonl"), (Csv, ".csv")])
 def test_packed_files(kind: Any, suffix: str, tmp_path: Path, file: Path) -> None:
-    """Known by their first bytes, whatever their name, and in a folder by their ending."""
+    """Recognised by their first bytes under any name, and in a folder by their extension."""
     plain, packed = tmp_path / f"rows{suffix}", tmp_path / "folder" / f"rows{suffix}.gz"
     packed.parent.mkdir()
     (save_csv if kind is Csv else write)(plain, pairs(100))
@@ -526,7 +526,7 @@ def test_a_file_that_cannot_be_read_is_named_by_its_setting(tmp_path: Path, file
 
 
 def test_columns_under_other_names(file: Path) -> None:
-    """What is mapped is read from there alone, and no other form of row beside it."""
+    """A mapped field is read from its column alone, and no other form of row is accepted."""
     chat = [USER, ASSISTANT]
     rows = [
         {"key": row["id"], "instruction": row["prompt"], "answer": row["response"], "prompt": "x", "messages": chat}
@@ -560,7 +560,7 @@ ALPACA = [{"instruction": "Sum up.", "input": f"text number {i}", "output": f"an
 
 @pytest.mark.parametrize("missing", ["", None, "\u200b \n"])
 def test_joined_columns(file: Path, missing: str | None) -> None:
-    """Parts without text are left out, whatever stands for no text."""
+    """Parts without text are left out, for every way to write no text."""
     write(file, [*ALPACA[:-1], {**ALPACA[-1], "input": missing}])
     columns = {"prompt": ["instruction", "input"], "response": "output"}
     asked = {row.messages[0]["content"]: row.human for row in everything(jsonl(file, columns=columns)).values()}
@@ -693,7 +693,7 @@ def test_identity_and_problems_of_every_format(kind: Any, saved: Any, tmp_path: 
     assert source(one).identity() != source(other).identity() != source(tmp_path).identity()
     for name, value in {"turns": "all", "near_duplicates": 0.5, "columns": {"answer": "x"}, "holdout": 0.3}.items():
         assert source(one, **{name: value}).identity() != source(one).identity(), name
-    assert source(one, long_responses="drop").identity() == source(one).identity()  # what is long, stages know
+    assert source(one, long_responses="drop").identity() == source(one).identity()  # stages handle long rows
     with pytest.raises(DataError, match=rf"^data\.path={tmp_path}/none\*: No such file; .*\{kind.suffix}"):
         source(f"{tmp_path}/none*").read()
     (tmp_path / "above" / "train").mkdir(parents=True)
@@ -791,7 +791,7 @@ def test_a_csv_that_cannot_be_used(tmp_path: Path, text: bytes, message: str) ->
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 def test_a_header_with_a_comma_and_another_separator(tmp_path: Path, mark: str) -> None:
-    """Which one separates is in no doubt where only one of them gives names that are known."""
+    """The separator is clear if only one of them gives known names."""
     path = tmp_path / "rows.csv"
     lines = [
         ["id", "prompt", "response", "notes, if any"],
@@ -862,7 +862,7 @@ def test_no_split_may_be_empty(file: Path, holdout: float, split: str) -> None:
 
 
 def test_a_held_out_prompt_is_never_trained_on(file: Path) -> None:
-    """And no prompt stands twice: held-out rows stay before others, and of others the first."""
+    """No prompt occurs twice: held-out rows are kept before others, and of others the first."""
     rows = pairs(200)
     held = {name for name, split in places(jsonl(write(file, rows))).items() if split != "train"}
     again = [{**row, "id": f"again-{row['id']}", "response": "otherwise"} for row in rows]
@@ -880,7 +880,7 @@ def test_near_duplicates_are_removed_from_the_degree_on(file: Path) -> None:
     where = places(jsonl(write(file, rows)))
     held = next(row for row in rows if where[row["id"]] == "test")
     train = next(row for row in rows if where[row["id"]] == "train")
-    # The last word is in one of 38 shingles, so 37 of the 39 that either has are common; a mark at the end is in none.
+    # The last word is in one of 38 shingles, so 37 of 39 are common; punctuation at the end is in no shingle.
     marked = [{**row, "id": f"!{row['id']}", "prompt": row["prompt"] + "!"} for row in (held, train)]
     changed = [{**row, "id": f"+{row['id']}", "prompt": row["prompt"] + "9"} for row in (held, train)]
     write(file, [*rows, *marked, *changed])
@@ -894,7 +894,7 @@ def test_near_duplicates_are_removed_from_the_degree_on(file: Path) -> None:
 
 
 def test_two_removed_rows_are_shown(file: Path) -> None:
-    """From where they begin to differ, whatever they have before that."""
+    """From the first difference on, with any common beginning."""
     form = "the same words as before " * 9
     rows = [*pairs(100), *({"id": f"n{i}", "prompt": f"{form}, end{'!' * i}", "response": "a"} for i in range(4))]
     facts = jsonl(write(file, [*rows, {**rows[0], "id": "again"}])).read()[1]
@@ -965,7 +965,7 @@ def test_real_rows() -> None:
 
 @pytest.fixture(autouse=True)
 def no_hub(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path | None:
-    """No test asks the hub, and each has a cache of its own."""
+    """No test connects to the hub, and each has its own cache."""
     if "hub" not in request.node.name:
         return None
     import datasets
@@ -984,7 +984,7 @@ Save = Callable[..., Path]
 
 @pytest.fixture
 def save(tmp_path: Path) -> Save:
-    """Writes rows as a split of a data set in the hub's layout, and gives its folder."""
+    """Writes rows as a split of a data set in the hub's layout, and returns its folder."""
 
     def write(rows: list[dict[str, Any]], split: str = "train", folder: str = "set") -> Path:
         from datasets import Dataset
@@ -1147,7 +1147,7 @@ def test_hub_identity_is_the_commit_and_this_commit_is_read(monkeypatch: pytest.
 
 
 def test_hub_offline_takes_the_cache_but_no_other_commit(save: Save, no_hub: Path) -> None:
-    """A cache as the library makes it for a data set of the hub: its folders are named by name and commit."""
+    """The library's cache of a data set of the hub: its folders are named by name and commit."""
     hub(save(pairs(100))).read()
     (made,) = (no_hub / "set" / "default" / "0.0.0").glob("*/dataset_info.json")
     commit = "d" * 40

@@ -1,4 +1,4 @@
-"""Settings written for an earlier layout go on working, and stage keys outlive the files that classes lie in."""
+"""Settings for an earlier layout still work, and a stage key does not depend on a class's module."""
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from dnpo.store import MANIFEST, Store, write_json
 
 
 def renamed(module: str, part: Any) -> Any:
-    """The same part as if its class lay in another module."""
+    """The same part with its class in another module."""
     listed = [(each.name, each.type, field(default=each.default, metadata=each.metadata)) for each in fields(part)]
     kind = make_dataclass(type(part).__name__, listed, frozen=True, namespace={"__module__": module})
     return kind(**{each.name: getattr(part, each.name) for each in fields(part)})
@@ -43,7 +43,7 @@ def outer(module: str, inside: str) -> Outer:
 
 
 def test_own_parts_are_keyed_by_the_name_of_their_class() -> None:
-    """Where a class of dnpo lies decides no key, in nested parts either."""
+    """The module of a dnpo class is in no key, not in nested parts either."""
     before = part_key(outer("dnpo.a", "dnpo.b"))
     assert before == part_key(outer("dnpo.z", "dnpo.y.q"))
     assert before == {
@@ -54,7 +54,7 @@ def test_own_parts_are_keyed_by_the_name_of_their_class() -> None:
 
 
 def test_two_classes_of_one_name_in_two_modules_have_two_keys() -> None:
-    """Of what is not dnpo's own the whole import path counts, nested too, and never equals one of dnpo's own."""
+    """For other classes the whole import path counts, nested too, and never equals the name of a dnpo class."""
     modules = ["mine.judge", "mine.other", "dnpo.judges.rules", "dnpolike"]
     assert len({str(part_key(renamed(module, Inner()))) for module in modules}) == 4
     assert len({str(part_key(outer("dnpo.a", module))) for module in modules}) == 4
@@ -63,7 +63,7 @@ def test_two_classes_of_one_name_in_two_modules_have_two_keys() -> None:
 
 
 def test_old_targets_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old import paths are replaced wherever they stand; settings that are gone are left out, and named."""
+    """Old import paths are replaced at every place; settings that no longer exist are left out and named."""
     monkeypatch.setitem(former.MOVED, "dnpo.old.Part", "dnpo.new.Part")
     monkeypatch.setitem(former.REMOVED, "dnpo.new.Part", ("gone",))
     tree = {"npo": {"_target_": "dnpo.old.Part", "gone": 3, "x": 1, "deep": {"_target_": "dnpo.new.Part", "gone": 4}}}
@@ -77,7 +77,7 @@ def test_old_targets_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_store_of_an_earlier_layout_is_told_of_once(tmp_path: Path) -> None:
-    """By name, with the stages in it; a new store and one of today are not."""
+    """An old store is refused by name, with its stages; a new one and a present one are not."""
     notes: list[str] = []
     Store(tmp_path / "new").open(notes.append)
     Store(tmp_path / "new").open(notes.append)

@@ -1,4 +1,4 @@
-"""The gate: every line it can say has something here that makes it say it."""
+"""The gate: some test here triggers each of its lines."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def encoded(tokenizer: Any, some: Sequence[Prompt] = PLAIN, stop_ids: Sequence[i
 
 
 def fires(finding: Finding, level: str, *said: str) -> None:
-    """What is not passed has a figure or an instance, and names what to change."""
+    """A failed check has a number or an example, and names the setting to change."""
     assert finding.level == level, finding
     for words in said:
         assert words in f"{finding.name}: {finding.text} → {finding.setting}", finding
@@ -152,7 +152,7 @@ def test_template_that_loses_data_or_depends_on_the_day_stops(
 
 @pytest.mark.parametrize("core", ["a", "s", "assistant", "user", "<"])
 def test_turn_that_is_left_out_is_not_found_elsewhere(with_template: Callable[[str], Any], core: str) -> None:
-    """Each of these texts stands in the template's own."""
+    """Each of these texts is part of the template's own text."""
     some = [row("short", core)]
     fires(text.template(with_template(TEMPLATE), some), "pass")
     empty = with_template(
@@ -189,7 +189,7 @@ def test_seam_without_a_difference(tokenizer: Any) -> None:
 
 
 def test_seam_of_a_tokenizer_that_begins_every_text_with_a_space() -> None:
-    """As SentencePiece does: the response after its prompt has other tokens than alone, and the first are taken."""
+    """As in SentencePiece, the response has other tokens after its prompt than alone; the former are used."""
     spaced = Tokenizer(models.BPE(unk_token="<unk>"))
     spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     spaced.decoder = decoders.Metaspace()
@@ -203,7 +203,7 @@ def test_seam_of_a_tokenizer_that_begins_every_text_with_a_space() -> None:
 
 
 def test_seam_that_is_moved_is_said(with_template: Callable[[str], Any]) -> None:
-    """The prompt ends with a space, and words carry their leading space: a token would reach over the end."""
+    """The prompt ends with a space, and tokens include the space before a word: one would span the border."""
     broken = with_template(
         "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
         "{{ eos_token if m['role'] == 'assistant' else '\n' }}{% endfor %}"
@@ -239,7 +239,7 @@ def test_one_eos(tokenizer: Any) -> None:
 
 
 def test_ordinary_token_that_ends_a_response_is_said(tokenizer: Any) -> None:
-    """A model that stops at a full stop, say: it is no control token, so a response can have it, and is cut there."""
+    """For example, a model stops at a full stop: responses can contain this token, and are then cut."""
     (stop,) = tokenizer(".", add_special_tokens=False)["input_ids"]
     some = [*PLAIN, row("more", human="It is 3. Or 4")]
     fires(text.one_eos(tokenizer, [stop], encoded(tokenizer, some, [stop])), "warn", "9 of 9 responses", "cut")
@@ -259,7 +259,7 @@ def test_no_eos_is_appended_where_a_response_is_cut(tokenizer: Any, limit: int) 
 
 @pytest.mark.parametrize("limit", [3, 24])
 def test_eos_that_is_appended_to_a_cut_response_stops(tokenizer: Any, limit: int) -> None:
-    """As SPIN's published code has it."""
+    """As in SPIN's published code."""
 
     def appended(tokenizer: Any, prompt: Prompt, ids: list[int], limit: int) -> Response:
         kept = [*ids[: limit - 1], 2]
@@ -423,7 +423,7 @@ def test_context_with_room() -> None:
 
 
 def test_limit_of_prompts_says_where_it_comes_from(local: Path, tmp_path: Path) -> None:
-    """Whether the setting or the model's context is too small."""
+    """The setting or the model's context may be too small."""
     found = of_model(local, tmp_path, "data.max_response_tokens=95")
     fires(
         found["lengths of train"], "stop", "into 1 token (the model's context of 96 less data.max_response_tokens=95)"
@@ -450,7 +450,7 @@ def test_refusal_names_the_check_once(finding: Finding, said: str) -> None:
 
 
 def test_what_comes_after_training_is_checked_before(local: Path, tmp_path: Path) -> None:
-    """A wrong encoder, or a folder of benchmarks without rows, would be found after hours."""
+    """Without the check, a wrong encoder or a benchmark folder without rows would fail after hours."""
     pytest.importorskip("lm_eval")
     pytest.importorskip("sacrebleu")
     encoder = shutil.copytree(local, tmp_path / "encoder")
@@ -482,7 +482,7 @@ def test_lengths() -> None:
 
 
 class Asked(Judge):
-    """Answers its canary as it is told to."""
+    """Answers the canary as the test sets it."""
 
     max_unscored = 0.0
 
@@ -526,7 +526,7 @@ def test_canary() -> None:
 
 
 def test_canary_of_a_judge_by_api(tmp_path: Path) -> None:
-    """One call and its price where the server answers; a stop where none does."""
+    """One call and its price if the server answers; an error if it does not."""
     with judge_server() as server, Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
         by_api = OpenAI(model="gpt-4.1-mini", base_url=server.base_url, timeout=5.0)
         fires(judge.canary(by_api, ledger), "pass", "gpt-4.1-mini", "$0.000", "a question")
@@ -611,7 +611,7 @@ def sized(world: World) -> Callable[..., tuple[Policy, machine.ModelShape]]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_activations_are_estimated_as_they_are(sized: Any, autocast: bool) -> None:
-    """Against what autograd really keeps of the body's forward pass: within a tenth."""
+    """Within a tenth of the memory that autograd really keeps for the body's forward pass."""
     policy, of = sized()
     own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -710,7 +710,7 @@ def test_references_are_those_of_the_plans(overrides: list[str], said: str) -> N
 
 @pytest.mark.parametrize("which", ["responses", "reference", "hidden", "policy", "unread"])
 def test_chain_that_is_laid_out_wrongly_stops(which: str) -> None:
-    """As with stacked adapters: iteration 1 is compared with the fine-tuned model instead."""
+    """As with stacked adapters, iteration 1 is compared with the fine-tuned model."""
     run, iterations = laid_out("npo.cache_hidden=on")
     iteration, sft = iterations[2], iterations[0].policy
     assert iteration.responses is not None
@@ -750,7 +750,7 @@ def test_gate_of_a_plain_run_passes_with_every_line(tmp_path: Path) -> None:
 
 
 def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
-    """Through the run's own parts: each check is given what the run would use."""
+    """Through the run's own parts: each check gets the objects that the run would use."""
     run, iterations = laid_out()
     data = run.data.read()[0]
     leak = {**data, "test": [replace(data["train"][0], id="leak"), *data["test"]]}
@@ -761,7 +761,7 @@ def test_gate_finds_what_is_wrong_with_data_and_judge(tmp_path: Path) -> None:
     levels = {f.name: f.level for f in gate(run, iterations, Store(tmp_path))}
     assert levels["overlap with test"] == "stop"
     assert levels["prompts of the judge"] == "warn"
-    assert "judge" not in levels  # no call is paid for a run that does not begin
+    assert "judge" not in levels  # a run that does not begin pays for no call
     assert own.asked == 0
 
 
@@ -792,7 +792,7 @@ def test_gate_spends_nothing_where_nothing_is_to_do(tmp_path: Path) -> None:
     for iteration in iterations:
         for stage in iteration.stages:
             _pretend(store, stage)
-    run = replace(run, data=None)  # type: ignore[arg-type]  # whoever read it would fail
+    run = replace(run, data=None)  # type: ignore[arg-type]  # any check that read it would fail
     assert [f.name for f in gate(run, iterations, store)] == ["reference", "stages"]
 
 
@@ -823,7 +823,7 @@ def test_gate_of_a_pretrained_model(local: Path, tmp_path: Path) -> None:
 
 
 def test_gate_of_a_template_with_arguments(local: Path, tmp_path: Path) -> None:
-    """Given as on the command line; names that nothing reads are named."""
+    """Given as on the command line; unused names are reported."""
     reads = AutoTokenizer.from_pretrained(local)
     reads.chat_template = "{{ greeting }}" + TEMPLATE
     reads.save_pretrained(local)
@@ -847,7 +847,7 @@ def test_gate_finds_what_is_wrong_with_a_model(local: Path, tmp_path: Path) -> N
     twice.save_pretrained(local)
     found = of_model(local, tmp_path)
     fires(found["template"], "stop")
-    assert "one BOS" not in found  # what cannot be rendered cannot be encoded
+    assert "one BOS" not in found  # text that cannot be rendered cannot be encoded
 
 
 def test_model_that_cannot_be_read_stops(local: Path, tmp_path: Path) -> None:
@@ -951,7 +951,7 @@ def test_stop_ends_a_run_before_any_stage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_stop_is_an_error_that_lists_all_of_them(everything: bool, tmp_path: Path) -> None:
-    """So that the command ends with status 1, also with check=true."""
+    """The command ends with status 1, also with check=true."""
     run, iterations = laid_out("judge=off", "data.max_prompt_tokens=2")
     with pytest.raises(SettingsError) as caught:
         pass_gate(run, iterations, Store(tmp_path), Console(), everything, 1)

@@ -1,4 +1,4 @@
-"""Sampling: what decides a sample, what is computed for it, shards, truncation, and log-probabilities."""
+"""Sampling: the inputs of a sample, its cost, shards, truncation, and log-probabilities."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -68,7 +68,7 @@ def test_rows_are_whole_and_in_order(make_policy: MakePolicy, world: World, tmp_
 
 
 def test_log_probabilities_are_those_of_the_model_alone(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Left padding, batches and temperature leave no trace: each row against its own unpadded forward in float64."""
+    """Left padding, batches and temperature change no log-probability: each row against its own unpadded forward."""
     policy = make_policy()
     rows = go(policy, world, tmp_path, count=20)
     slow = make_policy().model.double()
@@ -80,7 +80,7 @@ def test_log_probabilities_are_those_of_the_model_alone(make_policy: MakePolicy,
 
 
 def test_a_sample_depends_on_seed_and_prompt_alone(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Not on what ran before, nor on how many shards there are, nor on the state of global chance."""
+    """Not on earlier calls, the number of shards, or the state of global generators."""
     policy = make_policy()
     first = go(policy, world, tmp_path / "a")
     torch.manual_seed(123)
@@ -93,7 +93,7 @@ def test_a_sample_depends_on_seed_and_prompt_alone(make_policy: MakePolicy, worl
 
 
 def test_shards_have_other_samples_of_the_same_prompt(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """One prompt that is asked many times has many answers, in one shard or several."""
+    """A repeated prompt gets many different answers, in one shard or several."""
     prompts, layout = [world.prompts[0]] * 8, Sampling(batch_size=4, shard_size=4)
     rows = generate(
         make_policy(), prompts, layout, source="policy@3", limit=12, seed=1, folder=tmp_path, report=Report()
@@ -115,14 +115,14 @@ def test_a_killed_run_goes_on_at_the_first_missing_shard(make_policy: MakePolicy
 
 
 def stopping(policy: Policy) -> Policy:
-    """The policy, with so many stop tokens that completions end early and at different lengths."""
+    """The policy with many stop tokens, so that completions end early and at different lengths."""
     policy.causal_lm.generation_config.eos_token_id = list(range(0, len(policy.tokenizer), 10))
     return policy
 
 
 @contextmanager
 def forwards(policy: Policy) -> Iterator[list[tuple[int, int]]]:
-    """Rows and columns of every forward."""
+    """Rows and columns of every forward pass."""
     seen: list[tuple[int, int]] = []
 
     def note(_: nn.Module, args: tuple[()], kwargs: dict[str, Tensor]) -> None:
@@ -153,7 +153,7 @@ def test_greedy_answers_are_those_of_each_prompt_alone(make_policy: MakePolicy, 
 
 
 def test_samples_do_not_depend_on_what_else_is_in_the_batch(make_policy: MakePolicy, world: World) -> None:
-    """Neither on how many rows there are at once, nor on rows that come later; prompts that repeat included."""
+    """Neither on the batch size nor on later rows, also for repeated prompts."""
     policy = stopping(make_policy())
     prompts = [p.token_ids for p in world.prompts[:24]]
     prompts += prompts[:12]
@@ -194,7 +194,7 @@ def test_the_next_prompts_take_the_places_of_rows_that_have_finished(make_policy
 def test_more_copies_of_a_prompt_than_the_batch_has_rows(
     make_policy: MakePolicy, world: World, batch_size: int
 ) -> None:
-    """They join at different times, and still each prompt is read once."""
+    """They join at different times, but each prompt is read once."""
     policy, report = stopping(make_policy()), Report()
     some = sorted({tuple(p.token_ids) for p in world.prompts[:5]})
     prompts = [list(ids) for ids in some for _ in range(11)]
@@ -256,7 +256,7 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
 def test_families(world: World, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy completions are those of transformers for each prompt alone, samples those of a batch of one.
 
-    Buffers with room for three columns, so that they are replaced all the time.
+    The buffers have room for three columns, so they are replaced often.
     """
     monkeypatch.setattr(dnpo.generate.hf._Window, "_SPARE", 3)
     make: Any = AutoModelForCausalLM
@@ -318,7 +318,7 @@ def test_samples_follow_the_policys_own_probabilities(
 
 
 def test_what_has_no_probability_is_never_drawn() -> None:
-    """Also with a large vocabulary, most of which has none, and of which the groups do not divide it evenly."""
+    """Also with a large vocabulary, most of it with probability 0, whose size is no multiple of the group size."""
     scores = torch.full((4000, 5003), -torch.inf)
     scores[:, 17], scores[:, 5002] = 0.3, -1.2
     tokens = dnpo.generate.hf._pick(scores, [(row, 0) for row in range(4000)], dnpo.generate.hf.make_warp(Sampling()))
@@ -329,7 +329,7 @@ def test_what_has_no_probability_is_never_drawn() -> None:
 
 
 def test_random_numbers_are_those_of_splitmix64() -> None:
-    """Against the generator in whole numbers; every stream and token has other ones."""
+    """Against the generator in integer arithmetic; every stream and token has other numbers."""
 
     def mixed(stream: int, number: int) -> int:
         bits = (stream + number * 0x9E3779B97F4A7C15) % 2**64
@@ -348,7 +348,7 @@ def test_random_numbers_are_those_of_splitmix64() -> None:
 
 @pytest.mark.parametrize("vocabulary", [50, 3000])
 def test_probabilities_that_are_a_little_off_draw_another_token_about_as_often(vocabulary: int) -> None:
-    """Rounding shall not become another run: at most twice the total-variation distance, once for each draw."""
+    """Rounding changes few samples: at most twice the total-variation distance, once for each draw."""
     warp, places = dnpo.generate.hf.make_warp(Sampling()), [(row, 3) for row in range(2000)]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -364,7 +364,7 @@ def test_probabilities_that_are_a_little_off_draw_another_token_about_as_often(v
 def test_a_sample_depends_on_its_prompt_and_not_on_its_place(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Neither on prompts before it, nor on shards, nor on how many more samples there are of it."""
+    """Neither on prompts before it, nor on shards, nor on the number of its other samples."""
     policy, args = make_policy(), ("x", 12, 3, Report())
     rows = {row.id: row for row in sample(policy, world.prompts[:30], LAYOUT, *args)}
     turned = sample(policy, world.prompts[29:9:-1], LAYOUT, *args)
@@ -423,7 +423,7 @@ def test_a_model_without_a_cache_is_refused(make_policy: MakePolicy, world: Worl
 
 
 def test_a_models_own_defaults_do_not_leak_in(make_policy: MakePolicy, world: World) -> None:
-    """Many chat models bring temperature 0.6 or top-k 50 along; a sample is from the policy unless asked otherwise."""
+    """Many chat models ship temperature 0.6 or top-k 50; by default a sample is from the policy itself."""
     plain, opinionated = make_policy(), make_policy()
     opinionated.causal_lm.generation_config.temperature = 0.01
     opinionated.causal_lm.generation_config.top_k = 1
@@ -469,7 +469,7 @@ def roll(
 def test_each_of_several_samples_is_the_one_generated_alone(
     make_policy: MakePolicy, world: World, tmp_path: Path, batch_size: int
 ) -> None:
-    """Against a batch of one row with the stream of this prompt and number; log-probabilities in float64."""
+    """Against a batch of one row with the same stream; log-probabilities in float64."""
     policy = make_policy()
     rows = roll(policy, world, tmp_path, Ahead(samples=5, batch_size=batch_size, shard_size=4))
     assert [(row.id, row.sample) for row in rows] == [(p.id, n) for p in world.prompts[:6] for n in range(5)]
@@ -489,7 +489,7 @@ def test_each_of_several_samples_is_the_one_generated_alone(
 def test_several_samples_are_scored_with_one_reading_of_the_prompt(
     make_policy: MakePolicy, world: World, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> None:
-    """As many as a batch holds; each is the score of the sequence alone."""
+    """In batches; each score is the score of the sequence alone."""
     monkeypatch.setattr(dnpo.policy.model, "SCORED_TOKENS", tokens)
     monkeypatch.setattr(dnpo.policy.model.by_length, "__defaults__", (tokens,))
     policy = make_policy()
@@ -516,7 +516,7 @@ def test_several_samples_are_scored_with_one_reading_of_the_prompt(
 def test_the_first_samples_do_not_depend_on_how_many_there_are(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """One sample is what plain settings give, and as it was before there could be several."""
+    """One sample equals that of plain settings, as in versions without several samples."""
     policy = make_policy()
     plain = roll(policy, world, tmp_path / "plain", LAYOUT)
     assert {row.sample for row in plain} == {0}
@@ -589,7 +589,7 @@ def test_several_samples_that_would_be_equal_are_refused(name: str, value: float
 
 
 def test_stage_keys_of_rollouts() -> None:
-    """One sample by plain settings is the stage it always was; what changes responses changes the key."""
+    """One sample by plain settings has the earlier key; a setting that changes responses changes the key."""
     assert part_key(Ahead()) == part_key(Sampling())
     others: list[dict[str, Any]] = [
         {"samples": 2},

@@ -1,4 +1,4 @@
-"""The script for a GPU, rehearsed on the CPU at a tiny size: its figures, its checks, and what ends it early."""
+"""The script for a GPU, run on the CPU at a tiny size: its figures, its checks, and early ends."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def run_script(*arguments: str, bare: bool = False) -> Done:
 
 @pytest.mark.parametrize(("part", "variant"), STEPS)
 def test_a_step_is_measured(part: str, variant: str) -> None:
-    """The first loss is ln 2, since the policy is still the reference; noise changes that."""
+    """The first loss is ln 2, since the policy equals the reference; with noise it differs."""
     runs = list(gpu.measure_step(True, part, variant))
     assert len(runs) == gpu.ROUNDS + 1
     assert all(run["seconds"] > 0 and run["tokens"] > 0 and run["flops"] > 0 for run in runs)
@@ -138,7 +138,7 @@ def test_the_script_names_its_parts() -> None:
 
 @pytest.mark.long
 def test_a_part_runs_on_a_bare_machine(tmp_path: Path) -> None:
-    """With torch, transformers, peft and Lightning alone; what is missing is named, and not fatal."""
+    """With torch, transformers, peft and Lightning alone; missing packages are named and not fatal."""
     done = run_script("full", "--out", str(tmp_path), bare=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a rehearsal" in done.stdout

@@ -81,7 +81,7 @@ def whole_numbers() -> Any:
 
 
 def sentencepiece() -> Any:
-    """A text begins with a space, spaces are ▁, some numbers are tokens with their space; template without system."""
+    """Texts begin with a space, spaces are ▁, some numbers are one token with their space; no system turn."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=False, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -213,7 +213,7 @@ def test_batches_say_what_single_questions_say(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 def test_what_is_judged_cannot_be_a_turn(name: str) -> None:
-    """Nor an end: the prompt has the control tokens of one with a plain answer, and no other."""
+    """It adds no end either: the prompt has only the control tokens that a plain answer gives."""
     tokenizer = TOKENIZERS[name]()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     reader = Replies(model_for(tokenizer), tokenizer, NUMBERS, "[0-9]", TALKS[0])
@@ -238,7 +238,7 @@ def rows(count: int) -> tuple[list[Prompt], list[Response]]:
 
 @pytest.mark.parametrize("mode", ["score", "pairwise"])
 def test_verdicts(tmp_path: Path, report: Report, mode: Any) -> None:
-    """Scores in order, the same for every batch size; a second time nothing is asked."""
+    """Scores are in order and the same for every batch size; a second call asks nothing."""
     folder = saved(tmp_path / "model")
     prompts, responses = rows(5)
     said = []
@@ -253,7 +253,7 @@ def test_verdicts(tmp_path: Path, report: Report, mode: Any) -> None:
         assert one.score is not None
         assert 0 < one.score < 100
         assert one.score == pytest.approx(other.score, abs=1e-3)
-    (folder / "model.safetensors").rename(tmp_path / "away")  # who asks nothing loads nothing
+    (folder / "model.safetensors").rename(tmp_path / "away")  # without questions nothing is loaded
     with Ledger(tmp_path / "4.sqlite") as ledger:
         assert judge(prompts, responses, ledger, report) == said[1]
 
@@ -275,7 +275,7 @@ def test_the_score_is_the_expected_number(tmp_path: Path, report: Report) -> Non
 
 
 def test_a_model_that_does_not_do_as_told(tmp_path: Path, report: Report) -> None:
-    """Too little mass on the numbers is a failure with a reason, and many failures stop the run."""
+    """Too little probability on the numbers is a failure with a reason, and many failures stop the run."""
     judge = HF(path=str(saved(tmp_path / "model")), device="cpu")
     prompts, responses = rows(3)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -317,7 +317,7 @@ def test_another_runs_answers_are_waited_for(tmp_path: Path, report: Report, mon
 
 
 def test_identity_is_of_contents(tmp_path: Path) -> None:
-    """The same wherever the model lies; another for other weights, templates and settings that change verdicts."""
+    """The key depends on weights, template and settings that change verdicts, but not on the model's path."""
     folder = saved(tmp_path / "model")
     shutil.copytree(folder, tmp_path / "copy")
     one = HF(path=str(folder), device="cpu").identity()
@@ -359,7 +359,7 @@ def test_what_cannot_be_used(tmp_path: Path, report: Report) -> None:
 
 
 def test_a_real_model(shared: Path, tmp_path: Path, report: Report) -> None:
-    """It tells stories and grades nothing, which is said in so many words."""
+    """It writes stories and cannot grade; the message says this."""
     path = str(shared / "models" / "stories260K")
     prompts, responses = rows(1)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:

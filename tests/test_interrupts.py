@@ -25,7 +25,7 @@ STEPS = 6
 
 
 def send(number: signal.Signals) -> None:
-    """Send this process a signal, and give Python the time to call its handler."""
+    """Send this process a signal, and wait until Python calls its handler."""
     os.kill(os.getpid(), number)
     time.sleep(0.01)
 
@@ -38,7 +38,7 @@ class Signalling(Report):
         self.number, self.step = number, step
 
     def steps(self, rows: list[dict[str, float]]) -> None:
-        """Receive the metrics, and send the signal if they are those of the step."""
+        """Receive the metrics; send the signal at the step."""
         super().steps(rows)
         if rows and rows[-1]["step"] == self.step:
             send(self.number)
@@ -75,7 +75,7 @@ def test_a_signal_in_training_is_answered_by_a_checkpoint_that_continues_bit_for
 
 
 def test_a_handler_that_returns_lets_the_training_go_on(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """As submitit's handler of SIGTERM does; the checkpoint is there should the process be killed next."""
+    """As submitit's handler of SIGTERM does; the checkpoint exists before the process can be killed."""
     called: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: called.append(number))
     try:
@@ -115,7 +115,7 @@ def test_a_second_signal_does_not_stop_what_the_first_one_started() -> None:
 
 
 def test_a_forked_process_dies_of_the_signal_itself() -> None:
-    """It would print a traceback if the exception of the process that it was forked from were raised in it."""
+    """It would print a traceback if its parent's exception were raised in it."""
     with interrupts.raised():
         child = os.fork()
         if child == 0:
@@ -140,7 +140,7 @@ def wait_for(path: Path, text: str, process: Process) -> None:
 
 @pytest.fixture
 def begun(tmp_path: Path, tiny: Path) -> Path:
-    """A folder with the first stages of the run that tests share."""
+    """A folder with the first stages of the shared run."""
     for stage in ("prompts", "tokenizer", "sft"):
         if (tiny / "store" / stage).is_dir():
             shutil.copytree(tiny / "store" / stage, tmp_path / "store" / stage)
@@ -153,7 +153,7 @@ def begun(tmp_path: Path, tiny: Path) -> Path:
 def test_a_signal_in_a_training_loses_no_step_of_a_run(
     number: signal.Signals, tiny: Path, begun: Path, migrated: Path
 ) -> None:
-    """The run goes on from the step of the signal, with the numbers of a run that nobody disturbed."""
+    """The run continues at the step of the signal, with the numbers of an uninterrupted run."""
     shutil.copy(migrated, begun / "mlflow.db")
     given = ("scale=smoke", *TINY, "trainer.checkpoint_every=1000")
     process = Process(begun, *given, before="tests.delays.delay_steps")
@@ -184,7 +184,7 @@ def test_a_signal_in_a_training_loses_no_step_of_a_run(
 
 @pytest.mark.long
 def test_a_signal_in_any_other_stage_ends_the_run_as_ctrl_c_does(tiny: Path, begun: Path) -> None:
-    """Within seconds, with what is finished kept, and the next run ends with the same numbers."""
+    """It ends within seconds and keeps finished parts; the next run ends with the same numbers."""
     hit = []
     for stage in ("generate", "judge", "pairs", "reference", "evaluate"):
         process = Process(begun, *SMOKE, *TINY, before="tests.delays.delay")
@@ -203,7 +203,7 @@ def test_a_signal_in_any_other_stage_ends_the_run_as_ctrl_c_does(tiny: Path, beg
 
 
 def test_a_signal_before_the_first_stage_ends_a_command(tmp_path: Path) -> None:
-    """Nothing is set up yet: the process ends by the signal itself or by its handler."""
+    """Nothing is set up yet: the signal itself or its handler ends the process."""
     command = [sys.executable, "-m", "dnpo.train", *SMOKE]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""Settings by iteration: a list in the place of a value or of a part."""
+"""Settings by iteration: a list in place of a value or of a part."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The server that the judge is tested against: it must go wrong exactly as told, and count right.
+"""The server for tests of the judge: it must fail exactly as set, and count correctly.
 
 It is asked with the client that the judge uses, without that client's retries.
 """
@@ -155,7 +155,7 @@ def test_logprobs() -> None:
             run(server, lambda c: ask(c, compare("[worth 1]", "[worth 2]"), **wanted)).choices[0].logprobs.content
         )
         assert entry.token == "B"
-        # What is no verdict has tokens too, and a number among them has nothing to do with the question.
+        # A reply without a verdict has tokens too; a number among them is unrelated to the question.
         server.change(faults={"two_numbers": 1.0})
         reply = run(server, lambda client: ask(client, "!", **wanted)).choices[0]
         assert "".join(e.token for e in reply.logprobs.content) == reply.message.content
@@ -197,7 +197,7 @@ STATUS: dict[str, tuple[type[Exception], int]] = {
 BELOW: dict[str, type[Exception]] = {
     "reset": openai.APIConnectionError,
     "cut_body": openai.APIConnectionError,
-    "flood": openai.APIConnectionError,  # after all of it; a client that minds its memory leaves before
+    "flood": openai.APIConnectionError,  # after the whole body; a client with a memory limit leaves before
     "silent": TimeoutError,
     "dribble": TimeoutError,
     "truncated": json.JSONDecodeError,
@@ -209,7 +209,7 @@ def first_choice(reply: Any) -> tuple[str, Any]:
 
 
 BROKEN: dict[str, Callable[[Any], bool]] = {
-    # What the client makes of valid JSON: an object without choices, or whatever came.
+    # The client turns valid JSON into an object without choices, or returns it as it is.
     "not_completion": lambda reply: getattr(reply, "choices", None) is None,
     "html": lambda reply: isinstance(reply, str) and "<html>" in reply,
     "empty_choices": lambda reply: reply.choices == [],
@@ -278,7 +278,7 @@ def test_every_fault_is_what_it_says() -> None:
 
 
 def test_a_dribble_never_ends_and_a_flood_is_as_long_as_is_asked() -> None:
-    """Below the client: bytes keep coming, so that no timeout between them ever fires."""
+    """At the socket: bytes keep coming, so no timeout between bytes fires."""
 
     async def read(seconds: float) -> int:
         total = 0
@@ -426,7 +426,7 @@ async def submit(client: AsyncOpenAI, content: bytes, **metadata: str) -> Any:
 
 
 async def finish(client: AsyncOpenAI, name: str) -> tuple[Any, list[str]]:
-    """Wait for a batch; it, and what states it was seen in."""
+    """Wait for a batch; return it and the states it had."""
     states: list[str] = []
     async with asyncio.timeout(10):
         while True:

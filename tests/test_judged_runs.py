@@ -27,7 +27,7 @@ def keys(path: Path) -> set[str]:
 
 
 def test_a_run_killed_again_and_again_while_it_judges_asks_nothing_twice(tmp_path: Path) -> None:
-    """What the ledger has at a kill stays; of what the server answered, only calls in flight are missing there."""
+    """Answers in the ledger outlive a kill; only answers to calls in flight are missing there."""
     draw, unread, late = random.Random(0), 0, 0
     path = tmp_path / "ledger.sqlite"
     with judge_server(latency=0.2) as server:
@@ -42,7 +42,7 @@ def test_a_run_killed_again_and_again_while_it_judges_asks_nothing_twice(tmp_pat
             now = time.time()
             process.signal_group(signal.SIGKILL)
             process.communicate(timeout=60)
-            time.sleep(0.4)  # the server is done with what it was about
+            time.sleep(0.4)  # the server has finished its requests
             answered = [line for line in server.requests() if line["fault"] == "ok" and not line["cut"]]
             missing = len(answered) - unread - len(keys(path))
             assert 0 <= missing <= 4
@@ -53,7 +53,7 @@ def test_a_run_killed_again_and_again_while_it_judges_asks_nothing_twice(tmp_pat
         table = summary(tmp_path)["table"]
         assert table[-1]["pairs/unscored"] == 0
         stats = server.stats()
-        # every answer that was written down was given once
+        # every recorded answer was given once
         assert stats["delivered"] - len(keys(path)) == unread
         assert stats["paid_twice"] <= unread
         print(
@@ -62,7 +62,7 @@ def test_a_run_killed_again_and_again_while_it_judges_asks_nothing_twice(tmp_pat
 
 
 def test_two_sweeps_at_once_ask_each_question_once(tmp_path: Path) -> None:
-    """Two stores, so that nothing but the ledger is shared: the same questions in both, at the same time."""
+    """Two stores that share only the ledger: the same questions in both, at the same time."""
     with judge_server(latency=0.05) as server:
         sweep = ["-m", *SMALL, *judge(server), "iterations=2", "seed=0,1", "data.seed=0"]
         ledger = tmp_path / "ledger.sqlite"
@@ -83,7 +83,7 @@ def test_two_sweeps_at_once_ask_each_question_once(tmp_path: Path) -> None:
 
 
 def test_a_key_is_found_nowhere_after_a_run(tmp_path: Path) -> None:
-    """Neither after one that went well, nor after one with a wrong key; with logs as loud as they get."""
+    """Neither after a good run, nor after one with a wrong key; with logs at the most detailed level."""
     with judge_server(key=SECRET) as server:
         loud = {"OPENAI_LOG": "debug", "HTTPX_LOG_LEVEL": "trace"}
         command = ["scale=smoke", *TINY, *judge(server, "judge.key_from=MY_KEY")]
@@ -119,7 +119,7 @@ def test_a_plan_says_what_is_new_and_sends_nothing(tmp_path: Path) -> None:
         forecast = next(line for line in before.splitlines() if line.startswith("all "))
         calls, new, cost = forecast.split()[1:]
         assert calls == new
-        assert 0.8 * int(new) <= asked <= int(new) + 1  # samples that come out equal are asked once; and the canary
+        assert 0.8 * int(new) <= asked <= int(new) + 1  # equal samples are asked once; plus the canary
         with Ledger(tmp_path / "ledger.sqlite") as book:
             (row,) = book.rows()
             assert row["cost"] <= float(cost) + 0.01
@@ -133,7 +133,7 @@ def test_a_judge_that_fails_too_often_ends_the_run_and_a_rerun_mends_it(tmp_path
     with judge_server() as server:
         command = [*SMALL, *judge(server, "judge.max_replies=1"), "iterations=2"]
         process = Process(tmp_path, *command)
-        while not server.stats()["attempts"]:  # the canary, whose words are new every time, has to get through
+        while not server.stats()["attempts"]:  # the canary, whose text is new every time, has to succeed
             assert process.returncode is None, process.communicate(timeout=60)[1]
             time.sleep(0.02)
         server.change(hopeless=0.2)

@@ -1,4 +1,4 @@
-"""Stages that several processes share: the same results, errors by their names, no process that outlives the run."""
+"""Stages on several processes: the same results, named errors, no process that outlives the run."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ SHARED = ("reference", "optimise", "evaluate")
 
 
 def heard(*messages: tuple[int, str, list[Any]], printed: str = "", status: int = 0) -> tuple[Report, Any]:
-    """What is reported and made of these messages from ranks."""
+    """The reports and the result for these messages from ranks."""
     report = Report()
     listener = _Listener(report)
     for rank, kind, values in messages:
@@ -131,7 +131,7 @@ def test_here_is_the_default_and_changes_nothing() -> None:
 
 @pytest.mark.long
 def test_a_run_on_two_ranks_is_that_of_one_process_up_to_rounding(tiny: Path, tmp_path: Path) -> None:
-    """The last iteration is computed again by real processes: generation, reference, hidden states, training."""
+    """Real processes compute the last iteration again: generation, reference, hidden states, training."""
     shutil.copytree(tiny, tmp_path / "two", symlinks=True)
     before = summary(tiny)
     last = max(stage["iteration"] for stage in before["stages"] if stage["iteration"] != "SFT")
@@ -151,7 +151,7 @@ def test_a_run_on_two_ranks_is_that_of_one_process_up_to_rounding(tiny: Path, tm
 
 
 def find_ranks(folder: Path) -> list[int]:
-    """The ids of the processes that share a stage's work in this folder, in the order of their ranks."""
+    """The ids of the processes of a stage in this folder, in the order of their ranks."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -172,7 +172,7 @@ def wait_until(happens: Callable[[], object], seconds: float = 120) -> None:
 
 @pytest.mark.long
 def test_no_rank_outlives_the_others_or_the_run(tiny: Path, tmp_path: Path) -> None:
-    """A killed rank ends the run with its name; a run that is killed, or asked to end, ends its ranks."""
+    """A killed rank ends the run and is named; a run that is killed or interrupted ends its ranks."""
     shutil.copytree(tiny, tmp_path / "two", symlinks=True)
     folder = tmp_path / "two"
     endless = (*SMOKE, *TINY, *TWO, "trainer.steps=1000000", "trainer.checkpoint_every=2", "tracking=off")

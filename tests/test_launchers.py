@@ -1,4 +1,4 @@
-"""Launchers that start processes of their own, for real; SLURM's by the batch file that SLURM would get."""
+"""Launchers that start processes, with real processes; SLURM's by its batch file alone."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def wait_until(what: Any, process: Process) -> Any:
 
 
 def tasks(sweep: Path) -> list[int]:
-    """The processes that compute jobs; submitit names folders by the processes that wait for them."""
+    """The processes that compute jobs; submitit names folders by the waiting processes."""
     waiting = [int(path.name) for path in sweep.glob(".submitit/[0-9]*")]
     listed = subprocess.run(["ps", "-eo", "ppid,pid"], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in listed.splitlines()[1:]]
@@ -42,7 +42,7 @@ def tasks(sweep: Path) -> list[int]:
 
 @pytest.mark.long
 def test_four_jobs_on_two_workers_compute_nothing_twice_and_survive_a_preemption(tmp_path: Path) -> None:
-    """The signal comes in a fine-tuning, for which the other job waits: both start again by themselves."""
+    """The signal arrives during a fine-tuning for which the other job waits: both restart automatically."""
     slow = ("sft.steps=200", "sft.checkpoint_every=20", "sft.optimizer.lr=1e-5")  # many steps, with little effect
     process = Process(tmp_path, "-m", *SMOKE, *TINY, *slow, "seed=0,1", "npo.alpha=0.1,1", *LOCAL)
     wait_until(lambda: list((tmp_path / "store").glob(f"sft/*.partial/{CHECKPOINT}")), process)
@@ -83,7 +83,7 @@ def test_a_job_that_is_killed_does_not_hide_the_others(tmp_path: Path) -> None:
 
 
 def test_slurm_gets_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Submitit writes the batch file from the composed settings; SLURM itself is not there."""
+    """Submitit writes the batch file from the composed settings; SLURM itself is not installed."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):

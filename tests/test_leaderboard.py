@@ -36,7 +36,7 @@ def lines(path: Path, *rows: Mapping[str, Any]) -> None:
 
 
 def questions(count: int, start: int = 0, **more: Any) -> list[dict[str, Any]]:
-    """Sums with four choices; the right one stands anywhere."""
+    """Sums with four choices; the right one is at a random position."""
     return [
         {
             "id": f"q{n}",
@@ -79,7 +79,7 @@ def test_a_setting_is_renamed_where_it_is_named_and_nowhere_else() -> None:
 
 
 def test_the_place_of_the_truth_tells_nothing(tmp_path: Path) -> None:
-    """In the rows the true answer comes first; in the items it is anywhere, and the labels have moved with it."""
+    """In the rows the true answer is first; in the items its position is random, and the labels agree."""
     rows = [
         {
             "id": f"t{n}",
@@ -100,7 +100,7 @@ def test_the_place_of_the_truth_tells_nothing(tmp_path: Path) -> None:
 
 
 def test_examples(tmp_path: Path) -> None:
-    """Easy borrows from challenge and says so; what is asked is no example; MMLU's are of the same subject."""
+    """ARC easy takes its examples from challenge and says so; no item is its own example; MMLU's have its subject."""
     lines(tmp_path / "arc_easy_test.jsonl", *questions(3))
     lines(tmp_path / "arc_challenge_fewshot.jsonl", *questions(4))
     (task,) = offline(tmp_path, "arc_easy")
@@ -192,14 +192,14 @@ def test_sources(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_none() -> None:
-    """The greatest of several NaN is the first, so a broken model would be right wherever the first choice is."""
+    """The argmax of several NaN is the first, so a broken model would be right if the first choice is right."""
     sample = {"task": "arc_easy", "doc": {"id": "q"}, "doc_id": 0, "filtered_resps": [(float("nan"), False)] * 2}
     with pytest.raises(ModelError, match="arc_easy, item q: the log-likelihoods"):
         _item("arc", sample, set())
 
 
 def test_mass_of_the_true() -> None:
-    """By hand: e⁰ + e⁻¹ of e⁰ + e⁻¹ + e⁻²; the same a thousand nats further down, where floats end."""
+    """By hand: (e⁰ + e⁻¹) / (e⁰ + e⁻¹ + e⁻²); the same a thousand nats lower, where exp underflows."""
     pytest.importorskip("lm_eval")
     from lm_eval.tasks.truthfulqa.utils import process_results_mc2
 
@@ -241,7 +241,7 @@ def test_a_small_run(make_policy: Callable[..., Policy], tmp_path: Path, capfd: 
     assert before[3] == after[3]
     assert report.done == report.total == 3
 
-    assert result.average is None  # of three there is none
+    assert result.average is None  # three of six have no average
     assert result.scores["arc"].items == 11
     assert result.scores["arc"].shots == (2, 2)
     means = [np.mean([i.score for i in result.items if i.task == f"arc_{t}"]) for t in ("easy", "challenge")]
@@ -293,7 +293,7 @@ def test_the_hub_does_not_answer(make_policy: Callable[..., Policy], monkeypatch
 def measured(
     policy: Policy, leaderboard: Leaderboard, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[LeaderboardResult, list[dict[str, Any]]]:
-    """The result, and lm-eval's own words on every item."""
+    """The result, and lm-eval's own output for every item."""
     said: list[dict[str, Any]] = []
     ask = harness.run
 
@@ -306,7 +306,7 @@ def measured(
 
 
 def ids_of(policy: Policy, sample: Mapping[str, Any], context: int) -> list[tuple[list[int], list[int]]]:
-    """Tokens of the prompt and of every choice of an item, without what the context has no room for."""
+    """Tokens of an item's prompt and of its choices, cut to the context."""
     found = []
     for prompt, choice in sample["arguments"]:
         whole = policy.tokenizer.encode(prompt + choice)
@@ -316,7 +316,7 @@ def ids_of(policy: Policy, sample: Mapping[str, Any], context: int) -> list[tupl
 
 
 def own_numbers(policy: Policy, said: list[dict[str, Any]], context: int) -> list[tuple[list[float], float, bool]]:
-    """Log-likelihoods and score of every multiple-choice item by the policy itself, and whether it is a close call."""
+    """Log-likelihoods and score of every multiple-choice item by the policy itself, and whether choices nearly tie."""
     ids = [ids_of(policy, sample, context) for sample in said]
     flat = [pair for item in ids for pair in item]
     with policy.evaluating():
@@ -340,7 +340,7 @@ def own_numbers(policy: Policy, said: list[dict[str, Any]], context: int) -> lis
 @shared
 @pytest.mark.long
 def test_the_policy_itself_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every choice's log-likelihood to 1e-3, and every multiple-choice item's score, prompts that are cut included."""
+    """Every choice's log-likelihood to 1e-3, and every multiple-choice item's score; also with cut prompts."""
     pytest.importorskip("lm_eval")
     policy = load(str(STORIES), None)
     benchmarks = ["arc", "truthfulqa", "winogrande", "hellaswag", "mmlu"]
@@ -355,7 +355,7 @@ def test_the_policy_itself_says_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def of_the_hub(path: str, name: str | None = None, **_: Any) -> Any:
-    """The shared samples as the hub has these data sets."""
+    """The shared samples in the hub's format of these data sets."""
     from datasets import Dataset
 
     def rows(stem: str) -> list[dict[str, Any]]:
@@ -403,7 +403,7 @@ def of_the_hub(path: str, name: str | None = None, **_: Any) -> Any:
 @shared
 @pytest.mark.long
 def test_the_hub_and_the_files_ask_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's own definitions over data as the hub has them: the same prompts, numbers and scores, item by item."""
+    """lm-eval's own definitions on data in the hub's format: the same prompts, numbers and scores, item by item."""
     pytest.importorskip("lm_eval")
     monkeypatch.setattr("datasets.load_dataset", of_the_hub)
     policy = load(str(STORIES), None)

@@ -1,4 +1,4 @@
-"""The ledger: nothing is asked twice or lost, whoever else writes to it and however a process ends."""
+"""The ledger: nothing is asked twice or lost, with other writers and for every end of a process."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from tests.commands import run_command
 
 
 def question(name: str = "a", **changes: str) -> Question:
-    """A question of that text."""
+    """A question with this text."""
     given = Question.make("judge", "model", "template-1/abc", "", [{"role": "user", "content": name}])
     return replace(given, **changes)
 
@@ -41,7 +41,7 @@ ledger = Ledger(Path(sys.argv[1]), sys.argv[2])
 
 
 def start(code: str, folder: Path, run: str = "other") -> "subprocess.Popen[str]":
-    """A process with a ledger of its own on the same file; it says what it has to say, and reads when to go on."""
+    """A process with its own ledger on the same file; it prints lines, and continues when it reads a line."""
     return subprocess.Popen(
         [sys.executable, "-c", HEAD + code, str(folder / "ledger.sqlite"), run],
         stdin=subprocess.PIPE,
@@ -56,7 +56,7 @@ def said(process: "subprocess.Popen[str]") -> str:
 
 
 def end(process: "subprocess.Popen[str]") -> list[str]:
-    """Let it go on, and give the lines it still says."""
+    """Let it continue, and return its remaining lines."""
     out, _ = process.communicate("go\n", timeout=60)
     assert process.returncode == 0
     return out.splitlines()
@@ -68,7 +68,7 @@ def end(process: "subprocess.Popen[str]") -> list[str]:
 def test_a_question_has_the_same_key_in_every_process(tmp_path: Path) -> None:
     code = "print(question('Is 7 > 6? é 数').key)"
     assert end(start(code, tmp_path)) == end(start(code, tmp_path)) == [question("Is 7 > 6? é 数").key]
-    # written down, so that a change of what a key is made of shows: it would ask everything again
+    # fixed here, so that a change of the key's contents fails: it would ask everything again
     assert question().key == "a79a84ed0196a3fe4b628fd362e7f19afdd666bb82b0d94ee124b3a514a1e94c"
 
 
@@ -209,13 +209,13 @@ def test_claims_within_a_process(tmp_path: Path) -> None:
     with ledger_at(tmp_path) as one, ledger_at(tmp_path) as two:
         two.record(question("d"), Answer(4.0))
         assert one.claim(keys[:2]) == (keys[:2], [], [])
-        assert one.claim(keys[:2]) == (keys[:2], [], [])  # its own stay its own
+        assert one.claim(keys[:2]) == (keys[:2], [], [])  # its own claims remain
         assert two.claim(keys) == ([keys[2]], [keys[3]], keys[:2])
         one.record(question("a"), Answer(1.0))
         one.record(question("b"), Answer(None, reason="refused"))
         assert two.claim(keys[:2]) == ([keys[1]], [keys[0]], [])
         assert one.claim([keys[1]]) == ([], [], [keys[1]])
-        one.release([keys[1], keys[2]])  # not one's own to give back
+        one.release([keys[1], keys[2]])  # not its own claims
         assert one.claim(keys[1:3]) == ([], [], keys[1:3])
         two.release([keys[1]])
         assert one.claim(keys[1:3]) == ([keys[1]], [], [keys[2]])
@@ -268,7 +268,7 @@ def test_a_process_that_was_killed_loses_its_claims_at_once(tmp_path: Path) -> N
         other.kill()
         other.communicate()
         assert ledger.claim(keys[:1]) == (keys[:1], [], [])
-        # both see that it is dead, whoever looks first
+        # both see that it is dead, in any order
         assert third.claim(keys) == (keys[1:], [], keys[:1])
 
 
@@ -338,14 +338,14 @@ while True:
 
 
 def test_what_was_recorded_survives_a_kill(tmp_path: Path) -> None:
-    """Every answer that a killed process said it had is there, and nothing that it held is held any more."""
+    """Every answer that a killed process reported is in the ledger, and all its claims are released."""
     told: set[int] = set()
     for delay in (0.02, 0.05, 0.1):
         process = start(DIE, tmp_path)
         told.add(int(said(process)))
         time.sleep(delay)
         process.kill()
-        # print writes the number and the end of its line apart, so a line can be a lonely end
+        # print writes a number and its newline separately, so a line can be empty
         rest = process.communicate()[0].splitlines(keepends=True)
         told |= {int(line) for line in rest if line.endswith("\n") and line.strip()}
         with ledger_at(tmp_path, "reader") as ledger:
@@ -453,7 +453,7 @@ def test_a_file_that_cannot_be_written_can_be_read(tmp_path: Path) -> None:
 
 
 def test_damage_is_a_message(tmp_path: Path) -> None:
-    """What SQLite finds wrong in the middle of a run names the file, and the transaction is over."""
+    """An SQLite error in the middle of a run names the file, and the transaction is over."""
     with ledger_at(tmp_path) as ledger:
         ledger.record(question(), Answer(1.0))
         with sqlite3.connect(ledger.path) as db:
@@ -516,7 +516,7 @@ ledger.close()
 
 
 def test_two_processes_keep_one_ceiling(tmp_path: Path) -> None:
-    """By the times that were reserved, no window has more than the ceiling allows: 20 in a second."""
+    """By the reserved times, no window exceeds the ceiling of 20 in a second."""
     processes = [start(PACE, tmp_path, str(n)) for n in range(2)]
     assert [said(process) for process in processes] == ["ready"] * 2
     for process in processes:
@@ -528,14 +528,14 @@ def test_two_processes_keep_one_ceiling(tmp_path: Path) -> None:
     for begin in times:
         assert sum(begin <= at < begin + 1.0 - 1e-5 for at in times) <= 20
     assert min(b - a for a, b in itertools.pairwise(times)) > 0.05 - 1e-5
-    assert times[-1] - times[0] < 119 * 0.05 + 5.0  # and no slower than it has to be
+    assert times[-1] - times[0] < 119 * 0.05 + 5.0  # and not slower than necessary
 
 
 def test_the_tighter_ceiling_decides(tmp_path: Path) -> None:
     with ledger_at(tmp_path) as ledger:
         waits = [ledger.slot("a", 0.5, seconds) for seconds in (2.0, 0.1, 0.0, 0.0)]
         assert waits == pytest.approx([0.0, 2.0, 2.5, 3.0], abs=0.1)
-        assert ledger.slot("b", 0.5, 2.0) == 0.0  # another endpoint has a row of its own
+        assert ledger.slot("b", 0.5, 2.0) == 0.0  # another endpoint has another row
 
 
 def test_an_idle_endpoint_saves_nothing_up(tmp_path: Path) -> None:
@@ -659,7 +659,7 @@ def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_the_command_where_no_judge_has_been_asked(tmp_path: Path) -> None:
-    """That is no error, and makes no file; a path that is given has to be right."""
+    """A missing default file is no error and is not created; a given path must exist."""
     result = shown(cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert "nothing yet" in result.stdout

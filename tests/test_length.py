@@ -1,4 +1,4 @@
-"""The win rate at the same length: against scipy's optimizer on the same likelihood, known values, and its limits."""
+"""The win rate at equal length: against scipy's optimizer on the same likelihood, known values, and limits."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ EXAMPLE = [1.0] * 60 + [0.0] * 15 + [1.0] * 5 + [0.0] * 20, [10.0] * 75 + [-10.0
 def simulated(
     count: int, theta: float, phi: float, seed: int, ties: float = 0.1, mean: float = 40.0
 ) -> tuple[list[float], list[float]]:
-    """Duels of responses that are longer by ``mean`` characters, a share of them decided by nobody."""
+    """Duels of responses that are longer by ``mean`` characters; a share of them has no result."""
     rng = np.random.default_rng(seed)
     difference = rng.normal(mean, 90.0, count).round()
     value = (rng.random(count) < expit(theta + phi * np.tanh(difference / difference.std()))).astype(float)
@@ -24,7 +24,7 @@ def simulated(
 
 
 def by_optimizer(value: list[float], difference: list[float], ridge: float = 0.0) -> tuple[float, float]:
-    """σ(θ) and φ by scipy, from the likelihood as it is written."""
+    """σ(θ) and φ by scipy, from the likelihood as written."""
     y, x = np.array(value), np.tanh(np.array(difference) / np.std(difference))
 
     def cost(w: np.ndarray) -> float:
@@ -70,7 +70,7 @@ def test_a_known_value_is_recovered() -> None:
 
 
 def test_without_an_effect_of_length_it_is_the_plain_win_rate() -> None:
-    """Wins, ties and losses have the very same lengths, so the fitted effect is 0 exactly."""
+    """Wins, ties and losses have the same lengths, so the fitted effect is exactly 0."""
     lengths = [-30.0, -5.0, 0.0, 12.0, 80.0]
     value = [v for v in (1.0, 1.0, 0.5, 0.0) for _ in lengths]
     found = control_length(value, lengths * 4, resamples=2)
@@ -111,7 +111,7 @@ def test_the_interval_is_that_of_resampled_prompts() -> None:
 
 
 def test_prompts_are_the_unit() -> None:
-    """Each duel four times over says no more than once."""
+    """Each duel four times gives no more information than once."""
     value, difference = simulated(80, 0.2, 0.8, 2)
     once = control_length(value, difference, resamples=500)
     often = control_length(value * 4, difference * 4, list(range(80)) * 4, resamples=500)
@@ -126,7 +126,7 @@ def test_prompts_are_the_unit() -> None:
 @pytest.mark.parametrize(
     ("won", "lost", "limit"),
     [
-        ([0, 0, 1, 1], [1, 1, 0, 0], np.nan),  # -2 -1 | 1 2: the border may be anywhere about 0
+        ([0, 0, 1, 1], [1, 1, 0, 0], np.nan),  # -2 -1 | 1 2: the border may be anywhere around 0
         ([0, 0, 0, 1], [1, 1, 1, 0], 0.0),  # it lies between 1 and 2
         ([0, 1, 1, 1], [1, 0, 0, 0], 1.0),
         ([1, 0, 0, 0], [0, 1, 1, 1], 0.0),  # the shorter one wins
@@ -138,7 +138,7 @@ def test_prompts_are_the_unit() -> None:
     ],
 )
 def test_limits_where_length_decides(won: list[float], lost: list[float], limit: float) -> None:
-    """Where there is one, the regression with a vanishing ridge goes there."""
+    """If a limit exists, the regression with a vanishing ridge converges to it."""
     x = np.tanh([-2.0, -1.0, 1.0, 2.0])
     (rate,), _ = fit(x, np.array([won], float), np.array([lost], float))
     assert rate == pytest.approx(limit, nan_ok=True)

@@ -1,4 +1,4 @@
-"""What is imported before there is something to compute: settings are answered at once, without torch and the like."""
+"""Imports before any computation: errors in settings are reported at once, without an import of torch."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ print(json.dumps(found))
 
 
 def found_by(script: str, given: object, folder: Path) -> dict[str, list[str]]:
-    """What a new process says, as it knows nothing of what the tests have imported."""
+    """The output of a new process, since the tests have already imported much."""
     command = [sys.executable, "-c", script, json.dumps(given)]
     result = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
@@ -84,7 +84,7 @@ def found_by(script: str, given: object, folder: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What each module is the first to bring along."""
+    """The modules that each module imports first."""
     return found_by(IMPORT, [HEAVY, MODULES], tmp_path_factory.mktemp("light"))
 
 

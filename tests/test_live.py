@@ -1,4 +1,4 @@
-"""Rollouts in training: what is drawn from the buffer, the limits that equal training ahead, and kills."""
+"""Rollouts in training: draws from the buffer, limits that equal training on pairs made before, and kills."""
 
 import json
 import random
@@ -38,7 +38,7 @@ from tests.judge_server import judge_server
 
 @dataclass
 class Numbers:
-    """Makes ``count`` rows of every rollout: (rollout, row), and remembers what was asked."""
+    """Makes ``count`` rows for every rollout, (rollout, row), and records the rollouts that were requested."""
 
     count: Callable[[int], int] = lambda rollout: 4
     per_pass: int = 5
@@ -84,7 +84,7 @@ def groups(steps: LiveSteps[Any, Group]) -> list[Group]:
 
 
 def test_a_buffer_of_one_batch_is_strictly_on_policy() -> None:
-    """Every step trains on all rows of the rollout just before it, by capacity 0 and by a capacity of one batch."""
+    """Every step trains on all rows of the latest rollout, with capacity 0 and with a capacity of one batch."""
     own = [tuple((rollout, i) for i in range(4)) for rollout in range(5)]
     assert groups(live(Numbers(), Clock(every=1, capacity=0))) == own
     assert groups(live(Numbers(), Clock(every=1, capacity=4))) == own
@@ -101,7 +101,7 @@ def test_the_oldest_rows_leave_first() -> None:
 
 
 def test_rows_that_were_drawn_less_are_drawn_more() -> None:
-    """Two rows with d and 0 draws, one drawn: the second with probability (1) / (1 + 1/(1 + d))."""
+    """One of two rows with d and 0 draws: the second is drawn with probability 1 / (1 + 1/(1 + d))."""
     for draws in (0, 1, 4):
         picked = 0
         for seed in range(4000):
@@ -138,7 +138,7 @@ def test_responding_ahead_uses_every_rollout_in_turn_and_asks_no_more_than_are_u
 
 
 def test_a_rollout_without_rows_is_followed_by_the_next_and_there_are_no_more_than_were_announced() -> None:
-    """Five are due in a pass over the prompts; a training that keeps older rows goes on with these."""
+    """A pass over the prompts has five rollouts; a training that keeps older rows continues with them."""
     source = Numbers(lambda rollout: 0 if rollout in (1, 2) else 4)
     running = live(source, Clock(every=1))
     assert [group[0][0] for group in groups(running)] == [0, 3, 4]
@@ -171,7 +171,7 @@ def test_a_training_says_how_many_rows_it_never_used() -> None:
 
 
 def test_rows_know_the_step_before_which_the_policy_responded() -> None:
-    """Not the one before which they are used first, where responding is ahead of training."""
+    """The step of generation, not the step of the first use, if generation is ahead of training."""
     made: dict[int, int] = {}
 
     @dataclass
@@ -194,7 +194,7 @@ def test_a_training_that_goes_on_from_a_checkpoint_draws_the_same_rows(clock: Cl
     for step, (group,) in enumerate(whole):
         expected.append(group)
         states[step + 1] = json.loads(json.dumps(whole.state_dict()))  # plain values
-    source = Numbers(asked=list(range(100)))  # what was asked before the kill is on the disk
+    source = Numbers(asked=list(range(100)))  # rollouts from before the kill are on the disk
     again = live(source, clock, batch_size=3, epochs=3)
     again.load_state_dict(states[at])
     assert groups(again) == expected[at:]
@@ -223,7 +223,7 @@ def test_passes_respond_to_every_prompt_once_each_in_a_new_order() -> None:
 
 
 class Half:
-    """A judge that has no score for every second response."""
+    """A judge without a score for every second response."""
 
     gives_scores, max_unscored = True, 0.5
 
@@ -234,7 +234,7 @@ class Half:
 def test_what_has_no_score_counts_after_a_kill_too(
     make_policy: Callable[..., Policy], world: World, tmp_path: Path
 ) -> None:
-    """Half of 4 rollouts' responses may lack a score; with a quarter, the third rollout is one too many."""
+    """Half of the responses of 4 rollouts may lack a score; with a quarter, the third rollout fails."""
 
     def make(share: float) -> Responder:
         judge = Half()
@@ -295,12 +295,12 @@ RUN = (*SMOKE, *TINY, "iterations=1", "store=../store")
 
 @pytest.fixture
 def store(tiny: Path, tmp_path: Path) -> Path:
-    """A store with the fine-tuned policy, beside the folders of runs."""
+    """A store with the fine-tuned policy, next to the runs' folders."""
     return shutil.copytree(tiny / "store", tmp_path / "store")
 
 
 def run(root: Path, *overrides: str) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Run in a folder of its own: the summary, and the metrics of the last training's steps."""
+    """Run in a new folder: the summary, and the step metrics of the last training."""
     folder = Path(tempfile.mkdtemp(dir=root))
     succeed(folder, *RUN, *overrides)
     found = summary(folder)
@@ -336,7 +336,7 @@ def test_an_average_with_decay_0_as_the_reference_has_margins_of_0(store: Path, 
 
 
 def test_an_average_that_never_moves_is_the_start_as_reference(store: Path, tmp_path: Path) -> None:
-    """a = 1: the numbers of reference=start, which are computed in other batches."""
+    """a = 1: the same numbers as reference=start, which are computed in other batches."""
     _, start = run(tmp_path, "method=spin", *ONCE)
     _, average = run(tmp_path, "method=spin", *ONCE, "reference=ema", "ema=on", "ema.decay=1")
     for ours, theirs in zip(average, start, strict=True):
@@ -374,7 +374,7 @@ def test_what_a_live_training_leaves(store: Path, tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """What ends a run at a chosen moment, and leaves its files as a kill would."""
+    """Ends a run at a chosen moment, and leaves its files as a kill would."""
 
 
 @pytest.mark.parametrize("folder", ["pairs", "rollouts"])
@@ -408,7 +408,7 @@ def test_a_training_that_is_killed_while_it_removes_its_files_loses_none_of_its_
 def test_a_rollout_that_a_checkpoint_counts_on_is_not_made_again_by_another_policy(
     folder: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a file that was damaged and has been removed, which the message about damaged files asks for."""
+    """As after the removal of a damaged file, which the message about damaged files asks for."""
     method = ("method=ppo",) if folder == "rollouts/seen" else ("method=sapo", "rollout.capacity=20")
     own = (*method, "rollout.prompts=12", "trainer.checkpoint_every=1")
     whole, _ = run(tmp_path, *own)
@@ -503,4 +503,4 @@ def test_a_judge_that_goes_away_in_training_ends_the_run_and_the_same_command_go
         again = server.stats()["delivered"]
         succeed(folder, *RUN, *own)
         assert numbers(summary(folder)) == numbers(whole)
-        assert server.stats()["delivered"] - again < 60  # the rest alone
+        assert server.stats()["delivered"] - again < 60  # only the rest

@@ -1,7 +1,7 @@
-"""Log-probabilities: of a model against a brute force that runs every sequence alone, and of the head against autograd.
+"""Log-probabilities: of a model against a brute force on single sequences, and of the head against autograd.
 
-The head's function is compared in float64 with the one line that it stands for, log_softmax and gather: values and all
-gradients, for tiles that end raggedly, kept or made again, with several blocks of rows.
+The head's function is compared in float64 with log_softmax and gather: values and all gradients, with a smaller last
+tile, with tiles that are kept or made again, and with several blocks of rows.
 """
 
 import math
@@ -34,7 +34,7 @@ COMPLETIONS = [[11, 3, 17, EOS], [20, EOS], [6, 0, 19], [], [9, 5, 9, 14, 16, 22
 
 
 def tiny(seed: int, layers: int = 2) -> LlamaForCausalLM:
-    """A random float64 Llama whose probabilities are far from uniform, drawn without touching the global generator."""
+    """A random float64 Llama whose probabilities are far from uniform; the global generator is not used."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -65,7 +65,7 @@ def words(pad_id: int | None) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    """A model that no policy holds, so its attention is its own; no test changes it."""
+    """A model outside any policy, with its original attention; no test changes it."""
     return tiny(seed=0)
 
 
@@ -93,7 +93,7 @@ def batch_of(indices: Sequence[int]) -> Packed:
 
 @torch.no_grad()
 def logps(policy: Policy, batch: Packed) -> Tensor:
-    """As evaluation reads them."""
+    """As in evaluation."""
     return policy.logps(batch)
 
 
@@ -101,16 +101,16 @@ def logps(policy: Policy, batch: Packed) -> Tensor:
 
 
 def test_logps_against_brute_force(model: LlamaForCausalLM, policy: Policy) -> None:
-    """One test for shift, prompt, borders and end of sequence: any of them off moves some row by tenths of a nat."""
+    """One test for shift, prompt, borders and end of sequence: each error changes some row by tenths of a nat."""
     found = logps(policy, batch_of(range(6)))
     expected = [brute_force(model, p, c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert found.tolist() == pytest.approx(expected, abs=EXACT, rel=0)
-    # The comparison means something only if the tokens' probabilities differ a good deal from 1/V and from each other.
+    # The comparison needs probabilities that differ clearly from 1/V and from each other.
     assert float(np.std([e / max(len(c), 1) for e, c in zip(expected, COMPLETIONS, strict=True)])) > 0.3
 
 
 def test_a_token_is_predicted_by_the_position_before_it(model: LlamaForCausalLM, policy: Policy) -> None:
-    """The shift by one: a first token's log-probability comes from the prompt's last position, not from its own."""
+    """The shift by one: the logits of the first token are at the prompt's last position, not at the token's."""
     prompt, token = [1, 5, 9], 11
     with torch.no_grad():
         logp_TV = model(input_ids=torch.tensor([[*prompt, token]])).logits[0].log_softmax(-1)
@@ -121,7 +121,7 @@ def test_a_token_is_predicted_by_the_position_before_it(model: LlamaForCausalLM,
 
 
 def test_the_prompt_never_counts(policy: Policy) -> None:
-    """Chain rule: tokens moved from completion to prompt take away exactly their own log-probability."""
+    """Chain rule: moving tokens from the completion to the prompt subtracts exactly their log-probabilities."""
     whole = [11, 3, 17, EOS]
     batch = pack([[1, 5]] * 2 + [[1, 5, *whole[:2]]], [whole, whole[:2], whole[2:]])
     all_four, first_two, last_two = logps(policy, batch).tolist()
@@ -132,7 +132,7 @@ def test_the_prompt_never_counts(policy: Policy) -> None:
 
 @pytest.mark.parametrize("filler", [0, EOS, 17, 22])
 def test_padding_never_counts(policy: Policy, filler: int) -> None:
-    """Whatever stands beside a sequence, even end-of-sequence or a token of the completions, and however long it is."""
+    """With padding tokens of every kind, even end-of-sequence or a token of the completions, and of any length."""
     expected = logps(policy, batch_of(range(6)))
     for around in ([], [filler] * 40, [filler] * 300):
         batch = pack([[filler], *PROMPTS, [1]], [around, *COMPLETIONS, around])
@@ -140,7 +140,7 @@ def test_padding_never_counts(policy: Policy, filler: int) -> None:
 
 
 def test_the_end_of_sequence_counts(model: LlamaForCausalLM, policy: Policy) -> None:
-    """A finished response is less probable than the same words unfinished, by log p(EOS | all before)."""
+    """A finished response is less probable than the same words without EOS, by log p(EOS | all before)."""
     prompt, said = [1, 5, 9], [11, 3, 17]
     finished, unfinished = logps(policy, pack([prompt] * 2, [[*said, EOS], said])).tolist()
     with torch.no_grad():
@@ -150,13 +150,13 @@ def test_the_end_of_sequence_counts(model: LlamaForCausalLM, policy: Policy) -> 
 
 
 def test_an_empty_completion_has_log_probability_zero(policy: Policy) -> None:
-    """The empty product, among other rows and alone."""
+    """The empty sum is 0, among other rows and alone."""
     assert logps(policy, batch_of([3, 0]))[0] == 0
     assert logps(policy, batch_of([3])).tolist() == [0.0]
 
 
 def test_the_order_of_a_batch_is_irrelevant(policy: Policy) -> None:
-    """Sums belong to their own sequence whatever stands beside it."""
+    """Sums are of one sequence only, with any other sequence in the batch."""
     order = [4, 0, 3, 5, 2, 1]
     expected = logps(policy, batch_of(range(6)))[order]
     torch.testing.assert_close(logps(policy, batch_of(order)), expected, rtol=0, atol=EXACT)
@@ -166,7 +166,7 @@ def test_the_order_of_a_batch_is_irrelevant(policy: Policy) -> None:
 def test_score_against_brute_force(
     model: LlamaForCausalLM, policy: Policy, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``score`` sorts by length for speed; what it gives back is in the caller's order for every size of batch."""
+    """``score`` sorts by length for speed; its result is in the caller's order for every batch size."""
     from dnpo.policy import model as module
 
     monkeypatch.setattr(module.by_length, "__defaults__", (tokens,))
@@ -176,14 +176,14 @@ def test_score_against_brute_force(
 
 @pytest.mark.parametrize("pad_id", [EOS, 17, None])
 def test_score_whatever_the_tokenizer_pads_with(policy: Policy, pad_id: int | None) -> None:
-    """Also with a tokenizer that names no padding token at all, as Llama's does."""
+    """Also with a tokenizer without a padding token, such as Llama's."""
     other = Policy(policy.model, words(pad_id))
     assert other.pad_id == (EOS if pad_id is None else pad_id)
     assert other.score(PROMPTS, COMPLETIONS) == policy.score(PROMPTS, COMPLETIONS)
 
 
 def test_probabilities_of_all_continuations_sum_to_one(policy: Policy) -> None:
-    """Σ_y p(y | x) = 1 over all V² two-token completions: nothing is left out of, or added to, the normalisation."""
+    """Σ_y p(y | x) = 1 over all V² two-token completions: the normalisation is exact."""
     everything = [[a, b] for a in range(VOCABULARY) for b in range(VOCABULARY)]
     found = policy.score([[1, 5, 9]] * len(everything), everything)
     assert sum(map(math.exp, found)) == pytest.approx(1.0, abs=1e-10)
@@ -205,7 +205,7 @@ def test_logps_gradient_against_brute_force() -> None:
 
 # --- the head's function against autograd -----------------------------------------------------------------------------
 
-N, H, V, C = 13, 5, 23, 7  # three whole tiles, and one of two entries
+N, H, V, C = 13, 5, 23, 7  # three full tiles and one of two entries
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": True},
@@ -218,7 +218,7 @@ TRAINED = ["hidden, head", "head", "hidden", "hidden, bias", "weight"]
 
 
 class Case:
-    """A head, hidden states and targets, the same for the same arguments."""
+    """A head, hidden states and targets; equal arguments give equal values."""
 
     def __init__(
         self,
@@ -255,11 +255,11 @@ class Case:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What requires gradients."""
+        """The tensors that require gradients."""
         return [x for x in (self.hidden, self.weight, self.bias) if x is not None and x.requires_grad]
 
     def naive(self) -> Tensor:
-        """The line that the function stands for, in float64."""
+        """The definition, in float64."""
         logits = self.hidden.double() @ self.weight.double().t()
         if self.bias is not None:
             logits = logits + self.bias.double()
@@ -269,16 +269,16 @@ class Case:
         return logits.log_softmax(-1).gather(1, self.target.unsqueeze(-1)).squeeze(-1)
 
     def ours(self) -> Tensor:
-        """The function."""
+        """The function under test."""
         return token_logps(self.hidden, self.head, self.target)
 
     def grads(self, logp: Tensor, **options: Any) -> list[Tensor]:
-        """Gradients in the leaves of Σ upstream · logp."""
+        """Gradients of Σ upstream · logp in the leaves."""
         return list(torch.autograd.grad((logp * self.upstream.to(logp.dtype)).sum(), self.leaves, **options))
 
 
 def sizes(monkeypatch: pytest.MonkeyPatch, *, tile: int = C, kept: int = 0, rows: int = 8192) -> None:
-    """Entries of a tile, bytes that are kept, rows of a product."""
+    """Set entries per tile, kept bytes, and rows per product."""
     monkeypatch.setitem(logprobs.TILE, "cpu", tile)
     monkeypatch.setitem(logprobs.KEPT, "cpu", kept)
     monkeypatch.setattr(logprobs, "ROWS", rows)
@@ -296,7 +296,7 @@ def close(found: Sequence[Tensor], expected: Sequence[Tensor], atol: float = EXA
 def test_values_and_gradients_against_autograd(
     form: str, kept: str, trained: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, for one block of rows and for several, of which the last is short."""
+    """In float64, for one block of rows and for several with a short last one."""
     options: dict[str, Any] = FORMS[form] | ({"bias": True} if trained == "hidden, bias" else {})
     for rows in (8192, 5):
         sizes(monkeypatch, kept=KEPT[kept] * min(rows, N) * C * 8, rows=rows)
@@ -321,7 +321,7 @@ def test_the_size_of_a_tile_changes_nothing(tile: int, trained: str, monkeypatch
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("kept", [0, 10**9])
 def test_no_tokens_at_all(trained: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A micro-batch of empty completions: no values, and gradients that are 0."""
+    """A micro-batch of empty completions: no values, and gradients of 0."""
     sizes(monkeypatch, kept=kept)
     case = Case(trained, bias=True, tokens=0)
     assert case.ours().shape == (0,)
@@ -334,7 +334,7 @@ def test_no_tokens_at_all(trained: str, kept: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("trained", ["hidden, head", "hidden"])
 @pytest.mark.parametrize("kept", [0, 10**9])
 def test_extreme_logits(dtype: torch.dtype, trained: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits of ± 10⁴: exp overflows or vanishes in every tile, and nothing may become NaN or infinite."""
+    """Logits of ± 10⁴: exp overflows or underflows in every tile, but no result is NaN or infinite."""
     sizes(monkeypatch, kept=kept)
     case = Case(trained, dtype=dtype, spread=5e3)
     logits = case.head.logits(case.hidden)
@@ -352,7 +352,7 @@ def test_extreme_logits(dtype: torch.dtype, trained: str, kept: int, monkeypatch
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
 def test_the_largest_logit_may_come_in_any_tile(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The running sums are scaled down when it comes, by anything from nothing to all that there was."""
+    """A new maximum scales the running sums, by factors from 1 down to 0."""
     sizes(monkeypatch)
     for size in (1.0, 30.0, 2000.0):
         case = Case("hidden", bias=True)
@@ -383,7 +383,7 @@ def test_float32_is_near_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_backward_twice_gives_the_same_bits(
     kept: str, cap: float, trained: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ``retain_graph``, though what was kept is used up by the first: it is made again."""
+    """With ``retain_graph``, although the first pass frees the kept tiles: they are made again."""
     sizes(monkeypatch, kept=KEPT[kept] * N * C * 8)
     case = Case(trained, bias=True, cap=cap)
     logp = case.ours()
@@ -396,7 +396,7 @@ def test_backward_twice_gives_the_same_bits(
 
 @pytest.mark.parametrize("kept", [0, 10**9])
 def test_micro_batches_add_up_to_the_batch(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradient accumulation: ``backward`` on two parts leaves in ``grad`` what one on the whole does."""
+    """Gradient accumulation: ``backward`` on two parts gives the same ``grad`` as on the whole."""
     sizes(monkeypatch, kept=kept)
     case = Case(bias=True)
     expected = case.grads(case.naive())
@@ -407,7 +407,7 @@ def test_micro_batches_add_up_to_the_batch(kept: int, monkeypatch: pytest.Monkey
 
 
 def test_a_head_used_twice_gathers_both_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chosen and rejected in two calls, and a tied embedding that has a gradient of its own."""
+    """Chosen and rejected in two calls, and a tied embedding with an additional gradient."""
     sizes(monkeypatch)
     case = Case()
     rows = torch.tensor([3, 3, 0, V - 1])
@@ -418,18 +418,18 @@ def test_a_head_used_twice_gathers_both_gradients(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("trained", ["hidden, head", "hidden"])
 def test_second_derivatives_are_refused(trained: str) -> None:
-    """They are not there; without a word they would be wrong, as half of them are."""
+    """Second derivatives do not exist here; without an error half of them would be wrong."""
     case = Case(trained)
     with pytest.raises(RuntimeError):  # noqa: PT012
         (grad,) = torch.autograd.grad(case.ours().square().sum(), case.hidden, create_graph=True)
         torch.autograd.grad(grad.square().sum(), case.hidden)
 
 
-# --- what it costs
+# --- cost
 
 
 class Outputs(TorchDispatchMode):
-    """The largest tensor that any operation makes, and how many bytes of N × C tiles are alive at once."""
+    """The largest tensor of any operation, and the greatest number of bytes of N × C tiles at one time."""
 
     def __init__(self, *tile: int) -> None:
         super().__init__()
@@ -450,7 +450,7 @@ class Outputs(TorchDispatchMode):
 
 
 def run(case: Case) -> None:
-    """Forward, and backward where there is something to train."""
+    """Forward, and backward if a parameter is trained."""
     logp = case.ours()
     if case.leaves and torch.is_grad_enabled():
         case.grads(logp)
@@ -461,7 +461,7 @@ def run(case: Case) -> None:
 def test_nothing_of_the_size_of_all_logits_is_made(
     trained: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest tensor is a tile, or the head's own gradient; nor are many tiles held at once."""
+    """The largest tensor is a tile or the head's gradient; few tiles are held at once."""
     tokens, entries, tile = 64, 2000, 100
     sizes(monkeypatch, tile=tile)
     case = Case(trained, tokens=tokens, width=8, entries=entries, **options)
@@ -474,7 +474,7 @@ def test_nothing_of_the_size_of_all_logits_is_made(
 
 @pytest.mark.parametrize("rows", [64, 16], ids=["one block of rows", "several"])
 def test_no_more_is_kept_than_there_is_room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many blocks of rows share the room."""
+    """With any number of blocks of rows in the memory."""
     tokens, tile = 64, 100
     room = 5 * tokens * tile * 8
     sizes(monkeypatch, tile=tile, kept=room, rows=rows)
@@ -485,7 +485,7 @@ def test_no_more_is_kept_than_there_is_room_for(rows: int, monkeypatch: pytest.M
 
 
 def test_nothing_is_kept_for_a_backward_pass_that_will_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scoring with a head that is in training elsewhere."""
+    """Scoring with a head that also is in training."""
     tokens, tile = 64, 100
     sizes(monkeypatch, tile=tile, kept=10**9)
     case = Case(tokens=tokens, width=8, entries=2000)
@@ -511,7 +511,7 @@ def test_nothing_is_kept_for_a_backward_pass_that_will_not_come(monkeypatch: pyt
 def test_products_an_entry_and_token(
     trained: str, kept: int, products: float, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is 2 N H V; a frozen head has no gradient, so the product for it is not made."""
+    """Each product is 2 N H V; a frozen head needs no product for its gradient."""
     tokens, width, entries, tile = 32, 8, 400, 100
     sizes(monkeypatch, tile=tile, kept=kept * tokens * tile * 8)
     case = Case(trained, tokens=tokens, width=width, entries=entries, **options)
@@ -524,7 +524,7 @@ def test_products_an_entry_and_token(
 
 
 def test_log_sum_exp_of_half_precision_logits_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4,096 logits as bf16 has them; their sum is exact to 1e-5, where a sum in bf16 is off by hundredths."""
+    """4,096 logits in bf16; their sum is exact to 1e-5, but a sum in bf16 has an error of hundredths."""
     sizes(monkeypatch, tile=1000)
     case = Case(tokens=64, width=16, entries=4096, dtype=torch.bfloat16, bias=True)
     head = case.head.cast(torch.device("cpu"))
@@ -541,7 +541,7 @@ def test_log_sum_exp_of_half_precision_logits_is_float32(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("rows", [8192, 64])
 @pytest.mark.parametrize("kept", [0, 10**9])
 def test_the_heads_gradient_is_summed_in_float32(rows: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 8,192 tokens that all pull the same way; in bf16 a sum stands still once it is 256 times what is added."""
+    """Gradients of 8,192 tokens with the same sign; a sum in bf16 stops growing at 256 times its summands."""
     sizes(monkeypatch, tile=10, kept=kept, rows=rows)
     case = Case("head", tokens=8192, width=4, entries=40, head_dtype=torch.float32, dtype=torch.float32, bias=True)
     with torch.no_grad():
@@ -588,7 +588,7 @@ def test_half_precision_weights_have_the_gradient_of_their_float64_copies(
 def test_autocast_makes_products_in_bf16_and_gradients_in_the_types_of_the_weights(
     trained: str, hidden_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The values are those of a head that is bf16 itself; forward and backward inside autocast, as training does it."""
+    """The values equal those of a bf16 head; forward and backward inside autocast, as in training."""
     sizes(monkeypatch, tile=100)
     case = Case(trained, tokens=64, width=16, entries=300, dtype=hidden_dtype, head_dtype=torch.float32, spread=0.5)
     half = Head(case.weight.detach().bfloat16())
@@ -604,9 +604,9 @@ def test_autocast_makes_products_in_bf16_and_gradients_in_the_types_of_the_weigh
 
 
 def test_bf16_model_sums_in_float32() -> None:
-    """400 tokens of a bf16 model: the sum is exact to 1e-3 nats, where bf16 would lose more than an early margin.
+    """400 tokens of a bf16 model: the sum is exact to 1e-3 nats; the error in bf16 would exceed an early margin.
 
-    Both ways of losing it are shown: token values rounded to bf16 and summed exactly, and a sum kept in bf16.
+    Two such errors are shown: token values rounded to bf16 and summed exactly, and a sum in bf16.
     """
     policy = Policy(tiny(seed=2).to(torch.bfloat16), words(0))
     policy.head.weight_VH.data.mul_(0.5)  # about 3.5 nats a token
@@ -649,7 +649,7 @@ def test_token_logps_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_frozen_head_stays_as_it_was() -> None:
-    """The reference's head is a copy: training the policy's, in place, leaves it alone, and no gradient reaches it."""
+    """The reference's head is a copy: training the policy's head in place does not change it; it gets no gradient."""
     case = Case(bias=True, scale=0.5, cap=3.0)
     frozen, before = case.head.frozen(), case.ours().detach()
     with torch.no_grad():
@@ -666,7 +666,7 @@ def test_a_frozen_head_stays_as_it_was() -> None:
 
 
 def test_a_tally_counts_the_same_in_place() -> None:
-    """Both ways of taking in tiles; the second leaves exp(logits − m) behind, and says m."""
+    """Both ways to add a tile; the second also returns exp(logits − m) and m."""
     case = Case()
     logits = case.head.logits(case.hidden)
     one, other = Tally(case.target), Tally(case.target)
@@ -682,7 +682,7 @@ def test_a_tally_counts_the_same_in_place() -> None:
 
 
 def test_sum_by_sequence_by_hand() -> None:
-    """Sequences without tokens have 0, wherever they stand."""
+    """Sequences without tokens have sum 0, at every place."""
     found = sum_by_sequence(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 0, 2, 0]))
     assert found.tolist() == [0.0, 1.0, 0.0, 6.0, 0.0]
     assert sum_by_sequence(torch.zeros(0), torch.tensor([0, 0])).tolist() == [0.0, 0.0]
@@ -690,7 +690,7 @@ def test_sum_by_sequence_by_hand() -> None:
 
 
 def test_a_sum_depends_on_its_own_values_alone() -> None:
-    """Bit by bit, whatever the others are, infinite ones included, wherever it stands, and in its own order."""
+    """Bit by bit, with any other sequences, infinite ones included, at every place, and in its own token order."""
     own = torch.randn(301, generator=Generator().manual_seed(0)) * 100
     alone = sum_by_sequence(own, torch.tensor([301]))
     assert float(alone) == float(np.float32(np.cumsum(own.double().numpy())[-1]))
@@ -702,7 +702,7 @@ def test_a_sum_depends_on_its_own_values_alone() -> None:
 
 
 def test_a_sum_of_float32_values_loses_none() -> None:
-    """1 beside 10⁸ is below float32's last place; in the order given too."""
+    """1 is below the last digit of 10⁸ in float32; also in the given order."""
     values = torch.tensor([1e8, *[1.0] * 64, -1e8])
     assert sum_by_sequence(values, torch.tensor([66])).tolist() == [64.0]
 

@@ -1,4 +1,4 @@
-"""loop.py shows the algorithm: its verbs are those of the README's drawing, and each leads to its function."""
+"""loop.py shows the algorithm: its verbs equal those in the README's drawing, and each calls its function."""
 
 import ast
 import inspect
@@ -40,7 +40,7 @@ def test_an_iteration_calls_the_verbs_of_the_drawing_in_order() -> None:
 
 
 def test_a_verb_leads_to_the_function_that_does_it() -> None:
-    """One click: the definition of each verb is the work itself, and not a plan of it."""
+    """One click in an editor: the definition of each verb is the computation, not a plan of it."""
     for name in drawn():
         source = inspect.getsource(inspect.unwrap(getattr(verbs, name)))
         assert re.search(rf"^def {name}\(run: Run, plan: Plan.*task: Task\) -> Facts:", source, re.MULTILINE), name

@@ -67,7 +67,7 @@ def test_signals_that_a_scheduler_sends_to_all_processes_are_left_to_the_trainin
 
 def test_a_process_that_is_killed_is_an_error_of_the_judge(tmp_path: Path, report: Report) -> None:
     with closing(Meanwhile(Obedient(), Ledger(tmp_path / "ledger.sqlite"), report)) as judge:
-        for _ in range(2):  # the second one finds nobody
+        for _ in range(2):  # the second call finds no process
             with pytest.raises(JudgeError, match="exit code -9; run the same command again"):
                 judge.ask(*told("die")).result(60)
 
@@ -87,7 +87,7 @@ def test_a_judge_that_cannot_be_sent_is_refused_by_the_setting(tmp_path: Path, r
 
 
 def test_a_judge_by_api_takes_along_its_template_and_what_the_server_has_refused(tmp_path: Path) -> None:
-    """So the parameters that the check before a run found refused are not sent again."""
+    """So parameters that the check before the run found to be refused are not sent again."""
     template, report = tmp_path / "own.yaml", Report()
     shipped = ROOT / "src" / "dnpo" / "judges" / "asked" / "templates" / "score.yaml"
     template.write_text(shipped.read_text())

@@ -1,4 +1,4 @@
-"""What is measured beside the evaluation, on a whole run of seconds: each number again, from the rows it came from."""
+"""Further measurements, on a short whole run: each number is computed again from its rows."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ class Done(NamedTuple):
 
 @pytest.fixture(scope="module")
 def done(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """A smoke run of one iteration, with a second judge; what it does not measure is there."""
+    """A smoke run of one iteration with a second judge; its other stages exist already."""
     run, iterations = laid_out("iterations=1", "judge@second_judge=correct", "eval.samples=2")
     store = Store(shutil.copytree(smoke / "store", tmp_path_factory.mktemp("measured") / "store"))
     for iteration in iterations:

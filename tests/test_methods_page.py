@@ -1,4 +1,4 @@
-"""docs/methods.md has every method of conf/method, with its command and the words that stand in its places."""
+"""docs/methods.md has every method of conf/method, with its command and its option in each group."""
 
 import re
 from pathlib import Path
@@ -19,12 +19,12 @@ LOGISTIC = {"dpo": "logistic"}  # what an option's word is where it differs from
 
 
 def sections() -> dict[str, str]:
-    """What stands below the heading of each method."""
+    """The text below the heading of each method."""
     return dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S))
 
 
 def words(section: str) -> dict[str, str]:
-    """The table of a section: word by place."""
+    """The table of a section: the option of each group."""
     head, _, row = [line for line in section.splitlines() if line.startswith("|")]
     return dict(zip(*([cell.strip() for cell in line.strip("|").split("|")] for line in (head, row)), strict=True))
 

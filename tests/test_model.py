@@ -58,7 +58,7 @@ def rows(world: World, count: int = 6) -> tuple[list[list[int]], list[list[int]]
 
 
 def alone(model: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
-    """log p of each completion by autograd through the model's own forward of that sequence alone, without packing."""
+    """log p of each completion by the model's own forward on this sequence alone, without packing."""
     found = []
     for prompt, completion in zip(prompts, completions, strict=True):
         logp = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
@@ -67,7 +67,7 @@ def alone(model: Any, prompts: Sequence[list[int]], completions: Sequence[list[i
 
 
 def gradients(model: nn.Module, logp_S: Tensor) -> dict[str, Tensor]:
-    """Of the mean in every weight that is trained, by name; 0 where it does not come in."""
+    """Gradients of the mean in every trained weight, by name; 0 if the mean does not depend on it."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(logp_S.mean(), list(trained.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(trained, found, strict=True))
@@ -94,14 +94,14 @@ def test_a_policy_comes_back_as_it_was_saved(saved: Path, make_policy: MakePolic
 
 
 def test_what_is_saved_says_nothing_of_our_attention(saved: Path, make_policy: MakePolicy) -> None:
-    """Others load it where nobody knows that name."""
+    """Others load it in libraries that do not know this name."""
     assert make_policy().causal_lm.config._attn_implementation == ATTENTION
     assert ATTENTION not in (saved / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(saved).config._attn_implementation == "sdpa"
 
 
 def test_other_families_of_models_give_their_own_log_probabilities(world: World, tmp_path: Path) -> None:
-    """GPT-2 has learned positions and a tied head; ours must agree with its own forward."""
+    """GPT-2 has learned positions and a tied head; the policy must agree with the model's own forward."""
     config = GPT2Config(
         vocab_size=len(world.tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2
     )
@@ -122,7 +122,7 @@ def test_other_families_of_models_give_their_own_log_probabilities(world: World,
 
 
 class Louder(LlamaForCausalLM):
-    """Does more with its logits than its configuration says."""
+    """Changes its logits in a way that its configuration does not name."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         found = super().forward(*args, **kwargs)
@@ -131,7 +131,7 @@ class Louder(LlamaForCausalLM):
 
 
 class Reversed(LlamaForCausalLM):
-    """Places tokens by positions of its own."""
+    """Computes its own positions of tokens."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(
@@ -185,7 +185,7 @@ def test_a_folder_without_a_model_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_does_not_answer_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing listens on port 9; a pinned revision goes on to the cache."""
+    """Nothing listens on port 9; a pinned revision is read from the cache."""
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -234,7 +234,7 @@ def test_a_template_that_parts_training_from_generation_is_refused(saved: Path) 
 
 @pytest.mark.parametrize("after", ["", "\n", "<|user|>\n"])
 def test_a_response_ends_with_its_first_and_only_end_of_sequence(after: str, world: World, saved: Path) -> None:
-    """Whatever the template puts after it is not part of the response: no sample has it."""
+    """Text of the template after it is not part of the response: no sample has it."""
     template = (
         "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
         f"{{% if m['role'] == 'assistant' %}}{{{{ eos_token + {after!r} }}}}{{% endif %}}{{% endfor %}}"
@@ -302,11 +302,11 @@ def test_the_reference_of_an_adapter_is_read_with_the_adapter_off(make_policy: M
     assert any(p.requires_grad for p in policy.model.parameters())
 
 
-# --- tokens as the model meets them
+# --- tokens in the model's context
 
 
 def test_a_response_begins_as_the_model_would_begin_it(shared: Path) -> None:
-    """A SentencePiece tokenizer puts a space before every text of its own; after a line break the model never would."""
+    """A SentencePiece tokenizer puts a space before every text; after a line break the model would write none."""
     tokenizer: Any = load(str(shared / "models" / "stories260K"), None).tokenizer
     prompt_ids, ids = encode(tokenizer, ASKED, "Once upon a time.")
     whole = tokenizer("<s>### user\nWhat is 2 plus 2?\n### assistant\nOnce upon a time.</s>", add_special_tokens=False)[
@@ -317,7 +317,7 @@ def test_a_response_begins_as_the_model_would_begin_it(shared: Path) -> None:
 
 
 def test_a_response_ends_at_whatever_ends_a_sample(saved: Path) -> None:
-    """A template that closes turns with a token of its own, at which the model's generation stops."""
+    """A template that closes turns with a special token, at which the model's generation stops."""
     policy = load(str(saved), None)
     tokenizer: Any = policy.tokenizer
     tokenizer.chat_template = (
@@ -334,7 +334,7 @@ def test_a_response_ends_at_whatever_ends_a_sample(saved: Path) -> None:
 
 
 def test_a_prompt_begins_as_the_tokenizer_begins_texts(shared: Path) -> None:
-    """stories260K's tokenizer puts <s> before every text: with a template that does not write it, without doubling."""
+    """stories260K's tokenizer puts <s> before every text: kept with a template without it, and never doubled."""
     silent = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
     loud = "{{ bos_token }}" + silent.replace("A: ", "")
     for template in (silent.replace("A: ", ""), loud):
@@ -368,7 +368,7 @@ def test_a_broken_weight_file_is_named(saved: Path) -> None:
 
 @pytest.mark.parametrize("modules", [["lm_head"], ["q_proj", "lm_head"], r".*lm_head"], ids=str)
 def test_an_adapter_on_the_output_head_is_refused(modules: Any, make_policy: MakePolicy) -> None:
-    """The log-probabilities are made with the head's plain weight, and would not know of the adapter."""
+    """Log-probabilities use the head's plain weight, so they would ignore the adapter."""
     policy = make_policy()
     policy.model = Lora(rank=2, target_modules=modules).on(policy.model, 0)
     with pytest.raises(ModelError, match=r"output head of LlamaForCausalLM .*not in model\.lora\.target_modules"):
@@ -377,7 +377,7 @@ def test_an_adapter_on_the_output_head_is_refused(modules: Any, make_policy: Mak
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_adapter_on_a_tied_embedding_is_refused(make_policy: MakePolicy) -> None:
-    """Merged, it would move the head as well, and what is saved would not be what was trained."""
+    """Merging would change the head as well, so the saved model would differ from the trained one."""
     policy = make_policy(tie_word_embeddings=True)
     with pytest.raises(ModelError, match=r"model\.lora\.target_modules"):
         _ = Policy(Lora(rank=2, target_modules=["embed_tokens"]).on(policy.model, 0), policy.tokenizer).head
@@ -396,7 +396,7 @@ def test_target_modules_that_the_model_lacks_are_named(make_policy: MakePolicy) 
         Lora(rank=2, target_modules="nothing").on(make_policy().model, 0)
 
 
-# --- the head as the configuration has it
+# --- the head of the configuration
 
 
 def test_the_head_of_a_plain_model(make_policy: MakePolicy) -> None:
@@ -425,7 +425,7 @@ def test_the_head_of_a_plain_model(make_policy: MakePolicy) -> None:
 def test_the_head_of_other_families(
     model: Any, scale: float, cap: float, bias: bool, world: World, tmp_path: Path
 ) -> None:
-    """Caps, scales and biases are read off the configuration and the layer, and come back after saving."""
+    """Caps, scales and biases are read from the configuration and the layer, and are kept by saving."""
     if bias:
         model.lm_head.bias.normal_()
     model.eval()
@@ -447,7 +447,7 @@ def test_the_head_of_other_families(
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 @pytest.mark.parametrize("share", [False, True])
 def test_gradients_of_all_weights(tied: bool, share: bool, make_policy: MakePolicy, world: World) -> None:
-    """With a tied head the embedding has both gradients: as what is read, and as what is predicted with."""
+    """With a tied head the embedding has both gradients: as the input embedding and as the output head."""
     prompts, human = rows(world, 2)
     prompts, human = prompts * 2, human + [h[: len(h) // 2] for h in human]
     policy = make_policy(tie_word_embeddings=tied)
@@ -463,7 +463,7 @@ def test_gradients_of_all_weights(tied: bool, share: bool, make_policy: MakePoli
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 def test_gradients_with_a_frozen_head(tied: bool, make_policy: MakePolicy, world: World) -> None:
-    """The body alone is trained; the head has no gradient, and its products for one are not made."""
+    """Only the body is trained; the head has no gradient, and its product is not made."""
     prompts, human = rows(world, 3)
     policy = make_policy(tie_word_embeddings=tied)
     policy.model.double()
@@ -479,7 +479,7 @@ def test_gradients_with_a_frozen_head(tied: bool, make_policy: MakePolicy, world
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 def test_gradients_through_an_adapter(tied: bool, make_policy: MakePolicy, world: World) -> None:
-    """Of its weights alone; also once it has moved, and what it says then is what the merged weights say."""
+    """Gradients only in its weights; also after a step, when its values equal those of the merged weights."""
     prompts, human = rows(world, 3)
     policy = make_policy(tie_word_embeddings=tied)
     policy.model = Lora(rank=3).on(policy.model.double(), 0)
@@ -499,7 +499,7 @@ def test_gradients_through_an_adapter(tied: bool, make_policy: MakePolicy, world
 
 
 def test_gradients_add_up_over_micro_batches(make_policy: MakePolicy, world: World) -> None:
-    """``backward`` on parts of a batch, weighted by rows, leaves what the whole batch does."""
+    """``backward`` on parts of a batch, weighted by rows, gives the gradients of the whole batch."""
     prompts, human = rows(world, 5)
     policy = make_policy(tie_word_embeddings=True)
     policy.model.double()
@@ -513,7 +513,7 @@ def test_gradients_add_up_over_micro_batches(make_policy: MakePolicy, world: Wor
 
 
 def test_a_fingerprint_is_of_the_weights_and_nothing_else(make_policy: MakePolicy, tmp_path: Path) -> None:
-    """The same for the same weights, wherever they lie; another with one weight moved by its last bit."""
+    """Equal for equal weights in any folder; different if the last bit of one weight changes."""
     known = make_policy().fingerprint()
     assert make_policy().fingerprint() == known
     assert make_policy(seed=1).fingerprint() != known
@@ -543,7 +543,7 @@ def test_a_fingerprint_knows_types_and_what_is_frozen(make_policy: MakePolicy) -
     with torch.no_grad():
         frozen.causal_lm.lm_head.weight[0, 0] += 1
     assert frozen.fingerprint() != known
-    # The same bytes, in the same order, as something else.
+    # The same bytes in the same order, with another name or shape.
     for change in (lambda w: w.view(2, -1), lambda w: w.view(torch.int32)):
         other = make_policy()
         norm = other.causal_lm.model.norm
@@ -561,7 +561,7 @@ def test_a_fingerprint_knows_types_and_what_is_frozen(make_policy: MakePolicy) -
 
 
 def test_a_fingerprint_knows_the_adapter(make_policy: MakePolicy) -> None:
-    """That there is one, how it began, and where it is now."""
+    """The existence of an adapter, its initial values and its present values."""
     found = [make_policy().fingerprint()]
     for seed in (0, 1):
         policy = make_policy()
@@ -577,7 +577,7 @@ def test_a_fingerprint_knows_the_adapter(make_policy: MakePolicy) -> None:
 
 
 def test_batches_by_length() -> None:
-    """The shortest first, so many tokens at most, or one sequence that is longer than that; each once."""
+    """The shortest first; a batch has a limited number of tokens or one longer sequence; each occurs once."""
     assert list(by_length([5, 1, 3, 4, 2], 6)) == [[1, 4, 2], [3], [0]]
     assert list(by_length([5, 1, 3, 4, 2], 7)) == [[1, 4, 2], [3], [0]]
     assert list(by_length([5, 1, 3, 4, 2], 10)) == [[1, 4, 2, 3], [0]]
@@ -594,7 +594,7 @@ def test_batches_by_length() -> None:
 def test_scores_are_made_in_batches_of_so_many_tokens(
     make_policy: MakePolicy, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts count too; the order of the rows is the caller's, and no gradients are kept."""
+    """Prompts count too; rows are in the caller's order, and no gradients are kept."""
     prompts, human = rows(world, 40)
     policy = make_policy()
     expected = policy.score(prompts, human)
@@ -629,7 +629,7 @@ def test_evaluating_puts_the_mode_back(make_policy: MakePolicy) -> None:
 
 
 def test_the_reference_is_a_frozen_copy(make_policy: MakePolicy, world: World) -> None:
-    """Training the policy leaves it alone, and nothing of it can be trained."""
+    """Training the policy does not change it, and none of its weights can be trained."""
     prompts, human = rows(world)
     policy = make_policy()
     reference, before = policy.reference(), make_policy().score(prompts, human)

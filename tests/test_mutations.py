@@ -1,4 +1,4 @@
-"""The mutations of ``mutations.py`` change what is there; trying them takes minutes, and is done by its command."""
+"""The mutations of ``mutations.py`` still find their code. Their trial takes minutes and is a separate command."""
 
 from tests.mutations import MUTATIONS, check_sources
 

@@ -1,4 +1,4 @@
-"""The noise: its equations against brute forces, who gets which gradient, what it costs, what it does in the mean."""
+"""The noise: its equations against brute force, its gradients, its cost, and its effect in the mean."""
 
 import math
 import weakref
@@ -33,20 +33,20 @@ SOME = torch.tensor([0, 1, 3])  # the responses of a problem that have tokens
 
 
 def seeded(seed: int) -> Generator:
-    """A generator of its own for every draw."""
+    """A separate generator for every draw."""
     return Generator().manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tiles, the last of them smaller, and responses of more than one block of noise."""
+    """Three tiles, the last one smaller, and responses of more than one block of noise."""
     monkeypatch.setitem(logprobs.TILE, "cpu", 4)
     monkeypatch.setitem(npo.BLOCK, "cpu", 2)
 
 
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tile and long blocks, where a test needs many draws."""
+    """One tile and long blocks, for tests with many draws."""
     monkeypatch.setitem(logprobs.TILE, "cpu", 1024)
     monkeypatch.setitem(npo.BLOCK, "cpu", 32)
 
@@ -83,7 +83,7 @@ class Problem:
 
     @property
     def logits_NV(self) -> Tensor:
-        """cap · tanh(scale · (h Wᵀ + b) / cap), as it is written."""
+        """cap · tanh(scale · (h Wᵀ + b) / cap), as written."""
         head = self.head
         logits = head.scale * (self.hidden_NH @ head.weight_VH.T + (0 if head.bias_V is None else head.bias_V))
         return logits if math.isinf(head.cap) else head.cap * torch.tanh(logits / head.cap)
@@ -98,7 +98,7 @@ class Problem:
         return Rejected(self.hidden_NH, self.head, self.target_N, self.lengths, seeds)
 
     def through(self, noise: NoiseModule, seed: int) -> tuple[NoisyReference, Tensor]:
-        """What training calls."""
+        """The call of training."""
         found: tuple[NoisyReference, Tensor] = noise(self.clean_B, self.rejected(seed))
         return found
 
@@ -114,13 +114,13 @@ class Problem:
         return two_player(OBJECTIVE, policy or self.policy, self.reference, noisy, self.facts, noise.alpha, beta=BETA)
 
     def draws(self, seed: int) -> tuple[Tensor, Tensor]:
-        """ε and ε′ ~ N(0, 1) as the module draws them, in whole."""
+        """ε and ε′ ~ N(0, 1) as the module draws them, for all entries."""
         one, other = (drawn(self.rejected(seed), self.hidden_NH, len(self.head.weight_VH), term) for term in (0, 1))
         return one, other
 
 
 def drawn(rejected: Rejected, like: Tensor, vocabulary: int, term: int, std: float = 1.0) -> Tensor:
-    """The noise of one term, tile by tile."""
+    """The noise of one term, put together from tiles."""
     draw, size = _Draw(rejected, std), logprobs.TILE["cpu"]
     found = [
         draw(like.new_empty(len(like), min(first + size, vocabulary) - first), first, term)
@@ -131,12 +131,12 @@ def drawn(rejected: Rejected, like: Tensor, vocabulary: int, term: int, std: flo
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    """One problem for the module; no test changes it."""
+    """One problem for all tests of the module; no test changes it."""
     return Problem()
 
 
 def uneven(dtype: torch.dtype = torch.float32, **settings: float) -> TrainableModule:
-    """Trainable noise whose W and b are as after some training: different for every token and entry."""
+    """Trainable noise with W and b as after some training: different for every token and entry."""
     noise = TrainableModule(HIDDEN, VOCABULARY, **settings).to(dtype)
     generator = seeded(7)
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_variance_at_the_start(problem: Problem, bound: float) -> None:
 
 @pytest.mark.parametrize("bound", [0.25, 1.0, 1e12])
 def test_variance_against_brute_force(problem: Problem, bound: float) -> None:
-    """log s is a standard deviation's logarithm (2 in the exponent), W multiplies h, b is added, m bounds."""
+    """log s is the log of a standard deviation (2 in the exponent), W multiplies h, b is added, m is the bound."""
     noise = uneven(max_variance=bound)
     expected = brute_variance(problem.hidden_NH.double().numpy(), *weights_of(noise), bound)
     np.testing.assert_allclose(noise.variance(problem.hidden_NH).detach().numpy(), expected, rtol=1e-5)
@@ -198,7 +198,7 @@ def test_variance_against_brute_force(problem: Problem, bound: float) -> None:
 
 
 def test_variance_of_bf16_hidden_states_is_float32(problem: Problem) -> None:
-    """The reference may be a bf16 model; the noise's own arithmetic is not."""
+    """The reference may be a bf16 model; the noise is computed in float32."""
     found = uneven().variance(problem.hidden_NH.bfloat16())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, uneven().variance(problem.hidden_NH.bfloat16().float()))
@@ -209,7 +209,7 @@ def test_variance_of_bf16_hidden_states_is_float32(problem: Problem) -> None:
 
 @pytest.mark.parametrize("bound", [0.25, 1.0, 4.0])
 def test_trainable_noise_against_brute_force(problem: Problem, bound: float) -> None:
-    """Both log p̃ and mean(s²), entry by entry with the same ε and ε′: a fresh one for every position and entry."""
+    """Both log p̃ and mean(s²), entry by entry with the same ε and ε′, which differ for every position and entry."""
     noise = uneven(max_variance=bound)
     noisy, _ = problem.through(noise, seed=3)
     variance = brute_variance(problem.hidden_NH.double().numpy(), *weights_of(noise), bound)
@@ -232,7 +232,7 @@ def test_fixed_noise_against_brute_force(problem: Problem) -> None:
 
 @pytest.mark.parametrize("log_std", [-1.0, 1.0, 2.0])
 def test_at_bound_counts_what_is_over_nine_tenths_of_the_bound(problem: Problem, log_std: float) -> None:
-    """By the count of entries of the brute force; here it is none, some and most of them."""
+    """By the brute force's count of entries; here none, some and most of them."""
     noise = uneven(max_variance=2.0, start_log_std=log_std)
     _, at_bound = problem.through(noise, seed=0)
     variance = brute_variance(problem.hidden_NH.double().numpy(), *weights_of(noise), 2.0)
@@ -250,7 +250,7 @@ def test_a_response_without_tokens_stays_at_zero(problem: Problem) -> None:
 
 
 def test_a_batch_without_any_token_is_no_trouble() -> None:
-    """Of a micro-batch whose rejected responses are all empty: nothing, and no NaN in any gradient."""
+    """A micro-batch whose rejected responses are all empty has value 0, and no NaN in any gradient."""
     problem, noise = Problem(lengths=(0, 0)), uneven()
     noisy, at_bound = problem.through(noise, seed=0)
     assert noisy.policy_B.tolist() == noisy.noise_B.tolist() == [0, 0]
@@ -265,7 +265,7 @@ def test_a_batch_without_any_token_is_no_trouble() -> None:
 
 
 class Naive(NamedTuple):
-    """What trainable noise gives, on whole N × V matrices that autograd knows."""
+    """Trainable noise on whole N × V matrices with autograd."""
 
     policy_B: Tensor
     noise_B: Tensor
@@ -286,7 +286,7 @@ def naive(problem: Problem, weight_VH: Tensor, bias_V: Tensor, bound: float, see
 def agree(
     problem: Problem, noise: TrainableModule, seed: int, rtol: float = 1e-12, atol: float = 1e-12
 ) -> list[Tensor]:
-    """Values and, with random gradients flowing in, the gradients of W and b; gives the module's own gradients."""
+    """Compare values and, for random upstream gradients, the gradients of W and b; return the module's gradients."""
     noisy, _ = problem.through(noise, seed)
     slow = naive(problem, noise.weight_VH, noise.bias_V, noise.max_variance, seed)
     for ours, theirs in zip(noisy, slow, strict=True):
@@ -319,7 +319,7 @@ ROOM = {"none": 0, "one short": 2 * 8 * 4 * 8 - 1, "one": 2 * 8 * 4 * 8, "all": 
 def test_values_and_gradients_are_those_of_naive_autograd(
     head: dict[str, Any], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over several tiles, some kept and some made again, with every kind of head that a model family has."""
+    """Over several tiles, some kept and some made again, with the head of every model family."""
     monkeypatch.setitem(npo.KEPT, "cpu", room)
     agree(Problem(dtype=torch.float64, head=head), uneven(torch.float64), seed=1)
 
@@ -329,7 +329,7 @@ def test_values_and_gradients_are_those_of_naive_autograd(
 def test_tiles_and_lengths_make_no_difference(
     lengths: tuple[int, ...], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles of one entry, of a size that divides nothing, of the whole vocabulary and beyond it."""
+    """Tiles of one entry, of a size that does not divide the vocabulary, of the whole vocabulary, and larger."""
     monkeypatch.setitem(logprobs.TILE, "cpu", size)
     monkeypatch.setitem(npo.KEPT, "cpu", 300)
     agree(Problem(lengths=lengths, seed=4, dtype=torch.float64), uneven(torch.float64), seed=2)
@@ -351,7 +351,7 @@ def test_extreme_weights_stay_finite_and_can_come_back(
 ) -> None:
     """u between e⁻⁸⁰ and e⁸⁰: no NaN in float64 nor float32, and never a gradient of exactly 0 in b."""
     monkeypatch.setitem(npo.KEPT, "cpu", room)
-    # Beyond e³⁷ float64 cannot tell s² from m; what autograd then says of u·m/(u + m) is 0, and the module says more.
+    # Beyond e³⁷ s² equals m in float64; then autograd's gradient of u·m/(u + m) is 0, but the module's is exact.
     found = agree(Problem(dtype=torch.float64), uneven(torch.float64, start_log_std=log_std), seed=1)
     assert all(bool((grad != 0).all()) for grad in found)
     problem, noise = Problem(), uneven(alpha=1.0, start_log_std=log_std)
@@ -378,7 +378,7 @@ def test_rows_of_a_product_have_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
 def test_products_of_an_entry_and_token(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three for each tile that is kept and five for each that is made again, 2 H operations each, and no more."""
+    """Three products for each kept tile and five for each tile that is made again, of 2 H operations per entry."""
     tokens, hidden, size = 16, 24, 8
     monkeypatch.setitem(logprobs.TILE, "cpu", size)
     monkeypatch.setitem(npo.KEPT, "cpu", kept * 2 * tokens * size * 4)
@@ -394,7 +394,7 @@ def test_products_of_an_entry_and_token(kept: int, monkeypatch: pytest.MonkeyPat
 
 
 class Memory(TorchDispatchMode):
-    """The largest tensor that was made, and the most bytes that were held at once."""
+    """The largest tensor, and the greatest number of bytes held at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -413,7 +413,7 @@ class Memory(TorchDispatchMode):
         return found
 
     def free(self, size: int) -> None:
-        """A tensor is gone."""
+        """A tensor was freed."""
         self.held -= size
 
 
@@ -430,7 +430,7 @@ def memory(problem: Problem, noise: TrainableModule) -> Memory:
 
 
 def test_memory_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing is kept: tiles and vectors of a token or entry, but nothing of N × V."""
+    """If no tile is kept: tiles and vectors over tokens or entries, but no tensor of N × V."""
     tokens, hidden, size = 256, 4, 64
     monkeypatch.setitem(logprobs.TILE, "cpu", size)
     monkeypatch.setitem(npo.BLOCK, "cpu", 32)
@@ -449,7 +449,7 @@ def test_memory_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between forward and backward: the tiles that ``KEPT`` has room for, two tensors each, and no others."""
+    """Between forward and backward: the tiles that fit in ``KEPT``, two tensors each, and no others."""
     tokens, size, tiles = 256, 64, 16
     monkeypatch.setitem(logprobs.TILE, "cpu", size)
     problem, noise = Problem((tokens,), vocabulary=tiles * size), TrainableModule(HIDDEN, tiles * size)
@@ -470,7 +470,7 @@ def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("part", [TrainableNoise(), FixedNoise()], ids=["trainable", "fixed"])
 @pytest.mark.usefixtures("whole")
 def test_the_two_terms_meet_different_noise(problem: Problem, part: Noise) -> None:
-    """ε and ε′ are independent: with one shared draw the noise would be trained on what the policy just met."""
+    """ε and ε′ are independent: with one shared draw the noise would be trained on the policy's own draw."""
     noisy, _ = problem.through(part.module(HIDDEN, VOCABULARY), seed=0)
     assert bool((noisy.policy_B != noisy.noise_B)[SOME].all())
     many = Problem(lengths=(1,) * 4000, seed=1)
@@ -481,7 +481,7 @@ def test_the_two_terms_meet_different_noise(problem: Problem, part: Noise) -> No
 
 @pytest.mark.parametrize("part", [TrainableNoise(), FixedNoise()], ids=["trainable", "fixed"])
 def test_same_seed_same_noise(problem: Problem, part: Noise) -> None:
-    """A run repeats exactly, and another seed is another run."""
+    """Equal seeds give equal noise, and other seeds give other noise."""
     noise = part.module(HIDDEN, VOCABULARY)
     one, again, other = (problem.through(noise, seed)[0] for seed in (0, 0, 1))
     for name in ("policy_B", "noise_B"):
@@ -491,7 +491,7 @@ def test_same_seed_same_noise(problem: Problem, part: Noise) -> None:
 
 @pytest.mark.parametrize("room", ROOM.values(), ids=ROOM)
 def test_gradients_repeat_bit_for_bit(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is kept changes them by rounding alone, as the same ε is drawn again where it has not been kept."""
+    """Kept tiles change them by rounding alone, since the same ε is drawn again for other tiles."""
     found = []
     for bytes_ in (room, room, 2**20):
         monkeypatch.setitem(npo.KEPT, "cpu", bytes_)
@@ -511,13 +511,13 @@ LENGTHS = (70, 1, 0, 33, 64)  # of tokens, with blocks of 32
 
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles and blocks as they are in earnest, on a smaller scale."""
+    """Several tiles and blocks as in a real run, on a smaller scale."""
     monkeypatch.setitem(logprobs.TILE, "cpu", 40)
     monkeypatch.setitem(npo.BLOCK, "cpu", 32)
 
 
 def epsilon(lengths: Sequence[int], seeds: Sequence[int], term: int, vocabulary: int = 100, std: float = 1.0) -> Tensor:
-    """The noise of responses of such lengths and seeds."""
+    """The noise of responses with these lengths and seeds."""
     states = torch.zeros(sum(lengths), 1)
     rejected = Rejected(states, Head(torch.zeros(vocabulary, 1)), torch.zeros(len(states)).long(), lengths, seeds)
     return drawn(rejected, states, vocabulary, term, std)
@@ -525,7 +525,7 @@ def epsilon(lengths: Sequence[int], seeds: Sequence[int], term: int, vocabulary:
 
 @pytest.mark.usefixtures("blocks")
 def test_noise_belongs_to_a_response_and_not_to_its_batch() -> None:
-    """Alone, in another order, with others: a response meets the same ε, so micro-batches leave it alone."""
+    """Alone, in another order, or with others: a response gets the same ε, so micro-batches do not matter."""
     seeds = [11, 12, 13, 14, 15]
     together = torch.split(epsilon(LENGTHS, seeds, 0), LENGTHS)
     backwards = torch.split(epsilon(LENGTHS[::-1], seeds[::-1], 0), LENGTHS[::-1])[::-1]
@@ -536,9 +536,9 @@ def test_noise_belongs_to_a_response_and_not_to_its_batch() -> None:
 
 @pytest.mark.usefixtures("blocks")
 def test_every_number_of_the_noise_is_drawn_for_itself() -> None:
-    """No number comes twice: not in another token, block, tile, response, step (another seed) or term."""
+    """No number repeats: not in another token, block, tile, response, step (another seed) or term."""
     numbers = torch.cat([epsilon(LENGTHS, seeds, term) for seeds in (range(5), range(5, 10)) for term in (0, 1)])
-    # Among so many float32 numbers some are equal by chance: about n²/2 · 2⁻²⁴ · 0.3.
+    # Among n float32 numbers some are equal by chance: about n²/2 · 2⁻²⁴ · 0.3.
     assert len(numbers.unique()) > 0.97 * numbers.numel()
     rows = numbers[:, :40].double()
     rows = rows / rows.norm(dim=1, keepdim=True)
@@ -562,7 +562,7 @@ def test_noise_is_normal_with_the_standard_deviation_asked_for(std: float) -> No
 
 @pytest.mark.usefixtures("blocks")
 def test_draws_of_other_terms_seeds_blocks_and_tiles_do_not_go_together() -> None:
-    """Correlations of what stands at the same place: within four standard errors of 0."""
+    """Correlations between numbers at the same place: within four standard errors of 0."""
     one, other = (epsilon((64,) * 20, range(20), term).double() for term in (0, 1))
     seeded_otherwise = epsilon((64,) * 20, range(100, 120), 0).double()
     pairs = {
@@ -589,7 +589,7 @@ def test_draws_of_other_terms_seeds_blocks_and_tiles_do_not_go_together() -> Non
     ids=lambda noise: type(noise).__name__,
 )
 def test_the_global_generator_is_left_alone(problem: Problem, noise: NoiseModule) -> None:
-    """Switching noise on must not change what dropout or anything else draws."""
+    """Noise must not change other random draws, such as dropout's."""
     before = torch.get_rng_state()
     noisy, _ = problem.through(noise, seed=0)
     if noisy.noise_B.requires_grad:
@@ -613,7 +613,7 @@ def halved(problem: Problem) -> Problem:
 
 
 def gradients(problem: Problem, noise: TrainableModule) -> tuple[NoisyReference, list[Tensor]]:
-    """What comes out, and the gradients of the noise term and α · mean(s²)."""
+    """The outputs, and the gradients of the noise term and of α · mean(s²)."""
     noisy, _ = problem.through(noise, seed=1)
     noise.zero_grad()
     (noisy.noise_B.sum() + 10 * noisy.variance).backward()
@@ -642,7 +642,7 @@ def test_half_precision_stays_close(problem: Problem, way: str, room: int, monke
 
 @pytest.mark.parametrize("way", ["bf16 weights", "autocast"])
 def test_sums_are_float32_under_half_precision(way: str) -> None:
-    """mean(s²) is a sum over a great many entries: of the same bf16 products it is as exact as float32 sums are."""
+    """mean(s²) is a sum over very many entries: from the same bf16 products it is as exact as a float32 sum."""
     problem = Problem((40, 50), seed=3, vocabulary=200)
     if way == "bf16 weights":
         problem.hidden_NH = problem.hidden_NH.bfloat16()
@@ -662,7 +662,7 @@ def test_sums_are_float32_under_half_precision(way: str) -> None:
 
 
 def test_only_the_noise_gets_gradients(problem: Problem) -> None:
-    """``noise_B`` and ``variance`` carry them to W and b; ``policy_B`` carries none; the reference gets none."""
+    """``noise_B`` and ``variance`` have gradients in W and b; ``policy_B`` has none; the reference gets none."""
     body = nn.Linear(HIDDEN, HIDDEN)
     head = nn.Linear(HIDDEN, VOCABULARY)
     with torch.no_grad():
@@ -686,7 +686,7 @@ def test_only_the_noise_gets_gradients(problem: Problem) -> None:
 def test_the_noise_follows_its_terms_by_finite_differences(
     problem: Problem, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """dL/dφ of the total is that of −mean ℓ(margiñ; ε′) + α mean(s²), worked in float64 without autograd."""
+    """dL/dφ of the total is that of −mean ℓ(margiñ; ε′) + α mean(s²), derived by hand in float64."""
     monkeypatch.setitem(npo.KEPT, "cpu", room)
     noise = uneven(alpha=0.3)
     noise.zero_grad()
@@ -718,7 +718,7 @@ def test_the_noise_follows_its_terms_by_finite_differences(
 
 
 def test_the_policy_meets_the_first_draw(problem: Problem) -> None:
-    """dL/dθ of the total is that of the objective against log p̃ with ε, as if it were a constant."""
+    """dL/dθ of the total is that of the objective against log p̃ with ε, taken as a constant."""
     leaves = [PairLogps(*(x.clone().requires_grad_() for x in problem.policy)) for _ in range(2)]
     noise = uneven()
     problem.terms(noise, seed=5, policy=leaves[0]).total.backward()
@@ -753,7 +753,7 @@ LOGITS = {
 
 
 def repeated(noise: NoiseModule, logits: list[float], count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """log p̃ of the token 0 with so many independent draws, and ε, where the noise has a bound of 1."""
+    """log p̃ of token 0 for many independent draws, and ε; the noise has bound 1."""
     head = Head(torch.zeros(len(logits), 1), torch.tensor(logits))
     hidden_NH, target_N = torch.zeros(count, 1), torch.zeros(count, dtype=torch.long)
     rejected = Rejected(hidden_NH, head, target_N, [100] * (count // 100), range(seed * count, (seed + 1) * count, 100))
@@ -775,7 +775,7 @@ def repeated(noise: NoiseModule, logits: list[float], count: int, seed: int) -> 
 def test_more_noise_less_confidence(name: str) -> None:
     """E log p̃(y) falls as s grows, for any logits and any y (log Σ exp is convex): why the noise narrows the margin.
 
-    Every fall is five times the standard error of the means' difference at least.
+    Every decrease is at least five standard errors of the difference of means.
     """
     means, errors = [], []
     for seed, log_std in enumerate([-20.0, -0.6, 0.0, 0.5, 0.9]):
@@ -790,7 +790,7 @@ def test_more_noise_less_confidence(name: str) -> None:
 @pytest.mark.parametrize("name", LOGITS)
 @pytest.mark.usefixtures("whole")
 def test_second_order_shift_at_small_noise(name: str) -> None:
-    """E[log p − log p̃] = ½ Σ_v s_v² p_v (1 − p_v) to second order, with another s for every entry.
+    """E[log p − log p̃] = ½ Σ_v s_v² p_v (1 − p_v) to second order, with a different s for every entry.
 
     The linear part of each draw, Σ_v s_v ε_v ([v = y] − p_v), has mean 0; without it little Monte Carlo error is left.
     """
@@ -817,7 +817,7 @@ def test_second_order_shift_at_small_noise(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def larger() -> Problem:
-    """Enough pairs for the mean push on s to show over single draws."""
+    """Enough pairs that the mean gradient of s exceeds the variation of single draws."""
     return Problem(lengths=(6,) * 32, seed=2)
 
 
@@ -833,7 +833,7 @@ def train(noise: NoiseModule, problem: Problem, steps: int, lr: float, *terms: s
 
 @pytest.mark.usefixtures("whole")
 def test_the_noise_term_pushes_up_and_alpha_down(larger: Problem) -> None:
-    """The two players inside the noise: without α it would grow for ever, without −ℓ it would vanish."""
+    """The two terms of the noise: without α it would grow without limit, without −ℓ it would vanish."""
     up, down = (TrainableModule(HIDDEN, VOCABULARY) for _ in range(2))
     train(up, larger, 40, 0.02, "noise")
     train(down, larger, 40, 0.02, "variance")
@@ -846,7 +846,7 @@ def test_the_noise_term_pushes_up_and_alpha_down(larger: Problem) -> None:
 
 @pytest.mark.usefixtures("whole")
 def test_alpha_weighs_the_variance(larger: Problem) -> None:
-    """A large α outweighs the push up: the same training ends below its start instead of above."""
+    """A large α exceeds the other term: the same training ends below its start instead of above."""
     ends = []
     for alpha in (0.0, 10.0):
         noise = TrainableModule(HIDDEN, VOCABULARY, alpha=alpha)
@@ -857,9 +857,9 @@ def test_alpha_weighs_the_variance(larger: Problem) -> None:
 
 
 def test_the_bound_is_smooth(problem: Problem) -> None:
-    """s² stays below m and the way back stays open: at b = 2, where u = 54.6 m, and far beyond it.
+    """s² stays below m and can still decrease: at b = 2, where u = 54.6 m, and far beyond it.
 
-    A hard clamp, which the text of the paper suggests, passes exactly no gradient there: the noise would stay for ever.
+    A hard clamp, which the text of the paper suggests, has gradient 0 there: the noise would never change again.
     """
     hidden_NH = torch.zeros(1, HIDDEN)
     for log_std in (2.0, 4.0, 6.0):
@@ -884,7 +884,7 @@ def test_the_bound_is_smooth(problem: Problem) -> None:
 
 @pytest.mark.parametrize("bound", [0.25, 1.0])
 def test_the_bound_holds_for_any_weights(problem: Problem, bound: float) -> None:
-    """However large log s has become: no more than m, and finite."""
+    """For any log s, at most m and finite."""
     noise = TrainableModule(HIDDEN, VOCABULARY, max_variance=bound, start_log_std=500.0)
     assert bool((noise.variance(problem.hidden_NH) <= bound).all())
     noisy, at_bound = problem.through(noise, seed=0)
@@ -931,7 +931,7 @@ def test_nothing_to_train(problem: Problem, noise: NoiseModule, active: bool, re
 
 
 def test_no_noise_is_clean(problem: Problem) -> None:
-    """SPIN walks the same lines as DNPO and must lose no digit on the way; it needs nothing of the reference's body."""
+    """SPIN runs the same code as DNPO and must be equal in all digits; it needs no hidden states of the reference."""
     noisy, at_bound = SilentModule()(problem.clean_B, None)
     assert torch.equal(noisy.policy_B, problem.clean_B)
     assert torch.equal(noisy.noise_B, problem.clean_B)
@@ -941,7 +941,7 @@ def test_no_noise_is_clean(problem: Problem) -> None:
 
 
 def test_fixed_noise_takes_another_variance(problem: Problem) -> None:
-    """Whoever reads N(0, 0.5) as a standard deviation sets 0.25; 0 is no noise at all."""
+    """To read N(0, 0.5) as a standard deviation, set 0.25; 0 is no noise."""
     noisy, _ = problem.through(FixedModule(variance=0.25), seed=3)
     quarter = np.full(problem.logits_NV.shape, 0.25)
     expected = brute_logps(problem, quarter, problem.draws(seed=3)[0])
@@ -961,7 +961,7 @@ def test_fixed_noise_has_the_variance_it_says() -> None:
 
 @pytest.mark.parametrize("shift", [1.5, -0.5, 0.0])
 def test_offset_is_exact(problem: Problem, shift: float) -> None:
-    """log p̃ is log p less the shift, and the margin that the policy meets shrinks by β · shift."""
+    """log p̃ is log p less the shift, so the policy's margin shrinks by β · shift."""
     noise = OffsetModule(shift=shift)
     noisy, at_bound = noise(problem.clean_B, None)
     assert torch.equal(noisy.policy_B, problem.clean_B - shift)
@@ -973,7 +973,7 @@ def test_offset_is_exact(problem: Problem, shift: float) -> None:
 
 
 def test_settings_reach_the_module() -> None:
-    """Each setting of a part is what its module goes by."""
+    """Each setting of a part reaches its module."""
     part = TrainableNoise(alpha=0.3, max_variance=2.0, learning_rate=0.02, start_log_std=-0.5)
     noise = part.module(HIDDEN, VOCABULARY)
     assert isinstance(noise, TrainableModule)
