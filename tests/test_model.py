@@ -94,7 +94,7 @@ def test_a_policy_comes_back_as_it_was_saved(saved: Path, make_policy: MakePolic
 
 
 def test_what_is_saved_says_nothing_of_our_attention(saved: Path, make_policy: MakePolicy) -> None:
-    """Others load it in libraries that do not know this name."""
+    """Other libraries load it, and do not know this name."""
     assert make_policy().causal_lm.config._attn_implementation == ATTENTION
     assert ATTENTION not in (saved / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(saved).config._attn_implementation == "sdpa"
@@ -561,7 +561,7 @@ def test_a_fingerprint_knows_types_and_what_is_frozen(make_policy: MakePolicy) -
 
 
 def test_a_fingerprint_knows_the_adapter(make_policy: MakePolicy) -> None:
-    """The existence of an adapter, its initial values and its present values."""
+    """It depends on whether there is an adapter, on its initial values and on its present values."""
     found = [make_policy().fingerprint()]
     for seed in (0, 1):
         policy = make_policy()
