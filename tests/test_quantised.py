@@ -23,9 +23,9 @@ from dnpo.optimise.ema import Average
 from dnpo.policy.base import Pretrained
 from dnpo.policy.folder import STACK
 from dnpo.policy.loading import load, outline
-from dnpo.policy.lora import Lora
+from dnpo.policy.lora import Lora, stacked
 from dnpo.policy.model import Policy
-from dnpo.policy.quantised import count_bytes, stacked
+from dnpo.policy.quantised import count_bytes
 from dnpo.running.gate import machine
 from dnpo.settings import Quantisation
 from dnpo.store import manifest

@@ -27,7 +27,7 @@ from dnpo.policy.folder import (
     read_quantisation,
     weight_files,
 )
-from dnpo.policy.quantised import TRAINED, activate, stacked
+from dnpo.policy.lora import TRAINED, activate, stacked
 from dnpo.policy.refused import find_refused
 
 WRAPPERS = {

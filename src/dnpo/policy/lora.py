@@ -1,6 +1,11 @@
-"""Low-rank adapters, configured by ``model.lora``."""
+"""Low-rank adapters, configured by ``model.lora``.
 
-from collections.abc import Mapping
+Earlier adapters are merged into the weights. On quantised weights they are stacked: all are active, and only the newest
+is trained.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,6 +14,8 @@ from dnpo.settings import Natural, Positive
 
 if TYPE_CHECKING:
     from torch import nn
+
+TRAINED = "default"  # peft's name for the adapter in training
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,6 @@ class Lora:
         import torch
         from peft import LoraConfig, get_peft_model
 
-        from dnpo.policy.quantised import TRAINED, activate, stacked
-
         make: Any = LoraConfig  # it annotates lora_alpha as an integer but accepts any number
         config = make(
             r=self.rank,
@@ -69,3 +74,36 @@ class Lora:
                 "output head too, so a merged adapter on it would change both; leave it out"
             )
         return cast("nn.Module", adapted)
+
+
+def is_adapted(model: "nn.Module") -> bool:
+    """Whether the model has an adapter that is trained."""
+    return TRAINED in getattr(model, "peft_config", {})
+
+
+def stacked(model: "nn.Module") -> list[str]:
+    """The names of frozen adapters, in the order in which they were trained."""
+    return [name for name in getattr(model, "peft_config", {}) if name != TRAINED]
+
+
+def activate(model: Any, names: Sequence[str]) -> None:
+    """Make these adapters active, of which only the newest one is trained."""
+    model.base_model.set_adapter(list(names))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and f".{TRAINED}." not in name:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def without_trained(model: Any) -> Iterator[None]:
+    """Switch the adapter in training off; the earlier ones stay active."""
+    earlier = stacked(model)
+    if not earlier:
+        with model.disable_adapter():
+            yield
+        return
+    activate(model, earlier)
+    try:
+        yield
+    finally:
+        activate(model, [*earlier, TRAINED])

@@ -25,8 +25,9 @@ from dnpo import ranks
 from dnpo.errors import ModelError, SettingsError
 from dnpo.policy.folder import STACK, adapters
 from dnpo.policy.logprobs import Head, sum_by_sequence, token_logps
+from dnpo.policy.lora import TRAINED, is_adapted, without_trained
 from dnpo.policy.packing import ATTENTION, Packed, pack_shared, register
-from dnpo.policy.quantised import TRAINED, is_adapted, kind_of, without_trained
+from dnpo.policy.quantised import kind_of
 from dnpo.policy.sharded import gather_state, gather_weight, is_sharded
 from dnpo.store import write_json
 

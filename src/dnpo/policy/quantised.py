@@ -6,11 +6,9 @@ on the mode of the model nor on other rows of the batch: bitsandbytes' own layer
 on a CPU, and for 8 bits also quantise activations by the largest values in the batch.
 
 The adapters of earlier trainings are not merged into such weights, since the sum would be rounded again. They are
-stacked: all are active, and only the newest is trained.
+stacked, see ``lora.py``.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast
 
@@ -19,7 +17,6 @@ from torch import Tensor, nn
 
 from dnpo.settings import Quantisation
 
-TRAINED = "default"  # peft's name for the adapter in training
 BLOCK, NESTED = 64, 256  # weights that share a scale, and scales that share one, as in bitsandbytes for nf4
 
 
@@ -101,39 +98,3 @@ def count_bytes(model: Any, kind: Quantisation) -> int:
             packed = size + 4 * rows if kind == "int8" else -(-size // 2) + scales + 4 * (-(-scales // NESTED))
             total += packed - size * layer.weight.element_size()
     return total
-
-
-# --- stacked adapters
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether the model has an adapter that is trained."""
-    return TRAINED in getattr(model, "peft_config", {})
-
-
-def stacked(model: nn.Module) -> list[str]:
-    """The names of frozen adapters, in the order in which they were trained."""
-    return [name for name in getattr(model, "peft_config", {}) if name != TRAINED]
-
-
-def activate(model: Any, names: Sequence[str]) -> None:
-    """Make these adapters active, of which only the newest one is trained."""
-    model.base_model.set_adapter(list(names))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and f".{TRAINED}." not in name:
-            parameter.requires_grad_(False)
-
-
-@contextmanager
-def without_trained(model: Any) -> Iterator[None]:
-    """Switch the adapter in training off; the earlier ones stay active."""
-    earlier = stacked(model)
-    if not earlier:
-        with model.disable_adapter():
-            yield
-        return
-    activate(model, earlier)
-    try:
-        yield
-    finally:
-        activate(model, [*earlier, TRAINED])
