@@ -15,9 +15,9 @@ from benchmarks.variant import (
     START_LOG_STD,
     Variant,
 )
+from dnpo.optimise.batches import PairBatch
 from dnpo.optimise.npo import SilentModule, TrainableModule
 from dnpo.optimise.objective import Facts, PairLogps
-from dnpo.optimise.pairs import PairBatch
 from dnpo.optimise.parts import (
     Likelihood,
     Logistic,

@@ -396,7 +396,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a pair has the same noise in every epoch",
-        "optimise/pairs.py",
+        "optimise/batches.py",
         'derive(self.seed, "noise", piece.step, i)',
         'derive(self.seed, "noise", 0, i)',
         "test_optimise.py::test_every_pair_and_step_has_noise_of_its_own_whatever_the_micro_batches",

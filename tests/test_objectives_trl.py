@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dnpo.optimise.batches import make_facts
 from dnpo.optimise.objective import (
     Facts,
     PairLogps,
@@ -19,7 +20,6 @@ from dnpo.optimise.objective import (
     surprise,
     without_reference,
 )
-from dnpo.optimise.pairs import make_facts
 from dnpo.policy.packing import pack
 from dnpo.records import write_preferences
 from tests.conftest import World

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, SettingsError, StepZeroError
+from dnpo.optimise.batches import Batch
 from dnpo.optimise.npo import FixedModule, NoiseModule, OffsetModule, Rejected, SilentModule, TrainableModule, _Draw
 from dnpo.optimise.objective import PairLogps, logistic
 from dnpo.optimise.parts import PairOptimisation
 from dnpo.optimise.preference import FineTuning, PreferenceTraining, fine_tune, optimise
 from dnpo.optimise.reference import KeptHidden, keep_hidden
-from dnpo.optimise.training import CHECKPOINT, Batch, make_fused
+from dnpo.optimise.training import CHECKPOINT, make_fused
 from dnpo.policy import logprobs
 from dnpo.policy.loading import load
 from dnpo.policy.lora import Lora

@@ -30,7 +30,7 @@ from dnpo.methods.ppo.equations import (
     whiten,
 )
 from dnpo.methods.ppo.training import Experience, Observer, RolloutTraining, collate
-from dnpo.optimise.batches import Batches, Slice
+from dnpo.optimise.batches import Batches, Slice, arrange
 from dnpo.optimise.live import Clock
 from dnpo.optimise.parts import Optimisation
 from dnpo.optimise.training import fit
@@ -485,7 +485,7 @@ def test_values_come_to_explain_the_rewards(make_policy: MakePolicy, world: Worl
     rows = observe(respond(policy, world, 4))
     assert sum(len(row.token_ids) for row in rows) < 32
     training = RolloutTraining(observe, still, 80, Report(), dict)
-    history = fit(training, Batches(rows, still.groups(4, 0), 4, collate), tmp_path)
+    history = fit(training, Batches(rows, arrange(still, 4, 0), 4, collate), tmp_path)
     rows = observe(respond(policy, world, 4))
     values, later = (wide(*(x for row in rows for x in getattr(row, name))) for name in ("values", "later"))
     assert explained_variance(values, later) > 0.9

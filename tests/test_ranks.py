@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dnpo import ranks
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, StepZeroError
+from dnpo.optimise.batches import arrange
 from dnpo.optimise.npo import NoiseModule, SilentModule, TrainableModule
 from dnpo.optimise.parts import Logistic, Objective, PairOptimisation, Refined
 from dnpo.optimise.preference import PreferenceTraining, optimise
@@ -34,7 +35,7 @@ WEIGHTS, SHARED_WEIGHTS, METRICS = 5e-5, 1e-4, 1e-4  # greatest differences betw
 
 
 SEED = 3
-ON_RANK_1 = PairOptimisation(Bound("torch.optim.SGD", {}), batch_size=8).groups(22, SEED)[0][1]
+ON_RANK_1 = arrange(PairOptimisation(Bound("torch.optim.SGD", {}), batch_size=8), 22, SEED)[0][1]
 """The number of a pair that is on rank 1 in the first step."""
 
 

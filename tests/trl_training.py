@@ -15,6 +15,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+from dnpo.optimise.batches import arrange
 from dnpo.optimise.parts import PairOptimisation
 from dnpo.policy.model import Policy
 from dnpo.records import Pair
@@ -43,7 +44,7 @@ def train_by_trl(
         def get_train_dataloader(self) -> Any:
             return DataLoader(self.train_dataset, batch_sampler=groups, collate_fn=self.data_collator)
 
-    groups: Any = optimisation.groups(len(pairs), seed)
+    groups: Any = arrange(optimisation, len(pairs), seed)
     rows = [{"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids} for p in pairs]
     model = copy.deepcopy(start)
     model.set_attn_implementation("eager")
@@ -122,7 +123,7 @@ def compare_run(folder: Path) -> dict[str, float]:
         "mean difference": sum(off) / len(off),
         "greatest change by training": max(differences(ours, start, pairs)),
         "pairs": len(pairs),
-        "policy steps": len(how.groups(len(pairs), seed)),
+        "policy steps": len(arrange(how, len(pairs), seed)),
     }
 
 

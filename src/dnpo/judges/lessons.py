@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import torch
 from torch import Tensor
 
-from dnpo.optimise.batches import Batches, Slice
+from dnpo.optimise.batches import Batch, Batches, Slice, arrange
 from dnpo.optimise.parts import Optimisation
-from dnpo.optimise.training import Batch, Training, fit
+from dnpo.optimise.training import Training, fit
 from dnpo.policy.logprobs import token_logps
 from dnpo.policy.model import Policy
 from dnpo.policy.packing import pack
@@ -65,6 +65,6 @@ def teach(
             weight_N=torch.tensor([weight for row in some for weight in row.weights]),
         )
 
-    groups = optimisation.groups(len(rows), seed)
+    groups = arrange(optimisation, len(rows), seed)
     module = Lessons(policy, optimisation, len(groups), report)
     return fit(module, Batches(rows, groups, optimisation.rows_at_once, collate), folder)

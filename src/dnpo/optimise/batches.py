@@ -4,22 +4,35 @@ The whole training is one pass over a fixed list of groups. Epochs are permutati
 makes one policy step of ``batch_size`` rows, or fewer if they do not divide evenly. A group is cut into micro-batches
 just before its step, so their size does not affect the order. The number of the next step is the only state. Where
 several processes train together (``ranks.py``), each takes its share of every group.
+
+The micro-batches follow: one of sequences, and one of pairs, with what training reads of them and of their
+reference. Shapes as in ``objective.py`` and ``logprobs.py``: B pairs, N completion tokens, H hidden size.
 """
 
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
 
 from dnpo import ranks
 from dnpo.errors import SettingsError
+from dnpo.optimise.npo import NoiseModule
+from dnpo.optimise.objective import Facts, Objective, PairLogps
+from dnpo.optimise.parts import Optimisation, watches
+from dnpo.optimise.reference import KeptHidden
+from dnpo.policy.packing import Packed, pack
+from dnpo.records import Pair, ReferenceLogps
 from dnpo.seeding import derive
+from dnpo.tables import column
 
 Row = TypeVar("Row")
-Batch = TypeVar("Batch")
+Some = TypeVar("Some")  # a micro-batch
 
 
 @dataclass(frozen=True)
@@ -69,14 +82,19 @@ def schedule(rows: int, batch_size: int, epochs: int, seed: int, steps: int | No
     return groups[:steps]
 
 
+def arrange(how: Optimisation, rows: int, seed: int) -> list[tuple[int, ...]]:
+    """The rows of each policy step of a training on ``rows`` rows."""
+    return schedule(rows, how.batch_size, how.epochs, seed, how.steps or None)
+
+
 @dataclass(frozen=True)
-class Idle(Generic[Batch]):
+class Idle(Generic[Some]):
     """A micro-batch with rows of another rank, which only keeps a rank busy while the others still compute."""
 
-    batch: Batch
+    batch: Some
 
 
-class Steps(ABC, Generic[Row, Batch]):
+class Steps(ABC, Generic[Row, Some]):
     """The policy steps of a training as an iterable for Lightning; every step is a list of micro-batches.
 
     Lightning saves ``state_dict`` in a checkpoint and restores it before iterating again, so iteration continues where
@@ -91,7 +109,7 @@ class Steps(ABC, Generic[Row, Batch]):
         collate: makes a micro-batch of rows.
     """
 
-    def __init__(self, micro_batch_size: int, collate: Callable[[Slice[Row]], Batch]) -> None:
+    def __init__(self, micro_batch_size: int, collate: Callable[[Slice[Row]], Some]) -> None:
         self.micro_batch_size, self.collate = micro_batch_size, collate
         self.next, self.even = 0, False
 
@@ -103,19 +121,19 @@ class Steps(ABC, Generic[Row, Batch]):
     def group(self, step: int) -> Sequence[Row]:
         """All rows of a policy step: the next one, or the present one again."""
 
-    def __iter__(self) -> Iterator[list[Batch | Idle[Batch]]]:
+    def __iter__(self) -> Iterator[list[Some | Idle[Some]]]:
         while self.next < len(self):
             step = self.next
             batch = self.step(step, self.micro_batch_size)
             self.next += 1
             yield batch
 
-    def step(self, step: int, micro_batch_size: int) -> list[Batch | Idle[Batch]]:
+    def step(self, step: int, micro_batch_size: int) -> list[Some | Idle[Some]]:
         """The micro-batches of one policy step: of this rank's share of its rows, which may be empty."""
         group = tuple(self.group(step))
         own = tuple(ranks.share(group))
         parts = [own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]
-        batches: list[Batch | Idle[Batch]] = [self.collate(Slice(step, part, group)) for part in parts]
+        batches: list[Some | Idle[Some]] = [self.collate(Slice(step, part, group)) for part in parts]
         if self.even:
             most = math.ceil(math.ceil(len(group) / ranks.world()) / micro_batch_size)  # on rank 0
             batches += [Idle(self.collate(Slice(step, group[:1], group)))] * (most - len(batches))
@@ -130,7 +148,7 @@ class Steps(ABC, Generic[Row, Batch]):
         self.next = state["next"]
 
 
-class Batches(Steps[Row, Batch]):
+class Batches(Steps[Row, Some]):
     """The policy steps of a training whose rows are all there before it begins.
 
     Args:
@@ -147,7 +165,7 @@ class Batches(Steps[Row, Batch]):
         rows: Sequence[Row],
         groups: Sequence[tuple[int, ...]],
         micro_batch_size: int,
-        collate: Callable[[Slice[Row]], Batch],
+        collate: Callable[[Slice[Row]], Some],
     ) -> None:
         if not rows:
             raise SettingsError("there is nothing to train on: no rows are left")
@@ -160,3 +178,221 @@ class Batches(Steps[Row, Batch]):
     def group(self, step: int) -> list[Row]:
         """All rows of a policy step."""
         return [self.rows[i] for i in self.groups[step]]
+
+
+# --- micro-batches
+
+
+class MicroBatch(Protocol):
+    """Rows that go through the model at once."""
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of its rows, for messages."""
+
+    @property
+    def share(self) -> float:
+        """The weight of its mean loss in its policy step."""
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that go through the model."""
+
+    def to(self, device: torch.device) -> Self:
+        """Return it with all tensors on another device."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: for fine-tuning one sequence for each row; for B pairs the chosen, then the rejected responses.
+
+    Attributes:
+        packed: prompts and completions.
+        ids: ids of its rows.
+        share: the weight of its mean loss in its policy step.
+    """
+
+    packed: Packed
+    ids: tuple[str, ...]
+    share: float
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that go through the model, in prompts and completions."""
+        return len(self.packed.ids_T)
+
+    def to(self, device: torch.device) -> Self:
+        """Return it with all tensors on another device."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in held.items() if hasattr(value, "to")})
+
+
+# --- of pairs
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A pair with what its training reads of the reference.
+
+    Attributes:
+        number: its number among all pairs of the training.
+        reference: the reference's log-probabilities; None if the objective reads none, or if they are computed at use.
+        made: the policy step before which it was made; 0 for pairs that were there before training.
+    """
+
+    number: int
+    pair: Pair
+    reference: ReferenceLogps | None
+    made: int = 0
+
+
+class Reading(NamedTuple):
+    """What a training reads of its pairs and of its reference.
+
+    Attributes:
+        rejected: rejected responses.
+        noisy: the reference's hidden states of rejected tokens, for noise.
+        all_states: the reference's hidden states of all completion tokens, for the objective.
+    """
+
+    rejected: bool
+    noisy: bool
+    all_states: bool
+
+    @property
+    def states(self) -> bool:
+        """Whether it reads hidden states at all."""
+        return self.noisy or self.all_states
+
+    @classmethod
+    def of(cls, objective: Objective, noise: NoiseModule) -> "Reading":
+        """What this objective and this noise read."""
+        every_step = any(watch.reads_states for watch in watches(objective, 1))
+        return cls(reads_rejected(objective), noise.reads_states, every_step)
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """A micro-batch of B pairs with the reference's log-probabilities.
+
+    Attributes:
+        reference: the reference's log-probabilities; 0 if the objective reads none.
+        expected: the policy's log-probabilities before the first update; None in later steps.
+        facts: strengths, weights, shifts and lengths of the pairs; ``share`` is the batch's share of all weights.
+        rejected: prompts and rejected responses only, if the noise reads hidden states.
+        hidden_NH: these hidden states, if they have been kept.
+        seeds: seeds of the noise, one for each pair.
+        rejected_share: the weight of a mean over the batch's rejected tokens in its policy step.
+        numbers: the numbers of its pairs among all.
+        states_NH: the reference's hidden states of all its completion tokens, if the objective reads them and they have
+            been kept.
+        notes: metrics of the policy step that come with its rows.
+    """
+
+    reference: PairLogps
+    expected: PairLogps | None
+    facts: Facts
+    rejected: Packed | None
+    hidden_NH: Tensor | None
+    seeds: tuple[int, ...]
+    rejected_share: float
+    numbers: tuple[int, ...] = ()
+    states_NH: Tensor | None = None
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+class Collate:
+    """Makes micro-batches of pairs.
+
+    Attributes:
+        notes: metrics of the present policy step that come with the rows.
+
+    Args:
+        reads: what the training reads.
+        share_prompt: whether the prompt of a pair is computed once for both responses.
+        seed: seed of the noise.
+        expect: the policy's log-probabilities of rows before training; None if nothing is known of them.
+        hidden: the reference's hidden states, if they have been kept.
+    """
+
+    def __init__(
+        self,
+        reads: Reading,
+        share_prompt: bool,
+        seed: int,
+        expect: Callable[[Sequence[Scored]], list[ReferenceLogps] | None],
+        hidden: KeptHidden | None,
+    ) -> None:
+        self.reads, self.share_prompt, self.seed, self.expect, self.hidden = reads, share_prompt, seed, expect, hidden
+        self.notes: Callable[[], dict[str, float]] | None = None
+
+    def __call__(self, piece: Slice[Scored]) -> PairBatch:
+        """The micro-batch of these rows."""
+        reads, hidden, rows = self.reads, self.hidden, piece.rows
+        both, some, numbers = reads.rejected, [row.pair for row in rows], tuple(row.number for row in rows)
+        prompts, rejected = [p.prompt_ids for p in some], [p.rejected_ids for p in some]
+        chosen = [p.chosen_ids for p in some]
+        expected = self.expect(rows) if not piece.step else None
+        nothing = ReferenceLogps(0, 0.0, 0.0)
+        return PairBatch(
+            packed=pack(prompts * 2, chosen + rejected, share_prompt=self.share_prompt)
+            if both
+            else pack(prompts, chosen),
+            ids=tuple(p.id for p in some),
+            share=sum(p.weight for p in some) / sum(row.pair.weight for row in piece.group),
+            reference=to_tensors([row.reference or nothing for row in rows], both),
+            expected=None if expected is None else to_tensors(expected, both),
+            facts=make_facts(some),
+            rejected=pack(prompts, rejected) if reads.noisy else None,
+            hidden_NH=hidden(numbers) if reads.noisy and not reads.all_states and hidden is not None else None,
+            seeds=tuple(derive(self.seed, "noise", piece.step, i) for i in numbers),
+            rejected_share=sum(map(len, rejected)) / max(sum(len(row.pair.rejected_ids) for row in piece.group), 1),
+            numbers=numbers,
+            states_NH=hidden.of_both(numbers) if reads.all_states and hidden is not None and hidden.both else None,
+            notes=self._describe(piece) if self.notes is not None else {},
+        )
+
+    def _describe(self, piece: Slice[Scored]) -> dict[str, float]:
+        """The metrics of the step, and the mean number of policy steps since the micro-batch's pairs were made."""
+        assert self.notes is not None, "live rows"
+        return {**self.notes(), "rollout/age": sum(piece.step - row.made for row in piece.rows) / len(piece.rows)}
+
+
+def reads_rejected(objective: Objective) -> bool:
+    """Whether an objective reads rejected responses."""
+    return bool(getattr(objective, "reads_rejected", True))
+
+
+def to_tensors(rows: Sequence[ReferenceLogps], both: bool = True) -> PairLogps:
+    """The log-probabilities of B pairs, on the CPU; 0 for rejected responses unless both are read."""
+    return PairLogps(
+        torch.tensor([row.chosen for row in rows]), torch.tensor([row.rejected if both else 0.0 for row in rows])
+    )
+
+
+def make_facts(pairs: Sequence[Pair]) -> Facts:
+    """The facts of pairs, on the CPU."""
+    return Facts(
+        strength_B=torch.tensor([pair.strength for pair in pairs]),
+        weight_B=torch.tensor([pair.weight for pair in pairs]),
+        shift_B=torch.tensor([pair.shift for pair in pairs]),
+        chosen_tokens_B=torch.tensor([float(len(pair.chosen_ids)) for pair in pairs]),
+        rejected_tokens_B=torch.tensor([float(len(pair.rejected_ids)) for pair in pairs]),
+    )
+
+
+def with_weight(pairs: Sequence[Pair]) -> list[int]:
+    """The numbers of the pairs whose weight is not 0; the others would be read for nothing.
+
+    Raises:
+        SettingsError: a weight is negative, or all are 0.
+    """
+    weights = column(pairs, "weight")
+    for number, weight in enumerate(weights):
+        if not 0 <= weight < math.inf:
+            pair = pairs[number]
+            raise SettingsError(f"pair {pair.id}: weight {weight}; expected a finite number that is not negative")
+    used = [number for number, weight in enumerate(weights) if weight > 0]
+    if pairs and not used:
+        raise SettingsError("all pairs have the weight 0; at least one has to have more")
+    return used

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from dnpo.errors import DataError, StoreError
-from dnpo.optimise.batches import Batch, Idle, Slice, Steps
+from dnpo.optimise.batches import Idle, Slice, Some, Steps
 from dnpo.seeding import derive
 from dnpo.store import Report
 
@@ -91,7 +91,7 @@ class _UsedUp(Exception):
     """All rollouts have been made, and no rows are left."""
 
 
-class LiveSteps(Steps[Row, Batch]):
+class LiveSteps(Steps[Row, Some]):
     """The policy steps of a training whose rows are made during it.
 
     A rollout without rows is followed by the next one at once. There are as many rollouts as would be due if all had
@@ -121,7 +121,7 @@ class LiveSteps(Steps[Row, Batch]):
         seed: int,
         report: Report,
         micro_batch_size: int,
-        collate: Callable[[Slice[Row]], Batch],
+        collate: Callable[[Slice[Row]], Some],
     ) -> None:
         super().__init__(micro_batch_size, collate)
         self.source, self.clock, self.batch_size, self.seed, self.report = source, clock, batch_size, seed, report
@@ -144,7 +144,7 @@ class LiveSteps(Steps[Row, Batch]):
     def __len__(self) -> int:
         return self.total
 
-    def __iter__(self) -> Iterator[list[Batch | Idle[Batch]]]:
+    def __iter__(self) -> Iterator[list[Some | Idle[Some]]]:
         try:
             yield from super().__iter__()
         except _UsedUp:

@@ -512,12 +512,6 @@ class Optimisation:
         except (TypeError, ValueError) as error:
             raise SettingsError(f"{name}.optimizer: {error}") from error
 
-    def groups(self, rows: int, seed: int) -> list[tuple[int, ...]]:
-        """The rows of each policy step of a training on ``rows`` rows."""
-        from dnpo.optimise.batches import schedule
-
-        return schedule(rows, self.batch_size, self.epochs, seed, self.steps or None)
-
     def passes(self, rows: int) -> float:
         """How often a training on ``rows`` rows reads each of them."""
         return self.steps / math.ceil(rows / self.batch_size) if self.steps else float(self.epochs)

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from dnpo.errors import StepZeroError
-from dnpo.optimise.batches import Batches, Slice
+from dnpo.optimise.batches import (
+    Batch,
+    Batches,
+    Collate,
+    PairBatch,
+    Reading,
+    Scored,
+    Slice,
+    arrange,
+    reads_rejected,
+    with_weight,
+)
 from dnpo.optimise.ema import Average
 from dnpo.optimise.live import Clock, LiveSteps, Source
 from dnpo.optimise.npo import NoiseModule, Rejected
@@ -30,17 +41,9 @@ from dnpo.optimise.objective import (
     two_player,
     weighted_mean,
 )
-from dnpo.optimise.pairs import (
-    Collate,
-    PairBatch,
-    Reading,
-    Scored,
-    reads_rejected,
-    with_weight,
-)
 from dnpo.optimise.parts import Optimisation, PairOptimisation, watches
 from dnpo.optimise.reference import KeptHidden
-from dnpo.optimise.training import Batch, Training, fit, has_checkpoint, make_fused
+from dnpo.optimise.training import Training, fit, has_checkpoint, make_fused
 from dnpo.optimise.watch import Moments, Seen, States, Watch, measure_moments
 from dnpo.policy.logprobs import Head, token_logps
 from dnpo.policy.model import Policy, by_length
@@ -322,7 +325,7 @@ def fine_tune(
         share = sum(len(r[2]) for r in some) / sum(len(r[2]) for r in piece.group)
         return Batch(pack([r[1] for r in some], [r[2] for r in some]), tuple(r[0] for r in some), share)
 
-    groups = optimisation.groups(len(rows), seed)
+    groups = arrange(optimisation, len(rows), seed)
     module = FineTuning(policy, optimisation, len(groups), report)
     return fit(module, Batches(rows, groups, optimisation.rows_at_once, collate), folder)
 
@@ -381,7 +384,7 @@ def optimise(
 
     reads = Reading.of(objective, noise)
     collate = Collate(reads, optimisation.share_prompt, seed, expect, hidden)
-    groups = optimisation.groups(len(rows), seed)
+    groups = arrange(optimisation, len(rows), seed)
     watching = watches(objective, len(groups))
     parts = None
     if reads.states:
@@ -450,7 +453,7 @@ def optimise_live(
         batch_size=optimisation.batch_size,
         epochs=optimisation.epochs,
         steps=optimisation.steps,
-        order=lambda count: optimisation.groups(count, seed),
+        order=lambda count: arrange(optimisation, count, seed),
         seed=seed,
         report=report,
         micro_batch_size=optimisation.rows_at_once,
@@ -525,7 +528,7 @@ def score_first(
     check, and needs none.
     """
     used = with_weight(pairs)
-    groups = optimisation.groups(len(used), seed)
+    groups = arrange(optimisation, len(used), seed)
     if has_checkpoint(folder) or not groups:
         return {}
     rows = [Scored(used[i], pairs[used[i]], None) for i in groups[0]]
@@ -547,4 +550,4 @@ def count_tokens(pairs: Sequence[Pair], optimisation: PairOptimisation, objectiv
     used, both = with_weight(pairs), reads_rejected(objective)
     read = [lengths(pairs, name) for name in ("prompt_ids", "chosen_ids", *(["rejected_ids"] if both else []))]
     tokens = [sum(part[i] for part in read) for i in used]
-    return sum(tokens[i] for group in optimisation.groups(len(used), seed) for i in group)
+    return sum(tokens[i] for group in arrange(optimisation, len(used), seed) for i in group)

@@ -14,9 +14,8 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import pytorch_lightning as pl
 import torch
@@ -28,11 +27,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from dnpo import disk, ranks
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, StoreError
 from dnpo.interrupts import Held
-from dnpo.optimise.batches import Idle, Steps
+from dnpo.optimise.batches import Idle, MicroBatch, Steps
 from dnpo.optimise.history import History
 from dnpo.optimise.parts import Optimisation
 from dnpo.policy.model import Policy
-from dnpo.policy.packing import Packed
 from dnpo.policy.sharded import gather_weight, is_part, shard
 from dnpo.store import Report
 
@@ -49,50 +47,6 @@ class Trainee(Protocol):
     @property
     def device(self) -> torch.device:
         """The device that its weights are on."""
-
-
-class MicroBatch(Protocol):
-    """Rows that go through the model at once."""
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """The ids of its rows, for messages."""
-
-    @property
-    def share(self) -> float:
-        """The weight of its mean loss in its policy step."""
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens that go through the model."""
-
-    def to(self, device: torch.device) -> Self:
-        """Return it with all tensors on another device."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch: for fine-tuning one sequence for each row; for B pairs the chosen, then the rejected responses.
-
-    Attributes:
-        packed: prompts and completions.
-        ids: ids of its rows.
-        share: the weight of its mean loss in its policy step.
-    """
-
-    packed: Packed
-    ids: tuple[str, ...]
-    share: float
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens that go through the model, in prompts and completions."""
-        return len(self.packed.ids_T)
-
-    def to(self, device: torch.device) -> Self:
-        """Return it with all tensors on another device."""
-        held = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in held.items() if hasattr(value, "to")})
 
 
 class _Passed(NamedTuple):

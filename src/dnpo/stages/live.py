@@ -35,9 +35,9 @@ from dnpo.store import write_json
 
 if TYPE_CHECKING:
     from dnpo.evaluate import Held
+    from dnpo.optimise.batches import Scored
     from dnpo.optimise.ema import Average
     from dnpo.optimise.npo import NoiseModule
-    from dnpo.optimise.pairs import Scored
     from dnpo.policy.model import Policy
 
 PAIRS = "pairs"  # folder of files by rollout, and the name of the file that they become
@@ -81,7 +81,7 @@ class PairSource:
 
     def take(self, rollout: int, first: int, step: int) -> "list[Scored]":
         """The pairs of a rollout, scored under the reference."""
-        from dnpo.optimise.pairs import Scored
+        from dnpo.optimise.batches import Scored
         from dnpo.optimise.reference import score_now
 
         path = self._file(rollout)

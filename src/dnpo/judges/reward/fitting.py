@@ -24,7 +24,7 @@ from dnpo.escape import say
 from dnpo.judges.reward.facts import FACTS, SEEN, Kind
 from dnpo.judges.reward.models import Embedding, Rewards, start_classifier
 from dnpo.judges.reward.preferences import Preference, Preferences
-from dnpo.optimise.batches import Batches, Slice
+from dnpo.optimise.batches import Batches, Slice, arrange
 from dnpo.optimise.parts import Optimisation
 from dnpo.optimise.training import Training
 from dnpo.optimise.training import fit as train
@@ -275,7 +275,7 @@ def _train(model: Rewards, rows: Sequence[Row], how: Optimisation, seed: int) ->
     def collate(piece: Slice[tuple[int, Row]]) -> PreferenceBatch:
         return PreferenceBatch(tuple(row for _, row in piece.rows), tuple(str(i) for i, _ in piece.rows), piece.share)
 
-    groups = how.groups(len(rows), seed)
+    groups = arrange(how, len(rows), seed)
     training = BradleyTerry(model, how, len(groups), _Epochs(max(len(groups) // how.epochs, 1)))
     with TemporaryDirectory(
         prefix="dnpo-reward-"

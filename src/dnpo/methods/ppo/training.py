@@ -24,10 +24,10 @@ from dnpo.methods.ppo.equations import (
     value_loss,
     whiten,
 )
-from dnpo.optimise.batches import Slice
+from dnpo.optimise.batches import Batch, Slice, arrange
 from dnpo.optimise.live import Clock, LiveSteps, Source, require
 from dnpo.optimise.parts import Optimisation
-from dnpo.optimise.training import Batch, Training, fit, make_fused
+from dnpo.optimise.training import Training, fit, make_fused
 from dnpo.policy.logprobs import token_logps
 from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
@@ -326,7 +326,7 @@ def train(
         batch_size=optimisation.batch_size,
         epochs=optimisation.epochs,
         steps=optimisation.steps,
-        order=lambda rows: optimisation.groups(rows, seed),
+        order=lambda rows: arrange(optimisation, rows, seed),
         seed=seed,
         report=report,
         micro_batch_size=optimisation.rows_at_once,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dnpo.optimise.batches import arrange
 from dnpo.optimise.npo import NoiseModule
 from dnpo.optimise.parts import MatchedOffset, Optimisation, watches
 from dnpo.policy.model import Policy, device_of
@@ -137,7 +138,7 @@ class _Training:
 
 def _trainings(run: Run, of: ModelShape, counts: Counts) -> list[_Training]:
     trainings = []
-    if run.sft.groups(counts.train, 0):
+    if arrange(run.sft, counts.train, 0):
         trainings.append(_Training(-1, 1, run.sft, None, False, 0, False))
     first = len(trainings) + 1
     plans = [plan for each in run.plans for plan in (with_matched_noise(each), each) if plan is not None]
