@@ -60,8 +60,7 @@ def compare(folder: Path, count: int) -> None:
         policy, data = shelf.get(before.policy, Quiet()), shelf.get(before.prompts, Quiet())
         policies.append(run.policy({"policy": policy, "prompts": data}))
         if not prompts:
-            records = import_module("dnpo.records")
-            prompts = records.read(data / "train.parquet", records.Prompt)
+            prompts = import_module("dnpo.tables").read(data / "train.parquet", import_module("dnpo.records").Prompt)
     weights = zip(*(p.model.state_dict().values() for p in policies), strict=True)
     print(f"weights differ by up to {max(float((a - b).abs().max()) for a, b in weights):.2g}")
     asked = (prompts * (count // len(prompts) + 1))[:count]

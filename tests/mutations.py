@@ -582,14 +582,14 @@ MUTATIONS = (
     # --- rows
     Mutation(
         "rows lose their order across files",
-        "records.py",
+        "tables.py",
         "return [row for path in paths for row in read(path, kind)]",
         "return [row for path in sorted(paths) for row in read(path, kind)]",
         "test_records.py",
     ),
     Mutation(
         "a table is written in place, and a killed run leaves half of it",
-        "records.py",
+        "tables.py",
         "    aside = disk.name_aside(path)\n    try:\n        with pq.ParquetWriter",
         "    aside = path\n    try:\n        with pq.ParquetWriter",
         "test_records.py",

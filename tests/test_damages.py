@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from dnpo.errors import DiskError, SettingsError, StoreError
 from dnpo.optimise.training import CHECKPOINT, _find_checkpoint
 from dnpo.policy.base import describe_saved, read_saved
-from dnpo.records import Verdict, read, write
+from dnpo.records import Verdict
 from dnpo.store import Report, Stage, Store, find_damage, fingerprint, inventory, manifest, provenance
 from dnpo.store.manifests import MANIFEST, seal
+from dnpo.tables import read, write
 from tests import damages
 from tests.commands import SMOKE, numbers, run_command, succeed, summary, train
 from tests.conftest import Report as Quiet

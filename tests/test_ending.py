@@ -10,12 +10,13 @@ from rich.console import Console as RichConsole
 from scipy import stats
 
 from dnpo.catalogue import metric
-from dnpo.records import Item, write
+from dnpo.records import Item
 from dnpo.running import console as module
 from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table
 from dnpo.running.ending import find_best, sentences, show_briefly
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.prompts import by_prompt, change, mean
+from dnpo.tables import write
 
 
 def printed(table: Any) -> str:

@@ -474,8 +474,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.long
 def test_a_whole_run_gives_the_policies_of_this_process(whole: Path, tmp_path: Path) -> None:
     """The greedy responses and the policies are the same; differences are on the screen and in the metrics."""
-    from dnpo.records import read
     from dnpo.store import manifest
+    from dnpo.tables import read
 
     succeed(tmp_path, *RUN)
     policies, responses = [], []

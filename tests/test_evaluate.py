@@ -15,7 +15,8 @@ from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.exact.rules import Rules
 from dnpo.judges.off import NoJudge
 from dnpo.policy.model import Policy
-from dnpo.records import Item, Response, Verdict, read
+from dnpo.records import Item, Response, Verdict
+from dnpo.tables import read
 from tests.conftest import Report, World
 
 from .conftest import torch_optimizer

@@ -16,10 +16,11 @@ from rich.console import Console
 
 from dnpo.commands.evaluate import PARTS, check_settings, describe_outcome, other_model, table
 from dnpo.errors import SettingsError
-from dnpo.records import Item, read
+from dnpo.records import Item
 from dnpo.settings import conf_folder
 from dnpo.stages.duels import Duel, outcome, read_duels
 from dnpo.stats.wins import wins
+from dnpo.tables import read
 from tests.commands import run_command, succeed
 
 SMALL = ("data=tinyworld_smoke", "eval=smoke", "generate=smoke")

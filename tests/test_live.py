@@ -26,9 +26,10 @@ from dnpo.optimise.batches import Slice
 from dnpo.optimise.ema import Average
 from dnpo.optimise.live import Clock, LiveSteps
 from dnpo.policy.model import Policy
-from dnpo.records import Pair, Prompt, Response, Rollout, Verdict, read
+from dnpo.records import Pair, Prompt, Response, Rollout, Verdict
 from dnpo.stages import live as live_stage
 from dnpo.stages.rollouts import Chunks, Responder
+from dnpo.tables import read
 from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary, train
 from tests.conftest import Report, World
 from tests.judge_server import judge_server

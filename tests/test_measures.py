@@ -15,10 +15,11 @@ from dnpo.errors import SettingsError
 from dnpo.evaluate.texts import PACKAGES, Texts, similarity
 from dnpo.judges.exact.rules import Correct
 from dnpo.loop import chain
-from dnpo.records import Item, Pair, Prompt, Response, read
+from dnpo.records import Item, Pair, Prompt, Response
 from dnpo.settings import conf_folder
 from dnpo.stages.plan import Iteration, Run
 from dnpo.store import Store
+from dnpo.tables import read
 from tests.conftest import Report, verdicts
 
 

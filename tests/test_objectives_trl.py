@@ -21,7 +21,7 @@ from dnpo.optimise.objective import (
     without_reference,
 )
 from dnpo.policy.packing import pack
-from dnpo.records import write_preferences
+from dnpo.stages.files import write_preferences
 from tests.conftest import World
 from tests.test_objectives_pairs import random_pairs
 

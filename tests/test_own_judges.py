@@ -32,7 +32,8 @@ from dnpo.policy.model import Policy
 from dnpo.policy.packing import pack, pack_shared
 from dnpo.policy.question import TINY, ask, check_template, frame
 from dnpo.policy.tokenizer import encode, train_tokenizer
-from dnpo.records import GIVEN, HUMAN, Pair, Prompt, Response, Verdict, read, read_all
+from dnpo.records import GIVEN, HUMAN, Pair, Prompt, Response, Verdict
+from dnpo.tables import read, read_all
 from tests.commands import SMOKE, succeed, train
 from tests.conftest import Report, World, torch_optimizer, verdicts
 

@@ -12,10 +12,11 @@ import pytest
 from dnpo.data.files import Csv, Files, JsonLines
 from dnpo.data.rows import SCORES
 from dnpo.errors import DataError
-from dnpo.records import GIVEN, Prompt, Response, read, write_preferences
+from dnpo.records import GIVEN, Prompt, Response
 from dnpo.stages.before import prepare
-from dnpo.stages.files import open_given, read_split
+from dnpo.stages.files import open_given, read_split, write_preferences
 from dnpo.store import Stage, Store
+from dnpo.tables import read
 from dnpo.tracking.datasets import list_datasets
 from tests.conftest import SHARED, Report, World
 from tests.test_files import FORMATS, LIMITS, Save, every_format, everything, hub, jsonl, save, write

@@ -36,7 +36,8 @@ from dnpo.optimise.parts import Optimisation
 from dnpo.optimise.training import fit
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy
-from dnpo.records import Rollout, read, write
+from dnpo.records import Rollout
+from dnpo.tables import read, write
 from tests.commands import SMOKE, TINY, succeed, summary
 from tests.commands import train as run
 from tests.conftest import Report, World, torch_optimizer

@@ -11,9 +11,10 @@ import pytest
 from dnpo.data.files import JsonLines
 from dnpo.data.tinyworld import TinyWorld
 from dnpo.errors import DataError, ModelError
-from dnpo.records import Prompt, Response, read
+from dnpo.records import Prompt, Response
 from dnpo.stages.before import prepare
 from dnpo.store import Stage
+from dnpo.tables import read
 from tests.conftest import Report, World
 
 WORDS = "one two three four five six seven eight nine ten"

@@ -8,21 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dnpo.records import (
-    HUMAN,
-    Pair,
-    Prompt,
-    ReferenceLogps,
-    Response,
-    Verdict,
-    mean_over_steps,
-    policy_source,
-    read,
-    read_all,
-    schema,
-    write,
-)
+from dnpo.records import HUMAN, Pair, Prompt, ReferenceLogps, Response, Verdict, mean_over_steps, policy_source
 from dnpo.running import execute
+from dnpo.tables import read, read_all, schema, write
 
 # What people and models write: other scripts, markup, control characters, special tokens, quotes, nothing at all.
 TEXTS = (

@@ -24,12 +24,13 @@ from dnpo.optimise.reference import KeptHidden, keep_hidden, read_scores, score
 from dnpo.policy.lora import Lora
 from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
-from dnpo.records import Pair, ReferenceLogps, read
+from dnpo.records import Pair, ReferenceLogps
 from dnpo.settings import Bound
 from dnpo.stages import verbs
 from dnpo.stages.plan import Plan, Run
 from dnpo.store import Stage, Store, manifest
 from dnpo.store.manifests import seal
+from dnpo.tables import read
 from tests.conftest import Report, World, torch_optimizer
 
 MakePolicy = Callable[..., Policy]
@@ -322,7 +323,7 @@ def run_of(
         return {}
 
     def write_pairs(folder: Path, inputs: Any, report: Any) -> dict[str, Any]:
-        from dnpo.records import write
+        from dnpo.tables import write
 
         write(folder / "pairs.parquet", pairs, Pair)
         return {}

@@ -9,19 +9,20 @@ import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dnpo import disk, dsl, records, tables
+from dnpo import disk, dsl, tables
 from dnpo.commands.train import build
 from dnpo.judges import make_verdict
 from dnpo.judges.longer import Longer
 from dnpo.optimise import reference as references
 from dnpo.policy import tokenizer
-from dnpo.records import Verdict, read
+from dnpo.records import Verdict
 from dnpo.settings import conf_folder
 from dnpo.stages import files, verbs
 from dnpo.stages.before import fine_tune, prepare
 from dnpo.stages.files import Portion, Shards, divide
 from dnpo.stages.verbs import evaluate, generate, judge, label, reference
 from dnpo.store import MANIFEST, Stage, Store, manifest
+from dnpo.tables import read
 from tests.conftest import Report, World
 
 SETTINGS = (
@@ -76,8 +77,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows in a shard and in a row group."""
     monkeypatch.setattr(files, "SIZE", ROWS)
     monkeypatch.setattr(references, "SHARD", ROWS)
-    for module in (records, tables):
-        monkeypatch.setattr(module, "GROUP", ROWS)
+    monkeypatch.setattr(tables, "GROUP", ROWS)
 
 
 def contents(folder: Path) -> dict[str, Any]:

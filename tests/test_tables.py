@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from dnpo import records, tables
+from dnpo import tables
 from dnpo.errors import StoreError
-from dnpo.records import Pair, Prompt, Response, Verdict, read, write
-from dnpo.tables import Collector, Rows, Writer, in_parts
+from dnpo.records import Pair, Prompt, Response, Verdict
+from dnpo.tables import Collector, Rows, Writer, in_parts, read, write
 from tests.test_records import PAIRS, PROMPTS, RESPONSES, VERDICTS
 
 KINDS: list[tuple[type, list[Any]]] = [(Prompt, PROMPTS), (Response, RESPONSES), (Verdict, VERDICTS), (Pair, PAIRS)]
@@ -20,8 +20,7 @@ KINDS: list[tuple[type, list[Any]]] = [(Prompt, PROMPTS), (Response, RESPONSES),
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows in a row group."""
-    for module in (records, tables):
-        monkeypatch.setattr(module, "GROUP", 3)
+    monkeypatch.setattr(tables, "GROUP", 3)
 
 
 def make(count: int) -> list[Response]:

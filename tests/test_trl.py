@@ -13,7 +13,8 @@ from dnpo.optimise import preference
 from dnpo.optimise.parts import Logistic, NoNoise, PairOptimisation
 from dnpo.optimise.reference import read_scores, score
 from dnpo.policy.model import Policy
-from dnpo.records import Pair, write_preferences
+from dnpo.records import Pair
+from dnpo.stages.files import write_preferences
 from tests.commands import succeed
 from tests.conftest import Report, World, torch_optimizer
 from tests.trl_training import compare_run, differences, train_by_trl

@@ -95,9 +95,9 @@ def compare_run(folder: Path) -> dict[str, float]:
         The greatest difference of final log-probabilities, in nats; their mean difference; by how much training moved
         them at most; numbers of pairs and of policy steps.
     """
-    from dnpo.records import read
     from dnpo.settings import CONTENTS, build, check
     from dnpo.store import manifest
+    from dnpo.tables import read
 
     (stage,) = (folder / "store" / "optimise").iterdir()
     made = manifest(stage)

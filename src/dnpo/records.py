@@ -1,28 +1,15 @@
-"""The rows that flow through a run, and their Parquet files.
+"""The rows that flow through a run: ``Prompt`` → ``Response`` → ``Verdict`` → ``Pair``.
 
-``Prompt`` → ``Response`` → ``Verdict`` → ``Pair``. A row is a frozen dataclass of plain values; a file of rows is one
-Parquet table whose schema follows from the dataclass, so that empty lists and missing scores keep their type.
+A row is a frozen dataclass of plain values. ``tables.py`` reads and writes files of rows.
 """
 
-import dataclasses
-import json
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from dnpo import disk
-from dnpo.errors import StoreError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from _typeshed import DataclassInstance
+from typing import Literal
 
 Message = dict[str, str]
 Finish = Literal["eos", "length"]
-GROUP = 4096  # rows in a row group of a file, which is read at once
+
 HUMAN = "human"
 GIVEN = "given"
 
@@ -209,122 +196,7 @@ class Item:
     logprob: float | None
 
 
-Row = TypeVar("Row", bound="DataclassInstance")
-
-
-def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
-    """Write rows to a Parquet file, which is complete or does not exist."""
-    import pyarrow.parquet as pq
-
-    aside = disk.name_aside(path)
-    try:
-        with pq.ParquetWriter(aside, schema(kind), write_page_checksum=True) as file:
-            for first in range(0, max(len(rows), 1), GROUP):
-                file.write_table(to_table(rows[first : first + GROUP], kind))
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    disk.replace(aside, path)
-
-
-def to_table(rows: Sequence[Row], kind: type[Row]) -> "pa.Table":
-    """The Arrow table of rows."""
-    import pyarrow as pa
-
-    columns = {f.name: [getattr(row, f.name) for row in rows] for f in dataclasses.fields(kind)}
-    return pa.table(columns, schema=schema(kind))
-
-
-def read(path: Path, kind: type[Row]) -> list[Row]:
-    """Read the rows that :func:`write` wrote.
-
-    Raises:
-        StoreError: the file is damaged.
-    """
-    import pyarrow.parquet as pq
-
-    with undamaged(path):
-        return [kind(**row) for row in pq.read_table(path, page_checksum_verification=True).to_pylist()]
-
-
-@contextmanager
-def undamaged(path: Path) -> Iterator[None]:
-    """Turn Arrow's errors for a damaged file into an error that names the file.
-
-    Raises:
-        StoreError: the file is damaged.
-    """
-    import pyarrow as pa
-
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError, TypeError) as error:  # OSError: a checksum differs
-        raise StoreError(f"{path}: is damaged ({error}); remove it, and the same command makes it again") from error
-
-
-def write_preferences(path: Path, pairs: Iterable[Pair]) -> None:
-    """Write pairs as JSON lines in TRL's conversational preference format, which TRL's and other trainers read.
-
-    Each line has ``prompt``, ``chosen`` and ``rejected`` as lists of messages, and the id, sources, samples, scores,
-    strength and weight of the pair. The file is complete or does not exist.
-    """
-    rows = (
-        {
-            "id": pair.id,
-            "prompt": pair.messages,
-            "chosen": [{"role": "assistant", "content": pair.chosen}],
-            "rejected": [{"role": "assistant", "content": pair.rejected}],
-            "chosen_source": pair.chosen_source,
-            "rejected_source": pair.rejected_source,
-            "chosen_score": pair.chosen_score,
-            "rejected_score": pair.rejected_score,
-            "chosen_sample": pair.chosen_sample,
-            "rejected_sample": pair.rejected_sample,
-            "iteration": pair.iteration,
-            "strength": pair.strength,
-            "weight": pair.weight,
-            "shift": pair.shift,
-        }
-        for pair in pairs
-    )
-    aside = disk.name_aside(path)
-    try:
-        with aside.open("w", encoding="ascii") as stream:
-            stream.writelines(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
-        disk.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_all(paths: Iterable[Path], kind: type[Row]) -> list[Row]:
-    """Read several files of rows, in the order given."""
-    return [row for path in paths for row in read(path, kind)]
-
-
 def mean_over_steps(steps: Sequence[Mapping[str, float]], name: str) -> float:
     """The mean of a metric over those training steps that have it, each weighted by its rows."""
     weights = [(step[name], step.get("rows", 1.0)) for step in steps if name in step]
     return sum(value * rows for value, rows in weights) / sum(rows for _, rows in weights)
-
-
-def schema(kind: type) -> "pa.Schema":
-    """The Arrow schema of a row type, from its annotations."""
-    import pyarrow as pa
-
-    return pa.schema([(name, _arrow(hint)) for name, hint in get_type_hints(kind).items()])
-
-
-def _arrow(hint: Any) -> "pa.DataType":
-    import pyarrow as pa
-
-    if hint == Message:
-        return pa.struct([("role", pa.string()), ("content", pa.string())])
-    if get_origin(hint) is Literal:
-        return pa.string()
-    if get_origin(hint) is list:
-        return pa.list_(_arrow(get_args(hint)[0]))
-    if get_origin(hint) in (Union, types.UnionType):
-        return _arrow(next(arg for arg in get_args(hint) if arg is not type(None)))
-    return {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}[hint]

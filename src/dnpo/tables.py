@@ -1,26 +1,129 @@
-"""Sequences of millions of rows in Parquet files. A row becomes an object only when it is read.
+"""Read and write Parquet files of rows, whole ones, or millions of rows that become objects when they are read.
 
 A row as an object takes some kilobytes, so a million of them do not fit into memory. :class:`Rows` reads one row group
 at a time, and only the columns that are asked for. :class:`Writer` writes rows as they come.
+
+A file of rows is one table whose schema follows from the dataclass, so that empty lists and missing scores keep their
+type.
 """
 
 import dataclasses
+import types
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    Self,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 from dnpo import disk
-from dnpo.records import GROUP, Row, schema, to_table, undamaged
+from dnpo.errors import StoreError
+from dnpo.records import Message
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    from _typeshed import DataclassInstance
 
+Row = TypeVar("Row", bound="DataclassInstance")
 Each = TypeVar("Each")
+
+GROUP = 4096  # rows in a row group of a file, which is read at once
+
+
+def write(path: Path, rows: Sequence[Row], kind: type[Row]) -> None:
+    """Write rows to a Parquet file, which is complete or does not exist."""
+    import pyarrow.parquet as pq
+
+    aside = disk.name_aside(path)
+    try:
+        with pq.ParquetWriter(aside, schema(kind), write_page_checksum=True) as file:
+            for first in range(0, max(len(rows), 1), GROUP):
+                file.write_table(to_table(rows[first : first + GROUP], kind))
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    disk.replace(aside, path)
+
+
+def to_table(rows: Sequence[Row], kind: type[Row]) -> "pa.Table":
+    """The Arrow table of rows."""
+    import pyarrow as pa
+
+    columns = {f.name: [getattr(row, f.name) for row in rows] for f in dataclasses.fields(kind)}
+    return pa.table(columns, schema=schema(kind))
+
+
+def read(path: Path, kind: type[Row]) -> list[Row]:
+    """Read the rows that :func:`write` wrote.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    with undamaged(path):
+        return [kind(**row) for row in pq.read_table(path, page_checksum_verification=True).to_pylist()]
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Turn Arrow's errors for a damaged file into an error that names the file.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, TypeError) as error:  # OSError: a checksum differs
+        raise StoreError(f"{path}: is damaged ({error}); remove it, and the same command makes it again") from error
+
+
+def read_all(paths: Iterable[Path], kind: type[Row]) -> list[Row]:
+    """Read several files of rows, in the order given."""
+    return [row for path in paths for row in read(path, kind)]
+
+
+def schema(kind: type) -> "pa.Schema":
+    """The Arrow schema of a row type, from its annotations."""
+    import pyarrow as pa
+
+    return pa.schema([(name, _arrow(hint)) for name, hint in get_type_hints(kind).items()])
+
+
+def _arrow(hint: Any) -> "pa.DataType":
+    import pyarrow as pa
+
+    if hint == Message:
+        return pa.struct([("role", pa.string()), ("content", pa.string())])
+    if get_origin(hint) is Literal:
+        return pa.string()
+    if get_origin(hint) is list:
+        return pa.list_(_arrow(get_args(hint)[0]))
+    if get_origin(hint) in (Union, types.UnionType):
+        return _arrow(next(arg for arg in get_args(hint) if arg is not type(None)))
+    return {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}[hint]
+
+
+# --- sequences
 
 
 @dataclass(frozen=True, slots=True)

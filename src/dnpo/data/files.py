@@ -12,9 +12,9 @@ from dnpo.data.source import RawTable, Rows
 from dnpo.data.unread import columns_with_text, holds_text, may_hold_text
 from dnpo.data.unusable import shown
 from dnpo.errors import DataError
-from dnpo.records import GROUP
 from dnpo.settings import place
 from dnpo.store import content_hash
+from dnpo.tables import GROUP
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -28,11 +28,11 @@ from dnpo.generate.hf import sample
 from dnpo.judges import Judge, judge_responses, tally
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.policy.model import Policy
-from dnpo.records import Item, Pair, Prompt, Response, Verdict, write
+from dnpo.records import Item, Pair, Prompt, Response, Verdict
 from dnpo.seeding import derive
 from dnpo.stats.sampling import majority, pass_at_k
 from dnpo.store import Report
-from dnpo.tables import column, take, with_ids
+from dnpo.tables import column, take, with_ids, write
 
 
 def evaluate(

@@ -29,10 +29,10 @@ from dnpo import ranks
 from dnpo.errors import ModelError, SettingsError
 from dnpo.generate import Ahead, Sampling
 from dnpo.policy.model import Policy
-from dnpo.records import Finish, Prompt, Response, write
+from dnpo.records import Finish, Prompt, Response
 from dnpo.seeding import derive
 from dnpo.store import Report
-from dnpo.tables import Rows, values
+from dnpo.tables import Rows, values, write
 
 FREE = 0.25  # share of a batch that must be free before more prompts are read, since each read has a fixed cost
 GROUP = 64  # vocabulary entries that draw together, see _pick

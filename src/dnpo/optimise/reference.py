@@ -21,9 +21,9 @@ from dnpo import disk, ranks
 from dnpo.errors import Declined, DiskError
 from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
-from dnpo.records import Pair, ReferenceLogps, read_all, write
+from dnpo.records import Pair, ReferenceLogps
 from dnpo.store import Report
-from dnpo.tables import lengths
+from dnpo.tables import lengths, read_all, write
 
 SHARD = 1024  # pairs in a shard; a killed run loses at most one shard
 SPARE = 2**30  # bytes that hidden states leave free on the disk

@@ -16,7 +16,7 @@ from typing import Any
 from dnpo import catalogue, disk
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
-from dnpo.records import GROUP, mean_over_steps
+from dnpo.records import mean_over_steps
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.running.ending import show_briefly
@@ -25,6 +25,7 @@ from dnpo.stages.files import count_labels
 from dnpo.stages.plan import Iteration
 from dnpo.store import Stage, Store, manifest, provenance, write_json
 from dnpo.store.provenance import commit
+from dnpo.tables import GROUP
 from dnpo.tracking import RUNNING
 from dnpo.tracking import datasets as inputs
 from dnpo.tracking.reading import AVERAGED, STEPS_OF

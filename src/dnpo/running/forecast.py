@@ -9,10 +9,11 @@ from itertools import product
 
 from dnpo.generate import Live
 from dnpo.judges import Forecast, Judge
-from dnpo.records import HUMAN, Prompt, Response, policy_source, read, read_all
+from dnpo.records import HUMAN, Prompt, Response, policy_source
 from dnpo.stages.plan import Iteration, Plan, Run
 from dnpo.stages.rollouts import Chunks, count_rollouts
 from dnpo.store import Stage, Store
+from dnpo.tables import read, read_all
 
 
 def forecast(run: Run, iterations: Sequence[Iteration], store: Store) -> dict[str, Forecast]:

@@ -13,9 +13,10 @@ from dnpo.judges import Judge, tally
 from dnpo.judges.agreement import compare, judge_both
 from dnpo.judges.agreement.rows import Labelled, LabelledRow
 from dnpo.judges.asked.ledger import Ledger
-from dnpo.records import Verdict, read, write
+from dnpo.records import Verdict
 from dnpo.settings import part_key
 from dnpo.store import MANIFEST, Report, Stage, Store, manifest, write_json
+from dnpo.tables import read, write
 
 STAGE, VERSION = "agreement", 1
 POINTS = "points.json"

@@ -14,13 +14,14 @@ from dnpo.errors import DataError
 from dnpo.evaluate import Held
 from dnpo.judges import Judge, judge_responses
 from dnpo.judges.asked.ledger import Ledger
-from dnpo.records import HUMAN, Prompt, Response, read, schema
+from dnpo.records import HUMAN, Prompt, Response
 from dnpo.settings import part_key
 from dnpo.stages.files import read_split
 from dnpo.stages.plan import Facts, Run, Task, verb
 from dnpo.stats.length import LengthControlled, control_length
 from dnpo.stats.wins import Wins, preferences, wins
 from dnpo.store import Report
+from dnpo.tables import read, schema
 
 DUELS = "duels.parquet"
 

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dnpo import ranks
+from dnpo import disk, ranks
 from dnpo.data.prompts import All
 from dnpo.evaluate import Held
 from dnpo.policy.base import describe_saved
-from dnpo.records import Pair, Prompt, Response, mean_over_steps, read, write
+from dnpo.records import Pair, Prompt, Response, mean_over_steps
 from dnpo.stages.plan import Plan
 from dnpo.store import Report, manifest, write_json
-from dnpo.tables import Made, Rows, Writer, column, in_parts, take
+from dnpo.tables import Made, Rows, Writer, column, in_parts, read, take, write
 
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
@@ -84,6 +84,40 @@ def load_sequences(folder: Path, split: str) -> Sequence[tuple[str, list[int], l
 
         return Made(len(prompts), make)
     return [(prompt.id, prompt.token_ids, response.token_ids) for prompt, response in zip(prompts, human, strict=True)]
+
+
+def write_preferences(path: Path, pairs: Iterable[Pair]) -> None:
+    """Write pairs as JSON lines in TRL's conversational preference format, which TRL's and other trainers read.
+
+    Each line has ``prompt``, ``chosen`` and ``rejected`` as lists of messages, and the id, sources, samples, scores,
+    strength and weight of the pair. The file is complete or does not exist.
+    """
+    rows = (
+        {
+            "id": pair.id,
+            "prompt": pair.messages,
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+            "chosen_source": pair.chosen_source,
+            "rejected_source": pair.rejected_source,
+            "chosen_score": pair.chosen_score,
+            "rejected_score": pair.rejected_score,
+            "chosen_sample": pair.chosen_sample,
+            "rejected_sample": pair.rejected_sample,
+            "iteration": pair.iteration,
+            "strength": pair.strength,
+            "weight": pair.weight,
+            "shift": pair.shift,
+        }
+        for pair in pairs
+    )
+    aside = disk.name_aside(path)
+    try:
+        with aside.open("w", encoding="ascii") as stream:
+            stream.writelines(f"{json.dumps(row, allow_nan=False)}\n" for row in rows)
+        disk.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def count_labels(folder: Path) -> dict[str, Any]:

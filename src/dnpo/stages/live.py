@@ -19,19 +19,12 @@ from dnpo.errors import StoreError
 from dnpo.generate import Live
 from dnpo.judges import Judge, tally
 from dnpo.optimise.live import Clock, require
-from dnpo.records import (
-    HUMAN,
-    Pair,
-    Prompt,
-    Rollout,
-    read,
-    read_all,
-    write,
-    write_preferences,
-)
+from dnpo.records import HUMAN, Pair, Prompt, Rollout
+from dnpo.stages.files import write_preferences
 from dnpo.stages.plan import Facts, Plan, Run, Task
 from dnpo.stages.rollouts import ROLLOUTS, Responder, as_response, as_verdict, gather, make_responder
 from dnpo.store import write_json
+from dnpo.tables import read, read_all, write
 
 if TYPE_CHECKING:
     from dnpo.evaluate import Held

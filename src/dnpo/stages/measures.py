@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from dnpo.evaluate import LEADERBOARD, Evaluated
 from dnpo.judges import judge_responses, tally
-from dnpo.records import Item, Pair, Response, Verdict, read, write
+from dnpo.records import Item, Pair, Response, Verdict
 from dnpo.seeding import derive
 from dnpo.settings import named_within, part_key
 from dnpo.stages.files import open_split, read_split
 from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, Verb, verb
 from dnpo.stages.verbs import sampling_of
 from dnpo.store import Stage, write_json
-from dnpo.tables import Rows, with_ids
+from dnpo.tables import Rows, read, with_ids, write
 
 if TYPE_CHECKING:
     from dnpo.evaluate import Measure

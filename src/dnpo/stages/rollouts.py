@@ -18,10 +18,11 @@ from dnpo.judges import Judge, ask, make_verdict, too_many
 from dnpo.judges.asked.ledger import Ledger
 from dnpo.judges.meanwhile import Meanwhile
 from dnpo.optimise.live import require
-from dnpo.records import HUMAN, Response, Rollout, Verdict, policy_source, read, read_all, write
+from dnpo.records import HUMAN, Response, Rollout, Verdict, policy_source
 from dnpo.seeding import derive
 from dnpo.stages.plan import Facts, Plan, Run, Task
 from dnpo.store import Report, write_json
+from dnpo.tables import read, read_all, write
 
 if TYPE_CHECKING:
     from dnpo.evaluate import Held

@@ -19,14 +19,22 @@ from dnpo.data.prompts import All
 from dnpo.errors import DataError, Declined, DnpoError, JudgeError
 from dnpo.judges import ask, check_verdicts, tally
 from dnpo.optimise.parts import MatchedOffset, MovingAverage
-from dnpo.records import HUMAN, Pair, Verdict, mean_over_steps, policy_source, read, write, write_preferences
+from dnpo.records import HUMAN, Pair, Verdict, mean_over_steps, policy_source
 from dnpo.seeding import derive
 from dnpo.settings import part_key
 from dnpo.stages import files, live
-from dnpo.stages.files import load_pairs, open_candidates, open_split, open_train, read_split, write_trained
+from dnpo.stages.files import (
+    load_pairs,
+    open_candidates,
+    open_split,
+    open_train,
+    read_split,
+    write_preferences,
+    write_trained,
+)
 from dnpo.stages.plan import BEFORE, Facts, Plan, Run, Task, only_if, verb
 from dnpo.store import Stage, manifest, write_json
-from dnpo.tables import Rows
+from dnpo.tables import Rows, read, write
 
 if TYPE_CHECKING:
     from dnpo.generate import Sampling

@@ -196,11 +196,11 @@ class LeaderboardResult:
 
     def write(self, folder: Path, about: Mapping[str, Any]) -> None:
         """Write ``leaderboard.json``, including ``about``, and ``leaderboard-items.parquet``."""
-        from dnpo import records
+        from dnpo import tables
 
         rows: Any = self.items
         kind: Any = BenchmarkItem
-        records.write(folder / ITEMS, rows, kind)
+        tables.write(folder / ITEMS, rows, kind)
         scores = {name: asdict(score) for name, score in self.scores.items()}
         write_json(folder / SCORES, {**about, "average": self.average, "seconds": self.seconds, "scores": scores})
 

@@ -31,8 +31,9 @@ from dnpo.optimise.training import Training, fit, make_fused
 from dnpo.policy.logprobs import token_logps
 from dnpo.policy.model import Policy, by_length
 from dnpo.policy.packing import pack
-from dnpo.records import Rollout, read, read_all, write
+from dnpo.records import Rollout
 from dnpo.store import Report
+from dnpo.tables import read, read_all, write
 
 
 @dataclass(frozen=True)
