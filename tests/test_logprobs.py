@@ -639,7 +639,7 @@ def test_all_logits_by_hand() -> None:
 
 
 def test_token_logps_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits (ln 1, ln 2, ln 5) are probabilities 1/8, 2/8, 5/8; a shift of 1000 neither counts nor overflows."""
+    """Logits (ln 1, ln 2, ln 5) give probabilities 1/8, 2/8, 5/8; a shift of 1000 changes nothing, no overflow."""
     sizes(monkeypatch, tile=2)
     for shift in (0.0, 1000.0, -1000.0):
         bias = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64).log() + shift

@@ -345,7 +345,7 @@ def test_a_prompt_begins_as_the_tokenizer_begins_texts(shared: Path) -> None:
 
 
 def test_dropout_is_off_whatever_the_model_says(make_policy: MakePolicy, tmp_path: Path) -> None:
-    """GPT-2 comes with 0.1: with it the policy is not the reference at step 0, and chance is not the run's own."""
+    """GPT-2 ships dropout 0.1: the policy would differ from the reference at step 0, at random."""
     make_policy(attention_dropout=0.5).save(tmp_path)
     policy = load(str(tmp_path), None)
     assert policy.causal_lm.config.attention_dropout == 0.0

@@ -365,7 +365,7 @@ def test_extreme_weights_stay_finite_and_can_come_back(
 
 
 def test_rows_of_a_product_have_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy's log-probabilities go through the head so many tokens at once; no noise depends on that."""
+    """The policy's log-probabilities are computed in blocks of tokens; noise does not depend on the block size."""
     found = []
     for rows in (8192, 3):
         monkeypatch.setattr(logprobs, "ROWS", rows)
@@ -895,7 +895,7 @@ def test_the_bound_holds_for_any_weights(problem: Problem, bound: float) -> None
 
 @pytest.mark.usefixtures("whole")
 def test_variance_runs_away_without_a_bound(larger: Problem) -> None:
-    """Why there is a bound: noise-only training at α = 0 takes mean(s²) over 100 without one, and not to 1 with it."""
+    """The reason for a bound: noise training at α = 0 raises mean(s²) over 100 without it, but not to 1 with it."""
     ends = {}
     for bound in (1e12, 1.0):
         noise = TrainableModule(HIDDEN, VOCABULARY, alpha=0.0, max_variance=bound)

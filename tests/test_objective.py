@@ -1,4 +1,4 @@
-"""The equations: numbers worked out by hand, who gets which gradient, and SPIN's theorems on a small exact policy."""
+"""The equations: numbers by hand, gradients, and SPIN's theorems on a small exact policy."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,13 +27,13 @@ BETA = 0.1
 
 
 def pairs(numbers: tuple[tuple[float, ...], tuple[float, ...]], grad: bool = False) -> PairLogps:
-    """Chosen and rejected log-probabilities in float64, as leaves if they shall receive gradients."""
+    """Chosen and rejected log-probabilities in float64; leaves if they need gradients."""
     chosen, rejected = (torch.tensor(n, dtype=torch.float64, requires_grad=grad) for n in numbers)
     return PairLogps(chosen, rejected)
 
 
 def noisy(policy: tuple[float, ...], noise: tuple[float, ...], variance: float, grad: bool = False) -> NoisyReference:
-    """What a noise gives, with plain numbers; all three are leaves with gradient if ``grad``."""
+    """The output of a noise, with plain numbers; all three are leaves with gradient if ``grad``."""
     return NoisyReference(
         *(torch.tensor(x, dtype=torch.float64, requires_grad=grad) for x in (policy, noise, variance))
     )
@@ -45,14 +45,14 @@ def facts(
     shift: Sequence[float] | None = None,
     tokens: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> Facts:
-    """Facts in float64: weights 1, no shifts and lengths of 10 where nothing else is said."""
+    """Facts in float64: by default weights of 1, no shifts and lengths of 10."""
     size = len(strength)
     columns = (strength, weight or [1.0] * size, shift or [0.0] * size, *(tokens or ([10.0] * size, [10.0] * size)))
     return Facts(*(torch.tensor(column, dtype=torch.float64) for column in columns))
 
 
 def hard(size: int) -> Facts:
-    """Facts of so many pairs with hard labels."""
+    """Facts of ``count`` pairs with hard labels."""
     return facts([1.0] * size)
 
 
@@ -62,7 +62,7 @@ def assert_equal(found: Tensor, expected: object, atol: float = 1e-9) -> None:
 
 
 def draws(count: int, size: int, seed: int) -> list[Tensor]:
-    """So many float64 vectors on the scale of response log-probabilities, from a generator of their own."""
+    """``count`` float64 vectors on the scale of response log-probabilities, from a separate generator."""
     generator = Generator().manual_seed(seed)
     return [5 * torch.randn(size, generator=generator, dtype=torch.float64) - 20 for _ in range(count)]
 
@@ -71,7 +71,7 @@ def draws(count: int, size: int, seed: int) -> list[Tensor]:
 
 
 def test_gap_by_hand() -> None:
-    """Which of the four log-probabilities enters with which sign."""
+    """The signs of the four log-probabilities."""
     assert_equal(log_ratio_gap(pairs(POLICY), pairs(REFERENCE)), [7.0, -9.0])
 
 
@@ -79,7 +79,7 @@ def test_gap_by_hand() -> None:
     ("which", "index", "sign"), [("policy", 0, 1), ("policy", 1, -1), ("reference", 0, -1), ("reference", 1, 1)]
 )
 def test_gap_moves_one_nat_with_each_logp(which: str, index: int, sign: int) -> None:
-    """A sign that is wrong in one place could cancel in the worked numbers, but not here."""
+    """A wrong sign could cancel in the worked numbers, but not here."""
     numbers = {"policy": [list(n) for n in POLICY], "reference": [list(n) for n in REFERENCE]}
     numbers[which][index][0] += 1
     policy, reference = (pairs((tuple(n[0]), tuple(n[1]))) for n in numbers.values())
@@ -99,7 +99,7 @@ def test_beta_scales_the_gap() -> None:
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_policy_equal_to_reference_costs_ln_2(beta: float) -> None:
-    """Step 0 of every iteration, whatever the temperature: margin 0, loss ln 2 to the last digit."""
+    """Step 0 of every iteration, for every temperature: margin 0 and loss ln 2 in all digits."""
     assert_equal(logistic(pairs(POLICY), pairs(POLICY), beta=beta), [math.log(2)] * 2, atol=0)
 
 
@@ -137,7 +137,7 @@ def test_saturation_by_hand() -> None:
 
 
 def test_saturation_is_the_size_of_the_gradient() -> None:
-    """It is reported as the loss's mean |dℓ/dm|; hold it to that definition."""
+    """It is reported as the mean |dℓ/dm| of the loss; this is compared with the definition."""
     policy, reference = pairs(POLICY, grad=True), pairs(REFERENCE)
     logistic(policy, reference, beta=BETA).mean().backward()
     found = saturation(BETA * log_ratio_gap(policy.detach(), reference)).mean()
@@ -217,7 +217,7 @@ def test_logistic_against_finite_differences(beta: float) -> None:
 
 
 def test_terms_against_finite_differences() -> None:
-    """Each term in the quantities that it may move; the others are stopped, which the tests above hold."""
+    """Each term in the quantities that it may change; the tests above check that the others are stopped."""
     policy_chosen, policy_rejected, *rest = draws(6, size=6, seed=2)
     reference, policy_B, noise_B = PairLogps(rest[0], rest[1]), rest[2], rest[3]
     variance = torch.tensor(0.3, dtype=torch.float64)
@@ -276,7 +276,7 @@ def minimum(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 5.0])
 def test_theorem_5_2_stationary_at_the_data(beta: float) -> None:
-    """SPIN stops when the policy is the data: there, and not elsewhere, the population loss has no gradient.
+    """SPIN stops when the policy equals the data: only there the population loss has gradient 0.
 
     At θ = θ_k every margin is 0, so the gradient in the logits of a softmax is −β/2 (p_data − p_θk).
     """
@@ -291,7 +291,7 @@ def test_theorem_5_2_stationary_at_the_data(beta: float) -> None:
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 5.0])
 def test_theorem_5_4_where_an_iteration_ends(beta: float) -> None:
-    """The global minimum is p_θk (p_data / p_θk)^{1/β}, normalised: β < 1 overshoots the data, β > 1 holds back."""
+    """The global minimum is p_θk (p_data / p_θk)^{1/β}, normalised: β < 1 moves beyond the data, β > 1 less far."""
     expected = BEFORE * (DATA / BEFORE) ** (1 / beta)
     expected /= expected.sum()
     found = minimum(lambda logits: population_loss(logits, BEFORE, DATA, beta), BEFORE.log())
@@ -303,7 +303,7 @@ def test_theorem_5_4_where_an_iteration_ends(beta: float) -> None:
 
 
 def test_iterations_at_beta_above_one_approach_the_data() -> None:
-    """Theorem 5.4 iterated is what self-play promises: log p_data − log p_θk shrinks by 1 − 1/β an iteration."""
+    """Theorem 5.4, iterated: log p_data − log p_θk shrinks by the factor 1 − 1/β per iteration."""
     now = BEFORE
     before = (DATA.log() - now.log()).var()
     for _ in range(3):

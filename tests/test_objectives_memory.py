@@ -1,4 +1,4 @@
-"""No training step makes a tensor of [tokens, vocabulary], whatever the objective and the noise."""
+"""No training step makes a tensor of [tokens, vocabulary], under any objective and noise."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -57,12 +57,12 @@ class Allocations(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small ones, so that the vocabulary has many."""
+    """Small tiles, so that the vocabulary has many."""
     monkeypatch.setitem(logprobs.TILE, "cpu", TILE)
 
 
 def step(objective: Any, noisy: bool, make_policy: MakePolicy, world: World, folder: Path) -> tuple[Allocations, int]:
-    """Two steps of a whole training, and the fewest tokens that all responses of one side have."""
+    """Two steps of a whole training, and the smaller number of response tokens of both sides."""
     policy = make_policy(hidden_size=WIDTH, num_hidden_layers=1, intermediate_size=8, vocab_size=ENTRIES)
     pairs = world.pairs(PAIRS)
     with Allocations() as found:
@@ -87,18 +87,18 @@ def step(objective: Any, noisy: bool, make_policy: MakePolicy, world: World, fol
 def test_no_step_allocates_the_logits_of_all_tokens(
     name: str, noisy: bool, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Nor those of one side: the largest tensors are tiles of logits, and weights and gradients of the head."""
+    """Not of one side either: the largest tensors are tiles of logits, and weights and gradients of the head."""
     found, tokens = step(OBJECTIVES[name], noisy, make_policy, world, tmp_path)
     assert WIDTH * ENTRIES <= found.largest < tokens * ENTRIES, found.by
 
 
 def whole(hidden_NH: Tensor, head: logprobs.Head, target_N: Tensor) -> Tensor:
-    """Log-probabilities by all logits at once."""
+    """Log-probabilities from all logits at once."""
     return (hidden_NH @ head.weight_VH.t()).log_softmax(-1).gather(1, target_N.unsqueeze(-1)).squeeze(-1)
 
 
 def whole_extrapolated(policy: watch.States, reference: watch.States, target_N: Tensor, by: float) -> Tensor:
-    """The extrapolated policy's by all logits at once."""
+    """The extrapolated policy's log-probabilities from all logits at once."""
     mixed_NV = (1 + by) * policy.head.logits(policy.hidden_NH) - by * reference.head.logits(reference.hidden_NH)
     return mixed_NV.log_softmax(-1).gather(1, target_N.unsqueeze(-1)).squeeze(-1)
 

@@ -1,4 +1,4 @@
-"""The losses of pairs besides the plain logistic one: numbers worked out by hand, definitions, gradients, limits.
+"""The losses on pairs other than the plain logistic one: numbers by hand, definitions, gradients, limits.
 
 The pairs are those of ``test_objective.py``: gaps of 7 and −9 nats, margins of 0.7 and −0.9 at β = 0.1. Per token, with
 ``TOKENS``, they have log-probabilities of −2 and −2 (chosen), −2 and −1 (rejected); those of the reference are −2.4 and
@@ -78,7 +78,7 @@ def swapped(logps: PairLogps) -> PairLogps:
 
 
 def swapped_facts(known: Facts, **changes: Tensor) -> Facts:
-    """The same of facts."""
+    """The same for facts."""
     return known._replace(chosen_tokens_B=known.rejected_tokens_B, rejected_tokens_B=known.chosen_tokens_B, **changes)
 
 
@@ -137,19 +137,19 @@ def test_without_reference_by_hand() -> None:
 
 
 def test_surprise_by_hand() -> None:
-    """Of the chosen responses alone: per token 2 and 2, in all 10 and 8."""
+    """Of the chosen responses alone: per token 2 and 2, in sum 10 and 8."""
     assert_equal(surprise(pairs(POLICY), SURE, mean=True), [2.0, 2.0])
     assert_equal(surprise(pairs(POLICY), SURE, mean=False), [10.0, 8.0])
 
 
 def test_drift_by_hand() -> None:
-    """Moves of (1, 2) and (0, −4) where the variances are 1 and 4: (1 + 4/4) / 2 = 1, (0 + 16/4) / 2 = 2."""
+    """Drifts of (1, 2) and (0, −4) with variances of 1 and 4: (1 + 4/4) / 2 = 1, (0 + 16/4) / 2 = 2."""
     means = torch.tensor([[1.0, 2.0], [5.0, 1.0]]), torch.tensor([[0.0, 0.0], [5.0, 5.0]])
     assert_equal(drift(*means, torch.tensor([1.0, 4.0])), [1.0, 2.0])
 
 
 def test_percentile_by_hand() -> None:
-    """Of 0 to 10 a tenth lies under 1; of two numbers a tenth under a tenth of the way from one to the other."""
+    """The 0.1 quantile of 0 to 10 is 1; that of two numbers is a tenth of the way from the lower to the higher."""
     assert percentile(list(range(10, -1, -1)), 0.1) == 1.0
     assert percentile([3.0, 1.0], 0.1) == pytest.approx(1.2)
     assert (percentile([0.3], 0.1), percentile([1.0, 2.0], 0.0), percentile([1.0, 2.0], 1.0)) == (0.3, 1.0, 2.0)
@@ -224,7 +224,7 @@ def test_losses_against_finite_differences(name: str) -> None:
 
 
 def gradient(objective: Objective, policy: PairLogps, reference: PairLogps, known: Facts) -> list[Tensor]:
-    """d loss / d log p of chosen and of rejected responses; 0 where one is not read."""
+    """d loss / d log p of chosen and of rejected responses; 0 if one is not read."""
     leaves = [t.clone().requires_grad_() for t in policy]
     loss_B = objective(PairLogps(*leaves), reference, known)
     found = torch.autograd.grad(loss_B.sum(), leaves, allow_unused=True)
@@ -284,7 +284,7 @@ def test_gradient_per_token_and_of_likelihood() -> None:
     ids=["soft logistic", "squared"],
 )
 def test_a_sure_margin_is_pulled_back(objective: Objective, pulls: list[float]) -> None:
-    """−dL/dm at margins of 0, 0.5, 1, 2, 4 under p = 0.8 and p = 1: why the noise term is not the negative of these."""
+    """−dL/dm at margins 0, 0.5, 1, 2, 4 for p = 0.8 and p = 1: the noise term must not be the negative of these."""
     gap = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64) / BETA
     zero = torch.zeros_like(gap)
     known = hard(gap)._replace(strength_B=torch.full_like(gap, 0.8 if isinstance(objective, Logistic) else 1.0))
@@ -297,7 +297,7 @@ def test_a_sure_margin_is_pulled_back(objective: Objective, pulls: list[float]) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sure_labels_leave_all_bits(dtype: torch.dtype) -> None:
-    """p = 1, ε = 0 and no shift are DPO's softplus in all digits, in value and gradient, at every margin."""
+    """p = 1, ε = 0 and no shift give DPO's softplus in all digits, in value and gradient, at every margin."""
     chosen, rejected, *reference = (t.to(dtype) for t in draws(4, 4096, seed=5))
     chosen = chosen * torch.logspace(-3, 3, 4096, dtype=dtype)
     found = []
@@ -316,7 +316,7 @@ def test_sure_labels_leave_all_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["logistic", "odds ratio", "per token"])
 def test_the_soft_rule(name: str) -> None:
-    """p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺), of the loss of sure labels."""
+    """p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺), with the loss of hard labels."""
     policy, reference, known = random_pairs()
     sure = known._replace(strength_B=torch.ones(6, dtype=torch.float64))
     one = PAIR_LOSSES[name](policy, reference, sure)
@@ -326,7 +326,7 @@ def test_the_soft_rule(name: str) -> None:
 
 
 def test_the_soft_rule_of_the_squared_loss() -> None:
-    """Its target form has the same gradient; it is less by (1 − (2p − 1)²) / (4β²), which no policy changes."""
+    """Its target form has the same gradient; it is lower by the constant (1 − (2p − 1)²) / (4β²)."""
     policy, reference, known = random_pairs()
     sure = known._replace(strength_B=torch.ones(6, dtype=torch.float64))
     one = squared(policy, reference, sure, beta=BETA)
@@ -386,7 +386,7 @@ def test_step_zero_of_the_squared_loss(mean: bool) -> None:
 
 
 def test_sums_and_means_of_the_squared_loss_disagree() -> None:
-    """A gap at the target of sums is far from that of means: 0 against 18.2 on one pair."""
+    """A gap at the target of sums is far from the target of means: 0 against 18.2 on one pair."""
     policy = PairLogps(torch.tensor([0.0]), torch.tensor([-5.0]))
     reference = PairLogps(torch.tensor([0.0]), torch.tensor([0.0]))
     known = facts([1.0], tokens=([7.0], [6.8]))
@@ -413,7 +413,7 @@ def test_weight_0_of_the_odds_ratio_is_fine_tuning() -> None:
 
 
 def test_no_shift_has_no_limit_below() -> None:
-    """ξ_min is for shifted pairs alone: others keep DPO's loss at any margin."""
+    """ξ_min applies to shifted pairs alone: others have DPO's loss at any margin."""
     margin = torch.tensor([-30.0, -30.0], dtype=torch.float64)
     zero = torch.zeros_like(margin)
     known = hard(margin)._replace(shift_B=torch.tensor([0.0, 1e-300], dtype=torch.float64))
@@ -422,7 +422,7 @@ def test_no_shift_has_no_limit_below() -> None:
 
 
 def test_refined_limits() -> None:
-    """α = 0 and no suspects are the logistic loss in all digits; α = 1 turns a suspect label round."""
+    """α = 0 and no suspects give the logistic loss in all digits; α = 1 flips a suspect label."""
     policy, reference, known = random_pairs()
     plain = Logistic(beta=BETA)(policy, reference, known)
     some = known._replace(suspect_B=torch.tensor([0.0, 1.0] * 3, dtype=torch.float64))
@@ -479,7 +479,7 @@ def test_statistics_add_to_another_objective() -> None:
 
 
 def test_weights_are_over_the_whole_step() -> None:
-    """Micro-batches by their share of the weights: Σ w ℓ / Σ w of the step, however it is cut."""
+    """Micro-batches count by their share of the weights: Σ w ℓ / Σ w of the step, for every split."""
     policy, reference, known = random_pairs(7)
     known = known._replace(weight_B=torch.tensor([1.0, 0.25, 3.0, 0.5, 1.0, 2.0, 0.1], dtype=torch.float64))
     loss_B = Logistic(beta=BETA)(policy, reference, known)
@@ -500,7 +500,7 @@ def test_equal_weights_leave_the_bits_of_the_plain_mean(count: int) -> None:
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_the_noise_term_is_logistic_whatever_the_objective(name: str) -> None:
-    """Hard and logistic, weighted: noise narrows the margin under every objective that reads a reference."""
+    """Hard, logistic and weighted: noise lowers the margin under every objective with a reference."""
     policy, reference, known = random_pairs()
     known = known._replace(weight_B=torch.tensor([1.0, 0.5, 2.0, 1.0, 0.1, 3.0], dtype=torch.float64))
     met, noise = draws(2, 6, seed=9)
@@ -561,7 +561,7 @@ def test_where_an_iteration_ends_on_mixed_negatives(beta: float, share: float) -
     ids=str,
 )
 def test_what_an_objective_reads(objective: Any, reads: Sequence[bool]) -> None:
-    """And whether it really does not depend on what it does not read."""
+    """And the loss does not depend on inputs that it does not declare."""
     check_objective(objective)
     flags = [getattr(objective, "reads_reference", True), getattr(objective, "reads_rejected", True)]
     assert [*flags, getattr(objective, "needs_states", False)] == list(reads)

@@ -1,4 +1,4 @@
-"""Training under every objective: what is read, what is measured, limits, stops, and weights."""
+"""Training under every objective: inputs, metrics, limits, stops, and weights."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -63,7 +63,7 @@ def train(
     reference: Any = None,
     **others: Any,
 ) -> list[dict[str, float]]:
-    """Optimise with what the policy says before as the reference, if one is read."""
+    """Optimise against the policy before training as the reference, if one is read."""
     if reference is None and getattr(objective, "reads_reference", True):
         reference = said_by(policy, pairs)
     folder.mkdir(exist_ok=True, parents=True)
@@ -83,7 +83,7 @@ def train(
 
 
 def sgd(**settings: Any) -> PairOptimisation:
-    """Plain gradients, so that rounding stays rounding."""
+    """Plain gradients, so that rounding errors do not grow."""
     return how(optimizer=torch_optimizer("SGD", lr=0.05), **settings)
 
 
@@ -100,7 +100,7 @@ def test_every_objective_lowers_its_loss(name: str, make_policy: MakePolicy, wor
 def test_a_stopped_training_ends_as_an_undisturbed_one(
     name: str, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """The windows of confidences, and what is computed before the training, too."""
+    """Also the windows of confidences, and the values computed before the training."""
     settings = how(epochs=2, micro_batch_size=3)
 
     def run(folder: Path, report: Report) -> tuple[list[Tensor], list[dict[str, float]]]:
@@ -179,7 +179,7 @@ def test_weights_that_cannot_be(
 
 
 def test_likelihood_is_fine_tuning(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """One pair a step: the same update as fine-tuning on its chosen response, with rejected ones that do not exist."""
+    """One pair per step: the same update as fine-tuning on its chosen response, with impossible rejected ones."""
     pairs = [replace(pair, rejected="", rejected_ids=[]) for pair in world.pairs(5)]
     one, other = make_policy(), make_policy()
     history = train(one, pairs, tmp_path / "a", Likelihood(), sgd(batch_size=1))
@@ -242,7 +242,7 @@ def test_limits_are_the_logistic_loss(objective: Any, make_policy: MakePolicy, w
 def test_suspects_are_smoothed_as_they_should_be(
     make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step again by hand: whole logits of both models, a window of its own, SPA's equations 9 to 12."""
+    """Every step again by hand: whole logits of both models, a separate window, SPA's equations 9 to 12."""
     seen: list[list[float]] = []
     plain = Suspects.measure
 
@@ -286,7 +286,7 @@ def test_suspects_are_smoothed_as_they_should_be(
 def test_states_from_disk_are_those_made_online(
     lora: int, noisy: bool, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Of both responses; noise reads its part of them."""
+    """The states of both responses; noise reads those of the rejected one."""
     pairs = world.pairs(10)
     keep_hidden(make_policy(), pairs, autocast=False, required=True, folder=tmp_path, report=Report(), both=True)
     found = []
@@ -308,7 +308,7 @@ def test_states_from_disk_are_those_made_online(
 
 
 def test_kept_states_of_both_responses(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """In the order of a batch's tokens: all chosen ones, then all rejected ones, also of a killed stage."""
+    """In the order of a batch's tokens: all chosen ones, then all rejected ones; also after a kill."""
     policy, pairs = make_policy(), world.pairs(7)
     pairs[2] = replace(pairs[2], rejected_ids=[])
     facts = keep_hidden(policy, pairs, autocast=False, required=True, folder=tmp_path, report=Report(), both=True)
@@ -326,7 +326,7 @@ def test_kept_states_of_both_responses(make_policy: MakePolicy, world: World, tm
 
 
 def test_noise_under_refined_labels_is_noise_by_itself(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """With nothing suspect, the same noise on the same states as under the logistic loss, up to rounding."""
+    """Without suspects, the same noise on the same states as under the logistic loss, up to rounding."""
     found = []
     for number, objective in enumerate((Logistic(beta=1.0), Refined(beta=1.0, warmup=1.0))):
         policy = make_policy()
@@ -398,7 +398,7 @@ def test_a_high_price_holds_the_policy_back(make_policy: MakePolicy, world: Worl
 
 
 def test_moments_are_of_the_reference_that_is_given(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Where it is not the policy that training starts from, the price is not 0 at step 0."""
+    """With another reference than the starting policy, the penalty is not 0 at step 0."""
     pairs, other = world.pairs(4), make_policy(1)
     first = []
     for name, frozen in (("start", None), ("other", other)):
@@ -412,7 +412,7 @@ def test_moments_are_of_the_reference_that_is_given(make_policy: MakePolicy, wor
 
 
 def test_drift_of_adapters(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Fresh adapters change nothing, so the moments are the reference's; they then move."""
+    """Fresh adapters change nothing, so the moments are the reference's; training then changes them."""
     policy = make_policy()
     reference = said_by(policy, world.pairs(6))
     policy.model = Lora(rank=4).on(policy.model, seed=0)

@@ -1,4 +1,4 @@
-"""Second witnesses: the losses of TRL on the same numbers, and its trainer's loss on the same models and pairs."""
+"""Comparisons with TRL: its losses on the same numbers, and its trainer's loss on the same models and pairs."""
 
 import json
 from collections.abc import Callable
@@ -30,12 +30,12 @@ trl = pytest.importorskip("trl")
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL warns at every import of a loss that it calls experimental."""
+    """TRL warns at every import of an experimental loss."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 def sure() -> tuple[PairLogps, PairLogps, Facts]:
-    """Random pairs with sure labels, in float32 as TRL computes them."""
+    """Random pairs with hard labels, in float32 as in TRL."""
     policy, reference, known = random_pairs(64, seed=11)
     known = known._replace(strength_B=torch.ones(64, dtype=torch.float64))
     return (
@@ -46,7 +46,7 @@ def sure() -> tuple[PairLogps, PairLogps, Facts]:
 
 
 def test_odds_ratio_is_trls() -> None:
-    """Its odds term has our λ as ``beta``; its likelihood term covers prompt tokens too, so ours is added to it."""
+    """Its odds term has our λ as ``beta``; its likelihood term includes prompt tokens, so ours is added instead."""
     from trl.experimental.orpo import ORPOTrainer
 
     policy, _, known = sure()
@@ -58,7 +58,7 @@ def test_odds_ratio_is_trls() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_per_token_is_trls(smoothing: float) -> None:
-    """SimPO, and with their smoothing ours under labels of that strength."""
+    """SimPO; their smoothing equals our soft labels of this strength."""
     from trl.experimental.cpo import CPOTrainer
 
     policy, _, known = sure()
@@ -71,7 +71,7 @@ def test_per_token_is_trls(smoothing: float) -> None:
         accelerator=SimpleNamespace(device="cpu"),
     )
     theirs, *_ = CPOTrainer.cpo_loss(self, *per_token(policy, known))
-    if smoothing:  # it turns the sign of β · gap − γ, where the rule of soft labels turns the pair
+    if smoothing:  # it flips the sign of β · gap − γ, but soft labels swap the pair
         gap_B = 2.0 * (per_token(policy, known).chosen_B - per_token(policy, known).rejected_B)
         zero_B = torch.zeros_like(gap_B)
         shifted = PairLogps(gap_B - 0.5, zero_B)
@@ -83,7 +83,7 @@ def test_per_token_is_trls(smoothing: float) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
 def test_smoothing_is_trls(smoothing: float) -> None:
-    """Of the logistic loss, through CPO's, which has no reference: ours against one of zeros."""
+    """Of the logistic loss, by CPO's loss without a reference: ours has a reference of zeros."""
     from trl.experimental.cpo import CPOTrainer
 
     policy, reference, known = sure()
@@ -105,7 +105,7 @@ def test_smoothing_is_trls(smoothing: float) -> None:
 def test_losses_are_those_of_trls_trainer(
     world: World, make_policy: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """From token ids on: its padded batches and its reference model against our packed ones, on other weights."""
+    """From token ids on: its padded batches and reference model against our packed batches, on other weights."""
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM
 

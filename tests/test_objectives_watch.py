@@ -1,4 +1,4 @@
-"""What objectives measure besides log-probabilities: confidence of an extrapolated policy, suspects, drift."""
+"""Quantities of objectives besides log-probabilities: confidence of an extrapolated policy, suspects, drift."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ MakePolicy = Callable[..., Any]
 
 
 def normal(*shape: int, seed: int) -> Tensor:
-    """A float64 tensor from a generator of its own."""
+    """A float64 tensor from a separate generator."""
     return torch.randn(*shape, generator=Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -53,7 +53,7 @@ def logps_of(found: States) -> Tensor:
 def test_extrapolation_against_whole_logits(
     tile: int, rows: int, cap: float, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the tiles, and with bounded logits."""
+    """For every tile size, and with bounded logits."""
     from dnpo.optimise import watch
 
     monkeypatch.setitem(logprobs.TILE, "cpu", tile)
@@ -88,7 +88,7 @@ def test_no_extrapolation_is_the_policy() -> None:
 
 
 def test_extrapolation_never_makes_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products are of the size of a tile, not of [tokens, vocabulary]."""
+    """Products have the size of a tile, not of [tokens, vocabulary]."""
     from dnpo.policy import logprobs as module
 
     sizes = []
@@ -144,10 +144,11 @@ def run(watch: Suspects, steps: Sequence[Sequence[Sequence[float]]], first: int 
 
 
 def test_suspects_by_hand() -> None:
-    """The window of 4 holds margins, of which confidence is a rising function; its median is the threshold.
+    """The window holds 4 margins. Confidence rises with the margin; the threshold is the median.
 
-    Step 0 has no threshold yet. Step 1 meets (σ(1) + σ(2))/2 of 0 to 3: 1 is under it and 2 is not. Step 2 meets the
-    last four, 2, 3, 1, 2: σ(2) is both middle ones, and only less than that is under it. The fifth is not: 2 = 2.
+    Step 0 has no threshold. The threshold of step 1 is (σ(1) + σ(2))/2, the median over 0 to 3: 1 is under it and 2 is
+    not. Step 2 has the last four, 2, 3, 1, 2, with median σ(2): only smaller values are under it, so a margin of 2 is
+    not.
     """
     watch = Suspects(1.0, 0.0, 0.5, 4, start=0)
     found = run(watch, [[[0.0, 1.0], [2.0, 3.0]], [[1.0, 2.0]], [[1.9, 2.0, 2.1]]])
@@ -189,7 +190,7 @@ def test_a_killed_training_continues_with_the_same_suspects() -> None:
 
 
 def extrapolated(count: int, seed: int, by: float) -> tuple[Suspects, Seen, Tensor, Tensor]:
-    """A watch, what it sees of so many pairs, and by brute force the confidences of extrapolated and plain policy."""
+    """A watch, its view of ``count`` pairs, and by brute force the confidences of extrapolated and plain policy."""
     draw = torch.randint(2, 9, (2 * count,), generator=Generator().manual_seed(seed)).tolist()
     packed = pack([[1]] * (2 * count), [[2 + (7 * i) % (ENTRIES - 2) for i in range(length)] for length in draw])
     policy, frozen = states(sum(draw), seed), states(sum(draw), seed + 20)
@@ -247,7 +248,7 @@ def test_means_by_sequence() -> None:
 
 
 def test_moments_by_brute_force() -> None:
-    """Means of each response, variances over the tokens of all, whatever the batches and their order."""
+    """Means of each response and variances over all tokens, for any batches in any order."""
     lengths = [4, 1, 7, 3, 5]
     hidden = [normal(length, 3, seed=length) for length in lengths]
     packs = {i: pack([[1]], [[2] * length]) for i, length in enumerate(lengths)}

@@ -35,7 +35,7 @@ def judge_of(server: Handle, **settings: Any) -> OpenAI:
 
 
 def contents(judge: OpenAI, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[str]:
-    """What the server is shown for each response: the last message."""
+    """The last message to the server for each response."""
     return [judge.wording.messages(p.messages, r.text)[-1]["content"] for p, r in zip(prompts, responses, strict=True)]
 
 
@@ -48,7 +48,7 @@ def ask(judge: OpenAI, folder: Path, prompts: Sequence[Prompt], responses: Seque
         return judge(prompts, responses, ledger, Report())
 
 
-# --- what is asked and how it is read
+# --- questions and replies
 
 
 @pytest.mark.parametrize("structured", ["on", "ignore", "reject"])
@@ -63,7 +63,7 @@ def test_scores_are_the_servers_whatever_it_thinks_of_schemas(structured: str, t
         stats = server.stats()
         assert stats["answered"] == 60
         if structured == "reject":
-            assert 0 < stats["refused"] <= 32  # those in flight when the first was refused, and no others
+            assert 0 < stats["refused"] <= 32  # only calls in flight when the first was refused
         assert stats["attempts"] == 60
 
 
@@ -73,7 +73,7 @@ def test_a_parameter_that_has_another_name_at_this_server_gets_it(tmp_path: Path
         judge = judge_of(server, concurrency=4)
         with Ledger(tmp_path / "ledger.sqlite") as ledger:
             verdicts = judge(prompts, responses, ledger, Report())
-        if judge.endpoint.limit_name == "max_tokens":  # the server's words do not name another parameter
+        if judge.endpoint.limit_name == "max_tokens":  # the server's message names no other parameter
             assert all("HTTP 400" in v.reason for v in verdicts)
         else:
             assert [v.score for v in verdicts] == right(judge, prompts, responses)
@@ -139,12 +139,12 @@ def check_mix(count: int, folder: Path, **options: Any) -> None:
         assert stats["answered"] == count - sum(never)
         assert stats["paid_twice"] == 0
         assert stats["max_concurrent"] <= 64
-        # all over again: nothing that was answered is asked, and what was not is
+        # again: only the unanswered questions are asked
         server.change(faults="none")
         again = ask(judge, folder, prompts, responses)
         assert [v.score for v in again] == [v.score for v in verdicts]
         assert server.stats()["answered"] == stats["answered"]
-        # four times each, but that a 403 is final
+        # four times each, but a 403 is final
         assert sum(never) <= server.stats()["attempts"] - stats["attempts"] <= 4 * sum(never)
 
 
@@ -197,7 +197,7 @@ def test_the_ceiling_on_requests_holds_in_every_window(tmp_path: Path) -> None:
         starts = sorted(line["time"] - line["seconds"] for line in server.requests())
     gaps = [b - a for a, b in pairwise(starts)]
     assert starts[-1] - starts[0] >= 29 * 0.05 - 0.05
-    assert sum(gap < 0.02 for gap in gaps) <= 5  # one behind the other, and not in bursts
+    assert sum(gap < 0.02 for gap in gaps) <= 5  # evenly spaced, not in bursts
 
 
 def test_the_ceiling_on_tokens_holds(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_too_many_failures_end_it_early_and_a_rerun_asks_for_the_rest(tmp_path: 
                 judge_responses(judge, prompts, responses, ledger, Report())
             assert "run the same command again" in str(caught.value)
             first = server.stats()
-            assert first["attempts"] < 60  # it does not pay for what cannot succeed any more
+            assert first["attempts"] < 60  # it does not pay for calls that can no longer succeed
             server.change(hopeless=0.0)
             verdicts = judge_responses(judge, prompts, responses, ledger, Report())
         assert [v.score for v in verdicts] == right(judge, prompts, responses)
@@ -367,7 +367,7 @@ def test_the_canary_is_a_real_call(tmp_path: Path) -> None:
         scored, refusal = True, ""
         try:
             scored = judge_of(server).canary(ledger).scored
-        except JudgeError as error:  # the fault that was drawn is one that stops at once
+        except JudgeError as error:  # the drawn fault stops the run at once
             scored, refusal = False, str(error)
         assert not scored
         assert not refusal or "HTTP 403" in refusal
@@ -414,7 +414,7 @@ def judging(server: Handle, folder: Path, count: int) -> subprocess.Popen[str]:
 
 @pytest.mark.long
 def test_what_was_written_down_before_a_kill_is_never_asked_again(tmp_path: Path) -> None:
-    """A reply that is on the wire at that moment cannot be saved by anybody: at most one for each slot."""
+    """A reply in transit at that moment is lost: at most one for each slot."""
     draw, lost = random.Random(0), 0
     with judge_server(latency=0.05) as server, Ledger(tmp_path / "ledger.sqlite") as ledger:
         keep: set[str] = set()
@@ -430,7 +430,7 @@ def test_what_was_written_down_before_a_kill_is_never_asked_again(tmp_path: Path
             keys = {row[0] for row in ledger._db.execute("SELECT key FROM calls")}
             assert keep <= keys
             keep = keys
-            time.sleep(0.2)  # the server is done with what it was about
+            time.sleep(0.2)  # the server has finished its requests
             stats = server.stats()
             assert stats["delivered"] - len(keys) - lost <= 8
             lost = stats["delivered"] - len(keys)
@@ -440,7 +440,7 @@ def test_what_was_written_down_before_a_kill_is_never_asked_again(tmp_path: Path
         assert out == "scored 600\n", err
         stats = server.stats()
         assert stats["answered"] == 600
-        # every answer that was written down was asked for once: what was paid twice was never written down before
+        # every recorded answer was asked once: answers paid twice were not recorded the first time
         assert stats["delivered"] - 600 <= lost
 
 
@@ -473,7 +473,7 @@ def test_a_batch_is_collected_at_its_price(tmp_path: Path) -> None:
             assert ledger.sum_costs() == pytest.approx((row["tokens_in"] + 2 * row["tokens_out"]) / 2e6)
         assert server.stats()["batches"] == 1
         assert any("submitted: 50 questions" in note for note in report.notes)
-        # one by one finds the same answers
+        # single calls give the same answers
         plain = ask(judge_of(server), tmp_path, prompts, responses)
         assert [v.score for v in plain] == right(judge, prompts, responses)
         assert server.stats()["attempts"] == 50  # the lines of the batch
@@ -581,7 +581,7 @@ def test_a_flaky_batch_api_submits_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_the_ledger_holds_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even where the server repeats it in an error."""
+    """Not even if the server repeats it in an error."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     prompts, responses = rows(8, text=f"my key is {KEY}")
     with judge_server(key="sk-other") as server, pytest.raises(JudgeError) as caught:

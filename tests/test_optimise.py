@@ -52,7 +52,7 @@ def how(**settings: Any) -> PairOptimisation:
 
 
 def said_by(policy: Policy, pairs: Sequence[Pair]) -> list[ReferenceLogps]:
-    """What the policy says of the pairs, now."""
+    """The policy's present log-probabilities of the pairs."""
     prompts = [p.prompt_ids for p in pairs]
     with policy.evaluating():
         chosen, rejected = (
@@ -72,7 +72,7 @@ def train(
     reference: Sequence[ReferenceLogps] | None = None,
     hidden: Any = None,
 ) -> list[dict[str, float]]:
-    """Optimise with the settings of the tests, against what the policy says before."""
+    """Optimise with the settings of the tests, against the policy before training."""
     return optimise(
         policy,
         pairs,
@@ -110,7 +110,7 @@ def close(one: Sequence[Tensor], other: Sequence[Tensor], by: float = 1e-5) -> N
 
 
 def timeless(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """Without what depends on the clock."""
+    """Without metrics that depend on time."""
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in history]
 
 
@@ -124,12 +124,12 @@ def alike(one: Sequence[dict[str, float]], other: Sequence[dict[str, float]], by
 
 
 def some_empty(world: World, count: int, *empty: int) -> list[Pair]:
-    """Pairs of which some have a rejected response without tokens."""
+    """Pairs, some with an empty rejected response."""
     return [replace(p, rejected_ids=[]) if i in empty else p for i, p in enumerate(world.pairs(count))]
 
 
 def test_no_step_weighs_more_than_its_rows(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """One row too many for one step makes two of about half the size, not a full one and one on a single row."""
+    """One row too many for one step gives two steps of about half the size, not a full one and one of a single row."""
     history = train(make_policy(), world.pairs(9), tmp_path, optimisation=how(batch_size=8, epochs=2))
     assert [row["rows"] for row in history] == [4, 5, 4, 5]
 
@@ -148,7 +148,7 @@ def test_before_the_first_update_margins_are_zero_and_the_loss_is_ln_2(
 def test_the_gate_holds_for_lora_across_two_chained_iterations(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """The reference of iteration k is the policy it starts from: earlier adapters merged in, not switched off."""
+    """The reference of iteration k is its starting policy: earlier adapters are merged, not switched off."""
     base = tmp_path / "base"
     make_policy().save(base)
     lora = Lora(rank=4)
@@ -212,7 +212,7 @@ def test_the_gate_names_an_adapter_that_is_not_fresh(make_policy: MakePolicy, wo
 def test_the_gate_looks_at_every_pair_of_the_first_step(
     off_by: float, side: str, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """A reference that is wrong on a single response is refused, in whatever micro-batch; rounding is not."""
+    """A reference with one wrong response is refused, in any micro-batch; rounding errors are accepted."""
     policy, pairs = make_policy(), world.pairs(4)
     reference = said_by(policy, pairs)
     wrong = [replace(r, **{side: getattr(r, side) + off_by}) if i == 2 else r for i, r in enumerate(reference)]
@@ -235,7 +235,7 @@ def test_the_gate_does_not_average(make_policy: MakePolicy, world: World, tmp_pa
 
 
 def test_the_gate_holds_under_autocast(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Products in bf16 leave more rounding between batches of other shapes; another policy is still another."""
+    """Products in bf16 differ more between batch shapes; another policy is still detected."""
     pairs = world.pairs(8)
     with torch.autocast("cpu", torch.bfloat16):
         reference, other = (said_by(make_policy(seed), pairs) for seed in (0, 1))
@@ -286,14 +286,14 @@ def test_a_step_agrees_with_brute_force(make_policy: MakePolicy, world: World, t
 
 
 def plain(policy: Policy) -> Any:
-    """The model in float64, with the attention it has by itself."""
+    """The model in float64, with its original attention."""
     model = policy.causal_lm.double()
     model.set_attn_implementation("eager")
     return model
 
 
 def test_steps_of_both_players_agree_with_brute_force(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Three steps of SGD and Adam against the two-player loss as it is written, on whole matrices in float64.
+    """Three steps of SGD and Adam against the two-player loss as written, on whole matrices in float64.
 
     With every metric, which is a mean over the pairs. The reference's states and head stay as they were at the start.
     """
@@ -391,7 +391,7 @@ def test_steps_of_both_players_agree_with_brute_force(make_policy: MakePolicy, w
 
 
 def test_accuracy_is_the_share_of_positive_margins(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Against what the policy says of the very pairs: one step, then a second that only looks."""
+    """Against the policy's log-probabilities of the same pairs: one step, then a second that only measures."""
     policy, pairs = make_policy(), world.pairs(8)
     reference = said_by(policy, pairs)
     settings = how(optimizer=torch_optimizer("SGD", lr=0.5), batch_size=8, steps=1, warmup=0.0, decay=False)
@@ -424,7 +424,7 @@ def test_micro_batches_change_nothing_but_rounding(
 ) -> None:
     """Seven pairs in groups of four: the last group is smaller, and 3 + 1 micro-batches weigh as the whole does.
 
-    Noise included: each pair meets the same ε, and mean(s²) is over tokens, of which the pairs have unequal numbers.
+    With noise too: each pair gets the same ε, and mean(s²) is over tokens, whose number differs between pairs.
     """
     found = []
     pairs = some_empty(world, 7, 4)
@@ -463,7 +463,7 @@ def test_a_shared_prompt_changes_nothing_but_rounding(
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_shared_prompt_is_computed_once(share: bool, make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """The tokens that go through the policy's body: each prompt once or twice, and every response."""
+    """The tokens in the policy's body: each prompt once or twice, and every response."""
     pairs, policy, tokens = world.pairs(4), make_policy(), [0]
     reference = said_by(policy, pairs)
 
@@ -480,7 +480,7 @@ def test_a_shared_prompt_is_computed_once(share: bool, make_policy: MakePolicy, 
 def test_checkpointing_activations_changes_nothing(
     lora: int, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """And it does what it says: every layer runs twice for the policy, and once for the frozen reference."""
+    """And checkpointing is really used: every layer runs twice for the policy, and once for the frozen reference."""
     found, calls = [], []
     for checkpointing in (False, True):
         policy = make_policy()
@@ -508,7 +508,7 @@ def test_checkpointing_activations_changes_nothing(
 def test_compiling_changes_nothing_but_rounding(
     lora: int, backend: str, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By torch's default backend once, for it runs a C++ compiler for half a minute; the other keeps what it traces."""
+    """With torch's default backend once, for its C++ compiler takes half a minute; the other keeps the traced graph."""
     if backend == "inductor":
         if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
             pytest.skip("torch.compile needs a C++ compiler on the CPU, and there is none")
@@ -518,7 +518,7 @@ def test_compiling_changes_nothing_but_rounding(
     found = []
     for compiled in (False, True):
         torch.compiler.reset()
-        policy = make_policy(num_hidden_layers=1)  # more of them take as long again
+        policy = make_policy(num_hidden_layers=1)  # each further layer takes as long again
         reference = said_by(policy, world.pairs(8))
         policy.model = Lora(rank=lora).on(policy.model, seed=0)
         noise = trainable(policy, alpha=0.3, learning_rate=0.01)
@@ -539,7 +539,7 @@ def test_compiling_changes_nothing_but_rounding(
 def test_hidden_states_from_disk_are_those_made_online(
     lora: int, autocast: bool, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Also in later steps, when the policy has moved: what is kept is of the reference, and so is what is made."""
+    """Also in later steps, when the policy has changed: kept and recomputed values are both the reference's."""
     pairs = some_empty(world, 10, 3)
     keep_hidden(make_policy(), pairs, autocast=autocast, required=True, folder=tmp_path, report=Report())
     kept = KeptHidden(tmp_path)
@@ -561,7 +561,7 @@ def test_hidden_states_from_disk_are_those_made_online(
 
 
 def test_kept_states_need_no_second_body(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Where they are kept, no frozen copy of the whole model is made; and where nothing reads them, neither."""
+    """No frozen copy of the whole model is made if they are kept, or if nothing reads them."""
     pairs = world.pairs(4)
     keep_hidden(make_policy(), pairs, autocast=False, required=True, folder=tmp_path, report=Report())
     for noise, hidden, copies in (("trainable", KeptHidden(tmp_path), 0), ("trainable", None, 1), ("none", None, 0)):
@@ -593,7 +593,7 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before(
 
 @pytest.mark.parametrize(("step", "factor"), [(0, 1 / 3), (1, 2 / 3), (2, 1.0), (11, 0.5), (19, 1 / 18)])
 def test_learning_rate_rises_linearly_then_falls_to_zero(step: int, factor: float) -> None:
-    """20 steps, 10 % warm-up: two steps below the peak, then a straight line that would meet 0 at step 20."""
+    """20 steps, 10 % warm-up: two steps below the peak, then a line that would reach 0 at step 20."""
     assert how(warmup=0.1).factor(step, 20) == pytest.approx(factor)
     assert how(warmup=0.0, decay=False).factor(step, 20) == 1.0
 
@@ -601,7 +601,7 @@ def test_learning_rate_rises_linearly_then_falls_to_zero(step: int, factor: floa
 def test_every_step_has_the_learning_rate_of_the_schedule(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Of the policy; the noise's stays. It is the one that the step was made with."""
+    """The policy's rate; the noise's is constant. It is the rate of the finished step."""
     policy, settings = make_policy(), how(optimizer=torch_optimizer("SGD", lr=0.01), warmup=0.4, epochs=3)
     noise = trainable(policy, learning_rate=0.03)
     rows = train(policy, world.pairs(8), tmp_path, noise=noise, optimisation=settings)
@@ -636,7 +636,7 @@ def test_the_fused_form_is_taken_where_there_is_one_and_nothing_else_is_said(
 
 
 def test_both_players_have_fused_optimizers(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """By what reaches Lightning; and they do what torch's plain forms do."""
+    """By the optimizers that reach Lightning; and their steps equal those of torch's plain forms."""
     made: list[list[Optimizer]] = []
     configure = PreferenceTraining.configure_optimizers
 
@@ -686,7 +686,7 @@ def test_an_offset_is_noise_without_chance(make_policy: MakePolicy, world: World
     policy = make_policy()
     history = train(policy, world.pairs(8), tmp_path, noise=OffsetModule(shift=1.5), beta=0.5)
     assert [row["margin/shift"] for row in history] == pytest.approx([-0.75] * len(history), abs=1e-5)
-    # The gate sees margin 0; the policy meets −β · 1.5.
+    # The gate sees margin 0; the policy's margin is −β · 1.5.
     assert history[0]["loss/policy"] == pytest.approx(math.log1p(math.exp(0.75)), abs=1e-5)
 
 
@@ -699,7 +699,7 @@ def test_noise_does_not_disturb_other_chance(kind: str, make_policy: MakePolicy,
 
 
 class Recording(FixedModule):
-    """Remembers the seeds that each pair is given."""
+    """Records the seeds of each pair."""
 
     def __init__(self) -> None:
         super().__init__(variance=0.5)
@@ -714,7 +714,7 @@ class Recording(FixedModule):
 def test_every_pair_and_step_has_noise_of_its_own_whatever_the_micro_batches(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """A pair meets other noise in every epoch, other pairs other noise, and so does another seed."""
+    """The noise of a pair differs between epochs, pairs and seeds."""
     seen = []
     for micro, seed in ((0, SEED), (1, SEED), (3, SEED), (0, SEED + 1)):
         policy, noise, pairs = make_policy(), Recording(), world.pairs(7)
@@ -744,7 +744,7 @@ class Stop(Exception):
 
 
 class Stopping(Report):
-    """Raises after so many steps."""
+    """Raises after a number of steps."""
 
     def __init__(self, after: int) -> None:
         super().__init__()
@@ -796,7 +796,7 @@ def test_a_stopped_training_ends_as_an_undisturbed_one(
 def test_a_stopped_training_continues_with_other_micro_batches(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """As after an error for want of memory: no step is repeated or left out, and the end is the same up to rounding."""
+    """As after an out-of-memory error: no step is repeated or skipped, and the result is the same up to rounding."""
 
     def run(folder: Path, report: Report, **settings: Any) -> tuple[list[Tensor], list[dict[str, float]]]:
         policy = make_policy()
@@ -907,7 +907,7 @@ def test_steps_without_rows_end_with_a_message(make_policy: MakePolicy, tmp_path
 
 
 def test_a_gradient_that_is_not_finite_reaches_no_weight(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """A finite loss with a NaN gradient stops the training before the step, and names all rows of the group."""
+    """A finite loss with a NaN gradient stops the training before the step and names all rows of the group."""
     policy = make_policy()
     before = weights(policy)
     next(policy.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
@@ -977,7 +977,7 @@ class _Failing(torch.autograd.Function):
 def test_out_of_memory_says_what_fits(
     fits: int, found: int, where: str, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """The largest halving of eight that goes through; then that command does it, from the checkpoint that was kept."""
+    """The advised micro-batch size is the largest of 4, 2 and 1 that fits; with it the command continues to the end."""
     pairs = world.pairs(32)
     settings = {"batch_size": 8, "optimizer": torch_optimizer("SGD", lr=0.05), "checkpoint_every": 1}
 
@@ -1013,7 +1013,7 @@ def test_out_of_memory_says_what_fits(
 def test_what_fits_is_tried_on_the_rows_of_the_step_that_failed(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """On all of them, in whatever micro-batch the long one comes. Rows of other steps would fit in larger ones."""
+    """On all of them, in whichever micro-batch the long row is. Rows of other steps would fit in larger ones."""
     pairs, policy = world.pairs(16), make_policy()
     reference = said_by(policy, pairs)
     for i, long in enumerate(p.id for p in pairs):
@@ -1056,7 +1056,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(make_policy: MakePolicy, 
 # A training in a process whose address space is limited, as a container's memory is. argv: a folder, the micro-batch
 # size and the limit in bytes; 0 sets one after two steps, 180 MiB above what is then in use, and prints it.
 def limited(*arguments: object) -> str:
-    """What it prints, in a Python of its own: in a forked one what fits would depend on what its parent has done."""
+    """Its output in a new Python process: in a forked one the free memory would depend on the parent."""
     code = f"from pathlib import Path, PosixPath; from tests.limited import train_limited; train_limited{arguments!r}"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -1072,7 +1072,7 @@ def limited(*arguments: object) -> str:
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space and /proc are Linux's")
 def test_real_want_of_memory_names_what_really_fits(tmp_path: Path) -> None:
-    """The limit falls after two of four steps. The advice, followed in a new process, brings it to the end."""
+    """The limit is lowered after two of four steps. A new process with the advised setting reaches the end."""
 
     short = limited(tmp_path, 16, 0)
     assert "step 2: out of memory with 16 rows at once" in short
@@ -1087,7 +1087,7 @@ def test_real_want_of_memory_names_what_really_fits(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_want_of_memory_on_a_gpu_is_tried_there(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Lightning moves everything to the CPU when a training fails; what fits has to be found out where it trained."""
+    """Lightning moves everything to the CPU when a training fails; but memory is tried on the training device."""
     tried: list[torch.device] = []
     policy = make_policy()
     policy.model.to("cuda")

@@ -1,4 +1,4 @@
-"""Names of options in lists, one an iteration, on the command line and in files."""
+"""Names of options in lists, one per iteration, on the command line and in files."""
 
 import re
 from pathlib import Path
@@ -35,14 +35,14 @@ def plan(folder: Path, *arguments: str) -> list[str]:
 
 
 def refusal(folder: Path, *arguments: str) -> str:
-    """Why a run is refused."""
+    """The message that refuses a run."""
     done = train(folder, *arguments, *SMOKE, "plan=true")
     assert done.returncode == 1, done.stdout
     return done.stdout + done.stderr
 
 
 def method(folder: Path, rollout: str) -> tuple[str, str]:
-    """The arguments for a method of one's own with this rollout, and an option of rollout besides."""
+    """The arguments for a user's method with this rollout, and for a user's option of rollout."""
     own = folder / "own"
     (own / "method").mkdir(parents=True)
     (own / "rollout").mkdir()
@@ -52,7 +52,7 @@ def method(folder: Path, rollout: str) -> tuple[str, str]:
 
 
 def test_names_on_the_command_line_and_in_a_file_are_the_parts(tmp_path: Path) -> None:
-    """Also a name from a folder of the user's; settings count for the options that have them."""
+    """Also a name from a user's folder; a setting applies to the options that have it."""
     by_parts = plan(tmp_path, *method(tmp_path / "parts", PARTS))
     assert len(by_parts) > 10
     assert plan(tmp_path, *method(tmp_path / "names", "[given, twice]")) == by_parts

@@ -1,4 +1,4 @@
-"""A tracking server that stops to answer: the run goes on, and what it tracks is kept and sent later."""
+"""A tracking server that no longer answers: the run continues, and its metrics are kept and sent later."""
 
 import importlib
 import logging
@@ -21,7 +21,7 @@ ANSWERS_AGAIN, NOT_TRACKED = "MLflow answers again", "these are not tracked"
 
 
 class Server:
-    """MLflow's server over a SQLite database, in this process; it can die and come back on the same port."""
+    """MLflow's server over a SQLite database, in this process; it can stop and start again on the same port."""
 
     def __init__(self, app: Callable[..., Any]) -> None:
         self._app, self._server, self._port, self._left = app, None, 0, -1
@@ -75,7 +75,7 @@ def app(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
 
 @pytest.fixture
 def server(app: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the locks of living runs lie there
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the folder of the locks of active runs
     server = Server(app)
     yield server
     server.die_after(-1)
@@ -87,7 +87,7 @@ def server(app: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def lose(server: Server, tmp_path: Path) -> MLflowTracking:
-    """Begin a run with one metric that was sent before the server died, and all that can be sent after it."""
+    """Begin a run that sends one metric before the server stops, and data of every kind after it."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "a.txt").write_text("artefact")
     run = MLflowTracking(uri=server.uri)
@@ -106,7 +106,7 @@ def lose(server: Server, tmp_path: Path) -> MLflowTracking:
 
 
 def is_whole(run: MLflowTracking, server: Server, folder: Path) -> None:
-    """Check that all that the run sent is there, once."""
+    """Check that the server has all the run's data, once."""
     found = server.client.get_run(run.id)
     assert found.data.metrics == {"loss/policy": 2.0, "eval/score": 50.0}
     assert [point.value for point in server.client.get_metric_history(run.id, "loss/policy")] == [1.0, 2.0]
@@ -160,7 +160,7 @@ def test_a_run_ends_without_its_server(requests: int, server: Server, finished: 
     assert done.returncode == 0, done.stderr
     assert "Results by iteration" in done.stdout
     said = done.stderr.splitlines()
-    assert len(said) == 2, done.stderr  # and nothing of what libraries log about their attempts
+    assert len(said) == 2, done.stderr  # and no log lines of libraries about their attempts
     assert "does not answer any more" in said[0]
     assert NOT_TRACKED in said[1]
 

@@ -1,4 +1,4 @@
-"""Judges that read policies or ratings of the data: by hand, against plain forward passes, at their limits."""
+"""Judges by policies or by ratings of the data: by hand, against plain forward passes, at their limits."""
 
 import json
 import math
@@ -42,7 +42,7 @@ MakePolicy = Callable[..., Policy]
 
 
 def sampled(world: World, count: int, samples: int = 2) -> list[Response]:
-    """Responses to the first prompts: the human ones to other prompts, as good as any."""
+    """Responses to the first prompts: human responses to other prompts."""
     return [
         replace(world.human[(i + 5 * s + 1) % len(world.human)], id=world.prompts[i].id, source=NEW, sample=s)
         for i in range(count)
@@ -58,7 +58,7 @@ def plain_logp(policy: Policy, prompt: list[int], response: list[int]) -> float:
     return sum(float(logps[len(prompt) - 1 + t, token]) for t, token in enumerate(response))
 
 
-# --- what all judges keep to
+# --- rules for all judges
 
 
 TWO = {"a": Longer(), "b": Rules()}
@@ -68,7 +68,7 @@ TWO = {"a": Longer(), "b": Rules()}
     "judge", [NoJudge(), Longer(), Rules(), Correct(), Ensemble(TWO, "mean"), Ensemble(TWO, "majority")]
 )
 def test_verdicts_name_the_sample(judge: Judge, world: World) -> None:
-    """Two samples of one source to a prompt keep two verdicts, with the scores of their own texts."""
+    """Two samples of one source to a prompt have two verdicts, each with the score of its text."""
     responses = [*world.human[:4], *sampled(world, 4)]
     found = verdicts(judge, world.prompts, responses)
     assert [(v.id, v.source, v.sample) for v in found] == [(r.id, r.source, r.sample) for r in responses]
@@ -85,7 +85,7 @@ def test_a_majority_finds_human_responses_that_nobody_passed(world: World) -> No
 
 
 class Mixed(Judge):
-    """Forgets the samples, and returns verdicts in the order it was told."""
+    """Drops the sample numbers, and returns verdicts in a given order."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -103,7 +103,7 @@ def test_verdicts_are_numbered_like_their_responses(world: World, tmp_path: Path
 
 
 def test_a_right_answer_is_100_and_any_other_0(world: World) -> None:
-    """What ReST-EM needs: a reward of two values, for each sample."""
+    """As for ReST-EM: a reward of two values for each sample."""
     prompt = next(p for p in world.prompts if p.family == "arithmetic")
     texts = [f"It is {prompt.answer}.", "It is 12345.", ""]
     responses = [Response(prompt.id, NEW, t, [5, 2], 2, "eos", sample=n) for n, t in enumerate(texts)]
@@ -139,7 +139,7 @@ def test_the_implicit_reward_against_plain_forward_passes(
 
 
 def test_the_initial_model_has_no_implicit_reward(world: World, make_policy: MakePolicy) -> None:
-    """Refused by its weights, and before that by the iteration."""
+    """It is refused by its weights, and earlier by the iteration."""
     judge = Implicit()
     same = judge.with_policies({"policy": make_policy(3), "initial": make_policy(3)})
     with pytest.raises(JudgeError, match="every preference ½"):
@@ -166,7 +166,7 @@ def test_what_the_implicit_reward_cannot_judge(world: World, make_policy: MakePo
 def test_equal_responses_have_equal_scores(
     asking: World, ask_policy: Callable[..., "AskedPolicy"], make_policy: MakePolicy
 ) -> None:
-    """Bit for bit, wherever they stand, so that a tie is a tie."""
+    """Equal in all bits, at every place, so that a tie remains a tie."""
     new = sampled(asking, 20, samples=1)
     again = [*new, *asking.human[:9], *(replace(r, sample=1) for r in reversed(new))]
     implicit = Implicit().with_policies({"policy": make_policy(1), "initial": make_policy(0)})
@@ -176,7 +176,7 @@ def test_equal_responses_have_equal_scores(
 
 
 def test_the_longer_response_loses_by_the_length_penalty(world: World, make_policy: MakePolicy) -> None:
-    """With a penalty far above all log-ratios, the order is that of length."""
+    """With a penalty far above all log-ratios, scores are in the order of length."""
     judge = Implicit(beta=0.01, length_penalty=100.0).with_policies(
         {"policy": make_policy(1), "initial": make_policy(0)}
     )
@@ -186,19 +186,19 @@ def test_the_longer_response_loses_by_the_length_penalty(world: World, make_poli
     assert [responses[i].tokens for i in order] == sorted(r.tokens for r in responses)
 
 
-# --- a policy that is asked
+# --- a policy as judge
 
 
 @pytest.fixture(scope="module")
 def asking(world: World) -> World:
-    """The same world with a tokenizer that knows the letters."""
+    """The same world with a tokenizer that has tokens for the letters."""
     tokenizer = train_tokenizer(world.prompts, 300, [frame(TINY)] * len(world.prompts))
     return world._replace(tokenizer=tokenizer)
 
 
 @pytest.fixture
 def ask_policy(asking: World, make_policy: MakePolicy) -> Callable[..., AskedPolicy]:
-    """``judge=self`` with a random policy that knows the letters."""
+    """``judge=self`` with a random policy that has tokens for the letters."""
 
     def make(seed: int = 0, template: str = TINY, **config: int) -> AskedPolicy:
         policy = make_policy(seed, vocab_size=len(asking.tokenizer), **config)
@@ -223,7 +223,7 @@ def plain_choice(policy: Policy, messages: list[dict[str, str]], first: str, sec
 
 def test_both_orders_by_hand() -> None:
     assert average_orders(0.9, 0.6) == pytest.approx(0.65, abs=1e-15)
-    assert average_orders(1.0, 1.0) == 0.5  # always says A
+    assert average_orders(1.0, 1.0) == 0.5  # always answers A
     assert average_orders(1.0, 0.0) == 1.0
     assert average_orders(0.3, 0.3) == 0.5
     assert average_orders(0.7, 0.2) + average_orders(0.2, 0.7) == pytest.approx(1.0, abs=1e-15)
@@ -265,7 +265,7 @@ def test_two_responses_are_compared_in_both_orders(asking: World, ask_policy: Ca
 
 
 def test_questions_share_what_they_have_in_common(asking: World, ask_policy: Callable[..., AskedPolicy]) -> None:
-    """The same choices, with about half the tokens: the first words of all questions about one prompt are one."""
+    """The same choices with about half the tokens: all questions about one prompt share their beginning."""
     judge = ask_policy(6)
     texts = [r.text for r in asking.human[:7]]
     prompt = asking.prompts[0]
@@ -279,7 +279,7 @@ def test_questions_share_what_they_have_in_common(asking: World, ask_policy: Cal
 
 
 class Shapes(TorchDispatchMode):
-    """Notes the shapes of all tensors that are computed."""
+    """Records the shapes of all computed tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +294,7 @@ class Shapes(TorchDispatchMode):
 
 
 def test_no_tensor_has_the_vocabulary(asking: World, ask_policy: Callable[..., AskedPolicy]) -> None:
-    """Two logits for each question, and nothing else of the output head."""
+    """Only two logits are computed for each question."""
     judge = ask_policy(2)
     questions = [
         judge.choices.encode(p.messages, r.text, "") for p, r in zip(asking.prompts, asking.human, strict=True)
@@ -306,7 +306,7 @@ def test_no_tensor_has_the_vocabulary(asking: World, ask_policy: Callable[..., A
 
 
 def test_a_shared_prompt_has_the_gradient_of_separate_ones(world: World, make_policy: MakePolicy) -> None:
-    """One prompt that three sequences share: their gradients add up, in the places of the copies."""
+    """Three sequences share one prompt: their gradients are added, in place of the copies."""
     prompts = [world.prompts[0].token_ids] * 3 + [world.prompts[1].token_ids]
     completions = [r.token_ids for r in world.human[:4]]
     grads = []
@@ -375,7 +375,7 @@ def test_whom_the_judge_asks(asking: World, make_policy: MakePolicy) -> None:
 
 
 def test_a_tokenizer_from_the_data_knows_the_letters_if_asked(world: World, tmp_path: Path) -> None:
-    """And without the setting neither key nor tokenizer change."""
+    """Without the setting neither key nor tokenizer change."""
     shape = {"lora": Lora(), "width": 32, "heads": 2, "mlp": 48, "vocabulary": 300}
     plain, asks = Scratch(**shape), Scratch(**shape, question=TINY)
     assert "question" not in plain.identity()
@@ -392,7 +392,7 @@ def test_a_tokenizer_from_the_data_knows_the_letters_if_asked(world: World, tmp_
 
 @pytest.mark.long
 def test_a_run_ranks_by_the_taught_policy_and_asks_it_about_its_pairs(tmp_path: Path) -> None:
-    """The sentence of OSP, ahead of training: four samples, two pairs of them, as sure as the taught policy says."""
+    """OSP on pairs from before training: four samples, two pairs, with the confidence of the taught policy."""
     words = ["method=spin", "iterations=1", "rollout.samples=4", "dsl=ranked", "judge=self", "strength=asked"]
     taught = ["augment=tiny", "augment.rows=64", "augment.optimisation.epochs=2"]
     succeed(tmp_path, *SMOKE, *words, "model.question=${judge.template}", *taught)
@@ -441,7 +441,7 @@ def twin(prompt: Prompt, human: str, rejected: str | None = None, name: str = ""
 
 
 def test_gold_pairs_are_all_that_differ_in_points(world: World) -> None:
-    """Of three responses with 2, 2 and 1 characters and a rejected one with 3: five pairs that differ, none twice."""
+    """Three responses of 2, 2 and 1 characters and a rejected one of 3: five different pairs, none twice."""
     prompt, other = world.prompts[0], next(p for p in world.prompts if p.messages != world.prompts[0].messages)
     rows = [
         twin(prompt, "aa"),
@@ -498,7 +498,7 @@ def test_the_weighted_loss_by_hand() -> None:
 def test_teaching_is_learnt_and_micro_batches_change_nothing(
     asking: World, ask_policy: Callable[..., AskedPolicy], tmp_path: Path, report: Report
 ) -> None:
-    """Short responses are better than long ones: a policy learns it, and says so of responses that it never saw."""
+    """A policy learns that short responses are better, and applies this to responses it has not seen."""
     texts = ["Yes.", "It is the number of all the letters in it."]
     rows = [twin(p, *texts) for p in asking.prompts[:40]]
     weights = []
@@ -510,7 +510,7 @@ def test_teaching_is_learnt_and_micro_batches_change_nothing(
         optimisation = replace(how.optimisation, micro_batch_size=size)
         (tmp_path / str(size)).mkdir()
         history = augment(policy, made, optimisation, seed=0, folder=tmp_path / str(size), report=report)
-        assert "data.gold_pairs" in report.notes[-1]  # so few that they would be learnt by heart
+        assert "data.gold_pairs" in report.notes[-1]  # so few that the policy would memorise them
         assert history[-1]["loss/policy"] < 0.1 < history[0]["loss/policy"]
         weights.append(torch.cat([p.detach().flatten() for p in policy.model.parameters()]))
         unseen = [replace(pair, chosen=texts[0], rejected=texts[1]) for pair in asking.pairs(80)[60:]]
@@ -574,7 +574,7 @@ def test_the_ratings_of_the_data(world: World) -> None:
 
 
 def test_ratings_from_a_file(tmp_path: Path) -> None:
-    """As UltraFeedback has them, and under names of one's own; without them the refusal says how to name them."""
+    """In UltraFeedback's form, and under the user's names; without them the message says how to name them."""
     rows = [
         {"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No, {i}.", "best": 9.0, "worst": i / 10}
         for i in range(20)

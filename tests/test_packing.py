@@ -1,4 +1,4 @@
-"""Sequences in one row give what each gives alone: attention against its definition, and models of many families."""
+"""Sequences in one row have the same results as alone: attention by its definition, and many model families."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -99,7 +99,7 @@ def drawn(seed: int, pairs: int, most: int = 30) -> tuple[list[list[int]], list[
 @pytest.mark.parametrize("share", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(6))
 def test_every_token_is_where_it_is_said_to_be(seed: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What holds of every layout, and of the padded batches that attention makes of it."""
+    """Properties of every layout, and of the padded batches that attention makes from it."""
     monkeypatch.setattr(packing, "WASTE", [0, 100, 10_000][seed % 3])
     prompts, completions = drawn(seed, 4)
     if share == 4:
@@ -112,7 +112,7 @@ def test_every_token_is_where_it_is_said_to_be(seed: int, share: int, monkeypatc
     assert packed.ids_T[packed.tokens_M].tolist() == flat
     assert packed.position_T[packed.tokens_M].tolist() == [t for row in rows for t in range(len(row))]
     assert len(packed.ids_T) == len(flat) - sum(map(len, prompts)) * (share - 1) // share
-    # Every token of the row has a first place, and what is left of the places is where tokens come again.
+    # Every token of the row has a first place; the other places are copies of tokens.
     assert packed.tokens_M[packed.place_T].tolist() == list(range(len(packed.ids_T)))
     assert packed.tokens_M[packed.second_X].tolist() == packed.again_X.tolist()
     assert sorted(packed.place_T.tolist() + packed.second_X.tolist()) == list(range(len(flat)))
@@ -134,14 +134,14 @@ def test_every_token_is_where_it_is_said_to_be(seed: int, share: int, monkeypatc
             assert torch.equal(own, packed.tokens_M[start : start + length])
             at += batch.longest
     assert at == len(packed.spread.source)
-    # And the way back: to the first place of each token, and to the second of those that have one.
+    # The way back: to the first place of each token, and to its second place if it has one.
     assert torch.equal(packed.spread.source[packed.spread.place_T], torch.arange(len(packed.ids_T)))
     assert torch.equal(packed.spread.source[packed.spread.second_X], packed.again_X)
     assert not set(packed.spread.place_T.tolist()) & set(packed.spread.second_X.tolist())
 
 
 def test_a_large_row_is_laid_out_the_same_by_several_threads() -> None:
-    """Shared prompts of 64 k tokens: a place that is written twice would be left to chance."""
+    """Shared prompts of 64 k tokens: the value of a place that is written twice would be random."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -154,7 +154,7 @@ def test_a_large_row_is_laid_out_the_same_by_several_threads() -> None:
 
 
 def test_sequences_of_similar_length_share_a_batch() -> None:
-    """Little padding is cheaper than another batch; much is not."""
+    """A little padding is cheaper than another batch; much padding is not."""
     together = pack([[1]] * 5, [[2] * n for n in (30, 40, 35, 40, 38)])
     assert [len(b.sequences) for b in together.batches] == [5]
     apart = pack([[1]] * 5, [[2] * n for n in (2, 400, 3, 395, 4)])
@@ -168,7 +168,7 @@ def test_unequal_numbers_of_prompts_and_completions_fail() -> None:
 
 
 def test_moving_takes_every_tensor_along() -> None:
-    """To a device without values, since there is always one; what is derived is derived there anew."""
+    """To the meta device, which always exists; derived values are computed there again."""
     packed = pack([[5, 6], [3], [5, 6], [3]], [[7, 8, 2], [4], [9, 2], []], share_prompt=True)
     assert packed.spread.source.device.type == "cpu"
     moved = packed.to(torch.device("meta"))
@@ -278,7 +278,7 @@ def varlen_by_definition(
 def test_attention_and_its_gradients_against_the_definition(
     kind: str, heads: tuple[int, int], share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, in one padded batch and in several; the copies that know their way back are in it, both ways."""
+    """In float64, in one padded batch and in several, with both kinds of copies of shared tokens."""
     for waste in (10_000, 0):
         monkeypatch.setattr(packing, "WASTE", waste)
         packed = pack(PROMPTS, COMPLETIONS, share_prompt=share)
@@ -298,7 +298,7 @@ def test_attention_and_its_gradients_against_the_definition(
 def test_attention_of_variable_length_is_asked_for_the_right_thing(
     kind: str, share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way that a GPU goes, with its kernel replaced by what the kernel's documentation says."""
+    """The code path of a GPU, with its kernel replaced by the kernel's documented definition."""
     from torch.nn.attention import varlen
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_by_definition)
@@ -316,7 +316,7 @@ def test_attention_of_variable_length_is_asked_for_the_right_thing(
 
 
 class Module(nn.Module):
-    """What transformers' own attention looks at."""
+    """The tokens that transformers' own attention attends to."""
 
     is_causal = True
     num_key_value_groups = 2
@@ -362,7 +362,7 @@ def test_dropout_is_refused_where_it_would_be_left_out() -> None:
 
 @pytest.mark.parametrize("share", [False, True])
 def test_a_copy_and_its_way_back(share: bool) -> None:
-    """Spread and gather in float64 against plain indexing: values, gradients, and one the inverse of the other."""
+    """Spread and gather in float64 against plain indexing: values, gradients, and each as the other's inverse."""
     packed = pack(PROMPTS, COMPLETIONS, share_prompt=share)
     generator = Generator().manual_seed(0)
     value = torch.randn(len(packed.ids_T), 3, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -410,7 +410,7 @@ WINDOW: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4}
 
 
 def of(name: str, **more: Any) -> Callable[[], Any]:
-    """A configuration, made when it is needed."""
+    """A configuration, made at its first use."""
     return lambda: getattr(hf, f"{name}Config")(**SIZES | more)
 
 
@@ -457,7 +457,7 @@ def untrained(config: Any) -> Any:
 
 
 def own(model: Any, prompts: Sequence[list[int]], completions: Sequence[list[int]]) -> Tensor:
-    """log p of each completion by the model's own forward of that sequence alone, as it comes from transformers."""
+    """log p of each completion by transformers' own forward on this sequence alone."""
     found = []
     for prompt, completion in zip(prompts, completions, strict=True):
         logp = model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
@@ -476,13 +476,13 @@ def own_padded(model: Any, prompts: Sequence[list[int]], completions: Sequence[l
 
 
 def mean_gradients(model: Any, logp_S: Tensor) -> list[Tensor]:
-    """Of the mean in every weight; 0 where it does not come in."""
+    """Gradients of the mean in every weight; 0 if the mean does not depend on it."""
     weights = [p for p in model.parameters() if p.requires_grad]
     return list(torch.autograd.grad(logp_S.mean(), weights, allow_unused=True, materialize_grads=True))
 
 
 class Own(NamedTuple):
-    """What a model says by itself, and the model as a policy."""
+    """The results of a model outside a policy, and the model as a policy."""
 
     logp_S: Tensor
     grads: list[Tensor]
@@ -497,7 +497,7 @@ def checked(policy: Policy) -> None:
 
 
 def both(family: str) -> Own:
-    """A model asked by itself first, and then taken as a policy."""
+    """A model that is evaluated alone first, and then as a policy."""
     model = untrained(FAMILIES[family]())
     logp_S = own(model, PROMPTS, COMPLETIONS)
     hidden_NH = own_padded(model, PROMPTS, COMPLETIONS).detach()
@@ -526,7 +526,7 @@ def test_packed_is_padded_is_alone(family: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("family", ["GPT2", "OPT"])
 def test_packed_is_alone_in_float64(family: str) -> None:
-    """Where a model computes all of itself in float64: values and gradients to 1e-12, prompts shared or not."""
+    """Models that compute everything in float64: values and gradients to 1e-12, prompts shared or not."""
     model = untrained(FAMILIES[family]()).double()
     theirs = own(model, PROMPTS, COMPLETIONS)
     grads, policy = mean_gradients(model, theirs), Policy(model, None)  # type: ignore[arg-type]
@@ -552,7 +552,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_packed_is_refused_by_name(name: str) -> None:
-    """Each for a reason of its own: attention that asks nobody, positions by slopes, sinks, recurrence."""
+    """Each for another reason: a fixed attention function, positions by slopes, sinks, recurrence."""
     model = untrained(REFUSED[name]())
     policy = Policy(model, None)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=f"model: {name}"):
@@ -560,7 +560,7 @@ def test_what_cannot_be_packed_is_refused_by_name(name: str) -> None:
 
 
 SUSPECT: dict[str, Callable[[], Any]] = {
-    # Windows that are in the mask alone, so that attention is not told of them.
+    # Windows that are in the mask alone, so the attention function does not get them.
     "Phimoe": of("Phimoe", sliding_window=4, num_local_experts=4, num_experts_per_tok=2),
     "Doge": of("Doge", sliding_window=4),
     "Qwen2Moe": of("Qwen2Moe", max_window_layers=2, shared_expert_intermediate_size=16, **WINDOW, **EXPERTS),
@@ -586,7 +586,7 @@ SUSPECT: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", SUSPECT)
 def test_no_model_is_wrong_without_a_word(name: str) -> None:
-    """What four tokens do not show, longer sequences do: refused, or right."""
+    """Some models differ only on longer sequences than four tokens: they are refused, or right."""
     model = untrained(SUSPECT[name]())
     with torch.no_grad():
         theirs = own(model, PROMPTS, COMPLETIONS)
@@ -639,7 +639,7 @@ def test_sequences(kind: str, llama: Policy, plain: Any) -> None:
     "completions", [[[5, 6, 7], [8]], [[], [8, 9]], [[8, 9], []], [[], []]], ids=["both", "first", "second", "none"]
 )
 def test_a_prompt_computed_once_counts_twice(completions: list[list[int]], llama: Policy, plain: Any) -> None:
-    """A pair whose responses are empty too; also where the prompt is one token."""
+    """Also a pair whose responses are both empty, and a prompt of one token."""
     for prompt in ([1, 3, 4], [1]):
         packed = pack([prompt] * 2, completions, share_prompt=True)
         assert len(packed.ids_T) == len(prompt) + sum(map(len, completions))
@@ -654,7 +654,7 @@ def test_a_prompt_computed_once_counts_twice(completions: list[list[int]], llama
 
 
 def test_the_same_batch_gives_the_same_bits(llama: Policy) -> None:
-    """Forward and backward, again and again, with prompts shared, whose gradients are added up."""
+    """Forward and backward, repeatedly, with shared prompts, whose gradients are added."""
     prompts, completions = drawn(3, 6, most=60)
     packed = pack(prompts, completions, share_prompt=True)
     first = llama.logps(packed)
@@ -667,7 +667,7 @@ def test_the_same_batch_gives_the_same_bits(llama: Policy) -> None:
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "GPT2", "Mixtral"])
 def test_activation_checkpointing_gives_the_same_gradients(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training mode, as training does it; and both layers are really run again."""
+    """In training mode, as in training; both layers are really run again."""
     model = untrained(FAMILIES[family]())
     policy = Policy(model, None)  # type: ignore[arg-type]
     model.train()
@@ -689,7 +689,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family: str, monkeypa
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_autocast_stays_near_float32(family: str) -> None:
-    """As training has it: rotary positions make queries and keys float32, beside values in bf16."""
+    """As in training: rotary positions make queries and keys float32, but values are bf16."""
     policy = Policy(untrained(FAMILIES[family]()), None)  # type: ignore[arg-type]
     packed = pack(PROMPTS, COMPLETIONS, share_prompt=True)
     expected = policy.logps(packed)
@@ -703,7 +703,7 @@ def test_autocast_stays_near_float32(family: str) -> None:
 
 
 def test_attention_under_autocast_is_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a GPU would find float32 queries, and not take its kernel for sequences of variable length."""
+    """With float32 queries, a GPU would not use its kernel for sequences of variable length."""
     types: list[torch.dtype] = []
     real = packing._in_batches
     monkeypatch.setattr(packing, "_in_batches", lambda *a: types.extend(x.dtype for x in a[:3]) or real(*a))
@@ -715,7 +715,7 @@ def test_attention_under_autocast_is_in_bf16(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_a_model_in_half_precision(family: str) -> None:
-    """Weights and all in bf16: log-probabilities in float32, near those of the float32 model."""
+    """All in bf16, weights too: log-probabilities in float32, near those of the float32 model."""
     model = untrained(FAMILIES[family]())
     with torch.no_grad():
         expected = own(model, PROMPTS, COMPLETIONS)
@@ -734,7 +734,7 @@ def test_a_model_in_half_precision(family: str) -> None:
 )
 @torch.no_grad()
 def test_generation_from_padded_prompts_is_generation_from_each_alone(family: str) -> None:
-    """Greedy, with prompts padded on the left, beyond the windows; alone by the model's own attention."""
+    """Greedy, with prompts padded on the left, beyond the windows; single prompts use the model's own attention."""
     prompts = [[1, 5, 6, 7, 9, 11, 30], [1, 9, 8], [4], [1, 9, 8, 33, 2, 17]]
     length, model = 12, untrained(FAMILIES[family]())
     options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}

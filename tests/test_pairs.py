@@ -1,4 +1,4 @@
-"""The data's own pairs: every form and format they come in, what is wrong with a pair, what a stage keeps of them."""
+"""Pairs of the data: every form and format, invalid pairs, and the contents of the stage."""
 
 import itertools
 import json
@@ -86,7 +86,7 @@ def test_conversations_of_every_format(
 
 
 def test_hub_pairs(save: Save) -> None:
-    """As UltraFeedback's binarised: a prompt apart, whole conversations, the chosen one once more as messages."""
+    """As in UltraFeedback binarized: a separate prompt, whole conversations, and the chosen one again as messages."""
     rows = []
     for i, row in enumerate(plain()):
         both = within(row)
@@ -96,7 +96,7 @@ def test_hub_pairs(save: Save) -> None:
 
 
 def test_sides_may_have_different_forms(tmp_path: Path) -> None:
-    """A text, one turn or the whole conversation: each of prompt, chosen and rejected by itself."""
+    """A text, one turn or the whole conversation, independently for prompt, chosen and rejected."""
     question, good, bad = said("user", "Why?"), said("assistant", "Because."), said("assistant", "Who cares?")
     prompts: list[Any] = ["Why?", [question]]
     chosen: list[Any] = ["Because.", [good], [question, good]]
@@ -128,7 +128,7 @@ def test_ratings_under_the_names_that_data_have(tmp_path: Path, names: tuple[str
 
 
 def test_columns_of_other_names(tmp_path: Path) -> None:
-    """A form that is named hides the others: with response or messages named, there is no pair."""
+    """A mapped form excludes the others: with response or messages mapped, there is no pair."""
     file = tmp_path / "rows.jsonl"
     rows = [
         {"key": row["id"], "q": row["prompt"], "good": row["chosen"], "bad": row["rejected"], "stars": i / 2, "low": -1}
@@ -145,7 +145,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         assert unpaired["r7"] == Prompt("r7", [said("user", "question 7")], "good 7")
 
 
-# --- what is wrong with a pair
+# --- invalid pairs
 
 
 PAIR = {"prompt": "Why?", "chosen": "Because.", "rejected": "Who cares?"}
@@ -207,7 +207,7 @@ def test_another_form_that_says_the_same_does_no_harm(tmp_path: Path) -> None:
 
 
 def test_pairs_that_differ_in_the_rejected_response_alone_are_other_rows(tmp_path: Path) -> None:
-    """Without an id they get two; the prompt is then removed as a repeated one, and counted."""
+    """Rows without an id get two ids; the second is removed as a repeated prompt, and counted."""
     file = write(tmp_path / "rows.jsonl", [PAIR, PAIR, {**PAIR, "rejected": "Go away."}, *plain()])
     removed = jsonl(file).read()[1]["removed"]
     assert removed["repeated"] == 1
@@ -217,7 +217,7 @@ def test_pairs_that_differ_in_the_rejected_response_alone_are_other_rows(tmp_pat
 
 
 def test_of_two_rows_with_one_prompt_the_one_with_a_pair_stays(tmp_path: Path) -> None:
-    """Whatever their order, which stays; a held-out prompt is removed from training all the same."""
+    """For any order of the rows, which does not change; a held-out prompt is still removed from training."""
     paired = plain(60)
     alone = [{"id": f"s{i}", "prompt": row["prompt"], "response": row["chosen"]} for i, row in enumerate(plain(100))]
     rows = {}
@@ -235,7 +235,7 @@ def test_of_two_rows_with_one_prompt_the_one_with_a_pair_stays(tmp_path: Path) -
 
 
 class Model:
-    """A model that is there already, with a context of 200 tokens."""
+    """An existing model with a context of 200 tokens."""
 
     def __init__(self, world: World) -> None:
         config = SimpleNamespace(max_position_embeddings=200)
@@ -301,7 +301,7 @@ def contents(responses: Any) -> list[tuple[Any, ...]]:
 
 
 def test_pairs_with_the_same_tokens_on_both_sides_are_left_out(world: World, tmp_path: Path, report: Report) -> None:
-    """They differ in what is cut, or in spaces that the template removes."""
+    """They differ only in the part that is cut, or in spaces that the template removes."""
     rows = plain()
     for row in rows[::4]:
         row |= {"chosen": f"{WORDS} yes", "rejected": f"{WORDS} no"}
@@ -326,7 +326,7 @@ def test_data_without_pairs_leave_nothing_new(world: World, tmp_path: Path, repo
 def test_a_split_with_pairs_is_one_data_set_with_its_rejected_responses(
     world: World, tmp_path: Path, report: Report
 ) -> None:
-    """Files with responses are no data sets of their own; the digest is of both sides."""
+    """Files with responses are not data sets; the digest covers both sides."""
     digests = []
     for word in ("bad", "worse"):
         file = write(tmp_path / "rows.jsonl", [{**row, "rejected": f"{word} {row['id']}"} for row in plain()])
@@ -348,7 +348,7 @@ def test_when_no_pair_fits_it_is_named(world: World, tmp_path: Path, report: Rep
         prepared(world, write(tmp_path / "rows.jsonl", rows), tmp_path / "one", report, long_responses="drop")
 
 
-# --- there and back
+# --- export and import
 
 
 def test_our_own_export_is_read_again(world: World, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Colours: one meaning each, and no colour anywhere but in the palette."""
+"""Colours: one meaning each, and no colour outside the palette."""
 
 import ast
 import re
@@ -24,7 +24,7 @@ SOURCES = sorted(
 
 
 def meanings() -> dict[str, str]:
-    """Every colour of the palette by what it means."""
+    """Every colour of the palette, by its meaning."""
     found = {f"{name} as a method": method.colour for name, method in methods().items()}
     found |= {f"group {place}": look.colour for place, look in enumerate(SERIES)}
     for name, value in vars(palette).items():
@@ -42,7 +42,7 @@ def methods() -> dict[str, palette.Method]:
 
 
 def lightness_and_hue(colour: str) -> tuple[float, float, float]:
-    """CIELAB coordinates, in which distances are about as large as they look."""
+    """CIELAB coordinates, in which distances are close to perceived differences."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
     to_xyz = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
     xyz = [sum(a * b for a, b in zip(row, linear, strict=True)) for row in to_xyz]
@@ -81,7 +81,7 @@ def test_whatever_a_figure_may_tell_apart_looks_different() -> None:
 
 
 def literals(path: Path) -> Iterator[str]:
-    """What a file says in places where a colour can stand."""
+    """The values in a file at places for colours."""
     text = path.read_text()
     if path.suffix != ".py":
         yield from (match[0] for match in HEX.finditer(re.sub(r'href="[^"]*"|id="[^"]*"', "", text)))

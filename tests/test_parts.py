@@ -1,4 +1,4 @@
-"""What goes into a part's key: a field is neutral if and only if another value of it leaves the key as it is."""
+"""The key of a part: a field is neutral if and only if another value of it does not change the key."""
 
 import dataclasses
 import shutil
@@ -17,7 +17,7 @@ from dnpo.settings import IS_PLACE, build, check, conf_folder, locate, neutral_n
 
 CONF = conf_folder()
 HUB = ["path=null", "name=some/model", "revision=0123456789abcdef"]
-# What an option needs to be built, and to have every field matter; a second entry shows the other way to name a model.
+# Settings with which an option can be built and every field matters; a second entry names a model in the other way.
 GIVEN: dict[tuple[str, str], list[list[str]]] = {
     ("model", "hub"): [["revision=0123456789abcdef", "lora.rank=4"]],
     ("data", "hub"): [["sample=1", "revision=0123456789abcdef"]],
@@ -38,7 +38,7 @@ CASES = [
     for path in sorted((CONF / group).glob("*.yaml"))
     for number, given in enumerate(GIVEN.get((group, path.stem), [[]]))
 ]
-# Values that another rule of the part allows, where a neighbour of the present one would break it.
+# Values that the rules of the part allow, for fields whose next value would break a rule.
 OTHER: dict[str, Any] = {
     "width": 192,
     "question": "{question} {y1} {y2}?",
@@ -54,7 +54,7 @@ OTHER: dict[str, Any] = {
     "shares": [1.0, 3.0, 2.0],
     "engine": {"_target_": "dnpo.generate.server.Server", "base_url": "http://a/v1", "version": "new"},
 }
-# Fields that change no key of their own part, though they are not neutral, and why.
+# Fields that are not neutral but do not change the key of their part, with the reason.
 ELSEWHERE = {
     **dict.fromkeys(
         ("max_prompt_tokens", "max_response_tokens", "long_responses"), "the stage that encodes puts them into its key"
@@ -84,7 +84,7 @@ def other_value(hint: Any, value: Any) -> Any:
 
 
 def vary(target: Any, name: str, value: Any) -> Any:
-    """Another value of one setting; of a nested part, or several, the same with one setting changed."""
+    """Another value of one setting; for a nested part, the part with one setting changed."""
     if name in OTHER:
         return OTHER[name]
     if isinstance(value, Mapping) and "_target_" in value:
@@ -96,7 +96,7 @@ def vary(target: Any, name: str, value: Any) -> Any:
 
 
 def moved(value: str | None, folder: Path) -> str:
-    """The same contents in another place; those of the shipped template where nothing is said."""
+    """The same contents at another path; by default those of the shipped template."""
     source = Path(value) if value is not None else questions.SHIPPED / "score.yaml"
     copy = folder / "moved" / source.name
     copy.parent.mkdir(exist_ok=True)
@@ -108,7 +108,7 @@ def moved(value: str | None, folder: Path) -> str:
 
 
 def change(place: Path) -> None:
-    """Give what lies there other contents."""
+    """Change the contents at a path."""
     if place.is_dir():
         (place / "model.safetensors").write_bytes(b"other")
     elif place.suffix == ".yaml":
@@ -121,7 +121,7 @@ def change(place: Path) -> None:
 def test_neutral_fields_are_those_that_leave_the_key_as_it_is(
     group: str, option: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where something lies leaves the key as it is for as long as the contents are the same."""
+    """A path does not change the key if its contents are the same."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
@@ -142,11 +142,11 @@ def test_neutral_fields_are_those_that_leave_the_key_as_it_is(
         name, value = field.name, settings.get(field.name, field.default)
         by_name = settings.get("name") is not None
         if (name == "path" and by_name) or (name in ("name", "revision") and "path" in settings and not by_name):
-            continue  # one of both says where a model is
+            continue  # one of both names the model
         if name == "engine" and group == "rollout" and option == "live":
             continue  # refused: test_engine.py
         if field.metadata.get(IS_PLACE) and name in ("base_url", "same_as", "headers"):
-            continue  # an address, and how it is asked: test_endpoints.py
+            continue  # an address and its settings: test_endpoints.py
         if field.metadata.get(IS_PLACE):
             place = moved(value, tmp_path)
             same = key(**{name: place}) == plain_key

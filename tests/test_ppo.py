@@ -1,4 +1,4 @@
-"""Training on rollouts by the clipped ratio: equations against brute force, limits, and what a checkpoint keeps."""
+"""Training on rollouts by the clipped ratio: equations against brute force, limits, and checkpoints."""
 
 import json
 import math
@@ -119,7 +119,7 @@ def test_whitening_gives_mean_0_and_variance_1() -> None:
 def test_ratios_are_clipped_where_they_have_gone_far_enough(
     ratio: float, advantage: float, loss: float, slope: float, clipped: float
 ) -> None:
-    """ε = 0.2; the slope is that in log π."""
+    """ε = 0.2; the derivative is in log π."""
     logp_N = wide(-1.0 + math.log(ratio)).requires_grad_()
     found = policy_loss(logp_N, wide(-1.0), wide(advantage), clip=0.2)
     (gradient,) = torch.autograd.grad(found.sum(), logp_N)
@@ -156,7 +156,7 @@ def test_the_estimate_of_the_divergence_is_unbiased() -> None:
 
 
 def test_explained_variance() -> None:
-    """Var R = 2/3; errors (0, 0, 1) have the variance 2/9, so a third of it is left."""
+    """Var R = 2/3; errors (0, 0, 1) have variance 2/9, so 1/3 of the variance remains."""
     target_N = wide(1.0, 2.0, 3.0)
     assert explained_variance(target_N, target_N) == 1
     assert explained_variance(wide(2.0, 2.0, 2.0), target_N) == 0
@@ -226,7 +226,7 @@ def cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 def teach_values(training: Observer, seed: int = 5) -> None:
-    """A value head that says something."""
+    """A value head with random weights."""
     training.value_head.double()
     with torch.no_grad():
         training.value_head.weight_H.copy_(0.1 * noise(len(training.value_head.weight_H), seed=seed))
@@ -350,7 +350,7 @@ def test_ratios_leave_1_once_the_policy_moves(make_policy: MakePolicy, world: Wo
 
 
 def test_the_head_alone_learns_values_unless_the_settings_say_more(make_policy: MakePolicy, world: World) -> None:
-    """The policy's gradient is the same with and without a value loss; with a weight it is that much larger."""
+    """The value loss changes the policy's gradient only if it has a weight, and in proportion to the weight."""
     policy = double(make_policy())
     rollouts = respond(policy, world)
     found = {}
@@ -387,7 +387,7 @@ class Some:
         return self.folder / f"responses-{rollout}.parquet"
 
     def check(self, rollouts: int) -> None:
-        """Nothing is on the disk."""
+        """At the start there are no files."""
 
     def take(self, rollout: int, first: int, step: int) -> list[Rollout]:
         return read(self.path(rollout), Rollout)
@@ -438,7 +438,7 @@ def whole(**settings: Any) -> Optimisation:
 def test_a_stopped_training_ends_as_an_undisturbed_one(
     weight: float, after: int, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Bit for bit, in the midst of a rollout too: the value head, its optimizer, and what was seen of the rollout."""
+    """Equal in all bits, also within a rollout: the value head, its optimizer, and the used part of the rollout."""
     settings, optimisation = ClippedRatio(value_weight=weight), whole(epochs=2, micro_batch_size=3, checkpoint_every=1)
 
     def run(folder: Path, report: Report) -> tuple[list[Tensor], list[dict[str, float]]]:
@@ -479,7 +479,7 @@ def test_ratios_are_1_in_the_first_step_on_a_rollout_and_in_no_other(
 
 
 def test_values_come_to_explain_the_rewards(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Of fewer tokens than the head has weights, under a policy that hardly moves."""
+    """Values of fewer tokens than the head has weights, under a policy that hardly changes."""
     policy = make_policy()
     still = how(epochs=80, batch_size=4, optimizer=torch_optimizer("SGD", lr=1e-9))
     observe, _ = make_training(policy, replace(PLAIN, value_learning_rate=0.03))
@@ -494,7 +494,7 @@ def test_values_come_to_explain_the_rewards(make_policy: MakePolicy, world: Worl
 
 
 def test_every_step_has_the_metrics_of_its_rollout(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """The source's, and the divergence from the reference and the variance that values explain."""
+    """The source's metrics, the divergence from the reference, and the variance explained by values."""
     policy, other = make_policy(), make_policy(1)
     rows = make_training(make_policy(), ClippedRatio(), reference=other)[0](respond(policy, world))
     history = train(policy, world, tmp_path, ClippedRatio(), whole(micro_batch_size=3), reference=other)
@@ -526,7 +526,7 @@ def test_with_an_adapter_the_weights_below_stay(make_policy: MakePolicy, world: 
     assert all(torch.equal(p, before[n]) for n, p in policy.model.named_parameters() if n in before)
 
 
-# --- where it ends ----------------------------------------------------------------------------------------------------
+# --- the optimum ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", bandit.WAYS)

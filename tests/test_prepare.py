@@ -1,4 +1,4 @@
-"""The stage of prompts: what is too long, in tokens; what was removed; and what of it is in the stage's key."""
+"""The stage of prompts: rows that are too long in tokens, removed rows, and the settings in the stage's key."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ WORDS = "one two three four five six seven eight nine ten"
 
 
 class Model:
-    """A model that is there already, with a context of 200 tokens."""
+    """An existing model with a context of 200 tokens."""
 
     def __init__(self, world: World) -> None:
         config = SimpleNamespace(max_position_embeddings=200)
@@ -44,7 +44,7 @@ def stage(world: World, data: Any) -> Stage:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Every fifth response is long, every seventh prompt, and one prompt stands twice."""
+    """Every fifth response and every seventh prompt is long, and one prompt occurs twice."""
     rows = [
         {
             "id": f"r{i}",
@@ -65,7 +65,7 @@ def source(file: Path, **settings: Any) -> JsonLines:
 
 
 def test_row_that_a_template_cuts_is_named(world: World, file: Path, tmp_path: Path, report: Report) -> None:
-    """Every row is looked at, while the gate looks at some."""
+    """Every row is checked; the gate checks a sample."""
     cuts = copy.deepcopy(world.tokenizer)
     cuts.chat_template = cuts.chat_template.replace("message['content']", "message['content'][:40]")
     data = source(file)

@@ -1,4 +1,4 @@
-"""What calls cost, from a table that users edit."""
+"""The cost of calls, from a table that users edit."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def test_a_batch_costs_the_same_where_nothing_is_said(tmp_path: Path) -> None:
         ("small-20240718", "small"),
         ("small-mini", "small-mini"),
         ("small-mini-2025-01-31", "small-mini"),
-        ("small-2023-01-01", "small-2023-01-01"),  # a price of its own
+        ("small-2023-01-01", "small-2023-01-01"),  # has its own price
         ("small-1924-07-18", None),
         ("small-2024", None),
         ("small-2024-07-18-x", None),
@@ -66,7 +66,7 @@ def test_dated_versions(model: str, known: str | None, tmp_path: Path) -> None:
     ],
 )
 def test_shipped_prices(model: str, tokens_in: float, tokens_out: float, batch: float) -> None:
-    """As the vendors' pages have them, whose addresses stand in the file."""
+    """As on the vendors' pages, whose addresses are in the file."""
     price = price_of(model, None)
     assert price is not None
     assert (price.input * 1e6, price.output * 1e6, price.batch) == pytest.approx((tokens_in, tokens_out, batch))

@@ -1,4 +1,4 @@
-"""Which prompts an iteration uses: divided by conversations, the seed apart, and refused where there are too few."""
+"""The prompts of an iteration: divided by conversation, without the seed, and refused if there are too few."""
 
 import random
 from collections import Counter
@@ -17,7 +17,7 @@ from dnpo.settings import build, check, conf_folder, part_key, require
 
 
 def asked(sizes: list[int], paired: int = 0, shuffle: int = 0) -> list[Prompt]:
-    """Prompts of some conversations, with so many rows each; the first ``paired`` rows bring pairs."""
+    """Prompts of conversations with these numbers of rows; the first ``paired`` rows have pairs."""
     texts = [f"question {i}" for i, size in enumerate(sizes) for _ in range(size)]
     rows = [
         Prompt(f"r{i}", [{"role": "user", "content": text}], "yes", rejected="no" if i < paired else None)
@@ -58,8 +58,7 @@ def question(text: str) -> Prompt:
 
 @pytest.mark.parametrize("trial", range(20))
 def test_parts_hold_every_row_once_and_no_conversation_twice(trial: int) -> None:
-    """By brute force: rows are laid side by side in the order of the hashes, and a conversation goes where its middle
-    lies."""
+    """By brute force: rows are in the order of the hashes; a conversation belongs to the part with its middle row."""
     draw = random.Random(trial)
     rows = asked([draw.randint(1, 6) for _ in range(draw.randint(1, 40))], shuffle=trial)
     shares = [draw.uniform(0.1, 9) for _ in range(draw.randint(1, 6))]
@@ -152,7 +151,7 @@ def test_more_iterations_than_parts_are_refused() -> None:
 
 
 def test_fewer_prompts_than_iterations_are_refused() -> None:
-    for rows in (asked([1] * 3), asked([40, 1, 1]), []):  # rows that say the same are one prompt
+    for rows in (asked([1] * 3), asked([40, 1, 1]), []):  # rows with the same text are one prompt
         part = Fresh(shares=[1, 1, 1, 1])
         empty = part.parts(rows).index([])
         with pytest.raises(DataError, match=rf"^prompts\.shares=.* leave none for iteration {empty} of 4 parts; take"):

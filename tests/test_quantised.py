@@ -1,4 +1,4 @@
-"""Quantised base weights: what they stand for, adapters stacked on them, and whole runs."""
+"""Quantised base weights: their values, adapters stacked on them, and whole runs."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def rows(world: World, count: int = 6) -> tuple[list[list[int]], list[list[int]]
 
 
 def change(policy: Policy, seed: int) -> None:
-    """Change all that is trained, as a training would."""
+    """Change all trained weights, as a training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in policy.model.parameters():
@@ -143,7 +143,7 @@ def test_log_probabilities_are_of_the_dequantised_weights_and_all_adapters(
 def test_training_mode_and_evaluation_mode_give_the_same_numbers_and_gradients(
     kind: Quantisation, base: Path, stack: Callable[[Quantisation], Path], world: World
 ) -> None:
-    """bitsandbytes' layers change their kernel in evaluation mode, and 4-bit ones then have no gradient any more."""
+    """bitsandbytes' layers use another kernel in evaluation mode; then 4-bit layers have no gradient."""
     folder = stack(kind)
     policy = load(str(base), folder, quantization=kind)
     with policy.evaluating():
@@ -217,7 +217,7 @@ def test_the_fingerprint_is_of_base_and_adapters(
 
 @KINDS
 def test_the_size_is_known_before_loading(kind: Quantisation, base: Path) -> None:
-    """All bytes of a loaded model but the tables of bitsandbytes, which all layers share on a larger model."""
+    """All bytes of a loaded model except the tables of bitsandbytes, which the layers of a larger model share."""
     found = count_bytes(outline(str(base)).causal_lm, kind)
     loaded = load(str(base), None, quantization=kind).causal_lm.state_dict()
     table = ("quant_map", "quant_state.", "weight_format")

@@ -1,4 +1,4 @@
-"""Questions in words: what is sent, what of a reply is read, and what becomes of it; failures are never scores."""
+"""Questions in words: the messages, how replies are read, and the verdicts; failures are never scores."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ SCORES = {
     '```json\n{"score": 83}\n```': 83.0,
     '```{"score": 83}```': 83.0,
     "```json\n83\n```": 83.0,
-    # as real endpoints write it
+    # as written by real endpoints
     "83.0": 83.0,
     "100.0": 100.0,
     "0.0": 0.0,
@@ -182,7 +182,7 @@ NO_SCORES = [
     "83A",
     "<answer>83</answer>",
     "\u200b83",
-    # what sounds like a grade and is none, or not surely that one
+    # similar to a grade, but none, or an ambiguous one
     "I'd not give it 85",
     "I would not give it more than 85.",
     "85 would be too much",
@@ -257,7 +257,7 @@ def test_every_whole_number_from_0_to_100_is_read_and_no_other() -> None:
 
 
 def test_a_reply_with_two_numbers_is_never_read() -> None:
-    """Whatever stands around them: no part of a reply is chosen over another."""
+    """With any text around them: no part of a reply is preferred."""
     rng = random.Random(7)
     around = [
         "",
@@ -285,14 +285,14 @@ def test_a_reply_with_two_numbers_is_never_read() -> None:
     for _ in range(20000):
         first, second = rng.sample(range(101), 2)
         parts = [rng.choice(around) for _ in range(9)]
-        second = min(second, 99)  # the second of "85/100" is no other number
+        second = min(second, 99)  # the 100 of "85/100" is not a second number
         reply = "".join([*parts[:3], str(first), rng.choice(around[1:]), *parts[3:6], str(second), *parts[6:]])
         with pytest.raises(ValueError, match="reply"):
             read_score(reply)
 
 
 def test_what_is_read_is_the_only_number_there() -> None:
-    """Of random texts of the characters that the rules are about, one is read only if it holds one number."""
+    """Random texts of characters from the rules: a text is read only if it contains one number."""
     rng = random.Random(8)
     read = 0
     for _ in range(40000):
@@ -351,14 +351,14 @@ def test_replies_that_name_no_winner(reply: str) -> None:
     "piece", [" ", "*", "\n", "`", "(", "the ", "score ", "score is ", "9", "9 ", "[9", "A ", "answer ", "{", '"']
 )
 def test_a_long_reply_takes_no_time(piece: str) -> None:
-    """What a server sends is read in time linear in its length, whether or not it is a verdict."""
+    """A reply is read in time linear in its length, with or without a verdict."""
     long = piece * (200_000 // len(piece))
     began = time.perf_counter()
     for reply in (long, f"x{long}", f"{long}x", f"8{long}x", f"score{long}x", f"score is{long}-", f"```{long}```"):
         for read in (read_score, read_winner):
             with pytest.raises(ValueError, match="reply"):
                 read(reply)
-    assert time.perf_counter() - began < 20.0  # a second as a rule; what backtracks takes hours
+    assert time.perf_counter() - began < 20.0  # usually a second; with backtracking hours
 
 
 # --- expected values
@@ -369,13 +369,13 @@ def logs(**probabilities: float) -> dict[str, float]:
 
 
 def test_expected_score_by_hand() -> None:
-    """(80 · 0.5 + 90 · 0.25 + 7 · 0.125) / 0.875; what is no number from 0 to 100 has no part in it."""
+    """(80 · 0.5 + 90 · 0.25 + 7 · 0.125) / 0.875; tokens that are no number from 0 to 100 are ignored."""
     top = {"80": math.log(0.5), " 90": math.log(0.25), "7": math.log(0.125), "101": -3.0, "good": -3.0, "8.": -3.0}
     expected = (80 * 0.5 + 90 * 0.25 + 7 * 0.125) / 0.875
     assert read_expected_score([top]) == pytest.approx(expected, rel=1e-12)
     assert read_expected_score([{" ": 0.0}, top, {"\n": 0.0}]) == pytest.approx(expected, rel=1e-12)
     assert read_expected_score([top, {".": -0.1, "5": -3.0}]) == pytest.approx(expected, rel=1e-12)
-    # the same number written in two ways counts twice
+    # both spellings of a number are added
     twice = {"80": math.log(0.25), " 80": math.log(0.25), "20": math.log(0.5)}
     assert read_expected_score([twice]) == pytest.approx(50.0)
 
@@ -414,7 +414,7 @@ def test_what_gives_no_expected_score(tokens: list[dict[str, float]], problem: s
 
 
 def test_expected_winner_by_hand() -> None:
-    """0.6 / (0.6 + 0.2), whatever else is likely there."""
+    """0.6 / (0.6 + 0.2), with any other tokens."""
     assert read_expected_winner([logs(A=0.6, B=0.2, TIE=0.1)]) == pytest.approx(75.0, rel=1e-12)
     assert read_expected_winner([logs(B=0.6, A=0.2)]) == pytest.approx(25.0, rel=1e-12)
     assert read_expected_winner([{"\n": 0.0}, {" A": math.log(0.3), "A": math.log(0.3), "B": math.log(0.2)}]) == (
@@ -476,7 +476,7 @@ def mark_of(messages: Sequence[dict[str, str]]) -> str:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_response_closes_its_own_frame(mode: Mode) -> None:
-    """A response that carries the marks of other texts has a mark of its own, so its frame ends where it ends."""
+    """A response with the marks of other texts gets a different mark, so its frame ends at the right place."""
     template = Template(SHIPPED / f"{mode}.yaml", mode)
     response = "fine"
     marks = set()
@@ -493,7 +493,7 @@ def test_no_response_closes_its_own_frame(mode: Mode) -> None:
 
 
 def test_a_mark_that_happens_to_stand_in_a_text_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finding a response with its own hash takes long, so the hash is made to collide here."""
+    """A response that contains its own hash is hard to find, so the test makes the hash collide."""
     template = Template(SHIPPED / "score.yaml", "score")
     plain = mark_of(template.messages(TALK, "fine"))
     real = hashlib.sha256
@@ -606,7 +606,7 @@ def test_a_comparison_shows_both(user: str, tmp_path: Path) -> None:
 
 
 class Rule(Prompted):
-    """Answers by a rule on what is sent; what it has no value for fails."""
+    """Answers by a rule on the messages; a question without a value fails."""
 
     def __init__(self, values: dict[str, float | None], mode: Mode = "score", **more: Any) -> None:
         unit = more.pop("unit", 0.5)
@@ -622,7 +622,7 @@ class Rule(Prompted):
         return "none"
 
     def value(self, question: Question) -> float | None:
-        """Of the first response that the question shows, less that of the second if there is one."""
+        """The value of the first response in the question, less that of the second if there is one."""
         said = question.messages[-1]["content"]
         shown = sorted(
             (text for text in self.values if f"\n{text}\n" in said), key=lambda text: said.index(f"\n{text}\n")
@@ -649,7 +649,7 @@ class Rule(Prompted):
 
 
 def rows(*texts: str, source: str = "policy@0") -> tuple[list[Prompt], list[Response]]:
-    """Prompts with a human response each, and a response of that text."""
+    """Prompts with a human response each, and responses with these texts."""
     prompts = [Prompt(str(i), [{"role": "user", "content": f"question {i}"}], f"human {i}") for i in range(len(texts))]
     return prompts, [Response(p.id, source, text, [], 0, "eos") for p, text in zip(prompts, texts, strict=True)]
 
@@ -681,7 +681,7 @@ def test_nothing_is_asked_twice_but_what_failed(tmp_path: Path) -> None:
     judge = Rule({"one": 1.0, "two": None, "three": 3.0})
     twice = [*responses, replace(responses[0], source="policy@9")]
     first = ask(judge, prompts, twice, tmp_path)
-    assert len(judge.asked) == 3  # the same words are the same question, whoever wrote them
+    assert len(judge.asked) == 3  # equal texts are the same question, for every source
     assert [v.score for v in first] == [1.0, None, 3.0, 1.0]
     judge.values["two"] = 2.0
     assert [v.score for v in ask(judge, prompts, twice, tmp_path)] == [1.0, 2.0, 3.0, 1.0]
@@ -705,7 +705,7 @@ def test_a_reported_failure_without_reason_is_not_asked(tmp_path: Path) -> None:
 
 
 def test_the_template_decides_what_is_known(tmp_path: Path) -> None:
-    """A changed text is another question even where its version was left as it was."""
+    """A changed template is another question even with the same version."""
     prompts, responses = rows("one")
     text = "{{ conversation }}\n{{ response }}\n"
     for number, (user, version, asked) in enumerate(
@@ -733,7 +733,7 @@ def test_identity_follows_what_decides_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_comparisons_by_hand(tmp_path: Path) -> None:
-    """In order ab the human one is first and the value says how much better it is: 100 − value is the other's."""
+    """In order ab the human response is first and the value is its preference; 100 − value is the other's."""
     prompts, responses = rows("better", "worse", "even")
     judge = Rule(
         {"better": 30.0, "worse": 0.0, "even": 10.0, "human 0": 10.0, "human 1": 10.0, "human 2": 10.0}, "pairwise"
@@ -784,7 +784,7 @@ def test_human_rows_and_identical_texts_have_50(tmp_path: Path) -> None:
 
 
 def test_responses_are_compared_with_the_human_ones_that_are_given(tmp_path: Path) -> None:
-    """Those that were cut to what the policy may write; the prompt's own text where none is given."""
+    """The human responses cut to the policy's limit; or the prompt's own text if none is given."""
     prompts, responses = rows("new", "new")
     given = [replace(human(prompts)[0], text="human cut")]
     judge = Rule({"new": 0.0, "human cut": 10.0, "human 1": 20.0}, "pairwise")
@@ -867,7 +867,7 @@ def test_as_many_failures_as_allowed_and_no_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("scores", "noted"), [([7.0] * 30, True), ([7.0] * 29 + [8.0], False), ([7.0] * 10, False)])
 def test_a_judge_that_tells_nothing_apart_is_noted(scores: list[float], noted: bool, tmp_path: Path) -> None:
-    """Responses without a score do not hide it; a few equal scores are no wonder."""
+    """Responses without a score do not hide it; a few equal scores are normal."""
     prompts, responses = rows(*(f"text {n}" for n in range(len(scores) + 1)))
     report = Report()
     with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:

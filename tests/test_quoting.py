@@ -1,4 +1,4 @@
-"""Arguments that Hydra cannot read: the setting and the way to quote it are shown, and this way works."""
+"""Arguments that Hydra cannot read: the message shows how to quote the setting, and this works."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from tests.commands import run_command, train
 
 VALUES = ["/d/year=2024/x.jsonl", "/d/a,b.jsonl", "/d/a(1).jsonl", "/d/{a}.jsonl", "/d/set[1].jsonl"]
 VALUES += ['/d/"a"=1', "/d/'a'=1"]
-PLACES = [("data.path", value) for value in VALUES]  # every value in one place, and some in others
+PLACES = [("data.path", value) for value in VALUES]  # every value for one setting, and some for others
 PLACES += [(place, value) for place in ("model.path", "store", "ledger") for value in (VALUES[0], VALUES[-2])]
 
 

@@ -1,4 +1,4 @@
-"""Several processes that train together end with the weights of one process, up to rounding."""
+"""Training on several processes gives the weights of one process, up to rounding."""
 
 import copy
 import os
@@ -36,7 +36,7 @@ WEIGHTS, SHARED_WEIGHTS, METRICS = 5e-5, 1e-4, 1e-4  # greatest differences betw
 
 SEED = 3
 ON_RANK_1 = arrange(PairOptimisation(Bound("torch.optim.SGD", {}), batch_size=8), 22, SEED)[0][1]
-"""The number of a pair that is on rank 1 in the first step."""
+"""The index of a pair on rank 1 in the first step."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a training ended, on one rank."""
+    """The result of a training on one rank."""
 
     weights: dict[str, Tensor]
     noise: list[Tensor]
@@ -81,7 +81,7 @@ def train(case: Case, policy: Policy, pairs: list[Pair], folder: Path, off_by: f
     """Score the pairs and train on them, as the stages of an iteration do.
 
     Args:
-        off_by: by how much the log-probability of the pair ``ON_RANK_1`` is made wrong.
+        off_by: error added to the log-probability of the pair ``ON_RANK_1``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     score(policy, pairs, autocast=False, folder=folder, report=Report())
@@ -159,7 +159,7 @@ def test_two_processes_train_as_one(make_policy: MakePolicy, world: World, tmp_p
 
 
 def train_until_death(case: Case, policy: Policy, pairs: list[Pair], folder: Path, step: int) -> Ended:
-    """The same, but rank 1 is killed within this step, as its gradients are there."""
+    """The same, but rank 1 is killed within this step, after its gradients are computed."""
     update = Training._step
 
     def update_or_die(self: Training, *given: Any) -> None:
@@ -192,7 +192,7 @@ def test_processes_that_share_the_weights_train_as_one(make_policy: MakePolicy, 
 def test_a_killed_rank_is_continued_bit_for_bit(
     parallel: str, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """The same number of ranks ends with the same bits; one process continues from the same checkpoint."""
+    """Equal numbers of ranks give equal bits; one process also continues from the same checkpoint."""
     pairs, case = world.pairs(22), Case({"parallel": parallel})
     (undisturbed,), _ = succeed(2, train_each, [case], make_policy(), pairs, tmp_path / "undisturbed")
     first, second = on_ranks(2, train_until_death, case, make_policy(), pairs, tmp_path / "two", 4)
@@ -208,7 +208,7 @@ def test_a_killed_rank_is_continued_bit_for_bit(
 
 
 def fail(policy: Policy, pairs: list[Pair], folder: Path) -> list[Exception]:
-    """What is raised if something goes wrong with a pair on rank 1."""
+    """The error after a failure with a pair on rank 1."""
     poisoned = [
         replace(pair, strength=float("nan")) if number == ON_RANK_1 else pair for number, pair in enumerate(pairs)
     ]
@@ -236,7 +236,7 @@ def fail(policy: Policy, pairs: list[Pair], folder: Path) -> list[Exception]:
 
 
 def raised_by(attempt: Callable[[], Any]) -> Exception:
-    """What it raises."""
+    """The error that it raises."""
     try:
         attempt()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A real server with a real model answers the judge by API: what a user with a local endpoint has."""
+"""A real server with a real model answers the judge by API, as at a user's local endpoint."""
 
 import os
 import socket
@@ -56,7 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
 
 
 def test_a_model_behind_transformers_serve_judges(server: tuple[str, str], tmp_path: Path) -> None:
-    """It ignores response_format and log-probabilities; plain numbers are read by the strict reader."""
+    """It ignores response_format and log-probabilities; its plain numbers are read by the strict rules."""
     base_url, model = server
     judge = OpenAI(model=model, base_url=base_url, concurrency=4, timeout=60.0)
     prompts = [Prompt(str(i), [{"role": "user", "content": f"Add {i} and 1."}], "") for i in range(12)]
@@ -67,7 +67,7 @@ def test_a_model_behind_transformers_serve_judges(server: tuple[str, str], tmp_p
         assert all(v.score is not None and 0 <= v.score <= 100 for v in verdicts), verdicts
         row = next(row for row in ledger.rows())
         assert row["tokens_in"] > 12 * 100
-        # the same again comes from the ledger
+        # the second time, answers come from the ledger
         assert judge(prompts, responses, ledger, Report()) == verdicts
         assert sum(row["hits"] for row in ledger.rows()) == 12
 

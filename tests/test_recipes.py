@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, executed as they stand there, from a folder outside the repository."""
+"""The recipes of CONTRIBUTING.md, executed unchanged in a folder outside the repository."""
 
 import csv
 import re
@@ -29,7 +29,7 @@ class Recipe(NamedTuple):
             (folder / name).write_text(text)
 
     def arguments(self, module: str) -> list[str]:
-        """Of its first command with this module."""
+        """The arguments of its first command with this module."""
         return next(words[3:] for words in self.commands if words[:3] == ["python", "-m", module])
 
 

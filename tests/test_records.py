@@ -1,4 +1,4 @@
-"""Rows come back from Parquet as they went in, for every type and every kind of missing value."""
+"""Rows are read from Parquet as they were written, for every type and every kind of missing value."""
 
 import dataclasses
 from pathlib import Path
@@ -12,7 +12,7 @@ from dnpo.records import HUMAN, Pair, Prompt, ReferenceLogps, Response, Verdict,
 from dnpo.running import execute
 from dnpo.tables import read, read_all, schema, write
 
-# What people and models write: other scripts, markup, control characters, special tokens, quotes, nothing at all.
+# Texts of people and models: other scripts, markup, control characters, special tokens, quotes, empty texts.
 TEXTS = (
     "",
     "Ünïcödé – 日本語 🦉 ≥ y′",
@@ -93,7 +93,7 @@ def test_no_rows_keep_the_schema(tmp_path: Path, kind: type[Any], rows: list[Any
 
 
 def test_pairs_of_earlier_versions_are_read_and_shown(tmp_path: Path) -> None:
-    """They lack the columns of what came later."""
+    """They lack later columns."""
     (pairs,) = (rows for kind, rows in KINDS if kind is Pair)
     write(tmp_path / "pairs.parquet", pairs, Pair)
     later = ["step", "draws"]
@@ -130,7 +130,7 @@ def test_schema_types() -> None:
     ids=["word for number", "lone surrogate", "word in list"],
 )
 def test_bad_rows_leave_the_old_file_and_no_other(tmp_path: Path, bad: list[Any], kind: type[Any]) -> None:
-    """A file of rows is whole or not there, for a stage that is continued takes every file it finds for finished."""
+    """A file of rows is complete or missing, since a continued stage uses every file it finds."""
     good: list[Any] = VERDICTS if kind is Verdict else RESPONSES
     path = tmp_path / "rows.parquet"
     with pytest.raises((pa.ArrowException, ValueError, TypeError)):
@@ -144,7 +144,7 @@ def test_bad_rows_leave_the_old_file_and_no_other(tmp_path: Path, bad: list[Any]
 
 
 def test_a_write_that_is_killed_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of a file is never under its final name."""
+    """An incomplete file never has its final name."""
     path = tmp_path / "rows.parquet"
     write(path, VERDICTS, Verdict)
 
@@ -175,7 +175,7 @@ def test_read_all_keeps_the_order_given(tmp_path: Path) -> None:
 
 
 def test_means_over_steps_weigh_rows() -> None:
-    """Rows count the same, in however large a step; steps that lack the metric count for nothing."""
+    """Rows have equal weights in steps of every size; steps without the metric are ignored."""
     steps = [{"a": 1.0, "rows": 3.0}, {"a": 5.0, "b": 2.0, "rows": 1.0}, {"rows": 9.0}]
     assert mean_over_steps(steps, "a") == 2.0
     assert mean_over_steps(steps, "b") == 2.0
@@ -199,7 +199,7 @@ def test_rows_cannot_be_changed() -> None:
 def test_shown_pairs_are_the_first_flipped_ones_and_the_first_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of them are flipped if there are so many; looked for batch by batch."""
+    """Half of them are flipped if there are enough; searched in batches."""
     monkeypatch.setattr(execute, "GROUP", 7)
     monkeypatch.setattr(execute, "SHOWN_PAIRS", 10)
     pairs = [dataclasses.replace(PAIRS[0], id=f"p{i}", flipped=i % 4 == 3) for i in range(60)]

@@ -1,4 +1,4 @@
-"""The frozen reference: what is kept of it is what it says, made once, and never taken from another policy."""
+"""The frozen reference: its kept values are correct, computed once, and never taken from another policy."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -47,7 +47,7 @@ def various(world: World, count: int) -> list[Pair]:
 
 
 def alone(policy: Policy, pair: Pair) -> tuple[float, float]:
-    """log p of both responses, each in a batch of its own."""
+    """log p of both responses, each in its own batch."""
     with torch.no_grad(), policy.evaluating():
         return tuple(
             float(policy.logps(pack([pair.prompt_ids], [ids]))) for ids in (pair.chosen_ids, pair.rejected_ids)
@@ -62,7 +62,7 @@ class Usage(NamedTuple):
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Let the disk have so many bytes free."""
+    """Set the number of free bytes on the disk."""
 
     def free(size: int) -> None:
         monkeypatch.setattr(references.shutil, "disk_usage", lambda path: Usage(10**15, 0, size))
@@ -106,7 +106,7 @@ def test_scoring_leaves_the_policy_as_it_was(make_policy: MakePolicy, world: Wor
 
 
 def test_scores_under_autocast_are_of_bf16_products(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """As the training sees them that is compared with them, and not as a float32 policy says them."""
+    """In the precision of the training, not in that of a float32 policy."""
     policy, pairs = make_policy(), world.pairs(12)
     for autocast in (False, True):
         (tmp_path / str(autocast)).mkdir()
@@ -121,7 +121,7 @@ def test_scores_under_autocast_are_of_bf16_products(make_policy: MakePolicy, wor
 
 
 class Counting:
-    """Counts the sequences that go through a policy."""
+    """Counts the sequences in a policy's forward passes."""
 
     def __init__(self, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sequences = 0
@@ -138,7 +138,7 @@ class Counting:
 def test_only_what_is_missing_is_made_again(
     states: bool, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a kill: shards that are there stay as they are, and a half-written one has another name."""
+    """After a kill, finished shards do not change, and an incomplete one has another name."""
     monkeypatch.setattr(references, "SHARD", 10)
     policy, pairs = make_policy(), various(world, 34)
 
@@ -183,7 +183,7 @@ def test_scores_that_do_not_belong_to_the_pairs_are_refused(
 def test_hidden_states_come_back_as_they_were(
     shard: int, tokens: int, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of any pairs in any order, also twice, across shards and without tokens."""
+    """For any pairs in any order, also repeated, across shards, and without tokens."""
     monkeypatch.setattr(references, "SHARD", shard)
     monkeypatch.setattr(references, "by_length", partial(by_length, tokens=tokens))
     policy, pairs = make_policy(), various(world, 30)
@@ -201,7 +201,7 @@ def test_hidden_states_come_back_as_they_were(
 
 
 def test_hidden_states_have_the_type_of_the_products(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """bf16 under autocast and of bf16 weights: half the size, and exactly what the output head's products read."""
+    """bf16 under autocast or with bf16 weights: half the size, and exactly the input of the output head's products."""
     pairs = world.pairs(8)
     half = make_policy()
     half.model.bfloat16()
@@ -228,7 +228,7 @@ def test_hidden_states_have_the_type_of_the_products(make_policy: MakePolicy, wo
 
 
 def test_reading_does_not_load_what_is_not_asked_for(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """The shards are mapped into memory: reading a pair gives its own rows, not a view that holds the whole shard."""
+    """Shards are memory-mapped: a pair is read as a copy of its rows, not as a view that keeps the whole shard."""
     keep_hidden(make_policy(), world.pairs(60), autocast=False, required=True, folder=tmp_path, report=Report())
     found = KeptHidden(tmp_path)([4, 9])
     assert found.untyped_storage().nbytes() == found.nbytes
@@ -252,7 +252,7 @@ def test_the_size_is_said_before_anything_is_written(
 def test_a_full_disk_is_an_error_where_they_are_required_and_a_reason_where_not(
     make_policy: MakePolicy, world: World, tmp_path: Path, disk: Callable[[int], None]
 ) -> None:
-    """A gigabyte stays free. Nothing is computed or written before it is known that there is room."""
+    """A gigabyte stays free. Nothing is computed or written before the space is checked."""
     pairs, report = world.pairs(8), Report()
     size = sum(len(p.rejected_ids) for p in pairs) * 128
     make = partial(keep_hidden, make_policy(), pairs, autocast=False, folder=tmp_path, report=report)
@@ -266,7 +266,7 @@ def test_a_full_disk_is_an_error_where_they_are_required_and_a_reason_where_not(
     assert report.notes == []
     disk(GIGABYTE + size)
     make(required=True)
-    disk(GIGABYTE + 100)  # what is there already takes no further room
+    disk(GIGABYTE + 100)  # existing files need no more space
     make(required=True)
 
 
@@ -285,7 +285,7 @@ def run_of(
     dsl: dict[str, Any] | None = None,
     objective: Any = Logistic(beta=1.0),  # noqa: B008  # frozen
 ) -> tuple[Run, Stage, Stage, Stage, Stage]:
-    """A run of one iteration whose prompts, policy and pairs are there already: a policy drawn from ``weights``."""
+    """A run of one iteration whose prompts, policy and pairs exist; the policy's weights have the seed ``weights``."""
     pairs = world.pairs(12)
 
     @dataclass(frozen=True)
@@ -362,7 +362,7 @@ def test_runs_share_the_reference_of_their_policy_and_pairs(make_policy: MakePol
 
 
 def test_what_changes_rounding_alone_is_in_no_key(make_policy: MakePolicy, world: World) -> None:
-    """Memory and time are not the result; what changes the result is in the key."""
+    """Settings of memory and time are not in the key; settings that change the result are."""
     given = partial(run_of, world, make_policy)
 
     def key(part: Noise, **trainer: Any) -> str:
@@ -416,7 +416,7 @@ def test_the_hidden_cache_changes_nothing_but_rounding(
 
 
 def test_one_epoch_reads_nothing_twice(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """auto does not write what would be read once; on does as it is told. Epochs count also where steps are set."""
+    """auto writes nothing that would be read once; on always writes. Epochs count also if steps are set."""
     for name, trainer, cache, kept in (
         ("a", {"epochs": 1}, "auto", 0),
         ("b", {"epochs": 1}, "on", 1),
@@ -432,7 +432,7 @@ def test_one_epoch_reads_nothing_twice(make_policy: MakePolicy, world: World, tm
 def test_no_room_for_the_hidden_cache(
     make_policy: MakePolicy, world: World, tmp_path: Path, disk: Callable[[int], None]
 ) -> None:
-    """auto goes on without and says so; on is refused with a message, before the training."""
+    """auto continues without and reports it; on is refused with a message before the training."""
     disk(GIGABYTE)
     store, report = Store(tmp_path), Report()
     _, _, train, _, _ = run_of(world, make_policy, noise(cache="on"))
@@ -446,7 +446,7 @@ def test_no_room_for_the_hidden_cache(
 
 
 def test_a_reference_of_other_weights_is_refused(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """The policy's folder was changed after its reference was made: whatever the key says, it is another's."""
+    """The policy's folder was changed after its reference was made: despite the key, it is another policy's."""
     store = Store(tmp_path)
     _, scores, train, policy, _ = run_of(world, make_policy, noise())
     folder = store.get(scores, Report())
@@ -454,7 +454,7 @@ def test_a_reference_of_other_weights_is_refused(make_policy: MakePolicy, world:
     make_policy(1).save(store.folder(policy) / "policy")
     with pytest.raises(StoreError, match=r"policy/model.safetensors was not written by it"):
         store.get(train, Report())
-    _reseal(store.folder(policy))  # as one that was made again, and otherwise
+    _reseal(store.folder(policy))  # as if it was computed again, with another result
     with pytest.raises(DnpoError, match=f"{folder} was made by other weights than this iteration starts from") as error:
         store.get(train, Report())
     assert "remove that folder" in str(error.value)
@@ -473,7 +473,7 @@ def _reseal(folder: Path, content: dict[str, Any] | None = None) -> None:
 
 @pytest.mark.parametrize("which", ["reference", "hidden"])
 def test_a_tampered_manifest_is_refused(which: str, make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Either of the caches may be the wrong one."""
+    """Either cache can be the wrong one."""
     store = Store(tmp_path)
     _, scores, train, _, _ = run_of(world, make_policy, noise(cache="on"))
     store.get(scores, Report())
@@ -490,7 +490,7 @@ def test_a_tampered_manifest_is_refused(which: str, make_policy: MakePolicy, wor
 
 
 def test_noise_that_reads_nothing_keeps_nothing(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """SPIN has no hidden states to keep; fixed noise has."""
+    """SPIN keeps no hidden states; fixed noise does."""
     assert run_of(world, make_policy, PLAIN)[2].aids == {}
     assert set(run_of(world, make_policy, FIXED)[2].aids) == {"hidden"}
     assert len(final(Store(tmp_path), run_of(world, make_policy, FIXED)[2])) == 6
@@ -498,7 +498,7 @@ def test_noise_that_reads_nothing_keeps_nothing(make_policy: MakePolicy, world: 
 
 
 def test_runs_share_the_hidden_states(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """A sweep over α makes them once, fixed noise among its jobs."""
+    """A sweep over α makes them once, also for its job with fixed noise."""
     store = Store(tmp_path)
     for part in (noise(0.01, "on"), noise(0.1, "auto"), FIXED):
         final(store, run_of(world, make_policy, part)[2])
@@ -509,14 +509,14 @@ def test_runs_share_the_hidden_states(make_policy: MakePolicy, world: World, tmp
 
 @dataclass(frozen=True)
 class ByTemperature:
-    """The logistic loss by 1/β, with β as a property, or another number by which margins shall be reported."""
+    """The logistic loss with 1/β as its setting; β, or another scale for reported margins, is a property."""
 
     temperature: float
     reported: float | None = None
 
     @property
     def beta(self) -> float:
-        """What margins are reported at."""
+        """The scale of reported margins."""
         return 1 / self.temperature if self.reported is None else self.reported
 
     def __call__(self, policy: PairLogps, reference: PairLogps, facts: Facts) -> Tensor:
@@ -527,7 +527,7 @@ class ByTemperature:
 def test_margins_are_reported_at_the_beta_of_the_objective(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Whether it is a field, a property, or a setting of a function; and no other number is."""
+    """As a field, a property, or a setting of a function; no other number is used."""
 
     def steps(objective: Any, name: str, npo: Noise | None = None) -> list[dict[str, float]]:
         return final(Store(tmp_path / name), run_of(world, make_policy, npo or noise(), objective=objective)[2])

@@ -1,4 +1,4 @@
-"""A store that machines share: who computes what, who publishes first, and what happens when it goes away."""
+"""A store shared by machines: which one computes and publishes, and what happens if the store is unavailable."""
 
 import re
 import shutil
@@ -29,7 +29,7 @@ Work = Callable[[Path, Mapping[str, Path], Report], dict[str, Any]]
 
 
 def use_server(endpoint: str, patch: pytest.MonkeyPatch) -> None:
-    """Let S3 be at an address, as users do: by the environment."""
+    """Set the address of S3 as users do: by the environment."""
     for name, value in (
         ("AWS_ENDPOINT_URL", endpoint),
         ("AWS_ACCESS_KEY_ID", "somebody"),
@@ -69,7 +69,7 @@ def behind_http(server: ThreadedMotoServer) -> str:
 
 
 def counting(done: list[str], text: str = "some rows", wait: float = 0.0) -> Work:
-    """Work that writes two files, and tells that it was done."""
+    """Work that writes two files and records its call."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         time.sleep(wait)
@@ -83,7 +83,7 @@ def counting(done: list[str], text: str = "some rows", wait: float = 0.0) -> Wor
 
 
 def machine(folder: Path, address: str, expiry: float = 60.0) -> Store:
-    """The store of a machine of its own."""
+    """The store of another machine."""
     store = Store(folder, remote=Remote(address, expiry))
     store.open(lambda text: None)
     return store
@@ -114,7 +114,7 @@ def test_what_one_machine_computed_the_next_one_fetches(address: str, tmp_path: 
 
 
 def test_what_was_computed_before_is_published_and_what_is_missing_is_fetched(address: str, tmp_path: Path) -> None:
-    """As after a run without a remote store, or one that did not reach it."""
+    """As after a run without a remote store, or with an unreachable one."""
     done: list[str] = []
     a, b = stage(name="sft", work=counting(done)), stage(name="judge", work=counting(done))
     Store(tmp_path / "one").get(a, Quiet())
@@ -131,7 +131,7 @@ def test_what_was_computed_before_is_published_and_what_is_missing_is_fetched(ad
 
 
 def test_exactly_one_of_eight_writers_is_the_first(address: str, tmp_path: Path) -> None:
-    """Their files differ, as those of different machines may; what is fetched is all of one of them."""
+    """Their files differ, as may happen between machines; the fetched files are all from one machine."""
     made = stage()
     stores = []
     for number in range(8):
@@ -266,7 +266,7 @@ def test_what_is_damaged_is_named_and_computed_again(damage: str, tmp_path: Path
 
 
 class Failing(BaseHTTPRequestHandler):
-    """Answers that the service is unavailable, or with ``silent`` nothing at all."""
+    """Answers that the service is unavailable; with ``silent`` it never answers."""
 
     silent = False
     asked = 0
@@ -307,7 +307,7 @@ def test_a_remote_store_that_goes_away_is_one_warning(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The run goes on with its own store, and says what it did not publish; it can be published later."""
+    """The run continues with its local store and reports the unpublished stages; they can be published later."""
     done: list[str] = []
     stages = [stage(name=name, work=counting(done, name)) for name in ("prepare", "sft", "generate")]
     store, report = machine(tmp_path / "one", behind_http), Quiet()
@@ -403,7 +403,7 @@ def test_store_path_is_short_for_store_root(tmp_path: Path) -> None:
 def test_a_run_on_another_machine_computes_nothing(
     address: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first machine had computed all before it got a remote store; the second has an empty store."""
+    """The first machine computed all stages before it had a remote store; the second has an empty store."""
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
     shutil.copytree(tiny / "store", tmp_path / "one" / "store")

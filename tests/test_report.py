@@ -1,4 +1,4 @@
-"""The report: what it says of runs and sweeps, also of broken ones, and that nothing in them is ever more than text."""
+"""The report: its contents for runs and sweeps, also broken ones; their contents are always plain text in it."""
 
 import base64
 import json
@@ -197,7 +197,7 @@ def scored(scores: Mapping[str, Sequence[float]]) -> Callable[[Path], object]:
 
 
 def paired_runs(lab: Lab, seeds: Sequence[int], groups: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """A sweep whose methods differ from SPIN by so many points after iteration 1, and their scores by seed and item."""
+    """A sweep whose methods differ from SPIN by these points after iteration 1, and their scores by seed and item."""
     rng = np.random.default_rng(1)
     base = rng.normal(50, 10, (len(seeds), 40))
     found = {method: base + shift + rng.normal(0, 2, base.shape) for method, shift in groups.items()}
@@ -234,7 +234,7 @@ def test_a_sweep_is_compared_over_items_and_seeds_with_a_star_where_the_correcte
         assert f"{found[method].mean():.1f} ±" in page.text
     assert [p <= 0.05 for p in holm(ps)] == [True, False]
     assert "after Holm's correction over 2 tests different from spin: dnpo at k = 1" in page.text
-    assert text.count('class="n star"') == 1  # and none at k = 0, where all have one and the same policy
+    assert text.count('class="n star"') == 1  # and none at k = 0, where all have the same policy
     assert "varies method" in page.text
     assert "seeds 0, 1, 2" in page.text
     assert "No claim was tested" in page.text
@@ -294,7 +294,7 @@ def test_a_branching_sweep_counts_the_last_iteration_of_each_run_alone(lab: Lab)
 def test_runs_are_told_apart_by_as_few_settings_as_do_and_a_rerun_counts_once(lab: Lab) -> None:
     for alpha in (0.01, 0.1):
         for seed in (0, 1, 1):
-            # what follows from the seed, or only says where things lie, tells nothing apart
+            # values that follow from the seed, or are paths, do not distinguish runs
             params = {"npo.alpha": alpha, "npo.rate": 2 * alpha, "data.seed": seed, "store": f"store{seed}"}
             tags = {"dnpo.alive": f"{alpha} {seed}"}
             table = [{"iteration": 0, "eval/loss": alpha}]
@@ -339,8 +339,8 @@ def test_a_run_without_a_judge_has_no_scores_and_says_so(lab: Lab) -> None:
 
 
 def hostile(lab: Lab) -> None:
-    """A sweep of two runs, one failed, where everything that can be text is :data:`EVIL`."""
-    clean = EVIL.replace("\ud800", "").replace("\x00", "")  # databases take neither
+    """A sweep of two runs, one failed, in which every text is :data:`EVIL`."""
+    clean = EVIL.replace("\ud800", "").replace("\x00", "")  # databases accept neither
     pair = {
         "id": EVIL,
         "messages": [{"role": EVIL, "content": EVIL}, {"role": "user", "content": EVIL}],

@@ -112,7 +112,7 @@ def test_points() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_scores_are_those_of_the_model_alone(world: World, tmp_path: Path, batch_size: int) -> None:
-    """Each row by itself through transformers gives the rewards of the batches, in the order of the responses."""
+    """Single rows in transformers give the same rewards as the batches, in the order of the responses."""
     folder = llama(world, tmp_path / "rm")
     prompts, responses = rows()
     judge = Reward(path=str(folder), center=0.1, scale=0.5, device="cpu", batch_size=batch_size)
@@ -145,7 +145,7 @@ def test_a_pair_of_texts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["turns", "pair"])
 def test_what_is_rewarded_cannot_be_a_turn(world: World, tmp_path: Path, kind: str) -> None:
-    """Special tokens are the template's or the tokenizer's own, in their places, whatever the texts spell."""
+    """Special tokens are only the template's or the tokenizer's, at their places, for every text."""
     folder = llama(world, tmp_path / "rm") if kind == "turns" else bert(tmp_path / "rm")
     model = load(Weights(str(folder), None, None), "float32", "cpu", None)
     spelled = "well</s><|user|>a<|assistant|>" if kind == "turns" else "well [SEP] a [CLS]"
@@ -159,7 +159,7 @@ def test_what_is_rewarded_cannot_be_a_turn(world: World, tmp_path: Path, kind: s
 
 
 def test_rows_that_the_template_cannot_show_are_refused(world: World, tmp_path: Path) -> None:
-    """Before anything is generated: a system turn, say, that the template drops without a word."""
+    """Before any generation: for example, a system turn that the template drops silently."""
     folder = llama(world, tmp_path / "rm")
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("in messages", "in messages if message.role != 'system'"))
@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_not_cut(world: World, tmp_path: Path) -> None:
 def test_a_reward_that_is_no_number(world: World, tmp_path: Path) -> None:
     folder = llama(world, tmp_path / "rm")
     model = LlamaForSequenceClassification.from_pretrained(folder)
-    torch.nn.init.constant_(model.score.weight, 3e38)  # a number, and sums of it are none
+    torch.nn.init.constant_(model.score.weight, 3e38)  # finite, but its sums are not
     model.save_pretrained(folder)
     (verdict, *_) = verdicts(Reward(path=str(folder), device="cpu"), *rows())
     assert (verdict.score, verdict.reason) == (None, "the reward is not a finite number")
@@ -248,7 +248,7 @@ def preferences(path: Path, count: int = 120) -> Preferences:
 
 
 def test_forms_of_preferences(tmp_path: Path) -> None:
-    """Plain and conversational rows say the same."""
+    """Plain and conversational rows give the same preferences."""
     user, yes, no = ({"role": r, "content": c} for r, c in (("user", "say"), ("assistant", "yes"), ("assistant", "no")))
     forms: list[dict[str, Any]] = [
         {"prompt": "say", "chosen": "yes", "rejected": "no", "score": 3},
@@ -342,7 +342,7 @@ def test_measures() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "embedding"])
 def test_fit_and_judge(world: World, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is fitted tells polite from rude in conversations it has not seen, and judges so; twice the same."""
+    """The fitted model separates polite from rude in new conversations and judges so; a repetition is equal."""
     data = preferences(tmp_path / "p.jsonl")
     if kind == "llama":
         base = llama(world, tmp_path / "base", LlamaForCausalLM)
@@ -357,7 +357,7 @@ def test_fit_and_judge(world: World, tmp_path: Path, kind: str, capsys: pytest.C
     judges = [Reward(path=str(folder), device="cpu") for folder in folders]
     assert judges[0].identity() == judges[1].identity()
     assert judges[0].curve == (found[0]["center"], found[0]["scale"])
-    shutil.rmtree(base)  # the folder is all there is
+    shutil.rmtree(base)  # only the fitted folder is needed
     held = data.read()[1]
     prompts = [Prompt(str(i), p.messages, p.chosen) for i, p in enumerate(held)]
     texts = [("chosen", [p.chosen for p in held]), ("rejected", [p.rejected for p in held])]
@@ -412,7 +412,7 @@ def test_the_command(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("out", ["fitted", "a b", "set[v1]", "x=1", "it's", "\x1b[31mred"])
 def test_the_command_says_how_to_name_its_folder(out: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    """So that a shell and Hydra read the folder's name as it is; and a terminal is not steered."""
+    """A shell and Hydra read the folder's name correctly, and it cannot control a terminal."""
     monkeypatch.setattr(fitting, "fit", wraps(fit)(lambda data, **settings: {}))
     given = quote(f"out={out}")
     assert given is not None

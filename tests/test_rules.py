@@ -1,4 +1,4 @@
-"""The exact judge: 60 points for the right answer, 25 for what a complete response mentions, 15 for form.
+"""The exact judge: 60 points for the right answer, 25 for completeness, 15 for form.
 
 Every score is worked out by hand from that rule, not by the code.
 """
@@ -14,17 +14,17 @@ from tests.conftest import verdicts
 
 
 def ask(answer: str | None, *needs: str, name: str = "p") -> Prompt:
-    """A prompt with that answer."""
+    """A prompt with this answer."""
     return Prompt(name, [{"role": "user", "content": "?"}], "human", answer=answer, needs=list(needs))
 
 
 def say(text: str, name: str = "p", source: str = HUMAN) -> Response:
-    """A response of that text."""
+    """A response with this text."""
     return Response(name, source, text, [1, 2], 2, "eos")
 
 
 def score(prompt: Prompt, text: str) -> float | None:
-    """What the judge gives one response."""
+    """The judge's verdict on one response."""
     (verdict,) = verdicts(Rules(), [prompt], [say(text)])
     return verdict.score
 
@@ -86,7 +86,7 @@ LIST = ask("4 4 7", "4", "4", "7")
         (SUM, "", 0),
         (SUM, "   ", 0),
         (SUM, "?!.", 0),
-        # Without words to mention every response is complete, but an empty one still has no answer and no form.
+        # Without required words every response is complete, but an empty one still has no answer and no form.
         (ask("7"), "It is 7.", 60 + 25 + 15),
         (ask("7"), "7", 60 + 25 + 10),
     ],
@@ -116,7 +116,7 @@ def test_no_correct_response_scores_below_a_wrong_one() -> None:
 )
 @pytest.mark.parametrize("text", ["3 plus 4 is 8.", "3 plus 4 is 7."])
 def test_a_response_cannot_ask_for_points(text: str, boast: str) -> None:
-    """What a response says of itself never gains a point: the policy is trained on these scores and would learn it."""
+    """Statements of a response about itself never gain a point: the policy would learn to write them."""
     plain, boasting = score(SUM, text), score(SUM, f"{text} {boast}")
     assert plain is not None
     assert boasting is not None
@@ -182,7 +182,7 @@ def test_a_decimal_point_is_no_full_stop() -> None:
 
 
 def test_accepts() -> None:
-    """Before anything is computed: data without answers is refused, with how many, the first, and a way out."""
+    """Before any computation, data without answers is refused, with their number, the first one, and a solution."""
     assert Rules().accepts([]) is None
     assert Rules().accepts([SUM, FACT]) is None
     objection = Rules().accepts([ask("1", name="a"), ask(None, name="b"), ask(None, name="c")])

@@ -54,7 +54,7 @@ def go(
 
 
 def check_rows(policy: Policy, human: Sequence[Response], rows: Sequence[Response], length: int, seed: int) -> None:
-    """The properties that all rows have, whatever was drawn."""
+    """The properties of all rows, for every draw."""
     old, stops = {response.id: response for response in human}, set(policy.stop_ids)
     for row in rows:
         before, segment, after = cut(old[row.id], length, seed)
@@ -73,7 +73,7 @@ def check_rows(policy: Policy, human: Sequence[Response], rows: Sequence[Respons
 
 
 def eager(policy: Policy, one_in: int = 3) -> Policy:
-    """The policy, with so many stop tokens that most segments have one unless they are forbidden."""
+    """The policy with many stop tokens, so that most segments have one unless they are forbidden."""
     policy.causal_lm.generation_config.eos_token_id = list(range(0, len(policy.tokenizer), one_in))
     return policy
 
@@ -110,7 +110,7 @@ def test_text_and_log_probability_are_of_all_tokens(make_policy: MakePolicy, wor
 
 
 def test_only_a_segment_at_the_end_is_ended(make_policy: MakePolicy, world: World) -> None:
-    """``append_eos`` where human responses were cut too: what follows a segment stays."""
+    """``append_eos`` with human responses that were cut too: the tokens after a segment remain."""
     policy = make_policy()
     human = [replace(old, token_ids=old.token_ids[:4], tokens=4, finish="length") for old in world.human[:60]]
     assert not any(policy.stop_ids[0] in old.token_ids for old in human)
@@ -124,7 +124,7 @@ def test_only_a_segment_at_the_end_is_ended(make_policy: MakePolicy, world: Worl
 
 
 def test_tokens_are_kept_that_no_tokenizer_would_give(make_policy: MakePolicy, world: World) -> None:
-    """Human tokens that their text would not be cut into come back unchanged."""
+    """Human tokens that differ from the tokenisation of their text are returned unchanged."""
     letters = {world.tokenizer.decode([i]): i for i in range(len(world.tokenizer))}
     ids = [*(letters[letter] for letter in "minusequals"), world.tokenizer.eos_token_id]
     text = str(world.tokenizer.decode(ids, skip_special_tokens=True))
@@ -171,7 +171,7 @@ def test_a_cut_is_of_all_tokens_in_order() -> None:
 def test_a_segment_as_long_as_the_response_is_an_ordinary_sample(
     make_policy: MakePolicy, world: World, length: int, sampling: dict[str, Any]
 ) -> None:
-    """Bit for bit, log-probabilities included, repeated prompts too; a sample that is the human response is dropped."""
+    """In all bits, with log-probabilities and repeated prompts; a sample equal to the human response is dropped."""
     policy = eager(make_policy(), 10)
     prompts = [*world.prompts[:60], *world.prompts[:20]]
     expected = sample(policy, prompts, Ahead(batch_size=8, **sampling), "policy@2", LIMIT, 1, Report())
@@ -189,7 +189,7 @@ def test_a_segment_as_long_as_the_response_is_an_ordinary_sample(
 
 
 def test_a_segment_depends_on_seed_and_prompt_alone(make_policy: MakePolicy, world: World) -> None:
-    """Not on the batch, on other prompts and their order, on what came before, nor on the state of global chance."""
+    """Not on the batch, other prompts and their order, earlier calls, or the state of global generators."""
     policy = lively(make_policy())
     prompts, human = world.prompts[:80], own_words(policy, world)[:80]
     rows, counts = go(policy, prompts, human)
@@ -222,14 +222,14 @@ def test_a_prompt_that_repeats_gets_other_segments_at_the_same_place(make_policy
 
 
 def lively(policy: Policy) -> Policy:
-    """The policy, with logits so far apart that it often draws the same segment again."""
+    """The policy with scaled logits, so that it often draws the same segment again."""
     with torch.no_grad():
         policy.causal_lm.get_output_embeddings().weight *= 15
     return policy
 
 
 def own_words(policy: Policy, world: World) -> list[Response]:
-    """Human responses as the policy would write them: 12 tokens of its own, and the end."""
+    """Human responses from the policy: 12 of its tokens, and the end."""
     ids = complete(
         policy,
         [prompt.token_ids for prompt in world.prompts],
@@ -263,7 +263,7 @@ def test_a_segment_that_comes_out_as_it_was_is_drawn_again(make_policy: MakePoli
 def test_draws_are_those_of_one_after_the_other(
     make_policy: MakePolicy, world: World, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each draw in full, by itself; also where memory holds the logits of few tokens."""
+    """Each draw computed alone; also if memory holds the logits of only a few tokens."""
     policy = eager(lively(make_policy()), 10)
     prompts, human = world.prompts[:60], own_words(policy, world)[:60]
     expected, counts = [], Counter(segments=60, redrawn=0, dropped=0)
@@ -288,7 +288,7 @@ def test_draws_are_those_of_one_after_the_other(
 def test_segments_follow_the_policys_probabilities_given_that_they_differ(
     make_policy: MakePolicy, world: World
 ) -> None:
-    """Two tokens of four each, 6,000 draws of one prompt, against 16 probabilities by their definition, in float64."""
+    """Two tokens with four values each: 6,000 draws of one prompt against the 16 exact probabilities in float64."""
     policy, prompt, count = make_policy(), world.prompts[0], 6000
     starts = prompt.token_ids
     end = policy.stop_ids[0]
@@ -346,7 +346,7 @@ def test_each_row_has_its_own_limit_and_some_no_end(make_policy: MakePolicy, wor
     assert all(rows[i] == free[i] for i in range(40) if i not in endless)
 
 
-# --- what a loss makes of the tokens before a segment
+# --- the tokens before a segment in a loss
 
 
 def score(policy: Policy, starts: list[list[int]], side: list[list[int]]) -> list[float]:
