@@ -347,7 +347,7 @@ FIXED = FixedNoise(cache_hidden="on")
 
 
 def test_runs_share_the_reference_of_their_policy_and_pairs(make_policy: MakePolicy, world: World) -> None:
-    """Whatever the noise, the seed and most of the trainer are; other policies, pairs and products have their own."""
+    """Equal for every noise, seed and most settings of the trainer; different for other policies, pairs, dtypes."""
     given = partial(run_of, world, make_policy)
 
     def key(*args: Any, **settings: Any) -> str:

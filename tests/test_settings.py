@@ -1,4 +1,4 @@
-"""Settings are checked before anything is built, and a message says which one is wrong and what was meant."""
+"""Settings are checked before anything is built; a message names the wrong setting and the likely right one."""
 
 import math
 import os
@@ -30,14 +30,14 @@ TINY_WORLD = "dnpo.data.tinyworld.TinyWorld"
 
 
 class Inner:
-    """A part that another part holds."""
+    """A part inside another part."""
 
     def __init__(self, *, width: Count, rate: Positive = 1.0) -> None:
         self.width, self.rate = width, rate
 
 
 class Outer:
-    """A part with settings of every kind. What comes as positional parameter is no setting."""
+    """A part with settings of every kind. Positional parameters are no settings."""
 
     def __init__(
         self,
@@ -80,32 +80,32 @@ def message(call: Callable[[], Any]) -> str:
 
 
 def test_unknown_key_offers_near_matches() -> None:
-    """A typing error names the setting as it has to be written on the command line."""
+    """The message for a typing error names the setting as on the command line."""
     text = message(lambda: outer(fracton=0.5))
     assert text == "part.fracton: unknown setting. Did you mean part.fraction?"
     assert "data.flaws" in message(lambda: check("data", {"_target_": TINY_WORLD, "flaw": 0.1}))
 
 
 def test_unknown_key_without_near_match_lists_all() -> None:
-    """Where nothing is near, what there is, and nothing that is no setting."""
+    """Without a similar name, the message lists the settings, and nothing else."""
     text = message(lambda: check("part", {"_target_": INNER, "width": 1, "zzz": 1}))
     assert text == "part.zzz: unknown setting. Known: part.rate, part.width."
 
 
 def test_positional_parameters_are_no_settings() -> None:
-    """What the run hands over (a folder, a model) cannot be set."""
+    """Arguments that the run passes (a folder, a model) cannot be set."""
     assert message(lambda: outer(folder="/")).startswith("part.folder: unknown setting.")
 
 
 @pytest.mark.parametrize("given", [{}, {"width": None}, {"width": "???"}], ids=["absent", "null", "???"])
 def test_missing_required(given: dict[str, Any]) -> None:
-    """A required setting that is not there says how to give it."""
+    """The message for a missing required setting shows how to give it."""
     text = message(lambda: check("part", {"_target_": INNER, **given}))
     assert text == "part.width: needs a value; give part.width=…"
 
 
 def test_no_target() -> None:
-    """Settings that configure nothing are an error, not a silent no."""
+    """Settings without effect are an error; they are not ignored."""
     assert message(lambda: check("npo", {"alpha": 1.0})).startswith("npo: no _target_")
 
 
@@ -120,7 +120,7 @@ def test_target_that_cannot_be_imported(target: Any) -> None:
 
 @pytest.mark.parametrize("target", ["dnpo.dsl", "dnpo.records.HUMAN"], ids=["module", "constant"])
 def test_target_that_cannot_be_called(target: str) -> None:
-    """A dotted path that stops short of the class is the user's mistake, and told as such."""
+    """A dotted path without the class is a user's mistake, and the message says so."""
     assert message(lambda: check("dsl", {"_target_": target})).startswith("dsl._target_=")
 
 
@@ -149,7 +149,7 @@ def test_target_that_cannot_be_called(target: str) -> None:
     ids=str,
 )
 def test_wrong_type(wrong: dict[str, Any]) -> None:
-    """Nothing is converted but a whole number to a float: "false" is not false and 2.5 steps are not 2."""
+    """Only whole numbers are converted, to floats: "false" is not false and 2.5 steps are not 2."""
     ((key, value),) = wrong.items()
     expected = "expected true or false" if key == "flag" else "input should be "
     assert message(lambda: outer(**wrong)).startswith(f"part.{key}={value!r}: {expected}")
@@ -181,7 +181,7 @@ def test_wrong_type(wrong: dict[str, Any]) -> None:
     ids=str,
 )
 def test_out_of_range(wrong: dict[str, Any]) -> None:
-    """A value outside its range is refused before hours are spent on it; NaN lies in no range."""
+    """A value outside its range is refused before any computation; NaN is in no range."""
     ((key, value),) = wrong.items()
     expected = "expected true or false" if key == "flag" else "input should be "
     assert message(lambda: outer(**wrong)).startswith(f"part.{key}={value!r}: {expected}")
@@ -214,27 +214,27 @@ def test_out_of_range(wrong: dict[str, Any]) -> None:
     ids=str,
 )
 def test_ends_of_ranges_are_accepted(right: dict[str, Any]) -> None:
-    """What is documented as possible is possible, and comes back as it was."""
+    """Every documented value is accepted and returned unchanged."""
     assert outer(**right) == {"_target_": OUTER, **right}
 
 
 @pytest.mark.parametrize("name", ["positive", "non_negative", "finite", "fraction"])
 def test_int_for_float_comes_back_as_float(name: str) -> None:
-    """``alpha=1`` and ``alpha=1.0`` are one setting: with two spellings they would have two keys in the store."""
+    """``alpha=1`` and ``alpha=1.0`` are the same setting: otherwise they would have two keys in the store."""
     value = outer(**{name: 1})[name]
     assert value == 1.0
     assert type(value) is float
 
 
 def test_defaults_are_not_filled_in_and_special_keys_are_kept() -> None:
-    """The result holds what was given, so that Hydra can build from it, and leaves what was given as it is."""
+    """The result contains the given settings, so that Hydra can build from it; the given settings do not change."""
     given = {"_target_": OUTER, "_partial_": True, "fraction": 1}
     assert check("part", given) == {"_target_": OUTER, "_partial_": True, "fraction": 1.0}
     assert given == {"_target_": OUTER, "_partial_": True, "fraction": 1}
 
 
 def test_real_part() -> None:
-    """A part of the laboratory itself: its signature is the schema, ranges included."""
+    """A part of dnpo: its signature is the schema, ranges included."""
     given = {"_target_": TINY_WORLD, "flaws": 0, "difficulty": 5}
     checked = check("data", given)
     assert checked == {"_target_": TINY_WORLD, "flaws": 0.0, "difficulty": 5}
@@ -247,7 +247,7 @@ def test_real_part() -> None:
 
 
 def test_nested_target_is_checked() -> None:
-    """A part inside a part is held to its own signature, under its full name, and its values are put right as well."""
+    """A part inside a part is checked by its signature, under its full name, and its values are converted as well."""
     checked = outer(inner={"_target_": INNER, "width": 2, "rate": 3})
     assert checked["inner"] == {"_target_": INNER, "width": 2, "rate": 3.0}
     assert type(checked["inner"]["rate"]) is float
@@ -263,7 +263,7 @@ def test_nested_target_is_checked() -> None:
 
 @pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "torch.optim.RMSprop", "torch.optim.SGD"])
 def test_torch_optimizer_names_are_checked(optimizer: str) -> None:
-    """A misspelt learning rate would otherwise train with PyTorch's default without a word."""
+    """Otherwise a misspelt learning rate would silently train with PyTorch's default."""
     given = {"_target_": optimizer, "_partial_": True, "lr": 1.0e-4}
     assert check("trainer.optimizer", given) == given
     build("trainer.optimizer", given).check("trainer.optimizer")
@@ -273,7 +273,7 @@ def test_torch_optimizer_names_are_checked(optimizer: str) -> None:
 
 
 def test_torch_optimizer_inside_a_part() -> None:
-    """The same where it really stands: under ``trainer``."""
+    """The same at its real place, under ``trainer``."""
     target = "dnpo.optimise.parts.PairOptimisation"
     optimizer = {"_target_": "torch.optim.RMSprop", "lr": 1e-4}
 
@@ -293,7 +293,7 @@ def test_torch_optimizer_inside_a_part() -> None:
 
 
 def test_settings_of_the_engine() -> None:
-    """What only saves memory or time is set like everything else."""
+    """Settings of memory and time are checked like all others."""
     trainer = {
         "_target_": "dnpo.optimise.parts.PairOptimisation",
         "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
@@ -332,7 +332,7 @@ def test_settings_of_the_engine() -> None:
 
 
 def test_check_values_of_a_function_without_prefix() -> None:
-    """The settings of the run itself have no part in front of their names."""
+    """The settings of the run itself have names without a part."""
 
     def run(*, seed: Natural, iterations: Count = 3) -> None:
         """A run."""
@@ -345,7 +345,7 @@ def test_check_values_of_a_function_without_prefix() -> None:
 
 
 def test_nearest() -> None:
-    """Near words, all words, or none; private ones are never offered."""
+    """Similar words, all words, or none; private ones are never suggested."""
     assert nearest("alhpa", ["alpha", "beta"], "npo") == " Did you mean npo.alpha?"
     assert nearest("xyz", ["beta", "alpha", "_target_"]) == " Known: alpha, beta."
     assert nearest("target", ["_target_"]) == " Known: none."
@@ -390,7 +390,7 @@ except ImportError:
 
 
 def test_training_needs_no_more_than_torch_transformers_peft_and_lightning() -> None:
-    """On a machine that is only lent there is nothing else, nor a way to get it."""
+    """On a borrowed machine nothing else may be installed."""
     found = subprocess.run(
         [sys.executable, "-c", BARE], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

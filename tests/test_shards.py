@@ -1,4 +1,4 @@
-"""Rows that pass through stages in shards are the rows of one shard, and a killed stage loses at most one of them."""
+"""Stages in shards give the same rows as in one shard, and a killed stage loses at most one shard."""
 
 import json
 from collections.abc import Callable
@@ -44,11 +44,11 @@ ROWS = 7  # in a shard, a row group
 
 
 class Killed(BaseException):
-    """What ends a stage in these tests."""
+    """The error that ends a stage in these tests."""
 
 
 def lay_out(folder: Path) -> tuple[list[Stage], Store]:
-    """The stages that pass rows on, in their order."""
+    """The stages that process rows, in order."""
     with initialize_config_dir(str(conf_folder()), version_base=None):
         run, _, _ = build(compose("train", [*SETTINGS, f"ledger={folder / 'ledger.sqlite'}"]))
     (plan,) = run.plans
@@ -81,7 +81,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """The rows of a stage, and its other files but weights."""
+    """The rows of a stage, and its other files except weights."""
     found: dict[str, Any] = {"facts": manifest(folder)["facts"]}
     for path in sorted(each for each in folder.rglob("*") if each.is_file() and each.name != MANIFEST):
         name = path.relative_to(folder).as_posix()
@@ -90,7 +90,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def test_shards_change_nothing(whole: tuple[list[Stage], Store], small: None, tmp_path: Path) -> None:
-    """Every file is the same; the reference's numbers, which are computed in other batches, up to rounding."""
+    """Every file is the same; the reference's numbers, from other batches, only up to rounding."""
     stages, store = lay_out(tmp_path)
     assert [stage.key for stage in stages] == [stage.key for stage in whole[0]]
     for stage in stages:
@@ -127,14 +127,14 @@ def test_killed_stage_loses_one_shard(
     module: Any,
     part: str,
 ) -> None:
-    """Killed in its fourth shard, it makes this one and the later ones when it runs again."""
+    """After a kill in its fourth shard, the stage computes only this and later shards."""
     stages, store = lay_out(tmp_path)
     (stage,) = (stage for stage in stages if stage.name == name)
     inputs = {each: whole[1].folder(needed) for each, needed in stage.inputs.items()}
     work, calls, last = getattr(module, part), [0], [4]
 
     def count(*given: Any, **named: Any) -> Any:
-        calls[0] += bool(given[1] if part == "encode_many" else True)  # nothing to encode is no shard
+        calls[0] += bool(given[1] if part == "encode_many" else True)  # without rows to encode there is no shard
         if calls[0] == last[0]:
             raise Killed
         return work(*given, **named)
@@ -158,7 +158,7 @@ def test_killed_stage_loses_one_shard(
 
 
 def test_a_kill_at_any_moment_loses_one_shard(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed before each file that is written in turn, and in between when files are removed."""
+    """Killed before each written file in turn, and between removals of files."""
     rows = [Verdict(f"r{i}", "human", float(i)) for i in range(5 * ROWS - 2)]
     parts = list(tables.in_parts(rows, ROWS))
     replace, made = disk.replace, [0]
@@ -204,7 +204,7 @@ def test_a_kill_at_any_moment_loses_one_shard(tmp_path: Path, small: None, monke
 
 
 def test_a_judge_that_fails_is_asked_again(whole: tuple[list[Stage], Store], tmp_path: Path) -> None:
-    """Verdicts without scores do not stay where too many of them end the stage."""
+    """Verdicts without scores are removed if too many of them end the stage."""
     stages, store = lay_out(tmp_path)
     (stage,) = (stage for stage in stages if stage.name == "judge")
     inputs = {each: whole[1].folder(needed) for each, needed in stage.inputs.items()}
@@ -232,7 +232,7 @@ def test_rows_in_another_order_are_refused(world: World) -> None:
 
 
 def test_progress_of_a_shard_is_a_part_of_the_stages() -> None:
-    """Ten responses that take twenty questions, five of which are answered already."""
+    """Ten responses with twenty questions, five of which are answered already."""
     report = Report()
     portion = Portion(report, 10)
     portion.begin(20, "questions", 5)

@@ -1,4 +1,4 @@
-"""The store: what decides a key, that work is done once, and that nothing half-done passes for a result."""
+"""The store: the parts of a key, work that is done once, and incomplete work that is never a result."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def stage(
     work: Work = nothing,
     aids: Mapping[str, Stage] | None = None,
 ) -> Stage:
-    """A stage, with defaults for what a test does not look at."""
+    """A stage, with defaults for values that a test does not check."""
     return Stage(name, title, version, settings or {}, inputs or {}, work, aids or {})
 
 
@@ -83,14 +83,14 @@ def test_key_ignores_title_work_and_order() -> None:
 
 
 def test_key_golden() -> None:
-    """A change of the key's recipe would silently orphan every store there is; it has to be made on purpose."""
+    """A change of the key's definition would make every existing store useless; it must be intended."""
     data = stage(name="prepare", settings={"seed": 0})
     settings = {"temperature": 1.0, "top_p": None, "limits": [1, 2], "nested": {"a": True}}
     assert stage(version=3, settings=settings, inputs={"data": data}).key == "e9d3995a006de1c5"
 
 
 def test_key_refuses_what_has_no_one_spelling() -> None:
-    """NaN is not equal to itself and objects have no lasting spelling: neither may enter a key."""
+    """NaN is not equal to itself and objects have no stable text: neither may be in a key."""
     with pytest.raises(ValueError, match="not JSON compliant"):
         _ = stage(settings={"alpha": math.nan}).key
     with pytest.raises(TypeError):
@@ -101,7 +101,7 @@ def test_key_refuses_what_has_no_one_spelling() -> None:
 
 
 def test_finished_stage_is_not_recomputed(tmp_path: Path) -> None:
-    """Neither by the same run nor by a later one, even when its work would now fail; its inputs stay untouched too."""
+    """Not by the same run or a later one, even if its work would now fail; its inputs are not read either."""
     done: list[str] = []
 
     def count(name: str) -> Work:
@@ -130,7 +130,7 @@ def test_finished_stage_is_not_recomputed(tmp_path: Path) -> None:
 
 
 def test_shared_input_is_computed_once_and_handed_over_by_name(tmp_path: Path) -> None:
-    """Two stages that share a prefix share its work, and each finds its inputs' files under the names it gave them."""
+    """Two stages with a common input share its work; each finds the input's files under its own name for it."""
     runs: list[Path] = []
 
     def prepare(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def test_shared_input_is_computed_once_and_handed_over_by_name(tmp_path: Path) -
 
 
 def test_failed_stage_is_continued_in_its_folder(tmp_path: Path) -> None:
-    """What an interrupted run left is found by the next: hours of generated shards must not be lost."""
+    """The next run finds the files of an interrupted run: hours of generated shards must not be lost."""
     seen: list[list[str]] = []
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def test_facts_that_cannot_be_written_leave_no_result(tmp_path: Path) -> None:
 
 
 def test_manifest_says_what_it_is_and_from_what(tmp_path: Path) -> None:
-    """A folder of the store explains itself: from its manifest alone the key can be computed again."""
+    """A folder of the store is complete: its key can be computed from its manifest alone."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         time.sleep(0.02)
@@ -244,7 +244,7 @@ def test_manifest_says_what_it_is_and_from_what(tmp_path: Path) -> None:
 
 
 def reading(seen: list[dict[str, str]]) -> Work:
-    """Work that notes what it is given."""
+    """Work that records its inputs."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         seen.append({name: (path / "rows").read_text() for name, path in inputs.items()})
@@ -268,7 +268,7 @@ def writing(text: str, done: list[str] | None = None, error: Exception | None = 
 
 
 def test_key_and_manifest_ignore_aids(tmp_path: Path) -> None:
-    """They only save work: with them, without them and with others the result is the same one."""
+    """They only save work: the result is the same with them, without them and with others."""
     data = stage(name="prepare", work=writing("data"))
     plain = stage(inputs={"data": data})
     helped = stage(inputs={"data": data}, aids={"cache": stage(name="hidden", work=writing("cache"))})
@@ -281,7 +281,7 @@ def test_key_and_manifest_ignore_aids(tmp_path: Path) -> None:
 
 
 def test_an_aid_is_computed_first_and_handed_over_with_the_inputs(tmp_path: Path) -> None:
-    """Once, under its name, with inputs of its own; and not at all where the result is there already."""
+    """Once, under its name, with its own inputs; and not at all if the result exists already."""
     seen: list[dict[str, str]] = []
     done: list[str] = []
     data = stage(name="prepare", work=writing("data", done))
@@ -301,7 +301,7 @@ def test_an_aid_is_computed_first_and_handed_over_with_the_inputs(tmp_path: Path
 
 @pytest.mark.parametrize(("why", "notes"), [("no room", ["no room"]), ("", [])])
 def test_an_aid_that_declines_is_gone_without(why: str, notes: list[str], tmp_path: Path) -> None:
-    """With a note if there is something to say. It leaves no result, so a later run asks again."""
+    """With a note if there is a reason. It leaves no result, so a later run tries again."""
     seen: list[dict[str, str]] = []
     done: list[str] = []
     declined = stage(name="hidden", work=writing("cache", done, Declined(why)))
@@ -318,7 +318,7 @@ def test_an_aid_that_declines_is_gone_without(why: str, notes: list[str], tmp_pa
 
 
 def test_an_aid_that_fails_is_an_error(tmp_path: Path) -> None:
-    """Only declining is harmless: what the user asked for and cannot be had is said, and the stage does not begin."""
+    """Only declining is no error: if a requested one is impossible, a message says so, and the stage does not begin."""
     seen: list[dict[str, str]] = []
     failing = stage(name="hidden", work=writing("cache", error=DnpoError("npo.cache_hidden=on: no room")))
     store, helped = Store(tmp_path), stage(aids={"cache": failing}, work=reading(seen))
@@ -330,7 +330,7 @@ def test_an_aid_that_fails_is_an_error(tmp_path: Path) -> None:
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
-# A process of its own that needs one slow stage: argv is the store and a folder for signs.
+# A separate process that needs one slow stage: argv is the store and a folder for signals.
 RUN = """
 import os, sys, time
 from pathlib import Path
@@ -360,14 +360,14 @@ print(Store(root).get(Stage("generate", "Generate", 1, {}, {}, work), Signs()))
 
 
 def start(root: Path, signs: Path) -> "subprocess.Popen[str]":
-    """Start a run in a process of its own."""
+    """Start a run in a separate process."""
     return subprocess.Popen(
         [sys.executable, "-c", RUN, str(root), str(signs)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 def wait_for(what: Callable[[], bool], *processes: "subprocess.Popen[str]") -> None:
-    """Wait until something is so; fail if a process ends before, or after 20 seconds."""
+    """Wait for a condition; fail if a process ends before, or after 20 seconds."""
     deadline = time.monotonic() + 20
     while not what():
         for process in processes:
@@ -378,20 +378,20 @@ def wait_for(what: Callable[[], bool], *processes: "subprocess.Popen[str]") -> N
 
 @pytest.fixture
 def signs(tmp_path: Path) -> Path:
-    """Where processes leave signs of what they do."""
+    """The folder for signals of processes."""
     folder = tmp_path / "signs"
     folder.mkdir()
     return folder
 
 
 def runs(signs: Path) -> list[str]:
-    """What every call of the work saw in its folder, as it told."""
+    """The reports of all calls of the work on the contents of their folder."""
     file = signs / "runs"
     return [line.split(" ", 1)[1] for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def test_two_processes_compute_a_stage_once(tmp_path: Path, signs: Path) -> None:
-    """Runs of one sweep share stages: the second waits for the first (and says so) instead of writing into its folder.
+    """Runs of one sweep share stages: the second waits for the first (and says so) and does not write to its folder.
 
     The work goes on until the other process is known to wait, so the two are certain to overlap.
     """
@@ -414,7 +414,7 @@ def test_two_processes_compute_a_stage_once(tmp_path: Path, signs: Path) -> None
 
 
 def test_killed_process_frees_the_lock_and_is_continued(tmp_path: Path, signs: Path) -> None:
-    """After kill -9 nobody cleans up: the lock must not stay, and the next run goes on in the same folder."""
+    """kill -9 allows no clean-up: the lock must be released, and the next run continues in the same folder."""
     root = tmp_path / "store"
     victim = start(root, signs)
     try:
@@ -450,7 +450,7 @@ def _folder(path: Path, files: Mapping[str, str]) -> Path:
 
 
 def test_content_hash_is_of_contents_and_not_of_place(tmp_path: Path) -> None:
-    """A model that was moved is the same model; it must not be computed on again."""
+    """A moved model is the same model; stages that use it must not be computed again."""
     files = {"config.json": "{}", "sub/weights": "123"}
     here = content_hash(_folder(tmp_path / "here", files))
     (tmp_path / "here").rename(tmp_path / "there")
@@ -474,13 +474,13 @@ def test_content_hash_is_of_contents_and_not_of_place(tmp_path: Path) -> None:
     ids=["content", "renamed", "moved inside", "swapped", "missing", "further"],
 )
 def test_content_hash_differs_for_other_contents(tmp_path: Path, changed: Mapping[str, str]) -> None:
-    """A model that was changed in place is another model; results of the old one must not be found."""
+    """A model changed in place is another model; results of the old one must not be found."""
     one = _folder(tmp_path / "one", {"config.json": "{}", "sub/weights": "123"})
     assert content_hash(_folder(tmp_path / "two", changed)) != content_hash(one)
 
 
 def test_content_hash_of_a_file(tmp_path: Path) -> None:
-    """A data file counts by its contents, whatever it is called."""
+    """A data file counts by its contents, under any name."""
     for name, text in (("a.jsonl", "same"), ("b.jsonl", "same"), ("c.jsonl", "other")):
         (tmp_path / name).write_text(text)
     a, b, c = (content_hash(tmp_path / f"{name}.jsonl") for name in "abc")
@@ -489,7 +489,7 @@ def test_content_hash_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [{"a": math.nan}, {"a": [math.inf]}, {"a": Path("x")}])
 def test_write_json_refuses_and_leaves_the_old_file(tmp_path: Path, bad: dict[str, Any]) -> None:
-    """A file of results is whole or not there: a value that JSON lacks must not cost what was written before."""
+    """A file of results is complete or missing: a value that JSON lacks must not destroy the earlier file."""
     path = tmp_path / "results.json"
     write_json(path, {"a": 1, "text": "y′ ≥ y"})
     with pytest.raises((ValueError, TypeError)):

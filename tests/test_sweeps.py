@@ -1,4 +1,4 @@
-"""Sweeps by name: each composes, each of its jobs passes every check, and together they are what their table needs."""
+"""Sweeps by name: each composes, each of its jobs passes every check, and together they give their table."""
 
 import importlib.util
 import itertools
@@ -52,7 +52,7 @@ def jobs(name: str, *arguments: str) -> list[list[str]]:
 
 @cache
 def built(*job: str) -> tuple[Run, list[Iteration], dict[str, Any]]:
-    """The run of a job, its iterations, of which nothing is computed, and its settings."""
+    """The run of a job, its iterations (nothing is computed), and its settings."""
     run, _, settings = build(composed(*job, "tracking=off"))
     return run, list(chain(run)), settings
 
@@ -68,7 +68,7 @@ def in_force(job: list[str]) -> list[tuple[str, str]]:
 
 
 def trainings(found: list[list[str]]) -> Counter[str]:
-    """How many different trainings some jobs need in each iteration."""
+    """The number of different trainings of some jobs in each iteration."""
     keys = {
         stage.key: stage.title
         for job in found
@@ -150,7 +150,7 @@ def test_the_ablation_branches_every_method_off_the_spin_chain_once_an_iteration
     assert all(iteration == SPIN for cell in cells for iteration in cell[:-1])
     methods = [(dsl, npo) for npo in ("NoNoise", "TrainableNoise") for dsl in ("HumanChosen", "HigherScoreChosen")]
     assert Counter((len(cell) - 1, cell[-1]) for cell in cells) == Counter(itertools.product((1, 2, 3), methods))
-    # SPIN's chain once, and a branch of each other method off it at each iteration.
+    # SPIN's chain once, and at each iteration a branch of every other method.
     assert trainings(found) == {f"iteration {k} · optimise": 1 if k == 0 else 4 for k in range(4)}
 
 
@@ -160,7 +160,7 @@ def test_fixed_against_trainable_noise_has_the_matched_constant_beside_it() -> N
     assert all(iteration == SPIN for cell in cells for iteration in cell[:-1])
     kinds = [("HumanChosen", kind) for kind in ("NoNoise", "FixedNoise", "TrainableNoise", "MatchedOffset")]
     assert Counter((len(cell) - 1, cell[-1]) for cell in cells) == Counter(itertools.product((1, 2, 3), kinds))
-    # What the constant is matched to is the trainable noise's own training: it counts for nothing.
+    # The constant is matched to the trainable noise's existing training, which adds none.
     needed = trainings(found)
     assert sum(needed.values()) == 1 + 3 * 4
     assert trainings([*found, *jobs("ablation", "seed=0", "method=spin,npo")]).total() == needed.total()
@@ -218,7 +218,7 @@ def test_the_noise_that_an_offset_is_matched_to_is_the_default_one() -> None:
 
 
 def test_the_search_has_bounds_that_pass_every_check() -> None:
-    """Read without Optuna, which need not be there."""
+    """Read without Optuna, which may be missing."""
     given = yaml.safe_load((CONF / "sweep" / "optuna.yaml").read_text())["hydra"]["sweeper"]
     assert given["sampler"]["seed"] is not None, "the seed is what makes a search resumable"
     assert (given["n_jobs"], given["direction"], given["max_failure_rate"]) == (1, "maximize", 1.0)
@@ -264,12 +264,12 @@ def summaries(cwd: Path) -> dict[str, Any]:
 
 
 def computed(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The stages that the jobs say they computed."""
+    """The stages that the jobs report as computed."""
     return [(s["stage"], s["key"]) for job in found.values() for s in job["stages"] if not s["reused"]]
 
 
 def tracked(cwd: Path) -> dict[str, dict[str, Any]]:
-    """What MLflow has of each job: its status, tags and every point of every metric but those of the clock.
+    """The data of each job in MLflow: status, tags and every point of every metric, except times.
 
     The steps of a training are tracked once, by the job that computed it, and read back for all.
     """
@@ -298,7 +298,7 @@ ABLATION = ("+sweep=ablation", "seed=0", "iterations=2,0,3", "method=npo,dnpo", 
 
 @pytest.fixture(scope="module")
 def serial(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which an ablation has run, one job after the other."""
+    """A folder with a finished ablation, one job after the other."""
     cwd = tmp_path_factory.mktemp("serial")
     shutil.copy(migrated, cwd / "mlflow.db")
     done = sweep(cwd, *ABLATION)
@@ -308,9 +308,9 @@ def serial(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def side_by_side(serial: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
-    """A folder in which the same has run with two jobs at a time, which are processes; exit status and errors.
+    """A folder with the same ablation by two parallel processes; exit status and errors.
 
-    It asks for the other, so that the tests of both run on one worker.
+    It uses the other fixture, so that the tests of both run on one worker.
     """
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     cwd = tmp_path_factory.mktemp("side") / "by-side"
@@ -324,7 +324,7 @@ def side_by_side(serial: Path, migrated: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.long
 def test_a_sweep_side_by_side_equals_the_same_in_turn(serial: Path, side_by_side: tuple[Path, int, str]) -> None:
-    """Every number of every job; no stage computed twice; and nothing lost on the way to MLflow."""
+    """Every number of every job is equal, no stage is computed twice, and nothing is missing in MLflow."""
     other_folder, status, err = side_by_side
     assert status == 1, err
     one, other = summaries(serial), summaries(other_folder)
@@ -347,7 +347,7 @@ def test_a_sweep_side_by_side_equals_the_same_in_turn(serial: Path, side_by_side
 
 @pytest.mark.long
 def test_a_constant_is_matched_to_the_noise_of_the_same_iteration(serial: Path) -> None:
-    """From the store of the ablation: its trainable noise is found, and only the constant's training is new."""
+    """In the ablation's store: its trainable noise is found, and only the constant's training is new."""
     settings = ("seed=0", "iterations=2", "npo=trainable,matched", "tracking=off", *TINY)
     done = sweep(serial, "+sweep=fixed_vs_trainable", *settings)
     assert done.returncode == 0, done.stdout + done.stderr

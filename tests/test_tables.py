@@ -1,4 +1,4 @@
-"""Rows that are read a row group at a time are the rows that were written, in any order and with any columns."""
+"""Rows that are read by row group equal the written rows, in any order and with any columns."""
 
 import random
 from dataclasses import replace
@@ -33,7 +33,7 @@ def make(count: int) -> list[Response]:
 
 @pytest.mark.parametrize(("kind", "rows"), KINDS)
 def test_rows_are_those_of_read(tmp_path: Path, kind: type, rows: list[Any]) -> None:
-    """Every type of value and every missing one, read as objects and by row group."""
+    """Every type of value and every missing value, read as objects and by row group."""
     path = tmp_path / "rows.parquet"
     write(path, rows, kind)
     found = Rows.open([path], kind)

@@ -1,4 +1,4 @@
-"""Chat templates and control tokens: what is rendered, what belongs to the prompt, what text from the data can make."""
+"""Chat templates and control tokens: rendered texts, the end of the prompt, and effects of texts from the data."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ INST = (
     "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m.content.strip() + ' [/INST]' if m.role != 'assistant' else "
     "' ' + m.content.strip() + eos_token }}{% endfor %}"
 )
-# As Qwen3's: a last answer without a thought gets an empty one, and a generation prompt gets it when it is asked for.
+# As Qwen3's: a last answer without a thought gets an empty one; a generation prompt gets it on request.
 THOUGHT = "<think>{{ '\n\n' }}</think>{{ '\n\n' }}"
 THINKS = (
     "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}"
@@ -96,7 +96,7 @@ def word_pieces() -> Tokenizer:
 
 
 def words_as_they_are() -> Tokenizer:
-    """Whatever stands between spaces is a token, so that ``</s>`` is one even where it is plain text."""
+    """Every text between spaces is a token, so ``</s>`` is one even in plain text."""
     made = Tokenizer(models.WordLevel(unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.train_from_iterator(WORDS * 9, trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False))
@@ -127,7 +127,7 @@ def wrapped(kind: str = "byte-level", template: str = CHATML, **added: Any) -> A
 
 
 def control(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The control tokens among ids, but for characters that are not known."""
+    """The control tokens among ids, except the token of unknown characters."""
     return [token for token in tokenizer.convert_ids_to_tokens(ids) if token in SPECIAL[1:]]
 
 
@@ -178,7 +178,7 @@ def test_text_of_a_turn_makes_no_control_token(kind: str, template: str, strip: 
 
 
 def test_turn_tokens_that_nobody_marked_as_special_are_control_tokens_too() -> None:
-    """As DeepSeek's; but what the template writes as a thought is for responses to write too."""
+    """As DeepSeek's; but responses may also write the thought marks of the template."""
     tokenizer = wrapped(template=THINKS.replace("<|im_start|>", "<turn>"))
     tokenizer.add_tokens(["<turn>"])
     (turn,) = tokenizer("<turn>", add_special_tokens=False)["input_ids"]
@@ -249,7 +249,7 @@ def test_tokenizer_that_does_not_say_where_its_tokens_stand() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_stands_before_every_response_belongs_to_the_prompt(kind: str) -> None:
-    """So human texts, human tokens and samples all begin alike: after it."""
+    """So human texts, human tokens and samples all begin after it."""
     tokenizer = wrapped(kind, THINKS)
     rendered = render(tokenizer, ASKED, "yes")
     assert rendered.lead == EMPTY
@@ -265,7 +265,7 @@ def test_what_stands_before_every_response_belongs_to_the_prompt(kind: str) -> N
 def test_what_stands_before_a_response_does_not_depend_on_it() -> None:
     tokenizer = wrapped(template=THINKS)
     assert render(tokenizer, ASKED, "\n\n yes").prompt == render(tokenizer, ASKED, "yes").prompt
-    own = render(tokenizer, ASKED, "<think>so</think>yes")  # it brings its own thought, and gets no empty one
+    own = render(tokenizer, ASKED, "<think>so</think>yes")  # it has a thought, so it gets no empty one
     assert (own.lead, own.rest.text) == ("", "<think>so</think>yes<|im_end|>\n")
     spaced = render(tokenizer, ASKED, "\t\n<think>so</think>yes")
     assert (spaced.prompt, spaced.rest.text) == (own.prompt, "\t\n<think>so</think>yes<|im_end|>\n")
@@ -335,7 +335,7 @@ def test_template_that_reads_the_clock_needs_a_date() -> None:
 
 
 def test_clock_that_is_read_and_not_shown_is_none_of_our_business() -> None:
-    """As Mistral's, whose date is in the system turn that is taken where there is none."""
+    """As Mistral's, whose default system turn contains the date."""
     template = "{% set today = strftime_now('%Y') %}{{ today if messages[0].role != 'system' }}" + CHATML
     tokenizer = wrapped(template=template.replace("'system' }", "'system' else '' }"))
     assert render_turns(tokenizer, TALK).text.startswith("<s>")
@@ -357,7 +357,7 @@ def test_clock_that_is_stopped_says_what_strftime_says(form: str) -> None:
 
 
 def test_values_that_a_template_has_from_an_earlier_run_are_replaced() -> None:
-    """As of an exported policy: what is asked for now is in force, and twice the same is once."""
+    """As with an exported policy: the present request applies, and the same request twice equals once."""
     tokenizer = wrapped(template=DATED.replace("{{ date }}", "{{ date }}{{ mood }}"))
     put_in_force(tokenizer, arguments={"mood": " x"}, date="2026-01-31")
     once = tokenizer.chat_template
@@ -370,7 +370,7 @@ def test_values_that_a_template_has_from_an_earlier_run_are_replaced() -> None:
 
 
 def test_variable_that_the_template_sets_itself_cannot_be_given() -> None:
-    """It would be given for nothing."""
+    """It would have no effect."""
     sets = "{% if true %}{% endif %}{% set mood = 'x' %}{{ mood }}" + CHATML
     with pytest.raises(ModelError, match=r"model\.template_arguments\.mood: .*reads no variable"):
         put_in_force(wrapped(template=sets), arguments={"mood": "y"})
@@ -407,7 +407,7 @@ CONDITIONS = [
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_clock_by_which_a_template_chooses_is_found(condition: str) -> None:
-    """Whatever the time is while this test runs."""
+    """At any time of the test."""
     tokenizer = wrapped(
         template="{% if strftime_now('CONDITION %}Good day.{% endif %}".replace("CONDITION", condition) + CHATML
     )
@@ -420,7 +420,7 @@ def test_time_in_the_hands_of_a_template_is_used_in_one_way_or_another() -> None
         tokenizer = wrapped(template="{% set now = strftime_now('%F') %}{{ USE }}".replace("USE", use) + CHATML)
         with pytest.raises(ModelError, match="reads the clock"):
             render_turns(tokenizer, ASKED)
-    # asked for, and nothing is done with it
+    # read, but not used
     for use in ("'x' if now else 'y'", "'x' if now is defined", "'x' if strftime_now is defined"):
         tokenizer = wrapped(template="{% set now = strftime_now('%F') %}{{ USE }}".replace("USE", use) + CHATML)
         assert render_turns(tokenizer, ASKED).text.startswith("x<s>")
@@ -448,7 +448,7 @@ def test_template_that_takes_no_system_turn_comes_with_advice(template: str) -> 
     talk = [{"role": "system", "content": "Be brief."}, *ASKED]
     with pytest.raises(ModelError, match=r"takes no system turn: give a model\.chat_template that puts"):
         render_turns(tokenizer, talk)
-    with pytest.raises(ModelError) as caught:  # the judge puts its question without one
+    with pytest.raises(ModelError) as caught:  # the judge asks its question without one
         render_turns(tokenizer, talk, setting="judge's chat template")
     assert "takes no system turn" not in str(caught.value)
 
@@ -473,7 +473,7 @@ def test_date_is_in_the_key(tmp_path: Path, make_policy: Any) -> None:
         for date in (None, "2026-01-31", "2026-02-01")
     ]
     assert len({json.dumps(key, sort_keys=True) for key in keys}) == 3
-    assert "template_date" not in keys[0]  # keys from before are found again
+    assert "template_date" not in keys[0]  # earlier keys are found again
 
 
 # --- what is lost
@@ -488,7 +488,7 @@ def test_empty_prompt_is_refused() -> None:
 
 
 def test_turns_are_found_where_they_stand() -> None:
-    """Even where the template's own text has theirs, writes a turn twice or looks at how a turn begins."""
+    """Even if the template's own text contains theirs, repeats a turn, or depends on how a turn begins."""
     tokenizer = wrapped()
     for words in ("user", "assistant", "<", "m", "im_start"):
         text = render_turns(tokenizer, [{"role": "user", "content": words}])

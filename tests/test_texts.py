@@ -1,4 +1,4 @@
-"""Metrics of texts: by hand, by published examples, by the definition, and by the libraries they come from."""
+"""Metrics of texts: by hand, by published examples, by definition, and by the original libraries."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ SAT, IS = "the cat sat on the mat", "the cat is on the mat"
 
 
 def some(count: int, seed: int) -> list[str]:
-    """Texts of few words, so that they have much in common; some are empty, some shorter than an n-gram."""
+    """Texts of few different words, so that they overlap; some are empty, some shorter than an n-gram."""
     draw = random.Random(seed)
     return [" ".join(draw.choices("abcdefg", k=draw.choice((0, 1, 2, 3, 9, 14)))) for _ in range(count)]
 
@@ -35,7 +35,7 @@ def grams(text: str, n: int) -> Counter[tuple[str, ...]]:
 
 
 def bleu(rows: Sequence[tuple[str, Sequence[str]]], every_order: bool) -> float:
-    """BLEU-4 as Papineni et al. define it, with the smoothing of NIST's script, of words between blanks."""
+    """BLEU-4 by Papineni et al., with the smoothing of NIST's script, on words between spaces."""
     precisions, halves = [], 1
     for n in range(1, 5):
         total = sum(grams(text, n).total() for text, _ in rows)
@@ -61,7 +61,7 @@ def bleu(rows: Sequence[tuple[str, Sequence[str]]], every_order: bool) -> float:
 
 
 def subsequence(a: Sequence[str], b: Sequence[str]) -> int:
-    """The longest common one, by its recursion."""
+    """The longest common subsequence, by its recursion."""
     if not a or not b:
         return 0
     if a[0] == b[0]:
@@ -262,7 +262,7 @@ def test_embeddings_by_published_numbers(minilm: Path) -> None:
 
 
 def test_embeddings_of_the_library(minilm: Path) -> None:
-    """With a text that is cut, and the same alone and among others."""
+    """Also for a text that is cut; equal alone and in a batch."""
     library = pytest.importorskip("sentence_transformers")
     every = ["Hello world.", "", "Ünï cödé " * 200, "a"]
     encoder = SentenceBert(str(minilm))

@@ -1,6 +1,6 @@
-"""The tiny world: its facts and held-out prompts never change, its answers are true, its humans fail as often as set.
+"""The tiny world: fixed facts and held-out prompts, true answers, and human errors at the set rate.
 
-Answers are worked out again here from the text of the prompts, without the code that made them.
+Answers are derived again here from the text of the prompts, without the code that made them.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ Rows = dict[str, list[Prompt]]
 
 @cache
 def read(**settings: Any) -> tuple[Rows, dict[str, Any]]:
-    """The rows of a world; every test reads them and none writes into them."""
+    """The rows of a world; no test changes them."""
     return TinyWorld(**settings).read()
 
 
@@ -52,7 +52,7 @@ def asked(row: Prompt) -> str:
 
 
 def scores(rows: list[Prompt]) -> list[float]:
-    """What the exact judge gives the human responses."""
+    """The exact judge's scores of the human responses."""
     found = [v.score for v in verdicts(Rules(), rows, [Response(r.id, HUMAN, r.human, [], 0, "eos") for r in rows])]
     assert None not in found
     return [s for s in found if s is not None]
@@ -64,7 +64,7 @@ def digest(content: Any) -> str:
 
 
 def within(successes: int, trials: int, probability: float) -> bool:
-    """Whether that many successes lie within four standard deviations of what is expected."""
+    """Whether a number of successes is within four standard deviations of its expectation."""
     return abs(successes - trials * probability) <= 4 * math.sqrt(trials * probability * (1 - probability))
 
 
@@ -85,7 +85,7 @@ def test_another_seed_draws_other_training_rows_and_the_same_held_out_rows() -> 
     shared = sum((Counter(map(asked, one["train"])) & Counter(map(asked, two["train"]))).values())
     assert [asked(r) for r in one["train"]] != [asked(r) for r in two["train"]]
     assert shared < 0.9 * len(one["train"])
-    # The order of families differs as well, so no seed trains on them in turn.
+    # The order of families differs as well, so families are mixed under every seed.
     assert [r.family for r in one["train"]] != [r.family for r in two["train"]]
 
 
@@ -100,7 +100,7 @@ def test_held_out_prompts_do_not_depend_on_the_training_data(changed: dict[str, 
         assert list(map(asked, read(**changed)[0][split])) == list(map(asked, read()[0][split]))
 
 
-GOLDEN_VERSION = 1  # of the world that the golden values below are of
+GOLDEN_VERSION = 1  # of the world with the golden values below
 
 
 def test_golden_values_are_of_this_version() -> None:
@@ -110,7 +110,7 @@ def test_golden_values_are_of_this_version() -> None:
 
 
 def test_facts_are_golden() -> None:
-    """What is true in the world, and what most believe, must never change: trained models know it."""
+    """The true facts and the common myths must never change: trained models have learned them."""
     table = [(p.key, p.answer, p.myth) for p in pool("facts")]
     assert len(table) == 168
     assert digest(table) == "cbc1d07ba194215f"
@@ -135,7 +135,7 @@ def test_facts_are_golden() -> None:
     ],
 )
 def test_problems_are_golden(family: str, difficulty: int, count: int, golden: str) -> None:
-    """Which problems there are decides what is held out; a change would make earlier results incomparable."""
+    """The set of problems decides the held-out prompts; a change would make earlier results incomparable."""
     assert len(pool(family, difficulty)) == count
     assert digest([[p.key, p.wordings, p.answer, p.needs] for p in pool(family, difficulty)]) == golden
 
@@ -148,7 +148,7 @@ def test_held_out_prompts_are_golden(difficulty: int, golden: str) -> None:
 
 
 def test_identity_has_everything_that_decides_the_rows() -> None:
-    """The store finds data by this: another row must mean another identity, and a limit on length is no row."""
+    """The store finds data by the identity: other rows must give another one; a limit on length must not."""
     base = TinyWorld().identity()
     changes: dict[str, Any] = {
         "train": 60,
@@ -171,7 +171,7 @@ def test_identity_has_everything_that_decides_the_rows() -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("difficulty", [1, 3])
 def test_held_out_prompts_never_occur_in_training(seed: int, difficulty: int) -> None:
-    """No prompt is trained and tested on; except for facts, not even the problem is asked in another wording."""
+    """No prompt is in training and test; except for facts, neither is its problem in another wording."""
     rows, _ = read(train=2400, seed=seed, difficulty=difficulty)
     asks = problem_of(difficulty)
     trained = set(map(asked, rows["train"]))
@@ -183,7 +183,7 @@ def test_held_out_prompts_never_occur_in_training(seed: int, difficulty: int) ->
 
 
 def test_validation_and_test_are_disjoint_and_without_repetition() -> None:
-    """Settings are chosen on one and reported on the other; no problem is in both, in whatever wording."""
+    """Settings are chosen on one and reported on the other; no problem is in both, in any wording."""
     rows, _ = read()
     keys = [(r.family, problem_of()[asked(r)].key) for split in HELD_OUT for r in rows[split]]
     assert len(keys) == 720
@@ -191,7 +191,7 @@ def test_validation_and_test_are_disjoint_and_without_repetition() -> None:
 
 
 def test_held_out_facts_are_trained_on_in_other_wordings() -> None:
-    """A fact cannot be worked out: what is tested is a known fact asked in a new way."""
+    """A fact cannot be derived: the test asks a known fact in a new wording."""
     rows, _ = read()
     trained = {problem_of()[asked(r)].key for r in rows["train"] if r.family == "facts"}
     held = {problem_of()[asked(r)].key for split in HELD_OUT for r in rows[split] if r.family == "facts"}
@@ -214,7 +214,7 @@ def test_six_families_in_even_shares() -> None:
 
 @pytest.mark.parametrize("difficulty", [1, 2, 3, 5])
 def test_at_most_a_quarter_is_held_out(difficulty: int) -> None:
-    """By default three quarters at least of every family's prompts are left to train on."""
+    """By default at least three quarters of every family's prompts remain for training."""
     rows, _ = read(train=60, difficulty=difficulty)
     for family in FAMILIES:
         distinct = {wording for p in pool(family, difficulty) for wording in p.wordings}
@@ -226,7 +226,7 @@ def test_at_most_a_quarter_is_held_out(difficulty: int) -> None:
     ("difficulty", "family", "limit", "distinct"), [(1, "conversion", 120, 480), (2, "facts", 126, 504)]
 )
 def test_more_than_a_quarter_is_refused(difficulty: Literal[1, 2], family: str, limit: int, distinct: int) -> None:
-    """The limit is exact for the family that reaches it first, and the message says what to lower and why.
+    """The limit is exact for the smallest family, and the message says what to lower and why.
 
     There are 240 conversions in two wordings at difficulty 1, and 168 facts in three.
     """
@@ -242,7 +242,7 @@ def test_more_than_a_quarter_is_refused(difficulty: Literal[1, 2], family: str, 
 
 
 def test_flaw_rate() -> None:
-    """Without myths three in ten human responses are flawed; the exact judge sees every one, and no other."""
+    """Without myths three in ten human responses are flawed; the exact judge finds exactly these."""
     rows, facts = read(flaws=0.3, myths=0.0)
     flawed = facts["flawed_human_responses"]
     assert within(flawed, 4800, 0.3)
@@ -258,7 +258,7 @@ def test_flaws_with_myths_are_all_seen() -> None:
 
 
 def test_flawless_humans_score_100() -> None:
-    """Without flaws and myths every human response is perfect: whatever the judge subtracts is a flaw we put there."""
+    """Without flaws and myths every human response is perfect: the judge subtracts points only for flaws."""
     rows, facts = read(flaws=0.0, myths=0.0)
     assert facts["flawed_human_responses"] == 0
     for split in rows:
@@ -266,7 +266,7 @@ def test_flawless_humans_score_100() -> None:
 
 
 def test_flaws_come_in_three_equal_kinds() -> None:
-    """Wrong, incomplete and sloppy responses are a third each; where the kinds can be told apart, each has one."""
+    """Wrong, incomplete and sloppy responses are a third each, in families where the kinds can be distinguished."""
     rows, _ = read(flaws=1.0, myths=0.0)
     kinds: Counter[tuple[bool, bool, bool]] = Counter()
     for row in rows["train"]:
@@ -385,7 +385,7 @@ def test_no_prompt_has_two_answers(difficulty: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_wordings_and_phrasings(family: str) -> None:
-    """Two or three different ways to ask and two to answer, each phrasing with one place for the answer."""
+    """Two or three wordings of a question and two of an answer, each with one place for the answer."""
     for p in pool(family):
         assert len(set(p.wordings)) == len(p.wordings) == (2 if family == "conversion" else 3)
         assert len(set(p.phrasings)) == len(p.phrasings) == 2
@@ -415,7 +415,7 @@ def test_the_judge_agrees_with_every_problem(family: str) -> None:
 
 @pytest.mark.parametrize("difficulty", [1, 2, 3, 4, 5])
 def test_difficulty_sets_the_size_of_problems(difficulty: int) -> None:
-    """Numbers and lists grow as documented; what has no size does not change."""
+    """Numbers and lists grow as documented; families without a size do not change."""
     operands = [int(n) for p in pool("arithmetic", difficulty) for n in re.findall(r"\d+", p.key)]
     assert (min(operands), max(operands)) == (0, 7 + 4 * difficulty)
     amounts = [int(p.key.split()[0]) for p in pool("conversion", difficulty)]
@@ -444,7 +444,7 @@ def test_list_items_do_not_repeat() -> None:
 
 @pytest.mark.parametrize("share", [0.0333, 0.2, 1.0])
 def test_gold_pairs_are_ordered_by_the_judge(share: float) -> None:
-    """Chosen is the better one by a judge that is asked anew; everything else is as without pairs."""
+    """The chosen response is better by a new call of the judge; everything else is as without pairs."""
     plain, paired = read()[0]["train"], read(gold_pairs=share)[0]["train"]
     have = [row for row in paired if row.rejected is not None]
     better = dict(zip(ids(have), scores(have), strict=True))
@@ -460,7 +460,7 @@ def test_gold_pairs_are_ordered_by_the_judge(share: float) -> None:
             before, human=""
         )
         kept += before.human == after.human
-    assert 0.35 < kept / len(have) < 0.65  # two humans, one as good as the other
+    assert 0.35 < kept / len(have) < 0.65  # two human responses of equal quality
 
 
 def ids(rows: list[Prompt]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The byte-pair tokenizer of models trained from scratch: what goes in comes out, and digits stand alone."""
+"""The byte-pair tokenizer of models trained from scratch: decoding inverts encoding, and every digit is one token."""
 
 import re
 from pathlib import Path
@@ -33,14 +33,14 @@ def texts(rows: list[Prompt]) -> list[str]:
 
 
 def rendered(tokenizer: Any, row: Prompt, *, response: bool) -> str:
-    """A row as the template writes it, up to the response or with it."""
+    """A row in the template, up to the response or with it."""
     messages = [*row.messages, {"role": "assistant", "content": row.human}] if response else row.messages
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not response)
     return text
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text as it stands."""
+    """The ids of a text without the template."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
 
@@ -53,7 +53,7 @@ def test_vocabulary_has_the_size_asked_for(tokenizer: Any, rows: dict[str, list[
 
 
 def test_training_is_repeatable(tokenizer: Any, rows: dict[str, list[Prompt]]) -> None:
-    """The tokenizer is part of a stage whose key does not know it: the same rows must give the same ids."""
+    """The stage's key does not contain the tokenizer, so the same rows must give the same ids."""
     assert train_tokenizer(rows["train"], VOCABULARY).get_vocab() == tokenizer.get_vocab()
 
 
@@ -93,7 +93,7 @@ def test_decoding_does_not_tidy_up(tokenizer: Any, text: str) -> None:
 
 
 def test_special_tokens(tokenizer: Any) -> None:
-    """Each special token is one id of its own, none comes out of plain text, and padding goes to the left."""
+    """Each special token is one id, plain text gives none, and padding is on the left."""
     assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == ("<pad>", "<s>", "</s>")
     assert tokenizer.unk_token == "<unk>"
     ids = tokenizer.convert_tokens_to_ids(SPECIAL)
@@ -122,7 +122,7 @@ def test_template(tokenizer: Any) -> None:
 
 
 def test_prompt_is_a_prefix_of_the_training_text(tokenizer: Any, rows: dict[str, list[Prompt]]) -> None:
-    """What is generated from is exactly what was trained on up to the response, as text and as ids."""
+    """The generation prompt equals the training text up to the response, as text and as ids."""
     for row in rows["train"][:600] + rows["test"]:
         before, whole = (rendered(tokenizer, row, response=flag) for flag in (False, True))
         assert whole == before + row.human + "</s>"
@@ -133,7 +133,7 @@ def test_prompt_is_a_prefix_of_the_training_text(tokenizer: Any, rows: dict[str,
 
 
 def test_rows_are_short(tokenizer: Any, rows: dict[str, list[Prompt]]) -> None:
-    """About twenty tokens a row on average, which is what makes the tiny world cheap, and none near the limits."""
+    """About twenty tokens per row on average, which makes the tiny world cheap, and no row near the limits."""
     lengths = [
         len(encode(tokenizer, row.messages[0]["content"])) + len(encode(tokenizer, row.human)) for row in rows["train"]
     ]
@@ -146,7 +146,7 @@ def test_rows_are_short(tokenizer: Any, rows: dict[str, list[Prompt]]) -> None:
 
 
 def test_saved_tokenizer_is_the_same(tokenizer: Any, rows: dict[str, list[Prompt]], tmp_path: Path) -> None:
-    """Stages hand the tokenizer on as files: what is loaded encodes, decodes and renders as what was saved."""
+    """Stages pass the tokenizer as files: the loaded one encodes, decodes and renders as the saved one."""
     tokenizer.save_pretrained(tmp_path)
     loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.get_vocab() == tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""Reading back what was tracked: runs found by sweep, id and tags, and clear words where there is nothing to find."""
+"""Reading tracked data: runs found by sweep, id and tags, and clear messages if nothing is found."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ Made = dict[str, str]
 
 @pytest.fixture(scope="module")
 def uri(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A database with a sweep of two seeds, one of whose runs failed, and a run of its own."""
+    """A database with a sweep of two seeds, one failed, and a single run."""
     folder = tmp_path_factory.mktemp("tracked")
     shutil.copy(migrated, folder / "mlflow.db")
     where = f"sqlite:///{folder / 'mlflow.db'}"
@@ -76,7 +76,7 @@ def test_a_run_knows_its_table_its_steps_and_its_options(uri: str) -> None:
 
 
 def test_steps_that_another_run_tracked_are_read_from_the_rows(migrated: Path, tmp_path: Path) -> None:
-    """Fine-tuning and iteration 0 were there, iteration 1 is new; its noise is matched to a training that was there."""
+    """Fine-tuning and iteration 0 existed, iteration 1 is new; its noise is matched to an existing training."""
     shutil.copy(migrated, tmp_path / "mlflow.db")
     where = f"sqlite:///{tmp_path / 'mlflow.db'}"
     tracking = MLflowTracking(uri=where, artifacts=str(tmp_path / "artifacts"))
@@ -143,7 +143,7 @@ def test_iterations_have_the_names_of_their_artefacts() -> None:
 
 
 def test_what_parts_say_of_their_settings_is_what_comparisons_read() -> None:
-    """Batch sizes, costs and places do not tell runs apart; contents do, and a place does where they are not known."""
+    """Batch sizes, costs and paths do not distinguish runs; contents do, and so does a path with unknown contents."""
     params = {
         "judge._target_": "dnpo.judges.openai.OpenAI",  # an import path of an earlier layout
         "model._target_": "dnpo.policy.base.Pretrained",
@@ -163,7 +163,7 @@ def test_what_parts_say_of_their_settings_is_what_comparisons_read() -> None:
 
 
 def test_a_run_from_before_a_setting_existed_had_its_default() -> None:
-    """Otherwise a comparison would refuse runs of two versions, although they share their stages."""
+    """Otherwise a comparison would refuse runs of two versions that share their stages."""
     params = {
         name: str(value) for name, value in flat(OmegaConf.to_container(composed("method=dnpo"), resolve=True)).items()
     }
@@ -180,7 +180,7 @@ def test_a_run_from_before_a_setting_existed_had_its_default() -> None:
 
 
 def test_of_sweeps_of_one_name_the_newest_is_reported_and_the_others_are_named(migrated: Path, tmp_path: Path) -> None:
-    """A smoke sweep and a later one at full scale are not one sweep; nor is a single run that bears its name."""
+    """A smoke sweep and a later one at full scale are different sweeps; so is a single run with the same name."""
     shutil.copy(migrated, tmp_path / "mlflow.db")
     where, ids = f"sqlite:///{tmp_path / 'mlflow.db'}", []
     for folder, scale in (("1", "smoke"), ("1", "smoke"), ("", "alone"), ("2", "full"), ("2", "full")):

@@ -1,4 +1,4 @@
-"""What a run's page in MLflow says: real tracking in a SQLite database, read back with MLflow's own client."""
+"""A run's page in MLflow: real tracking in a SQLite database, read with MLflow's own client."""
 
 import csv
 import importlib
@@ -247,7 +247,7 @@ DATABASE = "sqlite:///runs.db"
 
 @pytest.fixture(scope="module")
 def swept(smoke: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which a sweep of two methods has run, with a job of each that cannot."""
+    """A folder with a sweep of two methods, with one failing job of each."""
     cwd = tmp_path_factory.mktemp("swept")
     shutil.copytree(smoke / "store", cwd / "store")
     shutil.copy(migrated, cwd / "runs.db")
@@ -259,7 +259,7 @@ def swept(smoke: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def runs(folder: Path) -> dict[str, Any]:
-    """The sweep's own run and those of its jobs, by method."""
+    """The run of the sweep and the runs of its jobs, by method."""
     (own,) = client(folder).search_runs(["1"], "tags.`dnpo.kind` = 'sweep'")
     jobs = client(folder).search_runs(["1"], f"tags.`mlflow.parentRunId` = '{own.info.run_id}'")
     return {"sweep": own, **{run.data.tags["dnpo.method"]: run for run in jobs}}
@@ -330,7 +330,7 @@ def test_a_run_says_what_it_read_and_made(swept: Path) -> None:
 def test_a_stage_is_tracked_and_drawn_once(
     smoke: Path, migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where its run is deleted, the next one tracks its steps again."""
+    """If its run is deleted, the next run tracks the steps again."""
     shutil.copytree(smoke / "store", tmp_path / "store")
     shutil.copy(migrated, tmp_path / "runs.db")
 
@@ -346,7 +346,7 @@ def test_a_stage_is_tracked_and_drawn_once(
         raise AssertionError("drawn again")
 
     monkeypatch.setattr("dnpo.report.drawing.logprob_histogram", draw)
-    first, tracked_by_first, found = run()  # what the store's own run tracked is in another database
+    first, tracked_by_first, found = run()  # the data of the store's own run are in another database
     assert (tracked_by_first["sft/loss/policy"], tracked_by_first["eval/loss"], found) == (60, 3, set())
     second, tracked_by_second, found = run()
     assert tracked_by_second == {"loss/policy": 0, "sft/loss/policy": 0, "eval/loss": 3}
@@ -432,7 +432,7 @@ def query(file: Path, statement: str) -> list[Any]:
 
 
 def tables_of_an_earlier_mlflow(file: Path) -> None:
-    """Take the newest migration back, as if MLflow of a version before had written the database."""
+    """Undo the newest migration, as if an earlier version of MLflow had written the database."""
     utils: Any = importlib.import_module("mlflow.store.db.utils")
     engine, config = utils.create_sqlalchemy_engine(f"sqlite:///{file}"), utils._get_alembic_config("")
     with engine.begin() as connection:
@@ -484,7 +484,7 @@ def test_a_database_that_another_mlflow_is_writing_to_is_not_replaced(older: Pat
 def test_tables_that_cannot_be_brought_up_to_date_are_left_as_they_are(
     older: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What a kill left under earlier versions of dnpo is made anew if it has no run, and refused by name if it has."""
+    """A database broken by a kill under earlier versions of dnpo: made again without a run, else refused by name."""
     query(older, "update alembic_version set version_num = 'unknown'")
     before = older.read_bytes()
     with pytest.raises(TrackingError, match=r"runs\.db: its tables \(version unknown\).*left as it was"):

@@ -1,4 +1,4 @@
-"""A tracking store is tried before a run: by check=true without making anything, and a locked database is named."""
+"""A tracking store is tried before a run: check=true creates nothing, and a locked database is named."""
 
 import shutil
 import sqlite3
@@ -25,7 +25,7 @@ class Hasty(sqlite3.Cursor):
 
 
 class HastyConnection(sqlite3.Connection):
-    """Its cursors are hasty."""
+    """Its cursors do not wait."""
 
     def cursor(self, *given: Any) -> Any:
         return super().cursor(Hasty)
@@ -33,7 +33,7 @@ class HastyConnection(sqlite3.Connection):
 
 @contextmanager
 def locked(file: Path, kind: str) -> Iterator[None]:
-    """Hold a database as another program does."""
+    """Lock a database as another program would."""
     with closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute(f"begin {kind}")
         yield

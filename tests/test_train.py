@@ -146,7 +146,7 @@ def test_a_plan_shows_every_stage_and_computes_nothing(finished: Path, tmp_path:
     there = succeed(finished, *SMOKE, "plan=true")
     assert there.count(" there") == 16
     other = succeed(finished, *SMOKE, "plan=true", "npo.alpha=0.7")
-    # A further alpha shares everything up to what the reference says of the pairs of iteration 1.
+    # Another alpha shares everything up to the reference's log-probabilities of iteration 1.
     assert (other.count(" there"), other.count("to do")) == (13, 3)
 
 
@@ -168,7 +168,7 @@ def test_methods_share_iteration_0(finished: Path) -> None:
 
 
 def test_a_part_starts_at_its_iteration(finished: Path) -> None:
-    """npo.start=1 iterations=2 branches off the SPIN chain at iteration 1."""
+    """npo.start=1 iterations=2 is a branch of the SPIN chain at iteration 1."""
     spin = succeed(finished, *SMOKE, "method=spin")
     assert "noise loss" not in spin
     succeed(finished, *SMOKE, "method=npo", "npo.start=1")
@@ -226,7 +226,7 @@ def test_two_runs_at_once_compute_each_stage_once(tmp_path: Path) -> None:
 
 
 def test_hidden_states_kept_on_disk_change_nothing_but_rounding(finished: Path) -> None:
-    """The same command with and without them has the same keys, so the result is taken away before it is made again."""
+    """The command has the same keys with and without them, so the result is removed before it is computed again."""
     settings = (*SMOKE, "method=npo", "trainer.epochs=2")
     out = succeed(finished, *settings, "npo.cache_hidden=on")
     said = " ".join(out.split())
@@ -234,7 +234,7 @@ def test_hidden_states_kept_on_disk_change_nothing_but_rounding(finished: Path) 
     (kept,) = finished.glob("store/hidden/*/hidden-00000.safetensors")  # of iteration 1: before it there is no noise
     assert kept.stat().st_size > 10_000
     one = summary(finished)
-    for stage in one["stages"][-3:]:  # the training, and what is measured of it
+    for stage in one["stages"][-3:]:  # the training and its evaluation
         shutil.rmtree(finished / "store" / stage["stage"] / stage["key"])
     assert "hidden states" not in succeed(finished, *settings, "npo.cache_hidden=off")
     other = summary(finished)
@@ -250,14 +250,14 @@ def test_hidden_states_kept_on_disk_change_nothing_but_rounding(finished: Path) 
 
 
 def test_no_epochs_leave_the_policy_as_it_was(finished: Path) -> None:
-    """Also where nothing is trained there is a next policy: the one before, and not the base model."""
+    """Also without training there is a next policy: the previous policy, not the base model."""
     succeed(finished, *SMOKE, "method=spin", "iterations=1", "trainer.epochs=0")
     before, after = summary(finished)["table"]
     assert after["eval/loss"] == before["eval/loss"]
 
 
 def test_kill_9_at_any_moment_changes_no_number(tiny: Path, tmp_path: Path) -> None:
-    """Killed again and again at random moments, the run ends with the very numbers of the undisturbed one."""
+    """A run that is killed repeatedly at random moments ends with the numbers of the uninterrupted run."""
     moments = random.Random(5)
     hits = 0
     for attempt in range(40):
@@ -332,12 +332,12 @@ def test_the_plan_of_a_sweep_shows_what_its_jobs_share(tmp_path: Path) -> None:
     assert (out.count("to do"), out.count("shared with job 0")) == (16 + 3, 13)
 
 
-# --- does it do what it should
+# --- does the method work
 
 
 def test_labels_by_quality_beat_labels_by_origin(tmp_path: Path) -> None:
-    """The default world and model, the first iteration of each: SPIN against DSL. Over three seeds DSL was 3.6 to 6.2
-    points better here; half of the least of these is asked. The noise may win or lose, so nothing is asked of it."""
+    """The default world and model, first iterations of SPIN and DSL. Over three seeds DSL was 3.6 to 6.2 points better
+    here; half of the least of these is asked. The noise may win or lose, so nothing is asked of it."""
     smaller = ("data.validation=60", "eval.sequences=64", "eval.samples=2")
     succeed(tmp_path, "-m", "tracking=off", "iterations=1", "acts_from=0", "method=spin,dsl", *smaller)
     found = json.loads(next(tmp_path.glob("multirun/*/*/sweep.json")).read_text())
@@ -356,7 +356,7 @@ def test_labels_by_quality_beat_labels_by_origin(tmp_path: Path) -> None:
 
 
 def test_a_method_is_one_yaml_and_one_small_file(finished: Path) -> None:
-    """A labeller that prefers longer responses, added from outside, walks the whole loop."""
+    """A user's labeller that prefers longer responses runs through the whole loop."""
     (finished / "longest.py").write_text(
         "from dnpo.dsl import AgainstHuman, Labelled\n\n\n"
         "class Longest(AgainstHuman):\n"
@@ -422,7 +422,7 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path) -> None:
 
 
 def test_verifiable_rows_of_a_file_can_be_judged_by_rules(tmp_path: Path) -> None:
-    """Rows that bring an answer have scores and accuracies like the tiny world's."""
+    """Rows with an answer have scores and accuracies like the tiny world's."""
     rows = [
         {"id": i, "prompt": f"{i} plus {i}?", "response": f"It is {2 * i}.", "answer": str(2 * i)} for i in range(120)
     ]

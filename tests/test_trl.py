@@ -23,7 +23,7 @@ HARD = 'line\nbreaks\u2028and \u0085 marks, 日本🦉, "quotes", \\ and \u0000'
 
 
 def pairs(world: World, count: int = 40) -> list[Pair]:
-    """Scores as they come: on some sides, on none, and never on the first rows."""
+    """Scores on some sides, on none, and never on the first rows."""
     scores = [(None, None), (90.0, 20.0), (None, 3.5)]
     return [
         replace(pair, chosen_score=scores[i % 3][0], rejected_score=scores[i % 3][1])
@@ -122,7 +122,7 @@ def test_trl_trains_on_it_unchanged(
     assert 0.6 < result.training_loss < 0.8  # the policy is its own reference: log 2
     before = dict(policy.model.named_parameters())
     assert any(not value.equal(before[name]) for name, value in trainer.model.named_parameters())
-    # What TRL makes of a row is what this lab trains on: one template, the same tokens.
+    # TRL makes the same tokens from a row as dnpo: one template, the same tokens.
     first = trainer.train_dataset[0]
     assert first["prompt_ids"] == written[0].prompt_ids
     assert first["chosen_ids"] == written[0].chosen_ids

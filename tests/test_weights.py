@@ -1,4 +1,4 @@
-"""Model folders: every loader refuses, by name, what is missing, left over, contradictory or not what its name says."""
+"""Model folders: every loader refuses, by name, missing, unused, contradictory or misnamed files and tensors."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def saved(make_policy: MakePolicy, tmp_path: Path) -> Path:
 
 
 def read_file(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, which can then be written again: they are no longer read from it."""
+    """The tensors of a file, in memory, so that the file can be written again."""
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
@@ -441,7 +441,7 @@ def assert_refused(objection: str | None, message: str) -> None:
 
 
 def test_a_judge_reads_forwards_with_its_own_tokenizer(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """A model that fills gaps gives probabilities too, and a tokenizer with more tokens ends in the model's depths."""
+    """A masked language model gives probabilities too, and a tokenizer with more tokens would fail in the model."""
     both_ways = bert(tmp_path / "bert", BertForMaskedLM)
     with (
         Ledger(tmp_path / "ledger.sqlite") as ledger,
@@ -454,7 +454,7 @@ def test_a_judge_reads_forwards_with_its_own_tokenizer(make_policy: MakePolicy, 
 
 
 def test_an_encoder_needs_its_body_and_no_head(tmp_path: Path) -> None:
-    """One that was pretrained with a head, and saved without a pooler, is read for its hidden states alone."""
+    """A model pretrained with a head and saved without a pooler is used for its hidden states alone."""
     folder = bert(tmp_path / "encoder", BertForMaskedLM)
     assert any(name.startswith("cls.") for name in read_header(folder / FILE))
     assert not any("pooler" in name for name in read_header(folder / FILE))
@@ -472,7 +472,7 @@ def test_an_encoder_needs_its_body_and_no_head(tmp_path: Path) -> None:
 
 
 def test_a_new_head_is_drawn_where_the_caller_says_so(world: World, tmp_path: Path) -> None:
-    """Fitting puts a new output on a language model; its body is no one's to draw."""
+    """Fitting adds a new output head to a language model; its body must not be initialised at random."""
     from dnpo.judges.reward.models import start_classifier
 
     folder = llama(world, tmp_path / "base", LlamaForCausalLM)
@@ -487,7 +487,7 @@ def test_a_new_head_is_drawn_where_the_caller_says_so(world: World, tmp_path: Pa
 
 
 def test_the_gate_refuses_before_anything_is_computed(saved: Path, tmp_path: Path) -> None:
-    """Once, without a name said twice, and without a stage in the store."""
+    """Once, without repeated names, and without a stage in the store."""
     without("lm_head.weight")(saved)
     done = train(
         tmp_path, "scale=smoke", "tracking=off", "model=local", f"model.path={saved}", "npo=off", "judge=off", "dsl=off"

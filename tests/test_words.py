@@ -1,4 +1,4 @@
-"""The words of a method: what does not go together is refused by name, and what does is as exact as it says."""
+"""The options of a method: contradictory ones are refused by name, and equivalent ones give equal results."""
 
 import json
 import re
@@ -32,11 +32,11 @@ from tests.test_conf import METHODS, composed
 
 
 def computed(folder: Path) -> list[str]:
-    """The stages that the runs in a folder have computed."""
+    """The stages computed by the runs in a folder."""
     return sorted(found.parent.parent.name for found in folder.glob("store/*/*/manifest.json"))
 
 
-# --- what bad input gets
+# --- bad input
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_words_that_do_not_go_together_are_refused_by_name(overrides: str, named
 
 
 def test_the_judge_of_evaluations_has_to_accept_the_rows_before_anything_is_computed(tmp_path: Path) -> None:
-    """Methods whose own judge cannot score texts measure by another one, which needs verifiable answers."""
+    """Methods whose judge cannot score texts measure by another judge, which needs verifiable answers."""
     rows = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": f"It is {i + 1}."} for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = (
@@ -144,7 +144,7 @@ def test_the_judge_of_evaluations_has_to_accept_the_rows_before_anything_is_comp
 
 
 def test_noise_that_never_starts_is_told_of(tmp_path: Path) -> None:
-    """`method=ipo npo=trainable` has one iteration, and noise starts at iteration 1 unless it is told otherwise."""
+    """`method=ipo npo=trainable` has one iteration, and noise starts at iteration 1 unless a setting changes this."""
     done = train(tmp_path, *SMOKE, "method=ipo", "npo=trainable", "plan=true")
     assert done.returncode == 0
     assert done.stderr == (
@@ -179,7 +179,7 @@ def test_methods_of_one_seed_share_fine_tuning_and_common_responses() -> None:
 
 
 def test_the_initial_policy_as_reference_changes_no_key_of_the_first_iteration() -> None:
-    """Where training starts from it, `reference=initial` is `reference=start`; afterwards it is not."""
+    """In the iteration that starts from it, `reference=initial` equals `reference=start`; later it does not."""
 
     def keys(*overrides: str) -> list[dict[str, str]]:
         run, _, _ = build(composed("scale=smoke", "tracking=off", "method=spin", *overrides))
@@ -208,7 +208,7 @@ def test_a_moving_average_is_kept_in_the_iterations_that_read_it() -> None:
 
 
 def trained(policy: Policy, pairs: Sequence[Pair], objective: Any, folder: Path) -> tuple[Any, list[Tensor]]:
-    """What a short training against the policy it starts from measures, without its speed, and its weights."""
+    """The metrics of a short training against its starting policy, without its speed, and its weights."""
     folder.mkdir()
     score(policy, pairs, autocast=False, folder=folder, report=Report())
     how = PairOptimisation(optimizer=torch_optimizer("RMSprop", lr=1e-3), batch_size=4, epochs=2, clip=0.0)
@@ -227,7 +227,7 @@ def assert_same(one: tuple[Any, list[Tensor]], other: tuple[Any, list[Tensor]]) 
 
 
 class Plain:
-    """softplus(−β · gap), which knows nothing of strengths."""
+    """softplus(−β · gap), without strengths."""
 
     beta = 0.5
 
@@ -263,7 +263,7 @@ def test_a_ball_without_radius_leaves_all_pairs_as_they_are(world: World) -> Non
 def test_a_training_that_starts_from_another_policy_is_stopped(
     world: World, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
-    """Where the reference is the initial policy, or none, a plain forward pass of the right start says what is."""
+    """If the reference is the initial policy or none, a plain forward pass of the right start gives the values."""
     pairs = world.pairs(8)
     how = PairOptimisation(optimizer=torch_optimizer("RMSprop", lr=1e-3), batch_size=4)
     initial, start, other = make_policy(1), make_policy(2), make_policy(3)
@@ -317,7 +317,7 @@ eval:
 
 @pytest.mark.long
 def test_a_method_that_no_paper_has_is_one_file_of_words(tmp_path: Path) -> None:
-    """Seed pairs, then ranked ones with soft labels, each time those before too, under a squared loss with noise."""
+    """Seed pairs, then ranked pairs with soft labels, each with earlier pairs, under a squared loss with noise."""
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "conf" / "method" / "doubts.yaml").write_text(DOUBTS.lstrip())
     given = ("--config-dir=conf", "method=doubts", *SMOKE, "data.train=64")
@@ -335,7 +335,7 @@ def test_a_method_that_no_paper_has_is_one_file_of_words(tmp_path: Path) -> None
 
 @pytest.mark.long
 def test_the_screen_says_who_labels(finished: Path) -> None:
-    """DNPO's judge also gives the scores; SPIN has none; others have another one."""
+    """DNPO's judge also gives the scores; SPIN has no judge; others have another judge."""
     printed = succeed(finished, *SMOKE, "method=spin", "iterations=1")
     assert "(0-100); no judge labels the pairs." in printed
     printed = succeed(
@@ -344,7 +344,7 @@ def test_the_screen_says_who_labels(finished: Path) -> None:
     assert "(0-100); training learns from another judge." in printed
 
 
-# --- what cannot be known before
+# --- errors found only in the run
 
 
 @pytest.mark.long

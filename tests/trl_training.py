@@ -1,4 +1,4 @@
-"""TRL's own training on pairs: a second witness of what training on them ends in.
+"""TRL's own training on pairs, for comparison with this package's training.
 
 ``python -m tests.trl_training FOLDER`` compares a finished run of ``method=dpo`` in that folder.
 """
@@ -36,7 +36,7 @@ def train_by_trl(
     from trl import DPOConfig, DPOTrainer
 
     class Encoded(DPOTrainer):  # type: ignore[misc, unused-ignore]
-        """Takes pairs that are token ids already, in the order in which they come."""
+        """Takes pairs of token ids, in the given order."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
@@ -81,7 +81,7 @@ def train_by_trl(
 
 
 def differences(ours: Policy, theirs: Policy, pairs: Sequence[Pair]) -> list[float]:
-    """By how much two policies' log-probabilities of responses differ, in nats; the chosen ones first."""
+    """Differences of two policies' log-probabilities of responses, in nats; the chosen ones first."""
     prompts = [pair.prompt_ids for pair in pairs] * 2
     responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
     both = zip(ours.score(prompts, responses), theirs.score(prompts, responses), strict=True)
@@ -92,8 +92,8 @@ def compare_run(folder: Path) -> dict[str, float]:
     """Repeat by TRL's trainer what a finished run with one iteration trained by the logistic loss, and compare.
 
     Returns:
-        The greatest difference of final log-probabilities, in nats; their mean difference; by how much training moved
-        them at most; numbers of pairs and of policy steps.
+        The greatest difference of final log-probabilities, in nats; their mean difference; their greatest change by
+            training; numbers of pairs and of policy steps.
     """
     from dnpo.settings import CONTENTS, build, check
     from dnpo.store import manifest

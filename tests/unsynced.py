@@ -1,6 +1,7 @@
-"""Writing without waiting for the disk: a small run waits for it hundreds of times, longer than it computes.
+"""Write without waiting for the disk: a small run waits for it hundreds of times, longer than it computes.
 
-What a process has written outlives it without that, however it ends. Only a cut of the power would tell the difference.
+Data that a process has written outlive it without this, for every end of the process. Only a power failure would make a
+difference.
 """
 
 import os
@@ -14,18 +15,18 @@ _connect = sqlite3.connect
 
 
 def _leave_to_the_kernel(handle: Any) -> None:
-    """What ``os.fsync`` is replaced by."""
+    """The replacement of ``os.fsync``."""
 
 
 @wraps(_connect)
 def _connect_without_waiting(*given: Any, **named: Any) -> sqlite3.Connection:
     connection = _connect(*given, **named)
-    with suppress(sqlite3.DatabaseError):  # what is no database says so where it is read
+    with suppress(sqlite3.DatabaseError):  # other files fail later, when they are read
         connection.execute("PRAGMA synchronous=OFF").close()
     return connection
 
 
 def leave_to_the_kernel() -> None:
-    """Let this process write so."""
+    """Let this process write without waiting."""
     os.fsync = _leave_to_the_kernel
     sqlite3.connect = dbapi2.connect = _connect_without_waiting
