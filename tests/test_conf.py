@@ -234,11 +234,11 @@ def test_a_part_still_has_the_settings_that_are_in_no_key() -> None:
 
 
 def readme_commands() -> list[list[str]]:
-    """The arguments of every `python -m dnpo.train …` in the README and the guide for contributors.
+    """The arguments of every `python -m dnpo.train …` in the README, the guide for contributors, and docs/scaling.md.
 
     Recipes with files of their own (`--config-dir`) are executed by test_recipes.py.
     """
-    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/scaling.md"))
     lines = re.findall(r"^\s*(?:\S.*&& )?python -m dnpo\.train\b([^#\n]*)", text, re.MULTILINE)
     return [shlex.split(line) for line in lines if "--config-dir" not in line]
 
