@@ -1,9 +1,10 @@
-"""Speed of generation: rows that come and go in one batch, against what transformers offers.
+"""Speed of generation: rows that join and leave one batch, compared with transformers.
 
     python -m benchmarks.generate
     python -m benchmarks.generate --load "8 samples, long prompts" --load "8 samples, short prompts"
 
-The latter are whole stages, with log-probabilities and files: 8 samples a prompt, against 8 runs of one sample.
+The loads of the second command are whole stages, with log-probabilities and files: one run of 8 samples a prompt,
+against 8 runs of one sample.
 
 Each measurement runs in its own process, the variants in turn. The command prints a table and writes
 ``benchmarks/results/generate.json``. A ratio divides one round's seconds by the seconds of the load's first variant in
@@ -30,14 +31,15 @@ RESULTS = Path(__file__).parent / "results" / "generate.json"
 
 
 class Load(NamedTuple):
-    """Prompts, and a model with random weights whose completions end by chance.
+    """Prompts, and a model with random weights whose completions end at random.
 
     Attributes:
         prompts: distinct prompts.
-        copies: how often each is asked.
+        copies: how often each prompt is asked.
         lengths: shortest and longest prompt.
         limit: completion tokens at most.
-        mean: completion tokens on average, if nothing were cut: one token in so many ends a completion; 0: none does.
+        mean: mean number of completion tokens n without a limit: each token ends its completion with probability 1/n;
+            0: none does.
         batch_size: rows at once.
         shape: of the Llama model.
         samples: of each prompt, in a whole stage; 0: only completions are measured.
@@ -116,7 +118,7 @@ LOADS = {
 
 
 class NoText:
-    """A tokenizer, in place of one with texts."""
+    """A tokenizer that decodes nothing."""
 
     eos_token_id = 0
 
@@ -147,12 +149,12 @@ def make_policy(load: Load) -> Any:
 
 
 def refill(policy: Any, load: Load, seed: int) -> list[list[int]]:
-    """What this project does."""
+    """The method of this project."""
     return _ours(policy, load.token_ids(), load, seed)
 
 
 def no_refill(policy: Any, load: Load, seed: int) -> list[list[int]]:
-    """The same, a batch at a time: rows leave, but none joins."""
+    """The same, one batch after the other: rows leave, but none joins."""
     return [row for some in _batches(load, in_order=True) for row in _ours(policy, some, load, seed)]
 
 
@@ -202,7 +204,7 @@ STAGES: dict[str, Variant] = {f.__name__: f for f in (single_runs, several_sampl
 
 
 def variants_of(load: Load) -> dict[str, Variant]:
-    """What is compared on a load; the first is the measure of the others."""
+    """The variants that are compared on a load; ratios are relative to the first."""
     return STAGES if load.samples else VARIANTS
 
 

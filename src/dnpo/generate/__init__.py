@@ -20,8 +20,8 @@ class Sampling:
         top_p: sample from the smallest set of tokens with at least this probability.
         batch_size: rows in a batch; the samples do not depend on it, up to the rounding of logits.
         shard_size: prompts in a shard; a killed run loses at most one shard.
-        append_eos: default of ``rollout.append_eos``; responses to held-out prompts never get one.
-        engine: the server that samples; None samples in this process.
+        append_eos: default of ``rollout.append_eos``; nothing is appended to responses to held-out prompts.
+        engine: the server that samples; None: this process samples.
     """
 
     temperature: NonNegative = 1.0
@@ -33,7 +33,7 @@ class Sampling:
     engine: Server | None = None
 
     def identity(self) -> Mapping[str, Any]:
-        """The settings that decide the samples; an engine only if it is another one than this process."""
+        """The settings that determine the samples; the engine only if a server samples."""
         return {name: value for name, value in settings_key(self).items() if name != "engine" or value is not None}
 
     def greedy(self) -> "Sampling":
@@ -46,12 +46,11 @@ class Ahead(Sampling):
     """The policy responds to every prompt before the training of an iteration, configured by ``rollout=ahead``.
 
     Args:
-        samples: responses to each prompt; each draws from its own random stream, so the first ones are the same for
-            every number.
-        max_tokens: cut responses at this many tokens; 0, or more than the data's limit: at that limit.
-        append_eos: append an end-of-sequence token to responses that were cut, so that training treats them as if the
-            policy had ended there; their ``finish`` still is ``length``. At the data's limit it replaces the last
-            token.
+        samples: number of responses to each prompt. Each draws from a separate random stream, so a larger number does
+            not change the first ones.
+        max_tokens: responses are cut at this many tokens, or at the data's limit if that is smaller or this is 0.
+        append_eos: append an end-of-sequence token to responses that were cut, so that in training they look complete;
+            their ``finish`` is still ``length``. At the data's limit it replaces the last token.
 
     Raises:
         SettingsError: several samples that would all be equal.
@@ -73,7 +72,7 @@ class Ahead(Sampling):
                 )
 
     def identity(self) -> Mapping[str, Any]:
-        """The settings that decide the responses: plain sampling's, and others if they differ from defaults."""
+        """The settings that determine the responses: those of plain sampling, and others that are not the default."""
         names = [field.name for field in dataclasses.fields(Sampling)]
         plain = Sampling(**{name: getattr(self, name) for name in names})
         own = {"samples": self.samples, "max_tokens": self.max_tokens, "append_eos": self.append_eos}
@@ -81,7 +80,7 @@ class Ahead(Sampling):
 
     @staticmethod
     def like(sampling: Sampling) -> "Ahead":
-        """One response to each prompt, with these settings; a rollout stays as it is."""
+        """One response to each prompt, with these settings; a rollout is returned unchanged."""
         if isinstance(sampling, Ahead):
             return sampling
         names = [field.name for field in dataclasses.fields(Sampling) if field.name != "append_eos"]
@@ -90,7 +89,7 @@ class Ahead(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """No responses are generated: the iteration trains on the data's own pairs. Configured by ``rollout=given``."""
+    """No responses are generated: the iteration trains on the pairs of the data. Configured by ``rollout=given``."""
 
     generates: ClassVar[bool] = False
     live: ClassVar[bool] = False
@@ -99,19 +98,19 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True)
 class Live(Ahead):
-    """The policy in training responds to some prompts at a time, between policy steps. Configured by ``rollout=live``.
+    """The policy responds during its training, between policy steps, to some prompts at a time (``rollout=live``).
 
     Its responses are judged and labelled at once, and the pairs enter a buffer, first in, first out.
 
     Args:
-        prompts: number of prompts to respond to at a time; 0: all of them.
-        every: policy steps from one rollout to the next; 0: a single rollout, which is trained on like one made ahead.
+        prompts: number of prompts of a rollout; 0: all.
+        every: policy steps from one rollout to the next; 0: a single rollout before training.
         capacity: pairs in the buffer; 0: only the pairs of the last rollout, so that training is strictly on-policy. A
             policy step draws its pairs with weight 1 / (1 + draws so far).
-        by: who responds: the ``policy`` in training, or the moving average of its weights (``ema``).
-        segment: tokens of the human response that are generated again in their place; 0: whole responses.
-        ahead_by: number of rollouts by which responding is ahead of training, so that training does not wait for the
-            judge.
+        by: which policy responds: the one in training (``policy``), or the moving average of its weights (``ema``).
+        segment: number of successive tokens of the human response that are generated again; 0: whole responses are
+            generated.
+        ahead_by: number of rollouts that are made in advance, so that training does not wait for the judge.
 
     Raises:
         SettingsError: settings that contradict each other.
@@ -147,11 +146,11 @@ class Live(Ahead):
             )
 
     def identity(self) -> Mapping[str, Any]:
-        """All settings that decide the responses, and when they are made."""
+        """All settings that determine the responses, and when they are made."""
         own = ("prompts", "every", "capacity", "by", "segment", "ahead_by")
         return {**super().identity(), "_target_": type(self).__name__, **{name: getattr(self, name) for name in own}}
 
     def ahead(self) -> Ahead:
-        """One whole response to each prompt ahead of training, sampled like these."""
+        """The settings for one whole response to each prompt before training, sampled in the same way."""
         names = [field.name for field in dataclasses.fields(Ahead) if field.name != "samples"]
         return Ahead(**{name: getattr(self, name) for name in names})

@@ -1,4 +1,4 @@
-"""Choose what samples a stage's responses: this process, or servers, which run only as long as they are needed."""
+"""Choose where a stage's responses are sampled: in this process, or by servers that run only while needed."""
 
 import json
 import shutil
@@ -12,16 +12,17 @@ from dnpo.generate.server.session import Differences, Session
 from dnpo.policy.model import Policy
 from dnpo.store import Report, write_json
 
-WORK, RESULT = "engine", "engine.json"  # in a stage's folder: replies while it works, and the differences at the end
+WORK, RESULT = "engine", "engine.json"  # in a stage's folder: replies during its work, differences at its end
 
 
 class Engines:
-    """The engines of a stage, all with the same policy. As a context, it ends the servers that it has started.
+    """The engines of a stage, all with the same policy. Its ``with`` block ends the servers that it started.
 
     Args:
         policy: the policy that responds.
         folder: the stage's folder.
-        saved: a folder with the policy's whole weights; if it has none, or is None, they are written when needed.
+        saved: a folder with the policy's whole weights; without it, or without weights in it, they are written when
+            needed.
         report: receives notes.
     """
 
@@ -50,7 +51,7 @@ class Engines:
         return known[0]
 
     def finish(self) -> dict[str, float]:
-        """Report how servers and this process differ, and remove the replies; to be called when a stage is done.
+        """Report the differences between servers and this process, and remove the replies; called when a stage is done.
 
         Returns:
             ``engine_mean`` and ``engine_max``, in nats a token; nothing if no server was asked.

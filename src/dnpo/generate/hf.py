@@ -1,13 +1,13 @@
 """Generate responses to prompts, in shards.
 
-A sample depends only on the policy, its prompt, its number and the seed. Other prompts, their order, the number of
-samples of a prompt, a kill in between and (up to the rounding of logits) the batch size make no difference. Each row
-draws from its own random stream, so rows can join and leave the batch freely: prompts wait in a queue, the longest
+A sample depends only on the policy, its prompt, its number and the seed. It does not depend on other prompts, their
+order, the number of samples of a prompt, a kill in between or (up to the rounding of logits) the batch size. Each row
+draws from its own random stream, so rows can join and leave the batch freely. Prompts wait in a queue, the longest
 first; rows that finish leave the batch, and the next prompts take their places. A prompt is read once for all of its
 rows, even if they join at different times.
 
-Shapes: N prompts, R rows under way, P distinct prompts that are read at once, M rows that move, L columns of the cache,
-V vocabulary in G groups of C entries, D size of a head.
+Shapes: N prompts, R rows in progress, P distinct prompts that are read at once, M rows that move, L columns of the
+cache, V vocabulary in G groups of C entries, D size of a head.
 """
 
 import inspect
@@ -35,7 +35,7 @@ from dnpo.store import Report
 from dnpo.tables import Rows, values, write
 
 FREE = 0.25  # share of a batch that must be free before more prompts are read, since each read has a fixed cost
-GROUP = 64  # vocabulary entries that draw together, see _pick
+GROUP = 64  # vocabulary entries in a group of _pick
 
 
 class Engine(Protocol):
@@ -50,7 +50,7 @@ class Engine(Protocol):
             rows: prompts, each with the number of its sample; all samples of a prompt are consecutive rows.
             sampling: temperature and truncation.
             limit: maximum number of completion tokens.
-            seed: decides the samples, together with the prompts' ids.
+            seed: seed of the samples, together with the prompts' ids.
             report: receives the progress.
         """
 
@@ -59,7 +59,7 @@ class Engine(Protocol):
 
         Args:
             responses: the responses that were made of the completions; a last token may have been replaced.
-            scores: the policy's log-probability of each of their tokens.
+            scores: the policy's log-probability of each token.
         """
 
 
@@ -86,7 +86,7 @@ def generate(
         sampling: how to sample; plain settings give one sample a prompt.
         source: ``source`` of the responses.
         limit: maximum number of completion tokens.
-        seed: decides the samples, together with the prompts' ids.
+        seed: seed of the samples, together with the prompts' ids.
         folder: folder for the shards, in Parquet.
         report: receives the progress.
         engine: samples; None samples in this process.
@@ -129,7 +129,7 @@ def sample(
 ) -> list[Response]:
     """Generate a response to each prompt, with its log-probability under the policy (temperature 1, no truncation).
 
-    A prompt that occurs several times gets as many different samples. ``samples`` of a rollout is not read here.
+    A prompt that occurs n times gets n different samples. A rollout's ``samples`` is not read here.
     """
     rollout = replace(Ahead.like(sampling), samples=1)
     rows = ranks.share(number_samples(prompts))
@@ -140,7 +140,7 @@ def number_samples(prompts: Sequence[Prompt], earlier: Counter[str] | None = Non
     """Give each prompt the number of its sample, which distinguishes the samples of one prompt.
 
     Args:
-        earlier: how many samples of each prompt there are already, by id; these are added.
+        earlier: number of earlier samples of each prompt, by id; the new ones are added.
     """
     earlier = Counter() if earlier is None else earlier
     rows = []
@@ -192,13 +192,12 @@ def record(
     samples: int = 1,
     engine: Engine | None = None,
 ) -> list[Response]:
-    """Make responses of completions: their log-probabilities and texts.
+    """Turn completions into responses, with log-probabilities and texts.
 
     Args:
-        rows: the prompt of each, with the number of its sample.
-        whole: whether each ended, and was not cut.
-        samples: as many consecutive rows have the same prompt.
-        engine: what sampled them, if it was not this process.
+        rows: the prompt of each completion, with the number of its sample. whole: whether each completion ended, and
+            was not cut. samples: number of consecutive rows with the same prompt. engine: the engine that sampled them;
+            None for this process.
     """
     prompts = [prompt.token_ids for prompt, _ in rows]
     by_token: list[list[float]] = []
@@ -234,11 +233,11 @@ def complete(
         policy: a policy in evaluation mode.
         prompts: token ids; none may be empty.
         sampling: temperature, truncation and batch size.
-        limit: maximum number of completion tokens, of all rows or of each; at least 1.
-        streams: an integer for each row, which decides its draws.
+        limit: maximum number of completion tokens, one number for all rows or one for each; at least 1.
+        streams: an integer for each row, the seed of its draws.
         report: receives the progress, if there is one.
-        endless: numbers of the rows in which no stop token is drawn; they end at the limit.
-        begun: the first tokens of each completion, if some are drawn already, but not all.
+        endless: numbers of the rows in which no stop token is drawn; they end at the limit. begun: the first tokens of
+            each completion, if some are drawn already; not all may be.
     """
     completions = [list(tokens) for tokens in begun or [[]] * len(prompts)]
     prompts = [ids + tokens for ids, tokens in zip(prompts, completions, strict=True)] if begun else prompts
@@ -258,7 +257,7 @@ def complete(
         if endless and (held := [[r] for r, i in enumerate(live) if i in endless]):
             batch.logits_RV[held, stop_ids] = -torch.inf
         places = [(streams[i], len(completions[i])) for i in live]
-        tokens = draw(batch.logits_RV, places, warp)  # only this waits for the device
+        tokens = draw(batch.logits_RV, places, warp)  # the only place that waits for the device
         for i, token in zip(live, tokens, strict=True):
             completions[i].append(token)
         on = [r for r, i in enumerate(live) if tokens[r] not in stops and len(completions[i]) < limits[i]]
@@ -292,10 +291,10 @@ class _Batch:
         self.lengths: list[int] = []
         self.logits_RV = torch.empty(0, device=self._device)
         self._cache: Any = None
-        self._kept: _Prompts | None = None  # a prompt of which more rows will join
+        self._kept: _Prompts | None = None  # a prompt for which more rows will join
 
     def has_room(self, rows: int) -> bool:
-        """Whether ``rows`` should join now: they fit, and enough of the batch is free to make a read worthwhile."""
+        """Whether this many rows should join now: they fit, and enough of the batch is free for a read to pay."""
         free = self._size - len(self.lengths)
         return not self.lengths or (self._joinable and free >= max(rows, self._size * FREE))
 
@@ -303,7 +302,7 @@ class _Batch:
         """Read prompts and append them to the rows; equal prompts are read once.
 
         Args:
-            prompts: none may be longer than the longest row, nor than an earlier one.
+            prompts: none may be longer than the longest row or than an earlier prompt.
             following: the first prompt of the next call; it is not read again if it is the last one here.
         """
         rest = list(prompts)
@@ -324,14 +323,14 @@ class _Batch:
     def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> "_Prompts":
         lengths = [len(ids) for ids in prompts]
         width = max(lengths)
-        # Without a configuration the cache also keeps tokens outside of a sliding window, and the mask hides them.
+        # A cache without a configuration also keeps tokens outside of a sliding window; the mask hides them.
         cache: Any = DynamicCache() if self._joinable else DynamicCache(config=self._model.config)
         ids_PL = [[self._pad_id] * (width - len(ids)) + list(ids) for ids in prompts]
         logits_PV = self._read(ids_PL, lengths, width, cache)
         return _Prompts({ids: row for row, ids in enumerate(prompts)}, cache, logits_PV)
 
     def _join(self, found: "_Prompts", prompts: Sequence[list[int]]) -> None:
-        """Append a row for each of these prompts, which are among those that were read."""
+        """Append a row for each of these prompts, which must be among the read ones."""
         if not prompts:
             return
         take_R = torch.tensor([found.row[tuple(ids)] for ids in prompts], device=self._device)
@@ -347,7 +346,7 @@ class _Batch:
             for window, layer in zip(self._cache.layers, found.cache.layers, strict=True):
                 window.admit(layer.keys, layer.values, take_R)
         else:
-            self._cache.reorder_cache(take_R)  # the only selection that all kinds of layers have
+            self._cache.reorder_cache(take_R)  # the only way to select rows that all kinds of layers have
         self.lengths += map(len, prompts)
 
     def read(self, tokens: list[int]) -> None:
@@ -396,12 +395,12 @@ class _Batch:
 
 
 class _Prompts(NamedTuple):
-    """Distinct prompts that were read, padded on the left.
+    """Distinct prompts that have been read, padded on the left.
 
     Attributes:
-        row: the row of each.
+        row: the row of each prompt.
         cache: their keys and values.
-        logits_PV: logits of the token after each.
+        logits_PV: logits of the token after each prompt.
     """
 
     row: dict[tuple[int, ...], int]
@@ -461,7 +460,7 @@ class _Window(DynamicLayer):  # type: ignore[no-untyped-call]  # its base ships 
         return self.keys, self.values
 
     def admit(self, keys: Tensor, values: Tensor, take_R: Tensor) -> None:
-        """Append these rows of another layer that is not wider; they end in the same column."""
+        """Append these rows of another layer, which must not be wider; they end in the same column."""
         rows, width = self.keys.shape[0], self.keys.shape[2]
         self._show(rows + len(take_R), width)
         for x, new in ((self.keys, keys), (self.values, values)):
@@ -491,9 +490,9 @@ def _pick(logits_RV: Tensor, places: Sequence[tuple[int, int]], warp: Any) -> Te
     """Draw the next token of each row, shape R; -1 if the logits are NaN or infinite.
 
     This is Gumbel-max in its exponential form: with independent E ~ Exp(1), the largest p / E belongs to entry v with
-    probability p_v. First a group of entries is drawn by its total, then an entry of that group, so a row needs G + C
-    random numbers instead of V. Each number belongs to a row, a token and an entry. So if probabilities differ
-    slightly, another token is drawn only about as often as they differ (their total-variation distance).
+    probability p_v. First a group of entries is drawn by the group's total, then an entry of that group, so a row needs
+    G + C random numbers instead of V. Each number belongs to a row, a token and an entry. So if two sets of
+    probabilities differ slightly, their draws differ about as often as their total-variation distance.
 
     Args:
         logits_RV: the model's logits.
@@ -515,9 +514,9 @@ def _pick(logits_RV: Tensor, places: Sequence[tuple[int, int]], warp: Any) -> Te
 
 
 def _exponential(places: Sequence[tuple[int, int]], count: int, device: torch.device) -> Tensor:
-    """``count`` numbers from Exp(1) for each (stream, token), R × count, float64: the same in every order and batch.
+    """``count`` numbers from Exp(1) for each (stream, token), R × count, float64; order and batch do not change them.
 
-    By SplitMix64 (Steele, Lea and Flood 2014), a generator whose n-th number is a function of n.
+    They come from SplitMix64 (Steele, Lea and Flood 2014), a generator whose n-th number is a function of n.
     """
     stream_R1, token_R1 = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2, 1).unbind(1)
     number_RX = token_R1 * count + torch.arange(1, count + 1, device=device)
@@ -550,10 +549,10 @@ def make_warp(sampling: Sampling) -> Any:
 
 
 def _queue(prompts: Sequence[list[int]], batch_size: int) -> list[list[int]]:
-    """Group the numbers of equal prompts, which are read together, in ascending length; the queue's head is the end.
+    """Group the numbers of equal prompts, which are read together, by ascending length; the queue is read from its end.
 
-    The longest prompts are taken first, so that a lack of memory shows at once. A group is at most the share of the
-    batch that is waited for, so that many samples of one prompt do not wait until the batch is empty.
+    The longest prompts are taken first, so that a lack of memory is seen at once. A group is at most the share ``FREE``
+    of the batch, so that many samples of one prompt do not wait until the batch is empty.
     """
     most = max(int(batch_size * FREE), 1)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))

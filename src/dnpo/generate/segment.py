@@ -17,12 +17,12 @@ from dnpo.records import Prompt, Response
 from dnpo.seeding import derive
 from dnpo.store import Report
 
-REDRAWS = 8  # further draws of a segment that comes out unchanged
-LOGITS = 2**26  # entries of logits that are held at once
+REDRAWS = 8  # further draws of a segment that is unchanged
+LOGITS = 2**26  # entries of logits in memory at once
 
 
 class Cut(NamedTuple):
-    """The tokens of a response: those before a segment, the segment, and those after it."""
+    """The tokens of a response before a segment, in the segment, and after it."""
 
     before: list[int]
     segment: list[int]
@@ -32,11 +32,11 @@ class Cut(NamedTuple):
 def cut(response: Response, length: int, seed: int) -> Cut:
     """Cut a segment of ``length`` tokens out of a response.
 
-    It begins at each token of the response with equal probability, and is shorter if it reaches the end. A response
-    of at most ``length`` tokens is a segment as a whole.
+    It begins at each token of the response with equal probability, and is shorter if it reaches the end. If a response
+    has at most ``length`` tokens, the segment is the whole response.
 
     Args:
-        seed: decides where the segment begins, together with the id of the response.
+        seed: seed of the segment's beginning, together with the id of the response.
     """
     ids = response.token_ids
     start = derive(seed, "segment", response.id) % len(ids) if length < len(ids) else 0
@@ -57,10 +57,10 @@ def regenerate(
 ) -> tuple[list[Response], dict[str, int]]:
     """Regenerate a segment of the human response to each prompt.
 
-    A segment with tokens after it is replaced by as many tokens, none of which is a stop token. A segment at the end
-    becomes a sample: up to a stop token, or cut at the limit. If the result is the human response, the segment is drawn
-    again, up to ``REDRAWS`` times. A segment that is the whole response is drawn only once, and gives exactly what
-    ``hf.sample`` gives.
+    A segment with tokens after it is replaced by the same number of tokens, without stop tokens. A segment at the end
+    is replaced by a sample: up to a stop token, or cut at the limit. If the result is the human response, the segment
+    is drawn again, up to ``REDRAWS`` times. A segment that is the whole response is drawn only once, and equals the
+    sample of ``hf.sample``.
 
     Args:
         policy: the policy that generates.
@@ -69,8 +69,8 @@ def regenerate(
         sampling: how to sample; ``samples`` is not read here.
         length: number of tokens of a segment.
         source: ``source`` of the responses.
-        limit: maximum number of tokens of a response; no human one is longer.
-        seed: decides segments and samples, together with the prompts' ids.
+        limit: maximum number of tokens of a response; no human response may be longer.
+        seed: seed of segments and samples, together with the prompts' ids.
         report: receives the progress.
 
     Returns:
@@ -112,8 +112,8 @@ class _Row(NamedTuple):
         number: the number of its sample.
         parts: the human response.
         limit: maximum number of tokens of the new segment.
-        attempt: how many draws there were before.
-        begun: the first tokens of the new segment, as far as they are drawn.
+        attempt: number of earlier draws.
+        begun: the first tokens of the new segment that are already drawn.
     """
 
     prompt: Prompt
@@ -134,13 +134,13 @@ class _Row(NamedTuple):
         return self.prompt.token_ids + self.parts.before
 
     def stream(self, seed: int) -> int:
-        """The random stream of the draw; that of the first draw is the one in ``hf.sample``."""
+        """The random stream of the draw; the first draw has the same stream as in ``hf.sample``."""
         again = (self.attempt,) if self.attempt else ()
         return derive(seed, "redraw" if again else "sample", self.prompt.id, self.number, *again)
 
 
 def _draw(policy: Policy, rows: Sequence[_Row], sampling: Ahead, seed: int, report: Report | None) -> list[list[int]]:
-    """Draw what is missing of each new segment."""
+    """Draw the missing tokens of each new segment."""
     segments, stops = [list(row.begun) for row in rows], set(policy.stop_ids)
     going = [i for i, new in enumerate(segments) if not new or (len(new) < rows[i].limit and new[-1] not in stops)]
     some = [rows[i] for i in going]
@@ -161,13 +161,13 @@ def _draw(policy: Policy, rows: Sequence[_Row], sampling: Ahead, seed: int, repo
 
 @torch.no_grad()
 def _redraw(policy: Policy, rows: Sequence[_Row], sampling: Ahead, seed: int) -> list[_Row]:
-    """Draw segments again, each until it differs from the old one, as far as the first token that differs.
+    """Draw segments again, each until it differs from the old one; a draw ends at the first token that differs.
 
-    While a draw repeats the old segment, the policy reads the tokens of the old segment. So one pass over that gives
-    the logits of all draws.
+    While a draw repeats the old segment, the policy reads the old segment's tokens. So one pass over the old segment
+    gives the logits of all draws.
 
     Returns:
-        The draws: those that differ, or the last ones.
+        For each segment the draw that differs, or else the last draw.
     """
     found = [row._replace(attempt=REDRAWS, begun=row.parts.segment) for row in rows]
     warp, head = make_warp(sampling), policy.head

@@ -2,11 +2,11 @@
 
 The whole training is one pass over a fixed list of groups. Epochs are permutations drawn from the seed, and each group
 makes one policy step of ``batch_size`` rows, or fewer if they do not divide evenly. A group is cut into micro-batches
-just before its step, so their size does not affect the order. The number of the next step is the only state. Where
-several processes train together (``ranks.py``), each takes its share of every group.
+just before its step, so their size does not affect the order. The number of the next step is the only state. If several
+processes train together (``ranks.py``), each takes its share of every group.
 
-The micro-batches follow: one of sequences, and one of pairs, with what training reads of them and of their
-reference. Shapes as in ``objective.py`` and ``logprobs.py``: B pairs, N completion tokens, H hidden size.
+The micro-batches follow: one of sequences, and one of pairs with the numbers of their reference. Shapes as in
+``objective.py`` and ``logprobs.py``: B pairs, N completion tokens, H hidden size.
 """
 
 import math
@@ -51,15 +51,15 @@ class Slice(Generic[Row]):
 
     @property
     def share(self) -> float:
-        """Its share of the group's rows: the weight of its mean in the group's mean."""
+        """The micro-batch's share of the group's rows, which is the weight of its mean in the group's mean."""
         return len(self.rows) / len(self.group)
 
 
 def schedule(rows: int, batch_size: int, epochs: int, seed: int, steps: int | None) -> list[tuple[int, ...]]:
     """The rows of every policy step of a whole training, in order.
 
-    An epoch is cut into the smallest possible number of groups, whose sizes differ by at most one row. A small last
-    group would give its few rows the weight of a full one.
+    An epoch is cut into as few groups as possible, whose sizes differ by at most one row. A small last group would give
+    its few rows too much weight.
 
     Args:
         rows: number of rows.
@@ -89,20 +89,20 @@ def arrange(how: Optimisation, rows: int, seed: int) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Idle(Generic[Some]):
-    """A micro-batch with rows of another rank, which only keeps a rank busy while the others still compute."""
+    """A micro-batch with rows of another rank. A rank computes it, without effect, while other ranks still compute."""
 
     batch: Some
 
 
 class Steps(ABC, Generic[Row, Some]):
-    """The policy steps of a training as an iterable for Lightning; every step is a list of micro-batches.
+    """An iterable of policy steps for Lightning; every step is a list of micro-batches.
 
     Lightning saves ``state_dict`` in a checkpoint and restores it before iterating again, so iteration continues where
     the checkpoint was made.
 
     Attributes:
         next: the number of the next step.
-        even: whether all ranks have as many micro-batches in a step; some are :class:`Idle` then.
+        even: whether all ranks have the same number of micro-batches in a step; then some are :class:`Idle`.
 
     Args:
         micro_batch_size: maximum number of rows in a micro-batch.
@@ -119,7 +119,7 @@ class Steps(ABC, Generic[Row, Some]):
 
     @abstractmethod
     def group(self, step: int) -> Sequence[Row]:
-        """All rows of a policy step: the next one, or the present one again."""
+        """All rows of a policy step, which must be the next or the present one."""
 
     def __iter__(self) -> Iterator[list[Some | Idle[Some]]]:
         while self.next < len(self):
@@ -129,7 +129,7 @@ class Steps(ABC, Generic[Row, Some]):
             yield batch
 
     def step(self, step: int, micro_batch_size: int) -> list[Some | Idle[Some]]:
-        """The micro-batches of one policy step: of this rank's share of its rows, which may be empty."""
+        """The micro-batches of this rank's share of a policy step's rows; the share may be empty."""
         group = tuple(self.group(step))
         own = tuple(ranks.share(group))
         parts = [own[i : i + micro_batch_size] for i in range(0, len(own), micro_batch_size)]
@@ -149,7 +149,7 @@ class Steps(ABC, Generic[Row, Some]):
 
 
 class Batches(Steps[Row, Some]):
-    """The policy steps of a training whose rows are all there before it begins.
+    """The policy steps of a training whose rows all exist before it begins.
 
     Args:
         rows: the rows.
@@ -204,7 +204,7 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: for fine-tuning one sequence for each row; for B pairs the chosen, then the rejected responses.
+    """A micro-batch: for fine-tuning, one sequence for each row; for B pairs, the chosen responses, then the rejected.
 
     Attributes:
         packed: prompts and completions.
@@ -232,12 +232,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Scored:
-    """A pair with what its training reads of the reference.
+    """A pair, with the reference's log-probabilities for training.
 
     Attributes:
         number: its number among all pairs of the training.
-        reference: the reference's log-probabilities; None if the objective reads none, or if they are computed at use.
-        made: the policy step before which it was made; 0 for pairs that were there before training.
+        reference: the reference's log-probabilities; None if the objective reads none, or if they are computed in the
+            training step. made: the policy step that followed when it was made; 0 for pairs made before training.
     """
 
     number: int
@@ -247,12 +247,12 @@ class Scored:
 
 
 class Reading(NamedTuple):
-    """What a training reads of its pairs and of its reference.
+    """Parts of the pairs and of the reference that a training reads.
 
     Attributes:
-        rejected: rejected responses.
-        noisy: the reference's hidden states of rejected tokens, for noise.
-        all_states: the reference's hidden states of all completion tokens, for the objective.
+        rejected: whether it reads rejected responses.
+        noisy: whether noise reads the reference's hidden states of rejected tokens.
+        all_states: whether the objective reads the reference's hidden states of all completion tokens.
     """
 
     rejected: bool
@@ -261,12 +261,12 @@ class Reading(NamedTuple):
 
     @property
     def states(self) -> bool:
-        """Whether it reads hidden states at all."""
+        """Whether it reads any hidden states."""
         return self.noisy or self.all_states
 
     @classmethod
     def of(cls, objective: Objective, noise: NoiseModule) -> "Reading":
-        """What this objective and this noise read."""
+        """The data that this objective and this noise read."""
         every_step = any(watch.reads_states for watch in watches(objective, 1))
         return cls(reads_rejected(objective), noise.reads_states, every_step)
 
@@ -279,14 +279,13 @@ class PairBatch(Batch):
         reference: the reference's log-probabilities; 0 if the objective reads none.
         expected: the policy's log-probabilities before the first update; None in later steps.
         facts: strengths, weights, shifts and lengths of the pairs; ``share`` is the batch's share of all weights.
-        rejected: prompts and rejected responses only, if the noise reads hidden states.
-        hidden_NH: these hidden states, if they have been kept.
+            rejected: prompts with rejected responses only, if the noise reads hidden states. hidden_NH: the reference's
+            hidden states of these, if they have been kept.
         seeds: seeds of the noise, one for each pair.
-        rejected_share: the weight of a mean over the batch's rejected tokens in its policy step.
-        numbers: the numbers of its pairs among all.
-        states_NH: the reference's hidden states of all its completion tokens, if the objective reads them and they have
-            been kept.
-        notes: metrics of the policy step that come with its rows.
+        rejected_share: the weight, in the policy step, of a mean over the batch's rejected tokens. numbers: the numbers
+            of its pairs among all pairs. states_NH: the reference's hidden states of all its completion tokens, if the
+            objective reads them and they have been kept. notes: further metrics of the policy step, known with its
+            rows.
     """
 
     reference: PairLogps
@@ -305,13 +304,13 @@ class Collate:
     """Makes micro-batches of pairs.
 
     Attributes:
-        notes: metrics of the present policy step that come with the rows.
+        notes: further metrics of the present policy step, known with its rows.
 
     Args:
         reads: what the training reads.
         share_prompt: whether the prompt of a pair is computed once for both responses.
         seed: seed of the noise.
-        expect: the policy's log-probabilities of rows before training; None if nothing is known of them.
+        expect: returns the policy's log-probabilities of rows before training; None if they are not known.
         hidden: the reference's hidden states, if they have been kept.
     """
 
@@ -353,7 +352,7 @@ class Collate:
         )
 
     def _describe(self, piece: Slice[Scored]) -> dict[str, float]:
-        """The metrics of the step, and the mean number of policy steps since the micro-batch's pairs were made."""
+        """The metrics of the step, and the mean age in policy steps of the micro-batch's pairs."""
         assert self.notes is not None, "live rows"
         return {**self.notes(), "rollout/age": sum(piece.step - row.made for row in piece.rows) / len(piece.rows)}
 
@@ -382,7 +381,7 @@ def make_facts(pairs: Sequence[Pair]) -> Facts:
 
 
 def with_weight(pairs: Sequence[Pair]) -> list[int]:
-    """The numbers of the pairs whose weight is not 0; the others would be read for nothing.
+    """The numbers of the pairs whose weight is not 0. Other pairs would be read without effect.
 
     Raises:
         SettingsError: a weight is negative, or all are 0.

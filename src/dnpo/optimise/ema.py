@@ -1,4 +1,4 @@
-"""A moving average of a policy's weights while it is trained.
+"""A moving average of a policy's weights during training.
 
     θ_EMA ← a · θ_EMA + (1 − a) · θ    every n policy steps
 
@@ -18,13 +18,13 @@ from dnpo.policy.quantised import states
 
 
 class Average:
-    """The moving average, as a policy that responds and scores like any other.
+    """The moving average, as a policy that can respond and score like any other.
 
     Attributes:
         policy: the policy with the averaged weights, always in evaluation mode.
 
     Args:
-        trained: the policy in training, before its first update; with LoRA it has its fresh adapter.
+        trained: the policy in training, before its first update; with LoRA it already has a new adapter.
         decay: a.
         every: n.
     """
@@ -37,7 +37,7 @@ class Average:
         self._own = {name: p for name, p in module.named_parameters() if name in self._live}
         for p in self._own.values():
             p.requires_grad_(False)
-        # A float32 parameter holds the average itself; for narrower types a float32 copy is kept.
+        # A float32 parameter contains the average itself; for narrower types a float32 copy is kept.
         self._wide: dict[str, Tensor] = {
             name: p if p.dtype == torch.float32 else p.detach().float() for name, p in self._own.items()
         }
@@ -62,7 +62,7 @@ class Average:
         """Continue from a checkpoint.
 
         Raises:
-            StoreError: it holds an average of other weights.
+            StoreError: it has an average of other weights.
         """
         if state.keys() != self._wide.keys():
             raise StoreError("the checkpoint holds an average of other weights; remove it, and training begins again")

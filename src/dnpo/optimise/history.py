@@ -1,4 +1,4 @@
-"""The metrics of a training's steps in a file next to its checkpoint, which therefore does not grow with the steps."""
+"""The metrics of a training's steps, in a file next to the checkpoint, so that the checkpoint does not grow."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from dnpo.errors import StoreError
 
 
 class History:
-    """A file with a line of JSON for each policy step, to which every checkpoint appends the steps since the last one.
+    """A file with one line of JSON per policy step. Every checkpoint appends the steps since the previous one.
 
-    A training that is killed before its checkpoint is complete leaves lines that no checkpoint refers to; they are cut
-    when it continues.
+    If a training is killed before its checkpoint is complete, the file has lines without a checkpoint. They are removed
+    when the training continues.
 
     Attributes:
-        checksum: CRC-32 of the lines up to the checkpoint, which has this number.
+        checksum: CRC-32 of the lines up to the checkpoint; the checkpoint contains it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,7 +25,7 @@ class History:
         self._steps = 0  # in the file
 
     def save(self, rows: Sequence[dict[str, float]]) -> None:
-        """Append those of all rows so far that the file lacks, and wait until they are on the disk."""
+        """Append the rows that the file lacks, and wait until they are on the disk."""
         lines = "".join(f"{json.dumps(row)}\n" for row in rows[self._steps :]).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as stream:
@@ -39,10 +39,10 @@ class History:
 
         Args:
             steps: their number.
-            cut: whether to remove later rows from the file; one of several processes does.
+            cut: whether to remove later rows from the file; only one process does.
 
         Raises:
-            StoreError: the file lacks some, or is damaged.
+            StoreError: the file lacks rows, or is damaged.
         """
         lines: list[bytes] = []
         if self.path.is_file():

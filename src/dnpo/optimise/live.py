@@ -1,8 +1,8 @@
 """Rows that are made during training: before a policy step, the policy responds to the next prompts.
 
-``LiveSteps`` replaces ``Batches``. A source makes the rows of one rollout after another; they enter a buffer, first in,
-first out, from which every policy step draws its rows. Rows are on the disk before a checkpoint refers to them, so a
-checkpoint holds only counts, and a killed training finds its rows again.
+``LiveSteps`` replaces ``Batches``. A source makes the rows of one rollout after another. They enter a buffer, first in,
+first out; every policy step draws its rows from the buffer. Rows are on the disk before a checkpoint refers to them, so
+a checkpoint has only counts, and a killed training finds its rows again.
 """
 
 import random
@@ -21,11 +21,7 @@ Made = TypeVar("Made", covariant=True)
 
 
 def require(paths: Sequence[Path]) -> None:
-    """Check that the files of rollouts that a checkpoint refers to are there.
-
-    Raises:
-        StoreError: one is not.
-    """
+    """Check that the files of rollouts that a checkpoint refers to exist. Raises: StoreError: a file is missing."""
     for path in (path for path in paths if not path.is_file()):
         raise StoreError(
             f"{path}: is missing, and the policy that made it has been trained further since then; remove the "
@@ -47,18 +43,18 @@ class Source(Protocol[Made]):
         """Let the policy respond, as it is now. Judging may continue in the background."""
 
     def take(self, rollout: int, first: int, step: int) -> Sequence[Made]:
-        """The rows of a rollout; once made, they are the same whenever they are taken.
+        """The rows of a rollout; if they are taken again, they are the same.
 
         Args:
             first: the number of its first row among all rows.
-            step: the policy step before which the policy responded.
+            step: the policy step that followed when the policy responded.
         """
 
     def check(self, rollouts: int) -> None:
         """Check that the first ``rollouts`` rollouts, which a checkpoint counts as taken, are on the disk.
 
         Raises:
-            StoreError: one is not; the policy that made it is gone.
+            StoreError: one is missing; it cannot be made again, since the policy has changed.
         """
 
     def measure(self, rollout: int) -> Mapping[str, float]:
@@ -73,13 +69,12 @@ class Source(Protocol[Made]):
 
 @dataclass(frozen=True)
 class Clock:
-    """When rows are made, and how long they are kept.
+    """The times at which rows are made, and how long rows are kept.
 
     Attributes:
-        every: policy steps from one rollout to the next; 0: there is one rollout, which is trained on in epochs.
-        capacity: number of rows in the buffer; 0: the rows of the last rollout alone.
-        ahead_by: number of rollouts by which responding is ahead of training, so that training does not wait for the
-            judge.
+        every: policy steps from one rollout to the next; 0: a single rollout, which is trained on in epochs. capacity:
+            number of rows in the buffer; 0: only the rows of the last rollout. ahead_by: number of rollouts that are
+            made in advance, so that training does not wait for the judge.
     """
 
     every: int = 1
@@ -94,16 +89,15 @@ class _UsedUp(Exception):
 class LiveSteps(Steps[Row, Some]):
     """The policy steps of a training whose rows are made during it.
 
-    A rollout without rows is followed by the next one at once. There are as many rollouts as would be due if all had
-    rows; once they are used up, a training without older rows in the buffer ends before its last policy step.
+    If a rollout has no rows, the next one is made at once. The number of rollouts is the number that is due if all have
+    rows. When all are made and the buffer has no older rows, the training ends before its last policy step.
 
     Args:
-        source: makes the rows.
-        clock: when.
-        batch_size: number of rows of a policy step, or all if the buffer has fewer.
+        source: makes the rows. clock: decides when rows are made. batch_size: number of rows of a policy step, or all
+            if the buffer has fewer.
         epochs: passes over the prompts.
         steps: number of policy steps, over as many passes as needed; 0: by epochs.
-        order: gives the rows of every policy step if there is a single rollout, from the number of its rows.
+        order: returns the rows of every policy step, given the number of rows; used if there is a single rollout.
         seed: seed of the draws.
         report: receives the state of the rollouts.
         micro_batch_size, collate: as in :class:`~dnpo.optimise.batches.Steps`.
@@ -126,9 +120,9 @@ class LiveSteps(Steps[Row, Some]):
         super().__init__(micro_batch_size, collate)
         self.source, self.clock, self.batch_size, self.seed, self.report = source, clock, batch_size, seed, report
         self.buffer: dict[int, Row] = {}
-        self.draws: list[int] = []  # of every row so far, also of rows that have left the buffer
-        self.rollouts: list[tuple[int, int]] = []  # the number of its first row, and the policy step it was made before
-        self.asked: list[int] = []  # the policy step before which the policy responded, for each rollout
+        self.draws: list[int] = []  # the draws of every row so far, even if it has left the buffer
+        self.rollouts: list[tuple[int, int]] = []  # its first row's number, and the policy step that followed
+        self.asked: list[int] = []  # for each rollout, the policy step that followed when the policy responded
         self.measured: dict[str, float] = {}
         self.drawn, self.numbers = -1, tuple[int, ...]()  # the present step, and the numbers of its rows
         if clock.every:
@@ -163,7 +157,7 @@ class LiveSteps(Steps[Row, Some]):
             )
 
     def group(self, step: int) -> list[Row]:
-        """All rows of a policy step; new ones are made first if they are due."""
+        """All rows of a policy step; if a rollout is due, it is made first."""
         if step != self.drawn:
             if self.clock.every and step % self.clock.every == 0:
                 self._roll(step)
@@ -236,7 +230,7 @@ class LiveSteps(Steps[Row, Some]):
         self.report.status(" · ".join([*words, more] if more else words))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and all counts; the rows themselves are on the disk."""
+        """The position and all counts; the rows are on the disk."""
         rollouts, asked = [list(each) for each in self.rollouts], list(self.asked)
         kept = {"draws": list(self.draws), "rollouts": rollouts, "asked": asked}
         oldest = min(self.buffer, default=0)

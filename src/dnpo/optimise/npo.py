@@ -1,12 +1,12 @@
 """The noise on the reference's log-probability of rejected responses (DNPO paper, section 4.3).
 
-All kinds of noise have the same interface: from log p_r(y⁻|x) and the reference's hidden states they compute
-log p̃_r(y⁻|x) twice, for the policy term and for the noise term. Some kinds have no parameters and need no training.
+All kinds of noise have the same interface. From log p_r(y⁻|x) and the reference's hidden states they compute log
+p̃_r(y⁻|x) twice: for the policy term and for the noise term. Some kinds have no parameters, so they are not trained.
 Noise never affects the policy's log-probabilities or the chosen response.
 
 Logits and noise are N × V numbers each, so they are computed one tile of the vocabulary at a time (see
-``logprobs.py``), and again in the backward pass: ε comes from seeds and is not stored. A seed belongs to a response and
-a training step, so ε does not depend on the sizes of micro-batches or tiles.
+``logprobs.py``), and again in the backward pass. The noise ε is drawn from seeds and not stored. A seed belongs to a
+response and a training step, so ε does not depend on the sizes of micro-batches or tiles.
 
 Shapes: B pairs, N rejected completion tokens of all pairs, H hidden size, V vocabulary, C entries of a tile of it.
 """
@@ -25,17 +25,17 @@ from dnpo.optimise.objective import NoisyReference
 from dnpo.policy.logprobs import Head, Tally, product, sum_by_sequence, target_in, tiles
 from dnpo.seeding import derive
 
-KEPT = {"cpu": 7 * 2**25, "cuda": 2**31}  # bytes that are kept for the backward pass, not recomputed
-HIGH = math.sqrt(0.9)  # as a share of a standard deviation's bound
-BLOCK = {"cpu": 32, "cuda": 128}  # tokens of a response whose noise comes from one seed, for each tile
+KEPT = {"cpu": 7 * 2**25, "cuda": 2**31}  # bytes that are kept for the backward pass; the rest is recomputed
+HIGH = math.sqrt(0.9)  # a standard deviation above this share of its bound counts as near the bound
+BLOCK = {"cpu": 32, "cuda": 128}  # number of tokens of a response whose noise in a tile is drawn from one seed
 
 
 class Rejected(NamedTuple):
-    """The frozen reference's data for the rejected completion tokens of a batch.
+    """The frozen reference's numbers for the rejected completion tokens of a batch.
 
     Attributes:
-        hidden_NH: its last hidden states (after the final norm) that predict the tokens, response after response.
-        head: its output head.
+        hidden_NH: the last hidden states (after the final norm) that predict the tokens, response after response. head:
+            the reference's output head.
         target_N: the tokens.
         lengths: number of tokens of each of the B responses.
         seeds: seeds of the noise, one for each response.
@@ -52,7 +52,7 @@ class NoiseModule(nn.Module):
     """The base class of noise on the reference's log-probability of rejected responses; ``parts.py`` creates them.
 
     Attributes:
-        active: whether it changes anything; only then are noise metrics reported.
+        active: whether it changes the reference; metrics of noise are reported only if it does.
         reads_states: whether it needs the reference's hidden states, or only its log-probability.
         alpha: weight of the variance term.
         learning_rate: learning rate of Adam for the noise, if it is trained.
@@ -90,8 +90,8 @@ class TrainableModule(NoiseModule):
     """A standard deviation for every token position and vocabulary entry, log s = W h + b, trained against the policy.
 
     W starts at 0 and b at ``start_log_std``. The variance is bounded smoothly, s² = u·m / (u + m) = m · σ(log u − log
-    m) with u = exp(2(W h + b)) and m = ``max_variance``: it follows u while u is small and approaches m without
-    reaching it. A hard clamp would pass no gradient beyond the bound, and without a bound s² runs away.
+    m) with u = exp(2(W h + b)) and m = ``max_variance``: it follows u while u is small, and approaches m without
+    reaching it. A hard clamp would have no gradient beyond the bound, and without a bound s² grows without limit.
     """
 
     reads_states = True
@@ -112,7 +112,7 @@ class TrainableModule(NoiseModule):
         self.bias_V = nn.Parameter(torch.full((vocabulary,), start_log_std))
 
     def variance(self, hidden_NH: Tensor) -> Tensor:
-        """All of s², shape N × V, for inspection; training computes it in tiles."""
+        """The whole of s², shape N × V, to inspect it; training computes it in tiles."""
         log_u_NV = 2 * linear(hidden_NH.to(self.weight_VH.dtype), self.weight_VH, self.bias_V)
         return (logsigmoid(log_u_NV - math.log(self.max_variance)) + math.log(self.max_variance)).exp()
 
@@ -170,14 +170,14 @@ class OffsetModule(NoiseModule):
 class _TrainedNoise(Function):
     """Trainable noise: log p̃ of each token for both terms, and mean(s²).
 
-    With x = 2(W h + b) − log m, r = √σ(x) and ε drawn with variance m, the noisy logits are z + r ε, and s² = m r².
-    With g the gradient in log p̃ of a token, p̃ the noisy softmax, c the gradient in mean(s²) over N V:
+    Let x = 2(W h + b) − log m, r = √σ(x), and let ε have variance m. Then the noisy logits are z + r ε, and s² = m r².
+    Let g be the gradient of log p̃ of a token, p̃ the noisy softmax, and c the gradient of mean(s²) divided by N V:
 
         ∂L/∂(W h + b)  =  g · (onehot − p̃) r σ(−x) ε  +  2 m c · r² σ(−x)
 
-    Apart from g, c and the normalisation of p̃, which are one number for each token, both terms are known once a tile is
-    computed. They are kept up to ``KEPT`` bytes; a kept tile needs three products for each entry and token: z, x and
-    the gradient of W. Other tiles are recomputed in the backward pass and need five.
+    g, c and the normalisation of p̃ are one number for each token. Everything else in both terms is known when a tile
+    is computed, and is kept, up to ``KEPT`` bytes. A kept tile takes three products for each entry and token: z, x and
+    the gradient of W. Other tiles are recomputed in the backward pass and take five.
     """
 
     @staticmethod
@@ -235,11 +235,11 @@ class _TrainedNoise(Function):
 
 
 class _Slopes(NamedTuple):
-    """The parts of a tile from which the gradient in W h + b is computed.
+    """The parts of a tile from which the gradient of W h + b is computed.
 
     Attributes:
         softmax_NC: exp(z + r ε − ``less_N``) r σ(−x) ε.
-        less_N: the number subtracted so that the exponential neither overflows nor vanishes.
+        less_N: a number that is subtracted so that the exponential neither overflows nor vanishes.
         own_N: r σ(−x) ε at the target, if the target is in this tile.
         variance_NC: r² σ(−x).
     """
@@ -263,7 +263,7 @@ class _Tiles:
     def tile(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """z, r and σ(−x)."""
         exponent_NC = self.exponent.tile(self.doubled_NH, first, end)
-        rest_NC = torch.sigmoid(-exponent_NC)  # more exact than 1 − σ(x), which becomes 0 too early
+        rest_NC = torch.sigmoid(-exponent_NC)  # more exact than 1 − σ(x), which is rounded to 0 for large x
         return self.head.tile(self.rejected.hidden_NH, first, end), exponent_NC.sigmoid_().sqrt_(), rest_NC
 
     def slopes(
@@ -285,7 +285,7 @@ class _Tiles:
 
 
 def _exponent(weight_VH: Tensor, bias_V: Tensor, max_variance: float, head: Head) -> Head:
-    """A head that maps 2h to 2(W h + b) − log m, with products in the type of the reference head's."""
+    """A head that maps 2h to 2(W h + b) − log m; its products have the type of the reference head's products."""
     half = head.weight_VH.dtype in (torch.bfloat16, torch.float16)
     weight_VH = weight_VH.detach().to(head.weight_VH.dtype if half else weight_VH.dtype)
     return Head(weight_VH, 2 * bias_V.detach() - math.log(max_variance))

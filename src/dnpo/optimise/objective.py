@@ -33,15 +33,15 @@ class PairLogps(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What objectives read of B pairs in addition to log-probabilities.
+    """Numbers of B pairs that objectives read in addition to log-probabilities.
 
     Attributes:
         strength_B: p(y⁺ ≻ y⁻), how sure each label is; 1 for hard labels.
         weight_B: the weight of each pair in the loss of a policy step.
         shift_B: how far σ(margin) is lowered.
         chosen_tokens_B: number of tokens of each chosen response.
-        rejected_tokens_B: the same of rejected ones; 0 where nothing is rejected.
-        suspect_B: 1 where a label is suspected to be wrong, 0 elsewhere; only for objectives that look for such labels.
+        rejected_tokens_B: number of tokens of each rejected response; 0 if there is none.
+        suspect_B: 1 if a label is suspected to be wrong, else 0; only for objectives that look for such labels.
         drift_B: distance of the policy's hidden states from the reference's, with gradient; only for objectives that
             penalise it.
     """
@@ -74,7 +74,7 @@ class NoisyReference(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """The three terms of the two-player loss, and the margins in the first."""
+    """The three terms of the two-player loss, and the margins in the first term."""
 
     policy: Tensor
     noise: Tensor
@@ -109,12 +109,12 @@ def logistic(
 ) -> Tensor:
     """p ℓ(m) + (1 − p) ℓ(−m) with ℓ(m) = −log σ(m) = softplus(−m), m = β · gap and p the strength of the label.
 
-    This is SPCE (OSP paper, equations 8 and 9; the printed ones lack a minus). Where p is 1, as it is without facts, it
-    is the loss of SPIN (equation 4.7) and DPO (equation 7) to the last digit. Its gradient in m is σ(m) − p. Shape B.
+    This is SPCE (OSP paper, equations 8 and 9; as printed, they lack a minus). If p is 1, as without facts, it is
+    exactly the loss of SPIN (equation 4.7) and DPO (equation 7). Its derivative by m is σ(m) − p. Shape B.
 
     Args:
-        smoothing: ε, the probability that a label counts as its opposite: p′ = (1 − ε) p + ε (1 − p).
-        xi_min: below it the loss of a pair with a shift continues as its tangent, see :func:`shifted`.
+        smoothing: ε, the probability that a label counts as its opposite: p′ = (1 − ε) p + ε (1 − p). xi_min: below
+            this, the loss of a pair with a shift is replaced by its tangent, see :func:`shifted`.
     """
     margin_B = beta * log_ratio_gap(policy, reference)
     if facts is None:
@@ -129,7 +129,7 @@ def logistic(
 def shifted(margin_B: Tensor, shift_B: Tensor, xi_min: float) -> Tensor:
     """−log u with u = σ(m) − shift: the loss under the worst distribution near the data (methods.md 7). Shape B.
 
-    Below ``xi_min`` it continues as its tangent, −log ξ_min + (ξ_min − u) / ξ_min, since u may be negative there.
+    If u is below ``xi_min``, the loss is the tangent there, −log ξ_min + (ξ_min − u) / ξ_min, since u may be negative.
     """
     u_B = torch.sigmoid(margin_B) - shift_B
     within_B = u_B.clamp(min=xi_min)
@@ -141,10 +141,10 @@ def squared(
 ) -> Tensor:
     """(gap − (2p − 1) / (2β))²: IPO (equation 17), with the target for labels of strength p. Shape B.
 
-    For p = 1 the target is 1 / (2β). It is p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺) up to a constant.
+    For p = 1 the target is 1 / (2β). Up to a constant, the loss is p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺).
 
     Args:
-        mean: use log-ratios per token, as TRL does; otherwise of whole responses, as the paper does.
+        mean: use log-ratios per token, as TRL does, instead of log-ratios of whole responses, as in the paper.
     """
     if facts is None:
         facts = hard(policy.chosen_B)
@@ -167,7 +167,7 @@ def odds_ratio(policy: PairLogps, facts: Facts, *, weight: float) -> Tensor:
 
 
 def log_odds(logp_B: Tensor) -> Tensor:
-    """log p − log(1 − p), computed from log p, which is at most −1e-6: closer to 0, p is 1 for all purposes."""
+    """log p − log(1 − p), computed from log p. Values above −1e-6 count as −1e-6."""
     logp_B = logp_B.clamp(max=-1e-6)
     return logp_B - torch.log(-torch.expm1(logp_B))
 
@@ -176,7 +176,7 @@ def without_reference(policy: PairLogps, facts: Facts, *, beta: float, margin: f
     """softplus(−(β (log p̄(y⁺) − log p̄(y⁻)) − γ)), p̄ = p^(1/tokens): SimPO (equation 6). Shape B.
 
     Args:
-        margin: γ, by how much the chosen response should win.
+        margin: γ, the margin by which the chosen response should win.
     """
     logps = per_token(policy, facts)
     gap_B = beta * (logps.chosen_B - logps.rejected_B)
@@ -189,20 +189,19 @@ def surprise(policy: PairLogps, facts: Facts, *, mean: bool) -> Tensor:
 
 
 def drift(policy_mean_BH: Tensor, reference_mean_BH: Tensor, variance_H: Tensor) -> Tensor:
-    """(1/H) Σ_c Δμ_c² / var_c: how far the mean hidden states of a response have moved (HG-DPO, section 3). Shape B.
+    """(1/H) Σ_c Δμ_c² / var_c: how far a response's mean hidden states have moved (HG-DPO, section 3). Shape B.
 
     Args:
         policy_mean_BH: means over the tokens of each response.
-        reference_mean_BH: the same of the reference.
-        variance_H: the variance of each channel over the reference's tokens; at least a millionth of the mean variance
-            is used.
+        reference_mean_BH: the reference's means. variance_H: the variance of each channel over the reference's tokens;
+            if it is smaller than a millionth of the mean variance, that is used.
     """
     least = 1e-6 * variance_H.mean()
     return ((policy_mean_BH - reference_mean_BH).square() / variance_H.clamp(min=least)).mean(-1)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value under which a share of all values lies, between neighbours by linear interpolation."""
+    """The value below which a share of all values is; neighbours are interpolated linearly."""
     return float(torch.tensor(list(values), dtype=torch.float64).quantile(share))
 
 
@@ -210,7 +209,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def softly(loss_B: Tensor, swapped_B: Tensor, strength_B: Tensor) -> Tensor:
-    """p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺): a pair loss under labels that are right with probability p. Shape B."""
+    """p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺): the expected loss of pairs with labels of probability p. Shape B."""
     return strength_B * loss_B + (1 - strength_B) * swapped_B
 
 
@@ -227,15 +226,15 @@ def per_token(logps: PairLogps, facts: Facts) -> PairLogps:
 
 
 def hard(like_B: Tensor) -> Facts:
-    """Facts of pairs with hard labels, weight 1 and one token."""
+    """The facts of pairs with hard labels, weight 1 and one token."""
     one_B = torch.ones_like(like_B)
     return Facts(one_B, one_B, torch.zeros_like(one_B), one_B, one_B)
 
 
 def weighted_mean(value_B: Tensor, weight_B: Tensor) -> Tensor:
-    """Σ w x / Σ w: bit for bit the plain mean if all weights are 1, and 0 if they sum to 0."""
+    """Σ w x / Σ w: exactly the plain mean if all weights are 1, and 0 if the weights sum to 0."""
     total = weight_B.sum().clamp(min=torch.finfo(weight_B.dtype).tiny)
-    scale = torch.full_like(total, len(weight_B)) / total  # number / tensor takes a reciprocal first: other bits
+    scale = torch.full_like(total, len(weight_B)) / total  # number / tensor would round differently
     return (value_B * (weight_B * scale)).mean()
 
 
@@ -253,10 +252,10 @@ def two_player(
 
         mean L(θ, stop(φ); ε)  −  mean ℓ(margiñ(stop(θ), φ; ε′))  +  α · mean(s²)
 
-    L is the objective. The noise term is the logistic loss of hard labels at the objective's β, for every objective, so
-    that noise always narrows the margin. Both means are over pairs by their weights. Because of the stop operators, one
-    backward pass of the sum gives the policy the gradient of the first term only, and the noise that of the other two.
-    If the noise is zero, the first term is the plain objective.
+    L is the objective. For every objective, the noise term is the logistic loss of hard labels at the objective's β, so
+    that noise always narrows the margin. Both means are over pairs, by their weights. Because of the stop operators,
+    one backward pass of the sum gives the policy only the gradient of the first term, and the noise only the gradient
+    of the other two terms. If the noise is zero, the first term is the plain objective.
     """
     met_by_policy = PairLogps(reference.chosen_B, noisy.policy_B.detach())
     met_by_noise = PairLogps(reference.chosen_B, noisy.noise_B)
@@ -268,7 +267,7 @@ def two_player(
 
 
 def negative_log_likelihood(logp_N: Tensor) -> Tensor:
-    """Mean of −log p over completion tokens: the loss of supervised fine-tuning. ``logp_N`` has one value per token."""
+    """Mean of −log p over completion tokens, the loss of supervised fine-tuning. ``logp_N`` has one value per token."""
     return -logp_N.mean()
 
 

@@ -34,13 +34,11 @@ class Objective(Protocol):
     - ``reads_reference``: whether it reads the reference's log-probabilities; True if absent.
     - ``reads_rejected``: whether it reads the log-probabilities of rejected responses; True if absent. If not, only
       chosen responses go through the model, and the log-probabilities of the others are 0.
-    - ``needs_states``: whether it reads the reference's hidden states; False if absent.
-    - ``keeps_states``: whether the hidden states of both responses are kept, if it reads them in every step: ``on``,
-      ``off`` or ``auto`` as in ``Noise.cache_hidden``; off if absent.
-    - ``watches(total)``: what it measures besides log-probabilities in a training of ``total`` policy steps, see
-      ``watch.py``; nothing if absent.
-    - ``train``: its own training, on scored responses in place of pairs, which is called in place of the loss; see
-      :func:`dnpo.stages.live.train_on_responses`.
+    - ``needs_states``: whether it reads the reference's hidden states; False if absent. - ``keeps_states``: whether the
+    hidden states of both responses are kept on disk, if it reads them in every step: ``on``, ``off`` or ``auto``, as in
+    ``Noise.cache_hidden``; off if absent. - ``watches(total)``: its further measurements in a training of ``total``
+    policy steps, see ``watch.py``; none if absent. - ``train``: a training on scored responses, which replaces the loss
+    on pairs; see :func:`dnpo.stages.live.train_on_responses`.
 
     Attributes:
         beta: the factor from a pair's log-ratio gap to its margin, for the noise term, reported margins and implicit
@@ -60,8 +58,8 @@ class Logistic:
 
     Args:
         beta: preference temperature.
-        smoothing: the share of labels that are expected to be wrong.
-        xi_min: below it the loss of a pair with a shift continues as its tangent; other pairs have no such limit.
+        smoothing: the expected share of wrong labels. xi_min: below this, the loss of a pair with a shift is replaced
+            by its tangent; other pairs have no such limit.
     """
 
     beta: Positive
@@ -69,7 +67,7 @@ class Logistic:
     xi_min: Positive = 0.05
 
     def identity(self) -> Mapping[str, Any]:
-        """β, and other settings if they differ from plain DPO, so that stage keys from before them stay valid."""
+        """β, and other settings only if they differ from plain DPO, so that stage keys without them stay valid."""
         own = {"smoothing": self.smoothing, "xi_min": self.xi_min}
         plain = {"_target_": type(self).__name__, "beta": self.beta}
         return plain | {name: value for name, value in own.items() if value != getattr(Logistic, name)}
@@ -83,11 +81,11 @@ class Logistic:
 
 @dataclass(frozen=True)
 class Squared:
-    """The squared loss of IPO: the gap should be 1 / (2β), and less if labels are not sure.
+    """The squared loss of IPO: the target of the gap is 1 / (2β), and less if labels are not sure.
 
     Args:
         beta: preference temperature (the paper's τ).
-        mean: log-ratios per token, not of whole responses.
+        mean: use log-ratios per token instead of log-ratios of whole responses.
     """
 
     beta: Positive
@@ -102,7 +100,7 @@ class Squared:
 
 @dataclass(frozen=True)
 class OddsRatio:
-    """The loss of ORPO: fine-tuning on chosen responses, and the logistic loss of log odds; it reads no reference.
+    """The loss of ORPO: the loss of fine-tuning on chosen responses plus the logistic loss of log odds. No reference.
 
     Args:
         weight: weight of the logistic loss (the paper's λ).
@@ -122,11 +120,11 @@ class OddsRatio:
 
 @dataclass(frozen=True)
 class PerToken:
-    """The loss of SimPO: the logistic loss of log-probabilities per token; it reads no reference.
+    """The loss of SimPO: the logistic loss of log-probabilities per token. It reads no reference.
 
     Args:
         beta: factor of log-probabilities per token.
-        margin: by how much the chosen response should win, after that factor (the paper's γ).
+        margin: the margin by which the chosen response should win, after that factor (the paper's γ).
     """
 
     reads_reference: ClassVar[bool] = False
@@ -143,10 +141,10 @@ class PerToken:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Fine-tuning on chosen responses; it reads neither a reference nor rejected responses, nor strengths.
+    """Fine-tuning on chosen responses. It reads no reference, rejected responses or strengths.
 
     Args:
-        mean: the loss of a response is a mean over its tokens, not their sum.
+        mean: the loss of a response is the mean over its tokens instead of the sum.
     """
 
     reads_reference: ClassVar[bool] = False
@@ -164,20 +162,20 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Refined:
-    """The logistic loss with smoothed labels for pairs of which the policy is not sure (SPA, equations 9 to 12).
+    """The logistic loss with smoothed labels for pairs of low confidence in the policy (SPA, equations 9 to 12).
 
     A label is suspect if the confidence in it is below a percentile of the confidences in the last pairs. The
-    confidence is measured with a policy that is moved away from the reference: its logits are (1 + λ) times the
-    policy's minus λ times the reference's.
+    confidence is measured with a policy extrapolated away from the reference: its logits are (1 + λ) times the policy's
+    minus λ times the reference's.
 
     Args:
         beta: preference temperature.
-        alpha: share of suspect labels that is taken to be wrong; 0: no label is suspect, the loss is logistic.
-        extrapolation: λ; 0: the confidence is measured with the policy itself.
-        percentile: of the confidences of the last pairs, in percent.
+        alpha: share of suspect labels that is assumed wrong; 0: no label is suspect, and the loss is logistic.
+        extrapolation: λ; 0: the confidence is measured with the policy itself. percentile: percentile of the last
+            pairs' confidences, from 0 to 100.
         window: number of last pairs.
-        warmup: share of the policy steps before labels become suspect.
-        cache_hidden: as in :class:`Noise`, of both responses.
+        warmup: share of the policy steps before labels can be suspect. cache_hidden: as in :class:`Noise`, but for both
+            responses.
     """
 
     beta: Positive
@@ -217,7 +215,7 @@ class Refined:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Another objective plus a penalty for moving away from the reference (HG-DPO).
+    """Another objective, plus a penalty for moving away from the reference (HG-DPO).
 
     The penalty is the distance between the mean hidden states of policy and reference on the chosen response, in units
     of the variance of each channel.
@@ -245,11 +243,11 @@ class Statistics:
 
     @property
     def keeps_states(self) -> Cache:
-        """Which hidden states the other objective keeps."""
+        """``keeps_states`` of the other objective."""
         return getattr(self.base, "keeps_states", "off")
 
     def watches(self, total: int) -> "list[Watch]":
-        """The other objective's watches, and the one that measures the distance."""
+        """The other objective's watches, and the watch that measures the distance."""
         from dnpo.optimise.watch import Drift
 
         return [*watches(self.base, total), Drift()]
@@ -305,9 +303,9 @@ class Noise:
 
     Attributes:
         reads_states: whether it needs the reference's hidden states, or only its log-probability.
-        cache_hidden: whether these are kept on disk for the iteration: ``on``, ``off``, or ``auto``, which keeps them
-            if more than one epoch reads them and the disk has room.
-        like: noise whose mean shift, from the same policy and pairs, it matches; None for most.
+        cache_hidden: whether hidden states are kept on disk for the iteration: ``on``, ``off``, or ``auto``, which
+            keeps them if more than one epoch reads them and the disk has room.
+        like: another noise whose mean shift, with the same policy and pairs, it matches; usually None.
     """
 
     reads_states: bool = False
@@ -384,7 +382,7 @@ class FixedNoise(Noise):
     cache_hidden: Cache = neutral("auto")
 
     def module(self, width: int, vocabulary: int) -> "NoiseModule":
-        """The noise, which has nothing to train."""
+        """The noise, which has no parameters to train."""
         from dnpo.optimise.npo import FixedModule
 
         return FixedModule(variance=self.variance)
@@ -392,11 +390,11 @@ class FixedNoise(Noise):
 
 @dataclass(frozen=True)
 class Offset(Noise):
-    """A control that the paper lacks: the mean effect of noise as a constant.
+    """A control that is not in the paper: the mean effect of noise as a constant.
 
     Args:
-        shift: by how much the reference's log-probability of rejected responses is lowered, in nats; comparable with
-            the metric ``npo/shift`` of a run with noise.
+        shift: decrease of the reference's log-probability of rejected responses, in nats; comparable with the metric
+            ``npo/shift`` of a run with noise.
     """
 
     shift: Finite
@@ -410,10 +408,10 @@ class Offset(Noise):
 
 @dataclass(frozen=True)
 class MatchedOffset(Noise):
-    """An :class:`Offset` equal to the mean shift of noise in the same iteration, from the same policy and pairs.
+    """An :class:`Offset` equal to the mean shift of trained noise: same iteration, policy and pairs.
 
     Args:
-        like: that noise; neutral, because the key of its training is among the inputs of the stage.
+        like: the noise; neutral, because the key of its training is among the stage's inputs.
     """
 
     like: Noise = neutral()
@@ -437,7 +435,7 @@ class NoAverage:
 class MovingAverage:
     """A moving average of the policy's weights, which responds or is the reference; configured by ``ema=on``.
 
-    θ_EMA ← a · θ_EMA + (1 − a) · θ, in float32, of what is trained.
+    θ_EMA ← a · θ_EMA + (1 − a) · θ, in float32, for trained weights.
 
     Args:
         decay: a; 0: the policy itself (with ``every`` 1), 1: the policy before training.
@@ -459,21 +457,21 @@ class Optimisation:
 
     Args:
         epochs: passes over the rows; 0: no training.
-        steps: number of policy steps, over as many epochs as needed, instead of ``epochs``; 0: by epochs.
+        steps: number of policy steps, over as many epochs as needed; 0: ``epochs`` decides.
         batch_size: maximum number of rows in a policy step; the steps of an epoch differ by at most one row.
         micro_batch_size: maximum number of rows that go through the model at once; 0: the whole batch. It changes only
-            memory and rounding; samples drawn later may differ by that rounding.
+            memory and rounding; later samples may differ because of the rounding.
         optimizer: the policy's optimizer, without its parameters; fused if torch supports it, unless set otherwise.
         warmup: share of the policy steps over which the learning rate rises from 0.
-        decay: whether it then falls linearly to 0 or stays constant.
+        decay: whether the learning rate then falls linearly to 0 or is constant.
         clip: maximum gradient norm of a player; 0: no clipping.
-        autocast: bf16 matrix products with parameters of higher precision.
+        autocast: use bf16 matrix products with parameters of higher precision.
         checkpoint_every: policy steps between checkpoints; a killed run repeats at most this many.
-        checkpointing: keep one hidden state a layer for the backward pass and compute the rest again: less memory, a
-            third more time.
+        checkpointing: keep only one hidden state per layer for the backward pass, and recompute the rest: less memory,
+            a third more time.
         compile: compile the model's body by torch.compile.
-        parallel: with several processes (``launch=torchrun``) each has all weights (``replicated``) or a part of them,
-            with its gradients and optimizer states (``sharded``).
+        parallel: with several processes (``launch=torchrun``), each has all weights (``replicated``), or only a part of
+            the weights, gradients and optimizer states (``sharded``).
     """
 
     optimizer: Bound
@@ -496,7 +494,7 @@ class Optimisation:
         return self.micro_batch_size or self.batch_size
 
     def check(self, name: str) -> None:
-        """Check that the optimizer can be created, before hours of generating.
+        """Check that the optimizer can be created, before anything is generated.
 
         Args:
             name: dotted name of the settings, such as ``trainer``.
@@ -513,11 +511,11 @@ class Optimisation:
             raise SettingsError(f"{name}.optimizer: {error}") from error
 
     def passes(self, rows: int) -> float:
-        """How often a training on ``rows`` rows reads each of them."""
+        """How often a training on ``rows`` rows reads each row."""
         return self.steps / math.ceil(rows / self.batch_size) if self.steps else float(self.epochs)
 
     def factor(self, step: int, total: int) -> float:
-        """Multiple of the peak learning rate at a policy step: linear warm-up, then linear decay or none."""
+        """The factor of the peak learning rate at a policy step: linear warm-up, then linear or no decay."""
         warm = math.ceil(self.warmup * total)
         if step < warm:
             return (step + 1) / (warm + 1)

@@ -1,7 +1,7 @@
-"""The two trainings of the loop: on human responses, and on pairs, where policy and noise have opposite losses.
+"""The two trainings of the loop: on human responses, and on pairs, with opposite losses for policy and noise.
 
-``training.py`` has the code that they share. This file has the loss of a micro-batch, its metrics, and the check that
-before the first update the policy is the reference. Shapes as in ``objective.py`` and ``logprobs.py``; S = 2B
+``training.py`` has the code that both share. This file has the loss of a micro-batch, its metrics, and the check that
+the policy is the reference before the first update. Shapes as in ``objective.py`` and ``logprobs.py``; S = 2B
 sequences, the chosen ones first.
 """
 
@@ -74,11 +74,8 @@ class FineTuning(Training):
 
 @dataclass(frozen=True)
 class Frozen:
-    """The parts of the frozen reference that noise or the objective needs besides its log-probabilities.
-
-    Attributes:
-        head: its output head.
-        body: computes hidden states; None if they have been kept.
+    """The parts of the frozen reference that noise or the objective needs besides log-probabilities. Attributes: head:
+    the output head. body: computes hidden states; None if they have been kept.
     """
 
     head: Head
@@ -93,9 +90,9 @@ class PreferenceTraining(Training):
         noise: the noise; if it has no parameters, the policy is the only player.
         objective: (policy, reference, facts) → loss of each pair.
         beta: preference temperature of the noise term and of the reported margins and implicit rewards.
-        watches: what the objective measures besides log-probabilities.
-        average: the moving average of the policy's weights, if anything reads it.
-        reads_average: whether it is the reference, whose log-probabilities are then computed in every step.
+        watches: further measurements for the objective. average: the moving average of the policy's weights, if it is
+            read. reads_average: whether the average is the reference; then its log-probabilities are computed in every
+            step.
     """
 
     policy: Policy
@@ -160,7 +157,7 @@ class PreferenceTraining(Training):
         states = self._prepare_states(pairs)
         facts, measured = self._measure(pairs, hidden_NH, policy, states)
         noisy, at_bound = self.noise(reference.rejected_B, self._prepare_rejected(pairs, states))
-        # Both are means over tokens, while the micro-batch is weighted by the weights of its pairs.
+        # Both are means over tokens, but the micro-batch's weight is computed from the weights of its pairs.
         weight = pairs.rejected_share / pairs.share
         noisy, at_bound = noisy._replace(variance=noisy.variance * weight), at_bound * weight
         terms = two_player(self.objective, policy, reference, noisy, facts, self.noise.alpha, beta=self.beta)
@@ -174,19 +171,19 @@ class PreferenceTraining(Training):
         return terms.total, metrics
 
     def _logps(self, batch: PairBatch, hidden_NH: Tensor) -> PairLogps:
-        """The policy's log-probabilities of both responses, or of the chosen ones if no rejected ones are read."""
+        """The policy's log-probabilities of both responses, or only of chosen ones if rejected ones are not read."""
         return PairLogps.split(self.policy.sum_logps(hidden_NH, batch.packed), len(batch.ids))
 
     @torch.no_grad()
     def _averaged_logps(self, batch: PairBatch) -> PairLogps:
-        """The log-probabilities under the average, as it is at this step."""
+        """The log-probabilities under the average at this step."""
         assert self.average is not None, "the reference is the average"
         return PairLogps.split(self.average.policy.logps(batch.packed), len(batch.ids))
 
     def _measure(
         self, batch: PairBatch, hidden_NH: Tensor, policy: PairLogps, states: States | None
     ) -> tuple[Facts, dict[str, Tensor]]:
-        """Add what the watches measure to the facts; the metrics are one number for each pair."""
+        """Add the watches' measurements to the facts; the metrics are one number for each pair."""
         facts, metrics = batch.facts, dict[str, Tensor]()
         if not self.watches:
             return facts, metrics
@@ -205,7 +202,7 @@ class PreferenceTraining(Training):
         return States(self._hidden(batch.states_NH, batch.packed), self.frozen.head)
 
     def _prepare_rejected(self, batch: PairBatch, states: States | None) -> Rejected | None:
-        """The reference's hidden states of the rejected tokens, which may be among those of all tokens."""
+        """The reference's hidden states of the rejected tokens; they may be a part of ``states``."""
         if self.frozen is None or batch.rejected is None:
             return None
         packed = batch.rejected
@@ -224,14 +221,14 @@ class PreferenceTraining(Training):
         return self.frozen.body.hidden(packed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the watches remember, and the average."""
+        """Add the watches' states, and the average."""
         super().on_save_checkpoint(checkpoint)
         if self.average is not None:
             checkpoint["average"] = self.average.state_dict()
         checkpoint["watches"] = [watch.state_dict() for watch in self.watches]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what the watches remember."""
+        """Restore the watches' states."""
         super().on_load_checkpoint(checkpoint)
         if self.average is not None:
             self.average.load_state_dict(checkpoint["average"])
@@ -266,7 +263,7 @@ class PreferenceTraining(Training):
 
     @torch.no_grad()
     def _check_step_zero(self, policy: PairLogps, batch: PairBatch) -> None:
-        """Check that before the first update the policy is the one that it should start from.
+        """Check that the policy before the first update is the one that training should start from.
 
         If the reference is that policy, all margins are then 0 and the logistic loss is ln 2.
         """
@@ -359,11 +356,11 @@ def optimise(
         objective: (policy, reference, facts) → loss of each pair.
         beta: preference temperature of the noise term and the reported margins.
         seed: seed of the order of the pairs and of the noise.
-        hidden: the reference's hidden states of their rejected tokens, or of all completion tokens, if they have been
-            kept.
+        hidden: the reference's hidden states of the pairs' rejected tokens, or of all completion tokens, if they have
+            been kept.
         frozen: the reference; None if it is the policy before training.
         expected: the policy's log-probabilities of the first step's pairs before training, by number, from
-            :func:`score_first`; None if the reference has them, which is then the policy before training.
+            :func:`score_first`; None if the reference is the policy before training.
         average, reads_average: as in :class:`PreferenceTraining`.
 
     Returns:
@@ -371,7 +368,7 @@ def optimise(
 
     Raises:
         SettingsError: a weight is negative, or all are 0.
-        StepZeroError: before the first update the policy is not the one that it should start from.
+        StepZeroError: the policy before the first update is not the one that training should start from.
         NonFiniteLossError: the loss became NaN or infinite.
         OutOfMemoryError: a step does not fit into memory.
     """
@@ -428,11 +425,11 @@ def optimise_live(
     average: Average | None = None,
     reads_average: bool = False,
 ) -> "LiveTraining":
-    """Train the policy in place on pairs that are made while it is trained.
+    """Train the policy in place on pairs that are made during the training.
 
     Args:
-        source: makes the pairs, with the reference's log-probabilities unless the reference is the average.
-        clock: when they are made.
+        source: makes the pairs, with the reference's log-probabilities unless the reference is the average. clock:
+            decides when pairs are made.
         policy, optimisation, noise, objective, beta, seed, folder, report, frozen: as in :func:`optimise`.
         average, reads_average: as in :class:`PreferenceTraining`.
 
@@ -482,12 +479,12 @@ def optimise_live(
 
 
 class LiveTraining(NamedTuple):
-    """What :func:`optimise_live` did.
+    """The result of :func:`optimise_live`.
 
     Attributes:
         history: a row of metrics for each policy step.
         draws: how often each pair was trained on, in the order in which the pairs were made.
-        rollouts: for each rollout the number of its first pair, and the policy step before which it was made.
+        rollouts: for each rollout, the number of its first pair, and the policy step that followed.
     """
 
     history: list[dict[str, float]]
@@ -498,7 +495,7 @@ class LiveTraining(NamedTuple):
 def _measure_moments(
     reference: Policy, pairs: Sequence[Pair], used: Sequence[int], optimisation: PairOptimisation
 ) -> Moments:
-    """The reference's hidden states on the chosen responses of pairs, in means and variances."""
+    """Means and variances of the reference's hidden states on the chosen responses of pairs."""
     tokens = [p + c for p, c in zip(lengths(pairs, "prompt_ids"), lengths(pairs, "chosen_ids"), strict=True)]
 
     def pack_some(numbers: Sequence[int]) -> Packed:
@@ -522,10 +519,10 @@ def score_first(
     seed: int,
     folder: Path,
 ) -> dict[int, ReferenceLogps]:
-    """The policy's log-probabilities of the pairs of the first step, by number, by a plain forward pass.
+    """The policy's log-probabilities of the first step's pairs, by number, from a plain forward pass.
 
-    Training checks by them that it begins with this policy. A training that continues from a checkpoint has passed the
-    check, and needs none.
+    With them, training checks that it begins with this policy. A training that continues from a checkpoint has passed
+    this check already.
     """
     used = with_weight(pairs)
     groups = arrange(optimisation, len(used), seed)

@@ -1,9 +1,9 @@
 """Compute the frozen reference's numbers for the pairs of an iteration once, and keep them.
 
-The reference is the policy at the start of the iteration, so its numbers are the same in every epoch and for every run
-with this policy and these pairs. Its log-probabilities are always kept; its hidden states of rejected tokens, which
-noise needs, are kept if configured and if the disk has room. Both are computed in batches of similar length and written
-in shards, which a killed run reuses.
+The reference is the policy at the start of the iteration, so its numbers are the same in every epoch and in every run
+with this policy and these pairs. Its log-probabilities are always kept. Noise needs hidden states of rejected tokens
+too; these are kept if configured and if the disk has room. Both are computed in batches of similar length and written
+in shards, which are reused after a kill.
 
 Shapes as in ``logprobs.py``; B pairs.
 """
@@ -26,7 +26,7 @@ from dnpo.store import Report
 from dnpo.tables import lengths, read_all, write
 
 SHARD = 1024  # pairs in a shard; a killed run loses at most one shard
-SPARE = 2**30  # bytes that hidden states leave free on the disk
+SPARE = 2**30  # bytes that must stay free on the disk
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def score(policy: Policy, pairs: Sequence[Pair], *, autocast: bool, folder: Path
 
 @torch.no_grad()
 def score_now(policy: Policy, pairs: Sequence[Pair], *, autocast: bool) -> list[ReferenceLogps]:
-    """The numbers that :func:`score` writes, in the order of the pairs, without a file."""
+    """The numbers that :func:`score` writes, in the order of the pairs, without writing them."""
     shards = _shards(_count_tokens(pairs))
     rows = [row for shard in shards for row in _score_shard(policy, pairs, shard, autocast)]
     return sorted(rows, key=lambda row: row.pair)
@@ -66,7 +66,7 @@ def _score_shard(
     autocast: bool,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[ReferenceLogps]:
-    """Log-probabilities of the pairs of these numbers, in batches of similar length."""
+    """Log-probabilities of the pairs with these numbers, computed in batches of similar length."""
     rows: list[ReferenceLogps] = []
     read = [pairs[i] for i in shard]
     for some in by_length(_count_tokens(read)):
@@ -107,11 +107,11 @@ def keep_hidden(
 ) -> dict[str, int]:
     """Write the policy's hidden states that predict rejected tokens into memory-mapped shards in ``folder``.
 
-    They have the type of the output head's products (bf16 under autocast), so storing them loses no precision.
+    They are stored in the type of the output head's products (bf16 under autocast), so no precision is lost.
 
     Args:
-        required: whether lack of room is an error; otherwise the states are recomputed in every step.
-        both: also keep the states of chosen tokens; for each pair they come before the states of rejected tokens.
+        required: whether a lack of room is an error; otherwise the states are recomputed in every step. both: whether
+            to keep the states of chosen tokens too; for each pair they precede the states of rejected tokens.
         setting: the name of the setting that requires them.
 
     Raises:
@@ -182,7 +182,7 @@ class KeptHidden:
         self.both = False
         self.where: dict[
             int, tuple[int, int, int, int]
-        ] = {}  # pair → file, first row, first rejected, one past the last
+        ] = {}  # by pair: file, first row, first rejected row, one past the last row
         self.files = []
         for number, path in enumerate(sorted(folder.glob("hidden-*.safetensors"))):
             file: Any = safe_open(path, framework="pt")

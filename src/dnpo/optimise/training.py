@@ -1,11 +1,12 @@
-"""The base class of trainings: policy steps of micro-batches, one update of all players per step, and checkpoints.
+"""The base class of trainings: policy steps of micro-batches, with one update of all players per step, and checkpoints.
 
 The whole training is one pass over a fixed list of policy steps. A checkpoint has the position in this list, the states
-of optimizers and schedule, and what the kind of training adds; the metrics of all steps are in a file next to it
-(``history.py``). A killed training continues bit for bit on a CPU.
+of optimizers and schedule, and additions of the kind of training. The metrics of all steps are in a file next to it
+(``history.py``). On a CPU, a killed training continues with exactly the same results.
 
-Several processes can train together (``ranks.py``): each computes the gradients of its share of the rows, which are
-summed over all before the update, so that the weights stay equal. A checkpoint knows nothing of their number.
+Several processes can train together (``ranks.py``). Each computes the gradients of its share of the rows. The gradients
+are summed over all processes before the update, so that the weights stay equal. A checkpoint does not depend on the
+number of processes.
 """
 
 import inspect
@@ -67,8 +68,7 @@ class Training(pl.LightningModule):
     """Manual optimisation of one or more players on micro-batches in a fixed order.
 
     Attributes:
-        title: what messages call it.
-        remedy: what to do about a loss that is not finite.
+        title: its name in messages. remedy: advice on a loss that is not finite.
 
     Args:
         policy: the model to train; its module is the first player.
@@ -86,7 +86,7 @@ class Training(pl.LightningModule):
     def __init__(self, policy: Trainee, optimisation: Optimisation, total: int, report: Report) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints hold what is trained, not frozen base weights
+        self.strict_loading = False  # checkpoints have only trained weights, not frozen base weights
         self.policy_module = policy.model
         self.policy, self.optimisation, self.total, self.report = policy, optimisation, total, report
         self.ranks, self.leads = ranks.world(), ranks.leads()
@@ -100,18 +100,18 @@ class Training(pl.LightningModule):
 
     @property
     def sharded(self) -> bool:
-        """Whether ranks share the weights of the policy."""
+        """Whether the policy's weights are divided among the ranks."""
         return self.optimisation.parallel == "sharded"
 
     def configure_model(self) -> None:
-        """Share the policy's weights among the ranks, if they are to be shared."""
+        """Divide the policy's weights among the ranks, if so configured."""
         if self.sharded and self.device_mesh is not None:
             for policy in self.shared_policies:
                 shard(policy, self.device_mesh["data_parallel"])
 
     @property
     def shared_policies(self) -> list[Policy]:
-        """The policies whose weights can be shared."""
+        """The policies whose weights can be divided among ranks."""
         assert isinstance(self.policy, Policy), "only policies are sharded"
         return [self.policy]
 
@@ -122,7 +122,7 @@ class Training(pl.LightningModule):
 
     @property
     def transformer(self) -> Any:
-        """The transformers model in training, inside its adapters if it has any."""
+        """The transformers model in training, without its wrapper for adapters."""
         module: Any = self.policy_module
         return module.get_base_model() if hasattr(module, "peft_config") else module
 
@@ -135,14 +135,14 @@ class Training(pl.LightningModule):
         return batch
 
     def training_step(self, batches: list[MicroBatch | Idle[MicroBatch]], batch_idx: int) -> None:
-        """Backward through the micro-batches of one policy step, then clip and step every player."""
+        """Run the backward pass of a policy step's micro-batches, then clip gradients and update every player."""
         passed = self._backward(batches) if self.ranks == 1 else self._backward_together(batches)
         self._step(*passed)
 
     def _backward(self, given: "Sequence[MicroBatch | Idle[MicroBatch]]") -> _Passed:
         """Backward through this process's micro-batches."""
         row: dict[str, float] = {}
-        factor = self.ranks if self.sharded else 1  # gradients of shared weights are averaged over ranks
+        factor = self.ranks if self.sharded else 1  # gradients of divided weights are averaged over ranks
         for each in given:
             idle, batch = isinstance(each, Idle), each.batch if isinstance(each, Idle) else each
             loss, metrics = self.terms(batch.to(self.device))
@@ -164,7 +164,7 @@ class Training(pl.LightningModule):
             passed = self._backward(given)
             return passed, bytes(p.grad is not None for p in trained)
 
-        if self.sharded:  # ranks wait for each other all the time, so a failing one is not waited for
+        if self.sharded:  # ranks wait for each other in every block, so they cannot wait for one that has failed
             own = compute()
             found = ranks.gather(lambda: own)
         else:
@@ -177,7 +177,7 @@ class Training(pl.LightningModule):
         return _Passed(row, [i for each, _ in found for i in each.ids], sum(each.tokens for each, _ in found))
 
     def _sum_gradients(self, trained: Sequence[nn.Parameter], graded: Sequence[bytes]) -> None:
-        """Sum the gradients over all ranks, except those of shared weights; a rank without rows adds zeros.
+        """Sum the gradients over all ranks, except for divided weights; a rank without rows adds zeros.
 
         Args:
             trained: the parameters of all players that are trained.
@@ -221,7 +221,7 @@ class Training(pl.LightningModule):
             self.report.steps([row])
 
     def _finite(self, what: str, value: float, ids: Sequence[str]) -> None:
-        """Stop before an update that would put NaN into the weights and the next checkpoint."""
+        """Raise before an update that would write NaN into the weights and the next checkpoint."""
         if not math.isfinite(value):
             raise NonFiniteLossError(
                 f"{self.title}, step {self.policy_step}: the {what} is {value} on rows {', '.join(ids)}; {self.remedy}"
@@ -242,7 +242,7 @@ class Training(pl.LightningModule):
 
         Args:
             short: torch's message.
-            fits: number of rows that fit at once, as tried; 0 if not even one does.
+            fits: number of rows that fit at once, found by trying; 0 if not even one row fits.
         """
         optimisation = self.optimisation
         if fits:
@@ -263,7 +263,7 @@ class Training(pl.LightningModule):
     # --- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the number of the next step; leave out what is not trained."""
+        """Add the number of the next step; remove weights that are not trained."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
         checkpoint["training"] = {"policy_step": self.policy_step}
@@ -282,7 +282,7 @@ class Training(pl.LightningModule):
 class _Checkpoints(pl.Callback):
     """Writes a checkpoint every ``every`` policy steps, and when a signal asks the process to end.
 
-    It replaces the last one only when it is complete. Rank 0 writes it.
+    A checkpoint replaces the last one only when it is complete. Rank 0 writes it.
     """
 
     def __init__(self, folder: Path, every: int, signals: Held) -> None:
@@ -290,15 +290,15 @@ class _Checkpoints(pl.Callback):
         self.history = History(folder / HISTORY)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has of the history."""
+        """The part of the history that a checkpoint contains."""
         return {"checksum": self.history.checksum}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore this part of the history."""
         self.history.checksum = state_dict["checksum"]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Read the history; take the signals from Lightning, which would end without a checkpoint."""
+        """Read the history; handle signals instead of Lightning, which would end without a checkpoint."""
         training = cast(Training, module)
         training.history = self.history.load(training.policy_step, cut=ranks.leads())
         self.signals.hold()
@@ -306,7 +306,7 @@ class _Checkpoints(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         """Write a checkpoint if one is due, then let signals end the training."""
         step, total = cast(Training, module).policy_step, cast(Training, module).total
-        ending = any(ranks.gather(lambda: bool(self.signals.waiting)))  # all end if one is to end
+        ending = any(ranks.gather(lambda: bool(self.signals.waiting)))  # all ranks end if one must end
         if ending or (step % self.every == 0 and step < total):
             if ranks.leads():
                 self.history.save(cast(Training, module).history)
@@ -319,7 +319,7 @@ class _Checkpoints(pl.Callback):
         """Write a checkpoint.
 
         Args:
-            everyone: whether all ranks have parts of what rank 0 writes.
+            everyone: whether all ranks have parts of the weights that rank 0 writes.
         """
         aside = disk.name_aside(self.path)
         if everyone or ranks.leads():
@@ -332,7 +332,8 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
     """Run the training, from the checkpoint in ``folder`` if there is one, and return its history.
 
     Raises:
-        OutOfMemoryError: a step does not fit into memory; gives the micro-batch size that fits, as tried on its rows.
+        OutOfMemoryError: a step does not fit into memory; the message gives the micro-batch size that fits, found by
+            trying.
     """
     if not len(batches):
         return []
@@ -350,7 +351,7 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        plugins=[LightningEnvironment()],  # on SLURM Lightning would requeue the job by itself
+        plugins=[LightningEnvironment()],  # otherwise, on SLURM, Lightning would requeue the job
         callbacks=[_Checkpoints(folder, optimisation.checkpoint_every, signals)],
     )
     batches.even = module.sharded
@@ -358,7 +359,7 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
     if optimisation.checkpointing:
         transformer.gradient_checkpointing_enable({"use_reentrant": False})
     if optimisation.compile:
-        transformer.base_model.compile(dynamic=True)  # lengths differ from batch to batch
+        transformer.base_model.compile(dynamic=True)  # lengths differ between batches
     short = ""
     with _interruptible(signals):
         try:
@@ -367,12 +368,12 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
             if not _out_of_memory(error):
                 raise
             short = str(error).strip().splitlines()[-1]
-    if short and module.sharded:  # trying would need all ranks
+    if short and module.sharded:  # trying smaller sizes would need all ranks
         raise OutOfMemoryError(
             f"step {module.policy_step}: out of memory ({short}). Try a smaller trainer.micro_batch_size, "
             "trainer.checkpointing=true or more devices. The last checkpoint is kept"
         )
-    if short:  # outside the handler, which keeps the step's tensors alive
+    if short:  # outside the handler, since the error keeps the step's tensors alive
         module.to(device)  # Lightning has moved it to the CPU
         fits = min(ranks.gather(lambda: _fitting(module, batches)))
         raise OutOfMemoryError(module.advise(short, fits))
@@ -383,7 +384,7 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
 
 
 def _devices(sharded: bool, device: torch.device) -> dict[str, Any]:
-    """Lightning's settings of the devices: this one, or those of all ranks that share weights."""
+    """Lightning's settings of devices: this device, or the devices of all ranks if they divide the weights."""
     if not sharded:
         return {"devices": 1 if device.index is None else [device.index]}
     from pytorch_lightning.strategies import ModelParallelStrategy
@@ -397,7 +398,7 @@ def _devices(sharded: bool, device: torch.device) -> dict[str, Any]:
 def make_fused(
     optimizer: Callable[..., Optimizer], parameters: Sequence[nn.Parameter], settings: Mapping[str, Any]
 ) -> Optimizer:
-    """Make the optimizer in torch's fused form if it has one: one kernel over all parameters, the same update."""
+    """Make the optimizer, in torch's fused form if there is one: the same update, in one kernel for all parameters."""
     known = inspect.signature(optimizer).parameters
     fuse = "fused" in known and not {"fused", "foreach", "differentiable"} & set(settings)
     return optimizer(parameters, **settings, **({"fused": True} if fuse else {}))
@@ -408,7 +409,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _fitting(module: Training, batches: Steps[Any, Any]) -> int:
-    """Find the largest micro-batch size, by halving, with which the failed step fits into memory; 0 if none does."""
+    """Find, by halving, the largest micro-batch size with which the failed step fits into memory; 0 if none fits."""
     rows = len(ranks.share(batches.group(module.policy_step)))
     size = min(module.optimisation.rows_at_once, rows)
     if not rows:
@@ -464,7 +465,7 @@ def discard_checkpoint(folder: Path) -> None:
 
 @contextmanager
 def _interruptible(signals: Held) -> Iterator[None]:
-    """Raise the KeyboardInterrupt that Lightning turns into a plain exit, and put the handlers of signals back."""
+    """Raise the KeyboardInterrupt that Lightning turns into an exit, and restore the handlers of signals."""
     try:
         yield
     except SystemExit as stopped:

@@ -1,7 +1,7 @@
-"""What an objective measures besides log-probabilities, in every micro-batch: doubtful labels, and drift.
+"""Further measurements for objectives, in every micro-batch: doubtful labels, and drift.
 
-A watch adds numbers to the :class:`Facts` that its objective reads. It may keep a state from step to step, which
-checkpoints include. Shapes: B pairs, N completion tokens of their responses, the chosen ones first, H hidden size.
+A watch adds numbers to the :class:`Facts` that its objective reads. It may have a state, which checkpoints include.
+Shapes: B pairs, N completion tokens of their responses, the chosen ones first, H hidden size.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,15 +25,15 @@ class States(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a watch sees of a micro-batch.
+    """The data of a micro-batch that a watch reads.
 
     Attributes:
         step: the policy step, from 0.
         numbers: the numbers of its pairs.
-        packed: its sequences: the chosen responses, then the rejected ones, if any are read.
+        packed: its sequences: the chosen responses, then the rejected ones if these are read.
         policy, reference: the log-probabilities of the responses.
         states: the policy's hidden states, with gradient.
-        frozen: the reference's, if the watch reads them in every step.
+        frozen: the reference's hidden states, if the watch reads them in every step.
     """
 
     step: int
@@ -46,14 +46,14 @@ class Seen(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The reference's hidden states on the chosen responses of all pairs: means of each, variances over all tokens."""
+    """Moments of the reference's hidden states on all chosen responses: each response's mean, and overall variances."""
 
     mean_PH: Tensor
     variance_H: Tensor
 
 
 class Watch:
-    """Measures what an objective reads; the base class measures nothing.
+    """Measures numbers for an objective; this base class measures nothing.
 
     Attributes:
         reads_states: whether it reads the reference's hidden states of all completion tokens in every step.
@@ -64,7 +64,7 @@ class Watch:
     reads_moments = False
 
     def prepare(self, moments: Moments) -> None:
-        """Take over what was computed before the training, if ``reads_moments``."""
+        """Receive the moments, which are computed before the training if ``reads_moments``."""
 
     def measure(self, facts: Facts, seen: Seen) -> tuple[Facts, dict[str, Tensor]]:
         """Add to the facts of a micro-batch; the metrics are one number for each pair."""
@@ -74,7 +74,7 @@ class Watch:
         """Called at the end of a policy step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -82,15 +82,15 @@ class Watch:
 
 
 class Suspects(Watch):
-    """Finds labels in which the policy has less confidence than in most recent ones (SPA, equations 9, 11 and 12).
+    """Finds labels in which the policy has less confidence than in recent labels (SPA, equations 9, 11 and 12).
 
-    The threshold is a percentile of the confidences in the last pairs before the step, in their order in training, so
-    it does not depend on micro-batches. The metrics also report what the policy's own confidence would find, and how
-    many suspects are found both ways.
+    The threshold is a percentile of the confidences in the last pairs before the step, in training order, so it does
+    not depend on micro-batches. The metrics also report the suspects by the confidence of the policy itself, and the
+    number of suspects by both.
 
     Args:
         beta: preference temperature of the confidence σ(margin).
-        extrapolation: λ; 0 reads no hidden states.
+        extrapolation: λ; if it is 0, no hidden states are read.
         share: the percentile, from 0 to 1.
         window: number of last pairs.
         start: the first policy step that has suspects.
@@ -99,8 +99,8 @@ class Suspects(Watch):
     def __init__(self, beta: float, extrapolation: float, share: float, window: int, start: int) -> None:
         self.beta, self.extrapolation, self.share, self.window, self.start = beta, extrapolation, share, window, start
         self.reads_states = extrapolation > 0
-        self.recent: list[list[float]] = [[], []]  # by the extrapolated policy, and by the policy itself
-        self.present: list[list[float]] = [[], []]  # the same in the present step
+        self.recent: list[list[float]] = [[], []]  # confidences of the extrapolated policy, and of the policy itself
+        self.present: list[list[float]] = [[], []]  # the same for the present step
 
     @torch.no_grad()
     def measure(self, facts: Facts, seen: Seen) -> tuple[Facts, dict[str, Tensor]]:
@@ -122,7 +122,7 @@ class Suspects(Watch):
         return facts._replace(suspect_B=suspect_B), metrics
 
     def end_step(self) -> None:
-        """Move the window on, by the confidences of all ranks' pairs in their order."""
+        """Add the confidences of all ranks' pairs, in their order, to the window."""
         if ranks.world() > 1:
             self.present = [ranks.join_shares(present) for present in self.present]
         self.recent = [(old + new)[-self.window :] for old, new in zip(self.recent, self.present, strict=True)]
@@ -147,7 +147,7 @@ class Suspects(Watch):
 
 
 class Drift(Watch):
-    """Measures how far the mean hidden states of chosen responses are from the reference's."""
+    """Measures the distance of the mean hidden states of chosen responses from the reference's."""
 
     reads_moments = True
 
@@ -155,7 +155,7 @@ class Drift(Watch):
         self.moments: Moments | None = None
 
     def prepare(self, moments: Moments) -> None:
-        """Take over the reference's means and variances."""
+        """Receive the reference's means and variances."""
         self.moments = moments
 
     def measure(self, facts: Facts, seen: Seen) -> tuple[Facts, dict[str, Tensor]]:
@@ -173,7 +173,8 @@ class Drift(Watch):
 def extrapolated_logps(policy: States, reference: States, target_N: Tensor, by: float) -> Tensor:
     """log softmax((1 + λ) z_θ − λ z_r)[target] of each token, shape N, one tile of the vocabulary at a time.
 
-    It is (1 + λ) log p_θ − λ log p_r − log Z with Z the sum of p_θ^(1 + λ) p_r^−λ over the vocabulary. SPA equation 12.
+    It is (1 + λ) log p_θ − λ log p_r − log Z, where Z is the sum of p_θ^(1 + λ) p_r^−λ over the vocabulary (SPA,
+    equation 12).
 
     Args:
         by: λ.

@@ -1,4 +1,4 @@
-"""Load a policy, or its outline without weights, and refuse models whose log-probabilities would be wrong here."""
+"""Load a policy, or its outline without weights. Models whose log-probabilities would be wrong here are refused."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -39,15 +39,15 @@ def load(
     quantization: Quantisation | None = None,
     setting: str | None = None,
 ) -> Policy:
-    """Load a policy: full weights from ``folder`` if it has them, else the base's with the folder's adapters merged in.
+    """Load a policy: ``folder``'s full weights, or else the base's weights with the folder's adapters merged in.
 
     Args:
-        quantization: how to quantise the weights; adapters are then stacked on them, not merged.
+        quantization: how to quantise the weights; then adapters are stacked on them instead of merged.
         setting: the setting that names the base, and its value, for messages.
 
     Raises:
-        ModelError: there is no usable model or tokenizer, or the two disagree; the weights are not complete; or the
-            log-probabilities computed here would not be the model's.
+        ModelError: there is no usable model or tokenizer, or they do not fit each other; the weights are not complete;
+            or log-probabilities computed here would differ from the model's.
     """
     whole = folder is not None and (folder / "config.json").is_file()
     weights = str(folder) if whole else base
@@ -79,12 +79,13 @@ def outline(
     template_date: str | None = None,
     setting: str | None = None,
 ) -> Policy:
-    """Load the base model without weights: tokenizer, shapes and settings. It takes no memory.
+    """Load the base model without weights: only tokenizer, shapes and settings. This takes no memory.
 
     The weights are checked if they are on this machine; a model on the hub may not be downloaded yet.
 
     Raises:
-        ModelError: there is no usable configuration or tokenizer, or the two disagree; or the weights are not complete.
+        ModelError: there is no usable configuration or tokenizer, they do not fit each other, or the weights are not
+            complete.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     what = setting or f"model: {base}"
@@ -111,7 +112,7 @@ def _load_parts(
     options: dict[str, Any],
     what: str,
 ) -> tuple[Any, Any]:
-    """Load the tokenizer, with the chat template in force, and the configuration."""
+    """Load the configuration, and the tokenizer with the chat template that is used."""
     files = find_files(weights, options["revision"])
     if files is not None:
         check_folder(files, what, trained=True)
@@ -158,7 +159,7 @@ def _check(policy: Policy, weights: str) -> None:
 def _check_logits(policy: Policy, ids: list[int]) -> None:
     """Check that packed hidden states and the head give the same logits as the model's forward pass.
 
-    Two sequences of four tokens are used, so that attention across their boundary would show.
+    Two sequences of four tokens are used, so that attention across their boundary would be found.
     """
     model = policy.causal_lm
     config = model.config.get_text_config()

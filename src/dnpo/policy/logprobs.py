@@ -1,9 +1,9 @@
 """Compute exact log-probabilities of completion tokens from hidden states, in memory independent of the vocabulary.
 
-Every loss is computed from these. The logits of N completion tokens are N × V numbers, by far the largest tensor of a
-training, and they are read only twice. So they are computed one tile of the vocabulary at a time, folded into a
-log-sum-exp, and recomputed in the backward pass. All tokens go through one matrix product per tile, so each row of the
-head's gradient is summed within one product, in float32.
+Every loss is computed from them. The logits of N completion tokens are N × V numbers, by far the largest tensor of a
+training, and they are read only twice. So they are computed one tile of the vocabulary at a time, added to a
+log-sum-exp, and recomputed in the backward pass. There is one matrix product per tile for all tokens, so each row of
+the head's gradient is summed within one product, in float32.
 
 Sums are float32 for any precision of the matrix products: in bf16 the error of a sum over a few hundred tokens is
 several times the early training signal. With float64 inputs everything is float64, for tests.
@@ -47,12 +47,12 @@ class Head:
         return replace(self, weight_VH=self.weight_VH.detach(), bias_V=bias_V)
 
     def frozen(self) -> "Head":
-        """A detached copy that does not change when this head is trained."""
+        """A detached copy, which does not change when this head is trained."""
         bias_V = None if self.bias_V is None else self.bias_V.detach().clone()
         return replace(self, weight_VH=self.weight_VH.detach().clone(), bias_V=bias_V)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """All logits at once, shape N × V, without gradients; for inspection, not for training."""
+        """All logits at once, shape N × V, without gradients; used to inspect them, not in training."""
         return self.cast(hidden_NH.device).tile(hidden_NH.detach(), 0, len(self.weight_VH))
 
     def cast(self, device: torch.device) -> "Head":
@@ -73,12 +73,12 @@ class Head:
         return logits_NC
 
     def softmax_(self, logits_NC: Tensor, lse_N: Tensor) -> Tensor:
-        """Compute exp(logits − lse), in place unless the cap still needs the logits."""
+        """Compute exp(logits − lse). This is in place, unless the cap still needs the logits."""
         own_NC = logits_NC if self.cap == float("inf") else logits_NC.clone()
         return own_NC.sub_(lse_N.unsqueeze(-1)).exp_()
 
     def back_(self, error_NC: Tensor, logits_NC: Tensor) -> Tensor:
-        """Propagate a gradient in a tile's logits through the cap, in place; the caller applies the scale."""
+        """Propagate the gradient of a tile's logits through the cap, in place; the caller applies the scale."""
         return error_NC if self.cap == float("inf") else error_NC.mul_(1 - (logits_NC / self.cap).square())
 
 
@@ -105,10 +105,10 @@ def token_logps(hidden_NH: Tensor, head: Head, target_N: Tensor) -> Tensor:
 class _TokenLogps(Function):
     """log softmax(logits)[target]; tiles of logits beyond ``KEPT`` bytes are recomputed in the backward pass.
 
-    With d = softmax − onehot(target), the gradient in the logits is −g d. Its factor g is one number for each token, so
-    it is applied to the N × H side of each product and never to an N × C tile. The number of products for each entry
-    and token is four if the head is trained, or three (the minimum) for tiles that are kept. With a frozen head it is
-    two, because d W does not depend on g: it is computed in the forward pass and rescaled as the log-sum-exp grows.
+    With d = softmax − onehot(target), the gradient of the logits is −g d. The factor g is one number for each token, so
+    it is applied to the N × H side of each product, never to an N × C tile. Each entry and token takes four products if
+    the head is trained, or three (the minimum) in a kept tile. With a frozen head there are two products, because d W
+    does not depend on g: it is computed in the forward pass, and rescaled when the log-sum-exp grows.
     """
 
     @staticmethod
@@ -164,14 +164,14 @@ class _TokenLogps(Function):
 
 
 class _Mean:
-    """Accumulates Σ_v softmax_v W_v for every token, with the cap's slope, and rescales as the log-sum-exp grows."""
+    """Accumulates Σ_v softmax_v W_v for every token, with the cap's slope; rescales when the log-sum-exp grows."""
 
     def __init__(self, hidden_NH: Tensor, lse_N: Tensor) -> None:
         self.mean_NH = torch.zeros_like(hidden_NH, dtype=lse_N.dtype)
         self.lse_N = lse_N
 
     def add(self, logits_NC: Tensor, tally: "Tally", head: Head, first: int, end: int) -> None:
-        """Add the tile that ``tally`` added last; its logits are overwritten."""
+        """Add the tile that was last added to ``tally``; the tile's logits are overwritten."""
         self.mean_NH *= (self.lse_N - tally.lse_N).exp_().unsqueeze(-1)
         self.lse_N = tally.lse_N
         part_NC = head.back_(head.softmax_(logits_NC, self.lse_N), logits_NC)
@@ -189,7 +189,7 @@ class Tally:
 
     Attributes:
         target_N: the tokens.
-        logit_N: their logits, as far as their tiles were added.
+        logit_N: their logits; only those in tiles that are already added are valid.
         lse_N: the log-sum-exp over the tiles added so far.
     """
 
@@ -225,7 +225,7 @@ def tiles(head: Head) -> Iterator[tuple[int, int]]:
 
 
 def target_in(value_NC: Tensor, target_N: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Whether each target lies in the tile that begins at ``first``, and its column (N × 1; arbitrary if not)."""
+    """Whether each target is in the tile that begins at ``first``, and its column (N × 1; arbitrary if it is not)."""
     within_N = target_N - first
     inside_N = (within_N >= 0) & (within_N < value_NC.shape[1])
     return inside_N, within_N.clamp(0, value_NC.shape[1] - 1).unsqueeze(-1)
@@ -241,7 +241,7 @@ def product(one: Tensor, other: Tensor, *, plus: Tensor | None = None, out: Tens
     """A product of two matrices of the same type, plus a row if given, in float32 (float64 for float64)."""
     if one.dtype in (torch.float32, torch.float64):
         return torch.mm(one, other, out=out) if plus is None else torch.addmm(plus.to(one.dtype), one, other, out=out)
-    # Half types: on some devices the product's float32 sums are returned without rounding.
+    # For half types, some devices return the product's float32 sums without rounding.
     result = torch.mm(one, other, out_dtype=torch.float32) if one.is_cuda else torch.mm(one, other).float()
     if plus is not None:
         result += plus
@@ -259,7 +259,7 @@ def add_product_(total: Tensor, one: Tensor, other: Tensor) -> None:
 def sum_by_sequence(value_N: Tensor, lengths_S: Tensor) -> Tensor:
     """Sum token values by sequence, shape S; a sequence without tokens gets 0.
 
-    Values are added in order in float64, so on every device a sum depends only on its own values.
+    Values are added in order, in float64, so on every device a sum depends only on the values in it.
 
     Args:
         value_N: values of the tokens of all sequences, sequence after sequence.

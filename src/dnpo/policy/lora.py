@@ -20,9 +20,10 @@ TRAINED = "default"  # peft's name for the adapter in training
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters: each training adds a fresh one to the weights, with earlier adapters merged in.
+    """Low-rank adapters. Each training adds a new adapter to the weights; earlier adapters are merged into them.
 
-    On quantised weights earlier adapters stay as they are, frozen, and the fresh one is put on top of them.
+    If the weights are quantised, earlier adapters are not merged: they are frozen, and the new adapter is added to
+    them.
 
     Args:
         rank: rank of an adapter; 0 trains all weights instead.
@@ -35,11 +36,11 @@ class Lora:
     target_modules: str | list[str] = "all-linear"
 
     def identity(self) -> Mapping[str, Any]:
-        """The settings that decide the adapter; at rank 0 no other setting matters."""
+        """The settings that determine the adapter; at rank 0 no other setting has an effect."""
         return asdict(self) if self.rank else {"rank": 0}
 
     def on(self, model: "nn.Module", seed: int) -> "nn.Module":
-        """Return the model with a fresh adapter, whose update is still 0; at rank 0 the unchanged model.
+        """Return the model with a new adapter, whose update is still 0; at rank 0, return it unchanged.
 
         Raises:
             ModelError: ``target_modules`` cannot be adapted in this model.
@@ -87,7 +88,7 @@ def stacked(model: "nn.Module") -> list[str]:
 
 
 def activate(model: Any, names: Sequence[str]) -> None:
-    """Make these adapters active, of which only the newest one is trained."""
+    """Make these adapters active; only the newest one is trained."""
     model.base_model.set_adapter(list(names))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and f".{TRAINED}." not in name:
@@ -96,7 +97,7 @@ def activate(model: Any, names: Sequence[str]) -> None:
 
 @contextmanager
 def without_trained(model: Any) -> Iterator[None]:
-    """Switch the adapter in training off; the earlier ones stay active."""
+    """Switch off the adapter in training; earlier adapters stay active."""
     earlier = stacked(model)
     if not earlier:
         with model.disable_adapter():

@@ -1,11 +1,11 @@
 """Pack sequences end to end into one row without padding, with attention that keeps them apart.
 
 All layers except attention work on single tokens, so they need no padding; positions start again with every sequence.
-Only attention needs separate sequences: with half-precision tensors on a GPU it is variable-length attention, elsewhere
-it runs on batches of sequences of similar length, padded on the right, where causal attention never looks.
+Only attention needs separate sequences. With half-precision tensors on a GPU it is variable-length attention. Otherwise
+it runs on batches of sequences of similar length, padded on the right, which causal attention does not read.
 
-A prompt can be computed once for both responses of a pair, or for several samples: its tokens occur once in the row,
-and belong to each of these sequences.
+A prompt can be computed once for both responses of a pair, or for several samples: its tokens are in the row once, and
+belong to each of these sequences.
 
 Shapes: S sequences, T tokens of the row, M tokens of all sequences (T, if no prompt is shared), N completion tokens,
 L tokens of the longest sequence of a batch, h heads, d their size.
@@ -26,7 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 ATTENTION = "packed"  # the name of the attention below in transformers
-WASTE = 2**14  # query-key products of padding that cost about as much as one more batch
+WASTE = 2**14  # number of query-key products of padding that costs about as much as one more batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,9 @@ class Packed:
         ids_T: token ids.
         position_T: the position of each token in its sequence.
         tokens_M: the tokens of each sequence, as indices in the row, sequence after sequence.
-        place_T: index in ``tokens_M`` of each token's first occurrence.
-        again_X: indices in the row of the tokens that occur again in ``tokens_M``, once for each further occurrence.
-        second_X: indices in ``tokens_M`` of these occurrences.
+        place_T: index in ``tokens_M`` of each token's first occurrence. again_X: for each further occurrence in
+            ``tokens_M``, the token's index in the row. second_X: for each further occurrence, its index in
+            ``tokens_M``.
         predict_N: indices of the hidden states that predict the completion tokens, sequence after sequence.
         target_N: the completion tokens' ids.
         completions_S: number of completion tokens of each sequence.
@@ -110,7 +110,7 @@ class Packed:
 
 
 class PaddedBatch(NamedTuple):
-    """A padded batch: the length of its rows, and (index of the first of the M tokens, length) of each sequence."""
+    """A padded batch: the length of its rows and, for each sequence, (index of its first token among the M, length)."""
 
     longest: int
     sequences: list[tuple[int, int]]
@@ -122,8 +122,7 @@ class Spread(NamedTuple):
     Attributes:
         source: the token for each place.
         place_T: the first place of each token.
-        again_X: the tokens with further places, once for each.
-        second_X: these places.
+        again_X: for each further place, its token. second_X: the further places.
     """
 
     source: Tensor
@@ -140,8 +139,8 @@ def pack(
     Args:
         prompts: S lists of token ids; none may be empty, since the prompt predicts the first completion token.
         completions: S lists of token ids; they may be empty.
-        share_prompt: whether to pack each prompt once; of 2B sequences, the second half must have the prompts of the
-            first half. This changes results only by rounding.
+        share_prompt: whether to pack each prompt once; then the second half of the sequences must have the prompts of
+            the first half. This changes results only by rounding.
 
     Raises:
         ValueError: the two halves have different prompts, although ``share_prompt`` is set.
@@ -154,11 +153,11 @@ def pack(
 
 
 def pack_shared(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], first: Sequence[int]) -> Packed:
-    """Pack prompts and completions into one row, a prompt of several sequences once.
+    """Pack prompts and completions into one row; a prompt that several sequences share is packed once.
 
     Args:
         prompts, completions: as in :func:`pack`.
-        first: for each sequence the number of the earlier one whose prompt it shares; its own number if it shares none.
+        first: for each sequence, the number of the earlier sequence whose prompt it shares, or else its own number.
 
     Raises:
         ValueError: ``first`` names a later sequence, or one with another prompt.
@@ -210,7 +209,7 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # its layout differs from batch to batch, and each would be compiled again
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its layout differs by batch; each would be compiled again
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -226,10 +225,10 @@ def attention(
     windows: set[int | None] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention, as transformers calls it in every layer: tensors 1 × h × T × d in, 1 × T × h × d out.
+    """Attention, called by transformers in every layer: inputs 1 × h × T × d, output 1 × T × h × d.
 
-    Without ``packing``, as in generation, it is scaled dot-product attention with the given mask. If ``windows`` is
-    given, each packed call adds its sliding window to the set (None: no window).
+    Without ``packing``, as in generation, it is scaled dot-product attention with the given mask. If a set ``windows``
+    is given, each packed call adds its sliding window to it (None: no window).
     """
     if packing is None:
         if softcap is not None:
@@ -243,7 +242,7 @@ def attention(
         raise ValueError("attention dropout is on; every dropout must be 0")
     if windows is not None:
         windows.add(sliding_window)
-    if torch.is_autocast_enabled(query.device.type):  # rotary positions turned queries and keys into float32
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions have converted queries and keys to float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     query_TD, key_TD, value_TD = (x.squeeze(0).transpose(0, 1).flatten(1) for x in (query, key, value))
     heads, key_heads = query.shape[1], key.shape[1]
@@ -300,7 +299,7 @@ def _in_batches(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention in batches of sequences of similar length, padded on the right, where causal attention never looks."""
+    """Attention in batches of sequences of similar length; causal attention ignores their padding on the right."""
     sizes = [len(b.sequences) * b.longest for b in packing.batches]
     spread = packing.spread
     parts = zip(
@@ -331,7 +330,7 @@ def _in_batches(
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """The mask of a sliding window: a query sees itself and the ``window`` − 1 tokens before it. Shape L × L."""
+    """The mask of a sliding window: a query sees its token and the ``window`` − 1 tokens before it. Shape L × L."""
     back_LL = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
     return (back_LL >= 0) & (back_LL < window)
 
@@ -367,9 +366,9 @@ def _gather(value_MD: Tensor, place_T: Tensor) -> Tensor:
 
 
 class _Spread(Function):
-    """Copy tokens to their places. Backward gathers instead of adding by index: faster, and the same on every device.
+    """Copy tokens to their places. Backward gathers instead of adding by index: it is faster and deterministic.
 
-    The gradient at padding is ignored, since nothing ever depends on it.
+    The gradient at padding is ignored, since nothing depends on padding.
     """
 
     @staticmethod
@@ -386,7 +385,7 @@ class _Spread(Function):
 
 
 class _Gather(Function):
-    """Copy tokens from their places, each from one. Backward writes the gradient there, and 0 elsewhere."""
+    """Copy each token from its first place. Backward writes the gradient there, and 0 elsewhere."""
 
     @staticmethod
     def forward(ctx: Any, value_MD: Tensor, place_T: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Quantise a base model's weights as it is loaded, with bitsandbytes, to train adapters on top.
+"""Quantise a base model's weights with bitsandbytes when it is loaded, to train adapters on them.
 
-Every linear layer but the output head is stored in 4 bits (``nf4``, with scales that are quantised too) or in 8
+Every linear layer except the output head is stored in 4 bits (``nf4``, with scales that are quantised too) or in 8
 (``int8``, with a scale for each row). The weights are dequantised for each product, so a layer's result depends neither
-on the mode of the model nor on other rows of the batch: bitsandbytes' own layers change the kernel in evaluation mode
-on a CPU, and for 8 bits also quantise activations by the largest values in the batch.
+on the mode of the model nor on other rows of the batch. This differs from bitsandbytes' layers: they use another kernel
+in evaluation mode on a CPU, and with 8 bits they also quantise activations by the largest values in the batch.
 
 The adapters of earlier trainings are not merged into such weights, since the sum would be rounded again. They are
 stacked, see ``lora.py``.
@@ -25,7 +25,7 @@ def loading_options(kind: Quantisation, dtype: str, device: str) -> dict[str, An
 
     Args:
         dtype: type of the products, and of weights that are not quantised.
-        device: where the weights go; bitsandbytes quantises them there.
+        device: device of the weights; bitsandbytes quantises them there.
     """
     from transformers import BitsAndBytesConfig
 
@@ -56,14 +56,14 @@ def use_one_kernel(model: nn.Module) -> None:
     for module in model.modules():
         layer: Any = module
         if isinstance(module, Linear4bit):
-            # in evaluation mode it would repack the weights for another kernel, which has no gradient
+            # in evaluation mode the layer would repack the weights for another kernel, which has no gradient
             layer.support_avx512bf16_for_cpu = False
         elif isinstance(module, Linear8bitLt):
             layer.forward = MethodType(_multiply_int8, layer)
 
 
 def _multiply_int8(layer: Any, input_: Tensor) -> Tensor:
-    """Bitsandbytes' own product for training on a CPU, on any device."""
+    """The product that bitsandbytes uses for training on a CPU, here on any device."""
     from bitsandbytes.autograd._functions import MatMul8bitFp
 
     if layer.weight.CB is not None:
@@ -74,17 +74,17 @@ def _multiply_int8(layer: Any, input_: Tensor) -> Tensor:
 
 
 def states(model: nn.Module) -> dict[int, Any]:
-    """Scales and other states of quantised weights by ``id``: with them, ``deepcopy`` shares them with the model."""
+    """Scales and other states of quantised weights by ``id``, a memo with which ``deepcopy`` does not copy them."""
     found = [getattr(p, "quant_state", None) for p in model.parameters()]
     found += [state for layer in model.modules() if hasattr(state := getattr(layer, "state", None), "CB")]
     return {id(state): state for state in found if state is not None}
 
 
 def count_bytes(model: Any, kind: Quantisation) -> int:
-    """The bytes that a model's weights take once they are quantised.
+    """The bytes of a model's weights after quantisation.
 
     Args:
-        model: a transformers model, also on the ``meta`` device.
+        model: a transformers model; it may be on the ``meta`` device.
     """
     from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""A policy whose weights are shared among processes (FSDP2): each keeps a part, and gathers a block when it needs it.
+"""A policy whose weights are divided among processes (FSDP2): each has a part, and gathers a block when it needs it.
 
 Gradients are averaged over the processes, not summed.
 """
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def shard(policy: "Policy", mesh: "DeviceMesh") -> None:
-    """Share a policy's weights among the processes of a mesh. Every process has all of them before.
+    """Divide a policy's weights among the processes of a mesh. Before, every process has all of them.
 
-    Blocks and body gather their weights in their forward pass. The head has none: its weights are read, see
+    Blocks and body gather their weights in their forward pass. The head has no forward pass: its weights are read by
     :func:`gather_weight`.
     """
     from torch.distributed.fsdp import fully_shard
@@ -39,11 +39,11 @@ def shard(policy: "Policy", mesh: "DeviceMesh") -> None:
 
 def is_part(tensor: Tensor) -> bool:
     """Whether this process has only a part of a tensor."""
-    return hasattr(tensor, "full_tensor")  # a DTensor, whose module takes a while to import
+    return hasattr(tensor, "full_tensor")  # a DTensor; importing its module would take long
 
 
 def gather_weight(weight: Any) -> Tensor:
-    """All of a weight of which each process has a part; its gradient is averaged over them. Others stay as they are."""
+    """The whole of a weight divided among processes, with its gradient averaged over them; other weights unchanged."""
     if not is_part(weight):
         return weight  # type: ignore[no-any-return]
     from torch.distributed.tensor import Partial
@@ -58,10 +58,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gather_state(model: nn.Module, *, trained: bool) -> dict[str, Any]:
-    """All weights of a model, on the CPU of rank 0; every process has to call this.
+    """All weights of a model, on the CPU of rank 0; every process must call this.
 
     Args:
-        trained: only those that are trained.
+        trained: return only trained weights.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

@@ -1,4 +1,4 @@
-"""Show how a run ended: a narrow table with intervals, and what became better by how much."""
+"""Show the results of a run: a narrow table with intervals, and sentences about the changes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,10 +44,10 @@ def find_best(rows: Sequence[Mapping[str, Any]]) -> int | None:
 def sentences(
     rows: Sequence[Mapping[str, Any]], results: Mapping[str, Sequence[Mapping[str, float]]], best: int | None
 ) -> list[str]:
-    """Say of each measure how the last policy compares with the first, and which policy is marked.
+    """Return sentences: per measure, the last policy against the first; and which policy is marked.
 
     Args:
-        results: by metric, each policy's results by prompt; empty where there are none.
+        results: by metric, each policy's results by prompt; empty if there are none.
     """
     said = []
     over = ""

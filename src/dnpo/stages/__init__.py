@@ -1,1 +1,1 @@
-"""What each verb of the loop reads and writes."""
+"""The work of each verb of the loop: the files that it reads and writes."""

@@ -51,7 +51,7 @@ def agreement(
 
 
 def read_agreement(store: Store, judge_key: Mapping[str, Any], note: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Read a judge's agreement with people from the store: one entry for each set of rows, the newest of each.
+    """Read a judge's agreement with people from the store: for each set of rows, the newest entry.
 
     Args:
         judge_key: the judge's :func:`dnpo.settings.part_key`.

@@ -1,6 +1,6 @@
-"""What precedes the first iteration: encoding the data, fine-tuning, and teaching a judge.
+"""The stages before the first iteration: encode the data, fine-tune, and teach a judge.
 
-These are verbs like those in ``verbs.py``.
+The functions are verbs, as in ``verbs.py``.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ def _prompts_key(run: Run, plan: None) -> dict[str, Any]:
 
 @verb("prompts", 3, _prompts_key)
 def prepare(run: Run, plan: None, task: Task) -> Facts:
-    """Encode the prompts that fit the model, with their responses; write its tokenizer, and its weights if untrained.
+    """Encode the prompts that fit the model, with responses; write the tokenizer, and the weights of a new model.
 
-    The responses are the human ones, and the rejected ones of the data's own pairs, if there are any.
+    The responses are the human ones and, if the data have pairs, the rejected ones.
     """
     rows, facts = run.data.read()
     removed = [f"{n:,} {reason.replace('_', ' ')}" for reason, n in facts.get("removed", {}).items() if n]
@@ -146,7 +146,7 @@ def _encode_some(
         drop: whether rows with longer responses are dropped.
 
     Returns:
-        The prompts that fit, the human responses, the rejected ones of the data's own pairs, and counts.
+        The prompts that fit, the human responses, the rejected ones of pairs in the data, and counts.
     """
     from dnpo.policy.tokenizer import human_response
 
@@ -186,7 +186,7 @@ def _encode_some(
 def _encode_responses(
     policy: "Policy", rows: Sequence[Prompt], split: str, side: str
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids of prompts and of a response to each, the human or the rejected one; an error names the row."""
+    """Token ids of prompts and of a response to each (the human or the rejected one); an error names the row."""
     from dnpo.policy.tokenizer import encode, encode_many
 
     tokenizer, stop_ids = policy.tokenizer, policy.stop_ids

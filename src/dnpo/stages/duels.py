@@ -1,4 +1,4 @@
-"""Compare a model's samples with another model's, or with human responses, on the same prompts, by any judge.
+"""Let a judge compare a model's samples with another model's, or with human responses, on the same prompts.
 
 The other side's response takes the place of the human one. A judge that compares two responses is asked in both orders
 and gives the other side 50 points; a judge that scores single responses gives each its score. The higher score wins.
@@ -58,10 +58,10 @@ Responses = Mapping[tuple[str, int], Response]  # by prompt and number
 
 @verb("duels", 1, lambda run, plan: {"judge": part_key(run.judge)})
 def fight_duels(run: Run, plan: None, task: Task) -> Facts:
-    """Compare each sample for a held-out prompt with the other side's of the same number, or with the human response.
+    """Compare each sample for a held-out prompt with the other side's sample of that number, or the human response.
 
     The inputs are ``prompts`` and ``evaluation`` of the model, and ``their_prompts`` and ``their_evaluation`` of the
-    other one; without the latter two, the model is compared with the human responses.
+    other one; without these, the model is compared with the human responses.
     """
     inputs, split, samples = task.inputs, run.eval.split, run.eval.samples
     rows = read_split(inputs["prompts"], split)
@@ -79,7 +79,7 @@ def fight_duels(run: Run, plan: None, task: Task) -> Facts:
 
 
 def _read_samples(rows: Held, evaluation: Path, samples: int) -> Responses:
-    """Read the samples of an evaluation, by prompt and number; in its file they follow the greedy responses."""
+    """Read the samples of an evaluation, by prompt and number. In the file they are after the greedy responses."""
     count = len(rows.prompts)
     fresh = read(evaluation / "samples.parquet", Response)[count : count * (1 + samples)]
     return {(rows.prompts[i % count].id, i // count): response for i, response in enumerate(fresh)}
@@ -138,7 +138,7 @@ def write_duels(path: Path, rows: Sequence[Duel]) -> None:
 
 
 def read_duels(path: Path) -> list[Duel]:
-    """Read what :func:`write_duels` wrote."""
+    """Read duels from a file of :func:`write_duels`."""
     import pyarrow.parquet as pq
 
     return [Duel(**row) for row in pq.read_table(path).to_pylist()]
@@ -151,7 +151,7 @@ class DuelOutcome:
     Attributes:
         controlled: the win rate at the same length; None if it was not requested or cannot be computed.
         why: why it cannot be computed.
-        apart: mean disagreement between both orders, or between members of an ensemble; None if there are none.
+        apart: mean disagreement between both orders, or between members of an ensemble; None if there is neither.
     """
 
     wins: Wins

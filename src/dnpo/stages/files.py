@@ -1,6 +1,6 @@
-"""Read and write the files of stages: those that several have in common, and rows made shard by shard.
+"""Read and write files that several stages use, and make rows shard by shard.
 
-Memory holds one shard, and a killed run loses at most one.
+One shard is in memory, and a killed run loses at most one.
 """
 
 import json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
 SIZE = 4096  # prompts in a shard
-# What training reads of a pair; an objective that reads more has to add it.
+# Fields of a pair that training reads; an objective that reads more has to add them.
 TRAINED_ON = ("id", "prompt_ids", "chosen_ids", "rejected_ids", "strength", "weight", "shift")
 
 Part = TypeVar("Part")
@@ -36,13 +36,13 @@ def read_split(folder: Path, split: str) -> Held:
 
 
 def open_split(folder: Path, split: str) -> Held:
-    """The same as :func:`read_split`, read when it is used: for training prompts, which may be many."""
+    """The rows of :func:`read_split`, read only when they are used: there may be many training prompts."""
     prompts, human = folder / f"{split}.parquet", folder / f"{split}-human.parquet"
     return Held(Rows.open([prompts], Prompt), Rows.open([human], Response))
 
 
 def open_given(folder: Path, split: str) -> Rows[Response]:
-    """The rejected responses of the data's own pairs in a split; none if the data have no pairs."""
+    """The rejected responses of pairs in the data, in a split; none if the data have no pairs."""
     path = folder / f"{split}-given.parquet"
     return Rows.open([path] if path.is_file() else [], Response)
 
@@ -58,7 +58,7 @@ def open_train(plan: Plan, folder: Path) -> Held:
 
 
 def open_candidates(plan: Plan, inputs: Mapping[str, Path]) -> Sequence[Response]:
-    """An iteration's responses, in the order of its prompts: generated ones, or those that the data's pairs reject."""
+    """An iteration's responses, in the order of its prompts: generated ones, or the rejected ones of the data."""
     if "responses" in inputs:
         return Rows.open(sorted(inputs["responses"].glob("shard-*.parquet")), Response)
     used = set(column(open_train(plan, inputs["prompts"]).prompts, "id"))
@@ -67,7 +67,7 @@ def open_candidates(plan: Plan, inputs: Mapping[str, Path]) -> Sequence[Response
 
 
 def load_pairs(folder: Path) -> Sequence[Pair]:
-    """The pairs of a stage in memory: if they are many, without texts, as training reads only token ids and weights."""
+    """The pairs of a stage in memory; many pairs without texts, since training reads only token ids and weights."""
     pairs = Rows.open([folder / "pairs.parquet"], Pair)
     return list(pairs) if len(pairs) <= SIZE else pairs.load(TRAINED_ON)
 
@@ -121,7 +121,7 @@ def write_preferences(path: Path, pairs: Iterable[Pair]) -> None:
 
 
 def count_labels(folder: Path) -> dict[str, Any]:
-    """The counts of labelling, from the stage that labelled: a separate one, or a training that labels meanwhile."""
+    """The counts of labelling, from the stage that labelled: a separate one, or a training that also labels."""
     facts = manifest(folder)["facts"]
     counts: dict[str, Any] = facts.get("labels", facts)
     return counts
@@ -130,10 +130,10 @@ def count_labels(folder: Path) -> dict[str, Any]:
 def write_trained(
     policy: "Policy", history: list[dict[str, float]], folder: Path, earlier: Path | None
 ) -> dict[str, Any]:
-    """Write a trained policy and its step metrics; if training made no step, write the policy that it started from.
+    """Write a trained policy and its step metrics; if training made no step, write the policy that it began with.
 
-    Where several processes have trained it, one of them writes it, and the facts of the others are empty. The
-    checkpoint is removed last, so a stage that is killed while writing continues from it.
+    If several processes have trained it, one of them writes it, and the facts of the others are empty. The checkpoint
+    is removed last, so a stage that is killed while it writes continues from the checkpoint.
     """
     from dnpo.optimise.training import discard_checkpoint
 
@@ -159,14 +159,14 @@ def write_trained(
 
 
 class Shards:
-    """The shards of one file, or of several that belong together. Once all are made, they become one file each.
+    """The shards of a file, or of several files of the same rows. When all shards are made, each file is joined.
 
-    Until then they lie in ``shards/NAME``. A shard has a file with its facts, which is written last. What says that all
-    are made is a hidden file, which the store removes when it closes the folder.
+    Until then they are in ``shards/NAME``. A shard has a file with its facts, which is written last. A hidden file
+    shows that all are made; the store removes it when it closes the folder.
 
     Args:
         folder: the stage's folder.
-        name: the name of the shards, which differs from others in the folder.
+        name: the name of the shards, unique in the folder.
         kinds: the types of rows, by the names of the files.
     """
 
@@ -180,11 +180,11 @@ class Shards:
         return len(self._read_all() if self._all.is_file() else list(self._shards.glob("*.json")))
 
     def make(self, parts: Iterable[Part], work: Callable[[Part], Shard]) -> list[Facts]:
-        """Make the shards that are not there, join them, and return the facts of all.
+        """Make the missing shards, join all, and return the facts of each.
 
         Args:
-            parts: what each shard is made of; looked at only if some shard is missing.
-            work: makes the rows of a shard, by file, and its facts, which must be plain values.
+            parts: the input of each shard; read only if a shard is missing.
+            work: returns the rows of a shard by file, and its facts, which must be plain values.
         """
         if not self._all.is_file():
             self._shards.mkdir(parents=True, exist_ok=True)
@@ -225,11 +225,11 @@ class Shards:
 
 
 class Candidates(NamedTuple):
-    """Prompts of a shard, with what belongs to them.
+    """The prompts of a shard, with their rows of other sequences.
 
     Attributes:
         held: the prompts, with the human responses.
-        others: of each further sequence the rows with the ids of these prompts.
+        others: for each further sequence, its rows with the ids of these prompts.
     """
 
     held: Held
@@ -266,14 +266,14 @@ def divide(train: Held, size: int, *others: Iterable[Any]) -> Iterator[Candidate
 
 
 class _Following:
-    """Rows in the order of prompts, handed out shard by shard."""
+    """Rows in the order of prompts, returned shard by shard."""
 
     def __init__(self, rows: Iterable[Any]) -> None:
         self._rows = iter(rows)
         self.next = next(self._rows, None)
 
     def up_to(self, ids: set[str]) -> list[Any]:
-        """The next rows, as long as they have one of these ids."""
+        """The next rows, up to the first whose id is not among these."""
         found = []
         while self.next is not None and self.next.id in ids:
             found.append(self.next)
@@ -282,11 +282,10 @@ class _Following:
 
 
 class Portion:
-    """Reports the progress of a shard as a part of the stage's.
+    """Reports the progress of a shard as part of the stage's progress.
 
     Args:
-        report: the stage's.
-        rows: the number of rows in the shard, in the stage's unit.
+        report: receives the stage's progress. rows: the number of rows in the shard, in the stage's unit.
     """
 
     def __init__(self, report: Report, rows: int) -> None:
@@ -319,7 +318,7 @@ class Portion:
 
 
 def split_by_source(rows: Rows[Any], source: str) -> tuple[Rows[Any], Rows[Any]]:
-    """The rows of a source, and those of others."""
+    """The rows of one source, and all other rows."""
     sources = column(rows, "source")
     own = [i for i, each in enumerate(sources) if each == source]
     return rows.take(own), rows.take([i for i, each in enumerate(sources) if each != source])

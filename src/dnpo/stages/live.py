@@ -1,8 +1,8 @@
-"""Training on what the policy generates while it is trained: rollouts, their judging and labelling, between steps.
+"""Train on responses that the policy gives during training: between steps they are judged and labelled.
 
-The functions are the same as in the stages that otherwise precede training: ``generate``, ``judge``, ``label`` and
-``reference``. Each rollout is written to a file before a checkpoint can refer to it, and is read again after a kill. At
-the end of training, these files are joined into one of responses and one of pairs.
+The functions are the same as in the stages ``generate``, ``judge``, ``label`` and ``reference``, which otherwise
+precede training. Each rollout is written to a file before a checkpoint can refer to it, and is read again after a kill.
+At the end of training, these files are joined into one of responses and one of pairs.
 """
 
 import json
@@ -33,18 +33,17 @@ if TYPE_CHECKING:
     from dnpo.optimise.npo import NoiseModule
     from dnpo.policy.model import Policy
 
-PAIRS = "pairs"  # folder of files by rollout, and the name of the file that they become
+PAIRS = "pairs"  # folder of files by rollout, and name of the file into which they are joined
 COUNTED = ("pairs", "flipped", "identical", "unscored", "repeated", "tied", "wrong", "segments", "redrawn", "dropped")
 
 
 class PairSource:
-    """Makes pairs of rollouts; implements :class:`dnpo.optimise.live.Source`.
+    """Makes pairs from rollouts; implements :class:`dnpo.optimise.live.Source`.
 
     Args:
         responder: makes the rollouts.
-        plan: says how they are labelled.
-        judge: compares the sides of a pair, if strengths are asked for.
-        frozen: the reference; None if none is read, or if it is computed at use.
+        plan: decides how they are labelled. judge: compares the sides of a pair, if the strengths need it.
+        frozen: the reference; None if none is read, or if its numbers are computed in the training step.
         folder: the training's folder.
     """
 
@@ -68,7 +67,7 @@ class PairSource:
         self.responder.ask(rollout)
 
     def check(self, rollouts: int) -> None:
-        """Check that the files of the first ``rollouts`` rollouts are there."""
+        """Check that the files of the first ``rollouts`` rollouts exist."""
         self.responder.check(rollouts)
         require([self._file(rollout) for rollout in range(rollouts)])
 
@@ -117,7 +116,7 @@ class PairSource:
         return self.measured[rollout]
 
     def describe(self, rollout: int) -> str:
-        """How many responses were judged, and how many will be at most."""
+        """The number of judged responses, and its maximum at the end."""
         return f"{self.judged:,} of at most {self.most:,} responses judged" if self.judged else ""
 
     def explain(self) -> str:
@@ -143,7 +142,7 @@ def _read_facts(path: Path) -> Any:
     """Read the facts of a rollout.
 
     Raises:
-        StoreError: the file is damaged, or gone.
+        StoreError: the file is damaged or missing.
     """
     try:
         return json.loads(path.read_text())
@@ -156,7 +155,8 @@ def describe(responses: Sequence[Rollout], rows: "Sequence[Scored]") -> dict[str
     """Describe the policy by a rollout: mean score, entropy by token, and divergence from the reference.
 
     The entropy is the mean of −log p over generated tokens, the divergence the mean of log p − log p_r over the
-    generated sides of the pairs; both are estimates for samples at temperature 1, and show trends otherwise.
+    generated sides of the pairs; both are estimates for samples at temperature 1; for other samples they only show
+    trends.
     """
     own = [row for row in responses if row.source != HUMAN and row.logprob is not None]
     scores = [row.score for row in own if row.score is not None]
@@ -198,14 +198,14 @@ def train_on_pairs(
     noise: "NoiseModule",
     seed: int,
 ) -> tuple[list[dict[str, float]], Facts]:
-    """Train the policy in place on pairs of its own rollouts, and write these pairs.
+    """Train the policy in place on pairs made from its rollouts, and write these pairs.
 
     Args:
         train: the iteration's prompts, with the human responses.
-        policy: the policy; with LoRA it has its fresh adapter.
+        policy: the policy; with LoRA it already has a new adapter.
         judge: scores responses, or compares pairs, if the plan asks for either.
         frozen: the reference; None if none is read, or if it is the average.
-        average: the moving average of the policy, if it is read.
+        average: the moving average of the policy's weights, if it is read.
         noise: noise on the reference.
         seed: seed of the draws and of the noise.
 
@@ -257,9 +257,9 @@ def count_tokens(pair: Pair) -> int:
 
 
 def clear(folder: Path) -> None:
-    """Remove the files by rollout, once the trained policy is written and no checkpoint names them any more.
+    """Remove the files by rollout, after the trained policy is written and no checkpoint names them.
 
-    The pairs are removed first, since they can be made again from the rollouts. Each folder is removed as a whole, so
+    The pairs are removed first, since they can be made again from the rollouts. Each folder is removed in one step, so
     that a training that is killed meanwhile begins again with consistent files.
     """
     for name in (PAIRS, ROLLOUTS):
@@ -271,7 +271,7 @@ def clear(folder: Path) -> None:
 
 
 class ResponseSource:
-    """Makes scored responses for trainings that make no pairs of them; implements :class:`dnpo.optimise.live.Source`.
+    """Makes scored responses for trainings without pairs; implements :class:`dnpo.optimise.live.Source`.
 
     Args:
         responder: makes the rollouts.
@@ -290,7 +290,7 @@ class ResponseSource:
         self.responder.ask(rollout)
 
     def check(self, rollouts: int) -> None:
-        """Check that the first ``rollouts`` rollouts are there."""
+        """Check that the first ``rollouts`` rollouts exist."""
         self.responder.check(rollouts)
 
     def take(self, rollout: int, first: int, step: int) -> list[Rollout]:
@@ -302,7 +302,7 @@ class ResponseSource:
         return describe(self.responder.take(rollout, 0), [])
 
     def describe(self, rollout: int) -> str:
-        """How many responses were judged, and how many will be."""
+        """The number of judged responses, and its value at the end."""
         return f"{self.responder.count_until(rollout + 1):,} of {self.responder.most:,} responses judged"
 
     def explain(self) -> str:
@@ -321,7 +321,7 @@ def train_on_responses(
     frozen: "Policy | None",
     seed: int,
 ) -> tuple[list[dict[str, float]], Facts]:
-    """Train the policy in place on scored responses, by the objective's own training.
+    """Train the policy in place on scored responses, by the training that the objective brings.
 
     Args:
         train, policy, judge, seed: as in :func:`train_on_pairs`.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dnpo.generate import Sampling
 
 METRICS = "metrics.json"
-SECOND = {"judge": "second_judge"}  # its errors name the setting judge=…, here second_judge=…
+SECOND = {"judge": "second_judge"}  # errors of a judge name the setting judge=…, which is second_judge=… here
 
 
 def measure(

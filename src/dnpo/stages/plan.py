@@ -44,10 +44,10 @@ class RunSettings:
         iterations: number of iterations; they are numbered from 0.
         seed: seed of all random draws.
         sft_rows: number of training rows for fine-tuning only; the iterations use the others. 0: both use all rows.
-        start: whose weights training begins with; see :class:`Plan`.
-        reference: what the reference is frozen at; see :class:`Plan`.
+        start: the policy whose weights training begins with; see :class:`Plan`. reference: the policy that is the
+            reference; see :class:`Plan`.
         acts_from: the iteration at which labels by score and noise start; ``last`` is the run's last. It is the default
-            of ``dsl.start`` and ``npo.start``, and affects results only through them.
+            of ``dsl.start`` and ``npo.start``, and has no other effect.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: number of torch's CPU threads.
         store: folder of finished stages (setting ``store.root``).
@@ -55,8 +55,8 @@ class RunSettings:
         verify: how finished stages are checked at their first use: by ``digests`` (every file is read once) or
             ``sizes``.
         ledger: file of judge calls, so that none is paid for twice.
-        plan: list the stages, whether they are stored and what the judge would cost, and run nothing.
-        check: run the checks that precede a run, and nothing else.
+        plan: only list the stages, whether they are stored and what the judge would cost.
+        check: only run the checks that precede a run.
         wide: show all columns of the results at the end.
     """
 
@@ -82,24 +82,21 @@ BEFORE = -1  # in place of an iteration's number, for the stages before the firs
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts in force at iteration ``k``; labels by score and noise are off before their start.
+    """The parts of iteration ``k``; labels by score and noise are off before their start.
 
     Attributes:
-        start: whose weights training begins with: the ``previous`` iteration's policy, the ``initial`` one (after
-            fine-tuning), or the ``base`` model (before it).
-        prompts: which training prompts the iteration uses.
-        rollout: who responds to them, and how often.
-        judge: what the responses are worth.
-        dsl: which pairs are made of them.
-        strength: how sure their labels are.
-        curriculum: what is trained on, and with what weights.
-        ema: a moving average of the policy in training, for those that read it.
-        reference: what the reference is frozen at: the policy that training starts from (``start``), the ``initial``
-            one, or ``none``. ``ema`` is not frozen: it is the moving average.
+        start: the policy whose weights training begins with: the ``previous`` iteration's, the ``initial`` one (after
+            fine-tuning), or the ``base`` model (before fine-tuning).
+        prompts: chooses the training prompts. rollout: decides how and when the policy responds to them. judge: scores
+            the responses. dsl: makes pairs from them. strength: computes how sure the pairs' labels are. curriculum:
+            chooses and weighs the pairs to train on.
+        ema: a moving average of the policy's weights in training, for parts that read it.
+        reference: the policy that is the reference: the one that training starts from (``start``), the ``initial`` one,
+            the moving average of the weights (``ema``), or ``none``.
     """
 
     k: int
-    rollout: "Ahead | Given"  # Live is a kind of Ahead
+    rollout: "Ahead | Given"  # Live is a subclass of Ahead
     judge: "Judge"
     dsl: "Labeller"
     objective: "Objective"
@@ -124,7 +121,7 @@ class Plan:
 
     @property
     def makes_pairs(self) -> bool:
-        """Whether pairs are made at all; some objectives learn from scored responses."""
+        """Whether pairs are made; some objectives learn from scored responses instead."""
         return not hasattr(self.objective, "train")
 
     @property
@@ -135,14 +132,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """A whole run: the parts that stay the same, and a plan for each iteration.
+    """A whole run: the parts that all iterations share, and a plan for each iteration.
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        generate: how policies sample when they are measured.
+        generate: how policies sample in evaluations.
         judge: gives the scores of evaluations; labels may have another judge, see :class:`Plan`.
         sft_rows: number of training rows for fine-tuning only; 0: it uses the same rows as the iterations.
-        augment: what a copy of the initial policy is taught before it judges.
+        augment: how a copy of the initial policy is taught before it judges.
         ranks: number of processes that share the work of a stage.
     """
 
@@ -197,9 +194,10 @@ class Iteration:
     Attributes:
         k: its number; ``BEFORE`` for fine-tuning.
         policy: the policy that it trained.
-        taught: before the first iteration, the policy that can judge: a copy taught to judge, or the policy itself.
-        labelled: the pairs that it made; the training itself if they are made in training.
-        pairs: the pairs that it trained on: the same ones, unless there is a curriculum.
+        taught: before the first iteration, the policy that judges can ask: a copy taught to judge, or the policy
+            itself.
+        labelled: the stage of the pairs that it made; this is the training if they are made in training. pairs: the
+            stage of the pairs that it trained on: ``labelled``, unless there is a curriculum.
         like: the training whose noise this one matches.
     """
 
@@ -220,7 +218,7 @@ class Iteration:
     def stages(self) -> list[Stage]:
         """The iteration's own stages, in the order in which they run."""
         first = [self.prompts] if self.k == BEFORE else []
-        labelled = self.labelled if self.labelled is not self.policy else None  # pairs that were made in training
+        labelled = self.labelled if self.labelled is not self.policy else None  # the pairs come from rollouts
         arranged = None if self.pairs is self.labelled or self.pairs is self.policy else self.pairs
         data = [*first, self.responses, self.verdicts, labelled, arranged]
         lessons = self.taught if self.taught is not self.policy else None
@@ -269,14 +267,14 @@ def verb(
     reads: Callable[[Any], Collection[str]] | None = None,
     shared: bool = False,
 ) -> Callable[[Callable[[Run, Any, Task], Facts]], Verb]:
-    """Turn a function that does the work of a stage into one that lays the stage out.
+    """Turn a function that does the work of a stage into a function that lays the stage out.
 
     Args:
         name: name of the stage and of its folder in the store.
         version: must be raised whenever a change of the code changes results.
-        settings: gives the settings of run and plan that decide the result, as plain values for the key.
+        settings: returns the settings of run and plan that determine the result, as plain values for the key.
         title: the stage's title for people; by default its name.
-        reads: gives the names of the inputs that a plan reads; by default all that ``loop.py`` passes.
+        reads: returns the names of the inputs that a plan reads; by default all inputs that ``loop.py`` passes.
         shared: whether several processes can share the work, see ``ranks.py``.
     """
 
@@ -305,7 +303,7 @@ def verb(
 
 
 def only_if(needed: Callable[[Plan], bool]) -> Callable[[Verb], OptionalVerb]:
-    """Make a verb one that lays out nothing for a plan that does not need it."""
+    """Make a verb optional: for a plan that does not need it, it lays out nothing."""
 
     def decorate(lay_out: Verb) -> OptionalVerb:
         @wraps(lay_out)

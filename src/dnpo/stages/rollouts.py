@@ -1,4 +1,4 @@
-"""The responses of a training that generates them meanwhile: one rollout after another, each judged at once.
+"""The responses that a policy gives during its training: one rollout after another, each judged at once.
 
 Every rollout is one file in the training's folder, written before a checkpoint can name it and read again after a kill.
 """
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from dnpo.evaluate import Held
     from dnpo.policy.model import Policy
 
-ROLLOUTS = "rollouts"  # folder of files by rollout, and the name of the file that they become
+ROLLOUTS = "rollouts"  # folder of files by rollout, and name of the file into which they are joined
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Which prompts each rollout responds to: passes over all prompts, each in a new order.
+    """The prompts of each rollout: successive parts of passes over all prompts, each pass in a new order.
 
     Args:
         prompts: number of prompts.
@@ -68,10 +68,10 @@ class Responder:
     Args:
         how: how the policy responds, and when.
         train: the iteration's prompts, with the human responses.
-        writer: the policy that responds, as it is at that moment.
+        writer: the policy that responds, with its weights at that moment.
         judge: scores the responses; None if they need no scores.
         admits_human: whether the human responses are judged too.
-        total: number of rollouts of the whole training.
+        total: number of rollouts in the whole training.
         ledger: stores the judge's replies.
         source: ``source`` of the responses.
         limit: maximum number of completion tokens.
@@ -104,7 +104,7 @@ class Responder:
         self.waiting: dict[int, Future[list[Verdict]]] = {}
         self.meanwhile: Meanwhile | None = None
         self.folder.mkdir(exist_ok=True)
-        done = read_all(sorted(self.folder.glob("*.parquet")), Rollout)  # by a training that was killed
+        done = read_all(sorted(self.folder.glob("*.parquet")), Rollout)  # made by a training that was killed
         self.unscored = [row.reason for row in done if row.score is None]
 
     @property
@@ -126,7 +126,7 @@ class Responder:
         return Held([self.train.prompts[i] for i in numbers], [self.train.human[i] for i in numbers])
 
     def ask(self, rollout: int) -> None:
-        """Let the policy respond, and the judge begin if it works in the background."""
+        """Let the policy respond, and start the judge if it works in the background."""
         if self.has(rollout):
             return
         responses = self._respond(rollout)
@@ -137,7 +137,7 @@ class Responder:
         """The scored responses of a rollout: human ones if they are judged, then the policy's.
 
         Args:
-            step: the policy step before which the policy responded.
+            step: the policy step that followed when the policy responded.
         """
         path = self._file(rollout)
         if path.is_file():
@@ -199,7 +199,7 @@ class Responder:
         return read(path, Response)
 
     def count(self, rollout: int) -> dict[str, int]:
-        """How many segments a rollout has, and how many were drawn again or dropped."""
+        """The numbers of a rollout's segments, of repeated draws and of dropped segments."""
         path = self._counts(rollout)
         counts: dict[str, int] = json.loads(path.read_text()) if path.is_file() else {}
         return counts
@@ -221,7 +221,7 @@ class Responder:
         self.waiting[rollout] = self.meanwhile.ask(self.prompts(rollout).prompts, candidates)
 
     def close(self) -> None:
-        """End what judges in the background."""
+        """End the judge's process in the background."""
         if self.meanwhile is not None:
             self.meanwhile.close()
 
@@ -297,7 +297,7 @@ def as_verdict(row: Rollout) -> Verdict:
 
 
 class Within:
-    """Reports work that is repeated within a stage: each note is passed on once, and progress not at all."""
+    """Reports work that is repeated within a stage: each note is passed on once, progress is not."""
 
     def __init__(self, report: Report) -> None:
         self.report = report

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from dnpo.policy.model import Policy
 
 
-COMPARE = "compare_pairs"  # the method of judges that compute how probably one response is better than another
+COMPARE = "compare_pairs"  # method of judges that compute the probability that one response is better than another
 
 
 @only_if(lambda plan: plan.rollout.generates and not plan.rollout.live)
@@ -80,7 +80,7 @@ def generate(run: Run, plan: Plan, task: Task) -> Facts:
 
 
 def _engines(policy: "Policy", task: Task) -> "Engines":
-    """What samples the policy's responses in a stage."""
+    """The engines that sample the policy's responses in a stage."""
     from dnpo.generate.engines import Engines
 
     saved = task.inputs["policy"] / "policy" if "policy" in task.inputs else None
@@ -88,12 +88,12 @@ def _engines(policy: "Policy", task: Task) -> "Engines":
 
 
 def _selection(plan: Plan) -> dict[str, Any]:
-    """The part of a key that says which prompts an iteration uses; nothing if it uses all."""
+    """The part of a key for the iteration's choice of prompts; empty if it uses all."""
     return {} if isinstance(plan.prompts, All) else {"prompts": part_key(plan.prompts)}
 
 
 def _given(plan: Plan) -> dict[str, Any]:
-    """The part of a key that replaces generated responses; nothing if responses are generated."""
+    """The part of a key that replaces generated responses; empty if responses are generated."""
     return {} if plan.rollout.generates else {**_selection(plan), "iteration": plan.k}
 
 
@@ -126,7 +126,7 @@ def judge(run: Run, plan: Plan, task: Task) -> Facts:
     try:
         check_verdicts(judge, verdicts, task.report)
     except JudgeError:
-        made.discard()  # what lacks a score is asked again
+        made.discard()  # responses without a score are judged again
         raise
     return tally(verdicts)
 
@@ -135,7 +135,7 @@ def _ready(run: Run, plan: Plan, task: Task, policy: "Policy | None" = None) -> 
     """The judge with the policies that it reads, if it reads any.
 
     Args:
-        policy: the current policy, if it is at hand.
+        policy: the current policy, if it is loaded.
     """
     known = {} if policy is None else {"policy": policy}
     found = {name: known.get(name) or run.policy(task.inputs, name) for name in sorted(plan.judge.reads_policies)}
@@ -156,7 +156,7 @@ def _ready(run: Run, plan: Plan, task: Task, policy: "Policy | None" = None) -> 
     reads=lambda plan: {"prompts", "responses", "verdicts", *(plan.judge.reads_policies if plan.strength.asks else ())},
 )
 def label(run: Run, plan: Plan, task: Task) -> Facts:
-    """Label pairs: which response is chosen, which is rejected, and how sure that is.
+    """Label pairs: decide which response is chosen and which is rejected, and compute how sure the label is.
 
     Raises:
         DataError: no pair is left.
@@ -261,7 +261,7 @@ def keep_hidden(run: Run, plan: Plan, task: Task) -> Facts:
     rows = load_pairs(task.inputs["pairs"])
     mode, both = cache_mode(plan)
     if mode == "auto" and plan.trainer.passes(len(rows)) <= 1:
-        raise Declined  # a single epoch reads nothing twice
+        raise Declined  # in a single epoch nothing is read twice
     start = run.policy(task.inputs)
     facts = reference.keep_hidden(
         start,
@@ -291,7 +291,7 @@ def _training_key(run: Run, plan: Plan) -> dict[str, Any]:
 
 
 def _live_key(plan: Plan) -> dict[str, Any]:
-    """The settings that decide the pairs that are made in training."""
+    """The settings that determine the pairs made in training."""
     asked = plan.judges or plan.strength.asks
     return {
         "rollout": part_key(plan.rollout),
@@ -339,7 +339,7 @@ def _train_on_given(
     rows = load_pairs(inputs["pairs"])
     reference = read_scores(inputs["reference"], len(rows)) if "reference" in inputs else None
     expected = None
-    if reference is None or plan.reference != "start":  # the check of step 0 needs the policy's numbers before training
+    if reference is None or plan.reference != "start":  # the check before the first step needs the policy's numbers
         how = (plan.trainer, plan.objective)
         expected = preference.score_first(start, rows, *how, seed=seed, folder=task.folder)
     start.model = run.model.lora.on(start.model, derive(seed, "adapter"))
@@ -369,7 +369,7 @@ def _train_on_given(
 def _train_live(run: Run, plan: Plan, task: Task, start: "Policy", seed: int) -> tuple[list[dict[str, float]], Facts]:
     """Train on what the policy generates in training."""
     opened = open_train(plan, task.inputs["prompts"])
-    train = opened._replace(prompts=list(opened.prompts), human=list(opened.human))  # read in another order
+    train = opened._replace(prompts=list(opened.prompts), human=list(opened.human))  # rollouts read it in another order
     judge = _ready(run, plan, task, start) if plan.judges or plan.strength.asks else plan.judge
     start.model = run.model.lora.on(start.model, derive(seed, "adapter"))
     frozen = None
@@ -383,7 +383,7 @@ def _train_live(run: Run, plan: Plan, task: Task, start: "Policy", seed: int) ->
 
 
 def _make(noise: "Noise", policy: "Policy") -> "NoiseModule":
-    """Noise on a reference of the policy's size."""
+    """Make noise on a reference of the policy's size."""
     entries, width = policy.head.weight_VH.shape
     return noise.module(width, entries)
 
@@ -399,12 +399,12 @@ def _average(plan: Plan, policy: "Policy") -> "Average | None":
 
 
 def reads_frozen(plan: Plan) -> bool:
-    """Whether a training reads more of its reference than log-probabilities: hidden states, for noise or the loss."""
+    """Whether a training reads hidden states of its reference, for noise or the loss, besides log-probabilities."""
     return plan.npo.reads_states or getattr(plan.objective, "needs_states", False)
 
 
 def _same_weights(folder: Path, policy: "Policy | None") -> None:
-    """Check that an input was made by the reference's weights, if these are loaded."""
+    """Check that an input was made with the reference's weights, if these are loaded."""
     made_by = manifest(folder)["facts"]["weights"]
     if policy is not None and made_by != policy.fingerprint():
         raise DnpoError(
@@ -414,7 +414,7 @@ def _same_weights(folder: Path, policy: "Policy | None") -> None:
 
 
 def _mean_shift(folder: Path) -> float:
-    """By how much noise lowered the reference's log-probability of rejected responses, averaged over training steps."""
+    """The mean decrease, over training steps, of the reference's log-probability of rejected responses by noise."""
     steps = json.loads((folder / "steps.json").read_text())
     return mean_over_steps(steps, "npo/shift") if steps else 0.0
 
@@ -431,7 +431,7 @@ def find_aids(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pairs:
 
 
 def match(run: Run, plan: Plan, *, prompts: Stage, pairs: Stage | None, **others: Stage | None) -> Stage | None:
-    """Lay out the training whose mean shift ``plan.npo`` matches, if any; a run with that noise shares the stage."""
+    """Lay out the training whose mean shift ``plan.npo`` matches, if any. A run with that noise has the same stage."""
     noisy = with_matched_noise(plan)
     if noisy is None:
         return None
@@ -441,7 +441,7 @@ def match(run: Run, plan: Plan, *, prompts: Stage, pairs: Stage | None, **others
 
 
 def with_matched_noise(plan: Plan) -> Plan | None:
-    """The same plan with the noise that its ``npo`` matches; None if it matches none."""
+    """The same plan with the noise that its ``npo`` matches; None if it matches no other noise."""
     like = plan.npo.like
     return None if like is None else replace(plan, npo=like)
 
@@ -462,7 +462,7 @@ def _evaluation_key(run: Run, plan: Plan | None) -> dict[str, Any]:
 
 
 def sampling_of(run: Run, plan: Plan | None) -> "Sampling":
-    """How to sample new responses to training prompts: like the rejected ones, with which they are compared."""
+    """How to sample new responses to training prompts: like the rejected responses, since both are compared."""
     from dnpo.generate import Ahead, Live
 
     if plan is None or not isinstance(plan.rollout, Ahead):

@@ -1,7 +1,7 @@
-"""Check that the words of a plan go together, before anything is computed.
+"""Check that the parts of a plan can be combined, before anything is computed.
 
-Each place of an iteration can have any part (see :class:`dnpo.stages.plan.Plan`), but some combinations have no
-meaning. The data, which are read later, are checked by the gate.
+Each attribute of a plan can have any part (see :class:`dnpo.stages.plan.Plan`), but some combinations have no meaning.
+The gate checks the data, which are read later.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def check_words(plans: Sequence[Plan], model: "ModelPart", never: "Noise | None" = None) -> None:
-    """Refuse plans whose words contradict each other.
+    """Refuse plans whose parts contradict each other.
 
     Args:
         plans: the plans of all iterations.
         model: the model that the run begins with.
-        never: noise that is configured, but would start only after the last iteration.
+        never: configured noise that would start only after the last iteration.
 
     Raises:
         SettingsError: names the settings.
@@ -46,7 +46,7 @@ def check_words(plans: Sequence[Plan], model: "ModelPart", never: "Noise | None"
 
 
 def check_quantised(run: Run) -> None:
-    """Refuse what quantised weights do not go together with.
+    """Refuse settings that cannot be combined with quantised weights.
 
     Raises:
         SettingsError: names the settings.
@@ -87,7 +87,7 @@ def _check_average(plan: Plan, plans: Sequence[Plan]) -> None:
     if plan.reads_average and not plan.ema.on:
         who = "rollout.by=ema" if getattr(plan.rollout, "by", "") == "ema" else "reference=ema"
         raise SettingsError(f"{who}: there is no moving average of the weights; take ema=on")
-    if plan.ema.on and not any(each.reads_average for each in plans):  # some iterations may have no use for it
+    if plan.ema.on and not any(each.reads_average for each in plans):  # some iterations may not need it
         raise SettingsError(
             f"ema=on: nothing reads the moving average (reference={plan.reference}, and the policy responds); take "
             "reference=ema with an objective that reads a reference, rollout=live rollout.by=ema, or ema=off"
@@ -95,7 +95,7 @@ def _check_average(plan: Plan, plans: Sequence[Plan]) -> None:
 
 
 def _check_live(plan: Plan) -> None:
-    """Refuse parts that need all pairs before training if pairs are made in training, and the reverse."""
+    """If pairs are made in training, refuse parts that need all pairs before it; also the reverse."""
     how, objective = plan.rollout, type(plan.objective).__name__
     if not isinstance(how, Live):
         if not plan.makes_pairs:
@@ -146,7 +146,7 @@ def _check_live(plan: Plan) -> None:
 
 
 def _check_rewards(plan: Plan) -> None:
-    """Refuse parts that an objective on scored responses has no use for, and judges without scores of single texts."""
+    """For an objective on scored responses, refuse parts without effect and judges without scores of single texts."""
     objective, judge = type(plan.objective).__name__, type(plan.judge).__name__
     if not plan.judge.gives_scores or plan.judge.only_compares:
         what = "compares responses with each other" if plan.judge.gives_scores else "gives no scores"
@@ -182,7 +182,7 @@ def _check_rewards(plan: Plan) -> None:
 
 
 def _say(value: Any) -> str:
-    """A value in the form in which it is set."""
+    """A value as it is written in a setting."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -224,7 +224,7 @@ def _check_judge(plan: Plan) -> None:
 
 
 def _check_scores(plan: Plan) -> None:
-    """Refuse parts that read differences of scores as rewards, if scores are points from 0 to 100 or missing."""
+    """Refuse parts that read differences of scores as rewards if scores are points or missing."""
     readers = {"strength": plan.strength.reads_scores, "curriculum": plan.curriculum.needs_scores}
     for name in (name for name, reads in readers.items() if reads):
         what = f"{type(getattr(plan, name)).__name__} reads the difference of two responses' scores as a reward in nats"
@@ -260,7 +260,7 @@ def _check_objective(plan: Plan) -> None:
 
 
 def judge_of(evaluation: "Evaluation", plans: Sequence[Plan]) -> "Judge":
-    """The judge of evaluations: ``eval.judge``, else the last iteration's if its scores say how good texts are."""
+    """The judge of evaluations: ``eval.judge``, else the last iteration's judge if its scores measure quality."""
     from dnpo.judges.off import NoJudge
 
     if evaluation.judge is not None:

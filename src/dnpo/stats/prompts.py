@@ -1,4 +1,4 @@
-"""Results by held-out prompt: the mean of a policy, and its change from another, each with its interval over prompts.
+"""Results by held-out prompt: a policy's mean, and its change from another policy, with intervals over prompts.
 
 Screen and report use these, so that they show the same numbers.
 """
@@ -20,7 +20,7 @@ def by_prompt(items: "pa.Table", kind: str, column: str) -> dict[str, float]:
     Args:
         items: rows of :class:`dnpo.records.Item`.
         kind: the kind of responses that count: ``human``, ``greedy`` or ``sample``.
-        column: what is averaged, such as ``score``.
+        column: the column to average, such as ``score``.
     """
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -1,7 +1,7 @@
 """An engine behind a server that generates, such as vLLM: its settings, configured by ``generate=server``.
 
-It speaks ``/v1/completions`` with token ids in both directions, so training reads exactly the sampled tokens.
-``session.py`` asks it for the responses of a stage, ``reading.py`` reads its replies, ``launching.py`` starts it.
+Requests and replies of ``/v1/completions`` have token ids, so training reads exactly the sampled tokens. ``session.py``
+asks it for the responses of a stage, ``reading.py`` reads its replies, ``launching.py`` starts it.
 """
 
 import shlex
@@ -24,23 +24,23 @@ class Server:
     Args:
         launch: the command that starts it, with ``{policy}`` for a folder with the policy's weights and ``{port}`` for
             a free port. A stage starts it when it first needs it, and ends it.
-        base_url: the address of a running server, including ``/v1``. It must have the policy that responds, so a run in
-            which several policies respond needs ``launch``. Give either this or ``launch``.
-        model: its name at the server; None takes the only one.
-        version: any text. Change it when the engine changes, so that responses of the old one are not reused.
+        base_url: the address of a running server, including ``/v1``. It must have the policy that responds, so a run
+            with several responding policies needs ``launch``. Give either this or ``launch``.
+        model: name of the model at the server; None: its only model.
+        version: any text. Change it when the engine changes, so that responses of the old engine are not reused.
         key_from: environment variable with the key; vLLM reads the same one. A server may need none.
         headers: further headers, each with the environment variable that holds its value.
         concurrency: maximum number of requests in flight, each of them for all responses to a prompt.
         timeout: seconds of one attempt.
         deadline: seconds from the first attempt at a request to the last.
         start_timeout: seconds until a launched server answers.
-        max_mean_difference: mean difference of log-probabilities, engine against this process, in nats per token, above
-            which a stage stops.
-        max_difference: the same for the largest difference of a token; None for no limit.
+        max_mean_difference: maximum mean difference of log-probabilities between engine and this process, in nats per
+            token; above it a stage stops.
+        max_difference: maximum difference of a single token; None: no limit.
 
     Raises:
-        SettingsError: settings that contradict each other, an address with a secret in it, or a command without the
-            two places.
+        SettingsError: settings that contradict each other, an address with a secret in it, or a command without the two
+            placeholders.
     """
 
     launch: str | None = neutral(None)
@@ -91,5 +91,5 @@ class Server:
 
     @property
     def key_problem(self) -> str | None:
-        """What is wrong with the keys in the environment; None if they can be sent."""
+        """Why the keys in the environment cannot be sent; None if they can."""
         return find_bad_key(PART, "generate=server", self.key_from, self.headers or {})

@@ -16,7 +16,7 @@ from dnpo.generate.server.reading import Asked, Reply, Unfinished, read_reply
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-Request = Mapping[str, Any]  # the body, but for the model's name
+Request = Mapping[str, Any]  # the body, without the model's name
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Asker:
         launched: the server, if the stage has started it.
         model: its model's name.
         stops: tokens that end a completion.
-        vocabulary: number of tokens that there are.
+        vocabulary: size of the policy's vocabulary.
     """
 
     server: Server
@@ -40,11 +40,11 @@ class Asker:
     vocabulary: int
 
     def ask(self, requests: Mapping[int, Request], note: Callable[[int, Reply], None]) -> dict[int, Reply]:
-        """Ask until everything is answered.
+        """Send requests until all are answered.
 
         Args:
             requests: the requests by number.
-            note: called with every reply as it comes.
+            note: called with every reply when it arrives.
 
         Raises:
             EngineError: a reply cannot be used, the server refuses, has ended, or does not answer in time.
@@ -90,7 +90,7 @@ class Asker:
             await asyncio.sleep(rest)
 
     async def _attempt(self, client: "AsyncOpenAI", request: Request, seconds: float) -> "Reply | _Trouble":
-        # all of it as an extra body, since servers know more parameters than the client
+        # the whole body is an extra body, since servers accept more parameters than the client
         body = {"model": self.model, **request}
         call = client.completions.with_streaming_response.create(
             model=self.model, prompt=request["prompt"], extra_body=body
@@ -120,7 +120,7 @@ class Asker:
 
 @dataclass(frozen=True)
 class _Trouble:
-    """Why an attempt is to be repeated, and the seconds that the server asks to wait."""
+    """The reason to repeat an attempt, and the seconds that the server asks to wait."""
 
     reason: str
     wait: float | None = None

@@ -18,15 +18,15 @@ KEPT = "What came is kept: the same command asks only for the rest"
 
 
 def find_model(server: Server, connection: Connection, launched: Launched | None = None) -> str:
-    """The name under which a server's model is asked, once the server answers.
+    """Wait until a server answers, and return the name of its model.
 
     Args:
         server: the settings.
         connection: the server's address and keys.
-        launched: the server, if it was started just now; otherwise it has to answer at once.
+        launched: the server, if it was started just now; any other server must answer at once.
 
     Raises:
-        EngineError: the server does not answer, or has not exactly the model.
+        EngineError: the server does not answer, lacks the model, or has several and none is named.
     """
     names = asyncio.run(_wait_for_names(server, connection, launched))
     listed = ", ".join(names) or "none"

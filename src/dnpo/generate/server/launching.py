@@ -16,18 +16,18 @@ PATIENCE = 60.0  # seconds that a server may take to end
 
 
 class Launched:
-    """A server that runs as long as this object is not closed.
+    """A server that runs until this object is closed.
 
     Args:
         command: the words of the command.
-        log: the file for all that it prints.
-        connection: has the keys, which messages must not contain.
+        log: the file for its output.
+        connection: knows the keys, which are removed from messages.
     """
 
     def __init__(self, command: Sequence[str], log: Path, connection: Connection) -> None:
         self.log, self.command, self.connection = log, shlex.join(command), connection
         with log.open("ab") as stream:
-            # in a separate session, so that Ctrl-C on the terminal reaches this process alone, which then ends it
+            # in a separate session, so Ctrl-C reaches only this process, which ends the server
             self._process = subprocess.Popen(
                 [sys.executable, str(warden.__file__), *command],
                 stdin=subprocess.PIPE,

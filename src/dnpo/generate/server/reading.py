@@ -1,7 +1,7 @@
-"""Read the replies of an engine, and refuse those that training could not rely on.
+"""Read the replies of an engine, and refuse replies that are not exactly the requested samples.
 
-An error names what was received, what was asked for, and what to change. Nothing is repaired: with one token more or
-less, training would read something that was not sampled.
+An error gives what was received, what was requested, and what to change. Nothing is repaired: with one token more or
+less, training would read tokens that were not sampled.
 """
 
 import json
@@ -12,13 +12,13 @@ from typing import Any
 
 from dnpo.errors import EngineError
 
-DIGITS = 8  # of a log-probability that are kept
+DIGITS = 8  # decimals of a log-probability that are kept
 SLACK = 1e-3  # how far above 0 rounding may put a log-probability
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for.
+    """The request that a reply must match.
 
     Attributes:
         prompt: token ids.
@@ -51,7 +51,7 @@ class Reply:
 
     Attributes:
         drawn: the completions, in the order of their numbers.
-        prompt: the engine's log-probabilities of the prompt's tokens but the first, where it gives them.
+        prompt: the engine's log-probabilities of the prompt's tokens, without the first; empty if it gives none.
     """
 
     drawn: list[Drawn]

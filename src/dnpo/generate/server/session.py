@@ -1,8 +1,8 @@
 """Ask a server for the responses of one stage, all with the weights of one policy.
 
-A reply is written to disk when it arrives, so a killed stage asks only for what is missing. The policy in this process
-scores the responses, in the pass that all responses need. The difference between engine and this process is measured
-token by token; it shows if the server has other weights, such as those of an earlier iteration.
+A reply is written to disk when it arrives, so a killed stage asks only for missing ones. The policy in this process
+scores the responses, in a pass that all responses need anyway. The difference between engine and this process is
+measured token by token; it shows if the server has other weights, such as those of an earlier iteration.
 """
 
 import hashlib
@@ -29,21 +29,20 @@ from dnpo.records import Prompt, Response
 from dnpo.seeding import derive
 from dnpo.store import Report, write_json
 
-PROBES, PROBE_TOKENS = 4, 8  # prompts of the check at the start, and at most so many tokens after each
+PROBES, PROBE_TOKENS = 4, 8  # number of prompts of the check at the start, and maximum number of tokens after each
 PROBE_SLACK = 4.0  # factor for the check at the start, whose tokens are few and unlikely
-ENOUGH = 256  # tokens of which the mean difference is judged alone; fewer are judged with all before
-# What the model's folder may set otherwise on the server (generation_config.json); these values change nothing.
+ENOUGH = 256  # the mean difference over this many tokens is checked alone; over fewer, together with all earlier tokens
+# Parameters that the model's folder may set on the server (generation_config.json); these values have no effect.
 PLAIN = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Absolute differences of log-probabilities, engine against this process, in nats.
+    """Absolute differences of log-probabilities between engine and this process, in nats.
 
     Attributes:
         tokens: number of tokens.
-        total: sum over the tokens.
-        greatest: the largest of a token.
+        total: sum over the tokens. greatest: the largest difference of a token.
     """
 
     tokens: int = 0
@@ -79,8 +78,8 @@ class Session:
         self.vocabulary = len(policy.head.weight_VH)
         self._launched: Launched | None = None
         self._asker: Asker | None = None  # once the server has passed the check
-        self._drawn: list[Drawn] = []  # that were not compared yet
-        self._files: list[Path] = []  # where they are
+        self._drawn: list[Drawn] = []  # completions that are not compared yet
+        self._files: list[Path] = []  # the files of these completions
         folder.mkdir(exist_ok=True)
 
     def close(self) -> None:
@@ -98,7 +97,7 @@ class Session:
 
         Args:
             rows: prompts, each with the number of its sample; samples of one request are consecutive.
-            sampling: temperature, truncation, and how many requests are written into one file.
+            sampling: temperature, truncation, and the number of requests in one file.
             limit: maximum number of completion tokens.
             seed: decides the samples, together with the prompts' ids.
             report: advanced with every response.
@@ -161,14 +160,14 @@ class Session:
         write_json(self.folder / f"{name}.json", {"tokens": here.tokens, "sum": here.total, "greatest": here.greatest})
 
     def measured(self) -> Differences:
-        """The differences of all responses of the stage so far, those of a killed run included."""
+        """The differences of all responses of the stage so far, including those of a killed run."""
         files = [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
         return sum((Differences(each["tokens"], each["sum"], each["greatest"]) for each in files), Differences())
 
     # --- the server
 
     def _start(self, prompts: Sequence[list[int]], limit: int) -> Asker:
-        """Start the server or find it, and check by some prompts that it has the policy; once."""
+        """Start or find the server, and check with some prompts that it has the policy; done once."""
         if self._asker is not None:
             return self._asker
         server, port = self.server, free_port()
@@ -197,7 +196,7 @@ class Session:
         return folder
 
     def _probe(self, asker: Asker, prompts: Sequence[list[int]], limit: int) -> None:
-        """Check that the server has the policy: log-probabilities of prompts, and of so many tokens after them."""
+        """Check that the server has the policy, by log-probabilities of prompts and of a few tokens after them."""
         found, greedy = Differences(), Sampling(temperature=0.0)
         requests = [{**self._request(ids, 1, greedy, limit, 0), "prompt_logprobs": 1} for ids in prompts]
         replies = asker.ask(dict(enumerate(requests)), lambda _number, _reply: None)
@@ -217,7 +216,7 @@ class Session:
     # --- requests
 
     def _request(self, prompt: list[int], count: int, sampling: Sampling, limit: int, seed: int) -> dict[str, Any]:
-        """The body of a request, but for the model's name."""
+        """The body of a request, without the model's name."""
         return {
             "prompt": prompt,
             "n": count,
@@ -234,7 +233,7 @@ class Session:
         }
 
     def _name(self) -> str:
-        return "the server" if self._asker is None else self._asker.name  # all replies may be there already
+        return "the server" if self._asker is None else self._asker.name  # none if the disk has all replies
 
     def _warn_of_equal_samples(self, rows: Sequence[tuple[Prompt, int]], sampling: Sampling) -> None:
         """Warn if all samples of each prompt are equal, for example because a server uses one seed for a request."""
@@ -268,7 +267,7 @@ def _hash(content: Any) -> str:
 
 
 def _append(path: Path, number: int, drawn: Sequence[Drawn]) -> None:
-    """Add the reply to one request to a file, at once and in one write."""
+    """Append the reply to one request to a file, in a single write."""
     row = [number, [each.tokens for each in drawn], [each.logps for each in drawn]]
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:

@@ -1,4 +1,4 @@
-"""Run a command, and end it with all that it started once the process that waits for it is gone.
+"""Run a command; when the waiting process ends, end the command and everything that it started.
 
     python warden.py COMMAND …
 
@@ -29,7 +29,7 @@ def main(command: list[str]) -> int:
 
     threading.Thread(target=wait_for_the_end_of_input, daemon=True).start()
     status = child.wait()
-    end(child)  # what it may have left running
+    end(child)  # processes that it may have left running
     return status
 
 
