@@ -882,12 +882,38 @@ def test_needs_shrink_with_what_is_there(tmp_path: Path) -> None:
     assert set(wanted()) == {"disk", "memory, training", "memory, generating"}
     for iteration in iterations[1:]:
         _pretend(store, iteration.policy)
-    assert "0 bytes only while it trains" in wanted()["disk"]
+    assert "0 bytes only for a time" in wanted()["disk"]
     for iteration in iterations:
         for stage in (iteration.responses, iteration.evaluation):
             if stage is not None:
                 _pretend(store, stage)
     assert set(wanted()) == {"disk"}
+
+
+def test_disk_counts_weights_for_a_server_and_what_a_live_training_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = composed("model.lora.rank=2")
+    base.model.base(tmp_path, base.data.read()[0]["train"])
+    checks = machine.disk
+
+    def needed(*overrides: str) -> tuple[int, int]:
+        run, iterations = laid_out("model.lora.rank=2", "npo=off", *overrides)
+        todo = [stage for iteration in iterations for stage in iteration.stages]
+        found = []
+        monkeypatch.setattr(machine, "disk", lambda *given: found.append(given[:2]) or checks(*given))
+        needs.findings(run, iterations, Store(tmp_path), todo, COUNTS, run.model.outline(tmp_path), tmp_path)
+        return found[0]
+
+    files = sum(path.stat().st_size for path in tmp_path.iterdir() if path.is_file())
+    assert needed()[1] < 0.5 * files
+    served = needed("generate=server", "generate.engine.launch='serve {policy} {port}'")[1]
+    assert served == pytest.approx(files, rel=0.02), "the folder that the server reads"
+    live = ("method=online_dpo", "rollout.prompts=4", "rollout.samples=2")
+    (few, some), (many, more) = (needed(*live, f"trainer.steps={steps}") for steps in (1000, 3000))
+    rows = 2000 * 4 * 2
+    assert rows * 500 < more - some < rows * 10_000
+    assert many - few >= more - some
 
 
 def test_lines_that_pass_are_shown_where_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,7 +153,7 @@ def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None 
 
     Args:
         kept: estimated bytes that are kept.
-        passing: bytes of the largest checkpoint, which is deleted when its training ends.
+        passing: most bytes at a time of what is deleted when its stage ends, such as a checkpoint.
         optional: bytes of hidden states, which are kept only if there is room.
         folder: the store.
         free: free bytes; None asks the system.
@@ -162,7 +162,7 @@ def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None 
     free = shutil.disk_usage(there).free if free is None else free
     need = kept + passing
     text = f"the run writes about {format_bytes(need)} (an estimate), of which "
-    text += f"{format_bytes(passing)} only while it trains"
+    text += f"{format_bytes(passing)} only for a time"
     if optional:
         text += f", and {format_bytes(optional)} of hidden states if there is room"
     text += f"; {format_bytes(free)} free"

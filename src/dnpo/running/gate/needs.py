@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dnpo.generate import Live
 from dnpo.optimise.batches import arrange
 from dnpo.optimise.npo import NoiseModule
 from dnpo.optimise.parts import MatchedOffset, Optimisation, watches
@@ -14,6 +15,7 @@ from dnpo.running.gate import machine
 from dnpo.running.gate.finding import Finding
 from dnpo.running.gate.machine import Counts, ModelShape
 from dnpo.stages.plan import Iteration, Plan, Run
+from dnpo.stages.rollouts import count_rollouts
 from dnpo.stages.verbs import cache_mode, with_matched_noise
 from dnpo.store import Stage, Store
 
@@ -63,8 +65,12 @@ def findings(
     trainings = [t for t in _trainings(run, of, counts) if iterations[t.k + 1].policy in todo]
     kept = sum(tables(stage.name, run, counts) + (base if stage.name == "prompts" else 0) for stage in todo)
     kept += sum(machine.policy_bytes(of, t.number) + tokenizer + (0 if t.declines else t.states) for t in trainings)
+    kept += sum(t.made for t in trainings)
     optional = sum(t.states for t in trainings if t.declines)
-    passing = max((machine.checkpoint_bytes(of, t.how, t.noise_parameters) for t in trainings), default=0)
+    # what is made in a training is in small files until it ends
+    passing = max((machine.checkpoint_bytes(of, t.how, t.noise_parameters) + t.made for t in trainings), default=0)
+    if _exports(run, of, counts) and any(stage.name in ("generate", "evaluate") for stage in todo):
+        passing = max(passing, of.weights + tokenizer)
     result = [machine.disk(kept, passing, optional, store.root)]
     for name, what in (("sft", "fine-tuning"), ("trainer", "training")):
         needed = [
@@ -103,6 +109,25 @@ def tables(name: str, run: Run, counts: Counts) -> int:
     return machine.table_bytes(*rows_and_tokens.get(name, (0, 0)))
 
 
+def live_bytes(plan: Plan, counts: Counts) -> int:
+    """Return the maximum number of bytes of the responses and pairs that are made in a training."""
+    how = plan.rollout
+    if not isinstance(how, Live):
+        return 0
+    rollouts = count_rollouts(how, counts.train, plan.trainer.epochs, plan.trainer.steps)
+    rows = rollouts * min(how.prompts or counts.train, counts.train) * how.samples
+    tokens = counts.prompt + counts.limit
+    pairs = machine.table_bytes(2 * rows, tokens + counts.limit) if plan.makes_pairs else 0  # as in `tables`
+    return machine.table_bytes(rows, tokens) + pairs
+
+
+def _exports(run: Run, of: ModelShape, counts: Counts) -> bool:
+    """Whether whole weights are written for a server that a stage starts: of policies that are not stored so."""
+    engines = [run.generate.engine, *(getattr(plan.rollout, "engine", None) for plan in run.plans)]
+    launched = any(engine is not None and engine.launch is not None for engine in engines)
+    return launched and (of.adapted or not arrange(run.sft, counts.train, 0))
+
+
 @dataclass(frozen=True)
 class _Training:
     """One training of the run.
@@ -115,6 +140,7 @@ class _Training:
         reads: whether every step reads hidden states of a reference.
         states: bytes of the hidden states that are kept for it.
         declines: whether it trains without kept states if there is no room.
+        made: bytes of the responses and pairs that are made in it.
     """
 
     k: int
@@ -124,6 +150,7 @@ class _Training:
     reads: bool
     states: int
     declines: bool
+    made: int = 0
 
     @property
     def noise_parameters(self) -> int:
@@ -149,7 +176,8 @@ def _trainings(run: Run, of: ModelShape, counts: Counts) -> list[_Training]:
             noise = (part.at(0.0) if isinstance(part, MatchedOffset) else part).module(of.width, of.vocabulary)
         reads = noise.reads_states or any(w.reads_states for w in watches(plan.objective, 1))
         declines = cache_mode(plan)[0] != "on"
-        trainings.append(_Training(plan.k, first + plan.k, plan.trainer, noise, reads, states, declines))
+        made = live_bytes(plan, counts)
+        trainings.append(_Training(plan.k, first + plan.k, plan.trainer, noise, reads, states, declines, made))
     return trainings
 
 
