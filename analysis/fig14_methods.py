@@ -17,7 +17,7 @@ from analysis.results import Array, estimate, numbers, size
 from analysis.selection import Cells, Runs
 from dnpo.palette import OTHER, RIVALS
 
-TITLE = "What each method reaches, by what it spends"
+TITLE = "Results of the methods against their costs"
 SWEEP = "methods"
 ACROSS = (*(cost.metric for cost in COSTS), KL.metric, LENGTH.metric)
 LEVELS = (1, 2, 5)  # of each power of ten, on a logarithmic scale

@@ -20,7 +20,7 @@ from analysis.selection import DNPO, Cells, Runs
 from dnpo.stats.intervals import Estimate
 from dnpo.stats.table import Cell, Table, table, with_words
 
-TITLE = "What each method reaches and what it spends"
+TITLE = "Results and costs of the methods"
 SWEEP = "methods"
 BASE = "spin"  # the method that others are compared with
 CLAIMS = FILE.with_name("claims_methods.yaml")

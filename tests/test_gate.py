@@ -715,11 +715,11 @@ def test_chain_that_is_laid_out_wrongly_stops(which: str) -> None:
     iteration, sft = iterations[2], iterations[0].policy
     assert iteration.responses is not None
     assert iteration.reference is not None
-    hidden = iteration.policy.aids["hidden"]
+    hidden = iteration.policy.caches["hidden"]
     wrong = {
         "responses": lambda: replace(iteration, responses=_from(iteration.responses, sft)),
         "reference": lambda: replace(iteration, reference=_from(iteration.reference, sft)),
-        "hidden": lambda: replace(iteration, policy=replace(iteration.policy, aids={"hidden": _from(hidden, sft)})),
+        "hidden": lambda: replace(iteration, policy=replace(iteration.policy, caches={"hidden": _from(hidden, sft)})),
         "policy": lambda: replace(iteration, policy=_from(iteration.policy, sft)),
         "unread": lambda: replace(iteration, policy=replace(iteration.policy, inputs={"policy": iterations[1].policy})),
     }[which]()

@@ -10,7 +10,7 @@ from dnpo import loop
 from dnpo.stages import verbs
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = {"name_earlier", "arrange", "reference", "match", "find_aids"}  # what training reads, laid out before it
+INPUTS = {"name_earlier", "arrange", "reference", "match", "find_caches"}  # what training reads, laid out before it
 
 
 def drawn() -> list[str]:

@@ -332,8 +332,8 @@ def run_of(
     policy = Stage("sft", "sft", 1, {}, {"prompts": prompts}, write_policy)
     labelled = Stage("pairs", "pairs", 1, {"dsl": dsl or {}}, {}, write_pairs)
     scores = verbs.reference(run, plan, prompts=prompts, policy=policy, pairs=labelled)
-    aids = verbs.find_aids(run, plan, prompts, policy, labelled)
-    train = verbs.optimise(run, plan, prompts=prompts, policy=policy, pairs=labelled, reference=scores, aids=aids)
+    caches = verbs.find_caches(run, plan, prompts, policy, labelled)
+    train = verbs.optimise(run, plan, prompts=prompts, policy=policy, pairs=labelled, reference=scores, caches=caches)
     return run, scores, train, policy, labelled
 
 
@@ -477,7 +477,7 @@ def test_a_tampered_manifest_is_refused(which: str, make_policy: MakePolicy, wor
     store = Store(tmp_path)
     _, scores, train, _, _ = run_of(world, make_policy, noise(cache="on"))
     store.get(scores, Report())
-    store.get(train.aids["hidden"], Report())
+    store.get(train.caches["hidden"], Report())
     (path,) = tmp_path.glob(f"{which}/*/manifest.json")
     content = json.loads(path.read_text())
     content["facts"]["weights"] = "0" * 64
@@ -491,8 +491,8 @@ def test_a_tampered_manifest_is_refused(which: str, make_policy: MakePolicy, wor
 
 def test_noise_that_reads_nothing_keeps_nothing(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     """SPIN keeps no hidden states; fixed noise does."""
-    assert run_of(world, make_policy, PLAIN)[2].aids == {}
-    assert set(run_of(world, make_policy, FIXED)[2].aids) == {"hidden"}
+    assert run_of(world, make_policy, PLAIN)[2].caches == {}
+    assert set(run_of(world, make_policy, FIXED)[2].caches) == {"hidden"}
     assert len(final(Store(tmp_path), run_of(world, make_policy, FIXED)[2])) == 6
     assert len(list(tmp_path.glob("hidden/*/*.safetensors"))) == 1
 

@@ -32,10 +32,10 @@ def stage(
     settings: Mapping[str, Any] | None = None,
     inputs: Mapping[str, Stage] | None = None,
     work: Work = nothing,
-    aids: Mapping[str, Stage] | None = None,
+    caches: Mapping[str, Stage] | None = None,
 ) -> Stage:
     """A stage, with defaults for values that a test does not check."""
-    return Stage(name, title, version, settings or {}, inputs or {}, work, aids or {})
+    return Stage(name, title, version, settings or {}, inputs or {}, work, caches or {})
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_manifest_says_what_it_is_and_from_what(tmp_path: Path) -> None:
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == content["key"]
 
 
-# --- aids -------------------------------------------------------------------------------------------------------------
+# --- caches -----------------------------------------------------------------------------------------------------------
 
 
 def reading(seen: list[dict[str, str]]) -> Work:
@@ -271,7 +271,7 @@ def test_key_and_manifest_ignore_aids(tmp_path: Path) -> None:
     """They only save work: the result is the same with them, without them and with others."""
     data = stage(name="prepare", work=writing("data"))
     plain = stage(inputs={"data": data})
-    helped = stage(inputs={"data": data}, aids={"cache": stage(name="hidden", work=writing("cache"))})
+    helped = stage(inputs={"data": data}, caches={"cache": stage(name="hidden", work=writing("cache"))})
     assert plain.key == helped.key
     store = Store(tmp_path)
     folder = store.get(helped, Quiet())
@@ -286,16 +286,16 @@ def test_an_aid_is_computed_first_and_handed_over_with_the_inputs(tmp_path: Path
     done: list[str] = []
     data = stage(name="prepare", work=writing("data", done))
     cache = stage(name="hidden", inputs={"data": data}, work=writing("cache", done))
-    made = stage(inputs={"data": data}, aids={"cache": cache}, work=reading(seen))
+    made = stage(inputs={"data": data}, caches={"cache": cache}, work=reading(seen))
     store = Store(tmp_path)
     store.get(made, Quiet())
     assert seen == [{"data": "data", "cache": "cache"}]
     assert done == ["data", "cache"]
     assert store.computed == {data.key, cache.key, made.key}
-    store.get(stage(version=2, inputs={"data": data}, aids={"cache": cache}, work=reading(seen)), Quiet())
-    assert done == ["data", "cache"], "the aid was made once for both"
+    store.get(stage(version=2, inputs={"data": data}, caches={"cache": cache}, work=reading(seen)), Quiet())
+    assert done == ["data", "cache"], "the cache was made once for both"
     unmade = stage(name="hidden", version=2, work=writing("never", done))
-    store.get(stage(inputs={"data": data}, aids={"cache": unmade}, work=reading(seen)), Quiet())
+    store.get(stage(inputs={"data": data}, caches={"cache": unmade}, work=reading(seen)), Quiet())
     assert done == ["data", "cache"], "what is there needs no help"
 
 
@@ -307,12 +307,14 @@ def test_an_aid_that_declines_is_gone_without(why: str, notes: list[str], tmp_pa
     declined = stage(name="hidden", work=writing("cache", done, Declined(why)))
     other = stage(name="other", work=writing("other"))
     store, report = Store(tmp_path), Quiet()
-    folder = store.get(stage(aids={"cache": declined, "other": other}, work=reading(seen)), report)
+    folder = store.get(stage(caches={"cache": declined, "other": other}, work=reading(seen)), report)
     assert (folder / "manifest.json").is_file()
     assert seen == [{"other": "other"}]
     assert report.notes == notes
     assert not store.has(declined)
-    store.get(stage(version=2, aids={"cache": stage(name="hidden", work=writing("cache"))}, work=reading(seen)), report)
+    store.get(
+        stage(version=2, caches={"cache": stage(name="hidden", work=writing("cache"))}, work=reading(seen)), report
+    )
     assert seen[1] == {"cache": "cache"}
     assert done == ["cache"]
 
@@ -321,7 +323,7 @@ def test_an_aid_that_fails_is_an_error(tmp_path: Path) -> None:
     """Only declining is no error: if a requested one is impossible, a message says so, and the stage does not begin."""
     seen: list[dict[str, str]] = []
     failing = stage(name="hidden", work=writing("cache", error=DnpoError("npo.cache_hidden=on: no room")))
-    store, helped = Store(tmp_path), stage(aids={"cache": failing}, work=reading(seen))
+    store, helped = Store(tmp_path), stage(caches={"cache": failing}, work=reading(seen))
     with pytest.raises(DnpoError, match="no room"):
         store.get(helped, Quiet())
     assert seen == []

@@ -58,4 +58,4 @@ class RankError(DnpoError):
 
 
 class Declined(Exception):
-    """Raised by an optional stage (a cache) that declines to run; dependents go on without it, the message says why."""
+    """Raised by an optional stage (a cache) that declines to run, with the reason; other stages run without it."""

@@ -15,7 +15,7 @@ from dnpo.stages.plan import BEFORE, Iteration, Plan, Run
 from dnpo.stages.verbs import (
     arrange,
     evaluate,
-    find_aids,
+    find_caches,
     generate,
     judge,
     label,
@@ -61,8 +61,8 @@ def iterate(run: Run, plan: Plan, prompts: Stage, done: Sequence[Iteration]) -> 
     scores = reference(run, plan, prompts=prompts, policy=frozen, pairs=pairs)
     given: dict[str, Any] = {"prompts": prompts, "policy": start, "frozen": frozen, "pairs": pairs, "reference": scores}
     like = match(run, plan, **given)
-    aids = find_aids(run, plan, prompts, frozen, pairs)
-    trained = optimise(run, plan, **given, like=like, aids=aids, initial=initial, taught=done[0].taught)
+    caches = find_caches(run, plan, prompts, frozen, pairs)
+    trained = optimise(run, plan, **given, like=like, caches=caches, initial=initial, taught=done[0].taught)
     if plan.rollout.live and plan.makes_pairs:
         labelled = pairs = trained  # a live training makes its pairs between its steps
     evaluation = evaluate(run, plan, prompts=prompts, policy=trained, pairs=pairs)

@@ -52,7 +52,7 @@ def _work(job: Job, lines: "Lines") -> None:
     def with_needed(stages: Iterable[Stage]) -> Iterator[Stage]:
         for stage in stages:
             yield stage
-            yield from with_needed([*stage.inputs.values(), *stage.aids.values()])
+            yield from with_needed([*stage.inputs.values(), *stage.caches.values()])
 
     stages = (stage for iteration in chain(run) for stage in iteration.stages)
     stage = next(each for each in with_needed(stages) if each.key == job["stage"])

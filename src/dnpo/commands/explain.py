@@ -49,7 +49,7 @@ def show(config: str, usage: str, arguments: Sequence[str]) -> None:
     file = conf_folder() / f"{config}.yaml"
     say(f"usage: {usage} [PLACE=OPTION | SETTING=VALUE] …\n")
     say(textwrap.fill(_purpose(file), width))
-    advice = "Options that stand before --help are explained in place of the default ones."
+    advice = "Options before --help are explained in place of the default ones."
     say(textwrap.fill(advice, width))
     parts = {name: value for name, value in tree.items() if isinstance(value, list) or _is_part(value)}
     comments = _comments(file)

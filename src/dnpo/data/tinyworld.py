@@ -1,8 +1,8 @@
 """An invented world: six families of short instructions with verifiable answers, and humans who make mistakes.
 
-The families stand in for the six benchmarks of the DNPO paper: small arithmetic, unit conversion, reversing words,
-sorting numbers, counting letters, and a fixed table of invented facts. A third of the facts have a *myth*, a wrong
-answer that most human annotators give (in place of TruthfulQA).
+The families replace the six benchmarks of the DNPO paper: small arithmetic, unit conversion, reversing words, sorting
+numbers, counting letters, and a fixed table of invented facts. A third of the facts have a *myth*, a wrong answer that
+most human annotators give (in place of TruthfulQA).
 
 The facts of this world, its problems and the held-out prompts are fixed. The seed only draws the training data: which
 problems are asked, in which wording, and how well the human answers. So runs with different seeds are evaluated on the

@@ -72,7 +72,7 @@ class Ahead(Sampling):
                 )
 
     def identity(self) -> Mapping[str, Any]:
-        """The settings that determine the responses: those of plain sampling, and others that are not the default."""
+        """The settings that determine the responses: the settings of plain sampling, and other non-default ones."""
         names = [field.name for field in dataclasses.fields(Sampling)]
         plain = Sampling(**{name: getattr(self, name) for name in names})
         own = {"samples": self.samples, "max_tokens": self.max_tokens, "append_eos": self.append_eos}

@@ -82,7 +82,7 @@ def execute(
             prefix = variant.prefix if variant else ""
             reused = _get(stage, store, console, tracking, before, prefix)
             name = {"title": stage.title, "stage": stage.name, "key": stage.key}
-            of = {name: needed.key for name, needed in {**stage.inputs, **stage.aids}.items()}
+            of = {name: needed.key for name, needed in {**stage.inputs, **stage.caches}.items()}
             took = {"seconds": manifest(store.folder(stage))["seconds"], "inputs": of}
             used.append({**name, "iteration": "SFT" if iteration.k < 0 else iteration.k, "reused": reused, **took})
         before += int(manifest(store.folder(iteration.policy))["facts"]["policy_steps"]) if iteration.k >= 0 else 0

@@ -47,7 +47,7 @@ def report_stopped(error: Exception) -> bool:
     words = (str(error).strip() or type(error).__name__).splitlines()[0]
     say(
         f"error: the launcher stopped ({type(error).__name__}: {words}). Jobs that it has started may still run. This "
-        "is the report on those that have ended; the same command again goes on with the others",
+        "is the report on those that have ended; the same command again continues with the others",
         error=True,
     )
     callback.on_multirun_end(config)

@@ -248,14 +248,16 @@ Facts = dict[str, Any]
 class Verb(Protocol):
     """A verb as ``loop.py`` calls it: it takes stages and returns a stage."""
 
-    def __call__(self, run: Run, plan: Any, /, *, aids: Mapping[str, Stage] = ..., **inputs: Stage | None) -> Stage: ...
+    def __call__(
+        self, run: Run, plan: Any, /, *, caches: Mapping[str, Stage] = ..., **inputs: Stage | None
+    ) -> Stage: ...
 
 
 class OptionalVerb(Protocol):
     """A verb that returns None for plans that do not need it."""
 
     def __call__(
-        self, run: Run, plan: Any, /, *, aids: Mapping[str, Stage] = ..., **inputs: Stage | None
+        self, run: Run, plan: Any, /, *, caches: Mapping[str, Stage] = ..., **inputs: Stage | None
     ) -> Stage | None: ...
 
 
@@ -281,7 +283,7 @@ def verb(
     def decorate(work: Callable[[Run, Any, Task], Facts]) -> Verb:
         @wraps(work)
         def lay_out(
-            run: Run, plan: Any, /, *, aids: Mapping[str, Stage] | None = None, **inputs: Stage | None
+            run: Run, plan: Any, /, *, caches: Mapping[str, Stage] | None = None, **inputs: Stage | None
         ) -> Stage:
             k = plan.k if isinstance(plan, Plan) else BEFORE if plan is None else int(plan)
             read = inputs if reads is None else reads(plan)
@@ -292,7 +294,7 @@ def verb(
                 settings=settings(run, plan),
                 inputs={each: stage for each, stage in inputs.items() if stage is not None and each in read},
                 work=lambda folder, found, report: work(run, plan, Task(k, folder, found, report)),
-                aids=aids or {},
+                caches=caches or {},
                 device=run.device,
                 shared=shared,
             )

@@ -419,7 +419,7 @@ def _mean_shift(folder: Path) -> float:
     return mean_over_steps(steps, "npo/shift") if steps else 0.0
 
 
-def find_aids(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pairs: Stage | None) -> dict[str, Stage]:
+def find_caches(run: Run, plan: Plan, prompts: Stage, frozen: Stage | None, pairs: Stage | None) -> dict[str, Stage]:
     """Lay out the stages that only save work in training: hidden states, if they are read and kept.
 
     Args:
@@ -435,8 +435,8 @@ def match(run: Run, plan: Plan, *, prompts: Stage, pairs: Stage | None, **others
     noisy = with_matched_noise(plan)
     if noisy is None:
         return None
-    aids = find_aids(run, noisy, prompts, others["frozen"], pairs)
-    stage = optimise(run, noisy, prompts=prompts, pairs=pairs, aids=aids, **others)
+    caches = find_caches(run, noisy, prompts, others["frozen"], pairs)
+    stage = optimise(run, noisy, prompts=prompts, pairs=pairs, caches=caches, **others)
     return replace(stage, title=f"iteration {plan.k} · match")
 
 

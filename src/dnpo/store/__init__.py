@@ -99,7 +99,7 @@ class Stage:
         version: must be raised whenever a change of the code changes results.
         settings: the plain values that can change the result, and only these.
         inputs: stages whose results it reads.
-        aids: stages whose results only save work. Not in the key; the stage runs without one that declines.
+        caches: stages whose results only save work. Not in the key; if one declines, the stage runs without it.
         device: the device that computes it, as in ``device=…``; not in the key.
         shared: whether several processes can share the work, see ``ranks.py``; not in the key.
         work: called with its folder, the folders of its inputs and a report; writes results into its folder and returns
@@ -112,7 +112,7 @@ class Stage:
     settings: Mapping[str, Any]
     inputs: Mapping[str, "Stage"]
     work: Work
-    aids: Mapping[str, "Stage"] = field(default_factory=dict)
+    caches: Mapping[str, "Stage"] = field(default_factory=dict)
     device: str = ""
     shared: bool = False
 
@@ -292,12 +292,12 @@ class Store:
                 if self.has(stage) or self._fetch(stage, report.note):
                     return folder
         inputs = {name: self.get(needed, report) for name, needed in stage.inputs.items()}
-        for name, aid in stage.aids.items():
+        for name, cache in stage.caches.items():
             try:
-                inputs[name] = self.get(aid, report)
+                inputs[name] = self.get(cache, report)
             except Declined as why:
                 with suppress(OSError):  # if it is not empty, an earlier run left it and can continue
-                    self.partial(aid).rmdir()
+                    self.partial(cache).rmdir()
                 if str(why):
                     report.note(str(why))
         with self._explain(stage), self._lock(stage, report.note), self._lease(stage, report.note):

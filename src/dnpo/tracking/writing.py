@@ -332,7 +332,7 @@ class MLflowTracking(Tracking):
         except Refused as refused:
             warn(f"MLflow refuses {_name(message)} of run {self.id} ({refused}); it is not tracked")
             return True, ""
-        except Exception as error:  # stores and their drivers raise various errors; the run goes on
+        except Exception as error:  # stores and their drivers raise various errors; the run continues
             self._note_failure(message.way, error, time.monotonic() - began, again)
             return False, ""
 
@@ -363,7 +363,7 @@ class MLflowTracking(Tracking):
         began = time.monotonic()
         try:
             return "runs" not in self._outbox.down and self._client.get_run(run).info.lifecycle_stage == "active"
-        except Exception as error:  # stores and their drivers raise various errors; the run goes on
+        except Exception as error:  # stores and their drivers raise various errors; the run continues
             if getattr(error, "error_code", "") != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
                 self._note_failure("runs", error, time.monotonic() - began)
             return False

@@ -14,7 +14,7 @@ from dnpo.generate.server.launching import Launched
 LARGEST_REPLY = 1 << 28  # bytes
 LOOK = 0.2  # seconds between checks of a server that starts
 QUIET = 10.0  # seconds that one such check may take
-KEPT = "What came is kept: the same command asks only for the rest"
+KEPT = "Received replies are kept: the same command asks only for the rest"
 
 
 def find_model(server: Server, connection: Connection, launched: Launched | None = None) -> str:

@@ -25,7 +25,7 @@ def reference(iterations: "Sequence[Iteration]", plans: "Sequence[Plan]") -> Fin
             "the samples": (iteration.responses, before.policy),
             "the reference": (iteration.reference, frozen),
             "the training": (iteration.policy, start),
-            "the hidden states": (iteration.policy.aids.get("hidden"), frozen),
+            "the hidden states": (iteration.policy.caches.get("hidden"), frozen),
         }
         for what, (stage, right) in stages.items():
             found = None if stage is None else stage.inputs.get("policy")
