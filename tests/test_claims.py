@@ -116,7 +116,7 @@ def test_means_over_steps_take_the_other_metric_only_where_there_is_none() -> No
 
 
 def test_a_common_trend_is_no_mirror_once_it_is_taken_off() -> None:
-    # Both fall along a line; what is left of them is the same, and not mirrored.
+    # Both fall along a line; their residuals are equal, not mirrored.
     wiggle = [0.0, 1.0, -1.0, 0.0, 1.0, -1.0]
     rising, falling = [10.0 * t + w for t, w in enumerate(wiggle)], [-10.0 * t + w for t, w in enumerate(wiggle)]
     steps = series(a=rising, b=falling)
@@ -190,7 +190,7 @@ def test_a_number_a_seed_has_the_t_interval_over_seeds() -> None:
 
 
 def test_items_and_seeds_are_both_drawn() -> None:
-    """The error of a difference over items and seeds, by Clark's formula written out."""
+    """The standard error of a difference over items and seeds, by Clark's formula."""
     rng = np.random.default_rng(2)
     a, b = rng.normal(1, 1, (4, 30)), rng.normal(0, 1, (4, 30))
     found = estimate_effect(Sample(a, b, by_item=True), region("greater", 0, 0))
@@ -235,7 +235,7 @@ def test_the_file_of_claims_is_well_formed() -> None:
 
 
 def test_every_method_of_its_sweep_has_a_claim_of_its_source() -> None:
-    """But for one that is another's published code, and one whose source is older than language models."""
+    """Except a method that is another method's published code, and one whose source is older than language models."""
     book = read(FILE.with_name("claims_methods.yaml"))
     (sweep,) = book.sweeps
     content = yaml.safe_load((ROOT / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8"))
@@ -245,7 +245,7 @@ def test_every_method_of_its_sweep_has_a_claim_of_its_source() -> None:
 
 
 def jobs(sweep: str, *overrides: str) -> list[TrackedRun]:
-    """The runs that a sweep makes under one seed, as far as their settings tell, by composing its jobs."""
+    """The runs of a sweep under one seed, from the composed settings of its jobs."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         params = compose("train", [f"+sweep={sweep}"], return_hydra_config=True).hydra.sweeper.params
         given = [*(f"{key}={value}" for key, value in params.items()), f"+sweep={sweep}", "seed=0", *overrides]
@@ -268,7 +268,7 @@ def jobs(sweep: str, *overrides: str) -> list[TrackedRun]:
 
 @pytest.mark.long
 def test_the_commands_of_live_methods_make_every_run_that_their_claims_need() -> None:
-    """The commands are those in the headers of the two sweeps; arms are recognised by settings as well as options."""
+    """The commands are in the headers of the two sweeps; arms are recognised by settings as well as by options."""
     book = read(FILE.with_name("claims_live.yaml"))
     for sweep in book.sweeps:
         header = (ROOT / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8").split("are enough:")[1]
@@ -357,7 +357,7 @@ def test_sides_are_taken_apart() -> None:
     assert terms("") == []
 
 
-# --- the command, on runs whose truth is known
+# --- the command, on runs with known results
 
 PROMPTS = 40
 SHIFT = {"old": 0.0, "new": 10.0}
@@ -411,7 +411,7 @@ def track(
 
 @pytest.fixture(scope="module")
 def known(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a database: two arms under four seeds, of which the last lacks a finished run of one arm."""
+    """A folder with a database: two arms under four seeds; under the last seed one arm has no finished run."""
     folder = tmp_path_factory.mktemp("claims")
     shutil.copy(migrated, folder / "mlflow.db")
     for seed in range(4):
@@ -422,7 +422,7 @@ def known(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def database(known: Path, tmp_path: Path) -> str:
-    """The same, to be added to."""
+    """A copy of it, to which tests add."""
     shutil.copy2(known / "mlflow.db", tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
@@ -483,7 +483,7 @@ def test_known_truths_come_out(tmp_path: Path, database: str) -> None:
 
 
 def test_items_are_what_decides(tmp_path: Path, database: str) -> None:
-    """Shares of wins and of answers as good as human ones, told again from the tracked rows."""
+    """Shares of wins and of answers as good as human ones, computed again from the tracked rows."""
     found = outcomes(
         tmp_path,
         database,
@@ -625,7 +625,7 @@ def test_all_formats_say_the_same_and_are_logged(known: Path, tmp_path: Path) ->
     beside = parent.artifact("analysis/claims.json")
     assert beside is not None
     assert beside.read_text() == texts[".json"]
-    assert len(database.runs()) == 8  # what is logged is no training run
+    assert len(database.runs()) == 8  # the logged results are no training run
 
 
 def test_an_override_is_for_every_sweep_or_for_one() -> None:

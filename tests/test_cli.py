@@ -101,7 +101,7 @@ def test_help_of_a_run_explains_every_setting_of_the_chosen_options(
         if len(text.split()) < 3 and not name.startswith(("typical.", "sft.optimizer"))
     ]
     assert [name for name in unexplained if ".optimizer." not in name] == []
-    assert max(map(len, done.stdout.splitlines())) <= 100  # long addresses and lists of numbers are not broken
+    assert max(map(len, done.stdout.splitlines())) <= 100  # long addresses and lists of numbers are not wrapped
 
 
 def test_a_sweep_of_values_is_explained_too(tmp_path: Path) -> None:

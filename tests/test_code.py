@@ -1,4 +1,4 @@
-"""judge=code: right answers get their points, however they are put; cheats get none; what runs reaches nothing."""
+"""judge=code: right answers in every form get points, cheats get none, and running answers are isolated."""
 
 import json
 import os
@@ -29,7 +29,7 @@ WAYS: list[Isolation] = ["namespaces", "bubblewrap", "none"]
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> Isolation:
-    """Each way in which this machine can run answers."""
+    """Each isolation in which this machine can run answers."""
     found, why = find_isolation(request.param)
     if found is None and request.param != "none":
         pytest.skip(why)
@@ -38,7 +38,7 @@ def way(request: pytest.FixtureRequest) -> Isolation:
 
 @pytest.fixture
 def closed() -> Isolation:
-    """The best way, if answers are closed off in it."""
+    """The best isolation, if it is complete."""
     found, why = find_isolation("auto")
     if found is None:
         pytest.skip(why)
@@ -121,7 +121,7 @@ def test_cheats(way: Isolation) -> None:
 def test_rough_cheats(closed: Isolation) -> None:
     said = {name: run(*each, how=closed, timeout=2.0) for name, each in cases("rough").items()}
     assert [name for name, (passed, _) in said.items() if passed] == []
-    assert run(GOOD, how=closed) == (True, "")  # the machine goes on
+    assert run(GOOD, how=closed) == (True, "")  # the machine still works
 
 
 def test_an_endless_loop_ends(way: Isolation) -> None:
@@ -131,7 +131,7 @@ def test_an_endless_loop_ends(way: Isolation) -> None:
 
 
 def test_nothing_is_left_running(closed: Isolation) -> None:
-    """What an answer starts ends with it, also when it has left the session."""
+    """Processes that an answer starts end with it, also in another session."""
     mark = f"left-{secrets.token_hex(4)}"  # a process's name has at most 15 characters
     left = f"import ctypes, os, time\nif os.fork() == 0:\n    os.setsid()\n    ctypes.CDLL(None).prctl(15, b'{mark}')\n"
     text = f"{left}    time.sleep(60)\ntime.sleep(0.5)\n{GOOD}"
@@ -152,12 +152,12 @@ def _name_of(process: Path) -> str:
         return ""
 
 
-# --- what it can reach ------------------------------------------------------------------------------------------------
+# --- access ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def server() -> Iterator[int]:
-    """A port of this machine that listens."""
+    """A listening port of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield listening.getsockname()[1]
 
@@ -167,7 +167,7 @@ def test_no_network(closed: Isolation, server: int) -> None:
     passed, reason = run(call, "add()", closed)
     assert not passed
     assert "Network is unreachable" in reason or "Connection refused" in reason
-    assert run(call, "add()", "none") == (True, "")  # else this test could not fail
+    assert run(call, "add()", "none") == (True, "")  # otherwise this test could not fail
 
 
 def test_private_files(closed: Isolation, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_private_files(closed: Isolation, tmp_path: Path) -> None:
     assert run(looks, f"assert all(map(sees, {hidden[:1]}))", "none") == (True, "")
 
 
-# What a process with a key in its environment finds of the ways to run answers.
+# The isolations that a process with a key in its environment finds.
 WITH_KEY = """
 import json
 from dnpo.judges.exact.running import find_isolation, run_tests
@@ -208,7 +208,7 @@ print(json.dumps(found))
 
 
 def test_no_environment_with_a_key_can_be_read() -> None:
-    """Neither that of the process that starts answers nor of others; where one could be, nothing runs."""
+    """Neither of the starting process nor of others; if one could be read, nothing runs."""
     environment = {**os.environ, "SOME_API_KEY": "sk-secret"}
     done = subprocess.run([sys.executable, "-c", WITH_KEY], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
@@ -253,7 +253,7 @@ def test_the_checks_say_what_is_in_force(way: Isolation) -> None:
 
 
 def test_a_system_that_closes_nothing_off_needs_a_setting() -> None:
-    """Without namespaces (none is left to make in one without) and bubblewrap nothing runs unless the user says so."""
+    """Without namespaces and bubblewrap nothing runs unless the user allows it."""
     command = [sys.executable, "-c", REFUSED]
     if find_isolation("namespaces")[0]:
         unshare = shutil.which("unshare")
@@ -270,7 +270,7 @@ def test_a_system_that_closes_nothing_off_needs_a_setting() -> None:
     assert "scored=False" in trial
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------
 
 
 def test_code_is_off_until_asked_for() -> None:
@@ -327,7 +327,7 @@ NAMED = "from collections import namedtuple\nPoint = namedtuple('Point', 'x')"
     ],
 )
 def test_tests_that_compare_the_answers_own_objects_are_refused(tests: str) -> None:
-    """The answer would decide. Where its class is one of plain values, they work."""
+    """The answer would decide the comparison. If its class has plain values, the tests work."""
     judge = UnitTests(i_know_this_runs_code=True, isolation="auto" if find_isolation("auto")[0] else "none")
     objection = judge.accepts([Prompt("row", [], OWN, answer=tests)])
     if objection is not None and "isolation=none" in objection:

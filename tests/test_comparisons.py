@@ -1,4 +1,4 @@
-"""Comparisons: published examples, brute force, and how often intervals and tests are right where truth is known."""
+"""Comparisons: published examples, brute force, and error rates of intervals and tests for known truths."""
 
 import csv
 import io
@@ -41,13 +41,13 @@ def test_mcnemar_by_published_numbers() -> None:
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 1), (1, 0), (2, 5), (4, 4), (0, 9), (7, 3)])
 def test_exact_mcnemar_turns_every_sign(only_a: int, only_b: int) -> None:
-    """Either side is as likely to have been the right one: all 2^(b + c) ways in which it can have been, one by one."""
+    """Either side is equally likely to be right: all 2^(b + c) assignments, one by one."""
     count = only_a + only_b
     apart = [abs(2 * sum(signs) - count) for signs in product((0, 1), repeat=count)]
     seen = abs(only_a - only_b)
     assert mcnemar(only_a, only_b) == pytest.approx(np.mean([one >= seen for one in apart]))
     middle = np.mean([one > seen for one in apart]) + np.mean([one == seen for one in apart]) / 2
-    if seen:  # where both tails are one, half of the middle is left out of each
+    if seen:  # if both tails are equal, half of the middle is left out of each
         assert mcnemar(only_a, only_b, "mid-p") == pytest.approx(middle)
     assert mcnemar(only_a, only_b) == pytest.approx(stats.binomtest(only_a, count).pvalue)
 
@@ -78,7 +78,7 @@ def test_clustered_mcnemar_by_hand() -> None:
 
 
 def test_clustered_mcnemar_is_near_the_exact_one() -> None:
-    """All signs of all items turned, an item's seeds together."""
+    """All signs of all items flipped, the seeds of an item together."""
     apart = RNG(3).integers(-1, 2, (3, 14)).astype(float)
     sums = apart.sum(0)
     turned = np.abs(np.array(list(product((-1, 1), repeat=14))) @ sums)
@@ -98,7 +98,7 @@ def test_wilcoxon_by_published_numbers() -> None:
 
 @pytest.mark.parametrize("apart", [[3.0, 1, -2, 4, 5, -6, 7], [0.0, 0, 1, 1, -1, 2, 2, 3, 0, 4], [0.0, 0, 5], [1.0]])
 def test_wilcoxon_turns_every_sign(apart: list[float]) -> None:
-    """Pratt: ranks are given to all, zeros included, and the signs of those that are not zero are turned one by one."""
+    """Pratt: all differences get ranks, zeros included; the signs of the non-zero ones are flipped one by one."""
     d = np.array(apart)
     ranks = stats.rankdata(np.abs(d))[d != 0]
     seen = abs(ranks @ np.sign(d[d != 0]))
@@ -125,7 +125,7 @@ def test_rounding_breaks_no_tie() -> None:
 
 
 def test_holm_by_hand() -> None:
-    """0.005·4, 0.01·3, 0.03·2, and 0.04·1 raised to what stands before it; in the order given, not sorted."""
+    """0.005·4, 0.01·3, 0.03·2, and 0.04·1 raised to the value before it; in the given order, not sorted."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.50, 0.003, 0.32, 0.054, 0.0003]) == pytest.approx([0.64, 0.012, 0.64, 0.162, 0.0015])
     assert holm([0.319, 0.201, 0.4, 0.374, 0.113]) == pytest.approx([0.957, 0.804, 0.957, 0.957, 0.565])
@@ -134,7 +134,7 @@ def test_holm_by_hand() -> None:
 
 
 def test_holm_closes_over_bonferroni() -> None:
-    """Closed testing: an adjusted p is the largest Bonferroni p of any set of hypotheses that this one belongs to."""
+    """Closed testing: an adjusted p is the largest Bonferroni p of all sets with this hypothesis."""
     ps = list(RNG(1).uniform(0, 0.4, 6))
     for i, adjusted in enumerate(holm(ps)):
         sets = [s for size in range(1, 7) for s in combinations(range(6), size) if i in s]
@@ -195,7 +195,7 @@ def test_t_over_seeds_by_hand() -> None:
 
 
 def test_detectable_by_hand_and_by_trial() -> None:
-    """(1.95996 + 0.84162) · 0.1 with many degrees of freedom; and of true means so large about 80 % are found."""
+    """(1.95996 + 0.84162) · 0.1 with many degrees of freedom; about 80 % of true means of this size are detected."""
     assert Mean(0.0, 0.1, 1e9).detectable() == pytest.approx(0.280158, abs=1e-6)
     x = RNG(5).normal(0, 1, (2000, 40))
     found = np.array(
@@ -205,7 +205,7 @@ def test_detectable_by_hand_and_by_trial() -> None:
 
 
 def test_the_bootstrap_draws_items_and_seeds() -> None:
-    """Against single draws by index: the same spread and the same ends, within what chance does to 4,000 resamples."""
+    """Against single draws by index: the same spread and ends, within the random error of 4,000 resamples."""
     rng = RNG(7)
     x = rng.normal(0, 1, (3, 40)) + rng.normal(0, 0.5, (3, 1))
     slow = np.array([x[rng.integers(0, 3, 3)][:, rng.integers(0, 40, 40)].mean() for _ in range(4000)])
@@ -234,7 +234,7 @@ def test_items_that_are_alike_are_drawn_together(monkeypatch: pytest.MonkeyPatch
 
 
 def coverage(seeds: int, between: float, sets: int = 200) -> dict[str, float]:
-    """How often intervals hold the truth, 0, and how often tests deny it, over simulated differences of 80 items."""
+    """Shares of intervals with the truth, 0, and of tests that reject it, over simulated differences of 80 items."""
     rng, found = RNG(11), Counter[str]()
     for one in range(sets):
         x = rng.normal(0, between, (seeds, 1)) + rng.normal(0, 1, (1, 80)) + rng.normal(0, 1, (seeds, 80))
@@ -271,7 +271,7 @@ def test_with_three_seeds_only_t_holds() -> None:
 
 
 def test_right_and_wrong_from_end_to_end() -> None:
-    """16 items that only a has right, 6 that only b has, 40 both and 38 neither."""
+    """16 items that only a has right, 6 only b, 40 both, and 38 neither."""
     a = np.repeat([1, 0, 1, 0], [16, 6, 40, 38])
     b = np.repeat([0, 1, 1, 0], [16, 6, 40, 38])
     found = compare_paired(a, b)
@@ -300,7 +300,7 @@ def test_scores_from_end_to_end() -> None:
 
 
 def test_several_seeds_need_both_tests() -> None:
-    """One seed is much better and two are not: sure about the items, unsure about training again."""
+    """One seed is much better and two are not: significant over items, not over trainings."""
     rng = RNG(1)
     b = rng.normal(50, 10, (3, 200))
     a = b + np.array([[8.0], [0.5], [-0.2]]) + rng.normal(0, 3, (3, 200))
@@ -323,7 +323,7 @@ def test_several_seeds_need_both_tests() -> None:
 
 
 def test_pairing_is_what_makes_it_sure() -> None:
-    """Sides that vary much and together have a difference that varies little."""
+    """Two sides that vary much but together have a difference that varies little."""
     b = RNG(4).normal(50, 20, 100)
     found = compare_paired(b + RNG(5).normal(1, 1, 100), b)
     assert found.difference.half is not None
@@ -338,7 +338,7 @@ def test_comparisons_are_repeatable() -> None:
 
 
 def test_what_does_not_vary() -> None:
-    """Equal sides: p is 1 and nothing is divided by zero. A constant difference is certain only as far as items go."""
+    """Equal sides: p is 1, without division by zero. A constant difference is certain only over items."""
     for x in (np.ones(20), np.arange(20.0), np.arange(40.0).reshape(2, 20)):
         found = compare_paired(x, x)
         assert (found.p, found.effect, found.detectable) == (1.0, 0.0, None)
@@ -410,7 +410,7 @@ def cell(value: float, p: float | None = None, half: float = 0.25, signed: bool 
 
 
 def test_stars_are_corrected() -> None:
-    """0.03 alone has a star; beside 0.04 it becomes 0.06 and has none."""
+    """0.03 alone has a star; together with 0.04 it becomes 0.06 and has none."""
     assert markdown(table({"dnpo": {"k=1": cell(59.9, 0.03)}})).splitlines()[2] == r"| dnpo | 59.9 ± 0.2\* |"
     both = table({"spin": {"k=1": cell(52.3)}, "dnpo": {"k=1": cell(59.9, 0.03), "k=2": cell(58.0, 0.04)}})
     assert [s and (s.adjusted, s.star) for row in both.rows for s in row.shown] == [

@@ -1,8 +1,8 @@
 """Replace names of options in a list by iteration, such as ``rollout=[given,ahead]``, by the options.
 
-A name on the command line is replaced by the part that choosing this option alone would give, with the settings of the
-method and of other arguments. A name in a file is replaced by the content of the option's file only, since the file's
-list replaces all other settings of the part.
+A name on the command line is replaced by a part: the part of this option alone, with the settings of the method and of
+other arguments. A name in a file is replaced by the content of the option's file only, since the file's list replaces
+all other settings of the part.
 """
 
 import warnings

@@ -253,9 +253,9 @@ def two_player(
         mean L(θ, stop(φ); ε)  −  mean ℓ(margiñ(stop(θ), φ; ε′))  +  α · mean(s²)
 
     L is the objective. For every objective, the noise term is the logistic loss of hard labels at the objective's β, so
-    that noise always narrows the margin. Both means are over pairs, by their weights. Because of the stop operators,
-    one backward pass of the sum gives the policy only the gradient of the first term, and the noise only the gradient
-    of the other two terms. If the noise is zero, the first term is the plain objective.
+    that noise always narrows the margin. Both means are over pairs, by their weights. One backward pass of the sum
+    suffices: because of the stop operators, the policy gets only the gradient of the first term, and the noise only the
+    gradient of the other two. If the noise is zero, the first term is the plain objective.
     """
     met_by_policy = PairLogps(reference.chosen_B, noisy.policy_B.detach())
     met_by_noise = PairLogps(reference.chosen_B, noisy.noise_B)

@@ -1,7 +1,7 @@
 """The policy, its frozen reference and their tokenizer.
 
 A policy is a causal language model, split into a body that computes hidden states and a head that computes logits. On
-disk it is a folder, either with full weights, as transformers writes them, or with LoRA adapters on the base model's
+disk it is a folder. The folder has full weights, as transformers writes them, or LoRA adapters on the base model's
 weights, numbered in the order of their training. If the base is quantised, ``policy.json`` names base, quantisation and
 adapters.
 """

@@ -1,8 +1,8 @@
 """Measure a policy on the six benchmarks of the Open LLM Leaderboard: scores, average, and the result of every item.
 
-``rows.py`` turns a folder of JSON lines into lm-eval's tasks, ``harness.py`` runs these or the hub's with lm-eval, and
-this file defines the benchmarks and computes their scores from the results of the items. lm-eval comes with the extra
-``eval``; only ``harness.py`` imports it.
+``rows.py`` turns a folder of JSON lines into lm-eval's tasks. ``harness.py`` runs these tasks, or the hub's, with
+lm-eval. This file defines the benchmarks and computes their scores from the results of the items. lm-eval comes with
+the extra ``eval``; only ``harness.py`` imports it.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Run lm-eval with a policy as its model, and return its result for every item. No other file imports lm-eval.
 
-This calls lm-eval's ``evaluate`` instead of ``simple_evaluate``, which seeds the generators of the whole process, runs
+This calls lm-eval's ``evaluate``, not ``simple_evaluate``. The latter seeds the generators of the whole process, runs
 git, lists every installed package, and uses the same number of examples for all tasks.
 """
 

@@ -1,7 +1,7 @@
 """A language model on this machine as judge. It is asked the same questions as a judge by API.
 
-Nothing is sampled. The score is the expected value of the number that the model would write, and the result of a
-comparison is P(A) / (P(A) + P(B)), both computed from the exact probabilities of these replies (``replies.py``).
+Nothing is sampled. The score is the expected value of the number that the model would write. The result of a comparison
+is P(A) / (P(A) + P(B)). Both are computed from the exact probabilities of these replies (``replies.py``).
 """
 
 import time
