@@ -20,7 +20,8 @@ from dnpo.palette import OTHER, RIVALS
 TITLE = "Results of the methods against their costs"
 SWEEP = "methods"
 ACROSS = (*(cost.metric for cost in COSTS), KL.metric, LENGTH.metric)
-LEVELS = (1, 2, 5)  # of each power of ten, on a logarithmic scale
+LEVELS = (1, 3)  # of each power of ten, on a logarithmic scale
+FAR = 50  # beyond this ratio of the largest to the smallest value, only powers of ten
 
 
 def make(runs: Runs) -> DrawnFigure:
@@ -47,7 +48,7 @@ def make(runs: Runs) -> DrawnFigure:
     )
     note = (
         "totals are over the iterations of a run, without fine-tuning, which all share, and without measuring; seconds "
-        "were measured on the machine that computed a stage, which may have been busy"
+        "are those of the machine that computed a stage, which may have been busy; intervals end at a panel's edge"
     )
     return DrawnFigure(finish(figure, TITLE, foot(cells, rows, shows, note)), rows, cells.used)
 
@@ -82,19 +83,28 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None
             label=row["method"],
         )
     if x != LENGTH.name:
-        _scale(axis, [row[f"{x}_mean"] for row in rows])
+        _scale(axis, [row[f"{x}_mean"] for row in rows], [row[f"{x}_high"] or 0.0 for row in rows])
 
 
-def _scale(axis: Axes, values: Sequence[float]) -> None:
-    """Choose a linear scale with room for 0, or a logarithmic one if methods differ by more than ten times."""
+def _scale(axis: Axes, values: Sequence[float], highs: Sequence[float]) -> None:
+    """Choose a linear scale with room for 0, or a logarithmic one if methods differ by more than ten times.
+
+    A logarithmic axis begins below the smallest value, so that an interval that reaches below 0 is cut there.
+
+    Args:
+        highs: upper ends of the intervals.
+    """
     least, most = min((value for value in values if value > 0), default=1.0), max(values)
+    zero = min(values) == 0
     if most > 10 * least:
         axis.set_xscale("symlog", linthresh=least)
         powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
-        ticks = [level * 10.0**power for power in powers for level in LEVELS]
-        axis.set_xticks([0.0] * (min(values) == 0) + [tick for tick in ticks if least / 2 < tick <= 1.1 * most])
+        levels = LEVELS if most < FAR * least else LEVELS[:1]
+        ticks = [level * 10.0**power for power in powers for level in levels]
+        axis.set_xticks([0.0] * zero + [tick for tick in ticks if least / 2 < tick <= 1.1 * most])
         axis.set_xticks([], minor=True)
-    if min(values) == 0:
+        axis.set_xlim(-0.2 * least if zero else least / 1.6, 1.25 * max(most, min(max(highs), 3 * most)))
+    elif zero:
         axis.set_xlim(left=-0.2 * least)
     axis.xaxis.set_major_formatter(EngFormatter(sep="") if most >= 1000 else StrMethodFormatter("{x:g}"))
 

@@ -40,6 +40,8 @@ VERBS = {
     "report": Verb("one HTML page on a run or a sweep", "dnpo.commands.report"),
     "figures": Verb("figures and tables of the papers, from tracked runs", "analysis.command"),
     "claims": Verb("the claims of the papers: which of them hold here", "analysis.claims"),
+    "chat": Verb("talk to a policy of a run, or to two side by side", "dnpo.commands.chat"),
+    "sample": Verb("responses of a policy to prompts of your own, as JSON lines", "dnpo.commands.sample"),
     "export": Verb("write a policy of a run as a folder that needs nothing else", "dnpo.commands.export"),
     "store": Verb("list, verify, remove or publish finished stages", "dnpo.commands.store"),
     "doctor": Verb("what is installed, which device there is, what is missing", "dnpo.commands.doctor"),

@@ -172,7 +172,7 @@ def export(
         SettingsError: there is no such run, iteration or stage, or ``to`` cannot be written.
         ModelError: the base model no longer exists or has changed.
     """
-    policy = _find(_summary(run), iteration, store)
+    policy = find_policy(read_summary(run), iteration, store)
     if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
         raise SettingsError(f"--to {to}: exists already; expected a new folder, or an empty one")
     aside = to.absolute().with_name(f".{to.absolute().name}.{os.getpid()}")
@@ -187,7 +187,12 @@ def export(
     return policy
 
 
-def _summary(run: Path) -> dict[str, Any]:
+def read_summary(run: Path) -> dict[str, Any]:
+    """Read the summary of a finished run.
+
+    Raises:
+        SettingsError: there is none in this folder, or it does not name the run's policies.
+    """
     path = run / "summary.json"
     if not path.is_file():
         raise SettingsError(
@@ -203,7 +208,17 @@ def _summary(run: Path) -> dict[str, Any]:
     return summary
 
 
-def _find(summary: Mapping[str, Any], iteration: str | None, store: Path | None) -> SavedPolicy:
+def find_policy(summary: Mapping[str, Any], iteration: str | None, store: Path | None) -> SavedPolicy:
+    """Find one policy of a run.
+
+    Args:
+        iteration: ``sft`` or a number; None for the last.
+        store: the store's folder, if it has moved.
+
+    Raises:
+        SettingsError: there is no such iteration, or its files are missing.
+        StoreError: its files are damaged.
+    """
     policies = {policy.name.removeprefix("iteration-"): policy for policy in list_policies(summary, store)}
     wanted = iteration if iteration is not None else list(policies)[-1]
     if wanted not in policies:
@@ -250,7 +265,26 @@ def _check_base(policy: SavedPolicy) -> None:
         )
 
 
-def _load(policy: SavedPolicy, folder: Path | None, dtype: "Dtype", quantization: "Quantisation | None") -> "Policy":
+def load_policy(policy: SavedPolicy, device: str = "cpu") -> "Policy":
+    """Load a policy as it was trained.
+
+    Raises:
+        ModelError: the base model no longer exists or has changed.
+    """
+    if policy.kind == "full":
+        return _load(policy, policy.folder, policy.setting("model", "dtype", "float32"), None, device)
+    _check_base(policy)
+    quantization: Quantisation | None = policy.setting("model", "quantization")
+    return _load(policy, policy.folder, policy.setting("model", "dtype", "float32"), quantization, device)
+
+
+def _load(
+    policy: SavedPolicy,
+    folder: Path | None,
+    dtype: "Dtype",
+    quantization: "Quantisation | None",
+    device: str = "cpu",
+) -> "Policy":
     from dnpo.policy.loading import load
 
     return load(
@@ -263,6 +297,7 @@ def _load(policy: SavedPolicy, folder: Path | None, dtype: "Dtype", quantization
         template_arguments=policy.setting("model", "template_arguments"),
         template_date=policy.setting("model", "template_date"),
         quantization=quantization,
+        device=device,
     )
 
 

@@ -1,0 +1,134 @@
+"""Sample responses of a policy of a finished run to prompts of one's own: ``dnpo sample RUN prompts=FILE``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dnpo import disk
+from dnpo.commands.grammar import parse, program
+from dnpo.errors import DataError, DnpoError, SettingsError
+from dnpo.escape import say
+
+if TYPE_CHECKING:
+    from dnpo.running.card import SavedPolicy
+    from dnpo.running.talk import Speaker
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``dnpo sample``. Errors that the user can correct become one line and exit status 1.
+
+    Args:
+        arguments: None takes the process's.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program("dnpo.commands.sample", "sample"),
+        description="Sample responses of a policy of a finished run, as JSON lines.",
+    )
+    add_sampling(parser)
+    parser.add_argument("--prompt", help="a prompt")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="lines of text, or .jsonl with prompt or messages")
+    parser.add_argument("--samples", type=int, default=1, help="responses to each prompt (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write them; by default the screen")
+    given = parse(parser, arguments)
+    try:
+        _sample(given)
+    except DnpoError as error:
+        say(f"error: {error}", error=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("\nInterrupted. Nothing was written.")
+        sys.exit(130)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose a policy and say how to sample."""
+    parser.add_argument("run", type=Path, help="the run's folder, such as outputs/DATE/TIME")
+    parser.add_argument("--iteration", metavar="K", help="sft, or a number; the last one if not given")
+    parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; by default the run's")
+    parser.add_argument("--top-k", type=int, help="by default the run's")
+    parser.add_argument("--top-p", type=float, help="by default the run's")
+    parser.add_argument("--max-tokens", type=int, default=0, help="of a response; by default the run's")
+    parser.add_argument("--seed", type=int, default=0, help="decides the samples (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (%(default)s)")
+    parser.add_argument("--ledger", type=Path, default=Path("ledger.sqlite"), help="questions to judges (%(default)s)")
+
+
+def open_policies(given: argparse.Namespace, iterations: Sequence[str | None]) -> "tuple[list[Speaker], SavedPolicy]":
+    """Load policies of the run; also return the first one's entry in the run's summary."""
+    from dnpo.policy.model import device_of
+    from dnpo.running.console import silence_libraries
+    from dnpo.running.export import find_policy, read_summary
+    from dnpo.running.talk import open_speaker
+
+    if given.max_tokens < 0:
+        raise SettingsError(f"max_tokens={given.max_tokens}: expected at least 1, or 0 for the run's limit")
+    first = find_policy(read_summary(given.run), iterations[0], given.store)
+    silence_libraries()
+    sampling = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
+    samples = getattr(given, "samples", 1)
+    speakers = [
+        open_speaker(
+            given.run,
+            iteration,
+            given.store,
+            device=str(device_of(given.device)),
+            samples=samples,
+            max_tokens=given.max_tokens,
+            **sampling,
+        )
+        for iteration in iterations
+    ]
+    return speakers, first
+
+
+def chosen(speaker: "Speaker") -> str:
+    """How it samples, in words."""
+    sampling = speaker.sampling
+    if not sampling.temperature:
+        return "greedy"
+    cuts = [f"top_k={sampling.top_k}"] * bool(sampling.top_k) + [f"top_p={sampling.top_p:g}"] * (sampling.top_p < 1)
+    return ", ".join([f"temperature {sampling.temperature:g}", *cuts])
+
+
+def _sample(given: argparse.Namespace) -> None:
+    from dnpo.running.talk import read_conversations, user
+
+    if (given.prompt is None) == (given.prompts is None):
+        raise SettingsError("give either prompt='…' or prompts=FILE")
+    conversations = [[user(given.prompt)]] if given.prompts is None else read_conversations(given.prompts)
+    if given.out is not None and given.out.exists():
+        raise DataError(f"out={given.out}: exists already; expected a new file")
+    (speaker,), _ = open_policies(given, [given.iteration])
+    responses = speaker.respond(conversations, given.seed)
+    lines = [
+        json.dumps(
+            {
+                "prompt": messages,
+                "sample": each.sample,
+                "response": each.text,
+                "policy": speaker.name,
+                "finish": each.finish,
+                "tokens": each.tokens,
+                "logprob": each.logprob,
+            },
+            ensure_ascii=False,
+        )
+        for messages, several in zip(conversations, responses, strict=True)
+        for each in several
+    ]
+    if given.out is None:
+        say("\n".join(lines))
+        return
+    aside = disk.name_aside(given.out)
+    try:
+        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        disk.replace(aside, given.out)
+    except OSError as error:
+        raise DataError(f"out={given.out}: {error.strerror}; expected a file that can be written") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    say(f"{given.out}: {len(lines)} responses of {speaker.name} to {len(conversations)} prompts, {chosen(speaker)}")
