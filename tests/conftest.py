@@ -6,35 +6,25 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-# Before torch is imported: tests run in parallel, and the models are tiny.
+import pytest
+from filelock import FileLock
+
+from dnpo.records import Pair, Prompt, Response, Verdict
+from dnpo.settings import Bound
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dnpo.judges import Judge
+    from dnpo.policy.model import Policy
+
+# Before torch is imported: tests run in parallel, and the models are tiny. Fixtures import it, and not this module,
+# because xdist imports this module before it starts the workers, and would take seconds longer to start them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-import pytest
-import torch
-from absl import logging as absl_logging
-from filelock import FileLock
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-
-from dnpo.data.tinyworld import TinyWorld
-from dnpo.judges import Judge
-from dnpo.judges.asked.ledger import Ledger
-from dnpo.policy.model import Policy
-from dnpo.policy.tokenizer import encode, human_response, train_tokenizer
-from dnpo.records import Pair, Prompt, Response, Verdict
-from dnpo.settings import Bound
-from tests.commands import SMOKE, TINY, succeed
-from tests.composing import keep_compositions
-from tests.unsynced import leave_to_the_kernel
-
-keep_compositions()
-leave_to_the_kernel()
-
-# When Hydra sets up logging, absl's handler closes its stream unless that is one of Python's own; pytest's is not.
-absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -75,7 +65,7 @@ class Report:
 class World(NamedTuple):
     """Encoded prompts with their human responses, and the tokenizer that encoded them."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     prompts: list[Prompt]
     human: list[Response]
 
@@ -103,8 +93,10 @@ class World(NamedTuple):
         return found
 
 
-def verdicts(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Verdict]:
+def verdicts(judge: "Judge", prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Verdict]:
     """The verdicts of a judge that needs no ledger."""
+    from dnpo.judges.asked.ledger import Ledger
+
     return judge(prompts, responses, Ledger(Path("there-is-no-such-folder/ledger.sqlite")), Report())
 
 
@@ -135,6 +127,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item._id = type(item._id).parse(f"{item.nodeid}@{item.path.stem}.{shared[0]}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick() -> None:
+    """Keep compositions of settings and do not wait for the disk, which saves much time."""
+    from absl import logging as absl_logging
+
+    from tests.composing import keep_compositions
+    from tests.unsynced import leave_to_the_kernel
+
+    keep_compositions()
+    leave_to_the_kernel()
+    # When Hydra sets up logging, absl's handler closes its stream unless that is one of Python's own; pytest's is not.
+    absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
     """Restore environment variables that a test or its callees have set."""
@@ -160,6 +166,8 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which DNPO has run at the smoke scale under seed 0, tracked; to be read or copied, never changed."""
 
+    from tests.commands import succeed
+
     def run(folder: Path) -> None:
         (folder / "stdout.txt").write_text(succeed(folder, "scale=smoke", TESTS_DRAW="all"))
 
@@ -169,12 +177,16 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of DNPO with adapters; tests read or copy it, and never change it."""
+    from tests.commands import SMOKE, succeed
+
     return make_once(tmp_path_factory, "adapted", lambda folder: succeed(folder, *SMOKE, "model.lora.rank=4"))
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of DNPO with the settings ``TINY``; tests read or copy it, and never change it."""
+    from tests.commands import SMOKE, TINY, succeed
+
     return make_once(tmp_path_factory, "tiny", lambda folder: succeed(folder, *SMOKE, *TINY))
 
 
@@ -191,6 +203,9 @@ def report() -> Report:
 
 @pytest.fixture(scope="session")
 def world() -> World:
+    from dnpo.data.tinyworld import TinyWorld
+    from dnpo.policy.tokenizer import encode, human_response, train_tokenizer
+
     rows, _ = TinyWorld(train=240, validation=12, test=12).read()
     tokenizer = train_tokenizer(rows["train"], 300)
     prompts, human = [], []
@@ -202,8 +217,12 @@ def world() -> World:
 
 
 @pytest.fixture
-def make_policy(world: World) -> Callable[..., Policy]:
+def make_policy(world: World) -> Callable[..., "Policy"]:
     """A random policy; the same at every call with the same seed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from dnpo.policy.model import Policy
 
     def make(seed: int = 0, **config: Any) -> Policy:
         shape: dict[str, Any] = {
