@@ -30,6 +30,7 @@ from dnpo.settings import part_key
 from tests.commands import TINY, Process, numbers, succeed, summary, train
 from tests.conftest import Report, World
 from tests.engine_server import serving
+from tests.forking import forking
 
 MakePolicy = Callable[..., Policy]
 LIMIT = 12
@@ -437,11 +438,12 @@ def test_a_server_that_dies_is_named_and_what_it_gave_is_kept(policy: Policy, wo
     log = tmp_path / "log"
     launch = f"{SERVE} --log {log} --fault die --after {PROBES + 3}"
     with (
+        forking(),
         session(policy, tmp_path / "work", launch=launch, concurrency=1) as engine,
         pytest.raises(EngineError, match=r"(?s)generate\.engine\.launch: the server ended with status 3.*log"),
     ):
         draw(policy, world, engine, Sampling())
-    with session(policy, tmp_path / "work", launch=f"{SERVE} --log {log}") as engine:
+    with forking(), session(policy, tmp_path / "work", launch=f"{SERVE} --log {log}") as engine:
         found = draw(policy, world, engine, Sampling())
     assert len(requests(log)) == 8
     assert [r.token_ids for r in found] == [r.token_ids for r in draw(policy, world, None, Sampling())]
@@ -467,7 +469,8 @@ def served(log: Path, *more: str) -> tuple[str, ...]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run with a server."""
     folder = tmp_path_factory.mktemp("served")
-    (folder / "out.txt").write_text(succeed(folder, *served(folder / "log")))
+    with forking():
+        (folder / "out.txt").write_text(succeed(folder, *served(folder / "log")))
     return folder
 
 
@@ -515,7 +518,8 @@ def test_a_killed_run_asks_nothing_twice(whole: Path, tmp_path: Path) -> None:
     wait_until_gone(before[-1]["pid"])
     time.sleep(0.2)
     before = requests(log)
-    succeed(tmp_path, *served(log))
+    with forking():
+        succeed(tmp_path, *served(log))
     asked = [(tuple(row["prompt"]), row["seed"]) for row in requests(log)]
     assert 4 < len(before) < len(asked)
     assert len(set(asked)) == 48, "training prompts; evaluations are in the store"
