@@ -148,15 +148,13 @@ def check_mix(count: int, folder: Path, **options: Any) -> None:
         assert sum(never) <= server.stats()["attempts"] - stats["attempts"] <= 4 * sum(never)
 
 
-@pytest.mark.parametrize("structured", ["on", "ignore"])
-def test_every_proper_answer_is_taken_and_none_invented(structured: str, tmp_path: Path) -> None:
-    check_mix(400, tmp_path, latency=0.01, forms="mixed", structured=structured)
-
-
 @pytest.mark.long
-def test_many_calls_under_a_mix_of_faults(tmp_path: Path) -> None:
-    """More than are under way, queued or written at once; ``python -m benchmarks.judge`` makes 10,000."""
-    check_mix(1_200, tmp_path, latency=0.02, forms="mixed", structured="ignore")
+@pytest.mark.parametrize(("structured", "count", "latency"), [("on", 400, 0.01), ("ignore", 1_200, 0.02)])
+def test_every_proper_answer_is_taken_and_none_invented(
+    structured: str, count: int, latency: float, tmp_path: Path
+) -> None:
+    """The larger count is more than are under way, queued or written at once; ``benchmarks.judge`` makes 10,000."""
+    check_mix(count, tmp_path, latency=latency, forms="mixed", structured=structured)
 
 
 def test_the_server_says_how_long_to_wait_and_is_obeyed(tmp_path: Path) -> None:

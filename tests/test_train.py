@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dnpo.store import Store
+from dnpo.tracking.client import check_reachable
 from tests import kills
 from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary, train
 
@@ -279,7 +280,7 @@ def test_kill_9_at_any_moment_changes_no_number(tiny: Path, tmp_path: Path) -> N
 def test_kills_in_short_stages_and_in_the_first_seconds_change_no_number(tiny: Path, tmp_path: Path) -> None:
     """A few of ``python -m tests.kills``."""
     expected, moments = numbers(first(tiny)), random.Random(1)
-    assert kills.kill_anywhere(tmp_path, 3, (*SMOKE, *TINY), expected, moments, []) == 0
+    assert kills.kill_anywhere(tmp_path, 2, (*SMOKE, *TINY), expected, moments, []) == 0
     assert kills.kill_early(tmp_path, 1, ("scale=smoke", *TINY), expected, moments) == 0
 
 
@@ -336,9 +337,9 @@ def test_the_plan_of_a_sweep_shows_what_its_jobs_share(tmp_path: Path) -> None:
 
 
 def test_labels_by_quality_beat_labels_by_origin(tmp_path: Path) -> None:
-    """The default world and model, first iterations of SPIN and DSL. Over three seeds DSL was 3.6 to 6.2 points better
-    here; half of the least of these is asked. The noise may win or lose, so nothing is asked of it."""
-    smaller = ("data.validation=60", "eval.sequences=64", "eval.samples=2")
+    """Half the default world and its model, first iterations of SPIN and DSL. Over three seeds DSL was 3.6 to 4.9
+    points better here; half of the least of these is asked. The noise may win or lose, so nothing is asked of it."""
+    smaller = ("data.train=2400", "data.validation=60", "eval.sequences=64", "eval.samples=2")
     succeed(tmp_path, "-m", "tracking=off", "iterations=1", "acts_from=0", "method=spin,dsl", *smaller)
     found = json.loads(next(tmp_path.glob("multirun/*/*/sweep.json")).read_text())
     score = {
@@ -349,7 +350,7 @@ def test_labels_by_quality_beat_labels_by_origin(tmp_path: Path) -> None:
     assert score["dsl"] > score["spin"] + 1.8
     first, last = (json.loads(p.read_text())["table"] for p in sorted(tmp_path.glob("multirun/*/*/*/summary.json")))
     assert 0.25 < first[1]["eval/win"] + first[1]["eval/tie"] < 0.35, "about 30 % are as good as the human ones"
-    assert last[1]["pairs/flipped"] > 300
+    assert last[1]["pairs/flipped"] > 150
 
 
 # --- a method of one's own
@@ -441,7 +442,8 @@ def test_verifiable_rows_of_a_file_can_be_judged_by_rules(tmp_path: Path) -> Non
     assert last["eval/score_human"] == 100
 
 
-def test_a_server_that_hangs_is_refused_in_time(tmp_path: Path) -> None:
+def test_a_server_that_hangs_is_refused_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_reachable, "__defaults__", (0.5,))  # seconds instead of ten
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         done = train(tmp_path, "scale=smoke", f"tracking.uri=http://127.0.0.1:{port}")
@@ -453,8 +455,8 @@ def test_a_server_that_hangs_is_refused_in_time(tmp_path: Path) -> None:
 
 
 def test_real_data_and_a_real_model(shared: Path, tmp_path: Path) -> None:
-    """stories260K on a hundred rows of rasbt: fine-tuning, two iterations of NPO, everything finite."""
-    rows = (shared / "data" / "sft_rasbt.jsonl").read_text().splitlines()[:120]
+    """stories260K on 80 rows of rasbt: fine-tuning, two iterations of NPO, everything finite."""
+    rows = (shared / "data" / "sft_rasbt.jsonl").read_text().splitlines()[:80]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     succeed(
         tmp_path,
@@ -465,7 +467,7 @@ def test_real_data_and_a_real_model(shared: Path, tmp_path: Path) -> None:
             "model=local",
             f"model.path={shared / 'models' / 'stories260K'}",
         ),
-        *("data=jsonl", "data.path=rows.jsonl", "data.max_response_tokens=32", "eval.sequences=24", "sft.steps=20"),
+        *("data=jsonl", "data.path=rows.jsonl", "data.max_response_tokens=32", "eval.sequences=24", "sft.steps=8"),
     )
     table = summary(tmp_path)["table"]
     assert all(np.isfinite(v) for row in table for v in row.values() if isinstance(v, float))
