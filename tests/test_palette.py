@@ -107,10 +107,12 @@ def test_a_colour_outside_the_palette_would_be_found(tmp_path: Path) -> None:
     assert len(list(literals(tmp_path / "a.css"))) == 2
 
 
-def test_pages_have_every_colour_that_their_style_names() -> None:
-    used = set(re.findall(r"var\((--[\w-]+)\)", (ROOT / "src/dnpo/report/style.css").read_text()))
+@pytest.mark.parametrize("path", ["report/style.css", "browse/page.css"])
+def test_pages_have_every_colour_that_their_style_names(path: str) -> None:
+    style = (ROOT / "src/dnpo" / path).read_text()
+    used = set(re.findall(r"var\((--[\w-]+)\)", style))
     light, _, dark = palette.write_css().partition("@media")
-    assert used <= set(re.findall(r"(--[\w-]+):", light))
+    assert used <= set(re.findall(r"(--[\w-]+):", light + style))
     assert set(re.findall(r"(--[\w-]+):", dark)) <= set(re.findall(r"(--[\w-]+):", light))
 
 

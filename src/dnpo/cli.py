@@ -38,6 +38,7 @@ VERBS = {
     "judge fit": Verb("fit a reward model to preferences", "dnpo.commands.reward", ("fit",)),
     "judge ledger": Verb("questions to judges, and what they cost", "dnpo.commands.ledger"),
     "report": Verb("one HTML page on a run or a sweep", "dnpo.commands.report"),
+    "browse": Verb("a page to look at samples and pairs of runs", "dnpo.commands.browse"),
     "figures": Verb("figures and tables of the papers, from tracked runs", "analysis.command"),
     "claims": Verb("the claims of the papers: which of them hold here", "analysis.claims"),
     "chat": Verb("talk to a policy of a run, or to two side by side", "dnpo.commands.chat"),

@@ -1,0 +1,192 @@
+"""Find runs, and the stages of each in its store."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dnpo.errors import DataError, TrackingError
+from dnpo.report.selection import SUMMARY, select
+from dnpo.store import MANIFEST
+from dnpo.tracking.reading import SFT, Database
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        name: differs from those of other runs shown with it.
+        summary: content of ``summary.json``.
+        store: the folder of finished stages.
+    """
+
+    name: str
+    summary: Mapping[str, Any] = field(repr=False)
+    store: Path
+
+    @property
+    def split(self) -> str:
+        """The split that the policies were evaluated on."""
+        return str(self.summary["settings"].get("eval", {}).get("split", "test"))
+
+    @property
+    def prompts(self) -> Path:
+        """The folder of the run's prompts."""
+        return self._folder(next(stage for stage in self._stages if stage["stage"] == "prompts"))
+
+    def evaluations(self) -> Iterator[tuple[str, Path]]:
+        """Yield each iteration, ``SFT`` or a number, with the folder of its evaluation."""
+        for stage in self._stages:
+            if stage["stage"] == "evaluate":
+                yield str(stage["iteration"]), self._folder(stage)
+
+    def trained_on(self) -> Iterator[tuple[str, Path]]:
+        """Yield each iteration's number with the Parquet file of what its policy was trained on: pairs or rollouts."""
+        for stage in self._stages:
+            if stage["stage"] != "evaluate" or stage["iteration"] == SFT:
+                continue
+            pairs, policy = (self._find(stage["inputs"].get(name)) for name in ("pairs", "policy"))
+            if pairs is not None:
+                yield str(stage["iteration"]), pairs / "pairs.parquet"
+            elif policy is not None and (policy / "rollouts.parquet").is_file():
+                yield str(stage["iteration"]), policy / "rollouts.parquet"
+
+    def second_judging(self, evaluation: Path) -> Path | None:
+        """The folder with a second judge's scores of an evaluation; None if there is none."""
+        return self._made_from("second", "evaluation", evaluation.name)
+
+    def reference(self, pairs: Path) -> Path | None:
+        """The folder with the reference's log-probabilities of pairs; None if there is none."""
+        return self._made_from("reference", "pairs", pairs.parent.name)
+
+    def _made_from(self, kind: str, name: str, key: str) -> Path | None:
+        for stage in self._stages:
+            if stage["stage"] == kind and stage["inputs"].get(name) == key:
+                return self._folder(stage)
+        return None
+
+    @property
+    def _stages(self) -> Sequence[Mapping[str, Any]]:
+        stages: Sequence[Mapping[str, Any]] = self.summary["stages"]
+        return stages
+
+    def _find(self, key: str | None) -> Path | None:
+        return next((self._folder(stage) for stage in self._stages if stage["key"] == key), None)
+
+    def _folder(self, stage: Mapping[str, Any]) -> Path:
+        return self.store / str(stage["stage"]) / str(stage["key"])
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a stage is finished and in the store."""
+    return (folder / MANIFEST).is_file()
+
+
+def digest(runs: Sequence[Run]) -> str:
+    """A short hash of the runs' stages, by which a link names the runs that it was made for."""
+    keys = [[stage["key"] for stage in run.summary["stages"]] for run in runs]
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]
+
+
+def find(given: Sequence[str], store: Path | None, uri: str, experiment: str) -> list[Run]:
+    """Find runs.
+
+    Args:
+        given: for each, a run's or a sweep's folder, a tracked run's id or its beginning, or a sweep's name. Nothing
+            given: the newest run's folder in ``outputs``.
+        store: the store's folder, if it has moved.
+        uri, experiment: where runs were tracked.
+
+    Raises:
+        DataError: a run does not exist or has not finished.
+        TrackingError: a name is no folder, and there is no tracking store in which to look it up.
+    """
+    runs = [run for each in given or [_newest()] for run in _find(each, store, uri, experiment)]
+    distinct = list({json.dumps([run.summary["stages"], str(run.store)]): run for run in runs}.values())
+    return _name_apart(distinct)
+
+
+def _newest() -> str:
+    found = sorted(Path("outputs").glob(f"*/*/{SUMMARY}"), key=lambda path: path.stat().st_mtime_ns)
+    if not found:
+        raise DataError(
+            f"outputs/: there is no finished run in {Path.cwd()}; give a run's folder, such as outputs/DATE/TIME, "
+            "a tracked run's id, or a sweep's name"
+        )
+    return str(found[-1].parent)
+
+
+def _find(given: str, store: Path | None, uri: str, experiment: str) -> Iterator[Run]:
+    folder = Path(given)
+    if (folder / SUMMARY).is_file():
+        yield _run(_name(_read(folder), folder.name), _read(folder), store)
+        return
+    jobs = sorted((path.parent for path in folder.glob(f"*/{SUMMARY}")), key=_by_number) if given else []
+    if jobs:
+        for job in jobs:
+            yield _run(_name(_read(job), job.name), _read(job), store)
+        return
+    if folder.is_dir() and given:
+        raise DataError(f"{folder}: no {SUMMARY} is in it, so its run has not finished")
+    try:
+        selection = select(Database(uri, experiment), given)
+    except TrackingError as error:
+        raise TrackingError(f"{given}: there is no such folder, and no tracked run: {error}") from error
+    finished = [run for run in selection.runs if run.finished]
+    if not finished:
+        raise DataError(f"{given}: no run of it has finished")
+    for run in finished:
+        yield _run(run.name, run.summary, store)
+
+
+def _by_number(job: Path) -> tuple[int, str]:
+    return (int(job.name), "") if job.name.isdecimal() else (10**9, job.name)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / SUMMARY
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: it is not the summary of a run ({error})") from error
+    return found
+
+
+def _run(name: str, summary: Mapping[str, Any], store: Path | None) -> Run:
+    try:
+        root = store or Path(summary["cwd"], summary["settings"]["store"])
+        run = Run(name, summary, root.absolute())
+        needed = [run.prompts, *(folder for _, folder in run.evaluations())]
+    except (KeyError, TypeError, StopIteration) as error:
+        raise DataError(
+            f"{name}: its {SUMMARY} does not describe a training run, or an earlier version wrote it"
+        ) from (error)
+    if len(needed) == 1:
+        raise DataError(f"{name}: none of its policies was evaluated")
+    missing = [folder for folder in needed if not is_there(folder)]
+    if missing:
+        raise DataError(
+            f"{name}: {'/'.join(missing[0].parts[-2:])} is not in {run.store}; give store=FOLDER if the store has "
+            "moved, or run the same command again"
+        )
+    return run
+
+
+def _name(summary: Mapping[str, Any], folder: str) -> str:
+    method = summary.get("choices", {}).get("method")
+    seed = summary.get("settings", {}).get("seed")
+    return f"{method or folder}, seed {seed}" if seed is not None else str(method or folder)
+
+
+def _name_apart(runs: Sequence[Run]) -> list[Run]:
+    """Number the runs that have the same name."""
+    counts, seen = Counter(run.name for run in runs), Counter[str]()
+    named = []
+    for run in runs:
+        seen[run.name] += 1
+        named.append(replace(run, name=f"{run.name} ({seen[run.name]})") if counts[run.name] > 1 else run)
+    return named
