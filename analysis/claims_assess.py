@@ -127,7 +127,8 @@ class Result:
 
     Attributes:
         by: the effect by iteration, if both sides have the same iterations.
-        reason: why it was not measured. runs: the runs that the measurement used.
+        reason: why it was not measured.
+        runs: the runs that the measurement used.
     """
 
     claim: Claim

@@ -39,8 +39,8 @@ class Sweep(Strict):
 
     Attributes:
         overrides: settings that ``--run`` adds to its command.
-        where_installed: further settings, by the packages that they need. methods: whether its arms are methods, which
-            may differ in more than labels and noise.
+        where_installed: further settings, by the packages that they need.
+        methods: whether its arms are methods, which may differ in more than labels and noise.
     """
 
     overrides: tuple[str, ...] = ()

@@ -4,8 +4,9 @@ A claim states a region for an effect, an open interval: above or below a target
 not above it by more than a margin (``at_least``, ``at_most``), or within a margin around it (``within``). The effect
 has a 95 % t interval over seeds and items, which is wide if there are few seeds. The claim is
 
-    supported      if the interval lies inside the region, and p ≤ 0.05 after Holm's correction; contradicted if the
-    interval lies outside the region, with the same p; undecided      otherwise, and always with fewer than three seeds.
+    supported      if the interval lies inside the region, and p ≤ 0.05 after Holm's correction;
+    contradicted   if the interval lies outside the region, with the same p;
+    undecided      otherwise, and always with fewer than three seeds.
 
 p comes from a two-sided test against the region's bound; with two bounds it is the larger p. If a paired difference
 over items is compared with 0, p comes from ``dnpo.stats.paired``. Holm's correction is over all claims of the file. A

@@ -36,8 +36,9 @@ class PolicyMeasure:
     """A quantity measured for each policy.
 
     Attributes:
-        metric: an entry of the catalogue, or a metric that runs do not track. items: returns the measure's values by
-            item, weighted so that their plain mean is the number in the table; None if a run has not kept them.
+        metric: an entry of the catalogue, or a metric that runs do not track.
+        items: returns the measure's values by item, weighted so that their plain mean is the number in the table; None
+            if a run has not kept them.
     """
 
     metric: Metric

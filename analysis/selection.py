@@ -309,8 +309,8 @@ def refuse_mixture(
     Args:
         differing_starts: whether runs of one method may start at different iterations, as branches do.
         matters: settings of measures that must agree too.
-        name: returns the method of a run; None: found from labels and noise. own: returns whether a setting may differ
-            between methods; None: only settings of labels and noise may.
+        name: returns the method of a run; None: found from labels and noise.
+        own: returns whether a setting may differ between methods; None: only settings of labels and noise may.
 
     Raises:
         DataError: names the settings, their values, and how to narrow the selection.

@@ -9,8 +9,9 @@ be in another cluster, but does not change the clusters. For each corruption the
 the probability that, of a corrupted and an original text, the corrupted one
 
 - lies in the smaller cluster (``size``), or farther from the centre of its cluster (``distance``), with clusters of
-  other texts; - lies farther than the original that it is made from (``matched``); - lies farther, with clusters of
-  these originals (``among``), as if few of many rows were corrupted.
+  other texts;
+- lies farther than the original that it is made from (``matched``);
+- lies farther, with clusters of these originals (``among``), as if few of many rows were corrupted.
 
 0.5 is chance. The last table shows how much of each family of the tiny world pruning removes.
 """

@@ -55,7 +55,8 @@ class Part:
 
     Args:
         name: the part.
-        folder: the folder of its file. tiny: whether this is a rehearsal at a tiny size.
+        folder: the folder of its file.
+        tiny: whether this is a rehearsal at a tiny size.
     """
 
     def __init__(self, name: str, folder: Path, tiny: bool) -> None:

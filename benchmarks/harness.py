@@ -129,8 +129,8 @@ def interleave(
     """Run all variants in turns, A B C A B C …; in round i every worker is asked to run batch i.
 
     Args:
-        start: starts each variant's worker; a worker that answers ``{"skip": reason}`` is left out. rounds: number of
-            measured runs of each variant, after one that is not measured.
+        start: starts each variant's worker; a worker that answers ``{"skip": reason}`` is left out.
+        rounds: number of measured runs of each variant, after one that is not measured.
         keep: keep all workers alive between rounds. Otherwise each is started and warmed up for every run, in case only
             one model fits into memory.
 

@@ -128,7 +128,9 @@ def batches(
     """Random batches.
 
     Args:
-        shape: gives the lengths of sequences. count: number of batches. seed: seed of lengths and tokens.
+        shape: gives the lengths of sequences.
+        count: number of batches.
+        seed: seed of lengths and tokens.
         pairs: pairs in a batch; None takes the shape's number.
         length: tokens of every sequence, a quarter of them in the prompt; None draws lengths.
     """

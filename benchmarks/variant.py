@@ -24,9 +24,9 @@ class Variant:
     """One way to train on a batch of pairs, from token ids to updated weights.
 
     Args:
-        objective: ``dpo`` or ``npo``; for ours also one of ``OBJECTIVES`` or ``NOISY``. reference: ``online`` runs the
-            reference in every step, ``cached`` before all steps. shape, device, dtype, lora, quantization: settings of
-            the model.
+        objective: ``dpo`` or ``npo``; for ours also one of ``OBJECTIVES`` or ``NOISY``.
+        reference: ``online`` runs the reference in every step, ``cached`` before all steps.
+        shape, device, dtype, lora, quantization: settings of the model.
         batches: all training batches, from which a variant may compute things before the first step.
     """
 

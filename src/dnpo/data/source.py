@@ -34,8 +34,8 @@ class RawTable(NamedTuple):
     Attributes:
         columns: the names of the columns.
         total: the number of rows.
-        rows: reads some rows by number, each with its location. texts: returns the columns, among the given ones, that
-            contain text.
+        rows: reads some rows by number, each with its location.
+        texts: returns the columns, among the given ones, that contain text.
     """
 
     columns: Collection[str]

@@ -195,9 +195,10 @@ def record(
     """Turn completions into responses, with log-probabilities and texts.
 
     Args:
-        rows: the prompt of each completion, with the number of its sample. whole: whether each completion ended, and
-            was not cut. samples: number of consecutive rows with the same prompt. engine: the engine that sampled them;
-            None for this process.
+        rows: the prompt of each completion, with the number of its sample.
+        whole: whether each completion ended, and was not cut.
+        samples: number of consecutive rows with the same prompt.
+        engine: the engine that sampled them; None for this process.
     """
     prompts = [prompt.token_ids for prompt, _ in rows]
     by_token: list[list[float]] = []
@@ -236,8 +237,8 @@ def complete(
         limit: maximum number of completion tokens, one number for all rows or one for each; at least 1.
         streams: an integer for each row, the seed of its draws.
         report: receives the progress, if there is one.
-        endless: numbers of the rows in which no stop token is drawn; they end at the limit. begun: the first tokens of
-            each completion, if some are drawn already; not all may be.
+        endless: numbers of the rows in which no stop token is drawn; they end at the limit.
+        begun: the first tokens of each completion, if some are drawn already; not all may be.
     """
     completions = [list(tokens) for tokens in begun or [[]] * len(prompts)]
     prompts = [ids + tokens for ids, tokens in zip(prompts, completions, strict=True)] if begun else prompts

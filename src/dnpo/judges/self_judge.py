@@ -36,7 +36,8 @@ def average_orders(a_first: float, a_second: float) -> float:
     always answers A the result is ½.
 
     Args:
-        a_first: P(A) if A is y₁. a_second: P(A) if A is y₂.
+        a_first: P(A) if A is y₁.
+        a_second: P(A) if A is y₂.
     """
     return 0.5 + (a_first - a_second) / 2  # exactly ½ if both responses are the same
 

@@ -21,7 +21,11 @@ Made = TypeVar("Made", covariant=True)
 
 
 def require(paths: Sequence[Path]) -> None:
-    """Check that the files of rollouts that a checkpoint refers to exist. Raises: StoreError: a file is missing."""
+    """Check that the files of rollouts that a checkpoint refers to exist.
+
+    Raises:
+        StoreError: a file is missing.
+    """
     for path in (path for path in paths if not path.is_file()):
         raise StoreError(
             f"{path}: is missing, and the policy that made it has been trained further since then; remove the "
@@ -72,9 +76,9 @@ class Clock:
     """The times at which rows are made, and how long rows are kept.
 
     Attributes:
-        every: policy steps from one rollout to the next; 0: a single rollout, which is trained on in epochs. capacity:
-            number of rows in the buffer; 0: only the rows of the last rollout. ahead_by: number of rollouts that are
-            made in advance, so that training does not wait for the judge.
+        every: policy steps from one rollout to the next; 0: a single rollout, which is trained on in epochs.
+        capacity: number of rows in the buffer; 0: only the rows of the last rollout.
+        ahead_by: number of rollouts that are made in advance, so that training does not wait for the judge.
     """
 
     every: int = 1
@@ -93,8 +97,9 @@ class LiveSteps(Steps[Row, Some]):
     rows. When all are made and the buffer has no older rows, the training ends before its last policy step.
 
     Args:
-        source: makes the rows. clock: decides when rows are made. batch_size: number of rows of a policy step, or all
-            if the buffer has fewer.
+        source: makes the rows.
+        clock: decides when rows are made.
+        batch_size: number of rows of a policy step, or all if the buffer has fewer.
         epochs: passes over the prompts.
         steps: number of policy steps, over as many passes as needed; 0: by epochs.
         order: returns the rows of every policy step, given the number of rows; used if there is a single rollout.

@@ -34,8 +34,8 @@ class Rejected(NamedTuple):
     """The frozen reference's numbers for the rejected completion tokens of a batch.
 
     Attributes:
-        hidden_NH: the last hidden states (after the final norm) that predict the tokens, response after response. head:
-            the reference's output head.
+        hidden_NH: the last hidden states (after the final norm) that predict the tokens, response after response.
+        head: the reference's output head.
         target_N: the tokens.
         lengths: number of tokens of each of the B responses.
         seeds: seeds of the noise, one for each response.

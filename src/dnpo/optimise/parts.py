@@ -34,11 +34,13 @@ class Objective(Protocol):
     - ``reads_reference``: whether it reads the reference's log-probabilities; True if absent.
     - ``reads_rejected``: whether it reads the log-probabilities of rejected responses; True if absent. If not, only
       chosen responses go through the model, and the log-probabilities of the others are 0.
-    - ``needs_states``: whether it reads the reference's hidden states; False if absent. - ``keeps_states``: whether the
-    hidden states of both responses are kept on disk, if it reads them in every step: ``on``, ``off`` or ``auto``, as in
-    ``Noise.cache_hidden``; off if absent. - ``watches(total)``: its further measurements in a training of ``total``
-    policy steps, see ``watch.py``; none if absent. - ``train``: a training on scored responses, which replaces the loss
-    on pairs; see :func:`dnpo.stages.live.train_on_responses`.
+    - ``needs_states``: whether it reads the reference's hidden states; False if absent.
+    - ``keeps_states``: whether the hidden states of both responses are kept on disk, if it reads them in every step:
+      ``on``, ``off`` or ``auto``, as in ``Noise.cache_hidden``; off if absent.
+    - ``watches(total)``: its further measurements in a training of ``total`` policy steps, see ``watch.py``; none if
+      absent.
+    - ``train``: a training on scored responses, which replaces the loss on pairs; see
+      :func:`dnpo.stages.live.train_on_responses`.
 
     Attributes:
         beta: the factor from a pair's log-ratio gap to its margin, for the noise term, reported margins and implicit
@@ -58,8 +60,8 @@ class Logistic:
 
     Args:
         beta: preference temperature.
-        smoothing: the expected share of wrong labels. xi_min: below this, the loss of a pair with a shift is replaced
-            by its tangent; other pairs have no such limit.
+        smoothing: the expected share of wrong labels.
+        xi_min: below this, the loss of a pair with a shift is replaced by its tangent; other pairs have no such limit.
     """
 
     beta: Positive
@@ -171,11 +173,11 @@ class Refined:
     Args:
         beta: preference temperature.
         alpha: share of suspect labels that is assumed wrong; 0: no label is suspect, and the loss is logistic.
-        extrapolation: λ; 0: the confidence is measured with the policy itself. percentile: percentile of the last
-            pairs' confidences, from 0 to 100.
+        extrapolation: λ; 0: the confidence is measured with the policy itself.
+        percentile: percentile of the last pairs' confidences, from 0 to 100.
         window: number of last pairs.
-        warmup: share of the policy steps before labels can be suspect. cache_hidden: as in :class:`Noise`, but for both
-            responses.
+        warmup: share of the policy steps before labels can be suspect.
+        cache_hidden: as in :class:`Noise`, but for both responses.
     """
 
     beta: Positive

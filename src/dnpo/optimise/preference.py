@@ -74,8 +74,11 @@ class FineTuning(Training):
 
 @dataclass(frozen=True)
 class Frozen:
-    """The parts of the frozen reference that noise or the objective needs besides log-probabilities. Attributes: head:
-    the output head. body: computes hidden states; None if they have been kept.
+    """The parts of the frozen reference that noise or the objective needs besides log-probabilities.
+
+    Attributes:
+        head: the output head.
+        body: computes hidden states; None if they have been kept.
     """
 
     head: Head
@@ -90,9 +93,9 @@ class PreferenceTraining(Training):
         noise: the noise; if it has no parameters, the policy is the only player.
         objective: (policy, reference, facts) → loss of each pair.
         beta: preference temperature of the noise term and of the reported margins and implicit rewards.
-        watches: further measurements for the objective. average: the moving average of the policy's weights, if it is
-            read. reads_average: whether the average is the reference; then its log-probabilities are computed in every
-            step.
+        watches: further measurements for the objective.
+        average: the moving average of the policy's weights, if it is read.
+        reads_average: whether the average is the reference; then its log-probabilities are computed in every step.
     """
 
     policy: Policy
@@ -428,8 +431,8 @@ def optimise_live(
     """Train the policy in place on pairs that are made during the training.
 
     Args:
-        source: makes the pairs, with the reference's log-probabilities unless the reference is the average. clock:
-            decides when pairs are made.
+        source: makes the pairs, with the reference's log-probabilities unless the reference is the average.
+        clock: decides when pairs are made.
         policy, optimisation, noise, objective, beta, seed, folder, report, frozen: as in :func:`optimise`.
         average, reads_average: as in :class:`PreferenceTraining`.
 

@@ -110,8 +110,8 @@ def keep_hidden(
     They are stored in the type of the output head's products (bf16 under autocast), so no precision is lost.
 
     Args:
-        required: whether a lack of room is an error; otherwise the states are recomputed in every step. both: whether
-            to keep the states of chosen tokens too; for each pair they precede the states of rejected tokens.
+        required: whether a lack of room is an error; otherwise the states are recomputed in every step.
+        both: whether to keep the states of chosen tokens too; for each pair they precede the states of rejected tokens.
         setting: the name of the setting that requires them.
 
     Raises:

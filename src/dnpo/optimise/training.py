@@ -68,7 +68,8 @@ class Training(pl.LightningModule):
     """Manual optimisation of one or more players on micro-batches in a fixed order.
 
     Attributes:
-        title: its name in messages. remedy: advice on a loss that is not finite.
+        title: its name in messages.
+        remedy: advice on a loss that is not finite.
 
     Args:
         policy: the model to train; its module is the first player.

@@ -37,9 +37,9 @@ class Packed:
         ids_T: token ids.
         position_T: the position of each token in its sequence.
         tokens_M: the tokens of each sequence, as indices in the row, sequence after sequence.
-        place_T: index in ``tokens_M`` of each token's first occurrence. again_X: for each further occurrence in
-            ``tokens_M``, the token's index in the row. second_X: for each further occurrence, its index in
-            ``tokens_M``.
+        place_T: index in ``tokens_M`` of each token's first occurrence.
+        again_X: for each further occurrence in ``tokens_M``, the token's index in the row.
+        second_X: for each further occurrence, its index in ``tokens_M``.
         predict_N: indices of the hidden states that predict the completion tokens, sequence after sequence.
         target_N: the completion tokens' ids.
         completions_S: number of completion tokens of each sequence.
@@ -122,7 +122,8 @@ class Spread(NamedTuple):
     Attributes:
         source: the token for each place.
         place_T: the first place of each token.
-        again_X: for each further place, its token. second_X: the further places.
+        again_X: for each further place, its token.
+        second_X: the further places.
     """
 
     source: Tensor

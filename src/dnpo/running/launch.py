@@ -56,8 +56,10 @@ class Job(TypedDict):
 
 
 class Launch(Protocol):
-    """The place where the work of stages is done. Attributes: world: number of processes that share the work of a
-    stage.
+    """The place where the work of stages is done.
+
+    Attributes:
+        world: number of processes that share the work of a stage.
     """
 
     @property

@@ -42,7 +42,8 @@ class PairSource:
 
     Args:
         responder: makes the rollouts.
-        plan: decides how they are labelled. judge: compares the sides of a pair, if the strengths need it.
+        plan: decides how they are labelled.
+        judge: compares the sides of a pair, if the strengths need it.
         frozen: the reference; None if none is read, or if its numbers are computed in the training step.
         folder: the training's folder.
     """

@@ -44,8 +44,8 @@ class RunSettings:
         iterations: number of iterations; they are numbered from 0.
         seed: seed of all random draws.
         sft_rows: number of training rows for fine-tuning only; the iterations use the others. 0: both use all rows.
-        start: the policy whose weights training begins with; see :class:`Plan`. reference: the policy that is the
-            reference; see :class:`Plan`.
+        start: the policy whose weights training begins with; see :class:`Plan`.
+        reference: the policy that is the reference; see :class:`Plan`.
         acts_from: the iteration at which labels by score and noise start; ``last`` is the run's last. It is the default
             of ``dsl.start`` and ``npo.start``, and has no other effect.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -87,9 +87,12 @@ class Plan:
     Attributes:
         start: the policy whose weights training begins with: the ``previous`` iteration's, the ``initial`` one (after
             fine-tuning), or the ``base`` model (before fine-tuning).
-        prompts: chooses the training prompts. rollout: decides how and when the policy responds to them. judge: scores
-            the responses. dsl: makes pairs from them. strength: computes how sure the pairs' labels are. curriculum:
-            chooses and weighs the pairs to train on.
+        prompts: chooses the training prompts.
+        rollout: decides how and when the policy responds to them.
+        judge: scores the responses.
+        dsl: makes pairs from them.
+        strength: computes how sure the pairs' labels are.
+        curriculum: chooses and weighs the pairs to train on.
         ema: a moving average of the policy's weights in training, for parts that read it.
         reference: the policy that is the reference: the one that training starts from (``start``), the ``initial`` one,
             the moving average of the weights (``ema``), or ``none``.
@@ -196,8 +199,8 @@ class Iteration:
         policy: the policy that it trained.
         taught: before the first iteration, the policy that judges can ask: a copy taught to judge, or the policy
             itself.
-        labelled: the stage of the pairs that it made; this is the training if they are made in training. pairs: the
-            stage of the pairs that it trained on: ``labelled``, unless there is a curriculum.
+        labelled: the stage of the pairs that it made; this is the training if they are made in training.
+        pairs: the stage of the pairs that it trained on: ``labelled``, unless there is a curriculum.
         like: the training whose noise this one matches.
     """
 

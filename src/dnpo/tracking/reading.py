@@ -290,7 +290,11 @@ class Database:
 
 
 def _connect(uri: str) -> Any:
-    """Connect to a tracking store. Raises: TrackingError: there is none."""
+    """Connect to a tracking store.
+
+    Raises:
+        TrackingError: there is none.
+    """
     file = file_of(make_absolute(uri))
     if file is not None and not file.is_file():
         raise TrackingError(f"{uri}: there is no such database; say with --uri where runs were tracked")

@@ -81,8 +81,8 @@ def outlying(clusters: Clusters, first: int, then: int) -> "Whole":
     are left out.
 
     Args:
-        first: number of rows to leave out by the size of their cluster. then: number of other rows to leave out by
-            their distance.
+        first: number of rows to leave out by the size of their cluster.
+        then: number of other rows to leave out by their distance.
     """
     import numpy as np
 

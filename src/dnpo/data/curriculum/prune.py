@@ -27,8 +27,8 @@ class Prune(Curriculum):
     counts them). Then a share of the others is left out (``pruned`` counts them), by one of these rules:
 
     - ``outlying``: the pairs of the smallest clusters, then the pairs farthest from their centres (SCIP);
-    - ``typical``: the pairs nearest to their centres (SSL prototypes); - ``alike``: the pairs most similar to another
-    pair of their cluster (SemDeDup);
+    - ``typical``: the pairs nearest to their centres (SSL prototypes);
+    - ``alike``: the pairs most similar to another pair of their cluster (SemDeDup);
     - ``alike_typical``: ``alike``, then ``typical`` in new clusters of the others (D4);
     - ``random``: any.
 

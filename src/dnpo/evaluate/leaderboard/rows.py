@@ -5,10 +5,11 @@ examples in ``TASK_fewshot.jsonl`` or ``TASK_train_fewshot.jsonl``. Every row ma
 
 ==============  ====================================================================================================
 arc_easy        question, choices, answer (number of the right choice); arc_challenge, mmlu too, mmlu with subject
-winogrande      context_options (two beginnings), continuation, answer hellaswag       activity_label, endings, label,
-and ctx or lm-eval's ctx_a and ctx_b (it capitalises ctx_b) gsm8k           question, answer (ending in ``#### NUMBER``)
-truthfulqa      question, mc1 and mc2, both with choices and labels (1 is true) ==============
-====================================================================================================
+winogrande      context_options (two beginnings), continuation, answer
+hellaswag       activity_label, endings, label, and ctx or lm-eval's ctx_a and ctx_b (it capitalises ctx_b)
+gsm8k           question, answer (ending in ``#### NUMBER``)
+truthfulqa      question, mc1 and mc2, both with choices and labels (1 is true)
+==============  ====================================================================================================
 """
 
 import json

@@ -42,7 +42,8 @@ class Differences:
 
     Attributes:
         tokens: number of tokens.
-        total: sum over the tokens. greatest: the largest difference of a token.
+        total: sum over the tokens.
+        greatest: the largest difference of a token.
     """
 
     tokens: int = 0

@@ -72,7 +72,8 @@ class ClippedRatio:
 
         Args:
             policy: the policy; its module is changed. With LoRA it has a fresh adapter.
-            source: makes the rollouts. clock: decides when rollouts are made.
+            source: makes the rollouts.
+            clock: decides when rollouts are made.
             reference: the frozen reference; None if β is 0.
             optimisation: how to train.
             seed: seed of the draws from the buffer.

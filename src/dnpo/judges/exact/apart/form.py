@@ -8,17 +8,17 @@ collections, decimal, fractions and datetime. Any other value, such as an instan
 stays in the answer's process, and the tests get a reference.
 
 - Only plain values are compared. ``==``, ``<`` or ``in`` on a reference ends the tests, because the answer would decide
-  the outcome. Arithmetic with a reference and a plain value, such as ``f(1) - 3``, ends them for the same reason. -
-  Arguments are passed as copies. If a call returns None, changes of its lists, sets and mappings are copied back, so
-  that sorting in place can be tested. A call that returns a value cannot change its arguments. - Functions of the tests
-  can be passed as arguments; they are called in the tests' process.
-- An exception of the answer is raised in the tests under its name, which can be built-in or defined by the answer. -
-The output of a call is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it.
-- Functions ``test…()`` without parameters and classes of ``unittest.TestCase`` are run if nothing else runs them. - The
-answer's imports are not available to tests, so tests import the modules that they use; only modules of the standard
-library, such as ``math``, need no import. The answer itself can be imported as ``solution`` or another name of
-``ANSWERS``; names of this module refer to objects in the answer's process, like names without an import. - If tests use
-only built-in functions and call just one of them, such as ``sum``, this function is the answer's.
+  the outcome. Arithmetic with a reference and a plain value, such as ``f(1) - 3``, ends them for the same reason.
+- Arguments are passed as copies. If a call returns None, changes of its lists, sets and mappings are copied back, so
+  that sorting in place can be tested. A call that returns a value cannot change its arguments.
+- Functions of the tests can be passed as arguments; they are called in the tests' process.
+- An exception of the answer is raised in the tests under its name, which can be built-in or defined by the answer.
+- The output of a call is printed in the tests' process, where ``contextlib.redirect_stdout`` finds it.
+- Functions ``test…()`` without parameters and classes of ``unittest.TestCase`` are run if nothing else runs them.
+- The answer's imports are not available to tests, so tests import the modules that they use; only modules of the
+  standard library, such as ``math``, need no import. The answer itself can be imported as ``solution`` or another name
+  of ``ANSWERS``; names of this module refer to objects in the answer's process, like names without an import.
+- If tests use only built-in functions and call just one of them, such as ``sum``, this function is the answer's.
 """
 
 import ast
