@@ -61,7 +61,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = harness.common_arguments("live", "CPU seconds of generating while training.")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--prompts", default="${generate.batch_size}", help="at a time (default: %(default)s)")
+    parser.add_argument("--prompts", default="128", help="at a time (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="settings of dnpo.train, after --")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

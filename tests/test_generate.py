@@ -609,7 +609,7 @@ def test_settings_of_rollouts_follow_those_of_generate() -> None:
         {"generate": load(folder / "generate/sample.yaml"), "rollout": load(folder / "rollout/ahead.yaml")}
     )
     plain: Any = OmegaConf.to_container(tree, resolve=True)
-    assert build("rollout", check("rollout", plain["rollout"])) == Ahead(batch_size=128)
+    assert build("rollout", check("rollout", plain["rollout"])) == Ahead(batch_size=256)
     tree.generate.update({"append_eos": True, "temperature": 0.0, "top_k": 3, "top_p": 0.5, "batch_size": 7})
     tree.generate.shard_size = 9
     plain = OmegaConf.to_container(tree, resolve=True)
