@@ -8,7 +8,8 @@ from typing import Any
 from dnpo.stages import verbs
 from dnpo.store import Report, Stage, Store
 
-SECONDS = 1.0  # in each of judge, labels and reference
+SECONDS = 0.5  # in each of judge, labels and reference
+STEP = 0.25  # before each step of a training
 AT = "at.txt"  # file in the run's folder with the stage that is being computed
 
 
@@ -57,7 +58,7 @@ def delay_steps() -> None:
             aside = Path(f"{AT}.aside")
             aside.write_text(f"optimise step {number}")
             aside.replace(AT)
-            time.sleep(SECONDS / 4)
+            time.sleep(STEP)
         return step(self, number, size)
 
     Store._compute = compute_and_tell  # type: ignore[method-assign]
