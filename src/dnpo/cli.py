@@ -20,7 +20,8 @@ class Verb:
 
     Attributes:
         purpose: what it does, in a line.
-        module: the module with its function ``main(arguments)``. before: arguments that are put before the user's.
+        module: the module with its function ``main(arguments)``.
+        before: arguments that are put before the user's.
     """
 
     purpose: str

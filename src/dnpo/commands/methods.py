@@ -20,8 +20,10 @@ class Header:
     """The comment of a method's file.
 
     Attributes:
-        summary: a description in one sentence. source: the paper in brackets, if the summary names one. lines: the
-            whole comment. commands: the commands that run it.
+        summary: a description in one sentence.
+        source: the paper in brackets, if the summary names one.
+        lines: the whole comment.
+        commands: the commands that run it.
     """
 
     summary: str

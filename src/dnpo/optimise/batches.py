@@ -237,7 +237,8 @@ class Scored:
     Attributes:
         number: its number among all pairs of the training.
         reference: the reference's log-probabilities; None if the objective reads none, or if they are computed in the
-            training step. made: the policy step that followed when it was made; 0 for pairs made before training.
+            training step.
+        made: the policy step that followed when it was made; 0 for pairs made before training.
     """
 
     number: int
@@ -279,13 +280,14 @@ class PairBatch(Batch):
         reference: the reference's log-probabilities; 0 if the objective reads none.
         expected: the policy's log-probabilities before the first update; None in later steps.
         facts: strengths, weights, shifts and lengths of the pairs; ``share`` is the batch's share of all weights.
-            rejected: prompts with rejected responses only, if the noise reads hidden states. hidden_NH: the reference's
-            hidden states of these, if they have been kept.
+        rejected: prompts with rejected responses only, if the noise reads hidden states.
+        hidden_NH: the reference's hidden states of these, if they have been kept.
         seeds: seeds of the noise, one for each pair.
-        rejected_share: the weight, in the policy step, of a mean over the batch's rejected tokens. numbers: the numbers
-            of its pairs among all pairs. states_NH: the reference's hidden states of all its completion tokens, if the
-            objective reads them and they have been kept. notes: further metrics of the policy step, known with its
-            rows.
+        rejected_share: the weight, in the policy step, of a mean over the batch's rejected tokens.
+        numbers: the numbers of its pairs among all pairs.
+        states_NH: the reference's hidden states of all its completion tokens, if the objective reads them and they have
+            been kept.
+        notes: further metrics of the policy step, known with its rows.
     """
 
     reference: PairLogps

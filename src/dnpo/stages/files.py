@@ -285,7 +285,8 @@ class Portion:
     """Reports the progress of a shard as part of the stage's progress.
 
     Args:
-        report: receives the stage's progress. rows: the number of rows in the shard, in the stage's unit.
+        report: receives the stage's progress.
+        rows: the number of rows in the shard, in the stage's unit.
     """
 
     def __init__(self, report: Report, rows: int) -> None:
