@@ -39,12 +39,12 @@ class HeldQuery(BaseModel):
     """Which held-out prompts to list, in which order.
 
     Attributes:
-        q: a text to be found in the prompt's id, its messages, its human response or any answer.
+        q: a text to search for in the prompt's id, its messages, its human response and all answers.
         family: the task family; "" for all.
         a, b: the two policies to be compared, as ``RUN.ITERATION``; "" for the usual ones.
         answer: the answer whose score counts: the greedy one, or the mean over samples.
-        outcome: how b's answer compares with the human response, or whether it became right.
-        change: how the score of b differs from that of a.
+        outcome: the comparison of b's answer with the human response, or whether it became right.
+        change: the sign of the difference between b's score and a's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,15 +63,15 @@ class HeldQuery(BaseModel):
 class Answers:
     """One policy's answers to the prompts of the table.
 
-    The arrays of numbers have one row an answer, the greedy one first, and one column a prompt. They have NaN where
-    there is no number.
+    The arrays of numbers have one row per answer, the greedy one first, and one column per prompt. Missing numbers are
+    NaN.
 
     Attributes:
         run: number of the run.
         iteration: ``SFT`` or the iteration's number.
         place: the number of each prompt of the table among the prompts of the run; −1 if the run does not have it.
         count: number of the run's prompts.
-        details: text, reason for a missing score, and how each answer ended; one answer after the other.
+        details: for each answer its text, the reason for a missing score, and how it ended.
         human: scores of the human responses.
         right: 1 if the answer is right, 0 if it is wrong.
         logprob: in nats, under the policy itself.
@@ -91,11 +91,11 @@ class Answers:
 
     @property
     def key(self) -> str:
-        """How a link names it."""
+        """The name in links."""
         return f"{self.run}.{self.iteration}"
 
     def measure(self, name: str, answer: str) -> "Numbers":
-        """A number of each prompt: the greedy answer's, or the mean over samples."""
+        """A number for each prompt: of the greedy answer, or the mean over samples."""
         values: Numbers = getattr(self, name)
         return values[0] if answer == GREEDY else _mean(values[1:])
 
@@ -328,7 +328,7 @@ def _join(tables: Sequence[pa.Table]) -> "tuple[pa.Table, list[NDArray[np.int64]
     """Join tables of prompts to one without repetitions.
 
     Returns:
-        The joint table, and for each of the tables the number of each joint row in it; −1 where it lacks the row.
+        The joint table, and for each table the number of each joint row in it; −1 if it lacks the row.
     """
     if len(tables) == 1:
         return tables[0], [np.arange(len(tables[0]))]
@@ -353,7 +353,7 @@ def _join(tables: Sequence[pa.Table]) -> "tuple[pa.Table, list[NDArray[np.int64]
 
 
 def _read_answers(folder: Path, second: Path | None, count: int, place: "NDArray[np.int64]") -> dict[str, Any]:
-    """Read the answers of one policy; what it returns are arguments of :class:`Answers`."""
+    """Read the answers of one policy; return arguments of :class:`Answers`."""
     results = second if second is not None and is_there(second) else folder
     items = read_columns(results / "items.parquet", ("score", "second", "right", "tokens", "logprob"))
     answers = len(items) - count  # human responses are first

@@ -46,10 +46,10 @@ class PairsQuery(BaseModel):
 
     Attributes:
         of: the iteration, as ``RUN.ITERATION``; "" for the first.
-        q: a text to be found in the prompt's id or messages, or in a response.
+        q: a text to search for in the prompt's id, its messages and the responses.
         family: the task family of the prompt; "" for all.
         flipped: whether a generated response was chosen over the human one.
-        gap: how the score of the chosen response compares with that of the rejected one.
+        gap: the sign of the score difference between chosen and rejected response, or ``unscored``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,7 +64,7 @@ class PairsQuery(BaseModel):
 
 @dataclass(frozen=True)
 class Source:
-    """Where the pairs of one iteration are.
+    """The place of the pairs of one iteration.
 
     Attributes:
         run: number of the run.
@@ -77,7 +77,7 @@ class Source:
 
     @property
     def key(self) -> str:
-        """How a link names it."""
+        """The name in links."""
         return f"{self.run}.{self.iteration}"
 
 
@@ -118,7 +118,7 @@ class Pairs:
 
     @cached_property
     def gap(self) -> "Numbers":
-        """By how much the chosen response scores higher than the rejected one."""
+        """The score of the chosen response less that of the rejected one."""
         return self.number["chosen_score"] - self.number["rejected_score"]
 
     def select(self, query: PairsQuery) -> "NDArray[np.int64]":
@@ -218,7 +218,7 @@ class Pairs:
 
 
 class AllPairs:
-    """The pairs of all iterations of several runs; those of an iteration are read when they are first asked for."""
+    """The pairs of all iterations of several runs; an iteration's pairs are read at their first use."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = runs

@@ -19,7 +19,7 @@ class Run:
     """A finished run.
 
     Attributes:
-        name: differs from those of other runs shown with it.
+        name: a unique name among the shown runs.
         summary: content of ``summary.json``.
         store: the folder of finished stages.
     """
@@ -45,7 +45,7 @@ class Run:
                 yield str(stage["iteration"]), self._folder(stage)
 
     def trained_on(self) -> Iterator[tuple[str, Path]]:
-        """Yield each iteration's number with the Parquet file of what its policy was trained on: pairs or rollouts."""
+        """Yield each iteration's number with the Parquet file of its training data: pairs or rollouts."""
         for stage in self._stages:
             if stage["stage"] != "evaluate" or stage["iteration"] == SFT:
                 continue
@@ -87,7 +87,7 @@ def is_there(folder: Path) -> bool:
 
 
 def digest(runs: Sequence[Run]) -> str:
-    """A short hash of the runs' stages, by which a link names the runs that it was made for."""
+    """A short hash of the runs' stages; a link contains it to identify its runs."""
     keys = [[stage["key"] for stage in run.summary["stages"]] for run in runs]
     return hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:8]
 
