@@ -1,10 +1,14 @@
 """Speed of generation: rows that join and leave one batch, compared with transformers.
 
     python -m benchmarks.generate
+    python -m benchmarks.generate --load "tiny world, K = 1" --load "tiny world, K = 8"
     python -m benchmarks.generate --load "8 samples, long prompts" --load "8 samples, short prompts"
 
-The loads of the second command are whole stages, with log-probabilities and files: one run of 8 samples a prompt,
-against 8 runs of one sample.
+K is the number of samples of each prompt. The loads of the last command are whole stages, with log-probabilities and
+files: one run of 8 samples a prompt, against 8 runs of one sample.
+
+transformers uses its own scaled dot-product attention: ``generate`` (``hf_…``) samples a batch at a time; continuous
+batching (``hf_continuous``) has a paged cache for one batch, where the samples of a prompt share pages.
 
 Each measurement runs in its own process, the variants in turn. The command prints a table and writes
 ``benchmarks/results/generate.json``. A ratio divides one round's seconds by the seconds of the load's first variant in
@@ -35,7 +39,7 @@ class Load(NamedTuple):
 
     Attributes:
         prompts: distinct prompts.
-        copies: how often each prompt is asked.
+        copies: number of samples of each prompt, K.
         lengths: shortest and longest prompt.
         limit: completion tokens at most.
         mean: mean number of completion tokens n without a limit: each token ends its completion with probability 1/n;
@@ -56,14 +60,33 @@ class Load(NamedTuple):
 
     def token_ids(self) -> list[list[int]]:
         """Token ids of every prompt, copies included; none of them ends a completion."""
+        return self.distinct() * self.copies
+
+    def distinct(self) -> list[list[int]]:
+        """Token ids of every prompt, each once."""
         draw, vocabulary = Random(0), self.shape["vocab_size"]
-        some = [
+        return [
             [draw.randrange(vocabulary // 2, vocabulary) for _ in range(draw.randint(*self.lengths))]
             for _ in range(self.prompts)
         ]
-        return some * self.copies
 
 
+TINY = {
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "vocab_size": 400,
+    "max_position_embeddings": 128,
+}
+LARGER = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "intermediate_size": 688,
+    "vocab_size": 32000,
+    "max_position_embeddings": 512,
+}
 STORIES = {
     "hidden_size": 64,
     "num_hidden_layers": 5,
@@ -74,40 +97,12 @@ STORIES = {
     "max_position_embeddings": 512,
 }
 LOADS = {
-    # The default scale's evaluation: 480 held-out prompts of the tiny world, four samples of each.
-    "tiny world": Load(
-        prompts=480,
-        copies=4,
-        lengths=(10, 48),
-        limit=24,
-        mean=10,
-        batch_size=128,
-        shape={
-            "hidden_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 256,
-            "vocab_size": 400,
-            "max_position_embeddings": 128,
-        },
-    ),
-    # Responses of very different lengths from a larger vocabulary, one of each prompt.
-    "long responses": Load(
-        prompts=96,
-        copies=1,
-        lengths=(16, 96),
-        limit=128,
-        mean=40,
-        batch_size=32,
-        shape={
-            "hidden_size": 256,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 8,
-            "intermediate_size": 688,
-            "vocab_size": 32000,
-            "max_position_embeddings": 512,
-        },
-    ),
+    # Prompts of the tiny world, for a model of the default scale.
+    "tiny world, K = 1": Load(960, 1, (10, 48), 24, 10, 128, TINY),
+    "tiny world, K = 8": Load(120, 8, (10, 48), 24, 10, 128, TINY),
+    # Responses of very different lengths from a larger vocabulary.
+    "long responses, K = 1": Load(96, 1, (16, 96), 128, 40, 32, LARGER),
+    "long responses, K = 8": Load(12, 8, (16, 96), 128, 40, 32, LARGER),
     # Questions of GSM8K for a tokenizer of 512 entries have 50-286 tokens, 139 on average.
     "8 samples, long prompts": Load(256, 1, (50, 230), 64, 0, 128, STORIES, samples=8),
     # Short instructions (rasbt's, Dolly's questions) have 8-123 tokens there, 33 on average.
@@ -180,8 +175,11 @@ def hf_continuous(policy: Any, load: Load, seed: int) -> list[list[int]]:
         num_blocks=load.batch_size * -(-longest // page),
         max_batch_tokens=max(256, 2 * load.batch_size),
     )
+    policy.causal_lm.set_attn_implementation("sdpa")
     out = policy.causal_lm.generate_batch(
-        load.token_ids(), generation_config=_chance(policy, load), continuous_batching_config=options
+        load.distinct(),
+        generation_config=_chance(policy, load, num_return_sequences=load.copies),
+        continuous_batching_config=options,
     )
     return [result.generated_tokens for result in out.values()]
 
@@ -248,6 +246,7 @@ def _hf(policy: Any, prompts: list[list[int]], load: Load, seed: int) -> list[li
     longest = max(map(len, prompts))
     ids = torch.tensor([[policy.pad_id] * (longest - len(p)) + p for p in prompts], device=policy.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
+    policy.causal_lm.set_attn_implementation("sdpa")
     out = policy.causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=_chance(policy, load))
     stops = set(policy.stop_ids)
     found = []
@@ -257,7 +256,7 @@ def _hf(policy: Any, prompts: list[list[int]], load: Load, seed: int) -> list[li
     return found
 
 
-def _chance(policy: Any, load: Load) -> Any:
+def _chance(policy: Any, load: Load, **more: Any) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig(
@@ -268,6 +267,7 @@ def _chance(policy: Any, load: Load) -> Any:
         temperature=1.0,
         top_k=0,
         top_p=1.0,
+        **more,
     )
 
 
