@@ -15,9 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ import numpy as np
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+
+from tests.forking import forking
 
 SMOKE = ("scale=smoke", "tracking=off")
 TINY = (
@@ -43,7 +46,7 @@ _FORKS.set_forkserver_preload(
     [
         *("dnpo.commands.train", "dnpo.loop", "dnpo.policy.model", "dnpo.optimise.training", "dnpo.running.execute"),
         *("dnpo.data.tinyworld", "dnpo.running.sweep", "dnpo.evaluate.metrics", "mlflow", "matplotlib.figure"),
-        *("mlflow.store.tracking.sqlalchemy_store", "tests.lighter"),
+        *("mlflow.store.tracking.sqlalchemy_store", "tests.lighter", "submitit"),
     ]
 )
 
@@ -55,14 +58,15 @@ class Process:
 
     Args:
         before: import path of a function that is called in the process first.
+        afresh: whether jobs of a launcher are started by a new Python, as those of users are, and not forked.
     """
 
-    def __init__(self, cwd: Path, *overrides: str, before: str = "", **env: str) -> None:
+    def __init__(self, cwd: Path, *overrides: str, before: str = "", afresh: bool = False, **env: str) -> None:
         self._printed = Path(tempfile.mkdtemp(dir=cwd.parent))
         for name in ("out", "err"):  # the files exist even if the process is killed before it prints anything
             (self._printed / name).touch()
         self._process = _FORKS.Process(
-            target=_begin, args=(cwd, self._printed, overrides, before, {**os.environ, **env})
+            target=_begin, args=(cwd, self._printed, overrides, before, afresh, {**os.environ, **env})
         )
         self._process.start()
         atexit.register(self._process.kill)  # should a test fail and leave it running; a daemon could start no process
@@ -90,7 +94,9 @@ class Process:
             os.kill(self.pid, number)
 
 
-def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], before: str, env: dict[str, str]) -> None:
+def _begin(
+    cwd: Path, printed: Path, overrides: tuple[str, ...], before: str, afresh: bool, env: dict[str, str]
+) -> None:
     os.setsid()
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -103,7 +109,11 @@ def _begin(cwd: Path, printed: Path, overrides: tuple[str, ...], before: str, en
     if before:
         module, _, function = before.rpartition(".")
         getattr(importlib.import_module(module), function)()
-    importlib.import_module("dnpo.train").main()
+    try:
+        with nullcontext() if afresh else forking():
+            importlib.import_module("dnpo.train").main()
+    finally:
+        threading._shutdown()  # as at the end of Python, which lets joblib end its workers
 
 
 def run_afresh(cwd: Path, *overrides: str, **env: str) -> Done:

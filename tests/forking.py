@@ -27,7 +27,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-FORKED = {"warden.py", "engine_server.py"}
+FORKED = {"submitit.local._local", "submitit.core._submit", "warden.py", "engine_server.py"}
 """Modules and scripts that are forked."""
 
 _start = _posixsubprocess.fork_exec
