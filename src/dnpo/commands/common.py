@@ -102,7 +102,7 @@ def run(
     except DnpoError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _fail(_explain(error, config))
+        _fail(explain(error, config, sys.argv[1:]))
     except KeyboardInterrupt as interrupt:
         by = interrupts.name(interrupt)
         say(f"\nInterrupted{f' by {by}' if by else ''}. {interrupted}")
@@ -148,7 +148,7 @@ def _fail(message: str) -> None:
     sys.exit(1)
 
 
-def _explain(error: Exception, config: str) -> str:
+def explain(error: Exception, config: str, arguments: Sequence[str]) -> str:
     """Rewrite Hydra's message, with near matches for a key that does not exist."""
     text = str(error).strip()
     unreadable = explain_unreadable(error)
@@ -156,7 +156,7 @@ def _explain(error: Exception, config: str) -> str:
         return unreadable
     unmerged = re.search(r"^In '(\w+)/([^']+)': .*\nCannot merge DictConfig with ListConfig", text)
     if unmerged:
-        return _explain_list(unmerged.group(1), unmerged.group(2), sys.argv[1:])
+        return _explain_list(unmerged.group(1), unmerged.group(2), arguments)
     absent = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
     if absent:
         return f"{absent.group(1)}: no option of it is chosen by default; give +{absent.group(1)}=…"
@@ -168,7 +168,7 @@ def _explain(error: Exception, config: str) -> str:
         key = unknown.group(1)
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            known = flat(cast(dict[str, Any], OmegaConf.to_container(compose(config, _options(sys.argv[1:])))))
+            known = flat(cast(dict[str, Any], OmegaConf.to_container(compose(config, _options(arguments)))))
         groups = {name.split(".")[0] for name in known}
         options = _options_with(key)
         if options:
@@ -228,7 +228,7 @@ def _has_setting(file: Path, name: str) -> bool:
     return first in content or any(_has_setting(file.with_name(f"{each}.yaml"), name) for each in taken)
 
 
-def _options(arguments: list[str]) -> list[str]:
+def _options(arguments: Sequence[str]) -> list[str]:
     """Return the arguments that choose an existing option of a part; of a sweep's list, the first option."""
     found = []
     for argument in arguments:

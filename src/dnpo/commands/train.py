@@ -57,7 +57,7 @@ UNTRACKED = {"_target_": "dnpo.tracking.NoTracking"}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``python -m dnpo.train``."""
-    command.run("train", ("dnpo.train", "train"), _run, arguments=arguments)
+    command.run("train", ("dnpo.train", "train"), run_job, arguments=arguments)
 
 
 # --- from the config tree to plain values -----------------------------------------------------------------------------
@@ -242,7 +242,19 @@ def warn_of_late_starts(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _run(cfg: DictConfig, job: Any) -> float | None:
+def run_job(cfg: DictConfig, job: Any) -> float | None:
+    """Run one job.
+
+    Args:
+        cfg: the composed tree.
+        job: Hydra's settings of the job.
+
+    Returns:
+        How good the last policy is, higher being better; None if nothing was executed.
+
+    Raises:
+        DnpoError: the settings or the run are refused, or the run cannot go on.
+    """
     expand_options(cfg, job, VARYING, STARTING)
     folder, sweep = command.folders(job)
     name = os.path.relpath(sweep or folder)
