@@ -46,7 +46,7 @@ _FORKS.set_forkserver_preload(
     [
         *("dnpo.commands.train", "dnpo.loop", "dnpo.policy.model", "dnpo.optimise.training", "dnpo.running.execute"),
         *("dnpo.data.tinyworld", "dnpo.running.sweep", "dnpo.evaluate.metrics", "mlflow", "matplotlib.figure"),
-        *("mlflow.store.tracking.sqlalchemy_store", "tests.lighter", "submitit"),
+        *("mlflow.store.tracking.sqlalchemy_store", "tests.lighter", "torch.distributed.run", "submitit"),
     ]
 )
 

@@ -27,7 +27,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-FORKED = {"submitit.local._local", "submitit.core._submit", "warden.py", "engine_server.py"}
+FORKED = {
+    *("torch.distributed.run", "dnpo.worker", "submitit.local._local", "submitit.core._submit"),
+    *("warden.py", "engine_server.py"),
+}
 """Modules and scripts that are forked."""
 
 _start = _posixsubprocess.fork_exec

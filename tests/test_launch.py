@@ -129,16 +129,34 @@ def test_here_is_the_default_and_changes_nothing() -> None:
     assert dataclasses.fields(Here) == ()
 
 
+def remove_last(folder: Path, *names: str) -> list[dict[str, Any]]:
+    """Remove these stages of the last iteration; return what the summary has of them."""
+    stages = summary(folder)["stages"]
+    last = max(stage["iteration"] for stage in stages if stage["iteration"] != "SFT")
+    removed = [stage for stage in stages if stage["iteration"] == last and stage["stage"] in names]
+    for stage in removed:
+        shutil.rmtree(folder / "store" / stage["stage"] / stage["key"])
+    return removed
+
+
+@pytest.mark.long
+def test_torchrun_starts_a_python_for_each_rank(tiny: Path, tmp_path: Path) -> None:
+    """What it starts has imported nothing, unlike processes that other tests fork."""
+    shutil.copytree(tiny, tmp_path / "one", symlinks=True)
+    (stage,) = remove_last(tmp_path / "one", "reference")
+    succeed(tmp_path / "one", *SMOKE, *TINY, "launch=torchrun", "launch.devices=1")
+    assert (tmp_path / "one" / "store" / "reference" / stage["key"] / "manifest.json").is_file()
+
+
 @pytest.mark.long
 def test_a_run_on_two_ranks_is_that_of_one_process_up_to_rounding(tiny: Path, tmp_path: Path) -> None:
     """Real processes compute the last iteration again: generation, reference, hidden states, training."""
     shutil.copytree(tiny, tmp_path / "two", symlinks=True)
     before = summary(tiny)
-    last = max(stage["iteration"] for stage in before["stages"] if stage["iteration"] != "SFT")
-    redone = [stage for stage in before["stages"] if stage["iteration"] == last and stage["stage"] in SHARED]
-    for stage in redone:
-        shutil.rmtree(tmp_path / "two" / "store" / stage["stage"] / stage["key"])
-    succeed(tmp_path / "two", *SMOKE, *TINY, *TWO)
+    redone = remove_last(tmp_path / "two", *SHARED)
+    process = Process(tmp_path / "two", *SMOKE, *TINY, *TWO)
+    printed = process.communicate(300)
+    assert process.returncode == 0, printed
     after = summary(tmp_path / "two")
     assert [stage["key"] for stage in after["stages"]] == [stage["key"] for stage in before["stages"]]
     for name, value in before["table"][-1].items():
@@ -150,19 +168,26 @@ def test_a_run_on_two_ranks_is_that_of_one_process_up_to_rounding(tiny: Path, tm
     assert not list((tmp_path / "two" / "store" / ".launch").iterdir())
 
 
-def find_ranks(folder: Path) -> list[int]:
-    """The ids of the processes of a stage in this folder, in the order of their ranks."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
+def find_started(process: Process) -> list[int]:
+    """The ids of the processes that share a stage's work: torchrun, and the ranks in their order."""
+    found = [process.pid]
+    for number in found:  # grows
+        for each in Path(f"/proc/{number}/task").glob("*/children"):
+            with suppress(OSError):
+                found += sorted(map(int, each.read_text().split()))
+    return found[1:]
+
+
+def are_gone(numbers: list[int]) -> bool:
+    """Whether these processes have ended; one that nobody has waited for yet has ended too."""
+    states = []
+    for number in numbers:
         with suppress(OSError):
-            command = (process / "cmdline").read_bytes().decode().split("\0")
-            if "dnpo.worker" in command and "torch.distributed.run" not in command and str(folder) in " ".join(command):
-                variables = (process / "environ").read_bytes().decode().split("\0")
-                found.append((next(each for each in variables if each.startswith("RANK=")), int(process.name)))
-    return [number for _, number in sorted(found)]
+            states.append(Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0])
+    return set(states) <= {"Z"}
 
 
-def wait_until(happens: Callable[[], object], seconds: float = 120) -> None:
+def wait_until(happens: Callable[[], object], seconds: float = 300) -> None:
     """Wait until something has happened."""
     end = time.monotonic() + seconds
     while not happens():
@@ -183,25 +208,25 @@ def test_no_rank_outlives_the_others_or_the_run(tiny: Path, tmp_path: Path) -> N
         (checkpoint,) = folder.glob("store/optimise/*.partial/checkpoint.ckpt")
         checkpoint.unlink()
         wait_until(checkpoint.is_file)  # by these ranks
-        return process, checkpoint, find_ranks(folder)
+        return process, checkpoint, find_started(process)
 
-    process, _, both = start()
-    assert len(both) == 2
-    os.kill(both[1], signal.SIGKILL)
+    process, _, started = start()
+    assert len(started) == 3
+    os.kill(started[2], signal.SIGKILL)
     _, errors = process.communicate(60)
     assert process.returncode == 1
     assert "rank 1 was ended by SIGKILL" in errors
-    assert not find_ranks(folder)
+    assert are_gone(started)
 
-    process, checkpoint, both = start()
+    process, checkpoint, started = start()
     before = checkpoint.stat().st_mtime_ns
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(60)
     assert process.returncode == 128 + signal.SIGTERM
     assert checkpoint.stat().st_mtime_ns > before, "they end after a checkpoint"
-    assert not find_ranks(folder)
+    assert are_gone(started)
 
-    process, _, both = start()
+    process, _, started = start()
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(60)
-    wait_until(lambda: not find_ranks(folder), 10)
+    wait_until(lambda: are_gone(started), 10)
