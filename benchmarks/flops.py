@@ -112,9 +112,11 @@ def ours_noise(shape: Shape, tokens: int, device: torch.device) -> int:
 
 def _sum_tiles(shape: Shape, tokens: int, tile: int, room: int, tensors: int, products: tuple[int, int]) -> int:
     """Sum the FLOPs of all tiles; if a tile's float32 tensors can be kept, it takes the smaller number of products."""
+    from dnpo.policy.logprobs import APART
+
     found = 0
     for first in range(0, shape.vocabulary, tile):
         entries = min(tile, shape.vocabulary - first)
-        room -= tensors * 4 * tokens * entries
+        room -= tensors * 4 * tokens * (entries + APART * (entries % 1024 == 0))
         found += products[room < 0] * 2 * shape.hidden * entries * tokens
     return found

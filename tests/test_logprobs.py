@@ -681,6 +681,21 @@ def test_a_tally_counts_the_same_in_place() -> None:
         close([logp, lse], [case.naive(), logits.logsumexp(-1)])
 
 
+@pytest.mark.parametrize("kept", [0, 10**9])
+def test_rows_of_whole_pages_are_set_apart(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a tile of 1024 entries do not begin whole pages apart, and no value or gradient changes by a bit."""
+    sizes(monkeypatch, tile=1024, kept=kept)
+    head = Case(entries=2000).head.cast(torch.device("cpu"))
+    assert head.tile(torch.zeros(3, H, dtype=torch.float64), 0, 1024).stride() == (1040, 1)
+    found = []
+    for apart in (16, 0):
+        monkeypatch.setattr(logprobs, "APART", apart)
+        case = Case(entries=2000, bias=True, dtype=torch.float32)
+        logp = case.ours()
+        found.append([logp, *case.grads(logp)])
+    close(*found, atol=0)
+
+
 def test_sum_by_sequence_by_hand() -> None:
     """Sequences without tokens have sum 0, at every place."""
     found = sum_by_sequence(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 1, 0, 2, 0]))

@@ -192,13 +192,13 @@ class _TrainedNoise(Function):
         for first, end in tiles(make.head):
             logits_NC, root_NC, rest_NC = make.tile(first, end)
             noise_NC = make.draw(logits_NC, first, 0)
-            to_policy.add(noise_NC.mul_(root_NC).add_(logits_NC), first)
+            to_policy.add_(noise_NC.mul_(root_NC).add_(logits_NC), first)
             make.draw(noise_NC, first, 1, out=noise_NC)
             noisy_NC = logits_NC.addcmul_(root_NC, noise_NC)
             total += torch.linalg.vector_norm(root_NC, dim=-1).square_().sum()  # autocast does not change its type
             count += noisy_NC.numel()
             signs += (root_NC - HIGH).sign_().sum()
-            room -= 2 * noisy_NC.nbytes
+            room -= noisy_NC.untyped_storage().nbytes() + root_NC.untyped_storage().nbytes()
             if room >= 0:
                 most_N = to_noise.add_(noisy_NC, first)
                 kept[first] = make.slopes(noisy_NC, root_NC, rest_NC, noise_NC, most_N, first)
@@ -263,7 +263,7 @@ class _Tiles:
     def tile(self, first: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """z, r and σ(−x)."""
         exponent_NC = self.exponent.tile(self.doubled_NH, first, end)
-        rest_NC = torch.sigmoid(-exponent_NC)  # more exact than 1 − σ(x), which is rounded to 0 for large x
+        rest_NC = exponent_NC.neg().sigmoid_()  # more exact than 1 − σ(x), which is rounded to 0 for large x
         return self.head.tile(self.rejected.hidden_NH, first, end), exponent_NC.sigmoid_().sqrt_(), rest_NC
 
     def slopes(
