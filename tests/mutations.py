@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("src", "tests", "conf", "sweeps", "benchmarks", "analysis", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+COPIED = ("src", "tests", "conf", "sweeps", "benchmarks", "analysis", "docs", "pyproject.toml", "README.md")
 PASSED, FAILED = 0, 1  # of pytest's exit codes
 LIMIT = 300  # seconds of one test run; a run that hangs counts as caught
 IMPORTED = (

@@ -92,7 +92,9 @@ def test_an_iteration_has_names_of_its_own_for_what_also_runs_by_step() -> None:
 
 
 def test_the_page_is_what_the_catalogue_says() -> None:
-    assert (ROOT / "METRICS.md").read_text() == catalogue.write_markdown(), "python -m dnpo.catalogue > METRICS.md"
+    assert (ROOT / "docs" / "metrics.md").read_text() == catalogue.write_markdown(), (
+        "python -m dnpo.catalogue > docs/metrics.md"
+    )
 
 
 # --- everyone reads it

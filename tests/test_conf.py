@@ -2,15 +2,11 @@
 
 import dataclasses
 import itertools
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from dnpo.commands.train import PARTS, build, check_optimizers, check_settings
@@ -231,32 +227,3 @@ def test_a_part_still_has_the_settings_that_are_in_no_key() -> None:
     assert resolved["trainer"]["micro_batch_size"] == trainer.micro_batch_size == 2
     assert (trainer.share_prompt, trainer.checkpointing, trainer.compile) == (False, True, True)
     assert run.sft.checkpointing
-
-
-def readme_commands() -> list[list[str]]:
-    """The arguments of every `python -m dnpo.train …` in the README, the guide for contributors, and docs/scaling.md.
-
-    Recipes with files of their own (`--config-dir`) are executed by test_recipes.py.
-    """
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/scaling.md"))
-    lines = re.findall(r"^\s*(?:\S.*&& )?python -m dnpo\.train\b([^#\n]*)", text, re.MULTILINE)
-    return [shlex.split(line) for line in lines if "--config-dir" not in line]
-
-
-@pytest.mark.parametrize("arguments", readme_commands(), ids=" ".join)
-def test_every_documented_command_composes(arguments: list[str]) -> None:
-    """The settings of every job of every command in the README pass every check; sweeps are included."""
-    overrides = [a for a in arguments if not a.startswith("-")]
-    jobs: list[Any] = [overrides]
-    if "-m" in arguments:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-    for job in jobs:
-        check_settings(composed(*job))
-
-
-def test_the_readme_documents_the_commands_of_every_method() -> None:
-    documented = {word for arguments in readme_commands() for word in arguments}
-    assert len(readme_commands()) >= 6
-    for method in METHODS:
-        assert any(re.search(rf"method=\S*\b{method}\b", word) for word in documented), method

@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md, executed unchanged in a folder outside the repository."""
+"""The recipes of docs/develop.md, executed unchanged in a folder outside the repository."""
 
 import csv
 import re
@@ -11,7 +11,7 @@ import pytest
 
 from tests.commands import Done, run_command, succeed, summary
 
-FILE = Path(__file__).resolve().parent.parent / "CONTRIBUTING.md"
+FILE = Path(__file__).resolve().parent.parent / "docs" / "develop.md"
 BLOCK = re.compile(r"(?:^ {4}.*\n(?:(?:[ \t]*\n)+(?= {4}))?)+", re.MULTILINE)
 NAME = re.compile(r"(?:# @package _global_\n)?# (\S+\.(?:py|yaml))\n")
 RECIPES = {"method": "method=brief", "judge": "judge=overlap", "data source": "data=sums", "measure": "eval=openings"}

@@ -2,7 +2,7 @@
 
 Screen, notes, figures, report and analysis choose which metrics they show, and in which order; titles, units, digits,
 directions and symbols come from here. A metric that is not here cannot be tracked. ``python -m dnpo.catalogue`` writes
-``METRICS.md``.
+``docs/metrics.md``.
 
 Your own measure declares its metrics in its module::
 
