@@ -113,7 +113,7 @@ def make_run(
         chosen=[f"chosen {i}" for i in range(count)],
         rejected=[f"rejected {i}" for i in range(count)],
         chosen_score=[float(i % 100) for i in range(count)],
-        rejected_score=[float(i % 7) for i in range(count)],
+        rejected_score=[float(i % 3) for i in range(count)],
         flipped=flipped,
         strength=[1.0] * count,
         weight=[1.0] * count,
@@ -151,7 +151,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two policies on five prompts; the judge gave one greedy answer no score."""
     scores = {
         "SFT": [[50, 50, 50, 50, 50], [10, 80, 40, 60, 20], [0, 100, 0, 0, 0], [100, 100, 0, 0, 100]],
-        "0": [[50, 50, 50, 50, 50], [90, 70, 40, np.nan, 30], [100, 0, 0, 0, 0], [100, 0, 0, 0, 0]],
+        "0": [[50, 50, 50, 50, 30], [90, 70, 40, np.nan, 30], [100, 0, 0, 0, 0], [100, 0, 0, 0, 0]],
     }
     return make_run(tmp_path_factory.mktemp("few"), ["one", "two", "Three", "four", "five"], scores)
 
@@ -243,7 +243,7 @@ def test_what_was_trained_on_without_pairs_is_shown_too(few: Path, tmp_path: Pat
         ("sort=order&change=fell", [1]),
         ("sort=order&family=sums", [0, 3]),
         ("sort=order&outcome=wins", [0, 1]),
-        ("sort=order&outcome=loses", [2, 4]),
+        ("sort=order&outcome=loses", [2]),
         ("sort=order&outcome=gained", [0]),
         ("sort=order&outcome=lost", [3]),
         ("sort=order&q=THREE", [2]),
@@ -266,8 +266,11 @@ def test_held_out_answers_are_filtered_and_ordered(few: Path, query: str, wanted
         ("sort=order&flipped=no&q=chosen 1", [1]),
         ("sort=order&q=REJECTED 3", [3]),
         ("sort=order&family=words", [1, 4]),
-        ("sort=order&gap=equal", [0, 1, 2, 3, 4]),
+        ("sort=order&gap=equal", [0, 1, 2]),
+        ("sort=order&gap=above", [3, 4]),
         ("sort=order&gap=below", []),
+        ("sort=wide", [3, 4, 0, 1, 2]),
+        ("sort=narrow", [0, 1, 2, 3, 4]),
         ("sort=worst", [0, 1, 2, 3, 4]),
     ],
 )

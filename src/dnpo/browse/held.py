@@ -113,9 +113,7 @@ class Answers:
         return found
 
     def describe(self, row: int) -> list[dict[str, Any]]:
-        """All answers to one prompt."""
-        if self.place[row] < 0:
-            return []
+        """All answers to one prompt, which the run has."""
         return [self._describe(row, answer) for answer in range(len(self.score))]
 
     def _describe(self, row: int, answer: int) -> dict[str, Any]:
