@@ -1,4 +1,4 @@
-"""Figures and tables of the DNPO paper, drawn from tracked runs. ``python -m analysis --list`` lists them.
+"""Figures and tables of the DNPO paper, drawn from tracked runs. ``python -m analysis list=true`` lists them.
 
 Each figure or table has a script that selects runs, computes numbers and draws. The scripts share ``selection.py`` (the
 runs that are compared, and notes on the others), ``results.py`` (numbers with intervals), ``comparing.py`` (rows of

@@ -1,8 +1,8 @@
 """Assess the papers' claims in ``claims.yaml`` on the tracked sweeps.
 
     python -m analysis.claims                                     # from what is tracked in ./mlflow.db
-    python -m analysis.claims --run --jobs 2 --seeds 0,1,2,3,4    # first runs the sweeps that are missing
-    python -m analysis.claims --uri sqlite:///elsewhere.db --tag data.train=4800
+    python -m analysis.claims run=true jobs=2 seeds=0,1,2,3,4    # first runs the sweeps that are missing
+    python -m analysis.claims uri=sqlite:///elsewhere.db tag=data.train=4800
 
 Writes ``claims.md``, ``claims.csv``, ``claims.json`` and ``claims.tex`` and logs them to MLflow in a separate run;
 ``claims.json`` is also logged with the sweeps that were read. The exit status is 1 if no claim could be measured, or if
@@ -92,7 +92,7 @@ def _go(options: argparse.Namespace) -> int:
     try:
         database = Database(options.uri, options.experiment)
     except TrackingError as error:
-        raise TrackingError(f"{error}. To run the sweeps first: python -m analysis.claims --run") from error
+        raise TrackingError(f"{error}. To run the sweeps first: python -m analysis.claims run=true") from error
     tracked = Tracked.of(book, database, where, seeds)
     began = time.monotonic()
     results = assess(book, tracked)
@@ -122,14 +122,14 @@ def _seeds(text: str) -> list[int] | None:
     if not text:
         return None
     if not all(part.strip().isdigit() for part in text.split(",")):
-        raise SettingsError(f"--seeds {text}: expected whole numbers with commas, such as {SEEDS}")
+        raise SettingsError(f"seeds={text}: expected whole numbers with commas, such as {SEEDS}")
     return sorted({int(part) for part in text.split(",")})
 
 
 def _pairs(given: Sequence[str]) -> dict[str, str]:
     for pair in given:
         if "=" not in pair:
-            raise SettingsError(f"--tag {pair}: expected NAME=VALUE, such as data.train=4800")
+            raise SettingsError(f"tag={pair}: expected NAME=VALUE, such as data.train=4800")
     return dict(pair.split("=", 1) for pair in given)
 
 
@@ -153,7 +153,7 @@ def _about(book: Book, tracked: Tracked) -> str:
 def run_missing(book: Book, options: argparse.Namespace, where: Mapping[str, str], seeds: Sequence[int]) -> list[str]:
     """Run every sweep with the seeds for which claims lack a run; return the names of the sweeps that failed."""
     if options.jobs < 1:
-        raise SettingsError(f"--jobs {options.jobs}: expected 1 or more")
+        raise SettingsError(f"jobs={options.jobs}: expected 1 or more")
     failed = []
     for name, sweep in book.sweeps.items():
         lacking = missing_seeds(book, name, options, where, seeds)
@@ -189,7 +189,7 @@ def missing_seeds(
 
 
 def sweep_command(name: str, sweep: Sweep, seeds: Sequence[int], options: argparse.Namespace) -> list[str]:
-    """The command that runs a sweep with some seeds; ``--override`` takes precedence over the file of claims."""
+    """The command that runs a sweep with some seeds; ``override=`` takes precedence over the file of claims."""
     command = [sys.executable, "-m", "dnpo.train", "-m", f"+sweep={name}", f"seed={','.join(map(str, seeds))}"]
     command += [f"tracking.uri={options.uri}", f"tracking.experiment={options.experiment}"]
     if options.jobs > 1 and find_spec("hydra_plugins") and find_spec(LAUNCHER):

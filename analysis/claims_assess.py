@@ -176,7 +176,7 @@ def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
     seeds = [seed for seed in tracked_seeds if seed not in lacking]
     if not seeds:
         why = tracked.absent.get(claim.sweep, "") or _lacking(claim.sweep, lacking, tracked.unfinished[claim.sweep])
-        raise DataError(f"{why}; run python -m analysis.claims --run, or python -m dnpo.train -m +sweep={claim.sweep}")
+        raise DataError(f"{why}; run dnpo claims run=true, or dnpo sweep {claim.sweep}")
     notes = [f"seed {seed} is left out: it has no finished {', '.join(lacking[seed])}" for seed in lacking]
     if claim.premise:
         seeds, note = _with_premise(claim, claim.premise, tracked, seeds)

@@ -38,7 +38,7 @@ class Sweep(Strict):
     """A sweep that claims read.
 
     Attributes:
-        overrides: settings that ``--run`` adds to its command.
+        overrides: settings that ``run=true`` adds to its command.
         where_installed: further settings, by the packages that they need.
         methods: whether its arms are methods, which may differ in more than labels and noise.
     """

@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def alone(name: str) -> int:
-    """Run one script, as in ``python -m analysis.fig05_benchmark --sweep main``."""
+    """Run one script, as in ``python -m analysis.fig05_benchmark sweep=main``."""
     return main([name, *sys.argv[1:]])
 
 
@@ -125,7 +125,7 @@ def scripts(also: Sequence[Path] = ()) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for folder in (HERE, *also):
         if not folder.is_dir():
-            raise SettingsError(f"--also {folder}: there is no such folder")
+            raise SettingsError(f"also={folder}: there is no such folder")
         for path in sorted(path for kind in ("fig", "table") for path in folder.glob(f"{kind}[0-9]*.py")):
             if path.stem in paths:
                 raise SettingsError(f"{path}: another script has this name, {paths[path.stem]}")
@@ -214,5 +214,5 @@ def _count(runs: int) -> str:
 def _pair(given: str) -> tuple[str, str]:
     name, equals, value = given.partition("=")
     if not (name and equals):
-        raise SettingsError(f"--tag {given}: expected NAME=VALUE")
+        raise SettingsError(f"tag={given}: expected NAME=VALUE")
     return name, value

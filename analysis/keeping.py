@@ -52,7 +52,7 @@ def write(drawing: Drawing, name: str, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         return _picture(drawing, folder / name) if isinstance(drawing, DrawnFigure) else _table(drawing, folder / name)
     except OSError as error:
-        raise DataError(f"--out {folder}: {error.strerror}; expected a folder to write to") from error
+        raise DataError(f"out={folder}: {error.strerror}; expected a folder to write to") from error
 
 
 def _picture(drawing: DrawnFigure, path: Path) -> list[Path]:
@@ -97,5 +97,5 @@ def log(database: Database, runs: Iterable[TrackedRun], paths: Sequence[Path]) -
                 database.client.log_artifact(run, str(path), FOLDER)
     except (MlflowException, OSError) as error:
         problem = str(error).splitlines()[0]
-        raise TrackingError(f"{database.uri}: artefacts cannot be logged ({problem}); --no-log skips this") from error
+        raise TrackingError(f"{database.uri}: artefacts cannot be logged ({problem}); log=false skips this") from error
     return len(those)

@@ -351,7 +351,7 @@ def refuse_mixture(
         value = next(value for value, _ in values.most_common() if value)
         raise DataError(
             f"runs with different settings in one comparison: {'; '.join(lines)}{more}. Narrow the selection, for "
-            f"example with --tag {first}={value}"
+            f"example with tag={first}={value}"
         )
 
 

@@ -346,7 +346,7 @@ def test_what_is_not_asked_for_properly_is_told(recorder: Recorder, capsys: pyte
     assert analysis(recorder, "fig6") == 1
     assert re.search(r"fig6: .*\bfig06\b", capsys.readouterr().err)
     assert analysis(recorder, "fig06", "--tag", "alpha") == 1
-    assert "--tag alpha: " in capsys.readouterr().err
+    assert "tag=alpha: " in capsys.readouterr().err
     assert command.main(["fig06", "--uri", "sqlite:///there-is-none.db"]) == 1
     assert "there-is-none.db" in capsys.readouterr().err
 
@@ -427,7 +427,7 @@ def test_mixed_settings_are_refused_by_name(recorder: Recorder, params: dict[str
         chosen(recorder, experiment, sweeps=["main"]).chains()
     name, value = next(iter(params.items()))
     assert shown in str(error.value)
-    assert f"--tag {name}=" in str(error.value)
+    assert f"tag={name}=" in str(error.value)
     narrowed = chosen(recorder, experiment, sweeps=["main"], tags={name: value}).chains()
     assert narrowed.seeds == [1]
 
@@ -441,7 +441,7 @@ def test_the_same_seed_under_two_settings_is_no_repetition(recorder: Recorder) -
 
 def test_branches_from_different_iterations_are_no_chain(recorder: Recorder) -> None:
     runs = chosen(recorder, sweeps=["ablation"])
-    with pytest.raises(DataError, match=r"dsl\.start is 1 \(\d runs\), 2 .*--tag dsl\.start="):
+    with pytest.raises(DataError, match=r"dsl\.start is 1 \(\d runs\), 2 .*tag=dsl\.start="):
         runs.chains()
     assert chosen(recorder, sweeps=["ablation"], tags={"dsl.start": "1"}).chains().iterations == [SFT, 0, 1]
 

@@ -479,7 +479,7 @@ def test_known_truths_come_out(tmp_path: Path, database: str) -> None:
     assert found["number"]["items"] is None
     assert "no sample response has a value of second" in found["second"]["reason"]
     assert "seed 0 has no finished new@2, old@2" in found["later"]["reason"]
-    assert "python -m dnpo.train -m +sweep=main" in found["later"]["reason"]
+    assert "dnpo sweep main" in found["later"]["reason"]
 
 
 def test_items_are_what_decides(tmp_path: Path, database: str) -> None:
@@ -581,14 +581,14 @@ def test_nothing_to_read_is_said(tmp_path: Path, database: str, capsys: pytest.C
     out = ["--out", str(tmp_path / "out")]
     assert claims.main(["--uri", f"sqlite:///{tmp_path / 'none.db'}", *out]) == 1
     assert "there is no such database" in (said := capsys.readouterr().err)
-    assert "python -m analysis.claims --run" in said
+    assert "python -m analysis.claims run=true" in said
     path = write_claims(tmp_path / "c.yaml", {"sweep": "ablation"}, sweeps={"ablation": None})
     assert claims.main(["--claims", str(path), "--uri", database, "--no-log", *out]) == 1
     assert "ablation" in capsys.readouterr().out
     assert claims.main(["--seeds", "one", "--uri", database, *out]) == 1
-    assert "--seeds one: " in capsys.readouterr().err
+    assert "seeds=one: " in capsys.readouterr().err
     assert claims.main(["--tag", "beta", "--uri", database, *out]) == 1
-    assert "--tag beta: " in capsys.readouterr().err
+    assert "tag=beta: " in capsys.readouterr().err
 
 
 def test_all_formats_say_the_same_and_are_logged(known: Path, tmp_path: Path) -> None:
@@ -687,7 +687,7 @@ def test_a_sweep_that_fails_is_said_and_what_is_there_is_told(
     assert re.search("sweep main: failed after .* see .*main.log", said.err)
     assert "no.such.setting" in (tmp_path / "out" / "main.log").read_text()
     assert claims.main(["--run", "--jobs", "0", "--uri", database, "--out", str(tmp_path / "out")]) == 1
-    assert "--jobs 0: " in capsys.readouterr().err
+    assert "jobs=0: " in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -323,7 +323,7 @@ def test_where_nothing_was_trained_the_copy_is_the_base_model(left: Callable[...
 def test_a_store_that_moved_can_be_named(left: Callable[..., Any], tmp_path: Path) -> None:
     made = left()
     made.store.rename(tmp_path / "moved")
-    with pytest.raises(SettingsError, match="give --store if the store has moved"):
+    with pytest.raises(SettingsError, match="give store=… if the store has moved"):
         export(made.run, tmp_path / "copy")
     export(made.run, tmp_path / "copy", store=tmp_path / "moved")
     AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
@@ -356,11 +356,11 @@ def test_wrong_arguments_are_answered_in_one_line(
     for arguments, message in (
         (
             [str(made.run), "--iteration", "7", "--to", new],
-            "--iteration 7: this run has no such iteration; expected one of sft, 0, 1",
+            "iteration=7: this run has no such iteration; expected one of sft, 0, 1",
         ),
-        ([str(made.run), "--to", str(full)], f"--to {full}: exists"),
-        ([str(made.run), "--to", str(file)], f"--to {file}: exists"),
-        ([str(made.run), "--to", str(file / "in")], f"--to {file / 'in'}: Not a directory"),
+        ([str(made.run), "--to", str(full)], f"to={full}: exists"),
+        ([str(made.run), "--to", str(file)], f"to={file}: exists"),
+        ([str(made.run), "--to", str(file / "in")], f"to={file / 'in'}: Not a directory"),
         ([str(made.store), "--to", new], "no finished run there; expected a run's folder with a summary.json"),
         ([str(old), "--to", new], "earlier version"),
     ):

@@ -249,7 +249,7 @@ def test_what_is_damaged_is_named_and_computed_again(damage: str, tmp_path: Path
     (note,) = [*said, *report.notes]
     assert f"{address}/generate/{made.key}: is damaged: " in note
     assert ("manifest.json" if damage == "manifest" else "rows.txt") in note
-    assert f"python -m dnpo.store remove generate/{made.key} --remote {address} --yes" in note
+    assert f"python -m dnpo.store remove generate/{made.key} remote={address} yes=true" in note
     verified = run_command(tmp_path, "dnpo.commands.store", "verify", "--remote", address)
     assert verified.returncode == 1
     assert f"damaged     generate/{made.key}" in verified.stdout
@@ -378,7 +378,7 @@ def test_the_commands_know_a_remote_store(address: str, tmp_path: Path) -> None:
     assert "0 damaged" in verified.stdout
     refused = run_command(tmp_path, "dnpo.commands.store", "remove", "--remote", address, "--yes")
     assert refused.returncode == 1
-    assert "--remote: name the stages" in refused.stderr
+    assert "remote: name the stages" in refused.stderr
     assert (
         run_command(tmp_path, "dnpo.commands.store", "remove", "--remote", address, f"generate/{made.key}").returncode
         == 0

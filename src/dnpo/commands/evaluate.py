@@ -111,7 +111,7 @@ def _whole_weights(setting: str, path: str | None) -> None:
     """Refuse a folder that has only adapters; the message gives the command that merges them."""
     if path and (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise SettingsError(
-            f"{setting}={path}: it has only adapters; python -m dnpo.export RUN --iteration N --to FOLDER writes "
+            f"{setting}={path}: it has only adapters; python -m dnpo.export RUN iteration=N to=FOLDER writes "
             "whole weights"
         )
 

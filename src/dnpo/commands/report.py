@@ -21,7 +21,7 @@ ARTIFACT = "report.html"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the page, and track it with the run unless ``--no-log`` is given."""
+    """Write the page, and track it with the run unless ``log=false`` is given."""
     parser = argparse.ArgumentParser(
         prog=program("dnpo.report", "report"), description="One self-contained HTML page on a run or a sweep."
     )
@@ -54,7 +54,7 @@ def _report(given: argparse.Namespace) -> None:
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise DataError(f"--out {out}: {error.strerror}; expected a file that can be written") from error
+        raise DataError(f"out={out}: {error.strerror}; expected a file that can be written") from error
     took = time.monotonic() - clock
     say(f"{out}: {len(text.encode()) / 1e6:.1f} MB, {plural(len(selection.runs), 'run')}, in {took:.1f} s")
     if selection.left_out:

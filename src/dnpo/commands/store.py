@@ -30,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = disk.explain(error, given.store.absolute())
         if words is None:
             raise
-        _fail(f"--store {given.store}: {words}")
+        _fail(f"store={given.store}: {words}")
     except Gone as error:
-        _fail(f"--remote {given.remote}: {error}")
+        _fail(f"remote={given.remote}: {error}")
     except KeyboardInterrupt:
         _fail("interrupted")
     sys.exit(status)
@@ -55,9 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     removing = commands.add_parser(
         "remove",
-        help="remove stages that no tracked run needs, or the stages named; without --apply or --yes only list them",
+        help="remove stages that no tracked run needs, or those named; without apply=true or yes=true, only list them",
         description="Without names: every stage that no tracked run needs, unfinished ones too (runs with tracking=off "
-        "are not known here, and their stages count as not needed). Without --apply or --yes nothing is removed.",
+        "are not known here, and their stages count as not needed). Without apply=true or yes=true nothing is removed.",
     )
     publishing = commands.add_parser("publish", help="publish finished stages that the remote store does not have")
     for command, do in ((listing, show), (verifying, verify), (removing, remove), (publishing, publish)):
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             "--remote",
             metavar="ADDRESS",
             required=command is publishing,
-            help="s3://… or file:///…, as in store.remote" + ("" if command is publishing else "; instead of --store"),
+            help="s3://… or file:///…, as in store.remote" + ("" if command is publishing else "; instead of store=…"),
         )
     for command in (verifying, removing, publishing):
         command.add_argument("names", nargs="*", metavar="STAGE/KEY", help="as list shows them; all if none is given")
@@ -118,8 +118,8 @@ def verify(given: argparse.Namespace) -> int:
     size = sum(entry.size for entry in chosen)
     say(f"{_count(chosen)}, {_bytes(size)}: {damaged} damaged, {unknown} unverified, the others whole")
     if damaged:
-        where = f"--remote {given.remote}" if given.remote else f"--store {shlex.quote(str(given.store))}"
-        say(f"python -m dnpo.store remove STAGE/KEY {where} --yes removes one; a run computes it again")
+        where = f"remote={given.remote}" if given.remote else f"store={shlex.quote(str(given.store))}"
+        say(f"python -m dnpo.store remove STAGE/KEY {where} yes=true removes one; a run computes it again")
     return int(damaged > 0)
 
 
@@ -127,7 +127,7 @@ def remove(given: argparse.Namespace) -> int:
     """Remove stages, or show which would be removed."""
     remote = Remote(given.remote) if given.remote else None
     if remote is not None and not given.names:
-        raise StoreError("--remote: name the stages to remove; which of them runs elsewhere need is not known here")
+        raise StoreError("remote: name the stages to remove; which of them runs elsewhere need is not known here")
     if remote is not None:
         chosen = inventory.read_remote(remote, given.names, digests=False)
     else:
@@ -138,7 +138,7 @@ def remove(given: argparse.Namespace) -> int:
     _print(chosen, {})
     size = f"{_count(chosen)}, {_bytes(sum(entry.size for entry in chosen))}"
     if not (given.apply or given.yes):
-        say(f"\n{size}. Nothing was removed: --apply removes them after a question, --yes without one")
+        say(f"\n{size}. Nothing was removed: apply=true removes them after a question, yes=true without one")
         return 0
     if not given.yes and not _agrees(f"\nRemove {size}? [y/N] "):
         say("nothing was removed")
@@ -184,7 +184,7 @@ def _choose(given: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:
         for entry in whole:
             if needs[entry.name]:
                 raise StoreError(
-                    f"{entry.name}: it is whole, and needed by {_name(needs[entry.name])}; --needed removes it anyway"
+                    f"{entry.name}: is whole, and needed by {_name(needs[entry.name])}; needed=true removes it anyway"
                 )
         return named
     unread = [entry.name for entry in entries if entry.finished and not entry.content]
@@ -196,7 +196,7 @@ def _choose(given: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:
     elsewhere = _other_places(given)
     if elsewhere:
         raise StoreError(
-            f"--uri: stages of this store are also tracked in {', '.join(elsewhere)}; give --uri for each of them, or "
+            f"uri: stages of this store are also tracked in {', '.join(elsewhere)}; give uri=… for each of them, or "
             "the names of the stages to remove"
         )
     needs = inventory.find_needs(entries, runs)

@@ -132,4 +132,4 @@ def _run_of_folder(folder: Path, runs: Iterable[TrackedRun]) -> TrackedRun:
             tracked = run.artifact(SUMMARY)
             if tracked is not None and tracked.read_bytes() == content:
                 return run
-    raise DataError(f"{folder}: no tracked run has its {SUMMARY}; say with --uri where it was tracked")
+    raise DataError(f"{folder}: no tracked run has its {SUMMARY}; give uri=…, where it was tracked")

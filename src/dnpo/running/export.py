@@ -1,6 +1,6 @@
 """Write the policies of a finished run as folders that transformers and vLLM load: with links, or as full copies.
 
-    python -m dnpo.export outputs/DATE/TIME --iteration 3 --to FOLDER
+    python -m dnpo.export outputs/DATE/TIME iteration=3 to=FOLDER
 
 At its end a run creates ``models/sft``, ``models/iteration-0``, …, each with a model card and links to the weights in
 the store. The card is not in the store, because runs of different methods share stages there. The links are relative,
@@ -74,7 +74,7 @@ def _clear(folder: Path) -> None:
 
 def _link_policy(policy: SavedPolicy, folder: Path, run: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    copy = f"python -m dnpo.export {run} --iteration {policy.name.removeprefix('iteration-')} --to FOLDER"
+    copy = f"python -m dnpo.export {run} iteration={policy.name.removeprefix('iteration-')} to=FOLDER"
     kind, rank = policy.kind, 0
     try:
         for name, target in _files(policy).items():
@@ -174,14 +174,14 @@ def export(
     """
     policy = find_policy(read_summary(run), iteration, store)
     if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
-        raise SettingsError(f"--to {to}: exists already; expected a new folder, or an empty one")
+        raise SettingsError(f"to={to}: exists already; expected a new folder, or an empty one")
     aside = to.absolute().with_name(f".{to.absolute().name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
         _write(policy, aside, to.absolute().name, warn)
         aside.replace(to.absolute())
     except OSError as error:
-        raise SettingsError(f"--to {to}: {error.strerror or error}; expected a folder to write to") from error
+        raise SettingsError(f"to={to}: {error.strerror or error}; expected a folder to write to") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return policy
@@ -223,12 +223,12 @@ def find_policy(summary: Mapping[str, Any], iteration: str | None, store: Path |
     wanted = iteration if iteration is not None else list(policies)[-1]
     if wanted not in policies:
         raise SettingsError(
-            f"--iteration {wanted}: this run has no such iteration; expected one of {', '.join(policies)}"
+            f"iteration={wanted}: this run has no such iteration; expected one of {', '.join(policies)}"
         )
     policy = policies[wanted]
     if not (policy.store / policy.stage / MANIFEST).is_file() or not (policy.prompts / MANIFEST).is_file():
         raise SettingsError(
-            f"{policy.store / policy.stage}: it, or the prompts stage it was made from, is missing; give --store if "
+            f"{policy.store / policy.stage}: it, or the prompts stage it was made from, is missing; give store=… if "
             "the store has moved, or run the same command again"
         )
     expect_whole({policy.store / policy.stage: policy.name, policy.prompts: "prompts"})

@@ -57,7 +57,7 @@ def read_store(root: Path) -> list[Entry]:
         StoreError: there is no store.
     """
     if not root.is_dir():
-        raise StoreError(f"--store {root}: there is no such folder; expected the store of your runs (setting store=…)")
+        raise StoreError(f"store={root}: there is no such folder; expected the store of your runs")
     return [_read(folder) for folder in list_folders(root)]
 
 

@@ -297,7 +297,7 @@ def _connect(uri: str) -> Any:
     """
     file = file_of(make_absolute(uri))
     if file is not None and not file.is_file():
-        raise TrackingError(f"{uri}: there is no such database; say with --uri where runs were tracked")
+        raise TrackingError(f"{uri}: there is no such database; give uri=…, where runs were tracked")
     return connect(make_absolute(uri))
 
 
