@@ -62,13 +62,13 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return parser.parse_args(list(_with_dashes(parser, given)))
+        return parser.parse_args(list(with_dashes(parser, given)))
     except SettingsError as error:
         say(f"error: {error}", error=True)
         sys.exit(1)
 
 
-def _with_dashes(parser: argparse.ArgumentParser, given: Sequence[str]) -> Iterator[str]:
+def with_dashes(parser: argparse.ArgumentParser, given: Sequence[str]) -> Iterator[str]:
     """Rewrite every ``setting=value`` as argparse reads it.
 
     Raises:
