@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from dnpo.cli import VERBS
 from dnpo.cli import main as dnpo
 from dnpo.commands import agreement, common, evaluate, leaderboard, reward, train
-from dnpo.commands.grammar import refuse_dashes
+from dnpo.commands.grammar import refuse_dashes, with_dashes
 from dnpo.settings import check, check_values, conf_folder
 
 ROOT = Path(__file__).resolve().parent.parent
