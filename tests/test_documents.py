@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import sys
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,11 +20,13 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+import dnpo as laboratory
 from dnpo.cli import VERBS
 from dnpo.cli import main as dnpo
 from dnpo.commands import agreement, common, evaluate, leaderboard, reward, train
 from dnpo.commands.grammar import refuse_dashes, with_dashes
 from dnpo.settings import check, check_values, conf_folder
+from tests.commands import SMOKE, TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -181,11 +184,12 @@ def status(call: Callable[[], object]) -> object:
 
 def check_figures(arguments: list[str]) -> None:
     """Check the names of figures and tables."""
-    if not {"--also", "--help"} & set(arguments):  # test_recipes.py executes the former
+    if "--help" not in arguments:
         dashed = list(with_dashes(figures.parser(), arguments))
         figures.resolve(figures.parser().parse_known_args(dashed)[0].names, [])
 
 
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # a module that is run was imported before
 @pytest.mark.usefixtures("until_parsed")
 @pytest.mark.parametrize(("page", "line"), DOCUMENTED, ids=str)
 def test_a_documented_command_is_accepted(
@@ -217,6 +221,18 @@ def test_every_method_has_a_documented_command() -> None:
     words = {word for _, line in DOCUMENTED for word in line.split()}
     for method in METHODS:
         assert any(re.search(rf"method=\S*\b{method}\b", word) for word in words), method
+
+
+def test_the_python_of_a_page_runs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = BLOCK.findall((ROOT / "docs" / "reading-a-run.md").read_text())
+    (code,) = [textwrap.dedent(block) for block in blocks if "import dnpo" in block]
+    compose_settings = laboratory.compose
+    there = (*SMOKE, *TINY, f"store={tiny / 'store'}", "verify=sizes")  # in the store, so nothing is computed
+    monkeypatch.setattr(laboratory, "compose", lambda *given: compose_settings(*dict.fromkeys((*given, *there))))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert list(names["result"].table.index) == ["SFT", 0, 1]
 
 
 # --- links, words, figures
@@ -270,8 +286,8 @@ def test_the_readme_has_every_method_in_its_table() -> None:
     assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == METHODS
 
 
-def test_every_result_of_the_readme_is_on_the_page_of_results() -> None:
-    shown = INTERVAL.findall((ROOT / "README.md").read_text())
+def test_every_result_of_the_readme_is_on_a_page_of_results() -> None:
+    shown = INTERVAL.findall(" ".join((ROOT / "README.md").read_text().split()))
     assert len(shown) >= 5
-    results = (ROOT / "docs" / "results.md").read_text()
-    assert [each for each in shown if each not in results] == []
+    results = "".join((ROOT / "docs" / name).read_text() for name in ("results.md", "methods.md"))
+    assert [each for each in shown if each not in results.replace(" points (", " (")] == []
