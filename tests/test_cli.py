@@ -4,10 +4,12 @@ import argparse
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from dnpo import __version__
@@ -285,6 +287,7 @@ def test_figures_claims_and_sweeps_work_from_a_wheel_in_an_empty_folder(tmp_path
     with zipfile.ZipFile(wheel) as content:
         content.extractall(site)
     assert sorted(path.name.split("-")[0] for path in site.iterdir()) == ["dnpo", "dnpo"]  # itself and its metadata
+    assert (site / "dnpo" / "py.typed").is_file()
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if name != "DNPO_CONF"}
@@ -299,3 +302,10 @@ def test_figures_claims_and_sweeps_work_from_a_wheel_in_an_empty_folder(tmp_path
     sweep = run("sweep", "alpha", "plan=true", "scale=smoke")
     assert sweep.stdout.count("Plan") == 5, sweep.stderr
     assert list(empty.iterdir()) == []
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project["version"] == str(citation["version"]) == __version__
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
