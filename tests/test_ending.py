@@ -1,11 +1,14 @@
 """What a run shows at its end, and how far it is while it computes."""
 
 import io
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console as RichConsole
 from scipy import stats
 
@@ -14,6 +17,7 @@ from dnpo.records import Item
 from dnpo.running import console as module
 from dnpo.running.console import BEST, COMPACT, NARROW, Console, compact_table
 from dnpo.running.ending import find_best, sentences, show_briefly
+from dnpo.running.sweep import describe_place
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.prompts import by_prompt, change, mean
 from dnpo.tables import write
@@ -153,3 +157,27 @@ def test_stages_are_numbered_and_the_time_that_is_left_is_forecast(
         ["4/4", "d"],
     ]
     assert any("d: 1/10 steps" in line for line in lines)
+
+
+def test_a_job_says_its_place_in_the_sweep_and_the_time_that_is_left(tmp_path: Path) -> None:
+    def write_settings(sweeper: dict[str, Any], *given: str) -> None:
+        content = {"hydra": {"sweeper": sweeper, "overrides": {"task": list(given)}}}
+        (tmp_path / "multirun.yaml").write_text(yaml.safe_dump(content))
+
+    all_of_them = {
+        "_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+        "params": {"method": "spin,dnpo,osp", "seed": "0,1"},
+    }
+    write_settings(all_of_them, "+sweep=methods", "seed=5")
+    assert describe_place(tmp_path, 0) == "job 1 of 3"
+    write_settings({**all_of_them, "params": None}, "npo.alpha=0.1,0.2", "seed=range(0,4)", "eval.samples=2")
+    assert describe_place(tmp_path, 6) == "job 7 of 8"
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "summary.json").touch()
+    begun = time.time() - 60
+    os.utime(tmp_path / "multirun.yaml", (begun, begun))
+    assert describe_place(tmp_path, 1) == "job 2 of 8, about 7 min left"
+    write_settings({"_target_": "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"}, "a=1")
+    assert describe_place(tmp_path, 4) == "job 5"
+    (tmp_path / "multirun.yaml").unlink()
+    assert describe_place(tmp_path, 4) == "job 5"

@@ -259,7 +259,10 @@ def run_job(cfg: DictConfig, job: Any) -> float | None:
     folder, sweep = command.folders(job)
     name = os.path.relpath(sweep or folder)
     if not (cfg.plan or cfg.check):  # at once, since importing the libraries takes seconds
-        say(f"dnpo {__version__}: {run_name(job.overrides.task)}")
+        from dnpo.running.sweep import describe_place
+
+        place = "" if sweep is None else f"{describe_place(sweep, job.job.num)}: "
+        say(f"dnpo {__version__}: {place}{run_name(job.overrides.task)}")
     run, tracking, settings = build(cfg, name)
     launch: Launch = build_part("launch", settings["launch"])
     launch.check(run)

@@ -3,18 +3,23 @@
 import csv
 import io
 import json
+import math
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import yaml
 from filelock import FileLock
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from dnpo.catalogue import metric
 from dnpo.errors import DnpoError
 from dnpo.escape import for_terminal, say
+from dnpo.wording import duration
 
 if TYPE_CHECKING:
     from dnpo.report.comparison import Items, MeasureComparison
@@ -64,6 +69,39 @@ def find_shared_stages(sweep: Path | None, folder: Path, stages: "Sequence[Stage
             shared.setdefault(key, f"shared with job {plan.parent.name}")
     (folder / PLAN).write_text(json.dumps([stage.key for stage in stages]))
     return shared
+
+
+def describe_place(sweep: Path, number: int) -> str:
+    """Say which job of a sweep this is, of how many, and about how long the jobs after it take.
+
+    The number of jobs is known if the sweep tries all combinations; a search decides as it goes along.
+
+    Args:
+        number: the job's number, from 0.
+    """
+    try:
+        settings = yaml.safe_load((sweep / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]
+        started = (sweep / "multirun.yaml").stat().st_mtime
+        total = _count_jobs(settings)
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        total = None
+    if total is None:
+        return f"job {number + 1}"
+    done = sum((job / "summary.json").is_file() for job in sweep.iterdir() if job.is_dir())
+    left = (time.time() - started) / done * (total - done) if done else None
+    return f"job {number + 1} of {total}" + ("" if left is None else f", about {duration(left)} left")
+
+
+def _count_jobs(settings: Mapping[str, Any]) -> int | None:
+    """The number of combinations, from Hydra's own settings; None if the sweeper is not the one that tries them all."""
+    sweeper = settings["sweeper"]
+    if not str(sweeper["_target_"]).endswith(".BasicSweeper"):
+        return None
+    given = [str(each) for each in settings["overrides"]["task"]]
+    named = {each.partition("=")[0] for each in given}
+    given += [f"{name}={value}" for name, value in (sweeper.get("params") or {}).items() if name not in named]
+    overrides = OverridesParser.create().parse_overrides(given)
+    return math.prod(len(list(each.sweep_iterator())) if each.is_sweep_override() else 1 for each in overrides)
 
 
 class SweepReport(Callback):
