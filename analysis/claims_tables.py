@@ -154,7 +154,7 @@ def markdown(results: Sequence[Result], about: str) -> str:
 
 
 def brief(results: Sequence[Result], about: str) -> str:
-    """The table without sources, sizes and remarks, for a README.
+    """The table without sources, sizes and remarks, for docs/results.md.
 
     A claim's measure is given only if several claims have the same text.
     """

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WORDS = 900  # of the README, as `wc -w` counts them
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
-PROGRAM = r"(?:[A-Z_]+=\S+ )*(?:srun )?(?:/\S+/)?(?:python -m|pip|dnpo|pytest|mlflow|make|benchmarks/gpu\.sh)"
+PROGRAM = r"(?:[A-Z_]+=\S+ )*(?:srun )?(?:/\S+/)?(?:python -m|pip|dnpo|pytest|mlflow|make|zensical|benchmarks/gpu\.sh)"
 STARTS = re.compile(rf"{PROGRAM} (?=\S)")
 BLOCK = re.compile(r"(?:^ {4}.*\n(?:\n+(?= {4}))?)+", re.MULTILINE)
 INLINE = re.compile(rf"`({PROGRAM}\s[^`…]+)`")
@@ -156,6 +156,8 @@ def try_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         found.make_context(rest[0], rest[1:])
     elif program == "pytest":
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests/"))
+    elif program == "zensical":
+        assert rest[0] in ("build", "serve")
     elif program == "gpu.sh":
         assert rest[0] in (ROOT / "benchmarks" / "gpu.py").read_text()
     else:
