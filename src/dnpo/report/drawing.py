@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ PLAIN: dict[Any, Any] = {
     "legend.frameon": False,
     "text.parse_math": False,  # show $ in names literally
 }
+ONE_RUN = "One run: no interval."
 PROGRESS = ("eval/score", "second/score", "eval/accuracy", "eval/loss")  # metrics in the picture of a run's progress
 
 
@@ -43,22 +45,39 @@ class Panel:
     human: float | None = None
 
 
-def progress(rows: Sequence[Mapping[str, Any]], path: Path, title: str, options: tuple[str, str]) -> None:
+def progress(
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    title: str,
+    options: tuple[str, str],
+    around: Mapping[str, Sequence[float | None]] = MappingProxyType({}),
+) -> None:
     """Draw the metrics of a run's policies over its iterations.
 
     Args:
         rows: the run's table.
+        around: by metric, half of each row's 95 % interval; None where there is none.
         path: file to write.
         title: title of the figure.
         options: the options of dsl and npo.
     """
     panels = []
     for name in PROGRESS:
-        values = {-1 if row["iteration"] == "SFT" else row["iteration"]: row[name] for row in rows if name in row}
+        halves = around.get(name) or [None] * len(rows)
+        values = {
+            -1 if row["iteration"] == "SFT" else row["iteration"]: _estimate(row[name], half)
+            for row, half in zip(rows, halves, strict=True)
+            if name in row
+        }
         if values:
             human = next((row[f"{name}_human"] for row in rows if f"{name}_human" in row), None)
-            panels.append(Panel(metric(name), {"": {k: Estimate(v) for k, v in values.items()}}, human))
-    over_iterations(panels, path, title, "One run: no interval.", {"": METHODS.get(options, OTHER)})
+            panels.append(Panel(metric(name), {"": values}, human))
+    note = "Bars: 95 % intervals over held-out prompts; another seed may give other numbers." if around else ONE_RUN
+    over_iterations(panels, path, title, note, {"": METHODS.get(options, OTHER)})
+
+
+def _estimate(value: float, half: float | None) -> Estimate:
+    return Estimate(value) if half is None else Estimate(value, value - half, value + half)
 
 
 def over_iterations(
@@ -81,7 +100,7 @@ def over_iterations(
         joined: whether each iteration continues the policy of the one before, so that a line joins the points.
     """
     many = len(looks) > len(SERIES)
-    columns = min(len(panels), 2) or 1
+    columns = 3 if len(panels) in (3, 5, 6) and not many else min(len(panels), 2) or 1
     rows = -(-len(panels) // columns) or 1
     high = 0.2 * len(looks) + 1.0 if many else 2.7
     with rc_context(PLAIN):
@@ -122,16 +141,18 @@ def _lines(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) ->
         axis.annotate(
             "human responses",
             (0.99, panel.metric.scale * panel.human),
+            (0, -3),  # below the line, where the panel goes on
             xycoords=("axes fraction", "data"),
+            textcoords="offset points",
             ha="right",
-            va="bottom",
+            va="top",
             color=HUMAN,
         )
     axis.set_xticks(range(len(places)), ["SFT" if k < 0 else str(k) for k in places])
     axis.set_xlim(-0.4, len(places) - 0.6)
     axis.set_xlabel("policy after iteration")
     axis.set_ylabel(panel.metric.unit)
-    axis.set_title(panel.metric.title, fontsize=9.5)
+    axis.set_title(textwrap.fill(panel.metric.title, 24), fontsize=9.5)
 
 
 def _dots(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) -> None:

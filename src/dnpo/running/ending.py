@@ -24,13 +24,27 @@ def show_briefly(console: Console, rows: Sequence[Mapping[str, Any]], evaluation
         rows: the run's table, a row per policy.
         evaluations: the evaluation of each policy, a finished stage's folder.
     """
-    results = {name: [_read(folder, *MEASURED[name]) for folder in evaluations] for name in MEASURED}
-    around = {name: [_half(values) for values in results[name]] for name in MEASURED if any(results[name])}
+    results = read_results(evaluations)
+    around = _halves(results)
     best = find_best(rows)
     console.table(compact_table([dict(row) for row in rows], around, best))
     console.say("")
     for text in sentences(rows, results, best):
         console.say(text)
+
+
+def read_results(evaluations: Sequence[Path]) -> dict[str, list[dict[str, float]]]:
+    """Read, by metric, each policy's results by prompt; empty where there are none."""
+    return {name: [_read(folder, *MEASURED[name]) for folder in evaluations] for name in MEASURED}
+
+
+def find_halves(evaluations: Sequence[Path]) -> dict[str, list[float | None]]:
+    """Compute, by metric, half of each policy's 95 % interval over prompts."""
+    return _halves(read_results(evaluations))
+
+
+def _halves(results: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, list[float | None]]:
+    return {name: [_half(values) for values in by_policy] for name, by_policy in results.items() if any(by_policy)}
 
 
 def find_best(rows: Sequence[Mapping[str, Any]]) -> int | None:

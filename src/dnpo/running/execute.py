@@ -19,7 +19,7 @@ from dnpo.judges.agreement import sentence
 from dnpo.records import mean_over_steps
 from dnpo.running import export, notes
 from dnpo.running.console import Console, iteration_table
-from dnpo.running.ending import show_briefly
+from dnpo.running.ending import find_halves, show_briefly
 from dnpo.stages.agreement import read_agreement
 from dnpo.stages.files import count_labels
 from dnpo.stages.plan import Iteration
@@ -310,15 +310,20 @@ def _track_results(summary: Mapping[str, Any], store: Store, tracking: Tracking,
     write_json(folder / "table.json", columns)
     chosen = choices()
     options = chosen.get("dsl", ""), chosen.get("npo", "")
-    title = " ".join(overrides()) or "defaults"
+    given = [each for each in overrides() if not each.startswith(("method=", "seed="))]
+    title = ", ".join([chosen.get("method", "dnpo"), f"seed {summary['settings']['seed']}"])
+    title += f": {' '.join(given)}" if given else ""
+    keys = [stage["key"] for stage in summary["stages"] if stage["stage"] == "evaluate"]
+    around = find_halves([store.root / "evaluate" / key for key in keys]) if len(keys) == len(rows) else {}
 
     def draw(path: Path) -> None:
         from dnpo.report.drawing import progress
 
-        progress(rows, path, title, options)
+        progress(rows, path, title, options, around)
 
     numbers = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-    key = hashlib.sha256(json.dumps([numbers, title, options], sort_keys=True).encode()).hexdigest()[:16]
+    shown = [numbers, title, options, around]
+    key = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:16]
     _draw_once(store, key, draw, folder / "progress.png")
     tracking.artifact(folder / "progress.png")
     tracking.artifact(folder / "table.md")
