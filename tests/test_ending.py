@@ -136,15 +136,15 @@ def test_stages_are_numbered_and_the_time_that_is_left_is_forecast(
     console = Console(width=79)
     console.begin(["generate", "optimise", "generate", "optimise"], there={0})
     console.report_reuse("a", "key")
-    with console.stage("b", lambda rows: None) as report:
+    with console.stage("b", lambda rows, total: None) as report:
         now[0] += 30
         assert console.left() == ""  # how long generating takes is not known yet
         report.begin(10, "steps")
         report.advance()
-    with console.stage("c", lambda rows: None):
+    with console.stage("c", lambda rows, total: None):
         assert console.left() == "further stages: about 30 s"
         now[0] += 5
-    with console.stage("d", lambda rows: None) as report:
+    with console.stage("d", lambda rows, total: None) as report:
         assert console.left() == ""
         report.begin(10, "steps")
         now[0] += module.HEARTBEAT + 1
@@ -181,3 +181,20 @@ def test_a_job_says_its_place_in_the_sweep_and_the_time_that_is_left(tmp_path: P
     assert describe_place(tmp_path, 4) == "job 5"
     (tmp_path / "multirun.yaml").unlink()
     assert describe_place(tmp_path, 4) == "job 5"
+
+
+def test_the_loss_of_the_last_step_is_shown_and_all_steps_are_passed_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    passed: list[dict[str, float]] = []
+    with Console(width=79).stage("training", lambda rows, total: passed.extend(rows)) as report:
+        report.begin(100, "steps")
+        report.steps([])
+        report.steps([{"step": 1, "loss/policy": 0.7}, {"step": 2, "loss/policy": 0.69314}])
+        now[0] += module.HEARTBEAT + 1
+        report.advance(2)
+    assert [row["step"] for row in passed] == [1, 2]
+    assert "2/100 steps" in (line := capsys.readouterr().out.splitlines()[0])
+    assert "loss 0.6931" in line

@@ -126,6 +126,7 @@ class Console:
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False),
             _Rate(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}", markup=False),
             TextColumn("{task.fields[status]}", markup=False),
             TextColumn(self.left(), markup=False),
             console=self.rich,
@@ -149,8 +150,8 @@ class StageReport:
 
     def __init__(self, console: Console, progress: Progress, title: str, steps: StepSink) -> None:
         self.console, self.progress, self.sink = console, progress, steps
-        self.task = progress.add_task(for_terminal(title), total=1, unit="", status="")
-        self.total, self.done, self.before, self.unit, self.words = 0, 0, 0, "", ""
+        self.task = progress.add_task(for_terminal(title), total=1, unit="", status="", loss="")
+        self.total, self.done, self.before, self.unit, self.words, self.loss = 0, 0, 0, "", "", ""
         self.started = self.began = self.spoke = time.monotonic()
         self.title = title
 
@@ -170,7 +171,7 @@ class StageReport:
             self.spoke = now
             rate = (self.done - self.before) / (now - self.began)
             left = (self.total - self.done) / rate if rate else math.nan
-            words = "".join(f", {text}" for text in (self.words, self.console.left()) if text)
+            words = "".join(f", {text}" for text in (self.loss, self.words, self.console.left()) if text)
             self.note(f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, about {left:,.0f} s left{words}")
 
     def note(self, text: str) -> None:
@@ -183,7 +184,11 @@ class StageReport:
         self.progress.update(self.task, status=for_terminal(text))
 
     def steps(self, rows: list[dict[str, float]]) -> None:
-        """Pass the metrics of training steps on to be tracked."""
+        """Show the loss of the last step, and pass the metrics of training steps on to be tracked."""
+        loss = rows[-1].get("loss/policy") if rows else None
+        if loss is not None:
+            self.loss = f"loss {loss:.4g}"
+            self.progress.update(self.task, loss=self.loss)
         self.sink(rows, self.total)
 
     def summary(self) -> str:
