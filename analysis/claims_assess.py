@@ -181,10 +181,11 @@ def _measure(claim: Claim, tracked: Tracked, methods: bool) -> Result:
     if claim.premise:
         seeds, note = _with_premise(claim, claim.premise, tracked, seeds)
         notes.append(note)
-    chosen = [_find_policy(claim, tracked, arm, seed, k) for seed in seeds for arm, k in list_needed_policies(claim)]
-    runs = tuple({policy.run.id: policy.run for policy in chosen}.values())
+    needed = [(arm, _find_policy(claim, tracked, arm, s, k)) for s in seeds for arm, k in list_needed_policies(claim)]
+    runs = tuple({policy.run.id: policy.run for _, policy in needed}.values())
     if methods:
-        refuse_unlike(runs)
+        arms = {policy.run.id: arm for arm, policy in needed}
+        refuse_unlike(runs, lambda run: arms[run.id])
     else:
         refuse_mixture(runs, differing_starts=True, matters=claim.matters)
     a, b = claim.sides

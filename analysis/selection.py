@@ -355,14 +355,17 @@ def refuse_mixture(
         )
 
 
-def refuse_unlike(runs: Sequence[TrackedRun]) -> None:
+def refuse_unlike(runs: Sequence[TrackedRun], name: Callable[[TrackedRun], str] | None = None) -> None:
     """Refuse runs that begin differently or are measured differently, and different runs of one method.
+
+    Args:
+        name: what is compared, of a run; None: the name of its method.
 
     Raises:
         DataError: names the settings, their values, and how to narrow the selection.
     """
     refuse_judges(runs)
-    refuse_mixture(runs, name=_option_of, own=_is_own)
+    refuse_mixture(runs, name=name or _option_of, own=_is_own)
 
 
 def _option_of(run: TrackedRun) -> str:

@@ -19,6 +19,7 @@ from analysis import claims, claims_measures, claims_tables
 from analysis.claims_assess import Tracked, in_force, list_needed_policies
 from analysis.claims_book import FILE, Sweep, Term, read, terms
 from analysis.claims_rules import Region, Sample, decide, estimate_effect, p_against, region
+from analysis.selection import refuse_unlike
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -279,6 +280,10 @@ def test_the_commands_of_live_methods_make_every_run_that_their_claims_need() ->
         for claim in (claim for claim in book.claims if claim.sweep == sweep):
             assert tracked.missing(claim, 0) == []
     assert not Tracked(book.arms, {"osp": jobs("osp", "dsl=ranked", "strength=asked")}).policy("osp", "hard", 0, 0)
+    runs = jobs("sapo", "rollout.capacity=2000")
+    with pytest.raises(DataError, match=r"rollout\.segment is "):
+        refuse_unlike(runs)  # two runs of one method
+    refuse_unlike(runs, lambda run: run.params["rollout.segment"])  # two arms of a claim
 
 
 @pytest.mark.long
