@@ -402,14 +402,17 @@ def test_a_request_takes_less_than_a_fifth_of_a_second_of_20_000_rows(many: Path
 def test_the_command_serves_until_it_is_interrupted(few: Path) -> None:
     command = [sys.executable, "-m", "dnpo", "browse", str(few), "port=0", "open=false"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        address = re.search(r"http://127\.0\.0\.1:\d+/", said)
-        assert address, said
-        with urllib.request.urlopen(f"{address[0]}rows", timeout=60) as response:
-            assert json.load(response)["of"] == 5
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            address = re.search(r"http://127\.0\.0\.1:\d+/", said)
+            assert address, said
+            with urllib.request.urlopen(f"{address[0]}rows", timeout=60) as response:
+                assert json.load(response)["of"] == 5
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()  # else the end of the block waits for it, should the test fail
     assert (process.returncode, out, err) == (0, "", "")
 
 

@@ -453,7 +453,7 @@ def test_kills_in_live_training_change_no_number(words: tuple[str, ...], store: 
     while True:
         process = Process(folder, *RUN, *own, before="tests.delays.delay")
         try:
-            out, err = process.communicate(timeout=4 + 6 * draw.random() + kills)
+            out, err = process.communicate(timeout=1 + 2 * draw.random() + kills)
         except subprocess.TimeoutExpired:
             process.signal_group(signal.SIGKILL)
             process.communicate(timeout=60)

@@ -342,17 +342,18 @@ def test_extrapolation_adds_no_tensor_of_all_logits(
 ) -> None:
     monkeypatch.setitem(logprobs.TILE, "cpu", 16)
     monkeypatch.setitem(logprobs.KEPT, "cpu", 0)
-    widest = 0
+    policy = make_policy()
+    widest, width = 0, policy.causal_lm.config.hidden_size
     plain = logprobs.product
 
     def measured(one: Tensor, other: Tensor, **options: Any) -> Tensor:
         nonlocal widest
         result = plain(one, other, **options)
-        widest = max(widest, result.shape[1] if options.get("out") is None else 0)
+        widest = max(widest, result.shape[1] if one.shape[1] == width else 0)  # of products with the head
         return result
 
     monkeypatch.setattr(logprobs, "product", measured)
-    train(make_policy(), world.pairs(4), tmp_path, Refined(beta=1.0), sgd())
+    train(policy, world.pairs(4), tmp_path, Refined(beta=1.0), sgd())
     assert widest == 16
 
 

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from dnpo import __version__
+from dnpo.escape import say
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     if not given or given[0] in ("-h", "--help", "help"):
-        print(usage())
+        say(usage())
         return
     if given[0] in ("-V", "--version"):
-        print(f"dnpo {__version__}")
+        say(f"dnpo {__version__}")
         return
     name = next((name for name in (" ".join(given[:2]), given[0]) if name in VERBS), "")
     if not name:
@@ -111,16 +112,14 @@ def _refuse(given: Sequence[str]) -> None:
     """Refuse a verb that does not exist, and name the most similar one."""
     group = [name for name in VERBS if name.startswith(f"{given[0]} ")]
     if group:
-        print(
-            f"usage: dnpo {given[0]} {'|'.join(name.split()[1] for name in group)} [setting=value] …", file=sys.stderr
-        )
+        say(f"usage: dnpo {given[0]} {'|'.join(name.split()[1] for name in group)} [setting=value] …", error=True)
         sys.exit(2)
     if "=" in given[0] or given[0].startswith("-"):
         advice = f" For a run: dnpo train {' '.join(given)}"
     else:
         near = get_close_matches(given[0], VERBS, 1)
         advice = f" Did you mean {near[0]}?" if near else ""
-    print(f"error: {given[0]}: there is no such verb.{advice}\n       dnpo --help lists them.", file=sys.stderr)
+    say(f"error: {given[0]}: there is no such verb.{advice}\n       dnpo --help lists them.", error=True)
     sys.exit(2)
 
 

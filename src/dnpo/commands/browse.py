@@ -67,8 +67,8 @@ def _browse(given: argparse.Namespace) -> None:
         app = make_app(runs)
         address = f"http://{LOOPBACK}:{opened.getsockname()[1]}/"
         took = time.monotonic() - clock
+        opened.listen()  # a browser may ask as soon as it knows the address, before the server runs
         say(f"{plural(len(runs), 'run')} read in {took:.1f} s: {address}  (Ctrl-C ends it)")
-        opened.listen()  # a browser may ask before the server runs
         if not given.no_open and _has_screen():
             webbrowser.open(address)
         serve(app, opened)
