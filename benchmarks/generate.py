@@ -224,7 +224,7 @@ def _stage(policy: Any, load: Load, samples: int, seed: int) -> list[list[int]]:
             folder=Path(folder),
             report=Quiet(),
         )
-    return [row.token_ids for row in rows]
+        return [row.token_ids for row in rows]  # they are read from the folder
 
 
 def _ours(policy: Any, prompts: list[list[int]], load: Load, seed: int) -> list[list[int]]:
