@@ -5,11 +5,11 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from dnpo import disk
+from dnpo.threads import map_in_threads
 
 RACY = 0.1  # seconds: a file written this recently could change again without a different time of change
 _DIGESTS: dict[tuple[int, ...], str] = {}  # digests of files that this process has read, by inode, size and times
@@ -98,10 +98,10 @@ def find_changes(folder: Path, listed: Mapping[str, Mapping[str, Any]], omitted:
         else:
             whole.append(name)
     if digests:
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for name, value in zip(whole, pool.map(digest, [there[name] for name in whole]), strict=True):
-                if value != listed[name]["sha256"]:
-                    yield f"{name} has other contents than were written (its SHA-256 differs)"
+        digested = map_in_threads(digest, [there[name] for name in whole], os.cpu_count() or 1)
+        for name, value in zip(whole, digested, strict=True):
+            if value != listed[name]["sha256"]:
+                yield f"{name} has other contents than were written (its SHA-256 differs)"
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -166,6 +166,7 @@ class _Round:
     async def _call(self, client: "AsyncOpenAI", question: Question) -> None:
         """Send one question until it is answered or must be given up."""
         limits, attempts, replies, began = self.limits, 0, 0, 0.0
+        reasons: dict[str, None] = {}  # in order, each once: the last attempt may only have lacked time
         while True:
             async with self.slots:
                 await self._turn(question)
@@ -203,8 +204,10 @@ class _Round:
                     )
                     self.spent += lost.cost or 0.0
                     self.ledger.note_cost(question, lost)
+            reasons[reason] = None
             if time.monotonic() + wait >= began + limits.deadline:
-                late = f"given up for judge.deadline={limits.deadline:g} s, at attempt {attempts}: {reason}"
+                all_reasons = ", then ".join(list(reasons)[-3:])
+                late = f"given up for judge.deadline={limits.deadline:g} s, at attempt {attempts}: {all_reasons}"
                 self._give_up(question, Answer(None, attempts=attempts, reason=late))
                 return
             await self._sleep(wait)

@@ -20,7 +20,6 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -33,6 +32,7 @@ from dnpo.judges.exact.running import find_isolation, run_tests
 from dnpo.records import Prompt, Response, Verdict
 from dnpo.settings import Count, Positive, neutral
 from dnpo.store import Report
+from dnpo.threads import map_in_threads
 
 TRIED = 8  # number of rows tried whose tests seem to compare objects of the answer
 COMPARED = re.compile(r"the tests compare \(\w+\) a \S+ of the answer with a ")
@@ -149,12 +149,11 @@ class UnitTests(Checker):
         """Return a verdict on each response, testing ``workers`` of them at once."""
         by_id = {p.id: p for p in prompts}
         report.begin(len(responses), "verdicts")
-        with ThreadPoolExecutor(self.workers) as pool:
-            found = []
-            for verdict in pool.map(lambda r: self.verdict(by_id[r.id], r), responses):
-                found.append(verdict)
-                report.advance()
-            return found
+        found = []
+        for verdict in map_in_threads(lambda r: self.verdict(by_id[r.id], r), responses, self.workers):
+            found.append(verdict)
+            report.advance()
+        return found
 
     def _refusal(self, problem: str) -> str:
         if self.isolation == "none":
