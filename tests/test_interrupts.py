@@ -114,6 +114,38 @@ def test_a_second_signal_does_not_stop_what_the_first_one_started() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_during_a_finalizer_is_not_lost(number: signal.Signals) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            send(number)
+            pytest.fail("the handler raises before this line")
+
+    def finalize_and_wait() -> None:
+        Finalized()
+        time.sleep(5)
+
+    with interrupts.raised():
+        with pytest.raises(KeyboardInterrupt) as raised:
+            finalize_and_wait()
+        assert interrupts.exit_status(raised.value) == 128 + number
+
+
+def test_other_exceptions_of_finalizers_are_reported_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+    class Faulty:
+        def __del__(self) -> None:
+            raise ValueError("of no consequence")
+
+    before = sys.unraisablehook
+    sys.unraisablehook = sys.__unraisablehook__
+    try:
+        with interrupts.raised():
+            Faulty()
+    finally:
+        sys.unraisablehook = before
+    assert "ValueError: of no consequence" in capsys.readouterr().err
+
+
 def test_a_forked_process_dies_of_the_signal_itself() -> None:
     """It would print a traceback if its parent's exception were raised in it."""
     with interrupts.raised():

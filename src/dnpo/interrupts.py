@@ -6,6 +6,7 @@ its limit. Handlers that a launcher has installed are still called, only later.
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STDERR = 2
+AGAIN = 0.05  # seconds after which a dropped signal is sent again
 
 
 class Ended(KeyboardInterrupt):
@@ -40,8 +42,13 @@ def name(interrupt: KeyboardInterrupt) -> str:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Raise :class:`Ended` at a signal that would end the process without a message, unless a launcher handles it."""
+    """Raise :class:`Ended` at a signal that would end the process without a message, unless a launcher handles it.
+
+    Python drops an exception that a handler raises during a finalizer or a weak reference's callback. The signal, and
+    Ctrl-C, is then sent again.
+    """
     owner = os.getpid()
+    report_dropped = sys.unraisablehook
 
     def end(number: int, frame: FrameType | None) -> None:
         if os.getpid() != owner:  # a process that was forked from this one ends as if there were no handler
@@ -52,12 +59,25 @@ def raised() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise Ended(number)
 
+    def send_again(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            report_dropped(dropped)
+            return
+        number = exit_status(dropped.exc_value) - 128
+        if number in ours:
+            signal.signal(number, end)
+        again = threading.Timer(AGAIN, os.kill, (os.getpid(), number))  # not here, where it would be dropped too
+        again.daemon = True
+        again.start()
+
     ours = [each for each in ENDING if _in_main_thread() and signal.getsignal(each) is signal.SIG_DFL]
     for each in ours:
         signal.signal(each, end)
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
+        sys.unraisablehook = report_dropped
         for each in ours:
             signal.signal(each, signal.SIG_DFL)
 
