@@ -12,7 +12,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from dnpo import __version__
+from dnpo import __version__, cli
 from dnpo.cli import VERBS
 from dnpo.commands.explain import describe
 from dnpo.commands.grammar import parse, refuse_dashes
@@ -53,6 +53,19 @@ def test_every_verb_explains_itself(tmp_path: Path, verb: str, narrow: None) -> 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_during_imports_is_answered_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(module: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().out.strip() == "Interrupted."
 
 
 def shown_settings(text: str) -> dict[str, str]:

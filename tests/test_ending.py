@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,42 @@ def test_the_loss_of_the_last_step_is_shown_and_all_steps_are_passed_on(
     assert [row["step"] for row in passed] == [1, 2]
     assert "2/100 steps" in (line := capsys.readouterr().out.splitlines()[0])
     assert "loss 0.6931" in line
+
+
+def test_a_stage_that_does_not_advance_says_so_every_minute(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT", 0.05)
+    with Console(width=79).stage("loading", lambda rows, total: None) as report:
+        time.sleep(0.2)
+        report.begin(10, "steps")
+        report.advance(3)
+        time.sleep(0.3)
+    time.sleep(0.15)
+    *lines, summary = capsys.readouterr().out.splitlines()
+    assert sum("loading: computing for 0." in line for line in lines) >= 2
+    waiting = [line for line in lines if re.search(r"3/10 steps, .*about .* left, no news for 0\.", line)]
+    assert len(waiting) >= 2
+    assert "3 steps in" in summary, "nothing is printed after the end of a stage"
+
+
+def test_on_a_terminal_the_bar_says_for_how_long_there_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    console = Console(width=200)
+    console.rich = RichConsole(file=stream, width=200, force_terminal=True)
+    with console.stage("training", lambda rows, total: None) as report:
+        report.begin(100, "steps")
+        report.steps([{"step": 1, "loss/policy": 0.5}])
+        report.advance()
+        report.progress.refresh()
+        shown = stream.getvalue()
+        assert "loss 0.5" in shown
+        assert "no news" not in shown
+        report.moved -= 3 * module.HEARTBEAT
+        report.progress.refresh()
+        assert "no news for 3 min" in stream.getvalue()
+        report.advance()
+        stream.truncate(0)
+        report.progress.refresh()
+        assert "no news" not in stream.getvalue()
+    assert not [line for line in stream.getvalue().splitlines() if "training: " in line], "the bar is enough"

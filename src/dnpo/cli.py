@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-from dnpo import __version__
+from dnpo import __version__, interrupts
 from dnpo.escape import say
 
 
@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt as interrupt:  # during imports, or in a verb that does not catch it
+        say("\nInterrupted.")
+        sys.exit(interrupts.exit_status(interrupt))
     sys.exit(status)
 
 

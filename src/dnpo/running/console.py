@@ -1,7 +1,7 @@
 """Show a run on the screen: its progress, and its table at the end."""
 
 import logging
-import math
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ COLUMNS = (
 )
 BEST = "▸"
 WIDE = 28  # letters of a stage's title
-HEARTBEAT = 60  # seconds between two lines of a stage, without a terminal
+HEARTBEAT = 60  # seconds without news after which a stage shows how long it has been computing
 LONGEST_FAMILY = 6  # letters of a family's name in a heading
 
 StepSink = Callable[[list[dict[str, float]], int], None]
@@ -61,6 +61,14 @@ class _Rate(ProgressColumn):
         speed = task.finished_speed or task.speed
         unit = task.fields.get("unit", "")
         return Text(f"{speed:,.1f} {unit}/s" if speed else "", style="cyan")
+
+
+class _Silence(ProgressColumn):
+    """Shows for how long a stage has computed, once it has not advanced for a while."""
+
+    def render(self, task: Task) -> Text:
+        report = task.fields.get("report")
+        return Text(report.silence() if report is not None else "", style="yellow")
 
 
 class Console:
@@ -128,13 +136,15 @@ class Console:
             TimeRemainingColumn(),
             TextColumn("{task.fields[loss]}", markup=False),
             TextColumn("{task.fields[status]}", markup=False),
+            _Silence(),
             TextColumn(self.left(), markup=False),
             console=self.rich,
             transient=True,
             disable=not self.rich.is_terminal,
         ) as progress:
             report = StageReport(self, progress, title, steps)
-            yield report
+            with report.beating():
+                yield report
         if self._kinds:
             self._took[self._kinds[self._place - 1]] = time.monotonic() - began
         self.say(f"  {self._number()}{title:<{WIDE}} {report.summary()}")
@@ -150,10 +160,31 @@ class StageReport:
 
     def __init__(self, console: Console, progress: Progress, title: str, steps: StepSink) -> None:
         self.console, self.progress, self.sink = console, progress, steps
-        self.task = progress.add_task(for_terminal(title), total=1, unit="", status="", loss="")
         self.total, self.done, self.before, self.unit, self.words, self.loss = 0, 0, 0, "", "", ""
-        self.started = self.began = self.spoke = time.monotonic()
+        self.started = self.began = self.spoke = self.moved = time.monotonic()
         self.title = title
+        self._speaking = threading.Lock()
+        self.task = progress.add_task(for_terminal(title), total=1, unit="", status="", loss="", report=self)
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Without a terminal, print a line every minute, also while the stage does not advance."""
+        if self.console.rich.is_terminal:
+            yield  # the bar shows it
+            return
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(min(HEARTBEAT, 1)):
+                self._speak()
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
         """Start the bar at ``done`` of ``total`` units."""
@@ -165,14 +196,30 @@ class StageReport:
     def advance(self, amount: int = 1) -> None:
         """Move the bar on; without a bar, print a line every minute."""
         self.done += amount
+        self.moved = time.monotonic()
         self.progress.advance(self.task, amount)
-        now = time.monotonic()
-        if not self.console.rich.is_terminal and now - self.spoke > HEARTBEAT:
+        self._speak()
+
+    def silence(self) -> str:
+        """Return for how long the stage has been at the same place, if that is a minute or more; else empty."""
+        seconds = time.monotonic() - self.moved
+        return f"no news for {duration(seconds)}" if seconds >= HEARTBEAT else ""
+
+    def _speak(self) -> None:
+        """Without a terminal, print how far the stage is, unless a line was printed in the last minute."""
+        with self._speaking:
+            now = time.monotonic()
+            if self.console.rich.is_terminal or now - self.spoke < HEARTBEAT:
+                return
             self.spoke = now
-            rate = (self.done - self.before) / (now - self.began)
-            left = (self.total - self.done) / rate if rate else math.nan
-            words = "".join(f", {text}" for text in (self.loss, self.words, self.console.left()) if text)
-            self.note(f"{self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, about {left:,.0f} s left{words}")
+        if not self.unit:
+            self.note(f"computing for {duration(now - self.started)}")
+            return
+        done = self.done - self.before
+        rate = done / (now - self.began) if now > self.began else 0.0
+        left = f"{rate:,.1f}/s, about {duration((self.total - self.done) / rate)} left" if rate else ""
+        words = (left, self.silence(), self.loss, self.words, self.console.left())
+        self.note(", ".join([f"{self.done:,}/{self.total:,} {self.unit}", *filter(None, words)]))
 
     def note(self, text: str) -> None:
         """Print a line about the stage."""
