@@ -167,7 +167,7 @@ class Result:
         ``response``, ``score``, ``second``, ``right``, ``tokens``, ``logprob`` (nats).
 
         Args:
-            iteration: ``SFT`` or a number; None for the last policy.
+            iteration: ``SFT`` or a number; None for the policy that the run keeps.
         """
         import pandas as pd
 
@@ -193,16 +193,22 @@ class Result:
         """
         import pandas as pd
 
-        stage = self._stage("pairs", iteration)
+        stage = self._stage("pairs", self.iterations[-1] if iteration is None else iteration)
         return pd.read_parquet(self._folder(stage) / "pairs.parquet")
 
     def policy(self, iteration: str | int | None = None) -> Path:
-        """The folder of a policy with its card, which transformers and vLLM load."""
+        """The folder of a policy with its card, which transformers and vLLM load.
+
+        Args:
+            iteration: ``SFT`` or a number; None for the policy that the run keeps.
+        """
         return self.folder / "models" / self._policies[self._place(iteration)].name
 
     def _place(self, iteration: str | int | None) -> int:
+        from dnpo.running.best import kept
+
         known = [str(each).lower() for each in self.iterations]
-        wanted = known[-1] if iteration is None else str(iteration).lower()
+        wanted = known[kept(self.summary)] if iteration is None else str(iteration).lower()
         if wanted not in known:
             raise SettingsError(f"iteration {iteration}: this run has {', '.join(map(str, self.iterations))}")
         return known.index(wanted)

@@ -18,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "adapters merged in), tokenizer, model card.",
     )
     parser.add_argument("run", type=Path, help="the run's folder, such as outputs/DATE/TIME")
-    parser.add_argument("--iteration", help="sft, or a number; the last one if not given")
+    parser.add_argument(
+        "--iteration", help="sft, or a number; by default the last, or the best of a run with keep=best"
+    )
     parser.add_argument("--to", type=Path, required=True, help="a folder that does not exist yet, or is empty")
     parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
     given = parse(parser, arguments)

@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose a policy and say how to sample."""
     parser.add_argument("run", type=Path, help="the run's folder, such as outputs/DATE/TIME")
-    parser.add_argument("--iteration", metavar="K", help="sft, or a number; the last one if not given")
+    parser.add_argument(
+        "--iteration", metavar="K", help="sft, or a number; by default the last, or the best of a run with keep=best"
+    )
     parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
     parser.add_argument("--temperature", type=float, help="0 is greedy; by default the run's")
     parser.add_argument("--top-k", type=int, help="by default the run's")

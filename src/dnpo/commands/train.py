@@ -26,6 +26,7 @@ from dnpo.settings import build as build_part
 from dnpo.settings import check as check_part
 
 if TYPE_CHECKING:
+    from dnpo.running.best import Choice
     from dnpo.running.console import Console
     from dnpo.running.launch import Launch
     from dnpo.stages.plan import Iteration, Run
@@ -250,7 +251,7 @@ def run_job(cfg: DictConfig, job: Any) -> float | None:
         job: Hydra's settings of the job.
 
     Returns:
-        How good the last policy is, higher being better; None if nothing was executed.
+        How good the policy that the run keeps is, higher being better; None if nothing was executed.
 
     Raises:
         DnpoError: the settings or the run are refused, or the run cannot go on.
@@ -287,9 +288,10 @@ def _go(
     folder: Path,
     sweep: Path | None,
 ) -> float | None:
-    """Plan, check or execute the run. Return the quality of its last policy (higher is better) if it was executed."""
+    """Plan, check or execute the run. Return the quality of the policy it keeps (higher is better) if executed."""
     from dnpo import catalogue
     from dnpo.loop import chain
+    from dnpo.running.best import default_metric, kept
     from dnpo.running.console import Console
 
     console, store = Console(), command.make_store(settings, compute)
@@ -300,12 +302,15 @@ def _go(
         if not settings["check"]:
             store.exchange(stages, console.say)
     warn_of_late_starts(settings)
+    choice = choose(run, settings)
     store.check(stages, console.say, everything=not settings["plan"])
     check_optimizers(run, iterations, store)
     if settings["plan"]:
         from dnpo.running.sweep import find_shared_stages
 
         _print_plan(console, store, iterations, find_shared_stages(sweep, folder, stages))
+        if choice.patience:
+            console.say(f"patience={choice.patience} may end the run before all of these stages.")
         _print_forecast(console, run, iterations, store)
         return None
     pass_gate(run, iterations, store, console, settings["check"], settings["threads"], tracking)
@@ -317,13 +322,33 @@ def _go(
     tags = running.tags(dict(job.runtime.choices), settings, iterations)
     try:
         with command.track(tracking, name, settings, tags, sweep, folder):
-            summary = running.execute(iterations, store, console, tracking, settings, folder)
+            summary = running.execute(iterations, store, console, tracking, settings, folder, choice)
     finally:
         store.close(console.say)
     running.show(console, summary, iterations, folder, store, tracking, settings["wide"])
-    last = summary["table"][-1]
-    best = "eval/score" if "eval/score" in last else "eval/loss"
-    return float(last[best] if catalogue.metric(best).better == "higher" else -last[best])
+    row = summary["table"][kept(summary)]
+    best = settings["best_by"] or default_metric([row])
+    return float(row[best] if catalogue.metric(best).better == "higher" else -row[best])
+
+
+def choose(run: "Run", settings: Mapping[str, Any]) -> "Choice":
+    """Check which policy the run keeps and when it ends, and warn if the test split decides it.
+
+    Raises:
+        SettingsError: the metric cannot decide.
+    """
+    from dnpo.running.best import Choice
+
+    choice = Choice(settings["keep"], settings["patience"], settings["best_by"])
+    choice.check(run)
+    if choice.reads and run.eval.split == "test":
+        name = "keep=best" if choice.keep == "best" else f"patience={choice.patience}"
+        say(
+            f"warning: {name}: chooses by results on the split test, which then are better than on new prompts; "
+            "eval.split=validation chooses by other prompts",
+            error=True,
+        )
+    return choice
 
 
 def check_device(device: str) -> None:

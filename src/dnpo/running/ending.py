@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dnpo.catalogue import metric
+from dnpo.running import best as choosing
 from dnpo.running.console import BEST, Console, compact_table
 from dnpo.stats.prompts import by_prompt, change, mean
 
@@ -49,10 +50,9 @@ def _halves(results: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, l
 
 def find_best(rows: Sequence[Mapping[str, Any]]) -> int | None:
     """The number of the row with the best score, or the lowest held-out loss if nothing is scored; None of one row."""
-    name = "eval/score" if any(row.get("eval/score") is not None for row in rows) else "eval/loss"
-    sign = 1 if metric(name).better == "higher" else -1
-    values = [(sign * row[name], number) for number, row in enumerate(rows) if row.get(name) is not None]
-    return max(values, key=lambda pair: pair[0])[1] if len(values) > 1 else None
+    name = choosing.default_metric(rows)
+    several = sum(choosing.has(row, name) for row in rows) > 1
+    return choosing.find_best(rows, name) if several else None
 
 
 def sentences(

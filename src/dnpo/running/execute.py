@@ -17,7 +17,7 @@ from dnpo import catalogue, disk
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
 from dnpo.records import mean_over_steps
-from dnpo.running import export, notes
+from dnpo.running import best, export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.running.ending import find_halves, show_briefly
 from dnpo.stages.agreement import read_agreement
@@ -60,10 +60,14 @@ def execute(
     tracking: Tracking,
     settings: Mapping[str, Any],
     folder: Path,
+    choice: best.Choice,
 ) -> dict[str, Any]:
     """Compute the stages that the store lacks, and track the results.
 
     ``summary.json`` and ``models/`` are written into the run's folder.
+
+    Args:
+        choice: which policy the run keeps, and when it ends.
 
     Returns:
         The content of ``summary.json``.
@@ -88,6 +92,9 @@ def execute(
         before += int(manifest(store.folder(iteration.policy))["facts"]["policy_steps"]) if iteration.k >= 0 else 0
         table.append(_row(iteration, store))
         _track(iteration, table[-1], store, tracking, settings, folder)
+        if choice.is_over(table):
+            break
+    planned, iterations = len(iterations) - 1, iterations[: len(table)]
     summary = {
         "table": table,
         "choices": choices(),
@@ -101,7 +108,11 @@ def execute(
         "versions": {**provenance.versions(), "mlflow": importlib.metadata.version("mlflow")},
         "made_by": list_makers(iterations, store),
         "seconds": round(time.monotonic() - clock, 1),
+        **choice.describe(table, planned),
     }
+    if "choice" in summary:
+        found = summary["choice"]
+        tracking.tags({"dnpo.best": str(found["best"]["iteration"]), "dnpo.kept": table[found["kept"]]["iteration"]})
     write_json(folder / "summary.json", summary)
     tracking.artifact(folder / "summary.json")
     for card in export.link(summary, folder):
@@ -403,7 +414,7 @@ def show(
     if wide:
         console.table(iteration_table(rows), split=True)
     else:
-        show_briefly(console, rows, [store.folder(iteration.evaluation) for iteration in iterations])
+        show_briefly(console, rows, [store.folder(iteration.evaluation) for iteration in iterations[: len(rows)]])
     if any("eval/score" in row for row in rows):
         console.say(
             f"score: judge's mean on sampled held-out answers (0-100); {LABELS[summary['labelled_by']]}. Accuracies: "
@@ -415,6 +426,8 @@ def show(
         console.say(
             "Losses: mean over the last tenth of the steps. log p: summed log-probability under the new policy, nats."
         )
+    for text in best.sentences(summary):
+        console.say(text)
     for entry in summary["judge_agreement"]:
         console.say(f"The judge {sentence(entry)}.")
     for line in describe_mixture(summary["made_by"]):

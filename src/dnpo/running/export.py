@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from dnpo.errors import ModelError, SettingsError
+from dnpo.running.best import kept
 from dnpo.running.card import SavedPolicy, card
 from dnpo.store import MANIFEST, content_hash, expect_whole, write_json
 
@@ -165,7 +166,7 @@ def export(
         warn: receives a text if the copy differs from the policy.
         run: the run's folder.
         to: a folder that does not exist yet, or is empty.
-        iteration: ``sft`` or a number; None for the last.
+        iteration: ``sft`` or a number; None for the policy that the run keeps.
         store: the store's folder, if it has moved.
 
     Raises:
@@ -212,7 +213,7 @@ def find_policy(summary: Mapping[str, Any], iteration: str | None, store: Path |
     """Find one policy of a run.
 
     Args:
-        iteration: ``sft`` or a number; None for the last.
+        iteration: ``sft`` or a number; None for the policy that the run keeps.
         store: the store's folder, if it has moved.
 
     Raises:
@@ -220,7 +221,7 @@ def find_policy(summary: Mapping[str, Any], iteration: str | None, store: Path |
         StoreError: its files are damaged.
     """
     policies = {policy.name.removeprefix("iteration-"): policy for policy in list_policies(summary, store)}
-    wanted = iteration if iteration is not None else list(policies)[-1]
+    wanted = iteration if iteration is not None else list(policies)[kept(summary)]
     if wanted not in policies:
         raise SettingsError(
             f"iteration={wanted}: this run has no such iteration; expected one of {', '.join(policies)}"

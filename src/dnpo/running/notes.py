@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dnpo.catalogue import Metric, metric
 from dnpo.escape import for_markdown, for_terminal
 from dnpo.judges.agreement import sentence
+from dnpo.running import best
 from dnpo.stats.table import markdown
 from dnpo.tracking.client import strip_password
 
@@ -126,6 +127,7 @@ def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
         _outcome(table),
         "",
         space_columns(results(table)),
+        *(f"- {escape(each)}" for each in best.sentences(summary)),
         *(f"- {each}" for each in _sentences(table)),
         *(f"- The judge {escape(sentence(entry))}." for entry in summary["judge_agreement"]),
         f"- It took {summary['seconds']:,.0f} s; computing its stages took {seconds:,.0f} s.",

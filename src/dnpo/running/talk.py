@@ -100,7 +100,7 @@ def open_speaker(
 
     Args:
         run: the run's folder.
-        iteration: ``sft`` or a number; None for the last.
+        iteration: ``sft`` or a number; None for the policy that the run keeps.
         store: the store's folder, if it has moved.
         max_tokens: maximum number of tokens of a response; 0 takes the run's.
         sampling: ``temperature``, ``top_k``, ``top_p``; None takes the run's.

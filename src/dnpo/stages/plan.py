@@ -58,6 +58,10 @@ class RunSettings:
         plan: only list the stages, whether they are stored and what the judge would cost.
         check: only run the checks that precede a run.
         wide: show all columns of the results at the end.
+        keep: the policy that the run is for, which is exported unless another is named: the ``last``, or the ``best``.
+        patience: iterations in a row without a better policy after which the run ends; 0: it does all iterations.
+        best_by: the metric that decides which policy is better, such as ``eval/accuracy``; null: the judge's score, or
+            the held-out loss if nothing is scored.
     """
 
     iterations: Count
@@ -75,6 +79,9 @@ class RunSettings:
     verify: Verify = neutral("digests")
     remote: str | None = neutral(None)
     wide: bool = neutral(False)
+    keep: Literal["last", "best"] = neutral("last")
+    patience: Natural = 0
+    best_by: str | None = neutral(None)
 
 
 BEFORE = -1  # in place of an iteration's number, for the stages before the first

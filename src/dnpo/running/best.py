@@ -1,0 +1,155 @@
+"""Choose the best policy of a run by a metric of its evaluations, and end a run that no longer improves.
+
+Decisions depend only on the table of results, so a run that continues after a kill makes the same ones.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from dnpo.catalogue import metric
+from dnpo.errors import DnpoError, SettingsError
+
+if TYPE_CHECKING:
+    from dnpo.stages.plan import Run
+
+Keep = Literal["last", "best"]
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which policy a run keeps, and when it ends.
+
+    Attributes:
+        keep: the ``last`` policy or the ``best``.
+        patience: iterations in a row without a better policy after which the run ends; 0: it does all iterations.
+        best_by: the metric; None: the judge's score, or the held-out loss if nothing is scored.
+    """
+
+    keep: Keep = "last"
+    patience: int = 0
+    best_by: str | None = None
+
+    @property
+    def reads(self) -> bool:
+        """Whether anything depends on the metric."""
+        return self.keep == "best" or self.patience > 0
+
+    def check(self, run: "Run") -> None:
+        """Refuse a metric that cannot choose, before anything is computed.
+
+        Raises:
+            SettingsError: nothing reads the metric, it is unknown, neither of its directions is better, or the run does
+                not measure it.
+        """
+        if self.best_by is None:
+            return
+        if not self.reads:
+            raise SettingsError(f"best_by={self.best_by}: has an effect only with keep=best or patience=…")
+        try:
+            found = metric(self.best_by)
+        except DnpoError as error:
+            raise SettingsError(f"best_by={error}") from None
+        if not found.better:
+            raise SettingsError(
+                f"best_by={self.best_by}: neither direction of this metric is better; expected one like eval/score, "
+                "eval/accuracy or eval/loss"
+            )
+        of = {
+            "leaderboard": run.eval.leaderboard is not None,
+            "texts": run.eval.texts is not None,
+            "second": run.second_judge.gives_scores,
+        }
+        scored = run.judge.gives_scores or not self.best_by.startswith("eval/score")
+        if not of.get(self.best_by.partition("/")[0], scored):
+            needs = found.needs or "a judge that gives scores"
+            raise SettingsError(f"best_by={self.best_by}: this run does not measure it; it needs {needs}")
+
+    def metric_of(self, rows: Sequence[Row]) -> str:
+        """The name of the metric that chooses among these policies.
+
+        Raises:
+            SettingsError: the last policy lacks it.
+        """
+        name = self.best_by or default_metric(rows)
+        if not has(rows[-1], name):
+            raise SettingsError(
+                f"best_by={name}: the policy after {_place(rows[-1])} has no such number; choose another metric of the "
+                "table, which is in summary.json of a run without keep=best and patience. Finished stages are kept"
+            )
+        return name
+
+    def is_over(self, rows: Sequence[Row]) -> bool:
+        """Whether the run ends after these policies, the fine-tuned one first."""
+        if not self.reads:
+            return False
+        best = find_best(rows, self.metric_of(rows))
+        return 0 < self.patience <= len(rows) - 1 - best
+
+    def describe(self, rows: Sequence[Row], planned: int) -> dict[str, Any]:
+        """What a run's summary says about the choice; empty if all is as usual.
+
+        Args:
+            rows: the policies, the fine-tuned one first.
+            planned: number of planned iterations.
+        """
+        if not self.reads:
+            return {}
+        name = self.metric_of(rows)
+        best = find_best(rows, name)
+        found: dict[str, Any] = {"best": {"iteration": rows[best]["iteration"], "by": name, "value": rows[best][name]}}
+        found["kept"] = best if self.keep == "best" else len(rows) - 1
+        if len(rows) - 1 < planned:
+            found["ended"] = {"iterations": len(rows) - 1, "planned": planned, "patience": self.patience}
+        return {"choice": found}
+
+
+def default_metric(rows: Sequence[Row]) -> str:
+    """The judge's score, or the held-out loss if nothing is scored."""
+    return "eval/score" if any(row.get("eval/score") is not None for row in rows) else "eval/loss"
+
+
+def find_best(rows: Sequence[Row], name: str) -> int:
+    """The number of the row with the best value; of equal ones the first."""
+    sign = 1 if metric(name).better == "higher" else -1
+    values = [(sign * row[name], -number) for number, row in enumerate(rows) if has(row, name)]
+    return -max(values)[1]
+
+
+def kept(summary: Mapping[str, Any]) -> int:
+    """The place of the policy that a run keeps, among its policies."""
+    last = len(summary["table"]) - 1
+    return int(summary["choice"]["kept"]) if "choice" in summary else last
+
+
+def sentences(summary: Mapping[str, Any]) -> list[str]:
+    """Sentences on the best policy and on an early end; none for a run that did not ask for them."""
+    if "choice" not in summary:
+        return []
+    choice, settings = summary["choice"], summary["settings"]
+    best, ended = choice["best"], choice.get("ended")
+    column = metric(best["by"])
+    said = []
+    if ended:
+        said.append(
+            f"patience={ended['patience']}: ended after {ended['iterations']} of {ended['planned']} iterations, since "
+            f"the last {ended['patience']} did not improve {best['by']}."
+        )
+    value = f"{best['by']} {column.format_with_unit(best['value'])}, on the split {settings['eval']['split']}"
+    words = "is exported by default" if settings["keep"] == "best" else "is not the one exported by default (keep=last)"
+    last = summary["table"][-1]["iteration"] == best["iteration"]
+    words = "is the last, and exported by default" if last else words
+    said.append(f"keep={settings['keep']}: the best policy is that after {_place(best)} ({value}); it {words}.")
+    return said
+
+
+def has(row: Row, name: str) -> bool:
+    """Whether a policy has this number."""
+    value = row.get(name)
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _place(row: Row) -> str:
+    return "fine-tuning" if row["iteration"] == "SFT" else f"iteration {row['iteration']}"

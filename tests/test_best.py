@@ -1,0 +1,128 @@
+"""Which policy a run keeps, and when it ends early."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dnpo
+from dnpo.errors import SettingsError
+from dnpo.running.best import Choice, find_best, kept, sentences
+from dnpo.running.export import find_policy, read_summary
+from tests.commands import SMOKE, TINY, numbers, run_command, succeed, summary, train
+
+ENDS = ("iterations=4", "keep=best", "patience=1", "eval.split=validation")
+
+
+def rows(**columns: list[float | None]) -> list[dict[str, Any]]:
+    lengths = {len(values) for values in columns.values()}
+    return [
+        {"iteration": "SFT" if k == 0 else k - 1, **{f"eval/{name}": values[k] for name, values in columns.items()}}
+        for k in range(lengths.pop())
+    ]
+
+
+@pytest.mark.parametrize(
+    ("choice", "table", "best"),
+    [
+        (Choice("best"), rows(score=[50, 60, 55], loss=[1.0, 3.0, 2.0]), 1),
+        (Choice("best"), rows(loss=[2.0, 1.0, 3.0]), 1),  # lower is better, and nothing is scored
+        (Choice("best", best_by="eval/loss"), rows(score=[50, 60, 55], loss=[1.0, 3.0, 2.0]), 0),
+        (Choice("best"), rows(score=[50, 60, 60]), 1),  # the first of equals
+        (Choice("best"), rows(score=[math.nan, 10, 5]), 1),
+    ],
+)
+def test_the_best_policy_is_the_first_with_the_best_value(choice: Choice, table: Any, best: int) -> None:
+    assert find_best(table, choice.metric_of(table)) == best
+    assert choice.describe(table, 2)["choice"]["kept"] == best
+
+
+def test_a_run_ends_when_so_many_iterations_in_a_row_did_not_improve() -> None:
+    scores: list[float | None] = [50, 49, 60, 58, 59, 61]
+    ends = {
+        patience: next((n for n in range(1, 7) if Choice(patience=patience).is_over(rows(score=scores[:n]))), None)
+        for patience in (0, 1, 2, 3)
+    }
+    assert ends == {0: None, 1: 2, 2: 5, 3: None}
+
+
+def test_a_policy_without_the_number_is_refused() -> None:
+    with pytest.raises(SettingsError, match="best_by=eval/accuracy: the policy after iteration 0"):
+        Choice("best", best_by="eval/accuracy").is_over(rows(accuracy=[0.5, None]))
+
+
+def test_a_run_that_asks_for_nothing_has_no_choice() -> None:
+    assert Choice().describe(rows(score=[2, 1]), 3) == {}
+    assert kept({"table": rows(score=[2, 1])}) == 1
+    assert sentences({"table": rows(score=[2, 1])}) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["best_by=eval/score"], "best_by=eval/score: has an effect only with keep=best or patience=…"),
+        (["keep=best", "best_by=eval/scoer"], "best_by=eval/scoer: no metric of this name.*Did you mean eval/score"),
+        (["keep=best", "best_by=eval/tokens"], "best_by=eval/tokens: neither direction"),
+        (["patience=1", "best_by=second/score"], "best_by=second/score: this run does not measure it.*second_judge="),
+        (["patience=1", "best_by=leaderboard/arc"], "best_by=leaderboard/arc: this run does not measure it"),
+        (["keep=best", "judge=off", "dsl=off", "best_by=eval/score"], "best_by=eval/score: this run does not measure"),
+        (["keep=first"], "keep='first'"),
+        (["patience=-1"], "patience=-1"),
+    ],
+)
+def test_a_choice_without_meaning_is_refused_by_name(tmp_path: Path, given: list[str], message: str) -> None:
+    import re
+
+    done = train(tmp_path, *SMOKE, "method=spin" if "judge=off" in given else "method=dnpo", *given)
+    assert done.returncode == 1
+    assert re.search(message, done.stderr), done.stderr
+    assert not (tmp_path / "store" / "prompts").exists()  # nothing has been computed
+
+
+@pytest.mark.long
+def test_a_run_ends_early_keeps_its_best_policy_and_continues_to_the_same(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "store", tmp_path / "store", symlinks=True)
+    printed = train(tmp_path, *SMOKE, *TINY, *ENDS)
+    assert printed.returncode == 0, printed.stderr
+    assert "warning" not in printed.stderr  # the split is not test
+    found = summary(tmp_path)
+    scores = [row["eval/score"] for row in found["table"]]
+    best = scores.index(max(scores))
+    assert best == len(scores) - 2, scores  # it ended one iteration after the best
+    assert len(scores) < 5, scores
+    assert found["choice"]["kept"] == best
+    assert found["choice"]["ended"] == {"iterations": len(scores) - 1, "planned": 4, "patience": 1}
+    place = found["table"][best]["iteration"]
+    words = f"ended after {len(scores) - 1} of 4 iterations"
+    assert words in printed.stdout
+    assert (
+        f"the best policy is that after {'fine-tuning' if place == 'SFT' else f'iteration {place}'}" in printed.stdout
+    )
+
+    (folder,) = (path.parent for path in tmp_path.glob("outputs/*/*/summary.json"))
+    name = "sft" if place == "SFT" else f"iteration-{place}"
+    assert find_policy(read_summary(folder), None, None).name == name
+    assert dnpo.open(folder).policy().name == name
+    done = run_command(tmp_path, "dnpo.export", str(folder), "to=copy")
+    assert done.returncode == 0, done.stderr
+    assert f"{name} (" in done.stdout
+
+    # As after a kill in the last training: the same command comes to the same end.
+    for stage in found["stages"]:
+        if stage["iteration"] == found["table"][-1]["iteration"] and stage["stage"] in ("optimise", "evaluate"):
+            shutil.rmtree(tmp_path / "store" / stage["stage"] / stage["key"])
+    again = succeed(tmp_path, *SMOKE, *TINY, *ENDS)
+    assert words in again
+    assert summary(tmp_path)["choice"] == found["choice"]
+    assert numbers(summary(tmp_path)) == numbers(found)
+
+    # Without these settings the first iterations are the same, and their stages are reused.
+    succeed(tmp_path, *SMOKE, *TINY, f"iterations={len(scores) - 1}", "eval.split=validation")
+    plain = summary(tmp_path)
+    assert "choice" not in plain
+    assert numbers(plain) == numbers(found)
+    assert [stage["key"] for stage in plain["stages"]] == [stage["key"] for stage in found["stages"]]
+    assert json.loads((folder / "summary.json").read_text())["choice"] == found["choice"]  # each run has its own
