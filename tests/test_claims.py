@@ -261,7 +261,7 @@ def jobs(sweep: str, *overrides: str) -> list[TrackedRun]:
             resolved: dict[str, Any] = {**top, **settings}
             for name, start in starts.items():
                 resolved[name] = {**settings[name], "start": start}
-            tags = running.tags({k: v for k, v in choices.items() if v is not None}, resolved, [])
+            tags = running.tags({k: v for k, v in choices.items() if v is not None}, resolved)
             values = {key: str(value) for key, value in flat(resolved).items()}
             runs.append(TrackedRun(f"{sweep}{number}", " ".join(job), "FINISHED", number, 1.0, tags, values, "", None))
     return runs

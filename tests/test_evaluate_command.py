@@ -187,6 +187,7 @@ def test_a_model_of_a_run_has_the_runs_numbers(trained: Path) -> None:
         "evaluation.json",
         "items",
         "logprobs",
+        "stages.json",
     }
 
 

@@ -16,14 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dnpo import palette
+from dnpo import catalogue, palette
 from dnpo.commands.report import main
 from dnpo.errors import DataError
 from dnpo.escape import HIDDEN
+from dnpo.report.comparison import MEASURES, Items, compare
 from dnpo.report.content import content
 from dnpo.report.groups import group_runs
 from dnpo.report.page import html, make_visible, number, strip_secrets
+from dnpo.report.response import find_responses
 from dnpo.report.selection import select
+from dnpo.running.sweep import summarise
 from dnpo.stats.paired import compare_paired
 from dnpo.stats.significance import holm
 from dnpo.tracking.reading import Database
@@ -303,6 +306,65 @@ def test_runs_are_told_apart_by_as_few_settings_as_do_and_a_rerun_counts_once(la
     assert [group.label for group in groups.groups] == ["npo.alpha=0.01", "npo.alpha=0.1"]
     assert [group.seeds for group in groups.groups] == [[0, 1], [0, 1]]
     assert groups.missing == ("Left out, because a newer run has the same settings and seed: 2 runs.",)
+
+
+def search(lab: Lab, settings: Sequence[Mapping[str, float]]) -> None:
+    """A sweep with two seeds of each of these settings, whose score is 10 times their sum, plus the seed."""
+    for place, params in enumerate(settings):
+        for seed in (0, 1):
+            score = 10 * sum(params.values()) + seed
+            rows = [{"iteration": "SFT", "eval/score": 1.0}, {"iteration": 0, "eval/score": score}]
+            tags = {"dnpo.method": "dnpo", "dnpo.dsl": "off", "dnpo.npo": "trainable"}
+            lab.run(f"{place} {seed}", rows, seed=seed, tags=tags, params=params, sweep="search")
+
+
+def find_lines(lab: Lab) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    groups = group_runs(Database(lab.uri).runs(sweeps=["search"]))
+    return {
+        each.setting: {label: [(x, round(y.value, 6)) for x, y in points] for label, points in each.lines.items()}
+        for each in find_responses(groups, MEASURES[0], Items())
+    }
+
+
+def test_the_response_to_a_setting_is_a_curve_for_each_of_the_other_settings(lab: Lab) -> None:
+    search(lab, [{"npo.alpha": alpha, "npo.start": start} for start in (0, 1) for alpha in (1.0, 0.01, 0.1)])
+    found = find_lines(lab)
+    assert list(found) == ["npo.alpha"], "two starts make no curve"
+    assert found["npo.alpha"] == {
+        "npo.start=0": [(0.01, 0.6), (0.1, 1.5), (1.0, 10.5)],
+        "npo.start=1": [(0.01, 10.6), (0.1, 11.5), (1.0, 20.5)],
+    }
+    _, page = lab.page("search")
+    check_harmless(page)
+    assert any(
+        v.startswith("Judge's score of sampled answers over npo.alpha") for _, n, v in page.attributes if n == "alt"
+    )
+
+
+def test_of_a_random_search_every_setting_gets_its_points(lab: Lab) -> None:
+    search(
+        lab,
+        [{"npo.alpha": 0.02, "sft.lr": 3e-4}, {"npo.alpha": 0.5, "sft.lr": 1e-4}, {"npo.alpha": 0.1, "sft.lr": 2e-4}],
+    )
+    found = find_lines(lab)
+    assert {setting: [x for x, _ in lines[""]] for setting, lines in found.items()} == {
+        "npo.alpha": [0.02, 0.1, 0.5],
+        "sft.lr": [1e-4, 2e-4, 3e-4],
+    }
+    groups = group_runs(Database(lab.uri).runs(sweeps=["search"]))
+    assert all(not each.joined for each in find_responses(groups, MEASURES[0], Items()))
+
+
+def test_the_run_of_a_sweep_gets_the_mean_of_each_of_its_settings_and_the_best(lab: Lab) -> None:
+    search(lab, [{"npo.alpha": alpha} for alpha in (0.1, 1.0)])
+    groups = group_runs(Database(lab.uri).runs(sweeps=["search"]))
+    compared = [each for m in MEASURES if (each := compare(groups, m, Items())) is not None]
+    found = summarise(groups, compared)
+    assert list(found) == [-1, 0]
+    assert found[0] == pytest.approx(
+        {"best/eval/score": 10.5, "mean/eval/score/npo.alpha 0.1": 1.5, "mean/eval/score/npo.alpha 1.0": 10.5}
+    )
+    catalogue.check(found[0])
 
 
 def test_an_unfinished_run_gets_a_page_of_what_is_known(lab: Lab) -> None:

@@ -240,14 +240,14 @@ def test_last_is_the_last_iteration(iterations: int) -> None:
 
 
 def test_a_run_is_tagged_with_the_name_of_its_sweep() -> None:
-    tags = running.tags({"sweep": "ablation", "method": "npo", "hydra/launcher": "basic"}, {"seed": 4}, [])
+    tags = running.tags({"sweep": "ablation", "method": "npo", "hydra/launcher": "basic"}, {"seed": 4})
     assert {name: tags[name] for name in ("dnpo.sweep_name", "dnpo.method", "dnpo.seed")} == {
         "dnpo.sweep_name": "ablation",
         "dnpo.method": "npo",
         "dnpo.seed": "4",
     }
     assert "dnpo.sweep" not in tags
-    assert "dnpo.sweep_name" not in running.tags({"method": "npo"}, {"seed": 4}, [])
+    assert "dnpo.sweep_name" not in running.tags({"method": "npo"}, {"seed": 4})
 
 
 # --- whole sweeps

@@ -13,9 +13,10 @@ from dnpo.records import mean_over_steps
 from dnpo.report.selection import select
 from dnpo.running.execute import TRACKED, thin
 from dnpo.settings import flat
+from dnpo.tracking.client import connect
 from dnpo.tracking.earlier import complete
 from dnpo.tracking.neutral import find_neutral
-from dnpo.tracking.reading import STEPS_OF, Database, iteration_name
+from dnpo.tracking.reading import STEPS_OF, Database, iteration_name, read_stage_keys
 from dnpo.tracking.writing import MLflowTracking
 from tests.test_building import composed
 
@@ -215,3 +216,36 @@ def test_a_report_reads_where_the_environment_says(
     with pytest.raises(SystemExit):
         report(["nothing"])
     assert f"is tracked in {uri}" in capsys.readouterr().err
+
+
+def test_the_keys_of_a_runs_stages_are_in_parameters_and_those_of_earlier_runs_in_tags(
+    migrated: Path, tmp_path: Path
+) -> None:
+    shutil.copy(migrated, tmp_path / "runs.db")
+    uri = f"sqlite:///{tmp_path / 'runs.db'}"
+    keys = {f"iteration-{k}.{verb}": f"{k:08x}{n:08x}" for k in range(50) for n, verb in enumerate("abcdefgh")}
+    options = {f"dnpo.{name}": f"option {name}" for name in ("method", "npo", "second_judge")}
+    tags = {"dnpo.kind": "run", "dnpo.seed": "0", **options}
+
+    def begin(name: str, **more: dict[str, str]) -> MLflowTracking:
+        tracking = MLflowTracking(uri=uri, artifacts=str(tmp_path / "artifacts"))
+        tracking.start(name, {"seed": 0}, {**tags, **more.pop("tags", {})}, None, **more)  # type: ignore[arg-type]
+        return tracking
+
+    present = begin("present", stages=keys)
+    present.steps_of("iteration-0.optimise", "a" * 32)
+    present.steps_of("iteration-1.optimise", "b" * 32)
+    former = begin("former", tags={f"stage.{name}": key for name, key in keys.items()})
+    former.tags({f"steps.iteration-{k}.optimise": letter * 32 for k, letter in enumerate("ab")})
+    for tracking in (present, former):
+        tracking.finish("FINISHED")
+    now, earlier = Database(uri).runs()
+    assert {name: now.tags[f"stage.{name}"] for name in keys} == keys
+    assert now.tags == {**earlier.tags, "mlflow.runName": "present"}
+    assert now.option("second_judge") == "option second_judge"
+    assert now.params == earlier.params, "they are no settings"
+    assert [set(found) for found in read_stage_keys(uri).values()] == [set(keys.values())] * 2
+    stored = connect(uri).get_run(now.id).data
+    own = {name for name in stored.tags if not name.startswith("mlflow.")}
+    assert own == {"dnpo.kind", "dnpo.seed", "dnpo.method"}, "more would hide the note on the run's page"
+    assert max(map(len, stored.params.values())) <= 6000

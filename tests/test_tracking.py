@@ -32,6 +32,7 @@ from dnpo.tracking import sqlite as database
 from dnpo.tracking import writing as tracking
 from dnpo.tracking.alive import ABANDONED, ALIVE, NOTE
 from dnpo.tracking.datasets import Dataset
+from dnpo.tracking.packing import unpack
 from dnpo.tracking.reading import STEPS_OF, Database
 from dnpo.tracking.writing import MLflowTracking, TrackedSteps, Tracking
 from tests.commands import train
@@ -108,6 +109,17 @@ def test_a_note_that_is_too_long_is_cut_at_a_line_and_says_so(run: MLflowTrackin
     run.note("\n".join(["a line of the note"] * 1000))
     said = client(folder).get_run(run.id).data.tags[NOTE]
     assert set(said.splitlines()) == {"a line of the note", "", "(cut)"}
+
+
+def test_the_address_shown_is_that_of_the_runs_of_trainings(run: MLflowTracking, folder: Path) -> None:
+    experiment = client(folder).get_run(run.id).info.experiment_id
+    page = f"#/experiments/{experiment}/runs?workflowType=machine_learning"
+    command, address = run.whereabouts()
+    assert "mlflow ui --backend-store-uri sqlite:///" in command
+    assert address.strip() == f"{tracking.LOCAL_PAGE}/{page}"
+    run.uri = "https://me:secret@host/mlflow/"
+    assert run.whereabouts() == [f"dashboard   https://…@host/mlflow/{page}"]
+    run.uri = f"sqlite:///{folder / 'runs.db'}"
 
 
 def test_tables_are_shown_as_tables(run: MLflowTracking, folder: Path) -> None:
@@ -311,7 +323,7 @@ def test_a_run_says_what_it_read_and_made(swept: Path) -> None:
     assert json.loads(given["train"][0].profile)["num_rows"] == 192
     other = {each.dataset.name: each.dataset.digest for each in runs(swept)["spin"].inputs.dataset_inputs}
     assert {name for name, (data, _) in given.items() if data.digest != other[name]} == {"pairs-1"}
-    assert given["pairs-1"][0].digest == run.data.tags["stage.iteration-1.label"]
+    assert given["pairs-1"][0].digest == unpack(run.data.tags, run.data.params)[0]["stage.iteration-1.label"]
     steps = {client(swept).get_logged_model(out.model_id).name: out for out in run.outputs.model_outputs}
     assert {name: out.step for name, out in steps.items()} == {"sft": -1, "iteration-0": 0, "iteration-1": 1}
     model = client(swept).get_logged_model(steps["iteration-1"].model_id)
@@ -340,7 +352,11 @@ def test_a_stage_is_tracked_and_drawn_once(
         run = client(tmp_path).search_runs(["1"], order_by=["start_time DESC"])[0]
         names = ("loss/policy", "sft/loss/policy", "eval/loss")
         own = {name: len(client(tmp_path).get_metric_history(run.info.run_id, name)) for name in names}
-        return run, own, {value for tag, value in run.data.tags.items() if tag.startswith(STEPS_OF)}
+        return (
+            run,
+            own,
+            {value for tag, value in unpack(run.data.tags, run.data.params)[0].items() if tag.startswith(STEPS_OF)},
+        )
 
     def draw(*given: Any) -> None:
         raise AssertionError("drawn again")

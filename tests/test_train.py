@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dnpo.store import Store
+from dnpo.store.provenance import commit
 from dnpo.tracking.client import check_reachable
+from dnpo.tracking.packing import unpack
 from tests import kills
 from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary, train
 
@@ -108,7 +110,15 @@ def test_mlflow_has_settings_steps_iterations_figures_and_tags(smoke: Path) -> N
     assert tracked.data.tags["dnpo.method"] == "dnpo"
     assert tracked.data.tags["dnpo.scale"] == "smoke"
     keys = {stage["key"] for stage in first(smoke)["stages"]}
-    assert keys <= set(tracked.data.tags.values())
+    tags, _ = unpack(tracked.data.tags, tracked.data.params)
+    assert keys <= set(tags.values())
+    assert tags["dnpo.npo"] == "trainable"
+    kept = client.download_artifacts(tracked.info.run_id, "stages.json")
+    assert set(json.loads(Path(kept).read_text()).values()) == keys
+    source = {name: tracked.data.tags.get(f"mlflow.source.{name}") for name in ("name", "type", "git.commit")}
+    assert source == {"name": "dnpo train", "type": "LOCAL", "git.commit": commit().rstrip("+") or None}
+    ours = [name for name in tracked.data.tags if not name.startswith("mlflow.")]
+    assert len(ours) <= 10, "more would hide the note on the run's page"
     accuracy = client.get_metric_history(tracked.info.run_id, "eval/accuracy")
     assert [(m.step, m.value) for m in accuracy] == [
         (row["iteration"] if row["iteration"] != "SFT" else -1, row["eval/accuracy"]) for row in first(smoke)["table"]
@@ -118,7 +128,7 @@ def test_mlflow_has_settings_steps_iterations_figures_and_tags(smoke: Path) -> N
     assert len(client.get_metric_history(tracked.info.run_id, "sft/loss/policy")) == 60
     artefacts = {a.path for a in client.list_artifacts(tracked.info.run_id)}
     folders = {"logprobs", "items", "steps", "pairs", "models"}
-    assert artefacts == folders | {"summary.json", "progress.png", "table.md", "table.json"}
+    assert artefacts == folders | {"summary.json", "stages.json", "progress.png", "table.md", "table.json"}
     assert [a.path for a in client.list_artifacts(tracked.info.run_id, "models/iteration-1")] == [
         "models/iteration-1/README.md"
     ]
@@ -327,6 +337,19 @@ def test_a_sweep_shares_stages_nests_its_runs_and_hides_no_failure(tiny: Path, m
     jobs = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(jobs) == 4
     assert {r.data.tags["dnpo.seed"] for r in jobs} == {"0", "1"}
+    names = {f"alpha={alpha} seed={seed}" for alpha in ("0.01", "0.1") for seed in (0, 1)}
+    assert {r.info.run_name for r in jobs} == names
+    assert parent.data.tags["mlflow.source.name"] == "dnpo sweep"
+    last = {
+        r.info.run_name: json.loads(Path(client.download_artifacts(r.info.run_id, "summary.json")).read_text())[
+            "table"
+        ][-1]["eval/loss"]
+        for r in jobs
+    }
+    means = {alpha: (last[f"alpha={alpha} seed=0"] + last[f"alpha={alpha} seed=1"]) / 2 for alpha in ("0.01", "0.1")}
+    tracked = {alpha: parent.data.metrics[f"mean/eval/loss/npo.alpha {alpha}"] for alpha in means}
+    assert tracked == pytest.approx(means)
+    assert parent.data.metrics["best/eval/loss"] == pytest.approx(min(means.values()))
 
 
 def test_the_plan_of_a_sweep_shows_what_its_jobs_share(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ HIGH = MetricVariant("agreement/", "upper end of the 95 % interval", "high", of=
 BOARD, TEXTS, DUELS, SERVER = "eval=leaderboard", "eval=texts", "against=…", "generate=server"
 _ENGINE: tuple[str, int, Literal["lower"]] = ("nats", 6, "lower")  # differences of log-probabilities
 
-GROUPS = (
+GROUPS: tuple[MetricGroup, ...] = (
     MetricGroup(
         "Answers to held-out prompts, by a judge",
         (
@@ -400,6 +400,19 @@ GROUPS = (
     ),
 )
 
+COMPARED = ("eval/score", "second/score", "eval/accuracy", "leaderboard/average", "eval/loss")  # in sweeps
+
+
+def _of_sweeps() -> Iterator[Metric]:
+    """The metrics of a sweep as a whole, tracked with its parent run by iteration."""
+    for name in COMPARED:
+        base = metric(name)
+        title, label = f"{base.title}, best settings", f"{base.label}, best"
+        yield replace(base, name=f"best/{name}", title=title, label=label, symbol="", needs="dnpo sweep")
+        title, label = f"{base.title}, mean of <settings>", f"{base.label}, <settings>"
+        yield replace(base, name=f"mean/{name}/<settings>", title=title, label=label, symbol="", needs="dnpo sweep")
+
+
 _ADDED: list[MetricGroup] = []
 
 
@@ -496,6 +509,10 @@ def _describe_unknown(name: str) -> str:
         f"{name}: no metric of this name is in the catalogue.{f' Did you mean {near[0]}?' if near else ''} Your own "
         "measure declares its metrics with dnpo.catalogue.add"
     )
+
+
+GROUPS = (*GROUPS, MetricGroup("Sweeps: means over seeds, in the sweep's own run", tuple(_of_sweeps())))
+_locate.cache_clear()
 
 
 def write_markdown() -> str:

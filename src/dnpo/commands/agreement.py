@@ -109,10 +109,10 @@ def _run(cfg: DictConfig, job: Any) -> None:
         "dnpo.data": data.path.name,
         "dnpo.seed": str(top["seed"]),
         "dnpo.commit": commit(),
-        "stage.agreement": stage.key,
     }
     everything = {**top, "data": where, **settings}
-    with ledger, command.track(tracking, f"agreement {name} on {data.path.name}", everything, tags, sweep, folder):
+    title, keys = f"agreement {name} on {data.path.name}", {"agreement": stage.key}
+    with ledger, command.track(tracking, title, everything, tags, sweep, folder, keys):
         for made in (verdicts, stage):
             if store.has(made):
                 console.report_reuse(made.title, made.key)

@@ -297,11 +297,21 @@ def track(
     tags: Mapping[str, str],
     sweep: Path | None,
     folder: Path,
+    stages: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[None]:
-    """Keep a tracked run open while the body runs, and set its status by how the body ended."""
-    tracking.start(name, flat(settings), tags, sweep, folder)
+    """Keep a tracked run open while the body runs, and set its status by how the body ended.
+
+    Args:
+        stages: the keys of its stages, by short names.
+    """
+    from dnpo.store import write_json
+
+    tracking.start(name, flat(settings), tags, sweep, folder, stages)
     status: Status = "FAILED"
     try:
+        if stages:
+            write_json(folder / "stages.json", dict(stages))
+            tracking.artifact(folder / "stages.json")
         yield
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):  # a launcher exits when it restarts the job

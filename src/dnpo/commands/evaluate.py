@@ -180,10 +180,10 @@ def _measure(
     names |= {} if fight is None else {THEIRS: top["against"]}
     title = "evaluation of " + " against ".join(names.values())
     everything = {**top, **settings}
-    tags = running.tags(dict(job.runtime.choices), everything, [iterations[OURS]])
+    tags = running.tags(dict(job.runtime.choices), everything)
     tags |= {"dnpo.kind": "evaluation"} | {f"dnpo.{kind}": name for kind, name in names.items()}
-    tags |= {} if fight is None else {"stage.duels": fight.key}
-    with command.track(tracking, title, everything, tags, sweep, folder):
+    keys = running.list_keys([iterations[OURS]]) | ({} if fight is None else {"duels": fight.key})
+    with command.track(tracking, title, everything, tags, sweep, folder, keys):
         rows = {}
         for name, iteration in iterations.items():
             for stage in iteration.stages:

@@ -214,6 +214,22 @@ def _start(name: str, settings: Any, iterations: int) -> int:
 
 def run_name(overrides: Sequence[str]) -> str:
     """Name a run by its overrides, without those that cannot change results, and with paths cut to their last part."""
+    return " ".join(_words(overrides)) or "defaults"
+
+
+def job_name(sweep: Path, overrides: Sequence[str]) -> str:
+    """Name a job of a sweep by what only it has, as short as the columns of MLflow's pages: ``alpha=0.1 seed=2``."""
+    from dnpo.running.sweep import find_varying
+
+    words = [word.partition("=") for word in _words(find_varying(sweep, overrides))]
+    lasts = [setting.rpartition(".")[2] for setting, _, _ in words]
+    short = [last if lasts.count(last) == 1 else word[0] for last, word in zip(lasts, words, strict=True)]
+    return (
+        " ".join(f"{name}{equals}{value}" for name, (_, equals, value) in zip(short, words, strict=True)) or "defaults"
+    )
+
+
+def _words(overrides: Sequence[str]) -> list[str]:
     from dnpo.stages.plan import RunSettings
 
     words = []
@@ -224,7 +240,7 @@ def run_name(overrides: Sequence[str]) -> str:
             continue
         end = PurePath(value).name if value.startswith(("/", ".", "~")) and "," not in value else value
         words.append(f"{setting}{equals}{end or value}")
-    return " ".join(words) or "defaults"
+    return words
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -318,10 +334,10 @@ def _go(
         return None
     from dnpo.running import execute as running
 
-    name = run_name(job.overrides.task)
-    tags = running.tags(dict(job.runtime.choices), settings, iterations)
+    name = run_name(job.overrides.task) if sweep is None else job_name(sweep, job.overrides.task)
+    tags, keys = running.tags(dict(job.runtime.choices), settings), running.list_keys(iterations)
     try:
-        with command.track(tracking, name, settings, tags, sweep, folder):
+with command.track(tracking, name, settings, tags, sweep, folder, keys):
             summary = running.execute(iterations, store, console, tracking, settings, folder, choice)
     finally:
         store.close(console.say)

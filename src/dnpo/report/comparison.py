@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dnpo.catalogue import Metric, metric
+from dnpo.catalogue import COMPARED, Metric, metric
 from dnpo.report.groups import Group, Groups, Member, iteration_title
 from dnpo.stats.intervals import Array, Estimate, estimate_mean
 from dnpo.stats.paired import compare_paired
@@ -31,13 +31,8 @@ class ReportMeasure:
     column: str = ""
 
 
-MEASURES = (
-    ReportMeasure(metric("eval/score"), "sample", "score"),
-    ReportMeasure(metric("second/score"), "sample", "second"),
-    ReportMeasure(metric("eval/accuracy"), "greedy", "right"),
-    ReportMeasure(metric("leaderboard/average")),
-    ReportMeasure(metric("eval/loss")),
-)
+ITEMS = {"eval/score": ("sample", "score"), "second/score": ("sample", "second"), "eval/accuracy": ("greedy", "right")}
+MEASURES = tuple(ReportMeasure(metric(name), *ITEMS.get(name, ())) for name in COMPARED)
 FLIPS = ReportMeasure(metric("pairs/flips"))
 
 

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dnpo.catalogue import Metric, metric
-from dnpo.palette import GRID, HUMAN, METHODS, OTHER, SAMPLES, SERIES, Look
+from dnpo.palette import GRID, HUMAN, METHODS, OTHER, SAMPLES, SERIES, Look, choose_looks
+from dnpo.report.response import Response
 from dnpo.stats.intervals import Estimate
 
 LABELS = {"chosen": "chosen", "rejected": "rejected", "new": "newly generated"}
@@ -27,6 +28,7 @@ PLAIN: dict[Any, Any] = {
     "legend.frameon": False,
     "text.parse_math": False,  # show $ in names literally
 }
+MOST_TICKS = 8  # numbers of a setting that are all marked on the axis
 ONE_RUN = "One run: no interval."
 PROGRESS = ("eval/score", "second/score", "eval/accuracy", "eval/loss")  # metrics in the picture of a run's progress
 
@@ -173,6 +175,51 @@ def _dots(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) -> 
     axis.set_ylim(len(looks) - 0.5, -0.5)
     axis.set_xlabel(panel.metric.unit)
     axis.set_title(f"{panel.metric.title}, last iteration", fontsize=9)
+
+
+def responses(found: Sequence[Response], path: Path, title: str, note: str) -> None:
+    """Draw a measure of the last policies over the settings that take several numbers, one panel each."""
+    columns = min(len(found), 3)
+    rows = -(-len(found) // columns)
+    with rc_context(PLAIN):
+        figure = Figure(figsize=(7.4, 2.7 * rows + 0.6), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(rows, columns)).ravel().tolist()
+        for axis, response in zip(axes, found, strict=False):
+            draw_response(axis, response)
+        for axis in axes[len(found) :]:
+            axis.set_axis_off()
+        figure.suptitle("\n".join([*textwrap.wrap(title, 95), note]), fontsize=9)
+        figure.savefig(path, dpi=100)
+
+
+def draw_response(axis: Axes, response: Response) -> None:
+    """Draw one measure over one setting, on a logarithmic axis if its numbers span a factor of ten."""
+    metric = response.measure.metric
+    for (label, points), look in zip(response.lines.items(), choose_looks(response.options).values(), strict=True):
+        axis.errorbar(
+            [number for number, _ in points],
+            [metric.scale * estimate.value for _, estimate in points],
+            yerr=[metric.scale * (estimate.half or 0.0) for _, estimate in points],
+            color=look.colour,
+            marker=look.mark,
+            linestyle="-" if response.joined else "none",
+            markersize=5,
+            linewidth=1.6,
+            elinewidth=1.0,
+            capsize=2.5,
+            label=label,
+        )
+    numbers = sorted({number for points in response.lines.values() for number, _ in points})
+    if numbers[0] > 0 and numbers[-1] >= 10 * numbers[0]:
+        axis.set_xscale("log")
+    if len(numbers) <= MOST_TICKS:
+        axis.set_xticks(numbers, [f"{number:g}" for number in numbers], minor=False)
+        axis.set_xticks([], minor=True)
+    if len(response.lines) > 1:
+        axis.legend(fontsize=8)
+    axis.set_xlabel(response.setting)
+    axis.set_ylabel(metric.unit or metric.symbol or metric.label)
+    axis.set_title(textwrap.fill(metric.title, 30), fontsize=9.5)
 
 
 def describe_movement(row: Mapping[str, Any]) -> str:

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from dnpo.catalogue import Metric
 from dnpo.palette import BREAK, EDGE, GRID, HUMAN, Look
-from dnpo.report.drawing import logprob_histogram
+from dnpo.report.drawing import draw_response, logprob_histogram
 from dnpo.report.page import make_visible
+from dnpo.report.response import Response
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import SFT
 
@@ -103,6 +104,16 @@ def over_iterations(
         axis.set_xticks(places, [SFT if at < 0 else f"{at:.0f}" for at in places])
         axis.set_xlabel("policy after iteration (SFT: before the first)")
         return _svg(figure, metric.title, caption)
+
+
+def response(found: Response) -> Picture:
+    """Draw a measure of the last policies over a setting that takes several numbers."""
+    metric = found.measure.metric
+    with matplotlib.rc_context(PLAIN):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        draw_response(figure.subplots(), found)
+        title = f"{metric.title} over {make_visible(found.setting)}"
+        return _svg(figure, title, "The last policy of each run. Bars: 95 % intervals.")
 
 
 def over_steps(

@@ -12,6 +12,7 @@ from dnpo.report.comparison import FLIPS, MEASURES, Items, ReportMeasure, mean_o
 from dnpo.report.drawing import describe_movement
 from dnpo.report.figures import Line, Picture
 from dnpo.report.groups import Group, Groups
+from dnpo.report.response import find_responses
 from dnpo.stats.intervals import Estimate
 from dnpo.tracking.reading import SFT, TrackedRun, iteration_name
 
@@ -34,6 +35,10 @@ def pictures(groups: Groups, looks: Mapping[str, Look], items: Items, single: bo
         (
             "Over iterations",
             [p for m in (*MEASURES, FLIPS) if (p := _over_iterations(shown, groups, looks, m, items))],
+        ),
+        (
+            "Over settings",
+            [] if single else [figures.response(r) for m in MEASURES for r in find_responses(groups, m, items)],
         ),
         ("Over training steps", [] if groups.branching else _over_steps(shown, looks)),
         ("Log-probabilities of responses", _histograms(shown, single)),

@@ -28,7 +28,7 @@ from dnpo.store.provenance import commit
 from dnpo.tables import GROUP
 from dnpo.tracking import RUNNING
 from dnpo.tracking import datasets as inputs
-from dnpo.tracking.reading import AVERAGED, STEPS_OF
+from dnpo.tracking.reading import AVERAGED
 from dnpo.tracking.writing import TrackedSteps, Tracking
 
 SHOWN_PAIRS = 50
@@ -43,14 +43,18 @@ LABELS = {  # how the judge that training learns from compares with the judge of
 }
 
 
-def tags(choices: Mapping[str, str], settings: Mapping[str, Any], iterations: Sequence[Iteration]) -> dict[str, str]:
-    """Return the tags by which a run can be found: chosen options, sweep, seed, git commit, and its stages' keys."""
+def tags(choices: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tags by which a run can be found: chosen options, sweep, seed and git commit."""
     groups = {group.split("@")[-1]: str(name) for group, name in choices.items() if not group.startswith("hydra/")}
     chosen = {f"dnpo.{group}": name for group, name in groups.items()}
     if "dnpo.sweep" in chosen:  # on a sweep's parent run, dnpo.sweep is the sweep's folder
         chosen["dnpo.sweep_name"] = chosen.pop("dnpo.sweep")
-    keys = {f"stage.{_slug(stage)}": stage.key for iteration in iterations for stage in iteration.stages}
-    return {**chosen, "dnpo.seed": str(settings["seed"]), "dnpo.kind": "run", "dnpo.commit": commit(), **keys}
+    return {**chosen, "dnpo.seed": str(settings["seed"]), "dnpo.kind": "run", "dnpo.commit": commit()}
+
+
+def list_keys(iterations: Sequence[Iteration]) -> dict[str, str]:
+    """Return the keys of all stages by their short names."""
+    return {_slug(stage): stage.key for iteration in iterations for stage in iteration.stages}
 
 
 def execute(
@@ -198,7 +202,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
     if reused:  # found in the store, or computed by another run in the meantime
         elsewhere = tracked.run(tracking.where)
         if elsewhere and tracking.has(elsewhere):
-            tracking.tags({f"{STEPS_OF}{_slug(stage)}": elsewhere})
+            tracking.steps_of(_slug(stage), elsewhere)
             return True
         track(steps, len(steps))
     if tracking.flush() and store.writable:  # if not, the next run that reuses the stage tracks them

@@ -230,7 +230,7 @@ def describe_sweep(
     failed: Mapping[str, str],
     overrides: Mapping[str, Sequence[str]],
     arguments: Sequence[str],
-    picture: str,
+    pictures: Sequence[str],
 ) -> str:
     """Describe a sweep and its results.
 
@@ -239,7 +239,7 @@ def describe_sweep(
         failed: error messages of failed jobs, by job.
         overrides: overrides of the failed jobs, by job.
         arguments: arguments of the sweep's command.
-        picture: address of the picture; "" if there is none.
+        pictures: addresses of the pictures.
     """
     done = jobs - len(failed)
     head = (
@@ -253,7 +253,7 @@ def describe_sweep(
     for job, message in failed.items():
         problem = escape(message.strip().splitlines()[-1][:LONGEST_OF_A_JOB])
         lines.append(f"- job {job} ({escape(' '.join(overrides[job]))}) failed: {problem}")
-    if picture:
+    for picture in pictures:
         lines += ["", f"![comparison]({picture})"]
     for each in compared[:2]:
         lines += ["", space_columns("\n".join(_comparison_lines(each)))]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dnpo.store import Stage
     from dnpo.tracking.writing import MLflowTracking, Status
 
-ERROR, PLAN, PICTURE, TRAIN = "error.txt", "plan.json", "comparison.png", "train"
+ERROR, PLAN, PICTURE, RESPONSE, TRAIN = "error.txt", "plan.json", "comparison.png", "response.png", "train"
 SILENT = "it ended with neither a result nor an error; its process was probably killed"
 # not in the callback, since Hydra sends it to other processes
 _HELD: list[FileLock] = []
@@ -90,6 +90,15 @@ def describe_place(sweep: Path, number: int) -> str:
     done = sum((job / "summary.json").is_file() for job in sweep.iterdir() if job.is_dir())
     left = (time.time() - started) / done * (total - done) if done else None
     return f"job {number + 1} of {total}" + ("" if left is None else f", about {duration(left)} left")
+
+
+def find_varying(sweep: Path, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a job that the sweep's command does not give to all jobs, and its seed."""
+    try:
+        given = yaml.safe_load((sweep / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]["task"]
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return list(overrides)
+    return [each for each in overrides if each not in given or each.startswith("seed=")] or list(overrides)
 
 
 def _count_jobs(settings: Mapping[str, Any]) -> int | None:
@@ -231,7 +240,9 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
 def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], failed: Mapping[str, str]) -> None:
     """Track the comparison of all runs as tables, a picture and a note, and set the tags."""
     from dnpo.report.comparison import MEASURES, Items, compare
+    from dnpo.report.drawing import responses
     from dnpo.report.groups import group_runs
+    from dnpo.report.response import find_responses
     from dnpo.running import notes
     from dnpo.tracking.reading import SWEEP, Database
 
@@ -239,22 +250,50 @@ def _compare(tracking: "MLflowTracking", sweep: Path, jobs: Sequence[str], faile
     name = runs[0].tags.get(SWEEP, sweep.name)
     groups, items = group_runs(runs), Items()
     compared = [one for measure in MEASURES if (one := compare(groups, measure, items)) is not None]
-    picture = ""
+    pictures = []
     if compared:
-        picture = f"get-artifact?path={PICTURE}&run_uuid={tracking.id}"
+        pictures.append(PICTURE)
         _draw(groups, compared, items, sweep / PICTURE, f"sweep {name}")
         (sweep / "comparison.md").write_text(notes.comparison(compared))
         (sweep / "comparison.csv").write_text(_csv(compared))
         (sweep / "comparison.json").write_text(json.dumps(_table_for_mlflow(compared)))
-        for file in (PICTURE, "comparison.md", "comparison.csv"):
+        found = find_responses(groups, compared[0].measure, items)
+        if found:
+            pictures.append(RESPONSE)
+            bars = "The last policy of each run. Bars: 95 % t intervals."
+            responses(found, sweep / RESPONSE, f"sweep {name}", bars)
+        for file in (*pictures, "comparison.md", "comparison.csv"):
             tracking.artifact(sweep / file)
+        for iteration, values in summarise(groups, compared).items():
+            tracking.metrics(values, iteration)
         tracking.table(sweep / "comparison.json")
     if (sweep / "sweep.json").is_file():
         tracking.artifact(sweep / "sweep.json")
     overrides = {job: _overrides(sweep / job) for job in failed}
-    tracking.note(notes.describe_sweep(name, len(jobs), groups, compared, failed, overrides, sys.argv[1:], picture))
+    addresses = [f"get-artifact?path={picture}&run_uuid={tracking.id}" for picture in pictures]
+    tracking.note(notes.describe_sweep(name, len(jobs), groups, compared, failed, overrides, sys.argv[1:], addresses))
     state = "incomplete" if failed else "complete"
     tracking.tags({"dnpo.jobs": str(len(jobs)), "dnpo.failed": str(len(failed)), "dnpo.state": state})
+
+
+def summarise(groups: "Groups", compared: "Sequence[MeasureComparison]") -> dict[int, dict[str, float]]:
+    """Return the metrics of a sweep's parent run by iteration: each group's mean over seeds, and the best of them."""
+    from dnpo.tracking.reading import SFT
+
+    found: dict[int, dict[str, float]] = {}
+    for iteration in groups.iterations:
+        row = found.setdefault(-1 if iteration == SFT else int(iteration), {})
+        for shown in (one.measure.metric for one in compared):
+            means = {g.label: sum(v) / len(v) for g in groups.groups if (v := g.values(iteration, shown.name))}
+            if means:
+                row[f"best/{shown.name}"] = (max if shown.better == "higher" else min)(means.values())
+            row |= {f"mean/{shown.name}/{_plain(label)}": mean for label, mean in means.items()}
+    return found
+
+
+def _plain(label: str) -> str:
+    """Return a group's label with the signs that MLflow takes in names."""
+    return label.replace(" · ", " ").replace("=", " ")
 
 
 def _draw(groups: "Groups", compared: "Sequence[MeasureComparison]", items: "Items", path: Path, title: str) -> None:

@@ -14,7 +14,7 @@ FILE = "untracked.jsonl"
 LATER = "later:"  # placeholder for the id of a model that does not exist yet
 PATIENCE = 30  # minimum seconds between two attempts
 
-Kind = Literal["metrics", "tags", "artifact", "inputs", "model", "end"]
+Kind = Literal["metrics", "tags", "params", "artifact", "inputs", "model", "end"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def send(client: Any, experiment: str, run: str, message: Message, models: dict[
             client.log_batch(run, metrics=[_metric(each, models) for each in content])
         elif message.kind == "tags":
             _send_tags(client, run, content)
+        elif message.kind == "params":
+            _send_params(client, run, content)
         elif message.kind == "artifact":
             if not Path(content["path"]).is_file():
                 raise Refused(f"{content['path']} is gone")
@@ -172,6 +174,12 @@ def _send_tags(client: Any, run: str, tags: Mapping[str, str]) -> None:
     from mlflow.entities import RunTag
 
     client.log_batch(run, tags=[RunTag(for_mlflow(name), for_database(value)) for name, value in tags.items()])
+
+
+def _send_params(client: Any, run: str, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    client.log_batch(run, params=[Param(for_mlflow(name), for_database(value)) for name, value in params.items()])
 
 
 def _send_inputs(client: Any, run: str, datasets: Sequence[Mapping[str, Any]]) -> None:

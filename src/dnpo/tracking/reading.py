@@ -24,15 +24,16 @@ from dnpo.records import mean_over_steps
 from dnpo.settings import nearest
 from dnpo.tracking.client import connect, make_absolute
 from dnpo.tracking.earlier import complete
+from dnpo.tracking.packing import PREFIXES, STAGES, STEPS, unpack
 from dnpo.tracking.sqlite import file_of
 from dnpo.wording import plural
 
 FINISHED = "FINISHED"
 SWEEP, KIND, PARENT = "dnpo.sweep_name", "dnpo.kind", "mlflow.parentRunId"
 SFT = "SFT"
-STAGE = "stage."  # prefix of the tags that name a run's stages by their keys
+STAGE = PREFIXES[STAGES]  # prefix of the names of a run's stages among its tags, which hold their keys
 AVERAGED = ("rows", "npo/shift")  # metrics that mean_of_metric needs of every step
-STEPS_OF = "steps."  # prefix of the tag that names the run which tracked the training steps of a reused stage
+STEPS_OF = PREFIXES[STEPS]  # prefix of the tag that names the run which tracked the steps of a reused stage
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class TrackedRun:
             ``KILLED``.
         started: start time in milliseconds since 1970.
         seconds: duration; None if the run has not ended.
+        tags: its tags in MLflow, its options (``dnpo.…``) and the keys of its stages (``stage.…``).
         params: settings by dotted name, as text.
         artifacts: address of the artefacts.
     """
@@ -176,7 +178,8 @@ def read_stage_keys(uri: str) -> dict[str, set[str]]:
     found = {}
     for experiment in client.search_experiments():
         for run in _search(client, experiment.experiment_id):
-            keys = {value for name, value in run.data.tags.items() if name.startswith(STAGE)}
+            tags, _ = unpack(run.data.tags, run.data.params)
+            keys = {value for name, value in tags.items() if name.startswith(STAGE)}
             found[f"{run.info.run_name} ({run.info.run_id[:8]})"] = keys
     return found
 
@@ -315,14 +318,15 @@ def _search(client: Any, experiment: str) -> Iterator[Any]:
 def _run(found: Any, client: Any) -> TrackedRun:
     info = found.info
     seconds = (info.end_time - info.start_time) / 1000 if info.end_time else None
+    tags, params = unpack(found.data.tags, found.data.params)
     return TrackedRun(
         info.run_id,
         info.run_name,
         info.status,
         info.start_time,
         seconds,
-        found.data.tags,
-        complete({name: MOVED.get(value, value) for name, value in found.data.params.items()}),
+        tags,
+        complete({name: MOVED.get(value, value) for name, value in params.items()}),
         info.artifact_uri,
         client,
     )

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
@@ -23,6 +24,7 @@ from dnpo.tracking import end_note
 from dnpo.tracking.alive import ALIVE, NOTE, close_abandoned, free
 from dnpo.tracking.client import check_reachable, connect, is_server, make_absolute, strip_password
 from dnpo.tracking.outbox import KEPT, LATER, PATIENCE, Kind, Message, Outbox, Refused, send, warn
+from dnpo.tracking.packing import OPTIONS, STAGES, STEPS, pack, split_tags
 from dnpo.tracking.sqlite import advise, file_of, lock_of, shorten, try_file
 
 if TYPE_CHECKING:
@@ -30,7 +32,21 @@ if TYPE_CHECKING:
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 PARENT, HELD = "mlflow-parent.txt", "running.lock"  # in a sweep's folder: its parent run's id, its lock
+LOCAL_PAGE = "http://127.0.0.1:5000"  # where mlflow ui serves it by default
+VERBS = {
+    **{"run": "train", "sweep": "sweep", "evaluation": "evaluate", "agreement": "judge agreement"},
+    "leaderboard": "leaderboard",
+}  # the verb of dnpo that makes a run, by its kind
 LONGEST = 7900  # characters of a tag; MLflow cuts it at 8,000
+
+
+def describe_source(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the tags that MLflow's pages show as a run's source: the verb of dnpo, and the commit."""
+    verb, commit = VERBS.get(tags.get("dnpo.kind", "")), tags.get("dnpo.commit", "").rstrip("+")
+    if verb is None:
+        return {}
+    source = {"mlflow.source.name": f"dnpo {verb}", "mlflow.source.type": "LOCAL"}
+    return source | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 class TrackedSteps:
@@ -86,10 +102,13 @@ class Tracking:
         tags: Mapping[str, str],
         sweep: Path | None,
         folder: Path | None = None,
+        stages: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Begin a run.
 
         Args:
+            tags: the options and facts by which the run is found.
+            stages: the keys of its stages, by short names.
             sweep: the folder shared by a multirun's jobs; the run is nested in the sweep's parent run.
             folder: the run's folder, which keeps data that cannot be sent.
 
@@ -141,6 +160,9 @@ class Tracking:
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""
+
+    def steps_of(self, stage: str, run: str) -> None:
+        """Record which run tracked the training steps of a reused stage."""
 
     def inputs(self, datasets: "Sequence[Dataset]") -> None:
         """Record the data sets that the run reads."""
@@ -196,13 +218,17 @@ class MLflowTracking(Tracking):
         tags: Mapping[str, str],
         sweep: Path | None,
         folder: Path | None = None,
+        stages: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Create the run, log its settings, and close abandoned runs of the experiment."""
         from mlflow.entities import Param
 
         values = {key: for_database(strip_password(str(value)))[:6000] for key, value in settings.items()}
+        tags = {**describe_source(tags), **tags}
+        clean = {for_mlflow(key): for_database(value) for key, value in tags.items()}
+        known, options = split_tags(clean)
+        values |= {**pack(OPTIONS, options), **pack(STAGES, stages)}
         params = [Param(for_mlflow(key), value) for key, value in values.items()]
-        known = {for_mlflow(key): for_database(value) for key, value in tags.items()}
         self._outbox = Outbox(folder)
         with self._connect():
             named = {key: known[key] for key in ("dnpo.sweep_name",) if key in known}
@@ -284,6 +310,7 @@ class MLflowTracking(Tracking):
         with FileLock(sweep / "mlflow-parent.lock"):
             if not note.is_file():
                 own = {"dnpo.sweep": str(sweep), "dnpo.kind": "sweep", ALIVE: str(sweep / HELD), **tags}
+                own = {**describe_source(own), **own}
                 name = tags.get("dnpo.sweep_name", sweep.name)
                 run = self._client.create_run(self._experiment, run_name=f"sweep {name}", tags=own)
                 aside = note.with_suffix(".new")
@@ -399,6 +426,10 @@ class MLflowTracking(Tracking):
         """Set tags of the run in one request."""
         self._send("tags", dict(values))
 
+    def steps_of(self, stage: str, run: str) -> None:
+        """Add a parameter that names the run."""
+        self._send("params", {f"{STEPS}.{stage}": json.dumps({stage: run})})
+
     def inputs(self, datasets: "Sequence[Dataset]") -> None:
         """Log the data sets as inputs of the run."""
         self._send("inputs", [_input(each) for each in datasets])
@@ -443,13 +474,15 @@ class MLflowTracking(Tracking):
         warn(f"tracking.uri={where}: of run {self.id} these are not tracked: {left}. {kept}{later}")
 
     def whereabouts(self) -> list[str]:
-        """Return the address of the run's page, or the command that serves it."""
-        page = f"#/experiments/{self._experiment}/runs/{self.id}"
+        """Return the address of the page with the experiment's runs, and the command that serves it."""
+        # without workflowType, MLflow's page shows chats instead of trainings
+        runs = f"#/experiments/{self._experiment}/runs?workflowType=machine_learning"
         if is_server(self.uri):
-            return [f"dashboard   {strip_password(self.uri).rstrip('/')}/{page}"]
+            return [f"dashboard   {strip_password(self.uri).rstrip('/')}/{runs}"]
         file = file_of(self.uri)
         shown = self.uri if file is None else f"sqlite:///{os.path.relpath(file)}"
-        return [f"dashboard   mlflow ui --backend-store-uri {strip_password(shown)}    then open /{page}"]
+        command = f"mlflow ui --backend-store-uri {strip_password(shown)}"
+        return [f"dashboard   {command}", f"            {LOCAL_PAGE}/{runs}"]
 
 
 def _input(given: "Dataset") -> dict[str, Any]:
@@ -472,6 +505,7 @@ def _name(message: Message) -> str:
     names: Mapping[str, Any] = {
         "metrics": lambda: ", ".join(dict.fromkeys(each[0] for each in content)),
         "tags": lambda: ", ".join(content),
+        "params": lambda: ", ".join(content),
         "artifact": lambda: content["path"],
         "inputs": lambda: "its data sets",
         "model": lambda: f"the model {content['name']}",
