@@ -34,7 +34,7 @@ from dnpo.optimise import reference
 from dnpo.optimise.preference import PreferenceTraining
 from dnpo.running.console import silence_libraries
 from dnpo.settings import conf_folder
-from dnpo.stages import live
+from dnpo.stages import live, rollouts
 from dnpo.stages.plan import Iteration
 from dnpo.store import Store, manifest
 
@@ -50,8 +50,9 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "log-probabilities under the reference": [(reference, "score_now")],
     "measure rollouts": [(live, "describe")],
     "write and read rows": [
-        *((hf, name) for name in ("write", "read_all")),
-        *((live, name) for name in ("write", "write_json", "write_preferences", "read", "read_all")),
+        (hf, "write"),
+        (live, "write_preferences"),
+        *((module, name) for module in (live, rollouts) for name in ("write", "write_json", "read", "read_all")),
     ],
     "policy steps": [(PreferenceTraining, "training_step")],
 }

@@ -1,5 +1,6 @@
 """Fixtures of several tests: a quiet report, a small encoded world, a random policy for it, and a finished run."""
 
+import gc
 import os
 import shutil
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+gc.set_threshold(20_000)  # imports make many objects and no garbage
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

@@ -1,6 +1,7 @@
 """``dnpo VERB …``: one command, one grammar, its help."""
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -151,6 +152,16 @@ def test_a_run_and_a_sweep_are_those_of_the_main_job_and_leave_no_folder_with_pl
     checked = dnpo(tmp_path, "train", "scale=smoke", "check=true", "tracking=off")
     assert checked.returncode == 0
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("store",)] == []
+
+
+def test_a_job_does_not_look_for_garbage_during_imports(tmp_path: Path) -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(700)
+    try:
+        assert dnpo(tmp_path, "train", "scale=smoke", "plan=true").returncode == 0
+        assert gc.get_threshold()[0] >= 10_000
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_methods_are_listed_with_their_sources_and_explained(tmp_path: Path, narrow: None) -> None:
