@@ -337,7 +337,7 @@ def _go(
     name = run_name(job.overrides.task) if sweep is None else job_name(sweep, job.overrides.task)
     tags, keys = running.tags(dict(job.runtime.choices), settings), running.list_keys(iterations)
     try:
-with command.track(tracking, name, settings, tags, sweep, folder, keys):
+        with command.track(tracking, name, settings, tags, sweep, folder, keys):
             summary = running.execute(iterations, store, console, tracking, settings, folder, choice)
     finally:
         store.close(console.say)
