@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dnpo import catalogue, disk
+from dnpo.data.mix import describe_sources
 from dnpo.evaluate.leaderboard import ITEMS
 from dnpo.judges.agreement import sentence
 from dnpo.records import mean_over_steps
@@ -113,6 +114,7 @@ def execute(
         "made_by": list_makers(iterations, store),
         "seconds": round(time.monotonic() - clock, 1),
         **choice.describe(table, planned),
+        **_read_sources(iterations[0].prompts, store),
     }
     if "choice" in summary:
         found = summary["choice"]
@@ -126,6 +128,13 @@ def execute(
     tracking.note(f"{title}\n\n{ended}\n\n{head}")
     tracking.flush()
     return summary
+
+
+def _read_sources(prompts: Stage, store: Store) -> dict[str, Any]:
+    """The numbers of rows by source and split, if the data are a mix; otherwise nothing."""
+    facts = manifest(store.folder(prompts))["facts"]
+    found = {split: its["sources"] for split, its in facts.items() if isinstance(its, dict) and "sources" in its}
+    return {"sources": found} if found else {}
 
 
 def find_labeller(iterations: Sequence[Iteration]) -> str:
@@ -432,6 +441,8 @@ def show(
         )
     for text in best.sentences(summary):
         console.say(text)
+    if "sources" in summary:
+        console.say(describe_sources(summary["sources"]))
     for entry in summary["judge_agreement"]:
         console.say(f"The judge {sentence(entry)}.")
     for line in describe_mixture(summary["made_by"]):

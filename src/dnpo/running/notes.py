@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnpo.catalogue import Metric, metric
+from dnpo.data.mix import describe_sources
 from dnpo.escape import for_markdown, for_terminal
 from dnpo.judges.agreement import sentence
 from dnpo.running import best
@@ -128,6 +129,7 @@ def describe_results(summary: Mapping[str, Any], folder: Path, run: str) -> str:
         "",
         space_columns(results(table)),
         *(f"- {escape(each)}" for each in best.sentences(summary)),
+        *([f"- {escape(describe_sources(summary['sources']))}."] if "sources" in summary else []),
         *(f"- {each}" for each in _sentences(table)),
         *(f"- The judge {escape(sentence(entry))}." for entry in summary["judge_agreement"]),
         f"- It took {summary['seconds']:,.0f} s; computing its stages took {seconds:,.0f} s.",

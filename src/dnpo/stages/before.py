@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dnpo.data.mix import count_sources
 from dnpo.data.unusable import list_reasons
 from dnpo.errors import DataError, ModelError, SettingsError
 from dnpo.records import GIVEN, Prompt, Response
@@ -49,6 +50,8 @@ def prepare(run: Run, plan: None, task: Task) -> Facts:
         task.report.note(f"rows removed as duplicates: {', '.join(removed)}{such}")
     if "unusable" in facts:
         task.report.note(f"rows that cannot be used are left out: {'; '.join(list_reasons(facts['unusable']))}")
+    for note in facts.get("notes", ()):
+        task.report.note(note)
     run.model.base(task.folder / "model", rows["train"])
     policy = run.model.load(task.folder / "model", None, "cpu")
     task.report.begin(sum(map(len, rows.values())), "prompts")
@@ -56,6 +59,8 @@ def prepare(run: Run, plan: None, task: Task) -> Facts:
         rows = {**rows, **_set_apart(rows["train"], run.sft_rows)}
     for split, these in rows.items():
         facts[split] = _encode(run, policy, these, split, task.folder, task.report)
+        if "sources" in facts:
+            facts[split]["sources"] = count_sources(files.open_split(task.folder, split).prompts)
     return facts
 
 
@@ -75,7 +80,7 @@ def _set_apart(rows: Sequence[Prompt], count: int) -> dict[str, Sequence[Prompt]
 
 def _encode(
     run: Run, policy: "Policy", rows: Sequence[Prompt], split: str, folder: Path, report: Report
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Encode one split, without the prompts that are too long."""
     context = int(getattr(policy.causal_lm.config, "max_position_embeddings", 0) or 10**9)
     longest = min(run.data.max_prompt_tokens, context - run.limit)

@@ -80,6 +80,7 @@ def _rows(run: Run, data: rows.Rows, facts: Mapping[str, Any]) -> list[Finding]:
 
 def _users_rows(facts: Mapping[str, Any], count: int) -> list[Finding]:
     return [
+        *([rows.sources(facts["sources"])] if "sources" in facts else []),
         rows.unusable(facts.get("unusable", {}), count),
         rows.unread(facts["unread"]),
         rows.removed(facts["removed"], facts["examples"], count),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dnpo.data import SPLITS
 from dnpo.data.duplicates import near, repeats
+from dnpo.data.mix import describe_sources
 from dnpo.data.unusable import list_reasons
 from dnpo.errors import DnpoError
 from dnpo.records import Prompt
@@ -90,6 +91,11 @@ def unusable(facts: Mapping[str, Mapping[str, Any]], total: int) -> Finding:
         return Finding("unusable rows", "pass", f"each of {total:,} rows can be used")
     text = f"{count:,} of {total + count:,} rows cannot be used and are left out: {'; '.join(list_reasons(facts))}"
     return Finding("unusable rows", "warn", text, "the data (data.bad_rows=fail stops at them)")
+
+
+def sources(counts: Mapping[str, Mapping[str, int]]) -> Finding:
+    """Report the rows of each source of a mix, by split."""
+    return Finding("sources", "pass", describe_sources(counts))
 
 
 def unread(columns: Sequence[str]) -> Finding:
