@@ -29,6 +29,7 @@ NEEDED = {
     ("judge", "openai"): ["judge.model=x"],
     ("judge", "hf"): ["judge.path=x"],
     ("judge", "reward"): ["judge.path=x"],
+    ("data", "mix"): ["+data@data.sources.world=tinyworld"],
     **{("data", kind): ["data.path=x"] for kind in ("jsonl", "parquet", "csv", "arrow")},
 }
 

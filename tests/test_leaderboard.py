@@ -461,3 +461,120 @@ def test_the_command(make_policy: Callable[..., Policy], tmp_path: Path) -> None
     assert missing.returncode == 1
     assert "hellaswag_test.jsonl" in missing.stderr
     assert missing.stderr.startswith("error: source=rows: ")
+
+
+# Any other task of lm-eval
+
+
+OWN = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+num_fewshot: {shots}
+fewshot_split: test
+metric_list: [{{metric: acc_norm}}, {{metric: acc}}]
+"""
+
+
+SUMS = [row | {"choices": [text * (1 + k) for k, text in enumerate(row["choices"])]} for row in questions(12)]
+
+
+def own(folder: Path, *names: str, shots: int = 0) -> Path:
+    """A folder with tasks over questions, and a group of them all."""
+    lines(folder / "rows.jsonl", *SUMS)
+    for name in names:
+        text = OWN.format(name=name, data=folder / "rows.jsonl", shots=shots)
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "all.yaml").write_text(f"group: all_sums\ntask: [{', '.join(names)}]\n")
+    return folder
+
+
+def test_a_task_of_ones_own(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    folder = own(tmp_path / "tasks", "sums", "more_sums")
+    given: dict[str, Any] = {"benchmarks": [], "include_path": str(folder)}
+    policy = make_policy()
+    result = measure(policy, Leaderboard(tasks=["sums"], **given), Report())
+    score = result.scores["sums"]
+    assert [item.id for item in result.items] == [row["id"] for row in SUMS]
+    right, plain = [], []
+    for item, row in zip(result.items, SUMS, strict=True):
+        by_length = [logp / len(text) for logp, text in zip(item.logps, row["choices"], strict=True)]
+        right.append(float(np.argmax(by_length) == row["answer"]))  # the definition names acc_norm first
+        plain.append(float(np.argmax(item.logps) == row["answer"]))
+        assert item.score == right[-1]
+        assert item.benchmark == "sums"
+    assert np.mean(right) != np.mean(plain)
+    assert score.score == pytest.approx(np.mean(right))
+    assert result.metrics()["tasks/sums"] == score.score
+    assert result.average is None
+    assert "sums: the score is lm-eval's acc_norm, on the task" in result.notes()
+
+    both = measure(policy, Leaderboard(tasks=["all_sums"], limit=2, **given), Report()).scores["all_sums"]
+    assert set(both.tasks) == {"sums", "more_sums"}
+    assert both.items == 4
+    assert both.score == pytest.approx(np.mean(list(both.tasks.values())))
+
+
+def test_examples_of_a_task(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    given: dict[str, Any] = {"benchmarks": [], "tasks": ["sums"], "include_path": str(own(tmp_path, "sums", shots=1))}
+    hashes = []
+    for shots, expected in ((None, 1), ({"sums": 0}, 0)):
+        result = measure(make_policy(), Leaderboard(shots=shots, **given), Report())
+        assert result.scores["sums"].shots == (expected, expected)
+        hashes.append([item.prompt_hash for item in result.items])
+    assert set(hashes[0]).isdisjoint(hashes[1])
+
+
+def test_what_decides_the_results_of_tasks(tmp_path: Path) -> None:
+    plain = Leaderboard().identity()
+    assert set(plain) == {"source", "shots", "limit"}  # as before there were tasks
+    folder = own(tmp_path, "sums")
+    first = Leaderboard(tasks=["sums"], include_path=str(folder)).identity()
+    lines(folder / "rows.jsonl", *questions(5))
+    assert Leaderboard(tasks=["sums"], include_path=str(folder)).identity()["own"] != first["own"]
+    assert str(folder) not in json.dumps(first)
+
+
+@pytest.mark.long
+def test_tasks_that_cannot_be_measured_are_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    folder = str(own(tmp_path / "tasks", "sums"))
+    with pytest.raises(SettingsError, match=r"include_path=.*only with tasks"):
+        Leaderboard(include_path=folder)
+    with pytest.raises(SettingsError, match="none given"):
+        Leaderboard(benchmarks=[], tasks=[])
+    with pytest.raises(SettingsError, match=r"include_path=.*nowhere: there is no such folder"):
+        Leaderboard(tasks=["sums"], include_path=str(tmp_path / "nowhere")).check()
+    with pytest.raises(SettingsError, match=r"benchmarks: there is no sums"):
+        Leaderboard(shots={"sums": 1})
+    (tmp_path / "tasks" / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match="tasks: sums cannot be loaded"):
+        Leaderboard(benchmarks=[], tasks=["sums"], include_path=folder).check()
+    done = run_command(tmp_path, "dnpo.leaderboard", "model.path=nowhere", "benchmarks=[]", "tasks=[ifevall]")
+    assert done.returncode == 1
+    assert re.match(
+        r"error: tasks: there is no task, group or tag ifevall in lm-eval; .*Did you mean ifeval", done.stderr
+    )
+    run = Evaluation(leaderboard=Leaderboard(benchmarks=[], tasks=["sumz"], include_path=folder))
+    (finding,) = findings(run, {"leaderboard"})
+    assert finding.level == "stop"
+    assert finding.text.startswith("eval.leaderboard.tasks: there is no task, group or tag sumz in lm-eval or in ")
+
+
+@pytest.mark.long
+def test_the_command_measures_a_task_of_ones_own(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    make_policy().save(tmp_path / "model")
+    own(tmp_path / "tasks", "sums")
+    given = ("model.path=model", "benchmarks=[]", "tasks=[sums]", "include_path=tasks", "tracking=off")
+    done = run_command(tmp_path, "dnpo.leaderboard", *given, "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    written = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
+    assert re.search(rf"^sums +{written['scores']['sums']['score']:.3f} +12 ", done.stdout, re.MULTILINE), done.stdout

@@ -178,6 +178,9 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("leaderboard/hellaswag", "HellaSwag", "HellaSwag", "%", better="higher", needs=BOARD),
             Metric("leaderboard/mmlu", "MMLU", "MMLU", "%", better="higher", needs=BOARD),
             Metric("leaderboard/ifeval", "IFEval", "IFEval", "%", better="higher", needs=BOARD),
+            Metric(
+                "tasks/<task>", "lm-eval's <task>", "<task>", "", 3, needs="eval=leaderboard eval.leaderboard.tasks=…"
+            ),
             Metric("leaderboard/seconds", "Time of the benchmarks", "seconds", "s", needs=BOARD),
         ),
         (AGAINST,),

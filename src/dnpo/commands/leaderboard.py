@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from dnpo.catalogue import metric
 from dnpo.commands import common as command
-from dnpo.evaluate.leaderboard import ITEMS, SCORES, Leaderboard, LeaderboardResult, measure
+from dnpo.evaluate.leaderboard import ITEMS, SCORES, Leaderboard, LeaderboardResult, measure, name_metric
 from dnpo.settings import Count, build, check, check_values
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ def _run(cfg: DictConfig, job: Any) -> None:
     own = check_values("", Leaderboard, {key: tree[key] for key in tree if key not in (*COMMON, *PARTS)})
     settings = {name: check(name, tree[name]) for name in PARTS}
     leaderboard = Leaderboard(**own)
-    from dnpo.evaluate.leaderboard.harness import available
-
-    available()
+    leaderboard.check()
 
     from dnpo.policy.model import device_of
     from dnpo.running.console import Console
@@ -72,20 +70,20 @@ def _run(cfg: DictConfig, job: Any) -> None:
 
 
 def table(result: LeaderboardResult) -> "ScreenTable":
-    """Build the table: a row for each benchmark and for the average, in percent."""
+    """Build the table: a row for each benchmark, for each further task, and for the average of the six."""
     from dnpo.screen import ScreenTable
 
     made = ScreenTable(header_style="bold", pad_edge=False, box=None)
     made.add_column("benchmark")
-    for heading in ("score, %", "items", "examples", "cut", "s"):
+    for heading in ("score", "items", "examples", "cut", "s"):
         made.add_column(heading, justify="right", no_wrap=True)
     for name, score in result.scores.items():
         few, many = score.shots
         shots = str(few) if few == many else f"{few}-{many}"
         shots += f" of {score.asked}" if few < score.asked else ""
-        shown = metric(f"leaderboard/{name}")
-        cells = (shown.format(score.score), str(score.items), shots, str(score.cut), f"{score.seconds:.0f}")
+        shown = metric(name_metric(name, score))
+        cells = (shown.format_with_unit(score.score), str(score.items), shots, str(score.cut), f"{score.seconds:.0f}")
         made.add_row(name, *cells)
-    average = "–" if result.average is None else metric("leaderboard/average").format(result.average)
+    average = "–" if result.average is None else metric("leaderboard/average").format_with_unit(result.average)
     made.add_row("average", average, str(len(result.items)), "", "", f"{result.seconds:.0f}", style="bold")
     return made

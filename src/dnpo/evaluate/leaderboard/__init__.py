@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,10 @@ class Leaderboard:
         shots: number of examples before each question, by benchmark; by default the paper's.
         limit: use only this number of items of each of lm-eval's tasks (MMLU has 57); by default all.
         batch_size: sequences in a batch.
+        tasks: further tasks, groups or tags of lm-eval by name, such as ``[ifeval]``, each with its own number of
+            examples unless ``shots`` names it. The score is the task's first metric, of several tasks their mean.
+        include_path: a folder with your own tasks as lm-eval's YAML files; put their data there too, so that other data
+            are measured again.
 
     Raises:
         SettingsError: there is no such benchmark, or it takes no examples.
@@ -77,12 +82,16 @@ class Leaderboard:
     shots: Mapping[str, Natural] | None = None
     limit: Count | None = None
     batch_size: Count = neutral(16)
+    tasks: list[str] | None = None
+    include_path: str | None = place(None)
 
     def __post_init__(self) -> None:
-        if not self.names:
-            raise SettingsError(f"benchmarks: none given; expected some of {', '.join(BENCHMARKS)}")
+        if not self.names and not self.tasks:
+            raise SettingsError(f"benchmarks: none given; expected some of {', '.join(BENCHMARKS)}, or tasks=[…]")
+        if self.include_path is not None and not self.tasks:
+            raise SettingsError(f"include_path={self.include_path}: has an effect only with tasks=[…]")
         for name in (*self.names, *(self.shots or {})):
-            if name not in BENCHMARKS:
+            if name not in BENCHMARKS and not (name in (self.tasks or ()) and name not in self.names):
                 known = f"Expected some of {', '.join(BENCHMARKS)}."
                 raise SettingsError(f"benchmarks: there is no {name}.{nearest(name, BENCHMARKS)} {known}")
         for name in WITHOUT_SHOTS:
@@ -111,6 +120,19 @@ class Leaderboard:
         harness.available()
         for name in self.names:
             _tasks(self.source, name)
+        self.load()
+
+    def load(self) -> dict[str, dict[str, Any]]:
+        """Load ``tasks`` with lm-eval: its tasks by the names given.
+
+        Raises:
+            SettingsError: there is no such task.
+            DataError: the data of a task cannot be read.
+        """
+        from dnpo.evaluate.leaderboard import harness
+
+        names = list(dict.fromkeys(self.tasks or ()))
+        return harness.of_names(names, self.include_path, self.shots or {}) if names else {}
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the results, with the contents of the source in place of its path.
@@ -119,7 +141,23 @@ class Leaderboard:
             SettingsError: the source is neither ``hub`` nor a folder.
         """
         source = HUB if self.source == HUB else content_hash(_folder(self.source))
-        return {"source": source, "shots": self.examples, "limit": self.limit}
+        return {"source": source, "shots": self.examples, "limit": self.limit, **self._identity_of_tasks()}
+
+    def _identity_of_tasks(self) -> dict[str, Any]:
+        """The tasks, the version of lm-eval that defines them, and the contents of one's own; empty without tasks."""
+        if not self.tasks:
+            return {}
+        shots = {name: count for name, count in (self.shots or {}).items() if name not in BENCHMARKS}
+        try:
+            version = metadata.version("lm_eval")
+        except metadata.PackageNotFoundError:  # the checks before the run refuse it
+            version = ""
+        own = {}
+        if self.include_path is not None:
+            if not Path(self.include_path).is_dir():
+                raise SettingsError(f"include_path={self.include_path}: there is no such folder")
+            own = {"own": content_hash(Path(self.include_path))}
+        return {"tasks": list(dict.fromkeys(self.tasks)), "task_shots": shots, "lm_eval": version, **own}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +165,12 @@ class BenchmarkItem:
     """The result of one item; rows of ``leaderboard-items.parquet``.
 
     Attributes:
-        benchmark: its benchmark.
+        benchmark: its benchmark, or the name given in ``tasks``.
         task: name of lm-eval's task.
         id: the id of its row, or a hash of its contents; unique within the task and the same for every model.
         prompt_hash: SHA-256 of the text before the (first) answer; the same for the same question and examples.
-        score: 0 or 1; for TruthfulQA's mc2 the probability of the true answers.
+        score: 0 or 1; for TruthfulQA's mc2 the probability of the true answers; for other tasks lm-eval's metric, NaN
+            if it has no value for a single item.
         accuracy: the score without normalisation by length.
         gold: index of the right choice, or the right answer. For Winogrande, the words after both beginnings; for
             TruthfulQA's mc2, 0, since several choices are true.
@@ -163,6 +202,7 @@ class Score:
         asked: number of examples asked for.
         cut: number of items whose prompt was longer than the model's context and lost its beginning.
         notes: deviations from the paper's setting, one sentence each.
+        metric: lm-eval's metric, of a task that is not one of the benchmarks.
     """
 
     score: float
@@ -173,6 +213,12 @@ class Score:
     cut: int
     seconds: float
     notes: list[str]
+    metric: str = ""
+
+
+def name_metric(name: str, score: Score) -> str:
+    """The name under which the score of a benchmark, or of another task, is tracked."""
+    return f"tasks/{name}" if score.metric else f"leaderboard/{name}"
 
 
 @dataclass(frozen=True)
@@ -186,7 +232,7 @@ class LeaderboardResult:
 
     def metrics(self) -> dict[str, float]:
         """The metrics, by the names under which they are tracked."""
-        metrics = {f"leaderboard/{name}": score.score for name, score in self.scores.items()}
+        metrics = {name_metric(name, score): score.score for name, score in self.scores.items()}
         average = {"leaderboard/average": self.average} if self.average is not None else {}
         return {**metrics, **average, "leaderboard/seconds": self.seconds}
 
@@ -218,7 +264,8 @@ def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Leade
     harness.available()
     started = time.monotonic()
     tasks = {name: _tasks(leaderboard.source, name) for name in leaderboard.names}  # rows are checked first
-    report.begin(len(tasks), "benchmarks")
+    further = leaderboard.load()
+    report.begin(len(tasks) + len(further), "benchmarks")
     scores: dict[str, Score] = {}
     items: list[BenchmarkItem] = []
     with harness.running(policy, leaderboard.batch_size) as lm:
@@ -237,9 +284,48 @@ def measure(policy: "Policy", leaderboard: Leaderboard, report: Report) -> Leade
             scores[name] = _score(BENCHMARKS[name], found, shots, asked, time.monotonic() - began, notes)
             items += found
             report.advance()
+        for name, loaded in further.items():
+            report.status(name)
+            scores[name], found = _measure_task(lm, name, loaded, leaderboard.limit)
+            items += found
+            report.advance()
     report.status("")
     average = _mean(scores[name].score for name in SIX) if all(name in scores for name in SIX) else None
     return LeaderboardResult(scores, average, time.monotonic() - started, items)
+
+
+def _measure_task(
+    lm: Any, name: str, loaded: Mapping[str, Any], limit: int | None
+) -> tuple[Score, list[BenchmarkItem]]:
+    """Measure one of ``tasks``, or all tasks of a group: by the first metric of each, as lm-eval computes it."""
+    from dnpo.evaluate.leaderboard import harness
+
+    began = time.monotonic()
+    samples, results = harness.run_named(lm, loaded, limit)
+    metrics = {task: harness.first_metric(loaded[task], found) for task, found in results.items()}
+    values = {task: float(results[task][",".join(metric)]) for task, metric in metrics.items()}
+    items = [
+        _item(name, sample, lm.cut, metrics[sample["task"]][0])
+        for sample in samples
+        if sample["filter"] == metrics[sample["task"]][1]
+    ]
+    used = " and ".join(dict.fromkeys(metric for metric, _ in metrics.values()))
+    shots = [int(task.config.num_fewshot or 0) for task in loaded.values()]
+    cut = sum(item.cut for item in items)
+    notes = [f"the score is lm-eval's {used}, on {'the task' if len(values) == 1 else f'{len(values)} tasks'}"]
+    notes += [f"{cut} of {len(items)} items lost the beginning of their prompt"] if cut else []
+    score = Score(
+        score=_mean(values.values()),
+        items=len(items),
+        tasks=values,
+        shots=(min(shots), max(shots)),
+        asked=min(shots),
+        cut=cut,
+        seconds=time.monotonic() - began,
+        notes=notes,
+        metric=used,
+    )
+    return score, items
 
 
 def _tasks(source: str, name: str) -> list[BenchmarkTask]:
@@ -262,15 +348,22 @@ def _folder(source: str) -> Path:
     return Path(source)
 
 
-def _item(benchmark: str, sample: Mapping[str, Any], cut: Container[tuple[str, int]]) -> BenchmarkItem:
-    """The result of one of lm-eval's samples, which carries its task's name as ``task``."""
+def _item(
+    benchmark: str, sample: Mapping[str, Any], cut: Container[tuple[str, int]], metric: str = ""
+) -> BenchmarkItem:
+    """The result of one of lm-eval's samples, which carries its task's name as ``task``.
+
+    Args:
+        metric: lm-eval's metric; by default the benchmark's. Its score is NaN if it is no number for a single item.
+    """
     task, doc = str(sample["task"]), sample["doc"]
     name = str(doc.get("id") or sample["doc_hash"][:16])
     choices = [float(logp) for logp, _ in sample["filtered_resps"]] if _is_choice(sample) else []
     # argmax of NaNs is the first, so the first choice would count as the answer.
     if not all(map(math.isfinite, choices)):
         raise ModelError(f"{task}, item {name}: the log-likelihoods of the choices are {choices}, expected numbers")
-    score = float(sample[BENCHMARKS[benchmark].metric])
+    value = sample.get(metric) if metric else sample[BENCHMARKS[benchmark].metric]
+    score = _number(value)
     return BenchmarkItem(
         benchmark=benchmark,
         task=task,
@@ -283,6 +376,14 @@ def _item(benchmark: str, sample: Mapping[str, Any], cut: Container[tuple[str, i
         response="" if choices else str(sample["resps"][0][0]),
         cut=(task, sample["doc_id"]) in cut,
     )
+
+
+def _number(value: Any) -> float:
+    """The value as a number; NaN if it is none, such as the parts that a metric over all items needs."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _is_choice(sample: Mapping[str, Any]) -> bool:

@@ -10,6 +10,8 @@ import io
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,23 +46,32 @@ def available() -> None:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Show neither the warnings of lm-eval nor progress bars."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def running(policy: Policy, batch_size: int) -> Iterator[Any]:
     """Give the policy as a model of lm-eval, with its original attention and without lm-eval's output.
 
     On exit, the mode, the attention and the state of every random generator are restored.
     """
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
     model = policy.causal_lm
     chance = random.getstate(), np.random.get_state()
-    with policy.evaluating(), torch.random.fork_rng(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        logger.setLevel(logging.ERROR)
+    with policy.evaluating(), torch.random.fork_rng(), _quiet():
         model.set_attn_implementation(policy.own_attention)
         try:
             yield _model(policy, batch_size)
         finally:
             model.set_attn_implementation(ATTENTION)
-            logger.setLevel(level)
             random.setstate(chance[0])
             np.random.set_state(chance[1])
 
@@ -170,10 +181,86 @@ def mass_of_the_true(doc: Mapping[str, Any], results: Sequence[tuple[float, bool
     return {"acc": float(chances[labels == 1].sum() / chances.sum())}
 
 
+@cache
+def _manager(include_path: str | None) -> Any:
+    """lm-eval's list of the tasks in a folder, or of its own tasks, which takes ten seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_path is None)
+
+
+def of_names(names: Sequence[str], include_path: str | None, shots: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Load tasks, groups or tags of lm-eval: lm-eval's tasks by the name that was asked for.
+
+    Args:
+        include_path: a folder with further definitions, which precede lm-eval's of the same name; its groups have tasks
+            of this folder.
+        shots: number of examples before each question, by name; by default each task's own.
+
+    Raises:
+        SettingsError: there is no task of a name, or it needs packages that are not installed.
+        DataError: the data of a task cannot be read.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise SettingsError(f"include_path={include_path}: there is no such folder")
+    with _quiet():
+        own = [_manager(include_path)] if include_path is not None else []
+        managers = {name: next((m for m in own if name in m.all_tasks), None) or _manager(None) for name in names}
+        for name, manager in managers.items():
+            if name not in manager.all_tasks:
+                known = [each for some in (*own, manager) for each in some.all_tasks]
+                near = get_close_matches(name, known, 3)
+                folder = f" or in include_path={include_path}" if own else "; your own need include_path=FOLDER"
+                hint = f". Did you mean {' or '.join(near)}?" if near else ""
+                raise SettingsError(f"tasks: there is no task, group or tag {name} in lm-eval{folder}{hint}")
+        return {name: _load(manager, name, shots) for name, manager in managers.items()}
+
+
+def _load(manager: Any, name: str, shots: Mapping[str, int]) -> dict[str, Any]:
+    try:
+        found = dict(manager.load([name])["tasks"])
+    except ImportError as error:
+        raise SettingsError(f'tasks: {name}: {error}; pip install "dnpo[eval]"') from error
+    except Exception as error:  # definitions may run any code, and data sets raise many kinds of errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"tasks: {name} cannot be loaded ({reason})") from error
+    for task in found.values():
+        _prepare(task, shots.get(name, task.config.num_fewshot or 0))
+    return found
+
+
+def first_metric(task: Any, results: Mapping[str, Any]) -> tuple[str, str]:
+    """The metric that a task's definition names first, with its first filter of answers.
+
+    Args:
+        results: lm-eval's results of the task, by metric and filter.
+    """
+    known = [name.split(",", 1) for name in results if "," in name and "_stderr," not in name]
+    metrics = [str(each["metric"]) for each in task.config.metric_list or () if isinstance(each.get("metric"), str)]
+    filters = [str(each["name"]) for each in task.config.filter_list or ()]
+    ordered = [(metric, filter_) for metric in metrics for filter_ in (*filters, "none") if [metric, filter_] in known]
+    metric, filter_ = ordered[0] if ordered else known[0]
+    return metric, filter_
+
+
+def run_named(
+    lm: Any, tasks: Mapping[str, Any], limit: int | None
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Run the tasks; return lm-eval's result for every item, each with its ``task``, and its results by task."""
+    done = _evaluate(lm, tasks, limit)
+    samples = [{**sample, "task": task} for task in tasks for sample in done["samples"][task]]
+    return samples, {task: done["results"][task] for task in tasks}
+
+
 def run(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> list[dict[str, Any]]:
     """Run the tasks and return lm-eval's result for every item, each with its ``task``."""
+    done = _evaluate(lm, tasks, limit)
+    return [{**sample, "task": task} for task in tasks for sample in done["samples"][task]]
+
+
+def _evaluate(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate
 
     loaded = {"tasks": dict(tasks), "groups": {}, "group_map": {}}
-    done = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-    return [{**sample, "task": task} for task in tasks for sample in done["samples"][task]]
+    done: dict[str, Any] = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    return done
