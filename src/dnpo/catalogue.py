@@ -179,7 +179,12 @@ GROUPS: tuple[MetricGroup, ...] = (
             Metric("leaderboard/mmlu", "MMLU", "MMLU", "%", better="higher", needs=BOARD),
             Metric("leaderboard/ifeval", "IFEval", "IFEval", "%", better="higher", needs=BOARD),
             Metric(
-                "tasks/<task>", "lm-eval's <task>", "<task>", "", 3, needs="eval=leaderboard eval.leaderboard.tasks=…"
+                "tasks/<task>",
+                "Score of lm-eval's <task>",
+                "<task>",
+                "",
+                3,
+                needs="eval=leaderboard eval.leaderboard.tasks=…",
             ),
             Metric("leaderboard/seconds", "Time of the benchmarks", "seconds", "s", needs=BOARD),
         ),

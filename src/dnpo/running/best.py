@@ -106,6 +106,9 @@ class Choice:
         return {"choice": found}
 
 
+ALWAYS_LAST = Choice()
+
+
 def default_metric(rows: Sequence[Row]) -> str:
     """The judge's score, or the held-out loss if nothing is scored."""
     return "eval/score" if any(row.get("eval/score") is not None for row in rows) else "eval/loss"

@@ -65,7 +65,7 @@ def execute(
     tracking: Tracking,
     settings: Mapping[str, Any],
     folder: Path,
-    choice: best.Choice,
+    choice: best.Choice = best.ALWAYS_LAST,
 ) -> dict[str, Any]:
     """Compute the stages that the store lacks, and track the results.
 
