@@ -200,7 +200,7 @@ def test_no_rank_outlives_the_others_or_the_run(tiny: Path, tmp_path: Path) -> N
     """A killed rank ends the run and is named; a run that is killed or interrupted ends its ranks."""
     shutil.copytree(tiny, tmp_path / "two", symlinks=True)
     folder = tmp_path / "two"
-    endless = (*SMOKE, *TINY, *TWO, "trainer.steps=1000000", "trainer.checkpoint_every=2", "tracking=off")
+    endless = (*SMOKE, *TINY, *TWO, "trainer.steps=20000", "trainer.checkpoint_every=2", "tracking=off")
 
     def start() -> tuple[Process, Path, list[int]]:
         process = Process(folder, *endless)
