@@ -23,7 +23,7 @@ from dnpo.policy.model import Policy
 from dnpo.records import Pair
 from dnpo.settings import Bound
 
-ROOM = 180 * 2**20
+ROOM = 90 * 2**20
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of malloc.h
 
 
@@ -83,7 +83,7 @@ def train_limited(folder: Path, micro: int, limit: int) -> None:
     torch.set_num_threads(1)
     pairs = [
         Pair(f"row-{i}", [], _ids(i, 20), "", "", _ids(i, 100), _ids(i + 1, 100), "", "", None, None, False)
-        for i in range(64)
+        for i in range(32)
     ]
     if limit:
         resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
@@ -92,7 +92,7 @@ def train_limited(folder: Path, micro: int, limit: int) -> None:
         score(_make_policy(), pairs, autocast=False, folder=folder / "reference", report=Limiter(False))
     reference = read_scores(folder / "reference", len(pairs))
     optimizer = Bound("torch.optim.SGD", {"lr": 0.01})
-    how = PairOptimisation(optimizer=optimizer, batch_size=16, micro_batch_size=micro, checkpoint_every=1)
+    how = PairOptimisation(optimizer=optimizer, batch_size=8, micro_batch_size=micro, checkpoint_every=1)
     noise = TrainableModule(32, 64, alpha=0.1, learning_rate=0.01)
     try:
         history = optimise(

@@ -68,7 +68,7 @@ def test_four_jobs_on_two_workers_compute_nothing_twice_and_survive_a_preemption
 
 @pytest.mark.long
 def test_a_job_that_is_killed_does_not_hide_the_others(tmp_path: Path) -> None:
-    process = Process(tmp_path, "-m", *SMOKE, *TINY, "sft.steps=1,100000", *LOCAL, afresh=True)
+    process = Process(tmp_path, "-m", *SMOKE, *TINY, "sft.steps=1,20000", *LOCAL, afresh=True)
     wait_until(lambda: list(tmp_path.glob("multirun/*/*/0/summary.json")), process)
     (sweep,) = tmp_path.glob("multirun/*/*")
     (other,) = wait_until(lambda: len(left := tasks(sweep)) == 1 and left, process)

@@ -275,7 +275,7 @@ class Failing(BaseHTTPRequestHandler):
         """Answer."""
         type(self).asked += 1
         if self.silent:
-            time.sleep(3)
+            time.sleep(1)
             return
         self.send_response(503)
         self.send_header("Content-Length", "0")
@@ -315,7 +315,7 @@ def test_a_remote_store_that_goes_away_is_one_warning(
     assert Remote(behind_http).names() == [f"prepare/{stages[0].key}"]
     address = behind_http.replace("lab", "other") if how == "no bucket" else behind_http
     with monkeypatch.context() as patch:
-        patch.setattr("dnpo.store.remote.TIMEOUT", 0.5)
+        patch.setattr("dnpo.store.remote.TIMEOUT", 0.2)
         patch.setattr(Failing, "silent", how == "silent")
         if how == "no credentials":
             for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
