@@ -2,12 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dnpo.commands.grammar import parse, program
 from dnpo.errors import DnpoError
 from dnpo.escape import say
+
+if TYPE_CHECKING:
+    from dnpo.running.card import SavedPolicy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,16 +27,68 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--iteration", help="sft, or a number; by default the last, or the best of a run with keep=best"
     )
-    parser.add_argument("--to", type=Path, required=True, help="a folder that does not exist yet, or is empty")
+    parser.add_argument("--to", type=Path, help="a folder that does not exist yet, or is empty; needed without push")
     parser.add_argument("--store", type=Path, help="where the store is now, if it has moved")
+    parser.add_argument(
+        "--push",
+        metavar="REPO",
+        help="USER/NAME or NAME on the hub of HF_ENDPOINT: push the policy, and the pairs it was trained on as a data "
+        "set of the same name, with cards; the token is read from HF_TOKEN or the login of huggingface_hub",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("transformers", "gguf"),
+        default="transformers",
+        help="gguf is for llama.cpp, whose convert_hf_to_gguf.py has to be on the PATH; transformers if not given",
+    )
+    parser.add_argument("--public", action="store_true", help="let everyone see what is pushed; private if not given")
     given = parse(parser, arguments)
+    if given.to is None and given.push is None:
+        parser.error("the following arguments are required: --to, or --push")
+    if given.public and given.push is None:
+        parser.error("public=true needs push=REPO")
     from dnpo.running.console import silence_libraries
-    from dnpo.running.export import export
 
     silence_libraries()
     try:
-        policy = export(given.run, given.to, given.iteration, given.store, lambda text: say(f"warning: {text}"))
+        with _folder(given.to) as to:
+            policy = _export(given, to)
+            if given.to is not None:
+                say(f"{policy.name} ({policy.stage}) is in {given.to}")
+            if given.push is not None:
+                from dnpo.running.push import push
+
+                for pushed in push(policy, to, given.push, public=given.public, say=say):
+                    say(f"{pushed.url} has {pushed.what} ({'public' if given.public else 'private'})")
     except DnpoError as error:
         say(f"error: {error}", error=True)
         sys.exit(1)
-    say(f"{policy.name} ({policy.stage}) is in {given.to}")
+
+
+def _export(given: argparse.Namespace, to: Path) -> "SavedPolicy":
+    from dnpo.running.export import expect_new, export
+
+    def warn(text: str) -> None:
+        say(f"warning: {text}")
+
+    if given.format == "transformers":
+        return export(given.run, to, given.iteration, given.store, warn)
+    from dnpo.running.gguf import convert, find_converter
+
+    converter = find_converter()
+    expect_new(to)
+    with tempfile.TemporaryDirectory(prefix="dnpo-") as folder:
+        copy = Path(folder) / to.absolute().name
+        policy = export(given.run, copy, given.iteration, given.store, warn)
+        convert(converter, copy, to)
+    return policy
+
+
+@contextmanager
+def _folder(to: Path | None) -> Iterator[Path]:
+    """The folder for the copy; a temporary one if none is given."""
+    if to is not None:
+        yield to
+        return
+    with tempfile.TemporaryDirectory(prefix="dnpo-") as folder:
+        yield Path(folder) / "model"

@@ -174,8 +174,7 @@ def export(
         ModelError: the base model no longer exists or has changed.
     """
     policy = find_policy(read_summary(run), iteration, store)
-    if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
-        raise SettingsError(f"to={to}: exists already; expected a new folder, or an empty one")
+    expect_new(to)
     aside = to.absolute().with_name(f".{to.absolute().name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
@@ -186,6 +185,16 @@ def export(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return policy
+
+
+def expect_new(to: Path) -> None:
+    """Refuse a folder that has something in it, and whatever is no folder.
+
+    Raises:
+        SettingsError: names it.
+    """
+    if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
+        raise SettingsError(f"to={to}: exists already; expected a new folder, or an empty one")
 
 
 def read_summary(run: Path) -> dict[str, Any]:
