@@ -16,6 +16,7 @@ from analysis.results import (
     benchmarks,
     estimate,
     is_leaderboard,
+    kind,
     whole,
 )
 from analysis.results import results as results_of
@@ -57,7 +58,7 @@ class Comparisons:
             mine = self._mean(measure, method, iterations, seeds)
             other = self._mean(measure, base, iterations, seeds) if compared else None
             p = None if other is None else self._compare(mine, other)
-            row[measure.label] = Cell(estimate(mine), p)
+            row[measure.label] = Cell(estimate(mine, kind(measure.metric)), p, sides=True)
             self.items.add(whole(mine).shape[1])
         if paper is not None:
             row[COLUMN] = Cell(Estimate(paper))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.results import Array, PolicyMeasure, average, benchmarks, results, score
+from analysis.results import Array, Kind, PolicyMeasure, average, benchmarks, kind, results, score
 from analysis.selection import Cells, Iteration
 from dnpo.catalogue import Metric, metric
 from dnpo.tracking.reading import SFT, TrackedRun
@@ -54,6 +54,11 @@ BEGINNING = "fine-tuned"  # label of the policy that all methods begin with
 def quality(cells: Cells) -> tuple[PolicyMeasure, PolicyMeasure]:
     """The judge's score, and the average of the benchmarks."""
     return score(), average(benchmarks(cells))
+
+
+def kind_of(measure: PolicyMeasure) -> Kind:
+    """The kind of a measure's values; distances and lengths are amounts."""
+    return "amount" if measure in (KL, LENGTH) else kind(measure.metric)
 
 
 def beginning(cells: Cells) -> Cells:

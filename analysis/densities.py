@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.drawing import canvas, finish, foot
+from analysis.drawing import COLUMN, SMALL, canvas, finish, foot
 from analysis.keeping import DrawnFigure
 from analysis.results import Array, read_once
 from analysis.selection import Absent, Cells, Iteration, Runs
@@ -20,24 +20,26 @@ QUANTITIES = {"per token": "log-probability per token, nats", "summed": "log-pro
 
 
 def draw(runs: Runs, method: str, title: str) -> DrawnFigure:
-    """Draw one method's samples, pooled over seeds: a column for each iteration; per token above, summed below."""
+    """Draw one method's samples, pooled over seeds: a row for each iteration; per token left, summed right."""
     cells = runs.chains().only([method], lambda k: k != SFT)
     iterations = cells.iterations
     samples = {k: _samples(cells, method, k) for k in iterations}
     shown = metric("stagnation/ks")
-    figure, panels = canvas(2.0 + 2.5 * len(iterations), 5.4, 2, len(iterations), sharex="row")
+    figure, panels = canvas(
+        COLUMN, 1.7 + 1.05 * len(iterations), len(iterations), len(QUANTITIES), sharex="col", sharey="col"
+    )
     rows: list[dict[str, Any]] = []
-    for line, (quantity, label) in enumerate(QUANTITIES.items()):
+    for column, (quantity, label) in enumerate(QUANTITIES.items()):
         every = [_values(loaded, name, quantity) for k in iterations for loaded in samples[k] for name in SAMPLES]
         # A long tail would compress the rest of the axis.
         low = float(np.percentile(np.concatenate(every), 1))
         edges = np.linspace(low, 0, BINS + 1)
-        for column, k in enumerate(iterations):
-            axis = panels[line * len(iterations) + column]
+        for line, k in enumerate(iterations):
+            axis = panels[line * len(QUANTITIES) + column]
             for name, colour in SAMPLES.items():
                 values = np.concatenate([_values(loaded, name, quantity) for loaded in samples[k]])
                 density, _ = np.histogram(np.clip(values, low, 0), edges, density=True)
-                axis.stairs(density, edges, color=colour, linewidth=1.4, label=LABELS[name])
+                axis.stairs(density, edges, color=colour, linewidth=0.9, label=LABELS[name])
                 axis.stairs(density, edges, color=colour, fill=True, alpha=0.12)
                 rows += [
                     {"quantity": quantity, "iteration": k, "samples": name, "from": a, "to": b, "density": d}
@@ -57,12 +59,11 @@ def draw(runs: Runs, method: str, title: str) -> DrawnFigure:
                 f"KS rejected–new\n{mean}{spread}\nby chance < {shown.format(critical)}",
                 transform=axis.transAxes,
                 va="top",
-                fontsize=7,
+                fontsize=SMALL,
             )
-            axis.set_xlabel(label, fontsize=8)
-            if line == 0:
-                axis.set_title(f"iteration {k}")
-        panels[line * len(iterations)].set_ylabel("density")
+            if column == 0:
+                axis.set_ylabel(f"iteration {k}\ndensity")
+        axis.set_xlabel(label.replace(" of", "\nof").replace(" per", "\nper"))
     explained = foot(
         cells,
         [],

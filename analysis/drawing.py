@@ -1,4 +1,7 @@
-"""The style of all figures: a colour and a marker for each method, sizes, and the footer that explains the figure."""
+"""The style of all figures: a colour and a marker for each method, sizes, and the footer that explains the figure.
+
+Figures are as wide as a column or a page of a paper, so that their text has its size in print.
+"""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -8,24 +11,40 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.results import Kind
 from analysis.selection import Cells, Iteration, commits, describe
+from dnpo.catalogue import Metric
 from dnpo.palette import BREAK, FOOT, INK, METHODS, OTHER, OUTCOMES, PAPER, Look
+from dnpo.stats.table import ALPHA
 from dnpo.tracking.reading import SFT
 from dnpo.wording import plural
 
+COLUMN, PAGE = 3.3, 6.9  # inches: the width of a paper's column, and of its page
 STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 10,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "legend.fontsize": 8,
-    "figure.titlesize": 11,
+    "legend.fontsize": 7,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.2,
+    "figure.titlesize": 9,
     "text.parse_math": False,  # show $ in names literally
+    "svg.fonttype": "none",  # text stays text
+    "pdf.fonttype": 42,
     "svg.hashsalt": "dnpo",  # the same numbers give the same file
 }
 DPI = 300
-FOOT_SIZE = 6.5  # points
+FOOT_SIZE = 5.8  # points
+SMALL = 6.0  # numbers within panels
+INTERVALS = {"share": "Wilson intervals", "amount": "t intervals of logarithms", "number": "t intervals"}
+WIDTH = 0.54  # of a letter, of the height of its font
+KEY_LINE = 10.5  # points
 
 
 def find_look(method: str) -> Look:
@@ -41,17 +60,50 @@ def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **optio
 
 def finish(figure: Figure, title: str, foot: str, key: Axes | None = None) -> Figure:
     """Add the title above and the footer below; if ``key`` is a panel, also its legend under the title."""
-    wide = int(figure.get_figwidth() * 72 / (STYLE["figure.titlesize"] * 0.5))
-    lines = textwrap.wrap(title, wide)
-    figure.suptitle("\n".join(lines) + "\n " * (key is not None))
-    if key is not None:
-        below = 1 - (0.05 + 0.185 * len(lines)) / figure.get_figheight()
-        entries = key.get_legend_handles_labels()
-        figure.legend(*entries, loc="upper center", bbox_to_anchor=(0.5, below), ncols=len(entries[1]))
-    wide = int(figure.get_figwidth() * 72 / (FOOT_SIZE * 0.56))
-    text = "\n".join(line for part in foot.split("\n") for line in textwrap.wrap(part, wide))
-    figure.supxlabel(text, fontsize=FOOT_SIZE, x=0.01, ha="left", color=FOOT)
+    entries: tuple[list[Any], list[str]] = ([], []) if key is None else key.get_legend_handles_labels()
+    _write(figure, _wrap(figure, title, STYLE["figure.titlesize"]), _wrap(figure, foot, FOOT_SIZE), *entries)
     return figure
+
+
+def bare(figure: Figure) -> tuple[str, str]:
+    """Remove the title and the footer of a finished figure, which a paper has in its caption; return both."""
+    title, foot = (" ".join(text.split()) for text in (figure.get_suptitle(), figure.get_supxlabel()))
+    entries: tuple[list[Any], list[str]] = ([], [])
+    for legend in figure.legends:
+        labels = [text.get_text() for text in legend.get_texts()]
+        entries = next(found for axis in figure.axes if (found := axis.get_legend_handles_labels())[1] == labels)
+        legend.remove()
+    _write(figure, "", "", *entries)
+    return title, foot
+
+
+def _wrap(figure: Figure, text: str, size: float) -> str:
+    wide = int(figure.get_figwidth() * 72 / (size * WIDTH))
+    return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, wide))
+
+
+def _write(figure: Figure, title: str, foot: str, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Write title and footer, with the legend's entries, if there are any, under the title."""
+    rows = 0
+    if labels:
+        fitting = (n for n in range(1, len(labels)) if _measure(labels, n) < figure.get_figwidth() * 72)
+        rows = next(fitting, len(labels))
+        columns = -(-len(labels) // rows)
+        above = 1.25 * STYLE["figure.titlesize"] * len(title.splitlines()) + 4
+        place = (0.5, 1 - above / (figure.get_figheight() * 72))
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=place, ncols=columns, borderaxespad=0)
+    # constrained layout makes room for the title, not for a legend under it
+    blank = "\n ".join([""] * (1 + round(rows * KEY_LINE / STYLE["figure.titlesize"])))
+    figure.suptitle(title + blank)
+    figure.supxlabel(foot, fontsize=FOOT_SIZE, x=0.01, ha="left", color=FOOT)
+
+
+def _measure(labels: Sequence[str], rows: int) -> float:
+    """The approximate width in points of a legend with so many rows, which matplotlib fills column by column."""
+    columns = [labels[first : first + rows] for first in range(0, len(labels), rows)]
+    size: float = STYLE["legend.fontsize"]
+    beside: float = 0.8 + STYLE["legend.handlelength"] + STYLE["legend.columnspacing"]
+    return sum((max(map(len, column)) * WIDTH + beside) * size for column in columns)
 
 
 def foot(cells: Cells, rows: Sequence[Mapping[str, Any]], shows: str, *more: str) -> str:
@@ -79,31 +131,69 @@ def foot(cells: Cells, rows: Sequence[Mapping[str, Any]], shows: str, *more: str
     return "; ".join(parts) + "." + "".join(f"\n{sentence[0].upper()}{sentence[1:]}." for sentence in sentences)
 
 
-def whiskers(cells: Cells, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence on the intervals: over items, seeds or both."""
+def whiskers(cells: Cells, rows: Sequence[Mapping[str, Any]], of: Kind = "number") -> str:
+    """A sentence on the intervals of levels: their kind, and whether they are over items, seeds or both."""
     over = ["items"] * any(row["items"] > 1 for row in rows) + ["seeds"] * (len(cells.seeds) > 1)
-    return f"Whiskers: 95 % t intervals over {' and '.join(over)}" if over else "No intervals: one seed, and no items"
+    if not over:
+        return "No intervals: one seed, and no items"
+    return f"Whiskers: 95 % {INTERVALS[of]} over {' and '.join(over)}"
+
+
+def levels(
+    panels: Sequence[Axes],
+    rows: Sequence[Mapping[str, Any]],
+    less: Sequence[Mapping[str, Any]],
+    cells: Cells,
+    metric: Metric,
+) -> tuple[str, ...]:
+    """Draw levels in the first panel and, if there are any, paired differences in the second.
+
+    Returns:
+        A sentence on what the second panel shows, if there is one.
+    """
+    lines(panels[0], rows, cells.iterations)
+    panels[0].set_ylabel(_narrow(metric.axis))
+    if not less:
+        return ()
+    panels[0].set_xlabel("")
+    base = less[0]["base"]
+    panels[1].axhline(0, color=find_look(base).colour, linewidth=0.8)
+    lines(panels[1], less, cells.iterations)
+    panels[1].set_ylabel(_narrow(f"difference from {base}, {'pp' if metric.unit == '%' else 'points'}"))
+    return (
+        f"Below: differences from {base}, paired by item and seed, with 95 % t intervals; *: p ≤ 0.05 after Holm's "
+        f"correction over {plural(len(less), 'comparison')}",
+    )
 
 
 def lines(axis: Axes, rows: Sequence[Mapping[str, Any]], iterations: Sequence[Iteration]) -> None:
-    """Draw a line over iterations for each method, with intervals; lines are shifted so that all are visible."""
+    """Draw a line over iterations for each method, with intervals; lines are shifted so that all are visible.
+
+    A star is above each row whose ``p_holm`` is at most 0.05.
+    """
     methods = list(dict.fromkeys(row["method"] for row in rows))
     place = {k: i for i, k in enumerate(iterations)}
     for number, method in enumerate(methods):
         mine = [row for row in rows if row["method"] == method]
-        x = [place[row["iteration"]] + 0.06 * (number - (len(methods) - 1) / 2) for row in mine]
+        x = [place[row["iteration"]] + 0.09 * (number - (len(methods) - 1) / 2) for row in mine]
+        look = find_look(method)
         axis.errorbar(
             x,
             [row["mean"] for row in mine],
             yerr=spread(mine),
-            color=find_look(method).colour,
-            marker=find_look(method).mark,
-            markersize=5,
-            linewidth=1.6,
-            elinewidth=1,
-            capsize=2.5,
+            color=look.colour,
+            marker=look.mark,
+            markersize=3.5,
+            linewidth=1.2,
+            elinewidth=0.7,
+            capsize=1.5,
             label=method,
         )
+        for at, row in zip(x, mine, strict=True):
+            if row.get("p_holm", 1.0) <= ALPHA:
+                top = row["mean"] if row["high"] is None else row["high"]
+                axis.annotate("*", (at, top), (0, -1), textcoords="offset points", ha="center", color=look.colour)
+    axis.margins(y=0.1)
     over_iterations(axis, iterations)
 
 
@@ -133,50 +223,74 @@ def outcomes(axis: Axes, rows: Sequence[Mapping[str, Any]], labels: Sequence[str
         left = 0.0
         for name, shade in OUTCOMES.items():
             share = row[f"{name}_mean"]
-            axis.barh(y, share, left=left, color=shade, height=0.62, label=name if y == 0 else None)
-            if share >= 6:
+            axis.barh(y, share, left=left, color=shade, height=0.74, label=name if y == 0 else None)
+            if share >= 7:
                 ink = INK if name == "tie" else PAPER
-                axis.text(left + share / 2, y + 0.13, f"{share:.1f}", ha="center", va="center", fontsize=7.5, color=ink)
+                axis.text(
+                    left + share / 2, y + 0.13, f"{share:.1f}", ha="center", va="center", fontsize=SMALL, color=ink
+                )
             left += share
-        for name, border, above in (("win", row["win_mean"], 0.22), ("lose", 100 - row["lose_mean"], 0.1)):
-            if row[f"{name}_low"] is not None:
-                half = (row[f"{name}_high"] - row[f"{name}_low"]) / 2
-                axis.errorbar(border, y - above, xerr=half, color=INK, capsize=1.6, linewidth=0.9)
+        for name, flipped in (("win", False), ("lose", True)):
+            low, high = row[f"{name}_low"], row[f"{name}_high"]
+            if low is not None:
+                ends = (100 - high, 100 - low) if flipped else (low, high)
+                axis.plot(ends, [y - 0.24] * 2, color=INK, marker="|", markersize=3, linewidth=0.8, clip_on=False)
     axis.set_yticks(range(len(rows)), list(labels))
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(0, 100)
-    axis.set_xticks([0, 20, 40, 60, 80])
+    axis.set_xticks([0, 20, 40, 60, 80, 100])
     axis.set_xlabel("share of answers, %")
 
 
 def write_beside_bars(axis: Axes, head: str, texts: Sequence[str]) -> None:
     """Write a text to the right of each bar of :func:`outcomes`, under a heading."""
-    axis.text(102, -0.45, head, va="bottom", fontsize=7.5)
+    axis.text(103, -0.5, head, va="bottom", fontsize=SMALL)
     for y, text in enumerate(texts):
-        axis.text(102, y, text, va="center", fontsize=7.5)
+        axis.text(103, y, text, va="center", fontsize=SMALL)
 
 
-def plus_minus(row: Mapping[str, Any], prefix: str, signed: bool = False) -> str:
-    """Format a row's mean with half the width of its interval."""
+def plus_minus(row: Mapping[str, Any], prefix: str) -> str:
+    """Format a row's mean, a difference, with half the width of its interval."""
     low, high = row[f"{prefix}low"], row[f"{prefix}high"]
     half = "" if low is None or high is None else f" ± {(high - low) / 2:.1f}"
-    return f"{row[f'{prefix}mean']:{'+' if signed else ''}.1f}{half}".replace("-", "−")
+    return f"{row[f'{prefix}mean']:+.1f}{half}".replace("-", "−")
 
 
-def bars(axis: Axes, rows: Sequence[Mapping[str, Any]], groups: Sequence[str], methods: Sequence[str]) -> None:
-    """Draw a bar for each method in each group, with intervals."""
-    wide = 0.8 / len(methods)
-    for number, method in enumerate(methods):
-        mine = {row["measure"]: row for row in rows if row["method"] == method}
-        shown = [group for group in groups if group in mine]
-        axis.bar(
-            [groups.index(group) + wide * (number - (len(methods) - 1) / 2) for group in shown],
-            [mine[group]["mean"] for group in shown],
-            wide * 0.92,
-            yerr=spread([mine[group] for group in shown]) if shown else None,
-            error_kw={"elinewidth": 0.8, "capsize": 1.8},
-            color=find_look(method).colour,
+def from_to(row: Mapping[str, Any], prefix: str) -> str:
+    """Format a row's mean, a level, with the ends of its interval."""
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    ends = "" if low is None or high is None else f" ({low:.1f}–{high:.1f})"
+    return f"{row[f'{prefix}mean']:.1f}{ends}".replace("-", "−")
+
+
+def points(axis: Axes, rows: Sequence[Mapping[str, Any]], groups: Sequence[str], methods: Sequence[str]) -> None:
+    """Draw a point with its interval for each method in each group, the groups from top to bottom."""
+    for method in methods:
+        mine = [row for row in rows if row["method"] == method]
+        look = find_look(method)
+        axis.errorbar(
+            [row["mean"] for row in mine],
+            [beside(groups, methods, row["measure"], method) for row in mine],
+            xerr=spread(mine) if mine else None,
+            color=look.colour,
+            marker=look.mark,
+            markersize=3,
+            linestyle="none",
+            elinewidth=0.7,
+            capsize=1.2,
             label=method,
         )
-    axis.set_xticks(range(len(groups)), list(groups))
-    axis.axvline(len(groups) - 1.5, color=BREAK, linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(groups)), list(groups))
+    axis.set_ylim(len(groups) - 0.5, -0.5)
+    axis.tick_params(axis="y", length=0)
+    for place in range(1, len(groups)):
+        axis.axhline(place - 0.5, color=BREAK, linewidth=0.4, linestyle="-" if place == len(groups) - 1 else ":")
+
+
+def beside(groups: Sequence[str], methods: Sequence[str], group: str, method: str) -> float:
+    """The height of a method's point in its group, in :func:`points`."""
+    return groups.index(group) + 0.8 / len(methods) * (methods.index(method) - (len(methods) - 1) / 2)
+
+
+def _narrow(text: str) -> str:
+    return textwrap.fill(text, 20)

@@ -4,14 +4,13 @@ import sys
 from typing import Any
 
 from analysis.command import alone
-from analysis.drawing import canvas, finish, foot, outcomes, plus_minus, write_beside_bars
+from analysis.drawing import COLUMN, canvas, finish, foot, from_to, outcomes, write_beside_bars
 from analysis.keeping import DrawnFigure
 from analysis.results import outcome, over_iterations
 from analysis.selection import Cells, Runs, spell
 
 TITLE = "Generated responses against human ones: win, tie, lose"
 SWEEP = "main"
-ACROSS = 3
 
 
 def numbers(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
@@ -32,25 +31,21 @@ def make(runs: Runs) -> DrawnFigure:
     cells = runs.chains()
     rows = numbers(cells)
     methods = cells.methods
-    columns = min(len(methods), ACROSS)
-    lines = -(-len(methods) // columns)
-    height = 1.4 + (0.35 + 0.42 * len(cells.iterations)) * lines
-    figure, panels = canvas(1.0 + 3.4 * columns, height, lines, columns, sharey=True)
-    for axis in panels[len(methods) :]:
-        axis.remove()
-    for axis, method in zip(panels, methods, strict=False):
+    height = 1.4 + (0.3 + 0.24 * len(cells.iterations)) * len(methods)
+    figure, panels = canvas(COLUMN, height, len(methods), sharex=True)
+    for axis, method in zip(panels, methods, strict=True):
         mine = {row["iteration"]: row for row in rows if row["method"] == method}
         shown = [k for k in cells.iterations if k in mine]
         outcomes(axis, [mine[k] for k in shown], [spell(k) for k in shown])
-        write_beside_bars(axis, "win or tie", [plus_minus(mine[k], "as_good_") for k in shown])
-        axis.set_title(method)
-    for first in panels[::columns]:
-        first.set_ylabel("policy after")
+        write_beside_bars(axis, "win or tie", [from_to(mine[k], "as_good_") for k in shown])
+        axis.set_title(method, loc="left")
+        axis.set_ylabel("policy after")
+        axis.label_outer()
     line = foot(
         cells,
         rows,
         "Sampled answers to held-out prompts; a win scores higher than the human response under the judge; whiskers "
-        "and ±: 95 % t intervals",
+        "and brackets: 95 % Wilson intervals",
     )
     return DrawnFigure(finish(figure, TITLE, line, panels[0]), rows, cells.used)
 

@@ -1,13 +1,13 @@
-"""Figure 5: the average over benchmarks after each iteration."""
+"""Figure 5: the average over benchmarks after each iteration, and its differences from SPIN."""
 
 import sys
 
 from analysis import published
 from analysis.command import alone
-from analysis.drawing import canvas, find_look, finish, foot, lines, whiskers
+from analysis.drawing import COLUMN, canvas, find_look, finish, foot, levels, whiskers
 from analysis.keeping import DrawnFigure
-from analysis.results import average, benchmarks, over_iterations
-from analysis.selection import Runs
+from analysis.results import average, benchmarks, over_base, over_iterations
+from analysis.selection import SPIN, Runs
 
 TITLE = "Benchmark average over iterations"
 SWEEP = "main"
@@ -19,8 +19,9 @@ def make(runs: Runs) -> DrawnFigure:
     those = benchmarks(cells)
     measure = average(those)
     rows = over_iterations(cells, measure)
-    figure, (axis,) = canvas(6.0, 4.2)
-    lines(axis, rows, cells.iterations)
+    less = over_base(cells, [measure], SPIN)
+    figure, (axis, *below) = canvas(COLUMN, 2.2 + 1.7 * bool(less), 1 + bool(less), sharex=True)
+    shows = levels([axis, *below], rows, less, cells, measure.metric)
     if published.comparable(cells.used):
         for method in cells.methods:
             points = [(i, published.MAIN.get((method, k))) for i, k in enumerate(cells.iterations)]
@@ -28,10 +29,14 @@ def make(runs: Runs) -> DrawnFigure:
             if known:
                 shade = find_look(method).colour
                 axis.plot(*zip(*known, strict=True), ":", color=shade, alpha=0.5, label=f"{method}, paper")
-    axis.set_ylabel(measure.metric.axis)
-    axis.legend()
-    line = foot(cells, rows, whiskers(cells, rows), f"benchmarks: {', '.join(each.label for each in those)}")
-    return DrawnFigure(finish(figure, TITLE, line), rows, cells.used)
+    line = foot(
+        cells,
+        rows,
+        whiskers(cells, rows, "share"),
+        *shows,
+        f"benchmarks: {', '.join(each.label for each in those)}",
+    )
+    return DrawnFigure(finish(figure, TITLE, line, axis), [*rows, *less], cells.used)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 
 from analysis import published
 from analysis.command import alone
-from analysis.drawing import canvas, finish, foot, outcomes, plus_minus, write_beside_bars
+from analysis.drawing import COLUMN, canvas, finish, foot, outcomes, plus_minus, write_beside_bars
 from analysis.keeping import DrawnFigure
-from analysis.results import against, duel, estimate, numbers, size, stack
+from analysis.results import against, duel, estimate, numbers, scaled, size, stack
 from analysis.selection import BEGINNING, DNPO, SPIN, Absent, Cells, Runs, spell
 from dnpo.stats.significance import holm
 
@@ -28,12 +28,12 @@ def table(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
             continue
         pairs = zip(cells.of(DNPO, k, seeds), cells.of(SPIN, k, seeds), strict=True)
         duels = [duel(ours, theirs, k, column) for ours, theirs in pairs]
-        won, tied, lost = (100 * stack([found[name] for found in duels]) for name in ("win", "tie", "lose"))
+        won, tied, lost = (stack([found[name] for found in duels]) for name in ("win", "tie", "lose"))
         row: dict[str, Any] = {"iteration": k, **size(won)}
         for name, x_SI in (("win", won), ("tie", tied), ("lose", lost)):
-            row |= numbers(estimate(x_SI), f"{name}_")
+            row |= numbers(scaled(estimate(x_SI, "share"), 100), f"{name}_")
         found = against(won, lost)
-        row |= numbers(found.difference, "win_less_lose_") if found else {}
+        row |= numbers(scaled(found.difference, 100), "win_less_lose_") if found else {}
         rows.append(row | {"p": found.p if found else 1.0})
     if not rows:
         raise Absent("no iteration after 0 has both DNPO and SPIN with the same seed")
@@ -43,7 +43,7 @@ def table(cells: Cells, column: str = "score") -> list[dict[str, Any]]:
 def draw(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
     """Draw a bar for each iteration, with wins − losses next to it, starred if significant."""
     outcomes(axis, rows, [spell(row["iteration"]) for row in rows])
-    texts = [plus_minus(row, "win_less_lose_", signed=True) + "*" * (row["p_holm"] <= 0.05) for row in rows]
+    texts = [plus_minus(row, "win_less_lose_") + "*" * (row["p_holm"] <= 0.05) for row in rows]
     write_beside_bars(axis, "win − lose", texts)
     axis.set_ylabel("policy after")
 
@@ -52,7 +52,7 @@ def make(runs: Runs) -> DrawnFigure:
     """Select, compare, draw."""
     cells = runs.chains().only([DNPO, SPIN])
     rows = table(cells)
-    figure, (axis,) = canvas(6.6, 1.9 + 0.5 * len(rows))
+    figure, (axis,) = canvas(COLUMN, 1.7 + 0.27 * len(rows))
     draw(axis, rows)
     more = ["win: DNPO's sampled answer to a held-out prompt scores higher than SPIN's with the same seed"]
     if published.comparable(cells.used):
@@ -62,7 +62,7 @@ def make(runs: Runs) -> DrawnFigure:
     line = foot(
         cells,
         rows,
-        "Whiskers and ±: 95 % t intervals; *: p ≤ 0.05 after Holm's correction",
+        "Whiskers: 95 % Wilson intervals; ±: paired 95 % t intervals; *: p ≤ 0.05 after Holm's correction",
         *more,
     )
     return DrawnFigure(finish(figure, TITLE, line, axis), rows, cells.used)

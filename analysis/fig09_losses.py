@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from analysis.command import alone
-from analysis.drawing import canvas, find_look, finish, foot
+from analysis.drawing import COLUMN, canvas, find_look, finish, foot
 from analysis.keeping import DrawnFigure
 from analysis.results import Array, estimate, read_once
 from analysis.selection import BEGINNING, DNPO, NPO, Absent, Cells, Iteration, Runs
@@ -36,7 +36,7 @@ def make(runs: Runs) -> DrawnFigure:
     losses = {name: _losses(cells, method, k, name) for name in LOSSES}
     correlation = [float(np.corrcoef(*pair)[0, 1]) for pair in zip(*losses.values(), strict=True)]
     rows = _rows(losses, cells, method, k, correlation)
-    figure, panels = canvas(7.2, 4.8, 2, 1, sharex=True)
+    figure, panels = canvas(COLUMN, 4.0, 2, 1, sharex=True)
     for axis, name in zip(panels, LOSSES, strict=True):
         shade = find_look(method).colour if name == "loss/policy" else NOISE
         _draw(axis, losses[name], shade)
@@ -44,14 +44,14 @@ def make(runs: Runs) -> DrawnFigure:
         for epoch in _epochs(cells.used[0], losses[name].shape[1]):
             axis.axvline(epoch, color=BREAK, linewidth=0.8, linestyle=":")
     panels[-1].set_xlabel(f"training step of iteration {k}")
-    among = f" ({min(correlation):.3f} to {max(correlation):.3f} over seeds)" if len(correlation) > 1 else ""
-    words = f"{method}, iteration {k}; correlation over steps r = {np.mean(correlation):.3f}{among}"
-    panels[0].set_title(words.replace("-", "−"))
+    among = f" ({min(correlation):.2f} to {max(correlation):.2f})" if len(correlation) > 1 else ""
+    words = f"{method}, iteration {k}: r = {np.mean(correlation):.2f}{among}"
+    panels[0].set_title(words.replace("-", "−"), loc="left")
     line = foot(
         cells,
         [],
         "Thin: each seed, every step; thick: mean over seeds and a window of steps, band: 95 % t interval over seeds; "
-        "dotted: a new epoch",
+        "dotted: a new epoch; r: correlation of the two losses over steps, mean (and range) over seeds",
         "the noise's loss (without its penalty) is the policy's loss with opposite sign and newly drawn noise, so r "
         "near −1 follows from the definition and is no result about the dynamics",
     )
@@ -97,12 +97,12 @@ def _rows(
 def _draw(axis: Any, x_ST: Array, shade: str) -> None:
     steps = np.arange(x_ST.shape[1])
     for values in x_ST:
-        axis.plot(steps, values, color=shade, alpha=0.22, linewidth=0.6)
+        axis.plot(steps, values, color=shade, alpha=0.22, linewidth=0.4)
     wide = max(len(steps) // SMOOTH, 1)
     smooth_ST = np.array([np.convolve(values, np.full(wide, 1 / wide), "valid") for values in x_ST])
     at = np.arange(smooth_ST.shape[1]) + (wide - 1) / 2
     estimates: list[Estimate] = [estimate(column[:, None]) for column in smooth_ST.T]
-    axis.plot(at, [each.value for each in estimates], color=shade, linewidth=1.8)
+    axis.plot(at, [each.value for each in estimates], color=shade, linewidth=1.2)
     low, high = float(x_ST.min()), float(x_ST.max())
     room = 0.05 * (high - low or 1.0)
     axis.set_ylim(low - room, high + room)  # with few seeds the band may be much wider

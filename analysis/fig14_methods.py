@@ -10,18 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from analysis.command import alone
-from analysis.costs import BEGINNING, COSTS, KL, LENGTH, beginning, end, quality, reached
-from analysis.drawing import canvas, finish, foot, spread
+from analysis.costs import BEGINNING, COSTS, KL, LENGTH, beginning, end, kind_of, quality, reached
+from analysis.drawing import PAGE, canvas, finish, foot, spread
 from analysis.keeping import DrawnFigure
-from analysis.results import Array, estimate, numbers, size
+from analysis.results import Array, Kind, estimate, numbers, scaled, size
 from analysis.selection import Cells, Runs
-from dnpo.palette import OTHER, RIVALS
+from dnpo.catalogue import Metric
+from dnpo.palette import OTHER, RIVALS, START
 
 TITLE = "Results of the methods against their costs"
 SWEEP = "methods"
 ACROSS = (*(cost.metric for cost in COSTS), KL.metric, LENGTH.metric)
-LEVELS = (1, 3)  # of each power of ten, on a logarithmic scale
-FAR = 50  # beyond this ratio of the largest to the smallest value, only powers of ten
+LEVELS = (1, 3)  # of each power of ten, on a logarithmic scale that would have fewer than two powers of ten
 
 
 def make(runs: Runs) -> DrawnFigure:
@@ -33,37 +33,39 @@ def make(runs: Runs) -> DrawnFigure:
         measure.name: measure.metric.scale * estimate(reached(beginning(cells), measure, BEGINNING)).value
         for measure in quality(cells)
     }
-    figure, panels = canvas(10.0, 11.6, 4, 3)
+    figure, panels = canvas(PAGE, 8.6, len(ACROSS) // 2, 2 * len(up), sharey="col")
     for place, axis in enumerate(panels):
-        over, measure = ACROSS[place % 3 + 3 * (place // 3 % 2)], up[place // 6]
-        axis.axhline(first[measure.name], color=OTHER.colour, linewidth=1, linestyle=":", label=BEGINNING)
+        line, column = divmod(place, 2 * len(up))
+        over, measure = ACROSS[line + len(ACROSS) // 2 * (column % 2)], up[column // 2]
+        axis.axhline(first[measure.name], color=START, linewidth=0.8, linestyle=":", label=BEGINNING)
         _draw(axis, rows, over.name, measure.name)
-        axis.set_xlabel(fill(over.axis, 32))
-        if place % 3 == 0:
-            axis.set_ylabel(fill(measure.axis, 32))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
-    bars = "Bars: 95 % t intervals over seeds, of score and accuracy over items too"
+        axis.set_xlabel(fill(over.axis, 22))
+        if column % 2 == 0:
+            axis.set_ylabel(fill(measure.axis, 26))
+    kinds = "95 % intervals (accuracy: Wilson; score: t; costs: t of logarithms)"
     shows = (
-        bars if len(cells.seeds) > 1 else "Bars: 95 % t intervals of score and accuracy over items; the rest has none"
+        f"Bars: {kinds} over seeds, of score and accuracy over items too"
+        if len(cells.seeds) > 1
+        else f"Bars: {kinds} of score and accuracy over items; the rest has none"
     )
     note = (
         "totals are over the iterations of a run, without fine-tuning, which all share, and without measuring; seconds "
         "are those of the machine that computed a stage, which may have been busy; intervals end at a panel's edge"
     )
-    return DrawnFigure(finish(figure, TITLE, foot(cells, rows, shows, note)), rows, cells.used)
+    return DrawnFigure(finish(figure, TITLE, foot(cells, rows, shows, note), panels[0]), rows, cells.used)
 
 
 def _row(cells: Cells, method: str) -> dict[str, Any]:
     """All numbers of a method, each in the unit of its metric; the number of items is the score's."""
-    found: dict[str, tuple[float, Array]] = {}
+    found: dict[str, tuple[Metric, Kind, Array]] = {}
     for measure in (*quality(cells), KL, LENGTH):
-        found[measure.name] = measure.metric.scale, reached(cells, measure, method)
+        found[measure.name] = measure.metric, kind_of(measure), reached(cells, measure, method)
     for cost in COSTS:
-        found[cost.metric.name] = cost.metric.scale, cost(cells, method)
+        found[cost.metric.name] = cost.metric, "amount", cost(cells, method)
     row: dict[str, Any] = {"method": method, "iteration": end(cells, method)}
-    for name, (scale, x_SI) in found.items():
-        row |= numbers(estimate(scale * x_SI), f"{name}_")
-    return row | size(next(iter(found.values()))[1])
+    for name, (metric, of, x_SI) in found.items():
+        row |= numbers(scaled(estimate(x_SI, of), metric.scale), f"{name}_")
+    return row | size(next(iter(found.values()))[2])
 
 
 def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
@@ -77,7 +79,7 @@ def _draw(axis: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None
             yerr=spread([row], f"{y}_"),
             color=look.colour,
             marker=look.mark,
-            markersize=6,
+            markersize=3.6,
             linestyle="none",
             elinewidth=0.5,
             label=row["method"],
@@ -99,9 +101,12 @@ def _scale(axis: Axes, values: Sequence[float], highs: Sequence[float]) -> None:
     if most > 10 * least:
         axis.set_xscale("symlog", linthresh=least)
         powers = range(math.floor(math.log10(least)), math.ceil(math.log10(most)) + 1)
-        levels = LEVELS if most < FAR * least else LEVELS[:1]
-        ticks = [level * 10.0**power for power in powers for level in levels]
-        axis.set_xticks([0.0] * zero + [tick for tick in ticks if least / 2 < tick <= 1.1 * most])
+        for levels in (LEVELS[:1], LEVELS):
+            ticks = [level * 10.0**power for power in powers for level in levels]
+            shown = [tick for tick in ticks if least / 2 < tick <= 1.1 * most]
+            if len(shown) > 1:
+                break
+        axis.set_xticks([0.0] * zero + shown)
         axis.set_xticks([], minor=True)
         axis.set_xlim(-0.2 * least if zero else least / 1.6, 1.25 * max(most, min(max(highs), 3 * most)))
     elif zero:

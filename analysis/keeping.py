@@ -9,7 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis.drawing import DPI
+from analysis import floats
+from analysis.drawing import COLUMN, DPI, bare
 from analysis.selection import targets
 from dnpo.errors import DataError, TrackingError
 from dnpo.escape import for_csv
@@ -43,7 +44,9 @@ Drawing = DrawnFigure | DrawnTable
 
 
 def write(drawing: Drawing, name: str, folder: Path) -> list[Path]:
-    """Write a figure as PNG, SVG and CSV, or a table as CSV, Markdown and LaTeX; return the files.
+    """Write a figure as PNG, SVG, PDF, LaTeX and CSV, or a table as CSV, Markdown and LaTeX; return the files.
+
+    The PDF has neither title nor footer: they are the caption in the LaTeX file, which includes the PDF.
 
     Raises:
         DataError: the folder cannot be written.
@@ -56,10 +59,13 @@ def write(drawing: Drawing, name: str, folder: Path) -> list[Path]:
 
 
 def _picture(drawing: DrawnFigure, path: Path) -> list[Path]:
-    paths = [path.with_suffix(suffix) for suffix in (".png", ".svg", ".csv")]
+    paths = [path.with_suffix(suffix) for suffix in (".png", ".svg", ".csv", ".pdf", ".tex")]
     drawing.figure.savefig(paths[0], dpi=DPI)
     drawing.figure.savefig(paths[1], metadata={"Date": None})
     paths[2].write_text(csv_of(drawing.rows))
+    title, foot = bare(drawing.figure)
+    drawing.figure.savefig(paths[3], metadata={"CreationDate": None})
+    paths[4].write_text(floats.figure(path.name, title, foot, wide=bool(drawing.figure.get_figwidth() > COLUMN)))
     return paths
 
 
@@ -68,8 +74,8 @@ def _table(drawing: DrawnTable, path: Path) -> list[Path]:
     paths[0].write_text(to_csv(drawing.table))
     notes = "".join(f"\n{note}\n" for note in drawing.notes)
     paths[1].write_text(f"**{drawing.title}**\n\n{markdown(drawing.table, drawing.corner)}{notes}")
-    comments = "".join(f"% {line}\n" for line in (drawing.title, *drawing.notes))
-    paths[2].write_text(comments + latex(drawing.table, drawing.corner))
+    tabular = latex(drawing.table, drawing.corner)
+    paths[2].write_text(floats.table(path.name, drawing.title, drawing.table.caption, tabular, drawing.notes))
     return paths
 
 

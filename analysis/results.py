@@ -3,12 +3,13 @@
 Shapes: S seeds, I items. If runs kept no items of a measure, I = 1 and its intervals are over seeds only.
 """
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +17,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.selection import Absent, Cells, Iteration, spell
+from analysis.selection import BEGINNING, Absent, Cells, Iteration, spell
 from dnpo.catalogue import Metric, metric
 from dnpo.errors import DataError
 from dnpo.evaluate.leaderboard import BENCHMARKS, SIX
 from dnpo.stats.intervals import Estimate, estimate_mean
 from dnpo.stats.paired import compare_paired
+from dnpo.stats.significance import holm
 from dnpo.tracking.reading import TrackedRun, iteration_name
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 Array = npt.NDArray[np.float64]
 Items = Mapping[str, float]
+Kind = Literal["share", "amount", "number"]
 AVERAGE = "Average"
 
 
@@ -193,14 +196,35 @@ def stack(items: Sequence[Items]) -> Array:
     return np.array([[each[name] for name in items[0]] for each in items])
 
 
-def estimate(x_SI: Array) -> Estimate:
-    """The mean with its 95 % t interval, over items and seeds, or only over seeds if there is one item.
+def estimate(x_SI: Array, of: Kind = "number") -> Estimate:
+    """The mean with its 95 % interval, over items and seeds, or only over seeds if there is one item.
 
     Items that lack a value under some seed are left out.
+
+    Args:
+        of: ``share``, between 0 and 1: Wilson's interval; ``amount``, not negative: the t interval of its logarithm;
+            ``number``: the t interval.
     """
     x_SI = whole(x_SI)
-    mean = estimate_mean(x_SI) if x_SI.shape[1] > 1 else estimate_mean(x_SI.T)
-    return Estimate(float(x_SI.mean())) if mean is None else mean.estimate()
+    if x_SI.shape[1] == 1:
+        x_SI = x_SI.T
+    mean = estimate_mean(x_SI)
+    if mean is None:
+        return Estimate(float(x_SI.mean()))
+    if of == "share":
+        return mean.share(x_SI.shape[1])
+    return mean.amount() if of == "amount" else mean.estimate()
+
+
+def kind(of: Metric) -> Kind:
+    """The kind of a metric's values."""
+    return "share" if of.unit == "%" else "number"
+
+
+def scaled(value: Estimate, scale: float) -> Estimate:
+    """An estimate in another unit."""
+    low, high = (None if end is None else scale * end for end in (value.low, value.high))
+    return Estimate(scale * value.value, low, high)
 
 
 def whole(x_SI: Array) -> Array:
@@ -243,9 +267,33 @@ def over_iterations(cells: Cells, measure: PolicyMeasure) -> list[dict[str, Any]
 def row(cells: Cells, measure: PolicyMeasure, method: str, iteration: Iteration) -> dict[str, Any]:
     """A measure of one method at one iteration as a row, in the unit of its metric."""
     seeds = cells.seeds_of((method, iteration))
-    x_SI = measure.metric.scale * results(cells, measure, method, iteration, seeds)
+    x_SI = results(cells, measure, method, iteration, seeds)
+    value = scaled(estimate(x_SI, kind(measure.metric)), measure.metric.scale)
     head = {"method": method, "iteration": iteration, "measure": measure.label}
-    return {**head, **numbers(estimate(x_SI)), **size(x_SI)}
+    return {**head, **numbers(value), **size(x_SI)}
+
+
+def over_base(cells: Cells, measures: Sequence[PolicyMeasure], base: str) -> list[dict[str, Any]]:
+    """Measures of every method less the base's at the same iteration, paired by items and seeds, as rows.
+
+    The iterations that all methods share are left out. Each row has p after Holm's correction over all rows, 1 where no
+    test is possible.
+    """
+    rows: list[dict[str, Any]] = []
+    others = [method for method in cells.methods if method != base]
+    for method, k, measure in itertools.product(others, cells.iterations, measures):
+        seeds = cells.seeds_of((method, k), (base, k))
+        if k in BEGINNING or not seeds:
+            continue
+        mine, other = (results(cells, measure, side, k, seeds) for side in (method, base))
+        found = against(mine, other)
+        value = Estimate(float(np.nanmean(mine - other))) if found is None else found.difference
+        if kind(measure.metric) == "share" and value.low is not None and value.high is not None:
+            value = Estimate(value.value, max(value.low, -1.0), min(value.high, 1.0))
+        head = {"method": method, "base": base, "iteration": k, "measure": measure.label}
+        p = 1.0 if found is None else found.p
+        rows.append({**head, **numbers(scaled(value, measure.metric.scale)), **size(mine - other), "p": p})
+    return [row | {"p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
 
 
 def size(x_SI: Array) -> dict[str, int]:

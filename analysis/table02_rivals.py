@@ -12,7 +12,7 @@ from analysis.claims_rules import Outcome, rule
 from analysis.claims_tables import format_effect
 from analysis.command import alone
 from analysis.comparing import collect_notes, describe_cells, detectable
-from analysis.costs import BEGINNING, COSTS, KL, LENGTH, beginning, end, quality, reached
+from analysis.costs import BEGINNING, COSTS, KL, LENGTH, beginning, end, kind_of, quality, reached
 from analysis.keeping import DrawnTable
 from analysis.published import COLUMN, RIVALS
 from analysis.results import Against, PolicyMeasure, against, estimate, results, whole
@@ -42,8 +42,8 @@ def make(runs: Runs) -> DrawnTable:
     items: set[int] = set()
     first = beginning(cells)
     for measure in measures:
-        value = Estimate(0.0) if measure is KL else estimate(reached(first, measure, BEGINNING))
-        rows.setdefault(BEGINNING, {})[measure.label] = Cell(value)
+        value = Estimate(0.0) if measure is KL else estimate(reached(first, measure, BEGINNING), kind_of(measure))
+        rows.setdefault(BEGINNING, {})[measure.label] = Cell(value, sides=True)
     for method in cells.methods:
         row = rows.setdefault(method, {})
         for measure in measures:
@@ -51,9 +51,9 @@ def make(runs: Runs) -> DrawnTable:
             items.add(whole(x_SI).shape[1])
             compared = list(_compare(cells, measure, method)) if measure.label in differences else []
             differences.get(measure.label, []).extend(compared)
-            row[measure.label] = Cell(estimate(x_SI), compared[0].p if compared else None)
+            row[measure.label] = Cell(estimate(x_SI, kind_of(measure)), compared[0].p if compared else None, sides=True)
         for cost in COSTS:
-            row[cost.metric.label] = Cell(estimate(cost(cells, method)))
+            row[cost.metric.label] = Cell(estimate(cost(cells, method), "amount"), sides=True)
         if method in PRINTED:
             row[COLUMN] = Cell(Estimate(PRINTED[method]))
     if "ppo" not in cells.methods:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from dnpo.judges import Judge
     from dnpo.policy.model import Policy
+    from tests.recording import Recorder
 
 # Before torch is imported: tests run in parallel, and the models are tiny. Fixtures import it, and not this module,
 # because xdist imports this module before it starts the workers, and would take seconds longer to start them.
@@ -253,3 +254,28 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("the folder shared/ with real data and a real model is not beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def recorder(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> "Recorder":
+    """A store with the sweeps ``main`` (three seeds), and ``ablation``, ``fixed_vs_trainable``, ``methods`` (two)."""
+    from analysis.selection import CONSTANT, DNPO, DSL, FIXED, NPO, SPIN
+
+    from tests.recording import RIVALS, Recorder
+
+    folder = tmp_path_factory.mktemp("tracked")
+    shutil.copy(migrated, folder / "mlflow.db")
+    found = Recorder(folder)
+    for seed in range(3):
+        for method in (SPIN, DNPO):
+            found.run(method, seed, texts=True)
+    for seed in range(2):
+        for k in (1, 2):
+            for method in (SPIN, DSL, NPO, DNPO):
+                found.run(method, seed, sweep="ablation", iterations=k + 1, start=k)
+        for method in (SPIN, FIXED, NPO, CONSTANT):
+            found.run(method, seed, sweep="fixed_vs_trainable", iterations=2)
+        for name, (method, iterations) in RIVALS.items():
+            settings = {"rollout.samples": str(iterations)}
+            found.run(method, seed, sweep="methods", iterations=iterations, params=settings, tags={"dnpo.method": name})
+    return found

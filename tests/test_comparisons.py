@@ -448,7 +448,7 @@ def test_columns_of_words_follow_those_of_numbers() -> None:
     assert lines[2].startswith("| a | 1,234.5 ± ")
     assert lines[2].endswith(" | 5 % more | holds |")
     assert lines[3] == "| b | 2.0 |  |  |"
-    assert r"\begin{tabular}{lrll}" in latex(found)
+    assert r"\begin{tabular}{lrp{0.4\textwidth}p{0.4\textwidth}}" in latex(found)
     assert r"& 5 \% more & holds \\" in latex(found)
     rows = {(row["row"], row["column"]): row["text"] for row in csv.DictReader(io.StringIO(to_csv(found)))}
     assert (rows["a", "claim"], rows["a", "here"], rows["b", "here"]) == ("5 % more", "holds", "")

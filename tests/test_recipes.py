@@ -96,7 +96,13 @@ def test_a_figure_reads_what_was_tracked(smoke: Path, tmp_path: Path) -> None:
     recipe.write(mine)
     done = run_command(checkout, "analysis.command", *recipe.arguments("analysis"), "--no-log")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.suffix for path in (mine / "figures").glob("fig20_length.*")} == {".png", ".svg", ".csv"}
+    assert {path.suffix for path in (mine / "figures").glob("fig20_length.*")} == {
+        ".png",
+        ".svg",
+        ".csv",
+        ".pdf",
+        ".tex",
+    }
     rows = list(csv.DictReader((mine / "figures" / "fig20_length.csv").open()))
     tracked = {str(row["iteration"]): row["eval/tokens"] for row in summary(mine)["table"]}
     assert {row["iteration"]: float(row["mean"]) for row in rows} == pytest.approx(tracked)

@@ -6,6 +6,7 @@ HTML is escaped by the report's template, and by ``for_markdown`` where Markdown
 import hashlib
 import re
 import sys
+import unicodedata
 from typing import Any
 
 # Makes visible: characters that are invisible, end a text, control a terminal or change the direction of writing.
@@ -37,9 +38,17 @@ LATEX = {
     "×": r"$\times$",
     "≥": r"$\geq$",
     "≤": r"$\leq$",
-    "σ": r"$\sigma$",
-    "β": r"$\beta$",
+    **{
+        sign: f"$\\{unicodedata.name(sign).split()[-1].lower().replace('lamda', 'lambda')}$"
+        for sign in "αβγδεζηθικλμνξπρστυφχψω"
+    },
+    "′": "$'$",
     "→": r"$\to$",
+    "≈": r"$\approx$",
+    "≠": r"$\neq$",
+    "∞": r"$\infty$",
+    "⟨": r"$\langle$",
+    "⟩": r"$\rangle$",
     "…": r"\dots{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }

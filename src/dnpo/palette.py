@@ -100,6 +100,7 @@ JUDGE, PEOPLE, ROUND_SCORES = "#6A4FB3", "#7A8B00", "#F2D55C"  # of a judge's ag
 
 HUMAN = "#555555"  # human responses, a horizontal line
 NOISE = "#00505C"  # the noise as a player; the policy has its method's colour
+START = "#7F6A55"  # the policy that all methods begin with, a horizontal line
 CHANCE = "#9A9A9A"  # the level of chance
 INK = "#1A1A1A"  # intervals, words and the paper's numbers over coloured bars
 BREAK = "#B0B0B0"  # where an iteration, an epoch or a group of bars begins

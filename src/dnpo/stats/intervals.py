@@ -52,6 +52,38 @@ class Mean:
         wide = float(stdtrit(self.df, (1 + LEVEL) / 2)) * self.error
         return Estimate(self.value, self.value - wide, self.value + wide)
 
+    def share(self, items: int) -> Estimate:
+        """A share with Wilson's interval, which lies between 0 and 1.
+
+        Wilson (1927), with t instead of normal quantiles and with the effective number of independent answers,
+        n = v(1 − v)/error², as Korn and Graubard (1998), "Confidence intervals for proportions with small expected
+        number of positive counts estimated from survey data", Survey Methodology 24(2), count clustered answers.
+
+        Args:
+            items: number of items, which is n for a share of exactly 0 or 1.
+        """
+        from scipy.special import stdtrit
+
+        spread = self.value * (1 - self.value)
+        whole = spread <= TOLERANCE  # of 0 or 1
+        quantile = float(stdtrit(max(items - 1, 1) if whole else self.df, (1 + LEVEL) / 2))
+        a = quantile**2 / items if whole else (quantile * self.error) ** 2 / spread  # quantile² / n
+        half = math.sqrt(a * max(spread, 0.0) + a**2 / 4) / (1 + a)
+        centre = (self.value + a / 2) / (1 + a)
+        return Estimate(self.value, min(max(centre - half, 0.0), self.value), max(min(centre + half, 1.0), self.value))
+
+    def amount(self) -> Estimate:
+        """A quantity that cannot be negative, with the t interval of its logarithm, so that no end is negative.
+
+        The logarithm's error is error/value (the delta method). A mean of 0 has all its values 0.
+        """
+        from scipy.special import stdtrit
+
+        if self.value <= 0:
+            return self.estimate()
+        factor = math.exp(min(float(stdtrit(self.df, (1 + LEVEL) / 2)) * self.error / self.value, 700.0))
+        return Estimate(self.value, self.value / factor, self.value * factor)
+
     def p(self) -> float:
         """The p of a two-sided t test against 0; 1 if the mean is exactly 0."""
         if self.error == 0:

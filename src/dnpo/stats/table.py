@@ -10,6 +10,7 @@ from dnpo.stats.intervals import LEVEL, Estimate
 from dnpo.stats.significance import holm
 
 ALPHA = 0.05
+UNEVEN = 0.1  # of an interval's width: sides that differ by more are shown separately, if asked for
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Cell:
     estimate: Estimate
     p: float | None = None
     signed: bool = False
+    sides: bool = False  # show how far the interval reaches below and above, if the distances clearly differ
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,15 @@ class Shown:
     star: bool
     number: str
     half: str
+    sides: tuple[str, str] | None = None
 
     @property
     def text(self) -> str:
-        """Mean ± half of the interval, with the star if there is one."""
-        return self.number + (f" ± {self.half}" if self.half else "") + "*" * self.star
+        """Mean ± half of the interval, or with both sides of it; with the star if there is one."""
+        reach = f" ± {self.half}" if self.half else ""
+        if self.sides:
+            reach = f" −{self.sides[0]} +{self.sides[1]}"
+        return self.number + reach + "*" * self.star
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Table:
     def caption(self) -> str:
         """The meaning of ± and *."""
         shows = f"Mean ± half of the {100 * LEVEL:.0f} % interval."
+        if any(shown and shown.sides for row in self.rows for shown in row.shown):
+            shows += " Where one side of the interval is longer, − and + are the distances to its ends."
         if not self.tests:
             return shows
         over = f" after Holm's correction over {self.tests} tests" if self.tests > 1 else ", one test"
@@ -121,7 +129,12 @@ def _format_cell(cell: Cell, adjusted: float | None, digits: int, scale: float) 
     # z: a number that rounds to zero has no minus sign
     number = format(scale * estimate.value, f"{'+' if cell.signed else ''}z,.{digits}f").replace("-", "−")
     half = "" if estimate.half is None else format(abs(scale) * estimate.half, f",.{digits}f")
-    return Shown(cell, adjusted, adjusted is not None and adjusted <= ALPHA, number, half)
+    sides = None
+    if cell.sides and estimate.low is not None and estimate.high is not None:
+        below, above = estimate.value - estimate.low, estimate.high - estimate.value
+        if abs(above - below) > UNEVEN * (above + below):
+            sides = format(scale * below, f",.{digits}f"), format(scale * above, f",.{digits}f")
+    return Shown(cell, adjusted, adjusted is not None and adjusted <= ALPHA, number, half, sides)
 
 
 def markdown(table: Table, corner: str = "") -> str:
@@ -135,17 +148,18 @@ def markdown(table: Table, corner: str = "") -> str:
 
 
 def latex(table: Table, corner: str = "") -> str:
-    """Write a LaTeX tabular that needs no package, with its caption as a comment.
+    """Write a LaTeX tabular with the rules of the package booktabs; columns of words are wrapped.
 
-    Non-ASCII letters in labels are not escaped; LuaTeX and XeTeX know all of them, pdfTeX does not.
+    Non-ASCII letters of labels, except Greek ones, are not escaped; LuaTeX and XeTeX know all of them, pdfTeX does not.
     """
     lines = [[*map(for_latex, (corner, *table.columns, *table.words))]]
     for row in table.rows:
         numbers = ("" if shown is None else _number(shown) for shown in row.shown)
         lines.append([for_latex(row.label), *numbers, *map(for_latex, row.words)])
     head, *body = [" & ".join(line) + r" \\" for line in lines]
-    begin, end = f"\\begin{{tabular}}{{l{'r' * len(table.columns)}{'l' * len(table.words)}}}", r"\end{tabular}"
-    return "\n".join([f"% {table.caption}", begin, r"\hline", head, r"\hline", *body, r"\hline", end, ""])
+    words = r"p{0.4\textwidth}" * len(table.words)
+    begin, end = f"\\begin{{tabular}}{{l{'r' * len(table.columns)}{words}}}", r"\end{tabular}"
+    return "\n".join([begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end, ""])
 
 
 def to_csv(table: Table) -> str:
@@ -165,5 +179,8 @@ def to_csv(table: Table) -> str:
 
 
 def _number(shown: Shown) -> str:
-    half = rf" \pm {shown.half}" if shown.half else ""
-    return f"${shown.number.replace('−', '-')}{half}{'^{*}' * shown.star}$"
+    reach = rf" \pm {shown.half}" if shown.half else ""
+    if shown.sides:
+        reach = f"_{{-{shown.sides[0]}}}^{{+{shown.sides[1]}}}{{}}"
+    # a comma in braces has no space behind it
+    return f"${shown.number.replace('−', '-')}{reach}{'^{*}' * shown.star}$".replace(",", "{,}")

@@ -1,0 +1,42 @@
+"""Figures and tables as LaTeX floats, for papers: caption, label, and the packages booktabs and graphicx."""
+
+from collections.abc import Sequence
+
+from dnpo.escape import for_latex
+
+# shrinks what is wider than the text, and nothing else
+FIT = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+
+
+def figure(name: str, title: str, explained: str, *, wide: bool) -> str:
+    """A figure that includes ``NAME.pdf``.
+
+    Args:
+        title: also the entry in the list of figures.
+        explained: what follows the title in the caption.
+        wide: whether it is wider than a column, in a paper that has two.
+    """
+    return _float(
+        "figure" + "*" * wide, f"fig:{name}", title, explained, f"\\includegraphics{{{name}.pdf}}", after=True
+    )
+
+
+def table(name: str, title: str, explained: str, tabular: str, notes: Sequence[str]) -> str:
+    """A table, with its notes below; it may be as wide as the page.
+
+    Args:
+        title: also the entry in the list of tables.
+        explained: what follows the title in the caption.
+    """
+    body = f"{FIT}\n{tabular}}}"
+    below = "\n\n".join(for_latex(note) for note in notes)
+    if below:
+        body += f"\n\n\\smallskip\n\\begin{{minipage}}{{\\linewidth}}\n\\footnotesize\n{below}\n\\end{{minipage}}"
+    return _float("table*", f"tab:{name}", title, explained, body, after=False)
+
+
+def _float(kind: str, label: str, title: str, explained: str, body: str, *, after: bool) -> str:
+    """A float with its caption above or, if ``after``, below."""
+    caption = f"\\caption[{for_latex(title)}]{{{for_latex(f'{title}. {explained}')}}}\n\\label{{{label}}}"
+    inside = (body, caption) if after else (caption, body)
+    return "\n".join([f"\\begin{{{kind}}}", r"\centering", *inside, f"\\end{{{kind}}}", ""])
