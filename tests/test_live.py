@@ -33,6 +33,7 @@ from dnpo.tables import read
 from tests.commands import SMOKE, TINY, Process, numbers, succeed, summary, train
 from tests.conftest import Report, World
 from tests.judge_server import judge_server
+from tests.test_judged_runs import keys
 
 # --- the buffer
 
@@ -505,3 +506,33 @@ def test_a_judge_that_goes_away_in_training_ends_the_run_and_the_same_command_go
         succeed(folder, *RUN, *own)
         assert numbers(summary(folder)) == numbers(whole)
         assert server.stats()["delivered"] - again < 60  # only the rest
+
+
+@pytest.mark.long
+def test_live_runs_at_once_on_one_store_and_ledger_give_the_numbers_of_each_alone(store: Path, tmp_path: Path) -> None:
+    """Two different ones, and the first a second time, which waits for its twin and computes nothing."""
+    words = ("method=online_dpo", "rollout.prompts=8", "rollout.temperature=2", "eval.judge=${typical.judge}")
+    with judge_server(latency=0.05) as server:
+        asked = ("judge=openai", "judge.model=judge", "judge.structured=off", f"judge.base_url={server.base_url}")
+        runs = [(*words, *asked, every) for every in ("rollout.every=1", "rollout.every=2", "rollout.every=1")]
+        ledgers = [tmp_path / f"alone-{number}.sqlite" for number in range(2)]
+        alone = [run(tmp_path, *own, f"ledger={path}")[0] for own, path in zip(runs[:2], ledgers, strict=True)]
+        assert numbers(alone[0]) != numbers(alone[1])
+        shutil.rmtree(store / "optimise")
+        before = server.stats()["delivered"]
+        folders = [tmp_path / f"run-{number}" for number in range(len(runs))]
+        for folder in folders:
+            folder.mkdir()
+        ledger = f"ledger={tmp_path / 'both.sqlite'}"
+        at_once = [Process(folder, *RUN, *own, ledger) for folder, own in zip(folders, runs, strict=True)]
+        for process in at_once:
+            out, err = process.communicate(timeout=120)
+            assert process.returncode == 0, out + err
+        found = [summary(folder) for folder in folders]
+        assert [numbers(each) for each in found] == [numbers(alone[0]), numbers(alone[1]), numbers(alone[0])]
+        trainings = [stage for each in found for stage in each["stages"] if stage["stage"].endswith("optimise")]
+        assert sorted(stage["reused"] for stage in trainings) == [False, False, True]
+        together = len(keys(tmp_path / "both.sqlite"))
+        questions = sum(len(keys(path)) for path in ledgers)
+        assert together < questions, "some questions are those of both runs"
+        assert server.stats()["delivered"] - before <= together + 3, "each asked once, but for the three canaries"
