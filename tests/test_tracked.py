@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from dnpo.settings import flat
 from dnpo.tracking.client import connect
 from dnpo.tracking.earlier import complete
 from dnpo.tracking.neutral import find_neutral
-from dnpo.tracking.reading import STEPS_OF, Database, iteration_name, read_stage_keys
+from dnpo.tracking.reading import STEPS_OF, Database, is_of_sweep, iteration_name, read_stage_keys
 from dnpo.tracking.writing import MLflowTracking
 from tests.test_building import composed
 
@@ -56,7 +57,12 @@ def test_runs_are_found_by_sweep_by_id_and_by_tag(uri: str) -> None:
     parent = database.parent(every[0])
     assert parent is not None
     assert [run.seed for run in database.runs(sweeps=[parent.id])] == [0, 1]
-    assert [run.seed for run in database.runs(sweeps=[parent.tags["dnpo.sweep"]])] == [0, 1]
+    folder = Path(uri.removeprefix("sqlite:///")).parent / "multirun" / "1"
+    assert [run.seed for run in database.runs(sweeps=[str(folder)])] == [0, 1]
+    assert not Path(parent.tags["dnpo.sweep"]).is_absolute()
+    of_an_earlier_version = replace(parent, tags={**parent.tags, "dnpo.sweep": str(folder / "x")})
+    assert is_of_sweep(of_an_earlier_version, folder / "x")
+    assert not is_of_sweep(parent, folder / "x")
     assert [run.seed for run in database.runs(ids=[every[2].id[:12]])] == [7]
     assert [run.seed for run in database.runs(tags={"dnpo.npo": "trainable", "seed": "1"})] == [1]
     assert database.sweeps() == {"main": 2}

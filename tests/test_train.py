@@ -15,8 +15,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dnpo.records import Item, Prompt, Response
 from dnpo.store import Store
 from dnpo.store.provenance import commit
+from dnpo.tables import read
 from dnpo.tracking.client import check_reachable
 from dnpo.tracking.packing import unpack
 from tests import kills
@@ -117,6 +119,8 @@ def test_mlflow_has_settings_steps_iterations_figures_and_tags(smoke: Path) -> N
     assert set(json.loads(Path(kept).read_text()).values()) == keys
     source = {name: tracked.data.tags.get(f"mlflow.source.{name}") for name in ("name", "type", "git.commit")}
     assert source == {"name": "dnpo train", "type": "LOCAL", "git.commit": commit().rstrip("+") or None}
+    kinds = {each["path"]: each["type"] for each in json.loads(tracked.data.tags["mlflow.loggedArtifacts"])}
+    assert kinds == {"table.json": "table", "samples.json": "table"}
     ours = [name for name in tracked.data.tags if not name.startswith("mlflow.")]
     assert len(ours) <= 10, "more would hide the note on the run's page"
     accuracy = client.get_metric_history(tracked.info.run_id, "eval/accuracy")
@@ -128,7 +132,14 @@ def test_mlflow_has_settings_steps_iterations_figures_and_tags(smoke: Path) -> N
     assert len(client.get_metric_history(tracked.info.run_id, "sft/loss/policy")) == 60
     artefacts = {a.path for a in client.list_artifacts(tracked.info.run_id)}
     folders = {"logprobs", "items", "steps", "pairs", "models"}
-    assert artefacts == folders | {"summary.json", "stages.json", "progress.png", "table.md", "table.json"}
+    assert artefacts == folders | {
+        "summary.json",
+        "stages.json",
+        "progress.png",
+        "table.md",
+        "table.json",
+        "samples.json",
+    }
     assert [a.path for a in client.list_artifacts(tracked.info.run_id, "models/iteration-1")] == [
         "models/iteration-1/README.md"
     ]
@@ -309,6 +320,27 @@ def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(tmp_path: Path) -> Non
     assert "run the same command again" in out
     assert "Traceback" not in err
     assert "begun" in succeed(tmp_path, *SMOKE, "sft.steps=100000", "plan=true")
+
+
+def test_a_runs_answers_are_a_table_that_mlflow_compares(smoke: Path) -> None:
+    table = json.loads(min(smoke.glob("outputs/*/*/samples.json")).read_text())
+    answers = [f"iteration {k}" for k in (0, 1)]
+    assert table["columns"] == [
+        *("id", "prompt", "human", "SFT", "SFT, score"),
+        *(each for name in answers for each in (name, f"{name}, score")),
+    ]
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert len({row["id"] for row in rows}) == len(rows) == 48
+    evaluation = next(each["key"] for each in first(smoke)["stages"] if each["title"] == "iteration 1 · evaluate")
+    folder = smoke / "store" / "evaluate" / evaluation
+    greedy = [item for item in read(folder / "items.parquet", Item) if item.kind == "greedy"]
+    texts = [response.text for response in read(folder / "samples.parquet", Response)][: len(greedy)]
+    found = {row["id"]: (row["iteration 1"], row["iteration 1, score"]) for row in rows}
+    assert found == {item.id: (text, item.score) for item, text in zip(greedy, texts, strict=True)}
+    prompts = read(next((smoke / "store" / "prompts").glob("*/test.parquet")), Prompt)
+    assert {row["id"]: (row["prompt"], row["human"]) for row in rows} == {
+        prompt.id: (prompt.messages[-1]["content"], prompt.human) for prompt in prompts
+    }
 
 
 # --- sweeps

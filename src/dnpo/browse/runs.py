@@ -11,6 +11,7 @@ from typing import Any
 from dnpo.errors import DataError, TrackingError
 from dnpo.report.selection import SUMMARY, select
 from dnpo.store import MANIFEST
+from dnpo.store.provenance import find_cwd
 from dnpo.tracking.reading import SFT, Database
 
 
@@ -140,7 +141,7 @@ def _find(given: str, store: Path | None, uri: str, experiment: str) -> Iterator
     if not finished:
         raise DataError(f"{given}: no run of it has finished")
     for run in finished:
-        yield _run(run.name, run.summary, store)
+        yield _run(run.name, run.summary | {"cwd": find_cwd(run.summary, None)}, store)
 
 
 def _by_number(job: Path) -> tuple[int, str]:
@@ -153,7 +154,7 @@ def _read(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: it is not the summary of a run ({error})") from error
-    return found
+    return found | {"cwd": find_cwd(found, folder)}
 
 
 def _run(name: str, summary: Mapping[str, Any], store: Path | None) -> Run:

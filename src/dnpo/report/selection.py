@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dnpo.errors import DataError
 from dnpo.settings import nearest
-from dnpo.tracking.reading import PARENT, SWEEP, Database, TrackedRun
+from dnpo.tracking.reading import PARENT, SWEEP, Database, TrackedRun, is_of_sweep
 from dnpo.wording import plural
 
 SUMMARY = "summary.json"
@@ -101,12 +101,7 @@ def _parents(database: Database, runs: Iterable[TrackedRun]) -> dict[str, Tracke
 
 
 def _sweep_of_folder(database: Database, folder: Path, runs: Iterable[TrackedRun]) -> list[TrackedRun]:
-    where = folder.absolute()
-    own = {
-        key
-        for key, parent in _parents(database, runs).items()
-        if "dnpo.sweep" in parent.tags and Path(parent.tags["dnpo.sweep"]) in (where, where.resolve())
-    }
+    own = {key for key, parent in _parents(database, runs).items() if is_of_sweep(parent, folder)}
     return [run for run in runs if run.tags.get(PARENT) in own]
 
 

@@ -1,6 +1,7 @@
 """Write the model cards of a finished run: each describes a policy, its origin and how to load it."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,6 +88,16 @@ class SavedPolicy:
         if model.get("path") is not None:
             return str(Path(self.summary["cwd"], model["path"]).resolve())
         return str(model["name"])
+
+    @property
+    def shown_base(self) -> str:
+        """The base model for people, as :meth:`show` gives paths."""
+        given = self.summary["settings"]["model"].get("path")
+        return self.show(self.base) if given is None and Path(self.base).is_absolute() else str(given or self.base)
+
+    def show(self, path: str | Path) -> str:
+        """Return a path from the run's working folder; cards go to other people."""
+        return os.path.relpath(path, self.summary["cwd"])
 
     @property
     def revision(self) -> str | None:
@@ -272,7 +283,7 @@ def _serving(saved: SavedPolicy, folder: str, kind: Kind, rank: int, hub: str | 
             "instead."
         )
     lora = f"--enable-lora --max-lora-rank {room} --lora-modules {saved.name}={folder}"
-    return f"    vllm serve {saved.base}{pinned} {lora}"
+    return f"    vllm serve {saved.shown_base}{pinned} {lora}"
 
 
 def _numbers(saved: SavedPolicy) -> str:

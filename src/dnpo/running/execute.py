@@ -21,6 +21,7 @@ from dnpo.records import mean_over_steps
 from dnpo.running import best, export, notes
 from dnpo.running.console import Console, iteration_table
 from dnpo.running.ending import find_halves, show_briefly
+from dnpo.running.samples import sample_table
 from dnpo.stages.agreement import read_agreement
 from dnpo.stages.files import count_labels
 from dnpo.stages.plan import Iteration
@@ -119,11 +120,13 @@ def execute(
     if "choice" in summary:
         found = summary["choice"]
         tracking.tags({"dnpo.best": str(found["best"]["iteration"]), "dnpo.kept": table[found["kept"]]["iteration"]})
-    write_json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", summary | {"cwd": os.path.relpath(Path.cwd(), folder)})
     tracking.artifact(folder / "summary.json")
     for card in export.link(summary, folder):
         tracking.artifact(card, f"models/{card.parent.name}")
     _track_results(summary, store, tracking, folder)
+    write_json(folder / "samples.json", sample_table(iterations, store, settings["eval"]["split"]))
+    tracking.table(folder / "samples.json")
     ended = notes.describe_results(summary, Path(os.path.relpath(folder)), tracking.id)
     tracking.note(f"{title}\n\n{ended}\n\n{head}")
     tracking.flush()

@@ -12,6 +12,7 @@ adapters merged.
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,6 +25,7 @@ from dnpo.errors import ModelError, SettingsError
 from dnpo.running.best import kept
 from dnpo.running.card import SavedPolicy, card
 from dnpo.store import MANIFEST, content_hash, expect_whole, write_json
+from dnpo.store.provenance import find_cwd
 
 if TYPE_CHECKING:
     from dnpo.policy.model import Policy
@@ -75,7 +77,8 @@ def _clear(folder: Path) -> None:
 
 def _link_policy(policy: SavedPolicy, folder: Path, run: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    copy = f"python -m dnpo.export {run} iteration={policy.name.removeprefix('iteration-')} to=FOLDER"
+    where = shlex.quote(policy.show(run))
+    copy = f"python -m dnpo.export {where} iteration={policy.name.removeprefix('iteration-')} to=FOLDER"
     kind, rank = policy.kind, 0
     try:
         for name, target in _files(policy).items():
@@ -87,12 +90,12 @@ def _link_policy(policy: SavedPolicy, folder: Path, run: Path) -> Path:
         notes = {
             "full": "The weights are links into the run's store.",
             "adapter": _describe_adapters(policy, rank),
-            "base": f"Nothing has been trained: this is the base model itself, {policy.base}.",
+            "base": f"Nothing has been trained: this is the base model itself, {policy.shown_base}.",
         }[kind]
     except (OSError, SafetensorError) as error:
         _clear(folder)
         folder.mkdir(exist_ok=True)
-        where = policy.base if kind == "base" else policy.folder
+        where = policy.shown_base if kind == "base" else policy.show(policy.folder)
         notes = (
             f"This folder has only this card ({getattr(error, 'strerror', None) or error}). The weights are in {where}."
         )
@@ -215,7 +218,7 @@ def read_summary(run: Path) -> dict[str, Any]:
             f"{path}: was written by an earlier version and does not name the run's policies; run the same command "
             "again (stages in the store are not computed again)"
         )
-    return summary
+    return summary | {"cwd": find_cwd(summary, run)}
 
 
 def find_policy(summary: Mapping[str, Any], iteration: str | None, store: Path | None) -> SavedPolicy:

@@ -213,9 +213,9 @@ def _track(config: DictConfig, sweep: Path, jobs: Sequence[Path], failed: Mappin
     from omegaconf import OmegaConf
 
     from dnpo.settings import build
-    from dnpo.tracking.writing import PARENT
+    from dnpo.tracking import PARENT_ID
 
-    own = sweep / PARENT
+    own = sweep / PARENT_ID
     if not own.is_file():
         return ""
     silent = {job.name: SILENT for job in jobs if not any((job / left).is_file() for left in ("summary.json", ERROR))}

@@ -1,6 +1,7 @@
 """The origin of a result: versions, commit, device, threads. Keys do not include it, so each result records it."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -93,3 +94,15 @@ def warn(differing: Mapping[str, Mapping[str, list[str]]]) -> list[str]:
 def _device(torch: Any, setting: str) -> str:
     kind = setting if setting != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return f"cpu ({platform.machine()})" if kind == "cpu" else str(torch.cuda.get_device_name(kind))
+
+
+def find_cwd(summary: Mapping[str, Any], run: Path | None) -> str:
+    """Return the working folder of a run, from which the paths in its settings begin.
+
+    Args:
+        run: the run's folder, from which summaries give it; None if it is not known, for the present working folder.
+    """
+    given = Path(summary.get("cwd", "."))  # absolute in summaries of earlier versions
+    if run is None and not given.is_absolute():
+        return str(Path.cwd())
+    return str(os.path.normpath(Path(run or "/").absolute() / given))

@@ -42,6 +42,9 @@ def close_abandoned(client: Any, experiment: str) -> list[str]:
         if found.info.status == "RUNNING":  # it may have ended in the meantime
             client.set_tag(run.info.run_id, NOTE, end_note(found.data.tags.get(NOTE, ""), ABANDONED))
             client.set_terminated(run.info.run_id, "KILLED")
+            for mark in (ALIVE, KEPT):
+                if mark in run.data.tags:
+                    client.delete_tag(run.info.run_id, mark)
             closed.append(run.info.run_id)
         free(lock)
     return closed

@@ -22,6 +22,7 @@ from dnpo.errors import DataError, TrackingError
 from dnpo.former import MOVED
 from dnpo.records import mean_over_steps
 from dnpo.settings import nearest
+from dnpo.tracking import PARENT_ID
 from dnpo.tracking.client import connect, make_absolute
 from dnpo.tracking.earlier import complete
 from dnpo.tracking.packing import PREFIXES, STAGES, STEPS, unpack
@@ -266,8 +267,7 @@ class Database:
         parents = {
             run.id
             for run in self._all
-            if run.tags.get(KIND) == "sweep"
-            and (run.id == sweep or Path(run.tags.get("dnpo.sweep", "/")) == Path(sweep).absolute())
+            if run.tags.get(KIND) == "sweep" and (run.id == sweep or is_of_sweep(run, Path(sweep)))
         }
         found = [run for run in every if run.tags.get(SWEEP) == sweep or run.tags.get(PARENT) in parents]
         if not found:
@@ -290,6 +290,17 @@ class Database:
     def _all(self) -> list[TrackedRun]:
         """All runs of the experiment, read once."""
         return [_run(each, self.client) for each in _search(self.client, self.experiment_id)]
+
+
+def is_of_sweep(parent: TrackedRun, folder: Path) -> bool:
+    """Return whether a parent run is that of the sweep in a folder.
+
+    The folder has a file with the run's id; parent runs of earlier versions have the folder's path.
+    """
+    file = folder / PARENT_ID
+    if file.is_file():
+        return file.read_text() == parent.id
+    return Path(parent.tags.get("dnpo.sweep", "/")) in (folder.absolute(), folder.resolve())
 
 
 def _connect(uri: str) -> Any:

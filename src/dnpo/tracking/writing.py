@@ -20,7 +20,7 @@ from dnpo import catalogue
 from dnpo.errors import StoreError, TrackingError
 from dnpo.escape import for_database, for_mlflow
 from dnpo.store import write_json
-from dnpo.tracking import end_note
+from dnpo.tracking import PARENT_ID, end_note
 from dnpo.tracking.alive import ALIVE, NOTE, close_abandoned, free
 from dnpo.tracking.client import check_reachable, connect, is_server, make_absolute, strip_password
 from dnpo.tracking.outbox import KEPT, LATER, PATIENCE, Kind, Message, Outbox, Refused, send, warn
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dnpo.tracking.datasets import Dataset
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-PARENT, HELD = "mlflow-parent.txt", "running.lock"  # in a sweep's folder: its parent run's id, its lock
+HELD = "running.lock"  # in a sweep's folder: its lock
 LOCAL_PAGE = "http://127.0.0.1:5000"  # where mlflow ui serves it by default
 VERBS = {
     **{"run": "train", "sweep": "sweep", "evaluation": "evaluate", "agreement": "judge agreement"},
@@ -207,7 +207,7 @@ class MLflowTracking(Tracking):
         self._models: dict[str, str] = {}
         self._tables: list[str] = []
         self._alive: FileLock | None = None
-        self._marked = False
+        self._marks: list[str] = []  # tags that are removed when the run has ended
 
     # --- beginning
 
@@ -233,9 +233,9 @@ class MLflowTracking(Tracking):
         with self._connect():
             named = {key: known[key] for key in ("dnpo.sweep_name",) if key in known}
             known |= {"mlflow.parentRunId": self._parent(sweep, named)} if sweep is not None else {}
-            known |= {KEPT: str(self._outbox.path)} if folder is not None else {}
             close_abandoned(self._client, self._experiment)
-            known[ALIVE] = self._hold()
+            marks = {ALIVE: self._hold()} | ({KEPT: str(self._outbox.path)} if folder is not None else {})
+            known, self._marks = {**known, **marks}, list(marks)
             shown = for_database(strip_password(name))
             self.id = self._client.create_run(self._experiment, run_name=shown, tags=known).info.run_id
             for start in range(0, len(params), 100):
@@ -259,7 +259,7 @@ class MLflowTracking(Tracking):
         self._outbox = Outbox(folder)
         with self._connect():
             tags = self._client.get_run(run).data.tags
-        self.id, self._note, self._marked = run, tags.get(NOTE, ""), ALIVE in tags
+        self.id, self._note, self._marks = run, tags.get(NOTE, ""), [mark for mark in (ALIVE, KEPT) if mark in tags]
 
     @contextmanager
     def _connect(self) -> Iterator[None]:
@@ -286,7 +286,6 @@ class MLflowTracking(Tracking):
         path.parent.mkdir(exist_ok=True)
         self._alive = FileLock(path)
         self._alive.acquire()
-        self._marked = True
         return str(path)
 
     def _lock(self) -> Path:
@@ -306,10 +305,10 @@ class MLflowTracking(Tracking):
 
     def _parent(self, sweep: Path, tags: Mapping[str, str]) -> str:
         """Return the parent run of a multirun. The first job creates it, and the sweep's report ends it."""
-        note = sweep / PARENT
+        note = sweep / PARENT_ID
         with FileLock(sweep / "mlflow-parent.lock"):
             if not note.is_file():
-                own = {"dnpo.sweep": str(sweep), "dnpo.kind": "sweep", ALIVE: str(sweep / HELD), **tags}
+                own = {"dnpo.sweep": _shown(sweep), "dnpo.kind": "sweep", ALIVE: str(sweep / HELD), **tags}
                 own = {**describe_source(own), **own}
                 name = tags.get("dnpo.sweep_name", sweep.name)
                 run = self._client.create_run(self._experiment, run_name=f"sweep {name}", tags=own)
@@ -451,8 +450,8 @@ class MLflowTracking(Tracking):
             return ""
         self.flush()
         self._retry(now=True)
-        self._send("end", {"status": status, "time": int(time.time() * 1000), "remove": [ALIVE] * self._marked})
-        left, self._marked = self._outbox.describe(), False
+        self._send("end", {"status": status, "time": int(time.time() * 1000), "remove": self._marks})
+        left, self._marks = self._outbox.describe(), []
         if self._alive is not None:  # only after the status is written, see close_abandoned
             if left:
                 self._alive.release()  # the file remains: it shows the next run that this one has ended
@@ -483,6 +482,12 @@ class MLflowTracking(Tracking):
         shown = self.uri if file is None else f"sqlite:///{os.path.relpath(file)}"
         command = f"mlflow ui --backend-store-uri {strip_password(shown)}"
         return [f"dashboard   {command}", f"            {LOCAL_PAGE}/{runs}"]
+
+
+def _shown(folder: Path) -> str:
+    """Return a folder's path from the working folder; only its name if it is elsewhere."""
+    path = os.path.relpath(folder)
+    return folder.name if path.startswith(os.pardir) else path
 
 
 def _input(given: "Dataset") -> dict[str, Any]:
