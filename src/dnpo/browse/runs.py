@@ -12,7 +12,9 @@ from dnpo.errors import DataError, TrackingError
 from dnpo.report.selection import SUMMARY, select
 from dnpo.store import MANIFEST
 from dnpo.store.provenance import find_cwd
+from dnpo.tracking.client import make_absolute
 from dnpo.tracking.reading import SFT, Database
+from dnpo.tracking.sqlite import file_of
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,15 @@ def _find(given: str, store: Path | None, uri: str, experiment: str) -> Iterator
         selection = select(Database(uri, experiment), given)
     except TrackingError as error:
         raise TrackingError(f"{given}: there is no such folder, and no tracked run: {error}") from error
+    file = file_of(make_absolute(uri))
+    near = Path.cwd() if file is None else file.parent
     finished = [run for run in selection.runs if run.finished]
     if not finished:
         raise DataError(f"{given}: no run of it has finished")
     for run in finished:
-        yield _run(run.name, run.summary | {"cwd": find_cwd(run.summary, None)}, store)
+        # where its folder is is not tracked; by default the database of runs is in the working folder
+        known = Path(str(run.summary.get("cwd", ""))).is_absolute()
+        yield _run(run.name, run.summary if known else run.summary | {"cwd": str(near)}, store)
 
 
 def _by_number(job: Path) -> tuple[int, str]:
@@ -154,7 +160,7 @@ def _read(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: it is not the summary of a run ({error})") from error
-    return found | {"cwd": find_cwd(found, folder)}
+    return found | {"cwd": find_cwd(found, folder)} if "cwd" in found else found
 
 
 def _run(name: str, summary: Mapping[str, Any], store: Path | None) -> Run:

@@ -96,13 +96,12 @@ def _device(torch: Any, setting: str) -> str:
     return f"cpu ({platform.machine()})" if kind == "cpu" else str(torch.cuda.get_device_name(kind))
 
 
-def find_cwd(summary: Mapping[str, Any], run: Path | None) -> str:
+def find_cwd(summary: Mapping[str, Any], run: Path) -> str:
     """Return the working folder of a run, from which the paths in its settings begin.
 
     Args:
-        run: the run's folder, from which summaries give it; None if it is not known, for the present working folder.
+        summary: the content of ``summary.json``, which gives the working folder from the run's folder. Summaries of
+            earlier versions give its absolute path.
+        run: the run's folder.
     """
-    given = Path(summary.get("cwd", "."))  # absolute in summaries of earlier versions
-    if run is None and not given.is_absolute():
-        return str(Path.cwd())
-    return str(os.path.normpath(Path(run or "/").absolute() / given))
+    return str(os.path.normpath(run.absolute() / summary["cwd"]))
