@@ -125,6 +125,7 @@ LOW = MetricVariant("agreement/", "lower end of the 95 % interval", "low", of="a
 HIGH = MetricVariant("agreement/", "upper end of the 95 % interval", "high", of="agreement/", suffix="_high")
 
 BOARD, TEXTS, DUELS, SERVER = "eval=leaderboard", "eval=texts", "against=…", "generate=server"
+HELD = "trainer.keep=best"
 _ENGINE: tuple[str, int, Literal["lower"]] = ("nats", 6, "lower")  # differences of log-probabilities
 
 GROUPS: tuple[MetricGroup, ...] = (
@@ -295,6 +296,9 @@ GROUPS: tuple[MetricGroup, ...] = (
     MetricGroup(
         "Training",
         (
+            Metric("heldout/loss", "Loss on held-out pairs", "held-out pairs", "", 4, better="lower", needs=HELD),
+            Metric("heldout/step", "Policy step with the lowest loss of them", "best step", digits=0, needs=HELD),
+            Metric("heldout/steps", "Policy steps made, if pairs are held out", "steps", digits=0, needs=HELD),
             Metric("loss/policy", "Policy loss", "policy loss", "nats", 4, "lower"),
             Metric("loss/noise", "Noise loss", "noise loss", "nats", 4),
             Metric("loss/variance", "Variance term of the loss", "variance term", "", 4, symbol="α s²"),

@@ -103,6 +103,7 @@ class Steps(ABC, Generic[Row, Some]):
     Attributes:
         next: the number of the next step.
         even: whether all ranks have the same number of micro-batches in a step; then some are :class:`Idle`.
+        over: whether no further step is made.
 
     Args:
         micro_batch_size: maximum number of rows in a micro-batch.
@@ -112,6 +113,7 @@ class Steps(ABC, Generic[Row, Some]):
     def __init__(self, micro_batch_size: int, collate: Callable[[Slice[Row]], Some]) -> None:
         self.micro_batch_size, self.collate = micro_batch_size, collate
         self.next, self.even = 0, False
+        self.over: Callable[[], bool] = lambda: False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -122,7 +124,7 @@ class Steps(ABC, Generic[Row, Some]):
         """All rows of a policy step, which must be the next or the present one."""
 
     def __iter__(self) -> Iterator[list[Some | Idle[Some]]]:
-        while self.next < len(self):
+        while self.next < len(self) and not self.over():
             step = self.next
             batch = self.step(step, self.micro_batch_size)
             self.next += 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from dnpo.errors import SettingsError
-from dnpo.settings import Bound, Count, Finite, Fraction, Natural, NonNegative, Positive, Range, neutral
+from dnpo.settings import Bound, Count, Finite, Fraction, Natural, NonNegative, Positive, Range, neutral, settings_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -530,6 +530,33 @@ class PairOptimisation(Optimisation):
 
     Args:
         share_prompt: compute the prompt of a pair once for both responses.
+        keep: the weights after the ``last`` step, or the ``best``: those with the lowest loss on held-out pairs, which
+            may be the weights before training.
+        patience: measurements in a row without a lower loss on held-out pairs after which training ends; 0: it makes
+            all steps.
+        measure_every: policy steps between measurements of that loss, if ``keep`` or ``patience`` asks for them.
+        holdout: share of the prompts whose pairs are then held out of training.
+
+    Raises:
+        SettingsError: there would be no pairs to measure, or to train on.
     """
 
     share_prompt: bool = neutral(True)
+    keep: Literal["last", "best"] = "last"
+    patience: Natural = 0
+    measure_every: Count = 50
+    holdout: Fraction = 0.1
+
+    def __post_init__(self) -> None:
+        if self.measures and not 0 < self.holdout < 1:
+            raise SettingsError(f"holdout={self.holdout:g}: expected more than 0 and less than 1 with keep or patience")
+
+    @property
+    def measures(self) -> bool:
+        """Whether the loss on held-out pairs is measured in training."""
+        return self.keep == "best" or self.patience > 0
+
+    def identity(self) -> Mapping[str, Any]:
+        """All settings that change results; those of held-out pairs only if they are measured."""
+        own = ("keep", "patience", "measure_every", "holdout")
+        return {name: each for name, each in settings_key(self).items() if self.measures or name not in own}

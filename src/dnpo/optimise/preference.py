@@ -5,7 +5,7 @@ the policy is the reference before the first update. Shapes as in ``objective.py
 sequences, the chosen ones first.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -28,6 +28,7 @@ from dnpo.optimise.batches import (
     with_weight,
 )
 from dnpo.optimise.ema import Average
+from dnpo.optimise.held import HeldOut, divide
 from dnpo.optimise.live import Clock, LiveSteps, Source
 from dnpo.optimise.npo import NoiseModule, Rejected
 from dnpo.optimise.objective import (
@@ -172,6 +173,20 @@ class PreferenceTraining(Training):
         if self.noise.active:
             metrics |= {"loss/noise": terms.noise, "loss/variance": terms.variance, "npo/at_bound": at_bound}
         return terms.total, metrics
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[PairBatch]) -> float:
+        """The mean loss of pairs, by their weights, without noise."""
+        total = weight = 0.0
+        device = self.policy.device
+        products = torch.autocast(device.type, torch.bfloat16, enabled=self.optimisation.autocast)
+        with self.policy.evaluating(), products:
+            for batch in (each.to(device) for each in batches):
+                policy = self._logps(batch, self.policy.hidden(batch.packed))
+                loss_B = self.objective(policy, batch.reference, batch.facts)
+                total += float((loss_B * batch.facts.weight_B).sum())
+                weight += float(batch.facts.weight_B.sum())
+        return total / weight
 
     def _logps(self, batch: PairBatch, hidden_NH: Tensor) -> PairLogps:
         """The policy's log-probabilities of both responses, or only of chosen ones if rejected ones are not read."""
@@ -347,6 +362,7 @@ def optimise(
     expected: Mapping[int, ReferenceLogps] | None = None,
     average: Average | None = None,
     reads_average: bool = False,
+    facts: dict[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Train the policy in place on pairs.
 
@@ -365,19 +381,27 @@ def optimise(
         expected: the policy's log-probabilities of the first step's pairs before training, by number, from
             :func:`score_first`; None if the reference is the policy before training.
         average, reads_average: as in :class:`PreferenceTraining`.
+        facts: receives facts about held-out pairs, if their loss is measured.
 
     Returns:
         A row of metrics for each policy step.
 
     Raises:
-        SettingsError: a weight is negative, or all are 0.
+        SettingsError: a weight is negative, all are 0, or no pair is held out though some should be.
         StepZeroError: the policy before the first update is not the one that training should start from.
         NonFiniteLossError: the loss became NaN or infinite.
         OutOfMemoryError: a step does not fit into memory.
     """
-    used = with_weight(pairs)
+    used, apart = divide(pairs, with_weight(pairs), optimisation)
     first = reference if expected is None else expected
-    rows = Made(len(used), lambda n: Scored(used[n], pairs[used[n]], reference[used[n]] if reference else None))
+
+    def choose(numbers: Sequence[int]) -> Made[Scored]:
+        return Made(
+            len(numbers),
+            lambda n: Scored(numbers[n], pairs[numbers[n]], reference[numbers[n]] if reference else None),
+        )
+
+    rows = choose(used)
 
     def expect(some: Sequence[Scored]) -> list[ReferenceLogps] | None:
         return [first[row.number] for row in some] if first else None
@@ -409,7 +433,16 @@ def optimise(
         average=average,
         reads_average=reads_average,
     )
-    return fit(module, Batches(rows, groups, optimisation.rows_at_once, collate), folder)
+    if apart:
+        plain = Collate(Reading(reads.rejected, False, False), optimisation.share_prompt, seed, lambda some: None, None)
+        held = tuple(choose(apart))
+        size = optimisation.rows_at_once
+        parts_of_held = [Slice(0, held[i : i + size], held) for i in range(0, len(held), size)]
+        module.held = HeldOut(lambda: module.measure(map(plain, parts_of_held)), optimisation, folder, report)
+    history = fit(module, Batches(rows, groups, optimisation.rows_at_once, collate), folder)
+    if module.held is not None and facts is not None:
+        facts["held_out"] = module.held.facts(len(history), len(groups), len(apart))
+    return history
 
 
 def optimise_live(
@@ -527,7 +560,7 @@ def score_first(
     With them, training checks that it begins with this policy. A training that continues from a checkpoint has passed
     this check already.
     """
-    used = with_weight(pairs)
+    used, _ = divide(pairs, with_weight(pairs), optimisation)
     groups = arrange(optimisation, len(used), seed)
     if has_checkpoint(folder) or not groups:
         return {}
@@ -545,9 +578,11 @@ def _score_plainly(policy: Policy, rows: Sequence[Scored], *, both: bool) -> lis
     return [ReferenceLogps(row.number, c, r) for row, c, r in zip(rows, chosen, rejected, strict=True)]
 
 
-def count_tokens(pairs: Sequence[Pair], optimisation: PairOptimisation, objective: Objective, seed: int) -> int:
-    """The number of tokens that a whole training reads: prompts, and the responses that the objective reads."""
-    used, both = with_weight(pairs), reads_rejected(objective)
+def count_tokens(
+    pairs: Sequence[Pair], optimisation: PairOptimisation, objective: Objective, seed: int, steps: int
+) -> int:
+    """The number of tokens that a training of some steps reads: prompts, and the responses that the objective reads."""
+    used, both = divide(pairs, with_weight(pairs), optimisation)[0], reads_rejected(objective)
     read = [lengths(pairs, name) for name in ("prompt_ids", "chosen_ids", *(["rejected_ids"] if both else []))]
     tokens = [sum(part[i] for part in read) for i in used]
-    return sum(tokens[i] for group in arrange(optimisation, len(used), seed) for i in group)
+    return sum(tokens[i] for group in arrange(optimisation, len(used), seed)[:steps] for i in group)

@@ -29,6 +29,7 @@ from dnpo import disk, ranks
 from dnpo.errors import NonFiniteLossError, OutOfMemoryError, StoreError
 from dnpo.interrupts import Held
 from dnpo.optimise.batches import Idle, MicroBatch, Steps
+from dnpo.optimise.held import HeldOut, discard
 from dnpo.optimise.history import History
 from dnpo.optimise.parts import Optimisation
 from dnpo.policy.model import Policy
@@ -70,6 +71,7 @@ class Training(pl.LightningModule):
     Attributes:
         title: its name in messages.
         remedy: advice on a loss that is not finite.
+        held: measures the loss on held-out pairs; None if nothing asks for it.
 
     Args:
         policy: the model to train; its module is the first player.
@@ -92,6 +94,7 @@ class Training(pl.LightningModule):
         self.policy, self.optimisation, self.total, self.report = policy, optimisation, total, report
         self.ranks, self.leads = ranks.world(), ranks.leads()
         self.policy_step = 0
+        self.held: HeldOut | None = None
         self.history: list[dict[str, float]] = []
         self._clock = time.monotonic()
 
@@ -211,9 +214,10 @@ class Training(pl.LightningModule):
             optimizer.zero_grad(set_to_none=True)
         for scheduler in _as_list(self.lr_schedulers()):
             scheduler.step()
-        now = time.monotonic()
-        row["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
-        self._clock = now
+        row["tokens_per_second"] = tokens / max(time.monotonic() - self._clock, 1e-9)
+        if self.held is not None:
+            row |= self.held.look(self.policy_step + 1, self.total, self.policy_module)
+        self._clock = time.monotonic()
         row = {"step": float(self.policy_step), "rows": float(len(ids)), **row}
         self.history.append(row)
         self.policy_step += 1
@@ -268,15 +272,21 @@ class Training(pl.LightningModule):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in trained}
         checkpoint["training"] = {"policy_step": self.policy_step}
+        if self.held is not None:
+            checkpoint["held"] = self.held.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the number of the next step."""
         self.policy_step = checkpoint["training"]["policy_step"]
+        if self.held is not None:
+            self.held.load_state_dict(checkpoint["held"])
 
     def on_train_start(self) -> None:
         """Report the progress, after a checkpoint is loaded."""
         self.report.begin(self.total, "steps", self.policy_step)
         self.report.steps(self.history)
+        if self.held is not None and not self.policy_step:
+            self.held.look(0, self.total, self.policy_module)
         self._clock = time.monotonic()
 
 
@@ -312,6 +322,9 @@ class _Checkpoints(pl.Callback):
             if ranks.leads():
                 self.history.save(cast(Training, module).history)
             self._write(trainer, everyone=cast(Training, module).sharded)
+            held = cast(Training, module).held
+            if held is not None and ranks.leads():
+                held.tidy()
             ranks.wait()
         if ending:
             self.signals.deliver()
@@ -356,6 +369,7 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
         callbacks=[_Checkpoints(folder, optimisation.checkpoint_every, signals)],
     )
     batches.even = module.sharded
+    batches.over = lambda: module.held is not None and module.held.over
     module.policy.model.train()
     if optimisation.checkpointing:
         transformer.gradient_checkpointing_enable({"use_reentrant": False})
@@ -381,6 +395,8 @@ def fit(module: Training, batches: Steps[Any, Any], folder: Path) -> list[dict[s
     if optimisation.checkpointing:
         transformer.gradient_checkpointing_disable()
     module.policy.model.eval()
+    if module.held is not None:
+        module.held.finish(module.policy_module)
     return module.history
 
 
@@ -461,6 +477,7 @@ def has_checkpoint(folder: Path) -> bool:
 def discard_checkpoint(folder: Path) -> None:
     """Remove the checkpoint and the history that :func:`fit` leaves, once the trained weights are written."""
     (folder / CHECKPOINT).unlink(missing_ok=True)
+    discard(folder)
     History(folder / HISTORY).discard()
 
 

@@ -272,6 +272,8 @@ def _row(iteration: Iteration, store: Store) -> dict[str, Any]:
     if iteration.pairs is not None and iteration.pairs is not iteration.labelled:
         arranged = manifest(store.folder(iteration.pairs))["facts"]
         row |= {f"curriculum/{name}": value for name, value in arranged.items()}
+    if "held_out" in trained:
+        row |= {f"heldout/{name}": trained["held_out"][name] for name in ("loss", "step", "steps")}
     if "tokens" in trained:
         row["trained/tokens"] = trained["tokens"]
     judged, made = trained.get("judged", {}), trained.get("generated", {})  # of a live training, which does both

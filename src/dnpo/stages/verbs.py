@@ -346,6 +346,7 @@ def _train_on_given(
     noise = plan.npo
     if isinstance(noise, MatchedOffset):
         noise = noise.at(_mean_shift(inputs["like"]))
+    facts: Facts = {}
     history = preference.optimise(
         start,
         rows,
@@ -362,8 +363,10 @@ def _train_on_given(
         expected=expected,
         average=_average(plan, start),
         reads_average=plan.reference == "ema",
+        facts=facts,
     )
-    return history, {"tokens": preference.count_tokens(rows, plan.trainer, plan.objective, seed)}
+    tokens = preference.count_tokens(rows, plan.trainer, plan.objective, seed, len(history))
+    return history, {"tokens": tokens, **facts}
 
 
 def _train_live(run: Run, plan: Plan, task: Task, start: "Policy", seed: int) -> tuple[list[dict[str, float]], Facts]:

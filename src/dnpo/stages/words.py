@@ -71,6 +71,7 @@ def _check(plan: Plan, plans: Sequence[Plan], model: "ModelPart") -> None:
     _check_judge(plan)
     _check_scores(plan)
     _check_objective(plan)
+    _check_held(plan)
     plan.prompts.check(len(plans))
     plan.curriculum.check(plan.k, len(plans))
 
@@ -257,6 +258,25 @@ def _check_objective(plan: Plan) -> None:
             f"dsl: {type(plan.dsl).__name__} gives chosen responses alone, and {objective} (objective) compares them "
             "with rejected ones; take objective=nll"
         )
+
+
+def _check_held(plan: Plan) -> None:
+    """Refuse held-out pairs where their loss cannot be measured in training."""
+    how, objective = plan.trainer, type(plan.objective).__name__
+    if not how.measures:
+        return
+    name = "trainer.keep=best" if how.keep == "best" else f"trainer.patience={how.patience}"
+    why = None
+    if plan.rollout.live:
+        why = "rollout=live makes pairs in training, so none can be held out; take rollout=ahead"
+    elif watches(plan.objective, 1):
+        why = f"the loss of {objective} (objective) reads more than log-probabilities; take another objective"
+    elif plan.reference == "ema":
+        why = "with reference=ema the reference changes in training, so losses cannot be compared; take reference=start"
+    elif how.parallel == "sharded":
+        why = "each process has a part of the weights; take trainer.parallel=replicated"
+    if why is not None:
+        raise SettingsError(f"{name}: measures the loss on held-out pairs, and {why}")
 
 
 def judge_of(evaluation: "Evaluation", plans: Sequence[Plan]) -> "Judge":

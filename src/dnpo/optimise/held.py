@@ -1,0 +1,159 @@
+"""Hold pairs out of a training, keep the weights with the lowest loss on them, and end a training that no longer gains.
+
+Which pairs are held out depends on their ids alone. A checkpoint has the step of the best weights, whose file stays
+until a checkpoint names another, so a killed training continues to the same weights.
+"""
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dnpo import disk, ranks
+from dnpo.errors import SettingsError
+from dnpo.optimise.parts import PairOptimisation
+from dnpo.records import Pair
+from dnpo.store import Report
+from dnpo.tables import column
+
+FOLDER = "held"
+METRIC = "heldout/loss"
+
+
+def divide(pairs: Sequence[Pair], used: Sequence[int], how: PairOptimisation) -> tuple[list[int], list[int]]:
+    """Divide the pairs of a training into those to train on and those held out; all pairs of a prompt stay together.
+
+    Args:
+        used: the numbers of the pairs with a weight.
+
+    Raises:
+        SettingsError: one of both parts has no pair.
+    """
+    if not how.measures:
+        return list(used), []
+    ids = column(pairs, "id")
+    apart = [number for number in used if _place(ids[number]) < how.holdout]
+    held = set(apart)
+    left = [number for number in used if number not in held]
+    if not apart or not left:
+        raise SettingsError(
+            f"trainer.holdout={how.holdout:g}: holds out {len(apart):,} of {len(used):,} pairs; expected some, and "
+            "some to train on"
+        )
+    return left, apart
+
+
+def _place(id: str) -> float:
+    """A number from 0 to 1 that depends on an id; another one than splits of data depend on."""
+    return int.from_bytes(hashlib.sha256(f"held/{id}".encode()).digest()[:8]) / 2**64
+
+
+class HeldOut:
+    """Measures the loss on held-out pairs in training.
+
+    Attributes:
+        best: the lowest loss so far.
+        at: the policy step after which it was measured; 0: before training.
+        misses: measurements since then.
+
+    Args:
+        measure: computes the loss.
+        how: when to measure, what to keep and when to end.
+        folder: the training's folder.
+        report: receives a note at an early end.
+    """
+
+    def __init__(self, measure: Callable[[], float], how: PairOptimisation, folder: Path, report: Report) -> None:
+        self.measure, self.how, self.folder, self.report = measure, how, folder / FOLDER, report
+        self.best, self.at, self.misses = math.inf, 0, 0
+
+    @property
+    def over(self) -> bool:
+        """Whether training ends."""
+        return 0 < self.how.patience <= self.misses
+
+    def look(self, step: int, total: int, module: nn.Module) -> dict[str, float]:
+        """Measure after a policy step, if a measurement is due; return it as a metric of the step.
+
+        Args:
+            step: number of policy steps made.
+            total: number of policy steps of the whole training.
+            module: the policy's module.
+        """
+        if step % self.how.measure_every and step != total:
+            return {}
+        loss = ranks.gather(lambda: self.measure() if ranks.leads() else 0.0)[0]
+        if loss < self.best:
+            self.best, self.at, self.misses = loss, step, 0
+            if self.how.keep == "best" and ranks.leads():
+                self._save(module)
+        else:
+            self.misses += 1
+        if self.over and step < total and ranks.leads():
+            self.report.note(
+                f"trainer.patience={self.how.patience}: ends after {step:,} of {total:,} steps; the held-out loss "
+                f"({self.best:.4g} after step {self.at:,}) has not fallen since"
+            )
+        return {METRIC: loss}
+
+    def finish(self, module: nn.Module) -> None:
+        """Put the best weights into the policy, if they are kept."""
+        if self.how.keep != "best":
+            return
+        ranks.wait()
+        state = torch.load(self._path, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for name, weight in _trained(module).items():
+                weight.copy_(state[name])
+        if ranks.leads():
+            self.report.note(
+                f"trainer.keep=best: keeps the weights after step {self.at:,} (held-out loss {self.best:.4g})"
+            )
+
+    def facts(self, steps: int, total: int, pairs: int) -> dict[str, Any]:
+        """What the stage's manifest says.
+
+        Args:
+            steps: number of policy steps made.
+            total: number of planned steps.
+            pairs: number of held-out pairs.
+        """
+        return {"loss": self.best, "step": self.at, "steps": steps, "planned": total, "pairs": pairs}
+
+    def tidy(self) -> None:
+        """Remove weights that are no longer the best; called once a checkpoint names the best."""
+        for path in self.folder.glob("*.pt") if self.folder.is_dir() else ():
+            if path != self._path:
+                path.unlink()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for a checkpoint."""
+        return {"best": self.best, "at": self.at, "misses": self.misses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.best, self.at, self.misses = state["best"], state["at"], state["misses"]
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.at}.pt"
+
+    def _save(self, module: nn.Module) -> None:
+        self.folder.mkdir(exist_ok=True)
+        aside = disk.name_aside(self._path)
+        torch.save({name: weight.detach().cpu() for name, weight in _trained(module).items()}, aside)
+        disk.replace(aside, self._path)
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+
+def discard(folder: Path) -> None:
+    """Remove the weights that a training kept, once the policy is written."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)

@@ -1,0 +1,238 @@
+"""Held-out pairs in training: their loss, the best weights, an early end, and the same after a kill."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from dnpo.errors import SettingsError
+from dnpo.optimise.held import FOLDER, divide
+from dnpo.optimise.npo import SilentModule
+from dnpo.optimise.objective import logistic
+from dnpo.optimise.preference import optimise
+from dnpo.optimise.training import CHECKPOINT
+from dnpo.policy.lora import Lora
+from dnpo.policy.model import Policy
+from dnpo.records import Pair
+from dnpo.settings import part_key, settings_key
+from tests.commands import SMOKE, TINY, succeed, summary, train
+from tests.conftest import Report, World
+from tests.test_optimise import SEED, Stop, Stopping, how, said_by, same, timeless, weights
+
+MakePolicy = Callable[..., Policy]
+COUNT = 48
+
+
+def learnable(world: World) -> list[Pair]:
+    """Pairs of a human response with the same in reverse, so that what is learnt of some holds for others."""
+    pairs = world.pairs(COUNT)
+    return [replace(pair, rejected_ids=[*pair.chosen_ids[-2::-1], pair.chosen_ids[-1]]) for pair in pairs]
+
+
+BEST: dict[str, Any] = {"keep": "best", "measure_every": 2, "holdout": 0.25}
+
+
+def run(
+    make_policy: MakePolicy, world: World, folder: Path, report: Report, lora: int = 0, **settings: Any
+) -> tuple[Policy, list[dict[str, float]], dict[str, Any]]:
+    """Train on learnable pairs."""
+    folder.mkdir(exist_ok=True)
+    policy, pairs, facts = make_policy(), learnable(world), dict[str, Any]()
+    reference = said_by(policy, pairs)
+    policy.model = Lora(rank=lora).on(policy.model, seed=0)
+    history = optimise(
+        policy,
+        pairs,
+        reference,
+        how(**({"epochs": 3} | settings)),
+        noise=SilentModule(),
+        objective=partial(logistic, beta=1.0),
+        beta=1.0,
+        seed=SEED,
+        folder=folder,
+        report=report,
+        facts=facts,
+    )
+    return policy, history, facts.get("held_out", {})
+
+
+def loss(policy: Policy, make_policy: MakePolicy, world: World) -> float:
+    """The mean loss on the held-out pairs, computed from the scores of both policies."""
+    pairs = learnable(world)
+    _, apart = divide(pairs, range(COUNT), how(**BEST))
+    ours, theirs = said_by(policy, pairs), said_by(make_policy(), pairs)
+    gaps = [(ours[i].chosen - ours[i].rejected) - (theirs[i].chosen - theirs[i].rejected) for i in apart]
+    return float(np.mean([math.log1p(math.exp(-gap)) for gap in gaps]))
+
+
+def measured(history: list[dict[str, float]]) -> dict[int, float]:
+    return {int(row["step"]) + 1: row["heldout/loss"] for row in history if "heldout/loss" in row}
+
+
+def test_the_pairs_held_out_depend_on_their_prompts_alone(world: World) -> None:
+    pairs = learnable(world)
+    left, apart = divide(pairs, range(COUNT), how(**BEST))
+    assert sorted([*left, *apart]) == list(range(COUNT))
+    assert 4 < len(apart) < 24
+    turned = pairs[::-1]
+    ids = {turned[i].id for i in divide(turned, range(COUNT), how(**BEST))[1]}
+    assert ids == {pairs[i].id for i in apart}
+    assert divide(pairs, [3, 5], how())[0] == [3, 5]
+    for share in (1e-9, 1 - 1e-9):
+        with pytest.raises(SettingsError, match=r"trainer\.holdout=.*: holds out \d+ of 48 pairs"):
+            divide(pairs, range(COUNT), how(**(BEST | {"holdout": share})))
+
+
+def test_the_best_weights_are_kept_and_their_loss_is_the_one_reported(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    report = Report()
+    policy, history, facts = run(make_policy, world, tmp_path, report, **BEST)
+    found = measured(history)
+    assert list(found) == [*range(2, len(history) + 1, 2), *([len(history)] if len(history) % 2 else [])]
+    assert facts["loss"] == min(found.values()) < math.log(2)
+    assert 0 < facts["step"] < len(history), "the test needs a best step between the first and the last"
+    assert facts["loss"] == found[facts["step"]]
+    assert loss(policy, make_policy, world) == pytest.approx(facts["loss"], abs=1e-5)
+    last, *_ = run(make_policy, world, tmp_path / "last", Report(), **(BEST | {"keep": "last", "patience": 99}))
+    assert loss(last, make_policy, world) == pytest.approx(found[len(history)], abs=1e-5)
+    assert not same(weights(policy), weights(last))
+    (note,) = report.notes
+    assert note.startswith(f"trainer.keep=best: keeps the weights after step {facts['step']} (held-out loss ")
+
+
+def test_if_no_step_helps_the_weights_before_training_are_kept(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    from tests.conftest import torch_optimizer
+
+    worse = {"optimizer": torch_optimizer("SGD", lr=1e-3, maximize=True)}
+    policy, _, facts = run(make_policy, world, tmp_path, Report(), **BEST, **worse, patience=2)
+    assert facts["step"] == 0
+    assert facts["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert facts["steps"] == 4  # two measurements, two steps apart
+    assert same(weights(policy), weights(make_policy()))
+
+
+def test_held_out_pairs_change_no_step(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+    """Training is that on the other pairs, bit for bit."""
+    pairs = learnable(world)
+    left, _ = divide(pairs, range(COUNT), how(**BEST))
+    policy, history, _ = run(make_policy, world, tmp_path, Report(), **(BEST | {"keep": "last", "patience": 99}))
+    plain = make_policy()
+    expected = optimise(
+        plain,
+        [pairs[i] for i in left],
+        [said_by(plain, pairs)[i] for i in left],
+        how(epochs=3),
+        noise=SilentModule(),
+        objective=partial(logistic, beta=1.0),
+        beta=1.0,
+        seed=SEED,
+        folder=tmp_path / "plain",
+        report=Report(),
+    )
+    assert same(weights(policy), weights(plain))
+    without = [{name: value for name, value in row.items() if name != "heldout/loss"} for row in history]
+    assert timeless(without) == timeless(expected)
+
+
+def test_patience_ends_a_training_and_says_so(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+    _, whole, _ = run(make_policy, world, tmp_path / "whole", Report(), **BEST)
+    found = measured(whole)
+    best, misses, end = math.log(2), 0, len(whole)
+    for step, value in found.items():
+        best, misses = (value, 0) if value < best else (best, misses + 1)
+        if misses == 2:
+            end = step
+            break
+    assert end < len(whole), "the test needs a training that can end early"
+    report = Report()
+    _, history, facts = run(make_policy, world, tmp_path / "ended", report, **BEST, patience=2)
+    assert len(history) == facts["steps"] == end
+    assert facts["planned"] == len(whole)
+    assert timeless(history) == timeless(whole[:end])
+    assert any(f"trainer.patience=2: ends after {end} of {len(whole)} steps" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("after", "lora", "patience"), [(1, 0, 2), (9, 0, 2), (11, 0, 0), (13, 0, 2), (7, 4, 2)])
+def test_a_stopped_training_keeps_the_same_weights(
+    after: int, lora: int, patience: int, make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
+    settings = BEST | {"patience": patience, "checkpoint_every": 3}
+
+    def go(folder: Path, report: Report) -> tuple[list[Tensor], list[dict[str, float]], dict[str, Any]]:
+        policy, history, facts = run(make_policy, world, folder, report, lora, **settings)
+        return weights(policy), timeless(history), facts
+
+    undisturbed = go(tmp_path / "a", Report())
+    after = min(after, len(undisturbed[1]))
+    with pytest.raises(Stop):
+        go(tmp_path / "b", Stopping(after))
+    assert (tmp_path / "b" / CHECKPOINT).is_file() == (after > 3)
+    assert list((tmp_path / "b" / FOLDER).glob("*.pt"))
+    continued = go(tmp_path / "b", Report())
+    assert same(undisturbed[0], continued[0])
+    assert undisturbed[1:] == continued[1:]
+
+
+def test_a_training_that_had_ended_does_not_go_on(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+    """The checkpoint of the very step at which patience ended it is all that a kill left."""
+    settings = BEST | {"patience": 2, "checkpoint_every": 1}
+    _, history, facts = run(make_policy, world, tmp_path, Report(), **settings)
+    _, again, same_facts = run(make_policy, world, tmp_path, Report(), **settings)
+    assert timeless(again) == timeless(history)
+    assert same_facts == facts
+
+
+def test_keys_have_these_settings_only_if_pairs_are_held_out() -> None:
+    plain = how()
+    own = {"keep", "patience", "measure_every", "holdout"}
+    assert set(settings_key(plain)) - set(part_key(plain)) == own
+    assert part_key(how(measure_every=7, holdout=0.5)) == part_key(plain)
+    assert own < set(part_key(how(**BEST)))
+    assert part_key(how(**BEST)) != part_key(how(**(BEST | {"patience": 3})))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["trainer.holdout=0"], r"trainer\.holdout=0: expected more than 0"),
+        (["method=online_dpo"], r"trainer\.keep=best: measures the loss on held-out pairs, and rollout=live"),
+        (["objective=refined"], r"trainer\.keep=best: .*Refined"),
+        (["reference=ema", "ema=on", "npo=off"], r"trainer\.keep=best: .*reference=ema"),
+        (["trainer.parallel=sharded", "launch=torchrun", "launch.devices=2"], r"trainer\.keep=best: .*replicated"),
+        (["trainer.measure_every=0"], r"trainer\.measure_every=0"),
+        (["trainer.holdout=0.000001"], r"trainer\.holdout=1e-06: holds out 0 of"),
+    ],
+)
+@pytest.mark.long
+def test_what_cannot_be_measured_is_refused_by_name(tmp_path: Path, given: list[str], message: str) -> None:
+    done = train(tmp_path, *SMOKE, *TINY, "trainer.keep=best", "iterations=1", "sft.steps=1", *given)
+    assert done.returncode == 1
+    assert re.search(message, done.stderr), done.stderr
+    if "1e-06" not in message:  # the number of pairs is only known when they are there
+        assert not (tmp_path / "store" / "prompts").exists()
+
+
+@pytest.mark.long
+def test_a_run_shows_and_records_the_best_step(tiny: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny / "store", tmp_path / "store", symlinks=True)
+    settings = ("trainer.keep=best", "trainer.patience=2", "trainer.measure_every=1", "trainer.epochs=3")
+    printed = succeed(tmp_path, *SMOKE, *TINY, *settings, "iterations=1")
+    row = summary(tmp_path)["table"][-1]
+    assert row["heldout/steps"] >= row["heldout/step"]
+    assert f"trainer.keep=best: keeps the weights after step {row['heldout/step']} " in printed
+    assert not list((tmp_path / "store").rglob("*.pt"))
+    again = succeed(tmp_path, *SMOKE, *TINY, *settings, "iterations=1")
+    assert "optimise" in again
+    assert summary(tmp_path)["table"][-1]["heldout/loss"] == row["heldout/loss"]
