@@ -104,6 +104,7 @@ def run(settings: Settings, folder: Path | str | None = None) -> "Result":
     from omegaconf import OmegaConf, open_dict
 
     from dnpo.commands.train import run_job
+    from dnpo.running.console import silence_libraries
 
     if settings.values["plan"] or settings.values["check"]:
         raise SettingsError("plan=true and check=true are for the command; use compose(…).plan() instead")
@@ -114,6 +115,7 @@ def run(settings: Settings, folder: Path | str | None = None) -> "Result":
     with open_dict(composed.hydra):
         composed.hydra.runtime.output_dir = str(out.absolute())
     _enter(composed)
+    silence_libraries()
     run_job(_without_hydra(composed), composed.hydra)
     return open_result(out)
 

@@ -44,7 +44,8 @@ def silence_libraries() -> None:
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    lightning = ("pytorch_lightning", "lightning.pytorch", "lightning_utilities")
+    # importing pytorch_lightning resets the level of its topmost logger, not of these
+    lightning = ("pytorch_lightning.trainer", "pytorch_lightning.utilities", "lightning.pytorch", "lightning_utilities")
     for name in (*lightning, "transformers", "httpx2", "mlflow", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     silence: Any = transformers_logging.disable_progress_bar  # ships without annotations
