@@ -262,7 +262,7 @@ def test_every_page_is_in_the_navigation_and_in_the_lists() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     listed = [name for entry in settings["nav"] for name in entry.values()]
     pages = sorted(page.name for page in (ROOT / "docs").glob("*.md"))
-    assert sorted(listed) == pages
+    assert sorted(listed) == sorted([*pages, *(page.name for page in (ROOT / "docs").glob("*.ipynb"))])
     for front, folder in ((ROOT / "README.md", "docs/"), (ROOT / "docs" / "index.md", "")):
         linked = {target.partition("#")[0] for target in LINK.findall(front.read_text())}
         assert {f"{folder}{name}" for name in pages} - {f"{folder}index.md"} <= linked, front.name
