@@ -835,21 +835,22 @@ MUTATIONS = (
         "stats/intervals.py",
         "LEVEL = 0.95",
         "LEVEL = 0.90",
-        "test_comparisons.py::test_one_seed_is_the_t_test test_comparisons.py::test_right_and_wrong_from_end_to_end",
+        "test_comparisons.py::test_with_one_seed_it_is_the_t_test "
+        "test_comparisons.py::test_right_and_wrong_from_end_to_end",
     ),
     Mutation(
         "a variance over n instead of n − 1",
         "stats/intervals.py",
         "float(x.var(ddof=1)) / len(x)",
         "float(x.var()) / len(x)",
-        "test_comparisons.py::test_one_seed_is_the_t_test",
+        "test_comparisons.py::test_with_one_seed_it_is_the_t_test",
     ),
     Mutation(
         "Holm's correction forgets to stay monotonic",
         "stats/significance.py",
         "least = max(least, min((len(ps) - rank) * ps[i], 1.0))",
         "least = min((len(ps) - rank) * ps[i], 1.0)",
-        "test_comparisons.py::test_holm_by_hand test_comparisons.py::test_holm_closes_over_bonferroni",
+        "test_comparisons.py::test_holm_by_hand test_comparisons.py::test_holm_equals_closed_testing_with_bonferroni",
     ),
     Mutation(
         "Holm's correction becomes Bonferroni's",

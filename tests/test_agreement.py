@@ -96,7 +96,7 @@ def test_cohens_kappa_by_hand() -> None:
     assert value(measures(judged())["kappa"]) == pytest.approx(0.5)
 
 
-def test_cohens_kappa_at_its_ends() -> None:
+def test_cohens_kappa_at_its_extremes() -> None:
     """1 where all is agreed on, −1 where two raters who use two categories equally never agree, 0 for a constant judge:
     it is right as often as chance. Without a second category there is nothing that chance would not explain."""
     assert value(cohen(LABEL, LABEL)) == pytest.approx(1.0)
@@ -117,7 +117,7 @@ def test_fleiss_kappa_by_hand() -> None:
     assert math.isnan(fleiss(np.full((4, 3), T)).of(np.ones((1, 4)))[0])
 
 
-def test_persons_by_hand() -> None:
+def test_agreement_between_two_people_by_hand() -> None:
     """Two persons; they differ in rows 2 and 5, so p_o = 4/6. Counts 3, 2, 1 and 2, 4, 0: p_e = (6 + 8 + 0)/36 = 7/18,
     κ = (12/18 − 7/18) / (11/18) = 5/11. The judge's κ is 1/2 with the first, whose votes are the label; with the second
     p_o = 4/6 and p_e = (2·2 + 2·4 + 0)/36 = 1/3, so 1/2 as well, and so is the mean."""
@@ -169,7 +169,7 @@ def test_entropy_by_hand() -> None:
     assert distinct(np.array([50.2, 49.9, 80.0, 80.0])) == 3
 
 
-def test_what_cannot_be_measured_says_why() -> None:
+def test_a_measure_that_is_undefined_has_a_reason() -> None:
     """The value is None, with a reason, instead of NaN; a κ that is undefined in many resamples has no interval."""
     same = np.full(ROWS, T)
     found = estimates(measures(judged(judge_R=same, label_R=same, votes_RV=VOTES[:, :0])), ROWS, 100, 0)
@@ -213,7 +213,7 @@ def kappa_by_pairs(one: Sequence[int], other: Sequence[int]) -> float:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_measures_of_a_resample_are_those_of_its_rows(seed: int) -> None:
+def test_measures_of_a_resample_equal_measures_of_its_rows(seed: int) -> None:
     """Weights are counts: every measure of weighted rows is the measure, from its definition, of the rows repeated."""
     rng = np.random.default_rng(seed)
     count = 120
@@ -262,7 +262,7 @@ def test_measures_of_a_resample_are_those_of_its_rows(seed: int) -> None:
             assert got == pytest.approx(wanted, abs=1e-12), name
 
 
-def test_cohens_kappa_is_that_of_scikit_learn() -> None:
+def test_cohens_kappa_equals_scikit_learns() -> None:
     kappa = pytest.importorskip("sklearn.metrics").cohen_kappa_score
     rng = np.random.default_rng(1)
     one, other = rng.integers(0, 3, 200), rng.integers(0, 3, 200)
@@ -270,7 +270,7 @@ def test_cohens_kappa_is_that_of_scikit_learn() -> None:
     assert cohen(one, other).of(np.ones((1, 200)))[0] == pytest.approx(kappa(one, other), abs=1e-12)
 
 
-def test_intervals_are_those_of_scipy() -> None:
+def test_intervals_equal_scipys() -> None:
     """scipy's percentile bootstrap over the rows, with other random numbers: the same ends up to its noise."""
     rng = np.random.default_rng(2)
     label = rng.integers(0, 2, 150)
@@ -354,7 +354,7 @@ PAIRS = [("ONYX", "twig", A), ("twig", "FERNS", B), ("twig", "Thorn", A), ("Thor
 
 
 @pytest.mark.parametrize("pull", [0.0, 10.0, 20.0, 30.0, -30.0])
-def test_flips_are_those_of_the_two_questions(pull: float, tmp_path: Path) -> None:
+def test_flips_equal_the_answers_in_both_orders(pull: float, tmp_path: Path) -> None:
     """The orders that are computed from a verdict's mean and difference are the judge's answers in both orders."""
     rows = [compare(str(i), a, b, label) for i, (a, b, label) in enumerate(PAIRS)]
     responses = [Response(r.prompt.id, HUMAN, r.prompt.human, [], 0, "eos") for r in rows]
@@ -376,7 +376,7 @@ def test_flips_are_those_of_the_two_questions(pull: float, tmp_path: Path) -> No
     assert measured["multiples_of_5"]["value"] is None
 
 
-def test_a_judge_of_one_response_against_the_other() -> None:
+def test_a_judge_that_scores_one_response_against_the_other() -> None:
     """Ensembles of judges that compare give the first response 50 and the other a score against it, and no orders."""
     rows = [compare("x", "a", "b", A), compare("y", "a", "b", B)]
     said = [Verdict(i, HUMAN, 50.0) for i in "xy"] + [
@@ -427,7 +427,7 @@ def file_of(folder: Path, *rows: Any) -> Path:
     return path
 
 
-def test_rows_are_read(tmp_path: Path) -> None:
+def test_rows_of_preferences_are_read(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
     other = {"prompt": turns, "a": "", "b": "No.", "label": "tie", "votes": ["A", "A", "B"], "answer": "7", "more": 1}
     first, second = Labelled(path=str(file_of(tmp_path, ROW, "", other))).read()
@@ -435,7 +435,7 @@ def test_rows_are_read(tmp_path: Path) -> None:
     assert second == LabelledRow(Prompt("line 3", turns, "", answer="7"), "No.", T, (A, A, B))
 
 
-def test_a_bare_true_is_the_text_it_was(tmp_path: Path) -> None:
+def test_a_bare_true_is_read_as_text(tmp_path: Path) -> None:
     """PandaLM's test set has two rows whose response lost its quotes in JSON."""
     (row,) = Labelled(path=str(file_of(tmp_path, {**ROW, "a": True, "b": 7}))).read()
     assert (row.prompt.human, row.b) == ("True", "7")
@@ -584,14 +584,14 @@ def test_the_command_with_a_judge_that_compares(here: Path, monkeypatch: pytest.
     assert (here / "out" / "agreement.png").is_file()
 
 
-def test_a_title_holds_no_password() -> None:
+def test_a_title_contains_no_password() -> None:
     assert command._of_judge(["judge.base_url=http://me:secret@here/v1", "seed=1"]) == [
         "judge.base_url=http://…@here/v1"
     ]
 
 
 @pytest.mark.long
-def test_a_run_shows_what_is_known_of_its_judge(tiny: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_shows_its_judges_agreement_with_people(tiny: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On its screen and in its summary; nothing is shown for a judge that was not compared with people."""
     shutil.copytree(tiny / "store", here / "store")
     run(monkeypatch, "judge=longer", f"data={file_of(here, ROW)}", *SMALL)
@@ -618,7 +618,7 @@ def test_a_run_shows_what_is_known_of_its_judge(tiny: Path, here: Path, monkeypa
         (["judge=longer", "data=rows.jsonl", "resamples=0"], r"resamples=0: .*greater than or equal to 1"),
     ],
 )
-def test_what_is_wrong_is_named(
+def test_errors_are_named(
     arguments: list[str],
     message: str,
     here: Path,

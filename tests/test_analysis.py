@@ -26,7 +26,7 @@ from tests.recording import FAMILIES, RIVALS, Recorder, analysis, chosen, read
 # --- which runs count -------------------------------------------------------------------------------------------------
 
 
-def test_methods_are_told_by_labels_and_noise_whatever_the_tag_of_the_method_says(recorder: Recorder) -> None:
+def test_methods_are_recognised_by_labels_and_noise_not_by_their_tag(recorder: Recorder) -> None:
     for sweep, methods in (
         ("main", [SPIN, DNPO]),
         ("ablation", [SPIN, DSL, NPO, DNPO]),
@@ -37,7 +37,7 @@ def test_methods_are_told_by_labels_and_noise_whatever_the_tag_of_the_method_say
         assert list(dict.fromkeys(sorted(map(method_of, runs.finished), key=methods.index))) == methods
 
 
-def test_a_chain_has_all_iterations_and_a_branch_its_last_alone(recorder: Recorder) -> None:
+def test_a_chain_has_all_iterations_and_a_branch_only_its_last(recorder: Recorder) -> None:
     chains = chosen(recorder, sweeps=["main"]).chains()
     assert (chains.methods, chains.iterations, chains.seeds) == ([SPIN, DNPO], [SFT, 0, 1, 2], [0, 1, 2])
     branches = chosen(recorder, sweeps=["ablation"]).branches()
@@ -46,12 +46,12 @@ def test_a_chain_has_all_iterations_and_a_branch_its_last_alone(recorder: Record
     assert (chains.notes, branches.notes) == ((), ())
 
 
-def test_chains_are_no_branches(recorder: Recorder) -> None:
+def test_chains_are_not_taken_for_branches(recorder: Recorder) -> None:
     with pytest.raises(Absent, match=r"sweep main .*SPIN"):
         chosen(recorder, sweeps=["main"]).branches()
 
 
-def test_nothing_that_matches_is_told_with_what_there_is(
+def test_no_match_is_reported_with_what_exists(
     recorder: Recorder, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert analysis(recorder, "all", "--sweep", "mine", "--out", str(tmp_path)) == 1
@@ -68,7 +68,7 @@ def test_a_missing_run_is_named(recorder: Recorder, capsys: pytest.CaptureFixtur
     assert "feedbeef" in capsys.readouterr().err
 
 
-def test_what_is_not_asked_for_properly_is_told(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_requests_are_refused(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     assert analysis(recorder, "fig6") == 1
     assert re.search(r"fig6: .*\bfig06\b", capsys.readouterr().err)
     assert analysis(recorder, "fig06", "--tag", "alpha") == 1
@@ -105,13 +105,13 @@ def texts_of(svg: str, name: str, recorder: Recorder, experiment: str) -> str:
     return str(made.figure.get_supxlabel())
 
 
-def test_no_finished_run_is_a_message(recorder: Recorder) -> None:
+def test_no_finished_run_gives_a_message(recorder: Recorder) -> None:
     recorder.run(SPIN, 0, experiment="none", status="RUNNING")
     with pytest.raises(DataError, match=r"sweep main: .*1 RUNNING"):
         chosen(recorder, "none", sweeps=["main"])
 
 
-def test_one_seed_is_said_in_pictures_and_tables(recorder: Recorder, tmp_path: Path) -> None:
+def test_figures_and_tables_say_that_there_is_one_seed(recorder: Recorder, tmp_path: Path) -> None:
     tag = ["--tag", "dnpo.seed=0", "--out", str(tmp_path), "--no-log"]
     assert analysis(recorder, "fig05", "fig06", "fig07", "table01", "table05", *tag) == 0
     made = command.load(command.scripts()["fig05_benchmark"]).make(
@@ -127,7 +127,7 @@ def test_one_seed_is_said_in_pictures_and_tables(recorder: Recorder, tmp_path: P
     assert not any(row["low"] or row["p"] for row in bleu)
 
 
-def test_of_the_same_settings_and_seed_the_newest_counts(recorder: Recorder) -> None:
+def test_the_newest_run_of_the_same_settings_and_seed_counts(recorder: Recorder) -> None:
     old = recorder.run(SPIN, 0, experiment="twice")
     new = recorder.run(SPIN, 0, experiment="twice")
     cells = chosen(recorder, "twice", sweeps=["main"]).chains()
@@ -158,14 +158,14 @@ def test_mixed_settings_are_refused_by_name(recorder: Recorder, params: dict[str
     assert narrowed.seeds == [1]
 
 
-def test_the_same_seed_under_two_settings_is_no_repetition(recorder: Recorder) -> None:
+def test_the_same_seed_under_two_settings_is_not_a_repetition(recorder: Recorder) -> None:
     recorder.run(NPO, 0, experiment="alphas")
     recorder.run(NPO, 0, experiment="alphas", params={"npo.alpha": "1.0"})
     with pytest.raises(DataError, match=r"npo\.alpha is 0\.1 \(1 run\), 1\.0 \(1 run\)"):
         chosen(recorder, "alphas", sweeps=["main"]).chains()
 
 
-def test_branches_from_different_iterations_are_no_chain(recorder: Recorder) -> None:
+def test_branches_from_different_iterations_are_not_a_chain(recorder: Recorder) -> None:
     runs = chosen(recorder, sweeps=["ablation"])
     with pytest.raises(DataError, match=r"dsl\.start is 1 \(\d runs\), 2 .*tag=dsl\.start="):
         runs.chains()
@@ -185,7 +185,7 @@ def test_settings_without_effect_do_not_matter(recorder: Recorder) -> None:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_means_over_items_are_the_numbers_in_the_tables_of_the_runs(recorder: Recorder) -> None:
+def test_means_over_items_equal_the_tables_of_the_runs(recorder: Recorder) -> None:
     cells = chosen(recorder, sweeps=["main"]).chains()
     those = benchmarks(cells)
     assert [each.label for each in those] == list(FAMILIES)
@@ -213,7 +213,7 @@ def test_a_benchmark_weighs_its_tasks_as_the_leaderboard_does(recorder: Recorder
         np.testing.assert_allclose(x_SI.mean(1), rows, atol=1e-12)
 
 
-def test_a_comparison_is_the_paired_one_of_dnpo(recorder: Recorder) -> None:
+def test_a_comparison_equals_dnpos_paired_comparison(recorder: Recorder) -> None:
     cells = chosen(recorder, sweeps=["main"]).chains()
     a_SI, b_SI = (results(cells, score(), method, 2, cells.seeds) for method in (DNPO, SPIN))
     found, expected = against(a_SI, b_SI), compare_paired(a_SI, b_SI, interval="t")
@@ -222,7 +222,7 @@ def test_a_comparison_is_the_paired_one_of_dnpo(recorder: Recorder) -> None:
     assert found.difference.value == pytest.approx((a_SI - b_SI).mean())
 
 
-def test_without_items_seeds_alone_are_compared() -> None:
+def test_without_items_only_seeds_are_compared() -> None:
     a_S1, b_S1 = np.array([[0.3], [0.5], [0.4]]), np.array([[0.2], [0.3], [0.3]])
     # differences 0.1, 0.2, 0.1: mean 0.1333, standard error 0.0333, t of 2 degrees of freedom 4.3027
     found = against(a_S1, b_S1)
@@ -241,7 +241,7 @@ def test_items_without_a_score_are_left_out() -> None:
         estimate(np.array([[np.nan], [1.0]]))
 
 
-def test_answers_without_a_score_are_left_out_and_said(recorder: Recorder, tmp_path: Path) -> None:
+def test_answers_without_a_score_are_left_out_and_reported(recorder: Recorder, tmp_path: Path) -> None:
     recorder.run(SPIN, 0, experiment="unscored", unscored=2)
     recorder.run(DNPO, 0, experiment="unscored", unscored=3)
     cells = chosen(recorder, "unscored", sweeps=["main"]).chains()
@@ -256,7 +256,7 @@ def test_answers_without_a_score_are_left_out_and_said(recorder: Recorder, tmp_p
         assert (int(row["items"]), int(row["unscored"])) == (recorder.prompts - left, left)
 
 
-def test_a_duel_meets_sample_by_sample(recorder: Recorder) -> None:
+def test_a_duel_compares_sample_by_sample(recorder: Recorder) -> None:
     cells = chosen(recorder, sweeps=["main"]).chains()
     ours, theirs = cells.runs[DNPO, 1, 0], cells.runs[SPIN, 1, 0]
     found = duel(ours, theirs, 1)
@@ -274,7 +274,7 @@ def test_a_duel_meets_sample_by_sample(recorder: Recorder) -> None:
 # --- figures and tables -----------------------------------------------------------------------------------------------
 
 
-def test_all_draws_what_it_can_and_logs_it_to_the_sweeps(
+def test_all_draws_what_it_can_and_logs_it_to_each_sweep(
     recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert analysis(recorder, "all", "--out", str(tmp_path)) == 0
@@ -320,7 +320,7 @@ def test_the_same_runs_give_the_same_files(recorder: Recorder, tmp_path: Path) -
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_runs_of_no_sweep_get_what_is_made_of_them(recorder: Recorder, tmp_path: Path) -> None:
+def test_runs_outside_a_sweep_get_their_figures(recorder: Recorder, tmp_path: Path) -> None:
     ids = [recorder.run(method, 0, experiment="loose", sweep=None) for method in (SPIN, DNPO)]
     assert analysis(recorder, "fig05", "--runs", *ids, "--out", str(tmp_path), experiment="loose") == 0
     for run in ids:
@@ -329,7 +329,7 @@ def test_runs_of_no_sweep_get_what_is_made_of_them(recorder: Recorder, tmp_path:
     assert len(recorder.client.list_artifacts(ids[0], "analysis")) == 5
 
 
-def test_one_that_fails_does_not_stop_the_others(
+def test_one_failed_figure_does_not_stop_the_others(
     recorder: Recorder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = recorder.run(DNPO, 0, experiment="broken", texts=True)
@@ -381,9 +381,7 @@ def test_without_spin_a_table_shows_what_there_is_and_compares_nothing(recorder:
         assert not any(row["p"] for row in rows)
 
 
-def test_all_methods_stand_beside_each_other_at_their_ends_with_what_they_spent(
-    recorder: Recorder, tmp_path: Path
-) -> None:
+def test_the_table_of_all_methods_has_their_final_numbers_and_costs(recorder: Recorder, tmp_path: Path) -> None:
     cells = chosen(recorder, sweeps=["methods"]).rivals()
     assert cells.methods == ["spin", "dnpo", "dpo", "mine"]
     assert cells.notes == ()
@@ -417,7 +415,7 @@ def test_all_methods_stand_beside_each_other_at_their_ends_with_what_they_spent(
     assert "Rafailov" in rows["dpo", "claim"]["text"]
 
 
-def test_methods_may_differ_in_anything_but_their_beginning_and_measures(recorder: Recorder) -> None:
+def test_methods_may_differ_in_anything_but_their_start_and_measures(recorder: Recorder) -> None:
     where = "beginnings"
     of_mine = {"rollout.samples": "8", "judge._target_": "own", "eval.judge._target_": "rules"}
     recorder.run(SPIN, 0, experiment=where, params={"judge._target_": "rules"})
@@ -433,7 +431,7 @@ def test_methods_may_differ_in_anything_but_their_beginning_and_measures(recorde
         chosen(recorder, where, sweeps=["main"]).rivals()
 
 
-def test_published_averages_are_those_of_the_cells() -> None:
+def test_published_averages_equal_the_means_of_their_cells() -> None:
     printed = {**published.MAIN, **published.BRANCHES, **published.RIVALS}
     printed.pop(DNPO)  # table 2 of the paper: its six numbers average 0.598, and 0.604 is printed
     for cells in printed.values():
@@ -443,7 +441,7 @@ def test_published_averages_are_those_of_the_cells() -> None:
         assert cells[-1] == pytest.approx(np.mean(cells[2:5]), abs=0.0006)
 
 
-def test_the_papers_curve_stands_beside_runs_of_its_setting_alone(recorder: Recorder) -> None:
+def test_the_papers_curve_is_drawn_only_with_runs_of_its_setting(recorder: Recorder) -> None:
     setting = {"tags": {"dnpo.scale": "7b"}, "params": {"eval.leaderboard": "x"}}
     for method in (SPIN, DNPO):
         recorder.run(method, 0, experiment="paper", leaderboard=True, **setting)  # type: ignore[arg-type]
@@ -456,7 +454,7 @@ def test_the_papers_curve_stands_beside_runs_of_its_setting_alone(recorder: Reco
     assert set(labels["dnpo"]) == {SPIN, DNPO}
 
 
-def test_every_figure_and_table_asked_for_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_required_figure_and_table_exists(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = {name.split("_")[0] for name in command.scripts()}
     assert numbers == {f"fig{n:02}" for n in (1, 2, 5, 6, 7, 8, 9, 10, 11, 13, 14)} | {
         f"table{n:02}" for n in (1, 2, 5, 6, 7)

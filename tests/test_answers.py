@@ -65,7 +65,7 @@ def test_final_number(text: str, value: str | None) -> None:
     assert final_number(text) == (None if value is None else Fraction(value))
 
 
-def test_a_list_is_no_thousands() -> None:
+def test_a_list_is_not_read_as_thousands() -> None:
     assert numbers("1,23 and 12,3456") == [1, 23, 12, 3456]
 
 

@@ -41,14 +41,14 @@ def test_settings_are_composed_and_checked_as_by_the_command() -> None:
         ("tracking.uri=postgresql://me:secret@host/db", "tracking.uri"),
     ],
 )
-def test_wrong_settings_raise_the_command_s_message(given: str, message: str) -> None:
+def test_wrong_settings_raise_the_commands_message(given: str, message: str) -> None:
     with pytest.raises(SettingsError) as refused:
         dnpo.compose(given)
     assert message in str(refused.value)
     assert "secret" not in str(refused.value).replace("secrets", "")
 
 
-def test_a_run_from_python_is_that_of_the_command(
+def test_a_run_from_python_equals_the_commands(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -69,7 +69,7 @@ def test_a_run_from_python_is_that_of_the_command(
     assert again.table.equals(result.table)
 
 
-def test_what_a_run_left_can_be_looked_at(tiny: Path) -> None:
+def test_a_finished_run_can_be_inspected(tiny: Path) -> None:
     result = dnpo.open(next(tiny.glob("outputs/*/*/summary.json")).parent)
     samples = result.samples(1)
     assert samples["kind"].value_counts().to_dict() == {"greedy": 12, "sample": 12}
@@ -88,7 +88,7 @@ def test_what_a_run_left_can_be_looked_at(tiny: Path) -> None:
         result.pairs("SFT")  # type: ignore[arg-type]
 
 
-def test_what_is_refused_or_missing_is_said(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_and_missing_runs_are_reported(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingsError, match="no finished run there"):
         dnpo.open(tmp_path)

@@ -81,7 +81,7 @@ def test_order_golden() -> None:
     assert schedule(8, 8, epochs=2, seed=0, steps=None) == [(2, 6, 0, 1, 5, 3, 4, 7), (3, 2, 1, 7, 6, 5, 4, 0)]
 
 
-def test_nothing_to_do() -> None:
+def test_no_rows_or_no_epochs_give_no_steps() -> None:
     """No rows or no epochs: no steps, and no endless search for the rows of a number of steps."""
     assert schedule(0, 4, epochs=3, seed=0, steps=None) == []
     assert schedule(0, 4, epochs=3, seed=0, steps=3) == []
@@ -124,7 +124,7 @@ def test_worked_example() -> None:
     assert [[piece.step for _, piece in step] for step in found] == [[0], [1], [2, 2]]
 
 
-def test_a_step_can_be_cut_anew() -> None:
+def test_a_step_can_be_divided_again() -> None:
     """As is done when a step does not fit into memory: the rows are the same, and the position does not change."""
     running = batches(4)
     whole = list(islice(running, 2))
@@ -138,7 +138,7 @@ def test_a_step_can_be_cut_anew() -> None:
 # --- the iterable -----------------------------------------------------------------------------------------------------
 
 
-def test_the_length_is_that_of_the_training_in_policy_steps() -> None:
+def test_the_length_is_the_number_of_policy_steps() -> None:
     """Nine steps, for any size of micro-batches and any number of steps done."""
     for micro in (1, 3, 4, 100):
         running = batches(micro)
@@ -149,7 +149,7 @@ def test_the_length_is_that_of_the_training_in_policy_steps() -> None:
 
 
 @pytest.mark.parametrize("done", range(10))
-def test_resumed_batches_are_exactly_those_that_remain(done: int) -> None:
+def test_resumed_batches_are_exactly_the_remaining_ones(done: int) -> None:
     """From a checkpoint after any step, through JSON too: nothing is trained on twice and nothing left out."""
     whole = list(batches())
     killed = batches()
@@ -161,7 +161,7 @@ def test_resumed_batches_are_exactly_those_that_remain(done: int) -> None:
 
 
 @pytest.mark.parametrize("micro", [1, 3, 4, 100])
-def test_another_micro_batch_size_goes_on_with_the_same_rows(micro: int) -> None:
+def test_another_micro_batch_size_continues_with_the_same_rows(micro: int) -> None:
     """A run that ran out of memory is continued with smaller micro-batches: a position counts steps, not those."""
     whole = list(batches(2))
     killed = batches(2)
@@ -171,7 +171,7 @@ def test_another_micro_batch_size_goes_on_with_the_same_rows(micro: int) -> None
     assert [rows_of(step) for step in resumed] == [rows_of(step) for step in whole[4:]]
 
 
-def test_state_counts_what_was_handed_out() -> None:
+def test_state_counts_the_steps_handed_out() -> None:
     """A checkpoint that is made while a step is worked on counts that step as done."""
     running = batches()
     assert running.state_dict() == {"next": 0}
@@ -187,7 +187,7 @@ def test_position_belongs_to_the_training_and_not_to_the_iterator() -> None:
     assert list(running) == []
 
 
-def test_rewound_batches_begin_again() -> None:
+def test_rewound_batches_start_again() -> None:
     """From the state of the beginning the same steps come again."""
     running = batches()
     beginning = running.state_dict()

@@ -40,7 +40,7 @@ def test_the_best_policy_is_the_first_with_the_best_value(choice: Choice, table:
     assert choice.describe(table, 2)["choice"]["kept"] == best
 
 
-def test_a_run_ends_when_so_many_iterations_in_a_row_did_not_improve() -> None:
+def test_a_run_ends_after_enough_iterations_without_improvement() -> None:
     scores: list[float | None] = [50, 49, 60, 58, 59, 61]
     ends = {
         patience: next((n for n in range(1, 7) if Choice(patience=patience).is_over(rows(score=scores[:n]))), None)
@@ -54,7 +54,7 @@ def test_a_policy_without_the_number_is_refused() -> None:
         Choice("best", best_by="eval/accuracy").is_over(rows(accuracy=[0.5, None]))
 
 
-def test_a_run_that_asks_for_nothing_has_no_choice() -> None:
+def test_a_run_without_keep_or_stop_chooses_no_policy() -> None:
     assert Choice().describe(rows(score=[2, 1]), 3) == {}
     assert kept({"table": rows(score=[2, 1])}) == 1
     assert sentences({"table": rows(score=[2, 1])}) == []
@@ -73,7 +73,7 @@ def test_a_run_that_asks_for_nothing_has_no_choice() -> None:
         (["patience=-1"], "patience=-1"),
     ],
 )
-def test_a_choice_without_meaning_is_refused_by_name(tmp_path: Path, given: list[str], message: str) -> None:
+def test_meaningless_settings_of_the_choice_are_refused_by_name(tmp_path: Path, given: list[str], message: str) -> None:
     import re
 
     done = train(tmp_path, *SMOKE, "method=spin" if "judge=off" in given else "method=dnpo", *given)
@@ -83,7 +83,7 @@ def test_a_choice_without_meaning_is_refused_by_name(tmp_path: Path, given: list
 
 
 @pytest.mark.long
-def test_a_run_ends_early_keeps_its_best_policy_and_continues_to_the_same(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_ends_early_keeps_its_best_policy_and_resumes_with_the_same_result(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "store", tmp_path / "store", symlinks=True)
     printed = train(tmp_path, *SMOKE, *TINY, *ENDS)
     assert printed.returncode == 0, printed.stderr

@@ -170,7 +170,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_answers_are_those_of_the_store(smoke: Path) -> None:
+def test_held_out_answers_equal_the_stores(smoke: Path) -> None:
     (folder,) = smoke.glob("outputs/*/*")
     (run,) = found(folder)
     page = client(folder)
@@ -193,7 +193,7 @@ def test_held_out_answers_are_those_of_the_store(smoke: Path) -> None:
             assert (answer["right"], answer["tokens"]) == (item["right"], item["tokens"])
 
 
-def test_pairs_are_those_of_the_store(smoke: Path) -> None:
+def test_pairs_equal_the_stores(smoke: Path) -> None:
     (folder,) = smoke.glob("outputs/*/*")
     (run,) = found(folder)
     page = client(folder)
@@ -213,7 +213,7 @@ def test_pairs_are_those_of_the_store(smoke: Path) -> None:
     assert [side["logprob"] for side in sides] == pytest.approx([one["chosen"], one["rejected"]], rel=1e-6)
 
 
-def test_what_was_trained_on_without_pairs_is_shown_too(few: Path, tmp_path: Path) -> None:
+def test_training_rows_without_pairs_are_shown_too(few: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(few.parents[2], tmp_path / "copy")
     path = next(folder.glob("outputs/*/*/summary.json"))
     summary = json.loads(path.read_text()) | {"cwd": str(folder)}
@@ -278,7 +278,7 @@ def test_pairs_are_filtered_and_ordered(few: Path, query: str, wanted: list[int]
     assert rows(client(few), f"view=pairs&{query}") == wanted
 
 
-def test_a_missing_score_has_its_reason(few: Path) -> None:
+def test_a_missing_score_is_shown_with_its_reason(few: Path) -> None:
     answer = get(client(few), "/row?row=3")["runs"][0]["iterations"][1]["answers"][0]
     assert (answer["score"], answer["reason"]) == (None, "no reply")
 
@@ -300,7 +300,7 @@ def test_runs_are_side_by_side_where_their_prompts_are_the_same(tmp_path: Path) 
 # --- runs are found ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_found_by_its_id_its_folder_or_as_the_newest(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_found_by_id_or_folder_and_the_newest_by_default(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"sqlite:///{smoke / 'mlflow.db'}"
     (folder,) = smoke.glob("outputs/*/*")
     (tracked,) = Database(uri).runs()
@@ -311,7 +311,7 @@ def test_a_run_is_found_by_its_id_its_folder_or_as_the_newest(smoke: Path, monke
     assert len(find([str(folder), tracked.id], None, uri, "dnpo")) == 1
 
 
-def test_a_sweeps_folder_stands_for_its_runs_and_a_store_may_have_moved(few: Path, tmp_path: Path) -> None:
+def test_a_sweeps_folder_selects_its_runs_and_a_store_may_have_moved(few: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(few.parents[2], tmp_path / "copy")
     runs = find([str(next(folder.glob("outputs/*")))], folder / "store", "sqlite:///nowhere.db", "dnpo")
     assert [run.store for run in runs] == [folder / "store"]
@@ -336,7 +336,7 @@ def test_what_cannot_be_shown_is_refused(few: Path, tmp_path: Path, monkeypatch:
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_loopback_is_answered_and_nothing_can_be_written(few: Path) -> None:
+def test_only_local_requests_are_answered_and_nothing_can_be_written(few: Path) -> None:
     page = client(few)
     assert page.get("/", headers={"host": "localhost:8000"}).status_code == 200
     for host in ("evil.example", "127.0.0.1.evil.example", "10.0.0.1:80", ""):
@@ -354,7 +354,7 @@ def test_only_the_loopback_is_answered_and_nothing_can_be_written(few: Path) -> 
     opened.close()
 
 
-def test_the_page_has_no_script_within_and_needs_nothing_from_elsewhere(few: Path) -> None:
+def test_the_page_has_no_inline_script_and_loads_nothing_from_elsewhere(few: Path) -> None:
     page = client(few)
     text = page.get("/").text
     assert re.findall(r"<script[^>]*>(.*?)</script>", text) == [""]
@@ -387,7 +387,7 @@ def test_a_port_in_use_is_refused_by_its_setting() -> None:
         listen(99999)
 
 
-def test_a_request_takes_less_than_a_fifth_of_a_second_of_20_000_rows(many: Path) -> None:
+def test_a_request_on_20_000_rows_takes_less_than_a_fifth_of_a_second(many: Path) -> None:
     page = client(many)
     asked = ("q=4321", "q=nothing like it", "sort=changed", "family=dates&outcome=gained&answer=samples", "page=400")
     for query in ("", *asked, "view=pairs", *(f"view=pairs&{each}" for each in ("q=4321", "flipped=yes", "sort=wide"))):
@@ -556,7 +556,7 @@ def test_hostile_texts_stay_texts_in_a_browser(tmp_path: Path, chromium: Any, wi
         assert events == []
 
 
-def test_20_000_rows_make_no_pause_in_a_browser(many: Path, chromium: Any) -> None:
+def test_20_000_rows_do_not_block_a_browser(many: Path, chromium: Any) -> None:
     """The CPU time of an action, in the page's thread, bounds every pause, however busy the machine is."""
     with served(make_app(found(many))) as address, tab(chromium) as (page, _):
         cdp = page.context.new_cdp_session(page)

@@ -117,7 +117,7 @@ def _words(hint: Any) -> list[Any]:
     return list(typing.get_args(hint))[:2] if typing.get_origin(hint) is typing.Literal else []
 
 
-def test_an_example_is_found_wherever_a_list_or_mapping_is_admitted() -> None:
+def test_every_setting_that_takes_a_list_or_mapping_has_an_example() -> None:
     """The only ones without are mappings of parts."""
     assert example(str | list[str]) == ["a", "b"]
     assert example(dict[typing.Literal["x", "y"], str] | None) == {"x": "a", "y": "b"}
@@ -357,7 +357,7 @@ class Descent(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("partial", [{}, {"_partial_": True}], ids=["plain", "partial"])
-def test_an_optimizer_of_ones_own_waits_for_its_parameters(partial: dict[str, Any]) -> None:
+def test_a_custom_optimizer_is_built_once_its_parameters_exist(partial: dict[str, Any]) -> None:
     """An optimizer of any package; its settings are checked against its parameters."""
     settings = {"_target_": "dnpo.optimise.parts.PairOptimisation"}
     given = {"_target_": f"{__name__}.Descent", **partial}
@@ -434,7 +434,7 @@ def objective(kind: Any, **settings: Any) -> list[str]:
     ],
     ids=["field", "property", "function", "partial function"],
 )
-def test_an_objective_says_its_beta(overrides: list[str], beta: float) -> None:
+def test_an_objective_declares_its_beta(overrides: list[str], beta: float) -> None:
     found = built(*overrides).plans[0].objective
     assert found.beta == beta
     pair = PairLogps(torch.tensor([1.0]), torch.tensor([2.0]))
@@ -476,7 +476,7 @@ def test_a_flag_of_an_objective_is_true_or_false(flag: str) -> None:
 
 
 @pytest.mark.parametrize("beta", [None, "1", True, float("nan"), float("inf"), lambda: 1.0])
-def test_what_is_no_number_is_no_beta(beta: Any) -> None:
+def test_a_beta_that_is_not_a_number_is_refused(beta: Any) -> None:
     wrong: Any = type("Wrong", (), {"beta": beta})()
     with pytest.raises(SettingsError, match="Wrong has no number beta"):
         check_objective(wrong)
@@ -575,7 +575,7 @@ def test_files_of_an_earlier_layout(
             as_json(dict(stage.settings))
 
 
-def test_files_of_today_are_warned_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_current_files_give_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
     built()
     assert capsys.readouterr().err == ""
 

@@ -80,18 +80,18 @@ def test_families_and_variants_are_found() -> None:
     "name",
     ["evl/score", "eval/", "second/loss", "sft/eval/score", "judge/score", "pairs/score", ""],
 )
-def test_what_is_no_metric_is_not_found(name: str) -> None:
+def test_unknown_metrics_are_not_found(name: str) -> None:
     assert find(name) is None
 
 
-def test_an_iteration_has_names_of_its_own_for_what_also_runs_by_step() -> None:
+def test_metrics_by_iteration_and_by_step_have_different_names() -> None:
     assert name_by_iteration("loss/policy") == "iteration/loss/policy"
     assert name_by_iteration("logps/new") == "iteration/logps/new"
     assert name_by_iteration("eval/score") == "eval/score"
     assert name_by_iteration("seconds") == "seconds"
 
 
-def test_the_page_is_what_the_catalogue_says() -> None:
+def test_the_page_equals_the_catalogue() -> None:
     assert (ROOT / "docs" / "metrics.md").read_text() == catalogue.write_markdown(), (
         "python -m dnpo.catalogue > docs/metrics.md"
     )
@@ -117,7 +117,7 @@ def test_every_metric_that_code_or_claims_name_is_in_it() -> None:
     assert all(line.metric for line in LINES)
 
 
-def test_the_screen_has_a_column_for_each_metric_that_was_measured_and_cuts_none(
+def test_the_screen_has_an_uncut_column_for_each_measured_metric(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     row: dict[str, Any] = {"eval/accuracy/arithmetic": 0.5, "loss/policy": None, "eval/win": 0.25}
@@ -179,9 +179,7 @@ SMALL = (*SMOKE, *TINY)
 
 
 @pytest.mark.long
-def test_all_that_a_run_tracks_is_in_it_and_so_is_a_measure_from_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everything_that_a_run_tracks_is_in_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rhymes_of_ones_own.py").write_text(RHYMES)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -199,14 +197,14 @@ def test_all_that_a_run_tracks_is_in_it_and_so_is_a_measure_from_elsewhere(
 
 
 @pytest.mark.parametrize("make", [Tracking, lambda: MLflowTracking(uri="sqlite:///nowhere.db")], ids=["off", "mlflow"])
-def test_what_is_not_in_it_is_refused_by_name(make: Any) -> None:
+def test_a_metric_outside_the_catalogue_is_refused_by_name(make: Any) -> None:
     tracking: Tracking = make()
     tracking.metrics({"eval/score": 50.0, "sft/loss/policy": 1.0}, 0)
     with pytest.raises(DnpoError, match=r"eval/scor: .* Did you mean eval/score"):
         tracking.metrics({"eval/scor": 50.0}, 0)
 
 
-def test_a_metric_of_ones_own_can_be_added_and_none_can_be_changed() -> None:
+def test_a_custom_metric_can_be_added_and_none_can_be_changed() -> None:
     mine = Metric("mine/<way>/wit", "Wit, <way>", "wit <way>", "%")
     add(mine)
     add(mine)

@@ -86,7 +86,7 @@ def test_duels_are_all_samples_against_all_samples() -> None:
         claims_measures.duels(ours, ITEMS)
 
 
-def test_a_metric_less_another() -> None:
+def test_a_metric_minus_another() -> None:
     row = {"iteration": 2, "stagnation/ks": 0.25, "stagnation/ks_critical": 0.05, "texts/bleu": None}
     assert claims_measures.metric(row, "stagnation/ks") == 0.25
     assert claims_measures.metric(row, "stagnation/ks", less="stagnation/ks_critical") == pytest.approx(0.2)
@@ -108,7 +108,7 @@ def series(**columns: list[float]) -> list[dict[str, float]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def test_means_over_steps_take_the_other_metric_only_where_there_is_none() -> None:
+def test_means_over_steps_use_the_other_metric_only_if_the_first_is_missing() -> None:
     steps = series(noisy=[1.0, 3.0], clean=[5.0, 7.0])
     assert claims_measures.mean_over_steps(steps, "noisy", otherwise="clean") == 2.0
     assert claims_measures.mean_over_steps(series(clean=[5.0, 7.0]), "noisy", otherwise="clean") == 6.0
@@ -116,7 +116,7 @@ def test_means_over_steps_take_the_other_metric_only_where_there_is_none() -> No
         claims_measures.mean_over_steps(series(clean=[5.0]), "noisy")
 
 
-def test_a_common_trend_is_no_mirror_once_it_is_taken_off() -> None:
+def test_curves_do_not_mirror_each_other_once_a_common_trend_is_removed() -> None:
     # Both fall along a line; their residuals are equal, not mirrored.
     wiggle = [0.0, 1.0, -1.0, 0.0, 1.0, -1.0]
     rising, falling = [10.0 * t + w for t, w in enumerate(wiggle)], [-10.0 * t + w for t, w in enumerate(wiggle)]
@@ -170,7 +170,7 @@ def test_the_interval_decides(relation: Any, interval: tuple[float, float], outc
     assert decide(Estimate(effect.value), where, p_holm=0.04, seeds=5) == "undecided"
 
 
-def test_p_is_that_of_the_nearer_bound() -> None:
+def test_p_is_computed_for_the_nearer_bound() -> None:
     mean = Mean(0.5, 0.2, 4)
     assert p_against(mean, Region(0, math.inf)) == pytest.approx(mean.p())
     # 0.5 is 0.5 from the bound at 1 and 1.5 from that at -1.
@@ -178,7 +178,7 @@ def test_p_is_that_of_the_nearer_bound() -> None:
     assert p_against(Mean(3.0, 0.2, 4), Region(-1, 1)) == pytest.approx(Mean(2.0, 0.2, 4).p())
 
 
-def test_a_number_a_seed_has_the_t_interval_over_seeds() -> None:
+def test_one_number_per_seed_gets_the_t_interval_over_seeds() -> None:
     found = estimate_effect(
         Sample(np.array([[1.0], [2.0], [3.0]]), np.zeros((3, 1)), by_item=False), region("greater", 0, 0)
     )
@@ -209,7 +209,7 @@ def test_items_and_seeds_are_both_drawn() -> None:
         assert (p < 0.05) == outside
 
 
-def test_prompts_without_a_result_are_left_out_and_said() -> None:
+def test_prompts_without_a_result_are_left_out_and_reported() -> None:
     a = np.array([[1.0, math.nan, 2.0], [2.0, 1.0, 4.0]])
     found = estimate_effect(Sample(a, np.zeros((2, 3)), by_item=True), region("greater", 0, 0))
     assert (found.items, found.estimate.value) == (2, 2.25)
@@ -343,12 +343,12 @@ def write_claims(path: Path, *given: Mapping[str, Any], sweeps: Mapping[str, Any
         ({"premise": {"runs": "older", "metric": "m", "least": 1}}, "arm older is not among"),
     ],
 )
-def test_what_is_wrong_with_a_claim_is_said(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_errors_in_a_claim_are_reported(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=f"(?s){message}"):
         read(write_claims(tmp_path / "claims.yaml", wrong))
 
 
-def test_an_id_is_given_once(tmp_path: Path) -> None:
+def test_a_repeated_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"\bid one\b"):
         read(write_claims(tmp_path / "claims.yaml", {}, {}))
     with pytest.raises(SettingsError, match="scale, sweeps, arms and claims"):
@@ -357,7 +357,7 @@ def test_an_id_is_given_once(tmp_path: Path) -> None:
         read(tmp_path / "none.yaml")
 
 
-def test_sides_are_taken_apart() -> None:
+def test_the_two_sides_are_parsed() -> None:
     assert terms("spin@0 + dnpo-F@SFT,2") == [Term("spin", (0,)), Term("dnpo-F", ("SFT", 2))]
     assert terms("") == []
 
@@ -442,7 +442,7 @@ def outcomes(
     return {row["id"]: row for row in json.loads((out / "claims.json").read_text())["claims"]}
 
 
-def test_known_truths_come_out(tmp_path: Path, database: str) -> None:
+def test_outcomes_are_right_on_known_numbers(tmp_path: Path, database: str) -> None:
     found = outcomes(
         tmp_path,
         database,
@@ -487,7 +487,7 @@ def test_known_truths_come_out(tmp_path: Path, database: str) -> None:
     assert "dnpo sweep main" in found["later"]["reason"]
 
 
-def test_items_are_what_decides(tmp_path: Path, database: str) -> None:
+def test_claims_are_decided_over_items(tmp_path: Path, database: str) -> None:
     """Shares of wins and of answers as good as human ones, computed again from the tracked rows."""
     found = outcomes(
         tmp_path,
@@ -516,7 +516,7 @@ def test_items_are_what_decides(tmp_path: Path, database: str) -> None:
     assert found["as-good"]["effect"] == pytest.approx(np.mean(good))
 
 
-def test_holm_is_over_all_claims_of_the_file_also_those_not_measured(tmp_path: Path, database: str) -> None:
+def test_holm_corrects_over_all_claims_of_the_file_even_unmeasured_ones(tmp_path: Path, database: str) -> None:
     alone = outcomes(
         tmp_path, database, {"id": "number", "measure": "metric", "arguments": {"name": "ks"}, "b": "old@0"}
     )
@@ -528,7 +528,7 @@ def test_holm_is_over_all_claims_of_the_file_also_those_not_measured(tmp_path: P
     assert beside["number"]["p_holm"] == pytest.approx(min(1.0, 10 * alone["number"]["p"]))
 
 
-def test_the_effect_stands_by_iteration_too(tmp_path: Path, database: str) -> None:
+def test_the_effect_is_also_given_by_iteration(tmp_path: Path, database: str) -> None:
     found = outcomes(tmp_path, database, {"a": "old@0,1", "b": "old@0,1"}, {"id": "rise", "a": "new@1", "b": "old@0"})
     assert list(found["one"]["by_iteration"]) == ["0", "1"]
     assert found["rise"]["by_iteration"] == {}
@@ -554,7 +554,7 @@ def test_a_claim_with_a_premise_counts_the_seeds_in_which_it_held(tmp_path: Path
     assert "held for 0 of 3 seeds" in found["none"]["reason"]
 
 
-def test_mixed_settings_are_refused_and_a_choice_mends_it(known: Path, tmp_path: Path) -> None:
+def test_mixed_settings_are_refused_unless_one_is_chosen(known: Path, tmp_path: Path) -> None:
     for name in ("mlflow.db", "artifacts"):
         copy = shutil.copytree if (known / name).is_dir() else shutil.copy2
         copy(known / name, tmp_path / name)
@@ -582,7 +582,7 @@ def test_the_newest_run_counts_and_a_part_that_has_not_started_makes_no_arm() ->
     assert tracked.policy("main", "old", 0, 1) is None
 
 
-def test_nothing_to_read_is_said(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_to_read_is_reported(tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "out")]
     assert claims.main(["--uri", f"sqlite:///{tmp_path / 'none.db'}", *out]) == 1
     assert "there is no such database" in (said := capsys.readouterr().err)
@@ -596,7 +596,7 @@ def test_nothing_to_read_is_said(tmp_path: Path, database: str, capsys: pytest.C
     assert "tag=beta: " in capsys.readouterr().err
 
 
-def test_all_formats_say_the_same_and_are_logged(known: Path, tmp_path: Path) -> None:
+def test_all_formats_agree_and_are_logged(known: Path, tmp_path: Path) -> None:
     for name in ("mlflow.db", "artifacts", "multirun"):
         copy = shutil.copytree if (known / name).is_dir() else shutil.copy2
         copy(known / name, tmp_path / name)
@@ -633,7 +633,7 @@ def test_all_formats_say_the_same_and_are_logged(known: Path, tmp_path: Path) ->
     assert len(database.runs()) == 8  # the logged results are no training run
 
 
-def test_an_override_is_for_every_sweep_or_for_one() -> None:
+def test_an_override_applies_to_every_sweep_or_to_one() -> None:
     given = ["threads=2", "main:eval.texts.encoder=a:b", "eval=smoke"]
     options = claims.parser().parse_args(["--jobs", "1", *(part for o in given for part in ("--override", o))])
     sweep = Sweep(overrides=["eval=texts"])
@@ -655,7 +655,7 @@ def test_numbers_are_written_as_people_read_them() -> None:
 # --- running what is missing
 
 
-def test_only_the_seeds_that_are_missing_are_run(tmp_path: Path, database: str) -> None:
+def test_only_missing_seeds_are_run(tmp_path: Path, database: str) -> None:
     sweeps = {
         "main": {
             "overrides": ["eval=texts", "iterations=3"],
@@ -680,7 +680,7 @@ def test_only_the_seeds_that_are_missing_are_run(tmp_path: Path, database: str) 
     ) == installed
 
 
-def test_a_sweep_that_fails_is_said_and_what_is_there_is_told(
+def test_a_failed_sweep_is_reported_and_existing_runs_are_evaluated(
     tmp_path: Path, database: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = outcomes(
@@ -696,7 +696,7 @@ def test_a_sweep_that_fails_is_said_and_what_is_there_is_told(
 
 
 @pytest.mark.long
-def test_one_command_runs_the_sweep_and_tells_the_outcome(
+def test_one_command_runs_the_sweep_and_prints_the_outcome(
     tiny: Path, migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny / "store", tmp_path / "store")

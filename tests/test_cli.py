@@ -38,7 +38,7 @@ def dnpo(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
-def test_help_is_one_screen_and_names_every_verb(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_help_fits_one_screen_and_names_every_verb(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     done = dnpo(tmp_path, *arguments)
     assert done.returncode == 0
     lines = done.stdout.splitlines()
@@ -140,7 +140,7 @@ def test_the_docstring_of_every_part_in_conf_describes_all_of_its_settings() -> 
 # --- verbs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_and_a_sweep_are_those_of_the_main_job_and_leave_no_folder_with_plan(tmp_path: Path) -> None:
+def test_run_and_sweep_start_the_main_job_and_plan_leaves_no_folder(tmp_path: Path) -> None:
     settings = ("scale=smoke", "plan=true")
     one = dnpo(tmp_path, "train", *settings)
     assert one.returncode == 0
@@ -211,7 +211,7 @@ def test_a_verb_that_does_not_exist_gets_advice(tmp_path: Path, given: tuple[str
 
 
 @pytest.mark.parametrize("given", [("--version",), ("train", "--version"), ("evaluate", "--version")])
-def test_the_version_is_ours(tmp_path: Path, given: tuple[str, ...]) -> None:
+def test_the_version_is_the_packages(tmp_path: Path, given: tuple[str, ...]) -> None:
     assert dnpo(tmp_path, *given).stdout == f"dnpo {__version__}\n"
 
 
@@ -238,7 +238,7 @@ def test_settings_with_dashes_get_a_hint(given: list[str], message: str) -> None
 @pytest.mark.parametrize(
     "given", [["-m", "a=1"], ["--multirun", "a=1"], ["--config-dir", "x"], ["--cfg", "job"], ["a=--b"]]
 )
-def test_what_hydra_takes_with_dashes_passes(given: list[str]) -> None:
+def test_hydras_options_with_dashes_are_accepted(given: list[str]) -> None:
     refuse_dashes(given)
 
 
@@ -270,7 +270,7 @@ def parser() -> argparse.ArgumentParser:
         (["--tag", "data.train=4800"], ["--tag", "data.train=4800"]),
     ],
 )
-def test_both_ways_of_writing_mean_the_same(with_equals: list[str], with_dashes: list[str]) -> None:
+def test_both_spellings_mean_the_same(with_equals: list[str], with_dashes: list[str]) -> None:
     assert parse(parser(), with_equals) == parse(parser(), with_dashes)
 
 
@@ -291,7 +291,7 @@ def test_wrong_settings_are_named(given: str, message: str, capsys: pytest.Captu
     assert message in capsys.readouterr().err
 
 
-def test_settings_of_a_subcommand_are_known(tmp_path: Path) -> None:
+def test_settings_of_a_subcommand_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     assert dnpo(tmp_path, "store", "list", "store=store").returncode == 0
     wrong = dnpo(tmp_path, "store", "list", "apply=true")

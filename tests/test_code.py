@@ -130,7 +130,7 @@ def test_an_endless_loop_ends(way: Isolation) -> None:
     assert time.monotonic() - began < 4
 
 
-def test_nothing_is_left_running(closed: Isolation) -> None:
+def test_no_process_is_left_running(closed: Isolation) -> None:
     """Processes that an answer starts end with it, also in another session."""
     mark = f"left-{secrets.token_hex(4)}"  # a process's name has at most 15 characters
     left = f"import ctypes, os, time\nif os.fork() == 0:\n    os.setsid()\n    ctypes.CDLL(None).prctl(15, b'{mark}')\n"
@@ -242,7 +242,7 @@ for how in ("auto", "none"):
 """
 
 
-def test_the_checks_say_what_is_in_force(way: Isolation) -> None:
+def test_the_checks_report_the_protections_in_force(way: Isolation) -> None:
     if find_isolation(way)[0] is None:
         pytest.skip(find_isolation(way)[1])
     ledger = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))
@@ -252,7 +252,7 @@ def test_the_checks_say_what_is_in_force(way: Isolation) -> None:
     assert way in trial.text
 
 
-def test_a_system_that_closes_nothing_off_needs_a_setting() -> None:
+def test_a_system_without_isolation_needs_a_setting() -> None:
     """Without namespaces and bubblewrap nothing runs unless the user allows it."""
     command = [sys.executable, "-c", REFUSED]
     if find_isolation("namespaces")[0]:
@@ -326,7 +326,7 @@ NAMED = "from collections import namedtuple\nPoint = namedtuple('Point', 'x')"
         "import solution\nassert [p for p in [solution.Point(1)] if p == solution.Point(1)]",
     ],
 )
-def test_tests_that_compare_the_answers_own_objects_are_refused(tests: str) -> None:
+def test_tests_that_compare_objects_of_the_answer_are_refused(tests: str) -> None:
     """The answer would decide the comparison. If its class has plain values, the tests work."""
     judge = UnitTests(i_know_this_runs_code=True, isolation="auto" if find_isolation("auto")[0] else "none")
     objection = judge.accepts([Prompt("row", [], OWN, answer=tests)])

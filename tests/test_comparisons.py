@@ -40,7 +40,7 @@ def test_mcnemar_by_published_numbers() -> None:
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 1), (1, 0), (2, 5), (4, 4), (0, 9), (7, 3)])
-def test_exact_mcnemar_turns_every_sign(only_a: int, only_b: int) -> None:
+def test_exact_mcnemar_equals_all_sign_flips(only_a: int, only_b: int) -> None:
     """Either side is equally likely to be right: all 2^(b + c) assignments, one by one."""
     count = only_a + only_b
     apart = [abs(2 * sum(signs) - count) for signs in product((0, 1), repeat=count)]
@@ -52,7 +52,7 @@ def test_exact_mcnemar_turns_every_sign(only_a: int, only_b: int) -> None:
     assert mcnemar(only_a, only_b) == pytest.approx(stats.binomtest(only_a, count).pvalue)
 
 
-def test_mcnemar_at_its_ends() -> None:
+def test_mcnemar_at_its_extremes() -> None:
     for variant in ("exact", "mid-p", "chi-square"):
         assert mcnemar(0, 0, variant) == 1.0  # type: ignore[arg-type]
         assert mcnemar(5, 5, variant) == pytest.approx(1.0)  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def test_mcnemar_at_its_ends() -> None:
         mcnemar(3, -1)
 
 
-def test_statsmodels_says_the_same_of_mcnemar() -> None:
+def test_mcnemar_equals_statsmodels() -> None:
     tables = pytest.importorskip("statsmodels.stats.contingency_tables")
     for only_a, only_b in ((6, 16), (1, 9), (150, 86)):
         assert mcnemar(only_a, only_b) == pytest.approx(tables.mcnemar([[0, only_a], [only_b, 0]]).pvalue)
@@ -77,7 +77,7 @@ def test_clustered_mcnemar_by_hand() -> None:
     assert mcnemar_clustered(np.zeros((3, 4))) == 1.0
 
 
-def test_clustered_mcnemar_is_near_the_exact_one() -> None:
+def test_clustered_mcnemar_is_near_the_exact_test() -> None:
     """All signs of all items flipped, the seeds of an item together."""
     apart = RNG(3).integers(-1, 2, (3, 14)).astype(float)
     sums = apart.sum(0)
@@ -97,7 +97,7 @@ def test_wilcoxon_by_published_numbers() -> None:
 
 
 @pytest.mark.parametrize("apart", [[3.0, 1, -2, 4, 5, -6, 7], [0.0, 0, 1, 1, -1, 2, 2, 3, 0, 4], [0.0, 0, 5], [1.0]])
-def test_wilcoxon_turns_every_sign(apart: list[float]) -> None:
+def test_wilcoxon_equals_all_sign_flips(apart: list[float]) -> None:
     """Pratt: all differences get ranks, zeros included; the signs of the non-zero ones are flipped one by one."""
     d = np.array(apart)
     ranks = stats.rankdata(np.abs(d))[d != 0]
@@ -106,7 +106,7 @@ def test_wilcoxon_turns_every_sign(apart: list[float]) -> None:
     assert wilcoxon(d) == pytest.approx(np.mean([one >= seen - 1e-9 for one in turned]))
 
 
-def test_among_many_zeros_it_is_the_sign_test() -> None:
+def test_wilcoxon_with_many_zeros_is_the_sign_test() -> None:
     d = np.array([*range(1, 21), *(-10.0, -18, -19, -20, -21, -22, -23, -24, -25, -26)])
     assert wilcoxon(np.concatenate([d, np.zeros(100_000)])) == pytest.approx(mcnemar(20, 10, "chi-square"), rel=1e-3)
     assert wilcoxon(d) > 0.5
@@ -133,7 +133,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.02, 0.02]) == [0.04, 0.04]
 
 
-def test_holm_closes_over_bonferroni() -> None:
+def test_holm_equals_closed_testing_with_bonferroni() -> None:
     """Closed testing: an adjusted p is the largest Bonferroni p of all sets with this hypothesis."""
     ps = list(RNG(1).uniform(0, 0.4, 6))
     for i, adjusted in enumerate(holm(ps)):
@@ -142,7 +142,7 @@ def test_holm_closes_over_bonferroni() -> None:
 
 
 @pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.1])
-def test_holm_takes_probabilities(wrong: float) -> None:
+def test_holm_refuses_what_is_not_a_probability(wrong: float) -> None:
     with pytest.raises(DataError, match="between 0 and 1"):
         holm([0.1, wrong])
 
@@ -160,7 +160,7 @@ def test_effects_by_hand() -> None:
 # --- means and intervals ----------------------------------------------------------------------------------------------
 
 
-def test_one_seed_is_the_t_test() -> None:
+def test_with_one_seed_it_is_the_t_test() -> None:
     x = RNG(0).normal(0.4, 1, 30)
     found, known = estimate_mean(x[None]), stats.ttest_1samp(x, 0)
     assert found is not None
@@ -168,7 +168,7 @@ def test_one_seed_is_the_t_test() -> None:
     assert (found.estimate().low, found.estimate().high) == pytest.approx(tuple(known.confidence_interval()))
 
 
-def test_min_f_by_its_two_tests() -> None:
+def test_min_f_equals_its_formula_from_two_tests() -> None:
     """F₁ over items' means and F₂ over seeds' means are squared t; min F′ = F₁F₂/(F₁ + F₂) and its second degrees of
     freedom (F₁ + F₂)² / (F₁²/n₂ + F₂²/n₁), as Clark (1973) writes them."""
     x = RNG(2).normal(0.3, 1, (4, 25)) + RNG(3).normal(0, 0.2, (4, 1))
@@ -194,7 +194,7 @@ def test_t_over_seeds_by_hand() -> None:
     assert same.estimate() == Estimate(5.0, 5.0, 5.0)
 
 
-def test_detectable_by_hand_and_by_trial() -> None:
+def test_the_detectable_difference_by_hand_and_by_simulation() -> None:
     """(1.95996 + 0.84162) · 0.1 with many degrees of freedom; about 80 % of true means of this size are detected."""
     assert Mean(0.0, 0.1, 1e9).detectable() == pytest.approx(0.280158, abs=1e-6)
     x = RNG(5).normal(0, 1, (2000, 40))
@@ -214,14 +214,14 @@ def test_the_bootstrap_draws_items_and_seeds() -> None:
     assert np.percentile(fast, [2.5, 50, 97.5]) == pytest.approx(np.percentile(slow, [2.5, 50, 97.5]), abs=0.06)
 
 
-def test_one_seed_is_the_bootstrap_of_scipy() -> None:
+def test_with_one_seed_the_bootstrap_equals_scipys() -> None:
     x = RNG(8).exponential(1, 60)
     known = stats.bootstrap((x,), np.mean, n_resamples=8000, method="percentile", rng=1).confidence_interval
     found = percentiles(x.mean(), bootstrap(x[None, None], 0, 8000)[:, 0])
     assert (found.low, found.high) == pytest.approx((known.low, known.high), abs=0.02)
 
 
-def test_items_that_are_alike_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_items_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Right and wrong answers, of which there are few kinds, spread as those do that differ by next to nothing; and the
     size of batches changes no resample's law."""
     x = (RNG(9).random((2, 1, 300)) < 0.4).astype(float)
@@ -250,14 +250,14 @@ def coverage(seeds: int, between: float, sets: int = 200) -> dict[str, float]:
     return {name: found[name] / sets for name in ("bootstrap", "t", "items alone", "min F′")}
 
 
-def test_intervals_hold_the_truth_over_items() -> None:
+def test_intervals_over_items_contain_the_truth() -> None:
     found = coverage(1, 0.0)
     assert 0.90 < found["bootstrap"] < 0.99
     assert 0.90 < found["t"] < 0.99
     assert found["items alone"] < 0.10
 
 
-def test_with_three_seeds_only_t_holds() -> None:
+def test_with_three_seeds_only_the_t_interval_is_reliable() -> None:
     """Where training moves the mean more than items do, a bootstrap over three seeds claims too much, and a test over
     items that never heard of seeds denies the truth far too often. Hence the note, and hence the larger p of two."""
     found = coverage(3, 0.4)
@@ -322,7 +322,7 @@ def test_several_seeds_need_both_tests() -> None:
     }
 
 
-def test_pairing_is_what_makes_it_sure() -> None:
+def test_pairing_narrows_the_interval() -> None:
     """Two sides that vary much but together have a difference that varies little."""
     b = RNG(4).normal(50, 20, 100)
     found = compare_paired(b + RNG(5).normal(1, 1, 100), b)
@@ -337,7 +337,7 @@ def test_comparisons_are_repeatable() -> None:
     assert compare_paired(a, b, seed=3).difference != compare_paired(a, b, seed=4).difference
 
 
-def test_what_does_not_vary() -> None:
+def test_results_without_variance() -> None:
     """Equal sides: p is 1, without division by zero. A constant difference is certain only over items."""
     for x in (np.ones(20), np.arange(20.0), np.arange(40.0).reshape(2, 20)):
         found = compare_paired(x, x)
@@ -391,12 +391,12 @@ def test_missing_results() -> None:
         ([math.inf, 1], [1, 2], "infinite"),
     ],
 )
-def test_what_cannot_be_compared(a: object, b: object, message: str) -> None:
+def test_results_that_cannot_be_compared(a: object, b: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         compare_paired(a, b)
 
 
-def test_kinds_can_be_said() -> None:
+def test_kinds_can_be_given() -> None:
     assert compare_paired([0, 1, 1], [1, 1, 0], kind="scores").kind == "scores"
     with pytest.raises(DataError, match="compare them as scores"):
         compare_paired([0, 2], [1, 0], kind="right")
@@ -409,7 +409,7 @@ def cell(value: float, p: float | None = None, half: float = 0.25, signed: bool 
     return Cell(Estimate(value, value - half, value + half), p, signed)
 
 
-def test_stars_are_corrected() -> None:
+def test_stars_follow_the_corrected_p() -> None:
     """0.03 alone has a star; together with 0.04 it becomes 0.06 and has none."""
     assert markdown(table({"dnpo": {"k=1": cell(59.9, 0.03)}})).splitlines()[2] == r"| dnpo | 59.9 ± 0.2\* |"
     both = table({"spin": {"k=1": cell(52.3)}, "dnpo": {"k=1": cell(59.9, 0.03), "k=2": cell(58.0, 0.04)}})
@@ -423,7 +423,7 @@ def test_stars_are_corrected() -> None:
     assert table({"spin": {"k=1": cell(52.3)}}).caption == "Mean ± half of the 95 % interval."
 
 
-def test_numbers_are_written_alike() -> None:
+def test_numbers_are_formatted_alike() -> None:
     cells = {
         "a": {"x": cell(0.12345, 0.001, 0.0211), "d": cell(-0.0312, signed=True)},
         "b": {"d": Cell(Estimate(-1e-9))},
@@ -440,7 +440,7 @@ def test_numbers_are_written_alike() -> None:
     assert (rows[2]["low"], rows[2]["p_holm"]) == ("", "")
 
 
-def test_columns_of_words_follow_those_of_numbers() -> None:
+def test_columns_of_words_follow_columns_of_numbers() -> None:
     numbers = table({"a": {"x": cell(1234.5)}, "b": {"x": Cell(Estimate(2.0))}})
     found = with_words(numbers, {"claim": {"a": "5 % more"}, "here": {"a": "holds", "c": "of no row"}})
     lines = markdown(found).splitlines()
@@ -454,7 +454,7 @@ def test_columns_of_words_follow_those_of_numbers() -> None:
     assert (rows["a", "claim"], rows["a", "here"], rows["b", "here"]) == ("5 % more", "holds", "")
 
 
-def test_labels_stay_labels() -> None:
+def test_labels_stay_text() -> None:
     name = 'a|b_c & 5 % <b>\n"x", $1 #{~^\\}'
     found = table({name: {name: cell(1.0)}})
     line = markdown(found, "of *all*").splitlines()
@@ -485,7 +485,7 @@ def test_pass_at_k_counts_subsets() -> None:
             assert pass_at_k(n, c, k) == pytest.approx(passed)
 
 
-def test_pass_at_k_of_many() -> None:
+def test_pass_at_k_of_many_samples() -> None:
     """pass@1 is the share; and 1 − C(n−c, k)/C(n, k) in whole numbers at the paper's n = 200, and far above."""
     assert pass_at_k(200, 58, 1) == pytest.approx(0.29)
     for n, c, k in ((200, 13, 100), (200, 1, 10), (100_000, 7, 5_000)):
@@ -500,7 +500,7 @@ def published_pass_at_k(n: int, c: int, k: int) -> float:
     return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
 
 
-def test_pass_at_k_is_the_published_estimate() -> None:
+def test_pass_at_k_equals_the_published_estimate() -> None:
     cases = [(n, c, k) for n in (1, 2, 5, 8, 32, 64, 200) for c in range(n + 1) for k in {1, 2, 4, 8, 32, n} if k <= n]
     assert len(cases) > 1500
     for n, c, k in cases:
@@ -523,7 +523,7 @@ def test_pass_at_k_says_what_it_needs(samples: int, right: int, k: int) -> None:
         pass_at_k(samples, right, k)
 
 
-def test_votes() -> None:
+def test_majority_votes() -> None:
     assert majority(["4", "5", "4"]) == "4"
     assert majority(["5", "4", "4", "5"]) == "5"
     assert majority([None, None, "7"]) == "7"
@@ -532,7 +532,7 @@ def test_votes() -> None:
     assert majority([0, None, None]) == 0
 
 
-def test_arrays_are_left_as_they_were() -> None:
+def test_arguments_are_not_changed() -> None:
     a: Array = RNG(0).normal(size=(2, 9))
     before = a.copy()
     compare_paired(a, a[::-1])

@@ -64,7 +64,7 @@ def test_every_option_binds_its_target_and_its_file_shows_every_setting(group: s
     assert known - set(part) <= elsewhere.get(group, set())
 
 
-def test_methods_are_what_they_say() -> None:
+def test_methods_have_the_parts_of_their_definition() -> None:
     """SPIN has neither labels by quality nor noise; the related methods add one or both, from iteration 1 on."""
     targets = {}
     for method in ("spin", "dsl", "npo", "dnpo", "fixed_noise"):
@@ -99,7 +99,7 @@ def test_methods_are_what_they_say() -> None:
         ("sapo", {"rollout": 1, "dsl": "HumanChosen", "ema": "MovingAverage", "reference": "ema"}),
     ],
 )
-def test_methods_are_sentences_of_these_words(method: str, words: dict[str, Any]) -> None:
+def test_methods_consist_of_these_parts(method: str, words: dict[str, Any]) -> None:
     """The parts of the last iteration, by name; a number is the number of samples per prompt."""
     run, _, _ = build(composed(f"method={method}"))
     last = run.plans[-1]
@@ -123,7 +123,7 @@ def test_the_7b_scale_is_the_papers_setting() -> None:
     assert cfg.model.dtype == "float32", "in bf16 weights, steps of 5e-7 round away"
 
 
-def test_choosing_a_part_beats_the_scale() -> None:
+def test_choosing_a_part_overrides_the_scale() -> None:
     assert composed("scale=7b", "sft=finetune").sft.epochs == 3
     assert composed("scale=smoke", "data=tinyworld").data.train == 4800
 
@@ -208,7 +208,7 @@ def keys(*overrides: str) -> list[dict[str, Any]]:
     return [part_key(part) for part in (run.sft, *parts)]
 
 
-def test_what_cannot_change_a_result_is_in_no_key() -> None:
+def test_settings_that_cannot_change_a_result_are_in_no_key() -> None:
     """Settings with the same result find the existing stages; settings with another result do not."""
     known = keys()
     for override in SAME:
