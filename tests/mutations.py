@@ -899,7 +899,7 @@ MUTATIONS = (
         "running/gate/engine.py",
         "    if len(policies) > 1:",
         "    if len(policies) > 99:",
-        "test_engine.py::test_a_run_that_cannot_work_does_not_begin",
+        "test_engine.py::test_a_run_that_cannot_work_does_not_start",
     ),
 )
 

@@ -63,7 +63,7 @@ def test_accumulate_adds_the_last_iterations() -> None:
     assert Accumulate(last=3).reads_history == 3
 
 
-def test_accumulate_keeps_the_newest_of_pairs_that_repeat_token_for_token() -> None:
+def test_accumulate_keeps_the_newest_of_equal_pairs() -> None:
     new = [pair("a", 2, words=1), pair("b", 2, words=2)]
     old = [replace(pair("a", 1, words=1), strength=0.3), pair("b", 1, words=5)]
     older = [pair("b", 0, words=5), pair("b", 0, words=6)]
@@ -106,7 +106,7 @@ def test_mix_trains_on_every_pair_once() -> None:
     assert {each for each in used if each[1] in (1, 2)} == {(each.id, k) for k in (1, 2) for each in iterations[k]}
 
 
-def test_mix_of_iteration_0_is_its_own_pairs() -> None:
+def test_mix_in_iteration_0_takes_its_own_pairs() -> None:
     new = written(0, 9)
     assert Mix()(new, [], context(0)) == (new, {"earlier": 0, "short": 0})
 
@@ -119,7 +119,7 @@ def test_mix_scales_the_shares_of_iterations_that_exist() -> None:
     assert len({each.id for each in kept}) == 40
 
 
-def test_mix_of_other_prompts_and_of_few() -> None:
+def test_mix_with_different_prompts_and_with_few_pairs() -> None:
     """With different ids each iteration gives its share; if an iteration has too few pairs, the newest gives more."""
     kept, counts = Mix()(written(1, 20), [written(0, 20, first=100)], context(1))
     assert Counter(each.iteration for each in kept) == {1: 10, 0: 10}
@@ -154,7 +154,7 @@ def test_mix_refuses_shares_of_iterations_that_do_not_exist() -> None:
     Mix(shares=[0, 1]).check(1, 2)
 
 
-def test_apportion() -> None:
+def test_counts_are_apportioned() -> None:
     assert apportion(5, [0.5, 0.5]) == [3, 2]
     assert apportion(10, [0.55, 0.3, 0.15]) == [6, 3, 1]
     for total in range(60):
@@ -198,14 +198,14 @@ def test_parts_are_applied_in_turn() -> None:
     assert in_turn(once=LAST, again=LAST)(new, [old], context(1)) == (new[-3:], {"left": 6})
 
 
-def test_the_key_of_parts_in_turn_has_their_order_and_not_their_names() -> None:
+def test_the_key_of_successive_parts_has_their_order_and_not_their_names() -> None:
     key = part_key(in_turn(add=ADD, last=LAST))
     assert key == part_key(in_turn(first=ADD, second=LAST))
     assert key != part_key(in_turn(last=LAST, add=ADD))
     assert key != part_key(in_turn(add=ADD))
 
 
-def test_parts_in_turn_are_checked() -> None:
+def test_successive_parts_are_checked() -> None:
     with pytest.raises(SettingsError, match=r"curriculum\.parts: has none"):
         in_turn()
     with pytest.raises(SettingsError, match=r"curriculum\.parts\.x.*has no .*reads_history"):

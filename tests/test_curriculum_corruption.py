@@ -19,7 +19,7 @@ def last(rows, n):
 """
 
 
-def test_auc_is_that_of_another_library() -> None:
+def test_auc_equals_scikit_learns() -> None:
     assert auc([2, 3], [1, 2]) == 0.875
     draw = np.random.default_rng(0)
     for _ in range(20):
@@ -29,7 +29,7 @@ def test_auc_is_that_of_another_library() -> None:
         assert auc(corrupted, original) == pytest.approx(metrics.roc_auc_score(labels, values))
 
 
-def test_code_is_corrupted_as_said() -> None:
+def test_code_is_corrupted_as_documented() -> None:
     made = {name: corruption(random.Random(0), FUNCTION) for name, corruption in CODE.items()}
     assert made["invalid names"] == FUNCTION.replace("total", "1total").replace("for i", "for 1i").replace(
         "[i]", "[1i]"
@@ -43,7 +43,7 @@ def test_code_is_corrupted_as_said() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
-def test_the_syntax_of_code_is_broken_where_it_is_meant_to_be() -> None:
+def test_the_syntax_of_code_is_broken_at_the_intended_place() -> None:
     code = functions(60)
     assert code == functions(60)
     assert len(set(code)) == 60

@@ -59,7 +59,7 @@ def blobs(sizes: Sequence[int], width: int = 8, spread: float = 0.05, seed: int 
 # --- rules
 
 
-def test_small_clusters_go_first_and_then_the_farthest() -> None:
+def test_small_clusters_are_removed_first_and_then_the_farthest_rows() -> None:
     """Clusters of 2, 3 and 5. Of 4 rows to remove, 2 are of the first and 2 of the second; then the farthest of all."""
     label_N = np.array([0, 0, 1, 1, 1, 2, 2, 2, 2, 2])
     distance_N = np.array([0.1, 0.2, 0.3, 0.1, 0.2, 0.5, 0.1, 0.9, 0.3, 0.2], np.float32)
@@ -70,7 +70,7 @@ def test_small_clusters_go_first_and_then_the_farthest() -> None:
     assert typical(found, 3).tolist() == [0, 3, 6], "nearest first, in their order where equal"
 
 
-def test_clusters_of_equal_size_go_one_after_the_other() -> None:
+def test_clusters_of_equal_size_are_removed_one_after_the_other() -> None:
     found = Clusters(np.array([1, 0, 1, 0]), np.array([0.9, 0.1, 0.8, 0.2], np.float32), np.array([2, 2, 2, 2]))
     assert outlying(found, 3, 0).tolist() == [3, 1, 0]
 
@@ -88,7 +88,7 @@ def brute_force(embedding_NH: np.ndarray, label_N: np.ndarray, distance_N: np.nd
     return found
 
 
-def test_likeness_by_brute_force_on_200_rows() -> None:
+def test_similarity_by_brute_force_on_200_rows() -> None:
     draw = np.random.default_rng(0)
     original_NH = draw.normal(size=(120, 16))
     near_NH = original_NH[:80] + 0.02 * draw.normal(size=(80, 16))
@@ -101,7 +101,7 @@ def test_likeness_by_brute_force_on_200_rows() -> None:
     assert min(expected[i] for i in gone) > 0.98
 
 
-def test_likeness_of_clusters_larger_than_a_block() -> None:
+def test_similarity_in_clusters_larger_than_a_block() -> None:
     draw = np.random.default_rng(0)
     embedding_NH = unit_length(draw.normal(size=(BLOCK + 300, 4)))
     embedding_NH[5] = embedding_NH[BLOCK + 7]
@@ -113,7 +113,7 @@ def test_likeness_of_clusters_larger_than_a_block() -> None:
     assert likeness(embedding_NH, found) == pytest.approx(cosine.max(1), abs=1e-6)
 
 
-def test_centres_are_found_again_bit_for_bit_and_rows_are_assigned_to_the_nearest() -> None:
+def test_centres_are_reproducible_bit_for_bit_and_rows_belong_to_the_nearest() -> None:
     embedding_NH, label_N = blobs([30, 20, 10])
     embedding_NH = unit_length(embedding_NH)
     centre_CH = find_centres(embedding_NH, 3, 25, seed=2**40 + 5)
@@ -137,7 +137,7 @@ def test_unit_length() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_share_goes_and_the_others_stay_in_their_order(rule: Any) -> None:
+def test_a_share_is_removed_and_the_others_keep_their_order(rule: Any) -> None:
     embedding_NH, _ = blobs([40, 35, 25])
     pairs = rows(100)
     kept, counts = Prune(rule=rule, clusters=3)(pairs, [], context(embedding_NH))
@@ -157,7 +157,7 @@ def test_the_default_leaves_out_16_percent_by_size_and_4_by_distance() -> None:
     assert gone == {*range(16), 30, 50, 70, 90}
 
 
-def test_duplicates_go_first() -> None:
+def test_duplicates_are_removed_first() -> None:
     """Of three rows with the same prompt and chosen response the first stays; then a share of the rest is removed."""
     pairs = [*rows(10), *rows(2), replace(rows(1)[0], rejected_ids=[99])]
     kept, counts = Prune(rule="random")(pairs[::-1], [], context(np.eye(10)))
@@ -167,7 +167,7 @@ def test_duplicates_go_first() -> None:
     assert whole == pairs[:10]
 
 
-def test_alike_then_typical() -> None:
+def test_similar_rows_are_removed_first_and_then_typical_ones() -> None:
     """Copies are removed first; the rest is clustered, and the rows nearest to the centres are removed."""
     embedding_NH, _ = blobs([30, 30, 30])
     copies = list(range(0, 90, 9))
@@ -178,7 +178,7 @@ def test_alike_then_typical() -> None:
     assert len(left) == 80
 
 
-def test_iterations_draw_anew() -> None:
+def test_every_iteration_draws_new_centres() -> None:
     pairs, part = rows(50), Prune(rule="random")
     assert part(pairs, [], context(np.eye(50), 1))[0] != part(pairs, [], context(np.eye(50), 2))[0]
 

@@ -82,7 +82,7 @@ def test_worked_numbers() -> None:
     assert sigmoid(np.array([0.0, 1, -1])) == pytest.approx([0.5, 0.7310586, 0.2689414])
 
 
-def test_tangents_are_the_largest_of_all_and_touch_the_loss() -> None:
+def test_the_largest_tangent_touches_the_loss() -> None:
     points_K, xi_P = tangent_points(0.05, 32), np.linspace(0.05, 1, 1000)
     every_PK = 1 - np.log(points_K) - xi_P[:, None] / points_K
     assert tangent_loss(xi_P, points_K) == pytest.approx(every_PK.max(1), abs=1e-12)
@@ -112,7 +112,7 @@ def test_the_value_rises_with_the_ball_from_the_mean_loss() -> None:
     assert values[-1] == pytest.approx(tangent_loss(np.array([0.05]), points_K)[0])
 
 
-def test_no_ball_changes_nothing() -> None:
+def test_a_ball_of_radius_0_changes_nothing() -> None:
     pairs = scored([0.3, -1.0, 2.0])
     rows, counts = Robust(epsilon=0)(pairs, [], context(1))
     assert rows == pairs
@@ -139,7 +139,7 @@ def test_rows_have_the_weights_and_shifts_of_the_solution() -> None:
     assert inside == [replace(each, weight=1.0) for each in rows]
 
 
-def test_ties_are_broken_by_the_hash_of_the_id_whatever_the_order() -> None:
+def test_ties_are_broken_by_the_hash_of_the_id_in_any_order() -> None:
     """Ten equal pairs at σ = .5: N ε = 2.25 moves five of them whole, those with the smallest hashes."""
     pairs = scored([0.0] * 10)
     pairs[0] = replace(pairs[0], chosen_score=99.0)  # so that not all are equal; it stays, at ξ = 1

@@ -124,7 +124,7 @@ def test_every_bit_of_a_manifest_counts(place: int, folder: Path) -> None:
     assert find_damage(folder, digests=False)
 
 
-def test_sizes_alone_read_no_file(folder: Path, tmp_path: Path) -> None:
+def test_verifying_sizes_reads_no_file(folder: Path, tmp_path: Path) -> None:
     """``verify=sizes`` misses only damage that can be found by reading alone."""
     swap(folder)
     assert Store(tmp_path, "sizes").get(stage(), Quiet()) == folder
@@ -133,7 +133,7 @@ def test_sizes_alone_read_no_file(folder: Path, tmp_path: Path) -> None:
         Store(tmp_path, "sizes").get(stage(), Quiet())
 
 
-def test_hidden_files_belong_to_nobody(folder: Path, tmp_path: Path) -> None:
+def test_hidden_files_are_not_damage(folder: Path, tmp_path: Path) -> None:
     """Files of a file browser are no damage; hidden files of a killed process are removed."""
     (folder / ".DS_Store").write_text("x")
     assert Store(tmp_path).get(stage(), Quiet()) == folder
@@ -164,7 +164,7 @@ def test_stages_of_an_earlier_version_are_used_and_named(folder: Path, tmp_path:
 # --- what made it
 
 
-def test_a_manifest_says_what_made_it(folder: Path) -> None:
+def test_a_manifest_records_what_made_it(folder: Path) -> None:
     made = manifest(folder)["made_by"]
     assert made["torch"] == torch.__version__
     assert made["python"] == sys.version.split()[0]
@@ -173,7 +173,7 @@ def test_a_manifest_says_what_made_it(folder: Path) -> None:
     assert {"transformers", "numpy", "dnpo", "commit"} <= set(made)
 
 
-def test_what_differs_between_makers_is_told() -> None:
+def test_differences_between_versions_are_reported() -> None:
     """Each difference, with the stages of the rarer values; an entry that only some stages have is no difference."""
     same = {"torch": "2.13", "numpy": "2"}
     makers = {"a": same, "b": same, "c": {**same, "torch": "2.14", "device": "cpu"}, "d": {}}
@@ -229,7 +229,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_full_disk_is_a_message_that_names_the_stage(kind: str, tmp_path: Path) -> None:
+def test_a_full_disk_gives_a_message_that_names_the_stage(kind: str, tmp_path: Path) -> None:
     def fill(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
         WRITERS[kind](folder / "file")
         return {}
@@ -243,7 +243,7 @@ def test_a_full_disk_is_a_message_that_names_the_stage(kind: str, tmp_path: Path
     assert store.get(again, Quiet()).is_dir()
 
 
-def test_an_error_of_the_work_itself_stays_one(tmp_path: Path) -> None:
+def test_an_error_of_the_computation_is_raised_unchanged(tmp_path: Path) -> None:
     """Only errors of the disk become messages."""
 
     def fail(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def test_a_damaged_file_of_an_unfinished_stage_is_named(tmp_path: Path) -> None:
 # --- the command
 
 
-def test_needs_go_back_to_what_a_stage_was_made_from(tmp_path: Path) -> None:
+def test_needed_stages_include_what_a_stage_was_made_from(tmp_path: Path) -> None:
     store = Store(tmp_path)
     first, lone = stage(), stage(seed=9)
     last = Stage("judge", "judge", 1, {}, {"responses": first}, work)
@@ -301,7 +301,7 @@ def test_needs_go_back_to_what_a_stage_was_made_from(tmp_path: Path) -> None:
     assert found == {f"judge/{last.key}": ["run"], f"generate/{first.key}": ["run"], f"generate/{lone.key}": []}
 
 
-def test_a_stage_that_is_computed_is_not_removed(tmp_path: Path) -> None:
+def test_a_stage_that_is_being_computed_is_not_removed(tmp_path: Path) -> None:
     """A run holds its lock."""
     store = Store(tmp_path)
 
@@ -392,7 +392,7 @@ def test_a_chain_of_one_version_is_not_warned_of(finished: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_plan_of_a_damaged_store_says_so_too(undamaged: dict[str, Path], tmp_path: Path) -> None:
+def test_the_plan_of_a_damaged_store_reports_the_damage(undamaged: dict[str, Path], tmp_path: Path) -> None:
     here = shutil.copytree(undamaged["whole"], tmp_path / "here", symlinks=True)
     (folder,) = (here / "store" / "sft").iterdir()
     shutil.rmtree(folder / "policy")

@@ -74,7 +74,7 @@ def test_overlap_of_normals() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1000, 1000), (300, 1500)])
-def test_what_overlap_is_by_chance(sizes: tuple[int, int]) -> None:
+def test_overlap_of_two_samples_from_one_distribution(sizes: tuple[int, int]) -> None:
     """The mean over 300 pairs of samples from one distribution."""
     rng = np.random.default_rng(1)
     for draw in (rng.random, rng.standard_normal):
@@ -83,7 +83,7 @@ def test_what_overlap_is_by_chance(sizes: tuple[int, int]) -> None:
         assert np.mean([overlap(*pair) for pair in pairs]) == pytest.approx(expected, abs=0.005)
 
 
-def test_samples_at_their_ends() -> None:
+def test_extreme_samples() -> None:
     for distance in (ks, wasserstein):
         assert distance([2.5], [2.5]) == 0
         assert distance([1, 2, 2], [2, 1, 2]) == 0
@@ -96,7 +96,7 @@ def test_samples_at_their_ends() -> None:
 
 
 @pytest.mark.parametrize("function", [ks, wasserstein, overlap, overlap_by_chance])
-def test_what_is_no_sample(function: Callable[[Any, Any], float]) -> None:
+def test_invalid_samples_are_refused(function: Callable[[Any, Any], float]) -> None:
     for wrong, message in (
         ([], r"shape is \(0,\)"),
         ([[1.0]], r"shape is \(1, 1\)"),
@@ -149,7 +149,7 @@ def test_divergence_of_known_policies() -> None:
     assert np.mean(hits, axis=0) == pytest.approx([0.95, 0.95], abs=0.03)
 
 
-def test_what_has_no_divergence() -> None:
+def test_divergence_needs_tokens_and_samples() -> None:
     for arguments, message in (
         (([-1, -2], [-1], [1]), "2, 1 and 1"),
         (([-1], [-1], [0]), "sequence 0 .* no tokens"),

@@ -90,12 +90,12 @@ GENERATED_CHOSEN = Pair(
 )
 
 
-def test_higher_human() -> None:
+def test_a_higher_human_score_makes_the_human_response_chosen() -> None:
     """Every field of the pair comes from the right side when the human response is the better one."""
     assert one(80.0, 40.0) == ([HUMAN_CHOSEN], {"pairs": 1, "flipped": 0, "identical": 0, "unscored": 0})
 
 
-def test_higher_generated_is_flipped() -> None:
+def test_a_higher_generated_score_flips_the_pair() -> None:
     """Every field of the pair comes from the right side when the generated response is the better one."""
     assert one(40.0, 80.0) == ([GENERATED_CHOSEN], {"pairs": 1, "flipped": 1, "identical": 0, "unscored": 0})
 
@@ -152,7 +152,7 @@ def test_identical_pairs_are_dropped_and_counted(labeller: Labeller, scores: tup
     assert counts == {"pairs": 0, "flipped": 0, "identical": 1, "unscored": 0}
 
 
-def test_responses_that_only_begin_alike_are_kept() -> None:
+def test_responses_with_a_common_beginning_are_kept() -> None:
     """A response cut at the limit is not the whole response, though its text may look the same."""
     pairs, counts = label(
         HigherScoreChosen(), [prompt("a")], [human("a", [7, 8, 2])], [generated("a", [7, 8])], verdicts("a", 1.0, 1.0)
@@ -177,7 +177,7 @@ def test_needs_scores() -> None:
     assert not HumanChosen.needs_scores
 
 
-def test_labeller_on_its_own() -> None:
+def test_the_labellers_decision() -> None:
     """The decision itself: generated, human, human on a tie, and no pair where it cannot be made."""
     decide = HigherScoreChosen()
     answers = []
@@ -214,7 +214,7 @@ MISSING = [(None, 0.0), (100.0, None), (None, None)]
 
 
 @pytest.mark.parametrize(("s", "s_new"), MISSING)
-def test_unscored_pairs_can_keep_the_human_response(s: float | None, s_new: float | None) -> None:
+def test_unscored_pairs_can_choose_the_human_response(s: float | None, s_new: float | None) -> None:
     """The human response is chosen, as in SPIN, with its known score; the pair is kept and counts as unscored."""
     (pair,), counts = one(s, s_new, HigherScoreChosen(unscored="keep_human"))
     assert (pair.chosen_source, pair.rejected_source, pair.flipped) == (HUMAN, SOURCE, False)
@@ -233,7 +233,7 @@ def test_unscored_pairs_can_end_the_run(s: float | None, s_new: float | None) ->
 
 
 @pytest.mark.parametrize("unscored", ["drop", "keep_human", "fail"])
-def test_pairs_with_both_scores_do_not_depend_on_it(unscored: str) -> None:
+def test_scored_pairs_do_not_depend_on_the_setting_for_unscored_ones(unscored: str) -> None:
     """Nor do identical ones, which are detected first: they need no score."""
     labeller = HigherScoreChosen(unscored=unscored)  # type: ignore[arg-type]
     assert one(80.0, 40.0, labeller)[0] == [HUMAN_CHOSEN]
@@ -244,7 +244,7 @@ def test_pairs_with_both_scores_do_not_depend_on_it(unscored: str) -> None:
 
 
 @pytest.mark.parametrize(("unscored", "pairs"), [("drop", 2), ("keep_human", 4)])
-def test_counts_of_many(unscored: str, pairs: int) -> None:
+def test_counts_of_several_rows(unscored: str, pairs: int) -> None:
     """Five rows: one each way, two without a score, one identical; dropped ones are gone and counted once."""
     names = ["aa", "b", "ccc", "dddd", "e"]
     scores = {"aa": (1.0, 2.0), "b": (2.0, 1.0), "ccc": (None, 1.0), "dddd": (1.0, None), "e": (None, None)}
@@ -262,7 +262,7 @@ def test_labels_by_origin_have_no_unscored_pairs() -> None:
     assert one(None, None, HumanChosen())[1]["unscored"] == 0
 
 
-def test_what_becomes_of_unscored_pairs_is_one_of_three() -> None:
+def test_the_setting_for_unscored_pairs_has_three_values() -> None:
     """Checked before anything is computed."""
     target = {"_target_": "dnpo.dsl.HigherScoreChosen"}
     assert check("dsl", target) == target
@@ -270,7 +270,7 @@ def test_what_becomes_of_unscored_pairs_is_one_of_three() -> None:
         check("dsl", {**target, "unscored": "keep"})
 
 
-def test_what_left_no_pair_is_said_in_words() -> None:
+def test_the_reasons_for_having_no_pair_are_reported() -> None:
     """With the number of each kind, and the setting that would help."""
     counts = {"pairs": 0, "flipped": 0, "identical": 1200, "unscored": 3}
     text = explain(counts)
@@ -335,7 +335,7 @@ def test_equal_scores_make_no_pair_and_are_counted(labeller: Labeller) -> None:
     assert found.counts["tied"] == 1
 
 
-def test_a_labeller_sees_at_least_one_response() -> None:
+def test_a_labeller_is_never_called_without_responses() -> None:
     """A prompt whose only sample equals the human response is counted, but makes no pair."""
 
     class Counts(HumanChosen):
@@ -367,20 +367,20 @@ def test_random_pairs_use_each_sample_once_and_choose_the_better() -> None:
     assert any(sides(found) != sides(labels_of(RandomPairs(seed=seed), scores)) for seed in range(2, 9))
 
 
-def test_the_cap_draws_by_the_seed() -> None:
+def test_the_limit_on_pairs_draws_by_the_seed() -> None:
     drawn = [sorted(p.chosen_sample for p in labels_of(Right(cap=2, seed=s), [100.0] * 6).pairs) for s in range(9)]
     assert all(len(numbers) == 2 for numbers in drawn)
     assert len({tuple(numbers) for numbers in drawn}) > 1
 
 
-def test_no_right_answer_is_counted_and_said() -> None:
+def test_prompts_without_a_right_answer_are_counted_and_reported() -> None:
     found = labels_of(Right(), [0.0, 50.0])
     assert found.counts["wrong"] == 1
     assert "1 prompts have no right answer" in explain(found.counts)
     assert "pass@2 is 0 so far" in explain(found.counts)
 
 
-def test_a_strength_below_one_half_turns_the_pair() -> None:
+def test_a_strength_below_one_half_swaps_the_pair() -> None:
     """p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺) is the same loss for the turned pair with 1 − p."""
     pairs = labels_of(BestWorst(), [50.0, 90.0]).pairs
     (sure,), (turned,) = with_strengths(pairs, [0.8]), with_strengths(pairs, [0.3])

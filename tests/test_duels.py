@@ -41,7 +41,7 @@ def drawn(seed: int, prompts: int = 30, samples: int = 4) -> tuple[list[Any], li
     return kept, theirs.tolist(), [f"p{i}" for i in range(prompts) for _ in range(samples)]
 
 
-def test_counts_and_intervals_are_those_of_a_loop() -> None:
+def test_counts_and_intervals_equal_a_plain_loops() -> None:
     ours, theirs, prompts = drawn(0)
     found = wins(ours, theirs, prompts, resamples=8000)
     by_prompt: dict[str, list[int]] = {}
@@ -74,7 +74,7 @@ def test_samples_of_one_prompt_are_not_independent() -> None:
     assert naive.rate.half < 0.6 * once.rate.half
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+def test_intervals_contain_the_truth_as_often_as_stated() -> None:
     """60 different prompts with three duels each; the true win rate is that of the population."""
     rng, held = np.random.default_rng(3), 0
     truth = 0.55
@@ -101,7 +101,7 @@ def test_a_side_against_itself_is_all_ties() -> None:
     assert found.notes == ("all duels have the same outcome, so the interval has no width; that is not certainty",)
 
 
-def test_what_cannot_be_compared_is_said() -> None:
+def test_sides_that_cannot_be_compared_are_refused() -> None:
     assert preferences([1, 2, None, float("nan")], [2, 2, 3, 4]) == [0.0, 0.5, None, None]
     with pytest.raises(DataError, match=r"a score on both sides; there are 2 and 1"):
         wins([1, 2], [1])
@@ -141,7 +141,7 @@ def fight(judge: Any, world: World, folder: Path, swap: bool = False) -> list[Du
         return judge_duels(judge, prompts, ours, theirs, ledger, Report())
 
 
-def test_under_a_judge_that_scores_each_for_itself(world: World, tmp_path: Path) -> None:
+def test_duels_under_a_judge_that_scores_each_response_alone(world: World, tmp_path: Path) -> None:
     found = fight(Rules(), world, tmp_path)
     prompts, ours, theirs = sides(world)
     assert [(d.id, d.sample) for d in found] == list(ours)
@@ -156,7 +156,7 @@ def test_under_a_judge_that_scores_each_for_itself(world: World, tmp_path: Path)
     assert [d.preference for d in back] == [1 - d.preference for d in found if d.preference is not None]
 
 
-def test_under_a_judge_that_compares(world: World, tmp_path: Path) -> None:
+def test_duels_under_a_judge_that_compares(world: World, tmp_path: Path) -> None:
     """The other side is put in place of the human response; both orders are asked; swapped sides get 100 − score."""
     judge = HF(path=str(saved(tmp_path / "model")), mode="pairwise", min_mass=0.0, device="cpu")
     found = fight(judge, world, tmp_path)
@@ -184,7 +184,7 @@ def test_under_a_judge_that_compares(world: World, tmp_path: Path) -> None:
     assert outcome(found, False, 0).apart == pytest.approx(np.mean([d.disagreement for d in found if d.disagreement]))
 
 
-def test_under_a_majority_of_judges(world: World, tmp_path: Path) -> None:
+def test_duels_under_a_majority_of_judges(world: World, tmp_path: Path) -> None:
     judge = Ensemble(members={"rules": Rules(), "longer": Longer()}, by="majority")
     found = fight(judge, world, tmp_path)
     apart = [fight(one, world, tmp_path) for one in (Rules(), Longer())]
@@ -208,7 +208,7 @@ def test_a_response_without_a_score_is_left_out(world: World, tmp_path: Path) ->
     assert told.metrics()["duels/unscored"] == 1
 
 
-def test_only_prompts_that_both_have(world: World, tmp_path: Path) -> None:
+def test_only_common_prompts_are_compared(world: World, tmp_path: Path) -> None:
     prompts, ours, theirs = sides(world)
     fewer = {key: text for key, text in theirs.items() if key[0] != prompts[2].id}
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -218,14 +218,14 @@ def test_only_prompts_that_both_have(world: World, tmp_path: Path) -> None:
             judge_duels(Rules(), prompts, ours, {}, ledger, Report())
 
 
-def test_duels_are_kept_as_they_are(world: World, tmp_path: Path) -> None:
+def test_duels_are_saved_and_read_unchanged(world: World, tmp_path: Path) -> None:
     found = fight(Rules(), world, tmp_path)
     rows = [*found, replace(found[0], ours_score=None, preference=None, reason="no reply")]
     write_duels(tmp_path / "duels.parquet", rows)
     assert read_duels(tmp_path / "duels.parquet") == rows
 
 
-def test_the_same_length(world: World, tmp_path: Path) -> None:
+def test_responses_of_equal_length_under_the_length_judge(world: World, tmp_path: Path) -> None:
     """If the judge is length, responses of equal length have no result; this is no error."""
     told = outcome(fight(Longer(), world, tmp_path), True, 0)
     assert told.controlled is None

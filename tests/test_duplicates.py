@@ -52,7 +52,7 @@ def test_shingles() -> None:
         ("one two", "two one", False),
     ],
 )
-def test_what_makes_a_text_another(one: str, other: str, same: bool) -> None:
+def test_changes_that_make_a_text_a_different_one(one: str, other: str, same: bool) -> None:
     assert (near([one], [other], 1.0) == [(0, 0, 1.0)]) is same
 
 
@@ -88,7 +88,7 @@ def filled(count: int, seed: int) -> list[str]:
 
 @pytest.mark.parametrize("make", [texts, filled])
 @pytest.mark.parametrize("threshold", [0.05, 0.3, 0.5, 2 / 3, 0.75, 0.9, 1.0])
-def test_every_pair_is_found_and_no_other(threshold: float, make: Callable[[int, int], list[str]]) -> None:
+def test_exactly_the_similar_pairs_are_found(threshold: float, make: Callable[[int, int], list[str]]) -> None:
     ours, others = make(120, 1), make(150, 2)
     sets = own_shingles([*ours, *others])
     likeness = {(i, j): jaccard(sets[i], sets[len(ours) + j]) for i in range(len(ours)) for j in range(len(others))}
@@ -99,7 +99,7 @@ def test_every_pair_is_found_and_no_other(threshold: float, make: Callable[[int,
 
 @pytest.mark.parametrize("make", [texts, filled])
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9])
-def test_repeats_keep_the_first(threshold: float, make: Callable[[int, int], list[str]]) -> None:
+def test_of_repeated_texts_the_first_is_kept(threshold: float, make: Callable[[int, int], list[str]]) -> None:
     some = make(200, 3)
     sets = own_shingles(some)
     kept: list[int] = []
@@ -115,12 +115,12 @@ def test_repeats_keep_the_first(threshold: float, make: Callable[[int, int], lis
     assert expected
 
 
-def test_what_comes_later_changes_nothing_of_what_came_before() -> None:
+def test_later_rows_do_not_change_the_result_for_earlier_ones() -> None:
     found = repeats(texts(200, 3), 0.6)
     assert repeats([*texts(200, 3), *texts(50, 4)], 0.6)[: len(found)] == found
 
 
-def test_a_form_that_most_fill_in_is_no_likeness() -> None:
+def test_a_template_that_most_texts_share_does_not_make_them_similar() -> None:
     """Eight different words after 151 common ones; an earlier version took all but the first for repeats."""
     form = " ".join(f"form{i}" for i in range(151))
     own = [" ".join(f"{i}x{n}" for n in range(8)) for i in range(100)]
@@ -130,7 +130,7 @@ def test_a_form_that_most_fill_in_is_no_likeness() -> None:
     assert len(repeats([f"{form} {text}" for text in own[:MANY]], 0.9)) == MANY - 1
 
 
-def test_texts_that_share_a_form_are_not_compared_one_with_another() -> None:
+def test_texts_that_share_a_template_are_not_all_compared() -> None:
     """If too few texts have the template to leave it out, the order in the sets bounds the common part."""
     form = " ".join(f"form{i}" for i in range(151))
     rng = random.Random(0)
@@ -151,7 +151,7 @@ def test_texts_that_share_a_form_are_not_compared_one_with_another() -> None:
     assert compared == 0
 
 
-def test_progress_is_told_to_the_end() -> None:
+def test_progress_is_reported_to_the_end() -> None:
     told: list[tuple[str, int, int]] = []
     repeats(texts(10, 1), 0.9, lambda *what: told.append(what))
     assert [done for what, done, of in told if what == "comparing prompts"] == list(range(1, 11))
@@ -159,7 +159,7 @@ def test_progress_is_told_to_the_end() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, -0.1, 1.1])
-def test_thresholds_that_mean_nothing(threshold: float) -> None:
+def test_meaningless_thresholds_are_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="expected a number above 0"):
         near(["a"], ["a"], threshold)
 
@@ -175,7 +175,7 @@ def test_real_prompts(shared: Path) -> None:
     assert 0.85 < share < 0.9
 
 
-def test_forms_of_several_kinds_are_no_likeness() -> None:
+def test_several_templates_do_not_make_texts_similar() -> None:
     """As in a data set of a few templates with many fillings each."""
     rng = random.Random(5)
     forms = [" ".join(f"w{form}x{n}" for n in range(60)) for form in range(6)]

@@ -31,7 +31,7 @@ def printed(table: Any) -> str:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_table_fits_any_terminal_whatever_was_measured(seed: int) -> None:
+def test_the_table_fits_any_terminal_for_all_measures(seed: int) -> None:
     random = np.random.default_rng(seed)
     names = [name for name in COMPACT if random.random() < 0.8] or ["eval/loss"]
     rows = [
@@ -65,7 +65,7 @@ def items(folder: Path, scores: np.ndarray, right: np.ndarray) -> Path:
     return folder
 
 
-def test_the_end_says_what_became_better_by_how_much(tmp_path: Path) -> None:
+def test_the_end_reports_each_improvement_and_its_size(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     before, after = random.uniform(20, 40, (40, 2)), random.uniform(30, 60, (40, 2))
     right = random.random(40) < 0.5
@@ -90,14 +90,14 @@ def test_the_end_says_what_became_better_by_how_much(tmp_path: Path) -> None:
     assert shown[0].splitlines()[-1].startswith(BEST)
 
 
-def test_half_an_interval_is_that_of_a_t_test_over_prompts() -> None:
+def test_the_half_interval_equals_a_t_tests_over_prompts() -> None:
     values = np.random.default_rng(1).normal(50, 10, 30)
     found = mean(values[None])
     low, high = stats.t.interval(0.95, 29, values.mean(), stats.sem(values))
     assert (found.low, found.high) == pytest.approx((low, high))
 
 
-def test_results_by_prompt_are_means_over_samples_and_lack_what_was_not_scored() -> None:
+def test_results_by_prompt_are_means_over_scored_samples() -> None:
     import pyarrow as pa
 
     table = pa.table({"id": ["a", "a", "b", "b"], "kind": ["sample"] * 3 + ["greedy"], "score": [1.0, 3.0, None, 9.0]})
@@ -118,7 +118,7 @@ def test_results_by_prompt_are_means_over_samples_and_lack_what_was_not_scored()
         ([{"eval/score": 1.0}], None),
     ],
 )
-def test_the_best_row_is_that_of_the_score_or_else_of_the_loss(rows: list[dict[str, Any]], best: int | None) -> None:
+def test_the_best_row_is_by_score_or_without_scores_by_loss(rows: list[dict[str, Any]], best: int | None) -> None:
     assert find_best([{"iteration": k, **row} for k, row in enumerate(rows)]) == best
 
 
@@ -129,7 +129,7 @@ def test_without_results_by_prompt_there_is_no_interval() -> None:
     ]
 
 
-def test_stages_are_numbered_and_the_time_that_is_left_is_forecast(
+def test_stages_are_numbered_and_the_remaining_time_is_forecast(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -160,7 +160,7 @@ def test_stages_are_numbered_and_the_time_that_is_left_is_forecast(
     assert any("d: 1/10 steps" in line for line in lines)
 
 
-def test_a_job_says_its_place_in_the_sweep_and_the_time_that_is_left(tmp_path: Path) -> None:
+def test_a_job_reports_its_number_in_the_sweep_and_the_remaining_time(tmp_path: Path) -> None:
     def write_settings(sweeper: dict[str, Any], *given: str) -> None:
         content = {"hydra": {"sweeper": sweeper, "overrides": {"task": list(given)}}}
         (tmp_path / "multirun.yaml").write_text(yaml.safe_dump(content))
@@ -201,7 +201,7 @@ def test_the_loss_of_the_last_step_is_shown_and_all_steps_are_passed_on(
     assert "loss 0.6931" in line
 
 
-def test_a_stage_that_does_not_advance_says_so_every_minute(
+def test_a_stage_that_does_not_advance_is_reported_every_minute(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "HEARTBEAT", 0.05)
@@ -218,7 +218,7 @@ def test_a_stage_that_does_not_advance_says_so_every_minute(
     assert "3 steps in" in summary, "nothing is printed after the end of a stage"
 
 
-def test_on_a_terminal_the_bar_says_for_how_long_there_is_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_the_bar_shows_the_time_since_the_last_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     console = Console(width=200)
     console.rich = RichConsole(file=stream, width=200, force_terminal=True)

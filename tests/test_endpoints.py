@@ -102,7 +102,7 @@ class Notes(Report):
 NOBODY = "http://127.0.0.1:9/v1"
 
 
-def test_an_answer_of_one_address_is_none_of_another_unless_they_are_the_same(tmp_path: Path) -> None:
+def test_answers_are_reused_only_at_the_same_address(tmp_path: Path) -> None:
     with saying(lambda body, number: completion("83")) as place:
         assert ask(judge_at(place.base_url), tmp_path)[0].score == 83.0
         elsewhere = ask(judge_at(NOBODY, deadline=1.5), tmp_path)[0]
@@ -122,7 +122,7 @@ OTHERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
-def test_whatever_the_server_sees_makes_another_question(
+def test_a_change_in_anything_that_the_server_sees_makes_another_question(
     other: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEPLOYMENT", "blue")
@@ -176,7 +176,7 @@ PRAGMA user_version=1;
 """
 
 
-def test_old_answers_count_where_that_is_wanted(tmp_path: Path) -> None:
+def test_old_answers_are_used_if_asked_for(tmp_path: Path) -> None:
     (question,) = judge_at(NOBODY).make_questions(*rows(1))[0]
     with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
         db.executescript(OLD)
@@ -200,7 +200,7 @@ def test_old_answers_count_where_that_is_wanted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"model": "judge-2026"}, {"system_fingerprint": "fp_2"}])
-def test_a_server_that_calls_itself_something_else_is_noticed(change: dict[str, str], tmp_path: Path) -> None:
+def test_a_server_that_reports_another_model_is_noticed(change: dict[str, str], tmp_path: Path) -> None:
     before = {"model": "judge-2025", "system_fingerprint": "fp_1"}
     top = dict(before)
     with saying(lambda body, number: completion("83", top=top)) as place:
@@ -236,7 +236,7 @@ def test_the_check_names_other_addresses_of_the_same_judge(tmp_path: Path) -> No
 # --- what is sent
 
 
-def test_what_servers_want_is_sent_and_no_value_of_a_header_is_kept(
+def test_required_headers_are_sent_and_their_values_are_not_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "planted-5e1f")
@@ -323,7 +323,7 @@ def test_forms_of_real_endpoints_are_read_at_once(form: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("form", UNREADABLE)
-def test_other_forms_are_no_score_and_the_check_shows_them_and_what_could_mend_it(form: str, tmp_path: Path) -> None:
+def test_other_forms_are_not_scores_and_the_check_shows_them_and_a_remedy(form: str, tmp_path: Path) -> None:
     said, mends = UNREADABLE[form]
     with saying(lambda body, number: said) as place, Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
         finding = canary(judge_at(place.base_url, max_replies=1), ledger)
@@ -334,7 +334,7 @@ def test_other_forms_are_no_score_and_the_check_shows_them_and_what_could_mend_i
         assert repr(text) in finding.text
 
 
-def test_a_pattern_reads_what_no_usual_form_fits(tmp_path: Path) -> None:
+def test_a_pattern_reads_unusual_forms(tmp_path: Path) -> None:
     replies = [
         "Final: 85. It breaks rule 7.",
         "Final: 85, no, Final: 60",
@@ -365,7 +365,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("server", REFUSED)
-def test_a_server_without_schemas_is_asked_without_and_that_is_said(server: str, tmp_path: Path) -> None:
+def test_a_server_without_schemas_is_asked_without_one_and_this_is_reported(server: str, tmp_path: Path) -> None:
     with saying(lambda body, _: REFUSED[server] if "response_format" in body else completion("85")) as place:
         judge, notes = judge_at(place.base_url, concurrency=1), Notes()
         assert [v.score for v in ask(judge, tmp_path, 3, notes)] == [85.0] * 3
@@ -410,14 +410,14 @@ QUOTA = {
 
 
 @pytest.mark.parametrize("server", QUOTA)
-def test_an_empty_account_stops_even_after_answers(server: str, tmp_path: Path) -> None:
+def test_an_empty_account_ends_the_run_even_after_answers(server: str, tmp_path: Path) -> None:
     with saying(lambda _, number: completion("85") if number < 4 else QUOTA[server]) as place:
         with pytest.raises(JudgeError, match="no credit left"):
             ask(judge_at(place.base_url, concurrency=1), tmp_path, 50)
         assert len(place.bodies) == 4
 
 
-def test_a_quota_by_the_minute_is_waited_for_and_one_by_the_day_is_not() -> None:
+def test_a_quota_per_minute_is_waited_for_and_one_per_day_is_not() -> None:
     def google(what: str) -> bytes:
         violation = {"violations": [{"quotaId": f"GenerateRequests{what}PerProject"}]}
         details = [violation, {"retryDelay": "34s"}]
@@ -450,7 +450,7 @@ def test_a_flagged_question_fails_alone(flagged: Said, tmp_path: Path) -> None:
         assert len(place.bodies) == 21
 
 
-def test_a_key_that_is_not_let_in_stops_after_a_few(tmp_path: Path) -> None:
+def test_a_rejected_key_ends_the_run_after_a_few_questions(tmp_path: Path) -> None:
     with saying(lambda *_: (403, {"detail": "Forbidden"})) as place:
         with pytest.raises(JudgeError, match=r"does not accept the key in OPENAI_API_KEY \(HTTP 403: Forbidden\)"):
             ask(judge_at(place.base_url, concurrency=2), tmp_path, 100)
@@ -490,7 +490,7 @@ OVERLOADED: dict[str, Said] = {
 
 
 @pytest.mark.parametrize("server", OVERLOADED)
-def test_an_overload_is_waited_for_whatever_its_status(
+def test_an_overload_is_waited_for_under_any_status(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More often than ``max_replies``, the limit for unreadable replies."""
@@ -518,7 +518,7 @@ def test_the_status_of_an_error_with_status_200(said: Any, status: int) -> None:
 
 
 @pytest.mark.parametrize("said", [{"ok": True}, {"error": None}, [], "words", None, {"object": "list", "data": []}])
-def test_what_says_nothing_is_no_refusal(said: Any) -> None:
+def test_an_error_without_content_is_not_a_refusal(said: Any) -> None:
     assert find_refusal(json.dumps(said).encode()) is None
 
 
@@ -533,7 +533,7 @@ def test_the_seconds_that_an_error_with_status_200_asks_to_wait() -> None:
 # --- what is spent
 
 
-def test_the_sum_of_a_run_takes_no_longer_the_more_there_is(tmp_path: Path) -> None:
+def test_adding_up_a_runs_costs_takes_constant_time(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
         for number in range(300):
             question = Question.make("j", "m", "t", "", [{"role": "user", "content": str(number)}])

@@ -173,7 +173,7 @@ def test_a_fault_is_named_with_the_setting(
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_what_passes_is_waited_for(
+def test_temporary_failures_are_waited_for(
     fault: str, policy: Policy, saved: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "FIRST_PAUSE", 0.01)
@@ -227,7 +227,7 @@ def test_the_greatest_difference_has_a_limit(policy: Policy, saved: Path, world:
         draw(policy, world, engine, Sampling())
 
 
-def test_equal_samples_are_said(policy: Policy, saved: Path, world: World, tmp_path: Path) -> None:
+def test_equal_samples_are_reported(policy: Policy, saved: Path, world: World, tmp_path: Path) -> None:
     """With one seed for all completions of a request, a server returns K equal samples."""
     report = Report()
     rows = [(prompt, number) for prompt in world.prompts[:4] for number in range(2)]
@@ -316,14 +316,14 @@ def test_only_what_changes_samples_is_in_the_key() -> None:
     ],
     ids=str,
 )
-def test_settings_that_cannot_work(given: dict[str, Any], words: str) -> None:
+def test_settings_that_cannot_work_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError) as refused:
         Server(**given)
     assert words in str(refused.value)
     assert "secret" not in str(refused.value)
 
 
-def test_a_command_keeps_other_braces() -> None:
+def test_other_braces_in_a_command_are_kept() -> None:
     command = Server(launch="""vllm serve {policy} --port {port} --hf-overrides '{"a": 1}'""").command("/a b", 80)
     assert command == ["vllm", "serve", "/a b", "--port", "80", "--hf-overrides", '{"a": 1}']
 
@@ -351,7 +351,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_run_that_cannot_work_does_not_begin(case: str, tmp_path: Path) -> None:
+def test_a_run_that_cannot_work_does_not_start(case: str, tmp_path: Path) -> None:
     overrides, words = REFUSED[case]
     done = train(tmp_path, "scale=smoke", "tracking=off", "method=spin", *TINY, "generate=server", *overrides)
     assert done.returncode == 1
@@ -359,7 +359,7 @@ def test_a_run_that_cannot_work_does_not_begin(case: str, tmp_path: Path) -> Non
     assert not list(tmp_path.glob("store/sft/*"))
 
 
-def test_a_quantised_policy_samples_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_policy_is_refused_by_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its adapters are stacked, not merged, so the engine cannot get full weights."""
     from dnpo.policy.base import Scratch
 
@@ -434,7 +434,7 @@ def test_a_server_that_does_not_start(
 
 
 @pytest.mark.long
-def test_a_server_that_dies_is_named_and_what_it_gave_is_kept(policy: Policy, world: World, tmp_path: Path) -> None:
+def test_a_server_that_dies_is_named_and_its_responses_are_kept(policy: Policy, world: World, tmp_path: Path) -> None:
     log = tmp_path / "log"
     launch = f"{SERVE} --log {log} --fault die --after {PROBES + 3}"
     with (
@@ -475,7 +475,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-def test_a_whole_run_gives_the_policies_of_this_process(whole: Path, tmp_path: Path) -> None:
+def test_a_whole_run_gives_the_same_policies_as_in_this_process(whole: Path, tmp_path: Path) -> None:
     """The greedy responses and the policies are the same; differences are on the screen and in the metrics."""
     from dnpo.store import manifest
     from dnpo.tables import read

@@ -96,7 +96,7 @@ def test_the_majority_by_hand(new: Sequence[float], old: Sequence[float], score:
     assert found[1] == Verdict("a", HUMAN, 50.0, disagreement=0.0)
 
 
-def test_several_samples_are_held_against_the_one_human_response() -> None:
+def test_several_samples_are_compared_with_the_one_human_response() -> None:
     scores: Scores = {("a", HUMAN): 50.0, ("a#0", NEW): 60.0, ("a#1", NEW): 40.0, ("b#0", NEW): 60.0}
     found = say("majority", [scores, scores], [response("a#0"), response("a#1"), response("a", HUMAN), response("b#0")])
     assert [v.score for v in found] == [100.0, 0.0, 50.0, None]
@@ -104,7 +104,7 @@ def test_several_samples_are_held_against_the_one_human_response() -> None:
 
 
 @pytest.mark.parametrize("by", ["mean", "majority"])
-def test_the_others_do_not_stand_for_a_member_that_failed(by: str) -> None:
+def test_other_members_do_not_replace_one_that_failed(by: str) -> None:
     whole: Scores = {("a", NEW): 60.0, ("a", HUMAN): 50.0, ("b", NEW): 60.0, ("b", HUMAN): 50.0}
     asked = [response("a"), response("a", HUMAN), response("b"), response("b", HUMAN)]
     found = say(by, [whole, {**whole, ("a", NEW): None}], asked)
@@ -112,7 +112,7 @@ def test_the_others_do_not_stand_for_a_member_that_failed(by: str) -> None:
     assert None not in [v.score for v in found[1:]]
 
 
-def test_a_human_response_without_a_score_leaves_no_majority() -> None:
+def test_without_a_score_of_the_human_response_there_is_no_majority() -> None:
     whole: Scores = {("a", NEW): 60.0, ("a", HUMAN): 50.0}
     found = say("majority", [whole, {**whole, ("a", HUMAN): None}], [response("a"), response("a", HUMAN)])
     assert [v.score for v in found] == [None, None]
@@ -120,7 +120,7 @@ def test_a_human_response_without_a_score_leaves_no_majority() -> None:
     assert found[1].reason == "m1: asleep"
 
 
-def test_too_many_failures_are_those_of_the_whole() -> None:
+def test_too_many_failures_count_over_the_whole_ensemble() -> None:
     whole: Scores = {(str(n), NEW): None if n < 2 else 1.0 for n in range(50)}
     asked = [response(str(n)) for n in range(50)]
     members = {"one": Table(whole), "two": Table(whole)}
@@ -130,7 +130,7 @@ def test_too_many_failures_are_those_of_the_whole() -> None:
         judge_responses(Ensemble(members=members, max_unscored=0.03), [], asked, ledger, Report())
 
 
-def test_what_members_say_beforehand() -> None:
+def test_checks_of_members_run_before_the_run() -> None:
     ledger = Ledger(Path("there-is-no-such-folder/ledger.sqlite"))
 
     def ensemble(**members: Judge) -> Ensemble:
@@ -162,7 +162,7 @@ def ensemble(by: str = "mean", max_unscored: float = 0.02, **members: Mapping[st
     return found
 
 
-def test_identity_is_of_the_members_and_not_of_their_names_or_order() -> None:
+def test_the_identity_depends_on_members_and_not_on_their_names_or_order() -> None:
     plain = ensemble(a=RULES, b=LONGER, c=OPENAI).identity()
     assert json.loads(json.dumps(plain)) == plain
     assert ensemble(z=OPENAI, x=LONGER, y=RULES).identity() == plain
@@ -180,7 +180,7 @@ def test_identity_is_of_the_members_and_not_of_their_names_or_order() -> None:
     assert len({json.dumps(plain, sort_keys=True), *found}) == len(different) + 1
 
 
-def test_what_a_member_leaves_out_of_its_key_is_left_out_here() -> None:
+def test_settings_outside_a_members_key_are_outside_the_ensembles() -> None:
     """Unit tests give the same verdicts for every number of parallel tests."""
     code = {"_target_": "dnpo.judges.exact.code.UnitTests", "i_know_this_runs_code": True}
     assert ensemble(a=RULES, b=code).identity() == ensemble(a=RULES, b={**code, "workers": 4}).identity()
@@ -212,7 +212,7 @@ def test_wrong_settings_are_named_down_to_the_member(changes: dict[str, Any], pr
         check("judge", given)
 
 
-def test_two_members_or_more_that_give_scores() -> None:
+def test_an_ensemble_needs_two_members_that_give_scores() -> None:
     for few in ({}, {"a": Rules()}):
         with pytest.raises(SettingsError, match=rf"^members: has {len(few)}; an ensemble needs two"):
             Ensemble(members=few)
@@ -225,13 +225,13 @@ def composed(*overrides: str) -> Any:
         return compose("train", overrides=["judge=ensemble", *overrides])
 
 
-def test_what_a_member_refuses_when_it_is_built_is_a_message() -> None:
+def test_an_error_while_a_member_is_built_gives_a_message() -> None:
     settings = ["judge@judge.members.second=openai", "judge.members.second.model=m"]
     with pytest.raises(SettingsError, match=r"^judge\..*max_cost=1: there is no price for m"):
         build(composed(*settings, "judge.members.second.max_cost=1.0"))
 
 
-def test_members_are_chosen_and_set_like_any_other_part() -> None:
+def test_members_are_chosen_and_configured_like_any_other_part() -> None:
     run, _, settings = build(
         composed(
             "judge@judge.members.first=numeric",

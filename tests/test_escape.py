@@ -24,7 +24,7 @@ PRINTED = {("escape.py", "for_terminal(text)"), ("catalogue.py", "write_markdown
 CONTROLS = ("\x1b[31mred", "bell\x07", "\u202eturned", "back\rto the start")
 
 
-def test_nothing_is_printed_as_it_is() -> None:
+def test_nothing_is_printed_without_escaping() -> None:
     """Users' texts pass through ``say`` or another function that makes control characters visible."""
     for file in Path(escape.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -32,7 +32,7 @@ def test_nothing_is_printed_as_it_is() -> None:
                 assert (file.name, ast.unparse(node.args[0])) in PRINTED, f"{file}:{node.lineno}"
 
 
-def test_what_is_said_shows_its_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_text_shows_its_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     escape.say("\x1b[31mred[/b]\n")
     escape.say("\x07", error=True)
     assert capsys.readouterr() == ("␛[31mred[/b]\n\n", "␇\n")
@@ -46,7 +46,7 @@ def test_every_name_can_be_tracked(name: str) -> None:
     assert len(key) <= 250
 
 
-def test_different_names_stay_different_and_usual_ones_as_they_are() -> None:
+def test_different_names_stay_different_and_ordinary_names_unchanged() -> None:
     names = [*FAMILIES, *CONTROLS, "x" * 300, "x" * 301, "C:2B::2B:"]
     assert len({escape.for_mlflow(name) for name in names}) == len(names)
     assert escape.for_mlflow("eval/accuracy/date of birth") == "eval/accuracy/date of birth"
@@ -54,7 +54,7 @@ def test_different_names_stay_different_and_usual_ones_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("text", [*FAMILIES, *CONTROLS])
-def test_a_table_on_the_terminal_shows_texts_as_they_are(text: str) -> None:
+def test_a_table_on_the_terminal_shows_texts_unchanged(text: str) -> None:
     shown = ScreenTable(title=text)
     shown.add_column(text)
     shown.add_row(text)
@@ -68,7 +68,7 @@ def test_a_table_on_the_terminal_shows_texts_as_they_are(text: str) -> None:
     ("text", "cell"),
     [("=1+1", "'=1+1"), ("@SUM(A1)", "'@SUM(A1)"), ("-cmd|x", "'-cmd|x"), ("-0.5", "-0.5"), ("+1e-3", "+1e-3")],
 )
-def test_no_cell_of_text_is_a_formula(text: str, cell: str) -> None:
+def test_no_cell_of_text_becomes_a_formula(text: str, cell: str) -> None:
     (row,) = csv.DictReader(io.StringIO(to_csv(table({text: {text: Cell(Estimate(-1.0))}}))))
     assert (row["row"], row["column"], row["value"]) == (cell, cell, "-1.0")
 
@@ -92,7 +92,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_on_such_rows_is_tracked_and_shown(hostile: Path, migrated: Path) -> None:
+def test_a_run_on_rows_with_control_characters_is_tracked_and_shown(hostile: Path, migrated: Path) -> None:
     (hostile / "mlflow.db").write_bytes(migrated.read_bytes())
     settings = ("scale=smoke", "data=jsonl", "data.path='set[v1] [b].jsonl'", "iterations=1", "judge=exact", *SHORT)
     out = succeed(hostile, *settings)

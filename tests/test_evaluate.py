@@ -48,7 +48,7 @@ def measured(make_policy: MakePolicy, world: World, tmp_path: Path) -> tuple[dic
     return metrics, tmp_path
 
 
-def test_scores_and_duels_are_those_of_the_verdicts(measured: tuple[dict[str, float], Path]) -> None:
+def test_scores_and_duels_follow_the_verdicts(measured: tuple[dict[str, float], Path]) -> None:
     metrics, folder = measured
     verdicts = read(folder / "verdicts.parquet", Verdict)
     human, greedy, fresh = verdicts[:HELD], verdicts[HELD : 2 * HELD], verdicts[2 * HELD :]
@@ -139,7 +139,7 @@ def test_label_noise_is_the_share_of_pairs_with_the_right_answer_rejected(world:
     assert _labels(pairs, {p.id: p.answer for p in prompts}) == {"labels/decided": 0.5, "labels/noise": 0.25}
 
 
-def test_items_are_what_the_metrics_are_means_of(measured: tuple[dict[str, float], Path], world: World) -> None:
+def test_metrics_are_the_means_of_their_items(measured: tuple[dict[str, float], Path], world: World) -> None:
     metrics, folder = measured
     items = read(folder / "items.parquet", Item)
     kinds = [(item.kind, item.sample) for item in items]
@@ -183,7 +183,7 @@ def test_the_critical_value_is_the_five_per_cent_point() -> None:
     assert ks_critical(1200, 1200) == pytest.approx(0.0554, abs=1e-4)
 
 
-def test_without_judge_answers_and_pairs_there_is_still_something_to_say(
+def test_without_judge_answers_and_pairs_some_metrics_remain(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
     from dataclasses import replace
@@ -210,7 +210,7 @@ def test_without_judge_answers_and_pairs_there_is_still_something_to_say(
 
 
 @pytest.mark.long
-def test_a_policy_that_did_not_move_shows_no_stagnation_distance(world: World, tmp_path: Path) -> None:
+def test_an_unchanged_policy_shows_no_stagnation_distance(world: World, tmp_path: Path) -> None:
     """Pairs and fresh samples of one policy: the statistic is below the critical value in most draws.
 
     The policy often generates the human response, which pairs leave out.

@@ -68,7 +68,7 @@ def test_wrong_settings_are_named(overrides: list[str], message: str) -> None:
         settings(*overrides)
 
 
-def test_the_other_model(tmp_path: Path) -> None:
+def test_the_other_model_is_parsed(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "config.json").touch()
     (tmp_path / "adapters").mkdir()
@@ -94,7 +94,7 @@ def lines(rows: dict[str, dict[str, float]]) -> list[str]:
     return [line.rstrip() for line in captured.get().splitlines()]
 
 
-def test_metrics_stand_in_groups() -> None:
+def test_metrics_are_printed_in_groups() -> None:
     """Shares in percent, whole counts, and a dash for a missing value."""
     ours = {"eval/accuracy/facts": 0.125, "eval/accuracy": 0.25, "eval/score": 61.25, "leaderboard/arc": 0.3}
     shown = lines({"model": ours | {"drift/kl": 1.23456}, "against": {"eval/score": 50.0, "eval/unscored": 3}})
@@ -154,7 +154,7 @@ def trained(smoke: Path, migrated: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.long
-def test_a_model_of_a_run_has_the_runs_numbers(trained: Path) -> None:
+def test_a_model_of_a_run_gets_the_runs_numbers(trained: Path) -> None:
     """Loss, accuracy, greedy and sampled scores are computed again from the run's folder."""
     place = ("model.path=run/models/iteration-1", *SMALL, "eval.samples=2", "store=elsewhere")
     done = evaluate(trained, *place, "hydra.run.dir=first", "tracking.uri=sqlite:///t.db")
@@ -192,7 +192,7 @@ def test_a_model_of_a_run_has_the_runs_numbers(trained: Path) -> None:
 
 
 @pytest.mark.long
-def test_who_wins(trained: Path) -> None:
+def test_duels_against_another_model_people_and_itself(trained: Path) -> None:
     """Against another model, against people, and against itself."""
     ours = ("model.path=run/models/iteration-1", *SMALL, "eval.samples=2")
     against = "against=run/models/sft"
@@ -238,7 +238,7 @@ def test_who_wins(trained: Path) -> None:
 
 
 @pytest.mark.long
-def test_without_a_judge_and_with_data_of_ones_own(trained: Path) -> None:
+def test_without_a_judge_and_with_the_users_data(trained: Path) -> None:
     rows = [{"prompt": f"Sort {i} 3 2.", "response": f"It is 2 3 {i}."} for i in range(60)]
     (trained / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = ("model.path=run/models/sft", "data=jsonl", "data.path=rows.jsonl", "data.near_duplicates=0", "tracking=off")

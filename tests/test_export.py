@@ -125,7 +125,7 @@ def read_card(folder: Path) -> tuple[dict[str, Any], str]:
 # --- the folders that a run leaves
 
 
-def test_full_weights_are_linked_and_load_as_they_are(left: Callable[..., Any]) -> None:
+def test_full_weights_are_linked_and_load_unchanged(left: Callable[..., Any]) -> None:
     made = left()
     cards = link(made.summary, made.run)
     assert [card.relative_to(made.run / "models").as_posix() for card in cards] == [
@@ -176,7 +176,7 @@ def test_adapters_of_every_iteration_load_by_peft_and_by_transformers(base: str,
 
 
 @pytest.mark.parametrize("base", ["scratch", "local"])
-def test_where_nothing_was_trained_the_folder_is_the_base_model(base: str, left: Callable[..., Any]) -> None:
+def test_without_training_the_folder_is_the_base_model(base: str, left: Callable[..., Any]) -> None:
     made = left(trained=False, base=base)
     where = made.own if base == "scratch" else made.base
     card, *_ = link(made.summary, made.run)
@@ -187,7 +187,7 @@ def test_where_nothing_was_trained_the_folder_is_the_base_model(base: str, left:
     assert f"this is the base model itself, {shown}." in card.read_text()
 
 
-def test_where_nothing_was_trained_on_a_model_of_the_hub_the_card_says_which(left: Callable[..., Any]) -> None:
+def test_without_training_the_card_names_the_base_model_of_the_hub(left: Callable[..., Any]) -> None:
     made = left(trained=False, base="hub")
     card, *_ = link(made.summary, made.run)
     AutoTokenizer.from_pretrained(card.parent)
@@ -252,7 +252,7 @@ def test_a_card_names_method_iteration_data_judge_settings_and_stage(left: Calla
     assert "secret" not in text
 
 
-def test_a_card_says_what_had_not_started(left: Callable[..., Any]) -> None:
+def test_a_card_names_parts_that_had_not_started(left: Callable[..., Any]) -> None:
     made = left()
     sft, zero, _ = (card.read_text() for card in link(made.summary, made.run))
     for text in (sft, zero):
@@ -317,7 +317,7 @@ def test_adapters_are_merged_in_float32_and_saved_in_the_models_type(left: Calla
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "copy").dtype is torch.bfloat16
 
 
-def test_where_nothing_was_trained_the_copy_is_the_base_model(left: Callable[..., Any], tmp_path: Path) -> None:
+def test_without_training_the_copy_is_the_base_model(left: Callable[..., Any], tmp_path: Path) -> None:
     made = left(trained=False, base="local")
     export(made.run, tmp_path / "copy", "sft")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")

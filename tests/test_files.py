@@ -255,14 +255,14 @@ def test_an_id_with_another_content_is_refused_with_both_lines(file: Path) -> No
         jsonl(write(file, rows)).read()
 
 
-def test_a_row_that_says_the_same_again_is_left_out(file: Path) -> None:
+def test_a_repeated_row_is_left_out(file: Path) -> None:
     without_id = {"prompt": "a", "response": "b"}
     rows, facts = jsonl(write(file, [*pairs(100), without_id, *pairs(3), without_id])).read()
     assert sum(map(len, rows.values())) == 101
     assert facts["removed"] == dict(zip(REMOVED, (4, 0, 0, 0, 0), strict=True))
 
 
-def test_a_prompt_id_names_a_prompt_and_no_row(file: Path) -> None:
+def test_a_prompt_id_names_a_prompt_and_not_a_row(file: Path) -> None:
     """Two conversations may begin with one prompt; their ids differ, and the first has the prompt's id."""
     more = [USER, {"role": "assistant", "content": "Go on."}, {"role": "user", "content": "More."}, ASSISTANT]
     rows = [{"prompt_id": "x", "messages": [USER, ASSISTANT]}, {"prompt_id": "x", "messages": more}]
@@ -296,7 +296,7 @@ def sharegpt(*texts: str) -> list[dict[str, str]]:
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-def test_forms_that_leave_no_doubt(file: Path) -> None:
+def test_unambiguous_forms_are_read(file: Path) -> None:
     """ShareGPT's turns, contents in parts, empty system turns, numbers as labels, empty lists in other rows."""
     silent, brief = ({"role": "system", "content": text} for text in ("", "Be brief."))
     parts = [{"type": "text", "text": "Why "}, {"type": "text", "text": "so?"}]
@@ -388,7 +388,7 @@ def test_roles_that_a_setting_names(file: Path) -> None:
         )
 
 
-def test_two_forms_that_say_the_same(file: Path) -> None:
+def test_two_forms_with_the_same_content(file: Path) -> None:
     """The form of UltraChat, UltraFeedback and others."""
     later = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "So."}]
     rows = [
@@ -402,7 +402,7 @@ def test_two_forms_that_say_the_same(file: Path) -> None:
     assert all(row.human == "Because." for name, row in read.items() if name in "abcd")
 
 
-def test_signs_that_are_seen_are_text(file: Path) -> None:
+def test_visible_characters_are_text(file: Path) -> None:
     texts = ["?", "👩\u200d🚀", "\u200f؟", "e\u0301", "न\u200d"]
     rows = [{"prompt": f"{text} {i}", "response": text} for i, text in enumerate(texts)]
     assert {row.human for row in everything(jsonl(write(file, [*pairs(100), *rows]))).values()} >= {*texts}
@@ -449,7 +449,7 @@ def test_packed_files(kind: Any, suffix: str, tmp_path: Path, file: Path) -> Non
     ("content", "name"),
     [(b"PK\x03\x04rest", "zip"), (b"PAR1rest", "data=parquet"), ("id".encode("utf-16"), "UTF-16"), (b"BZh9", "bzip2")],
 )
-def test_what_is_no_text_is_named(kind: Any, content: bytes, name: str, file: Path) -> None:
+def test_values_that_are_not_text_are_named(kind: Any, content: bytes, name: str, file: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(DataError, match=f"^{file}: is .*{name}.*; expected text in UTF-8, plain or gzip"):
         kind(path=str(file), **LIMITS).read()
@@ -540,7 +540,7 @@ def test_columns_under_other_names(file: Path) -> None:
     assert everything(jsonl(file, columns={"messages": "talk"}))["r7"].human == "Because."
 
 
-def test_columns_that_are_not_there(file: Path) -> None:
+def test_missing_columns_are_named(file: Path) -> None:
     write(file, [{"instruction": row["prompt"], "output": row["response"], "id": row["id"]} for row in pairs(9)])
     with pytest.raises(DataError, match=r"^data\.columns\.prompt=instrction: .*Did you mean instruction\?"):
         jsonl(file, columns={"prompt": "instrction"}).read()
@@ -582,7 +582,7 @@ def test_joined_columns_of_every_format(kind: Any, saved: Any, tmp_path: Path) -
     assert read["7/answer 7"].messages == [{"role": "user", "content": "Sum up./text number 7"}]
 
 
-def test_columns_that_cannot_be_joined(file: Path) -> None:
+def test_columns_that_cannot_be_joined_are_refused(file: Path) -> None:
     write(file, ALPACA)
     with pytest.raises(DataError, match=r"^data\.columns\.prompt=inptu: .*Did you mean input\?"):
         jsonl(file, columns={"prompt": ["instruction", "inptu"], "response": "output"}).read()
@@ -604,7 +604,7 @@ def test_columns_that_cannot_be_joined(file: Path) -> None:
         jsonl(file, columns={"prompt": ["instruction", "input"], "response": "output"}).read()
 
 
-def test_a_column_that_means_something_else_is_unplugged(file: Path) -> None:
+def test_a_column_with_another_meaning_can_be_disconnected(file: Path) -> None:
     rows = [{**row, "id": "a", "prompt_id": 0.5, "answer": [i], "family": {}} for i, row in enumerate(pairs(100))]
     write(file, rows)
     with pytest.raises(DataError, match=r"'\{family: null\}' leaves the column out"):
@@ -620,7 +620,7 @@ def test_a_column_that_means_something_else_is_unplugged(file: Path) -> None:
 
 
 @every_format
-def test_columns_with_text_that_nobody_reads_are_named(kind: Any, saved: Any, tmp_path: Path) -> None:
+def test_unread_columns_of_text_are_named(kind: Any, saved: Any, tmp_path: Path) -> None:
     def unread(rows: list[dict[str, Any]], **settings: Any) -> list[str]:
         path = tmp_path / f"rows{kind.suffix}"
         saved(path, rows)
@@ -640,7 +640,7 @@ def test_columns_with_text_that_nobody_reads_are_named(kind: Any, saved: Any, tm
         assert unread([{**row, "history": [["Say hello.", "Hello."]]} for row in pairs(100)]) == ["history"]
 
 
-def test_alpaca_files_are_told_what_to_map(file: Path) -> None:
+def test_alpaca_files_are_refused_with_the_mapping_to_use(file: Path) -> None:
     with pytest.raises(DataError, match=r"\{prompt: \[instruction, input\], response: output\}"):
         jsonl(write(file, ALPACA)).read()
 
@@ -667,7 +667,7 @@ def test_every_format_gives_the_same_rows(kind: Any, saved: Any, tmp_path: Path,
 
 
 @every_format
-def test_adding_rows_moves_none_in_any_format(kind: Any, saved: Any, tmp_path: Path) -> None:
+def test_adding_rows_moves_no_row_to_another_split_in_any_format(kind: Any, saved: Any, tmp_path: Path) -> None:
     path = tmp_path / f"rows{kind.suffix}"
     saved(path, pairs(200))
     few = places(kind(path=str(path), holdout=0.2, **LIMITS))
@@ -721,7 +721,7 @@ def test_columns_hold_conversations_too(kind: Any, tmp_path: Path) -> None:
     assert {row.human for row in read.values()} == {"Because."}
 
 
-def test_a_folder_that_datasets_saved(tmp_path: Path, file: Path) -> None:
+def test_a_folder_saved_by_datasets_is_read(tmp_path: Path, file: Path) -> None:
     import datasets
 
     rows = datasets.Dataset.from_list(pairs(300))
@@ -803,13 +803,13 @@ def test_a_header_with_a_comma_and_another_separator(tmp_path: Path, mark: str) 
     assert everything(Csv(path=str(path), **LIMITS))["r7"].human == "b"
 
 
-def test_json_lines_in_another_encoding_say_what_to_do(file: Path) -> None:
+def test_json_lines_in_another_encoding_are_refused_with_advice(file: Path) -> None:
     file.write_bytes(json.dumps({"prompt": "café", "response": "b"}, ensure_ascii=False).encode("latin-1") + b"\n")
     with pytest.raises(DataError, match=rf"^{file}:1: not UTF-8 .*iconv -f WINDOWS-1252 -t UTF-8"):
         jsonl(file).read()
 
 
-def test_a_csv_keeps_text_as_it_stands(tmp_path: Path) -> None:
+def test_a_csv_keeps_text_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     long = "word " * 100_000
     path.write_bytes(
@@ -829,7 +829,7 @@ def test_a_csv_keeps_text_as_it_stands(tmp_path: Path) -> None:
 # --- splits, sample, identity -----------------------------------------------------------------------------------------
 
 
-def test_adding_rows_moves_none(file: Path) -> None:
+def test_adding_rows_moves_no_row_to_another_split(file: Path) -> None:
     few = places(jsonl(write(file, pairs(300)), holdout=0.2))
     many = places(jsonl(write(file, [*pairs(700, start=300), *pairs(300)]), holdout=0.2))
     assert few.items() <= many.items()
@@ -875,7 +875,7 @@ def test_a_held_out_prompt_is_never_trained_on(file: Path) -> None:
     assert [facts[f"{split}_rows"] for split in SPLITS] == [len(kept[split]) for split in SPLITS]
 
 
-def test_near_duplicates_are_removed_from_the_degree_on(file: Path) -> None:
+def test_near_duplicates_are_removed_from_the_threshold_on(file: Path) -> None:
     rows = [{**row, "prompt": " ".join(f"w{i}x{n}" for n in range(40))} for i, row in enumerate(pairs(200))]
     where = places(jsonl(write(file, rows)))
     held = next(row for row in rows if where[row["id"]] == "test")
@@ -908,20 +908,20 @@ def test_two_removed_rows_are_shown(file: Path) -> None:
     assert jsonl(write(file, pairs(100))).read()[1]["examples"] == []
 
 
-def test_a_long_comparison_is_told_of(file: Path, monkeypatch: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_long_comparison_is_announced(file: Path, monkeypatch: Any, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("dnpo.data.distinct.SILENT", 0.0)
     monkeypatch.setattr("dnpo.data.distinct.INTERVAL", 0.0)
     jsonl(write(file, pairs(50))).read()
     assert capfd.readouterr().err.splitlines()[-1] == "comparing prompts: 50 of 50"
 
 
-def test_a_split_that_duplicates_have_emptied_says_so(file: Path) -> None:
+def test_a_split_emptied_by_duplicates_is_reported(file: Path) -> None:
     write(file, [{**row, "prompt": "always this"} for row in pairs(100)])
     with pytest.raises(DataError, match=r"data\.near_duplicates=0\.9 removed 99 of these"):
         jsonl(file).read()
 
 
-def test_reading_again_gives_the_same_rows_whatever_was_done_to_them(file: Path) -> None:
+def test_reading_again_gives_the_same_rows_even_if_the_caller_changed_them(file: Path) -> None:
     source = jsonl(write(file, pairs(100)))
     rows, facts = source.read()
     assert whole(source) == ({split: list(some) for split, some in rows.items()}, facts)
@@ -932,7 +932,7 @@ def test_reading_again_gives_the_same_rows_whatever_was_done_to_them(file: Path)
     assert "train" not in facts
 
 
-def test_identity_is_of_the_content(tmp_path: Path) -> None:
+def test_the_identity_depends_on_the_content(tmp_path: Path) -> None:
     one, other = (jsonl(write(tmp_path / name, pairs(9))) for name in ("a.jsonl", "b.jsonl"))
     assert one.identity() == other.identity()
     assert str(tmp_path) not in json.dumps(one.identity())
@@ -944,7 +944,7 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
     assert jsonl(a, sample=3).identity() != one.identity() != jsonl(a, holdout=0.2).identity()
 
 
-def test_the_settings_are_the_signature() -> None:
+def test_settings_are_checked_by_the_signature() -> None:
     given = {"_target_": "dnpo.data.files.JsonLines", "path": "x", "holdout": 0, **LIMITS}
     assert check("data", given)["holdout"] == 0.0
     assert check("data", {"_target_": "dnpo.data.hub.Hub", "name": "x", "config": None, "revision": None, **LIMITS})
@@ -1028,7 +1028,7 @@ def test_hub_folder_of_json_lines(tmp_path: Path) -> None:
     assert len(everything(hub(tmp_path / "set"))) == 101
 
 
-def test_hub_folder_comes_before_anything_else_of_its_name(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_folder_is_preferred_to_anything_else_of_its_name(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(pairs(100), folder="json")  # to the library, "json" alone is a file format
     monkeypatch.chdir(folder.parent)
     assert len(everything(hub("json"))) == 100
@@ -1085,7 +1085,7 @@ def test_hub_folder_problems_name_the_setting(save: Save, tmp_path: Path) -> Non
         hub(folder, split="train_sft", sample=51).read()
 
 
-def test_hub_folder_identity_is_of_the_content(save: Save) -> None:
+def test_the_identity_of_a_hub_folder_depends_on_the_content(save: Save) -> None:
     one, other = hub(save(pairs(9), folder="a")), hub(save(pairs(9), folder="b"))
     assert one.identity() == other.identity()
     save(pairs(8), folder="b")
@@ -1146,7 +1146,7 @@ def test_hub_identity_is_the_commit_and_this_commit_is_read(monkeypatch: pytest.
     assert len(everything(source)) == 100
 
 
-def test_hub_offline_takes_the_cache_but_no_other_commit(save: Save, no_hub: Path) -> None:
+def test_hub_offline_uses_the_cache_but_no_other_commit(save: Save, no_hub: Path) -> None:
     """The library's cache of a data set of the hub: its folders are named by name and commit."""
     hub(save(pairs(100))).read()
     (made,) = (no_hub / "set" / "default" / "0.0.0").glob("*/dataset_info.json")

@@ -42,7 +42,7 @@ def outer(module: str, inside: str) -> Outer:
     return found
 
 
-def test_own_parts_are_keyed_by_the_name_of_their_class() -> None:
+def test_parts_of_dnpo_are_keyed_by_their_class_name() -> None:
     """The module of a dnpo class is in no key, not in nested parts either."""
     before = part_key(outer("dnpo.a", "dnpo.b"))
     assert before == part_key(outer("dnpo.z", "dnpo.y.q"))
@@ -53,7 +53,7 @@ def test_own_parts_are_keyed_by_the_name_of_their_class() -> None:
     }
 
 
-def test_two_classes_of_one_name_in_two_modules_have_two_keys() -> None:
+def test_equally_named_classes_of_two_modules_have_two_keys() -> None:
     """For other classes the whole import path counts, nested too, and never equals the name of a dnpo class."""
     modules = ["mine.judge", "mine.other", "dnpo.judges.rules", "dnpolike"]
     assert len({str(part_key(renamed(module, Inner()))) for module in modules}) == 4
@@ -76,7 +76,7 @@ def test_old_targets_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_store_of_an_earlier_layout_is_told_of_once(tmp_path: Path) -> None:
+def test_a_store_of_an_earlier_layout_is_reported_once(tmp_path: Path) -> None:
     """An old store is refused by name, with its stages; a new one and a present one are not."""
     notes: list[str] = []
     Store(tmp_path / "new").open(notes.append)
@@ -93,6 +93,6 @@ def test_a_store_of_an_earlier_layout_is_told_of_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [3, "yes", None, 0])
-def test_a_partial_that_is_no_boolean_is_refused(value: Any) -> None:
+def test_a_partial_that_is_not_a_boolean_is_refused(value: Any) -> None:
     with pytest.raises(SettingsError, match=r"^trainer\.optimizer\._partial_="):
         up_to_date({"trainer": {"optimizer": {"_target_": "torch.optim.SGD", "_partial_": value}}})

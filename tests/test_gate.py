@@ -101,7 +101,7 @@ def fires(finding: Finding, level: str, *said: str) -> None:
 # --- template and tokens
 
 
-def test_template_of_generation_begins_that_of_training(tokenizer: Any) -> None:
+def test_the_generation_text_is_a_prefix_of_the_training_text(tokenizer: Any) -> None:
     fires(text.template(tokenizer, PLAIN), "pass", "8 rows")
 
 
@@ -122,7 +122,7 @@ def test_template_that_differs_stops(with_template: Callable[[str], Any], templa
     fires(text.template(broken, PLAIN), "stop", said, "model.chat_template")
 
 
-def test_template_names_the_first_row_it_fails_for(with_template: Callable[[str], Any]) -> None:
+def test_the_first_row_that_a_template_fails_for_is_named(with_template: Callable[[str], Any]) -> None:
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + TEMPLATE
     some = [*PLAIN, replace(PLAIN[0], id="with-system", messages=[{"role": "system", "content": "Be brief."}])]
     fires(text.template(with_template(refuses), some), "stop", "1 of 9 rows", "with-system", "no system turns")
@@ -151,7 +151,7 @@ def test_template_that_loses_data_or_depends_on_the_day_stops(
 
 
 @pytest.mark.parametrize("core", ["a", "s", "assistant", "user", "<"])
-def test_turn_that_is_left_out_is_not_found_elsewhere(with_template: Callable[[str], Any], core: str) -> None:
+def test_an_omitted_turn_is_not_found_in_the_templates_own_text(with_template: Callable[[str], Any], core: str) -> None:
     """Each of these texts is part of the template's own text."""
     some = [row("short", core)]
     fires(text.template(with_template(TEMPLATE), some), "pass")
@@ -184,11 +184,11 @@ def test_rows_that_spell_control_tokens_are_counted(tokenizer: Any) -> None:
     fires(text.one_eos(tokenizer, [2], own), "pass")
 
 
-def test_seam_without_a_difference(tokenizer: Any) -> None:
+def test_the_border_of_prompt_and_response_without_a_difference(tokenizer: Any) -> None:
     fires(text.seam(tokenizer, PLAIN), "pass", "together and apart, in 8 rows")
 
 
-def test_seam_of_a_tokenizer_that_begins_every_text_with_a_space() -> None:
+def test_the_border_under_a_tokenizer_that_starts_texts_with_a_space() -> None:
     """As in SentencePiece, the response has other tokens after its prompt than alone; the former are used."""
     spaced = Tokenizer(models.BPE(unk_token="<unk>"))
     spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -202,7 +202,7 @@ def test_seam_of_a_tokenizer_that_begins_every_text_with_a_space() -> None:
     fires(text.seam(wrapped, PLAIN), "pass", "8 of 8 rows", "after its prompt")
 
 
-def test_seam_that_is_moved_is_said(with_template: Callable[[str], Any]) -> None:
+def test_a_moved_border_is_reported(with_template: Callable[[str], Any]) -> None:
     """The prompt ends with a space, and tokens include the space before a word: one would span the border."""
     broken = with_template(
         "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
@@ -228,7 +228,7 @@ def test_bos_that_the_template_puts_twice_stops(with_template: Callable[[str], A
     fires(text.one_bos(twice, encoded(twice)), "stop", "8 of 8 prompts begin with <s> twice", "model.chat_template")
 
 
-def test_bos_inside_is_said(with_template: Callable[[str], Any]) -> None:
+def test_bos_inside_a_text_is_reported(with_template: Callable[[str], Any]) -> None:
     every = with_template(TEMPLATE.replace("'<|", "bos_token + '<|").replace("{{ bos_token }}", ""))
     some = [*PLAIN, replace(PLAIN[0], id="long", messages=[*PLAIN[0].messages, *ANSWERED])]
     fires(text.one_bos(every, encoded(every, some)), "warn", "9 of 9 rows", "model.chat_template")
@@ -238,7 +238,7 @@ def test_one_eos(tokenizer: Any) -> None:
     fires(text.one_eos(tokenizer, [2], encoded(tokenizer)), "pass", "each of 8 responses ends with one </s>")
 
 
-def test_ordinary_token_that_ends_a_response_is_said(tokenizer: Any) -> None:
+def test_an_ordinary_token_that_ends_responses_is_reported(tokenizer: Any) -> None:
     """For example, a model stops at a full stop: responses can contain this token, and are then cut."""
     (stop,) = tokenizer(".", add_special_tokens=False)["input_ids"]
     some = [*PLAIN, row("more", human="It is 3. Or 4")]
@@ -276,22 +276,22 @@ def test_response_that_is_cut_to_too_many_tokens_stops(tokenizer: Any) -> None:
     fires(text.no_eos_where_cut(tokenizer, [2], encoded(tokenizer), 24, cut=uncut), "stop")
 
 
-def test_eos_of_the_tokenizer_is_the_models(tokenizer: Any) -> None:
+def test_the_eos_of_tokenizer_and_model_agree(tokenizer: Any) -> None:
     fires(text.ends_of_model(tokenizer, [2], encoded(tokenizer)), "pass", "</s> (2)")
     fires(text.ends_of_model(tokenizer, [5, 2], encoded(tokenizer)), "pass", "<|assistant|> (5)")
 
 
-def test_model_that_names_no_eos_is_said(tokenizer: Any) -> None:
+def test_a_model_without_an_eos_is_reported(tokenizer: Any) -> None:
     fires(text.ends_of_model(tokenizer, [], encoded(tokenizer)), "warn", "names no end-of-sequence token")
 
 
-def test_template_that_ends_with_the_models_eos_is_said(with_template: Callable[[str], Any]) -> None:
+def test_a_template_that_ends_with_the_models_eos_is_reported(with_template: Callable[[str], Any]) -> None:
     other = with_template(TEMPLATE.replace("eos_token if", "'<|user|>' if"))
     found = text.ends_of_model(other, [4], encoded(other, stop_ids=[2, 4]))
     fires(found, "warn", "</s> (2)", "<|user|> (4)", "generation_config.json")
 
 
-def test_eos_that_is_not_the_models_stops(tokenizer: Any) -> None:
+def test_an_eos_that_is_not_the_models_stops(tokenizer: Any) -> None:
     found = text.ends_of_model(tokenizer, [5], encoded(tokenizer))
     fires(found, "stop", "</s> (2)", "<|assistant|> (5)", "gives away who wrote them", "generation_config.json")
 
@@ -317,7 +317,7 @@ def test_duplicates() -> None:
     fires(rows.duplicates(twice, True, {}), "pass", "1 of 10", "draws with replacement")
 
 
-def test_rows_that_cannot_be_used_are_said() -> None:
+def test_unusable_rows_are_reported() -> None:
     fires(rows.unusable({}, 9), "pass", "each of 9 rows")
     facts = {"no prompt": {"rows": 1, "first": "a:3"}, "response is empty": {"rows": 2, "first": "a:7"}}
     fires(rows.unusable(facts, 9), "warn", "3 of 12 rows", "2: response is empty (the first is a:7); 1: no prompt")
@@ -365,14 +365,14 @@ def test_iterations_on_given_pairs_need_some() -> None:
     fires(rows.used(own, [])[0], "stop", "iteration 0 has none of 0 training prompts")
 
 
-def test_many_removed_rows_are_said_with_examples() -> None:
+def test_many_removed_rows_are_reported_with_examples() -> None:
     fires(rows.removed({"repeated": 0, "near_earlier": 0}, [], 9), "pass", "0 of 9 rows")
     fires(rows.removed({"repeated": 0, "near_earlier": 9}, ["b is like a"], 91), "pass", "9 of 100 rows")
     counts = {"near_earlier": 4, "equal_to_earlier": 6}
     fires(rows.removed(counts, ["b is like a", "d is like c"], 90), "warn", "10.0%", "b is like a; d is like c")
 
 
-def test_columns_that_nobody_reads_are_said() -> None:
+def test_unread_columns_are_reported() -> None:
     fires(rows.unread([]), "pass", "no column")
     fires(rows.unread(["input", "system"]), "warn", "input, system: unread text", "data.columns")
 
@@ -422,7 +422,7 @@ def test_context_with_room() -> None:
     assert rows.room(48, None, 64).level == "pass"
 
 
-def test_limit_of_prompts_says_where_it_comes_from(local: Path, tmp_path: Path) -> None:
+def test_the_limit_on_prompts_names_its_source(local: Path, tmp_path: Path) -> None:
     """The setting or the model's context may be too small."""
     found = of_model(local, tmp_path, "data.max_response_tokens=95")
     fires(
@@ -449,7 +449,7 @@ def test_refusal_names_the_check_once(finding: Finding, said: str) -> None:
     assert finding.refusal == said
 
 
-def test_what_comes_after_training_is_checked_before(local: Path, tmp_path: Path) -> None:
+def test_parts_used_after_training_are_checked_before(local: Path, tmp_path: Path) -> None:
     """Without the check, a wrong encoder or a benchmark folder without rows would fail after hours."""
     pytest.importorskip("lm_eval")
     pytest.importorskip("sacrebleu")
@@ -536,7 +536,7 @@ def test_canary_of_a_judge_by_api(tmp_path: Path) -> None:
         fires(judge.canary(gone, ledger), "stop", "127.0.0.1:9")
 
 
-def test_prompts_that_the_judge_was_fitted_on() -> None:
+def test_prompts_that_the_judge_was_trained_on() -> None:
     fires(judge.judge_prompts((), PLAIN, "test"), "pass", "not fitted on any")
     other = {hash_conversation(row("x", "Something else?").messages)}
     fires(judge.judge_prompts(other, PLAIN, "test"), "pass", "none of the 1 prompts")
@@ -568,7 +568,7 @@ def test_memory() -> None:
     fires(what(free=599.0), "stop", "600 bytes of weights", "trainer.micro_batch_size")
 
 
-def test_free_memory_is_what_the_device_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_the_devices_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < machine.free_memory("cpu") <= physical
     monkeypatch.setattr(Path, "read_text", lambda *_: "")  # a system without /proc
@@ -586,11 +586,11 @@ def test_free_memory_is_what_the_device_says(monkeypatch: pytest.MonkeyPatch) ->
         (torch_optimizer("SGD", lr=0.1), 0),
     ],
 )
-def test_what_an_optimizer_keeps(optimizer: Any, copies: int) -> None:
+def test_memory_that_an_optimizer_keeps(optimizer: Any, copies: int) -> None:
     assert machine.state_copies(optimizer) == copies
 
 
-def test_optimizer_that_cannot_be_tried_is_taken_for_adam() -> None:
+def test_an_optimizer_that_cannot_be_tried_counts_as_adam() -> None:
     assert machine.state_copies(torch_optimizer("LBFGS")) == 2  # its step needs a closure
 
 
@@ -610,7 +610,7 @@ def sized(world: World) -> Callable[..., tuple[Policy, machine.ModelShape]]:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_activations_are_estimated_as_they_are(sized: Any, autocast: bool) -> None:
+def test_the_estimate_of_activations_is_near_their_real_size(sized: Any, autocast: bool) -> None:
     """Within a tenth of the memory that autograd really keeps for the body's forward pass."""
     policy, of = sized()
     own = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
@@ -638,7 +638,7 @@ COUNTS = machine.Counts(
 )
 
 
-def test_what_training_takes(sized: Any) -> None:
+def test_memory_that_training_needs(sized: Any) -> None:
     policy, of = sized()
     weights = sum(p.numel() for p in policy.model.parameters()) * 4
     assert of.weights == of.trained == weights
@@ -700,7 +700,7 @@ def test_reference_is_the_policy_it_starts_from() -> None:
         (["method=dpo", "objective=orpo", "reference=none"], "none"),
     ],
 )
-def test_references_are_those_of_the_plans(overrides: list[str], said: str) -> None:
+def test_references_follow_the_plan(overrides: list[str], said: str) -> None:
     run, iterations = laid_out(*overrides)
     fires(chain_check.reference(iterations, run.plans), "pass", said)
     wrong = [replace(plan, start="initial" if plan.start == "previous" else "previous") for plan in run.plans]
@@ -709,7 +709,7 @@ def test_references_are_those_of_the_plans(overrides: list[str], said: str) -> N
 
 
 @pytest.mark.parametrize("which", ["responses", "reference", "hidden", "policy", "unread"])
-def test_chain_that_is_laid_out_wrongly_stops(which: str) -> None:
+def test_a_stage_with_the_wrong_input_stops(which: str) -> None:
     """As with stacked adapters, iteration 1 is compared with the fine-tuned model."""
     run, iterations = laid_out("npo.cache_hidden=on")
     iteration, sft = iterations[2], iterations[0].policy
@@ -772,7 +772,7 @@ def _limits(run: Run) -> dict[str, Any]:
     }
 
 
-def test_canary_is_asked_once_and_only_for_what_is_to_do(tmp_path: Path) -> None:
+def test_the_canary_is_asked_once_and_only_for_missing_stages(tmp_path: Path) -> None:
     run, iterations = laid_out()
     own = Asked(Canary(True, "says 100"))
     run, store = replace(run, judge=own), Store(tmp_path)
@@ -786,7 +786,7 @@ def test_canary_is_asked_once_and_only_for_what_is_to_do(tmp_path: Path) -> None
     assert own.asked == 1
 
 
-def test_gate_spends_nothing_where_nothing_is_to_do(tmp_path: Path) -> None:
+def test_the_gate_spends_nothing_if_all_stages_exist(tmp_path: Path) -> None:
     run, iterations = laid_out()
     store = Store(tmp_path)
     for iteration in iterations:
@@ -859,7 +859,7 @@ def test_model_that_cannot_be_read_stops(local: Path, tmp_path: Path) -> None:
     fires(of_model(local, tmp_path)["model"], "stop", "it has no tokenizer")
 
 
-def test_needs_shrink_with_what_is_there(tmp_path: Path) -> None:
+def test_needs_shrink_with_existing_stages(tmp_path: Path) -> None:
     run, iterations = laid_out("npo.cache_hidden=on")
     store = Store(tmp_path)
     model = run.model
@@ -916,7 +916,7 @@ def test_disk_counts_weights_for_a_server_and_what_a_live_training_makes(
     assert many - few >= more - some
 
 
-def test_lines_that_pass_are_shown_where_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_passed_checks_are_shown_if_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         Finding("one", "pass", "good"),
         Finding("two", "warn", "so [1] so", "a.b"),
@@ -946,7 +946,7 @@ def computed(cwd: Path) -> list[Path]:
 
 
 @pytest.mark.long
-def test_check_alone_says_every_line_and_runs_nothing(tmp_path: Path) -> None:
+def test_check_alone_prints_every_line_and_runs_nothing(tmp_path: Path) -> None:
     done = train(tmp_path, "scale=smoke", "check=true")
     assert done.returncode == 0, done.stderr
     for name in NAMES:
@@ -957,7 +957,7 @@ def test_check_alone_says_every_line_and_runs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_check_makes_every_check_also_where_all_stages_are_there(finished: Path) -> None:
+def test_check_makes_every_check_even_if_all_stages_exist(finished: Path) -> None:
     done = train(finished, "scale=smoke", "tracking=off", "check=true")
     assert done.returncode == 0, done.stderr
     for name in NAMES:
@@ -966,7 +966,7 @@ def test_check_makes_every_check_also_where_all_stages_are_there(finished: Path)
 
 
 @pytest.mark.long
-def test_stop_ends_a_run_before_any_stage(tmp_path: Path) -> None:
+def test_a_stop_ends_a_run_before_any_stage(tmp_path: Path) -> None:
     done = train(tmp_path, "scale=smoke", "judge=off")
     assert done.returncode == 1
     assert "labels: dsl" in done.stderr
@@ -976,7 +976,7 @@ def test_stop_ends_a_run_before_any_stage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_stop_is_an_error_that_lists_all_of_them(everything: bool, tmp_path: Path) -> None:
+def test_a_stop_is_an_error_that_lists_all_failed_checks(everything: bool, tmp_path: Path) -> None:
     """The command ends with status 1, also with check=true."""
     run, iterations = laid_out("judge=off", "data.max_prompt_tokens=2")
     with pytest.raises(SettingsError) as caught:

@@ -67,7 +67,9 @@ def test_rows_are_whole_and_in_order(make_policy: MakePolicy, world: World, tmp_
     assert {r.finish for r in rows} == {"eos", "length"}, "both kinds must occur for this test to mean anything"
 
 
-def test_log_probabilities_are_those_of_the_model_alone(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_log_probabilities_equal_the_models_for_each_row_alone(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
     """Left padding, batches and temperature change no log-probability: each row against its own unpadded forward."""
     policy = make_policy()
     rows = go(policy, world, tmp_path, count=20)
@@ -79,7 +81,7 @@ def test_log_probabilities_are_those_of_the_model_alone(make_policy: MakePolicy,
         assert row.logprob == pytest.approx(brute, abs=1e-4)
 
 
-def test_a_sample_depends_on_seed_and_prompt_alone(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_a_sample_depends_only_on_seed_and_prompt(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     """Not on earlier calls, the number of shards, or the state of global generators."""
     policy = make_policy()
     first = go(policy, world, tmp_path / "a")
@@ -101,7 +103,9 @@ def test_shards_have_other_samples_of_the_same_prompt(make_policy: MakePolicy, w
     assert len({tuple(row.token_ids) for row in rows}) == 8
 
 
-def test_a_killed_run_goes_on_at_the_first_missing_shard(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_a_killed_run_continues_at_the_first_missing_shard(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
     policy = make_policy()
     whole = go(policy, world, tmp_path / "a")
     go(policy, world, tmp_path / "b")
@@ -144,7 +148,9 @@ def alone(policy: Policy, prompt: list[int], limit: int) -> list[int]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_greedy_answers_are_those_of_each_prompt_alone(make_policy: MakePolicy, world: World, batch_size: int) -> None:
+def test_greedy_answers_equal_those_for_each_prompt_alone(
+    make_policy: MakePolicy, world: World, batch_size: int
+) -> None:
     policy = stopping(make_policy())
     prompts = [p.token_ids for p in world.prompts[:30]]
     rows = complete(policy, prompts, Sampling(temperature=0.0, batch_size=batch_size), 12, STREAMS, Report())
@@ -253,7 +259,9 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(world: World, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_completions_of_every_model_family_equal_transformers(
+    world: World, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Greedy completions are those of transformers for each prompt alone, samples those of a batch of one.
 
     The buffers have room for three columns, so they are replaced often.
@@ -317,7 +325,7 @@ def test_samples_follow_the_policys_own_probabilities(
     assert abs(chi - degrees) < 5 * (2 * degrees) ** 0.5, "5 standard deviations of the chi-square"
 
 
-def test_what_has_no_probability_is_never_drawn() -> None:
+def test_tokens_with_probability_0_are_never_drawn() -> None:
     """Also with a large vocabulary, most of it with probability 0, whose size is no multiple of the group size."""
     scores = torch.full((4000, 5003), -torch.inf)
     scores[:, 17], scores[:, 5002] = 0.3, -1.2
@@ -328,7 +336,7 @@ def test_what_has_no_probability_is_never_drawn() -> None:
     assert abs(rare / 4000 - expected) < 5 * (expected * (1 - expected) / 4000) ** 0.5
 
 
-def test_random_numbers_are_those_of_splitmix64() -> None:
+def test_random_numbers_equal_splitmix64s() -> None:
     """Against the generator in integer arithmetic; every stream and token has other numbers."""
 
     def mixed(stream: int, number: int) -> int:
@@ -347,7 +355,7 @@ def test_random_numbers_are_those_of_splitmix64() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [50, 3000])
-def test_probabilities_that_are_a_little_off_draw_another_token_about_as_often(vocabulary: int) -> None:
+def test_a_small_error_in_probabilities_changes_few_draws(vocabulary: int) -> None:
     """Rounding changes few samples: at most twice the total-variation distance, once for each draw."""
     warp, places = dnpo.generate.hf.make_warp(Sampling()), [(row, 3) for row in range(2000)]
     with torch.random.fork_rng():
@@ -382,7 +390,7 @@ def test_a_sample_depends_on_its_prompt_and_not_on_its_place(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_are_refused(make_policy: MakePolicy, world: World, temperature: float) -> None:
+def test_nan_logits_are_refused(make_policy: MakePolicy, world: World, temperature: float) -> None:
     policy = make_policy()
     with torch.no_grad():
         policy.causal_lm.get_output_embeddings().weight[3] = torch.nan
@@ -422,7 +430,7 @@ def test_a_model_without_a_cache_is_refused(make_policy: MakePolicy, world: Worl
         complete(policy, [[1, 2]], LAYOUT, 12, STREAMS, Report())
 
 
-def test_a_models_own_defaults_do_not_leak_in(make_policy: MakePolicy, world: World) -> None:
+def test_a_models_own_sampling_defaults_are_not_used(make_policy: MakePolicy, world: World) -> None:
     """Many chat models ship temperature 0.6 or top-k 50; by default a sample is from the policy itself."""
     plain, opinionated = make_policy(), make_policy()
     opinionated.causal_lm.generation_config.temperature = 0.01
@@ -603,7 +611,7 @@ def test_stage_keys_of_rollouts() -> None:
     assert part_key(Ahead(batch_size=3)) == part_key(Ahead())
 
 
-def test_settings_of_rollouts_follow_those_of_generate() -> None:
+def test_settings_of_rollouts_follow_generates() -> None:
     load, folder = OmegaConf.load, conf_folder()
     tree: Any = OmegaConf.create(
         {"generate": load(folder / "generate/sample.yaml"), "rollout": load(folder / "rollout/ahead.yaml")}

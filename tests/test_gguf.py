@@ -50,7 +50,7 @@ def test_the_converter_is_called_on_a_whole_copy(
     assert "## Numbers" in card.text
 
 
-def test_what_goes_wrong_is_said_by_name(
+def test_errors_name_what_went_wrong(
     left: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, to = str(left().run), tmp_path / "made"

@@ -43,7 +43,7 @@ def test_a_step_is_measured(part: str, variant: str) -> None:
     assert runs[-1]["loss"] != runs[0]["loss"]
 
 
-def test_needed_products_are_those_of_the_formula_without_products_that_are_computed_again() -> None:
+def test_needed_products_follow_the_formula_without_recomputed_products() -> None:
     shape = SHAPES["tiny"]
     (pairs,) = batches(shape, 1)
     for variant in ("ours-dpo-cached", "ours-npo-cached"):
@@ -73,7 +73,7 @@ def test_a_check_passes(check: Any) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_have_the_gradient_of_one() -> None:
+def test_two_processes_have_the_same_gradient_as_one() -> None:
     (found,) = gpu_checks.check_two_processes(True)
     assert found["ok"]
 
@@ -97,7 +97,7 @@ def test_a_check_that_does_not_run_fails_and_the_others_still_run(monkeypatch: p
     assert len(others) == 6
 
 
-def test_a_figure_that_is_no_number_is_no_success() -> None:
+def test_a_figure_that_is_nan_is_a_failure() -> None:
     assert not gpu_checks._result("x", float("nan"), 1.0)["ok"]
     assert not gpu_checks._result("x", 1.1, 1.0)["ok"]
     assert gpu_checks._result("x", 1.0, 1.0)["ok"]
@@ -106,7 +106,7 @@ def test_a_figure_that_is_no_number_is_no_success() -> None:
 # --- parts
 
 
-def test_a_part_keeps_what_it_has_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_keeps_its_results_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu.SECONDS, "lora", 600)
     part = gpu.Part("lora", tmp_path, tiny=True)
     assert len(part.measure("matmul", "matmul")) == 1
@@ -125,7 +125,7 @@ def test_a_measurement_is_ended_when_the_time_is_over(tmp_path: Path, monkeypatc
     assert json.loads((tmp_path / "gpu-lora.json").read_text())["skipped"] == {"matmul": "no time left"}
 
 
-def test_parts_take_25_minutes_and_none_more_than_8() -> None:
+def test_all_parts_together_take_25_minutes_and_each_at_most_8() -> None:
     assert sum(gpu.SECONDS.values()) <= 25 * 60
     assert max(gpu.SECONDS.values()) <= 8 * 60
 
