@@ -57,7 +57,7 @@ class Mutation(NamedTuple):
 
 TWO_PLAYERS = "test_optimise.py::test_steps_of_both_players_agree_with_brute_force"
 ONE_STEP = "test_optimise.py::test_a_step_agrees_with_brute_force"
-NAIVE_NOISE = "test_npo.py::test_values_and_gradients_are_those_of_naive_autograd"
+NAIVE_NOISE = "test_npo.py::test_values_and_gradients_equal_naive_autograd"
 
 MUTATIONS = (
     # --- equations
@@ -221,21 +221,21 @@ MUTATIONS = (
         "optimise/npo.py",
         "_Draw(rejected, math.sqrt(self.fixed))",
         "_Draw(rejected, self.fixed)",
-        "test_npo.py::test_fixed_noise_against_brute_force test_npo.py::test_fixed_noise_has_the_variance_it_says",
+        "test_npo.py::test_fixed_noise_against_brute_force test_npo.py::test_fixed_noise_has_the_stated_variance",
     ),
     Mutation(
         "both terms meet the same draw",
         "optimise/npo.py",
         "derive(seed, number, first, term)",
         "derive(seed, number, first)",
-        "test_npo.py::test_the_two_terms_meet_different_noise",
+        "test_npo.py::test_the_two_terms_use_different_noise",
     ),
     Mutation(
         "all tiles of the vocabulary have the same draw",
         "optimise/npo.py",
         "derive(seed, number, first, term)",
         "derive(seed, number, term)",
-        "test_npo.py::test_draws_of_other_terms_seeds_blocks_and_tiles_do_not_go_together",
+        "test_npo.py::test_draws_of_different_terms_seeds_blocks_and_tiles_are_uncorrelated",
     ),
     Mutation(
         "the constant offset pushes the other way",

@@ -167,7 +167,7 @@ DIGITS, LETTERS = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstu
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 @pytest.mark.parametrize("replies", [NUMBERS, WINNERS], ids=["numbers", "winners"])
-def test_probabilities_are_those_of_whole_forward_passes(name: str, kind: str, replies: list[str]) -> None:
+def test_probabilities_equal_those_of_whole_forward_passes(name: str, kind: str, replies: list[str]) -> None:
     tokenizer = TOKENIZERS[name]()
     model = model_for(tokenizer, kind)
     numbers = replies is NUMBERS
@@ -187,7 +187,7 @@ def test_probabilities_are_those_of_whole_forward_passes(name: str, kind: str, r
         assert row == pytest.approx(said, rel=1e-4, abs=1e-9)
 
 
-def test_the_tokenizers_are_what_they_say() -> None:
+def test_the_test_tokenizers_split_numbers_as_intended() -> None:
     """Digits one by one, whole numbers where they are tokens, and a space in a number's first token."""
     paths = {}
     for name, make in TOKENIZERS.items():
@@ -202,7 +202,7 @@ def test_the_tokenizers_are_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
-def test_batches_say_what_single_questions_say(name: str) -> None:
+def test_batches_give_the_same_answers_as_single_questions(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     reader = Replies(model_for(tokenizer), tokenizer, NUMBERS, "[0-9]", TALKS[0])
     prompts = [reader.encode(t) for t in TALKS]
@@ -212,7 +212,7 @@ def test_batches_say_what_single_questions_say(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
-def test_what_is_judged_cannot_be_a_turn(name: str) -> None:
+def test_a_judged_text_cannot_start_a_turn(name: str) -> None:
     """It adds no end either: the prompt has only the control tokens that a plain answer gives."""
     tokenizer = TOKENIZERS[name]()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
@@ -274,7 +274,7 @@ def test_the_score_is_the_expected_number(tmp_path: Path, report: Report) -> Non
     assert verdict.score == pytest.approx(sum(n * q for n, q in enumerate(p)) / sum(p), abs=1e-3)
 
 
-def test_a_model_that_does_not_do_as_told(tmp_path: Path, report: Report) -> None:
+def test_a_model_that_does_not_answer_with_a_number(tmp_path: Path, report: Report) -> None:
     """Too little probability on the numbers is a failure with a reason, and many failures stop the run."""
     judge = HF(path=str(saved(tmp_path / "model")), device="cpu")
     prompts, responses = rows(3)
@@ -303,7 +303,7 @@ def test_too_long_for_the_context(tmp_path: Path, report: Report) -> None:
     assert "longer than the judge's context of 64 tokens" in verdicts[0].reason
 
 
-def test_another_runs_answers_are_waited_for(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_another_run_are_waited_for(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = HF(path=str(saved(tmp_path / "model")), min_mass=0.0, device="cpu", batch_size=1)
     prompts, responses = rows(2)
     question = judge.make_questions(prompts, responses)[1][0]
@@ -316,7 +316,7 @@ def test_another_runs_answers_are_waited_for(tmp_path: Path, report: Report, mon
     assert report.done == report.total
 
 
-def test_identity_is_of_contents(tmp_path: Path) -> None:
+def test_the_identity_depends_on_contents(tmp_path: Path) -> None:
     """The key depends on weights, template and settings that change verdicts, but not on the model's path."""
     folder = saved(tmp_path / "model")
     shutil.copytree(folder, tmp_path / "copy")
@@ -343,7 +343,7 @@ def test_a_judge_that_reads_the_clock_needs_a_date(tmp_path: Path, report: Repor
     assert judges[0].identity() != judges[1].identity()
 
 
-def test_what_cannot_be_used(tmp_path: Path, report: Report) -> None:
+def test_unusable_models_and_templates_are_refused(tmp_path: Path, report: Report) -> None:
     with pytest.raises(ModelError, match=r"either judge\.path"):
         HF(device="cpu")
     with pytest.raises(ModelError, match=r"judge\.path=nowhere: no model there"):

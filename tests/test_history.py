@@ -35,7 +35,7 @@ def test_rows_are_appended_and_read_up_to_a_checkpoint(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
 
 
-def test_rows_that_a_checkpoint_refers_to_are_all_read_or_none(tmp_path: Path) -> None:
+def test_rows_that_a_checkpoint_refers_to_are_read_completely_or_refused(tmp_path: Path) -> None:
     path = tmp_path / HISTORY
     history = History(path)
     history.save(ROWS)

@@ -74,7 +74,9 @@ def test_a_signal_in_training_is_answered_by_a_checkpoint_that_continues_bit_for
     assert undisturbed[1] == continued[1]
 
 
-def test_a_handler_that_returns_lets_the_training_go_on(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_a_handler_that_returns_lets_the_training_continue(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
     """As submitit's handler of SIGTERM does; the checkpoint exists before the process can be killed."""
     called: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: called.append(number))
@@ -131,7 +133,7 @@ def test_a_signal_during_a_finalizer_is_not_lost(number: signal.Signals) -> None
         assert interrupts.exit_status(raised.value) == 128 + number
 
 
-def test_other_exceptions_of_finalizers_are_reported_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_exceptions_of_finalizers_are_reported_as_usual(capsys: pytest.CaptureFixture[str]) -> None:
     class Faulty:
         def __del__(self) -> None:
             raise ValueError("of no consequence")
@@ -146,7 +148,7 @@ def test_other_exceptions_of_finalizers_are_reported_as_ever(capsys: pytest.Capt
     assert "ValueError: of no consequence" in capsys.readouterr().err
 
 
-def test_a_forked_process_dies_of_the_signal_itself() -> None:
+def test_a_forked_process_is_ended_by_the_signal_itself() -> None:
     """It would print a traceback if its parent's exception were raised in it."""
     with interrupts.raised():
         child = os.fork()

@@ -22,11 +22,11 @@ def test_the_last_value_is_repeated(k: int) -> None:
     assert found == {**LOGISTIC, "beta": values[min(k, 2)]}
 
 
-def test_a_single_value_is_that_of_all_iterations() -> None:
+def test_a_single_value_is_used_in_all_iterations() -> None:
     assert settings_at("objective", LOGISTIC, 3, 4) == LOGISTIC
 
 
-def test_a_list_of_parts_gives_one_part_an_iteration_with_lists_of_their_own() -> None:
+def test_a_list_of_parts_gives_each_iteration_a_part_with_its_own_lists() -> None:
     parts = [LOGISTIC, {**LOGISTIC, "beta": [1.0, 2.0, 3.0]}]
     assert [settings_at("objective", parts, k, 3)["beta"] for k in range(3)] == [0.1, 2.0, 3.0]
 
@@ -54,7 +54,7 @@ def test_lists_longer_than_the_run_are_refused_by_name(name: str, value: Any, na
         settings_at(name, value, 0, 2)
 
 
-def test_words() -> None:
+def test_lists_by_iteration_in_words() -> None:
     assert [value_at("start", ["initial", "previous"], k, 4) for k in range(4)] == ["initial", *["previous"] * 3]
 
 

@@ -307,7 +307,7 @@ def test_a_dribble_never_ends_and_a_flood_is_as_long_as_is_asked() -> None:
     assert stats["max_rss_mb"] is None or stats["max_rss_mb"] < 60
 
 
-def test_everyone_is_answered_after_so_many_faults_except_the_hopeless() -> None:
+def test_every_question_is_answered_after_the_set_number_of_faults_except_hopeless_ones() -> None:
     contents = [f"q{n}" for n in range(80)]
     hopeless = {c for c in contents if is_hopeless(c, 0.1, seed=5)}
     assert 2 < len(hopeless) < 20
@@ -364,7 +364,7 @@ def test_a_proper_answer_to_a_client_that_has_gone_is_not_delivered() -> None:
         assert server.stats()["paid_twice"] == 0
 
 
-def test_coming_back_before_retry_after_is_seen() -> None:
+def test_a_retry_before_retry_after_is_counted() -> None:
     async def twice(client: AsyncOpenAI, wait: float) -> None:
         with pytest.raises(openai.RateLimitError) as refused:
             await ask(client, f"{wait}")
@@ -525,7 +525,7 @@ def test_batches_that_are_not_completed() -> None:
         assert server.stats()["bugs"] == 0
 
 
-def test_calls_about_batches_go_wrong_too_and_some_are_obeyed_all_the_same() -> None:
+def test_calls_about_batches_fail_too_and_some_take_effect_all_the_same() -> None:
     async def work(client: AsyncOpenAI) -> tuple[int, int, int]:
         made = lost = refused = 0
         for n in range(40):

@@ -27,7 +27,7 @@ def keys(path: Path) -> set[str]:
         return {row[0] for row in db.execute("SELECT key FROM calls")}
 
 
-def test_a_run_killed_again_and_again_while_it_judges_asks_nothing_twice(tmp_path: Path) -> None:
+def test_a_run_killed_repeatedly_while_judging_asks_nothing_twice(tmp_path: Path) -> None:
     """Answers in the ledger outlive a kill; only answers to calls in flight are missing there."""
     draw, unread, late = random.Random(0), 0, 0
     path = tmp_path / "ledger.sqlite"
@@ -81,7 +81,7 @@ def test_two_sweeps_at_once_ask_each_question_once(tmp_path: Path) -> None:
             assert sum(row["hits"] for row in book.rows()) >= stats["answered"] - 8  # less the canaries
 
 
-def test_a_key_is_found_nowhere_after_a_run(migrated: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_its_key_nowhere(migrated: Path, tmp_path: Path) -> None:
     """Neither after a good run, nor after one with a wrong key; with logs at the most detailed level."""
     shutil.copy(migrated, tmp_path / "mlflow.db")
     with judge_server(key=SECRET) as server:
@@ -129,7 +129,7 @@ def test_a_plan_says_what_is_new_and_sends_nothing(tmp_path: Path) -> None:
         assert server.stats()["answered"] == asked
 
 
-def test_a_judge_that_fails_too_often_ends_the_run_and_a_rerun_mends_it(tmp_path: Path) -> None:
+def test_a_judge_that_fails_too_often_ends_the_run_and_a_rerun_completes_it(tmp_path: Path) -> None:
     with judge_server() as server:
         command = [*SMALL, *judge(server, "judge.max_replies=1"), "iterations=2"]
         process = Process(tmp_path, *command)

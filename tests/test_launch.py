@@ -39,7 +39,7 @@ def failure(rank: int, kind: str = "", text: str = "", **given: Any) -> Any:
     return (rank, "error", [{"rank": rank, "kind": kind, "text": text, **usual, **given}])
 
 
-def test_lines_of_several_ranks_are_joined_whatever_their_length(capfd: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_several_ranks_are_joined_at_any_length(capfd: pytest.CaptureFixture[str]) -> None:
     long = [{"step": float(n), "loss": n / 7} for n in range(400)]
     Lines(0).begin(400, "steps")
     Lines(0).steps(long)
@@ -55,7 +55,7 @@ def test_lines_of_several_ranks_are_joined_whatever_their_length(capfd: pytest.C
     assert (report.total, report.done, report.rows, report.notes) == (400, 3, long, [])
 
 
-def test_what_is_done_before_the_total_is_known_counts() -> None:
+def test_work_done_before_the_total_is_known_counts() -> None:
     report, made = heard((1, "advance", [2]), (0, "begin", [5, "rows", 1]), (1, "advance", [2]), (0, "made", [{}, {}]))
     assert (report.total, report.done) == (5, 5)
     assert made == ({}, {})
@@ -84,14 +84,14 @@ KILLED = """
 """
 
 
-def test_a_rank_that_was_killed_is_named_and_not_who_missed_it() -> None:
+def test_a_killed_rank_is_named_and_not_the_ranks_that_wait_for_it() -> None:
     with pytest.raises(RankError, match=r"rank 1 was ended by SIGKILL"):
         heard(failure(0, text="Connection closed by peer"), printed=KILLED, status=1)
     with pytest.raises(RankError, match=r"status 2.*no such option"):
         heard(printed="no such option", status=2)
 
 
-def test_several_machines_need_a_meeting_point_and_something_that_starts_torchrun_there() -> None:
+def test_several_machines_need_a_rendezvous_and_a_launcher_on_each() -> None:
     for given, lacking in (({}, "rendezvous"), ({"rendezvous": "a:1"}, "through"), ({"through": "srun"}, "rendezvous")):
         with pytest.raises(SettingsError, match=rf"^{lacking}: "):
             Torchrun(devices=8, nodes=2, **given)
@@ -118,14 +118,14 @@ def test_several_machines_need_a_meeting_point_and_something_that_starts_torchru
         (("launch=torchrun",), r"launch\.devices: needs a value"),
     ],
 )
-def test_what_is_not_right_is_refused_by_its_name(overrides: tuple[str, ...], named: str, tmp_path: Path) -> None:
+def test_wrong_settings_are_refused_by_name(overrides: tuple[str, ...], named: str, tmp_path: Path) -> None:
     done = train(tmp_path, *SMOKE, *overrides)
     assert done.returncode == 1
     assert re.search(named, done.stderr), done.stderr
     assert not (tmp_path / "store").exists()
 
 
-def test_here_is_the_default_and_changes_nothing() -> None:
+def test_launching_here_is_the_default_and_changes_nothing() -> None:
     assert dataclasses.fields(Here) == ()
 
 
@@ -149,7 +149,7 @@ def test_torchrun_starts_a_python_for_each_rank(tiny: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.long
-def test_a_run_on_two_ranks_is_that_of_one_process_up_to_rounding(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_on_two_ranks_equals_one_process_up_to_rounding(tiny: Path, tmp_path: Path) -> None:
     """Real processes compute the last iteration again: generation, reference, hidden states, training."""
     shutil.copytree(tiny, tmp_path / "two", symlinks=True)
     before = summary(tiny)

@@ -82,7 +82,7 @@ def test_a_job_that_is_killed_does_not_hide_the_others(tmp_path: Path) -> None:
     assert "numbers of every run" in out
 
 
-def test_slurm_gets_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_slurm_gets_the_settings_of_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Submitit writes the batch file from the composed settings; SLURM itself is not installed."""
     from submitit.slurm.slurm import _make_sbatch_string
 

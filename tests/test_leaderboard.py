@@ -52,7 +52,7 @@ def questions(count: int, start: int = 0, **more: Any) -> list[dict[str, Any]]:
 # Rows
 
 
-def test_settings_are_named_as_they_stand_in_a_run(tmp_path: Path) -> None:
+def test_settings_are_named_as_in_a_run(tmp_path: Path) -> None:
     there = ("scale=smoke", "tracking=off", "judge=off", "method=spin", "eval=leaderboard")
     done = train(tmp_path, *there, "eval.leaderboard.source=nowhere")
     assert done.stderr.startswith("error: eval.leaderboard.source=nowhere: there is no such folder; expected hub")
@@ -66,7 +66,7 @@ def test_settings_are_named_as_they_stand_in_a_run(tmp_path: Path) -> None:
     assert finding.text.startswith("eval.leaderboard.benchmarks: ifeval is only on the hub; leave it out, or give ")
 
 
-def test_a_setting_is_renamed_where_it_is_named_and_nowhere_else() -> None:
+def test_only_names_of_settings_are_renamed_in_messages() -> None:
     names = {"source": "eval.leaderboard.source", "judge": "second_judge"}
     for text, wanted in {
         "source=x: none; give source=hub": "eval.leaderboard.source=x: none; give eval.leaderboard.source=hub",
@@ -78,7 +78,7 @@ def test_a_setting_is_renamed_where_it_is_named_and_nowhere_else() -> None:
         assert rename_settings(text, names) == wanted
 
 
-def test_the_place_of_the_truth_tells_nothing(tmp_path: Path) -> None:
+def test_the_position_of_the_true_answer_is_random(tmp_path: Path) -> None:
     """In the rows the true answer is first; in the items its position is random, and the labels agree."""
     rows = [
         {
@@ -99,7 +99,7 @@ def test_the_place_of_the_truth_tells_nothing(tmp_path: Path) -> None:
     assert one.rows == offline(tmp_path, "truthfulqa_mc1")[0].rows
 
 
-def test_examples(tmp_path: Path) -> None:
+def test_few_shot_examples_of_benchmarks(tmp_path: Path) -> None:
     """ARC easy takes its examples from challenge and says so; no item is its own example; MMLU's have its subject."""
     lines(tmp_path / "arc_easy_test.jsonl", *questions(3))
     lines(tmp_path / "arc_challenge_fewshot.jsonl", *questions(4))
@@ -135,14 +135,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("task", "row", "message"), WRONG)
-def test_a_row_that_cannot_be_used(tmp_path: Path, task: str, row: dict[str, Any], message: str) -> None:
+def test_unusable_rows_are_named(tmp_path: Path, task: str, row: dict[str, Any], message: str) -> None:
     stem = task.partition("_mc")[0]
     lines(tmp_path / f"{stem}_test.jsonl", row)
     with pytest.raises(DataError, match=rf"{stem}_test.jsonl:1: .*{message}"):
         offline(tmp_path, task)
 
 
-def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no arc_easy_test.jsonl, .* benchmarks="):
         offline(tmp_path, "arc_easy")
     (tmp_path / "arc_easy_test.jsonl").write_text("")
@@ -191,14 +191,14 @@ def test_sources(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
         measure(make_policy(), Leaderboard(source=str(tmp_path), benchmarks=["ifeval"]), Report())
 
 
-def test_numbers_that_are_none() -> None:
+def test_nan_log_likelihoods_are_refused() -> None:
     """The argmax of several NaN is the first, so a broken model would be right if the first choice is right."""
     sample = {"task": "arc_easy", "doc": {"id": "q"}, "doc_id": 0, "filtered_resps": [(float("nan"), False)] * 2}
     with pytest.raises(ModelError, match="arc_easy, item q: the log-likelihoods"):
         _item("arc", sample, set())
 
 
-def test_mass_of_the_true() -> None:
+def test_probability_of_the_true_answers() -> None:
     """By hand: (e⁰ + e⁻¹) / (e⁰ + e⁻¹ + e⁻²); the same a thousand nats lower, where exp underflows."""
     pytest.importorskip("lm_eval")
     from lm_eval.tasks.truthfulqa.utils import process_results_mc2
@@ -339,7 +339,7 @@ def own_numbers(policy: Policy, said: list[dict[str, Any]], context: int) -> lis
 
 @shared
 @pytest.mark.long
-def test_the_policy_itself_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_equal_the_policys_own_log_likelihoods(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every choice's log-likelihood to 1e-3, and every multiple-choice item's score; also with cut prompts."""
     pytest.importorskip("lm_eval")
     policy = load(str(STORIES), None)
@@ -402,7 +402,7 @@ def of_the_hub(path: str, name: str | None = None, **_: Any) -> Any:
 
 @shared
 @pytest.mark.long
-def test_the_hub_and_the_files_ask_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_of_the_hub_and_of_files_give_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own definitions on data in the hub's format: the same prompts, numbers and scores, item by item."""
     pytest.importorskip("lm_eval")
     monkeypatch.setattr("datasets.load_dataset", of_the_hub)
@@ -493,7 +493,7 @@ def own(folder: Path, *names: str, shots: int = 0) -> Path:
     return folder
 
 
-def test_a_task_of_ones_own(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_a_custom_task(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     folder = own(tmp_path / "tasks", "sums", "more_sums")
     given: dict[str, Any] = {"benchmarks": [], "include_path": str(folder)}
@@ -520,7 +520,7 @@ def test_a_task_of_ones_own(make_policy: Callable[..., Policy], tmp_path: Path) 
     assert both.score == pytest.approx(np.mean(list(both.tasks.values())))
 
 
-def test_examples_of_a_task(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_few_shot_examples_of_a_task(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     given: dict[str, Any] = {"benchmarks": [], "tasks": ["sums"], "include_path": str(own(tmp_path, "sums", shots=1))}
     hashes = []
@@ -531,7 +531,7 @@ def test_examples_of_a_task(make_policy: Callable[..., Policy], tmp_path: Path) 
     assert set(hashes[0]).isdisjoint(hashes[1])
 
 
-def test_what_decides_the_results_of_tasks(tmp_path: Path) -> None:
+def test_the_key_has_everything_that_decides_a_tasks_results(tmp_path: Path) -> None:
     plain = Leaderboard().identity()
     assert set(plain) == {"source", "shots", "limit"}  # as before there were tasks
     folder = own(tmp_path, "sums")
@@ -568,7 +568,7 @@ def test_tasks_that_cannot_be_measured_are_named_before_anything_is_loaded(tmp_p
 
 
 @pytest.mark.long
-def test_the_command_measures_a_task_of_ones_own(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+def test_the_command_measures_a_custom_task(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     make_policy().save(tmp_path / "model")
     own(tmp_path / "tasks", "sums")

@@ -77,12 +77,12 @@ def test_every_field_changes_the_key(name: str) -> None:
     assert question(**{name: "other"}).key != question().key
 
 
-def test_fields_do_not_run_into_each_other() -> None:
+def test_fields_of_a_key_are_separated() -> None:
     assert question(judge="ab", model="c").key != question(judge="a", model="bc").key
     assert question(template="x", order="").key != question(template="", order="x").key
 
 
-def test_messages_change_the_key() -> None:
+def test_text_and_division_of_messages_change_the_key() -> None:
     def key(*messages: tuple[str, str]) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
         return Question.make("judge", "model", "t", "", turns).key
@@ -117,7 +117,7 @@ def test_answers_come_back_in_chunks_of_any_size(tmp_path: Path) -> None:
         assert ledger.answers([asked[1].key] * 1001) == {asked[1].key: 1.0}
 
 
-def test_an_answer_is_kept_as_it_came(tmp_path: Path) -> None:
+def test_an_answer_is_kept_unchanged(tmp_path: Path) -> None:
     answer = Answer(83.5, 'Score: "83"\0 é 数', 120, 3, 0.00125, 0.75, 4)
     with ledger_at(tmp_path) as ledger:
         ledger.record(question(), answer)
@@ -131,7 +131,7 @@ def test_an_answer_is_kept_as_it_came(tmp_path: Path) -> None:
     assert (row["key"], row["judge"], row["model"], row["run"]) == (question().key, "judge", "model", "run")
 
 
-def test_the_first_answer_stands(tmp_path: Path) -> None:
+def test_the_first_answer_is_kept(tmp_path: Path) -> None:
     with ledger_at(tmp_path) as ledger:
         ledger.record(question(), Answer(10.0, cost=0.5))
         ledger.record(question(), Answer(90.0, cost=0.5))
@@ -156,7 +156,7 @@ def test_an_answer_without_a_number_is_no_answer_and_no_secret(tmp_path: Path) -
         assert ledger.answers([question().key]) == {question().key: 1.0}
 
 
-def test_failures_answer_nothing_and_cost(tmp_path: Path) -> None:
+def test_failures_are_not_answers_but_cost(tmp_path: Path) -> None:
     with ledger_at(tmp_path) as ledger:
         ledger.note_cost(question(), Answer(None, "maybe 5 or 6", 100, 9, 0.25, reason="two numbers"))
         ledger.record(question(), Answer(None, "maybe", 100, 1, 0.5, reason="no number"))
@@ -172,7 +172,7 @@ def test_failures_answer_nothing_and_cost(tmp_path: Path) -> None:
         assert (row["calls"], row["failed"], row["unpriced"], row["tokens_in"], row["tokens_out"]) == (1, 3, 1, 200, 10)
 
 
-def test_spend_is_of_the_run(tmp_path: Path) -> None:
+def test_costs_are_counted_by_run(tmp_path: Path) -> None:
     with ledger_at(tmp_path, "one") as one, ledger_at(tmp_path, "two") as two, ledger_at(tmp_path, "one") as again:
         one.record(question("a"), Answer(1.0, cost=1.0))
         two.record(question("b"), Answer(1.0, cost=2.0))
@@ -222,7 +222,7 @@ def test_claims_within_a_process(tmp_path: Path) -> None:
         assert one.claim([]) == ([], [], [])
 
 
-def test_close_gives_back(tmp_path: Path) -> None:
+def test_closing_releases_claims(tmp_path: Path) -> None:
     keys = [question(name).key for name in "ab"]
     with ledger_at(tmp_path) as one, ledger_at(tmp_path) as two:
         one.claim(keys)
@@ -248,7 +248,7 @@ ledger.close()
 """
 
 
-def test_a_process_that_lives_keeps_its_claims_and_gives_them_back(tmp_path: Path) -> None:
+def test_a_living_process_keeps_its_claims_and_can_release_them(tmp_path: Path) -> None:
     keys = [question(name).key for name in "ab"]
     other = start(CLAIM, tmp_path)
     assert said(other) == "2"
@@ -272,7 +272,7 @@ def test_a_process_that_was_killed_loses_its_claims_at_once(tmp_path: Path) -> N
         assert third.claim(keys) == (keys[1:], [], keys[:1])
 
 
-def test_a_stopped_process_is_no_dead_one(tmp_path: Path) -> None:
+def test_a_stopped_process_does_not_count_as_dead(tmp_path: Path) -> None:
     other = start(CLAIM, tmp_path)
     assert said(other) == "2"
     os.kill(other.pid, signal.SIGSTOP)
@@ -418,7 +418,7 @@ def test_an_empty_file_is_a_fresh_ledger(tmp_path: Path) -> None:
         assert ledger.answers([question().key])
 
 
-def test_a_place_where_no_folder_can_be_is_refused(tmp_path: Path) -> None:
+def test_a_path_where_no_folder_can_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for use in (Ledger.sum_costs, lambda ledger: ledger.claim(["k"])):
         with pytest.raises(LedgerError, match=r"ledger=.*cannot be opened"):
@@ -452,7 +452,7 @@ def test_a_file_that_cannot_be_written_can_be_read(tmp_path: Path) -> None:
             ledger.claim([question("b").key])
 
 
-def test_damage_is_a_message(tmp_path: Path) -> None:
+def test_damage_gives_a_message(tmp_path: Path) -> None:
     """An SQLite error in the middle of a run names the file, and the transaction is over."""
     with ledger_at(tmp_path) as ledger:
         ledger.record(question(), Answer(1.0))
@@ -463,7 +463,7 @@ def test_damage_is_a_message(tmp_path: Path) -> None:
         assert ledger.answers([question("a").key, question("b").key]) == {question("a").key: 1.0}
 
 
-def test_a_file_that_someone_else_holds_is_a_message(tmp_path: Path) -> None:
+def test_a_locked_file_gives_a_message(tmp_path: Path) -> None:
     with ledger_at(tmp_path) as ledger:
         ledger._db.execute("PRAGMA busy_timeout=50")
         holder = sqlite3.connect(ledger.path, isolation_level=None)
@@ -476,7 +476,7 @@ def test_a_file_that_someone_else_holds_is_a_message(tmp_path: Path) -> None:
         ledger.record(question(), Answer(1.0))
 
 
-def test_a_ledger_that_cannot_write_any_more_still_lets_go(tmp_path: Path) -> None:
+def test_a_ledger_that_can_no_longer_write_still_closes(tmp_path: Path) -> None:
     one, two = ledger_at(tmp_path), ledger_at(tmp_path)
     one.claim(["k"])
     one._db.execute("PRAGMA query_only=1")
@@ -538,7 +538,7 @@ def test_the_tighter_ceiling_decides(tmp_path: Path) -> None:
         assert ledger.slot("b", 0.5, 2.0) == 0.0  # another endpoint has another row
 
 
-def test_an_idle_endpoint_saves_nothing_up(tmp_path: Path) -> None:
+def test_an_idle_endpoint_accumulates_no_allowance(tmp_path: Path) -> None:
     with ledger_at(tmp_path) as ledger:
         ledger.slot("a", 0.05, 0.0)
         time.sleep(0.3)
@@ -548,7 +548,7 @@ def test_an_idle_endpoint_saves_nothing_up(tmp_path: Path) -> None:
 # --- batches
 
 
-def test_batches_are_remembered_until_they_are_collected(tmp_path: Path) -> None:
+def test_batches_are_kept_until_they_are_collected(tmp_path: Path) -> None:
     some = [question("a"), question("b", order="ba")]
     with ledger_at(tmp_path) as ledger:
         assert ledger.batches("e") == {}
@@ -658,7 +658,7 @@ def test_the_command_names_what_is_wrong(tmp_path: Path) -> None:
     assert not (tmp_path / "nothing").exists()
 
 
-def test_the_command_where_no_judge_has_been_asked(tmp_path: Path) -> None:
+def test_the_command_before_any_judge_was_asked(tmp_path: Path) -> None:
     """A missing default file is no error and is not created; a given path must exist."""
     result = shown(cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")

@@ -47,7 +47,7 @@ def test_the_example_of_the_docstring() -> None:
 @pytest.mark.parametrize(
     ("theta", "phi", "count"), [(-0.4, 0.9, 60), (0.0, 0.0, 200), (1.5, -3.0, 200), (0.3, 6.0, 90)]
 )
-def test_the_maximum_is_the_optimizers(theta: float, phi: float, count: int) -> None:
+def test_the_maximum_equals_an_optimizers(theta: float, phi: float, count: int) -> None:
     for seed in range(5):
         value, difference = simulated(count, theta, phi, seed)
         found = control_length(value, difference, resamples=2)
@@ -69,7 +69,7 @@ def test_a_known_value_is_recovered() -> None:
     assert found.rate.low < 0.4 < found.rate.high < 0.42
 
 
-def test_without_an_effect_of_length_it_is_the_plain_win_rate() -> None:
+def test_without_an_effect_of_length_the_result_is_the_plain_win_rate() -> None:
     """Wins, ties and losses have the same lengths, so the fitted effect is exactly 0."""
     lengths = [-30.0, -5.0, 0.0, 12.0, 80.0]
     value = [v for v in (1.0, 1.0, 0.5, 0.0) for _ in lengths]
@@ -82,7 +82,7 @@ def test_without_an_effect_of_length_it_is_the_plain_win_rate() -> None:
     assert same.rate.low < np.mean(value)
 
 
-def test_unit_and_side_do_not_matter() -> None:
+def test_units_and_sides_do_not_matter() -> None:
     value, difference = simulated(150, -0.5, 1.0, 3)
     found = control_length(value, difference, resamples=300)
     tokens = control_length(value, [d / 4.2 for d in difference], resamples=300)
@@ -94,7 +94,7 @@ def test_unit_and_side_do_not_matter() -> None:
     assert other.rate.high == pytest.approx(1 - found.rate.low)
 
 
-def test_the_interval_is_that_of_resampled_prompts() -> None:
+def test_the_interval_equals_one_from_resampled_prompts() -> None:
     """A loop that draws prompts with all their duels and fits each draw by scipy."""
     value, difference = simulated(120, 0.4, 1.0, 1)
     prompts = [i // 3 for i in range(120)]
@@ -155,13 +155,13 @@ def test_limits_where_length_decides(won: list[float], lost: list[float], limit:
     assert expit(theta) == pytest.approx(limit, abs=0.02)
 
 
-def test_what_became_of_the_same_length_counts_where_all_else_is_decided() -> None:
+def test_duels_of_equal_length_count_if_length_decides_all_others() -> None:
     x = np.tanh([-1.0, 0.0, 1.0])
     (rate,), _ = fit(x, np.array([[0.0, 3.0, 4.0]]), np.array([[2.0, 1.0, 0.0]]))
     assert rate == 0.75
 
 
-def test_what_cannot_be_told_is_said() -> None:
+def test_undetermined_results_are_refused() -> None:
     with pytest.raises(DataError, match=r"length alone decides all 4 duels"):
         control_length([0, 0, 1, 1], [-9, -2, 3, 4])
     with pytest.raises(DataError, match=r"one side won all 3 duels, and all of our responses are shorter"):
@@ -187,7 +187,7 @@ def test_what_cannot_be_told_is_said() -> None:
     assert (alone.rate.low, alone.notes) == (None, ("one prompt: no interval",))
 
 
-def test_too_few_resamples_that_say_anything_give_no_interval() -> None:
+def test_too_few_usable_resamples_give_no_interval() -> None:
     found = control_length([0, 1, 0, 1], [-9, -2, 3, 4], resamples=400)
     assert found.rate.low is None
     assert found.notes[-1] == "these are too many for an interval"

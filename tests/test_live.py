@@ -129,7 +129,7 @@ def test_a_step_draws_a_row_at_most_once_and_steps_between_rollouts_share_the_bu
     assert [counts[(number // 4, number % 4)] for number in range(20)] == running.draws
 
 
-def test_responding_ahead_uses_every_rollout_in_turn_and_asks_no_more_than_are_used() -> None:
+def test_generating_ahead_uses_every_rollout_in_turn_and_requests_only_used_ones() -> None:
     source = Numbers()
     running = live(source, Clock(every=1, capacity=0, ahead_by=2))
     asked = []
@@ -139,7 +139,7 @@ def test_responding_ahead_uses_every_rollout_in_turn_and_asks_no_more_than_are_u
     assert asked[-1] == [0, 1, 2, 3, 4]
 
 
-def test_a_rollout_without_rows_is_followed_by_the_next_and_there_are_no_more_than_were_announced() -> None:
+def test_a_rollout_without_rows_is_skipped_and_no_more_are_made_than_announced() -> None:
     """A pass over the prompts has five rollouts; a training that keeps older rows continues with them."""
     source = Numbers(lambda rollout: 0 if rollout in (1, 2) else 4)
     running = live(source, Clock(every=1))
@@ -190,7 +190,7 @@ def test_rows_know_the_step_before_which_the_policy_responded() -> None:
 
 @pytest.mark.parametrize("clock", [Clock(), Clock(2, 9), Clock(3, 20, 1), Clock(1, 6, 3)], ids=str)
 @pytest.mark.parametrize("at", [1, 2, 5, 7])
-def test_a_training_that_goes_on_from_a_checkpoint_draws_the_same_rows(clock: Clock, at: int) -> None:
+def test_a_training_continued_from_a_checkpoint_draws_the_same_rows(clock: Clock, at: int) -> None:
     whole = live(Numbers(), clock, batch_size=3, epochs=3)
     expected, states = [], {}
     for step, (group,) in enumerate(whole):
@@ -203,7 +203,7 @@ def test_a_training_that_goes_on_from_a_checkpoint_draws_the_same_rows(clock: Cl
     assert again.draws == whole.draws
 
 
-def test_the_progress_says_what_the_source_says_if_it_says_anything() -> None:
+def test_the_progress_shows_the_sources_text_if_there_is_one() -> None:
     told = []
     for words in ("", "3 responses judged"):
         running = live(Numbers(words=words), Clock(every=1))
@@ -213,7 +213,7 @@ def test_the_progress_says_what_the_source_says_if_it_says_anything() -> None:
     assert told == ["rollout 1 · buffer 4 · 0% stale", "rollout 1 · buffer 4 · 0% stale · 3 responses judged"]
 
 
-def test_passes_respond_to_every_prompt_once_each_in_a_new_order() -> None:
+def test_each_pass_responds_to_every_prompt_once_in_a_new_order() -> None:
     chunks = Chunks(prompts=50, size=8, seed=3)
     assert chunks.per_pass == 7
     passes = [[chunks.of(7 * each + i) for i in range(7)] for each in range(2)]
@@ -233,7 +233,7 @@ class Half:
         return [make_verdict(r, None if i % 2 else 50.0, "no answer") for i, r in enumerate(responses)]
 
 
-def test_what_has_no_score_counts_after_a_kill_too(
+def test_responses_without_a_score_count_after_a_kill_too(
     make_policy: Callable[..., Policy], world: World, tmp_path: Path
 ) -> None:
     """Half of the responses of 4 rollouts may lack a score; with a quarter, the third rollout fails."""
@@ -346,7 +346,7 @@ def test_an_average_that_never_moves_is_the_start_as_reference(store: Path, tmp_
             assert ours[name] == pytest.approx(theirs[name], abs=2e-3)
 
 
-def test_what_a_live_training_leaves(store: Path, tmp_path: Path) -> None:
+def test_files_that_a_live_training_leaves(store: Path, tmp_path: Path) -> None:
     """Pairs with the step that made them and their draws, responses with scores, and no file by rollout."""
     own = ("method=online_dpo", "rollout.prompts=8", "rollout.capacity=32", "rollout.every=2", "rollout.temperature=2")
     found, rows = run(tmp_path, *own)
@@ -472,7 +472,7 @@ def test_kills_in_live_training_change_no_number(words: tuple[str, ...], store: 
 
 @pytest.mark.long
 @pytest.mark.parametrize("ahead_by", [0, 1])
-def test_a_judge_that_goes_away_in_training_ends_the_run_and_the_same_command_goes_on(
+def test_a_judge_that_fails_in_training_ends_the_run_and_the_same_command_continues_it(
     ahead_by: int, store: Path, tmp_path: Path
 ) -> None:
     words = ("method=online_dpo", "rollout.prompts=8", "rollout.temperature=2", "trainer.checkpoint_every=1")
@@ -509,7 +509,9 @@ def test_a_judge_that_goes_away_in_training_ends_the_run_and_the_same_command_go
 
 
 @pytest.mark.long
-def test_live_runs_at_once_on_one_store_and_ledger_give_the_numbers_of_each_alone(store: Path, tmp_path: Path) -> None:
+def test_simultaneous_live_runs_on_one_store_and_ledger_have_the_numbers_of_each_alone(
+    store: Path, tmp_path: Path
+) -> None:
     """Two different ones, and the first a second time, which waits for its twin and computes nothing."""
     words = ("method=online_dpo", "rollout.prompts=8", "rollout.temperature=2", "eval.judge=${typical.judge}")
     with judge_server(latency=0.05) as server:

@@ -320,7 +320,7 @@ def test_the_size_of_a_tile_changes_nothing(tile: int, trained: str, monkeypatch
 
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("kept", [0, 10**9])
-def test_no_tokens_at_all(trained: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_completion_tokens(trained: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A micro-batch of empty completions: no values, and gradients of 0."""
     sizes(monkeypatch, kept=kept)
     case = Case(trained, bias=True, tokens=0)
@@ -473,7 +473,7 @@ def test_nothing_of_the_size_of_all_logits_is_made(
 
 
 @pytest.mark.parametrize("rows", [64, 16], ids=["one block of rows", "several"])
-def test_no_more_is_kept_than_there_is_room_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_tiles_are_kept_than_fit(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With any number of blocks of rows in the memory."""
     tokens, tile = 64, 100
     room = 5 * tokens * tile * 8
@@ -484,7 +484,7 @@ def test_no_more_is_kept_than_there_is_room_for(rows: int, monkeypatch: pytest.M
     assert 3 * tokens * tile * 8 < outputs.most <= room + 3 * rows * tile * 8
 
 
-def test_nothing_is_kept_for_a_backward_pass_that_will_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tile_is_kept_without_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring with a head that also is in training."""
     tokens, tile = 64, 100
     sizes(monkeypatch, tile=tile, kept=10**9)
@@ -508,7 +508,7 @@ def test_nothing_is_kept_for_a_backward_pass_that_will_not_come(monkeypatch: pyt
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"bias": True, "cap": 2.0}], ids=str)
-def test_products_an_entry_and_token(
+def test_products_per_entry_and_token(
     trained: str, kept: int, products: float, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each product is 2 N H V; a frozen head needs no product for its gradient."""
@@ -585,7 +585,7 @@ def test_half_precision_weights_have_the_gradient_of_their_float64_copies(
 
 @pytest.mark.parametrize("trained", ["hidden, head", "hidden"])
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_makes_products_in_bf16_and_gradients_in_the_types_of_the_weights(
+def test_autocast_has_products_in_bf16_and_gradients_in_the_types_of_the_weights(
     trained: str, hidden_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The values equal those of a bf16 head; forward and backward inside autocast, as in training."""
@@ -648,7 +648,7 @@ def test_token_logps_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found.tolist() == pytest.approx([math.log(0.125), math.log(0.25), math.log(0.625)], abs=1e-9)
 
 
-def test_a_frozen_head_stays_as_it_was() -> None:
+def test_a_frozen_head_does_not_change() -> None:
     """The reference's head is a copy: training the policy's head in place does not change it; it gets no gradient."""
     case = Case(bias=True, scale=0.5, cap=3.0)
     frozen, before = case.head.frozen(), case.ours().detach()
@@ -716,14 +716,14 @@ def test_a_sum_depends_on_its_own_values_alone() -> None:
             assert torch.equal(found[1], alone[0])
 
 
-def test_a_sum_of_float32_values_loses_none() -> None:
+def test_a_sum_of_float32_values_loses_no_small_value() -> None:
     """1 is below the last digit of 10⁸ in float32; also in the given order."""
     values = torch.tensor([1e8, *[1.0] * 64, -1e8])
     assert sum_by_sequence(values, torch.tensor([66])).tolist() == [64.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_gradient_of_a_sum_is_its_sequences(dtype: torch.dtype) -> None:
+def test_the_gradient_of_a_sum_reaches_its_own_sequence(dtype: torch.dtype) -> None:
     values = torch.randn(6, dtype=dtype, requires_grad=True)
     found = sum_by_sequence(values, torch.tensor([2, 0, 3, 1]))
     (grad,) = torch.autograd.grad((found * torch.tensor([2.0, 9.0, -1.0, 0.5])).sum(), values)

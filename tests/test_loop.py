@@ -39,7 +39,7 @@ def test_an_iteration_calls_the_verbs_of_the_drawing_in_order() -> None:
     assert set(called) == {*drawn(), *INPUTS}
 
 
-def test_a_verb_leads_to_the_function_that_does_it() -> None:
+def test_each_verb_is_the_function_that_computes_it() -> None:
     """One click in an editor: the definition of each verb is the computation, not a plan of it."""
     for name in drawn():
         source = inspect.getsource(inspect.unwrap(getattr(verbs, name)))

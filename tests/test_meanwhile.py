@@ -86,7 +86,7 @@ def test_a_judge_that_cannot_be_sent_is_refused_by_the_setting(tmp_path: Path, r
         Meanwhile(Stuck(), Ledger(tmp_path / "ledger.sqlite"), report)
 
 
-def test_a_judge_by_api_takes_along_its_template_and_what_the_server_has_refused(tmp_path: Path) -> None:
+def test_a_judge_by_api_keeps_its_template_and_the_parameters_that_the_server_refused(tmp_path: Path) -> None:
     """So parameters that the check before the run found to be refused are not sent again."""
     template, report = tmp_path / "own.yaml", Report()
     shipped = ROOT / "src" / "dnpo" / "judges" / "asked" / "templates" / "score.yaml"

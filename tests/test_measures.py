@@ -58,7 +58,7 @@ def done(smoke: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
     return Done(run, iterations, store)
 
 
-def test_what_nobody_asks_for_is_no_stage() -> None:
+def test_measures_that_are_not_asked_for_make_no_stage() -> None:
     _, iterations = laid_out()
     assert [[stage.name for stage in iteration.measures] for iteration in iterations] == [[], ["drift"], ["drift"]]
     _, cooler = laid_out("generate.temperature=0.7")
@@ -123,13 +123,13 @@ def test_texts_are_compared_with_the_chosen_responses_of_their_prompts(done: Don
     assert found["texts/rouge_l"] == pytest.approx(again.metrics["rouge_l"])
 
 
-def test_missing_packages_are_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dnpo.evaluate.texts.find_spec", lambda _: None)
     with pytest.raises(SettingsError, match=r'text metrics need sacrebleu and rouge-score.*pip install "dnpo\[eval\]"'):
         Texts()
 
 
-def test_a_leaderboard_is_known_by_its_items_and_not_by_where_they_lie(tmp_path: Path) -> None:
+def test_a_leaderboards_key_depends_on_its_items_and_not_on_their_path(tmp_path: Path) -> None:
     identities = []
     for name in ("here", "there"):
         (tmp_path / name).mkdir()

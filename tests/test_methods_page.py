@@ -39,7 +39,7 @@ def test_the_page_has_every_method_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_has_its_command_its_words_and_an_expectation(method: str) -> None:
+def test_a_method_has_its_command_its_parts_and_an_expectation(method: str) -> None:
     section, config = sections()[method], composed(method)
     assert f"\n    python -m dnpo.train method={method}\n" in section
     assert "\nExpected: " in section

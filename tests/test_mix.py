@@ -105,7 +105,7 @@ def test_duplicates_across_sources_are_removed_and_counted(tmp_path: Path) -> No
         ({"rows": 10}, "rows=10: has an effect only with weights"),
     ],
 )
-def test_settings_without_meaning_are_refused(pair: dict[str, JsonLines], settings: Any, message: str) -> None:
+def test_meaningless_settings_are_refused(pair: dict[str, JsonLines], settings: Any, message: str) -> None:
     with pytest.raises(SettingsError, match=re.escape(message)):
         Mix(sources=pair, **settings, **LIMITS)
 
@@ -133,7 +133,7 @@ def test_errors_of_a_source_name_its_place(tmp_path: Path, pair: dict[str, JsonL
         Mix(sources={"chat": pair["chat"], "bad": bad}, **LIMITS).read()
 
 
-def test_limits_of_a_source_that_do_not_hold_are_said(pair: dict[str, JsonLines]) -> None:
+def test_limits_of_a_source_that_are_overridden_are_reported(pair: dict[str, JsonLines]) -> None:
     world = TinyWorld(train=48, validation=12, test=12, max_prompt_tokens=48, max_response_tokens=24)
     _, facts = Mix(sources={"chat": pair["chat"], "world": world}, **LIMITS).read()
     assert facts["notes"] == [

@@ -93,7 +93,7 @@ def test_a_policy_comes_back_as_it_was_saved(saved: Path, make_policy: MakePolic
     assert AutoModelForCausalLM.from_pretrained(saved).config.model_type == "llama"
 
 
-def test_what_is_saved_says_nothing_of_our_attention(saved: Path, make_policy: MakePolicy) -> None:
+def test_saved_policies_do_not_name_our_attention(saved: Path, make_policy: MakePolicy) -> None:
     """Other libraries load it, and do not know this name."""
     assert make_policy().causal_lm.config._attn_implementation == ATTENTION
     assert ATTENTION not in (saved / "config.json").read_text()
@@ -149,7 +149,7 @@ class Reversed(LlamaForCausalLM):
         (Reversed, "model: Reversed attends across sequences that are packed without padding"),
     ],
 )
-def test_a_model_that_does_more_than_it_says_is_refused_by_name(
+def test_a_model_with_undeclared_changes_to_its_logits_is_refused_by_name(
     kind: type[LlamaForCausalLM], message: str, make_policy: MakePolicy, world: World
 ) -> None:
     model: Any = kind(make_policy().causal_lm.config)
@@ -184,7 +184,7 @@ def test_a_folder_without_a_model_is_refused_at_once(tmp_path: Path) -> None:
         Pretrained(path=str(tmp_path), lora=Lora())
 
 
-def test_a_hub_that_does_not_answer_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing listens on port 9; a pinned revision is read from the cache."""
     import huggingface_hub.constants as constants
 
@@ -198,7 +198,7 @@ def test_a_hub_that_does_not_answer_is_said_so(monkeypatch: pytest.MonkeyPatch) 
 # --- identity
 
 
-def test_a_local_model_is_known_by_its_contents(saved: Path, tmp_path: Path) -> None:
+def test_a_local_models_identity_depends_on_its_contents(saved: Path, tmp_path: Path) -> None:
     before = Pretrained(path=str(saved), lora=Lora()).identity()
     moved = saved.rename(tmp_path / "moved")
     assert Pretrained(path=str(moved), lora=Lora()).identity() == before
@@ -210,7 +210,7 @@ def test_a_local_model_is_known_by_its_contents(saved: Path, tmp_path: Path) -> 
 # --- templates and encoding
 
 
-def test_a_tokenizer_without_a_template_gets_the_plain_one(saved: Path) -> None:
+def test_a_tokenizer_without_a_template_gets_the_plain_template(saved: Path) -> None:
     (saved / "chat_template.jinja").unlink()
     policy = load(str(saved), None)
     assert policy.tokenizer.chat_template == PLAIN_TEMPLATE
@@ -219,7 +219,7 @@ def test_a_tokenizer_without_a_template_gets_the_plain_one(saved: Path) -> None:
     assert rendered.rest.text == "4.</s>\n"
 
 
-def test_a_template_that_parts_training_from_generation_is_refused(saved: Path) -> None:
+def test_a_template_that_differs_between_training_and_generation_is_refused(saved: Path) -> None:
     """Generation would see 'bot:' where training text says 'assistant:'."""
     template = (
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
@@ -274,7 +274,7 @@ def test_the_models_own_stop_tokens_end_a_response_too(make_policy: MakePolicy) 
 # --- adapters
 
 
-def test_a_fresh_adapter_changes_nothing_and_its_seed_is_its_own(make_policy: MakePolicy, world: World) -> None:
+def test_a_fresh_adapter_changes_nothing_and_depends_only_on_its_seed(make_policy: MakePolicy, world: World) -> None:
     prompts, human = rows(world)
     plain, before = make_policy(), torch.get_rng_state()
     found = []
@@ -305,7 +305,7 @@ def test_the_reference_of_an_adapter_is_read_with_the_adapter_off(make_policy: M
 # --- tokens in the model's context
 
 
-def test_a_response_begins_as_the_model_would_begin_it(shared: Path) -> None:
+def test_a_response_starts_with_the_tokens_that_the_model_would_generate(shared: Path) -> None:
     """A SentencePiece tokenizer puts a space before every text; after a line break the model would write none."""
     tokenizer: Any = load(str(shared / "models" / "stories260K"), None).tokenizer
     prompt_ids, ids = encode(tokenizer, ASKED, "Once upon a time.")
@@ -316,7 +316,7 @@ def test_a_response_begins_as_the_model_would_begin_it(shared: Path) -> None:
     assert not tokenizer.convert_ids_to_tokens(ids)[0].startswith("▁")
 
 
-def test_a_response_ends_at_whatever_ends_a_sample(saved: Path) -> None:
+def test_a_response_ends_at_every_token_that_ends_a_sample(saved: Path) -> None:
     """A template that closes turns with a special token, at which the model's generation stops."""
     policy = load(str(saved), None)
     tokenizer: Any = policy.tokenizer
@@ -333,7 +333,7 @@ def test_a_response_ends_at_whatever_ends_a_sample(saved: Path) -> None:
     assert tokenizer.decode(ids[:-1]) == "2 plus 2 is 4."
 
 
-def test_a_prompt_begins_as_the_tokenizer_begins_texts(shared: Path) -> None:
+def test_a_prompt_keeps_the_tokenizers_start_token(shared: Path) -> None:
     """stories260K's tokenizer puts <s> before every text: kept with a template without it, and never doubled."""
     silent = "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
     loud = "{{ bos_token }}" + silent.replace("A: ", "")
@@ -344,7 +344,7 @@ def test_a_prompt_begins_as_the_tokenizer_begins_texts(shared: Path) -> None:
         assert prompt_ids.count(tokenizer.bos_token_id) == int(adds or template is loud)
 
 
-def test_dropout_is_off_whatever_the_model_says(make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_dropout_is_off_even_if_the_model_has_it(make_policy: MakePolicy, tmp_path: Path) -> None:
     """GPT-2 ships dropout 0.1: the policy would differ from the reference at step 0, at random."""
     make_policy(attention_dropout=0.5).save(tmp_path)
     policy = load(str(tmp_path), None)
@@ -383,7 +383,7 @@ def test_an_adapter_on_a_tied_embedding_is_refused(make_policy: MakePolicy) -> N
         _ = Policy(Lora(rank=2, target_modules=["embed_tokens"]).on(policy.model, 0), policy.tokenizer).head
 
 
-def test_all_linear_layers_are_all_but_the_head(make_policy: MakePolicy) -> None:
+def test_all_linear_means_all_layers_but_the_head(make_policy: MakePolicy) -> None:
     policy = make_policy()
     policy.model = Lora(rank=2).on(policy.model, 0)
     adapted = {name.split(".lora_")[0].split(".")[-1] for name, _ in policy.model.named_parameters() if "lora_" in name}
@@ -512,7 +512,7 @@ def test_gradients_add_up_over_micro_batches(make_policy: MakePolicy, world: Wor
 # --- fingerprints
 
 
-def test_a_fingerprint_is_of_the_weights_and_nothing_else(make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_the_weights_and_nothing_else(make_policy: MakePolicy, tmp_path: Path) -> None:
     """Equal for equal weights in any folder; different if the last bit of one weight changes."""
     known = make_policy().fingerprint()
     assert make_policy().fingerprint() == known
@@ -534,7 +534,7 @@ def test_a_fingerprint_is_of_the_weights_and_nothing_else(make_policy: MakePolic
     assert make_policy().fingerprint() == known
 
 
-def test_a_fingerprint_knows_types_and_what_is_frozen(make_policy: MakePolicy) -> None:
+def test_a_fingerprint_depends_on_types_and_frozen_weights(make_policy: MakePolicy) -> None:
     known = make_policy().fingerprint()
     assert Policy(make_policy().model.bfloat16(), make_policy().tokenizer).fingerprint() != known
     frozen = make_policy()
@@ -560,7 +560,7 @@ def test_a_fingerprint_knows_types_and_what_is_frozen(make_policy: MakePolicy) -
     assert swapped.fingerprint() != known
 
 
-def test_a_fingerprint_knows_the_adapter(make_policy: MakePolicy) -> None:
+def test_a_fingerprint_depends_on_the_adapter(make_policy: MakePolicy) -> None:
     """It depends on whether there is an adapter, on its initial values and on its present values."""
     found = [make_policy().fingerprint()]
     for seed in (0, 1):
@@ -591,7 +591,7 @@ def test_batches_by_length() -> None:
     assert all(sum(lengths[i] for i in some) <= 256 for some in found)
 
 
-def test_scores_are_made_in_batches_of_so_many_tokens(
+def test_scores_are_computed_in_batches_with_a_limit_on_tokens(
     make_policy: MakePolicy, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts count too; rows are in the caller's order, and no gradients are kept."""

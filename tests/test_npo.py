@@ -249,7 +249,7 @@ def test_a_response_without_tokens_stays_at_zero(problem: Problem) -> None:
         assert float(noisy.policy_B[2]) == float(noisy.noise_B[2].detach()) == 0
 
 
-def test_a_batch_without_any_token_is_no_trouble() -> None:
+def test_a_batch_without_any_token() -> None:
     """A micro-batch whose rejected responses are all empty has value 0, and no NaN in any gradient."""
     problem, noise = Problem(lengths=(0, 0)), uneven()
     noisy, at_bound = problem.through(noise, seed=0)
@@ -316,7 +316,7 @@ ROOM = {"none": 0, "one short": 2 * 8 * 4 * 8 - 1, "one": 2 * 8 * 4 * 8, "all": 
 
 @pytest.mark.parametrize("room", ROOM.values(), ids=ROOM)
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_values_and_gradients_are_those_of_naive_autograd(
+def test_values_and_gradients_equal_naive_autograd(
     head: dict[str, Any], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over several tiles, some kept and some made again, with the head of every model family."""
@@ -364,7 +364,7 @@ def test_extreme_weights_stay_finite_and_can_come_back(
     assert bool(grad_V.isfinite().all())
 
 
-def test_rows_of_a_product_have_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_sizes_of_products_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The policy's log-probabilities are computed in blocks of tokens; noise does not depend on the block size."""
     found = []
     for rows in (8192, 3):
@@ -377,7 +377,7 @@ def test_rows_of_a_product_have_no_part_in_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
-def test_products_of_an_entry_and_token(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_per_entry_and_token(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three products for each kept tile and five for each tile that is made again, of 2 H operations per entry."""
     tokens, hidden, size = 16, 24, 8
     monkeypatch.setitem(logprobs.TILE, "cpu", size)
@@ -469,7 +469,7 @@ def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("part", [TrainableNoise(), FixedNoise()], ids=["trainable", "fixed"])
 @pytest.mark.usefixtures("whole")
-def test_the_two_terms_meet_different_noise(problem: Problem, part: Noise) -> None:
+def test_the_two_terms_use_different_noise(problem: Problem, part: Noise) -> None:
     """ε and ε′ are independent: with one shared draw the noise would be trained on the policy's own draw."""
     noisy, _ = problem.through(part.module(HIDDEN, VOCABULARY), seed=0)
     assert bool((noisy.policy_B != noisy.noise_B)[SOME].all())
@@ -535,7 +535,7 @@ def test_noise_belongs_to_a_response_and_not_to_its_batch() -> None:
 
 
 @pytest.mark.usefixtures("blocks")
-def test_every_number_of_the_noise_is_drawn_for_itself() -> None:
+def test_every_number_of_the_noise_is_drawn_separately() -> None:
     """No number repeats: not in another token, block, tile, response, step (another seed) or term."""
     numbers = torch.cat([epsilon(LENGTHS, seeds, term) for seeds in (range(5), range(5, 10)) for term in (0, 1)])
     # Among n float32 numbers some are equal by chance: about n²/2 · 2⁻²⁴ · 0.3.
@@ -548,7 +548,7 @@ def test_every_number_of_the_noise_is_drawn_for_itself() -> None:
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("std", [1.0, 0.5, 2.0])
-def test_noise_is_normal_with_the_standard_deviation_asked_for(std: float) -> None:
+def test_noise_is_normal_with_the_given_standard_deviation(std: float) -> None:
     """Moments, and the whole distribution by Kolmogorov and Smirnov, over a hundred thousand numbers."""
     numbers = epsilon(LENGTHS * 6, range(30), 1, std=std).double().flatten().numpy() / std
     root = math.sqrt(len(numbers))
@@ -561,7 +561,7 @@ def test_noise_is_normal_with_the_standard_deviation_asked_for(std: float) -> No
 
 
 @pytest.mark.usefixtures("blocks")
-def test_draws_of_other_terms_seeds_blocks_and_tiles_do_not_go_together() -> None:
+def test_draws_of_different_terms_seeds_blocks_and_tiles_are_uncorrelated() -> None:
     """Correlations between numbers at the same place: within four standard errors of 0."""
     one, other = (epsilon((64,) * 20, range(20), term).double() for term in (0, 1))
     seeded_otherwise = epsilon((64,) * 20, range(100, 120), 0).double()
@@ -683,7 +683,7 @@ def test_only_the_noise_gets_gradients(problem: Problem) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 2**20])
-def test_the_noise_follows_its_terms_by_finite_differences(
+def test_the_gradient_of_the_noise_by_finite_differences(
     problem: Problem, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """dL/dφ of the total is that of −mean ℓ(margiñ; ε′) + α mean(s²), derived by hand in float64."""
@@ -717,7 +717,7 @@ def test_the_noise_follows_its_terms_by_finite_differences(
         assert float(noise.bias_V.grad[v]) == pytest.approx(slope, rel=1e-3, abs=1e-7)
 
 
-def test_the_policy_meets_the_first_draw(problem: Problem) -> None:
+def test_the_gradient_of_the_policy_uses_the_first_draw(problem: Problem) -> None:
     """dL/dθ of the total is that of the objective against log p̃ with ε, taken as a constant."""
     leaves = [PairLogps(*(x.clone().requires_grad_() for x in problem.policy)) for _ in range(2)]
     noise = uneven()
@@ -772,7 +772,7 @@ def repeated(noise: NoiseModule, logits: list[float], count: int, seed: int) -> 
 
 @pytest.mark.parametrize("name", LOGITS)
 @pytest.mark.usefixtures("whole")
-def test_more_noise_less_confidence(name: str) -> None:
+def test_more_noise_lowers_confidence(name: str) -> None:
     """E log p̃(y) falls as s grows, for any logits and any y (log Σ exp is convex): why the noise narrows the margin.
 
     Every decrease is at least five standard errors of the difference of means.
@@ -832,7 +832,7 @@ def train(noise: NoiseModule, problem: Problem, steps: int, lr: float, *terms: s
 
 
 @pytest.mark.usefixtures("whole")
-def test_the_noise_term_pushes_up_and_alpha_down(larger: Problem) -> None:
+def test_the_noise_term_raises_the_noise_and_alpha_lowers_it(larger: Problem) -> None:
     """The two terms of the noise: without α it would grow without limit, without −ℓ it would vanish."""
     up, down = (TrainableModule(HIDDEN, VOCABULARY) for _ in range(2))
     train(up, larger, 40, 0.02, "noise")
@@ -845,7 +845,7 @@ def test_the_noise_term_pushes_up_and_alpha_down(larger: Problem) -> None:
 
 
 @pytest.mark.usefixtures("whole")
-def test_alpha_weighs_the_variance(larger: Problem) -> None:
+def test_alpha_weights_the_variance(larger: Problem) -> None:
     """A large α exceeds the other term: the same training ends below its start instead of above."""
     ends = []
     for alpha in (0.0, 10.0):
@@ -918,7 +918,7 @@ def test_variance_runs_away_without_a_bound(larger: Problem) -> None:
     ],
     ids=["none", "fixed", "offset"],
 )
-def test_nothing_to_train(problem: Problem, noise: NoiseModule, active: bool, reads: bool) -> None:
+def test_noise_without_parameters(problem: Problem, noise: NoiseModule, active: bool, reads: bool) -> None:
     """No parameters, no gradient, no weight on the variance: the policy is the only player."""
     assert not list(noise.parameters())
     assert noise.alpha == 0
@@ -930,7 +930,7 @@ def test_nothing_to_train(problem: Problem, noise: NoiseModule, active: bool, re
     assert float(at_bound) == 0
 
 
-def test_no_noise_is_clean(problem: Problem) -> None:
+def test_no_noise_gives_spins_numbers(problem: Problem) -> None:
     """SPIN runs the same code as DNPO and must be equal in all digits; it needs no hidden states of the reference."""
     noisy, at_bound = SilentModule()(problem.clean_B, None)
     assert torch.equal(noisy.policy_B, problem.clean_B)
@@ -940,7 +940,7 @@ def test_no_noise_is_clean(problem: Problem) -> None:
     assert torch.equal(problem.terms(SilentModule(), seed=0).policy, spin)
 
 
-def test_fixed_noise_takes_another_variance(problem: Problem) -> None:
+def test_fixed_noise_accepts_another_variance(problem: Problem) -> None:
     """To read N(0, 0.5) as a standard deviation, set 0.25; 0 is no noise."""
     noisy, _ = problem.through(FixedModule(variance=0.25), seed=3)
     quarter = np.full(problem.logits_NV.shape, 0.25)
@@ -951,7 +951,7 @@ def test_fixed_noise_takes_another_variance(problem: Problem) -> None:
 
 
 @pytest.mark.usefixtures("whole")
-def test_fixed_noise_has_the_variance_it_says() -> None:
+def test_fixed_noise_has_the_stated_variance() -> None:
     """Over two words log p̃/(1 − p̃) is z₁ − z₂ + s(ε₁ − ε₂), whose variance is 2 s² = 1 at s² = 0.5."""
     logp, _ = repeated(FixedModule(variance=0.5), [0.4, -0.3], 40_000, seed=0)
     log_odds = logp - torch.log1p(-logp.exp())

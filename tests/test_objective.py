@@ -78,7 +78,7 @@ def test_gap_by_hand() -> None:
 @pytest.mark.parametrize(
     ("which", "index", "sign"), [("policy", 0, 1), ("policy", 1, -1), ("reference", 0, -1), ("reference", 1, 1)]
 )
-def test_gap_moves_one_nat_with_each_logp(which: str, index: int, sign: int) -> None:
+def test_gap_changes_by_one_nat_with_each_logp(which: str, index: int, sign: int) -> None:
     """A wrong sign could cancel in the worked numbers, but not here."""
     numbers = {"policy": [list(n) for n in POLICY], "reference": [list(n) for n in REFERENCE]}
     numbers[which][index][0] += 1
@@ -153,7 +153,7 @@ def test_negative_log_likelihood_by_hand() -> None:
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def test_the_policy_is_moved_by_the_policy_term_alone() -> None:
+def test_only_the_policy_term_moves_the_policy() -> None:
     """d total/dθ = d policy term/dθ = −β σ(−m̃)/B for the chosen, + for the rejected; the noise term adds nothing."""
     policy = pairs(POLICY, grad=True)
     noise = noisy((-17.0, -10.0), (-16.0, -13.0), 0.3, grad=True)
@@ -167,7 +167,7 @@ def test_the_policy_is_moved_by_the_policy_term_alone() -> None:
     assert_equal(policy.rejected_B.grad, [BETA * 0.3775406688 / 2, BETA * 0.7310585786 / 2])
 
 
-def test_the_noise_is_moved_by_its_own_two_terms_alone() -> None:
+def test_only_its_own_two_terms_move_the_noise() -> None:
     """d total/dφ: none through ``policy_B`` even if it carries a gradient by mistake, the right ones elsewhere.
 
     −ℓ(m̃) has the gradient σ(−m̃) dm̃, and dm̃ = +β d log p̃. Margins 0.6 and −1.3: σ(−0.6) = 0.3543436938,
@@ -184,7 +184,7 @@ def test_the_noise_is_moved_by_its_own_two_terms_alone() -> None:
     assert_equal(noise.variance.grad, 0.2)
 
 
-def test_noise_that_adds_nothing_leaves_the_plain_loss() -> None:
+def test_noise_of_zero_leaves_the_plain_loss() -> None:
     """The limit in which NPO is SPIN: the same bits in loss and in gradient, not merely close ones."""
     chosen, rejected, reference_chosen, reference_rejected = draws(4, size=64, seed=0)
     reference = PairLogps(reference_chosen, reference_rejected)

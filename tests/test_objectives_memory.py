@@ -112,7 +112,7 @@ def whole_extrapolated(policy: watch.States, reference: watch.States, target_N: 
         ("logistic", True, npo, "tiles", lambda head: [(0, len(head.weight_VH))]),
     ],
 )
-def test_logits_that_are_made_at_once_are_found(
+def test_the_check_finds_logits_that_are_computed_at_once(
     name: str,
     noisy: bool,
     module: Any,

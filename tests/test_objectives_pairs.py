@@ -283,7 +283,7 @@ def test_gradient_per_token_and_of_likelihood() -> None:
     ],
     ids=["soft logistic", "squared"],
 )
-def test_a_sure_margin_is_pulled_back(objective: Objective, pulls: list[float]) -> None:
+def test_a_large_margin_is_pulled_back(objective: Objective, pulls: list[float]) -> None:
     """−dL/dm at margins 0, 0.5, 1, 2, 4 for p = 0.8 and p = 1: the noise term must not be the negative of these."""
     gap = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64) / BETA
     zero = torch.zeros_like(gap)
@@ -296,7 +296,7 @@ def test_a_sure_margin_is_pulled_back(objective: Objective, pulls: list[float]) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sure_labels_leave_all_bits(dtype: torch.dtype) -> None:
+def test_certain_labels_equal_dpo_bit_for_bit(dtype: torch.dtype) -> None:
     """p = 1, ε = 0 and no shift give DPO's softplus in all digits, in value and gradient, at every margin."""
     chosen, rejected, *reference = (t.to(dtype) for t in draws(4, 4096, seed=5))
     chosen = chosen * torch.logspace(-3, 3, 4096, dtype=dtype)
@@ -346,7 +346,7 @@ def test_swapped_labels_with_the_opposite_strength_cost_the_same(name: str) -> N
     )
 
 
-def test_where_soft_labels_end() -> None:
+def test_the_minimum_of_soft_labels() -> None:
     """The least loss is at σ(m) = p: at 0 for p = ½; p = 0 is the loss of the opposite label."""
     margin = torch.linspace(-5, 5, 1001, dtype=torch.float64)
     zero = torch.zeros_like(margin)
@@ -412,7 +412,7 @@ def test_weight_0_of_the_odds_ratio_is_fine_tuning() -> None:
     assert torch.equal(OddsRatio(weight=0.0)(policy, reference, known), Likelihood()(policy, reference, known))
 
 
-def test_no_shift_has_no_limit_below() -> None:
+def test_without_a_shift_there_is_no_lower_limit() -> None:
     """ξ_min applies to shifted pairs alone: others have DPO's loss at any margin."""
     margin = torch.tensor([-30.0, -30.0], dtype=torch.float64)
     zero = torch.zeros_like(margin)
@@ -444,7 +444,7 @@ def test_refined_by_definition() -> None:
     torch.testing.assert_close(Refined(beta=BETA, alpha=0.1)(policy, reference, known), expected)
 
 
-def test_drift_is_nothing_at_the_reference() -> None:
+def test_drift_is_zero_at_the_reference() -> None:
     """Value and gradient; elsewhere the gradient is 2 Δμ / (H var)."""
     mean = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     variance = torch.tensor([0.1, 1.0, 2.0, 5.0], dtype=torch.float64)
@@ -462,7 +462,7 @@ def test_a_channel_that_never_varies_does_not_divide_by_0() -> None:
     assert_equal(drift(*means, torch.tensor([0.0, 1.0])), [0.5])
 
 
-def test_statistics_add_to_another_objective() -> None:
+def test_statistics_are_added_to_another_objective() -> None:
     policy, reference, known = random_pairs()
     known = known._replace(drift_B=torch.arange(6.0, dtype=torch.float64))
     for base in (Logistic(beta=BETA), Squared(beta=0.2), Likelihood()):
@@ -560,7 +560,7 @@ def test_where_an_iteration_ends_on_mixed_negatives(beta: float, share: float) -
     ],
     ids=str,
 )
-def test_what_an_objective_reads(objective: Any, reads: Sequence[bool]) -> None:
+def test_inputs_that_an_objective_declares(objective: Any, reads: Sequence[bool]) -> None:
     """And the loss does not depend on inputs that it does not declare."""
     check_objective(objective)
     flags = [getattr(objective, "reads_reference", True), getattr(objective, "reads_rejected", True)]

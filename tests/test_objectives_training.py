@@ -138,7 +138,7 @@ def test_micro_batches_change_nothing_but_rounding(
 # --- weights
 
 
-def test_a_pair_of_weight_2_is_the_pair_twice(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_a_pair_of_weight_2_equals_the_pair_twice(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     pairs = world.pairs(3)
     found = []
     for number, rows in enumerate(([replace(pairs[0], weight=2.0), *pairs[1:]], [pairs[0], *pairs])):
@@ -167,7 +167,7 @@ def test_pairs_without_weight_are_left_out(make_policy: MakePolicy, world: World
         (0.0, "^all pairs have the weight 0"),
     ],
 )
-def test_weights_that_cannot_be(
+def test_impossible_weights_are_refused(
     weight: float, message: str, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
     pairs = [replace(pair, weight=weight) for pair in world.pairs(3)]
@@ -228,7 +228,9 @@ def test_only_what_is_read_goes_through_the_model(
     ],
     ids=["alpha 0", "warm-up throughout", "no extrapolation", "percentile 0", "weight 0"],
 )
-def test_limits_are_the_logistic_loss(objective: Any, make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_limiting_cases_equal_the_logistic_loss(
+    objective: Any, make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
     """Bit for bit, in weights and losses."""
     found = []
     for number, each in enumerate((objective, Logistic(beta=1.0))):
@@ -239,7 +241,7 @@ def test_limits_are_the_logistic_loss(objective: Any, make_policy: MakePolicy, w
     assert found[0][1] == found[1][1]
 
 
-def test_suspects_are_smoothed_as_they_should_be(
+def test_suspects_are_smoothed_by_the_papers_equations(
     make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every step again by hand: whole logits of both models, a separate window, SPA's equations 9 to 12."""
@@ -325,7 +327,7 @@ def test_kept_states_of_both_responses(make_policy: MakePolicy, world: World, tm
         torch.testing.assert_close(kept(numbers), expected[len(expected) - rejected :], atol=1e-5, rtol=1e-5)
 
 
-def test_noise_under_refined_labels_is_noise_by_itself(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_noise_does_not_depend_on_refined_labels(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     """Without suspects, the same noise on the same states as under the logistic loss, up to rounding."""
     found = []
     for number, objective in enumerate((Logistic(beta=1.0), Refined(beta=1.0, warmup=1.0))):
@@ -398,7 +400,7 @@ def test_a_high_price_holds_the_policy_back(make_policy: MakePolicy, world: Worl
     assert moved[0] > 2 * moved[1] > 4 * moved[2]
 
 
-def test_moments_are_of_the_reference_that_is_given(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_moments_are_computed_from_the_given_reference(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     """With another reference than the starting policy, the penalty is not 0 at step 0."""
     pairs, other = world.pairs(4), make_policy(1)
     first = []

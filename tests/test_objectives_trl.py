@@ -45,7 +45,7 @@ def sure() -> tuple[PairLogps, PairLogps, Facts]:
     )
 
 
-def test_odds_ratio_is_trls() -> None:
+def test_odds_ratio_equals_trls() -> None:
     """Its odds term has our λ as ``beta``; its likelihood term includes prompt tokens, so ours is added instead."""
     from trl.experimental.orpo import ORPOTrainer
 
@@ -57,7 +57,7 @@ def test_odds_ratio_is_trls() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_per_token_is_trls(smoothing: float) -> None:
+def test_per_token_equals_trls(smoothing: float) -> None:
     """SimPO; their smoothing equals our soft labels of this strength."""
     from trl.experimental.cpo import CPOTrainer
 
@@ -82,7 +82,7 @@ def test_per_token_is_trls(smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-def test_smoothing_is_trls(smoothing: float) -> None:
+def test_smoothing_equals_trls(smoothing: float) -> None:
     """Of the logistic loss, by CPO's loss without a reference: ours has a reference of zeros."""
     from trl.experimental.cpo import CPOTrainer
 
@@ -102,7 +102,7 @@ def test_smoothing_is_trls(smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
-def test_losses_are_those_of_trls_trainer(
+def test_losses_equal_trls_trainers(
     world: World, make_policy: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """From token ids on: its padded batches and reference model against our packed batches, on other weights."""

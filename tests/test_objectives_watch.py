@@ -79,7 +79,7 @@ def test_extrapolation_with_its_normalisation() -> None:
         assert value == pytest.approx((1 + by) * logp_V[target] - by * logr_V[target] - math.log(z), rel=1e-12)
 
 
-def test_no_extrapolation_is_the_policy() -> None:
+def test_without_extrapolation_it_is_the_policy() -> None:
     policy, target_N = states(6, 0), torch.arange(6)
     expected = logps_of(policy).gather(1, target_N[:, None]).squeeze(1)
     torch.testing.assert_close(extrapolated_logps(policy, states(6, 10), target_N, 0.0), expected)
@@ -172,7 +172,7 @@ def test_no_suspects_before_the_start_but_the_window_fills() -> None:
     assert run(watch, [[[-2.0, 0.0]]], first=3) == [[1.0, 0.0]]
 
 
-def test_about_so_many_are_suspect() -> None:
+def test_about_the_set_share_is_suspect() -> None:
     """A tenth of pairs whose confidences do not change."""
     gaps = normal(2000, seed=1).tolist()
     found = run(Suspects(1.0, 0.0, 0.1, 50, start=1), [[gaps[i : i + 20]] for i in range(0, 2000, 20)])
@@ -207,7 +207,7 @@ def extrapolated(count: int, seed: int, by: float) -> tuple[Suspects, Seen, Tens
     return watch, Seen(0, range(count), packed, logp, logr, policy, frozen), far_B, plain_B
 
 
-def test_confidence_is_the_extrapolated_policys() -> None:
+def test_confidence_comes_from_the_extrapolated_policy() -> None:
     watch, what, far_B, plain_B = extrapolated(5, seed=0, by=0.5)
     _, metrics = watch.measure(known(5), what)
     torch.testing.assert_close(metrics["suspects/confidence"], far_B, rtol=1e-12, atol=0)
