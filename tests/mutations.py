@@ -314,7 +314,7 @@ MUTATIONS = (
         "policy/packing.py",
         "        if len(ctx.spread.again_X):\n",
         "        if False:\n",
-        "test_packing.py::test_a_copy_and_its_way_back test_packing.py::test_a_prompt_computed_once_counts_twice",
+        "test_packing.py::test_spread_and_gather_are_inverse test_packing.py::test_a_prompt_computed_once_counts_twice",
     ),
     # --- training
     Mutation(
@@ -399,7 +399,7 @@ MUTATIONS = (
         "optimise/batches.py",
         'derive(self.seed, "noise", piece.step, i)',
         'derive(self.seed, "noise", 0, i)',
-        "test_optimise.py::test_every_pair_and_step_has_noise_of_its_own_whatever_the_micro_batches",
+        "test_optimise.py::test_every_pair_and_step_has_its_own_noise_for_any_micro_batches",
     ),
     Mutation(
         "the variance of a micro-batch weighs by pairs instead of tokens",
@@ -435,21 +435,21 @@ MUTATIONS = (
         "optimise/reference.py",
         "ReferenceLogps), key=lambda row: row.pair)",
         "ReferenceLogps), key=lambda row: 0)",
-        "test_reference.py::test_scores_are_those_of_each_response_alone",
+        "test_reference.py::test_scores_equal_those_of_each_response_alone",
     ),
     Mutation(
         "chosen and rejected are exchanged",
         "optimise/reference.py",
         "for i, c, r in zip(these, chosen, rejected, strict=True)]",
         "for i, r, c in zip(these, chosen, rejected, strict=True)]",
-        "test_reference.py::test_scores_are_those_of_each_response_alone",
+        "test_reference.py::test_scores_equal_those_of_each_response_alone",
     ),
     Mutation(
         "other pairs' hidden states come back",
         "optimise/reference.py",
         "self.where[pair] = (number, starts[i], starts[i] + chosen[i], starts[i + 1])",
         "self.where[i] = (number, starts[i], starts[i] + chosen[i], starts[i + 1])",
-        "test_reference.py::test_hidden_states_come_back_as_they_were",
+        "test_reference.py::test_hidden_states_are_read_back_unchanged",
     ),
     Mutation(
         "a reference of other weights is taken",
@@ -765,14 +765,14 @@ MUTATIONS = (
         "methods/ppo/equations.py",
         "(-beta * (logp_SL - reference_SL))",
         "(beta * (logp_SL - reference_SL))",
-        "test_ppo.py::test_rewards_add_up_to_the_score_less_the_log_ratio",
+        "test_ppo.py::test_rewards_add_up_to_the_score_minus_the_log_ratio",
     ),
     Mutation(
         "the score comes at the first token",
         "methods/ppo/equations.py",
         "last_S1 = (length_S - 1).unsqueeze(-1)",
         "last_S1 = (length_S * 0).unsqueeze(-1)",
-        "test_ppo.py::test_the_reward_is_the_score_at_the_end_and_a_price_everywhere",
+        "test_ppo.py::test_the_reward_is_the_score_at_the_end_and_a_penalty_at_every_token",
     ),
     Mutation(
         "errors are discounted by λ alone",
@@ -786,14 +786,14 @@ MUTATIONS = (
         "methods/ppo/equations.py",
         "-torch.minimum(ratio_N * advantage_N",
         "-torch.maximum(ratio_N * advantage_N",
-        "test_ppo.py::test_ratios_are_clipped_where_they_have_gone_far_enough",
+        "test_ppo.py::test_ratios_are_clipped_beyond_the_limit",
     ),
     Mutation(
         "the smaller of both errors of a value",
         "methods/ppo/equations.py",
         "0.5 * torch.maximum(",
         "0.5 * torch.minimum(",
-        "test_ppo.py::test_values_are_clipped_where_the_loss_would_be_larger",
+        "test_ppo.py::test_values_are_clipped_if_the_loss_is_larger",
     ),
     Mutation(
         "the divergence without its correction",
@@ -807,14 +807,14 @@ MUTATIONS = (
         "methods/ppo/training.py",
         "share=sum(len(row.token_ids) for row in some) / sum(len(row.token_ids) for row in piece.group)",
         "share=len(some) / len(piece.group)",
-        "test_ppo.py::test_the_first_gradient_is_that_of_reinforce_with_a_baseline",
+        "test_ppo.py::test_the_first_gradient_equals_reinforce_with_a_baseline",
     ),
     Mutation(
         "values are learned by the policy's body too",
         "methods/ppo/training.py",
         "if weight else still_NH",
         "if weight else hidden_NH",
-        "test_ppo.py::test_the_head_alone_learns_values_unless_the_settings_say_more",
+        "test_ppo.py::test_only_the_head_learns_values_by_default",
     ),
     Mutation(
         "returns are whitened",

@@ -52,7 +52,7 @@ def ask(judge: OpenAI, folder: Path, prompts: Sequence[Prompt], responses: Seque
 
 
 @pytest.mark.parametrize("structured", ["on", "ignore", "reject"])
-def test_scores_are_the_servers_whatever_it_thinks_of_schemas(structured: str, tmp_path: Path) -> None:
+def test_scores_equal_the_servers_with_or_without_schemas(structured: str, tmp_path: Path) -> None:
     prompts, responses = rows(60)
     with judge_server(structured=structured, key=KEY) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUDGE_KEY", KEY)
@@ -67,7 +67,7 @@ def test_scores_are_the_servers_whatever_it_thinks_of_schemas(structured: str, t
         assert stats["attempts"] == 60
 
 
-def test_a_parameter_that_has_another_name_at_this_server_gets_it(tmp_path: Path) -> None:
+def test_a_parameter_with_another_name_at_the_server_is_renamed(tmp_path: Path) -> None:
     prompts, responses = rows(20)
     with judge_server(reject="max_tokens") as server:
         judge = judge_of(server, concurrency=4)
@@ -94,7 +94,7 @@ def test_expected_values_from_log_probabilities(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("logprobs", "reason"), [("off", "judge.reading=text"), ("split", "several tokens")])
-def test_log_probabilities_that_do_not_serve_are_no_scores(logprobs: str, reason: str, tmp_path: Path) -> None:
+def test_unusable_log_probabilities_give_no_scores(logprobs: str, reason: str, tmp_path: Path) -> None:
     prompts, responses = rows(6)
     with judge_server(logprobs=logprobs) as server:
         verdicts = ask(judge_of(server, reading="logprobs", max_replies=1), tmp_path, prompts, responses)
@@ -157,7 +157,7 @@ def test_every_proper_answer_is_taken_and_none_invented(
     check_mix(count, tmp_path, latency=latency, forms="mixed", structured=structured)
 
 
-def test_the_server_says_how_long_to_wait_and_is_obeyed(tmp_path: Path) -> None:
+def test_the_servers_wait_time_is_obeyed(tmp_path: Path) -> None:
     prompts, responses = rows(12)
     with judge_server(faults={"429_seconds": 0.4, "429_ms": 0.4}, retry_after=0.8, max_faults=2) as server:
         judge = judge_of(server)
@@ -218,7 +218,7 @@ def test_the_ceiling_on_tokens_holds(tmp_path: Path) -> None:
         ({}, {"base_url": "{}/nowhere"}, "not found"),
     ],
 )
-def test_what_no_attempt_can_mend_stops_at_once(
+def test_errors_that_no_retry_can_fix_end_the_run_at_once(
     options: dict[str, Any], settings: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -241,7 +241,7 @@ def test_a_question_has_a_deadline(tmp_path: Path) -> None:
         assert all("given up for judge.deadline=1.5 s" in v.reason for v in verdicts)
 
 
-def test_a_server_that_is_not_there_fails_the_rows_and_not_the_run(tmp_path: Path) -> None:
+def test_an_unreachable_server_fails_the_rows_and_not_the_run(tmp_path: Path) -> None:
     prompts, responses = rows(3)
     judge = OpenAI(model="judge", base_url="http://127.0.0.1:9/v1", deadline=0.8, max_unscored=1.0)
     verdicts = ask(judge, tmp_path, prompts, responses)
@@ -274,7 +274,7 @@ def prices(folder: Path) -> str:
     return str(path)
 
 
-def test_what_was_spent_is_what_the_server_counted(tmp_path: Path) -> None:
+def test_recorded_costs_equal_the_servers_count(tmp_path: Path) -> None:
     prompts, responses = rows(50)
     with judge_server(faults={"two_numbers": 0.3}, max_faults=1) as server:
         judge, report = judge_of(server, prices=prices(tmp_path)), Report()
@@ -308,7 +308,7 @@ def test_the_limit_on_cost_is_never_passed_and_nothing_is_lost(tmp_path: Path) -
         judge_of(server, max_cost=1.0)
 
 
-def test_the_forecast_is_what_it_then_costs_or_a_little_more(tmp_path: Path) -> None:
+def test_the_forecast_is_the_real_cost_or_a_little_more(tmp_path: Path) -> None:
     prompts, responses = rows(40)
     with judge_server() as server, Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
         judge = judge_of(server, prices=prices(tmp_path))
@@ -411,7 +411,7 @@ def judging(server: Handle, folder: Path, count: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.long
-def test_what_was_written_down_before_a_kill_is_never_asked_again(tmp_path: Path) -> None:
+def test_recorded_answers_are_not_asked_again_after_a_kill(tmp_path: Path) -> None:
     """A reply in transit at that moment is lost: at most one for each slot."""
     draw, lost = random.Random(0), 0
     with judge_server(latency=0.05) as server, Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -442,7 +442,7 @@ def test_what_was_written_down_before_a_kill_is_never_asked_again(tmp_path: Path
         assert stats["delivered"] - 600 <= lost
 
 
-def test_an_interrupt_waits_for_what_is_on_its_way(tmp_path: Path) -> None:
+def test_an_interrupt_waits_for_calls_in_flight(tmp_path: Path) -> None:
     with judge_server(latency=0.4) as server:
         process = judging(server, tmp_path, 400)
         while server.stats()["attempts"] < 10:
@@ -478,7 +478,7 @@ def test_a_batch_is_collected_at_its_price(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fate", ["expired", "failed"])
-def test_a_batch_that_comes_to_nothing_says_so_and_is_submitted_again(fate: str, tmp_path: Path) -> None:
+def test_a_failed_batch_is_reported_and_submitted_again(fate: str, tmp_path: Path) -> None:
     prompts, responses = rows(20)
     with judge_server(batch_fate=fate) as server:
         judge = judge_of(server, batch=True, batch_poll=0.1)
@@ -515,7 +515,7 @@ def test_a_batch_is_found_again_after_a_sudden_end(tmp_path: Path) -> None:
             assert server.stats()["batches"] == 1
 
 
-def test_what_failed_in_a_batch_is_asked_again_by_a_rerun(tmp_path: Path) -> None:
+def test_failed_questions_of_a_batch_are_asked_again_by_a_rerun(tmp_path: Path) -> None:
     prompts, responses = rows(10)
     with judge_server(hopeless=1.0) as server:
         judge = judge_of(server, batch=True, batch_poll=0.1)
@@ -547,7 +547,7 @@ def test_a_batch_the_server_has_forgotten_is_submitted_again(tmp_path: Path) -> 
         b"",
     ],
 )
-def test_odd_bodies_are_read_without_harm(body: bytes, tmp_path: Path) -> None:
+def test_odd_bodies_do_no_harm(body: bytes, tmp_path: Path) -> None:
     judge = OpenAI(model="judge")
     prompts, responses = rows(1)
     question = judge.make_questions(prompts, responses)[0][0]

@@ -128,7 +128,7 @@ def some_empty(world: World, count: int, *empty: int) -> list[Pair]:
     return [replace(p, rejected_ids=[]) if i in empty else p for i, p in enumerate(world.pairs(count))]
 
 
-def test_no_step_weighs_more_than_its_rows(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_steps_have_nearly_equal_numbers_of_rows(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     """One row too many for one step gives two steps of about half the size, not a full one and one of a single row."""
     history = train(make_policy(), world.pairs(9), tmp_path, optimisation=how(batch_size=8, epochs=2))
     assert [row["rows"] for row in history] == [4, 5, 4, 5]
@@ -209,7 +209,7 @@ def test_the_gate_names_an_adapter_that_is_not_fresh(make_policy: MakePolicy, wo
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 @pytest.mark.parametrize("off_by", [1e-4, -1e-2, 1e-2])
-def test_the_gate_looks_at_every_pair_of_the_first_step(
+def test_the_gate_checks_every_pair_of_the_first_step(
     off_by: float, side: str, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
     """A reference with one wrong response is refused, in any micro-batch; rounding errors are accepted."""
@@ -626,7 +626,7 @@ def test_every_step_has_the_learning_rate_of_the_schedule(
     ],
     ids=str,
 )
-def test_the_fused_form_is_taken_where_there_is_one_and_nothing_else_is_said(
+def test_the_fused_optimizer_is_used_silently_if_there_is_one(
     name: str, settings: dict[str, Any], expected: bool | None
 ) -> None:
     parameters = [nn.Parameter(torch.ones(3))]
@@ -663,7 +663,7 @@ def test_both_players_have_fused_optimizers(make_policy: MakePolicy, world: Worl
 # --- two players
 
 
-def test_noise_is_trained_along_and_shrinks_the_margin(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_noise_is_trained_too_and_shrinks_the_margin(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     policy = make_policy()
     noise = trainable(policy, alpha=0.01, learning_rate=0.02)
     history = train(policy, world.pairs(32), tmp_path, noise=noise)
@@ -693,7 +693,9 @@ def test_an_offset_is_noise_without_chance(make_policy: MakePolicy, world: World
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_noise_does_not_disturb_other_chance(kind: str, make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_noise_does_not_change_other_random_draws(
+    kind: str, make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
     policy = make_policy()
     before = torch.get_rng_state()
     train(policy, world.pairs(8), tmp_path, noise=KINDS[kind](policy))
@@ -713,7 +715,7 @@ class Recording(FixedModule):
         return super().forward(clean_B, rejected)
 
 
-def test_every_pair_and_step_has_noise_of_its_own_whatever_the_micro_batches(
+def test_every_pair_and_step_has_its_own_noise_for_any_micro_batches(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
     """The noise of a pair differs between epochs, pairs and seeds."""
@@ -872,7 +874,9 @@ def test_fine_tuning_names_itself_and_its_own_learning_rate(
         fine_tune(policy, rows, how(batch_size=4), seed=0, folder=tmp_path, report=Report())
 
 
-def test_no_rows_is_an_error_and_no_epochs_is_not(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_having_no_rows_is_an_error_and_having_no_epochs_is_not(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
     with pytest.raises(SettingsError, match="nothing to train on"):
         train(make_policy(), [], tmp_path)
     policy = make_policy()
@@ -1047,7 +1051,7 @@ def test_out_of_memory_in_fine_tuning(make_policy: MakePolicy, world: World, tmp
             fine_tune(make_policy(), rows, how(batch_size=6), seed=0, folder=tmp_path, report=Report())
 
 
-def test_other_errors_are_not_taken_for_want_of_memory(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_other_errors_are_not_taken_for_lack_of_memory(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Small, "MESSAGE", "mat1 and mat2 shapes cannot be multiplied")
         Small(0).put_over(PreferenceTraining, patch)
@@ -1073,7 +1077,7 @@ def limited(*arguments: object) -> str:
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space and /proc are Linux's")
-def test_real_want_of_memory_names_what_really_fits(tmp_path: Path) -> None:
+def test_real_lack_of_memory_names_what_really_fits(tmp_path: Path) -> None:
     """The limit is lowered after two of four steps. A new process with the advised setting reaches the end."""
 
     short = limited(tmp_path, 8, 0)
@@ -1088,7 +1092,7 @@ def test_real_want_of_memory_names_what_really_fits(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_want_of_memory_on_a_gpu_is_tried_there(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_lack_of_memory_on_a_gpu_is_tried_there(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     """Lightning moves everything to the CPU when a training fails; but memory is tried on the training device."""
     tried: list[torch.device] = []
     policy = make_policy()

@@ -118,7 +118,7 @@ def is_whole(run: MLflowTracking, server: Server, folder: Path) -> None:
     assert not (folder / FILE).exists()
 
 
-def test_what_is_kept_is_sent_when_the_server_answers_again(
+def test_kept_data_is_sent_once_the_server_answers_again(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = lose(server, tmp_path)
@@ -165,7 +165,7 @@ def test_a_run_ends_without_its_server(requests: int, server: Server, finished: 
     assert NOT_TRACKED in said[1]
 
 
-def test_a_run_that_fails_without_its_server_says_its_own_error(server: Server, finished: Path) -> None:
+def test_a_run_that_fails_without_its_server_shows_its_own_error(server: Server, finished: Path) -> None:
     server.die_after(16)
     settings = ("trainer.optimizer.lr=1e30", "iterations=1")
     done = train(finished, SMOKE[0], *settings, MLFLOW_TRACKING_URI=server.uri)

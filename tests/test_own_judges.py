@@ -78,7 +78,7 @@ def test_verdicts_name_the_sample(judge: Judge, world: World) -> None:
         assert alone == verdict
 
 
-def test_a_majority_finds_human_responses_that_nobody_passed(world: World) -> None:
+def test_a_majority_finds_human_responses_that_were_not_passed(world: World) -> None:
     judge = Ensemble(TWO, "majority")
     new = sampled(world, 6)
     assert verdicts(judge, world.prompts, new) == verdicts(judge, world.prompts, [*world.human[:6], *new])[6:]
@@ -150,7 +150,7 @@ def test_the_initial_model_has_no_implicit_reward(world: World, make_policy: Mak
     assert not judge.measures_texts
 
 
-def test_what_the_implicit_reward_cannot_judge(world: World, make_policy: MakePolicy) -> None:
+def test_responses_that_the_implicit_reward_cannot_judge(world: World, make_policy: MakePolicy) -> None:
     judge = Implicit().with_policies({"policy": make_policy(1), "initial": make_policy(0)})
     text = Response(world.prompts[0].id, HUMAN, "It is 5.", [], 0, "eos")
     first, second = verdicts(judge, world.prompts, [text, sampled(world, 1)[0]])
@@ -230,7 +230,7 @@ def test_both_orders_by_hand() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_choice_is_that_of_a_plain_forward_pass(
+def test_the_choice_equals_a_plain_forward_pass(
     bias: bool, asking: World, ask_policy: Callable[..., AskedPolicy], report: Report
 ) -> None:
     judge = ask_policy(4)
@@ -264,7 +264,7 @@ def test_two_responses_are_compared_in_both_orders(asking: World, ask_policy: Ca
         assert judge.compare(prompt, sides[0], sides[0]) == 0.5  # a response against itself
 
 
-def test_questions_share_what_they_have_in_common(asking: World, ask_policy: Callable[..., AskedPolicy]) -> None:
+def test_questions_share_their_common_beginning(asking: World, ask_policy: Callable[..., AskedPolicy]) -> None:
     """The same choices with about half the tokens: all questions about one prompt share their beginning."""
     judge = ask_policy(6)
     texts = [r.text for r in asking.human[:7]]
@@ -351,7 +351,9 @@ def test_a_question_shows_all_turns() -> None:
     assert ask(TINY, turns[:1], "a", "b")[0]["content"] == "Hi {y1} A: a B: b Better:"
 
 
-def test_questions_over_the_context_have_no_answer(asking: World, ask_policy: Callable[..., AskedPolicy]) -> None:
+def test_questions_longer_than_the_context_have_no_answer(
+    asking: World, ask_policy: Callable[..., AskedPolicy]
+) -> None:
     judge = ask_policy(0, max_position_embeddings=64)
     short = asking.human[0]
     long = replace(short, text=" ".join([short.text] * 20), sample=1)
@@ -364,7 +366,7 @@ def test_questions_over_the_context_have_no_answer(asking: World, ask_policy: Ca
         judge.compare_pairs(asking.prompts[:1], [pair])
 
 
-def test_whom_the_judge_asks(asking: World, make_policy: MakePolicy) -> None:
+def test_the_judge_asks_the_right_policy(asking: World, make_policy: MakePolicy) -> None:
     assert SelfJudge().reads_policies == {"taught"}  # the initial policy, after its lessons
     assert SelfJudge(asks="policy").reads_policies == {"policy"}
     assert SelfJudge().accepts_policy(0, True) is None
@@ -374,7 +376,7 @@ def test_whom_the_judge_asks(asking: World, make_policy: MakePolicy) -> None:
         SelfJudge().compare_pairs(asking.prompts[:1], asking.pairs(1))
 
 
-def test_a_tokenizer_from_the_data_knows_the_letters_if_asked(world: World, tmp_path: Path) -> None:
+def test_a_tokenizer_from_the_data_has_the_letters_if_asked(world: World, tmp_path: Path) -> None:
     """Without the setting neither key nor tokenizer change."""
     shape = {"lora": Lora(), "width": 32, "heads": 2, "mlp": 48, "vocabulary": 300}
     plain, asks = Scratch(**shape), Scratch(**shape, question=TINY)
@@ -440,7 +442,7 @@ def twin(prompt: Prompt, human: str, rejected: str | None = None, name: str = ""
     return replace(prompt, human=human, rejected=rejected, id=name or prompt.id)
 
 
-def test_gold_pairs_are_all_that_differ_in_points(world: World) -> None:
+def test_gold_pairs_are_all_pairs_that_differ_in_points(world: World) -> None:
     """Three responses of 2, 2 and 1 characters and a rejected one of 3: five different pairs, none twice."""
     prompt, other = world.prompts[0], next(p for p in world.prompts if p.messages != world.prompts[0].messages)
     rows = [
@@ -531,7 +533,7 @@ class Killed(Report):
             raise InterruptedError
 
 
-def test_killed_lessons_go_on_bit_for_bit(
+def test_killed_lessons_continue_bit_for_bit(
     asking: World, ask_policy: Callable[..., AskedPolicy], tmp_path: Path
 ) -> None:
     rows = [twin(p, "It is 1.", "It is 22.") for p in asking.prompts[:12]]
@@ -555,7 +557,7 @@ def test_killed_lessons_go_on_bit_for_bit(
 # --- ratings of the data
 
 
-def test_the_ratings_of_the_data(world: World) -> None:
+def test_ratings_of_the_data_are_read(world: World) -> None:
     rated = replace(world.prompts[0], human_score=8.5, rejected="No.", rejected_score=3.0)
     partly = replace(world.prompts[1], human_score=4.0, rejected="No.")
     sides = [Response(p.id, source, "No.", [], 0, "eos") for p in (rated, partly) for source in (HUMAN, GIVEN)]

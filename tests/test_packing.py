@@ -98,7 +98,7 @@ def drawn(seed: int, pairs: int, most: int = 30) -> tuple[list[list[int]], list[
 
 @pytest.mark.parametrize("share", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(6))
-def test_every_token_is_where_it_is_said_to_be(seed: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_token_is_at_its_declared_place(seed: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Properties of every layout, and of the padded batches that attention makes from it."""
     monkeypatch.setattr(packing, "WASTE", [0, 100, 10_000][seed % 3])
     prompts, completions = drawn(seed, 4)
@@ -295,7 +295,7 @@ def test_attention_and_its_gradients_against_the_definition(
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "cap" not in kind])
-def test_attention_of_variable_length_is_asked_for_the_right_thing(
+def test_attention_of_variable_length_gets_the_right_arguments(
     kind: str, share: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The code path of a GPU, with its kernel replaced by the kernel's documented definition."""
@@ -354,14 +354,14 @@ def test_values_may_be_of_another_size_than_keys() -> None:
     torch.testing.assert_close(found, defined(*parts, packed), rtol=0, atol=1e-12)
 
 
-def test_dropout_is_refused_where_it_would_be_left_out() -> None:
+def test_dropout_is_refused_if_attention_would_ignore_it() -> None:
     *parts, _ = tensors(len(pack(PROMPTS, COMPLETIONS).ids_T), 4, 4)
     with pytest.raises(ValueError, match="dropout"):
         attention(nn.Module(), *parts, None, packing=pack(PROMPTS, COMPLETIONS), dropout=0.1)
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_a_copy_and_its_way_back(share: bool) -> None:
+def test_spread_and_gather_are_inverse(share: bool) -> None:
     """Spread and gather in float64 against plain indexing: values, gradients, and each as the other's inverse."""
     packed = pack(PROMPTS, COMPLETIONS, share_prompt=share)
     generator = Generator().manual_seed(0)
@@ -507,7 +507,7 @@ def both(family: str) -> Own:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_is_padded_is_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_equals_padded_and_single_sequences(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 to 1e-5: hidden states, log-probabilities and the gradients of all weights; prompts shared or not."""
     theirs = both(family)
     checked(theirs.policy)
@@ -525,7 +525,7 @@ def test_packed_is_padded_is_alone(family: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("family", ["GPT2", "OPT"])
-def test_packed_is_alone_in_float64(family: str) -> None:
+def test_packed_equals_single_sequences_in_float64(family: str) -> None:
     """Models that compute everything in float64: values and gradients to 1e-12, prompts shared or not."""
     model = untrained(FAMILIES[family]()).double()
     theirs = own(model, PROMPTS, COMPLETIONS)
@@ -551,7 +551,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_packed_is_refused_by_name(name: str) -> None:
+def test_models_that_cannot_be_packed_are_refused_by_name(name: str) -> None:
     """Each for another reason: a fixed attention function, positions by slopes, sinks, recurrence."""
     model = untrained(REFUSED[name]())
     policy = Policy(model, None)  # type: ignore[arg-type]
@@ -585,7 +585,7 @@ SUSPECT: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", SUSPECT)
-def test_no_model_is_wrong_without_a_word(name: str) -> None:
+def test_no_model_is_silently_wrong(name: str) -> None:
     """Some models differ only on longer sequences than four tokens: they are refused, or right."""
     model = untrained(SUSPECT[name]())
     with torch.no_grad():
@@ -733,7 +733,7 @@ def test_a_model_in_half_precision(family: str) -> None:
     "family", ["Llama", "Mistral", "Qwen2, windows", "Gemma2", "Gemma3", "Phi3", "GPT2", "OPT", "Cohere2", "Mixtral"]
 )
 @torch.no_grad()
-def test_generation_from_padded_prompts_is_generation_from_each_alone(family: str) -> None:
+def test_generation_from_padded_prompts_equals_generation_from_each_alone(family: str) -> None:
     """Greedy, with prompts padded on the left, beyond the windows; single prompts use the model's own attention."""
     prompts = [[1, 5, 6, 7, 9, 11, 30], [1, 9, 8], [4], [1, 9, 8, 33, 2, 17]]
     length, model = 12, untrained(FAMILIES[family]())

@@ -120,7 +120,7 @@ def test_rows_with_and_without_pairs_in_one_file(tmp_path: Path, nothing: Any) -
 
 
 @pytest.mark.parametrize("names", list(zip(SCORES["chosen"], SCORES["rejected"], strict=True)))
-def test_ratings_under_the_names_that_data_have(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_ratings_under_the_names_in_common_data(tmp_path: Path, names: tuple[str, str]) -> None:
     for scores in ((9.5, 2), ("9.5", "2")):  # CSV has them as text
         rows = [{**row, **dict(zip(names, scores, strict=True))} for row in plain()]
         found = everything(jsonl(write(tmp_path / "rows.jsonl", rows)))["r7"]
@@ -195,7 +195,7 @@ def test_a_bad_pair_is_named_and_counted_by_its_reason(tmp_path: Path, row: Any,
     assert sum(map(len, rows.values())) == 100
 
 
-def test_another_form_that_says_the_same_does_no_harm(tmp_path: Path) -> None:
+def test_a_second_form_with_the_same_content_does_no_harm(tmp_path: Path) -> None:
     for more in (
         {"messages": TALK},
         {"response": "Because."},
@@ -216,7 +216,7 @@ def test_pairs_that_differ_in_the_rejected_response_alone_are_other_rows(tmp_pat
         jsonl(write(file, [PAIR, {**PAIR, "chosen_score": 3}, *plain()])).read()
 
 
-def test_of_two_rows_with_one_prompt_the_one_with_a_pair_stays(tmp_path: Path) -> None:
+def test_of_two_rows_with_one_prompt_the_one_with_a_pair_is_kept(tmp_path: Path) -> None:
     """For any order of the rows, which does not change; a held-out prompt is still removed from training."""
     paired = plain(60)
     alone = [{"id": f"s{i}", "prompt": row["prompt"], "response": row["chosen"]} for i, row in enumerate(plain(100))]
@@ -314,7 +314,7 @@ def test_pairs_with_the_same_tokens_on_both_sides_are_left_out(world: World, tmp
     assert any("have the same tokens on both sides" in note for note in report.notes)
 
 
-def test_data_without_pairs_leave_nothing_new(world: World, tmp_path: Path, report: Report) -> None:
+def test_data_without_pairs_add_no_files(world: World, tmp_path: Path, report: Report) -> None:
     rows = [{"prompt": row["prompt"], "response": row["chosen"]} for row in plain()]
     facts = prepared(world, write(tmp_path / "rows.jsonl", rows), tmp_path / "one", report)
     assert set(facts["train"]) == {"rows", "too_long", "human_cut"}

@@ -56,7 +56,7 @@ def apart(a: str, b: str) -> float:
     return sum((x - y) ** 2 for x, y in pairs) ** 0.5
 
 
-def test_no_two_meanings_share_a_colour() -> None:
+def test_different_meanings_have_different_colours() -> None:
     found = meanings()
     assert len(found) > 40
     by_colour: dict[str, list[str]] = {}
@@ -65,7 +65,7 @@ def test_no_two_meanings_share_a_colour() -> None:
     assert {colour: shared for colour, shared in by_colour.items() if len(shared) > 1} == {}
 
 
-def test_whatever_a_figure_may_tell_apart_looks_different() -> None:
+def test_everything_that_a_figure_distinguishes_looks_different() -> None:
     sets = {
         "methods": [method.colour for method in methods().values()],
         "families": [*palette.FAMILIES.values(), *(palette.RIVALS[n].colour for n in ("spin", "dsl", "npo", "dnpo"))],
@@ -96,7 +96,7 @@ def literals(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_colour_stands_outside_the_palette(path: Path) -> None:
+def test_no_colour_is_defined_outside_the_palette(path: Path) -> None:
     assert list(literals(path)) == []
 
 
@@ -116,7 +116,7 @@ def test_pages_have_every_colour_that_their_style_names(path: str) -> None:
     assert set(re.findall(r"(--[\w-]+):", dark)) <= set(re.findall(r"(--[\w-]+):", light))
 
 
-def test_methods_keep_their_look_and_other_groups_get_one_each() -> None:
+def test_methods_keep_their_style_and_other_groups_get_one_each() -> None:
     assert choose_looks({"a": ("score", "trainable"), "b": ("off", "off")}) == {"a": palette.DNPO, "b": palette.SPIN}
     same = choose_looks({f"npo.alpha={i}": ("score", "trainable") for i in range(5)})
     assert len(set(same.values())) == 5
@@ -126,7 +126,7 @@ def test_methods_keep_their_look_and_other_groups_get_one_each() -> None:
     assert len(choose_looks({str(i): ("", "") for i in range(30)})) == 30
 
 
-def test_marks_tell_apart_what_colours_do() -> None:
+def test_markers_distinguish_what_colours_distinguish() -> None:
     assert len({(look.colour, look.mark) for look in palette.RIVALS.values()}) == len(palette.RIVALS)
     for several in (list(methods().values()), list(SERIES)):
         assert len({look.mark for look in several}) == len(several)

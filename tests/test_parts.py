@@ -118,7 +118,7 @@ def change(place: Path) -> None:
 
 
 @pytest.mark.parametrize(("group", "option", "given"), CASES)
-def test_neutral_fields_are_those_that_leave_the_key_as_it_is(
+def test_neutral_fields_are_exactly_those_that_do_not_change_the_key(
     group: str, option: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A path does not change the key if its contents are the same."""

@@ -58,14 +58,14 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 # --- equations --------------------------------------------------------------------------------------------------------
 
 
-def test_the_reward_is_the_score_at_the_end_and_a_price_everywhere() -> None:
+def test_the_reward_is_the_score_at_the_end_and_a_penalty_at_every_token() -> None:
     """β = ½: −½ (−1 + 2) = −½ and −½ (−2 + 1½) + 3 = 3¼; the second response has one token, −½ · 0 + 1."""
     logp_SL, reference_SL = wide([-1.0, -2.0], [-1.0, 0.0]), wide([-2.0, -1.5], [-1.0, 0.0])
     found = token_rewards(wide(3.0, 1.0), logp_SL, reference_SL, torch.tensor([2, 1]), beta=0.5)
     torch.testing.assert_close(found, wide([-0.5, 3.25], [1.0, 0.0]), rtol=0, atol=0)
 
 
-def test_rewards_add_up_to_the_score_less_the_log_ratio() -> None:
+def test_rewards_add_up_to_the_score_minus_the_log_ratio() -> None:
     logp_SL, reference_SL, score_S = noise(5, 7), noise(5, 7, seed=1), noise(5, seed=2)
     found = token_rewards(score_S, logp_SL, reference_SL, torch.full((5,), 7), beta=0.3)
     torch.testing.assert_close(found.sum(1), score_S - 0.3 * (logp_SL.sum(1) - reference_SL.sum(1)))
@@ -93,7 +93,7 @@ def test_advantages_are_the_sum_of_later_errors(discount: float, trace: float) -
         assert not found[s, n:].any()
 
 
-def test_a_trace_of_1_gives_later_rewards_less_the_value() -> None:
+def test_a_trace_of_1_gives_later_rewards_minus_the_value() -> None:
     reward_SL, value_SL = noise(3, 5), noise(3, 5, seed=1)
     later_SL = reward_SL.flip(1).cumsum(1).flip(1)
     torch.testing.assert_close(advantages(reward_SL, value_SL, discount=1.0, trace=1.0), later_SL - value_SL)
@@ -116,7 +116,7 @@ def test_whitening_gives_mean_0_and_variance_1() -> None:
         (1.0, -2.0, 2.0, 2.0, 0.0),
     ],
 )
-def test_ratios_are_clipped_where_they_have_gone_far_enough(
+def test_ratios_are_clipped_beyond_the_limit(
     ratio: float, advantage: float, loss: float, slope: float, clipped: float
 ) -> None:
     """ε = 0.2; the derivative is in log π."""
@@ -127,7 +127,7 @@ def test_ratios_are_clipped_where_they_have_gone_far_enough(
     assert float(is_clipped(logp_N.detach(), wide(-1.0), wide(advantage), clip=0.2)) == clipped
 
 
-def test_an_infinite_clip_is_none() -> None:
+def test_an_infinite_clip_does_not_clip() -> None:
     logp_N, old_N, advantage_N = noise(50), noise(50, seed=1), noise(50, seed=2)
     found = policy_loss(logp_N, old_N, advantage_N, clip=math.inf)
     torch.testing.assert_close(found, -(logp_N - old_N).exp() * advantage_N, rtol=0, atol=0)
@@ -139,9 +139,7 @@ def test_an_infinite_clip_is_none() -> None:
     ("value", "old", "target", "loss"),
     [(1.0, 0.0, 2.0, 1.62), (0.1, 0.0, 2.0, 1.805), (1.0, 0.0, 0.5, 0.125), (1.0, 1.0, 0.0, 0.5)],
 )
-def test_values_are_clipped_where_the_loss_would_be_larger(
-    value: float, old: float, target: float, loss: float
-) -> None:
+def test_values_are_clipped_if_the_loss_is_larger(value: float, old: float, target: float, loss: float) -> None:
     """ε = 0.2: ½ (0.2 − 2)² = 1.62 in place of ½ (1 − 2)², and ½ (1 − ½)² in place of ½ (0.2 − ½)²."""
     assert float(value_loss(wide(value), wide(old), wide(target), clip=0.2)) == pytest.approx(loss, abs=1e-12)
     assert float(value_loss(wide(value), wide(old), wide(target), clip=math.inf)) == 0.5 * (value - target) ** 2
@@ -232,7 +230,7 @@ def teach_values(training: Observer, seed: int = 5) -> None:
         training.value_head.weight_H.copy_(0.1 * noise(len(training.value_head.weight_H), seed=seed))
 
 
-def test_what_enters_is_what_the_definitions_say(make_policy: MakePolicy, world: World) -> None:
+def test_inputs_of_the_update_equal_their_definitions(make_policy: MakePolicy, world: World) -> None:
     """Log-probabilities by transformers' forward pass; the reference is another policy."""
     policy, other = double(make_policy()), double(make_policy(1))
     settings = ClippedRatio(beta=0.2, trace=0.9, discount=0.8, whiten=False, reward_scale=0.1)
@@ -295,9 +293,7 @@ def reinforce(
 
 
 @pytest.mark.parametrize("micro", [0, 3])
-def test_the_first_gradient_is_that_of_reinforce_with_a_baseline(
-    micro: int, make_policy: MakePolicy, world: World
-) -> None:
+def test_the_first_gradient_equals_reinforce_with_a_baseline(micro: int, make_policy: MakePolicy, world: World) -> None:
     policy, other = double(make_policy()), double(make_policy(1))
     rollouts = respond(policy, world)
     observe, training = make_training(policy, PLAIN, reference=other)
@@ -312,7 +308,7 @@ def test_the_first_gradient_is_that_of_reinforce_with_a_baseline(
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
-def test_whitened_it_is_no_multiple_of_it(make_policy: MakePolicy, world: World) -> None:
+def test_with_whitening_the_gradient_is_not_a_multiple_of_it(make_policy: MakePolicy, world: World) -> None:
     policy, other = double(make_policy()), double(make_policy(1))
     rollouts = respond(policy, world)
     found = []
@@ -349,7 +345,7 @@ def test_ratios_leave_1_once_the_policy_moves(make_policy: MakePolicy, world: Wo
     assert float(metrics["ratio/kl"]) > 1e-3
 
 
-def test_the_head_alone_learns_values_unless_the_settings_say_more(make_policy: MakePolicy, world: World) -> None:
+def test_only_the_head_learns_values_by_default(make_policy: MakePolicy, world: World) -> None:
     """The value loss changes the policy's gradient only if it has a weight, and in proportion to the weight."""
     policy = double(make_policy())
     rollouts = respond(policy, world)
@@ -516,7 +512,7 @@ def test_without_a_reference_there_is_no_divergence_from_it(
     assert not {"rollout/kl", "loss/value", "value/explained", "grad_norm/value"} & set(history[0])
 
 
-def test_with_an_adapter_the_weights_below_stay(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_with_an_adapter_the_base_weights_do_not_change(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     policy = make_policy()
     policy.model = Lora(rank=4).on(policy.model, 0)
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
@@ -530,7 +526,7 @@ def test_with_an_adapter_the_weights_below_stay(make_policy: MakePolicy, world: 
 
 
 @pytest.mark.parametrize("way", bandit.WAYS)
-def test_it_ends_at_the_closed_form_optimum(way: str) -> None:
+def test_training_ends_at_the_closed_form_optimum(way: str) -> None:
     """The reference times exp(reward / β), normalised; with another β the optimum would be elsewhere."""
     settings, every = bandit.WAYS[way]
     world = bandit.Bandit.draw(0)
@@ -570,7 +566,7 @@ def test_the_distance_between_distributions() -> None:
     ],
     ids=lambda text: text.replace(" ", "_") if "\\" not in text else "",
 )
-def test_what_has_no_meaning_with_it_is_refused_by_name(overrides: str, named: str, tmp_path: Path) -> None:
+def test_settings_without_meaning_for_ppo_are_refused_by_name(overrides: str, named: str, tmp_path: Path) -> None:
     done = run(tmp_path, *SMOKE, "method=ppo", *overrides.split())
     assert done.returncode == 1, done.stdout
     assert re.search(named, done.stderr), done.stderr
@@ -579,7 +575,7 @@ def test_what_has_no_meaning_with_it_is_refused_by_name(overrides: str, named: s
 
 @pytest.mark.long
 @pytest.mark.parametrize(("method", "every"), [("ppo", 4), ("reinforce", 1)])
-def test_a_run_keeps_what_it_trained_on(method: str, every: int, tiny: Path, tmp_path: Path) -> None:
+def test_a_run_keeps_its_training_responses(method: str, every: int, tiny: Path, tmp_path: Path) -> None:
     """48 prompts in 3 rollouts of 16; each response is in the store with its score, and token by token."""
     folder = shutil.copytree(tiny, tmp_path / "run", symlinks=True)
     succeed(folder, *SMOKE, *TINY, f"method={method}", "iterations=1")

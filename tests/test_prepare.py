@@ -64,7 +64,7 @@ def source(file: Path, **settings: Any) -> JsonLines:
     )
 
 
-def test_row_that_a_template_cuts_is_named(world: World, file: Path, tmp_path: Path, report: Report) -> None:
+def test_a_row_that_a_template_cuts_is_named(world: World, file: Path, tmp_path: Path, report: Report) -> None:
     """Every row is checked; the gate checks a sample."""
     cuts = copy.deepcopy(world.tokenizer)
     cuts.chat_template = cuts.chat_template.replace("message['content']", "message['content'][:40]")
@@ -74,7 +74,7 @@ def test_row_that_a_template_cuts_is_named(world: World, file: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("way", ["cut", "drop"])
-def test_what_is_too_long_is_counted_and_said(
+def test_too_long_responses_are_counted_and_reported(
     world: World, file: Path, tmp_path: Path, report: Report, way: Any
 ) -> None:
     data = source(file, long_responses=way)
@@ -102,9 +102,7 @@ def test_what_is_too_long_is_counted_and_said(
         assert note == f"{len(long)} of {len(some)} human responses of {split} are longer than 40 tokens: {what}"
 
 
-def test_rows_that_are_dropped_are_said_and_in_the_key(
-    world: World, file: Path, tmp_path: Path, report: Report
-) -> None:
+def test_dropped_rows_are_reported_and_in_the_key(world: World, file: Path, tmp_path: Path, report: Report) -> None:
     plain = stage(world, source(file)).key
     assert stage(world, source(file, bad_rows="fail", join="+")).key == plain
     assert stage(world, source(file, bad_rows="drop")).key != plain
@@ -116,7 +114,7 @@ def test_rows_that_are_dropped_are_said_and_in_the_key(
     assert facts["unusable"] == {"response is empty": {"rows": 3, "first": f"{file}:202"}}
 
 
-def test_nothing_is_said_of_nothing(world: World, tmp_path: Path, report: Report) -> None:
+def test_nothing_is_reported_if_no_row_is_too_long(world: World, tmp_path: Path, report: Report) -> None:
     facts = stage(world, TinyWorld(train=60, validation=6, test=6)).work(tmp_path, {}, report)
     assert report.notes == []
     assert facts["train"] == {"rows": 60, "too_long": 0, "human_cut": 0}
@@ -131,7 +129,7 @@ def test_a_limit_that_drops_everything_is_named(world: World, file: Path, tmp_pa
         stage(world, source(file, max_prompt_tokens=2)).work(tmp_path / "other", {}, report)
 
 
-def test_what_becomes_of_long_responses_is_in_the_key_where_it_is_not_the_default(world: World, file: Path) -> None:
+def test_the_treatment_of_long_responses_is_in_the_key_unless_it_is_the_default(world: World, file: Path) -> None:
     assert "long_responses" not in stage(world, source(file)).settings
     assert "long_responses" not in stage(world, TinyWorld()).settings
     assert stage(world, source(file)).key != stage(world, source(file, long_responses="drop")).key

@@ -25,7 +25,7 @@ def test_a_cost_by_hand(tmp_path: Path) -> None:
     assert price.of(0, 0, batch=False) == 0.0
 
 
-def test_a_batch_costs_the_same_where_nothing_is_said(tmp_path: Path) -> None:
+def test_a_batch_costs_the_same_without_a_batch_price(tmp_path: Path) -> None:
     price = price_of("m", table(tmp_path, "m: {input: 1, output: 2}"))
     assert price == Price(1e-6, 2e-6, 1.0)
 
@@ -72,7 +72,7 @@ def test_shipped_prices(model: str, tokens_in: float, tokens_out: float, batch: 
     assert (price.input * 1e6, price.output * 1e6, price.batch) == pytest.approx((tokens_in, tokens_out, batch))
 
 
-def test_what_is_free_has_a_price(tmp_path: Path) -> None:
+def test_a_free_model_has_a_price_of_0(tmp_path: Path) -> None:
     assert price_of("m", table(tmp_path, "m: {input: 0, output: 0}")) == Price(0.0, 0.0, 1.0)
 
 
@@ -107,7 +107,7 @@ def test_the_shipped_table() -> None:
         ("ok: {input: 1, output: 1}\nm: {output: 1}", "m.input: "),
     ],
 )
-def test_a_broken_table_is_named_and_what_to_do(text: str, problem: str, tmp_path: Path) -> None:
+def test_a_broken_table_is_named_with_advice(text: str, problem: str, tmp_path: Path) -> None:
     path = table(tmp_path, text)
     with pytest.raises(SettingsError) as caught:
         price_of("m", path)
@@ -119,13 +119,13 @@ def test_a_broken_table_is_named_and_what_to_do(text: str, problem: str, tmp_pat
     )
 
 
-def test_a_table_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_table_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.yaml", tmp_path):
         with pytest.raises(SettingsError, match=r"^judge\.prices=.*expected lines"):
             price_of("m", str(path))
 
 
-def test_tokens_are_rather_too_many() -> None:
+def test_tokens_are_overestimated() -> None:
     """A third of the bytes and eight for every turn: English has four bytes a token or more."""
 
     def about(*texts: str) -> int:

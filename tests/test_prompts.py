@@ -103,7 +103,7 @@ def test_fresh_parts_of_the_tiny_world(tiny: list[Prompt]) -> None:
 
 
 @pytest.mark.parametrize("paired", [5, 60])
-def test_prompts_with_pairs_are_the_seed_where_a_part_has_them(paired: int) -> None:
+def test_prompts_with_pairs_are_the_seed_if_some_prompts_have_them(paired: int) -> None:
     rows = asked([2] * 50, paired=paired)
     seed = Seed(0.1)(rows, 0)
     assert seed == [row for row in rows if row.rejected is not None]
@@ -119,7 +119,7 @@ def test_prompts_with_pairs_are_the_seed_where_a_part_has_them(paired: int) -> N
 
 
 @pytest.mark.parametrize("paired", [0, 100])
-def test_a_share_is_the_seed_where_all_or_none_have_pairs(paired: int) -> None:
+def test_a_share_is_the_seed_if_all_or_no_prompts_have_pairs(paired: int) -> None:
     rows = asked([1] * 100, paired=paired)
     assert len(Seed(0.1)(rows, 0)) == len(Seed(0.1, pairs="share")(rows, 0)) == 10
     plain = [replace(row, rejected=None) for row in rows]

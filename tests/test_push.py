@@ -83,7 +83,7 @@ def test_policy_and_pairs_are_pushed_private_with_cards(
     assert "In 1 of them the generated response is the chosen one." in text
 
 
-def test_nothing_that_is_pushed_tells_of_this_machine(run: Any, server: Hub) -> None:
+def test_nothing_that_is_pushed_reveals_this_machine(run: Any, server: Hub) -> None:
     main([str(run.run), "push=me/good"])
     texts = {name: text.decode(errors="replace") for (*_, name), text in server.files.items()}
     for name, text in texts.items():
@@ -114,7 +114,7 @@ def test_paths_are_shortened_and_names_are_not(text: str, short: str) -> None:
     assert _shorten(text) == short
 
 
-def test_what_would_tell_of_this_machine_stops_the_push(
+def test_text_that_would_reveal_this_machine_stops_the_push(
     run: Any, server: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run.store / "pairs" / "k" / "pairs.jsonl"
@@ -125,7 +125,7 @@ def test_what_would_tell_of_this_machine_stops_the_push(
     assert server.requests == []
 
 
-def test_a_public_repository_is_only_written_if_so_asked(
+def test_a_public_repository_is_written_only_if_asked_for(
     run: Any, server: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server.private["model", "me/good"] = False
@@ -144,7 +144,7 @@ def test_a_policy_without_pairs_is_pushed_alone(run: Any, server: Hub, capsys: p
     assert not server.of("dataset", "me/good")
 
 
-def test_errors_of_the_hub_say_what_to_change(
+def test_errors_of_the_hub_give_advice(
     run: Any, server: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def told() -> str:
@@ -171,7 +171,7 @@ def test_errors_of_the_hub_say_what_to_change(
     assert server.files == {}
 
 
-def test_a_copy_stays_where_it_is_asked_for(run: Any, server: Hub, tmp_path: Path) -> None:
+def test_a_copy_is_kept_in_the_given_folder(run: Any, server: Hub, tmp_path: Path) -> None:
     main([str(run.run), f"to={tmp_path / 'copy'}", "push=me/good"])
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == sorted(server.of("model", "me/good"))
     assert [path.name for path in tmp_path.glob(".*")] == []

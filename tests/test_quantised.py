@@ -125,7 +125,7 @@ def alone(model: Any, prompt: list[int], completion: list[int]) -> Tensor:
 
 
 @KINDS
-def test_log_probabilities_are_of_the_dequantised_weights_and_all_adapters(
+def test_log_probabilities_use_the_dequantised_weights_and_all_adapters(
     kind: Quantisation, base: Path, stack: Callable[[Quantisation], Path], world: World
 ) -> None:
     folder = stack(kind)
@@ -174,7 +174,7 @@ def test_training_mode_and_evaluation_mode_give_the_same_numbers_and_gradients(
 
 
 @KINDS
-def test_earlier_adapters_stay_as_they_were(
+def test_earlier_adapters_do_not_change(
     kind: Quantisation, base: Path, stack: Callable[[Quantisation], Path], world: World, tmp_path: Path
 ) -> None:
     folder = stack(kind)
@@ -204,7 +204,7 @@ def test_earlier_adapters_stay_as_they_were(
 
 
 @KINDS
-def test_the_fingerprint_is_of_base_and_adapters(
+def test_the_fingerprint_depends_on_base_and_adapters(
     kind: Quantisation, base: Path, stack: Callable[[Quantisation], Path], world: World
 ) -> None:
     folder = stack(kind)

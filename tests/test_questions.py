@@ -229,12 +229,12 @@ def test_scores_that_are_read(reply: str, score: float) -> None:
 
 
 @pytest.mark.parametrize("reply", NO_SCORES, ids=lambda reply: ascii(reply[:30]))
-def test_replies_that_are_no_score(reply: str) -> None:
+def test_replies_without_a_score(reply: str) -> None:
     with pytest.raises(ValueError, match=r"in the reply$"):
         read_score(reply)
 
 
-def test_a_refused_score_says_why() -> None:
+def test_a_refused_score_has_a_reason() -> None:
     def said(reply: str) -> str:
         with pytest.raises(ValueError, match="reply") as caught:
             read_score(reply)
@@ -380,7 +380,7 @@ def test_expected_score_by_hand() -> None:
     assert read_expected_score([twice]) == pytest.approx(50.0)
 
 
-def test_expected_score_of_one_sure_token_is_that_number() -> None:
+def test_expected_score_of_one_certain_token_is_its_number() -> None:
     for number in (0, 7, 100):
         assert read_expected_score([{str(number): 0.0}]) == number
         assert read_expected_score([{str(number): 1e-6, "50": -math.inf}]) == number
@@ -408,7 +408,7 @@ def test_expected_score_of_one_sure_token_is_that_number() -> None:
         ([{"80": -1.0, "90": math.nan}], "no probability"),
     ],
 )
-def test_what_gives_no_expected_score(tokens: list[dict[str, float]], problem: str) -> None:
+def test_tokens_without_an_expected_score(tokens: list[dict[str, float]], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         read_expected_score(tokens)
 
@@ -438,7 +438,7 @@ def test_expected_winner_by_hand() -> None:
         [{"A": -9999.0}],
     ],
 )
-def test_what_gives_no_expected_winner(tokens: list[dict[str, float]]) -> None:
+def test_tokens_without_an_expected_winner(tokens: list[dict[str, float]]) -> None:
     with pytest.raises(ValueError, match="neither A"):
         read_expected_winner(tokens)
 
@@ -492,7 +492,7 @@ def test_no_response_closes_its_own_frame(mode: Mode) -> None:
     assert user.count(f" {mark}>") == 2 * frames
 
 
-def test_a_mark_that_happens_to_stand_in_a_text_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mark_that_occurs_in_a_text_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A response that contains its own hash is hard to find, so the test makes the hash collide."""
     template = Template(SHIPPED / "score.yaml", "score")
     plain = mark_of(template.messages(TALK, "fine"))
@@ -514,7 +514,7 @@ JINJA = "{{ 7*7 }}{% raw %}{# #}{{ mark }}{{ conversation.__class__ }}{% for i i
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_responses_say_in_jinja_stays_as_it_is(mode: Mode) -> None:
+def test_jinja_in_responses_is_not_rendered(mode: Mode) -> None:
     template = Template(SHIPPED / f"{mode}.yaml", mode)
     text = template.messages([{"role": "user", "content": JINJA}], JINJA, JINJA)[-1]["content"]
     assert text.count(JINJA) == (2 if mode == "score" else 3)
@@ -578,7 +578,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("text", "problem"), FAULTS.items(), ids=lambda text: ascii(text[:50]))
-def test_a_faulty_template_is_named_and_what_to_do(text: str, problem: str, tmp_path: Path) -> None:
+def test_a_faulty_template_is_named_with_advice(text: str, problem: str, tmp_path: Path) -> None:
     path = write(tmp_path, text)
     with pytest.raises(SettingsError) as caught:
         Template(path, "score")
@@ -676,7 +676,7 @@ def test_scores_come_in_the_order_of_the_responses(tmp_path: Path) -> None:
     ]
 
 
-def test_nothing_is_asked_twice_but_what_failed(tmp_path: Path) -> None:
+def test_only_failed_questions_are_asked_twice(tmp_path: Path) -> None:
     prompts, responses = rows("one", "two", "three")
     judge = Rule({"one": 1.0, "two": None, "three": 3.0})
     twice = [*responses, replace(responses[0], source="policy@9")]
@@ -704,7 +704,7 @@ def test_a_reported_failure_without_reason_is_not_asked(tmp_path: Path) -> None:
     assert ask(Idle({}), prompts, responses, tmp_path) == [Verdict("0", "policy@0", None, "not asked")]
 
 
-def test_the_template_decides_what_is_known(tmp_path: Path) -> None:
+def test_another_template_asks_other_questions(tmp_path: Path) -> None:
     """A changed template is another question even with the same version."""
     prompts, responses = rows("one")
     text = "{{ conversation }}\n{{ response }}\n"
@@ -717,7 +717,7 @@ def test_the_template_decides_what_is_known(tmp_path: Path) -> None:
         assert len(judge.asked) == asked, number
 
 
-def test_identity_follows_what_decides_and_nothing_else(tmp_path: Path) -> None:
+def test_the_identity_has_only_what_decides_answers(tmp_path: Path) -> None:
     plain = Rule({}).identity()
     assert plain == Rule({"one": 1.0}, unit=None, max_unscored=0.1).identity()
     assert plain != Rule({}, "pairwise").identity()
@@ -856,7 +856,7 @@ def test_a_forecast_is_what_is_asked(tmp_path: Path) -> None:
 # --- too many failures
 
 
-def test_as_many_failures_as_allowed_and_no_more(tmp_path: Path) -> None:
+def test_the_allowed_number_of_failures_is_exact(tmp_path: Path) -> None:
     prompts, responses = rows(*(f"text {n}" for n in range(50)))
     with Ledger(tmp_path / "ledger.sqlite", "run") as ledger:
         values: dict[str, float | None] = {f"text {n}": 1.0 for n in range(49)}
@@ -866,7 +866,7 @@ def test_as_many_failures_as_allowed_and_no_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("scores", "noted"), [([7.0] * 30, True), ([7.0] * 29 + [8.0], False), ([7.0] * 10, False)])
-def test_a_judge_that_tells_nothing_apart_is_noted(scores: list[float], noted: bool, tmp_path: Path) -> None:
+def test_a_judge_that_gives_equal_scores_is_reported(scores: list[float], noted: bool, tmp_path: Path) -> None:
     """Responses without a score do not hide it; a few equal scores are normal."""
     prompts, responses = rows(*(f"text {n}" for n in range(len(scores) + 1)))
     report = Report()
@@ -876,7 +876,7 @@ def test_a_judge_that_tells_nothing_apart_is_noted(scores: list[float], noted: b
     assert any("have the same score, 7:" in note for note in report.notes) == noted
 
 
-def test_the_commonest_reasons_are_named() -> None:
+def test_the_most_common_reasons_are_named() -> None:
     said = too_many(6, 10, 0.25, ["b", "a", "a", "c", "a", "b"])
     assert "3 × a; 2 × b; 1 × c" in said
     assert "max_unscored=0.25" in said

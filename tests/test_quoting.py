@@ -32,7 +32,7 @@ def test_the_way_to_quote_is_shown_and_works(place: str, value: str, tmp_path: P
         assert again.returncode == 0
 
 
-def test_a_number_is_no_path(tmp_path: Path) -> None:
+def test_a_number_is_not_a_path(tmp_path: Path) -> None:
     for value in ("2024", "true"):
         done = train(tmp_path, "data=jsonl", "plan=true", f"data.path={value}")
         assert """a text that looks like something else is quoted: 'data.path="…"'""" in done.stderr
@@ -44,7 +44,7 @@ def test_other_commands_show_it_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("argument", ["hello", "a..b=c=d", "=x"])
-def test_what_no_quotes_can_mend(argument: str, tmp_path: Path) -> None:
+def test_errors_that_quotes_cannot_fix(argument: str, tmp_path: Path) -> None:
     assert quote(argument) is None
     done = train(tmp_path, argument)
     assert done.returncode == 1

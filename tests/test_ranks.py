@@ -147,7 +147,7 @@ CASES = [
 ]
 
 
-def test_two_processes_train_as_one(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     pairs = world.pairs(22)
     ones = train_each(CASES, make_policy(), pairs, tmp_path / "one")
     first, second = succeed(2, train_each, CASES, make_policy(), pairs, tmp_path / "two")
@@ -178,7 +178,7 @@ SHARDED = [
 ]
 
 
-def test_processes_that_share_the_weights_train_as_one(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_processes_that_share_the_weights_train_like_one(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     pairs = world.pairs(22)
     alone = [replace(case, settings={**case.settings, "parallel": "replicated"}) for case in SHARDED]
     ones = train_each(alone, make_policy(), pairs, tmp_path / "one")
@@ -244,7 +244,7 @@ def raised_by(attempt: Callable[[], Any]) -> Exception:
     raise AssertionError("nothing is raised")
 
 
-def test_what_fails_on_one_rank_is_raised_on_all_by_its_name(
+def test_an_error_on_one_rank_is_raised_on_all_with_its_name(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
     pairs = world.pairs(22)

@@ -72,7 +72,7 @@ def test_settings_of_a_recipe_are_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_method_with_a_labeller_and_an_objective_of_its_own(finished: Path) -> None:
+def test_a_method_with_its_own_labeller_and_objective(finished: Path) -> None:
     table = run(finished, "method")
     assert table[1]["pairs/flipped"] == 0, "before acts_from labels are by origin"
     assert table[2]["pairs/flipped"] > 0

@@ -81,7 +81,7 @@ def test_round_trip(tmp_path: Path, kind: type[Any], rows: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "rows"), KINDS, ids=lambda value: getattr(value, "__name__", ""))
-def test_no_rows_keep_the_schema(tmp_path: Path, kind: type[Any], rows: list[Any]) -> None:
+def test_a_file_without_rows_keeps_the_schema(tmp_path: Path, kind: type[Any], rows: list[Any]) -> None:
     """A file of no rows has every column with its type, so that files with and without rows can be read together."""
     write(tmp_path / "none.parquet", [], kind)
     write(tmp_path / "some.parquet", rows, kind)
@@ -174,7 +174,7 @@ def test_read_all_keeps_the_order_given(tmp_path: Path) -> None:
     assert read_all([tmp_path / f"{name}.parquet" for name in parts], Verdict) == VERDICTS
 
 
-def test_means_over_steps_weigh_rows() -> None:
+def test_means_over_steps_weight_by_rows() -> None:
     """Rows have equal weights in steps of every size; steps without the metric are ignored."""
     steps = [{"a": 1.0, "rows": 3.0}, {"a": 5.0, "b": 2.0, "rows": 1.0}, {"rows": 9.0}]
     assert mean_over_steps(steps, "a") == 2.0

@@ -74,7 +74,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize(("shard", "tokens"), [(1024, 8192), (1024, 150), (7, 8192), (16, 150)])
-def test_scores_are_those_of_each_response_alone(
+def test_scores_equal_those_of_each_response_alone(
     shard: int, tokens: int, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the order of the pairs, though they are computed by length, with shared prompts and in shards."""
@@ -94,7 +94,7 @@ def test_scores_are_those_of_each_response_alone(
     assert [row.pair for row in first] != list(range(len(first))), "the order was undone, not kept by chance"
 
 
-def test_scoring_leaves_the_policy_as_it_was(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_scoring_does_not_change_the_policy(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     policy = make_policy()
     policy.model.train()
     before, state = policy.fingerprint(), torch.get_rng_state()
@@ -105,7 +105,7 @@ def test_scoring_leaves_the_policy_as_it_was(make_policy: MakePolicy, world: Wor
     assert all(p.requires_grad and p.grad is None for p in policy.model.parameters())
 
 
-def test_scores_under_autocast_are_of_bf16_products(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_scores_under_autocast_use_bf16_products(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     """In the precision of the training, not in that of a float32 policy."""
     policy, pairs = make_policy(), world.pairs(12)
     for autocast in (False, True):
@@ -180,7 +180,7 @@ def test_scores_that_do_not_belong_to_the_pairs_are_refused(
 
 
 @pytest.mark.parametrize(("shard", "tokens"), [(1024, 8192), (1024, 150), (7, 8192), (16, 150)])
-def test_hidden_states_come_back_as_they_were(
+def test_hidden_states_are_read_back_unchanged(
     shard: int, tokens: int, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any pairs in any order, also repeated, across shards, and without tokens."""
@@ -227,14 +227,14 @@ def test_hidden_states_have_the_type_of_the_products(make_policy: MakePolicy, wo
             assert (found - directly).norm() < 0.5 * (found - otherwise).norm()
 
 
-def test_reading_does_not_load_what_is_not_asked_for(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_reading_loads_only_the_requested_rows(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
     """Shards are memory-mapped: a pair is read as a copy of its rows, not as a view that keeps the whole shard."""
     keep_hidden(make_policy(), world.pairs(60), autocast=False, required=True, folder=tmp_path, report=Report())
     found = KeptHidden(tmp_path)([4, 9])
     assert found.untyped_storage().nbytes() == found.nbytes
 
 
-def test_the_size_is_said_before_anything_is_written(
+def test_the_size_is_reported_before_anything_is_written(
     make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = Report()
@@ -249,7 +249,7 @@ def test_the_size_is_said_before_anything_is_written(
     assert seen[0] == report.notes
 
 
-def test_a_full_disk_is_an_error_where_they_are_required_and_a_reason_where_not(
+def test_a_full_disk_is_an_error_only_if_hidden_states_are_required(
     make_policy: MakePolicy, world: World, tmp_path: Path, disk: Callable[[int], None]
 ) -> None:
     """A gigabyte stays free. Nothing is computed or written before the space is checked."""
@@ -361,7 +361,7 @@ def test_runs_share_the_reference_of_their_policy_and_pairs(make_policy: MakePol
     assert len(others | alphas) == 4
 
 
-def test_what_changes_rounding_alone_is_in_no_key(make_policy: MakePolicy, world: World) -> None:
+def test_settings_that_change_only_rounding_are_in_no_key(make_policy: MakePolicy, world: World) -> None:
     """Settings of memory and time are not in the key; settings that change the result are."""
     given = partial(run_of, world, make_policy)
 
@@ -429,7 +429,7 @@ def test_one_epoch_reads_nothing_twice(make_policy: MakePolicy, world: World, tm
         assert len(report.notes) == kept, name
 
 
-def test_no_room_for_the_hidden_cache(
+def test_no_disk_space_for_the_hidden_cache(
     make_policy: MakePolicy, world: World, tmp_path: Path, disk: Callable[[int], None]
 ) -> None:
     """auto continues without and reports it; on is refused with a message before the training."""

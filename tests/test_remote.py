@@ -97,7 +97,7 @@ def objects(address: str) -> list[Path]:
 # --- what is there is not computed again ------------------------------------------------------------------------------
 
 
-def test_what_one_machine_computed_the_next_one_fetches(address: str, tmp_path: Path) -> None:
+def test_stages_of_one_machine_are_fetched_by_the_next(address: str, tmp_path: Path) -> None:
     done: list[str] = []
     data = stage(name="prepare", work=counting(done, "prompts"))
     made = stage(work=counting(done), inputs={"data": data})
@@ -113,7 +113,7 @@ def test_what_one_machine_computed_the_next_one_fetches(address: str, tmp_path: 
     assert not [path for path in (tmp_path / "other" / ".fetched").rglob("*") if path.is_file()]
 
 
-def test_what_was_computed_before_is_published_and_what_is_missing_is_fetched(address: str, tmp_path: Path) -> None:
+def test_existing_stages_are_published_and_missing_ones_are_fetched(address: str, tmp_path: Path) -> None:
     """As after a run without a remote store, or with an unreachable one."""
     done: list[str] = []
     a, b = stage(name="sft", work=counting(done)), stage(name="judge", work=counting(done))
@@ -130,7 +130,7 @@ def test_what_was_computed_before_is_published_and_what_is_missing_is_fetched(ad
     assert len(said) == 1
 
 
-def test_exactly_one_of_eight_writers_is_the_first(address: str, tmp_path: Path) -> None:
+def test_exactly_one_of_eight_writers_wins(address: str, tmp_path: Path) -> None:
     """Their files differ, as may happen between machines; the fetched files are all from one machine."""
     made = stage()
     stores = []
@@ -211,9 +211,7 @@ Remote(address).publish(name, manifest(Path(folder)), Path(folder))
 """
 
 
-def test_kill_9_in_the_middle_of_publishing_leaves_nothing_that_passes_for_a_stage(
-    address: str, tmp_path: Path
-) -> None:
+def test_kill_9_while_publishing_leaves_no_incomplete_stage(address: str, tmp_path: Path) -> None:
     made = stage(work=counting([]))
     one = Store(tmp_path / "one")
     folder, name = one.get(made, Quiet()), f"generate/{made.key}"
@@ -228,7 +226,7 @@ def test_kill_9_in_the_middle_of_publishing_leaves_nothing_that_passes_for_a_sta
 
 
 @pytest.mark.parametrize("damage", ["bytes", "missing", "manifest"])
-def test_what_is_damaged_is_named_and_computed_again(damage: str, tmp_path: Path) -> None:
+def test_damaged_stages_are_named_and_computed_again(damage: str, tmp_path: Path) -> None:
     done: list[str] = []
     address = f"file://{tmp_path / 'remote'}"
     made = stage(work=counting(done))
@@ -299,7 +297,7 @@ def failing() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("how", ["refused", "no bucket", "no credentials", "errors", "silent"])
-def test_a_remote_store_that_goes_away_is_one_warning(
+def test_a_remote_store_that_becomes_unreachable_gives_one_warning(
     how: str,
     behind_http: str,
     server: ThreadedMotoServer,
@@ -350,7 +348,7 @@ def test_a_remote_store_that_goes_away_is_one_warning(
         *(f"s3://somebody:{SECRET}@lab/dnpo", f"s3://lab/dnpo?key={SECRET}", f"s3://{SECRET}@lab"),
     ],
 )
-def test_an_address_that_cannot_be_used_is_refused_by_the_settings_name(address: str, tmp_path: Path) -> None:
+def test_an_unusable_address_is_refused_by_the_settings_name(address: str, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"store\.remote") as error:
         Remote(address)
     assert SECRET not in str(error.value)
@@ -367,7 +365,7 @@ def test_a_manifest_cannot_write_outside_its_folder(tmp_path: Path) -> None:
         remote.fetch("generate/0", content, tmp_path / "a")
 
 
-def test_the_commands_know_a_remote_store(address: str, tmp_path: Path) -> None:
+def test_the_store_commands_work_with_a_remote_store(address: str, tmp_path: Path) -> None:
     made = stage(work=counting([]))
     machine(tmp_path / "store", address).get(made, Quiet())
     listed = run_command(tmp_path, "dnpo.commands.store", "list", "--remote", address)
@@ -428,7 +426,7 @@ def test_a_run_on_another_machine_computes_nothing(
 
 
 @pytest.mark.long
-def test_runs_side_by_side_on_two_machines_compute_each_stage_once(tmp_path: Path) -> None:
+def test_simultaneous_runs_on_two_machines_compute_each_stage_once(tmp_path: Path) -> None:
     """A stage that was fetched has the manifest of the machine that computed it."""
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
@@ -447,7 +445,7 @@ def test_runs_side_by_side_on_two_machines_compute_each_stage_once(tmp_path: Pat
 
 
 @pytest.mark.long
-def test_a_run_goes_on_when_its_remote_store_goes_away(
+def test_a_run_continues_when_its_remote_store_becomes_unreachable(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [sys.executable, "-m", "moto.server", "-p", "0"]

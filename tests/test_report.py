@@ -223,7 +223,7 @@ def paired_runs(lab: Lab, seeds: Sequence[int], groups: Mapping[str, float]) -> 
     return found
 
 
-def test_a_sweep_is_compared_over_items_and_seeds_with_a_star_where_the_corrected_test_says_so(lab: Lab) -> None:
+def test_a_sweep_is_compared_over_items_and_seeds_with_stars_by_the_corrected_test(lab: Lab) -> None:
     found = paired_runs(lab, (0, 1, 2), {"spin": 0.0, "dnpo": 10.0, "npo": 0.0})
     text, page = lab.page("main")
     check_harmless(page)
@@ -244,14 +244,14 @@ def test_a_sweep_is_compared_over_items_and_seeds_with_a_star_where_the_correcte
     assert "Missing:" not in page.text
 
 
-def test_of_one_seed_that_is_said(lab: Lab) -> None:
+def test_a_sweep_of_one_seed_is_reported_as_such(lab: Lab) -> None:
     paired_runs(lab, (4,), {"spin": 0.0, "dnpo": 10.0})
     _, page = lab.page("main")
     assert "only one seed" in page.text
     assert "one seed: the interval is over items only" in page.text
 
 
-def test_of_a_half_finished_sweep_what_is_missing_is_listed(lab: Lab) -> None:
+def test_missing_jobs_of_an_unfinished_sweep_are_listed(lab: Lab) -> None:
     paired_runs(lab, (0, 1), {"spin": 0.0})
     for seed, status in ((0, "FINISHED"), (1, "FAILED")):
         table = [{"iteration": k, "eval/score": 60.0} for k in (0, 1)] if status == "FINISHED" else None
@@ -272,7 +272,7 @@ def test_a_sweep_without_a_finished_run_has_a_page(lab: Lab) -> None:
     assert "No finished run has a result yet." in page.text
 
 
-def test_a_branching_sweep_counts_the_last_iteration_of_each_run_alone(lab: Lab) -> None:
+def test_a_branching_sweep_counts_only_the_last_iteration_of_each_run(lab: Lab) -> None:
     for iterations in (2, 3):
         for method, score in (("spin", 50.0), ("dsl", 60.0)):
             for seed in (0, 1):
@@ -294,7 +294,7 @@ def test_a_branching_sweep_counts_the_last_iteration_of_each_run_alone(lab: Lab)
     assert not groups.missing
 
 
-def test_runs_are_told_apart_by_as_few_settings_as_do_and_a_rerun_counts_once(lab: Lab) -> None:
+def test_runs_are_labelled_by_the_fewest_settings_and_a_rerun_counts_once(lab: Lab) -> None:
     for alpha in (0.01, 0.1):
         for seed in (0, 1, 1):
             # values that follow from the seed, or are paths, do not distinguish runs
@@ -341,7 +341,7 @@ def test_the_response_to_a_setting_is_a_curve_for_each_of_the_other_settings(lab
     )
 
 
-def test_of_a_random_search_every_setting_gets_its_points(lab: Lab) -> None:
+def test_a_random_search_is_shown_as_points_for_each_setting(lab: Lab) -> None:
     search(
         lab,
         [{"npo.alpha": 0.02, "sft.lr": 3e-4}, {"npo.alpha": 0.5, "sft.lr": 1e-4}, {"npo.alpha": 0.1, "sft.lr": 2e-4}],
@@ -355,7 +355,7 @@ def test_of_a_random_search_every_setting_gets_its_points(lab: Lab) -> None:
     assert all(not each.joined for each in find_responses(groups, MEASURES[0], Items()))
 
 
-def test_the_run_of_a_sweep_gets_the_mean_of_each_of_its_settings_and_the_best(lab: Lab) -> None:
+def test_a_sweeps_tracked_run_has_the_mean_of_each_setting_and_the_best(lab: Lab) -> None:
     search(lab, [{"npo.alpha": alpha} for alpha in (0.1, 1.0)])
     groups = group_runs(Database(lab.uri).runs(sweeps=["search"]))
     compared = [each for m in MEASURES if (each := compare(groups, m, Items())) is not None]
@@ -367,7 +367,7 @@ def test_the_run_of_a_sweep_gets_the_mean_of_each_of_its_settings_and_the_best(l
     catalogue.check(found[0])
 
 
-def test_an_unfinished_run_gets_a_page_of_what_is_known(lab: Lab) -> None:
+def test_an_unfinished_run_gets_a_page_with_its_numbers_so_far(lab: Lab) -> None:
     metrics = {"eval/score": [40.0, 45.5], "iteration/loss/policy": [0.7], "loss/policy": [0.71, 0.69, 0.66]}
     lab.run("method=dnpo", None, tags={"stage.prompts": "abc123"}, status="FAILED", metrics=metrics)
     run = Database(lab.uri).runs()[0]
@@ -451,7 +451,7 @@ def hostile(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("which", ["sweep", "run", "failed"])
-def test_whatever_runs_bring_along_is_text(lab: Lab, which: str) -> None:
+def test_all_content_of_runs_is_shown_as_text(lab: Lab, which: str) -> None:
     hostile(lab)
     runs = Database(lab.uri).runs()
     given = {"sweep": "evil", "run": runs[0].id, "failed": runs[2].id}[which]
@@ -473,7 +473,7 @@ def test_whatever_runs_bring_along_is_text(lab: Lab, which: str) -> None:
         assert "+1 to +2" in page.text
 
 
-def test_a_browser_runs_nothing_and_asks_for_nothing(lab: Lab) -> None:
+def test_a_browser_runs_no_script_and_requests_nothing(lab: Lab) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -500,7 +500,7 @@ def test_a_browser_runs_nothing_and_asks_for_nothing(lab: Lab) -> None:
     assert width <= 390
 
 
-def test_numbers_times_and_addresses_read_well() -> None:
+def test_numbers_times_and_addresses_are_readable() -> None:
     assert [number(v, "+.1f") for v in (1.25, -2.0, None, float("nan"), "text")] == ["+1.2", "−2.0", "–", "–", "–"]
     assert [duration(s) for s in (None, 0.42, 59.6, 61, 3600, 7500)] == [
         *("–", "0.4 s", "1 min", "1 min 1 s", "1 h 0 min", "2 h 5 min"),
@@ -513,7 +513,7 @@ def test_numbers_times_and_addresses_read_well() -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_there_is_said_with_exit_status_1(
+def test_missing_runs_are_reported_with_exit_status_1(
     lab: Lab, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     lab.run("seed=0", [{"iteration": 0}], sweep="main")
@@ -536,7 +536,7 @@ def test_what_is_not_there_is_said_with_exit_status_1(
     assert "expected a file that can be written" in capsys.readouterr().err
 
 
-def test_the_beginning_of_an_id_has_to_be_one_runs(lab: Lab) -> None:
+def test_the_beginning_of_an_id_has_to_be_unique(lab: Lab) -> None:
     for seed in range(17):  # two of them begin with the same letter
         lab.run(f"seed={seed}", None, seed=seed)
     database = Database(lab.uri)

@@ -111,7 +111,7 @@ def test_points() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_scores_are_those_of_the_model_alone(world: World, tmp_path: Path, batch_size: int) -> None:
+def test_scores_equal_those_of_the_model_alone(world: World, tmp_path: Path, batch_size: int) -> None:
     """Single rows in transformers give the same rewards as the batches, in the order of the responses."""
     folder = llama(world, tmp_path / "rm")
     prompts, responses = rows()
@@ -144,7 +144,7 @@ def test_a_pair_of_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["turns", "pair"])
-def test_what_is_rewarded_cannot_be_a_turn(world: World, tmp_path: Path, kind: str) -> None:
+def test_a_scored_text_cannot_start_a_turn(world: World, tmp_path: Path, kind: str) -> None:
     """Special tokens are only the template's or the tokenizer's, at their places, for every text."""
     folder = llama(world, tmp_path / "rm") if kind == "turns" else bert(tmp_path / "rm")
     model = load(Weights(str(folder), None, None), "float32", "cpu", None)
@@ -181,7 +181,7 @@ def test_without_a_padding_token_rows_are_read_one_by_one(world: World, tmp_path
         assert one.score == pytest.approx(other.score, abs=1e-3)
 
 
-def test_what_does_not_fit_is_not_cut(world: World, tmp_path: Path) -> None:
+def test_texts_longer_than_the_context_are_not_cut(world: World, tmp_path: Path) -> None:
     prompts, responses = rows(["yes", "no " * 200])
     assert not Reward(path=str(llama(world, tmp_path / "rm")), device="cpu").prompts_seen
     assert (
@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_not_cut(world: World, tmp_path: Path) -> None:
     assert "longer than the 96 tokens" in said[1].reason
 
 
-def test_a_reward_that_is_no_number(world: World, tmp_path: Path) -> None:
+def test_a_reward_that_is_nan_is_refused(world: World, tmp_path: Path) -> None:
     folder = llama(world, tmp_path / "rm")
     model = LlamaForSequenceClassification.from_pretrained(folder)
     torch.nn.init.constant_(model.score.weight, 3e38)  # finite, but its sums are not
@@ -202,7 +202,7 @@ def test_a_reward_that_is_no_number(world: World, tmp_path: Path) -> None:
     assert (verdict.score, verdict.reason) == (None, "the reward is not a finite number")
 
 
-def test_what_is_no_reward_model(world: World, tmp_path: Path) -> None:
+def test_models_that_are_not_reward_models_are_refused(world: World, tmp_path: Path) -> None:
     causal = Reward(path=str(llama(world, tmp_path / "causal", LlamaForCausalLM)), device="cpu")
     with pytest.raises(ModelError, match=r"missing.*\(score\.weight\).*Without a trained output.*reward fit "):
         verdicts(causal, *rows())
@@ -218,7 +218,7 @@ def test_what_is_no_reward_model(world: World, tmp_path: Path) -> None:
         Reward(path=str(tmp_path / "two"), device="cpu")
 
 
-def test_identity_is_of_contents(world: World, tmp_path: Path) -> None:
+def test_the_identity_depends_on_contents(world: World, tmp_path: Path) -> None:
     folder = llama(world, tmp_path / "rm")
     shutil.copytree(folder, tmp_path / "copy")
     one = Reward(path=str(folder), device="cpu").identity()
@@ -264,7 +264,7 @@ def test_forms_of_preferences(tmp_path: Path) -> None:
         assert Preference([user], "yes", "no") in found
 
 
-def test_conversations_are_on_one_side(tmp_path: Path) -> None:
+def test_a_conversation_is_in_one_split(tmp_path: Path) -> None:
     """The split depends on the conversation alone, so that rows with one prompt stay together and adding moves none."""
     data = preferences(tmp_path / "p.jsonl")
     train, held = data.read()
@@ -300,7 +300,7 @@ def test_bad_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
         Preferences(path=str(path)).read()
 
 
-def test_one_side_without_rows(tmp_path: Path) -> None:
+def test_a_split_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.holdout=0: .*held-out"):
         Preferences(path=str(preferences(tmp_path / "p.jsonl").path), holdout=0.0).read()
     with pytest.raises(DataError, match=r"data\.path=.*No such file"):

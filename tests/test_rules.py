@@ -123,7 +123,7 @@ def test_a_response_cannot_ask_for_points(text: str, boast: str) -> None:
     assert boasting < plain
 
 
-def test_no_answer_no_score() -> None:
+def test_without_an_answer_there_is_no_score() -> None:
     """A prompt that cannot be judged gets no score and a reason, not zero points."""
     (verdict,) = verdicts(Rules(), [ask(None, "3")], [say("It is 7.")])
     assert verdict.score is None
@@ -177,11 +177,11 @@ def test_correct(answer: str, text: str, right: bool) -> None:
     assert correct(ask(answer), text) == right
 
 
-def test_a_decimal_point_is_no_full_stop() -> None:
+def test_a_decimal_point_is_not_a_full_stop() -> None:
     assert verdicts(Rules(), [ask("2.5")], [say("It is 2.5.")])[0].score == 100.0
 
 
-def test_accepts() -> None:
+def test_data_without_answers_is_refused() -> None:
     """Before any computation, data without answers is refused, with their number, the first one, and a solution."""
     assert Rules().accepts([]) is None
     assert Rules().accepts([SUM, FACT]) is None
@@ -209,7 +209,7 @@ def test_what_a_response_states_is_what_follows_its_last_marker() -> None:
     assert read_answer("") == ""
 
 
-def test_correctness_alone_does_not_see_form_or_completeness() -> None:
+def test_correctness_ignores_form_and_completeness() -> None:
     prompt = Prompt("a", [{"role": "user", "content": "2 + 3?"}], "5", answer="5", needs=["sum"])
     texts = ["The sum is 5.", "it is 5", "The sum is 6."]
     responses = [Response("a", "x", text, [], 0, "eos") for text in texts]

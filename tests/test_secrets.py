@@ -55,7 +55,7 @@ def test_a_secret_is_found_and_not_repeated(name: str, value: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), HARMLESS)
-def test_what_holds_no_secret_passes(name: str, value: str) -> None:
+def test_values_without_a_secret_pass(name: str, value: str) -> None:
     assert found(name, value) == []
     assert found(name, value, f"++{name}={value}") == []
 
@@ -71,7 +71,7 @@ def test_what_holds_no_secret_passes(name: str, value: str) -> None:
         ("dnpo.commands.leaderboard", [f"tracking.uri=postgresql://me:{PLANTED}@host/db"]),
     ],
 )
-def test_no_command_writes_it(module: str, arguments: list[str], tmp_path: Path) -> None:
+def test_no_command_writes_a_secret(module: str, arguments: list[str], tmp_path: Path) -> None:
     done = run_command(tmp_path, module, *arguments)
     assert done.returncode == 1
     assert "written into files of the run" in done.stderr

@@ -79,7 +79,7 @@ def eager(policy: Policy, one_in: int = 3) -> Policy:
 
 
 @pytest.mark.parametrize("length", [1, 3, 6])
-def test_what_is_before_and_after_a_segment_stays(make_policy: MakePolicy, world: World, length: int) -> None:
+def test_tokens_before_and_after_a_segment_are_kept(make_policy: MakePolicy, world: World, length: int) -> None:
     policy, report = eager(make_policy()), Report()
     rows, counts = go(policy, world.prompts, world.human, length, report=report)
     assert [row.id for row in rows] == [p.id for p in world.prompts], "a random policy never writes as people do"
@@ -96,7 +96,7 @@ def test_what_is_before_and_after_a_segment_stays(make_policy: MakePolicy, world
     }
 
 
-def test_text_and_log_probability_are_of_all_tokens(make_policy: MakePolicy, world: World) -> None:
+def test_text_and_log_probability_cover_all_tokens(make_policy: MakePolicy, world: World) -> None:
     """The text is that of the tokens, and the log-probability that of the model alone in float64."""
     policy = make_policy()
     rows, _ = go(policy, world.prompts[:20], world.human)
@@ -123,7 +123,7 @@ def test_only_a_segment_at_the_end_is_ended(make_policy: MakePolicy, world: Worl
     assert {row.finish for row, end in zip(rows, ends, strict=True) if not end} == {"length"}
 
 
-def test_tokens_are_kept_that_no_tokenizer_would_give(make_policy: MakePolicy, world: World) -> None:
+def test_tokens_that_differ_from_the_tokenizers_are_kept(make_policy: MakePolicy, world: World) -> None:
     """Human tokens that differ from the tokenisation of their text are returned unchanged."""
     letters = {world.tokenizer.decode([i]): i for i in range(len(world.tokenizer))}
     ids = [*(letters[letter] for letter in "minusequals"), world.tokenizer.eos_token_id]
@@ -148,7 +148,7 @@ def test_segments_begin_anywhere_with_equal_probability(seed: int, tokens: int, 
     assert abs(chi - (tokens - 1)) < 4 * (2 * (tokens - 1)) ** 0.5, "4 standard deviations of the chi-square"
 
 
-def test_a_cut_is_of_all_tokens_in_order() -> None:
+def test_each_cut_has_all_tokens_in_order() -> None:
     for tokens, length in product(range(1, 12), range(1, 14)):
         response = Response(f"row-{tokens}", "human", "", list(range(tokens)), tokens, "eos")
         parts = cut(response, length, 5)
@@ -243,7 +243,7 @@ def own_words(policy: Policy, world: World) -> list[Response]:
     return [replace(old, token_ids=[*new, end], tokens=13) for old, new in zip(world.human, ids, strict=True)]
 
 
-def test_a_segment_that_comes_out_as_it_was_is_drawn_again(make_policy: MakePolicy, world: World) -> None:
+def test_an_unchanged_segment_is_drawn_again(make_policy: MakePolicy, world: World) -> None:
     """Greedy decoding gives the human response every time here: it is drawn 8 times more, then dropped."""
     policy = lively(make_policy())
     human = own_words(policy, world)
@@ -260,7 +260,7 @@ def test_a_segment_that_comes_out_as_it_was_is_drawn_again(make_policy: MakePoli
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}, {"max_tokens": 9}])
-def test_draws_are_those_of_one_after_the_other(
+def test_draws_equal_those_made_one_after_the_other(
     make_policy: MakePolicy, world: World, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each draw computed alone; also if memory holds the logits of only a few tokens."""
@@ -359,7 +359,7 @@ def score(policy: Policy, starts: list[list[int]], side: list[list[int]]) -> lis
     return found
 
 
-def test_what_is_before_a_segment_cancels_in_the_margin_and_not_in_means(make_policy: MakePolicy, world: World) -> None:
+def test_tokens_before_a_segment_cancel_in_margins_but_not_in_means(make_policy: MakePolicy, world: World) -> None:
     """Scored as part of the responses, and as part of the prompts."""
     policies = make_policy(), make_policy(seed=1)
     prompts, human = world.prompts[:60], world.human[:60]

@@ -92,7 +92,7 @@ def test_unknown_key_without_near_match_lists_all() -> None:
     assert text == "part.zzz: unknown setting. Known: part.rate, part.width."
 
 
-def test_positional_parameters_are_no_settings() -> None:
+def test_positional_parameters_are_not_settings() -> None:
     """Arguments that the run passes (a folder, a model) cannot be set."""
     assert message(lambda: outer(folder="/")).startswith("part.folder: unknown setting.")
 
@@ -213,7 +213,7 @@ def test_out_of_range(wrong: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_ends_of_ranges_are_accepted(right: dict[str, Any]) -> None:
+def test_endpoints_of_ranges_are_accepted(right: dict[str, Any]) -> None:
     """Every documented value is accepted and returned unchanged."""
     assert outer(**right) == {"_target_": OUTER, **right}
 
@@ -344,7 +344,7 @@ def test_check_values_of_a_function_without_prefix() -> None:
     assert message(lambda: check_values("", run, {})) == "seed: needs a value; give seed=…"
 
 
-def test_nearest() -> None:
+def test_suggestions_of_nearest_names() -> None:
     """Similar words, all words, or none; private ones are never suggested."""
     assert nearest("alhpa", ["alpha", "beta"], "npo") == " Did you mean npo.alpha?"
     assert nearest("xyz", ["beta", "alpha", "_target_"]) == " Known: alpha, beta."
@@ -389,7 +389,7 @@ except ImportError:
 """
 
 
-def test_training_needs_no_more_than_torch_transformers_peft_and_lightning() -> None:
+def test_training_needs_only_torch_transformers_peft_and_lightning() -> None:
     """On a borrowed machine nothing else may be installed."""
     found = subprocess.run(
         [sys.executable, "-c", BARE], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -397,7 +397,7 @@ def test_training_needs_no_more_than_torch_transformers_peft_and_lightning() -> 
     assert found.stdout.strip().splitlines()[-1:] == ["bare"], found.stderr[-2000:]
 
 
-def test_a_run_is_called_what_its_command_says_of_it() -> None:
+def test_a_run_is_named_after_its_command() -> None:
     given = ["method=npo", "+sweep=main", "tracking.uri=sqlite:///x.db", "threads=2", "data.path=../shared/rows.jsonl"]
     assert run_name(given) == "method=npo +sweep=main data.path=rows.jsonl"
     assert run_name(["npo.alpha=.5", "model.name=a/b"]) == "npo.alpha=.5 model.name=a/b"
@@ -418,5 +418,5 @@ def test_a_run_is_called_what_its_command_says_of_it() -> None:
         ("trainer.clp", ["trainer.clip", "sft.clip"], "trainer.clip?"),
     ],
 )
-def test_a_setting_that_is_somewhere_else_is_pointed_to(given: str, known: list[str], offered: str) -> None:
+def test_a_setting_of_another_part_is_pointed_to(given: str, known: list[str], offered: str) -> None:
     assert nearest(given, known) == f" Did you mean {offered}"

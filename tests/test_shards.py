@@ -231,7 +231,7 @@ def test_rows_in_another_order_are_refused(world: World) -> None:
         list(divide(held, 4, held.human[::-1]))
 
 
-def test_progress_of_a_shard_is_a_part_of_the_stages() -> None:
+def test_progress_of_a_shard_counts_towards_its_stage() -> None:
     """Ten responses with twenty questions, five of which are answered already."""
     report = Report()
     portion = Portion(report, 10)

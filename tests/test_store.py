@@ -89,7 +89,7 @@ def test_key_golden() -> None:
     assert stage(version=3, settings=settings, inputs={"data": data}).key == "e9d3995a006de1c5"
 
 
-def test_key_refuses_what_has_no_one_spelling() -> None:
+def test_key_refuses_values_without_a_unique_spelling() -> None:
     """NaN is not equal to itself and objects have no stable text: neither may be in a key."""
     with pytest.raises(ValueError, match="not JSON compliant"):
         _ = stage(settings={"alpha": math.nan}).key
@@ -129,7 +129,7 @@ def test_finished_stage_is_not_recomputed(tmp_path: Path) -> None:
     assert (again / "rows").read_text() == "generate"
 
 
-def test_shared_input_is_computed_once_and_handed_over_by_name(tmp_path: Path) -> None:
+def test_shared_input_is_computed_once_and_passed_by_name(tmp_path: Path) -> None:
     """Two stages with a common input share its work; each finds the input's files under its own name for it."""
     runs: list[Path] = []
 
@@ -176,7 +176,7 @@ def test_failed_stage_is_continued_in_its_folder(tmp_path: Path) -> None:
     assert not store.partial(unlucky).exists()
 
 
-def test_result_appears_at_once(tmp_path: Path) -> None:
+def test_a_result_appears_all_at_once(tmp_path: Path) -> None:
     """While the work goes on there is no folder under the final name, and a folder without a manifest is no result."""
     store = Store(tmp_path)
 
@@ -210,7 +210,7 @@ def test_facts_that_cannot_be_written_leave_no_result(tmp_path: Path) -> None:
     assert store.partial(bad).is_dir()
 
 
-def test_manifest_says_what_it_is_and_from_what(tmp_path: Path) -> None:
+def test_a_manifest_contains_what_its_key_is_computed_from(tmp_path: Path) -> None:
     """A folder of the store is complete: its key can be computed from its manifest alone."""
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def test_key_and_manifest_ignore_aids(tmp_path: Path) -> None:
     assert helped.key not in Store(tmp_path).computed
 
 
-def test_an_aid_is_computed_first_and_handed_over_with_the_inputs(tmp_path: Path) -> None:
+def test_an_aid_is_computed_first_and_passed_with_the_inputs(tmp_path: Path) -> None:
     """Once, under its name, with its own inputs; and not at all if the result exists already."""
     seen: list[dict[str, str]] = []
     done: list[str] = []
@@ -300,7 +300,7 @@ def test_an_aid_is_computed_first_and_handed_over_with_the_inputs(tmp_path: Path
 
 
 @pytest.mark.parametrize(("why", "notes"), [("no room", ["no room"]), ("", [])])
-def test_an_aid_that_declines_is_gone_without(why: str, notes: list[str], tmp_path: Path) -> None:
+def test_a_stage_runs_without_an_aid_that_declines(why: str, notes: list[str], tmp_path: Path) -> None:
     """With a note if there is a reason. It leaves no result, so a later run tries again."""
     seen: list[dict[str, str]] = []
     done: list[str] = []
@@ -451,7 +451,7 @@ def _folder(path: Path, files: Mapping[str, str]) -> Path:
     return path
 
 
-def test_content_hash_is_of_contents_and_not_of_place(tmp_path: Path) -> None:
+def test_content_hash_depends_on_contents_and_not_on_the_path(tmp_path: Path) -> None:
     """A moved model is the same model; stages that use it must not be computed again."""
     files = {"config.json": "{}", "sub/weights": "123"}
     here = content_hash(_folder(tmp_path / "here", files))

@@ -79,7 +79,7 @@ def trainings(found: list[list[str]]) -> Counter[str]:
     return Counter(title for title in keys.values() if title.endswith(("optimise", "match")))
 
 
-def test_there_are_the_sweeps_that_are_asked_for() -> None:
+def test_the_required_sweeps_exist() -> None:
     assert SWEEPS == [
         "ablation",
         "alpha",
@@ -123,14 +123,14 @@ def test_every_job_of_a_sweep_passes_every_check(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_a_sweep_says_first_what_it_asks_and_how_it_is_run(name: str) -> None:
+def test_a_sweep_file_starts_with_its_question_and_command(name: str) -> None:
     head = (CONF / "sweep" / f"{name}.yaml").read_text().split("\ndefaults:")[0]
     assert head.startswith("# @package _global_\n# ")
     assert f"python -m dnpo.train -m +sweep={name}" in head
     assert "# Jobs: " in head
 
 
-def test_what_is_said_by_command_beats_the_sweep() -> None:
+def test_settings_of_the_command_override_the_sweep() -> None:
     (job,) = jobs("main", "seed=7", "method=dsl", "iterations=2")
     top, *_ = check_settings(composed(*job))
     assert (top["seed"], top["iterations"]) == (7, 2)
@@ -144,7 +144,7 @@ def test_settings_are_chosen_on_validation_and_reported_on_test() -> None:
 # --- the tables
 
 
-def test_the_ablation_branches_every_method_off_the_spin_chain_once_an_iteration() -> None:
+def test_the_ablation_branches_every_method_from_the_spin_chain_at_each_iteration() -> None:
     found = jobs("ablation", "seed=0")
     cells = [in_force(job) for job in found]
     assert all(iteration == SPIN for cell in cells for iteration in cell[:-1])
@@ -154,7 +154,7 @@ def test_the_ablation_branches_every_method_off_the_spin_chain_once_an_iteration
     assert trainings(found) == {f"iteration {k} · optimise": 1 if k == 0 else 4 for k in range(4)}
 
 
-def test_fixed_against_trainable_noise_has_the_matched_constant_beside_it() -> None:
+def test_fixed_against_trainable_noise_includes_the_matched_constant() -> None:
     found = jobs("fixed_vs_trainable", "seed=0")
     cells = [in_force(job) for job in found]
     assert all(iteration == SPIN for cell in cells for iteration in cell[:-1])
@@ -172,7 +172,7 @@ def test_the_main_sweep_shares_iteration_0() -> None:
     assert trainings(found) == {f"iteration {k} · optimise": 1 if k == 0 else 2 for k in range(4)}
 
 
-def test_all_methods_share_fine_tuning_and_what_they_generate_alike() -> None:
+def test_all_methods_share_fine_tuning_and_common_responses() -> None:
     found = jobs("methods", "seed=0")
     assert sorted(each for job in found for each in job if each.startswith("method=")) == sorted(
         f"method={path.stem}" for path in (CONF / "method").glob("*.yaml")
@@ -189,7 +189,7 @@ def test_all_methods_share_fine_tuning_and_what_they_generate_alike() -> None:
     assert counts["iteration 0 · optimise"] == 19
 
 
-def test_the_noise_grid_shares_all_but_the_last_training() -> None:
+def test_the_noise_grid_shares_everything_but_the_last_training() -> None:
     assert trainings(jobs("noise_grid", "seed=0")) == {"iteration 0 · optimise": 1, "iteration 1 · optimise": 27}
 
 
@@ -212,7 +212,7 @@ def test_saturation_has_its_regimes() -> None:
     assert len(generated) == 1, "all regimes have the same fresh pairs"
 
 
-def test_the_noise_that_an_offset_is_matched_to_is_the_default_one() -> None:
+def test_an_offset_is_matched_to_the_default_noise() -> None:
     noise = {key: value for key, value in composed("npo=trainable").npo.items() if key != "start"}
     assert composed("npo=matched").npo.like == noise
 
@@ -231,7 +231,7 @@ def test_the_search_has_bounds_that_pass_every_check() -> None:
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_last_is_the_last_iteration(iterations: int) -> None:
+def test_last_means_the_last_iteration(iterations: int) -> None:
     starts = check_settings(composed(f"iterations={iterations}", "npo.start=last", "dsl.start=last")).starts
     assert starts == {"npo": iterations - 1, "dsl": iterations - 1}
     number = laid_out([f"iterations={iterations}", f"npo.start={iterations - 1}", f"dsl.start={iterations - 1}"])
@@ -323,7 +323,7 @@ def side_by_side(serial: Path, migrated: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.mark.long
-def test_a_sweep_side_by_side_equals_the_same_in_turn(serial: Path, side_by_side: tuple[Path, int, str]) -> None:
+def test_a_parallel_sweep_equals_a_sequential_one(serial: Path, side_by_side: tuple[Path, int, str]) -> None:
     """Every number of every job is equal, no stage is computed twice, and nothing is missing in MLflow."""
     other_folder, status, err = side_by_side
     assert status == 1, err
@@ -364,7 +364,7 @@ def test_a_constant_is_matched_to_the_noise_of_the_same_iteration(serial: Path) 
 
 
 @pytest.mark.long
-def test_failing_jobs_side_by_side_neither_stop_the_others_nor_hide(side_by_side: tuple[Path, int, str]) -> None:
+def test_failing_parallel_jobs_do_not_stop_the_others_and_are_reported(side_by_side: tuple[Path, int, str]) -> None:
     folder, status, err = side_by_side
     assert status == 1
     for job in (2, 3):
@@ -375,7 +375,7 @@ def test_failing_jobs_side_by_side_neither_stop_the_others_nor_hide(side_by_side
 
 
 @pytest.mark.long
-def test_rows_set_apart_are_fine_tuned_on_and_nothing_else(tmp_path: Path) -> None:
+def test_only_rows_set_apart_are_fine_tuned_on(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     settings = ("method=spin", "iterations=1", "tracking=off", "seed=0", "sft.steps=20")
@@ -396,7 +396,7 @@ def test_rows_set_apart_are_fine_tuned_on_and_nothing_else(tmp_path: Path) -> No
 
 @pytest.mark.long
 @pytest.mark.skipif(not OPTUNA, reason="hydra-optuna-sweeper is not installed")
-def test_a_search_goes_on_where_it_ended(smoke: Path, tmp_path: Path) -> None:
+def test_a_search_continues_where_it_ended(smoke: Path, tmp_path: Path) -> None:
     shutil.copytree(smoke / "store", tmp_path / "store")
     settings = ("+sweep=optuna", "iterations=1", "tracking=off")
     for trials in (2, 3):

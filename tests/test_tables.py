@@ -32,7 +32,7 @@ def make(count: int) -> list[Response]:
 
 
 @pytest.mark.parametrize(("kind", "rows"), KINDS)
-def test_rows_are_those_of_read(tmp_path: Path, kind: type, rows: list[Any]) -> None:
+def test_rows_equal_those_of_read(tmp_path: Path, kind: type, rows: list[Any]) -> None:
     """Every type of value and every missing value, read as objects and by row group."""
     path = tmp_path / "rows.parquet"
     write(path, rows, kind)
@@ -46,7 +46,7 @@ def test_rows_are_those_of_read(tmp_path: Path, kind: type, rows: list[Any]) -> 
     assert list(again.finish()) == rows
 
 
-def test_any_choice_of_rows_is_that_of_a_list(tmp_path: Path) -> None:
+def test_any_selection_of_rows_equals_a_lists(tmp_path: Path) -> None:
     rows = make(31)
     paths = [tmp_path / f"{i}.parquet" for i in range(3)]
     for path, some in zip(paths, (rows[:10], rows[10:10], rows[10:]), strict=True):
@@ -79,7 +79,7 @@ def test_any_choice_of_rows_is_that_of_a_list(tmp_path: Path) -> None:
         found[len(plain)]
 
 
-def test_only_asked_columns_are_read(tmp_path: Path) -> None:
+def test_only_requested_columns_are_read(tmp_path: Path) -> None:
     """The other fields get their defaults, or are empty, and no two rows share a list."""
     path = tmp_path / "rows.parquet"
     write(path, PAIRS, Pair)
@@ -95,7 +95,7 @@ def test_columns_of_later_versions_get_their_defaults(tmp_path: Path) -> None:
     assert list(Rows.open([earlier], Pair)) == [replace(pair, strength=1.0, weight=1.0, draws=0) for pair in PAIRS]
 
 
-def test_writer_writes_what_write_writes(tmp_path: Path) -> None:
+def test_the_writer_and_write_make_the_same_file(tmp_path: Path) -> None:
     rows = make(20)
     whole, some, joined = (tmp_path / f"{name}.parquet" for name in ("whole", "some", "joined"))
     write(whole, rows, Response)

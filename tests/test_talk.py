@@ -74,7 +74,7 @@ def test_greedy_responses_are_those_that_the_run_evaluated(smoke: Path, tmp_path
     assert "exists already" in again.stderr
 
 
-def test_adapters_are_in_force(adapted: Path) -> None:
+def test_adapters_are_applied(adapted: Path) -> None:
     summary = json.loads((run_of(adapted) / "summary.json").read_text())
     assert summary["settings"]["model"]["lora"]["rank"] == 4
     prompts, greedy = stored(adapted, len(summary["table"]) - 1)
@@ -83,7 +83,7 @@ def test_adapters_are_in_force(adapted: Path) -> None:
     assert [several[0].text for several in found] == greedy[:10]
 
 
-def test_samples_depend_on_the_seed_alone_and_differ_among_themselves(smoke: Path) -> None:
+def test_samples_depend_only_on_the_seed_and_differ_from_each_other(smoke: Path) -> None:
     given = ("prompt=What is 2 + 3?", "samples=4", "seed=5")
     first, again = sample(smoke, *given), sample(smoke, *given)
     assert first.stdout == again.stdout
@@ -119,7 +119,7 @@ def test_wrong_arguments_are_named(smoke: Path, given: tuple[str, ...], message:
     assert "Traceback" not in done.stderr
 
 
-def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     done = run_command(tmp_path, "dnpo.commands.sample", str(tmp_path), "prompt=a")
     assert done.returncode == 1
     assert "no finished run there" in done.stderr
@@ -165,7 +165,7 @@ def test_a_line_without_a_prompt_is_named(tmp_path: Path, line: str) -> None:
         read_conversations(path)
 
 
-def test_a_conversation_goes_on_and_begins_anew(smoke: Path, chat: Callable[..., Done]) -> None:
+def test_a_conversation_continues_and_can_be_started_anew(smoke: Path, chat: Callable[..., Done]) -> None:
     done = chat(smoke, ["What is 2 + 3?", "", "/again", "/new", "What is 2 + 3?", "/what", "/quit", "never read"])
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("[iteration-1")]
@@ -175,7 +175,7 @@ def test_a_conversation_goes_on_and_begins_anew(smoke: Path, chat: Callable[...,
     assert "never read" not in done.stdout
 
 
-def test_two_policies_stand_side_by_side_or_one_below_the_other(smoke: Path, chat: Callable[..., Done]) -> None:
+def test_two_policies_are_shown_side_by_side_or_one_below_the_other(smoke: Path, chat: Callable[..., Done]) -> None:
     wide = chat(smoke, ["What is 2 + 3?"], "against=sft")
     (line,) = (line for line in wide.stdout.splitlines() if line.startswith("[iteration-1"))
     assert "[sft: " in line
@@ -184,7 +184,7 @@ def test_two_policies_stand_side_by_side_or_one_below_the_other(smoke: Path, cha
     assert "No opinion of a judge: the run's judge (Rules) needs rows with a known answer" in wide.stdout
 
 
-def test_a_judge_of_texts_gives_its_opinion(smoke: Path, tmp_path: Path) -> None:
+def test_a_judge_of_texts_scores_the_responses(smoke: Path, tmp_path: Path) -> None:
     summary = json.loads((run_of(smoke) / "summary.json").read_text())
     summary["settings"]["eval"]["judge"] = {"_target_": "dnpo.judges.longer.Longer"}
     judge = open_judge(SavedPolicy(summary, 0, smoke / "store"))

@@ -136,7 +136,7 @@ def control(tokenizer: Any, ids: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("template", [CHATML, INST, THINKS], ids=["chatml", "inst", "thinks"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_without_control_tokens_has_the_ids_of_the_whole(kind: str, template: str) -> None:
+def test_text_without_control_tokens_is_tokenised_as_one_piece(kind: str, template: str) -> None:
     tokenizer = wrapped(kind, template)
     for words in [*WORDS, "  led by spaces", "x", "a <b> </b> <|x|> [INST]", "<think>so</think>It is."]:
         for messages in (ASKED, TALK[1:], [{"role": "user", "content": words}]):
@@ -190,14 +190,14 @@ def test_turn_tokens_that_nobody_marked_as_special_are_control_tokens_too() -> N
     assert ids[0] == think
 
 
-def test_token_that_text_joins_with_the_template_is_none() -> None:
+def test_a_token_that_joins_text_and_template_is_not_a_control_token() -> None:
     tokenizer = wrapped(template=CHATML.replace("m.content }}", "'<' + m.content + '>' }}"))
     rendered = render_turns(tokenizer, [{"role": "user", "content": "/s"}, {"role": "assistant", "content": "pad"}])
     assert "</s>" in rendered.text
     assert control(tokenizer, tokenize(tokenizer, rendered)) == ["<s>", *["<|im_start|>", "<|im_end|>"] * 2]
 
 
-def test_text_between_the_tokens_that_a_tokenizer_puts_itself() -> None:
+def test_text_between_tokens_that_the_tokenizer_adds() -> None:
     """As for a pair of texts in a reward model, or an encoder's text."""
     tokenizer = wrapped("word pieces")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -222,7 +222,7 @@ def test_text_between_the_tokens_that_a_tokenizer_puts_itself() -> None:
     assert control(pairs, wrap(pairs, "a </s> b", truncation=True, max_length=4)["input_ids"]) == ["<s>", "</s>"]
 
 
-def test_tokenizer_that_does_not_say_where_its_tokens_stand() -> None:
+def test_a_tokenizer_without_token_positions() -> None:
     tokenizer = wrapped()
     expected = tokenize(tokenizer, render(tokenizer, ASKED, "4</s> and <|im_end|>").whole)
 
@@ -248,7 +248,7 @@ def test_tokenizer_that_does_not_say_where_its_tokens_stand() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_stands_before_every_response_belongs_to_the_prompt(kind: str) -> None:
+def test_text_before_every_response_belongs_to_the_prompt(kind: str) -> None:
     """So human texts, human tokens and samples all begin after it."""
     tokenizer = wrapped(kind, THINKS)
     rendered = render(tokenizer, ASKED, "yes")
@@ -262,7 +262,7 @@ def test_what_stands_before_every_response_belongs_to_the_prompt(kind: str) -> N
     assert encode(tokenizer, ASKED, "no")[0] == prompt_ids
 
 
-def test_what_stands_before_a_response_does_not_depend_on_it() -> None:
+def test_text_before_a_response_does_not_depend_on_it() -> None:
     tokenizer = wrapped(template=THINKS)
     assert render(tokenizer, ASKED, "\n\n yes").prompt == render(tokenizer, ASKED, "yes").prompt
     own = render(tokenizer, ASKED, "<think>so</think>yes")  # it has a thought, so it gets no empty one
@@ -334,7 +334,7 @@ def test_template_that_reads_the_clock_needs_a_date() -> None:
     assert render_turns(other, ASKED).text.startswith("26 Jul 2024<s>")
 
 
-def test_clock_that_is_read_and_not_shown_is_none_of_our_business() -> None:
+def test_a_clock_that_is_read_but_not_shown_is_accepted() -> None:
     """As Mistral's, whose default system turn contains the date."""
     template = "{% set today = strftime_now('%Y') %}{{ today if messages[0].role != 'system' }}" + CHATML
     tokenizer = wrapped(template=template.replace("'system' }", "'system' else '' }"))
@@ -346,7 +346,7 @@ def test_clock_that_is_read_and_not_shown_is_none_of_our_business() -> None:
 @pytest.mark.parametrize(
     "form", ["%d %b %Y", "%A, %B %-d, %y", "%Y-%m-%dT%H:%M:%S", "100 %% on %j %p %I", "%F %T %D", "%c|%x|%X|%U|%V"]
 )
-def test_clock_that_is_stopped_says_what_strftime_says(form: str) -> None:
+def test_a_stopped_clock_formats_as_strftime_does(form: str) -> None:
     tokenizer = wrapped(template="{{ strftime_now('FORM') }}".replace("FORM", form) + CHATML)
     times = [datetime(1984 + 3 * h, h % 12 + 1, h + 3, h, 2 * h + 1, 59 - 2 * h) for h in range(0, 24, 3)]
     for now in times:
@@ -356,7 +356,7 @@ def test_clock_that_is_stopped_says_what_strftime_says(form: str) -> None:
     assert times[0].strftime(form) != times[1].strftime(form)
 
 
-def test_values_that_a_template_has_from_an_earlier_run_are_replaced() -> None:
+def test_arguments_saved_in_a_template_by_an_earlier_run_are_replaced() -> None:
     """As with an exported policy: the present request applies, and the same request twice equals once."""
     tokenizer = wrapped(template=DATED.replace("{{ date }}", "{{ date }}{{ mood }}"))
     put_in_force(tokenizer, arguments={"mood": " x"}, date="2026-01-31")
@@ -379,7 +379,7 @@ def test_variable_that_the_template_sets_itself_cannot_be_given() -> None:
     assert render_turns(given, ASKED).text.startswith("y<s>")
 
 
-def test_template_of_several_and_one_that_cannot_be_read() -> None:
+def test_several_templates_and_an_unreadable_one() -> None:
     tokenizer = wrapped(template={"default": "{{ mood }}" + CHATML, "tool_use": CHATML})  # type: ignore[arg-type]
     put_in_force(tokenizer, arguments={"mood": "y"})
     assert render_turns(tokenizer, ASKED).text.startswith("y<s>")
@@ -406,7 +406,7 @@ CONDITIONS = [
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_clock_by_which_a_template_chooses_is_found(condition: str) -> None:
+def test_a_clock_that_decides_a_templates_branch_is_found(condition: str) -> None:
     """At any time of the test."""
     tokenizer = wrapped(
         template="{% if strftime_now('CONDITION %}Good day.{% endif %}".replace("CONDITION", condition) + CHATML
@@ -415,7 +415,7 @@ def test_clock_by_which_a_template_chooses_is_found(condition: str) -> None:
         render_turns(tokenizer, ASKED)
 
 
-def test_time_in_the_hands_of_a_template_is_used_in_one_way_or_another() -> None:
+def test_uses_of_the_time_by_a_template_are_found() -> None:
     for use in ("'2031' in now", "'a' ~ now", "('%s' % now)", "[now]|join", "('x' + now)", "namespace(d=now).d"):
         tokenizer = wrapped(template="{% set now = strftime_now('%F') %}{{ USE }}".replace("USE", use) + CHATML)
         with pytest.raises(ModelError, match="reads the clock"):
@@ -453,7 +453,7 @@ def test_template_that_takes_no_system_turn_comes_with_advice(template: str) -> 
     assert "takes no system turn" not in str(caught.value)
 
 
-def test_advice_on_system_turns_is_for_them_alone() -> None:
+def test_advice_on_system_turns_is_given_only_for_system_turns() -> None:
     broken = wrapped(template="{{ raise_exception('no') }}")
     with pytest.raises(ModelError) as caught:
         render_turns(broken, [{"role": "system", "content": "Be brief."}, *ASKED])
@@ -487,7 +487,7 @@ def test_empty_prompt_is_refused() -> None:
         encode(tokenizer, [{"role": "user", "content": " "}], "4")
 
 
-def test_turns_are_found_where_they_stand() -> None:
+def test_turns_are_found_at_their_places() -> None:
     """Even if the template's own text contains theirs, repeats a turn, or depends on how a turn begins."""
     tokenizer = wrapped()
     for words in ("user", "assistant", "<", "m", "im_start"):
@@ -504,13 +504,13 @@ def test_turns_are_found_where_they_stand() -> None:
     assert [text.text[span.start : span.end] for span in text.contents] == ["<tool>7</tool>"]
 
 
-def test_parts_of_a_text_keep_what_is_the_datas() -> None:
+def test_parts_of_a_text_keep_the_datas_text_unchanged() -> None:
     text = Text("ab cd ef", (Span(0, 0, 2), Span(1, 3, 8)))
     assert text.cut(1, 5) == Text("b cd", (Span(0, 0, 1), Span(1, 2, 4)))
     assert text.then("!") == Text("ab cd ef!", text.contents)
 
 
-def test_errors_name_the_judges_template_where_it_is_the_judges() -> None:
+def test_errors_in_a_judges_template_name_the_judge() -> None:
     with pytest.raises(ModelError, match=r"^judge's chat template: leaves out"):
         render_turns(wrapped(template="x"), ASKED, setting="judge's chat template")
     with pytest.raises(ModelError, match=rf"^{SETTING}: reads the clock"):

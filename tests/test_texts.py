@@ -113,7 +113,7 @@ def test_similarity_by_its_definitions(seed: int) -> None:
 
 
 @needs_packages
-def test_the_libraries_say_the_same() -> None:
+def test_results_equal_those_of_libraries() -> None:
     sacrebleu = pytest.importorskip("sacrebleu")
     rouge = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     generated = ["It's 3.5 % of them, isn't it?", "Yes: Ünïcödé, too.", "a b c d."]
@@ -132,7 +132,7 @@ def test_the_libraries_say_the_same() -> None:
 
 
 @needs_packages
-def test_similarity_at_its_ends(caplog: pytest.LogCaptureFixture) -> None:
+def test_similarity_at_its_extremes(caplog: pytest.LogCaptureFixture) -> None:
     same = similarity([SAT, "yes"] * 60, [SAT, "yes"] * 60)
     assert list(same.metrics.values()) == pytest.approx([1, 1, 1])
     assert len(same.items["rouge_l"]) == 120
@@ -203,7 +203,7 @@ def test_self_bleu_of_a_sample() -> None:
 
 
 @needs_packages
-def test_diversity_at_its_ends() -> None:
+def test_diversity_at_its_extremes() -> None:
     assert diversity([SAT] * 3).metrics["self_bleu"] == pytest.approx(1)
     assert diversity(["a b", "c d"]).metrics["self_bleu"] == 0
     alone = diversity([SAT])
@@ -271,7 +271,7 @@ def test_embeddings_of_the_library(minilm: Path) -> None:
     assert torch.equal(encoder(every[3:])[0], encoder(every)[3])
 
 
-def test_an_encoder_that_pools_otherwise(minilm: Path, tmp_path: Path) -> None:
+def test_an_encoder_with_another_pooling(minilm: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(minilm, tmp_path / "encoder")
     pooling, modules = folder / "1_Pooling" / "config.json", folder / "modules.json"
     for file, wrong in (

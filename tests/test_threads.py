@@ -22,7 +22,7 @@ def test_results_keep_the_order_of_the_items_and_calls_run_at_once() -> None:
     assert list(map_in_threads(slow_first, [], 3)) == []
 
 
-def test_an_error_is_raised_in_its_turn_and_no_further_call_begins() -> None:
+def test_an_error_is_raised_in_order_and_no_further_call_starts() -> None:
     begun = []
 
     def fail_at_two(item: int) -> int:

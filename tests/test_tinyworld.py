@@ -103,7 +103,7 @@ def test_held_out_prompts_do_not_depend_on_the_training_data(changed: dict[str, 
 GOLDEN_VERSION = 1  # of the world with the golden values below
 
 
-def test_golden_values_are_of_this_version() -> None:
+def test_golden_values_belong_to_this_version() -> None:
     """Golden values and ``VERSION`` change together: stores keep results of the old world under the old keys."""
     assert VERSION == GOLDEN_VERSION
     assert TinyWorld().identity()["world"] == VERSION
@@ -251,7 +251,7 @@ def test_flaw_rate() -> None:
     assert within(sum(s < 100 for s in held), len(held), 0.3)
 
 
-def test_flaws_with_myths_are_all_seen() -> None:
+def test_flaws_and_myths_are_all_found_by_the_judge() -> None:
     """Also with myths the count in the manifest is the number of human responses below 100."""
     rows, facts = read()
     assert sum(s < 100 for s in scores(rows["train"])) == facts["flawed_human_responses"]
@@ -367,7 +367,7 @@ def test_answers_are_true(family: str, difficulty: int) -> None:
         assert {solve(family, wording) for wording in p.wordings} == {p.answer}
 
 
-def test_facts_are_asked_for_what_they_are() -> None:
+def test_wordings_of_a_fact_name_the_same_relation() -> None:
     """Every wording of a fact names the same relation and subject, and no two facts contradict each other."""
     table = pool("facts")
     for p in table:
@@ -467,7 +467,7 @@ def ids(rows: list[Prompt]) -> list[str]:
     return [row.id for row in rows]
 
 
-def test_as_many_gold_pairs_as_asked_for_and_whole_conversations() -> None:
+def test_the_set_number_of_gold_pairs_is_made_with_whole_conversations() -> None:
     rows, facts = read(gold_pairs=0.0333)
     assert facts["gold_pairs"] == sum(row.rejected is not None for row in rows["train"]) == 160
     first = {asked(row) for row in rows["train"] if row.rejected is not None}
@@ -482,7 +482,7 @@ def test_as_many_gold_pairs_as_asked_for_and_whole_conversations() -> None:
     assert all_counts["gold_pairs"] + all_counts["tied_gold_pairs"] == len(everything["train"])
 
 
-def test_gold_pairs_are_in_the_key_where_there_are_any() -> None:
+def test_gold_pairs_are_in_the_key_if_there_are_any() -> None:
     assert "gold_pairs" not in TinyWorld().identity()
     assert TinyWorld(gold_pairs=0.1).identity() == {**TinyWorld().identity(), "gold_pairs": 0.1}
     assert "gold_pairs" not in read()[1]

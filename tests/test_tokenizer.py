@@ -45,7 +45,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def test_vocabulary_has_the_size_asked_for(tokenizer: Any, rows: dict[str, list[Prompt]]) -> None:
+def test_vocabulary_has_the_given_size(tokenizer: Any, rows: dict[str, list[Prompt]]) -> None:
     """The size of the vocabulary is that of the model's embedding: never more, and ids without gaps."""
     assert len(tokenizer) <= VOCABULARY
     assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
@@ -78,7 +78,7 @@ def test_round_trip(tokenizer: Any, rows: dict[str, list[Prompt]]) -> None:
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_characters_of_rejected_responses_are_known() -> None:
+def test_the_vocabulary_has_all_characters_of_rejected_responses() -> None:
     asked = [Prompt(str(i), [{"role": "user", "content": "Why?"}], "So.", rejected="Because é.") for i in range(4)]
     tokens: Any = train_tokenizer(asked, 300)
     assert tokens.decode(tokens("Because é.")["input_ids"]) == "Because é."

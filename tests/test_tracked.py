@@ -69,7 +69,7 @@ def test_runs_are_found_by_sweep_by_id_and_by_tag(uri: str) -> None:
     assert database.parent(every[2]) is None
 
 
-def test_a_run_knows_its_table_its_steps_and_its_options(uri: str) -> None:
+def test_a_run_has_its_table_steps_and_options(uri: str) -> None:
     first, failed, alone = Database(uri).runs()
     assert first.finished
     assert not failed.finished
@@ -111,7 +111,7 @@ def test_steps_that_another_run_tracked_are_read_from_the_rows(migrated: Path, t
 
 
 @pytest.mark.parametrize(("total", "every"), [(TRACKED, 1), (TRACKED + 1, 2), (3 * TRACKED, 3)])
-def test_of_a_long_training_evenly_spaced_steps_are_tracked_and_means_stay_exact(total: int, every: int) -> None:
+def test_a_long_training_tracks_evenly_spaced_steps_and_exact_means(total: int, every: int) -> None:
     rows = [{"step": float(i), "rows": 1.0 + i % 3, "loss/policy": 1.0, "npo/shift": 0.1 * i} for i in range(total)]
     tracked = [thin(row, total) for row in rows]
     whole = [int(row["step"]) for row in tracked if "loss/policy" in row]
@@ -129,12 +129,12 @@ def test_of_a_long_training_evenly_spaced_steps_are_tracked_and_means_stay_exact
         ({"tags": {"dnpo.npo": "fixed"}}, r"no run is left with dnpo\.npo=fixed; values of dnpo\.npo: trainable \(2\)"),
     ],
 )
-def test_what_is_not_there_is_said(uri: str, chosen: dict[str, list[str]], message: str) -> None:
+def test_missing_runs_are_reported(uri: str, chosen: dict[str, list[str]], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Database(uri).runs(**chosen)  # type: ignore[arg-type]
 
 
-def test_a_database_that_is_not_there_is_said_and_not_made(uri: str, tmp_path: Path) -> None:
+def test_a_missing_database_is_reported_and_not_created(uri: str, tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match=r"none\.db"):
         Database(f"sqlite:///{tmp_path / 'none.db'}")
     assert not (tmp_path / "none.db").exists()
@@ -149,7 +149,7 @@ def test_iterations_have_the_names_of_their_artefacts() -> None:
 # --- settings that cannot change a result
 
 
-def test_what_parts_say_of_their_settings_is_what_comparisons_read() -> None:
+def test_comparisons_ignore_the_neutral_settings_of_parts() -> None:
     """Batch sizes, costs and paths do not distinguish runs; contents do, and so does a path with unknown contents."""
     params = {
         "judge._target_": "dnpo.judges.openai.OpenAI",  # an import path of an earlier layout
@@ -169,7 +169,7 @@ def test_what_parts_say_of_their_settings_is_what_comparisons_read() -> None:
     assert not {name for name in find_neutral({"npo._target_": "dnpo.no.longer.There"}) if name.startswith("npo.")}
 
 
-def test_a_run_from_before_a_setting_existed_had_its_default() -> None:
+def test_a_run_older_than_a_setting_had_its_default() -> None:
     """Otherwise a comparison would refuse runs of two versions that share their stages."""
     params = {
         name: str(value) for name, value in flat(OmegaConf.to_container(composed("method=dnpo"), resolve=True)).items()
@@ -186,7 +186,9 @@ def test_a_run_from_before_a_setting_existed_had_its_default() -> None:
     assert complete({"a": "b"}) == {"a": "b"}
 
 
-def test_of_sweeps_of_one_name_the_newest_is_reported_and_the_others_are_named(migrated: Path, tmp_path: Path) -> None:
+def test_of_equally_named_sweeps_the_newest_is_reported_and_the_others_are_named(
+    migrated: Path, tmp_path: Path
+) -> None:
     """A smoke sweep and a later one at full scale are different sweeps; so is a single run with the same name."""
     shutil.copy(migrated, tmp_path / "mlflow.db")
     where, ids = f"sqlite:///{tmp_path / 'mlflow.db'}", []
@@ -211,7 +213,7 @@ def test_of_sweeps_of_one_name_the_newest_is_reported_and_the_others_are_named(m
     assert older.left_out == ""
 
 
-def test_a_report_reads_where_the_environment_says(
+def test_a_report_reads_from_the_environments_tracking_address(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -224,9 +226,7 @@ def test_a_report_reads_where_the_environment_says(
     assert f"is tracked in {uri}" in capsys.readouterr().err
 
 
-def test_the_keys_of_a_runs_stages_are_in_parameters_and_those_of_earlier_runs_in_tags(
-    migrated: Path, tmp_path: Path
-) -> None:
+def test_keys_of_a_runs_stages_are_in_parameters_and_in_tags_for_earlier_runs(migrated: Path, tmp_path: Path) -> None:
     shutil.copy(migrated, tmp_path / "runs.db")
     uri = f"sqlite:///{tmp_path / 'runs.db'}"
     keys = {f"iteration-{k}.{verb}": f"{k:08x}{n:08x}" for k in range(50) for n, verb in enumerate("abcdefgh")}

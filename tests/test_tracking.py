@@ -111,7 +111,7 @@ def test_a_note_that_is_too_long_is_cut_at_a_line_and_says_so(run: MLflowTrackin
     assert set(said.splitlines()) == {"a line of the note", "", "(cut)"}
 
 
-def test_the_address_shown_is_that_of_the_runs_of_trainings(run: MLflowTracking, folder: Path) -> None:
+def test_the_shown_address_leads_to_the_runs_of_trainings(run: MLflowTracking, folder: Path) -> None:
     experiment = client(folder).get_run(run.id).info.experiment_id
     page = f"#/experiments/{experiment}/runs?workflowType=machine_learning"
     command, address = run.whereabouts()
@@ -130,7 +130,7 @@ def test_tables_are_shown_as_tables(run: MLflowTracking, folder: Path) -> None:
     assert json.loads(tag) == [{"path": name, "type": "table"} for name in ("table.json", "other.json")]
 
 
-def test_a_run_can_be_gone_on_with(run: MLflowTracking, folder: Path) -> None:
+def test_a_run_can_be_continued(run: MLflowTracking, folder: Path) -> None:
     run.note("first")
     run.finish("FINISHED")
     again = tracked(folder)
@@ -153,7 +153,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_run_that_has_ended_is_not_said_to_be_running() -> None:
+def test_an_ended_run_is_not_shown_as_running() -> None:
     note = f"what it is\n\n{RUNNING}\n\nits settings"
     assert end_note(note, ABANDONED) == f"what it is\n\n{ABANDONED}\n\nits settings"
     assert end_note("results", ABANDONED) == f"results\n\n{ABANDONED}"
@@ -176,7 +176,7 @@ def test_the_next_run_ends_those_whose_process_was_killed_and_no_others(run: MLf
     assert list((folder / "runs.db.alive").iterdir()) == []
 
 
-def test_what_is_not_tracked_takes_everything() -> None:
+def test_without_tracking_every_call_is_accepted() -> None:
     nowhere = tracking.Tracking()
     nowhere.note("a")
     nowhere.inputs([])
@@ -186,7 +186,7 @@ def test_what_is_not_tracked_takes_everything() -> None:
 # --- notes
 
 
-def test_data_mean_nothing_to_markdown() -> None:
+def test_data_is_not_interpreted_as_markdown() -> None:
     said = notes.escape("a|b\n<img src=x onerror=alert(1)> [x](javascript:y) `c` **d** http://u:p@h")
     assert "\n" not in said
     assert "<" not in said
@@ -197,7 +197,7 @@ def test_data_mean_nothing_to_markdown() -> None:
     assert notes.code("a\n```\nb").splitlines() == ["    a", "    ```", "    b"]
 
 
-def test_a_run_is_told_by_its_table() -> None:
+def test_a_note_describes_a_run_by_its_table() -> None:
     summary = {"table": ROWS, "seconds": 12.3, "judge_agreement": []}
     said = notes.describe_results(summary, Path("outputs/x_y"), "abc")
     head = said.splitlines()[0]
@@ -216,7 +216,7 @@ def test_a_run_is_told_by_its_table() -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_a_run_without_a_judge_is_told_too() -> None:
+def test_a_note_describes_a_run_without_a_judge() -> None:
     rows = [{"iteration": "SFT", "eval/loss": 2.0}, {"iteration": 0, "eval/loss": 1.5}]
     said = notes.describe_results({"table": rows, "seconds": 1, "judge_agreement": []}, Path("x"), "")
     assert said.startswith("**From SFT to iteration 0**: ")
@@ -242,7 +242,7 @@ def test_a_note_says_what_a_run_is_before_anything_is_computed() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 3, 30])
-def test_a_picture_is_drawn_whatever_there_is(groups: int, tmp_path: Path) -> None:
+def test_a_figure_is_drawn_from_any_metrics(groups: int, tmp_path: Path) -> None:
     values = {f"g{i} $x$": {-1: Estimate(1.0), 0: Estimate(2.0 + i, 1.5 + i, 2.5 + i)} for i in range(groups)}
     panels = [Panel(metric("eval/score"), values, 3.0), Panel(metric("eval/win"), values), Panel(metric("seconds"), {})]
     over_iterations(panels, tmp_path / "a.png", "t" * 300, "note", choose_looks(dict.fromkeys(values, ("off", "off"))))
@@ -310,7 +310,7 @@ def test_the_comparison_has_the_numbers_of_the_runs(swept: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_run_says_what_it_read_and_made(swept: Path) -> None:
+def test_a_run_records_its_inputs_and_outputs(swept: Path) -> None:
     run = runs(swept)["dnpo"]
     given = {each.dataset.name: (each.dataset, each.tags[0].value) for each in run.inputs.dataset_inputs}
     assert {name: context for name, (_, context) in given.items()} == {
@@ -391,14 +391,14 @@ def test_a_training_is_tracked_under_each_of_its_names(tmp_path: Path) -> None:
     assert TrackedSteps(tmp_path, "0123").run("here") == "three"
 
 
-def test_a_run_is_looked_up(run: MLflowTracking, folder: Path) -> None:
+def test_a_run_is_found_by_its_id(run: MLflowTracking, folder: Path) -> None:
     assert run.has(run.id)
     assert not run.has("0" * 32)
     assert not Tracking().has(run.id)
 
 
 @pytest.mark.long
-def test_a_run_that_fails_says_where(swept: Path) -> None:
+def test_a_failed_run_names_the_place(swept: Path) -> None:
     done = train(
         swept,
         "scale=smoke",
@@ -534,7 +534,7 @@ def test_files_of_something_else_are_refused_and_left_alone(
     assert file.read_bytes() == before
 
 
-def test_no_picture_outlives_the_code_that_drew_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_drawn_again_by_new_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TESTS_DRAW", "all")
     store, drawn = Store(tmp_path / "store"), []
     store.open(print)

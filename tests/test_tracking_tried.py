@@ -75,7 +75,7 @@ def test_a_run_on_a_locked_database_ends_with_a_message(file: Path, tmp_path: Pa
         assert "another program holds the database; wait until it has finished" in str(caught.value)
 
 
-def test_trying_makes_nothing(tmp_path: Path, file: Path) -> None:
+def test_trying_a_store_creates_nothing(tmp_path: Path, file: Path) -> None:
     before = file.read_bytes()
     there = sorted(tmp_path.iterdir())
     assert check_tracking(tracker(file)).level == "pass"
@@ -85,7 +85,7 @@ def test_trying_makes_nothing(tmp_path: Path, file: Path) -> None:
     assert file.read_bytes() == before
 
 
-def test_what_is_no_tracking_store_is_named(tmp_path: Path) -> None:
+def test_an_address_without_a_tracking_store_is_named(tmp_path: Path) -> None:
     words = tmp_path / "words.db"
     words.write_text("These are words, and no database at all.\n" * 99)
     other = tmp_path / "other.db"
@@ -110,7 +110,7 @@ def test_what_is_no_tracking_store_is_named(tmp_path: Path) -> None:
     assert "secret" not in found.text
 
 
-def test_check_true_tries_it(tmp_path: Path) -> None:
+def test_check_true_tries_the_tracking_store(tmp_path: Path) -> None:
     (tmp_path / "words.db").write_text("words " * 99)
     settings = ("scale=smoke", "method=spin", "judge=off", "check=true")
     done = run_command(tmp_path, "dnpo.train", *settings, f"tracking.uri=sqlite:///{tmp_path}/words.db")

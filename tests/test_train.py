@@ -36,7 +36,7 @@ def first(folder: Path) -> dict[str, Any]:
 # --- what a run leaves behind
 
 
-def test_a_run_says_what_it_does_and_ends_with_its_table(smoke: Path) -> None:
+def test_a_run_reports_its_progress_and_ends_with_its_table(smoke: Path) -> None:
     out = (smoke / "stdout.txt").read_text()
     for said in ("supervised fine-tuning", "iteration 0 · generate", "iteration 1 · judge", "iteration 1 · optimise"):
         assert said in out
@@ -80,7 +80,7 @@ def test_first_iteration_is_plain_and_the_second_has_labels_by_quality(smoke: Pa
         assert pair["chosen_score"] >= pair["rejected_score"]
 
 
-def test_generated_rows_keep_what_made_them(smoke: Path) -> None:
+def test_generated_rows_record_how_they_were_made(smoke: Path) -> None:
     stage = next(s for s in first(smoke)["stages"] if s["title"] == "iteration 1 · generate")
     shards = sorted((smoke / "store" / "generate" / stage["key"]).glob("shard-*.parquet"))
     assert len(shards) == 3
@@ -203,7 +203,7 @@ def test_a_part_starts_at_its_iteration(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["dsl", "fixed_noise"])
-def test_every_further_method_runs(method: str, finished: Path) -> None:
+def test_every_other_method_runs(method: str, finished: Path) -> None:
     succeed(finished, *SMOKE, f"method={method}")
     last = summary(finished)["table"][-1]
     assert (last["pairs/flipped"] > 0) == (method == "dsl")
@@ -272,7 +272,7 @@ def test_hidden_states_kept_on_disk_change_nothing_but_rounding(finished: Path) 
 # --- kills and interruptions
 
 
-def test_no_epochs_leave_the_policy_as_it_was(finished: Path) -> None:
+def test_without_epochs_the_policy_does_not_change(finished: Path) -> None:
     """Also without training there is a next policy: the previous policy, not the base model."""
     succeed(finished, *SMOKE, "method=spin", "iterations=1", "trainer.epochs=0")
     before, after = summary(finished)["table"]
@@ -306,7 +306,7 @@ def test_kills_in_short_stages_and_in_the_first_seconds_change_no_number(tiny: P
     assert kills.kill_early(tmp_path, 1, ("scale=smoke", *TINY), expected, moments) == 0
 
 
-def test_ctrl_c_ends_within_seconds_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_ends_within_seconds_and_says_how_to_continue(tmp_path: Path) -> None:
     process = Process(tmp_path, *SMOKE, "sft.steps=100000")
     deadline = time.monotonic() + 120
     while not list((tmp_path / "store").glob("sft/*.partial/checkpoint.ckpt")):
@@ -346,7 +346,7 @@ def test_a_runs_answers_are_a_table_that_mlflow_compares(smoke: Path) -> None:
 # --- sweeps
 
 
-def test_a_sweep_shares_stages_nests_its_runs_and_hides_no_failure(tiny: Path, migrated: Path, tmp_path: Path) -> None:
+def test_a_sweep_shares_stages_nests_its_runs_and_reports_failures(tiny: Path, migrated: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "store", tmp_path / "store")  # of one of its jobs, so that the others' remain
     shutil.copy(migrated, tmp_path / "runs.db")
     jobs = ("npo.alpha=0.01,-1,0.1", "seed=0,1")
@@ -384,7 +384,7 @@ def test_a_sweep_shares_stages_nests_its_runs_and_hides_no_failure(tiny: Path, m
     assert parent.data.metrics["best/eval/loss"] == pytest.approx(min(means.values()))
 
 
-def test_the_plan_of_a_sweep_shows_what_its_jobs_share(tmp_path: Path) -> None:
+def test_the_plan_of_a_sweep_shows_shared_stages(tmp_path: Path) -> None:
     out = succeed(tmp_path, "-m", *SMOKE, "npo.alpha=0.01,0.1", "plan=true")
     assert (out.count("to do"), out.count("shared with job 0")) == (16 + 3, 13)
 
@@ -412,7 +412,7 @@ def test_labels_by_quality_beat_labels_by_origin(tmp_path: Path) -> None:
 # --- a method of one's own
 
 
-def test_a_method_is_one_yaml_and_one_small_file(finished: Path) -> None:
+def test_a_method_is_one_yaml_and_one_small_module(finished: Path) -> None:
     """A user's labeller that prefers longer responses runs through the whole loop."""
     (finished / "longest.py").write_text(
         "from dnpo.dsl import AgainstHuman, Labelled\n\n\n"

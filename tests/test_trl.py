@@ -53,7 +53,7 @@ def test_a_line_is_a_pair(world: World, tmp_path: Path) -> None:
     }
 
 
-def test_the_file_appears_whole_or_not_at_all(world: World, tmp_path: Path) -> None:
+def test_the_file_appears_complete_or_not_at_all(world: World, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     bad = replace(world.pairs(1)[0], chosen_score=float("nan"))
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -81,7 +81,7 @@ def test_datasets_reads_it(world: World, tmp_path: Path, scored: bool) -> None:
     assert rows["chosen_score"][:] == [pair.chosen_score for pair in written]
 
 
-def test_we_read_it_too(world: World, tmp_path: Path) -> None:
+def test_dnpo_reads_it_too(world: World, tmp_path: Path) -> None:
     written = world.pairs(100)
     write_preferences(tmp_path / "pairs.jsonl", written)
     source = JsonLines(path=str(tmp_path / "pairs.jsonl"), max_prompt_tokens=9, max_response_tokens=9)

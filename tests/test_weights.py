@@ -278,7 +278,7 @@ def test_a_damaged_folder_is_refused_by_name(name: str, saved: Path) -> None:
     assert objection.startswith(f"judge.path={saved}: ")
 
 
-def test_whole_folders_pass(saved: Path, make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_complete_folders_pass(saved: Path, make_policy: MakePolicy, tmp_path: Path) -> None:
     """One file or several, a tied head left out or written along with the embedding, names without the prefix."""
     expected = load(str(saved), None).fingerprint()
     shard(saved)
@@ -316,7 +316,7 @@ def test_tied_tensors_are_named_once(make_policy: MakePolicy, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
-def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+def test_a_single_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
     whole = torch.linspace(-3, 3, 1000).to(dtype)
     check_finite([("a", whole), ("none", whole[:0]), ("number", torch.tensor(3))], "here")
     for value in (NAN,) if dtype is torch.float8_e4m3fn else (NAN, float("inf"), -float("inf")):
@@ -326,7 +326,9 @@ def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
             check_finite([("a", whole), ("b", broken)], "here")
 
 
-def test_a_folder_that_is_no_model_says_what_it_is(saved: Path, make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused_with_its_kind(
+    saved: Path, make_policy: MakePolicy, tmp_path: Path
+) -> None:
     policy = make_policy()
     policy.model = Lora(rank=2).on(policy.model, 0)
     policy.save(tmp_path / "run")
@@ -356,7 +358,7 @@ def test_a_name_on_the_hub_that_is_a_folder_here_is_refused(saved: Path, monkeyp
             attempt()
 
 
-def test_a_model_of_the_hub_is_checked_as_a_folder_is(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_model_of_the_hub_is_checked_like_a_folder(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Through the cache, as the hub's own library lays it out."""
     commit, cache = "a" * 40, tmp_path / "cache"
     snapshot = cache / "models--some--model" / "snapshots" / commit
@@ -440,7 +442,9 @@ def assert_refused(objection: str | None, message: str) -> None:
         raise ModelError(objection or "it was accepted")
 
 
-def test_a_judge_reads_forwards_with_its_own_tokenizer(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
+def test_a_judge_needs_a_causal_model_with_its_own_tokenizer(
+    make_policy: MakePolicy, world: World, tmp_path: Path
+) -> None:
     """A masked language model gives probabilities too, and a tokenizer with more tokens would fail in the model."""
     both_ways = bert(tmp_path / "bert", BertForMaskedLM)
     with (
@@ -453,7 +457,7 @@ def test_a_judge_reads_forwards_with_its_own_tokenizer(make_policy: MakePolicy, 
     assert_refused(objection, r"^judge\.path=.*the tokenizer has 300 tokens, the model embeds only 290")
 
 
-def test_an_encoder_needs_its_body_and_no_head(tmp_path: Path) -> None:
+def test_an_encoder_needs_only_its_body(tmp_path: Path) -> None:
     """A model pretrained with a head and saved without a pooler is used for its hidden states alone."""
     folder = bert(tmp_path / "encoder", BertForMaskedLM)
     assert any(name.startswith("cls.") for name in read_header(folder / FILE))
@@ -471,7 +475,7 @@ def test_an_encoder_needs_its_body_and_no_head(tmp_path: Path) -> None:
             check_encoder(str(copy))
 
 
-def test_a_new_head_is_drawn_where_the_caller_says_so(world: World, tmp_path: Path) -> None:
+def test_a_new_head_is_initialised_if_the_caller_asks_for_it(world: World, tmp_path: Path) -> None:
     """Fitting adds a new output head to a language model; its body must not be initialised at random."""
     from dnpo.judges.reward.models import start_classifier
 

@@ -117,7 +117,7 @@ def computed(folder: Path) -> list[str]:
     ],
     ids=lambda text: text.replace(" ", "_") if "method" in text else "",
 )
-def test_words_that_do_not_go_together_are_refused_by_name(overrides: str, named: str, tmp_path: Path) -> None:
+def test_options_that_do_not_fit_together_are_refused_by_name(overrides: str, named: str, tmp_path: Path) -> None:
     done = train(tmp_path, *SMOKE, *overrides.split())
     assert done.returncode == 1, done.stdout
     assert re.search(named, done.stderr), done.stderr
@@ -143,7 +143,7 @@ def test_the_judge_of_evaluations_has_to_accept_the_rows_before_anything_is_comp
     assert train(tmp_path, *SMOKE, *own, "eval.judge=null", "check=true").returncode == 0
 
 
-def test_noise_that_never_starts_is_told_of(tmp_path: Path) -> None:
+def test_noise_that_never_starts_is_reported(tmp_path: Path) -> None:
     """`method=ipo npo=trainable` has one iteration, and noise starts at iteration 1 unless a setting changes this."""
     done = train(tmp_path, *SMOKE, "method=ipo", "npo=trainable", "plan=true")
     assert done.returncode == 0
@@ -235,7 +235,7 @@ class Plain:
         return softplus(-self.beta * log_ratio_gap(policy, reference))
 
 
-def test_hard_labels_are_strengths_of_1_bit_for_bit(
+def test_hard_labels_equal_strengths_of_1_bit_for_bit(
     world: World, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     pairs = world.pairs(8)
@@ -245,7 +245,7 @@ def test_hard_labels_are_strengths_of_1_bit_for_bit(
     assert_same(soft, trained(make_policy(), pairs, Plain(), tmp_path / "hard"))
 
 
-def test_refined_without_alpha_is_logistic_bit_for_bit(
+def test_refined_without_alpha_equals_logistic_bit_for_bit(
     world: World, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     pairs = world.pairs(8)
@@ -253,7 +253,7 @@ def test_refined_without_alpha_is_logistic_bit_for_bit(
     assert_same(refined, trained(make_policy(), pairs, Logistic(beta=0.5), tmp_path / "logistic"))
 
 
-def test_a_ball_without_radius_leaves_all_pairs_as_they_are(world: World) -> None:
+def test_a_ball_of_radius_0_does_not_change_pairs(world: World) -> None:
     pairs = [replace(pair, chosen_score=0.3 * i, rejected_score=0.5) for i, pair in enumerate(world.pairs(8))]
     rows, counts = Robust(epsilon=0)(pairs, [], Context(seed=0, iteration=1, embed=lambda _: pytest.fail("not read")))
     assert rows == pairs
@@ -316,7 +316,7 @@ eval:
 
 
 @pytest.mark.long
-def test_a_method_that_no_paper_has_is_one_file_of_words(tmp_path: Path) -> None:
+def test_a_method_from_no_paper_is_one_file_of_options(tmp_path: Path) -> None:
     """Seed pairs, then ranked pairs with soft labels, each with earlier pairs, under a squared loss with noise."""
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "conf" / "method" / "doubts.yaml").write_text(DOUBTS.lstrip())
@@ -334,7 +334,7 @@ def test_a_method_that_no_paper_has_is_one_file_of_words(tmp_path: Path) -> None
 
 
 @pytest.mark.long
-def test_the_screen_says_who_labels(finished: Path) -> None:
+def test_the_screen_names_the_labeller(finished: Path) -> None:
     """DNPO's judge also gives the scores; SPIN has no judge; others have another judge."""
     printed = succeed(finished, *SMOKE, "method=spin", "iterations=1")
     assert "(0-100); no judge labels the pairs." in printed
@@ -348,7 +348,7 @@ def test_the_screen_says_who_labels(finished: Path) -> None:
 
 
 @pytest.mark.long
-def test_samples_that_are_all_equal_and_answers_that_are_all_wrong_stop_the_run_with_counts(finished: Path) -> None:
+def test_equal_samples_or_only_wrong_answers_stop_the_run_with_counts(finished: Path) -> None:
     greedy = ("method=spin", "judge=rules", "dsl=best_worst", "rollout.samples=2", "rollout.top_p=1e-6")
     done = train(finished, *SMOKE, *greedy, "iterations=1")
     assert done.returncode == 1
