@@ -47,6 +47,7 @@ VERBS = {
     "sample": Verb("responses of a policy to prompts of your own, as JSON lines", "dnpo.commands.sample"),
     "export": Verb("write a policy of a run as a folder that needs nothing else", "dnpo.commands.export"),
     "store": Verb("list, verify, remove or publish finished stages", "dnpo.commands.store"),
+    "completion": Verb("completion of verbs and settings in bash, zsh or fish", "dnpo.commands.completion"),
     "doctor": Verb("what is installed, which device there is, what is missing", "dnpo.commands.doctor"),
 }
 USAGE = """usage: dnpo VERB [setting=value] …

@@ -6,6 +6,7 @@ mean the same.
 """
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -40,6 +41,7 @@ HYDRA = {  # Hydra's options, which have dashes
     "-i",
 }
 HELP = {"--help", "-h"}
+COMPLETES = "DNPO_COMPLETES"  # variable that is set when only the settings are asked for, see completion.py
 VERSION = {"--version", "-V"}
 ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
 
@@ -61,6 +63,9 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
         arguments: the arguments of the command; None takes the process's.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if COMPLETES in os.environ:
+        print(*_settings(parser, given), sep="\n")
+        sys.exit(0)
     try:
         return parser.parse_args(list(with_dashes(parser, given)))
     except SettingsError as error:
@@ -95,6 +100,18 @@ def _options(parser: argparse.ArgumentParser, given: Sequence[str]) -> dict[str,
             options |= _options(named[chosen], []) if chosen is not None else {}
         options |= dict.fromkeys(action.option_strings, action)
     return options
+
+
+def _settings(parser: argparse.ArgumentParser, given: Sequence[str]) -> Iterator[str]:
+    """The settings of a parser, with their words if they have some, and its subcommands if none is given."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and not set(given) & set(action.choices):
+            yield from action.choices
+    for option, action in _options(parser, given).items():
+        if option.startswith("--") and option not in HELP:
+            name = option.removeprefix("--").removeprefix("no-").replace("-", "_")
+            words = action.choices or (() if _takes_values(action) else ("true", "false"))
+            yield from (f"{name}={word}" for word in words) if words else (f"{name}=",)
 
 
 def _is_path(argument: str, options: Mapping[str, argparse.Action]) -> bool:

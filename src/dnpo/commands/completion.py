@@ -1,0 +1,106 @@
+"""Completion of verbs and settings in a shell.
+
+eval "$(dnpo completion bash)"                  # in ~/.bashrc
+eval "$(dnpo completion zsh)"                   # in ~/.zshrc
+dnpo completion fish | source                   # in ~/.config/fish/config.fish
+"""
+
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+
+from dnpo.commands.grammar import COMPLETES, HELP
+from dnpo.escape import say
+from dnpo.settings import conf_folder
+
+BASH = r"""_dnpo() {
+    local line=${COMP_LINE:0:COMP_POINT} word=${COMP_WORDS[COMP_CWORD]} IFS=$'\n'
+    local given=${line##* }
+    case $word in [=@:]) word= ;; esac
+    COMPREPLY=($(dnpo completion query "$line" 2>/dev/null))
+    COMPREPLY=("${COMPREPLY[@]#"${given%"$word"}"}")
+}
+complete -o nospace -o default -o bashdefault -F _dnpo dnpo
+"""
+SCRIPTS = {
+    "bash": BASH,
+    "zsh": "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n" + BASH,
+    "fish": "complete -c dnpo -a '(dnpo completion query (commandline -cp | string collect))'\n",
+}
+COMPOSED = {  # verbs whose settings Hydra composes, which also lists them
+    "train": "dnpo.commands.train",
+    "sweep": "dnpo.commands.train",
+    "evaluate": "dnpo.commands.evaluate",
+    "leaderboard": "dnpo.commands.leaderboard",
+    "judge agreement": "dnpo.commands.agreement",
+    "judge fit": "dnpo.commands.reward",
+}
+USAGE = """usage: dnpo completion bash|zsh|fish
+
+Print a script that completes verbs, settings and options in a shell.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``dnpo completion``.
+
+    Args:
+        arguments: None takes the process's.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if len(given) == 2 and given[0] == "query":
+        sys.stdout.write("".join(f"{each}\n" for each in complete(given[1])))
+    elif len(given) == 1 and given[0] in SCRIPTS:
+        sys.stdout.write(SCRIPTS[given[0]])
+    else:
+        asked = bool(HELP & set(given))
+        say(USAGE + (__doc__ or "").partition("\n")[2].rstrip(), error=not asked)
+        sys.exit(0 if asked else 2)
+
+
+def complete(line: str) -> list[str]:
+    """What can follow in a command line, each with the beginning of its last word.
+
+    Args:
+        line: the line up to the cursor, such as ``dnpo train met``.
+    """
+    from dnpo.cli import VERBS
+
+    *before, word = line.split(" ")[1:] or [""]
+    before = [each for each in before if each]
+    name = next((name for name in (" ".join(before[:2]), *before[:1]) if name in VERBS), "")
+    if not name:
+        verbs = [each.split() for each in VERBS]
+        found = [each[len(before)] for each in verbs if each[: len(before)] == before and len(each) > len(before)]
+    elif name in COMPOSED:
+        given = [*VERBS[name].before, "-sc", "query=bash"]
+        found = [each for part in _ask(COMPOSED[name], given, f"dnpo {word}") for each in part.split()]
+        found += _options("sweep") if name == "sweep" else ()
+    elif name in ("methods", "doctor", "completion"):  # these have no settings
+        found = {"methods": _options("method"), "doctor": [], "completion": list(SCRIPTS)}[name]
+    else:
+        verb = VERBS[name]
+        found = list(_ask(verb.module, [*verb.before, *before[len(name.split()) :]], line))
+    return sorted({each for each in found if each and each.startswith(word)})
+
+
+def _options(part: str) -> list[str]:
+    return [file.stem for file in (conf_folder() / part).glob("*.yaml")]
+
+
+def _ask(module: str, arguments: Sequence[str], line: str) -> Iterator[str]:
+    """Call a command that prints what can follow, and return the lines."""
+    printed = io.StringIO()
+    os.environ |= {"COMP_LINE": line, COMPLETES: "1"}
+    try:
+        with redirect_stdout(printed), redirect_stderr(io.StringIO()):
+            import_module(module).main(list(arguments))
+    except SystemExit:
+        pass
+    finally:
+        for name in ("COMP_LINE", COMPLETES):
+            os.environ.pop(name, None)
+    yield from printed.getvalue().splitlines()

@@ -1,0 +1,97 @@
+"""Completion of verbs and settings, also by a real bash."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dnpo.cli import VERBS, main
+from dnpo.commands.completion import COMPOSED, SCRIPTS, complete
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("dnpo tr", ["train"]),
+        ("dnpo judge ", ["agreement", "fit", "ledger"]),
+        ("dnpo train method=dp", ["method=dpo"]),
+        ("dnpo train seed=1 trainer.ke", ["trainer.keep="]),
+        ("dnpo sweep abl", ["ablation"]),
+        ("dnpo sweep method=dp", ["method=dpo"]),
+        ("dnpo evaluate agai", ["against="]),
+        ("dnpo leaderboard include", ["include_path="]),
+        ("dnpo judge fit ba", ["base=", "batch_size="]),
+        ("dnpo export RUN format=", ["format=gguf", "format=transformers"]),
+        ("dnpo export RUN publ", ["public=false", "public=true"]),
+        ("dnpo store ", ["list", "publish", "remove", "verify"]),
+        ("dnpo store remove a", ["apply=false", "apply=true"]),
+        ("dnpo figures sw", ["sweep="]),
+        ("dnpo methods os", ["osp"]),
+        ("dnpo completion ", ["bash", "fish", "zsh"]),
+        ("dnpo doctor ", []),
+        ("dnpo nothing ", []),
+        ("dnpo train method=nothing", []),
+    ],
+)
+def test_what_can_follow(line: str, found: list[str]) -> None:
+    assert complete(line) == found
+
+
+def test_the_first_word_is_a_verb() -> None:
+    assert complete("dnpo ") == sorted({name.split()[0] for name in VERBS})
+    assert complete("dnpo") == complete("dnpo ")
+
+
+@pytest.mark.parametrize("name", sorted({*VERBS} - {*COMPOSED}))
+def test_no_verb_begins_its_work_when_it_is_completed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = complete(f"dnpo {name} ")
+    assert "" not in words
+    assert all(" " not in word for word in words)
+    assert words or name in ("doctor", "judge ledger")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_script_asks_for_completions(capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in SCRIPTS:
+        with pytest.raises(SystemExit) as stopped:
+            main(["completion", shell])
+        assert not stopped.value.code
+        assert "dnpo completion query" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["completion", "csh"])
+    assert stopped.value.code == 2
+    assert "bash|zsh|fish" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("line", "words", "reply"),
+    [
+        ("dnpo tr", ["dnpo", "tr"], ["train"]),
+        ("dnpo train method=dp", ["dnpo", "train", "method", "=", "dp"], ["dpo"]),  # bash breaks words at =
+        ("dnpo export RUN format=", ["dnpo", "export", "RUN", "format", "="], ["gguf", "transformers"]),
+    ],
+)
+def test_bash_completes(line: str, words: list[str], reply: list[str], tmp_path: Path) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("there is no bash")
+    program = tmp_path / "dnpo"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dnpo "$@"\n')
+    program.chmod(0o755)
+    array = " ".join(f"'{word}'" for word in words)
+    script = (
+        f"PATH={tmp_path}:$PATH\n"
+        'eval "$(dnpo completion bash)"\n'
+        f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_WORDS=({array}) COMP_CWORD={len(words) - 1}\n"
+        '_dnpo; printf "%s\\n" "${COMPREPLY[@]}"; complete -p dnpo\n'
+    )
+    done = subprocess.run([bash, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    *found, rule = done.stdout.splitlines()
+    assert [each for each in found if each] == reply
+    assert "-F _dnpo dnpo" in rule
