@@ -78,8 +78,8 @@ def judged(**changes: Any) -> Judged:
 
 
 def test_accuracy_by_hand() -> None:
-    """People prefer one in 5 of 6 rows. There the judge is right thrice, wrong once, and says tie once: (3 + ½) / 5;
-    strictly 3 / 5. With their tie, which it sees too, it says the same in 4 of 6."""
+    """People prefer one response in 5 of 6 rows. In these the judge is right three times, wrong once, and once calls a
+    tie: (3 + ½) / 5, or strictly 3 / 5. In the sixth row people and judge both see a tie, so they agree in 4 of 6."""
     found = measures(judged())
     assert value(found["accuracy"]) == pytest.approx(0.7)
     assert value(found["accuracy_strict"]) == pytest.approx(0.6)
@@ -97,8 +97,8 @@ def test_cohens_kappa_by_hand() -> None:
 
 
 def test_cohens_kappa_at_its_extremes() -> None:
-    """1 where all is agreed on, −1 where two raters who use two categories equally never agree, 0 for a constant judge:
-    it is right as often as chance. Without a second category there is nothing that chance would not explain."""
+    """κ is 1 if the raters always agree, −1 if two raters who use two categories equally often never agree, and 0 for a
+    constant judge, which is right as often as chance. With a single category κ is undefined."""
     assert value(cohen(LABEL, LABEL)) == pytest.approx(1.0)
     turn = np.array([A, B, A, B, A, B])
     assert value(cohen(turn, 1 - turn)) == pytest.approx(-1.0)
@@ -118,19 +118,20 @@ def test_fleiss_kappa_by_hand() -> None:
 
 
 def test_agreement_between_two_people_by_hand() -> None:
-    """Two persons; they differ in rows 2 and 5, so p_o = 4/6. Counts 3, 2, 1 and 2, 4, 0: p_e = (6 + 8 + 0)/36 = 7/18,
-    κ = (12/18 − 7/18) / (11/18) = 5/11. The judge's κ is 1/2 with the first, whose votes are the label; with the second
-    p_o = 4/6 and p_e = (2·2 + 2·4 + 0)/36 = 1/3, so 1/2 as well, and so is the mean."""
+    """Two people differ in rows 2 and 5, so p_o = 4/6. Their counts are 3, 2, 1 and 2, 4, 0, so
+    p_e = (6 + 8 + 0)/36 = 7/18 and κ = (12/18 − 7/18) / (11/18) = 5/11. The first person's votes are the label, so the
+    judge's κ with this person is 1/2. With the second person p_o = 4/6 and p_e = (2·2 + 2·4 + 0)/36 = 1/3, which also
+    gives 1/2, and so the mean is 1/2."""
     found = measures(judged())
     assert value(found["kappa_between_persons"]) == pytest.approx(5 / 11)
     assert value(found["kappa_persons"]) == pytest.approx(0.5)
 
 
 def test_length_bias_by_hand() -> None:
-    """The judge decides rows 1, 2, 3 and 6; none of them has equal lengths, and the longer one wins rows 1 and 2: 2/4.
-    People decide rows 1, 2, 3, 4 and 6; of equal length is row 4, and the longer one wins row 1 only: 1/4. The bias is
-    2/4 − 1/4. Where people prefer the longer one (row 1) the judge is right; where the shorter (2, 3, 6), in 2 of 3.
-    """
+    """The judge decides rows 1, 2, 3 and 6, none with equal lengths; the longer response wins rows 1 and 2: 2/4. People
+    decide rows 1, 2, 3, 4 and 6; row 4 has equal lengths, and the longer response wins only row 1: 1/4. The bias is
+    2/4 − 1/4. The judge is right if people prefer the longer response (row 1), and in 2 of the 3 rows in which they
+    prefer the shorter one (2, 3, 6)."""
     found = measures(judged())
     assert value(found["longer_judge"]) == pytest.approx(0.5)
     assert value(found["longer_people"]) == pytest.approx(0.25)
@@ -141,8 +142,8 @@ def test_length_bias_by_hand() -> None:
 
 
 def test_flips_by_hand() -> None:
-    """Mean and distance of the two orders: 50 ± 50 is a reversal, 25 ± 25 a win that becomes a tie, 80 ± 20 and 10 ± 0
-    stay, 50 ± 0 is a tie in both. Row 6 was not asked. Flips 2/5, reversals 1/5."""
+    """Mean and difference of the two orders: 50 ± 50 is a reversal, 25 ± 25 a win that becomes a tie, 80 ± 20 and
+    10 ± 0 do not change, and 50 ± 0 is a tie in both. Row 6 was not asked. Flips 2/5, reversals 1/5."""
     pairs = [orders(s, d) for s, d in ((50, 100), (25, 50), (80, 40), (10, 0), (50, 0), (50, None))]
     assert pairs[:3] == [(0.0, 100.0), (0.0, 50.0), (60.0, 100.0)]
     found = measures(judged(orders_RN=np.array(pairs)))
@@ -152,7 +153,8 @@ def test_flips_by_hand() -> None:
 
 
 def test_saturation_by_hand() -> None:
-    """Of 12 scores, 10, 20, 30, 35, 35, 100 and 0 are multiples of 5, and 35 twice not of 10: 7/12 and 5/12."""
+    """Of 12 scores, the seven 10, 20, 30, 35, 35, 100 and 0 are multiples of 5; without the two 35s, five are multiples
+    of 10: 7/12 and 5/12."""
     scores = np.array([[10, 20], [30, 35], [35, 100], [0, 1], [2, 3], [99.5, 35.0001]])
     found = measures(judged(scores_RN=scores))
     assert value(found["multiples_of_5"]) == pytest.approx(7 / 12)
@@ -162,7 +164,7 @@ def test_saturation_by_hand() -> None:
 
 
 def test_entropy_by_hand() -> None:
-    """Halves ½, ¼, ¼: ½·1 + ¼·2 + ¼·2 = 1.5 bits. Scores are rounded first. All 101 alike: log2(101)."""
+    """Shares of ½, ¼ and ¼: ½·1 + ¼·2 + ¼·2 = 1.5 bits. Scores are rounded first. All 101 scores: log2(101)."""
     assert entropy(np.array([50.2, 49.9, 80.0, 20.0])) == pytest.approx(1.5)
     assert entropy(np.full(7, 80.0)) == 0.0
     assert entropy(np.arange(101.0)) == pytest.approx(math.log2(101))
@@ -406,7 +408,7 @@ def test_rows_without_a_verdict_are_counted_and_left_out() -> None:
 
 
 def test_the_longer_one() -> None:
-    """100 · n / (n + 200): 0, a third, a half; every further character counts, also far out."""
+    """The score is 100 · n / (n + 200): 0, a third, a half. Every further character counts, even for long texts."""
     assert [length_score("x" * n, 200) for n in (0, 100, 200, 600)] == pytest.approx([0, 100 / 3, 50, 75])
     far = [length_score("x" * n, 200.0) for n in (100_000, 100_001)]
     assert far[0] < far[1] < 100
@@ -592,7 +594,7 @@ def test_a_title_contains_no_password() -> None:
 
 @pytest.mark.long
 def test_a_run_shows_its_judges_agreement_with_people(tiny: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On its screen and in its summary; nothing is shown for a judge that was not compared with people."""
+    """Shown on the screen and in the summary; nothing is shown for a judge that was not compared with people."""
     shutil.copytree(tiny / "store", here / "store")
     run(monkeypatch, "judge=longer", f"data={file_of(here, ROW)}", *SMALL)
     for judge, known in (("longer", 1), ("rules", 0)):

@@ -82,7 +82,7 @@ def test_order_golden() -> None:
 
 
 def test_no_rows_or_no_epochs_give_no_steps() -> None:
-    """No rows or no epochs: no steps, and no endless search for the rows of a number of steps."""
+    """There are no steps, and the search for enough rows to fill a number of steps ends."""
     assert schedule(0, 4, epochs=3, seed=0, steps=None) == []
     assert schedule(0, 4, epochs=3, seed=0, steps=3) == []
     assert schedule(10, 4, epochs=0, seed=0, steps=None) == []
@@ -94,7 +94,7 @@ def test_no_rows_or_no_epochs_give_no_steps() -> None:
 
 @pytest.mark.parametrize(("rows", "batch", "micro"), SHAPES)
 def test_micro_batches_partition_a_step(rows: int, batch: int, micro: int) -> None:
-    """The micro-batches of a step fit in memory, have its rows in its order, and know their step and all its rows."""
+    """The micro-batches of a step fit in memory, contain its rows in its order, and know the step and all its rows."""
     groups = schedule(rows, batch, epochs=3, seed=1, steps=None)
     for number, step in enumerate(batches(micro, rows=rows, batch=batch)):
         # The division of a step into micro-batches changes neither its rows nor their order.
@@ -125,7 +125,7 @@ def test_worked_example() -> None:
 
 
 def test_a_step_can_be_divided_again() -> None:
-    """As is done when a step does not fit into memory: the rows are the same, and the position does not change."""
+    """This happens when a step does not fit into memory: the rows are the same, and the position does not change."""
     running = batches(4)
     whole = list(islice(running, 2))
     for micro in (1, 2, 3, 4):
@@ -150,7 +150,7 @@ def test_the_length_is_the_number_of_policy_steps() -> None:
 
 @pytest.mark.parametrize("done", range(10))
 def test_resumed_batches_are_exactly_the_remaining_ones(done: int) -> None:
-    """From a checkpoint after any step, through JSON too: nothing is trained on twice and nothing left out."""
+    """From a checkpoint after any step, also through JSON: nothing is trained on twice, and nothing is left out."""
     whole = list(batches())
     killed = batches()
     before = list(islice(killed, done))
@@ -162,7 +162,7 @@ def test_resumed_batches_are_exactly_the_remaining_ones(done: int) -> None:
 
 @pytest.mark.parametrize("micro", [1, 3, 4, 100])
 def test_another_micro_batch_size_continues_with_the_same_rows(micro: int) -> None:
-    """A run that ran out of memory is continued with smaller micro-batches: a position counts steps, not those."""
+    """A run that ran out of memory is continued with smaller micro-batches: a position counts steps."""
     whole = list(batches(2))
     killed = batches(2)
     list(islice(killed, 4))
@@ -172,7 +172,7 @@ def test_another_micro_batch_size_continues_with_the_same_rows(micro: int) -> No
 
 
 def test_state_counts_the_steps_handed_out() -> None:
-    """A checkpoint that is made while a step is worked on counts that step as done."""
+    """A checkpoint that is made during a step counts that step as done."""
     running = batches()
     assert running.state_dict() == {"next": 0}
     for position, _ in enumerate(running, start=1):
@@ -188,7 +188,7 @@ def test_position_belongs_to_the_training_and_not_to_the_iterator() -> None:
 
 
 def test_rewound_batches_start_again() -> None:
-    """From the state of the beginning the same steps come again."""
+    """Loading the initial state gives the same steps again."""
     running = batches()
     beginning = running.state_dict()
     first = list(running)

@@ -118,7 +118,7 @@ def _words(hint: Any) -> list[Any]:
 
 
 def test_every_setting_that_takes_a_list_or_mapping_has_an_example() -> None:
-    """The only ones without are mappings of parts."""
+    """Except mappings of parts."""
     assert example(str | list[str]) == ["a", "b"]
     assert example(dict[typing.Literal["x", "y"], str] | None) == {"x": "a", "y": "b"}
     assert example(Mapping[str, int]) == {"a": 3, "b": 4}
@@ -189,7 +189,7 @@ def test_target_modules_are_where_adapters_are_put(make_policy: Callable[..., Po
 
 
 def test_lists_inside_a_bound_optimizer() -> None:
-    """They reach torch, and the key, as lists."""
+    """They reach torch and the key as lists."""
     given = ("trainer.optimizer._target_=torch.optim.AdamW", "+trainer.optimizer.betas=[0.8,0.99]")
     trainer = built(*given).plans[0].trainer
     assert type(trainer.optimizer.betas) is list
@@ -358,7 +358,7 @@ class Descent(torch.optim.SGD):
 
 @pytest.mark.parametrize("partial", [{}, {"_partial_": True}], ids=["plain", "partial"])
 def test_a_custom_optimizer_is_built_once_its_parameters_exist(partial: dict[str, Any]) -> None:
-    """An optimizer of any package; its settings are checked against its parameters."""
+    """An optimizer of any package; its settings are checked against the parameters of its class."""
     settings = {"_target_": "dnpo.optimise.parts.PairOptimisation"}
     given = {"_target_": f"{__name__}.Descent", **partial}
 

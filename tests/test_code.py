@@ -131,7 +131,7 @@ def test_an_endless_loop_ends(way: Isolation) -> None:
 
 
 def test_no_process_is_left_running(closed: Isolation) -> None:
-    """Processes that an answer starts end with it, also in another session."""
+    """Processes that an answer starts are ended with it, even if they are in another session."""
     mark = f"left-{secrets.token_hex(4)}"  # a process's name has at most 15 characters
     left = f"import ctypes, os, time\nif os.fork() == 0:\n    os.setsid()\n    ctypes.CDLL(None).prctl(15, b'{mark}')\n"
     text = f"{left}    time.sleep(60)\ntime.sleep(0.5)\n{GOOD}"
@@ -208,7 +208,7 @@ print(json.dumps(found))
 
 
 def test_no_environment_with_a_key_can_be_read() -> None:
-    """Neither of the starting process nor of others; if one could be read, nothing runs."""
+    """Neither that of the starting process nor those of others; if one can be read, no answer is run."""
     environment = {**os.environ, "SOME_API_KEY": "sk-secret"}
     done = subprocess.run([sys.executable, "-c", WITH_KEY], env=environment, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
@@ -340,7 +340,7 @@ def test_tests_that_compare_objects_of_the_answer_are_refused(tests: str) -> Non
 
 
 def test_side_by_side() -> None:
-    """Several at once, in the order of the responses."""
+    """Several answers run at once; the results have the order of the responses."""
     judge = UnitTests(i_know_this_runs_code=True, workers=3, isolation="auto" if find_isolation("auto")[0] else "none")
     objection = judge.accepts([Prompt("p", [], "", answer=TESTS)])
     if objection is not None:

@@ -31,8 +31,9 @@ RNG = np.random.default_rng
 
 
 def test_mcnemar_by_published_numbers() -> None:
-    """Approval of a prime minister in two surveys, 150 and 86 changed their minds: z = −4.17 (Agresti, Categorical Data
-    Analysis, table 10.1). And 6 against 16: exact 0.052, mid-p 0.035, chi-square 0.033 (10² / 22 = 4.545)."""
+    """Approval of a prime minister in two surveys, in which 150 and 86 people changed their minds: z = −4.17 (Agresti,
+    Categorical Data Analysis, table 10.1). For 6 against 16 the exact p is 0.052, the mid-p 0.035, and the chi-square p
+    0.033 (10² / 22 = 4.545)."""
     assert stats.norm.isf(mcnemar(150, 86, "chi-square") / 2) == pytest.approx(4.17, abs=0.005)
     assert mcnemar(6, 16) == pytest.approx(0.0525, abs=5e-5)
     assert mcnemar(6, 16, "mid-p") == pytest.approx(0.0347, abs=5e-5)
@@ -68,8 +69,8 @@ def test_mcnemar_equals_statsmodels() -> None:
 
 
 def test_clustered_mcnemar_by_hand() -> None:
-    """Items with sums 2, 1, 0, −1, 1: (2 + 1 + 0 − 1 + 1)² / (4 + 1 + 0 + 1 + 1) = 9/7. As if they were ten independent
-    answers, 4 against 1 would give 9/5. With one seed it is the plain test."""
+    """Items with sums 2, 1, 0, −1, 1: (2 + 1 + 0 − 1 + 1)² / (4 + 1 + 0 + 1 + 1) = 9/7. Ten independent answers, 4
+    against 1, would give 9/5. With one seed it is the ordinary McNemar test."""
     apart = np.array([[1, 1, 0, -1, 1], [1, 0, 0, 0, 0.0]])
     assert mcnemar_clustered(apart) == pytest.approx(stats.chi2.sf(9 / 7, 1))
     one = RNG(0).integers(-1, 2, (1, 50)).astype(float)
@@ -92,7 +93,7 @@ MAIZE = [6.0, 8, 14, 16, 23, 24, 28, 29, 41, -48, 49, 56, 60, -67, 75]
 
 
 def test_wilcoxon_by_published_numbers() -> None:
-    """Darwin's maize, crossed less self-fertilised, in eighths of an inch: its negative ranks are 10 and 14."""
+    """Darwin's maize, cross- minus self-fertilised, in eighths of an inch: its negative ranks are 10 and 14."""
     assert wilcoxon(np.array(MAIZE)) == pytest.approx(0.041259765625)
 
 
@@ -114,7 +115,7 @@ def test_wilcoxon_with_many_zeros_is_the_sign_test() -> None:
 
 
 def test_rounding_breaks_no_tie() -> None:
-    """0.3 − 0.2 and 0.2 − 0.1 differ in their last digit, and 0.1 + 0.2 − 0.3 is no difference."""
+    """0.3 − 0.2 and 0.2 − 0.1 differ in their last digit but are equal, and 0.1 + 0.2 − 0.3 counts as no difference."""
     rough = np.array([0.3 - 0.2, 0.1 - 0.2, 0.4 - 0.2, 0.7 - 0.6, 0.1])
     assert wilcoxon(rough) == wilcoxon(np.array([1.0, -1, 2, 1, 1]))
     found = compare_paired([0.1 + 0.2] * 8, [0.3] * 8)
@@ -222,8 +223,8 @@ def test_with_one_seed_the_bootstrap_equals_scipys() -> None:
 
 
 def test_equal_items_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right and wrong answers, of which there are few kinds, spread as those do that differ by next to nothing; and the
-    size of batches changes no resample's law."""
+    """Right and wrong answers, which have few different values, give the same spread as values that differ by next to
+    nothing; and the size of batches does not change the distribution of resamples."""
     x = (RNG(9).random((2, 1, 300)) < 0.4).astype(float)
     alike = bootstrap(x, 0, 4000)
     single = bootstrap(x + RNG(10).uniform(0, 1e-9, x.shape), 0, 4000)
@@ -258,8 +259,8 @@ def test_intervals_over_items_contain_the_truth() -> None:
 
 
 def test_with_three_seeds_only_the_t_interval_is_reliable() -> None:
-    """Where training moves the mean more than items do, a bootstrap over three seeds claims too much, and a test over
-    items that never heard of seeds denies the truth far too often. Hence the note, and hence the larger p of two."""
+    """If training moves the mean more than items do, a bootstrap over three seeds claims too much, and a test over
+    items that ignores seeds rejects a true hypothesis far too often. Hence the note, and the larger p of the two."""
     found = coverage(3, 0.4)
     assert found["t"] > 0.91
     assert found["min F′"] < 0.09
@@ -300,7 +301,7 @@ def test_scores_from_end_to_end() -> None:
 
 
 def test_several_seeds_need_both_tests() -> None:
-    """One seed is much better and two are not: significant over items, not over trainings."""
+    """One seed is much better and two are not: significant over items, but not over seeds."""
     rng = RNG(1)
     b = rng.normal(50, 10, (3, 200))
     a = b + np.array([[8.0], [0.5], [-0.2]]) + rng.normal(0, 3, (3, 200))
@@ -486,7 +487,8 @@ def test_pass_at_k_counts_subsets() -> None:
 
 
 def test_pass_at_k_of_many_samples() -> None:
-    """pass@1 is the share; and 1 − C(n−c, k)/C(n, k) in whole numbers at the paper's n = 200, and far above."""
+    """pass@1 is the share of right samples; and 1 − C(n−c, k)/C(n, k) in whole numbers at n = 200, as in the paper, and
+    above."""
     assert pass_at_k(200, 58, 1) == pytest.approx(0.29)
     for n, c, k in ((200, 13, 100), (200, 1, 10), (100_000, 7, 5_000)):
         exact = 1 - math.comb(n - c, k) * 10**30 // math.comb(n, k) / 10**30

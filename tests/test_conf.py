@@ -65,7 +65,7 @@ def test_every_option_binds_its_target_and_its_file_shows_every_setting(group: s
 
 
 def test_methods_have_the_parts_of_their_definition() -> None:
-    """SPIN has neither labels by quality nor noise; the related methods add one or both, from iteration 1 on."""
+    """SPIN has neither labels by quality nor noise; the related methods add one or both from iteration 1 on."""
     targets = {}
     for method in ("spin", "dsl", "npo", "dnpo", "fixed_noise"):
         cfg = composed(f"method={method}")

@@ -121,7 +121,7 @@ def test_a_ball_of_radius_0_changes_nothing() -> None:
 
 
 def test_rows_have_the_weights_and_shifts_of_the_solution() -> None:
-    """σ(0) = .5, σ(−1) = .269, σ(2) = .881: with N ε = .4 the second moves whole (.219), the first by .181/.45."""
+    """σ(0) = .5, σ(−1) = .269, σ(2) = .881: at N ε = .4 the second moves completely (.219), the first by .181/.45."""
     pairs = scored([0.0, -1.0, 2.0])
     rows, counts = Robust(epsilon=0.4 / 3)(pairs, [], context(1))
     xi = 1 / (1 + math.exp(1))
@@ -140,7 +140,7 @@ def test_rows_have_the_weights_and_shifts_of_the_solution() -> None:
 
 
 def test_ties_are_broken_by_the_hash_of_the_id_in_any_order() -> None:
-    """Ten equal pairs at σ = .5: N ε = 2.25 moves five of them whole, those with the smallest hashes."""
+    """Ten equal pairs at σ = .5: N ε = 2.25 moves five of them completely, those with the smallest hashes."""
     pairs = scored([0.0] * 10)
     pairs[0] = replace(pairs[0], chosen_score=99.0)  # so that not all are equal; it stays, at ξ = 1
     rows, _ = Robust(epsilon=0.225)(pairs, [], context(1))

@@ -146,7 +146,7 @@ def test_hidden_files_are_not_damage(folder: Path, tmp_path: Path) -> None:
 
 
 def test_stages_of_an_earlier_version_are_used_and_named(folder: Path, tmp_path: Path) -> None:
-    """They have no digests, so damage cannot be detected; one line names them."""
+    """They have no digests, so damage to them cannot be detected; one line names them."""
     known = manifest(folder)
     earlier = {name: known[name] for name in known if name not in ("made_by", "files", "checksum")}
     (folder / MANIFEST).write_text(json.dumps(earlier))

@@ -57,8 +57,8 @@ def test_overlap_by_numpys_histograms(seed: int) -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 0.25, 0.5, 0.9, 1.0, 3.0])
 def test_closed_forms_of_shifted_uniforms(shift: float) -> None:
-    """Uniform on [0, 1] and on [shift, 1 + shift]: both densities are 1 where both are, so overlap is 1 − shift; so far
-    is the way of every value; and so much of the first lies below the second."""
+    """Uniform on [0, 1] and on [shift, 1 + shift]: both densities are 1 on the common part, so the overlap is
+    1 − shift. Every value moves by the shift, and that share of the first lies below the second."""
     first = (np.arange(10_000) + 0.5) / 10_000
     assert overlap(first, first + shift) == pytest.approx(max(1 - shift, 0), abs=0.04)  # up to one bin on either side
     assert overlap(first, first + shift, bins=500) == pytest.approx(max(1 - shift, 0), abs=0.004)
@@ -128,8 +128,8 @@ def test_divergence_by_hand() -> None:
 
 
 def test_divergence_of_known_policies() -> None:
-    """Chains that stop after every token with probability 1/4 and choose among three others before: the truth is known,
-    and of 400 estimates from 200 sequences about 95 % lie within 1.96 standard errors of it."""
+    """Chains that stop after every token with probability 1/4 and otherwise choose among three others, so the true
+    divergence is known. Of 400 estimates from 200 sequences each, about 95 % lie within 1.96 standard errors of it."""
     p, q = np.array([0.25, 0.6, 0.1, 0.05]), np.array([0.25, 0.25, 0.25, 0.25])
     per_token = float((p * np.log(p / q)).sum())
     rng = np.random.default_rng(2)

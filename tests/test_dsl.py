@@ -127,7 +127,7 @@ def test_missing_score_is_dropped_and_counted(s: float | None, s_new: float | No
 
 @pytest.mark.parametrize("known", [[], [Verdict("a", HUMAN, 90.0)], [Verdict("a", SOURCE, 90.0)]])
 def test_missing_verdict_is_like_a_missing_score(known: list[Verdict]) -> None:
-    """A missing verdict is counted the same way and is no error."""
+    """A missing verdict is counted in the same way and is not an error."""
     pairs, counts = label(HigherScoreChosen(), [prompt("a")], [human("a")], [generated("a")], known)
     assert pairs == []
     assert counts == {"pairs": 0, "flipped": 0, "identical": 0, "unscored": 1}
@@ -143,7 +143,7 @@ def test_verdict_of_another_source_does_not_count() -> None:
 @pytest.mark.parametrize("labeller", [HigherScoreChosen(), HumanChosen()])
 @pytest.mark.parametrize("scores", [(80.0, 40.0), (40.0, 80.0), (None, None)])
 def test_identical_pairs_are_dropped_and_counted(labeller: Labeller, scores: tuple[float | None, float | None]) -> None:
-    """Equal token ids have no gradient; they count as identical with any scores, not as unscored."""
+    """Pairs with equal token ids have no gradient; they count as identical with any scores, not as unscored."""
     same = [7, 8, 2]
     pairs, counts = label(
         labeller, [prompt("a")], [human("a", same)], [generated("a", list(same))], verdicts("a", *scores)
@@ -178,7 +178,7 @@ def test_needs_scores() -> None:
 
 
 def test_the_labellers_decision() -> None:
-    """The decision itself: generated, human, human on a tie, and no pair where it cannot be made."""
+    """A labeller chooses the generated response, the human one, the human one on a tie, or none."""
     decide = HigherScoreChosen()
     answers = []
     for old, new in ((1, 2), (2, 1), (1, 1), (None, 1)):
@@ -234,7 +234,7 @@ def test_unscored_pairs_can_end_the_run(s: float | None, s_new: float | None) ->
 
 @pytest.mark.parametrize("unscored", ["drop", "keep_human", "fail"])
 def test_scored_pairs_do_not_depend_on_the_setting_for_unscored_ones(unscored: str) -> None:
-    """Nor do identical ones, which are detected first: they need no score."""
+    """The same holds for identical pairs, which are detected first: they need no score."""
     labeller = HigherScoreChosen(unscored=unscored)  # type: ignore[arg-type]
     assert one(80.0, 40.0, labeller)[0] == [HUMAN_CHOSEN]
     assert one(40.0, 80.0, labeller)[0] == [GENERATED_CHOSEN]
@@ -245,7 +245,7 @@ def test_scored_pairs_do_not_depend_on_the_setting_for_unscored_ones(unscored: s
 
 @pytest.mark.parametrize(("unscored", "pairs"), [("drop", 2), ("keep_human", 4)])
 def test_counts_of_several_rows(unscored: str, pairs: int) -> None:
-    """Five rows: one each way, two without a score, one identical; dropped ones are gone and counted once."""
+    """Five rows: one each way, two without a score, one identical; dropped rows are removed and counted once."""
     names = ["aa", "b", "ccc", "dddd", "e"]
     scores = {"aa": (1.0, 2.0), "b": (2.0, 1.0), "ccc": (None, 1.0), "dddd": (1.0, None), "e": (None, None)}
     said = [v for name in names for v in verdicts(name, *scores[name])]
@@ -263,7 +263,7 @@ def test_labels_by_origin_have_no_unscored_pairs() -> None:
 
 
 def test_the_setting_for_unscored_pairs_has_three_values() -> None:
-    """Checked before anything is computed."""
+    """The value is checked before anything is computed."""
     target = {"_target_": "dnpo.dsl.HigherScoreChosen"}
     assert check("dsl", target) == target
     with pytest.raises(SettingsError, match=r"^dsl\.unscored='keep': .*'drop', 'keep_human' or 'fail'"):
@@ -271,7 +271,7 @@ def test_the_setting_for_unscored_pairs_has_three_values() -> None:
 
 
 def test_the_reasons_for_having_no_pair_are_reported() -> None:
-    """With the number of each kind, and the setting that would help."""
+    """The message has the number of each kind and the setting that would help."""
     counts = {"pairs": 0, "flipped": 0, "identical": 1200, "unscored": 3}
     text = explain(counts)
     assert "1,200 responses are identical" in text
@@ -381,7 +381,7 @@ def test_prompts_without_a_right_answer_are_counted_and_reported() -> None:
 
 
 def test_a_strength_below_one_half_swaps_the_pair() -> None:
-    """p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺) is the same loss for the turned pair with 1 − p."""
+    """p L(y⁺, y⁻) + (1 − p) L(y⁻, y⁺) is the same loss for the swapped pair with 1 − p."""
     pairs = labels_of(BestWorst(), [50.0, 90.0]).pairs
     (sure,), (turned,) = with_strengths(pairs, [0.8]), with_strengths(pairs, [0.3])
     assert (sure.chosen_sample, sure.strength) == (1, 0.8)

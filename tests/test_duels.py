@@ -226,7 +226,7 @@ def test_duels_are_saved_and_read_unchanged(world: World, tmp_path: Path) -> Non
 
 
 def test_responses_of_equal_length_under_the_length_judge(world: World, tmp_path: Path) -> None:
-    """If the judge is length, responses of equal length have no result; this is no error."""
+    """Under the length judge such responses have no result; this is not an error."""
     told = outcome(fight(Longer(), world, tmp_path), True, 0)
     assert told.controlled is None
     assert told.why.startswith("length alone decides all 12 duels")

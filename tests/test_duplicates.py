@@ -33,7 +33,7 @@ def own_shingles(texts: list[str]) -> list[frozenset[str]]:
 
 
 def test_shingles() -> None:
-    """The plain rules to which the index is compared below."""
+    """The plain rules with which the index is compared below."""
     assert shingles("The cat, the CAT sat!") == {"the cat the", "cat the cat", "the cat sat"}
     assert shingles("the cat   (the cat)\nsat") == shingles("The cat, the CAT sat!")
     assert shingles("Hi there!") == {"hi there"}
@@ -57,7 +57,7 @@ def test_changes_that_make_a_text_a_different_one(one: str, other: str, same: bo
 
 
 def test_worked_numbers() -> None:
-    """Ten words have eight shingles. Another last word changes one: 7 of 9 are common."""
+    """Ten words have eight shingles. Another last word changes one of them: 7 of 9 are common."""
     one, other = "a b c d e f g h i j", "a b c d e f g h i k"
     assert jaccard(shingles(one), shingles(other)) == 7 / 9
     assert near([one], ["x", other, one], 7 / 9) == [(0, 1, 7 / 9), (0, 2, 1.0)]

@@ -153,7 +153,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
 def test_a_fault_is_named_with_the_setting(
     fault: str, policy: Policy, saved: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And nothing that it returned is used."""
+    """Nothing that the faulty server returned is used."""
     monkeypatch.setenv("VLLM_API_KEY", "a-secret-key")
     monkeypatch.setattr(connection, "FIRST_PAUSE", 0.01)
     server: dict[str, Any] = {"timeout": 0.3, "deadline": 0.8} if fault == "hang" else {}
@@ -243,7 +243,7 @@ def test_equal_samples_are_reported(policy: Policy, saved: Path, world: World, t
 
 
 def test_only_what_is_missing_is_asked(policy: Policy, saved: Path, world: World, tmp_path: Path) -> None:
-    """Also within a shard: after a failure only the missing requests are sent."""
+    """Within a shard too: after a failure only the missing requests are sent."""
     log, sampling = tmp_path / "log", Sampling(shard_size=3)
     with (
         serving(saved, fault="404", after=3 + 5, log=log) as url,
@@ -390,7 +390,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=str)
 def test_a_launched_server_ends_with_the_run(number: signal.Signals, tmp_path: Path) -> None:
-    """For every end of the run, although the server is in another process group."""
+    """However the run ends, although the server is in another process group."""
     run = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )

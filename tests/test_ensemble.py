@@ -59,7 +59,7 @@ def say(by: Any, members: Sequence[Scores], responses: Sequence[Response]) -> li
 
 
 def test_the_mean_by_hand() -> None:
-    """Scores 10, 20 and 60: mean 30, deviations 20, 10 and 30, so a standard deviation of √(1400 / 3)."""
+    """Scores 10, 20 and 60: the mean is 30 and the deviations are 20, 10 and 30: √(1400 / 3)."""
     (verdict,) = say("mean", [{("a", NEW): score} for score in (10.0, 20.0, 60.0)], [response("a")])
     assert verdict == Verdict("a", NEW, 30.0, disagreement=pytest.approx(math.sqrt(1400 / 3)))
 

@@ -99,8 +99,9 @@ def test_accuracy_is_the_mean_over_families_of_right_greedy_answers(make_policy:
 
 
 def test_several_samples_of_a_prompt_count_together(world: World) -> None:
-    """Two prompts with three samples each. The first has answers right, wrong, right: pass@1 is 2/3, pass@3 is 1 and
-    the majority is right. The second has one right and the same wrong one twice: 1/3, 1, and the majority is wrong."""
+    """Two prompts with three samples each. For the first, answers are right, wrong and right: pass@1 is 2/3, pass@3 is
+    1 and the majority is right. For the second, one is right and the other two are equally wrong: 1/3, 1, and the
+    majority is wrong."""
     from dnpo.evaluate.metrics import _several
 
     first, second = [p for p in world.prompts if p.family == "arithmetic"][:2]
@@ -120,7 +121,7 @@ def test_several_samples_of_a_prompt_count_together(world: World) -> None:
 
 
 def test_label_noise_is_the_share_of_pairs_with_the_right_answer_rejected(world: World) -> None:
-    """Four pairs: right over wrong, wrong over right, both right, both wrong: one of four is noise, two are decided."""
+    """Four pairs: right over wrong, wrong over right, both right, both wrong: one of four is noise."""
     from dataclasses import replace
 
     from dnpo.evaluate.metrics import _labels

@@ -297,7 +297,7 @@ def sharegpt(*texts: str) -> list[dict[str, str]]:
 
 
 def test_unambiguous_forms_are_read(file: Path) -> None:
-    """ShareGPT's turns, contents in parts, empty system turns, numbers as labels, empty lists in other rows."""
+    """ShareGPT's turns, contents in parts, empty system turns, numbers as labels, and empty lists in other rows."""
     silent, brief = ({"role": "system", "content": text} for text in ("", "Be brief."))
     parts = [{"type": "text", "text": "Why "}, {"type": "text", "text": "so?"}]
     rows = [
@@ -334,7 +334,7 @@ def test_unambiguous_forms_are_read(file: Path) -> None:
 
 
 def test_turns_that_are_written_as_text(tmp_path: Path) -> None:
-    """Conversations that went through a CSV file: in JSON, or in Python's notation."""
+    """Conversations that were saved in a CSV file, as JSON or in Python's notation."""
     talk = [{"role": "user", "content": 'Why "so"?'}, {"role": "assistant", "content": "It's so."}]
     wanted = Prompt("x", talk[:1], talk[1]["content"])
     written = [json.dumps(talk), json.dumps(talk, indent=1), str(talk)]
@@ -894,7 +894,7 @@ def test_near_duplicates_are_removed_from_the_threshold_on(file: Path) -> None:
 
 
 def test_two_removed_rows_are_shown(file: Path) -> None:
-    """From the first difference on, with any common beginning."""
+    """They are shown from their first difference on, after a common beginning of any length."""
     form = "the same words as before " * 9
     rows = [*pairs(100), *({"id": f"n{i}", "prompt": f"{form}, end{'!' * i}", "response": "a"} for i in range(4))]
     facts = jsonl(write(file, [*rows, {**rows[0], "id": "again"}])).read()[1]

@@ -54,7 +54,7 @@ def test_parts_of_dnpo_are_keyed_by_their_class_name() -> None:
 
 
 def test_equally_named_classes_of_two_modules_have_two_keys() -> None:
-    """For other classes the whole import path counts, nested too, and never equals the name of a dnpo class."""
+    """For classes outside dnpo the whole import path counts, also when nested, and never equals a dnpo class's."""
     modules = ["mine.judge", "mine.other", "dnpo.judges.rules", "dnpolike"]
     assert len({str(part_key(renamed(module, Inner()))) for module in modules}) == 4
     assert len({str(part_key(outer("dnpo.a", module))) for module in modules}) == 4
@@ -77,7 +77,7 @@ def test_old_targets_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_store_of_an_earlier_layout_is_reported_once(tmp_path: Path) -> None:
-    """An old store is refused by name, with its stages; a new one and a present one are not."""
+    """An old store is refused by name, with its stages; a new store and a current one are not."""
     notes: list[str] = []
     Store(tmp_path / "new").open(notes.append)
     Store(tmp_path / "new").open(notes.append)

@@ -189,7 +189,7 @@ def test_the_border_of_prompt_and_response_without_a_difference(tokenizer: Any) 
 
 
 def test_the_border_under_a_tokenizer_that_starts_texts_with_a_space() -> None:
-    """As in SentencePiece, the response has other tokens after its prompt than alone; the former are used."""
+    """As in SentencePiece, a response after its prompt has other tokens than alone; those after the prompt are used."""
     spaced = Tokenizer(models.BPE(unk_token="<unk>"))
     spaced.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     spaced.decoder = decoders.Metaspace()
@@ -203,7 +203,7 @@ def test_the_border_under_a_tokenizer_that_starts_texts_with_a_space() -> None:
 
 
 def test_a_moved_border_is_reported(with_template: Callable[[str], Any]) -> None:
-    """The prompt ends with a space, and tokens include the space before a word: one would span the border."""
+    """The prompt ends with a space, and tokens include the space before a word, so one token would span the border."""
     broken = with_template(
         "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
         "{{ eos_token if m['role'] == 'assistant' else '\n' }}{% endfor %}"
@@ -823,7 +823,7 @@ def test_gate_of_a_pretrained_model(local: Path, tmp_path: Path) -> None:
 
 
 def test_gate_of_a_template_with_arguments(local: Path, tmp_path: Path) -> None:
-    """Given as on the command line; unused names are reported."""
+    """The arguments are given as on the command line; unused names are reported."""
     reads = AutoTokenizer.from_pretrained(local)
     reads.chat_template = "{{ greeting }}" + TEMPLATE
     reads.save_pretrained(local)

@@ -82,7 +82,7 @@ def test_log_probabilities_equal_the_models_for_each_row_alone(
 
 
 def test_a_sample_depends_only_on_seed_and_prompt(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Not on earlier calls, the number of shards, or the state of global generators."""
+    """It does not depend on earlier calls, the number of shards, or the state of global generators."""
     policy = make_policy()
     first = go(policy, world, tmp_path / "a")
     torch.manual_seed(123)
@@ -159,7 +159,7 @@ def test_greedy_answers_equal_those_for_each_prompt_alone(
 
 
 def test_samples_do_not_depend_on_what_else_is_in_the_batch(make_policy: MakePolicy, world: World) -> None:
-    """Neither on the batch size nor on later rows, also for repeated prompts."""
+    """They depend neither on the batch size nor on later rows, also for repeated prompts."""
     policy = stopping(make_policy())
     prompts = [p.token_ids for p in world.prompts[:24]]
     prompts += prompts[:12]
@@ -262,10 +262,8 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
 def test_completions_of_every_model_family_equal_transformers(
     world: World, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Greedy completions are those of transformers for each prompt alone, samples those of a batch of one.
-
-    The buffers have room for three columns, so they are replaced often.
-    """
+    """Greedy completions equal transformers' for each prompt alone, and samples equal those of a batch of one. The
+    buffers have room for only three columns, so they are replaced often."""
     monkeypatch.setattr(dnpo.generate.hf._Window, "_SPARE", 3)
     make: Any = AutoModelForCausalLM
     with torch.random.fork_rng():
@@ -326,7 +324,7 @@ def test_samples_follow_the_policys_own_probabilities(
 
 
 def test_tokens_with_probability_0_are_never_drawn() -> None:
-    """Also with a large vocabulary, most of it with probability 0, whose size is no multiple of the group size."""
+    """This also holds for a large vocabulary, most of it with probability 0, of a size that groups do not divide."""
     scores = torch.full((4000, 5003), -torch.inf)
     scores[:, 17], scores[:, 5002] = 0.3, -1.2
     tokens = dnpo.generate.hf._pick(scores, [(row, 0) for row in range(4000)], dnpo.generate.hf.make_warp(Sampling()))
@@ -337,7 +335,7 @@ def test_tokens_with_probability_0_are_never_drawn() -> None:
 
 
 def test_random_numbers_equal_splitmix64s() -> None:
-    """Against the generator in integer arithmetic; every stream and token has other numbers."""
+    """Compared with the generator in integer arithmetic; every stream and token has different numbers."""
 
     def mixed(stream: int, number: int) -> int:
         bits = (stream + number * 0x9E3779B97F4A7C15) % 2**64
@@ -372,7 +370,7 @@ def test_a_small_error_in_probabilities_changes_few_draws(vocabulary: int) -> No
 def test_a_sample_depends_on_its_prompt_and_not_on_its_place(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Neither on prompts before it, nor on shards, nor on the number of its other samples."""
+    """It does not depend on the prompts before it, on shards, or on the number of other samples."""
     policy, args = make_policy(), ("x", 12, 3, Report())
     rows = {row.id: row for row in sample(policy, world.prompts[:30], LAYOUT, *args)}
     turned = sample(policy, world.prompts[29:9:-1], LAYOUT, *args)

@@ -138,7 +138,7 @@ def test_the_script_names_its_parts() -> None:
 
 @pytest.mark.long
 def test_a_part_runs_on_a_bare_machine(tmp_path: Path) -> None:
-    """With torch, transformers, peft and Lightning alone; missing packages are named and not fatal."""
+    """Only torch, transformers, peft and Lightning are installed; missing packages are named and not fatal."""
     done = run_script("full", "--out", str(tmp_path), bare=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a rehearsal" in done.stdout

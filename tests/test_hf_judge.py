@@ -213,7 +213,7 @@ def test_batches_give_the_same_answers_as_single_questions(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 def test_a_judged_text_cannot_start_a_turn(name: str) -> None:
-    """It adds no end either: the prompt has only the control tokens that a plain answer gives."""
+    """It cannot end one either: the prompt has only the control tokens that a plain answer gives."""
     tokenizer = TOKENIZERS[name]()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     reader = Replies(model_for(tokenizer), tokenizer, NUMBERS, "[0-9]", TALKS[0])
@@ -359,7 +359,7 @@ def test_unusable_models_and_templates_are_refused(tmp_path: Path, report: Repor
 
 
 def test_a_real_model(shared: Path, tmp_path: Path, report: Report) -> None:
-    """It writes stories and cannot grade; the message says this."""
+    """The model writes stories and cannot grade; the message says so."""
     path = str(shared / "models" / "stories260K")
     prompts, responses = rows(1)
     with Ledger(tmp_path / "ledger.sqlite") as ledger:

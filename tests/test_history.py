@@ -16,7 +16,7 @@ ROWS = [{"step": float(step), "loss/policy": 0.1 * step} for step in range(7)]
 
 
 def test_rows_are_appended_and_read_up_to_a_checkpoint(tmp_path: Path) -> None:
-    """Digits included; what a kill left after the checkpoint is cut by the process that says so, and not again."""
+    """Rows are equal in every digit. Lines that a kill left after the checkpoint are removed only with ``cut=True``."""
     path = tmp_path / HISTORY
     history = History(path)
     history.save(ROWS[:2])
@@ -52,7 +52,7 @@ def test_rows_that_a_checkpoint_refers_to_are_read_completely_or_refused(tmp_pat
 def test_a_training_killed_between_history_and_checkpoint_continues(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Twice, since lines that are left would be in the way of the next checkpoint; and checkpoints do not grow."""
+    """Killed twice, since leftover lines would be in the way of the next checkpoint; and checkpoints do not grow."""
     rows = [(p.id, p.token_ids, r.token_ids) for p, r in zip(world.prompts, world.human, strict=True)]
     sizes = []
 

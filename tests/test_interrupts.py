@@ -237,7 +237,7 @@ def test_a_signal_in_any_other_stage_ends_the_run_as_ctrl_c_does(tiny: Path, beg
 
 
 def test_a_signal_before_the_first_stage_ends_a_command(tmp_path: Path) -> None:
-    """Nothing is set up yet: the signal itself or its handler ends the process."""
+    """Nothing is set up yet: the signal itself or its default handler ends the process."""
     command = [sys.executable, "-m", "dnpo.train", *SMOKE]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(0.3)

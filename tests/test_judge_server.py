@@ -278,7 +278,7 @@ def test_every_fault_is_what_it_says() -> None:
 
 
 def test_a_dribble_never_ends_and_a_flood_is_as_long_as_is_asked() -> None:
-    """At the socket: bytes keep coming, so no timeout between bytes fires."""
+    """Read at the socket: bytes keep arriving, so no timeout between bytes fires."""
 
     async def read(seconds: float) -> int:
         total = 0

@@ -28,7 +28,7 @@ def keys(path: Path) -> set[str]:
 
 
 def test_a_run_killed_repeatedly_while_judging_asks_nothing_twice(tmp_path: Path) -> None:
-    """Answers in the ledger outlive a kill; only answers to calls in flight are missing there."""
+    """Answers in the ledger survive a kill; only answers to calls in flight are lost."""
     draw, unread, late = random.Random(0), 0, 0
     path = tmp_path / "ledger.sqlite"
     with judge_server(latency=0.1) as server:
@@ -61,7 +61,7 @@ def test_a_run_killed_repeatedly_while_judging_asks_nothing_twice(tmp_path: Path
 
 
 def test_two_sweeps_at_once_ask_each_question_once(tmp_path: Path) -> None:
-    """Two stores that share only the ledger: the same questions in both, at the same time."""
+    """Their stores share only the ledger, and both have the same questions at the same time."""
     with judge_server(latency=0.05) as server:
         sweep = ["-m", *SMALL, *judge(server), "iterations=1", "acts_from=0", "seed=0,1", "data.seed=0"]
         ledger = tmp_path / "ledger.sqlite"
@@ -82,7 +82,7 @@ def test_two_sweeps_at_once_ask_each_question_once(tmp_path: Path) -> None:
 
 
 def test_a_run_leaves_its_key_nowhere(migrated: Path, tmp_path: Path) -> None:
-    """Neither after a good run, nor after one with a wrong key; with logs at the most detailed level."""
+    """Neither after a good run nor after one with a wrong key, with logs at the most detailed level."""
     shutil.copy(migrated, tmp_path / "mlflow.db")
     with judge_server(key=SECRET) as server:
         loud = {"OPENAI_LOG": "debug", "HTTPX_LOG_LEVEL": "trace"}

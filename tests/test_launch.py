@@ -141,7 +141,7 @@ def remove_last(folder: Path, *names: str) -> list[dict[str, Any]]:
 
 @pytest.mark.long
 def test_torchrun_starts_a_python_for_each_rank(tiny: Path, tmp_path: Path) -> None:
-    """What it starts has imported nothing, unlike processes that other tests fork."""
+    """The started processes have imported nothing, unlike the processes that other tests fork."""
     shutil.copytree(tiny, tmp_path / "one", symlinks=True)
     (stage,) = remove_last(tmp_path / "one", "reference")
     succeed(tmp_path / "one", *SMOKE, *TINY, "launch=torchrun", "launch.devices=1")

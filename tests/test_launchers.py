@@ -42,7 +42,7 @@ def tasks(sweep: Path) -> list[int]:
 
 @pytest.mark.long
 def test_four_jobs_on_two_workers_compute_nothing_twice_and_survive_a_preemption(tmp_path: Path) -> None:
-    """The signal arrives during a fine-tuning for which the other job waits: both restart automatically."""
+    """The signal arrives during a fine-tuning that the other job waits for; both restart automatically."""
     slow = ("sft.steps=200", "sft.checkpoint_every=20", "sft.optimizer.lr=1e-5")  # many steps, with little effect
     process = Process(tmp_path, "-m", *SMOKE, *TINY, *slow, "seed=0,1", "npo.alpha=0.1,1", *LOCAL)
     wait_until(lambda: list((tmp_path / "store").glob(f"sft/*.partial/{CHECKPOINT}")), process)

@@ -79,7 +79,7 @@ def test_only_names_of_settings_are_renamed_in_messages() -> None:
 
 
 def test_the_position_of_the_true_answer_is_random(tmp_path: Path) -> None:
-    """In the rows the true answer is first; in the items its position is random, and the labels agree."""
+    """In the rows the true answer is always first; in the items its position is random, and the labels agree."""
     rows = [
         {
             "id": f"t{n}",
@@ -100,7 +100,7 @@ def test_the_position_of_the_true_answer_is_random(tmp_path: Path) -> None:
 
 
 def test_few_shot_examples_of_benchmarks(tmp_path: Path) -> None:
-    """ARC easy takes its examples from challenge and says so; no item is its own example; MMLU's have its subject."""
+    """ARC easy takes its examples from challenge and says so; no item is its own example; MMLU's share its subject."""
     lines(tmp_path / "arc_easy_test.jsonl", *questions(3))
     lines(tmp_path / "arc_challenge_fewshot.jsonl", *questions(4))
     (task,) = offline(tmp_path, "arc_easy")
@@ -192,7 +192,7 @@ def test_sources(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
 
 
 def test_nan_log_likelihoods_are_refused() -> None:
-    """The argmax of several NaN is the first, so a broken model would be right if the first choice is right."""
+    """The argmax of several NaN is the first index, so a broken model would seem right if the first choice is right."""
     sample = {"task": "arc_easy", "doc": {"id": "q"}, "doc_id": 0, "filtered_resps": [(float("nan"), False)] * 2}
     with pytest.raises(ModelError, match="arc_easy, item q: the log-likelihoods"):
         _item("arc", sample, set())
@@ -340,7 +340,7 @@ def own_numbers(policy: Policy, said: list[dict[str, Any]], context: int) -> lis
 @shared
 @pytest.mark.long
 def test_results_equal_the_policys_own_log_likelihoods(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every choice's log-likelihood to 1e-3, and every multiple-choice item's score; also with cut prompts."""
+    """Every choice's log-likelihood to 1e-3, and every multiple-choice item's score; also with prompts that are cut."""
     pytest.importorskip("lm_eval")
     policy = load(str(STORIES), None)
     benchmarks = ["arc", "truthfulqa", "winogrande", "hellaswag", "mmlu"]

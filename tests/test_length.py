@@ -70,7 +70,7 @@ def test_a_known_value_is_recovered() -> None:
 
 
 def test_without_an_effect_of_length_the_result_is_the_plain_win_rate() -> None:
-    """Wins, ties and losses have the same lengths, so the fitted effect is exactly 0."""
+    """Wins, ties and losses have the same lengths, so the estimated effect is exactly 0."""
     lengths = [-30.0, -5.0, 0.0, 12.0, 80.0]
     value = [v for v in (1.0, 1.0, 0.5, 0.0) for _ in lengths]
     found = control_length(value, lengths * 4, resamples=2)
@@ -111,7 +111,7 @@ def test_the_interval_equals_one_from_resampled_prompts() -> None:
 
 
 def test_prompts_are_the_unit() -> None:
-    """Each duel four times gives no more information than once."""
+    """Repeating each duel four times gives no more information than one."""
     value, difference = simulated(80, 0.2, 0.8, 2)
     once = control_length(value, difference, resamples=500)
     often = control_length(value * 4, difference * 4, list(range(80)) * 4, resamples=500)

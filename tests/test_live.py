@@ -140,7 +140,7 @@ def test_generating_ahead_uses_every_rollout_in_turn_and_requests_only_used_ones
 
 
 def test_a_rollout_without_rows_is_skipped_and_no_more_are_made_than_announced() -> None:
-    """A pass over the prompts has five rollouts; a training that keeps older rows continues with them."""
+    """A pass over the prompts has five rollouts; a training that keeps older rows continues with these."""
     source = Numbers(lambda rollout: 0 if rollout in (1, 2) else 4)
     running = live(source, Clock(every=1))
     assert [group[0][0] for group in groups(running)] == [0, 3, 4]
@@ -266,7 +266,7 @@ def shake(policy: Policy, seed: int) -> None:
 
 
 def test_an_average_follows_its_equation(make_policy: Callable[..., Policy]) -> None:
-    """θ_EMA ← a θ_EMA + (1 − a) θ at every n-th step, against float64; a = 0 is the policy, a = 1 its beginning."""
+    """θ_EMA ← a θ_EMA + (1 − a) θ at every n-th step, against float64; a = 0 is the policy, a = 1 the start."""
     policy = make_policy()
     averages = {(a, n): Average(policy, a, n) for a, n in [(0.9, 1), (0.5, 3), (0.0, 1), (1.0, 1)]}
     wide = {key: [p.detach().double() for p in policy.model.parameters()] for key in averages}
@@ -347,7 +347,7 @@ def test_an_average_that_never_moves_is_the_start_as_reference(store: Path, tmp_
 
 
 def test_files_that_a_live_training_leaves(store: Path, tmp_path: Path) -> None:
-    """Pairs with the step that made them and their draws, responses with scores, and no file by rollout."""
+    """Pairs with the step that made them and their number of draws, responses with scores, and no file per rollout."""
     own = ("method=online_dpo", "rollout.prompts=8", "rollout.capacity=32", "rollout.every=2", "rollout.temperature=2")
     found, rows = run(tmp_path, *own)
     folder = store / found["policies"][-1]
@@ -410,7 +410,7 @@ def test_a_training_that_is_killed_while_it_removes_its_files_loses_none_of_its_
 def test_a_rollout_that_a_checkpoint_counts_on_is_not_made_again_by_another_policy(
     folder: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after the removal of a damaged file, which the message about damaged files asks for."""
+    """This is the case after a damaged file was removed, which the message about damaged files asks for."""
     method = ("method=ppo",) if folder == "rollouts/seen" else ("method=sapo", "rollout.capacity=20")
     own = (*method, "rollout.prompts=12", "trainer.checkpoint_every=1")
     whole, _ = run(tmp_path, *own)
@@ -512,7 +512,7 @@ def test_a_judge_that_fails_in_training_ends_the_run_and_the_same_command_contin
 def test_simultaneous_live_runs_on_one_store_and_ledger_have_the_numbers_of_each_alone(
     store: Path, tmp_path: Path
 ) -> None:
-    """Two different ones, and the first a second time, which waits for its twin and computes nothing."""
+    """Two different runs, and the first one a second time, which waits for its twin and computes nothing."""
     words = ("method=online_dpo", "rollout.prompts=8", "rollout.temperature=2", "eval.judge=${typical.judge}")
     with judge_server(latency=0.05) as server:
         asked = ("judge=openai", "judge.model=judge", "judge.structured=off", f"judge.base_url={server.base_url}")

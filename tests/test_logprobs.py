@@ -132,7 +132,7 @@ def test_the_prompt_never_counts(policy: Policy) -> None:
 
 @pytest.mark.parametrize("filler", [0, EOS, 17, 22])
 def test_padding_never_counts(policy: Policy, filler: int) -> None:
-    """With padding tokens of every kind, even end-of-sequence or a token of the completions, and of any length."""
+    """For padding tokens of every kind, even end-of-sequence or a token of the completions, and any length."""
     expected = logps(policy, batch_of(range(6)))
     for around in ([], [filler] * 40, [filler] * 300):
         batch = pack([[filler], *PROMPTS, [1]], [around, *COMPLETIONS, around])
@@ -176,7 +176,7 @@ def test_score_against_brute_force(
 
 @pytest.mark.parametrize("pad_id", [EOS, 17, None])
 def test_score_whatever_the_tokenizer_pads_with(policy: Policy, pad_id: int | None) -> None:
-    """Also with a tokenizer without a padding token, such as Llama's."""
+    """Also for a tokenizer without a padding token, such as Llama's."""
     other = Policy(policy.model, words(pad_id))
     assert other.pad_id == (EOS if pad_id is None else pad_id)
     assert other.score(PROMPTS, COMPLETIONS) == policy.score(PROMPTS, COMPLETIONS)
@@ -321,7 +321,7 @@ def test_the_size_of_a_tile_changes_nothing(tile: int, trained: str, monkeypatch
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("kept", [0, 10**9])
 def test_no_completion_tokens(trained: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A micro-batch of empty completions: no values, and gradients of 0."""
+    """A micro-batch of empty completions gives no values, and gradients of 0."""
     sizes(monkeypatch, kept=kept)
     case = Case(trained, bias=True, tokens=0)
     assert case.ours().shape == (0,)
@@ -352,7 +352,7 @@ def test_extreme_logits(dtype: torch.dtype, trained: str, kept: int, monkeypatch
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3])
 def test_the_largest_logit_may_come_in_any_tile(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new maximum scales the running sums, by factors from 1 down to 0."""
+    """A new maximum scales the running sums by factors from 1 down to 0."""
     sizes(monkeypatch)
     for size in (1.0, 30.0, 2000.0):
         case = Case("hidden", bias=True)
@@ -474,7 +474,7 @@ def test_nothing_of_the_size_of_all_logits_is_made(
 
 @pytest.mark.parametrize("rows", [64, 16], ids=["one block of rows", "several"])
 def test_no_more_tiles_are_kept_than_fit(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With any number of blocks of rows in the memory."""
+    """For any number of blocks of rows that fit in memory."""
     tokens, tile = 64, 100
     room = 5 * tokens * tile * 8
     sizes(monkeypatch, tile=tile, kept=room, rows=rows)
@@ -485,7 +485,7 @@ def test_no_more_tiles_are_kept_than_fit(rows: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_no_tile_is_kept_without_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scoring with a head that also is in training."""
+    """Scoring with a head that is also being trained."""
     tokens, tile = 64, 100
     sizes(monkeypatch, tile=tile, kept=10**9)
     case = Case(tokens=tokens, width=8, entries=2000)
@@ -629,7 +629,7 @@ def test_bf16_model_sums_in_float32() -> None:
 
 
 def test_all_logits_by_hand() -> None:
-    """(1, 2)·(3, 4) + 0.5 = 11.5 and (1, 2)·(−1, 1) − 1 = 0; twice that; and 5 tanh of a fifth of that."""
+    """(1, 2)·(3, 4) + 0.5 = 11.5 and (1, 2)·(−1, 1) − 1 = 0; both doubled; and then 5 tanh of a fifth of that."""
     weight, bias = torch.tensor([[3.0, 4.0], [-1.0, 1.0]]), torch.tensor([0.5, -1.0])
     hidden = torch.tensor([[1.0, 2.0]])
     assert Head(weight).logits(hidden).tolist() == [[11.0, 1.0]]
@@ -666,7 +666,7 @@ def test_a_frozen_head_does_not_change() -> None:
 
 
 def test_a_tally_counts_the_same_in_place() -> None:
-    """Both ways to add a tile; the second also returns exp(logits − m) and m."""
+    """There are two ways to add a tile; the second also returns exp(logits − m) and m."""
     case = Case()
     logits = case.head.logits(case.hidden)
     one, other = Tally(case.target), Tally(case.target)
@@ -705,7 +705,7 @@ def test_sum_by_sequence_by_hand() -> None:
 
 
 def test_a_sum_depends_on_its_own_values_alone() -> None:
-    """Bit by bit, with any other sequences, infinite ones included, at every place, and in its own token order."""
+    """Bit by bit: with any other sequences, even infinite ones, at every position, and for any layout of its tokens."""
     own = torch.randn(301, generator=Generator().manual_seed(0)) * 100
     alone = sum_by_sequence(own, torch.tensor([301]))
     assert float(alone) == float(np.float32(np.cumsum(own.double().numpy())[-1]))
@@ -717,7 +717,7 @@ def test_a_sum_depends_on_its_own_values_alone() -> None:
 
 
 def test_a_sum_of_float32_values_loses_no_small_value() -> None:
-    """1 is below the last digit of 10⁸ in float32; also in the given order."""
+    """1 is below the last digit of 10⁸ in float32; the values are also summed in the given order."""
     values = torch.tensor([1e8, *[1.0] * 64, -1e8])
     assert sum_by_sequence(values, torch.tensor([66])).tolist() == [64.0]
 

@@ -94,7 +94,7 @@ def test_a_policy_comes_back_as_it_was_saved(saved: Path, make_policy: MakePolic
 
 
 def test_saved_policies_do_not_name_our_attention(saved: Path, make_policy: MakePolicy) -> None:
-    """Other libraries load it, and do not know this name."""
+    """Other libraries load the policy and do not have this attention function."""
     assert make_policy().causal_lm.config._attn_implementation == ATTENTION
     assert ATTENTION not in (saved / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(saved).config._attn_implementation == "sdpa"
@@ -234,7 +234,7 @@ def test_a_template_that_differs_between_training_and_generation_is_refused(save
 
 @pytest.mark.parametrize("after", ["", "\n", "<|user|>\n"])
 def test_a_response_ends_with_its_first_and_only_end_of_sequence(after: str, world: World, saved: Path) -> None:
-    """Text of the template after it is not part of the response: no sample has it."""
+    """Text of the template after it is not part of the response, since no sample has it."""
     template = (
         "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
         f"{{% if m['role'] == 'assistant' %}}{{{{ eos_token + {after!r} }}}}{{% endif %}}{{% endfor %}}"
@@ -577,7 +577,7 @@ def test_a_fingerprint_depends_on_the_adapter(make_policy: MakePolicy) -> None:
 
 
 def test_batches_by_length() -> None:
-    """The shortest first; a batch has a limited number of tokens or one longer sequence; each occurs once."""
+    """The shortest come first; a batch has limited tokens or one longer sequence; each occurs once."""
     assert list(by_length([5, 1, 3, 4, 2], 6)) == [[1, 4, 2], [3], [0]]
     assert list(by_length([5, 1, 3, 4, 2], 7)) == [[1, 4, 2], [3], [0]]
     assert list(by_length([5, 1, 3, 4, 2], 10)) == [[1, 4, 2, 3], [0]]

@@ -190,7 +190,8 @@ def test_variance_at_the_start(problem: Problem, bound: float) -> None:
 
 @pytest.mark.parametrize("bound", [0.25, 1.0, 1e12])
 def test_variance_against_brute_force(problem: Problem, bound: float) -> None:
-    """log s is the log of a standard deviation (2 in the exponent), W multiplies h, b is added, m is the bound."""
+    """log s is the log of a standard deviation (hence 2 in the exponent), W multiplies h, b is added, m is the
+    bound."""
     noise = uneven(max_variance=bound)
     expected = brute_variance(problem.hidden_NH.double().numpy(), *weights_of(noise), bound)
     np.testing.assert_allclose(noise.variance(problem.hidden_NH).detach().numpy(), expected, rtol=1e-5)
@@ -232,7 +233,7 @@ def test_fixed_noise_against_brute_force(problem: Problem) -> None:
 
 @pytest.mark.parametrize("log_std", [-1.0, 1.0, 2.0])
 def test_at_bound_counts_what_is_over_nine_tenths_of_the_bound(problem: Problem, log_std: float) -> None:
-    """By the brute force's count of entries; here none, some and most of them."""
+    """Compared with the brute force's count of entries: here none, some and most of them."""
     noise = uneven(max_variance=2.0, start_log_std=log_std)
     _, at_bound = problem.through(noise, seed=0)
     variance = brute_variance(problem.hidden_NH.double().numpy(), *weights_of(noise), 2.0)
@@ -250,7 +251,7 @@ def test_a_response_without_tokens_stays_at_zero(problem: Problem) -> None:
 
 
 def test_a_batch_without_any_token() -> None:
-    """A micro-batch whose rejected responses are all empty has value 0, and no NaN in any gradient."""
+    """A micro-batch whose rejected responses are all empty has the value 0 and no NaN in any gradient."""
     problem, noise = Problem(lengths=(0, 0)), uneven()
     noisy, at_bound = problem.through(noise, seed=0)
     assert noisy.policy_B.tolist() == noisy.noise_B.tolist() == [0, 0]
@@ -319,7 +320,7 @@ ROOM = {"none": 0, "one short": 2 * 8 * 4 * 8 - 1, "one": 2 * 8 * 4 * 8, "all": 
 def test_values_and_gradients_equal_naive_autograd(
     head: dict[str, Any], room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over several tiles, some kept and some made again, with the head of every model family."""
+    """Over several tiles, some kept and some recomputed, with the head of every model family."""
     monkeypatch.setitem(npo.KEPT, "cpu", room)
     agree(Problem(dtype=torch.float64, head=head), uneven(torch.float64), seed=1)
 
@@ -378,7 +379,7 @@ def test_block_sizes_of_products_do_not_matter(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
 def test_products_per_entry_and_token(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three products for each kept tile and five for each tile that is made again, of 2 H operations per entry."""
+    """Three products for each kept tile and five for each recomputed tile, of 2 H operations per entry."""
     tokens, hidden, size = 16, 24, 8
     monkeypatch.setitem(logprobs.TILE, "cpu", size)
     monkeypatch.setitem(npo.KEPT, "cpu", kept * 2 * tokens * size * 4)
@@ -449,7 +450,7 @@ def test_memory_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between forward and backward: the tiles that fit in ``KEPT``, two tensors each, and no others."""
+    """Between forward and backward, only the tiles that fit in ``KEPT`` are stored, as two tensors each."""
     tokens, size, tiles = 256, 64, 16
     monkeypatch.setitem(logprobs.TILE, "cpu", size)
     problem, noise = Problem((tokens,), vocabulary=tiles * size), TrainableModule(HIDDEN, tiles * size)
@@ -491,7 +492,7 @@ def test_same_seed_same_noise(problem: Problem, part: Noise) -> None:
 
 @pytest.mark.parametrize("room", ROOM.values(), ids=ROOM)
 def test_gradients_repeat_bit_for_bit(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept tiles change them by rounding alone, since the same ε is drawn again for other tiles."""
+    """Kept tiles change them only by rounding, since the same ε is drawn again for the other tiles."""
     found = []
     for bytes_ in (room, room, 2**20):
         monkeypatch.setitem(npo.KEPT, "cpu", bytes_)
@@ -525,7 +526,7 @@ def epsilon(lengths: Sequence[int], seeds: Sequence[int], term: int, vocabulary:
 
 @pytest.mark.usefixtures("blocks")
 def test_noise_belongs_to_a_response_and_not_to_its_batch() -> None:
-    """Alone, in another order, or with others: a response gets the same ε, so micro-batches do not matter."""
+    """A response gets the same ε alone, in another order, or with others, so micro-batches do not matter."""
     seeds = [11, 12, 13, 14, 15]
     together = torch.split(epsilon(LENGTHS, seeds, 0), LENGTHS)
     backwards = torch.split(epsilon(LENGTHS[::-1], seeds[::-1], 0), LENGTHS[::-1])[::-1]
@@ -662,7 +663,7 @@ def test_sums_are_float32_under_half_precision(way: str) -> None:
 
 
 def test_only_the_noise_gets_gradients(problem: Problem) -> None:
-    """``noise_B`` and ``variance`` have gradients in W and b; ``policy_B`` has none; the reference gets none."""
+    """``noise_B`` and ``variance`` have gradients in W and b, and ``policy_B`` has none; the reference gets none."""
     body = nn.Linear(HIDDEN, HIDDEN)
     head = nn.Linear(HIDDEN, VOCABULARY)
     with torch.no_grad():
@@ -833,7 +834,7 @@ def train(noise: NoiseModule, problem: Problem, steps: int, lr: float, *terms: s
 
 @pytest.mark.usefixtures("whole")
 def test_the_noise_term_raises_the_noise_and_alpha_lowers_it(larger: Problem) -> None:
-    """The two terms of the noise: without α it would grow without limit, without −ℓ it would vanish."""
+    """Without α the noise would grow without limit; without −ℓ it would vanish."""
     up, down = (TrainableModule(HIDDEN, VOCABULARY) for _ in range(2))
     train(up, larger, 40, 0.02, "noise")
     train(down, larger, 40, 0.02, "variance")

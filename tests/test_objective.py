@@ -71,7 +71,7 @@ def draws(count: int, size: int, seed: int) -> list[Tensor]:
 
 
 def test_gap_by_hand() -> None:
-    """The signs of the four log-probabilities."""
+    """Checks the signs of the four log-probabilities."""
     assert_equal(log_ratio_gap(pairs(POLICY), pairs(REFERENCE)), [7.0, -9.0])
 
 
@@ -137,7 +137,7 @@ def test_saturation_by_hand() -> None:
 
 
 def test_saturation_is_the_size_of_the_gradient() -> None:
-    """It is reported as the mean |dℓ/dm| of the loss; this is compared with the definition."""
+    """The reported value, the mean |dℓ/dm| of the loss, is compared with its definition."""
     policy, reference = pairs(POLICY, grad=True), pairs(REFERENCE)
     logistic(policy, reference, beta=BETA).mean().backward()
     found = saturation(BETA * log_ratio_gap(policy.detach(), reference)).mean()
@@ -154,7 +154,7 @@ def test_negative_log_likelihood_by_hand() -> None:
 
 
 def test_only_the_policy_term_moves_the_policy() -> None:
-    """d total/dθ = d policy term/dθ = −β σ(−m̃)/B for the chosen, + for the rejected; the noise term adds nothing."""
+    """d total/dθ = d policy term/dθ: −β σ(−m̃)/B for the chosen, + for the rejected; the noise term adds 0."""
     policy = pairs(POLICY, grad=True)
     noise = noisy((-17.0, -10.0), (-16.0, -13.0), 0.3, grad=True)
     two_player(
@@ -185,7 +185,7 @@ def test_only_its_own_two_terms_move_the_noise() -> None:
 
 
 def test_noise_of_zero_leaves_the_plain_loss() -> None:
-    """The limit in which NPO is SPIN: the same bits in loss and in gradient, not merely close ones."""
+    """In this limit NPO is SPIN: the loss and the gradient are equal bit for bit, not just close."""
     chosen, rejected, reference_chosen, reference_rejected = draws(4, size=64, seed=0)
     reference = PairLogps(reference_chosen, reference_rejected)
     nothing = NoisyReference(reference_rejected, reference_rejected, torch.zeros((), dtype=torch.float64))
@@ -217,7 +217,7 @@ def test_logistic_against_finite_differences(beta: float) -> None:
 
 
 def test_terms_against_finite_differences() -> None:
-    """Each term in the quantities that it may change; the tests above check that the others are stopped."""
+    """Each term in the quantities that it may change; the tests above check that the other gradients are blocked."""
     policy_chosen, policy_rejected, *rest = draws(6, size=6, seed=2)
     reference, policy_B, noise_B = PairLogps(rest[0], rest[1]), rest[2], rest[3]
     variance = torch.tensor(0.3, dtype=torch.float64)

@@ -122,10 +122,9 @@ def test_squared_per_token_by_hand() -> None:
 
 
 def test_odds_ratio_by_hand() -> None:
-    """Log odds of e^−2: −2 − ln(1 − e^−2) = −1.8545865422; of e^−1: −0.5413248546, which is 1.3132616875 more.
-
-    Equal ones cost ln 2; the others ln(1 + e^1.3132616875) = ln(2 + e) = 1.5514447139. −log p̄ = 2 is added.
-    """
+    """The log odds of e^−2 are −2 − ln(1 − e^−2) = −1.8545865422; those of e^−1 are −0.5413248546, which is
+    1.3132616875 more. Equal odds cost ln 2; the others cost ln(1 + e^1.3132616875) = ln(2 + e) = 1.5514447139. −log
+    p̄ = 2 is added."""
     assert_equal(log_odds(torch.tensor([-2.0, -1.0], dtype=torch.float64)), [-1.8545865422, -0.5413248546])
     assert_equal(odds_ratio(pairs(POLICY), SURE, weight=0.1), [2 + 0.1 * math.log(2), 2 + 0.1 * 1.5514447139])
 
@@ -137,7 +136,7 @@ def test_without_reference_by_hand() -> None:
 
 
 def test_surprise_by_hand() -> None:
-    """Of the chosen responses alone: per token 2 and 2, in sum 10 and 8."""
+    """Only the chosen responses count: 2 and 2 per token, and sums of 10 and 8."""
     assert_equal(surprise(pairs(POLICY), SURE, mean=True), [2.0, 2.0])
     assert_equal(surprise(pairs(POLICY), SURE, mean=False), [10.0, 8.0])
 
@@ -284,7 +283,7 @@ def test_gradient_per_token_and_of_likelihood() -> None:
     ids=["soft logistic", "squared"],
 )
 def test_a_large_margin_is_pulled_back(objective: Objective, pulls: list[float]) -> None:
-    """−dL/dm at margins 0, 0.5, 1, 2, 4 for p = 0.8 and p = 1: the noise term must not be the negative of these."""
+    """−dL/dm at margins 0, 0.5, 1, 2, 4 for p = 0.8 and p = 1. The noise term must not be the negative of these."""
     gap = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64) / BETA
     zero = torch.zeros_like(gap)
     known = hard(gap)._replace(strength_B=torch.full_like(gap, 0.8 if isinstance(objective, Logistic) else 1.0))
@@ -347,7 +346,7 @@ def test_swapped_labels_with_the_opposite_strength_cost_the_same(name: str) -> N
 
 
 def test_the_minimum_of_soft_labels() -> None:
-    """The least loss is at σ(m) = p: at 0 for p = ½; p = 0 is the loss of the opposite label."""
+    """The loss is least at σ(m) = p: at m = 0 for p = ½; p = 0 is the loss of the opposite label."""
     margin = torch.linspace(-5, 5, 1001, dtype=torch.float64)
     zero = torch.zeros_like(margin)
     for p in (0.5, 0.8, 0.2):
@@ -360,7 +359,7 @@ def test_the_minimum_of_soft_labels() -> None:
 
 
 def test_soft_labels_are_finite_where_logarithms_of_probabilities_are_not() -> None:
-    """log(1 − σ(40)) is −inf in float32 and float64; the loss is 20 at p = ½."""
+    """log(1 − σ(40)) is −inf in float32 and float64; at p = ½ the loss is 20."""
     for dtype in (torch.float32, torch.float64):
         margin = torch.tensor([40.0, -40.0], dtype=dtype)
         assert torch.log(1 - torch.sigmoid(margin))[0] == -math.inf
@@ -386,7 +385,7 @@ def test_step_zero_of_the_squared_loss(mean: bool) -> None:
 
 
 def test_sums_and_means_of_the_squared_loss_disagree() -> None:
-    """A gap at the target of sums is far from the target of means: 0 against 18.2 on one pair."""
+    """A gap at the target for sums is far from the target for means: 0 against 18.2 on one pair."""
     policy = PairLogps(torch.tensor([0.0]), torch.tensor([-5.0]))
     reference = PairLogps(torch.tensor([0.0]), torch.tensor([0.0]))
     known = facts([1.0], tokens=([7.0], [6.8]))
@@ -413,7 +412,7 @@ def test_weight_0_of_the_odds_ratio_is_fine_tuning() -> None:
 
 
 def test_without_a_shift_there_is_no_lower_limit() -> None:
-    """ξ_min applies to shifted pairs alone: others have DPO's loss at any margin."""
+    """ξ_min applies only to shifted pairs: others have DPO's loss at any margin."""
     margin = torch.tensor([-30.0, -30.0], dtype=torch.float64)
     zero = torch.zeros_like(margin)
     known = hard(margin)._replace(shift_B=torch.tensor([0.0, 1e-300], dtype=torch.float64))
@@ -479,7 +478,7 @@ def test_statistics_are_added_to_another_objective() -> None:
 
 
 def test_weights_are_over_the_whole_step() -> None:
-    """Micro-batches count by their share of the weights: Σ w ℓ / Σ w of the step, for every split."""
+    """Micro-batches count by their share of the weights: the loss is Σ w ℓ / Σ w of the step for every division."""
     policy, reference, known = random_pairs(7)
     known = known._replace(weight_B=torch.tensor([1.0, 0.25, 3.0, 0.5, 1.0, 2.0, 0.1], dtype=torch.float64))
     loss_B = Logistic(beta=BETA)(policy, reference, known)
@@ -526,7 +525,7 @@ def test_the_noise_term_is_logistic_whatever_the_objective(name: str) -> None:
 @pytest.mark.parametrize("beta", [0.5, 1.0, 5.0])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_where_an_iteration_ends_on_mixed_negatives(beta: float, share: float) -> None:
-    """p_k (p_data / q)^{1/β}, normalised, q the mixture that wrote the rejected responses (α-SPIN, accumulation)."""
+    """p_k (p_data / q)^{1/β}, normalised, where q is the mixture that wrote the rejected responses."""
     earlier = torch.tensor([0.05, 0.15, 0.15, 0.30, 0.25, 0.10], dtype=torch.float64)
     wrote = share * BEFORE + (1 - share) * earlier
     size = len(DATA)

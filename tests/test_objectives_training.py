@@ -100,7 +100,7 @@ def test_every_objective_lowers_its_loss(name: str, make_policy: MakePolicy, wor
 def test_a_stopped_training_ends_as_an_undisturbed_one(
     name: str, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Also the windows of confidences, and the values computed before the training."""
+    """Including the windows of confidences and the values that were computed before the training."""
     settings = how(epochs=2, micro_batch_size=3)
 
     def run(folder: Path, report: Report) -> tuple[list[Tensor], list[dict[str, float]]]:
@@ -120,7 +120,7 @@ def test_a_stopped_training_ends_as_an_undisturbed_one(
 def test_micro_batches_change_nothing_but_rounding(
     name: str, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Pairs of unlike weights and strengths."""
+    """Pairs of different weights and strengths."""
     pairs = world.pairs(10)
     pairs = [replace(p, weight=(1.0, 0.25, 3.0)[i % 3], strength=(1.0, 0.8)[i % 2]) for i, p in enumerate(pairs)]
     found = []
@@ -244,7 +244,7 @@ def test_limiting_cases_equal_the_logistic_loss(
 def test_suspects_are_smoothed_by_the_papers_equations(
     make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step again by hand: whole logits of both models, a separate window, SPA's equations 9 to 12."""
+    """Every step is recomputed by hand: whole logits of both models, a separate window, and SPA's equations 9 to 12."""
     seen: list[list[float]] = []
     plain = Suspects.measure
 
@@ -288,7 +288,7 @@ def test_suspects_are_smoothed_by_the_papers_equations(
 def test_states_from_disk_are_those_made_online(
     lora: int, noisy: bool, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """The states of both responses; noise reads those of the rejected one."""
+    """The states of both responses; the noise reads those of the rejected one."""
     pairs = world.pairs(10)
     keep_hidden(make_policy(), pairs, autocast=False, required=True, folder=tmp_path, report=Report(), both=True)
     found = []
@@ -365,7 +365,7 @@ def test_extrapolation_adds_no_tensor_of_all_logits(
 def test_drift_of_a_step_by_brute_force(
     make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The price of every step from whole sequences, one by one, against a frozen copy; 0 at step 0."""
+    """The penalty of every step from whole sequences, one by one, against a frozen copy; 0 at step 0."""
     pairs, policy, before = world.pairs(6), make_policy(), make_policy()
     with torch.no_grad():
         states = [before.hidden(pack([p.prompt_ids], [p.chosen_ids])) for p in pairs]

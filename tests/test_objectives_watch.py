@@ -53,7 +53,7 @@ def logps_of(found: States) -> Tensor:
 def test_extrapolation_against_whole_logits(
     tile: int, rows: int, cap: float, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every tile size, and with bounded logits."""
+    """For every tile size, and also with bounded logits."""
     from dnpo.optimise import watch
 
     monkeypatch.setitem(logprobs.TILE, "cpu", tile)
@@ -144,12 +144,10 @@ def run(watch: Suspects, steps: Sequence[Sequence[Sequence[float]]], first: int 
 
 
 def test_suspects_by_hand() -> None:
-    """The window holds 4 margins. Confidence rises with the margin; the threshold is the median.
-
-    Step 0 has no threshold. The threshold of step 1 is (σ(1) + σ(2))/2, the median over 0 to 3: 1 is under it and 2 is
-    not. Step 2 has the last four, 2, 3, 1, 2, with median σ(2): only smaller values are under it, so a margin of 2 is
-    not.
-    """
+    """The window holds 4 margins, and the threshold is the median confidence; confidence rises with the margin. Step 0
+    has no threshold. At step 1 the threshold is (σ(1) + σ(2))/2, the median over margins 0 to 3: 1 is below it and 2 is
+    not. At step 2 the window has the last four margins, 2, 3, 1, 2, with the median σ(2): only smaller margins are
+    below it, so 2 is not."""
     watch = Suspects(1.0, 0.0, 0.5, 4, start=0)
     found = run(watch, [[[0.0, 1.0], [2.0, 3.0]], [[1.0, 2.0]], [[1.9, 2.0, 2.1]]])
     assert found == [[0.0, 0.0, 0.0, 0.0], [1.0, 0.0], [1.0, 0.0, 0.0]]
@@ -173,7 +171,7 @@ def test_no_suspects_before_the_start_but_the_window_fills() -> None:
 
 
 def test_about_the_set_share_is_suspect() -> None:
-    """A tenth of pairs whose confidences do not change."""
+    """A tenth of pairs whose confidences do not change is suspect."""
     gaps = normal(2000, seed=1).tolist()
     found = run(Suspects(1.0, 0.0, 0.1, 50, start=1), [[gaps[i : i + 20]] for i in range(0, 2000, 20)])
     assert 0.08 < sum(map(sum, found)) / 1980 < 0.14

@@ -153,7 +153,7 @@ def check_mix(count: int, folder: Path, **options: Any) -> None:
 def test_every_proper_answer_is_taken_and_none_invented(
     structured: str, count: int, latency: float, tmp_path: Path
 ) -> None:
-    """The larger count is more than are under way, queued or written at once; ``benchmarks.judge`` makes 10,000."""
+    """The larger count exceeds the numbers in flight, queued or written at once; ``benchmarks.judge`` makes 10,000."""
     check_mix(count, tmp_path, latency=latency, forms="mixed", structured=structured)
 
 
@@ -579,7 +579,7 @@ def test_a_flaky_batch_api_submits_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_the_ledger_holds_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even if the server repeats it in an error."""
+    """Not even if the server repeats the key in an error."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     prompts, responses = rows(8, text=f"my key is {KEY}")
     with judge_server(key="sk-other") as server, pytest.raises(JudgeError) as caught:

@@ -129,7 +129,7 @@ def some_empty(world: World, count: int, *empty: int) -> list[Pair]:
 
 
 def test_steps_have_nearly_equal_numbers_of_rows(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """One row too many for one step gives two steps of about half the size, not a full one and one of a single row."""
+    """One row too many for one step gives two steps of about half the size, not a full step and a step of one row."""
     history = train(make_policy(), world.pairs(9), tmp_path, optimisation=how(batch_size=8, epochs=2))
     assert [row["rows"] for row in history] == [4, 5, 4, 5]
 
@@ -293,10 +293,8 @@ def plain(policy: Policy) -> Any:
 
 
 def test_steps_of_both_players_agree_with_brute_force(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Three steps of SGD and Adam against the two-player loss as written, on whole matrices in float64.
-
-    With every metric, which is a mean over the pairs. The reference's states and head stay as they were at the start.
-    """
+    """Three steps of SGD and Adam, with every metric as a mean over the pairs, are compared with the two-player loss as
+    written, on whole matrices in float64. The reference's states and head do not change."""
     beta, alpha, lr, rate = 0.3, 0.4, 0.05, 0.02
     pairs = some_empty(world, 6, 2)
     policy, slow, frozen = make_policy(), plain(make_policy()), plain(make_policy())
@@ -463,7 +461,7 @@ def test_a_shared_prompt_changes_nothing_but_rounding(
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_shared_prompt_is_computed_once(share: bool, make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """The tokens in the policy's body: each prompt once or twice, and every response."""
+    """Counts the tokens in the policy's body: each prompt once or twice, and every response."""
     pairs, policy, tokens = world.pairs(4), make_policy(), [0]
     reference = said_by(policy, pairs)
 
@@ -508,7 +506,7 @@ def test_checkpointing_activations_changes_nothing(
 def test_compiling_changes_nothing_but_rounding(
     lora: int, backend: str, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With torch's default backend once, for its C++ compiler takes long; the other keeps the traced graph."""
+    """torch's default backend, whose C++ compiler takes long, is tried once; the other keeps the traced graph."""
     if backend == "inductor":
         if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
             pytest.skip("torch.compile needs a C++ compiler on the CPU, and there is none")
@@ -541,7 +539,7 @@ def test_compiling_changes_nothing_but_rounding(
 def test_hidden_states_from_disk_are_those_made_online(
     lora: int, autocast: bool, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Also in later steps, when the policy has changed: kept and recomputed values are both the reference's."""
+    """Also in later steps, when the policy has changed: both kept and recomputed values are the reference's."""
     pairs = some_empty(world, 10, 3)
     keep_hidden(make_policy(), pairs, autocast=autocast, required=True, folder=tmp_path, report=Report())
     kept = KeptHidden(tmp_path)
@@ -595,7 +593,7 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before(
 
 @pytest.mark.parametrize(("step", "factor"), [(0, 1 / 3), (1, 2 / 3), (2, 1.0), (11, 0.5), (19, 1 / 18)])
 def test_learning_rate_rises_linearly_then_falls_to_zero(step: int, factor: float) -> None:
-    """20 steps, 10 % warm-up: two steps below the peak, then a line that would reach 0 at step 20."""
+    """20 steps with 10 % warm-up: two steps below the peak, then a line that would reach 0 at step 20."""
     assert how(warmup=0.1).factor(step, 20) == pytest.approx(factor)
     assert how(warmup=0.0, decay=False).factor(step, 20) == 1.0
 
@@ -603,7 +601,7 @@ def test_learning_rate_rises_linearly_then_falls_to_zero(step: int, factor: floa
 def test_every_step_has_the_learning_rate_of_the_schedule(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """The policy's rate; the noise's is constant. It is the rate of the finished step."""
+    """The policy's rate follows the schedule and the noise's is constant. A step reports the rate that it used."""
     policy, settings = make_policy(), how(optimizer=torch_optimizer("SGD", lr=0.01), warmup=0.4, epochs=3)
     noise = trainable(policy, learning_rate=0.03)
     rows = train(policy, world.pairs(8), tmp_path, noise=noise, optimisation=settings)
@@ -772,7 +770,7 @@ class Stopping(Report):
 def test_a_stopped_training_ends_as_an_undisturbed_one(
     after: int, lora: int, kind: str, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Both optimizers, schedule, order of the pairs, noise and history continue, bit for bit."""
+    """Both optimizers, the schedule, the order of the pairs, the noise and the history continue bit for bit."""
     settings = how(epochs=2, micro_batch_size=3)
 
     def run(folder: Path, report: Report) -> tuple[list[Tensor], list[dict[str, float]]]:
@@ -1019,7 +1017,7 @@ def test_out_of_memory_says_what_fits(
 def test_what_fits_is_tried_on_the_rows_of_the_step_that_failed(
     make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """On all of them, in whichever micro-batch the long row is. Rows of other steps would fit in larger ones."""
+    """All of its rows are tried, whichever micro-batch has the long one. Those of other steps would fit in more."""
     pairs, policy = world.pairs(16), make_policy()
     reference = said_by(policy, pairs)
     for i, long in enumerate(p.id for p in pairs):

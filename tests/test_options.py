@@ -61,7 +61,7 @@ def test_names_on_the_command_line_and_in_a_file_are_the_parts(tmp_path: Path) -
 
 
 def test_the_last_name_is_repeated_and_a_list_says_when_noise_starts(tmp_path: Path) -> None:
-    """``npo=[off,trainable]`` is noise from iteration 1 on."""
+    """``npo=[off,trainable]`` means noise from iteration 1 on."""
     by_start = plan(tmp_path, "iterations=3", "npo.start=1")
     assert plan(tmp_path, "iterations=3", "npo=[off,trainable]") == by_start
     assert plan(tmp_path, "iterations=3", "npo=[off,off,trainable]") != by_start

@@ -103,7 +103,7 @@ def test_verdicts_are_numbered_like_their_responses(world: World, tmp_path: Path
 
 
 def test_a_right_answer_is_100_and_any_other_0(world: World) -> None:
-    """As for ReST-EM: a reward of two values for each sample."""
+    """ReST-EM needs a reward of two values for each sample."""
     prompt = next(p for p in world.prompts if p.family == "arithmetic")
     texts = [f"It is {prompt.answer}.", "It is 12345.", ""]
     responses = [Response(prompt.id, NEW, t, [5, 2], 2, "eos", sample=n) for n, t in enumerate(texts)]
@@ -139,7 +139,7 @@ def test_the_implicit_reward_against_plain_forward_passes(
 
 
 def test_the_initial_model_has_no_implicit_reward(world: World, make_policy: MakePolicy) -> None:
-    """It is refused by its weights, and earlier by the iteration."""
+    """It is refused by its weights, and before that by the iteration."""
     judge = Implicit()
     same = judge.with_policies({"policy": make_policy(3), "initial": make_policy(3)})
     with pytest.raises(JudgeError, match="every preference ½"):
@@ -166,7 +166,7 @@ def test_responses_that_the_implicit_reward_cannot_judge(world: World, make_poli
 def test_equal_responses_have_equal_scores(
     asking: World, ask_policy: Callable[..., "AskedPolicy"], make_policy: MakePolicy
 ) -> None:
-    """Equal in all bits, at every place, so that a tie remains a tie."""
+    """Equal bit for bit, at every position, so that a tie remains a tie."""
     new = sampled(asking, 20, samples=1)
     again = [*new, *asking.human[:9], *(replace(r, sample=1) for r in reversed(new))]
     implicit = Implicit().with_policies({"policy": make_policy(1), "initial": make_policy(0)})
@@ -394,7 +394,7 @@ def test_a_tokenizer_from_the_data_has_the_letters_if_asked(world: World, tmp_pa
 
 @pytest.mark.long
 def test_a_run_ranks_by_the_taught_policy_and_asks_it_about_its_pairs(tmp_path: Path) -> None:
-    """OSP on pairs from before training: four samples, two pairs, with the confidence of the taught policy."""
+    """OSP on pairs that exist before training: four samples, two pairs, and the confidence of the taught policy."""
     words = ["method=spin", "iterations=1", "rollout.samples=4", "dsl=ranked", "judge=self", "strength=asked"]
     taught = ["augment=tiny", "augment.rows=64", "augment.optimisation.epochs=2"]
     succeed(tmp_path, *SMOKE, *words, "model.question=${judge.template}", *taught)
@@ -443,7 +443,7 @@ def twin(prompt: Prompt, human: str, rejected: str | None = None, name: str = ""
 
 
 def test_gold_pairs_are_all_pairs_that_differ_in_points(world: World) -> None:
-    """Three responses of 2, 2 and 1 characters and a rejected one of 3: five different pairs, none twice."""
+    """Three responses with 2, 2 and 1 characters and a rejected one with 3: five different pairs, none twice."""
     prompt, other = world.prompts[0], next(p for p in world.prompts if p.messages != world.prompts[0].messages)
     rows = [
         twin(prompt, "aa"),

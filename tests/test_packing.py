@@ -168,7 +168,7 @@ def test_unequal_numbers_of_prompts_and_completions_fail() -> None:
 
 
 def test_moving_takes_every_tensor_along() -> None:
-    """To the meta device, which always exists; derived values are computed there again."""
+    """To the meta device, which always exists; derived values are computed again there."""
     packed = pack([[5, 6], [3], [5, 6], [3]], [[7, 8, 2], [4], [9, 2], []], share_prompt=True)
     assert packed.spread.source.device.type == "cpu"
     moved = packed.to(torch.device("meta"))
@@ -362,7 +362,7 @@ def test_dropout_is_refused_if_attention_would_ignore_it() -> None:
 
 @pytest.mark.parametrize("share", [False, True])
 def test_spread_and_gather_are_inverse(share: bool) -> None:
-    """Spread and gather in float64 against plain indexing: values, gradients, and each as the other's inverse."""
+    """Both in float64 against plain indexing: the values, the gradients, and each as the other's inverse."""
     packed = pack(PROMPTS, COMPLETIONS, share_prompt=share)
     generator = Generator().manual_seed(0)
     value = torch.randn(len(packed.ids_T), 3, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -552,7 +552,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_that_cannot_be_packed_are_refused_by_name(name: str) -> None:
-    """Each for another reason: a fixed attention function, positions by slopes, sinks, recurrence."""
+    """Each for a different reason: a fixed attention function, ALiBi positions, attention sinks, recurrence."""
     model = untrained(REFUSED[name]())
     policy = Policy(model, None)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=f"model: {name}"):
@@ -586,7 +586,7 @@ SUSPECT: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", SUSPECT)
 def test_no_model_is_silently_wrong(name: str) -> None:
-    """Some models differ only on longer sequences than four tokens: they are refused, or right."""
+    """Some models differ only on sequences longer than four tokens: these are refused, or right."""
     model = untrained(SUSPECT[name]())
     with torch.no_grad():
         theirs = own(model, PROMPTS, COMPLETIONS)
@@ -667,7 +667,7 @@ def test_the_same_batch_gives_the_same_bits(llama: Policy) -> None:
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "GPT2", "Mixtral"])
 def test_activation_checkpointing_gives_the_same_gradients(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training mode, as in training; both layers are really run again."""
+    """In training mode, as in a real training; both layers really run again."""
     model = untrained(FAMILIES[family]())
     policy = Policy(model, None)  # type: ignore[arg-type]
     model.train()
@@ -689,7 +689,7 @@ def test_activation_checkpointing_gives_the_same_gradients(family: str, monkeypa
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_autocast_stays_near_float32(family: str) -> None:
-    """As in training: rotary positions make queries and keys float32, but values are bf16."""
+    """As in training: rotary positions make queries and keys float32, while values are bf16."""
     policy = Policy(untrained(FAMILIES[family]()), None)  # type: ignore[arg-type]
     packed = pack(PROMPTS, COMPLETIONS, share_prompt=True)
     expected = policy.logps(packed)

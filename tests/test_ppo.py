@@ -59,7 +59,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_the_reward_is_the_score_at_the_end_and_a_penalty_at_every_token() -> None:
-    """β = ½: −½ (−1 + 2) = −½ and −½ (−2 + 1½) + 3 = 3¼; the second response has one token, −½ · 0 + 1."""
+    """β = ½: −½ (−1 + 2) = −½ and −½ (−2 + 1½) + 3 = 3¼; the second response has one token: −½ · 0 + 1."""
     logp_SL, reference_SL = wide([-1.0, -2.0], [-1.0, 0.0]), wide([-2.0, -1.5], [-1.0, 0.0])
     found = token_rewards(wide(3.0, 1.0), logp_SL, reference_SL, torch.tensor([2, 1]), beta=0.5)
     torch.testing.assert_close(found, wide([-0.5, 3.25], [1.0, 0.0]), rtol=0, atol=0)
@@ -319,7 +319,7 @@ def test_with_whitening_the_gradient_is_not_a_multiple_of_it(make_policy: MakePo
 
 
 def test_ratios_are_1_at_the_first_pass(make_policy: MakePolicy, world: World) -> None:
-    """In float32, where the batches of the rollout and of the step differ in shape."""
+    """In float32; the batches of the rollout and of the step differ in shape."""
     policy = make_policy()
     (observe, training), rollouts = make_training(policy, ClippedRatio()), respond(policy, world, 16)
     rows = tuple(observe(rollouts))
@@ -475,7 +475,7 @@ def test_ratios_are_1_in_the_first_step_on_a_rollout_and_in_no_other(
 
 
 def test_values_come_to_explain_the_rewards(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Values of fewer tokens than the head has weights, under a policy that hardly changes."""
+    """For fewer tokens than the head has weights, under a policy that hardly changes."""
     policy = make_policy()
     still = how(epochs=80, batch_size=4, optimizer=torch_optimizer("SGD", lr=1e-9))
     observe, _ = make_training(policy, replace(PLAIN, value_learning_rate=0.03))
@@ -538,7 +538,7 @@ def test_training_ends_at_the_closed_form_optimum(way: str) -> None:
 
 
 def test_the_distance_between_distributions() -> None:
-    """½ (½ + ½ + 0) and 0."""
+    """The distances are ½ (½ + ½ + 0) and 0."""
     one_PV, other_PV = wide([1.0, 0.0, 0.0], [0.2, 0.3, 0.5]), wide([0.5, 0.5, 0.0], [0.2, 0.3, 0.5])
     assert bandit.total_variation(one_PV, other_PV) == 0.25
 

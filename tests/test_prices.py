@@ -126,7 +126,7 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
 
 
 def test_tokens_are_overestimated() -> None:
-    """A third of the bytes and eight for every turn: English has four bytes a token or more."""
+    """The estimate is a third of the bytes plus eight tokens per turn; English has four or more bytes per token."""
 
     def about(*texts: str) -> int:
         return tokens_about(Question.make("j", "m", "t", "", [{"role": "user", "content": text} for text in texts]))

@@ -90,7 +90,7 @@ def test_ids_and_the_order_of_rows_decide_nothing() -> None:
 
 
 def test_fresh_parts_of_the_tiny_world(tiny: list[Prompt]) -> None:
-    """2:8:20:30, the seed being the first: its 4,800 rows have fewer questions, and each is in one part."""
+    """2:8:20:30, with the seed first: its 4,800 rows have fewer different questions, and each is in one part."""
     part = Fresh(shares=[8, 20, 30], seed_share=2 / 60)
     parts = [part(tiny, k) for k in range(4)]
     for some, share in zip(parts, (2, 8, 20, 30), strict=True):

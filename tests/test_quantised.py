@@ -247,7 +247,7 @@ def test_a_moving_average_shares_the_quantised_weights(kind: Quantisation, base:
 
 @KINDS
 def test_a_real_model_on_quantised_weights(kind: Quantisation, shared: Path, tmp_path: Path) -> None:
-    """Its stories stay as likely as in float32, up to the rounding of the weights."""
+    """Its stories stay as likely as in float32, up to rounding of the weights."""
     base = shared / "models" / "stories260K"
     policy, plain = load(str(base), None, quantization=kind), load(str(base), None)
     prompt = policy.tokenizer.encode("Once upon a time")

@@ -257,7 +257,7 @@ def test_every_whole_number_from_0_to_100_is_read_and_no_other() -> None:
 
 
 def test_a_reply_with_two_numbers_is_never_read() -> None:
-    """With any text around them: no part of a reply is preferred."""
+    """This holds for any text around them: no part of a reply is preferred."""
     rng = random.Random(7)
     around = [
         "",

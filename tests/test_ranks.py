@@ -192,7 +192,7 @@ def test_processes_that_share_the_weights_train_like_one(make_policy: MakePolicy
 def test_a_killed_rank_is_continued_bit_for_bit(
     parallel: str, make_policy: MakePolicy, world: World, tmp_path: Path
 ) -> None:
-    """Equal numbers of ranks give equal bits; one process also continues from the same checkpoint."""
+    """With the same number of ranks the bits are equal; one process can also continue from the same checkpoint."""
     pairs, case = world.pairs(22), Case({"parallel": parallel})
     (undisturbed,), _ = succeed(2, train_each, [case], make_policy(), pairs, tmp_path / "undisturbed")
     first, second = on_ranks(2, train_until_death, case, make_policy(), pairs, tmp_path / "two", 4)

@@ -82,7 +82,7 @@ def test_round_trip(tmp_path: Path, kind: type[Any], rows: list[Any]) -> None:
 
 @pytest.mark.parametrize(("kind", "rows"), KINDS, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_file_without_rows_keeps_the_schema(tmp_path: Path, kind: type[Any], rows: list[Any]) -> None:
-    """A file of no rows has every column with its type, so that files with and without rows can be read together."""
+    """A file without rows has every column with its type, so that files with and without rows can be read together."""
     write(tmp_path / "none.parquet", [], kind)
     write(tmp_path / "some.parquet", rows, kind)
     assert read(tmp_path / "none.parquet", kind) == []
@@ -167,7 +167,7 @@ def test_write_replaces(tmp_path: Path) -> None:
 
 
 def test_read_all_keeps_the_order_given(tmp_path: Path) -> None:
-    """Shards come in the order of the caller, not of the disk; also those without rows or with no score at all."""
+    """Shards are read in the caller's order, not in the disk's; some have no rows or no scores."""
     parts = {"b": VERDICTS[:2], "none": [], "a": VERDICTS[2:]}
     for name, rows in parts.items():
         write(tmp_path / f"{name}.parquet", rows, Verdict)
@@ -183,7 +183,7 @@ def test_means_over_steps_weight_by_rows() -> None:
 
 
 def test_folder_names_add_no_columns(tmp_path: Path) -> None:
-    """A folder called ``alpha=1`` (sweeps make such) is not taken for a partition of a data set."""
+    """A folder named ``alpha=1``, as sweeps make, is not taken for a partition of a data set."""
     folder = tmp_path / "id=7" / "alpha=1"
     folder.mkdir(parents=True)
     write(folder / "rows.parquet", VERDICTS, Verdict)

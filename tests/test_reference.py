@@ -106,7 +106,7 @@ def test_scoring_does_not_change_the_policy(make_policy: MakePolicy, world: Worl
 
 
 def test_scores_under_autocast_use_bf16_products(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """In the precision of the training, not in that of a float32 policy."""
+    """They have the precision of the training, not that of a float32 policy."""
     policy, pairs = make_policy(), world.pairs(12)
     for autocast in (False, True):
         (tmp_path / str(autocast)).mkdir()
@@ -183,7 +183,7 @@ def test_scores_that_do_not_belong_to_the_pairs_are_refused(
 def test_hidden_states_are_read_back_unchanged(
     shard: int, tokens: int, make_policy: MakePolicy, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For any pairs in any order, also repeated, across shards, and without tokens."""
+    """For pairs in any order, repeated ones, across shards, and without tokens."""
     monkeypatch.setattr(references, "SHARD", shard)
     monkeypatch.setattr(references, "by_length", partial(by_length, tokens=tokens))
     policy, pairs = make_policy(), various(world, 30)
@@ -347,7 +347,7 @@ FIXED = FixedNoise(cache_hidden="on")
 
 
 def test_runs_share_the_reference_of_their_policy_and_pairs(make_policy: MakePolicy, world: World) -> None:
-    """Equal for every noise, seed and most settings of the trainer; different for other policies, pairs, dtypes."""
+    """Its key is equal for every noise, seed and most trainer settings; it differs for other policies or pairs."""
     given = partial(run_of, world, make_policy)
 
     def key(*args: Any, **settings: Any) -> str:
@@ -416,7 +416,7 @@ def test_the_hidden_cache_changes_nothing_but_rounding(
 
 
 def test_one_epoch_reads_nothing_twice(make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """auto writes nothing that would be read once; on always writes. Epochs count also if steps are set."""
+    """``auto`` writes nothing that would be read only once; ``on`` always writes. Epochs count even with steps."""
     for name, trainer, cache, kept in (
         ("a", {"epochs": 1}, "auto", 0),
         ("b", {"epochs": 1}, "on", 1),
@@ -432,7 +432,7 @@ def test_one_epoch_reads_nothing_twice(make_policy: MakePolicy, world: World, tm
 def test_no_disk_space_for_the_hidden_cache(
     make_policy: MakePolicy, world: World, tmp_path: Path, disk: Callable[[int], None]
 ) -> None:
-    """auto continues without and reports it; on is refused with a message before the training."""
+    """``auto`` continues without it and reports this; ``on`` is refused with a message before the training."""
     disk(GIGABYTE)
     store, report = Store(tmp_path), Report()
     _, _, train, _, _ = run_of(world, make_policy, noise(cache="on"))
@@ -473,7 +473,7 @@ def _reseal(folder: Path, content: dict[str, Any] | None = None) -> None:
 
 @pytest.mark.parametrize("which", ["reference", "hidden"])
 def test_a_tampered_manifest_is_refused(which: str, make_policy: MakePolicy, world: World, tmp_path: Path) -> None:
-    """Either cache can be the wrong one."""
+    """The wrong cache can be either of the two."""
     store = Store(tmp_path)
     _, scores, train, _, _ = run_of(world, make_policy, noise(cache="on"))
     store.get(scores, Report())

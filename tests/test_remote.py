@@ -114,7 +114,7 @@ def test_stages_of_one_machine_are_fetched_by_the_next(address: str, tmp_path: P
 
 
 def test_existing_stages_are_published_and_missing_ones_are_fetched(address: str, tmp_path: Path) -> None:
-    """As after a run without a remote store, or with an unreachable one."""
+    """As after a run without a remote store or with an unreachable one."""
     done: list[str] = []
     a, b = stage(name="sft", work=counting(done)), stage(name="judge", work=counting(done))
     Store(tmp_path / "one").get(a, Quiet())
@@ -160,7 +160,7 @@ def test_exactly_one_of_eight_writers_wins(address: str, tmp_path: Path) -> None
 
 
 def test_a_machine_waits_for_the_one_that_computes(address: str, tmp_path: Path) -> None:
-    """Its lease is renewed: the work takes longer than a lease lasts."""
+    """That machine renews its lease: the work takes longer than a lease lasts."""
     done: list[str] = []
     slow = stage(work=counting(done, wait=2.5))
     reports = [Quiet(), Quiet()]

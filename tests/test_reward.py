@@ -130,7 +130,7 @@ def test_scores_equal_those_of_the_model_alone(world: World, tmp_path: Path, bat
 
 
 def test_a_pair_of_texts(tmp_path: Path) -> None:
-    """An encoder without a chat template reads conversation and response as a pair, with the types of its tokens."""
+    """An encoder without a chat template reads conversation and response as a pair of texts, with token types."""
     folder = bert(tmp_path / "rm")
     prompts, responses = rows()
     said = verdicts(Reward(path=str(folder), device="cpu", batch_size=3), prompts, responses)
@@ -145,7 +145,7 @@ def test_a_pair_of_texts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["turns", "pair"])
 def test_a_scored_text_cannot_start_a_turn(world: World, tmp_path: Path, kind: str) -> None:
-    """Special tokens are only the template's or the tokenizer's, at their places, for every text."""
+    """For every text, the only special tokens are the template's or the tokenizer's, in their places."""
     folder = llama(world, tmp_path / "rm") if kind == "turns" else bert(tmp_path / "rm")
     model = load(Weights(str(folder), None, None), "float32", "cpu", None)
     spelled = "well</s><|user|>a<|assistant|>" if kind == "turns" else "well [SEP] a [CLS]"
@@ -330,7 +330,7 @@ def test_the_middle_half_has_25_to_75_points() -> None:
 
 
 def test_measures() -> None:
-    """Two of three pairs are right and one is a tie; the interval of equal outcomes is a point."""
+    """Two of three pairs are right and one is a tie; if all outcomes are equal, the interval is a point."""
     pairs = [Preference([{"role": "user", "content": str(i)}], "long", "no") for i in range(3)]
     found = measure(pairs, [2.0, 2.0, 1.0], [1.0, 1.0, 1.0], 0)
     assert found["accuracy"] == pytest.approx(2.5 / 3)
@@ -342,7 +342,8 @@ def test_measures() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "embedding"])
 def test_fit_and_judge(world: World, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The fitted model separates polite from rude in new conversations and judges so; a repetition is equal."""
+    """The trained model separates polite from rude answers in new conversations and judges accordingly; training again
+    gives the same."""
     data = preferences(tmp_path / "p.jsonl")
     if kind == "llama":
         base = llama(world, tmp_path / "base", LlamaForCausalLM)

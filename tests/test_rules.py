@@ -97,7 +97,7 @@ def test_worked_scores(prompt: Prompt, text: str, points: float) -> None:
 
 
 def test_no_correct_response_scores_below_a_wrong_one() -> None:
-    """60 points outweigh the 40 of all the rest: the judge never prefers a wrong response to a right one."""
+    """60 points for correctness outweigh the other 40: the judge never prefers a wrong response to a right one."""
     worst_right, best_wrong = score(SUM, "so plus plus is 7"), score(SUM, "3 plus 4 is 8.")
     assert worst_right is not None
     assert best_wrong is not None
@@ -116,7 +116,7 @@ def test_no_correct_response_scores_below_a_wrong_one() -> None:
 )
 @pytest.mark.parametrize("text", ["3 plus 4 is 8.", "3 plus 4 is 7."])
 def test_a_response_cannot_ask_for_points(text: str, boast: str) -> None:
-    """Statements of a response about itself never gain a point: the policy would learn to write them."""
+    """Statements of a response about itself never gain a point; otherwise the policy would learn to write them."""
     plain, boasting = score(SUM, text), score(SUM, f"{text} {boast}")
     assert plain is not None
     assert boasting is not None
@@ -132,7 +132,7 @@ def test_without_an_answer_there_is_no_score() -> None:
 
 
 def test_verdicts_match_responses() -> None:
-    """One verdict a response in the order of the responses, each by its own prompt, whatever its source."""
+    """One verdict per response, in the order of the responses, each by its own prompt and for any source."""
     prompts = [ask("1", name="a"), ask("2", name="b"), ask(None, name="c")]
     responses = [
         say("It is 2.", "b", "policy@0"),

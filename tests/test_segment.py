@@ -110,7 +110,7 @@ def test_text_and_log_probability_cover_all_tokens(make_policy: MakePolicy, worl
 
 
 def test_only_a_segment_at_the_end_is_ended(make_policy: MakePolicy, world: World) -> None:
-    """``append_eos`` with human responses that were cut too: the tokens after a segment remain."""
+    """Checks ``append_eos`` also for human responses that were cut: the tokens after a segment are kept."""
     policy = make_policy()
     human = [replace(old, token_ids=old.token_ids[:4], tokens=4, finish="length") for old in world.human[:60]]
     assert not any(policy.stop_ids[0] in old.token_ids for old in human)
@@ -244,7 +244,7 @@ def own_words(policy: Policy, world: World) -> list[Response]:
 
 
 def test_an_unchanged_segment_is_drawn_again(make_policy: MakePolicy, world: World) -> None:
-    """Greedy decoding gives the human response every time here: it is drawn 8 times more, then dropped."""
+    """Here greedy decoding always gives the human response: it is drawn 8 more times, then dropped."""
     policy = lively(make_policy())
     human = own_words(policy, world)
     prompts = [prompt for prompt, old in zip(world.prompts, human, strict=True) if cut(old, 3, 1).after][:20]
@@ -360,7 +360,7 @@ def score(policy: Policy, starts: list[list[int]], side: list[list[int]]) -> lis
 
 
 def test_tokens_before_a_segment_cancel_in_margins_but_not_in_means(make_policy: MakePolicy, world: World) -> None:
-    """Scored as part of the responses, and as part of the prompts."""
+    """They are scored as part of the responses, and as part of the prompts."""
     policies = make_policy(), make_policy(seed=1)
     prompts, human = world.prompts[:60], world.human[:60]
     rows, _ = go(policies[0], prompts, human)

@@ -113,7 +113,7 @@ def test_no_target() -> None:
     "target", ["no_such_package.Thing", "dnpo.no_such_module.Thing", "dnpo.dsl.NoSuchLabeller", "", 3, None]
 )
 def test_target_that_cannot_be_imported(target: Any) -> None:
-    """The message names the setting and the target, and is no traceback."""
+    """The message names the setting and the target; there is no traceback."""
     text = message(lambda: check("dsl", {"_target_": target}))
     assert text.startswith(f"dsl._target_={target}: cannot be imported")
 
@@ -149,7 +149,7 @@ def test_target_that_cannot_be_called(target: str) -> None:
     ids=str,
 )
 def test_wrong_type(wrong: dict[str, Any]) -> None:
-    """Only whole numbers are converted, to floats: "false" is not false and 2.5 steps are not 2."""
+    """Only whole numbers are converted to floats: "false" is not false, and 2.5 steps are not 2."""
     ((key, value),) = wrong.items()
     expected = "expected true or false" if key == "flag" else "input should be "
     assert message(lambda: outer(**wrong)).startswith(f"part.{key}={value!r}: {expected}")
@@ -220,7 +220,7 @@ def test_endpoints_of_ranges_are_accepted(right: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["positive", "non_negative", "finite", "fraction"])
 def test_int_for_float_comes_back_as_float(name: str) -> None:
-    """``alpha=1`` and ``alpha=1.0`` are the same setting: otherwise they would have two keys in the store."""
+    """``alpha=1`` and ``alpha=1.0`` are the same setting; otherwise they would have two keys in the store."""
     value = outer(**{name: 1})[name]
     assert value == 1.0
     assert type(value) is float
@@ -345,7 +345,7 @@ def test_check_values_of_a_function_without_prefix() -> None:
 
 
 def test_suggestions_of_nearest_names() -> None:
-    """Similar words, all words, or none; private ones are never suggested."""
+    """Similar names, all names, or none; private ones are never suggested."""
     assert nearest("alhpa", ["alpha", "beta"], "npo") == " Did you mean npo.alpha?"
     assert nearest("xyz", ["beta", "alpha", "_target_"]) == " Known: alpha, beta."
     assert nearest("target", ["_target_"]) == " Known: none."

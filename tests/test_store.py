@@ -101,7 +101,7 @@ def test_key_refuses_values_without_a_unique_spelling() -> None:
 
 
 def test_finished_stage_is_not_recomputed(tmp_path: Path) -> None:
-    """Not by the same run or a later one, even if its work would now fail; its inputs are not read either."""
+    """Neither by the same run nor by a later one, even if its work would now fail; its inputs are not read either."""
     done: list[str] = []
 
     def count(name: str) -> Work:
@@ -177,7 +177,7 @@ def test_failed_stage_is_continued_in_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_result_appears_all_at_once(tmp_path: Path) -> None:
-    """While the work goes on there is no folder under the final name, and a folder without a manifest is no result."""
+    """During the work there is no folder under the final name, and a folder without a manifest is not a result."""
     store = Store(tmp_path)
 
     def work(folder: Path, inputs: Mapping[str, Path], report: Report) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def test_key_and_manifest_ignore_aids(tmp_path: Path) -> None:
 
 
 def test_an_aid_is_computed_first_and_passed_with_the_inputs(tmp_path: Path) -> None:
-    """Once, under its name, with its own inputs; and not at all if the result exists already."""
+    """It is computed once, under its name, with its own inputs, and not at all if the result exists already."""
     seen: list[dict[str, str]] = []
     done: list[str] = []
     data = stage(name="prepare", work=writing("data", done))
@@ -301,7 +301,7 @@ def test_an_aid_is_computed_first_and_passed_with_the_inputs(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("why", "notes"), [("no room", ["no room"]), ("", [])])
 def test_a_stage_runs_without_an_aid_that_declines(why: str, notes: list[str], tmp_path: Path) -> None:
-    """With a note if there is a reason. It leaves no result, so a later run tries again."""
+    """A note says why, if there is a reason. The aid leaves no result, so a later run tries again."""
     seen: list[dict[str, str]] = []
     done: list[str] = []
     declined = stage(name="hidden", work=writing("cache", done, Declined(why)))
@@ -320,7 +320,8 @@ def test_a_stage_runs_without_an_aid_that_declines(why: str, notes: list[str], t
 
 
 def test_an_aid_that_fails_is_an_error(tmp_path: Path) -> None:
-    """Only declining is no error: if a requested one is impossible, a message says so, and the stage does not begin."""
+    """Only declining is not an error: if a requested aid is impossible, a message says so, and the stage does not
+    start."""
     seen: list[dict[str, str]] = []
     failing = stage(name="hidden", work=writing("cache", error=DnpoError("npo.cache_hidden=on: no room")))
     store, helped = Store(tmp_path), stage(caches={"cache": failing}, work=reading(seen))

@@ -178,7 +178,7 @@ def test_text_of_a_turn_makes_no_control_token(kind: str, template: str, strip: 
 
 
 def test_turn_tokens_that_nobody_marked_as_special_are_control_tokens_too() -> None:
-    """As DeepSeek's; but responses may also write the thought marks of the template."""
+    """DeepSeek has such tokens. Responses may still write the template's tokens for thoughts."""
     tokenizer = wrapped(template=THINKS.replace("<|im_start|>", "<turn>"))
     tokenizer.add_tokens(["<turn>"])
     (turn,) = tokenizer("<turn>", add_special_tokens=False)["input_ids"]
@@ -198,7 +198,7 @@ def test_a_token_that_joins_text_and_template_is_not_a_control_token() -> None:
 
 
 def test_text_between_tokens_that_the_tokenizer_adds() -> None:
-    """As for a pair of texts in a reward model, or an encoder's text."""
+    """A tokenizer adds tokens around a pair of texts for a reward model, and around an encoder's text."""
     tokenizer = wrapped("word pieces")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     ids = {
@@ -249,7 +249,7 @@ def test_a_tokenizer_without_token_positions() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_before_every_response_belongs_to_the_prompt(kind: str) -> None:
-    """So human texts, human tokens and samples all begin after it."""
+    """So human texts, human tokens and samples all start after it."""
     tokenizer = wrapped(kind, THINKS)
     rendered = render(tokenizer, ASKED, "yes")
     assert rendered.lead == EMPTY
@@ -335,7 +335,7 @@ def test_template_that_reads_the_clock_needs_a_date() -> None:
 
 
 def test_a_clock_that_is_read_but_not_shown_is_accepted() -> None:
-    """As Mistral's, whose default system turn contains the date."""
+    """Mistral's template reads the clock for its default system turn, which is shown only if the data has none."""
     template = "{% set today = strftime_now('%Y') %}{{ today if messages[0].role != 'system' }}" + CHATML
     tokenizer = wrapped(template=template.replace("'system' }", "'system' else '' }"))
     assert render_turns(tokenizer, TALK).text.startswith("<s>")
@@ -357,7 +357,7 @@ def test_a_stopped_clock_formats_as_strftime_does(form: str) -> None:
 
 
 def test_arguments_saved_in_a_template_by_an_earlier_run_are_replaced() -> None:
-    """As with an exported policy: the present request applies, and the same request twice equals once."""
+    """An exported policy has such arguments: the present ones apply, and twice equals once."""
     tokenizer = wrapped(template=DATED.replace("{{ date }}", "{{ date }}{{ mood }}"))
     put_in_force(tokenizer, arguments={"mood": " x"}, date="2026-01-31")
     once = tokenizer.chat_template
@@ -488,7 +488,7 @@ def test_empty_prompt_is_refused() -> None:
 
 
 def test_turns_are_found_at_their_places() -> None:
-    """Even if the template's own text contains theirs, repeats a turn, or depends on how a turn begins."""
+    """Even if the template's own text contains theirs, a turn is repeated, or the text depends on how a turn starts."""
     tokenizer = wrapped()
     for words in ("user", "assistant", "<", "m", "im_start"):
         text = render_turns(tokenizer, [{"role": "user", "content": words}])

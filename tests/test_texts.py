@@ -74,9 +74,9 @@ def subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 @needs_packages
 def test_similarity_by_hand() -> None:
-    """Of "the cat sat on the mat" 5 of 6 words, 3 of 5 pairs and 1 of 4 triples are there, and no four words: half of
-    one of 3. In "the the …" 2 of 7, then 1/2 of 6, 1/4 of 5, 1/8 of 4; the 2/7 is Papineni et al.'s. Of "the cat" both
-    words and the pair, and it is too short by 4 words of 2."""
+    """Of "the cat sat on the mat" 5 of 6 words, 3 of 5 pairs and 1 of 4 triples match, and no group of four, which
+    counts as half of one in 3. Of "the the …" 2 of 7 words match, then 1/2 of 6, 1/4 of 5 and 1/8 of 4; the 2/7 is from
+    Papineni et al. Of "the cat" both words and the pair match, and it is too short: 2 words instead of 6."""
     rows = [
         (SAT, (5 / 6 * 3 / 5 / 4 / 6) ** 0.25, 5 / 6),
         ("the the the the the the the", (2 / 7 / 12 / 20 / 32) ** 0.25, 2 * (2 / 7) * (2 / 6) / (2 / 7 + 2 / 6)),
@@ -93,7 +93,7 @@ def test_similarity_by_hand() -> None:
 
 @needs_packages
 def test_rouge_by_published_numbers() -> None:
-    """The example of Lin (2004), section 3.1: of "police killed the gunman" the second has 3/4, the third 2/4."""
+    """The example of Lin (2004), section 3.1: against "police killed the gunman" the second has 3/4, the third 2/4."""
     found = similarity(["police kill the gunman", "the gunman kill police"], ["police killed the gunman"] * 2)
     assert found.items["rouge_l"] == [0.75, 0.5]
 
@@ -262,7 +262,7 @@ def test_embeddings_by_published_numbers(minilm: Path) -> None:
 
 
 def test_embeddings_of_the_library(minilm: Path) -> None:
-    """Also for a text that is cut; equal alone and in a batch."""
+    """Also for a text that is cut; the embedding is the same alone and in a batch."""
     library = pytest.importorskip("sentence_transformers")
     every = ["Hello world.", "", "Ünï cödé " * 200, "a"]
     encoder = SentenceBert(str(minilm))

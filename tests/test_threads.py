@@ -44,7 +44,7 @@ def test_an_error_is_raised_in_order_and_no_further_call_starts() -> None:
 
 
 def test_a_process_that_is_interrupted_at_any_line_ends() -> None:
-    """An executor's threads hang at dozens of lines."""
+    """With the standard library's executor the process would hang at dozens of lines."""
     lines = subprocess.run([sys.executable, "-m", "tests.interrupting"], capture_output=True, text=True, timeout=120)
     assert lines.returncode == 0, lines.stderr
     assert int(lines.stdout) > 80

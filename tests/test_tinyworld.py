@@ -199,7 +199,7 @@ def test_held_out_facts_are_trained_on_in_other_wordings() -> None:
 
 
 def test_six_families_in_even_shares() -> None:
-    """Every family counts the same in training and in every average over a split."""
+    """Every family counts equally in training and in every average over a split."""
     rows, facts = read()
     for split, size in (("train", 4800), ("validation", 240), ("test", 480)):
         assert facts[f"{split}_rows"] == len(rows[split]) == size
@@ -252,7 +252,7 @@ def test_flaw_rate() -> None:
 
 
 def test_flaws_and_myths_are_all_found_by_the_judge() -> None:
-    """Also with myths the count in the manifest is the number of human responses below 100."""
+    """With myths too, the count in the manifest is the number of human responses below 100."""
     rows, facts = read()
     assert sum(s < 100 for s in scores(rows["train"])) == facts["flawed_human_responses"]
 
@@ -278,7 +278,7 @@ def test_flaws_come_in_three_equal_kinds() -> None:
 
 
 def test_myths() -> None:
-    """A third of the facts have a myth; 55 % of the answers to those facts, and no others, repeat it."""
+    """A third of the facts have a myth; 55 % of the answers to these facts repeat it, and no other answers do."""
     table = pool("facts")
     values = {p.key.split()[0]: set[str]() for p in table}
     for p in table:
@@ -432,7 +432,7 @@ def test_difficulty_sets_the_size_of_problems(difficulty: int) -> None:
 
 
 def test_list_items_do_not_repeat() -> None:
-    """A right answer never stutters, for the judge takes points for a word twice in a row."""
+    """A right answer never repeats itself, since the judge subtracts points for a word twice in a row."""
     for family in ("reversal", "sorting"):
         for p in pool(family, 5):
             items = p.key.split()

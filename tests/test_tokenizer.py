@@ -69,7 +69,7 @@ def test_digits_stand_alone(tokenizer: Any, rows: dict[str, list[Prompt]]) -> No
 
 
 def test_round_trip(tokenizer: Any, rows: dict[str, list[Prompt]]) -> None:
-    """Text → ids → text changes nothing, in any split: responses are judged as decoded text."""
+    """Text → ids → text changes nothing in any split; responses are judged as decoded text."""
     for split in rows.values():
         for text in texts(split):
             ids = encode(tokenizer, text)
@@ -104,7 +104,7 @@ def test_special_tokens(tokenizer: Any) -> None:
 
 
 def test_encoding_adds_nothing(tokenizer: Any) -> None:
-    """The template alone writes the beginning and end; a tokenizer that added them would double them."""
+    """Only the template writes the start and the end; a tokenizer that added them would double them."""
     text = "What is 1 plus 2?"
     assert tokenizer.encode(text) == encode(tokenizer, text)
     assert tokenizer.bos_token_id not in tokenizer.encode(text)

@@ -83,7 +83,7 @@ def test_a_run_has_its_table_steps_and_options(uri: str) -> None:
 
 
 def test_steps_that_another_run_tracked_are_read_from_the_rows(migrated: Path, tmp_path: Path) -> None:
-    """Fine-tuning and iteration 0 existed, iteration 1 is new; its noise is matched to an existing training."""
+    """Fine-tuning and iteration 0 existed and iteration 1 is new; its noise is matched to an existing training."""
     shutil.copy(migrated, tmp_path / "mlflow.db")
     where = f"sqlite:///{tmp_path / 'mlflow.db'}"
     tracking = MLflowTracking(uri=where, artifacts=str(tmp_path / "artifacts"))

@@ -67,7 +67,7 @@ def test_a_locked_database_is_named(kind: str, file: Path) -> None:
 
 
 def test_a_run_on_a_locked_database_ends_with_a_message(file: Path, tmp_path: Path) -> None:
-    """Locked against reading, so that connecting fails; and against writing alone, so that making the run does."""
+    """Locked for reading, so that connecting fails; and only for writing, so that creating the run fails."""
     for kind in ("exclusive", "immediate"):
         with locked(file, kind), pytest.raises(TrackingError) as caught:
             tracker(file).start("name", {}, {}, None, tmp_path)

@@ -191,7 +191,7 @@ def test_methods_share_iteration_0(finished: Path) -> None:
 
 
 def test_a_part_starts_at_its_iteration(finished: Path) -> None:
-    """npo.start=1 iterations=2 is a branch of the SPIN chain at iteration 1."""
+    """``npo.start=1 iterations=2`` is a branch of the SPIN chain at iteration 1."""
     spin = succeed(finished, *SMOKE, "method=spin")
     assert "noise loss" not in spin
     succeed(finished, *SMOKE, "method=npo", "npo.start=1")
@@ -273,7 +273,7 @@ def test_hidden_states_kept_on_disk_change_nothing_but_rounding(finished: Path) 
 
 
 def test_without_epochs_the_policy_does_not_change(finished: Path) -> None:
-    """Also without training there is a next policy: the previous policy, not the base model."""
+    """Without training there is still a next policy: the previous policy, not the base model."""
     succeed(finished, *SMOKE, "method=spin", "iterations=1", "trainer.epochs=0")
     before, after = summary(finished)["table"]
     assert after["eval/loss"] == before["eval/loss"]
@@ -393,8 +393,8 @@ def test_the_plan_of_a_sweep_shows_shared_stages(tmp_path: Path) -> None:
 
 
 def test_labels_by_quality_beat_labels_by_origin(tmp_path: Path) -> None:
-    """Half the default world and its model, first iterations of SPIN and DSL. Over three seeds DSL was 3.6 to 4.9
-    points better here; half of the least of these is asked. The noise may win or lose, so nothing is asked of it."""
+    """Half the default world and model; first iterations of SPIN and DSL. Over three seeds DSL was 3.6 to 4.9 points
+    better here, and half of the smallest of these is required. The noise may help or harm, so it is not tested."""
     smaller = ("data.train=2400", "data.validation=60", "eval.sequences=64", "eval.samples=2")
     succeed(tmp_path, "-m", "tracking=off", "iterations=1", "acts_from=0", "method=spin,dsl", *smaller)
     found = json.loads(next(tmp_path.glob("multirun/*/*/sweep.json")).read_text())

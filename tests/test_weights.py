@@ -267,7 +267,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_folder_is_refused_by_name(name: str, saved: Path) -> None:
-    """By the gate, before any weights are read, and at load; as a policy and as a judge; never with a traceback."""
+    """Both by the gate, before any weights are read, and at load; for a policy and for a judge; without a traceback."""
     damage, message = DAMAGES[name]
     damage(saved)
     for attempt in (lambda: outline(str(saved)), lambda: load(str(saved), None)):
@@ -491,7 +491,7 @@ def test_a_new_head_is_initialised_if_the_caller_asks_for_it(world: World, tmp_p
 
 
 def test_the_gate_refuses_before_anything_is_computed(saved: Path, tmp_path: Path) -> None:
-    """Once, without repeated names, and without a stage in the store."""
+    """Once, without repeating names, and without leaving a stage in the store."""
     without("lm_head.weight")(saved)
     done = train(
         tmp_path, "scale=smoke", "tracking=off", "model=local", f"model.path={saved}", "npo=off", "judge=off", "dsl=off"

@@ -144,7 +144,7 @@ def test_the_judge_of_evaluations_has_to_accept_the_rows_before_anything_is_comp
 
 
 def test_noise_that_never_starts_is_reported(tmp_path: Path) -> None:
-    """`method=ipo npo=trainable` has one iteration, and noise starts at iteration 1 unless a setting changes this."""
+    """``method=ipo npo=trainable`` has one iteration, and noise starts at iteration 1 unless a setting changes this."""
     done = train(tmp_path, *SMOKE, "method=ipo", "npo=trainable", "plan=true")
     assert done.returncode == 0
     assert done.stderr == (
@@ -179,7 +179,7 @@ def test_methods_of_one_seed_share_fine_tuning_and_common_responses() -> None:
 
 
 def test_the_initial_policy_as_reference_changes_no_key_of_the_first_iteration() -> None:
-    """In the iteration that starts from it, `reference=initial` equals `reference=start`; later it does not."""
+    """In the iteration that starts from it, ``reference=initial`` equals ``reference=start``; later it does not."""
 
     def keys(*overrides: str) -> list[dict[str, str]]:
         run, _, _ = build(composed("scale=smoke", "tracking=off", "method=spin", *overrides))
@@ -193,7 +193,7 @@ def test_the_initial_policy_as_reference_changes_no_key_of_the_first_iteration()
 
 
 def test_a_moving_average_is_kept_in_the_iterations_that_read_it() -> None:
-    """`reference=[start,ema] ema=on`: iteration 0 is that of a run without an average."""
+    """``reference=[start,ema] ema=on``: iteration 0 equals that of a run without an average."""
 
     def keys(*overrides: str) -> list[str]:
         run, _, _ = build(composed("scale=smoke", "tracking=off", "method=spin", *overrides))
@@ -263,7 +263,8 @@ def test_a_ball_of_radius_0_does_not_change_pairs(world: World) -> None:
 def test_a_training_that_starts_from_another_policy_is_stopped(
     world: World, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
-    """If the reference is the initial policy or none, a plain forward pass of the right start gives the values."""
+    """If the reference is the initial policy or there is none, plain forward passes of the right start give the
+    values."""
     pairs = world.pairs(8)
     how = PairOptimisation(optimizer=torch_optimizer("RMSprop", lr=1e-3), batch_size=4)
     initial, start, other = make_policy(1), make_policy(2), make_policy(3)
