@@ -137,8 +137,8 @@ def test_limits_of_a_source_that_are_overridden_are_reported(pair: dict[str, Jso
     world = TinyWorld(train=48, validation=12, test=12, max_prompt_tokens=48, max_response_tokens=24)
     _, facts = Mix(sources={"chat": pair["chat"], "world": world}, **LIMITS).read()
     assert facts["notes"] == [
-        "data.sources.world.max_prompt_tokens=48: data.max_prompt_tokens=256 holds instead",
-        "data.sources.world.max_response_tokens=24: data.max_response_tokens=128 holds instead",
+        "data.sources.world.max_prompt_tokens=48: data.max_prompt_tokens=256 applies instead",
+        "data.sources.world.max_response_tokens=24: data.max_response_tokens=128 applies instead",
     ]
 
 

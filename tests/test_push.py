@@ -121,7 +121,7 @@ def test_text_that_would_reveal_this_machine_stops_the_push(
     for text, what in ((f"see {Path.cwd()}/x", "a folder of this machine"), (f"key {TOKEN}", "a key")):
         path.write_text(json.dumps({"id": text}) + "\n")
         refuse(str(run.run), "push=me/good")
-        assert f"push=me/good: pairs.jsonl would tell {what}, so nothing is pushed" in capsys.readouterr().err
+        assert f"push=me/good: pairs.jsonl would reveal {what}, so nothing is pushed" in capsys.readouterr().err
     assert server.requests == []
 
 

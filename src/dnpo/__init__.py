@@ -13,7 +13,7 @@ __all__ = ["Result", "Settings", "__version__", "compose", "open", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the interface for Python when it is used: importing dnpo alone takes no time."""
+    """Import the Python interface only when it is used, so that importing dnpo takes no time."""
     if name not in __all__:
         raise AttributeError(f"module 'dnpo' has no attribute {name!r}")
     return getattr(import_module("dnpo.api"), {"open": "open_result"}.get(name, name))

@@ -31,7 +31,7 @@ class Settings:
     """The settings of a run, composed and checked.
 
     Attributes:
-        overrides: what was given to :func:`compose`.
+        overrides: the arguments of :func:`compose`.
         values: every setting of every part, as plain values.
     """
 
@@ -99,7 +99,7 @@ def run(settings: Settings, folder: Path | str | None = None) -> "Result":
         folder: where to write the results; None for ``outputs/DATE/TIME`` in the current folder.
 
     Raises:
-        DnpoError: the run cannot begin or go on; the message says why. Finished stages are kept.
+        DnpoError: the run cannot start or continue; the message says why. Finished stages are kept.
     """
     from omegaconf import OmegaConf, open_dict
 
@@ -152,7 +152,7 @@ class Result:
 
     @cached_property
     def table(self) -> "pd.DataFrame":
-        """All metrics, a row per policy; the index is the iteration (``SFT``, 0, 1, …)."""
+        """All metrics, one row per policy; the index is the iteration (``SFT``, 0, 1, …)."""
         import pandas as pd
 
         return pd.DataFrame(self.summary["table"]).set_index("iteration")
@@ -163,7 +163,7 @@ class Result:
         return [row["iteration"] for row in self.summary["table"]]
 
     def samples(self, iteration: str | int | None = None) -> "pd.DataFrame":
-        """The held-out responses of a policy, a row each.
+        """The held-out responses of a policy, one per row.
 
         Columns: ``id``, ``family``, ``prompt``, ``human``, ``kind`` (``greedy`` or ``sample``), ``sample``,
         ``response``, ``score``, ``second``, ``right``, ``tokens``, ``logprob`` (nats).
@@ -185,7 +185,7 @@ class Result:
         return made.merge(prompts[["id", "prompt", "human"]], on="id", how="left", validate="many_to_one")
 
     def pairs(self, iteration: int | None = None) -> "pd.DataFrame":
-        """The pairs that an iteration was trained on, a row each; columns as in :class:`dnpo.records.Pair`.
+        """The pairs that an iteration was trained on, one per row; columns as in :class:`dnpo.records.Pair`.
 
         Args:
             iteration: its number; None for the last.
@@ -235,7 +235,7 @@ class Result:
 
 
 def _enter(composed: "DictConfig") -> None:
-    """Make the composed settings those that Hydra knows as the current job's."""
+    """Register the composed settings with Hydra as the current job's."""
     from hydra.core.hydra_config import HydraConfig
 
     HydraConfig.instance().set_config(composed)

@@ -297,7 +297,9 @@ GROUPS: tuple[MetricGroup, ...] = (
         "Training",
         (
             Metric("heldout/loss", "Loss on held-out pairs", "held-out pairs", "", 4, better="lower", needs=HELD),
-            Metric("heldout/step", "Policy step with the lowest loss of them", "best step", digits=0, needs=HELD),
+            Metric(
+                "heldout/step", "Policy step with the best loss on held-out pairs", "best step", digits=0, needs=HELD
+            ),
             Metric("heldout/steps", "Policy steps made, if pairs are held out", "steps", digits=0, needs=HELD),
             Metric("loss/policy", "Policy loss", "policy loss", "nats", 4, "lower"),
             Metric("loss/noise", "Noise loss", "noise loss", "nats", 4),

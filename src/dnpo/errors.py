@@ -46,7 +46,7 @@ class OutOfMemoryError(DnpoError):
 
 
 class DiskError(DnpoError):
-    """The disk is too small, or refuses to write."""
+    """The disk is full, or cannot be written to."""
 
 
 class StoreError(DnpoError):

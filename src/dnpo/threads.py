@@ -24,7 +24,7 @@ def map_in_threads(work: Callable[[Item], Result], items: Sequence[Item], thread
         threads: number of calls at once; at least 1.
 
     Raises:
-        BaseException: what a call raised, when its turn comes.
+        BaseException: raised by a call; it is raised here when the call's turn comes.
     """
     waiting = deque(enumerate(items))
     finished: SimpleQueue[tuple[int, Callable[[], Result]]] = SimpleQueue()

@@ -36,12 +36,12 @@ GREEDY, SAMPLES = "greedy", "samples"
 
 
 class HeldQuery(BaseModel):
-    """Which held-out prompts to list, in which order.
+    """Which held-out prompts to list, and in which order.
 
     Attributes:
         q: a text to search for in the prompt's id, its messages, its human response and all answers.
         family: the task family; "" for all.
-        a, b: the two policies to be compared, as ``RUN.ITERATION``; "" for the usual ones.
+        a, b: the two policies to be compared, as ``RUN.ITERATION``; "" for the default ones.
         answer: the answer whose score counts: the greedy one, or the mean over samples.
         outcome: the comparison of b's answer with the human response, or whether it became right.
         change: the sign of the difference between b's score and a's.
@@ -100,7 +100,7 @@ class Answers:
         return values[0] if answer == GREEDY else _mean(values[1:])
 
     def contain(self, text: str) -> "NDArray[np.bool_]":
-        """Whether any answer to each prompt of the table has a text in it."""
+        """For each prompt of the table, whether any answer contains a text."""
         hits = contains(self.details.column("text"), text).reshape(-1, self.count)
         own: NDArray[np.bool_] = np.logical_or.reduce(hits, axis=0)
         return (self.place >= 0) & own[self.place]
@@ -178,7 +178,7 @@ class Held:
 
     @property
     def usual(self) -> tuple[Answers, Answers]:
-        """The policies that are compared first: of one run its first and last one, of several runs their last ones."""
+        """The policies compared by default: the first and last of one run, or the last ones of several runs."""
         last = self.policies[-1]
         if len(self.runs) == 1:
             return self.policies[0], last
@@ -280,7 +280,7 @@ class Held:
         ]
 
     def title(self, policy: Answers) -> str:
-        """The name of a policy, with its run's if there are several."""
+        """The name of a policy, with its run's name if there are several runs."""
         own = policy.iteration if policy.iteration == SFT else f"iteration {policy.iteration}"
         return own if len(self.runs) == 1 else f"{visible(self.runs[policy.run].name)} · {own}"
 
@@ -323,7 +323,7 @@ def _read_prompts(place: tuple[Path, str]) -> pa.Table:
 
 
 def _join(tables: Sequence[pa.Table]) -> "tuple[pa.Table, list[NDArray[np.int64]]]":
-    """Join tables of prompts to one without repetitions.
+    """Join tables of prompts into one without repetitions.
 
     Returns:
         The joint table, and for each table the number of each joint row in it; −1 if it lacks the row.
@@ -357,7 +357,7 @@ def _read_answers(folder: Path, second: Path | None, count: int, place: "NDArray
     answers = len(items) - count  # human responses are first
     details = read_columns(folder / "samples.parquet", ("text", "finish")).slice(0, answers).combine_chunks()
     if len(details) != answers or answers % count:
-        raise DataError(f"{folder}: it has answers to other prompts than {count:,} held-out ones")
+        raise DataError(f"{folder}: its answers do not match the {count:,} held-out prompts")
     if (folder / "verdicts.parquet").is_file():
         reasons = read_columns(folder / "verdicts.parquet", ("reason",)).slice(count)
         if len(reasons) != answers:

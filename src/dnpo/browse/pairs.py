@@ -42,7 +42,7 @@ SCORES = ("chosen_score", "rejected_score", "chosen_sample", "rejected_sample")
 
 
 class PairsQuery(BaseModel):
-    """Which pairs to list, in which order.
+    """Which pairs to list, and in which order.
 
     Attributes:
         of: the iteration, as ``RUN.ITERATION``; "" for the first.
@@ -64,7 +64,7 @@ class PairsQuery(BaseModel):
 
 @dataclass(frozen=True)
 class Source:
-    """The place of the pairs of one iteration.
+    """Where the pairs of one iteration are.
 
     Attributes:
         run: number of the run.
@@ -118,7 +118,7 @@ class Pairs:
 
     @cached_property
     def gap(self) -> "Numbers":
-        """The score of the chosen response less that of the rejected one."""
+        """The score of the chosen response minus the score of the rejected one."""
         return self.number["chosen_score"] - self.number["rejected_score"]
 
     def select(self, query: PairsQuery) -> "NDArray[np.int64]":

@@ -99,14 +99,14 @@ def find(given: Sequence[str], store: Path | None, uri: str, experiment: str) ->
     """Find runs.
 
     Args:
-        given: for each, a run's or a sweep's folder, a tracked run's id or its beginning, or a sweep's name. Nothing
-            given: the newest run's folder in ``outputs``.
+        given: for each, a run's or a sweep's folder, a tracked run's id or its beginning, or a sweep's name. If empty:
+            the newest run in ``outputs``.
         store: the store's folder, if it has moved.
         uri, experiment: where runs were tracked.
 
     Raises:
         DataError: a run does not exist or has not finished.
-        TrackingError: a name is no folder, and there is no tracking store in which to look it up.
+        TrackingError: a name is not a folder, and there is no tracking store to look it up in.
     """
     runs = [run for each in given or [_newest()] for run in _find(each, store, uri, experiment)]
     distinct = list({json.dumps([run.summary["stages"], str(run.store)]): run for run in runs}.values())
@@ -145,7 +145,7 @@ def _find(given: str, store: Path | None, uri: str, experiment: str) -> Iterator
     if not finished:
         raise DataError(f"{given}: no run of it has finished")
     for run in finished:
-        # where its folder is is not tracked; by default the database of runs is in the working folder
+        # the folder's location is not tracked; by default the database of runs is in the working folder
         known = Path(str(run.summary.get("cwd", ""))).is_absolute()
         yield _run(run.name, run.summary if known else run.summary | {"cwd": str(near)}, store)
 

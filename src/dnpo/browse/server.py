@@ -38,14 +38,14 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 Query = TypeVar("Query", bound=BaseModel)
-ASIDE = ("view", "runs", "row")  # of a link; no part of a query for rows
+ASIDE = ("view", "runs", "row")  # parts of a link that no query for rows has
 
 
 def make_app(runs: Sequence[Run]) -> Starlette:
     """Make the application that shows these runs.
 
-    Only requests to the loopback are answered, by that name: a page elsewhere whose name is made to lead here cannot
-    read the rows.
+    Only requests that name the loopback address as their host are answered. So a page elsewhere cannot read the rows,
+    even if its own name is made to resolve to this machine.
 
     Raises:
         DnpoError: the held-out rows cannot be read.

@@ -20,7 +20,7 @@ SHOWN = 300  # characters of a text in a list
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Read those of the columns that a file has, its pages verified.
+    """Read the columns that a file has of these, and verify its pages.
 
     Raises:
         StoreError: the file is damaged.
@@ -41,14 +41,14 @@ def numbers(table: pa.Table, name: str, default: float = math.nan) -> "NDArray[n
 
 
 def contains(column: Any, text: str) -> "NDArray[np.bool_]":
-    """Whether each text of a column has another one in it; upper and lower case are the same."""
+    """Whether each text of a column contains another text, ignoring case."""
     hits = pc.fill_null(pc.match_substring(column, text, ignore_case=True), False)
     found: NDArray[np.bool_] = hits.to_numpy(zero_copy_only=False)
     return found
 
 
 def messages_contain(column: Any, text: str) -> "NDArray[np.bool_]":
-    """Whether any message of each conversation has a text in it."""
+    """Whether any message of each conversation contains a text."""
     found = np.zeros(len(column), bool)
     hits = contains(pc.struct_field(pc.list_flatten(column), "content"), text)
     found[pc.list_parent_indices(column).to_numpy()[hits]] = True
@@ -56,7 +56,7 @@ def messages_contain(column: Any, text: str) -> "NDArray[np.bool_]":
 
 
 def plain(value: Any) -> float | None:
-    """A number for JSON; None if it is none."""
+    """A number for JSON; None if it is not finite."""
     return float(value) if math.isfinite(value) else None
 
 

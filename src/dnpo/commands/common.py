@@ -38,7 +38,7 @@ KEPT = "Finished stages are kept and an unfinished one continues: run the same c
 
 
 def collect_garbage_less_often() -> None:
-    """Let Python look for cycles of garbage less often: it spends a quarter of the time of imports on finding none."""
+    """Let Python look for garbage less often: it spends a quarter of the time of imports on finding none."""
     gc.set_threshold(10_000)
 
 

@@ -1,4 +1,4 @@
-"""Sample responses of a policy of a finished run to prompts of one's own: ``dnpo sample RUN prompts=FILE``."""
+"""Sample responses of a policy of a finished run to your own prompts: ``dnpo sample RUN prompts=FILE``."""
 
 import argparse
 import json
@@ -88,7 +88,7 @@ def open_policies(given: argparse.Namespace, iterations: Sequence[str | None]) -
 
 
 def chosen(speaker: "Speaker") -> str:
-    """How it samples, in words."""
+    """Describe how it samples."""
     sampling = speaker.sampling
     if not sampling.temperature:
         return "greedy"

@@ -184,7 +184,7 @@ def _choose(given: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:
         for entry in whole:
             if needs[entry.name]:
                 raise StoreError(
-                    f"{entry.name}: is whole, and needed by {_name(needs[entry.name])}; needed=true removes it anyway"
+                    f"{entry.name}: is intact, and needed by {_name(needs[entry.name])}; needed=true removes it anyway"
                 )
         return named
     unread = [entry.name for entry in entries if entry.finished and not entry.content]

@@ -218,7 +218,7 @@ def run_name(overrides: Sequence[str]) -> str:
 
 
 def job_name(sweep: Path, overrides: Sequence[str]) -> str:
-    """Name a job of a sweep by what only it has, as short as the columns of MLflow's pages: ``alpha=0.1 seed=2``."""
+    """Name a job of a sweep by its own settings, to fit the columns of MLflow's pages: ``alpha=0.1 seed=2``."""
     from dnpo.running.sweep import find_varying
 
     words = [word.partition("=") for word in _words(find_varying(sweep, overrides))]
@@ -270,7 +270,7 @@ def run_job(cfg: DictConfig, job: Any) -> float | None:
         How good the policy that the run keeps is, higher being better; None if nothing was executed.
 
     Raises:
-        DnpoError: the settings or the run are refused, or the run cannot go on.
+        DnpoError: the settings or the run are refused, or the run cannot continue.
     """
     expand_options(cfg, job, VARYING, STARTING)
     folder, sweep = command.folders(job)
@@ -360,7 +360,7 @@ def choose(run: "Run", settings: Mapping[str, Any]) -> "Choice":
     if choice.reads and run.eval.split == "test":
         name = "keep=best" if choice.keep == "best" else f"patience={choice.patience}"
         say(
-            f"warning: {name}: chooses by results on the split test, which then are better than on new prompts; "
+            f"warning: {name}: chooses by results on the test split, which are then better than on new prompts; "
             "eval.split=validation chooses by other prompts",
             error=True,
         )

@@ -33,11 +33,11 @@ class Mix:
         weights: by name, the share of the training rows that a source gives, relative to the others; null: every source
             gives all of its training rows. Rows are drawn without replacement; held-out rows are all taken.
         rows: number of training rows in all; 0: as many as the weights allow.
-        near_duplicates: remove rows whose prompt resembles one of any source, as in each source. 0 removes equal
-            prompts only.
+        near_duplicates: remove rows whose prompt resembles one of any source, as each source does; 0 removes only equal
+            prompts.
         seed: seed of the draw.
-        max_prompt_tokens: longer prompts are dropped, whichever limit their source has.
-        max_response_tokens: maximum length of responses, whichever limit their source has.
+        max_prompt_tokens: longer prompts are dropped; replaces the sources' limits.
+        max_response_tokens: maximum length of responses; replaces the sources' limits.
         long_responses: ``cut`` cuts longer human responses as samples are cut, ``drop`` drops their rows.
 
     Raises:
@@ -155,7 +155,7 @@ class Mix:
         """Say which limits of a source are replaced."""
         own = self.sources[name]
         return [
-            f"data.sources.{name}.{limit}={getattr(own, limit)}: data.{limit}={getattr(self, limit)} holds instead"
+            f"data.sources.{name}.{limit}={getattr(own, limit)}: data.{limit}={getattr(self, limit)} applies instead"
             for limit in LIMITS
             if getattr(own, limit) != getattr(self, limit)
         ]

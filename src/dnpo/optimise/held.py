@@ -1,4 +1,4 @@
-"""Hold pairs out of a training, keep the weights with the lowest loss on them, and end a training that no longer gains.
+"""Hold pairs out of a training, keep the weights with the lowest loss on them, and end training early.
 
 Which pairs are held out depends on their ids alone. A checkpoint has the step of the best weights, whose file stays
 until a checkpoint names another, so a killed training continues to the same weights.
@@ -32,7 +32,7 @@ def divide(pairs: Sequence[Pair], used: Sequence[int], how: PairOptimisation) ->
         used: the numbers of the pairs with a weight.
 
     Raises:
-        SettingsError: one of both parts has no pair.
+        SettingsError: one of the two parts has no pairs.
     """
     if not how.measures:
         return list(used), []
@@ -42,14 +42,14 @@ def divide(pairs: Sequence[Pair], used: Sequence[int], how: PairOptimisation) ->
     left = [number for number in used if number not in held]
     if not apart or not left:
         raise SettingsError(
-            f"trainer.holdout={how.holdout:g}: holds out {len(apart):,} of {len(used):,} pairs; expected some, and "
-            "some to train on"
+            f"trainer.holdout={how.holdout:g}: holds out {len(apart):,} of {len(used):,} pairs; expected at "
+            "least one, and one to train on"
         )
     return left, apart
 
 
 def _place(id: str) -> float:
-    """A number from 0 to 1 that depends on an id; another one than splits of data depend on."""
+    """A number from 0 to 1 that depends only on an id; splits of data depend on another one."""
     return int.from_bytes(hashlib.sha256(f"held/{id}".encode()).digest()[:8]) / 2**64
 
 
@@ -116,7 +116,7 @@ class HeldOut:
             )
 
     def facts(self, steps: int, total: int, pairs: int) -> dict[str, Any]:
-        """What the stage's manifest says.
+        """The facts for the stage's manifest.
 
         Args:
             steps: number of policy steps made.

@@ -232,7 +232,8 @@ def tiles(head: Head) -> Iterator[tuple[int, int]]:
 def _empty_tile(hidden_NH: Tensor, dtype: torch.dtype, entries: int) -> Tensor | None:
     """Allocate a tile of logits on a CPU; None: its product allocates it.
 
-    Rows that begin whole pages apart collide in the caches, and a product takes a tenth longer, so they are set apart.
+    Rows that begin whole pages apart collide in the caches, and a product takes a tenth longer; so there are gaps
+    between them.
     """
     if hidden_NH.device.type != "cpu" or dtype not in (torch.float32, torch.float64):
         return None

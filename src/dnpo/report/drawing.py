@@ -143,7 +143,7 @@ def _lines(axis: Axes, panel: Panel, looks: Mapping[str, Look], joined: bool) ->
         axis.annotate(
             "human responses",
             (0.99, panel.metric.scale * panel.human),
-            (0, -3),  # below the line, where the panel goes on
+            (0, -3),  # below the line, where the panel continues
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             ha="right",

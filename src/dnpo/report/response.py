@@ -60,7 +60,7 @@ def find_responses(groups: Groups, measure: ReportMeasure, items: Items) -> list
 
 
 def _list_varying(groups: Groups) -> list[str]:
-    """Return what tells groups apart, and every setting that has another number in each group, as in a search."""
+    """Return the settings that distinguish groups, and those with another number in each group, as in a search."""
     params = {name for group in groups.groups for name in group.members[0].run.params}
     neutral = {name for group in groups.groups for name in find_neutral(group.members[0].run.params)}
     aside = {*groups.varies, *neutral, "seed"}

@@ -89,7 +89,7 @@ class Choice:
         return 0 < self.patience <= len(rows) - 1 - best
 
     def describe(self, rows: Sequence[Row], planned: int) -> dict[str, Any]:
-        """What a run's summary says about the choice; empty if all is as usual.
+        """What a run's summary records about the choice; empty if no setting asks for one.
 
         Args:
             rows: the policies, the fine-tuned one first.
@@ -122,7 +122,7 @@ def find_best(rows: Sequence[Row], name: str) -> int:
 
 
 def kept(summary: Mapping[str, Any]) -> int:
-    """The place of the policy that a run keeps, among its policies."""
+    """The index of the policy that a run keeps among its policies."""
     last = len(summary["table"]) - 1
     return int(summary["choice"]["kept"]) if "choice" in summary else last
 

@@ -65,7 +65,7 @@ class _Rate(ProgressColumn):
 
 
 class _Silence(ProgressColumn):
-    """Shows for how long a stage has computed, once it has not advanced for a while."""
+    """Shows how long a stage has been computing, once it has not advanced for a while."""
 
     def render(self, task: Task) -> Text:
         report = task.fields.get("report")
@@ -96,7 +96,7 @@ class Console:
         return f"{self._place:>{wide}}/{len(self._kinds)} " if self._kinds else ""
 
     def left(self) -> str:
-        """How long the stages after the current one take, if each kind has been computed before; else empty."""
+        """How long the stages after the current one take; empty until each kind has been computed once."""
         kinds = [kind for kind in self._kinds[self._place :] if kind]
         if not kinds or not all(kind in self._took for kind in kinds):
             return ""
@@ -202,7 +202,7 @@ class StageReport:
         self._speak()
 
     def silence(self) -> str:
-        """Return for how long the stage has been at the same place, if that is a minute or more; else empty."""
+        """Return how long the stage has not advanced, if that is a minute or more; else an empty text."""
         seconds = time.monotonic() - self.moved
         return f"no news for {duration(seconds)}" if seconds >= HEARTBEAT else ""
 

@@ -49,7 +49,7 @@ def _halves(results: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, l
 
 
 def find_best(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The number of the row with the best score, or the lowest held-out loss if nothing is scored; None of one row."""
+    """The row with the best score, or the lowest held-out loss if nothing is scored; None if there is one row."""
     name = choosing.default_metric(rows)
     several = sum(choosing.has(row, name) for row in rows) > 1
     return choosing.find_best(rows, name) if several else None
@@ -58,7 +58,7 @@ def find_best(rows: Sequence[Mapping[str, Any]]) -> int | None:
 def sentences(
     rows: Sequence[Mapping[str, Any]], results: Mapping[str, Sequence[Mapping[str, float]]], best: int | None
 ) -> list[str]:
-    """Return sentences: per measure, the last policy against the first; and which policy is marked.
+    """Return sentences: how each measure changed from the first policy to the last, and which policy is marked.
 
     Args:
         results: by metric, each policy's results by prompt; empty if there are none.

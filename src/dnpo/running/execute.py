@@ -223,7 +223,7 @@ def _get(stage: Stage, store: Store, console: Console, tracking: Tracking, befor
 
 
 def thin(row: dict[str, float], total: int) -> dict[str, float]:
-    """Return what is tracked of a training step: of the steps between regular ones, only what others average.
+    """Return the metrics to track: all of every n-th training step, and of other steps those that are averaged.
 
     Args:
         total: number of steps of the training.
@@ -422,7 +422,7 @@ def show(
     tracking: Tracking,
     wide: bool = False,
 ) -> None:
-    """Show the table, what became better by how much, the folders, and what to do next.
+    """Show the table, the changes, the folders, and what to do next.
 
     Args:
         wide: whether to show all columns, in as many parts as the terminal needs.

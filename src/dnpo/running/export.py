@@ -191,10 +191,10 @@ def export(
 
 
 def expect_new(to: Path) -> None:
-    """Refuse a folder that has something in it, and whatever is no folder.
+    """Refuse a folder that is not empty, and a path that is not a folder.
 
     Raises:
-        SettingsError: names it.
+        SettingsError: it is one of these.
     """
     if to.is_symlink() or (to.exists() and (not to.is_dir() or any(to.iterdir()))):
         raise SettingsError(f"to={to}: exists already; expected a new folder, or an empty one")
@@ -241,7 +241,7 @@ def find_policy(summary: Mapping[str, Any], iteration: str | None, store: Path |
     policy = policies[wanted]
     if not (policy.store / policy.stage / MANIFEST).is_file() or not (policy.prompts / MANIFEST).is_file():
         raise SettingsError(
-            f"{policy.store / policy.stage}: it, or the prompts stage it was made from, is missing; give store=… if "
+            f"{policy.store / policy.stage}: this or the prompts stage of its run is missing; give store=… if "
             "the store has moved, or run the same command again"
         )
     expect_whole({policy.store / policy.stage: policy.name, policy.prompts: "prompts"})

@@ -36,7 +36,7 @@ def convert(converter: str, copy: Path, to: Path) -> None:
         to: the folder.
 
     Raises:
-        SettingsError: the converter fails, for instance since it does not know the architecture.
+        SettingsError: the converter fails, for instance because it does not support the architecture.
     """
     to.mkdir(parents=True, exist_ok=True)
     command = [converter, str(copy), "--outfile", str(to / WEIGHTS), "--outtype", "auto"]

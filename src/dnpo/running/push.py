@@ -1,7 +1,7 @@
 """Push a policy of a finished run, and the pairs it was trained on, to the hub that ``HF_ENDPOINT`` names.
 
-What is pushed names no folder, user, machine or key of here: paths on cards are shortened to their last part, and all
-texts of the model and the cards are searched before anything is sent.
+What is pushed does not name folders, users or keys of this machine, or the machine itself: paths on cards are shortened
+to their last part, and all texts of the model and the cards are searched before anything is sent.
 """
 
 import getpass
@@ -25,7 +25,7 @@ PAIRS = "pairs.jsonl"
 TEXTS = (".md", ".json", ".jinja", ".txt")  # files of a model that are searched
 PATH = re.compile(r"(?<![\w.:/~-])(?:~|\.{1,2})?(?:/[\w.@+=-]+){2,}/?|(?<![\w./])(?:~|\.{1,2})(?:/[\w.@+=-]+)+/?")
 NAMES_A_PATH = ("name_or_path", "_name_or_path", "base_model_name_or_path")  # fields that libraries write
-SHORTEST = 3  # letters of a name of a user or a machine that is looked for in paths
+SHORTEST = 3  # minimum length of the name of a user or a machine to look for
 Kind = Literal["model", "dataset"]
 
 
@@ -55,7 +55,7 @@ def push(
         say: receives what is left out.
 
     Raises:
-        SettingsError: a file would tell of this machine, or the hub refuses or does not answer.
+        SettingsError: a file would reveal this machine, or the hub refuses or does not answer.
     """
     from huggingface_hub import HfApi
 
@@ -178,10 +178,10 @@ def _shorten(text: str) -> str:
 
 
 def _search(folder: Path, repo: str) -> None:
-    """Refuse to push a text that tells of this machine.
+    """Refuse to push a text that reveals this machine.
 
     Raises:
-        SettingsError: names the file, and what it would tell.
+        SettingsError: a text does; the message names the file and what it would reveal.
     """
     places = {str(Path.home()), str(Path.cwd()), os.path.realpath(Path.cwd())} - {"/"}
     own = [each for each in places if len(Path(each).parts) > 2]  # not /root, which many texts have
@@ -203,7 +203,7 @@ def _search(folder: Path, repo: str) -> None:
         told = [what for what, there in found.items() if there]
         if told:
             raise SettingsError(
-                f"push={repo}: {path.name} would tell {' and '.join(told)}, so nothing is pushed; push a copy "
+                f"push={repo}: {path.name} would reveal {' and '.join(told)}, so nothing is pushed; push a copy "
                 "(to=FOLDER) by hand after removing it"
             )
 

@@ -26,7 +26,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class Unreported:
-    """Receives the progress of a piece of work that is too short to show it."""
+    """Ignores the progress of work that is too short to show it."""
 
     def begin(self, total: int, unit: str, done: int = 0) -> None:
         """Ignore it."""
@@ -144,7 +144,7 @@ def open_judge(saved: SavedPolicy) -> "Judge | str":
 def opinions(
     judge: "Judge", conversations: Sequence[list[Message]], responses: Sequence[Response], ledger: Path
 ) -> list[str]:
-    """Let the judge score responses, each to its conversation; a reason in place of a score where it has none."""
+    """Let the judge score responses, each to its conversation; a response without a score has a reason instead."""
     from dnpo.judges.asked.ledger import Ledger
 
     prompts = [Prompt(str(n), messages, "") for n, messages in enumerate(conversations)]
@@ -157,7 +157,7 @@ def opinions(
 def read_conversations(path: Path) -> list[list[Message]]:
     """Read prompts: lines of text, or JSON lines with ``prompt`` (a text or turns) or ``messages``.
 
-    Of ``messages`` a last turn of the assistant is left out: it is what the policy is going to write.
+    If ``messages`` ends with a turn of the assistant, that turn is left out: the policy is to write it.
 
     Raises:
         DataError: the file cannot be read, or a line has no prompt; names the line.

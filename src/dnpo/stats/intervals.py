@@ -65,7 +65,7 @@ class Mean:
         from scipy.special import stdtrit
 
         spread = self.value * (1 - self.value)
-        whole = spread <= TOLERANCE  # of 0 or 1
+        whole = spread <= TOLERANCE  # a share of 0 or 1
         quantile = float(stdtrit(max(items - 1, 1) if whole else self.df, (1 + LEVEL) / 2))
         a = quantile**2 / items if whole else (quantile * self.error) ** 2 / spread  # quantile² / n
         half = math.sqrt(a * max(spread, 0.0) + a**2 / 4) / (1 + a)
@@ -75,7 +75,7 @@ class Mean:
     def amount(self) -> Estimate:
         """A quantity that cannot be negative, with the t interval of its logarithm, so that no end is negative.
 
-        The logarithm's error is error/value (the delta method). A mean of 0 has all its values 0.
+        The logarithm's error is error/value (the delta method). If the mean is 0, all values are 0.
         """
         from scipy.special import stdtrit
 

@@ -37,7 +37,7 @@ def pack(kind: str, values: Mapping[str, str]) -> dict[str, str]:
 
 
 def unpack(tags: Mapping[str, str], params: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return a run's tags together with what its parameters hold of them, and its other parameters."""
+    """Return all tags of a run, those packed into parameters too, and its other parameters."""
     packed = {name: kind for name in params for kind in PREFIXES if name == kind or name.startswith(f"{kind}.")}
     found = {f"{PREFIXES[kind]}{n}": v for name, kind in packed.items() for n, v in _read(params[name])}
     return {**tags, **found}, {name: value for name, value in params.items() if name not in packed}

@@ -144,7 +144,7 @@ class Leaderboard:
         return {"source": source, "shots": self.examples, "limit": self.limit, **self._identity_of_tasks()}
 
     def _identity_of_tasks(self) -> dict[str, Any]:
-        """The tasks, the version of lm-eval that defines them, and the contents of one's own; empty without tasks."""
+        """The tasks, the version of lm-eval that defines them, and the contents of the user's; empty without tasks."""
         if not self.tasks:
             return {}
         shots = {name: count for name, count in (self.shots or {}).items() if name not in BENCHMARKS}
@@ -379,7 +379,7 @@ def _item(
 
 
 def _number(value: Any) -> float:
-    """The value as a number; NaN if it is none, such as the parts that a metric over all items needs."""
+    """The value as a number; NaN if it is another object, such as an item's part of a metric over all items."""
     try:
         return float(value)
     except (TypeError, ValueError):

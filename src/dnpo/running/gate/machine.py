@@ -153,7 +153,7 @@ def disk(kept: int, passing: int, optional: int, folder: Path, free: int | None 
 
     Args:
         kept: estimated bytes that are kept.
-        passing: most bytes at a time of what is deleted when its stage ends, such as a checkpoint.
+        passing: the most bytes that temporary files, such as checkpoints, take at one time.
         optional: bytes of hidden states, which are kept only if there is room.
         folder: the store.
         free: free bytes; None asks the system.
